@@ -14,7 +14,7 @@ from qdora.memory import sharded_base
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.nn.row_share import span
 from qdora.ops.packed import PackedWeight, empty_packed
-from qdora.train.distributed import Processes, processes_of_launch
+from qdora.train.distributed import Processes
 from tests import launched, tiny_adapted, tiny_experts, tiny_run, tiny_sharded, tiny_tokenizer
 
 
@@ -35,7 +35,7 @@ def write(directory: Path, family: str) -> Path:
 
 def same_as_whole(rank: int, source: Path, loading: dict[str, Any], adapters: dict[str, Any], num_by_rows: int) -> None:
     """Three steps of descent; the second and third take the norms from the rows of each process."""
-    with processes_of_launch(shards=True) as processes:
+    with tiny_sharded.launch() as processes:
         whole, sharded = tiny_sharded.load(source, **loading), tiny_sharded.load(source, processes, **loading)
         for model in (whole, sharded):
             tiny_sharded.adapt(model, **adapters)
@@ -85,7 +85,7 @@ def test_rows_that_do_not_divide(root: Path, family: str, size: int) -> None:
 
 def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
     """Each process holds its part, and the parts of all are the weights of a whole base, bit for bit."""
-    with processes_of_launch(shards=True) as processes:
+    with tiny_sharded.launch() as processes:
         whole, sharded = tiny_sharded.load(source, **loading), tiny_sharded.load(source, processes, **loading)
         layers = frozen_layers(sharded)
         assert set(frozen_layers(whole)) <= set(layers)
@@ -136,7 +136,7 @@ def own_rows(rank: int, source: Path) -> None:
         rows.append(weight.shape[0])
         return real(weight, *args, **options)
 
-    with processes_of_launch(shards=True) as processes, pytest.MonkeyPatch.context() as patch:
+    with tiny_sharded.launch() as processes, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharded_base, "quantize", counted)
         model = tiny_sharded.load(source, processes)
         layers = [layer for layer in frozen_layers(model).values() if layer.kind == "nf4"]

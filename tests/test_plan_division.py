@@ -21,7 +21,7 @@ from qdora.plan.fake_step import empty_model
 from qdora.plan.memory_plan import local_source
 from qdora.plan.plan_contents import Division, MicroBatchShape, Moment, Plan
 from qdora.recipe.recipe_file import resolved_yaml
-from qdora.train.distributed import Processes, processes_of_launch
+from qdora.train.distributed import Processes
 from tests import launched, tiny_run, tiny_sharded
 from tests.test_memory_sharded_base import write
 
@@ -35,7 +35,7 @@ def planned(source: Path) -> Division:
 
 def as_planned(rank: int, source: Path) -> None:
     division = planned(source)
-    with processes_of_launch(shards=True) as processes:
+    with tiny_sharded.launch() as processes:
         whole, sharded = tiny_sharded.load(source), tiny_sharded.load(source, processes)
         small = tiny_sharded.num_resident_bytes(whole) - sum(division.held(1).values())
         tiny_sharded.adapt(sharded)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from qdora.errors import RunFailure
 from qdora.model.inject import adapted_layers
 from qdora.model.load import block_list
-from qdora.train.distributed import Processes, processes_of_launch
+from qdora.train.distributed import Processes
 from qdora.train.shard_check import check_division
 from tests import launched, tiny_run, tiny_sharded
 
@@ -25,7 +25,7 @@ def source(root: Path) -> Path:
 
 
 def with_model(rank: int, source: Path, action: Callable[[Any, Processes, int], None], options: dict[str, Any]) -> None:
-    with processes_of_launch(shards=True) as processes:
+    with tiny_sharded.launch() as processes:
         model = tiny_sharded.load(source, processes)
         tiny_sharded.adapt(model, dropout=0.1, **options)
         action(model, processes, rank)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,19 @@ from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.train import loop
-from qdora.train.distributed import Processes, mesh_of
+from qdora.train.distributed import Processes, mesh_of, processes_of_launch
 from qdora.train.even_passes import even_passes
 from tests import tiny
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 4, 7, 12, 3)
+
+
+@contextmanager
+def launch() -> Iterator[Processes]:
+    """Processes that divide the base."""
+    with processes_of_launch() as processes:
+        yield processes.dividing(base=True)
 
 
 def load(source: Path, processes: Processes | None = None, parallel: str = "shard", **options: Any) -> PreTrainedModel:

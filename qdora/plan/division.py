@@ -121,9 +121,10 @@ def _layer_cuts(module: nn.Module, wanted: Quantization | None, dtype: torch.dty
 
 
 def divided(plan: Plan, size: int) -> Plan:
-    """The plan of a card whose base `size` processes divide."""
+    """The plan of a card whose base `size` processes divide; itself for one, or a model without a list of blocks."""
     division = plan.division
-    assert division is not None, "a model with a list of blocks"
+    if size == 1 or division is None:
+        return plan
     whole, held = division.held(1), division.held(size)
     moments = []
     for moment in plan.moments:
@@ -132,7 +133,7 @@ def divided(plan: Plan, size: int) -> Plan:
             sizes[component] = max(0, sizes.get(component, 0) - num_bytes) + held[component]
         sizes[parts.GATHERED] = _gathered(division, moment)
         moments.append(Moment(moment.phase, moment.block, {name: each for name, each in sizes.items() if each}))
-    return replace(plan, moments=moments)
+    return replace(plan, moments=moments, block_bytes=0)  # no block of a divided base can be streamed
 
 
 def _gathered(division: Division, moment: Moment) -> int:
@@ -184,7 +185,7 @@ def process_plans(plan: Plan, resident: Plan, num_processes: int, num_hosts: int
 
 
 def _process_plan(plan: Plan, way: Way, size: int, num_processes: int, num_hosts: int) -> ProcessPlan:
-    found = plan if size == 1 else divided(plan, size)
+    found = divided(plan, size)
     division, passes = plan.division, math.ceil(plan.num_micro_batches / num_processes)
     share = (size - 1) / size
     gradients = 2 * 4 * plan.num_trainable * (num_processes - 1) / num_processes

@@ -480,7 +480,7 @@ class Recipe(Section):
 
     def _parallel_faults(self) -> Iterator[Fault]:
         """What does not work with a base that is divided among processes."""
-        if self.train.parallel not in ("shard", "hybrid"):
+        if not self.train.divides_base:
             return
         refused = {
             "adapter.kind full, which trains the whole base": self.adapter.kind == "full",

@@ -60,7 +60,7 @@ def train_run(
     Raises:
         UserError, RunFailure, Interrupted: See `qdora.errors`.
     """
-    with processes_of_launch(shards=recipe.train.parallel in ("shard", "hybrid")) as processes, ExitStack() as stack:
+    with processes_of_launch() as processes, ExitStack() as stack:
         last = stack.enter_context(ExitStack())  # closed last, so that the page has the failure, which log.txt gets
         if processes.is_first:
             stack.enter_context(failures_logged(directory))
@@ -68,6 +68,7 @@ def train_run(
         progress, results = consoles(console if processes.is_first else Console(quiet=True))
         keep_freed_memory()
         prepared = prepare(recipe, directory, processes, where=where, force=force)
+        processes = processes.dividing(prepared.recipe.train.divides_base)
         processes.first(lambda: stack.enter_context(only_process(directory, resume=resume)))
         run = open_directory(prepared, directory, processes, resume=resume)
         if processes.is_first:

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -54,6 +54,15 @@ class Processes:
     size: int = 1
     shards: bool = False
     """Whether the processes divide the base, so that each forward pass needs all of them."""
+
+    @property
+    def num_here(self) -> int:
+        """Processes of the run on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+
+    def dividing(self, base: bool) -> Processes:
+        """The same processes, which divide the base if `base` and they are several."""
+        return replace(self, shards=base and self.size > 1)
 
     @property
     def is_first(self) -> bool:
@@ -184,10 +193,8 @@ class Processes:
 
 
 @contextmanager
-def processes_of_launch(*, shards: bool = False) -> Iterator[Processes]:
+def processes_of_launch() -> Iterator[Processes]:
     """Connect the processes that torchrun or `accelerate launch` has started, known from environment variables.
-
-    With `shards` they divide the base, if they are several.
 
     On CUDA each process takes the GPU of its local rank. Gradients go through NCCL; everything else goes through gloo
     on the host, so that no GPU waits for it. With fewer GPUs than processes a UserError is raised.
@@ -205,7 +212,7 @@ def processes_of_launch(*, shards: bool = False) -> Iterator[Processes]:
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=_PATIENCE)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), shards)
+        yield Processes(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
 
@@ -217,9 +224,8 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
     """
     if not processes.shards:
         return None
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size))
     if parallel == "hybrid":
-        shape = (processes.size // here, here)
+        shape = (processes.size // processes.num_here, processes.num_here)
         return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(device.type, (processes.size,))
 
