@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from qdora.errors import RunFailure, UserError
 from qdora.memory import sharded_base
 from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.load import block_list
 from qdora.nn.row_share import span
 from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.train.distributed import Processes
@@ -125,6 +126,35 @@ def test_each_process_holds_its_part_before_and_after_a_step(
 ) -> None:
     source = write(root / family, family)
     assert launched.run(size, parts, source, {"double_quant": double_quant}) == [""] * size
+
+
+def whole_blocks(rank: int, source: Path) -> None:
+    """Counts the blocks whose codes have memory, at the start of each block's passes and after the step."""
+    with tiny_sharded.launch() as processes:
+        model = tiny_sharded.load(source, processes)
+        tiny_sharded.adapt(model)
+        found = block_list(model)
+        assert found is not None
+        blocks, counts = list(found[1]), []
+
+        def num_whole() -> int:
+            codes = [block.self_attn.q_proj.base._buffers["packed"] for block in blocks]
+            return sum(tensor.untyped_storage().nbytes() > 0 for tensor in codes)
+
+        for block in blocks:
+            block.register_forward_pre_hook(lambda *_: counts.append(num_whole()))
+        tiny_sharded.train(model, processes, num_steps=1)
+        assert set(counts) <= {1, 2}  # in the backward pass the block before is there until its own is over
+        assert num_whole() == 0
+        with torch.no_grad():
+            model.eval()(input_ids=torch.tensor([[5, 6, 7]]))
+        assert counts[-len(blocks) :] == [1] * len(blocks)
+        assert num_whole() == 0
+
+
+def test_a_block_is_whole_only_while_it_computes(tmp_path: Path) -> None:
+    source = tiny_run.write_model(tmp_path / "model", num_hidden_layers=5)
+    assert launched.run(2, whole_blocks, source) == ["", ""]
 
 
 def own_rows(rank: int, source: Path) -> None:

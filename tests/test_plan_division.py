@@ -18,7 +18,7 @@ from qdora.model.load import Quantization
 from qdora.plan import plan_contents as parts
 from qdora.plan.division import LINKS, divided, division_of, process_lines, process_plans
 from qdora.plan.fake_step import empty_model
-from qdora.plan.memory_plan import local_source
+from qdora.plan.memory_plan import local_source, plan
 from qdora.plan.plan_contents import Division, MicroBatchShape, Moment, Plan
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.train.distributed import Processes
@@ -69,6 +69,20 @@ def test_processes_hold_and_receive_what_is_planned(root: Path, family: str, siz
     assert launched.run(size, as_planned, write(root / family, family)) == [""] * size
 
 
+@pytest.mark.parametrize("base", [{}, {"quant": "none"}, {"prune": {"method": "magnitude", "pattern": "2:4"}}])
+def test_what_is_divided_is_in_the_plan(tmp_path: Path, base: dict[str, Any]) -> None:
+    """Component by component: what a card holds in the plan, and what of it is cut."""
+    recipe = tiny_run.one_layer_recipe(tmp_path, **{f"base__{name}": value for name, value in base.items()})
+    found = plan(recipe, device_kind="cpu")
+    division, held = found.division, found.moments[-1].by_component
+    assert division is not None
+    whole = division.held(1)
+    assert whole[parts.BASE] == held[parts.BASE]
+    assert whole.get(parts.MASKS, 0) == held.get(parts.MASKS, 0)
+    assert 0 < whole[parts.DENSE] < held[parts.DENSE]
+    assert held[parts.DENSE] - whole[parts.DENSE] < 0.05 * held[parts.DENSE]  # norms, and the rotary frequencies
+
+
 def a_plan() -> Plan:
     """Two blocks of 1,000 divided bytes each, a table and a head of 100 rows of 4 bytes."""
     cuts = {(parts.BASE, 100, 16): 1, (parts.SCALES, 100, 4): 1, (parts.DENSE, 100, 4): 2}
@@ -94,17 +108,26 @@ def a_plan() -> Plan:
 
 
 def test_a_divided_card_holds_its_rows_and_what_is_gathered() -> None:
-    found = {moment.phase: moment.by_component for moment in divided(a_plan(), 3).moments}
-    assert found["update"] == {parts.BASE: 34 * 16, parts.SCALES: 34 * 4, parts.DENSE: 50 + 2 * 34 * 4}
-    assert found["forward"][parts.GATHERED] == 3 * 1000 + 2 * 400
-    assert found["loss"][parts.GATHERED] == 3 * 1000 + 2 * 400
-    assert found["backward"][parts.GATHERED] == 3 * 1000
-    assert found["backward"][parts.BACKWARD] == 600
+    found = divided(a_plan(), 3).moments
+    assert [moment.phase for moment in found] == ["forward", "forward", "loss", "loss", "backward", "update"]
+    assert [moment.by_component.get(parts.GATHERED, 0) for moment in found] == [
+        2 * 400,  # the table, and what it is gathered into
+        3 * 1000,
+        1000 + 2 * 400,  # the head, and what it is gathered into
+        400,
+        3 * 1000,
+        0,
+    ]
+    kept = {parts.BASE: 34 * 16, parts.SCALES: 34 * 4, parts.DENSE: 50 + 2 * 34 * 4}
+    for moment in found:
+        assert kept.items() <= moment.by_component.items()
+    assert found[2].by_component.get(parts.LOSS) is None
+    assert (found[3].by_component[parts.LOSS], found[4].by_component[parts.BACKWARD]) == (500, 600)
 
 
 def test_bytes_and_times_by_hand() -> None:
-    plan = replace(a_plan(), budget_bytes=10**12)
-    replicate, shard, hybrid = process_plans(plan, plan, 4, num_hosts=2)
+    given = replace(a_plan(), budget_bytes=10**12)
+    replicate, shard, hybrid = process_plans(given, given, 4, num_hosts=2)
     assert [each.way for each in (replicate, shard, hybrid)] == ["replicate", "shard", "hybrid"]
     gradients = 2 * 4 * 1000 * 3 // 4
     assert replicate.wire_bytes == gradients
@@ -114,7 +137,7 @@ def test_bytes_and_times_by_hand() -> None:
     slow = LINKS["25 Gb/s"]
     assert replicate.step_seconds["NVLink + 25 Gb/s"] == pytest.approx(2 * 6.0 + gradients / slow)
     assert shard.step_seconds["NVLink + 25 Gb/s"] == pytest.approx(12.0, rel=1e-4)  # a thousand bytes take no time
-    assert process_plans(plan, plan, 4)[1].step_seconds.keys() == {"NVLink", "PCIe 4"}
+    assert process_plans(given, given, 4)[1].step_seconds.keys() == {"NVLink", "PCIe 4"}
     assert "  Fastest that fits: " in process_lines([replicate, shard, hybrid], 4, 2)[-1]
 
 
@@ -123,8 +146,8 @@ def test_blocks_that_take_longer_to_gather_than_to_compute_are_waited_for() -> N
     blocks = round(20 * 5.0 * 2 * LINKS["25 Gb/s"])  # half of it is received
     division = Division({}, blocks // 20, blocks, 0, 0, tied=False, forward_seconds=1.0)
     sizes: dict[str, Any] = {"num_blocks": 20, "num_micro_batches": 2, "step_seconds": 120.0, "num_trainable": 0}
-    plan = replace(a_plan(), division=division, **sizes)
-    found = process_plans(plan, plan, 2, num_hosts=2)[1].step_seconds
+    given = replace(a_plan(), division=division, **sizes)
+    found = process_plans(given, given, 2, num_hosts=2)[1].step_seconds
     assert found["PCIe 4 + 25 Gb/s"] == pytest.approx(60 + 20 * (5 - 1) + 20 * (5 - 2), rel=0.1)
     assert found["PCIe 4 + 100 Gb/s"] == pytest.approx(60 + 20 * 0.25, rel=0.1)
 

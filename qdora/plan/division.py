@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdora.model.inject import linear_layers
-from qdora.model.load import Quantization, block_list, layers_to_quantize
+from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize
 from qdora.model.stored_tensors import tied_weights
 from qdora.nn.row_share import RowShare
 from qdora.ops.packed import PackedWeight, empty_packed
@@ -66,7 +66,7 @@ def division_of(
     found = block_list(model)
     if found is None:
         return None
-    quantised, tied = layers_to_quantize(model, wanted), tied_weights(model)
+    chosen, quantised, tied = chosen_layers(model, wanted), layers_to_quantize(model, wanted), tied_weights(model)
     shared = {name for pair in tied.items() for name in pair}
     cuts: Counter[Cut] = Counter()
     sizes: dict[str, int] = {}
@@ -74,7 +74,13 @@ def division_of(
     for path, module in linear_layers(model).items():
         if f"{path}.weight" in shared:
             continue
-        own = _layer_cuts(module, wanted if path in quantised else None, dtype, masked=pruned and module is not head)
+        own = _layer_cuts(
+            module,
+            wanted if path in quantised else None,
+            dtype,
+            dense=parts.BASE if path in chosen else parts.DENSE,
+            masked=pruned and path in chosen,
+        )
         cuts.update(own)
         sizes[path] = sum(length * num_bytes * count for (_, length, num_bytes), count in own.items())
     prefixes = [f"{found[0]}.{index}." for index in range(len(found[1]))]
@@ -99,8 +105,10 @@ def division_of(
     )
 
 
-def _layer_cuts(module: nn.Module, wanted: Quantization | None, dtype: torch.dtype, *, masked: bool) -> Counter[Cut]:
-    """The tensors of a layer as `ShardedBase` cuts them; `wanted` None: it stays dense."""
+def _layer_cuts(
+    module: nn.Module, wanted: Quantization | None, dtype: torch.dtype, *, dense: str, masked: bool
+) -> Counter[Cut]:
+    """The tensors of a layer as `ShardedBase` cuts them; with `wanted` None one dense tensor of the component `dense`."""
     rows, columns = module.weight.shape  # type: ignore[misc]
     shape = (int(rows), int(columns))
     form: Any = torch.empty(shape, dtype=dtype, device="meta")
@@ -108,7 +116,7 @@ def _layer_cuts(module: nn.Module, wanted: Quantization | None, dtype: torch.dty
         form = empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant, "meta")
     bits = torch.empty(-(-shape[0] * shape[1] // 8), dtype=torch.uint8, device="meta") if masked else None
     share = RowShare(form, bits, _Alone())  # type: ignore[arg-type]
-    tensors = [(parts.BASE if wanted is not None else parts.DENSE, form)]
+    tensors = [(dense, form)]
     if isinstance(form, PackedWeight):
         tensors = [(parts.BASE, form.packed), (parts.SCALES, form.absmax)]
     if bits is not None:
@@ -126,24 +134,34 @@ def divided(plan: Plan, size: int) -> Plan:
     if size == 1 or division is None:
         return plan
     whole, held = division.held(1), division.held(size)
-    moments = []
+    moments: list[Moment] = []
     for moment in plan.moments:
         sizes = dict(moment.by_component)
         for component, num_bytes in whole.items():
             sizes[component] = max(0, sizes.get(component, 0) - num_bytes) + held[component]
-        sizes[parts.GATHERED] = _gathered(division, moment)
-        moments.append(Moment(moment.phase, moment.block, {name: each for name, each in sizes.items() if each}))
+        if moment.phase == "forward" and not any(each.phase == "forward" for each in moments):
+            first = division.head_bytes if division.tied else division.table_bytes
+            moments.append(_gathering("forward", moments[-1].by_component if moments else sizes, 2 * first))
+        if moment.phase == "loss":
+            before = {name: size for name, size in sizes.items() if name != parts.LOSS}
+            moments.append(_gathering("loss", before, division.block_bytes + 2 * division.head_bytes))
+        moments.append(_gathering(moment.phase, sizes, _gathered(division, moment), moment.block))
     return replace(plan, moments=moments, block_bytes=0)  # no block of a divided base can be streamed
 
 
+def _gathering(phase: str, sizes: Mapping[str, int], gathered: int, block: int | None = None) -> Moment:
+    """A moment with so many bytes of gathered tensors, and what these are gathered into."""
+    found = {**sizes, parts.GATHERED: gathered}
+    return Moment(phase, block, {name: size for name, size in found.items() if size})
+
+
 def _gathered(division: Division, moment: Moment) -> int:
-    """Bytes of tensors that are whole in a moment."""
+    """Bytes of gathered tensors while a block or the head computes."""
     blocks = _BUFFERS * division.block_bytes
     if moment.phase == "loss":
-        return blocks + division.head_bytes * (1 if division.tied else 2)
+        return division.head_bytes
     if moment.phase == "forward":
-        first = 2 * division.table_bytes if moment.block in (0, None) else 0
-        return blocks + first + division.tied * 2 * division.head_bytes
+        return blocks + division.tied * division.head_bytes
     return blocks if moment.phase == "backward" else 0
 
 

@@ -255,7 +255,8 @@ class _StepPlan:
         """What several processes could divide."""
         seconds = self._work(num_trainable).block_seconds(self.shape, known_rates(self.device_kind))
         pruned = self.recipe.base.prune is not None
-        return division_of(skeleton, self._wanted, self.dtype, pruned=pruned, forward_seconds=seconds)
+        with _quiet():
+            return division_of(skeleton, self._wanted, self.dtype, pruned=pruned, forward_seconds=seconds)
 
     def _step(self) -> _Step:
         """Run a step, unless one was run already that needs the same of everything."""
