@@ -113,7 +113,7 @@ def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
         tiny_sharded.adapt(sharded)
         tiny_sharded.train(sharded, processes, num_steps=1)
         after = tiny_sharded.num_resident_bytes(sharded) - tiny_sharded.num_adapter_bytes(sharded)
-        assert before <= after <= 1.01 * before  # torch pads what a process has less than the first: a row of a tensor
+        assert before <= after <= 1.02 * before  # torch pads what a process has less than the first: a row of a tensor
         assert all(layer.base.share is not None for layer in adapted_layers(sharded).values())
 
 

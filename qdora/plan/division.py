@@ -108,7 +108,7 @@ def division_of(
 def _layer_cuts(
     module: nn.Module, wanted: Quantization | None, dtype: torch.dtype, *, dense: str, masked: bool
 ) -> Counter[Cut]:
-    """The tensors of a layer as `ShardedBase` cuts them; with `wanted` None one dense tensor of the component `dense`."""
+    """The tensors of a layer as `ShardedBase` cuts them; without `wanted` one tensor of the component `dense`."""
     rows, columns = module.weight.shape  # type: ignore[misc]
     shape = (int(rows), int(columns))
     form: Any = torch.empty(shape, dtype=dtype, device="meta")
