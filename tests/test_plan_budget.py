@@ -16,12 +16,14 @@ from transformers import LlamaConfig
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.errors import UserError
 from qdora.model.build_model import Compute, find_model
-from qdora.plan import memory_plan, step_time
-from qdora.plan.plan_contents import MicroBatchShape
+from qdora.plan import budget, memory_plan, step_time
+from qdora.plan import plan_contents as parts
+from qdora.plan.plan_contents import MicroBatchShape, Plan
 from qdora.plan.plan_view import bar_text, plan_run
-from qdora.plan.workload import workload_of_data
+from qdora.plan.workload import assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import override
+from qdora.recipe.settings import Recipe
 from qdora.run import load_base
 from qdora.run.train import train_run
 from tests import tiny_run
@@ -63,11 +65,11 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
     compute = Compute(torch.device("cpu"), torch.float32)
 
     def within(free: int):  # type: ignore[no-untyped-def]
-        monkeypatch.setattr(memory_plan, "available_memory_bytes", lambda: free)
+        monkeypatch.setattr(budget, "available_memory_bytes", lambda: free)
         _, tokenizer = find_model(recipe)
         train, _ = read_data(recipe.data)
         mix = tokenized_mix(recipe, tokenizer, train)
-        return memory_plan.within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer))
+        return budget.within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer))
 
     changed, plan = within(10 * 2**30)
     assert changed == recipe
@@ -81,6 +83,33 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
     assert changed.train.optimizer == recipe.train.optimizer
     with pytest.raises(UserError, match="Fix: change, cheapest first"):
         within(plan.peak_bytes // 2)
+
+
+def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
+    """Eight blocks: divided among four, a process holds two, and three while they are gathered."""
+    tiny_run.write_model(tmp_path / "model", num_hidden_layers=8, tie_word_embeddings=False)
+    compute = Compute(torch.device("cpu"), torch.float32)
+
+    def within(num_bytes: int, num_processes: int = 4, **changes: Any) -> tuple[Recipe, Plan]:
+        given = tiny_run.recipe(tmp_path, memory__budget=f"{num_bytes}B", adapter__targets=["q_proj"], **changes)
+        found, plan = budget.within_budget(
+            given, compute, assumed_workload, num_processes=num_processes, here=num_processes
+        )
+        assert plan is not None
+        return found, plan
+
+    same, whole = within(2**30)
+    assert same.train.parallel == "auto"
+    changed, plan = within(whole.peak_bytes - 1)
+    assert changed.train.parallel == "shard"
+    assert plan.peak_bytes < whole.peak_bytes
+    assert parts.GATHERED in plan.components
+    assert within(plan.peak_bytes, train__parallel="shard")[1].fits
+    for refused in ({"train__parallel": "replicate"}, {"adapter__init": "loftq"}, {"num_processes": 1}):
+        with pytest.raises(UserError, match=r"memory\.budget"):
+            within(whole.peak_bytes - 1, **refused)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"memory\.budget"):
+        within(plan.peak_bytes - 1, train__parallel="shard")
 
 
 @pytest.mark.figures

@@ -154,7 +154,7 @@ def heads_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         head.register_forward_hook(lambda _m, _a, out: rows.append(out.shape[1]) if out.ndim == 3 else None)
         return real(head, *args, **kwargs)
 
-    monkeypatch.setattr(loop, "tapped", counting)
+    monkeypatch.setattr(output_head, "tapped", counting)
     return rows
 
 
@@ -163,7 +163,7 @@ def heads_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_adapters_get_the_gradient_of_the_full_logits(name: str, chunk: int | None) -> None:
     model, twin = adapted(KNOWN[name]()), adapted(KNOWN[name]())
     assert_equal_to_plain(model, twin, chunk, seeds=(0, 1))
-    assert loop._FORMS[model] is not None  # the chunked loss, not the way back
+    assert output_head._FORMS[model] is not None  # the chunked loss, not the way back
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -185,7 +185,7 @@ def test_what_is_learnt_from_a_models_first_batch(name: str, form: LogitForm, dt
     ids, mask, labels = batch()
     with torch.no_grad():
         loss = batch_loss(model, ids, mask, labels).nll_sum
-        assert loop._FORMS[model] == form
+        assert output_head._FORMS[model] == form
         expected = from_logits(model.float(), ids, mask, labels)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5 if dtype == torch.float32 else 0.02)
 
@@ -196,7 +196,7 @@ def test_an_adapted_head_gets_its_gradients_a_chunk_at_a_time(name: str) -> None
     for each in (model, twin):
         assert isinstance(each.get_output_embeddings(), AdaptedLinear)
     assert_equal_to_plain(model, twin, 4, seeds=(0, 1))
-    assert loop._FORMS[model] is not None
+    assert output_head._FORMS[model] is not None
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -214,7 +214,7 @@ def test_an_adapted_head_under_dropout_repeats_its_mask_in_the_backward_pass(mon
             monkeypatch.setattr(output_head, "checkpoint", lambda function, *args, use_reentrant: function(*args))
         torch.manual_seed(3)
         batch_loss(model, *batch(), chunk=4).nll_sum.backward()
-        assert loop._FORMS[model] is not None  # learnt through the mask
+        assert output_head._FORMS[model] is not None  # learnt through the mask
         gradients.append(model.lm_head.lora_A.grad)
     assert torch.equal(*gradients)
 
@@ -270,7 +270,7 @@ def test_the_first_batch_may_have_no_labels() -> None:
     empty.nll_sum.backward()
     assert float(empty.nll_sum.detach()) == 0.0
     assert empty.example_nll.tolist() == [0.0, 0.0, 0.0]
-    assert model not in loop._FORMS
+    assert model not in output_head._FORMS
     loss = batch_loss(model, ids, mask, labels)
     torch.testing.assert_close(loss.nll_sum, from_logits(model, ids, mask, labels), rtol=1e-5, atol=1e-5)
 
@@ -278,7 +278,7 @@ def test_the_first_batch_may_have_no_labels() -> None:
 def test_a_model_is_not_kept_alive() -> None:
     model = tiny.llama()
     batch_loss(model, *batch())
-    before = len(loop._FORMS)
+    before = len(output_head._FORMS)
     del model
     gc.collect()
-    assert len(loop._FORMS) < before
+    assert len(output_head._FORMS) < before

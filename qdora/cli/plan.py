@@ -22,22 +22,28 @@ def plan(
     device: Annotated[str, typer.Option(help="Device of the run, cuda or cpu; this machine need not have it.")] = (
         "cuda"
     ),
+    processes: Annotated[int, typer.Option(help="Cards of the run, one process each.", min=1)] = 1,
+    hosts: Annotated[int, typer.Option(help="Machines, which have equally many of these cards.", min=1)] = 1,
     figure: Annotated[Path | None, typer.Option(help="Draw the plan to this SVG file.")] = None,
 ) -> None:
     """Predict the memory and time of a run, and what it reads.
 
     No weights are loaded. If the data can be read, its examples and steps are counted. The exit code is 1 if the run
-    does not fit the budget.
+    does not fit the budget; with --processes, if it fits in no way.
     """
     from qdora.recipe.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
     if device not in ("cuda", "cpu"):
         raise UserError(not_one_of("--device", device, ("cuda", "cpu")))
+    if processes % hosts:
+        raise UserError(f"--hosts: must divide --processes, {processes}, got {hosts}.")
     kind = cast(Literal["cuda", "cpu"], device)
     from qdora.plan.plan_view import plan_run
 
-    found = plan_run(loaded, recipe, budget=budget, device_kind=kind, figure=figure)
+    found = plan_run(
+        loaded, recipe, budget=budget, device_kind=kind, figure=figure, num_processes=processes, num_hosts=hosts
+    )
     emit(found)
-    if found["memory"]["fits"] is False:
+    if all(each["fits"] is False for each in found.get("processes", [found["memory"]])):
         raise typer.Exit(FAILURE)

@@ -31,6 +31,7 @@ from qdora.model.trained_embeddings import (
     train_embeddings,
     trained_matrices,
 )
+from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.ops.kernel_choice import check_kernels
 from qdora.recipe.settings import Recipe
 
@@ -112,6 +113,13 @@ def adapt(
     new_tokens = token_ids(recipe, tokenizer)
     extend_vocabulary(model, new_tokens)
     put_adapters(model, recipe, adapter, new_tokens=new_tokens)
+    head = model.get_output_embeddings()
+    if isinstance(head, AdaptedLinear) and head.base.share is not None:
+        raise UserError(
+            f"adapter.targets: must not have the output head with train.parallel {recipe.train.parallel}: its loss "
+            "reads it in chunks, whose number differs between processes. Fix: leave it out, or set train.parallel: "
+            "replicate."
+        )
     if adapter is None:
         start_adapters(model, recipe, source)
     keep_inplace_outputs_(model)
@@ -148,8 +156,8 @@ def set_kept_scales_(model: PreTrainedModel, recipe: Recipe) -> None:
 
 
 def keeps_scales(recipe: Recipe) -> bool:
-    """Whether adapted layers keep decoded block scales: `memory.keep_scales`, unless the base is streamed."""
-    return recipe.memory.keep_scales and recipe.base.residency == "device"
+    """Whether adapted layers keep decoded scales: `memory.keep_scales`, unless the base is streamed or divided."""
+    return recipe.memory.keep_scales and recipe.base.residency == "device" and not recipe.train.divides_base
 
 
 def _check_same_rows(model: PreTrainedModel, recipe: Recipe, directory: Path, ids: tuple[int, ...] | None) -> None:

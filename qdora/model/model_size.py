@@ -38,7 +38,7 @@ def model_size(model: nn.Module) -> ModelSize:
     for module in model.modules():
         if is_linear(module) and module is not head:
             assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
-            packed = module.packed_weight if isinstance(module, FrozenLinear) else None
+            packed = module.packed_form if isinstance(module, FrozenLinear) else None
             count = module.out_features * module.in_features
             weights += count
             linear += _DENSE_BYTES * count if packed is None else packed.num_packed_bytes

@@ -261,16 +261,24 @@ class PrunedBase:
 
         Raises UserError for layers that the model does not have, or tensors that do not fit.
         """
-        base = self.base
-        missing = sorted(self.layers.keys() - load.layers)
-        if missing:
-            raise UserError(f"{base.directory}: {missing[0]} is not a layer that this model and recipe prune.")
-        place_all(replace(load, stored={name: item for name, item in load.stored.items() if name not in base.forms}))
+        place_all(replace(load, stored=self.others(load)))
         for path in self.layers:
-            weight, keep_bits = base.read(f"{path}.weight"), base.read(f"{path}.keep_bits")
-            assert isinstance(keep_bits, Tensor)
+            weight, keep_bits = self.read(path)
             moved = weight.to(load.compute_dtype) if isinstance(weight, Tensor) else weight
             place_frozen(load.model, path, moved.to(load.device), keep_bits.to(load.device))
+
+    def others(self, load: Loading) -> dict[str, Stored]:
+        """The stored tensors that are not of a pruned layer. Raises UserError for layers that the model lacks."""
+        missing = sorted(self.layers.keys() - load.layers)
+        if missing:
+            raise UserError(f"{self.base.directory}: {missing[0]} is not a layer that this model and recipe prune.")
+        return {name: item for name, item in load.stored.items() if name not in self.base.forms}
+
+    def read(self, path: str) -> tuple[Weight, Tensor]:
+        """A pruned layer as it is stored, and its mask. Raises UserError for tensors that do not fit."""
+        weight, keep_bits = self.base.read(f"{path}.weight"), self.base.read(f"{path}.keep_bits")
+        assert isinstance(keep_bits, Tensor)
+        return weight, keep_bits
 
 
 class CacheRecord(BaseModel):

@@ -61,7 +61,7 @@ class AdaptedLinear(nn.Module):
         keeps_scales: The base's block scales, decoded and times g, are made once for each state of the parameters, not
             for every product; the bits stay the same. They take 32 bits a block: half a bit a weight at blocks of 64.
             It saves a GPU three launches a product, and a CPU 1 to 5 % of a layer's time. A dense base, a streamed one,
-            a masked adapter and blocks that cross rows have nothing to keep.
+            one divided among processes, a masked adapter and blocks that cross rows have nothing to keep.
         keeps_copy: Training keeps a copy of the output for the gradient of the magnitude, because the model writes into
             the output (`model.inplace_outputs`).
         opaque: What the product's opaque operator takes, while a compiled block runs (`train.compiled_blocks`); else
@@ -106,7 +106,7 @@ class AdaptedLinear(nn.Module):
         self.has_cancelled: Tensor | None = None
         self.opaque: OpaqueOperands | None = None
         self._is_asked = False
-        device = base.stored_weight.device
+        device = base.device
         first = torch.empty(shape_a, dtype=torch.float32)
         if init == "gaussian":
             first.normal_(0.0, 0.01, generator=generator)
@@ -119,7 +119,7 @@ class AdaptedLinear(nn.Module):
         self.gate: nn.Parameter | None = None
         squared = None
         if kind == "dora":
-            squared = squared_row_norm(base.stored_weight).view(shape_m)
+            squared = base.squared_row_norm().view(shape_m)
             self.magnitude = nn.Parameter(squared.sqrt())
         # Not persistent: it follows from the base.
         self.register_buffer("base_squared", squared, persistent=False)
@@ -169,7 +169,8 @@ class AdaptedLinear(nn.Module):
         if self.masked:
             return None
         parameters = self._factors() if self.magnitude is None else (*self._factors(), self.magnitude)
-        dropout, keeps_scales = self._dropout, self.keeps_scales and not self.base.away
+        dropout = self._dropout
+        keeps_scales = self.keeps_scales and not self.base.away and self.base.share is None
 
         def made() -> Operands:
             self._dtype = dtype
@@ -267,6 +268,7 @@ class AdaptedLinear(nn.Module):
         settings = (dtype, self.scaling)
 
         def made() -> Gain:
+            self._dtype = dtype
             norm = self._cache.get(
                 "row_norm", self._factors(), settings, lambda: self._norm(*self._rounded_factors(dtype), dtype)
             )
@@ -347,7 +349,7 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
     """After `load_state_dict`, which may have loaded another base: compute anew what follows from it."""
     layer.parameters_changed()
     if layer.base_squared is not None:
-        layer.base_squared = squared_row_norm(layer.base.stored_weight).view_as(layer.base_squared)
+        layer.base_squared = layer.base.squared_row_norm().view_as(layer.base_squared)
 
 
 def prepare_decoding(layers: Iterable[AdaptedLinear]) -> bool:
@@ -405,10 +407,12 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
 
     Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
     one question serves all layers, or none is asked (`norms_checked_later`). Then the layers' `operands` are made.
-    Skipped are layers that have not run yet, whose parameters have not changed, or that are masked (a masked norm asks
-    nothing). The forward pass computes the rest. Returns how many norms were computed.
+    Skipped are layers that have not run yet, whose parameters have not changed, that are masked (a masked norm asks
+    nothing), or whose base is divided (`shared_norms`). The forward pass computes the rest. Returns how many norms were
+    computed.
     """
-    ready = [(layer, layer._dtype) for layer in layers if layer._dtype is not None]
+    known = [(layer, layer._dtype) for layer in layers if layer._dtype is not None]
+    ready = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
     count = _prepare_norms([(layer, dtype) for layer, dtype in ready if layer.kind == "dora"])
     for layer, dtype in ready:
         layer.operands(dtype)

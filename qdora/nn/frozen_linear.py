@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from qdora.nn.row_share import RowShare
+from qdora.ops.dora import squared_row_norm
 from qdora.ops.frozen_product import frozen_linear, product_dtype
 from qdora.ops.opaque_product import OpaqueWeight, opaque_frozen_linear
 from qdora.ops.packed import PackedWeight, from_tensors
@@ -34,7 +36,8 @@ class FrozenLinear(nn.Module):
     Attributes:
         keep_bits: `ops.sparsity.mask_bits` of the mask by which the weight was pruned (it is 0 where the mask is
             False); None for a weight that was not pruned.
-        residency: Brings the packed weight before it is read; None if it is always there.
+        residency: Brings the weight before it is read; None if it is always there.
+        share: What this process holds of a weight that is divided among processes; None for a weight that is not.
         opaque: What the product's opaque operator takes, while a compiled block runs (`train.compiled_blocks`); else
             None.
         replaces: Name of the class of the model's own layer.
@@ -47,6 +50,7 @@ class FrozenLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.block_size = 0
         self.residency: Residency | None = None
+        self.share: RowShare | None = None
         self.replaces = "Linear"
         self.opaque: OpaqueWeight | None = None
         self._packed: PackedWeight | None = None
@@ -58,6 +62,7 @@ class FrozenLinear(nn.Module):
                 self.register_buffer(name, tensor)
         else:
             self.kind = "dense"
+            self._names = ("weight",)
             self.register_buffer("weight", weight.detach())
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -71,10 +76,15 @@ class FrozenLinear(nn.Module):
     @property
     def packed_weight(self) -> PackedWeight | None:
         """The packed form, sharing memory with this layer, or None for a dense base."""
+        if self.kind != "dense" and self.residency is not None:
+            self.residency.use(self)
+        return self.packed_form
+
+    @property
+    def packed_form(self) -> PackedWeight | None:
+        """`packed_weight` without bringing it: its tensors may have no values."""
         if self.kind == "dense":
             return None
-        if self.residency is not None:
-            self.residency.use(self)
         tensors = {name: self.get_buffer(name) for name in self._names}
         # Kept, since a check of the tensors at every forward costs as much as a kernel.
         if self._packed is None or any(tensors[n] is not t for n, t in self._packed.tensors().items()):
@@ -92,8 +102,20 @@ class FrozenLinear(nn.Module):
         packed = self.packed_weight
         if packed is not None:
             return packed
+        if self.residency is not None:
+            self.residency.use(self)
         weight: Tensor = self.get_buffer("weight")
         return weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is when it is read."""
+        return self._buffers[self._names[0]].device  # type: ignore[union-attr]
+
+    def squared_row_norm(self) -> Tensor:
+        """||w||^2 of each row, (out,) float32 (float64 for a float64 weight). If the weight is divided among processes,
+        all must call this together."""
+        return squared_row_norm(self.stored_weight) if self.share is None else self.share.squared_row_norm()
 
     @property
     def wide_dtype(self) -> torch.dtype:

@@ -16,7 +16,8 @@ def is_plain_linear(module: nn.Module) -> bool:
     Of subclasses only their code is judged, by a trial. bitsandbytes' layers, routers and layers with a state of their
     own compute something else.
     """
-    kind: Any = type(module)  # mypy does not take a type of modules for hashable
+    # The class of a sharded module is one that torch has made from its own. mypy takes no type of modules for hashable.
+    kind: Any = next(each for each in type(module).__mro__ if not each.__module__.startswith("torch.distributed"))
     return isinstance(module, nn.Linear) and _computes_linear(kind)
 
 

@@ -224,7 +224,7 @@ def quantize(
     """
     if isinstance(weight, RowParts):
         joined = _quantize_parts(weight, kind, block_size, name)
-        return joined if kind == "int8" or not double_quant else _with_nested_scales(joined)
+        return joined if kind == "int8" or not double_quant else with_nested_scales(joined)
     if kind == MXFP4:
         raise ValueError(f"{name}: mxfp4 is only read from checkpoints that hold it.")
     if weight.ndim != 2 or not weight.dtype.is_floating_point:
@@ -236,7 +236,7 @@ def quantize(
     four_bits = cast(Kind, kind)
     packed, absmax = blockwise.quantize_4bit(weight, kind, block_size, name=name)
     plain = PackedWeight(four_bits, shape, block_size, packed, absmax)
-    return _with_nested_scales(plain) if double_quant else plain
+    return with_nested_scales(plain) if double_quant else plain
 
 
 def _quantize_parts(weight: RowParts, kind: str, block_size: int, name: str) -> PackedWeight:
@@ -255,9 +255,9 @@ def _quantize_parts(weight: RowParts, kind: str, block_size: int, name: str) -> 
     return joined
 
 
-def _with_nested_scales(plain: PackedWeight) -> PackedWeight:
-    """The same weight with double quantised scales."""
-    code = codebooks.dynamic_map(plain.device)
+def with_nested_scales(plain: PackedWeight) -> PackedWeight:
+    """The same weight with double quantised scales; of `plain` only the block scales are read."""
+    code = codebooks.dynamic_map(plain.absmax.device)
     codes, nested_absmax, offset = blockwise.quantize_scales(plain.absmax, code, NESTED_BLOCK_SIZE)
     nested = NestedScales(nested_absmax, code, offset)
     return PackedWeight(plain.kind, plain.shape, plain.block_size, plain.packed, codes, nested=nested)

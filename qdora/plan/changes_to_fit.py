@@ -85,7 +85,8 @@ def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Override
     """Overrides that may need less memory, each valid by itself: neutral ones, and others."""
     train, base, adapter, memory, data = recipe.train, recipe.base, recipe.adapter, recipe.memory, recipe.data
     asked, chunk, on_gpu = micro_batch_tokens(recipe), memory.loss_chunk, device_kind == "cuda"
-    trains_embedding = adapter.kind == "full" or (bool(adapter.also_train) and adapter.also_train_rows == "all")
+    keeps_embedding = adapter.kind == "full" or (bool(adapter.also_train) and adapter.also_train_rows == "all")
+    keeps_embedding |= train.divides_base
     recompute = () if memory.checkpointing else ("memory.checkpointing=true",)
     neutral: list[tuple[bool, _Overrides]] = [
         (tokens < asked and tokens <= (train.tokens_per_step or tokens), (f"train.micro_batch_tokens={tokens}",))
@@ -96,7 +97,7 @@ def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Override
         (chunk == "auto" or chunk > 64, ("memory.loss_chunk=64",)),
         (not memory.checkpointing, recompute),
         (on_gpu and not memory.offload_activations, (*recompute, "memory.offload_activations=true")),
-        (on_gpu and not memory.host_embeddings and not trains_embedding, ("memory.host_embeddings=true",)),
+        (on_gpu and not memory.host_embeddings and not keeps_embedding, ("memory.host_embeddings=true",)),
     ]
     trains_adapter, short = adapter.kind in ("lora", "dora"), data.max_length // 2
     fewer = () if train.micro_batch_tokens == "auto" else (f"train.micro_batch_tokens={short}",)

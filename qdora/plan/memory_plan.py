@@ -1,7 +1,7 @@
 """The memory plan of a recipe, from the config of its model: no weights are loaded and no GPU is needed.
 
-`plan` predicts what a run needs and proposes changes if that is over the budget; `within_budget` refuses or changes a
-run before anything is loaded. A plan runs one step of the model on fake tensors (`fake_step`) and counts live bytes.
+`plan` predicts what a run needs and proposes changes if that is over the budget (`budget` refuses or changes a run). A
+plan runs one step of the model on fake tensors (`fake_step`) and counts live bytes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qdora.errors import HubFailure, UserError
-from qdora.files.environment import available_memory_bytes, cpu_has_bfloat16
+from qdora.errors import HubFailure
+from qdora.files.environment import cpu_has_bfloat16
 from qdora.memory.host_residency import Piece, check_host_embedding, obstacle, pinned_bytes
 from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.adapter_file import AdapterDescription, describe_adapter
 from qdora.model.build_model import (
     DTYPES,
-    Compute,
     find_source,
     keeps_scales,
     put_adapters,
@@ -49,9 +48,10 @@ from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, keep_blocks_, signature
 from qdora.plan.changes_to_fit import with_changes
 from qdora.plan.chunked_scan import short_scans
+from qdora.plan.division import divided, division_of
 from qdora.plan.fake_step import StepRecorder, empty_model, fill_, ranks_of_adapter, set_unmasked_, update_bytes
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment, Plan, over_budget
+from qdora.plan.plan_contents import DeviceKind, Division, MicroBatchShape, Moment, Plan
 from qdora.plan.public_shapes import PublicShape, public_shapes
 from qdora.plan.step_time import Work, known_rates, step_seconds
 from qdora.plan.workload import Workload, assumed_workload
@@ -110,9 +110,15 @@ def _stored_shape(recipe: Recipe) -> PublicShape | None:
 
 
 def planned(
-    recipe: Recipe, budget: int | None, config: PreTrainedConfig | None, device_kind: DeviceKind, workload: Workload
+    recipe: Recipe,
+    budget: int | None,
+    config: PreTrainedConfig | None,
+    device_kind: DeviceKind,
+    workload: Workload,
+    num_sharing: int = 1,
 ) -> tuple[Recipe, Plan]:
-    """The recipe with the neutral changes that it needs to fit, and its `plan`."""
+    """The recipe with the neutral changes that it needs to fit, and its `plan`, where so many processes divide the
+    base."""
     source = local_source(recipe.model.source)
     if config is None:
         source = find_source(recipe, weights=False)
@@ -127,7 +133,7 @@ def planned(
         return [_StepPlan(changed, known, shape, count) for shape in shapes]
 
     def plan_of(changed: Recipe) -> Plan:
-        plans = [each.plan() for each in step_plans(changed)]
+        plans = [divided(each.plan(), num_sharing) for each in step_plans(changed)]
         # Of the slowest shape: with less memory another shape has the peak, and the times would not compare.
         seconds = max((each.step_seconds for each in plans if each.step_seconds is not None), default=None)
         most = max(plans, key=lambda each: each.peak_bytes)
@@ -136,7 +142,8 @@ def planned(
     def with_even_routing(found: Plan) -> Plan:
         if not stacks(known.model(torch.bfloat16, recipe.model.attention)):
             return found
-        even = _StepPlan(recipe, known, found.shape, found.num_micro_batches, routing="even").plan()
+        step = _StepPlan(recipe, known, found.shape, found.num_micro_batches, routing="even")
+        even = divided(step.plan(), num_sharing)
         most = max(found, even, key=lambda each: each.peak_bytes)
         seconds = found.step_seconds
         return replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even.peak_bytes)
@@ -146,41 +153,6 @@ def planned(
 
     first = with_even_routing(plan_of(recipe))
     return (recipe, first) if first.fits is not False else with_changes(recipe, first, plan_of, seconds_of)
-
-
-def within_budget(
-    recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False
-) -> tuple[Recipe, Plan | None]:
-    """Check a run against `memory.budget`; returns the recipe, and its plan (None without a budget).
-
-    With budget auto the recipe has the neutral changes that it needs to fit. Over the budget: a warning with `force`,
-    else UserError, which says what to change.
-    """
-    asked = recipe.memory.budget
-    if asked is None:
-        return recipe, None
-    budget = free_bytes(compute.device) if asked == "auto" else parse_size(asked)
-    changed, plan = planned(recipe, budget, None, "cuda" if compute.device.type == "cuda" else "cpu", workload)
-    if plan.fits:
-        return recipe, plan
-    if asked == "auto" and any(change.neutral and change.peak_bytes <= budget for change in plan.changes):
-        for change in plan.changes:
-            logger.info("memory.budget auto: %s.", change.setting)
-        return changed, plan
-    if not force:
-        raise UserError(over_budget(plan))
-    logger.warning("%s", over_budget(plan))
-    return recipe, plan
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free bytes of a device; UserError if the system does not say what is free."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    available = available_memory_bytes()
-    if available is None:
-        raise UserError("memory.budget: must be a size, since this system does not say what is free, got 'auto'.")
-    return available
 
 
 _Step = tuple[list[Moment], _Shapes]
@@ -289,7 +261,15 @@ class _StepPlan:
             num_weights=weights,
             step_seconds=self.seconds(num_trainable) if shapes else None,
             rates=asdict(known_rates(self.device_kind)),
+            division=self._division(skeleton, num_trainable),
         )
+
+    def _division(self, skeleton: PreTrainedModel, num_trainable: int) -> Division | None:
+        """What several processes could divide."""
+        seconds = self._work(num_trainable).block_seconds(self.shape, known_rates(self.device_kind))
+        pruned = self.recipe.base.prune is not None
+        with _quiet():
+            return division_of(skeleton, self._wanted, self.dtype, pruned=pruned, forward_seconds=seconds)
 
     def _step(self) -> _Step:
         """Run a step, unless one was run already that needs the same of everything."""
@@ -356,6 +336,10 @@ class _StepPlan:
 
     def seconds(self, num_trainable: int) -> float:
         """Predicted time of a step with this many trainable parameters."""
+        rates = known_rates(self.device_kind)
+        return step_seconds(self._work(num_trainable), self.shape, self.num_micro_batches, rates)
+
+    def _work(self, num_trainable: int) -> Work:
         skeleton: Any = self.skeleton
         found, streamed = block_list(skeleton), self._streamed(skeleton)
         blocks = skeleton if found is None else found[1]
@@ -368,7 +352,7 @@ class _StepPlan:
             met += size * (top_k / each.num_experts if isinstance(each, ExpertLinear) else 1.0)
         heads = getattr(config, "num_attention_heads", 1)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        work = Work(
+        return Work(
             num_linear=linear,
             share_met=met / max(linear, 1),
             num_head=config.vocab_size * config.hidden_size,
@@ -383,7 +367,6 @@ class _StepPlan:
             block_bytes=0 if streamed is None else streamed.block_bytes,
             row_bytes=config.hidden_size * self.dtype.itemsize if self._embedding_bytes(skeleton) else 0,
         )
-        return step_seconds(work, self.shape, self.num_micro_batches, known_rates(self.device_kind))
 
     def _moments(self, kept: list[int] | None) -> _Step:
         """Moments of a step of the model with the blocks `kept`, and the shapes of its trainable parameters."""

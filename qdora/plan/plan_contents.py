@@ -30,11 +30,12 @@ BACKWARD = "workspace of a block"  # tensors of the backward pass of one block, 
 LOSS = "logits and loss"  # one chunk of logits, and the gradient of the hidden states
 UPDATE = "workspace of the update"  # parameters of a group in float32 while they are updated
 STREAMING = "streaming slots"  # slots of the streamed blocks
+GATHERED = "gathered blocks"  # blocks of a divided base that are whole, and what they are gathered into
 CONTEXT = "context and libraries"  # memory of the process before the first tensor: a constant
 SLACK = "allocator slack"  # rounding and fragmentation of the allocator: a constant share
 OTHER = "other"  # ids, masks, positions
 COMPONENTS: tuple[str, ...] = (BASE, SCALES, MASKS, DENSE, ADAPTERS, OPTIMIZER, GRADIENTS, CHECKPOINTS, FORWARD)
-COMPONENTS += (BACKWARD, LOSS, UPDATE, STREAMING, CONTEXT, SLACK, OTHER)
+COMPONENTS += (BACKWARD, LOSS, UPDATE, STREAMING, GATHERED, CONTEXT, SLACK, OTHER)
 
 CONTEXT_BYTES: Mapping[DeviceKind, int] = {"cuda": 600 * MIB, "cpu": 600 * MIB}
 """cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: the interpreter
@@ -103,6 +104,37 @@ class Change:
     neutral: bool
 
 
+Cut = tuple[str, int, int]
+"""Component, length of the dimension that is cut, and bytes of one of its entries."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """The tensors of a base that processes divide, and how long a block computes in a forward pass.
+
+    Attributes:
+        cuts: How many tensors there are of each shape.
+        block_bytes, blocks_bytes: Bytes gathered for the largest block, and for all of them.
+        table_bytes, head_bytes: Bytes of the embeddings and of the head; a tied one counts as head.
+        tied: Whether the head is held from the embedding on.
+    """
+
+    cuts: Mapping[Cut, int]
+    block_bytes: int
+    blocks_bytes: int
+    table_bytes: int
+    head_bytes: int
+    tied: bool
+    forward_seconds: float = 0.0
+
+    def held(self, size: int) -> dict[str, int]:
+        """Component -> bytes that each of `size` processes holds: as much as the first, since torch pads the others."""
+        found: dict[str, int] = {}
+        for (component, length, num_bytes), count in self.cuts.items():
+            found[component] = found.get(component, 0) + count * -(-length // size) * num_bytes
+        return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Memory and time that a run needs.
@@ -117,6 +149,7 @@ class Plan:
         changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
         even_routing_bytes: For a mixture of experts, the peak if tokens divide evenly among them; in the plan itself
             nearly all tokens choose the same ones. None for other models.
+        division: The tensors that several processes could divide; None for a model without a list of blocks.
         stored_shape: Where the shape of the model was read, if it is one of `public_shapes`; None: from its own config.
     """
 
@@ -138,6 +171,7 @@ class Plan:
     changes: Sequence[Change] = ()
     even_routing_bytes: int | None = None
     stored_shape: str | None = None
+    division: Division | None = None
 
     @property
     def peak(self) -> Moment:

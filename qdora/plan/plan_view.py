@@ -18,6 +18,7 @@ from qdora.files.console import consoles
 from qdora.files.run_directory import PLAN_FILE, RunDirectory
 from qdora.files.svg_figure import svg_file
 from qdora.model.build_model import find_model
+from qdora.plan.division import all_on_device, process_lines, process_plans
 from qdora.plan.memory_plan import plan
 from qdora.plan.plan_contents import CONTEXT, GIB, SLACK, DeviceKind, Plan
 from qdora.plan.workload import Workload, assumed_workload, workload_of_data
@@ -39,6 +40,8 @@ def plan_run(
     device_kind: DeviceKind = "cuda",
     figure: Path | None = None,
     console: Console | None = None,
+    num_processes: int = 1,
+    num_hosts: int = 1,
 ) -> dict[str, Any]:
     """Read and tokenise the data, count what the run takes from each source, and plan the memory of a step.
 
@@ -47,8 +50,10 @@ def plan_run(
     Args:
         where: Name of the recipe in error lines.
         budget: A size such as 40GiB (default: that of the recipe).
+        num_processes, num_hosts: Cards of the run, and machines that have equally many of them.
     Returns:
-        "memory" as `Plan.to_dict`, and "mix" as in mix.json of a run, or null without a tokenizer or the Hub.
+        "memory" as `Plan.to_dict`, of one card; with several "processes", a `ProcessPlan.to_dict` for each way; and
+        "mix" as in mix.json of a run, or null without a tokenizer or the Hub.
     Raises UserError if the budget is not a size, or `train_run` would refuse the data or the config of the model.
     """
     _, results = consoles(console)
@@ -67,11 +72,19 @@ def plan_run(
         for text in build_data.mix_warnings(mix):
             logger.warning(text)
     assumed += _after_gates(recipe, device_kind, workload)
-    found = replace(plan(recipe, limit, device_kind=device_kind, workload=workload), assumptions=assumed)
+    planning: dict[str, Any] = {"device_kind": device_kind, "workload": workload}
+    found = replace(plan(recipe, limit, **planning), assumptions=assumed)
     show_plan(results, found)
     if figure is not None:
         draw_plan(found, figure)
-    return {"mix": None if mix is None else mix.to_dict(), "memory": found.to_dict()}
+    document: dict[str, Any] = {"mix": None if mix is None else mix.to_dict(), "memory": found.to_dict()}
+    if num_processes > 1:
+        resident = plan(all_on_device(recipe), limit, **planning) if recipe != all_on_device(recipe) else found
+        ways = process_plans(found, resident, num_processes, num_hosts)
+        for line in process_lines(ways, num_processes, num_hosts):
+            results.print(line, markup=False, highlight=False, soft_wrap=True)
+        document["processes"] = [each.to_dict() for each in ways]
+    return document
 
 
 def _workload(recipe: Recipe) -> tuple[build_data.MixPlan | None, Workload, list[str]]:

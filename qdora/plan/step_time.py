@@ -157,6 +157,11 @@ class Work:
     share_met: float = 1.0
     head_chunk: int | None = None
 
+    def block_seconds(self, shape: MicroBatchShape, rates: Rates) -> float:
+        """Seconds of the forward pass of a block, without attention."""
+        products = 2.0 * shape.num_tokens * self.num_linear * self.share_met / rates.flops
+        return (products + BYTES_PER_DEQUANTISED * self.num_linear / rates.bytes) / max(self.num_blocks, 1)
+
 
 def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rates: Rates) -> float:
     """Predicted time of an optimizer step.
@@ -178,9 +183,7 @@ def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rat
     update = 30.0 * work.num_trainable / rates.bytes
     seconds = flops / rates.flops + num_bytes / rates.bytes + _head_seconds(work, shape.num_labels, rates)
     if work.num_streamed:
-        forward = 2.0 * tokens * work.num_linear * work.share_met / rates.flops
-        forward += BYTES_PER_DEQUANTISED * work.num_linear / rates.bytes
-        forward, streamed = forward / work.num_blocks, interleaved(work.num_blocks, work.num_streamed)
+        forward, streamed = work.block_seconds(shape, rates), interleaved(work.num_blocks, work.num_streamed)
         copy = work.block_bytes / rates.copied
         seconds += simulated_step(work.num_blocks, streamed, copy, forward, 2 * forward).waiting_seconds
     seconds += tokens * work.row_bytes / rates.copied

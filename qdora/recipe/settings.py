@@ -380,6 +380,7 @@ class Recipe(Section):
         yield from self._embedding_faults()
         yield from self._data_faults()
         yield from self._eval_faults()
+        yield from self._parallel_faults()
         if len(set(self.trackers)) != len(self.trackers):
             yield "trackers", f"must name each tracker once, got {list(self.trackers)}."
 
@@ -481,6 +482,22 @@ class Recipe(Section):
         micro, longest = self.train.micro_batch_tokens, self.data.max_length
         if isinstance(micro, int) and micro < longest:
             yield "train.micro_batch_tokens", f"must be at least data.max_length ({longest}), got {micro}."
+
+    def _parallel_faults(self) -> Iterator[Fault]:
+        """What does not work with a base that is divided among processes."""
+        if not self.train.divides_base:
+            return
+        refused = {
+            "adapter.kind full, which trains the whole base": self.adapter.kind == "full",
+            "adapter.also_train, which trains whole matrices": bool(self.adapter.also_train),
+            "adapter.init loftq, which reads whole weights": self.adapter.init == "loftq",
+            f"base.residency {self.base.residency}": self.base.residency != "device",
+            "memory.host_embeddings, since each process holds a part of them": self.memory.host_embeddings,
+            "train.compile, whose blocks read whole weights": self.train.compile,
+        }
+        for why, found in refused.items():
+            if found:
+                yield "train.parallel", f"must be auto or replicate with {why}, got {self.train.parallel}."
 
     def _eval_faults(self) -> Iterator[Fault]:
         names = [source.label for source in self.data.mix]

@@ -55,6 +55,11 @@ class TrainConfig(Section):
     micro_batch_tokens: AutoTokens = "auto"
     """Tokens, with padding, in one forward pass; a step accumulates as many passes as it needs. auto: 2,048, or
     data.max_length if that is larger."""
+    parallel: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
+    """How several processes hold the frozen base (torchrun or accelerate launch). replicate: each all of it. shard:
+    each its rows, and a block is gathered while it computes. hybrid: shard among the processes of a machine, replicate
+    across machines. auto: shard if memory.budget is set and the base fits divided but not whole, else replicate. One
+    process holds all of it in any case. See the guide memory."""
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"] = "paged_adamw_8bit"
     """AdamW, or Lion (arXiv 2302.06675; needs an lr 3 to 10 times smaller), with 8-bit or 32-bit states. paged: on CUDA
     the states can move to host memory (QLoRA, arXiv 2305.14314, sec. 3). Magnitudes always have 32-bit states."""
@@ -90,6 +95,11 @@ class TrainConfig(Section):
     """Steps between checkpoints (null: only at the end, on an interrupt and at a failed step)."""
     keep_checkpoints: Whole = 2
     """Checkpoints to keep on disk. Older ones are removed, except the best one (eval.best_by)."""
+
+    @property
+    def divides_base(self) -> bool:
+        """Whether several processes divide the base."""
+        return self.parallel in ("shard", "hybrid")
 
     def unused(self) -> dict[str, str]:
         found = {"eps": f"train.optimizer {self.optimizer} has none"} if "lion" in self.optimizer else {}

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from qdora.errors import UserError
@@ -17,9 +18,10 @@ from qdora.files.run_directory import RunDirectory
 from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.disk_residency import DiskResidency
 from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
+from qdora.memory.sharded_base import ShardedBase
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.load import Placer, Quantization, load_model
-from qdora.model.packed_base import BaseCache
+from qdora.model.packed_base import BaseCache, PrunedBase
 from qdora.model.source import ModelSource
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import free_host_bytes
@@ -36,6 +38,7 @@ def load_base(
     progress: Callable[[int, int], None] | None = None,
     *,
     placer: Placer | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> PreTrainedModel:
     """The frozen base of the recipe; for full fine-tuning every parameter is trainable.
 
@@ -43,12 +46,16 @@ def load_base(
         recipe, source, compute: What to load, from where, and where to.
         progress: Called with (tensors done, tensors in all).
         placer: Prunes the base or reads a pruned one (run/pruned_base.py). Required exactly with base.prune.
+        mesh: The processes that divide the base, as in `ShardedBase`; None: all of it is in this process.
     Raises:
         UserError: This machine lacks the GPU, or what `load_model` refuses.
     """
     assert (recipe.base.prune is None) == (placer is None), "run/pruned_base.py loads a pruned base"
-    base, cache = recipe.base, _cache(recipe, compute, progress)
-    if base.residency == "host" and base.quant != "none":
+    base, cache = recipe.base, _cache(recipe, compute, progress, mapped=mesh is not None)
+    if mesh is not None:
+        assert placer is None or isinstance(placer, PrunedBase), "a base is pruned whole"
+        placer = ShardedBase(mesh, placer, cache)
+    elif base.residency == "host" and base.quant != "none":
         if compute.device.type != "cuda":
             raise UserError(NO_GPU)
         placer = HostResidency(base.streamed_blocks, free_bytes=free_host_bytes)
@@ -80,7 +87,9 @@ def load_base(
     return model
 
 
-def _cache(recipe: Recipe, compute: Compute, progress: Callable[[int, int], None] | None) -> BaseCache | None:
+def _cache(
+    recipe: Recipe, compute: Compute, progress: Callable[[int, int], None] | None, *, mapped: bool
+) -> BaseCache | None:
     """The reader of the packed base on disk; None if the recipe keeps none there."""
     base = recipe.base
     on_disk = base.residency == "disk"
@@ -88,7 +97,7 @@ def _cache(recipe: Recipe, compute: Compute, progress: Callable[[int, int], None
         return None
     root = cache_folder("bases") if base.cache in (None, "auto") else user_path(base.cache)
     wanted = Quantization(base.quant, base.block_size, base.double_quant, base.skip)
-    return BaseCache(root, wanted, compute.device, mapped=on_disk, progress=progress)
+    return BaseCache(root, wanted, compute.device, mapped=mapped or on_disk, progress=progress)
 
 
 FILE = "residency.json"

@@ -38,7 +38,7 @@ from qdora.files.run_directory import RunDirectory, chat_date_of, unharmed
 from qdora.model.build_model import Compute, choose_compute, find_model, find_source, token_ids
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
-from qdora.plan.memory_plan import within_budget
+from qdora.plan.budget import within_budget
 from qdora.plan.plan_contents import Plan
 from qdora.plan.plan_view import keep_plan, show_plan
 from qdora.plan.workload import workload_of_data
@@ -110,7 +110,9 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     mix_plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
     _check(recipe, compute, validation, num_steps, loader)
-    applied, memory_plan = within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer), force=force)
+    workload = workload_of_data(recipe, mix, tokenizer)
+    counts = {"num_processes": processes.size, "here": processes.num_here}
+    applied, memory_plan = within_budget(recipe, compute, workload, force=force, **counts)
     if memory_plan is not None:
         source = find_source(applied)
         loader.micro_batch_tokens = micro_batch_tokens(applied)

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from qdora.files.atomic import atomic_directory
@@ -26,7 +27,7 @@ from qdora.model.source import ModelSource
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base
 from qdora.run.prepare import PreparedRun
-from qdora.train.distributed import Processes
+from qdora.train.distributed import Processes, mesh_of
 
 logger = logging.getLogger("qdora")
 
@@ -75,9 +76,11 @@ def load_pruned_base(
     compute: Compute,
     directory: Path,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    mesh: DeviceMesh | None = None,
 ) -> PreTrainedModel:
-    """The base as `compress_base` wrote it. Raises as `load_model` and `PrunedBase`."""
-    return load_base(recipe, source, compute, progress, placer=PrunedBase(directory))
+    """The base as `compress_base` wrote it, divided as in `load_base`. Raises as `load_model` and `PrunedBase`."""
+    return load_base(recipe, source, compute, progress, placer=PrunedBase(directory), mesh=mesh)
 
 
 def base_of_run(
@@ -94,9 +97,10 @@ def base_of_run(
     With `shared` it is pruned once for all runs with the same key. Each run has the files in its own directory.
     """
     recipe, source, compute = prepared.recipe, prepared.source, prepared.compute
+    mesh = mesh_of(processes, compute.device, recipe.train.parallel)
     if recipe.base.prune is None:
         with bar(console, "loading the base") as progress:
-            return load_base(recipe, source, compute, progress)
+            return load_base(recipe, source, compute, progress, mesh=mesh)
     directory = run.inside(FOLDER)
 
     def compress() -> None:
@@ -117,7 +121,7 @@ def base_of_run(
 
     processes.first(compress)
     with bar(console, "loading the pruned base") as progress:
-        return load_pruned_base(recipe, source, compute, directory, progress)
+        return load_pruned_base(recipe, source, compute, directory, progress, mesh=mesh)
 
 
 def compression_key(recipe: Recipe, source: ModelSource, compute: Compute, calibration: Tensor | None) -> str:

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from transformers import PreTrainedModel
 
+from qdora.data.batching import PackedLayout
 from qdora.data.build_data import MixPlan, mix_warnings
 from qdora.data.chat_template import chat_settings
 from qdora.data.encode_chats import MAY_NOT_STOP
@@ -18,13 +20,16 @@ from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
 from qdora.files.json_file import read_json_object
-from qdora.files.run_directory import RunDirectory
+from qdora.files.run_directory import RunDirectory, unharmed
 from qdora.recipe.data_settings import DataConfig
+from qdora.train.distributed import Processes
+from qdora.train.packed_attention import packed_layout
+from qdora.train.shard_check import check_division
 
 logger = logging.getLogger("qdora")
 
 CHECKS_FILE = "checks.json"
-_DATA, PACKING, GRADIENTS = "data", "packing", "gradients"
+_DATA, PACKING, DIVISION, GRADIENTS = "data", "packing", "division", "gradients"
 _AT_A_TIME = 4096
 _NEAR = 4
 """A stop token among the last tokens of an answer ends it: some templates write a line end behind it."""
@@ -57,7 +62,7 @@ def tell_checks(run: RunDirectory, found: Mapping[str, Sequence[Check]]) -> None
             logger.info("Checked: %s", each.text)
     told = {group: [asdict(each) for each in checks] for group, checks in found.items()}
     now = _kept(run) | told
-    run.write_json(CHECKS_FILE, {group: now[group] for group in (_DATA, PACKING, GRADIENTS) if group in now})
+    run.write_json(CHECKS_FILE, {group: now[group] for group in (_DATA, PACKING, DIVISION, GRADIENTS) if group in now})
 
 
 def begin_checks(run: RunDirectory, data: Sequence[Check], *, trains: bool) -> None:
@@ -65,6 +70,19 @@ def begin_checks(run: RunDirectory, data: Sequence[Check], *, trains: bool) -> N
     unknown = [asdict(Check("open", "whether every trainable tensor gets a gradient: known after 3 updates."))]
     run.write_json(CHECKS_FILE, {GRADIENTS: _kept(run).get(GRADIENTS, unknown)} if trains else {})
     tell_checks(run, {_DATA: data})
+
+
+def check_model(model: PreTrainedModel, run: RunDirectory, processes: Processes, *, packs: bool) -> PackedLayout | None:
+    """Tell how the model's attention takes packed examples, after a trial that they stay apart, and that a divided base
+    is the whole one; returns the layout of micro-batches. All processes call this."""
+    layout, text = packed_layout(model) if packs else (None, "examples are not packed: none shares a row with another.")
+    found = {PACKING: [Check("passed", text)]}
+    divided = check_division(model, processes)
+    if divided is not None:
+        found[DIVISION] = [Check("passed", divided)]
+    with unharmed(CHECKS_FILE):
+        processes.first(lambda: tell_checks(run, found))
+    return layout
 
 
 def _kept(run: RunDirectory) -> dict[str, Any]:

@@ -28,7 +28,7 @@ BEST_FILE = "best.json"
 
 
 class StepEvaluations:
-    """Evaluates a run, in its first process.
+    """Evaluates a run, in its first process, or where the processes divide the base in all of them.
 
     Args:
         active: The run.
@@ -58,7 +58,7 @@ class StepEvaluations:
             )
         self.results[label] = result
         file = active.directory.evaluation_file(step)
-        active.directory.write_json(f"eval/{file.name}", result.to_dict(per_example=True))
+        self._keep(f"eval/{file.name}", result.to_dict(per_example=True))
         metrics = {task: asdict(numbers) for task, numbers in result.tasks.items()}
         seconds = {"evaluation_seconds": result.settings["seconds"]}
         if active.recipe.eval.method == "generate":
@@ -82,9 +82,14 @@ class StepEvaluations:
         active, limit = self.active, self.active.recipe.eval.limit
         with suite_bar(active.console, f"answers, step {step}") as progress:
             result = evaluate_generated(active.model, active.tokenizer, self.examples, limit=limit, progress=progress)
-        active.directory.write_json(f"eval/step-{step}-generated.json", result.to_dict(per_example=True))
+        self._keep(f"eval/step-{step}-generated.json", result.to_dict(per_example=True))
         self.generated = {f"step {step}": result}
         return result
+
+    def _keep(self, name: str, values: dict[str, Any]) -> None:
+        """Write a file of the run, from its first process."""
+        if self.active.processes.is_first:
+            self.active.directory.write_json(name, values)
 
 
 def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:

@@ -76,7 +76,8 @@ def probe_hook(
     examples: Tokenised,
     write: Callable[[dict[str, Any]], None],
 ) -> Callable[[int], None]:
-    """A function for the loop: after a step the first process measures, and all processes call `write`."""
+    """A function for the loop: after a step the first process measures (all, if they divide the base), and all
+    processes call `write`."""
     loader, chunk = active.loader, active.recipe.memory.loss_chunk
 
     def batches(examples: Sequence[TokenizedExample]) -> list[MicroBatch]:
@@ -94,7 +95,7 @@ def probe_hook(
         return {"interference": found, "time": {"interference_seconds": found.pop("seconds")}}
 
     def probe(step: int) -> None:
-        write({"step": step, **(active.processes.first(report) or {})})
+        write({"step": step, **(active.processes.first_or_all(report) or {})})
 
     return probe
 

@@ -8,29 +8,27 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from qdora.errors import Interrupted
 from qdora.files.atomic import disk_failures
 from qdora.files.console import consoles
-from qdora.files.run_directory import Checkpoint, RunDirectory, failures_logged, log_to, only_process, unharmed
+from qdora.files.run_directory import Checkpoint, failures_logged, log_to, only_process
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import adapt
 from qdora.model.inplace_outputs import weights_unread
 from qdora.recipe.settings import Recipe
 from qdora.run.active_run import ActiveRun
 from qdora.run.open_directory import newest_checkpoint, open_directory
-from qdora.run.prepare import PreparedRun, prepare, show_plans
+from qdora.run.prepare import prepare, show_plans
 from qdora.run.pruned_base import SharedBases, base_of_run
 from qdora.run.run_page import leave_page
-from qdora.run.start_checks import CHECKS_FILE, PACKING, Check, tell_checks
+from qdora.run.start_checks import check_model
 from qdora.run.trainer import Trainer
 from qdora.train.compiled_blocks import compiled_blocks
-from qdora.train.distributed import Processes, processes_of_launch, seed_of
+from qdora.train.distributed import processes_of_launch, seed_of
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import fit
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.packed_attention import packed_layout
 from qdora.train.progress import TrainingProgress
 from qdora.train.task_weights import task_weights
 
@@ -68,6 +66,7 @@ def train_run(
         progress, results = consoles(console if processes.is_first else Console(quiet=True))
         keep_freed_memory()
         prepared = prepare(recipe, directory, processes, where=where, force=force)
+        processes = processes.dividing(prepared.recipe.train.divides_base)
         processes.first(lambda: stack.enter_context(only_process(directory, resume=resume)))
         run = open_directory(prepared, directory, processes, resume=resume)
         if processes.is_first:
@@ -80,7 +79,7 @@ def train_run(
         stack.enter_context(weights_unread(model))
         adapter = None if checkpoint is None else checkpoint.path / "adapter"
         adapt(model, prepared.recipe, prepared.source, prepared.tokenizer, adapter=adapter)
-        _choose_packing(model, prepared, run, processes)
+        prepared.loader.packed = check_model(model, run, processes, packs=prepared.recipe.data.packing)
         if prepared.recipe.train.compile:
             stack.enter_context(compiled_blocks(model))
         active = ActiveRun(
@@ -94,15 +93,6 @@ def train_run(
             console=progress,
         )
         return _train(Trainer(active, prepared.validation), checkpoint, results)
-
-
-def _choose_packing(model: PreTrainedModel, prepared: PreparedRun, run: RunDirectory, processes: Processes) -> None:
-    """Pack as the model's attention takes it, after a trial that examples stay apart, and tell that."""
-    text = "examples are not packed: none shares a row with another."
-    if prepared.recipe.data.packing:
-        prepared.loader.packed, text = packed_layout(model)
-    with unharmed(CHECKS_FILE):
-        processes.first(lambda: tell_checks(run, {PACKING: [Check("passed", text)]}))
 
 
 def _train(trainer: Trainer, checkpoint: Checkpoint | None, results: Console) -> dict[str, Any]:

@@ -154,7 +154,7 @@ class Trainer:
     def evaluate_base(self) -> None:
         """Evaluate the model before its first step, if the recipe asks for it."""
         if self.num_done == 0 and self.active.recipe.eval.at_start and self.validation.examples:
-            base = self.active.processes.first(lambda: self.validation.measure(0, "base")) or {}
+            base = self.active.processes.first_or_all(lambda: self.validation.measure(0, "base")) or {}
             self.writer.write_metrics({"step": 0, **base})
 
     def hooks(self, optimizer: AdapterOptimizer) -> Hooks:
@@ -250,7 +250,7 @@ class Trainer:
     def _evaluate(self, step: int) -> Evaluated:
         """Evaluate after `step` steps, and decide whether that is the best step and whether the run is over."""
         processes, best = self.active.processes, self.state.best
-        line = processes.first(lambda: self.validation.measure(step)) or {}
+        line = processes.first_or_all(lambda: self.validation.measure(step)) or {}
         if best is None:
             return Evaluated(line)
         found = self.validation.results["adapter"] if processes.is_first else None

@@ -13,17 +13,18 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from qdora.errors import RunFailure, UserError
+from qdora.errors import RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
-from qdora.train.out_of_memory import is_out_of_memory
+from qdora.train.out_of_memory import OutOfMemory, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -34,6 +35,10 @@ _MESSAGE_ELEMENTS = 1 << 24
 _PATIENCE = timedelta(days=1)
 # GPUs meet right after a message of all processes on the host, so that none waits for another's work there.
 _GPU_PATIENCE = timedelta(minutes=10)
+
+
+# In the messages of gloo and NCCL when a process of the group has ended.
+_CONNECTION_WORDS = ("onnection", "NCCL", "gloo")
 
 
 class OtherProcessFailed(RunFailure):
@@ -51,6 +56,17 @@ class Processes:
     size: int = 1
     gpus: dist.ProcessGroup | None = None
     """Carries tensors of GPUs; None if the default group, which carries messages on the host, does."""
+    shards: bool = False
+    """Whether the processes divide the base, so that each forward pass needs all of them."""
+
+    @property
+    def num_here(self) -> int:
+        """Processes of the run on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+
+    def dividing(self, base: bool) -> Processes:
+        """The same processes, which divide the base if `base` and they are several."""
+        return replace(self, shards=base and self.size > 1)
 
     @property
     def is_first(self) -> bool:
@@ -89,6 +105,41 @@ class Processes:
         if fault:
             raise OtherProcessFailed(f"process {self.rank}: stopped because process 0 failed ({fault}).")
         return result
+
+    def first_or_all(self, action: Callable[[], T]) -> T | None:
+        """Run an action that calls the model: like `first`, or where the base is divided in all processes.
+
+        There each process gets its result, and one that fails ends: the others cannot go on without it.
+        """
+        if not self.shards:
+            return self.first(action)
+        try:
+            return action()
+        except RuntimeError as error:
+            raise self.broken(error) from error
+
+    def broken(self, error: Exception) -> RunFailure:
+        """The failure of this process where the base is divided, from an error in a pass through the model.
+
+        The others wait for a part of the base, so they cannot be told; they notice that this process has ended.
+        """
+        if isinstance(error, RunFailure):
+            return error
+        if isinstance(error, OutOfMemory):
+            return RunFailure(f"process {self.rank}: {error.args[0].fault()}")
+        reason = first_line(error)
+        if not is_out_of_memory(error) and any(word in reason for word in _CONNECTION_WORDS):
+            return OtherProcessFailed(self._lost())
+        return RunFailure(
+            f"process {self.rank}: cannot be computed: {reason} With train.parallel: shard all processes end. "
+            "Fix the cause, then resume from the last checkpoint with --resume."
+        )
+
+    def _lost(self) -> str:
+        return (
+            f"process {self.rank}: the connection to the other processes of this run is lost: one of them has "
+            "ended, and its own message says why. Fix: resume from the last checkpoint with --resume."
+        )
 
     @torch.no_grad()
     def sum_gradients_(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -130,10 +181,7 @@ class Processes:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise OtherProcessFailed(
-                f"process {self.rank}: the connection to the other processes of this run is lost: one of them has "
-                "ended, and its own message says why. Fix: resume from the last checkpoint with --resume."
-            ) from error
+            raise OtherProcessFailed(self._lost()) from error
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
@@ -173,6 +221,19 @@ def processes_of_launch() -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size(), gpus)
     finally:
         dist.destroy_process_group()
+
+
+def mesh_of(processes: Processes, device: torch.device, parallel: str) -> DeviceMesh | None:
+    """The processes as `memory.sharded_base.ShardedBase` takes them; None if each holds the whole base.
+
+    With `parallel` hybrid the processes of a machine divide the base, and machines repeat it.
+    """
+    if not processes.shards:
+        return None
+    if parallel == "hybrid":
+        shape = (processes.size // processes.num_here, processes.num_here)
+        return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (processes.size,))
 
 
 def free_host_bytes() -> int | None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import prepare_gains
+from qdora.nn.shared_norms import prepare_shared_gains
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.loop import batch_loss
 
@@ -76,6 +77,7 @@ def measure(
         torch.manual_seed(0)  # a model may draw random numbers of its own: the same in each measurement
         with _without_dropout(model):
             prepare_gains(adapted_layers(model).values())
+            prepare_shared_gains(adapted_layers(model).values())
             measured = [_gradient(model, half, parameters, device, loss_chunk) for half in halves]
     finally:
         for key, parameter in parameters.items():

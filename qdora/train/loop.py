@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +26,17 @@ from qdora.model.inject import adapted_layers
 from qdora.model.known_masks import known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.nn.adapted_linear import norms_checked_later, prepare_gains, settle_norms, unchecked
 from qdora.nn.host_embedding import ids_on_host
-from qdora.ops.loss import token_nll
+from qdora.nn.shared_norms import prepare_shared_gains
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
+from qdora.train.even_passes import even_passes
 from qdora.train.hooks import Evaluated, Hooks, Metrics
 from qdora.train.interrupt import StopRequest
 from qdora.train.loss_scale import LossScale
 from qdora.train.optimizer import AdapterOptimizer, UpdateOutOfMemory
 from qdora.train.out_of_memory import Backoff, OutOfMemory, Shortage, shortage_of
-from qdora.train.output_head import LogitForm, head_nll, learn_form, tapped
+from qdora.train.output_head import labelled_nll
 from qdora.train.progress import TrainingProgress, memory_bytes, reserved_bytes
 from qdora.train.router_loss import tapped_routers
 from qdora.train.schedule import Schedule
@@ -44,12 +44,8 @@ from qdora.train.sent_batch import SentLabels, send_batch, send_labels
 from qdora.train.step_checks import BadStep, BadSteps
 from qdora.train.task_weights import TaskWeights, example_weights
 
-# Each model's LogitForm, learnt from its first labelled batch; None: no known form reproduces its logits.
-_FORMS: WeakKeyDictionary[nn.Module, LogitForm | None] = WeakKeyDictionary()
 # Numbers of a step that are sums over the processes.
 _SUMMED = ("loss", "router_aux_loss")
-# Peak bytes for each logit when all exist at once: 16 bits, and three float32 copies (widened, log-softmax, gradient).
-_PLAIN_BYTES = 14
 
 logger = logging.getLogger("qdora")
 
@@ -330,12 +326,15 @@ def _gradient_of_next_step(
     example_nll: list[Tensor] = []
     fault = shortage = None
     try:
-        metrics, example_nll = compute(batch)
-    except OutOfMemory as error:
-        shortage = error.args[0]
-    except RuntimeError as error:
-        reason = first_line(error)
-        fault = f"cannot be computed: {reason} The update was not applied. Fix the cause, then resume with --resume."
+        metrics, example_nll = compute(even_passes(batch, processes))
+    except (OutOfMemory, RuntimeError) as error:
+        if processes.shards:
+            raise processes.broken(error) from error
+        if isinstance(error, OutOfMemory):
+            shortage = error.args[0]
+        else:
+            what = f"cannot be computed: {first_line(error)} The update was not applied."
+            fault = f"{what} Fix the cause, then resume with --resume."
     shortages = [Shortage(*each) for each in processes.gather(shortage) if each]
     if not shortages:
         metrics, fault = _over_processes(metrics, fault, processes)
@@ -460,6 +459,7 @@ def _accumulate(
     """
     # Blocks that are not resident are not fetched for their norms alone.
     prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
+    prepare_shared_gains(adapted_layers(model).values())
     nll = torch.zeros(len(tokens), dtype=torch.float32, device=device)
     aux = torch.zeros((), dtype=torch.float32, device=device)
     example_nll = []
@@ -474,13 +474,14 @@ def _accumulate(
             loss = batch_loss(model, sent.input_ids, sent.attention_mask, micro.labels, **options)
             objective = loss.nll_sum
             if loss.router_loss is not None:
-                share = int(micro.attention_mask.sum()) / batch.num_tokens
+                share = int(micro.attention_mask.sum()) / batch.num_tokens if micro.example_ids else 0.0
                 objective = objective + router_aux_loss * share * total * loss.router_loss
                 aux += share * loss.router_loss.detach()
             part = objective / total if loss_scale is None else objective * loss_scale.value
             part.backward()  # type: ignore[no-untyped-call]
             nll.index_add_(0, sent.task_ids, loss.example_nll.float())
-        example_nll.append(loss.example_nll)
+        if micro.example_ids:
+            example_nll.append(loss.example_nll)
         tokens.index_add_(0, micro.task_ids, loss.example_tokens)
     if loss_scale is not None:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -561,38 +562,9 @@ def batch_loss(
             inputs |= {"cu_seq_lens_q": sent.starts, "cu_seq_lens_k": sent.starts}
             inputs |= {"max_length_q": sent.longest, "max_length_k": sent.longest}
     with tapped_routers(model) if routers else nullcontext() as tap:
-        nll = _labelled_nll(model, inputs, (sent.rows, sent.columns), sent.targets, chunk)
+        nll = labelled_nll(model, inputs, (sent.rows, sent.columns), sent.targets, chunk)
     zeros = torch.zeros(len(sent.example_tokens), dtype=nll.dtype, device=nll.device)
     example_nll = zeros.index_add(0, sent.owners, nll.detach())
     nll_sum = nll.sum() if sent.weights is None else (nll * sent.weights[sent.owners]).sum()
     router_loss = None if tap is None else tap.loss(attention_mask)
     return BatchLoss(nll_sum, example_nll, sent.example_tokens, router_loss)
-
-
-def _labelled_nll(
-    model: nn.Module, inputs: dict[str, Any], labelled: tuple[Tensor, Tensor], targets: Tensor, chunk: int | None
-) -> Tensor:
-    """NLL of the labelled positions, (num_labelled,): without the model's logits if a known form reproduces those."""
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    known, form = model in _FORMS, _FORMS.get(model, LogitForm())
-    if form is not None:
-        random = None if known else random_state()
-        with tapped(head, *labelled, probing=not known) as tap:
-            logits = model(**inputs).logits
-        if random is not None and len(targets):
-            form = _FORMS[model] = learn_form(model, head, tap, logits, targets)
-        if form is not None:
-            return head_nll(head, tap.hidden, targets, form, chunk)
-        logger.warning(
-            "%s: the operations after this model's head are not known, so memory.loss_chunk has no effect: the "
-            "logits of all labelled tokens exist at once, about %.2f GiB for the %d of this micro-batch.",
-            getattr(getattr(model, "config", None), "model_type", type(model).__name__),
-            len(targets) * logits.shape[-1] * _PLAIN_BYTES / 2**30,
-            len(targets),
-        )
-        assert random is not None
-        set_random_state(random)  # as if the model had run once: a resumed run draws the same
-        del tap, logits  # and their graph
-    with tapped(head, *labelled, whole=True):
-        logits = model(**inputs).logits
-    return token_nll(logits.reshape(-1, logits.shape[-1]), targets)

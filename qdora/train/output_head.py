@@ -7,18 +7,22 @@ config proposes forms, and a comparison with the model's own logits decides.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qdora.memory.sharded_base import release
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.plain_linear import is_plain_linear
 from qdora.ops.loss import auto_chunk, chunked_nll, token_nll
+from qdora.train.checkpoint import random_state, set_random_state
 
 # Fields of transformers' configs. Cohere and Falcon-H1 multiply by their scale, Granite divides, and HyperCLOVA X
 # multiplies by a field with Granite's name, so both are tried.
@@ -30,6 +34,14 @@ _PROBED = 4
 _PROBE_FACTORS = (1.0, 16.0, 256.0)
 # Bytes per logit of a checkpointed head: two 16-bit copies, and three in float32 (widened, log-softmax, gradient).
 _CHECKPOINTED_BYTES = 16
+
+
+# Peak bytes for each logit when all exist at once: 16 bits, and three float32 copies (widened, log-softmax, gradient).
+_PLAIN_BYTES = 14
+# Each model's LogitForm, learnt from its first labelled batch; None: no known form reproduces its logits.
+_FORMS: WeakKeyDictionary[nn.Module, LogitForm | None] = WeakKeyDictionary()
+
+logger = logging.getLogger("qdora")
 
 
 @dataclass(frozen=True)
@@ -148,6 +160,37 @@ def _proposals(config: Any) -> list[LogitForm]:
 def proposed_form(config: Any) -> LogitForm:
     """The form of the logits that a model's config states."""
     return _proposals(config)[0]
+
+
+def labelled_nll(
+    model: nn.Module, inputs: dict[str, Any], labelled: tuple[Tensor, Tensor], targets: Tensor, chunk: int | None
+) -> Tensor:
+    """NLL of the labelled positions, (num_labelled,): without the model's logits if a known form reproduces those."""
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    known, form = model in _FORMS, _FORMS.get(model, LogitForm())
+    if form is not None:
+        random = None if known else random_state()
+        with tapped(head, *labelled, probing=not known) as tap:
+            logits = model(**inputs).logits
+        if random is not None and len(targets):
+            form = _FORMS[model] = learn_form(model, head, tap, logits, targets)
+        if form is not None:
+            nll = head_nll(head, tap.hidden, targets, form, chunk)
+            release(head)
+            return nll
+        logger.warning(
+            "%s: the operations after this model's head are not known, so memory.loss_chunk has no effect: the "
+            "logits of all labelled tokens exist at once, about %.2f GiB for the %d of this micro-batch.",
+            getattr(getattr(model, "config", None), "model_type", type(model).__name__),
+            len(targets) * logits.shape[-1] * _PLAIN_BYTES / 2**30,
+            len(targets),
+        )
+        assert random is not None
+        set_random_state(random)  # as if the model had run once: a resumed run draws the same
+        del tap, logits  # and their graph
+    with tapped(head, *labelled, whole=True):
+        logits = model(**inputs).logits
+    return token_nll(logits.reshape(-1, logits.shape[-1]), targets)
 
 
 def head_nll(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitForm, chunk: int | None) -> Tensor:

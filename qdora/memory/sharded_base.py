@@ -1,0 +1,304 @@
+"""A frozen base that is divided among processes by torch's `fully_shard` (FSDP2), block by block.
+
+Each process holds its rows of every packed weight, mask and embedding. The whole tensors of a block exist only while
+the block computes: they are gathered before it, the next block's while it runs, and dropped behind it. Small tensors
+(norms, biases, the scales of scales) and whatever is trained are whole in every process.
+
+The layers read their tensors through views of the memory that torch fills and frees; its address does not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from qdora.errors import RunFailure, UserError
+from qdora.model.inject import frozen_layers, is_linear
+from qdora.model.load import Loading, block_list, is_wide, place_dense, place_frozen, wide_names
+from qdora.model.packed_base import BaseCache, PrunedBase
+from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows, tied_weights
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.row_share import RowShare, gather_runs, span
+from qdora.ops.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
+from qdora.ops.tiles import Weight
+
+_SUFFIX = "_share"
+"""Ends the name of a layer's parameter that torch gathers; a buffer without it is a view of that."""
+_Placed = tuple[nn.Module, str, Tensor]
+"""A module, the name of its sharded parameter, and this process's part of it."""
+_Parts = dict[str, Tensor]
+"""Name of a tensor of a layer -> this process's part of it."""
+
+
+class ShardedBase:
+    """A `Placer` that keeps in each process its rows of the weights.
+
+    Args:
+        mesh: The processes: one dimension, or two, of which the last one divides the weights and the first repeats it.
+        pruned: The layers of a pruned base, read instead of the model's own; None for a base that is not pruned.
+        cache: The `Reader` of the same load, with `mapped`, if there is one.
+    """
+
+    def __init__(self, mesh: DeviceMesh, pruned: PrunedBase | None = None, cache: BaseCache | None = None) -> None:
+        self.mesh, self.pruned, self.cache = mesh, pruned, cache
+        self.group = mesh.get_group(mesh.ndim - 1)
+
+    @torch.no_grad()
+    def __call__(self, load: Loading) -> None:
+        """Read the weights one after the other, keep this process's rows, and shard the model.
+
+        Raises UserError: A model without a list of blocks; as `PrunedBase`.
+        """
+        model, device = load.model, load.device
+        if block_list(model) is None:
+            what = f"must be replicate, since {model.config.model_type} has no list of blocks to divide"
+            raise UserError(f"train.parallel: {what}.")
+        tied = _tie(model)
+        wide = wide_names(model, load.compute_dtype)
+        placed: list[_Placed] = []
+        stored = load.stored if self.pruned is None else self.pruned.others(load)
+        for done, (name, item) in enumerate(stored.items(), start=1):
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
+            if leaf == "weight" and name not in tied and (isinstance(item, StoredPacked) or is_linear(module)):
+                placed += self._place_layer(load, path, *self._read_layer(load, name, item, dtype))
+                self._drop(name)
+            elif isinstance(module, nn.Embedding) or name in tied:
+                assert isinstance(item, StoredTensor)
+                placed.append(self._place_matrix(module, leaf, item, dtype, device))
+                self._drop(name)
+            else:
+                assert isinstance(item, StoredTensor)
+                place_dense(module, leaf, item.read(), device, dtype)
+            if load.progress is not None:
+                load.progress(done, len(load.stored))
+        for path in () if self.pruned is None else self.pruned.layers:
+            weight, keep_bits = self.pruned.read(path)  # type: ignore[union-attr]
+            dense = weight.to(load.compute_dtype) if isinstance(weight, Tensor) else weight
+            placed += self._place_layer(load, path, *self._kept(dense, device, keep_bits))
+            del weight, dense
+        self._shard(model, placed)
+
+    def _read_layer(self, load: Loading, name: str, item: Stored, dtype: torch.dtype) -> tuple[RowShare, _Parts]:
+        """The share of a layer, and what this process keeps: of a dense matrix it reads and quantises its rows alone.
+
+        Double quantised scales depend on those of all rows, which all processes exchange.
+        """
+        wanted, quantised = load.wanted, name.removesuffix(".weight") in load.layers and load.wanted.kind != "none"
+        if isinstance(item, StoredPacked):
+            return self._kept(item.read(), load.device)
+        shape = (item.shape[0], item.shape[1])
+        form: Weight = torch.empty(shape, dtype=dtype, device="meta")
+        if quantised:
+            form = empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant, "meta")
+        share = RowShare(form, None, self.group)
+        if isinstance(form, Tensor):
+            return share, {"weight": _rows(item, share.rows).to(load.device, dtype, copy=True)}
+        if not share.by_rows:
+            rows = item.read_rows().to(load.device)
+            whole = quantize(rows, wanted.kind, wanted.block_size, wanted.double_quant, name=name)
+            return self._kept(whole, load.device)
+        parts = _quantized(_rows(item, share.rows).to(load.device), form, name)
+        if form.nested is not None:
+            scales = gather_runs([parts["absmax"]], [shape[0]], self.group)[0].reshape(-1)
+            nested = with_nested_scales(replace(form, absmax=scales, nested=None))
+            parts["absmax"] = share.mine(share.cut(nested.absmax)).clone()
+            share.form = replace(form, nested=nested.nested)
+        return share, parts
+
+    def _kept(self, weight: Weight, device: torch.device, keep_bits: Tensor | None = None) -> tuple[RowShare, _Parts]:
+        """The share of a whole weight, and what this process keeps of it; it may be mapped from a file."""
+        form: Weight = weight.to("meta") if isinstance(weight, Tensor) else weight
+        tensors = _divided_tensors(weight)
+        if isinstance(weight, PackedWeight):
+            nested = weight.nested
+            if nested is not None:
+                values = (each.to(device, copy=True) for each in (nested.absmax, nested.code, nested.offset))
+                nested = NestedScales(*values)
+            form = replace(weight, packed=weight.packed.to("meta"), absmax=weight.absmax.to("meta"), nested=nested)
+        if keep_bits is not None:
+            tensors["keep_bits"] = keep_bits
+        share = RowShare(form, None if keep_bits is None else keep_bits.to("meta"), self.group)
+        return share, {name: share.mine(share.cut(each)).to(device, copy=True) for name, each in tensors.items()}
+
+    def _place_layer(self, load: Loading, path: str, share: RowShare, parts: _Parts) -> list[_Placed]:
+        """Put a layer without values into the model; its sharded parameters are returned."""
+        form = share.form
+        shapes = _divided_tensors(form)
+        empty = {name: _no_memory(each, load.device) for name, each in shapes.items()}
+        weight: Weight = empty["weight"] if isinstance(form, Tensor) else form
+        if isinstance(weight, PackedWeight):
+            weight = replace(weight, packed=empty["packed"], absmax=empty["absmax"])
+        bits = None if share.keep_bits_form is None else _no_memory(share.keep_bits_form, load.device)
+        if share.keep_bits_form is not None:
+            shapes["keep_bits"] = share.keep_bits_form
+        layer = place_frozen(load.model, path, weight, bits)
+        layer.share = share
+        for name, each in shapes.items():
+            layer.register_parameter(f"{name}{_SUFFIX}", nn.Parameter(share.cut(each), requires_grad=False))
+        return [(layer, f"{name}{_SUFFIX}", parts[name]) for name in shapes]
+
+    def _place_matrix(
+        self, module: nn.Module, leaf: str, item: StoredTensor, dtype: torch.dtype, device: torch.device
+    ) -> _Placed:
+        """Let an embedding have no values; what this process keeps of it is returned."""
+        parameter = module._parameters[leaf]
+        assert parameter is not None  # the same object as that of a tied head
+        parameter.requires_grad_(False)
+        parameter.data = torch.empty(item.shape, dtype=dtype, device="meta")
+        rows = span(item.shape[0], self.group.rank(), self.group.size())
+        return module, leaf, _rows(item, rows).to(device, dtype, copy=True)
+
+    def _drop(self, name: str) -> None:
+        """Give the pages of a weight back, if it is mapped from a packed base."""
+        base = None if self.cache is None else self.cache.base
+        for part in () if base is None else base.parts(name):
+            part.file.drop(part.name)
+
+    def _shard(self, model: PreTrainedModel, placed: list[_Placed]) -> None:
+        """Let torch gather and drop the placed tensors, unit by unit."""
+        found = block_list(model)
+        assert found is not None
+        divided = {id(module._parameters[name]) for module, name, _ in placed}
+        options: dict[str, Any] = {"mesh": self.mesh}
+        options["ignored_params"] = {each for each in model.parameters() if id(each) not in divided}
+        for unit in _ends(model, divided):
+            # What needs the head's weight after its forward pass says when it no longer does (`release`).
+            made: Any = fully_shard(unit, reshard_after_forward=not _holds_head(model, unit), **options)
+            if isinstance(unit, nn.Embedding):  # which torch would prefetch behind the first block's backward pass
+                made.set_unshard_in_backward(False)
+        sharded = [fully_shard(block, **options) for block in found[1]]
+        fully_shard(model, **options)
+        for block, following in pairwise(sharded):
+            block.set_modules_to_forward_prefetch([following])
+        for module, name, mine in placed:
+            _fill(module, name, mine, self.mesh)
+        _Views(model)
+
+
+def release(module: nn.Module) -> None:
+    """Drop the gathered weight of an output head, which is held after its forward pass."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+def _ends(model: PreTrainedModel, divided: set[int]) -> list[Any]:
+    """The units outside of the blocks: each embedding, and the head, together if they share their weight.
+
+    A unit is a module, or a list of modules. `divided` are the ids of the parameters that are sharded.
+    """
+    head = model.get_output_embeddings()
+    shared = id(head._parameters.get("weight")) if head is not None else None
+    tables = [each for each in model.modules() if isinstance(each, nn.Embedding) and id(each.weight) in divided]
+    units: list[Any] = [[table, head] if id(table.weight) == shared else table for table in tables]
+    if isinstance(head, FrozenLinear) and head.share is not None:
+        units.append(head)
+    return units
+
+
+def _holds_head(model: PreTrainedModel, unit: Any) -> bool:
+    head = model.get_output_embeddings()
+    return unit is head or (isinstance(unit, list) and head in unit)
+
+
+def _tie(model: PreTrainedModel) -> set[str]:
+    """Let tied weights be one parameter, which the skeleton may hold twice. Returns the names of all of them."""
+    pairs = tied_weights(model)
+    for target, origin in pairs.items():
+        first, _, leaf = target.rpartition(".")
+        second, _, origin_leaf = origin.rpartition(".")
+        setattr(model.get_submodule(first), leaf, getattr(model.get_submodule(second), origin_leaf))
+    return {name for pair in pairs.items() for name in pair}
+
+
+def _fill(module: nn.Module, name: str, mine: Tensor, mesh: DeviceMesh) -> None:
+    """Give a sharded parameter its values, in the way that torch expects: a new parameter, read at the first pass."""
+    empty: Any = module._parameters[name]
+    options: dict[str, Any] = {"run_check": False, "shape": empty.shape, "stride": empty.stride()}
+    filled = nn.Parameter(DTensor.from_local(mine, mesh, empty.placements, **options), requires_grad=False)
+    module._parameters[name] = filled
+    if isinstance(module, FrozenLinear) and module.share is not None:
+        module.share.parts[name.removesuffix(_SUFFIX)] = filled
+
+
+def _divided_tensors(weight: Weight) -> dict[str, Tensor]:
+    """The tensors of a weight that are divided: not those of double quantised scales, which are small."""
+    return {"weight": weight} if isinstance(weight, Tensor) else {"packed": weight.packed, "absmax": weight.absmax}
+
+
+def _rows(item: StoredTensor, rows: slice) -> Tensor:
+    """Some rows of a stored matrix, perhaps none."""
+    return stored_rows(item, rows) if rows.start < rows.stop else stored_rows(item, slice(0, 1))[:0]
+
+
+def _quantized(rows: Tensor, form: PackedWeight, name: str) -> _Parts:
+    """Codes and scales of some rows, by rows, without double quantisation; `form` is that of the whole weight."""
+    if len(rows) == 0:
+        codes = form.packed.reshape(form.shape[0], -1)
+        blocks = form.absmax.numel() // form.shape[0]
+        packed = torch.empty(0, codes.shape[1], dtype=codes.dtype, device=rows.device)
+        return {"packed": packed, "absmax": torch.empty(0, blocks, device=rows.device)}
+    found = quantize(rows, form.kind, form.block_size, double_quant=False, name=name)
+    return {"packed": found.packed.reshape(len(rows), -1), "absmax": found.absmax.reshape(len(rows), -1)}
+
+
+def _no_memory(form: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the same shape and dtype whose memory is given back."""
+    empty = torch.empty(form.shape, dtype=form.dtype, device=device)
+    empty.untyped_storage().resize_(0)
+    return empty
+
+
+class _Views:
+    """Lets the layers of a unit read the memory into which torch gathers it, from its first forward pass on.
+
+    It is the `residency` of the layers: reading one whose unit is not gathered is an error.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        seen: set[FrozenLinear] = set()
+        for module in [*model.modules()][::-1]:  # blocks before the model
+            if not isinstance(module, FSDPModule):
+                continue
+            assert isinstance(module, nn.Module)
+            layers = [each for each in frozen_layers(module).values() if each.share is not None and each not in seen]
+            seen.update(layers)
+            for layer in layers:
+                layer.residency = self
+            if layers:
+                module.register_forward_pre_hook(partial(_view, layers))
+
+    def use(self, layer: FrozenLinear) -> None:
+        """Check that the layer's tensors are gathered."""
+        packed = layer._buffers["weight" if layer.kind == "dense" else "packed"]
+        assert packed is not None
+        if packed.untyped_storage().nbytes() == 0:
+            raise RunFailure(
+                "train.parallel: shard: the weight of a block was read outside of its forward pass, where this process "
+                "holds a part of it only. Fix: train with train.parallel: replicate, and report it."
+            )
+
+
+def _view(layers: list[FrozenLinear], _module: nn.Module, _args: Any) -> None:
+    """Point the layers' buffers at the gathered parameters, once: torch keeps these for good."""
+    # Outside of inference mode, whose tensors a training step could not use.
+    with torch.inference_mode(False), torch.no_grad():
+        for layer in layers:
+            if layer.residency is None:  # it reads a weight of its own (train/shard_check.py)
+                continue
+            for name in ("packed", "absmax", "weight", "keep_bits"):
+                whole, buffer = layer._parameters.get(f"{name}{_SUFFIX}"), layer._buffers.get(name)
+                if whole is None or buffer is None or isinstance(whole, DTensor):
+                    continue
+                if buffer.untyped_storage()._cdata != whole.untyped_storage()._cdata:
+                    layer._buffers[name] = whole.detach().view(buffer.shape)

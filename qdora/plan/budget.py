@@ -1,0 +1,74 @@
+"""A run against its `memory.budget`, before anything is loaded: it starts, is changed, or is refused."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from qdora.errors import UserError
+from qdora.files.environment import available_memory_bytes
+from qdora.model.build_model import Compute
+from qdora.plan.division import all_on_device
+from qdora.plan.memory_plan import planned
+from qdora.plan.plan_contents import DeviceKind, Plan, over_budget
+from qdora.plan.workload import Workload
+from qdora.recipe.byte_size import parse_size
+from qdora.recipe.recipe_file import override
+from qdora.recipe.settings import Recipe
+
+logger = logging.getLogger("qdora")
+
+
+def within_budget(
+    recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False, num_processes: int = 1, here: int = 1
+) -> tuple[Recipe, Plan | None]:
+    """Check a run against `memory.budget`; returns the recipe, and its plan (None without a budget).
+
+    With train.parallel auto the recipe has shard if the base fits divided and not whole. With budget auto it has the
+    neutral changes that it needs to fit. Over the budget: a warning with `force`, else UserError, which says what to
+    change.
+
+    Args:
+        num_processes: Of the run; `here` of them are on this machine.
+    """
+    asked, parallel = recipe.memory.budget, recipe.train.parallel
+    if asked is None:
+        return recipe, None
+    budget = free_bytes(compute.device) if asked == "auto" else parse_size(asked)
+    kind: DeviceKind = "cuda" if compute.device.type == "cuda" else "cpu"
+    num_sharing = {"shard": num_processes, "hybrid": here}.get(parallel, 1)
+    changed, plan = planned(recipe, budget, None, kind, workload, num_sharing)
+    if plan.fits:
+        return recipe, plan
+    if parallel == "auto" and num_processes > 1 and (shared := _shared(recipe)) is not None:
+        _, divided = planned(shared, budget, None, kind, workload, num_processes)
+        if divided.fits:
+            logger.info("train.parallel auto: shard, since the whole base does not fit.")
+            return shared, divided
+    if asked == "auto" and any(change.neutral and change.peak_bytes <= budget for change in plan.changes):
+        for change in plan.changes:
+            logger.info("memory.budget auto: %s.", change.setting)
+        return changed, plan
+    if not force:
+        raise UserError(over_budget(plan))
+    logger.warning("%s", over_budget(plan))
+    return recipe, plan
+
+
+def _shared(recipe: Recipe) -> Recipe | None:
+    """The recipe with a base that all processes divide; None if something in it keeps the base whole."""
+    try:
+        return override(all_on_device(recipe), ["train.parallel=shard"])
+    except UserError:
+        return None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free bytes of a device; UserError if the system does not say what is free."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = available_memory_bytes()
+    if available is None:
+        raise UserError("memory.budget: must be a size, since this system does not say what is free, got 'auto'.")
+    return available

@@ -1,0 +1,166 @@
+"""Plans for several processes: bytes as processes hold and send them, and times by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from qdora.cli import app
+from qdora.model.load import Quantization
+from qdora.plan import plan_contents as parts
+from qdora.plan.division import LINKS, divided, division_of, process_lines, process_plans
+from qdora.plan.fake_step import empty_model
+from qdora.plan.memory_plan import local_source, plan
+from qdora.plan.plan_contents import Division, MicroBatchShape, Moment, Plan
+from qdora.recipe.recipe_file import resolved_yaml
+from qdora.train.distributed import Processes
+from tests import launched, tiny_run, tiny_sharded
+from tests.test_memory_sharded_base import write
+
+
+def planned(source: Path) -> Division:
+    model = empty_model(AutoConfig.from_pretrained(source), local_source(), torch.float32, "sdpa")
+    found = division_of(model, Quantization("nf4", 64, True, ("lm_head",)), torch.float32, pruned=False)
+    assert found is not None
+    return found
+
+
+def as_planned(rank: int, source: Path) -> None:
+    division = planned(source)
+    with tiny_sharded.launch() as processes:
+        whole, sharded = tiny_sharded.load(source), tiny_sharded.load(source, processes)
+        small = tiny_sharded.num_resident_bytes(whole) - sum(division.held(1).values())
+        tiny_sharded.adapt(sharded)
+        received = bytes_received(sharded, processes)
+        held = tiny_sharded.num_resident_bytes(sharded) - tiny_sharded.num_adapter_bytes(sharded)
+        assert held == small + sum(division.held(processes.size).values())
+        wanted = 2 * division.blocks_bytes + division.table_bytes + division.head_bytes
+        assert received == pytest.approx((processes.size - 1) / processes.size * wanted, rel=0.03)  # and padding
+
+
+def bytes_received(model: Any, processes: Processes) -> float:
+    """By torch's gathering, in the two passes of a micro-batch."""
+    tiny_sharded.train(model, processes, num_steps=1)
+    counts: list[float] = []
+    real = dist.all_gather_single
+
+    def counted(output: torch.Tensor, *args: Any, **options: Any) -> Any:
+        counts.append(output.nbytes * (processes.size - 1) / processes.size)
+        return real(output, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather_single", counted)
+        patch.setattr(tiny_sharded, "LENGTHS", (7,) * processes.size)
+        tiny_sharded.train(model, processes, num_steps=1)
+    return sum(counts)
+
+
+@pytest.mark.parametrize(("family", "size"), [("qwen3", 3), pytest.param("llama", 2, marks=pytest.mark.slow)])
+def test_processes_hold_and_receive_what_is_planned(root: Path, family: str, size: int) -> None:
+    """To the byte what each holds, with torch's padding."""
+    assert launched.run(size, as_planned, write(root / family, family)) == [""] * size
+
+
+@pytest.mark.parametrize("base", [{}, {"quant": "none"}, {"prune": {"method": "magnitude", "pattern": "2:4"}}])
+def test_what_is_divided_is_in_the_plan(tmp_path: Path, base: dict[str, Any]) -> None:
+    """Component by component: what a card holds in the plan, and what of it is cut."""
+    recipe = tiny_run.one_layer_recipe(tmp_path, **{f"base__{name}": value for name, value in base.items()})
+    found = plan(recipe, device_kind="cpu")
+    division, held = found.division, found.moments[-1].by_component
+    assert division is not None
+    whole = division.held(1)
+    assert whole[parts.BASE] == held[parts.BASE]
+    assert whole.get(parts.MASKS, 0) == held.get(parts.MASKS, 0)
+    assert 0 < whole[parts.DENSE] < held[parts.DENSE]
+    assert held[parts.DENSE] - whole[parts.DENSE] < 0.05 * held[parts.DENSE]  # norms, and the rotary frequencies
+
+
+def a_plan() -> Plan:
+    """Two blocks of 1,000 divided bytes each, a table and a head of 100 rows of 4 bytes."""
+    cuts = {(parts.BASE, 100, 16): 1, (parts.SCALES, 100, 4): 1, (parts.DENSE, 100, 4): 2}
+    division = Division(cuts, 1000, 2000, 400, 400, tied=False, forward_seconds=1.0)
+    resident = {parts.BASE: 1600, parts.SCALES: 400, parts.DENSE: 850}
+    moments = [
+        Moment("forward", 0, resident | {parts.FORWARD: 70}),
+        Moment("loss", None, resident | {parts.LOSS: 500}),
+        Moment("backward", 1, resident | {parts.BACKWARD: 600}),
+        Moment("update", None, resident),
+    ]
+    shape = MicroBatchShape(1, 8, 7, masked=False)
+    return Plan(
+        device_kind="cuda",
+        moments=moments,
+        shape=shape,
+        num_micro_batches=6,
+        num_blocks=2,
+        num_trainable=1000,
+        step_seconds=36.0,
+        division=division,
+    )
+
+
+def test_a_divided_card_holds_its_rows_and_what_is_gathered() -> None:
+    found = divided(a_plan(), 3).moments
+    assert [moment.phase for moment in found] == ["forward", "forward", "loss", "loss", "backward", "update"]
+    assert [moment.by_component.get(parts.GATHERED, 0) for moment in found] == [
+        2 * 400,  # the table, and what it is gathered into
+        3 * 1000,
+        1000 + 2 * 400,  # the head, and what it is gathered into
+        400,
+        3 * 1000,
+        0,
+    ]
+    kept = {parts.BASE: 34 * 16, parts.SCALES: 34 * 4, parts.DENSE: 50 + 2 * 34 * 4}
+    for moment in found:
+        assert kept.items() <= moment.by_component.items()
+    assert found[2].by_component.get(parts.LOSS) is None
+    assert (found[3].by_component[parts.LOSS], found[4].by_component[parts.BACKWARD]) == (500, 600)
+
+
+def test_bytes_and_times_by_hand() -> None:
+    given = replace(a_plan(), budget_bytes=10**12)
+    replicate, shard, hybrid = process_plans(given, given, 4, num_hosts=2)
+    assert [each.way for each in (replicate, shard, hybrid)] == ["replicate", "shard", "hybrid"]
+    gradients = 2 * 4 * 1000 * 3 // 4
+    assert replicate.wire_bytes == gradients
+    # Six micro-batches on four cards: two for some. Each gathers the blocks twice, the table and the head once.
+    assert shard.wire_bytes == gradients + 2 * 3 * (2 * 2000 + 400 + 400) // 4
+    assert hybrid.wire_bytes == gradients + 2 * 1 * (2 * 2000 + 400 + 400) // 2
+    slow = LINKS["25 Gb/s"]
+    assert replicate.step_seconds["NVLink + 25 Gb/s"] == pytest.approx(2 * 6.0 + gradients / slow)
+    assert shard.step_seconds["NVLink + 25 Gb/s"] == pytest.approx(12.0, rel=1e-4)  # a thousand bytes take no time
+    assert process_plans(given, given, 4)[1].step_seconds.keys() == {"NVLink", "PCIe 4"}
+    assert "  Fastest that fits: " in process_lines([replicate, shard, hybrid], 4, 2)[-1]
+
+
+def test_blocks_that_take_longer_to_gather_than_to_compute_are_waited_for() -> None:
+    """Twenty blocks: five seconds to gather one, of which its forward pass hides one and its backward pass two."""
+    blocks = round(20 * 5.0 * 2 * LINKS["25 Gb/s"])  # half of it is received
+    division = Division({}, blocks // 20, blocks, 0, 0, tied=False, forward_seconds=1.0)
+    sizes: dict[str, Any] = {"num_blocks": 20, "num_micro_batches": 2, "step_seconds": 120.0, "num_trainable": 0}
+    given = replace(a_plan(), division=division, **sizes)
+    found = process_plans(given, given, 2, num_hosts=2)[1].step_seconds
+    assert found["PCIe 4 + 25 Gb/s"] == pytest.approx(60 + 20 * (5 - 1) + 20 * (5 - 2), rel=0.1)
+    assert found["PCIe 4 + 100 Gb/s"] == pytest.approx(60 + 20 * 0.25, rel=0.1)
+
+
+def test_the_command_plans_for_several_cards(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(resolved_yaml(tiny_run.one_layer_recipe(tmp_path)))
+    runner = CliRunner()
+    done = runner.invoke(app, ["plan", str(file), "--device", "cpu", "--processes", "4", "--hosts", "2", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["processes"]
+    assert [each["way"] for each in found] == ["replicate", "shard", "hybrid"]
+    assert found[0]["base_bytes"] > found[2]["base_bytes"] > found[1]["base_bytes"]
+    done = runner.invoke(app, ["plan", str(file), "--device", "cpu", "--processes", "4", "--hosts", "3"])
+    assert done.exit_code == 2
+    assert "--hosts: must divide --processes, 4, got 3." in done.output
