@@ -16,7 +16,7 @@ from qdora.model.inject import adapter_parameters, inject, replace_module
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
-from qdora.train import loop, output_head
+from qdora.train import output_head
 from qdora.train.loop import batch_loss
 from qdora.train.output_head import LogitForm
 from tests import tiny
