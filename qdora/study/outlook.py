@@ -112,7 +112,16 @@ def outlooks(cells: Cells, results: Results) -> list[Outlook]:
         of_mean = Spread(spread / math.sqrt(number), number - 1) if number > 1 else Spread(math.nan, math.nan)
         name = each.name + (f" ({in_words(each.context)})" if each.context else "")
         detectable = of_mean.detectable(compare.alpha / len(primary), compare.power)
-        found.append(Outlook(name, number, spread, source, of_mean.half_width(0.95), detectable))
+        found.append(
+            Outlook(
+                comparison=name,
+                num_seeds=number,
+                spread=spread,
+                source=source,
+                half_width=of_mean.half_width(0.95),
+                smallest_detectable=detectable,
+            )
+        )
     return found
 
 
