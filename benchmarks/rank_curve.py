@@ -3,10 +3,8 @@
     python benchmarks/rank_curve.py DATA [--dir runs/studies/rank_curve] [--ranks 16,2,1]
 
 DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. SmolLM2-135M in NF4, the commonsense
-tasks in equal shares, alpha twice the rank. A `qdora study` in two passes: every learning rate with the first seed;
-then, at the rate that the choosing half of the validation examples prefers for each kind and rank, the other seeds.
-Each rank is compared with the first one of --ranks. Stopped, it goes on where it was; cells with the settings of
-`benchmarks/study.py` are the same in its directory.
+tasks in equal shares, alpha twice the rank. A `qdora study` finds the learning rate of each kind and rank with seeds of
+its own, then compares each rank with the first one of --ranks. Stopped, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from measure import RESULTS, facts
-from two_passes import RATES, SEEDS, common_settings, keep, two_passes
+from shared_study import RATES, SEEDS, SMOKE_RATES, common_settings, keep, run_study
 
 from qdora.memory.allocator import keep_freed_memory
-from qdora.study.runner import study_run
 
 
 def main() -> None:
-    """Both passes of the study, and the report."""
+    """The study, and the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--dir", type=Path, default=Path("runs/studies/rank_curve"))
@@ -42,23 +39,23 @@ def main() -> None:
     head = facts(f"python benchmarks/rank_curve.py DATA {options}")
     keep_freed_memory()
     args.dir.mkdir(parents=True, exist_ok=True)
-    two_passes(grid(args), args.dir, study_run)
+    run_study(grid(args), args.dir)
     keep(args.dir, args.out, head)
 
 
 def grid(args: argparse.Namespace) -> dict[str, Any]:
-    """The first pass as a study file."""
+    """The study file."""
     ranks = [int(rank) for rank in args.ranks.split(",")]
     arms = {f"rank {rank}": {"adapter.rank": rank, "adapter.alpha": 2.0 * rank} for rank in ranks}
     kinds = {kind: {"adapter.kind": kind} for kind in ("lora", "dora")}
     return {
         "recipe": "quickstart",
         "settings": {"base.quant": "nf4", **common_settings(args)},
-        "product": {"adapter": kinds, "rank": arms, "train.lr": list(RATES), "train.seed": [SEEDS[0]]},
+        "product": {"adapter": kinds, "rank": arms},
+        "seeds": list(SEEDS),
+        "rates": SMOKE_RATES if args.smoke else RATES,
         "compare": {
             "arm": "rank",
-            "choose": ["train.lr"],
-            "seed": "train.seed",
             "reference": next(iter(arms)),
             "metric": "nll_per_token",
         },

@@ -6,9 +6,8 @@ DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. QDoRA
 commonsense tasks in equal shares. A scout of rank 16 is trained with a seed of its own; `qdora rank` finds, from its
 update (svd), from the gradient and from the Gauss-Newton matrix (curvature), how to spend half of its parameters, as
 many as rank 8 everywhere has. Gates (l1, hard_concrete) start at rank 16 and end with as many. All have the same
-scaling. A `qdora study` compares them: every learning rate with the first seed; then, at the rate that the choosing
-half of the validation examples prefers for each way, the other seeds. What each choice costs is kept beside it.
-Stopped, it goes on where it was.
+scaling. A `qdora study` finds the learning rate of each way with seeds of its own, then compares them. What each choice
+costs is kept beside it. Stopped, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from measure import RESULTS, facts
-from two_passes import RATES, SEEDS, common_settings, keep, two_passes
+from shared_study import RATES, SEEDS, SMOKE_RATES, common_settings, keep, run_study
 
 from qdora.files.atomic import atomic_write_json
 from qdora.memory.allocator import keep_freed_memory
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.rank import RankSettings, rank_run
 from qdora.run.train import train_run
-from qdora.study.runner import study_run
 
 RANK = 8
 SCALING = 2.0
@@ -42,7 +40,7 @@ SCOUTED = {
 
 
 def main() -> None:
-    """The choices that are missing, both passes of the study, and the report."""
+    """The choices that are missing, the study, and the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--dir", type=Path, default=Path("runs/studies/ranks"))
@@ -63,7 +61,7 @@ def main() -> None:
     args.dir.mkdir(parents=True, exist_ok=True)
     common = {"adapter.kind": "dora", **common_settings(args)}
     methods, costs = arms(args, common)
-    two_passes(grid(common, methods), args.dir, study_run)
+    run_study(grid(common, methods, smoke=args.smoke), args.dir)
     keep(args.dir, args.out, head | {"costs_in_seconds": costs})
 
 
@@ -89,7 +87,7 @@ def arms(args: argparse.Namespace, common: dict[str, Any]) -> tuple[dict[str, di
             atomic_write_json(ledger, costs)
 
     scout = args.dir / "scout"
-    start = {**common, **ranked(2 * RANK), "train.lr": RATES[0], "train.seed": SCOUT_SEED}
+    start = {**common, **ranked(2 * RANK), "train.lr": RATES["values"][1], "train.seed": SCOUT_SEED}
     recipe = load_recipe("quickstart", [f"{key}={json.dumps(value)}" for key, value in start.items()])
     timed("scout", lambda: train_run(recipe, scout, resume=scout.exists()))
     for name in SCOUTED:
@@ -109,12 +107,14 @@ def arms(args: argparse.Namespace, common: dict[str, Any]) -> tuple[dict[str, di
     return found, costs
 
 
-def grid(common: dict[str, Any], methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The first pass as a study file."""
+def grid(common: dict[str, Any], methods: dict[str, dict[str, Any]], *, smoke: bool) -> dict[str, Any]:
+    """The study file."""
     return {
         "recipe": "quickstart",
         "settings": common,
-        "product": {"ranks": methods, "train.lr": list(RATES), "train.seed": [SEEDS[0]]},
+        "product": {"ranks": methods},
+        "seeds": list(SEEDS),
+        "rates": SMOKE_RATES if smoke else RATES,
         "compare": {"arm": "ranks", "reference": next(iter(methods)), "metric": "nll_per_token"},
     }
 

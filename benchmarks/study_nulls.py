@@ -1,19 +1,23 @@
-"""How often a study finds something where there is nothing: its own comparison code on simulated scores.
+"""How often a study says something false, and how often it finds what is there: its own code on simulated scores.
 
-    python benchmarks/study_nulls.py [--studies 2000]
+    python benchmarks/study_nulls.py [--studies 1000]
 
-Two arms, three tuned learning rates, several seeds; the arms have the same expected score. Every study is drawn anew:
-its examples, the part of the score that each arm has on each example, and the noise of each seed. Counted are intervals
-of differences that exclude 0, studies that call any winner, and intervals of repair ratios that miss the truth. Each
-must happen in at most 6 % of the cases. Intervals of single scores are counted, too: with few examples whose difficulty
-is skewed, a t interval misses such a mean more often. Nothing is concluded from them.
+Every study is drawn anew: its examples, what the arms differ by on each of them, and the noise of each seed and run.
+Arms, intervals, verdicts and repair come from the code of `qdora report`. Counted are
+
+- intervals that hold the truth, of differences, scores, damage and repair: 93 to 97 % must;
+- studies that call any winner although no arms differ, and any equivalence although all arms differ by just the zone:
+  at most 5 % may (and three standard errors of the simulation);
+- winners and equivalences found, by the number of seeds, and at the smallest detectable difference: 80 %.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,15 +25,19 @@ from typing import Any
 import numpy as np
 from measure import RESULTS, facts, write
 
-from qdora.study.compare import Results, comparisons, find_arms, part_of, quality, repair
-from qdora.study.grid import CompareConfig
-from qdora.study.scores import CellScores
+from qdora.study.compare import Arm, Results, comparisons, find_arms, quality, wide_contexts
+from qdora.study.grid import MoreSeedsConfig, Study, study_from
+from qdora.study.repair import damage_row, repair_row
+from qdora.study.statistics import Array, Spread, TaskScores
 from qdora.study.study_directory import StudyDirectory
 
-ALLOWED = 0.06
-ARMS, RATES = ("lora", "dora"), ("0.0001", "0.0002", "0.0004")
-BASE, LOST, GAINED = 2.0, 0.8, 0.6
-"""NLL per token of the uncompressed base, what compression adds to it, and what every arm takes away again."""
+ZONE = 0.02
+COVERAGE = (0.93, 0.97)
+ARMS = ("lora", "dora")
+DENSE = "16 bits"
+LOST, TRANSPLANTED = 0.3, 0.8
+"""Nats per token that compression costs a trained arm, and a transplanted adapter."""
+INTERVALS = ("difference", "primary", "score", "left", "transplant", "repaired", "repaired_share", "damage_choice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,160 +45,314 @@ class Scenario:
     """What a simulated study is made of; standard deviations are in nats per token.
 
     Attributes:
-        contexts: Comparisons of a study, which Holm's correction counts together.
-        of_seed: Of what a seed adds to all scores of its run.
-        of_example: Of what an arm has more or less than the other on an example, whatever the seed.
+        bases: Compressed ones; each is a primary comparison.
+        effect: What dora is better by, on every base.
+        of_seed: Of what a seed adds to the difference of the arms; half of its variance is common to all bases.
+        of_example: Of what one arm has more than the other on an example, whatever the seed.
         of_run: Of what a single run adds on a single example.
-        worse: How much worse the outer two rates are; 0: all rates are equal, and noise chooses.
-        skewed: Noise with heavy tails (t with 3 degrees of freedom), numbers of tokens from 1 to about 100.
+        rotates: Whether every seed has examples of its own. Otherwise all have the same, and the truth is theirs.
+        skewed: Noise of examples with heavy tails (t with 3 degrees of freedom), and 1 to about 100 tokens.
+        more_seeds: Further seeds where the half-width is above the zone.
+        repairs: Also simulate bases and transplants, for the intervals of damage and repair.
     """
 
-    seeds: int = 3
+    seeds: int = 6
     tasks: int = 4
-    examples: int = 24
-    contexts: int = 1
-    metric: str = "nll_per_token"
-    of_seed: float = 0.05
-    of_example: float = 0.25
+    examples: int = 25
+    bases: int = 3
+    effect: float = 0.0
+    of_seed: float = 0.02
+    of_example: float = 0.15
     of_run: float = 0.1
-    worse: float = 1.0
+    rotates: bool = True
     skewed: bool = False
+    more_seeds: int = 0
+    repairs: bool = False
 
 
 SCENARIOS = {
-    "seeds and examples": Scenario(),
+    "seeds and examples": Scenario(repairs=True),
     "seeds alone": Scenario(of_example=0.0, of_run=0.01),
     "examples alone": Scenario(of_seed=0.0, of_run=0.0),
     "single runs alone": Scenario(of_seed=0.0, of_example=0.0, of_run=0.5),
-    "6 examples to compare": Scenario(tasks=1, examples=12),
-    "8 tasks of 6 examples": Scenario(tasks=8, examples=6),
-    "400 examples": Scenario(examples=100, of_seed=0.02),
+    "3 seeds": Scenario(seeds=3, repairs=True),
     "4 seeds": Scenario(seeds=4),
-    "6 seeds": Scenario(seeds=6),
-    "heavy tails": Scenario(skewed=True),
-    "equal rates": Scenario(worse=0.0),
-    "equal rates, seeds alone": Scenario(worse=0.0, of_example=0.0, of_run=0.01),
-    "4 comparisons": Scenario(contexts=4),
-    "accuracy": Scenario(metric="acc"),
+    "10 seeds": Scenario(seeds=10),
+    "1 base": Scenario(bases=1),
+    "6 bases": Scenario(bases=6),
+    "6 examples a task": Scenario(tasks=8, examples=6),
+    "heavy tails": Scenario(skewed=True, repairs=True),
+    "the same examples in all seeds": Scenario(rotates=False),
+    "more seeds where intervals are wide": Scenario(of_seed=0.03, more_seeds=2),
 }
-BOUNDED = ("difference", "winner", "repair")
+SEEDS = (3, 4, 5, 6, 8, 10)
+EFFECTS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06)
 
 
 def main() -> None:
-    """All scenarios."""
+    """All scenarios, without a difference and with one as large as the zone, then the power."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=2000, help="of each scenario")
+    parser.add_argument("--studies", type=int, default=1000, help="of each scenario")
     parser.add_argument("--out", type=Path, default=RESULTS / "study_nulls.json")
     parser.add_argument("--smoke", action="store_true", help="a few studies: shows that it runs")
     args = parser.parse_args()
     number = 4 if args.smoke else args.studies
     head = facts(f"python benchmarks/study_nulls.py --studies {number}")
-    found = {name: asdict(each) | {"shares": shares(each, number)} for name, each in SCENARIOS.items()}
-    largest = {
-        what: max(share for each in found.values() if (share := each["shares"][what]) is not None)
-        for what in (*BOUNDED, "score")
+    scenarios = {}
+    for name, each in SCENARIOS.items():
+        found = shares(each, number)
+        at_zone = shares(replace(each, effect=ZONE), number, seed=1, judged_alone=True)
+        found["equivalent"] = at_zone["any_equivalent"]
+        scenarios[name] = asdict(each) | {"shares": found}
+        print(name, found, flush=True)
+    power = [power_of(seeds, effect, number // 4) for seeds in SEEDS for effect in EFFECTS]
+    promised = [detected(seeds, number) for seeds in SEEDS]
+    allowed = 0.05 + 3 * math.sqrt(0.05 * 0.95 / number)
+    covered = [each["shares"][what] for each in scenarios.values() for what in INTERVALS if what in each["shares"]]
+    false = {what: [each["shares"][what] for each in scenarios.values()] for what in ("winner", "equivalent")}
+    passes = {
+        "coverage": COVERAGE[0] <= min(covered) and max(covered) <= COVERAGE[1],
+        **{what: max(found) <= allowed for what, found in false.items()},
+        "promised power": all(abs(each["found"] - 0.8) < 0.03 for each in promised),
     }
-    passes = {what: largest[what] <= ALLOWED for what in BOUNDED}
-    write(args.out, head | {"studies": number, "scenarios": found, "largest": largest, "passes": passes})
+    largest = {what: max(found) for what, found in false.items()}
+    ends = {"coverage": [min(covered), max(covered)], "largest": largest, "allowed": allowed, "passes": passes}
+    write(
+        args.out,
+        head
+        | {"studies": number, "zone": ZONE, "scenarios": scenarios, "power": power}
+        | {"promised": promised}
+        | ends,
+    )
 
 
-def shares(scenario: Scenario, number: int, *, seed: int = 0) -> dict[str, float | None]:
-    """Share of the cases in which `number` studies of a scenario said something false.
+def power_of(seeds: int, effect: float, number: int) -> dict[str, Any]:
+    """Share of the comparisons of a study with this many seeds that have a right winner, or are called equivalent."""
+    found = shares(Scenario(seeds=seeds, effect=effect), number, seed=2, judged_alone=True)
+    return {"seeds": seeds, "effect": effect, "better": found["better"], "equivalent": found["equivalent"]}
 
-    difference: intervals that exclude 0; winner: studies with any winner; repair, score: intervals that miss the repair
-    ratio or the score of an arm, None if there are none.
+
+def detected(seeds: int, number: int) -> dict[str, Any]:
+    """How often a difference of the size that is promised to be detected is found; one comparison, seeds alone."""
+    of_seed = 0.02
+    effect = Spread(of_seed / math.sqrt(seeds), seeds - 1).detectable(0.05, 0.8)
+    alone = Scenario(seeds=seeds, bases=1, effect=effect, of_seed=of_seed, of_example=0.0, of_run=1e-4)
+    return {"seeds": seeds, "effect": effect, "found": shares(alone, number, seed=3, judged_alone=True)["better"]}
+
+
+def shares(scenario: Scenario, number: int, *, seed: int = 0, judged_alone: bool = False) -> dict[str, float]:
+    """Share of the cases in which `number` studies of a scenario said something.
+
+    The names of `INTERVALS`: intervals that hold the truth. winner: studies with any winner. With `judged_alone`, which
+    is faster: better, equivalent: comparisons with these verdicts; any_equivalent: studies with any equivalence.
     """
-    said: dict[str, list[bool]] = {what: [] for what in (*BOUNDED, "score")}
+    said: dict[str, list[bool]] = {}
     with TemporaryDirectory() as folder:
+        store = StudyDirectory(Path(folder))
         for index in range(number):
             draw = np.random.default_rng([seed, index])
-            for what, cases in one_study(scenario, StudyDirectory(Path(folder)), draw).items():
-                said[what] += cases
-    return {what: sum(cases) / len(cases) if cases else None for what, cases in said.items()}
+            for what, cases in one_study(scenario, store, draw, judged_alone=judged_alone).items():
+                said.setdefault(what, []).extend(cases)
+    return {what: sum(cases) / len(cases) for what, cases in said.items()}
 
 
-def one_study(scenario: Scenario, store: StudyDirectory, draw: np.random.Generator) -> dict[str, list[bool]]:
-    """What one study says falsely."""
-    compare = CompareConfig.model_validate(
-        {"metric": scenario.metric, "reference": ARMS[0], "num_resamples": 999, "seed": "train.seed"}
-    )
-    results = Results(store, "validation")
-    cells: list[dict[str, Any]] = []
-    for context in range(scenario.contexts):
-        cells += _cells(scenario, f"base {context}", results, draw)
-    arms = find_arms(cells, compare, results)
-    rows = comparisons(arms, compare, results, ARMS[0], [compare.metric])
-    assert len(rows) == scenario.contexts
-    said: dict[str, list[bool]] = {
-        "difference": [row["lower"] > 0 or row["upper"] < 0 for row in rows],
-        "winner": [any(row["winner"] for row in rows)],
-        "score": [],
-        "repair": [],
+def one_study(
+    scenario: Scenario, store: StudyDirectory, draw: np.random.Generator, *, judged_alone: bool
+) -> dict[str, list[bool]]:
+    """What one study says: whether each interval holds the truth, and whether its verdicts are false."""
+    simulated = _Simulated(scenario, store, draw, with_repair=scenario.repairs and not judged_alone)
+    results, arms = simulated.results, simulated.arms()
+    judged = _each_base_primary(simulated, arms)
+    if judged_alone:
+        equivalent = [row["verdict"].startswith("no difference") for row in judged]
+        better = [row["winner"] == ARMS[1] for row in judged]
+        return {"better": better, "equivalent": equivalent, "any_equivalent": [any(equivalent)]}
+    rows = comparisons(arms, results, ARMS[0], ["nll_per_token"])
+    single = [row for row in rows if row["role"] == "exploratory"]
+    found = {
+        "difference": [row["lower"] <= simulated.effects[row["base"]] <= row["upper"] for row in single],
+        "primary": [row["lower"] <= scenario.effect <= row["upper"] for row in rows if row["role"] == "primary"],
+        "winner": [any(row["winner"] for row in judged)],
     }
-    if scenario.metric != "nll_per_token":  # the true share of right answers has no closed form
-        return said
-    part = part_of(compare, arms)
+    return found | _held(simulated, arms)
+
+
+def _each_base_primary(simulated: _Simulated, arms: list[Arm]) -> list[dict[str, Any]]:
+    """The comparisons of a study that names none, so that each compressed base is a primary one."""
+    study = simulated.results.study
+    compare = study.compare.model_copy(update={"primary": None})
+    simulated.results.study = study.model_copy(update={"compare": compare})
+    rows = comparisons(
+        [arm for arm in arms if arm.context.get("base") != DENSE], simulated.results, ARMS[0], ["nll_per_token"]
+    )
+    simulated.results.study = study
+    return rows
+
+
+def _held(simulated: _Simulated, arms: list[Arm]) -> dict[str, list[bool]]:
+    """Whether the intervals of scores, damage and repair hold the truth."""
+    held: dict[str, list[bool]] = {}
+
+    def add(name: str, truth: float, row: Mapping[str, Any]) -> None:
+        if f"{name}_lower" in row and not math.isnan(row[f"{name}_lower"]):
+            held.setdefault(name, []).append(row[f"{name}_lower"] <= truth <= row[f"{name}_upper"])
+
+    results = simulated.results
     for arm in arms:
-        if not arm.is_trained:
-            continue
-        truth = BASE + LOST - GAINED + (0.0 if arm.chosen["train.lr"] == RATES[1] else scenario.worse)
-        found = quality(arm, results, compare.metric, part)
-        assert found is not None
-        said["score"].append(not found[0].lower <= truth <= found[0].upper)
-        ratio, reason = repair(arm, compare, results, part)
-        if not reason:
-            said["repair"].append(not ratio.lower <= (BASE + LOST - truth) / LOST <= ratio.upper)
-    return said
+        if arm.kind == "trained":
+            score = quality(arm, results, "nll_per_token")
+            assert score is not None
+            truth = simulated.levels[arm.name, arm.context["base"]]
+            add("score", truth, {"score_lower": score.lower, "score_upper": score.upper})
+            row = repair_row(arm, arms, results)
+            left, transplant = simulated.left[arm.name, arm.context["base"]], TRANSPLANTED
+            add("left", left, row)
+            add("transplant", transplant, row)
+            add("repaired", transplant - left, row)
+            add("repaired_share", (transplant - left) / transplant, row)
+        elif arm.kind == "base":
+            add("damage_choice", LOST, damage_row(arm, results))
+    return held
 
 
-def _cells(scenario: Scenario, context: str, results: Results, draw: np.random.Generator) -> list[dict[str, Any]]:
-    """The cells of one context; their scores are put into `results`."""
-    shape = (scenario.tasks, scenario.examples)
-    tokens = _tokens(scenario, draw, shape)
-    hard = draw.exponential(size=shape) - 1.0  # the same for all: how hard each example is
-
-    def noise(scale: float) -> Any:
-        values = draw.standard_t(3, size=shape) / np.sqrt(3) if scenario.skewed else draw.normal(size=shape)
-        return scale * values
-
-    def add(key: str, per_token: Any, labels: dict[str, str], *, is_trained: bool) -> dict[str, Any]:
-        names = {"base_key": f"{context} nf4", "dense_key": f"{context} dense"}
-        results._results[key] = {"files": {}}
-        results._scores[key, "validation"] = _scores(per_token, tokens)
-        return {"key": key, "labels": {"base": context, **labels}, "is_trained": is_trained, **names}
-
-    cells = [
-        add(f"{context} dense", BASE + hard + noise(0.05), {"base": "dense"}, is_trained=False),
-        add(f"{context} nf4", BASE + LOST + hard + noise(0.05), {}, is_trained=False),
-    ]
-    for arm in ARMS:
-        of_arm = noise(scenario.of_example)
-        for rate, seed in itertools.product(RATES, range(scenario.seeds)):
-            level = BASE + LOST - GAINED + (0.0 if rate == RATES[1] else scenario.worse)
-            level += scenario.of_seed * float(draw.normal())
-            labels = {"adapter": arm, "train.lr": rate, "train.seed": str(seed)}
-            per_token = level + hard + of_arm + noise(scenario.of_run)
-            cells.append(add(" ".join((context, *labels.values())), per_token, labels, is_trained=True))
-    return cells
+@lru_cache(maxsize=256)
+def _names(task: int, block: int, number: int) -> tuple[str, ...]:
+    return tuple(f"{task}-{block * number + index}#1" for index in range(number))
 
 
-def _tokens(scenario: Scenario, draw: np.random.Generator, shape: tuple[int, int]) -> Any:
-    if scenario.skewed:
-        return np.ceil(draw.lognormal(1.0, 1.0, shape))
-    return draw.integers(1, 6, shape).astype(float)
+@lru_cache(maxsize=8)
+def _study(bases: int, seeds: int, more: int) -> Study:
+    """A study file of the scenario; only what the comparison reads matters."""
+    names = {DENSE: {"base.quant": "none"}} | {f"base {index}": {"base.quant": "nf4"} for index in range(bases)}
+    document: dict[str, Any] = {
+        "recipe": "quickstart",
+        "product": {"base": names, "adapter": {arm: {"adapter.kind": arm} for arm in ARMS}},
+        "seeds": list(range(seeds)),
+        "rates": {"values": [1e-4, 2e-4, 4e-4]},
+        "compare": {
+            "split": "test",
+            "reference": ARMS[0],
+            "zone": ZONE,
+            "primary": {"over the compressed bases": {"over": {"base": [name for name in names if name != DENSE]}}},
+        },
+    }
+    if more:
+        document["more_seeds"] = {"seeds": list(range(seeds, seeds + more)), "half_width": ZONE}
+    return study_from(document)
 
 
-def _scores(per_token: Any, tokens: Any) -> CellScores:
-    """Scores as a cell has them; an answer is right if it is easy enough."""
-    values: dict[str, Any] = {"nll_per_token": {}, "acc": {}}
-    weights: dict[str, Any] = {"nll_per_token": {}, "acc": {}}
-    for task, (row, counts) in enumerate(zip(per_token, tokens, strict=True)):
-        names = [f"{index}#1" for index in range(len(row))]
-        values["nll_per_token"][str(task)] = dict(zip(names, (row * counts).tolist(), strict=True))
-        weights["nll_per_token"][str(task)] = dict(zip(names, counts.tolist(), strict=True))
-        values["acc"][str(task)] = dict(zip(names, (row < BASE).astype(float).tolist(), strict=True))
-        weights["acc"][str(task)] = dict.fromkeys(names, 1.0)
-    return CellScores(values, weights)
+class _Simulated:
+    """The cells of one study; their scores are put into `results`.
+
+    Attributes:
+        effects: Base -> what dora is better by.
+        levels: (arm, base) -> NLL per token.
+        left: (arm, base) -> NLL per token above that on the uncompressed base.
+    """
+
+    def __init__(
+        self, scenario: Scenario, store: StudyDirectory, draw: np.random.Generator, *, with_repair: bool
+    ) -> None:
+        self.scenario, self.draw, self.with_repair = scenario, draw, with_repair
+        self.results = Results(store, _study(scenario.bases, scenario.seeds, scenario.more_seeds))
+        self.shape = (scenario.tasks, scenario.examples)
+        self.cells: list[dict[str, Any]] = []
+        self.bases = [DENSE, *(f"base {index}" for index in range(scenario.bases))]
+        self.effects, self.levels, self.left = {}, {}, {}
+        number = scenario.seeds + scenario.more_seeds
+        self.fixed = None if scenario.rotates else self._examples()
+        of_arms = {base: self._of_arm() for base in self.bases}
+        for base in self.bases:
+            lost = 0.0 if base == DENSE else LOST
+            self.effects[base] = scenario.effect
+            for arm in ARMS:
+                self.levels[arm, base] = 1.0 + lost - (scenario.effect if arm == "dora" else 0.0)
+                self.left[arm, base] = lost
+        for seed in range(number):
+            self._add_seed(seed, of_arms)
+        if with_repair:
+            self._add_bases()
+
+    def arms(self) -> list[Arm]:
+        """Of the cells that the study runs: those of further seeds only where intervals are wide."""
+        study = self.results.study
+        if study.more_seeds is None:
+            return find_arms(self.cells, self.results)
+        first = {str(seed) for seed in study.seeds}
+        cells = [cell for cell in self.cells if cell["labels"].get("seed", "0") in first]
+        asked = MoreSeedsConfig.model_validate(study.more_seeds.model_dump())
+        wide = [each["base"] for each in wide_contexts(find_arms(cells, self.results), self.results, asked)]
+        more = [cell for cell in self.cells if cell not in cells and cell["labels"]["base"] in wide]
+        return find_arms([*cells, *more], self.results)
+
+    def _noise(self, scale: float) -> Array:
+        if self.scenario.skewed:
+            return scale * self.draw.standard_t(3, size=self.shape) / math.sqrt(3)
+        return scale * self.draw.normal(size=self.shape)
+
+    def _examples(self) -> tuple[Array, Array]:
+        """(answer tokens, difficulty) of examples, the same for all arms."""
+        if self.scenario.skewed:
+            tokens = np.minimum(100.0, np.ceil(self.draw.lognormal(1.0, 1.0, self.shape)))
+        else:
+            tokens = self.draw.integers(1, 6, self.shape).astype(float)
+        return tokens, 0.3 * (self.draw.exponential(size=self.shape) - 1.0)
+
+    def _of_arm(self) -> Array | None:
+        """What dora has more than lora on the fixed examples, whose mean is 0: the truth is that of these examples."""
+        if self.fixed is None:
+            return None
+        tokens, hard = self.fixed
+        hard -= (hard * tokens).sum() / tokens.sum()
+        values = self._noise(self.scenario.of_example)
+        return values - (values * tokens).sum() / tokens.sum()
+
+    def _add_seed(self, seed: int, of_arms: Mapping[str, Array | None]) -> None:
+        scenario, draw = self.scenario, self.draw
+        tokens, hard = self.fixed or self._examples()
+        common, shared = 0.05 * float(draw.normal()), float(draw.normal())
+        block = seed if scenario.rotates else 0
+        for base in self.bases:
+            fixed = of_arms[base]
+            of_arm = self._noise(scenario.of_example) if fixed is None else fixed
+            of_seed = scenario.of_seed * (shared + float(draw.normal())) / math.sqrt(2)
+            for arm in ARMS:
+                own = of_arm + of_seed if arm == "dora" else 0.0
+                per_token = self.levels[arm, base] + common + hard + own + self._noise(scenario.of_run)
+                self._add("trained", base, arm, seed, block, per_token, tokens)
+                if self.with_repair and base != DENSE:
+                    level = self.levels[arm, DENSE] + TRANSPLANTED + scenario.of_seed * float(draw.normal())
+                    moved = level + common + hard + self._noise(scenario.of_run)
+                    self._add("transplant", base, arm, seed, block, moved, tokens)
+
+    def _add_bases(self) -> None:
+        """Choice NLLs of the bases without training."""
+        hard = 0.3 * (self.draw.exponential(size=self.shape) - 1.0)
+        for base in self.bases:
+            values = 1.0 + hard + (0.0 if base == DENSE else LOST) + self._noise(0.2)
+            self._add("base", base, None, None, 0, values, np.ones(self.shape), measure="choice_nll")
+
+    def _add(
+        self,
+        kind: str,
+        base: str,
+        arm: str | None,
+        seed: int | None,
+        block: int,
+        per_token: Array,
+        tokens: Array,
+        measure: str = "nll_per_token",
+    ) -> None:
+        labels = {"base": base} | ({} if arm is None else {"adapter": arm, "seed": str(seed), "train.lr": "0.0002"})
+        key = " ".join((kind, *labels.values()))
+        scores = {
+            str(task): TaskScores(_names(task, block, len(row)), row * counts, counts)
+            for task, (row, counts) in enumerate(zip(per_token, tokens, strict=True))
+        }
+        self.results._results[key] = {"files": {}}
+        self.results._scores[key, "all"] = {measure: scores}
+        names = {"base_key": f"base {base}", "dense_key": f"base {DENSE}", "is_interior": True}
+        self.cells.append({"key": key, "labels": labels, "kind": kind, **names})
 
 
 if __name__ == "__main__":

@@ -10,40 +10,47 @@ from typing import Any
 import numpy as np
 import yaml
 
-from qdora.study.grid import Cell, expand, load_study
-from qdora.study.runner import run_cells
+from qdora.study.cells import Cell, Expander
+from qdora.study.grid import load_study
+from qdora.study.runner import Work, run_cells
 from qdora.study.study_directory import StudyDirectory
+from qdora.study.upcoming import Upcoming
 from tests import study_worker
 
 NUM_EXAMPLES = {"piqa": 120, "sums": 80}
 BITS = {"none": 16.0, "int8": 8.1, "nf4": 4.1, "fp4": 4.2}
 LOST = {"none": 0.0, "int8": 0.01, "nf4": 0.1, "fp4": 0.4}
-"""NLL per token that compressing costs; nobody knows how much of it an adapter repairs."""
+"""NLL per token that compressing costs after training. A transplanted adapter loses twice as much."""
 
 DOCUMENT: dict[str, Any] = {
     "recipe": "recipe.yaml",
     "product": {
         "base.quant": ["none", "int8", "nf4", "fp4"],
         "adapter": {"lora": {"adapter.kind": "lora"}, "dora": {"adapter.kind": "dora"}},
-        "train.lr": [1e-4, 2e-4, 4e-4],
-        "train.seed": [0, 1, 2, 3],
     },
-    "compare": {"reference": "lora", "num_resamples": 500},
+    "seeds": [0, 1, 2, 3],
+    "rates": {"values": [1e-4, 2e-4, 4e-4]},
+    "compare": {"reference": "lora"},
     "retries": 0,
 }
+ARMS = 8
+SEARCH = 3 * 2 * ARMS
+"""Runs of the search: three rates, two seeds."""
 Truth = Callable[[Cell], float]
 """NLL per token of a cell, but for noise."""
 
 
 def truth(cell: Cell) -> float:
     """DoRA is 0.05 better than LoRA on nf4, the same on all else; 2e-4 is the best rate of both."""
-    value = 2.0 + LOST[cell.recipe.base.quant]
-    if not cell.is_trained:
-        return value
-    value -= 0.3 + 0.5 * LOST[cell.recipe.base.quant]
+    lost = LOST[cell.recipe.base.quant]
+    if cell.kind == "base":
+        return 2.0 + 3 * lost
+    if cell.kind == "transplant":
+        return 1.7 + 2 * lost
+    value = 1.7 + lost
     if cell.recipe.adapter.kind == "dora" and cell.recipe.base.quant == "nf4":
         value -= 0.05
-    return value + 0.04 * abs(np.log2(cell.recipe.train.lr / 2e-4))
+    return value + 0.04 * float(np.log2(cell.recipe.train.lr / 2e-4)) ** 2
 
 
 def make(folder: Path, *, nll: Truth = truth, generated: bool = False, fail: str | None = None, **changes: Any) -> Path:
@@ -58,53 +65,65 @@ def make(folder: Path, *, nll: Truth = truth, generated: bool = False, fail: str
     (folder / "recipe.yaml").write_text(yaml.safe_dump(study_worker.DOCUMENT))
     (folder / "study.yaml").write_text(yaml.safe_dump(DOCUMENT | changes, sort_keys=False))
     study = load_study(folder / "study.yaml")
-    cells = expand(study)
     store = StudyDirectory(folder / "study", retries=study.retries)
-    store.write_index(study, cells)
+    upcoming = Upcoming(study, Expander(study), store)
+    num_cells = -1
+    while len(cells := upcoming.now().cells) > num_cells:
+        num_cells = len(cells)
+        run_cells(cells, store, work_of(nll, generated=generated, fail=fail))
+    return folder / "study"
+
+
+def work_of(nll: Truth = truth, *, generated: bool = False, fail: str | None = None) -> Work:
+    """The work of a made-up cell; see `make`."""
 
     def work(cell: Cell, directory: Path) -> dict[str, Any]:
         if fail in cell.labels.values():
             raise RuntimeError("out of memory")
         value = nll(cell)
-        return {"diverged": "loss nan"} if np.isnan(value) else _work(cell, directory, value, generated)
+        if np.isnan(value):
+            return {"diverged": "loss nan", "num_vocabulary": 1000}
+        return _work(cell, directory, value, generated)
 
-    run_cells(cells, store, work)
-    return folder / "study"
+    return work
 
 
 def _work(cell: Cell, directory: Path, nll: float, generated: bool) -> dict[str, Any]:
-    seed = cell.recipe.train.seed if cell.is_trained else 0
+    seed = cell.recipe.train.seed if cell.kind != "base" else 0
     draw = np.random.default_rng(int(cell.key, 16))
-    of_seed = np.random.default_rng(seed).normal(scale=0.002) if cell.is_trained else 0.0
+    of_seed = np.random.default_rng(seed).normal(scale=0.05) if cell.kind != "base" else 0.0
     rows, answers = [], []
     for task, number in NUM_EXAMPLES.items():
         examples = np.random.default_rng(len(task))  # the same in all cells: how hard each example is
         tokens, hard = examples.integers(1, 6, number), examples.exponential(size=number)
-        noise = draw.normal(scale=0.02, size=number)
+        noise = draw.normal(scale=0.05, size=number)
         for index in range(number):
             per_token = nll + of_seed + hard[index] - 1.0 + noise[index]
             row = {"task": task, "id": str(index), "nll": per_token * int(tokens[index])}
             row["num_answer_tokens"] = int(tokens[index])
             if task == "piqa":
                 row |= {"acc": float(hard[index] < 1.2 - nll / 4), "acc_norm": float(hard[index] < 1.0)}
+                row |= {"gold": 0, "loglikelihoods": [-per_token, -2.0]}
                 formatted = cell.recipe.adapter.kind == "dora" or index % 2 == 0
                 outcome = "unparsable" if not formatted else "right" if index % 4 == 0 else "wrong"
                 answers.append({"task": task, "id": str(index), "outcome": outcome})
             rows.append(row)
     (directory / "eval").mkdir(parents=True, exist_ok=True)
     (directory / "eval" / "step-1.json").write_text(json.dumps({"per_example": rows}))
-    files = {"validation": "eval/step-1.json"}
+    files = {"scores": "eval/step-1.json"}
     if generated:
         (directory / "eval" / "generated.json").write_text(json.dumps({"per_example": answers}))
         files["generated"] = "eval/generated.json"
     bits = BITS[cell.recipe.base.quant]
     size = {"num_linear_weights": 2**20, "num_linear_bytes": int(bits * 2**17), "num_base_bytes": int(bits * 2**17)}
     layers = {f"layers.{n}": {"relative_error": 0.01 * n, "sparsity": 0.0} for n in range(3)}
-    return {
+    hidden = {"perplexity": 20.0, "hidden_errors": [0.1, 0.2], "hidden_error": 0.2} if cell.kind == "base" else {}
+    is_compressed_base = cell.kind == "base" and cell.recipe.base.quant == "nf4"
+    return hidden | {
         "num_steps": 1,
         "final_loss": nll,
         "num_trainable": 10,
         "size": size | {"num_base_bytes": int(bits * 2**17) + 4096, "num_adapter_bytes": 2048 * cell.is_trained},
         "files": files,
-        "compression": {"sparsity": 0.0, "layers": layers} if cell.recipe.base.quant == "nf4" else None,
+        "compression": {"sparsity": 0.0, "layers": layers} if is_compressed_base else None,
     }

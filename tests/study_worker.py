@@ -15,7 +15,7 @@ from typing import Any
 
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
-from qdora.study.grid import Cell
+from qdora.study.cells import Cell
 from qdora.study.runner import run_cells
 from qdora.study.study_directory import StudyDirectory
 

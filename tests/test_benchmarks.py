@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +158,7 @@ def test_rank_curve(tmp_path: Path) -> None:
     with (out / "arms.csv").open(newline="") as file:
         arms = [row for row in csv.DictReader(file) if row["is_trained"] == "True"]
     assert [(row["adapter"], row["rank"], row["num_seeds"]) for row in arms] == [
-        (kind, rank, "3") for kind in ("lora", "dora") for rank in ("rank 4", "rank 1")
+        (kind, rank, "4") for kind in ("lora", "dora") for rank in ("rank 4", "rank 1")
     ]
     with (out / "comparisons.csv").open(newline="") as file:
         assert {(row["adapter"], row["arm"], row["reference"]) for row in csv.DictReader(file)} == {
@@ -173,9 +175,9 @@ def test_rank_methods(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     costs = json.loads((out / "run.json").read_text())["costs_in_seconds"]
     assert set(costs) == {"scout", "svd", "gradient", "curvature", "sizes"}
-    # 5 ways: 3 rates with a seed, and 2 more seeds; without training: the bases
+    # 5 ways: 3 rates with a seed of the search, then 4 seeds; without training: the bases
     trained = list((tmp_path / "study/results").glob("*.json"))
-    assert len(trained) >= 25
+    assert len(trained) >= 35
     sizes = set()
     for adapter in (tmp_path / "study").rglob("adapter/adapter_model.safetensors"):
         with safe_open(adapter, "pt") as file:
@@ -458,43 +460,40 @@ def test_merge_streamed(tmp_path: Path) -> None:
 
 
 def test_study(tmp_path: Path) -> None:
-    options = (
-        "--dir",
-        str(tmp_path / "study"),
-        "--bases",
-        "nf4,nf4+2:4",
-        "--steps",
-        "2",
-        "--batch",
-        "4",
-        "--limit",
-        "2",
-    )
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "benchmarks/study.py"), "--smoke", "--out", str(out), *options]
+    command = [sys.executable, str(ROOT / "benchmarks/study.py"), "--smoke", "--dir", str(tmp_path / "study")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for _ in range(2):  # the second time all cells are there
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    # Told before it runs, interrupted at once, run, and run again when all cells are there
+    for more in (["--dry-run"], ["--hours", "0"], [], []):
+        run = subprocess.run(
+            [*command, "--out", str(out), *more], env=environment, capture_output=True, text=True, timeout=280
+        )
         assert run.returncode == 0, run.stderr[-3000:]
+        assert (out / "arms.csv").exists() == (not more)
     with (out / "arms.csv").open(newline="") as file:
-        arms = list(csv.DictReader(file))
-    trained = {(row["base"], row["adapter"]): row for row in arms if row["is_trained"] == "True"}
-    assert set(trained) == {(base, kind) for base in ("nf4", "nf4, 2:4") for kind in ("lora", "dora")} | {
-        ("nf4, 2:4", "dora, masked")
-    }
-    assert all(row["num_seeds"] == "3" and row["num_missing"] == "0" for row in trained.values())
-    assert float(trained["nf4, 2:4", "lora"]["sparsity"]) == 0.5
-    results = list((tmp_path / "study/results").glob("*.json"))
-    assert len(results) == 5 * (3 + 2) + 3  # three rates, two more seeds; both bases and the uncompressed one
+        arms = {(row["base"], row["adapter"], row["kind"]): row for row in csv.DictReader(file)}
+    pairs = [(base, kind) for base in ("16 bits", "nf4", "2:4") for kind in ("lora", "dora")]
+    assert {key[:2] for key in arms if key[2] == "trained"} == {*pairs, ("2:4", "dora, masked")}
+    assert {key[:2] for key in arms if key[2] == "transplant"} == {("2:4", "lora"), ("2:4", "dora")}
+    assert all(row["num_seeds"] == "3" and row["num_missing"] == "0" for key, row in arms.items() if key[2] != "base")
+    assert float(arms["2:4", "lora", "trained"]["sparsity"]) == 0.5
+    kept = json.loads(gzip.decompress((out / "scores.json.gz").read_bytes()))
+    assert all(each["scores"] for each in kept)
+    stages = Counter(each["cell"]["stage"] for each in kept)
+    assert stages["bases"] == 3
+    assert (stages["main"], stages["transplants"], stages["masks"]) == (18, 6, 3)
 
 
 def test_study_nulls(tmp_path: Path) -> None:
     result = smoke(tmp_path, "study_nulls.py")
-    for scenario in result["scenarios"].values():
-        assert set(scenario["shares"]) == {"difference", "winner", "repair", "score"}
-        assert all(share is None or 0 <= share <= 1 for share in scenario["shares"].values())
-    assert result["largest"]["difference"] == max(each["shares"]["difference"] for each in result["scenarios"].values())
-    assert set(result["passes"]) == {"difference", "winner", "repair"}
+    for name, scenario in result["scenarios"].items():
+        intervals = {"difference", "primary", "score", "left"} | (REPAIRS if scenario["repairs"] else set())
+        assert set(scenario["shares"]) == intervals | {"winner", "equivalent"}, name
+        assert all(0 <= share <= 1 for share in scenario["shares"].values())
+    assert set(result["passes"]) == {"coverage", "winner", "equivalent", "promised power"}
+
+
+REPAIRS = {"transplant", "repaired", "repaired_share", "damage_choice"}
 
 
 def test_out_of_memory(tmp_path: Path) -> None:

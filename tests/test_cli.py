@@ -39,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained = invoke("train", root / "recipe.yaml", "--run-dir", root / "run")
     assert trained.exit_code == 0, trained.stderr
     arms = {kind: {"adapter.kind": kind} for kind in ("lora", "dora")}
-    grid = {"recipe": "recipe.yaml", "product": {"adapter": arms}, "compare": {"arm": "adapter"}}
+    grid = {"recipe": "recipe.yaml", "product": {"adapter": arms}, "seeds": [0], "compare": {"arm": "adapter"}}
     (root / "grid.yaml").write_text(yaml.safe_dump(grid))
     return root
 
@@ -355,8 +355,14 @@ def test_a_missing_data_file_is_reported_for_the_recipe(tmp_path: Path) -> None:
 
 def test_a_dry_run_of_a_study_lists_its_cells(root: Path, tmp_path: Path) -> None:
     lines = invoke(*arguments_of("study", root, tmp_path)).stdout.splitlines()
-    assert [line.strip() for line in lines[1:]].count("adapter=dora") == 1
-    assert len(lines) == 1 + 4
+    assert [line.strip() for line in lines[1:]].count("adapter=dora, seed=0") == 1
+    told = [line.partition(":")[0] for line in lines[5:]]
+    assert told == [
+        "bases",
+        "main",
+        "The time is not known before runs of two lengths are done. Fix",
+        "lora against dora",
+    ]
 
 
 def test_a_reader_that_stops_ends_a_verb_without_a_word() -> None:

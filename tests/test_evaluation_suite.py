@@ -110,6 +110,21 @@ def test_progress_counts_every_task_to_its_end() -> None:
         assert counts[-1] == total
 
 
+def test_blocks_are_disjoint_as_long_as_there_are_enough_and_then_start_again() -> None:
+    examples = questions("choices", 10)
+    blocks = [[int(example.id) for example in spread(examples, 4, block)] for block in range(6)]
+    assert all(block == sorted(block) and len(set(block)) == 4 for block in blocks)
+    assert not set(blocks[0]) & set(blocks[1])
+    assert set(blocks[0]) | set(blocks[1]) | set(blocks[2]) == set(range(10))
+    assert blocks[5] == blocks[0]  # 20 examples are two rounds
+    assert sorted(index for block in blocks[:5] for index in block) == sorted([*range(10)] * 2)
+    assert blocks[0] != [0, 1, 2, 3]  # files are often ordered by origin
+    assert spread(examples, 10, 1) == spread(examples, None, 1) == examples
+    found = evaluate(model(), tiny_tokenizer.make(), {"choices": examples}, limit=4, block=1, per_example=True)
+    assert [row["id"] for row in found.per_example] == [str(index) for index in blocks[1]]
+    assert found.settings["block"] == 1
+
+
 def test_limit_is_spread_over_the_task() -> None:
     examples = questions("t", 10)
     assert [example.id for example in spread(examples, 4)] == ["0", "2", "5", "7"]

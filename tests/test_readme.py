@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from qdora.cli import app
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.recipe.recipe_file import load_recipe, read_yaml, recipe_from, recipe_names, resolved_yaml, settings
-from qdora.study.grid import expand, study_from
+from qdora.study.cells import Expander, expand
+from qdora.study.compare import cannot_decide
+from qdora.study.grid import study_from
+from qdora.study.outlook import planned_cells
 from tests import tiny_adapted
 
 ROOT = Path(__file__).parent.parent
@@ -145,8 +149,8 @@ def test_every_benchmark_is_explained_with_options_that_it_has() -> None:
         assert program == "python"
         text = (ROOT / script).read_text()
         missing = [option for option in options if option.startswith("--") and f'"{option}"' not in text]
-        # Those of `two_passes.py` and `measure.py` are shared
-        shared = "".join((ROOT / "benchmarks" / name).read_text() for name in ("two_passes.py", "measure.py"))
+        # Those of `measure.py` are shared
+        shared = (ROOT / "benchmarks/measure.py").read_text()
         assert not [option for option in missing if f'"{option}"' not in shared], (script, missing)
     programs = {
         f"benchmarks/{file.name}" for file in (ROOT / "benchmarks").glob("*.py") if "\ndef main" in file.read_text()
@@ -194,9 +198,21 @@ def test_yaml_blocks_were_found() -> None:
 
 def test_the_study_shown_has_its_cells() -> None:
     (block,) = (block for page in GUIDES for block in blocks(page, "yaml") if "product:" in block)
-    cells = expand(study_from(yaml.safe_load(block)))
-    assert sum(cell.is_trained for cell in cells) == 2 * 2 * 3 * 3
-    assert len(cells) == 2 * 2 * 3 * 3 + 2
+    expander = Expander(study_from(yaml.safe_load(block)))
+    stages = Counter(cell.stage for cell in planned_cells(expander, None).cells)
+    # Three short runs of each arm, a full one of each rate and seed of the search, six seeds
+    expected = {"bases": 3, "rates, short runs": 6 * 3, "rates": 6 * 3 * 2, "main": 6 * 6}
+    assert stages == expected
+
+
+def test_the_grids_of_the_benchmarks_are_studies_whose_rates_are_searched() -> None:
+    files = sorted((ROOT / "benchmarks/grids").glob("*.yaml"))
+    assert files
+    for file in files:
+        study = study_from(yaml.safe_load(file.read_text()), file.name)
+        assert cannot_decide(study) == []
+        assert study.compare.primary
+        assert planned_cells(Expander(study), None).num_waiting == {}
 
 
 def test_the_pruned_base_shown_keeps_its_zeros() -> None:

@@ -226,7 +226,7 @@ trackers: [wandbb]
             "r.yaml: data.mix[1]: exactly one of task and source must be set, got both.",
             f"r.yaml: data.mix[2]: not a section, got 3, allowed: {keys}.",
             "r.yaml: train.steps: exactly one of steps and epochs must be set, got both.",
-            "r.yaml: eval: not a section, got 3, allowed: tasks, limit, method, every, at_start, at_end, "
+            "r.yaml: eval: not a section, got 3, allowed: tasks, limit, block, method, every, at_start, at_end, "
             "best_by, best_metric, patience.",
             "r.yaml: lr: unknown key, allowed: model, base, adapter, data, train, eval, interference, memory, trackers."
             " Did you mean 'train.lr'?",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,22 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
 
 from qdora.cli import app
+from qdora.data.build_data import run_examples
 from qdora.errors import RunFailure, UserError
-from qdora.model.inject import inject
+from qdora.evaluation.suite import evaluate
+from qdora.model.adapter_file import load_adapter
+from qdora.model.inject import adapted_layers, inject
 from qdora.model.model_size import model_size
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
+from qdora.ops.tiles import dense_weight
 from qdora.recipe.recipe_file import settings
-from qdora.run.evaluate import EvalOptions, evaluate_target
+from qdora.run.load_run import load_run
 from qdora.study import runner as study_verb
 from qdora.study.report import read_report
 from qdora.study.runner import in_words, study_run
@@ -43,8 +49,8 @@ def write_study(root: Path, **changes: Any) -> Path:
         "product": {
             "base.quant": ["nf4"],
             "adapter": {"lora": {"adapter.kind": "lora"}, "dora": {"adapter.kind": "dora"}},
-            "train.seed": [0],
         },
+        "seeds": [0],
     }
     file = root / "study.yaml"
     file.write_text(yaml.safe_dump(document | changes))
@@ -72,23 +78,46 @@ def test_a_full_disk_is_one_line(root: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_every_cell_is_a_run_and_has_a_result(done: Path) -> None:
     cells = read_index(done)["cells"]
-    assert [cell["is_trained"] for cell in cells] == [False, False, True, True]
+    assert [cell["kind"] for cell in cells] == ["base", "base", "trained", "trained"]
     store = StudyDirectory(done)
     for cell in cells:
         run = store.cell(cell["key"])
         assert (run / "recipe.yaml").is_file()
         result = store.result(cell["key"])
         assert result is not None
-        scores = json.loads((run / result["files"]["validation"]).read_text())["per_example"]
+        scores = json.loads((run / result["files"]["scores"]).read_text())["per_example"]
         assert len(scores) == 3  # 5 % of each task
-        assert (run / "adapter").exists() == cell["is_trained"]
+        assert (run / "adapter").exists() == (cell["kind"] == "trained")
         layers = (result["compression"] or {"layers": {}})["layers"]
-        is_quantized_base = not cell["is_trained"] and "nf4" in cell["labels"].values()
+        is_quantized_base = cell["kind"] == "base" and "nf4" in cell["labels"].values()
         assert len(layers) == (14 if is_quantized_base else 0)
         assert all(0.05 < layer["relative_error"] < 0.15 for layer in layers.values())
-        assert result["num_steps"] == (2 if cell["is_trained"] else 0)
+        assert result["num_steps"] == (2 if cell["kind"] == "trained" else 0)
         assert len(list((run / "eval").glob("step-*.json"))) == 1
     assert not list((done / "claims").glob("*.json"))
+
+
+def test_a_base_has_its_perplexity_and_the_errors_of_its_hidden_states(done: Path) -> None:
+    store = StudyDirectory(done)
+    bases = {bool(cell["labels"]): cell["key"] for cell in read_index(done)["cells"] if cell["kind"] == "base"}
+    dense, nf4 = (store.result(bases[is_compressed]) or {} for is_compressed in (False, True))
+    assert "hidden_errors" not in dense
+    assert len(nf4["hidden_errors"]) == 2
+    assert all(0.01 < error < 0.3 for error in nf4["hidden_errors"])
+    assert nf4["hidden_error"] == nf4["hidden_errors"][-1]
+    base = load_run(store.cell(bases[True]))
+    nll = num_tokens = 0.0
+    for examples in run_examples(base.recipe, "validation").values():
+        for example in examples:
+            ids = torch.tensor([base.tokenizer(example.prompt + example.answer)["input_ids"]])
+            logits = base.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+            nll -= float(logits.gather(1, ids[0, 1:, None]).sum())
+            num_tokens += ids.shape[1] - 1
+    assert nf4["perplexity"] == pytest.approx(math.exp(nll / num_tokens), rel=1e-5)
+    report = read_report(done)
+    assert [row["relative_error"] for row in report.tables["blocks"]] == nf4["hidden_errors"]
+    (row,) = [row for row in report.tables["repair"] if row["adapter"] == "no adapter" and row["base.quant"] == "nf4"]
+    assert (row["perplexity"], row["hidden_error"]) == (nf4["perplexity"], nf4["hidden_error"])
 
 
 def test_bytes_of_bases_and_adapters(done: Path) -> None:
@@ -166,7 +195,7 @@ def test_a_cell_that_was_cut_off_goes_on_from_its_checkpoint(
 
     monkeypatch.setattr(study_cell, "train_run", cut)
     output = io.StringIO()
-    product = {"base.quant": ["nf4"], "adapter": {"dora": {"adapter.kind": "dora"}}, "train.seed": [0]}
+    product = {"base.quant": ["nf4"], "adapter": {"dora": {"adapter.kind": "dora"}}}
     study_run(write_study(root, product=product, bases=False), tmp_path, console=Console(file=output, width=200))
     assert calls == [False, True]
     assert "failed: dora nf4 0" in output.getvalue()
@@ -191,7 +220,7 @@ def test_a_cell_with_a_budget_that_was_killed_after_its_plan_runs_again(
         return real(*given, **options)
 
     monkeypatch.setattr(train, "base_of_run", killed)
-    product = {"adapter": {"dora": {"adapter.kind": "dora"}}, "train.seed": [0]}
+    product = {"adapter": {"dora": {"adapter.kind": "dora"}}}
     file = write_study(root, product=product, bases=False, settings={"memory.budget": "10GiB"})
     with pytest.raises(KeyboardInterrupt):
         study_run(file, tmp_path, console=Console(quiet=True))
@@ -212,16 +241,16 @@ def test_cells_that_fail_end_with_their_reason(root: Path, tmp_path: Path, monke
 
 def test_the_command_checks_before_it_runs(root: Path, tmp_path: Path) -> None:
     runner, file = CliRunner(), str(write_study(root))
-    found = runner.invoke(app, ["study", file, "--dry-run", "--json", "--shard", "2/3"])
+    found = runner.invoke(app, ["study", file, "--dry-run", "--json", "--dir", str(tmp_path / "none")])
     assert found.exit_code == 0, found.output
     shown = json.loads(found.stdout)
-    assert [cell["is_trained"] for cell in shown["cells"]] == [False]
+    assert [cell["kind"] for cell in shown["cells"]] == ["base", "base", "trained", "trained"]
     assert shown["notes"] == [
-        "This grid cannot have a winner: lora has one value of train.lr, so it is not tuned; dora has one value of "
-        "train.lr, so it is not tuned; lora and dora have only 1 of 3 (compare.min_seeds) seeds in common. It gives "
-        "scores and intervals."
+        "This study cannot have a verdict: the learning rates are not searched. Fix: add rates; there are only 1 of 3 "
+        "(compare.min_seeds) seeds. It gives scores and intervals."
     ]
-    assert "This grid cannot have a winner" in found.stderr
+    assert "This study cannot have a verdict" in found.stderr
+    assert not (tmp_path / "none").exists()
     for options, text in (
         (["--shard", "4/3"], "--shard: must be I/N"),
         (["--jobs", "2", "--shard", "1/2"], "--jobs: is not used with --shard"),
@@ -252,47 +281,135 @@ def test_times_in_words(seconds: float, text: str) -> None:
 
 
 def test_arms_can_be_compared_on_the_test_split(root: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"compare": {"split": "test", "num_resamples": 100}, "bases": False}
-    with pytest.raises(UserError, match=r"compare\.split: sums has no test split"):
-        study_run(write_study(root, **options), tmp_path)
-    options["settings"] = {"data.mix": [{"task": "demo/facts"}], "eval.limit": 3, "data.max_length": 256}
-    found = study_run(write_study(root, **options), tmp_path, console=Console(file=io.StringIO()))
-    assert found["num_done"] == 2
-    report = read_report(tmp_path)
-    (row,) = report.tables["comparisons"]
-    assert (row["num_examples"], row["winner"]) == (3, "")
-    for cell in read_index(tmp_path)["cells"]:
-        assert (tmp_path / "cells" / cell["key"] / "eval/final-test.json").is_file()
-
-
-def test_the_test_split_of_the_evaluated_tasks_compares_and_stays(root: Path, tmp_path: Path) -> None:
     mix = [{"task": "demo/facts"}, {"task": "demo/odd"}, {"source": str(root / "data/sums.jsonl")}]
-    common = {"data.mix": mix, "eval.limit": 3, "data.max_length": 256, "eval.tasks": ["demo/facts"]}
-    compare = {"split": "test", "num_resamples": 100}
-    file = write_study(root, compare=compare, bases=False, settings=common)
-    study_run(file, tmp_path, console=Console(file=io.StringIO()))  # sums, which only trains, needs no test split
-    (row,) = read_report(tmp_path).tables["comparisons"]
-    assert row["num_examples"] == 3  # of demo/facts alone, as for the tuning
-    cell = tmp_path / "cells" / read_index(tmp_path)["cells"][0]["key"]
-    evaluate_target(str(cell), EvalOptions(split="test", limit=2), console=Console(quiet=True))
-    assert read_report(tmp_path).tables["comparisons"] == [row]
+    common = {"data.mix": mix, "eval.limit": 3, "data.max_length": 256}
+    options: dict[str, Any] = {"compare": {"split": "test"}, "bases": False, "seeds": [0, 1]}
+    with pytest.raises(UserError, match=r"compare\.split: sums has no test split"):
+        study_run(write_study(root, **options, settings=common), tmp_path)
+    # sums, which only trains, needs no test split
+    file = write_study(root, **options, settings=common | {"eval.tasks": ["demo/facts"]})
+    found = study_run(file, tmp_path, console=Console(file=io.StringIO()))
+    assert found["num_done"] == 4
+    report = read_report(tmp_path)
+    (row,) = [row for row in report.tables["comparisons"] if row["role"] == "primary"]
+    assert (row["num_examples"], row["num_seeds"], row["winner"]) == (6, 2, "")  # three of each seed, of facts alone
+    ids: dict[str, set[str]] = {}
+    for cell in read_index(tmp_path)["cells"]:
+        scored = json.loads((tmp_path / "cells" / cell["key"] / "eval/step-2.json").read_text())["per_example"]
+        assert ids.setdefault(cell["labels"]["seed"], {row["id"] for row in scored}) == {row["id"] for row in scored}
+    assert not ids["0"] & ids["1"]
+
+
+SEARCH: dict[str, Any] = {
+    "settings": {"train.checkpoint_every": None, "data.validation_fraction": 0.5, "eval.limit": 10},
+    "rates": {"values": [1e-4, 1e-3, 1e-2], "steps": 1, "seeds": [100], "extend": 0},
+    "stages": [
+        {"name": "main"},
+        {"name": "moved", "cells": {"base.quant": "nf4"}, "kind": "transplant"},
+        {"name": "back", "cells": {"base.quant": "nf4"}, "kind": "set_back"},
+    ],
+    "product": {"base.quant": ["none", "nf4"], "adapter": {"dora": {"adapter.kind": "dora"}}},
+    "bases": False,
+    "time": {"start": 7200, "step": 1800},
+    "compare": {"spread": 0.01},
+}
+
+
+def test_rates_are_searched_then_arms_are_trained_and_adapters_transplanted(root: Path, tmp_path: Path) -> None:
+    file = write_study(root, **SEARCH)
+    found = CliRunner().invoke(app, ["study", str(file), "--dir", str(tmp_path), "--dry-run", "--json"])
+    planned = json.loads(found.stdout)
+    assert [(each["stage"], each["num_cells"], each["seconds"] / 3600) for each in planned["stages"]] == [
+        ("rates, short runs", 6, 6 * 2.5),
+        ("rates", 6, 6 * 3),
+        ("main", 2, 2 * 3),
+        ("moved", 1, 2),
+        ("back", 1, 2),
+    ]
+    done = study_run(file, tmp_path, console=Console(file=io.StringIO()))
+    assert done["num_waiting"] == 0
+    index = read_index(tmp_path)
+    by_stage = {stage: [c for c in index["cells"] if c["stage"] == stage] for stage in ("main", "moved")}
+    assert [cell["labels"]["base.quant"] for cell in by_stage["main"]] == ["none", "nf4"]
+    rates = {row["base.quant"]: row["rate"] for row in index["rates"]}
+    for cell in by_stage["main"]:
+        recipe = yaml.safe_load((tmp_path / "cells" / cell["key"] / "recipe.yaml").read_text())
+        assert recipe["train"]["lr"] == float(rates[cell["labels"]["base.quant"]])
+    (moved,) = by_stage["moved"]
+    assert moved["adapter_key"] == by_stage["main"][0]["key"]
+    scored = json.loads((tmp_path / "cells" / moved["key"] / "eval/step-0.json").read_text())["per_example"]
+    base = load_run(tmp_path / "cells" / by_stage["main"][1]["key"], base_only=True)
+    load_adapter(base.model, tmp_path / "cells" / moved["adapter_key"] / "adapter")
+    base.model.eval()
+    examples = run_examples(base.recipe, "validation")
+    expected = evaluate(base.model, base.tokenizer, examples, limit=10, block=0, per_example=True).per_example
+    assert [row["nll"] for row in scored] == pytest.approx([row["nll"] for row in expected], rel=1e-6)
+    check_set_back(tmp_path, index["cells"])
+    again = study_run(file, tmp_path, console=Console(file=io.StringIO()))
+    assert again["num_done"] == done["num_done"] == done["num_cells"]
+
+
+def check_set_back(directory: Path, cells: list[dict[str, Any]]) -> None:
+    """Against the trained run, whose layers get the row norms of their bases here."""
+    (back,) = [cell for cell in cells if cell["kind"] == "set_back"]
+    (source,) = [cell for cell in cells if cell["stage"] == "main" and cell["labels"]["base.quant"] == "nf4"]
+    assert back["adapter_key"] == source["key"]
+    trained = load_run(directory / "cells" / source["key"])
+    layers = adapted_layers(trained.model)
+    for layer in layers.values():
+        weight = dense_weight(layer.base.stored_weight, torch.float64)
+        layer.magnitude.data = weight.square().sum(dim=1).sqrt().float()
+        layer.parameters_changed()
+    examples = run_examples(trained.recipe, "validation")
+    found = evaluate(trained.model, trained.tokenizer, examples, limit=10, block=0, per_example=True).per_example
+    scored = json.loads((directory / "cells" / back["key"] / "eval/set-back.json").read_text())["per_example"]
+    assert [row["nll"] for row in scored] == pytest.approx([row["nll"] for row in found], rel=1e-6)
+    report = read_report(directory)
+    assert {row["layer"] for row in report.tables["changes"]} == set(layers)
+    (row,) = [row for row in report.tables["repair"] if "magnitudes" in row]
+    assert row["base.quant"] == "nf4"
+
+
+def test_what_a_study_can_find_is_told_before_it_runs(root: Path, tmp_path: Path) -> None:
+    file = write_study(root, seeds=[*range(6)], compare={"spread": 0.03, "reference": "lora"})
+    found = CliRunner().invoke(app, ["study", str(file), "--dir", str(tmp_path), "--dry-run", "--json"])
+    (outlook,) = json.loads(found.stdout)["outlook"]
+    assert outlook["comparison"] == "dora against lora (base.quant=nf4)"
+    assert (outlook["num_seeds"], outlook["source"]) == (6, "compare.spread")
+    critical = stats.t.ppf(0.975, 5)
+    assert outlook["half_width"] == pytest.approx(critical * 0.03 / math.sqrt(6))
+    power = stats.nct.sf(critical, 5, outlook["smallest_detectable"] / 0.03 * math.sqrt(6))
+    assert power == pytest.approx(0.8, abs=1e-3)
+    printed = CliRunner().invoke(app, ["study", str(file), "--dir", str(tmp_path), "--dry-run"]).output
+    assert f"differences below {outlook['smallest_detectable']:.3g} nats stay unseen" in printed
+    assert "The time is not known before runs of two lengths are done. Fix: set time." in printed
+
+
+def test_shards_take_turns_at_cells_that_wait_for_each_other(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_verb, "_IDLE_SECONDS", 0.01)
+    file = write_study(root, **SEARCH)
+    parts = [1, 2, 1, 2, 1, 2, 1, 2]
+    found = [study_run(file, tmp_path, shard=f"{part}/2", console=Console(file=io.StringIO())) for part in parts]
+    assert found[0]["num_waiting"] > 0  # nobody works on the other part, so this one ends
+    assert found[-1]["num_waiting"] == 0
+    assert all(StudyDirectory(tmp_path).is_done(cell["key"]) for cell in read_index(tmp_path)["cells"])
 
 
 def test_a_real_study_is_reported(done: Path) -> None:
     report = read_report(done)
     assert len(report.tables["arms"]) == 4
-    assert {row["repair_reason"] for row in report.tables["arms"]} <= {"not trained", "", NOTHING_LOST}
-    assert report.verdict[0].startswith("No winner in 1 comparisons of NLL")
-
-
-NOTHING_LOST = "compression caused no significant loss"
+    assert report.verdict[0] == (
+        "None of 1 comparisons of NLL (nats per token) is decided; with a single seed no difference can be seen."
+    )
 
 
 def test_cells_share_their_pruned_base(root: Path) -> None:
     prune = {"base.prune.method": "magnitude", "base.prune.sparsity": 0.5}
     base = {"half": {"base.quant": "nf4", **prune}}
     adapter = {"lora": {"adapter.kind": "lora"}, "dora": {"adapter.kind": "dora"}}
-    file = write_study(root, product={"base": base, "adapter": adapter, "train.seed": [0]})
+    file = write_study(root, product={"base": base, "adapter": adapter})
     study_run(file, root / "pruned", console=Console(file=io.StringIO()))
     made = list((root / "pruned/shared/bases").glob("*/base/model.safetensors"))
     assert len(made) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import time
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 from qdora.errors import UserError
 from qdora.recipe.recipe_file import override, recipe_from, settings
 from qdora.study.cell_key import key_of
-from qdora.study.compare import cannot_win
-from qdora.study.grid import Cell, equal_in_words, expand, label_of, load_study, study_from
+from qdora.study.cells import Cell, Expander, equal_in_words, expand
+from qdora.study.compare import cannot_decide
+from qdora.study.grid import label_of, load_study, study_from
 from tests import study_worker
 
 ADAPTERS = {
@@ -36,8 +38,8 @@ def study(tmp_path: Path, **changes: Any) -> list[Cell]:
             "base.quant": ["none", "nf4"],
             "adapter": ADAPTERS,
             "train.lr": ["1e-4", 3e-4],
-            "train.seed": [0, 1, 2],
         },
+        "seeds": [0, 1, 2],
     }
     return expand(study_from(document | changes))
 
@@ -56,13 +58,46 @@ def test_every_combination_is_a_cell_and_what_is_not_trained_is_one(tmp_path: Pa
     cells = study(tmp_path)
     trained = [cell for cell in cells if cell.is_trained]
     expected = set(itertools.product(("none", "nf4"), ("lora", "dora"), ("0.0001", "0.0003"), ("0", "1", "2")))
-    assert labels(trained, "base.quant", "adapter", "train.lr", "train.seed") == expected
+    assert labels(trained, "base.quant", "adapter", "train.lr", "seed") == expected
     assert len(trained) == len(expected)
-    bases = [cell for cell in cells if not cell.is_trained]
-    # one for each base, whatever the learning rate and the seed would have been; the uncompressed one is among them
+    bases = [cell for cell in cells if cell.kind == "base"]
+    # one for each base, whatever the seed would have been; the uncompressed one is among them
     assert labels(bases, "base.quant", "adapter") == {("none", "none"), ("nf4", "none")}
     assert len(bases) == 2
     assert cells[:2] == bases
+
+
+def test_a_seed_decides_initial_values_data_and_examples_together(tmp_path: Path) -> None:
+    cells = [cell for cell in study(tmp_path, settings={"eval.limit": 9}) if cell.is_trained]
+    assert len(cells) == 2 * 2 * 2 * 3
+    for cell in cells:
+        recipe, seed = cell.recipe, int(cell.labels["seed"])
+        assert (recipe.train.seed, recipe.data.seed, recipe.eval.block) == (seed, seed, seed)
+    bases = [cell for cell in study(tmp_path, settings={"eval.limit": 9}) if not cell.is_trained]
+    assert {(cell.recipe.data.seed, cell.recipe.eval.block) for cell in bases} == {(0, None)}
+    assert {cell.recipe.eval.block for cell in study(tmp_path)} == {None}  # all examples are evaluated
+
+
+def test_more_seeds_change_no_cell(tmp_path: Path) -> None:
+    few, many = (
+        study(tmp_path, settings={"eval.limit": 9}),
+        study(tmp_path, settings={"eval.limit": 9}, seeds=[*range(6)]),
+    )
+    assert {cell.key for cell in few} < {cell.key for cell in many}
+
+
+@pytest.mark.parametrize("key", ["train.seed", "data.seed", "eval.block"])
+def test_what_the_seeds_decide_is_not_set(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UserError, match=rf"{key}: is decided by seeds\. Fix: remove it"):
+        study(tmp_path, settings={key: 3, "eval.limit": 9})
+
+
+def test_calibration_examples_that_the_seeds_draw_are_refused(tmp_path: Path) -> None:
+    pruned = {"base.prune.method": "wanda", "base.prune.sparsity": 0.5, "data.mix": [{"source": "a.jsonl", "limit": 9}]}
+    with pytest.raises(UserError, match=r"calibration\.text: mix is not the same for all seeds.*Fix: remove limit"):
+        study(tmp_path, settings=pruned)
+    assert study(tmp_path, settings=pruned | {"base.prune.method": "magnitude"})
+    assert study(tmp_path, settings=pruned | {"data.mix": [{"source": "a.jsonl"}]})
 
 
 def test_a_cell_runs_what_its_labels_say_and_names_its_bases(tmp_path: Path) -> None:
@@ -79,26 +114,154 @@ def test_a_cell_runs_what_its_labels_say_and_names_its_bases(tmp_path: Path) -> 
         assert dense.recipe.base.quant == "none"
 
 
+TWO = {"base.quant": ["none", "nf4"], "adapter": {"lora": {"adapter.kind": "lora"}, "dora": {"adapter.kind": "dora"}}}
+
+
+def test_stages_are_parts_of_the_product_in_their_order(tmp_path: Path) -> None:
+    stages = [
+        {"name": "first", "cells": {"adapter": "dora", "seed": [4, 5]}},
+        {"name": "second", "cells": {"base.quant": ["nf4"]}},
+    ]
+    cells = [cell for cell in study(tmp_path, product=TWO, stages=stages) if cell.is_trained]
+    found = [(cell.stage, *(cell.labels[axis] for axis in ("base.quant", "adapter", "seed"))) for cell in cells]
+    first = [("first", quant, "dora", seed) for quant in ("none", "nf4") for seed in "45"]
+    assert found == [*first, *(("second", "nf4", "lora", seed) for seed in "012")]  # dora on nf4 is in the first
+
+
+def learnt(truth: dict[str, float]) -> Any:
+    """Losses of a search that is over, with the best rate of each adapter."""
+    return lambda cell: abs(math.log(cell.recipe.train.lr / truth[cell.recipe.adapter.kind]))
+
+
+RATES: dict[str, Any] = {"values": [1e-4, 4e-4, 1.6e-3], "steps": 3, "seeds": [100, 101]}
+
+
+def no_adapter(_: Cell) -> None:
+    """No cell is done."""
+
+
+def expander(tmp_path: Path, **changes: Any) -> Expander:
+    document = {"recipe": str(write_recipe(tmp_path)), "product": TWO, "rates": RATES, "settings": {"train.steps": 9}}
+    return Expander(study_from(document | changes))
+
+
+def test_arms_wait_for_their_rates_which_runs_with_seeds_of_their_own_find(tmp_path: Path) -> None:
+    made = expander(tmp_path)
+    begin = made.now(lambda _: None, no_adapter)
+    search = [cell for cell in begin.cells if cell.kind == "rate"]
+    assert len(search) == 4 * 3  # a short run of every value for every arm on every base
+    assert {(cell.recipe.train.steps, cell.recipe.train.seed, cell.stage) for cell in search} == {
+        (3, 100, "rates, short runs")
+    }
+    assert not [cell for cell in begin.cells if cell.kind == "trained"]
+    assert begin.num_waiting == {"main": 4 * 3}
+    end = made.now(learnt({"lora": 4e-4, "dora": 1.6e-3}), no_adapter)
+    full = [cell for cell in end.cells if cell.stage == "rates"]
+    assert {cell.recipe.train.steps for cell in full} == {9}
+    assert {(cell.recipe.train.seed, cell.recipe.data.seed) for cell in full} == {(100, 100), (101, 101)}
+    trained = [cell for cell in end.cells if cell.kind == "trained"]
+    assert labels(trained, "adapter", "train.lr") == {("lora", "0.0004"), ("dora", "0.0016")}
+    assert {cell.recipe.train.seed for cell in trained} == {0, 1, 2}
+    assert all(cell.is_interior and cell.recipe.train.lr == float(cell.labels["train.lr"]) for cell in trained)
+    assert end.num_waiting == {}
+
+
+def test_arms_can_take_the_rate_of_others(tmp_path: Path) -> None:
+    made = expander(tmp_path, rates=RATES | {"like": {"base.quant": {"nf4": "none"}}})
+    end = made.now(learnt({"lora": 4e-4, "dora": 1e-4}), no_adapter)
+    assert labels([cell for cell in end.cells if cell.kind == "rate"], "base.quant") == {("none",)}
+    trained = [cell for cell in end.cells if cell.kind == "trained"]
+    assert labels(trained, "base.quant", "adapter", "train.lr") == {
+        (quant, adapter, rate)
+        for quant in ("none", "nf4")
+        for adapter, rate in (("lora", "0.0004"), ("dora", "0.0001"))
+    }
+
+
+def test_an_arm_that_diverges_at_every_rate_waits_for_nothing(tmp_path: Path) -> None:
+    def loss(cell: Cell) -> float:
+        return math.inf if cell.recipe.adapter.kind == "dora" else cell.recipe.train.lr
+
+    found = expander(tmp_path).now(loss, no_adapter)
+    assert {cell.recipe.adapter.kind for cell in found.cells if cell.kind == "trained"} == {"lora"}
+    assert found.num_waiting == {}
+    rows = {(row["base.quant"], row["adapter"]): row for row in found.search_rows()}
+    assert rows["nf4", "dora"]["rate"] is None
+    assert rows["nf4", "dora"]["num_diverged"] == 5  # three values, and two below them
+
+
+def test_the_test_split_compares_and_the_validation_split_finds_rates(tmp_path: Path) -> None:
+    mix = [{"source": "a.jsonl"}, {"task": "piqa", "path": str(tmp_path)}]
+    changes = {"settings": {"data.mix": mix, "eval.tasks": ["piqa"]}, "compare": {"split": "test"}}
+    for cell in expander(tmp_path, **changes).now(learnt({"lora": 4e-4, "dora": 4e-4}), no_adapter).cells:
+        wanted = None if cell.kind == "rate" else "test"
+        assert [source.validation for source in cell.recipe.data.mix] == [None, wanted], cell.kind
+
+
+def test_a_transplant_waits_for_the_adapter_of_the_uncompressed_base(tmp_path: Path) -> None:
+    stages = [
+        {"name": "main", "cells": {"adapter": "dora"}},
+        {"name": "moved", "cells": {"base.quant": "nf4", "adapter": "dora", "seed": [0, 1]}, "kind": "transplant"},
+    ]
+    made = expander(tmp_path, stages=stages)
+    assert made.now(lambda _: None, no_adapter).num_waiting == {"main": 6, "moved": 2}
+    found = made.now(learnt({"dora": 4e-4}), no_adapter)
+    assert (found.num_waiting, len(found.cells)) == ({"moved": 2}, 2 + 2 * (3 + 6) + 6)
+    found = made.now(learnt({"dora": 4e-4}), lambda cell: cell.labels["seed"] == "0" or None)
+    assert found.num_waiting == {"moved": 1}
+    found = made.now(learnt({"dora": 4e-4}), lambda cell: cell.labels["seed"] == "0")  # the other one diverged
+    assert found.num_waiting == {}
+    cells = made.now(learnt({"dora": 4e-4}), lambda _: True).cells
+    moved = [cell for cell in cells if cell.kind == "transplant"]
+    by_key = {cell.key: cell for cell in cells}
+    assert len(moved) == 2
+    for cell in moved:
+        source = by_key[cell.adapter_key or ""]
+        assert (source.recipe.base.quant, source.recipe.adapter.kind) == ("none", "dora")
+        assert source.labels["seed"] == cell.labels["seed"]
+        assert (cell.recipe.base.quant, cell.recipe.train.steps, cell.recipe.eval.at_start) == ("nf4", 0, True)
+        assert cell.key not in (source.key, cell.base_key, key_of(cell.recipe))
+    with pytest.raises(UserError, match="stage moved: the study does not train this arm on the uncompressed base"):
+        expander(tmp_path, stages=[{"name": "main", "cells": {"base.quant": "nf4"}}, stages[1]])
+
+
+def test_magnitudes_are_set_back_in_the_adapter_of_the_same_arm(tmp_path: Path) -> None:
+    stages = [{"name": "main"}, {"name": "back", "cells": {"adapter": "dora"}, "kind": "set_back"}]
+    made = expander(tmp_path, stages=stages)
+    cells = made.now(learnt({"lora": 4e-4, "dora": 4e-4}), lambda _: True).cells
+    by_key = {cell.key: cell for cell in cells}
+    back = [cell for cell in cells if cell.kind == "set_back"]
+    assert len(back) == 2 * 3
+    for cell in back:
+        source = by_key[cell.adapter_key or ""]
+        assert cell.labels.items() < source.labels.items()  # which has its rate, too
+    for stage, fault in (
+        ({"cells": {"adapter": "lora"}}, "adapter.kind must be dora, got lora"),
+        ({"cells": {"adapter": "dora"}}, "the study does not train this arm"),
+    ):
+        stages = [{"name": "main", "cells": {"adapter": "lora"}}, {"name": "back", "kind": "set_back", **stage}]
+        with pytest.raises(UserError, match=f"stage back: {fault}"):
+            expander(tmp_path, stages=stages)
+
+
+def test_further_seeds_run_where_intervals_are_wide(tmp_path: Path) -> None:
+    made = expander(tmp_path, more_seeds={"seeds": [3, 4], "half_width": 0.02})
+    found = made.now(learnt({"lora": 4e-4, "dora": 4e-4}), no_adapter, lambda labels: labels["base.quant"] == "nf4")
+    seeds = labels([cell for cell in found.cells if cell.kind == "trained"], "base.quant", "seed")
+    assert seeds == {("none", seed) for seed in "012"} | {("nf4", seed) for seed in "01234"}
+
+
 def test_bases_are_added_where_the_grid_has_none(tmp_path: Path) -> None:
     product = {"base.quant": ["nf4", "int8"], "adapter": {"dora": {}}}
     cells = study(tmp_path, product=product)
     assert sorted(cell.recipe.base.quant for cell in cells if not cell.is_trained) == ["int8", "nf4", "none"]
-    assert len(study(tmp_path, product=product, bases=False)) == 2
+    assert len(study(tmp_path, product=product, bases=False, seeds=[0, 1])) == 4
 
 
-def test_exclude_leaves_out_and_include_adds(tmp_path: Path) -> None:
+def test_exclude_leaves_out(tmp_path: Path) -> None:
     product = {"base.quant": ["none", "nf4"], "adapter": {"lora": {"adapter.kind": "lora"}, "dora": {}}}
     cells = study(tmp_path, product=product, bases=False, exclude=[{"base.quant": "none", "adapter": ["dora"]}])
     assert labels(cells, "base.quant", "adapter") == {("none", "lora"), ("nf4", "lora"), ("nf4", "dora")}
-    include = [{"base.quant": ["fp4", "int8"], "adapter": "dora"}, {"base.quant": "none", "adapter": "lora"}]
-    cells = study(tmp_path, product=product, bases=False, exclude=[{"adapter": "lora"}], include=include)
-    assert labels(cells, "base.quant", "adapter") == {
-        ("none", "dora"),
-        ("nf4", "dora"),
-        ("fp4", "dora"),
-        ("int8", "dora"),
-        ("none", "lora"),
-    }
     with pytest.raises(UserError, match="exclude leaves no cell"):
         study(tmp_path, product=product, exclude=[{"adapter": ["lora", "dora"]}])
 
@@ -106,17 +269,15 @@ def test_exclude_leaves_out_and_include_adds(tmp_path: Path) -> None:
 def test_combinations_with_equal_recipes_are_named(tmp_path: Path) -> None:
     same = {"adapter.kind": "lora"}
     bare = {"adapter.kind": "none", "train.steps": 0}
-    product = {"adapter": {"bare": bare, "bare again": bare, "lora": same, "lora again": same}, "train.seed": [0, 1]}
-    cells = study(tmp_path, product=product, settings={"base.quant": "none"})
+    product = {"adapter": {"bare": bare, "bare again": bare, "lora": same, "lora again": same}}
+    cells = study(tmp_path, product=product, seeds=[0, 1], settings={"base.quant": "none"})
     assert [cell.labels["adapter"] for cell in cells] == ["bare", "lora", "lora"]
     assert cells[0].equal == ({"adapter": "bare again"},)  # its seeds are one cell on purpose
-    assert [cell.equal for cell in cells[1:]] == [
-        ({"adapter": "lora again", "train.seed": seed},) for seed in ("0", "1")
-    ]
+    assert [cell.equal for cell in cells[1:]] == [({"adapter": "lora again", "seed": seed},) for seed in ("0", "1")]
     text = equal_in_words([cell.record() for cell in cells]) or ""
     assert text.startswith("3 combinations have the same recipe as another one.")
-    assert "adapter=lora again, train.seed=1 is adapter=lora, train.seed=1" in text
-    assert equal_in_words([cell.record() for cell in study(tmp_path)]) is None
+    assert "adapter=lora again, seed=1 is adapter=lora, seed=1" in text
+    assert equal_in_words([cell.record() for cell in study(tmp_path, product=TWO)]) is None
 
 
 def test_versions_are_not_numbers_and_a_value_given_twice_is_refused(tmp_path: Path) -> None:
@@ -131,7 +292,7 @@ def test_versions_are_not_numbers_and_a_value_given_twice_is_refused(tmp_path: P
 
 
 def test_settings_hold_for_all_cells(tmp_path: Path) -> None:
-    cells = study(tmp_path, settings={"train.steps": 7, "eval.limit": 3}, product={"adapter": {"dora": {}}})
+    cells = study(tmp_path, settings={"train.steps": 7, "eval.limit": 3}, product={"adapter": {"dora": {}}}, seeds=[0])
     assert [cell.recipe.train.steps for cell in cells] == [0, 0, 7]
     assert {cell.recipe.eval.limit for cell in cells} == {3}
 
@@ -216,34 +377,20 @@ def test_a_huge_file_is_sampled(tmp_path: Path) -> None:
     assert len(keys) == 3
 
 
-RATES = {
-    "adapter": {"lora": {"adapter.kind": "lora"}, "dora": {}},
-    "train.lr": [1e-4, 2e-4, 4e-4],
-    "train.seed": [0, 1, 2],
-}
-
-
 @pytest.mark.parametrize(
     "changes, reason",
     [
         ({}, None),
-        ({"exclude": [{"adapter": "lora", "train.lr": 4e-4}]}, "lora can be tuned to is the smallest or largest"),
-        ({"product": RATES | {"train.lr": [1e-4, 2e-4]}}, "at least 3 are needed"),
-        ({"product": RATES | {"train.lr": [1e-4]}}, "lora has one value of train.lr, so it is not tuned"),
-        ({"product": RATES | {"train.seed": [0, 1]}}, "have only 2 of 3 (compare.min_seeds) seeds in common"),
-        ({"exclude": [{"adapter": "dora", "train.lr": 2e-4, "train.seed": 0}]}, "dora can be tuned to is the smallest"),
-        ({"product": RATES | {"adapter": {"dora": {}}}}, "no two values of adapter are trained"),
-        ({"compare": {"num_resamples": 100, "alpha": 0.005}}, "100 permutations give no p-value below 0.0099"),
+        ({"rates": None}, "the learning rates are not searched. Fix: add rates"),
+        ({"seeds": [0, 1]}, "there are only 2 of 3 (compare.min_seeds) seeds"),
+        ({"stages": [{"name": "few", "cells": {"seed": 0}}]}, "there are only 1 of 3 (compare.min_seeds) seeds"),
     ],
 )
-def test_a_grid_that_can_never_give_a_winner_says_so(
+def test_a_study_that_can_never_give_a_verdict_says_so(
     tmp_path: Path, changes: dict[str, Any], reason: str | None
 ) -> None:
-    document = {"recipe": str(write_recipe(tmp_path)), "product": RATES} | changes
-    checked = study_from(document)
-    found = cannot_win([cell.record() for cell in expand(checked)], checked.compare)
-    assert bool(found) == (reason is not None)
-    assert reason is None or reason in "; ".join(found)
+    found = cannot_decide(study_from({"recipe": "demo", "product": TWO, "rates": RATES} | changes))
+    assert found == ([] if reason is None else [reason])
 
 
 @pytest.mark.parametrize(
@@ -280,19 +427,37 @@ FAULTS = [
         "Did you mean 'base.quant'?",
     ),
     ({"exclude": [{"base.quant": "nf5"}]}, "exclude[0].base.quant: must be a value of that axis, got 'nf5'", "'nf4'?"),
-    ({"include": [{"adapter": "dorra"}]}, "include[0].adapter: must be a value of that axis, got 'dorra'", "'dora'?"),
-    ({"include": [{}]}, "include[0]: must name an axis", "and its value, got {}"),
+    ({"exclude": [{}]}, "exclude[0]: must name an axis", "and its value, got {}"),
+    (
+        {"stages": [{"name": "a", "cells": {"adapter": "dorra"}}]},
+        "stages[0].cells.adapter: must be a value of that axis, got 'dorra'",
+        "'dora'?",
+    ),
+    ({"stages": [{"name": "a", "cells": {"seed": "x"}}]}, "stages[0].cells.seed: must be whole numbers", "got 'x'"),
+    ({"stages": [{"name": "a"}, {"name": "a"}]}, "stages[1].name: must be another one for each stage", "'a' twice"),
+    ({"seeds": [0, 1, 1]}, "seeds: must be seeds of their own, got 1", "which is also in seeds"),
+    (
+        {"product": {"adapter": {"dora": {}}}, "rates": {"values": [1, 2, 3], "seeds": [2]}},
+        "rates.seeds: must be seeds of their own, got 2",
+        "which is also in seeds",
+    ),
+    ({"product": {"adapter": {"dora": {}}, "seed": [0]}}, "product.seed: is not an axis", "give the seeds in seeds"),
+    ({"rates": {"values": [1, 2, 3]}}, "product.train.lr: is not an axis with rates", "remove one of them"),
+    (
+        {"more_seeds": {"seeds": [7], "half_width": 0.1, "stage": "x"}},
+        "more_seeds.stage: must be a stage, got 'x'",
+        "allowed: ",
+    ),
+    (
+        {"compare": {"primary": {"all": {"over": {"base.quant": "nf5"}}}}},
+        "compare.primary.all.over.base.quant: must be a value of that axis, got 'nf5'",
+        "'nf4'?",
+    ),
     (
         {"compare": {"reference": "lor"}},
         "compare.reference: must be a value of the axis adapter, got 'lor'",
         "Did you mean 'lora'?",
     ),
-    (
-        {"compare": {"choose": ["train.rl"]}},
-        "compare.choose: must be an axis of the product",
-        "Did you mean 'train.lr'?",
-    ),
-    ({"compare": {"seed": "train.lr"}}, "compare: arm, choose and seed must be different axes", "got 'train.lr' twice"),
     ({"compare": {"metric": "loss"}}, "compare.metric: not valid, got 'loss'", "allowed: nll_per_token"),
     ({"product": {"adapter": {"dora": {}}, "sparsity": {"half": {}}}}, "product.sparsity: is a column", "another name"),
     ({"retries": -1}, "retries: not valid, got -1", "0 or more"),
@@ -323,33 +488,20 @@ def test_a_cell_whose_recipe_is_wrong_is_named(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_uses_all_validation_examples_is_refused_for_halves(tmp_path: Path) -> None:
-    product = {"adapter": {"lora": {"adapter.kind": "lora"}}, "train.seed": [0]}
-    mix = [{"source": "a.jsonl"}, {"source": "b.jsonl"}]
+    product = {"adapter": {"lora": {"adapter.kind": "lora"}}}
+    mix = [{"source": "a.jsonl"}, {"task": "piqa"}]
     settings = {"eval.best_by": "macro", "eval.every": 1, "data.mix": mix}
     with pytest.raises(UserError) as caught:
         study(tmp_path, product=product, settings=settings)
     (fault,) = caught.value.faults
     assert "eval.best_by: uses all validation examples" in fault
-    cells = study(tmp_path, product=product, settings=settings, compare={"split": "test"})
+    cells = study(tmp_path, product=product, settings=settings, compare={"split": "test"}, seeds=[0])
     assert sum(cell.is_trained for cell in cells) == 1
-
-
-def test_seeds_and_tuned_settings_that_change_the_base_are_refused(tmp_path: Path) -> None:
-    product = {
-        "adapter": {"lora": {"adapter.kind": "lora", "base.quant": "nf4"}},
-        "base.block_size": [32, 64],
-        "train.seed": [0],
-    }
-    assert sum(cell.is_trained for cell in study(tmp_path, product=product, compare={"choose": []})) == 2
-    with pytest.raises(
-        UserError, match=r"train.seed, base.block_size must change only training, but one of them changes the base"
-    ):
-        study(tmp_path, product=product, compare={"choose": ["base.block_size"]})
 
 
 def test_a_weight_in_the_loss_is_left_out_where_nothing_is_trained(tmp_path: Path) -> None:
     mix = [{"source": "a.jsonl", "loss_weight": 2.0}, {"source": "b.jsonl"}]
-    product = {"adapter": {"lora": {"adapter.kind": "lora"}}, "train.seed": [0]}
+    product = {"adapter": {"lora": {"adapter.kind": "lora"}}}
     cells = study(tmp_path, product=product, settings={"data.mix": mix})
     assert {(cell.is_trained, cell.recipe.data.mix[0].loss_weight) for cell in cells} == {(True, 2.0), (False, None)}
 
@@ -357,7 +509,7 @@ def test_a_weight_in_the_loss_is_left_out_where_nothing_is_trained(tmp_path: Pat
 def test_a_study_file_finds_the_recipe_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_recipe(tmp_path)
     file = tmp_path / "study.yaml"
-    file.write_text("recipe: recipe.yaml\nproduct:\n  adapter:\n    dora: {}\n")
+    file.write_text("recipe: recipe.yaml\nseeds: [0]\nproduct:\n  adapter:\n    dora: {}\n")
     monkeypatch.chdir("/")
     assert len(expand(load_study(file))) == 3
     file.write_text("recipe: demo\nrecipe: demo\n")
@@ -373,7 +525,6 @@ def test_a_thousand_cells_are_checked_in_seconds(tmp_path: Path) -> None:
     product = {
         "adapter": {"dora": {}},
         "train.lr": [index * 1e-6 for index in range(1, 101)],
-        "train.seed": [*range(10)],
     }
-    assert len(study(tmp_path, product=product)) == 1002
+    assert len(study(tmp_path, product=product, seeds=[*range(10)])) == 1002
     assert time.perf_counter() - began < 30

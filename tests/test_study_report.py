@@ -15,23 +15,32 @@ from typing import Any
 import pandas as pd
 import pytest
 from rich.console import Console
+from scipy import stats
 from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.model.pruning import PrunedLayer
-from qdora.study.grid import COLUMNS, Cell
+from qdora.study.cells import Cell
+from qdora.study.compare import Results
+from qdora.study.grid import COLUMNS, study_from
 from qdora.study.report import Report, read_report, report_run, write_report
-from qdora.study.scores import half
-from qdora.study.study_directory import read_index
+from qdora.study.scores import half_of
+from qdora.study.study_directory import StudyDirectory, read_index
 from tests import fake_study
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")
 
 
+STAGES = [
+    {"name": "main"},
+    {"name": "moved", "cells": {"base.quant": ["nf4", "fp4"]}, "kind": "transplant"},
+]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_study.make(tmp_path_factory.mktemp("study"), generated=True)
+    return fake_study.make(tmp_path_factory.mktemp("study"), generated=True, stages=STAGES)
 
 
 @pytest.fixture(scope="module")
@@ -48,117 +57,177 @@ def compared(report: Report, quant: str, measure: str = "nll_per_token") -> dict
     return row
 
 
-def test_the_best_rate_of_each_arm_is_chosen_on_other_examples(report: Report) -> None:
-    trained = rows(report, "arms", is_trained=True)
+def test_each_arm_has_the_rate_of_its_search(report: Report) -> None:
+    trained = rows(report, "arms", kind="trained")
     assert len(trained) == 8
+    found = {(row["base.quant"], row["adapter"]): row for row in report.tables["rates"]}
     for row in trained:
-        assert row["train.lr"] == "0.0002"
-        assert not row["at_edge"]
-        assert row["num_examples"] == 60 + 40  # one half of each task
+        searched = found[row["base.quant"], row["adapter"]]
+        assert float(row["rate"]) == pytest.approx(2e-4, rel=0.1)
+        assert row["rate"] == searched["rate"]
+        assert row["rate_is_interior"]
         assert row["num_seeds"] == 4
+        assert (searched["num_runs"], searched["num_diverged"]) == (6, 0)
 
 
-RATES: dict[str, Any] = {
-    "adapter": {"lora": {"adapter.kind": "lora"}, "dora": {"adapter.kind": "dora"}},
-    "train.lr": [2e-4, 1e-4],
-    "train.seed": [0, 1],
-}
+def test_a_rate_at_the_edge_is_told_and_decides_nothing(tmp_path: Path) -> None:
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
+    rates = {"values": [1e-5, 2e-5, 4e-5], "extend": 0}
+    row = compared(read_report(fake_study.make(tmp_path, product=product, rates=rates)), "nf4")
+    assert row["lower"] > 0
+    assert (row["winner"], row["verdict"]) == ("", "not decided")
+    assert "the best learning rate of dora (base.quant=nf4), lora (base.quant=nf4) is the smallest or" in row["reason"]
 
 
-def chosen_rates(folder: Path, choose: dict[float, float], compare: dict[float, float]) -> set[str]:
-    """The rates that are chosen if every example of a half has the NLL of its rate in `choose` or `compare`."""
-    made = fake_study.make(folder, product=RATES)
+@pytest.mark.parametrize("search", [True, False])
+def test_the_examples_that_find_rates_do_not_compare(tmp_path: Path, search: bool) -> None:
+    """A cell of the search and one of the comparison, whose examples of each half are worth 1 and 2."""
+    changes: dict[str, Any] = {} if search else {"rates": None, "settings": {"train.lr": 2e-4}}
+    made = fake_study.make(tmp_path, product=fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}, **changes)
     for cell in read_index(made)["cells"]:
         file = made / "cells" / cell["key"] / "eval/step-1.json"
         scored = json.loads(file.read_text())["per_example"]
-        names = {task: [f"{row['id']}#1" for row in scored if row["task"] == task] for task in fake_study.NUM_EXAMPLES}
-        choosing = {(task, name) for task, examples in names.items() for name in half(examples, "choose")}
-        rate = float(cell["labels"].get("train.lr", 1e-4))
         for row in scored:
-            row["nll"] = (choose if (row["task"], f"{row['id']}#1") in choosing else compare)[rate]
-            row["num_answer_tokens"] = 1
+            row |= {"nll": 1.0 if half_of(f"{row['id']}#1") == "choose" else 2.0, "num_answer_tokens": 1}
         file.write_text(json.dumps({"per_example": scored}))
-    return {row["train.lr"] for row in rows(read_report(made), "arms", is_trained=True)}
+    report = read_report(made)
+    numbers = {row["nll_per_token"] for row in rows(report, "arms", kind="trained")}
+    assert len(numbers) == 1
+    assert numbers.pop() == pytest.approx(2.0 if search else 1.5, abs=0.0 if search else 0.1)
+    results = Results(StudyDirectory(made), study_from(fake_study.DOCUMENT | changes | {"recipe": "demo"}))
+    losses = [results.loss(cell["key"]) for cell in read_index(made)["cells"] if cell["kind"] == "rate"]
+    assert set(losses) == ({1.0} if search else set())
 
 
-def test_the_examples_that_compare_have_no_say_in_the_rate(tmp_path: Path) -> None:
-    # Over all examples 2e-4 is better (1.5 against 2), on the choosing half 1e-4 is
-    assert chosen_rates(tmp_path, {1e-4: 1.0, 2e-4: 2.0}, {1e-4: 3.0, 2e-4: 1.0}) == {"0.0001"}
+@pytest.mark.parametrize("number", [1, 2, 5, 200])
+def test_halves_are_disjoint_and_do_not_depend_on_what_else_is_evaluated(number: int) -> None:
+    halves = [half_of(f"{index}#1") for index in range(number)]
+    assert halves == [half_of(f"{index}#2") for index in range(number)]  # a repeated id stays in its half
+    assert abs(halves.count("choose") - number / 2) <= 3 * math.sqrt(number) / 2
 
 
-def test_the_first_of_equally_good_rates_is_chosen(tmp_path: Path) -> None:
-    assert chosen_rates(tmp_path, {1e-4: 1.0, 2e-4: 1.0}, {1e-4: 1.0, 2e-4: 1.0}) == {"0.0002"}
-
-
-@pytest.mark.parametrize("number", [1, 2, 5, 100])
-def test_halves_are_disjoint_and_cover_everything(number: int) -> None:
-    examples = [f"{index}#1" for index in range(number)]
-    chosen, compared_ = half(examples, "choose"), half(examples, "compare")
-    assert sorted(chosen + compared_) == sorted(examples)
-    assert len(compared_) - len(chosen) in (0, 1)
-    assert half([*examples, "more#1"][:number], "choose") == chosen
-
-
-def test_a_winner_is_called_where_there_is_one_and_nowhere_else(report: Report) -> None:
+def test_better_equivalent_and_not_decided(report: Report) -> None:
     row = compared(report, "nf4")
-    assert row["winner"] == "dora"
-    assert row["lower"] < 0.05 < row["upper"]
-    assert row["lower"] > 0
-    for quant in ("none", "int8", "fp4"):
-        assert compared(report, quant)["winner"] == "", quant
-        assert compared(report, quant)["reason"]
-    first = "1 of 4 comparisons of NLL (nats per token) have a winner: dora in 1."
-    assert report.verdict[0] == f"{first} The other 3 have no winner."
-    assert "comparisons of share of right answers" in report.verdict[1]
+    assert (row["winner"], row["verdict"]) == ("dora", "dora is better")
+    assert 0 < row["lower"] < 0.05 < row["upper"]
+    assert row["p_holm"] < 0.05 < row["p_equivalent_holm"]
+    verdicts = {quant: compared(report, quant)["verdict"] for quant in ("none", "int8", "fp4")}
+    assert set(verdicts.values()) == {"no difference above 0.02", "not decided"}
+    for quant, said in verdicts.items():
+        other = compared(report, quant)
+        assert other["winner"] == ""
+        assert (other["p_equivalent_holm"] < 0.05) == (said != "not decided")
+        assert max(abs(other["lower"]), abs(other["upper"])) < 0.02 or said == "not decided"
+        assert other["smallest_detectable"] > other["half_width"] > 0
+    number = list(verdicts.values()).count("not decided")
+    least = "|".join(f"{compared(report, quant)['smallest_detectable']:.2g}" for quant in verdicts)
+    pattern = (
+        rf"NLL \(nats per token\): dora is better in 1 of 4 comparisons; in {3 - number} of 4 comparisons the arms "
+        rf"differ by less than 0\.02; {number} of 4 are not decided, differences below ({least}) could not have been "
+        r"seen\."
+    )
+    assert re.fullmatch(pattern, report.verdict[0]), report.verdict[0]
     (sentence,) = [
-        text for text in report.verdict if text.startswith("base.quant nf4: dora beats lora") and "NLL" in text
+        text for text in report.verdict if text.startswith("base.quant nf4: dora against lora: dora is better")
     ]
     assert f"improvement of dora over lora in NLL (nats per token): {row['improvement']:.4f}, interval " in sentence
 
 
-def test_a_winner_needs_a_small_p_after_the_correction(made: Path, tmp_path: Path) -> None:
+def test_a_verdict_needs_a_small_p_after_the_correction(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "study")
     index = json.loads((made / "study.json").read_text())
     row = compared(read_report(made), "nf4")
-    raw = max(row["p_examples"], row["p_t"])
-    assert row["winner"] == "dora"
-    assert raw < 2 * raw < row["p_holm"]
+    raw = max(row["p_seeds"], row["p_examples"])
+    assert row["p_holm"] == pytest.approx(4 * raw)
     index["study"]["compare"]["alpha"] = 2 * raw  # small enough by itself, not among so many comparisons
     (tmp_path / "study/study.json").write_text(json.dumps(index))
     row = compared(read_report(tmp_path / "study"), "nf4")
-    assert row["winner"] == ""
-    assert row["reason"] == f"p = {row['p_holm']:.4f} after Holm's correction"
+    assert (row["winner"], row["verdict"], row["reason"]) == ("", "not decided", "")
 
 
-def test_repair_is_of_what_compressing_lost(report: Report) -> None:
+def test_an_improvement_is_the_mean_of_the_seeds_by_hand(made: Path, report: Report) -> None:
+    """From the files of the cells alone: tokens weight the tasks, half of the examples compare."""
+    scores: dict[tuple[str, str], float] = {}
+    for cell in read_index(made)["cells"]:
+        if cell["kind"] == "trained" and cell["labels"]["base.quant"] == "nf4":
+            scored = json.loads((made / "cells" / cell["key"] / "eval/step-1.json").read_text())["per_example"]
+            kept = [row for row in scored if half_of(f"{row['id']}#1") == "compare"]
+            nll = sum(row["nll"] for row in kept) / sum(row["num_answer_tokens"] for row in kept)
+            scores[cell["labels"]["adapter"], cell["labels"]["seed"]] = nll
+    differences = [scores["lora", seed] - scores["dora", seed] for seed in "0123"]
+    row = compared(report, "nf4")
+    mean = sum(differences) / 4
+    half = stats.t.ppf(0.975, 3) * math.sqrt(sum((each - mean) ** 2 for each in differences) / 3 / 4)
+    found = (row["improvement"], row["lower"], row["upper"])
+    assert found == pytest.approx((mean, mean - half, mean + half), rel=1e-9)
+    assert row["seed_improvements"] == "; ".join(
+        f"{seed}: {each:.9g}" for seed, each in zip("0123", differences, strict=True)
+    )
+
+
+PRIMARY = {
+    "over all": {"over": {"base.quant": ["int8", "nf4", "fp4"]}},
+    "beyond 16 bits": {"arm": "dora", "over": {"base.quant": ["nf4"]}, "minus": {"base.quant": "none"}},
+}
+
+
+def test_primary_comparisons_are_averages_and_differences_over_bases_seed_by_seed(tmp_path: Path) -> None:
+    report = read_report(fake_study.make(tmp_path, compare={"reference": "lora", "primary": PRIMARY}))
+    by_seed = {
+        row["comparison"] if row["role"] == "primary" else row["base.quant"]: [
+            float(text.partition(": ")[2]) for text in row["seed_improvements"].split("; ")
+        ]
+        for row in report.tables["comparisons"]
+        if row["measure"] == "nll_per_token"
+    }
+    for seed in range(4):
+        over = sum(by_seed[quant][seed] for quant in ("int8", "nf4", "fp4")) / 3
+        assert by_seed["over all"][seed] == pytest.approx(over, abs=1e-8)
+        assert by_seed["beyond 16 bits"][seed] == pytest.approx(by_seed["nf4"][seed] - by_seed["none"][seed], abs=1e-8)
+    roles = {row["comparison"]: row["role"] for row in rows(report, "comparisons", measure="nll_per_token")}
+    assert roles == {"over all": "primary", "beyond 16 bits": "primary", "dora against lora": "exploratory"}
+    assert {row["verdict"] for row in rows(report, "comparisons", role="exploratory")} == {"exploratory"}
+    assert {row["winner"] for row in rows(report, "comparisons", role="exploratory")} == {""}
+    (row,) = rows(report, "comparisons", comparison="beyond 16 bits", role="primary")
+    assert row["p_holm"] <= 2 * max(row["p_seeds"], row["p_examples"])  # two primary ones, however many there are
+
+
+def test_what_is_left_and_what_is_repaired(report: Report) -> None:
     for quant, lost in fake_study.LOST.items():
         for arm in ("lora", "dora"):
-            (row,) = rows(report, "arms", **{"base.quant": quant, "adapter": arm})
+            (row,) = rows(report, "repair", **{"base.quant": quant, "adapter": arm})
             if quant == "none":
-                assert math.isnan(row["repair"])
                 assert row["repair_reason"] == "the base is not compressed"
                 continue
-            gain = 0.3 + 0.5 * lost + (0.05 if (quant, arm) == ("nf4", "dora") else 0)
-            if quant != "int8":  # 0.01 against noise of that size
-                assert row["repair"] == pytest.approx(gain / lost, rel=0.1)
-                assert row["repair_lower"] < row["repair"] < row["repair_upper"]
+            lost -= 0.05 if (quant, arm) == ("nf4", "dora") else 0.0
+            assert row["left"] == pytest.approx(lost, abs=0.02)
+            assert row["left_lower"] < row["left"] < row["left_upper"]
+            if quant == "int8":
+                assert row["repair_reason"] == "no adapter was transplanted"
+                continue
+            moved = 2 * fake_study.LOST[quant]
+            assert row["transplant"] == pytest.approx(moved, abs=0.02)
+            assert row["repaired"] == pytest.approx(moved - lost, abs=0.02)
+            assert row["repaired_share"] == pytest.approx((moved - lost) / moved, abs=0.1)
+            assert row["repaired_share_lower"] < row["repaired_share"] < row["repaired_share_upper"]
 
 
-def test_nothing_is_repaired_where_nothing_was_lost(tmp_path: Path) -> None:
-    # Compression even helps a little: without any difference, one draw in 40 would look like a loss
-    made = fake_study.make(tmp_path, nll=lambda cell: 2.0 if cell.recipe.base.quant == "none" else 1.99)
-    (row,) = rows(read_report(made), "arms", **{"base.quant": "nf4", "adapter": "dora"})
-    assert row["repair_reason"] == "compression caused no significant loss"
+def test_damage_is_of_the_choices_without_training(report: Report) -> None:
+    damage = {row["base.quant"]: row for row in rows(report, "repair", adapter="no adapter")}
+    assert list(damage) == ["int8", "nf4", "fp4"]
+    assert damage["int8"]["damage_choice"] < damage["nf4"]["damage_choice"] < damage["fp4"]["damage_choice"]
+    assert damage["nf4"]["damage_choice_lower"] > 0
+    assert damage["nf4"]["weight_error"] == pytest.approx(0.01)  # the mean of the layers: 0, 0.01, 0.02
 
 
 def test_an_answer_without_format_is_not_a_wrong_one(report: Report) -> None:
-    (lora,) = rows(report, "arms", **{"base.quant": "nf4", "adapter": "lora"})
-    (dora,) = rows(report, "arms", **{"base.quant": "nf4", "adapter": "dora"})
+    (lora,) = rows(report, "arms", **{"base.quant": "nf4", "adapter": "lora", "kind": "trained"})
+    (dora,) = rows(report, "arms", **{"base.quant": "nf4", "adapter": "dora", "kind": "trained"})
     assert lora["unparsable"] == pytest.approx(0.5, abs=0.15)
     assert dora["unparsable"] == 0
     assert lora["right"] == dora["right"] == pytest.approx(0.25, abs=0.1)  # what is right is right in both
-    assert compared(report, "nf4", "unparsable")["winner"] == "dora"
-    assert compared(report, "nf4", "right")["winner"] == ""
+    assert compared(report, "nf4", "unparsable")["improvement"] == pytest.approx(0.5, abs=0.15)
+    assert compared(report, "nf4", "unparsable")["verdict"] == "exploratory"
 
 
 def test_pareto_arms_are_those_that_nothing_beats(report: Report) -> None:
@@ -169,71 +238,107 @@ def test_pareto_arms_are_those_that_nothing_beats(report: Report) -> None:
     assert 0 < sum(best for *_, best in points) < len(points)
 
 
-REFUSALS = [
-    ({"product": {**fake_study.DOCUMENT["product"], "train.seed": [0, 1]}}, "2 seeds, but at least 3 are needed"),
-    ({"product": {**fake_study.DOCUMENT["product"], "train.lr": [2e-4]}}, "at least one of the two arms was not tuned"),
-    (
-        {"product": {**fake_study.DOCUMENT["product"], "train.lr": [1e-4, 2e-4]}},
-        "is the smallest or largest that was tried",
-    ),
-    ({"exclude": [{"adapter": "lora", "train.seed": [0, 1]}]}, "2 seeds, but at least 3 are needed"),
-]
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"seeds": [0, 1]}, "there are 2 seeds, but at least 3 are needed"),
+        ({"rates": None}, "the learning rates were not searched"),
+    ],
+)
+def test_no_verdict_where_the_data_cannot_show_one(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["none", "nf4"]}
+    row = compared(read_report(fake_study.make(tmp_path, product=product, **changes)), "nf4")
+    assert (row["winner"], row["verdict"], row["reason"]) == ("", "not decided", reason)
 
 
-@pytest.mark.parametrize("changes, reason", REFUSALS)
-def test_no_winner_where_the_data_cannot_show_one(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
-    row = compared(read_report(fake_study.make(tmp_path, **changes)), "nf4")
-    assert row["winner"] == ""
-    assert reason in row["reason"]
+def test_seeds_that_agree_in_sign_alone_decide_nothing_and_one_that_does_not_vetoes_nothing(tmp_path: Path) -> None:
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
 
+    def with_gains(folder: str, gains: tuple[float, ...]) -> dict[str, Any]:
+        def nll(cell: Cell) -> float:
+            gain = gains[cell.recipe.train.seed] if cell.kind == "trained" and cell.recipe.adapter.kind == "dora" else 0
+            return 2.0 - gain + 0.04 * abs(math.log2(cell.recipe.train.lr / 2e-4))
 
-def test_no_winner_where_the_seeds_disagree(tmp_path: Path) -> None:
-    def nll(cell: Cell) -> float:
-        if not cell.is_trained or cell.recipe.adapter.kind == "lora":
-            return fake_study.truth(cell)
-        return fake_study.truth(cell) + (0.2 if cell.recipe.train.seed == 3 else -0.2)
+        made = fake_study.make(tmp_path / folder, nll=nll, product=product, seeds=[*range(len(gains))])
+        return compared(read_report(made), "nf4")
 
-    row = compared(read_report(fake_study.make(tmp_path, nll=nll)), "nf4")
-    assert row["p_examples"] < 0.05  # of these seeds the examples are sure
-    assert row["p_holm"] > 0.05
-    assert row["winner"] == ""
-    assert "dora is better in 3 of 4 seeds" in row["reason"]
-    assert "contains zero" in row["reason"]
+    agreeing = with_gains("agreeing", (0.02, 0.4, 0.05, 1.5))
+    assert agreeing["p_examples"] < 0.001  # of these seeds the examples are sure
+    assert (agreeing["verdict"], agreeing["reason"]) == ("not decided", "")
+    vetoing = with_gains("vetoing", (0.4, 0.5, 0.45, 0.5, 0.4, 0.45, 0.5, -0.05))
+    assert vetoing["winner"] == "dora"
 
 
 def test_failed_cells_are_named_and_call_no_winner(tmp_path: Path) -> None:
-    made = fake_study.make(tmp_path, fail="0.0004")
-    report = read_report(made)
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
+    report = read_report(fake_study.make(tmp_path, fail="3", product=product))
     failed = rows(report, "cells", status="failed")
-    assert len(failed) == 32
+    assert len(failed) == 2
     assert {row["reason"] for row in failed} == {"RuntimeError: out of memory"}
-    assert "32 of 100 cells have no result; 32 of them failed" in report.verdict[1]
-    assert all(row["winner"] == "" for row in report.tables["comparisons"])
-    assert "8 cells have no result" in compared(report, "nf4")["reason"]  # four seeds of each of the two arms
+    assert "2 of 22 cells have no result; 2 of them failed" in report.verdict[1]
+    row = compared(report, "nf4")
+    assert (row["num_seeds"], row["num_missing"], row["winner"]) == (3, 2, "")
+    assert row["reason"] == "2 cells have no result"
+
+
+def test_cells_that_wait_are_counted(tmp_path: Path) -> None:
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
+    report = read_report(fake_study.make(tmp_path, fail="1001", product=product))  # no search can end
+    assert rows(report, "arms", kind="trained") == []
+    assert report.verdict[1] == "8 more cells wait for a learning rate or an adapter."
 
 
 def test_a_rate_that_diverges_is_the_worst_and_vetoes_no_winner(tmp_path: Path) -> None:
     def nll(cell: Cell) -> float:
-        diverges = cell.is_trained and cell.recipe.train.lr == 4e-4 and cell.recipe.train.seed == 1
+        diverges = cell.kind == "rate" and cell.recipe.train.lr == 4e-4 and cell.recipe.train.seed == 1001
         return math.nan if diverges else fake_study.truth(cell)
 
     report = read_report(fake_study.make(tmp_path, nll=nll))
     assert {row["reason"] for row in rows(report, "cells", status="diverged")} == {"loss nan"}
-    assert "8 of 100 cells diverged, which counts as the worst score of all" in report.verdict[1]
-    assert all((row["num_missing"], row["at_edge"]) == (0, "") for row in report.tables["comparisons"])
+    assert "8 of 80 trainings diverged, 0 of them in the comparison" in report.verdict[1]
+    assert {row["rate"] for row in report.tables["rates"]} == {"0.0002"}
+    assert all(row["is_interior"] for row in report.tables["rates"])
     assert compared(report, "nf4")["winner"] == "dora"
+
+
+def test_a_compared_run_that_diverges_has_the_worst_score(tmp_path: Path) -> None:
+    def nll(cell: Cell) -> float:
+        diverges = cell.kind == "trained" and cell.recipe.adapter.kind == "dora" and cell.recipe.train.seed == 1
+        return math.nan if diverges else fake_study.truth(cell)
+
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
+    report = read_report(fake_study.make(tmp_path, nll=nll, product=product))
+    row = compared(report, "nf4")
+    assert (row["num_seeds"], row["num_diverged"], row["verdict"]) == (4, 1, "not decided")
+    worst = float(row["seed_improvements"].split("; ")[1].partition(": ")[2])
+    assert worst == pytest.approx(1.8 - math.log(1000), abs=0.2)  # a uniform guess among 1,000 tokens
+    assert "1 of 20 trainings diverged, 1 of them in the comparison" in report.verdict[1]
 
 
 def test_an_arm_that_diverges_at_every_rate_is_not_compared(tmp_path: Path) -> None:
     def nll(cell: Cell) -> float:
         return math.nan if cell.is_trained and cell.recipe.adapter.kind == "dora" else fake_study.truth(cell)
 
-    report = read_report(fake_study.make(tmp_path, nll=nll))
-    assert {row["adapter"] for row in rows(report, "arms", is_trained=True)} == {"lora"}
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
+    report = read_report(fake_study.make(tmp_path, nll=nll, product=product))
+    assert {row["adapter"] for row in rows(report, "arms", kind="trained")} == {"lora"}
     assert report.tables["comparisons"] == []
-    assert "An arm that diverged at every tuned value is not compared" in report.verdict[1]
-    with pytest.raises(UserError, match="every finished cell diverged"):
-        read_report(fake_study.make(tmp_path / "all", nll=lambda cell: math.nan))
+    assert "1 arms diverged at every learning rate that was tried" in report.verdict[2]
+
+
+def test_further_seeds_are_run_where_the_interval_is_wide(tmp_path: Path) -> None:
+    def nll(cell: Cell) -> float:
+        wobble = 0.1 * (-1) ** cell.recipe.train.seed if cell.recipe.adapter.kind == "dora" else 0.0
+        return fake_study.truth(cell) + (wobble if cell.recipe.base.quant == "fp4" and cell.kind == "trained" else 0.0)
+
+    more = {"seeds": [4, 5], "half_width": 0.05}
+    report = read_report(fake_study.make(tmp_path, nll=nll, more_seeds=more))
+    assert {quant: compared(report, quant)["num_seeds"] for quant in fake_study.LOST} == {
+        "none": 4,
+        "int8": 4,
+        "nf4": 4,  # decided, but that has no part in it
+        "fp4": 6,
+    }
 
 
 def numbers_of(text: str) -> set[str]:
@@ -245,7 +350,7 @@ def test_every_number_of_the_page_is_in_the_data_beside_it(report: Report, tmp_p
     known: list[float] = []
     texts = "a study"
     frames = [pd.read_csv(file, dtype={"train.lr": str}) for file in sorted(tmp_path.glob("*.csv"))]
-    assert len(frames) == 5
+    assert len(frames) == 8
     for frame in frames:
         for column in frame:
             if frame[column].dtype == object or str(frame[column].dtype) in ("str", "string"):
@@ -299,7 +404,7 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
     assert Path(document["page"]).is_file()
-    assert document["verdict"][0].startswith("1 of 4 comparisons")
+    assert document["verdict"][0].startswith("NLL (nats per token): dora is better in 1 of 4 comparisons")
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert found.exit_code == 2
     assert "must be a run (with recipe.yaml) or a study (with study.json)" in found.output

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -18,13 +19,27 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from transformers import LlamaConfig
 
 from qdora.errors import Diverged, Interrupted, UserError
 from qdora.study import study_directory
-from qdora.study.grid import Cell
-from qdora.study.runner import cell_work, once, run_cells, shard_of, submit_jobs, submit_study, tally
+from qdora.study.cells import Cell, Expander
+from qdora.study.grid import load_study
+from qdora.study.runner import (
+    _run_all,
+    cell_work,
+    cells_bar,
+    once,
+    run_cells,
+    shard_of,
+    submit_jobs,
+    submit_study,
+    tally,
+)
 from qdora.study.study_directory import MAX_DEATHS, Claims, StudyDirectory
-from tests import study_worker
+from qdora.study.upcoming import Upcoming
+from tests import fake_study, study_worker
 
 ROOT = Path(__file__).parent.parent
 
@@ -276,10 +291,13 @@ def test_a_diverged_cell_is_done_with_the_worst_score_and_not_tried_again(
 
     monkeypatch.setattr("qdora.study.runner._run", diverge)
     store, (cell, other) = StudyDirectory(tmp_path, retries=0), study_worker.cells(2)
-    base = replace(other, is_trained=False)
-    found = run_cells([cell, base], store, cell_work("halves", store))
+    base = replace(other, kind="base")
+    monkeypatch.setattr("qdora.study.runner.find_model", lambda _: (None, None))
+    monkeypatch.setattr("qdora.study.runner.load_config", lambda _: LlamaConfig(vocab_size=77))
+    found = run_cells([cell, base], store, cell_work(store))
     assert (found.num_done, list(found.failed)) == (1, [base.key])  # a base that is broken has no rate to blame
-    assert (store.result(cell.key) or {})["diverged"] == "Diverged: step 3: loss nan is not finite"
+    result = store.result(cell.key) or {}
+    assert (result["diverged"], result["num_vocabulary"]) == ("Diverged: step 3: loss nan is not finite", 77)
 
 
 def test_processes_of_one_machine_divide_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +335,7 @@ def test_a_cell_uses_its_share_of_the_cores_unless_the_user_chose(
         torch.set_num_threads(6)
         store = StudyDirectory(tmp_path)
         with store.present(), store.present():
-            found = cell_work("halves", store)(study_worker.cells(1)[0], tmp_path)
+            found = cell_work(store)(study_worker.cells(1)[0], tmp_path)
     finally:
         torch.set_num_threads(before)
     assert found["threads"] == expected
@@ -366,6 +384,38 @@ def test_what_cells_share_is_made_once(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         once(stores[0], "base", "other", lambda path: print(1 / 0))
     assert once(stores[0], "base", "other", make).is_dir()
+
+
+def test_a_process_waits_for_cells_that_others_work_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two shards at once. One has done its part of the search long before the other, whose rates it needs."""
+    monkeypatch.setattr("qdora.study.runner._IDLE_SECONDS", 0.02)
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
+    fake_study.make(tmp_path, fail="1000", product=product)  # writes the files; the search fails
+    study = load_study(tmp_path / "study.yaml")
+    stores = [StudyDirectory(tmp_path / "both") for _ in range(2)]
+    found: list[list[Cell]] = []
+
+    def run(store: StudyDirectory, shard: str, seconds: float) -> None:
+        made_up = fake_study.work_of()
+
+        def work(cell: Cell, directory: Path) -> Mapping[str, Any]:
+            time.sleep(seconds)
+            return made_up(cell, directory)
+
+        with cells_bar(Console(quiet=True), store) as bar:
+            found.append(_run_all(Upcoming(study, Expander(study), store), shard, work, bar))
+
+    threads = [
+        threading.Thread(target=run, args=(store, f"{part}/2", seconds))
+        for store, part, seconds in zip(stores, (1, 2), (0.0, 0.3), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    trained = [cell for cells in found for cell in cells if cell.kind == "trained"]
+    assert len(trained) == 8  # both arms with four seeds, in both shards
+    assert all(stores[0].is_done(cell.key) for cell in trained)
 
 
 def test_shards_share_the_cells_out() -> None:

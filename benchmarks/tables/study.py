@@ -27,17 +27,33 @@ def pruning() -> str:
 
 
 def study_nulls() -> str:
-    """What simulated studies without a difference find, scenario by scenario."""
+    """How many intervals hold the truth, what is called falsely, and what is found by the number of seeds."""
     document = read("study_nulls")
+    names = {"difference": "difference", "primary": "mean of bases", "score": "score"}
+    names |= {"left": "left", "repaired": "repaired", "repaired_share": "share", "damage_choice": "damage"}
     rows = []
     for name, each in document["scenarios"].items():
-        number = f"{each['seeds']} seeds, {each['tasks']} × {each['examples']}"
-        found = [each["shares"][what] for what in ("difference", "winner", "repair", "score")]
-        rows.append([name, number, *("–" if share is None else f"{share:.1%}" for share in found)])
-    header = ["simulated study", "seeds, tasks × examples", "interval of the difference excludes 0", "a winner"]
-    header += ["interval of the repair ratio misses it", "interval of a score misses it"]
-    note = f"\n{document['studies']:,} studies in each row; half of the examples compare. `{document['command']}`\n"
-    return markdown(header, rows) + note
+        shares = each["shares"]
+        number = f"{each['seeds']}, {each['bases']}, {each['tasks']} × {each['examples']}"
+        covered = [f"{shares[what]:.1%}" if what in shares else "–" for what in names]
+        rows.append([name, number, *covered, f"{shares['winner']:.1%}", f"{shares['equivalent']:.1%}"])
+    header = ["simulated study", "seeds, bases, tasks × examples", *names.values(), "a winner", "an equivalence"]
+    note = (
+        f"\n{document['studies']:,} studies in each row. From the third column: intervals that hold the truth (95 % is "
+        "right); then studies without a difference that call a winner, and studies whose arms differ by just the zone "
+        f"of {document['zone']:g} that call an equivalence (at most 5 % is right). `{document['command']}`\n"
+    )
+    effects = list(dict.fromkeys(each["effect"] for each in document["power"]))
+    power = []
+    for seeds in dict.fromkeys(each["seeds"] for each in document["power"]):
+        own = {each["effect"]: each for each in document["power"] if each["seeds"] == seeds}
+        found = [f"{own[effect]['better']:.0%}" for effect in effects if effect]
+        promised = next(each for each in document["promised"] if each["seeds"] == seeds)
+        reached = f"{promised['effect']:.3f}: {promised['found']:.0%}"
+        power.append([str(seeds), *found, f"{own[0.0]['equivalent']:.0%}", reached])
+    told = [f"better by {effect:g}" for effect in effects if effect]
+    more = markdown(["seeds", *told, "equivalent at 0", "promised to be seen by 80 %"], power)
+    return markdown(header, rows) + note + "\n" + more
 
 
 def study() -> str:

@@ -112,6 +112,7 @@ def evaluate_generated(
     examples_by_task: Mapping[str, Sequence[Example]],
     *,
     limit: int | None = None,
+    block: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     max_batch_tokens: int = 4096,
     progress: SuiteProgress | None = None,
@@ -120,7 +121,7 @@ def evaluate_generated(
 
     Args:
         examples_by_task: Task name -> its examples, at least one each, whose choices differ in one word.
-        limit: Most examples of a task, the same ones as `suite.evaluate` takes; None for all.
+        limit, block: Most examples of a task (None: all), and which: the same as `suite.evaluate` takes.
         max_new_tokens: Most tokens of one answer.
         max_batch_tokens: Most tokens of one batch, padding and new tokens included.
     Raises:
@@ -138,7 +139,7 @@ def evaluate_generated(
     tasks: dict[str, GeneratedResult] = {}
     answers: list[GeneratedAnswer] = []
     for task, examples in examples_by_task.items():
-        chosen = spread(examples, limit)
+        chosen = spread(examples, limit, block)
         report = None if progress is None else partial(progress, task)
         found = generate_answers(
             model,
@@ -155,6 +156,7 @@ def evaluate_generated(
         "method": "generate",
         "decoding": "greedy",
         "limit": limit,
+        "block": block,
         "max_new_tokens": max_new_tokens,
         "max_batch_tokens": max_batch_tokens,
         "batched": bool(path.cache_keyword),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -95,6 +96,7 @@ def evaluate(
     examples_by_task: Mapping[str, Sequence[Example]],
     *,
     limit: int | None = None,
+    block: int | None = None,
     max_batch_tokens: int = 4096,
     per_example: bool = False,
     progress: SuiteProgress | None = None,
@@ -103,7 +105,7 @@ def evaluate(
 
     Args:
         examples_by_task: Task name -> its examples, at least one each; with or without choices.
-        limit: Most examples of a task, spread evenly over its list (files are often ordered by origin); None for all.
+        limit, block: Most examples of a task (None: all), and which (`spread`).
         max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
     Raises:
         UserError: If there is no task, a task has no example, or an example cannot be scored.
@@ -121,7 +123,7 @@ def evaluate(
     tasks: dict[str, TaskResult] = {}
     records: list[dict[str, Any]] = []
     for task, all_examples in examples_by_task.items():
-        examples = spread(all_examples, limit)
+        examples = spread(all_examples, limit, block)
         report = None if progress is None else partial(progress, task)
         choices, answers = _score(model, tokenizer, examples, path, max_batch_tokens=max_batch_tokens, progress=report)
         _check_finite(task, choices, answers)
@@ -130,6 +132,7 @@ def evaluate(
             records.extend(_records(task, choices, answers))
     settings = {
         "limit": limit,
+        "block": block,
         "max_batch_tokens": max_batch_tokens,
         "shared_prefix": path.shared_prefix,
         "path": path.reason,
@@ -155,11 +158,21 @@ def conditions(model: nn.Module, started: float) -> dict[str, Any]:
     }
 
 
-def spread(examples: Sequence[Example], limit: int | None) -> list[Example]:
-    """At most `limit` examples at even distances, the first one always among them, in their order."""
+def spread(examples: Sequence[Example], limit: int | None, block: int | None = None) -> list[Example]:
+    """At most `limit` examples, in their order.
+
+    Args:
+        block: None: at even distances (files are often ordered by origin), the first one always among them. k: the k-th
+            `limit` examples of a fixed random order, which starts again at its end: blocks share no example as long as
+            there are enough.
+    """
     if limit is None or limit >= len(examples):
         return list(examples)
-    return [examples[index * len(examples) // limit] for index in range(limit)]
+    if block is None:
+        return [examples[index * len(examples) // limit] for index in range(limit)]
+    shuffled = sorted(range(len(examples)), key=lambda index: hashlib.sha256(str(index).encode()).digest())
+    places = (shuffled[place % len(examples)] for place in range(block * limit, (block + 1) * limit))
+    return [examples[index] for index in sorted(places)]
 
 
 FEWEST = 10

@@ -125,6 +125,9 @@ class EvalConfig(Section):
     """Names of sources in the mix to evaluate (null: all with validation data; []: no evaluation)."""
     limit: Whole | None = None
     """Most examples of each task (null: all)."""
+    block: WholeOrZero | None = None
+    """Which examples limit takes: block k has the k-th `limit` examples of a fixed random order, which starts again at
+    its end (null: examples at even distances). A study gives each of its seeds a block of its own."""
     method: Literal["loglikelihood", "generate"] = "loglikelihood"
     """loglikelihood: score the given choices and answers. generate: in addition let the model write its answers, as in
     the DoRA paper (arXiv 2402.09353, sec. 5.1); only for tasks whose choices differ in one word."""
@@ -146,16 +149,16 @@ class EvalConfig(Section):
     def unused(self) -> dict[str, str]:
         best = ("best_by", "best_metric", "patience")
         if self.tasks == ():
-            names = ("limit", "method", "every", "at_start", "at_end", *best)
+            names = ("limit", "block", "method", "every", "at_start", "at_end", *best)
             return dict.fromkeys(names, "eval.tasks is empty")
-        found = {}
+        found = {"block": "eval.limit is not set, so all examples are evaluated"} if self.limit is None else {}
         if self.best_by is None:
-            found = dict.fromkeys(best[1:], "eval.best_by is not set")
+            found |= dict.fromkeys(best[1:], "eval.best_by is not set")
         elif self.every is None:
-            found = dict.fromkeys(best, "eval.every is not set, so there is nothing to choose from")
+            found |= dict.fromkeys(best, "eval.every is not set, so there is nothing to choose from")
         if self.every is None and not self.at_start and not self.at_end:
             reason = "nothing is evaluated (every, at_start and at_end are off)"
-            found |= dict.fromkeys(("tasks", "limit", "method"), reason)
+            found |= dict.fromkeys(("tasks", "limit", "block", "method"), reason)
         return found
 
 

@@ -150,21 +150,26 @@ def evaluate_target(
     if faults:
         raise UserError(*faults)
     split, kept = options.split, options.kept_as(recipe)
-    limit = recipe.eval.limit if options.limit is None and recipe is not None else options.limit
+    own = None if recipe is None or options.limit is not None else recipe.eval
+    limit, block = (options.limit, None) if own is None else (own.limit, own.block)
     loaded = load_target(target, step=options.step, base_only=options.base_only, quant=options.quant, verb="eval")
     shown = "adapter" if loaded.run is not None and loaded.label == "final" else loaded.label
     document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
     if examples:
         beside = stored_results(open_run(options.like)) if options.like is not None and split == "validation" else {}
         with suite_bar(progress, f"evaluating {loaded.label}") as update:
-            scored = evaluate(loaded.model, loaded.tokenizer, examples, limit=limit, per_example=True, progress=update)
+            scored = evaluate(
+                loaded.model, loaded.tokenizer, examples, limit=limit, block=block, per_example=True, progress=update
+            )
         results.print(compare_table(beside | {shown: scored}))
         _keep(loaded, kept, scored.to_dict(per_example=True))
         document["evaluation"] = scored.to_dict()
         document["beside"] = {label: stored.to_dict() for label, stored in beside.items()}
     if examples and generates:
         with suite_bar(progress, f"answers of {loaded.label}") as update:
-            answers = evaluate_generated(loaded.model, loaded.tokenizer, examples, limit=limit, progress=update)
+            answers = evaluate_generated(
+                loaded.model, loaded.tokenizer, examples, limit=limit, block=block, progress=update
+            )
         results.print(generation_table({shown: answers}))
         _keep(loaded, f"{kept}-generated", answers.to_dict(per_example=True))
         document["generation"] = answers.to_dict()

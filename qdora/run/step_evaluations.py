@@ -51,10 +51,16 @@ class StepEvaluations:
 
     def measure(self, step: int, label: str = "adapter") -> dict[str, Any]:
         """Evaluate the model after `step` steps and keep the result. Returns its part of a line of metrics."""
-        active, limit = self.active, self.active.recipe.eval.limit
+        active, asked = self.active, self.active.recipe.eval
         with suite_bar(active.console, f"evaluating, step {step}") as progress:
             result = evaluate(
-                active.model, active.tokenizer, self.examples, limit=limit, per_example=True, progress=progress
+                active.model,
+                active.tokenizer,
+                self.examples,
+                limit=asked.limit,
+                block=asked.block,
+                per_example=True,
+                progress=progress,
             )
         self.results[label] = result
         file = active.directory.evaluation_file(step)
@@ -79,9 +85,16 @@ class StepEvaluations:
 
     def _generate(self, step: int) -> GenerationResult:
         """Let the model answer and keep the answers beside the log-likelihoods."""
-        active, limit = self.active, self.active.recipe.eval.limit
+        active, asked = self.active, self.active.recipe.eval
         with suite_bar(active.console, f"answers, step {step}") as progress:
-            result = evaluate_generated(active.model, active.tokenizer, self.examples, limit=limit, progress=progress)
+            result = evaluate_generated(
+                active.model,
+                active.tokenizer,
+                self.examples,
+                limit=asked.limit,
+                block=asked.block,
+                progress=progress,
+            )
         self._keep(f"eval/step-{step}-generated.json", result.to_dict(per_example=True))
         self.generated = {f"step {step}": result}
         return result

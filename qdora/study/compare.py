@@ -1,415 +1,420 @@
-"""Compares the arms of a study: tunes each arm, tests it against the reference, and says who wins, if anyone does.
+"""Compares the arms of a study on the seeds that they share, and says what is better, equivalent, or not decided.
 
 An arm is one value of the axis that is compared (such as LoRA or DoRA) in one context (such as a base): its cells over
-all seeds, with the tuned value (such as the learning rate) that scored best on other examples.
+all seeds, at the learning rate that was found for it.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
+from dataclasses import dataclass, replace
+from typing import Any
 
 from qdora.study import statistics
-from qdora.study.grid import CompareConfig
-from qdora.study.scores import HIGHER_IS_BETTER, CellScores, mean_score, read_scores, stacked
-from qdora.study.statistics import Interval
+from qdora.study.cells import Kind, loss_of
+from qdora.study.grid import (
+    RATE,
+    SEED,
+    CompareConfig,
+    MoreSeedsConfig,
+    PrimaryConfig,
+    StageConfig,
+    Study,
+    as_list,
+    in_words,
+    matches,
+)
+from qdora.study.scores import HIGHER_IS_BETTER, CellScores, Part, combined, read_scores, weighting_of
+from qdora.study.statistics import Interval, SeedScores, Spread
 from qdora.study.study_directory import StudyDirectory
 
 BASE_ARM = "no adapter"
 """Name of the arm of a base that the grid did not name."""
 
 CONFIDENCE = 0.95
-Part = Literal["all", "compare"]
 Records = Sequence[Mapping[str, Any]]
 """Cells as `Cell.record` gives them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One value of the compared axis in one context: the labels of the axes that are not compared, tuned or seeds.
+    """One value of the compared axis in one context: the labels of the axes that are neither compared nor the seed.
 
     Attributes:
-        chosen: Tuned axis -> label that was chosen.
-        swept: Whether there was more than one value to choose from.
-        at_edge: Whether a chosen number is the smallest or the largest that was tried.
-        seeds: Seed label -> key of the cell.
-        num_missing: Cells of this arm without a result.
+        kind: base, trained, transplant or set_back.
+        rate: Label of the learning rate that a search found; "" without one.
+        is_interior: Whether the search found a worse rate on both sides; None without one.
+        seeds: Seed -> key of a finished cell; a base has one, whose seed is "".
+        open_seeds: Seeds of its cells without a result.
         base_key, dense_key: Keys of the cells that evaluate its base and the uncompressed base.
     """
 
     context: dict[str, str]
     name: str
-    chosen: dict[str, str]
-    swept: bool
-    at_edge: bool
+    kind: Kind
+    rate: str
+    is_interior: bool | None
     seeds: dict[str, str]
-    num_missing: int
+    open_seeds: tuple[str, ...]
     base_key: str | None
     dense_key: str | None
-    is_trained: bool
+
+    @property
+    def num_missing(self) -> int:
+        """Cells of this arm without a result."""
+        return len(self.open_seeds)
 
 
 class Results:
-    """Results and scores of a study's finished cells, each read once.
+    """Results and scores of a study's finished cells, each read once."""
 
-    `split` is the one that arms are compared on: validation (or its halves), or test.
-    """
-
-    def __init__(self, store: StudyDirectory, split: str) -> None:
-        self.store, self.split = store, split
-        self._scores: dict[tuple[str, str], CellScores] = {}
-        self._results: dict[str, dict[str, Any] | None] = {}
+    def __init__(self, store: StudyDirectory, study: Study) -> None:
+        self.store, self.study = store, study
+        self._scores: dict[tuple[str, Part], CellScores] = {}
+        self._results: dict[str, dict[str, Any]] = {}
+        self._means: dict[tuple[str, str, Part], float] = {}
 
     def result(self, key: str) -> dict[str, Any] | None:
         """The result of a cell; None if it is not finished."""
         if key not in self._results:
-            self._results[key] = self.store.result(key)
+            found = self.store.result(key)
+            if found is None:
+                return None
+            self._results[key] = found
         return self._results[key]
 
     def diverged(self, key: str) -> bool:
         """Whether the training of a finished cell diverged, so that it has no scores and counts as the worst."""
         return "diverged" in (self.result(key) or {})
 
-    def scores(self, key: str, split: str | None = None) -> CellScores:
-        """Scores of a finished cell (default: on the split of the comparison)."""
-        split = split or self.split
-        if (key, split) not in self._scores:
+    @property
+    def part(self) -> Part:
+        """The examples that arms are compared on: one half if the other half chose their rates, else all."""
+        return "compare" if self.study.compare.split == "halves" and self.study.rates is not None else "all"
+
+    def scores(self, key: str, part: Part | None = None) -> CellScores:
+        """Scores of a finished cell (default: on the examples of the comparison)."""
+        part = part or self.part
+        if (key, part) not in self._scores:
             result = self.result(key)
             assert result is not None, key
-            self._scores[key, split] = read_scores(self.store.cell(key), result["files"], split)
-        return self._scores[key, split]
+            self._scores[key, part] = read_scores(self.store.cell(key), result["files"], part)
+        return self._scores[key, part]
+
+    def mean(self, key: str, measure: str, part: Part | None = None) -> float:
+        """A measure of one cell; the worst score if it diverged; nan if it was not measured."""
+        which = (key, measure, part or self.part)
+        if which not in self._means:
+            tasks = {} if self.diverged(key) else self.scores(key, part).get(measure, {})
+            found = statistics.weighted_mean(tasks, self.weighting(measure)) if tasks else math.nan
+            self._means[which] = self._worst(key, measure) if self.diverged(key) else found
+        return self._means[which]
+
+    def loss(self, key: str) -> float | None:
+        """Validation loss of a run that looks for a rate: inf if it diverged, None if it has no result."""
+        if self.result(key) is None:
+            return None
+        if self.diverged(key):
+            return math.inf
+        metric, split = self.study.compare.metric, self.study.compare.split
+        found = self.mean(key, metric, "choose" if split == "halves" else "all")
+        return loss_of(found, higher_is_better=HIGHER_IS_BETTER[metric])
+
+    def weighting(self, measure: str) -> statistics.Weighting:
+        """How the tasks are weighted in a measure."""
+        return weighting_of(measure, self.study.compare.tasks)
+
+    def _worst(self, key: str, measure: str) -> float:
+        """Of a run that diverged: no right answer, or a uniform guess over the vocabulary for each token."""
+        result = self.result(key)
+        assert result is not None, key
+        known = {"nll_per_token": math.log(result["num_vocabulary"]), "acc": 0.0, "acc_norm": 0.0}
+        return known.get(measure, math.nan)
 
 
-def find_arms(cells: Records, compare: CompareConfig, results: Results) -> list[Arm]:
-    """Arms with a score, in the order of the grid, bases first.
-
-    The tuned value of an arm has the best average over seeds on the choosing examples, among the values with the most
-    finished seeds. A value that diverged with one of its seeds is worse than all others. Of equally good values the
-    first in the grid is chosen. An arm that diverged at all of these values has no score.
-    """
-    arms = [
-        _arm(dict(context), name, members, compare, results)
-        for (_, context, name), members in _grouped(cells, compare).items()
-    ]
-    return sorted((arm for arm in arms if arm is not None), key=lambda arm: arm.is_trained)
-
-
-def _grouped(cells: Records, compare: CompareConfig) -> dict[tuple[bool, tuple[tuple[str, str], ...], str], Records]:
-    """(is trained, context, name) -> the cells of an arm."""
-    groups: dict[tuple[bool, tuple[tuple[str, str], ...], str], list[Mapping[str, Any]]] = {}
-    tuned = (compare.arm, compare.seed, *compare.choose)
+def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> list[Arm]:
+    """Arms with a result, or `as_planned` all as if every cell were done; in the order of the grid, bases first."""
+    compare = results.study.compare
+    groups: dict[tuple[str, tuple[tuple[str, str], ...], str], list[Mapping[str, Any]]] = {}
+    searched = results.study.rates is not None
+    left_out = {compare.arm, SEED, *([RATE] if searched else [])}
     for cell in cells:
-        context = tuple((axis, label) for axis, label in cell["labels"].items() if axis not in tuned)
+        if cell["kind"] == "rate":
+            continue
+        context = tuple((axis, text) for axis, text in cell["labels"].items() if axis not in left_out)
         name = cell["labels"].get(compare.arm, BASE_ARM)
-        groups.setdefault((cell["is_trained"], context, name), []).append(cell)
-    return dict(groups)
+        groups.setdefault((cell["kind"], context, name), []).append(cell)
+    arms = []
+    for (_, context, name), members in groups.items():
+        seeds = {cell["labels"].get(SEED, ""): cell["key"] for cell in members}
+        done = {seed: key for seed, key in seeds.items() if as_planned or results.result(key) is not None}
+        if done:
+            first = members[0]
+            arms.append(
+                Arm(
+                    context=dict(context),
+                    name=name,
+                    kind=first["kind"],
+                    rate=first["labels"].get(RATE, "") if searched else "",
+                    is_interior=first["is_interior"],
+                    seeds=done,
+                    open_seeds=tuple(seed for seed in seeds if seed not in done),
+                    base_key=first["base_key"],
+                    dense_key=first["dense_key"],
+                )
+            )
+    order = {"base": 0, "trained": 1, "transplant": 2, "set_back": 3}
+    return sorted(arms, key=lambda arm: order[arm.kind])
 
 
-def _by_value(members: Records, compare: CompareConfig) -> dict[tuple[str, ...], dict[str, str]]:
-    """Value of the tuned axes -> seed -> key of the cell."""
-    found: dict[tuple[str, ...], dict[str, str]] = {}
-    for cell in members:
-        labels = cell["labels"]
-        value = tuple(labels[axis] for axis in compare.choose if axis in labels)
-        found.setdefault(value, {})[labels.get(compare.seed, "0")] = cell["key"]
+Term = tuple[float, Arm, Arm]
+"""(factor, arm, reference): their difference, times the factor."""
+
+
+def seed_improvements(terms: Sequence[Term], results: Results, measure: str) -> dict[str, float]:
+    """Seed that all arms have -> sum of the terms, positive where better; {} if a cell was not measured."""
+    arms = [arm for _, *pair in terms for arm in pair]
+    shared = [seed for seed in arms[0].seeds if all(seed in arm.seeds for arm in arms)]
+    sign = 1.0 if HIGHER_IS_BETTER[measure] else -1.0
+
+    def value(seed: str) -> float:
+        found = ((results.mean(arm.seeds[seed], measure) for arm in pair) for _, *pair in terms)
+        return sign * sum(factor * (own - other) for (factor, *_), (own, other) in zip(terms, found, strict=True))
+
+    by_seed = {seed: value(seed) for seed in shared}
+    return {} if any(map(math.isnan, by_seed.values())) else by_seed
+
+
+def improvement_interval(by_seed: Mapping[str, float]) -> Interval:
+    """Student's t interval over the seeds."""
+    return statistics.t_interval(list(by_seed.values()), CONFIDENCE)
+
+
+def _differences(terms: Sequence[Term], seeds: Sequence[str], results: Results, measure: str) -> list[SeedScores]:
+    """Of each seed the sum of the terms, example by example; runs that diverged have none."""
+    found = []
+    for seed in seeds:
+        keys = [(factor, arm.seeds[seed], other.seeds[seed]) for factor, arm, other in terms]
+        if not any(results.diverged(key) for _, *pair in keys for key in pair):
+            signed = [
+                (sign * factor, key) for factor, *pair in keys for sign, key in zip((1.0, -1.0), pair, strict=True)
+            ]
+            found.append(combined([(factor, results.scores(key)[measure]) for factor, key in signed]))
     return found
 
 
-def _arm(context: dict[str, str], name: str, members: Records, compare: CompareConfig, results: Results) -> Arm | None:
-    by_value = _by_value(members, compare)
-    done = {
-        value: {seed: key for seed, key in seeds.items() if results.result(key) is not None}
-        for value, seeds in by_value.items()
-    }
-    most = max(len(seeds) for seeds in done.values())
-    whole = {value: seeds for value, seeds in done.items() if len(seeds) == most}
-    sound = [value for value, seeds in whole.items() if not any(map(results.diverged, seeds.values()))]
-    if most == 0 or not sound:
-        return None
-    best = _best(sound, done, compare, results)
-    axes = [axis for axis in compare.choose if axis in members[0]["labels"]]
-    return Arm(
-        context=context,
-        name=name,
-        chosen=dict(zip(axes, best, strict=True)),
-        swept=len(by_value) > 1,
-        at_edge=_is_at_edge(best, list(by_value)),
-        seeds=done[best],
-        num_missing=sum(len(seeds) for seeds in by_value.values()) - sum(len(seeds) for seeds in done.values()),
-        base_key=members[0]["base_key"],
-        dense_key=members[0]["dense_key"],
-        is_trained=members[0]["is_trained"],
-    )
+@dataclass(frozen=True, kw_only=True)
+class NamedComparison:
+    """A contrast to be told: its name, what it says the arm is better than, and whether it was named beforehand."""
+
+    name: str
+    context: dict[str, str]
+    arm: str
+    reference: str
+    is_primary: bool
+    terms: list[Term]
 
 
-def _best(
-    values: Sequence[tuple[str, ...]],
-    cells: Mapping[tuple[str, ...], Mapping[str, str]],
-    compare: CompareConfig,
-    results: Results,
-) -> tuple[str, ...]:
-    """The tuned value with the best mean on the choosing examples; the first of equal ones."""
-    if len(values) == 1:
-        return values[0]
-    part: Literal["choose", "all"] = "choose" if compare.split == "halves" else "all"
-    sign = -1.0 if HIGHER_IS_BETTER[compare.metric] else 1.0
+def named_comparisons(arms: Sequence[Arm], compare: CompareConfig, reference: str) -> list[NamedComparison]:
+    """The primary comparisons, then every trained arm beside the reference of its context, as far as they can be made.
 
-    def loss(value: tuple[str, ...]) -> float:
-        scores = [results.scores(key, "validation") for key in cells[value].values()]
-        return sign * (mean_score(scores, compare.metric, part) or 0.0)
-
-    return min(values, key=loss)
-
-
-def _is_at_edge(chosen: tuple[str, ...], tried: Sequence[tuple[str, ...]]) -> bool:
-    """Whether a number of the chosen value is the smallest or the largest of several that were tried on its axis."""
-    for index, text in enumerate(chosen):
-        try:
-            numbers = {float(value[index]) for value in tried}
-        except ValueError:
-            continue
-        if len(numbers) > 1 and float(text) in (min(numbers), max(numbers)):
-            return True
-    return False
-
-
-def cannot_win(cells: Records, compare: CompareConfig) -> list[str]:
-    """Why no comparison of these cells can have a winner, whatever they score; empty if one can."""
-    groups = {
-        (context, name): _by_value(members, compare)
-        for (is_trained, context, name), members in _grouped(cells, compare).items()
-        if is_trained
-    }
-    reference = compare.reference or next((name for _, name in groups), "")
-    pairs = [(key, (key[0], reference)) for key in groups if key[1] != reference and (key[0], reference) in groups]
-    if not pairs:
-        return [f"no two values of {compare.arm} are trained under the same conditions"]
-    found = [_pair_cannot_win([groups[key] for key in pair], [key[1] for key in pair], compare) for pair in pairs]
-    if all(found):
-        return list(dict.fromkeys(fault for faults in found for fault in faults))
-    least = len(pairs) / (compare.num_resamples + 1)
-    if least >= compare.alpha:
-        return [
-            f"compare.num_resamples: {compare.num_resamples} permutations give no p-value below {least:.3g} after the "
-            f"correction for {len(pairs)} comparisons, but compare.alpha is {compare.alpha:g}"
-        ]
-    return []
-
-
-def _pair_cannot_win(
-    values: Sequence[Mapping[tuple[str, ...], Mapping[str, str]]], names: Sequence[str], compare: CompareConfig
-) -> list[str]:
-    """Why neither of two arms can win; `values` are `_by_value` of each."""
-    faults = []
-    choosable: list[list[set[str]]] = []  # of each arm: seeds of every tuned value that may be chosen and may win
-    for name, by_value in zip(names, values, strict=True):
-        most = max(map(len, by_value.values()))
-        whole = [value for value, seeds in by_value.items() if len(seeds) == most]
-        inner = [value for value in whole if not _is_at_edge(value, list(by_value))]
-        if len(by_value) == 1:
-            faults.append(
-                f"{name} has one value of {', '.join(compare.choose) or 'compare.choose'}, so it is not tuned"
-            )
-        elif not inner:
-            faults.append(
-                f"every value of {', '.join(compare.choose)} that {name} can be tuned to is the smallest or largest "
-                "that is tried; at least 3 are needed"
-            )
-        choosable.append([set(by_value[value]) for value in inner or whole])
-    num_seeds = max(len(one & other) for one in choosable[0] for other in choosable[1])
-    if num_seeds < compare.min_seeds:
-        faults.append(
-            f"{' and '.join(names)} have only {num_seeds} of {compare.min_seeds} (compare.min_seeds) seeds in common"
-        )
-    return faults
-
-
-def part_of(compare: CompareConfig, arms: Sequence[Arm]) -> Part:
-    """The examples that arms are compared on: one half if the other half chose something, else all."""
-    return "compare" if compare.split == "halves" and any(arm.swept for arm in arms) else "all"
-
-
-def comparisons(
-    arms: Sequence[Arm], compare: CompareConfig, results: Results, reference: str, measures: Sequence[str]
-) -> list[dict[str, Any]]:
-    """One row for each measure and each trained arm next to the reference of its context, with Holm's correction.
-
-    A positive improvement is better, whatever the measure. `winner` is empty if there is none; `reason` says why.
+    Without `compare.primary` the latter are the primary ones.
     """
-    part = part_of(compare, arms)
-    rows: list[dict[str, Any]] = []
     pairs = [
         (arm, other)
         for arm in arms
         for other in arms
-        if arm.is_trained and other.is_trained and other.name == reference != arm.name and arm.context == other.context
+        if arm.kind == other.kind == "trained" and other.name == reference != arm.name and arm.context == other.context
     ]
-    for arm, other in pairs:
-        for measure in measures:
-            row = _row((arm, other), compare, results, measure, part)
-            if row is not None:
-                rows.append(row)
-    # The larger p-value counts: of examples with the seeds as they are, and of examples and seeds
-    larger = [row["p_examples"] if math.isnan(row["p_t"]) else max(row["p_examples"], row["p_t"]) for row in rows]
-    for row, adjusted in zip(rows, statistics.holm(larger), strict=True):
-        row["p_holm"] = adjusted
-        reasons = _against_a_winner(row, compare)
-        row["reason"] = "; ".join(reasons)
-        better = row["arm"] if row["improvement"] > 0 else row["reference"]
-        row["winner"] = "" if reasons else better
+    found = []
+    for name, asked in (compare.primary or {}).items():
+        terms = _terms(asked, pairs)
+        if terms:
+            arm = terms[0][1].name
+            found.append(
+                NamedComparison(name=name, context={}, arm=arm, reference=reference, is_primary=True, terms=terms)
+            )
+    return found + [
+        NamedComparison(
+            name=f"{arm.name} against {other.name}",
+            context=arm.context,
+            arm=arm.name,
+            reference=other.name,
+            is_primary=compare.primary is None,
+            terms=[(1.0, arm, other)],
+        )
+        for arm, other in pairs
+    ]
+
+
+def _terms(asked: PrimaryConfig, pairs: Sequence[tuple[Arm, Arm]]) -> list[Term]:
+    """Averages of the pairs that a primary comparison asks for; empty as long as one of its parts has none."""
+    named = [pair for pair in pairs if asked.arm in (None, pair[0].name)]
+    parts = [(1.0, asked.over)] + ([] if asked.minus is None else [(-1.0, asked.minus)])
+    terms: list[Term] = []
+    for sign, entry in parts:
+        wanted = [pair for pair in named if matches(pair[0].context, entry)]
+        if not wanted or len({arm.name for arm, _ in wanted}) > 1:
+            return []
+        terms += [(sign / len(wanted), *pair) for pair in wanted]
+    return terms
+
+
+def comparisons(arms: Sequence[Arm], results: Results, reference: str, measures: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each comparison and measure, judged (`_judge`). A positive improvement is better.
+
+    The primary comparisons are those of the first of the measures, the study's metric; all others are exploratory.
+    """
+    compare = results.study.compare
+    rows = [
+        row
+        for each in named_comparisons(arms, compare, reference)
+        for measure in measures
+        if (row := _row(each, results, measure, is_primary=each.is_primary and measure == measures[0])) is not None
+    ]
+    _judge([row for row in rows if row["role"] == "primary"], compare)
+    for row in rows:
+        if row["role"] != "primary":
+            row |= {"winner": "", "verdict": "exploratory"}
     return rows
 
 
-def _row(
-    pair: tuple[Arm, Arm], compare: CompareConfig, results: Results, measure: str, part: Part
-) -> dict[str, Any] | None:
-    arm, other = pair
-    shared = [seed for seed in arm.seeds if seed in other.seeds]
-    if not shared:
+def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: bool) -> dict[str, Any] | None:
+    by_seed = seed_improvements(each.terms, results, measure)
+    if not by_seed:
         return None
-    series = [[results.scores(each.seeds[seed]) for seed in shared] for each in pair]
-    # The better one first, so that a positive difference is an improvement by the arm
-    tasks = stacked(series if HIGHER_IS_BETTER[measure] else series[::-1], measure, part)
-    if not tasks:
-        return None
-    found = statistics.difference_interval(tasks, CONFIDENCE)
-    p_examples = statistics.permutation_p(
-        tasks, num_resamples=compare.num_resamples, generator=np.random.default_rng(0)
-    )
-    by_seed = statistics.seed_differences(tasks)
+    compare, interval = results.study.compare, improvement_interval(by_seed)
+    differences = _differences(each.terms, list(by_seed), results, measure)
+    of_seeds, of_examples = statistics.seed_spread(list(by_seed.values())), Spread(math.nan, math.nan)
+    if len(differences) == len(by_seed):
+        of_examples = statistics.example_spread(differences, results.weighting(measure))
+    equivalent = [spread.p_equivalent(interval.value, compare.zone) for spread in (of_seeds, of_examples)]
+    examples = {(task, each) for tasks in differences for task, found in tasks.items() for each in found.examples}
+    arms = {id(arm): arm for _, *pair in each.terms for arm in pair}.values()
     return {
-        **arm.context,
-        "arm": arm.name,
-        "reference": other.name,
+        "comparison": each.name,
+        **each.context,
+        "arm": each.arm,
+        "reference": each.reference,
         "measure": measure,
-        "improvement": found.value,
-        "lower": found.lower,
-        "upper": found.upper,
-        "p_t": found.p,
-        "p_examples": p_examples,
-        "p_seeds": statistics.seed_permutation_p(tasks),
-        "num_seeds": len(shared),
-        "num_seeds_better": int((by_seed > 0).sum()),
-        "num_seeds_worse": int((by_seed < 0).sum()),
-        "num_examples": sum(len(task.weights) for task in tasks),
-        "num_missing": arm.num_missing + other.num_missing,
-        "is_swept": arm.swept and other.swept,
-        "at_edge": ", ".join(each.name for each in pair if each.at_edge),
+        "role": "primary" if is_primary else "exploratory",
+        "improvement": interval.value,
+        "lower": interval.lower,
+        "upper": interval.upper,
+        "half_width": interval.half_width,
+        "p_seeds": of_seeds.p(interval.value),
+        "p_examples": of_examples.p(interval.value),
+        # The larger one counts: of seeds, and of examples with the seeds as they are
+        "p_equivalent": max(equivalent, key=_or_least),
+        "smallest_detectable": of_seeds.detectable(compare.alpha, compare.power),
+        "zone": compare.zone,
+        "num_seeds": len(by_seed),
+        "num_examples": len(examples),
+        "num_missing": sum(arm.num_missing for arm in arms),
+        "num_diverged": sum(results.diverged(arm.seeds[seed]) for arm in arms for seed in by_seed),
+        "seed_improvements": "; ".join(f"{seed}: {value:.9g}" for seed, value in by_seed.items()),
+        "reason": "; ".join(_against_a_verdict(each, len(by_seed), compare)),
+        "_spread": of_seeds,
     }
 
 
-def _against_a_winner(row: dict[str, Any], compare: CompareConfig) -> list[str]:
-    """Why no winner is called; empty if one is."""
+def _or_least(p: float) -> float:
+    """A p-value to compare; one that is not known says nothing."""
+    return -1.0 if math.isnan(p) else p
+
+
+def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareConfig) -> list[str]:
+    """Why nothing is called, whatever the scores; empty if something may be."""
+    arms = {id(arm): arm for _, *pair in each.terms for arm in pair}.values()
     reasons = []
-    if row["num_missing"]:
-        reasons.append(f"{row['num_missing']} cells have no result")
-    if not row["is_swept"]:
-        reasons.append("at least one of the two arms was not tuned")
-    if row["at_edge"]:
-        reasons.append(f"the tuned value of {row['at_edge']} is the smallest or largest that was tried")
-    if row["num_seeds"] < compare.min_seeds:
-        reasons.append(f"there are {row['num_seeds']} seeds, but at least {compare.min_seeds} are needed")
-    if row["p_holm"] >= compare.alpha:
-        reasons.append(f"p = {row['p_holm']:.4f} after Holm's correction")
-    if not (row["lower"] > 0 or row["upper"] < 0):
-        reasons.append("the interval over examples and seeds contains zero")
-    if row["num_seeds"] not in (row["num_seeds_better"], row["num_seeds_worse"]):
-        reasons.append(f"{row['arm']} is better in {row['num_seeds_better']} of {row['num_seeds']} seeds")
+    missing = sum(arm.num_missing for arm in arms)
+    if missing:
+        reasons.append(f"{missing} cells have no result")
+    if any(arm.is_interior is None for arm in arms):
+        reasons.append("the learning rates were not searched")
+    at_edge = sorted({_named(arm) for arm in arms if arm.is_interior is False})
+    if at_edge:
+        reasons.append(f"the best learning rate of {', '.join(at_edge)} is the smallest or largest that was tried")
+    if num_seeds < compare.min_seeds:
+        reasons.append(f"there are {num_seeds} seeds, but at least {compare.min_seeds} are needed")
     return reasons
 
 
-def quality(arm: Arm, results: Results, measure: str, part: Part) -> tuple[Interval, int] | None:
-    """Mean of a measure over the arm's seeds with its interval, and the number of examples; None if not measured."""
-    tasks = stacked([[results.scores(key) for key in arm.seeds.values()]], measure, part)
-    if not tasks:
-        return None
-    return statistics.mean_interval(tasks, CONFIDENCE), sum(len(task.weights) for task in tasks)
+def _named(arm: Arm) -> str:
+    return f"{arm.name} ({in_words(arm.context)})" if arm.context else arm.name
 
 
-def repair(arm: Arm, compare: CompareConfig, results: Results, part: Part) -> tuple[Interval, str]:
-    """Share of the loss from compression that the arm recovered; if there is none, a nan interval and the reason."""
-    nothing = Interval(math.nan, math.nan, math.nan)
-    if not arm.is_trained:
-        return nothing, "not trained"
-    if arm.base_key == arm.dense_key:
-        return nothing, "the base is not compressed"
-    for key, name in ((arm.base_key, "base"), (arm.dense_key, "uncompressed base")):
-        if key is None or results.result(key) is None:
-            return nothing, f"the {name} was not evaluated"
-    assert arm.base_key is not None
-    assert arm.dense_key is not None
-    base, dense = [results.scores(arm.base_key)], [results.scores(arm.dense_key)]
-    trained = [results.scores(key) for key in arm.seeds.values()]
-    loss = statistics.difference_interval(stacked([dense, base], compare.metric, part), CONFIDENCE)
-    least_loss = loss.lower if HIGHER_IS_BETTER[compare.metric] else -loss.upper
-    if not least_loss > 0:  # nan, too
-        return nothing, "compression caused no significant loss"
-    return statistics.repaired(stacked([base, trained, dense], compare.metric, part), CONFIDENCE), ""
+def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig) -> None:
+    """Say of each primary comparison whether an arm is better, the arms are equivalent, or it is not decided.
 
-
-def verdict(
-    pairs: Sequence[Mapping[str, Any]],
-    cells: Sequence[Mapping[str, Any]],
-    axes: Sequence[str],
-    compare: CompareConfig,
-    label: str,
-) -> list[str]:
-    """One sentence about all comparisons of each measure (the study's metric first), then one for each comparison.
-
-    `pairs` are the rows of `comparisons`, `axes` name the context of a comparison, `label` is the metric in words.
+    Better: the larger p-value is below alpha after Holm's correction. Equivalent: so is the larger one of the two
+    one-sided tests that the difference is outside of the zone. Both may hold.
     """
-    names = {row["measure"]: f"share of {row['measure']} answers" for row in pairs} | {compare.metric: label}
-    measures = dict.fromkeys([compare.metric, *(row["measure"] for row in pairs)])
-    sentences = [
-        _overall([row for row in pairs if row["measure"] == measure], names[measure], compare.alpha)
-        for measure in measures
-    ]
-    diverged = [row for row in cells if row["status"] == "diverged"]
-    if diverged:
-        sentences.append(
-            f"{len(diverged)} of {len(cells)} cells diverged, which counts as the worst score of all. An arm that "
-            "diverged at every tuned value is not compared."
-        )
-    lacking = [row for row in cells if row["status"] not in ("done", "diverged")]
-    if lacking:
-        failed = sum(row["status"] == "failed" for row in lacking)
-        sentences.append(
-            f"{len(lacking)} of {len(cells)} cells have no result; {failed} of them failed. An arm with missing cells "
-            "cannot win or lose."
-        )
-    return sentences + [_sentence(row, axes, names[row["measure"]]) for row in pairs]
+    larger = [max(row["p_seeds"], row["p_examples"], key=_or_least) for row in rows]
+    known = [1.0 if math.isnan(p) else p for p in larger]
+    equivalent = [1.0 if math.isnan(row["p_equivalent"]) else row["p_equivalent"] for row in rows]
+    adjusted = zip(rows, statistics.holm(known), statistics.holm(equivalent), strict=True)
+    for row, p, p_equivalent in adjusted:
+        row |= {"p_holm": p, "p_equivalent_holm": p_equivalent}
+        row["smallest_detectable"] = row["_spread"].detectable(compare.alpha / len(rows), compare.power)
+        may_be = not row["reason"]
+        better = row["arm"] if row["improvement"] > 0 else row["reference"]
+        row["winner"] = better if may_be and p < compare.alpha else ""
+        is_equivalent = may_be and p_equivalent < compare.alpha
+        inside = f"no difference above {compare.zone:g}"
+        if row["winner"]:
+            row["verdict"] = f"{better} is better" + (f", by less than {compare.zone:g}" if is_equivalent else "")
+        else:
+            row["verdict"] = inside if is_equivalent else "not decided"
 
 
-def _overall(pairs: Sequence[Mapping[str, Any]], label: str, alpha: float) -> str:
-    if not pairs:
-        return "There is nothing to compare: no context has two trained arms with results for the same seeds."
-    won = [row for row in pairs if row["winner"]]
-    if not won:
-        unclear = sum(row["p_holm"] >= alpha for row in pairs)
-        return (
-            f"No winner in {len(pairs)} comparisons of {label}; in {unclear} of them the arms do not differ "
-            "significantly after Holm's correction."
-        )
-    counts = ", ".join(f"{name} in {count}" for name, count in sorted(Counter(row["winner"] for row in won).items()))
-    rest = len(pairs) - len(won)
-    tail = f" The other {rest} have no winner." if rest else ""
-    return f"{len(won)} of {len(pairs)} comparisons of {label} have a winner: {counts}.{tail}"
+def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
+    """Mean of a measure over the arm's seeds with its t interval; of a base over its examples. None if not measured."""
+    values = [results.mean(key, measure) for key in arm.seeds.values()]
+    if not values or any(map(math.isnan, values)):
+        return None
+    if arm.kind != "base":
+        return statistics.t_interval(values, CONFIDENCE)
+    (key,) = arm.seeds.values()
+    spread = statistics.example_spread([results.scores(key)[measure]], results.weighting(measure))
+    half = spread.half_width(CONFIDENCE)
+    return Interval(values[0], values[0] - half, values[0] + half)
 
 
-def _sentence(row: Mapping[str, Any], axes: Sequence[str], label: str) -> str:
-    where = ", ".join(f"{axis} {row[axis]}" for axis in axes if axis in row)
-    head = f"{where}: " if where else ""
-    change = (
-        f"improvement of {row['arm']} over {row['reference']} in {label}: {row['improvement']:.4f}, "
-        f"interval {row['lower']:.4f} to {row['upper']:.4f}"
-    )
-    if not row["winner"]:
-        return f"{head}no winner between {row['arm']} and {row['reference']} ({change}): {row['reason']}."
-    loser = row["reference"] if row["winner"] == row["arm"] else row["arm"]
-    by = f"p = {row['p_holm']:.4f} after Holm's correction, {row['num_seeds']} seeds"
-    return f"{head}{row['winner']} beats {loser} ({change}, {by})."
+def wide_contexts(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig) -> list[dict[str, str]]:
+    """Contexts of finished pairs whose interval is wider than asked for, whatever the difference is.
+
+    Only the first seeds count, not the further ones, so the answer stays the same while these are run.
+    """
+    more = {str(seed) for seed in asked.seeds}
+    compare = results.study.compare.model_copy(update={"primary": None})
+    found = []
+    for each in named_comparisons(arms, compare, reference_of(arms, results.study)):
+        ((_, *pair),) = each.terms
+        if any(set(arm.open_seeds) - more for arm in pair):
+            continue
+        first = [replace(arm, seeds={seed: key for seed, key in arm.seeds.items() if seed not in more}) for arm in pair]
+        by_seed = seed_improvements([(1.0, first[0], first[1])], results, compare.metric)
+        if by_seed and improvement_interval(by_seed).half_width > asked.half_width:
+            found.append(each.context)
+    return found
+
+
+def reference_of(arms: Sequence[Arm], study: Study) -> str:
+    """The arm that others are compared with: as the study says, or the first one with training."""
+    if study.compare.reference is not None:
+        return study.compare.reference
+    return next((arm.name for arm in arms if arm.kind == "trained"), "")
+
+
+def cannot_decide(study: Study) -> list[str]:
+    """Why no comparison of a study can have a verdict, whatever it scores; empty if one can."""
+    reasons = []
+    if study.rates is None:
+        reasons.append("the learning rates are not searched. Fix: add rates")
+    stages = study.stages or [StageConfig(name="main")]
+    most = max(len(as_list(stage.cells.get(SEED, list(study.seeds)))) for stage in stages if stage.kind == "train")
+    if most < study.compare.min_seeds:
+        reasons.append(f"there are only {most} of {study.compare.min_seeds} (compare.min_seeds) seeds")
+    return reasons

@@ -19,22 +19,22 @@ from qdora.files.console import consoles
 from qdora.files.html_page import render_page
 from qdora.files.markdown_table import markdown_table
 from qdora.files.svg_figure import new_figure, svg_text
+from qdora.study.cells import equal_in_words
 from qdora.study.compare import (
     BASE_ARM,
     CONFIDENCE,
     Arm,
-    Part,
     Results,
     comparisons,
     find_arms,
-    part_of,
     quality,
-    repair,
-    verdict,
+    reference_of,
 )
-from qdora.study.grid import CompareConfig, Study, equal_in_words, in_words
-from qdora.study.scores import HIGHER_IS_BETTER, mean_score
+from qdora.study.grid import RATE, SEED, Study, in_words
+from qdora.study.repair import damage_row, repair_row
+from qdora.study.scores import HIGHER_IS_BETTER
 from qdora.study.study_directory import StudyDirectory, read_index
+from qdora.study.verdict import verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,12 @@ if TYPE_CHECKING:
 Rows = list[dict[str, Any]]
 
 _MIB = 2**20
-_LABELS = {"nll_per_token": "NLL (nats per token)", "acc": "accuracy", "acc_norm": "accuracy per character"}
+_LABELS = {
+    "nll_per_token": "NLL (nats per token)",
+    "choice_nll": "NLL among the choices (nats per question)",
+    "acc": "accuracy",
+    "acc_norm": "accuracy per character",
+}
 _NAMES = {"nll_per_token": "NLL (nats per token)", "acc": "accuracy"}
 _X = {"bits_per_weight": "bits per weight of the linear layers", "sparsity": "share of pruned weights"}
 _PANELS = {"bits_per_weight": "sparsity", "sparsity": "bits_per_weight"}
@@ -51,17 +56,33 @@ _MARKERS = "osD^vPX*"
 _NOTES = {
     "arms": (
         "Arms",
-        "Each arm has its tuned value. lower, upper: t interval over examples and seeds. repair: share of the quality "
-        "lost by compression that the arm recovered. pareto: no other arm is as good in fewer bytes. Intervals of arms "
-        "may overlap although the arms differ: hard examples are hard for both. The comparisons pair the examples.",
+        "Each arm at the learning rate that was found for it. lower, upper: 95 % t interval over the seeds; of a base "
+        "over the examples. pareto: no other arm is as good in fewer bytes. Intervals of arms may overlap although the "
+        "arms differ: hard examples are hard for both. The comparisons pair the seeds.",
         True,
     ),
     "comparisons": (
         "Comparisons",
-        "A positive improvement is better. lower, upper: t interval over examples and seeds. p t: its t test. "
-        "p examples, p seeds: permutation tests. p holm: the larger of p examples and p t, corrected for the number of "
-        "comparisons.",
+        "A positive improvement is better. lower, upper: 95 % t interval over the seeds. p seeds: its t test. "
+        "p examples: t test over the examples, with the seeds as they are. p holm: the larger of both, corrected for "
+        "the number of primary comparisons. p equivalent: that the arms differ by the zone or more. smallest "
+        "detectable: would have been found with the power of the study. Exploratory comparisons have no verdict.",
         True,
+    ),
+    "repair": (
+        "Damage and repair",
+        "damage choice: NLL of the right choice among a question's choices, less that of the uncompressed base, both "
+        "untrained. perplexity: of prompts with their answers, untrained. hidden error: of the hidden states after the "
+        "last block. left: trained arm against the same arm trained on the uncompressed base. transplant: the same of "
+        "the adapter trained on the uncompressed base. repaired: what training on the compressed base gains on it; "
+        "share: of the transplant's damage. Positive damage is worse. magnitudes: what setting them back loses.",
+        True,
+    ),
+    "rates": (
+        "Learning rates",
+        "Mean validation loss of each rate that was tried, over the seeds of the search; inf: a run diverged. rate: "
+        "the minimum of the parabola through the best one and its neighbours.",
+        False,
     ),
     "cells": (
         "Cells",
@@ -70,6 +91,17 @@ _NOTES = {
         False,
     ),
     "layers": ("Layers", "What compression did to each layer.", False),
+    "changes": (
+        "Changes of the weights",
+        "How far training moved the rows of each layer: 1 - cosine of the directions, and the relative change of the "
+        "magnitude, averaged over the rows.",
+        False,
+    ),
+    "blocks": (
+        "Blocks",
+        "Relative error of the hidden states after each block, against those of the uncompressed base.",
+        False,
+    ),
     "facts": ("Settings and counts", "", False),
 }
 _DIGITS = {"bits_per_weight": 2, "total_mib": 2, "adapter_mib": 2, "sparsity": 3, "seconds": 1, "repair": 3}
@@ -181,31 +213,38 @@ def read_report(directory: Path) -> Report:
     study = Study.model_validate(index["study"])
     compare, cells = study.compare, index["cells"]
     store = StudyDirectory(directory, retries=study.retries)
-    results = Results(store, "validation" if compare.split == "halves" else "test")
-    arms = find_arms(cells, compare, results)
+    results = Results(store, study)
+    arms = find_arms(cells, results)
     if not arms:
         if any(results.diverged(cell["key"]) for cell in cells):
-            raise UserError(f"{directory}: every finished cell diverged. Fix: add lower values of train.lr.")
+            raise UserError(f"{directory}: every finished cell diverged. Fix: add lower values to rates.")
         raise UserError(f"{directory}: no cell is finished yet. Fix: run 'qdora study' first.")
-    part = part_of(compare, arms)
-    trained = [arm for arm in arms if arm.is_trained]
-    reference = compare.reference or (trained[0].name if trained else "")
-    pairs = comparisons(arms, compare, results, reference, _measures(arms, compare, results))
-    axes = [axis for axis in study.product if axis not in (compare.arm, compare.seed, *compare.choose)]
-    arm_rows = [_arm_row(arm, axes, compare, results, part) for arm in arms]
+    reference = reference_of(arms, study)
+    rows = comparisons(arms, results, reference, _measures(arms, results))
+    pairs = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+    axes = [axis for axis in study.product if axis != compare.arm]
+    arm_rows = [_arm_row(arm, axes, results) for arm in arms]
     _mark_pareto(arm_rows, compare.metric)
     cell_rows = [_cell_row(cell, list(study.product), store, results) for cell in cells]
     tables = {
-        "arms": arm_rows,
         "comparisons": pairs,
+        "repair": [row for arm in arms if (row := _repair_row(arm, arms, axes, results))],
+        "arms": arm_rows,
+        "rates": index["rates"],
         "cells": cell_rows,
         "layers": [row for cell in cells for row in _layer_rows(cell, axes, results)],
-        "facts": _facts(cell_rows, pairs, compare, part, reference),
+        "changes": [row for cell in cells for row in _change_rows(cell, axes, results)],
+        "blocks": [row for cell in cells for row in _block_rows(cell, axes, results)],
+        "facts": _facts(cell_rows, pairs, results, reference),
     }
     label = _LABELS[compare.metric]
+    said = verdict(pairs, cell_rows, index["rates"], axes, label)
+    waiting = sum(index["num_waiting"].values())
+    if waiting:
+        said.insert(1, f"{waiting} more cells wait for a learning rate or an adapter.")
     return Report(
         tables=tables,
-        verdict=[*verdict(pairs, cell_rows, axes, compare, label), *filter(None, [equal_in_words(cells)])],
+        verdict=[*said, *filter(None, [equal_in_words(cells)])],
         axes=axes,
         arm_axis=compare.arm,
         metric=compare.metric,
@@ -213,33 +252,54 @@ def read_report(directory: Path) -> Report:
     )
 
 
-def _measures(arms: Sequence[Arm], compare: CompareConfig, results: Results) -> list[str]:
-    """The metric of the study, and the shares of generated answers if answers were generated."""
-    scored = results.scores(next(iter(arms[0].seeds.values()))).values
-    return [compare.metric, *(measure for measure in ("right", "unparsable") if measure in scored)]
+def _measures(arms: Sequence[Arm], results: Results) -> list[str]:
+    """The metric of the study, and what else is told of its comparisons."""
+    scored = {
+        measure
+        for arm in arms
+        for key in arm.seeds.values()
+        if arm.kind == "trained" and not results.diverged(key)
+        for measure in results.scores(key)
+    }
+    more = ("choice_nll", "right", "unparsable")
+    metric = results.study.compare.metric
+    return [metric, *(measure for measure in more if measure in scored and measure != metric)]
 
 
-def _arm_row(arm: Arm, axes: Sequence[str], compare: CompareConfig, results: Results, part: Part) -> dict[str, Any]:
-    row: dict[str, Any] = {axis: arm.context.get(axis, "uncompressed") for axis in axes}
-    row |= {compare.arm: arm.name, "is_trained": arm.is_trained}
-    row |= {axis: arm.chosen.get(axis, "") for axis in compare.choose}
-    row |= {"at_edge": arm.at_edge, "num_seeds": len(arm.seeds), "num_missing": arm.num_missing}
+def _labels_of(labels: Mapping[str, str], axes: Sequence[str]) -> dict[str, Any]:
+    """Labels on the axes; the uncompressed base has none, and no base has one on an axis that only changes training."""
+    return {axis: labels.get(axis, "" if labels else "uncompressed") for axis in axes}
+
+
+def _arm_row(arm: Arm, axes: Sequence[str], results: Results) -> dict[str, Any]:
+    row: dict[str, Any] = _labels_of(arm.context, axes)
+    row |= {results.study.compare.arm: arm.name, "kind": arm.kind, "is_trained": arm.kind == "trained"}
+    row |= {"rate": arm.rate, "rate_is_interior": arm.is_interior}
+    diverged = sum(map(results.diverged, arm.seeds.values()))
+    row |= {"num_seeds": len(arm.seeds), "num_missing": arm.num_missing, "num_diverged": diverged}
     for measure in HIGHER_IS_BETTER:
-        found = quality(arm, results, measure, part)
+        found = quality(arm, results, measure)
         if found is not None:
-            interval, num_examples = found
-            row |= {"num_examples": num_examples} if measure == compare.metric else {}
-            row |= {measure: interval.value, f"{measure}_lower": interval.lower, f"{measure}_upper": interval.upper}
-    size = _sizes(next(iter(arm.seeds.values())), results)
-    ratio, why = repair(arm, compare, results, part)
-    row |= size
-    row |= {"repair": ratio.value, "repair_lower": ratio.lower, "repair_upper": ratio.upper, "repair_reason": why}
-    return row
+            row |= {measure: found.value, f"{measure}_lower": found.lower, f"{measure}_upper": found.upper}
+    return row | _sizes([key for key in arm.seeds.values() if not results.diverged(key)], results)
 
 
-def _sizes(key: str, results: Results) -> dict[str, Any]:
-    result = results.result(key)
-    assert result is not None, key
+def _repair_row(arm: Arm, arms: Sequence[Arm], axes: Sequence[str], results: Results) -> dict[str, Any]:
+    """Damage of a base, or what an arm repaired; empty for a transplant."""
+    found = damage_row(arm, results) | repair_row(arm, arms, results)
+    if not found:
+        return {}
+    return _labels_of(arm.context, axes) | {
+        results.study.compare.arm: arm.name,
+        **found,
+    }
+
+
+def _sizes(keys: Sequence[str], results: Results) -> dict[str, Any]:
+    """Bytes and sparsity of the first of these cells; empty without one."""
+    result = results.result(keys[0]) if keys else None
+    if result is None:
+        return {}
     size, compression = result["size"], result.get("compression") or {}
     return {
         "bits_per_weight": 8 * size["num_linear_bytes"] / max(1, size["num_linear_weights"]),
@@ -252,65 +312,89 @@ def _sizes(key: str, results: Results) -> dict[str, Any]:
 def _mark_pareto(rows: Rows, metric: str) -> None:
     """Mark each arm: is no other arm as good in fewer bytes, or better in as many?"""
     sign = -1.0 if HIGHER_IS_BETTER[metric] else 1.0
-    points = [(row["total_mib"], sign * row[metric]) for row in rows if metric in row]
-    for row in rows:
-        if metric in row:
-            mib, score = row["total_mib"], sign * row[metric]
-            row["pareto"] = not any(m <= mib and s <= score and (m, s) != (mib, score) for m, s in points)
+    shown = [row for row in rows if metric in row and "total_mib" in row]
+    points = [(row["total_mib"], sign * row[metric]) for row in shown]
+    for row in shown:
+        mib, score = row["total_mib"], sign * row[metric]
+        row["pareto"] = not any(m <= mib and s <= score and (m, s) != (mib, score) for m, s in points)
 
 
 def _cell_row(cell: Mapping[str, Any], axes: Sequence[str], store: StudyDirectory, results: Results) -> dict[str, Any]:
     key = cell["key"]
     attempts, result = store.failures(key), results.result(key)
     status = "done" if result is not None else "failed" if store.is_given_up(key) else "open"
-    row: dict[str, Any] = {axis: cell["labels"].get(axis, "") for axis in axes}
-    row |= {"cell": key, "equal_to": "; ".join(map(in_words, cell.get("equal", ()))), "status": status}
+    row: dict[str, Any] = {axis: cell["labels"].get(axis, "") for axis in (*axes, RATE, SEED)}
+    row |= {"stage": cell["stage"], "kind": cell["kind"], "cell": key}
+    row |= {"equal_to": "; ".join(map(in_words, cell.get("equal", ()))), "status": status}
     row |= {"num_failures": len(attempts), "reason": attempts[-1]["reason"] if attempts else ""}
     if result is None:
         return row
     if results.diverged(key):
         return row | {"status": "diverged", "reason": result["diverged"], "seconds": result["seconds"]}
-    scores = results.scores(key)
-    found = {measure: mean_score([scores], measure, "all") for measure in HIGHER_IS_BETTER if measure in scores.values}
+    found = {measure: results.mean(key, measure, "all") for measure in HIGHER_IS_BETTER}
     kept = {name: result.get(name) for name in ("seconds", "num_steps", "num_trainable", "final_loss")}
-    return row | found | kept | _sizes(key, results)
+    return row | {name: value for name, value in found.items() if value == value} | kept | _sizes([key], results)
 
 
 def _layer_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results) -> Rows:
     """What compression did to each layer; only bases have such rows, since adapters do not change the base."""
-    result = None if cell["is_trained"] else results.result(cell["key"])
+    result = results.result(cell["key"]) if cell["kind"] == "base" else None
     layers = ((result or {}).get("compression") or {}).get("layers") or {}
-    context = {axis: cell["labels"].get(axis, "uncompressed") for axis in axes}
+    context = _labels_of(cell["labels"], axes)
     return [context | {"layer": name} | dict(values) for name, values in layers.items()]
 
 
-def _facts(cells: Rows, pairs: Rows, compare: CompareConfig, part: Part, reference: str) -> Rows:
+def _change_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results) -> Rows:
+    """What training did to the weights of an arm whose magnitudes were set back afterwards."""
+    result = results.result(cell["key"]) if cell["kind"] == "set_back" else None
+    context = {axis: cell["labels"].get(axis, "") for axis in (*axes, results.study.compare.arm, SEED)}
+    return [
+        context | {"layer": path, "direction_change": change["direction"], "magnitude_change": change["magnitude"]}
+        for path, change in ((result or {}).get("changes") or {}).items()
+    ]
+
+
+def _block_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results) -> Rows:
+    """What compression of all layers together did to the hidden states."""
+    result = results.result(cell["key"]) if cell["kind"] == "base" else None
+    errors = enumerate((result or {}).get("hidden_errors", ()))
+    return [_labels_of(cell["labels"], axes) | {"block": block, "relative_error": error} for block, error in errors]
+
+
+def _facts(cells: Rows, pairs: Rows, results: Results, reference: str) -> Rows:
+    compare = results.study.compare
     status = [row["status"] for row in cells]
     facts: dict[str, Any] = {
         "cells": len(cells),
+        "trainings": sum(row["kind"] in ("rate", "trained") for row in cells),
         "cells done": status.count("done"),
         "cells diverged": status.count("diverged"),
+        "trainings diverged in the comparison": sum(
+            (row["kind"], row["status"]) == ("trained", "diverged") for row in cells
+        ),
         "cells failed": status.count("failed"),
         "cells open": status.count("open"),
         "cells without result": len(cells) - status.count("done") - status.count("diverged"),
         "failed attempts": sum(row["num_failures"] for row in cells),
         "confidence %": 100 * CONFIDENCE,
         "alpha": compare.alpha,
+        "zone": compare.zone,
+        "power %": 100 * compare.power,
         "least seeds": compare.min_seeds,
-        "resamples": compare.num_resamples,
         "hours": sum(row.get("seconds") or 0.0 for row in cells) / 3600,
         "reference": reference or BASE_ARM,
+        "weights of tasks": f"{compare.tasks} in NLL per token",
         "compared on": "the test split"
         if compare.split == "test"
-        else "one half of the validation examples, tuned on the other"
-        if part == "compare"
+        else "one half of the validation examples; the other half chose the rates"
+        if results.part == "compare"
         else "the validation examples",
     }
-    for measure in dict.fromkeys(row["measure"] for row in pairs):
-        winners = [row["winner"] for row in pairs if row["measure"] == measure]
-        facts |= {f"comparisons of {measure}": len(winners), f"without a winner in {measure}": winners.count("")}
-        facts[f"with a winner in {measure}"] = len(winners) - winners.count("")
-        facts |= {f"{name} wins in {measure}": winners.count(name) for name in sorted({*winners} - {""})}
+    primary = [row for row in pairs if row["role"] == "primary"]
+    winners = [row["winner"] for row in primary]
+    facts |= {"primary comparisons": len(primary), "not decided": sum(r["verdict"] == "not decided" for r in primary)}
+    facts |= {"equivalent": sum(r["verdict"].startswith("no difference") for r in primary)}
+    facts |= {f"{name} is better": winners.count(name) for name in sorted({*winners} - {""})}
     return [
         {"fact": name, "value": None, "text": value}
         if isinstance(value, str)
@@ -326,7 +410,7 @@ def is_number(value: Any) -> bool:
 
 def draw_all(report: Report) -> dict[str, str]:
     """Title -> SVG of every figure that the study has points for."""
-    rows = report.tables["arms"]
+    rows = [row for row in report.tables["arms"] if "total_mib" in row]
     drawn = {}
     for x, title in (("bits_per_weight", "Quality and bits per weight"), ("sparsity", "Quality and sparsity")):
         if len({round(row[x], 4) for row in rows}) > 1:

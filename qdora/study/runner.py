@@ -32,16 +32,21 @@ from qdora.files.atomic import atomic_directory, disk_failures
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import find_model
-from qdora.model.load import Quantization
+from qdora.model.load import Quantization, load_config
 from qdora.model.pruning import quantized_layers
-from qdora.recipe.recipe_file import missing_files, read_yaml
-from qdora.run.evaluate import EvalOptions, evaluate_target
+from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, settings
+from qdora.recipe.settings import Recipe
 from qdora.run.run_page import PAGE_FILE, leave_page
 from qdora.run.step_evaluations import adapter_step
 from qdora.run.train import train_run
-from qdora.study.compare import cannot_win
-from qdora.study.grid import Cell, Study, equal_in_words, expand, load_study
+from qdora.study.base_damage import base_damage
+from qdora.study.cells import Cell, Cells, Expander, equal_in_words
+from qdora.study.compare import Results, cannot_decide
+from qdora.study.grid import Study, load_study
+from qdora.study.outlook import outlooks, planned_cells, spread_in_words, stage_times, times_in_words
+from qdora.study.set_back import evaluate_set_back
 from qdora.study.study_directory import Claim, StudyDirectory
+from qdora.study.upcoming import Upcoming
 from qdora.train.out_of_memory import free_memory
 
 logger = logging.getLogger("qdora")
@@ -57,6 +62,8 @@ CLUSTERS = ("slurm", "local")
 _SHARD = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 _TRACEBACK_LINES = 12
 _POLL_SECONDS = 0.2
+_IDLE_SECONDS = 2.0
+_IDLE_LOOKS = 5
 _COMPRESSED = "base/compressed.json"
 
 
@@ -83,11 +90,14 @@ def study_run(
 ) -> dict[str, Any]:
     """Run the cells of a study that have no result and that no other process works on.
 
+    Cells that need a learning rate of the search, or the adapter of another cell, follow once that is there. While
+    other processes work on what they need, this one waits.
+
     Args:
         directory: Where results are written; default runs/studies/<name of the file>.
-        shard: "i/n": only every n-th cell, starting with the i-th.
+        shard: "i/n": only the cells of this part, an n-th of all.
         retry_failed: Also run cells that were given up.
-        dry_run: Check every cell and write nothing.
+        dry_run: Check every cell, tell how long the study takes and what it can find, and write nothing.
     Returns:
         The directory and the counts of cells.
     Raises:
@@ -95,50 +105,102 @@ def study_run(
         RunFailure: Some cells were given up; all others are done.
     """
     progress, results = consoles(console)
-    study, directory, cells = _checked(file, directory)
-    mine = shard_of(cells, shard)
-    results.print(
-        f"{len(cells)} cells, {sum(cell.is_trained for cell in cells)} with training"
-        + (f"; {len(mine)} in shard {shard}" if shard else ""),
-        highlight=False,
-    )
-    notes = _tell_notes(study, cells, progress)
+    study, directory, expander = _checked(file, directory)
+    shard_of([], shard)
     if dry_run:
-        for cell in mine:
-            results.print(f"  {cell.in_words()}", markup=False, highlight=False, soft_wrap=True)
-        shown = {"directory": str(directory), "num_cells": len(cells), "notes": notes}
-        return shown | {"cells": [cell.record() for cell in mine]}
+        return _outlook(study, directory, expander, shard, progress=progress, results=results)
     with disk_failures(directory):
         store = StudyDirectory(directory, retries=study.retries)
-        store.write_index(study, cells)
+        upcoming = Upcoming(study, expander, store)
+        cells = upcoming.now()
+        _tell(study, expander, cells, shard, progress=progress, results=results)
         if retry_failed:
-            store.forget_failures([cell.key for cell in mine])
-        with cells_bar(progress, mine, store) as report, _quiet_runs(), store.present():
-            found = run_cells(mine, store, cell_work(study.compare.split, store), report)
+            store.forget_failures([cell.key for cell in cells.cells])
+        with cells_bar(progress, store) as bar, _quiet_runs(), store.present():
+            mine = _run_all(upcoming, shard, cell_work(store), bar)
             _leave_missing_pages(mine, store)
-    return _concluded(found, mine, directory, results)
+    return _concluded(tally(mine, store), mine, upcoming.now(), directory, results)
+
+
+def _run_all(upcoming: Upcoming, shard: str | None, work: Work, bar: CellsBar) -> list[Cell]:
+    """Run the shard's cells, and those that the results of all processes add to them; returns all of the shard."""
+    store, num_idle = upcoming.store, 0
+    while True:
+        cells = upcoming.now()
+        mine = shard_of(cells.cells, shard)
+        bar.show(mine)
+        before = store.num_done({cell.key for cell in cells.cells})
+        run_cells(mine, store, work, bar.report)
+        now = upcoming.now()
+        if len(now.cells) > len(cells.cells) or store.num_done({cell.key for cell in cells.cells}) > before:
+            num_idle = 0
+            continue
+        # Others may be between two cells: a single look without a claim does not tell that they are gone
+        num_idle = 0 if store.is_at_work() else num_idle + 1
+        if not now.num_waiting or num_idle >= _IDLE_LOOKS:
+            return mine
+        time.sleep(_IDLE_SECONDS)
+
+
+def _tell(
+    study: Study, expander: Expander, cells: Cells, shard: str | None, *, progress: Console, results: Console
+) -> list[str]:
+    """What will run, and what to know of it."""
+    mine = shard_of(cells.cells, shard)
+    results.print(
+        f"{len(cells.cells)} cells, {sum(cell.is_trained for cell in cells.cells)} with training"
+        + (f"; {len(mine)} in shard {shard}" if shard else "")
+        + (f"; {sum(cells.num_waiting.values())} more wait for these" if cells.num_waiting else ""),
+        highlight=False,
+    )
+    notes = notes_on(study, expander)
+    for note in notes:
+        progress.print(note, markup=False, highlight=False)
+    return notes
+
+
+def _outlook(
+    study: Study, directory: Path, expander: Expander, shard: str | None, *, progress: Console, results: Console
+) -> dict[str, Any]:
+    """Tell the cells, the time and what can be found, and write nothing."""
+    known = Results(StudyDirectory(directory, retries=study.retries, makes=False), study)
+    cells = planned_cells(expander, known)
+    notes = _tell(study, expander, cells, shard, progress=progress, results=results)
+    mine = shard_of(cells.cells, shard)
+    times, found = stage_times(mine, known), outlooks(cells, known)
+    for cell in mine:
+        results.print(f"  {cell.in_words()}", markup=False, highlight=False, soft_wrap=True)
+    for line in (*times_in_words(times), *(spread_in_words(each, study.compare.metric) for each in found)):
+        results.print(line, markup=False, highlight=False, soft_wrap=True)
+    return {
+        "directory": str(directory),
+        "num_cells": len(cells.cells),
+        "notes": notes,
+        "stages": [_finite(vars(each)) for each in times],
+        "outlook": [_finite(vars(each)) for each in found],
+        "cells": [cell.record() for cell in mine],
+    }
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no nan."""
+    return {name: None if value != value else value for name, value in values.items()}
 
 
 def _leave_missing_pages(cells: Sequence[Cell], store: StudyDirectory) -> None:
     """Write the pages of finished cells that could not be written before, on a full disk for example."""
     for run in (RunDirectory(store.cell(cell.key)) for cell in cells if store.is_done(cell.key)):
-        if not run.inside(PAGE_FILE).exists():
+        if run.recipe_file.is_file() and not run.inside(PAGE_FILE).exists():
             leave_page(run)
 
 
-def _tell_notes(study: Study, cells: Sequence[Cell], console: Console) -> list[str]:
-    notes = notes_on(study, cells)
-    for note in notes:
-        console.print(note, markup=False, highlight=False)
-    return notes
-
-
-def notes_on(study: Study, cells: Sequence[Cell]) -> list[str]:
-    """What to know of a grid before it runs: combinations that are equal, and why it can have no winner."""
-    records = [cell.record() for cell in cells]
-    equal, reasons = equal_in_words(records), cannot_win(records, study.compare)
-    never = [f"This grid cannot have a winner: {'; '.join(reasons)}. It gives scores and intervals."] if reasons else []
-    return [*([] if equal is None else [equal]), *never]
+def notes_on(study: Study, expander: Expander) -> list[str]:
+    """What to know of a study before it runs: combinations that are equal, and why it can have no verdict."""
+    none_yet = expander.now(lambda _: None, lambda _: None)
+    equal = equal_in_words([cell.record() for cell in none_yet.cells])
+    reasons = cannot_decide(study)
+    never = [f"This study cannot have a verdict: {'; '.join(reasons)}. It gives scores and intervals."]
+    return [*([] if equal is None else [equal]), *(never if reasons else [])]
 
 
 def submit_study(
@@ -147,9 +209,11 @@ def submit_study(
     """Check a study and start `num_jobs` processes that run it together; `options` of submitit are key=value each."""
     if cluster not in CLUSTERS:
         raise UserError(not_one_of("--cluster", cluster, CLUSTERS))
-    study, directory, cells = _checked(file, directory)
-    notes = _tell_notes(study, cells, consoles(None)[0])
-    StudyDirectory(directory, retries=study.retries).write_index(study, cells)
+    study, directory, expander = _checked(file, directory)
+    notes = notes_on(study, expander)
+    for note in notes:
+        consoles(None)[0].print(note, markup=False, highlight=False)
+    Upcoming(study, expander, StudyDirectory(directory, retries=study.retries)).now()
     parameters = {}
     for option in options:
         key, equals, text = option.partition("=")
@@ -187,28 +251,29 @@ def submit_jobs(
         return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
 
 
-def _checked(file: Path, directory: Path | None) -> tuple[Study, Path, list[Cell]]:
+def _checked(file: Path, directory: Path | None) -> tuple[Study, Path, Expander]:
     study = load_study(file)
-    cells = expand(study)
-    faults = [fault for cell in cells for fault in missing_files(cell.recipe, str(file))]
+    expander = Expander(study)
+    cells = planned_cells(expander, None)
+    faults = [fault for cell in cells.cells for fault in missing_files(cell.recipe, str(file))]
     if study.compare.split == "test":
         faults += [
             f"{file}: compare.split: {source.label} has no test split. Fix: set compare.split to halves."
-            for cell in cells
+            for cell in cells.cells
             for source in cell.recipe.data.mix
             if source.label in (cell.recipe.eval.tasks or [source.label]) and not has_split(source, "test")
         ]
     if faults:
         raise UserError(*dict.fromkeys(faults))
-    return study, (directory or Path("runs") / "studies" / file.stem).absolute(), cells
+    return study, (directory or Path("runs") / "studies" / file.stem).absolute(), expander
 
 
 def shard_of(cells: Sequence[Cell], shard: str | None) -> list[Cell]:
-    """Shard "i/n": every n-th cell, so that long and short cells are spread evenly; None is all."""
+    """Shard "i/n": an n-th of the cells by their keys, always the same ones; None is all."""
     match = _SHARD.fullmatch(shard or "1/1")
     if match is None or int(match[1]) > int(match[2]):
         raise UserError(f"--shard: must be I/N with I from 1 to N, such as 2/8, got {shard!r}.")
-    return list(cells[int(match[1]) - 1 :: int(match[2])])
+    return [cell for cell in cells if int(cell.key, 16) % int(match[2]) == int(match[1]) - 1]
 
 
 @contextmanager
@@ -225,30 +290,47 @@ def _quiet_runs() -> Iterator[None]:
             handler.setLevel(level)
 
 
-@contextmanager
-def cells_bar(console: Console, cells: Sequence[Cell], store: StudyDirectory) -> Iterator[AfterAttempt]:
+class CellsBar:
     """Progress over the cells with the time left: a bar on a terminal, otherwise one line a cell.
 
     Cells that other processes finish count, too, so the time left is that of all processes together.
     """
-    keys, began = {cell.key for cell in cells}, time.monotonic()
-    before = store.num_done(keys)
+
+    def __init__(self, console: Console, store: StudyDirectory, progress: Progress) -> None:
+        self.console, self.store, self.progress = console, store, progress
+        self.task = progress.add_task("cells", total=0, left="")
+        self.cells: list[Cell] = []
+        self.began, self.num_before = time.monotonic(), 0
+
+    def show(self, cells: Sequence[Cell]) -> None:
+        """Take these cells as all."""
+        if not self.cells:
+            self.num_before = self.store.num_done({cell.key for cell in cells})
+        self.cells = list(cells)
+        self.progress.update(self.task, total=len(cells), completed=self._num_done())
+
+    def report(self, cell: Cell, event: Event, seconds: float) -> None:
+        """Tell an attempt (`AfterAttempt`)."""
+        done, left = self._num_done(), ""
+        if done > self.num_before:
+            each = (time.monotonic() - self.began) / (done - self.num_before)
+            left = f"{in_words((len(self.cells) - done) * each)} left"
+        self.progress.update(self.task, completed=done, left=left)
+        name = " ".join(cell.labels.values()) or "uncompressed base"
+        text = f"{done}/{len(self.cells)} {event}: {name} ({cell.key}), {in_words(seconds)}; {left}"
+        if event == "failed" or not self.console.is_terminal:
+            self.console.print(text.removesuffix("; "), markup=False, highlight=False, soft_wrap=True)
+
+    def _num_done(self) -> int:
+        return self.store.num_done({cell.key for cell in self.cells})
+
+
+@contextmanager
+def cells_bar(console: Console, store: StudyDirectory) -> Iterator[CellsBar]:
+    """A `CellsBar` that is shown while the block runs."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-    names = {cell.key: " ".join(cell.labels.values()) or "uncompressed base" for cell in cells}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("cells", total=len(cells), completed=before, left="")
-
-        def report(cell: Cell, event: Event, seconds: float) -> None:
-            done = store.num_done(keys)
-            left = ""
-            if done > before:
-                left = f"{in_words((len(cells) - done) * (time.monotonic() - began) / (done - before))} left"
-            progress.update(task, completed=done, left=left)
-            text = f"{done}/{len(cells)} {event}: {names[cell.key]} ({cell.key}), {in_words(seconds)}; {left}"
-            if event == "failed" or not console.is_terminal:
-                console.print(text.removesuffix("; "), markup=False, highlight=False, soft_wrap=True)
-
-        yield report
+        yield CellsBar(console, store, progress)
 
 
 def in_words(seconds: float) -> str:
@@ -259,19 +341,25 @@ def in_words(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _concluded(found: CellTally, cells: Sequence[Cell], directory: Path, console: Console) -> dict[str, Any]:
+def _concluded(
+    found: CellTally, mine: Sequence[Cell], cells: Cells, directory: Path, console: Console
+) -> dict[str, Any]:
     console.print(f"study: {directory}", highlight=False, soft_wrap=True)
     if found.num_elsewhere:
         console.print(f"Other processes work on {found.num_elsewhere} cells.", highlight=False)
+    num_waiting = sum(cells.num_waiting.values())
+    if num_waiting:
+        console.print(f"{num_waiting} cells wait for cells that have no result yet.", highlight=False)
     if found.failed:
-        named = {cell.key: " ".join(cell.labels.values()) for cell in cells}
+        named = {cell.key: " ".join(cell.labels.values()) for cell in mine}
         key, reason = next(iter(found.failed.items()))
         raise RunFailure(
             f"{len(found.failed)} of {found.num_cells} cells failed; the first is {named[key]} ({key}): {reason}. "
             "The reasons are in failures/. Fix: mend the cause, then run again with --retry-failed.",
             safe=[directory],
         )
-    return {"directory": str(directory)} | {key: value for key, value in vars(found).items() if key != "failed"}
+    counts = {key: value for key, value in vars(found).items() if key != "failed"}
+    return {"directory": str(directory)} | counts | {"num_waiting": num_waiting}
 
 
 def run_cells(
@@ -350,8 +438,8 @@ def _reason(error: Exception) -> str:
     return masked(f"{type(error).__name__}: {first}")
 
 
-def cell_work(split: str, store: StudyDirectory) -> Work:
-    """The work of a cell: train and evaluate its recipe; with split "test" also evaluate on the test examples.
+def cell_work(store: StudyDirectory) -> Work:
+    """The work of a cell: train and evaluate its recipe, or evaluate a base, with or without a finished adapter.
 
     Pruned bases are made once in the study's directory and shared by all cells that start from the same one. Processes
     of one machine share its cores evenly, unless OMP_NUM_THREADS is set; each counts the others when it begins a cell.
@@ -362,30 +450,35 @@ def cell_work(split: str, store: StudyDirectory) -> Work:
         try:
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(min(most, store.share_of_cores()))
-            return _run(cell, directory, split, store)
+            return _run(cell, directory, store)
         except Diverged as error:
             if not cell.is_trained:
                 raise
-            return {"diverged": _reason(error)}
+            config = load_config(find_model(cell.recipe)[0]).get_text_config()
+            return {"diverged": _reason(error), "num_vocabulary": config.vocab_size}
         finally:  # make room for the model of the next cell
             free_memory()
 
     return work
 
 
-def _run(cell: Cell, directory: Path, split: str, store: StudyDirectory) -> dict[str, Any]:
+def _run(cell: Cell, directory: Path, store: StudyDirectory) -> dict[str, Any]:
     run, quiet, shared_bases = RunDirectory(directory), Console(quiet=True), partial(once, store, "bases")
     resume = run.recipe_file.is_file() and run.has_begun
-    summary = train_run(cell.recipe, directory, resume=resume, console=quiet, shared_bases=shared_bases)
+    recipe = cell.recipe
+    if cell.adapter_key is not None:
+        source = store.cell(cell.adapter_key)
+        if cell.kind == "set_back":
+            return evaluate_set_back(source, directory)
+        recipe = with_adapter(recipe, source / "adapter")
+    summary = train_run(recipe, directory, resume=resume, console=quiet, shared_bases=shared_bases)
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0
-    files = {"validation": run.evaluation_file(step)}
-    if split == "test":
-        evaluate_target(str(directory), EvalOptions(split="test"), console=quiet)
-        files["test"] = run.inside("eval", f"{'final' if cell.is_trained else 'base'}-test.json")
+    files = {"scores": run.evaluation_file(step)}
     generated = run.inside("eval", f"step-{step}-generated.json")
     if generated.is_file():
         files["generated"] = generated
-    return {
+    measured = base_damage(cell.recipe, directory) if cell.kind == "base" else {}
+    return measured | {
         "num_steps": summary["num_steps"],
         "final_loss": summary["final_loss"],
         "num_trainable": summary["num_trainable"] if cell.is_trained else 0,
@@ -395,6 +488,13 @@ def _run(cell: Cell, directory: Path, split: str, store: StudyDirectory) -> dict
     }
 
 
+def with_adapter(recipe: Recipe, adapter: Path) -> Recipe:
+    """The recipe with a finished adapter, which has its own ranks and targets."""
+    document = settings(recipe)
+    document["adapter"] = {"kind": recipe.adapter.kind, "resume_from": str(adapter)}
+    return recipe_from(document)
+
+
 def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
     """Errors of every layer of a pruned base; for a cell without training, also of a base that is only quantised."""
     file = run.inside(_COMPRESSED)
@@ -402,7 +502,7 @@ def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads(file.read_bytes())
         return found
     base = cell.recipe.base
-    if cell.is_trained or base.quant == "none":
+    if cell.kind != "base" or base.quant == "none":
         return None
     wanted = Quantization(base.quant, base.block_size, base.double_quant, base.skip)
     layers = quantized_layers(find_model(cell.recipe)[0], wanted)

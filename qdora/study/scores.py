@@ -1,4 +1,4 @@
-"""Scores of single examples: read from the cells of a study and aligned for the statistics."""
+"""Scores of single examples: read from the cells of a study, and combined over cells on the same examples."""
 
 from __future__ import annotations
 
@@ -6,115 +6,121 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from scipy import special
 
 from qdora.errors import UserError
-from qdora.study.statistics import Array, TaskScores
+from qdora.study.statistics import Array, SeedScores, TaskScores, Weighting
 
-Measure = Literal["nll_per_token", "acc", "acc_norm", "right", "unparsable"]
-"""right and unparsable are shares of generated answers. An answer that cannot be parsed is not counted as wrong."""
-HIGHER_IS_BETTER = {"nll_per_token": False, "acc": True, "acc_norm": True, "right": True, "unparsable": False}
+Measure = Literal["nll_per_token", "choice_nll", "acc", "acc_norm", "right", "unparsable"]
+"""nll_per_token: NLL of the right answer, nats per token. choice_nll: NLL of the right choice among a question's
+choices, nats. right and unparsable are shares of generated answers. An answer that cannot be parsed is not wrong."""
+HIGHER_IS_BETTER = {
+    "nll_per_token": False,
+    "choice_nll": False,
+    "acc": True,
+    "acc_norm": True,
+    "right": True,
+    "unparsable": False,
+}
+Part = Literal["all", "choose", "compare"]
+CellScores = Mapping[str, SeedScores]
+"""Measure -> task -> scores. Only tasks with choices have choice_nll and accuracies."""
 
-_Scores = dict[str, dict[str, float]]
-"""task -> example -> number."""
 
+def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
+    """Read the scores of a cell, of all examples or of one half.
 
-@dataclass(frozen=True)
-class CellScores:
-    """Scores of one cell and their weights: measure -> task -> example -> number, the summed NLL for nll_per_token.
-
-    Only tasks with choices have accuracies.
+    `files` are of the cell's result: "scores", optionally "generated" -> file below the run directory.
+    UserError: The evaluation is missing, damaged, without scores of single examples, or has no example in the half.
     """
+    found: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
 
-    values: dict[str, _Scores]
-    weights: dict[str, _Scores]
+    def add(measure: Measure, row: Mapping[str, Any], example: str, value: float, weight: float = 1.0) -> None:
+        found.setdefault(measure, {}).setdefault(row["task"], {})[example] = (value, weight)
 
-
-def read_scores(cell: Path, files: Mapping[str, str], split: str) -> CellScores:
-    """Read the scores of a cell on a split; generated answers belong to the validation examples.
-
-    `files` are of the cell's result: "validation", optionally "test" and "generated" -> file below the run directory.
-    UserError: The evaluation is missing, damaged, or without scores of single examples.
-    """
-    values: dict[str, _Scores] = {}
-    weights: dict[str, _Scores] = {}
-
-    def add(measure: Measure, task: str, example: str, value: float, weight: float = 1.0) -> None:
-        values.setdefault(measure, {}).setdefault(task, {})[example] = value
-        weights.setdefault(measure, {}).setdefault(task, {})[example] = weight
-
-    for example, row in _rows(cell, files.get(split), split):
-        add("nll_per_token", row["task"], example, row["nll"], row["num_answer_tokens"])
+    for example, row in _rows(cell, files["scores"]):
+        add("nll_per_token", row, example, row["nll"], row["num_answer_tokens"])
         if "acc" in row:
-            add("acc", row["task"], example, row["acc"])
-            add("acc_norm", row["task"], example, row["acc_norm"])
-    if split == "validation" and "generated" in files:
-        for example, row in _rows(cell, files["generated"], "generated"):
-            add("right", row["task"], example, float(row["outcome"] == "right"))
-            add("unparsable", row["task"], example, float(row["outcome"] == "unparsable"))
-    return CellScores(values, weights)
+            add("acc", row, example, row["acc"])
+            add("acc_norm", row, example, row["acc_norm"])
+            add("choice_nll", row, example, choice_nll(row["loglikelihoods"], row["gold"]))
+    for example, row in _rows(cell, files["generated"]) if "generated" in files else ():
+        add("right", row, example, float(row["outcome"] == "right"))
+        add("unparsable", row, example, float(row["outcome"] == "unparsable"))
+    scores = {}
+    for measure, tasks in found.items():
+        kept = {task: _task_scores(rows, part) for task, rows in tasks.items()}
+        scores[measure] = {task: each for task, each in kept.items() if each is not None}
+        if not scores[measure]:
+            number = sum(map(len, tasks.values()))
+            raise UserError(
+                f"{cell}: {number} examples are too few for two halves, one of which is empty. "
+                "Fix: raise eval.limit, or set compare.split to test."
+            )
+    return scores
 
 
-def half(examples: Sequence[str], which: Literal["choose", "compare"]) -> list[str]:
-    """One half of a task's examples: every second one in the order of their hashes, the same in every study.
-
-    With an odd number of examples, the larger half is the one that compares.
-    """
-    shuffled = sorted(
-        examples, key=lambda example: hashlib.sha256(example.encode("utf-8", "backslashreplace")).digest()
-    )
-    chosen = set(shuffled[0::2] if which == "compare" else shuffled[1::2])
-    return [example for example in examples if example in chosen]
+def choice_nll(loglikelihoods: Sequence[float], gold: int) -> float:
+    """-ln of the right choice's share of the probability that the model gives to all choices; ln(choices) is chance."""
+    return float(special.logsumexp(loglikelihoods) - loglikelihoods[gold])
 
 
-def stacked(
-    series: Sequence[Sequence[CellScores]], measure: str, part: Literal["all", "choose", "compare"]
-) -> list[TaskScores]:
-    """Scores of several series (arms or bases, one cell a seed) on the same examples, all or one half, task by task.
-
-    The single cell of a base is repeated for every seed. UserError: The cells were evaluated on different examples, or
-    a task has only one example.
-    """
-    num_seeds = max(len(cells) for cells in series)
-    known = series[0][0]
-    tasks = []
-    for task, weights in known.weights.get(measure, {}).items():
-        examples = list(weights) if part == "all" else half(list(weights), part)
-        if not examples:
-            raise UserError(f"compare.split: task {task!r} has 1 example, halves need at least 2.")
-        rows = [[_row(cell, measure, task, examples) for cell in cells] for cells in series]
-        full = [row * num_seeds if len(row) == 1 else row for row in rows]
-        tasks.append(TaskScores(np.array(full), np.array([weights[example] for example in examples], dtype=float)))
-    return tasks
+def weighting_of(measure: str, weighting: Weighting) -> Weighting:
+    """The study's weights for NLL per token; for all else every task counts once."""
+    return weighting if measure == "nll_per_token" else "equal"
 
 
-def mean_score(cells: Sequence[CellScores], measure: str, part: Literal["all", "choose", "compare"]) -> float | None:
-    """Average of a measure over the cells, every task counting once; None if no cell was scored by it."""
-    tasks = stacked([cells], measure, part)
-    if not tasks:
-        return None
-    return float(np.mean([task.scores[0].mean(axis=0).sum() / task.weights.sum() for task in tasks]))
+def half_of(example: str) -> Literal["choose", "compare"]:
+    """The half of an example, which is the same in every study; about as many examples are in each."""
+    identity = example.rpartition("#")[0]
+    digest = hashlib.sha256(identity.encode("utf-8", "backslashreplace")).digest()
+    return "choose" if digest[0] % 2 else "compare"
 
 
-def _row(cell: CellScores, measure: str, task: str, examples: Sequence[str]) -> Array:
-    found = cell.values.get(measure, {}).get(task, {})
-    missing = [example for example in examples if example not in found]
-    if missing:
+def combined(terms: Sequence[tuple[float, SeedScores]]) -> SeedScores:
+    """Sum of factor * scores over the terms, example by example. UserError: they are not of the same examples."""
+    total: dict[str, TaskScores] = {}
+    for factor, scores in terms:
+        if total and set(total) != set(scores):
+            raise UserError("study: not all cells were evaluated on the same tasks. All need the same eval.tasks.")
+        for task, found in scores.items():
+            first = total.get(task)
+            if first is None:
+                total[task] = TaskScores(found.examples, factor * found.values, found.weights)
+            else:
+                values = first.values + factor * _aligned(task, found, first.examples)
+                total[task] = TaskScores(first.examples, values, first.weights)
+    return total
+
+
+def _aligned(task: str, scores: TaskScores, examples: tuple[str, ...]) -> Array:
+    """The values in the order of these examples."""
+    if scores.examples == examples:
+        return scores.values
+    if set(scores.examples) != set(examples):
         raise UserError(
-            f"study: task {task!r}, example {missing[0]!r} was not evaluated in every cell. "
+            f"study: task {task!r} was not evaluated on the same examples in all cells of a seed. "
             "All cells must have the same data and eval settings."
         )
-    return np.array([found[example] for example in examples], dtype=float)
+    by_name = dict(zip(scores.examples, scores.values.tolist(), strict=True))
+    return np.array([by_name[example] for example in examples])
 
 
-def _rows(cell: Path, file: str | None, what: str) -> list[tuple[str, dict[str, Any]]]:
+def _task_scores(rows: Mapping[str, tuple[float, float]], part: Part) -> TaskScores | None:
+    """The scores of a task's examples in the half; None if it has none there, as it then has in all cells of a seed."""
+    kept = {example: pair for example, pair in rows.items() if part in ("all", half_of(example))}
+    if not kept:
+        return None
+    values, weights = np.array(list(kept.values()), dtype=np.float64).T
+    return TaskScores(tuple(kept), values, weights)
+
+
+def _rows(cell: Path, file: str) -> list[tuple[str, dict[str, Any]]]:
     """(name of the example, its record); the name is the id with a number, since ids can repeat within a task."""
-    if file is None:
-        raise UserError(f"{cell}: has no {what} scores. Fix: run 'qdora study' again with this compare.split.")
     path = cell / file
     if not path.resolve().is_relative_to(cell.resolve()):
         raise UserError(f"{path}: must be a file inside the run directory of its cell.")

@@ -1,43 +1,27 @@
-"""Intervals and tests for differences between series of scores on the same examples and seeds.
+"""Intervals and tests for differences between arms that were run with the same seeds.
 
-Every task counts once. The intervals are t intervals: a bootstrap (BCa) over three seeds excluded 0 in up to 28 % of
-simulated studies without a difference, although it should in 5 % (benchmarks/study_nulls.py).
+A seed decides the initial values, the training data and the examples of its runs together. Its difference between two
+arms is one number, and these numbers are independent draws: their mean has Student's t interval, however much of their
+spread comes from the seeds and how much from the examples. A bootstrap over so few numbers is no 95 % interval: over
+three seeds it excluded 0 in up to 28 % of simulated studies without a difference (benchmarks/study_nulls.py).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize
-
-from qdora.evaluation.metrics import Paired, PairedDifference, paired_difference, paired_half_width
+from scipy import optimize, special
 
 Array = NDArray[np.float64]
+Weighting = Literal["tokens", "equal"]
 
-_CHUNK_NUMBERS = 8_000_000  # signs in memory at once: 64 MB
-_ROUNDING = 1e-12  # sums in another order may differ by this share
-_MAX_SEEDS_EXACT = 16
-
-
-@dataclass(frozen=True)
-class TaskScores:
-    """Scores of one task for several series (arms, bases) on the same examples: (series, seeds, examples) float64.
-
-    weights: (examples,), positive: answer tokens for summed NLLs, so that a mean is per token; 1 for accuracies.
-    """
-
-    scores: Array
-    weights: Array
-
-    def __post_init__(self) -> None:
-        assert self.scores.ndim == 3, self.scores.shape
-        assert self.weights.shape == self.scores.shape[2:], (self.weights.shape, self.scores.shape)
-        assert self.weights.min() > 0, "weights"
+LEAST_P = 1e-15
+"""Smallest p-value that is told: beyond it the quantiles of t lose their digits."""
 
 
 @dataclass(frozen=True)
@@ -48,101 +32,154 @@ class Interval:
     lower: float
     upper: float
 
-
-def mean_interval(tasks: Sequence[TaskScores], confidence: float = 0.95) -> Interval:
-    """The macro average of the first series, with its t interval over examples and seeds (`paired_difference`)."""
-    pairs = [Paired(t.scores[0], np.zeros_like(t.scores[0]), t.weights) for t in tasks]
-    value, half = paired_half_width(pairs, confidence)
-    return Interval(value, value - half, value + half)
+    @property
+    def half_width(self) -> float:
+        """Half of the distance between the ends."""
+        return (self.upper - self.lower) / 2
 
 
-def difference_interval(tasks: Sequence[TaskScores], confidence: float = 0.95) -> PairedDifference:
-    """The first series minus the second, with its t interval over examples and seeds, and the p-value."""
-    return paired_difference([Paired(t.scores[0], t.scores[1], t.weights) for t in tasks], confidence)
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores of one task in one run.
+
+    Attributes:
+        examples: Names, each once.
+        values: (examples,) float64; of differences, those of each example.
+        weights: (examples,) above 0: answer tokens for summed NLLs, so that a mean is per token; ones for all else.
+    """
+
+    examples: tuple[str, ...]
+    values: Array
+    weights: Array
+
+    def __post_init__(self) -> None:
+        assert self.values.shape == self.weights.shape == (len(self.examples),), (self.values.shape, len(self.examples))
+        assert self.weights.min() > 0, "weights"
 
 
-def repaired(tasks: Sequence[TaskScores], confidence: float = 0.95) -> Interval:
-    """(compressed base - adapter) / (compressed base - uncompressed base); the series are base, adapter, uncompressed.
+SeedScores = Mapping[str, TaskScores]
+"""Task -> its scores in the run of one seed."""
 
-    1: the adapter recovered all that compression lost. Above 1: more, since the adapter was also trained for the task.
-    The interval holds every ratio r for which the t interval of (base - adapter) - r (base - uncompressed) contains 0.
-    Its ends are nan where it is not bounded, that is, where the loss does not differ from 0.
+
+def weighted_mean(tasks: SeedScores, weighting: Weighting) -> float:
+    """One number for a run. tokens: sum of values / sum of weights; equal: mean of this ratio over the tasks."""
+    if weighting == "tokens":
+        total = sum(float(each.weights.sum()) for each in tasks.values())
+        return sum(float(each.values.sum()) for each in tasks.values()) / total
+    return float(np.mean([each.values.sum() / each.weights.sum() for each in tasks.values()]))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A standard error with its degrees of freedom, by which an estimate is tested."""
+
+    stderr: float
+    free: float
+
+    def half_width(self, confidence: float) -> float:
+        """Half of the t interval."""
+        return -float(special.stdtrit(self.free, (1 - confidence) / 2)) * self.stderr
+
+    def p(self, value: float) -> float:
+        """Two-sided p-value of 'the true value is 0'."""
+        if self.stderr == 0:
+            return LEAST_P if value else 1.0
+        return _told(2 * float(special.stdtr(self.free, -abs(value) / self.stderr)))
+
+    def p_equivalent(self, value: float, zone: float) -> float:
+        """p-value of 'the true value is at least `zone` from 0': the larger one of two one-sided t tests.
+
+        Source: Schuirmann, A comparison of the two one-sided tests procedure, J. Pharmacokinet. Biopharm. 15 (1987).
+        """
+        if self.stderr == 0:
+            return LEAST_P if abs(value) < zone else 1.0
+        return _told(float(special.stdtr(self.free, (abs(value) - zone) / self.stderr)))
+
+    def detectable(self, alpha: float, power: float) -> float:
+        """Smallest true value that a two-sided t test at `alpha` finds with probability `power`."""
+        if not self.stderr > 0:
+            return self.stderr  # 0 or nan
+        critical = -float(special.stdtrit(self.free, alpha / 2))
+
+        def missing(ratio: float) -> float:
+            """Power at a true value of `ratio` standard errors, less the power asked for."""
+            tails = special.nctdtr(self.free, ratio, [critical, -critical])
+            below, far_below = np.nan_to_num(tails)  # scipy gives nan far out, where both are tiny
+            return float(1 - below + far_below) - power
+
+        highest = 2 * critical + 4
+        while missing(highest) < 0:
+            highest *= 2
+        return float(optimize.brentq(missing, 0.0, highest, xtol=1e-9)) * self.stderr
+
+
+def _told(p: float) -> float:
+    return p if math.isnan(p) else max(LEAST_P, p)
+
+
+def seed_spread(values: Sequence[float]) -> Spread:
+    """Of the mean of one number a seed; nan with a single seed."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.size < 2:
+        return Spread(math.nan, math.nan)
+    return Spread(float(array.std(ddof=1)) / math.sqrt(array.size), array.size - 1)
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean of one number a seed with Student's t interval; of a single number without ends."""
+    mean, half = float(np.mean(values)), seed_spread(values).half_width(confidence)
+    return Interval(mean, mean - half, mean + half)
+
+
+def example_spread(seeds: Sequence[SeedScores], weighting: Weighting) -> Spread:
+    """Of the mean over the seeds of `weighted_mean`, as if the examples alone were drawn and the seeds fixed.
+
+    Linearised ratios (Cochran, Sampling Techniques, 1977, eq. 6.13), stratified by task. An example that several seeds
+    have counts as one draw. Degrees of freedom: Satterthwaite's over the tasks.
+
+    Args:
+        seeds: Of each seed the differences of two arms, example by example.
+    """
+    shares: dict[str, dict[str, float]] = {}  # task -> example -> its part of the mean, less what is expected of it
+    for tasks in seeds:
+        total = sum(float(each.weights.sum()) for each in tasks.values())
+        pooled = weighted_mean(tasks, "tokens")
+        for name, each in tasks.items():
+            whole = float(each.weights.sum())
+            ratio, scale = (pooled, total) if weighting == "tokens" else (each.values.sum() / whole, whole * len(tasks))
+            residual = (each.values - ratio * each.weights) / (scale * len(seeds))
+            known = shares.setdefault(name, {})
+            for example, value in zip(each.examples, residual.tolist(), strict=True):
+                known[example] = known.get(example, 0.0) + value
+    variance = squares = 0.0
+    for known in shares.values():
+        number = len(known)
+        part = number * float(np.var(list(known.values()), ddof=1)) if number > 1 else math.nan
+        variance += part
+        squares += part**2 / max(1, number - 1)
+    return Spread(math.sqrt(variance), variance**2 / squares if squares else math.inf)
+
+
+def ratio_interval(above: Sequence[float], below: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean of `above` / mean of `below`, of the same seeds, with Fieller's interval; without ends if it is not bounded.
+
+    The interval holds every r for which the t interval of above - r below contains 0.
 
     Source: Fieller, Some problems in interval estimation, J. R. Stat. Soc. B 16 (1954), 175.
     """
-
-    def margin(ratio: float) -> float:
-        """Distance of the difference from 0, less half of its interval; below 0 inside the ratio's interval."""
-        pairs = [Paired(t.scores[0] - t.scores[1], ratio * (t.scores[0] - t.scores[2]), t.weights) for t in tasks]
-        found, half = paired_half_width(pairs, confidence)
-        return abs(found) - half
-
-    gained, lost = (
-        paired_half_width([Paired(t.scores[0], t.scores[index], t.weights) for t in tasks], confidence)[0]
-        for index in (1, 2)
-    )
-    if lost == 0:
-        return Interval(math.nan, math.nan, math.nan)
-    value = gained / lost
-    # Half of the interval if the loss were known exactly: where the search begins
-    width = -margin(value) / abs(lost) or 1e-6 * max(1.0, abs(value))
-    ends = [_end(margin, value, side * width) for side in (-1.0, 1.0)]
-    return Interval(value, *(ends if all(map(math.isfinite, ends)) else (math.nan, math.nan)))
-
-
-def _end(margin: Callable[[float], float], value: float, step: float) -> float:
-    """Where `margin` crosses 0 from `value`, at which it is not above 0, in the direction of `step`; nan if nowhere."""
-    inner = value
-    for _ in range(40):
-        outer = inner + step
-        found = margin(outer)
-        if found > 0:
-            return float(optimize.brentq(margin, inner, outer, xtol=1e-12 * max(1.0, abs(value))))
-        if math.isnan(found):
-            return math.nan
-        inner, step = outer, 2 * step
-    return math.nan
-
-
-def permutation_p(tasks: Sequence[TaskScores], *, num_resamples: int, generator: np.random.Generator) -> float:
-    """Two-sided p-value of the difference of two series, from swapping them example by example.
-
-    An example is swapped in all its seeds at once. The test is exact if there are at most `num_resamples` ways to swap.
-    Otherwise swaps are drawn, and p = (1 + number as extreme) / (1 + number drawn), which is never 0.
-
-    Source: Phipson and Smyth, Permutation P-values should never be zero, SAGMB 9 (2010), 39.
-    """
-    parts = [(task.scores[0] - task.scores[1]).mean(axis=0) / (task.weights.sum() * len(tasks)) for task in tasks]
-    values = np.concatenate(parts)
-    if values.size < 60 and 2**values.size <= num_resamples:
-        return _exact_p(values)
-    extreme, observed = 0, _observed(values)
-    for count in _chunks(num_resamples, values.size):
-        signs = generator.integers(0, 2, (count, values.size)) * 2.0 - 1.0
-        extreme += int((np.abs(signs @ values) >= observed).sum())
-    return (1 + extreme) / (1 + num_resamples)
-
-
-def seed_permutation_p(tasks: Sequence[TaskScores]) -> float:
-    """Two-sided exact p-value from swapping two series seed by seed; with S seeds it is at least 2 / 2^S."""
-    return _exact_p(seed_differences(tasks)[:_MAX_SEEDS_EXACT])
-
-
-def _exact_p(values: Array) -> float:
-    """Share of all choices of signs whose sum is as extreme as the observed one."""
-    signs = np.array(list(itertools.product((1.0, -1.0), repeat=values.size)))
-    return float((np.abs(signs @ values) >= _observed(values)).mean())
-
-
-def _observed(values: Array) -> float:
-    return float(abs(values.sum()) * (1 - 1e-9) - _ROUNDING * np.abs(values).max(initial=0.0))
-
-
-def seed_differences(tasks: Sequence[TaskScores]) -> Array:
-    """(seeds,) macro average of the first series minus the second, for each seed."""
-    parts = [(task.scores[0] - task.scores[1]).sum(axis=1) / task.weights.sum() for task in tasks]
-    averaged: Array = np.mean(parts, axis=0)
-    return averaged
+    a, b = np.mean(above), np.mean(below)
+    value = float(a / b) if b else math.nan
+    number = len(above)
+    if number < 2:
+        return Interval(value, math.nan, math.nan)
+    covariance = np.cov(above, below) / number * float(special.stdtrit(number - 1, (1 - confidence) / 2)) ** 2
+    # (a - r b)^2 <= t^2 var(above - r below) is square r^2 - 2 middle r + constant <= 0
+    square, middle, constant = b**2 - covariance[1, 1], a * b - covariance[0, 1], a**2 - covariance[0, 0]
+    inside = middle**2 - square * constant
+    if not (square > 0 and inside >= 0):
+        return Interval(value, math.nan, math.nan)
+    root = math.sqrt(inside)
+    return Interval(value, float((middle - root) / square), float((middle + root) / square))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -157,10 +194,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
-
-
-def _chunks(number: int, width: int) -> Iterator[int]:
-    size = max(1, _CHUNK_NUMBERS // max(1, width))
-    while number > 0:
-        yield min(size, number)
-        number -= size

@@ -32,7 +32,8 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_json
 from qdora.files.environment import cpus
 from qdora.files.work_lock import flock
-from qdora.study.grid import Cell, Study
+from qdora.study.cells import Cells
+from qdora.study.grid import Study
 
 _RENEWALS = 20  # number of renewals within the time after which a claim is stale
 _UNREADABLE_SECONDS = 30.0  # an empty claim older than this was left by a process killed before it wrote the file
@@ -43,11 +44,14 @@ MAX_DEATHS = 8
 
 
 class StudyDirectory:
-    """The files of a study; missing folders are made, and a failed cell is given up after `retries` more attempts."""
+    """The files of a study; a failed cell is given up after `retries` more attempts.
 
-    def __init__(self, path: Path, *, retries: int = 1, stale_seconds: float = 3600.0) -> None:
+    Missing folders are made, but not without `makes`, for a look at what is there.
+    """
+
+    def __init__(self, path: Path, *, retries: int = 1, stale_seconds: float = 3600.0, makes: bool = True) -> None:
         self.path, self.retries = path, retries
-        for name in _FOLDERS:
+        for name in _FOLDERS if makes else ():
             (path / name).mkdir(parents=True, exist_ok=True)
         self.claims = Claims(path / "claims", stale_seconds=stale_seconds)
 
@@ -119,10 +123,20 @@ class StudyDirectory:
                 path.unlink(missing_ok=True)
         return max(1, int(sum(Fraction(1, max(1, users[core])) for core in cpus())))
 
-    def write_index(self, study: Study, cells: Sequence[Cell]) -> None:
-        """Write study.json for the report: the study as it was given, and its cells."""
+    def write_index(self, study: Study, cells: Cells) -> None:
+        """Write study.json for the report: the study as it was given, its cells, and what the searches found."""
         plain = study.model_dump(mode="json", exclude_unset=True)
-        atomic_write_json(self.path / "study.json", {"study": plain, "cells": [cell.record() for cell in cells]})
+        document = {
+            "study": plain,
+            "cells": [cell.record() for cell in cells.cells],
+            "num_waiting": cells.num_waiting,
+            "rates": cells.search_rows(),
+        }
+        atomic_write_json(self.path / "study.json", document)
+
+    def is_at_work(self) -> bool:
+        """Whether a process works on a cell now, or died at it."""
+        return any((self.path / "claims").glob("*.json"))
 
     def _result(self, key: str) -> Path:
         return self.path / "results" / f"{key}.json"
@@ -132,7 +146,7 @@ class StudyDirectory:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Read study.json: `study` and `cells` (`Cell.record`); UserError if there is none."""
+    """Read study.json: study, cells (`Cell.record`), num_waiting, rates. UserError: there is none."""
     found = _read(path / "study.json")
     if found is None:
         raise UserError(f"{path}: must be a directory that 'qdora study' made (no study.json there).")

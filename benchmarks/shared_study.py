@@ -1,0 +1,110 @@
+"""What the studies among the benchmarks share: common settings, the run of a study file, the kept report."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from curvature import write_small_model
+from mixed_data import TASKS
+
+from qdora.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text
+from qdora.study.report import report_run
+from qdora.study.study_directory import StudyDirectory, read_index
+
+RATES = {"values": [5e-4, 1e-3, 2e-3, 4e-3], "seeds": [1000, 1001]}
+SMOKE_RATES = {"values": [1e-3, 2e-3, 4e-3], "seeds": [1000], "extend": 0}
+SEEDS = (0, 1, 2, 3)
+SMOKE_MIX = [{"task": "demo/facts"}]
+
+
+def common_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What all cells share; `args` has data, dir, steps, batch, limit and smoke."""
+    if args.smoke:
+        mix: list[dict[str, Any]] = SMOKE_MIX
+        model = write_small_model(args.dir / "model")
+    else:
+        mix = [{"task": task, "path": str(args.data.resolve() / task)} for task in TASKS]
+        model = "builtin"
+    return {
+        "model.source": model,
+        "data.mix": mix,
+        "data.strategy": "equal",
+        "data.max_length": 256,
+        "data.too_long": "drop",
+        "train.steps": args.steps,
+        "train.batch": args.batch,
+        "eval.limit": args.limit,
+        "memory.checkpointing": False,
+    }
+
+
+def run_study(document: dict[str, Any], directory: Path, processes: int = 1, *, hours: float | None = None) -> bool:
+    """`qdora study` in some processes at once, and the report; grid.yaml and report/ are written to `directory`.
+
+    After `hours` the processes are interrupted, and then the same call goes on. Returns whether they ended by
+    themselves. SystemExit: one failed.
+    """
+    call = _command(document, directory)
+    started = [subprocess.Popen(call) for _ in range(processes)]
+    until = None if hours is None else time.monotonic() + 3600 * hours
+    try:
+        codes = [each.wait(None if until is None else max(0.0, until - time.monotonic())) for each in started]
+    except subprocess.TimeoutExpired:
+        for each in started:
+            each.send_signal(signal.SIGINT)  # a run in its training keeps a checkpoint
+        for each in started:
+            each.wait()
+        print(f"interrupted after {hours} hours; the same command goes on")
+        return False
+    if any(codes):
+        raise SystemExit(f"qdora study ended with {codes}; the same command goes on")
+    report_run(directory)
+    return True
+
+
+def dry_run(document: dict[str, Any], directory: Path) -> None:
+    """`qdora study --dry-run`: the time and what can be found, as far as the results in `directory` tell."""
+    subprocess.run([*_command(document, directory), "--dry-run"], check=True)
+
+
+def _command(document: dict[str, Any], directory: Path) -> list[str]:
+    file = directory / "grid.yaml"
+    atomic_write_text(file, yaml.safe_dump(document, sort_keys=False))
+    return [sys.executable, "-m", "qdora.cli", "study", str(file), "--dir", str(directory)]
+
+
+def keep(directory: Path, out: Path, head: dict[str, Any]) -> None:
+    """The report, the grid without the paths of this machine, and the scores of every cell.
+
+    scores.json.gz holds the cells and, of each finished one, its scores example by example: enough to compute every
+    number of the report anew.
+    """
+    if out.exists():
+        shutil.rmtree(out)
+    shutil.copytree(directory / "report", out)
+    document = yaml.safe_load((directory / "grid.yaml").read_text(encoding="utf-8"))
+    for source in document["settings"]["data.mix"]:
+        if "path" in source:
+            source["path"] = f"DATA/{source['task']}"
+    atomic_write_text(out / "grid.yaml", yaml.safe_dump(document, sort_keys=False))
+    atomic_write_json(out / "run.json", head)
+    store, cells = StudyDirectory(directory), []
+    for cell in read_index(directory)["cells"]:
+        result = store.result(cell["key"])
+        scores = None
+        if result is not None and "files" in result:
+            scores = json.loads((store.cell(cell["key"]) / result["files"]["scores"]).read_bytes())["per_example"]
+        cells.append({"cell": cell, "result": result, "scores": scores})
+    packed = gzip.compress(json.dumps(cells).encode(), mtime=0)
+    atomic_write_bytes(out / "scores.json.gz", packed)
+    print(json.dumps(head))

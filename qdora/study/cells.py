@@ -1,0 +1,491 @@
+"""The cells of a study: checked recipes, each named by its hash. Rates and adapters that cells need come from others.
+
+A study begins with its bases and with the search for learning rates. A cell that needs the rate of a search, or the
+adapter of another cell, is added once that is there, so the cells are made anew whenever results have come.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qdora.errors import UserError
+from qdora.recipe.recipe_file import apply_overrides, override, recipe_document, recipe_from, settings
+from qdora.recipe.settings import Recipe
+from qdora.study.cell_key import key_of
+from qdora.study.grid import RATE, SEED, StageConfig, Study, as_list, choices, in_words, label_of, matches
+from qdora.study.rates import RateRun, Search, search
+
+Kind = Literal["base", "rate", "trained", "transplant", "set_back"]
+Labels = dict[str, str]
+
+# Fields of `eval` that the evaluation of a base depends on.
+_EVALUATION = ("tasks", "limit", "method")
+_OF_SEED = ("train.seed", "data.seed", "eval.block")
+BASES, SHORT_RATES, RATES = "bases", "rates, short runs", "rates"
+"""Names of the stages before those of the study file."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study. `key` names its run directory.
+
+    Attributes:
+        kind: base: only evaluated. rate: a run of the search for a learning rate. trained: compared. transplant: an
+            adapter of the cell `adapter_key`, evaluated on another base. set_back: that adapter with its magnitudes set
+            back.
+        labels: Axis -> label; of trained cells also the seed, and the rate where it was searched. A base has no labels
+            on axes that affect only training.
+        stage: Part of the study.
+        base_key, dense_key: Cells that evaluate the same base without an adapter, and the uncompressed base.
+        is_interior: Whether the search for its rate found a worse one on both sides; None without a search.
+        equal: Labels of other combinations of the grid that have the same key.
+    """
+
+    key: str
+    labels: Labels = field(compare=False)
+    recipe: Recipe
+    kind: Kind = "trained"
+    stage: str = "main"
+    base_key: str | None = None
+    dense_key: str | None = None
+    adapter_key: str | None = None
+    is_interior: bool | None = None
+    equal: tuple[Labels, ...] = field(default=(), compare=False)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it trains an adapter."""
+        return self.kind in ("rate", "trained")
+
+    def record(self) -> dict[str, Any]:
+        """JSON values: everything but the recipe."""
+        fields = ("key", "labels", "kind", "stage", "base_key", "dense_key", "adapter_key", "is_interior", "equal")
+        return {name: getattr(self, name) for name in fields}
+
+    def in_words(self) -> str:
+        """'adapter=dora, seed=0'; of a base 'base', with its labels if it has any."""
+        labels = in_words(self.labels)
+        return labels if self.kind != "base" else f"base{': ' if labels else ''}{labels}"
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells that are known so far, in the order in which they run.
+
+    Attributes:
+        num_waiting: Stage -> cells that wait for a rate or an adapter.
+        searches: Labels of an arm, its search, and the runs of the search.
+    """
+
+    cells: list[Cell]
+    num_waiting: dict[str, int]
+    searches: list[tuple[Labels, Search, list[Cell]]]
+
+    def search_rows(self) -> list[dict[str, Any]]:
+        """JSON values: what each search found."""
+        return [
+            labels
+            | {
+                "rate": None if found.rate is None else label_of(found.rate),
+                "is_interior": found.is_interior,
+                "num_runs": len(found.runs),
+                "num_diverged": sum(math.isinf(value) for value in found.losses.values()),
+                "losses": "; ".join(
+                    f"{length} {rate:g}: {value:.4f}" for (length, rate), value in found.losses.items()
+                ),
+            }
+            for labels, found, _ in self.searches
+        ]
+
+
+CellLoss = Callable[[Cell], float | None]
+"""Validation loss of a run that looks for a rate: inf if it diverged, None if it has no result."""
+HasAdapter = Callable[[Cell], bool | None]
+"""Whether a cell left an adapter: False if it diverged, None if it has no result."""
+IsWide = Callable[[Mapping[str, str]], bool]
+
+
+def expand(study: Study) -> list[Cell]:
+    """The cells that a study begins with."""
+    return Expander(study).now(lambda _: None, lambda _: None).cells
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """A combination of labels without the seed: the stage, the changes to the recipe, and what its search is called."""
+
+    stage: StageConfig
+    labels: Labels
+    changes: dict[str, Any]
+    seeds: tuple[int, ...]
+
+
+class Expander:
+    """Makes the cells of a study, again and again; recipes are checked once.
+
+    UserError: recipes that are not valid, one line each with the cell's labels; no cell; a cell without evaluation.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.start, self.where = recipe_document(study.recipe)
+        self.axes = {name: dict(choices(axis, name)) for name, axis in study.product.items()}
+        self._made: dict[str, Recipe] = {}
+        self._keys: dict[int, str] = {}
+        self._bases: dict[str, tuple[str, Recipe]] = {}
+        self.arms = list(self._arms())
+        self._check()
+
+    def now(self, loss: CellLoss, has_adapter: HasAdapter, is_wide: IsWide = lambda _: False) -> Cells:
+        """The cells as far as the results tell them.
+
+        Args:
+            loss: Validation losses of the runs that look for rates.
+            has_adapter: Of the cells whose adapters are transplanted.
+            is_wide: Whether an arm, by its labels without the seed, gets the study's further seeds.
+        """
+        bases, uncompressed = self._base_cells()
+        searches: dict[str, tuple[Labels, Search, list[Cell]]] = {}
+        trained: dict[str, Cell] = {}
+        equal: dict[str, list[Labels]] = {}
+        waiting: dict[str, int] = {}
+        for arm in self.arms:
+            if self._is_bare(arm):
+                continue
+            found = self._search(arm, searches, loss)
+            if found is not None and found.is_done and found.rate is None:
+                continue  # every rate diverged
+            for seed in (*arm.seeds, *self._more_seeds(arm, is_wide)):
+                cell = self._cell(arm, seed, found, trained)
+                if cell is not None and cell.adapter_key is not None:
+                    left = has_adapter(trained[cell.adapter_key])
+                    if left is False:
+                        continue
+                    cell = cell if left else None
+                if cell is None:
+                    waiting[arm.stage.name] = waiting.get(arm.stage.name, 0) + 1
+                elif trained.setdefault(cell.key, cell).labels != cell.labels:
+                    equal.setdefault(cell.key, []).append(cell.labels)
+        of_rates = {cell.key: cell for _, _, cells in searches.values() for cell in cells}
+        for key, labels in self._equal_bases(bases).items():
+            equal.setdefault(key, []).extend(labels)
+        every = [*(uncompressed | bases).values(), *of_rates.values(), *trained.values()]
+        cells = [_with_equal(cell, equal.get(cell.key, [])) for cell in every]
+        return Cells(cells, waiting, list(searches.values()))
+
+    def _more_seeds(self, arm: _Arm, is_wide: IsWide) -> tuple[int, ...]:
+        """The further seeds of an arm whose interval is too wide."""
+        more = self.study.more_seeds
+        stages = [stage.name for stage in self.study.stages] or [arm.stage.name]
+        if more is None or arm.stage.name != (more.stage or stages[0]) or not is_wide(arm.labels):
+            return ()
+        return tuple(seed for seed in more.seeds if seed not in arm.seeds)
+
+    def _arms(self) -> Iterator[_Arm]:
+        """Every combination of labels of every stage, each combination once."""
+        study, seen = self.study, set()
+        for stage in study.stages or (StageConfig(name="main"),):
+            seeds = tuple(as_list(stage.cells.get(SEED, list(study.seeds))))
+            asked = {axis: set(map(label_of, as_list(value))) for axis, value in stage.cells.items() if axis != SEED}
+            kept = [
+                [label for label in labels if axis not in asked or label in asked[axis]]
+                for axis, labels in self.axes.items()
+            ]
+            for combination in itertools.product(*kept):
+                labels = dict(zip(self.axes, combination, strict=True))
+                identity = (stage.kind, *combination)
+                if identity in seen or any(matches(labels, entry) for entry in study.exclude):
+                    continue
+                seen.add(identity)
+                yield _Arm(stage, labels, self._changes(labels), seeds)
+
+    def _changes(self, labels: Mapping[str, str]) -> dict[str, Any]:
+        """What labels change in the recipe."""
+        found = dict(self.study.settings)
+        for axis, label in labels.items():
+            found |= self.axes[axis][label]
+        return found
+
+    def _check(self) -> None:
+        """Make the first recipe of every arm; UserError with all faults."""
+        faults: dict[str, list[str]] = {}
+        for arm in self.arms:
+            named = in_words(arm.labels)
+            for text in self._faults(arm):
+                faults.setdefault(text, []).append(named)
+        if faults:
+            raise UserError(*(f"{self.where} ({_first(named)}): {fault}" for fault, named in faults.items()))
+        if not self.arms:
+            raise UserError(f"{self.where}: exclude leaves no cell, at least one is needed.")
+
+    def _faults(self, arm: _Arm) -> Iterator[str]:
+        taken = [key for key in _OF_SEED if key in arm.changes]
+        if taken:
+            yield f"{taken[0]}: is decided by seeds. Fix: remove it."
+            return
+        rates = self.study.rates
+        if rates is not None and RATE in arm.changes:
+            yield f"{RATE}: is found by rates. Fix: remove one of them."
+            return
+        try:
+            recipe = self._recipe(arm, arm.seeds[0])
+            if rates is not None and rates.steps is not None and recipe.adapter.kind != "none":
+                self._recipe(arm, arm.seeds[0], rate=RateRun("short", rates.values[0], rates.seeds[0]))
+        except UserError as error:
+            yield from (fault.removeprefix("recipe: ") for fault in error.faults)
+            return
+        if self.study.compare.split == "halves" and recipe.eval.best_by is not None:
+            yield (
+                "eval.best_by: uses all validation examples, but compare.split halves keeps half of them for the "
+                f"comparison, got {recipe.eval.best_by}. Fix: remove it, or set compare.split to test."
+            )
+        prune = recipe.base.prune
+        calibrates = prune is not None and prune.method != "magnitude" and prune.calibration.text == "mix"
+        if calibrates and any(source.limit is not None for source in recipe.data.mix):
+            yield (
+                "base.prune.calibration.text: mix is not the same for all seeds, which draw the examples of "
+                "data.mix[].limit. Fix: remove limit, or name a text file."
+            )
+        if arm.stage.kind == "transplant" and self._twin(arm) is None:
+            yield f"stage {arm.stage.name}: the study does not train this arm on the uncompressed base."
+        if arm.stage.kind == "set_back":
+            if recipe.adapter.kind != "dora":
+                yield f"stage {arm.stage.name}: adapter.kind must be dora, got {recipe.adapter.kind}."
+            if not any(other.stage.kind == "train" and other.labels == arm.labels for other in self.arms):
+                yield f"stage {arm.stage.name}: the study does not train this arm."
+
+    def _recipe(self, arm: _Arm, seed: int, *, rate: RateRun | float | None = None) -> Recipe:
+        """The recipe of an arm with a seed: of the comparison, or of a run of its search."""
+        changes = arm.changes | {"train.seed": seed, "data.seed": seed}
+        if isinstance(rate, RateRun):
+            changes |= {RATE: rate.rate} | ({"train.steps": self._short_steps()} if rate.length == "short" else {})
+        elif rate is not None:
+            changes[RATE] = rate
+        if arm.stage.kind != "train":
+            changes["train.steps"] = 0
+        text = json.dumps([changes, isinstance(rate, RateRun)], sort_keys=True)
+        if text not in self._made:
+            overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+            recipe = recipe_from(apply_overrides(self.start, overrides), "recipe", overrides)
+            if recipe.eval.tasks == ():
+                raise UserError(
+                    "recipe: eval.tasks: must name at least one task, since a study compares evaluations, got []."
+                )
+            # The evaluation before the first step is that of the base, which has a cell of its own
+            when = ["eval.at_start=true", "eval.at_end=false"]
+            more = when if arm.stage.kind != "train" else ["eval.at_start=false", "eval.at_end=true"]
+            if recipe.eval.limit is not None and recipe.adapter.kind != "none":
+                more.append(f"eval.block={seed}")
+            on_test = self.study.compare.split == "test" and not isinstance(rate, RateRun)
+            self._made[text] = override(recipe, [*more, *(_on_test(recipe) if on_test else ())])
+        return self._made[text]
+
+    def _short_steps(self) -> int:
+        assert self.study.rates is not None
+        assert self.study.rates.steps is not None
+        return self.study.rates.steps
+
+    def _is_bare(self, arm: _Arm) -> bool:
+        """Whether the arm is a base without an adapter."""
+        return self._recipe(arm, arm.seeds[0]).adapter.kind == "none"
+
+    def _key(self, recipe: Recipe) -> str:
+        if id(recipe) not in self._keys:  # recipes are kept in _made, so an id is never used again
+            self._keys[id(recipe)] = key_of(recipe)
+        return self._keys[id(recipe)]
+
+    def _base(self, arm: _Arm, *, dense: bool) -> tuple[str, Recipe]:
+        """Key and recipe of the evaluation of the arm's base, or of the uncompressed base."""
+        whole = settings(self._recipe(arm, arm.seeds[0]))
+        # Neither the weight in the loss nor the seed has an effect on a base that is only evaluated
+        mix = [{name: value for name, value in each.items() if name != "loss_weight"} for each in whole["data"]["mix"]]
+        data = {name: value for name, value in whole["data"].items() if name != "seed"}
+        document: dict[str, Any] = {
+            "model": whole["model"],
+            "base": {"quant": "none"} if dense else whole["base"],
+            "adapter": {"kind": "none"},
+            "data": data | {"mix": mix},
+            "train": {"steps": 0, "batch": 1},
+            "eval": {name: value for name, value in whole["eval"].items() if name in _EVALUATION},
+        }
+        text = json.dumps(document, sort_keys=True)
+        if text not in self._bases:
+            recipe = recipe_from(document)
+            self._bases[text] = (key_of(recipe), recipe)
+        return self._bases[text]
+
+    def _base_cells(self) -> tuple[dict[str, Cell], dict[str, Cell]]:
+        """Key -> base, and key -> uncompressed base, which has labels only if the grid has this base."""
+        bases: dict[str, Cell] = {}
+        uncompressed: dict[str, Cell] = {}
+        arm_axis, training = self.study.compare.arm, _training_axes(self.study)
+        for arm in self.arms:
+            (key, recipe), (dense_key, dense) = self._base(arm, dense=False), self._base(arm, dense=True)
+            bare = self._is_bare(arm)
+            if not (self.study.bases or bare):
+                continue
+            labels = {
+                axis: text
+                for axis, text in arm.labels.items()
+                if (axis == arm_axis and bare) or (axis != arm_axis and axis not in training)
+            }
+            if key not in bases or (bare and arm_axis not in bases[key].labels):
+                bases[key] = Cell(key, labels, recipe, "base", BASES, base_key=key, dense_key=dense_key)
+            if self.study.bases:
+                uncompressed[dense_key] = Cell(
+                    dense_key, {}, dense, "base", BASES, base_key=dense_key, dense_key=dense_key
+                )
+        return bases, uncompressed
+
+    def _equal_bases(self, bases: Mapping[str, Cell]) -> dict[str, list[Labels]]:
+        """Arms without an adapter that have the base of another such arm."""
+        found: dict[str, list[Labels]] = {}
+        arm_axis, training = self.study.compare.arm, _training_axes(self.study)
+        for arm in self.arms:
+            key = self._base(arm, dense=False)[0]
+            kept = {axis: text for axis, text in arm.labels.items() if axis == arm_axis or axis not in training}
+            if self._is_bare(arm) and kept != bases[key].labels and kept not in found.get(key, []):
+                found.setdefault(key, []).append(kept)
+        return found
+
+    def _search(
+        self, arm: _Arm, searches: dict[str, tuple[Labels, Search, list[Cell]]], loss: CellLoss
+    ) -> Search | None:
+        """The search for the arm's rate, which may be that of other arms, too; None if rates are not searched."""
+        rates = self.study.rates
+        if rates is None or arm.stage.kind != "train":
+            return None
+        labels = self._like(arm.labels)
+        name = in_words(labels)
+        if name not in searches:
+            asked = _Arm(StageConfig(name=RATES), labels, self._changes(labels), arm.seeds)
+            cells: dict[RateRun, Cell] = {}
+
+            def cell_of(run: RateRun) -> Cell:
+                if run not in cells:
+                    recipe = self._recipe(asked, run.seed, rate=run)
+                    own = labels | {RATE: label_of(run.rate), SEED: str(run.seed)}
+                    stage = RATES if run.length == "full" else SHORT_RATES
+                    cells[run] = Cell(self._key(recipe), own, recipe, "rate", stage)
+                return cells[run]
+
+            found = search(rates, lambda run: loss(cell_of(run)))
+            searches[name] = (labels, found, [cell_of(run) for run in found.runs])
+        return searches[name][1]
+
+    def _like(self, labels: Labels) -> Labels:
+        """The labels of the arm whose rate an arm takes: its own, unless rates.like says otherwise."""
+        like = {} if self.study.rates is None else self.study.rates.like
+        return {axis: like.get(axis, {}).get(label, label) for axis, label in labels.items()}
+
+    def _twin(self, arm: _Arm) -> _Arm | None:
+        """The arm of the same labels, but for the base, that trains on the uncompressed base."""
+        based = base_axes(self.study)
+        for labels in (arm.labels, self._like(arm.labels)):
+            for other in self.arms:
+                same = all(label == labels[axis] for axis, label in other.labels.items() if axis not in based)
+                trains = other.stage.kind == "train" and not self._is_bare(other)
+                if same and trains and self._base(other, dense=False)[0] == self._base(other, dense=True)[0]:
+                    return other
+        return None
+
+    def _cell(self, arm: _Arm, seed: int, found: Search | None, trained: Mapping[str, Cell]) -> Cell | None:
+        """The cell of an arm and a seed; None if it waits for a rate or an adapter."""
+        if found is not None and found.rate is None:
+            return None
+        if arm.stage.kind != "train":
+            return self._evaluated_again(arm, seed, trained)
+        recipe = self._recipe(arm, seed, rate=None if found is None else found.rate)
+        labels = arm.labels | {SEED: str(seed)} | ({} if found is None else {RATE: label_of(recipe.train.lr)})
+        return Cell(
+            self._key(recipe),
+            labels,
+            recipe,
+            stage=arm.stage.name,
+            is_interior=None if found is None else found.is_interior,
+            base_key=self._base(arm, dense=False)[0],
+            dense_key=self._base(arm, dense=True)[0],
+        )
+
+    def _evaluated_again(self, arm: _Arm, seed: int, trained: Mapping[str, Cell]) -> Cell | None:
+        """The adapter of the arm, or its twin's on the arm's base, with this seed; None if it waits for a rate."""
+        source_arm = self._twin(arm) if arm.stage.kind == "transplant" else arm
+        assert source_arm is not None, arm.labels
+        wanted = (source_arm.labels | {SEED: str(seed)}).items()
+        source = next(
+            (cell for cell in trained.values() if cell.kind == "trained" and wanted <= cell.labels.items()), None
+        )
+        if source is None:
+            return None
+        recipe, kind = self._recipe(arm, seed), arm.stage.kind
+        key = hashlib.sha256(f"{kind} of {source.key} in {self._key(recipe)}".encode()).hexdigest()
+        return Cell(
+            key[: len(source.key)],
+            arm.labels | {SEED: str(seed)},
+            recipe,
+            "transplant" if kind == "transplant" else "set_back",
+            arm.stage.name,
+            adapter_key=source.key,
+            base_key=self._base(arm, dense=False)[0],
+            dense_key=self._base(arm, dense=True)[0],
+        )
+
+
+def _on_test(recipe: Recipe) -> list[str]:
+    """Overrides that evaluate the test split of the evaluated sources in place of the validation split."""
+    tasks, mix = recipe.eval.tasks, recipe.data.mix
+    evaluated = [index for index, source in enumerate(mix) if tasks is None or source.label in tasks]
+    found = [f"data.mix[{index}].validation=test" for index in evaluated]
+    named = all(index in evaluated or source.validation is not None for index, source in enumerate(mix))
+    return [*found, "data.validation_fraction=null"] if named else found
+
+
+def _training_axes(study: Study) -> set[str]:
+    """Axes that change nothing but the training, so that a base has no label on them."""
+    return {
+        name
+        for name, axis in study.product.items()
+        if all(key.startswith(("train.", "adapter.")) for _, changes in choices(axis, name) for key in changes)
+    }
+
+
+def base_axes(study: Study) -> set[str]:
+    """Axes that change nothing but the base."""
+    return {
+        name
+        for name, axis in study.product.items()
+        if all(key.startswith("base.") for _, changes in choices(axis, name) for key in changes)
+    }
+
+
+def equal_in_words(cells: Sequence[Mapping[str, Any]]) -> str | None:
+    """Which combinations of the grid have the same recipe as another, from the cells' records; None if none has."""
+    found = [(each, cell["labels"]) for cell in cells for each in cell.get("equal", ())]
+    if not found:
+        return None
+    named = "; ".join(f"{in_words(each)} is {in_words(labels)}" for each, labels in found[:8])
+    rest = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+    return (
+        f"{len(found)} combinations have the same recipe as another one. Such a recipe runs once, under its first "
+        f"labels: {named}{rest}."
+    )
+
+
+def loss_of(score: float, *, higher_is_better: bool) -> float:
+    """A score as a loss: lower is better, inf if it is not a number."""
+    value = -score if higher_is_better else score
+    return math.inf if math.isnan(value) else value
+
+
+def _with_equal(cell: Cell, equal: Sequence[Labels]) -> Cell:
+    return Cell(**{name: getattr(cell, name) for name in cell.__dataclass_fields__} | {"equal": tuple(equal)})
+
+
+def _first(cells: list[str]) -> str:
+    return cells[0] + (f"; and {len(cells) - 1} more" if len(cells) > 1 else "")

@@ -1,0 +1,190 @@
+"""What a study will take and what it can find, told before it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qdora.study.cells import Cell, Cells, Expander
+from qdora.study.compare import NamedComparison, Results, find_arms, named_comparisons, reference_of, seed_improvements
+from qdora.study.grid import Study, in_words
+from qdora.study.rates import Search
+from qdora.study.scores import HIGHER_IS_BETTER
+from qdora.study.statistics import Spread
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Cells of a stage, those that are done, and the predicted seconds of the others; nan if nothing tells them."""
+
+    stage: str
+    num_cells: int
+    num_done: int
+    seconds: float
+
+
+def planned_cells(expander: Expander, results: Results | None) -> Cells:
+    """All cells of a study, as if every search found its rate where the runs so far, or else its values, suggest."""
+
+    def loss(cell: Cell) -> float:
+        known = None if results is None else results.loss(cell.key)
+        rates = expander.study.rates
+        assert rates is not None
+        middle = sorted(rates.values)[len(rates.values) // 2]
+        # Worse than anything known, and best in the middle
+        return 1e6 + abs(math.log(cell.recipe.train.lr / middle)) if known is None else known
+
+    return expander.now(loss, lambda _: True)
+
+
+def stage_times(cells: Sequence[Cell], results: Results) -> list[StageTime]:
+    """Every stage in its order. Times are those of one process."""
+    known = [(cell, result) for cell in cells if (result := results.result(cell.key)) is not None]
+    predict = _Prediction(results.study, known)
+    done = {cell.key for cell, _ in known}
+    return [
+        StageTime(
+            stage=name,
+            num_cells=sum(cell.stage == name for cell in cells),
+            num_done=sum(cell.stage == name and cell.key in done for cell in cells),
+            seconds=sum(predict(cell) for cell in cells if cell.stage == name and cell.key not in done),
+        )
+        for name in dict.fromkeys(cell.stage for cell in cells)
+    ]
+
+
+class _Prediction:
+    """Seconds of a cell: a start and so many seconds a step, from finished cells or from the study's `time`."""
+
+    def __init__(self, study: Study, known: Sequence[tuple[Cell, Mapping[str, Any]]]) -> None:
+        points = [
+            (float(result["num_steps"]), float(result["seconds"])) for cell, result in known if "num_steps" in result
+        ]
+        self.start = self.step = math.nan
+        if len({steps for steps, _ in points}) > 1:
+            steps, seconds = np.transpose(points)
+            self.step, self.start = map(float, np.polyfit(steps, seconds, 1))
+        elif study.time is not None:
+            self.start, self.step = study.time.start, study.time.step
+
+    def __call__(self, cell: Cell) -> float:
+        return self.start + self.step * (cell.recipe.train.steps or 0)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a primary comparison can find: the half-width of its interval, and its smallest detectable difference.
+
+    `source` says where the spread between seeds comes from; the numbers are nan where nothing tells it.
+    """
+
+    comparison: str
+    num_seeds: int
+    spread: float
+    source: str
+    half_width: float
+    smallest_detectable: float
+
+
+def outlooks(cells: Cells, results: Results) -> list[Outlook]:
+    """Of every primary comparison of the planned cells."""
+    compare = results.study.compare
+    records = [cell.record() for cell in cells.cells]
+    planned, finished = find_arms(records, results, as_planned=True), find_arms(records, results)
+    primary = [
+        each for each in named_comparisons(planned, compare, reference_of(planned, results.study)) if each.is_primary
+    ]
+    begun = named_comparisons(finished, compare, reference_of(finished, results.study))
+    measured = {each.name + in_words(each.context): each for each in begun}
+    of_rates = _spread_of_searches(cells, results)
+    found = []
+    for each in primary:
+        number = min(len(arm.seeds) for _, *pair in each.terms for arm in pair)
+        spread, source = _known_spread(measured.get(each.name + in_words(each.context)), results)
+        if math.isnan(spread):
+            spread, source = of_rates
+        if math.isnan(spread) and compare.spread is not None:
+            spread, source = compare.spread, "compare.spread"
+        of_mean = Spread(spread / math.sqrt(number), number - 1) if number > 1 else Spread(math.nan, math.nan)
+        name = each.name + (f" ({in_words(each.context)})" if each.context else "")
+        detectable = of_mean.detectable(compare.alpha / len(primary), compare.power)
+        found.append(
+            Outlook(
+                comparison=name,
+                num_seeds=number,
+                spread=spread,
+                source=source,
+                half_width=of_mean.half_width(0.95),
+                smallest_detectable=detectable,
+            )
+        )
+    return found
+
+
+def _known_spread(comparison: NamedComparison | None, results: Results) -> tuple[float, str]:
+    """Of a comparison whose first runs are finished."""
+    if comparison is None:
+        return math.nan, "unknown"
+    by_seed = seed_improvements(comparison.terms, results, results.study.compare.metric)
+    if len(by_seed) < 2:
+        return math.nan, "unknown"
+    return float(np.std(list(by_seed.values()), ddof=1)), f"{len(by_seed)} seeds that are done"
+
+
+def _spread_of_searches(cells: Cells, results: Results) -> tuple[float, str]:
+    """Standard deviation between the search's seeds of arm - reference, each at its best rate, pooled over contexts."""
+    compare = results.study.compare
+    best = [(labels, runs) for labels, search, own in cells.searches if (runs := _best_runs(search, own, results))]
+    reference = compare.reference or (cells.searches[0][0][compare.arm] if cells.searches else "")
+    squares, free = 0.0, 0
+    for labels, runs in best:
+        for other_labels, others in best:
+            context, other_context = (
+                {axis: text for axis, text in each.items() if axis != compare.arm} for each in (labels, other_labels)
+            )
+            if context == other_context and other_labels[compare.arm] == reference != labels[compare.arm]:
+                differences = [runs[seed] - others[seed] for seed in runs if seed in others]
+                squares += float(np.var(differences)) * len(differences)
+                free += len(differences) - 1
+    return (math.sqrt(squares / free), "the search for rates") if free > 0 else (math.nan, "unknown")
+
+
+def _best_runs(search: Search, cells: Sequence[Cell], results: Results) -> dict[int, float]:
+    """Seed -> loss of the finished full runs at the best rate of a search."""
+    full = {rate: value for (length, rate), value in search.losses.items() if length == "full" and value < 1e5}
+    if not full:
+        return {}
+    best = min(full, key=full.__getitem__)
+    found = {}
+    for run, cell in zip(search.runs, cells, strict=True):
+        value = results.loss(cell.key)
+        if (run.length, run.rate) == ("full", best) and value is not None and math.isfinite(value):
+            found[run.seed] = value
+    return found
+
+
+def spread_in_words(found: Outlook, metric: str) -> str:
+    """A line of --dry-run."""
+    if math.isnan(found.spread):
+        return f"{found.comparison}: {found.num_seeds} seeds; the spread is unknown. Fix: set compare.spread."
+    unit = "" if HIGHER_IS_BETTER[metric] else " nats"
+    return (
+        f"{found.comparison}: {found.num_seeds} seeds; with a spread of {found.spread:.3g} ({found.source}) the "
+        f"interval is ± {found.half_width:.3g}; differences below {found.smallest_detectable:.3g}{unit} stay unseen."
+    )
+
+
+def times_in_words(times: Sequence[StageTime]) -> list[str]:
+    """Lines of --dry-run."""
+    lines = []
+    for each in times:
+        hours = "time unknown" if math.isnan(each.seconds) else f"{each.seconds / 3600:.1f} h"
+        lines.append(f"{each.stage}: {each.num_cells} cells, {each.num_done} done, {hours}")
+    total = sum(each.seconds for each in times)
+    if math.isnan(total):
+        return [*lines, "The time is not known before runs of two lengths are done. Fix: set time."]
+    return [*lines, f"In all {total / 3600:.1f} h of one process."]

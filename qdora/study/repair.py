@@ -1,0 +1,103 @@
+"""What compression damaged, what is left of it after training, and what training repaired beyond a transplant.
+
+Damage is measured without training: the likelihood of the right one among a question's choices tells bases apart as
+their weight errors do; the NLL of an untrained answer does not, since it measures the answers' format.
+
+What is left of the damage is an arm on the compressed base against the same arm on the uncompressed one, both trained.
+The transplant is the adapter that the uncompressed base was trained with, evaluated on the compressed base: it knows
+the format and the tasks, but nothing of the compression. What a trained adapter gains on it is repair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qdora.study import statistics
+from qdora.study.cells import Kind, base_axes
+from qdora.study.compare import CONFIDENCE, Arm, Results, improvement_interval, quality, seed_improvements
+from qdora.study.grid import Study
+from qdora.study.scores import combined
+from qdora.study.statistics import Interval
+
+
+def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, Any]:
+    """What is left of the damage, how much a transplant has, and what was repaired; empty for other than trained arms.
+
+    All in the metric's units, positive values worse; `repaired_share` of the transplant's damage. Where there is none,
+    `repair_reason` says why. `magnitudes`: what is lost if the trained magnitudes are set back.
+    """
+    if arm.kind != "trained":
+        return {}
+    measure, twin = results.study.compare.metric, dense_twin(arm, arms, results.study)
+    row: dict[str, Any] = {}
+    back = _same_arm(arm, arms, "set_back")
+    if back is not None and (lost := seed_improvements([(1.0, arm, back)], results, measure)):
+        row |= _named("magnitudes", improvement_interval(lost))
+    if arm.base_key == arm.dense_key:
+        return row | {"repair_reason": "the base is not compressed"}
+    if twin is None:
+        return row | {"repair_reason": "the arm is not trained on the uncompressed base"}
+    left = seed_improvements([(-1.0, arm, twin)], results, measure)
+    row |= _named("left", improvement_interval(left)) if left else {}
+    transplant = _same_arm(arm, arms, "transplant")
+    if transplant is None:
+        return row | {"repair_reason": "no adapter was transplanted"}
+    damage = seed_improvements([(-1.0, transplant, twin)], results, measure)
+    repaired = seed_improvements([(1.0, arm, transplant)], results, measure)
+    if not damage or not repaired:
+        return row | {"repair_reason": "the cells share no seed"}
+    of_damage = improvement_interval(damage)
+    row |= _named("transplant", of_damage) | _named("repaired", improvement_interval(repaired))
+    if not of_damage.lower > 0:  # nan, too
+        return row | {"repair_reason": "the transplant is not significantly worse"}
+    shared = [seed for seed in damage if seed in repaired]
+    share = statistics.ratio_interval(
+        [repaired[each] for each in shared], [damage[each] for each in shared], CONFIDENCE
+    )
+    return row | _named("repaired_share", share) | {"repair_reason": ""}
+
+
+def _same_arm(arm: Arm, arms: Sequence[Arm], kind: Kind) -> Arm | None:
+    """The arm in another kind of cells."""
+    return next((each for each in arms if (each.kind, each.name, each.context) == (kind, arm.name, arm.context)), None)
+
+
+def dense_twin(arm: Arm, arms: Sequence[Arm], study: Study) -> Arm | None:
+    """The arm of the same name that was trained on the uncompressed base, in the same context but for the base."""
+    based = base_axes(study)
+    context = {axis: label for axis, label in arm.context.items() if axis not in based}
+    like = {} if study.rates is None else study.rates.like.get(study.compare.arm, {})
+    for name in (arm.name, like.get(arm.name, arm.name)):
+        for other in arms:
+            kept = {axis: label for axis, label in other.context.items() if axis not in based}
+            if (other.kind, other.name, kept) == ("trained", name, context) and other.base_key == other.dense_key:
+                return other
+    return None
+
+
+def damage_row(arm: Arm, results: Results) -> dict[str, Any]:
+    """What compression did to a base that is only evaluated; empty for other arms.
+
+    `damage_choice`: choice NLL, in nats a question, less that of the uncompressed base; its interval is over examples.
+    """
+    if arm.kind != "base":
+        return {}
+    (key,) = arm.seeds.values()
+    result = results.result(key) or {}
+    layers = ((result.get("compression") or {}).get("layers") or {}).values()
+    errors = [layer["relative_error"] for layer in layers]
+    row: dict[str, Any] = {"weight_error": sum(errors) / len(errors)} if errors else {}
+    row |= {name: result[name] for name in ("perplexity", "hidden_error") if name in result}
+    choice = quality(arm, results, "choice_nll")
+    if choice is None or arm.dense_key in (None, key) or results.result(str(arm.dense_key)) is None:
+        return row
+    scores = [results.scores(each)["choice_nll"] for each in (key, str(arm.dense_key))]
+    lost = combined([(1.0, scores[0]), (-1.0, scores[1])])
+    value = statistics.weighted_mean(lost, "equal")
+    half = statistics.example_spread([lost], "equal").half_width(CONFIDENCE)
+    return row | _named("damage_choice", Interval(value, value - half, value + half))
+
+
+def _named(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.value, f"{name}_lower": interval.lower, f"{name}_upper": interval.upper}

@@ -1,0 +1,91 @@
+"""What a study says, in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def verdict(
+    pairs: Sequence[Row], cells: Sequence[Row], rates: Sequence[Row], axes: Sequence[str], label: str
+) -> list[str]:
+    """One sentence about all primary comparisons, one about runs that are missing or diverged, one for each comparison.
+
+    Args:
+        pairs: Rows of `comparisons`.
+        cells: Rows of the cells, with their status.
+        rates: Rows of `Cells.search_rows`.
+        axes: Those of a comparison's context.
+        label: The metric in words.
+    """
+    primary = [row for row in pairs if row["role"] == "primary"]
+    sentences = [_overall(primary, label)]
+    diverged = [row for row in cells if row["status"] == "diverged"]
+    if diverged:
+        compared = sum(row["kind"] == "trained" for row in diverged)
+        number = sum(row["kind"] in ("rate", "trained") for row in cells)
+        sentences.append(
+            f"{len(diverged)} of {number} trainings diverged, {compared} of them "
+            "in the comparison, where such a run counts with the worst score: a uniform guess, or no right answer."
+        )
+    lost = sum(row["rate"] is None and "inf" in row["losses"] for row in rates)
+    if lost:
+        sentences.append(f"{lost} arms diverged at every learning rate that was tried, so they are not compared.")
+    lacking = [row for row in cells if row["status"] not in ("done", "diverged")]
+    if lacking:
+        failed = sum(row["status"] == "failed" for row in lacking)
+        sentences.append(
+            f"{len(lacking)} of {len(cells)} cells have no result; {failed} of them failed. An arm with missing cells "
+            "can be neither better nor equivalent."
+        )
+    return sentences + [_sentence(row, axes, label) for row in primary]
+
+
+def _overall(primary: Sequence[Row], label: str) -> str:
+    if not primary:
+        return "There is nothing to compare: no primary comparison has two trained arms with the same seeds."
+    number = len(primary)
+    better = [row for row in primary if row["winner"]]
+    equivalent = [row for row in primary if not row["winner"] and row["verdict"] != "not decided"]
+    open_ = [row for row in primary if row["verdict"] == "not decided"]
+    if len(open_) == number:
+        return f"None of {number} comparisons of {label} is decided; {_not_seen(open_)}."
+    parts = []
+    if better:
+        counts = Counter(row["winner"] for row in better)
+        parts.append(
+            "; ".join(f"{name} is better in {counts[name]} of {number} comparisons" for name in sorted(counts))
+        )
+    if equivalent:
+        zone = equivalent[0]["zone"]
+        parts.append(f"in {len(equivalent)} of {number} comparisons the arms differ by less than {zone:g}")
+    if open_:
+        parts.append(f"{len(open_)} of {number} are not decided, {_not_seen(open_)}")
+    return f"{label}: {'; '.join(parts)}."
+
+
+def _not_seen(rows: Sequence[Row]) -> str:
+    """What an undecided comparison leaves open."""
+    sizes = sorted(row["smallest_detectable"] for row in rows if not math.isnan(row["smallest_detectable"]))
+    if not sizes:
+        return "with a single seed no difference can be seen"
+    between = f"{sizes[0]:.2g}" if len(sizes) == 1 else f"{sizes[0]:.2g} to {sizes[-1]:.2g}"
+    return f"differences below {between} could not have been seen"
+
+
+def _sentence(row: Row, axes: Sequence[str], label: str) -> str:
+    where = ", ".join(f"{axis} {row[axis]}" for axis in axes if axis in row)
+    head = f"{where}: " if where else ""
+    change = (
+        f"improvement of {row['arm']} over {row['reference']} in {label}: {row['improvement']:.4f}, "
+        f"interval {row['lower']:.4f} to {row['upper']:.4f}, {row['num_seeds']} seeds"
+    )
+    if row["verdict"] == "not decided":
+        why = f": {row['reason']}" if row["reason"] else f"; {_not_seen([row])}"
+        return f"{head}{row['comparison']} is not decided ({change}){why}."
+    p = "p_holm" if row["winner"] else "p_equivalent_holm"
+    return f"{head}{row['comparison']}: {row['verdict']} ({change}, p = {row[p]:.4f} after Holm's correction)."
