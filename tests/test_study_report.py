@@ -112,7 +112,7 @@ def test_better_equivalent_and_not_decided(report: Report) -> None:
     assert 0 < row["lower"] < 0.05 < row["upper"]
     assert row["p_holm"] < 0.05 < row["p_equivalent_holm"]
     verdicts = {quant: compared(report, quant)["verdict"] for quant in ("none", "int8", "fp4")}
-    assert set(verdicts.values()) == {"no difference above 0.02", "not decided"}
+    assert set(verdicts.values()) <= {"no difference above 0.02", "not decided"}
     for quant, said in verdicts.items():
         other = compared(report, quant)
         assert other["winner"] == ""
@@ -120,12 +120,14 @@ def test_better_equivalent_and_not_decided(report: Report) -> None:
         assert max(abs(other["lower"]), abs(other["upper"])) < 0.02 or said == "not decided"
         assert other["smallest_detectable"] > other["half_width"] > 0
     number = list(verdicts.values()).count("not decided")
-    least = "|".join(f"{compared(report, quant)['smallest_detectable']:.2g}" for quant in verdicts)
+    assert number < 3
     pattern = (
         rf"NLL \(nats per token\): dora is better in 1 of 4 comparisons; in {3 - number} of 4 comparisons the arms "
-        rf"differ by less than 0\.02; {number} of 4 are not decided, differences below ({least}) could not have been "
-        r"seen\."
+        r"differ by less than 0\.02"
     )
+    if number:
+        pattern += rf"; {number} of 4 are not decided, differences below [-0-9. to]+ could not have been seen"
+    pattern += r"\."
     assert re.fullmatch(pattern, report.verdict[0]), report.verdict[0]
     (sentence,) = [
         text for text in report.verdict if text.startswith("base.quant nf4: dora against lora: dora is better")
@@ -214,7 +216,8 @@ def test_what_is_left_and_what_is_repaired(report: Report) -> None:
 
 def test_damage_is_of_the_choices_without_training(report: Report) -> None:
     damage = {row["base.quant"]: row for row in rows(report, "repair", adapter="no adapter")}
-    assert list(damage) == ["int8", "nf4", "fp4"]
+    assert list(damage) == ["none", "int8", "nf4", "fp4"]
+    assert "damage_choice" not in damage["none"]
     assert damage["int8"]["damage_choice"] < damage["nf4"]["damage_choice"] < damage["fp4"]["damage_choice"]
     assert damage["nf4"]["damage_choice_lower"] > 0
     assert damage["nf4"]["weight_error"] == pytest.approx(0.01)  # the mean of the layers: 0, 0.01, 0.02
@@ -386,7 +389,9 @@ def test_the_page_needs_nothing_beside_it(report: Report, tmp_path: Path) -> Non
 
 def test_csv_and_parquet_hold_the_same(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path, "study")
-    for name, expected in report.tables.items():
+    tables = {name: rows for name, rows in report.tables.items() if rows}
+    assert set(report.tables) - set(tables) == {"changes"}  # no magnitudes were set back
+    for name, expected in tables.items():
         csv, parquet = pd.read_csv(tmp_path / f"{name}.csv"), pd.read_parquet(tmp_path / f"{name}.parquet")
         assert len(csv) == len(parquet) == len(expected)
         assert list(csv.columns) == list(parquet.columns)
