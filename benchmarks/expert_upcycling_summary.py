@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from paired_statistics import TaskScores, difference_interval, mean_interval, seed_differences
 from scipy import stats
-
-from qdora.study.statistics import TaskScores, difference_interval, mean_interval, seed_differences
 
 
 def summary(cells: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:

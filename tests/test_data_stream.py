@@ -400,7 +400,9 @@ def test_how_many_faulty_rows_are_allowed(tmp_path):
     numbers_of(one, 1988)
     assert one.position.num_bad == 12
     file.write_text(faulty_lines(range(20, 31)))
-    with pytest.raises(UserError, match=r"s: 11 faulty rows, data.max_bad_rows allows 10. .*in place, or raise data"):
+    with pytest.raises(
+        UserError, match=r"s: 11 faulty rows, data.max_bad_rows allows 10. .*in place, or raise it by -s data"
+    ):
         stream(file).check_first_rows()
     file.write_text(faulty_lines(range(60)))
     with pytest.raises(UserError, match="byte 0: not JSON"):

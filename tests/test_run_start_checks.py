@@ -15,7 +15,7 @@ from qdora.data.build_data import MixPlan, SourcePlan
 from qdora.data.chat_template import set_chat_settings
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.recipe.data_settings import DataConfig
-from qdora.run import prepare, train, trainer
+from qdora.run import prepare, start_checks, trainer
 from qdora.run.start_checks import data_checks
 from qdora.run.train import train_run
 from tests import tiny_run, tiny_tokenizer
@@ -173,7 +173,7 @@ def test_a_warning_of_the_checks_is_on_the_page_once(root: Path, tmp_path: Path)
 def test_the_checks_change_no_number(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_run.recipe(root, train__steps=4, data__packing=True)
     train_run(recipe, tmp_path / "with", console=QUIET)
-    for place, name in ((prepare, "data_checks"), (prepare, "begin_checks"), (train, "tell_checks")):
+    for place, name in ((prepare, "data_checks"), (prepare, "begin_checks"), (start_checks, "tell_checks")):
         monkeypatch.setattr(place, name, lambda *_, **__: None)
     monkeypatch.setattr(trainer.Trainer, "_updated", lambda *_: None)
     train_run(recipe, tmp_path / "without", console=QUIET)

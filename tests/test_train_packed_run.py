@@ -83,8 +83,8 @@ def test_a_model_that_leaks_is_refused_before_the_first_step(
 ) -> None:
     load = pruned_base.load_base
 
-    def leaking(*args: Any) -> Any:
-        model = load(*args)
+    def leaking(*args: Any, **options: Any) -> Any:
+        model = load(*args, **options)
         real = model.forward
 
         def forward(input_ids: Any, position_ids: Any = None, **options: Any) -> Any:

@@ -110,6 +110,8 @@ class FrozenLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weight is when it is read."""
+        if self.share is None:
+            return self.stored_weight.device
         return self._buffers[self._names[0]].device  # type: ignore[union-attr]
 
     def squared_row_norm(self) -> Tensor:

@@ -38,11 +38,11 @@ def within_budget(
     budget = free_bytes(compute.device) if asked == "auto" else parse_size(asked)
     kind: DeviceKind = "cuda" if compute.device.type == "cuda" else "cpu"
     num_sharing = {"shard": num_processes, "hybrid": here}.get(parallel, 1)
-    changed, plan = planned(recipe, budget, None, kind, workload, num_sharing)
+    changed, plan = planned(recipe, budget, None, kind, workload, num_sharing=num_sharing)
     if plan.fits:
         return recipe, plan
     if parallel == "auto" and num_processes > 1 and (shared := _shared(recipe)) is not None:
-        _, divided = planned(shared, budget, None, kind, workload, num_processes)
+        _, divided = planned(shared, budget, None, kind, workload, num_sharing=num_processes)
         if divided.fits:
             logger.info("train.parallel auto: shard, since the whole base does not fit.")
             return shared, divided
