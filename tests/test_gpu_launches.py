@@ -115,6 +115,7 @@ def test_gradients_of_16_bit_products_are_summed_in_float32(gpu: FalseGpu) -> No
 
 DECODING = ["mm", "gemm_4bit", "addmm_"]
 BY_TILES = ["mm", "mm", "dequantize_4bit", "addmm_"]
+SLOW = ("fp4", "lora", "64 tokens", "op is missing", "two tiles")
 DECODED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "nf4": ({}, DECODING),
     "fp4": ({"quant": "fp4"}, DECODING),
@@ -128,7 +129,10 @@ DECODED: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", DECODED)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in DECODED],
+)
 @on_false_gpu
 def test_decoding_reads_codes_where_a_kernel_does(gpu: FalseGpu, case: str) -> None:
     options, expected = DECODED[case]

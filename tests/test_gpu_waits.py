@@ -172,12 +172,14 @@ CASES: dict[str, dict[str, Any]] = {
     "host embedding": {"host_embedding": True},
     "offload": {"offload": True},
 }
+FAST = ("padded", "dropout", "streamed")
+SLOW = (*(case for case in CASES if case not in FAST), "lora")
 ONCE = Counter({"train/loop.py: read = torch.cat(numbers).tolist()": 1})
 # Of a micro-batch, beside the one of its inputs: the rows of its tokens, the inputs of two blocks out and back.
 MORE_COPIES = {"host embedding": 1, "offload": 4}
 
 
-@pytest.mark.parametrize("case", [*CASES, pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", [*FAST, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)])
 @on_false_gpu
 def test_the_host_waits_once_in_a_step(gpu: FalseGpu, source: Path, case: str) -> None:
     options = dict(CASES.get(case, {"kind": case}))

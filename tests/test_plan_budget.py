@@ -85,6 +85,7 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
         within(plan.peak_bytes // 2)
 
 
+@pytest.mark.slow
 def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
     """Eight blocks: divided among four, a process holds two, and three while they are gathered."""
     tiny_run.write_model(tmp_path / "model", num_hidden_layers=8, tie_word_embeddings=False)

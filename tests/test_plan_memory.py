@@ -275,6 +275,7 @@ def test_an_adapter_to_go_on_from_has_its_own_ranks(tmp_path: Path, monkeypatch:
     assert drawn.components == whole.components
 
 
+@pytest.mark.slow
 def test_decoded_scales_are_given_up_before_anything_costs_time() -> None:
     """They take 4 bytes for 64 weights of the adapted layers; a base of 16 bits and a streamed one keep none."""
     config = a_config()
