@@ -24,6 +24,7 @@ from qdora.ops.packed import BLOCK_SIZES, PackedWeight, quantize
 from qdora.ops.tiles import column_tiles, row_tiles
 from tests import reference
 from tests.test_ops_adapted_product import to_numpy
+from tests.test_ops_full_precision import Products
 from tests.test_ops_quantize import uneven
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -211,6 +212,23 @@ def test_the_norm_of_a_layer_and_of_a_stack():
         assert reference.relative_error(to_numpy(norms[row]), expected[expert]) < 1e-6
     alone = reference.row_norm(to_numpy(definition(one, torch.float32)), to_numpy(a[0]), to_numpy(b[0]), 0.5)
     assert reference.relative_error(to_numpy(norm), alone) < 1e-6
+
+
+def test_norms_use_float32_in_full_whatever_the_caller_allows():
+    stack = quantize(uneven((4 * 12, 64)), "nf4", 64)
+    a, b = factors(stack, 3, experts=4)
+    base = squared_row_norm(stack)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Products() as products:
+            stack_norm(
+                stack, ExpertTokens((2, 0, 1, 3)), a, b, 0.5, base_squared=base.view(4, 12), dtype=torch.bfloat16
+            )
+            row_norm(stack, a[0], b.flatten(0, 1), 0.5, base_squared=base, dtype=torch.bfloat16)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert products.precisions == 4 * [("ieee", "ieee", "highest")]  # A A^T and its product with B, of each
 
 
 def test_experts_that_share_a_launch_give_the_products_of_experts_one_by_one(monkeypatch):

@@ -101,16 +101,12 @@ def factored_norm(
             f"weight, lora_A and lora_B must be (out, in), (rank, in) and (out, rank), got {tuple(weight.shape)}, "
             f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
         )
+    if sums_in_one_pass(weight, dtype, len(lora_A)):
+        return norm_in_one_pass(weight, lora_A, lora_B, scaling, base_squared=base_squared, dtype=dtype)
     wide = _wide(weight)
     a = lora_A.to(wide)
     gram = (a @ a.T) * scaling  # (rank, rank)
     a_narrow = lora_A.to(dtype)
-    if sums_in_one_pass(weight, dtype, len(a)):
-        from qdora.ops import triton_kernels
-
-        wide_b = lora_B.to(wide)
-        dots = triton_kernels.factor_dots(weight, a_narrow, wide_b)
-        return of_squares(base_squared, 2.0 * dots + (wide_b @ gram * wide_b).sum(dim=1), scaling)
     inner_dots = torch.empty_like(base_squared)
     for rows, tile in row_tiles(weight, dtype):
         b = lora_B[rows].to(wide)
@@ -128,6 +124,35 @@ def sums_in_one_pass(weight: Weight, dtype: torch.dtype, rank: int) -> TypeGuard
     from qdora.ops import triton_kernels
 
     return rank <= triton_kernels.MOST_RANK
+
+
+@torch.no_grad()
+@full_precision()
+def norm_in_one_pass(
+    weight: PackedWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    base_squared: Tensor,
+    dtype: torch.dtype,
+    experts: Tensor | None = None,
+) -> FactoredNorm:
+    """`factored_norm` where `sums_in_one_pass` holds, of a weight or of some experts of a stack.
+
+    Args:
+        lora_A, lora_B: (rank, in) and (out, rank); of experts (n, rank, in) and (n, out, rank), or (1, ...) if all
+            share one.
+        base_squared: ||w||^2 of each row, (out,); of experts (n, out).
+        experts: Their numbers, (n,) int64; None for a whole weight.
+    """
+    from qdora.ops import triton_kernels
+
+    a, b = lora_A.float(), lora_B.float()
+    some = None if experts is None else triton_kernels.Experts(experts, base_squared.shape[1])
+    dots = triton_kernels.factor_dots(weight, lora_A.to(dtype), b, some)
+    gram = (a @ a.mT) * scaling
+    return of_squares(base_squared, 2.0 * dots + (b @ gram * b).sum(dim=-1), scaling)
 
 
 def of_squares(base_squared: Tensor, update: Tensor, scaling: float) -> FactoredNorm:

@@ -23,6 +23,7 @@ from qdora.ops.dora import (
     masked_row_norm,
     measure_cancelled_,
     merged_weight,
+    norm_in_one_pass,
     of_squares,
     sums_in_one_pass,
 )
@@ -452,23 +453,21 @@ def stack_norm(
     """
     num_experts, count = len(tokens.counts), len(tokens.experts)
     together = _together(base_squared.shape[1], weight.shape[1], dtype.itemsize, lora_A.device)
+    size = count if sums_in_one_pass(weight, dtype, lora_A.shape[1]) else together
     found: list[FactoredNorm] = []
-    if keep_bits is None and sums_in_one_pass(weight, dtype, lora_A.shape[1]):
-        found.append(_norm_of_reached(weight, tokens, lora_A, lora_B, scaling, base_squared=base_squared, dtype=dtype))
-    for run in () if found else tokens.all_runs(1 if keep_bits is not None else together):
+    for run in tokens.all_runs(1 if keep_bits is not None else size):
         if is_planning() and len(found) > 1 and run.first + 2 * together < count:
             # Like the run before it. The last ones are run, when the norms of the others are there.
             empty = base_squared.new_empty(len(run.experts), base_squared.shape[1])
             found.append(FactoredNorm(empty, empty))
             continue
         a, b = (rounded(_pick_or_shared(each, run), dtype) for each in (lora_A, lora_B))
-        part = expert_rows(weight, num_experts, run)
         if keep_bits is not None:
-            bits = expert_bits(keep_bits, num_experts, run.experts[0])
+            part, bits = expert_rows(weight, num_experts, run), expert_bits(keep_bits, num_experts, run.experts[0])
             norm = masked_row_norm(part, bits, a[0], b[0], scaling, dtype=dtype).unsqueeze(0)
             found.append(FactoredNorm(norm, norm))
         else:
-            found.append(_norm_of_run(part, a, b, scaling, base_squared=run.pick(base_squared), dtype=dtype))
+            found.append(_norm_of_run(weight, run, a, b, scaling, base_squared=base_squared, dtype=dtype))
     norms = torch.cat([each.norm for each in found])
     if keep_bits is not None or isinstance(norms, FakeTensor):
         return norms
@@ -483,23 +482,8 @@ def stack_norm(
 
 @full_precision()
 def _norm_of_run(
-    part: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor, dtype: torch.dtype
-) -> FactoredNorm:
-    """The norms of several experts with shared launches, (n, out)."""
-    if len(base_squared) == 1:
-        one = factored_norm(part, lora_A[0], lora_B[0], scaling, base_squared=base_squared[0], dtype=dtype)
-        return FactoredNorm(one.norm.unsqueeze(0), one.cancelled.unsqueeze(0))
-    wide = base_squared.dtype
-    a, b = lora_A.to(wide), lora_B.to(wide)
-    gram = (a @ a.mT) * scaling
-    ((_, tile),) = row_tiles(part, dtype)
-    products = (tile.view(*base_squared.shape, -1) @ lora_A.mT).to(wide)
-    return of_squares(base_squared, ((2.0 * products + b @ gram) * b).sum(dim=2), scaling)
-
-
-def _norm_of_reached(
-    weight: PackedWeight,
-    tokens: ExpertTokens,
+    weight: Weight,
+    run: Run,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -507,12 +491,18 @@ def _norm_of_reached(
     base_squared: Tensor,
     dtype: torch.dtype,
 ) -> FactoredNorm:
-    """The norms of all experts that have tokens, (n, out), by one launch over their codes."""
-    from qdora.ops import triton_kernels
-
-    index = tokens.on(base_squared.device).reached
-    a, b = (rounded(each if len(each) == 1 else each.index_select(0, index), dtype) for each in (lora_A, lora_B))
-    wide_a, wide_b = a.float(), b.float()
-    dots = triton_kernels.factor_dots(weight, a, wide_b, triton_kernels.Experts(index, base_squared.shape[1]))
-    of_factors = (wide_b @ ((wide_a @ wide_a.mT) * scaling) * wide_b).sum(dim=2)
-    return of_squares(base_squared.index_select(0, index), 2.0 * dots + of_factors, scaling)
+    """The norms of a run's experts with shared launches, (n, out). A and B are theirs; `base_squared` is of all."""
+    squared = run.pick(base_squared)
+    if sums_in_one_pass(weight, dtype, lora_A.shape[1]):
+        index = run.index(squared.device)
+        return norm_in_one_pass(weight, lora_A, lora_B, scaling, base_squared=squared, dtype=dtype, experts=index)
+    part = expert_rows(weight, len(base_squared), run)
+    if len(squared) == 1:
+        one = factored_norm(part, lora_A[0], lora_B[0], scaling, base_squared=squared[0], dtype=dtype)
+        return FactoredNorm(one.norm.unsqueeze(0), one.cancelled.unsqueeze(0))
+    wide = squared.dtype
+    a, b = lora_A.to(wide), lora_B.to(wide)
+    gram = (a @ a.mT) * scaling
+    ((_, tile),) = row_tiles(part, dtype)
+    products = (tile.view(*squared.shape, -1) @ lora_A.mT).to(wide)
+    return of_squares(squared, ((2.0 * products + b @ gram) * b).sum(dim=2), scaling)
