@@ -146,25 +146,27 @@ def _add_run_(
         gain: g of all experts, (experts, out), or None for 1.
     """
     into, of = out[run.tokens], x[run.tokens]
-    if len(run.experts) > 1 and in_one_pass(stack, x.dtype):
-        from qdora.ops import triton_kernels
-
-        experts = triton_kernels.Experts(run.index(x.device), stack.shape[0] // num_experts)
-        flat = None if gain is None else gain.reshape(-1)
-        tile = triton_kernels.decode(stack, x.dtype, gain=flat, experts=experts)
-        matrices = tile.view(len(run.experts), -1, tile.shape[1])
-        into += grouped_product(of, matrices if transposed else matrices.mT, run)
-        return
-    weight = expert_rows(stack, num_experts, run)
-    factor = None if gain is None else run.pick(gain).reshape(-1)
     if len(run.experts) == 1:
+        weight, factor = expert_rows(stack, num_experts, run), None if gain is None else run.pick(gain).reshape(-1)
         (add_transposed_product_ if transposed else add_product_)(into, of, weight, factor)
         return
-    for rows, tile in row_tiles(weight, x.dtype, factor):
-        assert rows.stop == weight.shape[0], "experts that share a launch are one tile"
-        matrices = tile.view(len(run.experts), -1, tile.shape[1])
-        into += grouped_product(of, matrices if transposed else matrices.mT, run)
-        del tile, matrices
+    matrices = _dense_experts(stack, num_experts, run, gain, x.dtype)
+    into += grouped_product(of, matrices if transposed else matrices.mT, run)
+
+
+def _dense_experts(stack: Weight, num_experts: int, run: Run, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """diag(g_e) W_e of a run's experts, (n, out, in); `gain` is of all experts."""
+    if in_one_pass(stack, dtype):
+        from qdora.ops import triton_kernels
+
+        experts = triton_kernels.Experts(run.index(stack.device), stack.shape[0] // num_experts)
+        factor = None if gain is None else gain.reshape(-1)
+        tile = triton_kernels.decode(stack, dtype, gain=factor, experts=experts)
+    else:
+        factor = None if gain is None else run.pick(gain).reshape(-1)
+        # Experts that share a launch are one tile.
+        ((_, tile),) = row_tiles(expert_rows(stack, num_experts, run), dtype, factor)
+    return tile.view(len(run.experts), -1, tile.shape[1])
 
 
 def _expert_shape(weight: Weight, tokens: ExpertTokens) -> tuple[int, int]:
