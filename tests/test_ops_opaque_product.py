@@ -54,8 +54,7 @@ def results(layer: Any, x: Tensor, dy: Tensor, *, opaque: bool) -> dict[str, Ten
     layer.zero_grad()
     x = x.clone().requires_grad_()
     if opaque and isinstance(layer, AdaptedLinear):
-        of_A, of_B, *of_m = stand_ins(*layer.trained_tensors())
-        layer.opaque = layer.opaque_operands(x.dtype, (of_A, of_B, of_m[0] if of_m else None))
+        layer.opaque = layer.opaque_operands(x.dtype, stand_ins(*layer.trained_tensors()))
     elif opaque:
         layer.opaque = opaque_weight(layer.stored_weight, x.dtype)
     out = layer(x)
@@ -121,8 +120,7 @@ def test_shapes_and_dtypes_are_those_that_a_compiler_is_told(case: str) -> None:
     """torch's own check of an operator: its schema, its fake results, and its gradient in a graph of any lengths."""
     layer = layer_of(case)
     x, _ = inputs(layer)
-    of_A, of_B, *of_m = stand_ins(*layer.trained_tensors())
-    operands = layer.opaque_operands(x.dtype, (of_A, of_B, of_m[0] if of_m else None))
+    operands = layer.opaque_operands(x.dtype, stand_ins(*layer.trained_tensors()))
     weight = operands.weight
     flat = x.flatten(0, 1).requires_grad_()
     settings = weight.tensors, weight.kind, weight.block_size, layer.out_features

@@ -211,10 +211,7 @@ def test_evaluation_runs_the_blocks_as_they_are_and_names_stay(
 def test_changed_parameters_change_what_a_compiled_block_computes(
     compilations: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = [adapted("llama", monkeypatch, checkpointing=True) for _ in range(2)]
-    for model in models:
-        for layer in adapted_layers(model).values():
-            layer.dropout = 0.0
+    models = [adapted("llama", monkeypatch, checkpointing=True, dropout=0.0) for _ in range(2)]
     with compiled_blocks.compiled_blocks(models[1]):
         before = gradients(models[1], SHAPES[0])
         for model in models:

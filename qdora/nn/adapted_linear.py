@@ -185,15 +185,16 @@ class AdaptedLinear(nn.Module):
         factors = self.lora_A, self.gated_B()
         return factors if self.magnitude is None else (*factors, self.magnitude)
 
-    def opaque_operands(self, dtype: torch.dtype, stand_ins: tuple[Tensor, Tensor, Tensor | None]) -> OpaqueOperands:
-        """What the opaque operator takes for products in `dtype`; the gradients flow to the `stand_ins` of A, the gated
-        B and m."""
+    def opaque_operands(self, dtype: torch.dtype, stand_ins: Sequence[Tensor]) -> OpaqueOperands:
+        """What the opaque operator takes for products in `dtype`; the gradients flow to the `stand_ins` of the
+        `trained_tensors`."""
+        of_A, of_B, *of_m = stand_ins
         prepared: Operands | tuple[Tensor, Tensor, Gain | None] | None = self.operands(dtype)
         if prepared is None:
-            prepared = (self.lora_A.detach(), self.gated_B().detach(), self.gain(dtype))
+            prepared = (self.lora_A, self.gated_B(), self.gain(dtype))
         return opaque_operands(
             self.base.stored_weight,
-            stand_ins,
+            (of_A, of_B, of_m[0] if of_m else None),
             prepared,
             self.scaling,
             dtype,

@@ -99,20 +99,17 @@ class FrozenLinear(nn.Module):
     @property
     def stored_weight(self) -> Weight:
         """The weight as stored, packed or dense, sharing memory with this layer."""
-        packed = self.packed_weight
-        if packed is not None:
-            return packed
         if self.residency is not None:
             self.residency.use(self)
-        weight: Tensor = self.get_buffer("weight")
-        return weight
+        packed = self.packed_form
+        return self.get_buffer("weight") if packed is None else packed
 
     @property
     def device(self) -> torch.device:
         """Where the weight is when it is read."""
         if self.share is None:
             return self.stored_weight.device
-        return self._buffers[self._names[0]].device  # type: ignore[union-attr]
+        return self.get_buffer(self._names[0]).device
 
     def squared_row_norm(self) -> Tensor:
         """||w||^2 of each row, (out,) float32 (float64 for a float64 weight). If the weight is divided among processes,

@@ -72,24 +72,21 @@ def adapted_linear(
             elements; only the seed is kept.
         keep_bits: `ops.sparsity.mask_bits` of a mask M: M o (B A) replaces B A.
         keeps_copy: Keep a copy of the output for the gradient of m, not the output: the caller may write into that.
-        operands: `operands_of` the present values for the dtype of the products and s / (1 - dropout), which are
-            otherwise made here; not with keep_bits.
+        operands: `operands_of` the present values for the dtype of the products and s / (1 - dropout); given exactly
+            without keep_bits.
     Returns: (..., out) in the dtype of the products.
     """
     assert (magnitude is None) == (gain is None), "a magnitude comes with its gain"
+    assert (operands is None) == (keep_bits is not None), "a product has operands or a mask"
     x = x.to(product_dtype(x))
     flat = x.reshape(-1, x.shape[-1])
     seed = draw_seed() if dropout > 0.0 else 0
     # Dropout scales the rest up by 1 / (1 - p): in s, where it costs nothing.
-    scaling /= 1.0 - dropout
-    if operands is None and keep_bits is None:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            operands = operands_of(lora_A, lora_B, gain, scaling, x.dtype)
     call = Call(
         weight,
         bias,
         keep_bits,
-        scaling=scaling,
+        scaling=scaling / (1.0 - dropout),
         dropout=dropout,
         seed=seed,
         keeps_copy=keeps_copy,
@@ -164,6 +161,10 @@ class Call(NamedTuple):
     keeps_copy: bool
     operands: Operands | None  # None with a mask
 
+    def base(self, gain: Tensor | None) -> tuple[Weight, Tensor | None]:
+        """The base as the products read it, and the factor of its rows that it does not contain; `gain` is g."""
+        return (self.weight, gain) if self.operands is None else self.operands.of_base(self.weight)
+
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
@@ -209,13 +210,11 @@ def product(x: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None, call
         if call.operands is not None:
             low = _low_rank_input(x, call.operands.a, call)
             out = low @ call.operands.scaled_b.T
-            base = call.operands.of_base(call.weight)
         else:
             assert call.keep_bits is not None, "products without a mask have operands"
             update = MaskedUpdate(call.keep_bits, lora_A, lora_B, gain, call.scaling)
             out = update.product(dropped(x, call.dropout, call.seed))
-            base = call.weight, gain
-        add_product_(out, x, *base)
+        add_product_(out, x, *call.base(gain))
     return out, low
 
 
@@ -239,7 +238,6 @@ def product_gradients(
         # Nobody else holds what a checkpoint has recomputed, so `out` and `x` go as soon as they have been read: in a
         # 7B model's down projection, where a step has its peak, 59 MiB.
         del out
-        base = (call.weight, gain) if call.operands is None else call.operands.of_base(call.weight)
         if call.keep_bits is not None:
             update = MaskedUpdate(call.keep_bits, lora_A, lora_B, gain, call.scaling)
             if need_a or need_b:
@@ -258,8 +256,8 @@ def product_gradients(
                 del x
                 dx = d_low @ a if need_x else None
         if dx is not None:
-            add_transposed_product_(dx, dy, *base)
-        if need_b and low is not None and call.operands is not None:
+            add_transposed_product_(dx, dy, *call.base(gain))
+        if need_b and call.operands is not None:
             # The narrow factor first: a quarter faster on a CPU than (dy^T low).
             db = _summed_products(low, dy).T * call.operands.row_factor
     return dx, da if need_a else None, db if need_b else None, dm

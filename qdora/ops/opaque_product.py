@@ -1,7 +1,7 @@
 """The products of frozen and adapted layers as opaque operators, which `torch.compile` calls and does not look into.
 
-A layer looks up caches by addresses and versions, brings streamed weights and draws seeds: only Python can do that, and
-each of it breaks a graph. Here all of that is done before a compiled block runs, and its results are arguments.
+A layer looks up caches by addresses and versions and brings streamed weights: only Python can do that, and it would
+break a graph. Here both are done before a compiled block runs, and their results are arguments.
 
 The operators take the tensors of the packed weight, not a number by which Python would find the layer:
 
@@ -61,7 +61,7 @@ class OpaqueOperands(NamedTuple):
 def opaque_weight(weight: Weight, dtype: torch.dtype) -> OpaqueWeight:
     """A weight for products in `dtype`."""
     tensors = (weight,) if isinstance(weight, Tensor) else tuple(weight.tensors().values())
-    # Views have codes of their own, and the tensors of a streamed weight are views.
+    # torch compiles other code for views, and the tensors of a streamed weight are views.
     tensors = tuple(each.detach() if each._is_view() else each for each in tensors)
     if isinstance(weight, Tensor):
         return OpaqueWeight(dtype, _DENSE, 0, tensors)
@@ -293,7 +293,7 @@ def _adapted_backward(
         weight=stored,
         seed=int(seed),
     )
-    saved = [x, out, None if keep_bits is not None else low, factors[0], factors[1], gain, inverse_magnitude]
+    saved = [x, out, low, factors[0], factors[1], gain, inverse_magnitude]
     found = product_gradients(dy, saved, call, needed)
     return [each for each in found if each is not None]
 

@@ -58,7 +58,7 @@ def compiled_blocks(model: PreTrainedModel, backend: Any = None) -> Iterator[Non
     if stacks(model):
         raise UserError(f"train.compile: must be false, since {kind} has experts, which torch.compile cannot compile.")
     blocks = list(found[1])
-    regions = {plain: _Region(plain, backend or BACKEND) for plain in map(_plain_forward, blocks)}
+    regions = {plain: _Region(plain, backend or BACKEND) for plain in set(map(_plain_forward, blocks))}
     for block in blocks:
         block.forward = CompiledBlock(block, regions[_plain_forward(block)])
     try:
@@ -144,10 +144,9 @@ class CompiledBlock:
         trained = [layer.trained_tensors() for layer in self.adapted]
         made = iter(stand_ins(*(tensor for tensors in trained for tensor in tensors)))
         for layer, tensors in zip(self.adapted, trained, strict=True):
-            of_A, of_B, *of_m = (next(made) for _ in tensors)
-            operands = layer.opaque_operands(dtype, (of_A, of_B, of_m[0] if of_m else None))
+            operands = layer.opaque_operands(dtype, [next(made) for _ in tensors])
             if layer.gate is not None:
-                _mark_rank((of_A, of_B), operands.factors)
+                _mark_rank(operands.stand_ins[:2], operands.factors)
             layer.__dict__["opaque"] = operands  # past nn.Module's own way, which is slow
         for base in self.frozen:
             base.__dict__["opaque"] = opaque_weight(base.stored_weight, dtype)
@@ -193,7 +192,7 @@ def _mark_rank(*factors: tuple[Tensor, Tensor]) -> None:
 class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(_ctx: Any, x: Tensor, _trained: Tensor) -> Tensor:
-        return x.detach()  # a view has another code
+        return x.detach()  # x itself would come back as a view, for which torch compiles other code
 
     @staticmethod
     def backward(_ctx: Any, *_grads: Tensor) -> tuple[None, None]:
