@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ from qdora.recipe.recipe_file import override
 from qdora.recipe.settings import Recipe
 from qdora.run import load_base
 from qdora.run.train import train_run
-from tests import tiny_run
+from qdora.train.distributed import Processes, processes_of_launch
+from tests import launched, tiny_run
 
 
 @pytest.mark.figures
@@ -93,9 +95,7 @@ def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
 
     def within(num_bytes: int, num_processes: int = 4, **changes: Any) -> tuple[Recipe, Plan]:
         given = tiny_run.recipe(tmp_path, memory__budget=f"{num_bytes}B", adapter__targets=["q_proj"], **changes)
-        found, plan = budget.within_budget(
-            given, compute, assumed_workload, num_processes=num_processes, here=num_processes
-        )
+        found, plan = budget.within_budget(given, compute, assumed_workload, processes=Processes(size=num_processes))
         assert plan is not None
         return found, plan
 
@@ -111,6 +111,27 @@ def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
             within(whole.peak_bytes - 1, **refused)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"memory\.budget"):
         within(plan.peak_bytes - 1, train__parallel="shard")
+
+
+def first_has_less(rank: int, recipe: Recipe) -> None:
+    asked: list[int] = []
+
+    def planned(given: Recipe, num_bytes: int, **_: Any) -> tuple[Recipe, Any]:
+        asked.append(num_bytes)
+        return given, SimpleNamespace(fits=True)
+
+    with processes_of_launch() as processes, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "free_bytes", lambda _device: 1000 + rank)
+        patch.setattr(budget, "planned", planned)
+        compute = Compute(torch.device("cpu"), torch.float32)
+        budget.within_budget(recipe, compute, assumed_workload, processes=processes)
+    assert asked == [1000]
+
+
+def test_budget_auto_is_the_same_for_all_processes(tmp_path: Path) -> None:
+    """Else one could divide the base that another one holds whole, and wait for it for ever."""
+    recipe = tiny_run.recipe(tmp_path, memory__budget="auto")
+    assert launched.run(2, first_has_less, recipe) == ["", ""]
 
 
 @pytest.mark.figures

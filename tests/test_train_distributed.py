@@ -392,8 +392,7 @@ def test_shares_are_a_fair_partition_in_the_order_of_the_step(lengths: list[int]
     assert shares == [examples] or size > 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+by_each_launcher = pytest.mark.parametrize(
     "launcher",
     [
         ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
@@ -401,15 +400,24 @@ def test_shares_are_a_fair_partition_in_the_order_of_the_step(lengths: list[int]
     ],
     ids=["torchrun", "accelerate"],
 )
-def test_launchers_run_the_command_line(root: Path, tmp_path: Path, launcher: list[str]) -> None:
-    settings = exact(root)
-    file = tmp_path / "recipe.yaml"
+
+
+def trained_by(launcher: list[str], settings: Recipe, directory: Path) -> dict[str, Any]:
+    """Run `qdora train` in two processes of one of these launchers; returns what --json writes."""
+    file = directory.with_suffix(".yaml")
     file.write_text(resolved_yaml(settings))
-    train_run(settings, tmp_path / "one")
-    command = [sys.executable, "-m", *launcher, "qdora.cli", "train", str(file), "-d", str(tmp_path / "two"), "--json"]
+    command = [sys.executable, "-m", *launcher, "qdora.cli", "train", str(file), "-d", str(directory), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["num_steps"] == 6
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.slow
+@by_each_launcher
+def test_launchers_run_the_command_line(root: Path, tmp_path: Path, launcher: list[str]) -> None:
+    train_run(exact(root), tmp_path / "one")
+    assert trained_by(launcher, exact(root), tmp_path / "two")["num_steps"] == 6
     assert_close_runs(tmp_path / "one", tmp_path / "two")
 
 

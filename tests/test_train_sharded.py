@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from safetensors.torch import load_file
 
 from qdora.errors import RunFailure, UserError
 from qdora.export.export_run import export_run
-from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.train import train_run
 from qdora.train import loop
@@ -24,11 +21,13 @@ from tests.test_train_distributed import (
     GATED,
     PACKED,
     assert_close_runs,
+    by_each_launcher,
     exact,
     lines,
     resumed_and_stopped,
     stop_alone,
     train,
+    trained_by,
 )
 
 EVALUATED = {"eval__tasks": ["sums", "letters"], "eval__limit": 2, "eval__every": 3}
@@ -178,19 +177,8 @@ def test_answers_and_interference_are_measured_by_all(root: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
-        ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "-m"],
-    ],
-    ids=["torchrun", "accelerate"],
-)
+@by_each_launcher
 def test_launchers_divide_the_base(root: Path, tmp_path: Path, launcher: list[str]) -> None:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(resolved_yaml(sharded(root)))
     train_run(exact(root), tmp_path / "one")
-    command = [sys.executable, "-m", *launcher, "qdora.cli", "train", str(file), "-d", str(tmp_path / "two"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
+    trained_by(launcher, sharded(root), tmp_path / "two")
     assert_close_runs(tmp_path / "one", tmp_path / "two")

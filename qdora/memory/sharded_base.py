@@ -27,7 +27,7 @@ from qdora.model.load import Loading, block_list, is_wide, place_dense, place_fr
 from qdora.model.packed_base import BaseCache, PrunedBase
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows, tied_weights
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.row_share import RowShare, gather_runs, span
+from qdora.nn.row_share import RowShare, divided_tensors, gather_runs, span
 from qdora.ops.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
 from qdora.ops.tiles import Weight
 
@@ -119,30 +119,25 @@ class ShardedBase:
     def _kept(self, weight: Weight, device: torch.device, keep_bits: Tensor | None = None) -> tuple[RowShare, _Parts]:
         """The share of a whole weight, and what this process keeps of it; it may be mapped from a file."""
         form: Weight = weight.to("meta") if isinstance(weight, Tensor) else weight
-        tensors = _divided_tensors(weight)
         if isinstance(weight, PackedWeight):
             nested = weight.nested
             if nested is not None:
                 values = (each.to(device, copy=True) for each in (nested.absmax, nested.code, nested.offset))
                 nested = NestedScales(*values)
             form = replace(weight, packed=weight.packed.to("meta"), absmax=weight.absmax.to("meta"), nested=nested)
-        if keep_bits is not None:
-            tensors["keep_bits"] = keep_bits
         share = RowShare(form, None if keep_bits is None else keep_bits.to("meta"), self.group)
-        return share, {name: share.mine(share.cut(each)).to(device, copy=True) for name, each in tensors.items()}
+        tensors = divided_tensors(weight, keep_bits).items()
+        return share, {name: share.mine(share.cut(each)).to(device, copy=True) for name, each in tensors}
 
     def _place_layer(self, load: Loading, path: str, share: RowShare, parts: _Parts) -> list[_Placed]:
         """Put a layer without values into the model; its sharded parameters are returned."""
         form = share.form
-        shapes = _divided_tensors(form)
+        shapes = divided_tensors(form, share.keep_bits_form)
         empty = {name: _no_memory(each, load.device) for name, each in shapes.items()}
         weight: Weight = empty["weight"] if isinstance(form, Tensor) else form
         if isinstance(weight, PackedWeight):
             weight = replace(weight, packed=empty["packed"], absmax=empty["absmax"])
-        bits = None if share.keep_bits_form is None else _no_memory(share.keep_bits_form, load.device)
-        if share.keep_bits_form is not None:
-            shapes["keep_bits"] = share.keep_bits_form
-        layer = place_frozen(load.model, path, weight, bits)
+        layer = place_frozen(load.model, path, weight, empty.get("keep_bits"))
         layer.share = share
         for name, each in shapes.items():
             layer.register_parameter(f"{name}{_SUFFIX}", nn.Parameter(share.cut(each), requires_grad=False))
@@ -229,11 +224,6 @@ def _fill(module: nn.Module, name: str, mine: Tensor, mesh: DeviceMesh) -> None:
     module._parameters[name] = filled
     if isinstance(module, FrozenLinear) and module.share is not None:
         module.share.parts[name.removesuffix(_SUFFIX)] = filled
-
-
-def _divided_tensors(weight: Weight) -> dict[str, Tensor]:
-    """The tensors of a weight that are divided: not those of double quantised scales, which are small."""
-    return {"weight": weight} if isinstance(weight, Tensor) else {"packed": weight.packed, "absmax": weight.absmax}
 
 
 def _rows(item: StoredTensor, rows: slice) -> Tensor:

@@ -79,8 +79,7 @@ def takes_flash_lengths(model: nn.Module) -> bool:
 def flash_lengths(position_ids: Tensor) -> tuple[Tensor, int]:
     """Where the examples of one packed row begin, with its end, (examples + 1,) int32; and the longest one's tokens.
 
-    For transformers' `cu_seq_lens_q` and `max_length_q`, and those of k. Without them each layer finds both by the
-    positions, which the host reads from the GPU.
+    For `flash_inputs`. Without them each layer finds both by the positions, which the host reads from the GPU.
 
     Args:
         position_ids: (1, length) int64 on the CPU, counted from 0 in each example.
@@ -88,6 +87,11 @@ def flash_lengths(position_ids: Tensor) -> tuple[Tensor, int]:
     starts = (position_ids[0] == 0).nonzero()[:, 0]
     borders = torch.cat([starts, torch.tensor([position_ids.shape[1]])])
     return borders.to(torch.int32), int(borders.diff().max())
+
+
+def flash_inputs(starts: Tensor, longest: int) -> dict[str, Any]:
+    """The inputs by which transformers hands `flash_lengths` on to each layer; `starts` on the model's device."""
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
 def _attention(model: nn.Module) -> str | None:

@@ -124,6 +124,12 @@ class RowShare:
         return gather_runs([mine], [self.out_features], self.group)[0]
 
 
+def divided_tensors(weight: Weight, keep_bits: Tensor | None) -> dict[str, Tensor]:
+    """Name -> tensor that processes divide, of a weight and its mask; scales of double quantised scales stay whole."""
+    found = {"weight": weight} if isinstance(weight, Tensor) else {"packed": weight.packed, "absmax": weight.absmax}
+    return found if keep_bits is None else found | {"keep_bits": keep_bits}
+
+
 def span(length: int, rank: int, size: int) -> slice:
     """The run of process `rank` where `length` things are divided among `size`; torch.chunk cuts the same way."""
     step = -(-length // size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
@@ -16,12 +17,13 @@ from qdora.plan.workload import Workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.recipe_file import override
 from qdora.recipe.settings import Recipe
+from qdora.train.distributed import Processes
 
 logger = logging.getLogger("qdora")
 
 
 def within_budget(
-    recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False, num_processes: int = 1, here: int = 1
+    recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False, processes: Processes | None = None
 ) -> tuple[Recipe, Plan | None]:
     """Check a run against `memory.budget`; returns the recipe, and its plan (None without a budget).
 
@@ -30,19 +32,20 @@ def within_budget(
     change.
 
     Args:
-        num_processes: Of the run; `here` of them are on this machine.
+        processes: Those of the run, which all call this; budget auto is what the fullest of their devices has free.
     """
-    asked, parallel = recipe.memory.budget, recipe.train.parallel
+    asked, parallel, processes = recipe.memory.budget, recipe.train.parallel, processes or Processes()
     if asked is None:
         return recipe, None
-    budget = free_bytes(compute.device) if asked == "auto" else parse_size(asked)
+    budget = min(processes.gather(free_bytes(compute.device))) if asked == "auto" else parse_size(asked)
     kind: DeviceKind = "cuda" if compute.device.type == "cuda" else "cpu"
-    num_sharing = {"shard": num_processes, "hybrid": here}.get(parallel, 1)
-    changed, plan = planned(recipe, budget, None, kind, workload, num_sharing=num_sharing)
+    num_sharing = {"shard": processes.size, "hybrid": processes.num_here}.get(parallel, 1)
+    options: dict[str, Any] = {"device_kind": kind, "workload": workload}
+    changed, plan = planned(recipe, budget, num_sharing=num_sharing, **options)
     if plan.fits:
         return recipe, plan
-    if parallel == "auto" and num_processes > 1 and (shared := _shared(recipe)) is not None:
-        _, divided = planned(shared, budget, None, kind, workload, num_sharing=num_processes)
+    if parallel == "auto" and processes.size > 1 and (shared := _shared(recipe)) is not None:
+        _, divided = planned(shared, budget, num_sharing=processes.size, **options)
         if divided.fits:
             logger.info("train.parallel auto: shard, since the whole base does not fit.")
             return shared, divided

@@ -23,19 +23,19 @@ from transformers import PreTrainedModel
 from qdora.model.inject import linear_layers
 from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize
 from qdora.model.stored_tensors import tied_weights
-from qdora.nn.row_share import RowShare
-from qdora.ops.packed import PackedWeight, empty_packed
+from qdora.nn.row_share import RowShare, divided_tensors
+from qdora.ops.packed import empty_packed
 from qdora.plan import plan_contents as parts
 from qdora.plan.plan_contents import Cut, Division, Moment, Plan
-from qdora.plan.step_time import simulated_step
+from qdora.plan.step_time import PCIE_4, simulated_step
 from qdora.recipe.byte_size import size_text
 from qdora.recipe.settings import Recipe
 
 Way = Literal["replicate", "shard", "hybrid"]
 
-LINKS: Mapping[str, float] = {"NVLink": 240e9, "PCIe 4": 25e9, "100 Gb/s": 10e9, "25 Gb/s": 2.5e9}
-"""Bytes a second of a card's link in each direction, 80 % of the stated rate: NVLink 3 (A100: 300 GB/s), PCIe 4.0 x16
-(31.5 GB/s), and networks between machines (12.5 and 3.1 GB/s)."""
+LINKS: Mapping[str, float] = {"NVLink": 240e9, "PCIe 4": PCIE_4, "100 Gb/s": 10e9, "25 Gb/s": 2.5e9}
+"""Bytes a second of a card's link in each direction, 80 % of the stated rate: NVLink 3 (A100: 300 GB/s), PCIe 4.0, and
+networks between machines (12.5 and 3.1 GB/s)."""
 _WITHIN = ("NVLink", "PCIe 4")
 """Links between the cards of a machine; the others join machines."""
 _BUFFERS = 3
@@ -71,7 +71,8 @@ def division_of(
     cuts: Counter[Cut] = Counter()
     sizes: dict[str, int] = {}
     head = model.get_output_embeddings()
-    for path, module in linear_layers(model).items():
+    layers = linear_layers(model)
+    for path, module in layers.items():
         if f"{path}.weight" in shared:
             continue
         own = _layer_cuts(
@@ -91,7 +92,7 @@ def division_of(
             rows, columns = module.weight.shape
             cuts[parts.DENSE, rows, columns * dtype.itemsize] += 1
             table += rows * columns * dtype.itemsize
-    head_path = next((path for path, module in linear_layers(model).items() if module is head), None)
+    head_path = next((path for path, module in layers.items() if module is head), None)
     is_tied = head_path is not None and f"{head_path}.weight" in shared
     head_bytes = table if is_tied else sizes.get(head_path or "", 0)
     return Division(
@@ -116,15 +117,11 @@ def _layer_cuts(
         form = empty_packed(wanted.kind, shape, wanted.block_size, wanted.double_quant, "meta")
     bits = torch.empty(-(-shape[0] * shape[1] // 8), dtype=torch.uint8, device="meta") if masked else None
     share = RowShare(form, bits, _Alone())  # type: ignore[arg-type]
-    tensors = [(dense, form)]
-    if isinstance(form, PackedWeight):
-        tensors = [(parts.BASE, form.packed), (parts.SCALES, form.absmax)]
-    if bits is not None:
-        tensors.append((parts.MASKS, bits))
+    components = {"weight": dense, "packed": parts.BASE, "absmax": parts.SCALES, "keep_bits": parts.MASKS}
     found: Counter[Cut] = Counter()
-    for component, tensor in tensors:
+    for name, tensor in divided_tensors(form, bits).items():
         cut = share.cut(tensor)
-        found[component, len(cut), cut.nbytes // len(cut)] += 1
+        found[components[name], len(cut), cut.nbytes // len(cut)] += 1
     return found
 
 
@@ -170,7 +167,9 @@ class ProcessPlan:
     """A way to hold the base on several cards.
 
     Attributes:
-        wire_bytes: Bytes that each card receives in a step, and of these those from other machines at most.
+        num_sharing: Cards that divide the base among them.
+        base_bytes: Bytes of frozen tensors that a card holds from step to step.
+        wire_bytes: Bytes that a card receives in a step.
         step_seconds: Link within a machine, or "A + B" with the one between machines -> seconds of a step.
     """
 
@@ -208,7 +207,7 @@ def _process_plan(plan: Plan, way: Way, size: int, num_processes: int, num_hosts
     share = (size - 1) / size
     gradients = 2 * 4 * plan.num_trainable * (num_processes - 1) / num_processes
     gathered = 0.0
-    if division is not None and size > 1:
+    if division is not None:
         gathered = share * (2 * division.blocks_bytes + division.table_bytes + division.head_bytes)
     seconds = {}
     networks = [name for name in LINKS if name not in _WITHIN] if num_hosts > 1 else [None]
@@ -217,14 +216,14 @@ def _process_plan(plan: Plan, way: Way, size: int, num_processes: int, num_hosts
             slowest = LINKS[inner] if outer is None else min(LINKS[inner], LINKS[outer])
             rate = LINKS[inner] if way == "hybrid" else slowest
             name = inner if outer is None else f"{inner} + {outer}"
-            seconds[name] = _seconds(plan, passes, share if size > 1 else 0.0, rate) + gradients / slowest
+            seconds[name] = _seconds(plan, passes, share, rate) + gradients / slowest
     return ProcessPlan(
         way=way,
         num_sharing=size,
         peak_bytes=found.peak_bytes,
         base_bytes=_base_bytes(found),
         wire_bytes=round(passes * gathered + gradients),
-        fits=None if plan.budget_bytes is None else found.peak_bytes <= plan.budget_bytes,
+        fits=found.fits,
         step_seconds=seconds,
     )
 

@@ -150,8 +150,7 @@ class StepRecorder:
     """Runs steps of a model on fake tensors, with its adapters, and notes the peak of each part, by component.
 
     `live` is the active counter, inside an active FakeTensorMode and `planned_on`. With `checkpointing` only the inputs
-    of the blocks are kept for the backward pass. With `router_loss` the loss includes the
-    auxiliary loss of the routers.
+    of the blocks are kept for the backward pass. With `router_loss` the loss includes that of the routers.
     """
 
     def __init__(

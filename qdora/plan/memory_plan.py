@@ -93,9 +93,10 @@ def plan(
         budget = recipe.memory.budget
     limit = parse_size(budget) if isinstance(budget, str) else budget
     shape = _stored_shape(recipe) if config is None else None
-    if shape is None:
-        return planned(recipe, limit, config, device_kind, workload)[1]
-    return replace(planned(recipe, limit, shape.config(), device_kind, workload)[1], stored_shape=shape.source)
+    if shape is not None:
+        config = shape.config()
+    found = planned(recipe, limit, config=config, device_kind=device_kind, workload=workload)[1]
+    return found if shape is None else replace(found, stored_shape=shape.source)
 
 
 def _stored_shape(recipe: Recipe) -> PublicShape | None:
@@ -112,13 +113,17 @@ def _stored_shape(recipe: Recipe) -> PublicShape | None:
 def planned(
     recipe: Recipe,
     budget: int | None,
-    config: PreTrainedConfig | None,
+    *,
+    config: PreTrainedConfig | None = None,
     device_kind: DeviceKind,
     workload: Workload,
     num_sharing: int = 1,
 ) -> tuple[Recipe, Plan]:
-    """The recipe with the neutral changes that it needs to fit, and its `plan`, where so many processes divide the
-    base."""
+    """The recipe with the neutral changes that it needs to fit, and its plan. The arguments are those of `plan`.
+
+    Args:
+        num_sharing: Processes that divide the base; 1: each holds all of it.
+    """
     source = local_source(recipe.model.source)
     if config is None:
         source = find_source(recipe, weights=False)

@@ -35,9 +35,12 @@ class Rates:
     measured: bool = False
 
 
+PCIE_4 = 25e9
+"""Bytes a second in each direction: 80 % of the 31.5 GB/s that are stated for PCIe 4.0 with 16 lanes."""
+
 STATED: Mapping[DeviceKind, Rates] = {
-    # NVIDIA's A100 40 GB data sheet: half of 312 TFLOP/s, 80 % of 1,555 GB/s, and 80 % of PCIe 4.0's 31.5 GB/s
-    "cuda": Rates("A100 40GB (stated)", 156e12, 1.2e12, 25e9),
+    # NVIDIA's A100 40 GB data sheet: half of 312 TFLOP/s, and 80 % of 1,555 GB/s
+    "cuda": Rates("A100 40GB (stated)", 156e12, 1.2e12, PCIE_4),
     # Two cores with AVX512-BF16 (benchmarks, layer times); the disk of a rented machine, a round number
     "cpu": Rates("two CPU cores (stated)", 1e12, 10e9, 1e9),
 }

@@ -111,8 +111,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     compute = choose_compute(recipe.model.dtype)
     _check(recipe, compute, validation, num_steps, loader)
     workload = workload_of_data(recipe, mix, tokenizer)
-    counts = {"num_processes": processes.size, "here": processes.num_here}
-    applied, memory_plan = within_budget(recipe, compute, workload, force=force, **counts)
+    applied, memory_plan = within_budget(recipe, compute, workload, force=force, processes=processes)
     if memory_plan is not None:
         source = find_source(applied)
         loader.micro_batch_tokens = micro_batch_tokens(applied)

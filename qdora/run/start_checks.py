@@ -73,8 +73,17 @@ def begin_checks(run: RunDirectory, data: Sequence[Check], *, trains: bool) -> N
 
 
 def check_model(model: PreTrainedModel, run: RunDirectory, processes: Processes, *, packs: bool) -> PackedLayout | None:
-    """Tell how the model's attention takes packed examples, after a trial that they stay apart, and that a divided base
-    is the whole one; returns the layout of micro-batches. All processes call this."""
+    """Try the loaded and adapted model before its first step, and tell what was found. All processes call this.
+
+    Packed examples must stay apart in its attention, and a divided base must be the same as the whole one.
+
+    Args:
+        packs: Whether the recipe packs examples.
+    Returns:
+        How micro-batches are packed for this model; None if they are not.
+    Raises:
+        As `packed_layout` and `check_division`.
+    """
     layout, text = packed_layout(model) if packs else (None, "examples are not packed: none shares a row with another.")
     found = {PACKING: [Check("passed", text)]}
     divided = check_division(model, processes)

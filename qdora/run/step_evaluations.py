@@ -28,7 +28,7 @@ BEST_FILE = "best.json"
 
 
 class StepEvaluations:
-    """Evaluates a run, in its first process, or where the processes divide the base in all of them.
+    """Evaluates a run in its first process; in all of them if they divide the base.
 
     Args:
         active: The run.
@@ -67,7 +67,7 @@ class StepEvaluations:
         self._keep(f"eval/{file.name}", result.to_dict(per_example=True))
         metrics = {task: asdict(numbers) for task, numbers in result.tasks.items()}
         seconds = {"evaluation_seconds": result.settings["seconds"]}
-        if active.recipe.eval.method == "generate":
+        if asked.method == "generate":
             answers = self._generate(step)
             seconds["generation_seconds"] = answers.settings["seconds"]
             for task, numbers in answers.to_dict()["tasks"].items():

@@ -1,4 +1,5 @@
-"""Data-parallel training: each process holds the frozen base and trains on a share of every step's examples.
+"""Data-parallel training: each process holds the frozen base, or its part of it (memory/sharded_base.py), and trains on
+a share of every step's examples.
 
 In each step the processes exchange the sum of the adapters' gradients, in one all-reduce after the last micro-batch,
 and one line of JSON. DistributedDataParallel would reduce in every micro-batch and keep buffers for the whole run, to
@@ -35,8 +36,6 @@ _MESSAGE_ELEMENTS = 1 << 24
 _PATIENCE = timedelta(days=1)
 # GPUs meet right after a message of all processes on the host, so that none waits for another's work there.
 _GPU_PATIENCE = timedelta(minutes=10)
-
-
 # In the messages of gloo and NCCL when a process of the group has ended.
 _CONNECTION_WORDS = ("onnection", "NCCL", "gloo")
 
@@ -62,7 +61,7 @@ class Processes:
     @property
     def num_here(self) -> int:
         """Processes of the run on this machine."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+        return _num_here(self.size) if self.size > 1 else 1
 
     def dividing(self, base: bool) -> Processes:
         """The same processes, which divide the base if `base` and they are several."""
@@ -107,9 +106,9 @@ class Processes:
         return result
 
     def first_or_all(self, action: Callable[[], T]) -> T | None:
-        """Run an action that calls the model: like `first`, or where the base is divided in all processes.
+        """Run an action that calls the model: in the first process, like `first`; in all if they divide the base.
 
-        There each process gets its result, and one that fails ends: the others cannot go on without it.
+        Then each process gets its result, and one that fails ends: the others cannot go on without it.
         """
         if not self.shards:
             return self.first(action)
@@ -131,8 +130,8 @@ class Processes:
         if not is_out_of_memory(error) and any(word in reason for word in _CONNECTION_WORDS):
             return OtherProcessFailed(self._lost())
         return RunFailure(
-            f"process {self.rank}: cannot be computed: {reason} With train.parallel: shard all processes end. "
-            "Fix the cause, then resume from the last checkpoint with --resume."
+            f"process {self.rank}: a pass through the model cannot be computed: {reason} All processes end, since they "
+            "divide the base. Fix the cause, then resume from the last checkpoint with --resume."
         )
 
     def _lost(self) -> str:
@@ -211,7 +210,7 @@ def processes_of_launch() -> Iterator[Processes]:
         return
     on_gpus = torch.cuda.is_available()
     if on_gpus:
-        here, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", size)), torch.cuda.device_count()
+        here, num_gpus = _num_here(size), torch.cuda.device_count()
         if here > num_gpus:
             raise UserError(f"qdora train: must have one process for each GPU (got {here} on {num_gpus} GPUs).")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -247,7 +246,12 @@ def free_host_bytes() -> int | None:
     size = dist.get_world_size()
     told = Processes(dist.get_rank(), size).gather(free)
     known = [each for each in told if each is not None]
-    return min(known) // int(os.environ.get("LOCAL_WORLD_SIZE", size)) if known else None
+    return min(known) // _num_here(size) if known else None
+
+
+def _num_here(size: int) -> int:
+    """Processes on this machine, of a launch of `size`."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size))
 
 
 def seed_of(seed: int, rank: int, step: int = 0) -> int:

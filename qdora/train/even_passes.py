@@ -1,4 +1,4 @@
-"""The same number of passes in all processes, which a base needs that is divided among them: each pass gathers it."""
+"""The same number of passes in all processes: where they divide the base, each pass gathers it from all of them."""
 
 from __future__ import annotations
 

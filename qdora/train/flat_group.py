@@ -289,7 +289,7 @@ def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter, pages: list
         return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
     names = [name for name in ("state1", "state2") if name == "state1" or "lion" not in type(inner).__name__.lower()]
     size = master.numel() * (1 if getattr(inner.args, "optim_bits", 32) == 8 else 4)  # type: ignore[attr-defined]
-    fitting = sorted((page for page in pages if page.untyped_storage().nbytes() >= size), key=_num_bytes)
+    fitting = sorted((page for page in pages if _num_bytes(page) >= size), key=_num_bytes)
     paged = inner.is_paged  # type: ignore[attr-defined]
     inner.is_paged = paged and len(fitting) < len(names)  # type: ignore[attr-defined]
     inner.init_state(inner.param_groups[0], master, 0, 0)  # type: ignore[attr-defined]

@@ -23,7 +23,7 @@ from qdora.data.batching import Packing
 from qdora.data.loader import Step, StepLoader
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
 from qdora.model.inject import adapted_layers
-from qdora.model.known_masks import known_masks, packed_mask_is_known, takes_flash_lengths
+from qdora.model.known_masks import flash_inputs, known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.nn.adapted_linear import norms_checked_later, prepare_gains, settle_norms, unchecked
 from qdora.nn.host_embedding import ids_on_host
 from qdora.nn.shared_norms import prepare_shared_gains
@@ -559,8 +559,7 @@ def batch_loss(
     if sent.packing is not None:
         inputs["position_ids"] = sent.packing.position_ids
         if len(sent.starts) and takes_flash_lengths(model):
-            inputs |= {"cu_seq_lens_q": sent.starts, "cu_seq_lens_k": sent.starts}
-            inputs |= {"max_length_q": sent.longest, "max_length_k": sent.longest}
+            inputs |= flash_inputs(sent.starts, sent.longest)
     with tapped_routers(model) if routers else nullcontext() as tap:
         nll = labelled_nll(model, inputs, (sent.rows, sent.columns), sent.targets, chunk)
     zeros = torch.zeros(len(sent.example_tokens), dtype=nll.dtype, device=nll.device)

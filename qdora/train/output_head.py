@@ -34,8 +34,6 @@ _PROBED = 4
 _PROBE_FACTORS = (1.0, 16.0, 256.0)
 # Bytes per logit of a checkpointed head: two 16-bit copies, and three in float32 (widened, log-softmax, gradient).
 _CHECKPOINTED_BYTES = 16
-
-
 # Peak bytes for each logit when all exist at once: 16 bits, and three float32 copies (widened, log-softmax, gradient).
 _PLAIN_BYTES = 14
 # Each model's LogitForm, learnt from its first labelled batch; None: no known form reproduces its logits.
@@ -165,7 +163,14 @@ def proposed_form(config: Any) -> LogitForm:
 def labelled_nll(
     model: nn.Module, inputs: dict[str, Any], labelled: tuple[Tensor, Tensor], targets: Tensor, chunk: int | None
 ) -> Tensor:
-    """NLL of the labelled positions, (num_labelled,): without the model's logits if a known form reproduces those."""
+    """NLL of the labelled positions, (num_labelled,): without the model's logits if a known form reproduces those.
+
+    Args:
+        inputs: Of the model, by name.
+        labelled: Row and column of each position, (num_labelled,) int64, on the model's device.
+        targets: (num_labelled,) int64, the token behind each position.
+        chunk: As in `head_nll`.
+    """
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     known, form = model in _FORMS, _FORMS.get(model, LogitForm())
     if form is not None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from qdora.data.batching import PackedLayout
 from qdora.errors import UserError
-from qdora.model.known_masks import flash_lengths, takes_flash_lengths
+from qdora.model.known_masks import flash_inputs, flash_lengths, takes_flash_lengths
 from qdora.nn.evaluation_mode import evaluation_mode
 
 # Tokens of the probed example, of the example before it in each of two rows, and of the example behind it. The borders
@@ -116,8 +116,7 @@ def _probe_outputs(model: PreTrainedModel, layout: PackedLayout, rows: Sequence[
         inputs: dict[str, Any] = {"position_ids": positions.to(model.device)}
         if layout == "single" and takes_flash_lengths(model):
             starts, longest = flash_lengths(positions)
-            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts.to(model.device))
-            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), longest)
+            inputs |= flash_inputs(starts.to(model.device), longest)
         logits += _logits(model, ids, **inputs)
     places = [slice(len(row[0]), len(row[0]) + len(row[1])) for row in rows]
     return torch.stack([each[place] for each, place in zip(logits, places, strict=True)])

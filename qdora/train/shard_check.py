@@ -20,6 +20,7 @@ from qdora.errors import RunFailure
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.row_share import divided_tensors
 from qdora.nn.shared_norms import prepare_shared_gains
 from qdora.ops.tiles import Weight
 from qdora.train.checkpoint import random_state, set_random_state
@@ -127,13 +128,8 @@ def _wrong_weights(
 
 
 def _same(layer: FrozenLinear, weight: Weight, keep_bits: Tensor | None) -> bool:
-    mine, right = _tensors(layer.stored_weight, layer.keep_bits), _tensors(weight, keep_bits)
+    mine, right = divided_tensors(layer.stored_weight, layer.keep_bits), divided_tensors(weight, keep_bits)
     return all(torch.equal(mine[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in right.items())
-
-
-def _tensors(weight: Weight, keep_bits: Tensor | None) -> dict[str, Tensor]:
-    found = {"weight": weight} if isinstance(weight, Tensor) else {"packed": weight.packed, "absmax": weight.absmax}
-    return found if keep_bits is None else found | {"keep_bits": keep_bits}
 
 
 @contextmanager
@@ -143,7 +139,7 @@ def _read_from(whole: dict[FrozenLinear, tuple[Weight, Tensor | None]]) -> Itera
     try:
         for layer, (weight, keep_bits) in whole.items():
             layer.residency = layer.share = None
-            layer._buffers.update(_tensors(weight, keep_bits))
+            layer._buffers.update(divided_tensors(weight, keep_bits))
         yield
     finally:
         for layer, (buffers, residency, share) in before.items():
