@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,17 +36,19 @@ from qdora.train.task_weights import TaskWeights
 TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
 
 
-def recipe(data: Path, *, batch: int, checkpointing: bool, seed: int = 0) -> Recipe:
-    """The eight commonsense tasks in equal shares on SmolLM2-135M in NF4.
+def recipe(data: Path, *, batch: int, checkpointing: bool, seed: int = 0, quant: str = "nf4") -> Recipe:
+    """The eight commonsense tasks in equal shares on SmolLM2-135M.
 
     Args:
-        data: Holds <task>/<split>.parquet in the schema of `qdora guide own-data`.
+        data: Holds <task>/<split>.parquet in the schema of `qdora guide own-data`. Any path if only the model is read.
         batch: Examples of a step.
         seed: Of the order.
+        quant: Format of the base.
     """
     return recipe_from(
         {
             "model": {"source": "builtin"},
+            "base": {"quant": quant},
             "data": {
                 "mix": [{"task": task, "path": str(data / task), "limit": 400} for task in TASKS],
                 "strategy": "equal",
@@ -204,16 +206,22 @@ def smoke_model(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = 128) -
 def smoke_steps(num_steps: int) -> list[Step]:
     """Steps of eight examples of random tokens, of 5 to 12 tokens each, in two micro-batches."""
     generator = torch.Generator().manual_seed(0)
-    return [_smoke_step(generator) for _ in range(num_steps)]
+    return [random_step(((12, 11, 9), (8, 7, 7, 6, 5)), generator, num_prompt=4) for _ in range(num_steps)]
 
 
-def _smoke_step(generator: torch.Generator) -> Step:
+def random_step(lengths: Sequence[Sequence[int]], generator: torch.Generator, *, num_prompt: int = 1) -> Step:
+    """A step of random tokens, right-padded.
+
+    Args:
+        lengths: Of the rows of each micro-batch, the longest first.
+        num_prompt: Tokens at the start of each row that are not labelled.
+    """
     parts = []
-    for lengths in ((12, 11, 9), (8, 7, 7, 6, 5)):
-        ids = torch.randint(1, 128, (len(lengths), lengths[0]), generator=generator)
-        mask = (torch.arange(lengths[0]) < torch.tensor(lengths)[:, None]).long()
-        labels = torch.where((mask == 1) & (torch.arange(lengths[0]) >= 4), ids, IGNORED)
-        names = ["smoke"] * len(lengths)
-        parts.append(MicroBatch(ids, mask, labels, torch.zeros(len(lengths), dtype=torch.int64), ["smoke"], names))
+    for rows in lengths:
+        ids = torch.randint(1, 128, (len(rows), rows[0]), generator=generator)
+        mask = (torch.arange(rows[0]) < torch.tensor(rows)[:, None]).long()
+        labels = torch.where((mask == 1) & (torch.arange(rows[0]) >= num_prompt), ids, IGNORED)
+        names = [f"random {row}" for row in range(len(rows))]
+        parts.append(MicroBatch(ids, mask, labels, torch.zeros(len(rows), dtype=torch.int64), ["random"], names))
     num_labels = sum(int((part.labels != IGNORED).sum()) for part in parts)
-    return Step(parts, num_labels, sum(int(part.attention_mask.sum()) for part in parts), 8, 0)
+    return Step(parts, num_labels, sum(map(sum, lengths)), sum(map(len, lengths)), 0)

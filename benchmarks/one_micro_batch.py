@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, adapt, on_linear4bit
+from contenders import CONTENDERS
 from measure import RESULTS, facts, in_turns, ratio, spread, write
-from mixed_data import base_model, smoke_model
-from step_time import RANK, trainer
+from mixed_data import base_model, random_step, recipe, smoke_model
+from step_time import RANK, model_of, trainer
 
-from qdora.data.batching import MicroBatch
 from qdora.data.loader import Step
 from qdora.memory.allocator import keep_freed_memory
-from qdora.recipe.recipe_file import recipe_from
 
 NAMES = ("own_dora", "own_lora", "peft_lora", "peft_dora", "frozen", "dense")
 RATIOS = (
@@ -52,7 +50,8 @@ def main() -> None:
         args.rows, args.length, args.rounds = 2, 8, 2
     keep_freed_memory()
     steps = {name: step_of(name, smoke=args.smoke) for name in NAMES}
-    turns = {name: functools.partial(each, one_step(args.rows, args.length)) for name, each in steps.items()}
+    step = random_step([[args.length] * args.rows], torch.Generator().manual_seed(0))
+    turns = {name: functools.partial(each, step) for name, each in steps.items()}
     seconds = in_turns(turns, args.rounds, warmup=2)
     ratios = {f"{first} / {second}": ratio(seconds[first], seconds[second]) for first, second in RATIOS}
     result = facts(f"python benchmarks/one_micro_batch.py --rounds {args.rounds}") | {
@@ -70,27 +69,14 @@ def main() -> None:
     write(args.out, result)
 
 
-def step_of(name: str, *, smoke: bool) -> Callable[[Step], None]:
+def step_of(name: str, *, smoke: bool) -> Callable[[Step], object]:
     """What makes one step of a contender, its model in training mode."""
     contender = CONTENDERS[name]
-    if smoke:
-        model = smoke_model()
-    else:
-        base = {} if contender.engine != "dense" else {"base": {"quant": "none"}}
-        model = base_model(recipe_from({**RECIPE, **base}))
-    if contender.kind is None:
-        return functools.partial(floor_step, model.train())
-    if contender.engine == "peft":
-        model = on_linear4bit(model, torch.bfloat16)
-    return trainer(name, adapt(model, contender, RANK).train())
-
-
-RECIPE: dict[str, Any] = {
-    "model": {"source": "builtin"},
-    "data": {"mix": [{"task": "demo/facts"}]},
-    "train": {"steps": 1, "batch": 1},
-    "memory": {"checkpointing": False},
-}
+    if contender.kind is not None:
+        return trainer(name, model_of(name, "off", smoke=smoke))
+    quant = "none" if contender.engine == "dense" else "nf4"
+    model = smoke_model() if smoke else base_model(recipe(Path(), batch=1, checkpointing=False, quant=quant))
+    return functools.partial(floor_step, model.train())
 
 
 def floor_step(model: Any, step: Step) -> None:
@@ -98,17 +84,6 @@ def floor_step(model: Any, step: Step) -> None:
     (batch,) = step.micro_batches
     embedded = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
     model(inputs_embeds=embedded, labels=batch.labels, use_cache=False).loss.backward()
-
-
-def one_step(rows: int, length: int) -> Step:
-    """A step of one micro-batch of random tokens, all labelled."""
-    ids = torch.randint(1, 128, (rows, length), generator=torch.Generator().manual_seed(0))
-    names = [f"random {row}" for row in range(rows)]
-    task_ids = torch.zeros(rows, dtype=torch.int64)
-    batch = MicroBatch(
-        ids, torch.ones_like(ids), ids.clone(), task_ids=task_ids, task_names=["random"], example_ids=names
-    )
-    return Step([batch], rows * (length - 1), rows * length, rows, 0)
 
 
 if __name__ == "__main__":

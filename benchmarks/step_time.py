@@ -124,12 +124,9 @@ def steps_of(args: argparse.Namespace, num_steps: int) -> list[Step]:
     return real_steps(recipe(args.data.resolve(), batch=args.batch, checkpointing=False), num_steps)
 
 
-def model_of(name: str, mode: str, args: argparse.Namespace) -> Any:
-    """A contender's model, adapters on it, in training mode."""
-    if args.smoke:
-        base = smoke_model()
-    else:
-        base = base_model(recipe(args.data.resolve(), batch=args.batch, checkpointing=False))
+def model_of(name: str, mode: str, *, smoke: bool) -> Any:
+    """A contender's model, adapters on it, in training mode; checkpointing is "on" or "off" by `mode`."""
+    base = smoke_model() if smoke else base_model(recipe(Path(), batch=1, checkpointing=False))
     contender = CONTENDERS[name.removesuffix(SAME_LOOP)]
     model = on_linear4bit(base, torch.bfloat16) if contender.engine == "peft" else base
     if mode == "on":
@@ -137,7 +134,7 @@ def model_of(name: str, mode: str, args: argparse.Namespace) -> Any:
     return adapt(model, contender, RANK).train()
 
 
-def trainer(name: str, model: Any) -> Callable[[Step], None]:
+def trainer(name: str, model: Any) -> Callable[[Step], object]:
     """What makes one optimizer step of a contender."""
     if CONTENDERS[name.removesuffix(SAME_LOOP)].engine == "own" or name.endswith(SAME_LOOP):
         return functools.partial(own_step, model, AdapterOptimizer(adapter_parameters(model), lr=LR))
@@ -146,10 +143,11 @@ def trainer(name: str, model: Any) -> Callable[[Step], None]:
     return functools.partial(peer_step, model, optimizer, trainable)
 
 
-def own_step(model: Any, optimizer: AdapterOptimizer, step: Step) -> None:
-    """A run of one step of `qdora train`."""
+def own_step(model: Any, optimizer: AdapterOptimizer, step: Step) -> float:
+    """A run of one step of `qdora train`. Returns its loss."""
     settings = TrainConfig(steps=1, batch=1, lr=LR, schedule="constant", warmup=0, clip=CLIP)
-    fitted(model, optimizer, FixedSteps([step]), settings, console=Console(quiet=True))
+    lines = fitted(model, optimizer, FixedSteps([step]), settings, console=Console(quiet=True))
+    return float(lines[0]["loss"])
 
 
 def peer_step(model: Any, optimizer: torch.optim.Optimizer, trainable: list[Any], step: Step) -> None:
@@ -169,7 +167,7 @@ def add_rounds(found: dict[str, Any], names: tuple[str, ...], mode: str, args: a
     tokens, padded = found.setdefault("tokens", []), found.setdefault("padded_tokens", [])
     num_done, rounds = len(tokens), 2 if args.smoke else args.rounds
     steps = steps_of(args, num_done + rounds)[num_done:]
-    trainers = {name: trainer(name, model_of(name, mode, args)) for name in names}
+    trainers = {name: trainer(name, model_of(name, mode, smoke=args.smoke)) for name in names}
     for number, step in enumerate(steps):
         if time.perf_counter() - began > args.seconds:
             break
@@ -192,7 +190,7 @@ def add_rounds(found: dict[str, Any], names: tuple[str, ...], mode: str, args: a
 def peak(name: str, args: argparse.Namespace) -> dict[str, int]:
     """Resident bytes of a contender: after loading, and at most while it trains."""
     steps = steps_of(args, PEAK_STEPS)
-    make_step = trainer(name, model_of(name, args.checkpointing, args))
+    make_step = trainer(name, model_of(name, args.checkpointing, smoke=args.smoke))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     keep_freed_memory()

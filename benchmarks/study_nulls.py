@@ -26,7 +26,7 @@ import numpy as np
 from measure import RESULTS, facts, write
 
 from qdora.study.compare import Arm, Results, comparisons, find_arms, quality, wide_contexts
-from qdora.study.grid import MoreSeedsConfig, Study, study_from
+from qdora.study.grid import Study, study_from
 from qdora.study.repair import damage_row, repair_row
 from qdora.study.statistics import Array, Spread, TaskScores
 from qdora.study.study_directory import StudyDirectory
@@ -170,7 +170,7 @@ def one_study(
     rows = comparisons(arms, results, ARMS[0], ["nll_per_token"])
     single = [row for row in rows if row["role"] == "exploratory"]
     found = {
-        "difference": [row["lower"] <= simulated.effects[row["base"]] <= row["upper"] for row in single],
+        "difference": [row["lower"] <= scenario.effect <= row["upper"] for row in single],
         "primary": [row["lower"] <= scenario.effect <= row["upper"] for row in rows if row["role"] == "primary"],
         "winner": [any(row["winner"] for row in judged)],
     }
@@ -205,14 +205,19 @@ def _held(simulated: _Simulated, arms: list[Arm]) -> dict[str, list[bool]]:
             truth = simulated.levels[arm.name, arm.context["base"]]
             add("score", truth, {"score_lower": score.lower, "score_upper": score.upper})
             row = repair_row(arm, arms, results)
-            left, transplant = simulated.left[arm.name, arm.context["base"]], TRANSPLANTED
+            left = lost_on(arm.context["base"])
             add("left", left, row)
-            add("transplant", transplant, row)
-            add("repaired", transplant - left, row)
-            add("repaired_share", (transplant - left) / transplant, row)
+            add("transplant", TRANSPLANTED, row)
+            add("repaired", TRANSPLANTED - left, row)
+            add("repaired_share", (TRANSPLANTED - left) / TRANSPLANTED, row)
         elif arm.kind == "base":
             add("damage_choice", LOST, damage_row(arm, results))
     return held
+
+
+def lost_on(base: str) -> float:
+    """Nats per token that compression costs on a base."""
+    return 0.0 if base == DENSE else LOST
 
 
 @lru_cache(maxsize=256)
@@ -245,9 +250,7 @@ class _Simulated:
     """The cells of one study; their scores are put into `results`.
 
     Attributes:
-        effects: Base -> what dora is better by.
         levels: (arm, base) -> NLL per token.
-        left: (arm, base) -> NLL per token above that on the uncompressed base.
     """
 
     def __init__(
@@ -258,16 +261,13 @@ class _Simulated:
         self.shape = (scenario.tasks, scenario.examples)
         self.cells: list[dict[str, Any]] = []
         self.bases = [DENSE, *(f"base {index}" for index in range(scenario.bases))]
-        self.effects, self.levels, self.left = {}, {}, {}
+        self.levels: dict[tuple[str, str], float] = {}
         number = scenario.seeds + scenario.more_seeds
         self.fixed = None if scenario.rotates else self._examples()
         of_arms = {base: self._of_arm() for base in self.bases}
         for base in self.bases:
-            lost = 0.0 if base == DENSE else LOST
-            self.effects[base] = scenario.effect
             for arm in ARMS:
-                self.levels[arm, base] = 1.0 + lost - (scenario.effect if arm == "dora" else 0.0)
-                self.left[arm, base] = lost
+                self.levels[arm, base] = 1.0 + lost_on(base) - (scenario.effect if arm == "dora" else 0.0)
         for seed in range(number):
             self._add_seed(seed, of_arms)
         if with_repair:
@@ -280,8 +280,7 @@ class _Simulated:
             return find_arms(self.cells, self.results)
         first = {str(seed) for seed in study.seeds}
         cells = [cell for cell in self.cells if cell["labels"].get("seed", "0") in first]
-        asked = MoreSeedsConfig.model_validate(study.more_seeds.model_dump())
-        wide = [each["base"] for each in wide_contexts(find_arms(cells, self.results), self.results, asked)]
+        wide = [each["base"] for each in wide_contexts(find_arms(cells, self.results), self.results, study.more_seeds)]
         more = [cell for cell in self.cells if cell not in cells and cell["labels"]["base"] in wide]
         return find_arms([*cells, *more], self.results)
 
@@ -329,7 +328,7 @@ class _Simulated:
         """Choice NLLs of the bases without training."""
         hard = 0.3 * (self.draw.exponential(size=self.shape) - 1.0)
         for base in self.bases:
-            values = 1.0 + hard + (0.0 if base == DENSE else LOST) + self._noise(0.2)
+            values = 1.0 + hard + lost_on(base) + self._noise(0.2)
             self._add("base", base, None, None, 0, values, np.ones(self.shape), measure="choice_nll")
 
     def _add(

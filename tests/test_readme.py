@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import importlib.util
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -53,6 +54,8 @@ TOPICS = {
 }
 LEAST_COMMANDS = {README: 8, **dict.fromkeys(GUIDES, 1)}
 OPTIONS_OF_OTHERS = {"--no-deps", "--nproc-per-node", "--smoke", "--help"}
+MEASURED_BY_EARLIER_VERSIONS = {"study.py", "combined_vs_solo.py"}
+"""Benchmarks whose options have changed since, as the page says."""
 REST = {
     "model": {"source": "builtin"},
     "data": {"mix": [{"task": "demo/howto"}, {"task": "demo/cause"}]},
@@ -149,14 +152,33 @@ def test_every_benchmark_is_explained_with_options_that_it_has() -> None:
         assert program == "python"
         text = (ROOT / script).read_text()
         missing = [option for option in options if option.startswith("--") and f'"{option}"' not in text]
-        # Those of `measure.py` are shared
-        shared = (ROOT / "benchmarks/measure.py").read_text()
-        assert not [option for option in missing if f'"{option}"' not in shared], (script, missing)
+        assert not missing, script
     programs = {
         f"benchmarks/{file.name}" for file in (ROOT / "benchmarks").glob("*.py") if "\ndef main" in file.read_text()
     }
     assert len(programs) >= 30
     assert programs <= {words[1] for words in found}
+
+
+def test_the_command_above_a_table_is_that_of_its_result_file() -> None:
+    """But for the number of threads, and for options that say where files are."""
+
+    def plain(command: str) -> list[str]:
+        return shlex.split(re.sub(r"OMP_NUM_THREADS=\d |--(out|work|llama-cpp) \S+", "", command), comments=True)
+
+    results, checked = ROOT / "benchmarks/results", []
+    for section in BENCHMARKS.read_text().split("\n## "):
+        if "<!-- table" not in section:
+            continue
+        for line in "".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL)).splitlines():
+            script = next(Path(word) for word in plain(line) if word.endswith(".py"))
+            out = re.search(r"--out (\S+)", line)
+            files = [ROOT / out[1]] if out else [results / f"{script.stem}.json", results / script.stem / "run.json"]
+            (document,) = (json.loads(file.read_text()) for file in files if file.exists())
+            if script.name not in MEASURED_BY_EARLIER_VERSIONS:
+                assert plain(line) == plain(document["command"])
+                checked.append(script)
+    assert len(checked) >= 45
 
 
 def test_every_extra_named_exists() -> None:

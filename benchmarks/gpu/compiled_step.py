@@ -6,11 +6,11 @@ import time
 from typing import Any
 
 import torch
-from measure import alternating, ratio, spread
+from measure import ratio
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from gpu import device as on
-from gpu.model_step import fitting_step, make_model
+from gpu.model_step import fitting_step, make_model, speeds, timed_in_turns
 from gpu.part import Part
 from gpu.plan import Plan
 from gpu.shaped_model import Weights
@@ -49,17 +49,12 @@ def _compared(steps: dict[str, Any], num_tokens: int, plan: Plan, device: torch.
         on.reset_peak(device)
         losses[name] += step(1)
         peaks[name] = on.peak_bytes(device)
-    number = plan.num_steps
-    readings = {
-        name: lambda s=step: on.timed(device, lambda: s(number)).seconds / number for name, step in steps.items()
-    }
-    samples = alternating(readings, 3, warmup=0)
+    samples = timed_in_turns(steps, plan, device)
     difference = max(abs(a - b) / a for a, b in zip(losses["eager"], losses["compiled"], strict=True))
     return {
         "first_step_seconds": first,
         "peak_allocated_bytes": peaks,
-        "step_seconds": {name: spread(found) for name, found in samples.items()},
-        "tokens_per_second": {name: num_tokens / spread(found)["median"] for name, found in samples.items()},
+        **speeds(samples, num_tokens),
         "compiled / eager": ratio(samples["compiled"], samples["eager"]),
         "losses": losses,
         "same_losses": {"relative_difference": difference, "ok": difference <= _MOST_DIFFERENCE},

@@ -112,18 +112,28 @@ def in_turns(part: Part, plan: Plan, device: torch.device) -> None:
 
 
 def _turns(steps: dict[str, Any], num_tokens: int, plan: Plan, device: torch.device) -> dict[str, Any]:
-    number = plan.num_steps
     for step in steps.values():
         step(2)
+    samples = timed_in_turns(steps, plan, device)
+    return speeds(samples, num_tokens) | {"ratios": {f"{a} / {b}": ratio(samples[a], samples[b]) for a, b in RATIOS}}
+
+
+def timed_in_turns(steps: dict[str, Any], plan: Plan, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of a step of each, three readings in turns."""
+    number = plan.num_steps
 
     def sampler(step: Any) -> Callable[[], float]:
         return lambda: on.timed(device, lambda: step(number)).seconds / number
 
-    samples = alternating({name: sampler(step) for name, step in steps.items()}, 3, warmup=0)
+    return alternating({name: sampler(step) for name, step in steps.items()}, 3, warmup=0)
+
+
+def speeds(samples: dict[str, list[float]], num_tokens: int) -> dict[str, Any]:
+    """Seconds of a step and tokens a second of each."""
+    seconds = {name: spread(found) for name, found in samples.items()}
     return {
-        "step_seconds": {name: spread(found) for name, found in samples.items()},
-        "tokens_per_second": {name: num_tokens / spread(found)["median"] for name, found in samples.items()},
-        "ratios": {f"{a} / {b}": ratio(samples[a], samples[b]) for a, b in RATIOS},
+        "step_seconds": seconds,
+        "tokens_per_second": {name: num_tokens / found["median"] for name, found in seconds.items()},
     }
 
 

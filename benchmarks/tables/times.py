@@ -113,16 +113,16 @@ def roofline() -> str:
         rows.append([*row, f"{case['ratio']:.2f}", f"{case['bar']:.1f}"])
     header = ["layer"]
     for contender in ("QDoRA", "PEFT QLoRA"):
-        header += [f"{contender}: launches", "MB", "us"]
-    kept = sum(case["passes"] for case in document["cases"].values())
+        header += [f"{contender}: launches", "MB", "µs"]
+    met = sum(case["passes"] for case in document["cases"].values())
     note = (
-        f"\nAn estimate, rank {document['rank']}: {document['launch_seconds'] * 1e6:.0f} us a launch and the larger of "
+        f"\nAn estimate, rank {document['rank']}: {document['launch_seconds'] * 1e6:.0f} µs a launch and the larger of "
         f"bytes / {document['bytes_per_second'] / 1e12:.2f} TB/s and FLOPs / "
         f"{document['flops_per_second']['2'] / 1e12:.0f} TFLOP/s (float32: "
-        f"{document['flops_per_second']['4'] / 1e12:.1f}). Launches: forward + backward; MB and us: twice forward, and "
-        f"backward. The bar is kept in {kept} of {len(document['cases'])} cases.\n"
+        f"{document['flops_per_second']['4'] / 1e12:.1f}). Launches: forward + backward; MB and µs: twice forward, and "
+        f"backward. The target is met in {met} of {len(document['cases'])} cases.\n"
     )
-    return markdown([*header, "QDoRA / PEFT QLoRA", "bar"], rows) + note
+    return markdown([*header, "QDoRA / PEFT QLoRA", "target: at most"], rows) + note
 
 
 def wait_policy() -> str:
@@ -143,12 +143,12 @@ def wait_policy() -> str:
                 f"{case['chosen / spinning']['of_medians']:.2f}",
             ]
         )
-    verdict = "kept" if document["passes"] else "missed"
+    verdict = "met" if document["passes"] else "missed"
     idle, busy = (len(document["cases"][name]["tokens_per_second"]["chosen"]) for name in ("idle", "busy"))
     note = (
         f"\nThe quick start's recipe on {document['num_cores']} cores, {document['num_steps']} steps a reading, in "
-        f"turns: {idle} readings of each on idle cores, {busy} on busy ones; median and quartiles. The bar, chosen / "
-        f"spinning on idle cores at least {1 - document['bar']:.2f}, is {verdict}.\n"
+        f"turns: {idle} readings of each on idle cores, {busy} on busy ones; median and quartiles. The target, chosen "
+        f"/ spinning at least {1 - document['bar']:.2f} on idle cores, is {verdict}.\n"
     )
     header = ["cores", *(f"{policy}, tokens/s" for policy in ("spinning", "sleeping", "chosen"))]
     return markdown([*header, "sleeping / spinning", "chosen / spinning"], rows) + note
@@ -194,15 +194,16 @@ def one_micro_batch() -> str:
         times = document["ratios"].get(f"own_dora / {name}")
         rows.append([CONTENDERS[name], f"{speed['median']:.0f}", _quartiles(times) if times else "1"])
     count, peer = len(document["seconds"]["own_dora"]), document["ratios"]["peft_dora / peft_lora"]
-    kept = [
-        f"{name} at most {bar}: {'kept' if document['passes'][name] else 'missed'}"
-        for name, bar in document["bars"].items()
+    targets = [
+        f"at most {most:g} times that of {CONTENDERS[name.removeprefix('own_dora / ')]} "
+        f"({'met' if document['passes'][name] else 'missed'})"
+        for name, most in document["bars"].items()
     ]
     note = (
         f"\n{document['rows']} rows of {document['length']} tokens, {document['num_threads']} threads, {count} rounds. "
-        f"PEFT's own QDoRA / its QLoRA: {_quartiles(peer)}. Bars: {', '.join(kept)}.\n"
+        f"PEFT's own QDoRA / its QLoRA: {_quartiles(peer)}. Targets for the time of qdora DoRA: {', '.join(targets)}.\n"
     )
-    return markdown(["", "tokens/s", "time of qdora DoRA / of this one"], rows) + note
+    return markdown(["", *_STEP_COLUMNS], rows) + note
 
 
 def _quartiles(ratio: dict[str, float]) -> str:
