@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from paired_statistics import TaskScores, difference_interval, mean_interval, seed_differences
 from scipy import stats
+
+from qdora.evaluation.metrics import Paired, paired_difference
 
 
 def summary(cells: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def summary(cells: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
 
 def _of_arm(found: Mapping[str, Any], scores: Sequence[Any], tasks: Sequence[str]) -> dict[str, Any]:
     runs = found["runs"]
-    interval = mean_interval([_series([scores], task) for task in tasks])
+    interval = paired_difference([_paired(task, scores) for task in tasks])
     return {
         "rates": found["rates"],
         "lr": found["lr"],
@@ -61,11 +62,11 @@ def _differences(first: Sequence[Any], second: Sequence[Any], tasks: Sequence[st
     lower, upper: 95 % t interval over seeds and examples. seeds_lower, seeds_upper: over the seeds alone, which says
     nothing of other examples.
     """
-    series = {task: [_series([first, second], task)] for task in tasks}
-    series["average"] = [each for (each,) in series.values()]
+    pairs = {task: [_paired(task, first, second)] for task in tasks}
+    pairs["average"] = [each for (each,) in pairs.values()]
     result = {}
-    for name, parts in series.items():
-        whole, by_seed = difference_interval(parts), seed_differences(parts)
+    for name, parts in pairs.items():
+        whole, by_seed = paired_difference(parts), _seed_differences(parts)
         half = float(stats.t.ppf(0.975, len(by_seed) - 1) * by_seed.std(ddof=1) / len(by_seed) ** 0.5)
         result[name] = {
             "value": whole.value,
@@ -78,10 +79,20 @@ def _differences(first: Sequence[Any], second: Sequence[Any], tasks: Sequence[st
     return result
 
 
-def _series(arms: Sequence[Sequence[Any]], task: str) -> TaskScores:
-    tokens = [_matrix(scores, task, "tokens") for scores in arms]
+def _seed_differences(tasks: Sequence[Paired]) -> NDArray[np.float64]:
+    """(seeds,) average over the tasks of first - second, per answer token."""
+    averaged: NDArray[np.float64] = np.mean(
+        [(task.first - task.second).sum(axis=1) / task.weights.sum() for task in tasks], axis=0
+    )
+    return averaged
+
+
+def _paired(task: str, first: Sequence[Any], second: Sequence[Any] | None = None) -> Paired:
+    """NLLs of two arms on the same examples; zeros stand for a second one that is not given."""
+    tokens = [_matrix(scores, task, "tokens") for scores in (first, second) if scores is not None]
     assert all((each == tokens[0][0]).all() for each in tokens), f"{task}: other examples"
-    return TaskScores(np.stack([_matrix(scores, task, "nll") for scores in arms]), tokens[0][0])
+    nll = _matrix(first, task, "nll")
+    return Paired(nll, np.zeros_like(nll) if second is None else _matrix(second, task, "nll"), tokens[0][0])
 
 
 def _matrix(scores: Sequence[Any], task: str, name: str) -> NDArray[np.float64]:

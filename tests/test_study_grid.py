@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from qdora.errors import UserError
 from qdora.recipe.recipe_file import override, recipe_from, settings
 from qdora.study.cell_key import key_of
-from qdora.study.cells import Cell, Expander, equal_in_words, expand
+from qdora.study.cells import Cell, Expander, equal_in_words
 from qdora.study.compare import cannot_decide
 from qdora.study.grid import label_of, load_study, study_from
 from tests import study_worker
@@ -41,7 +41,7 @@ def study(tmp_path: Path, **changes: Any) -> list[Cell]:
         },
         "seeds": [0, 1, 2],
     }
-    return expand(study_from(document | changes))
+    return Expander(study_from(document | changes)).now().cells
 
 
 def write_recipe(tmp_path: Path) -> Path:
@@ -136,10 +136,6 @@ def learnt(truth: dict[str, float]) -> Any:
 RATES: dict[str, Any] = {"values": [1e-4, 4e-4, 1.6e-3], "steps": 3, "seeds": [100, 101]}
 
 
-def no_adapter(_: Cell) -> None:
-    """No cell is done."""
-
-
 def expander(tmp_path: Path, **changes: Any) -> Expander:
     document = {"recipe": str(write_recipe(tmp_path)), "product": TWO, "rates": RATES, "settings": {"train.steps": 9}}
     return Expander(study_from(document | changes))
@@ -147,7 +143,7 @@ def expander(tmp_path: Path, **changes: Any) -> Expander:
 
 def test_arms_wait_for_their_rates_which_runs_with_seeds_of_their_own_find(tmp_path: Path) -> None:
     made = expander(tmp_path)
-    begin = made.now(lambda _: None, no_adapter)
+    begin = made.now()
     search = [cell for cell in begin.cells if cell.kind == "rate"]
     assert len(search) == 4 * 3  # a short run of every value for every arm on every base
     assert {(cell.recipe.train.steps, cell.recipe.train.seed, cell.stage) for cell in search} == {
@@ -155,7 +151,7 @@ def test_arms_wait_for_their_rates_which_runs_with_seeds_of_their_own_find(tmp_p
     }
     assert not [cell for cell in begin.cells if cell.kind == "trained"]
     assert begin.num_waiting == {"main": 4 * 3}
-    end = made.now(learnt({"lora": 4e-4, "dora": 1.6e-3}), no_adapter)
+    end = made.now(learnt({"lora": 4e-4, "dora": 1.6e-3}))
     full = [cell for cell in end.cells if cell.stage == "rates"]
     assert {cell.recipe.train.steps for cell in full} == {9}
     assert {(cell.recipe.train.seed, cell.recipe.data.seed) for cell in full} == {(100, 100), (101, 101)}
@@ -168,7 +164,7 @@ def test_arms_wait_for_their_rates_which_runs_with_seeds_of_their_own_find(tmp_p
 
 def test_arms_can_take_the_rate_of_others(tmp_path: Path) -> None:
     made = expander(tmp_path, rates=RATES | {"like": {"base.quant": {"nf4": "none"}}})
-    end = made.now(learnt({"lora": 4e-4, "dora": 1e-4}), no_adapter)
+    end = made.now(learnt({"lora": 4e-4, "dora": 1e-4}))
     assert labels([cell for cell in end.cells if cell.kind == "rate"], "base.quant") == {("none",)}
     trained = [cell for cell in end.cells if cell.kind == "trained"]
     assert labels(trained, "base.quant", "adapter", "train.lr") == {
@@ -182,7 +178,7 @@ def test_an_arm_that_diverges_at_every_rate_waits_for_nothing(tmp_path: Path) ->
     def loss(cell: Cell) -> float:
         return math.inf if cell.recipe.adapter.kind == "dora" else cell.recipe.train.lr
 
-    found = expander(tmp_path).now(loss, no_adapter)
+    found = expander(tmp_path).now(loss)
     assert {cell.recipe.adapter.kind for cell in found.cells if cell.kind == "trained"} == {"lora"}
     assert found.num_waiting == {}
     rows = {(row["base.quant"], row["adapter"]): row for row in found.search_rows()}
@@ -193,7 +189,7 @@ def test_an_arm_that_diverges_at_every_rate_waits_for_nothing(tmp_path: Path) ->
 def test_the_test_split_compares_and_the_validation_split_finds_rates(tmp_path: Path) -> None:
     mix = [{"source": "a.jsonl"}, {"task": "piqa", "path": str(tmp_path)}]
     changes = {"settings": {"data.mix": mix, "eval.tasks": ["piqa"]}, "compare": {"split": "test"}}
-    for cell in expander(tmp_path, **changes).now(learnt({"lora": 4e-4, "dora": 4e-4}), no_adapter).cells:
+    for cell in expander(tmp_path, **changes).now(learnt({"lora": 4e-4, "dora": 4e-4})).cells:
         wanted = None if cell.kind == "rate" else "test"
         assert [source.validation for source in cell.recipe.data.mix] == [None, wanted], cell.kind
 
@@ -204,8 +200,8 @@ def test_a_transplant_waits_for_the_adapter_of_the_uncompressed_base(tmp_path: P
         {"name": "moved", "cells": {"base.quant": "nf4", "adapter": "dora", "seed": [0, 1]}, "kind": "transplant"},
     ]
     made = expander(tmp_path, stages=stages)
-    assert made.now(lambda _: None, no_adapter).num_waiting == {"main": 6, "moved": 2}
-    found = made.now(learnt({"dora": 4e-4}), no_adapter)
+    assert made.now().num_waiting == {"main": 6, "moved": 2}
+    found = made.now(learnt({"dora": 4e-4}))
     assert (found.num_waiting, len(found.cells)) == ({"moved": 2}, 2 + 2 * (3 + 6) + 6)
     found = made.now(learnt({"dora": 4e-4}), lambda cell: cell.labels["seed"] == "0" or None)
     assert found.num_waiting == {"moved": 1}
@@ -246,7 +242,7 @@ def test_magnitudes_are_set_back_in_the_adapter_of_the_same_arm(tmp_path: Path) 
 
 def test_further_seeds_run_where_intervals_are_wide(tmp_path: Path) -> None:
     made = expander(tmp_path, more_seeds={"seeds": [3, 4], "half_width": 0.02})
-    found = made.now(learnt({"lora": 4e-4, "dora": 4e-4}), no_adapter, lambda labels: labels["base.quant"] == "nf4")
+    found = made.now(learnt({"lora": 4e-4, "dora": 4e-4}), is_wide=lambda labels: labels["base.quant"] == "nf4")
     seeds = labels([cell for cell in found.cells if cell.kind == "trained"], "base.quant", "seed")
     assert seeds == {("none", seed) for seed in "012"} | {("nf4", seed) for seed in "01234"}
 
@@ -511,7 +507,7 @@ def test_a_study_file_finds_the_recipe_beside_it(tmp_path: Path, monkeypatch: py
     file = tmp_path / "study.yaml"
     file.write_text("recipe: recipe.yaml\nseeds: [0]\nproduct:\n  adapter:\n    dora: {}\n")
     monkeypatch.chdir("/")
-    assert len(expand(load_study(file))) == 3
+    assert len(Expander(load_study(file)).now().cells) == 3
     file.write_text("recipe: demo\nrecipe: demo\n")
     with pytest.raises(UserError, match="line 2: key 'recipe' is given twice"):
         load_study(file)

@@ -8,7 +8,8 @@ import json
 import math
 import re
 import shutil
-from dataclasses import fields
+import statistics
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.model.pruning import PrunedLayer
-from qdora.study.cells import Cell
+from qdora.study.cells import Cell, Expander
 from qdora.study.compare import Results
-from qdora.study.grid import COLUMNS, study_from
-from qdora.study.report import Report, read_report, report_run, write_report
+from qdora.study.grid import COLUMNS, load_study, study_from
+from qdora.study.outlook import outlooks, planned_cells
+from qdora.study.report import Report, draw_all, read_report, report_run, write_report
 from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory, read_index
 from tests import fake_study
@@ -329,6 +331,36 @@ def test_an_arm_that_diverges_at_every_rate_is_not_compared(tmp_path: Path) -> N
     assert "1 arms diverged at every learning rate that was tried" in report.verdict[2]
 
 
+def test_an_unfinished_search_is_not_one_that_diverged(tmp_path: Path) -> None:
+    def nll(cell: Cell) -> float:
+        diverges = cell.kind == "rate" and cell.recipe.train.lr == 4e-4 and cell.recipe.train.seed == 1000
+        return math.nan if diverges else fake_study.truth(cell)
+
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
+    rates = fake_study.DOCUMENT["rates"] | {"steps": 1}
+    report = read_report(fake_study.make(tmp_path, nll=nll, fail="1001", product=product, rates=rates))
+    assert [(row["rate"], row["num_diverged"]) for row in report.tables["rates"]] == [(None, 1), (None, 1)]
+    assert not [text for text in report.verdict if "at every learning rate" in text]
+
+
+def test_the_search_tells_the_spread_before_anything_is_compared(tmp_path: Path) -> None:
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
+    made = fake_study.make(tmp_path, fail="7", product=product, seeds=[7])  # the only cells that would be compared
+    study = load_study(tmp_path / "study.yaml")
+    results = Results(StudyDirectory(made), study)
+    (found,) = outlooks(planned_cells(Expander(study), results), results)
+    losses = {}
+    for cell in read_index(made)["cells"]:
+        if cell["kind"] == "rate" and cell["labels"]["train.lr"] == "0.0002":
+            scored = json.loads((made / "cells" / cell["key"] / "eval/step-1.json").read_text())["per_example"]
+            kept = [row for row in scored if half_of(f"{row['id']}#1") == "choose"]
+            nll = sum(row["nll"] for row in kept) / sum(row["num_answer_tokens"] for row in kept)
+            losses[cell["labels"]["adapter"], cell["labels"]["seed"]] = nll
+    differences = [losses["dora", seed] - losses["lora", seed] for seed in ("1000", "1001")]
+    assert found.source == "the search for rates"
+    assert found.spread == pytest.approx(statistics.stdev(differences), rel=1e-9)
+
+
 def test_further_seeds_are_run_where_the_interval_is_wide(tmp_path: Path) -> None:
     def nll(cell: Cell) -> float:
         wobble = 0.1 * (-1) ** cell.recipe.train.seed if cell.recipe.adapter.kind == "dora" else 0.0
@@ -385,6 +417,13 @@ def test_the_page_needs_nothing_beside_it(report: Report, tmp_path: Path) -> Non
     assert all("<svg" in figure and "<text" not in figure for figure in figures)  # letters are paths: no fonts
     assert "<script" not in page
     assert not re.search(r"(?:src|href)=[\"'](?!data:image/svg)|@import|url\(", page)
+
+
+@pytest.mark.figures
+def test_transplants_are_in_no_figure(report: Report) -> None:
+    arms = [row for row in report.tables["arms"] if row["kind"] != "transplant"]
+    assert len(arms) == len(report.tables["arms"]) - 4
+    assert draw_all(report) == draw_all(replace(report, tables=report.tables | {"arms": arms}))
 
 
 def test_csv_and_parquet_hold_the_same(report: Report, tmp_path: Path) -> None:

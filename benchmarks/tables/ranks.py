@@ -83,9 +83,9 @@ def rank_methods() -> str:
     ]
     seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
     note = (
-        "\n95 % t intervals; learning rates chosen on one half of the validation examples, arms compared on the "
-        f"other; seeds: {', '.join(seeds)}. The cost is in runs as long as the scout run at twice the rank, which the "
-        f"methods read; gates choose while they train. `{run['command']}`; the whole report: "
+        "\n95 % t intervals over examples and seeds; learning rates chosen on one half of the validation examples, "
+        f"arms compared on the other; seeds: {', '.join(seeds)}. The cost is in runs as long as the scout run at twice "
+        f"the rank, which the methods read; gates choose while they train. `{run['command']}`; the whole report: "
         "[results/rank_methods/report.md](results/rank_methods/report.md).\n"
     )
     return markdown(header, rows) + note
@@ -118,8 +118,8 @@ def rank_curve() -> str:
             line.append(text)
         rows.append(line)
     note = (
-        f"\nNLL per answer token; then the difference from {ranks[0]} with its 95 % t interval. Learning rates "
-        f"were chosen on the other half of the validation examples. `{run['command']}`; the whole report: "
-        "[results/rank_curve/report.md](results/rank_curve/report.md).\n"
+        f"\nNLL per answer token; then the difference from {ranks[0]} with its 95 % t interval over examples and "
+        f"seeds. Learning rates were chosen on the other half of the validation examples. `{run['command']}`; the "
+        "whole report: [results/rank_curve/report.md](results/rank_curve/report.md).\n"
     )
     return markdown(["", *ranks], rows) + note

@@ -78,8 +78,8 @@ def study() -> str:
     done = read("study/run")
     seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
     note = (
-        f"\nNLL per answer token on one half of the validation examples, averaged over the tasks; differences with "
-        f"95 % t intervals; learning rates chosen on the other half; seeds: {', '.join(seeds)}. "
+        "\nNLL per answer token on one half of the validation examples, averaged over the tasks; differences with 95 % "
+        f"t intervals over examples and seeds; learning rates chosen on the other half; seeds: {', '.join(seeds)}. "
         f"Winners: {', '.join(won) or 'none'}. "
         f"Repair ratio (share of the compression loss that the adapter recovers): {', '.join(repaired)}. "
         f"`{done['command']}`; the whole report: "

@@ -38,9 +38,7 @@ def weight_changes(layers: Mapping[str, AdaptedLinear]) -> dict[str, WeightChang
 
 @torch.no_grad()
 def set_magnitudes_back_(layers: Mapping[str, AdaptedLinear]) -> None:
-    """Give every magnitude its value before training, the row norm of its base; the directions stay."""
+    """Give every magnitude the row norm of its base, with which DoRA begins; the directions stay."""
     for layer in layers.values():
         assert layer.magnitude is not None, "only DoRA has magnitudes"
-        norms = dense_weight(layer.base.stored_weight, torch.float32).norm(dim=-1)
-        layer.magnitude.copy_(norms.reshape(layer.magnitude.shape))
-        layer.parameters_changed()
+        layer.magnitude.copy_(layer.base.squared_row_norm().sqrt().view_as(layer.magnitude))

@@ -21,7 +21,9 @@ def study(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run the cells again that failed too often.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every cell and print what would run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every cell; tell what would run, and what can be found.")
+    ] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Submit this many processes and end.")] = None,
     cluster: Annotated[str | None, typer.Option(help="Where --jobs run: slurm (default) or local.")] = None,
     job_option: Annotated[

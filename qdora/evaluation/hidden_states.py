@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from qdora.evaluation.forward_path import context_length
+from qdora.evaluation.forward_path import context_length, input_device
 from qdora.nn.evaluation_mode import evaluation_mode
 
 
@@ -29,9 +29,9 @@ def hidden_state_errors(model: nn.Module, reference: nn.Module, texts: Sequence[
         for ids in texts:
             tokens = torch.tensor([list(ids)[:context]])
             states, wanted = (
-                each(
-                    input_ids=tokens.to(next(each.parameters()).device), output_hidden_states=True, use_cache=False
-                ).hidden_states[1:]
+                each(input_ids=tokens.to(input_device(each)), output_hidden_states=True, use_cache=False).hidden_states[
+                    1:
+                ]
                 for each in (model, reference)
             )
             found = [

@@ -121,7 +121,8 @@ def macro_average(estimates: Sequence[Estimate]) -> Estimate:
 
 Array = NDArray[np.float64]
 
-_LEAST_P = 1e-15  # beyond it the quantiles of t lose their digits
+LEAST_P = 1e-15
+"""Smallest p-value that is told: beyond it the quantiles of t lose their digits."""
 
 
 @dataclass(frozen=True)
@@ -188,17 +189,10 @@ def paired_difference(tasks: Sequence[Paired], confidence: float = 0.95) -> Pair
     if math.isnan(stderr):
         return PairedDifference(value, math.nan, math.nan, math.nan, p=math.nan, num_seeds=num_seeds)
     if variance == 0:
-        return PairedDifference(value, 0.0, value, value, p=_LEAST_P if value else 1.0, num_seeds=num_seeds)
+        return PairedDifference(value, 0.0, value, value, p=LEAST_P if value else 1.0, num_seeds=num_seeds)
     half = _quantile(parts, 1 - confidence) * stderr
     p = _p_value(parts, abs(value) / stderr)
     return PairedDifference(value, stderr, value - half, value + half, p=p, num_seeds=num_seeds)
-
-
-def paired_half_width(tasks: Sequence[Paired], confidence: float = 0.95) -> tuple[float, float]:
-    """The value of `paired_difference` and half the width of its interval, without the p-value, which takes longer."""
-    value, parts = _estimate(tasks)
-    variance = sum(part for part, _ in parts)
-    return value, 0.0 if variance == 0 else _quantile(parts, 1 - confidence) * math.sqrt(variance)
 
 
 def _estimate(tasks: Sequence[Paired]) -> tuple[float, list[tuple[float, int]]]:
@@ -234,6 +228,6 @@ def _p_value(parts: Sequence[tuple[float, int]], ratio: float) -> float:
     def over(log_level: float) -> float:
         return _quantile(parts, math.exp(log_level)) - ratio
 
-    if over(math.log(_LEAST_P)) <= 0:
-        return _LEAST_P
-    return 1.0 if ratio == 0 else math.exp(float(optimize.brentq(over, math.log(_LEAST_P), 0.0, xtol=1e-12)))
+    if over(math.log(LEAST_P)) <= 0:
+        return LEAST_P
+    return 1.0 if ratio == 0 else math.exp(float(optimize.brentq(over, math.log(LEAST_P), 0.0, xtol=1e-12)))

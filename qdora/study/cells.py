@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from qdora.errors import UserError
@@ -94,6 +94,7 @@ class Cells:
             | {
                 "rate": None if found.rate is None else label_of(found.rate),
                 "is_interior": found.is_interior,
+                "is_done": found.is_done,
                 "num_runs": len(found.runs),
                 "num_diverged": sum(math.isinf(value) for value in found.losses.values()),
                 "losses": "; ".join(
@@ -109,11 +110,6 @@ CellLoss = Callable[[Cell], float | None]
 HasAdapter = Callable[[Cell], bool | None]
 """Whether a cell left an adapter: False if it diverged, None if it has no result."""
 IsWide = Callable[[Mapping[str, str]], bool]
-
-
-def expand(study: Study) -> list[Cell]:
-    """The cells that a study begins with."""
-    return Expander(study).now(lambda _: None, lambda _: None).cells
 
 
 @dataclass(frozen=True)
@@ -142,8 +138,13 @@ class Expander:
         self.arms = list(self._arms())
         self._check()
 
-    def now(self, loss: CellLoss, has_adapter: HasAdapter, is_wide: IsWide = lambda _: False) -> Cells:
-        """The cells as far as the results tell them.
+    def now(
+        self,
+        loss: CellLoss = lambda _: None,
+        has_adapter: HasAdapter = lambda _: None,
+        is_wide: IsWide = lambda _: False,
+    ) -> Cells:
+        """The cells as far as the results tell them; without arguments those that the study begins with.
 
         Args:
             loss: Validation losses of the runs that look for rates.
@@ -176,7 +177,7 @@ class Expander:
         for key, labels in self._equal_bases(bases).items():
             equal.setdefault(key, []).extend(labels)
         every = [*(uncompressed | bases).values(), *of_rates.values(), *trained.values()]
-        cells = [_with_equal(cell, equal.get(cell.key, [])) for cell in every]
+        cells = [replace(cell, equal=tuple(equal.get(cell.key, ()))) for cell in every]
         return Cells(cells, waiting, list(searches.values()))
 
     def _more_seeds(self, arm: _Arm, is_wide: IsWide) -> tuple[int, ...]:
@@ -415,7 +416,9 @@ class Expander:
 
     def _evaluated_again(self, arm: _Arm, seed: int, trained: Mapping[str, Cell]) -> Cell | None:
         """The adapter of the arm, or its twin's on the arm's base, with this seed; None if it waits for a rate."""
-        source_arm = self._twin(arm) if arm.stage.kind == "transplant" else arm
+        kind = arm.stage.kind
+        assert kind != "train"
+        source_arm = self._twin(arm) if kind == "transplant" else arm
         assert source_arm is not None, arm.labels
         wanted = (source_arm.labels | {SEED: str(seed)}).items()
         source = next(
@@ -423,13 +426,13 @@ class Expander:
         )
         if source is None:
             return None
-        recipe, kind = self._recipe(arm, seed), arm.stage.kind
+        recipe = self._recipe(arm, seed)
         key = hashlib.sha256(f"{kind} of {source.key} in {self._key(recipe)}".encode()).hexdigest()
         return Cell(
             key[: len(source.key)],
             arm.labels | {SEED: str(seed)},
             recipe,
-            "transplant" if kind == "transplant" else "set_back",
+            kind,
             arm.stage.name,
             adapter_key=source.key,
             base_key=self._base(arm, dense=False)[0],
@@ -475,16 +478,6 @@ def equal_in_words(cells: Sequence[Mapping[str, Any]]) -> str | None:
         f"{len(found)} combinations have the same recipe as another one. Such a recipe runs once, under its first "
         f"labels: {named}{rest}."
     )
-
-
-def loss_of(score: float, *, higher_is_better: bool) -> float:
-    """A score as a loss: lower is better, inf if it is not a number."""
-    value = -score if higher_is_better else score
-    return math.inf if math.isnan(value) else value
-
-
-def _with_equal(cell: Cell, equal: Sequence[Labels]) -> Cell:
-    return Cell(**{name: getattr(cell, name) for name in cell.__dataclass_fields__} | {"equal": tuple(equal)})
 
 
 def _first(cells: list[str]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qdora.study import statistics
-from qdora.study.cells import Kind, loss_of
+from qdora.study.cells import Kind
 from qdora.study.grid import (
     RATE,
     SEED,
@@ -119,7 +119,9 @@ class Results:
             return math.inf
         metric, split = self.study.compare.metric, self.study.compare.split
         found = self.mean(key, metric, "choose" if split == "halves" else "all")
-        return loss_of(found, higher_is_better=HIGHER_IS_BETTER[metric])
+        if math.isnan(found):
+            return math.inf
+        return -found if HIGHER_IS_BETTER[metric] else found
 
     def weighting(self, measure: str) -> statistics.Weighting:
         """How the tasks are weighted in a measure."""
@@ -215,6 +217,11 @@ class NamedComparison:
     is_primary: bool
     terms: list[Term]
 
+    @property
+    def arms(self) -> list[Arm]:
+        """The arms of all terms, each once."""
+        return list({id(arm): arm for _, *pair in self.terms for arm in pair}.values())
+
 
 def named_comparisons(arms: Sequence[Arm], compare: CompareConfig, reference: str) -> list[NamedComparison]:
     """The primary comparisons, then every trained arm beside the reference of its context, as far as they can be made.
@@ -275,6 +282,7 @@ def comparisons(arms: Sequence[Arm], results: Results, reference: str, measures:
     ]
     _judge([row for row in rows if row["role"] == "primary"], compare)
     for row in rows:
+        del row["_spread"]
         if row["role"] != "primary":
             row |= {"winner": "", "verdict": "exploratory"}
     return rows
@@ -291,7 +299,6 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
         of_examples = statistics.example_spread(differences, results.weighting(measure))
     equivalent = [spread.p_equivalent(interval.value, compare.zone) for spread in (of_seeds, of_examples)]
     examples = {(task, each) for tasks in differences for task, found in tasks.items() for each in found.examples}
-    arms = {id(arm): arm for _, *pair in each.terms for arm in pair}.values()
     return {
         "comparison": each.name,
         **each.context,
@@ -311,8 +318,8 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
         "zone": compare.zone,
         "num_seeds": len(by_seed),
         "num_examples": len(examples),
-        "num_missing": sum(arm.num_missing for arm in arms),
-        "num_diverged": sum(results.diverged(arm.seeds[seed]) for arm in arms for seed in by_seed),
+        "num_missing": sum(arm.num_missing for arm in each.arms),
+        "num_diverged": sum(results.diverged(arm.seeds[seed]) for arm in each.arms for seed in by_seed),
         "seed_improvements": "; ".join(f"{seed}: {value:.9g}" for seed, value in by_seed.items()),
         "reason": "; ".join(_against_a_verdict(each, len(by_seed), compare)),
         "_spread": of_seeds,
@@ -326,14 +333,13 @@ def _or_least(p: float) -> float:
 
 def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareConfig) -> list[str]:
     """Why nothing is called, whatever the scores; empty if something may be."""
-    arms = {id(arm): arm for _, *pair in each.terms for arm in pair}.values()
     reasons = []
-    missing = sum(arm.num_missing for arm in arms)
+    missing = sum(arm.num_missing for arm in each.arms)
     if missing:
         reasons.append(f"{missing} cells have no result")
-    if any(arm.is_interior is None for arm in arms):
+    if any(arm.is_interior is None for arm in each.arms):
         reasons.append("the learning rates were not searched")
-    at_edge = sorted({_named(arm) for arm in arms if arm.is_interior is False})
+    at_edge = sorted({_named(arm) for arm in each.arms if arm.is_interior is False})
     if at_edge:
         reasons.append(f"the best learning rate of {', '.join(at_edge)} is the smallest or largest that was tried")
     if num_seeds < compare.min_seeds:
@@ -377,9 +383,7 @@ def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
     if arm.kind != "base":
         return statistics.t_interval(values, CONFIDENCE)
     (key,) = arm.seeds.values()
-    spread = statistics.example_spread([results.scores(key)[measure]], results.weighting(measure))
-    half = spread.half_width(CONFIDENCE)
-    return Interval(values[0], values[0] - half, values[0] + half)
+    return statistics.example_interval(results.scores(key)[measure], results.weighting(measure), CONFIDENCE)
 
 
 def wide_contexts(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig) -> list[dict[str, str]]:

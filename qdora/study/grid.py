@@ -70,8 +70,8 @@ comparison arm reference measure improvement lower upper half_width p_seeds p_ex
 p_equivalent_holm smallest_detectable zone seed_improvements winner verdict
 left left_lower left_upper transplant transplant_lower transplant_upper repaired repaired_lower repaired_upper
 repaired_share repaired_share_lower repaired_share_upper repair_reason
-damage_choice damage_choice_lower damage_choice_upper perplexity weight_error hidden_error chance
-num_runs losses is_interior
+damage_choice damage_choice_lower damage_choice_upper perplexity weight_error hidden_error
+is_done num_runs losses is_interior
 magnitudes magnitudes_lower magnitudes_upper direction_change magnitude_change
 layer format shape block_size num_weights num_pruned num_zeros relative_error num_packed_bytes block
 fact value text
@@ -182,7 +182,7 @@ class Study(Section):
 
     recipe: Text
     """Recipe that every cell starts from: a shipped name, or a YAML file relative to the folder of the study file."""
-    settings: Choice = Field(default_factory=dict)
+    settings: dict[Text, Any] = Field(default_factory=dict)
     """Changes in every cell: recipe key -> value."""
     product: Annotated[dict[Text, Axis], Field(min_length=1)]
     """The axes. Every combination of their values is run."""
@@ -224,6 +224,7 @@ class Study(Section):
                 yield f"exclude[{index}]", "must name an axis and its value, got {}."
             yield from self._choice_faults(f"exclude[{index}]", entry)
         yield from self._seed_faults()
+        yield from self._like_faults()
         yield from self._stage_faults()
         yield from self._compare_faults()
 
@@ -236,6 +237,8 @@ class Study(Section):
                 if seed in seen:
                     yield key, f"must be seeds of their own, got {seed}, which is also in {seen[seed]}."
                 seen[seed] = key
+
+    def _like_faults(self) -> Iterator[Fault]:
         for axis, labels in ({} if self.rates is None else self.rates.like).items():
             yield from self._choice_faults("rates.like", {axis: list(labels)})
             yield from self._choice_faults("rates.like", {axis: list(labels.values())})

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from qdora.study.cells import Cell, Cells, Expander
-from qdora.study.compare import NamedComparison, Results, find_arms, named_comparisons, reference_of, seed_improvements
+from qdora.study.compare import (
+    CONFIDENCE,
+    NamedComparison,
+    Results,
+    find_arms,
+    named_comparisons,
+    reference_of,
+    seed_improvements,
+)
 from qdora.study.grid import Study, in_words
 from qdora.study.rates import Search
 from qdora.study.scores import HIGHER_IS_BETTER
@@ -95,15 +103,13 @@ def outlooks(cells: Cells, results: Results) -> list[Outlook]:
     compare = results.study.compare
     records = [cell.record() for cell in cells.cells]
     planned, finished = find_arms(records, results, as_planned=True), find_arms(records, results)
-    primary = [
-        each for each in named_comparisons(planned, compare, reference_of(planned, results.study)) if each.is_primary
-    ]
-    begun = named_comparisons(finished, compare, reference_of(finished, results.study))
-    measured = {each.name + in_words(each.context): each for each in begun}
-    of_rates = _spread_of_searches(cells, results)
+    reference = reference_of(planned, results.study)
+    primary = [each for each in named_comparisons(planned, compare, reference) if each.is_primary]
+    measured = {each.name + in_words(each.context): each for each in named_comparisons(finished, compare, reference)}
+    of_rates = _spread_of_searches(cells, results, reference)
     found = []
     for each in primary:
-        number = min(len(arm.seeds) for _, *pair in each.terms for arm in pair)
+        number = min(len(arm.seeds) for arm in each.arms)
         spread, source = _known_spread(measured.get(each.name + in_words(each.context)), results)
         if math.isnan(spread):
             spread, source = of_rates
@@ -118,7 +124,7 @@ def outlooks(cells: Cells, results: Results) -> list[Outlook]:
                 num_seeds=number,
                 spread=spread,
                 source=source,
-                half_width=of_mean.half_width(0.95),
+                half_width=of_mean.half_width(CONFIDENCE),
                 smallest_detectable=detectable,
             )
         )
@@ -135,11 +141,10 @@ def _known_spread(comparison: NamedComparison | None, results: Results) -> tuple
     return float(np.std(list(by_seed.values()), ddof=1)), f"{len(by_seed)} seeds that are done"
 
 
-def _spread_of_searches(cells: Cells, results: Results) -> tuple[float, str]:
+def _spread_of_searches(cells: Cells, results: Results, reference: str) -> tuple[float, str]:
     """Standard deviation between the search's seeds of arm - reference, each at its best rate, pooled over contexts."""
     compare = results.study.compare
     best = [(labels, runs) for labels, search, own in cells.searches if (runs := _best_runs(search, own, results))]
-    reference = compare.reference or (cells.searches[0][0][compare.arm] if cells.searches else "")
     squares, free = 0.0, 0
     for labels, runs in best:
         for other_labels, others in best:
@@ -154,17 +159,14 @@ def _spread_of_searches(cells: Cells, results: Results) -> tuple[float, str]:
 
 
 def _best_runs(search: Search, cells: Sequence[Cell], results: Results) -> dict[int, float]:
-    """Seed -> loss of the finished full runs at the best rate of a search."""
-    full = {rate: value for (length, rate), value in search.losses.items() if length == "full" and value < 1e5}
-    if not full:
-        return {}
-    best = min(full, key=full.__getitem__)
-    found = {}
+    """Seed -> loss of the full runs at the best rate among those that are finished with all seeds; {} without one."""
+    found: dict[float, dict[int, float]] = {}
     for run, cell in zip(search.runs, cells, strict=True):
         value = results.loss(cell.key)
-        if (run.length, run.rate) == ("full", best) and value is not None and math.isfinite(value):
-            found[run.seed] = value
-    return found
+        if run.length == "full":
+            found.setdefault(run.rate, {})[run.seed] = math.inf if value is None else value
+    finished = [losses for losses in found.values() if all(map(math.isfinite, losses.values()))]
+    return min(finished, key=lambda losses: float(np.mean(list(losses.values()))), default={})
 
 
 def spread_in_words(found: Outlook, metric: str) -> str:

@@ -18,7 +18,6 @@ from qdora.study.cells import Kind, base_axes
 from qdora.study.compare import CONFIDENCE, Arm, Results, improvement_interval, quality, seed_improvements
 from qdora.study.grid import Study
 from qdora.study.scores import combined
-from qdora.study.statistics import Interval
 
 
 def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, Any]:
@@ -33,13 +32,13 @@ def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, Any
     row: dict[str, Any] = {}
     back = _same_arm(arm, arms, "set_back")
     if back is not None and (lost := seed_improvements([(1.0, arm, back)], results, measure)):
-        row |= _named("magnitudes", improvement_interval(lost))
+        row |= improvement_interval(lost).columns("magnitudes")
     if arm.base_key == arm.dense_key:
         return row | {"repair_reason": "the base is not compressed"}
     if twin is None:
         return row | {"repair_reason": "the arm is not trained on the uncompressed base"}
     left = seed_improvements([(-1.0, arm, twin)], results, measure)
-    row |= _named("left", improvement_interval(left)) if left else {}
+    row |= improvement_interval(left).columns("left") if left else {}
     transplant = _same_arm(arm, arms, "transplant")
     if transplant is None:
         return row | {"repair_reason": "no adapter was transplanted"}
@@ -48,14 +47,14 @@ def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, Any
     if not damage or not repaired:
         return row | {"repair_reason": "the cells share no seed"}
     of_damage = improvement_interval(damage)
-    row |= _named("transplant", of_damage) | _named("repaired", improvement_interval(repaired))
+    row |= of_damage.columns("transplant") | improvement_interval(repaired).columns("repaired")
     if not of_damage.lower > 0:  # nan, too
         return row | {"repair_reason": "the transplant is not significantly worse"}
     shared = [seed for seed in damage if seed in repaired]
     share = statistics.ratio_interval(
         [repaired[each] for each in shared], [damage[each] for each in shared], CONFIDENCE
     )
-    return row | _named("repaired_share", share) | {"repair_reason": ""}
+    return row | share.columns("repaired_share") | {"repair_reason": ""}
 
 
 def _same_arm(arm: Arm, arms: Sequence[Arm], kind: Kind) -> Arm | None:
@@ -94,10 +93,4 @@ def damage_row(arm: Arm, results: Results) -> dict[str, Any]:
         return row
     scores = [results.scores(each)["choice_nll"] for each in (key, str(arm.dense_key))]
     lost = combined([(1.0, scores[0]), (-1.0, scores[1])])
-    value = statistics.weighted_mean(lost, "equal")
-    half = statistics.example_spread([lost], "equal").half_width(CONFIDENCE)
-    return row | _named("damage_choice", Interval(value, value - half, value + half))
-
-
-def _named(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.value, f"{name}_lower": interval.lower, f"{name}_upper": interval.upper}
+    return row | statistics.example_interval(lost, "equal", CONFIDENCE).columns("damage_choice")

@@ -220,8 +220,7 @@ def read_report(directory: Path) -> Report:
             raise UserError(f"{directory}: every finished cell diverged. Fix: add lower values to rates.")
         raise UserError(f"{directory}: no cell is finished yet. Fix: run 'qdora study' first.")
     reference = reference_of(arms, study)
-    rows = comparisons(arms, results, reference, _measures(arms, results))
-    pairs = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+    pairs = comparisons(arms, results, reference, _measures(arms, results))
     axes = [axis for axis in study.product if axis != compare.arm]
     arm_rows = [_arm_row(arm, axes, results) for arm in arms]
     _mark_pareto(arm_rows, compare.metric)
@@ -280,19 +279,14 @@ def _arm_row(arm: Arm, axes: Sequence[str], results: Results) -> dict[str, Any]:
     for measure in HIGHER_IS_BETTER:
         found = quality(arm, results, measure)
         if found is not None:
-            row |= {measure: found.value, f"{measure}_lower": found.lower, f"{measure}_upper": found.upper}
+            row |= found.columns(measure)
     return row | _sizes([key for key in arm.seeds.values() if not results.diverged(key)], results)
 
 
 def _repair_row(arm: Arm, arms: Sequence[Arm], axes: Sequence[str], results: Results) -> dict[str, Any]:
     """Damage of a base, or what an arm repaired; empty for a transplant."""
     found = damage_row(arm, results) | repair_row(arm, arms, results)
-    if not found:
-        return {}
-    return _labels_of(arm.context, axes) | {
-        results.study.compare.arm: arm.name,
-        **found,
-    }
+    return _labels_of(arm.context, axes) | {results.study.compare.arm: arm.name} | found if found else {}
 
 
 def _sizes(keys: Sequence[str], results: Results) -> dict[str, Any]:
@@ -409,8 +403,11 @@ def is_number(value: Any) -> bool:
 
 
 def draw_all(report: Report) -> dict[str, str]:
-    """Title -> SVG of every figure that the study has points for."""
-    rows = [row for row in report.tables["arms"] if "total_mib" in row]
+    """Title -> SVG of every figure that the study has points for.
+
+    Transplants, and adapters with their magnitudes set back, are left out: they have the names of trained arms.
+    """
+    rows = [row for row in report.tables["arms"] if row["kind"] in ("base", "trained") and "total_mib" in row]
     drawn = {}
     for x, title in (("bits_per_weight", "Quality and bits per weight"), ("sparsity", "Quality and sparsity")):
         if len({round(row[x], 4) for row in rows}) > 1:

@@ -196,8 +196,7 @@ def _leave_missing_pages(cells: Sequence[Cell], store: StudyDirectory) -> None:
 
 def notes_on(study: Study, expander: Expander) -> list[str]:
     """What to know of a study before it runs: combinations that are equal, and why it can have no verdict."""
-    none_yet = expander.now(lambda _: None, lambda _: None)
-    equal = equal_in_words([cell.record() for cell in none_yet.cells])
+    equal = equal_in_words([cell.record() for cell in expander.now().cells])
     reasons = cannot_decide(study)
     never = [f"This study cannot have a verdict: {'; '.join(reasons)}. It gives scores and intervals."]
     return [*([] if equal is None else [equal]), *(never if reasons else [])]

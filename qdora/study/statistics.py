@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special
 
+from qdora.evaluation.metrics import LEAST_P
+
 Array = NDArray[np.float64]
 Weighting = Literal["tokens", "equal"]
-
-LEAST_P = 1e-15
-"""Smallest p-value that is told: beyond it the quantiles of t lose their digits."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,10 @@ class Interval:
     def half_width(self) -> float:
         """Half of the distance between the ends."""
         return (self.upper - self.lower) / 2
+
+    def columns(self, name: str) -> dict[str, float]:
+        """As columns of a table."""
+        return {name: self.value, f"{name}_lower": self.lower, f"{name}_upper": self.upper}
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,13 @@ def example_spread(seeds: Sequence[SeedScores], weighting: Weighting) -> Spread:
         variance += part
         squares += part**2 / max(1, number - 1)
     return Spread(math.sqrt(variance), variance**2 / squares if squares else math.inf)
+
+
+def example_interval(tasks: SeedScores, weighting: Weighting, confidence: float) -> Interval:
+    """`weighted_mean` of one run with its t interval over the examples."""
+    mean = weighted_mean(tasks, weighting)
+    half = example_spread([tasks], weighting).half_width(confidence)
+    return Interval(mean, mean - half, mean + half)
 
 
 def ratio_interval(above: Sequence[float], below: Sequence[float], confidence: float = 0.95) -> Interval:

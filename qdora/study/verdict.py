@@ -32,7 +32,7 @@ def verdict(
             f"{len(diverged)} of {number} trainings diverged, {compared} of them "
             "in the comparison, where such a run counts with the worst score: a uniform guess, or no right answer."
         )
-    lost = sum(row["rate"] is None and "inf" in row["losses"] for row in rates)
+    lost = sum(row["is_done"] and row["rate"] is None for row in rates)
     if lost:
         sentences.append(f"{lost} arms diverged at every learning rate that was tried, so they are not compared.")
     lacking = [row for row in cells if row["status"] not in ("done", "diverged")]
