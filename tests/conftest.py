@@ -28,6 +28,9 @@ settings.load_profile("qdora")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # Tiny tensors: a second thread only waits for the first, and on a busy machine it waits long.
 torch.set_num_threads(1)
+# The first backward pass starts threads if autograd then counts a GPU, and processes forked later cannot compute
+# gradients. A CUDA build of torch without a GPU counts one as soon as a plan has made fake CUDA tensors.
+torch.ones(1, requires_grad=True).backward()
 
 
 def pytest_collection_finish() -> None:
