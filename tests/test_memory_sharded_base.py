@@ -18,6 +18,8 @@ from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.train.distributed import Processes
 from tests import launched, tiny_adapted, tiny_experts, tiny_run, tiny_sharded, tiny_tokenizer
 
+pytestmark = tiny_sharded.needs_division
+
 
 def write(directory: Path, family: str) -> Path:
     """Llama: tied, blocks of the scales cross the rows of down_proj. Qwen3: a head of its own. Both 64 wide."""

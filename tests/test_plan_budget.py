@@ -28,7 +28,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run import load_base
 from qdora.run.train import train_run
 from qdora.train.distributed import Processes, processes_of_launch
-from tests import launched, tiny_run
+from tests import launched, tiny_run, tiny_sharded
 
 
 @pytest.mark.figures
@@ -87,6 +87,7 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
         within(plan.peak_bytes // 2)
 
 
+@tiny_sharded.needs_division
 @pytest.mark.slow
 def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
     """Eight blocks: divided among four, a process holds two, and three while they are gathered."""

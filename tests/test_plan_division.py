@@ -63,6 +63,7 @@ def bytes_received(model: Any, processes: Processes) -> float:
     return sum(counts)
 
 
+@tiny_sharded.needs_division
 @pytest.mark.parametrize(("family", "size"), [("qwen3", 3), pytest.param("llama", 2, marks=pytest.mark.slow)])
 def test_processes_hold_and_receive_what_is_planned(root: Path, family: str, size: int) -> None:
     """To the byte what each holds, with torch's padding."""

@@ -367,6 +367,14 @@ def test_one_process_tells_nobody() -> None:
     assert len({seed_of(5, 0), seed_of(5, 1), seed_of(6, 1), seed_of(5, 1, step=3), seed_of(5, 2)}) == 5
 
 
+def test_an_old_torch_cannot_divide_a_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "CAN_DIVIDE", False)
+    text = r"train.parallel: must be auto or replicate with torch .* \(shard and hybrid need torch 2.12\), got shard"
+    with pytest.raises(UserError, match=text):
+        distributed.mesh_of(Processes(size=2, shards=True), torch.device("cpu"), "shard")
+    assert distributed.mesh_of(Processes(size=2), torch.device("cpu"), "shard") is None
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

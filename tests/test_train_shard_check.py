@@ -17,6 +17,8 @@ from qdora.train.distributed import Processes
 from qdora.train.shard_check import check_division
 from tests import launched, tiny_run, tiny_sharded
 
+pytestmark = tiny_sharded.needs_division
+
 
 @pytest.fixture(scope="module")
 def source(root: Path) -> Path:

@@ -16,7 +16,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run.train import train_run
 from qdora.train import loop
 from qdora.train.distributed import OtherProcessFailed
-from tests import launched, tiny_run
+from tests import launched, tiny_run, tiny_sharded
 from tests.test_train_distributed import (
     GATED,
     PACKED,
@@ -29,6 +29,8 @@ from tests.test_train_distributed import (
     train,
     trained_by,
 )
+
+pytestmark = tiny_sharded.needs_division
 
 EVALUATED = {"eval__tasks": ["sums", "letters"], "eval__limit": 2, "eval__every": 3}
 

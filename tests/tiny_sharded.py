@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,11 +21,12 @@ from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.train import loop
-from qdora.train.distributed import Processes, mesh_of, processes_of_launch
+from qdora.train.distributed import CAN_DIVIDE, Processes, mesh_of, processes_of_launch
 from qdora.train.even_passes import even_passes
 from tests import tiny
 
 CPU = torch.device("cpu")
+needs_division = pytest.mark.skipif(not CAN_DIVIDE, reason="this torch cannot divide packed weights")
 LENGTHS = (9, 4, 7, 12, 3)
 
 

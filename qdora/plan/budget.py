@@ -17,7 +17,7 @@ from qdora.plan.workload import Workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.recipe_file import override
 from qdora.recipe.settings import Recipe
-from qdora.train.distributed import Processes
+from qdora.train.distributed import CAN_DIVIDE, Processes
 
 logger = logging.getLogger("qdora")
 
@@ -60,7 +60,9 @@ def within_budget(
 
 
 def _shared(recipe: Recipe) -> Recipe | None:
-    """The recipe with a base that all processes divide; None if something in it keeps the base whole."""
+    """The recipe with a base that all processes divide; None if it or torch needs the whole base."""
+    if not CAN_DIVIDE:
+        return None
     try:
         return override(all_on_device(recipe), ["train.parallel=shard"])
     except UserError:

@@ -36,6 +36,8 @@ _MESSAGE_ELEMENTS = 1 << 24
 _PATIENCE = timedelta(days=1)
 # GPUs meet right after a message of all processes on the host, so that none waits for another's work there.
 _GPU_PATIENCE = timedelta(minutes=10)
+# Before, torch's `fully_shard` asks for gradients of all that it divides, which packed weights cannot have.
+CAN_DIVIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 # In the messages of gloo and NCCL when a process of the group has ended.
 _CONNECTION_WORDS = ("onnection", "NCCL", "gloo")
 
@@ -225,10 +227,14 @@ def processes_of_launch() -> Iterator[Processes]:
 def mesh_of(processes: Processes, device: torch.device, parallel: str) -> DeviceMesh | None:
     """The processes as `memory.sharded_base.ShardedBase` takes them; None if each holds the whole base.
 
-    With `parallel` hybrid the processes of a machine divide the base, and machines repeat it.
+    With `parallel` hybrid the processes of a machine divide the base, and machines repeat it. UserError if this torch
+    cannot divide it.
     """
     if not processes.shards:
         return None
+    if not CAN_DIVIDE:
+        need = f"must be auto or replicate with torch {torch.__version__} (shard and hybrid need torch 2.12)"
+        raise UserError(f"train.parallel: {need}, got {parallel}.")
     if parallel == "hybrid":
         shape = (processes.size // processes.num_here, processes.num_here)
         return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
