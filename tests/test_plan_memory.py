@@ -129,10 +129,11 @@ def test_components_are_those_of_the_formats() -> None:
     assert found[parts.SCALES] == blocks + 4 * nested + 3 * len(shapes) * (256 + 1) * 4
     # Embedding, head and norms in bf16, and the two float32 buffers of the rotary frequencies.
     assert 0 < found[parts.DENSE] - 2 * (2 * 512 * 64 + 7 * 64) <= 2 * 4 * 16
-    # bf16 factors; magnitude, ||W||^2, norm, gain, 1 / m and s g of each row; s g B in bf16; a decoded scale a block.
-    assert found[parts.ADAPTERS] == 2 * lora + 24 * rows + 2 * 4 * rows + 4 * blocks
+    assert found[parts.ADAPTERS] == 2 * lora + 8 * rows  # bf16 factors; magnitude and ||W||^2 of each row
+    # Norm, gain, 1 / m and s g of each row; s g B in bf16; a decoded scale a block.
+    assert found[parts.KEPT] == 16 * rows + 2 * 4 * rows + 4 * blocks
     without = plan(a_recipe(train__optimizer="adamw", memory__keep_scales=False), config=config).components
-    assert found[parts.ADAPTERS] - without[parts.ADAPTERS] == 4 * blocks
+    assert found[parts.KEPT] - without[parts.KEPT] == 4 * blocks
     # Two float32 states a parameter, and the low half of each bf16 one.
     assert found[parts.OPTIMIZER] == 8 * (lora + rows) + 2 * lora
     # Ids and mask of 2 rows of 64 tokens; row, column and target of each label; a step count of each flat tensor.

@@ -85,7 +85,7 @@ def test_a_plan_has_the_streamed_blocks_in_their_slots_alone() -> None:
     assert streamed.host_bytes == blocks("host", 7).host_bytes
     expected = dict(whole.components)
     # No layer keeps decoded scales: of the ten that are adapted, four bytes for 64 weights.
-    expected[parts.ADAPTERS] -= NUM_BLOCKS * 4 * (HIDDEN * HIDDEN // 64)
+    expected[parts.KEPT] -= NUM_BLOCKS * 4 * (HIDDEN * HIDDEN // 64)
     expected[parts.BASE] -= 7 * CODES
     expected[parts.SCALES] -= 7 * SCALES
     expected[parts.STREAMING] = 2 * whole.block_bytes

@@ -46,7 +46,7 @@ def expert_plans() -> str:
     cards = list(dict.fromkeys(card for each in shapes.values() for card in each["cards"]))
     groups = {
         "weights of the base": ("packed base", "block scales", "embeddings, head, norms"),
-        "adapters, gradients, optimizer": ("adapters", "gradients", "optimizer state"),
+        "adapters, gradients, optimizer": ("adapters", "kept norms and scales", "gradients", "optimizer state"),
     }
     rows = [["trainable, millions", *(f"{each['num_trainable'] / 1e6:,.0f}" for each in shapes.values())]]
     for text, names in groups.items():

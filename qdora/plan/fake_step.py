@@ -178,14 +178,14 @@ class StepRecorder:
     def record(self, optimizer: AdapterOptimizer, shape: MicroBatchShape, chunk: int | None) -> None:
         """Record a later step: optimizer states, gradients of an earlier micro-batch and norms already exist."""
         layers = adapted_layers(self.model).values()
-        with self.live.label(parts.ADAPTERS):
+        with self.live.label(parts.KEPT):
             for layer in layers:
                 layer.gain(self.model.dtype)
                 layer.operands(self.model.dtype)
         # The parameters have just been updated, so that the gains are taken anew.
         torch.autograd.graph.increment_version(list(self.parameters.values()))
         self.live.register(optimizer.state_tensors().values(), parts.OPTIMIZER)
-        with self._part("gains", None, parts.ADAPTERS):
+        with self._part("gains", None, parts.KEPT):
             prepare_gains(layers)
         if shape.accumulated:
             self._make_gradients()

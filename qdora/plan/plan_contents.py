@@ -21,7 +21,8 @@ BASE = "packed base"  # codes of the quantised linear layers, or their 16-bit we
 SCALES = "block scales"  # scales of the quantised layers
 MASKS = "masks"  # masks of a pruned base: a bit for each weight
 DENSE = "embeddings, head, norms"  # all other frozen weights
-ADAPTERS = "adapters"  # lora_A, lora_B, magnitudes, and what a step keeps of them: norms, factors, decoded scales
+ADAPTERS = "adapters"  # lora_A, lora_B, magnitudes, and ||W||^2 of each row
+KEPT = "kept norms and scales"  # made once a step: norms, gains, s g B, decoded block scales
 OPTIMIZER = "optimizer state"  # optimizer states, and the low bits of bf16 parameters
 GRADIENTS = "gradients"  # gradients of the trainable parameters, float32
 CHECKPOINTS = "checkpoints"  # inputs of the blocks, from which their activations are recomputed
@@ -34,8 +35,8 @@ GATHERED = "gathered blocks"  # blocks of a divided base that are whole, and wha
 CONTEXT = "context and libraries"  # memory of the process before the first tensor: a constant
 SLACK = "allocator slack"  # rounding and fragmentation of the allocator: a constant share
 OTHER = "other"  # ids, masks, positions
-COMPONENTS: tuple[str, ...] = (BASE, SCALES, MASKS, DENSE, ADAPTERS, OPTIMIZER, GRADIENTS, CHECKPOINTS, FORWARD)
-COMPONENTS += (BACKWARD, LOSS, UPDATE, STREAMING, GATHERED, CONTEXT, SLACK, OTHER)
+COMPONENTS: tuple[str, ...] = (BASE, SCALES, MASKS, DENSE, ADAPTERS, KEPT, OPTIMIZER, GRADIENTS, CHECKPOINTS)
+COMPONENTS += (FORWARD, BACKWARD, LOSS, UPDATE, STREAMING, GATHERED, CONTEXT, SLACK, OTHER)
 
 CONTEXT_BYTES: Mapping[DeviceKind, int] = {"cuda": 600 * MIB, "cpu": 600 * MIB}
 """cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: the interpreter
