@@ -353,22 +353,21 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
         layer.base_squared = layer.base.squared_row_norm().view_as(layer.base_squared)
 
 
-def prepare_decoding(layers: Iterable[AdaptedLinear]) -> bool:
-    """Let the layers keep their decoded scales (`AdaptedLinear.keeps_scales`), and return whether they do.
-
-    They do not if it would take more than half of a GPU's free memory. Stacks of experts keep nothing.
-    """
-    layers = [layer for layer in layers if layer.lora_B.ndim == 2]
+def drop_scales_without_room(layers: Iterable[AdaptedLinear]) -> bool:
+    """Let no layer keep its decoded scales (`AdaptedLinear.keeps_scales`) if together they would take more than half of
+    a GPU's free memory. Returns whether that is so."""
+    layers = [layer for layer in layers if layer.keeps_scales and layer.lora_B.ndim == 2]  # stacks of experts have none
     blocks = [
         layer.in_features * layer.out_features // layer.base.block_size
         for layer in layers
         if layer.base.block_size and not layer.base.away
     ]
     free = _free_bytes(layers[0].lora_A.device) if layers else None
-    keep = free is None or 4 * sum(blocks) <= free // 2
+    if free is None or 4 * sum(blocks) <= free // 2:
+        return False
     for layer in layers:
-        layer.keeps_scales = keep
-    return keep
+        layer.keeps_scales = False
+    return True
 
 
 def _free_bytes(device: torch.device) -> int | None:
