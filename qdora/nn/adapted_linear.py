@@ -220,22 +220,21 @@ class AdaptedLinear(nn.Module):
         return self.gated_B().detach().to(self.lora_B.dtype)
 
     @torch.no_grad()
-    def keep_components_(self, keep: Tensor) -> None:
-        """Keep the rank components where `keep`, (rank,) bool, is True, in the same parameters, with the same scaling.
+    def keep_components_(self, kept: Tensor) -> None:
+        """Keep these rank components, one or more: (n,) int64, ascending, on the layer's device.
 
-        Removing components with a gate of 0 changes the layer's output by rounding only. For use between steps: torch
-        raises an error in a later backward pass if the graph of an earlier forward pass is still alive.
+        The parameters and the scaling stay the same. Removing components with a gate of 0 changes the layer's output by
+        rounding only. For use between steps: torch raises an error in a later backward pass if the graph of an earlier
+        forward pass is still alive.
         """
-        assert keep.shape == (self.rank,), "one answer for each component"
-        assert bool(keep.any()), "a layer keeps one component or more"
-        keep = keep.to(self.lora_A.device)
-        share = int(keep.sum()) / self.rank
-        self.rank = int(keep.sum())
+        assert 0 < len(kept) <= self.rank, "a layer keeps one component or more"
+        share = len(kept) / self.rank
+        self.rank = len(kept)
         self.alpha *= math.sqrt(share) if self.rank_stabilized else share
-        self.lora_A.data = self.lora_A.data[..., keep, :]
-        self.lora_B.data = self.lora_B.data[..., keep].contiguous()
+        self.lora_A.data = self.lora_A.data.index_select(-2, kept)
+        self.lora_B.data = self.lora_B.data.index_select(-1, kept)
         if self.gate is not None:
-            self.gate.data = self.gate.data[keep]
+            self.gate.data = self.gate.data.index_select(0, kept)
         self.parameters_changed()
 
     def approximated_parts(self, matrix: Tensor) -> list[Tensor]:
