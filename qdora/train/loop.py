@@ -91,10 +91,8 @@ def fit(
     processes, bad_steps = processes or Processes(), bad_steps or BadSteps(train)
     backoff, schedule = backoff or Backoff(loader), schedule or Schedule(train, num_steps)
     options: dict[str, Any] = {"loss_chunk": loss_chunk, "weights": task_weights, "loss_scale": loss_scale}
-    options["router_aux_loss"] = train.router_aux_loss
-    if processes.size == 1:
-        options |= {"gradient_norm": optimizer.gradient_norm, "reading": hooks.reading}
-    compute = partial(step_gradient, model, device=device, **options)
+    options |= {"gradient_norm": optimizer.gradient_norm, "reading": hooks.reading} if processes.size == 1 else {}
+    compute = partial(step_gradient, model, device=device, router_aux_loss=train.router_aux_loss, **options)
     attempt = partial(_gradient_of_next_step, compute, optimizer, loader, processes)
     model.train()
     for step in range(start_step, num_steps):
