@@ -22,7 +22,7 @@ from measure import alternating, facts, ratio, spread, write
 
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers, inject, replace_module
-from qdora.nn.adapted_linear import prepare_decoding
+from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.nn.frozen_linear import FrozenLinear
 
 ASKED = 0.97
@@ -76,7 +76,7 @@ def contender(kind: str, smoke: bool) -> Any:
     if kind == "merged":
         for path, layer in adapted_layers(model).items():
             replace_module(model, path, FrozenLinear(layer.merged_weight(model.dtype), layer.base.bias))
-    prepare_decoding(adapted_layers(model).values())
+    drop_scales_without_room(adapted_layers(model).values())
     return model.eval()
 
 

@@ -28,7 +28,16 @@ from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
 from tables.runs import chat_model, chat_templates, data_loading, file_formats, hostile, mixing, moments, out_of_memory
 from tables.streaming import disk_residency, stream_schedule
 from tables.study import pruning, study, study_nulls
-from tables.times import expert_cost, layer_time, one_micro_batch, packing, roofline, step_time, wait_policy
+from tables.times import (
+    compile_time,
+    expert_cost,
+    layer_time,
+    one_micro_batch,
+    packing,
+    roofline,
+    step_time,
+    wait_policy,
+)
 from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data, router_loss
 from tables.upcycling import expert_upcycling, upcycled_mixture
 
@@ -82,6 +91,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "expert_cost": expert_cost,
     "wait_policy": wait_policy,
     "one_micro_batch": one_micro_batch,
+    "compile_time": compile_time,
     "triton_kernels": triton_kernels,
     "triton_estimate": triton_estimate,
     "cards": cards,

@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,9 +29,12 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
+from qdora.recipe.settings import GateConfig
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train import loop
-from qdora.train.hooks import Hooks
+from qdora.train.distributed import Processes
+from qdora.train.gates import Gates
+from qdora.train.hooks import Hooks, Reading
 from qdora.train.interrupt import StopRequest
 from qdora.train.loop import fit, step_gradient
 from qdora.train.optimizer import AdapterOptimizer
@@ -134,11 +138,18 @@ def model_on(
     return model
 
 
-def train(model: Any, loader: Any, device: torch.device, gpu: FalseGpu | None = None) -> list[tuple[Any, list[Event]]]:
+def train(
+    model: Any, loader: Any, device: torch.device, gpu: FalseGpu | None = None, gates: GateConfig | None = None
+) -> list[tuple[Any, list[Event]]]:
     """The metrics of each step, and what was asked of the false GPU in it."""
     torch.manual_seed(1)
     optimizer = AdapterOptimizer(adapter_parameters(model), name="adamw")
     found: list[tuple[Any, list[Event]]] = []
+    hooks: dict[str, Any] = {}
+    if gates is not None:
+        there = Gates(adapted_layers(model), gates, NUM_STEPS, seed=0)
+        hooks = {"begin_step": there.begin, "reading": Reading(there.gradient, there.take_gradient)}
+        hooks["end_step"] = partial(there.end, optimizer=optimizer, processes=Processes())
 
     def keep(metrics: dict[str, Any]) -> None:
         found.append((metrics, list(gpu.events) if gpu is not None else []))
@@ -151,7 +162,7 @@ def train(model: Any, loader: Any, device: torch.device, gpu: FalseGpu | None = 
             optimizer,
             loader,
             TrainConfig(steps=NUM_STEPS, batch=16, lr=1e-2, warmup=0, clip=0.1, optimizer="adamw"),
-            Hooks(write_metrics=keep, save=lambda _step: Path()),
+            Hooks(write_metrics=keep, save=lambda _step: Path(), **hooks),
             num_steps=NUM_STEPS,
             device=device,
             progress=progress,
@@ -174,7 +185,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 FAST = ("padded", "dropout", "streamed")
 SLOW = (*(case for case in CASES if case not in FAST), "lora")
-ONCE = Counter({"train/loop.py: read = torch.cat(numbers).tolist()": 1})
+ONCE = Counter({"train/loop.py: read = joined.tolist()": 1})
 # Of a micro-batch, beside the one of its inputs: the rows of its tokens, the inputs of two blocks out and back.
 MORE_COPIES = {"host embedding": 1, "offload": 4}
 
@@ -185,7 +196,12 @@ def test_the_host_waits_once_in_a_step(gpu: FalseGpu, source: Path, case: str) -
     options = dict(CASES.get(case, {"kind": case}))
     activation_offload._LEAST_BYTES = 1  # in this process, which is the test's own
     loader = OneStep(packed=options.pop("packed", False))
-    _, (got, events) = train(model_on(gpu.device, source, **options), loader, gpu.device, gpu)
+    model = model_on(gpu.device, source, **options)
+    gpu.clear()
+    (_, first), (got, events) = train(model, loader, gpu.device, gpu)
+    # The form of the logits is learnt, and each layer asks once for its norm.
+    more = Counter(line.partition(":")[0] for line in (waits(first) - ONCE).elements())
+    assert more == {"train/output_head.py": 2} | ({} if case == "lora" else {"ops/dora.py": len(adapted_layers(model))})
     assert waits(events) == ONCE
     copies = [event.line for event in events if event.kind == "copy" and not event.line.endswith("tolist()")]
     if case != "streamed":
@@ -197,6 +213,22 @@ def test_the_host_waits_once_in_a_step(gpu: FalseGpu, source: Path, case: str) -
         _, (wanted, _) = train(model_on(CPU, source, **options), loader, CPU)
         assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
         assert got["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
+
+
+@on_false_gpu
+def test_gates_are_read_with_the_rest(gpu: FalseGpu, source: Path) -> None:
+    """The second step removes components, too."""
+    gates = GateConfig(mode="hard_concrete", mean_rank=2, warmup=0, anneal=NUM_STEPS, shrink_every=1, lr=0.1)
+    results = []
+    for device, seen in ((gpu.device, gpu), (CPU, None)):
+        results.append(train(model_on(device, source), OneStep(packed=False), device, seen, gates))
+    ranks = []
+    for (got, _), (wanted, _) in zip(*results, strict=True):
+        assert got["gates"] == wanted["gates"]
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        ranks.append(got["gates"]["mean_rank"])
+    assert ranks[0] > ranks[1] == 2
+    assert waits(results[0][-1][1]) == ONCE
 
 
 @on_false_gpu
@@ -245,7 +277,7 @@ def test_a_step_with_a_wrong_norm_is_computed_again(gpu: FalseGpu, source: Path)
         with nullcontext() if later else patch.object(loop, "norms_checked_later", lambda _later: nullcontext()):
             numbers, _ = step_gradient(model, step, device=gpu.device)
         lines = waits(list(gpu.events))
-        assert lines.pop("train/loop.py: read = torch.cat(numbers).tolist()") == (2 if later else 1)
+        assert lines.pop("train/loop.py: read = joined.tolist()") == (2 if later else 1)
         assert all(line.startswith(("nn/adapted_linear.py: flags", "ops/dora.py")) for line in lines)
         gradients = [each.grad for each in adapter_parameters(model).values()]
         found.append((numbers, gradients, layer.gain(torch.float32)))

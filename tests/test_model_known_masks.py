@@ -109,6 +109,12 @@ def flash_on(gpu: FalseGpu, seen: list[Any]) -> Any:
         q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
+    def whole(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        seen.append(None)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        options = {"is_causal": True, "enable_gqa": True}
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
     class Lengths:
         """transformers calls it; later releases take it from a pair."""
 
@@ -118,7 +124,7 @@ def flash_on(gpu: FalseGpu, seen: list[Any]) -> Any:
         def __iter__(self) -> Iterator[Any]:
             return iter((self, None))
 
-    return (None, varlen, None, None, None), Lengths()
+    return (whole, varlen, None, None, None), Lengths()
 
 
 @on_false_gpu
@@ -152,6 +158,29 @@ def test_flash_attention_gets_the_lengths_of_packed_examples(gpu: FalseGpu) -> N
     parts = zip(alone, ids[0].split(list(lengths)), strict=True)
     wanted = sum(float(cross_entropy(logits[:-1], part[1:], reduction="sum")) for logits, part in parts)
     assert float(loss.nll_sum) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+@on_false_gpu
+@torch.no_grad()
+def test_flash_attention_of_rows_that_are_not_packed_reads_no_positions(gpu: FalseGpu, num_rows: int) -> None:
+    """transformers looks for packed examples in each layer where there is a single row."""
+    model, ids, seen = family("Llama 3"), padded()[0][:num_rows], []
+    expected = model(input_ids=ids, use_cache=False).logits
+    model.to(gpu.device)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    inputs = {
+        name: each.to(gpu.device) for name, each in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)))
+    }
+    gpu.clear()
+    with (
+        patch.object(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda _name: flash_on(gpu, seen)),
+        known_masks(model, None, gpu.device),
+    ):
+        found = model(**inputs, use_cache=False).logits
+    assert gpu.lines("wait") == []
+    assert seen == [None] * len(model.model.layers)
+    torch.testing.assert_close(found.cpu(), expected)
 
 
 def test_on_a_cpu_and_after_the_block_masks_are_those_of_transformers() -> None:

@@ -89,14 +89,14 @@ def test_kept_scales_give_the_same_bits_and_follow_the_parameters(kind: str, qua
         assert all(torch.equal(got, wanted) for got, wanted in zip(*found.values(), strict=True))
 
 
-def test_scales_are_kept_where_a_gpu_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [moved("dora", torch.bfloat16, in_=128, quant="nf4"), moved("dora", torch.bfloat16)]
+def test_scales_are_dropped_where_a_gpu_has_no_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = 24 * 128 // 64 * 4
-    for free, expected in ((None, True), (2 * taken, True), (2 * taken - 1, False)):
+    for free, dropped in ((None, False), (2 * taken, False), (2 * taken - 1, True)):
+        layers = [moved("dora", torch.bfloat16, in_=128, quant="nf4"), moved("dora", torch.bfloat16)]
         monkeypatch.setattr(module, "_free_bytes", lambda _device, free=free: free)
-        assert module.prepare_decoding(layers) is expected
-        assert [layer.keeps_scales for layer in layers] == [expected, expected]
-    assert module.prepare_decoding([])
+        assert module.drop_scales_without_room(layers) is dropped
+        assert [layer.keeps_scales for layer in layers] == [not dropped] * 2
+    assert not module.drop_scales_without_room([])
 
 
 def test_a_weight_that_comes_and_goes_is_not_kept() -> None:

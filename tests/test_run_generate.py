@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
+from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.run import generate
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, answer_chats, generate_from, prompt_ids
 from qdora.run.load_run import load_target
@@ -102,6 +105,19 @@ def test_the_norm_is_computed_once(run: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found["num_new_tokens"] > 1
     assert len(calls) == len(set(map(id, calls))) == 14
     assert all(layer.keeps_scales for layer in calls)
+
+
+def test_a_run_that_kept_no_scales_generates_without_them(run: Path, tmp_path: Path) -> None:
+    """Its plan counts none."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    recipe = (copy / "recipe.yaml").read_text()
+    assert "keep_scales: true" in recipe
+    (copy / "recipe.yaml").write_text(recipe.replace("keep_scales: true", "keep_scales: false"))
+    for where, expected in ((run, True), (copy, False)):
+        layers = adapted_layers(generate._load(str(where), None, False, None).model).values()
+        assert [layer.keeps_scales for layer in layers] == [expected] * 14
+    found = [generate_from(str(where), "3 + 4 =", SHORT, raw=True)["text"] for where in (run, copy)]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("options", [ExportOptions(dtype="float32"), ExportOptions(format_="nf4-lora")])

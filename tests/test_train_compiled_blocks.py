@@ -11,6 +11,7 @@ import pytest
 import torch
 from packaging.version import Version
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
 
@@ -143,10 +144,10 @@ def test_gates_that_remove_components_compile_nothing_anew(
             layer.add_gate()
     expected, found = [], []
     with compiled_blocks.compiled_blocks(models[1]):
-        for kept in ([True, True, True], [True, False, True], [False, True]):
+        for rank, kept in ((3, [0, 1, 2]), (3, [0, 2]), (2, [1])):
             for model, results in zip(models, (expected, found), strict=True):
                 for layer in list(adapted_layers(model).values())[:-1]:
-                    if len(kept) == layer.rank:
+                    if layer.rank == rank:
                         layer.zero_grad()
                         layer.keep_components_(torch.tensor(kept))
                 results.append(gradients(model, SHAPES[0]))
@@ -235,7 +236,45 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is_and_a_line_says_so(
     tiny_streamed.assert_equal(found, gradients(models[0], SHAPES[0]))
     (record,) = caplog.records
     assert record.getMessage().startswith("train.compile: blocks of LlamaDecoderLayer run as they are, not compiled: ")
-    assert "\n" not in record.getMessage()
+    assert record.getMessage().endswith("no kernel for this")
+
+
+def test_blocks_whose_gradient_cannot_be_compiled_run_as_they_are_and_a_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(graph: Any, _inputs: Any) -> Any:
+        raise ValueError("no kernel for this")
+
+    backend = aot_autograd(fw_compiler=lambda graph, _inputs: graph, bw_compiler=refuses)
+    monkeypatch.setattr(compiled_blocks, "BACKEND", backend)
+    models = [adapted("llama", monkeypatch, checkpointing=True) for _ in range(2)]
+    with compiled_blocks.compiled_blocks(models[1]), caplog.at_level(logging.WARNING, logger="qdora"):
+        found = gradients(models[1], SHAPES[0])
+    tiny_streamed.assert_equal(found, gradients(models[0], SHAPES[0]))
+    (record,) = [each for each in caplog.records if each.name == "qdora"]
+    assert record.getMessage().endswith("blocks of LlamaDecoderLayer run as they are, not compiled: no kernel for this")
+
+
+@needs_masks
+def test_blocks_that_ran_compiled_before_another_failed_are_recomputed_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first block has a window's mask, the second none, so it is compiled anew."""
+    compiled = []
+
+    def once(graph: Any, _inputs: Any) -> Any:
+        if compiled:
+            raise ValueError("no kernel for this")
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(compiled_blocks, "BACKEND", once)
+    models = [adapted("gemma3", monkeypatch, checkpointing=True) for _ in range(2)]
+    with compiled_blocks.compiled_blocks(models[1]), caplog.at_level(logging.WARNING, logger="qdora"):
+        found = gradients(models[1], (3, 32, 0))
+        assert compiled
+    tiny_streamed.assert_equal(found, gradients(models[0], (3, 32, 0)))
+    assert len([each for each in caplog.records if each.name == "qdora"]) == 1
 
 
 def test_an_error_inside_a_compiled_block_is_not_taken_for_one_of_the_compiler(

@@ -70,8 +70,15 @@ def test_a_run_ends_with_its_budget_in_the_adapter(uninterrupted: tuple[Any, Pat
     assert list(scalings.values()) == pytest.approx([8.0 / RANK] * NUM_LAYERS)
 
 
-def test_without_surplus_a_gated_run_starts_like_an_ungated_one(root: Path, tmp_path: Path) -> None:
+def test_without_surplus_a_gated_run_starts_like_an_ungated_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[float]] = []
+    take = Gates.take_gradient
+    monkeypatch.setattr(Gates, "take_gradient", lambda gates, values: (read.append(values), take(gates, values)))
     train_run(gated(root, steps=8, mean_rank=2), tmp_path / "gated")
+    assert len(read) == 8, "with the numbers of each step"
+    assert any(read[1]), "B is no longer 0"
     train_run(tiny_run.recipe(root, **{**QUICK, "train__steps": 8}), tmp_path / "plain")
     first, second = (trained(tmp_path / name)[0] for name in ("gated", "plain"))
     assert first["loss"] == second["loss"]

@@ -35,8 +35,8 @@ def run(part: Part, plan: Plan, device: torch.device) -> None:
         for tokens in plan.step_tokens:
             steps = {name: fitting_step(model, optimizers[name], tokens, device) for name, model in models.items()}
             part.attempt(f"{tokens} tokens", lambda s=steps, t=tokens: _compared(s, t, plan, device))
-        runs = all(block.forward.region.compiled for block in models["compiled"].model.layers)
-    found = {"num_compilations": counter.frame_count, "runs_compiled": bool(runs)}
+        runs = not any(block.forward.region.has_failed for block in models["compiled"].model.layers)
+    found = {"num_compilations": counter.frame_count, "runs_compiled": runs}
     part.put("compilations", found | {"ok": found["runs_compiled"] and counter.frame_count <= _MOST_COMPILATIONS})
 
 

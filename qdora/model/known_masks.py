@@ -1,10 +1,10 @@
 """Attention masks from what the host knows of a micro-batch, so that no mask is read back from a GPU.
 
 transformers leaves out a mask where nothing is padded, and finds packed examples by their positions. It reads both from
-the device in every forward pass, flash attention in every layer, and the host waits until the GPU has done all that it
-was given. But the micro-batch comes from the host. Its rows are padded on the right, so in causal attention and in a
-state that runs through the row only padding sees padding: no mask is needed, and attention keeps its fast kernel, which
-takes none.
+the device in every forward pass, flash attention in every layer (the positions of a single row, packed or not), and the
+host waits until the GPU has done all that it was given. But the micro-batch comes from the host. Its rows are padded on
+the right, so in causal attention and in a state that runs through the row only padding sees padding: no mask is needed,
+and attention keeps its fast kernel, which takes none.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import modeling_flash_attention_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from qdora.data.batching import Packing
@@ -26,6 +28,8 @@ from qdora.data.batching import Packing
 _PACKED: ContextVar[bool] = ContextVar("packed_mask_is_known", default=False)
 # In the modules of models with convolutions, linear attention or Mamba layers.
 _RECURRENT = "create_recurrent_attention_mask"
+# By which flash attention finds packed examples.
+_FINDS_PACKED = "_is_packed_sequence"
 
 
 @contextmanager
@@ -57,8 +61,9 @@ def known_masks(model: nn.Module, packing: Packing | None, device: torch.device)
         ours = partial(_within_examples, make, packing.position_ids, packing.example_index)
     ALL_MASK_ATTENTION_FUNCTIONS[attention] = ours
     before = _PACKED.set(packing is not None)
+    unpacked = _answers_nothing(modeling_flash_attention_utils, _FINDS_PACKED) if packing is None else nullcontext()
     try:
-        with _without_recurrent_masks(model):
+        with _without_recurrent_masks(model), unpacked:
             yield
     finally:
         _PACKED.reset(before)
@@ -100,18 +105,22 @@ def _attention(model: nn.Module) -> str | None:
     return attention
 
 
+def _without_recurrent_masks(model: nn.Module) -> AbstractContextManager[None]:
+    return _answers_nothing(sys.modules[type(model).__module__], _RECURRENT)
+
+
 @contextmanager
-def _without_recurrent_masks(model: nn.Module) -> Iterator[None]:
-    module = sys.modules[type(model).__module__]
-    before = getattr(module, _RECURRENT, None)
+def _answers_nothing(module: ModuleType, name: str) -> Iterator[None]:
+    """Inside, a function of a module, if there is one, returns None."""
+    before = getattr(module, name, None)
     if before is None:
         yield
         return
-    setattr(module, _RECURRENT, _none)
+    setattr(module, name, _none)
     try:
         yield
     finally:
-        setattr(module, _RECURRENT, before)
+        setattr(module, name, before)
 
 
 def _none(*_args: Any, **_kwargs: Any) -> None:

@@ -220,22 +220,21 @@ class AdaptedLinear(nn.Module):
         return self.gated_B().detach().to(self.lora_B.dtype)
 
     @torch.no_grad()
-    def keep_components_(self, keep: Tensor) -> None:
-        """Keep the rank components where `keep`, (rank,) bool, is True, in the same parameters, with the same scaling.
+    def keep_components_(self, kept: Tensor) -> None:
+        """Keep these rank components, one or more: (n,) int64, ascending, on the layer's device.
 
-        Removing components with a gate of 0 changes the layer's output by rounding only. For use between steps: torch
-        raises an error in a later backward pass if the graph of an earlier forward pass is still alive.
+        The parameters and the scaling stay the same. Removing components with a gate of 0 changes the layer's output by
+        rounding only. For use between steps: torch raises an error in a later backward pass if the graph of an earlier
+        forward pass is still alive.
         """
-        assert keep.shape == (self.rank,), "one answer for each component"
-        assert bool(keep.any()), "a layer keeps one component or more"
-        keep = keep.to(self.lora_A.device)
-        share = int(keep.sum()) / self.rank
-        self.rank = int(keep.sum())
+        assert 0 < len(kept) <= self.rank, "a layer keeps one component or more"
+        share = len(kept) / self.rank
+        self.rank = len(kept)
         self.alpha *= math.sqrt(share) if self.rank_stabilized else share
-        self.lora_A.data = self.lora_A.data[..., keep, :]
-        self.lora_B.data = self.lora_B.data[..., keep].contiguous()
+        self.lora_A.data = self.lora_A.data.index_select(-2, kept)
+        self.lora_B.data = self.lora_B.data.index_select(-1, kept)
         if self.gate is not None:
-            self.gate.data = self.gate.data[keep]
+            self.gate.data = self.gate.data.index_select(0, kept)
         self.parameters_changed()
 
     def approximated_parts(self, matrix: Tensor) -> list[Tensor]:
@@ -353,22 +352,21 @@ def _base_loaded(layer: AdaptedLinear, _keys: object) -> None:
         layer.base_squared = layer.base.squared_row_norm().view_as(layer.base_squared)
 
 
-def prepare_decoding(layers: Iterable[AdaptedLinear]) -> bool:
-    """Let the layers keep their decoded scales (`AdaptedLinear.keeps_scales`), and return whether they do.
-
-    They do not if it would take more than half of a GPU's free memory. Stacks of experts keep nothing.
-    """
-    layers = [layer for layer in layers if layer.lora_B.ndim == 2]
+def drop_scales_without_room(layers: Iterable[AdaptedLinear]) -> bool:
+    """Let no layer keep its decoded scales (`AdaptedLinear.keeps_scales`) if together they would take more than half of
+    a GPU's free memory. Returns whether that is so."""
+    layers = [layer for layer in layers if layer.keeps_scales and layer.lora_B.ndim == 2]  # stacks of experts have none
     blocks = [
         layer.in_features * layer.out_features // layer.base.block_size
         for layer in layers
         if layer.base.block_size and not layer.base.away
     ]
     free = _free_bytes(layers[0].lora_A.device) if layers else None
-    keep = free is None or 4 * sum(blocks) <= free // 2
+    if free is None or 4 * sum(blocks) <= free // 2:
+        return False
     for layer in layers:
-        layer.keeps_scales = keep
-    return keep
+        layer.keeps_scales = False
+    return True
 
 
 def _free_bytes(device: torch.device) -> int | None:

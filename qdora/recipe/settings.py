@@ -343,7 +343,7 @@ class MemoryConfig(Section):
     whose head shares the embedding."""
     keep_scales: Flag = True
     """Decode the block scales of a quantised base once for each optimizer step, not for every product. It takes half a
-    bit a weight with blocks of 64. A streamed base keeps none."""
+    bit a weight with blocks of 64. A streamed base keeps none. Generation keeps them where training did."""
     loss_chunk: AutoTokens = "auto"
     """Labelled tokens whose logits exist at one time. auto: as many as fill 128 MiB, at least 16."""
 

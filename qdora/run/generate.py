@@ -23,7 +23,7 @@ from qdora.files.environment import user_path
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers
 from qdora.model.load import stop_ids_of_model
-from qdora.nn.adapted_linear import prepare_decoding
+from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.run.load_run import LoadedModel, load_target
 
 logger = logging.getLogger("qdora")
@@ -174,7 +174,7 @@ def _read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
 def _load(target: str, step: int | None, base_only: bool, quant: str | None) -> LoadedModel:
     keep_freed_memory()
     loaded = load_target(target, step=step, base_only=base_only, quant=quant, verb="generate")
-    prepare_decoding(adapted_layers(loaded.model).values())
+    drop_scales_without_room(adapted_layers(loaded.model).values())
     return loaded
 
 

@@ -36,7 +36,7 @@ from qdora.run.writer import RunWriter
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state, unreadable
 from qdora.train.figures import draw_figures
 from qdora.train.gates import Gates
-from qdora.train.hooks import Evaluated, Hooks
+from qdora.train.hooks import Evaluated, Hooks, Reading
 from qdora.train.loss_scale import LossScale
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.out_of_memory import Backoff
@@ -172,6 +172,7 @@ class Trainer:
             probe=probe,
             probe_every=recipe.interference.every,
             begin_step=self._begin,
+            reading=None if gates is None else Reading(gates.gradient, gates.take_gradient),
             end_step=None if gates is None else partial(gates.end, optimizer=optimizer, processes=processes),
             updated=partial(self._updated, MissingGradientCheck(optimizer)),
         )

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.decorators import mark_unbacked, maybe_mark_dynamic
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, TorchDynamoException
+from torch._functorch import config as functorch_config
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -44,8 +45,8 @@ def compiled_blocks(model: PreTrainedModel, backend: Any = None) -> Iterator[Non
     """Inside, the blocks of `model` train compiled. Names and parameters stay as they are.
 
     The first steps compile: once, or twice where some micro-batches have an attention mask and others have none; again
-    where only some blocks are streamed. If torch cannot compile a kind of block, a warning says so and it runs as it
-    is. On leaving, all of torch's compiled code is dropped.
+    where only some blocks are streamed. If torch cannot compile a kind of block or its gradient, a warning says so and
+    it runs as it is. On leaving, all of torch's compiled code is dropped.
 
     Args:
         backend: Of torch.compile; None: `BACKEND`.
@@ -62,7 +63,9 @@ def compiled_blocks(model: PreTrainedModel, backend: Any = None) -> Iterator[Non
     for block in blocks:
         block.forward = CompiledBlock(block, regions[_plain_forward(block)])
     try:
-        yield
+        # A gradient is compiled with its block: in the backward pass it would be too late to run the block as it is.
+        with functorch_config.patch(force_non_lazy_backward_lowering=True):
+            yield
     finally:
         for block in blocks:
             del block.forward
@@ -93,11 +96,12 @@ def _plain_forward(block: nn.Module) -> Callable[..., Any]:
 
 
 class _Region:
-    """The forward pass of a class of blocks, compiled; as it is, if it cannot be compiled."""
+    """The forward pass of a class of blocks, as it is and compiled; whether some block could not be compiled."""
 
     def __init__(self, plain: Callable[..., Any], backend: Any) -> None:
         self.plain = plain
-        self.compiled: Callable[..., Any] | None = torch.compile(self._traced, fullgraph=True, backend=backend)
+        self.compiled = torch.compile(self._traced, fullgraph=True, backend=backend)
+        self.has_failed = False
 
     def _traced(self, block: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         # All that the code may know of the number of rows.
@@ -106,7 +110,12 @@ class _Region:
 
 
 class CompiledBlock:
-    """The `forward` of a block."""
+    """The `forward` of a block.
+
+    Attributes:
+        runs_compiled: Whether its latest forward pass ran compiled. A checkpoint's recomputation does, too, and saves
+            the same tensors, even if another block could not be compiled in the meantime.
+    """
 
     def __init__(self, block: nn.Module, region: _Region) -> None:
         self.block: Any = block
@@ -114,30 +123,35 @@ class CompiledBlock:
         self.adapted = [module for module in block.modules() if isinstance(module, AdaptedLinear)]
         bases = {id(layer.base) for layer in self.adapted}
         self.frozen = [each for each in block.modules() if isinstance(each, FrozenLinear) and id(each) not in bases]
+        self.runs_compiled = False
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         block = self.block
-        if self.region.compiled is None or not (block.training and torch.is_grad_enabled()):
+        if not (block.training and torch.is_grad_enabled()):
             return type(block).forward(block, hidden_states, *args, **kwargs)
         if block.gradient_checkpointing and _FORWARD_CHECKPOINTS:
             return block._gradient_checkpointing_func(partial(self._run, **kwargs), hidden_states, *args)
         return self._run(hidden_states, *args, **kwargs)
 
     def _run(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        compiled = self.region.compiled
-        if compiled is not None:
+        region = self.region
+        is_recomputed = torch._C._current_graph_task_id() != -1
+        if not is_recomputed:
+            self.runs_compiled = not region.has_failed
+        if self.runs_compiled:
             try:
                 self._take_operands(product_dtype(hidden_states))
                 given = self._with_gradient(hidden_states)
                 _mark_lengths(given, (args, kwargs))
-                return compiled(self.block, given, *args, **kwargs)
+                return region.compiled(self.block, given, *args, **kwargs)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # torch has not run the block
-                name, why = type(self.block).__name__, first_line(error)
+                name = type(self.block).__name__
+                why = first_line(error.inner_exception if isinstance(error, BackendCompilerFailed) else error)
                 logger.warning("train.compile: blocks of %s run as they are, not compiled: %s", name, why)
-                self.region.compiled = None
+                region.has_failed, self.runs_compiled = True, False
             finally:
                 self._drop_operands()
-        return self.region.plain(self.block, hidden_states, *args, **kwargs)
+        return region.plain(self.block, hidden_states, *args, **kwargs)
 
     def _take_operands(self, dtype: torch.dtype) -> None:
         """Give the layers what their operators take."""

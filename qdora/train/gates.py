@@ -70,6 +70,7 @@ class Gates:
         self._origin = torch.cat([torch.arange(layer.rank) for layer in self.layers.values()])
         self._alive = torch.ones(len(self._value), dtype=torch.bool)
         self._noise: Tensor | None = None
+        self._gradient: Tensor | None = None  # of the step, if the loop has read it
         fault = settings.length_fault(num_steps)
         if fault is not None:
             raise UserError(f"adapter.gates.anneal: {fault}")
@@ -100,6 +101,7 @@ class Gates:
 
     def begin(self, step: int) -> None:
         """Clear gradients and draw gates for the step that follows `step` steps; called before each attempt at it."""
+        self._gradient = None
         for gate in self.parameters:
             gate.grad = None
         if self.settings.mode == "hard_concrete" and step >= self.num_warmup and not self.is_over:
@@ -110,6 +112,15 @@ class Gates:
             place = self._origin + torch.tensor(first)[self._layer_numbers()]
             self._noise = noise[place].clamp(1e-6, 1 - 1e-6)
             self._write(gate_value(self._value, self._noise))
+
+    def gradient(self) -> Tensor:
+        """(n,) float64, of all gates on their device; empty after the budget is reached."""
+        parts = [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in self.parameters]
+        return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64)
+
+    def take_gradient(self, values: list[float]) -> None:
+        """The values of `gradient` for the coming `end`, which else reads them itself."""
+        self._gradient = torch.tensor(values, dtype=torch.float64)
 
     def end(self, step: int, applied: bool, optimizer: AdapterOptimizer, processes: Processes) -> dict[str, Any]:
         """Update the gates after the step that follows `step` steps, and remove dead components when due.
@@ -143,12 +154,13 @@ class Gates:
         """Remove dead components from layers, optimizer and vectors; outputs stay the same, to rounding."""
         if bool(self._alive.all()):
             return
+        parts = torch.split(self._alive, self._ranks())
+        shrinking = {path: keep for path, keep in zip(self.layers, parts, strict=True) if not bool(keep.all())}
+        there = send([keep.nonzero().squeeze(1) for keep in shrinking.values()], self.parameters[0].device)
         cuts: dict[str, tuple[Tensor, int]] = {}
-        for (path, layer), keep in zip(self.layers.items(), torch.split(self._alive, self._ranks()), strict=True):
-            if not bool(keep.all()):
-                layer.keep_components_(keep)
-                kept = keep.nonzero().squeeze(1).to(layer.lora_A.device)
-                cuts |= {f"{path}.lora_A": (kept, -2), f"{path}.lora_B": (kept, -1)}
+        for path, kept in zip(shrinking, there, strict=True):
+            self.layers[path].keep_components_(kept)
+            cuts |= {f"{path}.lora_A": (kept, -2), f"{path}.lora_B": (kept, -1)}
         optimizer.cut_(cuts)
         for name in _VECTORS:
             setattr(self, f"_{name}", getattr(self, f"_{name}")[self._alive])
@@ -215,9 +227,7 @@ class Gates:
 
     def _update(self, step: int) -> None:
         """Adam, then the budget."""
-        # One transfer from a GPU, not one a layer
-        parts = [torch.zeros_like(gate) if gate.grad is None else gate.grad for gate in self.parameters]
-        gradient = torch.cat(parts).double().cpu()
+        gradient = self.gradient().cpu() if self._gradient is None else self._gradient
         if self.settings.mode == "hard_concrete":
             if step < self.num_warmup:
                 return

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from qdora.train.step_checks import BadStep
 
 Metrics = dict[str, Any]
@@ -25,6 +27,16 @@ class Evaluated:
     """Whether the run ends here."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Numbers on a GPU that are read with those of a step, so that the host waits once."""
+
+    numbers: Callable[[], Tensor]
+    """(n,) of any float dtype, once the gradient is complete."""
+    take: Callable[[list[float]], None]
+    """Takes their values."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hooks:
     """What a run does around the steps; the loop only calls it.
@@ -36,6 +48,7 @@ class Hooks:
         probe, probe_every: The same for the interference; it writes its numbers itself and leaves training unchanged.
         keep_batch: Writes the examples of a step that was not applied and returns where.
         begin_step: Prepares the model for the step that follows `step` steps, at every attempt at its gradient.
+        reading: What `end_step` needs of the device; only a single process reads it beforehand.
         end_step: Takes `step` and whether its update was made, and returns more numbers of the step.
         updated: Takes the learning rate after every update; returns what is wrong with the update, or None.
     """
@@ -48,5 +61,6 @@ class Hooks:
     probe_every: int | None = None
     keep_batch: Callable[[BadStep], Path] | None = None
     begin_step: Callable[[int], None] | None = None
+    reading: Reading | None = None
     end_step: Callable[[int, bool], Metrics] | None = None
     updated: Callable[[float], str | None] | None = None

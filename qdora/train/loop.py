@@ -6,6 +6,7 @@ of them, so neither padding nor the split into micro-batches changes it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -31,7 +32,7 @@ from qdora.recipe.train_settings import TrainConfig
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
 from qdora.train.even_passes import even_passes
-from qdora.train.hooks import Evaluated, Hooks, Metrics
+from qdora.train.hooks import Evaluated, Hooks, Metrics, Reading
 from qdora.train.interrupt import StopRequest
 from qdora.train.loss_scale import LossScale
 from qdora.train.optimizer import AdapterOptimizer, UpdateOutOfMemory
@@ -90,9 +91,8 @@ def fit(
     processes, bad_steps = processes or Processes(), bad_steps or BadSteps(train)
     backoff, schedule = backoff or Backoff(loader), schedule or Schedule(train, num_steps)
     options: dict[str, Any] = {"loss_chunk": loss_chunk, "weights": task_weights, "loss_scale": loss_scale}
-    norm = optimizer.gradient_norm if processes.size == 1 else None
-    options |= {"router_aux_loss": train.router_aux_loss, "gradient_norm": norm}
-    compute = partial(step_gradient, model, device=device, **options)
+    options |= {"gradient_norm": optimizer.gradient_norm, "reading": hooks.reading} if processes.size == 1 else {}
+    compute = partial(step_gradient, model, device=device, router_aux_loss=train.router_aux_loss, **options)
     attempt = partial(_gradient_of_next_step, compute, optimizer, loader, processes)
     model.train()
     for step in range(start_step, num_steps):
@@ -374,6 +374,7 @@ def step_gradient(
     loss_scale: LossScale | None = None,
     router_aux_loss: float = 0.0,
     gradient_norm: Callable[[], Tensor] | None = None,
+    reading: Reading | None = None,
 ) -> tuple[Metrics, list[Tensor]]:
     """Accumulate the gradient of this process's part of a step's loss into the parameters, which must have none.
 
@@ -387,6 +388,7 @@ def step_gradient(
         router_aux_loss: Factor of the routers' auxiliary loss. That of a step is the mean over the micro-batches of all
             processes, each weighted by its tokens without padding.
         gradient_norm: Of the gradient when it is complete, for the step's numbers; None if it is not complete here.
+        reading: What else is read at the end.
     Returns:
         The step's numbers, with the unweighted NLL per task, and without its factor the auxiliary loss if it has one;
         and the NLL of each micro-batch's examples, (examples,).
@@ -414,26 +416,36 @@ def step_gradient(
                 router_aux_loss=router_aux_loss,
             )
         doubts = unchecked(adapted_layers(model).values())
-        numbers = [nll.double(), *(flag.to(device).double().view(1) for flag in doubts.values()), aux.double().view(1)]
-        if gradient_norm is not None:
-            numbers.append(gradient_norm().to(device).double().view(1))
-        read = torch.cat(numbers).tolist()
-        sums, flags = read[: len(names)], read[len(names) : len(names) + len(doubts)]
-        if not settle_norms(doubts, flags):
+        numbers = {"nll": [nll], "flags": list(doubts.values()), "aux": [aux]}
+        numbers["norm"] = [] if gradient_norm is None else [gradient_norm()]
+        numbers["others"] = [] if reading is None else [reading.numbers()]
+        read = _read_at_once(numbers, device)
+        if not settle_norms(doubts, read["flags"]):
             break
         model.zero_grad()
         set_random_state(random)
-    task_numbers = zip(names, sums, tokens.tolist(), strict=True)
+    if reading is not None:
+        reading.take(read["others"])
+    task_numbers = zip(names, read["nll"], tokens.tolist(), strict=True)
     metrics = {
-        "loss": sum(sums) / batch.num_label_tokens,
+        "loss": sum(read["nll"]) / batch.num_label_tokens,
         "num_tokens": batch.num_tokens,
         "num_label_tokens": batch.num_label_tokens,
         "num_examples": batch.num_examples,
         "tasks": {name: {"nll_sum": each, "num_tokens": count} for name, each, count in task_numbers if count},
     }
     if router_aux_loss > 0:
-        metrics["router_aux_loss"] = read[len(names) + len(doubts)]
-    return metrics if gradient_norm is None else {"gradient_norm": read[-1], **metrics}, example_nll
+        metrics["router_aux_loss"] = read["aux"][0]
+    return metrics if gradient_norm is None else {"gradient_norm": read["norm"][0], **metrics}, example_nll
+
+
+def _read_at_once(numbers: dict[str, list[Tensor]], device: torch.device) -> dict[str, list[float]]:
+    """The values of tensors of 0 or 1 dimensions, for which the host waits once."""
+    flat = {name: [each.to(device).double().view(-1) for each in tensors] for name, tensors in numbers.items()}
+    joined = torch.cat([each for tensors in flat.values() for each in tensors])
+    read = joined.tolist()
+    borders = itertools.accumulate((sum(map(len, tensors)) for tensors in flat.values()), initial=0)
+    return {name: read[start:end] for name, (start, end) in zip(flat, itertools.pairwise(borders), strict=True)}
 
 
 def _accumulate(
