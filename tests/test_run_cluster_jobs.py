@@ -211,7 +211,8 @@ def test_two_tasks_on_this_machine_train_a_run(local: Callable[..., Any], root: 
 def test_a_job_that_is_preempted_saves_and_resumes(local: Callable[..., Any]) -> None:
     job, run = local(train__steps=60, train__checkpoint_every=...)
     wait_for(lambda: (run / "metrics.jsonl").exists())
-    job._interrupt()
+    for pid in processes(b"submitit.core._submit", run):  # as SLURM sends it to all tasks
+        os.kill(pid, signal.SIGUSR2)
     wait_for(lambda: open_run(run).newest_checkpoint() is not None)
     newest = open_run(run).newest_checkpoint()
     assert newest is not None
@@ -225,7 +226,7 @@ def test_a_job_that_is_preempted_saves_and_resumes(local: Callable[..., Any]) ->
 def test_a_task_that_is_killed_is_named_with_its_log(local: Callable[..., Any]) -> None:
     job, run = local(train__steps=5000)
     wait_for(lambda: (run / "metrics.jsonl").exists())
-    (second,) = [pid for pid in trainers(run) if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes()]
+    (second,) = [pid for pid in processes(b"qdora.cli", run) if rank_of(pid) == "1"]
     began = time.monotonic()
     os.kill(second, signal.SIGKILL)
     job._process.wait(60)
@@ -237,6 +238,11 @@ def test_a_task_that_is_killed_is_named_with_its_log(local: Callable[..., Any]) 
     assert re.search(told, (run / "log.txt").read_text())
 
 
+def rank_of(pid: int) -> str:
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(each for each in variables if each.startswith(b"RANK=")).decode().removeprefix("RANK=")
+
+
 def wait_for(is_there: Callable[[], bool]) -> None:
     began = time.monotonic()
     while not is_there():
@@ -244,14 +250,14 @@ def wait_for(is_there: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def trainers(run: Path) -> list[int]:
-    """Processes of `qdora train` in this run."""
+def processes(module: bytes, run: Path) -> list[int]:
+    """Processes of a module that name this run, or a folder in it."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
             words = (place / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"qdora.cli" in words and str(run).encode() in words:
+        if module in words and any(word.startswith(os.fsencode(run)) for word in words):
             found.append(int(place.name))
     return found

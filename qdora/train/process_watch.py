@@ -73,7 +73,7 @@ class ProcessWatch:
         self._looked_at = 0.0
         self._failure: dict[str, Any] | None = None
         self._fault: dict[str, Any] | None = None
-        self._known, self._over, self._written = threading.Event(), threading.Event(), threading.Event()
+        self._known, self._over = threading.Event(), threading.Event()
         self._keys = f"qdora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         timeout = timedelta(seconds=self._patience)
@@ -121,7 +121,7 @@ class ProcessWatch:
     def failed(self, error: BaseException) -> None:
         """Tell the others that this process fails, and why."""
         self._failure = {"ranks": [self.rank], "what": f"failed: {first_line(error)}", "where": self._where}
-        self._written.wait(3 * self._beat)
+        self._exchanged(3 * self._beat)
 
     def linger(self) -> None:
         """Let the others read why this process ends, if they read it from its memory."""
@@ -159,16 +159,20 @@ class ProcessWatch:
 
     def _run(self) -> None:
         while not self._over.wait(self._beat) and not self.knows:
-            exchange = threading.Thread(target=self._exchange, daemon=True)  # a store may never answer
-            exchange.start()
-            exchange.join(self._patience)
-            if exchange.is_alive():
+            if not self._exchanged(self._patience):
                 self._learn(self._silence([0], "or its launcher, which holds the store"))
         if not self._over.wait(_GRACE_SECONDS):
             newest = self.newest()
             safe = "" if newest is None else f" Safe on disk: {newest}."
             logger.error("%s%s", self._told(), safe)
             os._exit(_FAILURE)
+
+    def _exchanged(self, seconds: float) -> bool:
+        """Whether the store answers within these seconds; it may never."""
+        exchange = threading.Thread(target=self._exchange, daemon=True)
+        exchange.start()
+        exchange.join(seconds)
+        return not exchange.is_alive()
 
     def _exchange(self) -> None:
         """Write this process's counts, and read what is known of the others."""
@@ -178,7 +182,6 @@ class ProcessWatch:
             self._store.set(f"{self._keys}/{self.rank}", json.dumps([place, self._num_beats, self._where]))
             if self._failure is not None:
                 self._tell(self._failure)
-                self._written.set()
             if self._store.check([f"{self._keys}/fault"]):
                 self._learn(json.loads(self._store.get(f"{self._keys}/fault")))
             elif self._roll_call or time.monotonic() - self._looked_at >= self._patience / _LOOKS:
