@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -233,6 +234,25 @@ def test_after_a_lost_connection_who_no_longer_answers_has_ended(watches: list[P
     assert "because process 1 (on" in (told := watches[0].lost())
     assert "has ended without a message. Fix: " in told
     assert not watches[0].has_silence
+
+
+def test_a_launcher_cannot_end_a_process_that_tells_its_reason(watches: list[ProcessWatch]) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: heard.append(number))
+    try:
+        watches[0].failed(ValueError("a reason"))
+        watches[0]._beat = 0.5
+        ends = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+        ends.start()
+        watches[0].linger()
+        ends.join()
+        assert heard == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "because process 0 (on" in (told := watches[1].lost())
+    assert "failed: a reason. Fix: " in told
 
 
 def test_after_a_lost_connection_nobody_is_named_if_all_answer(watches: list[ProcessWatch]) -> None:

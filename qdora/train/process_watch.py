@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -125,8 +126,14 @@ class ProcessWatch:
 
     def linger(self) -> None:
         """Let the others read why this process ends, if they read it from its memory."""
-        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(2 * self._beat)
+        if self.rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        # A launcher sends SIGTERM because another process has ended; this one has yet to tell its reason.
+        in_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if in_main else None
+        time.sleep(2 * self._beat)
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
     def lost(self) -> str:
         """Why this process ends, after its connection to another one broke, or once one is known to have failed."""
