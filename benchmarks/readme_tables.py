@@ -25,7 +25,17 @@ from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
 from tables.models import architectures, mixtures, models_short
 from tables.plan import cards, expert_plans, plan_accuracy, plan_recipes, plan_shapes
 from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
-from tables.runs import chat_model, chat_templates, data_loading, file_formats, hostile, mixing, moments, out_of_memory
+from tables.runs import (
+    chat_model,
+    chat_templates,
+    data_loading,
+    file_formats,
+    hostile,
+    mixing,
+    moments,
+    out_of_memory,
+    sharded_kills,
+)
 from tables.streaming import disk_residency, stream_schedule
 from tables.study import pruning, study, study_nulls
 from tables.times import (
@@ -77,6 +87,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "file_formats": file_formats,
     "hostile": hostile,
     "moments": moments,
+    "sharded_kills": sharded_kills,
     "layer_time": layer_time,
     "roofline": roofline,
     "step_time": step_time,

@@ -124,6 +124,14 @@ def test_architectures(tmp_path: Path) -> None:
     assert again["families"]["Llama 3"] == llama
 
 
+def test_sharded_kills(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "sharded_kills.py")
+    (life,) = result["lives"]
+    assert life["cut"]
+    assert (life["named_by"], life["faults"], result["num_right"]) == (3, [], 1)
+    assert 0 < life["difference"]["adapter"] < 1e-4  # the sums of two processes have another order
+
+
 def test_router_loss(tmp_path: Path) -> None:
     result = smoke(tmp_path, "router_loss.py")
     assert [run["factor"] for run in result["runs"]] == [0.0, 0.001, 0.01, 0.1, 1.0]

@@ -17,7 +17,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import qdora
-from qdora.cli import VERBS, WAITING, app, let_segments_grow, let_threads_sleep
+from qdora.cli import VERBS, WAITING, app, hide_frames, let_segments_grow, let_threads_sleep
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files import environment as machine
 from qdora.files.console import show_only
@@ -402,6 +402,17 @@ def test_the_allocator_extends_its_segments_unless_the_user_has_set_it(given: An
     environment = dict(given)
     let_segments_grow(environment, platform)
     assert environment == wanted
+
+
+def test_frames_are_hidden_in_a_process_of_several() -> None:
+    for given, wanted in (
+        ({}, {}),
+        ({"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "ERROR"}),
+        ({"WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "INFO"}, {"WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "INFO"}),
+    ):
+        environment = dict(given)
+        hide_frames(environment)
+        assert environment == wanted
 
 
 def test_the_allocator_is_set_before_torch_is_imported() -> None:

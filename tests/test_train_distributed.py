@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from qdora.run import writer
 from qdora.run.train import train_run
 from qdora.train import distributed, loop
 from qdora.train.distributed import OtherProcessFailed, Processes, free_host_bytes, processes_of_launch, seed_of
+from qdora.train.process_watch import PATIENCE
 from tests import launched, tiny_run
 
 PACKED = {"train__batch": 9, "data__packing": True}
@@ -55,7 +57,7 @@ def _left_alone(rank: int) -> None:
     with processes_of_launch() as processes:
         assert processes.gather(rank) == [0, 1]
         if rank == 0:  # the other ends here
-            lost = r"process 0: the connection to the other processes of this run is lost: one of them has ended"
+            lost = r"process 0: stopped, because process 1 \(on \S+\) has ended without a message\. Fix: resume from"
             with pytest.raises(OtherProcessFailed, match=lost):
                 processes.gather(rank)
             parameter = nn.Parameter(torch.ones(3))
@@ -467,13 +469,16 @@ def test_gpus_give_up_after_minutes_and_have_a_group_of_their_own(monkeypatch: p
         "get_rank": lambda: 0,
         "get_world_size": lambda: 2,
         "destroy_process_group": lambda: None,
-        "all_gather": lambda out, mine: [each.copy_(mine) for each in out],
+        "all_gather": lambda out, mine, async_op=False: [each.copy_(mine) for each in out] and Mock(),
         "all_reduce": lambda _tensor, group: used.append(group),
         "broadcast": lambda _tensor, _source, group: used.append(group),
     }.items():
         monkeypatch.setattr(torch.distributed, name, ours)
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
+    no_watch = Mock(rank=0, size=2, has_silence=False)  # without a store
+    monkeypatch.setattr(distributed, "ProcessWatch", lambda rank, size: no_watch)
+    monkeypatch.setenv(PATIENCE, "700")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _number: None)
@@ -484,5 +489,5 @@ def test_gpus_give_up_after_minutes_and_have_a_group_of_their_own(monkeypatch: p
         processes.share_first_([parameter])
     (host, long), (gpu, short) = made
     assert (host, gpu) == ("gloo", "nccl")
-    assert 60 <= short <= 1800 < long
+    assert 2 * 700 <= short <= 1800 < long  # so the watch speaks before NCCL
     assert used == ["of GPUs"] * 2

@@ -126,7 +126,8 @@ def broken(rank: int, settings: Recipe, directory: Path) -> None:
         return real(*args, **options)
 
     loop.batch_loss = breaking
-    expected = {0: (OtherProcessFailed, "process 0: the connection to the other processes of this run is lost")}
+    lost = r"process 0: stopped, because process 1 \(on \S+\) failed: process 1: out of memory with one example"
+    expected = {0: (OtherProcessFailed, lost)}
     expected[1] = (RunFailure, "process 1: out of memory with one example")
     with pytest.raises(expected[rank][0], match=expected[rank][1]):
         train_run(settings, directory)

@@ -108,8 +108,18 @@ def let_segments_grow(environment: MutableMapping[str, str] = os.environ, platfo
         environment[ALLOCATOR] = "expandable_segments:True"
 
 
+def hide_frames(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Of a process of several: without torch's C++ frames about a store whose process has ended, which says it itself.
+
+    torch reads the variable as it is imported.
+    """
+    if "WORLD_SIZE" in environment:
+        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def main() -> None:
     """The entry point of the `qdora` command."""
+    hide_frames()
     let_threads_sleep()
     let_segments_grow()
     repeat_lost_interrupts()

@@ -23,6 +23,10 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if the plan exceeds memory.budget.")] = False,
+    submit: Annotated[
+        str | None,
+        typer.Option(metavar="KEY=VALUE,...", help="Submit a job and end: nodes=2,gpus=8,timeout_min=600."),
+    ] = None,
 ) -> None:
     """Train a recipe: load the base, train, evaluate, save.
 
@@ -30,8 +34,15 @@ def train(
     """
     from qdora.recipe.recipe_file import load_recipe
 
-    loaded, where = load_recipe(recipe, set_ or []), recipe
     directory = run_dir or Path("runs") / Path(recipe).stem
+    if submit is not None:
+        from qdora.run.cluster_jobs import submit_training
+
+        job = submit_training(recipe, set_ or [], directory, submit, resume=resume, force=force)
+        lines = [f"job {job['job']}: {job['num_processes']} processes", f"run: {job['run']}", f"logs: {job['logs']}"]
+        emit(job, plain="\n".join([*lines, f"command of each process: {job['command']}", ""]))
+        return
+    loaded, where = load_recipe(recipe, set_ or []), recipe
     if resume:
         from qdora.run.open_directory import resumed_recipe
 

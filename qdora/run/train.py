@@ -69,6 +69,8 @@ def train_run(
         processes = processes.dividing(prepared.recipe.train.divides_base)
         processes.first(lambda: stack.enter_context(only_process(directory, resume=resume)))
         run = open_directory(prepared, directory, processes, resume=resume)
+        if processes.watch is not None:
+            processes.watch.newest = lambda: newest.path if (newest := run.newest_checkpoint()) else None
         if processes.is_first:
             last.enter_context(log_to(run))
             last.callback(leave_page, run)
@@ -102,7 +104,7 @@ def _train(trainer: Trainer, checkpoint: Checkpoint | None, results: Console) ->
     again = trainer.evaluates_again(start)
     active.processes.first(lambda: active.directory.truncate_metrics(start, evaluates_again=again))
     try:
-        with trainer.recorded(start):
+        with trainer.recorded(start), active.processes.watched(active.model):
             trainer.evaluate_base()
             if trainer.state.optimizer is not None and start < active.num_steps and not trainer.is_over:
                 trainer.num_done = _fit(trainer, trainer.state.optimizer, start)

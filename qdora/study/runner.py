@@ -34,8 +34,9 @@ from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import find_model
 from qdora.model.load import Quantization, load_config
 from qdora.model.pruning import quantized_layers
-from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, settings
+from qdora.recipe.recipe_file import missing_files, recipe_from, settings
 from qdora.recipe.settings import Recipe
+from qdora.run.cluster_jobs import CLUSTERS, job_executor, job_option
 from qdora.run.run_page import PAGE_FILE, leave_page
 from qdora.run.step_evaluations import adapter_step
 from qdora.run.train import train_run
@@ -56,8 +57,6 @@ Work = Callable[[Cell, Path], Mapping[str, Any]]
 Event = Literal["done", "failed"]
 AfterAttempt = Callable[[Cell, Event, float], None]
 """after(cell, result of this attempt, seconds), called after every attempt of this process."""
-
-CLUSTERS = ("slurm", "local")
 
 _SHARD = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 _TRACEBACK_LINES = 12
@@ -213,12 +212,7 @@ def submit_study(
     for note in notes:
         consoles(None)[0].print(note, markup=False, highlight=False)
     Upcoming(study, expander, StudyDirectory(directory, retries=study.retries)).now()
-    parameters = {}
-    for option in options:
-        key, equals, text = option.partition("=")
-        if not equals or not key:
-            raise UserError(f"--job-option: must be key=value such as timeout_min=600, got {option!r}.")
-        parameters[key.strip()] = read_yaml(f"value: {text}", f"--job-option {option}")["value"]
+    parameters = dict(job_option(option, "--job-option") for option in options)
     command = [sys.executable, "-m", "qdora.cli", "study", str(file.resolve()), "--dir", str(directory)]
     jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)
     return {"directory": str(directory), "notes": notes, "jobs": [job.job_id for job in jobs]}
@@ -229,23 +223,14 @@ def submit_jobs(
 ) -> list[Any]:
     """Start the same command several times through submitit; each process claims the next free cell of the study.
 
-    All jobs must see the study's directory under the same path; their output goes to slurm/ inside it. `cluster` is
-    slurm, or local for processes on this machine. `parameters` of submitit: timeout_min, gpus_per_node,
-    slurm_partition, ... UserError: submitit is missing, or does not know a parameter or the cluster.
+    All jobs must see the study's directory under the same path; their output goes to slurm/ inside it. `cluster` and
+    `parameters` are those of `job_executor`, and so are its errors.
     """
-    try:
-        import submitit
-        from submitit.helpers import CommandFunction
-    except ImportError:
-        raise UserError("--jobs: submitit is not installed. Fix: pip install 'qdora[slurm]'") from None
-    try:
-        executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
-    except (RuntimeError, ValueError, ImportError) as error:  # such as no srun on this machine
-        raise UserError(f"--cluster {cluster}: {' '.join(str(error).split())}") from None
-    try:
-        executor.update_parameters(**{"name": "qdora-study", **parameters})
-    except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"--job-option: {' '.join(str(error).split())}") from None
+    named = "--jobs", f"--cluster {cluster}", "--job-option"
+    wanted = {"name": "qdora-study", **parameters}
+    executor = job_executor(directory / "slurm" / "%j", cluster, wanted, options=named)
+    from submitit.helpers import CommandFunction
+
     with executor.batch():
         return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
 

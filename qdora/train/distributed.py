@@ -9,9 +9,11 @@ the same step; `require_equal` checks before every checkpoint that their paramet
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,22 +24,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
-from qdora.errors import RunFailure, UserError, first_line
+from qdora.errors import Interrupted, RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
+from qdora.model.load import block_list
 from qdora.train.out_of_memory import OutOfMemory, is_out_of_memory
+from qdora.train.process_watch import ProcessWatch, patience_seconds
 
 T = TypeVar("T")
 
 # Gradient elements in one message: 64 MiB of float32.
 _MESSAGE_ELEMENTS = 1 << 24
-# The others wait for a message on the host while the first process evaluates. A process that dies is noticed at once,
-# by the launcher and by the broken connection, not by this timeout.
-_PATIENCE = timedelta(days=1)
-# GPUs meet right after a message of all processes on the host, so that none waits for another's work there.
-_GPU_PATIENCE = timedelta(minutes=10)
 # Before, torch's `fully_shard` asks for gradients of all that it divides, which packed weights cannot have.
 CAN_DIVIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
+# The others wait for a message on the host while the first process evaluates. A process that dies is noticed at once,
+# by the launcher and by the broken connection, and one that hangs by the watch (process_watch.py), not by this timeout.
+_PATIENCE = timedelta(days=1)
+# GPUs meet right after a message of all processes on the host, so that none waits for another's work there. NCCL must
+# not end the processes before the watch names the silent one.
+_GPU_PATIENCE = timedelta(minutes=10)
+_WATCHES = 2
+"""Patience of NCCL, in that of the watch, if that is more."""
+# How often a process that waits for a message asks whether another one hangs.
+_LOOK = timedelta(seconds=0.5)
 # In the messages of gloo and NCCL when a process of the group has ended.
 _CONNECTION_WORDS = ("onnection", "NCCL", "gloo")
 
@@ -59,6 +70,8 @@ class Processes:
     """Carries tensors of GPUs; None if the default group, which carries messages on the host, does."""
     shards: bool = False
     """Whether the processes divide the base, so that each forward pass needs all of them."""
+    watch: ProcessWatch | None = None
+    """Names the process that hangs or has ended; None for a single process."""
 
     @property
     def num_here(self) -> int:
@@ -81,7 +94,7 @@ class Processes:
         message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros((), dtype=torch.int64) for _ in range(self.size)]
         with self._connected():
-            dist.all_gather(lengths, torch.tensor(len(message)))
+            self._meet(dist.all_gather(lengths, torch.tensor(len(message)), async_op=True))
             longest = max(int(length) for length in lengths)
             padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
             dist.all_gather(padded, torch.nn.functional.pad(message, (0, longest - len(message))))
@@ -100,11 +113,11 @@ class Processes:
             if self.is_first:
                 result = action()
         except BaseException as error:
-            self.gather(type(error).__name__)
+            self.gather(first_line(error))
             raise
         fault = self.gather("")[0]
         if fault:
-            raise OtherProcessFailed(f"process {self.rank}: stopped because process 0 failed ({fault}).")
+            raise OtherProcessFailed(f"process {self.rank}: stopped, because process 0 failed: {fault}")
         return result
 
     def first_or_all(self, action: Callable[[], T]) -> T | None:
@@ -130,17 +143,43 @@ class Processes:
             return RunFailure(f"process {self.rank}: {error.args[0].fault()}")
         reason = first_line(error)
         if not is_out_of_memory(error) and any(word in reason for word in _CONNECTION_WORDS):
-            return OtherProcessFailed(self._lost())
+            return self._lost()
         return RunFailure(
             f"process {self.rank}: a pass through the model cannot be computed: {reason} All processes end, since they "
             "divide the base. Fix the cause, then resume from the last checkpoint with --resume."
         )
 
-    def _lost(self) -> str:
-        return (
-            f"process {self.rank}: the connection to the other processes of this run is lost: one of them has "
-            "ended, and its own message says why. Fix: resume from the last checkpoint with --resume."
-        )
+    def _lost(self) -> OtherProcessFailed:
+        assert self.watch is not None, "a connection has two ends"
+        text, newest = self.watch.lost(), self.watch.newest()
+        return OtherProcessFailed(text, safe=[] if newest is None else [newest])
+
+    @contextmanager
+    def watched(self, model: PreTrainedModel) -> Iterator[None]:
+        """Inside, a process that makes no pass through the model and sends no message for minutes ends the run."""
+        if self.watch is None:
+            yield
+            return
+        found = block_list(model)
+        units: list[nn.Module] = [model] if found is None else list(found[1])
+        if self.shards:
+            units = [each for each in model.modules() if issubclass(type(each), FSDPModule)]
+        with self.watch.counting(units, together=self.shards):
+            yield
+
+    def _meet(self, work: dist.Work) -> None:
+        """Wait for a message on the host. OtherProcessFailed if another process hangs, has failed or has ended."""
+        while self.watch is not None:
+            is_over = work.is_completed()
+            try:
+                work.wait(_LOOK)
+                return
+            except RuntimeError:
+                if is_over:
+                    raise
+            if self.watch.knows:
+                raise self._lost()
+        work.wait()
 
     @torch.no_grad()
     def sum_gradients_(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -177,12 +216,14 @@ class Processes:
     @contextmanager
     def _connected(self) -> Iterator[None]:
         """Name the usual cause of a broken connection, for which gloo and NCCL have long words of their own."""
+        if self.watch is not None:
+            self.watch.arrived()
         try:
             yield
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, OtherProcessFailed) or self.watch is None:
                 raise
-            raise OtherProcessFailed(self._lost()) from error
+            raise self._lost() from error
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
@@ -216,12 +257,34 @@ def processes_of_launch() -> Iterator[Processes]:
         if here > num_gpus:
             raise UserError(f"qdora train: must have one process for each GPU (got {here} on {num_gpus} GPUs).")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    patience = max(_GPU_PATIENCE, _WATCHES * timedelta(seconds=patience_seconds()))
     dist.init_process_group("gloo", timeout=_PATIENCE)
+    watch = ProcessWatch(dist.get_rank(), dist.get_world_size())
     try:
-        gpus = dist.new_group(backend="nccl", timeout=_GPU_PATIENCE) if on_gpus else None
-        yield Processes(dist.get_rank(), dist.get_world_size(), gpus)
+        gpus = dist.new_group(backend="nccl", timeout=patience) if on_gpus else None
+        yield Processes(watch.rank, watch.size, gpus, watch=watch)
+    except Interrupted:
+        raise
+    except OtherProcessFailed:
+        watch.linger()
+        raise
+    except BaseException as error:
+        watch.failed(error)
+        watch.linger()
+        raise
     finally:
-        dist.destroy_process_group()
+        watch.close()
+        if watch.has_silence:
+            atexit.register(_leave)
+        else:
+            dist.destroy_process_group()
+
+
+def _leave() -> None:
+    """End this process although threads of gloo wait for one that is silent, which nothing calls off."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def mesh_of(processes: Processes, device: torch.device, parallel: str) -> DeviceMesh | None:

@@ -1,0 +1,261 @@
+"""Which process of a launch hangs, has failed or has ended, told to the others through the store of the launch.
+
+Each process counts its messages to all others and, while it trains, its passes through parts of the model. A thread of
+its own writes these counts to the store about once a second, and reads those of the others. A process is silent if its
+thread writes nothing for `patience_seconds`, or if it is behind another one and neither has moved for so long: the rule
+of a monitored barrier, without a message more. What is found first is written to the store, so that all tell the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from qdora.errors import UserError, first_line
+
+PATIENCE = "QDORA_PATIENCE"
+"""Environment variable: seconds after which a process that does not move is silent."""
+LOG = "QDORA_PROCESS_LOG"
+"""Environment variable: the file that has what a process prints, which the others then name."""
+
+_PATIENCE_SECONDS = 300.0
+# How long a process may take to end by itself after another's end, before its thread ends it: torch's collectives on
+# the host cannot be called off, and launchers wait as long after SIGTERM.
+_GRACE_SECONDS = 30.0
+_LOOKS = 20
+"""Looks at the other processes within the patience."""
+_BEATS_OF_AN_END = 5
+"""Beats that a process misses, once a connection is lost, until it counts as ended."""
+_FAILURE = 1
+
+logger = logging.getLogger("qdora")
+
+
+def patience_seconds() -> float:
+    """Seconds without a move after which a process counts as silent."""
+    given = os.environ.get(PATIENCE, str(_PATIENCE_SECONDS))
+    with suppress(ValueError):
+        if 0 < float(given) < float("inf"):
+            return float(given)
+    raise UserError(f"{PATIENCE}: must be a number of seconds above 0, got {given!r}.")
+
+
+class ProcessWatch:
+    """The watch of process `rank` of `size`, in a launch whose store is at MASTER_ADDR and MASTER_PORT.
+
+    Attributes:
+        newest: Gives the newest checkpoint of the run, or None.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.newest: Callable[[], Path | None] = lambda: None
+        self._patience = patience_seconds()
+        self._beat = min(1.0, self._patience / _LOOKS)
+        log = os.environ.get(LOG)
+        self._where = f"on {socket.gethostname()}" + ("" if log is None else f", its log: {log}")
+        self._place, self._num_beats = (0, 0), 0
+        self._counts_passes = self._compares_passes = self._roll_call = False
+        self._seen: dict[int, _Seen] = {}
+        self._looked_at = 0.0
+        self._failure: dict[str, Any] | None = None
+        self._fault: dict[str, Any] | None = None
+        self._known, self._over = threading.Event(), threading.Event()
+        self._keys = f"qdora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        timeout = timedelta(seconds=self._patience)
+        self._store = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+        self._exchange()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def knows(self) -> bool:
+        """Whether a process is known to have failed, ended, or hung."""
+        return self._known.is_set()
+
+    @property
+    def has_silence(self) -> bool:
+        """Whether a process is silent, to which the connections may be open."""
+        return self._fault is not None and "hangs" in self._fault
+
+    def arrived(self) -> None:
+        """This process is at its next message to all."""
+        self._place = (self._place[0] + 1, 0)
+
+    @contextmanager
+    def counting(self, units: Sequence[nn.Module], *, together: bool) -> Iterator[None]:
+        """Inside, each pass through a unit is a move, and without one a process is silent, even if its thread lives.
+
+        Args:
+            units: Modules; those that torch gathers, if the base is divided.
+            together: Whether all processes make the same passes, so that one can be behind in them.
+        """
+
+        def moved(_module: nn.Module, _args: Any) -> None:
+            self._place = (self._place[0], self._place[1] + 1)
+
+        # Before torch gathers the unit: who waits there is ahead.
+        hooks = [unit.register_forward_pre_hook(moved, prepend=True) for unit in units]
+        self._counts_passes, self._compares_passes = True, together
+        try:
+            yield
+        finally:
+            self._counts_passes = False
+            for hook in hooks:
+                hook.remove()
+
+    def failed(self, error: BaseException) -> None:
+        """Tell the others that this process fails, and why."""
+        self._failure = {"ranks": [self.rank], "what": f"failed: {first_line(error)}", "where": self._where}
+        self._exchanged(3 * self._beat)
+
+    def linger(self) -> None:
+        """Let the others read why this process ends, if they read it from its memory."""
+        if self.rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        # A launcher sends SIGTERM because another process has ended; this one has yet to tell its reason.
+        in_main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if in_main else None
+        time.sleep(2 * self._beat)
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+    def lost(self) -> str:
+        """Why this process ends, after its connection to another one broke, or once one is known to have failed."""
+        self._roll_call = True
+        self._known.wait(3 * _BEATS_OF_AN_END * self._beat)
+        self._over.set()
+        return self._told()
+
+    def close(self) -> None:
+        """End the watch."""
+        self._over.set()
+        self._thread.join(2 * self._beat)
+
+    def _told(self) -> str:
+        resume = "Fix: resume from the last checkpoint with --resume."
+        if self._fault is None:
+            return (
+                f"process {self.rank}: the connection to the other processes of this run is lost: one of them has "
+                f"ended, and its own message says why. {resume}"
+            )
+        ranks, what = self._fault["ranks"], self._fault["what"].removesuffix(".")
+        if not ranks:
+            here = f"This one is at {_main_place()}."
+            return f"process {self.rank}: no process goes on, and none is behind the others. {here} {resume}"
+        if self.rank in ranks:
+            return f"process {self.rank} {what}, so the others have ended. It is at {_main_place()}. {resume}"
+        more = f" and {len(ranks) - 1} others" if len(ranks) > 1 else ""
+        who = f"process {ranks[0]} ({self._fault['where']})"
+        return f"process {self.rank}: stopped, because {who}{more} {what}. {resume}"
+
+    def _run(self) -> None:
+        while not self._over.wait(self._beat) and not self.knows:
+            if not self._exchanged(self._patience):
+                self._learn(self._silence([0], "or its launcher, which holds the store"))
+        if not self._over.wait(_GRACE_SECONDS):
+            newest = self.newest()
+            safe = "" if newest is None else f" Safe on disk: {newest}."
+            logger.error("%s%s", self._told(), safe)
+            os._exit(_FAILURE)
+
+    def _exchanged(self, seconds: float) -> bool:
+        """Whether the store answers within these seconds; it may never."""
+        exchange = threading.Thread(target=self._exchange, daemon=True)
+        exchange.start()
+        exchange.join(seconds)
+        return not exchange.is_alive()
+
+    def _exchange(self) -> None:
+        """Write this process's counts, and read what is known of the others."""
+        self._num_beats += 1
+        place = [*self._place, 0 if self._counts_passes else self._num_beats]
+        try:
+            self._store.set(f"{self._keys}/{self.rank}", json.dumps([place, self._num_beats, self._where]))
+            if self._failure is not None:
+                self._tell(self._failure)
+            if self._store.check([f"{self._keys}/fault"]):
+                self._learn(json.loads(self._store.get(f"{self._keys}/fault")))
+            elif self._roll_call or time.monotonic() - self._looked_at >= self._patience / _LOOKS:
+                self._look(place)
+        except RuntimeError:  # of torch's store, when its process has ended
+            if not self._over.is_set():
+                where = "or its launcher, which held the store"
+                self._learn({"ranks": [0], "what": "has ended without a message", "where": where})
+
+    def _look(self, mine: list[int]) -> None:
+        """Find processes that are silent, or with a lost connection have ended, and tell all."""
+        self._looked_at = now = time.monotonic()
+        keys = [f"{self._keys}/{rank}" for rank in range(self.size)]
+        if not self._store.check(keys):
+            return  # some are about to start
+        for rank, text in enumerate(self._store.multi_get(keys)):
+            place, num_beats, where = json.loads(text)
+            seen = self._seen.setdefault(rank, _Seen(place, num_beats, where, now))
+            seen.update(place, num_beats, now)
+        others = {rank: seen for rank, seen in self._seen.items() if rank != self.rank}
+        ended = [rank for rank, each in others.items() if now - each.beat_at >= _BEATS_OF_AN_END * self._beat]
+        silent = [rank for rank, each in others.items() if now - each.beat_at >= self._patience]
+        stands = self.rank in self._seen and now - self._seen[self.rank].moved_at >= self._patience
+        parts = 2 if self._compares_passes else 1
+        behind = [
+            rank
+            for rank, each in others.items()
+            if stands and now - each.moved_at >= self._patience and each.place[:parts] < mine[:parts]
+        ]
+        # The others wait for those that are most behind.
+        last = [rank for rank in behind if others[rank].place[:parts] == min(others[r].place[:parts] for r in behind)]
+        if self._roll_call and ended:
+            self._tell({"ranks": ended, "what": "has ended without a message", "where": others[ended[0]].where})
+        elif silent or last:
+            found = silent or last
+            self._tell(self._silence(found, others[found[0]].where))
+        elif self._compares_passes and all(now - each.moved_at >= 2 * self._patience for each in self._seen.values()):
+            self._tell(self._silence([], ""))
+
+    def _tell(self, fault: dict[str, Any]) -> None:
+        """Write a fault to the store, if there is none yet, and learn the one that is there."""
+        first = self._store.compare_set(f"{self._keys}/fault", "", json.dumps(fault))
+        self._learn(json.loads(first))
+
+    def _learn(self, fault: dict[str, Any]) -> None:
+        self._fault = fault
+        self._known.set()
+
+    def _silence(self, ranks: list[int], where: str) -> dict[str, Any]:
+        return {"ranks": ranks, "what": f"has not moved for {self._patience:g} s", "where": where, "hangs": True}
+
+
+class _Seen:
+    """What a process wrote last, and when it last changed."""
+
+    def __init__(self, place: list[int], num_beats: int, where: str, now: float) -> None:
+        self.place, self.num_beats, self.where = place, num_beats, where
+        self.moved_at = self.beat_at = now
+
+    def update(self, place: list[int], num_beats: int, now: float) -> None:
+        if place != self.place:
+            self.place, self.moved_at = place, now
+        if num_beats != self.num_beats:
+            self.num_beats, self.beat_at = num_beats, now
+
+
+def _main_place() -> str:
+    """Where the main thread is: file, line and function."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"

@@ -1,0 +1,268 @@
+"""A process that hangs, fails or is killed is named by the others, which end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qdora.errors import UserError
+from qdora.files.run_directory import open_run
+from qdora.recipe.recipe_file import resolved_yaml
+from qdora.train import loop, process_watch
+from qdora.train.process_watch import PATIENCE, ProcessWatch, patience_seconds
+from tests import launched
+from tests.test_train_distributed import exact
+
+PATIENCE_SECONDS = 4.0
+
+
+def stop() -> None:
+    """Not even a thread of the process goes on."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def spin() -> None:
+    """Threads go on."""
+    while True:
+        pass
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    raise ValueError("a fault of its own")
+
+
+class Launch:
+    """Two `qdora train` under torchrun's variables; process `rank` calls `action` in step 3.
+
+    Without torchrun process 0 holds the store of the launch.
+    """
+
+    def __init__(self, root: Path, place: Path, rank: int, action: Callable[[], None], **changes: Any) -> None:
+        self.place, self.run = place, place / "run"
+        settings = exact(root, train__batch=2, train__micro_batch_tokens=96, train__checkpoint_every=1, **changes)
+        (place / "recipe.yaml").write_text(resolved_yaml(settings))
+        with closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        real, calls = loop.batch_loss, {"n": 0}
+
+        def acting(*args: Any, **options: Any) -> Any:
+            calls["n"] += 1
+            if os.environ["RANK"] == str(rank) and calls["n"] == 3:
+                action()
+            return real(*args, **options)
+
+        self.processes: list[ForkProcess] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "batch_loss", acting)
+            patch.setattr(process_watch, "_GRACE_SECONDS", 2.0)
+            names = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            for name, value in {PATIENCE: PATIENCE_SECONDS, **names}.items():
+                patch.setenv(name, str(value))
+            for each in range(2):
+                patch.setenv("RANK", str(each))
+                patch.setenv("LOCAL_RANK", str(each))
+                (place / str(each)).mkdir()
+                command = ("train", str(place / "recipe.yaml"), "-d", str(self.run))
+                self.processes.append(launched.start_command(*command, output=place / str(each)))
+
+    def end(self, rank: int) -> tuple[int | None, str]:
+        """The exit code of a process, and what it printed last."""
+        self.processes[rank].join(60)
+        lines = (self.place / str(rank) / "stderr").read_text().splitlines()
+        return self.processes[rank].exitcode, lines[-1]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+@pytest.fixture
+def launch(root: Path, tmp_path: Path) -> Iterator[Callable[..., Launch]]:
+    made: list[Launch] = []
+
+    def start(rank: int, action: Callable[[], None], **changes: Any) -> Launch:
+        made.append(Launch(root, tmp_path, rank, action, **changes))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+
+
+HANGS = [
+    (1, stop, "replicate"),
+    pytest.param(0, stop, "replicate", marks=pytest.mark.slow),
+    pytest.param(0, spin, "replicate", marks=pytest.mark.slow),
+    pytest.param(1, stop, "shard", marks=pytest.mark.slow),
+    (1, spin, "shard"),
+    pytest.param(0, stop, "shard", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("rank, how, parallel", HANGS)
+def test_a_process_that_hangs_is_named(
+    launch: Callable[..., Launch], rank: int, how: Callable[[], None], parallel: str
+) -> None:
+    began = time.monotonic()
+    found = launch(rank, how, train__parallel=parallel)
+    code, line = found.end(1 - rank)
+    print(f"{time.monotonic() - began:.1f} s: {line}")
+    assert code == 1
+    where = r"on \S+" if rank == 1 or how is spin else "or its launcher, which holds the store"
+    named = rf"process {1 - rank}: stopped, because process {rank} \({where}\) has not moved for 4 s\."
+    assert re.match(named, line), line
+    newest = open_run(found.run).newest_checkpoint()
+    assert newest is not None
+    assert line.endswith(f"Safe on disk: {newest.path}.")
+    if how is spin:
+        code, line = found.end(rank)
+        assert code == 1
+        assert re.match(
+            rf"process {rank} has not moved for 4 s, so the others have ended\. It is at \S+:\d+ \(spin\)", line
+        )
+    if rank == 1:  # process 0 writes log.txt
+        assert "process 1 (on" in (found.run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("parallel", [pytest.param("replicate", marks=pytest.mark.slow), "shard"])
+def test_a_process_that_fails_is_named_with_its_reason(launch: Callable[..., Launch], parallel: str) -> None:
+    found = launch(1, fail, train__parallel=parallel)
+    assert found.end(1)[0] == 1
+    code, line = found.end(0)
+    assert code == 1
+    assert re.match(r"process 0: stopped, because process 1 \(on \S+\) failed: a fault of its own\. Fix: resume", line)
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_process_that_is_killed_is_named(launch: Callable[..., Launch], rank: int) -> None:
+    found = launch(rank, die)
+    assert found.end(rank)[0] == -signal.SIGKILL
+    code, line = found.end(1 - rank)
+    assert code == 1
+    where = r"on \S+" if rank == 1 else "or its launcher, which held the store"
+    assert re.match(
+        rf"process {1 - rank}: stopped, because process {rank} \({where}\) has ended without a message\.", line
+    )
+
+
+@pytest.fixture
+def watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ProcessWatch]]:
+    """Those of two processes, here in one: their threads live on, as those of a process that spins."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(process_watch, "_GRACE_SECONDS", 600.0)  # else the test would end
+    for name, value in {PATIENCE: "1.5", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}.items():
+        monkeypatch.setenv(name, value)
+    made = [ProcessWatch(rank, 2) for rank in range(2)]
+    yield made
+    for watch in made:
+        watch.close()
+
+
+def knows(watches: list[ProcessWatch], seconds: float) -> bool:
+    """Whether all of them find a process that hangs or has ended within these seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if all(watch.knows for watch in watches):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_long_work_outside_of_training_is_not_silence(watches: list[ProcessWatch]) -> None:
+    """Process 0 tokenises while the other one waits in the next message."""
+    watches[1].arrived()
+    assert not knows(watches[:1], 2.0)
+    assert not watches[1].knows
+
+
+def test_who_is_behind_is_silent_unless_it_moves(watches: list[ProcessWatch]) -> None:
+    """Process 0 evaluates for longer than the patience, then hangs."""
+    unit = nn.Identity()
+    with watches[0].counting([unit], together=False), watches[1].counting([], together=False):
+        watches[1].arrived()
+        for _ in range(25):
+            unit(torch.ones(1))
+            time.sleep(0.1)
+        assert not any(watch.knows for watch in watches)
+        assert knows(watches, 20.0)
+    told = watches[1].lost()
+    assert re.match(r"process 1: stopped, because process 0 \(on \S+\) has not moved for 1.5 s\. Fix: resume", told)
+    assert watches[0].lost().startswith("process 0 has not moved for 1.5 s, so the others have ended. It is at ")
+    assert watches[0].has_silence
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_in_passes_that_all_make_who_is_behind_is_silent(watches: list[ProcessWatch], together: bool) -> None:
+    """Process 1 is in its third pass, where all make the same ones or each its own."""
+    unit = nn.Identity()
+    with watches[0].counting([], together=together), watches[1].counting([unit], together=together):
+        for _ in range(3):
+            unit(torch.ones(1))
+        assert knows(watches, 20.0 if together else 2.0) == together
+    if together:
+        assert "process 0 (on" in watches[1].lost()
+
+
+def test_where_nobody_is_behind_all_end(watches: list[ProcessWatch]) -> None:
+    with watches[0].counting([], together=True), watches[1].counting([], together=True):
+        assert knows(watches, 20.0)
+    assert watches[0].lost().startswith("process 0: no process goes on, and none is behind the others. This one is at ")
+
+
+def test_after_a_lost_connection_who_no_longer_answers_has_ended(watches: list[ProcessWatch]) -> None:
+    watches[1].close()
+    assert "because process 1 (on" in (told := watches[0].lost())
+    assert "has ended without a message. Fix: " in told
+    assert not watches[0].has_silence
+
+
+def test_a_launcher_cannot_end_a_process_that_tells_its_reason(watches: list[ProcessWatch]) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: heard.append(number))
+    try:
+        watches[0].failed(ValueError("a reason"))
+        watches[0]._beat = 0.5
+        ends = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+        ends.start()
+        watches[0].linger()
+        ends.join()
+        assert heard == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "because process 0 (on" in (told := watches[1].lost())
+    assert "failed: a reason. Fix: " in told
+
+
+def test_after_a_lost_connection_nobody_is_named_if_all_answer(watches: list[ProcessWatch]) -> None:
+    assert "the connection to the other processes of this run is lost" in watches[0].lost()
+
+
+@pytest.mark.parametrize("given", ["0", "five", "nan", "inf", "-1"])
+def test_a_wrong_patience_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv(PATIENCE, given)
+    with pytest.raises(UserError, match=rf"QDORA_PATIENCE: must be a number of seconds above 0, got '{given}'\."):
+        patience_seconds()
+    monkeypatch.setenv(PATIENCE, "12.5")
+    assert patience_seconds() == 12.5
