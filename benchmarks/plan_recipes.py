@@ -2,8 +2,9 @@
 
     python benchmarks/plan_recipes.py [--out benchmarks/results/plan_recipes.json] [--smoke]
 
-Each recipe as it ships, for the shape of its model, against the budget that it states, or 40 GB; and Llama-3.1-405B by
-the recipe of the 70B model with all of its blocks in host memory. `cpu_seconds` is the time of a plan on one core.
+Each recipe as it ships, for the shape of its model, against the budget that it states, or 40 GB: a card of those that a
+recipe is named for, and `ways` are the ways to hold the base on so many. Then Llama-3.1-405B by the recipe of the 70B
+model with all of its blocks in host memory. `cpu_seconds` is the time of a plan on one core.
 
 Bars: every recipe fits in the card that it is named for; the 70B plan below 40 GiB and in less than 60 s of one core.
 """
@@ -12,14 +13,18 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from measure import RESULTS, facts, write
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
+from qdora.plan.division import process_plans, whole_plans
 from qdora.plan.memory_plan import plan
+from qdora.plan.plan_contents import Plan
 from qdora.plan.public_shapes import public_shapes
+from qdora.recipe.byte_size import parse_size
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 
@@ -28,6 +33,8 @@ CARD = "40GB"
 """Budget of the recipes that state none."""
 MIXTURES = ("qwen3-30b-a3b-24gb", "gpt-oss-20b-24gb")
 RECIPES = ("commonsense-8b-40gb", "commonsense-13b-40gb", *MIXTURES, "llama-8b-8gb", "qwen-32b-24gb", "llama-70b-40gb")
+SEVERAL = {"llama-70b-2x24gb": 2, "llama-405b-8x80gb": 8}
+"""Cards of the recipes for several, which are one machine."""
 LARGEST = "Llama-3.1-405B"
 
 
@@ -37,16 +44,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "plan_recipes.json")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: shows that it runs")
     args = parser.parse_args()
-    configs = {name: public_shapes()[load_recipe(name).model.source].config() for name in RECIPES}
+    configs = {name: public_shapes()[load_recipe(name).model.source].config() for name in (*RECIPES, *SEVERAL)}
     if args.smoke:
         small = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 128, "vocab_size": 512}
         of = {name: MixtralConfig if name in MIXTURES else LlamaConfig for name in configs}
-        configs = {name: of[name](**small, num_hidden_layers=24) for name in configs}
-    plans = {name: planned(load_recipe(name), config) for name, config in configs.items()}
+        configs = {name: of[name](**small, num_hidden_layers=48) for name in configs}
+    plans = {name: planned(load_recipe(name), configs[name]) for name in RECIPES}
     if not args.smoke:
         source = f"meta-llama/{LARGEST}-Instruct"
         every = [f"model.source={source}", "base.streamed_blocks=null"]
         plans[LARGEST] = planned(load_recipe("llama-70b-40gb", every), public_shapes()[source].config())
+    # Behind another model, whose plan they cannot take their steps from
+    plans |= {name: planned(load_recipe(name), configs[name], num_cards) for name, num_cards in SEVERAL.items()}
     largest = plans["llama-70b-40gb"]
     result = {
         **facts("python benchmarks/plan_recipes.py"),
@@ -60,19 +69,35 @@ def main() -> None:
     write(args.out, result)
 
 
-def planned(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
-    """The plan of a recipe, what it streams, and how long planning took."""
+def planned(recipe: Recipe, config: PreTrainedConfig, num_cards: int = 1) -> dict[str, Any]:
+    """The plan of a recipe on each of its cards, what it streams, and how long planning took."""
     began = time.process_time()
-    found = plan(recipe, CARD if recipe.memory.budget is None else None, config=config).to_dict()
+    budget = recipe.memory.budget or CARD
+    num_sharing = num_cards if recipe.train.divides_base else 1
+    found = plan(recipe, budget, config=config, num_sharing=num_sharing).to_dict()
     streams = recipe.base.residency == "host"
+    ways = ways_of(recipe, config, num_cards, parse_size(budget)) if num_cards > 1 else []
     return {
         **found,
+        "num_cards": num_cards,
+        "parallel": recipe.train.parallel,
+        "ways": ways,
         "model": recipe.model.source,
-        "budget": recipe.memory.budget or CARD,
+        "budget": budget,
         "residency": recipe.base.residency,
         "num_streamed": (recipe.base.streamed_blocks or config.num_hidden_layers) if streams else 0,
         "cpu_seconds": time.process_time() - began,
     }
+
+
+def ways_of(recipe: Recipe, config: PreTrainedConfig, num_cards: int, budget: int) -> list[dict[str, Any]]:
+    """The ways to hold the base of a recipe on several cards."""
+
+    def unchanged(changed: Recipe) -> Plan:
+        memory = changed.memory.model_copy(update={"budget": None})
+        return replace(plan(changed.model_copy(update={"memory": memory}), config=config), budget_bytes=budget)
+
+    return [each.to_dict() for each in process_plans(whole_plans(recipe, unchanged), num_cards)]
 
 
 if __name__ == "__main__":

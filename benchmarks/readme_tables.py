@@ -21,9 +21,9 @@ from tables.failed import failed, failed_short
 from tables.gates import gates
 from tables.headline import headline
 from tables.kernels import triton_estimate, triton_kernels
-from tables.memory import chunked_loss, layer_memory, load_memory, step_memory
+from tables.memory import chunked_loss, layer_memory, load_memory, sharded_memory, step_memory
 from tables.models import architectures, mixtures, models_short
-from tables.plan import cards, expert_plans, plan_accuracy, plan_recipes, plan_shapes
+from tables.plan import cards, expert_plans, machines, plan_accuracy, plan_recipes, plan_shapes, several_cards
 from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
 from tables.runs import (
     chat_model,
@@ -112,6 +112,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "study_nulls": study_nulls,
     "gates": gates,
     "stream_schedule": stream_schedule,
+    "several_cards": several_cards,
+    "machines": machines,
+    "sharded_memory": sharded_memory,
     "disk_residency": disk_residency,
     "failed": failed,
     "failed_short": failed_short,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,32 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from qdora.cli import app
+from qdora.model.build_model import keeps_scales
 from qdora.model.load import Quantization
 from qdora.plan import plan_contents as parts
-from qdora.plan.division import LINKS, divided, division_of, process_lines, process_plans
+from qdora.plan.division import (
+    LINKS,
+    ProcessPlan,
+    Way,
+    WholePlans,
+    divided,
+    division_of,
+    fastest_way,
+    process_lines,
+    process_plans,
+    whole_plans,
+)
 from qdora.plan.fake_step import empty_model
 from qdora.plan.memory_plan import local_source, plan
-from qdora.plan.plan_contents import Division, MicroBatchShape, Moment, Plan
+from qdora.plan.plan_contents import CONTEXT_BYTES, SLACK_SHARE, Division, MicroBatchShape, Moment, Plan
+from qdora.plan.plan_view import plan_run, sequence_line
 from qdora.recipe.recipe_file import resolved_yaml
+from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes
 from tests import launched, tiny_run, tiny_sharded
 from tests.test_memory_sharded_base import write
@@ -128,7 +144,7 @@ def test_a_divided_card_holds_its_rows_and_what_is_gathered() -> None:
 
 def test_bytes_and_times_by_hand() -> None:
     given = replace(a_plan(), budget_bytes=10**12)
-    replicate, shard, hybrid = process_plans(given, given, 4, num_hosts=2)
+    replicate, shard, hybrid = process_plans(WholePlans(given, given), 4, num_hosts=2)
     assert [each.way for each in (replicate, shard, hybrid)] == ["replicate", "shard", "hybrid"]
     gradients = 2 * 4 * 1000 * 3 // 4
     assert replicate.wire_bytes == gradients
@@ -138,7 +154,7 @@ def test_bytes_and_times_by_hand() -> None:
     slow = LINKS["25 Gb/s"]
     assert replicate.step_seconds["NVLink + 25 Gb/s"] == pytest.approx(2 * 6.0 + gradients / slow)
     assert shard.step_seconds["NVLink + 25 Gb/s"] == pytest.approx(12.0, rel=1e-4)  # a thousand bytes take no time
-    assert process_plans(given, given, 4)[1].step_seconds.keys() == {"NVLink", "PCIe 4"}
+    assert process_plans(WholePlans(given, given), 4)[1].step_seconds.keys() == {"NVLink", "PCIe 4"}
     assert "  Fastest that fits: " in process_lines([replicate, shard, hybrid], 4, 2)[-1]
 
 
@@ -148,9 +164,92 @@ def test_blocks_that_take_longer_to_gather_than_to_compute_are_waited_for() -> N
     division = Division({}, blocks // 20, blocks, 0, 0, tied=False, forward_seconds=1.0)
     sizes: dict[str, Any] = {"num_blocks": 20, "num_micro_batches": 2, "step_seconds": 120.0, "num_trainable": 0}
     given = replace(a_plan(), division=division, **sizes)
-    found = process_plans(given, given, 2, num_hosts=2)[1].step_seconds
-    assert found["PCIe 4 + 25 Gb/s"] == pytest.approx(60 + 20 * (5 - 1) + 20 * (5 - 2), rel=0.1)
-    assert found["PCIe 4 + 100 Gb/s"] == pytest.approx(60 + 20 * 0.25, rel=0.1)
+    found = process_plans(WholePlans(given, given), 2, num_hosts=2)[1].step_seconds
+    # Nothing hides the gathering of the first block of a pass.
+    assert found["PCIe 4 + 25 Gb/s"] == pytest.approx(60 + (5 + 19 * (5 - 1)) + (5 + 19 * (5 - 2)))
+    assert found["PCIe 4 + 100 Gb/s"] == pytest.approx(60 + (1.25 + 19 * 0.25) + 1.25)
+
+
+GIB = 2**30
+
+
+def streaming(recipe: Recipe) -> Plan:
+    """Eight blocks of a GiB, of which 5.5 GiB of tensors fit; two slots of a GiB if some are streamed, else scales."""
+    streamed = recipe.base.streamed_blocks or 0
+    beside = 2 if streamed or keeps_scales(recipe) else 0
+    moments = [Moment("update", None, {parts.BASE: (8 - streamed + beside) * GIB})]
+    limit = CONTEXT_BYTES["cuda"] + round(5.5 * GIB * (1 + SLACK_SHARE["cuda"]))
+    sizes: dict[str, Any] = {"num_blocks": 8, "block_bytes": GIB, "budget_bytes": limit}
+    return replace(a_plan(), moments=moments, step_seconds=36.0 + streamed, **sizes)
+
+
+def test_as_few_blocks_are_streamed_as_make_it_fit(tmp_path: Path) -> None:
+    asked: list[Recipe] = []
+
+    def plan_of(recipe: Recipe) -> Plan:
+        asked.append(recipe)
+        return streaming(recipe)
+
+    plans = whole_plans(tiny_run.one_layer_recipe(tmp_path), plan_of)
+    assert (plans.replicate.fits, plans.num_streamed) == (False, 5)  # five leave three blocks and two slots
+    assert [each.train.parallel for each in asked] == ["replicate"] * 3 + ["shard"]
+    found = process_plans(plans, 2)
+    assert [(each.way, each.fits, each.num_streamed) for each in found] == [
+        ("replicate", False, 0),
+        ("shard", False, 0),
+        ("stream", True, 5),
+    ]
+    assert found[2].step_seconds["NVLink"] == pytest.approx(3 * (36.0 + 5) / 6, rel=1e-4)
+    assert "  Fastest that fits: stream over NVLink, stream over PCIe 4." in process_lines(found, 2, 1)
+
+
+def test_of_ways_that_are_as_fast_the_first_is_named() -> None:
+    """The times are predictions, and streaming needs memory of the host."""
+    cards = {"num_sharing": 1, "peak_bytes": 1, "base_bytes": 1, "wire_bytes": 0}
+    seconds: dict[Way, float] = {"replicate": 1.0, "shard": 5.04, "stream": 5.0}
+    found = [
+        ProcessPlan(way=way, fits=way != "replicate", step_seconds={"NVLink": each}, **cards)
+        for way, each in seconds.items()
+    ]
+    assert fastest_way(found, "NVLink") == "shard"
+    slower = replace(found[1], step_seconds={"NVLink": 5.06})
+    assert fastest_way([found[0], slower, found[2]], "NVLink") == "stream"
+    assert fastest_way(found[:1], "NVLink") is None
+
+
+def test_the_blocks_that_a_recipe_streams_stay_streamed(tmp_path: Path) -> None:
+    base: dict[str, Any] = {"base__quant": "nf4", "base__residency": "host", "base__streamed_blocks": 7}
+    recipe = tiny_run.one_layer_recipe(tmp_path, **base)
+    plans = whole_plans(recipe, streaming)
+    assert plans.num_streamed == 7
+    assert plans.replicate.tensor_bytes == 10 * GIB
+
+
+def test_a_sequence_that_no_card_holds_has_its_remedies(tmp_path: Path) -> None:
+    """Of 10 GiB, 8 are those of 4,096 tokens; 6 fit, so half of the sequence does."""
+    recipe = tiny_run.one_layer_recipe(tmp_path)
+    moments = [Moment("backward", 0, {parts.BASE: 2 * GIB, parts.CHECKPOINTS: 5 * GIB, parts.BACKWARD: 3 * GIB})]
+    shape = MicroBatchShape(1, 4096, 4095, masked=False)
+    given = replace(a_plan(), moments=moments, shape=shape)
+    given = replace(given, budget_bytes=given.peak_bytes - 4 * GIB)
+    line = sequence_line(recipe, given, given)
+    assert line is not None
+    assert line.startswith("A sequence of 4,096 tokens takes 8.00 GiB on its card")
+    assert "a shorter data.max_length (about 2,048 fit), memory.offload_activations, a smaller memory.loss" in line
+    assert sequence_line(recipe, replace(given, shape=replace(shape, rows=2)), given) is None
+    large = replace(given, moments=[Moment("backward", 0, {parts.BASE: 20 * GIB, parts.CHECKPOINTS: GIB})])
+    assert sequence_line(recipe, given, large) is None  # the base is what is too large
+
+
+def test_a_recipe_that_divides_its_base_is_planned_divided(tmp_path: Path) -> None:
+    """As one whose ways are compared, without the block scales that a card with a whole base keeps."""
+    options: dict[str, Any] = {"device_kind": "cpu", "console": Console(file=io.StringIO()), "num_processes": 2}
+    sharded = plan_run(tiny_run.one_layer_recipe(tmp_path, train__parallel="shard"), "r.yaml", **options)
+    either = plan_run(tiny_run.one_layer_recipe(tmp_path), "r.yaml", **options)
+    assert [each["way"] for each in either["processes"]] == ["replicate", "shard"]
+    assert sharded["memory"]["peak_bytes"] == either["processes"][1]["peak_bytes"]
+    assert sharded["processes"] == either["processes"]
+    assert either["memory"]["peak_bytes"] == either["processes"][0]["peak_bytes"]
 
 
 def test_the_command_plans_for_several_cards(tmp_path: Path) -> None:

@@ -53,6 +53,32 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}"
 
 
+def sharded_memory() -> str:
+    """What each process holds of a divided base, and the largest that loading took in one of them."""
+    document = read("sharded_memory")
+    rows = []
+    for size, each in document["processes"].items():
+        planned, held, resident = each["planned_bytes"], max(each["held_bytes"]), max(each["resident_bytes"])
+        rows.append(
+            [
+                size,
+                f"{planned / GIB:.3f}",
+                f"{held / GIB:.3f} ({held / planned - 1:+.1%})",
+                f"{resident / GIB:.3f} ({resident / planned - 1:+.1%})",
+                f"{max(each['peak_bytes']) / GIB:.2f}",
+                f"{each['allowed_peak_bytes'] / GIB:.2f}",
+            ]
+        )
+    header = ["processes", "planned", "counted", "resident behind loading", "peak while loading", "limit"]
+    more = [
+        (resident - held) / 1e6
+        for each in document["processes"].values()
+        for resident, held in zip(each["resident_bytes"], each["held_bytes"], strict=True)
+    ]
+    note = f"\nResident over counted: {min(more):.0f} to {max(more):.0f} MB. Bar: {document['bar']:.0%}.\n"
+    return markdown([f"{header[0]}; GiB of each", *header[1:]], rows) + note
+
+
 def chunked_loss() -> str:
     """Bytes and gradients of the chunked and the plain loss, and the ratio of their times."""
     document = read("chunked_loss")

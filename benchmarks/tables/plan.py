@@ -30,14 +30,69 @@ def plan_recipes() -> str:
     rows = [[name, *(f"{each['components'].get(name, 0) / GIB:.2f}" for each in plans.values())] for name in names]
     rows.append(["**total**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in plans.values())])
     rows.append(["total in GB", *(f"{each['peak_bytes'] / 1e9:.2f}" for each in plans.values())])
-    rows.append(["fits in", *(f"{each['budget']}{'' if each['fits'] else ': no'}" for each in plans.values())])
+    rows.append(["fits in", *(f"{_card(each)}{'' if each['fits'] else ': no'}" for each in plans.values())])
+    rows.append(["base", *("divided" if _is_divided(each) else "whole" for each in plans.values())])
     streamed = [f"{each['num_streamed']} of {each['num_blocks']}" for each in plans.values()]
     rows.append(["blocks in host memory", *streamed])
     rows.append(["pinned host memory, GiB", *(f"{each['host_bytes'] / GIB:.1f}" for each in plans.values())])
-    rows.append(["s a step, predicted", *(f"{each['step_seconds']:.0f}" for each in plans.values())])
+    rows.append(["s a step, predicted", *(f"{_step_seconds(each):.0f}" for each in plans.values())])
     rows.append(["tokens a step", *(f"{_step_tokens(each):,}" for each in plans.values())])
     rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in plans.values())])
     return markdown(["GiB at the peak", *plans], rows)
+
+
+def several_cards() -> str:
+    """The ways to hold the base of each machine, with the time of a step over each of its links."""
+    document = read("several_cards")
+    rows = []
+    for name, machine in document["by_machine"].items():
+        for link, best in machine["fastest"].items():
+            for way in machine["ways"]:
+                seconds = f"{way['step_seconds'][link]:.1f}"
+                over = way["step_seconds"][link] / machine["computing_seconds"] - 1
+                rows.append(
+                    [
+                        f"{name}, {link}",
+                        way["way"],
+                        f"{way['peak_bytes'] / 1e9:.1f}{'' if way['fits'] else ': no'}",
+                        f"{way['host_bytes'] / GIB:.1f}",
+                        f"**{seconds}**" if way["way"] == best else seconds,
+                        f"{over:.1%}",
+                    ]
+                )
+    header = ["machine", "way", "GB a card", "pinned host GiB a card", "s a step", "waiting"]
+    hidden = ", ".join(
+        f"{name} on {link} {f'{tokens:,}' if tokens else 'any'}"
+        for name, machine in document["by_machine"].items()
+        for link, tokens in machine["hidden_from_tokens"].items()
+    )
+    note = (
+        f"\nA step has {document['per_card']} micro-batches of {document['tokens_at']:,} tokens a card. Bold: the "
+        "fastest that fits. Tokens of a micro-batch from which a forward pass hides the gathering, but for its first "
+        f"block: {hidden}.\n"
+    )
+    return markdown(header, rows) + note
+
+
+def machines() -> str:
+    """The share of a step that computes on 1 to 64 machines, and a step of a fixed number of tokens."""
+    document = read("several_cards")
+    last = document["by_hosts"][-1]["grown"]
+    columns = [(way, link) for way, links in last.items() for link in links]
+    header = ["machines", *(f"{way}, {link.partition(' + ')[2]}" for way, link in columns)]
+    fixed = f"s for {document['fixed_tokens']:,} tokens: "
+    names = [("replicate", "NVLink + 100 Gb/s"), ("hybrid", "NVLink + 100 Gb/s")]
+    header += [f"{fixed}{way}, {link.partition(' + ')[2]}" for way, link in names]
+    rows = []
+    for each in document["by_hosts"]:
+        if each["num_hosts"] == 1:
+            continue
+        row = [str(each["num_hosts"])]
+        row += [f"{each['grown'][way][link]['computing']:.1%}" for way, link in columns]
+        steps = each.get("fixed", {})
+        row += [f"{steps[way][link]['step_seconds']:.1f}" if steps else "–" for way, link in names]
+        rows.append(row)
+    return markdown(header, rows)
 
 
 def expert_plans() -> str:
@@ -80,13 +135,30 @@ def cards() -> str:
         [
             f"`{name}`",
             each["model"].partition("/")[2],
-            each["budget"].replace("GB", " GB"),
+            _card(each).replace("GB", " GB"),
             f"{each['peak_bytes'] / 1e9:.1f} GB",
             f"{each['num_streamed']} of {each['num_blocks']}",
         ]
         for name, each in plans.items()
     ]
     return markdown(["recipe", "model", "card", "planned peak", "blocks in host memory"], rows)
+
+
+def _card(found: dict[str, Any]) -> str:
+    """40GB, or 8 x 80GB."""
+    count: int = found["num_cards"]
+    return f"{count} × {found['budget']}" if count > 1 else str(found["budget"])
+
+
+def _is_divided(found: dict[str, Any]) -> bool:
+    return bool(found["num_cards"] > 1 and found["parallel"] == "shard")
+
+
+def _step_seconds(found: dict[str, Any]) -> float:
+    """On all cards, over PCIe 4 if they are several."""
+    used = "shard" if _is_divided(found) else "stream"
+    times = [way["step_seconds"]["PCIe 4"] for way in found["ways"] if way["way"] == used]
+    return float(times[0] if times else found["step_seconds"])
 
 
 def _step_tokens(found: dict[str, Any]) -> int:

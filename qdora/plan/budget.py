@@ -10,12 +10,11 @@ import torch
 from qdora.errors import UserError
 from qdora.files.environment import available_memory_bytes
 from qdora.model.build_model import Compute
-from qdora.plan.division import all_on_device
+from qdora.plan.division import divided_recipe
 from qdora.plan.memory_plan import planned
 from qdora.plan.plan_contents import DeviceKind, Plan, over_budget
 from qdora.plan.workload import Workload
 from qdora.recipe.byte_size import parse_size
-from qdora.recipe.recipe_file import override
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import CAN_DIVIDE, Processes
 
@@ -44,7 +43,7 @@ def within_budget(
     changed, plan = planned(recipe, budget, num_sharing=num_sharing, **options)
     if plan.fits:
         return recipe, plan
-    if parallel == "auto" and processes.size > 1 and (shared := _shared(recipe)) is not None:
+    if parallel == "auto" and CAN_DIVIDE and processes.size > 1 and (shared := divided_recipe(recipe)) is not None:
         _, divided = planned(shared, budget, num_sharing=processes.size, **options)
         if divided.fits:
             logger.info("train.parallel auto: shard, since the whole base does not fit.")
@@ -57,16 +56,6 @@ def within_budget(
         raise UserError(over_budget(plan))
     logger.warning("%s", over_budget(plan))
     return recipe, plan
-
-
-def _shared(recipe: Recipe) -> Recipe | None:
-    """The recipe with a base that all processes divide; None if it or torch needs the whole base."""
-    if not CAN_DIVIDE:
-        return None
-    try:
-        return override(all_on_device(recipe), ["train.parallel=shard"])
-    except UserError:
-        return None
 
 
 def free_bytes(device: torch.device) -> int:

@@ -47,17 +47,20 @@ def with_changes(
             if neutral:
                 fitting = changed
         if neutral and not now.fits:
-            changed, now, settings = _with_streaming(changed, now, plan_of)
+            changed, now, settings = with_streaming(changed, now, plan_of)
             if settings:
                 fitting = changed
                 found.append(Change(", ".join(settings), now.peak_bytes, now.step_seconds or 0.0, neutral))
     return fitting, replace(first, changes=tuple(found))
 
 
-def _with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> tuple[Recipe, Plan, _Overrides]:
-    """The recipe with just enough blocks streamed, its plan, and the overrides that do it."""
+def with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> tuple[Recipe, Plan, _Overrides]:
+    """The recipe with just enough blocks streamed, or all, its plan, and the overrides that do it.
+
+    Nothing is changed if the recipe fits, or has no budget.
+    """
     overrides: _Overrides = ()
-    while not plan.fits and (more := _streaming(recipe, plan)):
+    while plan.fits is False and (more := _streaming(recipe, plan)):
         # The rounding of sizes can leave a little too much; then one more block is streamed
         overrides, recipe = more, override(recipe, more)
         plan = plan_of(recipe)

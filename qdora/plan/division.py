@@ -3,16 +3,18 @@
     replicate   each card holds the base; once a step the gradients of the adapters are summed over all cards
     shard       each card holds its rows; a block is gathered before each of its two passes of a micro-batch
     hybrid      shard within a machine, replicate across machines
+    stream      replicate, with blocks in the memory of the card's own host (base.residency)
 
 Cards divide the micro-batches of a step. A ring of n cards takes (n - 1) / n of what it gathers through each link once,
-and what it sums twice. Gathering overlaps with the block before, as `step_time.simulated_step` has it for streaming.
+and what it sums twice; a machine has one link to the others. A block is gathered while the one before computes
+(`gather_waits`).
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -20,33 +22,46 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qdora.errors import UserError
+from qdora.model.build_model import keeps_scales
 from qdora.model.inject import linear_layers
 from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize
 from qdora.model.stored_tensors import tied_weights
 from qdora.nn.row_share import RowShare, divided_tensors
 from qdora.ops.packed import empty_packed
 from qdora.plan import plan_contents as parts
-from qdora.plan.plan_contents import Cut, Division, Moment, Plan
-from qdora.plan.step_time import PCIE_4, simulated_step
+from qdora.plan.changes_to_fit import with_streaming
+from qdora.plan.plan_contents import Cut, Division, Moment, Plan, seconds_text
+from qdora.plan.step_time import PCIE_4
 from qdora.recipe.byte_size import size_text
+from qdora.recipe.recipe_file import override
 from qdora.recipe.settings import Recipe
 
-Way = Literal["replicate", "shard", "hybrid"]
+Way = Literal["replicate", "shard", "hybrid", "stream"]
 
 LINKS: Mapping[str, float] = {"NVLink": 240e9, "PCIe 4": PCIE_4, "100 Gb/s": 10e9, "25 Gb/s": 2.5e9}
 """Bytes a second of a card's link in each direction, 80 % of the stated rate: NVLink 3 (A100: 300 GB/s), PCIe 4.0, and
 networks between machines (12.5 and 3.1 GB/s)."""
 _WITHIN = ("NVLink", "PCIe 4")
 """Links between the cards of a machine; the others join machines."""
+_AS_FAST = 1.01
+"""Times over each other up to which two ways are as fast: the times are predictions."""
 _BUFFERS = 3
 """Blocks that exist whole at a time: the one in use, what it was gathered into, and the next one on its way."""
 
 
+def divided_recipe(recipe: Recipe) -> Recipe | None:
+    """The recipe with a base that all processes divide; None if something in it keeps the base whole."""
+    try:
+        return override(all_on_device(recipe), ["memory.host_embeddings=false", "train.parallel=shard"])
+    except UserError:
+        return None
+
+
 def all_on_device(recipe: Recipe) -> Recipe:
-    """The recipe with all of the base on the device, as a base is that processes divide."""
+    """The recipe with all blocks on the device."""
     base = recipe.base.model_copy(update={"residency": "device", "streamed_blocks": None})
-    memory = recipe.memory.model_copy(update={"host_embeddings": False})
-    return recipe.model_copy(update={"base": base, "memory": memory})
+    return recipe.model_copy(update={"base": base})
 
 
 class _Alone:
@@ -169,8 +184,11 @@ class ProcessPlan:
     Attributes:
         num_sharing: Cards that divide the base among them.
         base_bytes: Bytes of frozen tensors that a card holds from step to step.
-        wire_bytes: Bytes that a card receives in a step.
+        wire_bytes: Bytes that a card receives from other cards in a step.
         step_seconds: Link within a machine, or "A + B" with the one between machines -> seconds of a step.
+        sequence_bytes: Bytes at the peak that grow with the tokens of a micro-batch.
+        host_bytes: Pinned host memory of each card.
+        num_streamed: Blocks that are streamed to each card.
     """
 
     way: Way
@@ -180,24 +198,69 @@ class ProcessPlan:
     wire_bytes: int
     fits: bool | None
     step_seconds: Mapping[str, float]
+    sequence_bytes: int = 0
+    host_bytes: int = 0
+    num_streamed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
 
 
-def process_plans(plan: Plan, resident: Plan, num_processes: int, num_hosts: int = 1) -> list[ProcessPlan]:
-    """The ways to hold the base on so many cards, each on a machine with equally many of them.
+@dataclass(frozen=True)
+class WholePlans:
+    """The plans of one card that `process_plans` starts from; None where a recipe cannot be run in that way.
 
-    Args:
-        plan: Of one card that holds the base as the recipe says.
-        resident: Of one card that holds all of it, as a divided base is held.
+    Attributes:
+        replicate: All blocks on the card.
+        divided: As a divided base needs it, but whole.
+        stream: With `num_streamed` blocks off the card.
     """
-    found = [_process_plan(plan, "replicate", 1, num_processes, num_hosts)]
-    if resident.division is not None and num_processes > 1:
-        found.append(_process_plan(resident, "shard", num_processes, num_processes, num_hosts))
+
+    replicate: Plan
+    divided: Plan | None = None
+    stream: Plan | None = None
+    num_streamed: int = 0
+
+
+def whole_plans(recipe: Recipe, plan_of: Callable[[Recipe], Plan]) -> WholePlans:
+    """The plans of a recipe for each way to hold its base.
+
+    Blocks are streamed as the recipe says, or else as few as make it fit into the budget.
+    """
+    shared = divided_recipe(recipe)
+    recipe = override(recipe, ["train.parallel=replicate"])
+    resident = all_on_device(recipe)
+    replicate = plan_of(resident)
+    changed, stream = recipe, None
+    if recipe.base.residency != "device":
+        stream = plan_of(recipe)
+    else:
+        bare, found = resident, replicate
+        if replicate.fits is False and replicate.block_bytes and keeps_scales(resident):
+            bare = override(resident, ["memory.keep_scales=false"])  # as with streamed blocks
+            found = plan_of(bare)
+        changed, found, settings = with_streaming(bare, found, plan_of)
+        stream = found if settings else None
+    return WholePlans(
+        replicate=replicate,
+        divided=None if shared is None else plan_of(shared),
+        stream=stream,
+        num_streamed=0 if stream is None else changed.base.streamed_blocks or stream.num_blocks,
+    )
+
+
+def process_plans(plans: WholePlans, num_processes: int, num_hosts: int = 1) -> list[ProcessPlan]:
+    """The ways to hold the base on so many cards, each on a machine with equally many of them."""
+    found = [_process_plan(plans.replicate, "replicate", 1, num_processes, num_hosts)]
+    divisible = plans.divided
+    if divisible is not None and divisible.division is not None and num_processes > 1:
+        found.append(_process_plan(divisible, "shard", num_processes, num_processes, num_hosts))
         if 1 < num_hosts < num_processes:
-            found.append(_process_plan(resident, "hybrid", num_processes // num_hosts, num_processes, num_hosts))
+            found.append(_process_plan(divisible, "hybrid", num_processes // num_hosts, num_processes, num_hosts))
+    if plans.stream is not None:
+        streamed = _process_plan(plans.stream, "stream", 1, num_processes, num_hosts)
+        found.append(replace(streamed, num_streamed=plans.num_streamed))
     return found
 
 
@@ -225,6 +288,8 @@ def _process_plan(plan: Plan, way: Way, size: int, num_processes: int, num_hosts
         wire_bytes=round(passes * gathered + gradients),
         fits=found.fits,
         step_seconds=seconds,
+        sequence_bytes=found.sequence_bytes,
+        host_bytes=found.host_bytes,
     )
 
 
@@ -241,26 +306,48 @@ def _seconds(plan: Plan, passes: int, share: float, rate: float) -> float:
     if division is None or not share:
         return passes * single
     gather = share * division.blocks_bytes / plan.num_blocks / rate
-    forward = division.forward_seconds
-    waits = simulated_step(plan.num_blocks, range(plan.num_blocks), gather, forward, 2 * forward).waiting_seconds
+    waits = gather_waits(plan.num_blocks, gather, division.forward_seconds)
     ends = share * (division.table_bytes + division.head_bytes) / rate
     return passes * (single + waits + ends)
+
+
+def gather_waits(num_blocks: int, gather_seconds: float, forward_seconds: float) -> float:
+    """Seconds that a micro-batch waits for its blocks to be gathered, each while the one before computes.
+
+    The first block of each of the two passes is waited for as a whole. A backward pass, with its recomputation, takes
+    as long as two forward passes.
+    """
+    passes = (forward_seconds, 2 * forward_seconds)
+    return sum(gather_seconds + (num_blocks - 1) * max(0.0, gather_seconds - each) for each in passes)
+
+
+def fastest_way(found: Sequence[ProcessPlan], link: str) -> Way | None:
+    """The fastest way that fits over a link; None if none fits.
+
+    Of ways that are as fast within 1 %, it is the first: `stream`, which needs memory of the host, comes last.
+    """
+    able = [each for each in found if each.fits is not False]
+    least = min((each.step_seconds[link] for each in able), default=0.0)
+    return next((each.way for each in able if each.step_seconds[link] <= _AS_FAST * least), None)
 
 
 def process_lines(found: list[ProcessPlan], num_processes: int, num_hosts: int) -> list[str]:
     """A line for each way, and which one that fits is fastest, in words."""
     where = f"{num_processes} cards" if num_hosts == 1 else f"{num_processes} cards in {num_hosts} machines"
-    lines = [f"On {where}, each card (train.parallel):"]
+    lines = [f"On {where}, each card:"]
     for each in found:
-        times = ", ".join(f"{seconds:.2g} s over {link}" for link, seconds in each.step_seconds.items())
+        times = ", ".join(f"{seconds_text(seconds)} over {link}" for link, seconds in each.step_seconds.items())
         verdict = "" if each.fits is None else f" ({'fits' if each.fits else 'does not fit'})"
+        streamed = f", {each.num_streamed} blocks streamed" if each.num_streamed else ""
+        pinned = f"; {size_text(each.host_bytes)} of pinned host memory" if each.host_bytes else ""
         lines.append(
-            f"  {each.way}: {size_text(each.peak_bytes)}{verdict}, of which {size_text(each.base_bytes)} base; "
-            f"{size_text(each.wire_bytes)} received in a step; a step takes {times}."
+            f"  {each.way}: {size_text(each.peak_bytes)}{verdict}, of which {size_text(each.base_bytes)} base{streamed}"
+            f"{pinned}; {size_text(each.wire_bytes)} received from others in a step, which takes {times}."
         )
-    able = [each for each in found if each.fits is not False]
-    if not able:
+    best = {link: fastest_way(found, link) for link in found[0].step_seconds}
+    if None in best.values():
         return [*lines, "  None of these fits."]
-    fastest = {link: min(able, key=lambda each: each.step_seconds[link]).way for link in found[0].step_seconds}
-    lines.append(f"  Fastest that fits: {', '.join(f'{way} over {link}' for link, way in fastest.items())}.")
+    lines.append(f"  Fastest that fits: {', '.join(f'{way} over {link}' for link, way in best.items())}.")
+    if "stream" in best.values():
+        lines.append("  stream is train.parallel=replicate with base.residency and base.streamed_blocks.")
     return lines

@@ -53,7 +53,7 @@ from qdora.plan.fake_step import StepRecorder, empty_model, fill_, ranks_of_adap
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan_contents import DeviceKind, Division, MicroBatchShape, Moment, Plan
 from qdora.plan.public_shapes import PublicShape, public_shapes
-from qdora.plan.step_time import Work, known_rates, step_seconds
+from qdora.plan.step_time import Rates, Work, known_rates, step_seconds
 from qdora.plan.workload import Workload, assumed_workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
@@ -78,6 +78,7 @@ def plan(
     config: PreTrainedConfig | None = None,
     device_kind: DeviceKind = "cuda",
     workload: Workload = assumed_workload,
+    num_sharing: int = 1,
 ) -> Plan:
     """What a run needs, by component, and what to change if that is over the budget.
 
@@ -87,6 +88,7 @@ def plan(
             the Hub does not give it is made from `public_shapes`, if that has the model; `Plan.stored_shape` says so.
         device_kind: Device of the run; this machine need not have it.
         workload: The micro-batches of a recipe; the one that needs the most memory counts (default: full ones).
+        num_sharing: Processes that divide the base; 1: each holds all of it.
     Raises UserError for a model or setting that a run would refuse, too.
     """
     if budget is None and recipe.memory.budget != "auto":
@@ -95,7 +97,9 @@ def plan(
     shape = _stored_shape(recipe) if config is None else None
     if shape is not None:
         config = shape.config()
-    found = planned(recipe, limit, config=config, device_kind=device_kind, workload=workload)[1]
+    found = planned(recipe, limit, config=config, device_kind=device_kind, workload=workload, num_sharing=num_sharing)[
+        1
+    ]
     return found if shape is None else replace(found, stored_shape=shape.source)
 
 
@@ -118,12 +122,14 @@ def planned(
     device_kind: DeviceKind,
     workload: Workload,
     num_sharing: int = 1,
+    rates: Rates | None = None,
 ) -> tuple[Recipe, Plan]:
     """The recipe with the neutral changes that it needs to fit, and its plan. The arguments are those of `plan`.
 
     Args:
-        num_sharing: Processes that divide the base; 1: each holds all of it.
+        rates: Rates of the device (default: those measured on this machine, or the stated ones).
     """
+    rates = rates or known_rates(device_kind)
     source = local_source(recipe.model.source)
     if config is None:
         source = find_source(recipe, weights=False)
@@ -135,7 +141,7 @@ def planned(
 
     def step_plans(changed: Recipe) -> list[_StepPlan]:
         shapes, count = workload(changed)
-        return [_StepPlan(changed, known, shape, count) for shape in shapes]
+        return [_StepPlan(changed, known, shape, count, rates) for shape in shapes]
 
     def plan_of(changed: Recipe) -> Plan:
         plans = [divided(each.plan(), num_sharing) for each in step_plans(changed)]
@@ -147,7 +153,7 @@ def planned(
     def with_even_routing(found: Plan) -> Plan:
         if not stacks(known.model(torch.bfloat16, recipe.model.attention)):
             return found
-        step = _StepPlan(recipe, known, found.shape, found.num_micro_batches, routing="even")
+        step = _StepPlan(recipe, known, found.shape, found.num_micro_batches, rates, routing="even")
         even = divided(step.plan(), num_sharing)
         most = max(found, even, key=lambda each: each.peak_bytes)
         seconds = found.step_seconds
@@ -206,6 +212,7 @@ class _StepPlan:
     known: _Known
     shape: MicroBatchShape
     num_micro_batches: int
+    rates: Rates
     routing: Routing = "skewed"
     """How the tokens of a mixture divide among its experts; without one it makes no difference."""
 
@@ -265,13 +272,13 @@ class _StepPlan:
             num_trainable=num_trainable,
             num_weights=weights,
             step_seconds=self.seconds(num_trainable) if shapes else None,
-            rates=asdict(known_rates(self.device_kind)),
+            rates=asdict(self.rates),
             division=self._division(skeleton, num_trainable),
         )
 
     def _division(self, skeleton: PreTrainedModel, num_trainable: int) -> Division | None:
         """What several processes could divide."""
-        seconds = self._work(num_trainable).block_seconds(self.shape, known_rates(self.device_kind))
+        seconds = self._work(num_trainable).block_seconds(self.shape, self.rates)
         pruned = self.recipe.base.prune is not None
         with _quiet():
             return division_of(skeleton, self._wanted, self.dtype, pruned=pruned, forward_seconds=seconds)
@@ -341,8 +348,7 @@ class _StepPlan:
 
     def seconds(self, num_trainable: int) -> float:
         """Predicted time of a step with this many trainable parameters."""
-        rates = known_rates(self.device_kind)
-        return step_seconds(self._work(num_trainable), self.shape, self.num_micro_batches, rates)
+        return step_seconds(self._work(num_trainable), self.shape, self.num_micro_batches, self.rates)
 
     def _work(self, num_trainable: int) -> Work:
         skeleton: Any = self.skeleton

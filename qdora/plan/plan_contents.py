@@ -180,6 +180,12 @@ class Plan:
         return max(self.moments, key=lambda moment: moment.num_bytes)
 
     @property
+    def sequence_bytes(self) -> int:
+        """Bytes at the peak that grow with the tokens of a micro-batch."""
+        growing = (CHECKPOINTS, FORWARD, BACKWARD, LOSS)
+        return sum(self.peak.by_component.get(name, 0) for name in growing)
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of live tensors at the peak."""
         return self.peak.num_bytes
@@ -232,6 +238,11 @@ class Plan:
             "assumptions": list(self.assumptions),
             "changes": [vars(change) for change in self.changes],
         }
+
+
+def seconds_text(seconds: float) -> str:
+    """A time to two digits, such as 0.034 s or 1,340 s; from 100 s on in whole seconds."""
+    return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def over_budget(plan: Plan) -> str:

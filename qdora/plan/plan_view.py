@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from qdora.files.console import consoles
 from qdora.files.run_directory import PLAN_FILE, RunDirectory
 from qdora.files.svg_figure import svg_file
 from qdora.model.build_model import find_model
-from qdora.plan.division import all_on_device, process_lines, process_plans
+from qdora.plan.division import ProcessPlan, process_lines, process_plans, whole_plans
 from qdora.plan.memory_plan import plan
-from qdora.plan.plan_contents import CONTEXT, GIB, SLACK, DeviceKind, Plan
+from qdora.plan.plan_contents import CONTEXT, GIB, SLACK, DeviceKind, Plan, seconds_text
 from qdora.plan.workload import Workload, assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import missing_files
@@ -29,6 +31,7 @@ from qdora.recipe.settings import Recipe
 logger = logging.getLogger("qdora")
 
 _BAR = 40
+_ROUND_LENGTH = 64
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -73,18 +76,33 @@ def plan_run(
             logger.warning(text)
     assumed += _after_gates(recipe, device_kind, workload)
     planning: dict[str, Any] = {"device_kind": device_kind, "workload": workload}
-    found = replace(plan(recipe, limit, **planning), assumptions=assumed)
+    num_sharing = {"shard": num_processes, "hybrid": num_processes // num_hosts}.get(recipe.train.parallel, 1)
+    found = replace(plan(recipe, limit, num_sharing=num_sharing, **planning), assumptions=assumed)
     show_plan(results, found)
     if figure is not None:
         draw_plan(found, figure)
     document: dict[str, Any] = {"mix": None if mix is None else mix.to_dict(), "memory": found.to_dict()}
+    least: Plan | ProcessPlan = found
+    can_fit = found.fits or any(change.peak_bytes <= (found.budget_bytes or 0) for change in found.changes)
+    lines = []
     if num_processes > 1:
-        resident = plan(all_on_device(recipe), limit, **planning) if recipe != all_on_device(recipe) else found
-        ways = process_plans(found, resident, num_processes, num_hosts)
-        for line in process_lines(ways, num_processes, num_hosts):
-            results.print(line, markup=False, highlight=False, soft_wrap=True)
+        ways = process_plans(whole_plans(recipe, partial(_unchanged, found, planning)), num_processes, num_hosts)
+        lines += process_lines(ways, num_processes, num_hosts)
         document["processes"] = [each.to_dict() for each in ways]
+        least, can_fit = min(ways, key=lambda each: each.peak_bytes), any(each.fits for each in ways)
+    elif recipe.train.divides_base:
+        logger.info("train.parallel is %s: --processes N plans a card of N.", recipe.train.parallel)
+    if not can_fit and (tight := sequence_line(recipe, found, least)) is not None:
+        lines.append(tight)
+    for line in lines:
+        results.print(line, markup=False, highlight=False, soft_wrap=True)
     return document
+
+
+def _unchanged(found: Plan, planning: Mapping[str, Any], recipe: Recipe) -> Plan:
+    """The plan of another recipe for the same budget, without changes that make it fit."""
+    memory = recipe.memory.model_copy(update={"budget": None})
+    return replace(plan(recipe.model_copy(update={"memory": memory}), **planning), budget_bytes=found.budget_bytes)
 
 
 def _workload(recipe: Recipe) -> tuple[build_data.MixPlan | None, Workload, list[str]]:
@@ -155,7 +173,8 @@ def plan_lines(plan: Plan) -> list[str]:
     if plan.stored_shape is not None:
         lines.append(f"Model: the shape stored in qdora, from {plan.stored_shape}, because the Hub does not give it.")
     if plan.step_seconds is not None:
-        lines.append(f"Predicted time: {plan.step_seconds:.2g} s per step at the rates of {plan.rates['name']}.")
+        said = seconds_text(plan.step_seconds)
+        lines.append(f"Predicted time: {said} per step on one card, at the rates of {plan.rates['name']}.")
     if plan.pageable_bytes:
         lines.append(f"Between updates {size_text(plan.pageable_bytes)} of optimizer states can move to the host.")
     if plan.host_bytes:
@@ -168,10 +187,35 @@ def plan_lines(plan: Plan) -> list[str]:
         for change in plan.changes:
             neutral = "" if change.neutral else "; changes what is trained"
             options = f"-s {change.setting.replace(', ', ' -s ')}"
-            lines.append(f"  {options}: {size_text(change.peak_bytes)}, {change.step_seconds:.2g} s{neutral}")
+            lines.append(f"  {options}: {size_text(change.peak_bytes)}, {seconds_text(change.step_seconds)}{neutral}")
         if plan.changes and plan.changes[-1].peak_bytes > (plan.budget_bytes or 0):
             lines.append("  Even with all of these it does not fit.")
     return lines
+
+
+def sequence_line(recipe: Recipe, plan: Plan, card: Plan | ProcessPlan) -> str | None:
+    """What would help a card that cannot hold a single sequence; None if its length is not what is too much.
+
+    Args:
+        plan: Has the budget and the shape of the micro-batch.
+        card: What a card needs.
+    """
+    shape, budget = plan.shape, plan.budget_bytes
+    if budget is None or shape.rows > 1 or card.sequence_bytes < min(budget / 2, card.peak_bytes - budget):
+        return None
+    left = 1 - (card.peak_bytes - budget) / card.sequence_bytes
+    length = int(shape.length * left) // _ROUND_LENGTH * _ROUND_LENGTH
+    memory, on_gpu = recipe.memory, plan.device_kind == "cuda"
+    helps = [
+        (True, "a shorter data.max_length" + (f" (about {length:,} fit)" if length > 0 else "")),
+        (not memory.checkpointing, "memory.checkpointing"),
+        (on_gpu and not memory.offload_activations, "memory.offload_activations"),
+        (memory.loss_chunk == "auto" or memory.loss_chunk > 64, "a smaller memory.loss_chunk"),
+    ]
+    return (
+        f"A sequence of {shape.length:,} tokens takes {size_text(card.sequence_bytes)} on its card, and more cards do "
+        f"not divide it: there is no context parallelism. What helps: {', '.join(text for may, text in helps if may)}."
+    )
 
 
 def _verdict(plan: Plan) -> str:

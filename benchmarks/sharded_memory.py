@@ -1,0 +1,202 @@
+"""What each process holds of a base that 1, 2 and 4 processes divide, and the memory that loading takes.
+
+    python benchmarks/sharded_memory.py --work DIR [--layers 32] [--out FILE] [--smoke]
+
+Writes a random 16-bit checkpoint of the shape of Llama-3-8B to DIR (16 GB), or reads the one there, and loads it as a
+run with train.parallel: shard does, in NF4 with double quantisation, over gloo on the CPU.
+
+counted    bytes of all parameters and buffers of a process
+resident   resident set behind loading, over that of a process that has imported and connected the same
+peak       the largest resident set while loading, over the same
+
+Bars: what each process holds is within 3 % of the plan, which is base / N + what is not divided; its resident set, too;
+and loading takes at most its share, twice the largest tensor of the checkpoint, and 300 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from load_memory import ALLOWANCE_BYTES, ONE_THREAD, write_checkpoint
+from measure import RESULTS, facts, peak_rss_bytes, write
+
+from qdora.plan.public_shapes import public_shapes
+
+MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
+SMALL = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 4096, "num_attention_heads": 8}
+SIZES = (1, 2, 4)
+BAR = 0.03
+RECORD = "checkpoint.json"
+"""Says what a checkpoint is made of, beside it: written last, so it is there only if the checkpoint is whole."""
+
+
+def main() -> None:
+    """All numbers of processes, against the plan."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "sharded_memory.json")
+    parser.add_argument("--work", type=Path, help="directory of the checkpoint")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--smoke", action="store_true", help="a small shape: shows that it runs")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure is not None:
+        measured(Path(args.measure) if args.measure else None)
+        return
+    if args.work is None:
+        parser.error("--work must be given: where the checkpoint is written")
+    shape = {name: value for name, value in public_shapes()[MODEL].values.items() if name != "model_type"}
+    shape |= {**SMALL, "num_hidden_layers": 2} if args.smoke else {"num_hidden_layers": args.layers}
+    total, largest, _ = checkpoint(args.work, shape)
+    sizes = SIZES[:2] if args.smoke else SIZES
+    found = {str(size): one_division(args.work, size) for size in sizes}
+    for size, each in found.items():
+        each["planned_bytes"] = planned_bytes(args.work, int(size))
+        each["allowed_peak_bytes"] = max(each["held_bytes"]) + 2 * largest + ALLOWANCE_BYTES
+    result = {
+        **facts(f"python benchmarks/sharded_memory.py --work DIR --layers {shape['num_hidden_layers']}"),
+        "model": MODEL,
+        "shape": shape,
+        "base": "nf4, block size 64, double quantisation, head and embedding in bfloat16",
+        "checkpoint_bytes": total,
+        "largest_tensor_bytes": largest,
+        "bar": BAR,
+        "processes": found,
+        "passes": verdict(found),
+    }
+    write(args.out, result)
+
+
+def checkpoint(directory: Path, shape: dict[str, Any]) -> tuple[int, int, int]:
+    """The bytes, the largest tensor's bytes and the files of the checkpoint, which is written if it is not there."""
+    record = directory / RECORD
+    if not record.is_file() or json.loads(record.read_text())["shape"] != shape:
+        directory.mkdir(parents=True, exist_ok=True)
+        sizes = {name: value for name, value in shape.items() if name != "num_hidden_layers"}
+        made = write_checkpoint(directory, shape["num_hidden_layers"], sizes)
+        record.write_text(json.dumps({"shape": shape, "made": made}))
+    total, largest, num_files = json.loads(record.read_text())["made"]
+    return total, largest, num_files
+
+
+def one_division(directory: Path, size: int) -> dict[str, Any]:
+    """What each of `size` processes holds of the base, and took to load it, over processes that load nothing."""
+    idle, began = launched(None, size), time.perf_counter()
+    loaded = launched(directory, size)
+    pairs = list(zip(loaded, idle, strict=True))
+    return {
+        "held_bytes": [each["held"] for each in loaded],
+        "resident_bytes": [each["resident"] - before["resident"] for each, before in pairs],
+        "peak_bytes": [each["peak"] - before["peak"] for each, before in pairs],
+        "idle_peak_bytes": [each["peak"] for each in idle],
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def launched(directory: Path | None, size: int) -> list[dict[str, int]]:
+    """What `measured` prints in each of `size` processes, which are connected as torchrun's are."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    call = [sys.executable, __file__, "--measure", "" if directory is None else str(directory)]
+    processes = []
+    for rank in range(size):
+        variables = {name: str(value) for name, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        environment = {**os.environ, **ONE_THREAD, **variables}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(call, env=environment, **pipes))
+    found = []
+    for process in processes:
+        out, errors = process.communicate()
+        if process.returncode != 0:
+            raise RuntimeError(f"{' '.join(call[1:])}: exit {process.returncode}\n{errors[-4000:]}")
+        found.append(json.loads(out.splitlines()[-1]))
+    return found
+
+
+def measured(directory: Path | None) -> None:
+    """Run in a process of a launch: load this process's share of a base, or nothing; prints one JSON line."""
+    import bitsandbytes  # noqa: F401  (imported at the first use by the kernels; the baseline must have it, too)
+    import torch
+    from torch import nn
+
+    from qdora.memory.sharded_base import ShardedBase
+    from qdora.model.load import load_model
+    from qdora.model.source import resolve
+    from qdora.ops.packed import quantize
+    from qdora.train.distributed import mesh_of, processes_of_launch
+
+    quantize(torch.zeros(64, 64), "nf4")
+    model: nn.Module = nn.Module()
+    with processes_of_launch() as processes:
+        processes = processes.dividing(base=True)
+        mesh = mesh_of(processes, torch.device("cpu"), "shard")
+        if directory is not None:
+            placer = None if mesh is None else ShardedBase(mesh)
+            model = load_model(resolve(str(directory)), quant="nf4", compute_dtype=torch.bfloat16, placer=placer)
+        processes.gather(None)  # all have loaded
+        print(json.dumps({"held": held_bytes(model), "peak": peak_rss_bytes(), "resident": rss_bytes()}))
+
+
+def held_bytes(model: Any) -> int:
+    """Bytes of all parameters and buffers, each memory once."""
+    from torch.distributed.tensor import DTensor
+
+    seen: dict[int, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        memory = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        seen[memory._cdata] = memory.nbytes()
+    return sum(seen.values())
+
+
+def rss_bytes() -> int:
+    """The resident set of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) * 1024
+    raise OSError("this system has no VmRSS in /proc/self/status")
+
+
+def planned_bytes(directory: Path, size: int) -> int:
+    """What the plan says that a process holds of the base from step to step."""
+    from qdora.plan.division import WholePlans, process_plans
+    from qdora.plan.memory_plan import plan
+    from qdora.recipe.recipe_file import recipe_from
+
+    train = {"steps": 1, "batch": 1, "parallel": "shard", "checkpoint_every": None}
+    data = {"mix": [{"task": "demo/howto"}], "max_length": 64}
+    model = {"source": str(directory), "tokenizer": "builtin", "dtype": "bfloat16"}
+    found = plan(recipe_from({"model": model, "data": data, "train": train}), device_kind="cpu")
+    ways = process_plans(WholePlans(found, found), size)
+    return next(each.base_bytes for each in ways if each.num_sharing == size)
+
+
+def verdict(found: dict[str, Any]) -> dict[str, bool]:
+    """Whether all processes keep to the bars."""
+
+    def near(what: str) -> bool:
+        return all(
+            abs(held / each["planned_bytes"] - 1) <= BAR
+            for size, each in found.items()
+            if int(size) > 1
+            for held in each[what]
+        )
+
+    return {
+        "counted": near("held_bytes"),
+        "resident": near("resident_bytes"),
+        "loading": all(max(each["peak_bytes"]) <= each["allowed_peak_bytes"] for each in found.values()),
+    }
+
+
+if __name__ == "__main__":
+    main()
