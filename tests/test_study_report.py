@@ -508,7 +508,7 @@ def test_the_page_needs_nothing_beside_it(report: Report, tmp_path: Path) -> Non
     ]
     widths = [float(re.search(r'<svg [^>]*width="([0-9.]+)pt"', figure)[1]) for figure in figures]  # type: ignore[index]
     assert widths == [288.0, 792.0] * len(draw_all(report))  # for a telephone, and for a page
-    assert len(widths) == 14
+    assert len(widths) == 16
     assert all("<svg" in figure and "<text" not in figure for figure in figures)  # letters are paths: no fonts
     assert "<script" not in page
     assert not re.search(r"(?:src|srcset|href)=[\"'](?!data:image/svg)|@import|url\(", page)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qdora.study.grid import CompareConfig
 from qdora.study.report_contents import Naming, Row, is_number, naming
 from qdora.study.verdict import not_seen, overall
 
@@ -26,20 +27,20 @@ def question_of(pairs: Sequence[Row], repairs: Sequence[Row]) -> str:
 
 
 def answer_of(
-    pairs: Sequence[Row], repairs: Sequence[Row], axes: Sequence[str], arm_axis: str, metric_label: str
+    pairs: Sequence[Row], repairs: Sequence[Row], axes: Sequence[str], compare: CompareConfig, metric_label: str
 ) -> list[str]:
     """What was decided; what is left of the damage after training; what training repaired beyond a transplant.
 
     Args:
         pairs, repairs: Of `question_of`.
-        axes, arm_axis: Those of the contexts, and the one that is compared.
+        axes: Those of the contexts.
     """
     primary = [row for row in pairs if row["role"] == "primary"]
     is_named = bool(primary) and not any(primary[0].get(axis) for axis in axes)
     decided = decided_in_words(primary[0], metric_label) if is_named else overall(primary, metric_label)
-    rows = [row for row in repairs if not primary or row[arm_axis] == primary[0]["reference"]]
+    rows = [row for row in repairs if not primary or row[compare.arm] == primary[0]["reference"]]
     named = naming([row for row in rows if is_number(row.get("left"))], axes)
-    return [decided, *filter(None, [_left(rows, named, arm_axis, pairs), _repaired(rows, named, arm_axis)])]
+    return [decided, *filter(None, [_left(rows, named, compare), _repaired(rows, named, compare.arm)])]
 
 
 def decided_in_words(row: Row, metric_label: str) -> str:
@@ -55,13 +56,13 @@ def decided_in_words(row: Row, metric_label: str) -> str:
     return f"{row['comparison']}: not decided; {size}, {row['reason'] or not_seen([row])}."
 
 
-def _left(rows: Sequence[Row], named: Naming, arm_axis: str, pairs: Sequence[Row]) -> str:
+def _left(rows: Sequence[Row], named: Naming, compare: CompareConfig) -> str:
     """From the least to the most damage that is left, and where it is within the zone."""
     known = sorted((row for row in rows if is_number(row.get("left"))), key=lambda row: float(row["left"]))
     if not known:
         return ""
-    zone = pairs[0]["zone"]
-    name = known[0][arm_axis]
+    zone = compare.zone
+    name = known[0][compare.arm]
     inside = [named(row) for row in known if row["left_upper"] < zone]
     ends = [f"{row['left']:.3f} ({named(row)})" for row in (known[0], known[-1])]
     span = ends[0] if len(known) == 1 else f"{ends[0]} to {ends[1]}"

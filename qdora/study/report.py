@@ -128,7 +128,7 @@ def read_report(directory: Path) -> Report:
     return Report(
         tables=tables,
         question=question_of(pairs, tables["repair"]),
-        answer=answer_of(pairs, tables["repair"], axes, compare.arm, label),
+        answer=answer_of(pairs, tables["repair"], axes, compare, label),
         verdict=[*said, *filter(None, [equal_in_words(cells)])],
         axes=axes,
         arm_axis=compare.arm,

@@ -88,6 +88,7 @@ def draw_all(report: Report) -> list[Drawn]:
         ),
         ("Learning curves", "Training loss, averaged over the seeds.", _learning_curves(report)),
         ("Where in depth", _DEPTH, _depth(report)),
+        ("Magnitudes and directions", _CHANGES, _changes(report)),
         ("Error of the weights", "Relative error by the kind of layer, averaged over the blocks.", _layers(report)),
     ]
     return [
@@ -109,6 +110,12 @@ _CHOICE = (
 _DEPTH = (
     "By block: the relative error of the hidden states of untrained bases, and, where the study measures it, the rise "
     "of the NLL without the adapter of one block and the share of the compression error that the update takes back."
+)
+
+
+_CHANGES = (
+    "Each dot is a layer of a trained arm: how far its rows turned (1 - cosine) and how much their length changed, "
+    "averaged over its rows and the seeds."
 )
 
 
@@ -265,6 +272,24 @@ def _by_block(rows: Sequence[Row], named: Naming, column: str) -> dict[str, list
         name: [(float(block), float(np.mean(found))) for block, found in sorted(blocks.items())]
         for name, blocks in values.items()
     }
+
+
+def _changes(report: Report) -> Callable[[bool], Figure] | None:
+    """Change of the magnitude against that of the direction (DoRA, arXiv 2402.09353, fig. 2)."""
+    rows = report.tables["changes"]
+    if not rows:
+        return None
+    named = naming(rows, report.axes)
+    layers: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        which = (named(row), row[report.arm_axis], row["layer"])
+        layers.setdefault(which, []).append((row["direction_change"], row["magnitude_change"]))
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for (base, arm, _), pairs in layers.items():
+        direction, magnitude = np.mean(pairs, axis=0)
+        panels.setdefault(base, {}).setdefault(arm, []).append((float(direction), float(magnitude)))
+    labels = ("change of the direction", "change of the magnitude")
+    return lambda wide: _line_figure(panels, _styles(report), labels, wide, joined=False)
 
 
 def _pareto(report: Report) -> Callable[[bool], Figure] | None:
@@ -425,6 +450,8 @@ def _line_figure(
     styles: Mapping[str, tuple[str, str]],
     labels: tuple[str, str],
     wide: bool,
+    *,
+    joined: bool = True,
 ) -> Figure:
     """Title -> name -> points; three panels beside one another if wide, else one below the other."""
     across = min(3, len(panels)) if wide else 1
@@ -435,7 +462,7 @@ def _line_figure(
     for axes, (title, lines) in zip(grid, panels.items(), strict=False):
         for name, points in lines.items():
             color, marker = styles.get(name, (COLORS[0], "o"))
-            (line,) = axes.plot(*zip(*points, strict=True), color=color, marker=marker, ms=3, lw=1.3)
+            (line,) = axes.plot(*zip(*points, strict=True), color=color, marker=marker, ms=3, lw=1.3 if joined else 0)
             drawn.setdefault(name, line)
         axes.set_title(textwrap.fill(title, 46 if wide else 40), fontsize="small")
         axes.set_xlabel(labels[0])
