@@ -98,6 +98,8 @@ def keep(directory: Path, out: Path, head: dict[str, Any]) -> None:
     for source in document["settings"]["data.mix"]:
         if "path" in source:
             source["path"] = f"DATA/{source['task']}"
+        elif "name" in source:
+            source["source"] = f"DATA/{source['name']}"
     atomic_write_text(out / "grid.yaml", yaml.safe_dump(document, sort_keys=False))
     atomic_write_json(out / "run.json", head)
     atomic_write_bytes(out / SCORES_FILE, packed_scores(directory))

@@ -175,8 +175,9 @@ class TimeConfig(Section):
 
     start: NotNegative
     """Seconds that do not depend on the number of steps: loading, evaluation."""
-    step: NotNegative
-    """Seconds of an optimizer step."""
+    step: Annotated[NotNegative | Literal["plan"], allowed("a number of seconds, or plan")]
+    """Seconds of an optimizer step. plan: as `qdora plan` predicts for a GPU, with the rates of this machine's
+    `qdora doctor --measure`, else the stated ones of an A100."""
 
 
 class Study(Section):
