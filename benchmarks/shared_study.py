@@ -101,7 +101,9 @@ def keep(directory: Path, out: Path, head: dict[str, Any]) -> None:
         elif "name" in source:
             source["source"] = f"DATA/{source['name']}"
     atomic_write_text(out / "grid.yaml", yaml.safe_dump(document, sort_keys=False))
-    atomic_write_json(out / "run.json", head)
+    paragraphs = (out / "report.md").read_text(encoding="utf-8").split("\n\n")
+    answer = paragraphs[2 : next(place for place, text in enumerate(paragraphs) if text.startswith("- "))]
+    atomic_write_json(out / "run.json", head | {"answer": answer})
     atomic_write_bytes(out / SCORES_FILE, packed_scores(directory))
     print(json.dumps(head))
 
