@@ -125,7 +125,7 @@ def packed_scores(directory: Path) -> bytes:
 
 
 def _rounded(value: Any) -> Any:
-    """A score to 7 decimals: means over some hundred examples then agree to better than 1e-9."""
+    """A score to 9 decimals: with 7, a p-value of arms that differ by 1e-4 nats was off by 2e-6."""
     if isinstance(value, list):
         return [_rounded(each) for each in value]
-    return round(value, 7) if isinstance(value, float) else value
+    return round(value, 9) if isinstance(value, float) else value
