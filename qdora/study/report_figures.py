@@ -391,7 +391,7 @@ def _draw_panel(
     for axes, (low, high) in zip(every, spans, strict=True):
         axes.set_xlim(low, high)
         is_far = len(spans) > 1 and not low <= np.median(values) <= high
-        axes.locator_params(axis="x", nbins=2 if is_far else 6)
+        axes.locator_params(axis="x", nbins=1 if is_far else 6)
         axes.grid(alpha=0.3, axis="x")
         if panel.zone is not None:
             axes.axvspan(-panel.zone, panel.zone, color=_SHADE, alpha=0.2, lw=0)
