@@ -50,10 +50,10 @@ def main() -> None:
 
 def with_data(document: dict[str, Any], data: Path) -> dict[str, Any]:
     """The study file with the folder of the data in the place of DATA."""
-    mix = [
-        source | {"path": str(data.resolve() / Path(source["path"]).relative_to("DATA"))}
-        for source in document["settings"]["data.mix"]
-    ]
+    mix = []
+    for source in document["settings"]["data.mix"]:
+        key = "path" if "path" in source else "source"
+        mix.append(source | {key: str(data.resolve() / Path(source[key]).relative_to("DATA"))})
     return document | {"settings": document["settings"] | {"data.mix": mix}}
 
 

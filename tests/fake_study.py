@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from qdora.files.run_directory import RunDirectory
 from qdora.study.cells import Cell, Expander
 from qdora.study.grid import load_study
 from qdora.study.runner import Work, run_cells
@@ -17,8 +18,9 @@ from qdora.study.study_directory import StudyDirectory
 from qdora.study.upcoming import Upcoming
 from tests import study_worker
 
+STEPS = 40
 NUM_EXAMPLES = {"piqa": 120, "sums": 80}
-BITS = {"none": 16.0, "int8": 8.1, "nf4": 4.1, "fp4": 4.2}
+BITS = {"none": 16.0, "int8": 8.1, "nf4": 4.1, "fp4": 4.2, "nf3": 3.1, "nf2": 2.1}
 LOST = {"none": 0.0, "int8": 0.01, "nf4": 0.1, "fp4": 0.4}
 """NLL per token that compressing costs after training. A transplanted adapter loses twice as much."""
 
@@ -83,9 +85,32 @@ def work_of(nll: Truth = truth, *, generated: bool = False, fail: str | None = N
         value = nll(cell)
         if np.isnan(value):
             return {"diverged": "loss nan", "num_vocabulary": 1000}
+        if cell.kind == "by_layer":
+            return _measured_by_layer(cell)
+        if cell.is_trained:
+            directory.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps({"step": step, "loss": value + 1.0 / step}) + "\n" for step in range(1, STEPS + 1)]
+            RunDirectory(directory).metrics_file.write_text("".join(lines))
         return _work(cell, directory, value, generated)
 
     return work
+
+
+def _measured_by_layer(cell: Cell) -> dict[str, Any]:
+    """Two blocks of two layers; the second block matters more."""
+    is_compressed = cell.recipe.base.quant != "none"
+    errors = {"error_undone": 0.1, "error_undone_best": 0.3, "error_cosine": 0.2} if is_compressed else {}
+    change = {"direction": 0.01, "magnitude": 0.001} | errors
+    return {
+        "num_steps": 0,
+        "final_loss": None,
+        "num_trainable": 0,
+        "size": {"num_linear_weights": 1, "num_linear_bytes": 1, "num_base_bytes": 1, "num_adapter_bytes": 1},
+        "compression": None,
+        "changes": {f"layers.{block}.{name}": change for block in (0, 1) for name in ("q_proj", "o_proj")},
+        "blocks": [{"block": block, "rise": 0.1 * (block + 1)} for block in (0, 1)],
+        "nll": 2.0,
+    }
 
 
 def _work(cell: Cell, directory: Path, nll: float, generated: bool) -> dict[str, Any]:
@@ -116,7 +141,7 @@ def _work(cell: Cell, directory: Path, nll: float, generated: bool) -> dict[str,
         files["generated"] = "eval/generated.json"
     bits = BITS[cell.recipe.base.quant]
     size = {"num_linear_weights": 2**20, "num_linear_bytes": int(bits * 2**17), "num_base_bytes": int(bits * 2**17)}
-    layers = {f"layers.{n}": {"relative_error": 0.01 * n, "sparsity": 0.0} for n in range(3)}
+    layers = {f"layers.{n}.q_proj": {"relative_error": 0.01 * n, "sparsity": 0.0} for n in range(3)}
     hidden = {"perplexity": 20.0, "hidden_errors": [0.1, 0.2], "hidden_error": 0.2} if cell.kind == "base" else {}
     is_compressed_base = cell.kind == "base" and cell.recipe.base.quant == "nf4"
     return hidden | {

@@ -321,3 +321,18 @@ def load_balancing(logits: list[Array], top_k: int) -> tuple[float, list[Array]]
     value = experts * sum(chosen[e] / routed * probability[e] / routed for e in range(experts))
     scale = experts / routed**2
     return value, [np.array([scale * p * (chosen - chosen @ p) for p in router]) for router in softmaxes]
+
+
+def error_undone(merged: Array, base: Array, dense: Array, rank: int) -> tuple[float, float, float]:
+    """<U, -E> / |E|^2, the same of the best matrix of this rank, and <U, -E> / (|U| |E|); U = merged - base, E = base -
+    dense. The best one has the largest eigenvalues of E E^T."""
+    product = of_error = of_update = 0.0
+    for i in range(base.shape[0]):
+        for j in range(base.shape[1]):
+            update, error = merged[i, j] - base[i, j], base[i, j] - dense[i, j]
+            product -= update * error
+            of_error += error * error
+            of_update += update * update
+    error = base - dense
+    best = float(np.sort(np.linalg.eigvalsh(error @ error.T))[::-1][:rank].sum())
+    return product / of_error, best / of_error, product / math.sqrt(of_update * of_error)

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.data.build_data import run_examples
 from qdora.errors import RunFailure, UserError
-from qdora.evaluation.suite import evaluate
+from qdora.evaluation.loglikelihood import score_answers
+from qdora.evaluation.suite import evaluate, spread
 from qdora.model.adapter_file import load_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.model_size import model_size
@@ -34,7 +36,7 @@ from qdora.study import runner as study_verb
 from qdora.study.report import read_report
 from qdora.study.runner import in_words, study_run
 from qdora.study.study_directory import StudyDirectory, read_index
-from tests import tiny_run
+from tests import reference, tiny_run
 
 
 def write_study(root: Path, **changes: Any) -> Path:
@@ -307,6 +309,7 @@ SEARCH: dict[str, Any] = {
         {"name": "main"},
         {"name": "moved", "cells": {"base.quant": "nf4"}, "kind": "transplant"},
         {"name": "back", "cells": {"base.quant": "nf4"}, "kind": "set_back"},
+        {"name": "layers", "kind": "by_layer"},
     ],
     "product": {"base.quant": ["none", "nf4"], "adapter": {"dora": {"adapter.kind": "dora"}}},
     "bases": False,
@@ -325,6 +328,7 @@ def test_rates_are_searched_then_arms_are_trained_and_adapters_transplanted(root
         ("main", 2, 2 * 3),
         ("moved", 1, 2),
         ("back", 1, 2),
+        ("layers", 2, 2 * 2),
     ]
     done = study_run(file, tmp_path, console=Console(file=io.StringIO()))
     assert done["num_waiting"] == 0
@@ -345,6 +349,7 @@ def test_rates_are_searched_then_arms_are_trained_and_adapters_transplanted(root
     expected = evaluate(base.model, base.tokenizer, examples, limit=10, block=0, per_example=True).per_example
     assert [row["nll"] for row in scored] == pytest.approx([row["nll"] for row in expected], rel=1e-6)
     check_set_back(tmp_path, index["cells"])
+    check_by_layer(tmp_path, index["cells"])
     again = study_run(file, tmp_path, console=Console(file=io.StringIO()))
     assert again["num_done"] == done["num_done"] == done["num_cells"]
 
@@ -368,6 +373,47 @@ def check_set_back(directory: Path, cells: list[dict[str, Any]]) -> None:
     assert {row["layer"] for row in report.tables["changes"]} == set(layers)
     (row,) = [row for row in report.tables["repair"] if "magnitudes" in row]
     assert row["base.quant"] == "nf4"
+
+
+def check_by_layer(directory: Path, cells: list[dict[str, Any]]) -> None:
+    """Against the trained runs: a model whose one block is that of the base, and loops over a layer's weights."""
+    found = {}
+    for cell in cells:
+        if cell["kind"] == "by_layer":
+            found[cell["labels"]["base.quant"]] = json.loads((directory / f"results/{cell['key']}.json").read_text())
+    assert set(found) == {"none", "nf4"}
+    assert not any("error_undone" in change for change in found["none"]["changes"].values())
+    (source,) = [cell for cell in cells if cell["stage"] == "main" and cell["labels"]["base.quant"] == "nf4"]
+    trained = load_run(directory / "cells" / source["key"])
+    layers = adapted_layers(trained.model)
+    examples = [each for found in run_examples(trained.recipe, "validation").values() for each in spread(found, 15, 0)]
+
+    def nll() -> float:
+        scores = score_answers(trained.model, trained.tokenizer, examples)
+        return -sum(each.loglikelihood for each in scores) / sum(each.num_tokens for each in scores)
+
+    whole = nll()
+    assert found["nf4"]["nll"] == pytest.approx(whole, rel=1e-6)
+    path, layer = next(iter(layers.items()))
+    (plain,) = [cell for cell in cells if cell["stage"] == "main" and cell["labels"]["base.quant"] == "none"]
+    dense = load_run(directory / "cells" / plain["key"], base_only=True)
+    changes = found["nf4"]["changes"]
+    weights = [layer.merged_weight(torch.float64), dense_weight(layer.base.stored_weight, torch.float64)]
+    weights.append(dense.model.get_submodule(path).weight.double())
+    undone, best, cosine = reference.error_undone(*(each.detach().numpy() for each in weights), layer.rank)
+    assert changes[path]["error_undone"] == pytest.approx(undone, rel=1e-2, abs=1e-5)
+    assert changes[path]["error_undone_best"] == pytest.approx(best, rel=1e-4)
+    assert changes[path]["error_cosine"] == pytest.approx(cosine, rel=1e-2, abs=1e-5)
+    for path, layer in layers.items():
+        if ".0." in path:
+            assert layer.magnitude is not None
+            layer.lora_B.data.zero_()
+            weight = dense_weight(layer.base.stored_weight, torch.float64)
+            layer.magnitude.data = weight.square().sum(dim=1).sqrt().float()
+            layer.parameters_changed()
+    blocks = {each["block"]: each["rise"] for each in found["nf4"]["blocks"]}
+    assert blocks[0] == pytest.approx(nll() - whole, abs=1e-6)
+    assert max(map(abs, blocks.values())) > 1e-5
 
 
 def test_what_a_study_can_find_is_told_before_it_runs(root: Path, tmp_path: Path) -> None:
@@ -395,6 +441,26 @@ def test_shards_take_turns_at_cells_that_wait_for_each_other(
     assert found[0]["num_waiting"] > 0  # nobody works on the other part, so this one ends
     assert found[-1]["num_waiting"] == 0
     assert all(StudyDirectory(tmp_path).is_done(cell["key"]) for cell in read_index(tmp_path)["cells"])
+
+
+def test_guesses_are_left_for_the_report(done: Path) -> None:
+    """Counted here from the run of the uncompressed base."""
+    (dense,) = [cell["key"] for cell in read_index(done)["cells"] if cell["key"] == cell["dense_key"]]
+    found = json.loads((done / "shared/guesses" / dense / "guesses.json").read_text())
+    run = load_run(done / "cells" / dense)
+    vocabulary = run.model.config.vocab_size
+    assert found["uniform"] == pytest.approx(math.log(vocabulary))
+    answers: dict[str, list[int]] = {"train": [], "validation": []}
+    for split, tokens in answers.items():
+        for examples in run_examples(run.recipe, split).values():
+            for each in spread(examples, 4 if split == "validation" else None):
+                ids = run.tokenizer(each.prompt + each.answer)["input_ids"]
+                tokens += ids[len(run.tokenizer(each.prompt.rstrip())["input_ids"]) :]
+    counts, total = Counter(answers["train"]), len(answers["train"])
+    nll = [-math.log(0.99 * counts[token] / total + 0.01 / vocabulary) for token in answers["validation"]]
+    assert found["unigram"] == pytest.approx(sum(nll) / len(nll), rel=1e-6)
+    guesses = {row["guess"]: row["nll"] for row in read_report(done).tables["guesses"]}
+    assert guesses["unigram"] == found["unigram"]
 
 
 def test_a_real_study_is_reported(done: Path) -> None:

@@ -22,11 +22,15 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.model.pruning import PrunedLayer
+from qdora.study.answer import decided_in_words
 from qdora.study.cells import Cell, Expander
 from qdora.study.compare import Results
 from qdora.study.grid import COLUMNS, load_study, study_from
 from qdora.study.outlook import outlooks, planned_cells
-from qdora.study.report import Report, draw_all, read_report, report_run, write_report
+from qdora.study.report import read_report, report_run, write_report
+from qdora.study.report_contents import Report
+from qdora.study.report_figures import draw_all, spans_of
+from qdora.study.report_page import shown_tables
 from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory, read_index
 from tests import fake_study
@@ -37,12 +41,18 @@ NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")
 STAGES = [
     {"name": "main"},
     {"name": "moved", "cells": {"base.quant": ["nf4", "fp4"]}, "kind": "transplant"},
+    {"name": "by layer", "cells": {"base.quant": ["none", "nf4"], "seed": [0, 1]}, "kind": "by_layer"},
 ]
+GUESSES = {"uniform": math.log(1000), "unigram": 5.0}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fake_study.make(tmp_path_factory.mktemp("study"), generated=True, stages=STAGES)
+    made = fake_study.make(tmp_path_factory.mktemp("study"), generated=True, stages=STAGES)
+    (dense,) = {cell["dense_key"] for cell in read_index(made)["cells"] if cell["kind"] == "base"}
+    (made / "shared/guesses" / dense).mkdir(parents=True)
+    (made / "shared/guesses" / dense / "guesses.json").write_text(json.dumps(GUESSES))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -376,6 +386,87 @@ def test_further_seeds_are_run_where_the_interval_is_wide(tmp_path: Path) -> Non
     }
 
 
+def test_the_answer_has_three_sentences_each_with_its_number(report: Report, tmp_path: Path) -> None:
+    assert report.question == "How far can the base be compressed before lora, and before dora, stops repairing it?"
+    assert len(report.answer) == 3
+    assert report.answer[0] == report.verdict[0]
+    left = {row["base.quant"]: row for row in rows(report, "repair", adapter="lora") if "left" in row}
+    least, most = (f"{left[quant]['left']:.3f} ({quant})" for quant in ("int8", "fp4"))
+    inside = [quant for quant, row in left.items() if row["left_upper"] < 0.02]
+    assert report.answer[1] == (
+        f"After training, lora is worse than on the uncompressed base by {least} to {most} nats per token; surely less "
+        f"than 0.02 on {', '.join(inside) or 'no base'}."
+    )
+    shares = sorted((row["repaired_share"], quant) for quant, row in left.items() if "repaired_share" in row)
+    told = " to ".join(f"{share:.2f} ({quant})" for share, quant in shares)
+    assert f"makes good a share of {told} of the damage" in report.answer[2]
+    compare = {"reference": "lora", "primary": PRIMARY, "spread": 0.03}
+    primary = read_report(fake_study.make(tmp_path, compare=compare, seeds=[0, 1, 2]))
+    (row,) = rows(primary, "comparisons", comparison="over all", role="primary")
+    assert primary.answer[0].startswith("over all: ")
+    assert f"by {row['improvement']:.4f} on average (95 % interval {row['lower']:.4f} to" in primary.answer[0]
+    assert row["half_width_planned"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.03 / math.sqrt(3))
+
+
+def test_what_is_not_decided_says_beside_it_what_was_not_seen_or_why(report: Report) -> None:
+    row = compared(report, "nf4") | {"comparison": "over all", "winner": "", "verdict": "not decided"}
+    seen = f"differences below {row['smallest_detectable']:.2g} could not have been seen."
+    assert decided_in_words(row, "NLL").endswith(f"), {seen}")
+    assert decided_in_words(row | {"reason": "there are 2 seeds"}, "NLL").endswith("), there are 2 seeds.")
+    (table,) = [table for table in shown_tables(report) if table["name"] == "comparisons"]
+    first = table["header"][: table["num_first"]]
+    place = first.index("verdict")
+    assert first[place + 1] == "reason" or "reason" not in table["header"]  # without any reason there is no column
+    assert "smallest detectable" in first
+    assert "p seeds" in table["header"][table["num_first"] :]  # folded
+
+
+def test_curves_are_means_over_the_seeds(made: Path, report: Report) -> None:
+    found = rows(report, "curves", **{"base.quant": "nf4", "adapter": "dora"})
+    cells = [cell for cell in read_index(made)["cells"] if cell["kind"] == "trained"]
+    own = [c for c in cells if (c["labels"]["base.quant"], c["labels"]["adapter"]) == ("nf4", "dora")]
+    losses: dict[int, list[float]] = {}
+    for cell in own:
+        for text in (made / "cells" / cell["key"] / "metrics.jsonl").read_text().splitlines():
+            line = json.loads(text)
+            losses.setdefault(line["step"], []).append(line["loss"])
+    assert [row["step"] for row in found] == [*range(2, 41, 2)]  # 40 steps in at most 32 points
+    for row in found:
+        both = losses[row["step"] - 1] + losses[row["step"]]
+        assert row["training_loss"] == pytest.approx(statistics.mean(both), rel=1e-12)
+
+
+def test_guesses_blocks_and_layers_are_told(report: Report) -> None:
+    guesses = {row["guess"]: row["nll"] for row in report.tables["guesses"]}
+    assert guesses == GUESSES | {"choice": pytest.approx(math.log(2))}  # piqa's two choices
+    off = [row for row in report.tables["blocks"] if "block_off" in row]
+    assert {(row["base.quant"], row["adapter"], row["seed"]) for row in off} == {
+        (quant, kind, seed) for quant in ("none", "nf4") for kind in ("lora", "dora") for seed in "01"
+    }
+    undone = [row for row in report.tables["changes"] if "error_undone" in row]
+    assert {row["base.quant"] for row in undone} == {"nf4"}
+    assert {(row["layer"], row["block"]) for row in undone} == {
+        (f"layers.{block}.{name}", block) for block in (0, 1) for name in ("q_proj", "o_proj")
+    }
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([0.0, 0.1, 0.2, 9.0], 2),  # one far above
+        ([-7.0, 0.1, 0.2, 0.3], 2),  # one far below
+        ([0.0, 1.0, 2.0, 3.0], 1),
+        ([0.5, 0.5], 1),
+    ],
+)
+def test_an_axis_is_broken_where_one_value_is_far_off(values: list[float], expected: int) -> None:
+    spans = spans_of(values)
+    assert len(spans) == expected
+    for value in values:
+        assert sum(low < value < high for low, high in spans) == 1
+    assert sum(high - low for low, high in spans) < 1.3 * (max(values) - min(values) or 1) / (expected * 2 - 1)
+
+
 def numbers_of(text: str) -> set[str]:
     return set(NUMBER.findall(text))
 
@@ -385,7 +476,7 @@ def test_every_number_of_the_page_is_in_the_data_beside_it(report: Report, tmp_p
     known: list[float] = []
     texts = "a study"
     frames = [pd.read_csv(file, dtype={"train.lr": str}) for file in sorted(tmp_path.glob("*.csv"))]
-    assert len(frames) == 8
+    assert len(frames) == 11
     for frame in frames:
         for column in frame:
             if frame[column].dtype == object or str(frame[column].dtype) in ("str", "string"):
@@ -408,28 +499,33 @@ def test_every_number_of_the_page_is_in_the_data_beside_it(report: Report, tmp_p
 def test_the_page_needs_nothing_beside_it(report: Report, tmp_path: Path) -> None:
     files = write_report(report, tmp_path, "a <study> & more")
     page = files[0].read_text()
-    assert "<title>a &lt;study&gt; &amp; more</title>" in page
+    assert f"<title>{report.question}</title>" in page
+    assert "<h2>Data of a &lt;study&gt; &amp; more</h2>" in page
     assert 'name="viewport"' in page
     figures = [
-        base64.b64decode(text).decode() for text in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+        base64.b64decode(text).decode()
+        for text in re.findall(r'src(?:set)?="data:image/svg\+xml;base64,([^"]+)"', page)
     ]
-    assert len(figures) == 3
+    widths = [float(re.search(r'<svg [^>]*width="([0-9.]+)pt"', figure)[1]) for figure in figures]  # type: ignore[index]
+    assert widths == [288.0, 792.0] * len(draw_all(report))  # for a telephone, and for a page
+    assert len(widths) == 16
     assert all("<svg" in figure and "<text" not in figure for figure in figures)  # letters are paths: no fonts
     assert "<script" not in page
-    assert not re.search(r"(?:src|href)=[\"'](?!data:image/svg)|@import|url\(", page)
+    assert not re.search(r"(?:src|srcset|href)=[\"'](?!data:image/svg)|@import|url\(", page)
 
 
 @pytest.mark.figures
 def test_transplants_are_in_no_figure(report: Report) -> None:
     arms = [row for row in report.tables["arms"] if row["kind"] != "transplant"]
     assert len(arms) == len(report.tables["arms"]) - 4
+    assert draw_all(report) != draw_all(replace(report, tables=report.tables | {"arms": arms[:-1]}))
     assert draw_all(report) == draw_all(replace(report, tables=report.tables | {"arms": arms}))
 
 
 def test_csv_and_parquet_hold_the_same(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path, "study")
     tables = {name: rows for name, rows in report.tables.items() if rows}
-    assert set(report.tables) - set(tables) == {"changes"}  # no magnitudes were set back
+    assert set(tables) == set(report.tables)
     for name, expected in tables.items():
         csv, parquet = pd.read_csv(tmp_path / f"{name}.csv"), pd.read_parquet(tmp_path / f"{name}.parquet")
         assert len(csv) == len(parquet) == len(expected)

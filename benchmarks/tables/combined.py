@@ -6,6 +6,7 @@ from typing import Any
 
 from tables.table import markdown, read
 
+_QUESTION = "the combined adapter is better or worse than the solo ones"
 KINDS = {"lora": "QLoRA", "dora": "QDoRA"}
 
 
@@ -26,7 +27,9 @@ def combined_vs_solo() -> str:
             row += [_interval(each["combined - solo"]["nll"][task], 1.0, 3)]
             row += [_interval(each["combined - solo"]["acc"][task], 100.0, 1)]
         rows.append(row)
-    return markdown(header, rows) + f"\n{' '.join(_said(kind, each) for kind, each in found.items())}\n"
+    verdicts = _verdicts(document, found)
+    said = " ".join(_said(kind, each, verdicts[kind]) for kind, each in found.items())
+    return markdown(header, rows) + f"\n{said}\n"
 
 
 def remedy_that_did_not_help() -> list[str]:
@@ -52,24 +55,52 @@ def _interval(each: dict[str, Any], scale: float, digits: int) -> str:
     return f"{value:+.{digits}f} ({lower:+.{digits}f} to {upper:+.{digits}f})"
 
 
-def _said(kind: str, each: dict[str, Any]) -> str:
-    """What the intervals allow to say, in a sentence."""
-    differences = {task: found for task, found in each["combined - solo"]["nll"].items() if task != "average"}
-    better = [task for task, found in differences.items() if found["upper"] < 0]
-    worse = [task for task, found in differences.items() if found["lower"] > 0]
+def _verdicts(document: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
+    """Kind -> the verdict on the average over tasks, by the rules of a study (`qdora guide studies`).
+
+    Better or worse needs p below 0.05 after Holm's correction for the kinds, three seeds, and for both ways a learning
+    rate that was searched on all tasks and has a worse one on both sides.
+    """
+    reasons = _against_a_verdict(document)
+    averages = {kind: each["combined - solo"]["nll"]["average"] for kind, each in found.items()}
+    ordered = sorted(averages, key=lambda kind: averages[kind]["p"])
+    verdicts, largest = {}, 0.0
+    for place, kind in enumerate(ordered):
+        largest = max(largest, (len(ordered) - place) * averages[kind]["p"])
+        own = [*reasons, *(["there are fewer than 3 seeds"] if len(found[kind]["seeds"]) < 3 else [])]
+        if own:
+            verdicts[kind] = f"it is not decided whether {_QUESTION}, since {'; '.join(own)}"
+        elif largest < 0.05:
+            better = "better" if averages[kind]["value"] < 0 else "worse"
+            verdicts[kind] = f"the combined adapter is {better} than the solo ones"
+        else:
+            verdicts[kind] = f"it is not decided whether {_QUESTION}"
+    return verdicts
+
+
+def _against_a_verdict(document: dict[str, Any]) -> list[str]:
+    """What is wrong with the search for the learning rates."""
+    tasks = {source["task"] for source in document["recipe"]["data"]["mix"]}
+    reasons = []
+    for way, found in document["sweep"].items():
+        tried = sorted(map(float, found["nll"]))
+        if float(found["best"]) in (tried[0], tried[-1]):
+            reasons.append(f"the best learning rate of the {way} runs is the smallest or largest of {len(tried)} tried")
+        if set(found["tasks"]) != tasks:
+            reasons.append(f"that of the {way} runs was searched on {len(found['tasks'])} of {len(tasks)} tasks")
+    missing = {"combined", "solo"} - set(document["sweep"])
+    return reasons + [f"the learning rate of the {way} runs was not searched" for way in sorted(missing)]
+
+
+def _said(kind: str, each: dict[str, Any], verdict: str) -> str:
+    """The verdict and what the runs cost, in sentences."""
     average = each["combined - solo"]["nll"]["average"]
-    verdict = "does not differ significantly from the solo ones"
-    if average["upper"] < 0:
-        verdict = "is better than the solo ones"
-    elif average["lower"] > 0:
-        verdict = "is worse than the solo ones"
     costs = each["cells"]["combined"]
     text = (
-        f"{KINDS[kind]}, seeds {', '.join(each['seeds'])}: on the average over tasks, the combined adapter {verdict} "
-        f"({_interval(average, 1.0, 3)} nats per answer token); better on {', '.join(better) or 'no task'}, worse on "
-        f"{', '.join(worse) or 'no task'}. {costs['num_steps'][0]} steps, {costs['num_examples'][0]} examples, "
-        f"{costs['num_tokens'][0]:,} tokens in the combined run of the first seed, and as many in its solo runs "
-        "together."
+        f"{KINDS[kind]}, seeds {', '.join(each['seeds'])}: on the average over tasks, {verdict} "
+        f"({_interval(average, 1.0, 3)} nats per answer token). "
+        f"{costs['num_steps'][0]} steps, {costs['num_examples'][0]} examples, {costs['num_tokens'][0]:,} tokens in the "
+        "combined run of the first seed, and as many in its solo runs together."
     )
     for remedy, found in each.get("combined - remedy", {}).items():
         text += f" NLL of the combined run without minus with {remedy}: {_interval(found['nll']['average'], 1.0, 3)}."

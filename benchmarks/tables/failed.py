@@ -8,7 +8,7 @@ from tables.table import markdown, read
 
 _SHORT = {
     "PCGrad": "Projecting the gradients of tasks in conflict (PCGrad) does not lower the average loss measurably",
-    "a rank for each layer": "No way of choosing a rank for each layer is measurably better than one rank everywhere",
+    "a rank for each layer": "No way of choosing a rank for each layer differs from one rank everywhere",
     "8-bit AdamW states on CPU": "8-bit optimizer states slow a CPU down; `train.optimizer: adamw` is faster there",
 }
 """Beginnings of the rows that a user of a recipe may ask about -> what they mean."""

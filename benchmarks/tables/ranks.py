@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tables.table import compared, markdown, read, report_rows, with_band
+from collections.abc import Mapping, Sequence
+
+from tables.table import compared, is_new, markdown, of_metric, read, report_rows, trained, with_band
 
 _METHODS = {
     "uniform": "the same rank everywhere",
@@ -63,16 +65,15 @@ def rank_methods() -> str:
     arms, pairs, cells = (report_rows("rank_methods", name) for name in ("arms", "comparisons", "cells"))
     run = read("rank_methods/run")
     costs = run["costs_in_seconds"]
-    trainable = {row["ranks"]: int(row["num_trainable"]) for row in cells if row["num_trainable"] not in ("", "0")}
-    against = {pair["arm"]: pair for pair in pairs}
+    sizes = {row["ranks"]: int(float(row["num_trainable"])) for row in cells if row["num_trainable"] not in ("", "0")}
+    against = {pair["arm"]: pair for pair in of_metric(pairs)}
+    rate = "rate" if is_new(arms) else "train.lr"
     rows = []
-    for row in arms:
+    for row in trained(arms):
         name = row["ranks"]
-        if row["is_trained"] != "True":
-            continue
         said = compared(against[name]) if name in against else "–"
         took = f"{1 + costs[name] / costs['scout']:.2f} runs" if name in costs else "0"
-        rows.append([_METHODS[name], f"{trainable[name]:,}", row["train.lr"], with_band(row), said, took])
+        rows.append([_METHODS[name], f"{sizes[name]:,}", row[rate], with_band(row), said, took])
     header = [
         "ranks",
         "trained",
@@ -81,45 +82,53 @@ def rank_methods() -> str:
         "improvement over uniform",
         "cost of choosing",
     ]
-    seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
     note = (
-        "\n95 % t intervals over examples and seeds; learning rates chosen on one half of the validation examples, "
-        f"arms compared on the other; seeds: {', '.join(seeds)}. The cost is in runs as long as the scout run at twice "
-        f"the rank, which the methods read; gates choose while they train. `{run['command']}`; the whole report: "
+        f"\n{_intervals(arms)} The cost is in runs as long as the scout run at twice the rank, which the methods read; "
+        f"gates choose while they train. `{run['command']}`; the whole report: "
         "[results/rank_methods/report.md](results/rank_methods/report.md).\n"
     )
     return markdown(header, rows) + note
 
 
+def _intervals(arms: Sequence[Mapping[str, str]]) -> str:
+    """What the intervals of a report are over, and how rates were found."""
+    seeds = ", ".join(sorted({row["num_seeds"] for row in trained(arms)}))
+    over = "the seeds" if is_new(arms) else "examples and seeds"
+    return (
+        f"95 % t intervals over {over}; learning rates chosen on one half of the validation examples, arms compared on "
+        f"the other; seeds: {seeds}."
+    )
+
+
 def ranks_that_did_not_help() -> list[str]:
-    """A row of the table of what was tried: ranks for each layer; nothing where one way won."""
-    pairs = report_rows("rank_methods", "comparisons")
-    if any(pair["winner"] == pair["arm"] for pair in pairs):
+    """A row of the table of what was tried: ranks for each layer, if all ways are equivalent to one rank everywhere.
+
+    Without an equivalence test (reports of the earlier rules) nothing is said: no difference was seen, and only large
+    ones could have been.
+    """
+    pairs = of_metric(report_rows("rank_methods", "comparisons"))
+    if not all(pair.get("verdict", "").startswith("no difference") for pair in pairs):
         return []
-    figures = ", ".join(f"{_METHODS[pair['arm']]} {compared(pair, as_rise=True, verdict=False)}" for pair in pairs)
+    figures = ", ".join(f"{_METHODS[pair['arm']]} {compared(pair, as_rise=True)}" for pair in pairs)
     return ["a rank for each layer", "one rank everywhere", f"change of the NLL at equal parameters: {figures}"]
 
 
 def rank_curve() -> str:
-    """NLL at each rank, one line for each kind, and which ranks differ from the first."""
-    arms = [row for row in report_rows("rank_curve", "arms") if row["is_trained"] == "True"]
-    pairs = {(pair["adapter"], pair["arm"]): pair for pair in report_rows("rank_curve", "comparisons")}
+    """NLL at each rank, one line for each kind, and how much they differ from the first."""
+    arms = report_rows("rank_curve", "arms")
+    pairs = {(pair["adapter"], pair["arm"]): pair for pair in of_metric(report_rows("rank_curve", "comparisons"))}
     run = read("rank_curve/run")
-    ranks = list(dict.fromkeys(row["rank"] for row in arms))
+    found = {(row["adapter"], row["rank"]): row for row in trained(arms)}
+    ranks = list(dict.fromkeys(rank for _, rank in found))
     rows = []
-    for kind in dict.fromkeys(row["adapter"] for row in arms):
+    for kind in dict.fromkeys(kind for kind, _ in found):
         line = [{"lora": "QLoRA", "dora": "QDoRA"}[kind]]
         for rank in ranks:
-            (row,) = (row for row in arms if (row["adapter"], row["rank"]) == (kind, rank))
-            text = with_band(row)
             pair = pairs.get((kind, rank))
-            if pair is not None:
-                text += f"; {compared(pair, as_rise=True)}"
-            line.append(text)
+            line.append(with_band(found[kind, rank]) + (f"; {compared(pair, as_rise=True)}" if pair else ""))
         rows.append(line)
     note = (
-        f"\nNLL per answer token; then the difference from {ranks[0]} with its 95 % t interval over examples and "
-        f"seeds. Learning rates were chosen on the other half of the validation examples. `{run['command']}`; the "
-        "whole report: [results/rank_curve/report.md](results/rank_curve/report.md).\n"
+        f"\nNLL per answer token; then the difference from {ranks[0]} with its interval. {_intervals(arms)} "
+        f"`{run['command']}`; the whole report: [results/rank_curve/report.md](results/rank_curve/report.md).\n"
     )
     return markdown(["", *ranks], rows) + note

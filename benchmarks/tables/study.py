@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from tables.table import compared, markdown, read, report_rows, with_band
+from collections.abc import Mapping, Sequence
+
+from tables.table import compared, is_new, markdown, of_metric, read, report_rows, trained, with_band
+
+Row = Mapping[str, str]
 
 
 def pruning() -> str:
@@ -57,10 +61,53 @@ def study_nulls() -> str:
 
 
 def study() -> str:
-    """Each base by itself and with each adapter, and what the tests say of the difference."""
-    arms, pairs, facts = (report_rows("study", name) for name in ("arms", "comparisons", "facts"))
-    adapters = list(dict.fromkeys(row["adapter"] for row in arms if row["is_trained"] == "True"))
-    bases = list(dict.fromkeys(row["base"] for row in arms if row["is_trained"] == "True"))
+    """Each base with each adapter: what is left of the damage and what was repaired, or the scores of earlier rules."""
+    arms, pairs = report_rows("study", "arms"), report_rows("study", "comparisons")
+    return _by_damage(arms, pairs) if is_new(arms) else _by_scores(arms, pairs)
+
+
+def _by_damage(arms: Sequence[Row], pairs: Sequence[Row]) -> str:
+    """Per base and length the damage without training, then for each adapter what is left and what was repaired."""
+    axes = [axis for axis in ("base", "length") if axis in arms[0]]
+    repairs = report_rows("study", "repair")
+    damage = {row["base"]: row for row in repairs if row["adapter"] == "no adapter"}
+    reference = next((row["text"] for row in report_rows("study", "facts") if row["fact"] == "reference"), "")
+    adapters = list(dict.fromkeys(row["adapter"] for row in trained(arms)))
+    contexts = list(dict.fromkeys(tuple(row[axis] for axis in axes) for row in trained(arms)))
+    lines = []
+    for context in contexts:
+        own = {row["adapter"]: row for row in trained(arms) if tuple(row[axis] for axis in axes) == context}
+        of_base = {row["adapter"]: row for row in repairs if tuple(row[axis] for axis in axes) == context}
+        first = next(iter(own.values()))
+        line = [", ".join(context), f"{float(first['bits_per_weight']):.2f}", f"{100 * float(first['sparsity']):.0f}"]
+        line.append(_known(damage.get(context[0]), "damage_choice"))
+        line += [_known(of_base.get(name), "left") for name in adapters]
+        line.append(_known(of_base.get(reference), "repaired_share"))
+        told = [pair for pair in of_metric(pairs) if tuple(pair[axis] for axis in axes) == context]
+        line.append("; ".join(f"{pair['arm']} {compared(pair)}" for pair in told) or "–")
+        lines.append(line)
+    header = ["base", "bits", "zeros %", "damage, choices", *(f"{name}: left" for name in adapters)]
+    header += [f"share repaired by {reference}", f"against {reference}: NLL lower by"]
+    done = read("study/run")
+    note = (
+        f"\n{' '.join(done['answer'])}\n\nNLL in nats per answer token of the test examples; 95 % t intervals over the "
+        "seeds. Damage: NLL among the choices, nats a question, untrained, beyond the uncompressed base. Left: beyond "
+        "the same arm trained on the uncompressed base. Share repaired: of the damage of an adapter that was trained "
+        f"on the uncompressed base. `{done['command']}`; the whole report: "
+        "[results/study/report.md](results/study/report.md).\n"
+    )
+    return markdown(header, lines) + note
+
+
+def _known(row: Row | None, measure: str) -> str:
+    return with_band(row, measure) if row is not None and row.get(measure) else "–"
+
+
+def _by_scores(arms: Sequence[Row], pairs: Sequence[Row]) -> str:
+    """The table of the earlier rules: scores and differences, without a verdict."""
+    adapters = list(dict.fromkeys(row["adapter"] for row in trained(arms)))
+    bases = list(dict.fromkeys(row["base"] for row in trained(arms)))
+    reference = pairs[0]["reference"]
     lines = []
     for base in bases:
         own = {row["adapter"] if row["is_trained"] == "True" else "": row for row in arms if row["base"] == base}
@@ -69,20 +116,25 @@ def study() -> str:
         line += [with_band(own.get(name)) for name in ("", *adapters)]
         line.append("; ".join(f"{pair['arm']}: {compared(pair)}" for pair in pairs if pair["base"] == base) or "–")
         lines.append(line)
-    reference = next((row["text"] for row in facts if row["fact"] == "reference"), "")
     header = ["base", "bits", "zeros %", "no adapter", *adapters, f"against {reference}: NLL lower by"]
-    won = [f"{pair['winner']} on {pair['base']}" for pair in pairs if pair["winner"]]
-    repaired = [
-        f"{row['base']} {float(row['repair']):.2f} ({row['adapter']})" for row in arms if row["repair"] not in ("", "–")
-    ]
     done = read("study/run")
-    seeds = sorted({row["num_seeds"] for row in arms if row["is_trained"] == "True"})
+    seeds = sorted({row["num_seeds"] for row in trained(arms)})
     note = (
         "\nNLL per answer token on one half of the validation examples, averaged over the tasks; differences with 95 % "
         f"t intervals over examples and seeds; learning rates chosen on the other half; seeds: {', '.join(seeds)}. "
-        f"Winners: {', '.join(won) or 'none'}. "
-        f"Repair ratio (share of the compression loss that the adapter recovers): {', '.join(repaired)}. "
-        f"`{done['command']}`; the whole report: "
+        f"{_scattered(arms)}`{done['command']}`; the whole report: "
         "[results/study/report.md](results/study/report.md).\n"
     )
     return markdown(header, lines) + note
+
+
+def _scattered(arms: Sequence[Row]) -> str:
+    """Arms whose runs are more than a nat apart, with the NLL of each run on all validation examples."""
+    found = []
+    for row in trained(arms):
+        labels = ("base", "adapter", "train.lr")
+        cells = [cell for cell in report_rows("study", "cells") if all(cell[name] == row[name] for name in labels)]
+        values = [float(cell["nll_per_token"]) for cell in cells]
+        if values and max(values) - min(values) > 1:
+            found.append(f"{row['adapter']} on {row['base']}: {', '.join(f'{value:.2f}' for value in values)}")
+    return f"Single runs that are more than a nat apart: {'; '.join(found)}. " if found else ""

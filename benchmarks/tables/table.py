@@ -61,13 +61,37 @@ def with_band(row: Mapping[str, str] | None, measure: str = "nll_per_token") -> 
     return f"{float(value):.3f}" + (f" ({float(lower):.3f}–{float(upper):.3f})" if lower and upper else "")
 
 
-def compared(pair: Mapping[str, str], *, as_rise: bool = False, verdict: bool = True) -> str:
-    """A comparison of a report: +0.020 (-0.001 to +0.150), no winner; with `as_rise` the negative improvement."""
+def is_new(arms: Sequence[Mapping[str, str]]) -> bool:
+    """Whether a report was made under the rules of `qdora guide studies`; those before them have no kinds of arms."""
+    return "kind" in arms[0]
+
+
+def trained(arms: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """The arms that were trained, of either kind of report."""
+    return [row for row in arms if (row["kind"] == "trained" if is_new(arms) else row["is_trained"] == "True")]
+
+
+def of_metric(pairs: Sequence[Mapping[str, str]], metric: str = "nll_per_token") -> list[Mapping[str, str]]:
+    """The comparisons in one metric; the earlier reports have no other."""
+    return [row for row in pairs if row.get("measure", metric) == metric]
+
+
+def compared(pair: Mapping[str, str], *, as_rise: bool = False) -> str:
+    """A comparison of a report: +0.020 (-0.001 to +0.150); with `as_rise` the negative improvement.
+
+    Behind it the verdict of a primary comparison, and what would have been seen if there is none. Reports of before the
+    present rules have no verdict that stands.
+    """
     value, lower, upper = (float(pair[name]) for name in ("improvement", "lower", "upper"))
     if as_rise:
         value, lower, upper = -value, -upper, -lower
     said = f"{value:+.3f} ({lower:+.3f} to {upper:+.3f})"
-    return f"{said}, {pair['winner'] or 'no winner'}" if verdict else said
+    if pair.get("role") != "primary":
+        return said
+    if pair["verdict"] != "not decided":
+        return f"{said}, {pair['verdict']}"
+    why = pair["reason"] or f"differences below {float(pair['smallest_detectable']):.2g} could not have been seen"
+    return f"{said}, not decided: {why}"
 
 
 def percent(value: float | None, error: float | None = None) -> str:

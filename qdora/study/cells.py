@@ -21,7 +21,7 @@ from qdora.study.cell_key import key_of
 from qdora.study.grid import RATE, SEED, StageConfig, Study, as_list, choices, in_words, label_of, matches
 from qdora.study.rates import RateRun, Search, search
 
-Kind = Literal["base", "rate", "trained", "transplant", "set_back"]
+Kind = Literal["base", "rate", "trained", "transplant", "set_back", "by_layer"]
 Labels = dict[str, str]
 
 # Fields of `eval` that the evaluation of a base depends on.
@@ -38,7 +38,7 @@ class Cell:
     Attributes:
         kind: base: only evaluated. rate: a run of the search for a learning rate. trained: compared. transplant: an
             adapter of the cell `adapter_key`, evaluated on another base. set_back: that adapter with its magnitudes set
-            back.
+            back. by_layer: that adapter measured layer by layer, without scores.
         labels: Axis -> label; of trained cells also the seed, and the rate where it was searched. A base has no labels
             on axes that affect only training.
         stage: Part of the study.
@@ -255,11 +255,11 @@ class Expander:
             )
         if arm.stage.kind == "transplant" and self._twin(arm) is None:
             yield f"stage {arm.stage.name}: the study does not train this arm on the uncompressed base."
-        if arm.stage.kind == "set_back":
-            if recipe.adapter.kind != "dora":
-                yield f"stage {arm.stage.name}: adapter.kind must be dora, got {recipe.adapter.kind}."
-            if not any(other.stage.kind == "train" and other.labels == arm.labels for other in self.arms):
-                yield f"stage {arm.stage.name}: the study does not train this arm."
+        if arm.stage.kind == "set_back" and recipe.adapter.kind != "dora":
+            yield f"stage {arm.stage.name}: adapter.kind must be dora, got {recipe.adapter.kind}."
+        is_trained = any(other.stage.kind == "train" and other.labels == arm.labels for other in self.arms)
+        if arm.stage.kind in ("set_back", "by_layer") and not is_trained:
+            yield f"stage {arm.stage.name}: the study does not train this arm."
 
     def _recipe(self, arm: _Arm, seed: int, *, rate: RateRun | float | None = None) -> Recipe:
         """The recipe of an arm with a seed: of the comparison, or of a run of its search."""

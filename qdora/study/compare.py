@@ -94,12 +94,14 @@ class Results:
         return "compare" if self.study.compare.split == "halves" and self.study.rates is not None else "all"
 
     def scores(self, key: str, part: Part | None = None) -> CellScores:
-        """Scores of a finished cell (default: on the examples of the comparison)."""
+        """Scores of a finished cell (default: on the examples of the comparison); {} of a cell that has none."""
         part = part or self.part
         if (key, part) not in self._scores:
             result = self.result(key)
             assert result is not None, key
-            self._scores[key, part] = read_scores(self.store.cell(key), result["files"], part)
+            self._scores[key, part] = (
+                read_scores(self.store.cell(key), result["files"], part) if "files" in result else {}
+            )
         return self._scores[key, part]
 
     def mean(self, key: str, measure: str, part: Part | None = None) -> float:
@@ -142,7 +144,7 @@ def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> 
     searched = results.study.rates is not None
     left_out = {compare.arm, SEED, *([RATE] if searched else [])}
     for cell in cells:
-        if cell["kind"] == "rate":
+        if cell["kind"] in ("rate", "by_layer"):
             continue
         context = tuple((axis, text) for axis, text in cell["labels"].items() if axis not in left_out)
         name = cell["labels"].get(compare.arm, BASE_ARM)
@@ -310,6 +312,7 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
         "lower": interval.lower,
         "upper": interval.upper,
         "half_width": interval.half_width,
+        **_planned(compare, len(by_seed), is_primary=is_primary),
         "p_seeds": of_seeds.p(interval.value),
         "p_examples": of_examples.p(interval.value),
         # The larger one counts: of seeds, and of examples with the seeds as they are
@@ -324,6 +327,14 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
         "reason": "; ".join(_against_a_verdict(each, len(by_seed), compare)),
         "_spread": of_seeds,
     }
+
+
+def _planned(compare: CompareConfig, num_seeds: int, *, is_primary: bool) -> dict[str, float]:
+    """Half of the interval that a primary comparison would have with the spread of the study file; {} without one."""
+    if not is_primary or compare.spread is None or num_seeds < 2:
+        return {}
+    of_mean = Spread(compare.spread / math.sqrt(num_seeds), num_seeds - 1)
+    return {"half_width_planned": of_mean.half_width(CONFIDENCE)}
 
 
 def _or_least(p: float) -> float:

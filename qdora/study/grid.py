@@ -60,19 +60,20 @@ SEED = "seed"
 RATE = "train.lr"
 
 _COLUMNS = """
-seed stage kind role is_trained rate rate_is_interior num_seeds num_missing num_diverged num_examples bits_per_weight
-sparsity total_mib adapter_mib
+seed stage kind role is_trained is_dense rate rate_is_interior num_seeds num_missing num_diverged num_examples
+bits_per_weight sparsity total_mib adapter_mib
 nll_per_token nll_per_token_lower nll_per_token_upper choice_nll choice_nll_lower choice_nll_upper
 acc acc_lower acc_upper acc_norm acc_norm_lower acc_norm_upper
 right right_lower right_upper unparsable unparsable_lower unparsable_upper pareto
 cell equal_to status num_failures reason seconds num_steps num_trainable final_loss
-comparison arm reference measure improvement lower upper half_width p_seeds p_examples p_holm p_equivalent
-p_equivalent_holm smallest_detectable zone seed_improvements winner verdict
+comparison arm reference measure improvement lower upper half_width half_width_planned p_seeds p_examples p_holm
+p_equivalent p_equivalent_holm smallest_detectable zone seed_improvements winner verdict
 left left_lower left_upper transplant transplant_lower transplant_upper repaired repaired_lower repaired_upper
 repaired_share repaired_share_lower repaired_share_upper repair_reason
 damage_choice damage_choice_lower damage_choice_upper perplexity weight_error hidden_error
 is_done num_runs losses is_interior
 magnitudes magnitudes_lower magnitudes_upper direction_change magnitude_change
+error_undone error_undone_best error_cosine block_off step training_loss guess nll
 layer format shape block_size num_weights num_pruned num_zeros relative_error num_packed_bytes block
 fact value text
 """
@@ -151,10 +152,11 @@ class StageConfig(Section):
     """Name in the report and in the predicted times."""
     cells: Choice = Field(default_factory=dict)
     """Axis, or seed -> value or list of values. Axes that are not named take all their values."""
-    kind: Literal["train", "transplant", "set_back"] = "train"
+    kind: Literal["train", "transplant", "set_back", "by_layer"] = "train"
     """transplant: do not train, but evaluate the adapter that the same arm and seed trained on the uncompressed base.
     set_back: evaluate the trained adapter (DoRA) with its magnitudes set back to the row norms of its base, and tell
-    how far directions and magnitudes moved."""
+    how far directions and magnitudes moved. by_layer: tell for the trained adapter how far they moved, how much of the
+    error that compression made each layer's update takes back, and what the loss is without each block's adapter."""
 
 
 class MoreSeedsConfig(Section):
@@ -173,8 +175,9 @@ class TimeConfig(Section):
 
     start: NotNegative
     """Seconds that do not depend on the number of steps: loading, evaluation."""
-    step: NotNegative
-    """Seconds of an optimizer step."""
+    step: Annotated[NotNegative | Literal["plan"], allowed("a number of seconds, or plan")]
+    """Seconds of an optimizer step. plan: as `qdora plan` predicts for a GPU, with the rates of this machine's
+    `qdora doctor --measure`, else the stated ones of an A100."""
 
 
 class Study(Section):

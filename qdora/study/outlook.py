@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from qdora.plan.memory_plan import plan
+from qdora.recipe.recipe_file import settings
+from qdora.recipe.settings import Recipe
 from qdora.study.cells import Cell, Cells, Expander
 from qdora.study.compare import (
     CONFIDENCE,
@@ -72,7 +76,9 @@ class _Prediction:
         points = [
             (float(result["num_steps"]), float(result["seconds"])) for cell, result in known if "num_steps" in result
         ]
-        self.start = self.step = math.nan
+        self.start: float = math.nan
+        self.step: float | Literal["plan"] = math.nan
+        self._planned: dict[str, float] = {}
         if len({steps for steps, _ in points}) > 1:
             steps, seconds = np.transpose(points)
             self.step, self.start = map(float, np.polyfit(steps, seconds, 1))
@@ -80,7 +86,21 @@ class _Prediction:
             self.start, self.step = study.time.start, study.time.step
 
     def __call__(self, cell: Cell) -> float:
-        return self.start + self.step * (cell.recipe.train.steps or 0)
+        number = cell.recipe.train.steps or 0
+        if not number:
+            return self.start
+        return self.start + number * (self._by_plan(cell.recipe) if self.step == "plan" else self.step)
+
+    def _by_plan(self, recipe: Recipe) -> float:
+        """By the plan of a recipe that takes as long: neither pruning, the code book nor the kind of adapter count."""
+        base = recipe.base if recipe.base.quant == "none" else recipe.base.model_copy(update={"quant": "nf4"})
+        adapter = recipe.adapter.model_copy(update={"kind": "lora", "mask": "ignore", "init": "kaiming"})
+        plain = recipe.model_copy(update={"base": base.model_copy(update={"prune": None}), "adapter": adapter})
+        whole = settings(plain)
+        text = json.dumps([whole[part] for part in ("model", "base", "adapter", "memory")] + [whole["train"]["batch"]])
+        if text not in self._planned:
+            self._planned[text] = plan(plain).step_seconds or math.nan
+        return self._planned[text]
 
 
 @dataclass(frozen=True)

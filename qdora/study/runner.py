@@ -41,9 +41,11 @@ from qdora.run.run_page import PAGE_FILE, leave_page
 from qdora.run.step_evaluations import adapter_step
 from qdora.run.train import train_run
 from qdora.study.base_damage import base_damage
+from qdora.study.by_layer import measure_by_layer
 from qdora.study.cells import Cell, Cells, Expander, equal_in_words
 from qdora.study.compare import Results, cannot_decide
 from qdora.study.grid import Study, load_study
+from qdora.study.guesses import write_guesses
 from qdora.study.outlook import outlooks, planned_cells, spread_in_words, stage_times, times_in_words
 from qdora.study.set_back import evaluate_set_back
 from qdora.study.study_directory import Claim, StudyDirectory
@@ -118,6 +120,7 @@ def study_run(
         with cells_bar(progress, store) as bar, _quiet_runs(), store.present():
             mine = _run_all(upcoming, shard, cell_work(store), bar)
             _leave_missing_pages(mine, store)
+            _leave_guesses(upcoming.now().cells, store)
     return _concluded(tally(mine, store), mine, upcoming.now(), directory, results)
 
 
@@ -191,6 +194,13 @@ def _leave_missing_pages(cells: Sequence[Cell], store: StudyDirectory) -> None:
     for run in (RunDirectory(store.cell(cell.key)) for cell in cells if store.is_done(cell.key)):
         if run.recipe_file.is_file() and not run.inside(PAGE_FILE).exists():
             leave_page(run)
+
+
+def _leave_guesses(cells: Sequence[Cell], store: StudyDirectory) -> None:
+    """Write what models reach that know nothing, for the report, once the uncompressed bases are evaluated."""
+    for cell in cells:
+        if cell.kind == "base" and cell.key == cell.dense_key and store.is_done(cell.key):
+            once(store, "guesses", cell.key, partial(write_guesses, cell.recipe))
 
 
 def notes_on(study: Study, expander: Expander) -> list[str]:
@@ -454,6 +464,8 @@ def _run(cell: Cell, directory: Path, store: StudyDirectory) -> dict[str, Any]:
         source = store.cell(cell.adapter_key)
         if cell.kind == "set_back":
             return evaluate_set_back(source, directory)
+        if cell.kind == "by_layer":
+            return measure_by_layer(source)
         recipe = with_adapter(recipe, source / "adapter")
     summary = train_run(recipe, directory, resume=resume, console=quiet, shared_bases=shared_bases)
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0
@@ -499,7 +511,7 @@ def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], Non
     `stage` (the kind of content) and `key` are file names. `make` fills an empty directory; if it raises, the directory
     is removed, and the next caller tries again.
     """
-    path = store.path / "shared" / stage / key
+    path = store.shared(stage, key)
     while not path.is_dir():
         claim = store.claims.take(f"{stage}-{key}")
         if claim is None:

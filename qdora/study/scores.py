@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ from scipy import special
 from qdora.errors import UserError
 from qdora.study.statistics import Array, SeedScores, TaskScores, Weighting
 
-Measure = Literal["nll_per_token", "choice_nll", "acc", "acc_norm", "right", "unparsable"]
+Measure = Literal["nll_per_token", "choice_nll", "chance_nll", "acc", "acc_norm", "right", "unparsable"]
 """nll_per_token: NLL of the right answer, nats per token. choice_nll: NLL of the right choice among a question's
-choices, nats. right and unparsable are shares of generated answers. An answer that cannot be parsed is not wrong."""
+choices, nats; chance_nll: of a guess among them, which is no arm's score.
+right and unparsable are shares of generated answers. An answer that cannot be parsed is not wrong."""
 HIGHER_IS_BETTER = {
     "nll_per_token": False,
     "choice_nll": False,
@@ -48,6 +50,7 @@ def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
             add("acc", row, example, row["acc"])
             add("acc_norm", row, example, row["acc_norm"])
             add("choice_nll", row, example, choice_nll(row["loglikelihoods"], row["gold"]))
+            add("chance_nll", row, example, math.log(len(row["loglikelihoods"])))
     for example, row in _rows(cell, files["generated"]) if "generated" in files else ():
         add("right", row, example, float(row["outcome"] == "right"))
         add("unparsable", row, example, float(row["outcome"] == "unparsable"))

@@ -59,6 +59,10 @@ class StudyDirectory:
         """The run directory of a cell."""
         return self.path / "cells" / key
 
+    def shared(self, stage: str, key: str) -> Path:
+        """A directory that cells share (`once`)."""
+        return self.path / "shared" / stage / key
+
     def is_done(self, key: str) -> bool:
         """Whether the cell has a result."""
         return self._result(key).is_file()

@@ -23,7 +23,7 @@ def verdict(
         label: The metric in words.
     """
     primary = [row for row in pairs if row["role"] == "primary"]
-    sentences = [_overall(primary, label)]
+    sentences = [overall(primary, label)]
     diverged = [row for row in cells if row["status"] == "diverged"]
     if diverged:
         compared = sum(row["kind"] == "trained" for row in diverged)
@@ -45,7 +45,8 @@ def verdict(
     return sentences + [_sentence(row, axes, label) for row in primary]
 
 
-def _overall(primary: Sequence[Row], label: str) -> str:
+def overall(primary: Sequence[Row], label: str) -> str:
+    """How many primary comparisons are decided, and for whom."""
     if not primary:
         return "There is nothing to compare: no primary comparison has two trained arms with the same seeds."
     number = len(primary)
@@ -53,7 +54,7 @@ def _overall(primary: Sequence[Row], label: str) -> str:
     equivalent = [row for row in primary if not row["winner"] and row["verdict"] != "not decided"]
     open_ = [row for row in primary if row["verdict"] == "not decided"]
     if len(open_) == number:
-        return f"None of {number} comparisons of {label} is decided; {_not_seen(open_)}."
+        return f"None of {number} comparisons of {label} is decided; {not_seen(open_)}."
     parts = []
     if better:
         counts = Counter(row["winner"] for row in better)
@@ -64,11 +65,11 @@ def _overall(primary: Sequence[Row], label: str) -> str:
         zone = equivalent[0]["zone"]
         parts.append(f"in {len(equivalent)} of {number} comparisons the arms differ by less than {zone:g}")
     if open_:
-        parts.append(f"{len(open_)} of {number} are not decided, {_not_seen(open_)}")
+        parts.append(f"{len(open_)} of {number} are not decided, {not_seen(open_)}")
     return f"{label}: {'; '.join(parts)}."
 
 
-def _not_seen(rows: Sequence[Row]) -> str:
+def not_seen(rows: Sequence[Row]) -> str:
     """What an undecided comparison leaves open."""
     sizes = sorted(row["smallest_detectable"] for row in rows if not math.isnan(row["smallest_detectable"]))
     if not sizes:
@@ -85,7 +86,7 @@ def _sentence(row: Row, axes: Sequence[str], label: str) -> str:
         f"interval {row['lower']:.4f} to {row['upper']:.4f}, {row['num_seeds']} seeds"
     )
     if row["verdict"] == "not decided":
-        why = f": {row['reason']}" if row["reason"] else f"; {_not_seen([row])}"
+        why = f": {row['reason']}" if row["reason"] else f"; {not_seen([row])}"
         return f"{head}{row['comparison']} is not decided ({change}){why}."
     p = "p_holm" if row["winner"] else "p_equivalent_holm"
     return f"{head}{row['comparison']}: {row['verdict']} ({change}, p = {row[p]:.4f} after Holm's correction)."

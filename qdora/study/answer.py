@@ -1,0 +1,84 @@
+"""The question that a study asks, and what it answers in at most three sentences, each with its number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qdora.study.grid import CompareConfig
+from qdora.study.report_contents import Naming, Row, is_number, naming
+from qdora.study.verdict import not_seen, overall
+
+
+def question_of(pairs: Sequence[Row], repairs: Sequence[Row]) -> str:
+    """The title of the report.
+
+    Args:
+        pairs: Rows of the comparisons, the primary ones first.
+        repairs: Rows of damage and repair.
+    """
+    asked = [row for row in pairs if row["role"] == "primary"] or list(pairs)
+    if not asked:
+        return "How good is each arm?"
+    arms, reference = list(dict.fromkeys(row["arm"] for row in asked)), asked[0]["reference"]
+    if any(is_number(row.get("left")) for row in repairs):
+        others = f"before {', '.join(arms)}" if len(arms) < 4 else "before each other arm"
+        return f"How far can the base be compressed before {reference}, and {others}, stops repairing it?"
+    return f"Is {' or '.join(arms)} better than {reference}?"
+
+
+def answer_of(
+    pairs: Sequence[Row], repairs: Sequence[Row], axes: Sequence[str], compare: CompareConfig, metric_label: str
+) -> list[str]:
+    """What was decided; what is left of the damage after training; what training repaired beyond a transplant.
+
+    Args:
+        pairs, repairs: Of `question_of`.
+        axes: Those of the contexts.
+    """
+    primary = [row for row in pairs if row["role"] == "primary"]
+    is_named = bool(primary) and not any(primary[0].get(axis) for axis in axes)
+    decided = decided_in_words(primary[0], metric_label) if is_named else overall(primary, metric_label)
+    rows = [row for row in repairs if not primary or row[compare.arm] == primary[0]["reference"]]
+    named = naming([row for row in rows if is_number(row.get("left"))], axes)
+    return [decided, *filter(None, [_left(rows, named, compare), _repaired(rows, named, compare.arm)])]
+
+
+def decided_in_words(row: Row, metric_label: str) -> str:
+    """A primary comparison in a sentence."""
+    arm, reference, gain = row["arm"], row["reference"], row["improvement"]
+    interval = f"95 % interval {row['lower']:.4f} to {row['upper']:.4f}"
+    size = f"{arm} improves {metric_label} by {gain:.4f} on average ({interval})"
+    if row["winner"]:
+        other = reference if row["winner"] == arm else arm
+        return f"{row['comparison']}: {row['winner']} is better than {other}; {size}."
+    if row["verdict"] != "not decided":
+        return f"{row['comparison']}: {arm} and {reference} differ by less than {row['zone']:g}; {size}."
+    return f"{row['comparison']}: not decided; {size}, {row['reason'] or not_seen([row])}."
+
+
+def _left(rows: Sequence[Row], named: Naming, compare: CompareConfig) -> str:
+    """From the least to the most damage that is left, and where it is within the zone."""
+    known = sorted((row for row in rows if is_number(row.get("left"))), key=lambda row: float(row["left"]))
+    if not known:
+        return ""
+    zone = compare.zone
+    name = known[0][compare.arm]
+    inside = [named(row) for row in known if row["left_upper"] < zone]
+    ends = [f"{row['left']:.3f} ({named(row)})" for row in (known[0], known[-1])]
+    span = ends[0] if len(known) == 1 else f"{ends[0]} to {ends[1]}"
+    most = f"surely less than {zone:g} on {', '.join(inside)}" if inside else f"surely less than {zone:g} on no base"
+    return f"After training, {name} is worse than on the uncompressed base by {span} nats per token; {most}."
+
+
+def _repaired(rows: Sequence[Row], named: Naming, arm_axis: str) -> str:
+    """Shares of the transplant's damage."""
+    known = [row for row in rows if is_number(row.get("repaired_share"))]
+    known.sort(key=lambda row: float(row["repaired_share"]))
+    if not known:
+        return ""
+    ends = [f"{row['repaired_share']:.2f} ({named(row)})" for row in (known[0], known[-1])]
+    span = ends[0] if len(known) == 1 else f"{ends[0]} to {ends[1]}"
+    return (
+        f"Training {known[0][arm_axis]} on the compressed base makes good a share of {span} of the damage that an "
+        "adapter has which was trained on the uncompressed base."
+    )

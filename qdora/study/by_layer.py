@@ -1,0 +1,124 @@
+"""A trained adapter layer by layer: what it moved, how much of the compression error it takes back, where it acts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qdora.analysis.error_undone import error_undone
+from qdora.analysis.weight_changes import weight_changes
+from qdora.data.build_data import run_examples
+from qdora.data.example import Example
+from qdora.evaluation.loglikelihood import score_answers
+from qdora.evaluation.suite import spread
+from qdora.model.build_model import choose_compute, find_model
+from qdora.model.inject import adapted_layers
+from qdora.model.model_size import model_size
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.recipe.settings import BaseWeightsConfig, Recipe
+from qdora.run.load_base import load_base
+from qdora.run.load_run import load_run
+
+EXAMPLES_OF_TASK = 15
+"""Examples of each evaluated task that the loss without a block's adapter is measured on."""
+_BLOCK = re.compile(r"\.(\d+)\.")
+
+
+def measure_by_layer(trained: Path) -> dict[str, Any]:
+    """The result of a cell for the run `trained`; it has no scores of single examples.
+
+    changes: Path of a layer -> direction, magnitude (`WeightChange`) and, of a compressed base, error_undone,
+    error_undone_best, error_cosine (`ErrorUndone`). blocks: of each block the rise of the NLL per answer token without
+    its adapter, on a few examples of the run's evaluation; nll: with all adapters.
+    """
+    run = load_run(trained)
+    layers = adapted_layers(run.model)
+    changes: dict[str, dict[str, Any]] = {path: asdict(change) for path, change in weight_changes(layers).items()}
+    for path, found in _errors_undone(run.recipe, layers):
+        changes[path] |= found
+    asked = run.recipe.eval
+    examples = [
+        each
+        for found in run_examples(run.recipe, "validation", asked.tasks).values()
+        for each in spread(found, EXAMPLES_OF_TASK, asked.block)
+    ]
+    whole = _nll(run.model, run.tokenizer, examples)
+    blocks = []
+    for block, own in blocks_of(layers).items():
+        with without_adapter(own):
+            blocks.append({"block": block, "rise": _nll(run.model, run.tokenizer, examples) - whole})
+    return {
+        "num_steps": 0,
+        "final_loss": None,
+        "num_trainable": 0,
+        "size": asdict(model_size(run.model)),
+        "compression": None,
+        "changes": changes,
+        "blocks": blocks,
+        "nll": whole,
+    }
+
+
+def block_of(path: str) -> int | None:
+    """The number of the decoder block of a layer; None outside of the blocks."""
+    found = _BLOCK.search(path)
+    return None if found is None else int(found[1])
+
+
+def blocks_of(layers: Mapping[str, AdaptedLinear]) -> dict[int, list[AdaptedLinear]]:
+    """Number of a block -> its adapted layers."""
+    blocks: dict[int, list[AdaptedLinear]] = {}
+    for path, layer in layers.items():
+        block = block_of(path)
+        if block is not None:
+            blocks.setdefault(block, []).append(layer)
+    return dict(sorted(blocks.items()))
+
+
+@contextmanager
+@torch.no_grad()
+def without_adapter(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
+    """While the block runs, these layers are their bases: B is zero, and magnitudes are the row norms of the base."""
+    kept = []
+    for layer in layers:
+        kept.append((layer.lora_B.clone(), None if layer.magnitude is None else layer.magnitude.clone()))
+        layer.lora_B.zero_()
+        if layer.magnitude is not None:
+            layer.magnitude.copy_(layer.base.squared_row_norm().sqrt().view_as(layer.magnitude))
+        layer.parameters_changed()
+    try:
+        yield
+    finally:
+        for layer, (lora_B, magnitude) in zip(layers, kept, strict=True):
+            layer.lora_B.copy_(lora_B)
+            if layer.magnitude is not None and magnitude is not None:
+                layer.magnitude.copy_(magnitude)
+            layer.parameters_changed()
+
+
+def _nll(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> float:
+    """Nats per answer token."""
+    scores = score_answers(model, tokenizer, examples)
+    return -sum(each.loglikelihood for each in scores) / sum(each.num_tokens for each in scores)
+
+
+@torch.no_grad()
+def _errors_undone(recipe: Recipe, layers: Mapping[str, AdaptedLinear]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Path -> columns of `ErrorUndone`; nothing for an uncompressed base."""
+    if recipe.base.quant == "none" and recipe.base.prune is None:
+        return
+    dense = recipe.model_copy(update={"base": BaseWeightsConfig(quant="none")})
+    reference = load_base(dense, find_model(dense)[0], choose_compute(dense.model.dtype))
+    for path, layer in layers.items():
+        base = layer.base.dequantized(torch.float32)
+        error = base - reference.get_submodule(path).weight.float()
+        found = error_undone(layer.merged_weight(torch.float32) - base, error, layer.rank)
+        if found is not None:
+            yield path, {f"error_{name}": value for name, value in asdict(found).items()}

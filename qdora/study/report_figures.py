@@ -1,0 +1,481 @@
+"""The figures of a study's report, each drawn twice: as wide as a page, and as wide as a telephone."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qdora.files.svg_figure import new_figure, svg_text
+from qdora.study.report_contents import Naming, Report, Row, Rows, is_number, naming
+from qdora.study.scores import HIGHER_IS_BETTER
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+_MARKERS = "osD^vPX*"
+_SHADE = "#777777"
+_WIDE, _NARROW = 11.0, 4.0  # inches: at 10 points, letters have about 13 pixels on a page and on a telephone
+_PAIR = ("arm", "reference")
+_ROW = 0.34
+_MOST_ROWS, _MOST_PANELS = 40, 12
+_FAR = 0.6
+"""An axis is broken where a gap is so many times as wide as the part on its side with more values."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure in both sizes, as SVG, and the sentence below it."""
+
+    title: str
+    note: str
+    wide: str
+    narrow: str
+
+
+@dataclass(frozen=True)
+class Dots:
+    """One dot of a row with its interval (nan without ends), and small dots of the seeds."""
+
+    name: str
+    value: float
+    lower: float = math.nan
+    upper: float = math.nan
+    seeds: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Rows of dots over one axis: label -> dots; `marks` are values to compare with, `zone` is shaded around 0.
+
+    tells_values: Write the number beside each dot. in_one_line: The dots of a row do not stand below one another.
+    """
+
+    x_label: str
+    rows: dict[str, list[Dots]]
+    marks: dict[str, float] = field(default_factory=dict)
+    zone: float | None = None
+    title: str = ""
+    tells_values: bool = False
+    in_one_line: bool = False
+
+    def height(self, label: str, width: int) -> float:
+        """Of a row, in lines: as many as its dots need, and its label."""
+        dots = 1.0 if self.in_one_line else 0.6 * len(self.rows[label])
+        return max(1.0, dots, 0.62 * len(textwrap.wrap(label, width)))
+
+
+def draw_all(report: Report) -> list[Drawn]:
+    """Every figure that the study has points for, the answer first.
+
+    Transplants, and adapters with their magnitudes set back, are in none: they have the names of trained arms.
+    """
+    made: list[tuple[str, str, Callable[[bool], Figure] | None]] = [
+        (*_forest_words(report), _forest(report)),
+        ("What is left of the damage", _LEFT, _damage_left(report)),
+        ("Choosing the right answer", _CHOICE, _choices(report)),
+        (
+            "Quality and bytes",
+            "Better is up. The line joins arms that no other arm beats in fewer bytes.",
+            _pareto(report),
+        ),
+        ("Learning curves", "Training loss, averaged over the seeds.", _learning_curves(report)),
+        ("Where in depth", _DEPTH, _depth(report)),
+        ("Magnitudes and directions", _CHANGES, _changes(report)),
+        ("Error of the weights", "Relative error by the kind of layer, averaged over the blocks.", _layers(report)),
+    ]
+    return [
+        Drawn(title, note, svg_text(draw(True)), svg_text(draw(False)))
+        for title, note, draw in made
+        if draw is not None
+    ]
+
+
+_LEFT = (
+    "NLL of each trained arm less that of the same arm trained on the uncompressed base, with 95 % t intervals over "
+    "the seeds. 0: all damage is repaired. Unigram and uniform: models that know nothing reach this."
+)
+_BYTES = "Better is up. The line joins arms that no other arm beats in fewer bytes."
+_CHOICE = (
+    "NLL of the right choice among a question's choices: of bases without training, with intervals over the examples, "
+    "and of trained arms, with intervals over the seeds."
+)
+_DEPTH = (
+    "By block: the relative error of the hidden states of untrained bases, and, where the study measures it, the rise "
+    "of the NLL without the adapter of one block and the share of the compression error that the update takes back."
+)
+
+
+_CHANGES = (
+    "Each dot is a layer of a trained arm: how far its rows turned (1 - cosine) and how much their length changed, "
+    "averaged over its rows and the seeds."
+)
+
+
+def _forest_words(report: Report) -> tuple[str, str]:
+    better = "right" if HIGHER_IS_BETTER[report.metric] else "left"
+    title = "Differences between the arms"
+    return title, (
+        f"{report.metric_label}: to the {better} of 0 the arm is better than the reference. Small dots: single seeds. "
+        "Bars: 95 % t intervals. Shaded: the zone within which arms are equivalent. Squares: primary comparisons."
+    )
+
+
+def _forest(report: Report) -> Callable[[bool], Figure] | None:
+    rows = [row for row in report.tables["comparisons"] if row["measure"] == report.metric]
+    if not rows:
+        return None
+    rows.sort(key=lambda row: row["role"] != "primary")
+    named = naming(rows, report.axes)
+    sign = 1.0 if HIGHER_IS_BETTER[report.metric] else -1.0
+    several = len({row["arm"] for row in rows}) > 1
+    found: dict[str, list[Dots]] = {}
+    for row in rows[:_MOST_ROWS]:
+        where = named(row)
+        label = row["comparison"] if not where else f"{row['arm']}: {where}" if several else where
+        lower, upper = sorted((sign * row["lower"], sign * row["upper"]))
+        seeds = [sign * float(text.rpartition(": ")[2]) for text in row["seed_improvements"].split("; ")]
+        found.setdefault(label, []).append(Dots(row["role"], sign * row["improvement"], lower, upper, seeds))
+    arm = "arm" if several else rows[0]["arm"]
+    panel = Panel(f"{arm} − {rows[0]['reference']}, {report.metric_label}", found, zone=rows[0]["zone"])
+    styles = {"primary": ("#000000", "s"), "exploratory": (COLORS[0], "o")}
+    return lambda wide: _dot_figure([panel], styles, wide)
+
+
+def _damage_left(report: Report) -> Callable[[bool], Figure] | None:
+    """Against bits, of bases that are not pruned, and against sparsity, of all pruned ones."""
+    sizes = {_identity(row, report): row for row in _trained(report)}
+    rows = [
+        row | {name: sizes[_identity(row, report)][name] for name in ("bits_per_weight", "sparsity")}
+        for row in report.tables["repair"]
+        if is_number(row.get("left")) and "sparsity" in sizes.get(_identity(row, report), {})
+    ]
+    if not rows:
+        return None
+    named = naming(rows, report.axes)
+    panels = []
+    marks = _guesses_beyond(report)
+    for is_pruned, title in ((False, "quantised, by bits per weight"), (True, "pruned, by sparsity")):
+        found: dict[str, list[Dots]] = {}
+        part = [row for row in rows if (row["sparsity"] > 0.005) == is_pruned]
+        for row in sorted(part, key=lambda row: (row["sparsity"], -row["bits_per_weight"], named(row))):
+            size = f"{row['bits_per_weight']:.1f} bits" if not is_pruned else f"{row['sparsity']:.0%}"
+            dots = Dots(row[report.arm_axis], row["left"], row["left_lower"], row["left_upper"])
+            found.setdefault(f"{named(row)} ({size})", []).append(dots)
+        if found:
+            panels.append(Panel("damage left, nats per token", found, marks, title=title, tells_values=True))
+    styles = _styles(report)
+    return lambda wide: _dot_figure(panels, styles, wide)
+
+
+def _choices(report: Report) -> Callable[[bool], Figure] | None:
+    rows = [
+        row for row in report.tables["arms"] if row["kind"] in ("base", "trained") and is_number(row.get("choice_nll"))
+    ]
+    if not rows:
+        return None
+    asked = {row[which] for row in report.tables["comparisons"] if row["role"] == "primary" for which in _PAIR}
+    rows = [row for row in rows if row["kind"] == "base" or not asked or row[report.arm_axis] in asked]
+    named = naming(rows, report.axes)
+    found: dict[str, list[Dots]] = {}
+    for row in sorted(rows, key=lambda row: -row.get("bits_per_weight", 0.0) + 100 * row.get("sparsity", 0.0)):
+        dots = Dots(row[report.arm_axis], row["choice_nll"], row["choice_nll_lower"], row["choice_nll_upper"])
+        found.setdefault(named(row) or "uncompressed", []).append(dots)
+    chance = {row["guess"]: row["nll"] for row in report.tables["guesses"] if row["guess"] == "choice"}
+    marks = {"chance": chance["choice"]} if chance else {}
+    panel = Panel("NLL among the choices, nats a question", dict(list(found.items())[:_MOST_ROWS]), marks)
+    styles = _styles(report)
+    return lambda wide: _dot_figure([panel], styles, wide)
+
+
+def _guesses_beyond(report: Report) -> dict[str, float]:
+    """Guesses, less the NLL of the reference trained on the uncompressed base; {} without such an arm."""
+    dense = [row for row in _trained(report) if row["is_dense"] and "nll_per_token" in row]
+    if not dense or report.metric != "nll_per_token":
+        return {}
+    known = {row["guess"]: row["nll"] for row in report.tables["guesses"]}
+    names = {"unigram": "unigram", "uniform": "uniform"}
+    return {name: known[guess] - dense[0]["nll_per_token"] for guess, name in names.items() if guess in known}
+
+
+def _layers(report: Report) -> Callable[[bool], Figure] | None:
+    """Mean over the blocks, by the last part of the layers' names."""
+    rows = [row for row in report.tables["layers"] if is_number(row.get("relative_error"))]
+    if not rows:
+        return None
+    named = naming(rows, report.axes)
+    errors: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        kind = row["layer"].rpartition(".")[2]
+        errors.setdefault(named(row), {}).setdefault(kind, []).append(row["relative_error"])
+    found = {
+        base: [Dots(kind, float(np.mean(values))) for kind, values in kinds.items()]
+        for base, kinds in list(errors.items())[:_MOST_ROWS]
+    }
+    panel = Panel("relative error of the weight", found, in_one_line=True)
+    names = list(dict.fromkeys(dots.name for each in found.values() for dots in each))
+    return lambda wide: _dot_figure([panel], _styles_of(names), wide)
+
+
+def _learning_curves(report: Report) -> Callable[[bool], Figure] | None:
+    rows = report.tables["curves"]
+    if not rows:
+        return None
+    named = naming(rows, report.axes)
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        lines = panels.setdefault(named(row), {})
+        lines.setdefault(row[report.arm_axis], []).append((row["step"], row["training_loss"]))
+    several = {title: lines for title, lines in panels.items() if len(lines) > 1}
+    panels = dict(list((several or panels).items())[:_MOST_PANELS])
+    labels = ("optimizer step", "training loss, nats per token")
+    styles = _styles(report)
+    return lambda wide: _line_figure(panels, styles, labels, wide)
+
+
+def _depth(report: Report) -> Callable[[bool], Figure] | None:
+    blocks = report.tables["blocks"]
+    errors = [row for row in blocks if "relative_error" in row]
+    off = [row for row in blocks if "block_off" in row]
+    undone = [row for row in report.tables["changes"] if is_number(row.get("error_undone")) and row["block"] != ""]
+    if not errors and not off:
+        return None
+    compared = [row for row in report.tables["comparisons"] if row.get(report.axes[0] if report.axes else "")]
+    named = naming([*errors, *off], report.axes)
+    if len({named(row) for row in errors}) > len(COLORS):
+        bases = {named(row) for row in compared}
+        errors = [row for row in errors if named(row) in bases]
+    of_arm = replace(named, axes=(*named.axes, report.arm_axis))
+    panels = {
+        "error of the hidden states, untrained": _by_block(errors, named, "relative_error"),
+        "rise of the NLL without the block's adapter": _by_block(off, of_arm, "block_off"),
+        "share of the error that the update takes back": _by_block(undone, of_arm, "error_undone"),
+    }
+    panels = {title: lines for title, lines in panels.items() if lines}
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    return lambda wide: _line_figure(panels, _styles_of(names), ("block", ""), wide)
+
+
+def _by_block(rows: Sequence[Row], named: Naming, column: str) -> dict[str, list[tuple[float, float]]]:
+    """Name -> (block, mean over layers and seeds)."""
+    values: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        values.setdefault(named(row), {}).setdefault(int(row["block"]), []).append(row[column])
+    return {
+        name: [(float(block), float(np.mean(found))) for block, found in sorted(blocks.items())]
+        for name, blocks in values.items()
+    }
+
+
+def _changes(report: Report) -> Callable[[bool], Figure] | None:
+    """Change of the magnitude against that of the direction (DoRA, arXiv 2402.09353, fig. 2)."""
+    rows = report.tables["changes"]
+    if not rows:
+        return None
+    named = naming(rows, report.axes)
+    layers: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        which = (named(row), row[report.arm_axis], row["layer"])
+        layers.setdefault(which, []).append((row["direction_change"], row["magnitude_change"]))
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for (base, arm, _), pairs in layers.items():
+        direction, magnitude = np.mean(pairs, axis=0)
+        panels.setdefault(base, {}).setdefault(arm, []).append((float(direction), float(magnitude)))
+    labels = ("change of the direction", "change of the magnitude")
+    return lambda wide: _line_figure(panels, _styles(report), labels, wide, joined=False)
+
+
+def _pareto(report: Report) -> Callable[[bool], Figure] | None:
+    rows = [row for row in _bases_and_trained(report) if "total_mib" in row and report.metric in row]
+    if not rows:
+        return None
+
+    def draw(wide: bool) -> Figure:
+        figure = new_figure(_WIDE if wide else _NARROW, 4.4 if wide else 4.0)
+        axes = figure.add_subplot()
+        for name, (color, marker) in _styles(report).items():
+            part = [row for row in rows if row[report.arm_axis] == name]
+            x, y = [row["total_mib"] for row in part], [row[report.metric] for row in part]
+            axes.scatter(x, y, label=name, s=24, color=color, marker=marker)
+        best = sorted((row["total_mib"], row[report.metric]) for row in rows if row["pareto"])
+        axes.step(*zip(*best, strict=True), where="post", color=_SHADE, lw=1)
+        if not HIGHER_IS_BETTER[report.metric]:
+            axes.invert_yaxis()
+        axes.set_xlabel("base and adapter, MiB")
+        axes.set_ylabel(report.metric_label)
+        axes.grid(alpha=0.3)
+        _legend(figure, axes, wide)
+        return figure
+
+    return draw
+
+
+def _bases_and_trained(report: Report) -> Rows:
+    return [row for row in report.tables["arms"] if row["kind"] in ("base", "trained")]
+
+
+def _trained(report: Report) -> Rows:
+    return [row for row in report.tables["arms"] if row["kind"] == "trained"]
+
+
+def _identity(row: Row, report: Report) -> tuple[Any, ...]:
+    return (*(row.get(axis) for axis in report.axes), row[report.arm_axis])
+
+
+def _styles(report: Report) -> dict[str, tuple[str, str]]:
+    """Arm -> colour and marker, the same in all figures."""
+    rows = _bases_and_trained(report)
+    names = dict.fromkeys(row[report.arm_axis] for row in rows if row["kind"] == "trained")
+    names |= dict.fromkeys(row[report.arm_axis] for row in rows)
+    return _styles_of(list(names))
+
+
+def _styles_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    number = len(COLORS)
+    return {
+        name: (COLORS[index % number], _MARKERS[(index + index // number) % len(_MARKERS)])
+        for index, name in enumerate(names)
+    }
+
+
+def _dot_figure(panels: Sequence[Panel], styles: Mapping[str, tuple[str, str]], wide: bool) -> Figure:
+    """Panels beside one another if wide, else below; an axis with far values is broken."""
+    width = 34 if wide else 19
+    heights = [_ROW * sum(each.height(label, width) + 0.2 for label in each.rows) + 1.1 for each in panels]
+    across = len(panels) if wide else 1
+    height = (max(heights) if wide else sum(heights)) + 0.3
+    figure = new_figure(_WIDE if wide else _NARROW, height)
+    ratios = None if wide else heights
+    parts = figure.subfigures(len(panels) // across, across, squeeze=False, height_ratios=ratios).ravel()
+    drawn: dict[str, Any] = {}
+    for part, panel in zip(parts, panels, strict=True):
+        _draw_panel(part, panel, styles, width, drawn)
+    if len(drawn) > 1:
+        columns = max(1, (100 if wide else 34) // (6 + max(map(len, drawn))))
+        figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=columns, fontsize="small")
+    return figure
+
+
+def _draw_panel(
+    part: Any, panel: Panel, styles: Mapping[str, tuple[str, str]], width: int, drawn: dict[str, Any]
+) -> None:
+    """Rows from top to bottom, labels of so many letters a line; `drawn` gets a handle for each name."""
+    dots = [each for row in panel.rows.values() for each in row]
+    marks = {**({"": 0.0} if panel.marks or panel.zone else {}), **panel.marks}
+    values = [value for each in dots for value in (each.value, each.lower, each.upper) if math.isfinite(value)]
+    values += [*marks.values(), *([] if panel.zone is None else [-panel.zone, panel.zone])]
+    spans = spans_of(values)
+    ratios = [4.0 if low <= np.median(values) <= high else 1.6 for low, high in spans]
+    every = part.subplots(1, len(spans), sharey=True, squeeze=False, width_ratios=ratios)[0]
+    place, ticks = 0.0, []
+    for label, row in panel.rows.items():
+        height = panel.height(label, width)
+        step = 0.0 if panel.in_one_line else height / len(row)
+        ticks.append(place + step * (len(row) - 1) / 2)
+        for index, each in enumerate(row):
+            style = styles.get(each.name, (COLORS[0], "o"))
+            for axes, (low, high) in zip(every, spans, strict=True):
+                handle = _draw_dots(axes, each, place + step * index, style)
+                if panel.tells_values and low <= each.value <= high:
+                    where = {"xytext": (6, -3), "textcoords": "offset points", "fontsize": "x-small"}
+                    axes.annotate(f"{each.value:.3g}", (each.value, place + step * index), **where)
+            drawn.setdefault(each.name, handle)
+        place += height + 0.2
+    for axes, (low, high) in zip(every, spans, strict=True):
+        axes.set_xlim(low, high)
+        is_far = len(spans) > 1 and not low <= np.median(values) <= high
+        axes.locator_params(axis="x", nbins=1 if is_far else 6)
+        axes.grid(alpha=0.3, axis="x")
+        if panel.zone is not None:
+            axes.axvspan(-panel.zone, panel.zone, color=_SHADE, alpha=0.2, lw=0)
+        for name, value in marks.items():
+            if low <= value <= high:
+                axes.axvline(value, color=_SHADE, lw=1, ls="--" if name else "-", zorder=0)
+                above = {"xytext": (0, 2), "textcoords": "offset points", "fontsize": "small", "rotation": 25}
+                axes.annotate(name, (value, 1.0), xycoords=("data", "axes fraction"), **above)
+    every[0].set_yticks(ticks, [textwrap.fill(label, width) for label in panel.rows], fontsize="small")
+    every[0].set_ylim(place - 0.4, -0.8)
+    _mark_breaks(every)
+    part.supxlabel(textwrap.fill(panel.x_label, 2 * width + 10), fontsize="medium")
+    if panel.title:
+        every[0].set_title(panel.title, loc="left", fontsize="medium", pad=26 if panel.marks else 6)
+
+
+def _draw_dots(axes: Axes, each: Dots, y: float, style: tuple[str, str]) -> Any:
+    color, marker = style
+    if each.seeds:
+        axes.plot(each.seeds, [y + 0.28] * len(each.seeds), "o", ms=2.6, color=color, alpha=0.6, mew=0)
+    if math.isfinite(each.lower):
+        axes.plot([each.lower, each.upper], [y, y], color=color, lw=2, alpha=0.6, solid_capstyle="butt")
+    return axes.plot([each.value], [y], marker, ms=6, color=color, ls="none")[0]
+
+
+def spans_of(values: Sequence[float]) -> list[tuple[float, float]]:
+    """The parts of an axis that shows these values: one, or two where some are far off all others."""
+    ordered = sorted(values)
+    gaps = [(above - below, index + 1) for index, (below, above) in enumerate(pairwise(ordered))]
+    gap, place = max(gaps, default=(0.0, 0))
+    below, above = ordered[:place], ordered[place:]
+    near = below if len(below) >= len(above) else above
+    if gap > 0 and gap > _FAR * (near[-1] - near[0]):
+        return [_padded(below[0], below[-1]), _padded(above[0], above[-1])]
+    return [_padded(ordered[0], ordered[-1])]
+
+
+def _padded(low: float, high: float) -> tuple[float, float]:
+    room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    return low - room, high + room
+
+
+def _mark_breaks(every: Sequence[Axes]) -> None:
+    """Hide the border between the parts of a broken axis, and mark it by slanted strokes."""
+    style: dict[str, Any] = {"marker": [(-0.5, -1), (0.5, 1)], "ms": 9, "ls": "none", "color": "k", "clip_on": False}
+    for left, right in pairwise(every):
+        left.spines["right"].set_visible(False)
+        right.spines["left"].set_visible(False)
+        right.tick_params(left=False)
+        left.plot([1, 1], [0, 1], transform=left.transAxes, **style)
+        right.plot([0, 0], [0, 1], transform=right.transAxes, **style)
+
+
+def _line_figure(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    styles: Mapping[str, tuple[str, str]],
+    labels: tuple[str, str],
+    wide: bool,
+    *,
+    joined: bool = True,
+) -> Figure:
+    """Title -> name -> points; three panels beside one another if wide, else one below the other."""
+    across = min(3, len(panels)) if wide else 1
+    down = -(-len(panels) // across)
+    figure = new_figure(_WIDE if wide else _NARROW, 2.9 * down + 0.6)
+    grid = figure.subplots(down, across, squeeze=False).ravel()
+    drawn: dict[str, Any] = {}
+    for axes, (title, lines) in zip(grid, panels.items(), strict=False):
+        for name, points in lines.items():
+            color, marker = styles.get(name, (COLORS[0], "o"))
+            (line,) = axes.plot(*zip(*points, strict=True), color=color, marker=marker, ms=3, lw=1.3 if joined else 0)
+            drawn.setdefault(name, line)
+        axes.set_title(textwrap.fill(title, 46 if wide else 40), fontsize="small")
+        axes.set_xlabel(labels[0])
+        axes.grid(alpha=0.3)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    grid[0].set_ylabel(labels[1])
+    columns = max(1, (100 if wide else 34) // (6 + max(map(len, drawn))))
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=columns, fontsize="small")
+    return figure
+
+
+def _legend(figure: Figure, axes: Axes, wide: bool) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    columns = max(1, (100 if wide else 34) // (6 + max(map(len, names))))
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, fontsize="small")

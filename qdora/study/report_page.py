@@ -1,0 +1,140 @@
+"""The page of a study's report, as HTML and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qdora.files.html_page import render_page
+from qdora.files.markdown_table import markdown_table
+from qdora.study.report_contents import Report, Rows, is_number
+from qdora.study.report_figures import draw_all
+
+_NOTES = {
+    "comparisons": (
+        "Comparisons",
+        "A positive improvement is better. lower, upper: 95 % t interval over the seeds. smallest detectable: would "
+        "have been found with the power of the study. planned: half of the interval that the study file expects. p "
+        "seeds: t test over the seeds. p examples: over the examples, with the seeds as they are. p holm: the larger "
+        "of both, corrected for the number of primary comparisons. p equivalent: that the arms differ by the zone or "
+        "more. Exploratory comparisons have no verdict.",
+        True,
+    ),
+    "repair": (
+        "Damage and repair",
+        "damage choice: NLL of the right choice among a question's choices, less that of the uncompressed base, both "
+        "untrained. perplexity: of prompts with their answers, untrained. hidden error: of the hidden states after the "
+        "last block. left: trained arm against the same arm trained on the uncompressed base. transplant: the same of "
+        "the adapter trained on the uncompressed base. repaired: what training on the compressed base gains on it; "
+        "share: of the transplant's damage. Positive damage is worse. magnitudes: what setting them back loses.",
+        True,
+    ),
+    "arms": (
+        "Arms",
+        "Each arm at the learning rate that was found for it. lower, upper: 95 % t interval over the seeds; of a base "
+        "over the examples. pareto: no other arm is as good in fewer bytes. Intervals of arms may overlap although the "
+        "arms differ: hard examples are hard for both. The comparisons pair the seeds.",
+        False,
+    ),
+    "rates": (
+        "Learning rates",
+        "Mean validation loss of each rate that was tried, over the seeds of the search; inf: a run diverged. rate: "
+        "the minimum of the parabola through the best one and its neighbours.",
+        False,
+    ),
+    "cells": (
+        "Cells",
+        "One row for each run. The reason says why a run failed or diverged. equal to: other combinations of the grid "
+        "with the same recipe.",
+        False,
+    ),
+    "curves": ("Learning curves", "Training loss, averaged over the seeds and over the steps up to each one.", False),
+    "layers": ("Layers", "What compression did to each layer.", False),
+    "changes": (
+        "Changes of the weights",
+        "How far training moved the rows of each layer: 1 - cosine of the directions, and the relative change of the "
+        "magnitude, averaged over the rows. error undone: of the error that compression made, the share that the "
+        "adapter's update takes back, <update, -error> / |error|^2. error undone best: the same of the best matrix of "
+        "the adapter's rank. error cosine: between the update and the negative error.",
+        False,
+    ),
+    "blocks": (
+        "Blocks",
+        "relative error: of the hidden states after each block of an untrained base, against the uncompressed one. "
+        "block off: rise of the NLL without the adapter of this block, nats per token, on a few examples.",
+        False,
+    ),
+    "guesses": (
+        "Guesses",
+        "What a model reaches that knows nothing. unigram: the answers' tokens by how often they are in the training "
+        "answers. uniform: ln of the vocabulary. choice: a guess among the choices, nats a question.",
+        False,
+    ),
+    "facts": ("Settings and counts", "", False),
+}
+# Columns that are shown at first, besides the axes; the others are folded. Tables that are not named show all.
+_SHOWN_FIRST = {
+    "comparisons": (
+        "comparison measure role improvement lower upper verdict reason smallest_detectable half_width "
+        "half_width_planned num_seeds"
+    ),
+    "repair": "damage_choice left left_lower left_upper repaired repaired_lower repaired_upper repaired_share",
+    "arms": "kind rate num_seeds bits_per_weight sparsity nll_per_token nll_per_token_lower nll_per_token_upper acc",
+    "cells": "train.lr seed stage status reason nll_per_token seconds",
+}
+_DIGITS = {"bits_per_weight": 2, "total_mib": 2, "adapter_mib": 2, "sparsity": 3, "seconds": 1, "repair": 3}
+
+
+def shown_tables(report: Report) -> list[dict[str, Any]]:
+    """The tables as the page shows them, in its order."""
+    return [_table(name, report.tables[name], report) for name in _NOTES if report.tables.get(name)]
+
+
+def _table(name: str, rows: Rows, report: Report) -> dict[str, Any]:
+    """A table for the page: the columns of all rows, in order, without those that are empty in every row."""
+    title, note, is_open = _NOTES[name]
+    columns = [
+        column
+        for column in dict.fromkeys(key for row in rows for key in row)
+        if any(_shown(column, row.get(column)) for row in rows)
+    ]
+    first = [*report.axes, report.arm_axis, *_SHOWN_FIRST.get(name, " ".join(columns)).split()]
+    columns.sort(key=lambda column: first.index(column) if column in first else len(first))
+    return {
+        "name": name,
+        "title": title,
+        "note": note,
+        "open": is_open,
+        "header": [column.replace("_", " ") for column in columns],
+        "is_text": [not any(is_number(row.get(column)) for row in rows) for column in columns],
+        "num_first": sum(column in first for column in columns),
+        "rows": [[_shown(column, row.get(column)) or "–" for column in columns] for row in rows],
+    }
+
+
+def _shown(column: str, value: Any) -> str:
+    """A value as the page shows it; numbers are those of the data file, rounded."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not is_number(value):
+        return value if isinstance(value, str) else ""
+    if float(value).is_integer() and (isinstance(value, int) or column == "value"):
+        return f"{value:.0f}"
+    digits = next((number for stem, number in _DIGITS.items() if column.startswith(stem)), 4)
+    return f"{value:.{digits}f}"
+
+
+def markdown_page(report: Report, tables: Sequence[Mapping[str, Any]], title: str) -> str:
+    """The report as Markdown, without figures."""
+    parts = [f"# {report.question}", f"Study: {title}", *report.answer]
+    parts.append("\n".join(f"- {sentence}" for sentence in report.verdict))
+    for table in tables:
+        text = markdown_table(table["header"], table["rows"], right=[not each for each in table["is_text"]])
+        parts.append(f"## {table['title']}\n\n{table['note']}\n\n{text}")
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def html_page(report: Report, tables: Sequence[Mapping[str, Any]], title: str) -> str:
+    """The report as a page that needs no other file."""
+    facts = {"study": title, "report": report, "title": report.question, "figures": draw_all(report), "tables": tables}
+    return render_page("qdora.study", "report_page.html.j2", **facts)

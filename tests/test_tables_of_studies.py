@@ -1,0 +1,151 @@
+"""The tables of studies read reports of the present rules, and claim nothing from those of earlier ones."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from qdora.study.cells import Cell
+from qdora.study.report import read_report, write_report
+from tests import fake_study
+
+ROOT = Path(__file__).parent.parent
+BASES = {
+    "16 bits": {"base.quant": "none", "base.block_size": None, "base.double_quant": None},
+    "nf4": {"base.quant": "nf4"},
+}
+KINDS = {"lora": {"adapter.kind": "lora"}, "dora": {"adapter.kind": "dora"}}
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, ModuleType]:
+    """The modules of the tables, which read `tmp_path` as the folder of results."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    found = {
+        name: importlib.import_module(f"tables.{name}") for name in ("table", "study", "ranks", "combined", "failed")
+    }
+    monkeypatch.setattr(found["table"], "RESULTS", tmp_path)
+    return found
+
+
+def result(folder: Path, name: str, more: dict[str, Any] | None = None, **changes: Any) -> list[dict[str, Any]]:
+    """A report of a made-up study in the folder of results; returns its comparisons."""
+    made = folder / f"made {len(list(folder.glob('made *')))}"
+    report = read_report(fake_study.make(made, **changes))
+    write_report(report, folder / name, name)
+    (folder / name / "run.json").write_text(
+        json.dumps({"command": "python x.py", "answer": report.answer} | (more or {}))
+    )
+    return report.tables["comparisons"]
+
+
+def row_of(table: str, start: str) -> list[str]:
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_study_table_has_damage_left_and_verdicts(tables: dict[str, ModuleType], tmp_path: Path) -> None:
+    stages = [{"name": "main"}, {"name": "moved", "cells": {"base": "nf4"}, "kind": "transplant"}]
+    product = {"base": BASES, "adapter": KINDS}
+    pairs = result(tmp_path, "study", product=product, stages=stages, compare={"arm": "adapter", "reference": "lora"})
+    text = tables["study"].study()
+    header, line = row_of(text, "base"), dict(zip(row_of(text, "base"), row_of(text, "nf4"), strict=True))
+    assert header[3:] == [
+        "damage, choices",
+        "lora: left",
+        "dora: left",
+        "share repaired by lora",
+        "against lora: NLL lower by",
+    ]
+    (pair,) = [row for row in pairs if row["base"] == "nf4" and row["measure"] == "nll_per_token"]
+    assert line["against lora: NLL lower by"] == (
+        f"dora {pair['improvement']:+.3f} ({pair['lower']:+.3f} to {pair['upper']:+.3f}), dora is better"
+    )
+    assert float(line["lora: left"].split()[0]) == pytest.approx(fake_study.LOST["nf4"], abs=0.02)
+    assert float(line["share repaired by lora"].split()[0]) == pytest.approx(0.5, abs=0.1)
+    assert row_of(text, "16 bits")[4:7] == ["–", "–", "–"]
+    assert "After training, lora is worse" in text
+
+
+def test_rank_tables_read_the_present_reports(tables: dict[str, ModuleType], tmp_path: Path) -> None:
+    def nll(cell: Cell) -> float:
+        return 2.0 + (0.3 if cell.labels.get("ranks") == "svd" and cell.kind != "base" else 0.0) + _rate(cell)
+
+    def _rate(cell: Cell) -> float:
+        return 0.1 * abs(cell.recipe.train.lr * 5000 - 1) if cell.kind != "base" else 0.0
+
+    ways = {"uniform": {"adapter.rank": 8}, "svd": {"adapter.rank": 9}, "gradient": {"adapter.rank": 10}}
+    costs = {"costs_in_seconds": {"scout": 10.0, "svd": 5.0}}
+    common = {"arm": "ranks", "reference": "uniform"}
+    result(tmp_path, "rank_methods", costs, nll=nll, product={"ranks": ways}, compare=common)
+    text = tables["ranks"].rank_methods()
+    assert row_of(text, "SVD of a trained update")[4].endswith("uniform is better")
+    assert row_of(text, "SVD of a trained update")[5] == "1.50 runs"
+    assert tables["ranks"].ranks_that_did_not_help() == []
+    compare = common | {"zone": 0.9}
+    result(
+        tmp_path,
+        "rank_methods",
+        costs,
+        product={"ranks": {name: ways[name] for name in ("uniform", "svd")}},
+        compare=compare,
+    )
+    assert "no difference above 0.9" in tables["ranks"].ranks_that_did_not_help()[2]
+    ranks = {f"rank {rank}": {"adapter.rank": rank} for rank in (16, 2)}
+    compare = {"arm": "rank", "reference": "rank 16"}
+    pairs = result(tmp_path, "rank_curve", product={"adapter": KINDS, "rank": ranks}, compare=compare)
+    text = tables["ranks"].rank_curve()
+    for pair in pairs:
+        if pair["measure"] == "nll_per_token":
+            (cell,) = row_of(text, {"lora": "QLoRA", "dora": "QDoRA"}[pair["adapter"]])[2:]
+            assert f"; {-pair['improvement']:+.3f} ({-pair['upper']:+.3f} to {-pair['lower']:+.3f}), " in cell
+            assert pair["verdict"] in cell
+
+
+def test_earlier_reports_have_no_verdict(tables: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables["table"], "RESULTS", ROOT / "benchmarks/results")
+    arms = tables["table"].report_rows("rank_methods", "arms")
+    if not tables["table"].is_new(arms):
+        assert tables["ranks"].ranks_that_did_not_help() == []
+        assert "winner" not in tables["ranks"].rank_methods()
+
+
+def combined(p: dict[str, float], **sweep: Any) -> dict[str, Any]:
+    """The document of combined_vs_solo.py with these p-values."""
+    whole = {"tasks": ["a", "b"], "nll": {"1e-3": 2.0, "2e-3": 1.0, "4e-3": 2.0}, "best": "2e-3"}
+    kinds = {
+        kind: {"seeds": ["0", "1", "2"], "combined - solo": {"nll": {"average": {"p": each, "value": -0.2}}}}
+        for kind, each in p.items()
+    }
+    mix = [{"task": "a"}, {"task": "b"}]
+    return {"recipe": {"data": {"mix": mix}}, "sweep": {"combined": whole, "solo": whole} | sweep, "kinds": kinds}
+
+
+@pytest.mark.parametrize(
+    "p, sweep, expected",
+    [
+        ({"lora": 0.02, "dora": 0.2}, {}, {"lora": "is better than", "dora": "not decided"}),
+        ({"lora": 0.03, "dora": 0.2}, {}, {"lora": "not decided", "dora": "not decided"}),  # 0.06 after the correction
+        (
+            {"lora": 1e-4},
+            {"solo": {"tasks": ["a", "b"], "nll": {"1e-3": 2.0, "2e-3": 1.0}, "best": "2e-3"}},
+            {"lora": "the best learning rate of the solo runs is the smallest or largest of 2 tried"},
+        ),
+        (
+            {"lora": 1e-4},
+            {"solo": {"tasks": ["a"], "nll": {"1e-3": 2.0, "2e-3": 1.0, "4e-3": 2.0}, "best": "2e-3"}},
+            {"lora": "that of the solo runs was searched on 1 of 2 tasks"},
+        ),
+    ],
+)
+def test_combined_against_solo_is_judged_as_a_study(
+    tables: dict[str, ModuleType], p: dict[str, float], sweep: dict[str, Any], expected: dict[str, str]
+) -> None:
+    document = combined(p, **sweep)
+    found = tables["combined"]._verdicts(document, document["kinds"])
+    assert all(text in found[kind] for kind, text in expected.items()), found
