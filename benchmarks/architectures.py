@@ -60,6 +60,7 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.cli.verb import USER_MISTAKE
+from qdora.data.batching import IGNORED
 from qdora.model.adapter_file import load_adapter
 from qdora.model.build_model import recompute_activations
 from qdora.model.experts import is_transposed, peft_swaps, stacks
@@ -374,7 +375,7 @@ def gradients(case: Case) -> dict[str, Any]:
 
     length = max(ids.shape[1] for ids, _ in pairs)
     tokens, mask = torch.zeros(2, len(pairs), length, dtype=torch.int64)
-    labels = torch.full_like(tokens, loop.IGNORED)
+    labels = torch.full_like(tokens, IGNORED)
     for row, (ids, start) in enumerate(pairs):
         end = ids.shape[1]
         tokens[row, :end], mask[row, :end], labels[row, start:end] = ids[0], 1, ids[0, start:]
