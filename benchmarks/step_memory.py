@@ -215,7 +215,9 @@ def make_model(name: str, settings: dict[str, Any], live: LiveBytes, checkpointi
             peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if checkpointing:
         recompute_activations(model)
-    with live.label("adapters"):
+    # PEFT moves modules to the device where they are, which torch refuses for fake parameters that its mode remembers.
+    stays = patch.object(nn.Module, "to", lambda module, *_args, **_kwargs: module)
+    with live.label("adapters"), stays:
         model = adapt(model, contender, RANK)
         # Fake tensors have no versions to be told by, so the layers keep no norm of them: the place of what they would.
         layers = adapted_layers(model).values()
