@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -107,6 +108,10 @@ def test_some_cases_of_each_part_are_right(part: str, count: int, tmp_path: Path
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("part", parts.COUNTS)
 def test_all_cases_of_each_part_are_right(part: str, tmp_path: Path) -> None:
-    result = of_cases(parts.run(part, 0, None, tmp_path), 0)
+    """By the program itself: tests before this one have changed how the allocator of their process frees memory."""
+    out = tmp_path / "found.json"
+    program = Path(__file__).resolve().parent.parent / "benchmarks/hostile.py"
+    done = subprocess.run([sys.executable, program, "--part", part, "--out", out], capture_output=True, text=True)
+    result = json.loads(out.read_text())["parts"][part]
     assert result["tried"] == parts.COUNTS[part]
-    assert result["new_faults"] == 0, json.dumps(result["faults"], indent=1)
+    assert (done.returncode, result["new_faults"]) == (0, 0), json.dumps(result["faults"], indent=1)
