@@ -514,6 +514,7 @@ def test_the_page_needs_nothing_beside_it(report: Report, tmp_path: Path) -> Non
     assert not re.search(r"(?:src|srcset|href)=[\"'](?!data:image/svg)|@import|url\(", page)
 
 
+@pytest.mark.slow
 @pytest.mark.figures
 def test_transplants_are_in_no_figure(report: Report) -> None:
     arms = [row for row in report.tables["arms"] if row["kind"] != "transplant"]

@@ -110,7 +110,7 @@ def launch(root: Path, tmp_path: Path) -> Iterator[Callable[..., Launch]]:
 
 
 HANGS = [
-    (1, stop, "replicate"),
+    pytest.param(1, stop, "replicate", marks=pytest.mark.slow),
     pytest.param(0, stop, "replicate", marks=pytest.mark.slow),
     pytest.param(0, spin, "replicate", marks=pytest.mark.slow),
     pytest.param(1, stop, "shard", marks=pytest.mark.slow),
