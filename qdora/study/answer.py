@@ -79,6 +79,6 @@ def _repaired(rows: Sequence[Row], named: Naming, arm_axis: str) -> str:
     ends = [f"{row['repaired_share']:.2f} ({named(row)})" for row in (known[0], known[-1])]
     span = ends[0] if len(known) == 1 else f"{ends[0]} to {ends[1]}"
     return (
-        f"Training {known[0][arm_axis]} on the compressed base makes good a share of {span} of the damage that an "
-        "adapter has which was trained on the uncompressed base."
+        f"Training {known[0][arm_axis]} on the compressed base makes good a share of {span} of the damage of an "
+        "adapter that was trained on the uncompressed base."
     )

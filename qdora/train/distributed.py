@@ -47,7 +47,7 @@ _PATIENCE = timedelta(days=1)
 # not end the processes before the watch names the silent one.
 _GPU_PATIENCE = timedelta(minutes=10)
 _WATCHES = 2
-"""Patience of NCCL, in that of the watch, if that is more."""
+"""NCCL waits at least this many times as long as the watch."""
 # How often a process that waits for a message asks whether another one hangs.
 _LOOK = timedelta(seconds=0.5)
 # In the messages of gloo and NCCL when a process of the group has ended.
