@@ -48,3 +48,13 @@ def test_no_error_and_no_update() -> None:
     still = error_undone(torch.zeros(3, 5), base - dense, 2)
     assert still is not None
     assert (still.undone, still.cosine) == (0.0, 0.0)
+
+
+def test_each_expert_of_a_stack_has_the_rank() -> None:
+    merged, base, dense = (torch.stack([each, -2 * each, 3 * each]) for each in matrices(4, 6))
+    found = error_undone(merged - base, base - dense, 2)
+    assert found is not None
+    best = sum(
+        float(np.sort(np.linalg.eigvalsh(error @ error.T))[-2:].sum()) for error in (base - dense).double().numpy()
+    )
+    assert found.undone_best == pytest.approx(best / float((base - dense).double().square().sum()), rel=1e-4)

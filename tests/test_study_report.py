@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.model.pruning import PrunedLayer
-from qdora.study.answer import decided_in_words
+from qdora.study.answer import answer_of, decided_in_words
 from qdora.study.cells import Cell, Expander
 from qdora.study.compare import Results
-from qdora.study.grid import COLUMNS, load_study, study_from
+from qdora.study.grid import COLUMNS, CompareConfig, load_study, study_from
 from qdora.study.outlook import outlooks, planned_cells
 from qdora.study.report import read_report, report_run, write_report
 from qdora.study.report_contents import Report
@@ -394,8 +394,8 @@ def test_the_answer_has_three_sentences_each_with_its_number(report: Report, tmp
     least, most = (f"{left[quant]['left']:.3f} ({quant})" for quant in ("int8", "fp4"))
     inside = [quant for quant, row in left.items() if row["left_upper"] < 0.02]
     assert report.answer[1] == (
-        f"After training, lora is worse than on the uncompressed base by {least} to {most} nats per token; surely less "
-        f"than 0.02 on {', '.join(inside) or 'no base'}."
+        f"After training, lora is worse than on the uncompressed base by {least} to {most} in NLL (nats per token); "
+        f"surely less than 0.02 on {', '.join(inside) or 'no base'}."
     )
     shares = sorted((row["repaired_share"], quant) for quant, row in left.items() if "repaired_share" in row)
     told = " to ".join(f"{share:.2f} ({quant})" for share, quant in shares)
@@ -406,6 +406,15 @@ def test_the_answer_has_three_sentences_each_with_its_number(report: Report, tmp
     assert primary.answer[0].startswith("over all: ")
     assert f"by {row['improvement']:.4f} on average (95 % interval {row['lower']:.4f} to" in primary.answer[0]
     assert row["half_width_planned"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.03 / math.sqrt(3))
+
+
+def test_the_damage_left_is_told_in_the_metric_of_the_study() -> None:
+    row = {"adapter": "lora", "base.quant": "nf4", "left": 0.1, "left_upper": 0.2}
+    told = answer_of([], [row], ["base.quant"], CompareConfig(metric="acc"), "accuracy")[1]
+    expected = (
+        "After training, lora is worse than on the uncompressed base by 0.100 (nf4) in accuracy; surely less than"
+    )
+    assert told == f"{expected} 0.02 on no base."
 
 
 def test_what_is_not_decided_says_beside_it_what_was_not_seen_or_why(report: Report) -> None:

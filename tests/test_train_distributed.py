@@ -63,6 +63,8 @@ def _left_alone(rank: int) -> None:
             parameter = nn.Parameter(torch.ones(3))
             with pytest.raises(OtherProcessFailed, match=lost):
                 processes.share_first_([parameter])
+            with pytest.raises(OtherProcessFailed, match=lost):
+                free_host_bytes()
 
 
 def test_a_process_that_ends_is_named_in_one_line() -> None:

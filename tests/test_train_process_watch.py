@@ -226,7 +226,21 @@ def test_in_passes_that_all_make_who_is_behind_is_silent(watches: list[ProcessWa
 def test_where_nobody_is_behind_all_end(watches: list[ProcessWatch]) -> None:
     with watches[0].counting([], together=True), watches[1].counting([], together=True):
         assert knows(watches, 20.0)
-    assert watches[0].lost().startswith("process 0: no process goes on, and none is behind the others. This one is at ")
+    told = watches[0].lost()
+    assert told.startswith("process 0: no process goes on, and none is behind the others. This one is at ")
+    assert re.search(rf"{re.escape(__file__)}:\d+ \(knows\)", told), told  # where it was then, not where it tells this
+
+
+def test_who_stood_still_itself_waits_before_it_names_another(
+    watches: list[ProcessWatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch is suspended for 100 s; process 0 is the first to go on."""
+    assert not knows(watches, 0.5)
+    watches[1].close()
+    real = time.monotonic
+    monkeypatch.setattr(process_watch.time, "monotonic", lambda: real() + 100.0)
+    assert not knows(watches[:1], 0.7)
+    assert knows(watches[:1], 20.0)
 
 
 def test_after_a_lost_connection_who_no_longer_answers_has_ended(watches: list[ProcessWatch]) -> None:

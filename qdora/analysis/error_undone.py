@@ -13,7 +13,7 @@ class ErrorUndone:
     """Of an update U and the error E = W - W', W the compressed base, W' the uncompressed one; 2-norms of all entries.
 
     undone: <U, -E> / |E|^2, the share of the error that the update takes back; 1 if U = -E, and any sign.
-    undone_best: The same of the best approximation of -E with the rank of the adapter.
+    undone_best: The same of the best approximation of -E with the rank of the adapter, in each part of a stack.
     cosine: <U, -E> / (|U| |E|); of the best approximation the square root of `undone_best`.
     """
 
@@ -30,14 +30,14 @@ def error_undone(update: Tensor, error: Tensor, rank: int) -> ErrorUndone | None
     one keeps the largest singular values.
 
     Args:
-        update: Merged weight less the compressed base, (out, in).
-        error: Compressed base less the uncompressed one, (out, in).
-        rank: Of the adapter.
+        update: Merged weight less the compressed base, (out, in); or a stack of such matrices, (parts, out, in).
+        error: Compressed base less the uncompressed one, in the same shape.
+        rank: Of the adapter, in each part.
     """
     whole = float(error.square().sum())
     if not whole:
         return None
     product = -float((update * error).sum())
-    largest = torch.linalg.svdvals(error)[:rank]
+    largest = torch.linalg.svdvals(error)[..., :rank]
     norms = float(update.norm()) * float(error.norm())
     return ErrorUndone(product / whole, float(largest.square().sum()) / whole, product / norms if norms else 0.0)

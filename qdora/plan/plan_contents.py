@@ -241,7 +241,7 @@ class Plan:
 
 
 def seconds_text(seconds: float) -> str:
-    """A time to two digits, such as 0.034 s or 1,340 s; from 100 s on in whole seconds."""
+    """A time to two digits, or in whole seconds if that is more: 0.034 s, 1,340 s."""
     return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 

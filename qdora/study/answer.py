@@ -40,7 +40,7 @@ def answer_of(
     decided = decided_in_words(primary[0], metric_label) if is_named else overall(primary, metric_label)
     rows = [row for row in repairs if not primary or row[compare.arm] == primary[0]["reference"]]
     named = naming([row for row in rows if is_number(row.get("left"))], axes)
-    return [decided, *filter(None, [_left(rows, named, compare), _repaired(rows, named, compare.arm)])]
+    return [decided, *filter(None, [_left(rows, named, compare, metric_label), _repaired(rows, named, compare.arm)])]
 
 
 def decided_in_words(row: Row, metric_label: str) -> str:
@@ -56,7 +56,7 @@ def decided_in_words(row: Row, metric_label: str) -> str:
     return f"{row['comparison']}: not decided; {size}, {row['reason'] or not_seen([row])}."
 
 
-def _left(rows: Sequence[Row], named: Naming, compare: CompareConfig) -> str:
+def _left(rows: Sequence[Row], named: Naming, compare: CompareConfig, label: str) -> str:
     """From the least to the most damage that is left, and where it is within the zone."""
     known = sorted((row for row in rows if is_number(row.get("left"))), key=lambda row: float(row["left"]))
     if not known:
@@ -67,7 +67,7 @@ def _left(rows: Sequence[Row], named: Naming, compare: CompareConfig) -> str:
     ends = [f"{row['left']:.3f} ({named(row)})" for row in (known[0], known[-1])]
     span = ends[0] if len(known) == 1 else f"{ends[0]} to {ends[1]}"
     most = f"surely less than {zone:g} on {', '.join(inside)}" if inside else f"surely less than {zone:g} on no base"
-    return f"After training, {name} is worse than on the uncompressed base by {span} nats per token; {most}."
+    return f"After training, {name} is worse than on the uncompressed base by {span} in {label}; {most}."
 
 
 def _repaired(rows: Sequence[Row], named: Naming, arm_axis: str) -> str:
@@ -79,6 +79,6 @@ def _repaired(rows: Sequence[Row], named: Naming, arm_axis: str) -> str:
     ends = [f"{row['repaired_share']:.2f} ({named(row)})" for row in (known[0], known[-1])]
     span = ends[0] if len(known) == 1 else f"{ends[0]} to {ends[1]}"
     return (
-        f"Training {known[0][arm_axis]} on the compressed base makes good a share of {span} of the damage that an "
-        "adapter has which was trained on the uncompressed base."
+        f"Training {known[0][arm_axis]} on the compressed base makes good a share of {span} of the damage of an "
+        "adapter that was trained on the uncompressed base."
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qdora.analysis.error_undone import error_undone
 from qdora.analysis.weight_changes import weight_changes
@@ -119,6 +119,12 @@ def _errors_undone(recipe: Recipe, layers: Mapping[str, AdaptedLinear]) -> Itera
     for path, layer in layers.items():
         base = layer.base.dequantized(torch.float32)
         error = base - reference.get_submodule(path).weight.float()
-        found = error_undone(layer.merged_weight(torch.float32) - base, error, layer.rank)
+        update = layer.merged_weight(torch.float32) - base
+        found = error_undone(_parts(layer, update), _parts(layer, error), layer.rank)
         if found is not None:
             yield path, {f"error_{name}": value for name, value in asdict(found).items()}
+
+
+def _parts(layer: AdaptedLinear, matrix: Tensor) -> Tensor:
+    """(parts, rows, columns): what a product of the rank approximates, such as each expert of a stack."""
+    return torch.stack(layer.approximated_parts(matrix))

@@ -27,7 +27,9 @@ UNIFORM_SHARE = 0.01
 
 
 def write_guesses(recipe: Recipe, directory: Path) -> None:
-    """Write unigram and uniform, nats a token of the evaluated answers, to `directory`; nothing for chats and streams.
+    """Write what uniform and unigram models reach to `directory`, nats a token of the evaluated answers.
+
+    A recipe with only chats, or with streams, has no unigram model.
 
     Args:
         recipe: Of the evaluation of a base.

@@ -81,11 +81,7 @@ def draw_all(report: Report) -> list[Drawn]:
         (*_forest_words(report), _forest(report)),
         ("What is left of the damage", _LEFT, _damage_left(report)),
         ("Choosing the right answer", _CHOICE, _choices(report)),
-        (
-            "Quality and bytes",
-            "Better is up. The line joins arms that no other arm beats in fewer bytes.",
-            _pareto(report),
-        ),
+        ("Quality and bytes", _BYTES, _pareto(report)),
         ("Learning curves", "Training loss, averaged over the seeds.", _learning_curves(report)),
         ("Where in depth", _DEPTH, _depth(report)),
         ("Magnitudes and directions", _CHANGES, _changes(report)),
@@ -99,7 +95,7 @@ def draw_all(report: Report) -> list[Drawn]:
 
 
 _LEFT = (
-    "NLL of each trained arm less that of the same arm trained on the uncompressed base, with 95 % t intervals over "
+    "How much worse each trained arm is than the same arm trained on the uncompressed base, with 95 % t intervals over "
     "the seeds. 0: all damage is repaired. Unigram and uniform: models that know nothing reach this."
 )
 _BYTES = "Better is up. The line joins arms that no other arm beats in fewer bytes."
@@ -170,7 +166,7 @@ def _damage_left(report: Report) -> Callable[[bool], Figure] | None:
             dots = Dots(row[report.arm_axis], row["left"], row["left_lower"], row["left_upper"])
             found.setdefault(f"{named(row)} ({size})", []).append(dots)
         if found:
-            panels.append(Panel("damage left, nats per token", found, marks, title=title, tells_values=True))
+            panels.append(Panel(f"damage left, {report.metric_label}", found, marks, title=title, tells_values=True))
     styles = _styles(report)
     return lambda wide: _dot_figure(panels, styles, wide)
 
@@ -188,8 +184,8 @@ def _choices(report: Report) -> Callable[[bool], Figure] | None:
     for row in sorted(rows, key=lambda row: -row.get("bits_per_weight", 0.0) + 100 * row.get("sparsity", 0.0)):
         dots = Dots(row[report.arm_axis], row["choice_nll"], row["choice_nll_lower"], row["choice_nll_upper"])
         found.setdefault(named(row) or "uncompressed", []).append(dots)
-    chance = {row["guess"]: row["nll"] for row in report.tables["guesses"] if row["guess"] == "choice"}
-    marks = {"chance": chance["choice"]} if chance else {}
+    known = {row["guess"]: row["nll"] for row in report.tables["guesses"]}
+    marks = {"chance": known["choice"]} if "choice" in known else {}
     panel = Panel("NLL among the choices, nats a question", dict(list(found.items())[:_MOST_ROWS]), marks)
     styles = _styles(report)
     return lambda wide: _dot_figure([panel], styles, wide)
@@ -201,8 +197,7 @@ def _guesses_beyond(report: Report) -> dict[str, float]:
     if not dense or report.metric != "nll_per_token":
         return {}
     known = {row["guess"]: row["nll"] for row in report.tables["guesses"]}
-    names = {"unigram": "unigram", "uniform": "uniform"}
-    return {name: known[guess] - dense[0]["nll_per_token"] for guess, name in names.items() if guess in known}
+    return {name: known[name] - dense[0]["nll_per_token"] for name in ("unigram", "uniform") if name in known}
 
 
 def _layers(report: Report) -> Callable[[bool], Figure] | None:
@@ -300,10 +295,11 @@ def _pareto(report: Report) -> Callable[[bool], Figure] | None:
     def draw(wide: bool) -> Figure:
         figure = new_figure(_WIDE if wide else _NARROW, 4.4 if wide else 4.0)
         axes = figure.add_subplot()
+        drawn: dict[str, Any] = {}
         for name, (color, marker) in _styles(report).items():
             part = [row for row in rows if row[report.arm_axis] == name]
             x, y = [row["total_mib"] for row in part], [row[report.metric] for row in part]
-            axes.scatter(x, y, label=name, s=24, color=color, marker=marker)
+            drawn[name] = axes.scatter(x, y, s=24, color=color, marker=marker)
         best = sorted((row["total_mib"], row[report.metric]) for row in rows if row["pareto"])
         axes.step(*zip(*best, strict=True), where="post", color=_SHADE, lw=1)
         if not HIGHER_IS_BETTER[report.metric]:
@@ -311,7 +307,7 @@ def _pareto(report: Report) -> Callable[[bool], Figure] | None:
         axes.set_xlabel("base and adapter, MiB")
         axes.set_ylabel(report.metric_label)
         axes.grid(alpha=0.3)
-        _legend(figure, axes, wide)
+        _legend(figure, drawn, wide)
         return figure
 
     return draw
@@ -358,8 +354,7 @@ def _dot_figure(panels: Sequence[Panel], styles: Mapping[str, tuple[str, str]], 
     for part, panel in zip(parts, panels, strict=True):
         _draw_panel(part, panel, styles, width, drawn)
     if len(drawn) > 1:
-        columns = max(1, (100 if wide else 34) // (6 + max(map(len, drawn))))
-        figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=columns, fontsize="small")
+        _legend(figure, drawn, wide)
     return figure
 
 
@@ -470,12 +465,11 @@ def _line_figure(
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     grid[0].set_ylabel(labels[1])
-    columns = max(1, (100 if wide else 34) // (6 + max(map(len, drawn))))
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=columns, fontsize="small")
+    _legend(figure, drawn, wide)
     return figure
 
 
-def _legend(figure: Figure, axes: Axes, wide: bool) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    columns = max(1, (100 if wide else 34) // (6 + max(map(len, names))))
-    figure.legend(handles, names, loc="outside upper left", ncols=columns, fontsize="small")
+def _legend(figure: Figure, drawn: Mapping[str, Any], wide: bool) -> None:
+    """Above the figure, in as many columns as the longest name allows; name -> what is drawn."""
+    columns = max(1, (100 if wide else 34) // (6 + max(map(len, drawn))))
+    figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=columns, fontsize="small")

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -46,7 +47,7 @@ _PATIENCE = timedelta(days=1)
 # not end the processes before the watch names the silent one.
 _GPU_PATIENCE = timedelta(minutes=10)
 _WATCHES = 2
-"""Patience of NCCL, in that of the watch, if that is more."""
+"""NCCL waits at least this many times as long as the watch."""
 # How often a process that waits for a message asks whether another one hangs.
 _LOOK = timedelta(seconds=0.5)
 # In the messages of gloo and NCCL when a process of the group has ended.
@@ -239,6 +240,10 @@ class Processes:
                 )
 
 
+# For functions that are called deep inside of a launch.
+_LAUNCH: ContextVar[Processes | None] = ContextVar("processes_of_launch", default=None)
+
+
 @contextmanager
 def processes_of_launch() -> Iterator[Processes]:
     """Connect the processes that torchrun or `accelerate launch` has started, known from environment variables.
@@ -262,7 +267,12 @@ def processes_of_launch() -> Iterator[Processes]:
     watch = ProcessWatch(dist.get_rank(), dist.get_world_size())
     try:
         gpus = dist.new_group(backend="nccl", timeout=patience) if on_gpus else None
-        yield Processes(watch.rank, watch.size, gpus, watch=watch)
+        processes = Processes(watch.rank, watch.size, gpus, watch=watch)
+        launch = _LAUNCH.set(processes)
+        try:
+            yield processes
+        finally:
+            _LAUNCH.reset(launch)
     except Interrupted:
         raise
     except OtherProcessFailed:
@@ -313,8 +323,8 @@ def free_host_bytes() -> int | None:
     if not dist.is_initialized():
         return free
     size = dist.get_world_size()
-    told = Processes(dist.get_rank(), size).gather(free)
-    known = [each for each in told if each is not None]
+    processes = _LAUNCH.get() or Processes(dist.get_rank(), size)
+    known = [each for each in processes.gather(free) if each is not None]
     return min(known) // _num_here(size) if known else None
 
 

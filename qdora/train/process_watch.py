@@ -74,6 +74,7 @@ class ProcessWatch:
         self._looked_at = 0.0
         self._failure: dict[str, Any] | None = None
         self._fault: dict[str, Any] | None = None
+        self._main_place = ""  # when the fault was learnt
         self._known, self._over = threading.Event(), threading.Event()
         self._keys = f"qdora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -156,10 +157,10 @@ class ProcessWatch:
             )
         ranks, what = self._fault["ranks"], self._fault["what"].removesuffix(".")
         if not ranks:
-            here = f"This one is at {_main_place()}."
+            here = f"This one is at {self._main_place}."
             return f"process {self.rank}: no process goes on, and none is behind the others. {here} {resume}"
         if self.rank in ranks:
-            return f"process {self.rank} {what}, so the others have ended. It is at {_main_place()}. {resume}"
+            return f"process {self.rank} {what}, so the others have ended. It is at {self._main_place}. {resume}"
         more = f" and {len(ranks) - 1} others" if len(ranks) > 1 else ""
         who = f"process {ranks[0]} ({self._fault['where']})"
         return f"process {self.rank}: stopped, because {who}{more} {what}. {resume}"
@@ -178,7 +179,8 @@ class ProcessWatch:
         """Whether the store answers within these seconds; it may never."""
         exchange = threading.Thread(target=self._exchange, daemon=True)
         exchange.start()
-        exchange.join(seconds)
+        for _ in range(_LOOKS):  # in parts: time for which the whole process is suspended counts as one of them
+            exchange.join(seconds / _LOOKS)
         return not exchange.is_alive()
 
     def _exchange(self) -> None:
@@ -200,7 +202,10 @@ class ProcessWatch:
 
     def _look(self, mine: list[int]) -> None:
         """Find processes that are silent, or with a lost connection have ended, and tell all."""
-        self._looked_at = now = time.monotonic()
+        now = time.monotonic()
+        if now - self._looked_at >= self._patience / 2:
+            self._seen.clear()  # after a suspension, perhaps of all processes, nobody counts as silent yet
+        self._looked_at = now
         keys = [f"{self._keys}/{rank}" for rank in range(self.size)]
         if not self._store.check(keys):
             return  # some are about to start
@@ -234,7 +239,7 @@ class ProcessWatch:
         self._learn(json.loads(first))
 
     def _learn(self, fault: dict[str, Any]) -> None:
-        self._fault = fault
+        self._fault, self._main_place = fault, _main_place()
         self._known.set()
 
     def _silence(self, ranks: list[int], where: str) -> dict[str, Any]:
