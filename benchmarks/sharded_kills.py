@@ -21,6 +21,7 @@ import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -46,7 +47,6 @@ from qdora.files.run_directory import RunDirectory
 
 NUM_PROCESSES = 4
 MOST_SECONDS = 300
-SIGKILL = 9
 ROUNDING = 1e-4
 """Difference allowed between two adapters, relative to the largest entry: sums have another order."""
 SETTINGS = {

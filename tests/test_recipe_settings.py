@@ -166,6 +166,7 @@ def test_numbers_as_people_write_them(text: str, value: float) -> None:
         ("train", "lr_ratio_B", 0, "a finite number above 0"),
         ("train", "lr_ratio_magnitude", "x", "a finite number above 0"),
         ("train", "lr_end", -1e-5, "a finite number, 0 or more"),
+        ("adapter", "kind", "Dora", "Did you mean 'dora'?"),
         ("train", "optimizer", "lion_8bit", "Did you mean 'paged_lion_8bit'?"),
         ("train", "betas", [0.9, 1.0], "two numbers, at least 0 and below 1"),
         ("train", "seed", -1, "a whole number from 0 to 2^63 - 1"),

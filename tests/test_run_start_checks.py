@@ -14,10 +14,13 @@ from rich.console import Console
 from qdora.data.build_data import MixPlan, SourcePlan
 from qdora.data.chat_template import set_chat_settings
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.files.run_directory import RunDirectory
 from qdora.recipe.data_settings import DataConfig
 from qdora.run import prepare, start_checks, trainer
+from qdora.run.open_directory import newest_checkpoint
 from qdora.run.start_checks import data_checks
 from qdora.run.train import train_run
+from qdora.train.distributed import Processes
 from tests import tiny_run, tiny_tokenizer
 from tests.page_parser import Page
 from tests.run_files import timeless
@@ -179,3 +182,13 @@ def test_the_checks_change_no_number(root: Path, tmp_path: Path, monkeypatch: py
     train_run(recipe, tmp_path / "without", console=QUIET)
     assert not (tmp_path / "without/checks.json").exists()
     assert timeless(tmp_path / "with") == timeless(tmp_path / "without")
+
+
+def test_a_resumed_run_without_a_checkpoint_says_that_it_begins_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with caplog.at_level("WARNING", logger="qdora"):
+        assert newest_checkpoint(RunDirectory(tmp_path), Processes()) is None
+    (record,) = caplog.records
+    assert record.getMessage() == f"{tmp_path} has no whole checkpoint: the run begins again at its first step."

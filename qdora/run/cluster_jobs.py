@@ -155,7 +155,8 @@ def _executor(folder: Path, job: JobSize) -> Any:
     parameters = {"name": "qdora-train", "timeout_min": _ONE_DAY, **job.parameters}
     parameters |= {"nodes": job.nodes, "tasks_per_node": job.gpus, "gpus_per_node": job.gpus}
     # SLURM ends the other tasks when one has failed, in case that one of them does not notice.
-    parameters["slurm_srun_args"] = ["--kill-on-bad-exit=1", *job.parameters.get("slurm_srun_args", [])]
+    more = job.parameters.get("slurm_srun_args", [])
+    parameters["slurm_srun_args"] = ["--kill-on-bad-exit=1", *([more] if isinstance(more, str) else more)]
     named = "--submit", f"--submit: cluster={job.cluster}", "--submit"
     return job_executor(folder, job.cluster, parameters, options=named)
 

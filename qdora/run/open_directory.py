@@ -93,7 +93,9 @@ def _keep_chat_template(run: RunDirectory, text: str) -> None:
 
 
 def newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:
-    """The checkpoint that the first process finds: all processes continue from the same one."""
+    """The checkpoint that the first process finds: all processes continue from it. A warning tells if there is none."""
     found = processes.first(run.newest_checkpoint)
     step = processes.gather(found.step if found else None)[0]
+    if step is None and processes.is_first:
+        logger.warning("%s has no whole checkpoint: the run begins again at its first step.", run.path)
     return None if step is None else Checkpoint(step, run.checkpoint_path(step))
