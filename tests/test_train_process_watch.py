@@ -24,7 +24,7 @@ from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.train import loop, process_watch
 from qdora.train.process_watch import PATIENCE, ProcessWatch, patience_seconds
-from tests import launched
+from tests import launched, tiny_sharded
 from tests.test_train_distributed import exact
 
 PATIENCE_SECONDS = 4.0
@@ -109,13 +109,17 @@ def launch(root: Path, tmp_path: Path) -> Iterator[Callable[..., Launch]]:
         each.close()
 
 
+SHARES = [
+    pytest.param("replicate", marks=pytest.mark.slow),
+    pytest.param("shard", marks=tiny_sharded.needs_division),
+]
 HANGS = [
     pytest.param(1, stop, "replicate", marks=pytest.mark.slow),
     pytest.param(0, stop, "replicate", marks=pytest.mark.slow),
     pytest.param(0, spin, "replicate", marks=pytest.mark.slow),
-    pytest.param(1, stop, "shard", marks=pytest.mark.slow),
-    (1, spin, "shard"),
-    pytest.param(0, stop, "shard", marks=pytest.mark.slow),
+    pytest.param(1, stop, "shard", marks=[pytest.mark.slow, tiny_sharded.needs_division]),
+    pytest.param(1, spin, "shard", marks=tiny_sharded.needs_division),
+    pytest.param(0, stop, "shard", marks=[pytest.mark.slow, tiny_sharded.needs_division]),
 ]
 
 
@@ -144,7 +148,7 @@ def test_a_process_that_hangs_is_named(
         assert "process 1 (on" in (found.run / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("parallel", [pytest.param("replicate", marks=pytest.mark.slow), "shard"])
+@pytest.mark.parametrize("parallel", SHARES)
 def test_a_process_that_fails_is_named_with_its_reason(launch: Callable[..., Launch], parallel: str) -> None:
     found = launch(1, fail, train__parallel=parallel)
     assert found.end(1)[0] == 1
