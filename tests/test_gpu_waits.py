@@ -183,7 +183,7 @@ CASES: dict[str, dict[str, Any]] = {
     "host embedding": {"host_embedding": True},
     "offload": {"offload": True},
 }
-FAST = ("padded", "dropout", "streamed")
+FAST = ("padded", "streamed")
 SLOW = (*(case for case in CASES if case not in FAST), "lora")
 ONCE = Counter({"train/loop.py: read = joined.tolist()": 1})
 # Of a micro-batch, beside the one of its inputs: the rows of its tokens, the inputs of two blocks out and back.
@@ -215,6 +215,7 @@ def test_the_host_waits_once_in_a_step(gpu: FalseGpu, source: Path, case: str) -
         assert got["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 @on_false_gpu
 def test_gates_are_read_with_the_rest(gpu: FalseGpu, source: Path) -> None:
     """The second step removes components, too."""
@@ -260,6 +261,7 @@ def test_phases_of_a_step_and_of_what_surrounds_it(gpu: FalseGpu, source: Path) 
     assert gpu.count("wait", "generate") >= 4  # each token is read
 
 
+@pytest.mark.slow
 @on_false_gpu
 def test_a_step_with_a_wrong_norm_is_computed_again(gpu: FalseGpu, source: Path) -> None:
     """A row that its adapter has nearly removed: its factored norm is rounding noise."""
