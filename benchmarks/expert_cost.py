@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, facts, fresh, in_turns, peak_rss_bytes, ratio, spread, write
+from measure import RESULTS, facts, fresh, in_turns, peak_rss_bytes, ratio, spread, status_bytes, write
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -244,12 +244,9 @@ def peak_of_step(sizes: dict[str, int], contender: str, tokens: int) -> int:
 
 
 def resident_bytes() -> int:
-    """VmRSS of this process; its peak is set back to it."""
+    """The resident set of this process; its peak is set back to it."""
     Path("/proc/self/clear_refs").write_text("5")
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) * 1024
-    raise OSError("this system has no VmRSS in /proc/self/status")
+    return status_bytes("VmRSS")
 
 
 class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,9 +122,24 @@ def fresh(script: str, *arguments: str, variables: Mapping[str, str] | None = No
     return json.loads(run.stdout.splitlines()[-1])
 
 
+def launch_variables(size: int) -> list[dict[str, str]]:
+    """Environment variables that torchrun would set in each of `size` processes of a launch on this machine."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in range(size))
+    return [{name: str(value) for name, value in (group | rank).items()} for rank in ranks]
+
+
 def peak_rss_bytes() -> int:
-    """VmHWM of this process: the largest resident set it ever had."""
+    """The largest resident set that this process ever had."""
+    return status_bytes("VmHWM")
+
+
+def status_bytes(name: str) -> int:
+    """An entry of Linux's /proc/self/status: VmRSS, the resident set of this process; VmHWM, its largest."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise OSError("this system has no VmHWM in /proc/self/status")
+    raise OSError(f"this system has no {name} in /proc/self/status")

@@ -15,11 +15,9 @@ import json
 import random
 import re
 import shutil
-import socket
 import sys
 import tempfile
 import time
-from contextlib import closing
 from pathlib import Path
 from signal import SIGKILL
 from typing import Any
@@ -40,7 +38,7 @@ from hostile.moments import (
     send,
     started,
 )
-from measure import RESULTS, facts, write
+from measure import RESULTS, facts, launch_variables, write
 from safetensors.torch import load_file
 
 from qdora.files.run_directory import RunDirectory
@@ -65,13 +63,8 @@ def start(root: Path, run: Path, size: int, moment: Moment | None = None, sizes:
     """Start `size` processes of the run, which resume it if it has begun."""
     changes = [word for name, value in SETTINGS.items() for word in ("-s", f"{name}={value}")]
     more = ["--resume"] if RunDirectory(run).has_begun else changes
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     children = []
-    for rank in range(size):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-        variables = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    for rank, variables in enumerate(launch_variables(size)):
         at: dict[str, Any] = {}
         if moment is not None and rank == moment.rank and moment.way != "time":
             whole = sizes[rank][("operation", "step").index(moment.way)]

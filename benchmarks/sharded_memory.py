@@ -18,16 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from load_memory import ALLOWANCE_BYTES, ONE_THREAD, write_checkpoint
-from measure import RESULTS, facts, peak_rss_bytes, write
+from measure import RESULTS, facts, launch_variables, peak_rss_bytes, status_bytes, write
 
 from qdora.plan.public_shapes import public_shapes
 
@@ -103,17 +101,12 @@ def one_division(directory: Path, size: int) -> dict[str, Any]:
 
 def launched(directory: Path | None, size: int) -> list[dict[str, int]]:
     """What `measured` prints in each of `size` processes, which are connected as torchrun's are."""
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     call = [sys.executable, __file__, "--measure", "" if directory is None else str(directory)]
-    processes = []
-    for rank in range(size):
-        variables = {name: str(value) for name, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        environment = {**os.environ, **ONE_THREAD, **variables}
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(call, env=environment, **pipes))
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen(call, env={**os.environ, **ONE_THREAD, **variables}, **pipes)
+        for variables in launch_variables(size)
+    ]
     found = []
     for process in processes:
         out, errors = process.communicate()
@@ -144,7 +137,7 @@ def measured(directory: Path | None) -> None:
             placer = None if mesh is None else ShardedBase(mesh)
             model = load_model(resolve(str(directory)), quant="nf4", compute_dtype=torch.bfloat16, placer=placer)
         processes.gather(None)  # all have loaded
-        print(json.dumps({"held": held_bytes(model), "peak": peak_rss_bytes(), "resident": rss_bytes()}))
+        print(json.dumps({"held": held_bytes(model), "peak": peak_rss_bytes(), "resident": status_bytes("VmRSS")}))
 
 
 def held_bytes(model: Any) -> int:
@@ -156,14 +149,6 @@ def held_bytes(model: Any) -> int:
         memory = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
         seen[memory._cdata] = memory.nbytes()
     return sum(seen.values())
-
-
-def rss_bytes() -> int:
-    """The resident set of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) * 1024
-    raise OSError("this system has no VmRSS in /proc/self/status")
 
 
 def planned_bytes(directory: Path, size: int) -> int:

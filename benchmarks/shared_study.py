@@ -18,7 +18,7 @@ from curvature import write_small_model
 from mixed_data import TASKS
 
 from qdora.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text
-from qdora.study.report import report_run
+from qdora.study.report import read_report, report_run
 from qdora.study.study_directory import StudyDirectory, read_index
 
 RATES = {"values": [5e-4, 1e-3, 2e-3, 4e-3], "seeds": [1000, 1001]}
@@ -101,9 +101,7 @@ def keep(directory: Path, out: Path, head: dict[str, Any]) -> None:
         elif "name" in source:
             source["source"] = f"DATA/{source['name']}"
     atomic_write_text(out / "grid.yaml", yaml.safe_dump(document, sort_keys=False))
-    paragraphs = (out / "report.md").read_text(encoding="utf-8").split("\n\n")
-    answer = paragraphs[2 : next(place for place, text in enumerate(paragraphs) if text.startswith("- "))]
-    atomic_write_json(out / "run.json", head | {"answer": answer})
+    atomic_write_json(out / "run.json", head | {"answer": read_report(directory).answer})
     atomic_write_bytes(out / SCORES_FILE, packed_scores(directory))
     print(json.dumps(head))
 

@@ -22,10 +22,7 @@ def run(size: int, function: Callable[..., None], *args: Any, timeout: float = 2
     Returns:
         Of each process '' or its traceback.
     """
-    context = multiprocessing.get_context("fork")
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    context, port = multiprocessing.get_context("fork"), free_port()
     pairs = [context.Pipe(duplex=False) for _ in range(size)]
     processes = [
         context.Process(target=_one, args=(rank, size, port, pairs[rank][1], function, args)) for rank in range(size)
@@ -37,6 +34,14 @@ def run(size: int, function: Callable[..., None], *args: Any, timeout: float = 2
         process.join(5)
         process.kill()
     return ends
+
+
+def free_port() -> int:
+    """A port that no process uses."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 def _one(rank: int, size: int, port: int, end: Any, function: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from qdora.analysis.weight_changes import set_magnitudes_back_, weight_changes
+from qdora.analysis.weight_changes import set_magnitude_back_, weight_changes
 from qdora.model.inject import adapted_layers
 from qdora.ops.tiles import dense_weight
 from tests import tiny_adapted
@@ -35,7 +35,8 @@ def test_magnitudes_set_back_leave_the_directions() -> None:
     before = weight_changes(layers)
     for layer in layers.values():
         layer.gain(torch.float32)  # which is kept until the parameters change
-    set_magnitudes_back_(layers)
+    for layer in layers.values():
+        set_magnitude_back_(layer)
     after = weight_changes(layers)
     for name, layer in layers.items():
         assert after[name].direction == pytest.approx(before[name].direction, rel=1e-3)

@@ -159,15 +159,19 @@ def test_a_verdict_needs_a_small_p_after_the_correction(made: Path, tmp_path: Pa
     assert (row["winner"], row["verdict"], row["reason"]) == ("", "not decided", "")
 
 
+def nll_of(made: Path, cell: dict[str, Any], half: str) -> float:
+    """NLL per answer token of a cell on one half of its examples, from its file alone."""
+    scored = json.loads((made / "cells" / cell["key"] / "eval/step-1.json").read_text())["per_example"]
+    kept = [row for row in scored if half_of(f"{row['id']}#1") == half]
+    return float(sum(row["nll"] for row in kept) / sum(row["num_answer_tokens"] for row in kept))
+
+
 def test_an_improvement_is_the_mean_of_the_seeds_by_hand(made: Path, report: Report) -> None:
     """From the files of the cells alone: tokens weight the tasks, half of the examples compare."""
     scores: dict[tuple[str, str], float] = {}
     for cell in read_index(made)["cells"]:
         if cell["kind"] == "trained" and cell["labels"]["base.quant"] == "nf4":
-            scored = json.loads((made / "cells" / cell["key"] / "eval/step-1.json").read_text())["per_example"]
-            kept = [row for row in scored if half_of(f"{row['id']}#1") == "compare"]
-            nll = sum(row["nll"] for row in kept) / sum(row["num_answer_tokens"] for row in kept)
-            scores[cell["labels"]["adapter"], cell["labels"]["seed"]] = nll
+            scores[cell["labels"]["adapter"], cell["labels"]["seed"]] = nll_of(made, cell, "compare")
     differences = [scores["lora", seed] - scores["dora", seed] for seed in "0123"]
     row = compared(report, "nf4")
     mean = sum(differences) / 4
@@ -362,10 +366,7 @@ def test_the_search_tells_the_spread_before_anything_is_compared(tmp_path: Path)
     losses = {}
     for cell in read_index(made)["cells"]:
         if cell["kind"] == "rate" and cell["labels"]["train.lr"] == "0.0002":
-            scored = json.loads((made / "cells" / cell["key"] / "eval/step-1.json").read_text())["per_example"]
-            kept = [row for row in scored if half_of(f"{row['id']}#1") == "choose"]
-            nll = sum(row["nll"] for row in kept) / sum(row["num_answer_tokens"] for row in kept)
-            losses[cell["labels"]["adapter"], cell["labels"]["seed"]] = nll
+            losses[cell["labels"]["adapter"], cell["labels"]["seed"]] = nll_of(made, cell, "choose")
     differences = [losses["dora", seed] - losses["lora", seed] for seed in ("1000", "1001")]
     assert found.source == "the search for rates"
     assert found.spread == pytest.approx(statistics.stdev(differences), rel=1e-9)

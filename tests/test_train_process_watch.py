@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
@@ -59,9 +57,6 @@ class Launch:
         self.place, self.run = place, place / "run"
         settings = exact(root, train__batch=2, train__micro_batch_tokens=96, train__checkpoint_every=1, **changes)
         (place / "recipe.yaml").write_text(resolved_yaml(settings))
-        with closing(socket.socket()) as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         real, calls = loop.batch_loss, {"n": 0}
 
         def acting(*args: Any, **options: Any) -> Any:
@@ -74,7 +69,8 @@ class Launch:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "batch_loss", acting)
             patch.setattr(process_watch, "_GRACE_SECONDS", 2.0)
-            names = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            names = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+            names["MASTER_PORT"] = launched.free_port()
             for name, value in {PATIENCE: PATIENCE_SECONDS, **names}.items():
                 patch.setenv(name, str(value))
             for each in range(2):

@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from measure import status_bytes
+
 from qdora.cli.verb import FAILURE, INTERRUPT, USER_MISTAKE, explain
 from qdora.errors import RunFailure
 
@@ -192,7 +194,7 @@ def _in_child(case: Case, inside: Path, writing: int) -> None:
         own = [each for each in frames if "/qdora/" in each.filename] or list(frames)
         place = f"{'/'.join(Path(own[-1].filename).parts[-2:])}:{own[-1].lineno}"
         ended = {"text": text, "code": code, "failure": isinstance(error, RunFailure), "place": place}
-    ended["memory"] = max(0, _status_bytes("VmHWM") - before)
+    ended["memory"] = max(0, status_bytes("VmHWM") - before)
     ended["outside"] = outside
     _send(writing, ended)
 
@@ -242,18 +244,11 @@ _CHANGES |= {"os.truncate": 1, "os.chmod": 1, "shutil.rmtree": 1}
 def _reset_peak() -> int:
     """Set the peak of this process's memory back to what it has now, and return that."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"this system has no {name} in /proc/self/status")
+    return status_bytes("VmHWM")
 
 
 def _address_space() -> int:
-    return _status_bytes("VmSize")
+    return status_bytes("VmSize")
 
 
 def _verdict(case: Case, status: int, report: dict[str, Any], inside: Path) -> Judged:

@@ -47,14 +47,13 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import struct
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -67,7 +66,7 @@ import torch
 import yaml
 from byte_tokenizer import write_model
 from matplotlib.figure import Figure
-from measure import RESULTS, facts, write
+from measure import RESULTS, facts, launch_variables, write
 from safetensors import SafetensorError
 
 from qdora.cli.verb import repeat_lost_interrupts
@@ -513,12 +512,7 @@ class Lives:
     ) -> list[Child]:
         """Start the processes of a life."""
         children = []
-        with closing(socket.socket()) as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for rank in range(2 if life == "pair" else 1):
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-            variables = {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        for rank, variables in enumerate(launch_variables(2) if life == "pair" else [{}]):
             at = {}
             if moment is not None and moment.rank in (None, rank) and moment.way != "time":
                 size = self.sizes[life][rank][("operation", "step").index(moment.way)]
@@ -527,7 +521,7 @@ class Lives:
                 started(
                     commands(life, self.root, place)[num_done:],
                     place,
-                    environment=variables if life == "pair" else {},
+                    environment=variables,
                     **at,
                 )
             )

@@ -37,8 +37,7 @@ def weight_changes(layers: Mapping[str, AdaptedLinear]) -> dict[str, WeightChang
 
 
 @torch.no_grad()
-def set_magnitudes_back_(layers: Mapping[str, AdaptedLinear]) -> None:
-    """Give every magnitude the row norm of its base, with which DoRA begins; the directions stay."""
-    for layer in layers.values():
-        assert layer.magnitude is not None, "only DoRA has magnitudes"
-        layer.magnitude.copy_(layer.base.squared_row_norm().sqrt().view_as(layer.magnitude))
+def set_magnitude_back_(layer: AdaptedLinear) -> None:
+    """Give the magnitude of a layer the row norm of its base, with which DoRA begins; the direction stays."""
+    assert layer.magnitude is not None, "only DoRA has magnitudes"
+    layer.magnitude.copy_(layer.base.squared_row_norm().sqrt().view_as(layer.magnitude))

@@ -97,9 +97,8 @@ def plan(
     shape = _stored_shape(recipe) if config is None else None
     if shape is not None:
         config = shape.config()
-    found = planned(recipe, limit, config=config, device_kind=device_kind, workload=workload, num_sharing=num_sharing)[
-        1
-    ]
+    options: dict[str, Any] = {"device_kind": device_kind, "workload": workload, "num_sharing": num_sharing}
+    found = planned(recipe, limit, config=config, **options)[1]
     return found if shape is None else replace(found, stored_shape=shape.source)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qdora.analysis.error_undone import error_undone
-from qdora.analysis.weight_changes import weight_changes
+from qdora.analysis.weight_changes import set_magnitude_back_, weight_changes
 from qdora.data.build_data import run_examples
 from qdora.data.example import Example
 from qdora.evaluation.loglikelihood import score_answers
@@ -32,7 +32,7 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 
 
 def measure_by_layer(trained: Path) -> dict[str, Any]:
-    """The result of a cell for the run `trained`; it has no scores of single examples.
+    """Measure the layers and blocks of the run `trained`; without scores of single examples.
 
     changes: Path of a layer -> direction, magnitude (`WeightChange`) and, of a compressed base, error_undone,
     error_undone_best, error_cosine (`ErrorUndone`). blocks: of each block the rise of the NLL per answer token without
@@ -55,11 +55,7 @@ def measure_by_layer(trained: Path) -> dict[str, Any]:
         with without_adapter(own):
             blocks.append({"block": block, "rise": _nll(run.model, run.tokenizer, examples) - whole})
     return {
-        "num_steps": 0,
-        "final_loss": None,
-        "num_trainable": 0,
         "size": asdict(model_size(run.model)),
-        "compression": None,
         "changes": changes,
         "blocks": blocks,
         "nll": whole,
@@ -91,7 +87,7 @@ def without_adapter(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
         kept.append((layer.lora_B.clone(), None if layer.magnitude is None else layer.magnitude.clone()))
         layer.lora_B.zero_()
         if layer.magnitude is not None:
-            layer.magnitude.copy_(layer.base.squared_row_norm().sqrt().view_as(layer.magnitude))
+            set_magnitude_back_(layer)
         layer.parameters_changed()
     try:
         yield

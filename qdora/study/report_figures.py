@@ -107,8 +107,6 @@ _DEPTH = (
     "By block: the relative error of the hidden states of untrained bases, and, where the study measures it, the rise "
     "of the NLL without the adapter of one block and the share of the compression error that the update takes back."
 )
-
-
 _CHANGES = (
     "Each dot is a layer of a trained arm: how far its rows turned (1 - cosine) and how much their length changed, "
     "averaged over its rows and the seeds."
@@ -172,9 +170,7 @@ def _damage_left(report: Report) -> Callable[[bool], Figure] | None:
 
 
 def _choices(report: Report) -> Callable[[bool], Figure] | None:
-    rows = [
-        row for row in report.tables["arms"] if row["kind"] in ("base", "trained") and is_number(row.get("choice_nll"))
-    ]
+    rows = [row for row in _bases_and_trained(report) if is_number(row.get("choice_nll"))]
     if not rows:
         return None
     asked = {row[which] for row in report.tables["comparisons"] if row["role"] == "primary" for which in _PAIR}

@@ -462,10 +462,9 @@ def _run(cell: Cell, directory: Path, store: StudyDirectory) -> dict[str, Any]:
     recipe = cell.recipe
     if cell.adapter_key is not None:
         source = store.cell(cell.adapter_key)
-        if cell.kind == "set_back":
-            return evaluate_set_back(source, directory)
-        if cell.kind == "by_layer":
-            return measure_by_layer(source)
+        if cell.kind in ("set_back", "by_layer"):
+            found = evaluate_set_back(source, directory) if cell.kind == "set_back" else measure_by_layer(source)
+            return {"num_steps": 0, "final_loss": None, "num_trainable": 0, "compression": None} | found
         recipe = with_adapter(recipe, source / "adapter")
     summary = train_run(recipe, directory, resume=resume, console=quiet, shared_bases=shared_bases)
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0

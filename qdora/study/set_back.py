@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qdora.analysis.weight_changes import set_magnitudes_back_, weight_changes
+from qdora.analysis.weight_changes import set_magnitude_back_, weight_changes
 from qdora.data.build_data import run_examples
 from qdora.evaluation.suite import evaluate
 from qdora.files.atomic import atomic_write_json
@@ -20,24 +20,21 @@ SCORES_FILE = "eval/set-back.json"
 def evaluate_set_back(trained: Path, directory: Path) -> dict[str, Any]:
     """Evaluate the run `trained` with its magnitudes set back, on the examples of its own evaluation.
 
-    The scores are written to `directory`. Returns the result of a cell, with the changes of every layer before the
+    The scores are written to `directory`. Returns sizes, files, and the changes of every layer before the
     magnitudes were set back.
     """
     run = load_run(trained)
     layers = adapted_layers(run.model)
     changes = {path: asdict(change) for path, change in weight_changes(layers).items()}
-    set_magnitudes_back_(layers)
+    for layer in layers.values():
+        set_magnitude_back_(layer)
     asked = run.recipe.eval
     examples = run_examples(run.recipe, "validation", asked.tasks)
     scored = evaluate(run.model, run.tokenizer, examples, limit=asked.limit, block=asked.block, per_example=True)
     (directory / "eval").mkdir(parents=True, exist_ok=True)
     atomic_write_json(directory / SCORES_FILE, scored.to_dict(per_example=True))
     return {
-        "num_steps": 0,
-        "final_loss": None,
-        "num_trainable": 0,
         "size": asdict(model_size(run.model)),
         "files": {"scores": SCORES_FILE},
-        "compression": None,
         "changes": changes,
     }
