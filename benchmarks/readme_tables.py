@@ -41,6 +41,7 @@ from tables.study import pruning, study, study_nulls
 from tables.times import (
     compile_time,
     expert_cost,
+    host_time,
     layer_time,
     one_micro_batch,
     packing,
@@ -90,6 +91,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sharded_kills": sharded_kills,
     "layer_time": layer_time,
     "roofline": roofline,
+    "host_time": host_time,
     "step_time": step_time,
     "loss_curve": loss_curve,
     "layer_memory": layer_memory,

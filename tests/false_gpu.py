@@ -52,6 +52,8 @@ from qdora.ops import bnb_kernels
 from tests import launched
 
 TYPE = "false_gpu"
+# Imported once for all processes: they need what these import, which takes seconds.
+_PRELOADED = ("tests.test_false_gpu", "tests.test_gpu_launches", "tests.test_gpu_waits", "tests.test_model_known_masks")
 Kind = Literal["launch", "copy", "wait"]
 
 aten = torch.ops.aten
@@ -312,7 +314,7 @@ def on_false_gpu(test: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(test)
     def run(**options: Any) -> None:
-        fault = launched.run_from_server(_on_false_gpu, test.__module__, test.__name__, options, preload=__name__)
+        fault = launched.run_from_server(_on_false_gpu, test.__module__, test.__name__, options, preload=_PRELOADED)
         assert not fault, fault
 
     others = list(inspect.signature(test).parameters.values())[1:]

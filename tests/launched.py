@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -59,14 +59,15 @@ def _told(end: Any, function: Callable[..., None], args: tuple[Any, ...]) -> Non
     os._exit(0)  # nothing of the test process is to be torn down here
 
 
-def run_from_server(function: Callable[..., None], *args: Any, preload: str, timeout: float = 240) -> str:
-    """Call `function(*args)`, pickled, in a process forked from one that has only imported the module `preload`.
+def run_from_server(function: Callable[..., None], *args: Any, preload: Sequence[str], timeout: float = 240) -> str:
+    """Call `function(*args)`, pickled, in a process forked from one that has only imported the modules `preload`: those
+    of the first call.
 
     Returns:
         '' or its traceback.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([preload])
+    context.set_forkserver_preload(list(preload))
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_told, args=(sender, function, args))
     process.start()

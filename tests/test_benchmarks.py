@@ -49,11 +49,21 @@ def test_step_time(tmp_path: Path) -> None:
     assert peak["peak_bytes"] == peak["loaded_bytes"] + peak["added_bytes"]
 
 
+def test_host_time(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "host_time.py")
+    assert set(result["within"]) == {"forward", "forward and backward"}
+    whole, half = (result["passes"][name]["seconds"] for name in ("forward and backward", "forward"))
+    assert whole["own_dora"]["median"] > half["own_dora"]["median"] > 0
+
+
 def test_one_micro_batch(tmp_path: Path) -> None:
     result = smoke(tmp_path, "one_micro_batch.py")
     assert {len(each) for each in result["seconds"].values()} == {2}
     assert set(result["seconds"]) == {"own_dora", "own_lora", "peft_lora", "peft_dora", "frozen", "dense"}
     assert set(result["passes"]) == set(result["bars"])
+    assert all(seconds > 0 for seconds in result["parts"]["gradient of m"]["own_dora"])
+    assert result["parts"]["gradient of m"]["own_lora"] == [0.0, 0.0]
+    assert all(seconds > 0 for each in result["parts"]["norms and operands"].values() for seconds in each)
 
 
 @pytest.mark.timeout(1200)  # a compiler for C++ runs

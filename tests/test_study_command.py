@@ -248,7 +248,7 @@ def test_the_command_checks_before_it_runs(root: Path, tmp_path: Path) -> None:
     shown = json.loads(found.stdout)
     assert [cell["kind"] for cell in shown["cells"]] == ["base", "base", "trained", "trained"]
     assert shown["notes"] == [
-        "This study cannot have a verdict: the learning rates are not searched. Fix: add rates; there are only 1 of 3 "
+        "This study cannot have a verdict: the learning rates are not searched (rates); there are only 1 of 3 "
         "(compare.min_seeds) seeds. It gives scores and intervals."
     ]
     assert "This study cannot have a verdict" in found.stderr

@@ -377,7 +377,7 @@ def test_a_huge_file_is_sampled(tmp_path: Path) -> None:
     "changes, reason",
     [
         ({}, None),
-        ({"rates": None}, "the learning rates are not searched. Fix: add rates"),
+        ({"rates": None}, "the learning rates are not searched (rates)"),
         ({"seeds": [0, 1]}, "there are only 2 of 3 (compare.min_seeds) seeds"),
         ({"stages": [{"name": "few", "cells": {"seed": 0}}]}, "there are only 1 of 3 (compare.min_seeds) seeds"),
     ],

@@ -150,7 +150,7 @@ def test_a_process_that_fails_is_named_with_its_reason(launch: Callable[..., Lau
     assert found.end(1)[0] == 1
     code, line = found.end(0)
     assert code == 1
-    assert re.match(r"process 0: stopped, because process 1 \(on \S+\) failed: a fault of its own\. Fix: resume", line)
+    assert re.match(r"process 0: stopped, because process 1 \(on \S+\) failed: a fault of its own\. Fix: run again", line)
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -206,7 +206,10 @@ def test_who_is_behind_is_silent_unless_it_moves(watches: list[ProcessWatch]) ->
         assert not any(watch.knows for watch in watches)
         assert knows(watches, 20.0)
     told = watches[1].lost()
-    assert re.match(r"process 1: stopped, because process 0 \(on \S+\) has not moved for 1.5 s\. Fix: resume", told)
+    stopped = r"process 1: stopped, because process 0 \(on \S+\) has not moved for 1.5 s\. "
+    assert re.match(stopped + "Fix: run again with --resume; no checkpoint is saved", told)
+    watches[1].newest = lambda: Path("step-8")
+    assert re.match(stopped + "Fix: resume from the last checkpoint", watches[1].lost())
     assert watches[0].lost().startswith("process 0 has not moved for 1.5 s, so the others have ended. It is at ")
     assert watches[0].has_silence
 

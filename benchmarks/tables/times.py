@@ -206,6 +206,25 @@ def step_time() -> str:
     return markdown(header, rows) + note
 
 
+def host_time() -> str:
+    """Microseconds that the host takes to call a layer, and own QDoRA's time relative to each contender."""
+    document = read("host_time")
+    passes = document["passes"]
+    header = ["", *(f"{name}, µs" for name in passes), *(f"{name}, qdora DoRA / this one" for name in passes)]
+    rows = []
+    for layer in passes["forward"]["seconds"]:
+        ratios = [each["ratios"].get(f"own_dora / {layer}") for each in passes.values()]
+        times = [f"{1e6 * each['seconds'][layer]['median']:.0f}" for each in passes.values()]
+        rows.append([CONTENDERS[layer], *times, *(_quartiles(each) if each else "–" for each in ratios)])
+    verdicts = ", ".join(f"{name} {'met' if within else 'missed'}" for name, within in document["within"].items())
+    most = document["bar"]["own_dora / peft_lora"]
+    note = (
+        f"\n{document['size']} x {document['size']}, rank {document['rank']}, one token, {document['num_threads']} "
+        f"thread, {document['num_rounds']} rounds. Target: qdora DoRA at most {most:g} times PEFT LoRA: {verdicts}.\n"
+    )
+    return markdown(header, rows) + note
+
+
 _STEP_COLUMNS = ("tokens/s", "time of qdora DoRA / of this one")
 
 
@@ -222,9 +241,11 @@ def one_micro_batch() -> str:
         f"({'met' if document['passes'][name] else 'missed'})"
         for name, most in document["bars"].items()
     ]
+    parts = ", ".join(f"{part} {100 * share['median']:.1f} %" for part, share in document["of_own_lora"].items())
     note = (
         f"\n{document['rows']} rows of {document['length']} tokens, {document['num_threads']} threads, {count} rounds. "
-        f"PEFT's own QDoRA / its QLoRA: {_quartiles(peer)}. Targets for the time of qdora DoRA: {', '.join(targets)}.\n"
+        f"PEFT's own QDoRA / its QLoRA: {_quartiles(peer)}. Targets for the time of qdora DoRA: {', '.join(targets)}. "
+        f"What qdora DoRA adds, in shares of the step of qdora LoRA (medians): {parts}.\n"
     )
     return markdown(["", *_STEP_COLUMNS], rows) + note
 

@@ -427,7 +427,7 @@ def cannot_decide(study: Study) -> list[str]:
     """Why no comparison of a study can have a verdict, whatever it scores; empty if one can."""
     reasons = []
     if study.rates is None:
-        reasons.append("the learning rates are not searched. Fix: add rates")
+        reasons.append("the learning rates are not searched (rates)")
     stages = study.stages or [StageConfig(name="main")]
     most = max(len(as_list(stage.cells.get(SEED, list(study.seeds)))) for stage in stages if stage.kind == "train")
     if most < study.compare.min_seeds:
