@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
+from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.prepared_gains import prepare_gains
 from qdora.ops import blockwise, bnb_kernels, int8, tiles
 from qdora.ops.adapted_product import column_dot
 from qdora.ops.loss import chunked_nll

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.prepared_gains import prepare_gains
 from qdora.ops.dropout import draw_seed, dropped
 from tests import reference, reference_prune, test_nn_masked_adapter, tiny, tiny_adapted
 from tests.test_ops_adapted_product import arrays, to_numpy

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qdora.nn import adapted_linear as module
-from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.prepared_gains import prepare_gains
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, tiny
 from tests.test_ops_adapted_product import arrays, to_numpy

@@ -17,7 +17,7 @@ from qdora.model.build_model import Compute, put_adapters
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.source import resolve
-from qdora.nn.adapted_linear import prepare_gains
+from qdora.nn.prepared_gains import prepare_gains
 from qdora.ops import expert_product, expert_tokens
 from qdora.ops.planned_device import planned_counts, planned_on
 from qdora.plan import memory_plan, plan_view

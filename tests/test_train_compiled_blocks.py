@@ -18,7 +18,7 @@ from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
 from qdora.errors import UserError
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters
-from qdora.nn.adapted_linear import prepare_gains
+from qdora.nn.prepared_gains import prepare_gains
 from qdora.train import compiled_blocks
 from qdora.train.optimizer import AdapterOptimizer
 from tests import tiny, tiny_adapted, tiny_experts, tiny_streamed

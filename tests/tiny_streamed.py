@@ -16,7 +16,7 @@ from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import Quantization, load_model
 from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
-from qdora.nn.adapted_linear import prepare_gains
+from qdora.nn.prepared_gains import prepare_gains
 from tests import tiny
 from tests.checkpoints import SMALL, checkpoint
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from gpu.numerics_formats import Check, check, off, random
 from gpu.part import Part
 from gpu.plan import Plan
-from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
+from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.prepared_gains import prepare_gains
 from qdora.ops import tiles
 from qdora.ops.packed import quantize
 from qdora.train.optimizer import AdapterOptimizer

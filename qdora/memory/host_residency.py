@@ -23,9 +23,10 @@ from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.inject import replace_module
 from qdora.model.load import Loading, Quantization, is_wide, iterate_quantized, place_dense, place_frozen, wide_names
 from qdora.model.stored_tensors import Stored, StoredPacked, tied_weights
-from qdora.nn.adapted_linear import AdaptedLinear, prepare_gains
+from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
+from qdora.nn.prepared_gains import prepare_gains
 from qdora.ops.packed import PackedWeight, empty_packed, from_tensors
 
 _ALIGNMENT = 256  # bytes; kernels read 16 at a time, and views need their dtype's

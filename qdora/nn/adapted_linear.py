@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -15,13 +13,10 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.parameter_cache import ParameterCache
 from qdora.ops.adapted_product import Operands, adapted_linear, adapted_product, operands_of
 from qdora.ops.dora import (
-    FactoredNorm,
     Gain,
-    factored_norm,
     gain,
     gain_of_sum,
     masked_row_norm,
-    measure_cancelled_,
     merged_weight,
     row_norm,
     squared_row_norm,
@@ -30,11 +25,9 @@ from qdora.ops.frozen_product import is_plain, product_dtype
 from qdora.ops.gate import fold_gate
 from qdora.ops.low_rank_factors import rounded
 from qdora.ops.opaque_product import OpaqueOperands, opaque_adapted_linear, opaque_operands
-from qdora.ops.planned_device import is_planning
 
 Kind = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian"]
-_CHECKED_LATER: ContextVar[bool] = ContextVar("norms_are_checked_later", default=False)
 
 
 class AdaptedLinear(nn.Module):
@@ -158,7 +151,7 @@ class AdaptedLinear(nn.Module):
             bias=self.base.bias,
             magnitude=self.magnitude,
             gain=self.gain(dtype) if operands is None else operands.gain,
-            dropout=self._dropout,
+            dropout=self.present_dropout,
             keep_bits=self._mask_bits,
             keeps_copy=self.keeps_copy,
             operands=operands,
@@ -168,17 +161,29 @@ class AdaptedLinear(nn.Module):
         """What the products in `dtype` read, made once for each state of the parameters; None for a masked adapter."""
         if self.masked:
             return None
-        parameters = self._factors() if self.magnitude is None else (*self._factors(), self.magnitude)
-        dropout = self._dropout
-        keeps_scales = self.keeps_scales and not self.base.away and self.base.share is None
 
         def made() -> Operands:
             self._dtype = dtype
-            base = self.base.stored_weight if keeps_scales else None
-            scaling = self.scaling / (1.0 - dropout)
+            base = self.base.stored_weight if self.may_keep_scales else None
+            scaling = self.scaling / (1.0 - self.present_dropout)
             return operands_of(self.lora_A, self.gated_B(), self.gain(dtype), scaling, dtype, kept_of=base)
 
-        return self._cache.get("operands", parameters, (dtype, self.scaling, dropout, keeps_scales), made)
+        return self._cache.get("operands", self._own_parameters(), self._operands_settings(dtype), made)
+
+    def keep_prepared(self, dtype: torch.dtype, norm: Tensor, operands: Operands) -> None:
+        """Keep the norm and the `operands` of the present parameters, computed elsewhere (`prepared_gains`)."""
+        settings = (dtype, self.scaling)
+        self._cache.put("row_norm", self._factors(), settings, norm)
+        self._cache.put("gain", self._own_parameters(), settings, operands.gain)
+        self._cache.put("operands", self._own_parameters(), self._operands_settings(dtype), operands)
+
+    def _operands_settings(self, dtype: torch.dtype) -> tuple[object, ...]:
+        return dtype, self.scaling, self.present_dropout, self.may_keep_scales
+
+    @property
+    def may_keep_scales(self) -> bool:
+        """Whether `keeps_scales` holds and the base is here, whole."""
+        return self.keeps_scales and not self.base.away and self.base.share is None
 
     def trained_tensors(self) -> tuple[Tensor, ...]:
         """A, the gated B and for DoRA m: where the gradients of a product arrive."""
@@ -198,12 +203,13 @@ class AdaptedLinear(nn.Module):
             prepared,
             self.scaling,
             dtype,
-            dropout=self._dropout,
+            dropout=self.present_dropout,
             keep_bits=self._mask_bits,
         )
 
     @property
-    def _dropout(self) -> float:
+    def present_dropout(self) -> float:
+        """The probability in the present mode: 0 in evaluation."""
         return self.dropout if self.training else 0.0
 
     def add_gate(self) -> None:
@@ -274,7 +280,11 @@ class AdaptedLinear(nn.Module):
             )
             return gain(magnitude, norm)
 
-        return self._cache.get("gain", (*self._factors(), magnitude), settings, made)
+        return self._cache.get("gain", self._own_parameters(), settings, made)
+
+    def _own_parameters(self) -> tuple[Tensor, ...]:
+        """The parameters that the gain and the operands depend on."""
+        return self._factors() if self.magnitude is None else (*self._factors(), self.magnitude)
 
     def _factors(self) -> tuple[Tensor, ...]:
         """The parameters that the row norm depends on."""
@@ -372,75 +382,3 @@ def drop_scales_without_room(layers: Iterable[AdaptedLinear]) -> bool:
 def _free_bytes(device: torch.device) -> int | None:
     """Free memory of a GPU; None for another device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-
-
-@contextmanager
-def norms_checked_later(later: bool) -> Iterator[None]:
-    """With `later`, `prepare_gains` does not wait for a GPU in the block. Whoever opened the block then reads the flags
-    of the `unchecked` layers, and if `settle_norms` returns True, drops what came of their norms."""
-    before = _CHECKED_LATER.set(later)
-    try:
-        yield
-    finally:
-        _CHECKED_LATER.reset(before)
-
-
-def unchecked(layers: Iterable[AdaptedLinear]) -> dict[AdaptedLinear, Tensor]:
-    """The layers whose norms may be wrong, and `has_cancelled` of each."""
-    return {layer: layer.has_cancelled for layer in layers if layer.has_cancelled is not None}
-
-
-def settle_norms(layers: Iterable[AdaptedLinear], flags: Sequence[float]) -> bool:
-    """Take the flags of the `unchecked` layers, 0 for a norm that is right, and forget the wrong norms. Returns whether
-    there are any. From then on `prepare_gains` reads the flags of their layers at once, until they are 0."""
-    for layer, flag in zip(layers, flags, strict=True):
-        layer.has_cancelled = None
-        if flag:
-            layer._is_asked = True
-            layer.parameters_changed()
-    return any(flags)
-
-
-def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
-    """Compute the gains that the coming forward pass needs, so that a GPU's host waits once, not once a layer.
-
-    Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
-    one question serves all layers, or none is asked (`norms_checked_later`). Then the layers' `operands` are made.
-    Skipped are layers that have not run yet, whose parameters have not changed, that are masked (a masked norm asks
-    nothing), or whose base is divided (`shared_norms`). The forward pass computes the rest. Returns how many norms were
-    computed.
-    """
-    known = [(layer, layer._dtype) for layer in layers if layer._dtype is not None]
-    ready = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
-    count = _prepare_norms([(layer, dtype) for layer, dtype in ready if layer.kind == "dora"])
-    for layer, dtype in ready:
-        layer.operands(dtype)
-    return count
-
-
-def _prepare_norms(layers: Iterable[tuple[AdaptedLinear, torch.dtype]]) -> int:
-    """The norms of `prepare_gains`, in the dtype of each layer's products."""
-    found: list[tuple[AdaptedLinear, torch.dtype, FactoredNorm]] = []
-    for layer, dtype in layers:
-        squared = layer.base_squared
-        assert squared is not None, "DoRA has norms"
-        if layer._cache.knows("row_norm", layer._factors(), (dtype, layer.scaling)):
-            continue
-        with torch.inference_mode(False), torch.autocast(layer.lora_A.device.type, enabled=False):
-            weight, factors = layer.base.stored_weight, layer._rounded_factors(dtype)
-            norm = factored_norm(weight, *factors, layer.scaling, base_squared=squared, dtype=dtype)
-            layer.has_cancelled = norm.cancelled.any() if _CHECKED_LATER.get() and not layer._is_asked else None
-        found.append((layer, dtype, norm))
-    asked = [each for each in found if each[0].has_cancelled is None]
-    flags = [False] * len(asked)
-    if asked and not is_planning():
-        device = asked[0][2].cancelled.device
-        flags = torch.stack([norm.cancelled.any().to(device) for _, _, norm in asked]).tolist()
-    for (layer, dtype, norm), has_cancelled in zip(asked, flags, strict=True):
-        layer._is_asked = has_cancelled
-        if has_cancelled:
-            factors = layer._rounded_factors(dtype)
-            measure_cancelled_(norm, layer.base.stored_weight, *factors, layer.scaling, dtype=dtype)
-    for layer, dtype, norm in found:
-        layer._cache.put("row_norm", layer._factors(), (dtype, layer.scaling), norm.norm)
-    return len(found)

@@ -150,7 +150,7 @@ class AdaptedExperts(AdaptedLinear):
             bias=self.base.bias,
             magnitude=self.magnitude,
             gain=self._gain_of(tokens, product_dtype(x)),
-            dropout=self._dropout,
+            dropout=self.present_dropout,
             keep_bits=self._mask_bits,
             keeps_copy=self.keeps_copy,
         )

@@ -7,6 +7,7 @@ Source: DoRA, arXiv 2402.09353, eq. 5. The norm is held constant in the backward
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -76,24 +77,11 @@ class FactoredNorm(NamedTuple):
 
 
 @torch.no_grad()
-@full_precision()
 def factored_norm(
     weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor, dtype: torch.dtype
 ) -> FactoredNorm:
-    """Euclidean norm of each row of W + s B A from three terms; a GPU computes it without a wait of the host.
+    """`factored_norms` of one layer: factors (rank, in) and (out, rank), squares and norms (out,).
 
-        ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T        row w of W, b of B
-
-    The three terms are exact in exact arithmetic. Rows whose sum cancels (below `CANCELLATION` of ||w||^2) are marked.
-
-    Source: DoRA, arXiv 2402.09353, eq. 5; held constant in the backward pass (sec. 4.3).
-
-    Args:
-        weight: Base W, (out, in), packed or dense; read tile by tile.
-        lora_A, lora_B: (rank, in) and (out, rank), any float dtype.
-        scaling: s = alpha / rank.
-        base_squared: ||w||^2 of each row, (out,), constant since W is frozen.
-        dtype: Of the tiles of W and of the product W A^T; all else is summed in float32 or wider.
     Raises ValueError: If an inner size differs.
     """
     if lora_A.shape != (lora_B.shape[1], weight.shape[1]) or lora_B.shape[0] != weight.shape[0]:
@@ -101,20 +89,59 @@ def factored_norm(
             f"weight, lora_A and lora_B must be (out, in), (rank, in) and (out, rank), got {tuple(weight.shape)}, "
             f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}."
         )
-    if sums_in_one_pass(weight, dtype, len(lora_A)):
-        return norm_in_one_pass(weight, lora_A, lora_B, scaling, base_squared=base_squared, dtype=dtype)
-    wide = _wide(weight)
-    a = lora_A.to(wide)
-    gram = (a @ a.T) * scaling  # (rank, rank)
-    a_narrow = lora_A.to(dtype)
-    inner_dots = torch.empty_like(base_squared)
-    for rows, tile in row_tiles(weight, dtype):
-        b = lora_B[rows].to(wide)
-        # s b A (2 w + s b A)^T = (2 W A^T + s B A A^T) . s b
-        inner = torch.addmm((tile @ a_narrow.T).to(wide), b, gram, beta=2.0)  # (rows, rank)
-        inner_dots[rows] = (inner * b).sum(dim=1)
-        del tile
-    return of_squares(base_squared, inner_dots, scaling)
+    a, b, squared = (each.unsqueeze(0) for each in (lora_A, lora_B, base_squared))
+    found = factored_norms([weight], a, b, scaling, base_squared=squared, dtype=dtype)
+    return FactoredNorm(found.norm[0], found.cancelled[0])
+
+
+@torch.no_grad()
+@full_precision()
+def factored_norms(
+    weights: Sequence[Weight],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    base_squared: Tensor,
+    dtype: torch.dtype,
+) -> FactoredNorm:
+    """Euclidean norm of each row of W + s B A of n layers alike, from three terms; no host waits for its GPU.
+
+        ||w + s b A||^2 = ||w||^2 + 2 s b (A w^T) + s^2 b (A A^T) b^T        row w of W, b of B
+
+    The three terms are exact in exact arithmetic. Rows whose sum cancels (below `CANCELLATION` of ||w||^2) are marked.
+    Each weight is read on its own; all else is one operation for all layers, since its launches would cost more than
+    its arithmetic.
+
+    Source: DoRA, arXiv 2402.09353, eq. 5; held constant in the backward pass (sec. 4.3).
+
+    Args:
+        weights: Bases W, (out, in), packed or dense, of one kind; read tile by tile.
+        lora_A, lora_B: (n, rank, in) and (n, out, rank), any float dtype.
+        scaling: s = alpha / rank.
+        base_squared: ||w||^2 of each row, (n, out), constant since W is frozen.
+        dtype: Of the tiles of W and of the products W A^T; all else is summed in float32 or wider.
+    Returns: Norms and flags, (n, out).
+    """
+    first, rank = weights[0], lora_A.shape[1]
+    if sums_in_one_pass(first, dtype, rank):
+        norms = [
+            norm_in_one_pass(weight, lora_A[i], lora_B[i], scaling, base_squared=base_squared[i], dtype=dtype)
+            for i, weight in enumerate(weights)
+            if sums_in_one_pass(weight, dtype, rank)
+        ]
+        return FactoredNorm(*map(torch.stack, zip(*norms, strict=True)))
+    wide, narrow = _wide(first), lora_A.to(dtype)
+    products = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)  # W A^T
+    for weight, a_of_one, product in zip(weights, narrow, products, strict=True):
+        for rows, tile in row_tiles(weight, dtype):
+            torch.mm(tile, a_of_one.T, out=product[rows])
+            del tile
+    a, b = lora_A.to(wide), lora_B.to(wide)
+    gram = torch.bmm(a, a.mT) * scaling  # (n, rank, rank)
+    # s b A (2 w + s b A)^T = (2 W A^T + s B A A^T) . s b
+    inner = torch.baddbmm(products.to(wide), b, gram, beta=2.0)  # (n, out, rank)
+    return of_squares(base_squared, inner.mul_(b).sum(dim=-1), scaling)
 
 
 def sums_in_one_pass(weight: Weight, dtype: torch.dtype, rank: int) -> TypeGuard[PackedWeight]:

@@ -8,9 +8,14 @@ from torch import Tensor
 from qdora.ops.planned_device import device_kind
 from qdora.ops.split_float import nearest_bfloat16
 
-# Entries of lora_B that are scaled at a time, in float32: 4 MiB, and 32 MiB on a GPU, where launches cost more.
+# In float32 4 MiB, and 32 MiB on a GPU, where launches cost more.
 _ENTRIES_PER_SLICE = 1 << 20
 _GPU_ENTRIES_PER_SLICE = 1 << 23
+
+
+def entries_at_a_time(device: torch.device) -> int:
+    """Entries of low-rank factors that are computed with at a time on a device."""
+    return _ENTRIES_PER_SLICE if device_kind(device) == "cpu" else _GPU_ENTRIES_PER_SLICE
 
 
 def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -25,13 +30,13 @@ def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def row_factor(gain: Tensor | None, scaling: float) -> float | Tensor:
-    """s g, the factor of each row of B: (out, 1), or a number for LoRA."""
-    return scaling if gain is None else (gain * scaling).unsqueeze(1)
+    """s g, the factor of each row of B: (..., out, 1) for gains (..., out), or a number for LoRA."""
+    return scaling if gain is None else (gain * scaling).unsqueeze(-1)
 
 
 def scaled_B(lora_B: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
     """diag(s g) B in the dtype of the products: (out, rank), rounded once more after `rounded`."""
-    entries = _ENTRIES_PER_SLICE if device_kind(lora_B.device) == "cpu" else _GPU_ENTRIES_PER_SLICE
+    entries = entries_at_a_time(lora_B.device)
     if lora_B.numel() <= entries:
         return _times(rounded(lora_B, dtype), factor, dtype)
     scaled = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)

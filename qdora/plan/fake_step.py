@@ -26,8 +26,8 @@ from qdora.model.load import Quantization, chosen_layers, is_wide, layers_to_qua
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
-from qdora.nn.adapted_linear import prepare_gains
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.prepared_gains import prepare_gains
 from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.ops.planned_device import planned_on
 from qdora.ops.tiles import Weight

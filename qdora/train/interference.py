@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.inject import adapted_layers
-from qdora.nn.adapted_linear import prepare_gains
+from qdora.nn.prepared_gains import prepare_gains
 from qdora.nn.shared_norms import prepare_shared_gains
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.loop import batch_loss

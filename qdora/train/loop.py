@@ -25,8 +25,8 @@ from qdora.data.loader import Step, StepLoader
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
 from qdora.model.inject import adapted_layers
 from qdora.model.known_masks import flash_inputs, known_masks, packed_mask_is_known, takes_flash_lengths
-from qdora.nn.adapted_linear import norms_checked_later, prepare_gains, settle_norms, unchecked
 from qdora.nn.host_embedding import ids_on_host
+from qdora.nn.prepared_gains import norms_checked_later, prepare_gains, settle_norms, unchecked
 from qdora.nn.shared_norms import prepare_shared_gains
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.checkpoint import random_state, set_random_state
