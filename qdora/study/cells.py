@@ -146,6 +146,9 @@ class Expander:
     ) -> Cells:
         """The cells as far as the results tell them; without arguments those that the study begins with.
 
+        They are in the order in which they run. Within a stage all arms have a seed before any has the next one, so a
+        study that is stopped has compared them with the seeds that it had time for.
+
         Args:
             loss: Validation losses of the runs that look for rates.
             has_adapter: Of the cells whose adapters are transplanted.
@@ -156,13 +159,15 @@ class Expander:
         trained: dict[str, Cell] = {}
         equal: dict[str, list[Labels]] = {}
         waiting: dict[str, int] = {}
+        places: dict[str, tuple[int, int]] = {}
+        stages = list(dict.fromkeys(arm.stage.name for arm in self.arms))
         for arm in self.arms:
             if self._is_bare(arm):
                 continue
             found = self._search(arm, searches, loss)
             if found is not None and found.is_done and found.rate is None:
                 continue  # every rate diverged
-            for seed in (*arm.seeds, *self._more_seeds(arm, is_wide)):
+            for number, seed in enumerate((*arm.seeds, *self._more_seeds(arm, is_wide))):
                 cell = self._cell(arm, seed, found, trained)
                 if cell is not None and cell.adapter_key is not None:
                     left = has_adapter(trained[cell.adapter_key])
@@ -173,10 +178,13 @@ class Expander:
                     waiting[arm.stage.name] = waiting.get(arm.stage.name, 0) + 1
                 elif trained.setdefault(cell.key, cell).labels != cell.labels:
                     equal.setdefault(cell.key, []).append(cell.labels)
+                else:
+                    places[cell.key] = (stages.index(arm.stage.name), number)
         of_rates = {cell.key: cell for _, _, cells in searches.values() for cell in cells}
         for key, labels in self._equal_bases(bases).items():
             equal.setdefault(key, []).extend(labels)
-        every = [*(uncompressed | bases).values(), *of_rates.values(), *trained.values()]
+        in_order = sorted(trained.values(), key=lambda cell: places[cell.key])
+        every = [*(uncompressed | bases).values(), *of_rates.values(), *in_order]
         cells = [replace(cell, equal=tuple(equal.get(cell.key, ()))) for cell in every]
         return Cells(cells, waiting, list(searches.values()))
 
