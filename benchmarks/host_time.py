@@ -21,6 +21,8 @@ from contenders import CONTENDERS, layer_on, random_base
 from measure import RESULTS, facts, in_turns, ratio, spread, write
 from torch import nn
 
+from qdora.train.optimizer import AdapterOptimizer
+
 NAMES = ("frozen", "own_lora", "own_dora", "peft_lora", "peft_dora")
 RATIOS = (("own_dora", "own_lora"), ("own_dora", "peft_lora"), ("own_lora", "peft_lora"), ("peft_dora", "peft_lora"))
 BAR, MOST = "own_dora / peft_lora", 1.0
@@ -39,6 +41,8 @@ def main() -> None:
         args.rounds, args.calls = 2, 2
     base = random_base(SIZE, SIZE)
     layers = {name: layer_on(base, CONTENDERS[name], RANK) for name in NAMES}
+    for name in ("own_lora", "own_dora"):
+        AdapterOptimizer(dict(layers[name].named_parameters()))  # lets gradients of bf16 parameters stay float32
     passes = {"forward": forward, "forward and backward": forward_and_backward}
     found = {}
     for name, each in passes.items():

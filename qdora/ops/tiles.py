@@ -117,9 +117,13 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
             yield rows, triton_kernels.decode(weight, dtype, rows=rows, gain=row_factor)
         return
     aligned = in_features % weight.block_size == 0
-    scales = _row_scales(weight, row_factor) if aligned else block_scales(weight)
     align = 1 if aligned else weight.block_size // math.gcd(in_features, weight.block_size)
-    for rows in spans(out_features, in_features, dtype.itemsize, device_kind(weight.device), align):
+    runs = spans(out_features, in_features, dtype.itemsize, device_kind(weight.device), align)
+    if len(runs) == 1 and row_factor is None:  # spares the host some ten views
+        yield runs[0], dequantize(weight, dtype)
+        return
+    scales = _row_scales(weight, row_factor) if aligned else block_scales(weight)
+    for rows in runs:
         if aligned:
             yield rows, _decode(weight, _codes(weight)[rows], scales[rows], dtype)
         else:
@@ -167,10 +171,14 @@ def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None =
         for columns in spans(in_features, out_features, dtype.itemsize, device_kind(weight.device)):
             yield columns, _scaled_rows(weight[:, columns], row_factor, dtype)
         return
-    scales, codes = _row_scales(weight, row_factor), _codes(weight)
     block = 1 if weight.kind == "int8" else weight.block_size
+    runs = spans(in_features, out_features, dtype.itemsize, device_kind(weight.device), block)
+    if len(runs) == 1 and row_factor is None:
+        yield runs[0], dequantize(weight, dtype)
+        return
+    scales, codes = _row_scales(weight, row_factor), _codes(weight)
     per_byte = 1 if weight.kind == "int8" else 2
-    for columns in spans(in_features, out_features, dtype.itemsize, device_kind(weight.device), block):
+    for columns in runs:
         some = codes[:, columns.start // per_byte : columns.stop // per_byte]
         blocks = scales if weight.kind == "int8" else scales[:, columns.start // block : columns.stop // block]
         yield columns, _decode(weight, some, blocks, dtype)
