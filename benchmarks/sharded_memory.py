@@ -6,8 +6,11 @@ Writes a random 16-bit checkpoint of the shape of Llama-3-8B to DIR (16 GB), or 
 run with train.parallel: shard does, in NF4 with double quantisation, over gloo on the CPU.
 
 counted    bytes of all parameters and buffers of a process
-resident   resident set behind loading, over that of a process that has imported and connected the same
+resident   resident set behind loading, over that of a process that has connected the same
 peak       the largest resident set while loading, over the same
+
+Every process first loads a small model in the same way and frees it, so that what Python imports and torch sets up with
+the first one is not taken for memory of the base.
 
 Bars: what each process holds is within 3 % of the plan, which is base / N + what is not divided; its resident set, too;
 and loading takes at most its share, twice the largest tensor of the checkpoint, and 300 MB.
@@ -16,6 +19,8 @@ and loading takes at most its share, twice the largest tensor of the checkpoint,
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -44,16 +49,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="directory of the checkpoint")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--smoke", action="store_true", help="a small shape: shows that it runs")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs="+", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure is not None:
-        measured(Path(args.measure) if args.measure else None)
+        measured(*args.measure)
         return
     if args.work is None:
         parser.error("--work must be given: where the checkpoint is written")
     shape = {name: value for name, value in public_shapes()[MODEL].values.items() if name != "model_type"}
     shape |= {**SMALL, "num_hidden_layers": 2} if args.smoke else {"num_hidden_layers": args.layers}
     total, largest, _ = checkpoint(args.work, shape)
+    checkpoint(args.work / "small", shape | SMALL | {"num_hidden_layers": 2})
     sizes = SIZES[:2] if args.smoke else SIZES
     found = {str(size): one_division(args.work, size) for size in sizes}
     for size, each in found.items():
@@ -86,9 +92,9 @@ def checkpoint(directory: Path, shape: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def one_division(directory: Path, size: int) -> dict[str, Any]:
-    """What each of `size` processes holds of the base, and took to load it, over processes that load nothing."""
-    idle, began = launched(None, size), time.perf_counter()
-    loaded = launched(directory, size)
+    """What each of `size` processes holds of the base, and took to load it, over processes that do not load it."""
+    idle, began = launched(directory, size, loads=False), time.perf_counter()
+    loaded = launched(directory, size, loads=True)
     pairs = list(zip(loaded, idle, strict=True))
     return {
         "held_bytes": [each["held"] for each in loaded],
@@ -99,9 +105,9 @@ def one_division(directory: Path, size: int) -> dict[str, Any]:
     }
 
 
-def launched(directory: Path | None, size: int) -> list[dict[str, int]]:
+def launched(work: Path, size: int, *, loads: bool) -> list[dict[str, int]]:
     """What `measured` prints in each of `size` processes, which are connected as torchrun's are."""
-    call = [sys.executable, __file__, "--measure", "" if directory is None else str(directory)]
+    call = [sys.executable, __file__, "--measure", str(work / "small"), *([str(work)] if loads else [])]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [
         subprocess.Popen(call, env={**os.environ, **ONE_THREAD, **variables}, **pipes)
@@ -116,26 +122,30 @@ def launched(directory: Path | None, size: int) -> list[dict[str, int]]:
     return found
 
 
-def measured(directory: Path | None) -> None:
-    """Run in a process of a launch: load this process's share of a base, or nothing; prints one JSON line."""
-    import bitsandbytes  # noqa: F401  (imported at the first use by the kernels; the baseline must have it, too)
+def measured(small: Path, directory: Path | None = None) -> None:
+    """Run in a process of a launch: load this process's share of a small model and free it, then that of a base, if it
+    is given; prints one JSON line."""
     import torch
     from torch import nn
 
     from qdora.memory.sharded_base import ShardedBase
     from qdora.model.load import load_model
     from qdora.model.source import resolve
-    from qdora.ops.packed import quantize
     from qdora.train.distributed import mesh_of, processes_of_launch
 
-    quantize(torch.zeros(64, 64), "nf4")
-    model: nn.Module = nn.Module()
     with processes_of_launch() as processes:
         processes = processes.dividing(base=True)
         mesh = mesh_of(processes, torch.device("cpu"), "shard")
-        if directory is not None:
+
+        def loaded(source: Path) -> nn.Module:
             placer = None if mesh is None else ShardedBase(mesh)
-            model = load_model(resolve(str(directory)), quant="nf4", compute_dtype=torch.bfloat16, placer=placer)
+            return load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.bfloat16, placer=placer)
+
+        loaded(small)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is that from here on
+        model: nn.Module = nn.Module() if directory is None else loaded(directory)
         processes.gather(None)  # all have loaded
         print(json.dumps({"held": held_bytes(model), "peak": peak_rss_bytes(), "resident": status_bytes("VmRSS")}))
 
