@@ -262,6 +262,7 @@ def test_builtin_equals_transformers_and_can_be_saved(builtin: ModelSource, toke
         assert torch.equal(again(**tokens).logits, ours)
 
 
+@pytest.mark.slow
 def test_config_and_tokenizer_are_those_of_transformers_and_read_from_the_header_once(
     builtin: ModelSource, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,14 +94,13 @@ def test_a_shortened_model_is_extrapolated_to_the_whole(
     assert_extrapolated(*drawn_and_whole(a_recipe(**changes), "cuda", monkeypatch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "changes"),
     [
         (["sliding_attention", "full_attention"], {"adapter": {"rank": 4, "targets": ["o_proj"]}}),
-        pytest.param(["full_attention", "sliding_attention"], {}, marks=pytest.mark.slow),
-        pytest.param(
-            [*["sliding_attention"] * 3, "full_attention"], {"memory__checkpointing": False}, marks=pytest.mark.slow
-        ),
+        (["full_attention", "sliding_attention"], {}),
+        ([*["sliding_attention"] * 3, "full_attention"], {"memory__checkpointing": False}),
     ],
     ids=["one layer", "two", "four, all kept"],
 )

@@ -225,6 +225,11 @@ def test_the_study_shown_has_its_cells() -> None:
     # Three short runs of each arm, a full one of each rate and seed of the search, six seeds
     expected = {"bases": 3, "rates, short runs": 6 * 3, "rates": 6 * 3 * 2, "main": 6 * 6}
     assert stages == expected
+    (more,) = (block for page in GUIDES for block in blocks(page, "yaml") if block.startswith("stages:"))
+    expander = Expander(study_from(yaml.safe_load(block) | yaml.safe_load(more)))
+    stages = Counter(cell.stage for cell in planned_cells(expander, None).cells)
+    # Two adapters on two bases with six seeds; three seeds of one arm
+    assert stages == expected | {"transplants": 2 * 2 * 6, "set back": 3}
 
 
 def test_the_grids_of_the_benchmarks_are_studies_whose_rates_are_searched() -> None:

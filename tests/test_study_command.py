@@ -431,6 +431,7 @@ def test_what_a_study_can_find_is_told_before_it_runs(root: Path, tmp_path: Path
     assert "The time is not known before runs of two lengths are done. Fix: set time." in printed
 
 
+@pytest.mark.slow
 def test_shards_take_turns_at_cells_that_wait_for_each_other(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from qdora.errors import UserError
 from qdora.recipe.recipe_file import override, recipe_from, settings
+from qdora.study import cell_key
 from qdora.study.cell_key import key_of
 from qdora.study.cells import Cell, Expander, equal_in_words
 from qdora.study.compare import cannot_decide
@@ -360,11 +361,13 @@ def test_the_key_is_of_all_files_of_folders_and_patterns(tmp_path: Path) -> None
     assert len(keys) == 6
 
 
-def test_a_huge_file_is_sampled(tmp_path: Path) -> None:
+def test_a_huge_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cell_key, "_MOST_BLOCKS", 8)
+    huge = 16 << 20
     file = tmp_path / "huge.jsonl"
     plain = recipe_from(study_worker.DOCUMENT | {"data": {"mix": [{"source": str(file)}]}})
     keys = set()
-    for size, place in ((2 * 2**30, None), (2 * 2**30, 2 * 2**30 - 5), (2 * 2**30 + 1, None)):
+    for size, place in ((huge, None), (huge, huge - 5), (huge + 1, None)):
         with file.open("wb") as stream:
             stream.truncate(size)  # takes no room on the disk
             if place is not None:

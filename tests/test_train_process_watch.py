@@ -150,7 +150,7 @@ def test_a_process_that_fails_is_named_with_its_reason(launch: Callable[..., Lau
     assert found.end(1)[0] == 1
     code, line = found.end(0)
     assert code == 1
-    assert re.match(r"process 0: stopped, because process 1 \(on \S+\) failed: a fault of its own\. Fix: run", line)
+    assert re.match(r"process 0: stopped, because process 1 \(on \S+\) failed: a fault of its own\. Fix: resume", line)
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -83,14 +83,14 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
 
 def _check(groups: Sequence[_Alike]) -> None:
     """Ask which norms have cancelled, and measure those again; or note that nobody has asked yet."""
-    flags = [flag for each in groups for flag in each.cancelled.any(dim=1)]
-    layers = [(each, number) for each in groups for number in range(len(each.layers))]
-    asked = []
-    for (each, number), flag in zip(layers, flags, strict=True):
-        layer = each.layers[number]
-        layer.has_cancelled = flag if _CHECKED_LATER.get() and not layer._is_asked else None
-        if layer.has_cancelled is None:
-            asked.append((each, number, flag))
+    asked: list[tuple[_Alike, int, Tensor]] = []
+    for each in groups:
+        for number, flag in enumerate(each.cancelled.any(dim=1)):
+            layer = each.layers[number]
+            asks_later = _CHECKED_LATER.get() and not layer._is_asked
+            layer.has_cancelled = flag if asks_later else None
+            if not asks_later:
+                asked.append((each, number, flag))
     answers = [False] * len(asked)
     if asked and not is_planning():
         device = asked[0][2].device
