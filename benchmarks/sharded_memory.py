@@ -19,7 +19,6 @@ and loading takes at most its share, twice the largest tensor of the checkpoint,
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import os
@@ -128,6 +127,7 @@ def measured(small: Path, directory: Path | None = None) -> None:
     import torch
     from torch import nn
 
+    from qdora.memory.allocator import return_freed_memory
     from qdora.memory.sharded_base import ShardedBase
     from qdora.model.load import load_model
     from qdora.model.source import resolve
@@ -143,7 +143,7 @@ def measured(small: Path, directory: Path | None = None) -> None:
 
         loaded(small)
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        return_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is that from here on
         model: nn.Module = nn.Module() if directory is None else loaded(directory)
         processes.gather(None)  # all have loaded

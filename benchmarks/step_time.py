@@ -15,7 +15,6 @@ examples; a call adds rounds to those that --out holds. Pairs: own QDoRA and own
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import gc
 import json
@@ -41,7 +40,7 @@ from mixed_data import (
 from rich.console import Console
 
 from qdora.data.loader import Step
-from qdora.memory.allocator import keep_freed_memory
+from qdora.memory.allocator import keep_freed_memory, return_freed_memory
 from qdora.model.inject import adapter_parameters
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer
@@ -192,7 +191,7 @@ def peak(name: str, args: argparse.Namespace) -> dict[str, int]:
     steps = steps_of(args, PEAK_STEPS)
     make_step = trainer(name, model_of(name, args.checkpointing, smoke=args.smoke))
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
     keep_freed_memory()
     # Loading may peak higher than training (PEFT's model is made from ours): the mark is set back.
     Path("/proc/self/clear_refs").write_text("5")

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure, UserError
+from qdora.memory.allocator import return_freed_memory
 from qdora.model.inject import frozen_layers, is_linear
 from qdora.model.load import Loading, block_list, is_wide, place_dense, place_frozen, wide_names
 from qdora.model.packed_base import BaseCache, PrunedBase
@@ -88,6 +89,7 @@ class ShardedBase:
             placed += self._place_layer(load, path, *self._kept(dense, device, keep_bits))
             del weight, dense
         self._shard(model, placed)
+        return_freed_memory()  # what loading took besides; the processes of a machine share its memory
 
     def _read_layer(self, load: Loading, name: str, item: Stored, dtype: torch.dtype) -> tuple[RowShare, _Parts]:
         """The share of a layer, and what this process keeps: of a dense matrix it reads and quantises its rows alone.
