@@ -29,6 +29,7 @@ from qdora.data.tokenize import encode_batch, special_prefix
 from qdora.errors import RunFailure, UserError
 from qdora.evaluation.forward_path import ForwardPath, context_length, find_path, input_device, scoring
 from qdora.evaluation.metrics import mean_stderr
+from qdora.evaluation.shared_batches import results_of
 from qdora.evaluation.suite import (
     SuiteProgress,
     averaged,
@@ -346,36 +347,34 @@ def decode_greedily(
     Raises: RunFailure if the model gives logits that are not finite.
     """
     path = path or find_path(model)
-    found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     most = max_batch_tokens if path.cache_keyword else 1
     if not path.cache_keyword:
         logger.warning("answers are generated one by one, without a cache, which is slow: %s", path.reason)
-    num_done = 0
 
     def fits(batch: list[int]) -> bool:
         return len(batch) * (len(prompts[batch[0]]) + max_new_tokens) <= most
 
+    def compute(batch: list[int]) -> list[list[int]]:
+        rows = _Rows(model, [prompts[index] for index in batch], path)
+        return _decode(rows, batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids, finished=finished)
+
+    report = None if progress is None else lambda num_done: progress(num_done, len(prompts))
     with scoring(model):
-        for batch in length_batches(order, lambda index: len(prompts[index]), fits):
-            rows = _Rows(model, [prompts[index] for index in batch], path)
-            _decode(rows, batch, found, max_new_tokens=max_new_tokens, stop_ids=stop_ids, finished=finished)
-            num_done += len(batch)
-            if progress is not None:
-                progress(num_done, len(prompts))
-    return found
+        found = results_of(length_batches(order, lambda index: len(prompts[index]), fits), compute, report)
+    return [found[index] for index in range(len(prompts))]
 
 
 def _decode(
     rows: _Rows,
     batch: Sequence[int],
-    found: list[list[int]],
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
     finished: Finished | None,
-) -> None:
-    """Fill the continuations of one batch; `batch` holds the prompts' indices, row by row."""
+) -> list[list[int]]:
+    """The continuations of one batch; `batch` holds the prompts' indices, row by row."""
+    found: list[list[int]] = [[] for _ in batch]
     running = list(range(len(batch)))  # rows of the batch that are not done
     kept = list(running)  # rows that are still fed
     tokens = rows.first()
@@ -383,7 +382,7 @@ def _decode(
         chosen = dict(zip(kept, tokens.tolist(), strict=True))
         left = []
         for row in running:
-            new = found[batch[row]]
+            new = found[row]
             if chosen[row] in stop_ids:
                 continue
             new.append(chosen[row])
@@ -391,13 +390,14 @@ def _decode(
                 left.append(row)
         running = left
         if not running or position + 1 == max_new_tokens:
-            return
+            break
         if 2 * len(running) <= len(kept):  # a copy of the cache: only where it halves the work
             chosen_rows = torch.tensor([kept.index(row) for row in running])
             tokens = tokens[chosen_rows.to(tokens.device)]
             rows.keep(chosen_rows)
             kept = list(running)
         tokens = rows.next(tokens)
+    return found
 
 
 class _Rows:

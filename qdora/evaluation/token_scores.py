@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from qdora.evaluation.forward_path import ForwardPath, choose_path, input_device, scoring, vocabulary_size
+from qdora.evaluation.shared_batches import results_of
 from qdora.model.known_masks import known_masks
 from qdora.nn.host_embedding import ids_on_host
 
@@ -105,7 +106,6 @@ def score_spans(
     scores = np.zeros(len(spans))
     order = sorted(range(len(spans)), key=lambda index: (-len(spans[index].ids), index))
     max_logits = max(_MAX_LOGITS // vocabulary_size(model), 1)
-    num_done = 0
 
     def width(index: int) -> int:
         return len(spans[index].ids) - 1
@@ -115,13 +115,14 @@ def score_spans(
         kept = longest + 1 - min(spans[index].start for index in batch)
         return len(batch) * longest <= max_batch_tokens and len(batch) * kept <= max_logits
 
+    def compute(batch: list[int]) -> list[float]:
+        found: list[float] = _score_whole(model, [spans[index] for index in batch], path, device).tolist()
+        return found
+
+    report = None if progress is None else lambda num_done: progress(num_done, len(spans))
     with scoring(model):
-        for batch in length_batches(order, width, fits):
-            rows = [spans[index] for index in batch]
-            scores[batch] = _score_whole(model, rows, path, device)
-            num_done += len(batch)
-            if progress is not None:
-                progress(num_done, len(spans))
+        for index, score in results_of(length_batches(order, width, fits), compute, report).items():
+            scores[index] = score
     return scores
 
 
@@ -145,27 +146,25 @@ def score_groups(
     scores = [np.zeros(len(group)) for group in groups]
     order = sorted((i for i in range(len(groups)) if shared[i] > 0), key=lambda i: (-shared[i], i))
     whole = [i for i in range(len(groups)) if shared[i] == 0]
-    num_done = 0
+
+    def compute(batch: list[int]) -> list[list[float]]:
+        found = _score_shared(model, [groups[i] for i in batch], [shared[i] for i in batch], path, max_batch_tokens)
+        return [each.tolist() for each in found]
+
+    report = None if progress is None else lambda num_done: progress(num_done, len(groups))
+    batches = length_batches(order, shared.__getitem__, lambda batch: len(batch) * shared[batch[0]] <= max_batch_tokens)
     with scoring(model):
-        for batch in length_batches(
-            order, shared.__getitem__, lambda batch: len(batch) * shared[batch[0]] <= max_batch_tokens
-        ):
-            rows = [groups[i] for i in batch]
-            found = _score_shared(model, rows, [shared[i] for i in batch], path, max_batch_tokens)
-            for i, group_scores in zip(batch, found, strict=True):
-                scores[i] = group_scores
-            num_done += len(batch)
-            if progress is not None:
-                progress(num_done, len(groups))
+        for i, group_scores in results_of(batches, compute, report).items():
+            scores[i] = np.array(group_scores)
     # The others run without a shared prefix
     flat = [(i, j) for i in whole for j in range(len(groups[i]))]
 
-    def report(done: int, total: int) -> None:
+    def report_whole(done: int, total: int) -> None:
         if progress is not None:  # spans are turned into groups: rounded down, all of them at the end
-            progress(num_done + len(whole) * done // total, len(groups))
+            progress(len(order) + len(whole) * done // total, len(groups))
 
     spans = [groups[i][j] for i, j in flat]
-    flat_scores = score_spans(model, spans, max_batch_tokens=max_batch_tokens, path=path, progress=report)
+    flat_scores = score_spans(model, spans, max_batch_tokens=max_batch_tokens, path=path, progress=report_whole)
     for (i, j), score in zip(flat, flat_scores, strict=True):
         scores[i][j] = score
     return scores

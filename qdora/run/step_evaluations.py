@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qdora.data.example import Example
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError, first_line, nearest
 from qdora.evaluation.generation import GenerationResult, evaluate_generated
+from qdora.evaluation.shared_batches import batches_shared
 from qdora.evaluation.suite import EvaluationResult, evaluate, worse_than_base
 from qdora.files.console import suite_bar
 from qdora.files.run_directory import RunDirectory
@@ -20,15 +21,17 @@ from qdora.recipe.train_settings import MACRO
 from qdora.run.active_run import ActiveRun
 from qdora.run.trained_layers import TRAINED_FILE
 from qdora.train.best import BestSoFar
+from qdora.train.distributed import Processes
 
 logger = logging.getLogger("qdora")
+Result = TypeVar("Result")
 
 BEST_FILE = "best.json"
 """In adapter/ if a best step was chosen: which step, and by which metric."""
 
 
 class StepEvaluations:
-    """Evaluates a run in its first process; in all of them if they divide the base.
+    """Evaluates a run in all its processes; the first one keeps the results.
 
     Args:
         active: The run.
@@ -103,6 +106,26 @@ class StepEvaluations:
         """Write a file of the run, from its first process."""
         if self.active.processes.is_first:
             self.active.directory.write_json(name, values)
+
+
+def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> Result:
+    """Run an evaluation in all processes; each gets its result.
+
+    Whole models divide its batches (`shared_batches`). With a divided base each batch needs all processes. If it raises
+    in one of them, the others raise OtherProcessFailed.
+    """
+    if processes.size == 1 or processes.shards:
+        result = processes.first_or_all(evaluate)
+        assert result is not None, "an evaluation has a result"
+        return result
+    try:
+        with batches_shared(processes.rank, processes.size, processes.exchange):
+            result = evaluate()
+    except BaseException as error:
+        processes.exchange(None, first_line(error))
+        raise
+    processes.exchange(None, "")  # the first process writes files, which can fail
+    return result
 
 
 def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:

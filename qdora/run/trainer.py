@@ -30,7 +30,14 @@ from qdora.run.expert_load import ExpertLoad
 from qdora.run.model_card import run_card
 from qdora.run.prepare import evaluated_sources
 from qdora.run.start_checks import CHECKS_FILE, GRADIENTS, gradient_check, tell_checks, without_gradient
-from qdora.run.step_evaluations import StepEvaluations, adapter_record, best_in_words, best_so_far, selection_value
+from qdora.run.step_evaluations import (
+    StepEvaluations,
+    adapter_record,
+    best_in_words,
+    best_so_far,
+    evaluate_together,
+    selection_value,
+)
 from qdora.run.task_conflicts import probe_examples, probe_hook, write_interference
 from qdora.run.writer import RunWriter
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state, unreadable
@@ -154,7 +161,7 @@ class Trainer:
     def evaluate_base(self) -> None:
         """Evaluate the model before its first step, if the recipe asks for it."""
         if self.num_done == 0 and self.active.recipe.eval.at_start and self.validation.examples:
-            base = self.active.processes.first_or_all(lambda: self.validation.measure(0, "base")) or {}
+            base = evaluate_together(self.active.processes, lambda: self.validation.measure(0, "base"))
             self.writer.write_metrics({"step": 0, **base})
 
     def hooks(self, optimizer: AdapterOptimizer) -> Hooks:
@@ -251,7 +258,7 @@ class Trainer:
     def _evaluate(self, step: int) -> Evaluated:
         """Evaluate after `step` steps, and decide whether that is the best step and whether the run is over."""
         processes, best = self.active.processes, self.state.best
-        line = processes.first_or_all(lambda: self.validation.measure(step)) or {}
+        line = evaluate_together(processes, lambda: self.validation.measure(step))
         if best is None:
             return Evaluated(line)
         found = self.validation.results["adapter"] if processes.is_first else None

@@ -133,6 +133,17 @@ class Processes:
         except RuntimeError as error:
             raise self.broken(error) from error
 
+    def exchange(self, value: Any, fault: str) -> list[Any]:
+        """`gather`, with the fault of this process or ''.
+
+        Raises OtherProcessFailed if another process has a fault and this one has none.
+        """
+        found = self.gather([fault, value])
+        for rank, (text, _) in enumerate(found):
+            if text and not fault:
+                raise OtherProcessFailed(f"process {self.rank}: stopped, because process {rank} failed: {text}")
+        return [each for _, each in found]
+
     def broken(self, error: Exception) -> RunFailure:
         """The failure of this process where the base is divided, from an error in a pass through the model.
 
