@@ -75,7 +75,7 @@ def sharded_memory() -> str:
         for each in document["processes"].values()
         for resident, held in zip(each["resident_bytes"], each["held_bytes"], strict=True)
     ]
-    note = f"\nResident over counted: {min(more):.0f} to {max(more):.0f} MB. Bar: {document['bar']:.0%}.\n"
+    note = f"\nResident minus counted: {min(more):.0f} to {max(more):.0f} MB. Bar: {document['bar']:.0%}.\n"
     return markdown([f"{header[0]}; GiB of each", *header[1:]], rows) + note
 
 
