@@ -58,8 +58,8 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
     one question serves all layers, or none is asked (`norms_checked_later`). Then the layers' `operands` are made.
     Skipped are layers that have not run yet, whose parameters have not changed, that are masked (a masked norm asks
-    nothing), or whose base is divided (`shared_norms`). The forward pass computes the rest. Returns how many norms were
-    computed.
+    nothing), or whose base is divided (`shared_norms`). The forward pass computes the rest. The weights of all layers
+    are read together, so streamed ones must be of one block. Returns how many norms were computed.
     """
     known = [(layer, layer._dtype) for layer in layers if layer._dtype is not None]
     ready = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
