@@ -133,7 +133,7 @@ class Processes:
         except RuntimeError as error:
             raise self.broken(error) from error
 
-    def exchange(self, value: Any, fault: str) -> list[Any]:
+    def exchange(self, value: Any, fault: str = "") -> list[Any]:
         """`gather`, with the fault of this process or ''.
 
         Raises OtherProcessFailed if another process has a fault and this one has none.
