@@ -31,7 +31,7 @@ BEST_FILE = "best.json"
 
 
 class StepEvaluations:
-    """Evaluates a run in all its processes; the first one keeps the results.
+    """Evaluates a run in all its processes; the first one writes the results.
 
     Args:
         active: The run.
