@@ -12,7 +12,7 @@ from torch import nn
 from qdora.errors import RunFailure
 from qdora.evaluation import token_scores
 from qdora.evaluation.generation import GenerationResult, evaluate_generated
-from qdora.evaluation.shared_batches import results_of
+from qdora.evaluation.shared_batches import batches_shared, results_of
 from qdora.evaluation.suite import EvaluationResult, evaluate
 from qdora.run.step_evaluations import evaluate_together
 from qdora.train.distributed import processes_of_launch
@@ -86,11 +86,27 @@ def _one_fails(rank: int) -> None:
         own = "the disk is full" if rank == 0 else "process 0 failed: the disk is full"
         with pytest.raises((OSError, RunFailure), match=own):
             evaluate_together(processes, written)
+
+        def between() -> GenerationResult:
+            written()
+            return counted.generated()
+
+        with pytest.raises((OSError, RunFailure), match=own):
+            evaluate_together(processes, between)
+        assert processes.gather(rank) == [0, 1, 2]  # no message of one is taken for another of the others
         assert math.isfinite(evaluate_together(processes, counted.evaluated).average.nll)
 
 
 def test_where_one_fails_the_others_say_who() -> None:
     assert launched.run(SIZE, _one_fails) == [""] * SIZE
+
+
+def test_a_process_that_stops_at_once_sends_no_more() -> None:
+    processes = Mock(rank=0, size=2, shards=False)
+    processes.exchange.side_effect = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_together(processes, lambda: results_of([[1]], lambda batch: batch))
+    assert processes.exchange.call_count == 1  # of which the others have a part
 
 
 def test_alone_all_batches_are_computed_and_reported() -> None:
@@ -100,3 +116,10 @@ def test_alone_all_batches_are_computed_and_reported() -> None:
     assert done == [2, 3, 5]
     with pytest.raises(ZeroDivisionError):
         results_of([[1]], lambda _: [1 // 0])
+
+
+def test_processes_with_other_examples_are_refused() -> None:
+    with batches_shared(0, 2, lambda value: [value, []]):
+        assert results_of([[1]], lambda batch: batch) == {1: 1}
+        with pytest.raises(RunFailure, match="the processes evaluate different examples"):
+            results_of([[1], [2]], lambda batch: batch)

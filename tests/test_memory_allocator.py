@@ -35,7 +35,10 @@ def test_freed_memory_is_returned() -> None:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(sender,))
     process.start()
-    assert receiver.poll(60)
-    returned = receiver.recv()
-    process.join()
+    try:
+        assert receiver.poll(60)
+        returned = receiver.recv()
+    finally:
+        process.kill()
+        process.join()
     assert returned > 100 << 20  # of 128 MiB that were kept

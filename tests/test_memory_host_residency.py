@@ -16,11 +16,13 @@ from qdora.errors import RunFailure, UserError
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.memory import host_residency
 from qdora.memory.host_residency import HostResidency, pinned_bytes
-from qdora.model.inject import frozen_layers
+from qdora.model.inject import adapter_parameters, frozen_layers
 from qdora.model.load import load_model
 from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
-from tests import tiny_experts, tiny_streamed
+from qdora.train.interference import measure
+from tests import tiny, tiny_experts, tiny_streamed
+from tests.test_train_interference import probe_of
 
 
 class LateCopies:
@@ -104,6 +106,18 @@ def test_several_steps_and_evaluations_in_between(source: Path) -> None:
                 model(input_ids=tiny_streamed.IDS[1])
     said = [model.generate(tiny_streamed.IDS[0], max_new_tokens=6, do_sample=False) for model in models]
     assert torch.equal(*said)
+
+
+def test_tasks_gradients_are_those_of_a_resident_base(source: Path) -> None:
+    reports = []
+    for model in (tiny_streamed.resident(source), on_host(source)[0]):
+        tiny_streamed.gradients(tiny_streamed.adapt(model))
+        model.zero_grad()
+        tiny.move_all_parameters_(model.train(), scale=0.02)  # as a step does
+        probe, _ = probe_of(model)
+        reports.append(measure(model, probe, adapter_parameters(model), device=tiny_streamed.CPU))
+    for key in ("cosines", "norms", "groups"):
+        assert reports[1][key] == reports[0][key]
 
 
 def test_every_weight_is_read_from_its_slot_outside_of_a_pass_too(source: Path) -> None:

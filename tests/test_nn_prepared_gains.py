@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qdora.nn import prepared_gains
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.prepared_gains import prepare_gains
-from qdora.ops.packed import quantize
+from qdora.ops.packed import empty_packed, quantize
+from qdora.ops.planned_device import planned_on
+from qdora.plan.live_bytes import LiveBytes
 from tests import reference, tiny
 from tests.test_ops_adapted_product import arrays, to_numpy
 
@@ -52,7 +55,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("quant", ["nf4", "nf4 nested", "int8", "none"])
-@pytest.mark.parametrize("case", ["plain", "gated", "dropout", "one at a time"])
+@pytest.mark.parametrize("case", ["plain", "gated", "dropout", "one at a time", "float64"])
 def test_they_are_those_of_each_layer(monkeypatch: pytest.MonkeyPatch, quant: str, case: str) -> None:
     layers = layers_of(quant, dropout=0.25 if case == "dropout" else 0.0)
     if case == "gated":
@@ -62,13 +65,19 @@ def test_they_are_those_of_each_layer(monkeypatch: pytest.MonkeyPatch, quant: st
             layer.gate.data.copy_(torch.linspace(0.3, 1.7, layer.rank))
     if case == "one at a time":
         monkeypatch.setattr(prepared_gains, "entries_at_a_time", lambda _: 1)
+    dtype = torch.bfloat16
+    if case == "float64":
+        dtype = torch.float64
+        for layer in layers:
+            layer.double()(torch.ones(2, layer.in_features, dtype=dtype))
+            tiny.move_all_parameters_(layer)
     assert prepare_gains(layers) == len(layers)
     for layer in layers:
-        together = layer.operands(torch.bfloat16)
+        together = layer.operands(dtype)
         assert together is not None
-        assert together.gain is layer.gain(torch.bfloat16)
+        assert together.gain is layer.gain(dtype)
         layer.parameters_changed()
-        alone = layer.operands(torch.bfloat16)
+        alone = layer.operands(dtype)
         found, expected = tensors(together), tensors(alone)
         assert [each.shape for each in found] == [each.shape for each in expected]
         for one, other in zip(found, expected, strict=True):
@@ -80,6 +89,23 @@ def test_they_are_those_of_each_layer(monkeypatch: pytest.MonkeyPatch, quant: st
         norms = reference.row_norm(weight, a, of_layer["lora_b"] * gate, scaling)
         assert layer.magnitude is not None
         np.testing.assert_allclose(to_numpy(together.gain.value) * norms, to_numpy(layer.magnitude), rtol=2e-2)
+
+
+def test_what_is_made_takes_the_place_of_what_it_follows() -> None:
+    """At most a tile of a weight, and the factors of a group, are there beside the values of one state."""
+    size, rank = 512, 4
+    with planned_on("cuda"), FakeTensorMode(), LiveBytes() as live:
+        bases = [FrozenLinear(empty_packed("nf4", (size, size), 64, double_quant=True)) for _ in range(24)]
+        layers = [AdaptedLinear(base, rank=rank, dtype=torch.bfloat16) for base in bases]
+        before = live.live_bytes
+        for layer in layers:
+            layer.operands(torch.bfloat16)
+            torch.autograd.graph.increment_version(list(layer.parameters()))
+        kept = live.live_bytes - before
+        live.reset_peak()
+        assert prepare_gains(layers) == len(layers)
+        assert live.live_bytes == before + kept
+        assert live.peak_bytes < before + 2 * kept + 2 * size * size
 
 
 def test_layers_alike_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def _left_alone(rank: int) -> None:
     with processes_of_launch() as processes:
         assert processes.gather(rank) == [0, 1]
         if rank == 0:  # the other ends here
-            lost = r"process 0: stopped, because process 1 \(on \S+\) has ended without a message\. Fix: run again"
+            lost = r"process 0: stopped, because process 1 \(on \S+\) has ended without a message\. Fix: run it again"
             with pytest.raises(OtherProcessFailed, match=lost):
                 processes.gather(rank)
             parameter = nn.Parameter(torch.ones(3))

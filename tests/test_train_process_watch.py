@@ -207,7 +207,7 @@ def test_who_is_behind_is_silent_unless_it_moves(watches: list[ProcessWatch]) ->
         assert knows(watches, 20.0)
     told = watches[1].lost()
     stopped = r"process 1: stopped, because process 0 \(on \S+\) has not moved for 1.5 s\. "
-    assert re.match(stopped + "Fix: run again with --resume; no checkpoint is saved", told)
+    assert re.match(stopped + "Fix: run it again; it begins at its first step, since no checkpoint is saved", told)
     watches[1].newest = lambda: Path("step-8")
     assert re.match(stopped + "Fix: resume from the last checkpoint", watches[1].lost())
     assert watches[0].lost().startswith("process 0 has not moved for 1.5 s, so the others have ended. It is at ")

@@ -12,11 +12,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from qdora.errors import first_line
+from qdora.errors import RunFailure
 
 Result = TypeVar("Result")
-Exchange = Callable[[Any, str], list[Any]]
-"""exchange(value, fault): the values of all processes, JSON types; raises where another process has given a fault."""
+Exchange = Callable[[Any], list[Any]]
+"""The values of all processes, JSON types, from that of this one; raises where another process has failed."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ _SHARE: ContextVar[_Share | None] = ContextVar("share_of_batches", default=None)
 
 @contextmanager
 def batches_shared(rank: int, size: int, exchange: Exchange) -> Iterator[None]:
-    """In the block, `results_of` computes every `size`-th batch here. All processes must evaluate the same."""
+    """In the block, `results_of` computes every `size`-th batch here. All processes must evaluate the same.
+
+    One in which the block raises must tell the others, which wait for its next exchange (`evaluate_together`).
+    """
     before = _SHARE.set(_Share(rank, size, exchange))
     try:
         yield
@@ -49,22 +52,22 @@ def results_of(
     Args:
         compute: A batch of items -> a result for each, of JSON types.
         report: Called with the number of items that are done, after each batch.
-    Raises: What `compute` raises; elsewhere what the exchange makes of it.
+    Raises:
+        RunFailure: The processes have different batches.
+        Exception: What `compute` raises here, or the exchange if something has raised elsewhere.
     """
     share = _SHARE.get()
     found: dict[int, Result] = {}
     num_done = 0
-    try:
-        for number, batch in enumerate(batches):
-            if share is None or number % share.size == share.rank:
-                found.update(zip(batch, compute(batch), strict=True))
-            num_done += len(batch)
-            if report is not None:
-                report(num_done)
-    except BaseException as error:
-        if share is not None:
-            share.exchange([], first_line(error))
-        raise
+    for number, batch in enumerate(batches):
+        if share is None or number % share.size == share.rank:
+            found.update(zip(batch, compute(batch), strict=True))
+        num_done += len(batch)
+        if report is not None:
+            report(num_done)
     if share is None:
         return found
-    return {item: result for part in share.exchange(list(found.items()), "") for item, result in part}
+    all_found = {item: result for part in share.exchange(list(found.items())) for item, result in part}
+    if len(all_found) != num_done:
+        raise RunFailure("eval: the processes evaluate different examples. Fix: give all of them the same data.")
+    return all_found

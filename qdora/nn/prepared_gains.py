@@ -20,7 +20,7 @@ from qdora.ops.dora import FactoredNorm, Gain, factored_norms, gain, measure_can
 from qdora.ops.low_rank_factors import entries_at_a_time, row_factor, scaled_B
 from qdora.ops.packed import PackedWeight
 from qdora.ops.planned_device import is_planning
-from qdora.ops.tiles import own_scales, with_scales
+from qdora.ops.tiles import Weight, own_scales, with_scales
 
 _CHECKED_LATER: ContextVar[bool] = ContextVar("norms_are_checked_later", default=False)
 
@@ -58,8 +58,8 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
     one question serves all layers, or none is asked (`norms_checked_later`). Then the layers' `operands` are made.
     Skipped are layers that have not run yet, whose parameters have not changed, that are masked (a masked norm asks
-    nothing), or whose base is divided (`shared_norms`). The forward pass computes the rest. Returns how many norms were
-    computed.
+    nothing), or whose base is divided (`shared_norms`). The forward pass computes the rest. The weights of all layers
+    are read together, so streamed ones must be of one block. Returns how many norms were computed.
     """
     known = [(layer, layer._dtype) for layer in layers if layer._dtype is not None]
     ready = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
@@ -68,14 +68,16 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
         for layer, dtype in ready
         if layer.kind == "dora" and not layer._cache.knows("row_norm", layer._factors(), (dtype, layer.scaling))
     ]
+    for layer, _ in changed:
+        layer.parameters_changed()  # frees what is of earlier parameters, before as much is made anew
     groups = _alike(changed)
     device = changed[0][0].lora_A.device.type if changed else "cpu"
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         for each in groups:
             each.compute_norms()
         _check(groups)
-        for each in groups:
-            each.keep()
+        while groups:
+            groups.pop().keep()  # and frees what is not kept
     for layer, dtype in ready:
         layer.operands(dtype)
     return len(changed)
@@ -107,7 +109,7 @@ class _Alike:
 
     Attributes:
         lora_A, lora_B: (n, rank, in) and (n, out, rank), as the products take them; the gates are in B.
-        scales: Decoded block scales of the bases, of those that keep them; else None.
+        weights: The bases, with decoded block scales where the layers keep them.
         norm, cancelled: (n, out), once they are computed.
     """
 
@@ -115,7 +117,7 @@ class _Alike:
     dtype: torch.dtype
     lora_A: Tensor = field(init=False)
     lora_B: Tensor = field(init=False)
-    scales: list[Tensor | None] = field(init=False)
+    weights: list[Weight] = field(init=False)
     norm: Tensor = field(init=False)
     cancelled: Tensor = field(init=False)
 
@@ -123,22 +125,17 @@ class _Alike:
         """Set all fields."""
         factors = [layer._rounded_factors(self.dtype) for layer in self.layers]
         self.lora_A, self.lora_B = (_stacked(some) for some in zip(*factors, strict=True))
-        first = self.layers[0]
-        self.scales = [own_scales(layer.base.stored_weight) if layer.may_keep_scales else None for layer in self.layers]
-        weights = [
-            layer.base.stored_weight if scales is None else with_scales(layer.base.stored_weight, scales)
-            for layer, scales in zip(self.layers, self.scales, strict=True)
-        ]
+        self.weights = [_with_decoded_scales(layer) for layer in self.layers]
         squared = _stacked([layer.base_squared for layer in self.layers if layer.base_squared is not None])
-        found = factored_norms(weights, self.lora_A, self.lora_B, first.scaling, base_squared=squared, dtype=self.dtype)
+        scaling = self.layers[0].scaling
+        found = factored_norms(self.weights, self.lora_A, self.lora_B, scaling, base_squared=squared, dtype=self.dtype)
         self.norm, self.cancelled = found
 
     def measure_again(self, number: int) -> None:
         """Measure the cancelled rows of a layer."""
-        layer = self.layers[number]
         found = FactoredNorm(self.norm[number], self.cancelled[number])
-        factors = self.lora_A[number], self.lora_B[number]
-        measure_cancelled_(found, layer.base.stored_weight, *factors, layer.scaling, dtype=self.dtype)
+        factors, scaling = (self.lora_A[number], self.lora_B[number]), self.layers[number].scaling
+        measure_cancelled_(found, self.weights[number], *factors, scaling, dtype=self.dtype)
 
     def keep(self) -> None:
         """Keep norms, gains and operands in the layers."""
@@ -149,9 +146,7 @@ class _Alike:
         assert isinstance(factor, Tensor), "DoRA has gains"
         scaled = scaled_B(self.lora_B, factor, self.dtype)
         for i, layer in enumerate(self.layers):
-            scales = self.scales[i]
-            if scales is not None:
-                scales = (scales.view(layer.out_features, -1) * value[i].unsqueeze(1)).view(-1)
+            scales = own_scales(self.weights[i], value[i]) if layer.may_keep_scales else None
             a = layer.lora_A.detach() if layer.lora_A.dtype == self.dtype else self.lora_A[i]
             operands = Operands(a, scaled[i], factor[i], Gain(value[i], inverse[i]), scales)
             layer.keep_prepared(self.dtype, self.norm[i], operands)
@@ -173,6 +168,13 @@ def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> list[_Alike]:
         number = max(1, entries_at_a_time(first.lora_A.device) // entries)
         found += [_Alike(some[start : start + number], dtype) for start in range(0, len(some), number)]
     return found
+
+
+def _with_decoded_scales(layer: AdaptedLinear) -> Weight:
+    """The base of a layer; where it keeps scales, with decoded ones, which the norm and the operands share."""
+    weight = layer.base.stored_weight
+    scales = own_scales(weight) if layer.may_keep_scales else None
+    return weight if scales is None else with_scales(weight, scales)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

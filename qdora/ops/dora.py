@@ -111,7 +111,7 @@ def factored_norms(
 
     The three terms are exact in exact arithmetic. Rows whose sum cancels (below `CANCELLATION` of ||w||^2) are marked.
     Each weight is read on its own; all else is one operation for all layers, since its launches would cost more than
-    its arithmetic.
+    its arithmetic. Where `sums_in_one_pass` holds, each layer has its own operations.
 
     Source: DoRA, arXiv 2402.09353, eq. 5; held constant in the backward pass (sec. 4.3).
 
@@ -128,7 +128,7 @@ def factored_norms(
         norms = [
             norm_in_one_pass(weight, lora_A[i], lora_B[i], scaling, base_squared=base_squared[i], dtype=dtype)
             for i, weight in enumerate(weights)
-            if sums_in_one_pass(weight, dtype, rank)
+            if sums_in_one_pass(weight, dtype, rank)  # as it does for the first; tells the type
         ]
         return FactoredNorm(*map(torch.stack, zip(*norms, strict=True)))
     wide, narrow = _wide(first), lora_A.to(dtype)

@@ -21,7 +21,7 @@ from qdora.recipe.train_settings import MACRO
 from qdora.run.active_run import ActiveRun
 from qdora.run.trained_layers import TRAINED_FILE
 from qdora.train.best import BestSoFar
-from qdora.train.distributed import Processes
+from qdora.train.distributed import OtherProcessFailed, Processes
 
 logger = logging.getLogger("qdora")
 Result = TypeVar("Result")
@@ -31,7 +31,7 @@ BEST_FILE = "best.json"
 
 
 class StepEvaluations:
-    """Evaluates a run in all its processes; the first one keeps the results.
+    """Evaluates a run in all its processes; the first one writes the results.
 
     Args:
         active: The run.
@@ -112,7 +112,7 @@ def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> R
     """Run an evaluation in all processes; each gets its result.
 
     Whole models divide its batches (`shared_batches`). With a divided base each batch needs all processes. If it raises
-    in one of them, the others raise OtherProcessFailed.
+    in one of them, the others raise OtherProcessFailed; after a KeyboardInterrupt, once its process has ended.
     """
     if processes.size == 1 or processes.shards:
         result = processes.first_or_all(evaluate)
@@ -121,10 +121,12 @@ def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> R
     try:
         with batches_shared(processes.rank, processes.size, processes.exchange):
             result = evaluate()
+    except (OtherProcessFailed, KeyboardInterrupt):
+        raise  # perhaps within an exchange, of which the others would take one more message for a part
     except BaseException as error:
-        processes.exchange(None, first_line(error))
+        processes.exchange(None, first_line(error))  # in place of the next one, for which the others wait
         raise
-    processes.exchange(None, "")  # the first process writes files, which can fail
+    processes.exchange(None)  # the first process writes files, which can fail
     return result
 
 

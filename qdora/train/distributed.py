@@ -40,8 +40,9 @@ T = TypeVar("T")
 _MESSAGE_ELEMENTS = 1 << 24
 # Before, torch's `fully_shard` asks for gradients of all that it divides, which packed weights cannot have.
 CAN_DIVIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
-# The others wait for a message on the host while the first process evaluates. A process that dies is noticed at once,
-# by the launcher and by the broken connection, and one that hangs by the watch (process_watch.py), not by this timeout.
+# The others wait for a message on the host while the first process measures or writes. A process that dies is noticed
+# at once, by the launcher and by the broken connection, and one that hangs by the watch (process_watch.py), not by this
+# timeout.
 _PATIENCE = timedelta(days=1)
 # GPUs meet right after a message of all processes on the host, so that none waits for another's work there. NCCL must
 # not end the processes before the watch names the silent one.
@@ -55,7 +56,7 @@ _CONNECTION_WORDS = ("onnection", "NCCL", "gloo")
 
 
 class OtherProcessFailed(RunFailure):
-    """Another process failed: the first one in an action that all wait for, or any by ending. It reports the cause."""
+    """Another process failed, in an action that all wait for, or has ended. It reports the cause."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Processes:
         except RuntimeError as error:
             raise self.broken(error) from error
 
-    def exchange(self, value: Any, fault: str) -> list[Any]:
+    def exchange(self, value: Any, fault: str = "") -> list[Any]:
         """`gather`, with the fault of this process or ''.
 
         Raises OtherProcessFailed if another process has a fault and this one has none.

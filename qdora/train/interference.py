@@ -76,7 +76,8 @@ def measure(
     try:
         torch.manual_seed(0)  # a model may draw random numbers of its own: the same in each measurement
         with _without_dropout(model):
-            prepare_gains(adapted_layers(model).values())
+            # As in a step: streamed blocks prepare their own.
+            prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
             prepare_shared_gains(adapted_layers(model).values())
             measured = [_gradient(model, half, parameters, device, loss_chunk) for half in halves]
     finally:

@@ -151,7 +151,7 @@ class ProcessWatch:
     def _told(self) -> str:
         resume = "Fix: resume from the last checkpoint with --resume."
         if self.newest() is None:
-            resume = "Fix: run again with --resume; no checkpoint is saved, so training begins at its first step."
+            resume = "Fix: run it again; it begins at its first step, since no checkpoint is saved."
         if self._fault is None:
             return (
                 f"process {self.rank}: the connection to the other processes of this run is lost: one of them has "
