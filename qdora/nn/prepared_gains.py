@@ -138,7 +138,7 @@ class _Alike:
         measure_cancelled_(found, self.weights[number], *factors, scaling, dtype=self.dtype)
 
     def keep(self) -> None:
-        """Keep norms, gains and operands in the layers."""
+        """Keep norms, gains and operands in the layers; nothing is left here."""
         first = self.layers[0]
         magnitude = _stacked([layer.magnitude.detach() for layer in self.layers if layer.magnitude is not None])
         value, inverse = gain(magnitude, self.norm)
@@ -146,7 +146,8 @@ class _Alike:
         assert isinstance(factor, Tensor), "DoRA has gains"
         scaled = scaled_B(self.lora_B, factor, self.dtype)
         for i, layer in enumerate(self.layers):
-            scales = own_scales(self.weights[i], value[i]) if layer.may_keep_scales else None
+            weight = self.weights.pop(0)  # its decoded scales go with it
+            scales = own_scales(weight, value[i]) if layer.may_keep_scales else None
             a = layer.lora_A.detach() if layer.lora_A.dtype == self.dtype else self.lora_A[i]
             operands = Operands(a, scaled[i], factor[i], Gain(value[i], inverse[i]), scales)
             layer.keep_prepared(self.dtype, self.norm[i], operands)
