@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import bitsandbytes  # noqa: F401  (registers the kernels whose results a plan counts)
 import numpy as np
 import pytest
 import torch
@@ -93,9 +94,9 @@ def test_they_are_those_of_each_layer(monkeypatch: pytest.MonkeyPatch, quant: st
 
 def test_what_is_made_takes_the_place_of_what_it_follows() -> None:
     """At most a tile of a weight, and the factors of a group, are there beside the values of one state."""
-    size, rank = 512, 4
+    size, rank = 2048, 1
     with planned_on("cuda"), FakeTensorMode(), LiveBytes() as live:
-        bases = [FrozenLinear(empty_packed("nf4", (size, size), 64, double_quant=True)) for _ in range(24)]
+        bases = [FrozenLinear(empty_packed("nf4", (size, size), 64, double_quant=True)) for _ in range(64)]
         layers = [AdaptedLinear(base, rank=rank, dtype=torch.bfloat16) for base in bases]
         before = live.live_bytes
         for layer in layers:
@@ -105,7 +106,7 @@ def test_what_is_made_takes_the_place_of_what_it_follows() -> None:
         live.reset_peak()
         assert prepare_gains(layers) == len(layers)
         assert live.live_bytes == before + kept
-        assert live.peak_bytes < before + 2 * kept + 2 * size * size
+        assert live.peak_bytes < before + kept + 1.5 * 2 * size * size
 
 
 def test_layers_alike_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
