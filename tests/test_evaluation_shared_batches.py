@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 from unittest.mock import Mock, patch
@@ -123,3 +124,33 @@ def test_processes_with_other_examples_are_refused() -> None:
         assert results_of([[1]], lambda batch: batch) == {1: 1}
         with pytest.raises(RunFailure, match="the processes evaluate different examples"):
             results_of([[1], [2]], lambda batch: batch)
+
+
+class Heard(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def _warned(rank: int) -> None:
+    logger, heard = logging.getLogger("qdora"), Heard()
+    logger.addHandler(heard)
+
+    def evaluation() -> bool:
+        logger.warning("one prompt was cut")
+        return True
+
+    with processes_of_launch() as processes:
+        for each in (processes, processes.dividing(base=True)):
+            evaluate_together(each, evaluation)
+        logger.warning("afterwards")
+    assert heard.texts == ["one prompt was cut"] * (2 if rank == 0 else 0) + ["afterwards"]
+
+
+def test_what_all_find_is_told_once() -> None:
+    assert launched.run(2, _warned) == ["", ""]

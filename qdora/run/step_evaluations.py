@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,11 +116,12 @@ def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> R
     in one of them, the others raise OtherProcessFailed; after a KeyboardInterrupt, once its process has ended.
     """
     if processes.size == 1 or processes.shards:
-        result = processes.first_or_all(evaluate)
+        with _told_once(processes):
+            result = processes.first_or_all(evaluate)
         assert result is not None, "an evaluation has a result"
         return result
     try:
-        with batches_shared(processes.rank, processes.size, processes.exchange):
+        with _told_once(processes), batches_shared(processes.rank, processes.size, processes.exchange):
             result = evaluate()
     except (OtherProcessFailed, KeyboardInterrupt):
         raise  # perhaps within an exchange, of which the others would take one more message for a part
@@ -128,6 +130,18 @@ def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> R
         raise
     processes.exchange(None)  # the first process writes files, which can fail
     return result
+
+
+@contextmanager
+def _told_once(processes: Processes) -> Iterator[None]:
+    """Only the first process tells what all of them find."""
+    before = logger.level
+    if not processes.is_first:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:
