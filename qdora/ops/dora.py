@@ -131,14 +131,25 @@ def factored_norms(
             if sums_in_one_pass(weight, dtype, rank)  # as it does for the first; tells the type
         ]
         return FactoredNorm(*map(torch.stack, zip(*norms, strict=True)))
-    wide, narrow = _wide(first), lora_A.to(dtype)
-    products = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)  # W A^T
-    for weight, a_of_one, product in zip(weights, narrow, products, strict=True):
+    narrow = lora_A.to(dtype)
+    products = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
+    for weight, a, product in zip(weights, narrow, products, strict=True):
         for rows, tile in row_tiles(weight, dtype):
-            torch.mm(tile, a_of_one.T, out=product[rows])
+            torch.mm(tile, a.T, out=product[rows])
             del tile
-    a, b = lora_A.to(wide), lora_B.to(wide)
-    gram = torch.bmm(a, a.mT) * scaling  # (n, rank, rank)
+    return norms_of_products(products, lora_A, lora_B, scaling, base_squared=base_squared)
+
+
+def norms_of_products(
+    products: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, base_squared: Tensor
+) -> FactoredNorm:
+    """The sums of `factored_norms`, with its arguments, from the products W A^T, (n, out, rank) in any dtype.
+
+    Factors that all share may be (1, ...).
+    """
+    wide = base_squared.dtype
+    a, b = lora_A.to(wide), lora_B.to(wide).expand_as(products)
+    gram = (torch.bmm(a, a.mT) * scaling).expand(len(products), -1, -1)  # (n, rank, rank)
     # s b A (2 w + s b A)^T = (2 W A^T + s B A A^T) . s b
     inner = torch.baddbmm(products.to(wide), b, gram, beta=2.0)  # (n, out, rank)
     return of_squares(base_squared, inner.mul_(b).sum(dim=-1), scaling)

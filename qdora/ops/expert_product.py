@@ -19,12 +19,12 @@ from qdora.ops.adapted_product import WRITTEN, column_dot
 from qdora.ops.dora import (
     FactoredNorm,
     Gain,
-    factored_norm,
+    factored_norms,
     masked_row_norm,
     measure_cancelled_,
     merged_weight,
     norm_in_one_pass,
-    of_squares,
+    norms_of_products,
     sums_in_one_pass,
 )
 from qdora.ops.dropout import draw_seed, drop_, dropped
@@ -443,7 +443,7 @@ def stack_norm(
     dtype: torch.dtype,
     keep_bits: Tensor | None = None,
 ) -> Tensor:
-    """Row norms of W_e + s B_e A_e of the experts that have tokens, (n, out), by the sum of `ops.dora.factored_norm`.
+    """Row norms of W_e + s B_e A_e of the experts that have tokens, (n, out), by the sum of `ops.dora.factored_norms`.
 
     A GPU's host waits once, to know which experts have cancelled rows.
 
@@ -500,11 +500,7 @@ def _norm_of_run(
         return norm_in_one_pass(weight, lora_A, lora_B, scaling, base_squared=squared, dtype=dtype, experts=index)
     part = expert_rows(weight, len(base_squared), run)
     if len(squared) == 1:
-        one = factored_norm(part, lora_A[0], lora_B[0], scaling, base_squared=squared[0], dtype=dtype)
-        return FactoredNorm(one.norm.unsqueeze(0), one.cancelled.unsqueeze(0))
-    wide = squared.dtype
-    a, b = lora_A.to(wide), lora_B.to(wide)
-    gram = (a @ a.mT) * scaling
+        return factored_norms([part], lora_A, lora_B, scaling, base_squared=squared, dtype=dtype)
     ((_, tile),) = row_tiles(part, dtype)
-    products = (tile.view(*squared.shape, -1) @ lora_A.mT).to(wide)
-    return of_squares(squared, ((2.0 * products + b @ gram) * b).sum(dim=2), scaling)
+    products = tile.view(*squared.shape, -1) @ lora_A.mT
+    return norms_of_products(products, lora_A, lora_B, scaling, base_squared=squared)

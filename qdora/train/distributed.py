@@ -115,11 +115,9 @@ class Processes:
             if self.is_first:
                 result = action()
         except BaseException as error:
-            self.gather(first_line(error))
+            self.exchange(None, first_line(error))
             raise
-        fault = self.gather("")[0]
-        if fault:
-            raise OtherProcessFailed(f"process {self.rank}: stopped, because process 0 failed: {fault}")
+        self.exchange(None)
         return result
 
     def first_or_all(self, action: Callable[[], T]) -> T | None:
