@@ -71,8 +71,8 @@ def repeated(call: Callable[[nn.Module], object], layer: nn.Module, number: int)
 
 
 def token() -> torch.Tensor:
-    """The input, (1, 64) bf16."""
-    return torch.ones(1, SIZE, dtype=torch.bfloat16, requires_grad=True)
+    """The input in the shape in which a model passes it, (1, 1, 64) bf16."""
+    return torch.ones(1, 1, SIZE, dtype=torch.bfloat16, requires_grad=True)
 
 
 def forward(layer: nn.Module) -> torch.Tensor:

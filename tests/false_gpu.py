@@ -352,6 +352,8 @@ def _wide_product(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor
 
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
+    if func is aten._unsafe_view.default:  # shares its argument's memory, though its schema does not say so
+        return True
     return any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
 
 

@@ -58,8 +58,8 @@ _EVALUATION = re.compile(r"step-(\d+)(-generated)?\.json")
 WITHOUT_EFFECT: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "data.cache", "memory")
 WITHOUT_EFFECT += ("trackers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
 WITHOUT_EFFECT += ("train.micro_batch_tokens", "train.parallel", "model.attention")
-"""Settings that do not decide what a run learns, apart from rounding: how it computes, how it fits into memory, and what
-it writes."""
+"""Settings that do not decide what a run learns, apart from rounding: how it computes, how it fits into memory, and
+what it writes."""
 
 # What a resumed run may change. Learning rate, clipping and the treatment of bad steps and rows change the training's
 # numbers: changing them gets a run past a bad step or row.

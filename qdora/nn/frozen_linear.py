@@ -85,9 +85,10 @@ class FrozenLinear(nn.Module):
         """`packed_weight` without bringing it: its tensors may have no values."""
         if self.kind == "dense":
             return None
-        tensors = {name: self.get_buffer(name) for name in self._names}
         # Kept, since a check of the tensors at every forward costs as much as a kernel.
-        if self._packed is None or any(tensors[n] is not t for n, t in self._packed.tensors().items()):
+        packed, buffers = self._packed, self._buffers
+        if packed is None or any(buffers[name] is not tensor for name, tensor in packed.tensors().items()):
+            tensors = {name: self.get_buffer(name) for name in self._names}
             self._packed = from_tensors(self.kind, (self.out_features, self.in_features), self.block_size, tensors)
         return self._packed
 

@@ -27,7 +27,13 @@ from torch.autograd.function import once_differentiable
 
 from qdora.ops.dora import Gain
 from qdora.ops.dropout import draw_seed, drop_, dropped, dropped_slices, zeroed, zeroed_
-from qdora.ops.frozen_product import add_product_, add_transposed_product_, product_dtype, with_bias
+from qdora.ops.frozen_product import (
+    add_product_,
+    add_transposed_product_,
+    product_dtype,
+    with_bias,
+    without_autocast,
+)
 from qdora.ops.fused_product import fused_product
 from qdora.ops.low_rank_factors import rounded, row_factor, scaled_B
 from qdora.ops.masked_update import MaskedUpdate
@@ -78,8 +84,6 @@ def adapted_linear(
     """
     assert (magnitude is None) == (gain is None), "a magnitude comes with its gain"
     assert (operands is None) == (keep_bits is not None), "a product has operands or a mask"
-    x = x.to(product_dtype(x))
-    flat = x.reshape(-1, x.shape[-1])
     seed = draw_seed() if dropout > 0.0 else 0
     # Dropout scales the rest up by 1 / (1 - p): in s, where it costs nothing.
     call = Call(
@@ -93,9 +97,9 @@ def adapted_linear(
         operands=operands,
     )
     out: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call, unused-ignore]
-        flat, lora_A, lora_B, magnitude, *(gain or (None, None)), call
+        x.to(product_dtype(x)), lora_A, lora_B, magnitude, *(gain or (None, None)), call
     )
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+    return out
 
 
 class Operands(NamedTuple):
@@ -178,7 +182,10 @@ class _AdaptedLinear(torch.autograd.Function):
         inverse_magnitude: Tensor | None,
         call: Call,
     ) -> Tensor:
-        out, low = product(x, lora_A, lora_B, gain, call)
+        flat, low = product(x.reshape(-1, x.shape[-1]), lora_A, lora_B, gain, call)
+        # Shaped here and not by the caller, whose views are two more nodes of the graph. Not a view to autograd, so
+        # that a model may write into it.
+        out = torch.ops.aten._unsafe_view.default(flat, (*x.shape[:-1], flat.shape[1]))
         read_again = out if magnitude is not None and magnitude.requires_grad else None
         if read_again is not None and call.keeps_copy and call.bias is None:  # a bias makes another tensor
             read_again = out.clone()
@@ -189,23 +196,35 @@ class _AdaptedLinear(torch.autograd.Function):
         return with_bias(out, call.bias, is_kept=read_again is not None)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        # Read once: under a checkpoint a second read is an error.
-        x, lora_A, lora_B, _, gain, inverse_magnitude, low, out = ctx.saved_tensors
-        # What a checkpoint has recomputed comes back through a hook, and torch compares the versions only without one.
-        if out is not None and out._version > ctx.version:
-            raise RuntimeError(WRITTEN)
-        saved = [x, out, low, lora_A, lora_B, gain, inverse_magnitude]
-        del x, out
-        return (*product_gradients(dy, saved, ctx.call, ctx.needs_input_grad[:4]), None, None, None)
+        # Gradients have no graph of their own: an error for whoever asks for one. The wrapper that says so costs the
+        # host 7 us a call, so it is left out where nobody asks.
+        gradients = _gradients_without_graph if torch.is_grad_enabled() else _gradients
+        return gradients(ctx, *grads)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    # Read once: under a checkpoint a second read is an error.
+    x, lora_A, lora_B, _, gain, inverse_magnitude, low, out = ctx.saved_tensors
+    # What a checkpoint has recomputed comes back through a hook, and torch compares the versions only without one.
+    if out is not None and out._version > ctx.version:
+        raise RuntimeError(WRITTEN)
+    shape = x.shape
+    flat = None if out is None else out.reshape(-1, out.shape[-1])
+    saved = [x.reshape(-1, shape[-1]), flat, low, lora_A, lora_B, gain, inverse_magnitude]
+    del x, out, flat
+    dy = dy.reshape(-1, dy.shape[-1])
+    dx, *others = product_gradients(dy, saved, ctx.call, ctx.needs_input_grad[:4])
+    return None if dx is None else dx.view(shape), *others, None, None, None
+
+
+_gradients_without_graph = once_differentiable(_gradients)  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def product(x: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
     """The output without its bias, (tokens, out), and the low-rank activations, (tokens, rank), or None with a mask."""
     low = None
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         # The small term first: the sum is then rounded once, when the base's product is added to it.
         if call.operands is not None:
             low = _low_rank_input(x, call.operands.a, call)
@@ -232,7 +251,7 @@ def product_gradients(
     saved.clear()
     need_x, need_a, need_b, need_m = needed
     dx = da = db = dm = None
-    with torch.autocast(dy.device.type, enabled=False):
+    with without_autocast(dy.device):
         if need_m:
             dm = column_dot(dy, out, inverse_magnitude)
         # Nobody else holds what a checkpoint has recomputed, so `out` and `x` go as soon as they have been read: in a

@@ -263,7 +263,6 @@ def with_nested_scales(plain: PackedWeight) -> PackedWeight:
     return PackedWeight(plain.kind, plain.shape, plain.block_size, plain.packed, codes, nested=nested)
 
 
-@torch.no_grad()
 def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense weight (out, in), a new tensor in any float dtype: a product in float32, then one cast."""
     if packed.kind == "int8":
@@ -281,7 +280,6 @@ def decode_4bit(
     return decode(codes, scales, kind, block_size, shape=shape, dtype=dtype)
 
 
-@torch.no_grad()
 def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
     """The block scales (blocks,) float32, decoded if they are double quantised; for int8 (out,), each row's absmax.
 
