@@ -240,9 +240,8 @@ def _depth(report: Report) -> Callable[[bool], Figure] | None:
         return None
     compared = [row for row in report.tables["comparisons"] if row.get(report.axes[0] if report.axes else "")]
     named = naming([*errors, *off], report.axes)
-    if len({named(row) for row in errors}) > len(COLORS):
-        bases = {named(row) for row in compared}
-        errors = [row for row in errors if named(row) in bases]
+    bases = list(dict.fromkeys(map(named, [*compared, *errors])))  # where colors are few, those that are compared
+    errors = [row for row in errors if named(row) in bases[: len(COLORS)]]
     of_arm = replace(named, axes=(*named.axes, report.arm_axis))
     panels = {
         "error of the hidden states, untrained": _by_block(errors, named, "relative_error"),
