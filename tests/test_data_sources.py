@@ -436,6 +436,23 @@ def test_split_off_and_draw():
     assert (examples[3], list(examples[2:4])) == ("d", ["c", "d"])
 
 
+@pytest.mark.parametrize(
+    "line, fault",
+    [
+        ('{"messages": "hi"}', "line 1: messages: must be a list of turns"),
+        ('{"messages": [', "line 1: not JSON"),
+        ('{"chat": [{"role": "user", "content": "hi"}]}', "columns chat fit no format"),
+    ],
+)
+def test_of_a_single_row_in_a_wrong_layout_the_layout_is_told(tmp_path, line, fault):
+    """And not that one row is too few to cut validation examples from."""
+    file = tmp_path / "chat.jsonl"
+    file.write_text(f"{line}\n")
+    with pytest.raises(UserError) as error:
+        split_up(SourceConfig(source=str(file)), 0.1)
+    assert [each.startswith(f"{file}: {fault}") for each in error.value.faults] == [True]
+
+
 # Columns that training does not read
 
 

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qdora.errors import UserError
+from qdora.errors import RunFailure, UserError
 from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.train import loop, process_watch
+from qdora.train.distributed import Processes
 from qdora.train.process_watch import PATIENCE, ProcessWatch, patience_seconds
 from tests import launched, tiny_sharded
 from tests.test_train_distributed import exact
@@ -212,6 +213,24 @@ def test_who_is_behind_is_silent_unless_it_moves(watches: list[ProcessWatch]) ->
     assert re.match(stopped + "Fix: resume from the last checkpoint", watches[1].lost())
     assert watches[0].lost().startswith("process 0 has not moved for 1.5 s, so the others have ended. It is at ")
     assert watches[0].has_silence
+
+
+def test_a_checkpoint_is_named_only_where_one_is_saved(
+    watches: list[ProcessWatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a divided base cannot compute a pass, and where the processes have drifted apart."""
+    processes = Processes(0, 2, shards=True, watch=watches[0])
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, [0]])
+
+    def told() -> list[str]:
+        with pytest.raises(RunFailure) as drifted:
+            processes.require_equal({"a": torch.ones(1)})
+        return [str(processes.broken(RuntimeError("bad kernel"))), str(drifted.value)]
+
+    again = " run it again; it begins at its first step, since no checkpoint is saved."
+    assert [text.endswith(again) for text in told()] == [True, True]
+    watches[0].newest = lambda: Path("step-8")
+    assert [text.endswith(" resume from the last checkpoint with --resume.") for text in told()] == [True, True]
 
 
 @pytest.mark.parametrize("together", [False, True])

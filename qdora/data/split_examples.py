@@ -69,10 +69,11 @@ class SplitExamples(Sequence[Example]):
 def split_off(examples: SplitExamples, fraction: float, *, name: str) -> tuple[SplitExamples, SplitExamples]:
     """Cut the last `fraction` of the examples off, at least one: (train, validation). No randomness.
 
-    Raises: UserError if nothing would be left to train on.
+    Raises: UserError if nothing would be left to train on; faulty rows are told in place of that.
     """
     num_validation = 0 if fraction == 0.0 else max(1, round(len(examples) * fraction))
     if num_validation >= len(examples):
+        check_rows(examples)
         raise UserError(
             f"{name}: {len(examples)} examples leave none to train on after data.validation_fraction {fraction}. "
             "Fix: give more examples or name validation data."

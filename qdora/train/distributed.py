@@ -157,8 +157,13 @@ class Processes:
             return self._lost()
         return RunFailure(
             f"process {self.rank}: a pass through the model cannot be computed: {reason} All processes end, since they "
-            "divide the base. Fix the cause, then resume from the last checkpoint with --resume."
+            f"divide the base. Fix the cause, then {self.way_on()}"
         )
+
+    def way_on(self) -> str:
+        """What to do once a run of several processes has ended, as the end of a sentence."""
+        assert self.watch is not None, "several processes watch each other"
+        return self.watch.way_on()
 
     def _lost(self) -> OtherProcessFailed:
         assert self.watch is not None, "a connection has two ends"
@@ -246,7 +251,7 @@ class Processes:
             if differing:
                 raise RunFailure(
                     f"process {rank} has another {differing[0]} than process 0 ({len(differing)} parameters differ): "
-                    "the processes have drifted apart. Fix: resume from the last checkpoint with --resume."
+                    f"the processes have drifted apart. Fix: {self.way_on()}"
                 )
 
 

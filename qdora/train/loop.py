@@ -247,7 +247,7 @@ def _update(lr: float, start: _StepStart, processes: Processes) -> None:
     if len(short) == len(told) and all(left == number for left, number, _ in short):
         raise RunFailure(f"step {step + 1}: {reason}. {advice}, then resume with --resume.", safe=[start.save()])
     if processes.size > 1:
-        raise RunFailure(f"step {step + 1}: {reason}. {advice}, then resume from the last checkpoint with --resume.")
+        raise RunFailure(f"step {step + 1}: {reason}. {advice}, then {processes.way_on()}")
     lost = f"{num_updated - num_left} others are updated, these keep their values; the run can continue from there"
     raise RunFailure(f"step {step + 1}: {reason}; {lost}. {advice}, then resume.", safe=[start.hooks.save(step + 1)])
 
@@ -310,7 +310,7 @@ def _failed_step(found: StepGradient, reason: str, start: _StepStart, bad_steps:
     try:
         return failure(f"step {number}: {reason}", safe=[start.save(), *kept])
     except RuntimeError as second:
-        reason += f" The state before it could not be saved ({first_line(second)}): resume from the last checkpoint."
+        reason += f" The state before it could not be saved ({first_line(second)})."
         return failure(f"step {number}: {reason}", safe=kept)
 
 

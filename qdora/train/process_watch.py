@@ -148,10 +148,14 @@ class ProcessWatch:
         self._over.set()
         self._thread.join(2 * self._beat)
 
-    def _told(self) -> str:
-        resume = "Fix: resume from the last checkpoint with --resume."
+    def way_on(self) -> str:
+        """What to do once the run has ended, as the end of a sentence."""
         if self.newest() is None:
-            resume = "Fix: run it again; it begins at its first step, since no checkpoint is saved."
+            return "run it again; it begins at its first step, since no checkpoint is saved."
+        return "resume from the last checkpoint with --resume."
+
+    def _told(self) -> str:
+        resume = f"Fix: {self.way_on()}"
         if self._fault is None:
             return (
                 f"process {self.rank}: the connection to the other processes of this run is lost: one of them has "
