@@ -169,6 +169,22 @@ def test_the_shares_that_an_error_names_are_those_that_the_other_choices_lose(ma
     assert f"drop (loses {examples_lost} of the examples, {lost} of the tokens)" in str(error.value)
 
 
+def test_truncation_is_offered_only_where_it_leaves_something_to_learn():
+    chats = [example("", "", messages=CHAT, id=id) for id in "ab"]
+    first_learnt = int(np.flatnonzero(tokenize_one(chats[0], PLAIN, max_length=1000).loss_mask)[0])
+
+    def told(examples, max_length):
+        with pytest.raises(UserError) as error:
+            tokenize_all(examples, PLAIN, name="x", max_length=max_length)
+        return error.value.faults[0].partition("data.too_long to ")[2]
+
+    assert told(chats, first_learnt) == "drop (loses 100 % of the examples, 100 % of the tokens)."
+    some = told([*chats, example("the cat " * 20)], first_learnt)
+    assert some.startswith("truncate (cuts ")
+    assert ", the last turns of a chat, the whole of 2 examples (a, b)) or drop (" in some
+    assert ", the last turns of a chat) or drop (" in told(chats, first_learnt + 1)
+
+
 def test_of_a_chat_that_gives_several_examples_each_is_counted_once():
     """The template prints an earlier answer otherwise, so that each turn is an example of its own."""
     template = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '' }}<|im_end|>{% endfor %}"

@@ -198,7 +198,8 @@ class ExampleTally:
 
     A chat whose template rewrites earlier turns is an example for each turn of the assistant, and counts as such.
     `lengths` are the tokens of each before anything is cut or split; a chat that the template refuses has none. With
-    too_long "error" also the tokens of those that are too long are counted, and those that truncate would cut.
+    too_long "error" also the tokens of those that are too long are counted, those that truncate would cut, and the
+    examples of which it would leave no token to learn.
     """
 
     name: str
@@ -212,6 +213,7 @@ class ExampleTally:
     num_tokens_cut: int = 0
     longest: int = 0
     too_long_ids: list[str] = field(default_factory=list)
+    cut_whole_ids: list[str] = field(default_factory=list)
     unlearnable_ids: list[str] = field(default_factory=list)
     chat_faults: list[str] = field(default_factory=list)
     notes: set[str] = field(default_factory=set)
@@ -265,8 +267,10 @@ class ExampleTally:
             if self.too_long in ("error", "split"):
                 self.too_long_ids.append(id)
                 left = _cut(encoded, self.max_length)
+                num_left = len(left.ids) if any(left.mask[1:]) else 0
                 self.num_tokens_too_long += len(encoded.ids)
-                self.num_tokens_cut += len(encoded.ids) - (len(left.ids) if any(left.mask[1:]) else 0)
+                self.num_tokens_cut += len(encoded.ids) - num_left
+                self.cut_whole_ids += [] if num_left else [id]
             self.num_dropped += self.too_long == "drop"
             if self.too_long == "split":
                 return f"{len(encoded.ids)} tokens, and data.too_long: split is for plain text alone", True
@@ -289,11 +293,15 @@ class ExampleTally:
         if len(self.chat_faults) > _SHOWN:
             faults.append(f"{self.name}: {len(self.chat_faults) - _SHOWN} more chats that do not fit the template")
         if self.too_long_ids:
+            whole = f", the whole of {_named(self.cut_whole_ids)}" if self.cut_whole_ids else ""
+            truncate = (
+                f"truncate (cuts {_percent(self.num_tokens_cut, num_tokens)} of the tokens: the front of a prompt, the "
+                f"last turns of a chat{whole}) or "
+            )
             faults.append(
                 f"{self.name}: {_named(self.too_long_ids)} of {num_examples} longer than data.max_length "
                 f"({self.max_length}), the longest has {self.longest} tokens. Fix: raise data.max_length, or set "
-                f"data.too_long to truncate (cuts {_percent(self.num_tokens_cut, num_tokens)} of the tokens: the "
-                f"front of a prompt, the last turns of a chat) or drop (loses "
+                f"data.too_long to {'' if self.cut_whole_ids == self.too_long_ids else truncate}drop (loses "
                 f"{_percent(len(self.too_long_ids), num_examples)} of the examples, "
                 f"{_percent(self.num_tokens_too_long, num_tokens)} of the tokens)"
                 + (", since split is for plain text alone." if self.too_long == "split" else ".")
