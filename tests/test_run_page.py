@@ -381,6 +381,22 @@ def test_audits_in_the_run_are_shown(whole: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_a_verdict_of_several_audits_is_said_once(whole: Path, tmp_path: Path) -> None:
+    run = copy_of(whole, tmp_path)
+    (run / "exports").mkdir()
+    for name, kl, verdict in (("a", 0.1, "Same."), ("b", 0.1, "Same."), ("c", 0.2, "Same."), ("d", 0.3, "Other.")):
+        logits = {"max_logit_difference": 0.5, "kl_mean": kl, "argmax_agreement": 0.5}
+        audit = {"verdict": verdict, "forms": {"merged": {"logits": logits}}, "layers": []}
+        (run / f"exports/{name}.json").write_text(json.dumps(audit))
+    write_page(open_run(run))
+    found = page(run)
+    assert [
+        found.text.count(said) for said in ("Same.", "Other.", "Audited exports: a, b, c", "Audited exports: d")
+    ] == [1] * 4
+    tables = [table[1:] for table in found.tables if table[0][0] == "form"]
+    assert tables == [[["merged", "0.5", kl, "50.00%"]] for kl in ("0.1", "0.2", "0.3")]
+
+
 def test_a_damaged_file_is_a_warning_and_the_rest_is_shown(whole: Path, tmp_path: Path) -> None:
     run = copy_of(whole, tmp_path)
     (run / "eval/step-6.json").write_text('{"tasks": ')

@@ -108,7 +108,7 @@ def run_page(facts: Facts, figures: Mapping[str, str]) -> str:
         measures="allocated on the GPU" if facts["memory"]["device"] == "cuda" else "resident memory of the process",
         time=_time_table(facts["time"]),
         layers=_layer_table(facts["layers"]),
-        audits=[(each["name"], each["verdict"], _audit_table(each["forms"])) for each in facts["audits"]],
+        audits=_audits(facts["audits"]),
     )
 
 
@@ -277,7 +277,19 @@ def _most(layers: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return max((layer[name] for layer in layers if layer[name] is not None), default=None)
 
 
-def _audit_table(forms: Mapping[str, Any]) -> PageTable:
+def _audits(audits: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, PageTable]]]:
+    """Verdict -> names of exports, and their table: an audit compares all forms, so those of several exports agree."""
+    found: dict[str, dict[tuple[Sequence[str], ...], list[str]]] = {}
+    for each in audits:
+        found.setdefault(each["verdict"], {}).setdefault(_audit_rows(each["forms"]), []).append(each["name"])
+    header = "form|largest logit difference|mean KL, nats|same next token"
+    return {
+        verdict: [(", ".join(names), _table(header, 1, rows)) for rows, names in tables.items()]
+        for verdict, tables in found.items()
+    }
+
+
+def _audit_rows(forms: Mapping[str, Any]) -> tuple[Sequence[str], ...]:
     rows: list[tuple[str, ...]] = []
     for name, form in forms.items():
         logits = form.get("logits")
@@ -287,4 +299,4 @@ def _audit_table(forms: Mapping[str, Any]) -> PageTable:
             continue
         differences = (f"{logits[key]:.3g}" for key in ("max_logit_difference", "kl_mean"))
         rows.append((name, *differences, f"{logits['argmax_agreement']:.2%}"))
-    return _table("form|largest logit difference|mean KL, nats|same next token", 1, rows)
+    return tuple(rows)
