@@ -315,6 +315,20 @@ def test_tables_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -
     assert "Llama 3" in models
 
 
+def test_memory_is_in_gib_as_in_the_plan_and_only_cards_are_named_in_gb(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = readme_tables(monkeypatch).TABLES
+    for name, table in tables.items():
+        sizes = set(re.findall(r"(?:[\d.]+ ?)?\bGB\b(?!/s| of rows)", table()))  # rates, and the size of a file
+        assert sizes <= {"8 GB", "24 GB", "40 GB", "80 GB"}, name
+    plans = json.loads((ROOT / "benchmarks/results/plan_recipes.json").read_text())["plans"]
+    rows = {row.split(" | ")[0].strip("| `"): row.split(" | ")[2:4] for row in tables["cards"]().splitlines()[2:]}
+    assert len(rows) >= 9
+    for name, (card, peak) in rows.items():
+        assert peak == f"{plans[name]['peak_bytes'] / 2**30:.2f} GiB"
+        stated = re.findall(r"(\d+) GB", card)[0]
+        assert f"({int(stated) * 1e9 / 2**30:.2f} GiB)" in card
+
+
 def test_six_results_lead_to_their_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = readme_tables(monkeypatch).TABLES["headline"]().splitlines()[2:]
     assert len(rows) == 6

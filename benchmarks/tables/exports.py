@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qdora.recipe.byte_size import size_text
 from tables.table import markdown, read
 
 _FORMS = {
@@ -104,10 +105,7 @@ def merge_streamed() -> str:
         "after an interrupt",
     ]
     row = [
-        f"{document['checkpoint_bytes'] / 1e9:.2f} GB",
-        f"{document['largest_tensor_bytes'] / 1e9:.2f} GB",
-        f"{document['peak_bytes'] / 1e9:.2f} GB",
-        f"{document['asked_bytes'] / 1e9:.1f} GB",
+        *(size_text(document[f"{name}_bytes"]) for name in ("checkpoint", "largest_tensor", "peak", "asked")),
         f"{document['gigabytes_per_second']:.3f} GB/s",
         f"{document['copy_gigabytes_per_second']:.2f} GB/s",
         "the same bytes" if document["resumed_is_byte_identical"] else "OTHER BYTES",

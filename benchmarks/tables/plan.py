@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import recipe_names
 from tables.table import markdown, read
 
@@ -29,7 +30,6 @@ def plan_recipes() -> str:
     names = list(dict.fromkeys(name for each in plans.values() for name in each["components"]))
     rows = [[name, *(f"{each['components'].get(name, 0) / GIB:.2f}" for each in plans.values())] for name in names]
     rows.append(["**total**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in plans.values())])
-    rows.append(["total in GB", *(f"{each['peak_bytes'] / 1e9:.2f}" for each in plans.values())])
     rows.append(["fits in", *(f"{_card(each)}{'' if each['fits'] else ': no'}" for each in plans.values())])
     rows.append(["base", *("divided" if _is_divided(each) else "whole" for each in plans.values())])
     streamed = [f"{each['num_streamed']} of {each['num_blocks']}" for each in plans.values()]
@@ -54,13 +54,13 @@ def several_cards() -> str:
                     [
                         f"{name}, {link}",
                         way["way"],
-                        f"{way['peak_bytes'] / 1e9:.1f}{'' if way['fits'] else ': no'}",
+                        f"{way['peak_bytes'] / GIB:.1f}{'' if way['fits'] else ': no'}",
                         f"{way['host_bytes'] / GIB:.1f}",
                         f"**{seconds}**" if way["way"] == best else seconds,
                         f"{over:.1%}",
                     ]
                 )
-    header = ["machine", "way", "GB a card", "pinned host GiB a card", "s a step", "waiting"]
+    header = ["machine", "way", "GiB a card", "pinned host GiB a card", "s a step", "waiting"]
     hidden = ", ".join(
         f"{name} on {link} {f'{tokens:,}' if tokens else 'any'}"
         for name, machine in document["by_machine"].items()
@@ -135,8 +135,8 @@ def cards() -> str:
         [
             f"`{name}`",
             each["model"].partition("/")[2],
-            _card(each).replace("GB", " GB"),
-            f"{each['peak_bytes'] / 1e9:.1f} GB",
+            _card(each),
+            size_text(each["peak_bytes"]),
             f"{each['num_streamed']} of {each['num_blocks']}",
         ]
         for name, each in plans.items()
@@ -145,9 +145,10 @@ def cards() -> str:
 
 
 def _card(found: dict[str, Any]) -> str:
-    """40GB, or 8 x 80GB."""
-    count: int = found["num_cards"]
-    return f"{count} × {found['budget']}" if count > 1 else str(found["budget"])
+    """40 GB (37.25 GiB), or 8 × 80 GB (74.51 GiB)."""
+    count, budget = found["num_cards"], str(found["budget"])
+    card = f"{budget.replace('GB', ' GB')} ({size_text(parse_size(budget))})"
+    return f"{count} × {card}" if count > 1 else card
 
 
 def _is_divided(found: dict[str, Any]) -> bool:
