@@ -533,6 +533,7 @@ def test_errors_by_block_are_drawn_of_more_bases_than_colors_before_anything_is_
     assert [f"base {n}" in depth.wide for n in (0, 11)] == [True, False]
 
 
+@pytest.mark.figures
 def test_transplants_are_in_no_figure(report: Report) -> None:
     arms = [row for row in report.tables["arms"] if row["kind"] != "transplant"]
     assert len(arms) == len(report.tables["arms"]) - 4
@@ -566,6 +567,15 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert found.exit_code == 2
     assert "must be a run (with recipe.yaml) or a study (with study.json)" in found.output
+
+
+def test_no_sentence_is_told_twice(made: Path, report: Report, tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["report", str(made), "--out", str(tmp_path)])
+    shown = " ".join(found.stdout.split())  # lines are broken
+    pages = [(tmp_path / name).read_text() for name in ("report.md", "index.html")]
+    assert len(report.verdict) > 1
+    for sentence in {*report.answer, *report.verdict}:
+        assert [text.count(sentence) for text in (shown, pages[0], html.unescape(pages[1]))] == [1, 1, 1], sentence
 
 
 def test_no_column_can_be_an_axis_too(report: Report) -> None:

@@ -56,7 +56,7 @@ def report_run(directory: Path, out: Path | None = None, *, console: Console | N
     folder = out or directory / "report"
     with disk_failures(folder):
         files = write_report(report, folder, directory.resolve().name)
-    for sentence in (*report.answer, *report.verdict):
+    for sentence in (*report.answer, *report.details):
         results.print(sentence, markup=False, highlight=False)
     results.print(f"report: {files[0]}", markup=False, highlight=False, soft_wrap=True)
     return {

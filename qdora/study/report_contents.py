@@ -34,6 +34,11 @@ class Report:
     metric: str
     metric_label: str
 
+    @property
+    def details(self) -> list[str]:
+        """The verdict without what the answer has said."""
+        return [sentence for sentence in self.verdict if sentence not in self.answer]
+
 
 def is_number(value: Any) -> bool:
     """Whether a value of a table is a finite number."""

@@ -127,7 +127,7 @@ def _shown(column: str, value: Any) -> str:
 def markdown_page(report: Report, tables: Sequence[Mapping[str, Any]], title: str) -> str:
     """The report as Markdown, without figures."""
     parts = [f"# {report.question}", f"Study: {title}", *report.answer]
-    parts.append("\n".join(f"- {sentence}" for sentence in report.verdict))
+    parts.append("\n".join(f"- {sentence}" for sentence in report.details))
     for table in tables:
         text = markdown_table(table["header"], table["rows"], right=[not each for each in table["is_text"]])
         parts.append(f"## {table['title']}\n\n{table['note']}\n\n{text}")
