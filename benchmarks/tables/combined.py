@@ -8,6 +8,7 @@ from tables.table import markdown, read
 
 _QUESTION = "the combined adapter is better or worse than the solo ones"
 KINDS = {"lora": "QLoRA", "dora": "QDoRA"}
+_REMEDIES = {"pcgrad": "PCGrad"}
 
 
 def combined_vs_solo() -> str:
@@ -97,11 +98,12 @@ def _said(kind: str, each: dict[str, Any], verdict: str) -> str:
     average = each["combined - solo"]["nll"]["average"]
     costs = each["cells"]["combined"]
     text = (
-        f"{KINDS[kind]}, seeds {', '.join(each['seeds'])}: on the average over tasks, {verdict} "
-        f"({_interval(average, 1.0, 3)} nats per answer token). "
-        f"{costs['num_steps'][0]} steps, {costs['num_examples'][0]} examples, {costs['num_tokens'][0]:,} tokens in the "
-        "combined run of the first seed, and as many in its solo runs together."
+        f"**{KINDS[kind]}**, seeds {', '.join(each['seeds'])}: the average over tasks differs by "
+        f"{_interval(average, 1.0, 3)} nats per answer token. Verdict: {verdict}. "
+        f"The combined run of the first seed has {costs['num_steps'][0]} steps, {costs['num_examples'][0]} examples "
+        f"and {costs['num_tokens'][0]:,} tokens, as many as the solo runs together."
     )
     for remedy, found in each.get("combined - remedy", {}).items():
-        text += f" NLL of the combined run without minus with {remedy}: {_interval(found['nll']['average'], 1.0, 3)}."
+        text += f" NLL of the combined run without {_REMEDIES.get(remedy, remedy)} minus that with it: "
+        text += f"{_interval(found['nll']['average'], 1.0, 3)}."
     return text

@@ -25,5 +25,8 @@ def output_head() -> str:
         )
     header = ["evaluation", "head", "head %, slice", "head %, flat", "head, ratio", "whole, ratio", "equal"]
     largest = max(case["largest_difference"] for case in document["cases"])
-    note = f"{document['examples']} examples of the demo tasks, in turns. Ratios: slice / flat, median and quartiles. "
-    return markdown(header, rows) + f"\n{note}Largest difference of an example's NLL: {largest:.1g} nats.\n"
+    note = (
+        f"\n{document['examples']} examples of the demo tasks, in turns. Ratios: slice / flat, median and quartiles. "
+        f"*Equal*: examples with the same NLL; the largest difference is {largest:.1g} nats.\n"
+    )
+    return markdown(header, rows) + note

@@ -7,7 +7,7 @@ from tables.ranks import ranks_that_did_not_help
 from tables.table import markdown, read
 
 _SHORT = {
-    "PCGrad": "Projecting the gradients of tasks in conflict (PCGrad) does not lower the average loss measurably",
+    "PCGrad": "Projecting conflicting gradients of tasks (PCGrad) does not measurably lower the average loss",
     "a rank for each layer": "No way of choosing a rank for each layer differs from one rank everywhere",
     "8-bit AdamW states on CPU": "8-bit optimizer states slow a CPU down; `train.optimizer: adamw` is faster there",
 }

@@ -12,14 +12,14 @@ def headline() -> str:
     """One row for each result."""
     rows = [_magnitudes(), _time(), _memory(), _export(), _plan(), _resume()]
     table = [[question, answer, f"[{title}]({_PAGE}#{title.replace(' ', '-')})"] for question, answer, title in rows]
-    return markdown(["question", "measured on a CPU", "whole table"], table).replace("---:", "---")
+    return markdown(["question", "measured on a CPU", "full table"], table).replace("---:", "---")
 
 
 def _magnitudes() -> tuple[str, str, str]:
     moved = {(arm["storage"], arm["compute"]): arm["share_moved"]["magnitude"] for arm in read("magnitudes")["arms"]}
     own, plain = moved["bfloat16", "bfloat16"], moved["plain bf16", "bfloat16"]
     answer = f"{own:.2%} of the magnitudes move in 200 steps; in plain bf16 storage {plain:.2%} do"
-    return "Do DoRA's magnitudes train next to a bf16 adapter?", answer, "magnitudes in bf16"
+    return "Do DoRA's magnitudes train if the adapter is stored in bf16?", answer, "magnitudes in bf16"
 
 
 def _time() -> tuple[str, str, str]:
@@ -44,7 +44,7 @@ def _memory() -> tuple[str, str, str]:
         f"{peaks[0]} GiB with QDoRA, {peaks[1]} with QLoRA, {peaks[2]} with PEFT's QDoRA (tensors, counted without a "
         "GPU)"
     )
-    return "What does a step of an 8B model need?", answer, "memory of a training step"
+    return "How much memory does a step of an 8B model need?", answer, "memory of a training step"
 
 
 def _export() -> tuple[str, str, str]:
@@ -55,20 +55,20 @@ def _export() -> tuple[str, str, str]:
         f"yes: mean KL {half:.0e} nats if merged in fp16, {packed:.0e} in 4 bits (`nf4-lora`); {peft:.2f} after PEFT's "
         "`merge_and_unload`, which quantises again"
     )
-    return "Is the exported model the trained one?", answer, "exports"
+    return "Does the exported model equal the trained one?", answer, "exports"
 
 
 def _plan() -> tuple[str, str, str]:
     document = read("plan_accuracy")
     error, count = document["largest_error"]["tensor"], document["num_measured"]["tensor"]
     answer = f"at most {error:.1%} in {count} runs on a CPU (bytes of live tensors)"
-    return "How wrong is `qdora plan`?", answer, "memory plans against real runs"
+    return "How large is the error of `qdora plan`?", answer, "memory plans against real runs"
 
 
 def _resume() -> tuple[str, str, str]:
     document = read("moments")
     answer = (
-        f"{document['num_right']} of {document['num_moments']} killed or disturbed runs, exports and studies end with "
-        "the same bytes as undisturbed ones"
+        f"{document['num_right']} of {document['num_moments']} killed or disturbed runs, exports and studies, started "
+        "again, end with the same bytes as undisturbed ones"
     )
     return "Does a killed run lose anything?", answer, "killed runs"

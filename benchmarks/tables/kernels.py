@@ -21,7 +21,7 @@ def triton_kernels() -> str:
         for name, found in by_name.items()
     ]
     versions = document["versions"]
-    note = f"\nRegisters / KiB of shared memory, 4 warps. Compiled by Triton {versions['triton']}; nothing was run.\n"
+    note = f"\nRegisters / KiB of shared memory, 4 warps. Compiled by Triton {versions['triton']}; no kernel was run.\n"
     return markdown(["kernel", *(f"sm_{one}" for one in capabilities), "spilled bytes"], rows) + note
 
 

@@ -24,8 +24,8 @@ def layer_memory() -> str:
             row.append(f"{max(calls) / MIB:.0f}" if calls else "–")
         rows.append(row)
     note = (
-        f"\nAll {document['num_tokens']:,} tokens; the first columns {small['in_features']} → "
-        f"{small['out_features']} at rank 16.\n"
+        f"\n{document['num_tokens']:,} tokens. First four columns: {small['in_features']} → {small['out_features']}, "
+        "rank 16. Last columns: largest workspace of a pass.\n"
     )
     return markdown(header, rows) + note
 
@@ -69,13 +69,13 @@ def sharded_memory() -> str:
                 f"{each['allowed_peak_bytes'] / GIB:.2f}",
             ]
         )
-    header = ["processes", "planned", "counted", "resident behind loading", "peak while loading", "limit"]
+    header = ["processes", "planned", "counted", "resident after loading", "peak while loading", "limit"]
     more = [
         (resident - held) / 1e6
         for each in document["processes"].values()
         for resident, held in zip(each["resident_bytes"], each["held_bytes"], strict=True)
     ]
-    note = f"\nResident minus counted: {min(more):.0f} to {max(more):.0f} MB. Bar: {document['bar']:.0%}.\n"
+    note = f"\nResident minus counted: {min(more):.0f} to {max(more):.0f} MB. Tolerance: {document['bar']:.0%}.\n"
     return markdown([f"{header[0]}; GiB of each", *header[1:]], rows) + note
 
 

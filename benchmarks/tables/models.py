@@ -7,6 +7,8 @@ from typing import Any
 from tables.table import markdown, read
 
 FIGURES = ("evaluated", "merged", "nf4_lora", "gradients")
+_TITLES = {"evaluated": "NLL", "nf4_lora": "nf4-lora"}
+"""Key of a figure -> its column, where the two differ."""
 HEADER = ("resumed", "answer", "NLL", "merged", "nf4-lora", "gradients", "packing")
 
 
@@ -34,10 +36,11 @@ def _families(families: dict[str, Any], more: dict[str, str]) -> str:
             reasons.setdefault(text, []).append(name)
     allowed = read("architectures")["asked"]
     keys = [key for key in allowed if key in (*FIGURES, "packing", *more.values())]
-    asked = ", ".join(f"{key.replace('_', '-')} {allowed[key]:.0e}" for key in keys)
+    titles = {key: key for key in keys} | _TITLES | {key: title for title, key in more.items()}
+    asked = "; ".join(f"{titles[key]} {allowed[key]:.0e}" for key in keys)
     notes = "".join(f"- {', '.join(names)}: {text}\n" for text, names in reasons.items())
     table = markdown(["family", "model type", "adapted layers", *HEADER, *more, "s"], rows)
-    return f"{table}\nThe most that is allowed: {asked}.\n\n{notes}"
+    return f"{table}\nLargest difference allowed: {asked}.\n\n{notes}"
 
 
 def models_short() -> str:

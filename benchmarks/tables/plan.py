@@ -31,7 +31,7 @@ def plan_recipes() -> str:
     rows = [[name, *(f"{each['components'].get(name, 0) / GIB:.2f}" for each in plans.values())] for name in names]
     rows.append(["**total**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in plans.values())])
     rows.append(["fits in", *(f"{_card(each)}{'' if each['fits'] else ': no'}" for each in plans.values())])
-    rows.append(["base", *("divided" if _is_divided(each) else "whole" for each in plans.values())])
+    rows.append(["base", *("sharded" if _is_divided(each) else "whole" for each in plans.values())])
     streamed = [f"{each['num_streamed']} of {each['num_blocks']}" for each in plans.values()]
     rows.append(["blocks in host memory", *streamed])
     rows.append(["pinned host memory, GiB", *(f"{each['host_bytes'] / GIB:.1f}" for each in plans.values())])
@@ -61,15 +61,15 @@ def several_cards() -> str:
                     ]
                 )
     header = ["machine", "way", "GiB a card", "pinned host GiB a card", "s a step", "waiting"]
-    hidden = ", ".join(
-        f"{name} on {link} {f'{tokens:,}' if tokens else 'any'}"
+    hidden = "; ".join(
+        f"{name} on {link}: {f'{tokens:,}' if tokens else 'any'}"
         for name, machine in document["by_machine"].items()
         for link, tokens in machine["hidden_from_tokens"].items()
     )
     note = (
         f"\nA step has {document['per_card']} micro-batches of {document['tokens_at']:,} tokens a card. Bold: the "
-        "fastest that fits. Tokens of a micro-batch from which a forward pass hides the gathering, but for its first "
-        f"block: {hidden}.\n"
+        "fastest that fits. Least tokens of a micro-batch whose forward pass hides the gathering of all blocks but the "
+        f"first: {hidden}.\n"
     )
     return markdown(header, rows) + note
 

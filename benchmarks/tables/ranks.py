@@ -53,8 +53,8 @@ def curvature_draws() -> str:
     drawn = document["directions_cpu_seconds"] + document["drawn_cpu_seconds"]
     note = (
         f"\nWith {document['draws']} label samples, all {document['num_layers']} layers, "
-        f"{document['num_components']:,} components, took {drawn:.0f} CPU seconds, gradients included. The ranks "
-        f"are those of these layers at half of their parameters. One seed, {document['num_label_tokens']} labelled "
+        f"{document['num_components']:,} components, took {drawn:.0f} CPU seconds, gradients included. *Rank*: chosen "
+        f"for these layers at half of their parameters. One seed, {document['num_label_tokens']} labelled "
         f"tokens. `{document['command']}`\n"
     )
     return markdown(header, rows) + note
@@ -83,8 +83,8 @@ def rank_methods() -> str:
         "cost of choosing",
     ]
     note = (
-        f"\n{_intervals(arms)} The cost is in runs as long as the scout run at twice the rank, which the methods read; "
-        f"gates choose while they train. `{run['command']}`; the whole report: "
+        f"\n{_intervals(arms)} *Cost of choosing* is in units of the scout run, a run at twice the rank that the "
+        f"methods read; gates choose during training. `{run['command']}`; the whole report: "
         "[results/rank_methods/report.md](results/rank_methods/report.md).\n"
     )
     return markdown(header, rows) + note
@@ -96,7 +96,7 @@ def _intervals(arms: Sequence[Mapping[str, str]]) -> str:
     over = "the seeds" if is_new(arms) else "examples and seeds"
     return (
         f"95 % t intervals over {over}; learning rates chosen on one half of the validation examples, arms compared on "
-        f"the other; seeds: {seeds}."
+        f"the other; number of seeds: {seeds}."
     )
 
 

@@ -26,7 +26,7 @@ def moments() -> str:
         found = [row for name, row in table.items() if name.split(", ")[1] == event]
         counts = {key: sum(row[key] for row in found) for key in ("tried", "stopped", "right")}
         rows.append([words, f"{counts['tried']}", f"{counts['stopped']}", f"{counts['right']} of {counts['tried']}"])
-    return markdown(["event, then the same command again", "lives", "ended by it", "bit for bit equal"], rows)
+    return markdown(["event, then the same command again", "jobs", "ended by it", "bit for bit equal"], rows)
 
 
 def sharded_kills() -> str:
@@ -102,9 +102,10 @@ def chat_templates() -> str:
     reasons = sorted({reason for found in document["templates"].values() for reason in found["refused"]})
     ten = document["ten_turns"]
     note = (
-        f"\nA chat of ten turns: {ten['encoded']:.2f} times its characters are encoded, {1e3 * ten['seconds']:.1f} ms."
+        f"\nA chat of ten turns takes {1e3 * ten['seconds']:.1f} ms; {ten['encoded']:.2f} times its characters are "
+        "encoded."
     )
-    return markdown(header, rows) + note + (f" Refused: {'; '.join(reasons)}\n" if reasons else "\n")
+    return markdown(header, rows) + note + (f" Reason of refusals: {'; '.join(reasons)}\n" if reasons else "\n")
 
 
 def chat_model() -> str:
@@ -140,7 +141,9 @@ def data_loading() -> str:
         "to the end of the first step, s",
         "share of a step lost to loading",
     ]
-    note = f"\nSteps of {document['step_tokens']:,} tokens; median and quartiles of {document['num_steps'] - 1}.\n"
+    note = (
+        f"\nSteps of {document['step_tokens']:,} tokens; median and quartiles of {document['num_steps'] - 1} steps.\n"
+    )
     return markdown(header, rows) + note
 
 
@@ -160,7 +163,7 @@ def file_formats() -> str:
     header = ["file", "memory added, MB", "with limit 100, s", "first start, s", "later start, s"]
     tokens = next(iter(document["kinds"].values()))["first"]["num_tokens"]
     note = (
-        f"\nMemory and `limit: 100` with {document['num_bytes'] / 1e9:.0f} GB of rows, starts with "
+        f"\nMemory and `limit: 100`: a file with {document['num_bytes'] / 1e9:.0f} GB of rows. Starts: "
         f"{document['num_rows']:,} rows ({tokens / 1e6:.0f} million tokens).\n"
     )
     return markdown(header, rows) + note

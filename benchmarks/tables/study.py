@@ -43,9 +43,10 @@ def study_nulls() -> str:
         rows.append([name, number, *covered, f"{shares['winner']:.1%}", f"{shares['equivalent']:.1%}"])
     header = ["simulated study", "seeds, bases, tasks × examples", *names.values(), "a winner", "an equivalence"]
     note = (
-        f"\n{document['studies']:,} studies in each row. From the third column: intervals that hold the truth (95 % is "
-        "right); then studies without a difference that call a winner, and studies whose arms differ by just the zone "
-        f"of {document['zone']:g} that call an equivalence (at most 5 % is right). `{document['command']}`\n"
+        f"\n{document['studies']:,} studies per row. From the third column: intervals that contain the true value "
+        "(nominal: 95 %). Last two columns: studies without a difference that report a winner, and studies whose arms "
+        f"differ by exactly {document['zone']:g} (the zone) that report equivalence (nominal: at most 5 %). "
+        f"`{document['command']}`\n"
     )
     effects = list(dict.fromkeys(each["effect"] for each in document["power"]))
     power = []
@@ -56,7 +57,7 @@ def study_nulls() -> str:
         reached = f"{promised['effect']:.3f}: {promised['found']:.0%}"
         power.append([str(seeds), *found, f"{own[0.0]['equivalent']:.0%}", reached])
     told = [f"better by {effect:g}" for effect in effects if effect]
-    more = markdown(["seeds", *told, "equivalent at 0", "promised to be seen by 80 %"], power)
+    more = markdown(["seeds", *told, "equivalent at 0", "predicted detectable with 80 %: found"], power)
     return markdown(header, rows) + note + "\n" + more
 
 
@@ -121,8 +122,8 @@ def _by_scores(arms: Sequence[Row], pairs: Sequence[Row]) -> str:
     seeds = sorted({row["num_seeds"] for row in trained(arms)})
     note = (
         "\nNLL per answer token on one half of the validation examples, averaged over the tasks; differences with 95 % "
-        f"t intervals over examples and seeds; learning rates chosen on the other half; seeds: {', '.join(seeds)}. "
-        f"{_scattered(arms)}`{done['command']}`; the whole report: "
+        f"t intervals over examples and seeds; learning rates chosen on the other half; number of seeds: "
+        f"{', '.join(seeds)}. {_scattered(arms)}`{done['command']}`; the whole report: "
         "[results/study/report.md](results/study/report.md).\n"
     )
     return markdown(header, lines) + note
@@ -137,4 +138,4 @@ def _scattered(arms: Sequence[Row]) -> str:
         values = [float(cell["nll_per_token"]) for cell in cells]
         if values and max(values) - min(values) > 1:
             found.append(f"{row['adapter']} on {row['base']}: {', '.join(f'{value:.2f}' for value in values)}")
-    return f"Single runs that are more than a nat apart: {'; '.join(found)}. " if found else ""
+    return f"Arms whose runs differ by more than one nat: {'; '.join(found)}. " if found else ""

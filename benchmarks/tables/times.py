@@ -25,19 +25,19 @@ def layer_time() -> str:
         rows.append([label, *(f"{case['ratios'][name]['median']:.3f}" for name in columns.values())])
     bars = document["bars"]
     asked = {
-        "QDoRA at most 1.03 times QLoRA": "own_dora / own_lora",
-        "at most PEFT's QLoRA (1.03 times at 256 tokens)": "own_dora / peft_lora",
-        "dropout at most 1.05 times none": "own_dora_dropout / own_dora",
+        "QDoRA at most 1.03 times QLoRA in": "own_dora / own_lora",
+        "QDoRA at most PEFT's QLoRA (1.03 times at 256 tokens) in": "own_dora / peft_lora",
+        "dropout at most 1.05 times none in": "own_dora_dropout / own_dora",
     }
     counts = []
     for what, name in asked.items():
         found = [bar for bar in bars if bar["ratio"] == name]
         worst = max(found, key=lambda bar: bar["median"] / bar["limit"])
         counts.append(
-            f"{what}: {sum(bar['within'] for bar in found)} of {len(found)} cases, "
-            f"at worst {worst['median']:.3f} ({worst['case'].split(',')[0]})"
+            f"{what} {sum(bar['within'] for bar in found)} of {len(found)} cases "
+            f"(worst: {worst['median']:.3f}, {worst['case'].split(',')[0]})"
         )
-    return markdown(["layer, rank, tokens", *columns], rows) + f"\nTargets that hold: {'; '.join(counts)}.\n"
+    return markdown(["layer, rank, tokens", *columns], rows) + f"\nTargets met: {'; '.join(counts)}.\n"
 
 
 def expert_cost() -> str:
@@ -62,7 +62,7 @@ def expert_cost() -> str:
     bar = document["bar"]
     head = ["shape, tokens, routing", "QDoRA / QLoRA", "QDoRA / frozen", "QDoRA / PEFT LoRA"]
     head += ["held, QDoRA", "QLoRA", "PEFT LoRA", "peak: QDoRA / QLoRA / PEFT LoRA", "launches: QDoRA / QLoRA"]
-    within = f"QDoRA at most {bar['limit']} times QLoRA: {bar['within']} of {bar['of']} cases."
+    within = f"Target met: QDoRA at most {bar['limit']} times QLoRA in {bar['within']} of {bar['of']} cases."
     text = f"\nMedians of rounds; bytes in MiB. {within}\n"
     return markdown(head, rows) + text
 
@@ -87,8 +87,8 @@ def packing() -> str:
     losses = document["losses"]
     note = (
         f"\n{found['num_steps']} steps of {document['step_tokens']:,} tokens in turns, median and quartiles. Largest "
-        f"difference of an example's NLL from that of the example alone, float32, {losses['num_examples']} examples: "
-        f"packed {losses['packed']['max_difference']:.1e} nats (relative "
+        "difference between an example's NLL in its micro-batch and alone (float32, "
+        f"{losses['num_examples']} examples): packed {losses['packed']['max_difference']:.1e} nats (relative "
         f"{losses['packed']['max_relative_difference']:.1e}), grouped by length "
         f"{losses['grouped']['max_difference']:.1e} ({losses['grouped']['max_relative_difference']:.1e}).\n"
     )
@@ -119,8 +119,8 @@ def roofline() -> str:
         f"\nAn estimate, rank {document['rank']}: {document['launch_seconds'] * 1e6:.0f} µs a launch and the larger of "
         f"bytes / {document['bytes_per_second'] / 1e12:.2f} TB/s and FLOPs / "
         f"{document['flops_per_second']['2'] / 1e12:.0f} TFLOP/s (float32: "
-        f"{document['flops_per_second']['4'] / 1e12:.1f}). Launches: forward + backward; MB and µs: twice forward, and "
-        f"backward. The target is met in {met} of {len(document['cases'])} cases.\n"
+        f"{document['flops_per_second']['4'] / 1e12:.1f}). Launches: forward + backward; MB and µs: two forward passes "
+        f"and one backward pass. The target is met in {met} of {len(document['cases'])} cases.\n"
     )
     return markdown([*header, "QDoRA / PEFT QLoRA", "target: at most"], rows) + note
 
@@ -168,9 +168,9 @@ def compile_time() -> str:
     most = max(case["largest_loss_difference"] for case in document["cases"].values())
     header = ["step", "tokens", "uncompiled, tokens/s", "compiled, tokens/s", "compiled / uncompiled, time"]
     note = (
-        f"\n{document['num_rounds']} rounds in turns, {document['num_threads']} threads; median and quartiles. s to "
-        f"compile: the first steps of both cases against uncompiled ones; the second model of a process finds code of "
-        f"the first one in torch's cache. The losses of a step differ by at most "
+        f"\n{document['num_rounds']} rounds in turns, {document['num_threads']} threads; median and quartiles. "
+        f"*s to compile*: extra time of the first steps; the second model of a process reuses code from torch's cache. "
+        f"The losses of a step differ by at most "
         f"{most:.2g}. Target for the compilations: {'met' if document['passes'] else 'missed'}.\n"
     )
     return markdown([*header, "s to compile", "compilations"], rows) + note
@@ -199,9 +199,7 @@ def step_time() -> str:
         for batch, found in batches.items()
     )
     rounds = ", ".join(f"{len(found['tokens'])} rounds with checkpointing {mode}" for mode, found in modes.items())
-    note = (
-        f"\n{document['batch']} examples a step; {rounds}. qdora's QDoRA / qdora's QLoRA, these two alone: {pairs}.\n"
-    )
+    note = f"\n{document['batch']} examples a step; {rounds}. Time of qdora DoRA / qdora LoRA, run alone: {pairs}.\n"
     return markdown(header, rows) + note
 
 
@@ -243,8 +241,8 @@ def one_micro_batch() -> str:
     parts = ", ".join(f"{part} {100 * share['median']:.1f} %" for part, share in document["of_own_lora"].items())
     note = (
         f"\n{document['rows']} rows of {document['length']} tokens, {document['num_threads']} threads, {count} rounds. "
-        f"PEFT's own QDoRA / its QLoRA: {_quartiles(peer)}. Targets for the time of qdora DoRA: {', '.join(targets)}. "
-        f"What qdora DoRA adds, in shares of the step of qdora LoRA (medians): {parts}.\n"
+        f"PEFT DoRA / PEFT LoRA: {_quartiles(peer)}. Targets for the time of qdora DoRA: {', '.join(targets)}. "
+        f"Time that qdora DoRA adds to a step of qdora LoRA (medians): {parts}.\n"
     )
     return markdown(["", *_STEP_COLUMNS], rows) + note
 

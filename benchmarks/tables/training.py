@@ -25,8 +25,8 @@ def quickstart() -> str:
     note = (
         f"\nThe merged fp16 model against the adapter in float32 arithmetic, on {check['num_positions']:,} held-out "
         f"tokens: largest logit difference {exact['max_logit_difference']:.2g}, mean KL {exact['kl_mean']:.1g} nats, "
-        f"same next token {exact['argmax_agreement']:.2%}. (The adapter running in {check['running_dtype']} is "
-        f"{running['max_logit_difference']:.2g} away from both.) The run took "
+        f"same next token {exact['argmax_agreement']:.2%}. (The largest logit difference of the adapter in "
+        f"{check['running_dtype']} from both is {running['max_logit_difference']:.2g}.) The run took "
         f"{document['run_seconds'] / 60:.1f} minutes after set-up on {document['num_cpus']} shared cores.\n"
     )
     return markdown(header, rows) + note
@@ -104,17 +104,20 @@ def router_loss() -> str:
         )
         rows.append([f"{factor:g}", f"{nll:.4f}", f"{first:.3f}", f"{last:.3f}", f"{moved:.1%}"])
     seeds = len({run["seed"] for run in runs})
-    return markdown(header, rows) + f"\nSeeds: {seeds}. Load: E times the sum of squared shares, 1 if even.\n"
+    return (
+        markdown(header, rows)
+        + f"\nNumber of seeds: {seeds}. Load: number of experts E times the sum of squared shares, 1 if even.\n"
+    )
 
 
 def peft_interop() -> str:
     """Largest logit differences in float32, and the bf16 means beside them."""
     header = [
         "adapter",
-        "ours against PEFT",
-        "ours, float64 reference",
+        "qdora against PEFT",
+        "qdora, float64 reference",
         "PEFT, reference",
-        "ours bf16 (mean)",
+        "qdora bf16 (mean)",
         "PEFT bf16",
     ]
     rows = []
@@ -122,7 +125,7 @@ def peft_interop() -> str:
         against = case["against_reference"]
         largest = (case["ours_against_peft_float32"], against["ours float32"], against["peft linear4bit float32"])
         means = (against["ours bfloat16"], against["peft linear4bit bfloat16"])
-        label = f"{case['adapter']}, {case['direction'].replace('->', '→')}"
+        label = f"{case['adapter']}, {case['direction'].replace('->', '→').replace('ours', 'qdora')}"
         rows.append([label, *(f"{each['max']:.1e}" for each in largest), *(f"{each['mean']:.3f}" for each in means)])
     return markdown(header, rows)
 
@@ -151,7 +154,7 @@ def loss_curve() -> str:
     norms = sorted({count for each in found.values() for count in each["norms_per_layer_and_step"]})
     note = (
         f"\n{document['num_steps']} steps, {document['num_blocks']} blocks. Whole model with checkpointing, eight "
-        f"examples one by one against one batch of eight: the relative difference of the gradients is {differences}; "
+        f"examples one by one or in one batch: the relative difference of the gradients is {differences}; "
         f"the bfloat16 gradient differs from the float32 one by {found['bfloat16']['gradient_to_float32']:.1e}. Norms "
         f"computed per layer and step: {', '.join(f'{count:g}' for count in norms)}.\n"
     )

@@ -26,10 +26,11 @@ def upcycled_mixture() -> str:
         rows.append([label, f"{mixture['nll'][name]:.3f}", *used])
     header = ["model", "NLL per token of text", "least used expert of a block", "most used"]
     note = (
-        f"\n{mixture['num_validation_texts']} validation examples, prompt and answer; bf16 but for the last row. "
-        f"Shares are of a block's choices; even use is 25%. {mixture['num_parameters'] / 1e6:.0f} M parameters. "
-        f"{sizes['mixture_steps']} steps of {sizes['rows'] * sizes['row_tokens']} tokens, "
-        f"{mixture['passes']:.1f} passes over the texts, peak rate {sizes['mixture_lr']:g}.\n"
+        f"\nNLL of {mixture['num_validation_texts']} validation examples, prompt and answer; bf16 except in the last "
+        "row. Use: share of the routing choices in a block, 25% if even. "
+        f"{mixture['num_parameters'] / 1e6:.0f} M parameters, {sizes['mixture_steps']} steps of "
+        f"{sizes['rows'] * sizes['row_tokens']} tokens, {mixture['passes']:.1f} epochs, "
+        f"peak learning rate {sizes['mixture_lr']:g}.\n"
     )
     return markdown(header, rows) + note
 
@@ -45,15 +46,15 @@ def expert_upcycling() -> str:
         rows.append([*row, *(_interval(differences[pair][task]) for pair in pairs)])
     header = ["task", "NF4 base", *arms, *(pair.replace(" - ", " − ") for pair in pairs)]
     counts = "; ".join(
-        f"{arm} {found['num_trainable']:,} parameters at rate {found['lr']}" for arm, found in arms.items()
+        f"{arm}: {found['num_trainable']:,} parameters, learning rate {found['lr']}" for arm, found in arms.items()
     )
     alone = "; ".join(f"{pair.replace(' - ', ' − ')} {_seeds(differences[pair]['average'])}" for pair in pairs)
     gains = "; ".join(f"{arm} {_interval(differences[f'{arm} - base']['average'])}" for arm in arms)
     note = (
-        f"\n{counts}. {sizes['steps']} steps of {sizes['batch']} examples, seeds "
-        f"{', '.join(map(str, document['seeds']))}; {sizes['test_limit']} test examples of each task. Rates tried with "
-        f"the first seed: {sizes['rates']}. {_verdict(differences)} Average of each arm minus that of "
-        f"the NF4 base: {gains}. Intervals of the average over the seeds alone, which say nothing of other examples: "
+        f"\nChosen: {counts}. {sizes['steps']} steps of {sizes['batch']} examples, seeds "
+        f"{', '.join(map(str, document['seeds']))}; {sizes['test_limit']} test examples of each task. Learning rates "
+        f"tried with the first seed: {sizes['rates']}. {_verdict(differences)} Average of each arm minus that of "
+        f"the NF4 base: {gains}. Intervals of the average over seeds alone, which say nothing of other examples: "
         f"{alone}. `{document['command']}`\n"
     )
     return markdown(header, rows) + note
