@@ -314,7 +314,6 @@ def test_the_key_is_of_what_is_run_and_not_of_how_it_is_written(shuffle: random.
         ("memory.budget=40GiB", False),
         ("memory.loss_chunk=64", False),
         ("base.residency=device", False),
-        ("model.attention=eager", False),
         ("train.seed=7", True),
         ("train.spike=3.0", True),
         ("eval.limit=3", True),

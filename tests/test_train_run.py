@@ -103,6 +103,7 @@ def test_a_finished_run_can_be_resumed_and_stays_the_same(root: Path, tmp_path: 
     train_run(recipe, tmp_path / "run")
     before = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
     train_run(recipe, tmp_path / "run", resume=True)
+    train_run(tiny_run.recipe(root, train__steps=2, model__attention="eager"), tmp_path / "run", resume=True)
     assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
     with pytest.raises(
         UserError,

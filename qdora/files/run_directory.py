@@ -57,13 +57,12 @@ _EVALUATION = re.compile(r"step-(\d+)(-generated)?\.json")
 
 WITHOUT_EFFECT: tuple[str, ...] = ("base.cache", "base.residency", "base.streamed_blocks", "data.cache", "memory")
 WITHOUT_EFFECT += ("trackers", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints")
-WITHOUT_EFFECT += ("train.micro_batch_tokens", "train.parallel", "model.attention")
-"""Settings that do not decide what a run learns, apart from rounding: how it computes, how it fits into memory, and
-what it writes."""
+WITHOUT_EFFECT += ("train.micro_batch_tokens", "train.parallel")
+"""Settings that do not decide what a run learns: how it fits into memory and what it writes."""
 
 # What a resumed run may change. Learning rate, clipping and the treatment of bad steps and rows change the training's
 # numbers: changing them gets a run past a bad step or row.
-MAY_CHANGE: tuple[str, ...] = (*WITHOUT_EFFECT, "eval", "data.max_bad_rows", "train.compile")
+MAY_CHANGE: tuple[str, ...] = (*WITHOUT_EFFECT, "eval", "data.max_bad_rows", "model.attention", "train.compile")
 MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips", "train.spike")
 # What it may raise: a finished or stopped run is extended.
 MAY_RISE: tuple[str, ...] = ("train.steps", "train.epochs")

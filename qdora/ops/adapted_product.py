@@ -96,10 +96,13 @@ def adapted_linear(
         keeps_copy=keeps_copy,
         operands=operands,
     )
+    x = x.to(product_dtype(x))
+    # A flat copy is made here, where the graph keeps it in the place of x, and not in both passes.
+    rows = x if x.is_contiguous() else x.reshape(-1, x.shape[-1])
     out: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call, unused-ignore]
-        x.to(product_dtype(x)), lora_A, lora_B, magnitude, *(gain or (None, None)), call
+        rows, lora_A, lora_B, magnitude, *(gain or (None, None)), call
     )
-    return out
+    return out if rows is x else out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 class Operands(NamedTuple):
@@ -198,7 +201,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Gradients have no graph of their own: an error for whoever asks for one. The wrapper that says so costs the
-        # host 7 us a call, so it is left out where nobody asks.
+        # host time, so it is left out where nobody asks.
         gradients = _gradients_without_graph if torch.is_grad_enabled() else _gradients
         return gradients(ctx, *grads)
 
@@ -213,9 +216,11 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     flat = None if out is None else out.reshape(-1, out.shape[-1])
     saved = [x.reshape(-1, shape[-1]), flat, low, lora_A, lora_B, gain, inverse_magnitude]
     del x, out, flat
+    # Where a model transposes its outputs this is a copy, and autograd holds the original beside it.
     dy = dy.reshape(-1, dy.shape[-1])
     dx, *others = product_gradients(dy, saved, ctx.call, ctx.needs_input_grad[:4])
-    return None if dx is None else dx.view(shape), *others, None, None, None
+    dx = None if dx is None else dx.view(shape)
+    return dx, *others, None, None, None
 
 
 _gradients_without_graph = once_differentiable(_gradients)  # type: ignore[no-untyped-call, unused-ignore]

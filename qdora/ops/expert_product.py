@@ -29,7 +29,13 @@ from qdora.ops.dora import (
 )
 from qdora.ops.dropout import draw_seed, drop_, dropped
 from qdora.ops.expert_tokens import ExpertTokens, Run
-from qdora.ops.frozen_product import FrozenMap, add_product_, add_transposed_product_, product_dtype
+from qdora.ops.frozen_product import (
+    FrozenMap,
+    add_product_,
+    add_transposed_product_,
+    product_dtype,
+    without_autocast,
+)
 from qdora.ops.full_precision import full_precision
 from qdora.ops.low_rank_factors import rounded
 from qdora.ops.masked_update import MaskedUpdate
@@ -282,7 +288,7 @@ class _AdaptedStack(torch.autograd.Function):
     ) -> Tensor:
         out = x.new_empty(x.shape[0], lora_B.shape[1])
         low = x.new_empty(x.shape[0], lora_A.shape[1]) if call.keep_bits is None else None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             for run in call.runs(x):
                 update = call.masked(run, lora_A, lora_B, gain)
                 dropped_x = call.dropped(x, run)
@@ -319,7 +325,7 @@ class _AdaptedStack(torch.autograd.Function):
             torch.zeros(each.shape, dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
             for each in (lora_A, lora_B)
         )
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device):
             for run in call.runs(dy):
                 dy_run = dy[run.tokens]
                 dropped_x = call.dropped(x, run) if need_a or call.keep_bits is not None else None

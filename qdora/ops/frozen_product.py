@@ -45,8 +45,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Inside, products run in the dtype of their arguments. Where no autocast is active, nothing is done: entering one
-    costs the host 4 us."""
+    """Inside, products run in the dtype of their arguments. Where no autocast is active, none is entered: that
+    would cost the host time."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from qdora.ops.adapted_product import Call, Operands, product, product_gradients
 from qdora.ops.dora import Gain
 from qdora.ops.dropout import draw_seed
-from qdora.ops.frozen_product import tiled_product
+from qdora.ops.frozen_product import tiled_product, without_autocast
 from qdora.ops.packed import from_tensors
 from qdora.ops.tiles import Weight
 
@@ -175,13 +175,13 @@ def _weight_of(tensors: Sequence[Tensor], kind: str, block_size: int, shape: tup
 
 @torch.library.custom_op("qdora::frozen_linear", mutates_args=())
 def _frozen(x: Tensor, weight: Sequence[Tensor], kind: str, block_size: int, out_features: int) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return tiled_product(x, _weight_of(weight, kind, block_size, (out_features, x.shape[1])), False)
 
 
 @torch.library.custom_op("qdora::frozen_linear_backward", mutates_args=())
 def _frozen_backward(dy: Tensor, weight: Sequence[Tensor], kind: str, block_size: int, in_features: int) -> Tensor:
-    with torch.autocast(dy.device.type, enabled=False):
+    with without_autocast(dy.device):
         return tiled_product(dy, _weight_of(weight, kind, block_size, (dy.shape[1], in_features)), True)
 
 

@@ -240,7 +240,9 @@ def _depth(report: Report) -> Callable[[bool], Figure] | None:
         return None
     compared = [row for row in report.tables["comparisons"] if row.get(report.axes[0] if report.axes else "")]
     named = naming([*errors, *off], report.axes)
-    bases = list(dict.fromkeys(map(named, [*compared, *errors])))  # where colors are few, those that are compared
+    told = set(map(named, errors))
+    # Compared bases first: there are few colors
+    bases = [name for name in dict.fromkeys(map(named, [*compared, *errors])) if name in told]
     errors = [row for row in errors if named(row) in bases[: len(COLORS)]]
     of_arm = replace(named, axes=(*named.axes, report.arm_axis))
     panels = {
