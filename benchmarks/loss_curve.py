@@ -22,7 +22,7 @@ import argparse
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import qdora.nn.adapted_linear
+import qdora.nn.prepared_gains
 from qdora.data.loader import Step
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
@@ -291,17 +292,18 @@ def counted_norms() -> Iterator[list[int]]:
     """While active, an entry is added for each row norm that a layer computes, by itself or ahead of its forward."""
     calls: list[int] = []
 
-    def counting(compute: Callable[..., Any]) -> Callable[..., Any]:
-        def count(*arguments: Any, **options: Any) -> Any:
-            calls.append(1)
-            return compute(*arguments, **options)
+    def alone(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        return row_norm(*arguments, **options)
 
-        return count
+    def together(weights: Sequence[Any], *arguments: Any, **options: Any) -> Any:
+        calls.extend([1] * len(weights))
+        return factored_norms(weights, *arguments, **options)
 
-    module = qdora.nn.adapted_linear
+    row_norm, factored_norms = qdora.nn.adapted_linear.row_norm, qdora.nn.prepared_gains.factored_norms
     with (
-        mock.patch.object(module, "row_norm", counting(module.row_norm)),
-        mock.patch.object(module, "factored_norm", counting(module.factored_norm)),
+        mock.patch.object(qdora.nn.adapted_linear, "row_norm", alone),
+        mock.patch.object(qdora.nn.prepared_gains, "factored_norms", together),
     ):
         yield calls
 
