@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tables.table import markdown, read
+from tables.table import GIB, markdown, read
 
-GIB = 2**30
 _PAGE = "benchmarks/README.md"
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables.table import CONTENDERS, markdown, read
-
-MIB, GIB = 2**20, 2**30
+from tables.table import CONTENDERS, GIB, MIB, gib, markdown, read
 
 
 def layer_memory() -> str:
@@ -42,15 +40,11 @@ def step_memory() -> str:
     """Peaks of whole steps, with the distance from weights and unavoidable activations."""
     document = read("step_memory")
     cases = document["cases"]
-    rows = [["weights and unavoidable activations", *(_gib(case["floor"]["total_bytes"]) for case in cases.values())]]
+    rows = [["weights and unavoidable activations", *(gib(case["floor"]["total_bytes"]) for case in cases.values())]]
     for name in next(iter(cases.values()))["arms"]:
         arms = [case["arms"][name] for case in cases.values()]
-        rows.append([CONTENDERS[name], *(f"{_gib(a['peak_bytes'])} (+{_gib(a['above_floor_bytes'])})" for a in arms)])
+        rows.append([CONTENDERS[name], *(f"{gib(a['peak_bytes'])} (+{gib(a['above_floor_bytes'])})" for a in arms)])
     return markdown(["GiB at the peak (above the first line)", *cases], rows)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f}"
 
 
 def sharded_memory() -> str:
@@ -113,7 +107,7 @@ def load_memory() -> str:
         "limit": "allowed_bytes",
     }
     rows = [
-        [what, *(f"{document[name] / 2**30:.3f} GiB" for name in columns.values())]
+        [what, *(f"{document[name] / GIB:.3f} GiB" for name in columns.values())]
         for what, document in documents.items()
     ]
     return markdown(["model", *columns], rows)

@@ -6,9 +6,7 @@ from typing import Any
 
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import recipe_names
-from tables.table import markdown, read
-
-GIB, MIB = 2**30, 2**20
+from tables.table import GIB, MIB, markdown, read
 
 
 def plan_shapes() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables.table import markdown, read
+from tables.table import gib, markdown, read
 
 
 def stream_schedule() -> str:
@@ -30,23 +30,19 @@ def disk_residency() -> str:
     disk, nothing = document["arms"]["disk"], document["arms"]["nothing"]
     shape = document["shape"]
     rows = [
-        ["packed base in its files", _gib(document["packed_base_bytes"])],
-        ["peak of the process that trains", f"**{_gib(disk['peak_bytes'])}**"],
-        ["imports alone", _gib(nothing["peak_bytes"])],
+        ["packed base in its files", gib(document["packed_base_bytes"])],
+        ["peak of the process that trains", f"**{gib(disk['peak_bytes'])}**"],
+        ["imports alone", gib(nothing["peak_bytes"])],
         [
             "limit that was enforced",
-            _gib(document["bar_bytes"]) if document["held_by_control_group"] else "nothing",
+            gib(document["bar_bytes"]) if document["held_by_control_group"] else "nothing",
         ],
     ]
     if "device" in document["arms"]:
-        rows.append(["the same with the base in memory", _gib(document["arms"]["device"]["peak_bytes"])])
+        rows.append(["the same with the base in memory", gib(document["arms"]["device"]["peak_bytes"])])
     rows.append(["s a step", f"{disk['step_seconds']['median']:.0f}"])
     note = (
         f"\n{shape['num_hidden_layers']} blocks of {shape['hidden_size']:,} features, vocabulary "
         f"{shape['vocab_size']:,}, {document['num_tokens']} tokens a step, rank {document['rank']}.\n"
     )
     return markdown(["GiB", "base.residency: disk"], rows) + note
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f}"

@@ -11,6 +11,7 @@ from typing import Any
 from qdora.files.markdown_table import markdown_table
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+MIB, GIB = 2**20, 2**30
 
 CONTENDERS = {
     "own_lora": "qdora LoRA",
@@ -35,6 +36,11 @@ CONTENDERS = {
     "peft_lora_same_loop": "PEFT LoRA in qdora's loop",
 }
 """What the arms of the benchmarks against PEFT are called in the tables."""
+
+
+def gib(num_bytes: int) -> str:
+    """GiB in two decimals, without the unit."""
+    return f"{num_bytes / GIB:.2f}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
