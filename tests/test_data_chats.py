@@ -326,6 +326,17 @@ def test_chat_that_the_assistant_begins() -> None:
     assert learnt(tokenizer, part) == "the cat<|im_end|>\n"
 
 
+@pytest.mark.parametrize("body, expected", [(CHATML, "the cat<|im_end|>\n"), (MARKED, "the cat<|im_end|>")])
+def test_chat_that_the_assistant_begins_otherwise_than_the_prompt_ends(body: str, expected: str) -> None:
+    tokenizer = make(body.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"))
+    notes: set[str] = set()
+    [part] = encoded(tokenizer, CHAT[1], notes=notes)
+    assert learnt(tokenizer, part) == expected
+    assert part.ids == tokenizer(f"<|im_start|>assistant\n{expected}", add_special_tokens=False)["input_ids"]
+    [note] = notes
+    assert "ends a prompt with '<|im_start|>assistant\\n<think>\\n' and prints answers of the data otherwise" in note
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_tokens_of_a_whole_chat_are_those_of_its_text(fast: bool) -> None:
     tokenizer = make(CHATML, fast=fast)

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from qdora.data.commonsense import HUB_TASKS, TEMPLATES, without_wikihow_marks
-from qdora.data.sources import has_split, load_source
-from qdora.errors import UserError
+from qdora.data.sources import has_split, load_source, open_source
+from qdora.errors import HubFailure, UserError
 from qdora.recipe.data_settings import SourceConfig
 
 HUB_ROWS: dict[str, tuple[dict[str, Any], str, tuple[str, ...], int]] = {
@@ -71,6 +71,10 @@ HUB_ROWS: dict[str, tuple[dict[str, Any], str, tuple[str, ...], int]] = {
         1,
     ),
 }
+
+
+class ReadError(Exception):
+    """As that of httpx, which the client of the Hub lets through: no OSError."""
 
 
 @pytest.fixture
@@ -140,6 +144,32 @@ def test_no_connection_is_one_line(hub):
     assert "\n" not in str(error.value)
 
 
+def test_a_connection_lost_in_the_middle_is_a_failure_of_the_hub(monkeypatch):
+    def download(*_, **__):
+        raise ReadError("connection reset")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(HubFailure, match=r"^google/boolq@35b2\w+: cannot be read from the Hub \(ReadError: connection"):
+        load_source(SourceConfig(task="boolq"))
+
+
+def test_a_branch_that_moved_is_other_content(monkeypatch, tmp_path):
+    """`identity` decides whether kept tokens are read in place of the rows."""
+    place, commits = HUB_TASKS["boolq"], ["a" * 40, "b" * 40]
+    for commit in commits:
+        file = tmp_path / commit / place.files.format(split="train").replace("*", "0")
+        file.parent.mkdir(parents=True)
+        pd.DataFrame([HUB_ROWS["boolq"][0]]).to_parquet(file)
+
+    def identity(commit: str) -> str | None:
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / commit))
+        return open_source(SourceConfig(task="boolq", revision="main")).identity
+
+    first, second = map(identity, commits)
+    assert first == identity(commits[0])
+    assert first != second
+
+
 def test_unknown_split(hub):
     with pytest.raises(UserError, match=r"boolq \(google/boolq\): no split 'validation', must be one of train, test"):
         load_source(SourceConfig(task="boolq"), "validation")
@@ -172,7 +202,13 @@ def test_own_data_on_the_hub(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("Unknown split"), ConnectionError("no\nnetwork"), RuntimeError("scripts")]
+    "error",
+    [
+        ValueError("Unknown split"),
+        ConnectionError("no\nnetwork"),
+        RuntimeError("scripts"),
+        ReadError("reset"),
+    ],
 )
 def test_own_data_that_the_hub_does_not_give(monkeypatch, error, tmp_path):
     def load_dataset(*args, **kwargs):
@@ -180,7 +216,7 @@ def test_own_data_that_the_hub_does_not_give(monkeypatch, error, tmp_path):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^me/sums: cannot be read from the Hub") as caught:
+    with pytest.raises(HubFailure, match=r"^me/sums: cannot be read from the Hub") as caught:
         load_source(SourceConfig(source="me/sums"))
     assert "\n" not in str(caught.value)
     (tmp_path / "me/sums").mkdir(parents=True)

@@ -21,6 +21,7 @@ from qdora.data.hub_datasets import hub_shards
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
 from qdora.data.readers import local_shards
+from qdora.data.sources import train_and_validation
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import tokenize_all
 from qdora.errors import UserError
@@ -345,6 +346,26 @@ def test_streaming_from_the_hub(tmp_path, monkeypatch):
         hub_shards(hub.model_copy(update={"split": "trian"}), " hint")
 
 
+def test_validation_rows_of_a_stream_are_read_without_its_training_split(tmp_path, monkeypatch):
+    """`datasets` prepares every split of a data set where it does not stream."""
+    cache, rows = tmp_path / "cache", [row(number) for number in range(5)]
+    for split, some in {"train": [row(9)] * 7, "validation": rows}.items():
+        pq.write_table(pa.Table.from_pylist(some), tmp_path / f"{split}.parquet")
+    load = datasets.load_dataset
+
+    def local(source, *, revision, **options):
+        files = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "validation")}
+        return load("parquet", data_files=files, cache_dir=str(cache), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    hub = SourceConfig(source="org/name", stream=True, validation="validation", name="v")
+    train, held_out = train_and_validation(hub, DataConfig(mix=[hub], strategy="equal"))
+    assert train is None
+    assert [(each.prompt, each.task) for each in held_out] == [(f"{number}:", "v") for number in range(5)]
+    assert [each.prompt for each in held_out[1:3]] == ["1:", "2:"]
+    assert not list(cache.rglob("*.arrow"))
+
+
 def test_observed_shares_of_a_stream(tmp_path):
     _, loader = mixed(tmp_path, batch=100, strategy="weights", weights=[1, 4])
     counts = np.zeros(2)
@@ -435,6 +456,21 @@ def test_a_mended_row_is_no_change(tmp_path, bad, taken_out):
         assert [number for number in found if number not in bad] == rest
     file.write_text("".join([lines[9], *kept[1:]]))
     assert stream(file, window=16).change_since(mark) == "its first rows"
+
+
+def test_rows_taken_out_of_a_window_that_is_nearly_used_up(tmp_path: Path) -> None:
+    """The window is then shorter than the place in it: the next pass begins."""
+    file, bad = tmp_path / "train.jsonl", range(0, 200, 5)
+    file.write_text(faulty_lines(bad, 200))
+    one = stream(file, max_bad_rows=40)
+    while one.position.taken < 175:
+        one.next()
+    file.write_text("".join(line for n, line in enumerate(faulty_lines([], 200).splitlines(True)) if n not in bad))
+    two = stream(file, max_bad_rows=40)
+    assert two.change_since(one.fingerprint()) is None
+    two.load_state_dict(one.state_dict())
+    assert sorted(numbers_of(two, 160)) == [n for n in range(200) if n not in bad]
+    assert (two.position.epoch, two.position.taken) == (1, 160)
 
 
 def test_chats_that_the_template_refuses_are_faulty_rows(tmp_path):

@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from qdora.errors import UserError
+from qdora.errors import HubFailure, UserError
 from qdora.model.build_model import find_model
 from qdora.model.source import BUILTIN_FILE, ModelSource, load_tokenizer, resolve
 from qdora.model.stored_tensors import shard_files
@@ -214,6 +214,30 @@ def test_offline_and_not_cached_is_one_line(tmp_path: Path, monkeypatch: pytest.
         resolve("org/othr")
     assert len(str(caught.value).splitlines()) == 1
     assert "Did you mean 'other'?" in str(caught.value)
+
+
+def test_a_refusing_proxy_is_a_failure_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ProxyError(Exception):
+        """As that of httpx, which the client of the Hub lets through: no OSError."""
+
+    def download(*_: Any, **__: Any) -> str:
+        raise ProxyError("403 Forbidden")
+
+    monkeypatch.setattr("qdora.model.source.snapshot_download", download)
+    with pytest.raises(HubFailure) as caught:
+        resolve("org/name")
+    [line] = caught.value.faults
+    assert line == "model.source: org/name: the Hub cannot be reached (ProxyError: 403 Forbidden)."
+
+
+def test_a_full_disk_is_no_failure_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qdora.model.source.snapshot_download", download)
+    with pytest.raises(UserError, match=r"org/name: \[Errno 28\] No space left on device$") as caught:
+        resolve("org/name")
+    assert not isinstance(caught.value, HubFailure)
 
 
 def test_offline_for_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

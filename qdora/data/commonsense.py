@@ -220,7 +220,9 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
         folder = huggingface_hub.snapshot_download(
             place.id, repo_type="dataset", revision=commit, allow_patterns=[pattern]
         )
-    except (OSError, ValueError) as error:  # no connection, no such data set or commit, a full disk
+    # No connection, no such data set or commit, a full disk. What the client raises for a proxy or a connection lost
+    # in the middle is no OSError.
+    except Exception as error:
         hint = f"; with the files on this machine, give their folder as path of task {task}"
         raise HubFailure(f"{where}: cannot be read from the Hub ({reason_of(error)}){hint}") from error
     files = sorted(Path(folder).glob(pattern))
@@ -232,8 +234,9 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
         for _, index, _, row in chosen_of_parts(parts, indices):
             yield index, _schema_entry(place, row)
 
-    where = f"{where}/{pattern}"
-    return Rows(where, "row", sum(part.num_rows for part in parts), chosen, where)
+    # The cache names a snapshot by its commit; a branch may be another one tomorrow.
+    identity = f"{place.id}@{Path(folder).name}/{pattern}"
+    return Rows(f"{where}/{pattern}", "row", sum(part.num_rows for part in parts), chosen, identity)
 
 
 def _schema_entry(place: HubTask, row: Entry) -> Entry:

@@ -175,10 +175,14 @@ def _part(template: ChatTemplate, chat: Example, turns: Messages, index: int, no
         elif not is_prompt:
             # The "<think>" of the prompt may share its first letters with an answer such as "<b>".
             start = min(start, template.content_start(turns[: index + 1], chat.tools, text))
-        if not is_prompt:
-            notes.add(_unlike_prompt(template))
     else:  # no template takes a chat without turns
-        start, is_prompt = text.find(template.generation_prompt) + len(template.generation_prompt), True
+        begin = text.find(template.generation_prompt)
+        is_prompt = begin >= 0
+        start = begin + len(template.generation_prompt)
+        if not is_prompt:
+            start = template.content_start(turns[:1], chat.tools, text)
+    if not is_prompt:
+        notes.add(_unlike_prompt(template))
     spans = list(marks) or [(start, len(text))]
     closed, end = template.closed(text, spans[-1][1], bool(turns[index].tool_calls))
     spans[-1] = (spans[-1][0], end)

@@ -21,11 +21,16 @@ _WAITS = (1.0, 5.0, 25.0)
 
 
 def hub_rows(source: SourceConfig, split: str, hint: str = "") -> Rows:
-    """The rows of a split of a data set on the Hub.
+    """The rows of a split of a data set on the Hub; of a streamed one they are in memory.
 
     Raises: UserError: As `hub_shards`, and where the data set is empty.
     """
     place = str(source.source)
+    if source.stream:  # to prepare one split, `datasets` downloads and converts all of them
+        rows = [row for reader in hub_shards(source, hint, split).readers for _, row in reader(0)]
+        if not rows:
+            raise UserError(empty_data_set(place))
+        return Rows(place, "row", len(rows), lambda indices: ((int(index), rows[index]) for index in indices))
     loaded = _load_dataset(source, split, hint)
     if not len(loaded):
         raise UserError(empty_data_set(place))
@@ -37,13 +42,13 @@ def hub_rows(source: SourceConfig, split: str, hint: str = "") -> Rows:
     return Rows(place, "row", len(loaded), chosen, f"{place} {source.config} {loaded._fingerprint}")
 
 
-def hub_shards(source: SourceConfig, hint: str = "") -> Shards:
-    """The files of the training split of a data set on the Hub, streamed by `datasets`.
+def hub_shards(source: SourceConfig, hint: str = "", split: str | None = None) -> Shards:
+    """The files of a split (None: the training split) of a data set on the Hub, streamed by `datasets`.
 
     Raises: UserError: With the reason that `datasets` gives and `hint`, if there is no such data set, configuration,
         file or split, no connection, or the data set is a loading script.
     """
-    place, split = str(source.source), source.split
+    place, split = str(source.source), split or source.split
     stream = _load_dataset(source, split, hint, streaming=True)
     num_shards = stream.num_shards
     # What is known of the whole data set says nothing of some of its files
@@ -68,7 +73,7 @@ def _load_dataset(source: SourceConfig, split: str, hint: str, **options: Any) -
         }
     try:
         return datasets.load_dataset(source.source, split=split, revision=source.revision, **options)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # what `datasets`, fsspec and the clients of the Hub raise has no base class in common
         reason = reason_of(error)
         needs = "Config name is missing" in reason
         hint = " Fix: name one of these as config of the source." if needs else hint
@@ -84,7 +89,7 @@ def _shard(place: str, stream: Any, number: int, skip: int) -> Iterator[PlacedRo
                 yield f"{place}: shard {number}: row {row}", dict(values)
                 row, waits = row + 1, iter(_WAITS)
             return
-        except Exception as error:  # httpx, aiohttp, fsspec and datasets have no base class in common
+        except Exception as error:  # as above
             wait = next(waits, None)
             if wait is None:
                 where = f"{place}: shard {number}: row {row}"

@@ -275,9 +275,10 @@ class ExampleStream:
         """Fill `_ready` from the window, or from the next one if it is used up."""
         if not self._window:
             self._read_window()
-        if self.position.taken == len(self._window):
+        if self.position.taken >= len(self._window):  # above it where faulty rows were taken out since the checkpoint
             shard, row = self._next_window
-            self.position = replace(self.position, window=self.position.window + 1, shard=shard, row=row, taken=0)
+            here = self.position
+            self.position = replace(here, window=here.window + 1, shard=shard, row=row, taken=0, part=0)
             self._read_window()
         taken = self.position.taken
         rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE], self._new_tally())

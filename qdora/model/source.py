@@ -11,7 +11,6 @@ from typing import Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -27,6 +26,7 @@ from qdora.files.json_file import read_json_object
 from qdora.model.gguf_file import require_gguf
 from qdora.model.gguf_metadata import tokenizer_of_gguf
 from qdora.model.stored_tensors import shard_files
+from qdora.recipe.faults import reason_of
 
 SourceKind = Literal["directory", "hub", "gguf", "builtin"]
 
@@ -192,15 +192,21 @@ def _from_hub(
     patterns += [*(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
     try:
         path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
-        asked = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | ConnectionError)
-        kind = HubFailure if asked and not isinstance(error, RevisionNotFoundError) else UserError
+    except Exception as error:  # the client of the Hub lets errors of httpx through, which are no OSError
+        kind = UserError if _is_of_this_side(error) else HubFailure
         raise kind(f"{setting}: {source}: {_hub_reason(error, source, revision, setting)}") from error
     if config:
         check_directory(path, weights=weights)
     # The cache names a snapshot by its commit, which the record of a run needs.
     commit = path.name if _COMMIT.fullmatch(path.name) else revision
     return ModelSource("hub", path, source, commit, trust_remote_code)
+
+
+def _is_of_this_side(error: Exception) -> bool:
+    """Whether a full disk, a name that cannot be or a wrong revision is at fault, and not the Hub or the way to it."""
+    of_the_hub = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | ConnectionError)
+    here = isinstance(error, OSError | HFValidationError) and not of_the_hub
+    return here or isinstance(error, RevisionNotFoundError)
 
 
 def _hub_reason(error: Exception, source: str, revision: str | None, setting: str) -> str:
@@ -219,7 +225,7 @@ def _hub_reason(error: Exception, source: str, revision: str | None, setting: st
         )
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f"the Hub answered {error.response.status_code}."
-    return library_reason(error)
+    return library_reason(error) if _is_of_this_side(error) else f"the Hub cannot be reached ({reason_of(error)})."
 
 
 def library_reason(error: BaseException) -> str:
