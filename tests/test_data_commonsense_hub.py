@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from qdora.data.commonsense import HUB_TASKS, TEMPLATES, without_wikihow_marks
-from qdora.data.sources import has_split, load_source, open_source
+from qdora.data.sources import has_split, load_source, open_source, train_and_validation
 from qdora.errors import HubFailure, UserError
-from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.data_settings import DataConfig, SourceConfig
 
 HUB_ROWS: dict[str, tuple[dict[str, Any], str, tuple[str, ...], int]] = {
     # task: (row of the Hub, prompt, choices, gold)
@@ -199,6 +199,17 @@ def test_own_data_on_the_hub(monkeypatch):
     [example] = load_source(SourceConfig(source="me/sums", split="dev", revision="v1"))
     assert (example.prompt, example.answer, example.task) == ("1+1=", " 2", "sums")
     assert calls == [("me/sums", "dev", "v1")]
+
+
+def test_a_part_of_a_split_of_the_hub_is_validated_on(monkeypatch):
+    def load_dataset(source, split, revision):
+        return datasets.Dataset.from_list([{"prompt": split, "completion": " 2"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for validation in ("train[95%:]", "train[90%:95%]+test[:5]", "dev+test"):
+        source = SourceConfig(source="me/sums", split="train[:90%]", validation=validation)
+        train, held_out = train_and_validation(source, DataConfig(mix=(source,)))
+        assert [each.prompt for each in (*train, *held_out)] == ["train[:90%]", validation]
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,14 @@ def test_names(tmp_path):
     assert named[0].prompt == own[0].prompt
 
 
+def test_rows_of_a_validation_file_have_the_name_of_the_source(tmp_path):
+    rows = [CHOICE | {"task": "siqa", "context": "C."}, CHOICE]
+    files = [write(tmp_path / f"{name}.jsonl", rows) for name in ("quiz", "valid")]
+    source = SourceConfig(source=files[0], validation=files[1])
+    for found in split_up(source):
+        assert [example.task for example in found] == ["siqa", "quiz"]  # a row may name its own
+
+
 def test_demo_tasks():
     task = f"demo/{next(iter(demo.FAMILIES))}"
     examples = load_source(SourceConfig(task=task), "validation")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_right_wrong_and_unparsable_are_counted_apart() -> None:
     }
     sets = {
         "a": [question("a", number, gold) for number, gold in enumerate([1, 2, 0, 0])],
-        "b": [question("b", number, gold, ("true", "false")) for number, gold in enumerate([0, 1])],
+        "b": [replace(question("b", n, gold, ("true", "false")), task="of the row") for n, gold in enumerate([0, 1])],
     }
     net = Scripted(tokenizer, says)
     found = evaluate_generated(net, tokenizer, sets, max_new_tokens=64)
@@ -132,6 +133,7 @@ def test_right_wrong_and_unparsable_are_counted_apart() -> None:
         "right",
         "right",
     ]
+    assert [each["task"] for each in document["per_example"]] == ["a"] * 4 + ["b"] * 2  # the keys of `tasks`
     # an answer that is decided is not spun out
     assert document["per_example"][1]["output"] == " answer1!"
     assert "per_example" not in found.to_dict()

@@ -134,12 +134,12 @@ def test_create_refuses_a_run_other_files_and_a_file(run: RunDirectory, tmp_path
 
 def test_resume_needs_a_run_and_the_same_training(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such directory"):
-        resume_run(tmp_path / "nowhere", RECIPE, ENVIRONMENT)
+        resume_run(tmp_path / "nowhere", RECIPE, ENVIRONMENT, before=RECIPE)
     with pytest.raises(UserError, match="not a run directory"):
-        resume_run(tmp_path, RECIPE, ENVIRONMENT)
+        resume_run(tmp_path, RECIPE, ENVIRONMENT, before=RECIPE)
     changed = RECIPE.replace("0.1", "0.2").replace("boolq", "piqa").replace("steps: 10\n", "steps: 10\n  seed: 3\n")
     with pytest.raises(UserError) as raised:
-        resume_run(run.path, changed, ENVIRONMENT)
+        resume_run(run.path, changed, ENVIRONMENT, before=RECIPE)
     when = "as when the run started; to change it, start another --run-dir"
     assert raised.value.faults == (
         f"{run.path}: data.mix: must be [{{'task': 'boolq'}}], {when} (got [{{'task': 'piqa'}}]).",
@@ -147,18 +147,18 @@ def test_resume_needs_a_run_and_the_same_training(run: RunDirectory, tmp_path: P
     )
     assert run.recipe_file.read_text() == RECIPE
     more_lines = RECIPE.replace("log_every: 1", "log_every: 5")
-    resume_run(run.path, more_lines, ENVIRONMENT)
+    resume_run(run.path, more_lines, ENVIRONMENT, before=RECIPE)
     assert run.recipe_file.read_text() == more_lines
 
 
 def test_resume_records_what_changed_about_the_machine(run: RunDirectory) -> None:
     for start in ({**ENVIRONMENT, "torch": "3"}, {**ENVIRONMENT, "torch": "3"}, ENVIRONMENT):
-        resume_run(run.path, RECIPE, start)
+        resume_run(run.path, RECIPE, start, before=RECIPE)
     record = json.loads((run.path / "environment.json").read_text())
     assert record == {**ENVIRONMENT, "resumed": [{"torch": "3"}, {"torch": "2"}]}
     (run.path / "environment.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        resume_run(run.path, RECIPE, ENVIRONMENT)
+        resume_run(run.path, RECIPE, ENVIRONMENT, before=RECIPE)
 
 
 def test_a_resume_clears_what_a_kill_left_in_every_folder(run: RunDirectory) -> None:
@@ -167,7 +167,7 @@ def test_a_resume_clears_what_a_kill_left_in_every_folder(run: RunDirectory) -> 
         (run.path / folder).mkdir(exist_ok=True)
         (run.path / folder / ".step-1.json.123.partial").write_text("cut off")
     run.write_json("eval/step-1.json", {})
-    resume_run(run.path, RECIPE, ENVIRONMENT)
+    resume_run(run.path, RECIPE, ENVIRONMENT, before=RECIPE)
     assert set(tree(run.path)) == {"recipe.yaml", "environment.json", "metrics.jsonl", "eval/step-1.json"}
 
 
@@ -522,7 +522,7 @@ def test_killed_at_any_moment_of_writing_there_is_a_whole_checkpoint(run: RunDir
                 assert moment > 5
                 break
             assert done.returncode == -signal.SIGKILL, done.stderr
-            resume_run(run.path, RECIPE, ENVIRONMENT)  # clears leftovers
+            resume_run(run.path, RECIPE, ENVIRONMENT, before=RECIPE)  # clears leftovers
             newest = run.newest_checkpoint()
             assert newest is not None
             assert all(not name.startswith(".") for name in os.listdir(run.checkpoints))
@@ -581,7 +581,7 @@ def test_resume_clears_leftovers_and_restores_what_was_being_replaced(run: RunDi
     (run.checkpoints / ".step-7.partial").mkdir()
     (run.path / ".metrics.jsonl.99.partial").write_text("x")
     (run.path / ".git").mkdir()  # the user's own
-    resume_run(run.path, RECIPE, ENVIRONMENT)
+    resume_run(run.path, RECIPE, ENVIRONMENT, before=RECIPE)
     assert os.listdir(run.checkpoints) == ["step-7"]
     assert (old / "adapter.safetensors").read_bytes() == b"old"
     assert sorted(os.listdir(run.path)) == [".git", "checkpoints", "environment.json", "recipe.yaml"]

@@ -592,6 +592,12 @@ def test_null_takes_a_setting_out_so_that_another_can_be_chosen() -> None:
     assert (recipe.train.batch, recipe.train.tokens_per_step) == (None, 512)
 
 
+def test_an_override_inside_a_section_that_is_null_makes_the_section() -> None:
+    recipe = recipe_from(apply_overrides(section("base", prune=None), ["base.prune.sparsity=0.5"]))
+    assert recipe.base.prune is not None
+    assert recipe.base.prune.sparsity == 0.5
+
+
 def test_faults_of_overrides_name_the_override() -> None:
     wrong = ["adapter.rnak=3", "data.mix[9].limit=3", "x", "train.lr=[", "train.lr.x=1", "data.mix[0]x=1", "=3"]
     with pytest.raises(UserError) as raised:
@@ -611,6 +617,11 @@ def test_faults_of_overrides_name_the_override() -> None:
     assert faults(minimal(), "adapter.rank=0") == [
         "-s: adapter.rank: not valid, got 0, allowed: a whole number, 1 or more."
     ]
+    # a fault of the file in a setting whose name only begins like that of an override
+    [fault] = faults(section("train", steps=1, batch=4, lr_ratio_B=-1), "train.lr=1e-3")
+    assert fault.startswith("r.yaml: train.lr_ratio_B: not valid, got -1")
+    [fault] = faults(minimal(), "data={mix: [{task: boolq, limit: 0}]}")
+    assert fault.startswith("-s: data.mix[0].limit: not valid, got 0")
 
 
 def test_overrides_do_not_change_what_they_are_given() -> None:
@@ -645,17 +656,24 @@ def test_paths_start_at_the_file_and_in_overrides_at_the_current_directory(
         {"source": "org/local"},
         {"source": "org/on-the-hub", "validation": "test"},
         {"task": "boolq", "path": "boolq"},
+        {"source": "org/cut", "split": "train[:95%]", "validation": "train[95%:]"},
+        {"source": "org/parts", "validation": "data/val/part"},
     ]
-    (folder / "r.yaml").write_text(yaml.safe_dump(section("data", mix=mix) | {"model": {"source": "m.gguf"}}))
+    document = section("data", mix=mix, cache="tokens") | {"model": {"source": "m.gguf"}, "base": {"cache": "bases"}}
+    (folder / "r.yaml").write_text(yaml.safe_dump(document))
     recipe = load_recipe(folder / "r.yaml", ["adapter.resume_from=run/adapter"])
     assert recipe.model.source == str(folder / "m.gguf")
+    assert (recipe.base.cache, recipe.data.cache) == (str(folder / "bases"), str(folder / "tokens"))
+    plain = load_recipe(folder / "r.yaml", ["base.cache=auto", "data.cache=off"])
+    assert (plain.base.cache, plain.data.cache) == ("auto", "off")
     assert recipe.adapter.resume_from == str(here / "run" / "adapter")
-    first, second, third, fourth = recipe.data.mix
+    first, second, third, fourth, cut, parts = recipe.data.mix
     assert (first.source, first.validation) == (str(folder / "chat.jsonl"), str(tmp_path / "val.jsonl"))
     assert second.source == str(folder / "org" / "local")
     assert (third.source, third.validation) == ("org/on-the-hub", "test")
     assert fourth.path == str(folder / "boolq")
-    assert [source.label for source in recipe.data.mix] == ["chat", "local", "on-the-hub", "boolq"]
+    assert (cut.validation, parts.validation) == ("train[95%:]", str(folder / "data" / "val" / "part"))
+    assert [source.label for source in recipe.data.mix] == ["chat", "local", "on-the-hub", "boolq", "cut", "parts"]
     # the resolved recipe means the same from anywhere
     (tmp_path / "resolved.yaml").write_text(resolved_yaml(recipe))
     monkeypatch.chdir(tmp_path)
@@ -666,6 +684,7 @@ def test_paths_start_at_the_file_and_in_overrides_at_the_current_directory(
         f"r.yaml: adapter.resume_from: no such file or directory, got {here / 'run' / 'adapter'}.",
         f"r.yaml: data.mix[0].source: no such file or directory, got {folder / 'chat.jsonl'}.",
         f"r.yaml: data.mix[0].validation: no such file or directory, got {tmp_path / 'val.jsonl'}.",
+        f"r.yaml: data.mix[5].validation: no such file or directory, got {parts.validation}.",
     ]
 
 

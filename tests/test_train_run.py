@@ -498,6 +498,15 @@ def test_a_run_resumes_with_its_own_settings(root: Path, tmp_path: Path) -> None
     assert open_run(run).last_step() == 3
     assert "differs" not in command(*own, "--resume", "-s", "train.steps=3").stderr
     assert "train.seed: must be 3, as when the run started" in command("--resume", "-s", "train.seed=4").stderr
+    # a run of a release without a setting resumes with its default, and not with another value
+    kept = (run / "recipe.yaml").read_text()
+    older = kept.replace("  packing: false\n", "")
+    assert older != kept
+    (run / "recipe.yaml").write_text(older)
+    assert "data.packing: must be False, as when" in command("--resume", "-s", "data.packing=true").stderr
+    done = command("--resume")
+    assert done.exit_code == 0, done.stderr
+    assert (run / "recipe.yaml").read_text() == kept
 
 
 def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:

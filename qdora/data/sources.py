@@ -18,7 +18,7 @@ from qdora.data.source_files import files_of_split, missing
 from qdora.data.split_examples import SplitExamples, draw, split_off
 from qdora.errors import UserError
 from qdora.files.environment import user_path
-from qdora.recipe.data_settings import DataConfig, SourceConfig, is_path, is_pattern
+from qdora.recipe.data_settings import DataConfig, SourceConfig, is_path, is_pattern, names_files
 
 
 def load_source(source: SourceConfig, split: str | None = None) -> list[Example]:
@@ -58,8 +58,9 @@ def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitE
     Raises: UserError: As `open_source`.
     """
     validation, own = source.validation, source.source
+    file = validation if validation is not None and names_files(validation) else None
     single_file = own is not None and is_path(own) and (is_pattern(own) or user_path(own).is_file())
-    if validation is not None and not is_path(validation) and (single_file or validation == source.split):
+    if validation is not None and file is None and (single_file or validation == source.split):
         why = "has no splits" if single_file else "is trained on"
         place = source.source if single_file else source.split
         raise UserError(f"validation {validation!r}: {place} {why}. Fix: name a file.")
@@ -70,8 +71,8 @@ def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitE
     if cut:
         assert train is not None
         train, held_out = split_off(train, data.validation_fraction, name=source.label)
-    elif validation is not None and is_path(validation):
-        held_out = _from_file(source, validation)
+    elif file is not None:
+        held_out = _from_file(source, file)
     else:
         held_out = open_source(source, validation or "validation")
     return None if train is None else draw(train, source.limit, data.seed), held_out
@@ -145,6 +146,6 @@ def _directory_rows(directory: str, split: str) -> Rows:
 def _from_file(source: SourceConfig, file: str) -> SplitExamples:
     """The examples of the same source in a file of its own."""
     if source.task is None:
-        return open_source(source.model_copy(update={"source": file}))
+        return _own_examples(source, rows_of_split(user_path(file), source.split))
     path = Path(file)
     return open_source(source.model_copy(update={"path": str(path.parent)}), name_without_ending(path))

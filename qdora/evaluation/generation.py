@@ -146,6 +146,7 @@ def evaluate_generated(
             model,
             tokenizer,
             chosen,
+            task=task,
             max_new_tokens=max_new_tokens,
             max_batch_tokens=max_batch_tokens,
             path=path,
@@ -171,12 +172,13 @@ def generate_answers(
     tokenizer: Any,
     examples: Sequence[Example],
     *,
+    task: str,
     max_new_tokens: int,
     max_batch_tokens: int,
     path: ForwardPath,
     progress: Progress | None = None,
 ) -> list[GeneratedAnswer]:
-    """The model's answers, in the order of `examples`; see `evaluate_generated`.
+    """The model's answers to the examples of a task, in their order; see `evaluate_generated`.
 
     A row is done as soon as its first name is complete: what follows could not change the answer.
     """
@@ -203,7 +205,7 @@ def generate_answers(
     )
     return [
         GeneratedAnswer(
-            task=example.task,
+            task=task,
             id=example.id,
             gold=-1 if example.gold is None else example.gold,
             output=text(ids),

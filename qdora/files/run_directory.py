@@ -337,16 +337,21 @@ def chat_date_of(path: Path) -> str:
         return date.today().isoformat()
 
 
-def resume_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDirectory:
+def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, before: str) -> RunDirectory:
     """Resume a run: remove leftovers, and record what differs in the environment since the last start.
 
-    The caller then calls `newest_checkpoint`, and `truncate_metrics` with its step. Raises UserError if there is no
-    run, or the recipe differs in a setting that changes the training.
+    The caller then calls `newest_checkpoint`, and `truncate_metrics` with its step.
+
+    Args:
+        recipe: YAML of the recipe to go on with.
+        before: YAML of the run's own recipe, with the defaults of settings that are newer than the run.
+    Raises:
+        UserError: There is no run, or the recipe differs in a setting that changes the training.
     """
     run = open_run(path)
     try:
         old_text = run.recipe_file.read_text(encoding="utf-8")
-        old, new = flat(yaml.safe_load(old_text)), flat(yaml.safe_load(recipe))
+        old, new = flat(yaml.safe_load(before)), flat(yaml.safe_load(recipe))
         record = read_json_object(run.environment_file)
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {first_line(error)}.") from None

@@ -44,6 +44,9 @@ DATA_SUFFIXES = (".parquet", *PLAIN_SUFFIXES, *COMPRESSED_SUFFIXES)
 """A `source` with one of these endings is a file, never a Hub id."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+_PART = r"\w[\w.-]*(\[[^][/]*\])?"
+_SPLITS = re.compile(rf"{_PART}(\+{_PART})*")
+"""A split, or parts of splits as the Hub's data sets have them: train[95%:], train[:9]+test."""
 
 
 def _task_name(value: str) -> str:
@@ -59,6 +62,11 @@ TaskName = Annotated[Text, AfterValidator(_task_name)]
 def is_path(source: str) -> bool:
     """Whether a source is a path: /x, ./x, ../x, ~/x, anything with the ending of a file, or no valid Hub id."""
     return source.startswith(("/", ".", "~")) or has_file_ending(source) or not _HUB_ID.fullmatch(source)
+
+
+def names_files(validation: str) -> bool:
+    """Whether `validation` of a source is a path, not a split or parts of splits."""
+    return has_file_ending(validation) or (is_path(validation) and not _SPLITS.fullmatch(validation))
 
 
 def is_pattern(source: str) -> bool:

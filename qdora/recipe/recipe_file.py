@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from qdora.errors import UserError, nearest, nearest_path
 from qdora.files.access_tokens import masked, token_paths
 from qdora.files.environment import user_path
-from qdora.recipe.data_settings import has_file_ending, is_path, is_pattern
+from qdora.recipe.data_settings import is_path, is_pattern, names_files
 from qdora.recipe.faults import container, dotted, fault_lines, is_section, one_line, shown, unknown_key
 from qdora.recipe.section import Section
 from qdora.recipe.settings import Recipe
@@ -75,8 +75,13 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
         return Recipe.model_validate(data)
     except ValidationError as error:
         lines = fault_lines(error)
-    given = tuple(item.partition("=")[0].strip() for item in overrides)
-    raise UserError(*dict.fromkeys(f"{'-s' if path.startswith(given) else where}: {line}" for path, line in lines))
+    given = [item.partition("=")[0].strip() for item in overrides]
+    raise UserError(*dict.fromkeys(f"{'-s' if _is_inside(path, given) else where}: {line}" for path, line in lines))
+
+
+def _is_inside(path: str, keys: Sequence[str]) -> bool:
+    """Whether a path is one of the keys or leads into it: data.mix[0].limit is inside data, data.mix and itself."""
+    return any(path == key or path.startswith((f"{key}.", f"{key}[")) for key in keys)
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -135,7 +140,7 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
         named.append(("base.prune.calibration.text", recipe.base.prune.calibration.text))
     for index, source in enumerate(recipe.data.mix):
         named += [(f"data.mix[{index}].{key}", getattr(source, key)) for key in ("source", "path")]
-        if source.validation is not None and is_path(source.validation):
+        if source.validation is not None and names_files(source.validation):
             named.append((f"data.mix[{index}].validation", source.validation))
     absolute = [(key, path) for key, path in named if path is not None and os.path.isabs(path)]
     return [
@@ -225,7 +230,9 @@ def _assign_(node: Any, kind: Any, steps: Sequence[int | str], value: Any) -> No
         null_is_setting = type(None) in get_args(field.annotation) and field.default is not None
         if rest:
             inner = container(field.annotation)
-            _assign_(node.setdefault(step, [] if get_origin(inner) is tuple else {}), inner, rest, value)
+            if node.get(step) is None:
+                node[step] = [] if get_origin(inner) is tuple else {}
+            _assign_(node[step], inner, rest, value)
         elif value is None and not null_is_setting:
             node.pop(step, None)
         else:
@@ -255,13 +262,16 @@ def _make_absolute_(data: Any, folder: Path | None) -> None:
     if _inner(calibration, "text") != "mix":
         _make_key_absolute_(calibration, "text", folder, always=True)
     _make_key_absolute_(data.get("data"), "chat_template", folder, always=True)
+    for section, no_folder in (("base", "auto"), ("data", "off")):
+        if _inner(data.get(section), "cache") != no_folder:
+            _make_key_absolute_(data.get(section), "cache", folder, always=True)
     mix = _inner(data.get("data"), "mix")
     for source in mix if isinstance(mix, list) else ():
         _make_key_absolute_(source, "source", folder)
         _make_key_absolute_(source, "path", folder, always=True)
         validation = _inner(source, "validation")
-        if isinstance(validation, str) and (validation.startswith((".", "~")) or has_file_ending(validation)):
-            _make_key_absolute_(source, "validation", folder, always=True)  # else it names a split
+        if isinstance(validation, str) and names_files(validation):
+            _make_key_absolute_(source, "validation", folder, always=True)
 
 
 def _inner(section: Any, key: str) -> Any:

@@ -36,16 +36,26 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
         | ({} if processes.size == 1 else {"num_processes": processes.size})
         | ({"trained_part": TRAINED_PART} if _has_other_parts(prepared.source) else {})
     )
-    open_ = resume_run if resume else create_run
-    given = prepared.given
-    if given.data.chat_template is not None:
-        given = given.model_copy(update={"data": given.data.model_copy(update={"chat_template": CHAT_TEMPLATE_FILE})})
-    processes.first(lambda: open_(directory, resolved_yaml(given), found))
+    recipe = _text(prepared.given)
+
+    def resumed() -> RunDirectory:
+        before = load_recipe(open_run(directory).recipe_file)
+        return resume_run(directory, recipe, found, before=_text(before))
+
+    processes.first(resumed if resume else lambda: create_run(directory, recipe, found))
     run = RunDirectory(directory)
-    if given.data.chat_template is not None:
+    if prepared.given.data.chat_template is not None:
         processes.first(lambda: _keep_chat_template(run, str(prepared.tokenizer.chat_template)))
     processes.first(lambda: keep_residency(run, prepared.given, prepared.recipe))
     return run
+
+
+def _text(recipe: Recipe) -> str:
+    """recipe.yaml of a run: it names the run's own copy of a chat template."""
+    if recipe.data.chat_template is not None:
+        data = recipe.data.model_copy(update={"chat_template": CHAT_TEMPLATE_FILE})
+        recipe = recipe.model_copy(update={"data": data})
+    return resolved_yaml(recipe)
 
 
 def resumed_recipe(directory: Path, given: Recipe, overrides: Sequence[str], *, where: str) -> Recipe:
