@@ -79,7 +79,7 @@ def test_a_step(first, second, size, micro, seed):
         assert (step.num_examples, step.num_tokens) == (len(drawn), sum(lengths))
         assert step.num_label_tokens == sum(label != -100 for *_, labels in drawn for label in labels) >= 1
         position += len(drawn)
-        assert step.position_after == steps.position == position
+        assert steps.position == position
         if size[1] is not None:
             assert len(drawn) == size[1]
         else:  # full, and not before its last example
@@ -133,11 +133,12 @@ def test_resumed_is_uninterrupted(lengths, size, strategy, cut, micro):
     resumed = loader(sets, **options)
     resumed.load_state_dict(state)
     found = [resumed.next_step() for _ in range(4)]
+    assert resumed.position == steps.position
     for one, other in zip(expected, found, strict=True):
-        assert (one.num_tokens, one.num_label_tokens, one.position_after) == (
+        assert (one.num_tokens, one.num_label_tokens, one.num_examples) == (
             other.num_tokens,
             other.num_label_tokens,
-            other.position_after,
+            other.num_examples,
         )
         for mine, theirs in zip(one.micro_batches, other.micro_batches, strict=True):
             for name in ("input_ids", "attention_mask", "labels", "task_ids"):

@@ -275,6 +275,7 @@ def test_a_column_of_another_name_is_told_by_a_setting_that_reads_it(tmp_path):
         ),
         ({"prompt": "x", "completion": " "}, "completion: must be text that is not empty, got ' '"),
         ({"text": None}, "text: must be text that is not empty, got None"),
+        ({"text": ["hf_" + "a1B2" * 8]}, "text: must be text that is not empty, got ['hf_***']"),
         ({"messages": []}, "messages: must be a list of turns {role, content}, got []"),
         ({"messages": ["Hi"]}, "messages[0]: must be an object with role and content, got 'Hi'"),
         (

@@ -248,7 +248,7 @@ def test_offline_for_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("source", ["a/b/c", "org/na me", "", "org/", "-x/y"])
+@pytest.mark.parametrize("source", ["a/b/c", "org/na me", "", "org/", "-x/y", "org/X.GGUF"])
 def test_what_is_no_hub_id_is_taken_for_a_path(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qdora.model.source.snapshot_download", None)
     with pytest.raises(UserError, match=r"model\.source: .*(does not exist|no config\.json)"):

@@ -20,8 +20,8 @@ from qdora.data.stream import ExampleStream
 from qdora.data.token_cache import TokenCache
 from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.errors import HubFailure, UserError
-from qdora.files.environment import cache_folder, user_path
 from qdora.files.run_directory import RunDirectory
+from qdora.files.user_paths import cache_folder, user_path
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, DataConfig, SourceConfig
 from qdora.recipe.settings import Recipe
 

@@ -29,9 +29,9 @@ from typing import Any
 
 from qdora.data.example import Example
 from qdora.data.readers import read_rows
-from qdora.data.rows import Entry, Row, RowFault, Rows, chosen_of_parts, optional_text, row_id, shown, text_field
+from qdora.data.rows import Entry, Row, RowFault, Rows, chosen_of_parts, optional_text, row_id, text_field
 from qdora.errors import HubFailure, UserError, nearest
-from qdora.recipe.faults import reason_of
+from qdora.recipe.faults import reason_of, shown
 
 
 def example_of_row(row: Row, *, task: str, label: str, id: str) -> Example:

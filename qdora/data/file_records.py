@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qdora.data.data_file import ending, open_bytes, readable
-from qdora.data.rows import Entry, RowFault, parse_row_json, shown
+from qdora.data.rows import Entry, RowFault, parse_row_json
 from qdora.errors import UserError
 from qdora.files.json_file import parse_json
+from qdora.recipe.faults import shown
 
 _MARK = b"\xef\xbb\xbf"
 """The byte order mark."""

@@ -40,14 +40,12 @@ class Step:
             memory fails at once.
         num_label_tokens: Labels, at least 1: the denominator of the loss.
         num_tokens: Real tokens, padding not counted.
-        position_after: Draws of the order that are used up after this step.
     """
 
     micro_batches: list[MicroBatch]
     num_label_tokens: int
     num_tokens: int
     num_examples: int
-    position_after: int
     task_label_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -126,7 +124,6 @@ class StepLoader:
             num_label_tokens=sum(labels.values()),
             num_tokens=num_tokens,
             num_examples=len(examples),
-            position_after=self.position,
             task_label_tokens=labels,
         )
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qdora.data.rows import RowFault, parse_row_json, shown
+from qdora.data.rows import RowFault, parse_row_json
 from qdora.errors import nearest
+from qdora.recipe.faults import shown
 
 ROLES = ("system", "user", "assistant", "tool")
 _REASONING = ("reasoning_content", "reasoning", "thinking")

@@ -10,8 +10,9 @@ from typing import Any
 from qdora.data.commonsense import TEMPLATES, example_of_row
 from qdora.data.example import Example
 from qdora.data.messages import TURN_KEYS, parse_messages, parse_tools
-from qdora.data.rows import Row, RowFault, optional_text, parse_row_json, row_id, shown, text_field
+from qdora.data.rows import Row, RowFault, optional_text, parse_row_json, row_id, text_field
 from qdora.errors import UserError, nearest
+from qdora.recipe.faults import shown
 
 _SHAREGPT_ROLES = {
     "human": "user",

@@ -12,6 +12,7 @@ from typing import Any
 
 from qdora.errors import UserError
 from qdora.files.json_file import parse_json
+from qdora.recipe.faults import shown
 
 Row = Mapping[str, Any]
 """Column -> value."""
@@ -162,9 +163,3 @@ def row_id(row: Row, default: str) -> str:
     """The row's own id, or `default` where it has none."""
     own = row.get("id")
     return default if own in (None, "") else str(own)
-
-
-def shown(value: object) -> str:
-    """A value for an error line: its repr, cut to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -17,7 +17,7 @@ from qdora.data.rows import Row, Rows
 from qdora.data.source_files import files_of_split, missing
 from qdora.data.split_examples import SplitExamples, draw, split_off
 from qdora.errors import UserError
-from qdora.files.environment import user_path
+from qdora.files.user_paths import user_path
 from qdora.recipe.data_settings import DataConfig, SourceConfig, is_path, is_pattern, names_files
 
 

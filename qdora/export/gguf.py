@@ -43,8 +43,8 @@ from qdora.export.merged import write_merge
 from qdora.export.options import ExportOptions, GgufType
 from qdora.export.verify import fits_in_float32, load_with_transformers, verify_merged
 from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
-from qdora.files.environment import user_path
 from qdora.files.run_directory import open_run
+from qdora.files.user_paths import user_path
 from qdora.model.build_model import find_source
 from qdora.model.experts import is_transposed, library_names
 from qdora.model.gguf_file import read_header, require_gguf

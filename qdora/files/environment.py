@@ -130,16 +130,6 @@ def available_memory_bytes() -> int | None:
     return kib[0] * 1024 if kib else None
 
 
-def user_path(path: str | Path) -> Path:
-    """A path as users write it: ~ is their home directory. ~name without such a user stays, and is then missing."""
-    return Path(os.path.expanduser(path))
-
-
-def cache_folder(name: str) -> Path:
-    """The folder or file of this name in the user's cache directory; it may be missing."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdora" / name
-
-
 def _system_text(path: str) -> str:
     """A text of Linux about the machine; empty on other systems."""
     try:

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from qdora.files.atomic import atomic_directory, remove_directory
-from qdora.files.environment import cache_folder, package_versions
+from qdora.files.environment import package_versions
+from qdora.files.user_paths import cache_folder
 from qdora.model.gguf_file import GgufHeader, read_header
 
 logger = logging.getLogger("qdora")

@@ -21,11 +21,12 @@ from huggingface_hub.errors import (
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qdora.errors import HubFailure, UserError, nearest_entry, nearest_path
-from qdora.files.environment import user_path
 from qdora.files.json_file import read_json_object
+from qdora.files.user_paths import user_path
 from qdora.model.gguf_file import require_gguf
 from qdora.model.gguf_metadata import tokenizer_of_gguf
 from qdora.model.stored_tensors import shard_files
+from qdora.recipe.data_settings import is_path
 from qdora.recipe.faults import reason_of
 
 SourceKind = Literal["directory", "hub", "gguf", "builtin"]
@@ -48,7 +49,6 @@ _LICENCE_FILES = ["README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
 # A second copy of the weights in the publisher's layout, and sub-folders with other formats.
 _NOT_NEEDED = ["*/*", "consolidated*", "*.onnx"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -115,14 +115,14 @@ def resolve(
                 f"{setting}: must be a .gguf file, a directory, a Hub id or '{BUILTIN}' (got the file {source})."
             )
         return ModelSource("gguf", path, source)
-    if _looks_like_path(source):
+    if is_path(source):
         raise UserError(f"{setting}: {source} does not exist.{nearest_path(path)}")
     return _from_hub(source, revision, trust_remote_code, config=config, weights=weights, setting=setting)
 
 
 def public_name(source: str) -> str | None:
     """The Hub id of a source; None for a path or the builtin model, which only this machine has."""
-    local = source == BUILTIN or user_path(source).exists() or _looks_like_path(source)
+    local = source == BUILTIN or user_path(source).exists() or is_path(source)
     return None if local else source
 
 
@@ -174,10 +174,6 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
                 faults.extend(error.faults)
     if faults:
         raise UserError(*faults)
-
-
-def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.endswith(".gguf") or _HUB_ID.fullmatch(source) is None
 
 
 def _from_hub(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from qdora.files.atomic import atomic_write_json
-from qdora.files.environment import cache_folder, cpu_name
+from qdora.files.environment import cpu_name
+from qdora.files.user_paths import cache_folder
 from qdora.memory.streaming import NUM_SLOTS, Ring, interleaved
 from qdora.ops.packed import dequantize, quantize
 from qdora.plan.plan_contents import DeviceKind, MicroBatchShape

@@ -19,7 +19,7 @@ from qdora.data.readers import read_rows
 from qdora.data.rows import FaultList, RowFault
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
-from qdora.files.environment import user_path
+from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers
 from qdora.model.load import stop_ids_of_model

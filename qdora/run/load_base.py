@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from qdora.errors import UserError
-from qdora.files.environment import cache_folder, user_path
 from qdora.files.run_directory import RunDirectory
+from qdora.files.user_paths import cache_folder, user_path
 from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.disk_residency import DiskResidency
 from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
