@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from qdora.errors import RunFailure, UserError
+from qdora.errors import DiskFull, Diverged, RunFailure, UserError
 from qdora.export.export_run import export_run
+from qdora.files.run_directory import RunDirectory
 from qdora.recipe.settings import Recipe
+from qdora.run import step_evaluations
 from qdora.run.train import train_run
 from qdora.train import loop
-from qdora.train.distributed import OtherProcessFailed
+from qdora.train.distributed import OtherProcessFailed, Processes
+from qdora.train.hooks import Hooks
+from qdora.train.interrupt import StopRequest
 from tests import launched, tiny_run, tiny_sharded
 from tests.test_train_distributed import (
     GATED,
@@ -138,6 +146,62 @@ def test_where_one_process_cannot_compute_the_others_end_and_the_run_goes_on(roo
     assert launched.run(2, broken, settings, tmp_path, timeout=60) == ["", ""]
     assert launched.run(2, train, settings, tmp_path, True) == ["", ""]
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "shards, error, saves",
+    [
+        (True, torch.OutOfMemoryError("CUDA out of memory."), False),
+        (True, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False),
+        (True, Diverged("eval: not finite"), True),  # in all, which compute the same
+        (False, torch.OutOfMemoryError("CUDA out of memory."), True),  # all are told
+    ],
+    ids=["memory", "disk", "diverged", "replicate"],
+)
+def test_an_evaluation_that_fails_in_one_process_saves_nothing(shards: bool, error: Exception, saves: bool) -> None:
+    saved: list[int] = []
+
+    def save(step: int) -> Path:
+        saved.append(step)
+        return Path()
+
+    hooks = Hooks(write_metrics=Mock(), save=save, evaluate=Mock(side_effect=error), evaluate_every=3)
+    processes = Processes(1, 2, shards=shards)
+    with pytest.raises(type(error)):
+        loop._after_step(
+            nn.Identity(), 3, hooks, StopRequest(), num_steps=6, checkpoint_every=None, processes=processes
+        )
+    assert saved == [3] * saves
+
+
+def evaluation_broken(rank: int, settings: Recipe, directory: Path, at: int) -> None:
+    """The second process runs out of memory in a batch, or the first one cannot write the results."""
+    real = RunDirectory.write_json
+
+    def full(run: RunDirectory, name: str, values: Any) -> None:
+        if name == "eval/step-3.json":
+            raise DiskFull("the disk is full")
+        real(run, name, values)
+
+    def hungry(*_args: Any, **_options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    if rank == at == 0:
+        RunDirectory.write_json = full
+    elif rank == at:
+        step_evaluations.evaluate = hungry
+    why = "the disk is full" if at == 0 else "process 1: a pass through the model cannot be computed: CUDA out of"
+    lost = rf"process {1 - at}: stopped, because process {at} \(on \S+\) failed: {why}"
+    with pytest.raises(RunFailure, match=why if rank == at else lost):
+        train_run(settings, directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [0, 1], ids=["disk", "memory"])
+def test_who_fails_in_an_evaluation_is_named(root: Path, tmp_path: Path, at: int) -> None:
+    settings = sharded(root, **EVALUATED, eval__at_start=False, train__checkpoint_every=2)
+    assert launched.run(2, evaluation_broken, settings, tmp_path, at, timeout=100) == ["", ""]
+    assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
 
 
 def head_refused(rank: int, settings: Recipe, directory: Path) -> None:

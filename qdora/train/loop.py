@@ -127,7 +127,8 @@ def fit(
         if grown is not None:
             hooks.write_metrics({"step": done, "micro_batches_grow": grown})
         progress.step(metrics)
-        if _after_step(model, done, hooks, stop, num_steps=num_steps, checkpoint_every=train.checkpoint_every):
+        every = train.checkpoint_every
+        if _after_step(model, done, hooks, stop, num_steps=num_steps, checkpoint_every=every, processes=processes):
             return done
     return max(start_step, num_steps)
 
@@ -253,12 +254,19 @@ def _update(lr: float, start: _StepStart, processes: Processes) -> None:
 
 
 def _after_step(
-    model: nn.Module, done: int, hooks: Hooks, stop: StopRequest, *, num_steps: int, checkpoint_every: int | None
+    model: nn.Module,
+    done: int,
+    hooks: Hooks,
+    stop: StopRequest,
+    *,
+    num_steps: int,
+    checkpoint_every: int | None,
+    processes: Processes,
 ) -> bool:
     """Probe, evaluate and save when due; returns whether the run ends before its last step.
 
     The checkpoint comes last, so that it covers the evaluation's line. If an evaluation fails, a checkpoint is written
-    before its error is raised.
+    before its error is raised, unless it fails in this process alone.
     """
 
     def due(every: int | None) -> bool:
@@ -274,6 +282,8 @@ def _after_step(
             hooks.write_metrics({"step": done, **found.line})
             model.train()
     except (RuntimeError, OSError) as error:
+        if processes.shards and not isinstance(error, Diverged):
+            raise  # the others, still in a pass, cannot save; they notice that this process ends
         try:
             hooks.save(done)
         except (RuntimeError, OSError) as second:
