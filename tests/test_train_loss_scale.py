@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,14 @@ def test_float16_keeps_the_gradients_of_a_step_of_many_tokens() -> None:
     assert norm < 5e-3
     plain, _ = worst_cosine(torch.float16, None)
     assert plain < 0.99, "this step does not need a loss scale"
+
+
+def test_a_process_without_an_example_has_no_gradient_to_unscale() -> None:
+    ours = model(torch.float16, torch.float32)
+    step = dataclasses.replace(share(), micro_batches=[])
+    metrics, example_nll = step_gradient(ours, step, device=torch.device("cpu"), loss_scale=LossScale())
+    assert (metrics["loss"], metrics["tasks"], example_nll) == (0, {}, [])
+    assert all(parameter.grad is None for parameter in ours.parameters())
 
 
 def test_the_scale_halves_and_doubles_and_survives_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:

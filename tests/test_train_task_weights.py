@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from qdora.data.loader import Step
 from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters
 from qdora.run.train import train_run
+from qdora.train.distributed import Processes
+from qdora.train.even_passes import even_passes
 from qdora.train.loop import step_gradient
 from tests import launched, reference, tiny_adapted, tiny_run
 from tests.run_files import timeless
@@ -69,6 +72,18 @@ def test_weights_multiply_the_tokens_of_a_task() -> None:
     assert reference.relative_error(flat_gradient(model).numpy(), expected) < 1e-5
     told = sum(task["nll_sum"] for task in metrics["tasks"].values()) / step.num_label_tokens
     assert metrics["loss"] == pytest.approx(told)
+
+
+def test_a_process_without_an_example_takes_part_in_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the base is divided it computes as many as the others, of which none counts."""
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [2, value])
+    step = dataclasses.replace(step_of_three_tasks()[0], micro_batches=[])
+    step = even_passes(step, Processes(1, 2, shards=True))
+    assert len(step.micro_batches) == 2
+    model, weights = model_in_float32(), {"one": 2.0, "two": 0.25, "three": 1.0}
+    metrics, example_nll = step_gradient(model, step, device=torch.device("cpu"), weights=weights)
+    assert (metrics["loss"], metrics["tasks"], example_nll) == (0, {}, [])
+    assert flat_gradient(model).count_nonzero() == 0
 
 
 def test_fixed_weights_change_a_run_and_equal_ones_do_not(root: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def even_passes(batch: Step, processes: Processes) -> Step:
         return batch
     mine = batch.micro_batches
     missing = max(processes.gather(len(mine))) - len(mine)
-    names = mine[0].task_names if mine else [""]
+    names = mine[0].task_names if mine else list(batch.task_label_tokens)
     return replace(batch, micro_batches=[*mine, *(_empty(names) for _ in range(missing))])
 
 

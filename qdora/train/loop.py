@@ -505,7 +505,7 @@ def _accumulate(
         if micro.example_ids:
             example_nll.append(loss.example_nll)
         tokens.index_add_(0, micro.task_ids, loss.example_tokens)
-    if loss_scale is not None:
+    if loss_scale is not None and batch.micro_batches:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, 1.0 / (loss_scale.value * total))
     return nll, aux, example_nll
