@@ -34,7 +34,7 @@ from qdora.run.train import train_run
 from qdora.train import distributed, loop
 from qdora.train.distributed import OtherProcessFailed, Processes, free_host_bytes, processes_of_launch, seed_of
 from qdora.train.process_watch import PATIENCE
-from tests import launched, tiny_run
+from tests import launched, tiny_run, tiny_sharded
 
 PACKED = {"train__batch": 9, "data__packing": True}
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -451,6 +451,38 @@ def test_ctrl_c_under_torchrun_saves_and_goes_on(root: Path, tmp_path: Path) -> 
     newest = open_run(run).newest_checkpoint()
     assert newest is not None
     assert newest.step == len(lines(run))
+
+
+def mesh_on_gpus(rank: int) -> None:
+    """Two machines of two GPUs: whoever is in each dimension of the mesh, through which backend, and how patient."""
+    made: dict[str, tuple[str, float]] = {}
+    real = dist.new_group
+
+    def noted(ranks: Any = None, timeout: Any = None, backend: Any = None, **options: Any) -> Any:
+        group = real(ranks, timeout, "gloo" if backend == "nccl" else backend, **options)
+        made[getattr(group, "group_name", "of others")] = (backend, timeout.total_seconds())
+        return group
+
+    os.environ.update({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank % 2), PATIENCE: "700"})
+    for module in (dist, dist.distributed_c10d):
+        module.new_group = noted
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 2
+    torch.cuda.set_device = lambda _number: None
+    here = [0, 1] if rank < 2 else [2, 3]
+    expected = {"shard": [[0, 1, 2, 3]], "hybrid": [[rank % 2, rank % 2 + 2], here]}
+    with processes_of_launch() as processes:
+        for parallel, members in expected.items():
+            mesh = distributed.mesh_of(processes.dividing(base=True), torch.device("cuda"), parallel)
+            assert mesh is not None
+            groups = mesh.get_all_groups()
+            assert [dist.get_process_group_ranks(group) for group in groups] == members
+            assert [made.get(group.group_name) for group in groups] == [("nccl", 1400.0)] * len(groups)
+
+
+@tiny_sharded.needs_division
+def test_gpus_gather_a_divided_base_by_nccl() -> None:
+    assert launched.run(4, mesh_on_gpus) == [""] * 4
 
 
 def test_gpus_give_up_after_minutes_and_have_a_group_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

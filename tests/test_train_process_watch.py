@@ -215,6 +215,20 @@ def test_who_is_behind_is_silent_unless_it_moves(watches: list[ProcessWatch]) ->
     assert watches[0].has_silence
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_who_works_for_all_moves_unless_it_makes_no_pass(
+    watches: list[ProcessWatch], monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """Process 0 writes a checkpoint for more than twice the patience; then it hangs in a pass."""
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, value])
+    first = Processes(0, 2, watch=watches[0])
+    with watches[0].counting([], together=together), watches[1].counting([], together=together):
+        watches[1].arrived()
+        assert first.first(lambda: knows(watches, 5.0)) is False
+        assert first.first_or_all(lambda: knows(watches, 20.0))
+    assert "because process 0 (on" in watches[1].lost()
+
+
 def test_a_checkpoint_is_named_only_where_one_is_saved(
     watches: list[ProcessWatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -44,11 +44,8 @@ CAN_DIVIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2
 # at once, by the launcher and by the broken connection, and one that hangs by the watch (process_watch.py), not by this
 # timeout.
 _PATIENCE = timedelta(days=1)
-# GPUs meet right after a message of all processes on the host, so that none waits for another's work there. NCCL must
-# not end the processes before the watch names the silent one.
+# GPUs meet right after a message of all processes on the host, so that none waits for another's work there.
 _GPU_PATIENCE = timedelta(minutes=10)
-_WATCHES = 2
-"""NCCL waits at least this many times as long as the watch."""
 # How often a process that waits for a message asks whether another one hangs.
 _LOOK = timedelta(seconds=0.5)
 # In the messages of gloo and NCCL when a process of the group has ended.
@@ -103,17 +100,19 @@ class Processes:
         pairs = zip(padded, lengths, strict=True)
         return [json.loads(part[: int(length)].numpy().tobytes()) for part, length in pairs]
 
-    def first(self, action: Callable[[], T]) -> T | None:
+    def first(self, action: Callable[[], T], *, calls_model: bool = False) -> T | None:
         """Run the action in the first process while the others wait; returns its result there, None elsewhere.
 
-        If it raises there, the others raise OtherProcessFailed.
+        If it raises there, the others raise OtherProcessFailed. It may take as long as it needs, unless it calls the
+        model: then its passes show that it does not hang.
         """
         if self.size == 1:
             return action()
         result = None
         try:
             if self.is_first:
-                result = action()
+                with nullcontext() if self.watch is None or calls_model else self.watch.without_passes():
+                    result = action()
         except BaseException as error:
             self.exchange(None, first_line(error))
             raise
@@ -126,7 +125,7 @@ class Processes:
         Then each process gets its result, and one that fails ends: the others cannot go on without it.
         """
         if not self.shards:
-            return self.first(action)
+            return self.first(action, calls_model=True)
         try:
             return action()
         except RuntimeError as error:
@@ -263,7 +262,7 @@ _LAUNCH: ContextVar[Processes | None] = ContextVar("processes_of_launch", defaul
 def processes_of_launch() -> Iterator[Processes]:
     """Connect the processes that torchrun or `accelerate launch` has started, known from environment variables.
 
-    On CUDA each process takes the GPU of its local rank. Gradients go through NCCL, which gives up after minutes;
+    On CUDA each process takes the GPU of its local rank. Tensors of GPUs go through NCCL, which gives up after minutes;
     everything else goes through gloo on the host, so that no GPU waits for it. With fewer GPUs than processes a
     UserError is raised.
     """
@@ -277,11 +276,10 @@ def processes_of_launch() -> Iterator[Processes]:
         if here > num_gpus:
             raise UserError(f"qdora train: must have one process for each GPU (got {here} on {num_gpus} GPUs).")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    patience = max(_GPU_PATIENCE, _WATCHES * timedelta(seconds=patience_seconds()))
     dist.init_process_group("gloo", timeout=_PATIENCE)
     watch = ProcessWatch(dist.get_rank(), dist.get_world_size())
     try:
-        gpus = dist.new_group(backend="nccl", timeout=patience) if on_gpus else None
+        gpus = dist.new_group(backend="nccl", timeout=_gpu_patience()) if on_gpus else None
         processes = Processes(watch.rank, watch.size, gpus, watch=watch)
         launch = _LAUNCH.set(processes)
         try:
@@ -312,21 +310,37 @@ def _leave() -> None:
     os._exit(1)
 
 
+def _gpu_patience() -> timedelta:
+    """How long GPUs wait for each other: NCCL must not end the processes before the watch names the silent one."""
+    return max(_GPU_PATIENCE, timedelta(seconds=2 * patience_seconds()))
+
+
 def mesh_of(processes: Processes, device: torch.device, parallel: str) -> DeviceMesh | None:
     """The processes as `memory.sharded_base.ShardedBase` takes them; None if each holds the whole base.
 
-    With `parallel` hybrid the processes of a machine divide the base, and machines repeat it. UserError if this torch
-    cannot divide it.
+    With `parallel` hybrid the processes of a machine divide the base, and machines repeat it. On GPUs its tensors go
+    through NCCL. UserError if this torch cannot divide it.
     """
     if not processes.shards:
         return None
     if not CAN_DIVIDE:
         need = f"must be auto or replicate with torch {torch.__version__} (shard and hybrid need torch 2.12)"
         raise UserError(f"train.parallel: {need}, got {parallel}.")
-    if parallel == "hybrid":
-        shape = (processes.size // processes.num_here, processes.num_here)
-        return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh(device.type, (processes.size,))
+    hybrid = parallel == "hybrid"
+    shape = (processes.size // processes.num_here, processes.num_here) if hybrid else (processes.size,)
+    names = ("replicate", "shard") if hybrid else None
+    if processes.gpus is None:
+        return init_device_mesh(device.type, shape, mesh_dim_names=names)
+    # For GPUs, too, init_device_mesh makes groups of the default group's backend, which is gloo.
+    if not hybrid:
+        return DeviceMesh.from_group(processes.gpus, device.type)
+    ranks = torch.arange(processes.size).view(shape)
+    options: dict[str, Any] = {"backend": "nccl", "timeout": _gpu_patience()}
+    groups = [
+        dist.new_subgroups_by_enumeration(each.tolist(), **options)[0]  # type: ignore[no-untyped-call]
+        for each in (ranks.T, ranks)
+    ]
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
 
 
 def free_host_bytes() -> int | None:

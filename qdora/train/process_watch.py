@@ -3,7 +3,8 @@
 Each process counts its messages to all others and, while it trains, its passes through parts of the model. A thread of
 its own writes these counts to the store about once a second, and reads those of the others. A process is silent if its
 thread writes nothing for `patience_seconds`, or if it is behind another one and neither has moved for so long: the rule
-of a monitored barrier, without a message more. What is found first is written to the store, so that all tell the same.
+of a monitored barrier, without a message more. Where all make the same passes, the launch also ends if none has moved
+for twice as long. What is found first is written to the store, so that all tell the same.
 """
 
 from __future__ import annotations
@@ -119,6 +120,15 @@ class ProcessWatch:
             self._counts_passes = False
             for hook in hooks:
                 hook.remove()
+
+    @contextmanager
+    def without_passes(self) -> Iterator[None]:
+        """Inside, the process moves as long as its thread lives, also within `counting`: a large file takes minutes."""
+        before, self._counts_passes = self._counts_passes, False
+        try:
+            yield
+        finally:
+            self._counts_passes = before
 
     def failed(self, error: BaseException) -> None:
         """Tell the others that this process fails, and why."""
