@@ -6,7 +6,6 @@ import argparse
 import json
 import lzma
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -63,7 +62,7 @@ def run_study(document: dict[str, Any], directory: Path, processes: int = 1, *, 
         codes = [each.wait(None if until is None else max(0.0, until - time.monotonic())) for each in started]
     except subprocess.TimeoutExpired:
         for each in started:
-            each.send_signal(signal.SIGINT)  # a run in its training keeps a checkpoint
+            each.terminate()  # a run in its training keeps a checkpoint
         for each in started:
             each.wait()
         print(f"interrupted after {hours} hours; the same command goes on")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from signal import SIGHUP, SIGINT, SIGTERM
 from typing import Any
 
 import pytest
@@ -20,7 +21,17 @@ from qdora.train import interrupt, loop
 from tests import tiny_run
 from tests.run_files import assert_same_run, trained
 
-STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+STOPPING = [SIGINT, SIGTERM, SIGHUP]
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """A shell may have started the tests with some of them ignored."""
+    handlers = {SIGINT: signal.default_int_handler, SIGTERM: signal.SIG_DFL, SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def in_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
@@ -63,7 +74,7 @@ def test_a_signal_finishes_the_step_saves_and_gives_130(
     number: signal.Signals,
 ) -> None:
     before = [signal.getsignal(each) for each in STOPPING]
-    in_step(monkeypatch, 3, send(number, signal.SIGTERM))  # a launcher passes it on at once: still one request
+    in_step(monkeypatch, 3, send(number, SIGTERM))  # a launcher passes it on at once: still one request
     with pytest.raises(Interrupted, match=r"stopped after step 3; saved to .*step-3") as raised:
         train_run(tiny_run.recipe(root), tmp_path / "run")
     assert explain(raised.value)[1] == 130
@@ -75,16 +86,32 @@ def test_a_signal_finishes_the_step_saves_and_gives_130(
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("ignored", [SIGHUP, SIGINT], ids=["nohup", "background"])
+@pytest.mark.parametrize("launched", [False, True])
+def test_an_ignored_signal_stays_ignored_except_under_torchrun(
+    monkeypatch: pytest.MonkeyPatch, ignored: signal.Signals, launched: bool
+) -> None:
+    signal.signal(ignored, signal.SIG_IGN)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
+    with interrupt.stop_on_signal() as stop:
+        send(ignored)()
+        assert stop.requested == launched
+        send(SIGTERM)()
+        assert stop.requested
+    assert signal.getsignal(ignored) is signal.SIG_IGN
+
+
 @pytest.mark.parametrize("saving", [False, True], ids=["in a step", "in a checkpoint"])
 def test_a_second_signal_stops_at_once_and_harms_nothing(
     root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: bool
 ) -> None:
     monkeypatch.setattr(interrupt, "SAME_REQUEST_SECONDS", 0.0)
     if saving:
-        in_step(monkeypatch, 4, send(signal.SIGTERM))
-        in_save(monkeypatch, 4, send(signal.SIGTERM))
+        in_step(monkeypatch, 4, send(SIGTERM))
+        in_save(monkeypatch, 4, send(SIGTERM))
     else:
-        in_step(monkeypatch, 4, send(signal.SIGINT, signal.SIGINT))
+        in_step(monkeypatch, 4, send(SIGINT, SIGINT))
     with pytest.raises(Interrupted, match=r"stopped at once\. Safe on disk: .*step-2 \(step 2\)") as raised:
         train_run(tiny_run.recipe(root), tmp_path / "run")
     assert explain(raised.value)[1] == 130
@@ -98,7 +125,7 @@ def test_stopped_at_once_before_the_first_checkpoint(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interrupt, "SAME_REQUEST_SECONDS", 0.0)
-    in_step(monkeypatch, 1, send(signal.SIGINT, signal.SIGINT))
+    in_step(monkeypatch, 1, send(SIGINT, SIGINT))
     with pytest.raises(Interrupted, match="no checkpoint was written yet"):
         train_run(tiny_run.recipe(root), tmp_path / "run")
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from torch.distributed import is_torchelastic_launched
+
 from qdora.train.distributed import Processes
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -33,7 +35,11 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal(processes: Processes | None = None) -> Iterator[StopRequest]:
-    """SIGINT, SIGTERM and SIGHUP set the request; another signal, a second or more later, raises KeyboardInterrupt."""
+    """SIGINT, SIGTERM and SIGHUP set the request; another signal, a second or more later, raises KeyboardInterrupt.
+
+    A signal that is ignored stays so: SIGHUP under nohup, SIGINT in the background jobs of a script. Not so under
+    torchrun: it handles these signals itself, passes them on, and kills processes that have not ended after 30 s.
+    """
     request = StopRequest(processes)
     asked_at = 0.0
 
@@ -47,7 +53,9 @@ def stop_on_signal(processes: Processes | None = None) -> Iterator[StopRequest]:
         elif now - asked_at >= SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, ask) for number in _SIGNALS}
+    every = is_torchelastic_launched()
+    heeded = [number for number in _SIGNALS if every or signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in heeded}
     try:
         yield request
     finally:
