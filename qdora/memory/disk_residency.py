@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qdora.errors import UserError
-from qdora.memory.streaming import Ring, Turns
+from qdora.memory.streaming import Turns
 from qdora.model.load import Loading, is_wide, place_dense, place_frozen, wide_names
 from qdora.model.packed_base import BaseCache, PackedBase, Part
 from qdora.model.stored_tensors import iterate_tensors
@@ -32,7 +32,6 @@ class DiskResidency:
     def __init__(self, cache: BaseCache, num_streamed: int | None = None) -> None:
         assert cache.mapped, "the weights must stay in the files"
         self.cache, self.num_streamed = cache, num_streamed
-        self.ring: Ring | None = None
 
     def __call__(self, load: Loading) -> None:
         """Put the weights into the model.
@@ -68,7 +67,7 @@ class DiskResidency:
             del value
             if progress is not None:
                 progress(done, len(load.stored))
-        self.ring = turns.start(_Pages(blocks, others))
+        turns.start(_Pages(blocks, others))
 
 
 class _Pages:

@@ -42,13 +42,11 @@ class Ring:
     """Two slots in which the blocks of a model, in forward order, take turns, each block always in the same one.
 
     A checkpoint keeps the graph of the first forward pass, and with it the address of each weight. The backward pass
-    reads there, so the recomputation must bring the block to the same place. `num_loads` counts the blocks that were
-    brought.
+    reads there, so the recomputation must bring the block to the same place.
     """
 
     def __init__(self, num_blocks: int, engine: CopyEngine) -> None:
         self.num_blocks, self.engine = num_blocks, engine
-        self.num_loads = 0
         self._slots: list[int | None] = [None] * NUM_SLOTS
         self._current: int | None = None
         self._step = 1
@@ -83,7 +81,6 @@ class Ring:
         if previous != block:
             self._slots[slot] = block
             self.engine.start(block, slot, previous)
-            self.num_loads += 1
 
     def _next(self, block: int, turns_back: bool) -> int:
         """The block that will be used after this one; itself if there is only one."""
@@ -149,12 +146,11 @@ class Turns:
         layer.residency = self
         self._turn_of[layer] = turn
 
-    def start(self, engine: CopyEngine) -> Ring:
+    def start(self, engine: CopyEngine) -> None:
         """Stream from now on: each streamed block is brought before its forward pass."""
         self._ring = Ring(len(self), engine)
         for turn, block in enumerate(self.blocks):
             block.register_forward_pre_hook(partial(_enter, self._ring, turn))
-        return self._ring
 
     def use(self, layer: FrozenLinear) -> None:
         assert self._ring is not None

@@ -2,6 +2,7 @@
 
 adapter/                  the adapter in PEFT's format, usable by itself (full fine-tuning: parameters.safetensors)
 optimizer.safetensors     optimizer states and the low bits of bf16 parameters
+gates.safetensors         the gates, their Adam, and lora_B without them, if the adapter has gates
 random.safetensors        state of torch's generators in every process, so that a resumed step draws the same numbers
 state.json                step, data position, and what the run has learnt about itself (policies)
 """

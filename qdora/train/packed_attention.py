@@ -30,7 +30,8 @@ def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
     transformers finds the borders of examples by positions that start again at 0. It masks the rest of the row (sdpa,
     eager, flex; any number of rows) or calls a kernel for variable lengths (flash attention; a single row). Models with
     a state that runs through the row (Mamba, linear attention), or with positions of their own, do not support that, so
-    each model is tried: four forward passes of at most 40 tokens, without a draw from the global generators.
+    each model is tried: four forward passes (six with flash attention) of at most 44 tokens, without a draw from the
+    global generators.
 
     Raises:
         UserError: An example's outputs depend on its neighbours, or differ from the example alone beyond rounding.
