@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import http.client
 import json
 import os
 import signal
@@ -40,6 +41,8 @@ from qdora.files.run_directory import (
     resume_run,
 )
 from qdora.run import doctor
+from qdora.run.load_run import trained_state
+from tests import tiny_run
 
 RECIPE = "train:\n  steps: 10\n  lr: 0.1\n  log_every: 1\ndata:\n  mix:\n  - task: boolq\n"
 ENVIRONMENT = {"torch": "2", "devices": ["a"]}
@@ -337,6 +340,17 @@ def test_a_checkpoint_appears_whole(run: RunDirectory) -> None:
     # cbf43926: the check value of CRC-32 for these nine digits
     assert written == {"step": 3, "files": {"a.bin": {"bytes": 9, "crc32": "cbf43926"}}}
     assert run.newest_checkpoint() == Checkpoint(3, run.checkpoints / "step-3")
+
+
+def test_only_checkpoints_count_as_steps_that_can_be_named(run: RunDirectory, tmp_path: Path) -> None:
+    assert run.checkpoint_steps() == []
+    for step in (100, 20):
+        save(run, step)
+    (run.checkpoints / "step-100.bak").mkdir()
+    (run.checkpoints / "step-7").write_text("a file")
+    assert run.checkpoint_steps() == [20, 100]
+    with pytest.raises(UserError, match=r"--step: got 3, must be one of 20, 100 in "):
+        trained_state(run, tiny_run.recipe(tmp_path), 3)
 
 
 def test_everything_is_flushed_before_the_name_appears(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -689,6 +703,16 @@ def test_doctor_says_why_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens
     assert "\nHub       cannot be reached ([Errno 111] Connection refused), " in doctor.report_text(doctor.report())
+
+
+@pytest.mark.parametrize("error", [http.client.BadStatusLine("SSH-2.0-x"), http.client.InvalidURL("a port")])
+def test_doctor_reports_though_what_answers_is_not_http(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def answer(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    assert f"\nHub       cannot be reached ({error}), " in doctor.report_text(doctor.report())
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from qdora.cli import app
+from qdora.files.run_directory import MAY_CHANGE
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.recipe.recipe_file import load_recipe, read_yaml, recipe_from, recipe_names, resolved_yaml, settings
@@ -265,6 +266,14 @@ def test_every_shipped_recipe_checks_and_can_be_run_again() -> None:
     }
     assert len(named) >= 7
     assert named - {"llama-quantize"} <= set(names)
+
+
+def test_the_guide_lists_what_a_resumed_run_may_change() -> None:
+    text = (ROOT / "qdora/guide/runs.md").read_text().partition("With `-s` you can change")[2].partition("\n\n")[0]
+    listed = set(re.findall(r"`([\w.]+)`", text))
+    assert listed == {name if name.partition(".")[0] != "train" else name.partition(".")[2] for name in MAY_CHANGE} | {
+        "train"
+    }
 
 
 def test_settings_named_exist() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
@@ -75,6 +75,19 @@ def test_the_chat_template_is_used_where_there_is_one(run: Path) -> None:
     assert prompt_ids(tokenizer, "a question", None, raw=False) == raw
     with pytest.raises(UserError, match="no chat template"):
         prompt_ids(tokenizer, "a question", "be kind", raw=False)
+
+
+def test_penalties_of_the_models_generation_config_are_not_used(run: Path, tmp_path: Path) -> None:
+    """With them a token that was there is never the next one."""
+    directory = tmp_path / "out"
+    export_run(run, directory, ExportOptions(dtype="float32"))
+    config = GenerationConfig(repetition_penalty=50.0, no_repeat_ngram_size=1, eos_token_id=399)
+    config.save_pretrained(directory)
+    expected = generate_from(str(run), "3 + 4 =", SHORT, raw=True)
+    found = generate_from(str(directory), "3 + 4 =", SHORT, raw=True)
+    assert found["text"] == expected["text"]
+    loaded = load_target(str(directory), verb="test")
+    assert loaded.model.generation_config.repetition_penalty == 50.0, "the config was not read"
 
 
 def test_draws_follow_the_seed(run: Path) -> None:

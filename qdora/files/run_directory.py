@@ -206,6 +206,10 @@ class RunDirectory:
         with self._disk_failures(f"{'/'.join(parts)}/"), atomic_directory(self.inside(*parts)) as path:
             yield path
 
+    def checkpoint_steps(self) -> list[int]:
+        """The steps of all checkpoints, whole or not, in ascending order."""
+        return sorted(checkpoint.step for checkpoint in self._by_step())
+
     def newest_checkpoint(self) -> Checkpoint | None:
         """The whole checkpoint of the largest step, checked byte for byte; None if there is no checkpoint.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import sys
@@ -162,7 +163,7 @@ def _why_unreachable(endpoint: str) -> str | None:
         urllib.request.urlopen(endpoint, timeout=2).close()
     except urllib.error.HTTPError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # an answer that is not HTTP
         return str(getattr(error, "reason", error))
     return None
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
 from qdora.data.chat_template import prompt_text, require_chat_template
@@ -205,7 +206,8 @@ def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Writ
     streamer = _Streamer(tokenizer, write)
     device = next(model.parameters()).device
     tokens = torch.tensor([ids], device=device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _own_config_aside(model):
         torch.manual_seed(sampling.seed)
         began = time.perf_counter()
         generate: Any = model.generate
@@ -232,6 +234,19 @@ def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Writ
         "seconds": seconds,
         "tokens_per_second": (len(new) - 1) / after_first if len(new) > 1 and after_first > 0 else None,
     }
+
+
+@contextmanager
+def _own_config_aside(model: Any) -> Iterator[None]:
+    """Let `generate` see none of the model's own settings in the block, such as a repetition penalty.
+
+    It takes from them whatever it is not given, even if it is given a whole config.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, raw: bool) -> list[int]:

@@ -107,8 +107,8 @@ def trained_state(run: RunDirectory, recipe: Recipe, step: int | None) -> tuple[
     if step is not None:
         path = run.inside("checkpoints", f"step-{step}")
         if not path.is_dir():
-            steps = sorted(int(each.name.removeprefix("step-")) for each in run.checkpoints.glob("step-*"))
-            raise UserError(f"--step: got {step}, must be one of {', '.join(map(str, steps)) or 'none'} in {run.path}.")
+            steps = ", ".join(map(str, run.checkpoint_steps())) or "none"
+            raise UserError(f"--step: got {step}, must be one of {steps} in {run.path}.")
         return path, f"step-{step}"
     if run.adapter.is_dir():
         return run.adapter, "final"
