@@ -23,10 +23,11 @@ from qdora.files.run_directory import open_run
 from qdora.run import run_page
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.run_page import page_of_run, write_page
+from qdora.run.step_evaluations import StepEvaluations, adapter_step
 from qdora.run.train import train_run
 from tests import tiny_run
 from tests.page_parser import Page
-from tests.run_files import make_gradients_nan, stop_after
+from tests.run_files import make_gradients_nan, same_tensors, stop_after
 
 QUIET = Console(quiet=True)
 UNEVALUATED = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
@@ -256,6 +257,27 @@ def test_an_evaluation_of_the_adapter_keeps_its_step_when_the_run_goes_on(whole:
     (run / "trained.json").write_text(json.dumps(trained))
     write_page(open_run(run))
     assert "validation-letters-limit-2: after step 6" in page(run).text
+
+
+def test_an_interrupt_in_the_last_evaluation_of_an_extended_run_leaves_the_right_step(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    train_run(tiny_run.recipe(root, train__steps=2), run, console=QUIET)
+    monkeypatch.setattr(StepEvaluations, "measure", interrupt)
+    with pytest.raises(Interrupted):
+        train_run(tiny_run.recipe(root, train__steps=4), run, resume=True, console=QUIET)
+    same_tensors(
+        run / "adapter/adapter_model.safetensors", run / "checkpoints/step-4/adapter/adapter_model.safetensors"
+    )
+    assert (adapter_step(open_run(run)), page_of_run(run, console=QUIET)["status"]["adapter_step"]) == (4, 4)
+    assert "adapter/ holds" not in page(run).text
+    (run / "trained.json").write_text(json.dumps(read(run, "trained.json") | {"step": 2}))
+    write_page(open_run(run))
+    assert "Finished: 4 of 4 steps. adapter/ holds step 2." in page(run).text
 
 
 def test_evaluations_of_other_examples_before_and_after_are_named(whole: Path, tmp_path: Path) -> None:

@@ -146,6 +146,20 @@ def test_a_finished_run_stays_finished_and_goes_on_with_more_patience(
     assert more["best"]["value"] == min(values(run).values())
 
 
+def test_a_run_that_is_extended_at_its_best_step_chooses_as_one_of_the_new_length(
+    root: Path, stopped_run: Path, tmp_path: Path
+) -> None:
+    """The evaluation after its last step, which followed the checkpoint, is compared with those that come."""
+    found = values(stopped_run)
+    best = min(found, key=lambda step: found[step])
+    run = tmp_path / "run"
+    train_run(recipe(root, train__steps=best), run, console=Console(quiet=True))
+    train_run(recipe(root), run, resume=True, console=Console(quiet=True))
+    assert_same_run(run, stopped_run, step=best + PATIENCE)
+    assert (run / "adapter/best.json").read_bytes() == (stopped_run / "adapter/best.json").read_bytes()
+    assert steps_on_disk(run) == steps_on_disk(stopped_run) == [best, best + PATIENCE]
+
+
 def test_the_last_step_has_a_say_and_a_best_one_that_is_gone_is_said(root: Path, tmp_path: Path) -> None:
     """At a low rate every evaluation is better than the one before, the one after training too."""
     settings = recipe(root, train__lr=1e-3, train__steps=3, eval__best_by="letters", eval__every=2, eval__patience=...)

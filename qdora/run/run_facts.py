@@ -99,8 +99,7 @@ class _Reader:
 
 def _status(run: RunDirectory, recipe: Recipe, reader: _Reader, mix: Facts, metrics: Lines) -> Facts:
     """`state`: finished, stopped early, unfinished or not trained; and the steps done, planned and kept."""
-    names = (path.name.removeprefix("step-") for path in run.checkpoints.glob("step-*"))
-    kept = [int(name) for name in names if name.isdecimal()]
+    kept = run.checkpoint_steps()
     done = [line["step"] for line in metrics if "out_of_memory" not in line]  # that step was tried, not done
     num_done, num_steps = max([0, *done, *kept]), mix.get("num_steps")
     trained = reader.json(TRAINED_FILE).get("step", num_done)  # written with adapter/; the run may have gone on
@@ -117,6 +116,7 @@ def _status(run: RunDirectory, recipe: Recipe, reader: _Reader, mix: Facts, metr
         "num_done": num_done,
         "num_steps": num_steps,
         "adapter_step": None if not run.adapter.is_dir() else trained if best is None else best["step"],
+        "adapter_is_best": best is not None,
         "newest_checkpoint": max(kept, default=None),
     }
 

@@ -123,7 +123,8 @@ def status_in_words(status: Mapping[str, Any]) -> str:
         safe = "no checkpoint yet" if checkpoint is None else f"the newest checkpoint is of step {checkpoint:,}"
         return f"Not finished: {far}, {safe}."
     early = "Stopped early" if status["state"] == "stopped early" else "Finished"
-    return f"{early}: {far}." + ("" if kept == num_done else f" adapter/ holds step {kept:,}, the best one.")
+    which = ", the best one" if status["adapter_is_best"] else ""
+    return f"{early}: {far}." + ("" if kept == num_done else f" adapter/ holds step {kept:,}{which}.")
 
 
 def _checks(facts: Facts) -> list[str]:

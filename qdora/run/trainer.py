@@ -36,6 +36,7 @@ from qdora.run.step_evaluations import (
     best_in_words,
     best_so_far,
     evaluate_together,
+    read_result,
     selection_value,
 )
 from qdora.run.task_conflicts import probe_examples, probe_hook, write_interference
@@ -134,7 +135,22 @@ class Trainer:
                 gates.load(checkpoint, policies["gates"])
         logger.info("Continuing from %s.", checkpoint)
         self.validation.take_back("base", 0)
+        self._judge_former_end(step)
         return step
+
+    def _judge_former_end(self, step: int) -> None:
+        """Judge the evaluation after the last step of a run that is extended: it followed that step's checkpoint."""
+        best, processes = self.state.best, self.active.processes
+        if best is None or best.judged is None or best.judged >= step or self.evaluates_again(step):
+            return
+        file = self.active.directory.evaluation_file(step)
+
+        def value() -> float | None:
+            return selection_value(self.active.recipe, read_result(file)) if file.is_file() else None
+
+        found = processes.gather(processes.first(value))[0]
+        if found is not None:
+            best.judge(step, found)
 
     def evaluates_again(self, step: int) -> bool:
         """Whether a run that continues after `step` steps evaluates there, which it may have done before."""
@@ -211,7 +227,7 @@ class Trainer:
         """Evaluate the state at the end and write adapter/: that of the best step, or by default the last."""
         num_steps, best = self.active.num_steps, self.state.best
         if self.state.optimizer is not None and best is None:
-            self.writer.save_final(self.num_done)
+            self._save_final()  # before the evaluation, which may fail
         if self.active.recipe.eval.at_end and self.validation.examples and num_steps > 0 and not self.is_over:
             self.writer.write_metrics({"step": num_steps, **self._evaluate(num_steps).line})
         if best is not None:  # after the last evaluation, which may be the best
@@ -220,9 +236,12 @@ class Trainer:
                 logger.info(text, self.num_done, num_steps, best.num_since)
             if best.step is not None:
                 logger.info("adapter/ is %s.", best_in_words(best.state_dict()))
-            self.writer.save_final(self.num_done)
-        if self.state.optimizer is not None:
-            self.writer.save_trained(self.num_done)
+            self._save_final()
+
+    def _save_final(self) -> None:
+        """Write adapter/, and trained.json, which names its step if no best one was chosen."""
+        self.writer.save_final(self.num_done)
+        self.writer.save_trained(self.num_done)
 
     def conclude(self, results: Console) -> dict[str, Any]:
         """Write the model card, show the results and return the summary as JSON values. For the first process."""
@@ -264,7 +283,7 @@ class Trainer:
         found = self.validation.results["adapter"] if processes.is_first else None
         value = None if found is None else selection_value(self.active.recipe, found)
         better = best.judge(step, processes.gather(value)[0])
-        state = {key: each for key, each in best.state_dict().items() if key != "question"}
+        state = {key: each for key, each in best.state_dict().items() if key not in ("question", "judged")}
         return Evaluated({**line, "best": state}, save=better, stop=best.is_over)
 
     def _report_streams(self) -> None:

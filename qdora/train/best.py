@@ -15,6 +15,8 @@ class BestSoFar:
             comparable.
         higher: Whether higher is better.
         patience: Evaluations in a row without a better value that end the run; None: they never do.
+    Attributes:
+        judged: Step of the last evaluation that was judged, None before the first.
     """
 
     def __init__(self, question: Mapping[str, Any], *, higher: bool, patience: int | None) -> None:
@@ -23,10 +25,12 @@ class BestSoFar:
         self.step: int | None = None
         self.value: float | None = None
         self.num_since = 0
+        self.judged: int | None = None
 
     def judge(self, step: int, value: float) -> bool:
         """Take the finite value of the evaluation after `step` steps; returns whether it is the best so far."""
         assert math.isfinite(value), value
+        self.judged = step
         better = self.value is None or (value > self.value if self.higher else value < self.value)
         if better:
             self.step, self.value, self.num_since = step, value, 0
@@ -41,12 +45,14 @@ class BestSoFar:
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint; JSON values."""
-        return {"question": self.question, "step": self.step, "value": self.value, "num_since": self.num_since}
+        found = {"question": self.question, "step": self.step, "value": self.value, "num_since": self.num_since}
+        return {**found, "judged": self.judged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of a checkpoint; it must be of the same question."""
         assert state["question"] == self.question, (state["question"], self.question)
         self.step, self.value, self.num_since = state["step"], state["value"], state["num_since"]
+        self.judged = state.get("judged")  # not in checkpoints of earlier versions
 
 
 def best_step_in(policies: Mapping[str, Any]) -> int | None:
