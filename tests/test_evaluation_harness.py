@@ -131,12 +131,14 @@ def test_numbers_of_the_harness_become_plain_ones(stand_in: dict[str, Any]) -> N
 def test_a_run_keeps_what_the_harness_found(run: Path, stand_in: dict[str, Any], tmp_path: Path) -> None:
     document = evaluate_target(str(run), EvalOptions(harness=["sums"], harness_include=tmp_path, limit=4))
     assert "evaluation" not in document
-    kept = json.loads((run / "eval/final-harness.json").read_text())
+    kept = json.loads((run / "eval/final-harness-sums-limit-4.json").read_text())
     assert kept == document["harness"] | {"limit": 4, "step": 6}
     bare = evaluate_target(str(run.parent / "model"), EvalOptions(harness=["math"]))
     assert bare["harness"]["tasks"]["math"]["metrics"]["exact_match,strict"] == 0.5
     both = evaluate_target(str(run), EvalOptions(harness=["math"], tasks=["sums"], limit=1))
     assert "evaluation" in both
+    names = ["final-harness-math-limit-1.json", "final-harness-sums-limit-4.json"]
+    assert sorted(file.name for file in (run / "eval").glob("final-harness*")) == names, "one replaced the other"
     with pytest.raises(UserError, match="--harness-include: is used only with --harness"):
         evaluate_target(str(run), EvalOptions(harness_include=tmp_path))
     with pytest.raises(UserError, match="--method: applies to examples of tasks, got only --harness"):
@@ -184,7 +186,7 @@ def test_a_local_task_runs_offline_on_a_run_its_merged_model_and_the_base(run: P
     adapted = evaluate_target(str(run), EvalOptions(**options, tasks=["letters"], split="train"))
     task = adapted["harness"]["tasks"]["own_letters"]
     assert (task["num_examples"], task["num_fewshot"]) == (23, 0)
-    assert json.loads((run / "eval/final-harness.json").read_text())["tasks"]["own_letters"] == task
+    assert json.loads((run / "eval/final-harness-own_letters.json").read_text())["tasks"]["own_letters"] == task
     export_run(run, tmp_path / "merged", ExportOptions(dtype="float32"))
     merged = evaluate_target(str(tmp_path / "merged"), EvalOptions(**options))["harness"]["tasks"]["own_letters"]
     assert merged["metrics"]["acc"] == pytest.approx(task["metrics"]["acc"], abs=1.5 / 23)  # a near tie may turn

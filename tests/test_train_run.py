@@ -328,7 +328,9 @@ def test_no_task_to_evaluate_means_no_evaluation(root: Path, tmp_path: Path) -> 
 
 
 def test_eval_uses_the_tasks_of_the_run_and_keeps_what_is_asked_beside_it(root: Path, tmp_path: Path) -> None:
-    train_run(tiny_run.recipe(root, eval__tasks=["letters"], train__steps=1), tmp_path / "run")
+    """`block` decides which examples a limit takes."""
+    changes: dict[str, Any] = {"eval__tasks": ["letters"], "eval__block": 1, "data__validation_fraction": 0.5}
+    train_run(tiny_run.recipe(root, **changes, train__steps=1), tmp_path / "run")
     assert evaluate_target(str(tmp_path / "run"))["evaluation"]["tasks"].keys() == {"letters"}
     file = tmp_path / "run/eval/final-validation.json"
     own = json.loads(file.read_text())["per_example"]
@@ -339,6 +341,22 @@ def test_eval_uses_the_tasks_of_the_run_and_keeps_what_is_asked_beside_it(root: 
     kept = sorted(file.name.removeprefix("final-") for file in (tmp_path / "run/eval").glob("final-*"))
     own_and_others = ["validation-demo-facts-limit-1", "validation-limit-2", "validation-sums", "validation"]
     assert kept == sorted(f"{name}.json" for name in own_and_others)
+    text = tmp_path / "a text.txt"
+    text.write_text("the quick brown fox")
+    found = evaluate_target(str(tmp_path / "run"), EvalOptions(texts=[text]))["perplexity"]
+    kept_text = json.loads((tmp_path / "run/eval/final-perplexity-a-text.txt.json").read_text())
+    assert kept_text == found | {"step": 1, "texts": [str(text)]}
+
+
+def test_a_text_that_cannot_be_read_is_told_before_the_model_is_loaded(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qdora.run.evaluate.load_target", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text("")
+    for name, fault in (("latin", "not UTF-8 text"), ("empty", "the file is empty")):
+        with pytest.raises(UserError, match=f"{name}.txt: {fault}"):
+            evaluate_target(str(whole), EvalOptions(tasks=["letters"], texts=[tmp_path / f"{name}.txt"]))
 
 
 def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path, tmp_path: Path) -> None:

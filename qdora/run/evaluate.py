@@ -75,12 +75,14 @@ class EvalOptions:
         own = None if recipe is None else recipe.eval
         same_tasks = own is not None and self.data is None and set(self.tasks or ()) == set(own.tasks or ())
         if self.tasks is not None and not same_tasks:
-            tasks = "+".join(re.sub(r"[^\w.]+", "-", task) for task in self.tasks)
-            # File systems end at 255 bytes
-            name += f"-{tasks if len(tasks) <= 100 else hashlib.sha256(tasks.encode()).hexdigest()[:16]}"
+            name += f"-{_in_a_name(self.tasks)}"
         if self.limit is not None and (own is None or self.limit != own.limit):
             name += f"-limit-{self.limit}"
         return name
+
+    def harness_kept_as(self) -> str:
+        """Name of the results of the harness, in the names of the kept files: its tasks, and the limit."""
+        return f"harness-{_in_a_name(self.harness)}" + ("" if self.limit is None else f"-limit-{self.limit}")
 
     def check(self, target: str) -> None:
         """Raise UserError with all faults that show before anything is loaded."""
@@ -149,9 +151,11 @@ def evaluate_target(
     faults = generation_faults(examples) if generates else ()
     if faults:
         raise UserError(*faults)
+    texts = read_texts(options.texts)
     split, kept = options.split, options.kept_as(recipe)
-    own = None if recipe is None or options.limit is not None else recipe.eval
-    limit, block = (options.limit, None) if own is None else (own.limit, own.block)
+    limit, block = options.limit, None
+    if recipe is not None and limit in (None, recipe.eval.limit):  # as during training
+        limit, block = recipe.eval.limit, recipe.eval.block
     loaded = load_target(target, step=options.step, base_only=options.base_only, quant=options.quant, verb="eval")
     shown = "adapter" if loaded.run is not None and loaded.label == "final" else loaded.label
     document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
@@ -173,15 +177,24 @@ def evaluate_target(
         results.print(generation_table({shown: answers}))
         _keep(loaded, f"{kept}-generated", answers.to_dict(per_example=True))
         document["generation"] = answers.to_dict()
-    if options.texts:
-        found = text_perplexity(loaded.model, loaded.tokenizer, read_texts(options.texts))
+    if texts:
+        found = text_perplexity(loaded.model, loaded.tokenizer, texts)
         document["perplexity"] = found.to_dict()
         results.print(f"perplexity {found.perplexity:.3f} over {found.num_tokens:,} tokens", highlight=False)
+        name = f"perplexity-{_in_a_name([file.name for file in options.texts])}"
+        _keep(loaded, name, document["perplexity"] | {"texts": [str(file) for file in options.texts]})
     if harness is not None:
         document["harness"] = evaluate_harness(loaded.model, loaded.tokenizer, harness, limit=options.limit)
         results.print(harness_table(document["harness"]))
-        _keep(loaded, "harness", document["harness"] | {"limit": options.limit})
+        _keep(loaded, options.harness_kept_as(), document["harness"] | {"limit": options.limit})
     return document
+
+
+def _in_a_name(what: Sequence[str]) -> str:
+    """Names of tasks or files, as a part of the name of a file."""
+    joined = "+".join(re.sub(r"[^\w.]+", "-", each) for each in what)
+    # File systems end at 255 bytes
+    return joined if len(joined) <= 100 else hashlib.sha256(joined.encode()).hexdigest()[:16]
 
 
 def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
@@ -192,18 +205,23 @@ def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
 
 
 def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> dict[str, list[Example]]:
-    """Task -> its examples: of the run's sources, and of the built-in tasks that are named."""
+    """Task -> its examples: of the run's sources, and of the built-in tasks that are named.
+
+    The commonsense tasks come from `options.data` where it is given, whatever the run's sources are called.
+    """
     if not options.reads_tasks:
         return {}
     asked = options.tasks
     if asked is None:
         assert recipe is not None  # EvalOptions.check
         return run_examples(recipe, options.split, recipe.eval.tasks or None)
-    known = {} if recipe is None else run_examples(recipe, options.split, asked)
+    elsewhere = () if options.data is None else COMMONSENSE_TASKS
+    own = [task for task in asked if task not in elsewhere]
+    known = {} if recipe is None else run_examples(recipe, options.split, own)
     sources = [] if recipe is None else [source.label for source in recipe.data.mix]
     names = list(dict.fromkeys([*sources, *TASKS]))
     faults = [not_one_of("--tasks", task, names) for task in asked if task not in names]
-    lacking = [task for task in asked if task in sources and task not in known]
+    lacking = [task for task in own if task in sources and task not in known]
     faults += [f"--tasks: {task} has no {options.split} examples in this run." for task in lacking]
     if faults:
         raise UserError(*faults)
