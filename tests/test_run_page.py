@@ -18,8 +18,8 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from qdora.cli import app
-from qdora.errors import Diverged, Interrupted, UserError
-from qdora.files.run_directory import open_run
+from qdora.errors import Diverged, Interrupted, RunFailure, UserError
+from qdora.files.run_directory import failures_logged, open_run
 from qdora.run import run_page
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.run_page import page_of_run, write_page
@@ -245,6 +245,28 @@ def test_a_failed_run_says_so_on_its_page(root: Path, tmp_path: Path, monkeypatc
     assert "The last start failed" not in page(tmp_path / "run").text
 
 
+def test_the_page_has_the_first_line_of_the_error_that_ended_the_last_start(whole: Path, tmp_path: Path) -> None:
+    """Not its last one, and no error of another verb."""
+    run = copy_of(whole, tmp_path)
+    text = "CUDA error: device-side assert triggered\nThe stacktrace below might be incorrect.\nFor debugging ...\n"
+
+    def failure_after(verb: str, error: Exception) -> str | None:
+        with pytest.raises(type(error)), failures_logged(run, verb):
+            raise error
+        found: str | None = write_page(open_run(run))["status"]["failure"]
+        return found
+
+    assert failure_after("eval", RuntimeError("no memory")) is None
+    assert failure_after("train", RuntimeError(text)) == "RuntimeError: CUDA error: device-side assert triggered"
+    assert failure_after("export", RunFailure("disk full.")) == "RuntimeError: CUDA error: device-side assert triggered"
+    assert failure_after("train", RunFailure("disk full.")) == "disk full."
+    open_run(run).log("Continuing from step-4.")
+    assert failure_after("rank", RuntimeError("no memory")) is None
+    log = (run / "log.txt").read_text()
+    assert log.count("Traceback") == 5
+    assert "For debugging" in log
+
+
 def test_an_evaluation_of_the_adapter_keeps_its_step_when_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
     run = copy_of(whole, tmp_path)
     options = EvalOptions(tasks=["letters"], limit=2)
@@ -339,7 +361,8 @@ def test_everything_from_the_files_is_escaped(whole: Path, tmp_path: Path) -> No
         document = (run / f"eval/step-{step}.json").read_text().replace('"sums"', json.dumps(f"sums{EVIL}"))
         (run / f"eval/step-{step}.json").write_text(document)
     with (run / "log.txt").open("a") as log:
-        log.write(f"2026-01-01T00:00:00Z WARNING {EVIL}\nTraceback\nRuntimeError: {EVIL}\n")
+        log.write(f"2026-01-01T00:00:00Z WARNING {EVIL}\n")
+        log.write(f"Traceback\nRuntimeError: {EVIL}\n2026-01-01T00:00:00Z FAILURE train: RuntimeError: {EVIL}\n")
     figure = run / "figures/extra.svg"
     figure.write_text(f"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script>{EVIL}</svg>")
     write_page(open_run(run))

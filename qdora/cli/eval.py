@@ -63,5 +63,5 @@ def evaluate(
         harness=harness or (),
         harness_include=harness_include,
     )
-    with failures_logged(Path(target)):
+    with failures_logged(Path(target), "eval"):
         emit(evaluate_target(target, options))

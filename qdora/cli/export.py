@@ -81,5 +81,5 @@ def export(
         gguf=gguf_type,
         llama_cpp=llama_cpp,
     )
-    with failures_logged(run):
+    with failures_logged(run, "export"):
         emit(export_run(run, out, options))

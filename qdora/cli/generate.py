@@ -62,7 +62,7 @@ def generate(
 
     which: dict[str, Any] = {"step": step, "base_only": base, "quant": quant}
     which["write"] = nowhere if wants_json() else write
-    with failures_logged(Path(target)):
+    with failures_logged(Path(target), "generate"):
         if chats is not None:
             result = answer_chats(target, chats, sampling, **which)
         else:

@@ -68,5 +68,5 @@ def rank(
         micro_batch_tokens=micro_batch_tokens,
         over_all=over_all,
     )
-    with failures_logged(run):
+    with failures_logged(run, "rank"):
         emit(rank_run(run, asked, step=step))

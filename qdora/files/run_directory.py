@@ -51,6 +51,8 @@ JOBS = "slurm"
 """Folder of the output of jobs (run/cluster_jobs.py), which is there before the run."""
 WARNING_MARK = "WARNING"
 """Begins the warnings among the lines of log.txt, behind the time."""
+FAILURE_MARK = "FAILURE"
+"""Begins the line below the traceback of a failure, which names the verb and the error."""
 _STEP = re.compile(r"step-(\d+)")
 _EVALUATION = re.compile(r"step-(\d+)(-generated)?\.json")
 """Of the run itself; `qdora eval` names the split, too."""
@@ -493,8 +495,11 @@ def log_to(run: RunDirectory) -> Iterator[None]:
 
 
 @contextmanager
-def failures_logged(path: Path) -> Iterator[None]:
-    """Add the traceback of a failure to log.txt if `path` is a run directory; not of a mistake or an interrupt."""
+def failures_logged(path: Path, verb: str) -> Iterator[None]:
+    """Add a failure of `qdora <verb>` to log.txt if `path` is a run directory; not a mistake or an interrupt.
+
+    First its traceback, then a line `FAILURE <verb>: <error>`.
+    """
     try:
         yield
     except (UserError, Interrupted):
@@ -502,8 +507,10 @@ def failures_logged(path: Path) -> Iterator[None]:
     except Exception as error:
         run = RunDirectory(path)
         if run.recipe_file.is_file():
-            with suppress(OSError):  # a full disk must not hide the failure
+            kind = "" if isinstance(error, RunFailure) else f"{type(error).__name__}: "
+            with suppress(OSError, RunFailure):  # a full disk must not hide the failure
                 _append(run.log_file, masked("".join(traceback.format_exception(error))).encode("utf-8", "replace"))
+                run.log(f"{FAILURE_MARK} {verb}: {kind}{first_line(error)}")
         raise
 
 

@@ -16,7 +16,7 @@ from qdora.errors import first_line
 from qdora.evaluation.before_after import task_changes, tasks_of_other_examples
 from qdora.evaluation.suite import LossOrAccuracy
 from qdora.files.json_file import read_json_object
-from qdora.files.run_directory import PLAN_FILE, WARNING_MARK, RunDirectory
+from qdora.files.run_directory import FAILURE_MARK, PLAN_FILE, WARNING_MARK, RunDirectory
 from qdora.plan.plan_contents import CONTEXT, SLACK
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
@@ -26,8 +26,8 @@ from qdora.run.task_conflicts import interference_in_words
 from qdora.run.trained_layers import TRAINED_FILE
 
 _Value = TypeVar("_Value")
-_OWN_ERROR = re.compile(r"^qdora\.errors\.\w+: ")
 _LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ")
+_FAILED = re.compile(rf"{FAILURE_MARK} (\w+): ")
 _METRICS: tuple[LossOrAccuracy, ...] = ("nll_per_token", "acc")
 _GUESSES = ("chance", "majority", "num_unparsable")
 
@@ -47,13 +47,13 @@ def run_facts(run: RunDirectory) -> Facts:
     reader = _Reader(run)
     metrics = run.metrics()
     steps = [line for line in metrics if "loss" in line]
-    mix, lines = reader.json("mix.json"), _log_lines(run)
+    mix, texts = reader.json("mix.json"), _log_texts(run)
     status = _status(run, recipe, reader, mix, metrics)
     evaluations = _evaluations(reader, status["adapter_step"], [line["step"] for line in metrics if "eval" in line])
     return {
         "run": str(run.path),
         "name": run.path.resolve().name,
-        "status": status | {"failure": _failure(lines)},
+        "status": status | {"failure": _failure(texts)},
         "settings": _settings(recipe, reader.json("environment.json")),
         "data": mix,
         "examples": reader.json(EXAMPLES_FILE).get("examples", []),
@@ -67,7 +67,7 @@ def run_facts(run: RunDirectory) -> Facts:
         "audits": _audits(reader),
         "next": next_commands(run, recipe, status, bool(evaluations)),
         "checks": [each for group in reader.json(CHECKS_FILE).values() for each in group],
-        "warnings": [*_warnings(lines), *dict.fromkeys(reader.faults)],
+        "warnings": [*_warnings(texts), *dict.fromkeys(reader.faults)],
     }
 
 
@@ -263,20 +263,27 @@ def _audits(reader: _Reader) -> list[Facts]:
     return found
 
 
-def _log_lines(run: RunDirectory) -> list[str]:
+def _log_texts(run: RunDirectory) -> list[str]:
+    """The lines of log.txt without their times; those of tracebacks, which have none, are left out."""
+    lines: list[str] = []
     with suppress(OSError):
-        return run.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return []
+        lines = run.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line[match.end() :] for line in lines if (match := _LINE.match(line))]
 
 
-def _failure(lines: Sequence[str]) -> str | None:
-    """The error whose traceback ends the log; None if something was logged after it."""
-    return None if not lines or _LINE.match(lines[-1]) else _OWN_ERROR.sub("", lines[-1].strip()) or None
+def _failure(texts: Sequence[str]) -> str | None:
+    """The error that ended the last start; None if training has logged more. Other verbs log nothing but failures."""
+    for text in reversed(texts):
+        failed = _FAILED.match(text)
+        if failed is None:
+            return None
+        if failed[1] == "train":
+            return text[failed.end() :]
+    return None
 
 
-def _warnings(lines: Sequence[str]) -> list[str]:
+def _warnings(texts: Sequence[str]) -> list[str]:
     """The warnings of log.txt, each once, in their order."""
-    texts = (line[match.end() :] for line in lines if (match := _LINE.match(line)))
     counts = Counter(text.removeprefix(f"{WARNING_MARK} ") for text in texts if text.startswith(f"{WARNING_MARK} "))
     return [text if number == 1 else f"{text} ({number} times)" for text, number in counts.items()]
 

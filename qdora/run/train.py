@@ -61,7 +61,7 @@ def train_run(
     with processes_of_launch() as processes, ExitStack() as stack:
         last = stack.enter_context(ExitStack())  # closed last, so that the page has the failure, which log.txt gets
         if processes.is_first:
-            stack.enter_context(failures_logged(directory))
+            stack.enter_context(failures_logged(directory, "train"))
         stack.enter_context(disk_failures(directory))
         progress, results = consoles(console if processes.is_first else Console(quiet=True))
         keep_freed_memory()
