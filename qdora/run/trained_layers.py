@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapted_layers
@@ -50,29 +51,43 @@ def layer_facts(layer: AdaptedLinear) -> dict[str, Any]:
     return found
 
 
+def _held(layer: FrozenLinear) -> dict[str, Tensor]:
+    """The tensors of a layer that live from step to step: of a divided weight this process's share."""
+    found = dict(layer.named_buffers(recurse=False))
+    if layer.share is not None:
+        return found | layer.share.parts
+    return {name: tensor for name, tensor in found.items() if name not in layer.away}
+
+
 def held_bytes(model: nn.Module, optimizer: AdapterOptimizer) -> dict[str, int]:
     """Bytes on the model's device by component of a plan, of all that lives from step to step; without empty ones.
 
-    Gradients count as they are during a step: float32, one for each trainable parameter.
+    Of a base that is divided among processes, this one's share counts. Gradients count as they are during a step:
+    float32, one for each trainable parameter.
     """
     device, seen = next(iter(optimizer.parameters.values())).device, set[int]()
 
     def num_bytes(*tensors: Tensor | None) -> int:
         total = 0
         for tensor in tensors:
+            if isinstance(tensor, DTensor):  # it has no storage of its own
+                tensor = tensor.to_local()
             if tensor is not None and tensor.device == device and tensor.untyped_storage().data_ptr() not in seen:
                 seen.add(tensor.untyped_storage().data_ptr())
                 total += tensor.untyped_storage().nbytes()
         return total
 
     found = dict.fromkeys((parts.BASE, parts.SCALES, parts.MASKS, parts.DENSE, parts.ADAPTERS), 0)
+    bases = {layer.base for layer in adapted_layers(model).values()}
     whole = {name for name in optimizer.undecayed if not name.endswith(".rows")}  # dense weights, as in a plan
     found[parts.ADAPTERS] += num_bytes(*(each for name, each in optimizer.parameters.items() if name not in whole))
     for module in model.modules():
         if isinstance(module, FrozenLinear):
-            for name, tensor in module.named_buffers(recurse=False):
-                if name not in module.away:
-                    found[_COMPONENT.get(name, parts.SCALES)] += num_bytes(tensor)
+            # In a divided model every linear layer is frozen, the head too
+            other = module.share is not None and module not in bases
+            for name, tensor in _held(module).items():
+                component = parts.DENSE if other and name == "weight" else _COMPONENT.get(name, parts.SCALES)
+                found[component] += num_bytes(tensor)
         elif isinstance(module, AdaptedLinear):
             found[parts.ADAPTERS] += num_bytes(*module.buffers(recurse=False))
         else:
