@@ -84,7 +84,10 @@ def test_the_best_step_is_kept_and_the_run_stops_when_nothing_better_comes(root:
     log = (stopped_run / "log.txt").read_text()
     assert f"Stopped early after step {last} of {STEPS}: the last {PATIENCE} evaluations were not better." in log
     assert f"adapter/ is {said}." in log
-    assert f"{said} of {last} steps, stopped early" in (stopped_run / "README.md").read_text()
+    card = (stopped_run / "README.md").read_text()
+    assert f"{said} of {last} steps, stopped early" in card
+    assert f"| steps | {best} of {STEPS} |" in card
+    assert f"draws in all {STEPS} steps" in card
 
 
 def test_eval_and_export_take_the_best_step(stopped_run: Path, tmp_path: Path) -> None:

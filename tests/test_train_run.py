@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -464,6 +465,9 @@ def test_a_checkpoint_is_evaluated_and_exported_with_its_own_numbers(root: Path,
     numbers = json.loads((run / "eval/step-2.json").read_text())["tasks"]["sums"]["nll_per_token"]
     assert f"{numbers:.3f}" in card
     assert "step-2" in card
+    assert "| steps | 2 of 4 |" in card
+    assert re.search(r"^- sums \(28 examples, \d+ draws in all 4 steps \(0\.\d\d passes\)\)$", card, re.MULTILINE)
+    assert "| steps | 4, 16 examples |" in (run / "README.md").read_text()
 
 
 def test_export_and_other_tasks_work_when_the_data_is_gone(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, ModelSource, public_name
 from qdora.recipe.byte_size import size_text
 from qdora.recipe.data_settings import SourceConfig, is_path
 from qdora.recipe.settings import Recipe
-from qdora.run.step_evaluations import adapter_in_words, stored_results
+from qdora.run.step_evaluations import adapter_in_words, state_step, stored_results
 from qdora.run.task_conflicts import interference_in_words
 
 Form = Literal["run", "merged", "original", "requantized", "nf4-lora", "gguf", "peft"]
@@ -104,7 +104,9 @@ def run_card(
     name = BUILTIN_HUB_ID if recipe.model.source == BUILTIN else public_name(recipe.model.source)
     ids = [_data_id(each) for each in recipe.data.mix]
     mix, plan = _read(run, "mix.json"), _read(run, PLAN_FILE)
-    seen = {each["name"]: f" ({_seen(each)})" for each in mix.get("sources", ())}
+    step, num_steps = state_step(run, state), mix.get("num_steps")
+    more_steps = None if step in (None, num_steps) else num_steps  # mix.json counts all steps of the run
+    seen = {each["name"]: f" ({_seen(each, more_steps)})" for each in mix.get("sources", ())}
     results = stored_results(run, int(state.removeprefix("step-")) if state.startswith("step-") else None)
     tasks = list(results["adapter"].tasks) if "adapter" in results else []
     worse = worse_than_base(results["base"], results["adapter"]) if len(results) == 2 else []
@@ -121,7 +123,8 @@ def run_card(
     if recipe.model.add_tokens:
         method["new tokens"] = ", ".join(f"`{token}`" for token in recipe.model.add_tokens)
     if mix:
-        method["steps"] = f"{mix['num_steps']:,}, {mix['num_draws']:,} examples"
+        whole = f"{num_steps:,}, {mix['num_draws']:,} examples"
+        method["steps"] = whole if more_steps is None else f"{step:,} of {more_steps:,}"
     trained_part = _read(run, "environment.json").get("trained_part")
     if trained_part is not None:
         method["trained part"] = trained_part
@@ -150,12 +153,17 @@ def run_card(
     )
 
 
-def _seen(part: Mapping[str, Any]) -> str:
-    """'28 examples, seen 86 times in all (3.07 passes)', from a source of mix.json; of a stream '86 examples seen'."""
+def _seen(part: Mapping[str, Any], num_steps: int | None) -> str:
+    """'28 examples, seen 86 times in all (3.07 passes)', from a source of mix.json; of a stream '86 examples seen'.
+
+    With `num_steps`, those of the run, for a state after fewer: '28 examples, 86 draws in all 8 steps (3.07 passes)',
+    '86 examples in all 8 steps'.
+    """
+    number = f"{part['num_draws']:,}"
     if part["num_examples"] is None:
-        return f"{part['num_draws']:,} examples seen"
-    times = f"seen {part['num_draws']:,} times in all ({part['epochs']:.2f} passes)"
-    return f"{part['num_examples']:,} examples, {times}"
+        return f"{number} examples seen" if num_steps is None else f"{number} examples in all {num_steps:,} steps"
+    times = f"seen {number} times in all" if num_steps is None else f"{number} draws in all {num_steps:,} steps"
+    return f"{part['num_examples']:,} examples, {times} ({part['epochs']:.2f} passes)"
 
 
 def _source(recipe: Recipe) -> ModelSource | None:
