@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from transformers import (
 )
 
 from qdora.errors import UserError
+from qdora.model.gguf_metadata import tokenizer_of_gguf
 from qdora.model.inject import frozen_layers
 from qdora.model.load import load_config, load_model
 from qdora.model.source import ModelSource, load_tokenizer, resolve
@@ -293,6 +297,50 @@ def test_a_damaged_config_in_the_cache_is_made_again(tmp_path: Path, monkeypatch
     kept.write_text("{")
     for _ in range(2):  # made anew, and kept again
         assert load_config(source).vocab_size == 97
+
+
+class SlowlySaved:
+    """Stands for a tokenizer of transformers: two files, the second one after a while."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        for name in ("tokenizer.json", "chat_template.jinja"):
+            (folder / name).write_text("{}")
+            time.sleep(0.3)
+
+
+def test_processes_that_start_together_read_what_one_of_them_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads here: a lock on a file that was opened twice holds between them as well."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**SMALL)), "llama", LLAMA, interleave_q_and_k)
+    from_file: list[str] = []
+
+    def from_pretrained(place: str, gguf_file: str | None = None, **_: Any) -> Any:
+        if gguf_file is not None:
+            from_file.append(gguf_file)
+            return SlowlySaved()
+        return SimpleNamespace(files={each.name for each in Path(place).iterdir()})
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(tokenizer_of_gguf, [path] * 3))
+    assert [each.files for each in found] == [{"tokenizer.json", "chat_template.jinja"}] * 3
+    assert from_file == ["m.gguf"]
+
+
+def test_a_tokenizer_that_the_disk_does_not_take_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unsaved:
+        def save_pretrained(self, _folder: Path) -> None:
+            raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**SMALL)), "llama", LLAMA, interleave_q_and_k)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: Unsaved())
+    assert isinstance(tokenizer_of_gguf(path), Unsaved)
+    assert not list((tmp_path / "cache").rglob("tokenizer"))
 
 
 def test_builtin_tokenizer_has_a_pad_token_and_a_chat_template(tokenizer: Any) -> None:

@@ -107,6 +107,8 @@ def atomic_write_json(path: Path, value: Any) -> None:
 def atomic_directory(path: Path, *, resume_key: str | None = None) -> Iterator[Path]:
     """A directory to fill. It gets the name `path` when the block ends, and is removed if the block raises.
 
+    Only one process at a time may make `path` (`work_lock`, `in_turn`): each removes what others left beside it.
+
     An older directory of that name is removed once the new one is whole; after an OSError it is unchanged. `resume_key`
     stands for everything that determines the content. With a key, an interrupt (Ctrl-C, a kill) leaves the files, and
     the next call with the same key yields them again; any other call removes them.

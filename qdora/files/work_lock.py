@@ -1,4 +1,5 @@
-"""A lock on what one process works on: a second process is told so, and the system frees it however the first ends."""
+"""Locks on what one process works on: a second process is refused, or waits. The system frees a lock however its holder
+ends."""
 
 from __future__ import annotations
 
@@ -36,6 +37,35 @@ def work_lock(file: Path, what: str) -> Iterator[None]:
         with suppress(OSError):  # before it is freed: who opens it now makes a new one
             file.unlink()
         os.close(descriptor)
+
+
+@contextmanager
+def in_turn(directory: Path) -> Iterator[OSError | None]:
+    """Let one process at a time in: of several that start together one makes `directory`, and the others find it there.
+
+    The lock file beside the directory stays. Yields why it cannot be written, or None; who may only read waits for a
+    writer, too. A file system without locks lets all in, after a warning.
+
+    Raises OSError for a lock that fails in another way.
+    """
+    file = directory.with_name(f".{directory.name}.lock")
+    descriptor, refusal = None, None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        refusal = error
+        with suppress(OSError):  # a copied directory may lack the lock
+            descriptor = os.open(file, os.O_RDONLY)
+    try:
+        how = fcntl.LOCK_EX if refusal is None else fcntl.LOCK_SH
+        if descriptor is not None and not flock(descriptor, how):
+            text = "%s: this file system has no locks: start only one process until this directory is there."
+            logger.warning(text, directory)
+        yield refusal
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def flock(descriptor: int, how: int) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qdora.files.atomic import atomic_directory, remove_directory
+from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
 from qdora.files.environment import package_versions
 from qdora.files.user_paths import cache_folder
+from qdora.files.work_lock import in_turn
 from qdora.model.gguf_file import GgufHeader, read_header
 
 logger = logging.getLogger("qdora")
@@ -126,22 +128,35 @@ def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
     path = header.path
     folder = cache_folder("gguf") / _identity(header) / name
     if not folder.is_dir():
-        made = load(str(path.parent), gguf_file=path.name)
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_directory(folder) as aside:
-                made.save_pretrained(aside)
-        except OSError as error:
-            logger.debug("%s: the %s of %s is not kept: %s", folder, name, path, error)
+        made = _make(folder, path, load)
+        if made is not None:
             return made
     try:
         found = load(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s: is damaged (%s). It is made anew.", folder, error)
-        remove_directory(folder)
+        with suppress(OSError):  # another process may be removing it, too
+            remove_directory(folder)
         return load(str(path.parent), gguf_file=path.name)
     found.name_or_path = str(path.parent)
     return found
+
+
+def _make(folder: Path, path: Path, load: Callable[..., Any]) -> Any | None:
+    """Save in `folder` what `load` makes of the file. Returns None, or what was made if the disk does not take it."""
+    with in_turn(folder):
+        if folder.is_dir():  # another process has made it meanwhile
+            return None
+        made = load(str(path.parent), gguf_file=path.name)
+        try:
+            with atomic_directory(folder) as aside:
+                made.save_pretrained(aside)
+        except Exception as error:
+            if disk_reason(error) is None:
+                raise
+            logger.debug("%s: the %s of %s is not kept: %s", folder, folder.name, path, error)
+            return made
+    return None
 
 
 def _identity(header: GgufHeader) -> str:

@@ -13,13 +13,10 @@ that are not quantised keep the checkpoint's dtype, so the compute dtype is not 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +31,7 @@ from qdora.errors import DiskFull, UserError
 from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_text
 from qdora.files.sampled_digest import sampled_digest
 from qdora.files.tensor_file import MappedFile, write_tensors
+from qdora.files.work_lock import in_turn
 from qdora.model.language_part import not_loaded
 from qdora.model.load import (
     Loading,
@@ -318,7 +316,7 @@ class BaseCache:
         """
         key = cache_key(source, model, self.wanted)
         directory = self.root / key[:20]
-        with _locked(self.root, directory.name) as refusal:
+        with in_turn(directory) as refusal:
             base = _open_if_whole(directory, key)
             if base is None and refusal is not None:
                 raise _unwritten(self.root, refusal) from refusal
@@ -449,27 +447,3 @@ def _check_room(folder: Path, stored: Mapping[str, Stored], layers: set[str], wa
             f"base.cache: {folder.parent}: {DISK_FULL}: {free / 2**30:.1f} GiB are free, the packed base needs "
             f"{needed / 2**30:.1f} GiB. Fix: name a directory on another disk, or set null if the base is not on disk."
         )
-
-
-@contextmanager
-def _locked(root: Path, name: str) -> Iterator[OSError | None]:
-    """Let one process at a time in: one of several that start together writes, and the others read what it wrote.
-
-    Yields why nothing can be written here, or None. A base that exists can be read all the same, by many processes.
-    """
-    path = root / f".{name}.lock"
-    descriptor, refusal = None, None
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        refusal = error
-        with suppress(OSError):  # a copied cache may lack the lock
-            descriptor = os.open(path, os.O_RDONLY)
-    try:
-        if descriptor is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if refusal is None else fcntl.LOCK_SH)
-        yield refusal
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
