@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,12 @@ from qdora.export.nf4_lora import check_foldable
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.experts import routers, stacks, use_expert_layers_
 from qdora.model.inject import adapted_layers, frozen_like, inject, linear_layers, replace_module
-from qdora.model.load import load_model
+from qdora.model.load import Quantization, load_model, settle_stored
 from qdora.model.source import resolve
+from qdora.model.stored_tensors import StoredPacked, StoredTensor, stored_rows
 from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.expert_linear import AdaptedExperts, BareExperts, FrozenExperts
-from qdora.ops.packed import dequantize, quantize
+from qdora.ops.packed import PackedWeight, dequantize, empty_packed, quantize
 from qdora.ops.sparsity import mask_bits
 from tests import tiny_adapted, tiny_experts
 
@@ -176,6 +180,35 @@ def test_mxfp4_is_kept_bit_for_bit_or_quantised_again(tmp_path: Path) -> None:
     assert torch.isfinite(logits(kept)).all()
     with pytest.raises(UserError, match=r"base\.quant: mxfp4 is read from checkpoints that hold it"):
         load(tiny_experts.write(tmp_path / "dense", "gpt_oss"), quant="mxfp4")
+
+
+def test_of_mxfp4_weights_that_are_read_in_part_one_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of `train.parallel: shard` reads its own rows alone, which may not be the last ones."""
+    monkeypatch.setattr("qdora.model.load._DENSE_PART_ELEMENTS", 4 * 32)
+    forms = [empty_packed("mxfp4", (16, 32)) for _ in range(3)]
+    for form in forms:
+        form.packed.random_(generator=torch.Generator().manual_seed(0))
+        form.absmax.random_(120, 125, generator=torch.Generator().manual_seed(1))
+    alive: list[weakref.ref[PackedWeight]] = []
+
+    def read(form: PackedWeight) -> PackedWeight:
+        made = replace(form)
+        alive.append(weakref.ref(made))
+        return made
+
+    packed = {
+        name: StoredPacked(name, form.shape, "mxfp4", 32, double_quant=False, read=partial(read, form))
+        for name, form in zip("abc", forms, strict=True)
+    }
+    stored, _ = settle_stored(packed, "mxfp4", Quantization("nf4", 64, double_quant=True, skip=()), set())
+    for item, form in zip(stored.values(), forms, strict=True):
+        assert isinstance(item, StoredTensor)
+        found = stored_rows(item, slice(2, 9))
+        assert torch.equal(found, dequantize(form, torch.bfloat16)[2:9])
+        assert sum(each() is not None for each in alive) == 1
+    assert len(alive) == 3
+    assert torch.equal(item.read(), dequantize(form, torch.bfloat16))
+    assert [each() for each in alive] == [None] * 3
 
 
 def test_experts_whose_scales_are_no_numbers_are_refused(tmp_path: Path) -> None:

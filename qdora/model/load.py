@@ -428,24 +428,29 @@ def settle_stored(
     if wanted.kind != MXFP4 and packed and {item.kind for item in packed.values()} == {MXFP4}:
         text = "%d weights are stored in mxfp4 (e.g. %s) and are dequantised. base.quant: mxfp4 keeps them as they are."
         log.info(text, len(packed), next(iter(packed)))
-        return {name: _dense(item) if name in packed else item for name, item in stored.items()}, layers
+        held: dict[str, PackedWeight] = {}
+        return {name: _dense(name, item, held) if name in packed else item for name, item in stored.items()}, layers
     if not packed and kind is None:
         return dict(stored), layers
     _check_stored_packed(packed, kind, wanted, layers)
     return dict(stored), set()
 
 
-def _dense(item: Stored) -> StoredTensor:
-    """A packed weight of a checkpoint, dequantised when it is read, some rows at a time."""
+def _dense(name: str, item: Stored, held: dict[str, PackedWeight]) -> StoredTensor:
+    """A packed weight of a checkpoint, dequantised when it is read, some rows at a time.
+
+    `held` has the weight that was read last, by its name; all weights of a checkpoint share it.
+    """
     assert isinstance(item, StoredPacked)
     rows, columns = item.shape
     step = max(1, _DENSE_PART_ELEMENTS // columns)
-    starts, kept = range(0, rows, step), dict[int, PackedWeight]()
+    starts = range(0, rows, step)
 
     def read(start: int) -> Tensor:
-        if not kept:
-            kept[0] = item.read()
-        packed = kept.pop(0) if start == starts[-1] else kept[0]
+        if name not in held:
+            held.clear()  # of another weight only some rows were wanted
+            held[name] = item.read()
+        packed = held.pop(name) if start == starts[-1] else held[name]
         return dequantize(packed_rows(packed, slice(start, min(start + step, rows))), torch.bfloat16)
 
     parts = [StoredRows(min(step, rows - start), partial(read, start)) for start in starts]
