@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     GPTNeoXJapaneseConfig,
     GptOssConfig,
     Lfm2Config,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.core_model_loading import Transpose, WeightConverter
@@ -243,6 +245,40 @@ def test_attention_is_chosen_by_what_the_model_needs(
     assert torch.equal(logits(model), logits(eager))
     with pytest.raises(UserError, match=rf"model\.attention: got sdpa, but .* {what}.* must be auto or eager"):
         with_attention(build, config, "sdpa", **given)
+
+
+def built_except(config: PreTrainedConfig, *choices: str | None) -> Callable[[str | None], PreTrainedModel]:
+    """Builds a model, and fails as on a damaged config for some kinds of attention."""
+
+    def build(choice: str | None) -> PreTrainedModel:
+        if choice in choices:
+            raise KeyError("hidden_act")
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+    return build
+
+
+ON_GPU = {"name": "it", "device": torch.device("cuda"), "dtype": torch.bfloat16}
+
+
+def test_a_model_that_cannot_be_built_is_not_said_to_lack_an_attention(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("qdora.model.attention.is_flash_attn_2_available", lambda: True)
+    config = CONFIGS["llama"]
+    with caplog.at_level(logging.INFO, "qdora"):
+        with pytest.raises(UserError, match=r"^model: it: cannot be built: 'hidden_act'$"):
+            with_attention(built_except(config, "flash_attention_2", None), config, "auto", **ON_GPU)
+        assert caplog.text == ""
+        with_attention(built_except(config, "flash_attention_2"), config, "auto", **ON_GPU)
+        assert "it has no flash_attention_2 ('hidden_act')." in caplog.text
+
+
+def test_a_model_that_cannot_be_built_with_the_attention_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, family, _ = NEEDS_MORE_THAN_SDPA["sinks"]
+    monkeypatch.setattr(family, "_supports_sdpa", True)
+    with pytest.raises(UserError, match=r"^model: it: cannot be built: 'hidden_act'$"):
+        with_attention(built_except(config, "eager"), config, "auto", **ON_GPU)
 
 
 def test_gemma2_is_loaded_with_eager_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,28 +84,33 @@ def with_attention(
 
     Raises UserError if the model does not have this attention, cannot be built, or needs what it does not compute.
     """
+
+    def attempt(choice: str | None) -> PreTrainedModel:
+        try:
+            return build(choice)
+        except BAD_CONFIG as error:
+            raise UserError(f"model: {name}: cannot be built: {library_reason(error)}") from error
+
     cap = softcap_of(config)
+    choice = None if cap is None else "eager"
+    why = "transformers' choice for it"
     flash = asked == "auto" and device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available()
     if asked != "auto":
-        choice: str | None = asked
-        why = "as model.attention asks"
         _check(asked, cap, name)
+        model, why = attempt(asked), "as model.attention asks"
     elif flash and (cap is None or "flash_attention_2" in cap.computed_by):
-        choice, why = "flash_attention_2", "which is installed"
+        try:
+            model, why = build("flash_attention_2"), "which is installed"
+        except BAD_CONFIG as error:
+            model = attempt(choice)
+            log.info("%s has no flash_attention_2 (%s).", name, library_reason(error))
     else:
-        choice, why = ("eager", "") if cap is not None else (None, "transformers' choice for it")
-    try:
-        model = build(choice)
-    except BAD_CONFIG as error:
-        if choice != "flash_attention_2" or asked != "auto":
-            raise UserError(f"model: {name}: cannot be built: {library_reason(error)}") from error
-        log.info("%s has no %s (%s).", name, choice, library_reason(error))
-        model, why = build(None if cap is None else "eager"), "transformers' choice for it"
+        model = attempt(choice)
     need = cap or sinks_of(model)
     if need is not None and asked != "auto":
         _check(asked, need, name)
     elif need is not None and model.config._attn_implementation not in need.computed_by:
-        model = build("eager")
+        model = attempt("eager")
     chosen = str(model.config._attn_implementation)
     if need is not None and chosen == "eager" != asked:
         why = f"since its attention {need.what}, which sdpa does not compute"
