@@ -136,17 +136,18 @@ def test_bytes_of_bases_and_adapters(done: Path) -> None:
     assert found["dora"]["num_adapter_bytes"] > found["lora"]["num_adapter_bytes"] > 0
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 6), nn.Linear(6, 10, bias=False)
+        self.head.weight = self.embed.weight
+        self.q_proj, self.norm = nn.Linear(6, 8), nn.LayerNorm(6)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
 def test_bytes_against_a_count_by_hand() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.head = nn.Embedding(10, 6), nn.Linear(6, 10, bias=False)
-            self.head.weight = self.embed.weight
-            self.q_proj, self.norm = nn.Linear(6, 8), nn.LayerNorm(6)
-
-        def get_output_embeddings(self) -> nn.Module:
-            return self.head
-
     model = Tied()
     size = model_size(model)
     assert (size.num_linear_weights, size.num_linear_bytes, size.num_adapter_bytes) == (48, 96, 0)
@@ -155,6 +156,21 @@ def test_bytes_against_a_count_by_hand() -> None:
     size = model_size(model)
     assert size.num_adapter_bytes == 2 * (2 * 6 + 8 * 2) + 4 * 8
     assert size.num_base_bytes == 2 * (60 + 48 + 8 + 12)
+
+
+def test_a_head_is_no_linear_layer_if_it_is_adapted_or_quantised() -> None:
+    model = Tied()
+    inject(model, kind="lora", rank=2, alpha=2.0, targets=["head", "q_proj"], dtype=torch.bfloat16)
+    size = model_size(model)
+    assert (size.num_linear_weights, size.num_linear_bytes) == (48, 96)
+    assert size.num_base_bytes == 2 * (60 + 48 + 8 + 12)
+    assert size.num_adapter_bytes == 2 * (2 * 6 + 10 * 2) + 2 * (2 * 6 + 8 * 2)
+    weight = quantize(torch.randn(128, 64), "nf4", block_size=64, double_quant=False)
+    model.head = FrozenLinear(weight, torch.zeros(128), torch.zeros(128 * 64 // 8, dtype=torch.uint8))
+    size = model_size(model)
+    assert (size.num_linear_weights, size.num_linear_bytes) == (48, 96)
+    # codes of 4 bits, a float32 scale for every 64 weights, and a bias; no layer's mask counts
+    assert size.num_base_bytes == 2 * (60 + 48 + 8 + 12) + 128 * 64 // 2 + 128 * 4 + 2 * 128
 
 
 def test_a_simulated_format_counts_the_bits_of_its_codes() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qdora.model.inject import is_linear
@@ -32,28 +32,35 @@ class ModelSize:
 def model_size(model: nn.Module) -> ModelSize:
     """Size of a causal LM, with or without adapters; tied weights count once."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    head = head.base if isinstance(head, RowHead) else head
-    seen: set[int] = set()
+    while isinstance(head, RowHead | AdaptedLinear):
+        head = head.base
+    seen: set[tuple[Any, Any]] = set()
     weights = linear = other = adapter = 0
     for module in model.modules():
-        if is_linear(module) and module is not head:
+        if isinstance(module, AdaptedLinear):
+            adapter += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+        elif is_linear(module):
             assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
             packed = module.packed_form if isinstance(module, FrozenLinear) else None
             count = module.out_features * module.in_features
-            weights += count
-            linear += _DENSE_BYTES * count if packed is None else packed.num_packed_bytes
+            num_bytes = _DENSE_BYTES * count if packed is None else packed.num_packed_bytes
+            if module is not head:
+                weights += count
+                linear += num_bytes
+            elif packed is not None or _is_new(module.weight, seen):  # type: ignore[arg-type]
+                other += num_bytes
             other += 0 if module.bias is None else _DENSE_BYTES * module.bias.numel()
-        elif isinstance(module, AdaptedLinear):
-            adapter += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
         else:
-            other += sum(_DENSE_BYTES * each.numel() for each in _own(module, seen))
+            kept = (b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set)
+            own = [each for each in (*module._parameters.values(), *kept) if each is not None]
+            other += sum(_DENSE_BYTES * each.numel() for each in own if _is_new(each, seen))
     return ModelSize(weights, linear, linear + other, adapter)
 
 
-def _own(module: nn.Module, seen: set[int]) -> list[Tensor]:
-    """Tensors of the module itself that a file holds and that are not in `seen`, to which they are added."""
-    kept = [b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set]
-    found = [tensor for tensor in (*module._parameters.values(), *kept) if isinstance(tensor, torch.Tensor)]
-    new = [tensor for tensor in found if id(tensor) not in seen]
-    seen.update(map(id, new))
-    return new
+def _is_new(tensor: Tensor, seen: set[tuple[Any, Any]]) -> bool:
+    """Whether the memory of a tensor, which tied weights share, is not in `seen`, to which it is added."""
+    place = (tensor.untyped_storage()._cdata, tensor.storage_offset())
+    if place in seen:
+        return False
+    seen.add(place)
+    return True
