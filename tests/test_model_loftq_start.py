@@ -58,6 +58,17 @@ def test_the_start_is_nearer_to_the_source(tmp_path: Path, kind: str, masked: bo
         np.testing.assert_allclose(layer.merged_weight(torch.float64).detach().numpy(), base + update, atol=2e-5)
 
 
+def test_a_tied_head_starts_from_no_error(tmp_path: Path) -> None:
+    """The checkpoint holds its weight once, by the name of the embedding; the base has it dense."""
+    checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS["llama-tied-biased"])
+    model = checkpoints.load(tmp_path, quant="nf4")
+    inject(model, rank=2, targets=["lm_head", "q_proj"], dtype=torch.float32)
+    left = start_from_error_(model, resolve(str(tmp_path)))
+    assert left["lm_head"] == 1.0  # there is no error
+    assert 0 < left["model.layers.0.self_attn.q_proj"] < 1
+    assert not model.lm_head.lora_B.any()
+
+
 def test_a_run_starts_from_it_once(tmp_path: Path) -> None:
     recipe = tiny_run.recipe(tmp_path, base__quant="nf3", adapter__init="loftq", train__steps=2)
     train_run(recipe, tmp_path / "run")

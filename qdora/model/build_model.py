@@ -21,6 +21,7 @@ from qdora.model.inject import HEAD, adapted_layers, inject
 from qdora.model.inplace_outputs import keep_inplace_outputs_
 from qdora.model.load import load_config, skeleton, stop_ids, stored_tensors
 from qdora.model.source import ModelSource, load_tokenizer, public_name, resolve
+from qdora.model.stored_tensors import tied_weights
 from qdora.model.trained_embeddings import (
     EMBEDDING,
     add_tokens,
@@ -259,9 +260,11 @@ def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, 
     """
     empty = skeleton(load_config(source), source, model.dtype, "auto", torch.device("cpu"))
     stored = stored_tensors(source, empty)
+    tied = tied_weights(empty)
     left: dict[str, float] = {}
     for path, layer in adapted_layers(model).items():
-        weight = stored[f"{path}.weight"].read()
+        name = f"{path}.weight"
+        weight = stored[name if name in stored else tied[name]].read()  # a tied head is stored as the embedding
         if not isinstance(weight, Tensor):
             raise UserError(
                 f"adapter.init: loftq: {path} is quantised in the source. Fix: name a full-precision source."
