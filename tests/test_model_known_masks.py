@@ -10,7 +10,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, modeling_flash_attention_utils
 
@@ -20,6 +23,7 @@ from qdora.train.loop import batch_loss
 from qdora.train.sent_batch import send_labels
 from tests import tiny
 from tests.false_gpu import FalseGpu, on_false_gpu
+from tests.tiny_sharded import needs_division
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from tiny_families import FAMILIES, spread_
@@ -195,3 +199,24 @@ def test_on_a_cpu_and_after_the_block_masks_are_those_of_transformers() -> None:
         model(input_ids=ids, attention_mask=mask)
     model(input_ids=ids, attention_mask=mask)
     assert [each is None for each in seen] == [False, True, False]
+
+
+@needs_division
+@torch.no_grad()
+def test_a_divided_model_makes_no_mask_of_a_state_either() -> None:
+    """torch gives a sharded module a class of its own, in a module of torch."""
+    model, (ids, mask) = family("LFM2"), padded()
+    place = model.config.layer_types.index("conv")
+    seen: list[Any] = []
+    model.model.layers[place].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        with known_masks(model, None, torch.device("meta")):
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        dist.destroy_process_group()
+    assert [each is None for each in seen] == [False, True]

@@ -24,6 +24,7 @@ from transformers import modeling_flash_attention_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from qdora.data.batching import Packing
+from qdora.nn.plain_linear import own_class
 
 _PACKED: ContextVar[bool] = ContextVar("packed_mask_is_known", default=False)
 # In the modules of models with convolutions, linear attention or Mamba layers.
@@ -106,7 +107,7 @@ def _attention(model: nn.Module) -> str | None:
 
 
 def _without_recurrent_masks(model: nn.Module) -> AbstractContextManager[None]:
-    return _answers_nothing(sys.modules[type(model).__module__], _RECURRENT)
+    return _answers_nothing(sys.modules[own_class(model).__module__], _RECURRENT)
 
 
 @contextmanager

@@ -16,9 +16,12 @@ def is_plain_linear(module: nn.Module) -> bool:
     Of subclasses only their code is judged, by a trial. bitsandbytes' layers, routers and layers with a state of their
     own compute something else.
     """
-    # The class of a sharded module is one that torch has made from its own. mypy takes no type of modules for hashable.
-    kind: Any = next(each for each in type(module).__mro__ if not each.__module__.startswith("torch.distributed"))
-    return isinstance(module, nn.Linear) and _computes_linear(kind)
+    return isinstance(module, nn.Linear) and _computes_linear(own_class(module))
+
+
+def own_class(module: nn.Module) -> Any:
+    """The class of a module; that of a sharded one without the class that torch has made from it."""
+    return next(each for each in type(module).__mro__ if not each.__module__.startswith("torch.distributed"))
 
 
 @cache
