@@ -68,15 +68,14 @@ Record = TypeVar("Record", bound=BaseModel)
 
 
 class WeightForm(BaseModel):
-    """Shape of a weight, its kind (None for a dense one), and how it is packed; in a base cache also its file."""
+    """Shape of a weight, its kind (None for a dense one), and its block size."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # Records of earlier versions have more keys, which nothing read.
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     shape: tuple[int, ...]
     kind: str | None = None
     block_size: int = 0
-    double_quant: bool = False
-    file: _FileName | None = None
 
 
 class Part(NamedTuple):
@@ -164,10 +163,10 @@ def write_weights(
 
     A file's name is `file_name` ("{:05d}.safetensors") with its number. Its tensors have at most `max_file_bytes`; a
     larger weight gets a file of its own. Returns JSON values for a record: "files" (name -> bytes) and "weights"
-    (model name -> file and form).
+    (model name -> form).
     """
     files: dict[str, int] = {}
-    entries: dict[str, dict[str, Any]] = {}
+    forms: dict[str, dict[str, Any]] = {}
     held: dict[str, Tensor] = {}
 
     def flush() -> None:
@@ -177,20 +176,18 @@ def write_weights(
             held.clear()
 
     for name, weight in weights:
-        entry: dict[str, Any] = {"shape": list(weight.shape)}
+        forms[name] = {"shape": list(weight.shape)}
         if isinstance(weight, PackedWeight):
-            nested = weight.nested is not None
-            entry |= {"kind": weight.kind, "block_size": weight.block_size, "double_quant": nested}
+            forms[name] |= {"kind": weight.kind, "block_size": weight.block_size}
             parts = {f"{name.removesuffix('.weight')}.{part}": each for part, each in weight.tensors().items()}
         else:
             parts = {name: weight}
         if sum(tensor.nbytes for tensor in (*held.values(), *parts.values())) > max_file_bytes:
             flush()
-        entries[name] = {"file": file_name.format(len(files)), **entry}
         held.update(parts)
         del weight, parts  # before the next weight is made
     flush()
-    return {"files": files, "weights": entries}
+    return {"files": files, "weights": forms}
 
 
 def save_pruned_base(
