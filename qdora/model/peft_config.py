@@ -118,8 +118,6 @@ class AdapterLayout:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
-    base_name_or_path: str | None = None
-    revision: str | None = None
     masked: bool = False
     """Whether B A keeps the zeros of a pruned base, which PEFT cannot do."""
     saved: tuple[str, ...] = ()
@@ -201,8 +199,6 @@ def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterLayout
         alpha_pattern=dict(config.get("alpha_pattern") or {}),
         layers=None if layers in (None, []) else (layers,) if isinstance(layers, int) else tuple(layers),
         layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern),
-        base_name_or_path=config.get("base_model_name_or_path"),
-        revision=config.get("revision"),
         masked=config["peft_type"] == MASKED,
         saved=tuple(config.get("modules_to_save") or ()),
         token_rows=_token_rows(config.get("trainable_token_indices")),
