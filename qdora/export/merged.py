@@ -49,13 +49,12 @@ from qdora.model.inject import adapted_layers, linear_layers
 from qdora.model.language_part import carried, linear_not_loaded
 from qdora.model.load import (
     Quantization,
-    is_wide,
+    dense_dtype,
     layers_to_quantize,
     load_config,
     settle_stored,
     skeleton,
     stored_tensors,
-    wide_names,
 )
 from qdora.model.quantized_checkpoint import load_faults, quantization_config, stored_kind
 from qdora.model.source import ModelSource
@@ -249,9 +248,8 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
     if not merge.source.is_gguf and (merge.source.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(merge.source.path))
     model.config._name_or_path = merge.source.name
-    wide = wide_names(model, merge.compute_dtype)
     given: dict[str, Any] = {"adapter": adapter, "matrices": matrices, "linear": linear}
-    return OpenedMerge(merge=merge, model=model, stored=stored, quantized=layers, wide=wide, **given)
+    return OpenedMerge(merge=merge, model=model, stored=stored, quantized=layers, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +263,6 @@ class OpenedMerge:
     matrices: Mapping[str, TrainedMatrix]  # path of an embedding or a head -> its trained rows; a tied head has none
     linear: Sequence[str]  # paths of all linear layers, routers included
     quantized: set[str]  # paths of those that training quantised from dense weights
-    wide: Sequence[str]  # names of the tensors that stay in float32
     kept: dict[str, PackedWeight] = field(default_factory=dict)  # path -> the stack of experts that is being written
 
     @cached_property
@@ -333,7 +330,7 @@ class OpenedMerge:
         assert isinstance(value, Tensor)
         if self.merge.base == "original" or not value.is_floating_point():
             return value
-        return value.to(torch.float32 if is_wide(name, self.wide) else self.merge.compute_dtype)
+        return value.to(dense_dtype(self.model, name, self.merge.compute_dtype))
 
     def _trained(self, name: str, item: Stored, matrix: TrainedMatrix) -> Tensor:
         """A trained embedding or head."""

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from qdora.errors import UserError
 from qdora.memory.streaming import Turns
-from qdora.model.load import Loading, is_wide, place_dense, place_frozen, wide_names
+from qdora.model.load import Loading, place_dense, place_frozen
 from qdora.model.packed_base import BaseCache, PackedBase, Part
 from qdora.model.stored_tensors import iterate_tensors
 from qdora.ops.packed import PackedWeight
@@ -46,7 +45,6 @@ class DiskResidency:
         turns = Turns(model, self.num_streamed)
         blocks: list[list[Part]] = [[] for _ in range(len(turns))]
         others: list[Part] = []
-        wide = wide_names(model, load.compute_dtype)
         for done, (name, value) in enumerate(iterate_tensors(load.stored), start=1):
             path, _, leaf = name.rpartition(".")
             turn = turns.of(name)
@@ -57,7 +55,7 @@ class DiskResidency:
                 place_frozen(model, path, value.clone())
                 _drop(base, name)
             else:
-                dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
+                dtype = load.dtype_of(name)
                 if value.dtype == dtype and value.nbytes >= _LEAST_MAPPED_BYTES:
                     setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
                     others += base.parts(name)

@@ -21,7 +21,7 @@ from qdora.errors import RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
 from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.inject import replace_module
-from qdora.model.load import Loading, Quantization, is_wide, iterate_quantized, place_dense, place_frozen, wide_names
+from qdora.model.load import Loading, Quantization, iterate_quantized, place_dense, place_frozen
 from qdora.model.stored_tensors import Stored, StoredPacked, tied_weights
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
@@ -131,7 +131,6 @@ class HostResidency:
         pieces = _pieces(stored, layers, wanted, turns)
         embeddings = (module.weight for module in model.modules() if isinstance(module, HostEmbedding))
         _pin(pieces, device, self._free_bytes(), sum(table.nbytes for table in embeddings))
-        wide = wide_names(model, load.compute_dtype)
         for done, (name, value) in enumerate(iterate_quantized(stored, layers, wanted, device), start=1):
             path, _, leaf = name.rpartition(".")
             turn = turns.of(name)
@@ -146,8 +145,7 @@ class HostResidency:
             elif isinstance(value, PackedWeight):
                 place_frozen(model, path, value.to(device))
             else:
-                dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
-                place_dense(model.get_submodule(path), leaf, value, device, dtype)
+                place_dense(model.get_submodule(path), leaf, value, device, load.dtype_of(name))
             del value
             if load.progress is not None:
                 load.progress(done, len(stored))

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from qdora.errors import RunFailure, UserError
 from qdora.memory.allocator import return_freed_memory
 from qdora.model.inject import frozen_layers, is_linear
-from qdora.model.load import Loading, block_list, is_wide, place_dense, place_frozen, wide_names
+from qdora.model.load import Loading, block_list, place_dense, place_frozen
 from qdora.model.packed_base import BaseCache, PrunedBase
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows, tied_weights
 from qdora.nn.frozen_linear import FrozenLinear
@@ -64,13 +64,12 @@ class ShardedBase:
             what = f"must be replicate, since {model.config.model_type} has no list of blocks to divide"
             raise UserError(f"train.parallel: {what}.")
         tied = _tie(model)
-        wide = wide_names(model, load.compute_dtype)
         placed: list[_Placed] = []
         stored = load.stored if self.pruned is None else self.pruned.others(load)
         for done, (name, item) in enumerate(stored.items(), start=1):
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
-            dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
+            dtype = load.dtype_of(name)
             if leaf == "weight" and name not in tied and (isinstance(item, StoredPacked) or is_linear(module)):
                 placed += self._place_layer(load, path, *self._read_layer(load, name, item, dtype))
                 self._drop(name)

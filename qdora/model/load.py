@@ -102,6 +102,10 @@ class Loading:
     compute_dtype: torch.dtype
     progress: Progress | None = None
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of a floating-point tensor that is not quantised."""
+        return dense_dtype(self.model, name, self.compute_dtype)
+
 
 Placer = Callable[[Loading], None]
 """Reads the stored tensors and puts them into the model: `place_all`, or one that also prunes or streams."""
@@ -273,30 +277,26 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
     )
     if faults:
         raise UserError(*faults)
-    # Weights that a model keeps in float32 beside float16 are too sensitive for 4 bits as well.
-    wide = wide_names(model, torch.float16)
     convolved = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv1d)}
     stacked = {name: each for name, each in model.named_parameters() if each.ndim == 3 and name not in convolved}
     if stacked:
         percent = 100 * sum(p.numel() for p in stacked.values()) / sum(p.numel() for p in model.parameters())
         text = "%d stacked expert weights (%.0f %% of the parameters, e.g. %s) are not linear layers and stay dense."
         log.warning(text, len(stacked), percent, next(iter(stacked)))
-    return {name for name in linear.keys() - skipped if not is_wide(f"{name}.weight", wide)}
+    # Weights that a model keeps in float32 beside float16 are too sensitive for 4 bits as well.
+    half = torch.float16
+    return {name for name in linear.keys() - skipped if dense_dtype(model, f"{name}.weight", half) == half}
 
 
-def wide_names(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
-    """Parts of the names of parameters that the model keeps in float32 beside `dtype`, by transformers' rule."""
-    names: set[str] = set()
+def dense_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or float32 for a parameter that the model keeps in it beside a 16-bit `dtype`, by transformers' rule."""
+    parts: set[str] = set()
     if dtype in (torch.float16, torch.bfloat16):
-        names |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        parts |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
-        names |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return sorted(names)
-
-
-def is_wide(name: str, wide: Sequence[str]) -> bool:
-    """Whether a parameter is one of `wide_names`."""
-    return any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in wide)
+        parts |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    is_wide = any(re.search(rf"(^|\.){re.escape(part)}($|\.)", name) for part in parts)
+    return torch.float32 if is_wide else dtype
 
 
 def iterate_quantized(
@@ -315,14 +315,13 @@ def iterate_quantized(
 
 def place_all(load: Loading) -> None:
     """A `Placer` that quantises the weights of `load.layers`."""
-    wide, wanted = wide_names(load.model, load.compute_dtype), load.wanted
-    for done, (name, value) in enumerate(iterate_quantized(load.stored, load.layers, wanted, load.device), start=1):
+    quantized = iterate_quantized(load.stored, load.layers, load.wanted, load.device)
+    for done, (name, value) in enumerate(quantized, start=1):
         layer, _, leaf = name.rpartition(".")
         if isinstance(value, PackedWeight):
             place_frozen(load.model, layer, value.to(load.device))
         else:
-            dtype = torch.float32 if is_wide(name, wide) else load.compute_dtype
-            place_dense(load.model.get_submodule(layer), leaf, value, load.device, dtype)
+            place_dense(load.model.get_submodule(layer), leaf, value, load.device, load.dtype_of(name))
         del value  # before the next read, or two tensors of the checkpoint would be in memory
         if load.progress is not None:
             load.progress(done, len(load.stored))
@@ -351,7 +350,7 @@ def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.devic
     setattr(module, leaf, nn.Parameter(placed, requires_grad=False) if leaf in module._parameters else placed)
 
 
-def settle(model: PreTrainedModel, device: torch.device) -> None:
+def tie_and_move_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Tie the tied weights and move the buffers. Called again after more weights are read."""
     for target, origin in tied_weights(model).items():
         first, second = (model.get_submodule(name.rpartition(".")[0]) for name in (target, origin))
@@ -368,8 +367,8 @@ def settle(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -> None:
-    """Settle and freeze the model, whose tensors are all read."""
-    settle(model, device)
+    """Tie and freeze the weights of the model, which are all placed."""
+    tie_and_move_buffers(model, device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]

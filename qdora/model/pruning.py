@@ -28,9 +28,9 @@ from qdora.model.load import (
     load_config,
     place_all,
     place_frozen,
-    settle,
     skeleton,
     stored_tensors,
+    tie_and_move_buffers,
 )
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked
@@ -103,7 +103,7 @@ class Pruner:
         load = replace(load, progress=lambda _done, _total: progress(next(count), total))
         outside = {name: item for name, item in load.stored.items() if not name.startswith(f"{path}.")}
         place_all(replace(load, stored=outside))
-        settle(load.model, load.device)
+        tie_and_move_buffers(load.model, load.device)
         task = _PruningTask(self, load)
         of_block = [
             {name: item for name, item in load.stored.items() if name.startswith(f"{path}.{index}.")}

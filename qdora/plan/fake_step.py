@@ -22,7 +22,7 @@ from qdora.model.adapter_file import is_selected
 from qdora.model.experts import routers
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_like, is_linear, linear_layers, replace_module
 from qdora.model.language_part import not_loaded
-from qdora.model.load import Quantization, chosen_layers, is_wide, layers_to_quantize, skeleton, wide_names
+from qdora.model.load import Quantization, chosen_layers, dense_dtype, layers_to_quantize, skeleton
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
@@ -66,11 +66,10 @@ def fill_(
     whole = wanted.kind == "none"
     linear = {f"{name}.weight" for name in linear_layers(model)} if whole else set()
     head: Any = model.get_output_embeddings()
-    wide = wide_names(model, dtype)
 
     def empty(name: str, like: Tensor) -> Tensor:
-        kept = torch.float32 if is_wide(name, wide) else dtype
-        return torch.empty(like.shape, dtype=kept if like.is_floating_point() else like.dtype)
+        kept = dense_dtype(model, name, dtype) if like.is_floating_point() else like.dtype
+        return torch.empty(like.shape, dtype=kept)
 
     for name in sorted(layers):
         module: Any = model.get_submodule(name)
