@@ -29,6 +29,13 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
+from qdora.nn import shared_norms
+from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.shared_norms import prepare_shared_gains
+from qdora.ops.expert_tokens import ExpertTokens
+from qdora.ops.packed import quantize
+from qdora.ops.sparsity import mask_bits
 from qdora.recipe.settings import GateConfig
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train import loop
@@ -39,8 +46,9 @@ from qdora.train.interrupt import StopRequest
 from qdora.train.loop import fit, step_gradient
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import TrainingProgress
-from tests import tiny_streamed
+from tests import tiny, tiny_streamed
 from tests.false_gpu import Event, FalseGpu, on_false_gpu
+from tests.test_nn_row_share import shares
 
 NUM_BLOCKS, NUM_MICRO_BATCHES, NUM_STEPS = 3, 8, 2
 CPU = torch.device("cpu")
@@ -213,6 +221,55 @@ def test_the_host_waits_once_in_a_step(gpu: FalseGpu, source: Path, case: str) -
         _, (wanted, _) = train(model_on(CPU, source, **options), loader, CPU)
         assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
         assert got["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
+
+
+@on_false_gpu
+def test_a_masked_layer_makes_the_host_wait_for_nothing(gpu: FalseGpu) -> None:
+    """Norm, forward and backward pass, each in two blocks of rows."""
+    weight = torch.randn(2048, 64, generator=torch.Generator().manual_seed(0))
+    keep = weight > 0
+    base = FrozenLinear(quantize(weight * keep, "nf4", 64), keep_bits=mask_bits(keep))
+    layer = AdaptedLinear(base, rank=4, masked=True).to(gpu.device)
+    x = torch.randn(8, 64).to(gpu.device).requires_grad_()
+    layer(x).sum().backward()  # the table of NF4 goes to a device once
+    layer.parameters_changed()
+    gpu.clear()
+    layer(x).sum().backward()
+    assert gpu.lines("wait") == []
+
+
+@pytest.mark.parametrize("removed", [False, True])
+@on_false_gpu
+def test_norms_of_a_divided_base_are_asked_for_once(gpu: FalseGpu, removed: bool) -> None:
+    """Two layers; the adapter of one has nearly removed a row, whose norm is then measured."""
+    layers = [tiny.adapted_linear(in_=64, quant="nf4", seed=seed) for seed in (0, 1)]
+    for layer in layers:
+        tiny.move_all_parameters_(layer)
+    if removed:
+        with torch.no_grad():
+            layers[1].lora_A[0] = layers[1].base.dequantized()[3]
+            layers[1].lora_B[3] = torch.eye(layers[1].rank)[0] * (-0.99 / layers[1].scaling)
+    expected = [layer.gain(torch.float32) for layer in layers]
+    for layer in layers:
+        layer.to(gpu.device)(torch.zeros(1, 64).to(gpu.device))
+        layer.parameters_changed()
+        (layer.base.share,) = shares(layer.base.stored_weight, 1)
+    gpu.clear()
+    with patch.object(shared_norms, "gather_runs", lambda parts, _lengths, _group: list(parts)):
+        assert prepare_shared_gains(layers) == len(layers)
+    asked, measured = Counter({"nn/shared_norms.py": 1}), Counter({"ops/dora.py": 1})
+    assert Counter(line.partition(":")[0] for line in gpu.lines("wait")) == (asked + measured if removed else asked)
+    for layer, wanted in zip(layers, expected, strict=True):
+        found = layer.gain(torch.float32)
+        assert found is not None
+        assert wanted is not None
+        torch.testing.assert_close(found.value.cpu(), wanted.value)
+
+
+@on_false_gpu
+def test_a_routing_is_sent_without_a_wait(gpu: FalseGpu) -> None:
+    ExpertTokens((7, 0, 9)).on(gpu.device)
+    assert (gpu.count("copy"), gpu.count("wait")) == (1, 0)
 
 
 @pytest.mark.slow

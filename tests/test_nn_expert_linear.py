@@ -255,8 +255,7 @@ def test_torchs_grouped_product_gives_the_results_of_single_products(monkeypatch
         layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.2)
     x = torch.randn(24, 64, generator=generator).bfloat16()
     dy = torch.randn(24, 16, generator=generator).bfloat16()
-    kernel, calls = torch._grouped_mm, []
-    monkeypatch.setattr(torch, "_grouped_mm", lambda *a, **k: (calls.append(1), kernel(*a, **k))[1])
+    calls = grouped_calls(monkeypatch)
 
     def results() -> list[torch.Tensor]:
         layer.zero_grad()
@@ -268,7 +267,7 @@ def test_torchs_grouped_product_gives_the_results_of_single_products(monkeypatch
 
     single = results()
     assert not calls
-    monkeypatch.setattr(expert_product, "device_kind", lambda device: "cuda")
+    on_card(monkeypatch)
     for one, other in zip(single, results(), strict=True):
         assert reference.relative_error(to_numpy(other), to_numpy(one)) < 4e-3
     assert len(calls) >= 7, "two factors and the base, forward and backward, and the gradients of the factors"
@@ -297,17 +296,50 @@ def test_a_gate_belongs_to_a_component_of_all_experts(share):
     torch.testing.assert_close(layer(x, tokens), y, rtol=0, atol=1e-6)
 
 
-def layer_with_kernel(monkeypatch: pytest.MonkeyPatch) -> AdaptedExperts:
-    """Five experts in bf16, two for each launch, as a GPU's grouped kernel takes them."""
+def on_card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> None:
+    """Stacks take the branches of an NVIDIA card; its products are the CPU's."""
+    monkeypatch.setattr(expert_product, "device_kind", lambda device: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+def grouped_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets an entry at each call of torch's grouped product."""
+    calls: list[int] = []
+    kernel = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *a, **k: (calls.append(1), kernel(*a, **k))[1])
+    return calls
+
+
+def layer_with_kernel(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> AdaptedExperts:
+    """Five experts in bf16, two for each launch, as the grouped kernel of a card takes them."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5 * 16, 64, generator=generator) * 0.1
     base = FrozenExperts(quantize(weight, "nf4", 64), 5, torch.randn(5, 16, generator=generator).bfloat16())
     layer = AdaptedExperts(base, rank=8, dtype=torch.bfloat16, generator=generator)
     with torch.no_grad():
         layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.2)
-    monkeypatch.setattr(expert_product, "device_kind", lambda device: "cuda")
+    on_card(monkeypatch, capability)
     monkeypatch.setattr(expert_product, "_RUN_BYTES", 2 * 16 * 64 * 2)
     return layer
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "is_shared"),
+    [
+        ((8, 0), None, False),
+        ((9, 0), None, True),
+        ((10, 0), None, True),
+        ((12, 0), None, False),
+        ((9, 4), "7.0", False),
+    ],
+)
+def test_experts_share_products_only_on_cards_that_torchs_kernel_is_for(monkeypatch, capability, hip, is_shared):
+    """torch has the grouped product for every card, and where it has no kernel, a loop for which the host waits."""
+    layer, tokens = layer_with_kernel(monkeypatch, capability), ExpertTokens((7, 0, 9, 0, 8))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    calls = grouped_calls(monkeypatch)
+    layer(torch.randn(24, 64).bfloat16().requires_grad_(), tokens).sum().backward()
+    assert bool(calls) == is_shared
 
 
 def test_a_routing_goes_to_a_gpu_once_and_norms_ask_it_once(monkeypatch):
@@ -342,9 +374,11 @@ def fits_kernel(tensor: torch.Tensor) -> bool:
 @pytest.mark.parametrize("adapted", [True, False])
 def test_a_gradient_that_is_one_number_for_all_reaches_the_kernel_as_a_matrix(monkeypatch, adapted):
     layer, tokens = layer_with_kernel(monkeypatch), ExpertTokens((7, 0, 9, 0, 8))
-    kernel, operands = torch._grouped_mm, []
+    kernel, operands = torch.nn.functional.grouped_mm, []
     monkeypatch.setattr(
-        torch, "_grouped_mm", lambda a, b, **k: (operands.extend([a, b]), kernel(a.contiguous(), b, **k))[1]
+        torch.nn.functional,
+        "grouped_mm",
+        lambda a, b, **k: (operands.extend([a, b]), kernel(a.contiguous(), b, **k))[1],
     )
     x = torch.randn(24, 128).bfloat16()[:, ::2].requires_grad_()
     (layer if adapted else layer.base)(x, tokens).sum().backward()

@@ -238,5 +238,5 @@ class _KnownNorms:
         self.experts: set[int] = set()
 
     def add(self, tokens: ExpertTokens, norm: Tensor) -> None:
-        self.norm.index_copy_(0, tokens.on(self.norm.device).reached, norm.to(self.norm.dtype))
+        self.norm.index_copy_(0, tokens.on(self.norm.device).experts, norm.to(self.norm.dtype))
         self.experts.update(tokens.experts)

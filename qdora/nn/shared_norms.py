@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.row_share import RowShare, gather_runs
-from qdora.ops.dora import masked_row_norm, row_norm
+from qdora.ops.dora import FactoredNorm, factored_norm, masked_row_norm, measure_cancelled_
 
-_Found = tuple[AdaptedLinear, RowShare, torch.dtype, Tensor]
+
+class _MyRows(NamedTuple):
+    """The rows that this process has of a layer, whose products are in `dtype`."""
+
+    layer: AdaptedLinear
+    share: RowShare
+    dtype: torch.dtype
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A, and these rows of B, as the products take them."""
+        lora_A, lora_B = self.layer._rounded_factors(self.dtype)
+        return lora_A, lora_B[self.share.rows]
+
+    def norm(self) -> Tensor | FactoredNorm:
+        """As the layer itself computes it from the whole weight; where rows can have cancelled, with their flags."""
+        assert self.layer.base_squared is not None
+        squared = self.layer.base_squared[self.share.rows]
+        if not len(squared):
+            return squared
+        weight, scaling = self.share.weight(), self.layer.scaling
+        if self.layer.masked:
+            return masked_row_norm(weight, self.share.keep_bits(), *self.factors(), scaling, dtype=self.dtype)
+        return factored_norm(weight, *self.factors(), scaling, base_squared=squared, dtype=self.dtype)
+
+    def measure_cancelled_(self, found: FactoredNorm) -> None:
+        """Measure the cancelled rows."""
+        measure_cancelled_(found, self.share.weight(), *self.factors(), self.layer.scaling, dtype=self.dtype)
 
 
 def prepare_shared_gains(layers: Iterable[AdaptedLinear]) -> int:
@@ -19,35 +46,34 @@ def prepare_shared_gains(layers: Iterable[AdaptedLinear]) -> int:
 
     All processes must call this together, in the same state. Like `prepare_gains` it skips layers that have not run
     yet, whose parameters have not changed, and that are LoRA; also stacks of experts, and weights that are not divided
-    by rows: the forward pass computes their norms from the gathered weight. Returns how many were computed.
+    by rows: the forward pass computes their norms from the gathered weight. A GPU's host waits once. Returns how many
+    norms were computed.
     """
-    found: list[_Found] = []
+    changed: list[_MyRows] = []
     for layer in layers:
         share, dtype = layer.base.share, layer._dtype
         if share is None or not share.by_rows or layer.base_squared is None or dtype is None:
             continue
-        if layer._cache.knows("row_norm", layer._factors(), (dtype, layer.scaling)):
-            continue
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(layer.lora_A.device.type, enabled=False):
-            found.append((layer, share, dtype, _norm_of_rows(layer, share, dtype)))
-    if found:
-        _, share, _, _ = found[0]
-        norms = gather_runs([norm for *_, norm in found], [each.out_features for _, each, _, _ in found], share.group)
-        for (layer, _, dtype, _), norm in zip(found, norms, strict=True):
-            layer._cache.put("row_norm", layer._factors(), (dtype, layer.scaling), norm)
-            layer.gain(dtype)
-            layer.operands(dtype)
-    return len(found)
+        if not layer._cache.knows("row_norm", layer._factors(), (dtype, layer.scaling)):
+            changed.append(_MyRows(layer, share, dtype))
+    if not changed:
+        return 0
+    device, group = changed[0].layer.lora_A.device.type, changed[0].share.group
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        norms = gather_runs(_norms(changed), [each.share.out_features for each in changed], group)
+    for (layer, _, dtype), norm in zip(changed, norms, strict=True):
+        layer._cache.put("row_norm", layer._factors(), (dtype, layer.scaling), norm)
+        layer.gain(dtype)
+        layer.operands(dtype)
+    return len(changed)
 
 
-def _norm_of_rows(layer: AdaptedLinear, share: RowShare, dtype: torch.dtype) -> Tensor:
-    """The norms of this process's rows, as the layer itself computes them from the whole weight."""
-    rows, squared = share.rows, layer.base_squared
-    assert squared is not None
-    if rows.start == rows.stop:
-        return squared[rows]
-    lora_A, lora_B = layer._rounded_factors(dtype)
-    if layer.masked:
-        return masked_row_norm(share.weight(), share.keep_bits(), lora_A, lora_B[rows], layer.scaling, dtype=dtype)
-    squared = squared[rows]
-    return row_norm(share.weight(), lora_A, lora_B[rows], layer.scaling, base_squared=squared, dtype=dtype)
+def _norms(changed: Sequence[_MyRows]) -> list[Tensor]:
+    """The norms of all these rows; one question tells which have cancelled."""
+    found = [each.norm() for each in changed]
+    asked = [(rows, norm) for rows, norm in zip(changed, found, strict=True) if isinstance(norm, FactoredNorm)]
+    answers = torch.stack([norm.cancelled.any() for _, norm in asked]).tolist() if asked else []
+    for (rows, norm), has_cancelled in zip(asked, answers, strict=True):
+        if has_cancelled:
+            rows.measure_cancelled_(norm)
+    return [norm.norm if isinstance(norm, FactoredNorm) else norm for norm in found]

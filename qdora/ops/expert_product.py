@@ -1,8 +1,8 @@
 """Products of a stack of experts, in which each token meets the weight of its own expert only.
 
 A stack is one weight, (experts * out, in): expert e has the rows e * out to (e + 1) * out. Tokens are sorted by expert.
-Only the experts that have tokens are dequantised. On a GPU several small experts share each launch; on a CPU each has
-its own products.
+Only the experts that have tokens are dequantised. On a GPU several small experts are dequantised in one launch, and
+where torch has a kernel for it they share each product, too; on a CPU each has its own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from qdora.ops.frozen_product import (
     without_autocast,
 )
 from qdora.ops.full_precision import full_precision
-from qdora.ops.low_rank_factors import rounded
+from qdora.ops.low_rank_factors import rounded, row_factor, scaled_rows
 from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.packed import PackedWeight, block_scales, dequantize, packed_rows
 from qdora.ops.planned_device import device_kind, is_planning
@@ -79,7 +79,7 @@ def grouped_product(x: Tensor, matrices: Tensor, run: Run) -> Tensor:
     if len(matrices) == 1:
         return x @ matrices[0]
     if _has_kernel(x, *matrices.shape[1:]):
-        return torch._grouped_mm(x, matrices, offs=run.ends(x.device))
+        return torch.nn.functional.grouped_mm(x, matrices, offs=run.ends(x.device))
     out, start = x.new_empty(x.shape[0], matrices.shape[2]), 0
     for matrix, count in zip(matrices, run.counts, strict=True):
         torch.mm(x[start : start + count], matrix, out=out[start : start + count])
@@ -92,7 +92,7 @@ def grouped_outer(left: Tensor, right: Tensor, run: Run, *, shared: bool) -> Ten
     if shared or len(run.counts) == 1:
         return (left.T @ right).unsqueeze(0)
     if _has_kernel(left, left.shape[1], right.shape[1]):
-        return torch._grouped_mm(left.T, right, offs=run.ends(left.device))
+        return torch.nn.functional.grouped_mm(left.T, right, offs=run.ends(left.device))
     out, start = left.new_empty(len(run.counts), left.shape[1], right.shape[1]), 0
     for group, count in zip(out, run.counts, strict=True):
         torch.mm(left[start : start + count].T, right[start : start + count], out=group)
@@ -101,8 +101,13 @@ def grouped_outer(left: Tensor, right: Tensor, run: Run, *, shared: bool) -> Ten
 
 
 def _has_kernel(x: Tensor, *sizes: int) -> bool:
-    """Whether torch's grouped product takes these: bf16 on a GPU, features that are multiples of 16 bytes."""
-    return device_kind(x.device) == "cuda" and x.dtype == torch.bfloat16 and not any(size % 8 for size in sizes)
+    """Whether torch's grouped product has a kernel for these: bf16 on a GPU, features that are multiples of 16 bytes.
+
+    That kernel is for compute capability 9 and 10. For other GPUs torch has a loop, which first makes the host wait.
+    """
+    if device_kind(x.device) != "cuda" or x.dtype != torch.bfloat16 or any(size % 8 for size in sizes):
+        return False
+    return is_planning() or (torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] in (9, 10))
 
 
 def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor | None = None) -> Tensor:
@@ -248,6 +253,10 @@ class _StackCall(NamedTuple):
         """drop(x) of a run, without the factor 1 / (1 - p)."""
         return dropped(x[run.tokens], self.dropout, self.seed + run.experts[0])
 
+    def row_factor(self, run: Run, gain: Tensor | None) -> float | Tensor:
+        """s g of a run's experts, (n, out, 1), or s for LoRA."""
+        return row_factor(None if gain is None else run.pick(gain), self.scaling)
+
     def masked(self, run: Run, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None) -> MaskedUpdate | None:
         """The masked update of one expert, or None without a mask."""
         if self.keep_bits is None:
@@ -261,17 +270,6 @@ class _StackCall(NamedTuple):
 def _pick_or_shared(factor: Tensor, run: Run) -> Tensor:
     """The factors of a run's experts, (n, ...), or the one that all experts share, (1, ...)."""
     return factor if len(factor) == 1 else run.pick(factor)
-
-
-def _row_factor(gain: Tensor | None, scaling: float, run: Run) -> float | Tensor:
-    """s g, (n, out, 1), or s for LoRA."""
-    return scaling if gain is None else (run.pick(gain) * scaling).unsqueeze(2)
-
-
-def _scaled(lora_B: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """diag(s g) B of a run's experts in the dtype of the products, (n, out, rank); (1, ...) for one shared LoRA B."""
-    b = rounded(lora_B, dtype)
-    return (b * factor).to(dtype) if isinstance(factor, float) else (b.to(factor.dtype) * factor).to(dtype)
 
 
 class _AdaptedStack(torch.autograd.Function):
@@ -296,7 +294,7 @@ class _AdaptedStack(torch.autograd.Function):
                     out[run.tokens] = update.product(dropped_x)
                 elif low is not None:
                     a = rounded(_pick_or_shared(lora_A, run), x.dtype)
-                    b = _scaled(_pick_or_shared(lora_B, run), _row_factor(gain, call.scaling, run), x.dtype)
+                    b = scaled_rows(rounded(_pick_or_shared(lora_B, run), x.dtype), call.row_factor(run, gain), x.dtype)
                     low[run.tokens] = grouped_product(dropped_x, a.mT, run)
                     out[run.tokens] = grouped_product(low[run.tokens], b.mT, run)
                 del dropped_x
@@ -340,8 +338,8 @@ class _AdaptedStack(torch.autograd.Function):
                         into_x = drop_(update.input_gradient(dy_run), call.dropout, call.seed + run.experts[0])
                         dx[run.tokens] = into_x
                 elif low is not None:
-                    factor = _row_factor(gain, call.scaling, run)
-                    b = _scaled(_pick_or_shared(lora_B, run), factor, dy.dtype)
+                    factor = call.row_factor(run, gain)
+                    b = scaled_rows(rounded(_pick_or_shared(lora_B, run), dy.dtype), factor, dy.dtype)
                     d_low = grouped_product(dy_run, b, run)
                     if dropped_x is not None:
                         _add_(da, run, grouped_outer(d_low, dropped_x, run, shared=len(da) == 1))

@@ -1,7 +1,7 @@
 """How tokens that are sorted by expert divide among the experts of a stack, on the host and on a device.
 
 The host needs the counts to cut the tokens, a GPU needs them for its grouped kernels. They are sent to it once for each
-routing, in one tensor and without a wait.
+routing, in one tensor, from pinned memory and so without a wait.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class CountsOnDevice(NamedTuple):
     """The numbers of an `ExpertTokens` on a device."""
 
     counts: Tensor  # (experts,) int64
-    reached: Tensor  # (experts with tokens,) int64: their numbers
+    experts: Tensor  # (experts with tokens,) int64: their numbers
     ends: Tensor  # (experts with tokens,) int32: the token after the last one of each
 
 
@@ -76,6 +76,8 @@ class ExpertTokens:
             reached = [self.counts[expert] for expert in self.experts]
             sizes = [len(self.counts), len(self.experts), len(self.experts)]
             numbers = torch.tensor([*self.counts, *self.experts, *accumulate(reached)])
+            if device.type not in ("cpu", "meta"):
+                numbers = numbers.pin_memory()
             counts, experts, ends = torch.split(numbers.to(device, non_blocking=True), sizes)
             self._on[device] = CountsOnDevice(counts, experts, ends.int())
         return self._on[device]
@@ -102,7 +104,7 @@ class Run:
 
     def index(self, device: torch.device) -> Tensor:
         """The numbers of its experts on a device, (n,) int64."""
-        return self.every.on(device).reached[self.first : self.first + len(self.experts)]
+        return self.every.on(device).experts[self.first : self.first + len(self.experts)]
 
     def ends(self, device: torch.device) -> Tensor:
         """Where its experts end, counted from its first token, (n,) int32: `offs` of torch's grouped product."""

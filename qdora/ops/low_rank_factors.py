@@ -38,17 +38,18 @@ def scaled_B(lora_B: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tens
     """diag(s g) B in the dtype of the products: (out, rank), rounded once more after `rounded`."""
     entries = entries_at_a_time(lora_B.device)
     if lora_B.numel() <= entries:
-        return _times(rounded(lora_B, dtype), factor, dtype)
+        return scaled_rows(rounded(lora_B, dtype), factor, dtype)
     scaled = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
     step = max(1, entries // lora_B.shape[1])
     for start in range(0, lora_B.shape[0], step):
         rows = slice(start, start + step)
         some = factor if isinstance(factor, float) else factor[rows]
-        scaled[rows] = _times(rounded(lora_B[rows], dtype), some, dtype)
+        scaled[rows] = scaled_rows(rounded(lora_B[rows], dtype), some, dtype)
     return scaled
 
 
-def _times(values: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_rows(values: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` (..., out, rank) times a `row_factor`, rounded to `dtype`; unlike `scaled_B` all at a time."""
     if isinstance(factor, float):
         return (values * factor).to(dtype)
     # Widened first: torch multiplies tensors of two dtypes entry by entry, at half the speed.

@@ -22,7 +22,6 @@ PATTERNS = ("unstructured", "2:4", "4:8", "rows", "columns")
 """Examples of pattern names; any other n:m, such as 1:4, is a pattern, too."""
 
 _N_OF_M = re.compile(r"(\d{1,3}):(\d{1,3})")
-_BIT = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,7 @@ def keep_mask(scores: Tensor, pattern: SparsityPattern, group: Group = "row") ->
 def mask_bits(mask: Tensor) -> Tensor:
     """A mask as bits, row by row, the first of eight in the lowest bit: (ceil(out * in / 8),) uint8."""
     flat = torch.nn.functional.pad(mask.reshape(-1), (0, -mask.numel() % 8))
-    bit = torch.tensor(_BIT, dtype=torch.uint8, device=mask.device)
-    return (flat.view(-1, 8).to(torch.uint8) * bit).sum(dim=1, dtype=torch.uint8)
+    return (flat.view(-1, 8).to(torch.uint8) * _bits(mask.device)).sum(dim=1, dtype=torch.uint8)
 
 
 @torch.no_grad()
@@ -131,6 +129,10 @@ def mask_from_bits(bits: Tensor, shape: tuple[int, int], rows: slice | None = No
         raise ValueError(f"a mask of {shape} must be ({-(-numel // 8)},) uint8, got {tuple(bits.shape)} {bits.dtype}.")
     first, last = (0, shape[0]) if rows is None else (rows.start, rows.stop)
     start, stop = first * shape[1], last * shape[1]
-    bit = torch.tensor(_BIT, dtype=torch.uint8, device=bits.device)
-    flat = (bits[start // 8 : -(-stop // 8), None] & bit).ne(0).view(-1)
+    flat = (bits[start // 8 : -(-stop // 8), None] & _bits(bits.device)).ne(0).view(-1)
     return flat[start % 8 : start % 8 + stop - start].view(last - first, shape[1])
+
+
+def _bits(device: torch.device) -> Tensor:
+    """1, 2, 4, ... 128, (8,) uint8. Made there: sending numbers to a GPU would make the host wait."""
+    return 1 << torch.arange(8, dtype=torch.uint8, device=device)
