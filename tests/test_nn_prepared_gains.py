@@ -15,6 +15,7 @@ from qdora.nn import prepared_gains
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.prepared_gains import prepare_gains
+from qdora.ops import low_rank_factors
 from qdora.ops.packed import empty_packed, quantize
 from qdora.ops.planned_device import planned_on
 from qdora.plan.live_bytes import LiveBytes
@@ -90,6 +91,21 @@ def test_they_are_those_of_each_layer(monkeypatch: pytest.MonkeyPatch, quant: st
         norms = reference.row_norm(weight, a, of_layer["lora_b"] * gate, scaling)
         assert layer.magnitude is not None
         np.testing.assert_allclose(to_numpy(together.gain.value) * norms, to_numpy(layer.magnitude), rtol=2e-2)
+
+
+def test_factors_are_scaled_a_slice_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of 16 entries is five rows of rank 3, of one or of several layers."""
+    entries, plain = [], low_rank_factors.scaled_rows
+
+    def seen(values: Tensor, *given: Any) -> Tensor:
+        entries.append(values.numel())
+        return plain(values, *given)
+
+    layers = layers_of("nf4")
+    monkeypatch.setattr(low_rank_factors, "entries_at_a_time", lambda _: 16)
+    monkeypatch.setattr(low_rank_factors, "scaled_rows", seen)
+    assert prepare_gains(layers) == len(layers)
+    assert max(entries) == 15
 
 
 def test_what_is_made_takes_the_place_of_what_it_follows() -> None:

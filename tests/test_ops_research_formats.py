@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qdora.model.inject import frozen_layers, inject
 from qdora.ops import codebooks
@@ -49,6 +50,23 @@ def test_tables(kind):
     assert (values == 0).sum() == 1
     assert values.min() == -1
     assert values.max() == 1
+
+
+class CudaDivision(TorchDispatchMode):
+    """A tensor divided by a number is multiplied by the rounded reciprocal, as CUDA does it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.div.Tensor and not isinstance(args[1], torch.Tensor):
+            return args[0] * torch.tensor(args[1], dtype=args[0].dtype).reciprocal()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [*codebooks.CODE_BITS, codebooks.MXFP4])
+def test_a_table_does_not_depend_on_how_a_device_divides(kind):
+    expected = codebooks.code_values(kind)
+    with CudaDivision():
+        assert not torch.equal(torch.arange(8.0) / 7.0, (torch.arange(8.0).double() / 7.0).float())
+        assert torch.equal(codebooks.code_values(kind), expected)
 
 
 @settings(max_examples=60, deadline=None)

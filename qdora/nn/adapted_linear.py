@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.parameter_cache import ParameterCache
+from qdora.nn.wide_tensors import never_narrowed
 from qdora.ops.adapted_product import Operands, adapted_linear, adapted_product, operands_of
 from qdora.ops.dora import (
     Gain,
@@ -338,15 +339,9 @@ class AdaptedLinear(nn.Module):
         return gain_of_sum(adapted, self.magnitude)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
-        wide = {name: getattr(self, name) for name in ("magnitude", "gate", "base_squared")}
-        before = {name: tensor.data for name, tensor in wide.items() if tensor is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with never_narrowed(self, ("magnitude", "gate", "base_squared")):  # see the class
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.parameters_changed()
-        # A cast of the model to 16 bits must not reach gates, m and ||W||^2 (see the class); a move to a device must.
-        for name, values in before.items():
-            tensor = getattr(self, name)
-            if tensor.dtype.itemsize < values.dtype.itemsize:
-                tensor.data = values.to(tensor.device)
         return self
 
     def extra_repr(self) -> str:

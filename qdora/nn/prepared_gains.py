@@ -144,7 +144,7 @@ class _Alike:
         value, inverse = gain(magnitude, self.norm)
         factor = row_factor(value, first.scaling / (1.0 - first.present_dropout))
         assert isinstance(factor, Tensor), "DoRA has gains"
-        scaled = scaled_B(self.lora_B, factor, self.dtype)
+        scaled = scaled_B(self.lora_B.flatten(0, 1), factor.flatten(0, 1), self.dtype).view_as(self.lora_B)
         for i, layer in enumerate(self.layers):
             weight = self.weights.pop(0)  # its decoded scales go with it
             scales = own_scales(weight, value[i]) if layer.may_keep_scales else None

@@ -6,20 +6,22 @@ could move the other rows. Here they are not trainable at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qdora.nn.host_embedding import HostEmbedding
+from qdora.nn.wide_tensors import never_narrowed
 
 
 class TrainedRows(nn.Module):
     """The trained rows of a matrix; a tied head shares them with the embedding.
 
-    `rows` is float32 whatever the dtype of the matrix: in bf16 small updates would be rounded away. They are in a
-    module of their own, behind the base: transformers takes a model's dtype from its first parameter.
+    `rows` is float32 whatever the dtype of the matrix, and stays so when the model is cast: in bf16 small updates would
+    be rounded away. They are in a module of their own, behind the base: transformers takes a model's dtype from its
+    first parameter.
 
     Args:
         ids: Ascending token ids, in the order of `rows`.
@@ -32,6 +34,11 @@ class TrainedRows(nn.Module):
         super().__init__()
         self.rows = nn.Parameter(rows)
         self.register_buffer("ids", torch.tensor(ids, device=rows.device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainedRows:
+        with never_narrowed(self, ("rows",)):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class RowEmbedding(nn.Module):

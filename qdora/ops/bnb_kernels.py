@@ -18,7 +18,7 @@ def is_available(device_type: str) -> bool:
     """Whether bitsandbytes' compiled library runs on this device type ("cpu" or "cuda")."""
     if device_type not in ("cpu", "cuda"):
         return False
-    # Without the optional package `kernels`, which only its layers use, it logs an error at import.
+    # Without the optional package `kernels`, which only its layers use, it logs a warning at import.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib

@@ -24,6 +24,8 @@ _NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
+# Quotients are formed on the host: CUDA divides by a number less exactly.
+_INT4 = tuple(code / 7 for code in range(-7, 8))
 # Twelve times the magnitude of the bit patterns 000 to 111 (two exponent bits, one fraction bit) in bitsandbytes'
 # variant of FP4; a fourth bit in front is the sign. Code 8 is a second zero, positive as in bitsandbytes' table.
 _FP4_TIMES_12 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
@@ -71,10 +73,10 @@ def code_values(kind: str, device: torch.device | str = "cpu") -> Tensor:
     if kind in SIMULATED:
         return torch.tensor(normal_quantiles(CODE_BITS[kind]), dtype=torch.float32, device=device)
     if kind == "int4":
-        return torch.arange(-7, 8, dtype=torch.float32, device=device) / 7.0
+        return torch.tensor(_INT4, dtype=torch.float32, device=device)
     if kind == "fp4":
-        positive = torch.tensor(_FP4_TIMES_12, dtype=torch.float32, device=device) / 12.0
-        return torch.cat([positive, 0.0 - positive])
+        positive = [value / 12 for value in _FP4_TIMES_12]
+        return torch.tensor(positive + [0.0 - value for value in positive], dtype=torch.float32, device=device)
     raise ValueError(f"the kind of a code book must be one of {', '.join(CODE_BITS)}, got '{kind}'.")
 
 

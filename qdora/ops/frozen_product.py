@@ -39,9 +39,13 @@ def is_plain(x: Tensor) -> bool:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the products of an input: its own, or that of an active autocast, as in torch's own linear map."""
+    """The dtype of the products of an input: its own, or that of an active autocast, as in torch's own linear map.
+
+    Autocast leaves float64 alone.
+    """
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -15,8 +15,9 @@ from qdora.ops.packed import PackedWeight
 from qdora.ops.planned_device import device_kind
 from qdora.ops.tiles import Weight, is_one_tile
 
-# Up to 4 tokens bitsandbytes never makes a dense weight, and up to 128 it may not, which its own measurements decide
-# for each GPU. From about 64 on a dense tile is no slower on any.
+# Up to 4 tokens bitsandbytes never makes a dense weight, and up to 1,536 (0.50.2) it may not, which its own
+# measurements decide for each GPU and shape. For the widest weights they prefer a dense one from 33 tokens (sm_100) to
+# 257 (sm_89) on.
 _MOST_TOKENS = 64
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

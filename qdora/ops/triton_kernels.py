@@ -28,9 +28,9 @@ OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": 
 """Options of every launch."""
 
 _NESTED_BLOCK_SIZE = tl.constexpr(codebooks.NESTED_BLOCK_SIZE)
-# Rows and columns of a program's tile. A thread of the row-major kernel reads 4 bytes of codes and writes 8 weights
-# (16 bytes in bf16) without leaving its registers; the transposed one goes through shared memory.
-ROW_MAJOR, TRANSPOSED = (4, 256), (64, 64)
+# Rows and columns of a program's tile. A thread reads 4 bytes of codes and writes 8 weights (16 bytes in bf16) without
+# leaving its registers.
+DECODED = (4, 256)
 # The same of the sums, and the columns of a program: parts of rows, since rows alone are too few for a large GPU.
 SQUARES, FACTORS, SPAN = (8, 256), (64, 64), 1024
 MOST_RANK = 128
@@ -266,7 +266,6 @@ def decode(
     columns: slice | None = None,
     gain: Tensor | None = None,
     experts: Experts | None = None,
-    transposed: bool = False,
 ) -> Tensor:
     """A dense tile of diag(gain) W in one launch: the bits of `tiles.row_tiles` and `tiles.column_tiles`.
 
@@ -276,24 +275,20 @@ def decode(
         rows, columns: A part of the weight (default: all); columns begin and end at blocks, unless they are all.
         gain: (out,) float32 of all rows of the weight.
         experts: All rows of these experts of a stack, in this order, in place of `rows`.
-        transposed: Give the tile's transpose, contiguous: (columns, rows).
     """
     first_row, stop_row, _ = (rows or slice(None)).indices(weight.shape[0])
     first, stop, _ = (columns or slice(None)).indices(weight.shape[1])
     num_rows = stop_row - first_row if experts is None else len(experts.numbers) * experts.rows_each
-    shape = (stop - first, num_rows) if transposed else (num_rows, stop - first)
-    out = torch.empty(shape, dtype=torch.float32 if INTERPRETED else dtype, device=weight.device)
-    strides = out.stride()
-    tile = TRANSPOSED if transposed else ROW_MAJOR
+    out = torch.empty(num_rows, stop - first, dtype=torch.float32 if INTERPRETED else dtype, device=weight.device)
     factor = None if gain is None else gain.to(torch.float32).contiguous()
     stored = _Stored.of(weight)
     with _on(out):
-        decode_kernel[(triton.cdiv(num_rows, tile[0]) * triton.cdiv(stop - first, tile[1]),)](
+        decode_kernel[(triton.cdiv(num_rows, DECODED[0]) * triton.cdiv(stop - first, DECODED[1]),)](
             out, *stored, stored.table if factor is None else factor,
             stored.table if experts is None else experts.numbers,
             weight.shape[1], 1 if experts is None else experts.rows_each,
-            first_row, num_rows, first, stop - first, strides[transposed], strides[not transposed],
-            GAIN=factor is not None, EXPERTS=experts is not None, **_constants(weight, tile),
+            first_row, num_rows, first, stop - first, *out.stride(),
+            GAIN=factor is not None, EXPERTS=experts is not None, **_constants(weight, DECODED),
         )  # fmt: skip
     return out.to(dtype)
 
