@@ -5,9 +5,9 @@ memory where it must.
 
 QDoRA on every linear layer but the routers, of rank 4 on the experts and 16 elsewhere, NF4 in blocks of 64 with double
 quantisation, bf16 adapters, 8-bit AdamW, checkpointing, micro-batches of 2,048 labelled tokens, 16 to a step. A plan is
-for the worst routing, nearly all tokens to the same experts; `even_routing_bytes` is for tokens that divide evenly.
-Blocks are moved to host memory until the plan fits. `cpu_seconds` is the time of the first plan on one core. With
---only one shape is planned, and the others stay as they are in the file.
+for the worse of two routings: nearly all tokens to the same experts, or tokens that divide evenly
+(`even_routing_bytes`). Blocks are moved to host memory until the plan fits. `cpu_seconds` is the time of the first plan
+on one core. With --only one shape is planned, and the others stay as they are in the file.
 
 The linear attention of Qwen3-Next is planned as transformers computes it without flash-linear-attention.
 

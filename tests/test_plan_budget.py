@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from qdora.errors import UserError
 from qdora.model.build_model import Compute, find_model
 from qdora.plan import budget, memory_plan, step_time
 from qdora.plan import plan_contents as parts
-from qdora.plan.plan_contents import MicroBatchShape, Plan
+from qdora.plan.changes_to_fit import _candidates, with_changes
+from qdora.plan.plan_contents import Change, DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.plan.plan_view import bar_text, plan_run
 from qdora.plan.workload import assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
@@ -68,6 +70,7 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
 
     def within(free: int):  # type: ignore[no-untyped-def]
         monkeypatch.setattr(budget, "available_memory_bytes", lambda: free)
+        monkeypatch.setattr(budget, "held_memory_bytes", lambda: 0)
         _, tokenizer = find_model(recipe)
         train, _ = read_data(recipe.data)
         mix = tokenized_mix(recipe, tokenizer, train)
@@ -79,7 +82,9 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
     assert plan.fits
     changed, tight = within(plan.peak_bytes - 1000)
     assert tight is not None
-    assert tight.changes
+    # The plan is that of the changed recipe, which runs
+    assert (tight.fits, tight.changes) == (True, ())
+    assert tight.peak_bytes < plan.peak_bytes
     assert changed != recipe
     assert changed.adapter == recipe.adapter
     assert changed.train.optimizer == recipe.train.optimizer
@@ -114,6 +119,17 @@ def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
         within(plan.peak_bytes - 1, train__parallel="shard")
 
 
+def test_what_the_process_holds_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan has the whole process in it, but the system's available memory has not what it holds already."""
+    monkeypatch.setattr(budget, "available_memory_bytes", lambda: 2**30)
+    before = budget.held_memory_bytes()
+    kept = torch.ones(2**24)
+    assert budget.held_memory_bytes() - before == pytest.approx(kept.nbytes, rel=0.1)
+    for held, counted in ((5, 5), (2**33, parts.CONTEXT_BYTES["cpu"])):
+        monkeypatch.setattr(budget, "held_memory_bytes", lambda held=held: held)
+        assert budget.free_bytes(torch.device("cpu")) == 2**30 + counted
+
+
 def first_has_less(rank: int, recipe: Recipe) -> None:
     asked: list[int] = []
 
@@ -133,6 +149,18 @@ def test_budget_auto_is_the_same_for_all_processes(tmp_path: Path) -> None:
     """Else one could divide the base that another one holds whole, and wait for it for ever."""
     recipe = tiny_run.recipe(tmp_path, memory__budget="auto")
     assert launched.run(2, first_has_less, recipe) == ["", ""]
+
+
+def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough() -> None:
+    shape, moments = MicroBatchShape(1, 64, 63, masked=False), [Moment("update", None, {parts.OPTIMIZER: 2**30})]
+    options: dict[str, Any] = {"shape": shape, "num_micro_batches": 1, "budget_bytes": 2**30}
+    found = Plan(device_kind="cpu", moments=moments, **options)
+    size = "the run needs about 1.59 GiB in the update (optimizer state 1.00 GiB, context and libraries 600.0 MiB)"
+    assert parts.over_budget(found) == f"memory.budget: 1.00 GiB, but {size}. Fix: start anyway with --force."
+    for peak, verdict in ((2**30, ""), (2**30 + 1, " (even all of these are not enough)")):
+        changes = [Change("a.b=1", 2**31, 1.0, neutral=True), Change("c.d=2, e.f=3", peak, 1.0, neutral=False)]
+        fix = f"Fix: change, cheapest first: a.b=1; c.d=2, e.f=3{verdict}; or start anyway with --force."
+        assert parts.over_budget(replace(found, changes=changes)).endswith(fix)
 
 
 @pytest.mark.figures
@@ -170,6 +198,52 @@ def test_proposed_changes_are_options_of_the_command_line(tmp_path: Path) -> Non
     assert words[::2] == ["-s", "-s"]
     adapter = override(recipe, words[1::2]).adapter
     assert (adapter.rank, adapter.alpha) == (8, recipe.adapter.alpha / 2)
+
+
+def proposed(recipe: Recipe, device_kind: DeviceKind = "cuda") -> list[str]:
+    """All changes that are proposed if each saves a little and none is enough."""
+    shape = MicroBatchShape(1, 64, 63, masked=False)
+    options: dict[str, Any] = {"shape": shape, "num_micro_batches": 1, "block_bytes": 1000, "num_blocks": 4}
+    first = Plan(device_kind=device_kind, moments=[], budget_bytes=1, **options)
+    sizes = (round(1e9 * 0.9**count) for count in itertools.count())
+
+    def plan_of(_recipe: Recipe) -> Plan:
+        return replace(first, moments=[Moment("forward", 0, {parts.OTHER: next(sizes)})])
+
+    _, found = with_changes(recipe, plan_of(recipe), plan_of, lambda _recipe: 1.0)
+    return [change.setting for change in found.changes]
+
+
+def test_only_changes_that_go_together_are_proposed(tmp_path: Path) -> None:
+    def ranks(mean_rank: float, **adapter: Any) -> list[str]:
+        recipe = tiny_run.recipe(tmp_path, adapter__rank=16, adapter__gates={"mean_rank": mean_rank}, **adapter)
+        return [setting for setting in proposed(recipe) if "rank" in setting]
+
+    assert ranks(7.5) == ["adapter.rank=8, adapter.alpha=4"]
+    assert ranks(8) == []
+    # Either may be halved, since the gates have more components to remove in the other layers, but not both.
+    assert len(ranks(7.5, adapter__experts={"rank": 16})) == 2
+    assert len(ranks(8, adapter__experts={"rank": 16})) == 1
+
+    def streamed(device_kind: DeviceKind, **changes: Any) -> bool:
+        return any("residency" in setting for setting in proposed(tiny_run.recipe(tmp_path, **changes), device_kind))
+
+    whole = {"adapter__also_train": ["embed_tokens"], "adapter__also_train_rows": "all"}
+    assert [streamed(kind) for kind in ("cuda", "cpu")] == [True, True]
+    assert [streamed(kind, **whole) for kind in ("cuda", "cpu")] == [True, False]
+    assert [streamed(kind, train__parallel="shard") for kind in ("cuda", "cpu")] == [False, False]
+
+
+def test_shorter_examples_come_with_smaller_micro_batches(tmp_path: Path) -> None:
+    """Else a micro-batch of 2,048 tokens would have two rows in place of one, and a mask."""
+    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    recipe = tiny_run.one_layer_recipe(tmp_path, data__max_length=2048, train__batch=2)
+    found = memory_plan.plan(recipe, 1, config=config)
+    [shorter] = [change.setting for change in found.changes if "max_length" in change.setting]
+    assert shorter == "data.max_length=1024, train.micro_batch_tokens=1024, data.too_long=truncate"
+    small = override(recipe, ["train.batch=null", "train.tokens_per_step=1000"])
+    [alone] = [each for each in _candidates(small, "cuda")[1] if "data.max_length=1024" in each]
+    assert alone == ("data.max_length=1024", "data.too_long=truncate")
 
 
 def test_a_plan_does_without_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,11 @@ from qdora.ops.planned_device import planned_counts, planned_on
 from qdora.plan import memory_plan, plan_view
 from qdora.plan.changes_to_fit import _candidates
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.memory_plan import plan
+from qdora.plan.memory_plan import plan, planned
 from qdora.plan.plan_contents import CONTEXT_BYTES, MicroBatchShape, Moment, Plan
 from qdora.plan.public_shapes import public_shapes
 from qdora.plan.step_time import Rates, Work, step_seconds
+from qdora.plan.workload import assumed_workload
 from qdora.recipe.recipe_file import load_recipe, recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base
@@ -184,6 +185,18 @@ def test_a_plan_needs_no_more_operations_for_more_experts_and_finds_the_bytes_of
     assert all_operations > 1.1 * operations
     assert whole.moments == found.moments
     assert whole.even_routing_bytes == found.even_routing_bytes
+
+
+def test_a_changed_recipe_is_planned_for_the_worse_routing_too() -> None:
+    """Here tokens that divide evenly need more: a change judged by the other routing seems to save what it does not."""
+    config = a_config("qwen3_moe", num_hidden_layers=1, num_experts=16, num_experts_per_tok=8)
+    recipe = a_recipe(memory__keep_scales=False, train__batch=1, data__max_length=256, train__micro_batch_tokens=256)
+    options: dict[str, Any] = {"config": config, "device_kind": "cuda", "workload": assumed_workload}
+    _, first = planned(recipe, None, **options)
+    changed, found = planned(recipe, first.peak_bytes - 1, **options)
+    _, after = planned(changed, None, **options)
+    assert first.peak_bytes == first.even_routing_bytes
+    assert found.changes[-1].peak_bytes == after.peak_bytes == after.even_routing_bytes
 
 
 def test_tokens_are_divided_evenly_or_nearly_all_alike() -> None:

@@ -130,6 +130,12 @@ def available_memory_bytes() -> int | None:
     return kib[0] * 1024 if kib else None
 
 
+def held_memory_bytes() -> int:
+    """Memory of this process that is not available to others: all but pages of files; 0 if the system does not say."""
+    lines = _system_text("/proc/self/status").splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
 def _system_text(path: str) -> str:
     """A text of Linux about the machine; empty on other systems."""
     try:

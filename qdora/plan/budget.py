@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from qdora.errors import UserError
-from qdora.files.environment import available_memory_bytes
+from qdora.files.environment import available_memory_bytes, held_memory_bytes
 from qdora.model.build_model import Compute
 from qdora.plan.division import divided_recipe
 from qdora.plan.memory_plan import planned
-from qdora.plan.plan_contents import DeviceKind, Plan, over_budget
+from qdora.plan.plan_contents import CONTEXT_BYTES, DeviceKind, Plan, over_budget
 from qdora.plan.workload import Workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
@@ -24,7 +24,7 @@ logger = logging.getLogger("qdora")
 def within_budget(
     recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False, processes: Processes | None = None
 ) -> tuple[Recipe, Plan | None]:
-    """Check a run against `memory.budget`; returns the recipe, and its plan (None without a budget).
+    """Check a run against `memory.budget`; returns the recipe that runs, and its plan (None without a budget).
 
     With train.parallel auto the recipe has shard if the base fits divided and not whole. With budget auto it has the
     neutral changes that it needs to fit. Over the budget: a warning with `force`, else UserError, which says what to
@@ -51,7 +51,7 @@ def within_budget(
     if asked == "auto" and any(change.neutral and change.peak_bytes <= budget for change in plan.changes):
         for change in plan.changes:
             logger.info("memory.budget auto: %s.", change.setting)
-        return changed, plan
+        return changed, planned(changed, budget, num_sharing=num_sharing, **options)[1]
     if not force:
         raise UserError(over_budget(plan))
     logger.warning("%s", over_budget(plan))
@@ -59,10 +59,14 @@ def within_budget(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free bytes of a device; UserError if the system does not say what is free."""
+    """Bytes of a device that a plan may count; UserError if the system does not say what is free.
+
+    A plan counts the whole process, so what this one already holds is no loss. CUDA does not say how much that is: on a
+    GPU the context is neither free nor left out of the plan, and a run gets less than it could take.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = available_memory_bytes()
     if available is None:
         raise UserError("memory.budget: must be a size, since this system does not say what is free, got 'auto'.")
-    return available
+    return available + min(held_memory_bytes(), CONTEXT_BYTES["cpu"])

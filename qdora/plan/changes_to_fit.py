@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from qdora.data.build_data import micro_batch_tokens
+from qdora.errors import UserError
 from qdora.memory.streaming import NUM_SLOTS
 from qdora.model.build_model import keeps_scales
 from qdora.plan.plan_contents import SLACK_SHARE, Change, DeviceKind, Plan
@@ -34,11 +35,14 @@ def with_changes(
     found: list[Change] = []
     changed, now = recipe, first
     fitting = recipe
-    for neutral, options in zip((True, False), _candidates(recipe, first.device_kind), strict=True):
-        for each in sorted(options, key=lambda option: seconds_of(override(recipe, option))):
+    for neutral, candidates in zip((True, False), _candidates(recipe, first.device_kind), strict=True):
+        options = {each: valid for each in candidates if (valid := _overridden(recipe, each)) is not None}
+        for each in sorted(options, key=lambda option: seconds_of(options[option])):
             if now.fits:
                 return fitting, replace(first, changes=tuple(found))
-            candidate = override(changed, each)
+            candidate = _overridden(changed, each)
+            if candidate is None:
+                continue
             plan = plan_of(candidate)
             if plan.tensor_bytes >= now.tensor_bytes * (1 - _LEAST_SAVING):
                 continue
@@ -57,14 +61,25 @@ def with_changes(
 def with_streaming(recipe: Recipe, plan: Plan, plan_of: Callable[[Recipe], Plan]) -> tuple[Recipe, Plan, _Overrides]:
     """The recipe with just enough blocks streamed, or all, its plan, and the overrides that do it.
 
-    Nothing is changed if the recipe fits, or has no budget.
+    Nothing is changed if the recipe fits, has no budget, or does not go together with streamed blocks.
     """
     overrides: _Overrides = ()
     while plan.fits is False and (more := _streaming(recipe, plan)):
+        streamed = _overridden(recipe, more)
+        if streamed is None:
+            break
         # The rounding of sizes can leave a little too much; then one more block is streamed
-        overrides, recipe = more, override(recipe, more)
+        overrides, recipe = more, streamed
         plan = plan_of(recipe)
     return recipe, plan, overrides
+
+
+def _overridden(recipe: Recipe, overrides: _Overrides) -> Recipe | None:
+    """The changed recipe; None if its settings do not go together, such as a rank below the mean rank of its gates."""
+    try:
+        return override(recipe, overrides)
+    except UserError:
+        return None
 
 
 def _streaming(recipe: Recipe, plan: Plan) -> _Overrides:
@@ -85,7 +100,7 @@ def _streaming(recipe: Recipe, plan: Plan) -> _Overrides:
 
 
 def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Overrides], list[_Overrides]]:
-    """Overrides that may need less memory, each valid by itself: neutral ones, and others."""
+    """Overrides that may need less memory: neutral ones, and others. `_overridden` leaves out invalid ones."""
     train, base, adapter, memory, data = recipe.train, recipe.base, recipe.adapter, recipe.memory, recipe.data
     asked, chunk, on_gpu = micro_batch_tokens(recipe), memory.loss_chunk, device_kind == "cuda"
     keeps_embedding = adapter.kind == "full" or (bool(adapter.also_train) and adapter.also_train_rows == "all")
@@ -103,7 +118,8 @@ def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Override
         (on_gpu and not memory.host_embeddings and not keeps_embedding, ("memory.host_embeddings=true",)),
     ]
     trains_adapter, short = adapter.kind in ("lora", "dora"), data.max_length // 2
-    fewer = () if train.micro_batch_tokens == "auto" else (f"train.micro_batch_tokens={short}",)
+    # Without it a micro-batch could have more of the shorter rows
+    fewer = (f"train.micro_batch_tokens={short}",) if short <= (train.tokens_per_step or short) else ()
     experts = adapter.experts.rank or 1
     too_long = ("data.too_long=truncate",) if data.too_long == "error" else ()
     others: list[tuple[bool, _Overrides]] = [

@@ -147,21 +147,17 @@ def planned(
         # Of the slowest shape: with less memory another shape has the peak, and the times would not compare.
         seconds = max((each.step_seconds for each in plans if each.step_seconds is not None), default=None)
         most = max(plans, key=lambda each: each.peak_bytes)
-        return replace(most, budget_bytes=budget, step_seconds=seconds)
-
-    def with_even_routing(found: Plan) -> Plan:
-        if not stacks(known.model(torch.bfloat16, recipe.model.attention)):
-            return found
-        step = _StepPlan(recipe, known, found.shape, found.num_micro_batches, rates, routing="even")
-        even = divided(step.plan(), num_sharing)
-        most = max(found, even, key=lambda each: each.peak_bytes)
-        seconds = found.step_seconds
-        return replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even.peak_bytes)
+        even_bytes = None
+        if stacks(known.model(torch.bfloat16, recipe.model.attention)):
+            step = _StepPlan(changed, known, most.shape, most.num_micro_batches, rates, routing="even")
+            even = divided(step.plan(), num_sharing)
+            most, even_bytes = max(most, even, key=lambda each: each.peak_bytes), even.peak_bytes
+        return replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even_bytes)
 
     def seconds_of(changed: Recipe) -> float:
         return max(each.seconds(first.num_trainable) for each in step_plans(changed))
 
-    first = with_even_routing(plan_of(recipe))
+    first = plan_of(recipe)
     return (recipe, first) if first.fits is not False else with_changes(recipe, first, plan_of, seconds_of)
 
 

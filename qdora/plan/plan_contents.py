@@ -39,8 +39,9 @@ COMPONENTS: tuple[str, ...] = (BASE, SCALES, MASKS, DENSE, ADAPTERS, KEPT, OPTIM
 COMPONENTS += (FORWARD, BACKWARD, LOSS, UPDATE, STREAMING, GATHERED, CONTEXT, SLACK, OTHER)
 
 CONTEXT_BYTES: Mapping[DeviceKind, int] = {"cuda": 600 * MIB, "cpu": 600 * MIB}
-"""cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: the interpreter
-with torch, transformers and bitsandbytes imported, measured in benchmarks/results/plan_accuracy.json."""
+"""cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: what a run holds
+beside its tensors when most is resident: the interpreter with its libraries, and what they take during the run. It is
+the rounded median of the runs in benchmarks/results/plan_accuracy.json, measured_rss_bytes less planned tensors."""
 
 SLACK_SHARE: Mapping[DeviceKind, float] = {"cuda": 0.02, "cpu": 0.0}
 """Bytes that the allocator holds beside the tensors at the peak, as a share of their bytes. A GPU's caching allocator
@@ -66,8 +67,8 @@ class Moment:
     @property
     def name(self) -> str:
         """The moment in words, such as 'backward pass of block 79'."""
-        said = {"load": "loading", "gains": "the norms before a step", "loss": "output head and loss"}
-        text = (said | {"update": "the update"}).get(self.phase, f"{self.phase} pass")
+        said = {"load": "loading", "gains": "norms before a step", "loss": "output head and loss", "update": "update"}
+        text = said.get(self.phase, f"{self.phase} pass")
         return text if self.block is None else f"{text} of block {self.block}"
 
 
@@ -148,8 +149,8 @@ class Plan:
         embedding_bytes: Bytes of an input embedding in host memory that is not pinned; 0 if it is on the device.
         block_bytes: Packed weights of the largest block that could be streamed; 0 if none can.
         changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
-        even_routing_bytes: For a mixture of experts, the peak if tokens divide evenly among them; in the plan itself
-            nearly all tokens choose the same ones. None for other models.
+        even_routing_bytes: For a mixture of experts, the peak if tokens divide evenly among them. The plan itself is
+            the worse of this and of nearly all tokens choosing the same ones. None for other models.
         division: The tensors that several processes could divide; None for a model without a list of blocks.
         stored_shape: Where the shape of the model was read, if it is one of `public_shapes`; None: from its own config.
     """
@@ -250,7 +251,10 @@ def over_budget(plan: Plan) -> str:
     parts = sorted(plan.components.items(), key=lambda each: -each[1])[:3]
     largest = ", ".join(f"{name} {size_text(size)}" for name, size in parts)
     changes = "; ".join(change.setting for change in plan.changes)
-    fix = f"change, cheapest first: {changes}; or start anyway with --force" if changes else "start anyway with --force"
+    fix = "start anyway with --force"
+    if plan.changes:
+        enough = plan.changes[-1].peak_bytes <= (plan.budget_bytes or 0)
+        fix = f"change, cheapest first: {changes}{'' if enough else ' (even all of these are not enough)'}; or {fix}"
     return (
         f"memory.budget: {size_text(plan.budget_bytes or 0)}, but the run needs about {size_text(plan.peak_bytes)} in "
         f"the {plan.peak.name} ({largest}). Fix: {fix}."
