@@ -235,7 +235,7 @@ def bytes_of(model: Any, optimizer: AdapterOptimizer, step: Step) -> dict[str, i
 
 def verdict(result: Mapping[str, Any]) -> dict[str, bool]:
     """The budget within 2 %, no jump beyond float32's rounding, less memory and time."""
-    runs = [run for targets in result["budget"].values() for run in targets.values()]
+    runs = [run for targets in result.get("budget", {}).values() for run in targets.values()]
     runs += [result["cost"]["run"]] if "cost" in result else []
     passes = {
         "budget within 2 %": all(abs(run["deviation"]) <= 0.02 for run in runs),

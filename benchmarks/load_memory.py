@@ -13,14 +13,12 @@ files: a reader that keeps its files mapped would show the whole checkpoint here
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import fresh, peak_rss_bytes
+from measure import RESULTS, facts, fresh, peak_rss_bytes, write
 
 ALLOWANCE_BYTES = 300 * 10**6
 # Memory is measured, not time.
@@ -122,7 +120,7 @@ def measured(directory: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "load_memory.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "load_memory.json")
     parser.add_argument("--experts", action="store_true", help="blocks of a mixture of experts")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     settings = parser.parse_args()
@@ -136,11 +134,8 @@ def main() -> None:
         loaded = fresh(__file__, "--measure", name, variables=ONE_THREAD)
     allowed = loaded["held"] + 2 * largest + ALLOWANCE_BYTES
     used = loaded["peak"] - baseline["peak"]
-    packages = ("torch", "transformers", "safetensors", "bitsandbytes", "accelerate")
     result = {
-        "command": f"python benchmarks/load_memory.py{' --experts' * settings.experts} --layers {settings.layers}",
-        "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
+        **facts(f"python benchmarks/load_memory.py{' --experts' * settings.experts} --layers {settings.layers}"),
         "shape": shape | {"num_hidden_layers": settings.layers},
         "checkpoint_dtype": "bfloat16",
         "base": "nf4, block size 64, double quantisation, head and embedding in bfloat16",
@@ -154,9 +149,7 @@ def main() -> None:
         "allowed_bytes": allowed,
         "passes": used <= allowed,
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    write(settings.out, result)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import RESULTS, facts, write
 from mixed_data import fitted
 
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
-from qdora.files.environment import environment
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.model.inject import adapted_layers, adapter_parameters
@@ -121,7 +121,7 @@ def main() -> None:
     """Run the arms, two at a time, and compare their curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/magnitudes.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "magnitudes.json")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -143,15 +143,8 @@ def main() -> None:
     for arm in arms:
         reference = next(other for other in arms if (other["compute"], other["storage"]) == (arm["compute"], "float32"))
         arm["gap_to_float32_storage"] = None if arm is reference else gap(arm["losses"], reference["losses"])
-    document = {
-        "command": f"python benchmarks/magnitudes.py DATA --steps {args.steps} --batch {args.batch}",
-        "learning_rate": 1e-4,
-        "arms": arms,
-        "environment": environment(),
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps([{key: value for key, value in arm.items() if key != "losses"} for arm in arms]))
+    command = f"python benchmarks/magnitudes.py DATA --steps {args.steps} --batch {args.batch}"
+    write(args.out, {**facts(command), "learning_rate": 1e-4, "arms": arms})
 
 
 if __name__ == "__main__":

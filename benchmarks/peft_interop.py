@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import tempfile
 import time
 import warnings
@@ -38,11 +37,11 @@ import numpy as np
 import peft
 import torch
 from contenders import on_linear4bit, packed_layers, plain, put_weight_, quant_state
+from measure import RESULTS, facts, write
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qdora.export.logit_comparison import float32_arithmetic
-from qdora.files.environment import cpu_name, package_versions
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import inject
 from qdora.model.load import load_model
@@ -66,7 +65,7 @@ def main() -> None:
     """Run all cases, write the figures, print them as the last line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "peft_interop.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "peft_interop.json")
     settings = parser.parse_args()
     warnings.simplefilter("ignore")
     source = resolve("builtin")
@@ -79,34 +78,28 @@ def main() -> None:
                 start = time.perf_counter()
                 directory = Path(folder) / f"{kind}-{direction[:4]}"
                 base = load_model(source, quant="nf4", compute_dtype=torch.bfloat16)
-                facts: dict[str, Any] = {}
+                trained: dict[str, Any] = {}
                 if direction == "ours -> PEFT":
                     write_ours(base, kind, directory)
                     base = load_model(source, quant="nf4", compute_dtype=torch.bfloat16)
                 else:
-                    facts["training_loss"] = write_peft(base, kind, directory, tokens, settings.steps)
-                case = {"adapter": kind, "direction": direction, **facts, **compare(base, directory, tokens)}
+                    trained["training_loss"] = write_peft(base, kind, directory, tokens, settings.steps)
+                case = {"adapter": kind, "direction": direction, **trained, **compare(base, directory, tokens)}
                 case["seconds"] = round(time.perf_counter() - start, 1)
                 cases.append(case)
                 print(json.dumps(case), flush=True)
                 del base
                 gc.collect()
     result = {
-        "command": f"python benchmarks/peft_interop.py --steps {settings.steps}",
+        **facts(f"python benchmarks/peft_interop.py --steps {settings.steps}"),
         "model": "SmolLM2-135M-Instruct (builtin), NF4, block size 64, double quantisation",
         "num_tokens": sum(ids.numel() for ids in tokens),
         "rank": RANK,
         "alpha": ALPHA,
-        "python": platform.python_version(),
-        "versions": package_versions(("peft", "torch", "transformers", "bitsandbytes", "numpy", "safetensors")),
-        "cpu": cpu_name(),
-        "num_threads": torch.get_num_threads(),
         "cases": cases,
         "passes": all(passes(case) for case in cases),
     }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    settings.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    write(settings.out, result)
 
 
 def passes(case: dict[str, Any]) -> bool:

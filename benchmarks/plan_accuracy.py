@@ -91,15 +91,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "plan_accuracy.json")
     parser.add_argument("--smoke", action="store_true", help="tiny models: shows that it runs")
-    parser.add_argument("--only", help="the case of this name alone")
+    parser.add_argument("--only", choices=(*CASES, *SMOKE), help="this case alone; the file keeps the others")
     parser.add_argument("--resident", nargs=2, metavar=("NAME", "DIRECTORY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.resident:
         name, directory = args.resident
         print(json.dumps(run_of(recipe_of(Path(directory), {**CASES, **SMOKE}[name]), counting=False)))
         return
+    names = [args.only] if args.only else list(SMOKE if args.smoke else CASES)
     cases: dict[str, dict[str, Any]] = {}
-    names = [name for name in (SMOKE if args.smoke else CASES) if args.only in (None, name)]
+    if args.only and args.out.exists():
+        cases = json.loads(args.out.read_text(encoding="utf-8"))["cases"]
     for name in names:
         cases[name] = counted(name)
         keep(args.out, cases)

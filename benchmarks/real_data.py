@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from measure import RESULTS, facts, write
+
 TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
 
 
@@ -88,7 +90,7 @@ def main() -> None:
     """Start one process per arm and seed, gather their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/real_data.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "real_data.json")
     parser.add_argument("--runs", type=Path, default=Path("runs/real_data"))
     parser.add_argument("--arms", default="lora,dora")
     parser.add_argument("--seeds", default="0")
@@ -120,19 +122,15 @@ def main() -> None:
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         results = list(pool.map(start, jobs))
-    from qdora.files.environment import environment as versions
-
+    command = f"python benchmarks/real_data.py DATA --steps {args.steps} --batch {args.batch} --lr {args.lr} "
+    command += f"--limit {args.limit} --test-limit {args.test_limit} --arms {args.arms} --seeds {args.seeds}"
     document = {
-        "command": f"python benchmarks/real_data.py DATA --steps {args.steps} --batch {args.batch} --lr {args.lr} "
-        f"--limit {args.limit} --test-limit {args.test_limit} --arms {args.arms} --seeds {args.seeds}",
+        **facts(command),
         "num_training_examples": args.steps * args.batch,
         "settings": recipe(Path("DATA"), "lora|dora", 0, args),
-        "environment": versions(),
         "arms": results,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps({"out": str(args.out), "arms": len(results)}))
+    write(args.out, document)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python benchmarks/tried.py --out benchmarks/results/tried.json
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from unittest import mock
 import torch
 from bitsandbytes import functional as bnb_functional
 from contenders import random_base
-from measure import in_turns, ratio
+from measure import RESULTS, facts, in_turns, ratio, write
 from torch import nn
 
-from qdora.files.environment import environment
 from qdora.memory.allocator import keep_freed_memory
 from qdora.ops import tiles
 from qdora.ops.adapted_product import column_dot
@@ -150,15 +148,12 @@ def large_tiles() -> dict[str, str]:
 def main() -> None:
     """Measure all, write one file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tried.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "tried.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     parts = (quantiser, eight_bit_states, gain_form, magnitude_gradient, bernoulli_mask, large_tiles)
-    rows = [part() for part in parts]
-    document = {"command": "python benchmarks/tried.py", "rows": rows, "environment": environment()}
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(rows))
+    write(args.out, {**facts("python benchmarks/tried.py"), "rows": [part() for part in parts]})
 
 
 if __name__ == "__main__":

@@ -182,6 +182,23 @@ def test_the_command_above_a_table_is_that_of_its_result_file() -> None:
     assert len(checked) >= 45
 
 
+def test_the_page_says_which_result_files_lack_their_commit_or_come_from_another_machine() -> None:
+    text, rest = BENCHMARKS.read_text().split("All numbers come from two CPU cores: AMD EPYC, but Intel Xeon in ", 1)
+    says_lacking, says_other = (set(re.findall(r"`(\w+)`", each)) for each in (text, rest.split(". No number")[0]))
+    documents = {file.stem: json.loads(file.read_text()) for file in (ROOT / "benchmarks/results").glob("*.json")}
+    del documents["combined_vs_solo_cells"]  # the cells that combined_vs_solo sums up
+    machines = {}
+    for name, document in documents.items():
+        places = (document.get("device"), document.get("cpu"), document.get("environment", {}).get("cpu"))
+        machines[name] = next(filter(None, places), "unknown")
+    assert says_lacking == {name for name, document in documents.items() if not document.get("commit")}
+    assert says_other == {name for name, machine in machines.items() if "Intel" in machine}
+    assert {name for name, machine in machines.items() if machine == "unknown"} == {
+        "load_memory",
+        "load_memory_experts",
+    }
+
+
 def test_every_extra_named_exists() -> None:
     text = "".join(page.read_text() for page in PAGES)
     named = set(re.findall(r'pip install "\.\[([\w-]+)\]"', text))

@@ -37,14 +37,19 @@ def _large_header(large: dict[str, Any]) -> list[str]:
 
 
 def step_memory() -> str:
-    """Peaks of whole steps, with the distance from weights and unavoidable activations."""
+    """Peaks of whole steps, with the distance from weights and unavoidable activations, and the targets."""
     document = read("step_memory")
     cases = document["cases"]
     rows = [["weights and unavoidable activations", *(gib(case["floor"]["total_bytes"]) for case in cases.values())]]
     for name in next(iter(cases.values()))["arms"]:
         arms = [case["arms"][name] for case in cases.values()]
         rows.append([CONTENDERS[name], *(f"{gib(a['peak_bytes'])} (+{gib(a['above_floor_bytes'])})" for a in arms)])
-    return markdown(["GiB at the peak (above the first line)", *cases], rows)
+    targets = [
+        f"{name}, at most {bar:g} GiB ({'met' if document['passes'][name] else 'missed'})"
+        for name, bar in document["bars_gib"].items()
+    ]
+    note = f"\nTargets for {CONTENDERS['own_dora']}: {'; '.join(targets)}.\n"
+    return markdown(["GiB at the peak (above the first line)", *cases], rows) + note
 
 
 def sharded_memory() -> str:

@@ -1,0 +1,49 @@
+"""What the benchmarks do with their command lines and result files; nothing is measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import gates
+import plan_accuracy
+
+
+def test_a_cost_that_was_measured_alone_has_a_verdict() -> None:
+    """The budget is another part, which the file need not have yet."""
+    run = {"deviation": 0.01, "largest_jump": 0.0}
+    cost: dict[str, Any] = {
+        "run": run,
+        "gated": {"held_bytes": 2, "step_peak_bytes": 3},
+        "shrunk": {"held_bytes": 1, "step_peak_bytes": 4},
+        "times": {"one length": {"ratios": {"shrunk / ungated": {"median": 0.9}}}},
+    }
+    found = gates.verdict({"cost": cost})
+    assert found.pop("less at the peak") is False
+    assert set(found.values()) == {True}
+    assert gates.verdict({"cost": {**cost, "run": {**run, "deviation": 0.1}}})["budget within 2 %"] is False
+
+
+def test_a_single_case_leaves_the_others_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(name: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["plan_accuracy.py", "--out", str(out), "--only", name])
+        plan_accuracy.main()
+
+    out, kept = tmp_path / "found.json", {"planned_rss_bytes": 5, "tensor_ratio": 0.99, "rss_ratio": 1.01}
+    out.write_text(json.dumps({"cases": {"deep, r16": kept, "wide, r16": kept}}))
+    monkeypatch.setattr(plan_accuracy, "counted", lambda _name: {"planned_rss_bytes": 7, "tensor_ratio": 1.5})
+    monkeypatch.setattr(plan_accuracy, "resident", lambda _name, planned: {"rss_ratio": planned / 7})
+    main("wide, r16")
+    document = json.loads(out.read_text())
+    new = {"planned_rss_bytes": 7, "tensor_ratio": 1.5, "rss_ratio": 1.0}
+    assert document["cases"] == {"deep, r16": kept, "wide, r16": new}
+    assert document["largest_error"]["tensor"] == 0.5
+    with pytest.raises(SystemExit):
+        main("wide, r61")
+    assert json.loads(out.read_text()) == document
