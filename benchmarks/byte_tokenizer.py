@@ -26,18 +26,19 @@ def write_sums(file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_model(directory: Path, seed: int, context: int = 128) -> None:
-    """A random Llama of two blocks with that tokenizer and a context of so many tokens."""
+def write_model(directory: Path, seed: int = 0) -> str:
+    """A random Llama of two blocks with that tokenizer, in place of the builtin model; returns the directory."""
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(directory)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
-        intermediate_size=64,
+        intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=context,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         tie_word_embeddings=True,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return str(directory)

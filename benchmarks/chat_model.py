@@ -150,7 +150,7 @@ def main() -> None:
         root = Path(folder)
         source, num_new = "builtin", 48
         if args.smoke:
-            write_model(root / "model", seed=0, context=2048)
+            write_model(root / "model")
             source, args.chats, args.questions, args.epochs, num_new = str(root / "model"), 8, 4, 1, 4
         asked = list(questions(args.questions, args.seed + 1))
         write_rows(root / "chats.jsonl", conversations(args.chats, args.seed))

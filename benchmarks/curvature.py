@@ -17,9 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import write_model
 from measure import RESULTS, facts, peak_rss_bytes, write
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.analysis.curvature import CurvatureSettings, curvature_spectrum, fingerprint
 from qdora.memory.allocator import keep_freed_memory
@@ -81,16 +80,6 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     return {**about, "layers": found}
 
 
-def write_small_model(directory: Path) -> str:
-    """A random Llama of two blocks, in place of the builtin model."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return str(directory)
-
-
 def main() -> None:
     """Train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,7 +100,7 @@ def main() -> None:
         args.steps, args.blocks, args.top = 2, "1", 4
     with tempfile.TemporaryDirectory() as folder:
         work = args.work or Path(folder)
-        model = write_small_model(work / "model") if args.smoke else "builtin"
+        model = write_model(work / "model") if args.smoke else "builtin"
         run = work / "run"
         if not (run / "adapter").is_dir():
             train_run(recipe_from(recipe(args, model)), run)

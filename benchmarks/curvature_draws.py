@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from curvature import recipe, write_small_model
+from byte_tokenizer import write_model
+from curvature import recipe
 from measure import RESULTS, facts, peak_rss_bytes, write
 
 from qdora.analysis.allocate import LayerSpectrum, allocate
@@ -111,7 +112,7 @@ def main() -> None:
     if args.smoke:
         args.steps, args.blocks = 2, "1"
     with tempfile.TemporaryDirectory() as folder:
-        model = write_small_model(Path(folder) / "model") if args.smoke else "builtin"
+        model = write_model(Path(folder) / "model") if args.smoke else "builtin"
         run = Path(folder) / "run"
         train_run(recipe_from(recipe(args, model)), run)
         measured = measure(run, args)

@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.smoke:
             args.data, args.steps, args.limit = Path(folder), 3, 20
-            write_model(args.data / "model", seed=0)
+            write_model(args.data / "model")
             for name in ("first", "second"):
                 write_sums(args.data / f"{name}.jsonl")
         elif args.data is None:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curvature import write_small_model
+from byte_tokenizer import write_model
 from expert_upcycling_summary import summary
 from measure import RESULTS, facts, write
 from mixed_data import TASKS, fitted
@@ -187,7 +187,7 @@ class Upcycling:
 
     def _make_mixture(self) -> dict[str, Any]:
         args, folder = self.args, self.args.dir / "mixture"
-        source = resolve(write_small_model(args.dir / "dense") if args.smoke else "builtin")
+        source = resolve(write_model(args.dir / "dense") if args.smoke else "builtin")
         tokenizer = load_tokenizer(source)
         texts = [f"{example.prompt}{example.answer}" for part in self.examples["validation"] for example in part]
         held_out, rows = (

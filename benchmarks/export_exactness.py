@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any
 
 import peft
 import torch
+from byte_tokenizer import write_model, write_sums
 from contenders import on_linear4bit
 from measure import facts, write
 from peft_interop import bnb_weights, dense, merged_by_numpy, with_peft
@@ -98,18 +98,9 @@ def recipe(data: Path, steps: int) -> dict[str, Any]:
 
 def smoke_recipe(folder: Path) -> dict[str, Any]:
     """A random model, a byte tokenizer and sums."""
-    from byte_tokenizer import byte_tokenizer
-    from transformers import LlamaConfig
-
-    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**shape, **heads)).save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(6) for b in range(5)]
-    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_sums(folder / "sums.jsonl")
     return {
-        "model": {"source": str(folder / "model")},
+        "model": {"source": write_model(folder / "model")},
         "adapter": {"kind": "dora", "rank": 4, "alpha": 8.0},
         "data": {"mix": [{"source": str(folder / "sums.jsonl")}], "max_length": 64},
         "train": {"steps": 3, "batch": 4, "lr": 1e-2, "optimizer": "adamw", "checkpoint_every": 3},

@@ -91,7 +91,7 @@ def earlier(args: argparse.Namespace) -> dict[str, Any]:
 def both(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The two measurements of a kind of file."""
     if args.smoke:
-        write_model(folder / "model", seed=0)
+        write_model(folder / "model")
     smoke = ["--smoke"] if args.smoke else []
     large = folder / "large"
     num_rows = write_rows(large, kind, most_bytes=args.bytes)

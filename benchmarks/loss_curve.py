@@ -40,7 +40,6 @@ from mixed_data import (
     one_by_one,
     real_steps,
     recipe,
-    recompute_activations,
     smoke_model,
     smoke_steps,
 )
@@ -51,6 +50,7 @@ import qdora.nn.adapted_linear
 import qdora.nn.prepared_gains
 from qdora.data.loader import Step
 from qdora.memory.allocator import keep_freed_memory
+from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.settings import Recipe

@@ -68,13 +68,6 @@ def base_model(settings: Recipe, dtype: torch.dtype = torch.bfloat16) -> Any:
     return load_base(settings, source, choose_compute(str(dtype).removeprefix("torch.")))
 
 
-def recompute_activations(model: Any) -> None:
-    """Checkpointing as `qdora train` switches it on, for any transformers model."""
-    # transformers 5.2x renamed it; the old name warns there, the new one is missing in earlier releases.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 def real_steps(settings: Recipe, num_steps: int) -> list[Step]:
     """The first steps of a run of the recipe."""
     _, tokenizer = find_model(settings)

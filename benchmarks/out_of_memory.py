@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from curvature import write_small_model
+from byte_tokenizer import write_model
 from measure import RESULTS, facts, write
 from mixed_data import TASKS
 from rich.console import Console
@@ -48,7 +48,7 @@ def main() -> None:
         args.steps, args.batch, args.room = 2, 8, 400
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        model = write_small_model(root / "model") if args.smoke else "builtin"
+        model = write_model(root / "model") if args.smoke else "builtin"
         runs = {dtype: compared(root, recipe(args, model, dtype), args.room) for dtype in ("float32", "bfloat16")}
     command = f"python benchmarks/out_of_memory.py DATA --steps {args.steps} --batch {args.batch} --room {args.room}"
     write(args.out, facts(command) | {"num_steps": args.steps, "room_tokens": args.room, "runs": runs})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from curvature import write_small_model
+from byte_tokenizer import write_model
 from mixed_data import TASKS
 
 from qdora.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text
@@ -32,7 +32,7 @@ def common_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What all cells share; `args` has data, dir, steps, batch, limit and smoke."""
     if args.smoke:
         mix: list[dict[str, Any]] = SMOKE_MIX
-        model = write_small_model(args.dir / "model")
+        model = write_model(args.dir / "model")
     else:
         mix = [{"task": task, "path": str(args.data.resolve() / task)} for task in TASKS]
         model = "builtin"

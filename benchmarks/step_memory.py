@@ -20,7 +20,7 @@ is counted, when the optimizer's states exist.
 The floor of a mode: all weights and what `frozen` holds after its forward pass. With checkpointing that is the inputs
 of the blocks; without, what the model's own operations save.
 
-As on a GPU but for: the tiles and loss slices of a CPU (8 to 16 MiB in place of 64, 4 in place of 32), an attention
+As on a GPU but for: the tiles and loss slices of a CPU (8 to 16 MiB in place of 128, 4 in place of 32), an attention
 kernel that saves the same tensors, no context, workspaces or fragmentation. Within one operation nothing is seen:
 bitsandbytes' product with a packed weight dequantises inside its kernel on a CPU. Under the counter autograd sums two
 gradients of one tensor into a third: up to one block input (16 MiB) more, for everyone.
@@ -44,11 +44,11 @@ from contenders import CONTENDERS, adapt
 from gpu.plan import FULL, SMOKE
 from gpu.shaped_model import build
 from measure import RESULTS, facts, write
-from mixed_data import recompute_activations
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama import modeling_llama
 
+from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.plan.live_bytes import LiveBytes

@@ -33,7 +33,6 @@ from mixed_data import (
     in_one_batch,
     real_steps,
     recipe,
-    recompute_activations,
     smoke_model,
     smoke_steps,
 )
@@ -41,6 +40,7 @@ from rich.console import Console
 
 from qdora.data.loader import Step
 from qdora.memory.allocator import keep_freed_memory, return_freed_memory
+from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapter_parameters
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer

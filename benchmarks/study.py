@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from byte_tokenizer import write_model
 from measure import RESULTS, facts
-from shared_study import SMOKE_MIX, SMOKE_RATES, dry_run, keep, run_study, write_small_model
+from shared_study import SMOKE_MIX, SMOKE_RATES, dry_run, keep, run_study
 
 GRIDS = Path(__file__).resolve().parent / "grids"
 
@@ -60,7 +61,7 @@ def with_data(document: dict[str, Any], data: Path) -> dict[str, Any]:
 def smoke_grid(document: dict[str, Any], directory: Path) -> dict[str, Any]:
     """Two steps of a random model on a few of the bases and adapters, with all rules of the study file."""
     settings = document["settings"] | {
-        "model.source": write_small_model(directory / "model"),
+        "model.source": write_model(directory / "model"),
         "data.mix": SMOKE_MIX,
         "train.batch": 4,
         "eval.limit": 2,

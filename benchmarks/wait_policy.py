@@ -51,7 +51,7 @@ def main() -> None:
         root = Path(folder)
         recipe = ["quickstart"]
         if args.smoke:
-            write_model(root / "model", seed=0)
+            write_model(root / "model")
             write_sums(root / "sums.jsonl")
             recipe = [str(smoke_recipe(root))]
         for name, num_loops, repeats in (("idle", 0, args.repeats), ("busy", cores, args.busy_repeats)):

@@ -6,10 +6,12 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -17,10 +19,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import contenders  # noqa: E402
 import gpu_suite  # noqa: E402
 from gpu import device as on  # noqa: E402
-from gpu import layer_cost, model_step, numerics_layer, plan, run_sections, sections, shaped_model  # noqa: E402
+from gpu import kernel_profile, layer_cost, model_step, numerics_layer, plan, run_sections, sections, shaped_model  # noqa: E402
 from gpu.part import Part  # noqa: E402
 from gpu.sections import SECTIONS, Section  # noqa: E402
 
+from qdora.nn.host_embedding import HostEmbedding  # noqa: E402
+from qdora.ops.packed import empty_packed  # noqa: E402
 from qdora.train import loop  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -196,11 +200,36 @@ def test_models_share_their_bytes_and_layers_have_their_own():
     assert weights.num_bytes < before
 
 
-def test_a_host_embedding_is_the_embedding():
-    table = torch.randn(7, 4)
-    embedding = shaped_model.HostEmbedding(table, CPU)
-    torch.testing.assert_close(embedding(torch.tensor([[2, 5]])), table[[2, 5]].unsqueeze(0))
-    assert list(embedding.parameters()) == []
+def test_the_embedding_on_the_host_is_that_of_a_run_and_stays_there():
+    """So that a step looks up its rows by ids of the host, as in a run, and does not wait for the card."""
+
+    class Elsewhere:
+        device = torch.device("meta")
+
+        def packed(self, _path, shape):
+            return empty_packed("nf4", shape, device="meta")
+
+        def dense(self, _path, shape):
+            return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    model = shaped_model.build(plan.SMOKE.middle, Elsewhere(), "own", embedding_on_host=True)
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, HostEmbedding)
+    assert (embedding.weight.device.type, embedding.device.type) == ("cpu", "meta")
+    others = [each for each in model.buffers() if each is not embedding.weight]
+    assert {each.device.type for each in others} == {"meta"}
+
+
+def test_kernels_of_an_annotation_count_once():
+    def event(name, microseconds, *, on_gpu=True, annotation=False):
+        kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+        times = {"self_device_time_total": microseconds, "self_cpu_time_total": 1.0}
+        return SimpleNamespace(key=name, count=2, device_type=kind, is_user_annotation=annotation, **times)
+
+    events = [event("adam", 5.0), event("Optimizer.step#AdamW.step", 5.0, annotation=True)]
+    events.append(event("aten::add", 0.0, on_gpu=False))
+    assert kernel_profile._rows(events, torch.device("cuda")) == [("adam", 5.0, 2)]
+    assert kernel_profile._rows(events[2:], CPU) == [("aten::add", 1.0, 2)]
 
 
 def test_layers_are_taken_off_until_a_step_fits(monkeypatch):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from gpu import device as on
@@ -69,5 +70,6 @@ def _rows(averages: Any, device: torch.device) -> list[tuple[str, float, int]]:
     """(name, own microseconds, count) of what ran on the device; on a CPU of the operators."""
     if device.type != "cuda":
         return [(each.key, float(each.self_cpu_time_total), each.count) for each in averages]
-    on_gpu = [each for each in averages if each.device_type == torch.autograd.DeviceType.CUDA]
+    # An annotation, such as that of an optimizer's step, has the time of its kernels once more
+    on_gpu = [each for each in averages if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
     return [(each.key, float(each.self_device_time_total), each.count) for each in on_gpu]

@@ -20,6 +20,7 @@ from gpu.shaped_model import Weights, build
 from qdora.data.batching import MicroBatch
 from qdora.data.loader import Step
 from qdora.errors import RunFailure
+from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapter_parameters
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.hooks import Hooks
@@ -73,9 +74,7 @@ def make_model(
     contender = CONTENDERS[name]
     weights = weights or Weights(device)
     model = build(settings, weights, contender.engine, embedding_on_host=embedding_on_host)
-    # transformers 5.2x renamed it.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    recompute_activations(model)
     adapted = adapt(model, contender, rank)
     return adapted if contender.engine == "own" else adapted.base_model.model
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from gpu import device as on
 from qdora.model.inject import replace_module
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.host_embedding import HostEmbedding
 from qdora.ops.packed import PackedWeight, from_tensors, quantize
 
 
@@ -64,18 +65,6 @@ class Weights:
         return dense + sum(packed.num_bytes for packed in self._kept.values())
 
 
-class HostEmbedding(nn.Module):
-    """An embedding in host memory: a step reads a few rows of its 2 GB."""
-
-    def __init__(self, weight: Tensor, device: torch.device) -> None:
-        super().__init__()
-        self.table, self.device = weight, device  # no buffer, so that no `.to` of the model moves it
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """(batch, length) -> (batch, length, hidden) on the device."""
-        return nn.functional.embedding(ids.cpu(), self.table).to(self.device)
-
-
 def build(settings: dict[str, Any], weights: Weights, engine: str, *, embedding_on_host: bool = False) -> Any:
     """A frozen causal LM on the device.
 
@@ -107,7 +96,7 @@ def build(settings: dict[str, Any], weights: Weights, engine: str, *, embedding_
             raise torch.OutOfMemoryError(f"out of memory in layer {index}", index) from error
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None:
+            if buffer is not None and name not in getattr(module, "away", ()):
                 module._buffers[name] = buffer.to(weights.device)
     return model.requires_grad_(False)
 

@@ -381,7 +381,7 @@ def prepare(root: Path) -> None:
         importlib.import_module(name)
     # Drawing takes 40 % of a life's time, and writes nothing.
     Figure.savefig = lambda _figure, stream, **_options: stream.write("<svg></svg>")
-    write_model(root / "model", seed=0)
+    write_model(root / "model")
     write_model(root / "other", seed=1)
     letters = "abcdefghijklmnopqrstuvwxyz"
     for name, step in (("next", 1), ("after", 2)):
