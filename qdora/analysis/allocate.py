@@ -1,8 +1,8 @@
 """Ranks for all layers under one budget of parameters, from the worth of each rank component.
 
-A component of a layer is worth the next-largest energy of its spectrum (the size of an eigenvalue, a squared singular
-value) and costs in + out parameters. The ranks maximise the total worth within the budget, exactly and
-in whole components.
+A component of a layer is worth the next-largest energy of its spectrum (a worth of components.py, a squared singular
+value) and costs as many parameters as one rank more of the layer. The ranks maximise the total worth within the budget,
+exactly and in whole components.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LayerSpectrum:
         energies: (most,) worth of the first, second, ... component; never rising, never negative. Its length is the
             largest rank that the layer may get.
         total: Energy of the whole spectrum, known components or not. An estimate may be below the known part.
-        cost: Parameters of a component, in + out.
+        cost: Parameters of a component: in + out, for a stack of experts more (`parameters_per_rank`).
     """
 
     energies: Array
