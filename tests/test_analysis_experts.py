@@ -22,7 +22,7 @@ from qdora.analysis.components import (
     layer_directions,
     squared_slopes,
 )
-from qdora.analysis.curvature import CURVATURES, CurvatureSettings, curvature_of, curvature_spectrum
+from qdora.analysis.curvature import CURVATURES, curvature_of, top_eigenpairs
 from qdora.model.inject import inject, replace_module
 from qdora.model.load import load_model
 from qdora.model.source import resolve
@@ -214,12 +214,11 @@ def test_eigenvalues_are_those_of_the_dense_matrix(tmp_path: Path) -> None:
     matrix = torch.autograd.functional.hessian(loss, values["lora_B"]).reshape(size, size)
     wanted = torch.linalg.eigvalsh(matrix)
     wanted = wanted[wanted.abs().argsort(descending=True)][:4]
-    settings = CurvatureSettings(
-        "hessian", "none", parts=("lora_B",), num_eigenvalues=4, tolerance=1e-6, lanczos_steps=4
-    )
-    found = curvature_spectrum(model, [name], tiny_curvature.batches(), settings)
-    np.testing.assert_allclose(found.top.values, wanted.numpy(), rtol=1e-4)
-    assert found.density.size == size
+    given: dict[str, Any] = {"curvature": "hessian", "norm": "none", "parts": ("lora_B",)}
+    with curvature_of(model, [name], tiny_curvature.batches(), **given) as operator:
+        assert operator.size == size
+        found = top_eigenpairs(lambda v: operator.product(torch.from_numpy(v)).numpy(), size, 4, tolerance=1e-6)
+    np.testing.assert_allclose(found.values, wanted.numpy(), rtol=1e-4)
 
 
 def stacked(part: int, matrix: Tensor, share: str, shape: torch.Size) -> Tensor:

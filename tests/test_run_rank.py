@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
@@ -77,6 +78,9 @@ def test_what_was_computed_is_not_computed_again(whole: Path, monkeypatch: pytes
     from qdora.analysis import components as component_curvature
     from qdora.analysis import curvature as curvature_cache
 
+    files = [load_file(file) for file in (whole / "rank/cache").iterdir()]
+    (spectrum,) = (tensors for tensors in files if len(tensors.get("eigenvalues", ())) == 5)
+    assert max(tensor.numel() for tensor in spectrum.values()) < 100  # no vectors, which are as long as the adapter
     monkeypatch.setattr(curvature_cache, "top_eigenpairs", None)  # nothing may call it
     monkeypatch.setattr(components, "update_gradients", None)
     monkeypatch.setattr(component_curvature, "squared_slopes", None)

@@ -353,7 +353,6 @@ class CurvatureSettings:
 
     curvature: Curvature
     norm: Norm
-    parts: tuple[str, ...] = FACTORS
     num_eigenvalues: int = 20
     tolerance: float = 1e-3
     lanczos_steps: int = 20
@@ -361,35 +360,39 @@ class CurvatureSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CurvatureSpectrum:
-    """Eigenpairs and density of a set of layers, and their cost.
+    """Eigenvalues and density of a set of layers, and their cost.
 
     Eigenvectors are directions of all factors at once, not rank components: at B = 0, apart from the block of B alone,
     each singular value s sigma of the gradient by the weight gives 2 x rank eigenvalues, half of them negative. The
     worth of components is in components.py.
 
     Attributes:
+        values, residuals, num_rounds, next_magnitude: As in `Eigenpairs`, whose vectors are not kept: they would be as
+            many times the adapter as there are values.
         num_matvecs, seconds: Cost of the computation, also where the result comes from the cache.
     """
 
     settings: CurvatureSettings
-    top: Eigenpairs
+    values: Array
+    residuals: Array
+    num_rounds: int
+    next_magnitude: float
     density: Density
     num_matvecs: int
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, without the vectors."""
+        """JSON values."""
         return {
             "curvature": self.settings.curvature,
             "norm": self.settings.norm,
-            "parts": list(self.settings.parts),
             "size": self.density.size,
-            "eigenvalues": self.top.values.tolist(),
-            "residuals": self.top.residuals.tolist(),
-            "num_rounds": self.top.num_rounds,
-            "next_magnitude": self.top.next_magnitude,
+            "eigenvalues": self.values.tolist(),
+            "residuals": self.residuals.tolist(),
+            "num_rounds": self.num_rounds,
+            "next_magnitude": self.next_magnitude,
             "multiplicity": MULTIPLICITY,
             "trace": self.density.total(lambda values: values),
             "absolute_trace": self.density.total(np.abs),
@@ -407,7 +410,7 @@ def curvature_spectrum(
     cache: Path | None = None,
     state: str | None = None,
 ) -> CurvatureSpectrum:
-    """Eigenpairs and density of the curvature by the adapters of `layers`, computed or from the cache.
+    """Eigenvalues and density of the curvature by the adapters of `layers`, computed or from the cache.
 
     `state` is the `fingerprint` of the model and the batches (default: computed here).
     """
@@ -415,10 +418,16 @@ def curvature_spectrum(
     tensors = made_once(cache, key, lambda: _spectrum_tensors(model, layers, batches, settings))
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     size, num_rounds, next_magnitude, num_matvecs, seconds = (float(arrays[name][0]) for name in _COUNTS)
-    vectors = arrays["eigenvectors"].T.astype(np.float64)
-    top = Eigenpairs(arrays["eigenvalues"], vectors, arrays["residuals"], int(num_rounds), next_magnitude)
-    density = Density(arrays["density_nodes"], arrays["density_weights"], int(size))
-    return CurvatureSpectrum(settings, top, density, int(num_matvecs), seconds)
+    return CurvatureSpectrum(
+        settings=settings,
+        values=arrays["eigenvalues"],
+        residuals=arrays["residuals"],
+        num_rounds=int(num_rounds),
+        next_magnitude=next_magnitude,
+        density=Density(arrays["density_nodes"], arrays["density_weights"], int(size)),
+        num_matvecs=int(num_matvecs),
+        seconds=seconds,
+    )
 
 
 _COUNTS = ("size", "num_rounds", "next_magnitude", "num_matvecs", "seconds")
@@ -427,11 +436,9 @@ _COUNTS = ("size", "num_rounds", "next_magnitude", "num_matvecs", "seconds")
 def _spectrum_tensors(
     model: nn.Module, layers: Sequence[str], batches: Sequence[MicroBatch], settings: CurvatureSettings
 ) -> dict[str, Tensor]:
-    """A `CurvatureSpectrum` as the cache holds it, the eigenvectors in float32."""
+    """A `CurvatureSpectrum` as the cache holds it."""
     began = time.perf_counter()
-    with curvature_of(
-        model, layers, batches, curvature=settings.curvature, norm=settings.norm, parts=settings.parts
-    ) as operator:
+    with curvature_of(model, layers, batches, curvature=settings.curvature, norm=settings.norm) as operator:
 
         def product(vector: Array) -> Array:
             image: Array = operator.product(torch.from_numpy(np.ascontiguousarray(vector))).numpy()
@@ -447,7 +454,6 @@ def _spectrum_tensors(
     counts = (size, top.num_rounds, top.next_magnitude, operator.num_matvecs, time.perf_counter() - began)
     return {
         "eigenvalues": torch.from_numpy(top.values),
-        "eigenvectors": torch.from_numpy(top.vectors.T.astype(np.float32)),
         "residuals": torch.from_numpy(top.residuals),
         "density_nodes": torch.from_numpy(density.nodes),
         "density_weights": torch.from_numpy(density.weights),

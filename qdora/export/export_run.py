@@ -34,7 +34,7 @@ from qdora.model.stored_tensors import shorten
 from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.expert_linear import AdaptedExperts
 from qdora.recipe.recipe_file import load_recipe
-from qdora.run.load_run import TrainedRun, load_run, trained_state
+from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 from qdora.run.model_card import card_files, run_card
 from qdora.run.run_page import leave_page
 
@@ -146,7 +146,7 @@ def _check_target(run: Path, target: str, options: ExportOptions) -> None:
     check_target(target, options.form, recipe)
     if options.form == "peft" and recipe.adapter.kind in ("lora", "dora", "magnitude"):
         where, _ = trained_state(opened, recipe, options.step)
-        adapter = describe_adapter(where if where == opened.adapter else where / "adapter")
+        adapter = describe_adapter(adapter_of(opened, where))
         check_reading(target, adapter)
         if recipe.adapter.kind == "lora":
             check_scalings(target, adapter)

@@ -67,7 +67,7 @@ from qdora.ops.expert_product import dense_rows, merged_rows
 from qdora.ops.packed import PackedWeight, RowParts, dequantize, empty_packed, quantize
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
-from qdora.run.load_run import TrainedRun, load_run, trained_state
+from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 from qdora.run.model_card import card_files
 
 _STATE_BYTES = 256
@@ -150,9 +150,7 @@ def merge_of(
 ) -> tuple[StreamedMerge, PreTrainedTokenizerBase]:
     """The streamed merge of a run's adapter, and the run's tokenizer; `trained` is from `trained_state`."""
     source, tokenizer = find_model(recipe)
-    adapter = None
-    if recipe.adapter.kind != "none":
-        adapter = trained if trained == run.adapter else trained / "adapter"
+    adapter = None if recipe.adapter.kind == "none" else adapter_of(run, trained)
     base = recipe.base
     merge = StreamedMerge(
         source,

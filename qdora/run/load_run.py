@@ -95,8 +95,7 @@ def load_run(
     elif recipe.adapter.kind == "full":
         copy_parameters(load_file(trained / PARAMETERS_FILE), adapter_parameters(model), trained)
     else:
-        where = trained if trained == run.adapter else trained / "adapter"
-        put_adapters(model, recipe, where, new_tokens=new_tokens)
+        put_adapters(model, recipe, adapter_of(run, trained), new_tokens=new_tokens)
     return TrainedRun(run=run, recipe=recipe, model=model.eval(), tokenizer=tokenizer, state=state)
 
 
@@ -116,6 +115,11 @@ def trained_state(run: RunDirectory, recipe: Recipe, step: int | None) -> tuple[
     if newest is None:
         raise UserError(f"{run.path}: has no adapter and no checkpoint yet. Fix: continue qdora train with --resume.")
     return newest.path, newest.path.name
+
+
+def adapter_of(run: RunDirectory, trained: Path) -> Path:
+    """The adapter in the directory of a trained state, which `trained_state` gave."""
+    return trained if trained == run.adapter else trained / "adapter"
 
 
 def is_run(target: str) -> bool:

@@ -30,7 +30,7 @@ from qdora.model.inject import adapted_layers, matches, most_rank
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.recipe_file import load_recipe, recipe_from, resolved_yaml, settings
 from qdora.recipe.settings import Recipe
-from qdora.run.load_run import TrainedRun, load_run, trained_state
+from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 
 logger = logging.getLogger("qdora")
 
@@ -188,11 +188,6 @@ def rank_faults(path: Path, recipe: Recipe, asked: RankSettings) -> list[str]:
     return faults
 
 
-def _adapter_of(run: RunDirectory, recipe: Recipe, step: int | None) -> Path:
-    trained, _ = trained_state(run, recipe, step)
-    return trained if trained == run.adapter else trained / "adapter"
-
-
 def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, progress: Console) -> dict[str, Any]:
     """Ranks from the spectra of the layers, as the document of <run>/rank/<method>.json; writes recipe and figures."""
     adapted = adapted_layers(trained.model)
@@ -328,7 +323,7 @@ def _eigenvalues(run: _Measured, batches: list[MicroBatch], state: str) -> Detai
             result = curvature_spectrum(run.trained.model, layers, batches, settings, cache=cache, state=state)
             found[scope] = result.to_dict()
             text = "%s: largest eigenvalue %.4g, %d products, %.1f s."
-            logger.info(text, scope or "all layers", result.top.values[0], result.num_matvecs, result.seconds)
+            logger.info(text, scope or "all layers", result.values[0], result.num_matvecs, result.seconds)
     return found
 
 
@@ -400,8 +395,8 @@ def ranks_of_gates(run: RunDirectory, recipe: Recipe, step: int | None) -> dict[
         of steps after which it was removed, or null.
     """
     assert recipe.adapter.gates is not None
-    _, state = trained_state(run, recipe, step)
-    extra = describe_adapter(_adapter_of(run, recipe, step)).extra or {}
+    trained, state = trained_state(run, recipe, step)
+    extra = describe_adapter(adapter_of(run, trained)).extra or {}
     layers = extra["gates"]
     ranks = {name: each["removed_after"].count(None) for name, each in layers.items()}
     cost = {name: each["parameters_per_rank"] for name, each in layers.items()}
