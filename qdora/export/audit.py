@@ -23,7 +23,6 @@ from qdora.evaluation.suite import EvaluationResult, evaluate
 from qdora.export.logit_comparison import LogitDifference, comparison_text, float32_arithmetic, logits_of
 from qdora.export.merged import OpenedMerge
 from qdora.export.nf4_lora import check_foldable
-from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.files.console import bar
 from qdora.files.markdown_table import markdown_table
 from qdora.model.inject import adapted_layers, frozen_layers, replace_module
@@ -31,6 +30,7 @@ from qdora.model.stored_tensors import StoredPacked
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.expert_linear import FrozenExperts
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.bnb_state import FOUR_BIT_KINDS
 from qdora.ops.expert_product import frozen_stack
 from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.packed import block_scales, dequantize, quantize

@@ -38,7 +38,6 @@ from qdora.export.checkpoint_writer import (
     plan_sources,
 )
 from qdora.export.options import ExportOptions, MergeBase
-from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.files.atomic import json_text
 from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory, open_run
@@ -61,7 +60,7 @@ from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows, tied_weights
 from qdora.model.trained_embeddings import TrainedMatrix, embedding_paths, extend_vocabulary, is_tied
 from qdora.nn.trained_rows import with_rows
-from qdora.ops.bnb_state import STATE_NAME, to_bnb_state
+from qdora.ops.bnb_state import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
 from qdora.ops.dora import merged_weight
 from qdora.ops.expert_product import dense_rows, merged_rows
 from qdora.ops.packed import PackedWeight, RowParts, dequantize, empty_packed, quantize

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import Source, WriteOptions, checkpoint_directory, dense_weight_sources, plan_export
-from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.files.atomic import json_text
 from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_tensors
@@ -39,7 +38,7 @@ from qdora.nn.expert_linear import FrozenExperts
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.trained_rows import RowHead
 from qdora.ops import blockwise, codebooks
-from qdora.ops.bnb_state import to_bnb_state
+from qdora.ops.bnb_state import FOUR_BIT_KINDS, to_bnb_state
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.packed import PackedWeight, block_scales
 from qdora.run.load_run import ADAPTER_DIRECTORY

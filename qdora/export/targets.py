@@ -18,10 +18,9 @@ from typing import Literal
 
 from qdora.errors import UserError, nearest
 from qdora.model.adapter_file import AdapterDescription
+from qdora.ops.bnb_state import FOUR_BIT_KINDS
 from qdora.recipe.settings import Recipe
 
-FOUR_BIT_KINDS = ("nf4", "fp4")
-"""Kinds of a base that bitsandbytes stores in 4 bits."""
 Loadable = Literal["merged", "gguf", "nf4-lora", "requantized", "lora", "dora"]
 
 # Options of `qdora export`, and the name of what they write.

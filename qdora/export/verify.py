@@ -26,7 +26,6 @@ from transformers.utils import logging as transformers_logging
 
 from qdora.errors import UserError
 from qdora.export.logit_comparison import ROUNDING, ComparisonText, compare_logits, larger, verdict
-from qdora.export.targets import FOUR_BIT_KINDS
 from qdora.model.adapter_file import WEIGHTS_FILE, load_adapter, stored_factors
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.language_part import auto_class
@@ -38,6 +37,7 @@ from qdora.model.trained_embeddings import embedding_paths, is_tied, trained_mat
 from qdora.model.weight_conversion import rename_to_model, to_stacks
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.expert_linear import AdaptedExperts
+from qdora.ops.bnb_state import FOUR_BIT_KINDS
 from qdora.ops.packed import PackedWeight, dequantize
 from qdora.run.load_run import ADAPTER_DIRECTORY
 

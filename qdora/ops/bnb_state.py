@@ -21,6 +21,8 @@ from qdora.ops import codebooks
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.packed import PackedWeight, from_tensors
 
+FOUR_BIT_KINDS = ("nf4", "fp4")
+"""Kinds that bitsandbytes stores in 4 bits."""
 STATE_NAME = "weight.quant_state.bitsandbytes__"
 _TABLE_TOLERANCE = 1e-4
 
@@ -73,8 +75,8 @@ def _packed(
 
 def _faults(kind: str, stored: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[str]:
     """The faults of a 4-bit state, one line each."""
-    if kind not in ("nf4", "fp4"):
-        return [f"the kind must be one of nf4, fp4, got '{kind}'."]
+    if kind not in FOUR_BIT_KINDS:
+        return [f"the kind must be one of {', '.join(FOUR_BIT_KINDS)}, got '{kind}'."]
     faults = [f"'{key}' is missing." for key in ("weight.absmax", "weight.quant_map") if key not in state]
     faults += [f"the quantisation state has no '{key}'." for key in ("shape", "blocksize") if key not in stored]
     if stored.get("quant_type", kind) != kind:
@@ -116,7 +118,7 @@ def to_bnb_state(packed: PackedWeight, dtype: torch.dtype = torch.bfloat16) -> d
 
     `dtype` is the one that bitsandbytes dequantises to by default. Raises ValueError for a kind that it does not have.
     """
-    if packed.kind not in ("nf4", "fp4", "int8"):
+    if packed.kind not in (*FOUR_BIT_KINDS, "int8"):
         raise ValueError(f"a kind of bitsandbytes must be one of nf4, fp4, int8, got {packed.kind}.")
     if packed.kind == "int8":
         return {
