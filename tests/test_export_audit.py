@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from qdora.errors import UserError
 from qdora.export.audit import DESCRIPTIONS, audit_page, computing, export_forms, layer_errors, recommendation
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import float32_arithmetic
-from qdora.export.merged import merge_of, open_merge
+from qdora.export.merged import check_merge, merge_of, open_merge
 from qdora.export.options import ExportOptions
 from qdora.files.run_directory import open_run
 from qdora.model.adapter_file import load_adapter
@@ -94,7 +96,7 @@ def test_the_original_form_has_the_layers_own_formula(monkeypatch: pytest.Monkey
     source = torch.randn(13, 24, generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(audit, "source_weight", lambda *_: source)
     model: Any = torch.nn.ModuleDict({"layer": layer})
-    merge = SimpleNamespace(quant=SimpleNamespace(kind="nf4"))
+    merge = SimpleNamespace(quant=SimpleNamespace(kind="nf4"), source=SimpleNamespace(is_gguf=False))
     given: Any = SimpleNamespace(merge=merge, stored={}, quantized={"layer"})
     form = export_forms(model, given, torch.float32)["original"]
     assert not isinstance(form, str)
@@ -106,6 +108,16 @@ def test_the_original_form_has_the_layers_own_formula(monkeypatch: pytest.Monkey
     if layer.magnitude is not None:
         expected *= (layer.magnitude.detach().double() / expected.square().sum(1).sqrt())[:, None]
     torch.testing.assert_close(found, expected.float())
+
+
+def test_a_gguf_base_has_no_16_bit_weights_to_merge_on(run: Path) -> None:
+    """As `check_merge` says, which refuses --base original for it."""
+    found = opened(run)
+    merge = replace(found.merge, source=replace(found.merge.source, kind="gguf"))
+    with pytest.raises(UserError, match="is a GGUF file, not the 16-bit model"):
+        check_merge(replace(merge, base="original"))
+    form = export_forms(load_run(run).model, replace(found, merge=merge), torch.float16)["original"]
+    assert form == "the base is a GGUF file, not the 16-bit model"
 
 
 def test_layer_errors_are_ratios_of_norms(run: Path) -> None:
@@ -164,6 +176,14 @@ def test_the_verdict_follows_from_the_figures() -> None:
     assert "its answers do not differ significantly (+0.100 +- 0.160 nats each)" in text
     assert "`--format nf4-lora` is not possible: a block crosses" in text
     assert "Quantisation changed the weights more than training did in 1 of 2 layers" in text
+    close = recommendation(forms | {"original": form(3.5e-5, 0.0, 0.1)}, [{"ratio": 2.0}])
+    assert "`--format merged --base original` hardly differs from the trained model: mean KL 3.5e-05 nats" in close
+    assert close.endswith("in 1 of 1 layers.")
+    without = recommendation(forms | {"original": {"why_not": "the base is a GGUF file"}}, [{"ratio": 2.0}])
+    assert without.endswith(
+        "is not possible: the base is a GGUF file. Quantisation changed the weights more than "
+        "training did in 1 of 1 layers."
+    )
     worse = recommendation(forms | {"merged": form(0.1, 0.0, 0.1), "requantized": form(0.05, 0.3, 0.1)}, [])
     assert worse.startswith("No form is the model that was trained")
     assert "worse by 0.300 +- 0.200" in worse

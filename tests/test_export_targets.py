@@ -150,6 +150,9 @@ def test_a_run_without_an_adapter_has_no_scalings(tmp_path: Path) -> None:
     options = ExportOptions(target="transformers", format_="peft")
     with pytest.raises(UserError, match=r"the run has no adapter \(adapter\.kind: full\)"):
         export_run(tmp_path / "run", tmp_path / "out", options)
+    with pytest.raises(UserError, match=r"--audit: .* LoRA or DoRA adapter, got adapter\.kind: full\. Fix: remove"):
+        export_run(tmp_path / "run", tmp_path / "out", ExportOptions(audit=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_form_that_needs_a_package_says_which(tmp_path: Path) -> None:

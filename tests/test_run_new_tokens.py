@@ -157,7 +157,7 @@ def test_nf4_lora_has_the_rows(run: str, tmp_path: Path, request: pytest.Fixture
 
 
 def test_a_peft_export_has_the_tokenizer(rows_run: Path, tmp_path: Path) -> None:
-    export_run(rows_run, tmp_path / "out", ExportOptions(format_="peft"))
+    export_run(rows_run, tmp_path / "out", ExportOptions(format_="peft", target="transformers"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.convert_tokens_to_ids(TOKENS) == load_run(rows_run).tokenizer.convert_tokens_to_ids(TOKENS)
     with pytest.raises(UserError, match=r"no server loads an adapter that holds embeddings.*Fix: use --format merged"):

@@ -163,6 +163,8 @@ def export_forms(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torc
 
     if opened is None:
         no_source = "the base is pruned, and the source's own weights are not"
+    elif opened.merge.source.is_gguf:
+        no_source = "the base is a GGUF file, not the 16-bit model"
     elif opened.merge.quant.kind == "none" or any(isinstance(item, StoredPacked) for item in opened.stored.values()):
         no_source = "the source has no other weights than those of training"
     else:
@@ -305,11 +307,7 @@ def layer_errors(model: PreTrainedModel, opened: OpenedMerge) -> list[dict[str, 
 
 def recommendation(forms: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> str:
     """Which form to ship, and why, in words."""
-    same = [
-        name
-        for name in ("merged", "nf4-lora")
-        if "logits" in forms[name] and forms[name]["logits"]["kl_mean"] <= _SAME_KL
-    ]
+    same = [name for name in ("merged", "nf4-lora") if "logits" in forms[name] and _is_same(forms[name])]
     parts = []
     if same:
         kl = max(forms[name]["logits"]["kl_mean"] for name in same)
@@ -327,17 +325,23 @@ def recommendation(forms: Mapping[str, Mapping[str, Any]], layers: Sequence[Mapp
     ]
     if layers:
         above = sum(layer["ratio"] > 1 for layer in layers)
-        parts.append(
-            f"Quantisation changed the weights more than training did in {above} of {len(layers)} layers"
-            + (", so `--base original`, which takes that change away, gives a different model." if above else ".")
-        )
+        text = f"Quantisation changed the weights more than training did in {above} of {len(layers)} layers"
+        if above and "logits" in forms["original"] and not _is_same(forms["original"]):
+            text += ", so `--base original`, which takes that change away, gives a different model"
+        parts.append(f"{text}.")
     return " ".join(part.replace("..", ".") for part in parts)
+
+
+def _is_same(form: Mapping[str, Any]) -> bool:
+    """Whether a form that was compared counts as the model that was trained."""
+    return bool(form["logits"]["kl_mean"] <= _SAME_KL)
 
 
 def _cost(name: str, form: Mapping[str, Any]) -> str:
     logits = form["logits"]
     kl, agreement = logits["kl_mean"], logits["argmax_agreement"]
-    text = f"`{_COMMANDS[name]}` is another model: mean KL {kl:.2g} nats, same next token {agreement:.1%}"
+    what = "hardly differs from the trained model" if _is_same(form) else "is another model"
+    text = f"`{_COMMANDS[name]}` {what}: mean KL {kl:.2g} nats, same next token {agreement:.1%}"
     gap = form.get("nll_difference")
     if gap is None or gap["stderr"] is None:
         return text + "."

@@ -53,8 +53,7 @@ def export_run(
     console, results = consoles(console)
     keep_freed_memory()
     check_options(options)
-    if options.target is not None:
-        _check_target(run, options.target, options)
+    _check_run(run, options)
     with disk_failures(out), _unfinished(out) as place:
         document, sentences = _export(run, place, options, console)
         os.rename(place, out)  # over an empty directory, too
@@ -115,7 +114,7 @@ def _export(run: Path, out: Path, options: ExportOptions, console: Console) -> t
     if zeros is not None:
         document["zeros"] = zeros
     passed = check is None or check["passed"]
-    if options.audit and passed and trained.recipe.adapter.kind in ("lora", "dora"):
+    if options.audit and passed:
         if options.base == "original":
             del trained
             trained = load_run(run, step=options.step)
@@ -140,9 +139,18 @@ def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _check_target(run: Path, target: str, options: ExportOptions) -> None:
+def _check_run(run: Path, options: ExportOptions) -> None:
+    """Raise UserError for options that do not fit the run's recipe or adapter."""
     opened = open_run(run)
     recipe = load_recipe(opened.recipe_file)
+    if options.audit and recipe.adapter.kind not in ("lora", "dora"):
+        raise UserError(
+            f"--audit: compares the forms of a LoRA or DoRA adapter, got adapter.kind: {recipe.adapter.kind}. "
+            "Fix: remove --audit."
+        )
+    target = options.target
+    if target is None:
+        return
     check_target(target, options.form, recipe)
     if options.form == "peft" and recipe.adapter.kind in ("lora", "dora", "magnitude"):
         where, _ = trained_state(opened, recipe, options.step)

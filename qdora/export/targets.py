@@ -87,7 +87,7 @@ def check_target(name: str, form: str, recipe: Recipe) -> None:
     target = TARGETS[name]
     adapter: Loadable = "lora" if recipe.adapter.kind == "lora" else "dora"
     offered = {"original": "merged", "peft": adapter}.get(form, form)
-    if form == "peft" and recipe.adapter.also_train:
+    if form == "peft" and recipe.adapter.also_train and name != "transformers":
         raise UserError(
             f"--for {name}: no server loads an adapter that holds embeddings (adapter.also_train). Fix: use "
             "--format merged."
