@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import HTTPError
 
 from qdora.errors import RunFailure, UserError
 from qdora.export.hub_push import check_repository, push
@@ -65,7 +67,8 @@ def test_a_public_repository_is_not_written_to_by_accident(export: Path, monkeyp
 def test_a_hub_that_cannot_be_reached_leaves_the_export(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Offline(FakeHub):
         def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> Any:
-            raise ConnectionError("no route to host")
+            client: Any = sys.modules[HTTPError.__module__.partition(".")[0]]  # httpx2, or httpx
+            raise client.ConnectError("no route to host")
 
     use(monkeypatch, Offline())
     with pytest.raises(RunFailure, match="no route to host The export itself is complete"):
@@ -73,7 +76,9 @@ def test_a_hub_that_cannot_be_reached_leaves_the_export(export: Path, monkeypatc
     assert (export / "config.json").exists()
 
 
-@pytest.mark.parametrize("name", ["", "a/b/c", "../x", "-x", "a b"])
+@pytest.mark.parametrize(
+    "name", ["", "a/b/c", "../x", "-x", "a b", "my--model", "a..b", "x.git", "org/model-", 97 * "a"]
+)
 def test_names_that_the_hub_has_not(name: str) -> None:
     with pytest.raises(UserError, match="must be NAME or ORGANISATION/NAME"):
         check_repository(name)

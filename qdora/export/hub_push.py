@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # httpx2's or httpx's
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from qdora.errors import RunFailure, UserError, first_line
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 
 
 def check_repository(name: str) -> None:
     """Raise UserError unless `name` can be the name of a Hub repository."""
-    if _NAME.fullmatch(name) is None:
-        raise UserError(
-            f"--push: must be NAME or ORGANISATION/NAME of letters, digits, '.', '_' and '-' (got {name!r})."
-        )
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push: must be NAME or ORGANISATION/NAME, got {name!r}. {first_line(error)}") from error
 
 
 def push(directory: Path, name: str, *, private: bool = True) -> str:
@@ -41,7 +39,7 @@ def push(directory: Path, name: str, *, private: bool = True) -> str:
         commit = api.upload_folder(
             repo_id=repository.repo_id, folder_path=str(directory), commit_message="Model exported by qdora"
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OSError) as error:
         first = first_line(error)
         raise RunFailure(
             f"--push: {name}: {first} The export itself is complete: {directory}.", safe=[directory]
