@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -20,6 +21,7 @@ from qdora.export import checkpoint_writer
 from qdora.export import export_run as export_module
 from qdora.export.export_run import check_servable, export_run
 from qdora.export.options import ExportOptions, check_options
+from qdora.files.atomic import PARTIAL
 from qdora.files.work_lock import work_lock
 from qdora.model.inject import adapted_layers
 from qdora.run.load_run import load_target
@@ -202,6 +204,12 @@ def test_a_stopped_merge_resumes_after_its_last_whole_shard(
     options = ExportOptions(shard_size="30KB")
     with pytest.raises(KeyboardInterrupt):
         export_run(run, tmp_path / "out", options)
+    # Room for what is left, and not for the whole: half of the source in float32, less a little.
+    room = SimpleNamespace(free=(run.parent / "model/model.safetensors").stat().st_size // 2 - 10_000)
+    (cut,) = (tmp_path / ".out.unfinished").glob(".out.partial")
+    assert sum(file.stat().st_size for file in cut.glob("*.safetensors")) > 20_000
+    (cut / f".{written[-1]}{PARTIAL}").write_bytes(b"cut off")
+    monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: room)
     export_run(run, tmp_path / "out", options)
     again = written[stop_at:]
     assert again[0] == written[stop_at - 1]  # the one that was cut off; the two before it are not written again

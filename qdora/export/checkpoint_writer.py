@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 
 from qdora.errors import RunFailure, UserError
-from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, disk_reason, json_text
+from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, disk_reason, json_text, remove_leftovers
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
 from qdora.model.experts import library_names, stacks
 from qdora.model.language_part import carried, processor_files
@@ -266,9 +266,10 @@ def checkpoint_directory(
         RunFailure: A weight is NaN or infinite, or the disk is full.
     """
     check_new_directory(out_dir)
-    _check_space(out_dir, plan.tensors)
     try:
         with atomic_directory(out_dir, resume_key=resume_key) as partial:
+            remove_leftovers(partial)  # the shard that was cut off
+            _check_space(out_dir, partial, plan.tensors)
             written = _write_weights(partial, plan.tensors, max_shard_bytes, progress, resumable=resume_key is not None)
             _write_rest(partial, plan, tokenizer, extra_files or {})
             yield partial, written
@@ -277,14 +278,15 @@ def checkpoint_directory(
         raise RunFailure(f"{out_dir.name}: cannot be written: {disk_reason(error)}. Nothing is left there.") from error
 
 
-def _check_space(out_dir: Path, planned: Sequence[Planned]) -> None:
-    num_bytes = sum(item.spec.num_bytes for item in planned)
-    existing = next(parent for parent in out_dir.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+def _check_space(out_dir: Path, partial: Path, planned: Sequence[Planned]) -> None:
+    """Raise RunFailure unless there is room for all tensors but those of complete shards in `partial`."""
+    kept = sum((partial / name).stat().st_size for name in _complete_shards(partial))
+    num_bytes = sum(item.spec.num_bytes for item in planned) - kept
+    free = shutil.disk_usage(partial).free
     if free < num_bytes:
+        what = "the rest of the exported model" if kept else "the exported model"
         raise RunFailure(
-            f"{out_dir.name}: the exported model needs {num_bytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are "
-            "free."
+            f"{out_dir.name}: {what} needs {num_bytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free."
         )
 
 
@@ -318,7 +320,6 @@ def _write_weights(
         # In the order of the plan: tensors that are made together are next to each other there.
         order = [item.spec for item in planned if item.spec.name in names]
         aside = partial / f".{file}{PARTIAL}"
-        aside.unlink(missing_ok=True)
         seen = ValueSummary()
         write_safetensors(aside, specs, values(order, seen), order=order)
         os.replace(aside, partial / file)
