@@ -100,6 +100,16 @@ def test_a_model_too_large_for_its_logits_is_compared_all_the_same(
     assert "those before the file's own rounding" in caplog.text
 
 
+def test_a_check_that_crashes_leaves_the_finished_file(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qdora.export.gguf.check_tensors", None)
+    with pytest.raises(TypeError):
+        export_run(run, tmp_path / "out", asked())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "model-f16.gguf"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
 def test_four_bits_take_the_quantiser(run: Path, tmp_path: Path, with_quantizer: Path) -> None:
     options = ExportOptions(format_="gguf", gguf="q4_0")
     check = export_run(run, tmp_path / "out", options)["verification"]

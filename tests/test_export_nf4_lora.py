@@ -247,6 +247,36 @@ def test_a_scale_or_a_factor_that_is_half_a_percent_off_fails(tmp_path: Path) ->
         assert found["weights"]["worst_layer"] == "model.layers.1.self_attn.v_proj"
 
 
+def test_an_export_that_does_not_fit_beside_the_model_is_checked_without_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_adapted.adapted("llama", quant="nf4", dtype=torch.bfloat16)
+    export_nf4_lora(model, None, tmp_path / "out")
+    (needed,) = (file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    monkeypatch.setattr("qdora.export.verify.get_max_memory", lambda: {"cpu": 10 * needed})
+    monkeypatch.setattr("qdora.export.verify.load_with_transformers", None)
+    with pytest.raises(TypeError):  # it would fit, and be loaded
+        verify_nf4_lora(model, tmp_path / "out", TEXT)
+    monkeypatch.setattr("qdora.export.verify.get_max_memory", lambda: {"cpu": needed})
+    found = verify_nf4_lora(model, tmp_path / "out", TEXT)
+    assert found["passed"], found["faults"]
+    assert (found["num_positions"], found["loaded_by"], found["weights"]["num_layers"]) == (0, None, 14)
+    assert "exported_vs_reference" not in found
+    assert "does not fit in memory beside the running model: their logits are not compared" in caplog.text
+    place = "model.layers.1.self_attn.v_proj"
+    for file, name, change, fault in (
+        ("model.safetensors", f"{place}.weight.absmax", lambda each: each * 1.005, "exported weight is"),
+        ("model.safetensors", "model.norm.weight", None, "model.norm.weight"),
+        ("adapter/adapter_model.safetensors", f"base_model.model.{place}.lora_B.weight", None, f"{place}.lora_B"),
+    ):
+        tensors = load_file(tmp_path / "out" / file)
+        wrong = {key: change(each) if key == name else each for key, each in tensors.items() if change or key != name}
+        save_file(wrong, tmp_path / "out" / file, metadata={"format": "pt"})
+        (found_fault,) = verify_nf4_lora(model, tmp_path / "out", TEXT)["faults"]
+        assert fault in found_fault
+        save_file(tensors, tmp_path / "out" / file, metadata={"format": "pt"})
+
+
 def test_qdora_trains_on_from_it(tmp_path: Path) -> None:
     """The directory is a base like any other: LoRA goes on from its adapter."""
     from qdora.model.adapter_file import load_adapter

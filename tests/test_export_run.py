@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -166,6 +168,65 @@ def test_the_merges(run: Path, tmp_path: Path, options: ExportOptions, row: str)
     if options.requantize:
         assert difference > 1e-3
         assert "quantization_config" in json.loads((out / "config.json").read_text())
+
+
+def test_an_export_that_does_not_fit_beside_the_model_says_that_logits_were_not_compared(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qdora.export.verify.get_max_memory", lambda: {"cpu": 70_000})
+    shown = io.StringIO()
+    exported = export_run(run, tmp_path / "out", ExportOptions(requantize=True), console=Console(file=shown, width=200))
+    assert exported["verification"]["passed"]
+    assert "passed without a comparison of logits" in shown.getvalue()
+    assert "passed without a comparison of logits" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "options, broken",
+    [
+        (ExportOptions(requantize=True), "verify_requantized"),
+        (ExportOptions(format_="nf4-lora"), "verify_nf4_lora"),
+        (ExportOptions(format_="peft", audit=True), "_audit"),
+    ],
+    ids=["requantized", "nf4-lora", "peft"],
+)
+def test_a_check_that_crashes_leaves_the_finished_files(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    options: ExportOptions,
+    broken: str,
+) -> None:
+    def crash(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(export_module, broken, crash)
+    with pytest.raises(torch.OutOfMemoryError):
+        export_run(run, tmp_path / "out", options)
+    assert f"{tmp_path / 'out'}: its files are complete and kept" in caplog.text
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert list((tmp_path / "out").glob("*.safetensors"))
+    assert not (tmp_path / "out/export.json").exists()
+
+
+def test_an_export_to_the_working_directory(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    exported = export_run(run, Path("."), ExportOptions(format_="peft"))
+    assert exported["directory"] == "here"
+    assert (tmp_path / "here/export.json").is_file()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_mount_point_is_refused_before_the_export(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be renamed over, not even if it is empty."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(UserError, match=r"disk: is a mount point\. Fix: name a directory inside it"):
+        export_run(run, tmp_path / "disk", ExportOptions(format_="peft"))
+    assert not list((tmp_path / "disk").iterdir())
+    export_run(run, tmp_path / "disk/out", ExportOptions(format_="peft"))
 
 
 @pytest.mark.parametrize("format_", ["merged", "nf4-lora", "peft"])

@@ -230,11 +230,13 @@ class WriteOptions(TypedDict, total=False):
 
 
 def check_new_directory(out_dir: Path) -> None:
-    """Raise UserError unless `out_dir` is a directory that is empty or does not exist."""
+    """Raise UserError unless `out_dir` is a directory that is empty or does not exist, and is no mount point."""
     if out_dir.is_symlink() or (out_dir.exists() and not out_dir.is_dir()):
         raise UserError(f"{out_dir}: exists and is not a directory; must be a new or empty directory.")
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise UserError(f"{out_dir}: is not empty; must be a new or empty directory.")
+    if os.path.ismount(out_dir):  # it cannot be replaced
+        raise UserError(f"{out_dir}: is a mount point. Fix: name a directory inside it.")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +23,14 @@ from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.options import ExportOptions, check_options
 from qdora.export.targets import TARGETS, check_reading, check_scalings, check_target
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
-from qdora.files.atomic import atomic_write_json, atomic_write_text, disk_failures, remove_directory, sync
+from qdora.files.atomic import (
+    atomic_directory,
+    atomic_write_json,
+    atomic_write_text,
+    disk_failures,
+    remove_directory,
+    sync,
+)
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import open_run
 from qdora.files.work_lock import work_lock
@@ -38,6 +46,8 @@ from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 from qdora.run.model_card import card_files, run_card
 from qdora.run.run_page import leave_page
 
+logger = logging.getLogger("qdora")
+
 
 def export_run(
     run: Path, out: Path, options: ExportOptions = ExportOptions(), *, console: Console | None = None
@@ -49,6 +59,8 @@ def export_run(
     Raises:
         UserError: Wrong arguments, or a run that the format cannot hold.
         RunFailure: The reloaded model differs from the running one; `out` is kept for inspection.
+
+    `out` is also kept, with a warning, if the check itself or what follows it raises.
     """
     console, results = consoles(console)
     keep_freed_memory()
@@ -56,8 +68,6 @@ def export_run(
     _check_run(run, options)
     with disk_failures(out), _unfinished(out) as place:
         document, sentences = _export(run, place, options, console)
-        os.rename(place, out)  # over an empty directory, too
-        sync(out.absolute().parent)
     for sentence in sentences:
         _say(results, sentence)
     check = document.get("verification")
@@ -78,26 +88,34 @@ def export_run(
 def _unfinished(out: Path) -> Iterator[Path]:
     """Where an export is made and checked before it gets its name: a directory of the same name in a hidden one.
 
-    An interrupt or a kill leaves the hidden directory, from which the next export to `out` goes on; a failure removes
-    it. UserError if another process is exporting to `out`.
+    The directory in it must appear whole. Once it is there, a failure (of the check, say) gives it its name, too. An
+    earlier one removes everything. An interrupt or a kill leaves the hidden directory, from which the next export to
+    `out` goes on. UserError if another process is exporting to `out`.
     """
     check_new_directory(out)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     hidden = out.with_name(f".{out.name}.unfinished")
+    place = hidden / out.name
     with work_lock(out.with_name(f".{out.name}.lock"), str(out)):
         check_new_directory(out)  # another process may just have finished it
-        remove_directory(hidden / out.name)  # written, but perhaps not checked
+        remove_directory(place)  # written, but perhaps not checked
         hidden.mkdir(exist_ok=True)
         try:
-            yield hidden / out.name
+            yield place
         except Exception:
+            if place.exists():
+                os.rename(place, out)
+                text = "%s: its files are complete and kept, but not all that follows them: check, audit, export.json."
+                logger.warning(text, out)
             remove_directory(hidden)
             raise
         except BaseException:
             with suppress(OSError):  # it stays if it holds something to go on from
                 hidden.rmdir()
             raise
+        os.rename(place, out)  # over an empty directory, too
+        sync(out.parent)
         remove_directory(hidden)
 
 
@@ -212,11 +230,12 @@ def _export_adapter(
     check_servable(trained.model)
     if options.target is not None:
         check_names(options.target, trained.model)
-    write_adapter(trained.model, recipe, out, shipped=True)
-    if recipe.model.add_tokens:
-        trained.tokenizer.save_pretrained(str(out))
-    for name, text in card_files(trained.run, recipe, trained.state, form="peft").items():
-        (out / name).write_text(text, encoding="utf-8")
+    with atomic_directory(out) as partial:
+        write_adapter(trained.model, recipe, partial, shipped=True)
+        if recipe.model.add_tokens:
+            trained.tokenizer.save_pretrained(str(partial))
+        for name, text in card_files(trained.run, recipe, trained.state, form="peft").items():
+            (partial / name).write_text(text, encoding="utf-8")
     return trained, {}, None
 
 
@@ -284,6 +303,9 @@ def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Cons
 
 def _check_in_words(check: dict[str, Any]) -> str:
     """The export against the adapter in float32, and against the adapter as it runs, which shows what bf16 costs."""
+    result = "passed" if check["passed"] else "FAILED"
+    if not check["num_positions"]:
+        return f"{result} without a comparison of logits: the export did not fit in memory beside the running model"
     exact, running = check["exported_vs_reference"], check["exported_vs_running"]
     explained = unchecked = ""
     if check["ill_conditioned"]:
@@ -291,7 +313,7 @@ def _check_in_words(check: dict[str, Any]) -> str:
     if num_unchecked := check.get("tensors", {}).get("num_unchecked"):
         unchecked = f"; layout unknown: {num_unchecked} tensors that differ were not checked"
     return (
-        f"{'passed' if check['passed'] else 'FAILED'} on {check['num_positions']:,} tokens: exported against the "
+        f"{result} on {check['num_positions']:,} tokens: exported against the "
         f"adapter in float32, largest logit difference {exact['max_logit_difference']:.3g}{explained}, mean KL "
         f"{exact['kl_mean']:.2g} nats, same next token {exact['argmax_agreement']:.2%}; against the adapter as it runs "
         f"({check['running_dtype']}), {running['max_logit_difference']:.3g}, {running['kl_mean']:.2g}, "

@@ -96,7 +96,7 @@ _ERROR_SHOWN = 300
 def export_gguf(
     run: Path, out: Path, options: ExportOptions, console: Console
 ) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
-    """Merge into a folder beside `out`, convert, compare, remove the folder; `out` appears after the comparison.
+    """Merge into a folder beside `out`, convert, compare, remove the folder; `out` appears when it is converted.
 
     Returns: The running model, facts for export.json, and the result of `verify_gguf`.
     Raises:
@@ -127,16 +127,15 @@ def export_gguf(
                 write_gguf(tools, merged, partial / file.name, type_)
                 for name, content in card_files(opened, recipe, state, form="gguf").items():
                     (partial / name).write_text(content, encoding="utf-8")
-                trained = load_trained()
-                console.print(
-                    "comparing the file with the merge, tensor by tensor, and with the running model", highlight=False
-                )
-                text = comparison_text(trained.tokenizer, validation_examples(recipe))
-                check = verify_gguf(trained, partial / file.name, merged, text, lossy=type_.upper() not in _DENSE)
         except OSError as error:
-            raise RunFailure(
-                f"{out.name}: cannot be written or compared: {disk_reason(error)}. Nothing is left there."
-            ) from error
+            reason = disk_reason(error)
+            raise RunFailure(f"{out.name}: cannot be written: {reason}. Nothing is left there.") from error
+        trained = load_trained()
+        console.print(
+            "comparing the file with the merge, tensor by tensor, and with the running model", highlight=False
+        )
+        text = comparison_text(trained.tokenizer, validation_examples(recipe))
+        check = verify_gguf(trained, file, merged, text, lossy=type_.upper() not in _DENSE)
     finally:
         remove_directory(merged)
     result = {
@@ -264,11 +263,10 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
     model = trained.model
     check = verify_merged(model, merged, text)
     reader = gguf.GGUFReader(str(file))
-    device = next(model.parameters()).device
     target = None
     header = read_header(file)
     known = knows_layout(header.architecture, (tensor.name for tensor in header.tensors), model)
-    if lossy and known and fits_in_float32(merged, device):
+    if lossy and known and fits_in_float32(merged, model):
         target = load_with_transformers(merged, model)[0]
     elif lossy:
         why = "The model does not fit in memory in float32" if known else "Layout unknown"
@@ -276,7 +274,7 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
     tensors = check_tensors(reader, file, merged, into=target)
     faults = [*check["faults"], *shorten(tensors.faults), *vocabulary_faults(reader, trained.tokenizer)]
     if target is not None:
-        total = compare_logits(model, target.to(device), text.sequences)
+        total = compare_logits(model, target.to(next(model.parameters()).device), text.sequences)
         check |= verdict(total, faults, torch.float32, model.dtype, lossy=True)
     return check | {"passed": not faults, "faults": faults, "tensors": tensors.to_dict()}
 

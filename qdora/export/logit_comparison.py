@@ -186,18 +186,21 @@ def compare_logits(model: PreTrainedModel, exported: PreTrainedModel, sequences:
 
 
 def verdict(
-    total: Comparison, faults: list[str], stored: torch.dtype, running_dtype: torch.dtype, *, lossy: bool = False
+    total: Comparison | None, faults: list[str], stored: torch.dtype, running_dtype: torch.dtype, *, lossy: bool = False
 ) -> dict[str, Any]:
     """Decide whether an export passes.
 
     Args:
+        total: None if no logits were compared; the faults then decide alone.
         faults: What was wrong on reloading.
         stored: The dtype to which the export rounded its weights.
         lossy: The format rounds more than to `stored`: the difference is reported, and only NaN is a fault.
     Returns: JSON values: the three differences, the tolerance, `passed`, `faults` (those given and those found here),
         and `ill_conditioned`, the number of positions whose error is above the tolerance but explained by the running
-        model's own error there.
+        model's own error there. Without logits `num_positions` is 0, and there are no differences.
     """
+    if total is None:
+        return _outcome(faults, stored, running_dtype, num_positions=0)
     error, noise = total.exported_vs_reference.to_dict(), total.reference_vs_running.to_dict()
     spread = total.spread_sum / max(total.reference_vs_running.num_positions, 1)
     tolerance = _tolerance(noise["mean_logit_difference"], spread, stored, running_dtype)
@@ -226,18 +229,25 @@ def verdict(
             f"{len(total.errors)}, must be at most {tolerance['max_logit_difference']:.3g} (the running model's own "
             f"error there: {total.noises[worst]:.3g}; positions over: {len(over)})"
         )
-    return {
-        "passed": not faults,
-        "faults": faults,
-        "dtype": str(stored).removeprefix("torch."),
-        "running_dtype": str(running_dtype).removeprefix("torch."),
-        "num_positions": total.exported_vs_reference.num_positions,
+    return _outcome(faults, stored, running_dtype, num_positions=total.exported_vs_reference.num_positions) | {
         "ill_conditioned": num_explained,
         "logit_spread": spread,
         "exported_vs_running": total.exported_vs_running.to_dict(),
         "exported_vs_reference": error,
         "reference_vs_running": noise,
         "tolerance": tolerance,
+    }
+
+
+def _outcome(
+    faults: list[str], stored: torch.dtype, running_dtype: torch.dtype, *, num_positions: int
+) -> dict[str, Any]:
+    return {
+        "passed": not faults,
+        "faults": faults,
+        "dtype": str(stored).removeprefix("torch."),
+        "running_dtype": str(running_dtype).removeprefix("torch."),
+        "num_positions": num_positions,
     }
 
 

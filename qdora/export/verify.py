@@ -25,14 +25,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qdora.errors import UserError
-from qdora.export.logit_comparison import ROUNDING, ComparisonText, compare_logits, larger, verdict
-from qdora.model.adapter_file import WEIGHTS_FILE, load_adapter, stored_factors
+from qdora.export.logit_comparison import ROUNDING, Comparison, ComparisonText, compare_logits, larger, verdict
+from qdora.model.adapter_file import WEIGHTS_FILE, load_adapter, read_adapter, stored_factors
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.language_part import auto_class
-from qdora.model.load import load_model
+from qdora.model.load import load_config, load_model, skeleton, stored_tensors
 from qdora.model.quantized_checkpoint import gather_packed
-from qdora.model.source import resolve
-from qdora.model.stored_tensors import Stored, open_safetensors, shard_files
+from qdora.model.source import ModelSource, resolve
+from qdora.model.stored_tensors import Stored, open_safetensors
 from qdora.model.trained_embeddings import embedding_paths, is_tied, trained_matrices
 from qdora.model.weight_conversion import rename_to_model, to_stacks
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -40,6 +40,7 @@ from qdora.nn.expert_linear import AdaptedExperts
 from qdora.ops.bnb_state import FOUR_BIT_KINDS
 from qdora.ops.packed import PackedWeight, dequantize
 from qdora.run.load_run import ADAPTER_DIRECTORY
+from qdora.train.out_of_memory import free_memory
 
 logger = logging.getLogger("qdora")
 
@@ -80,12 +81,12 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
 def verify_requantized(model: PreTrainedModel, directory: Path, text: ComparisonText) -> dict[str, Any]:
     """The differences of `verify_merged` without a tolerance: this form rounds to 4 bits, and the figures say how far.
 
-    Passed means only: every tensor found its place, the tokenizer gives the same ids, all logits are finite.
+    Passed means only: every tensor found its place, the tokenizer gives the same ids, all logits are finite. If the
+    export does not fit beside the running model, there are no logits.
     """
-    exported, faults = load_with_bnb(directory, model)
+    total, faults = _compared(load_with_bnb, model, directory, text)
     files = rename_to_model(gather_packed(open_safetensors(directory)), model)
     faults += embedding_faults(model, partial(_dense_weight, files), stored_dtype(directory))
-    total = compare_logits(model, exported, text.sequences)
     faults += tokenizer_faults(text, directory)
     return verdict(total, faults, torch.float32, model.dtype, lossy=True) | {"num_texts": len(text.sequences)}
 
@@ -95,16 +96,12 @@ def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonTex
 
     Passed means: every tensor found its place; the tokenizer gives the same ids; rows of every scaled base + s B A
     equal the float64 formula g (W + s B A) within float32's roundings; and the logits stay within the tolerance of
-    `logit_comparison` for a float32 export. `loaded_by` in the result names the loader.
+    `logit_comparison` for a float32 export. `loaded_by` in the result names the loader. If the export does not fit
+    beside the running model, nothing loads it (None) and there are no logits.
     """
-    if importlib.util.find_spec("peft") is not None:
-        loaded_by = PEFT_LOADER
-        exported, faults = load_with_peft(directory, model)
-    else:
-        loaded_by = OWN_LOADER
-        exported, faults = load_with_qdora(directory, model), []
-    total = compare_logits(model, exported, text.sequences)
-    del exported
+    has_peft = importlib.util.find_spec("peft") is not None
+    loaded_by, load = (PEFT_LOADER, load_with_peft) if has_peft else (OWN_LOADER, load_with_qdora)
+    total, faults = _compared(load, model, directory, text)
     weights = compare_weights(model, nf4_lora_weights(directory, model), torch.float32)
     files = rename_to_model(gather_packed(open_safetensors(directory)), model)
     faults += embedding_faults(model, partial(_dense_weight, files), stored_dtype(directory))
@@ -112,7 +109,40 @@ def verify_nf4_lora(model: PreTrainedModel, directory: Path, text: ComparisonTex
     stored = stored_dtype(directory)  # of embeddings, norms and head, which lose nothing in the model's own dtype
     exact = stored == model.dtype and not trained_matrices(model)  # trained rows are float32 and are rounded
     found = verdict(total, faults, torch.float32 if exact else stored, model.dtype)
-    return found | {"num_texts": len(text.sequences), "weights": weights, "loaded_by": loaded_by}
+    used = None if total is None else loaded_by
+    return found | {"num_texts": len(text.sequences), "weights": weights, "loaded_by": used}
+
+
+def _compared(
+    load: Callable[[Path, PreTrainedModel], tuple[Any, list[str]]],
+    model: PreTrainedModel,
+    directory: Path,
+    text: ComparisonText,
+) -> tuple[Comparison | None, list[str]]:
+    """The logits of a 4-bit export that `load` loads, and what did not find its place.
+
+    None, with a warning, if two models do not fit on the device; the places are then those of names and shapes.
+    """
+    if fits_in_float32(directory, model):
+        exported, faults = load(directory, model)
+        return compare_logits(model, exported, text.sequences), faults
+    logger.warning("The export does not fit in memory beside the running model: their logits are not compared.")
+    return None, _layout_faults(directory)
+
+
+def _layout_faults(directory: Path) -> list[str]:
+    """How the names and shapes of a 4-bit export and its LoRA differ from those of the model; the base is not read."""
+    source = ModelSource("directory", directory, directory.name)
+    try:
+        config = load_config(source)
+        del config.quantization_config  # as `load_model` does
+        bare = skeleton(config, source, torch.float32, "auto", torch.device("cpu"))
+        stored_tensors(source, bare)
+        if (directory / ADAPTER_DIRECTORY).is_dir():
+            read_adapter(bare, directory / ADAPTER_DIRECTORY)
+    except UserError as error:
+        return list(error.faults)
+    return []
 
 
 @torch.no_grad()
@@ -213,13 +243,16 @@ def _reload(directory: Path, model: PreTrainedModel, scratch: Path) -> tuple[Pre
     It is wholly on the device of `model` if it fits there, else spread over device, host and disk.
     """
     device = next(model.parameters()).device
-    if not directory.is_dir() or fits_in_float32(directory, device):
+    if not directory.is_dir() or fits_in_float32(directory, model):
         merged, faults = load_with_transformers(directory, model)
         return merged.to(device), faults
     num_gib = _float32_bytes(directory) / 2**30
     logger.info("The merged model needs %.1f GiB in float32: spread over device, host and disk.", num_gib)
-    room = get_max_memory()
-    limits = {place: int(size / _WORKSPACE) for place, size in room.items() if device.type != "cpu" or place == "cpu"}
+    limits = {
+        place: int(size / _WORKSPACE)
+        for place, size in _room_beside(model).items()
+        if device.type != "cpu" or place == "cpu"
+    }
     options = {"device_map": "auto", "max_memory": limits, "offload_folder": str(scratch)}
     return load_with_transformers(directory, model, **options)
 
@@ -251,15 +284,34 @@ def load_with_transformers(
     return loaded, faults
 
 
-def fits_in_float32(directory: Path, device: torch.device) -> bool:
-    """Whether a dense checkpoint fits on `device` in float32, with its activations and logits."""
-    here = "cpu" if device.type == "cpu" else device.index or 0
-    return bool(_float32_bytes(directory) * _WORKSPACE <= get_max_memory().get(here, 0))
+def fits_in_float32(directory: Path, model: PreTrainedModel) -> bool:
+    """Whether a checkpoint, its floats in float32, fits beside the running model with its activations and logits."""
+    return _float32_bytes(directory) * _WORKSPACE <= _room_beside(model).get(_place_of(model), 0)
+
+
+def _room_beside(model: PreTrainedModel) -> dict[int | str, int]:
+    """Free bytes of each device, less the float32 copies that `float32_arithmetic` makes on that of `model`."""
+    free_memory()
+    room: dict[int | str, int] = get_max_memory()
+    place, device = _place_of(model), next(model.parameters()).device
+    narrow = (torch.float16, torch.bfloat16)
+    copied = sum(each.numel() for each in model.parameters() if each.dtype in narrow and each.device == device)
+    return room | {place: max(0, room.get(place, 0) - copied * torch.float32.itemsize)}
+
+
+def _place_of(model: PreTrainedModel) -> int | str:
+    """The device of `model` as accelerate names it."""
+    device = next(model.parameters()).device
+    return "cpu" if device.type == "cpu" else device.index or 0
 
 
 def _float32_bytes(directory: Path) -> int:
-    num_bytes = sum(file.stat().st_size for file in shard_files(directory))
-    return num_bytes // stored_dtype(directory).itemsize * torch.float32.itemsize
+    """Bytes of a checkpoint's tensors, its floats in float32."""
+    num_bytes = 0
+    for each in open_safetensors(directory).values():
+        is_float = each.dtype.startswith(("F", "BF"))
+        num_bytes += torch.Size(each.shape).numel() * torch.float32.itemsize if is_float else each.num_bytes
+    return num_bytes
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
@@ -298,8 +350,8 @@ def load_with_bnb(directory: Path, model: PreTrainedModel) -> tuple[PreTrainedMo
     return base, faults
 
 
-def load_with_qdora(directory: Path, model: PreTrainedModel) -> PreTrainedModel:
-    """Base and adapter by qdora's own loader, in float32."""
+def load_with_qdora(directory: Path, model: PreTrainedModel) -> tuple[PreTrainedModel, list[str]]:
+    """Base and adapter by qdora's own loader, in float32; it raises for what finds no place."""
     first = next(layer for layer in frozen_layers(model).values() if layer.kind in FOUR_BIT_KINDS)
     attention = model.config._attn_implementation
     exported = load_model(
@@ -312,7 +364,7 @@ def load_with_qdora(directory: Path, model: PreTrainedModel) -> PreTrainedModel:
         attention=attention if attention in ("eager", "sdpa") else "auto",
     )
     load_adapter(exported, directory / ADAPTER_DIRECTORY)
-    return exported.eval()
+    return exported.eval(), []
 
 
 def nf4_lora_weights(directory: Path, model: PreTrainedModel) -> Callable[[str], Tensor | None]:
