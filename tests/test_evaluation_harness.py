@@ -19,6 +19,7 @@ from qdora.evaluation import harness as module
 from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks, harness_table
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
+from qdora.model.trained_embeddings import train_embeddings, trained_matrices
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
@@ -60,6 +61,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         def match_tasks(self, names: list[str]) -> list[str]:
             return [known for known in self.task_index for name in names if known == name]
 
+    def language_model(**options: Any) -> dict[str, Any]:
+        options["pretrained"].tie_weights()
+        return options
+
     def simple_evaluate(**options: Any) -> dict[str, Any]:
         seen["options"] = options
         return RESULT
@@ -68,7 +73,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "lm_eval": {"simple_evaluate": simple_evaluate, "__version__": "9.9"},
         "lm_eval.tasks": {"TaskManager": TaskManager},
         "lm_eval.models": {},
-        "lm_eval.models.huggingface": {"HFLM": lambda **options: options},
+        "lm_eval.models.huggingface": {"HFLM": language_model},
     }
     for name, content in parts.items():
         made = types.ModuleType(name)
@@ -126,6 +131,18 @@ def test_numbers_of_the_harness_become_plain_ones(stand_in: dict[str, Any]) -> N
         ("math", "exact_match,strict", "7", "0.5000", "0.1000"),
         ("both", "acc", "–", "0.3750", "0.2000"),
     ]
+
+
+def test_a_tied_pair_with_trained_rows_stays_as_it_is(stand_in: dict[str, Any]) -> None:
+    """transformers' own `tie_weights`, which the harness calls, looks for the embedding's parameter."""
+    model = tiny_adapted.base()
+    train_embeddings(model, ("embed_tokens", "lm_head"), (3, 5))
+    with torch.no_grad():
+        next(iter(trained_matrices(model).values())).values.mul_(2)
+    before = tiny_adapted.logits(model)
+    assert as_lm(model, tiny_tokenizer.make())["pretrained"] is model
+    assert torch.equal(tiny_adapted.logits(model), before)
+    assert "tie_weights" not in vars(model)
 
 
 def test_a_run_keeps_what_the_harness_found(run: Path, stand_in: dict[str, Any], tmp_path: Path) -> None:

@@ -66,7 +66,12 @@ def as_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_s
         raise UserError(INSTALL)
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    # HFLM ties the weights again, by the config: a trained, adapted or quantised part of a pair is no parameter to tie.
+    model.tie_weights = lambda: None
+    try:
+        return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    finally:
+        del model.tie_weights
 
 
 def evaluate_harness(
