@@ -58,9 +58,8 @@ def export_run(
 
     Raises:
         UserError: Wrong arguments, or a run that the format cannot hold.
-        RunFailure: The reloaded model differs from the running one; `out` is kept for inspection.
-
-    `out` is also kept, with a warning, if the check itself or what follows it raises.
+        RunFailure: The reloaded model differs from the running one; `out` is kept for inspection. It is also kept, with
+            a warning, if the check itself or what follows it raises.
     """
     console, results = consoles(console)
     keep_freed_memory()
