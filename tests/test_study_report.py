@@ -30,7 +30,7 @@ from qdora.study.outlook import outlooks, planned_cells
 from qdora.study.report import read_report, report_run, write_report
 from qdora.study.report_contents import Report
 from qdora.study.report_figures import draw_all, spans_of
-from qdora.study.report_page import shown_tables
+from qdora.study.report_page import markdown_page, shown_tables
 from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory, read_index
 from tests import fake_study
@@ -429,6 +429,16 @@ def test_what_is_not_decided_says_beside_it_what_was_not_seen_or_why(report: Rep
     assert first[place + 1] == "reason" or "reason" not in table["header"]  # without any reason there is no column
     assert "smallest detectable" in first
     assert "p seeds" in table["header"][table["num_first"] :]  # folded
+
+
+def test_a_long_table_is_in_its_data_file_alone(report: Report) -> None:
+    for number, is_told in ((300, True), (301, False)):
+        curves = [{"step": step, "training_loss": 1.0} for step in range(number)]
+        longer = replace(report, tables=report.tables | {"curves": curves})
+        text = markdown_page(longer, shown_tables(longer), "a study")
+        section = text.partition("## Learning curves")[2].partition("\n## ")[0]
+        assert ("| step |" in section) == is_told
+        assert ("The rows are in [curves.csv](curves.csv)." in section) == (not is_told)
 
 
 def test_curves_are_means_over_the_seeds(made: Path, report: Report) -> None:

@@ -154,9 +154,9 @@ class StageConfig(Section):
     """Axis, or seed -> value or list of values. Axes that are not named take all their values."""
     kind: Literal["train", "transplant", "set_back", "by_layer"] = "train"
     """transplant: do not train, but evaluate the adapter that the same arm and seed trained on the uncompressed base.
-    set_back: evaluate the trained adapter (DoRA) with its magnitudes set back to the row norms of its base, and tell
-    how far directions and magnitudes moved. by_layer: tell for the trained adapter how far they moved, how much of the
-    error that compression made each layer's update takes back, and what the loss is without each block's adapter."""
+    set_back: evaluate the trained adapter (DoRA) with its magnitudes set back to the row norms of its base. by_layer:
+    tell for the trained adapter how far directions and magnitudes moved, how much of the error that compression made
+    each layer's update takes back, and what the loss is without each block's adapter."""
 
 
 class MoreSeedsConfig(Section):

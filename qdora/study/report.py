@@ -225,8 +225,8 @@ def _layer_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results) 
 
 
 def _change_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results) -> Rows:
-    """What training did to the weights of each layer, of arms that were measured after it."""
-    result = results.result(cell["key"]) if cell["kind"] in ("set_back", "by_layer") else None
+    """What training did to the weights of each layer, of arms that were measured layer by layer."""
+    result = results.result(cell["key"]) if cell["kind"] == "by_layer" else None
     return [
         _of_run(cell, axes, results)
         | {"layer": path, "block": "" if (block := block_of(path)) is None else block}

@@ -82,6 +82,8 @@ _SHOWN_FIRST = {
     "arms": "kind rate num_seeds bits_per_weight sparsity nll_per_token nll_per_token_lower nll_per_token_upper acc",
     "cells": "train.lr seed stage status reason nll_per_token seconds",
 }
+_MOST_ROWS = 300
+"""Rows of a table in report.md; of longer ones it names the data file."""
 _DIGITS = {"bits_per_weight": 2, "total_mib": 2, "adapter_mib": 2, "sparsity": 3, "seconds": 1, "repair": 3}
 
 
@@ -125,11 +127,13 @@ def _shown(column: str, value: Any) -> str:
 
 
 def markdown_page(report: Report, tables: Sequence[Mapping[str, Any]], title: str) -> str:
-    """The report as Markdown, without figures."""
+    """The report as Markdown, without figures and without the longest tables."""
     parts = [f"# {report.question}", f"Study: {title}", *report.answer]
     parts.append("\n".join(f"- {sentence}" for sentence in report.details))
     for table in tables:
-        text = markdown_table(table["header"], table["rows"], right=[not each for each in table["is_text"]])
+        text = f"The rows are in [{table['name']}.csv]({table['name']}.csv)."
+        if len(table["rows"]) <= _MOST_ROWS:
+            text = markdown_table(table["header"], table["rows"], right=[not each for each in table["is_text"]])
         parts.append(f"## {table['title']}\n\n{table['note']}\n\n{text}")
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
