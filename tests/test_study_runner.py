@@ -418,6 +418,31 @@ def test_a_process_waits_for_cells_that_others_work_on(tmp_path: Path, monkeypat
     assert all(stores[0].is_done(cell.key) for cell in trained)
 
 
+def test_a_process_does_not_wait_for_one_that_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other shard was killed in a run of the search whose rate this one needs."""
+    monkeypatch.setattr("qdora.study.runner._IDLE_SECONDS", 0.0)
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
+    fake_study.make(tmp_path, fail="1000", product=product, bases=False)  # writes the files
+    study = load_study(tmp_path / "study.yaml")
+    store = StudyDirectory(tmp_path / "shard")
+    upcoming = Upcoming(study, Expander(study), store)
+    (other, *_) = shard_of(upcoming.now().cells, "2/2")
+    claim = store.claims.take(other.key)
+    assert claim is not None
+    assert store.is_at_work()
+    os.close(claim.lock)  # as the system does at the end of a process
+    looks = iter(range(20))
+
+    def look(_: StudyDirectory, real: Any = StudyDirectory.is_at_work) -> bool:
+        assert next(looks, None) is not None, "waits for ever"
+        return bool(real(store))
+
+    monkeypatch.setattr(StudyDirectory, "is_at_work", look)
+    with cells_bar(Console(quiet=True), store) as bar:
+        _run_all(upcoming, "1/2", fake_study.work_of(), bar)
+    assert upcoming.now().num_waiting["main"] > 0
+
+
 def test_shards_share_the_cells_out() -> None:
     cells = study_worker.cells(7)
     parts = [shard_of(cells, f"{index}/3") for index in (1, 2, 3)]

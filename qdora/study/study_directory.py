@@ -139,8 +139,8 @@ class StudyDirectory:
         atomic_write_json(self.path / "study.json", document)
 
     def is_at_work(self) -> bool:
-        """Whether a process works on a cell now, or died at it."""
-        return any((self.path / "claims").glob("*.json"))
+        """Whether a process works on a cell now; one that died at it does not."""
+        return any(map(self.claims.is_alive, (self.path / "claims").glob("*.json")))
 
     def _result(self, key: str) -> Path:
         return self.path / "results" / f"{key}.json"
@@ -214,6 +214,10 @@ class Claims:
                 return None
             path.unlink(missing_ok=True)
             return self._create(key, path, left or {})
+
+    def is_alive(self, path: Path) -> bool:
+        """Whether a process still holds the claim of a file."""
+        return not self._is_stale(path, _read_claim(path))
 
     @contextmanager
     def renewed(self, claim: Claim) -> Iterator[None]:
