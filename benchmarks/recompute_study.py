@@ -4,19 +4,23 @@
 
 The folder holds scores.json.xz (the study, its cells, and their scores example by example), comparisons.csv and
 repair.csv. Needs numpy alone. Computed are every comparison in the study's metric (improvement, t interval over the
-seeds, p-values over seeds and examples, equivalence, Holm's correction) and the damage that is left of every arm. Ends
-with 1 if a number differs from the report's by more than 1e-6.
+seeds, p-values over seeds and examples, equivalence, Holm's correction, the smallest detectable difference, the
+verdict), and of every arm the damage that is left, that of a transplant, and the share that training repaired. Ends
+with 1 if a number differs from the report's by more than 1e-6, or a verdict is another one.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import lzma
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,13 @@ import numpy as np
 
 TOLERANCE = 1e-6
 DEFAULT = {"arm": "adapter", "metric": "nll_per_token", "tasks": "tokens", "split": "halves", "zone": 0.02}
+DEFAULT |= {"alpha": 0.05, "power": 0.8, "min_seeds": 3}
 LOWER_IS_BETTER = ("nll_per_token", "choice_nll")
 COMPARED = ("improvement", "lower", "upper", "p_seeds", "p_examples", "p_equivalent", "p_holm", "p_equivalent_holm")
-LEFT = ("left", "left_lower", "left_upper")
+COMPARED += ("smallest_detectable",)
+LEFT = tuple(
+    name + end for name in ("left", "transplant", "repaired", "repaired_share") for end in ("", "_lower", "_upper")
+)
 Numbers = dict[str, float]
 Key = tuple[str, ...]
 
@@ -35,11 +43,12 @@ def main() -> None:
     """Recompute, compare, and print the largest difference as JSON."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent / "results/study"
     study = KeptStudy(json.loads(lzma.decompress((folder / "scores.json.xz").read_bytes())))
+    compared = study.comparisons()
     found = {
-        "comparisons.csv": (study.comparisons(), COMPARED, ("comparison", *study.axes, "arm")),
-        "repair.csv": (study.left(), LEFT, (*study.axes, study.arm_axis)),
+        "comparisons.csv": (compared, COMPARED, ("comparison", *study.axes, "arm")),
+        "repair.csv": (study.damage(), LEFT, (*study.axes, study.arm_axis)),
     }
-    worst, number = 0.0, 0
+    worst, number, others = 0.0, 0, 0
     for name, (own, columns, keys) in found.items():
         told = dict(reported(folder / name, columns, keys, study.metric))
         if set(told) != set(own):
@@ -53,18 +62,33 @@ def main() -> None:
                         f"{name}: {', '.join(filter(None, key))}: {column} is {told[key][column]}, recomputed {value}"
                     )
                 worst = max(worst, difference)
-    print(json.dumps({"numbers": number, "largest_difference": worst, "tolerance": TOLERANCE}))
-    if worst > TOLERANCE or not number:
+    verdicts = study.verdicts(compared)
+    for key, row in rows_of(folder / "comparisons.csv", found["comparisons.csv"][2], study.metric):
+        if row["role"] == "primary" and row["verdict"] != verdicts.get(key):
+            print(
+                f"{', '.join(filter(None, key))}: the verdict is {row['verdict']!r}, recomputed {verdicts.get(key)!r}"
+            )
+            others += 1
+    print(
+        json.dumps({"numbers": number, "largest_difference": worst, "tolerance": TOLERANCE, "other_verdicts": others})
+    )
+    if worst > TOLERANCE or others or not number:
         raise SystemExit(1)
 
 
-def reported(file: Path, columns: Sequence[str], keys: Sequence[str], metric: str) -> Iterator[tuple[Key, Numbers]]:
-    """(labels, numbers) of the rows of a table that have the first of these columns; of comparisons by the metric."""
+def rows_of(file: Path, keys: Sequence[str], metric: str) -> Iterator[tuple[Key, dict[str, str]]]:
+    """(labels, row) of a table; of comparisons those in the metric."""
     with file.open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
-            if row.get(columns[0]) and row.get("measure", metric) == metric:
-                numbers = {column: float(row[column] or "nan") for column in columns if column in row}
-                yield tuple(row.get(key, "") for key in keys), numbers
+            if row.get("measure", metric) == metric:
+                yield tuple(row.get(key, "") for key in keys), row
+
+
+def reported(file: Path, columns: Sequence[str], keys: Sequence[str], metric: str) -> Iterator[tuple[Key, Numbers]]:
+    """(labels, numbers) of the rows of a table that have the first of these columns; nan where a column is empty."""
+    for key, row in rows_of(file, keys, metric):
+        if row.get(columns[0]):
+            yield key, {column: float(row.get(column) or "nan") for column in columns}
 
 
 def distance(one: float, other: float) -> float:
@@ -75,11 +99,13 @@ def distance(one: float, other: float) -> float:
 
 
 class Arm:
-    """Cells of one value of the compared axis in one context, by their seeds."""
+    """Cells of one value of the compared axis in one context, by their seeds; `num_missing` first seeds have none."""
 
-    def __init__(self, name: str, context: Mapping[str, str], is_dense: bool) -> None:
-        self.name, self.context, self.is_dense = name, dict(context), is_dense
+    def __init__(self, name: str, context: Mapping[str, str], cell: Mapping[str, Any]) -> None:
+        self.name, self.context, self.is_interior = name, dict(context), cell["is_interior"]
+        self.is_dense = cell["base_key"] == cell["dense_key"]
         self.cells: dict[str, Mapping[str, Any]] = {}
+        self.num_missing = 0
 
 
 Term = tuple[float, Arm, Arm]
@@ -98,21 +124,27 @@ class KeptStudy:
         self.axes = [axis for axis in self.study["product"] if axis != self.arm_axis]
         self.searched = self.study.get("rates") is not None
         self.halves = self.searched and self.compare["split"] == "halves"
-        self.arms = self._arms(document["cells"])
+        self.arms = self._arms(document["cells"], "trained")
+        self.transplants = self._arms(document["cells"], "transplant")
         self.reference = self.compare.get("reference") or self.arms[0].name
+        self.primary: dict[Key, list[Term]] = {}
+        self.lacking: dict[Key, bool] = {}
         self._kept: dict[int, dict[str, dict[str, tuple[float, float]]]] = {}
 
-    def _arms(self, cells: Sequence[Mapping[str, Any]]) -> list[Arm]:
+    def _arms(self, cells: Sequence[Mapping[str, Any]], kind: str) -> list[Arm]:
         found: dict[tuple[str, str], Arm] = {}
+        further = set(map(str, (self.study.get("more_seeds") or {}).get("seeds", ())))
         for each in cells:
             cell, labels = each["cell"], each["cell"]["labels"]
-            if cell["kind"] == "trained" and each["result"] is not None:
+            if cell["kind"] == kind:
                 context = {axis: labels[axis] for axis in self.axes if axis in labels}
                 key = (labels[self.arm_axis], json.dumps(context))
-                is_dense = cell["base_key"] == cell["dense_key"]
-                arm = found.setdefault(key, Arm(labels[self.arm_axis], context, is_dense))
-                arm.cells[labels["seed"]] = each
-        return list(found.values())
+                arm = found.setdefault(key, Arm(labels[self.arm_axis], context, cell))
+                if each["result"] is not None:
+                    arm.cells[labels["seed"]] = each
+                elif labels["seed"] not in further:
+                    arm.num_missing += 1
+        return [arm for arm in found.values() if arm.cells]
 
     def examples(self, cell: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
         """Task -> example -> (value, weight) in the metric, of the examples that compare."""
@@ -156,38 +188,80 @@ class KeptStudy:
             for other in self.arms
             if arm.name != self.reference == other.name and arm.context == other.context
         ]
-        found: dict[Key, Numbers] = {}
-        primary: list[Key] = []
         asked = self.compare.get("primary") or {}
+        contrasts: dict[Key, list[Term]] = {}
         for name, entry in asked.items():
             terms = self._terms(entry, pairs)
-            if terms:
+            if terms and shared_seeds(terms):
                 key = (name, *("" for _ in self.axes), terms[0][1].name)
-                found[key] = self._numbers(terms)
-                primary.append(key)
+                contrasts[key] = self.primary[key] = terms
+                self.lacking[key] = self._lacks_any(entry, terms)
         for arm, other in pairs:
             key = (f"{arm.name} against {other.name}", *(arm.context.get(axis, "") for axis in self.axes), arm.name)
-            found[key] = self._numbers([(1.0, arm, other)])
-            if not asked:
-                primary.append(key)
-        larger = [np.nanmax([found[key]["p_seeds"], found[key]["p_examples"]]) for key in primary]
-        corrected = zip(primary, holm(larger), holm([found[key]["p_equivalent"] for key in primary]), strict=True)
-        for key, p, p_equivalent in corrected:
-            found[key] |= {"p_holm": p, "p_equivalent_holm": p_equivalent}
+            if shared_seeds([(1.0, arm, other)]):
+                contrasts[key] = [(1.0, arm, other)]
+                self.primary |= {} if asked else {key: contrasts[key]}
+        alpha = self.compare["alpha"]
+        found = {
+            key: self._numbers(terms, alpha / len(self.primary) if key in self.primary else alpha)
+            for key, terms in contrasts.items()
+        }
+        own = [found[key] for key in self.primary]
+        larger = [np.nanmax([each["p_seeds"], each["p_examples"]]) for each in own]
+        for each, p, p_equivalent in zip(own, holm(larger), holm([each["p_equivalent"] for each in own]), strict=True):
+            each |= {"p_holm": p, "p_equivalent_holm": p_equivalent}
         return found
+
+    def verdicts(self, found: Mapping[Key, Numbers]) -> dict[Key, str]:
+        """What each primary comparison may say, by the numbers of `comparisons`."""
+        said = {}
+        zone = f"{self.compare['zone']:g}"
+        for key, terms in self.primary.items():
+            arms = [arm for _, *pair in terms for arm in pair]
+            may_be = all(arm.is_interior and not arm.num_missing for arm in arms) and not self.lacking.get(key)
+            may_be = may_be and len(shared_seeds(terms)) >= self.compare["min_seeds"]
+            better, equivalent = (may_be and found[key][p] < self.compare["alpha"] for p in COMPARED[6:8])
+            winner = terms[0][1].name if found[key]["improvement"] > 0 else self.reference
+            said[key] = f"no difference above {zone}" if equivalent else "not decided"
+            if better:
+                said[key] = f"{winner} is better" + (f", by less than {zone}" if equivalent else "")
+        return said
 
     def _terms(self, entry: Mapping[str, Any], pairs: Sequence[tuple[Arm, Arm]]) -> list[Term]:
         terms: list[Term] = []
-        for sign, wanted in ((1.0, entry.get("over") or {}), (-1.0, entry.get("minus"))):
-            if wanted is not None:
-                own = [p for p in pairs if entry.get("arm") in (None, p[0].name) and has_labels(p[0].context, wanted)]
-                if not own:
-                    return []
-                terms += [(sign / len(own), *pair) for pair in own]
+        for sign, wanted in parts_of(entry):
+            own = [p for p in pairs if entry.get("arm") in (None, p[0].name) and has_labels(p[0].context, wanted)]
+            if not own:
+                return []
+            terms += [(sign / len(own), *pair) for pair in own]
         return terms
 
-    def _numbers(self, terms: Sequence[Term]) -> Numbers:
-        shared = [seed for seed in terms[0][1].cells if all(seed in arm.cells for _, *pair in terms for arm in pair)]
+    def _lacks_any(self, entry: Mapping[str, Any], terms: Sequence[Term]) -> bool:
+        """Whether the study asks for a context, in which it trains both arms, or for a label that no term has."""
+        trained: dict[str, set[str]] = {}
+        product = {axis: list(map(text_of, values)) for axis, values in self.study["product"].items()}
+        for stage in self.study.get("stages") or [{}]:
+            for combination in itertools.product(*product.values()):
+                labels = dict(zip(product, combination, strict=True))
+                wanted = {axis: value for axis, value in stage.get("cells", {}).items() if axis != "seed"}
+                is_left_out = any(has_labels(labels, each) for each in self.study.get("exclude", ()))
+                if stage.get("kind", "train") == "train" and has_labels(labels, wanted) and not is_left_out:
+                    name = labels.pop(self.arm_axis)
+                    trained.setdefault(json.dumps(labels), set()).add(name)
+        both = {terms[0][1].name, terms[0][2].name}
+        compared = [arm.context for _, arm, _ in terms]
+        for _, wanted in parts_of(entry):
+            contexts = [json.loads(text) for text, names in trained.items() if names >= both]
+            if any(has_labels(context, wanted) and context not in compared for context in contexts):
+                return True
+            for axis, value in wanted.items():
+                every = value if isinstance(value, list) else [value]
+                if set(map(text_of, every)) - {context[axis] for context in compared}:
+                    return True
+        return False
+
+    def _numbers(self, terms: Sequence[Term], alpha: float) -> Numbers:
+        shared = shared_seeds(terms)
         sign = -1.0 if self.metric in LOWER_IS_BETTER else 1.0
         values = [
             sign * sum(f * (self.value(arm.cells[seed]) - self.value(other.cells[seed])) for f, arm, other in terms)
@@ -200,7 +274,12 @@ class KeptStudy:
         numbers["p_seeds"] = both_tails(mean, stderr, free)
         numbers["p_examples"] = both_tails(mean, error, degrees)
         equivalent = [tail(abs(mean) - zone, each, df) for each, df in ((stderr, free), (error, degrees))]
-        numbers["p_equivalent"] = float(np.nanmax(equivalent))
+        # A run that diverged has no measured score, so nothing is known to be equivalent
+        has_diverged = any(
+            "diverged" in arm.cells[seed]["result"] for _, *pair in terms for arm in pair for seed in shared
+        )
+        numbers["p_equivalent"] = math.nan if has_diverged else float(np.nanmax(equivalent))
+        numbers["smallest_detectable"] = stderr * detectable(free, alpha, self.compare["power"]) if stderr else 0.0
         return numbers
 
     def _over_examples(self, terms: Sequence[Term], seeds: Sequence[str]) -> tuple[float, float]:
@@ -231,8 +310,12 @@ class KeptStudy:
         squares = sum(part**2 / (number - 1) for number, part in strata)
         return math.sqrt(variance), variance**2 / squares if squares else math.inf
 
-    def left(self) -> dict[Key, Numbers]:
-        """(labels, arm) -> the metric less that of the same arm trained on the uncompressed base, seed by seed."""
+    def damage(self) -> dict[Key, Numbers]:
+        """(labels, arm) -> what is left, and what was repaired, seed by seed (`LEFT`); nan where it is not known.
+
+        Left: the metric less that of the same arm trained on the uncompressed base. The transplant is that arm on the
+        compressed base.
+        """
         of_base = {axis for axis, values in self.study["product"].items() if changes_base(axis, values)}
         like = (self.study.get("rates") or {}).get("like", {}).get(self.arm_axis, {})
         found = {}
@@ -248,14 +331,60 @@ class KeptStudy:
             ]
             if arm.is_dense or not twins:
                 continue
-            shared = [seed for seed in arm.cells if seed in twins[0].cells]
-            sign = 1.0 if self.metric in LOWER_IS_BETTER else -1.0
-            lost = [sign * (self.value(arm.cells[seed]) - self.value(twins[0].cells[seed])) for seed in shared]
+            lost = self._losses(arm, twins[0])
             if lost:
-                mean, half, *_ = t_interval(lost)
                 key = (*(arm.context.get(axis, "") for axis in self.axes), arm.name)
-                found[key] = {"left": mean, "left_lower": mean - half, "left_upper": mean + half}
+                moved = [each for each in self.transplants if (each.name, each.context) == (arm.name, arm.context)]
+                damages, repairs = {}, {}
+                if moved:
+                    damages, repairs = self._losses(moved[0], twins[0]), self._losses(moved[0], arm)
+                numbers = ends("left", list(lost.values()))
+                known = list(damages.values()) if repairs else []
+                numbers |= ends("transplant", known) | ends("repaired", list(repairs.values()) if known else [])
+                shared = [seed for seed in damages if seed in repairs and numbers["transplant_lower"] > 0]
+                found[key] = numbers | share([repairs[each] for each in shared], [damages[each] for each in shared])
         return found
+
+    def _losses(self, arm: Arm, other: Arm) -> dict[str, float]:
+        """Seed -> how much worse one arm is than another."""
+        sign = 1.0 if self.metric in LOWER_IS_BETTER else -1.0
+        shared = [seed for seed in arm.cells if seed in other.cells]
+        return {seed: sign * (self.value(arm.cells[seed]) - self.value(other.cells[seed])) for seed in shared}
+
+
+def shared_seeds(terms: Sequence[Term]) -> list[str]:
+    """The seeds that all arms have."""
+    return [seed for seed in terms[0][1].cells if all(seed in arm.cells for _, *pair in terms for arm in pair)]
+
+
+def parts_of(entry: Mapping[str, Any]) -> list[tuple[float, Mapping[str, Any]]]:
+    """(sign, labels) of what a primary comparison averages, and of what it subtracts."""
+    return [(1.0, entry.get("over") or {})] + ([] if entry.get("minus") is None else [(-1.0, entry["minus"])])
+
+
+def ends(name: str, values: Sequence[float]) -> Numbers:
+    """Mean and t interval as columns; nan without values."""
+    mean, half = t_interval(values)[:2] if values else (math.nan, math.nan)
+    return {name: mean, f"{name}_lower": mean - half, f"{name}_upper": mean + half}
+
+
+def share(repairs: Sequence[float], damages: Sequence[float]) -> Numbers:
+    """Ratio of the means with Fieller's interval: every r for which the t interval of repair - r damage holds 0."""
+    value, low, high = math.nan, math.nan, math.nan
+    if repairs:
+        value = float(np.mean(repairs) / np.mean(damages))
+
+        def outside(ratio: float) -> float:
+            """A quadratic in the ratio, above 0 where the interval leaves 0 out."""
+            mean, half, *_ = t_interval([one - ratio * other for one, other in zip(repairs, damages, strict=True)])
+            return mean**2 - half**2
+
+        at = [outside(ratio) for ratio in (-1.0, 0.0, 1.0)]
+        square, slope = (at[2] + at[0]) / 2 - at[1], (at[2] - at[0]) / 2
+        inside = slope**2 - 4 * square * at[1]
+        if square > 0 and inside >= 0:
+            low, high = ((-slope + sign * math.sqrt(inside)) / 2 / square for sign in (-1.0, 1.0))
+    return {"repaired_share": value, "repaired_share_lower": low, "repaired_share_upper": high}
 
 
 def worst(metric: str) -> float:
@@ -272,10 +401,16 @@ def changes_base(axis: str, values: Any) -> bool:
 def has_labels(context: Mapping[str, str], wanted: Mapping[str, Any]) -> bool:
     """Whether a context has one of the wanted labels on each axis."""
     for axis, value in wanted.items():
-        every = value if isinstance(value, list) else [value]
-        if context.get(axis) not in [each if isinstance(each, str) else json.dumps(each) for each in every]:
+        if context.get(axis) not in map(text_of, value if isinstance(value, list) else [value]):
             return False
     return True
+
+
+def text_of(value: Any) -> str:
+    """The label of a value of an axis; 1e-4, which YAML reads as text, is a number."""
+    if isinstance(value, str):
+        return f"{float(value):.12g}" if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value) else value
+    return f"{value:.12g}" if isinstance(value, float) else json.dumps(value)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float, float]:
@@ -301,7 +436,31 @@ def tail(value: float, stderr: float, free: float) -> float:
 
 def both_tails(value: float, stderr: float, free: float) -> float:
     """P(|T| >= |value| / stderr)."""
-    return 1.0 if value == 0 else 2 * tail(-abs(value), stderr, free)
+    return 1.0 if value == 0 and not math.isnan(stderr) else 2 * tail(-abs(value), stderr, free)
+
+
+@lru_cache
+def detectable(free: float, alpha: float, power: float) -> float:
+    """The true value, in standard errors, that a two-sided t test at `alpha` finds with this power.
+
+    The power is that of a normal test, averaged over the standard errors that the test may see (Gauss's rule).
+    """
+    if math.isnan(free):
+        return math.nan
+    critical = -solved(lambda t: student(t, free) - alpha / 2, -1e4, 0.0)
+    highest = math.sqrt(1 + 90 / free)  # beyond it the density is below 1e-18
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    starts = np.linspace(0.0, highest, 201)[:-1, None]
+    seen, width = (starts + (nodes + 1) * highest / 400).ravel(), np.tile(weights, 200) * highest / 400
+    scale = math.log(2) + free / 2 * math.log(free / 2) - math.lgamma(free / 2)
+    width *= np.exp(scale + (free - 1) * np.log(seen) - free * seen**2 / 2)
+
+    def missing(ratio: float) -> float:
+        limits = np.concatenate([critical * seen - ratio, critical * seen + ratio]) / math.sqrt(2)
+        found = [math.erfc(limit) / 2 for limit in limits]
+        return float(np.dot(np.tile(width, 2), found)) - power
+
+    return solved(missing, 0.0, 10 * critical + 10)
 
 
 def student(t: float, free: float) -> float:

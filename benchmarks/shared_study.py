@@ -88,7 +88,8 @@ def keep(directory: Path, out: Path, head: dict[str, Any]) -> None:
     """The report, the grid without the paths of this machine, and the scores of every cell.
 
     scores.json.xz holds the study, its cells and, of each finished one, its scores example by example: enough to
-    compute every number of the report anew (recompute_study.py).
+    compute every comparison, damage and repair anew (recompute_study.py), but not learning curves, guesses and
+    generated answers. run.json says how many cells are done.
     """
     if out.exists():
         shutil.rmtree(out)
@@ -100,7 +101,10 @@ def keep(directory: Path, out: Path, head: dict[str, Any]) -> None:
         elif "name" in source:
             source["source"] = f"DATA/{source['name']}"
     atomic_write_text(out / "grid.yaml", yaml.safe_dump(document, sort_keys=False))
-    atomic_write_json(out / "run.json", head | {"answer": read_report(directory).answer})
+    index, store = read_index(directory), StudyDirectory(directory, makes=False)
+    number = len(index["cells"]) + sum(index["num_waiting"].values())
+    cells = {"cells": number, "cells_done": store.num_done({cell["key"] for cell in index["cells"]})}
+    atomic_write_json(out / "run.json", head | cells | {"answer": read_report(directory).answer})
     atomic_write_bytes(out / SCORES_FILE, packed_scores(directory))
     print(json.dumps(head))
 

@@ -4,7 +4,8 @@
 
 DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. A `qdora study` of grids/compressed.yaml, or
 of another --grid. After --hours the processes are interrupted; the same command goes on. When all cells are done, the
-report, the grid and the scores of every cell are copied to `--out`.
+report, the grid and the scores of every cell are copied to --out. --report writes the report of the cells that are done
+into the study's directory, and copies it only if --out is given.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--grid", type=Path, default=GRIDS / "compressed.yaml")
     parser.add_argument("--dir", type=Path, default=Path("runs/studies/compressed"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "study")
+    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/study")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--hours", type=float, default=None, help="interrupt the processes after so many")
     parser.add_argument("--dry-run", action="store_true", help="only tell the time and what can be found")
-    parser.add_argument("--report", action="store_true", help="only write the report of what is there")
+    parser.add_argument("--report", action="store_true", help="only write DIR/report, of the cells that are done")
     parser.add_argument("--smoke", action="store_true", help="a random model and few cells: shows that it runs")
     args = parser.parse_args()
     if not args.smoke and args.data is None:
@@ -43,10 +44,13 @@ def main() -> None:
     if args.dry_run:
         dry_run(document, args.dir)
         return
-    name = args.grid.resolve().relative_to(GRIDS.parent.parent)
-    command = f"python benchmarks/study.py DATA --grid {shlex.quote(str(name))}"
-    if run_study(document, args.dir, 0 if args.report else args.processes, hours=args.hours):
-        keep(args.dir, args.out, facts(command))
+    grid = args.grid.resolve()
+    root = GRIDS.parent.parent
+    name = str(grid.relative_to(root)) if grid.is_relative_to(root) else grid.name  # no folders of this machine
+    command = f"python benchmarks/study.py DATA --grid {shlex.quote(name)}"
+    has_ended = run_study(document, args.dir, 0 if args.report else args.processes, hours=args.hours)
+    if has_ended and (args.out is not None or not args.report):
+        keep(args.dir, args.out or RESULTS / "study", facts(command))
 
 
 def with_data(document: dict[str, Any], data: Path) -> dict[str, Any]:

@@ -13,7 +13,9 @@ import yaml
 from qdora.files.run_directory import RunDirectory
 from qdora.study.cells import Cell, Expander
 from qdora.study.grid import load_study
+from qdora.study.report_contents import Report
 from qdora.study.runner import Work, run_cells
+from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory
 from qdora.study.upcoming import Upcoming
 from tests import study_worker
@@ -152,3 +154,21 @@ def _work(cell: Cell, directory: Path, nll: float, generated: bool) -> dict[str,
         "files": files,
         "compression": {"sparsity": 0.0, "layers": layers} if is_compressed_base else None,
     }
+
+
+def rows(report: Report, table: str, **labels: Any) -> list[dict[str, Any]]:
+    """Rows of a table with these labels."""
+    return [row for row in report.tables[table] if all(row.get(key) == value for key, value in labels.items())]
+
+
+def compared(report: Report, quant: str, measure: str = "nll_per_token") -> dict[str, Any]:
+    """The comparison of the arms on a base."""
+    (row,) = rows(report, "comparisons", **{"base.quant": quant, "measure": measure})
+    return row
+
+
+def nll_of(made: Path, cell: dict[str, Any], half: str) -> float:
+    """NLL per answer token of a cell on one half of its examples, from its file alone."""
+    scored = json.loads((made / "cells" / cell["key"] / "eval/step-1.json").read_text())["per_example"]
+    kept = [row for row in scored if half_of(f"{row['id']}#1") == half]
+    return float(sum(row["nll"] for row in kept) / sum(row["num_answer_tokens"] for row in kept))

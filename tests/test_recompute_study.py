@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import lzma
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from qdora.study.cells import Cell
 from qdora.study.report import read_report, write_report
+from qdora.study.study_directory import read_index
 from tests import fake_study
 
 ROOT = Path(__file__).parent.parent
@@ -24,14 +27,13 @@ PRIMARY = {
 }
 
 
-def kept(folder: Path, **changes: Any) -> Path:
-    """The report and the packed scores of a made-up study."""
+def kept(folder: Path, made: Path) -> Path:
+    """The report and the packed scores of a study's directory."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         from shared_study import SCORES_FILE, packed_scores
     finally:
         sys.path.pop(0)
-    made = fake_study.make(folder / "made", **changes)
     write_report(read_report(made), folder / "kept", "a study")
     (folder / "kept" / SCORES_FILE).write_bytes(packed_scores(made))
     return folder / "kept"
@@ -50,7 +52,10 @@ def diverging(cell: Cell) -> float:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return kept(tmp_path_factory.mktemp("kept"), compare={"reference": "lora", "primary": PRIMARY}, nll=diverging)
+    stages = [{"name": "main"}, {"name": "moved", "cells": {"base.quant": ["nf4", "fp4"]}, "kind": "transplant"}]
+    compare = {"reference": "lora", "primary": PRIMARY}
+    root = tmp_path_factory.mktemp("kept")
+    return kept(root, fake_study.make(root / "made", compare=compare, stages=stages, nll=diverging))
 
 
 def test_it_imports_numpy_alone() -> None:
@@ -63,8 +68,11 @@ def test_it_agrees(folder: Path) -> None:
     run = recomputed(folder)
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
-    assert found["numbers"] == 2 * 8 + 4 * 6 + 6 * 3  # primary comparisons, all others, damage left of three bases
+    # Primary comparisons, all others, and on three bases what is left, of a transplant, repaired, and its share
+    assert found["numbers"] == 2 * 9 + 4 * 7 + 6 * 12
     assert found["largest_difference"] < 1e-6
+    with (folder / "repair.csv").open(newline="") as stream:
+        assert sum(bool(row["repaired_share_upper"]) for row in csv.DictReader(stream)) == 4
 
 
 @pytest.mark.parametrize(
@@ -77,13 +85,19 @@ def test_it_agrees(folder: Path) -> None:
 )
 def test_it_agrees_in_other_metrics_and_weights(tmp_path: Path, compare: dict[str, Any]) -> None:
     product = fake_study.DOCUMENT["product"] | {"base.quant": ["none", "nf4"]}
-    run = recomputed(kept(tmp_path, product=product, compare=compare))
+    run = recomputed(kept(tmp_path, fake_study.make(tmp_path / "made", product=product, compare=compare)))
     assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize(
     "file, column, row",
-    [("comparisons.csv", "improvement", 0), ("comparisons.csv", "p_equivalent", 3), ("repair.csv", "left_upper", -1)],
+    [
+        ("comparisons.csv", "improvement", 0),
+        ("comparisons.csv", "p_equivalent", 3),
+        ("comparisons.csv", "smallest_detectable", 0),
+        ("repair.csv", "left_upper", -1),
+        ("repair.csv", "repaired_share_lower", 0),
+    ],
 )
 def test_it_finds_a_number_that_was_changed(folder: Path, tmp_path: Path, file: str, column: str, row: int) -> None:
     for each in ("comparisons.csv", "repair.csv", "scores.json.xz"):
@@ -99,6 +113,71 @@ def test_it_finds_a_number_that_was_changed(folder: Path, tmp_path: Path, file: 
     run = recomputed(tmp_path)
     assert run.returncode == 1
     assert f"{column} is" in run.stdout
+
+
+def test_a_verdict_over_fewer_bases_than_were_asked_for_is_found(tmp_path: Path) -> None:
+    """All runs of lora on nf4 failed, and all of fp4 diverged."""
+
+    def nll(cell: Cell) -> float:
+        return float("nan") if cell.kind == "trained" and "fp4" in cell.labels.values() else fake_study.truth(cell)
+
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["int8", "nf4", "fp4"]}
+    primary = {quant: {"over": {"base.quant": [quant]}} for quant in ("int8", "fp4")} | {"over all": {}}
+    compare = {"reference": "lora", "primary": primary, "zone": 0.2}
+    made = fake_study.make(tmp_path / "made", product=product, compare=compare, nll=nll, bases=False)
+    for cell in read_index(made)["cells"]:
+        if cell["kind"] == "trained" and {"nf4", "lora"} <= set(cell["labels"].values()):
+            (made / "results" / f"{cell['key']}.json").unlink()
+    folder = kept(tmp_path, made)
+    run = recomputed(folder)
+    assert run.returncode == 0, run.stdout + run.stderr
+    file = folder / "comparisons.csv"
+    with file.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    told = {row["comparison"]: row["verdict"] for row in rows if row["role"] == "primary"}
+    assert told == {"int8": "no difference above 0.2", "fp4": "not decided", "over all": "not decided"}
+    for name in ("fp4", "over all"):
+        other = [row | ({"verdict": "dora is better"} if row["comparison"] == name else {}) for row in rows]
+        with file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(other)
+        run = recomputed(folder)
+        assert run.returncode == 1
+        assert f"{name}, dora: the verdict is 'dora is better', recomputed 'not decided'" in run.stdout
+
+
+def test_a_report_of_an_unfinished_study_replaces_the_kept_one_only_if_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    program = importlib.import_module("study")
+    kept_in: list[tuple[Path, str]] = []
+    monkeypatch.setattr(program, "run_study", lambda *_, **__: True)
+    monkeypatch.setattr(program, "keep", lambda _, out, head: kept_in.append((out, head["command"])))
+    grid = tmp_path / "a grid.yaml"  # outside of the repository
+    grid.write_text("settings: {data.mix: []}\n")
+    where = ["study.py", str(tmp_path), "--grid", str(grid), "--dir", str(tmp_path / "runs")]
+    for options in (["--report"], ["--report", "--out", str(tmp_path / "out")], []):
+        monkeypatch.setattr(sys, "argv", [*where, *options])
+        program.main()
+    command = "python benchmarks/study.py DATA --grid 'a grid.yaml'"
+    assert kept_in == [(tmp_path / "out", command), (ROOT / "benchmarks/results/study", command)]
+
+
+def test_what_is_kept_says_how_many_cells_are_done(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = tmp_path / "study"
+    shutil.copytree(folder.parent / "made/study", made)
+    shutil.copytree(folder, made / "report")
+    (made / "grid.yaml").write_text("settings: {data.mix: []}\n")
+    cells = read_index(made)["cells"]
+    next((made / "results").glob("*.json")).unlink()
+    importlib.import_module("shared_study").keep(made, tmp_path / "out", {"command": "x"})
+    told = json.loads((tmp_path / "out/run.json").read_text())
+    assert (told["cells_done"], told["cells"]) == (len(cells) - 1, len(cells))
 
 
 def test_it_finds_a_score_that_was_changed(folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -484,8 +485,9 @@ def test_guesses_are_left_for_the_report(done: Path) -> None:
 def test_a_real_study_is_reported(done: Path) -> None:
     report = read_report(done)
     assert len(report.tables["arms"]) == 4
+    assert not re.search(r"\bnan\b|\b1 (seeds|arms|cells)\b", " ".join([*report.answer, *report.verdict]))
     assert report.verdict[0] == (
-        "None of 1 comparisons of NLL (nats per token) is decided; with a single seed no difference can be seen."
+        "The comparison of NLL (nats per token) is not decided; with a single seed no difference can be seen."
     )
 
 

@@ -127,7 +127,19 @@ def test_stages_are_parts_of_the_product_in_their_order(tmp_path: Path) -> None:
     found = [(cell.stage, *(cell.labels[axis] for axis in ("base.quant", "adapter", "seed"))) for cell in cells]
     # Every arm has a seed before any has the next one.
     first = [("first", quant, "dora", seed) for seed in "45" for quant in ("none", "nf4")]
-    assert found == [*first, *(("second", "nf4", "lora", seed) for seed in "012")]  # dora on nf4 is in the first
+    assert found == [*first, *(("second", "nf4", arm, seed) for seed in "012" for arm in ("lora", "dora"))]
+
+
+def test_a_later_stage_adds_the_seeds_that_an_earlier_one_did_not_have(tmp_path: Path) -> None:
+    stages = [
+        {"name": "main", "cells": {"seed": [0, 1]}},
+        {"name": "reserve", "cells": {"base.quant": "nf4", "seed": [1, 2]}},
+        {"name": "moved", "cells": {"base.quant": "nf4", "seed": [2]}, "kind": "transplant"},
+    ]
+    cells = [cell for cell in study(tmp_path, product=TWO, stages=stages) if cell.is_trained]
+    found = [(cell.stage, *(cell.labels[axis] for axis in ("base.quant", "adapter", "seed"))) for cell in cells]
+    main = [("main", quant, arm, seed) for seed in "01" for quant in ("none", "nf4") for arm in ("lora", "dora")]
+    assert found == [*main, ("reserve", "nf4", "lora", "2"), ("reserve", "nf4", "dora", "2")]
 
 
 def learnt(truth: dict[str, float]) -> Any:

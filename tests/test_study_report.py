@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.model.pruning import PrunedLayer
+from qdora.study import report_figures
 from qdora.study.answer import answer_of, decided_in_words
 from qdora.study.cells import Cell, Expander
 from qdora.study.compare import Results
@@ -34,6 +35,7 @@ from qdora.study.report_page import markdown_page, shown_tables
 from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory, read_index
 from tests import fake_study
+from tests.fake_study import compared, nll_of, rows
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")
 
@@ -60,15 +62,6 @@ def report(made: Path) -> Report:
     return read_report(made)
 
 
-def rows(report: Report, table: str, **labels: Any) -> list[dict[str, Any]]:
-    return [row for row in report.tables[table] if all(row.get(key) == value for key, value in labels.items())]
-
-
-def compared(report: Report, quant: str, measure: str = "nll_per_token") -> dict[str, Any]:
-    (row,) = rows(report, "comparisons", **{"base.quant": quant, "measure": measure})
-    return row
-
-
 def test_each_arm_has_the_rate_of_its_search(report: Report) -> None:
     trained = rows(report, "arms", kind="trained")
     assert len(trained) == 8
@@ -80,15 +73,6 @@ def test_each_arm_has_the_rate_of_its_search(report: Report) -> None:
         assert row["rate_is_interior"]
         assert row["num_seeds"] == 4
         assert (searched["num_runs"], searched["num_diverged"]) == (6, 0)
-
-
-def test_a_rate_at_the_edge_is_told_and_decides_nothing(tmp_path: Path) -> None:
-    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
-    rates = {"values": [1e-5, 2e-5, 4e-5], "extend": 0}
-    row = compared(read_report(fake_study.make(tmp_path, product=product, rates=rates)), "nf4")
-    assert row["lower"] > 0
-    assert (row["winner"], row["verdict"]) == ("", "not decided")
-    assert "the best learning rate of dora (base.quant=nf4), lora (base.quant=nf4) is the smallest or" in row["reason"]
 
 
 @pytest.mark.parametrize("search", [True, False])
@@ -157,13 +141,6 @@ def test_a_verdict_needs_a_small_p_after_the_correction(made: Path, tmp_path: Pa
     (tmp_path / "study/study.json").write_text(json.dumps(index))
     row = compared(read_report(tmp_path / "study"), "nf4")
     assert (row["winner"], row["verdict"], row["reason"]) == ("", "not decided", "")
-
-
-def nll_of(made: Path, cell: dict[str, Any], half: str) -> float:
-    """NLL per answer token of a cell on one half of its examples, from its file alone."""
-    scored = json.loads((made / "cells" / cell["key"] / "eval/step-1.json").read_text())["per_example"]
-    kept = [row for row in scored if half_of(f"{row['id']}#1") == half]
-    return float(sum(row["nll"] for row in kept) / sum(row["num_answer_tokens"] for row in kept))
 
 
 def test_an_improvement_is_the_mean_of_the_seeds_by_hand(made: Path, report: Report) -> None:
@@ -250,111 +227,33 @@ def test_an_answer_without_format_is_not_a_wrong_one(report: Report) -> None:
 
 
 def test_pareto_arms_are_those_that_nothing_beats(report: Report) -> None:
-    points = [(row["total_mib"], row["nll_per_token"], row["pareto"]) for row in report.tables["arms"]]
+    points = [(row["total_mib"], row["nll_per_token"], row["pareto"]) for row in rows(report, "arms", kind="trained")]
     for mib, nll, best in points:
         beaten = any(m <= mib and n <= nll and (m, n) != (mib, nll) for m, n, _ in points)
         assert best == (not beaten)
     assert 0 < sum(best for *_, best in points) < len(points)
 
 
-@pytest.mark.parametrize(
-    "changes, reason",
-    [
-        ({"seeds": [0, 1]}, "there are 2 seeds, but at least 3 are needed"),
-        ({"rates": None}, "the learning rates were not searched"),
-    ],
-)
-def test_no_verdict_where_the_data_cannot_show_one(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
-    product = fake_study.DOCUMENT["product"] | {"base.quant": ["none", "nf4"]}
-    row = compared(read_report(fake_study.make(tmp_path, product=product, **changes)), "nf4")
-    assert (row["winner"], row["verdict"], row["reason"]) == ("", "not decided", reason)
+def test_only_trained_arms_with_the_same_seeds_are_ranked(tmp_path: Path) -> None:
+    """Transplants and the only seed on fp4, which has easy examples, are far better than all else."""
 
-
-def test_seeds_that_agree_in_sign_alone_decide_nothing_and_one_that_does_not_vetoes_nothing(tmp_path: Path) -> None:
-    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
-
-    def with_gains(folder: str, gains: tuple[float, ...]) -> dict[str, Any]:
-        def nll(cell: Cell) -> float:
-            gain = gains[cell.recipe.train.seed] if cell.kind == "trained" and cell.recipe.adapter.kind == "dora" else 0
-            return 2.0 - gain + 0.04 * abs(math.log2(cell.recipe.train.lr / 2e-4))
-
-        made = fake_study.make(tmp_path / folder, nll=nll, product=product, seeds=[*range(len(gains))])
-        return compared(read_report(made), "nf4")
-
-    agreeing = with_gains("agreeing", (0.02, 0.4, 0.05, 1.5))
-    assert agreeing["p_examples"] < 0.001  # of these seeds the examples are sure
-    assert (agreeing["verdict"], agreeing["reason"]) == ("not decided", "")
-    vetoing = with_gains("vetoing", (0.4, 0.5, 0.45, 0.5, 0.4, 0.45, 0.5, -0.05))
-    assert vetoing["winner"] == "dora"
-
-
-def test_failed_cells_are_named_and_call_no_winner(tmp_path: Path) -> None:
-    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
-    report = read_report(fake_study.make(tmp_path, fail="3", product=product))
-    failed = rows(report, "cells", status="failed")
-    assert len(failed) == 2
-    assert {row["reason"] for row in failed} == {"RuntimeError: out of memory"}
-    assert "2 of 22 cells have no result; 2 of them failed" in report.verdict[1]
-    row = compared(report, "nf4")
-    assert (row["num_seeds"], row["num_missing"], row["winner"]) == (3, 2, "")
-    assert row["reason"] == "2 cells have no result"
-
-
-def test_cells_that_wait_are_counted(tmp_path: Path) -> None:
-    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
-    report = read_report(fake_study.make(tmp_path, fail="1001", product=product))  # no search can end
-    assert rows(report, "arms", kind="trained") == []
-    assert report.verdict[1] == "8 more cells wait for a learning rate or an adapter."
-
-
-def test_a_rate_that_diverges_is_the_worst_and_vetoes_no_winner(tmp_path: Path) -> None:
     def nll(cell: Cell) -> float:
-        diverges = cell.kind == "rate" and cell.recipe.train.lr == 4e-4 and cell.recipe.train.seed == 1001
-        return math.nan if diverges else fake_study.truth(cell)
+        is_easy = cell.kind == "transplant" or (cell.kind == "trained" and cell.recipe.base.quant == "fp4")
+        return fake_study.truth(cell) - 2.0 * is_easy
 
-    report = read_report(fake_study.make(tmp_path, nll=nll))
-    assert {row["reason"] for row in rows(report, "cells", status="diverged")} == {"loss nan"}
-    assert "8 of 80 trainings diverged, 0 of them in the comparison" in report.verdict[1]
-    assert {row["rate"] for row in report.tables["rates"]} == {"0.0002"}
-    assert all(row["is_interior"] for row in report.tables["rates"])
-    assert compared(report, "nf4")["winner"] == "dora"
-
-
-def test_a_compared_run_that_diverges_has_the_worst_score(tmp_path: Path) -> None:
-    def nll(cell: Cell) -> float:
-        diverges = cell.kind == "trained" and cell.recipe.adapter.kind == "dora" and cell.recipe.train.seed == 1
-        return math.nan if diverges else fake_study.truth(cell)
-
-    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
-    report = read_report(fake_study.make(tmp_path, nll=nll, product=product))
-    row = compared(report, "nf4")
-    assert (row["num_seeds"], row["num_diverged"], row["verdict"]) == (4, 1, "not decided")
-    worst = float(row["seed_improvements"].split("; ")[1].partition(": ")[2])
-    assert worst == pytest.approx(1.8 - math.log(1000), abs=0.2)  # a uniform guess among 1,000 tokens
-    assert "1 of 20 trainings diverged, 1 of them in the comparison" in report.verdict[1]
-
-
-def test_an_arm_that_diverges_at_every_rate_is_not_compared(tmp_path: Path) -> None:
-    def nll(cell: Cell) -> float:
-        return math.nan if cell.is_trained and cell.recipe.adapter.kind == "dora" else fake_study.truth(cell)
-
-    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
-    report = read_report(fake_study.make(tmp_path, nll=nll, product=product))
-    assert {row["adapter"] for row in rows(report, "arms", kind="trained")} == {"lora"}
-    assert report.tables["comparisons"] == []
-    assert "1 arms diverged at every learning rate that was tried" in report.verdict[2]
-
-
-def test_an_unfinished_search_is_not_one_that_diverged(tmp_path: Path) -> None:
-    def nll(cell: Cell) -> float:
-        diverges = cell.kind == "rate" and cell.recipe.train.lr == 4e-4 and cell.recipe.train.seed == 1000
-        return math.nan if diverges else fake_study.truth(cell)
-
-    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
-    rates = fake_study.DOCUMENT["rates"] | {"steps": 1}
-    report = read_report(fake_study.make(tmp_path, nll=nll, fail="1001", product=product, rates=rates))
-    assert [(row["rate"], row["num_diverged"]) for row in report.tables["rates"]] == [(None, 1), (None, 1)]
-    assert not [text for text in report.verdict if "at every learning rate" in text]
+    stages = [
+        {"name": "main", "cells": {"base.quant": ["none", "nf4"]}},
+        {"name": "few", "cells": {"base.quant": "fp4", "seed": 0}},
+        {"name": "moved", "cells": {"base.quant": "nf4"}, "kind": "transplant"},
+    ]
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["none", "nf4", "fp4"]}
+    report = read_report(fake_study.make(tmp_path, nll=nll, product=product, stages=stages, seeds=[0, 1], bases=False))
+    ranked = [(row["kind"], row["base.quant"]) for row in report.tables["arms"] if "pareto" in row]
+    assert ranked == [("trained", quant) for quant in ("none", "nf4") for _ in ("lora", "dora")]
+    assert sum(bool(row.get("pareto")) for row in report.tables["arms"]) >= 1
+    draw = report_figures._pareto(report)
+    assert draw is not None
+    draw(True)
 
 
 def test_the_search_tells_the_spread_before_anything_is_compared(tmp_path: Path) -> None:
@@ -370,21 +269,6 @@ def test_the_search_tells_the_spread_before_anything_is_compared(tmp_path: Path)
     differences = [losses["dora", seed] - losses["lora", seed] for seed in ("1000", "1001")]
     assert found.source == "the search for rates"
     assert found.spread == pytest.approx(statistics.stdev(differences), rel=1e-9)
-
-
-def test_further_seeds_are_run_where_the_interval_is_wide(tmp_path: Path) -> None:
-    def nll(cell: Cell) -> float:
-        wobble = 0.1 * (-1) ** cell.recipe.train.seed if cell.recipe.adapter.kind == "dora" else 0.0
-        return fake_study.truth(cell) + (wobble if cell.recipe.base.quant == "fp4" and cell.kind == "trained" else 0.0)
-
-    more = {"seeds": [4, 5], "half_width": 0.05}
-    report = read_report(fake_study.make(tmp_path, nll=nll, more_seeds=more))
-    assert {quant: compared(report, quant)["num_seeds"] for quant in fake_study.LOST} == {
-        "none": 4,
-        "int8": 4,
-        "nf4": 4,  # decided, but that has no part in it
-        "fp4": 6,
-    }
 
 
 def test_the_answer_has_three_sentences_each_with_its_number(report: Report, tmp_path: Path) -> None:
@@ -404,8 +288,13 @@ def test_the_answer_has_three_sentences_each_with_its_number(report: Report, tmp
     compare = {"reference": "lora", "primary": PRIMARY, "spread": 0.03}
     primary = read_report(fake_study.make(tmp_path, compare=compare, seeds=[0, 1, 2]))
     (row,) = rows(primary, "comparisons", comparison="over all", role="primary")
+    assert len(primary.answer) == 2  # nothing was transplanted
     assert primary.answer[0].startswith("over all: ")
-    assert f"by {row['improvement']:.4f} on average (95 % interval {row['lower']:.4f} to" in primary.answer[0]
+    (beyond,) = rows(primary, "comparisons", comparison="beyond 16 bits", role="primary")
+    assert "; beyond 16 bits: " in primary.answer[0]
+    for each in (row, beyond):
+        size = f"of {each['improvement']:.4f} (95 % interval {each['lower']:.4f} to {each['upper']:.4f})"
+        assert f"with a mean improvement of dora in NLL (nats per token) {size}" in primary.answer[0]
     assert row["half_width_planned"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.03 / math.sqrt(3))
 
 
@@ -420,9 +309,18 @@ def test_the_damage_left_is_told_in_the_metric_of_the_study() -> None:
 
 def test_what_is_not_decided_says_beside_it_what_was_not_seen_or_why(report: Report) -> None:
     row = compared(report, "nf4") | {"comparison": "over all", "winner": "", "verdict": "not decided"}
-    seen = f"differences below {row['smallest_detectable']:.2g} could not have been seen."
-    assert decided_in_words(row, "NLL").endswith(f"), {seen}")
-    assert decided_in_words(row | {"reason": "there are 2 seeds"}, "NLL").endswith("), there are 2 seeds.")
+    seen = f"differences below {row['smallest_detectable']:.2g} could not have been seen"
+    assert decided_in_words(row, "NLL").endswith(f"), and {seen}")
+    assert decided_in_words(row | {"reason": "there are 2 seeds; x"}, "NLL").endswith(
+        "), since there are 2 seeds and x"
+    )
+    small = row | {"winner": "dora", "verdict": "dora is better, by less than 0.02"}
+    assert decided_in_words(small, "NLL").startswith(
+        "over all: dora is better than lora, by less than 0.02, with a mean"
+    )
+    single = decided_in_words(row | {"lower": math.nan, "upper": math.nan, "reason": "there is 1 seed"}, "NLL")
+    size = f"with a mean improvement of dora in NLL of {row['improvement']:.4f}"
+    assert single == f"over all: not decided, {size}, since there is 1 seed"
     (table,) = [table for table in shown_tables(report) if table["name"] == "comparisons"]
     first = table["header"][: table["num_first"]]
     place = first.index("verdict")
@@ -537,12 +435,55 @@ def test_the_page_needs_nothing_beside_it(report: Report, tmp_path: Path) -> Non
 @pytest.mark.figures
 def test_errors_by_block_are_drawn_of_more_bases_than_colors_before_anything_is_compared(report: Report) -> None:
     blocks = [{"base.quant": f"base {n}", "block": block, "relative_error": 0.1} for n in range(12) for block in (0, 1)]
-    for compared, drawn in ([], range(8)), (["16 bits", "base 11"], [*range(7), 11]):
-        pairs = [report.tables["comparisons"][0] | {"base.quant": name} for name in compared]
+    for bases, drawn in ([], range(8)), (["16 bits", "base 11"], [*range(7), 11]):
+        pairs = [report.tables["comparisons"][0] | {"base.quant": name} for name in bases]
         tables = {"blocks": blocks, "comparisons": pairs, "changes": []}
         early = replace(report, tables=report.tables | tables)
         (depth,) = (each for each in draw_all(early) if each.title == "Where in depth")
         assert [n for n in range(12) if re.search(rf"base {n}\b", depth.wide)] == list(drawn)
+
+
+def test_the_axis_of_the_differences_is_that_of_intervals_of_enough_seeds(report: Report) -> None:
+    row = compared(report, "nf4") | {"lower": -3.0, "upper": 3.0, "num_seeds": 2}
+    wide: dict[int, float] = {}
+    for number in (2, 3):
+        pairs = [compared(report, "none"), row | {"num_seeds": number}]
+        draw = report_figures._forest(replace(report, tables=report.tables | {"comparisons": pairs}))
+        assert draw is not None
+        every = draw(True).axes  # several where the axis is broken
+        wide[number] = every[-1].get_xlim()[1]
+        arrows = [line.get_marker() for axes in every for line in axes.lines if line.get_marker() in ("<", ">")]
+        assert arrows == (["<", ">"] if number == 2 else [])
+    assert wide[2] < 0.2 < 3.0 < wide[3]
+
+
+def test_depth_has_a_colour_for_each_base_and_a_stroke_for_each_arm(report: Report) -> None:
+    draw = report_figures._depth(report)
+    assert draw is not None
+    untrained, off, undone = (axes.lines for axes in draw(True).axes)
+    colors = {line.get_color() for line in untrained if len(line.get_xdata())}
+    looks = [{(line.get_color(), line.get_linestyle()) for line in part} for part in (off, undone)]
+    assert (len(looks[0]), len(looks[1])) == (4, 2)  # lora and dora on two bases, one of them compressed
+    assert len({color for color, _ in looks[0]}) == len({stroke for _, stroke in looks[0]}) == 2
+    assert {color for color, _ in looks[1]} < {color for color, _ in looks[0]}
+    assert colors & {color for color, _ in looks[1]}  # nf4 everywhere
+    (legend,) = draw(True).legends
+    assert {text.get_text() for text in legend.get_texts()} >= {"nf4", "none", "lora", "dora"}
+
+
+def test_a_layer_outside_of_the_blocks_has_no_block(made: Path, tmp_path: Path) -> None:
+    """Such as an adapted head."""
+    shutil.copytree(made, tmp_path / "study")
+    (key, *_) = [cell["key"] for cell in read_index(made)["cells"] if cell["kind"] == "by_layer"]
+    file = tmp_path / "study/results" / f"{key}.json"
+    result = json.loads(file.read_text())
+    result["changes"]["lm_head"] = result["changes"]["layers.0.q_proj"]
+    file.write_text(json.dumps(result))
+    changed = read_report(tmp_path / "study")
+    frame = pd.DataFrame(changed.tables["changes"])
+    frame.to_parquet(tmp_path / "changes.parquet")
+    assert frame["block"].isna().sum() == 1
+    assert report_figures._depth(changed) is not None
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,6 +71,30 @@ def test_the_study_table_has_damage_left_and_verdicts(tables: dict[str, ModuleTy
     assert float(line["share repaired by lora"].split()[0]) == pytest.approx(0.5, abs=0.1)
     assert row_of(text, "16 bits")[4:7] == ["–", "–", "–"]
     assert "After training, lora is worse" in text
+
+
+def test_the_study_table_has_the_named_comparisons_and_bases_whose_runs_diverged(
+    tables: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    def nll(cell: Cell) -> float:
+        has_diverged = cell.kind == "trained" and (cell.labels["base"], cell.labels["adapter"]) in diverged
+        return math.nan if has_diverged else fake_study.truth(cell)
+
+    diverged = [("nf4", "lora"), ("fp4", "lora"), ("fp4", "dora")]
+    product = {"base": BASES | {"fp4": {"base.quant": "fp4"}}, "adapter": KINDS}
+    primary = {"on both": {"over": {"base": ["16 bits", "nf4"]}}, "on fp4": {"over": {"base": "fp4"}}}
+    compare = {"reference": "lora", "primary": primary}
+    more = {"cells": 1200, "cells_done": 40}
+    pairs = result(tmp_path, "study", more, nll=nll, product=product, compare=compare, seeds=[0, 1, 2], bases=False)
+    text = tables["study"].study()
+    assert row_of(text, "nf4")[1:3] == ["4.10", "0"]
+    assert row_of(text, "fp4")[1:3] == ["–", "–"]
+    for pair in pairs:
+        if pair["role"] == "primary":
+            said = row_of(text, pair["comparison"])[-1]
+            assert said.startswith(f"dora {pair['improvement']:+.3f} (")
+            assert pair["verdict"] in said
+    assert "\nSo far 40 of 1,200 cells are done. on both: " in text
 
 
 def test_rank_tables_read_the_present_reports(tables: dict[str, ModuleType], tmp_path: Path) -> None:

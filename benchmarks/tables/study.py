@@ -79,25 +79,37 @@ def _by_damage(arms: Sequence[Row], pairs: Sequence[Row]) -> str:
     for context in contexts:
         own = {row["adapter"]: row for row in trained(arms) if tuple(row[axis] for axis in axes) == context}
         of_base = {row["adapter"]: row for row in repairs if tuple(row[axis] for axis in axes) == context}
-        first = next(iter(own.values()))
-        line = [", ".join(context), f"{float(first['bits_per_weight']):.2f}", f"{100 * float(first['sparsity']):.0f}"]
+        # An arm of which all runs diverged has no sizes
+        sizes = next((row for row in own.values() if row["bits_per_weight"]), None)
+        bits = ["–", "–"] if sizes is None else _bits_and_zeros(sizes)
+        line = [", ".join(context), *bits]
         line.append(_known(damage.get(context[0]), "damage_choice"))
         line += [_known(of_base.get(name), "left") for name in adapters]
         line.append(_known(of_base.get(reference), "repaired_share"))
         told = [pair for pair in of_metric(pairs) if tuple(pair[axis] for axis in axes) == context]
         line.append("; ".join(f"{pair['arm']} {compared(pair)}" for pair in told) or "–")
         lines.append(line)
+    named = [pair for pair in of_metric(pairs) if not any(pair.get(axis) for axis in axes)]
+    empty = ["–"] * (4 + len(adapters))
+    lines += [[pair["comparison"], *empty, f"{pair['arm']} {compared(pair)}"] for pair in named]
     header = ["base", "bits", "zeros %", "damage, choices", *(f"{name}: left" for name in adapters)]
     header += [f"share repaired by {reference}", f"against {reference}: NLL lower by"]
     done = read("study/run")
+    partial = ""
+    if done.get("cells_done", 0) < done.get("cells", 0):
+        partial = f"So far {done['cells_done']:,} of {done['cells']:,} cells are done. "
     note = (
-        f"\n{' '.join(done['answer'])}\n\nNLL in nats per answer token of the test examples; 95 % t intervals over the "
-        "seeds. Damage: NLL among the choices, nats a question, untrained, beyond the uncompressed base. Left: beyond "
-        "the same arm trained on the uncompressed base. Share repaired: of the damage of an adapter that was trained "
-        f"on the uncompressed base. `{done['command']}`; the whole report: "
+        f"\n{partial}{' '.join(done['answer'])}\n\nNLL in nats per answer token of the test examples; 95 % t intervals "
+        "over the seeds. Damage: NLL among the choices, nats a question, untrained, beyond the uncompressed base. "
+        "Left: beyond the same arm trained on the uncompressed base. Share repaired: of the damage of an adapter that "
+        f"was trained on the uncompressed base. `{done['command']}`; the whole report: "
         "[results/study/report.md](results/study/report.md).\n"
     )
     return markdown(header, lines) + note
+
+
+def _bits_and_zeros(row: Row) -> list[str]:
+    return [f"{float(row['bits_per_weight']):.2f}", f"{100 * float(row['sparsity']):.0f}"]
 
 
 def _known(row: Row | None, measure: str) -> str:
@@ -113,7 +125,7 @@ def _by_scores(arms: Sequence[Row], pairs: Sequence[Row]) -> str:
     for base in bases:
         own = {row["adapter"] if row["is_trained"] == "True" else "": row for row in arms if row["base"] == base}
         first = next(iter(own.values()))
-        line = [base, f"{float(first['bits_per_weight']):.2f}", f"{100 * float(first['sparsity']):.0f}"]
+        line = [base, *_bits_and_zeros(first)]
         line += [with_band(own.get(name)) for name in ("", *adapters)]
         line.append("; ".join(f"{pair['arm']}: {compared(pair)}" for pair in pairs if pair["base"] == base) or "–")
         lines.append(line)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from qdora.study.grid import CompareConfig
 from qdora.study.report_contents import Naming, Row, is_number, naming
-from qdora.study.verdict import not_seen, overall
+from qdora.study.verdict import interval_in_words, not_seen, overall
 
 
 def question_of(pairs: Sequence[Row], repairs: Sequence[Row]) -> str:
@@ -36,24 +36,32 @@ def answer_of(
         axes: Those of the contexts.
     """
     primary = [row for row in pairs if row["role"] == "primary"]
-    is_named = bool(primary) and not any(primary[0].get(axis) for axis in axes)
-    decided = decided_in_words(primary[0], metric_label) if is_named else overall(primary, metric_label)
+    decided = overall(primary, metric_label)
+    if compare.primary is not None:
+        known = {row["comparison"]: row for row in primary}
+        told = [
+            decided_in_words(known[name], metric_label) if name in known else f"{name}: not decided, without results"
+            for name in compare.primary
+        ]
+        decided = f"{'; '.join(told)}."
     rows = [row for row in repairs if not primary or row[compare.arm] == primary[0]["reference"]]
     named = naming([row for row in rows if is_number(row.get("left"))], axes)
     return [decided, *filter(None, [_left(rows, named, compare, metric_label), _repaired(rows, named, compare.arm)])]
 
 
 def decided_in_words(row: Row, metric_label: str) -> str:
-    """A primary comparison in a sentence."""
+    """A primary comparison as a part of a sentence."""
     arm, reference, gain = row["arm"], row["reference"], row["improvement"]
-    interval = f"95 % interval {row['lower']:.4f} to {row['upper']:.4f}"
-    size = f"{arm} improves {metric_label} by {gain:.4f} on average ({interval})"
+    size = f"with a mean improvement of {arm} in {metric_label} of {gain:.4f}"
+    size += "".join(f" (95 % {text})" for text in interval_in_words(row))
     if row["winner"]:
         other = reference if row["winner"] == arm else arm
-        return f"{row['comparison']}: {row['winner']} is better than {other}; {size}."
+        less = f", by less than {row['zone']:g}" if "less than" in row["verdict"] else ""
+        return f"{row['comparison']}: {row['winner']} is better than {other}{less}, {size}"
     if row["verdict"] != "not decided":
-        return f"{row['comparison']}: {arm} and {reference} differ by less than {row['zone']:g}; {size}."
-    return f"{row['comparison']}: not decided; {size}, {row['reason'] or not_seen([row])}."
+        return f"{row['comparison']}: {arm} and {reference} differ by less than {row['zone']:g}, {size}"
+    why = f"since {row['reason'].replace('; ', ' and ')}" if row["reason"] else f"and {not_seen([row])}"
+    return f"{row['comparison']}: not decided, {size}, {why}"
 
 
 def _left(rows: Sequence[Row], named: Naming, compare: CompareConfig, label: str) -> str:

@@ -7,7 +7,6 @@ adapter of another cell, is added once that is there, so the cells are made anew
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,17 @@ from qdora.errors import UserError
 from qdora.recipe.recipe_file import apply_overrides, override, recipe_document, recipe_from, settings
 from qdora.recipe.settings import Recipe
 from qdora.study.cell_key import key_of
-from qdora.study.grid import RATE, SEED, StageConfig, Study, as_list, choices, in_words, label_of, matches
+from qdora.study.grid import (
+    RATE,
+    SEED,
+    StageConfig,
+    Study,
+    choices,
+    combinations,
+    in_words,
+    label_of,
+    stage_with_more_seeds,
+)
 from qdora.study.rates import RateRun, Search, search
 
 Kind = Literal["base", "rate", "trained", "transplant", "set_back", "by_layer"]
@@ -114,7 +123,7 @@ IsWide = Callable[[Mapping[str, str]], bool]
 
 @dataclass(frozen=True)
 class _Arm:
-    """A combination of labels without the seed: the stage, the changes to the recipe, and what its search is called."""
+    """A combination of labels without the seed, in a stage, with the changes to the recipe and the stage's seeds."""
 
     stage: StageConfig
     labels: Labels
@@ -191,28 +200,13 @@ class Expander:
     def _more_seeds(self, arm: _Arm, is_wide: IsWide) -> tuple[int, ...]:
         """The further seeds of an arm whose interval is too wide."""
         more = self.study.more_seeds
-        stages = [stage.name for stage in self.study.stages] or [arm.stage.name]
-        if more is None or arm.stage.name != (more.stage or stages[0]) or not is_wide(arm.labels):
+        if more is None or arm.stage.name != stage_with_more_seeds(self.study) or not is_wide(arm.labels):
             return ()
         return tuple(seed for seed in more.seeds if seed not in arm.seeds)
 
     def _arms(self) -> Iterator[_Arm]:
-        """Every combination of labels of every stage, each combination once."""
-        study, seen = self.study, set()
-        for stage in study.stages or (StageConfig(name="main"),):
-            seeds = tuple(as_list(stage.cells.get(SEED, list(study.seeds))))
-            asked = {axis: set(map(label_of, as_list(value))) for axis, value in stage.cells.items() if axis != SEED}
-            kept = [
-                [label for label in labels if axis not in asked or label in asked[axis]]
-                for axis, labels in self.axes.items()
-            ]
-            for combination in itertools.product(*kept):
-                labels = dict(zip(self.axes, combination, strict=True))
-                identity = (stage.kind, *combination)
-                if identity in seen or any(matches(labels, entry) for entry in study.exclude):
-                    continue
-                seen.add(identity)
-                yield _Arm(stage, labels, self._changes(labels), seeds)
+        for stage, labels, seeds in combinations(self.study):
+            yield _Arm(stage, labels, self._changes(labels), seeds)
 
     def _changes(self, labels: Mapping[str, str]) -> dict[str, Any]:
         """What labels change in the recipe."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qdora.study import statistics
@@ -22,7 +22,9 @@ from qdora.study.grid import (
     StageConfig,
     Study,
     as_list,
+    combinations,
     in_words,
+    label_of,
     matches,
 )
 from qdora.study.scores import HIGHER_IS_BETTER, CellScores, Part, combined, read_scores, weighting_of
@@ -46,7 +48,7 @@ class Arm:
         rate: Label of the learning rate that a search found; "" without one.
         is_interior: Whether the search found a worse rate on both sides; None without one.
         seeds: Seed -> key of a finished cell; a base has one, whose seed is "".
-        open_seeds: Seeds of its cells without a result.
+        open_seeds: Seeds of its cells without a result, but for the study's further seeds (more_seeds).
         base_key, dense_key: Keys of the cells that evaluate its base and the uncompressed base.
     """
 
@@ -62,7 +64,7 @@ class Arm:
 
     @property
     def num_missing(self) -> int:
-        """Cells of this arm without a result."""
+        """Cells of this arm without a result, but for further seeds."""
         return len(self.open_seeds)
 
 
@@ -142,6 +144,8 @@ def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> 
     compare = results.study.compare
     groups: dict[tuple[str, tuple[tuple[str, str], ...], str], list[Mapping[str, Any]]] = {}
     searched = results.study.rates is not None
+    more = results.study.more_seeds
+    further = {str(seed) for seed in (() if more is None else more.seeds)}
     left_out = {compare.arm, SEED, *([RATE] if searched else [])}
     for cell in cells:
         if cell["kind"] in ("rate", "by_layer"):
@@ -163,7 +167,7 @@ def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> 
                     rate=first["labels"].get(RATE, "") if searched else "",
                     is_interior=first["is_interior"],
                     seeds=done,
-                    open_seeds=tuple(seed for seed in seeds if seed not in done),
+                    open_seeds=tuple(seed for seed in seeds if seed not in done and seed not in further),
                     base_key=first["base_key"],
                     dense_key=first["dense_key"],
                 )
@@ -210,7 +214,10 @@ def _differences(terms: Sequence[Term], seeds: Sequence[str], results: Results, 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedComparison:
-    """A contrast to be told: its name, what it says the arm is better than, and whether it was named beforehand."""
+    """A contrast to be told: its name, what it says the arm is better than, and whether it was named beforehand.
+
+    `lacking` says which of the contexts that it is about are not in its terms.
+    """
 
     name: str
     context: dict[str, str]
@@ -218,6 +225,7 @@ class NamedComparison:
     reference: str
     is_primary: bool
     terms: list[Term]
+    lacking: list[str] = field(default_factory=list)
 
     @property
     def arms(self) -> list[Arm]:
@@ -225,24 +233,27 @@ class NamedComparison:
         return list({id(arm): arm for _, *pair in self.terms for arm in pair}.values())
 
 
-def named_comparisons(arms: Sequence[Arm], compare: CompareConfig, reference: str) -> list[NamedComparison]:
+def named_comparisons(arms: Sequence[Arm], study: Study, reference: str) -> list[NamedComparison]:
     """The primary comparisons, then every trained arm beside the reference of its context, as far as they can be made.
 
     Without `compare.primary` the latter are the primary ones.
     """
-    pairs = [
-        (arm, other)
-        for arm in arms
-        for other in arms
-        if arm.kind == other.kind == "trained" and other.name == reference != arm.name and arm.context == other.context
-    ]
+    compare, pairs = study.compare, _pairs(arms, reference)
     found = []
     for name, asked in (compare.primary or {}).items():
         terms = _terms(asked, pairs)
         if terms:
             arm = terms[0][1].name
             found.append(
-                NamedComparison(name=name, context={}, arm=arm, reference=reference, is_primary=True, terms=terms)
+                NamedComparison(
+                    name=name,
+                    context={},
+                    arm=arm,
+                    reference=reference,
+                    is_primary=True,
+                    terms=terms,
+                    lacking=_lacking(asked, terms, study),
+                )
             )
     return found + [
         NamedComparison(
@@ -254,6 +265,16 @@ def named_comparisons(arms: Sequence[Arm], compare: CompareConfig, reference: st
             terms=[(1.0, arm, other)],
         )
         for arm, other in pairs
+    ]
+
+
+def _pairs(arms: Sequence[Arm], reference: str) -> list[tuple[Arm, Arm]]:
+    """Every trained arm beside the reference of its context."""
+    return [
+        (arm, other)
+        for arm in arms
+        for other in arms
+        if arm.kind == other.kind == "trained" and other.name == reference != arm.name and arm.context == other.context
     ]
 
 
@@ -270,6 +291,26 @@ def _terms(asked: PrimaryConfig, pairs: Sequence[tuple[Arm, Arm]]) -> list[Term]
     return terms
 
 
+def _lacking(asked: PrimaryConfig, terms: Sequence[Term], study: Study) -> list[str]:
+    """The contexts that a primary comparison is about, by the study file, and that its terms do not have."""
+    _, arm, reference = terms[0]
+    names: dict[tuple[tuple[str, str], ...], set[str]] = {}
+    for stage, labels, _ in combinations(study):
+        if stage.kind == "train":
+            context = tuple((axis, label) for axis, label in labels.items() if axis != study.compare.arm)
+            names.setdefault(context, set()).add(labels[study.compare.arm])
+    planned = [dict(context) for context, own in names.items() if own >= {arm.name, reference.name}]
+    found = [own.context for _, own, _ in terms]
+    lacking: list[str] = []
+    for entry in [asked.over] + ([] if asked.minus is None else [asked.minus]):
+        wanted = [context for context in planned if matches(context, entry)]
+        lacking += [in_words(context) for context in wanted if context not in found]
+        for axis, value in entry.items():
+            known = {context[axis] for context in wanted}
+            lacking += [f"{axis}={label}" for label in map(label_of, as_list(value)) if label not in known]
+    return list(dict.fromkeys(lacking))
+
+
 def comparisons(arms: Sequence[Arm], results: Results, reference: str, measures: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each comparison and measure, judged (`_judge`). A positive improvement is better.
 
@@ -278,7 +319,7 @@ def comparisons(arms: Sequence[Arm], results: Results, reference: str, measures:
     compare = results.study.compare
     rows = [
         row
-        for each in named_comparisons(arms, compare, reference)
+        for each in named_comparisons(arms, results.study, reference)
         for measure in measures
         if (row := _row(each, results, measure, is_primary=each.is_primary and measure == measures[0])) is not None
     ]
@@ -297,9 +338,10 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
     compare, interval = results.study.compare, improvement_interval(by_seed)
     differences = _differences(each.terms, list(by_seed), results, measure)
     of_seeds, of_examples = statistics.seed_spread(list(by_seed.values())), Spread(math.nan, math.nan)
+    equivalent = [math.nan]  # the worst score is no measurement: two runs that diverged are not known to be equivalent
     if len(differences) == len(by_seed):
         of_examples = statistics.example_spread(differences, results.weighting(measure))
-    equivalent = [spread.p_equivalent(interval.value, compare.zone) for spread in (of_seeds, of_examples)]
+        equivalent = [spread.p_equivalent(interval.value, compare.zone) for spread in (of_seeds, of_examples)]
     examples = {(task, each) for tasks in differences for task, found in tasks.items() for each in found.examples}
     return {
         "comparison": each.name,
@@ -347,14 +389,17 @@ def _against_a_verdict(each: NamedComparison, num_seeds: int, compare: CompareCo
     reasons = []
     missing = sum(arm.num_missing for arm in each.arms)
     if missing:
-        reasons.append(f"{missing} cells have no result")
+        reasons.append(f"{missing} cell{'s have' if missing > 1 else ' has'} no result")
+    if each.lacking:
+        reasons.append(f"an arm has no result for {' and for '.join(each.lacking)}")
     if any(arm.is_interior is None for arm in each.arms):
         reasons.append("the learning rates were not searched")
     at_edge = sorted({_named(arm) for arm in each.arms if arm.is_interior is False})
     if at_edge:
         reasons.append(f"the best learning rate of {', '.join(at_edge)} is the smallest or largest that was tried")
     if num_seeds < compare.min_seeds:
-        reasons.append(f"there are {num_seeds} seeds, but at least {compare.min_seeds} are needed")
+        number = f"are {num_seeds} seeds" if num_seeds > 1 else "is 1 seed"
+        reasons.append(f"there {number}, but at least {compare.min_seeds} are needed")
     return reasons
 
 
@@ -386,9 +431,22 @@ def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig) -> None:
             row["verdict"] = inside if is_equivalent else "not decided"
 
 
+def level_seeds(arm: Arm, study: Study) -> list[str]:
+    """The seeds over which the level of an arm is told: those of the study file, which other arms have, too.
+
+    A seed has examples of its own, so means over different seeds cannot be compared. All seeds of an arm that has none
+    of these.
+    """
+    common = set(map(str, study.seeds))
+    return [seed for seed in arm.seeds if seed in common] or list(arm.seeds)
+
+
 def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
-    """Mean of a measure over the arm's seeds with its t interval; of a base over its examples. None if not measured."""
-    values = [results.mean(key, measure) for key in arm.seeds.values()]
+    """Mean of a measure over the arm's `level_seeds` with its t interval; of a base over its examples.
+
+    None if not measured.
+    """
+    values = [results.mean(arm.seeds[seed], measure) for seed in level_seeds(arm, results.study)]
     if not values or any(map(math.isnan, values)):
         return None
     if arm.kind != "base":
@@ -401,18 +459,19 @@ def wide_contexts(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig)
     """Contexts of finished pairs whose interval is wider than asked for, whatever the difference is.
 
     Only the first seeds count, not the further ones, so the answer stays the same while these are run.
+
+    Args:
+        arms: Those of the stage that gets the further seeds.
     """
     more = {str(seed) for seed in asked.seeds}
-    compare = results.study.compare.model_copy(update={"primary": None})
     found = []
-    for each in named_comparisons(arms, compare, reference_of(arms, results.study)):
-        ((_, *pair),) = each.terms
-        if any(set(arm.open_seeds) - more for arm in pair):
+    for pair in _pairs(arms, reference_of(arms, results.study)):
+        if any(arm.num_missing for arm in pair):
             continue
         first = [replace(arm, seeds={seed: key for seed, key in arm.seeds.items() if seed not in more}) for arm in pair]
-        by_seed = seed_improvements([(1.0, first[0], first[1])], results, compare.metric)
+        by_seed = seed_improvements([(1.0, first[0], first[1])], results, results.study.compare.metric)
         if by_seed and improvement_interval(by_seed).half_width > asked.half_width:
-            found.append(each.context)
+            found.append(pair[0].context)
     return found
 
 

@@ -23,6 +23,7 @@ labelled groups of settings that change together.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -165,9 +166,10 @@ class MoreSeedsConfig(Section):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     """The further seeds."""
     half_width: Positive
-    """They run for both arms of a context whose improvement has a wider half of the 95 % interval than this."""
+    """They run for both arms of a context whose improvement has a wider half of the 95 % interval than this. A primary
+    comparison over several contexts uses the seeds that all of them share."""
     stage: Text | None = None
-    """Stage whose contexts get them (null: the first one)."""
+    """Stage whose arms get them (null: the first one)."""
 
 
 class TimeConfig(Section):
@@ -322,6 +324,30 @@ def choices(axis: Any, name: str) -> list[tuple[str, dict[str, Any]]]:
     if isinstance(axis, dict):
         return list(axis.items())
     return [(label_of(value), {name: value}) for value in axis]
+
+
+def combinations(study: Study) -> Iterator[tuple[StageConfig, dict[str, str], tuple[int, ...]]]:
+    """(stage, labels, seeds): the combinations of labels of every stage, with the seeds that no earlier stage gave."""
+    seen: dict[tuple[str, ...], set[int]] = {}
+    axes = {name: [label for label, _ in choices(axis, name)] for name, axis in study.product.items()}
+    for stage in study.stages or (StageConfig(name="main"),):
+        asked = {axis: set(map(label_of, as_list(value))) for axis, value in stage.cells.items() if axis != SEED}
+        kept = [
+            [label for label in labels if axis not in asked or label in asked[axis]] for axis, labels in axes.items()
+        ]
+        for combination in itertools.product(*kept):
+            labels = dict(zip(axes, combination, strict=True))
+            known = seen.setdefault((stage.kind, *combination), set())
+            seeds = tuple(seed for seed in as_list(stage.cells.get(SEED, list(study.seeds))) if seed not in known)
+            if seeds and not any(matches(labels, entry) for entry in study.exclude):
+                known.update(seeds)
+                yield stage, labels, seeds
+
+
+def stage_with_more_seeds(study: Study) -> str:
+    """Name of the stage whose arms get the further seeds."""
+    assert study.more_seeds is not None
+    return study.more_seeds.stage or (study.stages[0].name if study.stages else "main")
 
 
 def as_list(value: Any) -> list[Any]:

@@ -124,8 +124,10 @@ def outlooks(cells: Cells, results: Results) -> list[Outlook]:
     records = [cell.record() for cell in cells.cells]
     planned, finished = find_arms(records, results, as_planned=True), find_arms(records, results)
     reference = reference_of(planned, results.study)
-    primary = [each for each in named_comparisons(planned, compare, reference) if each.is_primary]
-    measured = {each.name + in_words(each.context): each for each in named_comparisons(finished, compare, reference)}
+    primary = [each for each in named_comparisons(planned, results.study, reference) if each.is_primary]
+    measured = {
+        each.name + in_words(each.context): each for each in named_comparisons(finished, results.study, reference)
+    }
     of_rates = _spread_of_searches(cells, results, reference)
     found = []
     for each in primary:

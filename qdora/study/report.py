@@ -24,6 +24,7 @@ from qdora.study.compare import (
     Results,
     comparisons,
     find_arms,
+    level_seeds,
     quality,
     reference_of,
 )
@@ -104,7 +105,7 @@ def read_report(directory: Path) -> Report:
     pairs = comparisons(arms, results, reference, _measures(arms, results))
     axes = [axis for axis in study.product if axis != compare.arm]
     arm_rows = [_arm_row(arm, axes, results) for arm in arms]
-    _mark_pareto(arm_rows, compare.metric)
+    _mark_pareto(arm_rows, arms, study)
     cell_rows = [_cell_row(cell, list(study.product), store, results) for cell in cells]
     trained = [arm for arm in arms if arm.kind == "trained"]
     tables = {
@@ -124,7 +125,8 @@ def read_report(directory: Path) -> Report:
     said = verdict(pairs, cell_rows, index["rates"], axes, label)
     waiting = sum(index["num_waiting"].values())
     if waiting:
-        said.insert(1, f"{waiting} more cells wait for a learning rate or an adapter.")
+        cells_wait = f"{waiting} more cells wait" if waiting > 1 else "1 more cell waits"
+        said.insert(1, f"{cells_wait} for a learning rate or an adapter.")
     return Report(
         tables=tables,
         question=question_of(pairs, tables["repair"]),
@@ -160,8 +162,9 @@ def _arm_row(arm: Arm, axes: Sequence[str], results: Results) -> dict[str, Any]:
     row: dict[str, Any] = _labels_of(arm.context, axes)
     row |= {results.study.compare.arm: arm.name, "kind": arm.kind, "is_trained": arm.kind == "trained"}
     row |= {"is_dense": arm.base_key == arm.dense_key, "rate": arm.rate, "rate_is_interior": arm.is_interior}
-    diverged = sum(map(results.diverged, arm.seeds.values()))
-    row |= {"num_seeds": len(arm.seeds), "num_missing": arm.num_missing, "num_diverged": diverged}
+    seeds = level_seeds(arm, results.study)
+    diverged = sum(results.diverged(arm.seeds[seed]) for seed in seeds)
+    row |= {"num_seeds": len(seeds), "num_missing": arm.num_missing, "num_diverged": diverged}
     for measure in HIGHER_IS_BETTER:
         found = quality(arm, results, measure)
         if found is not None:
@@ -189,10 +192,20 @@ def _sizes(keys: Sequence[str], results: Results) -> dict[str, Any]:
     }
 
 
-def _mark_pareto(rows: Rows, metric: str) -> None:
-    """Mark each arm: is no other arm as good in fewer bytes, or better in as many?"""
+def _mark_pareto(rows: Rows, arms: Sequence[Arm], study: Study) -> None:
+    """Mark each trained arm with the most seeds: is no other of them as good in fewer bytes, or better in as many?
+
+    Arms with other seeds have other examples, so they are not ranked.
+    """
+    metric = study.compare.metric
     sign = -1.0 if HIGHER_IS_BETTER[metric] else 1.0
-    shown = [row for row in rows if metric in row and "total_mib" in row]
+    measured = [
+        (set(level_seeds(arm, study)), row)
+        for arm, row in zip(arms, rows, strict=True)
+        if arm.kind == "trained" and metric in row and "total_mib" in row
+    ]
+    most = max((seeds for seeds, _ in measured), key=len, default=set())
+    shown = [row for seeds, row in measured if seeds == most]
     points = [(row["total_mib"], sign * row[metric]) for row in shown]
     for row in shown:
         mib, score = row["total_mib"], sign * row[metric]
@@ -229,7 +242,7 @@ def _change_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results)
     result = results.result(cell["key"]) if cell["kind"] == "by_layer" else None
     return [
         _of_run(cell, axes, results)
-        | {"layer": path, "block": "" if (block := block_of(path)) is None else block}
+        | {"layer": path, "block": block_of(path)}
         | {"direction_change": change["direction"], "magnitude_change": change["magnitude"]}
         | {name: value for name, value in change.items() if name.startswith("error_")}
         for path, change in ((result or {}).get("changes") or {}).items()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 _MARKERS = "osD^vPX*"
+_STROKES = ("-", "--", ":", "-.")
 _SHADE = "#777777"
 _WIDE, _NARROW = 11.0, 4.0  # inches: at 10 points, letters have about 13 pixels on a page and on a telephone
 _PAIR = ("arm", "reference")
@@ -42,13 +43,17 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Dots:
-    """One dot of a row with its interval (nan without ends), and small dots of the seeds."""
+    """One dot of a row with its interval (nan without ends), and small dots of the seeds.
+
+    may_be_cut: The axis need not hold the interval; an arrow then shows that it goes on.
+    """
 
     name: str
     value: float
     lower: float = math.nan
     upper: float = math.nan
     seeds: Sequence[float] = ()
+    may_be_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,14 +103,18 @@ _LEFT = (
     "How much worse each trained arm is than the same arm trained on the uncompressed base, with 95 % t intervals over "
     "the seeds. 0: all damage is repaired. Unigram and uniform: models that know nothing reach this."
 )
-_BYTES = "Better is up. The line joins arms that no other arm beats in fewer bytes."
+_BYTES = (
+    "Trained arms; better is up. The line joins arms that no other one beats in fewer bytes. Hollow: arms without all "
+    "seeds, whose examples are others; the line leaves them out."
+)
 _CHOICE = (
     "NLL of the right choice among a question's choices: of bases without training, with intervals over the examples, "
     "and of trained arms, with intervals over the seeds."
 )
 _DEPTH = (
     "By block: the relative error of the hidden states of untrained bases, and, where the study measures it, the rise "
-    "of the NLL without the adapter of one block and the share of the compression error that the update takes back."
+    "of the NLL without the adapter of one block and the share of the compression error that the update takes back. "
+    "Colours are bases, strokes are arms."
 )
 _CHANGES = (
     "Each dot is a layer of a trained arm: how far its rows turned (1 - cosine) and how much their length changed, "
@@ -118,7 +127,8 @@ def _forest_words(report: Report) -> tuple[str, str]:
     title = "Differences between the arms"
     return title, (
         f"{report.metric_label}: to the {better} of 0 the arm is better than the reference. Small dots: single seeds. "
-        "Bars: 95 % t intervals. Shaded: the zone within which arms are equivalent. Squares: primary comparisons."
+        "Bars: 95 % t intervals; an arrow marks one of too few seeds for a verdict that goes on. Shaded: the zone "
+        "within which arms are equivalent. Squares: primary comparisons."
     )
 
 
@@ -130,13 +140,15 @@ def _forest(report: Report) -> Callable[[bool], Figure] | None:
     named = naming(rows, report.axes)
     sign = 1.0 if HIGHER_IS_BETTER[report.metric] else -1.0
     several = len({row["arm"] for row in rows}) > 1
+    (least,) = (row["value"] for row in report.tables["facts"] if row["fact"] == "least seeds")
     found: dict[str, list[Dots]] = {}
     for row in rows[:_MOST_ROWS]:
         where = named(row)
         label = row["comparison"] if not where else f"{row['arm']}: {where}" if several else where
         lower, upper = sorted((sign * row["lower"], sign * row["upper"]))
         seeds = [sign * float(text.rpartition(": ")[2]) for text in row["seed_improvements"].split("; ")]
-        found.setdefault(label, []).append(Dots(row["role"], sign * row["improvement"], lower, upper, seeds))
+        is_few = row["num_seeds"] < least
+        found.setdefault(label, []).append(Dots(row["role"], sign * row["improvement"], lower, upper, seeds, is_few))
     arm = "arm" if several else rows[0]["arm"]
     panel = Panel(f"{arm} − {rows[0]['reference']}, {report.metric_label}", found, zone=rows[0]["zone"])
     styles = {"primary": ("#000000", "s"), "exploratory": (COLORS[0], "o")}
@@ -235,24 +247,56 @@ def _depth(report: Report) -> Callable[[bool], Figure] | None:
     blocks = report.tables["blocks"]
     errors = [row for row in blocks if "relative_error" in row]
     off = [row for row in blocks if "block_off" in row]
-    undone = [row for row in report.tables["changes"] if is_number(row.get("error_undone")) and row["block"] != ""]
+    undone = [row for row in report.tables["changes"] if is_number(row.get("error_undone")) and is_number(row["block"])]
     if not errors and not off:
         return None
     compared = [row for row in report.tables["comparisons"] if row.get(report.axes[0] if report.axes else "")]
     named = naming([*errors, *off], report.axes)
-    told = set(map(named, errors))
+    told = set(map(named, [*errors, *off]))
     # Compared bases first: there are few colors
-    bases = [name for name in dict.fromkeys(map(named, [*compared, *errors])) if name in told]
-    errors = [row for row in errors if named(row) in bases[: len(COLORS)]]
+    bases = [name for name in dict.fromkeys(map(named, [*compared, *errors, *off])) if name in told][: len(COLORS)]
     of_arm = replace(named, axes=(*named.axes, report.arm_axis))
-    panels = {
-        "error of the hidden states, untrained": _by_block(errors, named, "relative_error"),
-        "rise of the NLL without the block's adapter": _by_block(off, of_arm, "block_off"),
-        "share of the error that the update takes back": _by_block(undone, of_arm, "error_undone"),
-    }
-    panels = {title: lines for title, lines in panels.items() if lines}
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    return lambda wide: _line_figure(panels, _styles_of(names), ("block", ""), wide)
+    parts = (
+        ("error of the hidden states, untrained", errors, named, "relative_error"),
+        ("rise of the NLL without the block's adapter", off, of_arm, "block_off"),
+        ("share of the error that the update takes back", undone, of_arm, "error_undone"),
+    )
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    looks = _Looks(bases)
+    for title, rows, naming_of_part, column in parts:
+        shown = [row for row in rows if named(row) in bases]
+        if shown:
+            panels[title] = _by_block(shown, naming_of_part, column)
+            for row in shown:
+                looks.add(naming_of_part(row), named(row), row.get(report.arm_axis))
+    return lambda wide: _line_figure(panels, looks.styles, ("block", ""), wide, looks=looks)
+
+
+class _Looks:
+    """Lines whose colours are bases and whose strokes are arms.
+
+    Attributes:
+        styles: Name of a line -> colour and marker.
+        strokes: Name of a line -> its stroke.
+    """
+
+    def __init__(self, bases: Sequence[str]) -> None:
+        self._of_base = _styles_of(bases)
+        self._of_arm: dict[str, str] = {}
+        self.styles: dict[str, tuple[str, str]] = {}
+        self.strokes: dict[str, str] = {}
+
+    def add(self, line: str, base: str, arm: str | None) -> None:
+        """A line of a base: untrained, or of an arm."""
+        self.styles[line] = self._of_base[base]
+        if arm is not None:
+            self.strokes[line] = self._of_arm.setdefault(arm, _STROKES[len(self._of_arm) % len(_STROKES)])
+
+    def legend(self) -> dict[str, dict[str, Any]]:
+        """Base, then arm -> the look that the legend explains."""
+        used = [base for base, style in self._of_base.items() if style in self.styles.values()]
+        bases = {base: dict(zip(("color", "marker"), self._of_base[base], strict=True)) for base in used}
+        return bases | {arm: {"color": _SHADE, "ls": stroke} for arm, stroke in self._of_arm.items()}
 
 
 def _by_block(rows: Sequence[Row], named: Naming, column: str) -> dict[str, list[tuple[float, float]]]:
@@ -285,7 +329,7 @@ def _changes(report: Report) -> Callable[[bool], Figure] | None:
 
 
 def _pareto(report: Report) -> Callable[[bool], Figure] | None:
-    rows = [row for row in _bases_and_trained(report) if "total_mib" in row and report.metric in row]
+    rows = [row for row in _trained(report) if "total_mib" in row and report.metric in row]
     if not rows:
         return None
 
@@ -294,10 +338,13 @@ def _pareto(report: Report) -> Callable[[bool], Figure] | None:
         axes = figure.add_subplot()
         drawn: dict[str, Any] = {}
         for name, (color, marker) in _styles(report).items():
-            part = [row for row in rows if row[report.arm_axis] == name]
-            x, y = [row["total_mib"] for row in part], [row[report.metric] for row in part]
-            drawn[name] = axes.scatter(x, y, s=24, color=color, marker=marker)
-        best = sorted((row["total_mib"], row[report.metric]) for row in rows if row["pareto"])
+            for is_ranked in (False, True):
+                own = [row for row in rows if row[report.arm_axis] == name and ("pareto" in row) == is_ranked]
+                x, y = [row["total_mib"] for row in own], [row[report.metric] for row in own]
+                if own:
+                    face = color if is_ranked else "none"
+                    drawn[name] = axes.scatter(x, y, s=24, edgecolors=color, facecolors=face, marker=marker)
+        best = sorted((row["total_mib"], row[report.metric]) for row in rows if row.get("pareto"))
         axes.step(*zip(*best, strict=True), where="post", color=_SHADE, lw=1)
         if not HIGHER_IS_BETTER[report.metric]:
             axes.invert_yaxis()
@@ -361,7 +408,8 @@ def _draw_panel(
     """Rows from top to bottom, labels of so many letters a line; `drawn` gets a handle for each name."""
     dots = [each for row in panel.rows.values() for each in row]
     marks = {**({"": 0.0} if panel.marks or panel.zone else {}), **panel.marks}
-    values = [value for each in dots for value in (each.value, each.lower, each.upper) if math.isfinite(value)]
+    values = [value for each in dots for value in (each.value, *each.seeds)]
+    values += [end for each in dots if not each.may_be_cut for end in (each.lower, each.upper) if math.isfinite(end)]
     values += [*marks.values(), *([] if panel.zone is None else [-panel.zone, panel.zone])]
     spans = spans_of(values)
     ratios = [4.0 if low <= np.median(values) <= high else 1.6 for low, high in spans]
@@ -379,6 +427,7 @@ def _draw_panel(
                     where = {"xytext": (6, -3), "textcoords": "offset points", "fontsize": "x-small"}
                     axes.annotate(f"{each.value:.3g}", (each.value, place + step * index), **where)
             drawn.setdefault(each.name, handle)
+            _mark_cut(every, each, place + step * index, (spans[0][0], spans[-1][1]), style[0])
         place += height + 0.2
     for axes, (low, high) in zip(every, spans, strict=True):
         axes.set_xlim(low, high)
@@ -407,6 +456,14 @@ def _draw_dots(axes: Axes, each: Dots, y: float, style: tuple[str, str]) -> Any:
     if math.isfinite(each.lower):
         axes.plot([each.lower, each.upper], [y, y], color=color, lw=2, alpha=0.6, solid_capstyle="butt")
     return axes.plot([each.value], [y], marker, ms=6, color=color, ls="none")[0]
+
+
+def _mark_cut(every: Sequence[Axes], each: Dots, y: float, limits: tuple[float, float], color: str) -> None:
+    """An arrow at an end of the axis beyond which the interval goes on."""
+    ends = ((every[0], 0.0, "<", each.lower < limits[0]), (every[-1], 1.0, ">", each.upper > limits[1]))
+    for axes, x, marker, is_cut in ends:
+        if is_cut:
+            axes.plot([x], [y], marker, ms=7, color=color, clip_on=False, transform=axes.get_yaxis_transform())
 
 
 def spans_of(values: Sequence[float]) -> list[tuple[float, float]]:
@@ -444,6 +501,7 @@ def _line_figure(
     wide: bool,
     *,
     joined: bool = True,
+    looks: _Looks | None = None,
 ) -> Figure:
     """Title -> name -> points; three panels beside one another if wide, else one below the other."""
     across = min(3, len(panels)) if wide else 1
@@ -454,7 +512,9 @@ def _line_figure(
     for axes, (title, lines) in zip(grid, panels.items(), strict=False):
         for name, points in lines.items():
             color, marker = styles.get(name, (COLORS[0], "o"))
-            (line,) = axes.plot(*zip(*points, strict=True), color=color, marker=marker, ms=3, lw=1.3 if joined else 0)
+            stroke = "-" if looks is None else looks.strokes.get(name, "-")
+            width = 1.3 if joined else 0
+            (line,) = axes.plot(*zip(*points, strict=True), color=color, marker=marker, ms=3, lw=width, ls=stroke)
             drawn.setdefault(name, line)
         axes.set_title(textwrap.fill(title, 46 if wide else 40), fontsize="small")
         axes.set_xlabel(labels[0])
@@ -462,6 +522,8 @@ def _line_figure(
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     grid[0].set_ylabel(labels[1])
+    if looks is not None:
+        drawn = {name: grid[0].plot([], [], ms=3, lw=1.3, **look)[0] for name, look in looks.legend().items()}
     _legend(figure, drawn, wide)
     return figure
 

@@ -2,8 +2,8 @@
 
 A seed decides the initial values, the training data and the examples of its runs together. Its difference between two
 arms is one number, and these numbers are independent draws: their mean has Student's t interval, however much of their
-spread comes from the seeds and how much from the examples. A bootstrap over so few numbers is no 95 % interval: over
-three seeds it excluded 0 in up to 28 % of simulated studies without a difference (benchmarks/study_nulls.py).
+spread comes from the seeds and how much from the examples (simulated in benchmarks/study_nulls.py). A bootstrap over so
+few numbers is no 95 % interval.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from qdora.study.cells import Cell, Cells, Expander
 from qdora.study.compare import Results, find_arms, wide_contexts
-from qdora.study.grid import Study
+from qdora.study.grid import Study, stage_with_more_seeds
 from qdora.study.study_directory import StudyDirectory
 
 
@@ -21,7 +21,8 @@ class Upcoming:
         """The cells that are known now. The index of the directory has them, too."""
         found = self.expander.now(self._loss, self._has_adapter)
         if self.study.more_seeds is not None:
-            arms = find_arms([cell.record() for cell in found.cells], self.results)
+            stage = stage_with_more_seeds(self.study)
+            arms = find_arms([cell.record() for cell in found.cells if cell.stage == stage], self.results)
             wide = wide_contexts(arms, self.results, self.study.more_seeds)
 
             def is_wide(labels: Mapping[str, str]) -> bool:

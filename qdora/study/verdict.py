@@ -34,13 +34,15 @@ def verdict(
         )
     lost = sum(row["is_done"] and row["rate"] is None for row in rates)
     if lost:
-        sentences.append(f"{lost} arms diverged at every learning rate that was tried, so they are not compared.")
+        arms = f"{lost} arms diverged" if lost > 1 else "1 arm diverged"
+        compared_with = "they are not compared" if lost > 1 else "it is not compared"
+        sentences.append(f"{arms} at every learning rate that was tried, so {compared_with}.")
     lacking = [row for row in cells if row["status"] not in ("done", "diverged")]
     if lacking:
         failed = sum(row["status"] == "failed" for row in lacking)
         sentences.append(
-            f"{len(lacking)} of {len(cells)} cells have no result; {failed} of them failed. An arm with missing cells "
-            "can be neither better nor equivalent."
+            f"{len(lacking)} of {len(cells)} cells have no result; {failed} of them failed. An arm that lacks one "
+            "of its first seeds can be neither better nor equivalent."
         )
     return sentences + [_sentence(row, axes, label) for row in primary]
 
@@ -54,7 +56,10 @@ def overall(primary: Sequence[Row], label: str) -> str:
     equivalent = [row for row in primary if not row["winner"] and row["verdict"] != "not decided"]
     open_ = [row for row in primary if row["verdict"] == "not decided"]
     if len(open_) == number:
-        return f"None of {number} comparisons of {label} is decided; {not_seen(open_)}."
+        said = f"None of {number} comparisons of {label} is decided"
+        if number == 1:
+            said = f"The comparison of {label} is not decided"
+        return f"{said}; {not_seen(open_)}."
     parts = []
     if better:
         counts = Counter(row["winner"] for row in better)
@@ -65,7 +70,8 @@ def overall(primary: Sequence[Row], label: str) -> str:
         zone = equivalent[0]["zone"]
         parts.append(f"in {len(equivalent)} of {number} comparisons the arms differ by less than {zone:g}")
     if open_:
-        parts.append(f"{len(open_)} of {number} are not decided, {not_seen(open_)}")
+        are = "are" if len(open_) > 1 else "is"
+        parts.append(f"{len(open_)} of {number} {are} not decided, {not_seen(open_)}")
     return f"{label}: {'; '.join(parts)}."
 
 
@@ -78,13 +84,18 @@ def not_seen(rows: Sequence[Row]) -> str:
     return f"differences below {between} could not have been seen"
 
 
+def interval_in_words(row: Row) -> list[str]:
+    """'interval 0.0100 to 0.0200'; nothing without one, as with a single seed."""
+    has_ends = not (math.isnan(row["lower"]) or math.isnan(row["upper"]))
+    return [f"interval {row['lower']:.4f} to {row['upper']:.4f}"] if has_ends else []
+
+
 def _sentence(row: Row, axes: Sequence[str], label: str) -> str:
     where = ", ".join(f"{axis} {row[axis]}" for axis in axes if axis in row)
     head = f"{where}: " if where else ""
-    change = (
-        f"improvement of {row['arm']} over {row['reference']} in {label}: {row['improvement']:.4f}, "
-        f"interval {row['lower']:.4f} to {row['upper']:.4f}, {row['num_seeds']} seeds"
-    )
+    change = f"improvement of {row['arm']} over {row['reference']} in {label}: {row['improvement']:.4f}"
+    change += "".join(f", {text}" for text in interval_in_words(row))
+    change += f", {row['num_seeds']} seed{'s' if row['num_seeds'] > 1 else ''}"
     if row["verdict"] == "not decided":
         why = f": {row['reason']}" if row["reason"] else f"; {not_seen([row])}"
         return f"{head}{row['comparison']} is not decided ({change}){why}."
