@@ -147,8 +147,9 @@ def _forest(report: Report) -> Callable[[bool], Figure] | None:
         label = row["comparison"] if not where else f"{row['arm']}: {where}" if several else where
         lower, upper = sorted((sign * row["lower"], sign * row["upper"]))
         seeds = [sign * float(text.rpartition(": ")[2]) for text in row["seed_improvements"].split("; ")]
-        is_few = row["num_seeds"] < least
-        found.setdefault(label, []).append(Dots(row["role"], sign * row["improvement"], lower, upper, seeds, is_few))
+        is_few, value = row["num_seeds"] < least, sign * row["improvement"]
+        dots = Dots(row["role"], value, lower, upper, seeds=seeds, may_be_cut=is_few)
+        found.setdefault(label, []).append(dots)
     arm = "arm" if several else rows[0]["arm"]
     panel = Panel(f"{arm} − {rows[0]['reference']}, {report.metric_label}", found, zone=rows[0]["zone"])
     styles = {"primary": ("#000000", "s"), "exploratory": (COLORS[0], "o")}
