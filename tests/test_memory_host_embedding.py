@@ -123,6 +123,12 @@ def test_blocks_on_the_host_leave_room_for_it(tmp_path: Path) -> None:
         load_model(source, placer=HostResidency(free_bytes=lambda: 0, copies=LateCopies), **settings)
 
 
+def test_data_parallel_wrappers_do_not_send_it(tmp_path: Path) -> None:
+    model = host(tiny_streamed.write_source(tmp_path))
+    inject(model, rank=4)
+    assert "model.embed_tokens.weight" in model._ddp_params_and_buffers_to_ignore
+
+
 def test_a_shared_or_computing_embedding_is_refused() -> None:
     from transformers import LlamaForCausalLM
 

@@ -12,6 +12,7 @@ import torch.distributed
 from torch import nn
 
 from qdora.errors import UserError
+from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.build_model import put_adapters
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers, inject, matches
 from qdora.nn.frozen_linear import FrozenLinear
@@ -74,6 +75,28 @@ def test_the_longest_matching_rank_wins_and_stabilised_scaling_divides_by_the_ro
     assert ranks["model.layers.1.mlp.up_proj"] == 1
     assert ranks["model.layers.1.self_attn.v_proj"] == 4
     assert layers["model.layers.0.self_attn.v_proj"].scaling == 8.0 / 2.0
+
+
+@pytest.mark.parametrize("how", ["injected", "loaded"])
+def test_data_parallel_training_does_not_send_the_base(how: str, tmp_path: Path) -> None:
+    """DistributedDataParallel broadcasts buffers before each forward pass: the packed base is not among them."""
+    model = tiny.llama()
+    inject(model, rank=2)
+    if how == "loaded":
+        save_adapter(model, tmp_path / "adapter", base_name_or_path="base", revision=None, base_quant={})
+        model = tiny.llama()
+        load_adapter(model, tmp_path / "adapter")
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
+    )
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        sent = {id(buffer) for buffer in wrapped.modules_buffers}
+    finally:
+        torch.distributed.destroy_process_group()
+    held = [buffer for layer in adapted_layers(model).values() for buffer in layer.buffers()]
+    assert held
+    assert not sent & {id(buffer) for buffer in held}
 
 
 def test_a_moved_base_leaves_nothing_where_it_was() -> None:

@@ -16,6 +16,7 @@ from qdora.model.peft_config import ALL_LINEAR
 from qdora.nn.adapted_linear import AdaptedLinear, Init, Kind
 from qdora.nn.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, FrozenExperts, Share
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.nn.host_embedding import HostEmbedding
 from qdora.nn.plain_linear import is_plain_linear
 from qdora.ops.tiles import Weight
 
@@ -107,6 +108,12 @@ def put_layers(model: nn.Module, adapted: Mapping[str, AdaptedLinear]) -> None:
     for name, layer in adapted.items():
         layer.train(model.training)
         replace_module(model, name, layer)
+    # DistributedDataParallel must not send the base, the same in every process, before each forward pass.
+    kinds = FrozenLinear | AdaptedLinear | HostEmbedding
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    names = {f"{path}.{name}" for path, module in layers.items() for name, _ in module.named_buffers(recurse=False)}
+    # As torch's own helper does, which would search a list for each buffer.
+    model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
 
 
 def check_masks(chosen: Mapping[str, nn.Module], where: str) -> None:
