@@ -217,4 +217,4 @@ def random_step(lengths: Sequence[Sequence[int]], generator: torch.Generator, *,
         names = [f"random {row}" for row in range(len(rows))]
         parts.append(MicroBatch(ids, mask, labels, torch.zeros(len(rows), dtype=torch.int64), ["random"], names))
     num_labels = sum(int((part.labels != IGNORED).sum()) for part in parts)
-    return Step(parts, num_labels, sum(map(sum, lengths)), sum(map(len, lengths)), 0)
+    return Step(parts, num_labels, sum(map(sum, lengths)), sum(map(len, lengths)))

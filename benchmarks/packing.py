@@ -196,7 +196,7 @@ def step_of(batches: list[MicroBatch]) -> Step:
     """The micro-batches of one optimizer step."""
     labels = sum(int((batch.labels != batching.IGNORED).sum()) for batch in batches)
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    return Step(batches, labels, tokens, sum(len(batch.example_ids) for batch in batches), 0)
+    return Step(batches, labels, tokens, sum(len(batch.example_ids) for batch in batches))
 
 
 def timed(model: Any, optimizer: AdapterOptimizer, step: Step) -> float:

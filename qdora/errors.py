@@ -46,6 +46,10 @@ class DiskFull(RunFailure):
     """A RunFailure because the disk is full."""
 
 
+class Resumable(RunFailure):
+    """A RunFailure after which the unfinished files stay; the same command goes on from them."""
+
+
 class Diverged(RunFailure):
     """A RunFailure because a number is not finite or a loss jumped: the training went wrong, not the machine."""
 

@@ -146,6 +146,10 @@ def document(**more: Any) -> dict[str, Any]:
             "data.mix[0].data_files: must be a table with the files of split 'train', got {'test': 'a.csv'}.",
         ),
         (
+            {"source": "org/name", "data_files": "a.csv", "split": "train[:9]", "validation": "tset[9:]"},
+            "data.mix[0].data_files: must be a table with the files of validation 'tset[9:]', got 'a.csv'.",
+        ),
+        (
             {"source": "org/name", "data_files": 3},
             "allowed: a file or pattern of the data set, a list of them, or a table",
         ),
@@ -287,12 +291,14 @@ def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"train": ["a-*.jsonl", "b.jsonl"], "test": "c.jsonl"}
     load_source(SourceConfig(**given, data_files=files, validation="test"), "test")
     load_source(SourceConfig(**given, data_files="a.jsonl"))
+    load_source(SourceConfig(**given, data_files="a.jsonl", split="train[:9]", validation="train[9:]"), "train[9:]")
     shards = open_shards(SourceConfig(**given, config="main", data_files=("a.jsonl", "b.jsonl"), stream=True))
     common = {"revision": "abc"}
     assert asked == [
         ("openai/gsm8k", common | {"split": "train", "name": "main"}),
         ("openai/gsm8k", common | {"split": "test", "data_files": files}),
         ("openai/gsm8k", common | {"split": "train", "data_files": {"train": "a.jsonl"}}),
+        ("openai/gsm8k", common | {"split": "train[9:]", "data_files": {"train": "a.jsonl"}}),
         (
             "openai/gsm8k",
             common

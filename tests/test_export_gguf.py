@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -153,17 +154,26 @@ def test_a_layout_that_is_not_known_is_said(
     assert "Layout unknown: the logits are those before the file's own rounding" in caplog.text
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError("disk"), KeyboardInterrupt()])
-def test_a_file_that_could_not_be_compared_is_not_left(
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError(errno.ENOSPC, "disk"), KeyboardInterrupt()])
+def test_a_whole_file_that_could_not_be_compared_is_kept(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
+    """An interrupt leaves it hidden, from where the next export starts again."""
+
     def fails(*args: Any, **settings: Any) -> None:
         raise error
 
     monkeypatch.setattr("qdora.export.gguf.verify_gguf", fails)
     with pytest.raises(RunFailure if isinstance(error, OSError) else type(error)):
         export_run(run, tmp_path / "out", asked())
-    assert not list(tmp_path.iterdir())
+    [left] = tmp_path.iterdir()
+    stopped = isinstance(error, KeyboardInterrupt)
+    assert left.name == (".out.unfinished" if stopped else "out")
+    assert [file.suffix for file in left.rglob("*.gguf")] == [".gguf"]
+    monkeypatch.undo()
+    if stopped:
+        export_run(run, tmp_path / "out", asked())
+        assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_converter_that_refuses_the_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,13 +210,17 @@ def test_a_check_that_crashes_leaves_the_finished_files(
     assert not (tmp_path / "out/export.json").exists()
 
 
-def test_an_export_to_the_working_directory(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    exported = export_run(run, Path("."), ExportOptions(format_="peft"))
-    assert exported["directory"] == "here"
-    assert (tmp_path / "here/export.json").is_file()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["here"]
+@pytest.mark.parametrize("out", [".", "{here}", "../here"])
+def test_the_working_directory_is_refused_before_the_export(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    """It would be replaced under the feet of whoever stands in it."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(UserError, match=r"is the working directory\. Fix: name a directory inside it"):
+        export_run(run, Path(out.format(here=here)), ExportOptions(format_="peft"))
+    assert not list(here.iterdir())
 
 
 def test_a_mount_point_is_refused_before_the_export(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,12 +269,15 @@ def test_a_stopped_merge_resumes_after_its_last_whole_shard(
     options = ExportOptions(shard_size="30KB")
     with pytest.raises(KeyboardInterrupt):
         export_run(run, tmp_path / "out", options)
-    # Room for what is left, and not for the whole: half of the source in float32, less a little.
-    room = SimpleNamespace(free=(run.parent / "model/model.safetensors").stat().st_size // 2 - 10_000)
+    # Room for nothing, then for what is left, and not for the whole: half of the source in float32, less a little.
+    room = SimpleNamespace(free=0)
     (cut,) = (tmp_path / ".out.unfinished").glob(".out.partial")
     assert sum(file.stat().st_size for file in cut.glob("*.safetensors")) > 20_000
     (cut / f".{written[-1]}{PARTIAL}").write_bytes(b"cut off")
     monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: room)
+    with pytest.raises(RunFailure, match=r"the rest of the exported model needs .* Its finished shards are kept"):
+        export_run(run, tmp_path / "out", options)
+    room.free = (run.parent / "model/model.safetensors").stat().st_size // 2 - 10_000
     export_run(run, tmp_path / "out", options)
     again = written[stop_at:]
     assert again[0] == written[stop_at - 1]  # the one that was cut off; the two before it are not written again

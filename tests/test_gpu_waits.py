@@ -97,7 +97,7 @@ class OneStep:
         assert len(parts) == NUM_MICRO_BATCHES
         assert all((part.input_ids.shape[0] == 2 and not part.attention_mask.all()) or packed for part in parts)
         labels = sum(int(example.loss_mask.sum()) for example in examples)
-        self.step = Step(parts, labels, sum(map(len, examples)), len(examples), 1)
+        self.step = Step(parts, labels, sum(map(len, examples)), len(examples))
 
     def next_step(self) -> Step:
         return self.step

@@ -39,7 +39,7 @@ def model(dtype: torch.dtype, adapter: torch.dtype) -> Any:
 def share() -> Step:
     examples = tokenised("long", [40, 33, 37, 28]).examples
     batches = micro_batches(examples, Batching(96, pad_id=0), ["long"])
-    return Step(batches, TOKENS, 0, len(examples), 0, {"long": TOKENS})
+    return Step(batches, TOKENS, 0, len(examples), {"long": TOKENS})
 
 
 def expected_gradients() -> dict[str, Tensor]:

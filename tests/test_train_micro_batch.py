@@ -89,7 +89,7 @@ def step_of(groups: list[list[int]]) -> Step:
         )
         for g in groups
     ]
-    return Step(micro, 9, sum(LENGTHS), 4, 4)
+    return Step(micro, 9, sum(LENGTHS), 4)
 
 
 @pytest.mark.parametrize("groups", [[[0, 1, 2, 3]], [[0], [1], [2], [3]], [[2, 3], [0, 1]]])

@@ -125,7 +125,7 @@ def test_a_packed_step_has_the_gradient_and_the_task_sums_of_the_unpacked_one(ch
         examples = examples_of(LENGTHS)
         batches = micro_batches(examples, Batching(75, 0, layout, 25), ["a", "b"])  # type: ignore[arg-type]
         labels = sum(int(each.loss_mask.sum()) for each in examples)
-        metrics, _ = loop.step_gradient(model, Step(batches, labels, sum(LENGTHS), 10, 10), device=torch.device("cpu"))
+        metrics, _ = loop.step_gradient(model, Step(batches, labels, sum(LENGTHS), 10), device=torch.device("cpu"))
         gradient = torch.cat([p.grad.flatten() for p in adapter_parameters(model).values() if p.grad is not None])
         assert float(gradient.abs().max()) > 1e-3
         found.append((metrics, gradient))

@@ -40,7 +40,7 @@ def a_step(packed: Any, micro: int = 40) -> Step:
     batches = micro_batches(examples_of(LENGTHS), Batching(micro, 0, packed, 20), ["a", "b"])
     labels = sum(int(each.loss_mask.sum()) for each in examples_of(LENGTHS))
     counts = {name: sum(int(e.loss_mask.sum()) for e in examples_of(LENGTHS) if e.task == name) for name in "ab"}
-    return Step(batches, labels, sum(LENGTHS), 10, 10, counts)
+    return Step(batches, labels, sum(LENGTHS), 10, counts)
 
 
 def gradient_of(model: Any) -> Any:

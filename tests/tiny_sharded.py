@@ -70,7 +70,7 @@ def step(rank: int = 0, size: int = 1) -> Step:
     """Five micro-batches, of which a process gets every `size`-th."""
     whole = [example(number, length) for number, length in enumerate(LENGTHS)]
     labelled = sum(int((each.labels[:, 1:] != IGNORED).sum()) for each in whole)
-    return Step(whole[rank::size], labelled, sum(LENGTHS), len(whole), len(whole), {"task": labelled})
+    return Step(whole[rank::size], labelled, sum(LENGTHS), len(whole), {"task": labelled})
 
 
 def train(model: PreTrainedModel, processes: Processes, *, num_steps: int = 3) -> list[tuple[float, dict[str, Tensor]]]:

@@ -58,7 +58,7 @@ def one_sequence(num_tokens: int, vocabulary: int) -> SameStep:
     """Batch 1; padding would bring in another attention kernel."""
     ids = torch.randint(0, vocabulary, (1, num_tokens), generator=torch.Generator().manual_seed(0))
     micro = MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros(1, dtype=torch.int64), ["random"], ["0"])
-    return SameStep(Step([micro], num_tokens - 1, num_tokens, 1, 0))
+    return SameStep(Step([micro], num_tokens - 1, num_tokens, 1))
 
 
 def make_model(

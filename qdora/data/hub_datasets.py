@@ -11,7 +11,7 @@ from typing import Any
 from qdora.data.readers import PlacedRow, Shards
 from qdora.data.rows import Entry, Rows, empty_data_set
 from qdora.errors import HubFailure, UserError
-from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.data_settings import SourceConfig, split_names
 from qdora.recipe.faults import reason_of
 
 logger = logging.getLogger("qdora")
@@ -69,7 +69,7 @@ def _load_dataset(source: SourceConfig, split: str, hint: str, **options: Any) -
         files: Any = source.data_files
         options["data_files"] = {
             name: list(some) if isinstance(some, tuple) else some
-            for name, some in (files if isinstance(files, Mapping) else {source.split: files}).items()
+            for name, some in (files if isinstance(files, Mapping) else {split_names(source.split)[0]: files}).items()
         }
     try:
         return datasets.load_dataset(source.source, split=split, revision=source.revision, **options)

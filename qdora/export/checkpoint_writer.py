@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from qdora.errors import RunFailure, UserError
+from qdora.errors import Resumable, RunFailure, UserError
 from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, disk_reason, json_text, remove_leftovers
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
 from qdora.model.experts import library_names, stacks
@@ -230,13 +230,15 @@ class WriteOptions(TypedDict, total=False):
 
 
 def check_new_directory(out_dir: Path) -> None:
-    """Raise UserError unless `out_dir` is a directory that is empty or does not exist, and is no mount point."""
+    """Raise UserError unless `out_dir` is empty or does not exist, and is no mount point nor the working directory."""
     if out_dir.is_symlink() or (out_dir.exists() and not out_dir.is_dir()):
         raise UserError(f"{out_dir}: exists and is not a directory; must be a new or empty directory.")
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise UserError(f"{out_dir}: is not empty; must be a new or empty directory.")
     if os.path.ismount(out_dir):  # it cannot be replaced
         raise UserError(f"{out_dir}: is a mount point. Fix: name a directory inside it.")
+    if out_dir.is_dir() and os.path.samefile(out_dir, os.curdir):  # whoever stands in it would not see the new one
+        raise UserError(f"{out_dir}: is the working directory. Fix: name a directory inside it.")
 
 
 @contextmanager
@@ -281,15 +283,15 @@ def checkpoint_directory(
 
 
 def _check_space(out_dir: Path, partial: Path, planned: Sequence[Planned]) -> None:
-    """Raise RunFailure unless there is room for all tensors but those of complete shards in `partial`."""
+    """Raise RunFailure, or Resumable if `partial` has complete shards, unless there is room for all other tensors."""
     kept = sum((partial / name).stat().st_size for name in _complete_shards(partial))
     num_bytes = sum(item.spec.num_bytes for item in planned) - kept
     free = shutil.disk_usage(partial).free
     if free < num_bytes:
-        what = "the rest of the exported model" if kept else "the exported model"
-        raise RunFailure(
-            f"{out_dir.name}: {what} needs {num_bytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free."
-        )
+        room = f"needs {num_bytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free"
+        if kept:
+            raise Resumable(f"{out_dir.name}: the rest of the exported model {room}. Its finished shards are kept.")
+        raise RunFailure(f"{out_dir.name}: the exported model {room}.")
 
 
 def _write_weights(

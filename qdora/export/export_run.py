@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from qdora.errors import RunFailure, UserError
+from qdora.errors import Resumable, RunFailure, UserError
 from qdora.export.audit import audit, audit_page
 from qdora.export.checkpoint_writer import check_new_directory
 from qdora.export.gguf import export_gguf
@@ -88,8 +88,9 @@ def _unfinished(out: Path) -> Iterator[Path]:
     """Where an export is made and checked before it gets its name: a directory of the same name in a hidden one.
 
     The directory in it must appear whole. Once it is there, a failure (of the check, say) gives it its name, too. An
-    earlier one removes everything. An interrupt or a kill leaves the hidden directory, from which the next export to
-    `out` goes on. UserError if another process is exporting to `out`.
+    earlier one removes everything, unless it is Resumable. That, an interrupt or a kill leaves the hidden directory, and
+    the next export to `out` goes on from there; files that are whole, but perhaps not checked, are made again. UserError
+    if another process is exporting to `out`.
     """
     check_new_directory(out)
     out = out.absolute()
@@ -98,16 +99,17 @@ def _unfinished(out: Path) -> Iterator[Path]:
     place = hidden / out.name
     with work_lock(out.with_name(f".{out.name}.lock"), str(out)):
         check_new_directory(out)  # another process may just have finished it
-        remove_directory(place)  # written, but perhaps not checked
+        remove_directory(place)  # whole, but perhaps not checked
         hidden.mkdir(exist_ok=True)
         try:
             yield place
-        except Exception:
+        except Exception as error:
             if place.exists():
                 os.rename(place, out)
                 text = "%s: its files are complete and kept, but not all that follows them: check, audit, export.json."
                 logger.warning(text, out)
-            remove_directory(hidden)
+            if not isinstance(error, Resumable):
+                remove_directory(hidden)
             raise
         except BaseException:
             with suppress(OSError):  # it stays if it holds something to go on from

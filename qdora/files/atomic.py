@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qdora.errors import DiskFull, RunFailure, UserError
+from qdora.errors import DiskFull, Resumable, RunFailure, UserError
 from qdora.files.access_tokens import masked
 
 DISK_FULL = "the disk is full"
@@ -110,8 +110,8 @@ def atomic_directory(path: Path, *, resume_key: str | None = None) -> Iterator[P
     Only one process at a time may make `path` (`work_lock`, `in_turn`): each removes what others left beside it.
 
     An older directory of that name is removed once the new one is whole; after an OSError it is unchanged. `resume_key`
-    stands for everything that determines the content. With a key, an interrupt (Ctrl-C, a kill) leaves the files, and
-    the next call with the same key yields them again; any other call removes them.
+    stands for everything that determines the content. With a key, an interrupt (Ctrl-C, a kill) or Resumable leaves the
+    files, and the next call with the same key yields them again; any other call removes them.
     """
     aside = path.with_name(f".{path.name}{PARTIAL}")
     old = path.with_name(f".{path.name}{REPLACED}")
@@ -134,7 +134,7 @@ def atomic_directory(path: Path, *, resume_key: str | None = None) -> Iterator[P
             os.rename(path, old)
         os.rename(aside, path)
     except BaseException as error:
-        if resume_key is None or isinstance(error, Exception):
+        if resume_key is None or (isinstance(error, Exception) and not isinstance(error, Resumable)):
             with suppress(OSError):
                 remove_directory(aside)
         if old.exists() and not path.exists():

@@ -423,8 +423,8 @@ def _append(path: Path, content: bytes) -> None:
 
 
 def is_below(key: str, names: Iterable[str]) -> bool:
-    """Whether a dotted setting is one of those named, or inside one: memory.budget is below memory."""
-    return any(f"{key}.".startswith(f"{name}.") for name in names)
+    """Whether a dotted setting is one of those named, or inside one: data.mix[0].limit is below data and data.mix."""
+    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in names)
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -69,6 +69,11 @@ def names_files(validation: str) -> bool:
     return has_file_ending(validation) or (is_path(validation) and not _SPLITS.fullmatch(validation))
 
 
+def split_names(split: str) -> list[str]:
+    """The splits of which `split` is made: train[:9]+test is made of train and test."""
+    return [part.partition("[")[0] for part in split.split("+")]
+
+
 def is_pattern(source: str) -> bool:
     """Whether a source stands for all files that fit it, such as data/*.jsonl."""
     return any(mark in source for mark in "*?[")
@@ -203,10 +208,10 @@ class SourceConfig(Section):
         for key, file in (("source", source), ("validation", self.validation or "")):
             if file.lower().endswith(COMPRESSED_SUFFIXES) and not file.lower().endswith(packed):
                 yield key, f"a compressed file must end in one of {', '.join(packed)}, got {file}."
-        splits = self.data_files if isinstance(self.data_files, dict) else {self.split: ""}
+        splits = self.data_files if isinstance(self.data_files, dict) else {split_names(self.split)[0]: ""}
         wanted = {"split": self.split, "validation": self.validation}
         for key, split in wanted.items() if self.data_files is not None else ():
-            if split is not None and split not in splits and not is_path(split):
+            if split is not None and not names_files(split) and not splits.keys() >= set(split_names(split)):
                 yield "data_files", f"must be a table with the files of {key} {split!r}, got {self.data_files!r}."
 
 

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from qdora.errors import UserError, nearest, nearest_path
 from qdora.files.access_tokens import masked, token_paths
+from qdora.files.run_directory import is_below
 from qdora.files.user_paths import user_path
 from qdora.recipe.data_settings import is_path, is_pattern, names_files
 from qdora.recipe.faults import container, dotted, fault_lines, is_section, one_line, shown, unknown_key
@@ -76,12 +77,7 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
     except ValidationError as error:
         lines = fault_lines(error)
     given = [item.partition("=")[0].strip() for item in overrides]
-    raise UserError(*dict.fromkeys(f"{'-s' if _is_inside(path, given) else where}: {line}" for path, line in lines))
-
-
-def _is_inside(path: str, keys: Sequence[str]) -> bool:
-    """Whether a path is one of the keys or leads into it: data.mix[0].limit is inside data, data.mix and itself."""
-    return any(path == key or path.startswith((f"{key}.", f"{key}[")) for key in keys)
+    raise UserError(*dict.fromkeys(f"{'-s' if is_below(path, given) else where}: {line}" for path, line in lines))
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

@@ -14,7 +14,7 @@ from qdora.data.source_files import files_of
 from qdora.errors import UserError
 from qdora.files.run_directory import WITHOUT_EFFECT, flat, is_below
 from qdora.files.user_paths import user_path
-from qdora.recipe.data_settings import is_path
+from qdora.recipe.data_settings import is_path, names_files
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
 
@@ -47,12 +47,13 @@ def _files(recipe: Recipe) -> dict[Path, list[Path]]:
     for path in (user_path(name) for name in (calibration, recipe.data.chat_template) if name is not None):
         found[path] = _of_splits(path, ())
     for source in recipe.data.mix:
-        splits = {"train", "validation", "test", source.split}
-        splits |= set() if source.validation is None or is_path(source.validation) else {source.validation}
-        for name in (source.path, source.source, source.validation):
-            if name is not None and (name == source.path or is_path(name)):
-                path = user_path(name)
-                found[path] = sorted({*found.get(path, ()), *_of_splits(path, splits)})
+        splits, validation = {"train", "validation", "test", source.split}, source.validation
+        if validation is not None and not names_files(validation):
+            splits.add(validation)
+            validation = None
+        dataset = source.source if source.source is None or is_path(source.source) else None
+        for path in (user_path(name) for name in (source.path, dataset, validation) if name is not None):
+            found[path] = sorted({*found.get(path, ()), *_of_splits(path, splits)})
     return found
 
 
