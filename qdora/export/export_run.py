@@ -88,9 +88,9 @@ def _unfinished(out: Path) -> Iterator[Path]:
     """Where an export is made and checked before it gets its name: a directory of the same name in a hidden one.
 
     The directory in it must appear whole. Once it is there, a failure (of the check, say) gives it its name, too. An
-    earlier one removes everything, unless it is Resumable. That, an interrupt or a kill leaves the hidden directory, and
-    the next export to `out` goes on from there; files that are whole, but perhaps not checked, are made again. UserError
-    if another process is exporting to `out`.
+    earlier one removes everything, unless it is Resumable. That, an interrupt or a kill leaves the hidden directory:
+    the next export to `out` goes on from it, but makes whole files, which perhaps were not checked, again. UserError if
+    another process is exporting to `out`.
     """
     check_new_directory(out)
     out = out.absolute()
