@@ -15,7 +15,7 @@ import qdora
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions, check_options
-from qdora.export.targets import TARGETS, check_scalings, check_target
+from qdora.export.targets import TARGETS, check_reading, check_scalings, check_target
 from qdora.model.adapter_file import AdapterDescription
 from qdora.model.peft_config import AdapterLayout
 from qdora.run.train import train_run
@@ -129,17 +129,35 @@ def test_scalings_that_a_program_would_not_see(
     assert f"use --format {best.format}" in str(raised.value)
 
 
-def test_an_export_looks_at_the_scalings_of_its_run(tmp_path: Path) -> None:
-    asked: dict[str, Any] = {"adapter__kind": "lora", "adapter__rank_pattern": {"q_proj": 2}}
+@pytest.mark.parametrize("kind, format_", [("lora", "peft"), ("dora", "nf4-lora")])
+def test_an_export_looks_at_the_scalings_of_its_run(tmp_path: Path, kind: str, format_: str) -> None:
+    asked: dict[str, Any] = {"adapter__kind": kind, "adapter__rank_pattern": {"q_proj": 2}}
     changes: dict[str, Any] = {"train__steps": 1, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+    tiny_run.write_model(tmp_path / "model", intermediate_size=64)  # its rows are whole blocks
     train_run(tiny_run.recipe(tmp_path, **asked, **changes), tmp_path / "run")
-    options = ExportOptions(target="vllm", format_="peft")
+    options = ExportOptions(target="vllm", format_=format_)
     with pytest.raises(
         UserError, match=r"vLLM 0\.28 has one alpha for all layers, .* 2 of 14 .*q_proj by 2, trained with 4\. Fix: use"
     ):
         export_run(tmp_path / "run", tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
-    export_run(tmp_path / "run", tmp_path / "out", ExportOptions(target="llama.cpp", format_="peft"))
+    other = {"peft": "llama.cpp", "nf4-lora": "transformers"}
+    export_run(tmp_path / "run", tmp_path / "out", ExportOptions(target=other[format_], format_=format_))
+
+
+@pytest.mark.parametrize(
+    "name, form, message",
+    [("vllm", "peft", "known"), ("vllm", "nf4-lora", "known"), ("transformers", "peft", "PEFT has")],
+)
+def test_stacks_of_experts_that_a_program_would_not_read(name: str, form: str, message: str) -> None:
+    layout = AdapterLayout(kind="dora", rank=8, alpha=16.0)
+    stacks = AdapterDescription(layout, shares={"layers.0.experts.down": "none"})
+    with pytest.raises(
+        UserError, match=rf"--for {name}: .*{message}.* \(e\.g\. layers\.0\.experts\.down\)\. Fix: use --f"
+    ):
+        check_reading(name, form, stacks)
+    check_reading("transformers", "nf4-lora", stacks)
+    check_reading(name, form, AdapterDescription(layout))
 
 
 def test_a_run_without_an_adapter_has_no_scalings(tmp_path: Path) -> None:

@@ -406,7 +406,7 @@ def test_an_adapter_that_peft_cannot_load_is_exported_with_a_word(run: Path, tmp
 
 def test_other_programs_are_not_known_to_read_stacks(run: Path) -> None:
     with pytest.raises(UserError, match=r"vLLM .* not known to read LoRA on stacks .* 4 .* Fix: use --format merged"):
-        check_reading("vllm", describe_adapter(run / "adapter"))
+        check_reading("vllm", "peft", describe_adapter(run / "adapter"))
 
 
 @pytest.mark.parametrize(

@@ -171,12 +171,11 @@ def _check_run(run: Path, options: ExportOptions) -> None:
     if target is None:
         return
     check_target(target, options.form, recipe)
-    if options.form == "peft" and recipe.adapter.kind in ("lora", "dora", "magnitude"):
+    if options.form in ("peft", "nf4-lora") and recipe.adapter.kind in ("lora", "dora", "magnitude"):
         where, _ = trained_state(opened, recipe, options.step)
         adapter = describe_adapter(adapter_of(opened, where))
-        check_reading(target, adapter)
-        if recipe.adapter.kind == "lora":
-            check_scalings(target, adapter)
+        check_reading(target, options.form, adapter)
+        check_scalings(target, adapter)
 
 
 def _export_merged(

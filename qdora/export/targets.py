@@ -105,8 +105,11 @@ def check_target(name: str, form: str, recipe: Recipe) -> None:
     raise UserError(f"--for {name}: {target.title} does not load {_FORMS[offered][1]}. Fix: use {options}.")
 
 
-def check_reading(name: str, adapter: AdapterDescription) -> None:
-    """Raise UserError if a program does not compute what the run's adapter does on stacks of experts."""
+def check_reading(name: str, form: str, adapter: AdapterDescription) -> None:
+    """Raise UserError if a program does not compute what the run's adapter does on stacks of experts.
+
+    `form` is "peft", or "nf4-lora", which holds a LoRA adapter.
+    """
     if not adapter.shares:
         return
     if name != "transformers":
@@ -114,7 +117,7 @@ def check_reading(name: str, adapter: AdapterDescription) -> None:
             f"--for {name}: {TARGETS[name].title} is not known to read LoRA on stacks of experts, and the adapter has "
             f"{len(adapter.shares)} (e.g. {next(iter(adapter.shares))}). Fix: use --format merged."
         )
-    if adapter.layout.kind == "dora":
+    if form == "peft" and adapter.layout.kind == "dora":
         raise UserError(
             f"--for {name}: PEFT has no DoRA for experts, and {len(adapter.shares)} stacks of experts have some (e.g. "
             f"{next(iter(adapter.shares))}). Fix: use --format merged."
@@ -122,7 +125,7 @@ def check_reading(name: str, adapter: AdapterDescription) -> None:
 
 
 def check_scalings(name: str, adapter: AdapterDescription) -> None:
-    """Raise UserError if a program would scale a run's LoRA adapter by another alpha / rank than training did."""
+    """Raise UserError if a program would scale a LoRA, or that of "nf4-lora", by another alpha / rank than training."""
     target, layout = TARGETS[name], adapter.layout
     if target.reads in (None, "patterns"):
         return
