@@ -57,7 +57,16 @@ def test_nf4_lora(run: Path, tmp_path: Path) -> None:
     assert "PeftModel.from_pretrained" in card
     assert "| 4-bit base and LoRA, adapter in float32 |" in card
     assert json.loads((out / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] is None
+    has_older_names(out)
     nothing_local(out, tmp_path, run)
+
+
+def has_older_names(directory: Path) -> None:
+    """Config and tokenizer can be read by programs that know transformers 4 alone."""
+    assert json.loads((directory / "config.json").read_text())["rope_theta"] == 10000.0
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["chat_template"] == tiny_tokenizer.CHATML
 
 
 def nothing_local(directory: Path, *places: Path) -> None:
@@ -164,6 +173,7 @@ def test_the_merges(run: Path, tmp_path: Path, options: ExportOptions, row: str)
     assert row in (out / "README.md").read_text()
     assert (len(exported["files"]) > 3) == (options.shard_size is not None)
     assert (exported["base"], exported["requantized"]) == (options.base or "dequantized", options.requantize)
+    has_older_names(out)
     difference = check["exported_vs_reference"]["mean_logit_difference"]
     if options.requantize:
         assert difference > 1e-3

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 
 from qdora.errors import Resumable, RunFailure, UserError
+from qdora.export.older_names import config_text, save_tokenizer
 from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, disk_reason, json_text, remove_leftovers
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
 from qdora.model.experts import library_names, stacks
@@ -425,12 +426,12 @@ def _extent(part: Tensor) -> tuple[int, float]:
 def _write_rest(
     partial: Path, plan: CheckpointPlan, tokenizer: PreTrainedTokenizerBase | None, extra_files: Mapping[str, str]
 ) -> None:
-    plan.config.to_json_file(partial / "config.json")
+    (partial / "config.json").write_text(config_text(plan.config), encoding="utf-8")
     if plan.model.can_generate() and plan.model.generation_config is not None:
         # Not save_pretrained: it refuses settings that publishers' own files have (a temperature without sampling).
         plan.model.generation_config.to_json_file(partial / "generation_config.json")
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(partial))
+        save_tokenizer(tokenizer, partial)
     for name, text in {**plan.files, **extra_files}.items():
         if Path(name).name != name:
             raise ValueError(f"extra file {name!r}: must be a plain file name.")

@@ -20,6 +20,7 @@ from qdora.export.hub_push import push
 from qdora.export.logit_comparison import comparison_text, validation_examples
 from qdora.export.merged import merge_of, open_merge, write_merge
 from qdora.export.nf4_lora import export_nf4_lora
+from qdora.export.older_names import save_tokenizer
 from qdora.export.options import ExportOptions, check_options
 from qdora.export.targets import TARGETS, check_reading, check_scalings, check_target
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
@@ -233,7 +234,7 @@ def _export_adapter(
     with atomic_directory(out) as partial:
         write_adapter(trained.model, recipe, partial, shipped=True)
         if recipe.model.add_tokens:
-            trained.tokenizer.save_pretrained(str(partial))
+            save_tokenizer(trained.tokenizer, partial)
         for name, text in card_files(trained.run, recipe, trained.state, form="peft").items():
             (partial / name).write_text(text, encoding="utf-8")
     return trained, {}, None

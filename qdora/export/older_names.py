@@ -1,0 +1,83 @@
+"""The config and the tokenizer of an export, with the names of transformers 4 beside those of transformers 5.
+
+transformers 5 writes the settings of the rotary embedding as `rope_parameters` alone, chat templates to files of their
+own, and names of its own classes. It reads the older names, too, and other programs read only these: Ollama and mlx-lm
+take a missing `rope_theta` for the default, and TensorRT-LLM 1.2 (transformers 4.57) knows no class TokenizersBackend.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+_NAMES = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
+"""Model type -> transformers 4's names of the base and of the rotated share, if not those of most models."""
+_LOCAL_BASE = {"gemma3_text": "rope_local_base_freq", "gemma3n_text": "rope_local_base_freq", "olmo3": None}
+"""Model types whose sliding layers have a rotary embedding of their own -> transformers 4's name of its base; None if
+it is the base of all layers. Scaling was always that of full attention alone."""
+
+
+def config_text(config: PreTrainedConfig) -> str:
+    """The text of config.json: that of transformers, and the rotary embedding under its older names."""
+    document: dict[str, Any] = json.loads(config.to_json_string())
+    _add_older_names(document)
+    return json.dumps(document, indent=2, sort_keys=True) + "\n"
+
+
+def _add_older_names(config: dict[str, Any]) -> None:
+    """Add them to a config and to those inside it."""
+    for value in list(config.values()):
+        if isinstance(value, dict) and "model_type" in value:
+            _add_older_names(value)
+    rope = config.get("rope_parameters") or {}
+    kind = config.get("model_type")
+    if "rope_theta" in rope:
+        base, share = _NAMES.get(str(kind), ("rope_theta", "partial_rotary_factor"))
+        config[base] = rope["rope_theta"]
+        if "partial_rotary_factor" in rope:
+            config[share] = rope["partial_rotary_factor"]
+    elif kind in _LOCAL_BASE and rope.keys() == {"full_attention", "sliding_attention"}:
+        local, local_base = rope["sliding_attention"], _LOCAL_BASE[kind]
+        rope = rope["full_attention"]
+        if _scaling(local) or (local_base is None and local["rope_theta"] != rope["rope_theta"]):
+            return  # transformers 4 had no names for this
+        config["rope_theta"] = rope["rope_theta"]
+        if local_base is not None:
+            config[local_base] = local["rope_theta"]
+    else:
+        return
+    scaling = _scaling(rope)
+    if rope.get("rope_type") == "longrope" and "original_max_position_embeddings" in config:
+        del scaling["rope_type"], scaling["original_max_position_embeddings"]  # Phi-3 took type and factors alone
+    if scaling:
+        config["rope_scaling"] = scaling
+
+
+def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
+    """The `rope_scaling` of transformers 4; empty without scaling. `type` is the first name of `rope_type`."""
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor", "type")}
+    if scaling == {"rope_type": "default"}:
+        return {}
+    return scaling | {"type": "mrope" if "mrope_section" in scaling else scaling["rope_type"]}
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a tokenizer so that older programs read it, too: class, special tokens, chat template."""
+    tokenizer.save_pretrained(str(directory))
+    file = directory / "tokenizer_config.json"
+    if not file.is_file():  # one of mistral-common, which is a file of its own
+        return
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
+    elif template is not None:
+        settings["chat_template"] = template
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
