@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from qdora.errors import RunFailure, UserError
 from qdora.export import checkpoint_writer
@@ -178,6 +178,27 @@ def test_the_merges(run: Path, tmp_path: Path, options: ExportOptions, row: str)
     if options.requantize:
         assert difference > 1e-3
         assert "quantization_config" in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("dtype, written", [(None, "bfloat16"), ("float16", "float16")])
+def test_a_model_that_overflows_in_float16_is_merged_in_bfloat16(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str | None, written: str
+) -> None:
+    sizes = tiny_adapted.SIZES | {"hidden_size": 64, "vocab_size": 400, "head_dim": 16, "num_hidden_layers": 1}
+    AutoModelForCausalLM.from_config(Gemma2Config(**sizes)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.make().save_pretrained(tmp_path / "model")
+    changes: dict[str, Any] = {"train__steps": 1, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+    train_run(tiny_run.recipe(tmp_path, **changes), tmp_path / "run")
+    shown = io.StringIO()
+    exported = export_run(
+        tmp_path / "run", tmp_path / "out", ExportOptions(dtype=dtype), console=Console(file=shown, width=200)
+    )
+    assert exported["dtype"] == written
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == written
+    said = "the export is in bfloat16: activations of gemma2 models can overflow in float16"
+    assert (said in shown.getvalue()) == (dtype is None)
+    warned = "--dtype float16: activations of gemma2 models can overflow in it, and vLLM refuses it"
+    assert (warned in caplog.text) == (dtype == "float16")
 
 
 def test_an_export_that_does_not_fit_beside_the_model_says_that_logits_were_not_compared(

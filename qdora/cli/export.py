@@ -25,7 +25,10 @@ def export(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float16, bfloat16 or float32. Default: float16 (merged), that of the run (nf4-lora)."),
+        typer.Option(
+            help="float16, bfloat16 or float32. Default: float16 (merged; bfloat16 for Gemma 2, Gemma 3, GLM-4), that "
+            "of the run (nf4-lora)."
+        ),
     ] = None,
     base: Annotated[
         str | None,

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -37,8 +38,9 @@ from qdora.files.run_directory import open_run
 from qdora.files.work_lock import work_lock
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
-from qdora.model.build_model import DTYPES, write_adapter
+from qdora.model.build_model import DTYPES, find_source, write_adapter
 from qdora.model.inject import adapted_layers, frozen_layers
+from qdora.model.load import load_config
 from qdora.model.stored_tensors import shorten
 from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.expert_linear import AdaptedExperts
@@ -48,6 +50,9 @@ from qdora.run.model_card import card_files, run_card
 from qdora.run.run_page import leave_page
 
 logger = logging.getLogger("qdora")
+
+_TOO_WIDE_FOR_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
+"""Types of models whose activations leave the range of float16: vLLM refuses to run them in it."""
 
 
 def export_run(
@@ -182,7 +187,13 @@ def _check_run(run: Path, options: ExportOptions) -> None:
 def _export_merged(
     run: Path, out: Path, options: ExportOptions, console: Console
 ) -> tuple[TrainedRun, dict[str, Any], dict[str, Any]]:
-    dtype = DTYPES[options.dtype or "float16"]
+    kind = load_config(find_source(load_recipe(open_run(run).recipe_file), weights=False)).model_type
+    dtype = _merged_dtype(kind, options)
+    if kind in _TOO_WIDE_FOR_FLOAT16 and options.dtype == "float16":
+        text = "--dtype float16: activations of %s models can overflow in it, and vLLM refuses it. Fix: use bfloat16."
+        logger.warning(text, kind)
+    elif kind in _TOO_WIDE_FOR_FLOAT16 and options.dtype is None:
+        _say(console, f"the export is in bfloat16: activations of {kind} models can overflow in float16")
     written, load_trained = write_merge(run, out, options, dtype, console, with_card=True)
     trained = load_trained()
     _say(console, "comparing the merged model with the running one")
@@ -191,6 +202,11 @@ def _export_merged(
     check = verify(trained.model, out, text)
     more = {"base": options.base or "dequantized", "requantized": options.requantize}
     return trained, written | more, check
+
+
+def _merged_dtype(kind: str, options: ExportOptions) -> torch.dtype:
+    """The dtype of a merge; `kind` is the type of the model."""
+    return DTYPES[options.dtype or ("bfloat16" if kind in _TOO_WIDE_FOR_FLOAT16 else "float16")]
 
 
 def _export_nf4_lora(
@@ -291,7 +307,7 @@ def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Cons
         trained.tokenizer,
         opened,
         examples=validation_examples(trained.recipe),
-        dtype=DTYPES[options.dtype or "float16"],
+        dtype=_merged_dtype(trained.model.config.model_type, options),
         console=console,
     )
     trained.run.write_json(f"exports/{out.name}.json", found)

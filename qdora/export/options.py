@@ -31,8 +31,8 @@ class ExportOptions:
         format_: "merged" (one dense model for plain transformers), "nf4-lora" (a 4-bit base with the gain in its block
             scales, and plain LoRA), "gguf" (the merge as one file for llama.cpp) or "peft" (the adapter as it was
             trained). None: the best format that `target` loads, or "merged".
-        dtype: Of the weights that are not quantised: float16, bfloat16 or float32. None: float16 for "merged", the
-            run's own for "nf4-lora".
+        dtype: Of the weights that are not quantised: float16, bfloat16 or float32. None: the run's own for
+            "nf4-lora"; for "merged" float16, or bfloat16 for models whose activations overflow in float16.
         base: For "merged" and "gguf": "dequantized" (the base of training) or "original" (the 16-bit source). None:
             dequantized.
         requantize: For "merged": quantise the merge to 4 bits, as the base was.
