@@ -15,7 +15,7 @@ import qdora
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions, check_options
-from qdora.export.targets import TARGETS, check_reading, check_scalings, check_target
+from qdora.export.targets import TARGETS, check_layers, check_reading, check_scalings, check_target
 from qdora.model.adapter_file import AdapterDescription
 from qdora.model.peft_config import AdapterLayout
 from qdora.run.train import train_run
@@ -87,18 +87,23 @@ def test_other_forms(tmp_path: Path, name: str, form: str, message: str) -> None
 
 def described(scaling: Callable[[int], float], *, rank_stabilized: bool = False) -> AdapterDescription:
     """Most layers have rank 8, two have 4 and 2; their alphas are those of the scaling that a rank shall have."""
-    ranks = {"up": 8, "down": 8, "gate": 8, "q": 4, "k": 2}
+    ranks = {f"layers.0.{name}": rank for name, rank in (("up", 8), ("down", 8), ("gate", 8), ("q", 4), ("k", 2))}
     root = math.sqrt if rank_stabilized else float
     alphas = {path: scaling(rank) * root(rank) for path, rank in ranks.items()}
     layout = AdapterLayout(
         kind="lora",
         rank=8,
-        alpha=alphas["up"],
+        alpha=alphas["layers.0.up"],
         rank_stabilized=rank_stabilized,
         rank_pattern={path: rank for path, rank in ranks.items() if rank != 8},
-        alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != alphas["up"]},
+        alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != alphas["layers.0.up"]},
     )
     return AdapterDescription(layout, None, {path: scaling(rank) for path, rank in ranks.items()})
+
+
+def check_adapter(name: str, adapter: AdapterDescription) -> None:
+    check_layers(name, adapter)
+    check_scalings(name, adapter)
 
 
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if "lora" in target.loads])
@@ -106,7 +111,7 @@ def described(scaling: Callable[[int], float], *, rank_stabilized: bool = False)
     "scaling, rank_stabilized, right",
     [
         # One scaling for all: what alpha / rank of the settings gives without a look at the patterns
-        (lambda rank: 2.0, False, {"transformers", "vllm", "sglang"}),
+        (lambda rank: 2.0, False, {"transformers", "vllm"}),
         (lambda rank: 2.0, True, {"transformers", "vllm"}),
         # One alpha for all: what is left to each layer is its own rank
         (lambda rank: 16.0 / rank, False, {"transformers", "llama.cpp", "tensorrt-llm"}),
@@ -119,14 +124,33 @@ def test_scalings_that_a_program_would_not_see(
 ) -> None:
     adapter = described(scaling, rank_stabilized=rank_stabilized)
     if name in right:
-        check_scalings(name, adapter)
+        check_adapter(name, adapter)
         return
-    with pytest.raises(UserError, match=rf"--for {name}: .* of 5 layers wrongly: ") as raised:
-        check_scalings(name, adapter)
+    reason = r"2 of 5 layers differ: layers\.0\.q has 4, not 8" if name == "sglang" else "of 5 layers wrongly: "
+    with pytest.raises(UserError, match=rf"--for {name}: .*{reason}") as raised:
+        check_adapter(name, adapter)
     assert "--format peft" not in str(raised.value)
     best = ExportOptions(target=name)
     check_options(best)
     assert f"use --format {best.format}" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if "lora" in target.loads])
+def test_layers_of_one_rank_and_an_output_head(name: str) -> None:
+    def adapter(*paths: str, rank_stabilized: bool = False) -> AdapterDescription:
+        layout = AdapterLayout(kind="lora", rank=4, alpha=8.0, rank_stabilized=rank_stabilized)
+        return AdapterDescription(layout, scalings=dict.fromkeys(paths, 4.0 if rank_stabilized else 2.0))
+
+    inside = ("model.layers.0.self_attn.q_proj", "transformer.h.11.mlp.up")
+    check_adapter(name, adapter(*inside))
+    if name in ("sglang", "llama.cpp"):
+        with pytest.raises(UserError, match=r"does not know rank_stabilized, .* 2 of 2 layers wrongly"):
+            check_scalings(name, adapter(*inside, rank_stabilized=True))
+    if name == "tensorrt-llm":
+        with pytest.raises(UserError, match=r"TensorRT-LLM 1\.2 ignores LoRA on lm_head\. Fix: use --format merged\.$"):
+            check_layers(name, adapter(*inside, "lm_head"))
+    else:
+        check_layers(name, adapter(*inside, "lm_head"))
 
 
 @pytest.mark.parametrize("kind, format_", [("lora", "peft"), ("dora", "nf4-lora")])
@@ -141,6 +165,9 @@ def test_an_export_looks_at_the_scalings_of_its_run(tmp_path: Path, kind: str, f
     ):
         export_run(tmp_path / "run", tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
+    if format_ == "peft":  # one alpha / rank for all layers, but not one rank
+        with pytest.raises(UserError, match=r"SGLang 0\.5\.23 has one rank .* 2 of 14 .*q_proj has 2, not 4"):
+            export_run(tmp_path / "run", tmp_path / "out", ExportOptions(target="sglang", format_="peft"))
     other = {"peft": "llama.cpp", "nf4-lora": "transformers"}
     export_run(tmp_path / "run", tmp_path / "out", ExportOptions(target=other[format_], format_=format_))
 

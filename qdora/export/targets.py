@@ -6,7 +6,9 @@ own script had divided by the norms of a 16-bit base, in the engines that it rem
 
 vLLM moved bitsandbytes (vllm#43529, in 0.28) and GGUF (vllm#39612) into plugins, which are on PyPI. SGLang lists
 bitsandbytes in docs/advanced_features/quantization.md; with LoRA adapters on top it failed (sglang#4431, closed without
-a fix). Ollama makes no models with adapters since 0.34.1 (ollama#14969).
+a fix). Its buffers have one rank for all layers of an adapter (lora/mem_pool.py asserts it). TensorRT-LLM skips the
+factors of an output head (iterate_hf_lora in lora_manager.py). Ollama makes no models with adapters since 0.34.1
+(ollama#14969).
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ class ServingTarget:
     # all layers; own_rank: one alpha, and the rank of each layer's own factors. None: it loads no adapters.
     reads: Literal["patterns", "one_rank", "own_rank"] | None = None
     reads_rank_stabilized: bool = True  # alpha / sqrt(rank)
+    reads_other_ranks: bool = True  # layers whose rank is not that of the settings
+    reads_head: bool = True  # layers outside of the blocks
     installs: Mapping[str, str] = field(default_factory=dict)
     """Form -> the package that has to be installed beside the program to load it."""
 
@@ -65,9 +69,10 @@ TARGETS: dict[str, ServingTarget] = {
         ("merged", "requantized", "lora"),
         "one_rank",
         reads_rank_stabilized=False,
+        reads_other_ranks=False,
         installs={"requantized": "bitsandbytes"},
     ),
-    "tensorrt-llm": ServingTarget("TensorRT-LLM 1.2", ("merged", "lora"), "own_rank"),
+    "tensorrt-llm": ServingTarget("TensorRT-LLM 1.2", ("merged", "lora"), "own_rank", reads_head=False),
     "llama.cpp": ServingTarget("llama.cpp (2026)", ("gguf", "lora"), "own_rank", reads_rank_stabilized=False),
     "ollama": ServingTarget("Ollama 0.34", ("gguf", "merged")),
 }
@@ -122,6 +127,24 @@ def check_reading(name: str, form: str, adapter: AdapterDescription) -> None:
             f"--for {name}: PEFT has no DoRA for experts, and {len(adapter.shares)} stacks of experts have some (e.g. "
             f"{next(iter(adapter.shares))}). Fix: use --format merged."
         )
+
+
+def check_layers(name: str, adapter: AdapterDescription) -> None:
+    """Raise UserError if a program does not read LoRA on some layers of a run, for their rank or their place."""
+    target, layout, paths = TARGETS[name], adapter.layout, list(adapter.scalings or {})
+    others = [path for path in paths if layout.rank_of(path) != layout.rank]
+    outside = [path for path in paths if not any(part.isdecimal() for part in path.split("."))]
+    options = " or ".join(_FORMS[each][0] for each in target.loads if each in ("merged", "gguf"))
+    faults = []
+    if others and not target.reads_other_ranks:
+        faults.append(
+            f"--for {name}: {target.title} has one rank for an adapter, and {len(others)} of {len(paths)} layers "
+            f"differ: {others[0]} has {layout.rank_of(others[0])}, not {layout.rank}. Fix: use {options}."
+        )
+    if outside and not target.reads_head:
+        faults.append(f"--for {name}: {target.title} ignores LoRA on {outside[0]}. Fix: use {options}.")
+    if faults:
+        raise UserError(*faults)
 
 
 def check_scalings(name: str, adapter: AdapterDescription) -> None:
