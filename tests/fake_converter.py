@@ -3,7 +3,7 @@
 
     fake_converter.py MODEL --outfile FILE --outtype f16      fake_converter.py IN OUT Q4_0
 
-FAKE_FAULT in the environment makes it wrong in one way: permute, drop, ulp, step, template, words, crash, module,
+FAKE_FAULT in the environment makes it wrong in one way: permute, drop, ulp, step, template, words, rope, crash, module,
 experts (two change places), halves (gate and up do), gone (up is not there).
 """
 
@@ -129,7 +129,8 @@ def add_settings(writer: Any, config: dict[str, Any]) -> None:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config["rope_parameters"]
-    writer.add_rope_freq_base(rope["rope_theta"])
+    if FAULT != "rope":
+        writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_key_length(head_dim)
     if config["model_type"] in ("llama", "mixtral", "minimax_m2"):
         writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
@@ -228,6 +229,8 @@ def quantize(source: Path, out: Path, type_: str) -> None:
     writer = gguf.GGUFWriter(str(out), architecture)
     for name in (f"{architecture}.block_count", "tokenizer.ggml.eos_token_id"):
         writer.add_uint32(name, reader.get_field(name).contents())
+    if base := reader.get_field(f"{architecture}.rope.freq_base"):
+        writer.add_rope_freq_base(base.contents())
     writer.add_token_list(reader.get_field("tokenizer.ggml.tokens").contents())
     writer.add_chat_template(reader.get_field("tokenizer.chat_template").contents())
     for tensor in reader.tensors:

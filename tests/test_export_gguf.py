@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma3TextConfig, LlamaConfig, PreTrainedConfig
 
 from qdora.errors import RunFailure, UserError
 from qdora.export import gguf as gguf_export
 from qdora.export.export_run import export_run
 from qdora.export.gguf import find_llama_cpp
 from qdora.export.options import ExportOptions, check_options
+from qdora.model.gguf_file import GgufHeader, GgufTensor
 from qdora.run.train import train_run
 from tests import tiny_adapted, tiny_experts, tiny_run, tiny_tokenizer
 
@@ -37,7 +39,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("gguf")
     torch.manual_seed(0)
     sizes = tiny_adapted.SIZES | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 400}
-    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=True)).save_pretrained(root / "model")
+    config = LlamaConfig(**sizes, tie_word_embeddings=True, rope_theta=50000.0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
     tiny_tokenizer.make().save_pretrained(root / "model")
     train_run(tiny_run.recipe(root, train__steps=3, train__lr=0.02), root / "run")
     return root / "run"
@@ -128,6 +131,7 @@ def test_four_bits_take_the_quantiser(run: Path, tmp_path: Path, with_quantizer:
         ("step", "q8_0", r"tensor blk\.0\.ffn_down\.weight \(Q8_0\): its error is .* times what rounding allows"),
         ("drop", "f16", r"model\.layers\.1\.mlp\.up_proj\.weight is missing in the file"),
         ("template", "f16", "the file has another chat template"),
+        ("rope", "f16", "the file has another rotary base: 10000 for 50000"),
         ("words", "f16", "the file has another vocabulary: 400 words for 327, first difference at token 40"),
     ],
 )
@@ -138,6 +142,33 @@ def test_a_wrong_file_is_refused(
     with pytest.raises(RunFailure, match=message):
         export_run(run, tmp_path / "out", asked(type_))
     assert not json.loads((tmp_path / "out/export.json").read_text())["verification"]["passed"]
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "config, settings, tensors, faults",
+    [
+        (LlamaConfig(), {}, (), []),
+        (LlamaConfig(rope_theta=5e5), {"rope.freq_base": 500000.0}, (), []),
+        (LlamaConfig(rope_scaling=LLAMA3), {}, ("rope_freqs.weight",), []),
+        (LlamaConfig(rope_scaling=LLAMA3), {}, (), ["the file lacks rope_freqs.weight, the llama3 scaling of .*"]),
+        (LlamaConfig(rope_scaling={"rope_type": "linear", "factor": 2.0}), {"rope.scaling.type": "linear"}, (), []),
+        (LlamaConfig(rope_scaling={"rope_type": "linear", "factor": 2.0}), {}, (), [".*: none for linear"]),
+        (Gemma3TextConfig(rope_theta=1e6), {"rope.freq_base": 1e6}, (), []),
+        (Gemma3TextConfig(rope_theta=1e6), {}, (), ["the file has another rotary base: 10000 for 1e\\+06"]),
+        (BloomConfig(), {}, (), []),
+    ],
+)
+def test_the_rotary_embedding_of_a_file(
+    config: PreTrainedConfig, settings: dict[str, Any], tensors: tuple[str, ...], faults: list[str]
+) -> None:
+    named = {"general.architecture": "arch"} | {f"arch.{name}": value for name, value in settings.items()}
+    header = GgufHeader(Path("file"), named, tuple(GgufTensor(name, (8,), 0, 0) for name in tensors))
+    found = gguf_export.rope_faults(header, config)
+    assert len(found) == len(faults)
+    assert all(re.fullmatch(fault, text) for fault, text in zip(faults, found, strict=True))
 
 
 def test_a_layout_that_is_not_known_is_said(
@@ -169,7 +200,8 @@ def test_a_whole_file_that_could_not_be_compared_is_kept(
     [left] = tmp_path.iterdir()
     stopped = isinstance(error, KeyboardInterrupt)
     assert left.name == (".out.unfinished" if stopped else "out")
-    assert [file.suffix for file in left.rglob("*.gguf")] == [".gguf"]
+    assert [file.name for file in left.rglob("model*")] == ["model-f16.gguf"]
+    assert not list(left.rglob("*merged"))
     monkeypatch.undo()
     if stopped:
         export_run(run, tmp_path / "out", asked())

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import RunFailure, UserError
 from qdora.export.logit_comparison import (
@@ -47,7 +47,7 @@ from qdora.files.run_directory import open_run
 from qdora.files.user_paths import user_path
 from qdora.model.build_model import find_source
 from qdora.model.experts import is_transposed, library_names
-from qdora.model.gguf_file import read_header, require_gguf
+from qdora.model.gguf_file import GgufHeader, read_header, require_gguf
 from qdora.model.gguf_layout import HeldRows, TensorLayout, Values, held_rows, knows_layout, tensor_layouts
 from qdora.model.language_part import is_multimodal
 from qdora.model.load import load_config, skeleton
@@ -63,6 +63,10 @@ logger = logging.getLogger("qdora")
 _DENSE = ("F32", "F16", "BF16")
 _NOT_IN_CHECKPOINTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """The converter computes these from the config."""
+_ROPE_TENSORS = {"llama3": "rope_freqs.weight", "longrope": "rope_factors_long.weight"}
+"""Scaling of the rotary embedding -> the tensor that holds it."""
+_ROPE_BASE = 10000.0
+"""llama.cpp's rotary base for a file that says nothing."""
 _LOSSY = 0.3
 """Largest allowed ||error|| / ||weight|| of types below 8 bits. They have 0.02 to 0.1; a tensor at another one's place
 has 1.4."""
@@ -248,9 +252,9 @@ def _run(command: Sequence[str], out: Path, what: str) -> None:
 def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonText, *, lossy: bool) -> dict[str, Any]:
     """Compare a GGUF file with the dense checkpoint behind it, that with the running model, and the logits of all.
 
-    Passed means: the checkpoint passes `verify_merged`, every tensor of the file passes `check_tensors`, and its
-    vocabulary, end token and chat template are the tokenizer's. Tensors that differ in an unknown layout are no fault:
-    they are counted as not checked.
+    Passed means: the checkpoint passes `verify_merged`, every tensor of the file passes `check_tensors`, its rotary
+    embedding is the config's, and its vocabulary, end token and chat template are the tokenizer's. Tensors that differ
+    in an unknown layout are no fault: they are counted as not checked.
 
     For a lossy file (matrices below 16 bits) transformers computes the logits with the file's values. They have no
     tolerance: the figures say how far they are. If that model does not fit in memory in float32, or llama.cpp's layout
@@ -272,7 +276,8 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
         why = "The model does not fit in memory in float32" if known else "Layout unknown"
         logger.warning("%s: the logits are those before the file's own rounding.", why)
     tensors = check_tensors(reader, file, merged, into=target)
-    faults = [*check["faults"], *shorten(tensors.faults), *vocabulary_faults(reader, trained.tokenizer)]
+    faults = [*check["faults"], *shorten(tensors.faults), *rope_faults(header, model.config)]
+    faults += vocabulary_faults(reader, trained.tokenizer)
     if target is not None:
         total = compare_logits(model, target.to(next(model.parameters()).device), text.sequences)
         check |= verdict(total, faults, torch.float32, model.dtype, lossy=True)
@@ -479,6 +484,24 @@ def q8_0_rounding(stored: Values, values: Values) -> Values:
     rounding = np.maximum(steps * np.float32(2.0**-11), np.float32(2.0**-25))
     allowed: Values = (steps / 2 + (codes + np.float32(0.51)) * rounding).reshape(values.shape)
     return allowed
+
+
+def rope_faults(header: GgufHeader, config: PreTrainedConfig) -> list[str]:
+    """How the rotary embedding in the file differs from the config's: base and kind of scaling (of full attention)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention") or rope
+    if "rope_theta" not in rope:
+        return []
+    faults, kind = [], rope.get("rope_type", "default")
+    base = header.settings.get(f"{header.architecture}.rope.freq_base", _ROPE_BASE)
+    if not math.isclose(base, rope["rope_theta"], rel_tol=1e-6):
+        faults.append(f"the file has another rotary base: {base:g} for {rope['rope_theta']:g}")
+    if kind in _ROPE_TENSORS and all(tensor.name != _ROPE_TENSORS[kind] for tensor in header.tensors):
+        faults.append(f"the file lacks {_ROPE_TENSORS[kind]}, the {kind} scaling of the rotary embedding")
+    scaling = header.settings.get(f"{header.architecture}.rope.scaling.type", "none")
+    if kind in ("linear", "yarn") and scaling != kind:
+        faults.append(f"the file has another scaling of the rotary embedding: {scaling} for {kind}")
+    return faults
 
 
 def vocabulary_faults(reader: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
