@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig
 
 from qdora.errors import RunFailure, UserError
 from qdora.export import checkpoint_writer
@@ -118,6 +118,26 @@ def test_the_adapter_alone(run: Path, tmp_path: Path) -> None:
     assert "\nlibrary_name: peft\n" in (tmp_path / "out/README.md").read_text()
     assert (run / "exports/out.md").is_file()
     nothing_local(tmp_path / "out", tmp_path, run)
+
+
+@pytest.mark.parametrize("setting", ["data__chat_template", "model__tokenizer", None])
+def test_an_adapter_has_the_tokenizer_if_it_is_not_that_of_the_base(tmp_path: Path, setting: str | None) -> None:
+    template = tiny_tokenizer.CHATML + "{# own #}"
+    (tmp_path / "own.jinja").write_text(template)
+    tiny_tokenizer.make(chat_template=template).save_pretrained(tmp_path / "own")
+    chat = {"messages": [{"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"}]}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 8)
+    values = {"data__chat_template": str(tmp_path / "own.jinja"), "model__tokenizer": str(tmp_path / "own")}
+    changes: dict[str, Any] = {"data__mix": [{"source": str(tmp_path / "chats.jsonl"), "format": "messages"}]}
+    changes |= {"train__steps": 1, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+    if setting is not None:
+        changes[setting] = values[setting]
+    train_run(tiny_run.recipe(tmp_path, **changes), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out", ExportOptions(format_="peft"))
+    if setting is None:
+        assert not list((tmp_path / "out").glob("tokenizer*"))
+    else:
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
 
 
 def test_a_server_that_cannot_load_dora(run: Path, tmp_path: Path) -> None:

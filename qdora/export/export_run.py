@@ -250,7 +250,7 @@ def _export_adapter(
         check_names(options.target, trained.model)
     with atomic_directory(out) as partial:
         write_adapter(trained.model, recipe, partial, shipped=True)
-        if recipe.model.add_tokens:
+        if recipe.model.add_tokens or recipe.model.tokenizer or recipe.data.chat_template:  # not the base's
             save_tokenizer(trained.tokenizer, partial)
         for name, text in card_files(trained.run, recipe, trained.state, form="peft").items():
             (partial / name).write_text(text, encoding="utf-8")
