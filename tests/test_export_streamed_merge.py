@@ -131,6 +131,16 @@ def test_requantised_is_what_bitsandbytes_loads(tmp_path: Path) -> None:
     assert all(torch.equal(kept[name], one[name]) for name in kept)
 
 
+def test_requantised_weights_are_dequantised_to_the_dtype_of_the_export(tmp_path: Path) -> None:
+    _, merge = prepare(tmp_path, requantize=True, targets=["q_proj"])
+    assert merge.compute_dtype == torch.float32
+    export_merged(merge, None, tmp_path / "out", dtype=torch.float16)
+    loaded = AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"))
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"):  # adapted, and not
+        weight = loaded.get_submodule(path).weight
+        assert weight.quant_state.dtype == torch.float16
+
+
 @pytest.mark.parametrize("form", [{}, {"base": "original"}, {"requantize": True}])
 def test_an_interrupted_export_goes_on_and_gives_the_same_bytes(
     tmp_path: Path, form: dict[str, Any], monkeypatch: pytest.MonkeyPatch

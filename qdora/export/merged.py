@@ -270,7 +270,7 @@ class OpenedMerge:
 
     def plan(self, dtype: torch.dtype) -> CheckpointPlan:
         """The checkpoint with float tensors in `dtype`."""
-        plan = plan_sources(self.model, self._sources(), dtype)
+        plan = plan_sources(self.model, self._sources(dtype), dtype)
         if self.merge.requantize:
             quant = self.merge.quant
             dense = [path for path in self.linear if path not in self.packed_paths] + linear_not_loaded(self.model)
@@ -297,8 +297,8 @@ class OpenedMerge:
         path, _, leaf = name.rpartition(".")
         return leaf == "weight" and (path in self.adapter or path in self.packed_paths)
 
-    def _sources(self) -> dict[str, Source]:
-        """Name in the model -> tensor of the output, in model order."""
+    def _sources(self, dtype: torch.dtype) -> dict[str, Source]:
+        """Name in the model -> tensor of the output, in model order. Weights in 4 bits are dequantised to `dtype`."""
         sources: dict[str, Source] = {}
         trained, experts = dict(self.matrices), stacks(self.model)
         if is_tied(self.model) and trained:  # the files may hold the shared matrix under either name
@@ -315,7 +315,8 @@ class OpenedMerge:
             elif not self._is_changed(name) and not (path in experts and name == f"{path}.weight"):
                 sources[name] = Source(tensor.to("meta"), partial(self._dense, name, item))
             elif self.merge.requantize and path in self.packed_paths:
-                sources |= {f"{path}.{part}": source for part, source in self._packed_sources(path, item).items()}
+                packed = self._packed_sources(path, item, dtype)
+                sources |= {f"{path}.{part}": source for part, source in packed.items()}
             else:
                 shaped = torch.empty(item.shape, dtype=torch.float32, device="meta")
                 rows = partial(self._merged_rows, path, item, experts[path].num_experts) if path in experts else None
@@ -376,7 +377,7 @@ class OpenedMerge:
         quant = self.merge.quant
         return quantize(weight, quant.kind, quant.block_size, quant.double_quant, name=name)
 
-    def _packed_sources(self, path: str, item: Stored) -> dict[str, Source]:
+    def _packed_sources(self, path: str, item: Stored, dtype: torch.dtype) -> dict[str, Source]:
         """The merge in 4 bits; a layer without an adapter keeps the bytes that training used."""
         kept: dict[str, Tensor] = {}
         quant = self.merge.quant
@@ -384,7 +385,7 @@ class OpenedMerge:
         def part(name: str) -> Callable[[], Tensor]:
             def make() -> Tensor:
                 if not kept:
-                    kept.update(self._packed_state(path, item))
+                    kept.update(self._packed_state(path, item, dtype))
                 return kept.pop(name)  # the writer asks for each part once, one after the other
 
             return make
@@ -392,16 +393,14 @@ class OpenedMerge:
         # Only the shapes and dtypes of these tensors are read.
         layout = to_bnb_state(
             empty_packed(quant.kind, (item.shape[0], item.shape[1]), quant.block_size, quant.double_quant),
-            self.merge.compute_dtype,
+            dtype,
         )
         layout[f"{STATE_NAME}{quant.kind}"] = torch.empty(_STATE_BYTES, dtype=torch.uint8)
         return {name: Source(tensor.to("meta"), part(name), dtype=tensor.dtype) for name, tensor in layout.items()}
 
-    def _packed_state(self, path: str, item: Stored) -> dict[str, Tensor]:
+    def _packed_state(self, path: str, item: Stored, dtype: torch.dtype) -> dict[str, Tensor]:
         value = self._merged(path, item) if path in self.adapter else item.read()
-        state = to_bnb_state(
-            self._quantized(path, value) if isinstance(value, Tensor) else value, self.merge.compute_dtype
-        )
+        state = to_bnb_state(self._quantized(path, value) if isinstance(value, Tensor) else value, dtype)
         name = f"{STATE_NAME}{self.merge.quant.kind}"
         blanks = torch.full((_STATE_BYTES - state[name].numel(),), ord(" "), dtype=torch.uint8)
         state[name] = torch.cat([state[name], blanks])
