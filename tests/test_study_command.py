@@ -435,17 +435,21 @@ def check_by_layer(directory: Path, cells: list[dict[str, Any]]) -> None:
 
 
 def test_what_a_study_can_find_is_told_before_it_runs(root: Path, tmp_path: Path) -> None:
-    file = write_study(root, seeds=[*range(6)], compare={"spread": 0.03, "reference": "lora"})
+    adapter = {"lora": {"adapter.kind": "lora"}, "dora": {"adapter.kind": "dora"}}
+    product = {"base.quant": ["none", "nf4"], "adapter": adapter}
+    file = write_study(root, product=product, seeds=[*range(6)], compare={"spread": 0.03, "reference": "lora"})
     found = CliRunner().invoke(app, ["study", str(file), "--dir", str(tmp_path), "--dry-run", "--json"])
-    (outlook,) = json.loads(found.stdout)["outlook"]
-    assert outlook["comparison"] == "dora against lora (base.quant=nf4)"
-    assert (outlook["num_seeds"], outlook["source"]) == (6, "compare.spread")
-    critical = stats.t.ppf(0.975, 5)
-    assert outlook["half_width"] == pytest.approx(critical * 0.03 / math.sqrt(6))
-    power = stats.nct.sf(critical, 5, outlook["smallest_detectable"] / 0.03 * math.sqrt(6))
-    assert power == pytest.approx(0.8, abs=1e-3)
+    outlook = json.loads(found.stdout)["outlook"]
+    names = [f"dora against lora (base.quant={quant})" for quant in ("none", "nf4")]
+    assert [each["comparison"] for each in outlook] == names
+    for each in outlook:
+        assert (each["num_seeds"], each["source"]) == (6, "compare.spread")
+        assert each["half_width"] == pytest.approx(stats.t.ppf(0.975, 5) * 0.03 / math.sqrt(6))
+        critical = stats.t.ppf(1 - 0.05 / 2 / 2, 5)  # two comparisons share 0.05
+        power = stats.nct.sf(critical, 5, each["smallest_detectable"] / 0.03 * math.sqrt(6))
+        assert power == pytest.approx(0.8, abs=1e-3)
     printed = CliRunner().invoke(app, ["study", str(file), "--dir", str(tmp_path), "--dry-run"]).output
-    assert f"differences below {outlook['smallest_detectable']:.3g} nats stay unseen" in printed
+    assert f"differences below {outlook[0]['smallest_detectable']:.3g} nats stay unseen" in printed
     assert "The time is not known before runs of two lengths are done. Fix: set time." in printed
 
 

@@ -547,3 +547,33 @@ def test_a_study_without_results_has_no_report(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(UserError, match=r"no cell is finished yet\. Fix: run 'qdora study' first"):
         report_run(made, console=Console(quiet=True))
+
+
+def test_the_damage_of_a_base_is_a_paired_t_interval_over_its_questions(made: Path, report: Report) -> None:
+    """Of the cells' files alone."""
+    (base,) = [
+        cell for cell in read_index(made)["cells"] if cell["kind"] == "base" and cell["labels"]["base.quant"] == "nf4"
+    ]
+    losses = []
+    for key in (base["key"], base["dense_key"]):
+        scored = json.loads((made / "cells" / key / "eval/step-1.json").read_text())["per_example"]
+        asked = {row["id"]: row["loglikelihoods"] for row in scored if "gold" in row}  # the first choice is right
+        halves = {name: each for name, each in asked.items() if half_of(f"{name}#1") == "compare"}
+        losses.append({name: math.log(sum(map(math.exp, each))) - each[0] for name, each in halves.items()})
+    lost = [losses[0][name] - losses[1][name] for name in losses[0]]
+    assert 40 < len(lost) < 80
+    half = stats.t.ppf(0.975, len(lost) - 1) * statistics.stdev(lost) / math.sqrt(len(lost))
+    (row,) = [row for row in rows(report, "repair", adapter="no adapter") if row["base.quant"] == "nf4"]
+    found = (row["damage_choice"], row["damage_choice_lower"], row["damage_choice_upper"])
+    mean = statistics.mean(lost)
+    assert found == pytest.approx((mean, mean - half, mean + half), rel=1e-9)
+
+
+def test_the_smallest_detectable_difference_has_the_power_at_the_share_of_one_of_four(report: Report) -> None:
+    for quant in fake_study.LOST:
+        row = compared(report, quant)
+        differences = [float(text.partition(": ")[2]) for text in row["seed_improvements"].split("; ")]
+        stderr = statistics.stdev(differences) / 2  # four seeds
+        critical = stats.t.ppf(1 - 0.05 / 4 / 2, 3)
+        power = stats.nct.sf(critical, 3, row["smallest_detectable"] / stderr)
+        assert power == pytest.approx(0.8, abs=1e-4)

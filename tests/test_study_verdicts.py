@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 
 from qdora.study.cells import Cell
-from qdora.study.compare import Arm, named_comparisons
-from qdora.study.grid import study_from
+from qdora.study.compare import Arm, Results, named_comparisons
+from qdora.study.grid import load_study, study_from
 from qdora.study.report import read_report
-from qdora.study.study_directory import read_index
+from qdora.study.scores import half_of
+from qdora.study.study_directory import StudyDirectory, read_index
 from tests import fake_study
 from tests.fake_study import compared, nll_of, rows
 
@@ -232,3 +234,29 @@ def test_further_seeds_are_not_run_for_an_arm_of_another_stage(tmp_path: Path) -
     (odd,) = rows(report, "comparisons", arm="odd", measure="nll_per_token")
     assert odd["half_width"] > 0.05
     assert [row["num_seeds"] for row in rows(report, "arms", kind="trained")] == [4, 4, 3]
+
+
+def test_the_best_rate_of_an_accuracy_is_that_of_the_highest(tmp_path: Path) -> None:
+    """1e-4 answers the most questions, 4e-4 the fewest."""
+
+    def nll(cell: Cell) -> float:
+        return 2.0 + 0.4 * abs(math.log2(cell.recipe.train.lr / 1e-4)) if cell.is_trained else 2.0
+
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
+    made = fake_study.make(
+        tmp_path,
+        nll=nll,
+        product=product,
+        rates={"values": [5e-5, 1e-4, 2e-4, 4e-4]},
+        compare={"metric": "acc", "reference": "lora"},
+    )
+    report = read_report(made)
+    assert {row["rate"] for row in report.tables["rates"]} == {"0.0001"}
+    assert {row["rate"] for row in rows(report, "arms", kind="trained")} == {"0.0001"}
+    results = Results(StudyDirectory(made), load_study(tmp_path / "study.yaml"))
+    searched = [cell["key"] for cell in read_index(made)["cells"] if cell["kind"] == "rate"]
+    assert len(searched) == 4 * 2 * 2
+    for key in searched:
+        scored = json.loads((made / "cells" / key / "eval/step-1.json").read_text())["per_example"]
+        right = [row["acc"] for row in scored if "acc" in row and half_of(f"{row['id']}#1") == "choose"]
+        assert results.loss(key) == pytest.approx(-sum(right) / len(right), rel=1e-12)
