@@ -449,6 +449,9 @@ def test_a_missing_tensor_and_another_tokenizer_fail(tmp_path: Path, running: An
     assert found["faults"] == ["the reloaded tokenizer gives other ids"]
     found = verify_with(tiny_tokenizer.make(chat_template=None))
     assert found["faults"] == ["the reloaded tokenizer has another chat template"]
+    more = tiny_tokenizer.make()
+    more.add_tokens(["<tool>"])  # the text has none
+    assert verify_with(more)["faults"] == ["the reloaded tokenizer has other added tokens"]
     file = tmp_path / "out" / "model.safetensors"
     tensors = load_file(file)
     del tensors["model.layers.0.mlp.up_proj.weight"]

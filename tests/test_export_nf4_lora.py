@@ -288,3 +288,15 @@ def test_qdora_trains_on_from_it(tmp_path: Path) -> None:
     )
     load_adapter(again, tmp_path / "out" / "adapter")
     torch.testing.assert_close(tiny_adapted.logits(again), tiny_adapted.logits(model), rtol=1e-5, atol=5e-6)
+
+
+def test_a_tensor_that_the_adapter_file_has_and_peft_does_not_take_fails(tmp_path: Path) -> None:
+    model = tiny_adapted.adapted("llama", quant="nf4")
+    export_nf4_lora(model, None, tmp_path / "out")
+    file = tmp_path / "out/adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    more = "base_model.model.model.layers.1.self_attn.v_proj.lora_C.weight"
+    save_file(tensors | {more: torch.ones(3)}, file, metadata={"format": "pt"})
+    found = verify_nf4_lora(model, tmp_path / "out", TEXT)
+    assert not found["passed"]
+    assert f"PEFT has other tensors than the adapter file: {more} (1)" in found["faults"]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from qdora.errors import RunFailure, UserError
 from qdora.export import checkpoint_writer
+from qdora.export.logit_comparison import ComparisonText
 from qdora.export.merged import StreamedMerge, check_merge, export_merged
+from qdora.export.verify import verify_requantized
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import Quantization, load_model
@@ -231,3 +234,22 @@ def test_bases_without_16_bit_weights_are_refused(tmp_path: Path) -> None:
     int8 = Quantization("int8", 64, True, ("lm_head",))
     with pytest.raises(UserError, match="--requantize: the base must be held in nf4 or fp4 \\(got int8\\)"):
         check_merge(StreamedMerge(merge.source, None, int8, torch.float32, requantize=True))
+
+
+def test_a_requantised_export_fails_by_a_missing_tensor_and_by_logits_that_are_not_finite(tmp_path: Path) -> None:
+    model, merge = prepare(tmp_path, requantize=True)
+    export_merged(merge, None, tmp_path / "out", dtype=torch.float32)
+    text = ComparisonText([[5, 6, 7, 8]])
+    right = verify_requantized(model, tmp_path / "out", text)
+    assert right["passed"], right["faults"]
+    file = tmp_path / "out/model.safetensors"
+    tensors, norm = load_file(file), "model.norm.weight"
+    save_file({name: each for name, each in tensors.items() if name != norm}, file, metadata={"format": "pt"})
+    missing = verify_requantized(model, tmp_path / "out", text)
+    assert not missing["passed"]
+    assert missing["faults"] == ["missing keys on reloading: model.norm.weight (1 in all)"]
+    save_file(tensors | {norm: tensors[norm] * math.nan}, file, metadata={"format": "pt"})
+    broken = verify_requantized(model, tmp_path / "out", text)
+    assert not broken["passed"]
+    beyond = [fault.partition(" ")[0] for fault in broken["faults"]]
+    assert beyond == ["mean_logit_difference", "kl_mean", "max_logit_difference"]
