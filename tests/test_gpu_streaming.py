@@ -1,4 +1,7 @@
-"""Blocks in host memory on CUDA: the gradients of a resident base, with less of it on the device. Run with -m gpu."""
+"""Blocks and checkpoints in host memory on CUDA: the gradients of a resident base, with less of it on the device.
+
+Run with -m gpu.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from qdora.memory import activation_offload
+from qdora.memory.activation_offload import ActivationOffload, Away, CudaHost
 from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
 from qdora.model.load import Placer, load_model
 from qdora.model.source import resolve
@@ -65,3 +71,29 @@ def test_the_device_holds_the_slots_alone(source: Path) -> None:
         del model
     # Nine blocks against two.
     assert held[0] - held[1] > 6 * block
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_gradients_with_checkpoints_on_the_host(source: Path, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs are computed late and come back late: who does not wait for them reads NaN, or what was there before."""
+    expected = tiny_streamed.gradients(loaded(source, None))
+    monkeypatch.setattr(activation_offload, "_LEAST_BYTES", 16)
+    model = loaded(source, HostResidency() if streamed else None)
+    host, num_sent = CudaHost(DEVICE), 0
+
+    def send(tensor: Tensor) -> Away:
+        nonlocal num_sent
+        num_sent += 1
+        late = torch.full_like(tensor, float("nan"))
+        torch.cuda._sleep(10_000_000)
+        away = host(late.copy_(tensor))
+        with torch.cuda.stream(host.stream):
+            torch.cuda._sleep(10_000_000)
+        return away
+
+    ActivationOffload(model, send)
+    for _ in range(3):
+        tiny_streamed.assert_equal(tiny_streamed.gradients(model), expected)
+        for parameter in model.parameters():
+            parameter.grad = None
+    assert num_sent == 3 * 3 * (SIZES["num_hidden_layers"] - 1)

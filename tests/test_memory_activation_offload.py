@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from qdora.memory.host_residency import HostResidency
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from tests import tiny_streamed
+from tests.fake_cuda import FakeCuda
 from tests.test_memory_host_residency import LateCopies
 
 
@@ -110,15 +110,13 @@ def test_a_second_backward_pass_is_refused(source: Path) -> None:
         loss.backward()
 
 
-class FakeStream:
-    """Does everything at once: on a CPU a copy is over when the call returns."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args: None
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
 
 
 @pytest.fixture
-def pinned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def pinned(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """`CudaHost` on a CPU; the bytes of each pinned allocation. What is allocated is full of rubbish."""
     sizes: list[int] = []
     empty = torch.empty
@@ -131,10 +129,6 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return made
 
     monkeypatch.setattr(torch, "empty", fake)
-    for name in ("Stream", "Event", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *args: FakeStream())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(Tensor, "record_stream", lambda *args: None)
     return sizes
 
 
@@ -155,3 +149,21 @@ def test_pinned_memory_is_the_largest_need_and_not_that_of_every_shape(
         for sent, kept in zip(reversed(away), reversed(inputs), strict=True):
             assert torch.equal(sent.take(), kept)
     assert need <= sum(pinned) <= 2 * need
+
+
+@pytest.mark.usefixtures("pinned")
+def test_copies_wait_for_the_computation_and_the_computation_for_them(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In three pages: out once the input is computed and back in call order; what is taken has arrived."""
+    monkeypatch.setattr(activation_offload, "_PAGE_BYTES", 1 << 10)
+    kept = torch.arange(600, dtype=torch.float32)
+    away = activation_offload.CudaHost(torch.device("cpu"))(kept)
+    side = "stream 0"
+    assert cuda.read() == [(side, "waits for", "main"), *[(side, "copies", "")] * 3, (side, "uses the memory", "")]
+    away.fetch()
+    assert cuda.read() == [*[(side, "copies", "")] * 3, (side, "records", "event 0")]
+    away.fetch()
+    assert cuda.read() == []
+    assert torch.equal(away.take(), kept)
+    assert cuda.read() == [("main", "waits for", "event 0"), ("main", "uses the memory", "")]

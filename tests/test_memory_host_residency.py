@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 from qdora.errors import RunFailure, UserError
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.memory import host_residency
-from qdora.memory.host_residency import HostResidency, pinned_bytes
+from qdora.memory.host_residency import CudaCopies, HostResidency, pinned_bytes
 from qdora.model.inject import adapter_parameters, frozen_layers
 from qdora.model.load import load_model
 from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
 from qdora.train.interference import measure
 from tests import tiny, tiny_experts, tiny_streamed
+from tests.fake_cuda import FakeCuda
 from tests.test_train_interference import probe_of
 
 
@@ -205,3 +206,30 @@ def test_stacks_of_experts_come_and_go(tmp_path: Path, name: str, num_streamed: 
     streamed = [path for path, layer in frozen_layers(model).items() if layer.residency is not None]
     assert sum("experts" in path for path in streamed) == 2 * (num_streamed or 2)
     tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model, targets=targets)), expected)
+
+
+def test_a_slot_is_filled_after_its_release_and_read_after_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, cpu = FakeCuda(monkeypatch), torch.device("cpu")
+    slots = [torch.zeros(4), torch.zeros(4)]
+    copies, side = CudaCopies(cpu, slots), "stream 0"
+    log = cuda.read()
+    released = [event for stream, _, event in log if stream == "main"]
+    assert len(set(released)) == 2
+    for_a_slot = [[("main", "records", event), (side, "uses the memory", "")] for event in released]
+    assert log == for_a_slot[0] + for_a_slot[1]
+    copied = []
+    for slot in (1, 0):
+        copies.begin(torch.ones(4), slots[slot], slot)
+        log = cuda.read()
+        copied.append(log[-1][2])
+        assert log == [
+            (side, "waits for", released[slot]),
+            (side, "copies", ""),
+            (side, "records", copied[-1]),
+        ]
+        copies.wait(slot)
+        assert cuda.read() == [("main", "waits for", copied[-1])]
+        copies.release(slot)
+        assert cuda.read() == [("main", "records", released[slot])]
+    assert len({*released, *copied}) == 4
+    assert all(bool(slot.all()) for slot in slots)
