@@ -45,13 +45,13 @@ def assert_same_run(one: Path, two: Path, step: int = 6) -> None:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ask the next runs to stop while they compute `step`, as a signal does; `monkeypatch.undo` takes it back."""
-    after_step = loop._after_step
+    after_step = loop.after_step
 
     def interrupt(model: Any, done: int, hooks: Any, stop: Any, **settings: Any) -> bool:
         stop.requested = done == step
         return bool(after_step(model, done, hooks, stop, **settings))
 
-    monkeypatch.setattr(loop, "_after_step", interrupt)
+    monkeypatch.setattr(loop, "after_step", interrupt)
 
 
 def make_gradients_nan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,25 @@ def test_killed_at_any_checkpoint_and_resumed_makes_the_same_decisions(
     assert steps_on_disk(run) == steps_on_disk(stopped_run)
 
 
+def test_a_stop_saves_before_what_is_due_and_the_resumed_run_measures_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher kills processes soon after it asks them to stop; an evaluation may take longer."""
+    probed = {"interference__every": 1, "interference__examples": 2, "data__validation_fraction": 0.2}
+    settings, run = recipe(root, train__steps=3, **probed), tmp_path / "run"
+    train_run(settings, tmp_path / "whole", console=Console(quiet=True))
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        train_run(settings, run, console=Console(quiet=True))
+    assert steps_on_disk(run)[-1] == 2
+    assert list(values(run)) == [1]
+    assert [line["step"] for line in timeless(run) if "interference" in line] == [1]
+    monkeypatch.undo()
+    train_run(settings, run, resume=True, console=Console(quiet=True))
+    assert_same_run(run, tmp_path / "whole", step=3)
+    assert (run / "adapter/best.json").read_bytes() == (tmp_path / "whole/adapter/best.json").read_bytes()
+
+
 def test_a_finished_run_stays_finished_and_goes_on_with_more_patience(
     root: Path, stopped_run: Path, tmp_path: Path
 ) -> None:
@@ -189,7 +208,7 @@ def test_another_question_is_asked_anew(root: Path, tmp_path: Path, monkeypatch:
     changed = recipe(root, train__lr=1e-3, train__steps=4, eval__every=1, eval__patience=..., eval__best_metric="acc")
     summary = train_run(changed, tmp_path / "run", resume=True, console=Console(quiet=True))
     assert "The run chose the best step in another way before" in (tmp_path / "run/log.txt").read_text()
-    found = {step: value for step, value in values(tmp_path / "run", metric="acc").items() if step > 2}
+    found = {step: value for step, value in values(tmp_path / "run", metric="acc").items() if step > 1}
     assert summary["best"]["value"] == max(found.values())
     assert summary["best"]["step"] == max(found, key=lambda step: found[step])
 

@@ -168,13 +168,13 @@ def test_a_process_without_an_example_takes_part(root: Path, tmp_path: Path, pac
 
 def stopped(rank: int, settings: Recipe, directory: Path, stop_at: int) -> None:
     """The second process alone is asked to stop."""
-    after_step = loop._after_step
+    after_step = loop.after_step
 
     def ask(model: Any, done: int, hooks: Any, stop: Any, **settings: Any) -> bool:
         stop.requested = rank == 1 and done == stop_at
         return bool(after_step(model, done, hooks, stop, **settings))
 
-    loop._after_step = ask
+    loop.after_step = ask
     with pytest.raises(Interrupted, match=f"after step {stop_at}; saved to .*step-{stop_at}"):
         train_run(settings, directory)
 
@@ -213,18 +213,18 @@ def test_a_run_goes_on_with_another_number_of_processes(root: Path, tmp_path: Pa
 
 
 def stop_alone(settings: Recipe, directory: Path, stop_at: int, resume: bool = False) -> None:
-    after_step = loop._after_step
+    after_step = loop.after_step
 
     def ask(model: Any, done: int, hooks: Any, stop: Any, **settings: Any) -> bool:
         stop.requested = done == stop_at
         return bool(after_step(model, done, hooks, stop, **settings))
 
-    loop._after_step = ask
+    loop.after_step = ask
     try:
         with pytest.raises(Interrupted):
             train_run(settings, directory, resume=resume)
     finally:
-        loop._after_step = after_step
+        loop.after_step = after_step
 
 
 def resumed_and_stopped(rank: int, settings: Recipe, directory: Path, stop_at: int) -> None:

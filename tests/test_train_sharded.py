@@ -154,9 +154,10 @@ def test_where_one_process_cannot_compute_the_others_end_and_the_run_goes_on(roo
         (True, torch.OutOfMemoryError("CUDA out of memory."), False),
         (True, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False),
         (True, Diverged("eval: not finite"), True),  # in all, which compute the same
+        (True, UserError("sums: has an empty choice"), True),
         (False, torch.OutOfMemoryError("CUDA out of memory."), True),  # all are told
     ],
-    ids=["memory", "disk", "diverged", "replicate"],
+    ids=["memory", "disk", "diverged", "data", "replicate"],
 )
 def test_an_evaluation_that_fails_in_one_process_saves_nothing(shards: bool, error: Exception, saves: bool) -> None:
     saved: list[int] = []
@@ -168,9 +169,7 @@ def test_an_evaluation_that_fails_in_one_process_saves_nothing(shards: bool, err
     hooks = Hooks(write_metrics=Mock(), save=save, evaluate=Mock(side_effect=error), evaluate_every=3)
     processes = Processes(1, 2, shards=shards)
     with pytest.raises(type(error)):
-        loop._after_step(
-            nn.Identity(), 3, hooks, StopRequest(), num_steps=6, checkpoint_every=None, processes=processes
-        )
+        loop.after_step(nn.Identity(), 3, hooks, StopRequest(), num_steps=6, checkpoint_every=None, processes=processes)
     assert saved == [3] * saves
 
 

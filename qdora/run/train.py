@@ -27,7 +27,7 @@ from qdora.run.trainer import Trainer
 from qdora.train.compiled_blocks import compiled_blocks
 from qdora.train.distributed import processes_of_launch, seed_of
 from qdora.train.interrupt import stop_on_signal
-from qdora.train.loop import fit
+from qdora.train.loop import after_step, fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import TrainingProgress
 from qdora.train.task_weights import task_weights
@@ -117,22 +117,27 @@ def _train(trainer: Trainer, checkpoint: Checkpoint | None, results: Console) ->
 
 
 def _fit(trainer: Trainer, optimizer: AdapterOptimizer, start: int) -> int:
-    """Take the optimizer steps after `start`; returns the number of steps done."""
+    """Measure what a stop after `start` steps left out, and take the steps after it; returns the steps done."""
     active, state, chunk = trainer.active, trainer.state, trainer.active.recipe.memory.loss_chunk
+    hooks = trainer.hooks(optimizer)
     bar = TrainingProgress(active.num_steps, start=start, console=active.console)
     with stop_on_signal(active.processes) as stop, bar as progress:
+        active.model.train()
+        left_out, every = trainer.left_out(hooks, start), active.recipe.train.checkpoint_every
+        limits: dict[str, Any] = {"num_steps": active.num_steps, "processes": active.processes}
+        if left_out is not None and after_step(active.model, start, left_out, stop, checkpoint_every=every, **limits):
+            return start
         return fit(
             active.model,
             optimizer,
             active.loader,
             active.recipe.train,
-            trainer.hooks(optimizer),
-            num_steps=active.num_steps,
+            hooks,
+            **limits,
             device=active.model.device,
             progress=progress,
             stop=stop,
             start_step=start,
-            processes=active.processes,
             bad_steps=state.bad_steps,
             backoff=state.backoff,
             schedule=state.schedule,

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,10 +143,11 @@ class Trainer:
         best, processes = self.state.best, self.active.processes
         if best is None or best.judged is None or best.judged >= step or self.evaluates_again(step):
             return
-        file = self.active.directory.evaluation_file(step)
+        file, known = self.active.directory.evaluation_file(step), self._measured(step)
 
         def value() -> float | None:
-            return selection_value(self.active.recipe, read_result(file)) if file.is_file() else None
+            whole = "eval" in known and file.is_file()
+            return selection_value(self.active.recipe, read_result(file)) if whole else None
 
         found = processes.gather(processes.first(value))[0]
         if found is not None:
@@ -156,6 +157,23 @@ class Trainer:
         """Whether a run that continues after `step` steps evaluates there, which it may have done before."""
         asked = self.active.recipe.eval
         return (step == 0 and asked.at_start) or (step == self.active.num_steps and asked.at_end)
+
+    def left_out(self, hooks: Hooks, start: int) -> Hooks | None:
+        """The hooks with what was due after `start` steps and not measured, since the run stopped; None for nothing."""
+        known = self._measured(start) if start > 0 else []
+        probes = hooks.probe_every is not None and start % hooks.probe_every == 0 and "interference" not in known
+        evaluates = hooks.evaluate_every is not None and start % hooks.evaluate_every == 0 and "eval" not in known
+        probe, evaluate = hooks.probe if probes else None, hooks.evaluate if evaluates else None
+        if start == 0 or (probe is None and evaluate is None):
+            return None
+        return replace(hooks, probe=probe, evaluate=evaluate)
+
+    def _measured(self, step: int) -> list[str]:
+        """The keys of the lines of metrics after `step` steps."""
+        run, processes = self.active.directory, self.active.processes
+        keys = processes.first(lambda: [key for line in run.metrics() if line["step"] == step for key in line])
+        found: list[str] = processes.gather(keys)[0]
+        return found
 
     @contextmanager
     def recorded(self, start: int) -> Iterator[None]:
@@ -217,10 +235,8 @@ class Trainer:
         if missing and self.active.recipe.base.residency != "device":
             fix = "Fix: train with base.residency: device in a new run, and report it."
             return f"{without_gradient(missing, *seen)} {fix}"
-        with unharmed(CHECKS_FILE):
-            self.active.processes.first(
-                lambda: tell_checks(self.active.directory, {GRADIENTS: [gradient_check(missing, *seen)]})
-            )
+        checks = {GRADIENTS: [gradient_check(missing, *seen)]}
+        self.active.processes.first(unharmed(CHECKS_FILE)(lambda: tell_checks(self.active.directory, checks)))
         return None
 
     def evaluate_and_save(self) -> None:

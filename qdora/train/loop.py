@@ -128,7 +128,7 @@ def fit(
             hooks.write_metrics({"step": done, "micro_batches_grow": grown})
         progress.step(metrics)
         every = train.checkpoint_every
-        if _after_step(model, done, hooks, stop, num_steps=num_steps, checkpoint_every=every, processes=processes):
+        if after_step(model, done, hooks, stop, num_steps=num_steps, checkpoint_every=every, processes=processes):
             return done
     return max(start_step, num_steps)
 
@@ -253,7 +253,7 @@ def _update(lr: float, start: _StepStart, processes: Processes) -> None:
     raise RunFailure(f"step {step + 1}: {reason}; {lost}. {advice}, then resume.", safe=[start.hooks.save(step + 1)])
 
 
-def _after_step(
+def after_step(
     model: nn.Module,
     done: int,
     hooks: Hooks,
@@ -265,14 +265,17 @@ def _after_step(
 ) -> bool:
     """Probe, evaluate and save when due; returns whether the run ends before its last step.
 
-    The checkpoint comes last, so that it covers the evaluation's line. If an evaluation fails, a checkpoint is written
-    before its error is raised, unless it fails in this process alone.
+    After a requested stop only the checkpoint is written, since a launcher soon kills the processes; what was due is
+    measured when the run goes on. Else the checkpoint comes last, so that it covers the evaluation's line. If an
+    evaluation fails, a checkpoint is written before its error is raised, unless it fails in this process alone.
     """
 
     def due(every: int | None) -> bool:
         return every is not None and done % every == 0
 
     last = done == num_steps
+    if stop.agreed() and not last:
+        raise Interrupted(done, hooks.save(done))
     found = Evaluated({})
     try:
         if hooks.probe is not None and due(hooks.probe_every):
@@ -281,8 +284,8 @@ def _after_step(
             found = hooks.evaluate(done)
             hooks.write_metrics({"step": done, **found.line})
             model.train()
-    except (RuntimeError, OSError) as error:
-        if processes.shards and not isinstance(error, Diverged):
+    except (RuntimeError, OSError, UserError) as error:
+        if processes.shards and not isinstance(error, (Diverged, UserError)):
             raise  # the others, still in a pass, cannot save; they notice that this process ends
         try:
             hooks.save(done)
@@ -290,9 +293,9 @@ def _after_step(
             # After some CUDA errors every call fails: the first one says why.
             logger.warning("Step %d is not saved either (%s) after: %s", done, first_line(second), first_line(error))
         raise
-    stopping = stop.agreed()
+    stopping = not last and (due(hooks.probe_every) or due(hooks.evaluate_every)) and stop.agreed()  # in the meantime
     saved = hooks.save(done) if last or due(checkpoint_every) or stopping or found.save or found.stop else None
-    if stopping and saved is not None and not last and not found.stop:
+    if stopping and saved is not None and not found.stop:
         raise Interrupted(done, saved)
     return found.stop
 
