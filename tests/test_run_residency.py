@@ -11,6 +11,7 @@ import torch
 from qdora.errors import UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import frozen_layers
+from qdora.plan.division import divided_recipe
 from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
 from qdora.run import prepare
 from qdora.run.evaluate import EvalOptions, evaluate_target
@@ -65,6 +66,12 @@ def test_what_was_chosen_is_kept_until_another_start_chooses(root: Path, tmp_pat
     assert found == chosen
     keep_residency(run, given, given)
     assert residency_here(run, given, cpu) == given
+    keep_residency(run, given, chosen)
+    divided = divided_recipe(chosen)
+    assert divided is not None
+    assert divided.train.divides_base
+    keep_residency(run, chosen, divided)  # the whole base may not fit on the one device of a later command
+    assert residency_here(run, chosen, cpu) == chosen
     (tmp_path / FILE).write_text('{"residency": "disk", "streamed_blocks": 2}')  # as an older version wrote it
     assert not residency_here(run, chosen, cpu).memory.host_embeddings
     (tmp_path / FILE).write_text('{"residency": "attic", "streamed_blocks": null}')

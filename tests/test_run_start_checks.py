@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from qdora.run import prepare, start_checks, trainer
 from qdora.run.open_directory import newest_checkpoint
 from qdora.run.start_checks import data_checks
 from qdora.run.train import train_run
-from qdora.train.distributed import Processes
+from qdora.train.distributed import OtherProcessFailed, Processes
 from tests import tiny_run, tiny_tokenizer
 from tests.page_parser import Page
 from tests.run_files import timeless
@@ -171,6 +172,19 @@ def test_a_warning_of_the_checks_is_on_the_page_once(root: Path, tmp_path: Path)
     again = Page((run / "report.html").read_text()).text
     assert again.count("An optimizer step takes 100 examples") == 1
     assert "the training data has only 50: each step repeats the data 2.0 times. Fix: lower" in again
+
+
+def test_what_ends_another_process_is_no_fault_of_a_file(tmp_path: Path) -> None:
+    """Only what the first process raises while it writes is a warning."""
+    lost = Mock(shards=False, size=2, first=Mock(side_effect=OtherProcessFailed("process 1 has ended")))
+    run, prepared = RunDirectory(tmp_path), Mock(memory_plan=None)
+    with pytest.raises(OtherProcessFailed):
+        start_checks.check_model(Mock(), run, lost, packs=False)
+    lost.first.side_effect = [None, OtherProcessFailed("process 1 has ended")]
+    with pytest.raises(OtherProcessFailed), patch.object(prepare, "show_mix"):
+        prepare.show_plans(prepared, run, lost, Mock())
+    with patch.object(start_checks, "tell_checks", side_effect=OSError("full")):
+        start_checks.check_model(Mock(), run, Processes(), packs=False)
 
 
 def test_the_checks_change_no_number(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -477,7 +477,20 @@ def mesh_on_gpus(rank: int) -> None:
             assert mesh is not None
             groups = mesh.get_all_groups()
             assert [dist.get_process_group_ranks(group) for group in groups] == members
-            assert [made.get(group.group_name) for group in groups] == [("nccl", 1400.0)] * len(groups)
+            assert [made.get(group.group_name) for group in groups] == [("nccl", 2100.0)] * len(groups)
+
+
+def unequal_machines(rank: int) -> None:
+    """A machine of two processes, and one of one."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2" if rank < 2 else "1"
+    text = r"must be shard or replicate unless each machine has equally many processes, got hybrid with 1 and 2 of them"
+    with processes_of_launch() as processes, pytest.raises(UserError, match=text):
+        distributed.mesh_of(processes.dividing(base=True), torch.device("cpu"), "hybrid")
+
+
+@tiny_sharded.needs_division
+def test_machines_of_unequal_size_cannot_repeat_the_base() -> None:
+    assert launched.run(3, unequal_machines) == [""] * 3
 
 
 @tiny_sharded.needs_division
@@ -523,5 +536,5 @@ def test_gpus_give_up_after_minutes_and_have_a_group_of_their_own(monkeypatch: p
         processes.share_first_([parameter])
     (host, long), (gpu, short) = made
     assert (host, gpu) == ("gloo", "nccl")
-    assert 2 * 700 <= short <= 1800 < long  # so the watch speaks before NCCL
+    assert 2 * 700 + 2 * 700 / 20 < short <= 2400 < long  # so the watch speaks before NCCL
     assert used == ["of GPUs"] * 2

@@ -80,7 +80,10 @@ class Checkpoint:
 
 @contextmanager
 def unharmed(name: str) -> Iterator[None]:
-    """For a file that only informs: a failure to write it is a warning, since the run is worth more."""
+    """For a file that only informs: a failure to write it is a warning, since the run is worth more.
+
+    It also wraps a function. `Processes.first` must be outside: it raises when another process has failed.
+    """
     try:
         yield
     except Exception as error:

@@ -113,9 +113,13 @@ class _Chosen(BaseModel):
 
 
 def keep_residency(run: RunDirectory, given: Recipe, applied: Recipe) -> None:
-    """Write residency.json if the recipe that runs has another residency than the one given; else remove it."""
+    """Write residency.json if the recipe that runs has another residency than the one given; else remove it.
+
+    The choice to divide the base says nothing about a process that later loads all of it: it takes the one given.
+    """
     file = run.inside(FILE)
-    if _chosen(applied) != _chosen(given):
+    now_divided = applied.train.divides_base and not given.train.divides_base
+    if _chosen(applied) != _chosen(given) and not now_divided:
         run.write_json(FILE, _chosen(applied).model_dump())
     elif file.exists():  # from an earlier start
         file.unlink()

@@ -143,10 +143,9 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
     mix, memory = prepared.mix_plan, prepared.memory_plan
     show_mix(console, mix)
     processes.first(lambda: keep_mix(run, mix))
-    with unharmed("examples.json"):
-        processes.first(lambda: keep_examples(run, prepared.loader.tokenised, prepared.tokenizer))
-    with unharmed(CHECKS_FILE):
-        processes.first(lambda: _tell_data_checks(prepared, run))
+    tokenised, tokenizer = prepared.loader.tokenised, prepared.tokenizer
+    processes.first(unharmed("examples.json")(lambda: keep_examples(run, tokenised, tokenizer)))
+    processes.first(unharmed(CHECKS_FILE)(lambda: _tell_data_checks(prepared, run)))
     name = prepared.recipe.train.optimizer
     if processes.is_first and prepared.compute.device.type == "cpu" and name.endswith("_8bit"):
         logger.info("train.optimizer %s is slow on a CPU; adamw is faster.", name)

@@ -45,7 +45,7 @@ CAN_DIVIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2
 # timeout.
 _PATIENCE = timedelta(days=1)
 # GPUs meet right after a message of all processes on the host, so that none waits for another's work there.
-_GPU_PATIENCE = timedelta(minutes=10)
+_GPU_PATIENCE = timedelta(minutes=15)
 # How often a process that waits for a message asks whether another one hangs.
 _LOOK = timedelta(seconds=0.5)
 # In the messages of gloo and NCCL when a process of the group has ended.
@@ -311,15 +311,18 @@ def _leave() -> None:
 
 
 def _gpu_patience() -> timedelta:
-    """How long GPUs wait for each other: NCCL must not end the processes before the watch names the silent one."""
-    return max(_GPU_PATIENCE, timedelta(seconds=2 * patience_seconds()))
+    """How long GPUs wait for each other: NCCL must not end the processes before the watch names the silent one.
+
+    The watch takes up to twice its patience and two of its looks.
+    """
+    return max(_GPU_PATIENCE, timedelta(seconds=3 * patience_seconds()))
 
 
 def mesh_of(processes: Processes, device: torch.device, parallel: str) -> DeviceMesh | None:
     """The processes as `memory.sharded_base.ShardedBase` takes them; None if each holds the whole base.
 
     With `parallel` hybrid the processes of a machine divide the base, and machines repeat it. On GPUs its tensors go
-    through NCCL. UserError if this torch cannot divide it.
+    through NCCL. UserError if this torch cannot divide it, or hybrid has machines of unequal size.
     """
     if not processes.shards:
         return None
@@ -327,6 +330,10 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
         need = f"must be auto or replicate with torch {torch.__version__} (shard and hybrid need torch 2.12)"
         raise UserError(f"train.parallel: {need}, got {parallel}.")
     hybrid = parallel == "hybrid"
+    sizes = sorted(set(processes.gather(processes.num_here))) if hybrid else []
+    if len(sizes) > 1:
+        need = "must be shard or replicate unless each machine has equally many processes"
+        raise UserError(f"train.parallel: {need}, got hybrid with {' and '.join(map(str, sizes))} of them.")
     shape = (processes.size // processes.num_here, processes.num_here) if hybrid else (processes.size,)
     names = ("replicate", "shard") if hybrid else None
     if processes.gpus is None:
