@@ -261,10 +261,31 @@ def built_except(config: PreTrainedConfig, *choices: str | None) -> Callable[[st
 ON_GPU = {"name": "it", "device": torch.device("cuda"), "dtype": torch.bfloat16}
 
 
+def flash_attention_installed(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """Beside a GPU of this compute capability."""
+    monkeypatch.setattr("qdora.model.attention.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+
+
+@pytest.mark.parametrize(
+    ("capability", "takes_flash"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 0), True)]
+)
+def test_auto_takes_flash_attention_only_on_gpus_that_have_its_kernels(monkeypatch, capability, takes_flash):
+    flash_attention_installed(monkeypatch, capability)
+    tried: list[str | None] = []
+
+    def build(choice: str | None) -> PreTrainedModel:
+        tried.append(choice)
+        return AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.bfloat16)
+
+    with_attention(build, CONFIGS["llama"], "auto", **ON_GPU)
+    assert tried == ["flash_attention_2" if takes_flash else None]
+
+
 def test_a_model_that_cannot_be_built_is_not_said_to_lack_an_attention(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("qdora.model.attention.is_flash_attn_2_available", lambda: True)
+    flash_attention_installed(monkeypatch, (8, 0))
     config = CONFIGS["llama"]
     with caplog.at_level(logging.INFO, "qdora"):
         with pytest.raises(UserError, match=r"^model: it: cannot be built: 'hidden_act'$"):

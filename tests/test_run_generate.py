@@ -16,6 +16,7 @@ from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.model.inject import adapted_layers
+from qdora.nn import adapted_linear
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.run import generate
 from qdora.run.evaluate import EvalOptions, evaluate_target
@@ -131,6 +132,22 @@ def test_a_run_that_kept_no_scales_generates_without_them(run: Path, tmp_path: P
         assert [layer.keeps_scales for layer in layers] == [expected] * 14
     found = [generate_from(str(where), "3 + 4 =", SHORT, raw=True)["text"] for where in (run, copy)]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_no_scales_are_kept_where_a_gpu_has_no_room(run, tmp_path, monkeypatch, exported):
+    """Also those of a run whose budget, not its recipe, turned them off."""
+    if exported:
+        target = tmp_path / "out"
+        export_run(run, target, ExportOptions(format_="nf4-lora"))
+    else:
+        target = run
+    options = EvalOptions(limit=4, like=run if exported else None)
+    expected = evaluate_target(str(target), options)["evaluation"]["tasks"]
+    monkeypatch.setattr(adapted_linear, "_free_bytes", lambda _device: 0)
+    layers = adapted_layers(load_target(str(target), verb="eval").model).values()
+    assert [layer.keeps_scales for layer in layers] == [False] * 14
+    assert evaluate_target(str(target), options)["evaluation"]["tasks"] == expected
 
 
 @pytest.mark.parametrize("options", [ExportOptions(dtype="float32"), ExportOptions(format_="nf4-lora")])

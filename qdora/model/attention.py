@@ -28,6 +28,7 @@ ATTENTION_KINDS = ("auto", "sdpa", "eager", "flash_attention_2")
 _SOFTCAP = re.compile(r"(attn|attention)\w*soft_?cap")
 _SINKS = re.compile(r"(^|_)sinks?(_|$)")
 _SOFTCAP_SINCE = "2.6.0"  # of flash-attn
+_FLASH_CAPABILITY = (8, 0)  # Ampere; the kernels of flash-attn fail on older GPUs
 
 BAD_CONFIG = (
     ArithmeticError,
@@ -79,8 +80,8 @@ def with_attention(
 ) -> PreTrainedModel:
     """Build a model with the attention that model.attention asks for; `auto` is chosen by what the model needs. Logged.
 
-    auto takes flash_attention_2 on a GPU where it is installed, else transformers' choice (sdpa where the model has
-    it), and eager in place of either where it does not compute a soft-cap or sinks.
+    auto takes flash_attention_2 where it is installed and the GPU has its kernels, else transformers' choice (sdpa
+    where the model has it), and eager in place of either where it does not compute a soft-cap or sinks.
 
     Raises UserError if the model does not have this attention, cannot be built, or needs what it does not compute.
     """
@@ -94,7 +95,7 @@ def with_attention(
     cap = softcap_of(config)
     choice = None if cap is None else "eager"
     why = "transformers' choice for it"
-    flash = asked == "auto" and device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available()
+    flash = asked == "auto" and device.type == "cuda" and dtype != torch.float32 and _runs_flash(device)
     if asked != "auto":
         _check(asked, cap, name)
         model, why = attempt(asked), "as model.attention asks"
@@ -116,6 +117,11 @@ def with_attention(
         why = f"since its attention {need.what}, which sdpa does not compute"
     (log.debug if need is None else log.info)("Attention of %s: %s, %s.", name, chosen, why)
     return model
+
+
+def _runs_flash(device: torch.device) -> bool:
+    """Whether flash_attention_2 is installed and this GPU has its kernels, which transformers does not ask."""
+    return is_flash_attn_2_available() and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
 
 
 def _check(asked: str, need: Need | None, name: str) -> None:

@@ -22,9 +22,7 @@ from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
 from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
-from qdora.model.inject import adapted_layers
 from qdora.model.load import stop_ids_of_model
-from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.run.load_run import LoadedModel, load_target
 
 logger = logging.getLogger("qdora")
@@ -174,9 +172,7 @@ def _read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
 
 def _load(target: str, step: int | None, base_only: bool, quant: str | None) -> LoadedModel:
     keep_freed_memory()
-    loaded = load_target(target, step=step, base_only=base_only, quant=quant, verb="generate")
-    drop_scales_without_room(adapted_layers(loaded.model).values())
-    return loaded
+    return load_target(target, step=step, base_only=base_only, quant=quant, verb="generate")
 
 
 def _answer_within_context(

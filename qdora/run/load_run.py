@@ -15,12 +15,13 @@ from qdora.errors import UserError
 from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
 from qdora.model.adapter_file import CONFIG_FILE, load_adapter
 from qdora.model.build_model import Compute, choose_compute, find_model, put_adapters, token_ids
-from qdora.model.inject import adapter_parameters
+from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_config, load_model
 from qdora.model.quantized_checkpoint import gather_packed, stored_kind
 from qdora.model.source import ModelSource, load_tokenizer, resolve
 from qdora.model.stored_tensors import StoredPacked, open_safetensors
 from qdora.model.trained_embeddings import extend_vocabulary
+from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.recipe.recipe_file import load_recipe, override
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base, residency_here
@@ -60,6 +61,8 @@ def load_run(
 ) -> TrainedRun:
     """Load the base and the adapter of a run.
 
+    No layer keeps decoded scales where the recipe says so, or where a GPU has no room for them.
+
     Args:
         path: Run directory.
         step: Checkpoint; None: the finished adapter, or the newest checkpoint of an unfinished run.
@@ -96,6 +99,7 @@ def load_run(
         copy_parameters(load_file(trained / PARAMETERS_FILE), adapter_parameters(model), trained)
     else:
         put_adapters(model, recipe, adapter_of(run, trained), new_tokens=new_tokens)
+        drop_scales_without_room(adapted_layers(model).values())
     return TrainedRun(run=run, recipe=recipe, model=model.eval(), tokenizer=tokenizer, state=state)
 
 
@@ -160,6 +164,7 @@ def load_target(
     adapter = source.path / ADAPTER_DIRECTORY
     if source.kind == "directory" and (adapter / CONFIG_FILE).is_file():
         load_adapter(model, adapter)
+        drop_scales_without_room(adapted_layers(model).values())
         model.eval()
     return LoadedModel(model=model, tokenizer=tokenizer, label=Path(target).name, run=None)
 
