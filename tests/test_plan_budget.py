@@ -92,6 +92,18 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
         within(plan.peak_bytes // 2)
 
 
+def test_a_gpu_without_bfloat16_is_planned_in_float32(tmp_path: Path) -> None:
+    peaks = {}
+    for asked in ("auto", "bfloat16", "float32"):
+        recipe = tiny_run.one_layer_recipe(tmp_path, memory__budget="10GiB", model__dtype=asked)
+        dtype = torch.bfloat16 if asked == "bfloat16" else torch.float32
+        same, plan = budget.within_budget(recipe, Compute(torch.device("cuda"), dtype), assumed_workload)
+        assert plan is not None
+        assert same == recipe
+        peaks[asked] = plan.peak_bytes
+    assert peaks["auto"] == peaks["float32"] > peaks["bfloat16"]
+
+
 @tiny_sharded.needs_division
 @pytest.mark.slow
 def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:

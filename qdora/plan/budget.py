@@ -39,7 +39,7 @@ def within_budget(
     budget = min(processes.gather(free_bytes(compute.device))) if asked == "auto" else parse_size(asked)
     kind: DeviceKind = "cuda" if compute.device.type == "cuda" else "cpu"
     num_sharing = {"shard": processes.size, "hybrid": processes.num_here}.get(parallel, 1)
-    options: dict[str, Any] = {"device_kind": kind, "workload": workload}
+    options: dict[str, Any] = {"device_kind": kind, "workload": workload, "dtype": compute.dtype}
     changed, plan = planned(recipe, budget, num_sharing=num_sharing, **options)
     if plan.fits:
         return recipe, plan

@@ -122,11 +122,13 @@ def planned(
     workload: Workload,
     num_sharing: int = 1,
     rates: Rates | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Recipe, Plan]:
     """The recipe with the neutral changes that it needs to fit, and its plan. The arguments are those of `plan`.
 
     Args:
         rates: Rates of the device (default: those measured on this machine, or the stated ones).
+        dtype: What the run computes in, if its device is known (default: the recipe's; auto is bfloat16 on a GPU).
     """
     rates = rates or known_rates(device_kind)
     source = local_source(recipe.model.source)
@@ -140,7 +142,7 @@ def planned(
 
     def step_plans(changed: Recipe) -> list[_StepPlan]:
         shapes, count = workload(changed)
-        return [_StepPlan(changed, known, shape, count, rates) for shape in shapes]
+        return [_StepPlan(changed, known, shape, count, rates, dtype) for shape in shapes]
 
     def plan_of(changed: Recipe) -> Plan:
         plans = [divided(each.plan(), num_sharing) for each in step_plans(changed)]
@@ -149,7 +151,7 @@ def planned(
         most = max(plans, key=lambda each: each.peak_bytes)
         even_bytes = None
         if stacks(known.model(torch.bfloat16, recipe.model.attention)):
-            step = _StepPlan(changed, known, most.shape, most.num_micro_batches, rates, routing="even")
+            step = _StepPlan(changed, known, most.shape, most.num_micro_batches, rates, dtype, routing="even")
             even = divided(step.plan(), num_sharing)
             most, even_bytes = max(most, even, key=lambda each: each.peak_bytes), even.peak_bytes
         return replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even_bytes)
@@ -208,6 +210,8 @@ class _StepPlan:
     shape: MicroBatchShape
     num_micro_batches: int
     rates: Rates
+    run_dtype: torch.dtype | None = None
+    """Dtype of the activations, if the device of the run is known."""
     routing: Routing = "skewed"
     """How the tokens of a mixture divide among its experts; without one it makes no difference."""
 
@@ -219,6 +223,8 @@ class _StepPlan:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Dtype of the activations."""
+        if self.run_dtype is not None:
+            return self.run_dtype
         asked = self.recipe.model.dtype
         if asked == "auto":
             asked = "bfloat16" if self.device_kind == "cuda" or cpu_has_bfloat16() else "float32"
