@@ -18,8 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError
-from qdora.export import checkpoint_writer
-from qdora.export.logit_comparison import ComparisonText, LogitDifference, comparison_text, float32_arithmetic
+from qdora.export import checkpoint_writer, logit_comparison
+from qdora.export.logit_comparison import (
+    ComparisonText,
+    LogitDifference,
+    compare_logits,
+    comparison_text,
+    float32_arithmetic,
+)
 from qdora.export.merged import export_merged
 from qdora.export.verify import verify_merged
 from qdora.files.tensor_file import TensorSpec
@@ -332,6 +338,42 @@ def test_a_model_larger_than_memory_is_compared_from_the_disk(
     found = verify(running, tmp_path / "out")
     assert found == expected
     assert found["passed"]
+
+
+def test_logits_of_a_model_on_another_device_are_compared(running: Any) -> None:
+    """Where a GPU has no room for any of its layers, accelerate puts a whole model on the host and leaves it alone."""
+
+    class Elsewhere(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
+
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+            assert input_ids.device.type == "meta"
+            return SimpleNamespace(logits=tiny_adapted.logits(running)[None])
+
+    exported: Any = Elsewhere()
+    found = compare_logits(running, exported, [tiny_adapted.IDS[0].tolist()])
+    assert found.exported_vs_running.max_logit_difference == 0.0
+
+
+def test_without_room_for_float32_copies_weights_are_checked_and_logits_are_not(
+    tmp_path: Path, running: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_model: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.96 GiB")
+
+    export_merged(running, None, tmp_path / "out")
+    monkeypatch.setattr(logit_comparison, "float32_arithmetic", full)
+    found = verify(running, tmp_path / "out")
+    assert (found["passed"], found["num_positions"]) == (True, 0)
+    assert found["weights"]["num_layers"] == 14
+    assert "their logits are not compared" in caplog.text
+    damage(tmp_path / "out", "model.layers.0.mlp.up_proj.weight", lambda weight: 1.005 * weight)
+    assert not verify(running, tmp_path / "out")["passed"]
+    monkeypatch.setattr(logit_comparison, "float32_arithmetic", lambda _model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        verify(running, tmp_path / "out")
 
 
 def test_the_differences_of_the_verdict(tmp_path: Path, running: Any) -> None:

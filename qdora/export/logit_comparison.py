@@ -168,8 +168,16 @@ class Comparison:
 
 
 def compare_logits(model: PreTrainedModel, exported: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Comparison:
-    """Compare all three sets of logits on every sequence of token ids; `exported` is in float32."""
+    """Compare all three sets of logits on every sequence of token ids.
+
+    Args:
+        model: The running model.
+        exported: In float32, on any one device or spread over several by accelerate.
+        sequences: Token ids.
+    """
     device = next(model.parameters()).device
+    # accelerate's hooks, which only a model on several devices has, move the inputs themselves.
+    elsewhere = device if hasattr(exported, "_hf_hook") else next(exported.parameters()).device
     total = Comparison()
     with evaluation_mode(model):
         for ids in sequences:
@@ -177,7 +185,7 @@ def compare_logits(model: PreTrainedModel, exported: PreTrainedModel, sequences:
             running = logits_of(model, tokens)
             with float32_arithmetic(model):
                 reference = logits_of(model, tokens)
-            other = logits_of(exported, tokens)
+            other = logits_of(exported, tokens.to(elsewhere))
             total.exported_vs_running.add(running, other)
             total.errors += total.exported_vs_reference.add(reference, other)
             total.noises += total.reference_vs_running.add(running, reference)

@@ -40,7 +40,7 @@ from qdora.nn.expert_linear import AdaptedExperts
 from qdora.ops.bnb_state import FOUR_BIT_KINDS
 from qdora.ops.packed import PackedWeight, dequantize
 from qdora.run.load_run import ADAPTER_DIRECTORY
-from qdora.train.out_of_memory import free_memory
+from qdora.train.out_of_memory import free_memory, is_out_of_memory
 
 logger = logging.getLogger("qdora")
 
@@ -48,6 +48,7 @@ PEFT_LOADER = "transformers, bitsandbytes, PEFT"
 OWN_LOADER = "qdora (PEFT is not installed)"
 _WORKSPACE = 1.3
 """Memory of the reloaded model with its activations and logits, over the bytes of its weights."""
+_NO_ROOM = "The export does not fit in memory beside the running model: their logits are not compared."
 _ROWS = 64
 """Rows of each merged weight that are computed again in float64."""
 
@@ -56,7 +57,8 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
     """Reload a merged checkpoint with transformers and compare its logits with those of the running model, in float32.
 
     Passed means: every tensor found its place; the tokenizer gives the same ids; rows of every merged weight equal the
-    float64 formula within one rounding; and the logits stay within the tolerance of `logit_comparison`.
+    float64 formula within one rounding; and the logits stay within the tolerance of `logit_comparison`. If a GPU has no
+    room for the comparison, there are no logits.
 
     Args:
         model: The running model with its adapters; evaluated in eval mode, left as it was.
@@ -67,7 +69,7 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
     """
     with tempfile.TemporaryDirectory(prefix="qdora-verify-") as scratch:
         merged, faults = _reload(directory, model, Path(scratch))
-        total = compare_logits(model, merged, text.sequences)
+        total = _logits_compared(model, merged, text)
         stored = stored_dtype(directory)
         files = to_stacks(rename_to_model(open_safetensors(directory), merged), model)
         weight = partial(_dense_weight, files)
@@ -125,9 +127,21 @@ def _compared(
     """
     if fits_in_float32(directory, model):
         exported, faults = load(directory, model)
-        return compare_logits(model, exported, text.sequences), faults
-    logger.warning("The export does not fit in memory beside the running model: their logits are not compared.")
+        return _logits_compared(model, exported, text), faults
+    logger.warning(_NO_ROOM)
     return None, _layout_faults(directory)
+
+
+def _logits_compared(model: PreTrainedModel, exported: PreTrainedModel, text: ComparisonText) -> Comparison | None:
+    """`compare_logits`; None, with a warning, if memory runs out, such as for the float32 copies of the model."""
+    try:
+        return compare_logits(model, exported, text.sequences)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory()
+    logger.warning(_NO_ROOM)
+    return None
 
 
 def _layout_faults(directory: Path) -> list[str]:
