@@ -110,7 +110,7 @@ def _rows_of(  # type: ignore[no-untyped-def]
 @triton.jit
 def decode_kernel(  # type: ignore[no-untyped-def]
     out, codes, absmax, nested_absmax, nested_code, nested_offset, table, gain, experts,
-    in_features, rows_each, first_row, num_rows, first_column, num_columns, row_stride, column_stride,
+    in_features, rows_each, first_row, num_rows, first_column, num_columns,
     BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, GAIN: tl.constexpr, EXPERTS: tl.constexpr,
     CROSSING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         BLOCK_SIZE, NESTED, GAIN, CROSSING, ROWS, COLUMNS,
     )  # fmt: skip
     column = shift + tl.arange(0, COLUMNS)
-    target = out + place.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
+    target = out + place.to(tl.int64)[:, None] * num_columns + column[None, :]
     tl.store(target, weight.to(out.dtype.element_ty), mask=row_mask[:, None] & (column < num_columns)[None, :])
 
 
@@ -287,7 +287,7 @@ def decode(
             out, *stored, stored.table if factor is None else factor,
             stored.table if experts is None else experts.numbers,
             weight.shape[1], 1 if experts is None else experts.rows_each,
-            first_row, num_rows, first, stop - first, *out.stride(),
+            first_row, num_rows, first, stop - first,
             GAIN=factor is not None, EXPERTS=experts is not None, **_constants(weight, DECODED),
         )  # fmt: skip
     return out.to(dtype)

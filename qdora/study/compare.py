@@ -434,8 +434,8 @@ def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig) -> None:
 def level_seeds(arm: Arm, study: Study) -> list[str]:
     """The seeds over which the level of an arm is told: those of the study file, which other arms have, too.
 
-    A seed has examples of its own, so means over different seeds cannot be compared. All seeds of an arm that has none
-    of these.
+    With `eval.limit` a seed has examples of its own, so means over different seeds cannot be compared. All seeds of an
+    arm that has none of these.
     """
     common = set(map(str, study.seeds))
     return [seed for seed in arm.seeds if seed in common] or list(arm.seeds)

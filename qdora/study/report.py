@@ -195,7 +195,7 @@ def _sizes(keys: Sequence[str], results: Results) -> dict[str, Any]:
 def _mark_pareto(rows: Rows, arms: Sequence[Arm], study: Study) -> None:
     """Mark each trained arm with the most seeds: is no other of them as good in fewer bytes, or better in as many?
 
-    Arms with other seeds have other examples, so they are not ranked.
+    With `eval.limit` arms with other seeds have other examples, so these arms are not ranked.
     """
     metric = study.compare.metric
     sign = -1.0 if HIGHER_IS_BETTER[metric] else 1.0

@@ -105,7 +105,7 @@ _LEFT = (
 )
 _BYTES = (
     "Trained arms; better is up. The line joins arms that no other one beats in fewer bytes. Hollow: arms without all "
-    "seeds, whose examples are others; the line leaves them out."
+    "seeds, whose examples are others with eval.limit; the line leaves them out."
 )
 _CHOICE = (
     "NLL of the right choice among a question's choices: of bases without training, with intervals over the examples, "

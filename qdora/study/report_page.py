@@ -32,10 +32,10 @@ _NOTES = {
     "arms": (
         "Arms",
         "Each arm at the learning rate that was found for it, averaged over the seeds of the study file, without "
-        "further ones. lower, upper: 95 % t interval over the seeds; of a base over the examples. Each seed has "
-        "examples of its own, so levels with different seeds cannot be compared. pareto: of the trained arms with the "
-        "most seeds, no other one is as good in fewer bytes. Intervals of arms may overlap although the arms differ: "
-        "hard examples are hard for both. The comparisons pair the seeds.",
+        "further ones. lower, upper: 95 % t interval over the seeds; of a base over the examples. With eval.limit each "
+        "seed has its own examples, so levels with different seeds cannot be compared. pareto: of the trained arms "
+        "with the most seeds, no other one is as good in fewer bytes. Intervals of arms may overlap although the arms "
+        "differ: hard examples are hard for both. The comparisons pair the seeds.",
         False,
     ),
     "rates": (
