@@ -457,8 +457,24 @@ FAULTS = [
     ({"rates": {"values": [1, 2, 3]}}, "product.train.lr: is not an axis with rates", "remove one of them"),
     (
         {"more_seeds": {"seeds": [7], "half_width": 0.1, "stage": "x"}},
-        "more_seeds.stage: must be a stage, got 'x'",
+        "more_seeds.stage: must be a stage that trains, got 'x'",
         "allowed: ",
+    ),
+    (
+        {
+            "stages": [{"name": "back", "kind": "set_back"}, {"name": "main"}],
+            "more_seeds": {"seeds": [7], "half_width": 0.1},
+        },
+        "more_seeds.stage: must be a stage that trains, got 'back'",
+        "allowed: main",
+    ),
+    (
+        {
+            "stages": [{"name": "main"}, {"name": "map", "cells": {"seed": [0, 7]}}],
+            "more_seeds": {"seeds": [7], "half_width": 0.1},
+        },
+        "more_seeds.seeds: must be seeds of their own, got 7",
+        "which is also in stages[].cells.seed",
     ),
     (
         {"compare": {"primary": {"all": {"over": {"base.quant": "nf5"}}}}},

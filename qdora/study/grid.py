@@ -169,7 +169,7 @@ class MoreSeedsConfig(Section):
     """They run for both arms of a context whose improvement has a wider half of the 95 % interval than this. A primary
     comparison over several contexts uses the seeds that all of them share."""
     stage: Text | None = None
-    """Stage whose arms get them (null: the first one)."""
+    """Stage whose arms get them (null: the first one); it must train them."""
 
 
 class TimeConfig(Section):
@@ -234,7 +234,10 @@ class Study(Section):
         yield from self._compare_faults()
 
     def _seed_faults(self) -> Iterator[Fault]:
-        groups = {"seeds": self.seeds, "more_seeds.seeds": () if self.more_seeds is None else self.more_seeds.seeds}
+        trained = (as_list(stage.cells.get(SEED, ())) for stage in self.stages if stage.kind == "train")
+        planned = [seed for seeds in trained for seed in seeds if isinstance(seed, int) and seed not in self.seeds]
+        groups = {"seeds": self.seeds, "stages[].cells.seed": tuple(dict.fromkeys(planned))}
+        groups["more_seeds.seeds"] = () if self.more_seeds is None else self.more_seeds.seeds
         groups["rates.seeds"] = () if self.rates is None else self.rates.seeds
         seen: dict[int, str] = {}
         for key, seeds in groups.items():
@@ -254,9 +257,11 @@ class Study(Section):
             if names.index(stage.name) < index:
                 yield f"stages[{index}].name", f"must be another one for each stage, got {stage.name!r} twice."
             yield from self._choice_faults(f"stages[{index}].cells", stage.cells)
-        asked = None if self.more_seeds is None else self.more_seeds.stage
-        if asked is not None and asked not in names:
-            yield "more_seeds.stage", f"must be a stage, got {asked!r}, allowed: {', '.join(names)}."
+        if self.more_seeds is not None and (names or self.more_seeds.stage is not None):
+            asked, trained = stage_with_more_seeds(self), [each.name for each in self.stages if each.kind == "train"]
+            if asked not in trained:
+                what = f"must be a stage that trains, got {asked!r}, allowed: {', '.join(trained)}."
+                yield "more_seeds.stage", what
 
     def _compare_faults(self) -> Iterator[Fault]:
         compare, axes = self.compare, list(self.product)
