@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from measure import RESULTS, facts, write
 
-from qdora.study.compare import Arm, Results, comparisons, find_arms, quality, wide_contexts
+from qdora.study.compare import Arm, Results, comparisons, find_arms, quality, wide_pairs
 from qdora.study.grid import Study, study_from
 from qdora.study.repair import damage_row, repair_row
 from qdora.study.statistics import Array, Spread, TaskScores
@@ -280,7 +280,8 @@ class _Simulated:
             return find_arms(self.cells, self.results)
         first = {str(seed) for seed in study.seeds}
         cells = [cell for cell in self.cells if cell["labels"].get("seed", "0") in first]
-        wide = [each["base"] for each in wide_contexts(find_arms(cells, self.results), self.results, study.more_seeds)]
+        found = wide_pairs(find_arms(cells, self.results), self.results, study.more_seeds, ARMS[0])
+        wide = [arm.context["base"] for arm, _ in found]
         more = [cell for cell in self.cells if cell not in cells and cell["labels"]["base"] in wide]
         return find_arms([*cells, *more], self.results)
 

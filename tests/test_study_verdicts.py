@@ -260,3 +260,32 @@ def test_the_best_rate_of_an_accuracy_is_that_of_the_highest(tmp_path: Path) -> 
         scored = json.loads((made / "cells" / key / "eval/step-1.json").read_text())["per_example"]
         right = [row["acc"] for row in scored if "acc" in row and half_of(f"{row['id']}#1") == "choose"]
         assert results.loss(key) == pytest.approx(-sum(right) / len(right), rel=1e-12)
+
+
+def test_further_seeds_are_those_of_the_two_arms_whose_interval_is_wide(tmp_path: Path) -> None:
+    """The reference is the first arm of the report, which another stage trains."""
+
+    def nll(cell: Cell) -> float:
+        wobble = 0.2 * (-1) ** cell.recipe.train.seed if cell.labels.get("adapter") == "odd" else 0.0
+        return fake_study.truth(cell) + (wobble if cell.kind == "trained" else 0.0)
+
+    adapters = fake_study.DOCUMENT["product"]["adapter"] | {"odd": {"adapter.kind": "dora", "adapter.rank": 8}}
+
+    def num_seeds(folder: str, first: list[str]) -> dict[str, int]:
+        made = fake_study.make(
+            tmp_path / folder,
+            nll=nll,
+            product={"base.quant": ["nf4"], "adapter": adapters},
+            compare={},
+            stages=[
+                {"name": "first", "cells": {"adapter": first}},
+                {"name": "all", "cells": {"adapter": ["dora", "odd", "lora"]}},
+            ],
+            more_seeds={"seeds": [4, 5], "half_width": 0.05, "stage": "all" if len(first) < 3 else "first"},
+            bases=False,
+        )
+        found = [cell for cell in read_index(made)["cells"] if cell["kind"] == "trained"]
+        return {name: sum(cell["labels"]["adapter"] == name for cell in found) for name in adapters}
+
+    assert num_seeds("one stage", ["lora", "dora", "odd"]) == {"lora": 6, "dora": 4, "odd": 6}
+    assert num_seeds("two stages", ["lora"]) == {"lora": 4, "dora": 4, "odd": 4}  # lora is of another stage

@@ -455,23 +455,24 @@ def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
     return statistics.example_interval(results.scores(key)[measure], results.weighting(measure), CONFIDENCE)
 
 
-def wide_contexts(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig) -> list[dict[str, str]]:
-    """Contexts of finished pairs whose interval is wider than asked for, whatever the difference is.
+def wide_pairs(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig, reference: str) -> list[tuple[Arm, Arm]]:
+    """Finished pairs whose interval is wider than asked for, whatever the difference is.
 
     Only the first seeds count, not the further ones, so the answer stays the same while these are run.
 
     Args:
         arms: Those of the stage that gets the further seeds.
+        reference: The arm that all arms of the study are compared with.
     """
     more = {str(seed) for seed in asked.seeds}
     found = []
-    for pair in _pairs(arms, reference_of(arms, results.study)):
+    for pair in _pairs(arms, reference):
         if any(arm.num_missing for arm in pair):
             continue
         first = [replace(arm, seeds={seed: key for seed, key in arm.seeds.items() if seed not in more}) for arm in pair]
         by_seed = seed_improvements([(1.0, first[0], first[1])], results, results.study.compare.metric)
         if by_seed and improvement_interval(by_seed).half_width > asked.half_width:
-            found.append(pair[0].context)
+            found.append(pair)
     return found
 
 

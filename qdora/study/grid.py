@@ -166,8 +166,8 @@ class MoreSeedsConfig(Section):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     """The further seeds."""
     half_width: Positive
-    """They run for both arms of a context whose improvement has a wider half of the 95 % interval than this. A primary
-    comparison over several contexts uses the seeds that all of them share."""
+    """They run for an arm and the reference in a context where the improvement has a wider half of the 95 % interval
+    than this. A primary comparison over several contexts uses the seeds that all of them share."""
     stage: Text | None = None
     """Stage whose arms get them (null: the first one); it must train them."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qdora.study.cells import Cell, Cells, Expander
-from qdora.study.compare import Results, find_arms, wide_contexts
+from qdora.study.compare import Results, find_arms, reference_of, wide_pairs
 from qdora.study.grid import Study, stage_with_more_seeds
 from qdora.study.study_directory import StudyDirectory
 
@@ -21,12 +21,14 @@ class Upcoming:
         """The cells that are known now. The index of the directory has them, too."""
         found = self.expander.now(self._loss, self._has_adapter)
         if self.study.more_seeds is not None:
-            stage = stage_with_more_seeds(self.study)
-            arms = find_arms([cell.record() for cell in found.cells if cell.stage == stage], self.results)
-            wide = wide_contexts(arms, self.results, self.study.more_seeds)
+            stage, axis = stage_with_more_seeds(self.study), self.study.compare.arm
+            records = [cell.record() for cell in found.cells]
+            reference = reference_of(find_arms(records, self.results), self.study)
+            arms = find_arms([record for record in records if record["stage"] == stage], self.results)
+            wide = [arm for pair in wide_pairs(arms, self.results, self.study.more_seeds, reference) for arm in pair]
 
             def is_wide(labels: Mapping[str, str]) -> bool:
-                return any(context.items() <= labels.items() for context in wide)
+                return any(arm.name == labels[axis] and arm.context.items() <= labels.items() for arm in wide)
 
             found = self.expander.now(self._loss, self._has_adapter, is_wide)
         self.store.write_index(self.study, found)
