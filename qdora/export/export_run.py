@@ -191,8 +191,8 @@ def _export_merged(
     kind = load_config(find_source(load_recipe(open_run(run).recipe_file), weights=False)).model_type
     dtype = _merged_dtype(kind, options)
     if kind in _TOO_WIDE_FOR_FLOAT16 and options.dtype == "float16":
-        text = "--dtype float16: activations of %s models can overflow in it, and vLLM refuses it. Fix: use bfloat16."
-        logger.warning(text, kind)
+        said = "--dtype float16: activations of %s models can overflow in it, and vLLM refuses it. Fix: use bfloat16."
+        logger.warning(said, kind)
     elif kind in _TOO_WIDE_FOR_FLOAT16 and options.dtype is None:
         _say(console, f"the export is in bfloat16: activations of {kind} models can overflow in float16")
     written, load_trained = write_merge(run, out, options, dtype, console, with_card=True)

@@ -50,8 +50,8 @@ def _add_older_names(config: dict[str, Any]) -> None:
     else:
         return
     scaling = _scaling(rope)
-    if rope.get("rope_type") == "longrope" and "original_max_position_embeddings" in config:
-        del scaling["rope_type"], scaling["original_max_position_embeddings"]  # Phi-3 took type and factors alone
+    if kind in ("phi3", "phi4_multimodal"):  # took type and factors alone
+        scaling = {key: scaling[key] for key in scaling.keys() - {"rope_type", "original_max_position_embeddings"}}
     if scaling:
         config["rope_scaling"] = scaling
 
@@ -59,9 +59,9 @@ def _add_older_names(config: dict[str, Any]) -> None:
 def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
     """The `rope_scaling` of transformers 4; empty without scaling. `type` is the first name of `rope_type`."""
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor", "type")}
-    if scaling == {"rope_type": "default"}:
+    if scaling in ({}, {"rope_type": "default"}):
         return {}
-    return scaling | {"type": "mrope" if "mrope_section" in scaling else scaling["rope_type"]}
+    return scaling | {"type": "mrope" if "mrope_section" in scaling else rope.get("rope_type", "default")}
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
