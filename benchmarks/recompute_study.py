@@ -274,11 +274,11 @@ class KeptStudy:
         numbers["p_seeds"] = both_tails(mean, stderr, free)
         numbers["p_examples"] = both_tails(mean, error, degrees)
         equivalent = [tail(abs(mean) - zone, each, df) for each, df in ((stderr, free), (error, degrees))]
-        # A run that diverged has no measured score, so nothing is known to be equivalent
+        # A run that diverged has no measured score, and one seed no spread: nothing is known to be equivalent
         has_diverged = any(
             "diverged" in arm.cells[seed]["result"] for _, *pair in terms for arm in pair for seed in shared
         )
-        numbers["p_equivalent"] = math.nan if has_diverged else float(np.nanmax(equivalent))
+        numbers["p_equivalent"] = math.nan if has_diverged or len(shared) < 2 else float(np.nanmax(equivalent))
         numbers["smallest_detectable"] = stderr * detectable(free, alpha, self.compare["power"]) if stderr else 0.0
         return numbers
 

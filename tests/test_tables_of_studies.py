@@ -174,3 +174,12 @@ def test_combined_against_solo_is_judged_as_a_study(
     document = combined(p, **sweep)
     found = tables["combined"]._verdicts(document, document["kinds"])
     assert all(text in found[kind] for kind, text in expected.items()), found
+
+
+def test_the_study_table_of_one_seed_has_no_interval(tables: dict[str, ModuleType], tmp_path: Path) -> None:
+    product, compare = {"base": BASES, "adapter": KINDS}, {"arm": "adapter", "reference": "lora"}
+    pairs = result(tmp_path, "study", product=product, compare=compare, seeds=[0])
+    assert all(math.isnan(row["p_equivalent"]) and math.isnan(row["lower"]) for row in pairs)
+    (pair,) = [row for row in pairs if row["base"] == "nf4" and row["measure"] == "nll_per_token"]
+    told = f"dora {pair['improvement']:+.3f}, not decided: {pair['reason']}"
+    assert row_of(tables["study"].study(), "nf4")[-1] == told

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from tables.table import compared, is_new, markdown, of_metric, read, report_rows, trained, with_band
+from tables.table import compared, markdown, of_metric, read, report_rows, trained, with_band
 
 Row = Mapping[str, str]
 
@@ -62,13 +62,8 @@ def study_nulls() -> str:
 
 
 def study() -> str:
-    """Each base with each adapter: what is left of the damage and what was repaired, or the scores of earlier rules."""
-    arms, pairs = report_rows("study", "arms"), report_rows("study", "comparisons")
-    return _by_damage(arms, pairs) if is_new(arms) else _by_scores(arms, pairs)
-
-
-def _by_damage(arms: Sequence[Row], pairs: Sequence[Row]) -> str:
     """Per base and length the damage without training, then for each adapter what is left and what was repaired."""
+    arms, pairs = report_rows("study", "arms"), report_rows("study", "comparisons")
     axes = [axis for axis in ("base", "length") if axis in arms[0]]
     repairs = report_rows("study", "repair")
     damage = {row["base"]: row for row in repairs if row["adapter"] == "no adapter"}
@@ -114,40 +109,3 @@ def _bits_and_zeros(row: Row) -> list[str]:
 
 def _known(row: Row | None, measure: str) -> str:
     return with_band(row, measure) if row is not None and row.get(measure) else "–"
-
-
-def _by_scores(arms: Sequence[Row], pairs: Sequence[Row]) -> str:
-    """The table of the earlier rules: scores and differences, without a verdict."""
-    adapters = list(dict.fromkeys(row["adapter"] for row in trained(arms)))
-    bases = list(dict.fromkeys(row["base"] for row in trained(arms)))
-    reference = pairs[0]["reference"]
-    lines = []
-    for base in bases:
-        own = {row["adapter"] if row["is_trained"] == "True" else "": row for row in arms if row["base"] == base}
-        first = next(iter(own.values()))
-        line = [base, *_bits_and_zeros(first)]
-        line += [with_band(own.get(name)) for name in ("", *adapters)]
-        line.append("; ".join(f"{pair['arm']}: {compared(pair)}" for pair in pairs if pair["base"] == base) or "–")
-        lines.append(line)
-    header = ["base", "bits", "zeros %", "no adapter", *adapters, f"against {reference}: NLL lower by"]
-    done = read("study/run")
-    seeds = sorted({row["num_seeds"] for row in trained(arms)})
-    note = (
-        "\nNLL per answer token on one half of the validation examples, averaged over the tasks; differences with 95 % "
-        f"t intervals over examples and seeds; learning rates chosen on the other half; number of seeds: "
-        f"{', '.join(seeds)}. {_scattered(arms)}`{done['command']}`; the whole report: "
-        "[results/study/report.md](results/study/report.md).\n"
-    )
-    return markdown(header, lines) + note
-
-
-def _scattered(arms: Sequence[Row]) -> str:
-    """Arms whose runs are more than a nat apart, with the NLL of each run on all validation examples."""
-    found = []
-    for row in trained(arms):
-        labels = ("base", "adapter", "train.lr")
-        cells = [cell for cell in report_rows("study", "cells") if all(cell[name] == row[name] for name in labels)]
-        values = [float(cell["nll_per_token"]) for cell in cells]
-        if values and max(values) - min(values) > 1:
-            found.append(f"{row['adapter']} on {row['base']}: {', '.join(f'{value:.2f}' for value in values)}")
-    return f"Arms whose runs differ by more than one nat: {'; '.join(found)}. " if found else ""

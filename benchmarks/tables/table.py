@@ -83,15 +83,16 @@ def of_metric(pairs: Sequence[Mapping[str, str]], metric: str = "nll_per_token")
 
 
 def compared(pair: Mapping[str, str], *, as_rise: bool = False) -> str:
-    """A comparison of a report: +0.020 (-0.001 to +0.150); with `as_rise` the negative improvement.
+    """A comparison of a report: +0.020 (-0.001 to +0.150), +0.020 of one seed; with `as_rise` the negative improvement.
 
     Behind it the verdict of a primary comparison, and what would have been seen if there is none. Reports of before the
     present rules have no verdict that stands.
     """
-    value, lower, upper = (float(pair[name]) for name in ("improvement", "lower", "upper"))
-    if as_rise:
-        value, lower, upper = -value, -upper, -lower
-    said = f"{value:+.3f} ({lower:+.3f} to {upper:+.3f})"
+    sign = -1 if as_rise else 1
+    said = f"{sign * float(pair['improvement']):+.3f}"
+    if pair["lower"]:
+        lower, upper = sorted(sign * float(pair[end]) for end in ("lower", "upper"))
+        said += f" ({lower:+.3f} to {upper:+.3f})"
     if pair.get("role") != "primary":
         return said
     if pair["verdict"] != "not decided":

@@ -338,10 +338,12 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
     compare, interval = results.study.compare, improvement_interval(by_seed)
     differences = _differences(each.terms, list(by_seed), results, measure)
     of_seeds, of_examples = statistics.seed_spread(list(by_seed.values())), Spread(math.nan, math.nan)
-    equivalent = [math.nan]  # the worst score is no measurement: two runs that diverged are not known to be equivalent
+    # The worst score is no measurement: two runs that diverged are not known to be equivalent. Nor is one seed enough.
+    equivalent = [math.nan]
     if len(differences) == len(by_seed):
         of_examples = statistics.example_spread(differences, results.weighting(measure))
-        equivalent = [spread.p_equivalent(interval.value, compare.zone) for spread in (of_seeds, of_examples)]
+        if len(by_seed) > 1:
+            equivalent = [spread.p_equivalent(interval.value, compare.zone) for spread in (of_seeds, of_examples)]
     examples = {(task, each) for tasks in differences for task, found in tasks.items() for each in found.examples}
     return {
         "comparison": each.name,
