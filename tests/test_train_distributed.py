@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -480,6 +481,27 @@ def mesh_on_gpus(rank: int) -> None:
             assert [made.get(group.group_name) for group in groups] == [("nccl", 2100.0)] * len(groups)
 
 
+def one_does_not_come(rank: int) -> None:
+    distributed._CONNECTING = timedelta(seconds=1)
+    text = "process 0: not all 2 processes of this launch have connected: .* Fix: see what the others have printed"
+    if rank == 0:
+        with pytest.raises(RunFailure, match=text), processes_of_launch():
+            pass
+
+
+def comes_late_to_a_message(rank: int) -> None:
+    distributed._CONNECTING = timedelta(seconds=1)
+    with processes_of_launch() as processes:
+        for _ in range(2):
+            time.sleep(3 * rank)
+            assert processes.gather(rank) == [0, 1]
+
+
+def test_processes_wait_for_minutes_until_they_are_connected_and_then_as_long_as_it_takes() -> None:
+    assert launched.run(2, one_does_not_come, timeout=60) == [""] * 2
+    assert launched.run(2, comes_late_to_a_message, timeout=60) == [""] * 2
+
+
 def unequal_machines(rank: int) -> None:
     """A machine of two processes, and one of one."""
     os.environ["LOCAL_WORLD_SIZE"] = "2" if rank < 2 else "1"
@@ -511,7 +533,7 @@ def test_gpus_give_up_after_minutes_and_have_a_group_of_their_own(monkeypatch: p
 
     used: list[Any] = []
     for name, ours in {
-        "init_process_group": init,
+        "init_process_group": lambda backend, timeout: None,
         "new_group": group,
         "get_rank": lambda: 0,
         "get_world_size": lambda: 2,
@@ -521,6 +543,7 @@ def test_gpus_give_up_after_minutes_and_have_a_group_of_their_own(monkeypatch: p
         "broadcast": lambda _tensor, _source, group: used.append(group),
     }.items():
         monkeypatch.setattr(torch.distributed, name, ours)
+    monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda timeout: init("gloo", timeout))
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     no_watch = Mock(rank=0, size=2, has_silence=False)  # without a store

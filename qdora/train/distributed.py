@@ -44,6 +44,8 @@ CAN_DIVIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2
 # at once, by the launcher and by the broken connection, and one that hangs by the watch (process_watch.py), not by this
 # timeout.
 _PATIENCE = timedelta(days=1)
+# Before they are connected no watch says which one does not come. Slow imports take less.
+_CONNECTING = timedelta(minutes=10)
 # GPUs meet right after a message of all processes on the host, so that none waits for another's work there.
 _GPU_PATIENCE = timedelta(minutes=15)
 # How often a process that waits for a message asks whether another one hangs.
@@ -263,8 +265,11 @@ def processes_of_launch() -> Iterator[Processes]:
     """Connect the processes that torchrun or `accelerate launch` has started, known from environment variables.
 
     On CUDA each process takes the GPU of its local rank. Tensors of GPUs go through NCCL, which gives up after minutes;
-    everything else goes through gloo on the host, so that no GPU waits for it. With fewer GPUs than processes a
-    UserError is raised.
+    everything else goes through gloo on the host, so that no GPU waits for it.
+
+    Raises:
+        UserError: There are fewer GPUs than processes.
+        RunFailure: Another process does not come.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -276,7 +281,7 @@ def processes_of_launch() -> Iterator[Processes]:
         if here > num_gpus:
             raise UserError(f"qdora train: must have one process for each GPU (got {here} on {num_gpus} GPUs).")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    _connect(size)
     watch = ProcessWatch(dist.get_rank(), dist.get_world_size())
     try:
         gpus = dist.new_group(backend="nccl", timeout=_gpu_patience()) if on_gpus else None
@@ -301,6 +306,19 @@ def processes_of_launch() -> Iterator[Processes]:
             atexit.register(_leave)
         else:
             dist.destroy_process_group()
+
+
+def _connect(size: int) -> None:
+    """Connect this process to the others of the launch. RunFailure if they do not all come within minutes."""
+    try:
+        dist.init_process_group("gloo", timeout=_CONNECTING)
+    except RuntimeError as error:
+        who = f"process {os.environ['RANK']}"
+        raise RunFailure(
+            f"{who}: not all {size} processes of this launch have connected: {first_line(error)} "
+            "Fix: see what the others have printed; on several machines, GLOO_SOCKET_IFNAME names their network."
+        ) from error
+    dist.distributed_c10d._set_pg_timeout(_PATIENCE)
 
 
 def _leave() -> None:
