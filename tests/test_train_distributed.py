@@ -30,7 +30,7 @@ from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
-from qdora.run import writer
+from qdora.run import trainer, writer
 from qdora.run.train import train_run
 from qdora.train import distributed, loop
 from qdora.train.distributed import OtherProcessFailed, Processes, free_host_bytes, processes_of_launch, seed_of
@@ -500,6 +500,28 @@ def comes_late_to_a_message(rank: int) -> None:
 def test_processes_wait_for_minutes_until_they_are_connected_and_then_as_long_as_it_takes() -> None:
     assert launched.run(2, one_does_not_come, timeout=60) == [""] * 2
     assert launched.run(2, comes_late_to_a_message, timeout=60) == [""] * 2
+
+
+def ended_by_the_launcher(rank: int, settings: Recipe, directory: Path) -> None:
+    """The second process has ended while the first one draws its figures."""
+    draw, before = trainer.draw_figures, signal.getsignal(signal.SIGTERM)
+
+    def drawing(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        draw(*args)
+
+    trainer.draw_figures = drawing
+    loop.batch_loss = Mock(side_effect=RuntimeError("CUDA error"))
+    with pytest.raises(RunFailure, match="step 1: process 0: cannot be computed: CUDA error"):
+        train_run(settings, directory)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_when_all_fail_the_first_process_reports_before_the_launcher_ends_it(root: Path, tmp_path: Path) -> None:
+    settings = exact(root)
+    assert launched.run(2, ended_by_the_launcher, settings, tmp_path / "run", timeout=100) == [""] * 2
+    assert "FAILURE" in (tmp_path / "run/log.txt").read_text()
+    assert (tmp_path / "run/report.html").exists()
 
 
 def unequal_machines(rank: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from qdora.run.run_page import leave_page
 from qdora.run.start_checks import check_model
 from qdora.run.trainer import Trainer
 from qdora.train.compiled_blocks import compiled_blocks
-from qdora.train.distributed import processes_of_launch, seed_of
+from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.interrupt import stop_on_signal
 from qdora.train.loop import after_step, fit
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.process_watch import sigterm_ignored
 from qdora.train.progress import TrainingProgress
 from qdora.train.task_weights import task_weights
 
@@ -59,6 +61,7 @@ def train_run(
         UserError, RunFailure, Interrupted: See `qdora.errors`.
     """
     with processes_of_launch() as processes, ExitStack() as stack:
+        ending = stack.enter_context(ExitStack())
         last = stack.enter_context(ExitStack())  # closed last, so that the page has the failure, which log.txt gets
         if processes.is_first:
             stack.enter_context(failures_logged(directory, "train"))
@@ -94,17 +97,29 @@ def train_run(
             processes=processes,
             console=progress,
         )
-        return _train(Trainer(active, prepared.validation), checkpoint, results)
+        return _train(Trainer(active, prepared.validation), checkpoint, results, ending)
 
 
-def _train(trainer: Trainer, checkpoint: Checkpoint | None, results: Console) -> dict[str, Any]:
-    """Fit, evaluate and save from the checkpoint on; returns the summary."""
+@contextmanager
+def _reported(processes: Processes, ending: ExitStack) -> Iterator[None]:
+    """After an error the first of several processes ignores SIGTERM until `ending` is closed, so that it can report."""
+    try:
+        yield
+    except Exception:
+        if processes.size > 1 and processes.is_first:
+            ending.enter_context(sigterm_ignored())
+        raise
+
+
+def _train(trainer: Trainer, checkpoint: Checkpoint | None, results: Console, ending: ExitStack) -> dict[str, Any]:
+    """Fit, evaluate and save from the checkpoint on; returns the summary. `ending` is closed after the run's page."""
     active = trainer.active
     start = 0 if checkpoint is None else trainer.restore(checkpoint.path)
     again = trainer.evaluates_again(start)
     active.processes.first(lambda: active.directory.truncate_metrics(start, evaluates_again=again))
     try:
-        with trainer.recorded(start), active.processes.watched(active.model):
+        watched = active.processes.watched(active.model)
+        with trainer.recorded(start), watched, _reported(active.processes, ending):
             trainer.evaluate_base()
             if trainer.state.optimizer is not None and start < active.num_steps and not trainer.is_over:
                 trainer.num_done = _fit(trainer, trainer.state.optimizer, start)

@@ -55,6 +55,20 @@ def patience_seconds() -> float:
     raise UserError(f"{PATIENCE}: must be a number of seconds above 0, got {given!r}.")
 
 
+@contextmanager
+def sigterm_ignored() -> Iterator[None]:
+    """Inside, SIGTERM has no effect: a launcher sends it as soon as another process has ended, and this one has yet to
+    tell its reason. The launcher kills a process that has not ended after 30 s."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class ProcessWatch:
     """The watch of process `rank` of `size`, in a launch whose store is at MASTER_ADDR and MASTER_PORT.
 
@@ -139,12 +153,8 @@ class ProcessWatch:
         """Let the others read why this process ends, if they read it from its memory."""
         if self.rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
-        # A launcher sends SIGTERM because another process has ended; this one has yet to tell its reason.
-        in_main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if in_main else None
-        time.sleep(2 * self._beat)
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
+        with sigterm_ignored():
+            time.sleep(2 * self._beat)
 
     def lost(self) -> str:
         """Why this process ends, after its connection to another one broke, or once one is known to have failed."""
