@@ -24,6 +24,7 @@ from transformers import modeling_flash_attention_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from qdora.data.batching import Packing
+from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.nn.plain_linear import own_class
 
 _PACKED: ContextVar[bool] = ContextVar("packed_mask_is_known", default=False)
@@ -37,8 +38,9 @@ _FINDS_PACKED = "_is_packed_sequence"
 def known_masks(model: nn.Module, packing: Packing | None, device: torch.device) -> Iterator[None]:
     """Inside, `model` makes its masks for one micro-batch on a GPU without reading from it; on a CPU nothing changes.
 
-    This holds for sdpa and flash attention; packed rows of flash attention must have `flash_lengths`. Where a model
-    allows a token more than the tokens before it, its padding stays masked.
+    This holds for sdpa, which keeps a fast kernel (`fast_grouped_attention`), and flash attention; packed rows of flash
+    attention must have `flash_lengths`. Where a model allows a token more than the tokens before it, its padding stays
+    masked.
 
     Args:
         packing: Of the rows, on the device; None if each row is an example, padded on the right.
@@ -64,7 +66,7 @@ def known_masks(model: nn.Module, packing: Packing | None, device: torch.device)
     before = _PACKED.set(packing is not None)
     unpacked = _answers_nothing(modeling_flash_attention_utils, _FINDS_PACKED) if packing is None else nullcontext()
     try:
-        with _without_recurrent_masks(model), unpacked:
+        with _without_recurrent_masks(model), unpacked, fast_grouped_attention():
             yield
     finally:
         _PACKED.reset(before)

@@ -34,6 +34,7 @@ from qdora.model.build_model import (
     set_kept_scales_,
 )
 from qdora.model.experts import stacks
+from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, linear_layers
 from qdora.model.inplace_outputs import keep_inplace_outputs_
 from qdora.model.load import Quantization, block_list, layers_to_quantize, load_config
@@ -142,7 +143,7 @@ def planned(
 
     def step_plans(changed: Recipe) -> list[_StepPlan]:
         shapes, count = workload(changed)
-        return [_StepPlan(changed, known, shape, count, rates, dtype) for shape in shapes]
+        return [_StepPlan(changed, known, shape, count, rates, run_dtype=dtype) for shape in shapes]
 
     def plan_of(changed: Recipe) -> Plan:
         plans = [divided(each.plan(), num_sharing) for each in step_plans(changed)]
@@ -151,7 +152,7 @@ def planned(
         most = max(plans, key=lambda each: each.peak_bytes)
         even_bytes = None
         if stacks(known.model(torch.bfloat16, recipe.model.attention)):
-            step = _StepPlan(changed, known, most.shape, most.num_micro_batches, rates, dtype, routing="even")
+            step = _StepPlan(changed, known, most.shape, most.num_micro_batches, rates, run_dtype=dtype, routing="even")
             even = divided(step.plan(), num_sharing)
             most, even_bytes = max(most, even, key=lambda each: each.peak_bytes), even.peak_bytes
         return replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even_bytes)
@@ -388,7 +389,7 @@ class _StepPlan:
         found = block_list(model)
         if kept is not None and found is not None:
             keep_blocks_(model, found[0], kept)
-        with FakeTensorMode(), LiveBytes() as live, short_scans(model):
+        with FakeTensorMode(), LiveBytes() as live, short_scans(model), fast_grouped_attention():
             fill_(model, self._wanted, self.dtype, live, pruned=recipe.base.prune is not None)
             if not self.shape.masked:
                 set_unmasked_(model)

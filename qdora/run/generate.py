@@ -22,6 +22,7 @@ from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
 from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
+from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.load import stop_ids_of_model
 from qdora.run.load_run import LoadedModel, load_target
 
@@ -203,7 +204,7 @@ def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Writ
     device = next(model.parameters()).device
     tokens = torch.tensor([ids], device=device)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _own_config_aside(model):
+    with torch.random.fork_rng(devices=devices), _own_config_aside(model), fast_grouped_attention():
         torch.manual_seed(sampling.seed)
         began = time.perf_counter()
         generate: Any = model.generate

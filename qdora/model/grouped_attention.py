@@ -1,0 +1,57 @@
+"""Grouped heads on a GPU without a flash kernel: keys and values are repeated, so that attention keeps a fast kernel.
+
+Where there is no mask, transformers leaves the repeating to torch (`enable_gqa`). On CUDA only torch's flash kernel and
+its math kernel do that, and the math kernel holds all scores: 512 MiB a copy for 32 heads and a text of 2,048 tokens in
+float32. The memory-efficient kernel holds none, but needs as many heads of keys as of queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations import sdpa_attention
+
+from qdora.ops.planned_device import device_kind
+
+_ASKS = "use_gqa_in_sdpa"
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
+_FLASH_CAPABILITY = (8, 0)  # Ampere
+
+
+@contextmanager
+def fast_grouped_attention() -> Iterator[None]:
+    """Inside, sdpa repeats keys and values where torch's flash kernel does not run.
+
+    That is on CUDA in float32, and on CUDA devices of a compute capability below 8.0 in any dtype; a plan for a GPU
+    counts the same, for this machine's GPU if it has one, else for one of 8.0 or more. Elsewhere nothing changes.
+    """
+    before = getattr(sdpa_attention, _ASKS, None)
+    if before is None:
+        yield
+        return
+    setattr(sdpa_attention, _ASKS, partial(_leaves_to_torch, before))
+    try:
+        yield
+    finally:
+        setattr(sdpa_attention, _ASKS, before)
+
+
+def _leaves_to_torch(ask: Callable[..., bool], mask: Tensor | None, key: Tensor, *rest: Any) -> bool:
+    """Whether torch repeats the keys: where transformers says so, unless only its math kernel could."""
+    return _has_flash(key) and ask(mask, key, *rest)
+
+
+def _has_flash(key: Tensor) -> bool:
+    """Whether torch's flash kernel is for such keys, or they are not on CUDA."""
+    if device_kind(key.device) != "cuda":
+        return True
+    if key.dtype not in _FLASH_DTYPES:
+        return False
+    if not torch.cuda.is_available():  # a plan
+        return True
+    return torch.cuda.get_device_capability(key.device if key.is_cuda else None) >= _FLASH_CAPABILITY
