@@ -129,7 +129,17 @@ class KeptStudy:
         self.reference = self.compare.get("reference") or self.arms[0].name
         self.primary: dict[Key, list[Term]] = {}
         self.lacking: dict[Key, bool] = {}
+        self.shared = self._shared([each["cell"] for each in document["cells"] if each["cell"]["kind"] == "trained"])
         self._kept: dict[int, dict[str, dict[str, tuple[float, float]]]] = {}
+
+    def _place(self, labels: Mapping[str, str]) -> tuple[str, str]:
+        return json.dumps({axis: labels[axis] for axis in self.axes}), labels[self.arm_axis]
+
+    def _shared(self, cells: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[str, str]]:
+        """(context, arm) without a cell of its own -> the one whose cell it shares, since its recipe is the same."""
+        own = {self._place(cell["labels"]) for cell in cells}
+        pairs = [(self._place(other), self._place(cell["labels"])) for cell in cells for other in cell.get("equal", ())]
+        return {other: place for other, place in pairs if other not in own}
 
     def _arms(self, cells: Sequence[Mapping[str, Any]], kind: str) -> list[Arm]:
         found: dict[tuple[str, str], Arm] = {}
@@ -237,7 +247,10 @@ class KeptStudy:
         return terms
 
     def _lacks_any(self, entry: Mapping[str, Any], terms: Sequence[Term]) -> bool:
-        """Whether the study asks for a context, in which it trains both arms, or for a label that no term has."""
+        """Whether the study asks for a context, in which it trains both arms, or for a label that no term has.
+
+        A combination without a cell of its own is not trained: it has the recipe of another one, whose cell it shares.
+        """
         trained: dict[str, set[str]] = {}
         product = {axis: list(map(text_of, values)) for axis, values in self.study["product"].items()}
         for stage in self.study.get("stages") or [{}]:
@@ -246,17 +259,25 @@ class KeptStudy:
                 wanted = {axis: value for axis, value in stage.get("cells", {}).items() if axis != "seed"}
                 is_left_out = any(has_labels(labels, each) for each in self.study.get("exclude", ()))
                 if stage.get("kind", "train") == "train" and has_labels(labels, wanted) and not is_left_out:
-                    name = labels.pop(self.arm_axis)
-                    trained.setdefault(json.dumps(labels), set()).add(name)
+                    context, name = self._place(labels)
+                    if (context, name) not in self.shared:
+                        trained.setdefault(context, set()).add(name)
         both = {terms[0][1].name, terms[0][2].name}
         compared = [arm.context for _, arm, _ in terms]
+        there = {(json.dumps(arm.context), arm.name) for _, *pair in terms for arm in pair}
+        of_equal = {context for context, _ in self.shared}
+        compared += [
+            json.loads(each)
+            for each in of_equal
+            if all(self.shared.get((each, name), (each, name)) in there for name in both)
+        ]
         for _, wanted in parts_of(entry):
             contexts = [json.loads(text) for text, names in trained.items() if names >= both]
             if any(has_labels(context, wanted) and context not in compared for context in contexts):
                 return True
             for axis, value in wanted.items():
                 every = value if isinstance(value, list) else [value]
-                if set(map(text_of, every)) - {context[axis] for context in compared}:
+                if set(map(text_of, every)) - {context[axis] for context in compared if has_labels(context, wanted)}:
                     return True
         return False
 

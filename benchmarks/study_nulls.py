@@ -167,7 +167,7 @@ def one_study(
         equivalent = [row["verdict"].startswith("no difference") for row in judged]
         better = [row["winner"] == ARMS[1] for row in judged]
         return {"better": better, "equivalent": equivalent, "any_equivalent": [any(equivalent)]}
-    rows = comparisons(arms, results, ARMS[0], ["nll_per_token"])
+    rows = comparisons(arms, results, ARMS[0], ["nll_per_token"], simulated.cells)
     single = [row for row in rows if row["role"] == "exploratory"]
     found = {
         "difference": [row["lower"] <= scenario.effect <= row["upper"] for row in single],
@@ -182,9 +182,8 @@ def _each_base_primary(simulated: _Simulated, arms: list[Arm]) -> list[dict[str,
     study = simulated.results.study
     compare = study.compare.model_copy(update={"primary": None})
     simulated.results.study = study.model_copy(update={"compare": compare})
-    rows = comparisons(
-        [arm for arm in arms if arm.context.get("base") != DENSE], simulated.results, ARMS[0], ["nll_per_token"]
-    )
+    compressed = [arm for arm in arms if arm.context.get("base") != DENSE]
+    rows = comparisons(compressed, simulated.results, ARMS[0], ["nll_per_token"], simulated.cells)
     simulated.results.study = study
     return rows
 

@@ -115,6 +115,22 @@ def test_it_finds_a_number_that_was_changed(folder: Path, tmp_path: Path, file: 
     assert f"{column} is" in run.stdout
 
 
+def test_labels_that_share_the_cells_of_others_are_not_lacking(tmp_path: Path) -> None:
+    """`same` is `nf4` by another name, so it has no cells. The comparison `alone` has nothing to compare."""
+    bases = {"nf4": {"base.quant": "nf4"}, "same": {"base.quant": "nf4", "base.block_size": 64}}
+    bases["fp4"] = {"base.quant": "fp4"}
+    over = {"over all": {}, "named": {"base": ["nf4", "same"]}, "alone": {"base": "same"}}
+    compare = {"reference": "lora", "zone": 0.2, "primary": {name: {"over": each} for name, each in over.items()}}
+    product = {"base": bases, "adapter": fake_study.DOCUMENT["product"]["adapter"]}
+    made = fake_study.make(tmp_path / "made", product=product, compare=compare, bases=False)
+    rows = read_report(made).tables["comparisons"]
+    primary = [row for row in rows if row["role"] == "primary"]
+    assert [(row["comparison"], row["reason"]) for row in primary] == [("over all", ""), ("named", "")]
+    assert all(row["verdict"] != "not decided" for row in primary)
+    run = recomputed(kept(tmp_path, made))
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_a_verdict_over_fewer_bases_than_were_asked_for_is_found(tmp_path: Path) -> None:
     """All runs of lora on nf4 failed, and all of fp4 diverged."""
 

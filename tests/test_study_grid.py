@@ -21,8 +21,10 @@ from qdora.recipe.recipe_file import override, recipe_from, settings
 from qdora.study import cell_key
 from qdora.study.cell_key import key_of
 from qdora.study.cells import Cell, Expander, equal_in_words
-from qdora.study.compare import cannot_decide
+from qdora.study.compare import Results, cannot_decide
 from qdora.study.grid import label_of, load_study, study_from
+from qdora.study.runner import notes_on
+from qdora.study.study_directory import StudyDirectory
 from tests import study_worker
 
 ADAPTERS = {
@@ -396,6 +398,10 @@ def test_a_huge_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"rates": None}, "the learning rates are not searched (rates)"),
         ({"seeds": [0, 1]}, "there are only 2 of 3 (compare.min_seeds) seeds"),
         ({"stages": [{"name": "few", "cells": {"seed": 0}}]}, "there are only 1 of 3 (compare.min_seeds) seeds"),
+        (
+            {"stages": [{"name": name, "cells": {"seed": seeds}} for name, seeds in (("a", [0, 1]), ("b", [2, 3]))]},
+            None,
+        ),
     ],
 )
 def test_a_study_that_can_never_give_a_verdict_says_so(
@@ -403,6 +409,21 @@ def test_a_study_that_can_never_give_a_verdict_says_so(
 ) -> None:
     found = cannot_decide(study_from({"recipe": "demo", "product": TWO, "rates": RATES} | changes))
     assert found == ([] if reason is None else [reason])
+
+
+def test_a_comparison_that_the_study_file_rules_out_is_told_before_it_runs(tmp_path: Path) -> None:
+    product = {"base.quant": ["none", "nf4", "int8"], "adapter": {name: ADAPTERS[name] for name in ("lora", "dora")}}
+    stages = [{"name": "main", "cells": {"base.quant": ["none", "nf4"]}}]
+    stages.append({"name": "map", "cells": {"base.quant": "int8", "adapter": "lora"}})
+    over = {"one": "nf4", "both": ["nf4", "int8"], "none": "int8"}
+    primary = {name: {"over": {"base.quant": quants}} for name, quants in over.items()}
+    made = expander(tmp_path, product=product, stages=stages, compare={"primary": primary})
+    known = Results(StudyDirectory(tmp_path / "absent", retries=0, makes=False), made.study)
+    assert notes_on(made, known) == [
+        "The comparison 'both' cannot have a verdict: an arm has no cell for base.quant=int8.",
+        "The comparison 'none' cannot be made: its labels must name contexts in which lora and one other arm are "
+        "trained.",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_contexts_that_a_primary_comparison_lacks(asked: dict[str, Any], lacking
         for quant in ("none", "nf4")
         for name in ("lora", "dora")
     ]
-    primary = [each for each in named_comparisons(arms, study, "lora") if each.is_primary]
+    primary = [each for each in named_comparisons(arms, study, "lora", []) if each.is_primary]
     assert [each.lacking for each in primary] == [lacking]
 
 

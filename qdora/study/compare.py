@@ -7,6 +7,7 @@ all seeds, at the learning rate that was found for it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +20,6 @@ from qdora.study.grid import (
     CompareConfig,
     MoreSeedsConfig,
     PrimaryConfig,
-    StageConfig,
     Study,
     as_list,
     combinations,
@@ -233,10 +233,10 @@ class NamedComparison:
         return list({id(arm): arm for _, *pair in self.terms for arm in pair}.values())
 
 
-def named_comparisons(arms: Sequence[Arm], study: Study, reference: str) -> list[NamedComparison]:
+def named_comparisons(arms: Sequence[Arm], study: Study, reference: str, cells: Records) -> list[NamedComparison]:
     """The primary comparisons, then every trained arm beside the reference of its context, as far as they can be made.
 
-    Without `compare.primary` the latter are the primary ones.
+    Without `compare.primary` the latter are the primary ones. Of the cells only their labels are used.
     """
     compare, pairs = study.compare, _pairs(arms, reference)
     found = []
@@ -252,7 +252,7 @@ def named_comparisons(arms: Sequence[Arm], study: Study, reference: str) -> list
                     reference=reference,
                     is_primary=True,
                     terms=terms,
-                    lacking=_lacking(asked, terms, study),
+                    lacking=_lacking(asked, terms, study, cells),
                 )
             )
     return found + [
@@ -291,27 +291,50 @@ def _terms(asked: PrimaryConfig, pairs: Sequence[tuple[Arm, Arm]]) -> list[Term]
     return terms
 
 
-def _lacking(asked: PrimaryConfig, terms: Sequence[Term], study: Study) -> list[str]:
-    """The contexts that a primary comparison is about, by the study file, and that its terms do not have."""
-    _, arm, reference = terms[0]
-    names: dict[tuple[tuple[str, str], ...], set[str]] = {}
-    for stage, labels, _ in combinations(study):
-        if stage.kind == "train":
-            context = tuple((axis, label) for axis, label in labels.items() if axis != study.compare.arm)
-            names.setdefault(context, set()).add(labels[study.compare.arm])
-    planned = [dict(context) for context, own in names.items() if own >= {arm.name, reference.name}]
-    found = [own.context for _, own, _ in terms]
+Place = tuple[tuple[tuple[str, str], ...], str]
+"""Context and name of the arm of a combination of labels."""
+
+
+def _lacking(asked: PrimaryConfig, terms: Sequence[Term], study: Study, cells: Records) -> list[str]:
+    """The contexts that a primary comparison is about, by the study file, and that its terms do not have.
+
+    A combination that runs under the labels of another one is no context of its own, and is there if that one is.
+    """
+    names, first = [arm.name for arm in terms[0][1:]], _first_places(cells, study)
+    trained = dict.fromkeys(_place(labels, study) for stage, labels, _ in combinations(study) if stage.kind == "train")
+    there = {(tuple(arm.context.items()), arm.name) for _, *pair in terms for arm in pair}
+    planned, found = [], []
+    for context in dict.fromkeys(context for context, _ in trained):
+        places = [(context, name) for name in names]
+        if all(place in trained and place not in first for place in places):
+            planned.append(dict(context))
+        if all(first.get(place, place) in there for place in places):
+            found.append(dict(context))
     lacking: list[str] = []
     for entry in [asked.over] + ([] if asked.minus is None else [asked.minus]):
-        wanted = [context for context in planned if matches(context, entry)]
-        lacking += [in_words(context) for context in wanted if context not in found]
+        lacking += [in_words(context) for context in planned if matches(context, entry) and context not in found]
         for axis, value in entry.items():
-            known = {context[axis] for context in wanted}
+            known = {context[axis] for context in planned + found if matches(context, entry)}
             lacking += [f"{axis}={label}" for label in map(label_of, as_list(value)) if label not in known]
     return list(dict.fromkeys(lacking))
 
 
-def comparisons(arms: Sequence[Arm], results: Results, reference: str, measures: Sequence[str]) -> list[dict[str, Any]]:
+def _place(labels: Mapping[str, str], study: Study) -> Place:
+    arm = study.compare.arm
+    return tuple((axis, labels[axis]) for axis in study.product if axis != arm), labels[arm]
+
+
+def _first_places(cells: Records, study: Study) -> dict[Place, Place]:
+    """Combination that has no cell of its own, since another one gives the same recipe -> that one."""
+    trained = [cell for cell in cells if cell["kind"] == "trained"]
+    own = {_place(cell["labels"], study) for cell in trained}
+    pairs = ((_place(each, study), _place(cell["labels"], study)) for cell in trained for each in cell.get("equal", ()))
+    return {other: place for other, place in pairs if other not in own}
+
+
+def comparisons(
+    arms: Sequence[Arm], results: Results, reference: str, measures: Sequence[str], cells: Records
+) -> list[dict[str, Any]]:
     """One row for each comparison and measure, judged (`_judge`). A positive improvement is better.
 
     The primary comparisons are those of the first of the measures, the study's metric; all others are exploratory.
@@ -319,7 +342,7 @@ def comparisons(arms: Sequence[Arm], results: Results, reference: str, measures:
     compare = results.study.compare
     rows = [
         row
-        for each in named_comparisons(arms, results.study, reference)
+        for each in named_comparisons(arms, results.study, reference, cells)
         for measure in measures
         if (row := _row(each, results, measure, is_primary=each.is_primary and measure == measures[0])) is not None
     ]
@@ -490,8 +513,30 @@ def cannot_decide(study: Study) -> list[str]:
     reasons = []
     if study.rates is None:
         reasons.append("the learning rates are not searched (rates)")
-    stages = study.stages or [StageConfig(name="main")]
-    most = max(len(as_list(stage.cells.get(SEED, list(study.seeds)))) for stage in stages if stage.kind == "train")
+    num_seeds: Counter[Place] = Counter()
+    for stage, labels, seeds in combinations(study):
+        if stage.kind == "train":
+            num_seeds[_place(labels, study)] += len(seeds)
+    most = max(num_seeds.values(), default=0)
     if most < study.compare.min_seeds:
         reasons.append(f"there are only {most} of {study.compare.min_seeds} (compare.min_seeds) seeds")
     return reasons
+
+
+def never_decided(cells: Records, results: Results) -> list[str]:
+    """A sentence on each primary comparison that the study file itself rules out; the cells are all planned ones."""
+    study, arms = results.study, find_arms(cells, results, as_planned=True)
+    reference = reference_of(arms, study)
+    named = named_comparisons(arms, study, reference, cells)
+    lacking = {each.name: each.lacking for each in named if each.is_primary}
+    told = []
+    for name in study.compare.primary or {}:
+        if name not in lacking:
+            told.append(
+                f"The comparison {name!r} cannot be made: its labels must name contexts in which {reference} and one "
+                "other arm are trained."
+            )
+        elif lacking[name]:
+            where = " and for ".join(lacking[name])
+            told.append(f"The comparison {name!r} cannot have a verdict: an arm has no cell for {where}.")
+    return told

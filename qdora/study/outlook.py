@@ -124,9 +124,10 @@ def outlooks(cells: Cells, results: Results) -> list[Outlook]:
     records = [cell.record() for cell in cells.cells]
     planned, finished = find_arms(records, results, as_planned=True), find_arms(records, results)
     reference = reference_of(planned, results.study)
-    primary = [each for each in named_comparisons(planned, results.study, reference) if each.is_primary]
+    primary = [each for each in named_comparisons(planned, results.study, reference, records) if each.is_primary]
     measured = {
-        each.name + in_words(each.context): each for each in named_comparisons(finished, results.study, reference)
+        each.name + in_words(each.context): each
+        for each in named_comparisons(finished, results.study, reference, records)
     }
     of_rates = _spread_of_searches(cells, results, reference)
     found = []

@@ -102,7 +102,7 @@ def read_report(directory: Path) -> Report:
             raise UserError(f"{directory}: every finished cell diverged. Fix: add lower values to rates.")
         raise UserError(f"{directory}: no cell is finished yet. Fix: run 'qdora study' first.")
     reference = reference_of(arms, study)
-    pairs = comparisons(arms, results, reference, _measures(arms, results))
+    pairs = comparisons(arms, results, reference, _measures(arms, results), cells)
     axes = [axis for axis in study.product if axis != compare.arm]
     arm_rows = [_arm_row(arm, axes, results) for arm in arms]
     _mark_pareto(arm_rows, arms, study)

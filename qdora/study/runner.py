@@ -43,7 +43,7 @@ from qdora.run.train import train_run
 from qdora.study.base_damage import base_damage
 from qdora.study.by_layer import measure_by_layer
 from qdora.study.cells import Cell, Cells, Expander, equal_in_words
-from qdora.study.compare import Results, cannot_decide
+from qdora.study.compare import Results, cannot_decide, never_decided
 from qdora.study.grid import Study, load_study
 from qdora.study.guesses import write_guesses
 from qdora.study.outlook import outlooks, planned_cells, spread_in_words, stage_times, times_in_words
@@ -114,7 +114,7 @@ def study_run(
         store = StudyDirectory(directory, retries=study.retries)
         upcoming = Upcoming(study, expander, store)
         cells = upcoming.now()
-        _tell(study, expander, cells, shard, progress=progress, results=results)
+        _tell(expander, upcoming.results, cells, shard, progress=progress, results=results)
         if retry_failed:
             store.forget_failures([cell.key for cell in cells.cells])
         with cells_bar(progress, store) as bar, _quiet_runs(), store.present():
@@ -145,7 +145,7 @@ def _run_all(upcoming: Upcoming, shard: str | None, work: Work, bar: CellsBar) -
 
 
 def _tell(
-    study: Study, expander: Expander, cells: Cells, shard: str | None, *, progress: Console, results: Console
+    expander: Expander, known: Results, cells: Cells, shard: str | None, *, progress: Console, results: Console
 ) -> list[str]:
     """What will run, and what to know of it."""
     mine = shard_of(cells.cells, shard)
@@ -155,7 +155,7 @@ def _tell(
         + (f"; {sum(cells.num_waiting.values())} more wait for these" if cells.num_waiting else ""),
         highlight=False,
     )
-    notes = notes_on(study, expander)
+    notes = notes_on(expander, known)
     for note in notes:
         progress.print(note, markup=False, highlight=False)
     return notes
@@ -167,7 +167,7 @@ def _outlook(
     """Tell the cells, the time and what can be found, and write nothing."""
     known = Results(StudyDirectory(directory, retries=study.retries, makes=False), study)
     cells = planned_cells(expander, known)
-    notes = _tell(study, expander, cells, shard, progress=progress, results=results)
+    notes = _tell(expander, known, cells, shard, progress=progress, results=results)
     mine = shard_of(cells.cells, shard)
     times, found = stage_times(mine, known), outlooks(cells, known)
     for cell in mine:
@@ -203,12 +203,13 @@ def _leave_guesses(cells: Sequence[Cell], store: StudyDirectory) -> None:
             once(store, "guesses", cell.key, partial(write_guesses, cell.recipe))
 
 
-def notes_on(study: Study, expander: Expander) -> list[str]:
-    """What to know of a study before it runs: combinations that are equal, and why it can have no verdict."""
+def notes_on(expander: Expander, known: Results) -> list[str]:
+    """What to know of a study before it runs: combinations that are equal, and what can have no verdict."""
     equal = equal_in_words([cell.record() for cell in expander.now().cells])
-    reasons = cannot_decide(study)
+    reasons = cannot_decide(known.study)
+    lacking = never_decided([cell.record() for cell in planned_cells(expander, None).cells], known)
     never = [f"This study cannot have a verdict: {'; '.join(reasons)}. It gives scores and intervals."]
-    return [*([] if equal is None else [equal]), *(never if reasons else [])]
+    return [*([] if equal is None else [equal]), *(never if reasons else []), *lacking]
 
 
 def submit_study(
@@ -218,10 +219,11 @@ def submit_study(
     if cluster not in CLUSTERS:
         raise UserError(not_one_of("--cluster", cluster, CLUSTERS))
     study, directory, expander = _checked(file, directory)
-    notes = notes_on(study, expander)
+    upcoming = Upcoming(study, expander, StudyDirectory(directory, retries=study.retries))
+    notes = notes_on(expander, upcoming.results)
     for note in notes:
         consoles(None)[0].print(note, markup=False, highlight=False)
-    Upcoming(study, expander, StudyDirectory(directory, retries=study.retries)).now()
+    upcoming.now()
     parameters = dict(job_option(option, "--job-option") for option in options)
     command = [sys.executable, "-m", "qdora.cli", "study", str(file.resolve()), "--dir", str(directory)]
     jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)
