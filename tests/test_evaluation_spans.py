@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from qdora.evaluation import halved_batches
 from qdora.evaluation import token_scores as spans_module
 from qdora.evaluation.forward_path import choose_path, scoring
 from qdora.evaluation.generation import decode_greedily
@@ -158,6 +160,38 @@ def test_any_batch_size_gives_the_same_scores(family: str, monkeypatch: pytest.M
     monkeypatch.setattr(spans_module, "_MAX_LOGITS", 3 * VOCABULARY)
     monkeypatch.setattr(spans_module, "_CPU_SOFTMAX_LOGITS", 2 * VOCABULARY)
     assert_close(score_groups(model, groups), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_batches_that_do_not_fit_are_run_in_halves(
+    family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a prefix cache (llama) and without one."""
+    model, groups = tiny_model(family), random_groups(seed=3)
+    expected = naive_groups(model, groups)
+    sizes: list[int] = []
+    fitting = 2
+
+    def short(real: Any, *given: Any) -> Any:
+        sizes.append(len(given[1]))
+        if len(given[1]) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(*given)
+
+    for name in ("_score_whole", "_score_shared"):
+        monkeypatch.setattr(spans_module, name, partial(short, getattr(spans_module, name)))
+    assert_close(score_groups(model, groups), expected)
+    assert max(sizes) > fitting
+    told = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
+    assert 1 <= len(told) <= 2  # once for each kind of batch
+    assert "Tried to allocate 2.00 GiB" in told[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(halved_batches, "FSDPModule", nn.Embedding)  # as if the base were divided among processes
+        with pytest.raises(torch.OutOfMemoryError):
+            score_groups(model, groups)
+    fitting = 0  # not even a single one
+    with pytest.raises(torch.OutOfMemoryError):
+        score_groups(model, groups)
 
 
 def test_float64_model_agrees_to_float32_softmax() -> None:

@@ -15,11 +15,12 @@ import torch
 from qdora.data.loader import StepLoader
 from qdora.errors import Interrupted, RunFailure
 from qdora.files.run_directory import RunDirectory
+from qdora.memory.failed_allocation import is_out_of_memory
 from qdora.run import prepare
 from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
 from qdora.train import flat_group, loop, out_of_memory
-from qdora.train.out_of_memory import Backoff, Shortage, is_out_of_memory
+from qdora.train.out_of_memory import Backoff, Shortage
 from tests import tiny_run
 from tests.run_files import assert_same_run, stop_after, timeless
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from qdora.evaluation.forward_path import ForwardPath, choose_path, input_device, scoring, vocabulary_size
+from qdora.evaluation.halved_batches import halved_where_short
 from qdora.evaluation.shared_batches import results_of
 from qdora.model.known_masks import known_masks
 from qdora.nn.host_embedding import ids_on_host
@@ -96,6 +97,8 @@ def score_spans(
 ) -> NDArray[np.float64]:
     """Summed log-likelihood of every span's scored tokens, each span run whole, batched by length, right-padded.
 
+    A batch that does not fit into memory is run in halves (`halved_where_short`).
+
     Args:
         spans: In any order.
         max_batch_tokens: Most tokens of one batch, padding included; a longer span is a batch of its own.
@@ -121,7 +124,9 @@ def score_spans(
 
     report = None if progress is None else lambda num_done: progress(num_done, len(spans))
     with scoring(model):
-        for index, score in results_of(length_batches(order, width, fits), compute, report).items():
+        for index, score in results_of(
+            length_batches(order, width, fits), halved_where_short(model, compute), report
+        ).items():
             scores[index] = score
     return scores
 
@@ -135,6 +140,8 @@ def score_groups(
     progress: Progress | None = None,
 ) -> list[NDArray[np.float64]]:
     """Summed log-likelihood of every span of every group; the tokens that a group's spans share are run once.
+
+    Batches that do not fit into memory are run in halves (`halved_where_short`).
 
     Args:
         groups: The spans of a question's choices; spans of a group may have different lengths and starts.
@@ -154,7 +161,7 @@ def score_groups(
     report = None if progress is None else lambda num_done: progress(num_done, len(groups))
     batches = length_batches(order, shared.__getitem__, lambda batch: len(batch) * shared[batch[0]] <= max_batch_tokens)
     with scoring(model):
-        for i, group_scores in results_of(batches, compute, report).items():
+        for i, group_scores in results_of(batches, halved_where_short(model, compute), report).items():
             scores[i] = np.array(group_scores)
     # The others run without a shared prefix
     flat = [(i, j) for i in whole for j in range(len(groups[i]))]

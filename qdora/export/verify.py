@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from qdora.errors import UserError
 from qdora.export.logit_comparison import ROUNDING, Comparison, ComparisonText, compare_logits, larger, verdict
+from qdora.memory.failed_allocation import free_memory, is_out_of_memory
 from qdora.model.adapter_file import WEIGHTS_FILE, load_adapter, read_adapter, stored_factors
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.language_part import auto_class
@@ -40,7 +41,6 @@ from qdora.nn.expert_linear import AdaptedExperts
 from qdora.ops.bnb_state import FOUR_BIT_KINDS
 from qdora.ops.packed import PackedWeight, dequantize
 from qdora.run.load_run import ADAPTER_DIRECTORY
-from qdora.train.out_of_memory import free_memory, is_out_of_memory
 
 logger = logging.getLogger("qdora")
 

@@ -31,6 +31,7 @@ from qdora.files.access_tokens import masked
 from qdora.files.atomic import atomic_directory, disk_failures
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
+from qdora.memory.failed_allocation import free_memory
 from qdora.model.build_model import find_model
 from qdora.model.load import Quantization, load_config
 from qdora.model.pruning import quantized_layers
@@ -50,7 +51,6 @@ from qdora.study.outlook import outlooks, planned_cells, spread_in_words, stage_
 from qdora.study.set_back import evaluate_set_back
 from qdora.study.study_directory import Claim, StudyDirectory
 from qdora.study.upcoming import Upcoming
-from qdora.train.out_of_memory import free_memory
 
 logger = logging.getLogger("qdora")
 

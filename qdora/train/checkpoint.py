@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from qdora.errors import RunFailure, UserError
 from qdora.files.json_file import read_json_object
+from qdora.memory.failed_allocation import is_out_of_memory
 from qdora.recipe.faults import reason_of
 from qdora.train.distributed import Processes, seed_of
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.out_of_memory import is_out_of_memory
 
 FORMAT = 3
 PARAMETERS_FILE = "parameters.safetensors"

@@ -30,8 +30,9 @@ from transformers import PreTrainedModel
 
 from qdora.errors import Interrupted, RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
+from qdora.memory.failed_allocation import is_out_of_memory
 from qdora.model.load import block_list
-from qdora.train.out_of_memory import OutOfMemory, is_out_of_memory
+from qdora.train.out_of_memory import OutOfMemory
 from qdora.train.process_watch import ProcessWatch, patience_seconds
 
 T = TypeVar("T")

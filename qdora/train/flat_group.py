@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qdora.errors import first_line
+from qdora.memory.failed_allocation import is_out_of_memory
 from qdora.ops.planned_device import is_planning
 from qdora.ops.split_float import join_float32, split_float32_
-from qdora.train.out_of_memory import is_out_of_memory
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qdora.errors import RunFailure, first_line
+from qdora.memory.failed_allocation import free_memory, is_out_of_memory
 from qdora.ops.planned_device import is_planning
 from qdora.ops.split_float import join_float32, split_float32_
 from qdora.train.flat_group import (
@@ -32,7 +33,6 @@ from qdora.train.flat_group import (
     pages_of,
     widened_state,
 )
-from qdora.train.out_of_memory import free_memory, is_out_of_memory
 
 # Averages of the gradient; the other two are of its square.
 _FIRST_MOMENTS = ("exp_avg", "state1")

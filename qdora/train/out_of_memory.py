@@ -1,27 +1,15 @@
-"""Failed allocations: how they are recognised, and smaller micro-batches as long as a step does not fit into memory."""
+"""Smaller micro-batches as long as a step does not fit into memory."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
-
 from qdora.data.batching import MicroBatch
 from qdora.data.loader import StepLoader
-from qdora.errors import RunFailure, first_line
-
-# Messages of allocators that raise a plain RuntimeError: torch's on the CPU, and CUDA's outside torch's cache.
-_MESSAGES = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "CUDA error: out of memory",
-    "CUDA out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
+from qdora.errors import first_line
+from qdora.memory.failed_allocation import free_memory, is_out_of_memory
 
 # Steps that must fit before the first growth.
 _FIRST_WAIT = 32
@@ -56,19 +44,6 @@ def shortage_of(micro: MicroBatch) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(Shortage(len(micro.example_ids), micro.input_ids.numel(), first_line(error))) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on the GPU or in pageable memory of the host.
-
-    A RunFailure is not, whatever it quotes: a refusal of pinned memory has CUDA's message, too, but says nothing about
-    the GPU, and smaller micro-batches do not help.
-    """
-    if isinstance(error, RunFailure):
-        return False
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
 
 
 class Backoff:
@@ -122,10 +97,3 @@ class Backoff:
         if state["asked"] == self._asked:
             self._loader.micro_batch_tokens = state["used"]
             self._wait, self._num_good, self._has_grown = (state[key] for key in ("wait", "num_good", "has_grown"))
-
-
-def free_memory() -> None:
-    """Release what nothing uses any more; outside the `except` block of an error, which keeps its frames alive."""
-    gc.collect()  # cycles of frames may keep the graph of the failed pass
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

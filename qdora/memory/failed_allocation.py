@@ -1,0 +1,39 @@
+"""Failed allocations: how they are recognised, and what can be released after one."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from qdora.errors import RunFailure
+
+# Messages of allocators that raise a plain RuntimeError: torch's on the CPU, and CUDA's outside torch's cache.
+_MESSAGES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on the GPU or in pageable memory of the host.
+
+    A RunFailure is not, whatever it quotes: a refusal of pinned memory has CUDA's message, too, but says nothing about
+    the GPU, and smaller micro-batches do not help.
+    """
+    if isinstance(error, RunFailure):
+        return False
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+
+
+def free_memory() -> None:
+    """Release what nothing uses any more; outside the `except` block of an error, which keeps its frames alive."""
+    gc.collect()  # cycles of frames may keep the graph of the failed pass
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
