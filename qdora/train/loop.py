@@ -267,7 +267,8 @@ def after_step(
 
     After a requested stop only the checkpoint is written, since a launcher soon kills the processes; what was due is
     measured when the run goes on. Else the checkpoint comes last, so that it covers the evaluation's line. If an
-    evaluation fails, a checkpoint is written before its error is raised, unless it fails in this process alone.
+    evaluation fails, a checkpoint is written before its error is raised; with a divided base only if all processes are
+    sure to fail alike (Diverged, UserError).
     """
 
     def due(every: int | None) -> bool:
