@@ -149,6 +149,22 @@ def test_a_stop_saves_before_what_is_due_and_the_resumed_run_measures_it(
     assert (run / "adapter/best.json").read_bytes() == (tmp_path / "whole/adapter/best.json").read_bytes()
 
 
+def test_a_measurement_that_fails_does_not_end_each_resumed_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no gradient")
+
+    monkeypatch.setattr("qdora.run.task_conflicts.measure", fails)
+    probed = {"interference__every": 2, "interference__examples": 2, "data__validation_fraction": 0.2}
+    settings, run = recipe(root, train__steps=3, **probed), tmp_path / "run"
+    with pytest.raises(RuntimeError, match="no gradient"):
+        train_run(settings, run, console=Console(quiet=True))
+    assert steps_on_disk(run)[-1] == 2
+    assert train_run(settings, run, resume=True, console=Console(quiet=True))["num_steps"] == 3
+    assert "Step 2 cannot be measured; the run goes on: no gradient" in caplog.text
+
+
 def test_a_finished_run_stays_finished_and_goes_on_with_more_patience(
     root: Path, stopped_run: Path, tmp_path: Path
 ) -> None:

@@ -17,8 +17,10 @@ from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 from qdora.errors import UserError
 from qdora.model.build_model import recompute_activations
+from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.nn.prepared_gains import prepare_gains
+from qdora.ops.planned_device import planned_on
 from qdora.train import compiled_blocks
 from qdora.train.optimizer import AdapterOptimizer
 from tests import tiny, tiny_adapted, tiny_experts, tiny_streamed
@@ -221,6 +223,18 @@ def test_changed_parameters_change_what_a_compiled_block_computes(
         found = gradients(models[1], SHAPES[0])
     assert not torch.equal(before["loss"], found["loss"])
     tiny_streamed.assert_equal(found, gradients(models[0], SHAPES[0]))
+
+
+def test_blocks_compile_where_keys_of_grouped_heads_are_repeated(
+    monkeypatch: pytest.MonkeyPatch, compilations: CompileCounterWithBackend
+) -> None:
+    """As on a GPU, where each micro-batch puts a function of its own into transformers."""
+    model = adapted("llama", monkeypatch, checkpointing=False)
+    with planned_on("cuda"), compiled_blocks.compiled_blocks(model):
+        for _ in range(4):
+            with fast_grouped_attention():
+                gradients(model, (2, 9, 0))
+    assert compilations.frame_count == 1
 
 
 def test_a_block_that_cannot_be_compiled_runs_as_it_is_and_a_line_says_so(

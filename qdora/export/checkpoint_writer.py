@@ -256,8 +256,9 @@ def checkpoint_directory(
     """Write a checkpoint; the block gets the unfinished directory, and may add files to it, and what was written.
 
     The directory is `.<name>.partial` beside `out_dir` until the block ends, then it is renamed to `out_dir`. A failure
-    leaves nothing. What was written are JSON values: `files`, `num_tensors`, `num_bytes`, `max_abs`, the largest |w|,
-    in the tensor `max_abs_tensor`, and `num_underflowed`, the weights that became zero in the output's dtype only.
+    leaves nothing, unless it is Resumable. What was written are JSON values: `files`, `num_tensors`, `num_bytes`,
+    `max_abs`, the largest |w|, in the tensor `max_abs_tensor`, and `num_underflowed`, the weights that became zero in
+    the output's dtype only.
 
     Args:
         tokenizer: Written beside the weights with its chat template, or None.
@@ -269,6 +270,7 @@ def checkpoint_directory(
     Raises:
         UserError: `out_dir` is not new or empty, or a weight is outside the range of its dtype (the message names it).
         RunFailure: A weight is NaN or infinite, or the disk is full.
+        Resumable: The disk has no room for what is left to write.
     """
     check_new_directory(out_dir)
     try:

@@ -33,7 +33,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from qdora.errors import RunFailure, UserError
 from qdora.export.logit_comparison import (
     ComparisonText,
-    compare_logits,
     comparison_text,
     larger,
     validation_examples,
@@ -41,7 +40,7 @@ from qdora.export.logit_comparison import (
 )
 from qdora.export.merged import write_merge
 from qdora.export.options import ExportOptions, GgufType
-from qdora.export.verify import fits_in_float32, load_with_transformers, verify_merged
+from qdora.export.verify import fits_in_float32, load_with_transformers, logits_compared, verify_merged
 from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
 from qdora.files.run_directory import open_run
 from qdora.files.user_paths import user_path
@@ -279,8 +278,9 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
     faults = [*check["faults"], *shorten(tensors.faults), *rope_faults(header, model.config)]
     faults += vocabulary_faults(reader, trained.tokenizer)
     if target is not None:
-        total = compare_logits(model, target.to(next(model.parameters()).device), text.sequences)
-        check |= verdict(total, faults, torch.float32, model.dtype, lossy=True)
+        total = logits_compared(model, target.to(next(model.parameters()).device), text)
+        if total is not None:
+            check |= verdict(total, faults, torch.float32, model.dtype, lossy=True)
     return check | {"passed": not faults, "faults": faults, "tensors": tensors.to_dict()}
 
 

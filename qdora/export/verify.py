@@ -69,7 +69,7 @@ def verify_merged(model: PreTrainedModel, directory: Path, text: ComparisonText)
     """
     with tempfile.TemporaryDirectory(prefix="qdora-verify-") as scratch:
         merged, faults = _reload(directory, model, Path(scratch))
-        total = _logits_compared(model, merged, text)
+        total = logits_compared(model, merged, text)
         stored = stored_dtype(directory)
         files = to_stacks(rename_to_model(open_safetensors(directory), merged), model)
         weight = partial(_dense_weight, files)
@@ -127,12 +127,12 @@ def _compared(
     """
     if fits_in_float32(directory, model):
         exported, faults = load(directory, model)
-        return _logits_compared(model, exported, text), faults
+        return logits_compared(model, exported, text), faults
     logger.warning(_NO_ROOM)
     return None, _layout_faults(directory)
 
 
-def _logits_compared(model: PreTrainedModel, exported: PreTrainedModel, text: ComparisonText) -> Comparison | None:
+def logits_compared(model: PreTrainedModel, exported: PreTrainedModel, text: ComparisonText) -> Comparison | None:
     """`compare_logits`; None, with a warning, if memory runs out, such as for the float32 copies of the model."""
     try:
         return compare_logits(model, exported, text.sequences)

@@ -34,24 +34,25 @@ def fast_grouped_attention() -> Iterator[None]:
     if before is None:
         yield
         return
-    setattr(sdpa_attention, _ASKS, partial(_leaves_to_torch, before))
+    # Decided here: compiled blocks call what takes its place, and the compiler follows comparisons alone.
+    is_plan = device_kind(torch.device("cpu")) == "cuda"
+    kinds = ("cpu", "meta", "cuda") if is_plan else ("cuda",)
+    is_old = torch.cuda.is_available() and torch.cuda.get_device_capability(None) < _FLASH_CAPABILITY
+    setattr(sdpa_attention, _ASKS, partial(_leaves_to_torch, before, kinds, () if is_old else _FLASH_DTYPES))
     try:
         yield
     finally:
         setattr(sdpa_attention, _ASKS, before)
 
 
-def _leaves_to_torch(ask: Callable[..., bool], mask: Tensor | None, key: Tensor, *rest: Any) -> bool:
-    """Whether torch repeats the keys: where transformers says so, unless only its math kernel could."""
-    return _has_flash(key) and ask(mask, key, *rest)
-
-
-def _has_flash(key: Tensor) -> bool:
-    """Whether torch's flash kernel is for such keys, or they are not on CUDA."""
-    if device_kind(key.device) != "cuda":
-        return True
-    if key.dtype not in _FLASH_DTYPES:
-        return False
-    if not torch.cuda.is_available():  # a plan
-        return True
-    return torch.cuda.get_device_capability(key.device if key.is_cuda else None) >= _FLASH_CAPABILITY
+def _leaves_to_torch(
+    ask: Callable[..., bool],
+    kinds: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    mask: Tensor | None,
+    key: Tensor,
+    *rest: Any,
+) -> bool:
+    """Whether torch repeats the keys: where transformers says so, but on a device of `kinds` only in `dtypes`, which
+    the flash kernel takes."""
+    return (key.device.type not in kinds or key.dtype in dtypes) and ask(mask, key, *rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qdora.errors import Interrupted
+from qdora.errors import DiskFull, Interrupted, UserError, first_line
 from qdora.files.atomic import disk_failures
 from qdora.files.console import consoles
 from qdora.files.run_directory import Checkpoint, failures_logged, log_to, only_process
@@ -33,6 +34,8 @@ from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.process_watch import sigterm_ignored
 from qdora.train.progress import TrainingProgress
 from qdora.train.task_weights import task_weights
+
+logger = logging.getLogger("qdora")
 
 
 def train_run(
@@ -140,8 +143,16 @@ def _fit(trainer: Trainer, optimizer: AdapterOptimizer, start: int) -> int:
         active.model.train()
         left_out, every = trainer.left_out(hooks, start), active.recipe.train.checkpoint_every
         limits: dict[str, Any] = {"num_steps": active.num_steps, "processes": active.processes}
-        if left_out is not None and after_step(active.model, start, left_out, stop, checkpoint_every=every, **limits):
-            return start
+        if left_out is not None:
+            try:
+                if after_step(active.model, start, left_out, stop, checkpoint_every=every, **limits):
+                    return start
+            except (RuntimeError, OSError, UserError) as error:
+                if active.processes.size > 1 or isinstance(error, DiskFull):
+                    raise
+                # It may be what ended the run before, and would end each resumed one.
+                logger.warning("Step %d cannot be measured; the run goes on: %s", start, first_line(error))
+                active.model.train()
         return fit(
             active.model,
             optimizer,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qdora.data.batching import IGNORED, MicroBatch
+from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.inject import adapted_layers
 from qdora.nn.prepared_gains import prepare_gains
 from qdora.nn.shared_norms import prepare_shared_gains
@@ -218,10 +219,11 @@ def _gradient(
         parameter.grad = None
     # float16 would lose the gradients of a small share of the sum, so there the sum is divided afterwards.
     before, after = (1, num_tokens) if getattr(model, "dtype", None) == torch.float16 else (num_tokens, 1)
-    for micro in batches:
-        input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
-        loss = batch_loss(model, input_ids, attention_mask, micro.labels, chunk=loss_chunk, packing=micro.packing)
-        (loss.nll_sum / before).backward()  # type: ignore[no-untyped-call]
+    with fast_grouped_attention():
+        for micro in batches:
+            input_ids, attention_mask = micro.input_ids.to(device), micro.attention_mask.to(device)
+            loss = batch_loss(model, input_ids, attention_mask, micro.labels, chunk=loss_chunk, packing=micro.packing)
+            (loss.nll_sum / before).backward()  # type: ignore[no-untyped-call]
     gradients = {key: parameter.grad for key, parameter in parameters.items() if parameter.grad is not None}
     if after != 1:
         for gradient in gradients.values():
