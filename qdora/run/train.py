@@ -28,7 +28,8 @@ from qdora.run.start_checks import check_model
 from qdora.run.trainer import Trainer
 from qdora.train.compiled_blocks import compiled_blocks
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
-from qdora.train.interrupt import stop_on_signal
+from qdora.train.hooks import Hooks
+from qdora.train.interrupt import StopRequest, stop_on_signal
 from qdora.train.loop import after_step, fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.process_watch import sigterm_ignored
@@ -140,30 +141,20 @@ def _fit(trainer: Trainer, optimizer: AdapterOptimizer, start: int) -> int:
     hooks = trainer.hooks(optimizer)
     bar = TrainingProgress(active.num_steps, start=start, console=active.console)
     with stop_on_signal(active.processes) as stop, bar as progress:
-        active.model.train()
-        left_out, every = trainer.left_out(hooks, start), active.recipe.train.checkpoint_every
-        limits: dict[str, Any] = {"num_steps": active.num_steps, "processes": active.processes}
-        if left_out is not None:
-            try:
-                if after_step(active.model, start, left_out, stop, checkpoint_every=every, **limits):
-                    return start
-            except (RuntimeError, OSError, UserError) as error:
-                if active.processes.size > 1 or isinstance(error, DiskFull):
-                    raise
-                # It may be what ended the run before, and would end each resumed one.
-                logger.warning("Step %d cannot be measured; the run goes on: %s", start, first_line(error))
-                active.model.train()
+        if _measure_left_out(trainer, hooks, start, stop):
+            return start
         return fit(
             active.model,
             optimizer,
             active.loader,
             active.recipe.train,
             hooks,
-            **limits,
+            num_steps=active.num_steps,
             device=active.model.device,
             progress=progress,
             stop=stop,
             start_step=start,
+            processes=active.processes,
             bad_steps=state.bad_steps,
             backoff=state.backoff,
             schedule=state.schedule,
@@ -171,3 +162,23 @@ def _fit(trainer: Trainer, optimizer: AdapterOptimizer, start: int) -> int:
             loss_chunk=None if chunk == "auto" else chunk,
             task_weights=task_weights(active.recipe, active.loader),
         )
+
+
+def _measure_left_out(trainer: Trainer, hooks: Hooks, start: int, stop: StopRequest) -> bool:
+    """Measure what a stop after `start` steps left out; returns whether the run ends with it."""
+    active = trainer.active
+    active.model.train()
+    left_out = trainer.left_out(hooks, start)
+    if left_out is None:
+        return False
+    options: dict[str, Any] = {"num_steps": active.num_steps, "processes": active.processes}
+    try:
+        every = active.recipe.train.checkpoint_every
+        return after_step(active.model, start, left_out, stop, checkpoint_every=every, **options)
+    except (RuntimeError, OSError, UserError) as error:
+        if active.processes.size > 1 or isinstance(error, DiskFull):
+            raise
+        # It may be what ended the run before, and would end each resumed one.
+        logger.warning("Step %d cannot be measured; the run goes on: %s", start, first_line(error))
+    active.model.train()
+    return False
