@@ -70,17 +70,17 @@ def smoke_grid(document: dict[str, Any], directory: Path) -> dict[str, Any]:
         "train.batch": 4,
         "eval.limit": 2,
     }
-    bases, adapters = ["16 bits", "nf4", "2:4"], ["lora", "dora", "dora, masked"]
+    bases, adapters = ["16 bits", "nf4", "2:4"], ["LoRA", "DoRA", "DoRA, masked"]
     product = {
         "base": {name: document["product"]["base"][name] for name in bases},
         "adapter": {name: document["product"]["adapter"][name] for name in adapters},
         "length": {"128 steps": {"train.steps": 2}},
     }
-    over = {"arm": "dora", "over": {"base": bases[1:]}}
+    over = {"arm": "DoRA", "over": {"base": bases[1:]}}
     stages = [
-        {"name": "main", "cells": {"adapter": ["lora", "dora"]}},
-        {"name": "transplants", "cells": {"base": ["2:4"], "adapter": ["lora", "dora"]}, "kind": "transplant"},
-        {"name": "masks", "cells": {"base": ["2:4"], "adapter": ["dora, masked"]}},
+        {"name": "main", "cells": {"adapter": ["LoRA", "DoRA"]}},
+        {"name": "transplants", "cells": {"base": ["2:4"], "adapter": ["LoRA", "DoRA"]}, "kind": "transplant"},
+        {"name": "masks", "cells": {"base": ["2:4"], "adapter": ["DoRA, masked"]}},
     ]
     return document | {
         "settings": settings,
@@ -88,7 +88,7 @@ def smoke_grid(document: dict[str, Any], directory: Path) -> dict[str, Any]:
         "seeds": [0, 1, 2],
         "stages": stages,
         "more_seeds": None,
-        "rates": SMOKE_RATES | {"like": {"adapter": {"dora, masked": "dora"}, "base": {"nf4": "16 bits"}}},
+        "rates": SMOKE_RATES | {"like": {"adapter": {"DoRA, masked": "DoRA"}, "base": {"nf4": "16 bits"}}},
         "compare": document["compare"] | {"primary": {"over": over, "beyond": over | {"minus": {"base": "16 bits"}}}},
     }
 

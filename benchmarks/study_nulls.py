@@ -167,7 +167,7 @@ def one_study(
         equivalent = [row["verdict"].startswith("no difference") for row in judged]
         better = [row["winner"] == ARMS[1] for row in judged]
         return {"better": better, "equivalent": equivalent, "any_equivalent": [any(equivalent)]}
-    rows = comparisons(arms, results, ARMS[0], ["nll_per_token"], simulated.cells)
+    rows = comparisons(arms, results, ["nll_per_token"], simulated.cells)
     single = [row for row in rows if row["role"] == "exploratory"]
     found = {
         "difference": [row["lower"] <= scenario.effect <= row["upper"] for row in single],
@@ -183,7 +183,7 @@ def _each_base_primary(simulated: _Simulated, arms: list[Arm]) -> list[dict[str,
     compare = study.compare.model_copy(update={"primary": None})
     simulated.results.study = study.model_copy(update={"compare": compare})
     compressed = [arm for arm in arms if arm.context.get("base") != DENSE]
-    rows = comparisons(compressed, simulated.results, ARMS[0], ["nll_per_token"], simulated.cells)
+    rows = comparisons(compressed, simulated.results, ["nll_per_token"], simulated.cells)
     simulated.results.study = study
     return rows
 
@@ -279,7 +279,7 @@ class _Simulated:
             return find_arms(self.cells, self.results)
         first = {str(seed) for seed in study.seeds}
         cells = [cell for cell in self.cells if cell["labels"].get("seed", "0") in first]
-        found = wide_pairs(find_arms(cells, self.results), self.results, study.more_seeds, ARMS[0])
+        found = wide_pairs(find_arms(cells, self.results), self.results, study.more_seeds)
         wide = [arm.context["base"] for arm, _ in found]
         more = [cell for cell in self.cells if cell not in cells and cell["labels"]["base"] in wide]
         return find_arms([*cells, *more], self.results)

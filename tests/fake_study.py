@@ -70,7 +70,7 @@ def make(folder: Path, *, nll: Truth = truth, generated: bool = False, fail: str
     (folder / "study.yaml").write_text(yaml.safe_dump(DOCUMENT | changes, sort_keys=False))
     study = load_study(folder / "study.yaml")
     store = StudyDirectory(folder / "study", retries=study.retries)
-    upcoming = Upcoming(study, Expander(study), store)
+    upcoming = Upcoming(Expander(study), store)
     num_cells = -1
     while len(cells := upcoming.now().cells) > num_cells:
         num_cells = len(cells)

@@ -397,6 +397,10 @@ def test_a_huge_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({}, None),
         ({"rates": None}, "the learning rates are not searched (rates)"),
         ({"seeds": [0, 1]}, "there are only 2 of 3 (compare.min_seeds) seeds"),
+        (
+            {"seeds": [0], "more_seeds": {"seeds": [8], "half_width": 0.01}},
+            "there are only 2 of 3 (compare.min_seeds) seeds",
+        ),
         ({"stages": [{"name": "few", "cells": {"seed": 0}}]}, "there are only 1 of 3 (compare.min_seeds) seeds"),
         (
             {"stages": [{"name": name, "cells": {"seed": seeds}} for name, seeds in (("a", [0, 1]), ("b", [2, 3]))]},

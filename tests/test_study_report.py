@@ -374,6 +374,7 @@ def test_guesses_blocks_and_layers_are_told(report: Report) -> None:
         ([0.0, 0.1, 0.2, 9.0], 2),  # one far above
         ([-7.0, 0.1, 0.2, 0.3], 2),  # one far below
         ([0.0, 1.0, 2.0, 3.0], 1),
+        ([0.0, 1.0, 2.0, 4.0], 1),  # one part of a broken axis would be drawn larger than the other
         ([0.5, 0.5], 1),
     ],
 )

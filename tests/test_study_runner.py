@@ -403,7 +403,7 @@ def test_a_process_waits_for_cells_that_others_work_on(tmp_path: Path, monkeypat
             return made_up(cell, directory)
 
         with cells_bar(Console(quiet=True), store) as bar:
-            found.append(_run_all(Upcoming(study, Expander(study), store), shard, work, bar))
+            found.append(_run_all(Upcoming(Expander(study), store), shard, work, bar))
 
     threads = [
         threading.Thread(target=run, args=(store, f"{part}/2", seconds))
@@ -425,7 +425,7 @@ def test_a_process_does_not_wait_for_one_that_died(tmp_path: Path, monkeypatch: 
     fake_study.make(tmp_path, fail="1000", product=product, bases=False)  # writes the files
     study = load_study(tmp_path / "study.yaml")
     store = StudyDirectory(tmp_path / "shard")
-    upcoming = Upcoming(study, Expander(study), store)
+    upcoming = Upcoming(Expander(study), store)
     (other, *_) = shard_of(upcoming.now().cells, "2/2")
     claim = store.claims.take(other.key)
     assert claim is not None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qdora.errors import UserError
 from qdora.study.cells import Cell
 from qdora.study.compare import Arm, Results, named_comparisons
 from qdora.study.grid import load_study, study_from
@@ -56,7 +57,8 @@ def test_a_primary_comparison_of_fewer_bases_than_it_names_decides_nothing(tmp_p
 def test_contexts_that_a_primary_comparison_lacks(asked: dict[str, Any], lacking: list[str]) -> None:
     stages = [{"name": "main", "cells": {"base.quant": ["none", "nf4", "fp4"]}}]
     stages.append({"name": "map", "cells": {"base.quant": "int8", "adapter": "lora"}})
-    study = study_from(fake_study.DOCUMENT | {"stages": stages, "compare": {"primary": {"it": asked}}})
+    compare = {"reference": "lora", "primary": {"it": asked}}
+    study = study_from(fake_study.DOCUMENT | {"stages": stages, "compare": compare})
     arms = [
         Arm(
             context={"base.quant": quant},
@@ -72,7 +74,7 @@ def test_contexts_that_a_primary_comparison_lacks(asked: dict[str, Any], lacking
         for quant in ("none", "nf4")
         for name in ("lora", "dora")
     ]
-    primary = [each for each in named_comparisons(arms, study, "lora", []) if each.is_primary]
+    primary = [each for each in named_comparisons(arms, study, []) if each.is_primary]
     assert [each.lacking for each in primary] == [lacking]
 
 
@@ -263,7 +265,7 @@ def test_the_best_rate_of_an_accuracy_is_that_of_the_highest(tmp_path: Path) -> 
 
 
 def test_further_seeds_are_those_of_the_two_arms_whose_interval_is_wide(tmp_path: Path) -> None:
-    """The reference is the first arm of the report, which another stage trains."""
+    """The reference is the first arm of the study file, which must be trained in the same stage."""
 
     def nll(cell: Cell) -> float:
         wobble = 0.2 * (-1) ** cell.recipe.train.seed if cell.labels.get("adapter") == "odd" else 0.0
@@ -271,7 +273,7 @@ def test_further_seeds_are_those_of_the_two_arms_whose_interval_is_wide(tmp_path
 
     adapters = fake_study.DOCUMENT["product"]["adapter"] | {"odd": {"adapter.kind": "dora", "adapter.rank": 8}}
 
-    def num_seeds(folder: str, first: list[str]) -> dict[str, int]:
+    def num_seeds(folder: str, first: list[str], **changes: Any) -> dict[str, int]:
         made = fake_study.make(
             tmp_path / folder,
             nll=nll,
@@ -283,9 +285,31 @@ def test_further_seeds_are_those_of_the_two_arms_whose_interval_is_wide(tmp_path
             ],
             more_seeds={"seeds": [4, 5], "half_width": 0.05, "stage": "all" if len(first) < 3 else "first"},
             bases=False,
+            **changes,
         )
         found = [cell for cell in read_index(made)["cells"] if cell["kind"] == "trained"]
         return {name: sum(cell["labels"]["adapter"] == name for cell in found) for name in adapters}
 
     assert num_seeds("one stage", ["lora", "dora", "odd"]) == {"lora": 6, "dora": 4, "odd": 6}
-    assert num_seeds("two stages", ["lora"]) == {"lora": 4, "dora": 4, "odd": 4}  # lora is of another stage
+    assert num_seeds("one seed", ["lora", "dora", "odd"], seeds=[0]) == {"lora": 3, "dora": 3, "odd": 3}
+    with pytest.raises(UserError, match=r"more_seeds.stage: must train lora, .*, got all with dora, odd\."):
+        num_seeds("two stages", ["lora"])
+
+
+def test_the_reference_is_told_by_the_study_file_and_not_by_what_is_finished(tmp_path: Path) -> None:
+    """The first arm diverged with all rates, so no result is left of it."""
+
+    def nll(cell: Cell) -> float:
+        return float("nan") if cell.labels.get("adapter") == "lora" else fake_study.truth(cell)
+
+    adapters = fake_study.DOCUMENT["product"]["adapter"] | {"odd": {"adapter.kind": "dora", "adapter.rank": 8}}
+    made = fake_study.make(tmp_path, nll=nll, product={"base.quant": ["nf4"], "adapter": adapters}, compare={})
+    report = read_report(made)
+    assert {row["adapter"] for row in rows(report, "arms", kind="trained")} == {"dora", "odd"}
+    assert rows(report, "comparisons") == []  # not odd against dora
+    index = read_index(made)
+    assert index["study"]["compare"] == {"reference": "lora"}
+    del index["study"]["compare"]["reference"]
+    (made / "study.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="was made by an older qdora"):
+        read_report(made)

@@ -24,6 +24,7 @@ from qdora.study.grid import (
     Study,
     choices,
     combinations,
+    further_seeds,
     in_words,
     label_of,
     stage_with_more_seeds,
@@ -146,6 +147,26 @@ class Expander:
         self._bases: dict[str, tuple[str, Recipe]] = {}
         self.arms = list(self._arms())
         self._check()
+        self.study = self._with_reference(study)
+
+    def _with_reference(self, study: Study) -> Study:
+        """The study with the arm that others are compared with: as it says, or the first one with training.
+
+        UserError: the arms that are to get further seeds are not compared with it.
+        """
+        compare = study.compare
+        trained = [arm for arm in self.arms if arm.stage.kind == "train" and not self._is_bare(arm)]
+        names = [arm.labels[compare.arm] for arm in trained]
+        reference = compare.reference or next(iter(names), None)
+        if study.more_seeds is not None and trained:
+            stage = stage_with_more_seeds(study)
+            there = sorted({name for arm, name in zip(trained, names, strict=True) if arm.stage.name == stage})
+            if reference not in there or len(there) < 2:
+                raise UserError(
+                    f"study: more_seeds.stage: must train {reference}, which other arms are compared with, and one "
+                    f"more, got {stage} with {', '.join(there)}. Fix: name another stage, or set compare.reference."
+                )
+        return study.model_copy(update={"compare": compare.model_copy(update={"reference": reference})})
 
     def now(
         self,
@@ -176,7 +197,8 @@ class Expander:
             found = self._search(arm, searches, loss)
             if found is not None and found.is_done and found.rate is None:
                 continue  # every rate diverged
-            for number, seed in enumerate((*arm.seeds, *self._more_seeds(arm, is_wide))):
+            further = further_seeds(self.study, arm.stage.name) if is_wide(arm.labels) else ()
+            for number, seed in enumerate((*arm.seeds, *further)):
                 cell = self._cell(arm, seed, found, trained)
                 if cell is not None and cell.adapter_key is not None:
                     left = has_adapter(trained[cell.adapter_key])
@@ -196,13 +218,6 @@ class Expander:
         every = [*(uncompressed | bases).values(), *of_rates.values(), *in_order]
         cells = [replace(cell, equal=tuple(equal.get(cell.key, ()))) for cell in every]
         return Cells(cells, waiting, list(searches.values()))
-
-    def _more_seeds(self, arm: _Arm, is_wide: IsWide) -> tuple[int, ...]:
-        """The further seeds of an arm whose interval is too wide."""
-        more = self.study.more_seeds
-        if more is None or arm.stage.name != stage_with_more_seeds(self.study) or not is_wide(arm.labels):
-            return ()
-        return tuple(seed for seed in more.seeds if seed not in arm.seeds)
 
     def _arms(self) -> Iterator[_Arm]:
         for stage, labels, seeds in combinations(self.study):
@@ -225,7 +240,7 @@ class Expander:
         if faults:
             raise UserError(*(f"{self.where} ({_first(named)}): {fault}" for fault, named in faults.items()))
         if not self.arms:
-            raise UserError(f"{self.where}: exclude leaves no cell, at least one is needed.")
+            raise UserError("study: exclude leaves no cell, at least one is needed.")
 
     def _faults(self, arm: _Arm) -> Iterator[str]:
         taken = [key for key in _OF_SEED if key in arm.changes]

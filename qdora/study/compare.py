@@ -23,6 +23,7 @@ from qdora.study.grid import (
     Study,
     as_list,
     combinations,
+    further_seeds,
     in_words,
     label_of,
     matches,
@@ -233,23 +234,23 @@ class NamedComparison:
         return list({id(arm): arm for _, *pair in self.terms for arm in pair}.values())
 
 
-def named_comparisons(arms: Sequence[Arm], study: Study, reference: str, cells: Records) -> list[NamedComparison]:
+def named_comparisons(arms: Sequence[Arm], study: Study, cells: Records) -> list[NamedComparison]:
     """The primary comparisons, then every trained arm beside the reference of its context, as far as they can be made.
 
     Without `compare.primary` the latter are the primary ones. Of the cells only their labels are used.
     """
-    compare, pairs = study.compare, _pairs(arms, reference)
+    compare, pairs = study.compare, _pairs(arms, study)
     found = []
     for name, asked in (compare.primary or {}).items():
         terms = _terms(asked, pairs)
         if terms:
-            arm = terms[0][1].name
+            _, arm, other = terms[0]
             found.append(
                 NamedComparison(
                     name=name,
                     context={},
-                    arm=arm,
-                    reference=reference,
+                    arm=arm.name,
+                    reference=other.name,
                     is_primary=True,
                     terms=terms,
                     lacking=_lacking(asked, terms, study, cells),
@@ -268,8 +269,9 @@ def named_comparisons(arms: Sequence[Arm], study: Study, reference: str, cells: 
     ]
 
 
-def _pairs(arms: Sequence[Arm], reference: str) -> list[tuple[Arm, Arm]]:
+def _pairs(arms: Sequence[Arm], study: Study) -> list[tuple[Arm, Arm]]:
     """Every trained arm beside the reference of its context."""
+    reference = study.compare.reference
     return [
         (arm, other)
         for arm in arms
@@ -332,9 +334,7 @@ def _first_places(cells: Records, study: Study) -> dict[Place, Place]:
     return {other: place for other, place in pairs if other not in own}
 
 
-def comparisons(
-    arms: Sequence[Arm], results: Results, reference: str, measures: Sequence[str], cells: Records
-) -> list[dict[str, Any]]:
+def comparisons(arms: Sequence[Arm], results: Results, measures: Sequence[str], cells: Records) -> list[dict[str, Any]]:
     """One row for each comparison and measure, judged (`_judge`). A positive improvement is better.
 
     The primary comparisons are those of the first of the measures, the study's metric; all others are exploratory.
@@ -342,7 +342,7 @@ def comparisons(
     compare = results.study.compare
     rows = [
         row
-        for each in named_comparisons(arms, results.study, reference, cells)
+        for each in named_comparisons(arms, results.study, cells)
         for measure in measures
         if (row := _row(each, results, measure, is_primary=each.is_primary and measure == measures[0])) is not None
     ]
@@ -480,32 +480,22 @@ def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
     return statistics.example_interval(results.scores(key)[measure], results.weighting(measure), CONFIDENCE)
 
 
-def wide_pairs(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig, reference: str) -> list[tuple[Arm, Arm]]:
-    """Finished pairs whose interval is wider than asked for, whatever the difference is.
+def wide_pairs(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig) -> list[tuple[Arm, Arm]]:
+    """Finished pairs whose interval is unknown or wider than asked for, whatever the difference is.
 
-    Only the first seeds count, not the further ones, so the answer stays the same while these are run.
-
-    Args:
-        arms: Those of the stage that gets the further seeds.
-        reference: The arm that all arms of the study are compared with.
+    The arms are those of the stage that gets the further seeds. Only the first seeds count, not the further ones, so
+    the answer stays the same while these are run.
     """
     more = {str(seed) for seed in asked.seeds}
     found = []
-    for pair in _pairs(arms, reference):
+    for pair in _pairs(arms, results.study):
         if any(arm.num_missing for arm in pair):
             continue
         first = [replace(arm, seeds={seed: key for seed, key in arm.seeds.items() if seed not in more}) for arm in pair]
         by_seed = seed_improvements([(1.0, first[0], first[1])], results, results.study.compare.metric)
-        if by_seed and improvement_interval(by_seed).half_width > asked.half_width:
+        if by_seed and not improvement_interval(by_seed).half_width <= asked.half_width:  # nan with a single seed
             found.append(pair)
     return found
-
-
-def reference_of(arms: Sequence[Arm], study: Study) -> str:
-    """The arm that others are compared with: as the study says, or the first one with training."""
-    if study.compare.reference is not None:
-        return study.compare.reference
-    return next((arm.name for arm in arms if arm.kind == "trained"), "")
 
 
 def cannot_decide(study: Study) -> list[str]:
@@ -516,7 +506,7 @@ def cannot_decide(study: Study) -> list[str]:
     num_seeds: Counter[Place] = Counter()
     for stage, labels, seeds in combinations(study):
         if stage.kind == "train":
-            num_seeds[_place(labels, study)] += len(seeds)
+            num_seeds[_place(labels, study)] += len(seeds) + len(further_seeds(study, stage.name))
     most = max(num_seeds.values(), default=0)
     if most < study.compare.min_seeds:
         reasons.append(f"there are only {most} of {study.compare.min_seeds} (compare.min_seeds) seeds")
@@ -526,15 +516,14 @@ def cannot_decide(study: Study) -> list[str]:
 def never_decided(cells: Records, results: Results) -> list[str]:
     """A sentence on each primary comparison that the study file itself rules out; the cells are all planned ones."""
     study, arms = results.study, find_arms(cells, results, as_planned=True)
-    reference = reference_of(arms, study)
-    named = named_comparisons(arms, study, reference, cells)
+    named = named_comparisons(arms, study, cells)
     lacking = {each.name: each.lacking for each in named if each.is_primary}
     told = []
     for name in study.compare.primary or {}:
         if name not in lacking:
             told.append(
-                f"The comparison {name!r} cannot be made: its labels must name contexts in which {reference} and one "
-                "other arm are trained."
+                f"The comparison {name!r} cannot be made: its labels must name contexts in which "
+                f"{study.compare.reference} and one other arm are trained."
             )
         elif lacking[name]:
             where = " and for ".join(lacking[name])

@@ -355,6 +355,12 @@ def stage_with_more_seeds(study: Study) -> str:
     return study.more_seeds.stage or (study.stages[0].name if study.stages else "main")
 
 
+def further_seeds(study: Study, stage: str) -> tuple[int, ...]:
+    """The seeds that arms of a stage get where an interval is too wide."""
+    more = study.more_seeds
+    return () if more is None or stage != stage_with_more_seeds(study) else more.seeds
+
+
 def as_list(value: Any) -> list[Any]:
     """A value as a list, which it may already be."""
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -20,7 +20,6 @@ from qdora.study.compare import (
     Results,
     find_arms,
     named_comparisons,
-    reference_of,
     seed_improvements,
 )
 from qdora.study.grid import Study, in_words
@@ -123,13 +122,11 @@ def outlooks(cells: Cells, results: Results) -> list[Outlook]:
     compare = results.study.compare
     records = [cell.record() for cell in cells.cells]
     planned, finished = find_arms(records, results, as_planned=True), find_arms(records, results)
-    reference = reference_of(planned, results.study)
-    primary = [each for each in named_comparisons(planned, results.study, reference, records) if each.is_primary]
+    primary = [each for each in named_comparisons(planned, results.study, records) if each.is_primary]
     measured = {
-        each.name + in_words(each.context): each
-        for each in named_comparisons(finished, results.study, reference, records)
+        each.name + in_words(each.context): each for each in named_comparisons(finished, results.study, records)
     }
-    of_rates = _spread_of_searches(cells, results, reference)
+    of_rates = _spread_of_searches(cells, results)
     found = []
     for each in primary:
         number = min(len(arm.seeds) for arm in each.arms)
@@ -164,7 +161,7 @@ def _known_spread(comparison: NamedComparison | None, results: Results) -> tuple
     return float(np.std(list(by_seed.values()), ddof=1)), f"{len(by_seed)} seeds that are done"
 
 
-def _spread_of_searches(cells: Cells, results: Results, reference: str) -> tuple[float, str]:
+def _spread_of_searches(cells: Cells, results: Results) -> tuple[float, str]:
     """Standard deviation between the search's seeds of arm - reference, each at its best rate, pooled over contexts."""
     compare = results.study.compare
     best = [(labels, runs) for labels, search, own in cells.searches if (runs := _best_runs(search, own, results))]
@@ -174,7 +171,7 @@ def _spread_of_searches(cells: Cells, results: Results, reference: str) -> tuple
             context, other_context = (
                 {axis: text for axis, text in each.items() if axis != compare.arm} for each in (labels, other_labels)
             )
-            if context == other_context and other_labels[compare.arm] == reference != labels[compare.arm]:
+            if context == other_context and other_labels[compare.arm] == compare.reference != labels[compare.arm]:
                 differences = [runs[seed] - others[seed] for seed in runs if seed in others]
                 squares += float(np.var(differences)) * len(differences)
                 free += len(differences) - 1

@@ -26,7 +26,6 @@ from qdora.study.compare import (
     find_arms,
     level_seeds,
     quality,
-    reference_of,
 )
 from qdora.study.grid import RATE, SEED, Study, in_words
 from qdora.study.guesses import read_guesses
@@ -94,6 +93,8 @@ def read_report(directory: Path) -> Report:
     index = read_index(directory)
     study = Study.model_validate(index["study"])
     compare, cells = study.compare, index["cells"]
+    if compare.reference is None and any(cell["kind"] == "trained" for cell in cells):
+        raise UserError(f"{directory}: was made by an older qdora. Fix: run 'qdora study' there again.")
     store = StudyDirectory(directory, retries=study.retries)
     results = Results(store, study)
     arms = find_arms(cells, results)
@@ -101,8 +102,7 @@ def read_report(directory: Path) -> Report:
         if any(results.diverged(cell["key"]) for cell in cells):
             raise UserError(f"{directory}: every finished cell diverged. Fix: add lower values to rates.")
         raise UserError(f"{directory}: no cell is finished yet. Fix: run 'qdora study' first.")
-    reference = reference_of(arms, study)
-    pairs = comparisons(arms, results, reference, _measures(arms, results), cells)
+    pairs = comparisons(arms, results, _measures(arms, results), cells)
     axes = [axis for axis in study.product if axis != compare.arm]
     arm_rows = [_arm_row(arm, axes, results) for arm in arms]
     _mark_pareto(arm_rows, arms, study)
@@ -119,7 +119,7 @@ def read_report(directory: Path) -> Report:
         "changes": [row for cell in cells for row in _change_rows(cell, axes, results)],
         "blocks": [row for cell in cells for row in _block_rows(cell, axes, results)],
         "guesses": _guess_rows(cells, results),
-        "facts": _facts(cell_rows, pairs, results, reference),
+        "facts": _facts(cell_rows, pairs, results),
     }
     label = _LABELS[compare.metric]
     said = verdict(pairs, cell_rows, index["rates"], axes, label)
@@ -293,7 +293,7 @@ def _guess_rows(cells: Sequence[Row], results: Results) -> Rows:
     return [{"guess": name, "nll": value} for name, value in rows.items()]
 
 
-def _facts(cells: Rows, pairs: Rows, results: Results, reference: str) -> Rows:
+def _facts(cells: Rows, pairs: Rows, results: Results) -> Rows:
     compare = results.study.compare
     status = [row["status"] for row in cells]
     facts: dict[str, Any] = {
@@ -314,7 +314,7 @@ def _facts(cells: Rows, pairs: Rows, results: Results, reference: str) -> Rows:
         "power %": 100 * compare.power,
         "least seeds": compare.min_seeds,
         "hours": sum(row.get("seconds") or 0.0 for row in cells) / 3600,
-        "reference": reference or BASE_ARM,
+        "reference": compare.reference or BASE_ARM,
         "weights of tasks": f"{compare.tasks} in NLL per token",
         "compared on": "the test split"
         if compare.split == "test"

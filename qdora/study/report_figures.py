@@ -27,7 +27,7 @@ _WIDE, _NARROW = 11.0, 4.0  # inches: at 10 points, letters have about 13 pixels
 _PAIR = ("arm", "reference")
 _ROW = 0.34
 _MOST_ROWS, _MOST_PANELS = 40, 12
-_FAR = 0.6
+_FAR = 1.25
 """An axis is broken where a gap is so many times as wide as the part on its side with more values."""
 
 
@@ -60,7 +60,8 @@ class Dots:
 class Panel:
     """Rows of dots over one axis: label -> dots; `marks` are values to compare with, `zone` is shaded around 0.
 
-    tells_values: Write the number beside each dot. in_one_line: The dots of a row do not stand below one another.
+    with_zero: The axis holds 0. tells_values: Write the number beside each interval. in_one_line: The dots of a row do
+    not stand below one another.
     """
 
     x_label: str
@@ -68,6 +69,7 @@ class Panel:
     marks: dict[str, float] = field(default_factory=dict)
     zone: float | None = None
     title: str = ""
+    with_zero: bool = True
     tells_values: bool = False
     in_one_line: bool = False
 
@@ -388,7 +390,7 @@ def _styles_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def _dot_figure(panels: Sequence[Panel], styles: Mapping[str, tuple[str, str]], wide: bool) -> Figure:
     """Panels beside one another if wide, else below; an axis with far values is broken."""
-    width = 34 if wide else 19
+    width = _label_width(wide)
     heights = [_ROW * sum(each.height(label, width) + 0.2 for label in each.rows) + 1.1 for each in panels]
     across = len(panels) if wide else 1
     height = (max(heights) if wide else sum(heights)) + 0.3
@@ -397,22 +399,26 @@ def _dot_figure(panels: Sequence[Panel], styles: Mapping[str, tuple[str, str]], 
     parts = figure.subfigures(len(panels) // across, across, squeeze=False, height_ratios=ratios).ravel()
     drawn: dict[str, Any] = {}
     for part, panel in zip(parts, panels, strict=True):
-        _draw_panel(part, panel, styles, width, drawn)
+        _draw_panel(part, panel, styles, drawn, wide=wide)
     if len(drawn) > 1:
         _legend(figure, drawn, wide)
     return figure
 
 
 def _draw_panel(
-    part: Any, panel: Panel, styles: Mapping[str, tuple[str, str]], width: int, drawn: dict[str, Any]
+    part: Any, panel: Panel, styles: Mapping[str, tuple[str, str]], drawn: dict[str, Any], *, wide: bool
 ) -> None:
-    """Rows from top to bottom, labels of so many letters a line; `drawn` gets a handle for each name."""
+    """Rows from top to bottom; `drawn` gets a handle for each name."""
+    width = _label_width(wide)
     dots = [each for row in panel.rows.values() for each in row]
-    marks = {**({"": 0.0} if panel.marks or panel.zone else {}), **panel.marks}
+    marks = {**({"": 0.0} if panel.with_zero else {}), **panel.marks}
     values = [value for each in dots for value in (each.value, *each.seeds)]
     values += [end for each in dots if not each.may_be_cut for end in (each.lower, each.upper) if math.isfinite(end)]
     values += [*marks.values(), *([] if panel.zone is None else [-panel.zone, panel.zone])]
     spans = spans_of(values)
+    if panel.tells_values:
+        low, high = spans[-1]
+        spans[-1] = low, high + (0.06 if wide else 0.12) * (high - low)
     ratios = [4.0 if low <= np.median(values) <= high else 1.6 for low, high in spans]
     every = part.subplots(1, len(spans), sharey=True, squeeze=False, width_ratios=ratios)[0]
     place, ticks = 0.0, []
@@ -426,14 +432,15 @@ def _draw_panel(
                 handle = _draw_dots(axes, each, place + step * index, style)
                 if panel.tells_values and low <= each.value <= high:
                     where = {"xytext": (6, -3), "textcoords": "offset points", "fontsize": "x-small"}
-                    axes.annotate(f"{each.value:.3g}", (each.value, place + step * index), **where)
+                    end = each.upper if each.upper <= high else each.value
+                    axes.annotate(f"{each.value:.3g}", (end, place + step * index), **where)
             drawn.setdefault(each.name, handle)
             _mark_cut(every, each, place + step * index, (spans[0][0], spans[-1][1]), style[0])
         place += height + 0.2
     for axes, (low, high) in zip(every, spans, strict=True):
         axes.set_xlim(low, high)
         is_far = len(spans) > 1 and not low <= np.median(values) <= high
-        axes.locator_params(axis="x", nbins=1 if is_far else 6)
+        _set_ticks(axes, (low, high), 1 if is_far else 6 if wide else 3 if len(spans) == 1 else 2)
         axes.grid(alpha=0.3, axis="x")
         if panel.zone is not None:
             axes.axvspan(-panel.zone, panel.zone, color=_SHADE, alpha=0.2, lw=0)
@@ -448,6 +455,23 @@ def _draw_panel(
     part.supxlabel(textwrap.fill(panel.x_label, 2 * width + 10), fontsize="medium")
     if panel.title:
         every[0].set_title(panel.title, loc="left", fontsize="medium", pad=26 if panel.marks else 6)
+
+
+def _label_width(wide: bool) -> int:
+    """Letters in a line of a row's label."""
+    return 34 if wide else 19
+
+
+def _set_ticks(axes: Axes, span: tuple[float, float], most: int) -> None:
+    """Round ticks on the x axis: one, or about so many."""
+    from matplotlib.ticker import MaxNLocator
+
+    for number in (most, 3):
+        ticks = MaxNLocator(number, steps=[1, 2, 5, 10]).tick_values(*span)
+        inside = [float(tick) for tick in ticks if span[0] <= tick <= span[1]]
+        if inside:
+            break
+    axes.set_xticks(inside[(len(inside) - 1) // 2 :][:1] if most == 1 else inside)
 
 
 def _draw_dots(axes: Axes, each: Dots, y: float, style: tuple[str, str]) -> Any:

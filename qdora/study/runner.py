@@ -112,7 +112,7 @@ def study_run(
         return _outlook(study, directory, expander, shard, progress=progress, results=results)
     with disk_failures(directory):
         store = StudyDirectory(directory, retries=study.retries)
-        upcoming = Upcoming(study, expander, store)
+        upcoming = Upcoming(expander, store)
         cells = upcoming.now()
         _tell(expander, upcoming.results, cells, shard, progress=progress, results=results)
         if retry_failed:
@@ -120,7 +120,6 @@ def study_run(
         with cells_bar(progress, store) as bar, _quiet_runs(), store.present():
             mine = _run_all(upcoming, shard, cell_work(store), bar)
             _leave_missing_pages(mine, store)
-            _leave_guesses(upcoming.now().cells, store)
     return _concluded(tally(mine, store), mine, upcoming.now(), directory, results)
 
 
@@ -130,6 +129,7 @@ def _run_all(upcoming: Upcoming, shard: str | None, work: Work, bar: CellsBar) -
     while True:
         cells = upcoming.now()
         mine = shard_of(cells.cells, shard)
+        _leave_guesses(cells.cells, store)
         bar.show(mine)
         before = store.num_done({cell.key for cell in cells.cells})
         run_cells(mine, store, work, bar.report)
@@ -219,7 +219,7 @@ def submit_study(
     if cluster not in CLUSTERS:
         raise UserError(not_one_of("--cluster", cluster, CLUSTERS))
     study, directory, expander = _checked(file, directory)
-    upcoming = Upcoming(study, expander, StudyDirectory(directory, retries=study.retries))
+    upcoming = Upcoming(expander, StudyDirectory(directory, retries=study.retries))
     notes = notes_on(expander, upcoming.results)
     for note in notes:
         consoles(None)[0].print(note, markup=False, highlight=False)
@@ -248,8 +248,8 @@ def submit_jobs(
 
 
 def _checked(file: Path, directory: Path | None) -> tuple[Study, Path, Expander]:
-    study = load_study(file)
-    expander = Expander(study)
+    expander = Expander(load_study(file))
+    study = expander.study
     cells = planned_cells(expander, None)
     faults = [fault for cell in cells.cells for fault in missing_files(cell.recipe, str(file))]
     if study.compare.split == "test":

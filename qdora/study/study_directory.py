@@ -128,7 +128,7 @@ class StudyDirectory:
         return max(1, int(sum(Fraction(1, max(1, users[core])) for core in cpus())))
 
     def write_index(self, study: Study, cells: Cells) -> None:
-        """Write study.json for the report: the study as it was given, its cells, and what the searches found."""
+        """Write study.json for the report: the study, its cells, and what the searches found."""
         plain = study.model_dump(mode="json", exclude_unset=True)
         document = {
             "study": plain,
