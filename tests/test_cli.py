@@ -347,6 +347,15 @@ def test_lines_of_the_hub_are_shown_once() -> None:
     assert done.stderr == "Retrying in 1s\n"
 
 
+@pytest.mark.parametrize(("rank", "expected"), [("0", "found\nodd\n"), ("1", "odd\n")])
+def test_the_first_process_of_a_launch_tells_what_all_find(rank: str, expected: str) -> None:
+    code = "import logging, qdora.cli.verb as v; v._set_up_output(); log = logging.getLogger('qdora'); "
+    code += "log.info('found'); log.warning('odd')"
+    environment = os.environ | {"RANK": rank}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stderr == expected
+
+
 def test_a_missing_data_file_is_reported_for_the_recipe(tmp_path: Path) -> None:
     found = invoke("train", "own-data", "-s", "model.source=builtin", "--run-dir", tmp_path / "run")
     assert found.exit_code == 2

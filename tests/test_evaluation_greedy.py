@@ -12,7 +12,7 @@ from torch import nn
 
 from qdora.errors import RunFailure
 from qdora.evaluation.forward_path import find_path
-from qdora.evaluation.generation import decode_greedily
+from qdora.evaluation.generation import _Rows, decode_greedily
 from tests import tiny_adapted
 from tests.test_evaluation_spans import VOCABULARY, tiny_model
 
@@ -100,6 +100,27 @@ def test_without_a_shared_cache_it_is_said_that_it_is_slow(caplog: pytest.LogCap
         decode_greedily(tiny_model("bloom"), prompts()[:2], max_new_tokens=1, stop_ids=())
     assert "one by one" in caplog.text
     assert "position_ids" in caplog.text
+
+
+def test_a_batch_that_does_not_fit_is_decoded_again_in_halves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Memory runs out at the third token, as it does where the cache grows."""
+    model = tiny_model("llama")
+    expected = [naive(model, prompt, 6) for prompt in prompts()]
+    sizes: list[int] = []
+    real = _Rows.next
+
+    def short(self: _Rows, tokens: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(tokens))
+        if len(tokens) > 2 and self._mask.shape[1] > len(max(prompts(), key=len)):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, tokens)
+
+    monkeypatch.setattr(_Rows, "next", short)
+    assert decode_greedily(model, prompts(), max_new_tokens=6, stop_ids=()) == expected
+    assert max(sizes) == len(LENGTHS)
+    assert sum("out of memory" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_a_broken_model_is_a_failure() -> None:

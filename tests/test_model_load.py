@@ -282,6 +282,23 @@ def test_auto_takes_flash_attention_only_on_gpus_that_have_its_kernels(monkeypat
     assert tried == ["flash_attention_2" if takes_flash else None]
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((7, 5), torch.float16, "needs a GPU of compute capability 8.0 or more, and this one has 7.5"),
+        ((8, 0), torch.float32, r"has no kernels for float32 \(model.dtype\)"),
+    ],
+)
+def test_flash_attention_that_cannot_run_is_refused(monkeypatch, capability, dtype, reason):
+    flash_attention_installed(monkeypatch, capability)
+
+    def build(choice: str | None) -> PreTrainedModel:
+        raise AssertionError("nothing is built")
+
+    with pytest.raises(UserError, match=rf"^model\.attention: got flash_attention_2, which {reason}; must be auto, "):
+        with_attention(build, CONFIGS["llama"], "flash_attention_2", **{**ON_GPU, "dtype": dtype})
+
+
 def test_a_model_that_cannot_be_built_is_not_said_to_lack_an_attention(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

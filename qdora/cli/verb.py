@@ -81,8 +81,9 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 def _set_up_output() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    is_quiet = _asked.quiet or os.environ.get("RANK", "0") != "0"  # all processes of a launch do the same things
     # The level is set on the handler: a run lowers that of its logger, so that log.txt gets everything.
-    logging.getLogger().handlers[0].setLevel(logging.WARNING if _asked.quiet else logging.INFO)
+    logging.getLogger().handlers[0].setLevel(logging.WARNING if is_quiet else logging.INFO)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself

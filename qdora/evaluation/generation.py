@@ -28,6 +28,7 @@ from qdora.data.example import Example
 from qdora.data.tokenize import encode_batch, special_prefix
 from qdora.errors import RunFailure, UserError
 from qdora.evaluation.forward_path import ForwardPath, context_length, find_path, input_device, scoring
+from qdora.evaluation.halved_batches import halved_where_short
 from qdora.evaluation.metrics import mean_stderr
 from qdora.evaluation.shared_batches import results_of
 from qdora.evaluation.suite import (
@@ -334,9 +335,10 @@ def decode_greedily(
 ) -> list[list[int]]:
     """The continuation of every prompt by the most likely next token, again and again.
 
-    Prompts are batched, left-padded, with a key-value cache; rows leave the batch when they are done. Apart from
-    rounding the result does not depend on the batch. A model without a cache that padded rows can share (recurrent
-    states, no explicit positions) runs row by row and whole for every token, which is slow.
+    Prompts are batched, left-padded, with a key-value cache; rows leave the batch when they are done. A batch that does
+    not fit into memory is decoded again in halves. Apart from rounding the result does not depend on the batch. A model
+    without a cache that padded rows can share (recurrent states, no explicit positions) runs row by row and whole for
+    every token, which is slow.
 
     Args:
         prompts: Token ids, at least one each, in any order.
@@ -363,7 +365,8 @@ def decode_greedily(
 
     report = None if progress is None else lambda num_done: progress(num_done, len(prompts))
     with scoring(model):
-        found = results_of(length_batches(order, lambda index: len(prompts[index]), fits), compute, report)
+        batches = length_batches(order, lambda index: len(prompts[index]), fits)
+        found = results_of(batches, halved_where_short(model, compute), report)
     return [found[index] for index in range(len(prompts))]
 
 

@@ -42,6 +42,8 @@ def _in_halves(compute: Compute[Result], told: list[int], batch: list[int]) -> l
     free_memory()  # outside the except block, where the error keeps the tensors of its frames alive
     if not told:
         told.append(len(batch))
-        logger.warning("Evaluation: out of memory with a batch of %d; computed in halves (%s).", len(batch), reason)
+        logger.warning(
+            "Evaluation: out of memory with a batch of %d; computed again in halves (%s).", len(batch), reason
+        )
     middle = len(batch) // 2
     return [result for half in (batch[:middle], batch[middle:]) for result in _in_halves(compute, told, half)]

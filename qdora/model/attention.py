@@ -29,6 +29,7 @@ _SOFTCAP = re.compile(r"(attn|attention)\w*soft_?cap")
 _SINKS = re.compile(r"(^|_)sinks?(_|$)")
 _SOFTCAP_SINCE = "2.6.0"  # of flash-attn
 _FLASH_CAPABILITY = (8, 0)  # Ampere; the kernels of flash-attn fail on older GPUs
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 BAD_CONFIG = (
     ArithmeticError,
@@ -95,9 +96,12 @@ def with_attention(
     cap = softcap_of(config)
     choice = None if cap is None else "eager"
     why = "transformers' choice for it"
-    flash = asked == "auto" and device.type == "cuda" and dtype != torch.float32 and _runs_flash(device)
+    flash = asked == "auto" and device.type == "cuda" and is_flash_attn_2_available() and not _no_flash(device, dtype)
     if asked != "auto":
         _check(asked, cap, name)
+        reason = _no_flash(device, dtype) if asked == "flash_attention_2" and device.type == "cuda" else None
+        if reason is not None:
+            raise UserError(f"model.attention: got flash_attention_2, which {reason}; must be auto, sdpa or eager.")
         model, why = attempt(asked), "as model.attention asks"
     elif flash and (cap is None or "flash_attention_2" in cap.computed_by):
         try:
@@ -119,9 +123,16 @@ def with_attention(
     return model
 
 
-def _runs_flash(device: torch.device) -> bool:
-    """Whether flash_attention_2 is installed and this GPU has its kernels, which transformers does not ask."""
-    return is_flash_attn_2_available() and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
+def _no_flash(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why flash-attn has no kernel for a GPU and dtype, which transformers does not ask; None if it has one."""
+    if dtype not in _FLASH_DTYPES:
+        return f"has no kernels for {str(dtype).removeprefix('torch.')} (model.dtype)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FLASH_CAPABILITY:
+        return "needs a GPU of compute capability {}.{} or more, and this one has {}.{}".format(
+            *_FLASH_CAPABILITY, *capability
+        )
+    return None
 
 
 def _check(asked: str, need: Need | None, name: str) -> None:

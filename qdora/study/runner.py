@@ -118,8 +118,10 @@ def study_run(
         if retry_failed:
             store.forget_failures([cell.key for cell in cells.cells])
         with cells_bar(progress, store) as bar, _quiet_runs(), store.present():
+            _leave_guesses(cells.cells, store)  # also if this start is stopped
             mine = _run_all(upcoming, shard, cell_work(store), bar)
             _leave_missing_pages(mine, store)
+            _leave_guesses(upcoming.now().cells, store)
     return _concluded(tally(mine, store), mine, upcoming.now(), directory, results)
 
 
@@ -129,7 +131,6 @@ def _run_all(upcoming: Upcoming, shard: str | None, work: Work, bar: CellsBar) -
     while True:
         cells = upcoming.now()
         mine = shard_of(cells.cells, shard)
-        _leave_guesses(cells.cells, store)
         bar.show(mine)
         before = store.num_done({cell.key for cell in cells.cells})
         run_cells(mine, store, work, bar.report)
