@@ -126,7 +126,7 @@ class KeptStudy:
         self.halves = self.searched and self.compare["split"] == "halves"
         self.arms = self._arms(document["cells"], "trained")
         self.transplants = self._arms(document["cells"], "transplant")
-        self.reference = self.compare.get("reference") or self.arms[0].name
+        self.reference = self.compare["reference"]
         self.primary: dict[Key, list[Term]] = {}
         self.lacking: dict[Key, bool] = {}
         self.shared = self._shared([each["cell"] for each in document["cells"] if each["cell"]["kind"] == "trained"])

@@ -182,6 +182,13 @@ def test_batches_that_do_not_fit_are_run_in_halves(
         monkeypatch.setattr(spans_module, name, partial(short, getattr(spans_module, name)))
     assert_close(score_groups(model, groups), expected)
     assert max(sizes) > fitting
+    sizes.clear()
+    many = groups + random_groups(seed=7) + random_groups(seed=8)
+    assert_close(score_groups(model, many, max_batch_tokens=200), naive_groups(model, many))
+    assert len(sizes) > 20
+    assert sum(size > fitting for size in sizes) < 10  # later batches begin with as many parts as one has needed
+    caplog.clear()
+    assert_close(score_groups(model, groups), expected)
     told = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
     assert 1 <= len(told) <= 2  # once for each kind of batch
     assert "Tried to allocate 2.00 GiB" in told[0]

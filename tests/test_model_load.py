@@ -285,7 +285,7 @@ def test_auto_takes_flash_attention_only_on_gpus_that_have_its_kernels(monkeypat
 @pytest.mark.parametrize(
     ("capability", "dtype", "reason"),
     [
-        ((7, 5), torch.float16, "needs a GPU of compute capability 8.0 or more, and this one has 7.5"),
+        ((7, 5), torch.float32, "needs a GPU of compute capability 8.0 or more, and this one has 7.5"),
         ((8, 0), torch.float32, r"has no kernels for float32 \(model.dtype\)"),
     ],
 )

@@ -398,8 +398,8 @@ def test_a_huge_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"rates": None}, "the learning rates are not searched (rates)"),
         ({"seeds": [0, 1]}, "there are only 2 of 3 (compare.min_seeds) seeds"),
         (
-            {"seeds": [0], "more_seeds": {"seeds": [8], "half_width": 0.01}},
-            "there are only 2 of 3 (compare.min_seeds) seeds",
+            {"seeds": [0, 1], "more_seeds": {"seeds": [8], "half_width": 0.01}},
+            None,
         ),
         ({"stages": [{"name": "few", "cells": {"seed": 0}}]}, "there are only 1 of 3 (compare.min_seeds) seeds"),
         (
@@ -500,6 +500,19 @@ FAULTS = [
         },
         "more_seeds.seeds: must be seeds of their own, got 7",
         "which is also in stages[].cells.seed",
+    ),
+    (
+        {"seeds": [0], "more_seeds": {"seeds": [7], "half_width": 0.1}},
+        "more_seeds.seeds: must be those of a stage with 2 seeds or more",
+        "got 1 seed (stage 'main').",
+    ),
+    (
+        {
+            "stages": [{"name": "main"}, {"name": "map", "cells": {"seed": 7}}],
+            "more_seeds": {"seeds": [8], "half_width": 0.1, "stage": "map"},
+        },
+        "more_seeds.seeds: must be those of a stage with 2 seeds or more",
+        "got 1 seed (stage 'map').",
     ),
     (
         {"compare": {"primary": {"all": {"over": {"base.quant": "nf5"}}}}},

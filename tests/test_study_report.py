@@ -300,7 +300,7 @@ def test_the_answer_has_three_sentences_each_with_its_number(report: Report, tmp
 
 def test_the_damage_left_is_told_in_the_metric_of_the_study() -> None:
     row = {"adapter": "lora", "base.quant": "nf4", "left": 0.1, "left_upper": 0.2}
-    told = answer_of([], [row], ["base.quant"], CompareConfig(metric="acc"), "accuracy")[1]
+    told = answer_of([], [row], ["base.quant"], CompareConfig(metric="acc", reference="lora"), "accuracy")[1]
     expected = (
         "After training, lora is worse than on the uncompressed base by 0.100 (nf4) in accuracy; surely less than"
     )
@@ -374,6 +374,7 @@ def test_guesses_blocks_and_layers_are_told(report: Report) -> None:
         ([0.0, 0.1, 0.2, 9.0], 2),  # one far above
         ([-7.0, 0.1, 0.2, 0.3], 2),  # one far below
         ([0.0, 1.0, 2.0, 3.0], 1),
+        ([3.0, 9.0], 1),
         ([0.0, 1.0, 2.0, 4.0], 1),  # one part of a broken axis would be drawn larger than the other
         ([0.5, 0.5], 1),
     ],
@@ -384,6 +385,24 @@ def test_an_axis_is_broken_where_one_value_is_far_off(values: list[float], expec
     for value in values:
         assert sum(low < value < high for low, high in spans) == 1
     assert sum(high - low for low, high in spans) < 1.3 * (max(values) - min(values) or 1) / (expected * 2 - 1)
+
+
+@pytest.mark.parametrize(
+    "values, ends",
+    [
+        ([0.448, 0.488], [(0.0, 0.488)]),  # what lies close together is not drawn apart from 0
+        ([-0.3, -0.2], [(-0.3, 0.0)]),
+        ([-1.0, 1.0], [(-1.0, 1.0)]),
+        ([5.0, 6.0, 40.0], [(0.0, 6.0), (40.0, 40.0)]),
+        ([-40.0, 5.0, 6.0], [(-40.0, -40.0), (0.0, 6.0)]),
+    ],
+)
+def test_an_axis_that_holds_0(values: list[float], ends: list[tuple[float, float]]) -> None:
+    spans = spans_of(values, with_zero=True)
+    whole = ends[-1][1] - ends[0][0]
+    for (low, high), (first, last) in zip(spans, ends, strict=True):
+        room = 0.06 * ((last - first) or whole)
+        assert (low, high) == (pytest.approx(first - room), pytest.approx(last + room))
 
 
 def numbers_of(text: str) -> set[str]:

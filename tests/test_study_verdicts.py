@@ -273,7 +273,7 @@ def test_further_seeds_are_those_of_the_two_arms_whose_interval_is_wide(tmp_path
 
     adapters = fake_study.DOCUMENT["product"]["adapter"] | {"odd": {"adapter.kind": "dora", "adapter.rank": 8}}
 
-    def num_seeds(folder: str, first: list[str], **changes: Any) -> dict[str, int]:
+    def num_seeds(folder: str, first: list[str]) -> dict[str, int]:
         made = fake_study.make(
             tmp_path / folder,
             nll=nll,
@@ -285,14 +285,12 @@ def test_further_seeds_are_those_of_the_two_arms_whose_interval_is_wide(tmp_path
             ],
             more_seeds={"seeds": [4, 5], "half_width": 0.05, "stage": "all" if len(first) < 3 else "first"},
             bases=False,
-            **changes,
         )
         found = [cell for cell in read_index(made)["cells"] if cell["kind"] == "trained"]
         return {name: sum(cell["labels"]["adapter"] == name for cell in found) for name in adapters}
 
     assert num_seeds("one stage", ["lora", "dora", "odd"]) == {"lora": 6, "dora": 4, "odd": 6}
-    assert num_seeds("one seed", ["lora", "dora", "odd"], seeds=[0]) == {"lora": 3, "dora": 3, "odd": 3}
-    with pytest.raises(UserError, match=r"more_seeds.stage: must train lora, .*, got all with dora, odd\."):
+    with pytest.raises(UserError, match=r"more_seeds.stage: must train lora, .*, got 'all' with dora, odd\."):
         num_seeds("two stages", ["lora"])
 
 
@@ -303,10 +301,12 @@ def test_the_reference_is_told_by_the_study_file_and_not_by_what_is_finished(tmp
         return float("nan") if cell.labels.get("adapter") == "lora" else fake_study.truth(cell)
 
     adapters = fake_study.DOCUMENT["product"]["adapter"] | {"odd": {"adapter.kind": "dora", "adapter.rank": 8}}
-    made = fake_study.make(tmp_path, nll=nll, product={"base.quant": ["nf4"], "adapter": adapters}, compare={})
+    made = fake_study.make(tmp_path, nll=nll, product={"base.quant": ["none", "nf4"], "adapter": adapters}, compare={})
     report = read_report(made)
     assert {row["adapter"] for row in rows(report, "arms", kind="trained")} == {"dora", "odd"}
     assert rows(report, "comparisons") == []  # not odd against dora
+    assert len(report.answer) == 1
+    assert report.answer[0].startswith("There is nothing to compare: no primary comparison has results of both arms")
     index = read_index(made)
     assert index["study"]["compare"] == {"reference": "lora"}
     del index["study"]["compare"]["reference"]

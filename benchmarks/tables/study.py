@@ -84,9 +84,6 @@ def study() -> str:
         told = [pair for pair in of_metric(pairs) if tuple(pair[axis] for axis in axes) == context]
         line.append("; ".join(f"{pair['arm']} {compared(pair)}" for pair in told) or "–")
         lines.append(line)
-    named = [pair for pair in of_metric(pairs) if not any(pair.get(axis) for axis in axes)]
-    empty = ["–"] * (4 + len(adapters))
-    lines += [[pair["comparison"], *empty, f"{pair['arm']} {compared(pair)}"] for pair in named]
     header = ["base", "bits", "zeros %", "damage, choices", *(f"{name}: left" for name in adapters)]
     header += [f"share repaired by {reference}", f"against {reference}: NLL lower by"]
     done = read("study/run")

@@ -84,7 +84,8 @@ def with_attention(
     auto takes flash_attention_2 where it is installed and the GPU has its kernels, else transformers' choice (sdpa
     where the model has it), and eager in place of either where it does not compute a soft-cap or sinks.
 
-    Raises UserError if the model does not have this attention, cannot be built, or needs what it does not compute.
+    Raises UserError if the model does not have this attention, cannot be built, or needs what it does not compute, and
+    if flash_attention_2 has no kernels for the GPU or dtype.
     """
 
     def attempt(choice: str | None) -> PreTrainedModel:
@@ -101,7 +102,8 @@ def with_attention(
         _check(asked, cap, name)
         reason = _no_flash(device, dtype) if asked == "flash_attention_2" and device.type == "cuda" else None
         if reason is not None:
-            raise UserError(f"model.attention: got flash_attention_2, which {reason}; must be auto, sdpa or eager.")
+            others = "auto or eager" if cap is not None else "auto, sdpa or eager"
+            raise UserError(f"model.attention: got flash_attention_2, which {reason}; must be {others}.")
         model, why = attempt(asked), "as model.attention asks"
     elif flash and (cap is None or "flash_attention_2" in cap.computed_by):
         try:
@@ -125,13 +127,13 @@ def with_attention(
 
 def _no_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why flash-attn has no kernel for a GPU and dtype, which transformers does not ask; None if it has one."""
-    if dtype not in _FLASH_DTYPES:
-        return f"has no kernels for {str(dtype).removeprefix('torch.')} (model.dtype)"
     capability = torch.cuda.get_device_capability(device)
     if capability < _FLASH_CAPABILITY:
         return "needs a GPU of compute capability {}.{} or more, and this one has {}.{}".format(
             *_FLASH_CAPABILITY, *capability
         )
+    if dtype not in _FLASH_DTYPES:
+        return f"has no kernels for {str(dtype).removeprefix('torch.')} (model.dtype)"
     return None
 
 

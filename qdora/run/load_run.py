@@ -84,6 +84,8 @@ def load_run(
     if original:
         dense = recipe.base.model_copy(update={"quant": "none"})
         recipe = recipe.model_copy(update={"base": dense})
+        if recipe.model.attention == "flash_attention_2":  # which the checkpoint's dtype may not have
+            recipe = override(recipe, ["model.attention=auto"])
         dtype = load_config(source).dtype
         compute = Compute(compute.device, dtype if isinstance(dtype, torch.dtype) else torch.float32)
     loaded = residency_here(run, recipe, compute.device, differentiated=widened)

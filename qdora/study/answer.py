@@ -44,7 +44,7 @@ def answer_of(
             for name in compare.primary
         ]
         decided = f"{'; '.join(told)}."
-    rows = [row for row in repairs if not primary or row[compare.arm] == primary[0]["reference"]]
+    rows = [row for row in repairs if row[compare.arm] == compare.reference]
     named = naming([row for row in rows if is_number(row.get("left"))], axes)
     return [decided, *filter(None, [_left(rows, named, compare, metric_label), _repaired(rows, named, compare.arm)])]
 

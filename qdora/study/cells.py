@@ -156,15 +156,20 @@ class Expander:
         """
         compare = study.compare
         trained = [arm for arm in self.arms if arm.stage.kind == "train" and not self._is_bare(arm)]
-        names = [arm.labels[compare.arm] for arm in trained]
-        reference = compare.reference or next(iter(names), None)
+        reference = compare.reference or next((arm.labels[compare.arm] for arm in trained), None)
         if study.more_seeds is not None and trained:
             stage = stage_with_more_seeds(study)
-            there = sorted({name for arm, name in zip(trained, names, strict=True) if arm.stage.name == stage})
-            if reference not in there or len(there) < 2:
+            there: dict[str, set[str]] = {}
+            for arm in trained:
+                if arm.stage.name == stage:
+                    context = in_words({axis: label for axis, label in arm.labels.items() if axis != compare.arm})
+                    there.setdefault(context, set()).add(arm.labels[compare.arm])
+            if not any(reference in names and len(names) > 1 for names in there.values()):
+                names = sorted(set().union(*there.values()))
                 raise UserError(
-                    f"study: more_seeds.stage: must train {reference}, which other arms are compared with, and one "
-                    f"more, got {stage} with {', '.join(there)}. Fix: name another stage, or set compare.reference."
+                    f"study: more_seeds.stage: must train {reference}, which others are compared with, beside another "
+                    f"arm, with seeds of its own, got {stage!r} with {', '.join(names) or 'no arm'}. "
+                    "Fix: train both in one stage, or set compare.reference."
                 )
         return study.model_copy(update={"compare": compare.model_copy(update={"reference": reference})})
 

@@ -481,7 +481,7 @@ def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
 
 
 def wide_pairs(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig) -> list[tuple[Arm, Arm]]:
-    """Finished pairs whose interval is unknown or wider than asked for, whatever the difference is.
+    """Finished pairs whose interval is wider than asked for, whatever the difference is.
 
     The arms are those of the stage that gets the further seeds. Only the first seeds count, not the further ones, so
     the answer stays the same while these are run.
@@ -493,7 +493,7 @@ def wide_pairs(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig) ->
             continue
         first = [replace(arm, seeds={seed: key for seed, key in arm.seeds.items() if seed not in more}) for arm in pair]
         by_seed = seed_improvements([(1.0, first[0], first[1])], results, results.study.compare.metric)
-        if by_seed and not improvement_interval(by_seed).half_width <= asked.half_width:  # nan with a single seed
+        if by_seed and improvement_interval(by_seed).half_width > asked.half_width:
             found.append(pair)
     return found
 

@@ -169,7 +169,8 @@ class MoreSeedsConfig(Section):
     """They run for an arm and the reference in a context where the improvement has a wider half of the 95 % interval
     than this. A primary comparison over several contexts uses the seeds that all of them share."""
     stage: Text | None = None
-    """Stage whose arms get them (null: the first one); it must train them."""
+    """Stage whose arms get them (null: the first one). It must train the reference and other arms with 2 seeds or
+    more."""
 
 
 class TimeConfig(Section):
@@ -262,6 +263,12 @@ class Study(Section):
             if asked not in trained:
                 what = f"must be a stage that trains, got {asked!r}, allowed: {', '.join(trained)}."
                 yield "more_seeds.stage", what
+        if self.more_seeds is not None:
+            asked = stage_with_more_seeds(self)
+            own = [each.cells.get(SEED, self.seeds) for each in self.stages if each.name == asked] or [self.seeds]
+            if len(as_list(own[0])) < 2:
+                what = "must be those of a stage with 2 seeds or more, whose interval can be too wide, got 1 seed"
+                yield "more_seeds.seeds", f"{what} (stage {asked!r})."
 
     def _compare_faults(self) -> Iterator[Fault]:
         compare, axes = self.compare, list(self.product)

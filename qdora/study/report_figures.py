@@ -69,7 +69,7 @@ class Panel:
     marks: dict[str, float] = field(default_factory=dict)
     zone: float | None = None
     title: str = ""
-    with_zero: bool = True
+    with_zero: bool = False
     tells_values: bool = False
     in_one_line: bool = False
 
@@ -153,7 +153,7 @@ def _forest(report: Report) -> Callable[[bool], Figure] | None:
         dots = Dots(row["role"], value, lower, upper, seeds=seeds, may_be_cut=is_few)
         found.setdefault(label, []).append(dots)
     arm = "arm" if several else rows[0]["arm"]
-    panel = Panel(f"{arm} − {rows[0]['reference']}, {report.metric_label}", found, zone=rows[0]["zone"])
+    panel = Panel(f"{arm} − {rows[0]['reference']}, {report.metric_label}", found, zone=rows[0]["zone"], with_zero=True)
     styles = {"primary": ("#000000", "s"), "exploratory": (COLORS[0], "o")}
     return lambda wide: _dot_figure([panel], styles, wide)
 
@@ -179,7 +179,8 @@ def _damage_left(report: Report) -> Callable[[bool], Figure] | None:
             dots = Dots(row[report.arm_axis], row["left"], row["left_lower"], row["left_upper"])
             found.setdefault(f"{named(row)} ({size})", []).append(dots)
         if found:
-            panels.append(Panel(f"damage left, {report.metric_label}", found, marks, title=title, tells_values=True))
+            label = f"damage left, {report.metric_label}"
+            panels.append(Panel(label, found, marks, title=title, with_zero=True, tells_values=True))
     styles = _styles(report)
     return lambda wide: _dot_figure(panels, styles, wide)
 
@@ -197,14 +198,18 @@ def _choices(report: Report) -> Callable[[bool], Figure] | None:
         found.setdefault(named(row) or "uncompressed", []).append(dots)
     known = {row["guess"]: row["nll"] for row in report.tables["guesses"]}
     marks = {"chance": known["choice"]} if "choice" in known else {}
-    panel = Panel("NLL among the choices, nats a question", dict(list(found.items())[:_MOST_ROWS]), marks)
+    panel = Panel(
+        "NLL among the choices, nats a question", dict(list(found.items())[:_MOST_ROWS]), marks, with_zero=True
+    )
     styles = _styles(report)
     return lambda wide: _dot_figure([panel], styles, wide)
 
 
 def _guesses_beyond(report: Report) -> dict[str, float]:
     """Guesses, less the NLL of the reference trained on the uncompressed base; {} without such an arm."""
-    dense = [row for row in _trained(report) if row["is_dense"] and "nll_per_token" in row]
+    (reference,) = (row["text"] for row in report.tables["facts"] if row["fact"] == "reference")
+    own = [row for row in _trained(report) if row[report.arm_axis] == reference]
+    dense = [row for row in own if row["is_dense"] and "nll_per_token" in row]
     if not dense or report.metric != "nll_per_token":
         return {}
     known = {row["guess"]: row["nll"] for row in report.tables["guesses"]}
@@ -414,8 +419,8 @@ def _draw_panel(
     marks = {**({"": 0.0} if panel.with_zero else {}), **panel.marks}
     values = [value for each in dots for value in (each.value, *each.seeds)]
     values += [end for each in dots if not each.may_be_cut for end in (each.lower, each.upper) if math.isfinite(end)]
-    values += [*marks.values(), *([] if panel.zone is None else [-panel.zone, panel.zone])]
-    spans = spans_of(values)
+    values += [*panel.marks.values(), *([] if panel.zone is None else [-panel.zone, panel.zone])]
+    spans = spans_of(values, with_zero=panel.with_zero)
     if panel.tells_values:
         low, high = spans[-1]
         spans[-1] = low, high + (0.06 if wide else 0.12) * (high - low)
@@ -491,20 +496,28 @@ def _mark_cut(every: Sequence[Axes], each: Dots, y: float, limits: tuple[float, 
             axes.plot([x], [y], marker, ms=7, color=color, clip_on=False, transform=axes.get_yaxis_transform())
 
 
-def spans_of(values: Sequence[float]) -> list[tuple[float, float]]:
-    """The parts of an axis that shows these values: one, or two where some are far off all others."""
+def spans_of(values: Sequence[float], *, with_zero: bool = False) -> list[tuple[float, float]]:
+    """The parts of an axis that shows these values: one, or two where some are far off all others.
+
+    with_zero: The part that is nearest to 0 goes on to 0, however far that is.
+    """
     ordered = sorted(values)
     gaps = [(above - below, index + 1) for index, (below, above) in enumerate(pairwise(ordered))]
-    gap, place = max(gaps, default=(0.0, 0))
-    below, above = ordered[:place], ordered[place:]
-    near = below if len(below) >= len(above) else above
-    if gap > 0 and gap > _FAR * (near[-1] - near[0]):
-        return [_padded(below[0], below[-1]), _padded(above[0], above[-1])]
-    return [_padded(ordered[0], ordered[-1])]
+    place = max(gaps, default=(0.0, 0))[1]
+    parts = [part for part in (ordered[:place], ordered[place:]) if part]
+    if with_zero:
+        nearest = min(parts, key=lambda part: max(part[0], -part[-1]))
+        nearest[:] = sorted([0.0, *nearest])
+    near = max(parts, key=len)
+    length, gap = near[-1] - near[0], parts[-1][0] - parts[0][-1]
+    if not 0 < _FAR * length < gap:
+        parts = [[parts[0][0], parts[-1][-1]]]
+    return [_padded(part[0], part[-1], parts[-1][-1] - parts[0][0]) for part in parts]
 
 
-def _padded(low: float, high: float) -> tuple[float, float]:
-    room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+def _padded(low: float, high: float, whole: float) -> tuple[float, float]:
+    """With some room: by the length of this part of an axis, or of the whole axis if it is a point."""
+    room = 0.06 * (high - low) or 0.06 * whole or 0.06 * abs(high) or 1.0
     return low - room, high + room
 
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qdora.data.sources import has_split
-from qdora.errors import Diverged, Interrupted, RunFailure, UserError, not_one_of
+from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line, not_one_of
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import atomic_directory, disk_failures
 from qdora.files.console import consoles
@@ -201,7 +201,10 @@ def _leave_guesses(cells: Sequence[Cell], store: StudyDirectory) -> None:
     """Write what models reach that know nothing, for the report, once the uncompressed bases are evaluated."""
     for cell in cells:
         if cell.kind == "base" and cell.key == cell.dense_key and store.is_done(cell.key):
-            once(store, "guesses", cell.key, partial(write_guesses, cell.recipe))
+            try:
+                once(store, "guesses", cell.key, partial(write_guesses, cell.recipe))
+            except Exception as error:  # a few lines of the report are no reason to end a study
+                logger.warning("What models that know nothing reach could not be computed: %s", first_line(error))
 
 
 def notes_on(expander: Expander, known: Results) -> list[str]:

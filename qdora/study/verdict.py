@@ -50,7 +50,7 @@ def verdict(
 def overall(primary: Sequence[Row], label: str) -> str:
     """How many primary comparisons are decided, and for whom."""
     if not primary:
-        return "There is nothing to compare: no primary comparison has two trained arms with the same seeds."
+        return "There is nothing to compare: no primary comparison has results of both arms with the same seeds."
     number = len(primary)
     better = [row for row in primary if row["winner"]]
     equivalent = [row for row in primary if not row["winner"] and row["verdict"] != "not decided"]
