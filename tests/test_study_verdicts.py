@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from qdora.errors import UserError
-from qdora.study.cells import Cell
+from qdora.study.cells import Cell, Expander
 from qdora.study.compare import Arm, Results, named_comparisons
 from qdora.study.grid import load_study, study_from
+from qdora.study.outlook import planned_cells
 from qdora.study.report import read_report
 from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory, read_index
@@ -213,6 +214,10 @@ def test_further_seeds_are_run_where_the_interval_is_wide(tmp_path: Path) -> Non
             (made / "results" / f"{cell['key']}.json").unlink()
     row = compared(read_report(made), "fp4")  # while they are open
     assert (row["num_seeds"], row["num_missing"], row["reason"]) == (4, 0, "")
+    expander, store = Expander(load_study(tmp_path / "study.yaml")), StudyDirectory(made)
+    planned = planned_cells(expander, Results(store, expander.study)).cells  # as --dry-run tells them
+    open_ = [(cell.labels["adapter"], cell.labels["seed"]) for cell in planned if not store.is_done(cell.key)]
+    assert sorted(open_) == [("dora", "4"), ("dora", "5"), ("lora", "4"), ("lora", "5")]
 
 
 def test_further_seeds_are_not_run_for_an_arm_of_another_stage(tmp_path: Path) -> None:
