@@ -117,6 +117,16 @@ def test_without_choices_or_evaluations_there_is_no_such_figure(tmp_path: Path) 
     assert "validation_accuracy" not in {path.stem for path in draw_figures(plain, tmp_path)}
     steps = [line for line in lines() if "eval" not in line]
     assert len(draw_figures(steps, tmp_path)) == 5
+    assert len(draw_figures(lines()[1:-1], tmp_path)) == 5  # a single evaluation
+
+
+def test_gradient_norms_of_less_than_two_decades_have_more_than_one_tick(tmp_path: Path) -> None:
+    steps = [line for line in lines() if "eval" not in line]
+    for index, line in enumerate(steps):
+        line["gradient_norm"] = 0.7 + 0.6 * index
+    draw_figures(steps, tmp_path)
+    ticks = re.findall(r"<!-- (\S+) -->", (tmp_path / "gradient_norm.svg").read_text())
+    assert {"1", "2"} <= set(ticks)
 
 
 def test_the_same_run_draws_the_same_bytes_and_no_step_draws_nothing(drawn: Path, tmp_path: Path) -> None:

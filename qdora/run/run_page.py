@@ -152,9 +152,19 @@ def _overview(facts: Facts) -> dict[str, str]:
 
 
 def _table(header: str, num_text: int, rows: Iterable[Sequence[str]]) -> PageTable:
-    """A table whose first `num_text` columns are words; names of columns are separated by |."""
-    names = header.split("|")
-    return {"header": names, "is_text": [index < num_text for index in range(len(names))], "rows": list(rows)}
+    """A table whose first `num_text` columns are words; names of columns are separated by |.
+
+    Columns without any value are left out.
+    """
+    names, lines = header.split("|"), list(rows)
+    kept = [
+        index for index in range(len(names)) if not lines or any(line[index] not in ("", _MISSING) for line in lines)
+    ]
+    return {
+        "header": [names[index] for index in kept],
+        "is_text": [index < num_text for index in kept],
+        "rows": [[line[index] for index in kept] for line in lines],
+    }
 
 
 def _mix_table(mix: Mapping[str, Any]) -> PageTable:

@@ -46,12 +46,13 @@ def draw_figures(metrics: Lines, directory: Path) -> list[Path]:
     Args:
         metrics: Lines of metrics.jsonl. Those of training steps and of evaluations are drawn; the others are left out.
         directory: Where the figures go (see `_PLOTS`); made if needed. mean_rank is drawn for a run with gates,
-            validation_nll with evaluations, and validation_accuracy if their tasks have choices.
+            validation_nll with two evaluations or more, and validation_accuracy if their tasks have choices.
     Returns:
         The files that were drawn; none where no step was trained.
     """
     steps = [line for line in metrics if "tasks" in line]
     evaluations = [line for line in metrics if "eval" in line]
+    evaluations = evaluations if len(evaluations) > 1 else []  # a single one is in the page's table
     gated = [line for line in steps if "gates" in line]
     with_choices = any(task["acc"] is not None for line in evaluations for task in line["eval"].values())
     lines = dict.fromkeys(_PLOTS, steps) | {
@@ -109,9 +110,20 @@ def _curve(
         if from_zero:
             axes.set_ylim(bottom=0)
         if has_spikes:
-            axes.set_yscale("symlog", linthresh=1e-3)  # spikes are decades above the rest; zero is possible
+            _set_decades(axes)
 
     return plot
+
+
+def _set_decades(axes: Axes) -> None:
+    """A logarithmic y axis, since spikes are decades above the rest; zero is possible."""
+    from matplotlib.ticker import FuncFormatter, SymmetricalLogLocator
+
+    axes.set_yscale("symlog", linthresh=1e-3)
+    low, high = axes.get_ylim()
+    between = (1, 2, 5) if high < 100 * low else (1,)  # few decades have few powers of ten
+    axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1e-3, subs=between))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _validation(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64], *, metric: str, label: str) -> None:
