@@ -261,6 +261,21 @@ def test_a_check_that_crashes_leaves_the_finished_files(
     assert not (tmp_path / "out/export.json").exists()
 
 
+def test_an_export_whose_last_file_finds_a_full_disk_can_be_repeated(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export_module, "atomic_write_json", full)
+        with pytest.raises(RunFailure, match=r"out: cannot be written: the disk is full\."):
+            export_run(run, tmp_path / "out", ExportOptions(format_="peft"))
+    assert list(tmp_path.iterdir()) == []
+    export_run(run, tmp_path / "out", ExportOptions(format_="peft"))
+    assert (tmp_path / "out/export.json").is_file()
+
+
 @pytest.mark.parametrize("out", [".", "{here}", "../here"])
 def test_the_working_directory_is_refused_before_the_export(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str

@@ -82,10 +82,10 @@ class Launch:
                 self.processes.append(launched.start_command(*command, output=place / str(each)))
 
     def end(self, rank: int) -> tuple[int | None, str]:
-        """The exit code of a process, and what it printed last."""
+        """The exit code of a process, and what it printed last; "" if nothing."""
         self.processes[rank].join(60)
         lines = (self.place / str(rank) / "stderr").read_text().splitlines()
-        return self.processes[rank].exitcode, lines[-1]
+        return self.processes[rank].exitcode, "".join(lines[-1:])
 
     def close(self) -> None:
         for process in self.processes:

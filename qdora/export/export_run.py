@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from qdora.errors import Resumable, RunFailure, UserError
+from qdora.errors import DiskFull, Resumable, RunFailure, UserError
 from qdora.export.audit import audit, audit_page
 from qdora.export.checkpoint_writer import check_new_directory
 from qdora.export.gguf import export_gguf
@@ -26,10 +26,12 @@ from qdora.export.options import ExportOptions, check_options
 from qdora.export.targets import TARGETS, check_layers, check_reading, check_scalings, check_target
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.files.atomic import (
+    DISK_FULL,
     atomic_directory,
     atomic_write_json,
     atomic_write_text,
     disk_failures,
+    disk_reason,
     remove_directory,
     sync,
 )
@@ -65,7 +67,7 @@ def export_run(
     Raises:
         UserError: Wrong arguments, or a run that the format cannot hold.
         RunFailure: The reloaded model differs from the running one; `out` is kept for inspection. It is also kept, with
-            a warning, if the check itself or what follows it raises.
+            a warning, if the check itself or what follows it raises, but not on a full disk.
     """
     console, results = consoles(console)
     keep_freed_memory()
@@ -94,9 +96,9 @@ def _unfinished(out: Path) -> Iterator[Path]:
     """Where an export is made and checked before it gets its name: a directory of the same name in a hidden one.
 
     The directory in it must appear whole. Once it is there, a failure (of the check, say) gives it its name, too. An
-    earlier one removes everything, unless it is Resumable. That, an interrupt or a kill leaves the hidden directory:
-    the next export to `out` goes on from it, but makes whole files, which perhaps were not checked, again. UserError if
-    another process is exporting to `out`.
+    earlier one and a full disk remove everything, unless it is Resumable. That, an interrupt or a kill leaves the
+    hidden directory: the next export to `out` goes on from it, but makes whole files, which perhaps were not checked,
+    again. UserError if another process is exporting to `out`.
     """
     check_new_directory(out)
     out = out.absolute()
@@ -110,7 +112,8 @@ def _unfinished(out: Path) -> Iterator[Path]:
         try:
             yield place
         except Exception as error:
-            if place.exists():
+            is_full = isinstance(error, DiskFull) or disk_reason(error) == DISK_FULL
+            if place.exists() and not is_full:
                 os.rename(place, out)
                 text = "%s: its files are complete and kept, but not all that follows them: check, audit, export.json."
                 logger.warning(text, out)
