@@ -170,9 +170,10 @@ def test_a_run_from_start_to_exports(family: str, tmp_path: Path) -> None:
     ).read_bytes()
     source, reloaded = AutoConfig.from_pretrained(tmp_path / "model"), whole_model(tmp_path / "merged").config
     assert reloaded.architectures == source.architectures
-    found = reloaded.text_config.rope_parameters
-    assert found.pop("type", None) in (None, "mrope")  # the name of transformers 4
-    assert found == source.text_config.rope_parameters
+    found, wanted = (each.text_config.rope_parameters for each in (reloaded, source))
+    assert found.pop("type", None) in (None, "mrope")  # the name of transformers 4, which not every source has
+    wanted.pop("type", None)
+    assert found == wanted
 
     exported = invoke("export", run, tmp_path / "4bit", "--format", "nf4-lora")
     assert exported["verification"]["passed"], exported["verification"]["faults"]
