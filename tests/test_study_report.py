@@ -394,6 +394,7 @@ def test_an_axis_is_broken_where_one_value_is_far_off(values: list[float], expec
         ([-0.3, -0.2], [(-0.3, 0.0)]),
         ([-1.0, 1.0], [(-1.0, 1.0)]),
         ([5.0, 6.0, 40.0], [(0.0, 6.0), (40.0, 40.0)]),
+        ([0.5, 1.0, 1.1, 4.3, 7.8], [(0.0, 1.1), (4.3, 7.8)]),  # not at the longest gap, which magnifies less
         ([-40.0, 5.0, 6.0], [(-40.0, -40.0), (0.0, 6.0)]),
     ],
 )

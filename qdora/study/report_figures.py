@@ -502,17 +502,18 @@ def spans_of(values: Sequence[float], *, with_zero: bool = False) -> list[tuple[
     with_zero: The part that is nearest to 0 goes on to 0, however far that is.
     """
     ordered = sorted(values)
-    gaps = [(above - below, index + 1) for index, (below, above) in enumerate(pairwise(ordered))]
-    place = max(gaps, default=(0.0, 0))[1]
-    parts = [part for part in (ordered[:place], ordered[place:]) if part]
-    if with_zero:
-        nearest = min(parts, key=lambda part: max(part[0], -part[-1]))
-        nearest[:] = sorted([0.0, *nearest])
-    near = max(parts, key=len)
-    length, gap = near[-1] - near[0], parts[-1][0] - parts[0][-1]
-    if not 0 < _FAR * length < gap:
-        parts = [[parts[0][0], parts[-1][-1]]]
-    return [_padded(part[0], part[-1], parts[-1][-1] - parts[0][0]) for part in parts]
+    whole = min(ordered[0], 0.0) if with_zero else ordered[0], max(ordered[-1], 0.0) if with_zero else ordered[-1]
+    best, widest = [whole], _FAR
+    for place in range(1, len(ordered)):
+        halves = [ordered[:place], ordered[place:]]
+        if with_zero:
+            nearest = min(halves, key=lambda part: max(part[0], -part[-1]))
+            nearest[:] = sorted([0.0, *nearest])
+        near = max(halves, key=len)
+        length, gap = near[-1] - near[0], halves[1][0] - halves[0][-1]
+        if length > 0 and gap > widest * length:
+            best, widest = [(half[0], half[-1]) for half in halves], gap / length
+    return [_padded(low, high, best[-1][1] - best[0][0]) for low, high in best]
 
 
 def _padded(low: float, high: float, whole: float) -> tuple[float, float]:
