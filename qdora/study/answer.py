@@ -59,23 +59,28 @@ def decided_in_words(row: Row, metric_label: str) -> str:
         less = f", by less than {row['zone']:g}" if "less than" in row["verdict"] else ""
         return f"{row['comparison']}: {row['winner']} is better than {other}{less}, {size}"
     if row["verdict"] != "not decided":
-        return f"{row['comparison']}: {arm} and {reference} differ by less than {row['zone']:g}, {size}"
+        return f"{row['comparison']}: {row['verdict']}, {size}"
     why = f"since {row['reason'].replace('; ', ' and ')}" if row["reason"] else f"and {not_seen([row])}"
     return f"{row['comparison']}: not decided, {size}, {why}"
 
 
 def _left(rows: Sequence[Row], named: Naming, compare: CompareConfig, label: str) -> str:
-    """From the least to the most damage that is left, and where it is within the zone."""
+    """From the least to the most damage that is left, and where it is surely within the zone or beyond it."""
     known = sorted((row for row in rows if is_number(row.get("left"))), key=lambda row: float(row["left"]))
     if not known:
         return ""
     zone = compare.zone
     name = known[0][compare.arm]
     inside = [named(row) for row in known if row["left_upper"] < zone]
+    beyond = [named(row) for row in known if row["left_lower"] > zone]
     ends = [f"{row['left']:.3f} ({named(row)})" for row in (known[0], known[-1])]
     span = ends[0] if len(known) == 1 else f"{ends[0]} to {ends[1]}"
-    most = f"surely less than {zone:g} on {', '.join(inside)}" if inside else f"surely less than {zone:g} on no base"
-    return f"After training, {name} is worse than on the uncompressed base by {span} in {label}; {most}."
+    below, above = (
+        "all of these bases" if len(names) == len(known) else ", ".join(names) or "none of these bases"
+        for names in (inside, beyond)
+    )
+    sure = f"The 95 % interval is below {zone:g} on {below} and above it on {above}."
+    return f"After training, {name} is worse than on the uncompressed base by {span} in {label}. {sure}"
 
 
 def _repaired(rows: Sequence[Row], named: Naming, arm_axis: str) -> str:

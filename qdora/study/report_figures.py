@@ -106,17 +106,17 @@ _LEFT = (
     "the seeds. 0: all damage is repaired. Unigram and uniform: models that know nothing reach this."
 )
 _BYTES = (
-    "Trained arms; better is up. The line joins arms that no other one beats in fewer bytes. Hollow: arms without all "
-    "seeds, whose examples are others with eval.limit; the line leaves them out."
+    "Trained arms; better is up. The line joins arms that no other one beats in fewer bytes. Hollow: arms that lack "
+    "seeds, so that they were scored on other examples; the line leaves them out."
 )
 _CHOICE = (
     "NLL of the right choice among a question's choices: of bases without training, with intervals over the examples, "
-    "and of trained arms, with intervals over the seeds."
+    "and of trained arms, with intervals over the seeds. Above chance: wrong choices are preferred too confidently."
 )
 _DEPTH = (
     "By block: the relative error of the hidden states of untrained bases, and, where the study measures it, the rise "
     "of the NLL without the adapter of one block and the share of the compression error that the update takes back. "
-    "Colours are bases, strokes are arms."
+    "Colours: bases. Kinds of line: arms."
 )
 _CHANGES = (
     "Each dot is a layer of a trained arm: how far its rows turned (1 - cosine) and how much their length changed, "
@@ -128,9 +128,10 @@ def _forest_words(report: Report) -> tuple[str, str]:
     better = "right" if HIGHER_IS_BETTER[report.metric] else "left"
     title = "Differences between the arms"
     return title, (
-        f"{report.metric_label}: to the {better} of 0 the arm is better than the reference. Small dots: single seeds. "
-        "Bars: 95 % t intervals; an arrow marks one of too few seeds for a verdict that goes on. Shaded: the zone "
-        "within which arms are equivalent. Squares: primary comparisons."
+        f"{report.metric_label}: to the {better} of 0 the arm is better than the reference (a positive improvement). "
+        "Small dots: single seeds. Bars: 95 % t intervals; where there are too few seeds for a verdict, an arrow says "
+        "that the interval is longer than the figure. Shaded: the zone within which arms are equivalent. Squares: "
+        "primary comparisons."
     )
 
 
