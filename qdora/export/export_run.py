@@ -26,12 +26,10 @@ from qdora.export.options import ExportOptions, check_options
 from qdora.export.targets import TARGETS, check_layers, check_reading, check_scalings, check_target
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.files.atomic import (
-    DISK_FULL,
     atomic_directory,
     atomic_write_json,
     atomic_write_text,
     disk_failures,
-    disk_reason,
     remove_directory,
     sync,
 )
@@ -67,7 +65,7 @@ def export_run(
     Raises:
         UserError: Wrong arguments, or a run that the format cannot hold.
         RunFailure: The reloaded model differs from the running one; `out` is kept for inspection. It is also kept, with
-            a warning, if the check itself or what follows it raises, but not on a full disk.
+            a warning, if the check itself or what follows it raises, but not if the disk is full at its last files.
     """
     console, results = consoles(console)
     keep_freed_memory()
@@ -96,7 +94,7 @@ def _unfinished(out: Path) -> Iterator[Path]:
     """Where an export is made and checked before it gets its name: a directory of the same name in a hidden one.
 
     The directory in it must appear whole. Once it is there, a failure (of the check, say) gives it its name, too. An
-    earlier one and a full disk remove everything, unless it is Resumable. That, an interrupt or a kill leaves the
+    earlier one and DiskFull remove everything, unless it is Resumable. That, an interrupt or a kill leaves the
     hidden directory: the next export to `out` goes on from it, but makes whole files, which perhaps were not checked,
     again. UserError if another process is exporting to `out`.
     """
@@ -112,8 +110,7 @@ def _unfinished(out: Path) -> Iterator[Path]:
         try:
             yield place
         except Exception as error:
-            is_full = isinstance(error, DiskFull) or disk_reason(error) == DISK_FULL
-            if place.exists() and not is_full:
+            if place.exists() and not isinstance(error, DiskFull):
                 os.rename(place, out)
                 text = "%s: its files are complete and kept, but not all that follows them: check, audit, export.json."
                 logger.warning(text, out)
@@ -152,8 +149,9 @@ def _export(run: Path, out: Path, options: ExportOptions, console: Console) -> t
         document["install"] = package = TARGETS[options.target].installs[options.form]
         sentences.append(f"{TARGETS[options.target].title} loads it with: pip install {package}")
     card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form)
-    atomic_write_text(out / "README.md", card)
-    atomic_write_json(out / "export.json", document)
+    with disk_failures(out):  # then nothing is left, so that the same command can be repeated
+        atomic_write_text(out / "README.md", card)
+        atomic_write_json(out / "export.json", document)
     layers = adapted_layers(trained.model).values() if options.form == "peft" else ()
     if any(isinstance(layer, AdaptedExperts) and layer.magnitude is not None for layer in layers):
         sentences.append("PEFT has no DoRA for experts, so only qdora loads this adapter. Fix: use --format merged")
