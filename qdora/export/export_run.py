@@ -93,8 +93,8 @@ def export_run(
 def _unfinished(out: Path) -> Iterator[Path]:
     """Where an export is made and checked before it gets its name: a directory of the same name in a hidden one.
 
-    The directory in it must appear whole. Once it is there, a failure (of the check, say) gives it its name, too. An
-    earlier one and DiskFull remove everything, unless it is Resumable. That, an interrupt or a kill leaves the
+    The directory in it must appear whole. A failure removes everything, but if the directory is there (its check
+    failed, say) it gets its name, too, unless the failure is DiskFull. Resumable, an interrupt or a kill leaves the
     hidden directory: the next export to `out` goes on from it, but makes whole files, which perhaps were not checked,
     again. UserError if another process is exporting to `out`.
     """

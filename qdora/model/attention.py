@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_greater_or_equal
 
 from qdora.errors import UserError
+from qdora.model.grouped_attention import FLASH_CAPABILITY, FLASH_DTYPES
 from qdora.model.source import library_reason
 
 log = logging.getLogger("qdora")
@@ -28,8 +29,6 @@ ATTENTION_KINDS = ("auto", "sdpa", "eager", "flash_attention_2")
 _SOFTCAP = re.compile(r"(attn|attention)\w*soft_?cap")
 _SINKS = re.compile(r"(^|_)sinks?(_|$)")
 _SOFTCAP_SINCE = "2.6.0"  # of flash-attn
-_FLASH_CAPABILITY = (8, 0)  # Ampere; the kernels of flash-attn fail on older GPUs
-_FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 BAD_CONFIG = (
     ArithmeticError,
@@ -128,11 +127,11 @@ def with_attention(
 def _no_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why flash-attn has no kernel for a GPU and dtype, which transformers does not ask; None if it has one."""
     capability = torch.cuda.get_device_capability(device)
-    if capability < _FLASH_CAPABILITY:
+    if capability < FLASH_CAPABILITY:
         return "needs a GPU of compute capability {}.{} or more, and this one has {}.{}".format(
-            *_FLASH_CAPABILITY, *capability
+            *FLASH_CAPABILITY, *capability
         )
-    if dtype not in _FLASH_DTYPES:
+    if dtype not in FLASH_DTYPES:
         return f"has no kernels for {str(dtype).removeprefix('torch.')} (model.dtype)"
     return None
 

@@ -19,8 +19,9 @@ from transformers.integrations import sdpa_attention
 from qdora.ops.planned_device import device_kind
 
 _ASKS = "use_gqa_in_sdpa"
-_FLASH_DTYPES = (torch.float16, torch.bfloat16)
-_FLASH_CAPABILITY = (8, 0)  # Ampere
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_CAPABILITY = (8, 0)  # Ampere
+"""What kernels of flash attention need, torch's and those of flash-attn."""
 
 
 @contextmanager
@@ -37,8 +38,8 @@ def fast_grouped_attention() -> Iterator[None]:
     # Decided here: compiled blocks call what takes its place, and the compiler follows comparisons alone.
     is_plan = device_kind(torch.device("cpu")) == "cuda"
     kinds = ("cpu", "meta", "cuda") if is_plan else ("cuda",)
-    is_old = torch.cuda.is_available() and torch.cuda.get_device_capability(None) < _FLASH_CAPABILITY
-    setattr(sdpa_attention, _ASKS, partial(_leaves_to_torch, before, kinds, () if is_old else _FLASH_DTYPES))
+    is_old = torch.cuda.is_available() and torch.cuda.get_device_capability(None) < FLASH_CAPABILITY
+    setattr(sdpa_attention, _ASKS, partial(_leaves_to_torch, before, kinds, () if is_old else FLASH_DTYPES))
     try:
         yield
     finally:

@@ -147,14 +147,14 @@ class Expander:
         self._bases: dict[str, tuple[str, Recipe]] = {}
         self.arms = list(self._arms())
         self._check()
-        self.study = self._with_reference(study)
+        self.study = self._with_reference()
 
-    def _with_reference(self, study: Study) -> Study:
+    def _with_reference(self) -> Study:
         """The study with the arm that others are compared with: as it says, or the first one with training.
 
         UserError: the arms that are to get further seeds are not compared with it.
         """
-        compare = study.compare
+        study, compare = self.study, self.study.compare
         trained = [arm for arm in self.arms if arm.stage.kind == "train" and not self._is_bare(arm)]
         reference = compare.reference or next((arm.labels[compare.arm] for arm in trained), None)
         if study.more_seeds is not None and trained:

@@ -258,13 +258,11 @@ class Study(Section):
             if names.index(stage.name) < index:
                 yield f"stages[{index}].name", f"must be another one for each stage, got {stage.name!r} twice."
             yield from self._choice_faults(f"stages[{index}].cells", stage.cells)
-        if self.more_seeds is not None and (names or self.more_seeds.stage is not None):
+        if self.more_seeds is not None:
             asked, trained = stage_with_more_seeds(self), [each.name for each in self.stages if each.kind == "train"]
-            if asked not in trained:
+            if asked not in trained and (names or self.more_seeds.stage is not None):
                 what = f"must be a stage that trains, got {asked!r}, allowed: {', '.join(trained)}."
                 yield "more_seeds.stage", what
-        if self.more_seeds is not None:
-            asked = stage_with_more_seeds(self)
             own = [each.cells.get(SEED, self.seeds) for each in self.stages if each.name == asked] or [self.seeds]
             if len(as_list(own[0])) < 2:
                 what = "must be those of a stage with 2 seeds or more, whose interval can be too wide, got 1 seed"

@@ -45,7 +45,7 @@ from qdora.study.base_damage import base_damage
 from qdora.study.by_layer import measure_by_layer
 from qdora.study.cells import Cell, Cells, Expander, equal_in_words
 from qdora.study.compare import Results, cannot_decide, never_decided
-from qdora.study.grid import Study, load_study
+from qdora.study.grid import load_study
 from qdora.study.guesses import write_guesses
 from qdora.study.outlook import outlooks, planned_cells, spread_in_words, stage_times, times_in_words
 from qdora.study.set_back import evaluate_set_back
@@ -106,12 +106,12 @@ def study_run(
         RunFailure: Some cells were given up; all others are done.
     """
     progress, results = consoles(console)
-    study, directory, expander = _checked(file, directory)
+    expander, directory = _checked(file, directory)
     shard_of([], shard)
     if dry_run:
-        return _outlook(study, directory, expander, shard, progress=progress, results=results)
+        return _outlook(expander, directory, shard, progress=progress, results=results)
     with disk_failures(directory):
-        store = StudyDirectory(directory, retries=study.retries)
+        store = StudyDirectory(directory, retries=expander.study.retries)
         upcoming = Upcoming(expander, store)
         cells = upcoming.now()
         _tell(expander, upcoming.results, cells, shard, progress=progress, results=results)
@@ -163,9 +163,10 @@ def _tell(
 
 
 def _outlook(
-    study: Study, directory: Path, expander: Expander, shard: str | None, *, progress: Console, results: Console
+    expander: Expander, directory: Path, shard: str | None, *, progress: Console, results: Console
 ) -> dict[str, Any]:
     """Tell the cells, the time and what can be found, and write nothing."""
+    study = expander.study
     known = Results(StudyDirectory(directory, retries=study.retries, makes=False), study)
     cells = planned_cells(expander, known)
     notes = _tell(expander, known, cells, shard, progress=progress, results=results)
@@ -222,8 +223,8 @@ def submit_study(
     """Check a study and start `num_jobs` processes that run it together; `options` of submitit are key=value each."""
     if cluster not in CLUSTERS:
         raise UserError(not_one_of("--cluster", cluster, CLUSTERS))
-    study, directory, expander = _checked(file, directory)
-    upcoming = Upcoming(expander, StudyDirectory(directory, retries=study.retries))
+    expander, directory = _checked(file, directory)
+    upcoming = Upcoming(expander, StudyDirectory(directory, retries=expander.study.retries))
     notes = notes_on(expander, upcoming.results)
     for note in notes:
         consoles(None)[0].print(note, markup=False, highlight=False)
@@ -251,12 +252,11 @@ def submit_jobs(
         return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
 
 
-def _checked(file: Path, directory: Path | None) -> tuple[Study, Path, Expander]:
+def _checked(file: Path, directory: Path | None) -> tuple[Expander, Path]:
     expander = Expander(load_study(file))
-    study = expander.study
     cells = planned_cells(expander, None)
     faults = [fault for cell in cells.cells for fault in missing_files(cell.recipe, str(file))]
-    if study.compare.split == "test":
+    if expander.study.compare.split == "test":
         faults += [
             f"{file}: compare.split: {source.label} has no test split. Fix: set compare.split to halves."
             for cell in cells.cells
@@ -265,7 +265,7 @@ def _checked(file: Path, directory: Path | None) -> tuple[Study, Path, Expander]
         ]
     if faults:
         raise UserError(*dict.fromkeys(faults))
-    return study, (directory or Path("runs") / "studies" / file.stem).absolute(), expander
+    return expander, (directory or Path("runs") / "studies" / file.stem).absolute()
 
 
 def shard_of(cells: Sequence[Cell], shard: str | None) -> list[Cell]:

@@ -14,13 +14,13 @@ class Upcoming:
     """The cells of a study in a directory, made anew whenever results have come. Raises as `Expander`."""
 
     def __init__(self, expander: Expander, store: StudyDirectory) -> None:
-        self.study, self.expander, self.store = expander.study, expander, store
+        self.expander, self.store = expander, store
         self.results = Results(store, expander.study)
 
     def now(self) -> Cells:
         """The cells that are known now. The index of the directory has them, too."""
         found = with_further_seeds(self.expander, self.results, self._loss, self._has_adapter)
-        self.store.write_index(self.study, found)
+        self.store.write_index(self.expander.study, found)
         return found
 
     def _loss(self, cell: Cell) -> float | None:
