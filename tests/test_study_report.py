@@ -26,11 +26,12 @@ from qdora.study import report_figures
 from qdora.study.answer import answer_of, decided_in_words
 from qdora.study.cells import Cell, Expander
 from qdora.study.compare import Results
+from qdora.study.dot_figure import spans_of
 from qdora.study.grid import COLUMNS, CompareConfig, load_study, study_from
 from qdora.study.outlook import outlooks, planned_cells
 from qdora.study.report import read_report, report_run, write_report
 from qdora.study.report_contents import Report
-from qdora.study.report_figures import draw_all, spans_of
+from qdora.study.report_figures import draw_all
 from qdora.study.report_page import markdown_page, shown_tables
 from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory, read_index
@@ -275,19 +276,26 @@ def test_the_answer_has_three_sentences_each_with_its_number(report: Report, tmp
     assert report.question == "How far can the base be compressed before lora, and before dora, stops repairing it?"
     assert len(report.answer) == 3
     assert report.answer[0] == report.verdict[0]
-    left = {row["base.quant"]: row for row in rows(report, "repair", adapter="lora") if "left" in row}
-    least, most = (f"{left[quant]['left']:.3f} ({quant})" for quant in ("int8", "fp4"))
-    inside = [quant for quant, row in left.items() if row["left_upper"] < 0.02]
-    beyond = [quant for quant, row in left.items() if row["left_lower"] > 0.02]
-    assert len(inside) < len(left) > len(beyond)
+    told = []
+    for arm in ("lora", "dora"):
+        left = {row["base.quant"]: row for row in rows(report, "repair", adapter=arm) if "left" in row}
+        assert {quant for quant, row in left.items() if row["left_lower"] > 0.02} == {"nf4", "fp4"}
+        assert left["int8"]["left_lower"] < 0.02 < left["int8"]["left_upper"]
+        least, most = (f"{left[quant]['left']:.3f} ({quant})" for quant in ("int8", "fp4"))
+        told.append(f"{arm} repairs none of these bases (int8 not decided) and leaves {least} to {most}")
     assert report.answer[1] == (
-        f"After training, lora is worse than on the uncompressed base by {least} to {most} in NLL (nats per token). "
-        f"The 95 % interval is below 0.02 on {', '.join(inside) or 'none of these bases'} and above it on "
-        f"{', '.join(beyond) or 'none of these bases'}."
+        "A base counts as repaired if the arm trained on it is less than 0.02 worse than the arm trained on the "
+        f"uncompressed base, in NLL (nats per token), with 95 % confidence. So {'; '.join(told)}."
     )
-    shares = sorted((row["repaired_share"], quant) for quant, row in left.items() if "repaired_share" in row)
-    told = " to ".join(f"{share:.2f} ({quant})" for share, quant in shares)
-    assert f"makes good a share of {told} of the damage" in report.answer[2]
+    lora = [row for row in rows(report, "repair", adapter="lora") if "repaired_share" in row]
+    moved, share = (
+        " to ".join(f"{value:.{digits}f} ({quant})" for value, quant in sorted((r[of], r["base.quant"]) for r in lora))
+        for of, digits in (("transplant", 3), ("repaired_share", 2))
+    )
+    assert report.answer[2] == (
+        f"The lora that was trained on the uncompressed base loses {moved} when it is moved to a compressed one; "
+        f"training on the compressed base takes back a share of {share} of that."
+    )
     compare = {"reference": "lora", "primary": PRIMARY, "spread": 0.03}
     primary = read_report(fake_study.make(tmp_path, compare=compare, seeds=[0, 1, 2]))
     (row,) = rows(primary, "comparisons", comparison="over all", role="primary")
@@ -303,11 +311,17 @@ def test_the_answer_has_three_sentences_each_with_its_number(report: Report, tmp
 
 def test_the_damage_left_is_told_in_the_metric_of_the_study() -> None:
     row = {"adapter": "lora", "base.quant": "nf4", "left": 0.1, "left_lower": 0.05, "left_upper": 0.2}
-    told = answer_of([], [row], ["base.quant"], CompareConfig(metric="acc", reference="lora"), "accuracy")[1]
-    assert told == (
-        "After training, lora is worse than on the uncompressed base by 0.100 (nf4) in accuracy. The 95 % interval is "
-        "below 0.02 on none of these bases and above it on all of these bases."
+    compare = CompareConfig(metric="acc", reference="lora")
+    start = (
+        "A base counts as repaired if the arm trained on it is less than 0.02 worse than the arm trained on the "
+        "uncompressed base, in accuracy, with 95 % confidence. So lora repairs "
     )
+    told = answer_of([], [row], ["base.quant"], compare, "accuracy")[1]
+    assert told == f"{start}none of these bases and leaves 0.100 (nf4)."
+    small = row | {"base.quant": "int8", "left": 0.01, "left_lower": 0.005, "left_upper": 0.015}
+    told = answer_of([], [row, small], ["base.quant"], compare, "accuracy")[1]
+    assert told == f"{start}int8 and leaves 0.010 (int8) to 0.100 (nf4)."
+    assert answer_of([], [small], ["base.quant"], compare, "accuracy")[1].startswith(f"{start}all of these bases and")
 
 
 def test_what_is_not_decided_says_beside_it_what_was_not_seen_or_why(report: Report) -> None:

@@ -1,10 +1,13 @@
-"""The question that a study asks, and what it answers in at most three sentences, each with its number."""
+"""What a study asks, of which model and data, and what it answers in at most three paragraphs, each with its number."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from qdora.study.grid import CompareConfig
+from qdora.model.source import BUILTIN, BUILTIN_HUB_ID
+from qdora.study.grid import CompareConfig, Study
 from qdora.study.report_contents import Naming, Row, is_number, naming
 from qdora.study.verdict import interval_in_words, not_seen, overall
 
@@ -26,6 +29,23 @@ def question_of(pairs: Sequence[Row], repairs: Sequence[Row]) -> str:
     return f"Is {' or '.join(arms)} better than {reference}?"
 
 
+def subject_of(recipe: Mapping[str, Any], study: Study, num_steps: Sequence[int]) -> str:
+    """Model, tasks, length of the training and seeds, in a sentence.
+
+    Args:
+        recipe: The document of a trained cell.
+        num_steps: Lengths of the trained cells.
+    """
+    source = recipe["model"]["source"]
+    model = BUILTIN_HUB_ID if source == BUILTIN else source
+    tasks = [str(entry.get("task") or Path(entry.get("path") or "?").stem) for entry in recipe["data"]["mix"]]
+    steps = " or ".join(f"{number:,}" for number in sorted(set(num_steps)))
+    seeds = f"seeds {', '.join(map(str, study.seeds))}" if len(study.seeds) > 1 else f"seed {study.seeds[0]}"
+    if study.more_seeds is not None:
+        seeds += f", and {', '.join(map(str, study.more_seeds.seeds))} where the interval is wide"
+    return f"{model}, trained on {', '.join(tasks)}: {steps} steps of {recipe['train']['batch']} examples; {seeds}."
+
+
 def answer_of(
     pairs: Sequence[Row], repairs: Sequence[Row], axes: Sequence[str], compare: CompareConfig, metric_label: str
 ) -> list[str]:
@@ -44,9 +64,11 @@ def answer_of(
             for name in compare.primary
         ]
         decided = f"{'; '.join(told)}."
-    rows = [row for row in repairs if row[compare.arm] == compare.reference]
-    named = naming([row for row in rows if is_number(row.get("left"))], axes)
-    return [decided, *filter(None, [_left(rows, named, compare, metric_label), _repaired(rows, named, compare.arm)])]
+    arms = list(dict.fromkeys([compare.reference, *(row["arm"] for row in primary)]))
+    of_arm = {arm: [row for row in repairs if row[compare.arm] == arm] for arm in arms}
+    left = [_left(arm, rows, axes, compare.zone) for arm, rows in of_arm.items()]
+    repaired = _repaired(of_arm[compare.reference], axes, compare.arm)
+    return [decided, *filter(None, [_counted(left, compare.zone, metric_label), repaired])]
 
 
 def decided_in_words(row: Row, metric_label: str) -> str:
@@ -64,34 +86,43 @@ def decided_in_words(row: Row, metric_label: str) -> str:
     return f"{row['comparison']}: not decided, {size}, {why}"
 
 
-def _left(rows: Sequence[Row], named: Naming, compare: CompareConfig, label: str) -> str:
-    """From the least to the most damage that is left, and where it is surely within the zone or beyond it."""
-    known = sorted((row for row in rows if is_number(row.get("left"))), key=lambda row: float(row["left"]))
+def _left(arm: str, rows: Sequence[Row], axes: Sequence[str], zone: float) -> str:
+    """Which bases an arm surely repairs, which are open, and the least and the most that is left; "" if unknown."""
+    known = [row for row in rows if is_number(row.get("left"))]
     if not known:
         return ""
-    zone = compare.zone
-    name = known[0][compare.arm]
+    named = naming(known, axes)
     inside = [named(row) for row in known if row["left_upper"] < zone]
-    beyond = [named(row) for row in known if row["left_lower"] > zone]
-    ends = [f"{row['left']:.3f} ({named(row)})" for row in (known[0], known[-1])]
-    span = ends[0] if len(known) == 1 else f"{ends[0]} to {ends[1]}"
-    below, above = (
-        "all of these bases" if len(names) == len(known) else ", ".join(names) or "none of these bases"
-        for names in (inside, beyond)
+    open_ = [named(row) for row in known if row["left_lower"] <= zone <= row["left_upper"]]
+    bases = "all of these bases" if len(inside) == len(known) else ", ".join(inside) or "none of these bases"
+    told = f"{arm} repairs {bases}" + (f" ({', '.join(open_)} not decided)" if open_ else "")
+    return f"{told} and leaves {_span(known, named, 'left', '.3f')}"
+
+
+def _counted(left: Sequence[str], zone: float, label: str) -> str:
+    """What counts as repaired, and what that makes of each arm."""
+    told = "; ".join(filter(None, left))
+    return told and (
+        f"A base counts as repaired if the arm trained on it is less than {zone:g} worse than the arm trained on the "
+        f"uncompressed base, in {label}, with 95 % confidence. So {told}."
     )
-    sure = f"The 95 % interval is below {zone:g} on {below} and above it on {above}."
-    return f"After training, {name} is worse than on the uncompressed base by {span} in {label}. {sure}"
 
 
-def _repaired(rows: Sequence[Row], named: Naming, arm_axis: str) -> str:
-    """Shares of the transplant's damage."""
+def _repaired(rows: Sequence[Row], axes: Sequence[str], arm_axis: str) -> str:
+    """What a transplant loses, and the share of it that training on the compressed base takes back."""
     known = [row for row in rows if is_number(row.get("repaired_share"))]
-    known.sort(key=lambda row: float(row["repaired_share"]))
     if not known:
         return ""
-    ends = [f"{row['repaired_share']:.2f} ({named(row)})" for row in (known[0], known[-1])]
-    span = ends[0] if len(known) == 1 else f"{ends[0]} to {ends[1]}"
+    named = naming(known, axes)
+    moved, share = _span(known, named, "transplant", ".3f"), _span(known, named, "repaired_share", ".2f")
     return (
-        f"Training {known[0][arm_axis]} on the compressed base makes good a share of {span} of the damage of an "
-        "adapter that was trained on the uncompressed base."
+        f"The {known[0][arm_axis]} that was trained on the uncompressed base loses {moved} when it is moved to a "
+        f"compressed one; training on the compressed base takes back a share of {share} of that."
     )
+
+
+def _span(rows: Sequence[Row], named: Naming, column: str, digits: str) -> str:
+    """The least and the most of a column, with their names."""
+    ordered = sorted(rows, key=lambda row: float(row[column]))
+    least, most = (f"{row[column]:{digits}} ({named(row)})" for row in (ordered[0], ordered[-1]))
+    return least if len(rows) == 1 else f"{least} to {most}"

@@ -14,7 +14,8 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_bytes, atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
-from qdora.study.answer import answer_of, question_of
+from qdora.recipe.recipe_file import read_yaml
+from qdora.study.answer import answer_of, question_of, subject_of
 from qdora.study.by_layer import block_of
 from qdora.study.cells import equal_in_words
 from qdora.study.compare import (
@@ -130,6 +131,7 @@ def read_report(directory: Path) -> Report:
     return Report(
         tables=tables,
         question=question_of(pairs, tables["repair"]),
+        subject=_subject(trained, cell_rows, results),
         answer=answer_of(pairs, tables["repair"], axes, compare, label),
         verdict=[*said, *filter(None, [equal_in_words(cells)])],
         axes=axes,
@@ -137,6 +139,16 @@ def read_report(directory: Path) -> Report:
         metric=compare.metric,
         metric_label=label,
     )
+
+
+def _subject(trained: Sequence[Arm], cells: Rows, results: Results) -> str:
+    """Told by the recipe of a trained run."""
+    files = (RunDirectory(results.store.cell(key)).recipe_file for arm in trained for key in arm.seeds.values())
+    file = next(filter(Path.is_file, files), None)
+    if file is None:
+        return ""
+    steps = {row["num_steps"] for row in cells if row["kind"] == "trained" and row.get("num_steps")}
+    return subject_of(read_yaml(file.read_text(encoding="utf-8"), str(file)), results.study, sorted(steps))
 
 
 def _measures(arms: Sequence[Arm], results: Results) -> list[str]:

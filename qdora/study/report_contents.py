@@ -20,13 +20,15 @@ class Report:
 
     Attributes:
         question: The title of the page.
-        answer: At most three sentences.
+        subject: Model, tasks, length of the training and seeds, in a sentence; "" if no cell tells.
+        answer: At most three paragraphs.
         verdict: One sentence for each primary comparison, and what to know of missing and diverged runs.
         axes: Those of a context: neither compared, tuned nor seeds.
     """
 
     tables: dict[str, Rows]
     question: str
+    subject: str
     answer: list[str]
     verdict: list[str]
     axes: list[str]

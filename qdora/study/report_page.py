@@ -10,7 +10,8 @@ from qdora.files.markdown_table import markdown_table
 from qdora.study.report_contents import Report, Rows, is_number
 from qdora.study.report_figures import draw_all
 
-_NOTES = {
+# Table -> title, note (for some tables of each column, and told if that is there), and whether it is unfolded.
+_NOTES: dict[str, tuple[str, str | dict[str, str], bool]] = {
     "comparisons": (
         "Comparisons",
         "A positive improvement is better. lower, upper: 95 % t interval over the seeds. smallest detectable: would "
@@ -22,11 +23,16 @@ _NOTES = {
     ),
     "repair": (
         "Damage and repair",
-        "damage choice: NLL of the right choice among a question's choices, less that of the uncompressed base, both "
-        "untrained. perplexity: of prompts with their answers, untrained. hidden error: of the hidden states after the "
-        "last block. left: trained arm against the same arm trained on the uncompressed base. transplant: the same of "
-        "the adapter trained on the uncompressed base. repaired: what training on the compressed base gains on it; "
-        "share: of the transplant's damage. Positive damage is worse. magnitudes: what setting them back loses.",
+        {
+            "damage_choice": "damage choice: NLL of the right choice among a question's choices, less that of the "
+            "uncompressed base, both untrained.",
+            "perplexity": "perplexity: of prompts with their answers, untrained.",
+            "hidden_error": "hidden error: of the hidden states after the last block.",
+            "left": "left: trained arm against the same arm trained on the uncompressed base; positive is worse.",
+            "transplant": "transplant: the same of the adapter trained on the uncompressed base. repaired: what "
+            "training on the compressed base gains on it; share: of the transplant's damage.",
+            "magnitudes": "magnitudes: what setting them back loses.",
+        },
         True,
     ),
     "arms": (
@@ -107,7 +113,7 @@ def _table(name: str, rows: Rows, report: Report) -> dict[str, Any]:
     return {
         "name": name,
         "title": title,
-        "note": note,
+        "note": note if isinstance(note, str) else " ".join(text for name, text in note.items() if name in columns),
         "open": is_open,
         "header": [column.replace("_", " ") for column in columns],
         "is_text": [not any(is_number(row.get(column)) for row in rows) for column in columns],
@@ -130,7 +136,7 @@ def _shown(column: str, value: Any) -> str:
 
 def markdown_page(report: Report, tables: Sequence[Mapping[str, Any]], title: str) -> str:
     """The report as Markdown, without figures and without the longest tables."""
-    parts = [f"# {report.question}", f"Study: {title}", *report.answer]
+    parts = [f"# {report.question}", f"Study: {title}", report.subject, *report.answer]
     parts.append("\n".join(f"- {sentence}" for sentence in report.details))
     for table in tables:
         text = f"The rows are in [{table['name']}.csv]({table['name']}.csv)."
