@@ -37,7 +37,7 @@ from tables.runs import (
     sharded_kills,
 )
 from tables.streaming import disk_residency, stream_schedule
-from tables.study import pruning, study, study_nulls
+from tables.study import error_adapters, pruning, study, study_nulls
 from tables.times import (
     compile_time,
     expert_cost,
@@ -110,6 +110,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cards": cards,
     "plan_accuracy": plan_accuracy,
     "pruning": pruning,
+    "error_adapters": error_adapters,
     "study": study,
     "study_nulls": study_nulls,
     "gates": gates,

@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 
 from qdora.files.run_directory import RunDirectory
+from qdora.recipe.recipe_file import resolved_yaml
 from qdora.study.cells import Cell, Expander
 from qdora.study.grid import load_study
 from qdora.study.report_contents import Report
@@ -92,7 +93,9 @@ def work_of(nll: Truth = truth, *, generated: bool = False, fail: str | None = N
         if cell.is_trained:
             directory.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps({"step": step, "loss": value + 1.0 / step}) + "\n" for step in range(1, STEPS + 1)]
-            RunDirectory(directory).metrics_file.write_text("".join(lines))
+            run = RunDirectory(directory)
+            run.metrics_file.write_text("".join(lines))
+            run.recipe_file.write_text(resolved_yaml(cell.recipe))
         return _work(cell, directory, value, generated)
 
     return work

@@ -364,6 +364,20 @@ def test_pruning(tmp_path: Path) -> None:
     assert again["cases"] == result["cases"]
 
 
+def test_error_adapters(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "error_adapters.py")
+    assert [(case["quant"], case["pattern"]) for case in result["cases"]] == [
+        (quant, pattern) for quant in ("none", "nf4") for pattern in ("50 %", "2:4")
+    ]
+    for case in result["cases"]:
+        assert 0.5 < case["error_left"] < 0.8  # rank 4 of 32
+        assert set(case["ranks"]) == {"4", "2"}
+        for found in case["ranks"].values():
+            assert found["lower"] < found["gained"] < found["upper"]
+            # The gain is the logarithm of the ratio of the perplexities
+            assert math.log(case["perplexity"] / found["perplexity"]) == pytest.approx(found["gained"], abs=1e-9)
+
+
 def test_combined_vs_solo(tmp_path: Path) -> None:
     options = ("--steps", "2", "--per-task", "1", "--limit", "3", "--seeds", "0,1")
     result = smoke(tmp_path, "combined_vs_solo.py", *options, "--arms", "combined,solo,without", "--kinds", "dora")

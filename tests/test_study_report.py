@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import json
 import math
 import re
@@ -23,7 +24,7 @@ from qdora.cli import app
 from qdora.errors import UserError
 from qdora.model.pruning import PrunedLayer
 from qdora.study import report_figures
-from qdora.study.answer import answer_of, decided_in_words
+from qdora.study.answer import answer_of, decided_in_words, subject_of
 from qdora.study.cells import Cell, Expander
 from qdora.study.compare import Results
 from qdora.study.dot_figure import spans_of
@@ -36,7 +37,7 @@ from qdora.study.report_page import markdown_page, shown_tables
 from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory, read_index
 from tests import fake_study
-from tests.fake_study import compared, nll_of, rows
+from tests.fake_study import DOCUMENT, compared, nll_of, rows
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")
 
@@ -309,6 +310,59 @@ def test_the_answer_has_three_sentences_each_with_its_number(report: Report, tmp
     assert row["half_width_planned"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.03 / math.sqrt(3))
 
 
+def test_what_was_studied_is_told_by_the_recipe_of_a_run(report: Report, tmp_path: Path) -> None:
+    assert report.subject == "org/model, trained on org/data: 1 steps of 1 examples; seeds 0, 1, 2, 3."
+    study = study_from(DOCUMENT | {"seeds": [0, 1], "more_seeds": {"seeds": [5], "half_width": 0.1}})
+    mix = [{"task": "piqa", "path": "/data/p"}, {"path": "/data/texts.jsonl"}, {"source": "org/chats"}]
+    document = {"model": {"source": "builtin"}, "data": {"mix": mix}, "train": {"batch": 16}}
+    assert subject_of(document, study, [128, 512]) == (
+        "HuggingFaceTB/SmolLM2-135M-Instruct, trained on piqa, texts.jsonl, org/chats: 128 or 512 steps of 16 "
+        "examples; seeds 0, 1, and 5 where the interval is wide."
+    )
+    write_report(report, tmp_path, "a study")
+    for name in ("index.html", "report.md"):
+        assert report.subject in (tmp_path / name).read_text()
+
+
+def test_notes_and_captions_tell_of_what_is_there(report: Report) -> None:
+    def note_of(table: str, shown: Report) -> str:
+        (found,) = (each["note"] for each in shown_tables(shown) if each["name"] == table)
+        return str(found)
+
+    assert "transplant: " in note_of("repair", report)
+    assert "magnitudes: " not in note_of("repair", report)  # none were set back
+    plain = [{k: v for k, v in row.items() if "transplant" not in k} for row in report.tables["repair"]]
+    without = replace(report, tables=report.tables | {"repair": plain, "blocks": [], "changes": []})
+    assert "transplant: " not in note_of("repair", without)
+    assert "Hollow" in report_figures._left_words(report)
+    assert "Hollow" not in report_figures._left_words(without)
+    assert "without the adapter of one block" in report_figures._depth_words(report)
+    assert report_figures._depth_words(without).endswith("untrained bases. Colours: bases.")
+    pruned = [row | {"sparsity": 0.5} for row in report.tables["arms"]]
+    assert "zeros are stored" not in report_figures._bytes_words(report)
+    assert "zeros are stored" in report_figures._bytes_words(replace(report, tables=report.tables | {"arms": pruned}))
+
+
+def test_the_damage_before_the_repair_is_beside_what_is_left(report: Report) -> None:
+    draw = report_figures._damage_left(report)
+    assert draw is not None
+    marked = [line for axes in draw(True).axes for line in axes.lines if line.get_marker() in ("o", "s")]
+    for is_hollow, column in ((False, "left"), (True, "transplant")):
+        own = {float(line.get_xdata()[0]) for line in marked if (line.get_markerfacecolor() == "white") == is_hollow}
+        assert own == {row[column] for row in report.tables["repair"] if column in row}
+
+
+def test_names_of_points_do_not_run_into_one_another(report: Report) -> None:
+    draw = report_figures._pareto(report)
+    assert draw is not None
+    for wide in (True, False):
+        figure = draw(wide)
+        figure.canvas.draw()
+        boxes = {text.get_text(): text.get_window_extent() for text in figure.axes[0].texts}
+        assert set(boxes) == {"none", "int8", "nf4", "fp4"}
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes.values(), 2))
+
+
 def test_the_damage_left_is_told_in_the_metric_of_the_study() -> None:
     row = {"adapter": "lora", "base.quant": "nf4", "left": 0.1, "left_lower": 0.05, "left_upper": 0.2}
     compare = CompareConfig(metric="acc", reference="lora")
@@ -526,7 +580,7 @@ def test_a_layer_outside_of_the_blocks_has_no_block(made: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.figures
-def test_transplants_are_in_no_figure(report: Report) -> None:
+def test_transplants_are_in_no_figure_as_arms(report: Report) -> None:
     arms = [row for row in report.tables["arms"] if row["kind"] != "transplant"]
     assert len(arms) == len(report.tables["arms"]) - 4
     assert draw_all(report) != draw_all(replace(report, tables=report.tables | {"arms": arms[:-1]}))

@@ -30,6 +30,29 @@ def pruning() -> str:
     return markdown(header, rows) + note
 
 
+def error_adapters() -> str:
+    """Perplexity of each base alone, and with an untrained adapter that approximates its error."""
+    document = read("error_adapters")
+    names = {"none": "16 bits", "nf4": "NF4"}
+    ranks = list(document["cases"][0]["ranks"])
+    rows = []
+    for case in document["cases"]:
+        row = [f"{names[case['quant']]}, {case['pattern']}", f"{case['perplexity']:,.1f}"]
+        for rank in ranks:
+            found = case["ranks"][rank]
+            row.append(f"{found['perplexity']:,.1f}")
+            row.append(f"{found['gained']:+.3f} ({found['lower']:+.3f} to {found['upper']:+.3f})")
+        rows.append(row)
+    header = ["base", "alone"]
+    for rank in ranks:
+        header += [f"with rank {rank}", f"nats per token gained by rank {rank}"]
+    note = (
+        f"\nPerplexity. Without compression: {document['dense']['perplexity']:.1f}. Intervals: 95 %, over "
+        f"{document['num_texts']} texts. `{document['command']}`\n"
+    )
+    return markdown(header, rows) + note
+
+
 def study_nulls() -> str:
     """How many intervals hold the truth, what is called falsely, and what is found by the number of seeds."""
     document = read("study_nulls")

@@ -38,7 +38,8 @@ def subject_of(recipe: Mapping[str, Any], study: Study, num_steps: Sequence[int]
     """
     source = recipe["model"]["source"]
     model = BUILTIN_HUB_ID if source == BUILTIN else source
-    tasks = [str(entry.get("task") or Path(entry.get("path") or "?").stem) for entry in recipe["data"]["mix"]]
+    mix = recipe["data"]["mix"]
+    tasks = [str(entry.get("task") or entry.get("source") or Path(entry["path"]).name) for entry in mix]
     steps = " or ".join(f"{number:,}" for number in sorted(set(num_steps)))
     seeds = f"seeds {', '.join(map(str, study.seeds))}" if len(study.seeds) > 1 else f"seed {study.seeds[0]}"
     if study.more_seeds is not None:

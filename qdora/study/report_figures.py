@@ -367,18 +367,15 @@ def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
 
     place = blended_transform_factory(axes.transData, axes.transAxes)
     whole = axes.transLimits.transform(list(points.values()))
-    for is_right in (False, True):
-        own = [(y, x, name) for name, (x, y) in zip(points, whole, strict=True) if (x > 0.5) == is_right]
+    for is_right, side in ((False, "left"), (True, "right")):
+        style: dict[str, Any] = {"xytext": (-10 if is_right else 10, 0), "textcoords": "offset points", "ha": side}
+        style |= {"va": "center", "fontsize": "x-small"}
+        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the line of the best arms runs behind
+        own = [(float(y), name) for name, (x, y) in zip(points, whole, strict=True) if (x > 0.5) == is_right]
         lowest = math.inf
-        for y, _, name in sorted(own, reverse=True):
-            lowest = min(float(y), lowest - 0.05)
-            where: dict[str, Any] = {
-                "xytext": (-7 if is_right else 7, 0),
-                "textcoords": "offset points",
-                "fontsize": "x-small",
-            }
-            side = "right" if is_right else "left"
-            axes.annotate(name, (points[name][0], lowest), xycoords=place, ha=side, va="center", **where)
+        for y, name in sorted(own, reverse=True):
+            lowest = min(y, lowest - 0.05)
+            axes.annotate(name, (points[name][0], lowest), xycoords=place, **style)
 
 
 def _bases_and_trained(report: Report) -> Rows:
