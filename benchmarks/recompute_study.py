@@ -19,7 +19,7 @@ import lzma
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,7 @@ class KeptStudy:
         self.axes = [axis for axis in self.study["product"] if axis != self.arm_axis]
         self.searched = self.study.get("rates") is not None
         self.halves = self.searched and self.compare["split"] == "halves"
+        self.further = set(map(str, (self.study.get("more_seeds") or {}).get("seeds", ())))
         self.arms = self._arms(document["cells"], "trained")
         self.transplants = self._arms(document["cells"], "transplant")
         self.reference = self.compare["reference"]
@@ -143,7 +144,6 @@ class KeptStudy:
 
     def _arms(self, cells: Sequence[Mapping[str, Any]], kind: str) -> list[Arm]:
         found: dict[tuple[str, str], Arm] = {}
-        further = set(map(str, (self.study.get("more_seeds") or {}).get("seeds", ())))
         for each in cells:
             cell, labels = each["cell"], each["cell"]["labels"]
             if cell["kind"] == kind:
@@ -152,7 +152,7 @@ class KeptStudy:
                 arm = found.setdefault(key, Arm(labels[self.arm_axis], context, cell))
                 if each["result"] is not None:
                     arm.cells[labels["seed"]] = each
-                elif labels["seed"] not in further:
+                elif labels["seed"] not in self.further:
                     arm.num_missing += 1
         return [arm for arm in found.values() if arm.cells]
 
@@ -282,13 +282,13 @@ class KeptStudy:
         return False
 
     def _numbers(self, terms: Sequence[Term], alpha: float) -> Numbers:
-        shared = shared_seeds(terms)
+        shared = sorted(shared_seeds(terms), key=self.further.__contains__)
         sign = -1.0 if self.metric in LOWER_IS_BETTER else 1.0
         values = [
             sign * sum(f * (self.value(arm.cells[seed]) - self.value(other.cells[seed])) for f, arm, other in terms)
             for seed in shared
         ]
-        mean, half, stderr, free = t_interval(values)
+        mean, half, stderr, free = t_interval(values, self.num_first(shared))
         numbers = {"improvement": mean, "lower": mean - half, "upper": mean + half}
         error, degrees = self._over_examples(terms, shared)
         zone = self.compare["zone"]
@@ -302,6 +302,10 @@ class KeptStudy:
         numbers["p_equivalent"] = math.nan if has_diverged or len(shared) < 2 else float(np.nanmax(equivalent))
         numbers["smallest_detectable"] = stderr * detectable(free, alpha, self.compare["power"]) if stderr else 0.0
         return numbers
+
+    def num_first(self, seeds: Iterable[str]) -> int:
+        """How many of these seeds are not further ones: they alone tell the spread (Stein, 1945)."""
+        return sum(seed not in self.further for seed in seeds)
 
     def _over_examples(self, terms: Sequence[Term], seeds: Sequence[str]) -> tuple[float, float]:
         """Standard error over the examples alone, stratified by task, and Satterthwaite's degrees of freedom."""
@@ -359,17 +363,20 @@ class KeptStudy:
                 damages, repairs = {}, {}
                 if moved:
                     damages, repairs = self._losses(moved[0], twins[0]), self._losses(moved[0], arm)
-                numbers = ends("left", list(lost.values()))
-                known = list(damages.values()) if repairs else []
-                numbers |= ends("transplant", known) | ends("repaired", list(repairs.values()) if known else [])
+                if not damages or not repairs:
+                    damages = repairs = {}
+                numbers: Numbers = {}
+                for name, losses in (("left", lost), ("transplant", damages), ("repaired", repairs)):
+                    numbers |= ends(name, list(losses.values()), self.num_first(losses))
                 shared = [seed for seed in damages if seed in repairs and numbers["transplant_lower"] > 0]
-                found[key] = numbers | share([repairs[each] for each in shared], [damages[each] for each in shared])
+                pairs = [[losses[each] for each in shared] for losses in (repairs, damages)]
+                found[key] = numbers | share(*pairs, self.num_first(shared))
         return found
 
     def _losses(self, arm: Arm, other: Arm) -> dict[str, float]:
-        """Seed -> how much worse one arm is than another."""
+        """Seed -> how much worse one arm is than another; further seeds come last."""
         sign = 1.0 if self.metric in LOWER_IS_BETTER else -1.0
-        shared = [seed for seed in arm.cells if seed in other.cells]
+        shared = sorted((seed for seed in arm.cells if seed in other.cells), key=self.further.__contains__)
         return {seed: sign * (self.value(arm.cells[seed]) - self.value(other.cells[seed])) for seed in shared}
 
 
@@ -383,13 +390,13 @@ def parts_of(entry: Mapping[str, Any]) -> list[tuple[float, Mapping[str, Any]]]:
     return [(1.0, entry.get("over") or {})] + ([] if entry.get("minus") is None else [(-1.0, entry["minus"])])
 
 
-def ends(name: str, values: Sequence[float]) -> Numbers:
+def ends(name: str, values: Sequence[float], num_first: int) -> Numbers:
     """Mean and t interval as columns; nan without values."""
-    mean, half = t_interval(values)[:2] if values else (math.nan, math.nan)
+    mean, half = t_interval(values, num_first)[:2] if values else (math.nan, math.nan)
     return {name: mean, f"{name}_lower": mean - half, f"{name}_upper": mean + half}
 
 
-def share(repairs: Sequence[float], damages: Sequence[float]) -> Numbers:
+def share(repairs: Sequence[float], damages: Sequence[float], num_first: int) -> Numbers:
     """Ratio of the means with Fieller's interval: every r for which the t interval of repair - r damage holds 0."""
     value, low, high = math.nan, math.nan, math.nan
     if repairs:
@@ -397,7 +404,8 @@ def share(repairs: Sequence[float], damages: Sequence[float]) -> Numbers:
 
         def outside(ratio: float) -> float:
             """A quadratic in the ratio, above 0 where the interval leaves 0 out."""
-            mean, half, *_ = t_interval([one - ratio * other for one, other in zip(repairs, damages, strict=True)])
+            left = [one - ratio * other for one, other in zip(repairs, damages, strict=True)]
+            mean, half, *_ = t_interval(left, num_first)
             return mean**2 - half**2
 
         at = [outside(ratio) for ratio in (-1.0, 0.0, 1.0)]
@@ -434,11 +442,11 @@ def text_of(value: Any) -> str:
     return f"{value:.12g}" if isinstance(value, float) else json.dumps(value)
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float, float, float]:
-    """Mean, half of its 95 % t interval, standard error, degrees of freedom; nan with a single value."""
-    if len(values) < 2:
+def t_interval(values: Sequence[float], num_first: int) -> tuple[float, float, float, float]:
+    """Mean, half of its 95 % t interval, standard error, degrees of freedom; nan with a single first value."""
+    if num_first < 2:
         return float(np.mean(values)), math.nan, math.nan, math.nan
-    stderr, free = float(np.std(values, ddof=1)) / math.sqrt(len(values)), float(len(values) - 1)
+    stderr, free = float(np.std(values[:num_first], ddof=1)) / math.sqrt(len(values)), float(num_first - 1)
     return float(np.mean(values)), -solved(lambda t: student(t, free) - 0.025, -1e4, 0.0) * stderr, stderr, free
 
 

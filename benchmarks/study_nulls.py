@@ -84,6 +84,7 @@ SCENARIOS = {
     "heavy tails": Scenario(skewed=True, repairs=True),
     "the same examples in all seeds": Scenario(rotates=False),
     "more seeds where intervals are wide": Scenario(of_seed=0.03, more_seeds=2),
+    "3 seeds, 3 more where wide": Scenario(seeds=3, of_seed=0.02, of_example=0.0, of_run=0.01, more_seeds=3),
 }
 SEEDS = (3, 4, 5, 6, 8, 10)
 EFFECTS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06)

@@ -89,6 +89,22 @@ def test_it_agrees_in_other_metrics_and_weights(tmp_path: Path, compare: dict[st
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_it_agrees_on_intervals_with_further_seeds(tmp_path: Path) -> None:
+    more = {"seeds": [4, 5], "half_width": 1e-6}
+    stages = [{"name": "main"}, {"name": "moved", "cells": {"base.quant": ["nf4"]}, "kind": "transplant"}]
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["none", "nf4"]}
+    made = fake_study.make(tmp_path / "made", product=product, more_seeds=more, stages=stages)
+    folder = kept(tmp_path, made)
+    run = recomputed(folder)
+    assert run.returncode == 0, run.stdout + run.stderr
+    with (folder / "comparisons.csv").open(newline="") as stream:
+        assert {row["num_seeds"] for row in csv.DictReader(stream)} == {"6"}
+    document = json.loads(lzma.decompress((folder / "scores.json.xz").read_bytes()))
+    del document["study"]["more_seeds"]  # as if all six seeds had been planned
+    (folder / "scores.json.xz").write_bytes(lzma.compress(json.dumps(document).encode()))
+    assert recomputed(folder).returncode == 1
+
+
 @pytest.mark.parametrize(
     "file, column, row",
     [

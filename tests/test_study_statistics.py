@@ -66,6 +66,27 @@ def test_equivalence_is_scipys_two_one_sided_tests(shift: float) -> None:
     assert found == pytest.approx(max(below, above), rel=1e-9)
 
 
+def test_the_spread_of_the_first_seeds_keeps_what_an_interval_promises() -> None:
+    """Three seeds, and three more where the half-width is above 1: the truth, 0, is in 95 % of the intervals by the
+    spread of the first seeds (Stein, 1945), and in fewer by that of all seeds."""
+    generator = np.random.default_rng(0)
+    for sd in (0.4, 1.0, 1.5):
+        draws = generator.normal(scale=sd, size=(4000, 6)).tolist()
+        kept = [values if t_interval(values[:3]).half_width > 1 else values[:3] for values in draws]
+        stein, plain = (
+            np.mean(
+                [found.lower < 0 < found.upper for values in kept for found in [t_interval(values, num_first=first)]]
+            )
+            for first in (3, None)
+        )
+        assert abs(stein - 0.95) < 0.011  # three standard errors
+        if sd == 1.0:
+            assert plain < 0.933
+    assert seed_spread(draws[0], 3).free == 2
+    assert seed_spread(draws[0], 3).stderr == pytest.approx(np.std(draws[0][:3], ddof=1) / math.sqrt(6), rel=1e-12)
+    assert math.isnan(t_interval(draws[0], num_first=1).lower)
+
+
 def test_without_spread_the_value_alone_decides() -> None:
     none = seed_spread([0.1, 0.1])
     assert (none.p(0.1), none.p(0.0)) == (1e-15, 1.0)
@@ -152,6 +173,12 @@ def test_the_interval_of_a_ratio_is_fiellers() -> None:
     for end in (found.lower, found.upper):  # just not rejected by the t test of its own ratio
         assert stats.ttest_1samp(gained - end * lost, 0.0).pvalue == pytest.approx(0.05, rel=1e-6)
     assert found.lower < found.value < found.upper
+    more = ratio_interval(gained.tolist(), lost.tolist(), num_first=3)
+    by_first = [gained[:3] - ratio * lost[:3] for ratio in (more.lower, more.upper)]
+    at_ends = [float((gained - ratio * lost).mean()) for ratio in (more.lower, more.upper)]
+    for mean, values in zip(at_ends, by_first, strict=True):
+        half = stats.t.ppf(0.975, 2) * np.std(values, ddof=1) / math.sqrt(len(gained))
+        assert abs(mean) == pytest.approx(half, rel=1e-9)  # the t interval by the first three just holds 0
     unsure = ratio_interval(gained.tolist(), (lost - lost.mean() + 0.01).tolist())
     assert math.isnan(unsure.lower)
     assert math.isnan(ratio_interval([1.0], [2.0]).upper)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from qdora.errors import UserError
 from qdora.study.cells import Cell, Expander
@@ -203,6 +204,12 @@ def test_further_seeds_are_run_where_the_interval_is_wide(tmp_path: Path) -> Non
         "nf4": 4,  # decided, but that has no part in it
         "fp4": 6,
     }
+    wide = compared(report, "fp4")
+    found = {text[0]: float(text.partition(": ")[2]) for text in wide["seed_improvements"].split("; ")}
+    assert list(found) == [*"012345"]
+    assert wide["improvement"] == pytest.approx(statistics.mean(found.values()), rel=1e-6)
+    of_first = statistics.stdev([found[seed] for seed in "0123"]) / math.sqrt(6)  # Stein's two-stage procedure
+    assert wide["half_width"] == pytest.approx(stats.t.ppf(0.975, 3) * of_first, rel=1e-6)
     assert {row["num_seeds"] for row in rows(report, "arms", kind="trained")} == {4}  # the levels have the same seeds
     (arm,) = rows(report, "arms", **{"base.quant": "fp4", "adapter": "lora", "kind": "trained"})
     cells = [cell for cell in read_index(made)["cells"] if cell["kind"] == "trained"]

@@ -27,6 +27,7 @@ from qdora.study.grid import (
     in_words,
     label_of,
     matches,
+    num_first_seeds,
 )
 from qdora.study.scores import HIGHER_IS_BETTER, CellScores, Part, combined, read_scores, weighting_of
 from qdora.study.statistics import Interval, SeedScores, Spread
@@ -182,9 +183,13 @@ Term = tuple[float, Arm, Arm]
 
 
 def seed_improvements(terms: Sequence[Term], results: Results, measure: str) -> dict[str, float]:
-    """Seed that all arms have -> sum of the terms, positive where better; {} if a cell was not measured."""
+    """Seed that all arms have -> sum of the terms, positive where better; {} if a cell was not measured.
+
+    Seeds that the study begins with come before further ones.
+    """
     arms = [arm for _, *pair in terms for arm in pair]
     shared = [seed for seed in arms[0].seeds if all(seed in arm.seeds for arm in arms)]
+    shared.sort(key=lambda seed: not num_first_seeds(results.study, [seed]))
     sign = 1.0 if HIGHER_IS_BETTER[measure] else -1.0
 
     def value(seed: str) -> float:
@@ -195,9 +200,9 @@ def seed_improvements(terms: Sequence[Term], results: Results, measure: str) -> 
     return {} if any(map(math.isnan, by_seed.values())) else by_seed
 
 
-def improvement_interval(by_seed: Mapping[str, float]) -> Interval:
-    """Student's t interval over the seeds."""
-    return statistics.t_interval(list(by_seed.values()), CONFIDENCE)
+def improvement_interval(by_seed: Mapping[str, float], study: Study) -> Interval:
+    """Student's t interval over the seeds of `seed_improvements`."""
+    return statistics.t_interval(list(by_seed.values()), CONFIDENCE, num_first=num_first_seeds(study, by_seed))
 
 
 def _differences(terms: Sequence[Term], seeds: Sequence[str], results: Results, measure: str) -> list[SeedScores]:
@@ -358,9 +363,11 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
     by_seed = seed_improvements(each.terms, results, measure)
     if not by_seed:
         return None
-    compare, interval = results.study.compare, improvement_interval(by_seed)
+    study, compare, num_first = results.study, results.study.compare, num_first_seeds(results.study, by_seed)
+    interval = improvement_interval(by_seed, study)
     differences = _differences(each.terms, list(by_seed), results, measure)
-    of_seeds, of_examples = statistics.seed_spread(list(by_seed.values())), Spread(math.nan, math.nan)
+    of_seeds = statistics.seed_spread(list(by_seed.values()), num_first)
+    of_examples = Spread(math.nan, math.nan)
     # The worst score is no measurement: two runs that diverged are not known to be equivalent. Nor is one seed enough.
     equivalent = [math.nan]
     if len(differences) == len(by_seed):
@@ -379,7 +386,7 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
         "lower": interval.lower,
         "upper": interval.upper,
         "half_width": interval.half_width,
-        **_planned(compare, len(by_seed), is_primary=is_primary),
+        **_planned(compare, len(by_seed), num_first, is_primary=is_primary),
         "p_seeds": of_seeds.p(interval.value),
         "p_examples": of_examples.p(interval.value),
         # The larger one counts: of seeds, and of examples with the seeds as they are
@@ -396,11 +403,11 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
     }
 
 
-def _planned(compare: CompareConfig, num_seeds: int, *, is_primary: bool) -> dict[str, float]:
+def _planned(compare: CompareConfig, num_seeds: int, num_first: int, *, is_primary: bool) -> dict[str, float]:
     """Half of the interval that a primary comparison would have with the spread of the study file; {} without one."""
-    if not is_primary or compare.spread is None or num_seeds < 2:
+    if not is_primary or compare.spread is None or num_first < 2:
         return {}
-    of_mean = Spread(compare.spread / math.sqrt(num_seeds), num_seeds - 1)
+    of_mean = Spread(compare.spread / math.sqrt(num_seeds), num_first - 1)
     return {"half_width_planned": of_mean.half_width(CONFIDENCE)}
 
 
@@ -493,7 +500,7 @@ def wide_pairs(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig) ->
             continue
         first = [replace(arm, seeds={seed: key for seed, key in arm.seeds.items() if seed not in more}) for arm in pair]
         by_seed = seed_improvements([(1.0, first[0], first[1])], results, results.study.compare.metric)
-        if by_seed and improvement_interval(by_seed).half_width > asked.half_width:
+        if by_seed and improvement_interval(by_seed, results.study).half_width > asked.half_width:
             found.append(pair)
     return found
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -364,6 +364,12 @@ def further_seeds(study: Study, stage: str) -> tuple[int, ...]:
     """The seeds that arms of a stage get where an interval is too wide."""
     more = study.more_seeds
     return () if more is None or stage != stage_with_more_seeds(study) else more.seeds
+
+
+def num_first_seeds(study: Study, seeds: Iterable[str]) -> int:
+    """How many of these seeds the study begins with: all but those of `more_seeds`."""
+    further = () if study.more_seeds is None else study.more_seeds.seeds
+    return sum(seed not in map(str, further) for seed in seeds)
 
 
 def as_list(value: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from qdora.study.compare import (
     named_comparisons,
     seed_improvements,
 )
-from qdora.study.grid import Study, in_words
+from qdora.study.grid import Study, in_words, num_first_seeds
 from qdora.study.rates import Search
 from qdora.study.scores import HIGHER_IS_BETTER
 from qdora.study.statistics import Spread
@@ -138,7 +138,8 @@ def outlooks(cells: Cells, results: Results) -> list[Outlook]:
             spread, source = of_rates
         if math.isnan(spread) and compare.spread is not None:
             spread, source = compare.spread, "compare.spread"
-        of_mean = Spread(spread / math.sqrt(number), number - 1) if number > 1 else Spread(math.nan, math.nan)
+        num_first = min(num_first_seeds(results.study, arm.seeds) for arm in each.arms)
+        of_mean = Spread(spread / math.sqrt(number), num_first - 1) if num_first > 1 else Spread(math.nan, math.nan)
         name = each.name + (f" ({in_words(each.context)})" if each.context else "")
         detectable = of_mean.detectable(compare.alpha / len(primary), compare.power)
         found.append(
@@ -159,9 +160,10 @@ def _known_spread(comparison: NamedComparison | None, results: Results) -> tuple
     if comparison is None:
         return math.nan, "unknown"
     by_seed = seed_improvements(comparison.terms, results, results.study.compare.metric)
-    if len(by_seed) < 2:
+    first = list(by_seed.values())[: num_first_seeds(results.study, by_seed)]
+    if len(first) < 2:
         return math.nan, "unknown"
-    return float(np.std(list(by_seed.values()), ddof=1)), f"{len(by_seed)} seeds that are done"
+    return float(np.std(first, ddof=1)), f"{len(first)} seeds that are done"
 
 
 def _spread_of_searches(cells: Cells, results: Results) -> tuple[float, str]:

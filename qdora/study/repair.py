@@ -16,7 +16,7 @@ from typing import Any
 from qdora.study import statistics
 from qdora.study.cells import Kind, base_axes
 from qdora.study.compare import CONFIDENCE, Arm, Results, improvement_interval, quality, seed_improvements
-from qdora.study.grid import Study
+from qdora.study.grid import Study, num_first_seeds
 from qdora.study.scores import combined
 
 
@@ -28,17 +28,18 @@ def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, Any
     """
     if arm.kind != "trained":
         return {}
-    measure, twin = results.study.compare.metric, dense_twin(arm, arms, results.study)
+    study = results.study
+    measure, twin = study.compare.metric, dense_twin(arm, arms, study)
     row: dict[str, Any] = {}
     back = _same_arm(arm, arms, "set_back")
     if back is not None and (lost := seed_improvements([(1.0, arm, back)], results, measure)):
-        row |= improvement_interval(lost).columns("magnitudes")
+        row |= improvement_interval(lost, study).columns("magnitudes")
     if arm.base_key == arm.dense_key:
         return row | {"repair_reason": "the base is not compressed"}
     if twin is None:
         return row | {"repair_reason": "the arm is not trained on the uncompressed base"}
     left = seed_improvements([(-1.0, arm, twin)], results, measure)
-    row |= improvement_interval(left).columns("left") if left else {}
+    row |= improvement_interval(left, study).columns("left") if left else {}
     transplant = _same_arm(arm, arms, "transplant")
     if transplant is None:
         return row | {"repair_reason": "no adapter was transplanted"}
@@ -46,14 +47,13 @@ def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, Any
     repaired = seed_improvements([(1.0, arm, transplant)], results, measure)
     if not damage or not repaired:
         return row | {"repair_reason": "the cells share no seed"}
-    of_damage = improvement_interval(damage)
-    row |= of_damage.columns("transplant") | improvement_interval(repaired).columns("repaired")
+    of_damage = improvement_interval(damage, study)
+    row |= of_damage.columns("transplant") | improvement_interval(repaired, study).columns("repaired")
     if not of_damage.lower > 0:  # nan, too
         return row | {"repair_reason": "the transplant is not significantly worse"}
     shared = [seed for seed in damage if seed in repaired]
-    share = statistics.ratio_interval(
-        [repaired[each] for each in shared], [damage[each] for each in shared], CONFIDENCE
-    )
+    above, below = ([values[each] for each in shared] for values in (repaired, damage))
+    share = statistics.ratio_interval(above, below, CONFIDENCE, num_first=num_first_seeds(study, shared))
     return row | share.columns("repaired_share") | {"repair_reason": ""}
 
 

@@ -14,7 +14,8 @@ from qdora.study.report_figures import draw_all
 _NOTES: dict[str, tuple[str, str | dict[str, str], bool]] = {
     "comparisons": (
         "Comparisons",
-        "A positive improvement is better. lower, upper: 95 % t interval over the seeds. smallest detectable: would "
+        "A positive improvement is better. lower, upper: 95 % t interval over the seeds; where some were added, "
+        "by the spread of the first ones (Stein's two-stage procedure). smallest detectable: would "
         "have been found with the power of the study. planned: half of the interval that the study file expects. p "
         "seeds: t test over the seeds. p examples: over the examples, with the seeds as they are. p holm: the larger "
         "of both, corrected for the number of primary comparisons. p equivalent: that the arms differ by the zone or "

@@ -120,17 +120,28 @@ def _told(p: float) -> float:
     return p if math.isnan(p) else max(LEAST_P, p)
 
 
-def seed_spread(values: Sequence[float]) -> Spread:
-    """Of the mean of one number a seed; nan with a single seed."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.size < 2:
+def seed_spread(values: Sequence[float], num_first: int | None = None) -> Spread:
+    """Of the mean of one number a seed; nan with a single seed.
+
+    Where the first seeds left too wide an interval, so that others were added, they alone tell the spread. With the
+    spread of all seeds, intervals that were narrow by chance, and so got no further seeds, would hold the truth too
+    seldom: 92 % of the time instead of 95 % with three seeds and three more.
+
+    Source: Stein, A two-sample test for a linear hypothesis whose power is independent of the variance, Ann. Math.
+    Statist. 16 (1945), 243.
+
+    Args:
+        num_first: How many of the values, from the front, are of the first seeds; default all.
+    """
+    first = np.asarray(values if num_first is None else values[:num_first], dtype=np.float64)
+    if first.size < 2:
         return Spread(math.nan, math.nan)
-    return Spread(float(array.std(ddof=1)) / math.sqrt(array.size), array.size - 1)
+    return Spread(float(first.std(ddof=1)) / math.sqrt(len(values)), first.size - 1)
 
 
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Mean of one number a seed with Student's t interval; of a single number without ends."""
-    mean, half = float(np.mean(values)), seed_spread(values).half_width(confidence)
+def t_interval(values: Sequence[float], confidence: float = 0.95, *, num_first: int | None = None) -> Interval:
+    """Mean of one number a seed with Student's t interval by `seed_spread`; of a single number without ends."""
+    mean, half = float(np.mean(values)), seed_spread(values, num_first).half_width(confidence)
     return Interval(mean, mean - half, mean + half)
 
 
@@ -170,19 +181,24 @@ def example_interval(tasks: SeedScores, weighting: Weighting, confidence: float)
     return Interval(mean, mean - half, mean + half)
 
 
-def ratio_interval(above: Sequence[float], below: Sequence[float], confidence: float = 0.95) -> Interval:
+def ratio_interval(
+    above: Sequence[float], below: Sequence[float], confidence: float = 0.95, *, num_first: int | None = None
+) -> Interval:
     """Mean of `above` / mean of `below`, of the same seeds, with Fieller's interval; without ends if it is not bounded.
 
-    The interval holds every r for which the t interval of above - r below contains 0.
+    The interval holds every r for which the t interval of above - r below contains 0. `num_first` is that of
+    `seed_spread`.
 
     Source: Fieller, Some problems in interval estimation, J. R. Stat. Soc. B 16 (1954), 175.
     """
     a, b = np.mean(above), np.mean(below)
     value = float(a / b) if b else math.nan
-    number = len(above)
+    first = slice(num_first)
+    number = len(above[first])
     if number < 2:
         return Interval(value, math.nan, math.nan)
-    covariance = np.cov(above, below) / number * float(special.stdtrit(number - 1, (1 - confidence) / 2)) ** 2
+    critical = float(special.stdtrit(number - 1, (1 - confidence) / 2))
+    covariance = np.cov(above[first], below[first]) / len(above) * critical**2
     # (a - r b)^2 <= t^2 var(above - r below) is square r^2 - 2 middle r + constant <= 0
     square, middle, constant = b**2 - covariance[1, 1], a * b - covariance[0, 1], a**2 - covariance[0, 0]
     inside = middle**2 - square * constant
