@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from qdora.study.cell_key import key_of
 from qdora.study.cells import Cell, Expander, equal_in_words
 from qdora.study.compare import Results, cannot_decide
 from qdora.study.grid import label_of, load_study, study_from
-from qdora.study.runner import notes_on
+from qdora.study.runner import notes_on, study_run
 from qdora.study.study_directory import StudyDirectory
 from tests import study_worker
 
@@ -578,6 +579,9 @@ def test_a_study_file_finds_the_recipe_beside_it(tmp_path: Path, monkeypatch: py
     file.write_text("recipe: recipe.yaml\nseeds: [0]\nproduct:\n  adapter:\n    dora: {}\n")
     monkeypatch.chdir("/")
     assert len(Expander(load_study(file)).now().cells) == 3
+    file.write_text("recipe: recipe.yaml\nproduct:\n  adapter:\n    dora: {}\nexclude: [{adapter: dora}]\n")
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))}: exclude leaves no cell"):
+        study_run(file, dry_run=True)
     file.write_text("recipe: demo\nrecipe: demo\n")
     with pytest.raises(UserError, match="line 2: key 'recipe' is given twice"):
         load_study(file)

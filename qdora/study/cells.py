@@ -135,11 +135,13 @@ class _Arm:
 class Expander:
     """Makes the cells of a study, again and again; recipes are checked once.
 
+    `file` is named in faults of the study itself.
+
     UserError: recipes that are not valid, one line each with the cell's labels; no cell; a cell without evaluation.
     """
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
+    def __init__(self, study: Study, file: str = "study") -> None:
+        self.study, self.file = study, file
         self.start, self.where = recipe_document(study.recipe)
         self.axes = {name: dict(choices(axis, name)) for name, axis in study.product.items()}
         self._made: dict[str, Recipe] = {}
@@ -167,8 +169,8 @@ class Expander:
             if not any(reference in names and len(names) > 1 for names in there.values()):
                 names = sorted(set().union(*there.values()))
                 raise UserError(
-                    f"study: more_seeds.stage: must train {reference}, which others are compared with, beside another "
-                    f"arm, with seeds of its own, got {stage!r} with {', '.join(names) or 'no arm'}. "
+                    f"{self.file}: more_seeds.stage: must train {reference}, which others are compared with, beside "
+                    f"another arm, with seeds of its own, got {stage!r} with {', '.join(names) or 'no arm'}. "
                     "Fix: train both in one stage, or set compare.reference."
                 )
         return study.model_copy(update={"compare": compare.model_copy(update={"reference": reference})})
@@ -245,7 +247,7 @@ class Expander:
         if faults:
             raise UserError(*(f"{self.where} ({_first(named)}): {fault}" for fault, named in faults.items()))
         if not self.arms:
-            raise UserError("study: exclude leaves no cell, at least one is needed.")
+            raise UserError(f"{self.file}: exclude leaves no cell, at least one is needed.")
 
     def _faults(self, arm: _Arm) -> Iterator[str]:
         taken = [key for key in _OF_SEED if key in arm.changes]

@@ -253,7 +253,7 @@ def submit_jobs(
 
 
 def _checked(file: Path, directory: Path | None) -> tuple[Expander, Path]:
-    expander = Expander(load_study(file))
+    expander = Expander(load_study(file), str(file))
     cells = planned_cells(expander, None)
     faults = [fault for cell in cells.cells for fault in missing_files(cell.recipe, str(file))]
     if expander.study.compare.split == "test":
