@@ -4,8 +4,9 @@
 
 Bases are pruned by Wanda to 50 % and to 2:4, in 16 bits and in NF4. The adapter is `adapter.init: loftq`, the matrix of
 its rank that is nearest to the error of each weight, as the Naive-LoRA of SLiM (arXiv 2410.09615), whose rank is a
-tenth of the width; here 58 of 576, and 16, the rank of the study. DATA is that of `pruning.py`, and so is the text that
-Wanda measures inputs on; perplexity is of validation examples, each written out with its right answer.
+tenth of the width; here 58 of 576, and 16, the rank of the study. `error_left` is the share of the weights' error that
+the larger rank leaves. DATA is that of `pruning.py`, and so is the text that Wanda measures inputs on; perplexity is of
+validation examples, each written out with its right answer.
 """
 
 from __future__ import annotations

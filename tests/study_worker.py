@@ -22,7 +22,7 @@ from qdora.study.study_directory import StudyDirectory
 DOCUMENT: dict[str, Any] = {
     "model": {"source": "org/model"},
     "data": {"mix": [{"source": "org/data"}]},
-    "train": {"steps": 1, "batch": 1},
+    "train": {"steps": 1, "batch": 7},
 }
 
 

@@ -15,11 +15,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from qdora.errors import UserError
 from qdora.export.gguf import find_llama_cpp
+from qdora.model.build_model import nearest_low_rank
 from qdora.model.source import builtin_file
 
 pytestmark = pytest.mark.slow
@@ -372,10 +375,29 @@ def test_error_adapters(tmp_path: Path) -> None:
     for case in result["cases"]:
         assert 0.5 < case["error_left"] < 0.8  # rank 4 of 32
         assert set(case["ranks"]) == {"4", "2"}
-        for found in case["ranks"].values():
-            assert found["lower"] < found["gained"] < found["upper"]
-            # The gain is the logarithm of the ratio of the perplexities
-            assert math.log(case["perplexity"] / found["perplexity"]) == pytest.approx(found["gained"], abs=1e-9)
+
+
+def test_what_an_error_adapter_gains_has_the_interval_of_a_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    error_adapters = importlib.import_module("error_adapters")
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(5, 60, 200).astype(float)
+    base = np.stack([3.0 * tokens + draw.normal(0, 5, 200), tokens], axis=1)
+    scores = base - np.stack([0.2 * tokens + draw.normal(0, 3, 200), 0 * tokens], axis=1)
+    found = error_adapters.told(scores, base)
+    gained = base[:, 0] - scores[:, 0]
+    picked = draw.integers(0, 200, (4000, 200))
+    means = gained[picked].sum(1) / tokens[picked].sum(1)
+    assert found["gained"] == pytest.approx(gained.sum() / tokens.sum())
+    assert found["perplexity"] == pytest.approx(math.exp(scores[:, 0].sum() / tokens.sum()))
+    for end, share in (("lower", 2.5), ("upper", 97.5)):
+        assert found[end] == pytest.approx(np.percentile(means, share), abs=0.1 * means.std())
+
+
+def test_the_first_components_of_an_error_adapter_are_the_one_of_a_smaller_rank() -> None:
+    matrix = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    (left, right), (small, smaller) = (nearest_low_rank(matrix, rank) for rank in (6, 2))
+    torch.testing.assert_close(left[:, :2] @ right[:2], small @ smaller, rtol=1e-4, atol=1e-5)
 
 
 def test_combined_vs_solo(tmp_path: Path) -> None:

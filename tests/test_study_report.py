@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.model.pruning import PrunedLayer
+from qdora.recipe.recipe_file import recipe_from
 from qdora.study import report_figures
 from qdora.study.answer import answer_of, decided_in_words, subject_of
 from qdora.study.cells import Cell, Expander
@@ -273,7 +274,7 @@ def test_the_search_tells_the_spread_before_anything_is_compared(tmp_path: Path)
     assert found.spread == pytest.approx(statistics.stdev(differences), rel=1e-9)
 
 
-def test_the_answer_has_three_sentences_each_with_its_number(report: Report, tmp_path: Path) -> None:
+def test_the_answer_has_three_parts_each_with_its_number(report: Report, tmp_path: Path) -> None:
     assert report.question == "How far can the base be compressed before lora, and before dora, stops repairing it?"
     assert len(report.answer) == 3
     assert report.answer[0] == report.verdict[0]
@@ -281,12 +282,13 @@ def test_the_answer_has_three_sentences_each_with_its_number(report: Report, tmp
     for arm in ("lora", "dora"):
         left = {row["base.quant"]: row for row in rows(report, "repair", adapter=arm) if "left" in row}
         assert {quant for quant, row in left.items() if row["left_lower"] > 0.02} == {"nf4", "fp4"}
-        assert left["int8"]["left_lower"] < 0.02 < left["int8"]["left_upper"]
+        repaired = left["int8"]["left_upper"] < 0.02
         least, most = (f"{left[quant]['left']:.3f} ({quant})" for quant in ("int8", "fp4"))
-        told.append(f"{arm} repairs none of these bases (int8 not decided) and leaves {least} to {most}")
+        number = "1 of 3 (int8)" if repaired else "0 of 3 (int8 not decided)"
+        told.append(f"{arm} repairs {number} and leaves {least} to {most}")
     assert report.answer[1] == (
         "A base counts as repaired if the arm trained on it is less than 0.02 worse than the arm trained on the "
-        f"uncompressed base, in NLL (nats per token), with 95 % confidence. So {'; '.join(told)}."
+        f"uncompressed base, in NLL (nats per token), with 95 % confidence. Of the compressed bases, {'; '.join(told)}."
     )
     lora = [row for row in rows(report, "repair", adapter="lora") if "repaired_share" in row]
     moved, share = (
@@ -294,8 +296,8 @@ def test_the_answer_has_three_sentences_each_with_its_number(report: Report, tmp
         for of, digits in (("transplant", 3), ("repaired_share", 2))
     )
     assert report.answer[2] == (
-        f"The lora that was trained on the uncompressed base loses {moved} when it is moved to a compressed one; "
-        f"training on the compressed base takes back a share of {share} of that."
+        f"The lora that was trained on the uncompressed base loses {moved} in NLL (nats per token) when it is moved to "
+        f"a compressed one; training on the compressed base takes back a share of {share} of that."
     )
     compare = {"reference": "lora", "primary": PRIMARY, "spread": 0.03}
     primary = read_report(fake_study.make(tmp_path, compare=compare, seeds=[0, 1, 2]))
@@ -310,18 +312,28 @@ def test_the_answer_has_three_sentences_each_with_its_number(report: Report, tmp
     assert row["half_width_planned"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.03 / math.sqrt(3))
 
 
-def test_what_was_studied_is_told_by_the_recipe_of_a_run(report: Report, tmp_path: Path) -> None:
-    assert report.subject == "org/model, trained on org/data: 1 steps of 1 examples; seeds 0, 1, 2, 3."
+def test_what_was_studied_is_told_by_the_recipes_of_its_runs(report: Report, made: Path, tmp_path: Path) -> None:
+    assert report.subject == "org/model, trained on data: 1 step of 7 examples; seeds 0, 1, 2, 3."
     study = study_from(DOCUMENT | {"seeds": [0, 1], "more_seeds": {"seeds": [5], "half_width": 0.1}})
-    mix = [{"task": "piqa", "path": "/data/p"}, {"path": "/data/texts.jsonl"}, {"source": "org/chats"}]
-    document = {"model": {"source": "builtin"}, "data": {"mix": mix}, "train": {"batch": 16}}
-    assert subject_of(document, study, [128, 512]) == (
-        "HuggingFaceTB/SmolLM2-135M-Instruct, trained on piqa, texts.jsonl, org/chats: 128 or 512 steps of 16 "
-        "examples; seeds 0, 1, and 5 where the interval is wide."
+    mix = [{"task": "piqa", "path": "/data/p"}, {"source": "/data/my texts.jsonl"}, {"source": "/d", "name": "chats"}]
+    recipes = [
+        recipe_from({"model": {"source": source}, "data": {"mix": mix}, "train": train})
+        for source, train in (
+            ("builtin", {"steps": 1024, "batch": 1}),
+            ("/models/own", {"epochs": 2, "tokens_per_step": 4096}),
+        )
+    ]
+    assert subject_of(recipes, study) == (
+        "SmolLM2-135M-Instruct.Q4_1.gguf (builtin) or own, trained on piqa, my texts, chats: 1,024 steps or whole "
+        "epochs of 1 example or 4,096 tokens; seeds 0, 1, and 5 where the interval is wide."
     )
     write_report(report, tmp_path, "a study")
-    for name in ("index.html", "report.md"):
+    for name in ("index.html", "report.md", "facts.csv"):
         assert report.subject in (tmp_path / name).read_text()
+    shutil.copytree(made, tmp_path / "older")
+    for file in (tmp_path / "older/cells").glob("*/recipe.yaml"):
+        file.write_text("model: {an: older form}\n")
+    assert read_report(tmp_path / "older").subject == ""
 
 
 def test_notes_and_captions_tell_of_what_is_there(report: Report) -> None:
@@ -332,12 +344,18 @@ def test_notes_and_captions_tell_of_what_is_there(report: Report) -> None:
     assert "transplant: " in note_of("repair", report)
     assert "magnitudes: " not in note_of("repair", report)  # none were set back
     plain = [{k: v for k, v in row.items() if "transplant" not in k} for row in report.tables["repair"]]
-    without = replace(report, tables=report.tables | {"repair": plain, "blocks": [], "changes": []})
+    off = [row for row in report.tables["blocks"] if "block_off" in row]
+    untrained = [row for row in report.tables["blocks"] if "block_off" not in row]
+    without = replace(report, tables=report.tables | {"repair": plain, "blocks": untrained, "changes": []})
     assert "transplant: " not in note_of("repair", without)
     assert "Hollow" in report_figures._left_words(report)
     assert "Hollow" not in report_figures._left_words(without)
     assert "without the adapter of one block" in report_figures._depth_words(report)
-    assert report_figures._depth_words(without).endswith("untrained bases. Colours: bases.")
+    assert report_figures._depth_words(without) == (
+        "By block: the relative error of the hidden states of untrained bases. Colours: bases."
+    )
+    trained = replace(report, tables=report.tables | {"blocks": off})
+    assert report_figures._depth_words(trained).startswith("By block: the rise of the NLL without the adapter of one")
     pruned = [row | {"sparsity": 0.5} for row in report.tables["arms"]]
     assert "zeros are stored" not in report_figures._bytes_words(report)
     assert "zeros are stored" in report_figures._bytes_words(replace(report, tables=report.tables | {"arms": pruned}))
@@ -352,15 +370,26 @@ def test_the_damage_before_the_repair_is_beside_what_is_left(report: Report) -> 
         assert own == {row[column] for row in report.tables["repair"] if column in row}
 
 
-def test_names_of_points_do_not_run_into_one_another(report: Report) -> None:
-    draw = report_figures._pareto(report)
+@pytest.mark.parametrize("metric", ["nll_per_token", "acc"])
+def test_names_of_points_stand_apart_beside_their_points(report: Report, metric: str) -> None:
+    """Many bases of nearly the same size and quality, and one far off."""
+    (one, *_) = rows(report, "arms", kind="trained")
+    places = {f"base {number}": (100 + number % 3, 3.0 + 0.001 * number) for number in range(16)} | {"far": (140, 4.0)}
+    arms = [one | {"base.quant": name, "total_mib": x, metric: y} for name, (x, y) in places.items()]
+    draw = report_figures._pareto(replace(report, metric=metric, tables=report.tables | {"arms": arms}))
     assert draw is not None
     for wide in (True, False):
         figure = draw(wide)
         figure.canvas.draw()
-        boxes = {text.get_text(): text.get_window_extent() for text in figure.axes[0].texts}
-        assert set(boxes) == {"none", "int8", "nf4", "fp4"}
+        (axes,) = figure.axes
+        boxes = {text.get_text(): text.get_window_extent() for text in axes.texts if text.get_text()}
+        assert set(boxes) == set(places)
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes.values(), 2))
+        for name, is_right in (("far", True), ("base 0", False)):
+            x, _ = axes.transData.transform(places[name])
+            assert 5 < (x - boxes[name].x1 if is_right else boxes[name].x0 - x) < 30
+        x, y = axes.transData.transform(places["far"])
+        assert abs(y - (boxes["far"].y0 + boxes["far"].y1) / 2) < 2
 
 
 def test_the_damage_left_is_told_in_the_metric_of_the_study() -> None:
@@ -368,14 +397,24 @@ def test_the_damage_left_is_told_in_the_metric_of_the_study() -> None:
     compare = CompareConfig(metric="acc", reference="lora")
     start = (
         "A base counts as repaired if the arm trained on it is less than 0.02 worse than the arm trained on the "
-        "uncompressed base, in accuracy, with 95 % confidence. So lora repairs "
+        "uncompressed base, in accuracy, with 95 % confidence. Of the compressed bases, lora repairs "
     )
-    told = answer_of([], [row], ["base.quant"], compare, "accuracy")[1]
-    assert told == f"{start}none of these bases and leaves 0.100 (nf4)."
+
+    def told(*repairs: dict[str, Any]) -> list[str]:
+        return answer_of([], repairs, ["base.quant"], compare, "accuracy")[1:]
+
+    assert told(row) == [f"{start}0 of 1 and leaves 0.100 (nf4)."]
     small = row | {"base.quant": "int8", "left": 0.01, "left_lower": 0.005, "left_upper": 0.015}
-    told = answer_of([], [row, small], ["base.quant"], compare, "accuracy")[1]
-    assert told == f"{start}int8 and leaves 0.010 (int8) to 0.100 (nf4)."
-    assert answer_of([], [small], ["base.quant"], compare, "accuracy")[1].startswith(f"{start}all of these bases and")
+    assert told(row, small) == [f"{start}1 of 2 (int8) and leaves 0.010 (int8) to 0.100 (nf4)."]
+    assert told(small) == [f"{start}1 of 1 and leaves 0.010 (int8)."]
+    single = row | {"left_lower": math.nan, "left_upper": math.nan}  # a single seed
+    assert told(single) == [f"{start}0 of 1 (nf4 not decided) and leaves 0.100 (nf4)."]
+    moved = [row | {"transplant": 0.4, "repaired_share": 0.75}, small | {"transplant": 0.02}]
+    assert told(*moved)[1] == (
+        "The lora that was trained on the uncompressed base loses 0.020 (int8) to 0.400 (nf4) in accuracy when it is "
+        "moved to a compressed one; training on the compressed base, where that is significant, takes back a share of "
+        "0.75 (nf4) of that."
+    )
 
 
 def test_what_is_not_decided_says_beside_it_what_was_not_seen_or_why(report: Report) -> None:

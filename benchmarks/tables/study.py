@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from tables.table import compared, markdown, of_metric, read, report_rows, trained, with_band
@@ -33,6 +34,7 @@ def pruning() -> str:
 def error_adapters() -> str:
     """Perplexity of each base alone, and with an untrained adapter that approximates its error."""
     document = read("error_adapters")
+    dense = document["dense"]["perplexity"]
     names = {"none": "16 bits", "nf4": "NF4"}
     ranks = list(document["cases"][0]["ranks"])
     rows = []
@@ -42,12 +44,13 @@ def error_adapters() -> str:
             found = case["ranks"][rank]
             row.append(f"{found['perplexity']:,.1f}")
             row.append(f"{found['gained']:+.3f} ({found['lower']:+.3f} to {found['upper']:+.3f})")
+            row.append(f"{found['gained'] / math.log(case['perplexity'] / dense):.0%}")
         rows.append(row)
     header = ["base", "alone"]
     for rank in ranks:
-        header += [f"with rank {rank}", f"nats per token gained by rank {rank}"]
+        header += [f"with rank {rank}", "nats per token gained", "share of the damage"]
     note = (
-        f"\nPerplexity. Without compression: {document['dense']['perplexity']:.1f}. Intervals: 95 %, over "
+        f"\nPerplexity. Without compression: {dense:.1f}. Intervals: 95 %, over "
         f"{document['num_texts']} texts. `{document['command']}`\n"
     )
     return markdown(header, rows) + note

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from qdora.model.source import BUILTIN, BUILTIN_HUB_ID
+from qdora.model.source import BUILTIN, BUILTIN_FILE
+from qdora.recipe.data_settings import is_path
+from qdora.recipe.settings import Recipe
 from qdora.study.grid import CompareConfig, Study
 from qdora.study.report_contents import Naming, Row, is_number, naming
 from qdora.study.verdict import interval_in_words, not_seen, overall
@@ -29,22 +30,40 @@ def question_of(pairs: Sequence[Row], repairs: Sequence[Row]) -> str:
     return f"Is {' or '.join(arms)} better than {reference}?"
 
 
-def subject_of(recipe: Mapping[str, Any], study: Study, num_steps: Sequence[int]) -> str:
-    """Model, tasks, length of the training and seeds, in a sentence.
+def subject_of(recipes: Sequence[Recipe], study: Study) -> str:
+    """Models, tasks, length of the training and seeds, in a sentence.
 
     Args:
-        recipe: The document of a trained cell.
-        num_steps: Lengths of the trained cells.
+        recipes: Of the trained arms, one each; what differs between them is told of all.
     """
-    source = recipe["model"]["source"]
-    model = BUILTIN_HUB_ID if source == BUILTIN else source
-    mix = recipe["data"]["mix"]
-    tasks = [str(entry.get("task") or entry.get("source") or Path(entry["path"]).name) for entry in mix]
-    steps = " or ".join(f"{number:,}" for number in sorted(set(num_steps)))
+    models = [_model_in_words(recipe.model.source) for recipe in recipes]
+    tasks = [", ".join(source.label for source in recipe.data.mix) for recipe in recipes]
+    steps = [_counted(recipe.train.steps, "step") if recipe.train.steps else "whole epochs" for recipe in recipes]
+    sizes = [
+        _counted(recipe.train.batch, "example")
+        if recipe.train.batch
+        else _counted(recipe.train.tokens_per_step, "token")
+        for recipe in recipes
+    ]
     seeds = f"seeds {', '.join(map(str, study.seeds))}" if len(study.seeds) > 1 else f"seed {study.seeds[0]}"
     if study.more_seeds is not None:
         seeds += f", and {', '.join(map(str, study.more_seeds.seeds))} where the interval is wide"
-    return f"{model}, trained on {', '.join(tasks)}: {steps} steps of {recipe['train']['batch']} examples; {seeds}."
+    return f"{_each(models)}, trained on {_each(tasks)}: {_each(steps)} of {_each(sizes)}; {seeds}."
+
+
+def _model_in_words(source: str) -> str:
+    """Without the directories of this machine."""
+    if source == BUILTIN:
+        return f"{BUILTIN_FILE} ({BUILTIN})"
+    return Path(source).name if is_path(source) else source
+
+
+def _counted(number: int | None, unit: str) -> str:
+    return f"{number:,} {unit}{'' if number == 1 else 's'}"
+
+
+def _each(texts: Sequence[str]) -> str:
+    return " or ".join(dict.fromkeys(texts))
 
 
 def answer_of(
@@ -66,10 +85,12 @@ def answer_of(
         ]
         decided = f"{'; '.join(told)}."
     arms = list(dict.fromkeys([compare.reference, *(row["arm"] for row in primary)]))
-    of_arm = {arm: [row for row in repairs if row[compare.arm] == arm] for arm in arms}
-    left = [_left(arm, rows, axes, compare.zone) for arm, rows in of_arm.items()]
-    repaired = _repaired(of_arm[compare.reference], axes, compare.arm)
-    return [decided, *filter(None, [_counted(left, compare.zone, metric_label), repaired])]
+    rows = [row for row in repairs if row[compare.arm] in arms]
+    named = naming([row for row in rows if is_number(row.get("left"))], axes)
+    left = [_left(str(arm), [row for row in rows if row[compare.arm] == arm], named, compare.zone) for arm in arms]
+    own = [row for row in rows if row[compare.arm] == compare.reference]
+    repaired = _repaired(own, named, compare.arm, metric_label)
+    return [decided, *filter(None, [_all_left(left, compare.zone, metric_label), repaired])]
 
 
 def decided_in_words(row: Row, metric_label: str) -> str:
@@ -87,38 +108,41 @@ def decided_in_words(row: Row, metric_label: str) -> str:
     return f"{row['comparison']}: not decided, {size}, {why}"
 
 
-def _left(arm: str, rows: Sequence[Row], axes: Sequence[str], zone: float) -> str:
-    """Which bases an arm surely repairs, which are open, and the least and the most that is left; "" if unknown."""
+def _left(arm: str, rows: Sequence[Row], named: Naming, zone: float) -> str:
+    """How many bases an arm surely repairs, which are open, and the least and the most that is left; "" if unknown."""
     known = [row for row in rows if is_number(row.get("left"))]
     if not known:
         return ""
-    named = naming(known, axes)
     inside = [named(row) for row in known if row["left_upper"] < zone]
-    open_ = [named(row) for row in known if row["left_lower"] <= zone <= row["left_upper"]]
-    bases = "all of these bases" if len(inside) == len(known) else ", ".join(inside) or "none of these bases"
-    told = f"{arm} repairs {bases}" + (f" ({', '.join(open_)} not decided)" if open_ else "")
+    open_ = [named(row) for row in known if not row["left_upper"] < zone and not row["left_lower"] > zone]  # nan, too
+    told = f"{arm} repairs {len(inside)} of {len(known)}"
+    if inside and len(inside) < len(known):
+        told += f" ({', '.join(inside)})"
+    if open_:
+        told += f" ({', '.join(open_)} not decided)"
     return f"{told} and leaves {_span(known, named, 'left', '.3f')}"
 
 
-def _counted(left: Sequence[str], zone: float, label: str) -> str:
+def _all_left(left: Sequence[str], zone: float, label: str) -> str:
     """What counts as repaired, and what that makes of each arm."""
     told = "; ".join(filter(None, left))
     return told and (
         f"A base counts as repaired if the arm trained on it is less than {zone:g} worse than the arm trained on the "
-        f"uncompressed base, in {label}, with 95 % confidence. So {told}."
+        f"uncompressed base, in {label}, with 95 % confidence. Of the compressed bases, {told}."
     )
 
 
-def _repaired(rows: Sequence[Row], axes: Sequence[str], arm_axis: str) -> str:
-    """What a transplant loses, and the share of it that training on the compressed base takes back."""
-    known = [row for row in rows if is_number(row.get("repaired_share"))]
+def _repaired(rows: Sequence[Row], named: Naming, arm_axis: str, label: str) -> str:
+    """What transplants lose, and the share of it that training on the compressed base takes back."""
+    moved = [row for row in rows if is_number(row.get("transplant"))]
+    known = [row for row in moved if is_number(row.get("repaired_share"))]
     if not known:
         return ""
-    named = naming(known, axes)
-    moved, share = _span(known, named, "transplant", ".3f"), _span(known, named, "repaired_share", ".2f")
+    sure = "" if len(known) == len(moved) else ", where that is significant,"
     return (
-        f"The {known[0][arm_axis]} that was trained on the uncompressed base loses {moved} when it is moved to a "
-        f"compressed one; training on the compressed base takes back a share of {share} of that."
+        f"The {moved[0][arm_axis]} that was trained on the uncompressed base loses "
+        f"{_span(moved, named, 'transplant', '.3f')} in {label} when it is moved to a compressed one; training on the "
+        f"compressed base{sure} takes back a share of {_span(known, named, 'repaired_share', '.2f')} of that."
     )
 
 

@@ -27,8 +27,8 @@ _FAR = 1.25
 class Dots:
     """One dot of a row with its interval (nan without ends), and small dots of the seeds.
 
-    may_be_cut: The axis need not hold the interval; an arrow then shows that it goes on. is_hollow: Of another kind
-    than the arm itself.
+    may_be_cut: The axis need not hold the interval; an arrow then shows that it goes on. is_hollow: The dot is
+    drawn as a ring.
     """
 
     name: str

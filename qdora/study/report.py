@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_bytes, atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
-from qdora.recipe.recipe_file import read_yaml
+from qdora.recipe.recipe_file import load_recipe
 from qdora.study.answer import answer_of, question_of, subject_of
 from qdora.study.by_layer import block_of
 from qdora.study.cells import equal_in_words
@@ -122,6 +123,8 @@ def read_report(directory: Path) -> Report:
         "guesses": _guess_rows(cells, results),
         "facts": _facts(cell_rows, pairs, results),
     }
+    subject = _subject(trained, results)
+    tables["facts"].append({"fact": "studied", "value": None, "text": subject})
     label = _LABELS[compare.metric]
     said = verdict(pairs, cell_rows, index["rates"], axes, label)
     waiting = sum(index["num_waiting"].values())
@@ -131,7 +134,7 @@ def read_report(directory: Path) -> Report:
     return Report(
         tables=tables,
         question=question_of(pairs, tables["repair"]),
-        subject=_subject(trained, cell_rows, results),
+        subject=subject,
         answer=answer_of(pairs, tables["repair"], axes, compare, label),
         verdict=[*said, *filter(None, [equal_in_words(cells)])],
         axes=axes,
@@ -141,14 +144,16 @@ def read_report(directory: Path) -> Report:
     )
 
 
-def _subject(trained: Sequence[Arm], cells: Rows, results: Results) -> str:
-    """Told by the recipe of a trained run."""
-    files = (RunDirectory(results.store.cell(key)).recipe_file for arm in trained for key in arm.seeds.values())
-    file = next(filter(Path.is_file, files), None)
-    if file is None:
-        return ""
-    steps = {row["num_steps"] for row in cells if row["kind"] == "trained" and row.get("num_steps")}
-    return subject_of(read_yaml(file.read_text(encoding="utf-8"), str(file)), results.study, sorted(steps))
+def _subject(trained: Sequence[Arm], results: Results) -> str:
+    """Told by the recipe of a run of each arm; "" without one that this version reads."""
+    recipes = []
+    for arm in trained:
+        runs = (RunDirectory(results.store.cell(key)) for key in arm.seeds.values())
+        file = next((run.recipe_file for run in runs if run.recipe_file.is_file()), None)
+        if file is not None:
+            with suppress(UserError):  # of an older version
+                recipes.append(load_recipe(file))
+    return subject_of(recipes, results.study) if recipes else ""
 
 
 def _measures(arms: Sequence[Arm], results: Results) -> list[str]:

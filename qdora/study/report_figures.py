@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from qdora.study.scores import HIGHER_IS_BETTER
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import BboxBase
 
 _PAIR = ("arm", "reference")
 _MOST_ROWS, _MOST_PANELS = 40, 12
@@ -105,21 +105,12 @@ def _forest(report: Report) -> Callable[[bool], Figure] | None:
 
 
 def _left_words(report: Report) -> str:
-    said = (
-        "Full: how much worse each trained arm is than the same arm trained on the uncompressed base. 0: all damage is "
-        "repaired. "
-    )
-    if any(map(_has_transplant, report.tables["repair"])):
-        said += (
-            "Hollow: the same before the repair, of the arm trained on the uncompressed base and moved to this one. "
-        )
+    said = "How much worse each arm trained on this base is than trained on the uncompressed base. 0: all is repaired. "
+    if any(is_number(row.get("transplant")) for row in report.tables["repair"]):
+        said += "Hollow: before the repair, that is, the arm trained on the uncompressed base and moved to this one. "
     if _guesses_beyond(report):
         said += "Unigram and uniform: models that know nothing reach this. "
     return said + "Bars: 95 % t intervals over the seeds."
-
-
-def _has_transplant(row: Row) -> bool:
-    return is_number(row.get("transplant"))
 
 
 def _damage_left(report: Report) -> Callable[[bool], Figure] | None:
@@ -149,7 +140,7 @@ def _damage_left(report: Report) -> Callable[[bool], Figure] | None:
                 if is_number(row.get(which))
             ]
         if found:
-            label = f"damage left, {report.metric_label}"
+            label = f"worse than on the uncompressed base, {report.metric_label}"
             panels.append(Panel(label, found, marks, title=title, with_zero=True, tells_values=True))
     styles = _styles(report)
     return lambda wide: dot_figure(panels, styles, wide)
@@ -223,12 +214,14 @@ def _learning_curves(report: Report) -> Callable[[bool], Figure] | None:
 
 def _depth_words(report: Report) -> str:
     blocks, changes = report.tables["blocks"], report.tables["changes"]
-    parts = ["the relative error of the hidden states of untrained bases"]
+    parts = []
+    if any("relative_error" in row for row in blocks):
+        parts.append("the relative error of the hidden states of untrained bases")
     if any("block_off" in row for row in blocks):
         parts.append("the rise of the NLL without the adapter of one block")
     if any(is_number(row.get("error_undone")) for row in changes):
         parts.append("the share of the compression error that the update takes back")
-    return f"By block: {'; '.join(parts)}. Colours: bases.{' Kinds of line: arms.' if len(parts) > 1 else ''}"
+    return f"By block: {'; '.join(parts)}. Colours: bases.{' Kinds of line: arms.' if changes else ''}"
 
 
 def _depth(report: Report) -> Callable[[bool], Figure] | None:
@@ -354,28 +347,35 @@ def _pareto(report: Report) -> Callable[[bool], Figure] | None:
         axes.set_xlabel("base and adapter, MiB")
         axes.set_ylabel(report.metric_label)
         axes.grid(alpha=0.3)
-        _name_points(axes, {named(row): (row["total_mib"], row[report.metric]) for row in reversed(rows)})
         legend(figure, drawn, wide)
+        _name_points(axes, {named(row): (row["total_mib"], row[report.metric]) for row in reversed(rows)})
         return figure
 
     return draw
 
 
 def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Write the names towards the middle of the figure, each at least a line below the one above it."""
-    from matplotlib.transforms import blended_transform_factory
-
-    place = blended_transform_factory(axes.transData, axes.transAxes)
-    whole = axes.transLimits.transform(list(points.values()))
-    for is_right, side in ((False, "left"), (True, "right")):
-        style: dict[str, Any] = {"xytext": (-10 if is_right else 10, 0), "textcoords": "offset points", "ha": side}
-        style |= {"va": "center", "fontsize": "x-small"}
+    """Write the names beside the points, towards the middle; one that would cover another goes below it."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # which decides where the points are
+    whole = axes.get_window_extent()
+    placed: list[BboxBase] = []
+    for name, point in sorted(points.items(), key=lambda each: -axes.transData.transform(each[1])[1]):
+        is_right = axes.transData.transform(point)[0] > (whole.x0 + whole.x1) / 2
+        aside = -12 if is_right else 12
+        style: dict[str, Any] = {"ha": "right" if is_right else "left", "va": "center", "fontsize": "x-small"}
         style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the line of the best arms runs behind
-        own = [(float(y), name) for name, (x, y) in zip(points, whole, strict=True) if (x > 0.5) == is_right]
-        lowest = math.inf
-        for y, name in sorted(own, reverse=True):
-            lowest = min(y, lowest - 0.05)
-            axes.annotate(name, (points[name][0], lowest), xycoords=place, **style)
+        offset: dict[str, Any] = {"textcoords": "offset points", "in_layout": False}
+        note = axes.annotate(name, point, (aside, 0), **offset, **style)
+        box, down = note.get_window_extent(), 0
+        while any(box.translated(0, -down * figure.dpi / 72).overlaps(other) for other in placed):
+            down += 1
+        placed.append(box.translated(0, -down * figure.dpi / 72))
+        note.set_position((aside, -down))
+        if down:
+            to_point = {"arrowstyle": "-", "lw": 0.5, "color": SHADE, "shrinkA": 0, "shrinkB": 4}
+            axes.annotate("", point, (aside, -down), arrowprops=to_point, **offset)
 
 
 def _bases_and_trained(report: Report) -> Rows:
