@@ -1,17 +1,21 @@
-"""The table at the top of README.md: six results, each from its result file, with a link to its whole table."""
+"""The table at the top of README.md: seven results, each from its result file, with a link to its whole table."""
 
 from __future__ import annotations
 
-from tables.table import GIB, markdown, read
+from tables.table import GIB, markdown, read, report_rows
 
 _PAGE = "benchmarks/README.md"
 
 
 def headline() -> str:
     """One row for each result."""
-    rows = [_magnitudes(), _time(), _memory(), _export(), _plan(), _resume()]
-    table = [[question, answer, f"[{title}]({_PAGE}#{title.replace(' ', '-')})"] for question, answer, title in rows]
+    rows = [_magnitudes(), _time(), _memory(), _export(), _study(), _plan(), _resume()]
+    table = [[question, answer, f"[{title}]({_PAGE}#{_anchor(title)})"] for question, answer, title in rows]
     return markdown(["question", "measured on a CPU", "full table"], table).replace("---:", "---")
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(":", "").replace(" ", "-")
 
 
 def _magnitudes() -> tuple[str, str, str]:
@@ -44,6 +48,17 @@ def _memory() -> tuple[str, str, str]:
         "GPU)"
     )
     return "How much memory does a step of an 8B model need?", answer, "memory of a training step"
+
+
+def _study() -> tuple[str, str, str]:
+    pair = next(row for row in report_rows("study", "comparisons") if row["role"] == "primary")
+    low, high, gain = (float(pair[name]) for name in ("lower", "upper", "improvement"))
+    told = f"{pair['verdict']}: {gain:+.4f} nats per token ({low:+.4f} to {high:+.4f}) over the compressed bases"
+    found = [row for row in report_rows("study", "repair") if row["adapter"] == "LoRA" and row["left"]]
+    own = sorted((float(row["left"]), row["base"]) for row in found if row["length"] == "128 steps")
+    left = " to ".join(f"{value:.2f} ({base})" for value, base in (own[0], own[-1]))
+    question = "Does DoRA repair a compressed base better than LoRA?"
+    return question, f"{told}; LoRA leaves {left} of the damage (SmolLM2-135M)", "compressed bases: LoRA against DoRA"
 
 
 def _export() -> tuple[str, str, str]:
