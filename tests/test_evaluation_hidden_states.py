@@ -44,7 +44,12 @@ def test_errors_of_every_block_over_all_positions_and_texts() -> None:
     ours, theirs = captured(model.eval()), captured(reference.eval())
     assert len(found) == len(ours[0]) == model.config.num_hidden_layers >= 2
     for block, error in enumerate(found):
-        lost = sum(((a[block] - b[block]) ** 2).sum() for a, b in zip(ours, theirs, strict=True))
-        whole = sum((b[block] ** 2).sum() for b in theirs)
-        assert error == pytest.approx(math.sqrt(lost / whole), rel=1e-5)
+        pairs = [
+            (one, other)
+            for a, b in zip(ours, theirs, strict=True)
+            for one, other in zip(a[block].reshape(-1, 32), b[block].reshape(-1, 32), strict=True)
+        ]
+        assert len(pairs) == sum(map(len, TEXTS))
+        each = [math.sqrt(((one - other) ** 2).sum() / (other**2).sum()) for one, other in pairs]
+        assert error == pytest.approx(sum(each) / len(each), rel=1e-5)
     assert hidden_state_errors(reference, reference, TEXTS) == [0.0] * len(found)

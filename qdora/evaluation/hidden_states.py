@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qdora.evaluation.forward_path import context_length, input_device
 from qdora.nn.evaluation_mode import evaluation_mode
@@ -14,30 +13,31 @@ from qdora.nn.evaluation_mode import evaluation_mode
 
 @torch.no_grad()
 def hidden_state_errors(model: nn.Module, reference: nn.Module, texts: Sequence[Sequence[int]]) -> list[float]:
-    """||h - h'|| / ||h'|| over all positions of all texts, after each block in turn.
+    """Mean over all positions of all texts of ||h - h'|| / ||h'||, after each block in turn.
 
     h' are the hidden states of the reference on its own earlier ones, so the errors of earlier blocks are in h. Those
-    of the last block are taken after the model's final norm.
+    of the last block are taken after the model's final norm. Every position counts the same: in the middle blocks of
+    many models the first one is longer than all others together (massive activations, arXiv 2402.17762), so that an
+    error of all positions as one vector would be its error alone.
 
     Args:
         model, reference: Causal language models of one architecture.
         texts: Token ids of each text; what is beyond the models' context is left out.
     """
-    context = context_length(model)
-    squares: list[tuple[float, float]] = []
+    context, sums, number = context_length(model), torch.zeros(()), 0
     with evaluation_mode(model), evaluation_mode(reference):
         for ids in texts:
             tokens = torch.tensor([list(ids)[:context]])
             states, wanted = (
-                each(input_ids=tokens.to(input_device(each)), output_hidden_states=True, use_cache=False).hidden_states[
-                    1:
-                ]
-                for each in (model, reference)
+                torch.cat([state.cpu().float() for state in _states(each, tokens)]) for each in (model, reference)
             )
-            found = [
-                (float((h.float() - w.to(h.device).float()).square().sum()), float(w.float().square().sum()))
-                for h, w in zip(states, wanted, strict=True)
-            ]
-            known = squares or [(0.0, 0.0)] * len(found)
-            squares = [(a + c, b + d) for (a, b), (c, d) in zip(known, found, strict=True)]
-    return [math.sqrt(error / whole) for error, whole in squares]
+            errors = (states - wanted).norm(dim=-1) / wanted.norm(dim=-1)  # (blocks, positions)
+            sums, number = sums + errors.double().sum(dim=1), number + tokens.shape[1]
+    return [float(each) for each in sums / number]
+
+
+def _states(model: nn.Module, tokens: Tensor) -> tuple[Tensor, ...]:
+    """(1, positions, width) after each block."""
+    found = model(input_ids=tokens.to(input_device(model)), output_hidden_states=True, use_cache=False)
+    states: tuple[Tensor, ...] = found.hidden_states[1:]
+    return states
