@@ -70,7 +70,7 @@ def smoke_grid(document: dict[str, Any], directory: Path) -> dict[str, Any]:
         "train.batch": 4,
         "eval.limit": 2,
     }
-    bases, adapters = ["16 bits", "nf4", "2:4"], ["LoRA", "DoRA", "DoRA, masked"]
+    bases, adapters = ["16 bits", "nf4", "Wanda 2:4"], ["LoRA", "DoRA", "DoRA, masked"]
     product = {
         "base": {name: document["product"]["base"][name] for name in bases},
         "adapter": {name: document["product"]["adapter"][name] for name in adapters},
@@ -79,8 +79,8 @@ def smoke_grid(document: dict[str, Any], directory: Path) -> dict[str, Any]:
     over = {"arm": "DoRA", "over": {"base": bases[1:]}}
     stages = [
         {"name": "main", "cells": {"adapter": ["LoRA", "DoRA"]}},
-        {"name": "transplants", "cells": {"base": ["2:4"], "adapter": ["LoRA", "DoRA"]}, "kind": "transplant"},
-        {"name": "masks", "cells": {"base": ["2:4"], "adapter": ["DoRA, masked"]}},
+        {"name": "transplants", "cells": {"base": ["Wanda 2:4"], "adapter": ["LoRA", "DoRA"]}, "kind": "transplant"},
+        {"name": "masks", "cells": {"base": ["Wanda 2:4"], "adapter": ["DoRA, masked"]}},
     ]
     return document | {
         "settings": settings,

@@ -121,8 +121,8 @@ def test_better_equivalent_and_not_decided(report: Report) -> None:
     number = list(verdicts.values()).count("not decided")
     assert number < 3
     pattern = (
-        rf"NLL \(nats per token\): dora is better in 1 of 4 comparisons; in {3 - number} of 4 comparisons the arms "
-        r"differ by less than 0\.02"
+        rf"NLL \(nats per token\): dora is better in 1 of 4 primary comparisons; in {3 - number} of 4 "
+        r"primary comparisons the arms differ by less than 0\.02"
     )
     if number:
         pattern += rf"; {number} of 4 are not decided, differences below [-0-9. to]+ could not have been seen"
@@ -288,16 +288,21 @@ def test_the_answer_has_three_parts_each_with_its_number(report: Report, tmp_pat
         told.append(f"{arm} repairs {number} and leaves {least} to {most}")
     assert report.answer[1] == (
         "A base counts as repaired if the arm trained on it is less than 0.02 worse than the arm trained on the "
-        f"uncompressed base, in NLL (nats per token), with 95 % confidence. Of the compressed bases, {'; '.join(told)}."
+        f"uncompressed base, in NLL (nats per token), with 95 % confidence. Of the bases that were trained "
+        f"on, {'; '.join(told)}."
     )
-    lora = [row for row in rows(report, "repair", adapter="lora") if "repaired_share" in row]
-    moved, share = (
-        " to ".join(f"{value:.{digits}f} ({quant})" for value, quant in sorted((r[of], r["base.quant"]) for r in lora))
-        for of, digits in (("transplant", 3), ("repaired_share", 2))
-    )
+    moved, share = [], []
+    for arm in ("lora", "dora"):
+        known = [row for row in rows(report, "repair", adapter=arm) if "transplant" in row]
+        assert {row["base.quant"] for row in known} == {"nf4", "fp4"}
+        ends = [
+            sorted((row[column], row["base.quant"]) for row in known) for column in ("transplant", "repaired_share")
+        ]
+        moved.append(f"{arm} loses " + " to ".join(f"{value:.3f} ({quant})" for value, quant in ends[0]))
+        share.append(" to ".join(f"{value:.2f} ({quant})" for value, quant in ends[1]) + f" for {arm}")
     assert report.answer[2] == (
-        f"The lora that was trained on the uncompressed base loses {moved} in NLL (nats per token) when it is moved to "
-        f"a compressed one; training on the compressed base takes back a share of {share} of that."
+        f"Moved from the uncompressed base to a compressed one without further training, {'; '.join(moved)}. Training "
+        f"on the compressed base takes back a share of that, where it is significant: {'; '.join(share)}."
     )
     compare = {"reference": "lora", "primary": PRIMARY, "spread": 0.03}
     primary = read_report(fake_study.make(tmp_path, compare=compare, seeds=[0, 1, 2]))
@@ -324,8 +329,8 @@ def test_what_was_studied_is_told_by_the_recipes_of_its_runs(report: Report, mad
         )
     ]
     assert subject_of(recipes, study) == (
-        "SmolLM2-135M-Instruct.Q4_1.gguf (builtin) or own, trained on piqa, my texts, chats: 1,024 steps or whole "
-        "epochs of 1 example or 4,096 tokens; seeds 0, 1, and 5 where the interval is wide."
+        "SmolLM2-135M-Instruct.Q4_1.gguf (builtin; its 4-bit weights decoded) or own, trained on piqa, my texts, chats: "
+        "1,024 steps or whole epochs of 1 example or 4,096 tokens; seeds 0, 1, and 5 where the interval is wide."
     )
     write_report(report, tmp_path, "a study")
     for name in ("index.html", "report.md", "facts.csv"):
@@ -397,7 +402,8 @@ def test_the_damage_left_is_told_in_the_metric_of_the_study() -> None:
     compare = CompareConfig(metric="acc", reference="lora")
     start = (
         "A base counts as repaired if the arm trained on it is less than 0.02 worse than the arm trained on the "
-        "uncompressed base, in accuracy, with 95 % confidence. Of the compressed bases, lora repairs "
+        "uncompressed base, in accuracy, with 95 % confidence. Of the bases that were trained on, lora "
+        "repairs "
     )
 
     def told(*repairs: dict[str, Any]) -> list[str]:
@@ -411,9 +417,9 @@ def test_the_damage_left_is_told_in_the_metric_of_the_study() -> None:
     assert told(single) == [f"{start}0 of 1 (nf4 not decided) and leaves 0.100 (nf4)."]
     moved = [row | {"transplant": 0.4, "repaired_share": 0.75}, small | {"transplant": 0.02}]
     assert told(*moved)[1] == (
-        "The lora that was trained on the uncompressed base loses 0.020 (int8) to 0.400 (nf4) in accuracy when it is "
-        "moved to a compressed one; training on the compressed base, where that is significant, takes back a share of "
-        "0.75 (nf4) of that."
+        "Moved from the uncompressed base to a compressed one without further training, lora loses 0.020 (int8) to "
+        "0.400 (nf4). Training on the compressed base takes back a share of that, where it is significant: 0.75 (nf4) "
+        "for lora."
     )
 
 
@@ -648,7 +654,7 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
     assert Path(document["page"]).is_file()
-    assert document["verdict"][0].startswith("NLL (nats per token): dora is better in 1 of 4 comparisons")
+    assert document["verdict"][0].startswith("NLL (nats per token): dora is better in 1 of 4 primary comparisons")
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert found.exit_code == 2
     assert "must be a run (with recipe.yaml) or a study (with study.json)" in found.output

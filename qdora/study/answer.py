@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qdora.model.source import BUILTIN, BUILTIN_FILE
@@ -54,7 +54,7 @@ def subject_of(recipes: Sequence[Recipe], study: Study) -> str:
 def _model_in_words(source: str) -> str:
     """Without the directories of this machine."""
     if source == BUILTIN:
-        return f"{BUILTIN_FILE} ({BUILTIN})"
+        return f"{BUILTIN_FILE} ({BUILTIN}; its 4-bit weights decoded)"
     return Path(source).name if is_path(source) else source
 
 
@@ -88,8 +88,8 @@ def answer_of(
     rows = [row for row in repairs if row[compare.arm] in arms]
     named = naming([row for row in rows if is_number(row.get("left"))], axes)
     left = [_left(str(arm), [row for row in rows if row[compare.arm] == arm], named, compare.zone) for arm in arms]
-    own = [row for row in rows if row[compare.arm] == compare.reference]
-    repaired = _repaired(own, named, compare.arm, metric_label)
+    moved = [each for each in rows if is_number(each.get("transplant"))]
+    repaired = _repaired({str(arm): [row for row in moved if row[compare.arm] == arm] for arm in arms}, named)
     return [decided, *filter(None, [_all_left(left, compare.zone, metric_label), repaired])]
 
 
@@ -128,21 +128,20 @@ def _all_left(left: Sequence[str], zone: float, label: str) -> str:
     told = "; ".join(filter(None, left))
     return told and (
         f"A base counts as repaired if the arm trained on it is less than {zone:g} worse than the arm trained on the "
-        f"uncompressed base, in {label}, with 95 % confidence. Of the compressed bases, {told}."
+        f"uncompressed base, in {label}, with 95 % confidence. Of the bases that were trained on, {told}."
     )
 
 
-def _repaired(rows: Sequence[Row], named: Naming, arm_axis: str, label: str) -> str:
-    """What transplants lose, and the share of it that training on the compressed base takes back."""
-    moved = [row for row in rows if is_number(row.get("transplant"))]
-    known = [row for row in moved if is_number(row.get("repaired_share"))]
-    if not known:
+def _repaired(moved: Mapping[str, Sequence[Row]], named: Naming) -> str:
+    """What transplants of each arm lose, and the share of it that training on the compressed base takes back."""
+    losses = [f"{arm} loses {_span(rows, named, 'transplant', '.3f')}" for arm, rows in moved.items() if rows]
+    known = {arm: [row for row in rows if is_number(row.get("repaired_share"))] for arm, rows in moved.items()}
+    shares = [f"{_span(rows, named, 'repaired_share', '.2f')} for {arm}" for arm, rows in known.items() if rows]
+    if not shares:
         return ""
-    sure = "" if len(known) == len(moved) else ", where that is significant,"
     return (
-        f"The {moved[0][arm_axis]} that was trained on the uncompressed base loses "
-        f"{_span(moved, named, 'transplant', '.3f')} in {label} when it is moved to a compressed one; training on the "
-        f"compressed base{sure} takes back a share of {_span(known, named, 'repaired_share', '.2f')} of that."
+        f"Moved from the uncompressed base to a compressed one without further training, {'; '.join(losses)}. Training "
+        f"on the compressed base takes back a share of that, where it is significant: {'; '.join(shares)}."
     )
 
 

@@ -124,6 +124,9 @@ def read_report(directory: Path) -> Report:
         "facts": _facts(cell_rows, pairs, results),
     }
     subject = _subject(trained, results)
+    num_open = sum(row["status"] == "open" for row in cell_rows)
+    if num_open:
+        subject += f" {len(cell_rows) - num_open} of {len(cell_rows)} cells are done so far."
     tables["facts"].append({"fact": "studied", "value": None, "text": subject})
     label = _LABELS[compare.metric]
     said = verdict(pairs, cell_rows, index["rates"], axes, label)
@@ -283,8 +286,9 @@ def _block_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results) 
 
 
 def _curve_rows(arm: Arm, axes: Sequence[str], results: Results) -> Iterator[dict[str, Any]]:
-    """Training loss of an arm over the steps, in at most `_CURVE_POINTS` parts of equal length."""
-    runs = [RunDirectory(results.store.cell(key)) for key in arm.seeds.values() if not results.diverged(key)]
+    """Training loss of an arm, averaged over its `level_seeds` and in at most `_CURVE_POINTS` parts of equal length."""
+    keys = [arm.seeds[seed] for seed in level_seeds(arm, results.study)]
+    runs = [RunDirectory(results.store.cell(key)) for key in keys if not results.diverged(key)]
     losses: dict[int, list[float]] = {}
     for run in runs:
         for line in run.metrics() if run.metrics_file.is_file() else ():

@@ -45,7 +45,7 @@ def draw_all(report: Report) -> list[Drawn]:
     made: list[tuple[str, str, Callable[[bool], Figure] | None]] = [
         (*_forest_words(report), _forest(report)),
         ("What is left of the damage", _left_words(report), _damage_left(report)),
-        ("Choosing the right answer", _CHOICE, _choices(report)),
+        ("Confidence in the right answer", _CHOICE, _choices(report)),
         ("Quality and bytes", _bytes_words(report), _pareto(report)),
         ("Learning curves", "Training loss, averaged over the seeds.", _learning_curves(report)),
         ("Where in depth", _depth_words(report), _depth(report)),
@@ -61,7 +61,7 @@ def draw_all(report: Report) -> list[Drawn]:
 
 _CHOICE = (
     "NLL of the right choice among a question's choices: of bases without training, with intervals over the examples, "
-    "and of trained arms, with intervals over the seeds. Above chance: wrong choices are preferred too confidently."
+    "and of trained arms, with intervals over the seeds. Right of the line: worse than a guess that prefers no choice."
 )
 _CHANGES = (
     "Each dot is a layer of a trained arm: how far its rows turned (1 - cosine) and how much their length changed, "
@@ -70,14 +70,21 @@ _CHANGES = (
 
 
 def _forest_words(report: Report) -> tuple[str, str]:
-    better = "right" if HIGHER_IS_BETTER[report.metric] else "left"
-    title = "Differences between the arms"
-    return title, (
-        f"{report.metric_label}: to the {better} of 0 the arm is better than the reference (a positive improvement). "
-        "Small dots: single seeds. Bars: 95 % t intervals; where there are too few seeds for a verdict, an arrow says "
-        "that the interval is longer than the figure. Shaded: the zone within which arms are equivalent. Squares: "
-        "primary comparisons."
-    )
+    better = "Right" if HIGHER_IS_BETTER[report.metric] else "Left"
+    rows = [row for row in report.tables["comparisons"] if row["measure"] == report.metric]
+    arms = {row["arm"] for row in rows}
+    arm = arms.pop() if len(arms) == 1 else "the arm"
+    reference = rows[0]["reference"] if rows else "the reference"
+    (least,) = (row["value"] for row in report.tables["facts"] if row["fact"] == "least seeds")
+    said = f"{better} of 0: {arm} is better than {reference}. Small dots: single seeds. Bars: 95 % t intervals"
+    if any(row["num_seeds"] < least for row in rows):
+        said += "; an arrow where one of too few seeds for a verdict goes on"
+    said += ". Shaded: the zone within which arms are equivalent."
+    if any(row["role"] == "primary" for row in rows):
+        said += " Squares: primary comparisons."
+    if len({row["num_seeds"] for row in rows}) > 1:
+        said += " Where seeds were added, only the first ones tell the spread, so a bar can be wider than its dots."
+    return "Differences between the arms", said
 
 
 def _forest(report: Report) -> Callable[[bool], Figure] | None:
@@ -107,7 +114,7 @@ def _forest(report: Report) -> Callable[[bool], Figure] | None:
 def _left_words(report: Report) -> str:
     said = "How much worse each arm trained on this base is than trained on the uncompressed base. 0: all is repaired. "
     if any(is_number(row.get("transplant")) for row in report.tables["repair"]):
-        said += "Hollow: before the repair, that is, the arm trained on the uncompressed base and moved to this one. "
+        said += "Hollow (moved): trained on the uncompressed base and moved to this one without further training. "
     if _guesses_beyond(report):
         said += "Unigram and uniform: models that know nothing reach this. "
     return said + "Bars: 95 % t intervals over the seeds."
@@ -126,24 +133,28 @@ def _damage_left(report: Report) -> Callable[[bool], Figure] | None:
     named = naming(rows, report.axes)
     panels = []
     marks = _guesses_beyond(report)
+    (zone,) = (row["value"] for row in report.tables["facts"] if row["fact"] == "zone")
+    styles = _styles(report)
+    styles |= {f"{arm}, moved": style for arm, style in styles.items()}
     for is_pruned, title in ((False, "quantised, by bits per weight"), (True, "pruned, by sparsity")):
         found: dict[str, list[Dots]] = {}
         part = [row for row in rows if (row["sparsity"] > _SPARSE) == is_pruned]
-        for row in sorted(part, key=lambda row: (row["sparsity"], -row["bits_per_weight"], named(row))):
+        for row in sorted(part, key=_by_size_and_damage):
             size = f"{row['bits_per_weight']:.1f} bits" if not is_pruned else f"{row['sparsity']:.0%}"
             own = found.setdefault(f"{named(row)} ({size})", [])
-            own += [
-                Dots(
-                    row[report.arm_axis], row[which], row[f"{which}_lower"], row[f"{which}_upper"], is_hollow=is_hollow
-                )
-                for which, is_hollow in (("left", False), ("transplant", True))
-                if is_number(row.get(which))
-            ]
+            arm = row[report.arm_axis]
+            for which, name in (("transplant", f"{arm}, moved"), ("left", arm)):
+                if is_number(row.get(which)):
+                    lower, upper = row[f"{which}_lower"], row[f"{which}_upper"]
+                    own.append(Dots(name, row[which], lower, upper, is_hollow=which == "transplant"))
         if found:
             label = f"worse than on the uncompressed base, {report.metric_label}"
-            panels.append(Panel(label, found, marks, title=title, with_zero=True, tells_values=True))
-    styles = _styles(report)
+            panels.append(Panel(label, found, marks, zone, title, with_zero=True, tells_values=True))
     return lambda wide: dot_figure(panels, styles, wide)
+
+
+def _by_size_and_damage(row: Row) -> tuple[float, float, float]:
+    return round(row["sparsity"], 2), -round(row["bits_per_weight"], 1), row["left"]
 
 
 def _choices(report: Report) -> Callable[[bool], Figure] | None:
@@ -209,7 +220,7 @@ def _learning_curves(report: Report) -> Callable[[bool], Figure] | None:
     panels = dict(list((several or panels).items())[:_MOST_PANELS])
     labels = ("optimizer step", "training loss, nats per token")
     styles = _styles(report)
-    return lambda wide: _line_figure(panels, styles, labels, wide)
+    return lambda wide: _line_figure(panels, styles, labels, wide, same_scale=True)
 
 
 def _depth_words(report: Report) -> str:
@@ -315,8 +326,8 @@ def _bytes_words(report: Report) -> str:
     if any("pareto" not in row for row in rows):
         said += "Hollow: arms that lack seeds, so that they were scored on other examples; the line leaves them out. "
     if any(row["sparsity"] > _SPARSE for row in rows):
-        said += "Pruning saves no bytes here, since the zeros are stored."
-    return said.strip()
+        said += "Pruning saves no bytes here, since the zeros are stored. "
+    return said + "Embeddings stay as they are."
 
 
 def _sized(report: Report) -> Rows:
@@ -405,13 +416,14 @@ def _line_figure(
     wide: bool,
     *,
     joined: bool = True,
+    same_scale: bool = False,
     looks: _Looks | None = None,
 ) -> Figure:
     """Title -> name -> points; three panels beside one another if wide, else one below the other."""
     across = min(3, len(panels)) if wide else 1
     down = -(-len(panels) // across)
     figure = new_figure(WIDE if wide else NARROW, 2.9 * down + 0.6)
-    grid = figure.subplots(down, across, squeeze=False).ravel()
+    grid = figure.subplots(down, across, squeeze=False, sharey=same_scale).ravel()
     drawn: dict[str, Any] = {}
     for axes, (title, lines) in zip(grid, panels.items(), strict=False):
         for name, points in lines.items():

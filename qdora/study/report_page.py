@@ -38,11 +38,11 @@ _NOTES: dict[str, tuple[str, str | dict[str, str], bool]] = {
     ),
     "arms": (
         "Arms",
-        "Each arm at the learning rate that was found for it, averaged over the seeds of the study file, without "
-        "further ones. lower, upper: 95 % t interval over the seeds; of a base over the examples. With eval.limit each "
-        "seed has its own examples, so levels with different seeds cannot be compared. pareto: of the trained arms "
-        "with the most seeds, no other one is as good in fewer bytes. Intervals of arms may overlap although the arms "
-        "differ: hard examples are hard for both. The comparisons pair the seeds.",
+        "Each arm at the learning rate that was found for it, or by rates.like for another arm, averaged over the "
+        "seeds of the study file, without further ones. lower, upper: 95 % t interval over the seeds; of a base over "
+        "the examples. With eval.limit each seed has its own examples, so levels with different seeds cannot be "
+        "compared. pareto: of the trained arms with the most seeds, no other one is as good in fewer bytes. Intervals "
+        "of arms may overlap although the arms differ: hard examples are hard for both. Comparisons pair the seeds.",
         False,
     ),
     "rates": (
@@ -69,7 +69,8 @@ _NOTES: dict[str, tuple[str, str | dict[str, str], bool]] = {
     ),
     "blocks": (
         "Blocks",
-        "relative error: of the hidden states after each block of an untrained base, against the uncompressed one. "
+        "relative error: of the hidden states after each block of an untrained base, against the uncompressed one, "
+        "averaged over the positions. "
         "block off: rise of the NLL without the adapter of this block, nats per token, on a few examples.",
         False,
     ),

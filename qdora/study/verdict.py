@@ -41,8 +41,8 @@ def verdict(
     if lacking:
         failed = sum(row["status"] == "failed" for row in lacking)
         sentences.append(
-            f"{len(lacking)} of {len(cells)} cells have no result; {failed} of them failed. An arm that lacks one "
-            "of its first seeds can be neither better nor equivalent."
+            f"{len(lacking)} of {len(cells)} cells have no result; {failed or 'none'} of them failed. An arm that "
+            "lacks one of its first seeds can be neither better nor equivalent."
         )
     return sentences + [_sentence(row, axes, label) for row in primary]
 
@@ -56,19 +56,19 @@ def overall(primary: Sequence[Row], label: str) -> str:
     equivalent = [row for row in primary if not row["winner"] and row["verdict"] != "not decided"]
     open_ = [row for row in primary if row["verdict"] == "not decided"]
     if len(open_) == number:
-        said = f"None of {number} comparisons of {label} is decided"
+        said = f"None of {number} primary comparisons of {label} is decided"
         if number == 1:
-            said = f"The comparison of {label} is not decided"
+            said = f"The primary comparison of {label} is not decided"
         return f"{said}; {not_seen(open_)}."
     parts = []
     if better:
         counts = Counter(row["winner"] for row in better)
         parts.append(
-            "; ".join(f"{name} is better in {counts[name]} of {number} comparisons" for name in sorted(counts))
+            "; ".join(f"{name} is better in {counts[name]} of {number} primary comparisons" for name in sorted(counts))
         )
     if equivalent:
         zone = equivalent[0]["zone"]
-        parts.append(f"in {len(equivalent)} of {number} comparisons the arms differ by less than {zone:g}")
+        parts.append(f"in {len(equivalent)} of {number} primary comparisons the arms differ by less than {zone:g}")
     if open_:
         are = "are" if len(open_) > 1 else "is"
         parts.append(f"{len(open_)} of {number} {are} not decided, {not_seen(open_)}")
@@ -99,5 +99,7 @@ def _sentence(row: Row, axes: Sequence[str], label: str) -> str:
     if row["verdict"] == "not decided":
         why = f": {row['reason']}" if row["reason"] else f"; {not_seen([row])}"
         return f"{head}{row['comparison']} is not decided ({change}){why}."
-    p = "p_holm" if row["winner"] else "p_equivalent_holm"
-    return f"{head}{row['comparison']}: {row['verdict']} ({change}, p = {row[p]:.4f} after Holm's correction)."
+    p, what = (
+        (row["p_holm"], "") if row["winner"] else (row["p_equivalent_holm"], f" of a difference of {row['zone']:g}")
+    )
+    return f"{head}{row['comparison']}: {row['verdict']} ({change}, p{what} = {p:.4f} after Holm's correction)."
