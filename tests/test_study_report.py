@@ -329,8 +329,8 @@ def test_what_was_studied_is_told_by_the_recipes_of_its_runs(report: Report, mad
         )
     ]
     assert subject_of(recipes, study) == (
-        "SmolLM2-135M-Instruct.Q4_1.gguf (builtin; its 4-bit weights decoded) or own, trained on piqa, my texts, chats: "
-        "1,024 steps or whole epochs of 1 example or 4,096 tokens; seeds 0, 1, and 5 where the interval is wide."
+        "SmolLM2-135M-Instruct.Q4_1.gguf (builtin; its 4-bit weights decoded) or own, trained on piqa, my texts, "
+        "chats: 1,024 steps or whole epochs of 1 example or 4,096 tokens; seeds 0, 1, and 5 where the interval is wide."
     )
     write_report(report, tmp_path, "a study")
     for name in ("index.html", "report.md", "facts.csv"):
