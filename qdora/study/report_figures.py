@@ -136,20 +136,23 @@ def _damage_left(report: Report) -> Callable[[bool], Figure] | None:
     (zone,) = (row["value"] for row in report.tables["facts"] if row["fact"] == "zone")
     styles = _styles(report)
     styles |= {f"{arm}, moved": style for arm, style in styles.items()}
+
+    def label(row: Row) -> str:
+        size = f"{row['sparsity']:.0%}" if row["sparsity"] > _SPARSE else f"{row['bits_per_weight']:.1f} bits"
+        return f"{named(row)} ({size})"
+
     for is_pruned, title in ((False, "quantised, by bits per weight"), (True, "pruned, by sparsity")):
-        found: dict[str, list[Dots]] = {}
         part = [row for row in rows if (row["sparsity"] > _SPARSE) == is_pruned]
-        for row in sorted(part, key=_by_size_and_damage):
-            size = f"{row['bits_per_weight']:.1f} bits" if not is_pruned else f"{row['sparsity']:.0%}"
-            own = found.setdefault(f"{named(row)} ({size})", [])
+        found: dict[str, list[Dots]] = {label(row): [] for row in sorted(part, key=_by_size_and_damage)}
+        for row in part:
             arm = row[report.arm_axis]
             for which, name in (("transplant", f"{arm}, moved"), ("left", arm)):
                 if is_number(row.get(which)):
                     lower, upper = row[f"{which}_lower"], row[f"{which}_upper"]
-                    own.append(Dots(name, row[which], lower, upper, is_hollow=which == "transplant"))
+                    found[label(row)].append(Dots(name, row[which], lower, upper, is_hollow=which == "transplant"))
         if found:
-            label = f"worse than on the uncompressed base, {report.metric_label}"
-            panels.append(Panel(label, found, marks, zone, title, with_zero=True, tells_values=True))
+            worse = f"worse than on the uncompressed base, {report.metric_label}"
+            panels.append(Panel(worse, found, marks, zone, title, with_zero=True, tells_values=True))
     return lambda wide: dot_figure(panels, styles, wide)
 
 
