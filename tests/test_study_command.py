@@ -491,7 +491,7 @@ def test_a_real_study_is_reported(done: Path) -> None:
     assert len(report.tables["arms"]) == 4
     assert not re.search(r"\bnan\b|\b1 (seeds|arms|cells)\b", " ".join([*report.answer, *report.verdict]))
     assert report.verdict[0] == (
-        "The comparison of NLL (nats per token) is not decided; with a single seed no difference can be seen."
+        "The primary comparison of NLL (nats per token) is not decided; with a single seed no difference can be seen."
     )
 
 
