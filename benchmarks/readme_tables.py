@@ -37,7 +37,7 @@ from tables.runs import (
     sharded_kills,
 )
 from tables.streaming import disk_residency, stream_schedule
-from tables.study import error_adapters, pruning, study, study_nulls
+from tables.study import error_adapters, pruning, study, study_changes, study_nulls
 from tables.times import (
     compile_time,
     expert_cost,
@@ -112,6 +112,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pruning": pruning,
     "error_adapters": error_adapters,
     "study": study,
+    "study_changes": study_changes,
     "study_nulls": study_nulls,
     "gates": gates,
     "stream_schedule": stream_schedule,

@@ -74,6 +74,29 @@ def test_the_study_table_has_damage_left_and_verdicts(tables: dict[str, ModuleTy
     assert re.search(r"Of the bases that were trained on, lora repairs \d of \d", text)
 
 
+def test_the_table_of_changes_has_means_and_what_setting_magnitudes_back_costs(
+    tables: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    stages = [
+        {"name": "main"},
+        {"name": "back", "cells": {"adapter": "dora", "seed": [0, 1, 2]}, "kind": "set_back"},
+        {"name": "by layer", "cells": {"base": ["16 bits", "nf4"], "seed": [0, 1]}, "kind": "by_layer"},
+    ]
+    product = {"base": BASES, "adapter": KINDS}
+    result(tmp_path, "study", product=product, stages=stages, compare={"arm": "adapter", "reference": "lora"})
+    text = tables["study"].study_changes()
+    assert row_of(text, "nf4, lora")[1:] == ["2", "1.0e-02", "0.10%", "10.00% (30%)", "0.2000", "–"]
+    assert row_of(text, "16 bits, dora")[1:-1] == ["2", "1.0e-02", "0.10%", "–", "–"]
+    (row,) = [
+        row
+        for row in tables["table"].report_rows("study", "repair")
+        if (row["base"], row["adapter"]) == ("nf4", "dora")
+    ]
+    back, lower, upper = (float(row[f"magnitudes{end}"]) for end in ("", "_lower", "_upper"))
+    assert lower < back < upper
+    assert row_of(text, "nf4, dora")[-1] == f"{back:+.4f} ({lower:+.4f} to {upper:+.4f})"
+
+
 def test_the_study_table_has_the_named_comparisons_and_bases_whose_runs_diverged(
     tables: dict[str, ModuleType], tmp_path: Path
 ) -> None:
