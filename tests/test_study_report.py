@@ -34,7 +34,7 @@ from qdora.study.outlook import outlooks, planned_cells
 from qdora.study.report import read_report, report_run, write_report
 from qdora.study.report_contents import Report
 from qdora.study.report_figures import draw_all
-from qdora.study.report_page import markdown_page, shown_tables
+from qdora.study.report_page import html_page, markdown_page, shown_tables
 from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory, read_index
 from tests import fake_study
@@ -453,6 +453,12 @@ def test_a_long_table_is_in_its_data_file_alone(report: Report) -> None:
         section = text.partition("## Learning curves")[2].partition("\n## ")[0]
         assert ("| step |" in section) == is_told
         assert ("The rows are in [curves.csv](curves.csv)." in section) == (not is_told)
+    for number, is_told in ((1000, True), (1001, False)):
+        rates = [report.tables["rates"][0] | {"num_runs": step} for step in range(number)]
+        longer = replace(report, tables=report.tables | {"rates": rates})
+        page = html_page(longer, shown_tables(longer), "a study")
+        assert ("The rows are many and stand in the data files alone." in page) == (not is_told)
+        assert (">999</td>" in page) == is_told
 
 
 def test_curves_are_means_over_the_seeds(made: Path, report: Report) -> None:

@@ -92,8 +92,9 @@ _SHOWN_FIRST = {
     "arms": "kind rate num_seeds bits_per_weight sparsity nll_per_token nll_per_token_lower nll_per_token_upper acc",
     "cells": "train.lr seed stage status reason nll_per_token seconds",
 }
-_MOST_ROWS = 300
-"""Rows of a table in report.md; of longer ones it names the data file."""
+_MOST_ROWS, _MOST_ROWS_OF_PAGE = 300, 1000
+"""Rows of a table in report.md and in index.html; of longer ones they name the data file."""
+_ONLY_DATA = "The rows are many and stand in the data files alone."
 _DIGITS = {"bits_per_weight": 2, "total_mib": 2, "adapter_mib": 2, "sparsity": 3, "seconds": 1, "repair": 3}
 
 
@@ -149,6 +150,12 @@ def markdown_page(report: Report, tables: Sequence[Mapping[str, Any]], title: st
 
 
 def html_page(report: Report, tables: Sequence[Mapping[str, Any]], title: str) -> str:
-    """The report as a page that needs no other file."""
+    """The report as a page that needs no other file, without the rows of the longest tables."""
+    tables = [
+        table
+        if len(table["rows"]) <= _MOST_ROWS_OF_PAGE
+        else {**table, "rows": [], "note": f"{table['note']} {_ONLY_DATA}"}
+        for table in tables
+    ]
     facts = {"study": title, "report": report, "title": report.question, "figures": draw_all(report), "tables": tables}
     return render_page("qdora.study", "report_page.html.j2", **facts)
