@@ -375,6 +375,23 @@ def test_the_damage_before_the_repair_is_beside_what_is_left(report: Report) -> 
         assert own == {row[column] for row in report.tables["repair"] if column in row}
 
 
+def test_ticks_of_small_changes_do_not_run_into_one_another(report: Report) -> None:
+    (one, *_) = report.tables["changes"]
+    bases = [one | {"base.quant": f"base {base}"} for base in range(3)]
+    changes = [row | {"layer": f"{step}", "direction_change": 1e-4 * step} for row in bases for step in range(13)]
+    draw = report_figures._changes(replace(report, tables=report.tables | {"changes": changes}))
+    assert draw is not None
+    for wide in (True, False):
+        figure = draw(wide)
+        figure.canvas.draw()
+        for axes in figure.axes:
+            low, high = axes.get_xlim()
+            labels = [label for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+            boxes = [label.get_window_extent() for label in labels]
+            assert len(boxes) >= 3
+            assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
 @pytest.mark.parametrize("metric", ["nll_per_token", "acc"])
 def test_names_of_points_stand_apart_beside_their_points(report: Report, metric: str) -> None:
     """Many bases of nearly the same size and quality, and one far off."""

@@ -437,6 +437,7 @@ def _line_figure(
             drawn.setdefault(name, line)
         axes.set_title(textwrap.fill(title, 46 if wide else 40), fontsize="small")
         axes.set_xlabel(labels[0])
+        axes.locator_params(axis="x", nbins=5)  # labels such as 0.0012 are long
         axes.grid(alpha=0.3)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
