@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from byte_tokenizer import byte_tokenizer
 from measure import RESULTS, facts, write
 from mixed_data import recipe
-from pruning import small_model, texts_of
+from pruning import smoke_setup, texts_of
 from torch import nn
 
 from qdora.data.build_data import read_data
@@ -38,7 +37,6 @@ from qdora.run.calibration import pieces
 
 RANKS = (58, 16)
 PATTERNS = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
-FACTS = "python benchmarks/error_adapters.py DATA"
 
 
 def losses(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
@@ -70,13 +68,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         if args.smoke:
-            source, tokenizer, size = (
-                small_model(Path(directory)),
-                byte_tokenizer(),
-                CalibrationConfig(sequences=4, length=32),
-            )
-            train, ranks = "Whatever is written here, byte by byte. " * 40, (4, 2)
-            texts = [f"This is sentence {number}." for number in range(6)]
+            source, tokenizer, size, train = smoke_setup(Path(directory))
+            ranks, texts = (4, 2), [f"This is sentence {number}." for number in range(6)]
         else:
             if args.data is None:
                 parser.error("DATA is missing")
@@ -88,7 +81,7 @@ def main() -> None:
         (ids,) = encode_batch(tokenizer, [train])
         calibration = pieces(ids, special_prefix(tokenizer), size)
         result: dict[str, Any] = {
-            **facts(f"{FACTS} --examples {args.examples}"),
+            **facts(f"python benchmarks/error_adapters.py DATA --examples {args.examples}"),
             "num_texts": len(texts),
             "dense": told(losses(load_model(source, quant="none"), tokenizer, texts)),
             "cases": [],

@@ -70,6 +70,12 @@ def small_model(directory: Path) -> ModelSource:
     return resolve(str(directory))
 
 
+def smoke_setup(directory: Path) -> tuple[ModelSource, Any, CalibrationConfig, str]:
+    """For --smoke: a random model, a tokenizer of bytes, a small calibration, and text."""
+    size = CalibrationConfig(sequences=4, length=32)
+    return small_model(directory), byte_tokenizer(), size, "Whatever is written here, byte by byte. " * 40
+
+
 def measured(
     source: ModelSource, tokenizer: Any, quant: str, method: str | None, pattern: str, calibration: Tensor, text: str
 ) -> dict[str, Any]:
@@ -107,13 +113,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         if args.smoke:
-            source, tokenizer, size = (
-                small_model(Path(directory)),
-                byte_tokenizer(),
-                CalibrationConfig(sequences=4, length=32),
-            )
-            train = text = "Whatever is written here, byte by byte. " * 40
-            examples = 0
+            source, tokenizer, size, train = smoke_setup(Path(directory))
+            text, examples = train, 0
         else:
             if args.data is None:
                 parser.error("DATA is missing")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tables.table import compared, markdown, of_metric, read, report_rows, trained, with_band
 
@@ -133,15 +133,10 @@ def study_changes() -> str:
         found.setdefault((row["base"], row["adapter"]), []).append(row)
     repairs = {(row["base"], row["adapter"]): row for row in report_rows("study", "repair") if row.get("magnitudes")}
     lines = []
+    columns = ("direction_change", "magnitude_change", "error_undone", "error_undone_best", "error_cosine")
     for (base, adapter), rows in found.items():
-
-        def mean(column: str, rows: list[Row] = rows) -> float:
-            known = [float(row[column]) for row in rows if row[column]]
-            return sum(known) / len(known) if known else math.nan
-
-        undone, best, cosine = (mean(name) for name in ("error_undone", "error_undone_best", "error_cosine"))
-        line = [f"{base}, {adapter}", str(len({row["seed"] for row in rows})), f"{mean('direction_change'):.1e}"]
-        line.append(f"{mean('magnitude_change'):.2%}")
+        turned, changed, undone, best, cosine = (_mean(rows, column) for column in columns)
+        line = [f"{base}, {adapter}", str(len({row["seed"] for row in rows})), f"{turned:.1e}", f"{changed:.2%}"]
         line += ["–", "–"] if math.isnan(undone) else [f"{undone:.2%} ({best:.0%})", f"{cosine:.4f}"]
         back = repairs.get((base, adapter))
         ends = ("magnitudes", "magnitudes_lower", "magnitudes_upper")
@@ -155,6 +150,12 @@ def study_changes() -> str:
         "seeds; below 0 the trained magnitudes do harm.\n"
     )
     return markdown([*header, "magnitudes set back"], lines) + note
+
+
+def _mean(rows: Sequence[Row], column: str) -> float:
+    """Of the rows that have the column; nan without one."""
+    known = [float(row[column]) for row in rows if row[column]]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _bits_and_zeros(row: Row) -> list[str]:

@@ -368,8 +368,8 @@ def further_seeds(study: Study, stage: str) -> tuple[int, ...]:
 
 def num_first_seeds(study: Study, seeds: Iterable[str]) -> int:
     """How many of these seeds the study begins with: all but those of `more_seeds`."""
-    further = () if study.more_seeds is None else study.more_seeds.seeds
-    return sum(seed not in map(str, further) for seed in seeds)
+    further = set() if study.more_seeds is None else set(map(str, study.more_seeds.seeds))
+    return sum(seed not in further for seed in seeds)
 
 
 def as_list(value: Any) -> list[Any]:

@@ -124,9 +124,9 @@ def read_report(directory: Path) -> Report:
         "facts": _facts(cell_rows, pairs, results),
     }
     subject = _subject(trained, results)
-    num_open = sum(row["status"] == "open" for row in cell_rows)
-    if num_open:
-        subject += f" {len(cell_rows) - num_open} of {len(cell_rows)} cells are done so far."
+    status = [row["status"] for row in cell_rows]
+    if "open" in status:
+        subject += f" {status.count('done') + status.count('diverged')} of {len(status)} cells are done so far."
     tables["facts"].append({"fact": "studied", "value": None, "text": subject})
     label = _LABELS[compare.metric]
     said = verdict(pairs, cell_rows, index["rates"], axes, label)
