@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 from byte_tokenizer import write_model
 from mixed_data import TASKS
+from study_archive import SCORES_FILE, pack, unpack
 
 from qdora.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text
 from qdora.study.report import read_report, report_run
@@ -23,8 +23,6 @@ from qdora.study.study_directory import StudyDirectory, read_index
 RATES = {"values": [5e-4, 1e-3, 2e-3, 4e-3], "seeds": [1000, 1001]}
 SMOKE_RATES = {"values": [1e-3, 2e-3, 4e-3], "seeds": [1000], "extend": 0}
 SEEDS = (0, 1, 2, 3)
-SCORES_FILE = "scores.json.xz"
-_KEPT = ("task", "id", "nll", "num_answer_tokens", "acc", "acc_norm", "gold", "loglikelihoods")
 SMOKE_MIX = [{"task": "demo/facts"}]
 
 
@@ -78,6 +76,13 @@ def dry_run(document: dict[str, Any], directory: Path) -> None:
     subprocess.run([*_command(document, directory), "--dry-run"], check=True)
 
 
+def resume_from(kept: Path, document: dict[str, Any], directory: Path) -> None:
+    """Go on in a new `directory` from what `keep` wrote elsewhere; adapters are not in it. UserError as `unpack`."""
+    _command(document, directory)
+    number = unpack((kept / SCORES_FILE).read_bytes(), directory / "grid.yaml", directory)
+    print(f"{number} finished cells taken from {kept}")
+
+
 def _command(document: dict[str, Any], directory: Path) -> list[str]:
     file = directory / "grid.yaml"
     atomic_write_text(file, yaml.safe_dump(document, sort_keys=False))
@@ -85,12 +90,7 @@ def _command(document: dict[str, Any], directory: Path) -> list[str]:
 
 
 def keep(directory: Path, out: Path, head: dict[str, Any]) -> None:
-    """The report, the grid without the paths of this machine, and the scores of every cell.
-
-    scores.json.xz holds the study, its cells and, of each finished one, its scores example by example: enough to
-    compute every comparison, damage and repair anew (recompute_study.py), but not learning curves, guesses and
-    generated answers. run.json says how many cells are done.
-    """
+    """The report, the grid without the paths of this machine, and all scores; run.json says how many cells are done."""
     if out.exists():
         shutil.rmtree(out)
     shutil.copytree(directory / "report", out)
@@ -105,28 +105,5 @@ def keep(directory: Path, out: Path, head: dict[str, Any]) -> None:
     number = len(index["cells"]) + sum(index["num_waiting"].values())
     cells = {"cells": number, "cells_done": store.num_done({cell["key"] for cell in index["cells"]})}
     atomic_write_json(out / "run.json", head | cells | {"answer": read_report(directory).answer})
-    atomic_write_bytes(out / SCORES_FILE, packed_scores(directory))
+    atomic_write_bytes(out / SCORES_FILE, pack(directory))
     print(json.dumps(head))
-
-
-def packed_scores(directory: Path) -> bytes:
-    """The content of scores.json.xz of a study's directory."""
-    store, index, cells = StudyDirectory(directory, makes=False), read_index(directory), []
-    for cell in index["cells"]:
-        result = store.result(cell["key"])
-        scores = None
-        if result is not None and "files" in result:
-            rows = json.loads((store.cell(cell["key"]) / result["files"]["scores"]).read_bytes())["per_example"]
-            scores = {name: [_rounded(row.get(name)) for row in rows] for name in _KEPT}
-        cells.append({"cell": cell, "result": result, "scores": scores})
-    # Names of this machine are in the settings alone, which no number depends on
-    study = {name: value for name, value in index["study"].items() if name not in ("recipe", "settings")}
-    text = json.dumps({"study": study, "cells": cells}, separators=(",", ":"))
-    return lzma.compress(text.encode(), preset=6)
-
-
-def _rounded(value: Any) -> Any:
-    """A score to 9 decimals: with 7, a p-value of arms that differ by 1e-4 nats was off by 2e-6."""
-    if isinstance(value, list):
-        return [_rounded(each) for each in value]
-    return round(value, 9) if isinstance(value, float) else value

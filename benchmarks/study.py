@@ -5,7 +5,8 @@
 DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. A `qdora study` of grids/compressed.yaml, or
 of another --grid. After --hours the processes are interrupted; the same command goes on. When all cells are done, the
 report, the grid and the scores of every cell are copied to --out. --report writes the report of the cells that are done
-into the study's directory, and copies it only if --out is given.
+into the study's directory, and copies it only if --out is given. --resume-from OUT goes on in a new --dir from what
+was kept there, such as on another machine: DATA must be at the same path.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 from byte_tokenizer import write_model
 from measure import RESULTS, facts
-from shared_study import SMOKE_MIX, SMOKE_RATES, dry_run, keep, run_study
+from shared_study import SMOKE_MIX, SMOKE_RATES, dry_run, keep, resume_from, run_study
 
 GRIDS = Path(__file__).resolve().parent / "grids"
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/study")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--hours", type=float, default=None, help="interrupt the processes after so many")
+    parser.add_argument("--resume-from", type=Path, default=None, help="an --out of this study: its cells are done")
     parser.add_argument("--dry-run", action="store_true", help="only tell the time and what can be found")
     parser.add_argument("--report", action="store_true", help="only write DIR/report, of the cells that are done")
     parser.add_argument("--smoke", action="store_true", help="a random model and few cells: shows that it runs")
@@ -41,6 +43,8 @@ def main() -> None:
     args.dir.mkdir(parents=True, exist_ok=True)
     document = yaml.safe_load(args.grid.read_text(encoding="utf-8"))
     document = smoke_grid(document, args.dir) if args.smoke else with_data(document, args.data)
+    if args.resume_from is not None:
+        resume_from(args.resume_from, document, args.dir)
     if args.dry_run:
         dry_run(document, args.dir)
         return

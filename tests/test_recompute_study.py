@@ -31,11 +31,11 @@ def kept(folder: Path, made: Path) -> Path:
     """The report and the packed scores of a study's directory."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        from shared_study import SCORES_FILE, packed_scores
+        from study_archive import SCORES_FILE, pack
     finally:
         sys.path.pop(0)
     write_report(read_report(made), folder / "kept", "a study")
-    (folder / "kept" / SCORES_FILE).write_bytes(packed_scores(made))
+    (folder / "kept" / SCORES_FILE).write_bytes(pack(made))
     return folder / "kept"
 
 

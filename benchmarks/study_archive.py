@@ -1,0 +1,103 @@
+"""scores.json.xz: the finished cells of a study with the scores of every example.
+
+It is enough to compute every comparison, damage and repair anew (recompute_study.py), and to go on with the study in
+another directory. Adapters and generated answers are not in it.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+from qdora.errors import UserError
+from qdora.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text
+from qdora.files.run_directory import RunDirectory
+from qdora.recipe.recipe_file import resolved_yaml
+from qdora.study.cells import Expander
+from qdora.study.grid import load_study
+from qdora.study.guesses import FILE as GUESSES_FILE
+from qdora.study.guesses import read_guesses
+from qdora.study.study_directory import StudyDirectory, read_index
+from qdora.study.upcoming import Upcoming
+
+SCORES_FILE = "scores.json.xz"
+_KEPT = ("task", "id", "nll", "num_answer_tokens", "acc", "acc_norm", "gold", "loglikelihoods")
+
+
+def pack(directory: Path) -> bytes:
+    """The content of scores.json.xz of a study's directory: study, guesses, cells.
+
+    Each cell has its record, its result, its scores (name -> value of each example), and of a trained one the loss of
+    each step that was logged ([step, loss]).
+    """
+    store, index, cells = StudyDirectory(directory, makes=False), read_index(directory), []
+    for cell in index["cells"]:
+        result = store.result(cell["key"])
+        scores = losses = None
+        if result is not None and "files" in result:
+            rows = json.loads((store.cell(cell["key"]) / result["files"]["scores"]).read_bytes())["per_example"]
+            scores = {name: [_rounded(row.get(name)) for row in rows] for name in _KEPT}
+        if result is not None and cell["kind"] == "trained":
+            run = RunDirectory(store.cell(cell["key"]))
+            lines = run.metrics() if run.metrics_file.is_file() else []
+            losses = [[line["step"], line["loss"]] for line in lines if line.get("loss") is not None]
+        cells.append({"cell": cell, "result": result, "scores": scores, "losses": losses})
+    # Names of this machine are in the settings alone, which no number depends on
+    study = {name: value for name, value in index["study"].items() if name not in ("recipe", "settings")}
+    dense = {cell["dense_key"] for cell in index["cells"] if cell["kind"] == "base"}
+    guesses = {key: found for key in sorted(dense) if (found := read_guesses(store.shared("guesses", key)))}
+    text = json.dumps({"study": study, "guesses": guesses, "cells": cells}, separators=(",", ":"))
+    return lzma.compress(text.encode(), preset=6)
+
+
+def unpack(packed: bytes, grid: Path, directory: Path) -> int:
+    """Fill a new study's directory with the finished cells of scores.json.xz, and return how many there are.
+
+    A cell that needs the adapter of such a cell cannot run there.
+
+    Args:
+        grid: The study file, with the data at the paths that it had: they are part of the names of the cells.
+
+    UserError: the directory has results; no cell of the archive is one of the study's.
+    """
+    store = StudyDirectory(directory)
+    if any((directory / "results").glob("*.json")):
+        raise UserError(f"{directory}: must have no results yet. Fix: name another directory.")
+    archive = json.loads(lzma.decompress(packed))
+    done = {each["cell"]["key"]: each for each in archive["cells"] if each["result"] is not None}
+    for key, each in done.items():
+        if each["scores"] is not None:
+            columns = {name: values for name, values in each["scores"].items() if name in _KEPT}
+            rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            file = store.cell(key) / each["result"]["files"]["scores"]
+            file.parent.mkdir(parents=True)
+            atomic_write_json(file, {"per_example": [_without_none(row) for row in rows]})
+        if each.get("losses"):
+            lines = "".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in each["losses"])
+            atomic_write_bytes(RunDirectory(store.cell(key)).metrics_file, lines.encode())
+        store.write_result(key, each["result"])
+    for key, found in archive["guesses"].items():
+        store.shared("guesses", key).mkdir(parents=True)
+        atomic_write_json(store.shared("guesses", key) / GUESSES_FILE, found)
+    cells = Upcoming(Expander(load_study(grid), str(grid)), store).now().cells
+    here = [cell for cell in cells if cell.key in done]
+    if not here:
+        raise UserError(f"{grid}: no cell of the archive is in this study. Its data must have the paths that it had.")
+    for cell in here:
+        if cell.kind == "trained":
+            atomic_write_text(RunDirectory(store.cell(cell.key)).recipe_file, resolved_yaml(cell.recipe))
+    return len(here)
+
+
+def _without_none(row: dict[str, Any]) -> dict[str, Any]:
+    """Scores without choices have no accuracies."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def _rounded(value: Any) -> Any:
+    """A score to 9 decimals: with 7, a p-value of arms that differ by 1e-4 nats was off by 2e-6."""
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return round(value, 9) if isinstance(value, float) else value
