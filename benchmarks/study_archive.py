@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qdora.errors import UserError
-from qdora.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text
+from qdora.files.atomic import atomic_write_json, atomic_write_text
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.study.cells import Expander
@@ -62,33 +62,38 @@ def unpack(packed: bytes, grid: Path, directory: Path) -> int:
 
     UserError: the directory has results; no cell of the archive is one of the study's.
     """
-    store = StudyDirectory(directory)
+    expander, store = Expander(load_study(grid), str(grid)), StudyDirectory(directory)
     if any((directory / "results").glob("*.json")):
         raise UserError(f"{directory}: must have no results yet. Fix: name another directory.")
     archive = json.loads(lzma.decompress(packed))
     done = {each["cell"]["key"]: each for each in archive["cells"] if each["result"] is not None}
-    for key, each in done.items():
-        if each["scores"] is not None:
-            columns = {name: values for name, values in each["scores"].items() if name in _KEPT}
-            rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-            file = store.cell(key) / each["result"]["files"]["scores"]
-            file.parent.mkdir(parents=True)
-            atomic_write_json(file, {"per_example": [_without_none(row) for row in rows]})
-        if each.get("losses"):
-            lines = "".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in each["losses"])
-            atomic_write_bytes(RunDirectory(store.cell(key)).metrics_file, lines.encode())
-        store.write_result(key, each["result"])
+    if not any(cell.key in done for cell in expander.now().cells):
+        raise UserError(f"{grid}: no cell of the archive is in this study. Its data must have the paths that it had.")
     for key, found in archive["guesses"].items():
         store.shared("guesses", key).mkdir(parents=True)
         atomic_write_json(store.shared("guesses", key) / GUESSES_FILE, found)
-    cells = Upcoming(Expander(load_study(grid), str(grid)), store).now().cells
-    here = [cell for cell in cells if cell.key in done]
-    if not here:
-        raise UserError(f"{grid}: no cell of the archive is in this study. Its data must have the paths that it had.")
+    for key, each in done.items():
+        _write_cell(each, store.cell(key))
+        store.write_result(key, each["result"])
+    here = [cell for cell in Upcoming(expander, store).now().cells if cell.key in done]
     for cell in here:
         if cell.kind == "trained":
             atomic_write_text(RunDirectory(store.cell(cell.key)).recipe_file, resolved_yaml(cell.recipe))
     return len(here)
+
+
+def _write_cell(each: dict[str, Any], directory: Path) -> None:
+    """Scores and losses of a cell of the archive, as its run wrote them."""
+    directory.mkdir(parents=True)
+    if each["scores"] is not None:
+        file = directory / each["result"]["files"]["scores"]
+        file.parent.mkdir(parents=True)
+        columns = {name: each["scores"][name] for name in _KEPT}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        atomic_write_json(file, {"per_example": [_without_none(row) for row in rows]})
+    if each["losses"]:
+        lines = "".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in each["losses"])
+        atomic_write_text(RunDirectory(directory).metrics_file, lines)
 
 
 def _without_none(row: dict[str, Any]) -> dict[str, Any]:

@@ -533,11 +533,11 @@ def test_study(tmp_path: Path) -> None:
         assert (out / "arms.csv").exists() == (not more)
     with (out / "arms.csv").open(newline="") as file:
         arms = {(row["base"], row["adapter"], row["kind"]): row for row in csv.DictReader(file)}
-    pairs = [(base, kind) for base in ("16 bits", "nf4", "2:4") for kind in ("LoRA", "DoRA")]
-    assert {key[:2] for key in arms if key[2] == "trained"} == {*pairs, ("2:4", "DoRA, masked")}
-    assert {key[:2] for key in arms if key[2] == "transplant"} == {("2:4", "LoRA"), ("2:4", "DoRA")}
+    pairs = [(base, kind) for base in ("16 bits", "nf4", "Wanda 2:4") for kind in ("LoRA", "DoRA")]
+    assert {key[:2] for key in arms if key[2] == "trained"} == {*pairs, ("Wanda 2:4", "DoRA, masked")}
+    assert {key[:2] for key in arms if key[2] == "transplant"} == {("Wanda 2:4", "LoRA"), ("Wanda 2:4", "DoRA")}
     assert all(row["num_seeds"] == "3" and row["num_missing"] == "0" for key, row in arms.items() if key[2] != "base")
-    assert float(arms["2:4", "LoRA", "trained"]["sparsity"]) == 0.5
+    assert float(arms["Wanda 2:4", "LoRA", "trained"]["sparsity"]) == 0.5
     kept = json.loads(lzma.decompress((out / "scores.json.xz").read_bytes()))["cells"]
     assert all(each["scores"] for each in kept)
     again = [sys.executable, str(ROOT / "benchmarks/recompute_study.py"), str(out)]

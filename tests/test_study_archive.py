@@ -1,0 +1,115 @@
+"""A study goes on in a new directory from the scores that were kept: with the same report, and without the runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from qdora.errors import UserError
+from qdora.study.cells import Cell, Expander
+from qdora.study.grid import load_study
+from qdora.study.report import read_report
+from qdora.study.report_contents import Report
+from qdora.study.runner import run_cells
+from qdora.study.study_directory import StudyDirectory, read_index
+from qdora.study.upcoming import Upcoming
+from tests import fake_study
+
+ROOT = Path(__file__).parent.parent
+GUESSES = {"uniform": 6.9, "unigram": 4.2}
+
+
+@pytest.fixture
+def archive(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("study_archive")
+
+
+def diverging(cell: Cell) -> float:
+    is_lost = cell.kind == "trained" and cell.labels["base.quant"] == "fp4" and cell.labels["seed"] == "2"
+    return float("nan") if is_lost else fake_study.truth(cell)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study with every kind of cell, diverged runs and guesses."""
+    again = [
+        {"name": kind, "cells": {"base.quant": ["nf4"], "adapter": ["dora"]}, "kind": kind}
+        for kind in ("transplant", "set_back", "by_layer")
+    ]
+    made = fake_study.make(tmp_path_factory.mktemp("made"), stages=[{"name": "main"}, *again], nll=diverging)
+    dense = next(cell["dense_key"] for cell in read_index(made)["cells"] if cell["kind"] == "base")
+    folder = StudyDirectory(made).shared("guesses", dense)
+    folder.mkdir(parents=True)
+    (folder / "guesses.json").write_text(json.dumps(GUESSES))
+    return made
+
+
+def same(found: Report, expected: Report, name: str) -> bool:
+    """Whether a table is the same, to the 1e-7 that rounded scores leave."""
+    return _rows(found, name, lambda value: value) == _rows(
+        expected, name, lambda value: pytest.approx(value, abs=1e-7, nan_ok=True)
+    )
+
+
+def _rows(report: Report, name: str, number: Callable[[float], Any]) -> list[dict[str, Any]]:
+    def shown(value: Any) -> Any:
+        if isinstance(value, str):
+            return re.sub(r"-?\d+\.\d{7,}", lambda match: f"{float(match[0]):.6f}", value)
+        return number(value) if isinstance(value, float) else value
+
+    return [{key: shown(value) for key, value in row.items()} for row in report.tables[name]]
+
+
+def test_the_report_stays_the_same(archive: ModuleType, made: Path, tmp_path: Path) -> None:
+    before = read_report(made)
+    number = archive.unpack(archive.pack(made), made.parent / "study.yaml", tmp_path / "study")
+    after = read_report(tmp_path / "study")
+    assert number == sum(row["status"] in ("done", "diverged") for row in before.tables["cells"])
+    assert all(before.tables.values())
+    for name in before.tables:
+        assert same(after, before, name), name
+    assert (after.question, after.subject) == (before.question, before.subject)
+    assert archive.pack(tmp_path / "study") == archive.pack(made)
+
+
+def test_what_is_missing_runs_and_nothing_else(archive: ModuleType, made: Path, tmp_path: Path) -> None:
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(made, unfinished)
+    lost = {cell["key"] for cell in read_index(made)["cells"] if cell["labels"].get("seed") == "3"}
+    for key in lost:
+        (unfinished / "results" / f"{key}.json").unlink()
+    archive.unpack(archive.pack(unfinished), made.parent / "study.yaml", tmp_path / "study")
+    store, ran = StudyDirectory(tmp_path / "study"), set()
+
+    def work(cell: Cell, directory: Path) -> dict[str, Any]:
+        ran.add(cell.key)
+        return dict(fake_study.work_of(diverging)(cell, directory))
+
+    upcoming = Upcoming(Expander(load_study(made.parent / "study.yaml")), store)
+    for _ in range(2):  # cells that lay an adapter on another base come after it
+        run_cells(upcoming.now().cells, store, work)
+    assert ran == lost
+    assert same(read_report(tmp_path / "study"), read_report(made), "comparisons")
+
+
+def test_a_directory_with_results_and_another_study_are_refused(
+    archive: ModuleType, made: Path, tmp_path: Path
+) -> None:
+    packed = archive.pack(made)
+    with pytest.raises(UserError, match="must have no results yet"):
+        archive.unpack(packed, made.parent / "study.yaml", made)
+    (tmp_path / "recipe.yaml").write_text((made.parent / "recipe.yaml").read_text())
+    other = fake_study.DOCUMENT | {"settings": {"train.clip": 0.5, "eval.limit": 7}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(other))
+    with pytest.raises(UserError, match="no cell of the archive is in this study"):
+        archive.unpack(packed, tmp_path / "study.yaml", tmp_path / "study")
