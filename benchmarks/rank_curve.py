@@ -1,6 +1,6 @@
 """How low can the rank be? NLL against rank, for LoRA and for DoRA.
 
-    python benchmarks/rank_curve.py DATA [--dir runs/studies/rank_curve] [--ranks 16,2,1]
+    python benchmarks/rank_curve.py DATA [--ranks 16,2,1] [--processes 2] [--hours 2.4]
 
 DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. SmolLM2-135M in NF4, the commonsense
 tasks in equal shares, alpha twice the rank. A `qdora study` finds the learning rate of each kind and rank with seeds of
@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts
-from shared_study import RATES, SEEDS, SMOKE_RATES, common_settings, keep, run_study
+from measure import facts
+from shared_study import RATES, SEEDS, SMOKE_RATES, add_run_options, common_settings, run_and_keep
 
 from qdora.memory.allocator import keep_freed_memory
 
@@ -23,12 +23,11 @@ def main() -> None:
     """The study, and the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--dir", type=Path, default=Path("runs/studies/rank_curve"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "rank_curve")
+    add_run_options(parser, "rank_curve")
     parser.add_argument("--ranks", default="16,2,1", help="the first one is the one to be compared with")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--limit", type=int, default=24, help="validation examples of each task")
+    parser.add_argument("--limit", type=int, default=100, help="test examples of each task")
     parser.add_argument("--smoke", action="store_true", help="a random model and two steps: shows that it runs")
     args = parser.parse_args()
     if not args.smoke and args.data is None:
@@ -39,8 +38,7 @@ def main() -> None:
     head = facts(f"python benchmarks/rank_curve.py DATA {options}")
     keep_freed_memory()
     args.dir.mkdir(parents=True, exist_ok=True)
-    run_study(grid(args), args.dir)
-    keep(args.dir, args.out, head)
+    run_and_keep(args, grid(args), head, "rank_curve")
 
 
 def grid(args: argparse.Namespace) -> dict[str, Any]:
@@ -58,6 +56,7 @@ def grid(args: argparse.Namespace) -> dict[str, Any]:
             "arm": "rank",
             "reference": next(iter(arms)),
             "metric": "nll_per_token",
+            "split": "test",
         },
     }
 

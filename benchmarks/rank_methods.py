@@ -1,6 +1,6 @@
 """Does choosing a rank for each layer help? Five ways to choose, at equal trainable parameters.
 
-    python benchmarks/rank_methods.py DATA [--dir runs/studies/ranks] [--methods uniform,l1,svd,...]
+    python benchmarks/rank_methods.py DATA [--methods uniform,l1,svd,...] [--processes 2] [--hours 2.4]
 
 DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. QDoRA on SmolLM2-135M in NF4, the
 commonsense tasks in equal shares. A scout of rank 16 is trained with a seed of its own; `qdora rank` finds, from its
@@ -19,8 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts
-from shared_study import RATES, SEEDS, SMOKE_RATES, common_settings, keep, run_study
+import yaml
+from measure import facts
+from shared_study import RATES, SEEDS, SMOKE_RATES, add_run_options, common_settings, run_and_keep
 
 from qdora.files.atomic import atomic_write_json
 from qdora.memory.allocator import keep_freed_memory
@@ -28,6 +29,7 @@ from qdora.recipe.recipe_file import load_recipe
 from qdora.run.rank import RankSettings, rank_run
 from qdora.run.train import train_run
 
+NAME = "rank_methods"
 RANK = 8
 SCALING = 2.0
 SCOUT_SEED = 100
@@ -43,12 +45,11 @@ def main() -> None:
     """The choices that are missing, the study, and the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--dir", type=Path, default=Path("runs/studies/ranks"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "rank_methods")
-    parser.add_argument("--methods", default="uniform,l1,hard_concrete,svd,gradient,curvature")
-    parser.add_argument("--steps", type=int, default=32)
+    add_run_options(parser, NAME)
+    parser.add_argument("--methods", default="uniform,l1,svd,gradient,curvature")
+    parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--limit", type=int, default=48, help="validation examples of each task")
+    parser.add_argument("--limit", type=int, default=100, help="test examples of each task")
     parser.add_argument("--smoke", action="store_true", help="a random model and three steps: shows that it runs")
     args = parser.parse_args()
     if not args.smoke and args.data is None:
@@ -60,9 +61,12 @@ def main() -> None:
     keep_freed_memory()
     args.dir.mkdir(parents=True, exist_ok=True)
     common = {"adapter.kind": "dora", **common_settings(args)}
-    methods, costs = arms(args, common)
-    run_study(grid(common, methods, smoke=args.smoke), args.dir)
-    keep(args.dir, args.out, head | {"costs_in_seconds": costs})
+    if args.resume_from is None:
+        methods, costs = arms(args, common)
+    else:  # without the scout, which is not kept
+        methods = yaml.safe_load((args.resume_from / "grid.yaml").read_text(encoding="utf-8"))["product"]["ranks"]
+        costs = json.loads((args.resume_from / "run.json").read_bytes())["costs_in_seconds"]
+    run_and_keep(args, grid(common, methods, smoke=args.smoke), head | {"costs_in_seconds": costs}, NAME)
 
 
 def ranked(rank: int, **more: Any) -> dict[str, Any]:
@@ -115,7 +119,7 @@ def grid(common: dict[str, Any], methods: dict[str, dict[str, Any]], *, smoke: b
         "product": {"ranks": methods},
         "seeds": list(SEEDS),
         "rates": SMOKE_RATES if smoke else RATES,
-        "compare": {"arm": "ranks", "reference": next(iter(methods)), "metric": "nll_per_token"},
+        "compare": {"arm": "ranks", "reference": next(iter(methods)), "metric": "nll_per_token", "split": "test"},
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from byte_tokenizer import write_model
+from measure import RESULTS
 from mixed_data import TASKS
 from study_archive import SCORES_FILE, pack, unpack
 
@@ -20,7 +21,9 @@ from qdora.files.atomic import atomic_write_bytes, atomic_write_json, atomic_wri
 from qdora.study.report import read_report, report_run
 from qdora.study.study_directory import StudyDirectory, read_index
 
-RATES = {"values": [5e-4, 1e-3, 2e-3, 4e-3], "seeds": [1000, 1001]}
+RATES = {"values": [7e-4, 1.6e-3, 3.6e-3], "seeds": [1000]}
+TRAINED_TASKS = tuple(task for task in TASKS if task != "boolq")
+"""BoolQ's training questions have no passages, its test questions do."""
 SMOKE_RATES = {"values": [1e-3, 2e-3, 4e-3], "seeds": [1000], "extend": 0}
 SEEDS = (0, 1, 2, 3)
 SMOKE_MIX = [{"task": "demo/facts"}]
@@ -32,7 +35,7 @@ def common_settings(args: argparse.Namespace) -> dict[str, Any]:
         mix: list[dict[str, Any]] = SMOKE_MIX
         model = write_model(args.dir / "model")
     else:
-        mix = [{"task": task, "path": str(args.data.resolve() / task)} for task in TASKS]
+        mix = [{"task": task, "path": str(args.data.resolve() / task)} for task in TRAINED_TASKS]
         model = "builtin"
     return {
         "model.source": model,
@@ -45,6 +48,25 @@ def common_settings(args: argparse.Namespace) -> dict[str, Any]:
         "eval.limit": args.limit,
         "memory.checkpointing": False,
     }
+
+
+def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Options of a study that `run_and_keep` runs; `name` is that of its directory and of its kept results."""
+    parser.add_argument("--dir", type=Path, default=Path("runs/studies") / name)
+    parser.add_argument("--out", type=Path, default=None, help=f"default: benchmarks/results/{name}")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--hours", type=float, default=None, help="interrupt the processes after so many")
+    parser.add_argument("--report", action="store_true", help="only write DIR/report, of the cells that are done")
+    parser.add_argument("--resume-from", type=Path, default=None, help="an --out of this study: its cells are done")
+
+
+def run_and_keep(args: argparse.Namespace, document: dict[str, Any], head: dict[str, Any], name: str) -> None:
+    """Run the study, and keep its report if all cells are done; `args` are those of `add_run_options`."""
+    if args.resume_from is not None:
+        resume_from(args.resume_from, document, args.dir)
+    has_ended = run_study(document, args.dir, 0 if args.report else args.processes, hours=args.hours)
+    if has_ended and (args.out is not None or not args.report):
+        keep(args.dir, args.out or RESULTS / name, head)
 
 
 def run_study(document: dict[str, Any], directory: Path, processes: int = 1, *, hours: float | None = None) -> bool:
@@ -77,7 +99,9 @@ def dry_run(document: dict[str, Any], directory: Path) -> None:
 
 
 def resume_from(kept: Path, document: dict[str, Any], directory: Path) -> None:
-    """Go on in a new `directory` from what `keep` wrote elsewhere; adapters are not in it. UserError as `unpack`."""
+    """Go on in `directory` from what `keep` wrote elsewhere, unless it has results already. UserError as `unpack`."""
+    if any((directory / "results").glob("*.json")):
+        return
     _command(document, directory)
     number = unpack((kept / SCORES_FILE).read_bytes(), directory / "grid.yaml", directory)
     print(f"{number} finished cells taken from {kept}")

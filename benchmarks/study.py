@@ -1,6 +1,6 @@
 """How far can a base be quantised and pruned before an adapter stops repairing it, and does DoRA go farther than LoRA?
 
-    python benchmarks/study.py DATA [--dir runs/studies/compressed] [--processes 2] [--hours 2.4] [--dry-run]
+    python benchmarks/study.py DATA [--dir runs/studies/study] [--processes 2] [--hours 2.4] [--dry-run]
 
 DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. A `qdora study` of grids/compressed.yaml, or
 of another --grid. After --hours the processes are interrupted; the same command goes on. When all cells are done, the
@@ -18,10 +18,11 @@ from typing import Any
 
 import yaml
 from byte_tokenizer import write_model
-from measure import RESULTS, facts
-from shared_study import SMOKE_MIX, SMOKE_RATES, dry_run, keep, resume_from, run_study
+from measure import facts
+from shared_study import SMOKE_MIX, SMOKE_RATES, add_run_options, dry_run, run_and_keep
 
 GRIDS = Path(__file__).resolve().parent / "grids"
+NAME = "study"
 
 
 def main() -> None:
@@ -29,13 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--grid", type=Path, default=GRIDS / "compressed.yaml")
-    parser.add_argument("--dir", type=Path, default=Path("runs/studies/compressed"))
-    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/study")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--hours", type=float, default=None, help="interrupt the processes after so many")
-    parser.add_argument("--resume-from", type=Path, default=None, help="an --out of this study: its cells are done")
+    add_run_options(parser, NAME)
     parser.add_argument("--dry-run", action="store_true", help="only tell the time and what can be found")
-    parser.add_argument("--report", action="store_true", help="only write DIR/report, of the cells that are done")
     parser.add_argument("--smoke", action="store_true", help="a random model and few cells: shows that it runs")
     args = parser.parse_args()
     if not args.smoke and args.data is None:
@@ -43,8 +39,6 @@ def main() -> None:
     args.dir.mkdir(parents=True, exist_ok=True)
     document = yaml.safe_load(args.grid.read_text(encoding="utf-8"))
     document = smoke_grid(document, args.dir) if args.smoke else with_data(document, args.data)
-    if args.resume_from is not None:
-        resume_from(args.resume_from, document, args.dir)
     if args.dry_run:
         dry_run(document, args.dir)
         return
@@ -52,9 +46,7 @@ def main() -> None:
     root = GRIDS.parent.parent
     name = str(grid.relative_to(root)) if grid.is_relative_to(root) else grid.name  # no folders of this machine
     command = f"python benchmarks/study.py DATA --grid {shlex.quote(name)}"
-    has_ended = run_study(document, args.dir, 0 if args.report else args.processes, hours=args.hours)
-    if has_ended and (args.out is not None or not args.report):
-        keep(args.dir, args.out or RESULTS / "study", facts(command))
+    run_and_keep(args, document, facts(command), NAME)
 
 
 def with_data(document: dict[str, Any], data: Path) -> dict[str, Any]:

@@ -93,10 +93,12 @@ def rank_methods() -> str:
 def _intervals(arms: Sequence[Mapping[str, str]]) -> str:
     """What the intervals of a report are over, and how rates were found."""
     seeds = ", ".join(sorted({row["num_seeds"] for row in trained(arms)}))
-    over = "the seeds" if is_new(arms) else "examples and seeds"
+    over, chosen, compared_on = "examples and seeds", "one half of the validation examples", "the other"
+    if is_new(arms):
+        over, chosen, compared_on = "the seeds", "validation examples", "test examples"
     return (
-        f"95 % t intervals over {over}; learning rates chosen on one half of the validation examples, arms compared on "
-        f"the other; number of seeds: {seeds}."
+        f"95 % t intervals over {over}; learning rates chosen on {chosen}, arms compared on {compared_on}; number of "
+        f"seeds: {seeds}."
     )
 
 
