@@ -461,6 +461,63 @@ def test_what_the_template_leaves_out_is_noted() -> None:
     assert not notes
 
 
+def test_content_that_the_template_leaves_out_is_noted() -> None:
+    call = ({"type": "function", "function": {"name": "f", "arguments": {}}},)
+    one_of_both = LOOP + (
+        "<|im_start|>{{ m.role }}\n{% if m.tool_calls %}call {{ m.tool_calls[0].function.name }}"
+        "{% else %}{{ m.content.split('</think>')[-1].strip() }}{% endif %}<|im_end|>\n{% endfor %}"
+    ) + PROMPT
+    tokenizer = make(one_of_both)
+    for turn, what in (
+        (Turn("assistant", "the cat", call), "text beside calls of tools"),
+        (
+            Turn("assistant", "<think>\nHm. So:\n</think>\n\nthe cat"),
+            "reasoning that is in the content, before </think>",
+        ),
+        (Turn("assistant", " a \n  dog\n"), None),
+        (Turn("assistant", "", call), None),
+    ):
+        notes: set[str] = set()
+        [part] = encoded(tokenizer, CHAT[0], turn, notes=notes)
+        assert learnt(tokenizer, part).startswith("call f" if turn.tool_calls else ("the cat", "a \n  dog"))
+        assert [note.partition(". Fix")[0] for note in notes if "reasoning_content" not in note] == (
+            [] if what is None else [f"the chat template does not print {what}, so the model does not learn it"]
+        )
+    notes = set()
+    encoded(make(CHATML.replace("m['content']", "m['content'].split()[0]")), *CHAT[:2], notes=notes)
+    assert any("does not print all of the content of an answer" in note for note in notes)
+
+
+def test_a_turn_of_which_the_template_prints_nothing_is_not_learnt() -> None:
+    call = Turn("assistant", "", ({"type": "function", "function": {"name": "f", "arguments": {}}},))
+    tokenizer = make(CHATML)
+    [part] = encoded(tokenizer, CHAT[0], call, Turn("tool", "12"), CHAT[1])
+    assert learnt(tokenizer, part) == "the cat<|im_end|>\n"
+    assert encoded(tokenizer, CHAT[0], call) == []
+    [silent] = encoded(tokenizer, CHAT[0], Turn("assistant", ""))
+    assert learnt(tokenizer, silent) == "<|im_end|>\n"
+
+
+def test_an_answer_to_results_of_tools_does_not_begin_where_an_earlier_one_does() -> None:
+    """The header of answers to results is printed for answers alone: before a second call there is another one."""
+    template = (
+        "{% set ns = namespace(open=false) %}" + LOOP + "{% if m.role == 'tool' %}<|tool|>{{ m.content }}"
+        "{% set ns.open = true %}{% elif m.role == 'user' %}{% set ns.open = false %}<|user|>{{ m.content }}"
+        "{% elif m.tool_calls %}{{ '\n' if ns.open else '<|assistant|>' }}{% set ns.open = false %}"
+        "call {{ m.tool_calls[0].function.name }}<|eos|>"
+        "{% else %}{{ '<|return|>' if ns.open else '<|assistant|>' }}{% set ns.open = false %}{{ m.content }}<|eos|>"
+        "{% endif %}{% endfor %}"
+        "{% if ns.open %}<|return|>{% elif add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    call = Turn("assistant", "", ({"type": "function", "function": {"name": "f", "arguments": {}}},))
+    rounds = [CHAT[0], call, Turn("tool", "12"), CHAT[1], CHAT[2], call, Turn("tool", "34"), call, Turn("tool", "5")]
+    tokenizer = make(template)
+    [part] = encoded(tokenizer, *rounds, CHAT[3])
+    said = ["call f<|eos|>", "the cat<|eos|>", "call f<|eos|>", "\ncall f<|eos|>", "the dog<|eos|>"]
+    assert learnt(tokenizer, part) == "".join(said)
+    assert len(runs(part)) == len(said)
+
+
 def test_end_mark_that_does_not_stop_the_model_is_noted() -> None:
     tokenizer = make(CHATML)
     end, other = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eos|>"])

@@ -151,13 +151,27 @@ def test_the_files_of_folders(tmp_path: Path) -> None:
     touch(tmp_path, "split/train-0.csv.gz", "split/train-1.csv.gz", "split/train/x.jsonl", "split/val.jsonl")
     assert names_of(tmp_path, "split") == ["split/train/x.jsonl", "split/train-0.csv.gz", "split/train-1.csv.gz"]
     assert names_of(tmp_path, "split", "val") == ["split/val.jsonl"]
+    touch(tmp_path, "clone/data/train-0.parquet", "clone/data/train-1.parquet", "clone/data/test-0.parquet")
+    touch(tmp_path, "clone/README.md", "clone/.cache/train.jsonl")
+    assert names_of(tmp_path, "clone") == ["clone/data/train-0.parquet", "clone/data/train-1.parquet"]
+    assert names_of(tmp_path, "clone", "test") == ["clone/data/test-0.parquet"]
     for names, message in (
         (["mixed/a.jsonl", "mixed/b.csv"], r"mixed: holds files of several kinds \(.csv, .jsonl\), .* mixed/\*.csv."),
         (
             ["held/test.jsonl", "held/more.jsonl"],
             r"no file for split 'train', looked for train.\*, train-\* and .*more",
         ),
-        (["deep/Validation/a.jsonl", "deep/b.jsonl"], r"no file for split 'train'.*there are Validation, b"),
+        (["deep/Validation/a.jsonl", "deep/b.jsonl"], r"no file for split 'train'.*there are Validation, a, b"),
+        (
+            ["named/squad_train.jsonl", "named/b.jsonl"],
+            r"there are squad_train, b. Did you mean 'squad_train'\?",
+        ),
+        (["more/my.test.jsonl"], r"there are my.test. Fix: name the files that are meant, such as .*more/\*.jsonl."),
+        (["shards/data/train.v2.jsonl", "shards/a.jsonl"], "there are train.v2, a, data"),
+        (
+            ["configs/one/train-0.jsonl", "configs/two/train-0.jsonl"],
+            "configs: one, two each hold split 'train'. Fix: ",
+        ),
         (["none/README.md"], "there is no data file at all"),
     ):
         touch(tmp_path, *names)

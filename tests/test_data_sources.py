@@ -570,7 +570,7 @@ def test_gzip(tmp_path, name, text):
     assert (example.answer, example.task) == ("One.", "a")
     (tmp_path / f"train.{path.suffixes[0][1:]}.gz").write_bytes(path.read_bytes())
     assert len(load_source(SourceConfig(source=str(tmp_path)))) == 1
-    assert "there are a, train." in faults_of(SourceConfig(source=str(tmp_path)), "trian")[0]
+    assert "there are train, a." in faults_of(SourceConfig(source=str(tmp_path)), "trian")[0]
     path.write_bytes(path.read_bytes()[:-9])
     [fault] = faults_of(SourceConfig(source=str(path)))
     assert fault.startswith(f"{path}: damaged (")

@@ -139,7 +139,7 @@ def waits_of(function: Any) -> list[str]:
             function()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return [f"{each.filename}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)]
+    return [f"{each.filename}:{each.lineno}" for each in caught if "called a synchronizing" in str(each.message)]
 
 
 @pytest.mark.parametrize("options", [{"kind": "lora"}, {}, {"dropout": 0.3}, {"quant": "int8"}, {"quant": None}])

@@ -191,6 +191,24 @@ def test_too_little_host_memory_is_one_line(source: Path, monkeypatch: pytest.Mo
         on_host(source, free_bytes=lambda: None)
 
 
+def test_what_an_earlier_model_had_pinned_is_given_back_before_memory_is_counted(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(host_residency, "_release_pinned", lambda device: events.append(f"released on {device}"))
+    on_host(source, free_bytes=lambda: events.append("counted"))
+    assert events == ["released on cpu", "counted"]
+    monkeypatch.undo()
+    released: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: released.append("public"), raising=False)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: released.append("private"), raising=False)
+    host_residency._release_pinned(torch.device("cpu"))
+    host_residency._release_pinned(torch.device("cuda"))
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache")
+    host_residency._release_pinned(torch.device("cuda"))
+    assert released == ["public", "private"]
+
+
 @pytest.mark.parametrize(("asked", "taken"), [(0, 0), (1, 1), (4096, 4096), (4097, 8192), (440_000_000, 2**29)])
 def test_pinned_memory_is_counted_as_torch_takes_it(asked: int, taken: int) -> None:
     assert pinned_bytes(asked) == taken

@@ -317,6 +317,10 @@ class ChatTemplate:
         common = "".join(first[:num_common])
         return alone[len(common) :] if self._mark.search(common) else ""
 
+    def without_marks(self, text: str) -> str:
+        """The text without the tokenizer's special tokens."""
+        return self._mark.sub("", text)
+
     def _pieces(self, text: str) -> list[str]:
         """The text as a list of marks and of the text between them, the end of a line apart."""
         return [piece for piece in re.split(rf"({self._mark.pattern}|\n)", text) if piece]
@@ -344,8 +348,13 @@ class ChatTemplate:
         header = prompt.removeprefix(unasked) if prompt.startswith(unasked) else ""
         if not header:  # a prompt that only ends with the turn before; 16 characters where that has no mark
             header = prompt[max((found.start() for found in self._mark.finditer(prompt)), default=-16) :]
-        begin = text.rfind(header, 0, first)
-        return (first, False) if begin < 0 else (begin + len(header), True)
+        # Not where an earlier turn begins alike: up to there, but for the header, the text is that of the prompt
+        shared = shared_length(prompt, text)
+        begin = text.rfind(header, max(0, shared - len(header)), first)
+        if begin >= 0:
+            return begin + len(header), True
+        is_other_header = shared >= len(prompt) - len(header)
+        return (min(shared, first) if is_other_header else first), False
 
     def closed(self, text: str, end: int, calls: bool) -> tuple[str, int]:
         """The text of a chat up to a turn of the assistant, and the end of the turn with its end mark.

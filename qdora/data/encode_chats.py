@@ -7,6 +7,7 @@ its end mark. One text holds all turns of a chat where it shows each of them so.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,11 +18,12 @@ from numpy.typing import NDArray
 
 from qdora.data.chat_template import RENDER_ERRORS, ChatTemplate, chat_template_of, shared_length, template_options
 from qdora.data.example import Example
-from qdora.data.messages import Messages
+from qdora.data.messages import Messages, Turn
 
 LossOn = Literal["answer", "last", "all"]
 MAY_NOT_STOP = "the model may not stop"
 """Among the notes where the end of a turn does not stop the model."""
+_REMOVE = "Fix: give a template that does with data.chat_template, or remove it from the data."
 _SHORT = 200
 """Characters of an end of a prompt whose tokens are kept: a generation prompt, the same in all chats."""
 
@@ -139,7 +141,8 @@ def _plan(tokenizer: Any, chat: Example, loss_on: LossOn, notes: set[str]) -> _C
     try:
         if loss_on == "all":
             return _Chat(template, _everything(template, chat, turns), [])
-        parts = [_part(template, chat, turns, index, notes) for index in learnt]
+        made = (_part(template, chat, turns, index, notes) for index in learnt)
+        parts = [part for part in made if _says(template, part, turns[part.turn], notes)]
     except RENDER_ERRORS as error:
         return f"the chat template refuses it: {error}"
     moved = len(chat.messages) - len(turns)
@@ -212,12 +215,28 @@ def _note_lost(template: ChatTemplate, chat: Example, notes: set[str]) -> None:
         "turns of role tool": any(turn.role == "tool" for turn in chat.messages),
         "tools": bool(chat.tools),
     }
-    fix = "Fix: give a template that does with data.chat_template, or remove it from the data."
     notes.update(
-        f"the chat template does not print {what}. {fix}"
+        f"the chat template does not print {what}. {_REMOVE}"
         for what, is_there in has.items()
         if is_there and what in template.unprinted
     )
+
+
+def _says(template: ChatTemplate, part: _Part, turn: Turn, notes: set[str]) -> bool:
+    """Whether a part learns anything of what its turn says. Notes content that the template leaves out."""
+    said = "".join(part.text.text[start:end] for start, end in part.text.spans)
+    if any(not _has(said, piece) for piece in re.split("</?think>", turn.content)):
+        what = "text beside calls of tools" if turn.tool_calls else "all of the content of an answer"
+        if "</think>" in turn.content:
+            what = "reasoning that is in the content, before </think>"
+        notes.add(f"the chat template does not print {what}, so the model does not learn it. {_REMOVE}")
+    is_silent = not turn.content.strip() and not turn.tool_calls and not turn.reasoning
+    return is_silent or bool(template.without_marks(said).strip())
+
+
+def _has(text: str, piece: str) -> bool:
+    """Whether the words of a piece are in a text one after the other, whatever the white space between them."""
+    return " ".join(piece.split()) in " ".join(text.split())
 
 
 def _whole(template: ChatTemplate, parts: list[_Part]) -> _Text | None:

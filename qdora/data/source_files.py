@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from qdora.errors import UserError, nearest, nearest_path
 from qdora.recipe.data_settings import FILE_SUFFIXES, is_pattern
 
 _SPLIT_NAMES = frozenset(("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"))
-"""A folder with a file or folder that begins with one of these words has splits."""
+"""A folder with one of these words in the name of a file or folder has splits."""
 _ABOUT = frozenset(("readme", "license", "licence", "changelog", "dataset_info", "dataset_infos"))
 """Names of files that say something about a folder's data, and hold none."""
 
@@ -19,8 +20,8 @@ _ABOUT = frozenset(("readme", "license", "licence", "changelog", "dataset_info",
 def files_of(source: Path, split: str) -> list[Path]:
     """The files of a source's split, sorted. A single file, and a pattern, are all of the data whatever the split.
 
-    Of a folder they are <split>.<ending>, <split>-*.<ending> and <split>/*.<ending>. A folder whose names tell of no
-    splits is the training split as a whole, folders inside it included.
+    Of a folder they are <split>.<ending>, <split>-*.<ending> and <split>/*.<ending>, in it or in one folder inside it.
+    A folder in which no name tells of splits is the training split as a whole, folders inside it included.
 
     Raises: UserError if there is none, or it is not clear which are meant.
     """
@@ -37,10 +38,25 @@ def files_of(source: Path, split: str) -> list[Path]:
 
 
 def files_of_split(folder: Path, split: str) -> list[Path]:
-    """The files of a folder that are named after a split.
+    """The files that are named after a split, in a folder or, if it has none, in one folder inside it.
 
-    Raises: UserError if two files could be meant.
+    Raises: UserError if two files, or those of two folders, could be meant.
     """
+    found = _named_after(folder, split)
+    if found:
+        return found
+    folders = map(Path, glob.glob(f"{glob.escape(str(folder))}/**/", recursive=True))
+    inside = {each: files for each in sorted(folders) if (files := _named_after(each, split))}
+    if len(inside) > 1:
+        names = [str(each.relative_to(folder)) for each in inside]
+        raise UserError(
+            f"{folder}: {', '.join(names[:10])} each hold split {split!r}. Fix: name one of them, such as "
+            f"{folder / names[0]}."
+        )
+    return next(iter(inside.values()), [])
+
+
+def _named_after(folder: Path, split: str) -> list[Path]:
     same = [path for suffix in FILE_SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
     if len(same) > 1:
         names = ", ".join(path.name for path in same)
@@ -59,12 +75,14 @@ def missing(path: Path) -> str:
 def _whole_folder(folder: Path, split: str) -> list[Path]:
     found = _data_files(map(Path, glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)))
     names = {part for path in found for part in path.relative_to(folder).parts[:-1]}
-    names |= {name_without_ending(path) for path in found if path.parent == folder}
-    words = {name.partition("-")[0] for name in names}
-    if split != "train" or not found or any(word.lower() in _SPLIT_NAMES for word in words):
-        there = f"there are {', '.join(sorted(words)[:10])}" if words else "there is no data file at all"
+    names |= {name_without_ending(path) for path in found}
+    telling = {name for name in names if _SPLIT_NAMES.intersection(re.split(r"[-_. ]", name.lower()))}
+    if split != "train" or not found or telling:
+        words = list(dict.fromkeys(name.partition("-")[0] for name in [*sorted(telling), *sorted(names)]))
+        there = f"there are {', '.join(words[:10])}" if words else "there is no data file at all"
         looked = f"looked for {split}.*, {split}-* and {split}/*"
-        raise UserError(f"{folder}: no file for split {split!r}, {looked}; {there}.{nearest(split, words)}")
+        fix = f" Fix: name the files that are meant, such as {folder}/*{ending(found[0])}." if found else ""
+        raise UserError(f"{folder}: no file for split {split!r}, {looked}; {there}.{nearest(split, words) or fix}")
     endings = sorted({ending(path) for path in found})
     if len(endings) > 1:
         raise UserError(

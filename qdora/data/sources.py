@@ -7,14 +7,13 @@ from pathlib import Path
 
 from qdora.data import demo
 from qdora.data.commonsense import HUB_TASKS, example_of_row, hub_task_rows, instruction_row
-from qdora.data.data_file import name_without_ending
 from qdora.data.example import Example
 from qdora.data.hub_datasets import hub_rows, hub_shards
 from qdora.data.readers import Shards, local_shards, rows_of_split
 from qdora.data.row_examples import FIRST_ROWS, RowExamples
 from qdora.data.row_formats import FORMATS, unused_columns, with_lists
 from qdora.data.rows import Row, Rows
-from qdora.data.source_files import files_of_split, missing
+from qdora.data.source_files import files_of, files_of_split, missing
 from qdora.data.split_examples import SplitExamples, draw, split_off
 from qdora.errors import UserError
 from qdora.files.user_paths import user_path
@@ -73,6 +72,11 @@ def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitE
         train, held_out = split_off(train, data.validation_fraction, name=source.label)
     elif file is not None:
         held_out = _from_file(source, file)
+        place = source.path if source.task is not None else source.source
+        if place is not None and (source.task is not None or is_path(place)):
+            both = {*files_of(user_path(place), source.split)} & {*files_of(user_path(file), source.split)}
+            if both:
+                raise UserError(f"validation {file!r}: {min(both)} is trained on, too. Fix: keep it out of {place}.")
     else:
         held_out = open_source(source, validation or "validation")
     return None if train is None else draw(train, source.limit, data.seed), held_out
@@ -113,6 +117,10 @@ def _own_examples(source: SourceConfig, rows: Rows) -> SplitExamples:
 def _task_examples(source: SourceConfig, task: str, split: str) -> SplitExamples:
     """One of the eight commonsense tasks."""
     rows = _directory_rows(source.path, split) if source.path else hub_task_rows(task, split, source.revision)
+    return _of_task(source, task, rows)
+
+
+def _of_task(source: SourceConfig, task: str, rows: Rows) -> SplitExamples:
     unused = set[str]()
 
     def make(place: int, row: Row) -> Example:
@@ -145,7 +153,5 @@ def _directory_rows(directory: str, split: str) -> Rows:
 
 def _from_file(source: SourceConfig, file: str) -> SplitExamples:
     """The examples of the same source in a file of its own."""
-    if source.task is None:
-        return _own_examples(source, rows_of_split(user_path(file), source.split))
-    path = Path(file)
-    return open_source(source.model_copy(update={"path": str(path.parent)}), name_without_ending(path))
+    rows = rows_of_split(user_path(file), source.split)
+    return _own_examples(source, rows) if source.task is None else _of_task(source, source.task, rows)

@@ -71,7 +71,12 @@ def find_path(model: nn.Module) -> ForwardPath:
 
 def context_length(model: nn.Module) -> int | None:
     """The most tokens that the model's positions allow, or None where its config sets no limit."""
-    length = getattr(_text_config(model), "max_position_embeddings", None)
+    return positions_of(getattr(model, "config", None))
+
+
+def positions_of(config: Any) -> int | None:
+    """`context_length` of the model of a config."""
+    length = getattr(_language_part(config), "max_position_embeddings", None)
     return int(length) if length and length > 0 else None
 
 
@@ -122,7 +127,10 @@ def contiguous_input(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
 
 def _text_config(model: nn.Module) -> Any:
     """The config of the language part; None for a model without a config."""
-    config: Any = getattr(model, "config", None)
+    return _language_part(getattr(model, "config", None))
+
+
+def _language_part(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

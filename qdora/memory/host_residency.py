@@ -130,6 +130,7 @@ class HostResidency:
         turns = Turns(model, self.num_streamed)
         pieces = _pieces(stored, layers, wanted, turns)
         embeddings = (module.weight for module in model.modules() if isinstance(module, HostEmbedding))
+        _release_pinned(device)
         _pin(pieces, device, self._free_bytes(), sum(table.nbytes for table in embeddings))
         for done, (name, value) in enumerate(iterate_quantized(stored, layers, wanted, device), start=1):
             path, _, leaf = name.rpartition(".")
@@ -195,6 +196,13 @@ def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization
             continue
         pieces[turn].add(path, empty_packed(*form, device="meta"))
     return pieces
+
+
+def _release_pinned(device: torch.device) -> None:
+    """Give back what an earlier model of this process had pinned: torch keeps it, and the system calls it taken."""
+    if device.type == "cuda":
+        release = getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache  # torch before 2.13
+        release()
 
 
 def _pin(pieces: Sequence[Piece], device: torch.device, free: int | None, embedding_bytes: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qdora.data.build_data import (
     MixPlan,
@@ -47,6 +47,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run.calibration import calibration_tokens
 from qdora.run.experiment_trackers import is_installed
 from qdora.run.load_base import NO_GPU
+from qdora.run.model_limits import context_warnings, vocabulary_faults
 from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks
 from qdora.run.step_evaluations import selection_faults
 from qdora.run.task_conflicts import interference_faults
@@ -109,7 +110,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     num_steps = num_steps_of(recipe, loader)
     mix_plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
-    _check(recipe, compute, validation, num_steps, loader)
+    _check(recipe, compute, validation, num_steps, loader, config=load_config(source))
     workload = workload_of_data(recipe, mix, tokenizer)
     applied, memory_plan = within_budget(recipe, compute, workload, force=force, processes=processes)
     if memory_plan is not None:
@@ -161,6 +162,7 @@ def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
         shown = ", ".join(map(repr, unseen))
         text = f"model.add_tokens: the training data does not have {shown}, so the model learns nothing of it."
         found.append(Check("warning", text))
+    found += [Check("warning", text) for text in context_warnings(sources, load_config(prepared.source))]
     begin_checks(run, found, trains=prepared.recipe.adapter.kind != "none")
 
 
@@ -185,7 +187,13 @@ def evaluated_sources(recipe: Recipe, validation: dict[str, Any]) -> Sequence[st
 
 
 def _check(
-    recipe: Recipe, compute: Compute, validation: dict[str, list[Example]], num_steps: int, loader: StepLoader
+    recipe: Recipe,
+    compute: Compute,
+    validation: dict[str, list[Example]],
+    num_steps: int,
+    loader: StepLoader,
+    *,
+    config: PreTrainedConfig,
 ) -> None:
     """Raise UserError with all settings that do not fit the machine or the data."""
     faults = _machine_faults(recipe, compute)
@@ -196,6 +204,7 @@ def _check(
     faults += selection_faults(recipe, evaluated, num_steps)
     faults += interference_faults(recipe, validation)
     faults += task_weight_faults(recipe, loader)
+    faults += vocabulary_faults(loader.tokenised, config, len(recipe.model.add_tokens))
     known = ", ".join(validation) or "none"
     faults += [
         f"eval.tasks: {name!r} has no validation data in this mix, must be one of {known}."

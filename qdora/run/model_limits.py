@@ -1,0 +1,51 @@
+"""What a model can read, against the examples: rows of its embedding, and positions. Streams are not looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedConfig
+
+from qdora.data.mix import Source
+from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.evaluation.forward_path import positions_of
+
+
+def vocabulary_faults(sources: Sequence[Source], config: PreTrainedConfig, num_added: int) -> list[str]:
+    """One line for each source with a token that the embedding has no row for.
+
+    Args:
+        num_added: Tokens of `model.add_tokens`, whose rows are made.
+    """
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is None:
+        return []
+    faults = []
+    for part in sources:
+        largest = max((int(np.max(each.input_ids)) for each in _examples(part) if len(each)), default=0)
+        if largest >= size + num_added:
+            faults.append(
+                f"model.tokenizer: source {part.name!r} has token id {largest:,}, and the model's embedding has "
+                f"{size:,} rows. Fix: use the tokenizer that belongs to the model."
+            )
+    return faults
+
+
+def context_warnings(sources: Sequence[Source], config: PreTrainedConfig) -> list[str]:
+    """One line for each source with examples that are longer than the model has positions."""
+    positions = positions_of(config)
+    if positions is None:
+        return []
+    found = {part.name: [len(each) for each in _examples(part) if len(each) > positions] for part in sources}
+    return [
+        f"{name}: {len(lengths):,} examples have more tokens than the model has positions ({max(lengths):,} and "
+        f"{positions:,}, max_position_embeddings). Evaluation cuts them, training does not, and a model that learnt a "
+        f"vector for each position fails. Fix: data.max_length={positions}."
+        for name, lengths in found.items()
+        if lengths
+    ]
+
+
+def _examples(part: Source) -> Sequence[TokenizedExample]:
+    return part.examples if isinstance(part, TokenizedSet) else ()
