@@ -463,10 +463,14 @@ def test_what_the_template_leaves_out_is_noted() -> None:
 
 def test_content_that_the_template_leaves_out_is_noted() -> None:
     call = ({"type": "function", "function": {"name": "f", "arguments": {}}},)
-    one_of_both = LOOP + (
-        "<|im_start|>{{ m.role }}\n{% if m.tool_calls %}call {{ m.tool_calls[0].function.name }}"
-        "{% else %}{{ m.content.split('</think>')[-1].strip() }}{% endif %}<|im_end|>\n{% endfor %}"
-    ) + PROMPT
+    one_of_both = (
+        LOOP
+        + (
+            "<|im_start|>{{ m.role }}\n{% if m.tool_calls %}call {{ m.tool_calls[0].function.name }}"
+            "{% else %}{{ m.content.split('</think>')[-1].strip() }}{% endif %}<|im_end|>\n{% endfor %}"
+        )
+        + PROMPT
+    )
     tokenizer = make(one_of_both)
     for turn, what in (
         (Turn("assistant", "the cat", call), "text beside calls of tools"),

@@ -235,6 +235,46 @@ def test_validating_on_what_is_trained_on_is_refused(tmp_path):
         split_up(SourceConfig(source=str(tmp_path), validation="train"))
 
 
+def test_a_validation_file_that_is_trained_on_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b", "holdout"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "One."}\n' * 3)
+    held = str(tmp_path / "holdout.jsonl")
+    for source in (held, str(tmp_path / "*.jsonl"), str(tmp_path)):
+        config = SourceConfig(source=source, validation=held)
+        with pytest.raises(UserError) as caught:
+            train_and_validation(config, DataConfig(mix=(config,)))
+        assert caught.value.faults == (
+            f"validation '{held}': {held} is trained on, too. Fix: keep it out of {source}.",
+        )
+    config = SourceConfig(source=str(tmp_path / "[ab].jsonl"), validation=held)
+    train, validation = train_and_validation(config, DataConfig(mix=(config,)))
+    assert train is not None
+    assert validation is not None
+    assert (len(train), len(validation)) == (6, 3)
+
+
+def test_the_validation_file_of_a_task_is_that_file_alone(tmp_path: Path) -> None:
+    row = {"context": "", "question": "Open it", "choices": ["pull", "push"], "answer": 0}
+    for name, number in (("train", 4), ("dev", 2), ("dev-hard", 3)):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * number)
+    config = SourceConfig(task="piqa", path=str(tmp_path), validation=str(tmp_path / "dev.jsonl"))
+    _, validation = train_and_validation(config, DataConfig(mix=(config,)))
+    assert validation is not None
+    assert len(list(validation)) == 2
+
+
+def test_with_loss_on_last_the_last_turn_alone_is_scored(tmp_path: Path) -> None:
+    turns = [("user", "Hi"), ("assistant", "draft"), ("user", "Why?"), ("assistant", "yes"), ("user", "Bye")]
+    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (tmp_path / "chat.jsonl").write_text((json.dumps(chat) + "\n") * 2)
+    (tmp_path / "held.jsonl").write_text(json.dumps(chat) + "\n")
+    config = SourceConfig(source=str(tmp_path / "chat.jsonl"), validation=str(tmp_path / "held.jsonl"))
+    for loss_on, expected in (("last", [False, True]), ("answer", [True, True])):
+        _, validation = read_data(DataConfig(mix=(config,), loss_on=loss_on))
+        ((held,),) = validation.values()
+        assert [turn.learnt for turn in held.messages if turn.role == "assistant"] == expected
+
+
 def test_a_thousand_faulty_rows_are_not_a_thousand_lines(tmp_path):
     faults = faults_of(SourceConfig(source=write(tmp_path / "a.jsonl", [{"text": ""}] * 1000)))
     assert len(faults) == 6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def read_data(
             examples, held_out = opened[index] = train_and_validation(source, data)
             train[index] = () if examples is None else examples
             if held_out is not None and len(held_out):
-                validation[source.label] = list(held_out)
+                validation[source.label] = _to_score(held_out, data)
         except UserError as error:
             faults[index] = error.faults
             kind = kind if isinstance(error, HubFailure) else UserError
@@ -116,7 +116,21 @@ def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = Non
     ]
     if faults:
         raise UserError(*faults)
-    return {label: load_source(source, split) for label, source in sources.items()}
+    return {label: _to_score(load_source(source, split), recipe.data) for label, source in sources.items()}
+
+
+def _to_score(examples: Iterable[Example], data: DataConfig) -> list[Example]:
+    """Examples of an evaluation, in which those turns of chats are scored that training learns: see `data.loss_on`."""
+    return [_with_last_turn(each) if data.loss_on == "last" and each.messages else each for each in examples]
+
+
+def _with_last_turn(chat: Example) -> Example:
+    """The chat with only the last turn of the assistant to be scored."""
+    said = [number for number, turn in enumerate(chat.messages) if turn.role == "assistant"]
+    messages = tuple(
+        replace(turn, learnt=False) if number in said[:-1] else turn for number, turn in enumerate(chat.messages)
+    )
+    return replace(chat, messages=messages)
 
 
 def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = False) -> list[Example]:

@@ -125,6 +125,20 @@ def score_answers(
     ]
 
 
+def scoring_faults(tokenizer: Any, examples: Sequence[Example], context: int | None) -> list[str]:
+    """What `score_choices` and `score_answers` would refuse, without a model; `context` is its `context_length`."""
+    faults: list[str] = []
+    for spans_of, part in (
+        (_choice_groups, [example for example in examples if example.choices]),
+        (_answer_spans, [example for example in examples if not example.choices]),
+    ):
+        try:
+            spans_of(tokenizer, part, context)
+        except UserError as error:
+            faults += error.faults
+    return faults
+
+
 def _choice_groups(
     tokenizer: Any, examples: Sequence[Example], context: int | None
 ) -> tuple[list[list[Span]], list[int]]:

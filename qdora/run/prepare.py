@@ -33,7 +33,10 @@ from qdora.data.mix import Mix
 from qdora.data.shown_examples import keep_examples
 from qdora.data.tokenize import TokenizedSet
 from qdora.errors import HubFailure, UserError
+from qdora.evaluation.forward_path import positions_of
 from qdora.evaluation.generation import generation_faults
+from qdora.evaluation.loglikelihood import scoring_faults
+from qdora.evaluation.suite import spread
 from qdora.files.run_directory import RunDirectory, chat_date_of, unharmed
 from qdora.model.build_model import Compute, choose_compute, find_model, find_source, token_ids
 from qdora.model.load import load_config
@@ -110,7 +113,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     num_steps = num_steps_of(recipe, loader)
     mix_plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
-    _check(recipe, compute, validation, num_steps, loader, config=load_config(source))
+    _check(recipe, compute, validation, num_steps, loader, config=load_config(source), tokenizer=tokenizer)
     workload = workload_of_data(recipe, mix, tokenizer)
     applied, memory_plan = within_budget(recipe, compute, workload, force=force, processes=processes)
     if memory_plan is not None:
@@ -194,6 +197,7 @@ def _check(
     loader: StepLoader,
     *,
     config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Raise UserError with all settings that do not fit the machine or the data."""
     faults = _machine_faults(recipe, compute)
@@ -201,6 +205,7 @@ def _check(
     evaluated = {name: validation[name] for name in asked if name in validation}
     if recipe.eval.method == "generate":
         faults += generation_faults(evaluated)
+    faults += _scoring_faults(recipe, evaluated, tokenizer, positions_of(config))
     faults += selection_faults(recipe, evaluated, num_steps)
     faults += interference_faults(recipe, validation)
     faults += task_weight_faults(recipe, loader)
@@ -218,6 +223,20 @@ def _check(
     ]
     if faults:
         raise UserError(*faults)
+
+
+def _scoring_faults(
+    recipe: Recipe, evaluated: dict[str, list[Example]], tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> list[str]:
+    """What the first evaluation would refuse, which may come only after many steps; nothing without evaluations."""
+    wanted, sources = recipe.eval, {source.label: source for source in recipe.data.mix}
+    if not (wanted.at_start or wanted.at_end or wanted.every):
+        return []
+    return [
+        f"validation data{f' ({place})' if (place := sources[name].validation) else ''}: {fault}"
+        for name, examples in evaluated.items()
+        for fault in scoring_faults(tokenizer, spread(examples, wanted.limit, wanted.block), context)
+    ]
 
 
 def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
