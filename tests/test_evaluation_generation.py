@@ -93,6 +93,21 @@ def test_the_first_name_counts(text: str, expected: tuple[int | None, bool]) -> 
     assert first_mention(text, NAMES) == expected
 
 
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("it is well-being.", (1, False)),
+        ("it is well-", (0, True)),
+        ("it is well-b", (0, True)),
+        ("it is well-bred", (0, False)),
+        ("well, it is", (0, False)),
+        ("Well", (0, True)),
+    ],
+)
+def test_a_name_that_begins_another_one_does_not_win(text: str, expected: tuple[int | None, bool]) -> None:
+    assert first_mention(text, ("well", "well-being")) == expected
+
+
 def test_right_wrong_and_unparsable_are_counted_apart() -> None:
     tokenizer = tiny_tokenizer.make()
     says = {

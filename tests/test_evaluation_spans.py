@@ -270,6 +270,21 @@ def test_whole_spans_make_logits_of_scored_positions_only() -> None:
     assert shapes == [(1, 3, VOCABULARY)]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "gemma2"])
+def test_a_long_span_never_makes_more_logits_than_fit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spans_module, "_MAX_LOGITS", 8 * VOCABULARY + 5)
+    model = tiny_model(family)
+    ids = tuple(np.random.default_rng(3).integers(0, VOCABULARY, 61).tolist())
+    spans = [Span(ids, 1), Span(ids[:41], 30), Span(ids[:12], 5), Span(ids[:17], 1)]
+    numbers: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _m, _i, output: numbers.append(output[..., 0].numel()))
+    scores = score_spans(model, spans)
+    kept = list(numbers)
+    assert_close([scores], [[naive(model, span) for span in spans]])
+    # Gemma 2 has windows, so no cache that grows
+    assert max(kept) == (60 if family == "gemma2" else 8)
+
+
 def test_training_flags_and_gradients_come_back() -> None:
     model = tiny_model("llama").train()
     model.model.layers[1].eval()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, MixtralConfig
 
 from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError
@@ -549,6 +549,22 @@ def test_float32_arithmetic_is_exact_and_undone(quant: str | None) -> None:
     assert tiny_adapted.logits(running).dtype == torch.bfloat16
     assert before == {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in running.state_dict().items()}
     assert running.training
+
+
+@pytest.mark.parametrize(("softcap", "expected"), [(None, "sdpa"), (30.0, "eager")])
+def test_float32_arithmetic_takes_an_attention_that_the_model_has(
+    softcap: float | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """flash kernels have no float32, and sdpa has no soft-cap: releases of transformers refuse it or drop the cap."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, attn_logit_softcapping=softcap)).bfloat16()
+    model.config._attn_implementation = "flash_attention_2"
+    asked: list[str] = []
+    monkeypatch.setattr(model, "set_attn_implementation", asked.append)
+    with float32_arithmetic(model):
+        pass
+    assert asked == [expected]
 
 
 # --- the card

@@ -15,12 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     GenerationConfig,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXJapaneseConfig,
     GptOssConfig,
     Lfm2Config,
+    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -297,6 +300,38 @@ def test_flash_attention_that_cannot_run_is_refused(monkeypatch, capability, dty
 
     with pytest.raises(UserError, match=rf"^model\.attention: got flash_attention_2, which {reason}; must be auto, "):
         with_attention(build, CONFIGS["llama"], "flash_attention_2", **{**ON_GPU, "dtype": dtype})
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            GPTNeoConfig(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
+            "has a class of its own for each attention",
+        ),
+        (
+            FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, alibi=True),
+            "has a class of its own for each attention",
+        ),
+        (LlamaConfig(**SMALL | {"head_dim": 320}), "has heads of 320 features, more than the 256 of flash-attn"),
+    ],
+)
+def test_flash_attention_is_not_taken_where_it_fails_or_computes_something_else(
+    config: PreTrainedConfig, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    flash_attention_installed(monkeypatch, (8, 0))
+    tried: list[str | None] = []
+
+    def build(choice: str | None) -> PreTrainedModel:
+        tried.append(choice)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # flash-attn is not installed here
+
+    with caplog.at_level(logging.INFO, "qdora"):
+        with_attention(build, config, "auto", **ON_GPU)
+    assert tried == ["flash_attention_2", None]
+    assert f"it is not run with flash_attention_2: it {reason}." in caplog.text
+    with pytest.raises(UserError, match=rf"got flash_attention_2, but it {reason}; must be auto, sdpa or eager\.$"):
+        with_attention(build, config, "flash_attention_2", **ON_GPU)
 
 
 def test_a_model_that_cannot_be_built_is_not_said_to_lack_an_attention(

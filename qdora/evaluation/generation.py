@@ -310,12 +310,14 @@ def first_mention(text: str, names: Sequence[str]) -> tuple[int | None, bool]:
     As in the published evaluation of LLM-Adapters the first name anywhere counts. Unlike there a name is a whole word
     in any case, and one of this question: "answer5" is no answer to a question with four choices.
     """
-    listed = "|".join(map(re.escape, names))
+    listed = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))  # "well-being" before "well"
     found = re.search(rf"(?<!\w)(?:{listed})(?!\w)", text, re.IGNORECASE)
     if found is None:
         return None, True
-    index = [name.casefold() for name in names].index(found[0].casefold())
-    return index, found.end() == len(text)  # the word may go on
+    known = [name.casefold() for name in names]
+    rest = text[found.start() :].casefold()
+    may_go_on = found.end() == len(text) or any(name != rest and name.startswith(rest) for name in known)
+    return known.index(found[0].casefold()), may_go_on
 
 
 Finished = Callable[[int, Sequence[int]], bool]

@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
 # One forward pass never makes more logits than this (256 MiB in bf16), whatever the vocabulary: 2,730 positions of a
-# 49k vocabulary, 524 of a 256k one.
+# 49k vocabulary, 524 of a 256k one. Only a model without a cache that grows makes all logits of a long span.
 _MAX_LOGITS = 2**27
 # Copies of the prefix cache, one per choice, that live at the same time: 1,600 tokens of a 70B model (grouped keys).
 _MAX_CACHE_BYTES = 2**29
@@ -119,6 +119,8 @@ def score_spans(
         return len(batch) * longest <= max_batch_tokens and len(batch) * kept <= max_logits
 
     def compute(batch: list[int]) -> list[float]:
+        if path.shared_prefix and spans[batch[0]].num_scored > max_logits:  # then it is a batch of its own
+            return [_score_in_pieces(model, spans[batch[0]], path, device, max_logits)]
         found: list[float] = _score_whole(model, [spans[index] for index in batch], path, device).tolist()
         return found
 
@@ -200,6 +202,26 @@ def _score_whole(model: nn.Module, rows: list[Span], path: ForwardPath, device: 
         output = model(input_ids=input_ids.to(device), **kwargs)
     logits = output.logits[:, first - longest :]  # (rows, longest - first, vocabulary)
     return _summed(logits, targets[:, first:].to(device))
+
+
+def _score_in_pieces(model: nn.Module, span: Span, path: ForwardPath, device: torch.device, length: int) -> float:
+    """A span of more tokens than logits may exist at once: piece after piece behind the cache of those before."""
+    cache, fed, total = DynamicCache(), span.ids[:-1], 0.0  # the last token is predicted, never fed
+    for begin in range(0, len(fed), length):
+        piece = fed[begin : begin + length]
+        end = begin + len(piece)
+        targets = span.ids[max(begin + 1, span.start) : end + 1]
+        kwargs: dict[str, Any] = {"logits_to_keep": max(len(targets), 1)} if path.keeps_logits else {}
+        output = model(
+            input_ids=torch.tensor([piece], device=device),
+            position_ids=torch.arange(begin, end, device=device)[None],
+            use_cache=True,
+            **{path.cache_keyword: cache},
+            **kwargs,
+        )
+        if targets:
+            total += float(_summed(output.logits[:, -len(targets) :], torch.tensor([targets], device=device))[0])
+    return total
 
 
 def _score_shared(

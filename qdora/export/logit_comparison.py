@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.build_data import run_examples
 from qdora.data.example import Example
 from qdora.errors import UserError
+from qdora.model.attention import softcap_of
 from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.recipe.settings import Recipe
@@ -285,7 +286,7 @@ def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
     attention = model.config._attn_implementation
     try:
         if attention is not None and "flash" in attention:  # flash kernels have no float32
-            model.set_attn_implementation("sdpa")
+            model.set_attn_implementation("sdpa" if softcap_of(model.config) is None else "eager")
         for parameter in model.parameters():  # each once, shared ones too
             if parameter.dtype in narrow:
                 parameters.append((parameter, parameter.data))

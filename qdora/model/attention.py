@@ -28,6 +28,7 @@ ATTENTION_KINDS = ("auto", "sdpa", "eager", "flash_attention_2")
 # attn_logit_softcapping of Gemma 2; the cap of the output head (final_logit_softcapping) is another thing.
 _SOFTCAP = re.compile(r"(attn|attention)\w*soft_?cap")
 _SINKS = re.compile(r"(^|_)sinks?(_|$)")
+_FLASH_HEAD = 256  # features of a head: the most that flash-attn takes
 _SOFTCAP_SINCE = "2.6.0"  # of flash-attn
 
 BAD_CONFIG = (
@@ -104,12 +105,20 @@ def with_attention(
             others = "auto or eager" if cap is not None else "auto, sdpa or eager"
             raise UserError(f"model.attention: got flash_attention_2, which {reason}; must be {others}.")
         model, why = attempt(asked), "as model.attention asks"
+        unfit = unfit_for_flash(model) if asked == "flash_attention_2" else None
+        if unfit is not None:
+            raise UserError(f"model.attention: got flash_attention_2, but {name} {unfit}; must be auto, sdpa or eager.")
     elif flash and (cap is None or "flash_attention_2" in cap.computed_by):
         try:
             model, why = build("flash_attention_2"), "which is installed"
         except BAD_CONFIG as error:
             model = attempt(choice)
             log.info("%s has no flash_attention_2 (%s).", name, library_reason(error))
+        else:
+            unfit = unfit_for_flash(model)
+            if unfit is not None:
+                model = attempt(choice)
+                log.info("%s is not run with flash_attention_2: it %s.", name, unfit)
     else:
         model = attempt(choice)
     need = cap or sinks_of(model)
@@ -122,6 +131,20 @@ def with_attention(
         why = f"since its attention {need.what}, which sdpa does not compute"
     (log.debug if need is None else log.info)("Attention of %s: %s, %s.", name, chosen, why)
     return model
+
+
+def unfit_for_flash(model: PreTrainedModel) -> str | None:
+    """Why a model must not run with flash_attention_2, though transformers built it so; None if it may.
+
+    GPT-Neo's own class for it leaves out the windows of its local layers, and Falcon's fails with ALiBi. flash-attn
+    refuses heads of more than 256 features in the first forward pass (the global layers of Gemma 4).
+    """
+    if not model._can_set_attn_implementation():
+        return "has a class of its own for each attention"
+    widest = max(
+        (size for module in model.modules() if isinstance(size := getattr(module, "head_dim", 0), int)), default=0
+    )
+    return f"has heads of {widest} features, more than the 256 of flash-attn" if widest > _FLASH_HEAD else None
 
 
 def _no_flash(device: torch.device, dtype: torch.dtype) -> str | None:
