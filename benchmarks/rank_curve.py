@@ -3,8 +3,8 @@
     python benchmarks/rank_curve.py DATA [--ranks 16,2,1] [--processes 2] [--hours 2.4]
 
 DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. SmolLM2-135M in NF4, the commonsense
-tasks in equal shares, alpha twice the rank. A `qdora study` finds the learning rate of each kind and rank with seeds of
-its own, then compares each rank with the first one of --ranks. Stopped, it goes on where it was.
+tasks but BoolQ in equal shares, alpha twice the rank. A `qdora study` finds the learning rate of each kind and rank
+with seeds of its own, then compares each rank with the first one of --ranks. Stopped, it goes on where it was.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     python benchmarks/rank_methods.py DATA [--methods uniform,l1,svd,...] [--processes 2] [--hours 2.4]
 
 DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. QDoRA on SmolLM2-135M in NF4, the
-commonsense tasks in equal shares. A scout of rank 16 is trained with a seed of its own; `qdora rank` finds, from its
-update (svd), from the gradient and from the Gauss-Newton matrix (curvature), how to spend half of its parameters, as
-many as rank 8 everywhere has. Gates (l1, hard_concrete) start at rank 16 and end with as many. All have the same
-scaling. A `qdora study` finds the learning rate of each way with seeds of its own, then compares them. What each choice
-costs is kept beside it. Stopped, it goes on where it was.
+commonsense tasks but BoolQ in equal shares. A scout of rank 16 is trained with a seed of its own. `qdora rank` finds,
+from its update (svd), from the gradient and from the Gauss-Newton matrix (curvature), how to spend half of its
+parameters, as many as rank 8 everywhere has. Gates (l1, hard_concrete) start at rank 16 and end with as many. All have
+the same scaling. A `qdora study` finds the learning rate of each way with seeds of its own, then compares them. What
+each choice costs is kept beside it. Stopped, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.smoke and args.data is None:
         parser.error("DATA is missing")
+    if args.resume_from is not None and args.methods != parser.get_default("methods"):
+        parser.error("--methods: must not be given with --resume-from, whose methods are those of the kept study")
     if args.smoke:
         args.steps, args.batch, args.limit = 3, 4, 4
     options = f"--methods {args.methods} --steps {args.steps} --batch {args.batch} --limit {args.limit}"

@@ -102,6 +102,8 @@ def resume_from(kept: Path, document: dict[str, Any], directory: Path) -> None:
     """Go on in `directory` from what `keep` wrote elsewhere, unless it has results already. UserError as `unpack`."""
     if any((directory / "results").glob("*.json")):
         return
+    if not (kept / SCORES_FILE).is_file():
+        raise SystemExit(f"--resume-from {kept}: has no {SCORES_FILE}; it must be an --out of this study.")
     _command(document, directory)
     number = unpack((kept / SCORES_FILE).read_bytes(), directory / "grid.yaml", directory)
     print(f"{number} finished cells taken from {kept}")

@@ -1,6 +1,6 @@
 """How far can a base be quantised and pruned before an adapter stops repairing it, and does DoRA go farther than LoRA?
 
-    python benchmarks/study.py DATA [--dir runs/studies/study] [--processes 2] [--hours 2.4] [--dry-run]
+    python benchmarks/study.py DATA [--dir runs/studies/compressed] [--processes 2] [--hours 2.4] [--dry-run]
 
 DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. A `qdora study` of grids/compressed.yaml, or
 of another --grid. After --hours the processes are interrupted; the same command goes on. When all cells are done, the
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--grid", type=Path, default=GRIDS / "compressed.yaml")
     add_run_options(parser, NAME)
+    parser.set_defaults(dir=Path("runs/studies/compressed"))
     parser.add_argument("--dry-run", action="store_true", help="only tell the time and what can be found")
     parser.add_argument("--smoke", action="store_true", help="a random model and few cells: shows that it runs")
     args = parser.parse_args()

@@ -55,7 +55,7 @@ def pack(directory: Path) -> bytes:
 def unpack(packed: bytes, grid: Path, directory: Path) -> int:
     """Fill a new study's directory with the finished cells of scores.json.xz, and return how many there are.
 
-    A cell that needs the adapter of such a cell cannot run there.
+    Adapters are not in it, so a cell whose adapter an unfinished one reads is left out, and runs again.
 
     Args:
         grid: The study file, with the data at the paths that it had: they are part of the names of the cells.
@@ -66,14 +66,20 @@ def unpack(packed: bytes, grid: Path, directory: Path) -> int:
     if any((directory / "results").glob("*.json")):
         raise UserError(f"{directory}: must have no results yet. Fix: name another directory.")
     archive = json.loads(lzma.decompress(packed))
-    done = {each["cell"]["key"]: each for each in archive["cells"] if each["result"] is not None}
+    still_read = {each["cell"]["adapter_key"] for each in archive["cells"] if each["result"] is None}
+    done = {
+        each["cell"]["key"]: each
+        for each in archive["cells"]
+        if each["result"] is not None and each["cell"]["key"] not in still_read
+    }
     if not any(cell.key in done for cell in expander.now().cells):
         raise UserError(f"{grid}: no cell of the archive is in this study. Its data must have the paths that it had.")
     for key, found in archive["guesses"].items():
-        store.shared("guesses", key).mkdir(parents=True)
+        store.shared("guesses", key).mkdir(parents=True, exist_ok=True)
         atomic_write_json(store.shared("guesses", key) / GUESSES_FILE, found)
     for key, each in done.items():
         _write_cell(each, store.cell(key))
+    for key, each in done.items():  # last: with results the directory counts as filled
         store.write_result(key, each["result"])
     here = [cell for cell in Upcoming(expander, store).now().cells if cell.key in done]
     for cell in here:
@@ -84,10 +90,10 @@ def unpack(packed: bytes, grid: Path, directory: Path) -> int:
 
 def _write_cell(each: dict[str, Any], directory: Path) -> None:
     """Scores and losses of a cell of the archive, as its run wrote them."""
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     if each["scores"] is not None:
         file = directory / each["result"]["files"]["scores"]
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         columns = {name: each["scores"][name] for name in _KEPT}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         atomic_write_json(file, {"per_example": [_without_none(row) for row in rows]})

@@ -485,11 +485,13 @@ def test_content_that_the_template_leaves_out_is_noted() -> None:
         [part] = encoded(tokenizer, CHAT[0], turn, notes=notes)
         assert learnt(tokenizer, part).startswith("call f" if turn.tool_calls else ("the cat", "a \n  dog"))
         assert [note.partition(". Fix")[0] for note in notes if "reasoning_content" not in note] == (
-            [] if what is None else [f"the chat template does not print {what}, so the model does not learn it"]
+            []
+            if what is None
+            else [f"the chat template leaves out or changes {what}: the model does not learn it as it is"]
         )
     notes = set()
     encoded(make(CHATML.replace("m['content']", "m['content'].split()[0]")), *CHAT[:2], notes=notes)
-    assert any("does not print all of the content of an answer" in note for note in notes)
+    assert any("leaves out or changes the content of an answer" in note for note in notes)
 
 
 def test_a_turn_of_which_the_template_prints_nothing_is_not_learnt() -> None:
@@ -500,6 +502,9 @@ def test_a_turn_of_which_the_template_prints_nothing_is_not_learnt() -> None:
     assert encoded(tokenizer, CHAT[0], call) == []
     [silent] = encoded(tokenizer, CHAT[0], Turn("assistant", ""))
     assert learnt(tokenizer, silent) == "<|im_end|>\n"
+    tokenizer.add_tokens(["<yes>"])
+    [part] = encoded(tokenizer, CHAT[0], Turn("assistant", "<yes>"), CHAT[2], CHAT[3])
+    assert learnt(tokenizer, part) == "<yes><|im_end|>\nthe dog<|im_end|>\n"  # an answer that is one added token
 
 
 def test_an_answer_to_results_of_tools_does_not_begin_where_an_earlier_one_does() -> None:

@@ -19,7 +19,7 @@ from qdora.data.build_data import read_data, tokenized_mix
 from qdora.data.readers import local_shards, read_rows, rows_of_split
 from qdora.data.rows import RowFault
 from qdora.data.source_files import files_of
-from qdora.data.sources import load_source, open_shards, train_and_validation
+from qdora.data.sources import has_split, load_source, open_shards, train_and_validation
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 from tests import tiny_tokenizer
@@ -155,6 +155,14 @@ def test_the_files_of_folders(tmp_path: Path) -> None:
     touch(tmp_path, "clone/README.md", "clone/.cache/train.jsonl")
     assert names_of(tmp_path, "clone") == ["clone/data/train-0.parquet", "clone/data/train-1.parquet"]
     assert names_of(tmp_path, "clone", "test") == ["clone/data/test-0.parquet"]
+    touch(tmp_path, "tree/data/train/train-0.jsonl", "tree/data/test/test-0.jsonl")
+    assert names_of(tmp_path, "tree") == ["tree/data/train/train-0.jsonl"]
+    touch(tmp_path, "parts/train_001.jsonl", "parts/train_002.jsonl", "parts/more.jsonl")
+    assert names_of(tmp_path, "parts") == ["parts/more.jsonl", "parts/train_001.jsonl", "parts/train_002.jsonl"]
+    touch(tmp_path, "own/train.jsonl", "own/old/validation.jsonl", "own/backup/validation.jsonl")
+    assert not has_split(SourceConfig(source=str(tmp_path / "own")), "validation")  # old files decide nothing
+    touch(tmp_path, "clone/data/validation-0.parquet")
+    assert has_split(SourceConfig(source=str(tmp_path / "clone")), "validation")
     for names, message in (
         (["mixed/a.jsonl", "mixed/b.csv"], r"mixed: holds files of several kinds \(.csv, .jsonl\), .* mixed/\*.csv."),
         (
@@ -163,11 +171,11 @@ def test_the_files_of_folders(tmp_path: Path) -> None:
         ),
         (["deep/Validation/a.jsonl", "deep/b.jsonl"], r"no file for split 'train'.*there are Validation, a, b"),
         (
-            ["named/squad_train.jsonl", "named/b.jsonl"],
-            r"there are squad_train, b. Did you mean 'squad_train'\?",
+            ["named/squad_train.jsonl", "named/b.jsonl", "named/squad_test.jsonl"],
+            r"there are squad_test, b, squad_train. Fix: name the files .*, such as .*named/squad_train.jsonl\.$",
         ),
-        (["more/my.test.jsonl"], r"there are my.test. Fix: name the files that are meant, such as .*more/\*.jsonl."),
-        (["shards/data/train.v2.jsonl", "shards/a.jsonl"], "there are train.v2, a, data"),
+        (["more/my.test.jsonl"], r"there are my.test. Fix: name the files that are meant\.$"),
+        (["shards/data/test.v2.jsonl", "shards/a.jsonl"], "there are test.v2, a, data"),
         (
             ["configs/one/train-0.jsonl", "configs/two/train-0.jsonl"],
             "configs: one, two each hold split 'train'. Fix: ",

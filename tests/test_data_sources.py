@@ -239,13 +239,17 @@ def test_a_validation_file_that_is_trained_on_is_refused(tmp_path: Path) -> None
     for name in ("a", "b", "holdout"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "One."}\n' * 3)
     held = str(tmp_path / "holdout.jsonl")
-    for source in (held, str(tmp_path / "*.jsonl"), str(tmp_path)):
+    (tmp_path / "link.jsonl").symlink_to(held)
+    for source, fix in (
+        (held, "name another file, or leave validation out"),
+        (str(tmp_path / "link.jsonl"), "name another file, or leave validation out"),
+        (str(tmp_path / "*.jsonl"), f"keep it out of {tmp_path}/*.jsonl"),
+        (str(tmp_path), f"keep it out of {tmp_path}"),
+    ):
         config = SourceConfig(source=source, validation=held)
         with pytest.raises(UserError) as caught:
             train_and_validation(config, DataConfig(mix=(config,)))
-        assert caught.value.faults == (
-            f"validation '{held}': {held} is trained on, too. Fix: keep it out of {source}.",
-        )
+        assert caught.value.faults == (f"validation '{held}': {held} is trained on, too. Fix: {fix}.",)
     config = SourceConfig(source=str(tmp_path / "[ab].jsonl"), validation=held)
     train, validation = train_and_validation(config, DataConfig(mix=(config,)))
     assert train is not None
@@ -610,7 +614,7 @@ def test_gzip(tmp_path, name, text):
     assert (example.answer, example.task) == ("One.", "a")
     (tmp_path / f"train.{path.suffixes[0][1:]}.gz").write_bytes(path.read_bytes())
     assert len(load_source(SourceConfig(source=str(tmp_path)))) == 1
-    assert "there are train, a." in faults_of(SourceConfig(source=str(tmp_path)), "trian")[0]
+    assert "there are a, train." in faults_of(SourceConfig(source=str(tmp_path)), "trian")[0]
     path.write_bytes(path.read_bytes()[:-9])
     [fault] = faults_of(SourceConfig(source=str(path)))
     assert fault.startswith(f"{path}: damaged (")

@@ -330,7 +330,7 @@ def test_flash_attention_is_not_taken_where_it_fails_or_computes_something_else(
         with_attention(build, config, "auto", **ON_GPU)
     assert tried == ["flash_attention_2", None]
     assert f"it is not run with flash_attention_2: it {reason}." in caplog.text
-    with pytest.raises(UserError, match=rf"got flash_attention_2, but it {reason}; must be auto, sdpa or eager\.$"):
+    with pytest.raises(UserError, match=rf"got flash_attention_2, but it {reason}; must be auto or eager\.$"):
         with_attention(build, config, "flash_attention_2", **ON_GPU)
 
 

@@ -41,7 +41,7 @@ def test_tokens_without_a_row_in_the_embedding_are_faults() -> None:
 def test_examples_longer_than_the_positions_are_told() -> None:
     sources = [tokens("fits", [0] * 8), tokens("long", [0] * 9, [0] * 12, [0])]
     (text,) = context_warnings(sources, LlamaConfig(max_position_embeddings=8))
-    assert text.startswith("long: 2 examples have more tokens than the model has positions (12 and 8, ")
+    assert text.startswith("long: 2 of 3 examples are longer than the model has positions (up to 12 tokens, ")
     assert context_warnings(sources, LlamaConfig(max_position_embeddings=12)) == []
     assert context_warnings(sources, MambaConfig()) == []  # no limit
 
@@ -53,7 +53,7 @@ def test_a_run_tells_both_before_its_model_is_loaded(tmp_path: Path) -> None:
         tiny_run.recipe(tmp_path, data__mix=[{"source": source}], train__steps=1), tmp_path / "run", console=QUIET
     )
     log = (tmp_path / "run/log.txt").read_text()
-    assert "WARNING long: 19 examples have more tokens than the model has positions" in log
+    assert "WARNING long: 19 of 19 examples are longer than the model has positions" in log
     assert log.index("has positions") < log.index("Training ")
     tiny_run.write_model(tmp_path / "small/model", vocab_size=100)
     with pytest.raises(UserError, match=r"source 'long' has token id .*embedding has 100 rows"):

@@ -317,8 +317,8 @@ class ChatTemplate:
         common = "".join(first[:num_common])
         return alone[len(common) :] if self._mark.search(common) else ""
 
-    def without_marks(self, text: str) -> str:
-        """The text without the tokenizer's special tokens."""
+    def without_added_tokens(self, text: str) -> str:
+        """The text without the tokenizer's special tokens, and without others that were added to it."""
         return self._mark.sub("", text)
 
     def _pieces(self, text: str) -> list[str]:

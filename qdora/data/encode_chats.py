@@ -226,12 +226,14 @@ def _says(template: ChatTemplate, part: _Part, turn: Turn, notes: set[str]) -> b
     """Whether a part learns anything of what its turn says. Notes content that the template leaves out."""
     said = "".join(part.text.text[start:end] for start, end in part.text.spans)
     if any(not _has(said, piece) for piece in re.split("</?think>", turn.content)):
-        what = "text beside calls of tools" if turn.tool_calls else "all of the content of an answer"
+        what = "text beside calls of tools" if turn.tool_calls else "the content of an answer"
         if "</think>" in turn.content:
             what = "reasoning that is in the content, before </think>"
-        notes.add(f"the chat template does not print {what}, so the model does not learn it. {_REMOVE}")
-    is_silent = not turn.content.strip() and not turn.tool_calls and not turn.reasoning
-    return is_silent or bool(template.without_marks(said).strip())
+        notes.add(f"the chat template leaves out or changes {what}: the model does not learn it as it is. {_REMOVE}")
+    content = turn.content.strip()
+    if template.without_added_tokens(said).strip() or (content and _has(said, content)):
+        return True
+    return not content and not turn.tool_calls and not turn.reasoning
 
 
 def _has(text: str, piece: str) -> bool:

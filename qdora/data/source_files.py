@@ -13,6 +13,8 @@ from qdora.recipe.data_settings import FILE_SUFFIXES, is_pattern
 
 _SPLIT_NAMES = frozenset(("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"))
 """A folder with one of these words in the name of a file or folder has splits."""
+_TRAIN_NAMES = frozenset(("train", "training"))
+_SHARD = re.compile(r"-\d+(-of-\d+)?$")
 _ABOUT = frozenset(("readme", "license", "licence", "changelog", "dataset_info", "dataset_infos"))
 """Names of files that say something about a folder's data, and hold none."""
 
@@ -38,15 +40,17 @@ def files_of(source: Path, split: str) -> list[Path]:
 
 
 def files_of_split(folder: Path, split: str) -> list[Path]:
-    """The files that are named after a split, in a folder or, if it has none, in one folder inside it.
+    """The files that are named after a split, in a folder or, if it names no split at all, in one folder inside it.
 
     Raises: UserError if two files, or those of two folders, could be meant.
     """
     found = _named_after(folder, split)
-    if found:
+    if found or any(_tells(path.name) for path in folder.iterdir()):
         return found
-    folders = map(Path, glob.glob(f"{glob.escape(str(folder))}/**/", recursive=True))
-    inside = {each: files for each in sorted(folders) if (files := _named_after(each, split))}
+    inside: dict[Path, list[Path]] = {}
+    for each in sorted(map(Path, glob.glob(f"{glob.escape(str(folder))}/**/", recursive=True))):
+        if not any(each.is_relative_to(other) for other in inside) and (files := _named_after(each, split)):
+            inside[each] = files
     if len(inside) > 1:
         names = [str(each.relative_to(folder)) for each in inside]
         raise UserError(
@@ -76,13 +80,15 @@ def _whole_folder(folder: Path, split: str) -> list[Path]:
     found = _data_files(map(Path, glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)))
     names = {part for path in found for part in path.relative_to(folder).parts[:-1]}
     names |= {name_without_ending(path) for path in found}
-    telling = {name for name in names if _SPLIT_NAMES.intersection(re.split(r"[-_. ]", name.lower()))}
-    if split != "train" or not found or telling:
-        words = list(dict.fromkeys(name.partition("-")[0] for name in [*sorted(telling), *sorted(names)]))
-        there = f"there are {', '.join(words[:10])}" if words else "there is no data file at all"
+    others = {name for name in names if _tells(name) - _TRAIN_NAMES}
+    if split != "train" or not found or others:
+        shown = list(dict.fromkeys(_SHARD.sub("", name) for name in [*sorted(others), *sorted(names)]))
+        there = f"there are {', '.join(shown[:10])}" if shown else "there is no data file at all"
         looked = f"looked for {split}.*, {split}-* and {split}/*"
-        fix = f" Fix: name the files that are meant, such as {folder}/*{ending(found[0])}." if found else ""
-        raise UserError(f"{folder}: no file for split {split!r}, {looked}; {there}.{nearest(split, words) or fix}")
+        meant = next((path for path in found if _tells(name_without_ending(path)) & _TRAIN_NAMES), None)
+        fix = f" Fix: name the files that are meant{f', such as {meant}' if meant else ''}." if found else ""
+        near = nearest(split, shown) if split != "train" else ""
+        raise UserError(f"{folder}: no file for split {split!r}, {looked}; {there}.{near or fix}")
     endings = sorted({ending(path) for path in found})
     if len(endings) > 1:
         raise UserError(
@@ -90,6 +96,11 @@ def _whole_folder(folder: Path, split: str) -> list[Path]:
             f"Fix: name those that are meant, such as {folder}/*{endings[0]}."
         )
     return found
+
+
+def _tells(name: str) -> frozenset[str]:
+    """The words of a name that name a split."""
+    return _SPLIT_NAMES.intersection(re.split(r"[-_. ]", name.lower()))
 
 
 def _data_files(paths: Iterable[Path]) -> list[Path]:

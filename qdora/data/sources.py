@@ -74,9 +74,11 @@ def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitE
         held_out = _from_file(source, file)
         place = source.path if source.task is not None else source.source
         if place is not None and (source.task is not None or is_path(place)):
-            both = {*files_of(user_path(place), source.split)} & {*files_of(user_path(file), source.split)}
+            trained = {each.resolve() for each in files_of(user_path(place), source.split)}
+            both = [each for each in files_of(user_path(file), source.split) if each.resolve() in trained]
             if both:
-                raise UserError(f"validation {file!r}: {min(both)} is trained on, too. Fix: keep it out of {place}.")
+                fix = "name another file, or leave validation out" if len(trained) == 1 else f"keep it out of {place}"
+                raise UserError(f"validation {file!r}: {both[0]} is trained on, too. Fix: {fix}.")
     else:
         held_out = open_source(source, validation or "validation")
     return None if train is None else draw(train, source.limit, data.seed), held_out

@@ -21,6 +21,7 @@ from qdora.evaluation.token_scores import Progress, Span, score_groups, score_sp
 
 logger = logging.getLogger(__name__)
 
+_CHECKED_AT_A_TIME = 1024
 _SHOWN_FAULTS = 10
 
 
@@ -126,17 +127,24 @@ def score_answers(
 
 
 def scoring_faults(tokenizer: Any, examples: Sequence[Example], context: int | None) -> list[str]:
-    """What `score_choices` and `score_answers` would refuse, without a model; `context` is its `context_length`."""
-    faults: list[str] = []
-    for spans_of, part in (
-        (_choice_groups, [example for example in examples if example.choices]),
-        (_answer_spans, [example for example in examples if not example.choices]),
-    ):
-        try:
-            spans_of(tokenizer, part, context)
-        except UserError as error:
-            faults += error.faults
-    return faults
+    """What `score_choices` and `score_answers` would refuse, without a model: the first faults, or [].
+
+    Args:
+        context: The `context_length` of the model.
+    """
+    for start in range(0, len(examples), _CHECKED_AT_A_TIME):
+        some, faults = examples[start : start + _CHECKED_AT_A_TIME], list[str]()
+        for spans_of, part in (
+            (_choice_groups, [example for example in some if example.choices]),
+            (_answer_spans, [example for example in some if not example.choices]),
+        ):
+            try:
+                spans_of(tokenizer, part, context)
+            except UserError as error:
+                faults += error.faults
+        if faults:
+            return faults
+    return []
 
 
 def _choice_groups(

@@ -199,7 +199,7 @@ def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization
 
 
 def _release_pinned(device: torch.device) -> None:
-    """Give back what an earlier model of this process had pinned: torch keeps it, and the system calls it taken."""
+    """Give back the memory that an earlier model of this process had pinned: torch keeps it, so it counts as used."""
     if device.type == "cuda":
         release = getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache  # torch before 2.13
         release()

@@ -107,7 +107,7 @@ def with_attention(
         model, why = attempt(asked), "as model.attention asks"
         unfit = unfit_for_flash(model) if asked == "flash_attention_2" else None
         if unfit is not None:
-            raise UserError(f"model.attention: got flash_attention_2, but {name} {unfit}; must be auto, sdpa or eager.")
+            raise UserError(f"model.attention: got flash_attention_2, but {name} {unfit}; must be auto or eager.")
     elif flash and (cap is None or "flash_attention_2" in cap.computed_by):
         try:
             model, why = build("flash_attention_2"), "which is installed"
@@ -136,8 +136,9 @@ def with_attention(
 def unfit_for_flash(model: PreTrainedModel) -> str | None:
     """Why a model must not run with flash_attention_2, though transformers built it so; None if it may.
 
-    GPT-Neo's own class for it leaves out the windows of its local layers, and Falcon's fails with ALiBi. flash-attn
-    refuses heads of more than 256 features in the first forward pass (the global layers of Gemma 4).
+    GPT-Neo's own class for it leaves out the windows of its local layers. Falcon's fails with ALiBi, and in float32,
+    in which exports are checked. flash-attn refuses heads of more than 256 features in the first forward pass (the
+    global layers of Gemma 4).
     """
     if not model._can_set_attn_implementation():
         return "has a class of its own for each attention"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from transformers import PreTrainedConfig
 
 from qdora.data.mix import Source
@@ -23,7 +22,7 @@ def vocabulary_faults(sources: Sequence[Source], config: PreTrainedConfig, num_a
         return []
     faults = []
     for part in sources:
-        largest = max((int(np.max(each.input_ids)) for each in _examples(part) if len(each)), default=0)
+        largest = max((int(each.input_ids.max()) for each in _examples(part) if len(each)), default=0)
         if largest >= size + num_added:
             faults.append(
                 f"model.tokenizer: source {part.name!r} has token id {largest:,}, and the model's embedding has "
@@ -37,14 +36,17 @@ def context_warnings(sources: Sequence[Source], config: PreTrainedConfig) -> lis
     positions = positions_of(config)
     if positions is None:
         return []
-    found = {part.name: [len(each) for each in _examples(part) if len(each) > positions] for part in sources}
-    return [
-        f"{name}: {len(lengths):,} examples have more tokens than the model has positions ({max(lengths):,} and "
-        f"{positions:,}, max_position_embeddings). Evaluation cuts them, training does not, and a model that learnt a "
-        f"vector for each position fails. Fix: data.max_length={positions}."
-        for name, lengths in found.items()
-        if lengths
-    ]
+    warnings = []
+    for part in sources:
+        lengths = [len(each) for each in _examples(part) if len(each) > positions]
+        if lengths:
+            warnings.append(
+                f"{part.name}: {len(lengths):,} of {len(_examples(part)):,} examples are longer than the model has "
+                f"positions (up to {max(lengths):,} tokens, max_position_embeddings {positions:,}). Evaluation cuts "
+                "them, training does not, and a model that learnt a vector for each position fails. Fix: "
+                f"data.max_length={positions}."
+            )
+    return warnings
 
 
 def _examples(part: Source) -> Sequence[TokenizedExample]:

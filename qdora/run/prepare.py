@@ -113,7 +113,10 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     num_steps = num_steps_of(recipe, loader)
     mix_plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
-    _check(recipe, compute, validation, num_steps, loader, config=load_config(source), tokenizer=tokenizer)
+    config = load_config(source)
+    unscored = processes.first(lambda: _scoring_faults(recipe, validation, num_steps, tokenizer, positions_of(config)))
+    unscored = processes.gather(unscored)[0]
+    _check(recipe, compute, validation, num_steps, loader, config=config, faults=unscored)
     workload = workload_of_data(recipe, mix, tokenizer)
     applied, memory_plan = within_budget(recipe, compute, workload, force=force, processes=processes)
     if memory_plan is not None:
@@ -197,15 +200,14 @@ def _check(
     loader: StepLoader,
     *,
     config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    faults: list[str],
 ) -> None:
-    """Raise UserError with all settings that do not fit the machine or the data."""
-    faults = _machine_faults(recipe, compute)
+    """Raise UserError with all settings that do not fit the machine or the data, and those `faults` that are known."""
+    faults = [*_machine_faults(recipe, compute), *faults]
     asked = evaluated_sources(recipe, validation)
     evaluated = {name: validation[name] for name in asked if name in validation}
     if recipe.eval.method == "generate":
         faults += generation_faults(evaluated)
-    faults += _scoring_faults(recipe, evaluated, tokenizer, positions_of(config))
     faults += selection_faults(recipe, evaluated, num_steps)
     faults += interference_faults(recipe, validation)
     faults += task_weight_faults(recipe, loader)
@@ -226,16 +228,20 @@ def _check(
 
 
 def _scoring_faults(
-    recipe: Recipe, evaluated: dict[str, list[Example]], tokenizer: PreTrainedTokenizerBase, context: int | None
+    recipe: Recipe,
+    validation: dict[str, list[Example]],
+    num_steps: int,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
 ) -> list[str]:
     """What the first evaluation would refuse, which may come only after many steps; nothing without evaluations."""
     wanted, sources = recipe.eval, {source.label: source for source in recipe.data.mix}
-    if not (wanted.at_start or wanted.at_end or wanted.every):
+    if not (wanted.at_start or wanted.at_end or (wanted.every or num_steps + 1) <= num_steps):
         return []
     return [
         f"validation data{f' ({place})' if (place := sources[name].validation) else ''}: {fault}"
-        for name, examples in evaluated.items()
-        for fault in scoring_faults(tokenizer, spread(examples, wanted.limit, wanted.block), context)
+        for name in evaluated_sources(recipe, validation)
+        for fault in scoring_faults(tokenizer, spread(validation.get(name, ()), wanted.limit, wanted.block), context)
     ]
 
 
