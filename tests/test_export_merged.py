@@ -32,7 +32,7 @@ from qdora.files.tensor_file import TensorSpec
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.licence import Licence
 from qdora.run.model_card import CardFacts, model_card
-from tests import tiny_adapted, tiny_tokenizer
+from tests import tiny_adapted, tiny_experts, tiny_tokenizer
 
 KINDS = ["lora", "dora"]
 ARCHITECTURES = ["llama", "qwen2", "gemma2"]
@@ -565,6 +565,33 @@ def test_float32_arithmetic_takes_an_attention_that_the_model_has(
     with float32_arithmetic(model):
         pass
     assert asked == [expected]
+
+
+def test_what_training_keeps_in_float32_stays_so(tmp_path: Path) -> None:
+    """Experts are chosen by differences between biases that bf16 cannot hold."""
+    model = tiny_experts.make("deepseek_v3", torch.bfloat16)
+    biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    assert biases
+    for bias in biases.values():
+        bias.data = 7.0 + torch.randn(bias.shape) * 2e-3
+    tiny_adapted.move(inject(model, rank=2, alpha=4.0, targets=["o_proj"]))
+    export_merged(model, None, tmp_path / "out", dtype=torch.bfloat16)
+    stored = load_file(tmp_path / "out/model.safetensors")
+    for name, bias in biases.items():
+        assert stored[name].dtype == torch.float32
+        assert torch.equal(stored[name], bias)
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("named", "expected"), [(0, [0, 3]), ([0, 3], [0, 3]), (3, 3), (None, 3)])
+def test_an_export_stops_where_its_run_stops(tmp_path: Path, named: Any, expected: Any) -> None:
+    """The tokenizer may be of another model, with another end."""
+    model, tokenizer = tiny_adapted.adapted("llama"), tiny_tokenizer.make(eos="<|im_end|>")
+    assert tokenizer.eos_token_id == 3
+    model.generation_config.eos_token_id = named
+    export_merged(model, tokenizer, tmp_path / "out", dtype=torch.float32)
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == expected
+    assert model.generation_config.eos_token_id == named
 
 
 # --- the card

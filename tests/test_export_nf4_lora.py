@@ -18,9 +18,12 @@ from qdora.errors import UserError
 from qdora.export.logit_comparison import ComparisonText, float32_arithmetic
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.verify import OWN_LOADER, PEFT_LOADER, verify_nf4_lora
+from qdora.model.build_model import find_source
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
+from qdora.recipe.recipe_file import recipe_from
+from qdora.run.load_run import load_target
 from tests import reference_quant, tiny_adapted, tiny_tokenizer
 
 # Rows of whole blocks of 64.
@@ -288,6 +291,21 @@ def test_qdora_trains_on_from_it(tmp_path: Path) -> None:
     )
     load_adapter(again, tmp_path / "out" / "adapter")
     torch.testing.assert_close(tiny_adapted.logits(again), tiny_adapted.logits(model), rtol=1e-5, atol=5e-6)
+
+
+def test_its_adapter_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, commit = tiny_adapted.adapted("llama", quant="nf4"), "a" * 40
+    export_nf4_lora(model, tiny_tokenizer.make(), tmp_path / commit)
+    monkeypatch.setattr("qdora.model.source.snapshot_download", lambda *_, **__: str(tmp_path / commit))
+    for name in (str(tmp_path / commit), "org/name"):
+        loaded = load_target(name, verb="generate")
+        expected = tiny_adapted.logits(model)
+        torch.testing.assert_close(tiny_adapted.logits(loaded.model).float(), expected, rtol=0, atol=0.05)
+        recipe: dict[str, Any] = {"model": {"source": name}, "data": {"mix": [{"task": "demo/facts"}]}}
+        recipe["train"] = {"steps": 1, "batch": 1, "lr": 1e-4}
+        with pytest.raises(UserError, match=r"is a 4-bit base whose adapter, in adapter/, would be left out"):
+            find_source(recipe_from(recipe))
+        find_source(recipe_from(recipe | {"adapter": {"resume_from": str(tmp_path / commit / "adapter")}}))
 
 
 def test_a_tensor_that_the_adapter_file_has_and_peft_does_not_take_fails(tmp_path: Path) -> None:

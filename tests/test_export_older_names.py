@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from transformers import (
+    ApertusConfig,
     AutoConfig,
     AutoTokenizer,
     Gemma3Config,
@@ -15,10 +16,13 @@ from transformers import (
     Glm4Config,
     GPTNeoXConfig,
     LlamaConfig,
+    ModernBertDecoderConfig,
     Olmo3Config,
     Phi3Config,
     PreTrainedConfig,
+    Qwen2_5_VLConfig,
     Qwen2VLTextConfig,
+    Qwen3MoeConfig,
 )
 
 from qdora.export.older_names import config_text, save_tokenizer
@@ -121,6 +125,20 @@ def test_a_config_inside_another_has_both_names() -> None:
     assert "rope_theta" not in document
 
 
+def test_a_tied_head_and_the_experts_have_both_names() -> None:
+    tied = json.loads(config_text(Qwen2_5_VLConfig(tie_word_embeddings=True)))
+    assert tied["text_config"]["tie_word_embeddings"] is tied["tie_word_embeddings"] is True
+    assert json.loads(config_text(Qwen3MoeConfig(num_experts=12)))["num_experts"] == 12
+    bases = {
+        "full_attention": {"rope_type": "default", "rope_theta": 2e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+    }
+    decoder = json.loads(config_text(ModernBertDecoderConfig(rope_parameters=bases)))
+    assert (decoder["global_rope_theta"], decoder["local_rope_theta"]) == (2e5, 3e4)
+    plain = ApertusConfig(rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    assert json.loads(config_text(plain))["rope_scaling"] is None
+
+
 @pytest.mark.parametrize("templates", [1, 2, 0])
 def test_a_tokenizer_is_the_same_under_names_that_older_programs_read(tmp_path: Path, templates: int) -> None:
     tokenizer = tiny_tokenizer.make(chat_template=tiny_tokenizer.CHATML if templates else None)
@@ -147,3 +165,20 @@ def test_a_tokenizer_is_the_same_under_names_that_older_programs_read(tmp_path: 
     assert again.extra_special_tokens == tokenizer.extra_special_tokens
     assert again.special_tokens_map == tokenizer.special_tokens_map
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+
+def test_what_transformers_5_leaves_out_of_a_tokenizer_is_kept(tmp_path: Path) -> None:
+    tiny_tokenizer.make().save_pretrained(tmp_path / "source")
+    file = tmp_path / "source/tokenizer_config.json"
+    file.write_text(json_text(json.loads(file.read_text()) | {"add_bos_token": False, "add_eos_token": False}))
+    (tmp_path / "source/tokenizer.model").write_bytes(b"pieces")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
+    tokenizer.add_tokens(["<new>"])
+    save_tokenizer(tokenizer, tmp_path / "out")
+    kept = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert (kept["add_bos_token"], kept["add_eos_token"]) == (False, False)
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == b"pieces"
+    assert json.loads((tmp_path / "out/added_tokens.json").read_text())["<new>"] == len(tokenizer) - 1
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a <new>").input_ids == tokenizer("a <new>").input_ids
+    save_tokenizer(tiny_tokenizer.make(), tmp_path / "other")  # of no directory
+    assert not (tmp_path / "other/tokenizer.model").exists()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -191,6 +192,10 @@ def test_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[0][1]["revision"] == "v1"
     assert "*.safetensors" in calls[0][1]["allow_patterns"]
     assert not {"*.py", "*.bin", "*"} & set(calls[0][1]["allow_patterns"])
+    files = ["model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
+    others = ["onnx/model.onnx", "original/consolidated.safetensors", "adapters/a.json", "fp16/x/model.safetensors"]
+    patterns = {name: calls[0][1][name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects([*files, *others], **patterns)) == files  # an nf4-lora export has its adapter
     resolve("org/name", weights=False)
     assert "*.safetensors" not in calls[1][1]["allow_patterns"]
     assert resolve("org/name", COMMIT, trust_remote_code=True).trust_remote_code

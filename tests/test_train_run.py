@@ -211,13 +211,19 @@ def test_a_checkpoint_that_another_program_wrote_is_one_line(
     assert len(raised.value.faults) == 1
 
 
-def test_data_that_changed_is_refused_on_resume(root: Path, tmp_path: Path) -> None:
-    recipe = tiny_run.recipe(tmp_path, train__steps=2)
+def test_data_that_changed_is_refused_on_resume_and_nothing_is_rewritten(root: Path, tmp_path: Path) -> None:
+    def written() -> dict[str, bytes]:
+        return {
+            name: (tmp_path / "run" / name).read_bytes() for name in ("recipe.yaml", "mix.json", "environment.json")
+        }
+
+    longer, recipe = (tiny_run.recipe(tmp_path, train__steps=steps) for steps in (4, 2))
     train_run(recipe, tmp_path / "run")
-    sums = tmp_path / "data/sums.jsonl"
+    sums, before = tmp_path / "data/sums.jsonl", written()
     sums.write_text(sums.read_text() + '{"prompt": "9 + 9 =", "completion": " 18"}\n')
     with pytest.raises(UserError, match="resume: the tokenised data changed since the checkpoint"):
-        train_run(recipe, tmp_path / "run", resume=True)
+        train_run(longer, tmp_path / "run", resume=True)
+    assert written() == before
 
 
 def test_magnitudes_move_in_bf16_storage_and_the_base_does_not(root: Path, whole: Path) -> None:
@@ -346,8 +352,14 @@ def test_eval_uses_the_tasks_of_the_run_and_keeps_what_is_asked_beside_it(root: 
     text = tmp_path / "a text.txt"
     text.write_text("the quick brown fox")
     found = evaluate_target(str(tmp_path / "run"), EvalOptions(texts=[text]))["perplexity"]
-    kept_text = json.loads((tmp_path / "run/eval/final-perplexity-a-text.txt.json").read_text())
-    assert kept_text == found | {"step": 1, "texts": [str(text)]}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a text.txt").write_text("over the lazy dog")
+    other = evaluate_target(str(tmp_path / "run"), EvalOptions(texts=[tmp_path / "other/a text.txt"]))["perplexity"]
+    files = (tmp_path / "run/eval").glob("final-perplexity-a-text.txt-*")
+    kept_texts = [json.loads(file.read_text()) for file in files]
+    assert len(kept_texts) == 2  # of two files with one name
+    assert found | {"step": 1, "texts": [str(text)]} in kept_texts
+    assert other | {"step": 1, "texts": [str(tmp_path / "other/a text.txt")]} in kept_texts
 
 
 def test_a_text_that_cannot_be_read_is_told_before_the_model_is_loaded(
@@ -521,6 +533,11 @@ def test_a_run_resumes_with_its_own_settings(root: Path, tmp_path: Path) -> None
     assert open_run(run).last_step() == 3
     assert "differs" not in command(*own, "--resume", "-s", "train.steps=3").stderr
     assert "train.seed: must be 3, as when the run started" in command("--resume", "-s", "train.seed=4").stderr
+    # options of the start that another one needs are not given again; a recipe that is not valid alone is not compared
+    file.write_text("model: {source: 3}\n")
+    done = command("--resume", "-s", "train.steps=3")
+    assert done.exit_code == 0, done.stderr
+    assert f"{file} is not compared with it: {file}: model.source: " in done.stderr
     # a run of a release without a setting resumes with its default, and not with another value
     kept = (run / "recipe.yaml").read_text()
     older = kept.replace("  packing: false\n", "")

@@ -42,11 +42,12 @@ def train(
         lines = [f"job {job['job']}: {job['num_processes']} processes", f"run: {job['run']}", f"logs: {job['logs']}"]
         emit(job, plain="\n".join([*lines, f"command of each process: {job['command']}", ""]))
         return
-    loaded, where = load_recipe(recipe, set_ or []), recipe
     if resume:
         from qdora.run.open_directory import resumed_recipe
 
-        loaded, where = resumed_recipe(directory, loaded, set_ or [], where=recipe), str(directory / "recipe.yaml")
+        loaded, where = resumed_recipe(directory, recipe, set_ or []), str(directory / "recipe.yaml")
+    else:
+        loaded, where = load_recipe(recipe, set_ or []), recipe
     from qdora.run.train import train_run
 
     try:

@@ -187,7 +187,14 @@ class StepLoader:
         return state | ({"streams": streams} if streams else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken.
+        """Continue where `state` was taken. UserError as `check_state`."""
+        self.check_state(state)
+        self.position = int(state["position"])
+        for part in self.streams:
+            part.load_state_dict(state["streams"][part.name])
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Check that the loader can continue where `state` was taken.
 
         Raises: UserError if the data, the mix or the size of a step differ from those of the state: other examples
             would follow, and some would be seen twice.
@@ -207,9 +214,6 @@ class StepLoader:
         ]
         if faults:
             raise UserError(*faults)
-        self.position = int(state["position"])
-        for part in self.streams:
-            part.load_state_dict(state["streams"][part.name])
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:

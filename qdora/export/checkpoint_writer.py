@@ -29,6 +29,7 @@ from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, dis
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
 from qdora.model.experts import library_names, stacks
 from qdora.model.language_part import carried, processor_files
+from qdora.model.load import dense_dtype
 from qdora.model.stored_tensors import INDEX_FILE, shorten
 from qdora.model.weight_conversion import Published, published_pieces
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -94,9 +95,10 @@ def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: t
     """Plan a checkpoint of tensors by their names in the model; the model gives names and config, and may be on "meta".
 
     Tensors are in the order of `sources`, under the names of the model's published checkpoints. Float tensors whose
-    source does not fix a dtype get `dtype`. Parts of a multimodal model that are not loaded are copied from its source,
-    with its names and dtypes. Tied weights are listed once if the config ties them. A head that got a
-    weight of its own (it was quantised or adapted) is listed, and the config no longer ties it.
+    source does not fix a dtype get `dtype`, or float32 where training keeps that (`dense_dtype`). Parts of a multimodal
+    model that are not loaded are copied from its source, with its names and dtypes. Tied weights are listed once if the
+    config ties them. A head that got a weight of its own (it was quantised or adapted) is listed, and the config no
+    longer ties it.
     """
     config = _plain_config(model, dtype)
     redundant = set()
@@ -119,7 +121,8 @@ def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: t
             continue
         stored_name = names[name]
         kept = source.shaped.dtype if not source.shaped.is_floating_point() else source.dtype
-        planned.append(Planned(TensorSpec(stored_name, kept or dtype, tuple(source.shaped.shape)), source.make))
+        kept = kept or dense_dtype(model, name, dtype)
+        planned.append(Planned(TensorSpec(stored_name, kept, tuple(source.shaped.shape)), source.make))
     for key, item in carried(model).items():
         spec = TensorSpec(key, torch_dtype(item.dtype), item.shape)
         planned.append(Planned(spec, item.read))
@@ -430,11 +433,22 @@ def _write_rest(
 ) -> None:
     (partial / "config.json").write_text(config_text(plan.config), encoding="utf-8")
     if plan.model.can_generate() and plan.model.generation_config is not None:
+        generation = copy.deepcopy(plan.model.generation_config)
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            generation.eos_token_id = _with_end(generation.eos_token_id, int(tokenizer.eos_token_id))
         # Not save_pretrained: it refuses settings that publishers' own files have (a temperature without sampling).
-        plan.model.generation_config.to_json_file(partial / "generation_config.json")
+        generation.to_json_file(partial / "generation_config.json")
     if tokenizer is not None:
         save_tokenizer(tokenizer, partial)
     for name, text in {**plan.files, **extra_files}.items():
         if Path(name).name != name:
             raise ValueError(f"extra file {name!r}: must be a plain file name.")
         (partial / name).write_text(text, encoding="utf-8")
+
+
+def _with_end(named: int | list[int] | None, end: int) -> int | list[int]:
+    """Ids that stop the model, with the tokenizer's end, which a run stops at, too: it may be of another tokenizer."""
+    if named is None:
+        return end
+    ids = named if isinstance(named, list) else [named]
+    return named if end in ids else [*ids, end]

@@ -87,7 +87,7 @@ def export_merged(
 
     Args:
         source: A model with adapted layers or without (then its dequantised base is written), or files to be merged.
-        dtype: float16, bfloat16 or float32, for all float tensors.
+        dtype: float16, bfloat16 or float32, for all float tensors but those that training keeps in float32.
     Returns: What was written, for export.json.
     Raises UserError, RunFailure: See `checkpoint_directory` and `open_merge`.
     """

@@ -31,6 +31,7 @@ from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.language_part import all_paths, linear_not_loaded
 from qdora.model.peft_config import adapter_config
 from qdora.model.quantized_checkpoint import load_faults, quantization_config
+from qdora.model.source import ADAPTER_DIRECTORY
 from qdora.model.stored_tensors import shorten
 from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -41,7 +42,6 @@ from qdora.ops import blockwise, codebooks
 from qdora.ops.bnb_state import FOUR_BIT_KINDS, to_bnb_state
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.packed import PackedWeight, block_scales
-from qdora.run.load_run import ADAPTER_DIRECTORY
 
 
 @dataclass

@@ -32,7 +32,7 @@ from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.language_part import auto_class
 from qdora.model.load import load_config, load_model, skeleton, stored_tensors
 from qdora.model.quantized_checkpoint import gather_packed
-from qdora.model.source import ModelSource, resolve
+from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, resolve
 from qdora.model.stored_tensors import Stored, open_safetensors
 from qdora.model.trained_embeddings import embedding_paths, is_tied, trained_matrices
 from qdora.model.weight_conversion import rename_to_model, to_stacks
@@ -40,7 +40,6 @@ from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.expert_linear import AdaptedExperts
 from qdora.ops.bnb_state import FOUR_BIT_KINDS
 from qdora.ops.packed import PackedWeight, dequantize
-from qdora.run.load_run import ADAPTER_DIRECTORY
 
 logger = logging.getLogger("qdora")
 

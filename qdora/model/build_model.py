@@ -20,7 +20,7 @@ from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapte
 from qdora.model.inject import HEAD, adapted_layers, inject
 from qdora.model.inplace_outputs import keep_inplace_outputs_
 from qdora.model.load import load_config, skeleton, stop_ids, stored_tensors
-from qdora.model.source import ModelSource, load_tokenizer, public_name, resolve
+from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, load_tokenizer, public_name, resolve
 from qdora.model.stored_tensors import tied_weights
 from qdora.model.trained_embeddings import (
     EMBEDDING,
@@ -73,7 +73,14 @@ def _tell(device: str, dtype: str) -> None:
 def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
     """The source of the recipe's model; `weights` False does not download the weights of a model on the Hub."""
     model = recipe.model
-    return resolve(model.source, model.revision, trust_remote_code=model.trust_remote_code, weights=weights)
+    source = resolve(model.source, model.revision, trust_remote_code=model.trust_remote_code, weights=weights)
+    own = None if source.is_gguf else source.path / ADAPTER_DIRECTORY
+    if own is not None and (own / "adapter_config.json").is_file() and recipe.adapter.resume_from is None:
+        raise UserError(
+            f"model.source: {source.name} is a 4-bit base whose adapter, in {ADAPTER_DIRECTORY}/, would be left out. "
+            f"Fix: name a merged export, or go on from it with adapter.resume_from={own}."
+        )
+    return source
 
 
 def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, PreTrainedTokenizerBase]:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -25,6 +26,7 @@ from pydantic import (
 )
 
 from qdora.errors import UserError, nearest
+from qdora.files.json_file import read_json_object
 from qdora.nn.adapted_linear import AdaptedLinear, Kind
 from qdora.nn.expert_linear import AdaptedExperts
 
@@ -319,6 +321,20 @@ def adapter_config(
         **({"ensure_weight_tying": True} if ties else {}),  # older releases of PEFT do not know these settings
         **({"trainable_token_indices": {path: list(ids) for path, ids in token_rows.items()}} if token_rows else {}),
     }
+
+
+def sizes_in_words(directory: Path) -> tuple[str, str] | None:
+    """Rank and alpha of an adapter on disk, such as ("8", "16") or ("2 to 8", "16"); None if it does not tell."""
+    try:
+        config = read_json_object(directory / "adapter_config.json")
+        found = [
+            sorted({float(config[name]), *map(float, config[pattern].values())})
+            for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    rank, alpha = (f"{sizes[0]:g}" + (f" to {sizes[-1]:g}" if len(sizes) > 1 else "") for sizes in found)
+    return rank, alpha
 
 
 def _commonest(values: Mapping[str, Any]) -> Any:

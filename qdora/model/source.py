@@ -46,8 +46,11 @@ _TOKENIZER_FILES += ("vocab.json", "vocab.txt", "tekken.json")
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<unused0>")
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
 _LICENCE_FILES = ["README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
-# A second copy of the weights in the publisher's layout, and sub-folders with other formats.
-_NOT_NEEDED = ["*/*", "consolidated*", "*.onnx"]
+ADAPTER_DIRECTORY = "adapter"
+"""Folder of an `nf4-lora` export with the LoRA that belongs to its base."""
+# A second copy of the weights in the publisher's layout, and sub-folders with other formats: all but adapter/.
+_NOT_NEEDED = ["consolidated*", "*.onnx"]
+_NOT_NEEDED += [f"{ADAPTER_DIRECTORY[:i]}[!{letter}]*/*" for i, letter in enumerate(f"{ADAPTER_DIRECTORY}/")]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -147,12 +147,13 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that keeps 2:4 as text; YAML 1.1 reads it as a number to base 60, which is 124."""
+    """A YAML loader that keeps 2:4 and 0100 as text; YAML 1.1 reads 124, to base 60, and 64, to base 8."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
         is_number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-        return "tag:yaml.org,2002:str" if is_number and ":" in value else tag
+        is_other_base = is_number and (":" in value or re.fullmatch(r"[-+]?0[\d_]+", value))
+        return "tag:yaml.org,2002:str" if is_other_base else tag
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
@@ -205,6 +206,8 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
                 raise UserError("must be key=value, such as train.lr=1e-4 or data.mix[0].limit=5.")
             steps = [int(step[1:-1]) if step.startswith("[") else step for step in _STEP.findall(key)]
             given[key] = read_yaml(f"value: {text}", "value")["value"]
+            if given[key] is None and text.strip().startswith("#"):
+                raise UserError("# begins a comment, so there is no value. Fix: put it in quotes of YAML, '\"#...\"'.")
             _assign_(changed, Recipe, steps, given[key])
         except UserError as error:
             faults += [f"-s {one_line(item)}: {fault.removeprefix('value: line 1: ')}" for fault in error.faults]

@@ -128,11 +128,9 @@ def submit_training(
     except UserError as error:
         faults += error.faults
     try:
-        loaded = load_recipe(recipe, overrides)
+        loaded = resumed_recipe(directory, recipe, overrides) if resume else load_recipe(recipe, overrides)
         faults += missing_files(loaded, recipe)
-        if resume:
-            resumed_recipe(directory, loaded, overrides, where=recipe)
-        elif RunDirectory(directory).has_begun:
+        if not resume and RunDirectory(directory).has_begun:
             faults.append(f"{directory}: holds a run. Fix: resume it with --resume, or choose another --run-dir.")
     except UserError as error:
         faults += error.faults

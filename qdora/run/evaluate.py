@@ -76,6 +76,8 @@ class EvalOptions:
         same_tasks = own is not None and self.data is None and set(self.tasks or ()) == set(own.tasks or ())
         if self.tasks is not None and not same_tasks:
             name += f"-{_in_a_name(self.tasks)}"
+        if self.data is not None:
+            name += f"-data-{_of_paths([self.data])}"
         if self.limit is not None and (own is None or self.limit != own.limit):
             name += f"-limit-{self.limit}"
         return name
@@ -181,13 +183,18 @@ def evaluate_target(
         found = text_perplexity(loaded.model, loaded.tokenizer, texts)
         document["perplexity"] = found.to_dict()
         results.print(f"perplexity {found.perplexity:.3f} over {found.num_tokens:,} tokens", highlight=False)
-        name = f"perplexity-{_in_a_name([file.name for file in options.texts])}"
+        name = f"perplexity-{_in_a_name([file.name for file in options.texts])}-{_of_paths(options.texts)}"
         _keep(loaded, name, document["perplexity"] | {"texts": [str(file) for file in options.texts]})
     if harness is not None:
         document["harness"] = evaluate_harness(loaded.model, loaded.tokenizer, harness, limit=options.limit)
         results.print(harness_table(document["harness"]))
         _keep(loaded, options.harness_kept_as(), document["harness"] | {"limit": options.limit})
     return document
+
+
+def _of_paths(paths: Sequence[Path]) -> str:
+    """Tells files apart that have the same name."""
+    return hashlib.sha256("\0".join(str(path.resolve()) for path in paths).encode()).hexdigest()[:8]
 
 
 def _in_a_name(what: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from qdora.model.build_model import Compute, choose_compute, find_model, put_ada
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_config, load_model
 from qdora.model.quantized_checkpoint import gather_packed, stored_kind
-from qdora.model.source import ModelSource, load_tokenizer, resolve
+from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, load_tokenizer, resolve
 from qdora.model.stored_tensors import StoredPacked, open_safetensors
 from qdora.model.trained_embeddings import extend_vocabulary
 from qdora.nn.adapted_linear import drop_scales_without_room
@@ -27,9 +27,6 @@ from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base, residency_here
 from qdora.run.pruned_base import FOLDER, load_pruned_base
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
-
-ADAPTER_DIRECTORY = "adapter"
-"""In an export as 4-bit base and LoRA: the LoRA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +161,7 @@ def load_target(
     form = {"quant": quant} if quant is not None else _stored_form(source)
     model = load_model(source, device=compute.device, compute_dtype=compute.dtype, **form)
     adapter = source.path / ADAPTER_DIRECTORY
-    if source.kind == "directory" and (adapter / CONFIG_FILE).is_file():
+    if not source.is_gguf and (adapter / CONFIG_FILE).is_file():
         load_adapter(model, adapter)
         drop_scales_without_room(adapted_layers(model).values())
         model.eval()

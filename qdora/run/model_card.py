@@ -19,6 +19,7 @@ from qdora.files.markdown_table import markdown_cell, markdown_table
 from qdora.files.run_directory import PLAN_FILE, RunDirectory
 from qdora.model.build_model import find_source
 from qdora.model.licence import Licence, licence_files, licence_of
+from qdora.model.peft_config import sizes_in_words
 from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, ModelSource, public_name
 from qdora.recipe.byte_size import size_text
 from qdora.recipe.data_settings import SourceConfig, is_path
@@ -110,7 +111,8 @@ def run_card(
     results = stored_results(run, int(state.removeprefix("step-")) if state.startswith("step-") else None)
     tasks = list(results["adapter"].tasks) if "adapter" in results else []
     worse = worse_than_base(results["base"], results["adapter"]) if len(results) == 2 else []
-    sizes = f", rank {adapter.rank}, alpha {adapter.alpha:g}" if adapter.kind in ("lora", "dora") else ""
+    rank, alpha = sizes_in_words(run.adapter) or (str(adapter.rank), f"{adapter.alpha:g}")
+    sizes = f", rank {rank}, alpha {alpha}" if adapter.kind in ("lora", "dora") else ""
     method: dict[str, Any] = {
         "adapter": adapter.kind + sizes,
         "base": base.quant if base.quant in ("none", "int8") else f"{base.quant}, block size {base.block_size}",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text
 from qdora.files.environment import environment
+from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, flat, open_run, resume_run
 from qdora.model.language_part import TRAINED_PART, is_multimodal
 from qdora.model.load import load_config
@@ -19,6 +21,7 @@ from qdora.recipe.recipe_file import load_recipe, resolved_yaml, settings
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import keep_residency
 from qdora.run.prepare import PreparedRun
+from qdora.train.checkpoint import unreadable
 from qdora.train.distributed import Processes
 
 CHAT_TEMPLATE, CHAT_TEMPLATE_FILE = "data.chat_template", "chat_template.jinja"
@@ -40,6 +43,9 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
 
     def resumed() -> RunDirectory:
         before = load_recipe(open_run(directory).recipe_file)
+        if prepared.given.data.chat_template is not None:
+            _check_chat_template(RunDirectory(directory), str(prepared.tokenizer.chat_template))
+        _check_data(prepared, directory)
         return resume_run(directory, recipe, found, before=_text(before))
 
     processes.first(resumed if resume else lambda: create_run(directory, recipe, found))
@@ -50,6 +56,18 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
     return run
 
 
+def _check_data(prepared: PreparedRun, directory: Path) -> None:
+    """Refuse other data than that of the newest checkpoint while nothing is written yet. UserError as `check_state`."""
+    state = None
+    with suppress(OSError, ValueError, LookupError, TypeError):  # damaged: an older one is taken, or a fault told
+        files = directory.glob("checkpoints/step-*/state.json")
+        newest = max(files, key=lambda file: int(file.parent.name.partition("-")[2]))
+        state = read_json_object(newest)["loader"]
+    if state is not None:
+        with unreadable(newest.parent):
+            prepared.loader.check_state(state)
+
+
 def _text(recipe: Recipe) -> str:
     """recipe.yaml of a run: it names the run's own copy of a chat template."""
     if recipe.data.chat_template is not None:
@@ -58,16 +76,23 @@ def _text(recipe: Recipe) -> str:
     return resolved_yaml(recipe)
 
 
-def resumed_recipe(directory: Path, given: Recipe, overrides: Sequence[str], *, where: str) -> Recipe:
-    """The recipe of an earlier run with `overrides`. A warning names the settings in which `given` differs from it.
+def resumed_recipe(directory: Path, where: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe of an earlier run with `overrides`.
 
-    Args:
-        given: The recipe called `where`, with the same overrides.
+    A warning names the settings in which the recipe `where`, with the same overrides, differs from it. That one need
+    not be valid: options of the start that it needs are not given again.
+
     Raises:
         UserError: There is no run, or an override does not fit.
     """
     run = open_run(directory)
     own = load_recipe(run.recipe_file, overrides)
+    try:
+        given = load_recipe(where, overrides)
+    except UserError as error:
+        text = "%s continues with its own recipe.yaml. %s is not compared with it: %s"
+        logger.warning(text, directory, where, error.faults[0])
+        return own
     mine, other = flat(settings(own)), flat(settings(given))
     if _same_text(own.data.chat_template, given.data.chat_template):
         mine.pop(CHAT_TEMPLATE, None), other.pop(CHAT_TEMPLATE, None)
@@ -94,12 +119,16 @@ def _has_other_parts(source: ModelSource) -> bool:
 
 def _keep_chat_template(run: RunDirectory, text: str) -> None:
     """Copy data.chat_template. The run's recipe.yaml names the copy, so a later change of the file has no effect."""
+    _check_chat_template(run, text)
+    atomic_write_text(run.inside(CHAT_TEMPLATE_FILE), text)
+
+
+def _check_chat_template(run: RunDirectory, text: str) -> None:
     file = run.inside(CHAT_TEMPLATE_FILE)
     if run.has_begun and file.is_file() and file.read_text(encoding="utf-8") != text:
         raise UserError(
             f"{run.path}: data.chat_template differs from {file}, with which the run began. Fix: name that file."
         )
-    atomic_write_text(file, text)
 
 
 def newest_checkpoint(run: RunDirectory, processes: Processes) -> Checkpoint | None:

@@ -17,6 +17,7 @@ from qdora.evaluation.before_after import task_changes, tasks_of_other_examples
 from qdora.evaluation.suite import LossOrAccuracy
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import FAILURE_MARK, PLAN_FILE, WARNING_MARK, RunDirectory
+from qdora.model.peft_config import sizes_in_words
 from qdora.plan.plan_contents import CONTEXT, SLACK
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
@@ -54,7 +55,7 @@ def run_facts(run: RunDirectory) -> Facts:
         "run": str(run.path),
         "name": run.path.resolve().name,
         "status": status | {"failure": _failure(texts)},
-        "settings": _settings(recipe, reader.json("environment.json")),
+        "settings": _settings(recipe, reader.json("environment.json"), sizes_in_words(run.adapter)),
         "data": mix,
         "examples": reader.json(EXAMPLES_FILE).get("examples", []),
         "evaluations": evaluations,
@@ -121,17 +122,18 @@ def _status(run: RunDirectory, recipe: Recipe, reader: _Reader, mix: Facts, metr
     }
 
 
-def _settings(recipe: Recipe, environment: Facts) -> dict[str, Any]:
-    """The settings that a reader looks for first."""
+def _settings(recipe: Recipe, environment: Facts, sizes: tuple[str, str] | None) -> dict[str, Any]:
+    """The settings that a reader looks for first; `sizes` are rank and alpha of the adapter that the run wrote."""
     adapter, base, train = recipe.adapter, recipe.base, recipe.train
     devices, has_rank = [each["name"] for each in environment.get("devices", [])], adapter.kind in ("lora", "dora")
+    rank, alpha = sizes or (str(adapter.rank), f"{adapter.alpha:g}")
     return {
         "base": recipe.model.source,
         "quantisation": base.quant if base.quant in ("none", "int8") else f"{base.quant}, blocks of {base.block_size}",
         "trained part": environment.get("trained_part"),
         "adapter": adapter.kind,
-        "rank": adapter.rank if has_rank else None,
-        "alpha": adapter.alpha if has_rank else None,
+        "rank": rank if has_rank else None,
+        "alpha": alpha if has_rank else None,
         "also trained": f"{', '.join(adapter.also_train)}, {adapter.also_train_rows} rows"
         if adapter.also_train
         else None,

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from qdora.data.example import Example
 from qdora.errors import UserError, first_line, nearest
+from qdora.evaluation.before_after import tasks_of_other_examples
 from qdora.evaluation.generation import GenerationResult, evaluate_generated
 from qdora.evaluation.shared_batches import batches_shared
 from qdora.evaluation.suite import EvaluationResult, evaluate, worse_than_base
@@ -147,7 +148,7 @@ def _told_once(processes: Processes) -> Iterator[None]:
 def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:
     """The evaluations that a run kept: "base" before step 1, and "adapter" after `step` (None: the step of adapter/).
 
-    Only "adapter" if the two have different tasks or numbers of examples, since they cannot be compared.
+    Only "adapter" if the two have different tasks or examples, since they cannot be compared.
     """
     step = adapter_step(run) if step is None else step
     found = {
@@ -157,7 +158,8 @@ def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, Eval
     }
     if len(found) == 2:
         sizes = [{task: result.num_examples for task, result in each.tasks.items()} for each in found.values()]
-        if sizes[0] != sizes[1]:
+        documents = (each.to_dict(per_example=True) for each in found.values())
+        if sizes[0] != sizes[1] or tasks_of_other_examples(*documents):
             del found["base"]
     return found
 
@@ -178,6 +180,7 @@ def best_so_far(recipe: Recipe, tasks: Sequence[str]) -> BestSoFar | None:
         "tasks": list(tasks) if asked.best_by == MACRO else [asked.best_by],
         "limit": asked.limit,
     }
+    question |= {} if asked.block is None else {"block": asked.block}
     return BestSoFar(question, higher=asked.best_metric != "nll_per_token", patience=asked.patience)
 
 
