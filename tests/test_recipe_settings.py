@@ -796,6 +796,20 @@ def test_n_of_m_needs_no_quotes() -> None:
 def test_colons_make_no_numbers_to_base_60() -> None:
     found = read_yaml("a: 2:4\n2:4: [1:30.5, 190:20:30]\nb: 24\nc: -1.5\nd: 0x1f\n", "r")
     assert found == {"a": "2:4", "2:4": ["1:30.5", "190:20:30"], "b": 24, "c": -1.5, "d": 31}
+    # nor to base 8
+    assert read_yaml("a: 0100\nb: -010\nc: 0\nd: 0.5\ne: 10", "r") == {
+        "a": "0100",
+        "b": "-010",
+        "c": 0,
+        "d": 0.5,
+        "e": 10,
+    }
+
+
+def test_a_comment_is_no_value() -> None:
+    with pytest.raises(UserError, match=r"-s data\.mix\[0\]\.name=#1: # begins a comment, so there is no value"):
+        apply_overrides({"data": {"mix": [{"task": "demo/facts"}]}}, ["data.mix[0].name=#1"])
+    assert apply_overrides({}, ["train.clip=null  # off"])["train"]["clip"] is None
 
 
 def test_a_calibration_file_is_looked_for_beside_the_recipe(tmp_path: Path) -> None:

@@ -89,3 +89,9 @@ def test_validation_data_that_cannot_be_scored_is_refused_before_the_first_step(
         assert not (tmp_path / "run").exists()
     else:
         train_run(recipe, tmp_path / "run", console=QUIET)
+
+
+def test_a_warmup_longer_than_the_epochs_is_refused(tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(tmp_path, train__steps=..., train__epochs=1, train__warmup=1000)
+    with pytest.raises(UserError, match=r"train\.warmup: must be at most the \d+ steps of train\.epochs, got 1,000"):
+        train_run(recipe, tmp_path / "run", console=QUIET)

@@ -208,6 +208,9 @@ def _check(
     evaluated = {name: validation[name] for name in asked if name in validation}
     if recipe.eval.method == "generate":
         faults += generation_faults(evaluated)
+    warmup = recipe.train.warmup
+    if recipe.train.epochs is not None and isinstance(warmup, int) and warmup > num_steps:
+        faults.append(f"train.warmup: must be at most the {num_steps:,} steps of train.epochs, got {warmup:,}.")
     faults += selection_faults(recipe, evaluated, num_steps)
     faults += interference_faults(recipe, validation)
     faults += task_weight_faults(recipe, loader)
