@@ -183,10 +183,10 @@ def test_a_report_of_an_unfinished_study_replaces_the_kept_one_only_if_asked_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    program = importlib.import_module("study")
+    program, shared = importlib.import_module("study"), importlib.import_module("shared_study")
     kept_in: list[tuple[Path, str]] = []
-    monkeypatch.setattr(program, "run_study", lambda *_, **__: True)
-    monkeypatch.setattr(program, "keep", lambda _, out, head: kept_in.append((out, head["command"])))
+    monkeypatch.setattr(shared, "run_study", lambda *_, **__: True)
+    monkeypatch.setattr(shared, "keep", lambda _, out, head: kept_in.append((out, head["command"])))
     grid = tmp_path / "a grid.yaml"  # outside of the repository
     grid.write_text("settings: {data.mix: []}\n")
     where = ["study.py", str(tmp_path), "--grid", str(grid), "--dir", str(tmp_path / "runs")]
