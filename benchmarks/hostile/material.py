@@ -45,6 +45,7 @@ class Material:
     model: Path
     sums: Path
     letters: Path
+    held_out: Path
 
 
 def make(root: Path) -> Material:
@@ -63,7 +64,9 @@ def make(root: Path) -> Material:
         {"question": f"Which letter follows {a}?", "choices": [b, a], "answer": 0} for a, b in pairwise(alphabet)
     ]
     letters.write_text("".join(json.dumps(row) + "\n" for row in choices))
-    return Material(root, model, sums, letters)
+    held_out = root / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in choices[:5]))
+    return Material(root, model, sums, letters, held_out)
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def own_recipe(material: Material) -> str:
         "data": {
             "mix": [
                 {"source": str(material.sums), "limit": 20, "name": "sums"},
-                {"source": str(material.letters), "validation": str(material.letters)},
+                {"source": str(material.letters), "validation": str(material.held_out)},
             ],
             "strategy": "temperature",
             "temperature": 2.0,
