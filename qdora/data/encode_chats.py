@@ -23,7 +23,7 @@ from qdora.data.messages import Messages, Turn
 LossOn = Literal["answer", "last", "all"]
 MAY_NOT_STOP = "the model may not stop"
 """Among the notes where the end of a turn does not stop the model."""
-_REMOVE = "Fix: give a template that does with data.chat_template, or remove it from the data."
+_REMOVE = "Fix: give a template that prints it with data.chat_template, or remove it from the data."
 _SHORT = 200
 """Characters of an end of a prompt whose tokens are kept: a generation prompt, the same in all chats."""
 
