@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
+import pty
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
@@ -12,10 +17,11 @@ from typing import Any
 
 import pytest
 
-from qdora.cli.verb import explain
+from qdora.cli.verb import end_as_by_ctrl_c, explain
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.run import writer
+from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
 from qdora.train import interrupt, loop
 from tests import tiny_run
@@ -64,7 +70,9 @@ def in_save(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Non
     monkeypatch.setattr(writer, "write_state", acting)
 
 
-@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("number", "step"), [(SIGINT, 3), (SIGTERM, 3), (SIGHUP, 3), (SIGTERM, 6)], ids=["INT", "TERM", "HUP", "last step"]
+)
 def test_a_signal_finishes_the_step_saves_and_gives_130(
     root: Path,
     whole: Path,
@@ -72,18 +80,95 @@ def test_a_signal_finishes_the_step_saves_and_gives_130(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     number: signal.Signals,
+    step: int,
 ) -> None:
     before = [signal.getsignal(each) for each in STOPPING]
-    in_step(monkeypatch, 3, send(number, SIGTERM))  # a launcher passes it on at once: still one request
-    with pytest.raises(Interrupted, match=r"stopped after step 3; saved to .*step-3") as raised:
+    in_step(monkeypatch, step, send(number, SIGTERM))  # a launcher passes it on at once: still one request
+    with pytest.raises(Interrupted, match=rf"stopped after step {step}; saved to .*step-{step}") as raised:
         train_run(tiny_run.recipe(root), tmp_path / "run")
     assert explain(raised.value)[1] == 130
     assert "A second signal stops at once" in capfd.readouterr().err
     assert [signal.getsignal(each) for each in STOPPING] == before
-    assert [line["step"] for line in trained(tmp_path / "run")] == [1, 2, 3]
+    assert [line["step"] for line in trained(tmp_path / "run")] == list(range(1, step + 1))
     monkeypatch.undo()
     train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
+@pytest.mark.parametrize(("step", "safe"), [(0, "no checkpoint was written"), (6, r"Safe on disk: .*step-6")])
+def test_a_signal_in_the_first_or_last_evaluation_leaves_the_page(
+    root: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    step: int,
+    safe: str,
+) -> None:
+    """There is no step to be finished then, so it ends at once."""
+    real = StepEvaluations.measure
+
+    def measure(evaluations: StepEvaluations, at: int, label: str = "adapter") -> Any:
+        if at == step:
+            send(number)()
+        return real(evaluations, at, label)
+
+    monkeypatch.setattr(StepEvaluations, "measure", measure)
+    end_as_by_ctrl_c({})
+    with pytest.raises(Interrupted, match=f"stopped at once.*{safe}"):
+        train_run(tiny_run.recipe(root), tmp_path / "run")
+    assert (tmp_path / "run/report.html").is_file()
+    monkeypatch.undo()
+    train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_signals_that_are_ignored_or_a_launchers_stay_so() -> None:
+    signal.signal(SIGHUP, signal.SIG_IGN)
+    end_as_by_ctrl_c({"WORLD_SIZE": "2"})
+    assert [signal.getsignal(each) for each in (SIGTERM, SIGHUP)] == [signal.SIG_DFL, signal.SIG_IGN]
+    end_as_by_ctrl_c({})
+    assert signal.getsignal(SIGHUP) is signal.SIG_IGN
+    with pytest.raises(KeyboardInterrupt):
+        send(SIGTERM)()
+
+
+@pytest.mark.parametrize("setting", ["end_as_by_ctrl_c({})", "stack.enter_context(stop_on_signal())"])
+def test_a_closed_terminal_does_not_hide_the_end(tmp_path: Path, setting: str) -> None:
+    """Each write to it would fail with an error of its own."""
+    code = f"""
+import contextlib, sys, time
+from qdora.cli.verb import end_as_by_ctrl_c
+from qdora.train.interrupt import stop_on_signal
+with contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
+    {setting}
+    print("ready", flush=True)
+    time.sleep(60) if "ctrl" in {setting!r} else time.sleep(1)
+print("told", flush=True)
+print("told", file=sys.stderr, flush=True)
+sys.exit(7)
+"""
+    terminal, end = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=end, stderr=end, start_new_session=True)
+    os.close(end)
+    assert b"ready" in os.read(terminal, 100)
+    os.close(terminal)
+    process.send_signal(SIGHUP)
+    assert process.wait(50) == 7
+
+
+def test_a_forked_worker_is_ended_by_sigterm_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    end_as_by_ctrl_c({})
+    context = multiprocessing.get_context("fork")
+    running = context.Event()
+    worker = context.Process(target=lambda: (running.set(), time.sleep(60)))
+    worker.start()
+    assert running.wait(30)
+    worker.terminate()
+    worker.join()
+    assert worker.exitcode == -SIGTERM
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("ignored", [SIGHUP, SIGINT], ids=["nohup", "background"])

@@ -24,7 +24,7 @@ from qdora.cli.schema import schema
 from qdora.cli.study import study
 from qdora.cli.train import train
 from qdora.cli.validate import validate
-from qdora.cli.verb import Debug, Json, Quiet, ask, repeat_lost_interrupts
+from qdora.cli.verb import Debug, Json, Quiet, ask, end_as_by_ctrl_c, repeat_lost_interrupts
 from qdora.files.environment import num_cpus, other_load
 
 VERBS = {
@@ -123,4 +123,5 @@ def main() -> None:
     let_threads_sleep()
     let_segments_grow()
     repeat_lost_interrupts()
+    end_as_by_ctrl_c()
     app()

@@ -11,16 +11,17 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.atomic import json_text
-from qdora.files.console import show_only
+from qdora.files.console import leave_terminal, show_only
 
 USER_MISTAKE, FAILURE, INTERRUPT = 2, 1, 130
 
@@ -89,6 +90,32 @@ def _set_up_output() -> None:
     logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     show_only(progress=not _asked.quiet, results=not _asked.json)
+
+
+def end_as_by_ctrl_c(environment: Mapping[str, str] = os.environ) -> None:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, so that what they end is cleaned up and tells what is safe.
+
+    A signal that is ignored stays so. A process of a launch keeps the defaults: its launcher ends it after another one
+    has failed, and that one's reason is to be told, not this end. While a run takes steps it handles signals itself
+    (`train/interrupt.py`).
+    """
+    if "WORLD_SIZE" in environment:
+        return
+    here = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != here:  # a worker that a library forks is ended by SIGTERM, too, and has nothing to tell
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if number != signal.SIGTERM:
+            leave_terminal()
+        signal.default_int_handler(number, frame)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
 
 
 def repeat_lost_interrupts() -> None:

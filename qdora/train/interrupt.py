@@ -11,6 +11,7 @@ from types import FrameType
 
 from torch.distributed import is_torchelastic_launched
 
+from qdora.files.console import leave_terminal
 from qdora.train.distributed import Processes
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -43,14 +44,17 @@ def stop_on_signal(processes: Processes | None = None) -> Iterator[StopRequest]:
     request = StopRequest(processes)
     asked_at = 0.0
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
+    def ask(number: int, _frame: FrameType | None) -> None:
         nonlocal asked_at
         now = time.monotonic()
-        if not request.requested:
-            request.requested, asked_at = True, now
+        first, request.requested = not request.requested, True
+        if first:
+            asked_at = now
             with suppress(OSError):
                 os.write(2, _MESSAGE)  # no logger: the signal may have come while one holds its lock
-        elif now - asked_at >= SAME_REQUEST_SECONDS:
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            leave_terminal()
+        if not first and now - asked_at >= SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
 
     every = is_torchelastic_launched()
