@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,24 @@ TRAINED_TASKS = tuple(task for task in TASKS if task != "boolq")
 """BoolQ's training questions have no passages, its test questions do."""
 SMOKE_RATES = {"values": [1e-3, 2e-3, 4e-3], "seeds": [1000], "extend": 0}
 SEEDS = (0, 1, 2, 3)
-SMOKE_MIX = [{"task": "demo/facts"}]
+SMOKE_TASKS = ("demo/facts",)
+SMOKE_MIX = [{"task": task} for task in SMOKE_TASKS]
 
 
-def common_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What all cells share; `args` has data, dir, steps, batch, limit and smoke."""
-    if args.smoke:
-        mix: list[dict[str, Any]] = SMOKE_MIX
-        model = write_model(args.dir / "model")
-    else:
-        mix = [{"task": task, "path": str(args.data.resolve() / task)} for task in TRAINED_TASKS]
-        model = "builtin"
+def common_settings(
+    args: argparse.Namespace, tasks: Sequence[str] | None = None, *, batch: int | None = None
+) -> dict[str, Any]:
+    """What all cells share; `args` has data, dir, steps, limit and smoke, and batch if that is not given."""
+    tasks = tasks or (SMOKE_TASKS if args.smoke else TRAINED_TASKS)
+    place = {} if args.smoke else {task: {"path": str(args.data.resolve() / task)} for task in tasks}
     return {
-        "model.source": model,
-        "data.mix": mix,
+        "model.source": write_model(args.dir / "model") if args.smoke else "builtin",
+        "data.mix": [{"task": task} | place.get(task, {}) for task in tasks],
         "data.strategy": "equal",
         "data.max_length": 256,
         "data.too_long": "drop",
         "train.steps": args.steps,
-        "train.batch": args.batch,
+        "train.batch": batch or args.batch,
         "eval.limit": args.limit,
         "memory.checkpointing": False,
     }
@@ -70,7 +69,15 @@ def run_and_keep(args: argparse.Namespace, document: dict[str, Any], head: dict[
 
 
 def run_study(document: dict[str, Any], directory: Path, processes: int = 1, *, hours: float | None = None) -> bool:
-    """`qdora study` in some processes at once, and the report; grid.yaml and report/ are written to `directory`.
+    """`run_cells`, and report/ in `directory`."""
+    has_ended = run_cells(document, directory, processes, hours=hours)
+    if has_ended:
+        report_run(directory)
+    return has_ended
+
+
+def run_cells(document: dict[str, Any], directory: Path, processes: int = 1, *, hours: float | None = None) -> bool:
+    """`qdora study` in some processes at once; grid.yaml is written to `directory`.
 
     After `hours` the processes are interrupted, and then the same call goes on. Returns whether they ended by
     themselves. SystemExit: one failed.
@@ -89,7 +96,6 @@ def run_study(document: dict[str, Any], directory: Path, processes: int = 1, *, 
         return False
     if any(codes):
         raise SystemExit(f"qdora study ended with {codes}; the same command goes on")
-    report_run(directory)
     return True
 
 
@@ -116,20 +122,35 @@ def _command(document: dict[str, Any], directory: Path) -> list[str]:
 
 
 def keep(directory: Path, out: Path, head: dict[str, Any]) -> None:
-    """The report, the grid without the paths of this machine, and all scores; run.json says how many cells are done."""
+    """`keep_scores` with the report and its answer."""
+    keep_scores(directory, out, head | {"answer": read_report(directory).answer}, report=directory / "report")
+
+
+def keep_scores(directory: Path, out: Path, head: dict[str, Any], *, report: Path | None = None) -> None:
+    """The grid without the paths of this machine, and all scores; run.json says how many cells are done."""
     if out.exists():
         shutil.rmtree(out)
-    shutil.copytree(directory / "report", out)
+    if report is None:
+        out.mkdir(parents=True)
+    else:
+        shutil.copytree(report, out)
     document = yaml.safe_load((directory / "grid.yaml").read_text(encoding="utf-8"))
-    for source in document["settings"]["data.mix"]:
-        if "path" in source:
-            source["path"] = f"DATA/{source['task']}"
-        elif "name" in source:
-            source["source"] = f"DATA/{source['name']}"
+    for settings in (document["settings"], *_choices(document)):
+        for source in settings.get("data.mix", ()):
+            if "path" in source:
+                source["path"] = f"DATA/{source['task']}"
+            elif "name" in source:
+                source["source"] = f"DATA/{source['name']}"
     atomic_write_text(out / "grid.yaml", yaml.safe_dump(document, sort_keys=False))
     index, store = read_index(directory), StudyDirectory(directory, makes=False)
     number = len(index["cells"]) + sum(index["num_waiting"].values())
     cells = {"cells": number, "cells_done": store.num_done({cell["key"] for cell in index["cells"]})}
-    atomic_write_json(out / "run.json", head | cells | {"answer": read_report(directory).answer})
+    atomic_write_json(out / "run.json", head | cells)
     atomic_write_bytes(out / SCORES_FILE, pack(directory))
-    print(json.dumps(head))
+    print(f"kept in {out}")
+
+
+def _choices(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The settings of every label of the axes of a study file."""
+    for axis in document.get("product", {}).values():
+        yield from axis.values() if isinstance(axis, dict) else ()

@@ -9,6 +9,7 @@ import lzma
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -401,32 +402,50 @@ def test_the_first_components_of_an_error_adapter_are_the_one_of_a_smaller_rank(
 
 
 def test_combined_vs_solo(tmp_path: Path) -> None:
-    options = ("--steps", "2", "--per-task", "1", "--limit", "3", "--seeds", "0,1")
-    result = smoke(tmp_path, "combined_vs_solo.py", *options, "--arms", "combined,solo,without", "--kinds", "dora")
-    found = result["kinds"]["dora"]
-    assert found["seeds"] == found["left_out_seeds"] == ["0", "1"]
-    tasks = ["demo/facts", "demo/odd", "demo/cause"]
-    assert (
-        list(found["combined - solo"]["nll"])
-        == list(found["combined - without"]["demo/odd"]["acc"])
-        == [*tasks, "average"]
+    out = tmp_path / "out"
+    program = [str(ROOT / "benchmarks/combined_vs_solo.py"), "--smoke", "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def run(*options: str) -> dict[str, Any]:
+        command = [sys.executable, *program, *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found: dict[str, Any] = json.loads((out / "run.json").read_text())
+        return found
+
+    found = run("--dir", str(tmp_path / "study"))
+    assert found["cells"] == found["cells_done"] == 3 * (3 + 4), (
+        "3 runs: 3 rates with a seed of the search, then 4 seeds"
     )
-    scores = found["scores"]
-    assert list(scores) == ["combined", "solo", "base"]
-    for task in (*tasks, "average"):
-        each = found["combined - solo"]["nll"][task]
-        assert abs(each["value"] - (scores["combined"][task]["nll"] - scores["solo"][task]["nll"])) < 1e-9
-        assert each["lower"] <= each["value"] <= each["upper"]
-    # Same examples, so same tokens; same steps.
-    costs = found["cells"]
-    solo = [costs[f"solo {task}"]["num_tokens"] for task in tasks]
-    assert [sum(each) for each in zip(*solo, strict=True)] == costs["combined"]["num_tokens"]
-    assert {tuple(each["num_steps"]) for each in costs.values()} == {(2, 2)}
-    # A second call runs nothing again, and what was made with other settings is not mixed in.
-    cells = (tmp_path / "result_cells.json").read_text()
-    again = smoke(tmp_path, "combined_vs_solo.py", *options, "--seconds", "0")
-    assert again["kinds"] == result["kinds"]
-    assert (tmp_path / "result_cells.json").read_text() == cells
+    tasks, both = ["demo/facts", "demo/odd"], ("all tasks", "each task alone")
+    archive = json.loads(lzma.decompress((out / "scores.json.xz").read_bytes()))
+    nll: dict[tuple[str, str, str], float] = {}
+    for each in archive["cells"]:
+        if each["cell"]["kind"] == "trained":
+            labels, scores = each["cell"]["labels"], each["scores"]
+            for task in set(scores["task"]):
+                mine = [number for number, name in enumerate(scores["task"]) if name == task]
+                total = sum(scores["num_answer_tokens"][number] for number in mine)
+                nll[labels["data"], labels["seed"], task] = sum(scores["nll"][number] for number in mine) / total
+    seeds = ["0", "1", "2", "3"]
+    better = {task: [nll[task, seed, task] - nll["all tasks", seed, task] for seed in seeds] for task in tasks}
+    mean = [statistics.mean(pair) for pair in zip(*better.values(), strict=True)]
+    for name, expected in [("mean over tasks", mean), *better.items()]:
+        row = next(row for row in found["comparisons"][name] if row["measure"] == "nll_per_token")
+        assert (row["arm"], row["reference"]) == both
+        assert row["role"] == ("primary" if name == "mean over tasks" else "exploratory")
+        assert math.isclose(row["improvement"], statistics.mean(expected), abs_tol=1e-7)
+        half = 3.182446305 * statistics.stdev(expected) / 2  # Student's t with 3 degrees of freedom
+        assert math.isclose(row["half_width"], half, abs_tol=1e-7)
+        together, alone = (found["scores"][name][each]["nll_per_token"] for each in both)
+        assert math.isclose(alone - together, row["improvement"], abs_tol=1e-7)
+    shutil.rmtree(tmp_path / "study")  # as on another machine: nothing runs again
+    again = run("--dir", str(tmp_path / "study"), "--resume-from", str(out))
+    assert not list((tmp_path / "study").rglob("adapter"))
+    for name, rows in found["comparisons"].items():
+        for before, after in zip(rows, again["comparisons"][name], strict=True):
+            assert after["verdict"] == before["verdict"]
+            assert math.isclose(after["improvement"], before["improvement"], abs_tol=1e-8), "scores have 9 decimals"
 
 
 def test_data_loading(tmp_path: Path) -> None:
