@@ -13,7 +13,7 @@ from qdora.study.grid import Study
 from qdora.study.scores import CellScores, Part
 from qdora.study.study_directory import StudyDirectory, read_index
 
-TOGETHER, ALONE = "all tasks", "each task alone"
+TOGETHER, ALONE, WHOLE = "combined", "alone", "all tasks"
 MEASURES = ("nll_per_token", "acc")
 
 
@@ -48,7 +48,7 @@ class _Joined(Results):
 
 
 def summary(directory: Path, tasks: Sequence[str]) -> dict[str, Any]:
-    """The comparison over all tasks, which is the primary one, and those of single tasks; scores; rates; costs.
+    """The comparison on all tasks, which is the primary one, and those on single tasks; scores; rates; costs.
 
     A positive improvement says that the combined adapter is better. The scores are means over seeds.
     """
@@ -81,8 +81,8 @@ def summary(directory: Path, tasks: Sequence[str]) -> dict[str, Any]:
             row |= {"role": "exploratory", "winner": "", "verdict": "exploratory"}
     return {
         "tasks": list(tasks),
-        "comparisons": {"mean over tasks": whole[0]} | {task: rows for task, (rows, _) in of_tasks.items()},
-        "scores": {"mean over tasks": whole[1]} | {task: means for task, (_, means) in of_tasks.items()},
+        "comparisons": {WHOLE: whole[0]} | {task: rows for task, (rows, _) in of_tasks.items()},
+        "scores": {WHOLE: whole[1]} | {task: means for task, (_, means) in of_tasks.items()},
         "rates": {
             name: {"rate": arms[name].rate, "is_interior": arms[name].is_interior} for name in (TOGETHER, *tasks)
         },

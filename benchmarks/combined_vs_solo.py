@@ -7,8 +7,8 @@ commonsense tasks but BoolQ. The combined run has all tasks in equal shares. The
 each with the task's examples of a combined step: so every adapter is updated equally often, and all of them together
 see as many examples as the combined run. A `qdora study` finds the learning rate of each run with seeds of its own, and
 trains them. On a task's test examples the combined adapter is compared with the one of that task alone. The rules are
-those of a study; what counts is the mean over the tasks. Stopped, it goes on where it was; --resume-from OUT goes on in
-a new --dir from what was kept there.
+those of a study; what counts is the NLL of all tasks per answer token. Stopped, it goes on where it was; --resume-from
+OUT goes on in a new --dir from what was kept there.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ def grid(args: argparse.Namespace, tasks: tuple[str, ...]) -> dict[str, Any]:
             "arm": "data",
             "reference": TOGETHER,
             "metric": "nll_per_token",
-            "tasks": "equal",
             "split": "test",
         },
     }
