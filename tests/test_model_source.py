@@ -208,6 +208,26 @@ def test_remote_code_needs_a_full_commit(revision: str | None) -> None:
         resolve("org/name", revision, trust_remote_code=True)
 
 
+@pytest.mark.parametrize(
+    ("file", "classes"),
+    [
+        ("config.json", {"AutoConfig": "config.C", "AutoModelForCausalLM": "org/other--model.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "org/other--token.T"]}),
+    ],
+)
+def test_code_of_another_repository_is_refused_since_no_commit_fixes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, classes: dict[str, Any]
+) -> None:
+    snapshot = model_directory(tmp_path / COMMIT)
+    monkeypatch.setattr("qdora.model.source.snapshot_download", lambda *_, **__: str(snapshot))
+    assert resolve("org/name", COMMIT, trust_remote_code=True).trust_remote_code
+    old = json.loads((snapshot / file).read_text()) if (snapshot / file).is_file() else {}
+    (snapshot / file).write_text(json.dumps(old | {"auto_map": classes}))
+    resolve("org/name", COMMIT)  # runs no code
+    with pytest.raises(UserError, match=rf"trust_remote_code: org/name: {file} takes code out of org/other, at a"):
+        resolve("org/name", COMMIT, trust_remote_code=True)
+
+
 def test_offline_and_not_cached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_: Any, **__: Any) -> str:
         raise LocalEntryNotFoundError("line one\nline two")

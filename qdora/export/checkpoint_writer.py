@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 
 from qdora.errors import Resumable, RunFailure, UserError
 from qdora.export.older_names import config_text, save_tokenizer
@@ -431,6 +432,8 @@ def _extent(part: Tensor) -> tuple[int, float]:
 def _write_rest(
     partial: Path, plan: CheckpointPlan, tokenizer: PreTrainedTokenizerBase | None, extra_files: Mapping[str, str]
 ) -> None:
+    if has_own_code(plan.model):
+        custom_object_save(plan.model, str(partial), config=plan.config)
     (partial / "config.json").write_text(config_text(plan.config), encoding="utf-8")
     if plan.model.can_generate() and plan.model.generation_config is not None:
         generation = copy.deepcopy(plan.model.generation_config)
@@ -444,6 +447,11 @@ def _write_rest(
         if Path(name).name != name:
             raise ValueError(f"extra file {name!r}: must be a plain file name.")
         (partial / name).write_text(text, encoding="utf-8")
+
+
+def has_own_code(loaded: PreTrainedModel | PreTrainedTokenizerBase) -> bool:
+    """Whether the class is the publisher's (model.trust_remote_code). An export then has its files."""
+    return loaded._auto_class is not None
 
 
 def _with_end(named: int | list[int] | None, end: int) -> int | list[int]:

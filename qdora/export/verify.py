@@ -13,6 +13,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from qdora.errors import UserError
+from qdora.export.checkpoint_writer import has_own_code
 from qdora.export.logit_comparison import ROUNDING, Comparison, ComparisonText, compare_logits, larger, verdict
 from qdora.memory.failed_allocation import free_memory, is_out_of_memory
 from qdora.model.adapter_file import WEIGHTS_FILE, load_adapter, read_adapter, stored_factors
@@ -128,7 +130,7 @@ def _compared(
         exported, faults = load(directory, model)
         return logits_compared(model, exported, text), faults
     logger.warning(_NO_ROOM)
-    return None, _layout_faults(directory)
+    return None, _layout_faults(directory, model)
 
 
 def logits_compared(model: PreTrainedModel, exported: PreTrainedModel, text: ComparisonText) -> Comparison | None:
@@ -143,9 +145,9 @@ def logits_compared(model: PreTrainedModel, exported: PreTrainedModel, text: Com
     return None
 
 
-def _layout_faults(directory: Path) -> list[str]:
+def _layout_faults(directory: Path, model: PreTrainedModel) -> list[str]:
     """How the names and shapes of a 4-bit export and its LoRA differ from those of the model; the base is not read."""
-    source = ModelSource("directory", directory, directory.name)
+    source = ModelSource("directory", directory, directory.name, trust_remote_code=has_own_code(model))
     try:
         config = load_config(source)
         del config.quantization_config  # as `load_model` does
@@ -281,7 +283,12 @@ def load_with_transformers(
     transformers_logging.disable_progress_bar()  # the caller shows its own
     try:
         loaded, info = auto_class(model.config).from_pretrained(
-            str(directory), dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+            str(directory),
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=has_own_code(model),  # the code that the run has trained with
+            **options,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: transformers cannot load it: {error}") from error
@@ -368,7 +375,7 @@ def load_with_qdora(directory: Path, model: PreTrainedModel) -> tuple[PreTrained
     first = next(layer for layer in frozen_layers(model).values() if layer.kind in FOUR_BIT_KINDS)
     attention = model.config._attn_implementation
     exported = load_model(
-        resolve(str(directory)),
+        replace(resolve(str(directory)), trust_remote_code=has_own_code(model)),
         quant=first.kind,
         block_size=first.block_size,
         double_quant=False,
@@ -402,7 +409,9 @@ def tokenizer_faults(text: ComparisonText, directory: Path) -> list[str]:
     if text.tokenizer is None:
         return []
     try:
-        reloaded = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        reloaded = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=has_own_code(text.tokenizer)
+        )
     except (OSError, ValueError) as error:
         return [f"the tokenizer does not reload: {error}"]
     if any(reloaded(each)["input_ids"] != text.tokenizer(each)["input_ids"] for each in text.texts):

@@ -196,9 +196,24 @@ def _from_hub(
         raise kind(f"{setting}: {source}: {_hub_reason(error, source, revision, setting)}") from error
     if config:
         check_directory(path, weights=weights)
+    if trust_remote_code:
+        _check_place_of_code(path, source)
     # The cache names a snapshot by its commit, which the record of a run needs.
     commit = path.name if _COMMIT.fullmatch(path.name) else revision
     return ModelSource("hub", path, source, commit, trust_remote_code)
+
+
+def _check_place_of_code(path: Path, source: str) -> None:
+    """UserError if a config takes code out of a repository by name: transformers reads that at its newest commit."""
+    for file in (path / "config.json", path / "tokenizer_config.json"):
+        found = read_json_object(file).get("auto_map") if file.is_file() else None
+        classes = found.values() if isinstance(found, dict) else ()
+        for name in (name for each in classes for name in (each if isinstance(each, list) else [each])):
+            if isinstance(name, str) and "--" in name:
+                raise UserError(
+                    f"model.trust_remote_code: {source}: {file.name} takes code out of {name.partition('--')[0]}, at a "
+                    "commit that model.revision does not fix. Fix: use a model that has its code in its own files."
+                )
 
 
 def _is_of_this_side(error: Exception) -> bool:

@@ -69,6 +69,7 @@ _CONTENTS: dict[Form, str] = {
         "```"
     ),
 }
+_OWN_CODE = "The base has Python code of its own: load it with `trust_remote_code=True`, after reading that code."
 _CHECKED: dict[Form, str] = {
     "merged": "merged",
     "original": "merged on the original weights",
@@ -140,6 +141,7 @@ def run_card(
             title=run.path.resolve().name,
             form=form,
             multimodal=trained_part is not None,
+            has_own_code=recipe.model.trust_remote_code,
             licence=None if source is None else licence_of(source),
             licence_files=() if source is None or form == "run" else list(licence_files(source)),
             method=method,
@@ -203,6 +205,8 @@ class CardFacts:
     form: Form = "merged"
     multimodal: bool = False
     """The base reads images, too."""
+    has_own_code: bool = False
+    """The classes of the base are in files of its publisher."""
     licence: Licence | None = None
     """Licence of the base."""
     licence_files: Sequence[str] = ()
@@ -245,6 +249,8 @@ def model_card(facts: CardFacts) -> str:
     contents = _CONTENTS[facts.form]
     if facts.multimodal:
         contents = contents.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
+    if facts.has_own_code:
+        contents += f"\n\n{_OWN_CODE}"
     revision = f" at revision `{facts.base_revision}`" if facts.base_revision else ""
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---",
