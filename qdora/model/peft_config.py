@@ -323,8 +323,8 @@ def adapter_config(
     }
 
 
-def sizes_in_words(directory: Path) -> tuple[str, str] | None:
-    """Rank and alpha of an adapter on disk, such as ("8", "16") or ("2 to 8", "16"); None if it does not tell."""
+def sizes_in_words(directory: Path, rank: int, alpha: float) -> tuple[str, str]:
+    """Rank and alpha of an adapter on disk, such as ("2 to 8", "16"), or those given if it does not tell."""
     try:
         config = read_json_object(directory / "adapter_config.json")
         found = [
@@ -332,9 +332,9 @@ def sizes_in_words(directory: Path) -> tuple[str, str] | None:
             for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
         ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-    rank, alpha = (f"{sizes[0]:g}" + (f" to {sizes[-1]:g}" if len(sizes) > 1 else "") for sizes in found)
-    return rank, alpha
+        found = [[rank], [alpha]]
+    ranks, alphas = (f"{sizes[0]:g}" + (f" to {sizes[-1]:g}" if len(sizes) > 1 else "") for sizes in found)
+    return ranks, alphas
 
 
 def _commonest(values: Mapping[str, Any]) -> Any:

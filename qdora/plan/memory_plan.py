@@ -136,7 +136,7 @@ def planned(
     if config is None:
         source = find_source(recipe, weights=False)
         config = load_config(source)
-    check_router_loss(recipe, lambda: config)
+    check_router_loss(recipe, config)
     known = _known(config, source, device_kind)
     if recipe.memory.host_embeddings and device_kind == "cuda":
         check_host_embedding(known.model(torch.bfloat16, recipe.model.attention))

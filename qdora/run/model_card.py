@@ -112,7 +112,7 @@ def run_card(
     results = stored_results(run, int(state.removeprefix("step-")) if state.startswith("step-") else None)
     tasks = list(results["adapter"].tasks) if "adapter" in results else []
     worse = worse_than_base(results["base"], results["adapter"]) if len(results) == 2 else []
-    rank, alpha = sizes_in_words(run.adapter) or (str(adapter.rank), f"{adapter.alpha:g}")
+    rank, alpha = sizes_in_words(run.adapter, adapter.rank, adapter.alpha)
     sizes = f", rank {rank}, alpha {alpha}" if adapter.kind in ("lora", "dora") else ""
     method: dict[str, Any] = {
         "adapter": adapter.kind + sizes,

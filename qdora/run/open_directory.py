@@ -14,8 +14,6 @@ from qdora.files.environment import environment
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, flat, open_run, resume_run
 from qdora.model.language_part import TRAINED_PART, is_multimodal
-from qdora.model.load import load_config
-from qdora.model.source import ModelSource
 from qdora.recipe.faults import shown
 from qdora.recipe.recipe_file import load_recipe, resolved_yaml, settings
 from qdora.recipe.settings import Recipe
@@ -37,7 +35,7 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
         environment()
         | {"chat_date": prepared.chat_date}
         | ({} if processes.size == 1 else {"num_processes": processes.size})
-        | ({"trained_part": TRAINED_PART} if _has_other_parts(prepared.source) else {})
+        | ({"trained_part": TRAINED_PART} if _has_other_parts(prepared) else {})
     )
     recipe = _text(prepared.given)
 
@@ -113,8 +111,8 @@ def _same_text(first: str | None, second: str | None) -> bool:
         return False
 
 
-def _has_other_parts(source: ModelSource) -> bool:
-    return not source.is_gguf and is_multimodal(load_config(source))  # a GGUF file holds a language model alone
+def _has_other_parts(prepared: PreparedRun) -> bool:
+    return not prepared.source.is_gguf and is_multimodal(prepared.config)  # a GGUF file holds a language model alone
 
 
 def _keep_chat_template(run: RunDirectory, text: str) -> None:

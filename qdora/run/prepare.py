@@ -71,6 +71,7 @@ class PreparedRun:
     recipe: Recipe
     """The recipe that runs: `memory.budget: auto` may have changed it."""
     source: ModelSource
+    config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     compute: Compute
     loader: StepLoader
@@ -103,7 +104,8 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         raise UserError(*faults)
     # Without a plan the weights are fetched first: a missing model fails before the data is read.
     source, tokenizer = find_model(recipe, weights=recipe.memory.budget is None)
-    check_router_loss(recipe, lambda: load_config(source))
+    config = load_config(source)
+    check_router_loss(recipe, config)
     chat_date = processes.gather(chat_date_of(directory))[0]
     set_chat_date(tokenizer, chat_date)
     # The others wait for the first process, and then find what it has kept.
@@ -113,7 +115,6 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     num_steps = num_steps_of(recipe, loader)
     mix_plan = plan_mix(mix, loader, num_steps)
     compute = choose_compute(recipe.model.dtype)
-    config = load_config(source)
     unscored = processes.first(lambda: _scoring_faults(recipe, validation, num_steps, tokenizer, positions_of(config)))
     unscored = processes.gather(unscored)[0]
     _check(recipe, compute, validation, num_steps, loader, config=config, faults=unscored)
@@ -127,6 +128,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         given=recipe,
         recipe=applied,
         source=source,
+        config=config,
         tokenizer=tokenizer,
         compute=compute,
         loader=loader,
@@ -135,7 +137,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         mix_plan=mix_plan,
         memory_plan=memory_plan,
         chat_date=chat_date,
-        calibration=calibration_tokens(applied, tokenizer, mix, load_config(source)) if pruned else None,
+        calibration=calibration_tokens(applied, tokenizer, mix, config) if pruned else None,
     )
 
 
@@ -168,7 +170,7 @@ def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
         shown = ", ".join(map(repr, unseen))
         text = f"model.add_tokens: the training data does not have {shown}, so the model learns nothing of it."
         found.append(Check("warning", text))
-    found += [Check("warning", text) for text in context_warnings(sources, load_config(prepared.source))]
+    found += [Check("warning", text) for text in context_warnings(sources, prepared.config)]
     begin_checks(run, found, trains=prepared.recipe.adapter.kind != "none")
 
 

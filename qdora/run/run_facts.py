@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 from qdora.data.shown_examples import EXAMPLES_FILE
@@ -55,7 +56,7 @@ def run_facts(run: RunDirectory) -> Facts:
         "run": str(run.path),
         "name": run.path.resolve().name,
         "status": status | {"failure": _failure(texts)},
-        "settings": _settings(recipe, reader.json("environment.json"), sizes_in_words(run.adapter)),
+        "settings": _settings(recipe, reader.json("environment.json"), run.adapter),
         "data": mix,
         "examples": reader.json(EXAMPLES_FILE).get("examples", []),
         "evaluations": evaluations,
@@ -122,11 +123,11 @@ def _status(run: RunDirectory, recipe: Recipe, reader: _Reader, mix: Facts, metr
     }
 
 
-def _settings(recipe: Recipe, environment: Facts, sizes: tuple[str, str] | None) -> dict[str, Any]:
-    """The settings that a reader looks for first; `sizes` are rank and alpha of the adapter that the run wrote."""
+def _settings(recipe: Recipe, environment: Facts, written: Path) -> dict[str, Any]:
+    """The settings that a reader looks for first; `written` is the folder of the adapter that the run wrote."""
     adapter, base, train = recipe.adapter, recipe.base, recipe.train
     devices, has_rank = [each["name"] for each in environment.get("devices", [])], adapter.kind in ("lora", "dora")
-    rank, alpha = sizes or (str(adapter.rank), f"{adapter.alpha:g}")
+    rank, alpha = sizes_in_words(written, adapter.rank, adapter.alpha)
     return {
         "base": recipe.model.source,
         "quantisation": base.quant if base.quant in ("none", "int8") else f"{base.quant}, blocks of {base.block_size}",

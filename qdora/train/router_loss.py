@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +20,10 @@ _PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 """Those of transformers' function; a family whose function has others computes another loss."""
 
 
-def check_router_loss(recipe: Recipe, config_of_model: Callable[[], PreTrainedConfig]) -> None:
+def check_router_loss(recipe: Recipe, config: PreTrainedConfig) -> None:
     """Raise UserError if `train.router_aux_loss` is on and the recipe's model has no such loss."""
     asked = recipe.train.router_aux_loss
-    if not asked:
-        return
-    config = config_of_model()
-    if not _has_router_loss(config):
+    if asked and not _has_router_loss(config):
         raise UserError(
             f"train.router_aux_loss: must be 0 with {config.model_type}, got {asked:g}; it needs a causal model for "
             "which transformers has an auxiliary loss of routers."
