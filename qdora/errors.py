@@ -87,6 +87,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def named(error: BaseException) -> str:
+    """Class and first line of an error, such as 'ValueError: too long'; the class alone if it has no message."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
+
+
 def not_one_of(where: str, value: object, allowed: Iterable[str]) -> str:
     """The fault of a value that is not in a list: '--split: got 'tset', must be one of train, test. Did you ...?'"""
     names = list(allowed)

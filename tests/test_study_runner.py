@@ -103,7 +103,9 @@ def test_results_are_not_computed_again(tmp_path: Path) -> None:
     cells = study_worker.cells(3)
     run_cells(cells[:2], StudyDirectory(tmp_path), lambda cell, path: {"value": 1})
     calls = []
-    done = run_cells(cells, StudyDirectory(tmp_path), lambda cell, path: calls.append(cell.key) or {"value": 2})
+    store = StudyDirectory(tmp_path)
+    run_cells(cells, store, lambda cell, path: calls.append(cell.key) or {"value": 2})
+    done = tally(cells, store)
     assert calls == [cells[2].key]
     assert (done.num_cells, done.num_done, done.num_elsewhere, done.failed) == (3, 3, 0, {})
 
@@ -119,7 +121,8 @@ def test_a_failure_is_recorded_retried_after_the_others_and_given_up(tmp_path: P
 
     events: list[tuple[str, str]] = []
     cells, store = study_worker.cells(3), StudyDirectory(tmp_path, retries=2)
-    found = run_cells(cells, store, work, lambda cell, event, seconds: events.append((cell.key, event)))
+    run_cells(cells, store, work, lambda cell, event, seconds: events.append((cell.key, event)))
+    found = tally(cells, store)
     zero, one, two = (cell.key for cell in cells)
     assert calls == [zero, one, two, zero, one, zero]
     first = [(zero, "failed"), (one, "failed"), (two, "done")]
@@ -128,11 +131,13 @@ def test_a_failure_is_recorded_retried_after_the_others_and_given_up(tmp_path: P
     assert found.num_done == 2
     assert [attempt["reason"] for attempt in store.failures(one)] == [f"RuntimeError: no memory for {one}"]
     assert any("no memory" in line for line in store.failures(zero)[0]["traceback"])
-    assert run_cells(cells, store, work).failed.keys() == {zero}
+    run_cells(cells, store, work)
+    assert tally(cells, store).failed.keys() == {zero}
     assert len(calls) == 6  # given up, and not dropped: the tally names it
     store.forget_failures([zero, one, two])
     assert [bool(store.failures(key)) for key in (zero, one, two)] == [False, True, False]
-    assert run_cells(cells, store, lambda cell, path: {}).num_done == 3
+    run_cells(cells, store, lambda cell, path: {})
+    assert tally(cells, store).num_done == 3
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
@@ -294,7 +299,8 @@ def test_a_diverged_cell_is_done_with_the_worst_score_and_not_tried_again(
     base = replace(other, kind="base")
     monkeypatch.setattr("qdora.study.runner.find_model", lambda _: (None, None))
     monkeypatch.setattr("qdora.study.runner.load_config", lambda _: LlamaConfig(vocab_size=77))
-    found = run_cells([cell, base], store, cell_work(store))
+    run_cells([cell, base], store, cell_work(store))
+    found = tally([cell, base], store)
     assert (found.num_done, list(found.failed)) == (1, [base.key])  # a base that is broken has no rate to blame
     result = store.result(cell.key) or {}
     assert (result["diverged"], result["num_vocabulary"]) == ("Diverged: step 3: loss nan is not finite", 77)

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qdora.errors import Interrupted, RunFailure, UserError
+from qdora.errors import Interrupted, RunFailure, UserError, named
 from qdora.files.atomic import json_text
 from qdora.files.console import leave_terminal, show_only
 
@@ -152,8 +152,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "interrupted", INTERRUPT
     if isinstance(error, RunFailure):
         return str(error), FAILURE
-    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0]} (--debug shows the traceback)", FAILURE
+    return f"{named(error)} (--debug shows the traceback)", FAILURE
 
 
 def emit(result: dict[str, Any], *, plain: str | None = None) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
+from qdora.data.messages import with_last_learnt
 from qdora.data.mix import Mix, make_mix
 from qdora.data.row_examples import FIRST_ROWS
 from qdora.data.sources import has_split, load_source, open_shards, train_and_validation
@@ -121,16 +122,9 @@ def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = Non
 
 def _to_score(examples: Iterable[Example], data: DataConfig) -> list[Example]:
     """Examples of an evaluation, in which those turns of chats are scored that training learns: see `data.loss_on`."""
-    return [_with_last_turn(each) if data.loss_on == "last" and each.messages else each for each in examples]
-
-
-def _with_last_turn(chat: Example) -> Example:
-    """The chat with only the last turn of the assistant to be scored."""
-    said = [number for number, turn in enumerate(chat.messages) if turn.role == "assistant"]
-    messages = tuple(
-        replace(turn, learnt=False) if number in said[:-1] else turn for number, turn in enumerate(chat.messages)
-    )
-    return replace(chat, messages=messages)
+    if data.loss_on != "last":
+        return list(examples)
+    return [replace(each, messages=with_last_learnt(each.messages)) for each in examples]
 
 
 def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = False) -> list[Example]:

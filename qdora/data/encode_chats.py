@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qdora.data.chat_template import RENDER_ERRORS, ChatTemplate, chat_template_of, shared_length, template_options
 from qdora.data.example import Example
-from qdora.data.messages import Messages, Turn
+from qdora.data.messages import Messages, Turn, with_last_learnt
 
 LossOn = Literal["answer", "last", "all"]
 MAY_NOT_STOP = "the model may not stop"
@@ -128,12 +128,11 @@ def encode_chats(
 def _plan(tokenizer: Any, chat: Example, loss_on: LossOn, notes: set[str]) -> _Chat | str:
     """The texts of a chat, or what is wrong with it."""
     template = chat_template_of(tokenizer, chat.tools)
-    turns = template.fitted(chat.messages)
+    turns = template.fitted(with_last_learnt(chat.messages) if loss_on == "last" else chat.messages)
     if chat.messages[0].role == "system" and not template.takes_system:
         notes.add("the chat template takes no system prompt: it is put before the first turn of the user.")
-    said = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-    asked = said[-1:] if loss_on == "last" else said
-    learnt = [index for index in asked if turns[index].learnt and not turns[index].in_prompt]
+    said = [index for index, turn in enumerate(turns) if turn.role == "assistant" and not turn.in_prompt]
+    learnt = [index for index in said if turns[index].learnt]
     out = next((index for index, turn in enumerate(chat.messages) if not turn.learnt), None)
     if loss_on == "all" and out is not None:
         return f"messages[{out}]: weight and train are not used with data.loss_on all. Fix: set it to answer."

@@ -155,6 +155,12 @@ def _tool_call(call: Any, where: str) -> Mapping[str, Any]:
     return {"type": "function", **id, "function": {"name": function["name"], "arguments": arguments}}
 
 
+def with_last_learnt(messages: Messages) -> Messages:
+    """The turns, of which at most the last one of the assistant is learnt: data.loss_on last."""
+    said = [number for number, turn in enumerate(messages) if turn.role == "assistant"]
+    return tuple(replace(turn, learnt=False) if n in said[:-1] else turn for n, turn in enumerate(messages))
+
+
 def _is_learnt(turn: Mapping[str, Any], where: str) -> bool:
     """What `weight` and `train` say; an absent or null one says yes."""
     weight, train = turn.get("weight"), turn.get("train")

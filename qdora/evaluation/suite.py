@@ -340,7 +340,7 @@ def _records(task: str, choices: Sequence[ChoiceScores], answers: Sequence[Answe
 
 
 def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
-    """The two fields of a `TaskResult`; JSON has no nan, so an error of nan is None."""
+    """The two fields of a result; JSON has no nan, so an error of nan is None."""
     if estimate is None:
         return {name: None, f"{name}_stderr": None}
     return {name: estimate.value, f"{name}_stderr": None if math.isnan(estimate.stderr) else estimate.stderr}

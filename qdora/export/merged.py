@@ -23,7 +23,7 @@ from typing import Any, Unpack
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import qdora
 from qdora.errors import UserError
@@ -51,6 +51,7 @@ from qdora.model.load import (
     dense_dtype,
     layers_to_quantize,
     load_config,
+    published_generation,
     settle_stored,
     skeleton,
     stored_tensors,
@@ -242,8 +243,8 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
     matrices: dict[str, TrainedMatrix] = {}
     if merge.adapter is not None:
         _, adapter, matrices = read_adapter(model, merge.adapter)
-    if not merge.source.is_gguf and (merge.source.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(merge.source.path))
+    if (generation := published_generation(merge.source)) is not None:
+        model.generation_config = generation
     model.config._name_or_path = merge.source.name
     given: dict[str, Any] = {"adapter": adapter, "matrices": matrices, "linear": linear}
     return OpenedMerge(merge=merge, model=model, stored=stored, quantized=layers, **given)

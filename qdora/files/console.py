@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -27,6 +28,19 @@ def consoles(given: Console | None = None) -> tuple[Console, Console]:
         if not console.is_terminal:
             console.width = 130  # enough for a table
     return both
+
+
+@contextmanager
+def errors_only(when: bool = True) -> Iterator[None]:
+    """Inside, qdora's messages below an error are dropped: they have been told, or another process tells them."""
+    logger = logging.getLogger("qdora")
+    before = logger.level
+    if when:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

@@ -9,10 +9,8 @@ from typing import Any
 import yaml
 
 from qdora.model.gguf_file import read_header
-from qdora.model.source import ModelSource
+from qdora.model.source import LICENCE_FILES, ModelSource
 
-# Texts that a licence may require to be passed on.
-_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _LARGEST_FILE = 1 << 20
 
 
@@ -42,7 +40,7 @@ def licence_files(source: ModelSource) -> dict[str, str]:
     """Name -> text of the licence files in the directory of a base."""
     if source.is_gguf:
         return {}
-    found = {file for pattern in _FILES for file in source.path.glob(pattern)}
+    found = {file for pattern in LICENCE_FILES for file in source.path.glob(pattern)}
     return {
         file.name: file.read_text(encoding="utf-8", errors="replace")
         for file in sorted(found)

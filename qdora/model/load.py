@@ -373,13 +373,20 @@ def _finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -
         parameter.requires_grad_(False)
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     assert not left, f"never filled: {left[:5]}"
-    if not source.is_gguf and (source.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(source.path))
+    if (generation := published_generation(source)) is not None:
+        model.generation_config = generation
     model.config._name_or_path = source.name
     model.eval()
     if device.type == "cuda":
         # The allocator keeps the freed 16-bit tensors; training's first allocations differ in size from them.
         torch.cuda.empty_cache()
+
+
+def published_generation(source: ModelSource) -> GenerationConfig | None:
+    """The generation config in the directory of a source, if it has one."""
+    if source.is_gguf or not (source.path / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(str(source.path))
 
 
 def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -389,8 +396,8 @@ def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozens
     named: Any = getattr(config, "eos_token_id", None)
     if named is None:  # multimodal models keep it with their text model
         named = getattr(config.get_text_config(), "eos_token_id", None)
-    if not source.is_gguf and (source.path / "generation_config.json").is_file():
-        named = GenerationConfig.from_pretrained(str(source.path)).eos_token_id
+    if (generation := published_generation(source)) is not None:
+        named = generation.eos_token_id
     return _stops(named, tokenizer)
 
 

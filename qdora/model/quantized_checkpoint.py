@@ -15,7 +15,7 @@ from qdora.errors import UserError
 from qdora.files.json_file import parse_json
 from qdora.model.experts import replaced_in_4_bits
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
-from qdora.ops.bnb_state import from_bnb_state
+from qdora.ops.bnb_state import STATE_NAME, from_bnb_state
 from qdora.ops.codebooks import MXFP4, MXFP4_BLOCK_SIZE
 from qdora.ops.packed import PackedWeight, from_tensors
 
@@ -23,7 +23,6 @@ _PART = re.compile(
     r"(?P<layer>.*)\.(?P<part>SCB|weight_format"
     r"|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))"
 )
-_STATE = "weight.quant_state.bitsandbytes__"
 _SCALES_8BIT = "SCB"
 _E8M0_NAN = 255
 """The exponent of a block scale of MXFP4 that is not a number."""
@@ -147,20 +146,18 @@ def refuse_nan_scales(key: str, exponents: Tensor) -> None:
 def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPacked:
     def read() -> PackedWeight:
         state = {"weight": weight.read(), **{part: item.read() for part, item in parts.items()}}
-        shared = from_bnb_state(state, name=f"model.source: {weight.key}")
-        # Copies, since the mapped file may be replaced while the model is in use.
-        copies = {name: tensor.clone() for name, tensor in shared.tensors().items()}
-        return from_tensors(shared.kind, shared.shape, shared.block_size, copies)
+        # A copy, since the mapped file may be replaced while the model is in use.
+        return from_bnb_state(state, name=f"model.source: {weight.key}").clone()
 
     if _SCALES_8BIT in parts:
         return StoredPacked(weight.key, weight.shape, "int8", weight.shape[-1], double_quant=False, read=read)
-    state_part = next((part for part in parts if part.startswith(_STATE)), None)
+    state_part = next((part for part in parts if part.startswith(STATE_NAME)), None)
     if state_part is None:
-        raise UserError(f"model.source: '{weight.key}' is stored in 4 bits without its {_STATE}* entry.")
+        raise UserError(f"model.source: '{weight.key}' is stored in 4 bits without its {STATE_NAME}* entry.")
     try:
         state = parse_json(bytes(parts[state_part].read().tolist()))
         shape, block_size = tuple(int(size) for size in state["shape"]), int(state["blocksize"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"model.source: the quantisation state of '{weight.key}' is broken: {error!r}") from error
-    kind, nested = state_part.removeprefix(_STATE), "weight.nested_absmax" in parts
+    kind, nested = state_part.removeprefix(STATE_NAME), "weight.nested_absmax" in parts
     return StoredPacked(weight.key, shape, kind, block_size, double_quant=nested, read=read)

@@ -45,7 +45,8 @@ _TOKENIZER_FILES += ("vocab.json", "vocab.txt", "tekken.json")
 # Tokens that models reserve for padding or never emit, best first.
 _PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<unused0>")
 _SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
-_LICENCE_FILES = ["README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"]
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""Texts that a licence may require to be passed on."""
 ADAPTER_DIRECTORY = "adapter"
 """Folder of an `nf4-lora` export with the LoRA that belongs to its base."""
 # A second copy of the weights in the publisher's layout, and sub-folders with other formats: all but adapter/.
@@ -187,7 +188,7 @@ def _from_hub(
             f"model.trust_remote_code: needs model.revision to be a full commit (40 hexadecimal digits), "
             f"got {revision!r}: a branch or tag can be moved to other code."
         )
-    patterns = [*_SMALL_FILES, *_LICENCE_FILES]
+    patterns = [*_SMALL_FILES, "README.md", *LICENCE_FILES]
     patterns += [*(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
     try:
         path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qdora.errors import HubFailure
+from qdora.files.console import errors_only
 from qdora.files.environment import cpu_has_bfloat16
 from qdora.memory.host_residency import Piece, check_host_embedding, obstacle, pinned_bytes
 from qdora.memory.streaming import NUM_SLOTS, Turns
@@ -180,7 +180,7 @@ class _Known:
 
     def new_model(self, dtype: torch.dtype, attention: str) -> PreTrainedModel:
         """A model on the meta device, to be changed."""
-        with _quiet():
+        with errors_only():
             return empty_model(self.config, self.source, dtype, attention)
 
     def model(self, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -282,7 +282,7 @@ class _StepPlan:
         """What several processes could divide."""
         seconds = self._work(num_trainable).block_seconds(self.shape, self.rates)
         pruned = self.recipe.base.prune is not None
-        with _quiet():
+        with errors_only():
             return division_of(skeleton, self._wanted, self.dtype, pruned=pruned, forward_seconds=seconds)
 
     def _step(self) -> _Step:
@@ -295,7 +295,7 @@ class _StepPlan:
         train = recipe.train.optimizer, recipe.train.router_aux_loss > 0
         key = (*model, base, *adapter, *memory, *train, self.shape, self.routing)
         if key not in self.known.steps:
-            with _quiet(), planned_on(self.device_kind, self.routing), torch.random.fork_rng(devices=[]):
+            with errors_only(), planned_on(self.device_kind, self.routing), torch.random.fork_rng(devices=[]):
                 self.known.steps[key] = self._run_step()
         moments, shapes = self.known.steps[key]
         return list(moments), shapes
@@ -572,14 +572,3 @@ def _attention_kind(model: nn.Module, index: int) -> object:
 def local_source(name: str = "config") -> ModelSource:
     """A source for a model whose config is known."""
     return ModelSource("directory", Path(name), name)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the messages of loading: a plan loads a shortened model several times."""
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

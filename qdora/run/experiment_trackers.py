@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from qdora.errors import UserError
+from qdora.errors import UserError, named
 from qdora.files.access_tokens import masked
 
 PROJECT = "qdora"
@@ -122,5 +122,4 @@ def _attempt(started: dict[str, GeneralTracker], name: str, action: Callable[[Ge
 
 
 def _reason(error: Exception) -> str:
-    lines = [line for line in masked(str(error)).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}"
+    return masked(named(error)).rstrip(".")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from qdora.data.commonsense import HUB_TASKS
 from qdora.errors import UserError
 from qdora.evaluation.suite import worse_than_base
 from qdora.files.environment import package_versions
+from qdora.files.json_file import read_json_object
 from qdora.files.markdown_table import markdown_cell, markdown_table
 from qdora.files.run_directory import PLAN_FILE, RunDirectory
 from qdora.model.build_model import find_source
@@ -191,8 +191,7 @@ def _data(source: SourceConfig, id_: str | None) -> str:
 def _read(run: RunDirectory, name: str) -> dict[str, Any]:
     """A JSON file of the run; empty if there is none."""
     file = run.inside(name)
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
+    return read_json_object(file) if file.is_file() else {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qdora.data.shown_examples import EXAMPLES_FILE
-from qdora.errors import first_line
+from qdora.errors import named
 from qdora.evaluation.before_after import task_changes, tasks_of_other_examples
 from qdora.evaluation.suite import LossOrAccuracy
 from qdora.files.json_file import read_json_object
@@ -85,7 +85,7 @@ class _Reader:
         try:
             return read()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self.faults.append(f"{name} is damaged: {type(error).__name__}: {first_line(error)}")
+            self.faults.append(f"{name} is damaged: {named(error)}")
             return None
 
     def json(self, name: str) -> Facts:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from qdora.data.build_data import MIX_COLUMNS, SourcePlan, mix_cells
-from qdora.errors import UserError, first_line
+from qdora.errors import UserError, named
 from qdora.files.atomic import atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.html_page import PageTable, render_page
@@ -57,8 +57,7 @@ def page_of_run(directory: Path, out: Path | None = None, *, console: Console | 
             folder.mkdir(parents=True, exist_ok=True)
             facts = write_page(run, folder / PAGE_FILE)
     except (KeyError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{directory}: a file of the run does not hold what a run writes ({what}).") from error
+        raise UserError(f"{directory}: a file of the run does not hold what a run writes ({named(error)}).") from error
     results.print(f"report: {folder / PAGE_FILE}", markup=False, highlight=False, soft_wrap=True)
     return {"page": str(folder / PAGE_FILE), **facts}
 
@@ -151,8 +150,8 @@ def _overview(facts: Facts) -> dict[str, str]:
     return shown
 
 
-def _table(header: str, num_text: int, rows: Iterable[Sequence[str]]) -> PageTable:
-    """A table whose first `num_text` columns are words; names of columns are separated by |.
+def _table(header: str, rows: Iterable[Sequence[str]]) -> PageTable:
+    """A table whose first column is words; names of columns are separated by |.
 
     Columns without any value are left out.
     """
@@ -162,7 +161,7 @@ def _table(header: str, num_text: int, rows: Iterable[Sequence[str]]) -> PageTab
     ]
     return {
         "header": [names[index] for index in kept],
-        "is_text": [index < num_text for index in kept],
+        "is_text": [index == 0 for index in kept],
         "rows": [[line[index] for index in kept] for line in lines],
     }
 
@@ -171,7 +170,7 @@ def _mix_table(mix: Mapping[str, Any]) -> PageTable:
     """A row per source, as `qdora train` shows it; of a stream what has been seen of it."""
     parts = [SourcePlan(**each) for each in mix.get("sources", ())]
     rows = [mix_cells(replace(part, **_seen(mix, part.name))) for part in parts]
-    return _table("|".join(MIX_COLUMNS), 1, rows)
+    return _table("|".join(MIX_COLUMNS), rows)
 
 
 def _seen(mix: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -182,7 +181,7 @@ def _seen(mix: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _training_loss_table(losses: Sequence[Mapping[str, Any]]) -> PageTable:
     rows = [(each["task"], _number(each["first"]), _number(each["last"])) for each in losses]
-    return _table("task|first tenth of the steps|last tenth", 1, rows)
+    return _table("task|first tenth of the steps|last tenth", rows)
 
 
 def _comparison(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +190,7 @@ def _comparison(found: Mapping[str, Any]) -> dict[str, Any]:
     changes, tables = found["nll_per_token"], []
     if changes:
         header = "task|examples|before|after|change|95 % interval"
-        tables.append(("Loss, nats per answer token", _table(header, 1, map(_loss_row, changes))))
+        tables.append(("Loss, nats per answer token", _table(header, map(_loss_row, changes))))
     if found["acc"]:
         shown: dict[str, Callable[[Any], str]] = {"chance": _percent, "majority": _percent, "num_unparsable": _count}
         known = [name for name in shown if any(each[name] is not None for each in guesses.values())]
@@ -200,7 +199,7 @@ def _comparison(found: Mapping[str, Any]) -> dict[str, Any]:
             (*_accuracy_row(each), *(shown[name](guesses.get(each["task"], {}).get(name)) for name in known))
             for each in found["acc"]
         ]
-        tables.append(("Accuracy, %", _table(header, 1, rows)))
+        tables.append(("Accuracy, %", _table(header, rows)))
     state = "only the untrained base was evaluated" if step == 0 else f"after step {step:,}" if step else "adapter/"
     others = ", ".join(found["other_examples"])
     note = others and (
@@ -251,8 +250,8 @@ def _memory_table(memory: Mapping[str, Any]) -> PageTable:
     if peak is not None or memory["planned_peak"] is not None:
         rows.append(("peak", _size(memory["planned_peak"]), _size(peak)))
     if memory["planned_peak"] is None:
-        return _table("component|measured", 1, [(name, measured) for name, _, measured in rows])
-    return _table("component|planned|measured", 1, rows)
+        return _table("component|measured", [(name, measured) for name, _, measured in rows])
+    return _table("component|planned|measured", rows)
 
 
 def _size(num_bytes: int | None) -> str:
@@ -262,7 +261,7 @@ def _size(num_bytes: int | None) -> str:
 def _time_table(seconds: Mapping[str, float]) -> PageTable:
     total = sum(seconds.values())
     rows = [(what, f"{value:,.1f}", f"{value / total:.1%}") for what, value in seconds.items()]
-    return _table("work|seconds|share", 1, rows)
+    return _table("work|seconds|share", rows)
 
 
 def _layer_table(layers: Sequence[Mapping[str, Any]]) -> PageTable:
@@ -276,7 +275,7 @@ def _layer_table(layers: Sequence[Mapping[str, Any]]) -> PageTable:
         rank = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
         moved = [_mean(found, "magnitude_moved"), _most(found, "magnitude_moved_most"), _mean(found, "update")]
         rows.append((kind, f"{len(found):,}", rank, *(_MISSING if each is None else f"{each:.2%}" for each in moved)))
-    return _table("layer|number|rank|moved, mean|moved, most|update", 1, rows)
+    return _table("layer|number|rank|moved, mean|moved, most|update", rows)
 
 
 def _mean(layers: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -295,7 +294,7 @@ def _audits(audits: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, Pa
         found.setdefault(each["verdict"], {}).setdefault(_audit_rows(each["forms"]), []).append(each["name"])
     header = "form|largest logit difference|mean KL, nats|same next token"
     return {
-        verdict: [(", ".join(names), _table(header, 1, rows)) for rows, names in tables.items()]
+        verdict: [(", ".join(names), _table(header, rows)) for rows, names in tables.items()]
         for verdict, tables in found.items()
     }
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from qdora.evaluation.before_after import tasks_of_other_examples
 from qdora.evaluation.generation import GenerationResult, evaluate_generated
 from qdora.evaluation.shared_batches import batches_shared
 from qdora.evaluation.suite import EvaluationResult, evaluate, worse_than_base
-from qdora.files.console import suite_bar
+from qdora.files.console import errors_only, suite_bar
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import MACRO
@@ -117,12 +116,12 @@ def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> R
     in one of them, the others raise OtherProcessFailed; after a KeyboardInterrupt, once its process has ended.
     """
     if processes.size == 1 or processes.shards:
-        with _told_once(processes):
+        with errors_only(not processes.is_first):
             result = processes.first_or_all(evaluate)
         assert result is not None, "an evaluation has a result"
         return result
     try:
-        with _told_once(processes), batches_shared(processes.rank, processes.size, processes.exchange):
+        with errors_only(not processes.is_first), batches_shared(processes.rank, processes.size, processes.exchange):
             result = evaluate()
     except (OtherProcessFailed, KeyboardInterrupt):
         raise  # perhaps within an exchange, of which the others would take one more message for a part
@@ -131,18 +130,6 @@ def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> R
         raise
     processes.exchange(None)  # the first process writes files, which can fail
     return result
-
-
-@contextmanager
-def _told_once(processes: Processes) -> Iterator[None]:
-    """Only the first process tells what all of them find."""
-    before = logger.level
-    if not processes.is_first:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:

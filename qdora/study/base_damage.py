@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from qdora.data.build_data import run_examples
 from qdora.data.tokenize import encode_pairs
 from qdora.evaluation.hidden_states import hidden_state_errors
@@ -37,10 +39,17 @@ def base_damage(recipe: Recipe, directory: Path) -> dict[str, Any]:
     if not texts:
         return {}
     measured: dict[str, Any] = {"perplexity": text_perplexity(base.model, base.tokenizer, texts).perplexity}
-    if recipe.base.quant == "none" and recipe.base.prune is None:
+    reference = uncompressed_base(recipe)
+    if reference is None:
         return measured
-    dense = recipe.model_copy(update={"base": BaseWeightsConfig(quant="none")})
-    reference = load_base(dense, find_model(dense)[0], choose_compute(dense.model.dtype))
     ids = [encoded for encoded, _ in encode_pairs(base.tokenizer, [("", text) for text in texts])]
     errors = hidden_state_errors(base.model, reference, ids)
     return measured | {"hidden_errors": errors, "hidden_error": errors[-1]}
+
+
+def uncompressed_base(recipe: Recipe) -> PreTrainedModel | None:
+    """The base of a recipe before it is quantised or pruned; None if the recipe does neither."""
+    if recipe.base.quant == "none" and recipe.base.prune is None:
+        return None
+    dense = recipe.model_copy(update={"base": BaseWeightsConfig(quant="none")})
+    return load_base(dense, find_model(dense)[0], choose_compute(dense.model.dtype))

@@ -18,13 +18,12 @@ from qdora.data.build_data import run_examples
 from qdora.data.example import Example
 from qdora.evaluation.loglikelihood import score_answers
 from qdora.evaluation.suite import spread
-from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import adapted_layers
 from qdora.model.model_size import model_size
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.recipe.settings import BaseWeightsConfig, Recipe
-from qdora.run.load_base import load_base
+from qdora.recipe.settings import Recipe
 from qdora.run.load_run import load_run
+from qdora.study.base_damage import uncompressed_base
 
 EXAMPLES_OF_TASK = 15
 """Examples of each evaluated task that the loss without a block's adapter is measured on."""
@@ -108,10 +107,9 @@ def _nll(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> float
 @torch.no_grad()
 def _errors_undone(recipe: Recipe, layers: Mapping[str, AdaptedLinear]) -> Iterator[tuple[str, dict[str, float]]]:
     """Path -> columns of `ErrorUndone`; nothing for an uncompressed base."""
-    if recipe.base.quant == "none" and recipe.base.prune is None:
+    reference = uncompressed_base(recipe)
+    if reference is None:
         return
-    dense = recipe.model_copy(update={"base": BaseWeightsConfig(quant="none")})
-    reference = load_base(dense, find_model(dense)[0], choose_compute(dense.model.dtype))
     for path, layer in layers.items():
         base = layer.base.dequantized(torch.float32)
         error = base - reference.get_submodule(path).weight.float()

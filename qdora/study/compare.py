@@ -36,7 +36,6 @@ from qdora.study.study_directory import StudyDirectory
 BASE_ARM = "no adapter"
 """Name of the arm of a base that the grid did not name."""
 
-CONFIDENCE = 0.95
 Records = Sequence[Mapping[str, Any]]
 """Cells as `Cell.record` gives them."""
 
@@ -202,7 +201,7 @@ def seed_improvements(terms: Sequence[Term], results: Results, measure: str) -> 
 
 def improvement_interval(by_seed: Mapping[str, float], study: Study) -> Interval:
     """Student's t interval over the seeds of `seed_improvements`."""
-    return statistics.t_interval(list(by_seed.values()), CONFIDENCE, num_first=num_first_seeds(study, by_seed))
+    return statistics.t_interval(list(by_seed.values()), num_first=num_first_seeds(study, by_seed))
 
 
 def _differences(terms: Sequence[Term], seeds: Sequence[str], results: Results, measure: str) -> list[SeedScores]:
@@ -408,7 +407,7 @@ def _planned(compare: CompareConfig, num_seeds: int, num_first: int, *, is_prima
     if not is_primary or compare.spread is None or num_first < 2:
         return {}
     of_mean = Spread(compare.spread / math.sqrt(num_seeds), num_first - 1)
-    return {"half_width_planned": of_mean.half_width(CONFIDENCE)}
+    return {"half_width_planned": of_mean.half_width}
 
 
 def _or_least(p: float) -> float:
@@ -482,9 +481,9 @@ def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
     if not values or any(map(math.isnan, values)):
         return None
     if arm.kind != "base":
-        return statistics.t_interval(values, CONFIDENCE)
+        return statistics.t_interval(values)
     (key,) = arm.seeds.values()
-    return statistics.example_interval(results.scores(key)[measure], results.weighting(measure), CONFIDENCE)
+    return statistics.example_interval(results.scores(key)[measure], results.weighting(measure))
 
 
 def wide_pairs(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig) -> list[tuple[Arm, Arm]]:

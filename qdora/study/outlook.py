@@ -15,7 +15,6 @@ from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
 from qdora.study.cells import Cell, Cells, Expander
 from qdora.study.compare import (
-    CONFIDENCE,
     NamedComparison,
     Results,
     find_arms,
@@ -148,7 +147,7 @@ def outlooks(cells: Cells, results: Results) -> list[Outlook]:
                 num_seeds=number,
                 spread=spread,
                 source=source,
-                half_width=of_mean.half_width(CONFIDENCE),
+                half_width=of_mean.half_width,
                 smallest_detectable=detectable,
             )
         )

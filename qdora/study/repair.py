@@ -15,7 +15,7 @@ from typing import Any
 
 from qdora.study import statistics
 from qdora.study.cells import Kind, base_axes
-from qdora.study.compare import CONFIDENCE, Arm, Results, improvement_interval, quality, seed_improvements
+from qdora.study.compare import Arm, Results, improvement_interval, quality, seed_improvements
 from qdora.study.grid import Study, num_first_seeds
 from qdora.study.scores import combined
 
@@ -53,7 +53,7 @@ def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, Any
         return row | {"repair_reason": "the transplant is not significantly worse"}
     shared = [seed for seed in damage if seed in repaired]
     above, below = ([values[each] for each in shared] for values in (repaired, damage))
-    share = statistics.ratio_interval(above, below, CONFIDENCE, num_first=num_first_seeds(study, shared))
+    share = statistics.ratio_interval(above, below, num_first=num_first_seeds(study, shared))
     return row | share.columns("repaired_share") | {"repair_reason": ""}
 
 
@@ -93,4 +93,4 @@ def damage_row(arm: Arm, results: Results) -> dict[str, Any]:
         return row
     scores = [results.scores(each)["choice_nll"] for each in (key, str(arm.dense_key))]
     lost = combined([(1.0, scores[0]), (-1.0, scores[1])])
-    return row | statistics.example_interval(lost, "equal", CONFIDENCE).columns("damage_choice")
+    return row | statistics.example_interval(lost, "equal").columns("damage_choice")

@@ -21,7 +21,6 @@ from qdora.study.by_layer import block_of
 from qdora.study.cells import equal_in_words
 from qdora.study.compare import (
     BASE_ARM,
-    CONFIDENCE,
     Arm,
     Results,
     comparisons,
@@ -35,6 +34,7 @@ from qdora.study.repair import damage_row, repair_row
 from qdora.study.report_contents import Report, Row, Rows
 from qdora.study.report_page import html_page, markdown_page, shown_tables
 from qdora.study.scores import HIGHER_IS_BETTER
+from qdora.study.statistics import CONFIDENCE
 from qdora.study.study_directory import StudyDirectory, read_index
 from qdora.study.verdict import verdict
 

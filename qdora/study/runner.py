@@ -6,7 +6,6 @@ a finished one never runs again.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -26,10 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qdora.data.sources import has_split
-from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line, not_one_of
+from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line, named, not_one_of
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import atomic_directory, disk_failures
 from qdora.files.console import consoles
+from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.failed_allocation import free_memory
 from qdora.model.build_model import find_model
@@ -362,9 +362,7 @@ def _concluded(
     return {"directory": str(directory)} | counts | {"num_waiting": num_waiting}
 
 
-def run_cells(
-    cells: Sequence[Cell], store: StudyDirectory, work: Work, report: AfterAttempt | None = None
-) -> CellTally:
+def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: AfterAttempt | None = None) -> None:
     """Run every cell that has no result and that no other process works on, until none is left.
 
     An exception in `work` is recorded as a failure; the cell is tried again after the others, `store.retries` times. A
@@ -388,7 +386,6 @@ def run_cells(
                     busy = True
             finally:
                 claim.release()
-    return tally(cells, store)
 
 
 def tally(cells: Sequence[Cell], store: StudyDirectory) -> CellTally:
@@ -414,7 +411,7 @@ def _attempt(cell: Cell, store: StudyDirectory, claim: Claim, work: Work, report
         event = "failed"
         if claim.is_mine():
             store.add_failure(cell.key, _failure(error))
-        logger.warning("%s: %s", cell.key, _reason(error))
+        logger.warning("%s: %s", cell.key, masked(named(error)))
     if report is not None:
         report(cell, event, time.perf_counter() - began)
 
@@ -430,12 +427,7 @@ def _failure(error: Exception) -> dict[str, Any]:
     lines = [line for text in traceback.format_exception(error) for line in text.splitlines()]
     where = [masked(line) for line in lines[-_TRACEBACK_LINES:]]
     who = {"host": socket.gethostname(), "pid": os.getpid()}
-    return {"kind": "error", "reason": _reason(error), "traceback": where} | who
-
-
-def _reason(error: Exception) -> str:
-    first = next((line for line in str(error).splitlines() if line.strip()), "")
-    return masked(f"{type(error).__name__}: {first}")
+    return {"kind": "error", "reason": masked(named(error)), "traceback": where} | who
 
 
 def cell_work(store: StudyDirectory) -> Work:
@@ -455,7 +447,7 @@ def cell_work(store: StudyDirectory) -> Work:
             if not cell.is_trained:
                 raise
             config = load_config(find_model(cell.recipe)[0]).get_text_config()
-            return {"diverged": _reason(error), "num_vocabulary": config.vocab_size}
+            return {"diverged": masked(named(error)), "num_vocabulary": config.vocab_size}
         finally:  # make room for the model of the next cell
             free_memory()
 
@@ -500,8 +492,7 @@ def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
     """Errors of every layer of a pruned base; for a cell without training, also of a base that is only quantised."""
     file = run.inside(_COMPRESSED)
     if file.is_file():
-        found: dict[str, Any] = json.loads(file.read_bytes())
-        return found
+        return read_json_object(file)
     base = cell.recipe.base
     if cell.kind != "base" or base.quant == "none":
         return None

@@ -22,6 +22,9 @@ from qdora.evaluation.metrics import LEAST_P
 Array = NDArray[np.float64]
 Weighting = Literal["tokens", "equal"]
 
+CONFIDENCE = 0.95
+"""That of all intervals over seeds or examples."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -79,9 +82,10 @@ class Spread:
     stderr: float
     free: float
 
-    def half_width(self, confidence: float) -> float:
+    @property
+    def half_width(self) -> float:
         """Half of the t interval."""
-        return -float(special.stdtrit(self.free, (1 - confidence) / 2)) * self.stderr
+        return -float(special.stdtrit(self.free, (1 - CONFIDENCE) / 2)) * self.stderr
 
     def p(self, value: float) -> float:
         """Two-sided p-value of 'the true value is 0'."""
@@ -139,9 +143,9 @@ def seed_spread(values: Sequence[float], num_first: int | None = None) -> Spread
     return Spread(float(first.std(ddof=1)) / math.sqrt(len(values)), first.size - 1)
 
 
-def t_interval(values: Sequence[float], confidence: float = 0.95, *, num_first: int | None = None) -> Interval:
+def t_interval(values: Sequence[float], *, num_first: int | None = None) -> Interval:
     """Mean of one number a seed with Student's t interval by `seed_spread`; of a single number without ends."""
-    mean, half = float(np.mean(values)), seed_spread(values, num_first).half_width(confidence)
+    mean, half = float(np.mean(values)), seed_spread(values, num_first).half_width
     return Interval(mean, mean - half, mean + half)
 
 
@@ -174,16 +178,14 @@ def example_spread(seeds: Sequence[SeedScores], weighting: Weighting) -> Spread:
     return Spread(math.sqrt(variance), variance**2 / squares if squares else math.inf)
 
 
-def example_interval(tasks: SeedScores, weighting: Weighting, confidence: float) -> Interval:
+def example_interval(tasks: SeedScores, weighting: Weighting) -> Interval:
     """`weighted_mean` of one run with its t interval over the examples."""
     mean = weighted_mean(tasks, weighting)
-    half = example_spread([tasks], weighting).half_width(confidence)
+    half = example_spread([tasks], weighting).half_width
     return Interval(mean, mean - half, mean + half)
 
 
-def ratio_interval(
-    above: Sequence[float], below: Sequence[float], confidence: float = 0.95, *, num_first: int | None = None
-) -> Interval:
+def ratio_interval(above: Sequence[float], below: Sequence[float], *, num_first: int | None = None) -> Interval:
     """Mean of `above` / mean of `below`, of the same seeds, with Fieller's interval; without ends if it is not bounded.
 
     The interval holds every r for which the t interval of above - r below contains 0. `num_first` is that of
@@ -197,7 +199,7 @@ def ratio_interval(
     number = len(above[first])
     if number < 2:
         return Interval(value, math.nan, math.nan)
-    critical = float(special.stdtrit(number - 1, (1 - confidence) / 2))
+    critical = float(special.stdtrit(number - 1, (1 - CONFIDENCE) / 2))
     covariance = np.cov(above[first], below[first]) / len(above) * critical**2
     # (a - r b)^2 <= t^2 var(above - r below) is square r^2 - 2 middle r + constant <= 0
     square, middle, constant = b**2 - covariance[1, 1], a * b - covariance[0, 1], a**2 - covariance[0, 0]

@@ -49,11 +49,11 @@ class StudyDirectory:
     Missing folders are made, but not without `makes`, for a look at what is there.
     """
 
-    def __init__(self, path: Path, *, retries: int = 1, stale_seconds: float = 3600.0, makes: bool = True) -> None:
+    def __init__(self, path: Path, *, retries: int = 1, makes: bool = True) -> None:
         self.path, self.retries = path, retries
         for name in _FOLDERS if makes else ():
             (path / name).mkdir(parents=True, exist_ok=True)
-        self.claims = Claims(path / "claims", stale_seconds=stale_seconds)
+        self.claims = Claims(path / "claims")
 
     def cell(self, key: str) -> Path:
         """The run directory of a cell."""
