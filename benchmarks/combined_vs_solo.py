@@ -21,7 +21,6 @@ from combined_summary import TOGETHER, summary
 from measure import RESULTS, facts
 from shared_study import (
     RATES,
-    SEEDS,
     SMOKE_RATES,
     TRAINED_TASKS,
     add_run_options,
@@ -71,7 +70,7 @@ def grid(args: argparse.Namespace, tasks: tuple[str, ...]) -> dict[str, Any]:
         "recipe": "quickstart",
         "settings": {"adapter.kind": "dora", "adapter.rank": 16, "adapter.alpha": 32.0, **settings},
         "product": {"data": {TOGETHER: {"data.mix": mix}, **alone}},
-        "seeds": list(SEEDS),
+        "seeds": [0, 1, 2],  # as many as in grids/compressed.yaml
         "rates": SMOKE_RATES if args.smoke else RATES,
         "bases": False,
         "compare": {
