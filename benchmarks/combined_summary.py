@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from qdora.study.compare import Arm, Results, comparisons, find_arms
 from qdora.study.grid import Study
 from qdora.study.scores import CellScores, Part
+from qdora.study.statistics import weighted_mean
 from qdora.study.study_directory import StudyDirectory, read_index
 
 TOGETHER, ALONE, WHOLE = "combined", "alone", "all tasks"
@@ -18,15 +20,16 @@ MEASURES = ("nll_per_token", "acc")
 
 
 class _Joined(Results):
-    """Results in which the runs of single tasks with one seed are one cell, and in which only `tasks` count.
+    """Results in which the runs of single tasks with one seed are one cell, and in which only some tasks count.
 
     Args:
-        alone: Task -> its arm.
+        together: The combined runs.
+        alone: Task -> its arm; only these tasks count.
     """
 
-    def __init__(self, store: StudyDirectory, study: Study, alone: dict[str, Arm], tasks: Sequence[str]) -> None:
+    def __init__(self, store: StudyDirectory, study: Study, together: Arm, alone: dict[str, Arm]) -> None:
         super().__init__(store, study)
-        self.alone, self.tasks = alone, tasks
+        self.together, self.alone = together, alone
 
     def _keys(self, key: str) -> list[str]:
         """The cells of which `key`, a cell or a seed, consists."""
@@ -41,10 +44,23 @@ class _Joined(Results):
         measures = {measure for each in found for measure in each}
         return {
             measure: {
-                task: scores for each in found for task, scores in each.get(measure, {}).items() if task in self.tasks
+                task: scores for each in found for task, scores in each.get(measure, {}).items() if task in self.alone
             }
             for measure in measures
         }
+
+    def _worst(self, key: str, measure: str) -> float:
+        """Of runs of single tasks the diverged ones alone have the worst score."""
+        keys, whole = self._keys(key), self.together.seeds.get(key)
+        if keys == [key] or whole is None or super().diverged(whole):
+            return super()._worst(keys[0], measure)
+        tasks = {}
+        for task, arm in self.alone.items():
+            found = super().scores(whole if super().diverged(arm.seeds[key]) else arm.seeds[key])[measure][task]
+            if super().diverged(arm.seeds[key]):
+                found = replace(found, values=super()._worst(arm.seeds[key], measure) * found.weights)
+            tasks[task] = found
+        return weighted_mean(tasks, self.weighting(measure))
 
 
 def summary(directory: Path, tasks: Sequence[str]) -> dict[str, Any]:
@@ -58,13 +74,13 @@ def summary(directory: Path, tasks: Sequence[str]) -> dict[str, Any]:
     arms = {arm.name: arm for arm in find_arms(index["cells"], Results(store, study))}
     missing = [name for name in (TOGETHER, *tasks) if name not in arms]
     if missing:
-        raise SystemExit(f"no run is finished for: {', '.join(missing)}; the same command goes on")
+        raise SystemExit(f"no run is finished, or every learning rate diverged, for: {', '.join(missing)}")
     together, alone = arms[TOGETHER], {task: arms[task] for task in tasks}
 
     def compared(names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Rows of the comparison on these tasks, and the mean scores of both sides."""
         parts = {task: alone[task] for task in names}
-        both, joined = (together, _joined_arm(list(parts.values()))), _Joined(store, study, parts, names)
+        both, joined = (together, _joined_arm(list(parts.values()))), _Joined(store, study, together, parts)
         rows = comparisons(both, joined, MEASURES, index["cells"])
         shared = [seed for seed in together.seeds if seed in both[1].seeds]
         means = {

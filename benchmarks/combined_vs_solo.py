@@ -57,8 +57,9 @@ def main() -> None:
     if args.resume_from is not None:
         resume_from(args.resume_from, document, args.dir)
     has_ended = run_cells(document, args.dir, 0 if args.report else args.processes, hours=args.hours)
-    if has_ended and (args.out is not None or not args.report):
-        keep_scores(args.dir, args.out or RESULTS / NAME, head | summary(args.dir, tasks))
+    if has_ended:
+        default = args.dir / "report" if args.report else RESULTS / NAME
+        keep_scores(args.dir, args.out or default, head | summary(args.dir, tasks))
 
 
 def grid(args: argparse.Namespace, tasks: tuple[str, ...]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 from byte_tokenizer import write_model
 from measure import RESULTS
 from mixed_data import TASKS
-from study_archive import SCORES_FILE, pack, unpack
+from study_archive import SCORES_FILE, hide_places, pack, unpack
 
 from qdora.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text
 from qdora.study.report import read_report, report_run
@@ -135,12 +135,7 @@ def keep_scores(directory: Path, out: Path, head: dict[str, Any], *, report: Pat
     else:
         shutil.copytree(report, out)
     document = yaml.safe_load((directory / "grid.yaml").read_text(encoding="utf-8"))
-    for settings in (document["settings"], *_choices(document)):
-        for source in settings.get("data.mix", ()):
-            if "path" in source:
-                source["path"] = f"DATA/{source['task']}"
-            elif "name" in source:
-                source["source"] = f"DATA/{source['name']}"
+    hide_places(document)
     atomic_write_text(out / "grid.yaml", yaml.safe_dump(document, sort_keys=False))
     index, store = read_index(directory), StudyDirectory(directory, makes=False)
     number = len(index["cells"]) + sum(index["num_waiting"].values())
@@ -148,9 +143,3 @@ def keep_scores(directory: Path, out: Path, head: dict[str, Any], *, report: Pat
     atomic_write_json(out / "run.json", head | cells)
     atomic_write_bytes(out / SCORES_FILE, pack(directory))
     print(f"kept in {out}")
-
-
-def _choices(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The settings of every label of the axes of a study file."""
-    for axis in document.get("product", {}).values():
-        yield from axis.values() if isinstance(axis, dict) else ()

@@ -44,12 +44,24 @@ def pack(directory: Path) -> bytes:
             lines = run.metrics() if run.metrics_file.is_file() else []
             losses = [[line["step"], line["loss"]] for line in lines if line.get("loss") is not None]
         cells.append({"cell": cell, "result": result, "scores": scores, "losses": losses})
-    # Names of this machine are in the settings alone, which no number depends on
+    # Names of this machine are in the settings, which no number depends on, and in sources of the axes
     study = {name: value for name, value in index["study"].items() if name not in ("recipe", "settings")}
+    hide_places(study)
     dense = {cell["dense_key"] for cell in index["cells"] if cell["kind"] == "base"}
     guesses = {key: found for key in sorted(dense) if (found := read_guesses(store.shared("guesses", key)))}
     text = json.dumps({"study": study, "guesses": guesses, "cells": cells}, separators=(",", ":"))
     return lzma.compress(text.encode(), preset=6)
+
+
+def hide_places(study: dict[str, Any]) -> None:
+    """Put DATA in the place of the folder of the data, in a study file and in the labels of its axes."""
+    axes = (axis.values() for axis in study.get("product", {}).values() if isinstance(axis, dict))
+    for settings in (study.get("settings", {}), *(choice for axis in axes for choice in axis)):
+        for source in settings.get("data.mix", ()):
+            if "path" in source:
+                source["path"] = f"DATA/{source['task']}"
+            elif "name" in source:
+                source["source"] = f"DATA/{source['name']}"
 
 
 def unpack(packed: bytes, grid: Path, directory: Path) -> int:

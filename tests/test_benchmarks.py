@@ -450,6 +450,20 @@ def test_combined_vs_solo(tmp_path: Path) -> None:
         for before, after in zip(rows, again["comparisons"][name], strict=True):
             assert after["verdict"] == before["verdict"]
             assert math.isclose(after["improvement"], before["improvement"], abs_tol=1e-8), "scores have 9 decimals"
+    # A single task that diverged has the score of a uniform guess over the vocabulary, the other one keeps its own
+    (key,) = (
+        each["cell"]["key"]
+        for each in archive["cells"]
+        if each["cell"]["kind"] == "trained"
+        and each["cell"]["labels"].items() >= {"data": "demo/odd", "seed": "1"}.items()
+    )
+    (tmp_path / f"study/results/{key}.json").write_text(json.dumps({"diverged": "Diverged: x", "num_vocabulary": 400}))
+    tokens = sums["demo/odd", "1", "demo/odd"][1]
+    sums["demo/odd", "1", "demo/odd"] = math.log(400) * tokens, tokens
+    lost = run("--dir", str(tmp_path / "study"), "--report")["comparisons"]["all tasks"][0]
+    assert lost["num_diverged"] == 1
+    expected = statistics.mean(improvement(seed, tasks) for seed in ("0", "1", "2"))
+    assert math.isclose(lost["improvement"], expected, abs_tol=1e-7)
 
 
 def test_data_loading(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_code_of_another_repository_is_refused_since_no_commit_fixes_it(
     old = json.loads((snapshot / file).read_text()) if (snapshot / file).is_file() else {}
     (snapshot / file).write_text(json.dumps(old | {"auto_map": classes}))
     resolve("org/name", COMMIT)  # runs no code
-    with pytest.raises(UserError, match=rf"trust_remote_code: org/name: {file} takes code out of org/other, at a"):
+    with pytest.raises(UserError, match=rf"trust_remote_code: org/name: {file} takes code from org/other on the Hub"):
         resolve("org/name", COMMIT, trust_remote_code=True)
 
 

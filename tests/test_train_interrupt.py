@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
+from qdora.cli import verb
 from qdora.cli.verb import end_as_by_ctrl_c, explain
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.run import writer
+from qdora.run.run_facts import run_facts
 from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
 from qdora.train import interrupt, loop
@@ -28,11 +30,14 @@ from tests import tiny_run
 from tests.run_files import assert_same_run, trained
 
 STOPPING = [SIGINT, SIGTERM, SIGHUP]
+PROBED = {"interference__every": 3, "data__validation_fraction": 0.2}
 
 
 @pytest.fixture(autouse=True)
-def heeded() -> Iterator[None]:
-    """A shell may have started the tests with some of them ignored."""
+def heeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A shell may have started the tests with some of them ignored, and shows their output on a terminal."""
+    for module in (verb, interrupt):
+        monkeypatch.setattr(module, "leave_terminal", lambda: None)
     handlers = {SIGINT: signal.default_int_handler, SIGTERM: signal.SIG_DFL, SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
@@ -71,7 +76,9 @@ def in_save(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Non
 
 
 @pytest.mark.parametrize(
-    ("number", "step"), [(SIGINT, 3), (SIGTERM, 3), (SIGHUP, 3), (SIGTERM, 6)], ids=["INT", "TERM", "HUP", "last step"]
+    ("number", "step", "probed"),
+    [(SIGINT, 3, {}), (SIGTERM, 3, {}), (SIGHUP, 3, {}), (SIGTERM, 6, {}), (SIGTERM, 6, PROBED)],
+    ids=["INT", "TERM", "HUP", "last step", "last step, probed"],
 )
 def test_a_signal_finishes_the_step_saves_and_gives_130(
     root: Path,
@@ -81,18 +88,46 @@ def test_a_signal_finishes_the_step_saves_and_gives_130(
     capfd: pytest.CaptureFixture[str],
     number: signal.Signals,
     step: int,
+    probed: dict[str, float],
 ) -> None:
     before = [signal.getsignal(each) for each in STOPPING]
     in_step(monkeypatch, step, send(number, SIGTERM))  # a launcher passes it on at once: still one request
     with pytest.raises(Interrupted, match=rf"stopped after step {step}; saved to .*step-{step}") as raised:
-        train_run(tiny_run.recipe(root), tmp_path / "run")
+        train_run(tiny_run.recipe(root, **probed), tmp_path / "run")
     assert explain(raised.value)[1] == 130
     assert "A second signal stops at once" in capfd.readouterr().err
     assert [signal.getsignal(each) for each in STOPPING] == before
     assert [line["step"] for line in trained(tmp_path / "run")] == list(range(1, step + 1))
     monkeypatch.undo()
+    train_run(tiny_run.recipe(root, **probed), tmp_path / "run", resume=True)
+    if probed:
+        metrics = RunDirectory(tmp_path / "run").metrics()
+        assert [line["step"] for line in metrics if "interference" in line] == [3, 6]
+    else:
+        assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_signal_in_the_last_checkpoint_stops_before_the_last_evaluation(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_save(monkeypatch, 6, send(SIGTERM))
+    with pytest.raises(Interrupted, match=r"stopped after step 6; saved to .*step-6"):
+        train_run(tiny_run.recipe(root), tmp_path / "run")
+    assert not [line for line in RunDirectory(tmp_path / "run").metrics() if "eval" in line and line["step"] == 6]
+    monkeypatch.undo()
     train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_an_extended_run_that_is_stopped_in_its_last_step_is_not_finished(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_run(tiny_run.recipe(root, train__steps=4), tmp_path / "run")
+    in_step(monkeypatch, 2, send(SIGTERM))
+    with pytest.raises(Interrupted, match="stopped after step 6"):
+        train_run(tiny_run.recipe(root, train__steps=6), tmp_path / "run", resume=True)
+    status = run_facts(RunDirectory(tmp_path / "run"))["status"]
+    assert (status["state"], status["num_done"], status["adapter_step"]) == ("unfinished", 6, 4)
 
 
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
@@ -132,19 +167,22 @@ def test_signals_that_are_ignored_or_a_launchers_stay_so() -> None:
     assert signal.getsignal(SIGHUP) is signal.SIG_IGN
     with pytest.raises(KeyboardInterrupt):
         send(SIGTERM)()
+    send(SIGTERM)()  # a launcher repeats it: the first one's clean-up goes on
 
 
-@pytest.mark.parametrize("setting", ["end_as_by_ctrl_c({})", "stack.enter_context(stop_on_signal())"])
+@pytest.mark.parametrize("setting", ["end_as_by_ctrl_c({})", "stop = stack.enter_context(stop_on_signal())"])
 def test_a_closed_terminal_does_not_hide_the_end(tmp_path: Path, setting: str) -> None:
     """Each write to it would fail with an error of its own."""
     code = f"""
 import contextlib, sys, time
+from qdora.cli import verb
 from qdora.cli.verb import end_as_by_ctrl_c
 from qdora.train.interrupt import stop_on_signal
 with contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
     {setting}
     print("ready", flush=True)
-    time.sleep(60) if "ctrl" in {setting!r} else time.sleep(1)
+    while not stack._exit_callbacks or not stop.requested:
+        time.sleep(0.05)
 print("told", flush=True)
 print("told", file=sys.stderr, flush=True)
 sys.exit(7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 import os
 import signal
 import sys
@@ -21,7 +22,8 @@ import typer
 
 from qdora.errors import Interrupted, RunFailure, UserError, named
 from qdora.files.atomic import json_text
-from qdora.files.console import leave_terminal, show_only
+from qdora.files.console import show_only
+from qdora.files.end_signals import END_SIGNALS, SAME_REQUEST_SECONDS, leave_terminal
 
 USER_MISTAKE, FAILURE, INTERRUPT = 2, 1, 130
 
@@ -101,20 +103,22 @@ def end_as_by_ctrl_c(environment: Mapping[str, str] = os.environ) -> None:
     """
     if "WORLD_SIZE" in environment:
         return
-    here = os.getpid()
+    here, asked_at = os.getpid(), -math.inf
 
     def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() != here:  # a worker that a library forks is ended by SIGTERM, too, and has nothing to tell
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        nonlocal asked_at
+        before, asked_at = asked_at, time.monotonic()
         if number != signal.SIGTERM:
             leave_terminal()
-        signal.default_int_handler(number, frame)
+        if asked_at - before >= SAME_REQUEST_SECONDS:  # else it would cut off what the first one has begun to clean up
+            signal.default_int_handler(number, frame)
 
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+    for number in END_SIGNALS:
+        if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, end)
 
 
@@ -136,7 +140,11 @@ def repeat_lost_interrupts() -> None:
             frame.f_code is raised_nowhere.__code__ for frame, _ in traceback.walk_stack(sys._current_frames()[main])
         ):
             time.sleep(0.01)
-        signal.pthread_kill(main, signal.SIGINT)
+        number = signal.SIGINT
+        if signal.getsignal(number) is signal.SIG_IGN:  # a background job of a script: it was a SIGTERM
+            number = signal.SIGTERM
+            time.sleep(SAME_REQUEST_SECONDS)
+        signal.pthread_kill(main, number)
 
     if hasattr(signal, "pthread_kill"):  # not on Windows
         sys.unraisablehook = raised_nowhere

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -61,16 +59,3 @@ def suite_bar(console: Console, what: str) -> Iterator[Callable[[str, int, int],
     """`bar` for an evaluation of several tasks."""
     with bar(console, what) as update:
         yield lambda task, done, total: update(done, total)
-
-
-def leave_terminal() -> None:
-    """Let what this process prints on a terminal go nowhere; files and pipes still get it.
-
-    For SIGHUP, which tells that the terminal closes: each write to it would fail, and hide why the process ends.
-    """
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        with suppress(OSError):  # closed
-            if stat.S_ISCHR(os.fstat(stream).st_mode):
-                os.dup2(nowhere, stream)
-    os.close(nowhere)

@@ -212,8 +212,9 @@ def _check_place_of_code(path: Path, source: str) -> None:
         for name in (name for each in classes for name in (each if isinstance(each, list) else [each])):
             if isinstance(name, str) and "--" in name:
                 raise UserError(
-                    f"model.trust_remote_code: {source}: {file.name} takes code out of {name.partition('--')[0]}, at a "
-                    "commit that model.revision does not fix. Fix: use a model that has its code in its own files."
+                    f"model.trust_remote_code: {source}: {file.name} takes code from {name.partition('--')[0]} on the "
+                    "Hub at its newest commit, which model.revision does not fix. Fix: use a model that has its "
+                    "code in files of its own."
                 )
 
 

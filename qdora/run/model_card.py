@@ -141,7 +141,7 @@ def run_card(
             title=run.path.resolve().name,
             form=form,
             multimodal=trained_part is not None,
-            has_own_code=recipe.model.trust_remote_code,
+            has_own_code=form != "gguf" and recipe.model.trust_remote_code and _has_code(source),
             licence=None if source is None else licence_of(source),
             licence_files=() if source is None or form == "run" else list(licence_files(source)),
             method=method,
@@ -175,6 +175,10 @@ def _source(recipe: Recipe) -> ModelSource | None:
         return find_source(recipe, weights=False)
     except UserError:  # moved or not reachable: the card says less
         return None
+
+
+def _has_code(source: ModelSource | None) -> bool:
+    return source is not None and any(source.path.glob("*.py"))
 
 
 def _data_id(source: SourceConfig) -> str | None:

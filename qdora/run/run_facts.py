@@ -111,7 +111,7 @@ def _status(run: RunDirectory, recipe: Recipe, reader: _Reader, mix: Facts, metr
         state = "not trained"
     elif run.adapter.is_dir() and best is not None and num_done <= best["num_done"] < best["num_steps"]:
         state = "stopped early"
-    elif run.adapter.is_dir() and num_steps is not None and num_done >= num_steps:
+    elif run.adapter.is_dir() and num_steps is not None and min(num_done, trained) >= num_steps:
         state = "finished"
     return {
         "state": state,

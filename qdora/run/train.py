@@ -142,8 +142,8 @@ def _fit(trainer: Trainer, optimizer: AdapterOptimizer, start: int) -> int:
     bar = TrainingProgress(active.num_steps, start=start, console=active.console)
     with stop_on_signal(active.processes) as stop, bar as progress:
         if _measure_left_out(trainer, hooks, start, stop):
-            return start
-        return fit(
+            return _ended(trainer, start, stop)
+        done = fit(
             active.model,
             optimizer,
             active.loader,
@@ -162,6 +162,14 @@ def _fit(trainer: Trainer, optimizer: AdapterOptimizer, start: int) -> int:
             loss_chunk=None if chunk == "auto" else chunk,
             task_weights=task_weights(active.recipe, active.loader),
         )
+        return _ended(trainer, done, stop)
+
+
+def _ended(trainer: Trainer, done: int, stop: StopRequest) -> int:
+    """The steps done, unless a stop was asked for in the last of them: Interrupted, before the last evaluation."""
+    if stop.agreed():
+        raise Interrupted(done, trainer.active.directory.checkpoint_path(done))
+    return done
 
 
 def _measure_left_out(trainer: Trainer, hooks: Hooks, start: int, stop: StopRequest) -> bool:

@@ -11,13 +11,8 @@ from types import FrameType
 
 from torch.distributed import is_torchelastic_launched
 
-from qdora.files.console import leave_terminal
+from qdora.files.end_signals import END_SIGNALS, SAME_REQUEST_SECONDS, leave_terminal
 from qdora.train.distributed import Processes
-
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-# A launcher repeats the signal that the terminal has sent to the whole group: within this time it is the same request.
-SAME_REQUEST_SECONDS = 1.0
 
 _MESSAGE = b"\nStopping: the step is finished and saved first. A second signal stops at once, without saving.\n"
 
@@ -58,7 +53,7 @@ def stop_on_signal(processes: Processes | None = None) -> Iterator[StopRequest]:
             raise KeyboardInterrupt
 
     every = is_torchelastic_launched()
-    heeded = [number for number in _SIGNALS if every or signal.getsignal(number) is not signal.SIG_IGN]
+    heeded = [number for number in END_SIGNALS if every or signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, ask) for number in heeded}
     try:
         yield request

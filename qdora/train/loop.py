@@ -275,7 +275,7 @@ def after_step(
         return every is not None and done % every == 0
 
     last = done == num_steps
-    if stop.agreed():
+    if stop.agreed() and not last:
         raise Interrupted(done, hooks.save(done))
     found = Evaluated({})
     try:
@@ -294,7 +294,7 @@ def after_step(
             # After some CUDA errors every call fails: the first one says why.
             logger.warning("Step %d is not saved either (%s) after: %s", done, first_line(second), first_line(error))
         raise
-    stopping = (due(hooks.probe_every) or due(hooks.evaluate_every)) and stop.agreed()  # in the meantime
+    stopping = not last and (due(hooks.probe_every) or due(hooks.evaluate_every)) and stop.agreed()  # in the meantime
     saved = hooks.save(done) if last or due(checkpoint_every) or stopping or found.save or found.stop else None
     if stopping and saved is not None and not found.stop:
         raise Interrupted(done, saved)

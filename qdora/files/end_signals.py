@@ -1,0 +1,27 @@
+"""Signals that end a process, as all verbs take them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from contextlib import suppress
+
+END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+# A launcher repeats the signal that the terminal has sent to the whole group: within this time it is the same request.
+SAME_REQUEST_SECONDS = 1.0
+
+
+def leave_terminal() -> None:
+    """Let what this process prints on a terminal go nowhere; files and pipes still get it.
+
+    For SIGHUP, which tells that the terminal closes: each write to it would fail, and hide why the process ends.
+    """
+    with suppress(OSError):  # no descriptor is left
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            with suppress(OSError):  # closed
+                if stat.S_ISCHR(os.fstat(stream).st_mode):
+                    os.dup2(nowhere, stream)
+        os.close(nowhere)
