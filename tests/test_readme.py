@@ -55,7 +55,7 @@ TOPICS = {
 }
 LEAST_COMMANDS = {README: 8, **dict.fromkeys(GUIDES, 1)}
 OPTIONS_OF_OTHERS = {"--no-deps", "--nproc-per-node", "--smoke", "--help"}
-MEASURED_BY_EARLIER_VERSIONS = {"study.py", "combined_vs_solo.py"}
+MEASURED_BY_EARLIER_VERSIONS = {"study.py"}
 """Benchmarks whose options have changed since, as the page says."""
 REST = {
     "model": {"source": "builtin"},

@@ -165,40 +165,46 @@ def test_earlier_reports_have_no_verdict(tables: dict[str, ModuleType], monkeypa
         assert "winner" not in tables["ranks"].rank_methods()
 
 
-def combined(p: dict[str, float], **sweep: Any) -> dict[str, Any]:
-    """The document of combined_vs_solo.py with these p-values."""
-    whole = {"tasks": ["a", "b"], "nll": {"1e-3": 2.0, "2e-3": 1.0, "4e-3": 2.0}, "best": "2e-3"}
-    kinds = {
-        kind: {"seeds": ["0", "1", "2"], "combined - solo": {"nll": {"average": {"p": each, "value": -0.2}}}}
-        for kind, each in p.items()
-    }
-    mix = [{"task": "a"}, {"task": "b"}]
-    return {"recipe": {"data": {"mix": mix}}, "sweep": {"combined": whole, "solo": whole} | sweep, "kinds": kinds}
-
-
-@pytest.mark.parametrize(
-    "p, sweep, expected",
-    [
-        ({"lora": 0.02, "dora": 0.2}, {}, {"lora": "is better than", "dora": "not decided"}),
-        ({"lora": 0.03, "dora": 0.2}, {}, {"lora": "not decided", "dora": "not decided"}),  # 0.06 after the correction
-        (
-            {"lora": 1e-4},
-            {"solo": {"tasks": ["a", "b"], "nll": {"1e-3": 2.0, "2e-3": 1.0}, "best": "2e-3"}},
-            {"lora": "the best learning rate of the solo runs is the smallest or largest of 2 tried"},
-        ),
-        (
-            {"lora": 1e-4},
-            {"solo": {"tasks": ["a"], "nll": {"1e-3": 2.0, "2e-3": 1.0, "4e-3": 2.0}, "best": "2e-3"}},
-            {"lora": "that of the solo runs was searched on 1 of 2 tasks"},
-        ),
-    ],
-)
-def test_combined_against_solo_is_judged_as_a_study(
-    tables: dict[str, ModuleType], p: dict[str, float], sweep: dict[str, Any], expected: dict[str, str]
+def test_combined_against_solo_tells_each_task_and_the_verdict_on_all(
+    tables: dict[str, ModuleType], tmp_path: Path
 ) -> None:
-    document = combined(p, **sweep)
-    found = tables["combined"]._verdicts(document, document["kinds"])
-    assert all(text in found[kind] for kind, text in expected.items()), found
+    def row(measure: str, improvement: float, role: str = "exploratory", **more: Any) -> dict[str, Any]:
+        ends = {"lower": improvement - 0.01, "upper": improvement + 0.03}
+        found = {"measure": measure, "role": role, "improvement": improvement, **ends, "num_seeds": 4, "zone": 0.02}
+        return found | {"reason": "", "smallest_detectable": 0.0456, "verdict": "exploratory"} | more
+
+    def scores(alone: float, together: float) -> dict[str, Any]:
+        return {"alone": {"nll_per_token": alone, "acc": 0.25}, "combined": {"nll_per_token": together, "acc": 0.5}}
+
+    document = {
+        "tasks": ["a", "b"],
+        "comparisons": {
+            "all tasks": [row("nll_per_token", 0.012, "primary", verdict="not decided"), row("acc", 0.25)],
+            "a": [row("nll_per_token", 0.5), row("acc", 0.25)],
+            "b": [row("nll_per_token", -0.25), row("acc", 0.25)],
+        },
+        "scores": {"all tasks": scores(2.0, 1.988), "a": scores(2.5, 2.0), "b": scores(1.0, 1.25)},
+        "rates": {
+            name: {"rate": rate, "is_interior": True} for name, rate in zip("ab", ("0.001", "0.002"), strict=True)
+        }
+        | {"combined": {"rate": "0.003", "is_interior": True}},
+        "costs": {
+            "combined": [{"seconds": 10.0}, {"seconds": 30.0}],
+            "a": [{"seconds": 8.0}, {"seconds": 8.0}],
+            "b": [{"seconds": 15.0}, {"seconds": 17.0}],
+        },
+        "cells": 21,
+        "cells_done": 20,
+    }
+    (tmp_path / "combined_vs_solo").mkdir()
+    (tmp_path / "combined_vs_solo/run.json").write_text(json.dumps(document))
+    text = tables["combined"].combined_vs_solo()
+    gains = "+0.500 (+0.490 to +0.530)", "+25.0 (+24.0 to +28.0)"
+    assert row_of(text, "a") == ["a", "2.500", "2.000", gains[0], "25.0", "50.0", gains[1], "0.001"]
+    assert row_of(text, "b")[3] == "-0.250 (-0.260 to -0.220)"
+    assert "lower by +0.012 (+0.002 to +0.042), not decided: differences below 0.046 could not have been seen" in text
+    assert "Learning rate of the combined runs: 0.003. So far 20 of 21 runs are done." in text
+    assert "took 1.2 times as long" in text
 
 
 def test_the_study_table_of_one_seed_has_no_interval(tables: dict[str, ModuleType], tmp_path: Path) -> None:

@@ -1,48 +1,57 @@
-"""Table of one combined adapter against one for each data set."""
+"""Tables of one combined adapter against one for each data set, and of PCGrad, which was tried on the combined one."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tables.table import markdown, read
+from tables.table import compared, markdown, read
 
-_QUESTION = "the combined adapter is better or worse than the solo ones"
 KINDS = {"lora": "QLoRA", "dora": "QDoRA"}
-_REMEDIES = {"pcgrad": "PCGrad"}
+_WHOLE, _SIDES = "all tasks", ("alone", "combined")
 
 
 def combined_vs_solo() -> str:
-    """NLL of base, solo and combined adapters, and the differences with their intervals."""
-    document = read("combined_vs_solo")
-    found = {kind: each for kind, each in document["kinds"].items() if "combined - solo" in each}
-    header = ["task"]
-    for kind in found:
-        name = KINDS[kind]
-        header += [f"{name} base", "solo", "combined", "combined − solo", "accuracy %"]
-    tasks = list(next(iter(found.values()))["combined - solo"]["nll"])
+    """NLL and accuracy of both on each task, and what the combined adapter gains."""
+    document = read("combined_vs_solo/run")
     rows = []
-    for task in tasks:
-        row = [task]
-        for each in found.values():
-            row += [f"{each['scores'][arm][task]['nll']:.3f}" for arm in ("base", "solo", "combined")]
-            row += [_interval(each["combined - solo"]["nll"][task], 1.0, 3)]
-            row += [_interval(each["combined - solo"]["acc"][task], 100.0, 1)]
-        rows.append(row)
-    verdicts = _verdicts(document, found)
-    said = " ".join(_said(kind, each, verdicts[kind]) for kind, each in found.items())
-    return markdown(header, rows) + f"\n{said}\n"
+    for task in (*document["tasks"], _WHOLE):
+        scores, of_task = document["scores"][task], document["comparisons"][task]
+        gains = {row["measure"]: row for row in of_task}
+        cells = [f"{scores[side]['nll_per_token']:.3f}" for side in _SIDES]
+        cells += [_interval(gains["nll_per_token"], 1.0, 3)]
+        cells += [f"{100 * scores[side]['acc']:.1f}" for side in _SIDES]
+        cells += [_interval(gains["acc"], 100.0, 1)]
+        rows.append([task, *cells, document["rates"][task]["rate"] if task in document["rates"] else "–"])
+    header = ["task", "NLL alone", "combined", "lower by", "accuracy % alone", "combined", "higher by", "rate alone"]
+    return markdown(header, rows) + f"\n{_said(document)}\n"
 
 
-def remedy_that_did_not_help() -> list[str]:
-    """A row of the table of what was tried: PCGrad, lower NLL being better; nothing where the figures say otherwise."""
-    found = {
-        KINDS[kind]: each["combined - remedy"]["pcgrad"]["nll"]["average"]
-        for kind, each in read("combined_vs_solo")["kinds"].items()
-        if "pcgrad" in each.get("combined - remedy", {})
-    }
-    if not found or any(each["lower"] > 0 for each in found.values()):
+def _said(document: dict[str, Any]) -> str:
+    """The verdict, and what the runs had."""
+    (row,) = (each for each in document["comparisons"][_WHOLE] if each["role"] == "primary")
+    together = document["rates"]["combined"]
+    text = f"The combined adapter against those of single tasks, NLL of all tasks lower by {compared(row)}"
+    text += f" ({row['num_seeds']} seeds). A difference of less than {row['zone']:g} counts as none. "
+    text += f"Learning rate of the combined runs: {together['rate']}. "
+    if document["cells_done"] < document["cells"]:
+        text += f"So far {document['cells_done']} of {document['cells']} runs are done. "
+    seconds = {name: sum(each["seconds"] for each in runs) / len(runs) for name, runs in document["costs"].items()}
+    solo = sum(seconds[task] for task in document["tasks"])
+    return text + f"All runs of single tasks of a seed together took {solo / seconds['combined']:.1f} times as long."
+
+
+def pcgrad_did_not_help() -> list[str]:
+    """A row of the table of what was tried, lower NLL being better; nothing where the figures say otherwise.
+
+    The file has the NLL of the combined run without PCGrad minus that with it.
+    """
+    found = {KINDS[kind]: each["nll"]["average"] for kind, each in read("pcgrad")["kinds"].items()}
+    if any(each["lower"] > 0 for each in found.values()):
         return []
-    swapped = {kind: {"value": -e["value"], "lower": -e["upper"], "upper": -e["lower"]} for kind, e in found.items()}
+    swapped = {
+        kind: {"improvement": -each["value"], "lower": -each["upper"], "upper": -each["lower"]}
+        for kind, each in found.items()
+    }
     figures = ", ".join(f"{kind} {_interval(each, 1.0, 3)}" for kind, each in swapped.items())
     return [
         "PCGrad on the adapter's gradients",
@@ -52,58 +61,5 @@ def remedy_that_did_not_help() -> list[str]:
 
 
 def _interval(each: dict[str, Any], scale: float, digits: int) -> str:
-    value, lower, upper = (scale * each[name] for name in ("value", "lower", "upper"))
+    value, lower, upper = (scale * each[name] for name in ("improvement", "lower", "upper"))
     return f"{value:+.{digits}f} ({lower:+.{digits}f} to {upper:+.{digits}f})"
-
-
-def _verdicts(document: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
-    """Kind -> the verdict on the average over tasks, by the rules of a study (`qdora guide studies`).
-
-    Better or worse needs p below 0.05 after Holm's correction for the kinds, three seeds, and for both ways a learning
-    rate that was searched on all tasks and has a worse one on both sides.
-    """
-    reasons = _against_a_verdict(document)
-    averages = {kind: each["combined - solo"]["nll"]["average"] for kind, each in found.items()}
-    ordered = sorted(averages, key=lambda kind: averages[kind]["p"])
-    verdicts, largest = {}, 0.0
-    for place, kind in enumerate(ordered):
-        largest = max(largest, (len(ordered) - place) * averages[kind]["p"])
-        own = [*reasons, *(["there are fewer than 3 seeds"] if len(found[kind]["seeds"]) < 3 else [])]
-        if own:
-            verdicts[kind] = f"it is not decided whether {_QUESTION}, since {'; '.join(own)}"
-        elif largest < 0.05:
-            better = "better" if averages[kind]["value"] < 0 else "worse"
-            verdicts[kind] = f"the combined adapter is {better} than the solo ones"
-        else:
-            verdicts[kind] = f"it is not decided whether {_QUESTION}"
-    return verdicts
-
-
-def _against_a_verdict(document: dict[str, Any]) -> list[str]:
-    """What is wrong with the search for the learning rates."""
-    tasks = {source["task"] for source in document["recipe"]["data"]["mix"]}
-    reasons = []
-    for way, found in document["sweep"].items():
-        tried = sorted(map(float, found["nll"]))
-        if float(found["best"]) in (tried[0], tried[-1]):
-            reasons.append(f"the best learning rate of the {way} runs is the smallest or largest of {len(tried)} tried")
-        if set(found["tasks"]) != tasks:
-            reasons.append(f"that of the {way} runs was searched on {len(found['tasks'])} of {len(tasks)} tasks")
-    missing = {"combined", "solo"} - set(document["sweep"])
-    return reasons + [f"the learning rate of the {way} runs was not searched" for way in sorted(missing)]
-
-
-def _said(kind: str, each: dict[str, Any], verdict: str) -> str:
-    """The verdict and what the runs cost, in sentences."""
-    average = each["combined - solo"]["nll"]["average"]
-    costs = each["cells"]["combined"]
-    text = (
-        f"**{KINDS[kind]}**, seeds {', '.join(each['seeds'])}: the average over tasks differs by "
-        f"{_interval(average, 1.0, 3)} nats per answer token. Verdict: {verdict}. "
-        f"The combined run of the first seed has {costs['num_steps'][0]} steps, {costs['num_examples'][0]} examples "
-        f"and {costs['num_tokens'][0]:,} tokens, as many as the solo runs together."
-    )
-    for remedy, found in each.get("combined - remedy", {}).items():
-        text += f" NLL of the combined run without {_REMEDIES.get(remedy, remedy)} minus that with it: "
-        text += f"{_interval(found['nll']['average'], 1.0, 3)}."
-    return text

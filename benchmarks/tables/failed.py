@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables.combined import remedy_that_did_not_help
+from tables.combined import pcgrad_did_not_help
 from tables.ranks import ranks_that_did_not_help
 from tables.table import markdown, read
 
@@ -28,4 +28,4 @@ def failed_short() -> str:
 
 def _rows() -> list[list[str]]:
     rows = [[row["tried"], row["instead"], row["figure"]] for row in read("tried")["rows"]]
-    return [*rows, *filter(None, (remedy_that_did_not_help(), ranks_that_did_not_help()))]
+    return [*rows, *filter(None, (pcgrad_did_not_help(), ranks_that_did_not_help()))]

@@ -82,7 +82,7 @@ def of_metric(pairs: Sequence[Mapping[str, str]], metric: str = "nll_per_token")
     return [row for row in pairs if row.get("measure", metric) == metric]
 
 
-def compared(pair: Mapping[str, str], *, as_rise: bool = False) -> str:
+def compared(pair: Mapping[str, Any], *, as_rise: bool = False) -> str:
     """A comparison of a report: +0.020 (-0.001 to +0.150), +0.020 of one seed; with `as_rise` the negative improvement.
 
     Behind it the verdict of a primary comparison, and what would have been seen if there is none. Reports of before the
