@@ -301,7 +301,7 @@ def test_an_interrupt_in_the_last_evaluation_of_an_extended_run_leaves_the_right
     assert "adapter/ holds" not in page(run).text
     (run / "trained.json").write_text(json.dumps(read(run, "trained.json") | {"step": 2}))
     write_page(open_run(run))
-    assert "Finished: 4 of 4 steps. adapter/ holds step 2." in page(run).text
+    assert "Not finished: 4 of 4 steps, the newest checkpoint is of step 4. adapter/ holds step 2." in page(run).text
 
 
 def test_evaluations_of_other_examples_before_and_after_are_named(whole: Path, tmp_path: Path) -> None:

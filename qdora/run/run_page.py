@@ -117,13 +117,14 @@ def status_in_words(status: Mapping[str, Any]) -> str:
     far = f"{num_done:,} of {of:,} steps" if of is not None else f"{num_done:,} steps"
     if status["state"] == "not trained":
         return "Nothing is trained in this run: adapter.kind is none."
+    which = ", the best one" if status["adapter_is_best"] else ""
+    held = "" if kept in (None, num_done) else f" adapter/ holds step {kept:,}{which}."
     if status["state"] == "unfinished":
         checkpoint = status["newest_checkpoint"]
         safe = "no checkpoint yet" if checkpoint is None else f"the newest checkpoint is of step {checkpoint:,}"
-        return f"Not finished: {far}, {safe}."
+        return f"Not finished: {far}, {safe}.{held}"
     early = "Stopped early" if status["state"] == "stopped early" else "Finished"
-    which = ", the best one" if status["adapter_is_best"] else ""
-    return f"{early}: {far}." + ("" if kept == num_done else f" adapter/ holds step {kept:,}{which}.")
+    return f"{early}: {far}.{held}"
 
 
 def _checks(facts: Facts) -> list[str]:
