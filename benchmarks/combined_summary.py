@@ -55,11 +55,10 @@ class _Joined(Results):
         if keys == [key] or whole is None or super().diverged(whole):
             return super()._worst(keys[0], measure)
         tasks = {}
-        for task, arm in self.alone.items():
-            found = super().scores(whole if super().diverged(arm.seeds[key]) else arm.seeds[key])[measure][task]
-            if super().diverged(arm.seeds[key]):
-                found = replace(found, values=super()._worst(arm.seeds[key], measure) * found.weights)
-            tasks[task] = found
+        for task, cell in ((task, arm.seeds[key]) for task, arm in self.alone.items()):
+            is_lost = super().diverged(cell)
+            found = super().scores(whole if is_lost else cell)[measure][task]
+            tasks[task] = replace(found, values=super()._worst(cell, measure) * found.weights) if is_lost else found
         return weighted_mean(tasks, self.weighting(measure))
 
 

@@ -26,8 +26,7 @@ from shared_study import (
     add_run_options,
     common_settings,
     keep_scores,
-    resume_from,
-    run_cells,
+    run_asked,
 )
 
 NAME = "combined_vs_solo"
@@ -53,18 +52,16 @@ def main() -> None:
     )
     args.dir.mkdir(parents=True, exist_ok=True)
     tasks = SMOKE_TASKS if args.smoke else TRAINED_TASKS
+    args.batch = args.per_task * len(tasks)
     document = grid(args, tasks)
-    if args.resume_from is not None:
-        resume_from(args.resume_from, document, args.dir)
-    has_ended = run_cells(document, args.dir, 0 if args.report else args.processes, hours=args.hours)
-    if has_ended:
+    if run_asked(args, document):
         default = args.dir / "report" if args.report else RESULTS / NAME
         keep_scores(args.dir, args.out or default, head | summary(args.dir, tasks))
 
 
 def grid(args: argparse.Namespace, tasks: tuple[str, ...]) -> dict[str, Any]:
     """The study file. Its own comparisons are not made: runs that know one task have no scores of the others."""
-    settings = common_settings(args, tasks, batch=args.per_task * len(tasks))
+    settings = common_settings(args, tasks)
     mix = settings.pop("data.mix")
     alone = {source["task"]: {"data.mix": [source], "train.batch": args.per_task} for source in mix}
     return {

@@ -26,15 +26,13 @@ TRAINED_TASKS = tuple(task for task in TASKS if task != "boolq")
 """BoolQ's training questions have no passages, its test questions do."""
 SMOKE_RATES = {"values": [1e-3, 2e-3, 4e-3], "seeds": [1000], "extend": 0}
 SEEDS = (0, 1, 2, 3)
-SMOKE_TASKS = ("demo/facts",)
-SMOKE_MIX = [{"task": task} for task in SMOKE_TASKS]
+_SMOKE_TASKS = ("demo/facts",)
+SMOKE_MIX = [{"task": task} for task in _SMOKE_TASKS]
 
 
-def common_settings(
-    args: argparse.Namespace, tasks: Sequence[str] | None = None, *, batch: int | None = None
-) -> dict[str, Any]:
-    """What all cells share; `args` has data, dir, steps, limit and smoke, and batch if that is not given."""
-    tasks = tasks or (SMOKE_TASKS if args.smoke else TRAINED_TASKS)
+def common_settings(args: argparse.Namespace, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+    """What all cells share; `args` has data, dir, steps, batch, limit and smoke."""
+    tasks = tasks or (_SMOKE_TASKS if args.smoke else TRAINED_TASKS)
     place = {} if args.smoke else {task: {"path": str(args.data.resolve() / task)} for task in tasks}
     return {
         "model.source": write_model(args.dir / "model") if args.smoke else "builtin",
@@ -43,7 +41,7 @@ def common_settings(
         "data.max_length": 256,
         "data.too_long": "drop",
         "train.steps": args.steps,
-        "train.batch": batch or args.batch,
+        "train.batch": args.batch,
         "eval.limit": args.limit,
         "memory.checkpointing": False,
     }
@@ -61,19 +59,18 @@ def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
 
 def run_and_keep(args: argparse.Namespace, document: dict[str, Any], head: dict[str, Any], name: str) -> None:
     """Run the study, and keep its report if all cells are done; `args` are those of `add_run_options`."""
-    if args.resume_from is not None:
-        resume_from(args.resume_from, document, args.dir)
-    has_ended = run_study(document, args.dir, 0 if args.report else args.processes, hours=args.hours)
+    has_ended = run_asked(args, document)
+    if has_ended:
+        report_run(args.dir)
     if has_ended and (args.out is not None or not args.report):
         keep(args.dir, args.out or RESULTS / name, head)
 
 
-def run_study(document: dict[str, Any], directory: Path, processes: int = 1, *, hours: float | None = None) -> bool:
-    """`run_cells`, and report/ in `directory`."""
-    has_ended = run_cells(document, directory, processes, hours=hours)
-    if has_ended:
-        report_run(directory)
-    return has_ended
+def run_asked(args: argparse.Namespace, document: dict[str, Any]) -> bool:
+    """`run_cells` as the options of `add_run_options` say, from what was kept elsewhere if they name it."""
+    if args.resume_from is not None:
+        resume_from(args.resume_from, document, args.dir)
+    return run_cells(document, args.dir, 0 if args.report else args.processes, hours=args.hours)
 
 
 def run_cells(document: dict[str, Any], directory: Path, processes: int = 1, *, hours: float | None = None) -> bool:

@@ -185,7 +185,8 @@ def test_a_report_of_an_unfinished_study_replaces_the_kept_one_only_if_asked_to(
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     program, shared = importlib.import_module("study"), importlib.import_module("shared_study")
     kept_in: list[tuple[Path, str]] = []
-    monkeypatch.setattr(shared, "run_study", lambda *_, **__: True)
+    monkeypatch.setattr(shared, "run_cells", lambda *_, **__: True)
+    monkeypatch.setattr(shared, "report_run", lambda _: None)
     monkeypatch.setattr(shared, "keep", lambda _, out, head: kept_in.append((out, head["command"])))
     grid = tmp_path / "a grid.yaml"  # outside of the repository
     grid.write_text("settings: {data.mix: []}\n")

@@ -131,8 +131,8 @@ def _plan(tokenizer: Any, chat: Example, loss_on: LossOn, notes: set[str]) -> _C
     turns = template.fitted(with_last_learnt(chat.messages) if loss_on == "last" else chat.messages)
     if chat.messages[0].role == "system" and not template.takes_system:
         notes.add("the chat template takes no system prompt: it is put before the first turn of the user.")
-    said = [index for index, turn in enumerate(turns) if turn.role == "assistant" and not turn.in_prompt]
-    learnt = [index for index in said if turns[index].learnt]
+    is_learnt = [turn.role == "assistant" and turn.learnt and not turn.in_prompt for turn in turns]
+    learnt = [index for index, learns in enumerate(is_learnt) if learns]
     out = next((index for index, turn in enumerate(chat.messages) if not turn.learnt), None)
     if loss_on == "all" and out is not None:
         return f"messages[{out}]: weight and train are not used with data.loss_on all. Fix: set it to answer."

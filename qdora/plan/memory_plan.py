@@ -7,7 +7,6 @@ plan runs one step of the model on fake tensors (`fake_step`) and counts live by
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -61,8 +60,6 @@ from qdora.recipe.settings import Recipe
 from qdora.train.flat_group import OptimizerName, groups_of
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.router_loss import check_router_loss
-
-logger = logging.getLogger("qdora")
 
 _Shape = tuple[tuple[int, ...], torch.dtype]
 _Shapes = dict[str, _Shape]
