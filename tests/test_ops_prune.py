@@ -112,22 +112,6 @@ def test_bits_of_another_shape_are_refused():
         mask_from_bits(torch.zeros(1, dtype=torch.uint8), (3, 4))
 
 
-@pytest.mark.parametrize(
-    "name, sparsity, message",
-    [
-        ("2:4", 0.5, "implies its sparsity, got 0.5. Fix: remove it"),
-        ("4:4", None, "1 <= n < m"),
-        ("0:4", None, "1 <= n < m"),
-        ("unstructured", None, "sparsity of pattern .* must be at least 0 and below 1, got None"),
-        ("rows", 1.0, "below 1"),
-        ("unstructurd", 0.5, "Did you mean 'unstructured'"),
-    ],
-)
-def test_patterns_that_mean_nothing(name, sparsity, message):
-    with pytest.raises(ValueError, match=message):
-        pattern_from(name, sparsity)
-
-
 # ------------------------------------------------------------------------------------------------ the three rules
 
 

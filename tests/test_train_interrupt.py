@@ -37,7 +37,7 @@ PROBED = {"interference__every": 3, "data__validation_fraction": 0.2}
 def heeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A shell may have started the tests with some of them ignored, and shows their output on a terminal."""
     for module in (verb, interrupt):
-        monkeypatch.setattr(module, "leave_terminal", lambda: None)
+        monkeypatch.setattr(module, "leave_closed_terminal", lambda number: None)
     handlers = {SIGINT: signal.default_int_handler, SIGTERM: signal.SIG_DFL, SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield

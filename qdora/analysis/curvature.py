@@ -354,10 +354,8 @@ class CurvatureSettings:
     curvature: Curvature
     norm: Norm
     num_eigenvalues: int = 20
-    tolerance: float = 1e-3
     lanczos_steps: int = 20
     num_probes: int = 2
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,13 +442,9 @@ def _spectrum_tensors(
             image: Array = operator.product(torch.from_numpy(np.ascontiguousarray(vector))).numpy()
             return image
 
-        size, seed = operator.size, settings.seed
-        top = top_eigenpairs(
-            product, size, min(settings.num_eigenvalues, size - 1), seed=seed, tolerance=settings.tolerance
-        )
-        density = spectral_density(
-            product, size, num_steps=settings.lanczos_steps, num_probes=settings.num_probes, seed=seed
-        )
+        size = operator.size
+        top = top_eigenpairs(product, size, min(settings.num_eigenvalues, size - 1), tolerance=1e-3)
+        density = spectral_density(product, size, num_steps=settings.lanczos_steps, num_probes=settings.num_probes)
     counts = (size, top.num_rounds, top.next_magnitude, operator.num_matvecs, time.perf_counter() - began)
     return {
         "eigenvalues": torch.from_numpy(top.values),

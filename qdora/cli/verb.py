@@ -23,7 +23,7 @@ import typer
 from qdora.errors import Interrupted, RunFailure, UserError, named
 from qdora.files.atomic import json_text
 from qdora.files.console import show_only
-from qdora.files.end_signals import END_SIGNALS, SAME_REQUEST_SECONDS, leave_terminal
+from qdora.files.end_signals import END_SIGNALS, SAME_REQUEST_SECONDS, leave_closed_terminal
 
 USER_MISTAKE, FAILURE, INTERRUPT = 2, 1, 130
 
@@ -112,8 +112,7 @@ def end_as_by_ctrl_c(environment: Mapping[str, str] = os.environ) -> None:
             return
         nonlocal asked_at
         before, asked_at = asked_at, time.monotonic()
-        if number != signal.SIGTERM:
-            leave_terminal()
+        leave_closed_terminal(number)
         if asked_at - before >= SAME_REQUEST_SECONDS:  # else it would cut off what the first one has begun to clean up
             signal.default_int_handler(number, frame)
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.data.example import Example
 from qdora.errors import UserError
+from qdora.evaluation.metrics import mean_stderr
 from qdora.evaluation.suite import EvaluationResult, evaluate
 from qdora.export.logit_comparison import LogitDifference, comparison_text, float32_arithmetic, logits_of
 from qdora.export.merged import OpenedMerge
@@ -129,11 +130,8 @@ def audit(
 def _paired(result: EvaluationResult, reference: EvaluationResult) -> dict[str, float | None]:
     """Mean difference of the NLL of an answer, in nats, and its standard error over examples."""
     gaps = [own["nll"] - other["nll"] for own, other in zip(result.per_example, reference.per_example, strict=True)]
-    mean = math.fsum(gaps) / len(gaps)
-    if len(gaps) < 2:
-        return {"mean": mean, "stderr": None}
-    variance = math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1)
-    return {"mean": mean, "stderr": math.sqrt(variance / len(gaps))}
+    gap = mean_stderr(gaps)
+    return {"mean": gap.value, "stderr": None if math.isnan(gap.stderr) else gap.stderr}
 
 
 def export_forms(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dtype) -> dict[str, Weight | str]:

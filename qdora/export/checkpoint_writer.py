@@ -31,7 +31,7 @@ from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_
 from qdora.model.experts import library_names, stacks
 from qdora.model.language_part import carried, processor_files
 from qdora.model.load import dense_dtype
-from qdora.model.stored_tensors import INDEX_FILE, shorten
+from qdora.model.stored_tensors import INDEX_FILE, shorten, tied_weights
 from qdora.model.weight_conversion import Published, published_pieces
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.expert_linear import AdaptedExperts, FrozenExperts
@@ -103,7 +103,7 @@ def plan_sources(model: PreTrainedModel, sources: Mapping[str, Source], dtype: t
     """
     config = _plain_config(model, dtype)
     redundant = set()
-    for target, origin in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    for target, origin in tied_weights(model).items():
         if target not in sources or origin not in sources:
             continue
         first, second = sources[target].held, sources[origin].held

@@ -13,11 +13,13 @@ END_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 SAME_REQUEST_SECONDS = 1.0
 
 
-def leave_terminal() -> None:
-    """Let what this process prints on a terminal go nowhere; files and pipes still get it.
+def leave_closed_terminal(number: int) -> None:
+    """After SIGHUP, let what this process prints on a terminal go nowhere; files and pipes still get it.
 
-    For SIGHUP, which tells that the terminal closes: each write to it would fail, and hide why the process ends.
+    The terminal closes then: each write to it would fail, and hide why the process ends.
     """
+    if number in (signal.SIGINT, signal.SIGTERM):
+        return
     with suppress(OSError):  # no descriptor is left
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):

@@ -38,8 +38,8 @@ from qdora.nn.evaluation_mode import evaluation_mode
 from qdora.nn.expert_linear import BareExperts
 from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.packed import dequantize, quantize, zero_packed
-from qdora.ops.prune import InputStatistics, magnitude_scores, prune_weight, wanda_scores
-from qdora.ops.sparsity import keep_mask, mask_bits, pattern_from
+from qdora.ops.prune import InputStatistics, mask_by_scores, prune_weight
+from qdora.ops.sparsity import mask_bits, pattern_from
 from qdora.ops.tiles import Weight, dense_weight
 from qdora.recipe.settings import PruneConfig
 
@@ -194,21 +194,18 @@ class _PruningTask:
         pack = functools.partial(quantize, kind=wanted.kind, block_size=wanted.block_size, name=name)
         if settings.order == "quantize_first":
             packed = pack(value, double_quant=wanted.double_quant)
-            masks = []
-            for dense, found in zip(dequantize(packed).chunk(len(measured)), measured, strict=True):
-                scores = magnitude_scores(dense) if found is None else wanda_scores(dense, found.column_squares)
-                masks.append(keep_mask(scores, pattern, group or ("tensor" if found is None else "row")))
-            mask = torch.cat(masks)
+            parts = zip(dequantize(packed).chunk(len(measured)), measured, strict=True)
+            mask = torch.cat([mask_by_scores(dense, found, pattern, group) for dense, found in parts])
             return zero_packed(packed, mask), mask
         # SparseGPT's corrected weights are not rounded to the file's dtype before they are quantised.
         wide = value.float() if settings.method == "sparsegpt" else value
-        parts = [
+        done = [
             prune_weight(
                 part, settings.method, pattern, statistics=found, group=group, damping=settings.damping, name=name
             )
             for part, found in zip(wide.chunk(len(measured)), measured, strict=True)
         ]
-        pruned, mask = (torch.cat([each[index] for each in parts]) for index in (0, 1))
+        pruned, mask = (torch.cat([each[index] for each in done]) for index in (0, 1))
         if wanted.kind == "none":
             return pruned.to(self.load.compute_dtype), mask
         return pack(pruned, double_quant=wanted.double_quant), mask

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qdora.errors import UserError, nearest
@@ -225,7 +225,7 @@ def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict
     return {name: stored[name] for name in expected if name in stored and name not in redundant}
 
 
-def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+def tied_weights(model: nn.Module) -> dict[str, str]:
     """Name of each tied parameter -> name of the parameter that it shares."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 

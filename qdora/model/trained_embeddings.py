@@ -13,6 +13,7 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import UserError
 from qdora.model.inject import HEAD, replace_module
+from qdora.model.stored_tensors import tied_weights
 from qdora.nn.host_embedding import HostEmbedding
 from qdora.nn.trained_rows import RowEmbedding, RowHead, TrainedRows
 
@@ -232,8 +233,7 @@ def _head_fault(model: nn.Module, where: str) -> str:
 def is_tied(model: nn.Module) -> bool:
     """Whether the head shares the matrix of the embedding."""
     names = {f"{path}.weight" for path in embedding_paths(model)}
-    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    return any({target, origin} == names for target, origin in pairs.items())
+    return any({target, origin} == names for target, origin in tied_weights(model).items())
 
 
 def embedding_paths(model: Any) -> tuple[str, str]:

@@ -96,9 +96,21 @@ def prune_weight(
         assert statistics is not None
         assert group is None
         return sparsegpt(weight, statistics.sums, pattern, damping=damping, name=name)
-    scores = magnitude_scores(weight) if statistics is None else wanda_scores(weight, statistics.column_squares)
-    keep = keep_mask(scores, pattern, group or ("tensor" if method == "magnitude" else "row"))
+    keep = mask_by_scores(weight, statistics, pattern, group)
     return Pruned(weight.masked_fill(~keep, 0), keep)
+
+
+@torch.no_grad()
+def mask_by_scores(
+    weight: Tensor, statistics: InputStatistics | None, pattern: SparsityPattern, group: Group | None = None
+) -> Tensor:
+    """The keep mask (out, in) that Wanda chooses with the statistics of a layer's inputs; without them, magnitude.
+
+    `group` as in `prune_weight`.
+    """
+    if statistics is None:
+        return keep_mask(magnitude_scores(weight), pattern, group or "tensor")
+    return keep_mask(wanda_scores(weight, statistics.column_squares), pattern, group or "row")
 
 
 @torch.no_grad()

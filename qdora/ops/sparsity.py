@@ -6,22 +6,14 @@ of the lowest score; of equal scores the first in the group is pruned first.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from qdora.errors import nearest
-
 PatternKind = Literal["unstructured", "n:m", "rows", "columns"]
 Group = Literal["tensor", "row"]
-
-PATTERNS = ("unstructured", "2:4", "4:8", "rows", "columns")
-"""Examples of pattern names; any other n:m, such as 1:4, is a pattern, too."""
-
-_N_OF_M = re.compile(r"(\d{1,3}):(\d{1,3})")
 
 
 @dataclass(frozen=True)
@@ -37,21 +29,13 @@ class SparsityPattern:
 def pattern_from(name: str, sparsity: float | None = None) -> SparsityPattern:
     """A pattern by name: "unstructured", "rows", "columns" with a sparsity, or "n:m" (n of m kept), which implies it.
 
-    Raises ValueError: An unknown name, a sparsity that is missing, out of range, or given with n:m.
+    The names and numbers are those of `base.prune` in a recipe, whose section has checked them.
     """
-    found = _N_OF_M.fullmatch(name)
-    if found:
-        keep, of = int(found[1]), int(found[2])
-        if not 1 <= keep < of:
-            raise ValueError(f"pattern n:m (n of m weights are kept) must have 1 <= n < m, got '{name}'.")
-        if sparsity is not None:
-            raise ValueError(f"pattern '{name}' implies its sparsity, got {sparsity}. Fix: remove it.")
+    if ":" in name:
+        keep, of = map(int, name.split(":"))
         return SparsityPattern("n:m", 1 - keep / of, keep, of)
-    if name not in ("unstructured", "rows", "columns"):
-        raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got '{name}'.{nearest(name, PATTERNS)}")
-    if sparsity is None or not 0 <= sparsity < 1:
-        raise ValueError(f"the sparsity of pattern '{name}' must be at least 0 and below 1, got {sparsity}.")
-    return SparsityPattern(name, sparsity)  # type: ignore[arg-type]
+    assert sparsity is not None, "only n:m implies its sparsity"
+    return SparsityPattern(cast(PatternKind, name), sparsity)
 
 
 def num_pruned(sparsity: float, size: int) -> int:

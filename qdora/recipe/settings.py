@@ -234,6 +234,11 @@ class BaseWeightsConfig(Section):
             found["streamed_blocks"] = "base.residency is device"
         return found
 
+    @property
+    def quant_in_words(self) -> str:
+        """'nf4, blocks of 64'; 'int8' where the blocks are no setting."""
+        return self.quant if "block_size" in self.unused() else f"{self.quant}, blocks of {self.block_size}"
+
     def faults(self) -> Iterator[Fault]:
         if self.residency == "device":
             return

@@ -116,7 +116,7 @@ def run_card(
     sizes = f", rank {rank}, alpha {alpha}" if adapter.kind in ("lora", "dora") else ""
     method: dict[str, Any] = {
         "adapter": adapter.kind + sizes,
-        "base": base.quant if base.quant in ("none", "int8") else f"{base.quant}, block size {base.block_size}",
+        "quantisation of the base": base.quant_in_words,
         "learning rate": recipe.train.lr,
         "state": adapter_in_words(run) if state == "final" else state,
     }

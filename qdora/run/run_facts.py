@@ -130,7 +130,7 @@ def _settings(recipe: Recipe, environment: Facts, written: Path) -> dict[str, An
     rank, alpha = sizes_in_words(written, adapter.rank, adapter.alpha)
     return {
         "base": recipe.model.source,
-        "quantisation": base.quant if base.quant in ("none", "int8") else f"{base.quant}, blocks of {base.block_size}",
+        "quantisation": base.quant_in_words,
         "trained part": environment.get("trained_part"),
         "adapter": adapter.kind,
         "rank": rank if has_rank else None,

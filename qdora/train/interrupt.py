@@ -11,7 +11,7 @@ from types import FrameType
 
 from torch.distributed import is_torchelastic_launched
 
-from qdora.files.end_signals import END_SIGNALS, SAME_REQUEST_SECONDS, leave_terminal
+from qdora.files.end_signals import END_SIGNALS, SAME_REQUEST_SECONDS, leave_closed_terminal
 from qdora.train.distributed import Processes
 
 _MESSAGE = b"\nStopping: the step is finished and saved first. A second signal stops at once, without saving.\n"
@@ -47,8 +47,7 @@ def stop_on_signal(processes: Processes | None = None) -> Iterator[StopRequest]:
             asked_at = now
             with suppress(OSError):
                 os.write(2, _MESSAGE)  # no logger: the signal may have come while one holds its lock
-        if number not in (signal.SIGINT, signal.SIGTERM):
-            leave_terminal()
+        leave_closed_terminal(number)
         if not first and now - asked_at >= SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
 
