@@ -35,7 +35,7 @@ from qdora.recipe.recipe_file import settings
 from qdora.run.load_run import load_run
 from qdora.study import runner as study_verb
 from qdora.study.report import read_report
-from qdora.study.runner import in_words, study_run
+from qdora.study.runner import study_run
 from qdora.study.study_directory import StudyDirectory, read_index
 from tests import reference, tiny_run
 
@@ -292,11 +292,6 @@ def test_jobs_are_started_with_the_same_study(root: Path, tmp_path: Path, monkey
     ((command, directory, count), options) = started[0]
     assert command[1:4] == ["-m", "qdora.cli", "study"]
     assert (directory, count, options) == (tmp_path, 3, {"cluster": "slurm", "parameters": {"timeout_min": 9}})
-
-
-@pytest.mark.parametrize("seconds, text", [(5, "5 s"), (99, "99 s"), (200, "3 min"), (7500, "2 h 05 min")])
-def test_times_in_words(seconds: float, text: str) -> None:
-    assert in_words(seconds) == text
 
 
 def test_arms_can_be_compared_on_the_test_split(root: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What progress and metrics show of memory."""
+"""What progress and metrics show of memory and time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from qdora.files.console import duration
 from qdora.train.distributed import Processes
 from qdora.train.loop import _peaks
 from qdora.train.progress import TrainingProgress
@@ -34,3 +35,10 @@ def test_with_a_gpu_reserved_memory_stands_beside_what_is_in_use(monkeypatch: py
 def test_without_a_gpu_nothing_is_reserved() -> None:
     assert "reserved" not in shown()
     assert list(_peaks(Processes())) == ["peak_memory_bytes"]
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(5, "5s"), (59.6, "1m00s"), (200, "3m20s"), (3599.7, "1h00m"), (7500, "2h05m")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -28,6 +28,16 @@ def consoles(given: Console | None = None) -> tuple[Console, Console]:
     return both
 
 
+def duration(seconds: float) -> str:
+    """12.3 -> '12s', 75 -> '1m15s', 7260 -> '2h01m'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
 @contextmanager
 def errors_only(when: bool = True) -> Iterator[None]:
     """Inside, qdora's messages below an error are dropped: they have been told, or another process tells them."""

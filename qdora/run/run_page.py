@@ -14,13 +14,12 @@ from rich.console import Console
 from qdora.data.build_data import MIX_COLUMNS, SourcePlan, mix_cells
 from qdora.errors import UserError, named
 from qdora.files.atomic import atomic_write_text, disk_failures
-from qdora.files.console import consoles
+from qdora.files.console import consoles, duration
 from qdora.files.html_page import PageTable, render_page
 from qdora.files.run_directory import RunDirectory, open_run, unharmed
 from qdora.recipe.byte_size import size_text
 from qdora.run.run_facts import Facts, run_facts
 from qdora.train.figures import draw_figures
-from qdora.train.progress import duration
 
 logger = logging.getLogger("qdora")
 

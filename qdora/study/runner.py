@@ -28,7 +28,7 @@ from qdora.data.sources import has_split
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line, named, not_one_of
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import atomic_directory, disk_failures
-from qdora.files.console import consoles
+from qdora.files.console import consoles, duration
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.failed_allocation import free_memory
@@ -314,10 +314,10 @@ class CellsBar:
         done, left = self._num_done(), ""
         if done > self.num_before:
             each = (time.monotonic() - self.began) / (done - self.num_before)
-            left = f"{in_words((len(self.cells) - done) * each)} left"
+            left = f"{duration((len(self.cells) - done) * each)} left"
         self.progress.update(self.task, completed=done, left=left)
         name = " ".join(cell.labels.values()) or "uncompressed base"
-        text = f"{done}/{len(self.cells)} {event}: {name} ({cell.key}), {in_words(seconds)}; {left}"
+        text = f"{done}/{len(self.cells)} {event}: {name} ({cell.key}), {duration(seconds)}; {left}"
         if event == "failed" or not self.console.is_terminal:
             self.console.print(text.removesuffix("; "), markup=False, highlight=False, soft_wrap=True)
 
@@ -331,14 +331,6 @@ def cells_bar(console: Console, store: StudyDirectory) -> Iterator[CellsBar]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield CellsBar(console, store, progress)
-
-
-def in_words(seconds: float) -> str:
-    """A duration in words: 42 s, 3 min, 2 h 05 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _concluded(

@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from qdora.files.console import duration
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -27,16 +29,6 @@ def memory_bytes() -> int:
 def reserved_bytes() -> int | None:
     """Peak memory that torch's allocator held on the GPU, pieces that it could not use included; None without a GPU."""
     return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else None
-
-
-def duration(seconds: float) -> str:
-    """12.3 -> '12s', 75 -> '1m15s', 7260 -> '2h01m'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def _memory_text() -> str:
