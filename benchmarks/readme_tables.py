@@ -1,10 +1,10 @@
-"""Writes the tables of README.md, benchmarks/README.md and a guide from the files in benchmarks/results/.
+"""Writes the tables of README.md and benchmarks/README.md and two guides, from benchmarks/results/ and the recipe.
 
     python benchmarks/readme_tables.py [--check]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; no number in it is typed by hand. With --check the
-script writes nothing and fails if a page differs from the result files. Guides have no marks, since a terminal shows
-them: the guide of the models has one table, which is made here.
+script writes nothing and fails if a page differs from its sources. Guides have no marks, since a terminal shows them:
+the guide of the models has one table, which is made here, and the guide of the settings is made whole.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from tables.runs import (
     out_of_memory,
     sharded_kills,
 )
+from tables.settings import settings
 from tables.streaming import disk_residency, stream_schedule
 from tables.study import error_adapters, pruning, study, study_changes, study_nulls
 from tables.times import (
@@ -55,6 +56,7 @@ from tables.upcycling import expert_upcycling, upcycled_mixture
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
 MODELS = ROOT / "qdora/guide/models.md"
+SETTINGS = ROOT / "qdora/guide/settings.md"
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -132,21 +134,22 @@ def filled(text: str) -> str:
 
 def wanted(page: Path) -> str:
     """What a page should be."""
+    if page == SETTINGS:
+        return settings()
     text = page.read_text(encoding="utf-8")
-    return (
-        re.sub(r"(?:^\|.*\n)+", lambda _: models_short(), text, flags=re.MULTILINE) if page == MODELS else filled(text)
-    )
+    if page == MODELS:
+        return re.sub(r"(?:^\|.*\n)+", lambda _: models_short(), text, flags=re.MULTILINE)
+    return filled(text)
 
 
 def main() -> None:
     """Write, or with --check compare."""
-    for page in (*PAGES, MODELS):
+    for page in (*PAGES, MODELS, SETTINGS):
         text = wanted(page)
         if "--check" not in sys.argv[1:]:
             page.write_text(text, encoding="utf-8")
         elif text != page.read_text(encoding="utf-8"):
-            name = page.relative_to(ROOT)
-            sys.exit(f"{name} differs from benchmarks/results: run python benchmarks/readme_tables.py")
+            sys.exit(f"{page.relative_to(ROOT)} is not up to date: run python benchmarks/readme_tables.py")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ TOPICS = {
     "models",
     "experts",
     "ranks",
+    "settings",
+    "several-gpus",
     "studies",
     "pruned-bases",
     "python",
@@ -339,9 +341,9 @@ def test_tables_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -
     for page in module.PAGES:
         text = page.read_text()
         assert module.filled(text) == text, f"{name_of(page)}: run python benchmarks/readme_tables.py"
-    models = module.MODELS.read_text()
-    assert module.wanted(module.MODELS) == models
-    assert "Llama 3" in models
+    for guide, content in ((module.MODELS, "Llama 3"), (module.SETTINGS, "- `rank` (`16`)")):
+        assert module.wanted(guide) == guide.read_text(), f"{name_of(guide)}: run python benchmarks/readme_tables.py"
+        assert content in guide.read_text()
 
 
 def test_memory_is_in_gib_as_in_the_plan_and_only_cards_are_named_in_gb(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,8 +48,10 @@ def models_short() -> str:
     groups: dict[tuple[str, str], list[str]] = {}
     for name, row in read("architectures")["families"].items():
         works = not row["failed"] and "merged" in row
-        forms = [("yes" if key in row else "no") if works else "not supported" for key in ("packing", "nf4_lora")]
-        groups.setdefault((forms[0], forms[1]), []).append(name)
+        packing, four_bit = ("yes" if key in row else "no" for key in ("packing", "nf4_lora"))
+        if "nf4_skip" in row and four_bit == "no":
+            four_bit = "with dense experts"
+        groups.setdefault((packing, four_bit) if works else ("not supported",) * 2, []).append(name)
     rows = [[", ".join(names), *forms] for forms, names in groups.items()]
     return markdown(["families", "`data.packing`", "`--format nf4-lora`"], rows)
 

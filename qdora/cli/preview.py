@@ -21,7 +21,7 @@ def preview(
     """Show what the model will see of the data, token by token.
 
     Tokens in the loss are marked. Only the tokenizer and the config of the model are loaded. The exit code is 1 if a
-    run would refuse the data.
+    run would refuse these examples. Rows that are held out for validation are not read.
     """
     from qdora.recipe.recipe_file import load_recipe
     from qdora.run.preview import preview as preview_of

@@ -19,7 +19,7 @@ def study(
     ] = None,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="Run only part I of N of the cells.")] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Run the cells again that failed too often.")
+        bool, typer.Option("--retry-failed", help="Run cells again that have used up their tries.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check every cell; tell what would run, and what can be found.")

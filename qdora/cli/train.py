@@ -30,7 +30,7 @@ def train(
 ) -> None:
     """Train a recipe: load the base, train, evaluate, save.
 
-    With `--resume` the settings of the run count, changed by `-s`; where the given recipe differs is told.
+    `--resume` uses the run's own settings, changed by `-s`, and prints where the given recipe differs.
     """
     from qdora.recipe.recipe_file import load_recipe
 

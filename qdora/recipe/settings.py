@@ -334,9 +334,9 @@ class MemoryConfig(Section):
     """Ways to save memory, most of them for time."""
 
     budget: Size | None = None
-    """Most memory of a run, such as 40GiB. The run is planned before anything is loaded, and does not start if it needs
-    more. auto: the free memory of the device; micro-batches, checkpointing, loss_chunk and base.residency are then
-    changed so that the run fits (null: no plan)."""
+    """Most memory of a run, such as 40GB. The run is planned before anything is loaded, and does not start if it needs
+    more. auto: the free memory of the device; micro-batches, streamed blocks and the settings of this section are then
+    changed so that the run fits, which does not alter what is trained (null: no plan)."""
     checkpointing: Flag = True
     """Recompute the activations of each block in the backward pass instead of keeping them; takes about a third more
     time."""

@@ -1,0 +1,81 @@
+"""The guide of all settings, from the recipe's own schema: names, defaults, allowed values and meaning."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from qdora.recipe.recipe_file import json_schema
+
+_HEAD = """# Settings
+
+All settings of a recipe, by section. After each name stands its default; `null` means not set. On the command line
+`-s SECTION.NAME=VALUE` sets one, and the value `null` takes back what the recipe sets. A setting that would have no
+effect beside the others is an error.
+
+```bash
+qdora train mine.yaml -s adapter.rank=32 -s adapter.alpha=64 -s train.steps=100
+qdora validate mine.yaml    # checks a recipe and prints it with its defaults
+qdora schema > recipe.json  # the same as this guide, for an editor
+```"""
+
+
+def settings() -> str:
+    """The whole guide."""
+    schema = json_schema()
+    top = "\n".join(_entry(name, field) for name, field in schema["properties"].items() if not _section(field))
+    parts = [_HEAD, *_sections(schema, "", schema), f"## Beside the sections\n\n{top}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sections(schema: dict[str, Any], path: str, section: dict[str, Any]) -> Iterator[str]:
+    """The sections below one, each followed by its own."""
+    for name, field in section["properties"].items():
+        found = _section(field)
+        if found:
+            inner = schema["$defs"][found]
+            here = f"{path}.{name}".lstrip(".") + ("[]" if field.get("type") == "array" else "")
+            entries = [_entry(key, each, inner) for key, each in inner["properties"].items() if not _is_plain(each)]
+            yield f"## {here}\n\n{_wrapped(inner['description'])}\n\n" + "\n".join(entries)
+            yield from _sections(schema, here, inner)
+
+
+def _section(field: dict[str, Any]) -> str | None:
+    """The name of the section that a field holds, or whose list it is."""
+    options = [field, field.get("items", {}), *field.get("anyOf", ())]
+    return next((each["$ref"].rpartition("/")[2] for each in options if "$ref" in each), None)
+
+
+def _is_plain(field: dict[str, Any]) -> bool:
+    """Whether a field is a section that is always there, of which its own heading says all."""
+    return "$ref" in field
+
+
+def _entry(name: str, field: dict[str, Any], section: dict[str, Any] | None = None) -> str:
+    required = section is not None and name in section.get("required", ())
+    default = "required" if required else f"`{_value(field.get('default', {}))}`"
+    text = f"- `{name}` ({default}): {field['description']}"
+    allowed = [str(each) for each in _choices(field)]
+    missing = [each for each in allowed if each not in field["description"]]
+    if missing:
+        text += f" One of: {', '.join(allowed)}."
+    return _wrapped(text, "  ")
+
+
+def _choices(field: dict[str, Any]) -> list[Any]:
+    """The names or numbers of which a field, or each item of it, must be one."""
+    return field.get("enum") or field.get("items", {}).get("enum") or []
+
+
+def _value(value: Any) -> str:
+    """A default as YAML writes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    # A name in angle brackets would be HTML.
+    words = [re.sub(r"^(.*>[.\w]*?)([.,]?)$", r"`\1`\2", word) if "<" in word else word for word in text.split()]
+    return textwrap.fill(" ".join(words), 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
