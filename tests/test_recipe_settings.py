@@ -246,6 +246,12 @@ trackers: [wandbb]
         ("adapter.lora_alpha", "alpha"),
         ("train.max_seq_length", "data.max_length"),
         ("lora_r", "adapter.rank"),
+        ("sequence_len", "data.max_length"),
+        ("train.gradient_accumulation_steps", "batch"),
+        ("train.load_in_4bit", "base.quant"),
+        ("train.report_to", "trackers"),
+        ("base_model", "model.source"),
+        ("eval.eval_steps", "every"),
         ("train.max_skip", "max_skips"),
     ],
 )

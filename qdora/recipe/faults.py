@@ -16,30 +16,49 @@ from qdora.recipe.section import Section
 from qdora.recipe.settings import Recipe
 
 _MAX_SHOWN = 60  # characters of a given value that a fault repeats
-_PEERS = {
+PEER_NAMES = {
+    **dict.fromkeys(("base_model", "model_name_or_path"), "source"),
+    "attn_implementation": "attention",
+    "torch_dtype": "dtype",
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "quantization_bit"), "quant"),
+    "bnb_4bit_use_double_quant": "double_quant",
+    **dict.fromkeys(("use_dora", "peft_use_dora", "finetuning_type"), "kind"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), "rank"),
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target"), "targets"),
+    **dict.fromkeys(("use_rslora", "peft_use_rslora"), "rank_stabilized"),
+    "init_lora_weights": "init",
+    **dict.fromkeys(("modules_to_save", "lora_modules_to_save", "additional_target"), "also_train"),
+    **dict.fromkeys(("dataset", "datasets"), "mix"),
+    **dict.fromkeys(("max_seq_length", "sequence_len", "cutoff_len"), "max_length"),
+    "sample_packing": "packing",
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "train_on_inputs", "train_on_prompt"), "loss_on"),
+    **dict.fromkeys(("val_set_size", "val_size"), "validation_fraction"),
     "learning_rate": "lr",
-    "num_train_epochs": "epochs",
+    "loraplus_lr_ratio": "lr_ratio_B",
+    **dict.fromkeys(("num_train_epochs", "num_epochs"), "epochs"),
     "max_steps": "steps",
-    "batch_size": "batch",
-    "per_device_train_batch_size": "batch",
-    "lr_scheduler_type": "schedule",
-    "warmup_ratio": "warmup",
-    "warmup_steps": "warmup",
+    **dict.fromkeys(("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"), "batch"),
+    "micro_batch_size": "micro_batch_tokens",
+    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type"), "schedule"),
+    **dict.fromkeys(("warmup_ratio", "warmup_steps"), "warmup"),
     "max_grad_norm": "clip",
     "optim": "optimizer",
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), "betas"),
+    "adam_epsilon": "eps",
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), "parallel"),
+    "torch_compile": "compile",
     "logging_steps": "log_every",
     "save_steps": "checkpoint_every",
     "save_total_limit": "keep_checkpoints",
+    "eval_steps": "every",
+    "metric_for_best_model": "best_metric",
+    "early_stopping_patience": "patience",
     "gradient_checkpointing": "checkpointing",
-    "max_seq_length": "max_length",
-    "r": "rank",
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "targets",
-    "use_rslora": "rank_stabilized",
+    "report_to": "trackers",
 }
-"""What transformers, TRL and PEFT call a setting -> its key here."""
+"""What transformers, TRL, PEFT, axolotl and LLaMA-Factory call a setting -> its key here."""
 _PLAIN_TYPES = {"tuple_type": "a list", "too_short": "at least one entry", "dict_type": "a table of name: value"}
 
 
@@ -75,12 +94,20 @@ def fault_lines(error: ValidationError, root: type[Section] = Recipe) -> list[tu
 
 def unknown_key(section: type[Section], key: str, root: type[Section] = Recipe) -> str:
     """'unknown key, allowed: ...' with the key of this section that is meant or nearest, or the section that has it."""
-    names, meant = list(section.model_fields), _PEERS.get(key, key)
+    names, meant = list(section.model_fields), PEER_NAMES.get(key, key)
     close = nearest(meant, names) if meant == key or meant in names else ""
     if not close:
-        homes = [f"{name}.{meant}" for name, field in root.model_fields.items() if meant in _keys(field.annotation)]
-        close = f" Did you mean '{homes[0]}'?" if homes else ""
+        path = path_of(meant, root)
+        close = f" Did you mean '{path}'?" if path else ""
     return masked(f"unknown key, allowed: {', '.join(names)}.{close}")
+
+
+def path_of(key: str, root: type[Section] = Recipe) -> str | None:
+    """The first setting of this name: 'lr' -> 'train.lr'; None if no section has it."""
+    if key in root.model_fields:
+        return key
+    sections = (name for name, field in root.model_fields.items() if key in _keys(field.annotation))
+    return next((f"{name}.{key}" for name in sections), None)
 
 
 def container(annotation: Any) -> Any:
