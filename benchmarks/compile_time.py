@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from measure import RESULTS, facts, in_turns, ratio, spread, write
 from mixed_data import random_step
-from step_time import LR, RANK, model_of, own_step
+from step_time import RANK, model_of, own_step
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from qdora.data.loader import Step
@@ -69,7 +69,7 @@ def arguments() -> argparse.Namespace:
 def measured(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of the steps of both models in turns, what compiling took, and the losses."""
     models = {name: model_of("own_dora", mode, smoke=args.smoke) for name in NAMES}
-    optimizers = {name: AdapterOptimizer(adapter_parameters(model), lr=LR) for name, model in models.items()}
+    optimizers = {name: AdapterOptimizer(adapter_parameters(model)) for name, model in models.items()}
     losses: dict[str, list[float]] = {name: [] for name in NAMES}
     cases = SMOKE if args.smoke else CASES
     steps = {case: random_step(lengths, torch.Generator().manual_seed(0)) for case, lengths in cases.items()}

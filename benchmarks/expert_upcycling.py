@@ -260,7 +260,7 @@ class Upcycling:
         model, began = copy.deepcopy(self.base), time.perf_counter()
         put_adapters(model, recipe)
         mix = tokenized_mix(recipe, self.tokenizer, self.examples["adapters"])
-        optimizer = AdapterOptimizer(adapter_parameters(model), name=recipe.train.optimizer, lr=recipe.train.lr)
+        optimizer = AdapterOptimizer(adapter_parameters(model), name=recipe.train.optimizer)
         loader, console = make_loader(recipe, mix, self.tokenizer), Console(quiet=True)
         lines = fitted(model, optimizer, loader, recipe.train, console=console)
         write_adapter(model, recipe, self.args.dir / name / "adapter")

@@ -157,7 +157,7 @@ def budget_run(part: str, mode: str, target: Mapping[str, float], args: argparse
     settings = GateConfig(mode=mode, **asked, warmup=0.15, anneal=0.6, shrink_every=4)
     gates = WatchedGates(model, settings, args.steps, steps[-1])
     gates.check_budget()
-    optimizer = AdapterOptimizer(adapter_parameters(model), lr=LR)
+    optimizer = AdapterOptimizer(adapter_parameters(model))
     train = TrainConfig(steps=args.steps, batch=1, lr=LR, schedule="constant", warmup=0.1)
     before = loss_of(model, steps[-1])
     lines = fitted(model, optimizer, FixedSteps(steps[:-1]), train, gates=gates)
@@ -185,7 +185,7 @@ def cost(args: argparse.Namespace) -> dict[str, Any]:
     trainers, found = {}, {}
     for name, pattern in (("gated", None), ("shrunk", run["ranks"]), ("ungated", None)):
         model = model_of("cost", torch.bfloat16, args.data, pattern)
-        optimizer = AdapterOptimizer(adapter_parameters(model), lr=LR)
+        optimizer = AdapterOptimizer(adapter_parameters(model))
         for layer in adapted_layers(model).values() if name == "gated" else ():
             layer.add_gate()
         trainers[name] = functools.partial(one_step, model, optimizer)

@@ -159,7 +159,7 @@ def losses(model: Any, examples: list[TokenizedExample]) -> dict[str, Any]:
 
 def times(model: Any, steps: list[list[TokenizedExample]], deadline: float) -> dict[str, Any]:
     """Seconds of every step in every way; the first step is the warm-up."""
-    optimizer = AdapterOptimizer(adapter_parameters(model), lr=LR)
+    optimizer = AdapterOptimizer(adapter_parameters(model))
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     positions: dict[str, int] = dict.fromkeys(WAYS, 0)
     groups: dict[str, int] = dict.fromkeys(WAYS, 0)

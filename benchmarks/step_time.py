@@ -136,7 +136,7 @@ def model_of(name: str, mode: str, *, smoke: bool) -> Any:
 def trainer(name: str, model: Any) -> Callable[[Step], object]:
     """What makes one optimizer step of a contender."""
     if CONTENDERS[name.removesuffix(SAME_LOOP)].engine == "own" or name.endswith(SAME_LOOP):
-        return functools.partial(own_step, model, AdapterOptimizer(adapter_parameters(model), lr=LR))
+        return functools.partial(own_step, model, AdapterOptimizer(adapter_parameters(model)))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LR, weight_decay=0.0, fused=True)
     return functools.partial(peer_step, model, optimizer, trainable)

@@ -388,6 +388,7 @@ def test_a_reader_that_stops_ends_a_verb_without_a_word() -> None:
     [
         ([], "exactly one of --prompt and --chats must be given, got neither"),
         (["--prompt", "a", "--chats", "b.jsonl"], "exactly one of --prompt and --chats must be given, got both"),
+        (["--prompt", "", "--chats", "b.jsonl"], "exactly one of --prompt and --chats must be given, got both"),
         (["--chats", "b.jsonl", "--raw"], "--raw: is not used with --chats. Fix: remove it."),
     ],
 )

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, Gemma3TextConfig, Ll
 from qdora.errors import RunFailure, UserError
 from qdora.export import gguf as gguf_export
 from qdora.export.export_run import export_run
-from qdora.export.gguf import find_llama_cpp
+from qdora.export.gguf import find_llama_cpp, logits_compared
 from qdora.export.options import ExportOptions, check_options
 from qdora.model.gguf_file import GgufHeader, GgufTensor
 from qdora.run.train import train_run
@@ -112,6 +112,20 @@ def test_a_check_that_crashes_leaves_the_finished_file(
         export_run(run, tmp_path / "out", asked())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "model-f16.gguf"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lossy_file_whose_logits_are_not_numbers_fails(
+    run: Path, tmp_path: Path, with_quantizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> Any:
+        total = logits_compared(*args)
+        assert total is not None
+        total.errors[0] = float("nan")
+        return total
+
+    monkeypatch.setattr("qdora.export.gguf.logits_compared", broken)
+    with pytest.raises(RunFailure, match="reference is nan at position 0"):
+        export_run(run, tmp_path / "out", ExportOptions(format_="gguf", gguf="q4_0"))
 
 
 def test_four_bits_take_the_quantiser(run: Path, tmp_path: Path, with_quantizer: Path) -> None:

@@ -71,7 +71,7 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def by_our_loop() -> tuple[Any, list[float]]:
     trained, losses = model(), []
-    optimizer = AdapterOptimizer(adapter_parameters(trained), name="adamw", lr=LR)
+    optimizer = AdapterOptimizer(adapter_parameters(trained), name="adamw")
     hooks = Hooks(write_metrics=lambda line: losses.append(line["loss"]), save=lambda step: Path("nowhere"))
     fit(
         trained,

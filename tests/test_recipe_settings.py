@@ -596,6 +596,9 @@ def test_null_takes_a_setting_out_so_that_another_can_be_chosen() -> None:
     assert load_recipe("tiny", ["train.steps=null", "train.epochs=2"]).train.epochs == 2.0
     recipe = override(load_recipe("tiny"), ["train.batch=null", "train.tokens_per_step=512"])
     assert (recipe.train.batch, recipe.train.tokens_per_step) == (None, 512)
+    ranks = recipe_from(section("adapter", rank_pattern={"q_proj": 2, "v_proj": 3}))
+    assert override(ranks, ["adapter.rank_pattern.q_proj=null"]).adapter.rank_pattern == {"v_proj": 3}
+    assert override(ranks, ["data.template_kwargs.tools=null"]).data.template_kwargs == {"tools": None}
 
 
 def test_an_override_inside_a_section_that_is_null_makes_the_section() -> None:
@@ -780,7 +783,8 @@ def test_pruning_and_the_other_sections() -> None:
     half = {"method": "wanda", "sparsity": 0.5}
     (line,) = faults(minimal(base={"quant": "none", "prune": half}, adapter={"kind": "full"}))
     assert line.startswith(
-        "r.yaml: adapter.kind: must be dora, lora or none with base.prune, since full would fill the zeros, got full."
+        "r.yaml: adapter.kind: must be dora, lora, magnitude or none with base.prune, since full would fill the zeros, "
+        "got full."
     )
     (line,) = faults(minimal(base={"quant": "none", "prune": {**half, "order": "quantize_first"}}))
     assert line.startswith("r.yaml: base.prune.order: must be prune_first with base.quant none, got quantize_first.")

@@ -226,6 +226,7 @@ def test_faults(whole: Path, root: Path) -> None:
         (RankSettings(budget="50%", threshold=0.5), "--threshold: is not used with --budget"),
         (RankSettings(threshold=1.5), "--threshold: got 1.5, must be above 0 and at most 1"),
         (RankSettings(budget="half"), "--budget: got 'half', must be a number of parameters"),
+        (RankSettings(budget="inf%"), "--budget: got 'inf%', must be a number of parameters"),
         (RankSettings(method="svd", budget="1"), "must be at least 1,568 parameters for rank 1 everywhere"),
         (RankSettings(layers=["q_prj"]), r"--layers: 'q_prj' matches no adapted layer, must be .*q_proj"),
     ]:

@@ -225,3 +225,15 @@ def test_of_two_processes_the_first_measures(root: Path, tmp_path: Path) -> None
     assert found["tasks"] == expected["tasks"]
     assert found["num_examples"] == expected["num_examples"]
     np.testing.assert_allclose(found["cosines"], expected["cosines"], atol=1e-3)
+
+
+def test_a_task_without_a_gradient_leaves_the_noise_of_the_others() -> None:
+    """As where all its weight is 0: its cosines are unknown, those of the others and their noise are as without it."""
+    tokens = np.array([[10, 30], [20, 20], [5, 7]])
+    _, found = halves(np.random.default_rng(1), 50, 3.0, tokens)
+    found[4:] = [np.zeros(50), np.zeros(50)]
+    both = agreement(np.array(found) @ np.array(found).T, tokens.astype(np.float64))
+    alone = agreement(np.array(found[:4]) @ np.array(found[:4]).T, tokens[:2].astype(np.float64))
+    assert both.cosines[0, 1] == pytest.approx(alone.cosines[0, 1])
+    assert both.noise[0, 1] == pytest.approx(alone.noise[0, 1])
+    assert np.isnan(both.cosines[2, :2]).all()

@@ -46,9 +46,8 @@ def generate(
     from qdora.run.generate import Sampling, answer_chats, generate_from, nowhere
 
     if (prompt is None) == (chats is None):
-        raise UserError(
-            f"generate: exactly one of --prompt and --chats must be given, got {'both' if prompt else 'neither'}."
-        )
+        given = "neither" if prompt is None else "both"
+        raise UserError(f"generate: exactly one of --prompt and --chats must be given, got {given}.")
     if chats is not None:
         unused = {"--system": system is not None, "--raw": raw}
         if faults := [f"{name}: is not used with --chats. Fix: remove it." for name, given in unused.items() if given]:

@@ -9,7 +9,7 @@ from qdora.errors import UserError
 
 @verb
 def validate(recipe: Recipe, set_: Set = None) -> None:
-    """Check a recipe and print it with its defaults, without settings that are null.
+    """Check a recipe and print it with its defaults.
 
     Settings, paths, and the columns and first rows of data on this machine are checked. With `data.too_long: error`
     all of this data is read, and examples that are too long are reported. `qdora plan` reads all data.

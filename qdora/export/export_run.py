@@ -162,7 +162,7 @@ def _export(run: Path, out: Path, options: ExportOptions, console: Console) -> t
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def _check_run(run: Path, options: ExportOptions) -> None:

@@ -124,7 +124,7 @@ def export_gguf(
     try:
         dtype = _MERGED_IN.get(type_, torch.float16)
         written, load_trained = write_merge(run, merged, options, dtype, console, with_card=False)
-        console.print(f"converting to {type_}", highlight=False)
+        console.print(f"converting to {type_}")
         try:
             with atomic_directory(out) as partial:
                 write_gguf(tools, merged, partial / file.name, type_)
@@ -134,9 +134,7 @@ def export_gguf(
             reason = disk_reason(error)
             raise RunFailure(f"{out.name}: cannot be written: {reason}. Nothing is left there.") from error
         trained = load_trained()
-        console.print(
-            "comparing the file with the merge, tensor by tensor, and with the running model", highlight=False
-        )
+        console.print("comparing the file with the merge, tensor by tensor, and with the running model")
         text = comparison_text(trained.tokenizer, validation_examples(recipe))
         check = verify_gguf(trained, file, merged, text, lossy=type_.upper() not in _DENSE)
     finally:
@@ -281,6 +279,7 @@ def verify_gguf(trained: TrainedRun, file: Path, merged: Path, text: ComparisonT
         total = logits_compared(model, target.to(next(model.parameters()).device), text)
         if total is not None:
             check |= verdict(total, faults, torch.float32, model.dtype, lossy=True)
+            faults = check["faults"]
     return check | {"passed": not faults, "faults": faults, "tensors": tensors.to_dict()}
 
 

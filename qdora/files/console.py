@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,11 +18,15 @@ def show_only(*, progress: bool, results: bool) -> None:
     _shown.update(progress=progress, results=results)
 
 
+plain_console = partial(Console, markup=False, emoji=False, highlight=False)
+"""A console that prints names and paths as they are: to rich, `[best]` in one would be markup."""
+
+
 def consoles(given: Console | None = None) -> tuple[Console, Console]:
     """The console for progress and the console for results; both are `given`, if it is given."""
     if given is not None:
         return given, given
-    both = Console(stderr=True, quiet=not _shown["progress"]), Console(quiet=not _shown["results"])
+    both = plain_console(stderr=True, quiet=not _shown["progress"]), plain_console(quiet=not _shown["results"])
     for console in both:
         if not console.is_terminal:
             console.width = 130  # enough for a table
@@ -55,10 +60,10 @@ def errors_only(when: bool = True) -> Iterator[None]:
 def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal, one line elsewhere; yields the function to call with (done, total)."""
     if not console.is_terminal:
-        console.print(what, markup=False, highlight=False)
+        console.print(what)
         yield lambda done, total: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -74,10 +74,11 @@ def plan_run(
         build_data.show_mix(results, mix)
         for text in build_data.mix_warnings(mix):
             logger.warning(text)
-    assumed += _after_gates(recipe, device_kind, workload)
     planning: dict[str, Any] = {"device_kind": device_kind, "workload": workload}
     num_sharing = {"shard": num_processes, "hybrid": num_processes // num_hosts}.get(recipe.train.parallel, 1)
-    found = replace(plan(recipe, limit, num_sharing=num_sharing, **planning), assumptions=assumed)
+    shared = planning | {"num_sharing": num_sharing}
+    assumed += _after_gates(recipe, shared)
+    found = replace(plan(recipe, limit, **shared), assumptions=assumed)
     show_plan(results, found)
     if figure is not None:
         draw_plan(found, figure)
@@ -95,7 +96,7 @@ def plan_run(
     if not can_fit and (tight := sequence_line(recipe, found, least)) is not None:
         lines.append(tight)
     for line in lines:
-        results.print(line, markup=False, highlight=False, soft_wrap=True)
+        results.print(line, soft_wrap=True)
     return document
 
 
@@ -126,7 +127,7 @@ def _workload(recipe: Recipe) -> tuple[build_data.MixPlan | None, Workload, list
     )
 
 
-def _after_gates(recipe: Recipe, device_kind: DeviceKind, workload: Workload) -> list[str]:
+def _after_gates(recipe: Recipe, planning: Mapping[str, Any]) -> list[str]:
     """For a run with gates: say that the plan has all components, and what the run needs after the last removal."""
     gates = recipe.adapter.gates
     if gates is None:
@@ -137,7 +138,7 @@ def _after_gates(recipe: Recipe, device_kind: DeviceKind, workload: Workload) ->
     rank = math.ceil(gates.mean_rank)
     changes = {"rank": rank, "rank_pattern": {}, "same_scaling": False, "gates": None}
     adapter = recipe.adapter.model_copy(update=changes)
-    later = plan(recipe.model_copy(update={"adapter": adapter}), device_kind=device_kind, workload=workload)
+    later = plan(recipe.model_copy(update={"adapter": adapter}), **planning)
     return [f"{text}; if they leave rank {rank} in every layer, the peak is {size_text(later.peak_bytes)}"]
 
 
@@ -154,7 +155,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     table.add_row("total", size_text(plan.peak_bytes), _verdict(plan))
     console.print(table)
     for line in plan_lines(plan):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def plan_lines(plan: Plan) -> list[str]:

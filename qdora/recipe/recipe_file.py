@@ -245,7 +245,11 @@ def _assign_(node: Any, kind: Any, steps: Sequence[int | str], value: Any) -> No
             node[step] = value
     elif get_origin(kind) is dict and isinstance(node, dict):
         # adapter.rank_pattern: the rest is one name, with its dots
-        node[".".join(map(str, steps))] = value
+        name = ".".join(map(str, steps))
+        if value is None and get_args(kind)[1] is not Any:
+            node.pop(name, None)
+        else:
+            node[name] = value
     else:
         raise UserError(f"there is nothing called {dotted([step])} inside it.")
 

@@ -402,7 +402,7 @@ class Recipe(Section):
         if kind == "full" and self.base.prune is not None:
             yield (
                 "adapter.kind",
-                "must be dora, lora or none with base.prune, since full would fill the zeros, got full.",
+                "must be dora, lora, magnitude or none with base.prune, since full would fill the zeros, got full.",
             )
         if kind == "none" and self.train.steps != 0:
             yield "train.steps", f"must be 0 with adapter.kind none, which trains nothing, got {self.train.steps}."

@@ -59,7 +59,7 @@ class TrainConfig(Section):
     """How several processes hold the frozen base (torchrun or accelerate launch). replicate: each all of it. shard:
     each its rows, and a block is gathered while it computes. hybrid: shard among the processes of a machine, replicate
     across machines. auto: shard if memory.budget is set and the base fits divided but not whole, else replicate. One
-    process holds all of it in any case. See the guide memory."""
+    process holds all of it in any case. See the guide several-gpus."""
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"] = "paged_adamw_8bit"
     """AdamW, or Lion (arXiv 2302.06675; needs an lr 3 to 10 times smaller), with 8-bit or 32-bit states. paged: on CUDA
     the states can move to host memory (QLoRA, arXiv 2305.14314, sec. 3). Magnitudes always have 32-bit states."""

@@ -182,7 +182,7 @@ def evaluate_target(
     if texts:
         found = text_perplexity(loaded.model, loaded.tokenizer, texts)
         document["perplexity"] = found.to_dict()
-        results.print(f"perplexity {found.perplexity:.3f} over {found.num_tokens:,} tokens", highlight=False)
+        results.print(f"perplexity {found.perplexity:.3f} over {found.num_tokens:,} tokens")
         name = f"perplexity-{_in_a_name([file.name for file in options.texts])}-{_of_paths(options.texts)}"
         _keep(loaded, name, document["perplexity"] | {"texts": [str(file) for file in options.texts]})
     if harness is not None:

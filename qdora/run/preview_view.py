@@ -81,7 +81,7 @@ def write_preview(preview: Preview, file: Path) -> None:
     with disk_failures(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(file, page)
-    consoles()[1].print(f"page: {file}", markup=False, highlight=False, soft_wrap=True)
+    consoles()[1].print(f"page: {file}", soft_wrap=True)
 
 
 def source_lines(source: SourcePreview, too_long: str) -> list[str]:

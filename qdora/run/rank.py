@@ -374,7 +374,7 @@ def _budget(asked: RankSettings, chosen: Mapping[str, AdaptedLinear]) -> int:
     text = asked.budget or "100%"
     try:
         budget = int(own * float(text[:-1]) / 100) if text.endswith("%") else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):  # of inf%
         budget = 0
     if budget < 1:
         raise UserError(
@@ -459,4 +459,4 @@ def _show(console: Console, document: Mapping[str, Any]) -> None:
         table.add_row(*cells)
     console.print(table)
     hint = f"To train with these ranks: qdora train {document['recipe']}"
-    console.print(hint, markup=False, highlight=False, soft_wrap=True)
+    console.print(hint, soft_wrap=True)

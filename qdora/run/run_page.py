@@ -57,7 +57,7 @@ def page_of_run(directory: Path, out: Path | None = None, *, console: Console | 
             facts = write_page(run, folder / PAGE_FILE)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory}: a file of the run does not hold what a run writes ({named(error)}).") from error
-    results.print(f"report: {folder / PAGE_FILE}", markup=False, highlight=False, soft_wrap=True)
+    results.print(f"report: {folder / PAGE_FILE}", soft_wrap=True)
     return {"page": str(folder / PAGE_FILE), **facts}
 
 

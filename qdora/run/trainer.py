@@ -78,7 +78,6 @@ def fresh_state(active: ActiveRun, evaluated: list[str]) -> TrainingState:
     optimizer = AdapterOptimizer(
         adapter_parameters(active.model),
         name=settings.optimizer,
-        lr=settings.lr,
         lr_ratios={part: ratio for part, ratio in ratios.items() if ratio is not None},
         undecayed=() if recipe.adapter.kind == "full" else trained_parameters(active.model),
         betas=settings.betas,
@@ -270,7 +269,7 @@ class Trainer:
             results.print(compare_table(self.validation.results))
         if self.validation.generated:
             results.print(generation_table(self.validation.generated))
-        results.print(f"run: {run.path}", highlight=False, soft_wrap=True)
+        results.print(f"run: {run.path}", soft_wrap=True)
         losses = [line["loss"] for line in run.metrics() if "loss" in line]
         return {
             "run": str(run.path),

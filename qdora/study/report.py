@@ -59,8 +59,8 @@ def report_run(directory: Path, out: Path | None = None, *, console: Console | N
     with disk_failures(folder):
         files = write_report(report, folder, directory.resolve().name)
     for sentence in (*report.answer, *report.details):
-        results.print(sentence, markup=False, highlight=False)
-    results.print(f"report: {files[0]}", markup=False, highlight=False, soft_wrap=True)
+        results.print(sentence)
+    results.print(f"report: {files[0]}", soft_wrap=True)
     return {
         "page": str(files[0]),
         "files": [str(file) for file in files],

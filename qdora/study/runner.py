@@ -154,11 +154,10 @@ def _tell(
         f"{len(cells.cells)} cells, {sum(cell.is_trained for cell in cells.cells)} with training"
         + (f"; {len(mine)} in shard {shard}" if shard else "")
         + (f"; {sum(cells.num_waiting.values())} more wait for these" if cells.num_waiting else ""),
-        highlight=False,
     )
     notes = notes_on(expander, known)
     for note in notes:
-        progress.print(note, markup=False, highlight=False)
+        progress.print(note)
     return notes
 
 
@@ -173,9 +172,9 @@ def _outlook(
     mine = shard_of(cells.cells, shard)
     times, found = stage_times(mine, known), outlooks(cells, known)
     for cell in mine:
-        results.print(f"  {cell.in_words()}", markup=False, highlight=False, soft_wrap=True)
+        results.print(f"  {cell.in_words()}", soft_wrap=True)
     for line in (*times_in_words(times), *(spread_in_words(each, study.compare.metric) for each in found)):
-        results.print(line, markup=False, highlight=False, soft_wrap=True)
+        results.print(line, soft_wrap=True)
     return {
         "directory": str(directory),
         "num_cells": len(cells.cells),
@@ -227,7 +226,7 @@ def submit_study(
     upcoming = Upcoming(expander, StudyDirectory(directory, retries=expander.study.retries))
     notes = notes_on(expander, upcoming.results)
     for note in notes:
-        consoles(None)[0].print(note, markup=False, highlight=False)
+        consoles(None)[0].print(note)
     upcoming.now()
     parameters = dict(job_option(option, "--job-option") for option in options)
     command = [sys.executable, "-m", "qdora.cli", "study", str(file.resolve()), "--dir", str(directory)]
@@ -319,7 +318,7 @@ class CellsBar:
         name = " ".join(cell.labels.values()) or "uncompressed base"
         text = f"{done}/{len(self.cells)} {event}: {name} ({cell.key}), {duration(seconds)}; {left}"
         if event == "failed" or not self.console.is_terminal:
-            self.console.print(text.removesuffix("; "), markup=False, highlight=False, soft_wrap=True)
+            self.console.print(text.removesuffix("; "), soft_wrap=True)
 
     def _num_done(self) -> int:
         return self.store.num_done({cell.key for cell in self.cells})
@@ -328,7 +327,8 @@ class CellsBar:
 @contextmanager
 def cells_bar(console: Console, store: StudyDirectory) -> Iterator[CellsBar]:
     """A `CellsBar` that is shown while the block runs."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+    what, left = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[left]}")
+    columns = (what, BarColumn(), MofNCompleteColumn(), left)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield CellsBar(console, store, progress)
 
@@ -336,12 +336,12 @@ def cells_bar(console: Console, store: StudyDirectory) -> Iterator[CellsBar]:
 def _concluded(
     found: CellTally, mine: Sequence[Cell], cells: Cells, directory: Path, console: Console
 ) -> dict[str, Any]:
-    console.print(f"study: {directory}", highlight=False, soft_wrap=True)
+    console.print(f"study: {directory}", soft_wrap=True)
     if found.num_elsewhere:
-        console.print(f"Other processes work on {found.num_elsewhere} cells.", highlight=False)
+        console.print(f"Other processes work on {found.num_elsewhere} cells.")
     num_waiting = sum(cells.num_waiting.values())
     if num_waiting:
-        console.print(f"{num_waiting} cells wait for cells that have no result yet.", highlight=False)
+        console.print(f"{num_waiting} cells wait for cells that have no result yet.")
     if found.failed:
         named = {cell.key: " ".join(cell.labels.values()) for cell in mine}
         key, reason = next(iter(found.failed.items()))

@@ -95,7 +95,7 @@ class FlatGroup:
         state: The flat states, by the names of the optimizer that updates them.
 
     Args:
-        options: Those of the optimizer: lr, betas, eps.
+        options: Those of the optimizer: betas, eps.
         pages: Paged states that are no longer needed, for states that need pages; those taken are removed.
     """
 

@@ -149,7 +149,9 @@ def agreement(gram: Array, num_tokens: Array) -> Agreement:
         halves = gram.diagonal().reshape(num_tasks, 2)
         own = np.array([gram[2 * task, 2 * task + 1] for task in range(num_tasks)]) / np.sqrt(halves.prod(axis=1))
     np.fill_diagonal(errors, 0.0)
-    squares = (errors**2).sum(axis=1) / max(num_tasks - 1, 1)
+    # A task whose gradient is zero has no cosine with the others; it says nothing of their noise.
+    num_others = (~np.isnan(errors)).sum(axis=1) - 1
+    squares = np.nansum(errors**2, axis=1) / np.maximum(num_others, 1)
     noise = np.sqrt(squares[:, None] + squares[None, :])
     np.fill_diagonal(noise, np.nan)
     return Agreement(cosines, noise, own, norms)

@@ -80,7 +80,6 @@ class AdapterOptimizer:
         parameters: Mapping[str, nn.Parameter],
         *,
         name: OptimizerName = "adamw",
-        lr: float = 2e-4,
         lr_ratios: Mapping[str, float] | None = None,
         undecayed: Collection[str] = (),
         betas: tuple[float, float] | None = None,
@@ -94,7 +93,7 @@ class AdapterOptimizer:
             elif parameter.dtype != torch.float32:
                 raise ValueError(f"{key} is stored in {parameter.dtype}, must be bfloat16 or float32.")
         self._name = name
-        self._options: dict[str, Any] = {"lr": lr, "betas": betas or ((0.9, 0.99) if "lion" in name else (0.9, 0.999))}
+        self._options: dict[str, Any] = {"betas": betas or ((0.9, 0.99) if "lion" in name else (0.9, 0.999))}
         if "lion" not in name:
             self._options["eps"] = eps
         self._weight_decay = weight_decay

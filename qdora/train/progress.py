@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from qdora.files.console import duration
+from qdora.files.console import duration, plain_console
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -45,7 +45,7 @@ class TrainingProgress:
     """
 
     def __init__(self, num_steps: int, *, start: int = 0, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or plain_console(stderr=True)
         self._num_steps, self._start = num_steps, start
         self._seconds: deque[float] = deque(maxlen=20)
         self._last_line = float("-inf")
@@ -55,7 +55,7 @@ class TrainingProgress:
     def __enter__(self) -> TrainingProgress:
         if self.console.is_terminal:
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
+            self._bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=self.console)
             self._bar.start()
             self._task = self._bar.add_task("training", total=self._num_steps, completed=self._start)
         return self
@@ -80,4 +80,4 @@ class TrainingProgress:
         now = time.monotonic()
         if now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._num_steps:
             self._last_line = now
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(text, soft_wrap=True)
