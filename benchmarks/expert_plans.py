@@ -1,4 +1,4 @@
-"""Plans of mixtures of experts from their stored shapes: what fits on cards of 24 and 40 GiB, with blocks in host
+"""Plans of mixtures of experts from their stored shapes: what fits on cards of 24 and 40 GB, with blocks in host
 memory where it must.
 
     python benchmarks/expert_plans.py [--out benchmarks/results/expert_plans.json] [--only NAME] [--smoke]
@@ -34,7 +34,7 @@ from qdora.recipe.settings import Recipe
 
 NUM_TOKENS, STEP_TOKENS = 2048, 32_768
 RANK, EXPERT_RANK = 16, 4
-CARDS = ("24GiB", "40GiB")
+CARDS = ("24 GB", "40 GB")
 BAR_SECONDS = 120
 SHAPES = (
     "Qwen/Qwen3-30B-A3B",
