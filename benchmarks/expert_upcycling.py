@@ -285,7 +285,7 @@ class Upcycling:
             task: [replace(example, choices=(), gold=None) for example in part]  # the right answer alone is scored
             for task, part in zip(self.tasks, self.examples[split], strict=True)
         }
-        result = evaluate(model.eval(), self.tokenizer, by_task, per_example=True)
+        result = evaluate(model.eval(), self.tokenizer, by_task)
         scores: dict[str, dict[str, list[Any]]] = {task: {"nll": [], "tokens": []} for task in self.tasks}
         for record in result.per_example:
             scores[record["task"]]["nll"].append(record["nll"])

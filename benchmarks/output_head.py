@@ -91,7 +91,7 @@ def reading(model: Any, tokenizer: Any, examples: dict[str, list[Example]], arm:
     """Seconds of one evaluation and of its output head, and the NLL of every example."""
     with timed_head(model) as head, sliced_input() if arm == "sliced" else nullcontext():
         began = time.perf_counter()
-        result = evaluate(model, tokenizer, examples, per_example=True)
+        result = evaluate(model, tokenizer, examples)
         seconds = time.perf_counter() - began
     return {"seconds": seconds, "head": sum(head), "nll": np.array([each["nll"] for each in result.per_example])}
 

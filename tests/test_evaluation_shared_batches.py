@@ -39,7 +39,7 @@ class Counted(nn.Module):
         self.num_passes += 1
 
     def evaluated(self) -> EvaluationResult:
-        return evaluate(self.model, self.tokenizer, SETS, per_example=True, **FEW)
+        return evaluate(self.model, self.tokenizer, SETS, **FEW)
 
     def generated(self) -> GenerationResult:
         asked = {"choices": SETS["choices"]}

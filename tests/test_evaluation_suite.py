@@ -45,7 +45,7 @@ def test_metrics_of_every_task() -> None:
         "free": texts("free", 5),
         "both": questions("both", 3) + texts("both", 2),
     }
-    found = evaluate(net, tokenizer, sets, per_example=True)
+    found = evaluate(net, tokenizer, sets)
     assert net.training
     assert list(found.tasks) == ["choices", "free", "both"]
 
@@ -79,7 +79,7 @@ def test_metrics_of_every_task() -> None:
 
 def test_single_examples_add_up_to_the_metrics() -> None:
     sets = {"a": questions("a", 7), "b": questions("b", 4) + texts("b", 3)}
-    found = evaluate(model(), tiny_tokenizer.make(), sets, per_example=True)
+    found = evaluate(model(), tiny_tokenizer.make(), sets)
     for task, result in found.tasks.items():
         records = [record for record in found.per_example if record["task"] == task]
         assert [record["id"] for record in records] == [example.id for example in sets[task]]
@@ -87,13 +87,10 @@ def test_single_examples_add_up_to_the_metrics() -> None:
         assert sum(record["num_answer_tokens"] for record in records) == result.num_answer_tokens
         assert np.mean([record["acc"] for record in records if "acc" in record]) == pytest.approx(result.acc)
         assert np.mean([record["acc_norm"] for record in records if "acc" in record]) == pytest.approx(result.acc_norm)
-    assert evaluate(model(), tiny_tokenizer.make(), sets).per_example == []
 
 
 def test_json_and_back() -> None:
-    found = evaluate(
-        model(), tiny_tokenizer.make(), {"one": questions("one", 1), "two": texts("two", 2)}, per_example=True
-    )
+    found = evaluate(model(), tiny_tokenizer.make(), {"one": questions("one", 1), "two": texts("two", 2)})
     assert found.tasks["one"].acc_stderr is None  # one example has no standard error, and JSON no nan
     text = json.dumps(found.to_dict(per_example=True), allow_nan=False)
     assert EvaluationResult.from_dict(json.loads(text)) == found
@@ -120,7 +117,7 @@ def test_blocks_are_disjoint_as_long_as_there_are_enough_and_then_start_again() 
     assert sorted(index for block in blocks[:5] for index in block) == sorted([*range(10)] * 2)
     assert blocks[0] != [0, 1, 2, 3]  # files are often ordered by origin
     assert spread(examples, 10, 1) == spread(examples, None, 1) == examples
-    found = evaluate(model(), tiny_tokenizer.make(), {"choices": examples}, limit=4, block=1, per_example=True)
+    found = evaluate(model(), tiny_tokenizer.make(), {"choices": examples}, limit=4, block=1)
     assert [row["id"] for row in found.per_example] == [str(index) for index in blocks[1]]
     assert found.settings["block"] == 1
 

@@ -358,7 +358,7 @@ def test_rates_are_searched_then_arms_are_trained_and_adapters_transplanted(root
     load_adapter(base.model, tmp_path / "cells" / moved["adapter_key"] / "adapter")
     base.model.eval()
     examples = run_examples(base.recipe, "validation")
-    expected = evaluate(base.model, base.tokenizer, examples, limit=10, block=0, per_example=True).per_example
+    expected = evaluate(base.model, base.tokenizer, examples, limit=10, block=0).per_example
     assert [row["nll"] for row in scored] == pytest.approx([row["nll"] for row in expected], rel=1e-6)
     check_set_back(tmp_path, index["cells"])
     check_by_layer(tmp_path, index["cells"])
@@ -378,7 +378,7 @@ def check_set_back(directory: Path, cells: list[dict[str, Any]]) -> None:
         layer.magnitude.data = weight.square().sum(dim=1).sqrt().float()
         layer.parameters_changed()
     examples = run_examples(trained.recipe, "validation")
-    found = evaluate(trained.model, trained.tokenizer, examples, limit=10, block=0, per_example=True).per_example
+    found = evaluate(trained.model, trained.tokenizer, examples, limit=10, block=0).per_example
     scored = json.loads((directory / "cells" / back["key"] / "eval/set-back.json").read_text())["per_example"]
     assert [row["nll"] for row in scored] == pytest.approx([row["nll"] for row in found], rel=1e-6)
     report = read_report(directory)

@@ -1,15 +1,15 @@
-"""Several tasks in one evaluation: metrics of each, their averages, a table, and the tasks that training made worse."""
+"""Several tasks in one evaluation: metrics of each, their averages, and a table."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -21,11 +21,9 @@ from qdora.evaluation.forward_path import ForwardPath, choose_path
 from qdora.evaluation.loglikelihood import AnswerScore, ChoiceScores, score_answers, score_choices
 from qdora.evaluation.metrics import (
     Estimate,
-    Paired,
     choice_metrics,
     macro_average,
     mean_stderr,
-    paired_difference,
     ratio_stderr,
     tie_credit,
 )
@@ -73,7 +71,7 @@ class EvaluationResult:
     settings: dict[str, Any]
     """Options and conditions: limit, max_batch_tokens, path, model_dtype, device, seconds."""
     per_example: list[dict[str, Any]] = field(default_factory=list)
-    """Scores of single examples, in task order, for paired tests; empty unless asked for."""
+    """Scores of single examples, in task order, for paired tests."""
 
     def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
         """For JSON: dicts, lists, numbers, strings and None only."""
@@ -98,7 +96,6 @@ def evaluate(
     limit: int | None = None,
     block: int | None = None,
     max_batch_tokens: int = 4096,
-    per_example: bool = False,
     progress: SuiteProgress | None = None,
 ) -> EvaluationResult:
     """Score every task's examples: choices by log-likelihood, other examples by the NLL of their answer.
@@ -128,8 +125,7 @@ def evaluate(
         choices, answers = _score(model, tokenizer, examples, path, max_batch_tokens=max_batch_tokens, progress=report)
         _check_finite(task, choices, answers)
         tasks[task] = _task_result(choices, answers)
-        if per_example:
-            records.extend(_records(task, choices, answers))
+        records.extend(_records(task, choices, answers))
     settings = {
         "limit": limit,
         "block": block,
@@ -344,105 +340,3 @@ def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
     if estimate is None:
         return {name: None, f"{name}_stderr": None}
     return {name: estimate.value, f"{name}_stderr": None if math.isnan(estimate.stderr) else estimate.stderr}
-
-
-LossOrAccuracy = Literal["nll_per_token", "acc"]
-
-_NAMES: dict[LossOrAccuracy, str] = {"nll_per_token": "NLL per token", "acc": "accuracy"}
-_WORSE: dict[LossOrAccuracy, float] = {"nll_per_token": 1.0, "acc": -1.0}
-"""Metric -> the sign of a change for the worse."""
-_NORMAL = 1.96
-"""Half of a 95 % interval in standard errors, where single examples are not known."""
-
-
-@dataclass(frozen=True)
-class WorseTask:
-    """A task that training has made worse, beyond the noise of its examples.
-
-    Attributes:
-        task, metric: The task and its worse metric: nll_per_token in nats, acc in 0..1.
-        base, now: The metric before training and now.
-        lower: The least loss: the end nearer to 0 of the 95 % interval of the difference.
-        average_base, average_now: The metric averaged over all tasks, which has become better.
-    """
-
-    task: str
-    metric: LossOrAccuracy
-    base: float
-    now: float
-    lower: float
-    average_base: float
-    average_now: float
-
-    def in_words(self) -> str:
-        """'boolq is worse than the untrained base: NLL per token 1.2 against 0.9, ...'."""
-        return (
-            f"{self.task} is worse than the untrained base: {_NAMES[self.metric]} {self.now:.4g} against "
-            f"{self.base:.4g} (by {self.lower:.2g} at least), while the average over the tasks went from "
-            f"{self.average_base:.4g} to {self.average_now:.4g}"
-        )
-
-
-def worse_than_base(base: EvaluationResult, now: EvaluationResult) -> list[WorseTask]:
-    """The tasks that are worse than before training, by a metric whose average over the tasks is better.
-
-    Where both evaluations hold single examples, the interval is that of the paired difference (`paired_difference`).
-    Otherwise it follows from both standard errors, as for different examples. Tasks that were measured on different
-    numbers of examples, or on a single one, are left out.
-    """
-    found: list[WorseTask] = []
-    singles = by_task(base.per_example), by_task(now.per_example)
-    for metric, sign in _WORSE.items():
-        before, after = getattr(base.average, metric), getattr(now.average, metric)
-        if before is None or after is None or sign * (after - before) >= 0:
-            continue
-        for task, result in now.tasks.items():
-            old = base.tasks.get(task)
-            if old is None or old.num_examples != result.num_examples or getattr(result, metric) is None:
-                continue
-            pair = [each.get(task, []) for each in singles]
-            lower = _paired_lower(pair, metric, sign) if all(pair) else _apart_lower(old, result, metric, sign)
-            if lower > 0:
-                old_value, value = getattr(old, metric), getattr(result, metric)
-                found.append(WorseTask(task, metric, old_value, value, lower, average_base=before, average_now=after))
-    return found
-
-
-def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Task -> its records, in their order."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        found.setdefault(record["task"], []).append(record)
-    return found
-
-
-def paired_scores(
-    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], metric: LossOrAccuracy
-) -> Paired | None:
-    """The scores of the examples that both evaluations of a task have, new ones first; None for fewer than two."""
-    name = "nll" if metric == "nll_per_token" else "acc"
-    before, after = ({each["id"]: each for each in records if name in each} for records in (old, new))
-    ids = [each for each in before if each in after]
-    if len(ids) < 2:
-        return None
-    scores = [np.array([[each[key][name] for key in ids]], dtype=np.float64) for each in (after, before)]
-    weights = np.ones(len(ids)) if name == "acc" else np.array([after[key]["num_answer_tokens"] for key in ids], float)
-    return Paired(scores[0], scores[1], weights)
-
-
-def _paired_lower(pair: Sequence[Sequence[Mapping[str, Any]]], metric: LossOrAccuracy, sign: float) -> float:
-    """Lower end of sign * (now - base) over the same examples; nan for a single one."""
-    old, new = pair
-    scores = paired_scores(old, new, metric)
-    if scores is None:
-        return math.nan
-    found = paired_difference([scores])
-    return found.lower if sign > 0 else -found.upper
-
-
-def _apart_lower(old: TaskResult, new: TaskResult, metric: LossOrAccuracy, sign: float) -> float:
-    """Lower end of sign * (now - base) by the standard errors of both; nan where one of them is not known."""
-    errors = [getattr(each, f"{metric}_stderr") for each in (old, new)]
-    if None in errors:
-        return math.nan
-    return float(sign * (getattr(new, metric) - getattr(old, metric)) - _NORMAL * math.hypot(*errors))

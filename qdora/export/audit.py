@@ -92,7 +92,7 @@ def audit(
 
     def score(name: str) -> None:
         if given:
-            results[name] = evaluate(model, tokenizer, given, limit=_NUM_EXAMPLES, per_example=True)
+            results[name] = evaluate(model, tokenizer, given, limit=_NUM_EXAMPLES)
 
     found = export_forms(model, opened, dtype)
     with float32_arithmetic(model), bar(console, "auditing") as progress:

@@ -164,9 +164,7 @@ def evaluate_target(
     if examples:
         beside = stored_results(open_run(options.like)) if options.like is not None and split == "validation" else {}
         with suite_bar(progress, f"evaluating {loaded.label}") as update:
-            scored = evaluate(
-                loaded.model, loaded.tokenizer, examples, limit=limit, block=block, per_example=True, progress=update
-            )
+            scored = evaluate(loaded.model, loaded.tokenizer, examples, limit=limit, block=block, progress=update)
         results.print(compare_table(beside | {shown: scored}))
         _keep(loaded, kept, scored.to_dict(per_example=True))
         document["evaluation"] = scored.to_dict()

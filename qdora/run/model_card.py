@@ -12,7 +12,7 @@ import yaml
 import qdora
 from qdora.data.commonsense import HUB_TASKS
 from qdora.errors import UserError
-from qdora.evaluation.suite import worse_than_base
+from qdora.evaluation.before_after import worse_than_base
 from qdora.files.environment import package_versions
 from qdora.files.json_file import read_json_object
 from qdora.files.markdown_table import markdown_cell, markdown_table

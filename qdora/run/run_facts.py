@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 from qdora.data.shown_examples import EXAMPLES_FILE
 from qdora.errors import named
-from qdora.evaluation.before_after import task_changes, tasks_of_other_examples
-from qdora.evaluation.suite import LossOrAccuracy
+from qdora.evaluation.before_after import LossOrAccuracy, task_changes, tasks_of_other_examples
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import FAILURE_MARK, PLAN_FILE, WARNING_MARK, RunDirectory
 from qdora.model.peft_config import sizes_in_words

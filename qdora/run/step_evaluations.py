@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 from qdora.data.example import Example
 from qdora.errors import UserError, first_line, nearest
-from qdora.evaluation.before_after import tasks_of_other_examples
+from qdora.evaluation.before_after import tasks_of_other_examples, worse_than_base
 from qdora.evaluation.generation import GenerationResult, evaluate_generated
 from qdora.evaluation.shared_batches import batches_shared
-from qdora.evaluation.suite import EvaluationResult, evaluate, worse_than_base
+from qdora.evaluation.suite import EvaluationResult, evaluate
 from qdora.files.console import errors_only, suite_bar
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.settings import Recipe
@@ -63,7 +63,6 @@ class StepEvaluations:
                 self.examples,
                 limit=asked.limit,
                 block=asked.block,
-                per_example=True,
                 progress=progress,
             )
         self.results[label] = result

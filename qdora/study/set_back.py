@@ -27,7 +27,7 @@ def evaluate_set_back(trained: Path, directory: Path) -> dict[str, Any]:
         set_magnitude_back_(layer)
     asked = run.recipe.eval
     examples = run_examples(run.recipe, "validation", asked.tasks)
-    scored = evaluate(run.model, run.tokenizer, examples, limit=asked.limit, block=asked.block, per_example=True)
+    scored = evaluate(run.model, run.tokenizer, examples, limit=asked.limit, block=asked.block)
     (directory / "eval").mkdir(parents=True, exist_ok=True)
     atomic_write_json(directory / SCORES_FILE, scored.to_dict(per_example=True))
     return {"size": asdict(model_size(run.model)), "files": {"scores": SCORES_FILE}}
