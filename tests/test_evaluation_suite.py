@@ -12,8 +12,8 @@ import torch
 
 from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError
-from qdora.evaluation.loglikelihood import score_answers, score_choices
-from qdora.evaluation.suite import EvaluationResult, TaskResult, compare_table, evaluate, spread
+from qdora.evaluation.loglikelihood import ChoiceScores, score_answers, score_choices
+from qdora.evaluation.suite import EvaluationResult, TaskResult, _accuracies, averaged, compare_table, evaluate, spread
 from tests import tiny, tiny_tokenizer
 
 COLOURS = [" blue", " brown", " quick", " lazy"]
@@ -95,6 +95,62 @@ def test_json_and_back() -> None:
     text = json.dumps(found.to_dict(per_example=True), allow_nan=False)
     assert EvaluationResult.from_dict(json.loads(text)) == found
     assert "per_example" not in found.to_dict()
+
+
+def accuracies(loglikelihoods: list[list[float]], num_chars: list[list[int]], gold: list[int]) -> dict[str, Any]:
+    each = zip(loglikelihoods, num_chars, gold, strict=True)
+    return _accuracies(
+        [ChoiceScores("t", "0", right, np.array(ll), np.ones(len(ll), int), np.array(n), 0) for ll, n, right in each]
+    )
+
+
+def test_accuracies_by_hand() -> None:
+    # example    ll            chars       best by sum   per character           best   gold
+    # 0          -4, -6        2, 6        0             -2, -1                  1      0
+    # 1          -3, -2, -9    3, 4, 30    1             -1, -0.5, -0.3          2      2
+    # 2          -1, -5        1, 1        0             -1, -5                  0      0
+    # 3          -8, -8.5      8, 17       0             -1, -0.5                1      1
+    found = accuracies(
+        [[-4.0, -6.0], [-3.0, -2.0, -9.0], [-1.0, -5.0], [-8.0, -8.5]],
+        [[2, 6], [3, 4, 30], [1, 1], [8, 17]],
+        [0, 2, 0, 1],
+    )
+    assert found["acc"] == 2 / 4
+    assert found["acc_stderr"] == pytest.approx(math.sqrt(0.5 * 0.5 / 3))
+    assert found["acc_norm"] == 3 / 4
+    assert found["acc_norm_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert found["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
+    assert found["majority"] == 2 / 4  # gold is 0 twice, 2 and 1 once
+    assert (found["num_ties"], found["num_ties_norm"]) == (0, 0)
+
+
+def test_ties_count_by_chance() -> None:
+    found = accuracies([[-3.0] * 4, [-2.0, -4.0]], [[1, 1, 1, 1], [1, 2]], [2, 0])
+    assert found["acc"] == (1 / 4 + 1) / 2
+    assert found["acc_norm"] == (1 / 4 + 1 / 2) / 2
+    assert (found["num_ties"], found["num_ties_norm"]) == (1, 2)
+
+
+def test_constant_scores_give_chance_not_the_first_index() -> None:
+    gold = [0] * 90 + [1] * 10  # argmax of constant scores would look like 90 %
+    found = accuracies([[-1.0, -1.0]] * 100, [[1, 1]] * 100, gold)
+    assert found["acc"] == found["chance"] == 0.5
+    assert found["majority"] == 0.9
+
+
+def test_empty_choice_counts_as_one_character() -> None:
+    assert accuracies([[-1.0, -3.0]], [[0, 2]], [0])["acc_norm"] == 1.0
+
+
+def test_the_average_weighs_tasks_equally() -> None:
+    found = averaged([result(0.2, 0.03, 1.0, 10), result(0.6, 0.04, 1.0, 90)], "acc")
+    assert found is not None
+    assert found.value == pytest.approx(0.4)
+    assert found.stderr == pytest.approx(0.05 / 2)
+    unknown = averaged([result(0.2, 0.03, 1.0), result(0.6, None, 1.0)], "acc")
+    assert unknown is not None
+    assert math.isnan(unknown.stderr)
+    assert averaged([], "acc") is None
 
 
 def test_progress_counts_every_task_to_its_end() -> None:

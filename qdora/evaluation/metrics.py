@@ -9,7 +9,6 @@ tied choices; here the right choice counts 1/k when it is one of k tied ones.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,22 +25,6 @@ class Estimate:
 
     value: float
     stderr: float
-
-
-@dataclass(frozen=True)
-class ChoiceMetrics:
-    """Accuracies of the multiple-choice examples of one task, between 0 and 1."""
-
-    acc: Estimate
-    acc_norm: Estimate
-    num_ties: int
-    """Examples where the right choice ties with another for the largest log-likelihood."""
-    num_ties_norm: int
-    """The same per character."""
-    chance: float
-    """Expected accuracy of a uniform guess: mean of 1 / number of choices."""
-    majority: float
-    """Accuracy of always answering the index that is right most often in these examples."""
 
 
 def mean_stderr(values: ArrayLike) -> Estimate:
@@ -77,46 +60,6 @@ def tie_credit(scores: ArrayLike, gold: int) -> tuple[float, bool]:
     if gold not in best:
         return 0.0, False
     return 1.0 / best.size, best.size > 1
-
-
-def choice_metrics(
-    loglikelihoods: Sequence[ArrayLike], num_chars: Sequence[ArrayLike], gold: Sequence[int]
-) -> ChoiceMetrics:
-    """Accuracies of one task.
-
-    Args:
-        loglikelihoods: Per example (choices,) summed log-likelihoods, nats; finite.
-        num_chars: Per example (choices,) characters of each choice; 0 counts as 1.
-        gold: Per example the index of the right choice.
-    Raises: ValueError if there is no example, the lengths differ, or a log-likelihood is not finite.
-    """
-    if not len(loglikelihoods) == len(num_chars) == len(gold):
-        raise ValueError(f"{len(loglikelihoods)} log-likelihoods, {len(num_chars)} lengths, {len(gold)} right answers")
-    credits: list[tuple[float, bool]] = []
-    credits_norm: list[tuple[float, bool]] = []
-    for scores, lengths, right in zip(loglikelihoods, num_chars, gold, strict=True):
-        array = np.asarray(scores, dtype=np.float64)
-        if not np.isfinite(array).all():
-            raise ValueError(f"log-likelihoods {array.tolist()} are not finite: the model is broken")
-        credits.append(tie_credit(array, right))
-        credits_norm.append(tie_credit(array / np.maximum(np.asarray(lengths, dtype=np.float64), 1.0), right))
-    sizes = [np.asarray(scores).size for scores in loglikelihoods]
-    return ChoiceMetrics(
-        acc=mean_stderr([credit for credit, _ in credits]),
-        acc_norm=mean_stderr([credit for credit, _ in credits_norm]),
-        num_ties=sum(tied for _, tied in credits),
-        num_ties_norm=sum(tied for _, tied in credits_norm),
-        chance=float(np.mean([1.0 / size for size in sizes])),
-        majority=max(Counter(gold).values()) / len(gold),
-    )
-
-
-def macro_average(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean over tasks, each task counting once; se = sqrt(sum se_t^2) / T, the tasks being independent samples."""
-    if not estimates:
-        raise ValueError("the average over no tasks is not defined")
-    value = float(np.mean([estimate.value for estimate in estimates]))
-    return Estimate(value, math.sqrt(sum(estimate.stderr**2 for estimate in estimates)) / len(estimates))
 
 
 Array = NDArray[np.float64]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -21,8 +22,6 @@ from qdora.evaluation.forward_path import ForwardPath, choose_path
 from qdora.evaluation.loglikelihood import AnswerScore, ChoiceScores, score_answers, score_choices
 from qdora.evaluation.metrics import (
     Estimate,
-    choice_metrics,
-    macro_average,
     mean_stderr,
     ratio_stderr,
     tie_credit,
@@ -277,13 +276,23 @@ def _accuracies(choices: Sequence[ChoiceScores]) -> dict[str, Any]:
     if not choices:
         without = {"chance": None, "majority": None, "num_ties": 0, "num_ties_norm": 0}
         return without | estimated("acc", None) | estimated("acc_norm", None)
-    metrics = choice_metrics(
-        [score.loglikelihoods for score in choices],
-        [score.num_chars for score in choices],
-        [score.gold for score in choices],
-    )
-    found = {name: getattr(metrics, name) for name in ("chance", "majority", "num_ties", "num_ties_norm")}
-    return found | estimated("acc", metrics.acc) | estimated("acc_norm", metrics.acc_norm)
+    found: dict[str, Any] = {
+        "chance": float(np.mean([1.0 / len(score.loglikelihoods) for score in choices])),
+        "majority": max(Counter(score.gold for score in choices).values()) / len(choices),
+    }
+    by_measure = zip(*(_credits(score) for score in choices), strict=True)
+    for (name, ties), found_credits in zip(
+        (("acc", "num_ties"), ("acc_norm", "num_ties_norm")), by_measure, strict=True
+    ):
+        found |= estimated(name, mean_stderr([credit for credit, _ in found_credits]))
+        found[ties] = sum(tied for _, tied in found_credits)
+    return found
+
+
+def _credits(score: ChoiceScores) -> tuple[tuple[float, bool], tuple[float, bool]]:
+    """Credit of the right choice and whether it is tied, by the log-likelihood and by that per character."""
+    per_char = score.loglikelihoods / np.maximum(score.num_chars, 1)  # an empty choice counts as one character
+    return tie_credit(score.loglikelihoods, score.gold), tie_credit(per_char, score.gold)
 
 
 def _average(results: Sequence[TaskResult]) -> TaskResult:
@@ -303,27 +312,30 @@ def _average(results: Sequence[TaskResult]) -> TaskResult:
 
 
 def averaged(results: Sequence[Any], name: str) -> Estimate | None:
-    """Macro average of the field `name` with the error from `name`_stderr; None over no tasks."""
+    """Macro average of the field `name`, each task counting once; None over no tasks.
+
+    Its error is sqrt(sum of `name`_stderr^2) / tasks, the tasks being independent samples; nan if one is not known.
+    """
     if not results:
         return None
     errors = (getattr(result, f"{name}_stderr", None) for result in results)
-    known = (math.nan if error is None else error for error in errors)
-    return macro_average([Estimate(getattr(result, name), error) for result, error in zip(results, known, strict=True)])
+    variance = sum(math.nan if error is None else error**2 for error in errors)
+    return Estimate(float(np.mean([getattr(result, name) for result in results])), math.sqrt(variance) / len(results))
 
 
 def _records(task: str, choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> list[dict[str, Any]]:
     """JSON-able scores of single examples; `acc` and `acc_norm` are the credits that the task's accuracy averages."""
     records: list[dict[str, Any]] = []
     for score in choices:
-        per_char = score.loglikelihoods / np.maximum(score.num_chars, 1)
+        (acc, _), (acc_norm, _) = _credits(score)
         records.append(
             {
                 "task": task,
                 "id": score.id,
                 "gold": score.gold,
                 **{name: getattr(score, name).tolist() for name in ("loglikelihoods", "num_tokens", "num_chars")},
-                "acc": tie_credit(score.loglikelihoods, score.gold)[0],
-                "acc_norm": tie_credit(per_char, score.gold)[0],
+                "acc": acc,
+                "acc_norm": acc_norm,
                 "nll": -float(score.loglikelihoods[score.gold]),
                 "num_answer_tokens": int(score.num_tokens[score.gold]),
                 "num_truncated": score.num_truncated,
