@@ -15,7 +15,6 @@ import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,6 @@ from qdora.evaluation.halved_batches import halved_where_short
 from qdora.evaluation.metrics import mean_stderr
 from qdora.evaluation.shared_batches import results_of
 from qdora.evaluation.suite import (
-    SuiteProgress,
     averaged,
     conditions,
     estimated,
@@ -117,7 +115,7 @@ def evaluate_generated(
     block: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     max_batch_tokens: int = 4096,
-    progress: SuiteProgress | None = None,
+    progress: Progress | None = None,
 ) -> GenerationResult:
     """Let the model answer every task's examples; count right, wrong and unparsable answers.
 
@@ -142,7 +140,6 @@ def evaluate_generated(
     answers: list[GeneratedAnswer] = []
     for task, examples in examples_by_task.items():
         chosen = spread(examples, limit, block)
-        report = None if progress is None else partial(progress, task)
         found = generate_answers(
             model,
             tokenizer,
@@ -151,7 +148,7 @@ def evaluate_generated(
             max_new_tokens=max_new_tokens,
             max_batch_tokens=max_batch_tokens,
             path=path,
-            progress=report,
+            progress=progress,
         )
         tasks[task] = _counted(found, [len(example.choices) for example in chosen])
         answers.extend(found)

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -27,9 +26,6 @@ from qdora.evaluation.metrics import (
     tie_credit,
 )
 from qdora.evaluation.token_scores import Progress
-
-SuiteProgress = Callable[[str, int, int], None]
-"""progress(task, num_done, num_total), called after every batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +91,7 @@ def evaluate(
     limit: int | None = None,
     block: int | None = None,
     max_batch_tokens: int = 4096,
-    progress: SuiteProgress | None = None,
+    progress: Progress | None = None,
 ) -> EvaluationResult:
     """Score every task's examples: choices by log-likelihood, other examples by the NLL of their answer.
 
@@ -103,6 +99,7 @@ def evaluate(
         examples_by_task: Task name -> its examples, at least one each; with or without choices.
         limit, block: Most examples of a task (None: all), and which (`spread`).
         max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
+        progress: Called with examples done and examples in all, of one task after the other.
     Raises:
         UserError: If there is no task, a task has no example, or an example cannot be scored.
         Diverged: If the model gives a log-likelihood that is not finite.
@@ -120,8 +117,9 @@ def evaluate(
     records: list[dict[str, Any]] = []
     for task, all_examples in examples_by_task.items():
         examples = spread(all_examples, limit, block)
-        report = None if progress is None else partial(progress, task)
-        choices, answers = _score(model, tokenizer, examples, path, max_batch_tokens=max_batch_tokens, progress=report)
+        choices, answers = _score(
+            model, tokenizer, examples, path, max_batch_tokens=max_batch_tokens, progress=progress
+        )
         _check_finite(task, choices, answers)
         tasks[task] = _task_result(choices, answers)
         records.extend(_records(task, choices, answers))

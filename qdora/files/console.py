@@ -67,10 +67,3 @@ def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def suite_bar(console: Console, what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """`bar` for an evaluation of several tasks."""
-    with bar(console, what) as update:
-        yield lambda task, done, total: update(done, total)

@@ -18,7 +18,7 @@ from qdora.evaluation.generation import evaluate_generated, generation_faults, g
 from qdora.evaluation.harness import evaluate_harness, find_harness_tasks, harness_table
 from qdora.evaluation.perplexity import read_texts, text_perplexity
 from qdora.evaluation.suite import compare_table, evaluate
-from qdora.files.console import consoles, suite_bar
+from qdora.files.console import bar, consoles
 from qdora.files.run_directory import open_run
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.source import resolve
@@ -163,14 +163,14 @@ def evaluate_target(
     document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
     if examples:
         beside = stored_results(open_run(options.like)) if options.like is not None and split == "validation" else {}
-        with suite_bar(progress, f"evaluating {loaded.label}") as update:
+        with bar(progress, f"evaluating {loaded.label}") as update:
             scored = evaluate(loaded.model, loaded.tokenizer, examples, limit=limit, block=block, progress=update)
         results.print(compare_table(beside | {shown: scored}))
         _keep(loaded, kept, scored.to_dict(per_example=True))
         document["evaluation"] = scored.to_dict()
         document["beside"] = {label: stored.to_dict() for label, stored in beside.items()}
     if examples and generates:
-        with suite_bar(progress, f"answers of {loaded.label}") as update:
+        with bar(progress, f"answers of {loaded.label}") as update:
             answers = evaluate_generated(
                 loaded.model, loaded.tokenizer, examples, limit=limit, block=block, progress=update
             )

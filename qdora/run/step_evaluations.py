@@ -15,7 +15,7 @@ from qdora.evaluation.before_after import tasks_of_other_examples, worse_than_ba
 from qdora.evaluation.generation import GenerationResult, evaluate_generated
 from qdora.evaluation.shared_batches import batches_shared
 from qdora.evaluation.suite import EvaluationResult, evaluate
-from qdora.files.console import errors_only, suite_bar
+from qdora.files.console import bar, errors_only
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import MACRO
@@ -56,7 +56,7 @@ class StepEvaluations:
     def measure(self, step: int, label: str = "adapter") -> dict[str, Any]:
         """Evaluate the model after `step` steps and keep the result. Returns its part of a line of metrics."""
         active, asked = self.active, self.active.recipe.eval
-        with suite_bar(active.console, f"evaluating, step {step}") as progress:
+        with bar(active.console, f"evaluating, step {step}") as progress:
             result = evaluate(
                 active.model,
                 active.tokenizer,
@@ -89,7 +89,7 @@ class StepEvaluations:
     def _generate(self, step: int) -> GenerationResult:
         """Let the model answer and keep the answers beside the log-likelihoods."""
         active, asked = self.active, self.active.recipe.eval
-        with suite_bar(active.console, f"answers, step {step}") as progress:
+        with bar(active.console, f"answers, step {step}") as progress:
             result = evaluate_generated(
                 active.model,
                 active.tokenizer,
