@@ -132,7 +132,7 @@ def one_way(settings: Recipe, num_steps: int) -> dict[str, Any]:
         put_adapters(model, settings)
         optimizer = AdapterOptimizer(adapter_parameters(model))
         if settings.data.packing:
-            loader.packed = packed_layout(model)[0]
+            loader.batching.packed = packed_layout(model)[0]
     timed = TimedLoader(loader)
     lines: list[dict[str, Any]] = []
     with TrainingProgress(num_steps) as progress:
@@ -173,7 +173,7 @@ class TimedLoader:
 
     def __init__(self, loader: StepLoader) -> None:
         self.loader, self.seconds = loader, 0.0
-        self.micro_batch_tokens = loader.micro_batch_tokens  # memory is never short here, so nothing changes it
+        self.batching = loader.batching  # memory is never short here, so nothing changes it
 
     def next_step(self) -> Step:
         """The next step's micro-batches."""

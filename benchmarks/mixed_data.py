@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qdora.data.batching import IGNORED, MicroBatch
+from qdora.data.batching import IGNORED, Batching, MicroBatch
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
 from qdora.data.loader import Step
 from qdora.model.build_model import choose_compute, find_model
@@ -116,7 +116,7 @@ def one_by_one(step: Step) -> Step:
 class FixedSteps:
     """Steps that are there already, one after the other, for `qdora.train.loop.fit`."""
 
-    micro_batch_tokens = 1  # a shortage of memory ends the benchmark: its steps cannot be cut smaller
+    batching = Batching(1, pad_id=0)  # a shortage of memory ends the benchmark: its steps cannot be cut smaller
 
     def __init__(self, steps: list[Step]) -> None:
         self.steps, self.position = steps, 0

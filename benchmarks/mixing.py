@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from byte_tokenizer import byte_tokenizer
 from measure import RESULTS, facts, fresh, peak_rss_bytes, write
 
+from qdora.data.batching import Batching
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Source, make_mix
 from qdora.data.readers import local_shards
@@ -137,7 +138,7 @@ def mixed(
 def loader_of(sets: list[Source], **options: Any) -> StepLoader:
     """Steps of one draw."""
     order = make_mix(sets, **options).order
-    return StepLoader(sets, order, tokens_per_step=None, batch=1, micro_batch_tokens=4096, pad_id=0)
+    return StepLoader(sets, order, tokens_per_step=None, batch=1, batching=Batching(4096, 0))
 
 
 def one_example(loader: StepLoader) -> tuple[int, str, list[int]]:

@@ -289,7 +289,7 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
             model = load_pruned_base(recipe, source, compute, pruned)
         put_adapters(model, recipe)
         if recipe.data.packing:
-            loader.packed = packed_layout(model)[0]
+            loader.batching.packed = packed_layout(model)[0]
         optimizer = AdapterOptimizer(adapter_parameters(model), name=recipe.train.optimizer)
         gc.collect()
         if live is not None:

@@ -167,7 +167,7 @@ def test_a_packed_step_has_the_examples_of_the_unpacked_one_and_goes_on_from_a_s
     order = make_mix(sets, strategy="proportional", seed=0, max_epochs=[None]).order
 
     def loader(**options: Any) -> StepLoader:
-        return StepLoader(sets, order, tokens_per_step=400, batch=None, micro_batch_tokens=128, pad_id=PAD, **options)
+        return StepLoader(sets, order, tokens_per_step=400, batch=None, batching=Batching(128, PAD, **options))
 
     plain, packed, resumed = loader(), loader(packed=layout, row_tokens=64), loader(packed=layout, row_tokens=64)
     for _ in range(3):

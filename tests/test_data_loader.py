@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.data.batching import GROUP_COST, micro_groups
+from qdora.data.batching import GROUP_COST, Batching, micro_groups
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
@@ -33,7 +33,7 @@ def tokenised(name, lengths, seed=0):
 
 def loader(sets, *, tokens=None, batch=None, micro=64, strategy="proportional", seed=0, position=0, max_epochs=None):
     mix = make_mix(sets, strategy=strategy, seed=seed, max_epochs=max_epochs)
-    made = StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, micro_batch_tokens=micro, pad_id=PAD)
+    made = StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, batching=Batching(micro, PAD))
     made.position = position
     return made
 

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from qdora.data.batching import Batching
 from qdora.data.build_data import large_step_warning, plan_mix
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
@@ -23,7 +24,7 @@ def tokenised(name, lengths):
 def test_the_plan_is_what_the_steps_take(size):
     sets = [tokenised("a", range(2, 32)), tokenised("b", [30] * 8), tokenised("c", [7] * 50)]
     mix = make_mix(sets, strategy="weights", weights=[1, 2, 1], max_epochs=[None, 3, None], seed=5)
-    loader = StepLoader(sets, mix.order, **size, micro_batch_tokens=500, pad_id=0)
+    loader = StepLoader(sets, mix.order, **size, batching=Batching(500, 0))
     plan = plan_mix(mix, loader, 30)
     examples, tokens = dict.fromkeys("abc", 0), dict.fromkeys("abc", 0)
     for _ in range(30):
@@ -48,7 +49,7 @@ def test_the_plan_is_what_the_steps_take(size):
 def test_exact_epochs():
     sets = [tokenised("a", [2] * 30), tokenised("b", [3] * 10)]
     mix = make_mix(sets)
-    loader = StepLoader(sets, mix.order, tokens_per_step=None, batch=10, micro_batch_tokens=500, pad_id=0)
+    loader = StepLoader(sets, mix.order, tokens_per_step=None, batch=10, batching=Batching(500, 0))
     a, b = plan_mix(mix, loader, 8).sources
     assert (a.num_draws, a.share_asked, a.share_seen, a.epochs, a.num_tokens_seen) == (60, 0.75, 0.75, 2.0, 120)
     assert (b.num_draws, b.epochs) == (20, 2.0)
@@ -76,7 +77,7 @@ def test_exact_epochs():
 def test_a_step_larger_than_the_data_is_warned_of(size, max_epochs, times):
     sets = [tokenised("a", [2] * 30), tokenised("b", [3] * 10)]
     mix = make_mix(sets, max_epochs=max_epochs or [None, None])
-    loader = StepLoader(sets, mix.order, **size, micro_batch_tokens=500, pad_id=0)
+    loader = StepLoader(sets, mix.order, **size, batching=Batching(500, 0))
     warning = large_step_warning(plan_mix(mix, loader, 1))
     if times is None:
         assert warning is None

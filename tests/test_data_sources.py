@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qdora.data import demo, row_examples
+from qdora.data.batching import Batching
 from qdora.data.build_data import plan_mix, read_data, tokenized_mix, unused_warnings
 from qdora.data.loader import StepLoader
 from qdora.data.messages import Turn
@@ -525,7 +526,7 @@ def test_what_is_not_read_is_named_once_a_source(tmp_path):
     names = ("chat", "pairs", "all")
     mix = tuple(SourceConfig(source=f"{tmp_path}/{name}.jsonl") for name in names)
     found = mixed(DataConfig(mix=mix, validation_fraction=0.0))
-    loader = StepLoader(found.sets, found.order, tokens_per_step=None, batch=2, micro_batch_tokens=99, pad_id=0)
+    loader = StepLoader(found.sets, found.order, tokens_per_step=None, batch=2, batching=Batching(99, 0))
     plan = plan_mix(found, loader, 2)
     assert unused_warnings(plan) == [
         "chat: not used for training: messages.rating, topic.",

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdora.data import hub_datasets, readers
+from qdora.data.batching import Batching
 from qdora.data.build_data import plan_mix
 from qdora.data.example import Example
 from qdora.data.hub_datasets import hub_shards
@@ -221,7 +222,7 @@ def mixed(tmp_path, *, batch=None, tokens=None, **options):
     examples = [Example("a", str(number), "q", " no" * (1 + number % 3)) for number in range(20)]
     sets = [tokenize_all(examples, TOKENIZER, name="a", max_length=64), stream(file, window=16, number=1)]
     mix = make_mix(sets, **options)
-    loader = StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, micro_batch_tokens=200, pad_id=0)
+    loader = StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, batching=Batching(200, 0))
     return mix, loader
 
 
@@ -285,7 +286,7 @@ def test_unknown_sizes_are_asked_for(tmp_path):
     # a single source has the whole mix, whatever its size
     assert make_mix([stream(file)], strategy="proportional").shares.tolist() == [1.0]
     mix = make_mix([stream(file)], strategy="equal")
-    loader = StepLoader(mix.sets, mix.order, tokens_per_step=None, batch=5, micro_batch_tokens=99, pad_id=0)
+    loader = StepLoader(mix.sets, mix.order, tokens_per_step=None, batch=5, batching=Batching(99, 0))
     assert plan_mix(mix, loader, 20).sources[0].num_examples is None
     assert plan_mix(mix, loader, 20).sources[0].epochs is None
 

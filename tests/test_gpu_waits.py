@@ -81,8 +81,6 @@ class CopiesNow:
 class OneStep:
     """A loader of always the same step: two padded rows in each micro-batch, or two rows of two packed examples."""
 
-    micro_batch_tokens = 48
-
     def __init__(self, packed: bool) -> None:
         draw = np.random.default_rng(0)
         examples = [
@@ -90,10 +88,10 @@ class OneStep:
             for number, length in enumerate([11, 9] * NUM_MICRO_BATCHES * (2 if packed else 1))
         ]
         each = len(examples) // NUM_MICRO_BATCHES
-        batching = Batching(48, pad_id=0, packed="rows" if packed else None, row_tokens=24)
+        self.batching = Batching(48, pad_id=0, packed="rows" if packed else None, row_tokens=24)
         parts: list[MicroBatch] = []
         for start in range(0, len(examples), each):
-            parts += micro_batches(examples[start : start + each], batching, ["a", "b"])
+            parts += micro_batches(examples[start : start + each], self.batching, ["a", "b"])
         assert len(parts) == NUM_MICRO_BATCHES
         assert all((part.input_ids.shape[0] == 2 and not part.attention_mask.all()) or packed for part in parts)
         labels = sum(int(example.loss_mask.sum()) for example in examples)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from qdora.data.batching import IGNORED, MicroBatch
+from qdora.data.batching import IGNORED, Batching, MicroBatch
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
 from qdora.model.adapter_file import load_adapter, save_adapter
@@ -43,7 +43,7 @@ def model(dtype: torch.dtype = torch.float32) -> Any:
 def loader() -> StepLoader:
     sets = [tokenised("short", [5, 9, 7, 12, 6, 8, 11]), tokenised("long", [20, 26, 17, 30, 23])]
     mix = make_mix(sets, strategy="proportional", seed=0)
-    return StepLoader(sets, mix.order, tokens_per_step=None, batch=BATCH, micro_batch_tokens=64, pad_id=0)
+    return StepLoader(sets, mix.order, tokens_per_step=None, batch=BATCH, batching=Batching(64, 0))
 
 
 def examples() -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from qdora.data.batching import Batching
 from qdora.data.loader import StepLoader
 from qdora.errors import Interrupted, RunFailure
 from qdora.files.run_directory import RunDirectory
@@ -155,7 +156,7 @@ def test_a_retried_step_draws_what_a_first_try_would(
         next_step, taken = loader.next_step, iter(range(1, 7))
 
         def smaller_in_time() -> Any:
-            loader.micro_batch_tokens = sizes.get(next(taken), loader.micro_batch_tokens)
+            loader.batching.max_tokens = sizes.get(next(taken), loader.batching.max_tokens)
             return next_step()
 
         loader.next_step = smaller_in_time
@@ -183,7 +184,7 @@ def test_a_resumed_run_keeps_the_smaller_size_until_the_recipe_asks_for_another(
     next_step = StepLoader.next_step
 
     def spying(loader: Any) -> Any:
-        seen.append(loader.micro_batch_tokens)
+        seen.append(loader.batching.max_tokens)
         return next_step(loader)
 
     monkeypatch.setattr(StepLoader, "next_step", spying)
@@ -234,19 +235,19 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
 
 def test_micro_batches_grow_back_and_wait_longer_after_every_failure() -> None:
     """32 steps before the first growth, 64 after it has failed; never above what was asked; the same after a resume."""
-    loader: Any = SimpleNamespace(micro_batch_tokens=2048)
+    loader: Any = SimpleNamespace(batching=Batching(2048, 0))
     backoff = Backoff(loader)
     sizes = []
     for number in range(300):
-        if loader.micro_batch_tokens > 1024 and number < 200:
+        if loader.batching.max_tokens > 1024 and number < 200:
             assert backoff.shrink(Shortage(8, 2000, "")) is not None
         if number % 7 == 0:
-            again: Any = SimpleNamespace(micro_batch_tokens=2048)
+            again: Any = SimpleNamespace(batching=Batching(2048, 0))
             resumed = Backoff(again)
             resumed.load_state_dict(json.loads(json.dumps(backoff.state_dict())))
             loader, backoff = again, resumed
         backoff.grow()
-        sizes.append(loader.micro_batch_tokens)
+        sizes.append(loader.batching.max_tokens)
     # 2,000 tokens fail until number 200
     assert sorted(set(sizes)) == [1000, 2000]
     assert [number for number in range(1, 300) if sizes[number] > sizes[number - 1]] == [31, 31 + 64, 31 + 64 + 128]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from gpu import device as on
 from gpu.part import Part
 from gpu.plan import Plan
 from gpu.shaped_model import Weights, build
-from qdora.data.batching import MicroBatch
+from qdora.data.batching import Batching, MicroBatch
 from qdora.data.loader import Step
 from qdora.errors import RunFailure
 from qdora.model.build_model import recompute_activations
@@ -40,7 +40,7 @@ class SameStep:
 
     step: Step
     # Read and halved by the loop where memory runs out; one sequence cannot be cut.
-    micro_batch_tokens: int = 1
+    batching: Batching = field(default_factory=lambda: Batching(1, pad_id=0))
 
     def next_step(self) -> Step:
         """The step."""

@@ -112,7 +112,7 @@ class MicroBatch:
             yield name, self.input_ids[row, mine], self.labels[row, mine]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batching:
     """How the examples of a step become micro-batches.
 

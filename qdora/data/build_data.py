@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from qdora.data.batching import Batching
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.messages import with_last_learnt
@@ -209,15 +210,18 @@ def make_loader(recipe: Recipe, mix: Mix, tokenizer: Any, rank: int = 0, num_pro
 
     With data.packing it packs in "rows", until the loaded model shows what its attention takes.
     """
+    batching = Batching(
+        micro_batch_tokens(recipe),
+        tokenizer.pad_token_id,
+        packed="rows" if recipe.data.packing else None,
+        row_tokens=recipe.data.max_length if recipe.data.packing else None,
+    )
     return StepLoader(
         mix.sets,
         mix.order,
         tokens_per_step=recipe.train.tokens_per_step,
         batch=recipe.train.batch,
-        micro_batch_tokens=micro_batch_tokens(recipe),
-        pad_id=tokenizer.pad_token_id,
-        packed="rows" if recipe.data.packing else None,
-        row_tokens=recipe.data.max_length if recipe.data.packing else None,
+        batching=batching,
         rank=rank,
         num_processes=num_processes,
     )

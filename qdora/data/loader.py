@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdora.data.batching import Batching, MicroBatch, PackedLayout, micro_batches
+from qdora.data.batching import Batching, MicroBatch, micro_batches
 from qdora.data.mix import Draws, MixOrder, Source
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
@@ -55,7 +55,7 @@ class StepLoader:
     Args:
         tokens_per_step: A step takes examples until it has at least so many real tokens (at most one example more).
             Exactly one of this and `batch`.
-        micro_batch_tokens, pad_id, packed, row_tokens: See `Batching`. They have no influence on which examples a step
+        batching: How the next step's examples become micro-batches. It has no influence on which examples a step
             contains, and may be changed between steps.
         rank, num_processes: Number of this process, and of all. All draw the same steps; each pads its share.
     """
@@ -67,16 +67,13 @@ class StepLoader:
         *,
         tokens_per_step: int | None,
         batch: int | None,
-        micro_batch_tokens: int,
-        pad_id: int,
-        packed: PackedLayout | None = None,
-        row_tokens: int | None = None,
+        batching: Batching,
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
         assert (tokens_per_step is None) != (batch is None), (tokens_per_step, batch)
         assert (tokens_per_step or batch or 0) > 0, (tokens_per_step, batch)
-        assert micro_batch_tokens > 0, micro_batch_tokens
+        assert batching.max_tokens > 0, batching
         known = tuple(len(part) if isinstance(part, TokenizedSet) else None for part in tokenised)
         assert known == order.sizes, "sources and order differ"
         self.streams = [part for part in tokenised if isinstance(part, ExampleStream)]
@@ -84,10 +81,7 @@ class StepLoader:
         self.order = order
         self.tokens_per_step = tokens_per_step
         self.batch = batch
-        self.micro_batch_tokens = micro_batch_tokens
-        self.pad_id = pad_id
-        self.packed = packed
-        self.row_tokens = row_tokens
+        self.batching = batching
         self.position = 0
         self.rank, self.num_processes = rank, num_processes
         self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
@@ -96,11 +90,6 @@ class StepLoader:
             np.fromiter(map(len, part.examples), dtype=np.int64) if isinstance(part, TokenizedSet) else None
             for part in self.tokenised
         ]
-
-    @property
-    def batching(self) -> Batching:
-        """How the next step's examples become micro-batches."""
-        return Batching(self.micro_batch_tokens, self.pad_id, self.packed, self.row_tokens)
 
     def next_step(self) -> Step:
         """Take the next step's examples and move the position behind them."""

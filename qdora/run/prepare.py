@@ -122,7 +122,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     applied, memory_plan = within_budget(recipe, compute, workload, force=force, processes=processes)
     if memory_plan is not None:
         source = find_source(applied)
-        loader.micro_batch_tokens = micro_batch_tokens(applied)
+        loader.batching.max_tokens = micro_batch_tokens(applied)
     pruned = applied.base.prune is not None
     return PreparedRun(
         given=recipe,

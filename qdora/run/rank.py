@@ -17,7 +17,7 @@ from qdora.analysis.curvature import CURVATURES, Curvature, CurvatureSettings, c
 from qdora.analysis.differentiable import NORMS, Norm
 from qdora.analysis.rank_figures import draw_rank_map, draw_spectra
 from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
-from qdora.data.batching import MicroBatch
+from qdora.data.batching import Batching, MicroBatch
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.data.loader import StepLoader
 from qdora.errors import UserError, nearest, not_one_of
@@ -339,8 +339,7 @@ def training_batches(
         mix.order,
         tokens_per_step=None,
         batch=num_examples,
-        micro_batch_tokens=micro_batch_tokens,
-        pad_id=cast(int, trained.tokenizer.pad_token_id),
+        batching=Batching(micro_batch_tokens, cast(int, trained.tokenizer.pad_token_id)),
     )
     taken = loader.next_step()
     about = {

@@ -55,7 +55,7 @@ class Backoff:
 
     def __init__(self, loader: StepLoader) -> None:
         self._loader = loader
-        self._asked = loader.micro_batch_tokens
+        self._asked = loader.batching.max_tokens
         self._wait, self._num_good, self._has_grown = _FIRST_WAIT, 0, False
 
     def shrink(self, shortage: Shortage) -> dict[str, Any] | None:
@@ -67,33 +67,33 @@ class Backoff:
             `tokens_before` and `tokens_after` (of a micro-batch, padding counted) and the `reason`, or None if the
             micro-batch was a single example.
         """
-        before = self._loader.micro_batch_tokens
+        before = self._loader.batching.max_tokens
         if shortage.num_examples == 1 or before <= 1:
             return None
-        self._loader.micro_batch_tokens = min(before, shortage.num_tokens) // 2
+        self._loader.batching.max_tokens = min(before, shortage.num_tokens) // 2
         if self._has_grown:
             self._wait *= 2
         self._num_good, self._has_grown = 0, False
         free_memory()
-        return {"tokens_before": before, "tokens_after": self._loader.micro_batch_tokens, "reason": shortage.reason}
+        return {"tokens_before": before, "tokens_after": self._loader.batching.max_tokens, "reason": shortage.reason}
 
     def grow(self) -> dict[str, Any] | None:
         """Count a step that fitted. Returns `tokens_before` and `tokens_after` if the next one has more tokens."""
-        before = self._loader.micro_batch_tokens
+        before = self._loader.batching.max_tokens
         self._num_good += 1
         if before >= self._asked or self._num_good < self._wait:
             return None
-        self._loader.micro_batch_tokens = min(2 * before, self._asked)
+        self._loader.batching.max_tokens = min(2 * before, self._asked)
         self._num_good, self._has_grown = 0, True
-        return {"tokens_before": before, "tokens_after": self._loader.micro_batch_tokens}
+        return {"tokens_before": before, "tokens_after": self._loader.batching.max_tokens}
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint; JSON values."""
         waits = {"wait": self._wait, "num_good": self._num_good, "has_grown": self._has_grown}
-        return {"asked": self._asked, "used": self._loader.micro_batch_tokens, **waits}
+        return {"asked": self._asked, "used": self._loader.batching.max_tokens, **waits}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of a checkpoint, unless the recipe asks for another size now."""
         if state["asked"] == self._asked:
-            self._loader.micro_batch_tokens = state["used"]
+            self._loader.batching.max_tokens = state["used"]
             self._wait, self._num_good, self._has_grown = (state[key] for key in ("wait", "num_good", "has_grown"))
