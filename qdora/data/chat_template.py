@@ -310,11 +310,7 @@ class ChatTemplate:
     def _trailer(self, alone: str, followed: str) -> str:
         """The end of `alone` that `followed` lacks, if what both begin with has a mark."""
         first, second = (self._pieces(text) for text in (alone, followed))
-        num_common = next(
-            (n for n, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]),
-            min(len(first), len(second)),
-        )
-        common = "".join(first[:num_common])
+        common = "".join(first[: shared_length(first, second)])
         return alone[len(common) :] if self._mark.search(common) else ""
 
     def without_added_tokens(self, text: str) -> str:
@@ -421,11 +417,11 @@ def prompt_text(tokenizer: Any, turns: Messages, tools: Tools = ()) -> str:
         raise UserError(f"the chat template refuses it: {error}") from None
 
 
-def shared_length(first: str, second: str) -> int:
-    """Number of equal characters at the start of both."""
-    if second.startswith(first):
-        return len(first)
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Number of equal characters, or items, at the start of both."""
     low, high = 0, min(len(first), len(second))
+    if first[:high] == second[:high]:
+        return high
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)

@@ -276,9 +276,7 @@ def _divided(text: _Text, ids_of: Callable[[str], list[int]]) -> _Tokens:
     begin = 0
     for border in sorted(borders):
         prefix = list(ids_of(text.text[:border]))
-        limit = min(len(prefix), len(ids))
-        num = next((place for place in range(limit) if prefix[place] != ids[place]), limit)
-        offsets += [(begin, border)] * (num - len(offsets))
+        offsets += [(begin, border)] * (shared_length(prefix, ids) - len(offsets))
         begin = border
     return _tokens(ids, offsets)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qdora.data.chat_template import require_chat_template
+from qdora.data.chat_template import require_chat_template, shared_length
 from qdora.data.encode_chats import LossOn, encode_chats
 from qdora.data.example import Example
 from qdora.data.split_text import chunks, text_parts
@@ -35,7 +35,7 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
     whole = encode_batch(tokenizer, [prompt + answer for prompt, answer in pairs])
     alone = encode_batch(tokenizer, [prompt.rstrip(" ") for prompt, _ in pairs])
     both = zip(whole, alone, strict=True)
-    return [(prefix + ids, len(prefix) + _shared_length(ids, prompt_ids)) for ids, prompt_ids in both]
+    return [(prefix + ids, len(prefix) + shared_length(ids, prompt_ids)) for ids, prompt_ids in both]
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
@@ -59,14 +59,6 @@ def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     # verbose=False: no warning that a text is longer than the model's context, we check lengths ourselves
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
-
-
-def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of equal ids at the start of both."""
-    limit = min(len(first), len(second))
-    if first[:limit] == second[:limit]:
-        return limit
-    return next(position for position in range(limit) if first[position] != second[position])
 
 
 TooLong = Literal["error", "truncate", "drop", "split"]
