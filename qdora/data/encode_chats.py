@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from qdora.data.chat_template import RENDER_ERRORS, ChatTemplate, chat_template_of, shared_length, template_options
 from qdora.data.example import Example
 from qdora.data.messages import Messages, Turn, with_last_learnt
+from qdora.recipe.data_settings import LossOn
 
-LossOn = Literal["answer", "last", "all"]
 MAY_NOT_STOP = "the model may not stop"
 """Among the notes where the end of a turn does not stop the model."""
 _REMOVE = "Fix: give a template that prints it with data.chat_template, or remove it from the data."

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +13,7 @@ from numpy.typing import NDArray
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedSet
 from qdora.errors import UserError
-
-Strategy = Literal["proportional", "equal", "temperature", "weights"]
+from qdora.recipe.data_settings import Strategy
 
 Draws = tuple[NDArray[np.int64], NDArray[np.int64]]
 """(sources, indices): the source of each draw, and the example's index inside that source; (draws,) int64 each."""

@@ -6,16 +6,17 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qdora.data.chat_template import require_chat_template, shared_length
-from qdora.data.encode_chats import LossOn, encode_chats
+from qdora.data.encode_chats import encode_chats
 from qdora.data.example import Example
 from qdora.data.split_text import chunks, text_parts
 from qdora.errors import UserError
+from qdora.recipe.data_settings import LossOn, TooLong
 
 
 def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
@@ -61,7 +62,6 @@ def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-TooLong = Literal["error", "truncate", "drop", "split"]
 _BATCH, _BATCH_CHARACTERS = 1024, 1 << 21
 """Texts per call of the tokenizer, and characters from which there are no more of them: enough for its threads, few
 enough for memory."""

@@ -25,6 +25,10 @@ from qdora.recipe.section import (
     ignored_faults,
 )
 
+Strategy = Literal["proportional", "equal", "temperature", "weights"]
+TooLong = Literal["error", "truncate", "drop", "split"]
+LossOn = Literal["answer", "last", "all"]
+
 COMMONSENSE_TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
 """The eight tasks of the LoRA and DoRA papers' commonsense average."""
 
@@ -220,14 +224,14 @@ class DataConfig(Section):
 
     mix: tuple[SourceConfig, ...]
     """The sources to train on together; at least one."""
-    strategy: Literal["proportional", "equal", "temperature", "weights"] = "proportional"
+    strategy: Strategy = "proportional"
     """Share of each source in the examples: proportional to its size, equal for all, size^(1 / temperature), or its
     weight."""
     temperature: Positive | None = None
     """For strategy temperature: 1 is proportional, large values approach equal. T5, arXiv 1910.10683, sec. 3.5.2."""
     max_length: Annotated[int, Strict(), Field(ge=2), allowed("a whole number of tokens, 2 or more")] = 512
     """Most tokens of an example."""
-    too_long: Literal["error", "truncate", "drop", "split"] = "error"
+    too_long: TooLong = "error"
     """What to do with a longer example: stop before training (error), cut the front of its prompt, then the end of its
     answer, but a chat behind its last answer that fits as a whole (truncate), drop it and count it (drop), or split
     plain text into examples of max_length without losing a token (split). split never cuts anything else: a prompt with
@@ -239,7 +243,7 @@ class DataConfig(Section):
     packing: Flag = False
     """Put several examples into one row of at most max_length tokens, which saves padding. Each example is trained as
     if it were alone. A model that cannot keep them apart is refused."""
-    loss_on: Literal["answer", "last", "all"] = "answer"
+    loss_on: LossOn = "answer"
     """Tokens to learn: those of the answer (in a chat: of all turns of the assistant), of a chat's last turn of the
     assistant only, or also those of the prompt."""
     chat_template: Text | None = None
