@@ -16,11 +16,12 @@ from qdora.files.atomic import atomic_write_json, atomic_write_text
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.study.cells import Expander
+from qdora.study.compare import Results
 from qdora.study.grid import load_study
 from qdora.study.guesses import FILE as GUESSES_FILE
 from qdora.study.guesses import read_guesses
 from qdora.study.study_directory import StudyDirectory, read_index
-from qdora.study.upcoming import Upcoming
+from qdora.study.upcoming import cells_now
 
 SCORES_FILE = "scores.json.xz"
 _KEPT = ("task", "id", "nll", "num_answer_tokens", "acc", "acc_norm", "gold", "loglikelihoods")
@@ -93,7 +94,7 @@ def unpack(packed: bytes, grid: Path, directory: Path) -> int:
         _write_cell(each, store.cell(key))
     for key, each in done.items():  # last: with results the directory counts as filled
         store.write_result(key, each["result"])
-    here = [cell for cell in Upcoming(expander, store).now().cells if cell.key in done]
+    here = [cell for cell in cells_now(expander, Results(store, expander.study)).cells if cell.key in done]
     for cell in here:
         if cell.kind == "trained":
             atomic_write_text(RunDirectory(store.cell(cell.key)).recipe_file, resolved_yaml(cell.recipe))

@@ -13,12 +13,13 @@ import yaml
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.study.cells import Cell, Expander
+from qdora.study.compare import Results
 from qdora.study.grid import load_study
 from qdora.study.report_contents import Report
 from qdora.study.runner import Work, run_cells
 from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory
-from qdora.study.upcoming import Upcoming
+from qdora.study.upcoming import cells_now
 from tests import study_worker
 
 STEPS = 40
@@ -71,9 +72,10 @@ def make(folder: Path, *, nll: Truth = truth, generated: bool = False, fail: str
     (folder / "study.yaml").write_text(yaml.safe_dump(DOCUMENT | changes, sort_keys=False))
     study = load_study(folder / "study.yaml")
     store = StudyDirectory(folder / "study", retries=study.retries)
-    upcoming = Upcoming(Expander(study), store)
+    expander = Expander(study)
+    results = Results(store, expander.study)
     num_cells = -1
-    while len(cells := upcoming.now().cells) > num_cells:
+    while len(cells := cells_now(expander, results).cells) > num_cells:
         num_cells = len(cells)
         run_cells(cells, store, work_of(nll, generated=generated, fail=fail))
     return folder / "study"

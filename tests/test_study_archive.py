@@ -16,12 +16,13 @@ import yaml
 
 from qdora.errors import UserError
 from qdora.study.cells import Cell, Expander
+from qdora.study.compare import Results
 from qdora.study.grid import load_study
 from qdora.study.report import read_report
 from qdora.study.report_contents import Report
 from qdora.study.runner import run_cells
 from qdora.study.study_directory import StudyDirectory, read_index
-from qdora.study.upcoming import Upcoming
+from qdora.study.upcoming import cells_now
 from tests import fake_study
 
 ROOT = Path(__file__).parent.parent
@@ -99,9 +100,10 @@ def test_what_is_missing_runs_and_nothing_else(
         ran.add(cell.key)
         return dict(fake_study.work_of(diverging)(cell, directory))
 
-    upcoming = Upcoming(Expander(load_study(made.parent / "study.yaml")), store)
+    expander = Expander(load_study(made.parent / "study.yaml"))
+    results = Results(store, expander.study)
     for _ in range(2):  # cells that lay an adapter on another base come after it
-        run_cells(upcoming.now().cells, store, work)
+        run_cells(cells_now(expander, results).cells, store, work)
     # Adapters are not kept, so what leaves one for a cell that is left runs again
     sources = {cell["adapter_key"] for cell in of_seed if cell["key"] in lost} - {None}
     assert sources

@@ -25,6 +25,7 @@ from transformers import LlamaConfig
 from qdora.errors import Diverged, Interrupted, UserError
 from qdora.study import study_directory
 from qdora.study.cells import Cell, Expander
+from qdora.study.compare import Results
 from qdora.study.grid import load_study
 from qdora.study.runner import (
     _run_all,
@@ -38,7 +39,7 @@ from qdora.study.runner import (
     tally,
 )
 from qdora.study.study_directory import MAX_DEATHS, Claims, StudyDirectory
-from qdora.study.upcoming import Upcoming
+from qdora.study.upcoming import cells_now
 from tests import fake_study, study_worker
 
 ROOT = Path(__file__).parent.parent
@@ -409,7 +410,8 @@ def test_a_process_waits_for_cells_that_others_work_on(tmp_path: Path, monkeypat
             return made_up(cell, directory)
 
         with cells_bar(Console(quiet=True), store) as bar:
-            found.append(_run_all(Upcoming(Expander(study), store), shard, work, bar))
+            expander = Expander(study)
+            found.append(_run_all(expander, Results(store, expander.study), shard, work, bar))
 
     threads = [
         threading.Thread(target=run, args=(store, f"{part}/2", seconds))
@@ -431,8 +433,9 @@ def test_a_process_does_not_wait_for_one_that_died(tmp_path: Path, monkeypatch: 
     fake_study.make(tmp_path, fail="1000", product=product, bases=False)  # writes the files
     study = load_study(tmp_path / "study.yaml")
     store = StudyDirectory(tmp_path / "shard")
-    upcoming = Upcoming(Expander(study), store)
-    (other, *_) = shard_of(upcoming.now().cells, "2/2")
+    expander = Expander(study)
+    results = Results(store, expander.study)
+    (other, *_) = shard_of(cells_now(expander, results).cells, "2/2")
     claim = store.claims.take(other.key)
     assert claim is not None
     assert store.is_at_work()
@@ -445,8 +448,8 @@ def test_a_process_does_not_wait_for_one_that_died(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(StudyDirectory, "is_at_work", look)
     with cells_bar(Console(quiet=True), store) as bar:
-        _run_all(upcoming, "1/2", fake_study.work_of(), bar)
-    assert upcoming.now().num_waiting["main"] > 0
+        _run_all(expander, results, "1/2", fake_study.work_of(), bar)
+    assert cells_now(expander, results).num_waiting["main"] > 0
 
 
 def test_shards_share_the_cells_out() -> None:

@@ -91,6 +91,10 @@ class Results:
         """Whether the training of a finished cell diverged, so that it has no scores and counts as the worst."""
         return "diverged" in (self.result(key) or {})
 
+    def has_adapter(self, key: str) -> bool | None:
+        """Whether a cell left an adapter: False if it diverged, None if it is not finished."""
+        return None if self.result(key) is None else not self.diverged(key)
+
     @property
     def part(self) -> Part:
         """The examples that arms are compared on: one half if the other half chose their rates, else all."""

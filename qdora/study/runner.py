@@ -50,7 +50,7 @@ from qdora.study.guesses import write_guesses
 from qdora.study.outlook import outlooks, planned_cells, spread_in_words, stage_times, times_in_words
 from qdora.study.set_back import evaluate_set_back
 from qdora.study.study_directory import Claim, StudyDirectory
-from qdora.study.upcoming import Upcoming
+from qdora.study.upcoming import cells_now
 
 logger = logging.getLogger("qdora")
 
@@ -112,29 +112,29 @@ def study_run(
         return _outlook(expander, directory, shard, progress=progress, results=results)
     with disk_failures(directory):
         store = StudyDirectory(directory, retries=expander.study.retries)
-        upcoming = Upcoming(expander, store)
-        cells = upcoming.now()
-        _tell(expander, upcoming.results, cells, shard, progress=progress, results=results)
+        known = Results(store, expander.study)
+        cells = cells_now(expander, known)
+        _tell(expander, known, cells, shard, progress=progress, results=results)
         if retry_failed:
             store.forget_failures([cell.key for cell in cells.cells])
         with cells_bar(progress, store) as bar, _quiet_runs(), store.present():
             _leave_guesses(cells.cells, store)  # also if this start is stopped
-            mine = _run_all(upcoming, shard, cell_work(store), bar)
+            mine = _run_all(expander, known, shard, cell_work(store), bar)
             _leave_missing_pages(mine, store)
-            _leave_guesses(upcoming.now().cells, store)
-    return _concluded(tally(mine, store), mine, upcoming.now(), directory, results)
+            _leave_guesses(cells_now(expander, known).cells, store)
+    return _concluded(tally(mine, store), mine, cells_now(expander, known), directory, results)
 
 
-def _run_all(upcoming: Upcoming, shard: str | None, work: Work, bar: CellsBar) -> list[Cell]:
+def _run_all(expander: Expander, known: Results, shard: str | None, work: Work, bar: CellsBar) -> list[Cell]:
     """Run the shard's cells, and those that the results of all processes add to them; returns all of the shard."""
-    store, num_idle = upcoming.store, 0
+    store, num_idle = known.store, 0
     while True:
-        cells = upcoming.now()
+        cells = cells_now(expander, known)
         mine = shard_of(cells.cells, shard)
         bar.show(mine)
         before = store.num_done({cell.key for cell in cells.cells})
         run_cells(mine, store, work, bar.report)
-        now = upcoming.now()
+        now = cells_now(expander, known)
         if len(now.cells) > len(cells.cells) or store.num_done({cell.key for cell in cells.cells}) > before:
             num_idle = 0
             continue
@@ -179,15 +179,10 @@ def _outlook(
         "directory": str(directory),
         "num_cells": len(cells.cells),
         "notes": notes,
-        "stages": [_finite(vars(each)) for each in times],
-        "outlook": [_finite(vars(each)) for each in found],
+        "stages": [vars(each) for each in times],
+        "outlook": [vars(each) for each in found],
         "cells": [cell.record() for cell in mine],
     }
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no nan."""
-    return {name: None if value != value else value for name, value in values.items()}
 
 
 def _leave_missing_pages(cells: Sequence[Cell], store: StudyDirectory) -> None:
@@ -223,11 +218,11 @@ def submit_study(
     if cluster not in CLUSTERS:
         raise UserError(not_one_of("--cluster", cluster, CLUSTERS))
     expander, directory = _checked(file, directory)
-    upcoming = Upcoming(expander, StudyDirectory(directory, retries=expander.study.retries))
-    notes = notes_on(expander, upcoming.results)
+    known = Results(StudyDirectory(directory, retries=expander.study.retries), expander.study)
+    notes = notes_on(expander, known)
     for note in notes:
         consoles(None)[0].print(note)
-    upcoming.now()
+    cells_now(expander, known)
     parameters = dict(job_option(option, "--job-option") for option in options)
     command = [sys.executable, "-m", "qdora.cli", "study", str(file.resolve()), "--dir", str(directory)]
     jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)

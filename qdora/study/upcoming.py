@@ -4,30 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qdora.study.cells import Cell, CellLoss, Cells, Expander, HasAdapter
+from qdora.study.cells import CellLoss, Cells, Expander, HasAdapter
 from qdora.study.compare import Results, find_arms, wide_pairs
 from qdora.study.grid import stage_with_more_seeds
-from qdora.study.study_directory import StudyDirectory
 
 
-class Upcoming:
-    """The cells of a study in a directory, made anew whenever results have come. Raises as `Expander`."""
-
-    def __init__(self, expander: Expander, store: StudyDirectory) -> None:
-        self.expander, self.store = expander, store
-        self.results = Results(store, expander.study)
-
-    def now(self) -> Cells:
-        """The cells that are known now. The index of the directory has them, too."""
-        found = with_further_seeds(self.expander, self.results, self._loss, self._has_adapter)
-        self.store.write_index(self.expander.study, found)
-        return found
-
-    def _loss(self, cell: Cell) -> float | None:
-        return self.results.loss(cell.key)
-
-    def _has_adapter(self, cell: Cell) -> bool | None:
-        return None if self.results.result(cell.key) is None else not self.results.diverged(cell.key)
+def cells_now(expander: Expander, results: Results) -> Cells:
+    """The cells that are known now; the index of the results' directory has them, too. Raises as `Expander`."""
+    found = with_further_seeds(
+        expander, results, lambda cell: results.loss(cell.key), lambda cell: results.has_adapter(cell.key)
+    )
+    results.store.write_index(expander.study, found)
+    return found
 
 
 def with_further_seeds(expander: Expander, results: Results, loss: CellLoss, has_adapter: HasAdapter) -> Cells:
