@@ -147,7 +147,7 @@ class Expander:
         self._made: dict[str, Recipe] = {}
         self._keys: dict[int, str] = {}
         self._bases: dict[str, tuple[str, Recipe]] = {}
-        self.arms = list(self._arms())
+        self.arms = [_Arm(stage, labels, self._changes(labels), seeds) for stage, labels, seeds in combinations(study)]
         self._check()
         self.study = self._with_reference()
 
@@ -191,10 +191,9 @@ class Expander:
             has_adapter: Of the cells whose adapters are transplanted.
             is_wide: Whether an arm, by its labels without the seed, gets the study's further seeds.
         """
-        bases, uncompressed = self._base_cells()
+        bases, uncompressed, equal = self._base_cells()
         searches: dict[str, tuple[Labels, Search, list[Cell]]] = {}
         trained: dict[str, Cell] = {}
-        equal: dict[str, list[Labels]] = {}
         waiting: dict[str, int] = {}
         places: dict[str, tuple[int, int]] = {}
         stages = list(dict.fromkeys(arm.stage.name for arm in self.arms))
@@ -219,16 +218,10 @@ class Expander:
                 else:
                     places[cell.key] = (stages.index(arm.stage.name), number)
         of_rates = {cell.key: cell for _, _, cells in searches.values() for cell in cells}
-        for key, labels in self._equal_bases(bases).items():
-            equal.setdefault(key, []).extend(labels)
         in_order = sorted(trained.values(), key=lambda cell: places[cell.key])
         every = [*(uncompressed | bases).values(), *of_rates.values(), *in_order]
         cells = [replace(cell, equal=tuple(equal.get(cell.key, ()))) for cell in every]
         return Cells(cells, waiting, list(searches.values()))
-
-    def _arms(self) -> Iterator[_Arm]:
-        for stage, labels, seeds in combinations(self.study):
-            yield _Arm(stage, labels, self._changes(labels), seeds)
 
     def _changes(self, labels: Mapping[str, str]) -> dict[str, Any]:
         """What labels change in the recipe."""
@@ -289,7 +282,10 @@ class Expander:
         """The recipe of an arm with a seed: of the comparison, or of a run of its search."""
         changes = arm.changes | {"train.seed": seed, "data.seed": seed}
         if isinstance(rate, RateRun):
-            changes |= {RATE: rate.rate} | ({"train.steps": self._short_steps()} if rate.length == "short" else {})
+            changes[RATE] = rate.rate
+            if rate.length == "short":
+                assert self.study.rates is not None
+                changes["train.steps"] = self.study.rates.steps
         elif rate is not None:
             changes[RATE] = rate
         if arm.stage.kind != "train":
@@ -310,11 +306,6 @@ class Expander:
             on_test = self.study.compare.split == "test" and not isinstance(rate, RateRun)
             self._made[text] = override(recipe, [*more, *(_on_test(recipe) if on_test else ())])
         return self._made[text]
-
-    def _short_steps(self) -> int:
-        assert self.study.rates is not None
-        assert self.study.rates.steps is not None
-        return self.study.rates.steps
 
     def _is_bare(self, arm: _Arm) -> bool:
         """Whether the arm is a base without an adapter."""
@@ -345,11 +336,16 @@ class Expander:
             self._bases[text] = (key_of(recipe), recipe)
         return self._bases[text]
 
-    def _base_cells(self) -> tuple[dict[str, Cell], dict[str, Cell]]:
-        """Key -> base, and key -> uncompressed base, which has labels only if the grid has this base."""
+    def _base_cells(self) -> tuple[dict[str, Cell], dict[str, Cell], dict[str, list[Labels]]]:
+        """Key -> base; key -> uncompressed base, which has labels only if the grid has this base; key -> equal bases.
+
+        The latter are arms without an adapter that have the base of another such arm.
+        """
         bases: dict[str, Cell] = {}
         uncompressed: dict[str, Cell] = {}
-        arm_axis, training = self.study.compare.arm, _training_axes(self.study)
+        equal: dict[str, list[Labels]] = {}
+        # A base has no label on axes that change nothing but the training
+        arm_axis, training = self.study.compare.arm, axes_of(self.study, "train.", "adapter.")
         for arm in self.arms:
             (key, recipe), (dense_key, dense) = self._base(arm, dense=False), self._base(arm, dense=True)
             bare = self._is_bare(arm)
@@ -362,22 +358,13 @@ class Expander:
             }
             if key not in bases or (bare and arm_axis not in bases[key].labels):
                 bases[key] = Cell(key, labels, recipe, "base", BASES, base_key=key, dense_key=dense_key)
+            elif bare and labels != bases[key].labels and labels not in equal.get(key, []):
+                equal.setdefault(key, []).append(labels)
             if self.study.bases:
                 uncompressed[dense_key] = Cell(
                     dense_key, {}, dense, "base", BASES, base_key=dense_key, dense_key=dense_key
                 )
-        return bases, uncompressed
-
-    def _equal_bases(self, bases: Mapping[str, Cell]) -> dict[str, list[Labels]]:
-        """Arms without an adapter that have the base of another such arm."""
-        found: dict[str, list[Labels]] = {}
-        arm_axis, training = self.study.compare.arm, _training_axes(self.study)
-        for arm in self.arms:
-            key = self._base(arm, dense=False)[0]
-            kept = {axis: text for axis, text in arm.labels.items() if axis == arm_axis or axis not in training}
-            if self._is_bare(arm) and kept != bases[key].labels and kept not in found.get(key, []):
-                found.setdefault(key, []).append(kept)
-        return found
+        return bases, uncompressed, equal
 
     def _search(
         self, arm: _Arm, searches: dict[str, tuple[Labels, Search, list[Cell]]], loss: CellLoss
@@ -411,7 +398,7 @@ class Expander:
 
     def _twin(self, arm: _Arm) -> _Arm | None:
         """The arm of the same labels, but for the base, that trains on the uncompressed base."""
-        based = base_axes(self.study)
+        based = axes_of(self.study, "base.")
         for labels in (arm.labels, self._like(arm.labels)):
             for other in self.arms:
                 same = all(label == labels[axis] for axis, label in other.labels.items() if axis not in based)
@@ -473,21 +460,12 @@ def _on_test(recipe: Recipe) -> list[str]:
     return [*found, "data.validation_fraction=null"] if named else found
 
 
-def _training_axes(study: Study) -> set[str]:
-    """Axes that change nothing but the training, so that a base has no label on them."""
+def axes_of(study: Study, *prefixes: str) -> set[str]:
+    """Axes that change nothing but settings with one of these prefixes, such as "base."."""
     return {
         name
         for name, axis in study.product.items()
-        if all(key.startswith(("train.", "adapter.")) for _, changes in choices(axis, name) for key in changes)
-    }
-
-
-def base_axes(study: Study) -> set[str]:
-    """Axes that change nothing but the base."""
-    return {
-        name
-        for name, axis in study.product.items()
-        if all(key.startswith("base.") for _, changes in choices(axis, name) for key in changes)
+        if all(key.startswith(prefixes) for _, changes in choices(axis, name) for key in changes)
     }
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qdora.study import statistics
-from qdora.study.cells import Kind, base_axes
+from qdora.study.cells import Kind, axes_of
 from qdora.study.compare import Arm, Results, improvement_interval, quality, seed_improvements
 from qdora.study.grid import Study, num_first_seeds
 from qdora.study.scores import combined
@@ -64,7 +64,7 @@ def _same_arm(arm: Arm, arms: Sequence[Arm], kind: Kind) -> Arm | None:
 
 def dense_twin(arm: Arm, arms: Sequence[Arm], study: Study) -> Arm | None:
     """The arm of the same name that was trained on the uncompressed base, in the same context but for the base."""
-    based = base_axes(study)
+    based = axes_of(study, "base.")
     context = {axis: label for axis, label in arm.context.items() if axis not in based}
     like = {} if study.rates is None else study.rates.like.get(study.compare.arm, {})
     for name in (arm.name, like.get(arm.name, arm.name)):
