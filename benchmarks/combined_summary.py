@@ -115,7 +115,7 @@ def _joined_arm(arms: Sequence[Arm]) -> Arm:
         rate="",
         is_interior=all(arm.is_interior for arm in arms),
         seeds={seed: seed for seed in shared},
-        open_seeds=tuple(seed for arm in arms for seed in arm.open_seeds),
+        num_missing=sum(arm.num_missing for arm in arms),
         base_key=None,
         dense_key=None,
     )

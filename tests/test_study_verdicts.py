@@ -69,7 +69,7 @@ def test_contexts_that_a_primary_comparison_lacks(asked: dict[str, Any], lacking
             rate="",
             is_interior=True,
             seeds={"0": "key"},
-            open_seeds=(),
+            num_missing=0,
             base_key=None,
             dense_key=None,
         )

@@ -26,6 +26,7 @@ from qdora.study.grid import (
     further_seeds,
     in_words,
     label_of,
+    later_seeds,
     matches,
     num_first_seeds,
 )
@@ -49,7 +50,7 @@ class Arm:
         rate: Label of the learning rate that a search found; "" without one.
         is_interior: Whether the search found a worse rate on both sides; None without one.
         seeds: Seed -> key of a finished cell; a base has one, whose seed is "".
-        open_seeds: Seeds of its cells without a result, but for the study's further seeds (more_seeds).
+        num_missing: Its cells without a result, but for the study's further seeds (more_seeds).
         base_key, dense_key: Keys of the cells that evaluate its base and the uncompressed base.
     """
 
@@ -59,14 +60,9 @@ class Arm:
     rate: str
     is_interior: bool | None
     seeds: dict[str, str]
-    open_seeds: tuple[str, ...]
+    num_missing: int
     base_key: str | None
     dense_key: str | None
-
-    @property
-    def num_missing(self) -> int:
-        """Cells of this arm without a result, but for further seeds."""
-        return len(self.open_seeds)
 
 
 class Results:
@@ -149,8 +145,7 @@ def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> 
     compare = results.study.compare
     groups: dict[tuple[str, tuple[tuple[str, str], ...], str], list[Mapping[str, Any]]] = {}
     searched = results.study.rates is not None
-    more = results.study.more_seeds
-    further = {str(seed) for seed in (() if more is None else more.seeds)}
+    further = later_seeds(results.study)
     left_out = {compare.arm, SEED, *([RATE] if searched else [])}
     for cell in cells:
         if cell["kind"] in ("rate", "by_layer"):
@@ -172,7 +167,7 @@ def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> 
                     rate=first["labels"].get(RATE, "") if searched else "",
                     is_interior=first["is_interior"],
                     seeds=done,
-                    open_seeds=tuple(seed for seed in seeds if seed not in done and seed not in further),
+                    num_missing=sum(seed not in done and seed not in further for seed in seeds),
                     base_key=first["base_key"],
                     dense_key=first["dense_key"],
                 )
@@ -496,7 +491,7 @@ def wide_pairs(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig) ->
     The arms are those of the stage that gets the further seeds. Only the first seeds count, not the further ones, so
     the answer stays the same while these are run.
     """
-    more = {str(seed) for seed in asked.seeds}
+    more = later_seeds(results.study)
     found = []
     for pair in _pairs(arms, results.study):
         if any(arm.num_missing for arm in pair):

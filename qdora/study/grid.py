@@ -366,9 +366,14 @@ def further_seeds(study: Study, stage: str) -> tuple[int, ...]:
     return () if more is None or stage != stage_with_more_seeds(study) else more.seeds
 
 
+def later_seeds(study: Study) -> set[str]:
+    """Labels of the seeds of `more_seeds`."""
+    return set() if study.more_seeds is None else set(map(str, study.more_seeds.seeds))
+
+
 def num_first_seeds(study: Study, seeds: Iterable[str]) -> int:
     """How many of these seeds the study begins with: all but those of `more_seeds`."""
-    further = set() if study.more_seeds is None else set(map(str, study.more_seeds.seeds))
+    further = later_seeds(study)
     return sum(seed not in further for seed in seeds)
 
 
