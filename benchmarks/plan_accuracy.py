@@ -263,10 +263,11 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
     from qdora.memory.allocator import keep_freed_memory
     from qdora.model.build_model import Compute, put_adapters
     from qdora.model.inject import adapter_parameters
+    from qdora.model.packed_base import PrunedBase
     from qdora.plan.live_bytes import LiveBytes
     from qdora.recipe.train_settings import TrainConfig
     from qdora.run.load_base import load_base
-    from qdora.run.pruned_base import compress_base, load_pruned_base
+    from qdora.run.pruned_base import compress_base
     from qdora.train.hooks import Hooks
     from qdora.train.interrupt import StopRequest
     from qdora.train.loop import fit
@@ -286,7 +287,7 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
         else:
             pruned = Path(recipe.model.source).parent / "base"
             compress_base(recipe, source, compute, None, pruned)
-            model = load_pruned_base(recipe, source, compute, pruned)
+            model = load_base(recipe, source, compute, placer=PrunedBase(pruned))
         put_adapters(model, recipe)
         if recipe.data.packing:
             loader.batching.packed = packed_layout(model)[0]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
@@ -21,7 +20,7 @@ from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
 from qdora.memory.sharded_base import ShardedBase
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.load import Placer, Quantization, load_model
-from qdora.model.packed_base import BaseCache, PrunedBase
+from qdora.model.packed_base import BaseCache, PrunedBase, read_record
 from qdora.model.source import ModelSource
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import free_host_bytes
@@ -139,7 +138,8 @@ def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, d
     Raises:
         UserError: residency.json is damaged.
     """
-    chosen = _read_choice(run.inside(FILE)) or _chosen(recipe)
+    file = run.inside(FILE)
+    chosen = read_record(file, _Chosen) if file.exists() else _chosen(recipe)
     residency: str = chosen.residency
     if residency != "device":
         residency = "host" if device.type == "cuda" else "disk"
@@ -160,14 +160,3 @@ def _chosen(recipe: Recipe) -> _Chosen:
         streamed_blocks=recipe.base.streamed_blocks,
         host_embeddings=recipe.memory.host_embeddings,
     )
-
-
-def _read_choice(file: Path) -> _Chosen | None:
-    try:
-        return _Chosen.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the document"
-        raise UserError(f"{file}: is damaged: {where}: {first['msg']}.") from error

@@ -17,6 +17,7 @@ from qdora.model.adapter_file import CONFIG_FILE, load_adapter
 from qdora.model.build_model import Compute, choose_compute, find_model, put_adapters, token_ids
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_config, load_model
+from qdora.model.packed_base import PrunedBase
 from qdora.model.quantized_checkpoint import gather_packed, stored_kind
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, load_tokenizer, resolve
 from qdora.model.stored_tensors import StoredPacked, open_safetensors
@@ -25,7 +26,7 @@ from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.recipe.recipe_file import load_recipe, override
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base, residency_here
-from qdora.run.pruned_base import FOLDER, load_pruned_base
+from qdora.run.pruned_base import FOLDER
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
 
@@ -86,10 +87,8 @@ def load_run(
         dtype = load_config(source).dtype
         compute = Compute(compute.device, dtype if isinstance(dtype, torch.dtype) else torch.float32)
     loaded = residency_here(run, recipe, compute.device, differentiated=widened)
-    if recipe.base.prune is None:
-        model = load_base(loaded, source, compute)
-    else:
-        model = load_pruned_base(loaded, source, compute, run.inside(FOLDER))
+    pruned = None if recipe.base.prune is None else PrunedBase(run.inside(FOLDER))
+    model = load_base(loaded, source, compute, placer=pruned)
     new_tokens = token_ids(recipe, tokenizer)
     extend_vocabulary(model, new_tokens)
     if base_only or recipe.adapter.kind == "none":

@@ -14,7 +14,6 @@ from typing import Any
 
 from rich.console import Console
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from qdora.files.atomic import atomic_directory
@@ -70,19 +69,6 @@ def compress_base(
     return record
 
 
-def load_pruned_base(
-    recipe: Recipe,
-    source: ModelSource,
-    compute: Compute,
-    directory: Path,
-    progress: Callable[[int, int], None] | None = None,
-    *,
-    mesh: DeviceMesh | None = None,
-) -> PreTrainedModel:
-    """The base as `compress_base` wrote it, divided as in `load_base`. Raises as `load_model` and `PrunedBase`."""
-    return load_base(recipe, source, compute, progress, placer=PrunedBase(directory), mesh=mesh)
-
-
 def base_of_run(
     prepared: PreparedRun,
     run: RunDirectory,
@@ -121,7 +107,7 @@ def base_of_run(
 
     processes.first(compress)
     with bar(console, "loading the pruned base") as progress:
-        return load_pruned_base(recipe, source, compute, directory, progress, mesh=mesh)
+        return load_base(recipe, source, compute, progress, placer=PrunedBase(directory), mesh=mesh)
 
 
 def compression_key(recipe: Recipe, source: ModelSource, compute: Compute, calibration: Tensor | None) -> str:
