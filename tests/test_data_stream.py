@@ -342,10 +342,13 @@ def test_streaming_from_the_hub(tmp_path, monkeypatch):
         other.next()
     one.load_state_dict(other.state_dict())
     assert [number_of(one.next()) for _ in range(24)] == drawn[9:]
-    with pytest.raises(
-        UserError, match=r"^org/name: cannot be read from the Hub \(ValueError: Bad split: trian\). hint"
-    ):
-        hub_shards(hub.model_copy(update={"split": "trian"}), " hint")
+    monkeypatch.chdir(tmp_path)
+    reason = r"^org/name: cannot be read from the Hub \(ValueError: Bad split: trian\)\."
+    with pytest.raises(UserError, match=reason + "$"):
+        hub_shards(hub.model_copy(update={"split": "trian"}))
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    with pytest.raises(UserError, match=reason + " Fix: for the folder on this machine write ./org/name$"):
+        hub_shards(hub.model_copy(update={"split": "trian"}))
 
 
 def test_validation_rows_of_a_stream_are_read_without_its_training_split(tmp_path, monkeypatch):
@@ -426,10 +429,10 @@ def test_how_many_faulty_rows_are_allowed(tmp_path):
     with pytest.raises(
         UserError, match=r"s: 11 faulty rows, data.max_bad_rows allows 10. .*in place, or raise it by -s data"
     ):
-        stream(file).check_first_rows()
+        stream(file).first()
     file.write_text(faulty_lines(range(60)))
     with pytest.raises(UserError, match="byte 0: not JSON"):
-        stream(file).check_first_rows()
+        stream(file).first()
 
 
 @pytest.mark.parametrize("bad", [[2, 30], [30], [200]])

@@ -174,7 +174,7 @@ def tokenized_sources(
         try:
             if source.stream:
                 stream = ExampleStream(open_shards(source), data, number, tokenizer)
-                stream.check_first_rows()
+                stream.first()
                 sets.append(stream)
             else:
                 sets.append(_tokenized(source, data, tokenizer, examples, cache))

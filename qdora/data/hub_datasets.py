@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from qdora.data.readers import PlacedRow, Shards
@@ -20,18 +21,18 @@ _WAITS = (1.0, 5.0, 25.0)
 """Seconds before each new attempt to read a row from the Hub."""
 
 
-def hub_rows(source: SourceConfig, split: str, hint: str = "") -> Rows:
+def hub_rows(source: SourceConfig, split: str) -> Rows:
     """The rows of a split of a data set on the Hub; of a streamed one they are in memory.
 
     Raises: UserError: As `hub_shards`, and where the data set is empty.
     """
     place = str(source.source)
     if source.stream:  # to prepare one split, `datasets` downloads and converts all of them
-        rows = [row for reader in hub_shards(source, hint, split).readers for _, row in reader(0)]
+        rows = [row for reader in hub_shards(source, split).readers for _, row in reader(0)]
         if not rows:
             raise UserError(empty_data_set(place))
         return Rows(place, "row", len(rows), lambda indices: ((int(index), rows[index]) for index in indices))
-    loaded = _load_dataset(source, split, hint)
+    loaded = _load_dataset(source, split)
     if not len(loaded):
         raise UserError(empty_data_set(place))
 
@@ -42,14 +43,14 @@ def hub_rows(source: SourceConfig, split: str, hint: str = "") -> Rows:
     return Rows(place, "row", len(loaded), chosen, f"{place} {source.config} {loaded._fingerprint}")
 
 
-def hub_shards(source: SourceConfig, hint: str = "", split: str | None = None) -> Shards:
+def hub_shards(source: SourceConfig, split: str | None = None) -> Shards:
     """The files of a split (None: the training split) of a data set on the Hub, streamed by `datasets`.
 
-    Raises: UserError: With the reason that `datasets` gives and `hint`, if there is no such data set, configuration,
+    Raises: UserError: With the reason that `datasets` gives, if there is no such data set, configuration,
         file or split, no connection, or the data set is a loading script.
     """
     place, split = str(source.source), split or source.split
-    stream = _load_dataset(source, split, hint, streaming=True)
+    stream = _load_dataset(source, split, streaming=True)
     num_shards = stream.num_shards
     # What is known of the whole data set says nothing of some of its files
     splits = (stream.info.splits or {}) if source.data_files is None else {}
@@ -60,7 +61,7 @@ def hub_shards(source: SourceConfig, hint: str = "", split: str | None = None) -
     return Shards(place, names, readers, num_rows or None)
 
 
-def _load_dataset(source: SourceConfig, split: str, hint: str, **options: Any) -> Any:
+def _load_dataset(source: SourceConfig, split: str, **options: Any) -> Any:
     import datasets  # takes a second; only needed for data from the Hub
 
     if source.config is not None:
@@ -75,8 +76,10 @@ def _load_dataset(source: SourceConfig, split: str, hint: str, **options: Any) -
         return datasets.load_dataset(source.source, split=split, revision=source.revision, **options)
     except Exception as error:  # what `datasets`, fsspec and the clients of the Hub raise has no base class in common
         reason = reason_of(error)
-        needs = "Config name is missing" in reason
-        hint = " Fix: name one of these as config of the source." if needs else hint
+        is_here = Path(str(source.source)).exists()
+        hint = f" Fix: for the folder on this machine write ./{source.source}" if is_here else ""
+        if "Config name is missing" in reason:
+            hint = " Fix: name one of these as config of the source."
         raise HubFailure(f"{source.source}: cannot be read from the Hub ({reason}).{hint}") from error
 
 

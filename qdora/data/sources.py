@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from qdora.data import demo
 from qdora.data.commonsense import HUB_TASKS, example_of_row, hub_task_rows, instruction_row
@@ -37,13 +36,16 @@ def open_source(source: SourceConfig, split: str | None = None) -> SplitExamples
     """
     split = split or source.split
     if source.task is None:
-        return _own_examples(source, _own_rows(source, split))
+        place = str(source.source)
+        return _examples(source, rows_of_split(user_path(place), split) if is_path(place) else hub_rows(source, split))
     if source.task.startswith("demo/"):
         made = demo.examples(source.task.removeprefix("demo/"), split)
         rows = Rows(source.task, "row", len(made), lambda indices: ((index, {}) for index in indices))
         task = source.name or source.task
         return SplitExamples(rows, lambda place, _: replace(made[place], task=task), range(len(made)))
-    return _task_examples(source, source.task, split)
+    if source.path:
+        return _examples(source, _directory_rows(source.path, split))
+    return _examples(source, hub_task_rows(source.task, split, source.revision))
 
 
 def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitExamples | None, SplitExamples | None]:
@@ -71,7 +73,7 @@ def train_and_validation(source: SourceConfig, data: DataConfig) -> tuple[SplitE
         assert train is not None
         train, held_out = split_off(train, data.validation_fraction, name=source.label)
     elif file is not None:
-        held_out = _from_file(source, file)
+        held_out = _examples(source, rows_of_split(user_path(file), source.split))
         place = source.path if source.task is not None else source.source
         if place is not None and (source.task is not None or is_path(place)):
             trained = {each.resolve() for each in files_of(user_path(place), source.split)}
@@ -92,7 +94,7 @@ def open_shards(source: SourceConfig) -> Shards:
     place = str(source.source)
     if is_path(place):
         return local_shards(user_path(place), source.split)
-    return hub_shards(source, _local_hint(place))
+    return hub_shards(source)
 
 
 def has_split(source: SourceConfig, split: str) -> bool:
@@ -110,16 +112,12 @@ def has_split(source: SourceConfig, split: str) -> bool:
     return False  # own data on the Hub: asked for with `validation: <split>`, never guessed
 
 
-def _own_examples(source: SourceConfig, rows: Rows) -> SplitExamples:
-    """Rows of the user's own data, whose format the columns of the first row tell."""
+def _examples(source: SourceConfig, rows: Rows) -> SplitExamples:
+    """Examples of a commonsense task, or of the user's own data, whose format the columns of the first row tell."""
+    if source.task is not None:
+        return _of_task(source, source.task, rows)
     make = RowExamples(source, rows.first(FIRST_ROWS), rows.where, named=source.name is not None)
     return SplitExamples(rows, lambda place, row: make(row, str(place)), range(rows.num_rows), make.unused)
-
-
-def _task_examples(source: SourceConfig, task: str, split: str) -> SplitExamples:
-    """One of the eight commonsense tasks."""
-    rows = _directory_rows(source.path, split) if source.path else hub_task_rows(task, split, source.revision)
-    return _of_task(source, task, rows)
 
 
 def _of_task(source: SourceConfig, task: str, rows: Rows) -> SplitExamples:
@@ -135,25 +133,8 @@ def _of_task(source: SourceConfig, task: str, rows: Rows) -> SplitExamples:
     return SplitExamples(rows, make, range(rows.num_rows), unused)
 
 
-def _own_rows(source: SourceConfig, split: str) -> Rows:
-    place = str(source.source)
-    if not is_path(place):
-        return hub_rows(source, split, _local_hint(place))
-    return rows_of_split(user_path(place), split)
-
-
-def _local_hint(source: str) -> str:
-    return f" Fix: for the folder on this machine write ./{source}" if Path(source).exists() else ""
-
-
 def _directory_rows(directory: str, split: str) -> Rows:
     folder = user_path(directory)
     if not folder.is_dir():
         raise UserError(missing(folder) if not folder.exists() else f"{folder}: is a file, expected a directory")
     return rows_of_split(folder, split)
-
-
-def _from_file(source: SourceConfig, file: str) -> SplitExamples:
-    """The examples of the same source in a file of its own."""
-    rows = rows_of_split(user_path(file), source.split)
-    return _own_examples(source, rows) if source.task is None else _of_task(source, source.task, rows)

@@ -139,12 +139,8 @@ class ExampleStream:
             if isinstance(example, TokenizedExample):
                 return example
 
-    def check_first_rows(self) -> None:
-        """Raise UserError if no format fits the first rows, or too many of them are faulty."""
-        _ = self.first_rows  # reads and checks them
-
     def check_rows(self) -> None:
-        """As `check_first_rows`, without the tokenizer, which may be None: what only tokens tell is not checked."""
+        """As `first`, without the tokenizer, which may be None: what only tokens tell is not checked."""
         rows = self._sample()
         self._check_bad([fault for fault in self._made(rows) if isinstance(fault, str)], len(rows))
 
@@ -226,7 +222,7 @@ class ExampleStream:
     def first(self, number: int | None = None) -> list[TokenizedExample]:
         """Up to so many examples (None: all) from the first rows of the files; the position stays.
 
-        Raises: UserError: As `check_first_rows`.
+        Raises: UserError: If no format fits the first rows, or too many of them are faulty.
         """
         return [each for row in self.first_rows for each, _ in row if isinstance(each, TokenizedExample)][:number]
 
