@@ -1,4 +1,4 @@
-"""How a causal language model is called for scoring: its keywords, device, mode, and the input of its head."""
+"""How a causal language model is called for scoring: its keywords, mode, and the input of its head."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.nn.evaluation_mode import evaluation_mode
-from qdora.nn.host_embedding import HostEmbedding
-from qdora.nn.trained_rows import RowEmbedding
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ def find_path(model: nn.Module) -> ForwardPath:
     The cache is copied row by row, so only plain full-attention caches qualify: a sliding window forgets positions, and
     a recurrent state knows no padding. Models that take no explicit positions would miscount behind padding.
     """
-    parameters = inspect.signature(_unwrapped(model).forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     keeps_logits = "logits_to_keep" in parameters
     keyword = next((name for name in ("cache", "past_key_values") if name in parameters), "")
     config = getattr(model, "config", None)
@@ -59,7 +57,7 @@ def find_path(model: nn.Module) -> ForwardPath:
         return ForwardPath(False, "the model takes no cache or no position_ids", "", keeps_logits)
     if config is None:
         return ForwardPath(False, "the model has no config", "", keeps_logits)
-    if getattr(_unwrapped(model), "_is_stateful", False):
+    if getattr(model, "_is_stateful", False):
         return ForwardPath(False, "the model keeps a recurrent state", "", keeps_logits)
     layer_types = {type(layer) for layer in DynamicCache(config=config).layers}
     if layer_types <= {DynamicLayer}:
@@ -82,7 +80,7 @@ def positions_of(config: Any) -> int | None:
 
 def vocabulary_size(model: nn.Module) -> int:
     """Width of the logits; 65,536 where the config does not say."""
-    return int(getattr(_text_config(model), "vocab_size", 2**16))
+    return int(getattr(_language_part(getattr(model, "config", None)), "vocab_size", 2**16))
 
 
 @contextmanager
@@ -96,7 +94,7 @@ def scoring(model: nn.Module) -> Iterator[None]:
     no_grad rather than inference_mode: a layer may keep what it computes here (rotary tables, the norm of an adapted
     row), and a tensor made under inference_mode must not enter a later backward pass.
     """
-    find_head: Any = getattr(_unwrapped(model), "get_output_embeddings", None)
+    find_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if find_head is None else find_head()
     hook = head.register_forward_pre_hook(contiguous_input) if isinstance(head, nn.Module) else None
     try:
@@ -107,16 +105,6 @@ def scoring(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def input_device(model: nn.Module) -> torch.device:
-    """The device of token ids: that of the embedding, or of its output where the embedding is on the host."""
-    find_embeddings: Any = getattr(_unwrapped(model), "get_input_embeddings", None)
-    if find_embeddings is not None:
-        embedding = find_embeddings()
-        knows = isinstance(embedding, HostEmbedding | RowEmbedding)
-        return embedding.device if knows else torch.device(embedding.weight.device)
-    return next(model.parameters()).device
-
-
 def contiguous_input(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The head's input with the strides of a new tensor. `contiguous` alone keeps other strides for a single row."""
     if not args:
@@ -125,16 +113,5 @@ def contiguous_input(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     return (hidden.reshape(-1, hidden.shape[-1]).contiguous().view(hidden.shape), *args[1:])
 
 
-def _text_config(model: nn.Module) -> Any:
-    """The config of the language part; None for a model without a config."""
-    return _language_part(getattr(model, "config", None))
-
-
 def _language_part(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a data-parallel wrapper."""
-    inner = getattr(model, "module", model)
-    return inner if isinstance(inner, nn.Module) else model

@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_batch, special_prefix
 from qdora.errors import RunFailure, UserError
-from qdora.evaluation.forward_path import ForwardPath, context_length, find_path, input_device, scoring
+from qdora.evaluation.forward_path import ForwardPath, context_length, find_path, scoring
 from qdora.evaluation.halved_batches import halved_where_short
 from qdora.evaluation.metrics import mean_stderr
 from qdora.evaluation.shared_batches import results_of
@@ -409,7 +409,7 @@ class _Rows:
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], path: ForwardPath) -> None:
         self._model, self._path = model, path
-        device = input_device(model)
+        device = next(model.parameters()).device
         self._ids, self._mask = (each.to(device) for each in padded(prompts, left=True))
         self._cache = DynamicCache(config=getattr(model, "config", None)) if path.cache_keyword else None
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qdora.evaluation.forward_path import context_length, input_device
+from qdora.evaluation.forward_path import context_length
 from qdora.nn.evaluation_mode import evaluation_mode
 
 
@@ -38,6 +38,6 @@ def hidden_state_errors(model: nn.Module, reference: nn.Module, texts: Sequence[
 
 def _states(model: nn.Module, tokens: Tensor) -> tuple[Tensor, ...]:
     """(1, positions, width) after each block."""
-    found = model(input_ids=tokens.to(input_device(model)), output_hidden_states=True, use_cache=False)
+    found = model(input_ids=tokens.to(next(model.parameters()).device), output_hidden_states=True, use_cache=False)
     states: tuple[Tensor, ...] = found.hidden_states[1:]
     return states

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from qdora.evaluation.forward_path import ForwardPath, choose_path, input_device, scoring, vocabulary_size
+from qdora.evaluation.forward_path import ForwardPath, choose_path, scoring, vocabulary_size
 from qdora.evaluation.halved_batches import halved_where_short
 from qdora.evaluation.shared_batches import results_of
 from qdora.model.known_masks import known_masks
@@ -105,7 +105,7 @@ def score_spans(
     Returns: (spans,) float64, nats, in the order given.
     """
     path = path or choose_path(model)
-    device = input_device(model)
+    device = next(model.parameters()).device
     scores = np.zeros(len(spans))
     order = sorted(range(len(spans)), key=lambda index: (-len(spans[index].ids), index))
     max_logits = max(_MAX_LOGITS // vocabulary_size(model), 1)
@@ -232,7 +232,7 @@ def _score_shared(
     Left-padded, so that the last position is the same in every row (one row of logits each) and the attention mask has
     no hole between prefix and continuation: 0..0 1..1 | 1..1 0..0.
     """
-    device = input_device(model)
+    device = next(model.parameters()).device
     prefixes = [group[0].ids[:length] for group, length in zip(groups, prefix_lengths, strict=True)]
     prefix_ids, prefix_mask = padded(prefixes, left=True)
     longest = max(prefix_lengths)
@@ -286,7 +286,7 @@ def _score_rest(
     path: ForwardPath,
 ) -> NDArray[np.float64]:
     """Scores of the tokens from the second one after the prefix on, right-padded -> (spans,) float64."""
-    device = input_device(model)
+    device = next(model.parameters()).device
     lengths = prefix_mask.sum(-1)[prefix_rows].tolist()
     input_ids, mask = padded([span.ids[length:-1] for span, length in zip(spans, lengths, strict=True)])
     scored = []
