@@ -398,7 +398,8 @@ def test_names_of_points_stand_apart_beside_their_points(report: Report, metric:
     (one, *_) = rows(report, "arms", kind="trained")
     places = {f"base {number}": (100 + number % 3, 3.0 + 0.001 * number) for number in range(16)} | {"far": (140, 4.0)}
     arms = [one | {"base.quant": name, "total_mib": x, metric: y} for name, (x, y) in places.items()]
-    draw = report_figures._pareto(replace(report, metric=metric, tables=report.tables | {"arms": arms}))
+    compare = report.compare.model_copy(update={"metric": metric})
+    draw = report_figures._pareto(replace(report, compare=compare, tables=report.tables | {"arms": arms}))
     assert draw is not None
     for wide in (True, False):
         figure = draw(wide)

@@ -141,8 +141,7 @@ def read_report(directory: Path) -> Report:
         answer=answer_of(pairs, tables["repair"], axes, compare, label),
         verdict=[*said, *filter(None, [equal_in_words(cells)])],
         axes=axes,
-        arm_axis=compare.arm,
-        metric=compare.metric,
+        compare=compare,
         metric_label=label,
     )
 

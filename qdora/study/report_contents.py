@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from qdora.study.grid import CompareConfig
+
 Row = Mapping[str, Any]
 Rows = list[dict[str, Any]]
 
@@ -32,8 +34,7 @@ class Report:
     answer: list[str]
     verdict: list[str]
     axes: list[str]
-    arm_axis: str
-    metric: str
+    compare: CompareConfig
     metric_label: str
 
     @property

@@ -70,14 +70,13 @@ _CHANGES = (
 
 
 def _forest_words(report: Report) -> tuple[str, str]:
-    better = "Right" if HIGHER_IS_BETTER[report.metric] else "Left"
-    rows = [row for row in report.tables["comparisons"] if row["measure"] == report.metric]
+    better = "Right" if HIGHER_IS_BETTER[report.compare.metric] else "Left"
+    rows = [row for row in report.tables["comparisons"] if row["measure"] == report.compare.metric]
     arms = {row["arm"] for row in rows}
     arm = arms.pop() if len(arms) == 1 else "the arm"
     reference = rows[0]["reference"] if rows else "the reference"
-    (least,) = (row["value"] for row in report.tables["facts"] if row["fact"] == "least seeds")
     said = f"{better} of 0: {arm} is better than {reference}. Small dots: single seeds. Bars: 95 % t intervals"
-    if any(row["num_seeds"] < least for row in rows):
+    if any(row["num_seeds"] < report.compare.min_seeds for row in rows):
         said += "; an arrow where one of too few seeds for a verdict goes on"
     said += ". Shaded: the zone within which arms are equivalent."
     if any(row["role"] == "primary" for row in rows):
@@ -88,21 +87,20 @@ def _forest_words(report: Report) -> tuple[str, str]:
 
 
 def _forest(report: Report) -> Callable[[bool], Figure] | None:
-    rows = [row for row in report.tables["comparisons"] if row["measure"] == report.metric]
+    rows = [row for row in report.tables["comparisons"] if row["measure"] == report.compare.metric]
     if not rows:
         return None
     rows.sort(key=lambda row: row["role"] != "primary")
     named = naming(rows, report.axes)
-    sign = 1.0 if HIGHER_IS_BETTER[report.metric] else -1.0
+    sign = 1.0 if HIGHER_IS_BETTER[report.compare.metric] else -1.0
     several = len({row["arm"] for row in rows}) > 1
-    (least,) = (row["value"] for row in report.tables["facts"] if row["fact"] == "least seeds")
     found: dict[str, list[Dots]] = {}
     for row in rows[:_MOST_ROWS]:
         where = named(row)
         label = row["comparison"] if not where else f"{row['arm']}: {where}" if several else where
         lower, upper = sorted((sign * row["lower"], sign * row["upper"]))
         seeds = [sign * float(text.rpartition(": ")[2]) for text in row["seed_improvements"].split("; ")]
-        is_few, value = row["num_seeds"] < least, sign * row["improvement"]
+        is_few, value = row["num_seeds"] < report.compare.min_seeds, sign * row["improvement"]
         dots = Dots(row["role"], value, lower, upper, seeds=seeds, may_be_cut=is_few)
         found.setdefault(label, []).append(dots)
     arm = "arm" if several else rows[0]["arm"]
@@ -133,7 +131,6 @@ def _damage_left(report: Report) -> Callable[[bool], Figure] | None:
     named = naming(rows, report.axes)
     panels = []
     marks = _guesses_beyond(report)
-    (zone,) = (row["value"] for row in report.tables["facts"] if row["fact"] == "zone")
     styles = _styles(report)
     styles |= {f"{arm}, moved": style for arm, style in styles.items()}
 
@@ -145,14 +142,14 @@ def _damage_left(report: Report) -> Callable[[bool], Figure] | None:
         part = [row for row in rows if (row["sparsity"] > _SPARSE) == is_pruned]
         found: dict[str, list[Dots]] = {label(row): [] for row in sorted(part, key=_by_size_and_damage)}
         for row in part:
-            arm = row[report.arm_axis]
+            arm = row[report.compare.arm]
             for which, name in (("transplant", f"{arm}, moved"), ("left", arm)):
                 if is_number(row.get(which)):
                     lower, upper = row[f"{which}_lower"], row[f"{which}_upper"]
                     found[label(row)].append(Dots(name, row[which], lower, upper, is_hollow=which == "transplant"))
         if found:
             worse = f"worse than on the uncompressed base, {report.metric_label}"
-            panels.append(Panel(worse, found, marks, zone, title, with_zero=True, tells_values=True))
+            panels.append(Panel(worse, found, marks, report.compare.zone, title, with_zero=True, tells_values=True))
     return lambda wide: dot_figure(panels, styles, wide)
 
 
@@ -165,11 +162,11 @@ def _choices(report: Report) -> Callable[[bool], Figure] | None:
     if not rows:
         return None
     asked = {row[which] for row in report.tables["comparisons"] if row["role"] == "primary" for which in _PAIR}
-    rows = [row for row in rows if row["kind"] == "base" or not asked or row[report.arm_axis] in asked]
+    rows = [row for row in rows if row["kind"] == "base" or not asked or row[report.compare.arm] in asked]
     named = naming(rows, report.axes)
     found: dict[str, list[Dots]] = {}
     for row in sorted(rows, key=lambda row: -row.get("bits_per_weight", 0.0) + 100 * row.get("sparsity", 0.0)):
-        dots = Dots(row[report.arm_axis], row["choice_nll"], row["choice_nll_lower"], row["choice_nll_upper"])
+        dots = Dots(row[report.compare.arm], row["choice_nll"], row["choice_nll_lower"], row["choice_nll_upper"])
         found.setdefault(named(row) or "uncompressed", []).append(dots)
     known = {row["guess"]: row["nll"] for row in report.tables["guesses"]}
     marks = {"chance": known["choice"]} if "choice" in known else {}
@@ -182,10 +179,9 @@ def _choices(report: Report) -> Callable[[bool], Figure] | None:
 
 def _guesses_beyond(report: Report) -> dict[str, float]:
     """Guesses, less the NLL of the reference trained on the uncompressed base; {} without such an arm."""
-    (reference,) = (row["text"] for row in report.tables["facts"] if row["fact"] == "reference")
-    own = [row for row in _trained(report) if row[report.arm_axis] == reference]
+    own = [row for row in _trained(report) if row[report.compare.arm] == report.compare.reference]
     dense = [row for row in own if row["is_dense"] and "nll_per_token" in row]
-    if not dense or report.metric != "nll_per_token":
+    if not dense or report.compare.metric != "nll_per_token":
         return {}
     known = {row["guess"]: row["nll"] for row in report.tables["guesses"]}
     return {name: known[name] - dense[0]["nll_per_token"] for name in ("unigram", "uniform") if name in known}
@@ -218,7 +214,7 @@ def _learning_curves(report: Report) -> Callable[[bool], Figure] | None:
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         lines = panels.setdefault(named(row), {})
-        lines.setdefault(row[report.arm_axis], []).append((row["step"], row["training_loss"]))
+        lines.setdefault(row[report.compare.arm], []).append((row["step"], row["training_loss"]))
     several = {title: lines for title, lines in panels.items() if len(lines) > 1}
     panels = dict(list((several or panels).items())[:_MOST_PANELS])
     labels = ("optimizer step", "training loss, nats per token")
@@ -250,7 +246,7 @@ def _depth(report: Report) -> Callable[[bool], Figure] | None:
     told = set(map(named, [*errors, *off]))
     # Compared bases first: there are few colors
     bases = [name for name in dict.fromkeys(map(named, [*compared, *errors, *off])) if name in told][: len(COLORS)]
-    of_arm = replace(named, axes=(*named.axes, report.arm_axis))
+    of_arm = replace(named, axes=(*named.axes, report.compare.arm))
     parts = (
         ("error of the hidden states, untrained", errors, named, "relative_error"),
         ("rise of the NLL without the block's adapter", off, of_arm, "block_off"),
@@ -263,7 +259,7 @@ def _depth(report: Report) -> Callable[[bool], Figure] | None:
         if shown:
             panels[title] = _by_block(shown, naming_of_part, column)
             for row in shown:
-                looks.add(naming_of_part(row), named(row), row.get(report.arm_axis))
+                looks.add(naming_of_part(row), named(row), row.get(report.compare.arm))
     return lambda wide: _line_figure(panels, looks.styles, ("block", ""), wide, looks=looks)
 
 
@@ -313,7 +309,7 @@ def _changes(report: Report) -> Callable[[bool], Figure] | None:
     named = naming(rows, report.axes)
     layers: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for row in rows:
-        which = (named(row), row[report.arm_axis], row["layer"])
+        which = (named(row), row[report.compare.arm], row["layer"])
         layers.setdefault(which, []).append((row["direction_change"], row["magnitude_change"]))
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for (base, arm, _), pairs in layers.items():
@@ -334,7 +330,7 @@ def _bytes_words(report: Report) -> str:
 
 
 def _sized(report: Report) -> Rows:
-    return [row for row in _trained(report) if "total_mib" in row and report.metric in row]
+    return [row for row in _trained(report) if "total_mib" in row and report.compare.metric in row]
 
 
 def _pareto(report: Report) -> Callable[[bool], Figure] | None:
@@ -349,20 +345,20 @@ def _pareto(report: Report) -> Callable[[bool], Figure] | None:
         drawn: dict[str, Any] = {}
         for name, (color, marker) in _styles(report).items():
             for is_ranked in (False, True):
-                own = [row for row in rows if row[report.arm_axis] == name and ("pareto" in row) == is_ranked]
-                x, y = [row["total_mib"] for row in own], [row[report.metric] for row in own]
+                own = [row for row in rows if row[report.compare.arm] == name and ("pareto" in row) == is_ranked]
+                x, y = [row["total_mib"] for row in own], [row[report.compare.metric] for row in own]
                 if own:
                     face = color if is_ranked else "none"
                     drawn[name] = axes.scatter(x, y, s=24, edgecolors=color, facecolors=face, marker=marker)
-        best = sorted((row["total_mib"], row[report.metric]) for row in rows if row.get("pareto"))
+        best = sorted((row["total_mib"], row[report.compare.metric]) for row in rows if row.get("pareto"))
         axes.step(*zip(*best, strict=True), where="post", color=SHADE, lw=1)
-        if not HIGHER_IS_BETTER[report.metric]:
+        if not HIGHER_IS_BETTER[report.compare.metric]:
             axes.invert_yaxis()
         axes.set_xlabel("base and adapter, MiB")
         axes.set_ylabel(report.metric_label)
         axes.grid(alpha=0.3)
         legend(figure, drawn, wide)
-        _name_points(axes, {named(row): (row["total_mib"], row[report.metric]) for row in reversed(rows)})
+        _name_points(axes, {named(row): (row["total_mib"], row[report.compare.metric]) for row in reversed(rows)})
         return figure
 
     return draw
@@ -401,14 +397,14 @@ def _trained(report: Report) -> Rows:
 
 
 def _identity(row: Row, report: Report) -> tuple[Any, ...]:
-    return (*(row.get(axis) for axis in report.axes), row[report.arm_axis])
+    return (*(row.get(axis) for axis in report.axes), row[report.compare.arm])
 
 
 def _styles(report: Report) -> dict[str, tuple[str, str]]:
     """Arm -> colour and marker, the same in all figures."""
     rows = _bases_and_trained(report)
-    names = dict.fromkeys(row[report.arm_axis] for row in rows if row["kind"] == "trained")
-    names |= dict.fromkeys(row[report.arm_axis] for row in rows)
+    names = dict.fromkeys(row[report.compare.arm] for row in rows if row["kind"] == "trained")
+    names |= dict.fromkeys(row[report.compare.arm] for row in rows)
     return styles_of(list(names))
 
 

@@ -111,7 +111,7 @@ def _table(name: str, rows: Rows, report: Report) -> dict[str, Any]:
         for column in dict.fromkeys(key for row in rows for key in row)
         if any(_shown(column, row.get(column)) for row in rows)
     ]
-    first = [*report.axes, report.arm_axis, *_SHOWN_FIRST.get(name, " ".join(columns)).split()]
+    first = [*report.axes, report.compare.arm, *_SHOWN_FIRST.get(name, " ".join(columns)).split()]
     columns.sort(key=lambda column: first.index(column) if column in first else len(first))
     return {
         "name": name,
