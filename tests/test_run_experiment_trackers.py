@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from qdora.errors import UserError
 from qdora.run import experiment_trackers, prepare
-from qdora.run.experiment_trackers import flat_numbers, flat_settings, is_installed, tracking
+from qdora.run.experiment_trackers import flat_numbers, flat_settings, tracking
 from qdora.run.train import train_run
 from tests import launched, tiny_run
 
@@ -58,7 +59,7 @@ class Told(GeneralTracker):
 def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, Told]:
     found = {"one": Told(), "bad": Told("log"), "broken": Told("start"), "last": Told("finish")}
     monkeypatch.setattr(experiment_trackers, "_MAKE", {name: lambda run, name=name: found[name] for name in found})
-    monkeypatch.setattr(prepare, "is_installed", lambda name: True)
+    monkeypatch.setattr(prepare, "find_spec", lambda name: name)
     return found
 
 
@@ -67,7 +68,7 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 
 
 def test_one_that_is_not_installed_is_refused_with_the_command(root: Path, tmp_path: Path) -> None:
-    missing = next(name for name in ("trackio", "mlflow", "wandb") if not is_installed(name))
+    missing = next(name for name in ("trackio", "mlflow", "wandb") if find_spec(name) is None)
     with pytest.raises(UserError, match=rf"trackers: {missing} is not installed.*pip install 'qdora\[{missing}\]'"):
         train_run(recipe(root, missing), tmp_path / "run")
     assert not (tmp_path / "run").exists()

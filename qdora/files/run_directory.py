@@ -430,13 +430,12 @@ def is_below(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in names)
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "", separator: str = ".") -> dict[str, Any]:
     """{'train': {'lr': 1}} -> {'train.lr': 1}; a list is one value."""
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return {prefix: value}
-    return {
-        name: leaf for key, item in value.items() for name, leaf in flat(item, f"{prefix}.{key}".lstrip(".")).items()
-    }
+    start = f"{prefix}{separator}" if prefix else ""
+    return {name: leaf for key, item in value.items() for name, leaf in flat(item, f"{start}{key}", separator).items()}
 
 
 def write_complete(path: Path, step: int) -> None:

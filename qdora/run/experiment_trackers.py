@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 
 from qdora.errors import UserError, named
 from qdora.files.access_tokens import masked
+from qdora.files.run_directory import flat
 
 PROJECT = "qdora"
 
@@ -26,11 +26,6 @@ _MAKE: dict[str, Callable[[Path], GeneralTracker]] = {
     "wandb": lambda run: WandBTracker(PROJECT, name=run.name, dir=str(run)),
     "mlflow": lambda run: MLflowTracker(PROJECT, run_name=run.name),
 }
-
-
-def is_installed(name: str) -> bool:
-    """Whether a tracker's package is installed."""
-    return find_spec(name) is not None
 
 
 @contextmanager
@@ -69,7 +64,7 @@ def flat_numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """{"tasks": {"boolq": {"nll_sum": 3.0}}} -> {"tasks/boolq/nll_sum": 3.0}; only numbers are kept."""
     return {
         key: float(value)
-        for key, value in _flat(values, "/")
+        for key, value in flat(values, separator="/").items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
 
@@ -83,18 +78,9 @@ def flat_settings(values: Mapping[str, Any]) -> dict[str, bool | float | str]:
         key: value
         if isinstance(value, bool | int | float)
         else masked(value if isinstance(value, str) else json.dumps(value))
-        for key, value in _flat(values, ".")
+        for key, value in flat(values).items()
         if value is not None
     }
-
-
-def _flat(values: Mapping[str, Any], separator: str) -> Iterator[tuple[str, Any]]:
-    """(joined keys, value) of a nested mapping."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{key}{separator}{inner}", each) for inner, each in _flat(value, separator))
-        else:
-            yield key, value
 
 
 def _started(name: str, run: Path, settings: Mapping[str, Any]) -> GeneralTracker:

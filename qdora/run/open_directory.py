@@ -49,7 +49,9 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
     processes.first(resumed if resume else lambda: create_run(directory, recipe, found))
     run = RunDirectory(directory)
     if prepared.given.data.chat_template is not None:
-        processes.first(lambda: _keep_chat_template(run, str(prepared.tokenizer.chat_template)))
+        # recipe.yaml names this copy, so a later change of the file has no effect
+        text = str(prepared.tokenizer.chat_template)
+        processes.first(lambda: atomic_write_text(run.inside(CHAT_TEMPLATE_FILE), text))
     processes.first(lambda: keep_residency(run, prepared.given, prepared.recipe))
     return run
 
@@ -113,12 +115,6 @@ def _same_text(first: str | None, second: str | None) -> bool:
 
 def _has_other_parts(prepared: PreparedRun) -> bool:
     return not prepared.source.is_gguf and is_multimodal(prepared.config)  # a GGUF file holds a language model alone
-
-
-def _keep_chat_template(run: RunDirectory, text: str) -> None:
-    """Copy data.chat_template. The run's recipe.yaml names the copy, so a later change of the file has no effect."""
-    _check_chat_template(run, text)
-    atomic_write_text(run.inside(CHAT_TEMPLATE_FILE), text)
 
 
 def _check_chat_template(run: RunDirectory, text: str) -> None:

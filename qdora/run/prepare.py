@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,6 @@ from qdora.plan.workload import workload_of_data
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
 from qdora.run.calibration import calibration_tokens
-from qdora.run.experiment_trackers import is_installed
 from qdora.run.load_base import NO_GPU
 from qdora.run.model_limits import context_warnings, vocabulary_faults
 from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks
@@ -226,7 +226,7 @@ def _check(
     faults += [
         f"trackers: {name} is not installed. Fix: pip install 'qdora[{name}]'"
         for name in recipe.trackers
-        if not is_installed(name)
+        if find_spec(name) is None
     ]
     if faults:
         raise UserError(*faults)
