@@ -18,7 +18,7 @@ import pytest
 
 from qdora.data import demo, row_examples
 from qdora.data.batching import Batching
-from qdora.data.build_data import plan_mix, read_data, tokenized_mix, unused_warnings
+from qdora.data.build_data import mix_warnings, plan_mix, read_data, tokenized_mix
 from qdora.data.loader import StepLoader
 from qdora.data.messages import Turn
 from qdora.data.row_formats import commonsense_task
@@ -528,15 +528,11 @@ def test_what_is_not_read_is_named_once_a_source(tmp_path):
     found = mixed(DataConfig(mix=mix, validation_fraction=0.0))
     loader = StepLoader(found.sets, found.order, tokens_per_step=None, batch=2, batching=Batching(99, 0))
     plan = plan_mix(found, loader, 2)
-    assert unused_warnings(plan) == [
+    assert [each for each in mix_warnings(plan) if "not used for training" in each] == [
         "chat: not used for training: messages.rating, topic.",
         "pairs: not used for training: source.",
     ]
-    assert [each["unused"] for each in plan.to_dict()["sources"]] == [
-        ["messages.rating", "topic"],
-        ["source"],
-        [],
-    ]
+    assert [each.unused for each in plan.sources] == [("messages.rating", "topic"), ("source",), ()]
 
 
 @pytest.mark.parametrize("in_turns", [True, False])

@@ -279,11 +279,6 @@ class MixPlan:
     is_exact: bool
     sources: tuple[SourcePlan, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
-        listed = [asdict(each) | {"unused": list(each.unused), "notes": list(each.notes)} for each in self.sources]
-        return {**asdict(self), "sources": listed}
-
 
 def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
     """What `num_steps` steps from position 0 take from each source.
@@ -330,11 +325,6 @@ def large_step_warning(plan: MixPlan) -> str | None:
     )
 
 
-def unused_warnings(plan: MixPlan) -> list[str]:
-    """One line for each source that has columns which training does not read."""
-    return [f"{source.name}: {unused_in_words(source.unused)}" for source in plan.sources if source.unused]
-
-
 def unused_in_words(columns: Sequence[str]) -> str:
     """What is said of columns that training does not read."""
     return f"not used for training: {', '.join(columns)}."
@@ -343,8 +333,9 @@ def unused_in_words(columns: Sequence[str]) -> str:
 def mix_warnings(plan: MixPlan) -> list[str]:
     """What the user should know of a mix before it is trained on, one line each."""
     large = large_step_warning(plan)
+    unused = [f"{source.name}: {unused_in_words(source.unused)}" for source in plan.sources if source.unused]
     notes = [f"{source.name}: {note}" for source in plan.sources for note in source.notes]
-    return [*unused_warnings(plan), *notes, *([] if large is None else [large])]
+    return [*unused, *notes, *([] if large is None else [large])]
 
 
 def show_mix(console: Console, plan: MixPlan) -> None:
@@ -363,7 +354,7 @@ def keep_mix(run: RunDirectory, plan: MixPlan) -> None:
     for part in plan.sources:
         name, *numbers = zip(MIX_COLUMNS, mix_cells(part), strict=True)
         run.log(f"{name[1]}: " + ", ".join(f"{what} {value}" for what, value in numbers))
-    run.write_json("mix.json", plan.to_dict())
+    run.write_json("mix.json", asdict(plan))
 
 
 MIX_COLUMNS = ("source", "examples", "tokens", "asked", "seen", "tokens seen", "passes", "cut", "dropped")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from qdora.evaluation.forward_path import ForwardPath, choose_path, scoring, vocabulary_size
@@ -182,12 +183,9 @@ def score_groups(
 def padded(rows: Sequence[Sequence[int]], *, left: bool = False, fill: int = 0) -> tuple[Tensor, Tensor]:
     """The rows as one tensor with `fill` behind (left: before) the shorter ones, and a mask that is 1 on the rows' own;
     (rows, longest) int64 both."""
-    lengths = torch.tensor([len(row) for row in rows])
-    places = torch.arange(int(lengths.max())).expand(len(rows), -1)
-    mask = places >= lengths.max() - lengths[:, None] if left else places < lengths[:, None]
-    ids = torch.full(mask.shape, fill)
-    ids[mask] = torch.tensor([each for row in rows for each in row], dtype=torch.long)
-    return ids, mask.long()
+    own, side = [torch.tensor(row, dtype=torch.long) for row in rows], "left" if left else "right"
+    ids = pad_sequence(own, batch_first=True, padding_value=fill, padding_side=side)
+    return ids, pad_sequence([torch.ones_like(row) for row in own], batch_first=True, padding_side=side)
 
 
 def _score_whole(model: nn.Module, rows: list[Span], path: ForwardPath, device: torch.device) -> NDArray[np.float64]:

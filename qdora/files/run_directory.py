@@ -132,8 +132,8 @@ class RunDirectory:
             raise ValueError(f"{Path(*parts)} is not inside the run directory {self.path}")
         return path
 
-    def write_json(self, name: str, value: Any) -> Path:
-        """Write strict JSON, such as eval/final.json; NaN becomes null. Returns the path.
+    def write_json(self, name: str, value: Any) -> None:
+        """Write strict JSON, such as eval/final.json; NaN becomes null.
 
         Raises RunFailure if the disk is full or cannot be written; an older file of that name is unchanged.
         """
@@ -141,7 +141,6 @@ class RunDirectory:
         with self._disk_failures(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_json(path, value)
-        return path
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; it has left this process when the call returns. NaN becomes null.
@@ -159,19 +158,18 @@ class RunDirectory:
         """All whole lines of metrics.jsonl, in order; a line that a kill has cut off is left out."""
         return [values for _, values in _metrics_lines(self.metrics_file)]
 
-    def truncate_metrics(self, after_step: int, *, evaluates_again: bool = False) -> int:
+    def truncate_metrics(self, after_step: int, *, evaluates_again: bool = False) -> None:
         """Drop the lines of steps after `after_step` and lines that a kill has cut off; the rest stays byte for byte.
 
         The run's own evaluations after it are removed from eval/, too. `evaluates_again` also drops the evaluation of
-        `after_step`, which the run repeats. Returns the number of dropped lines.
+        `after_step`, which the run repeats.
         """
         for file in (self.path / "eval").glob("step-*.json"):
             found = _EVALUATION.fullmatch(file.name)
             if found and int(found[1]) > after_step:
                 file.unlink()
         if not self.metrics_file.exists():
-            return 0
-        content = self.metrics_file.read_bytes()
+            return
         dropped_at = after_step if evaluates_again else None
         kept = [
             line
@@ -179,10 +177,9 @@ class RunDirectory:
             if values["step"] <= after_step and not ("eval" in values and values["step"] == dropped_at)
         ]
         wanted = b"".join(line + b"\n" for line in kept)
-        if wanted != content:
+        if wanted != self.metrics_file.read_bytes():
             with self._disk_failures(self.metrics_file.name):
                 atomic_write_bytes(self.metrics_file, wanted)
-        return len([line for line in content.split(b"\n") if line]) - len(kept)
 
     def log(self, text: str) -> None:
         """Add a line to log.txt: UTC time and `text` with access tokens masked. Raises RunFailure as `write_json`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def plan_run(
     show_plan(results, found)
     if figure is not None:
         draw_plan(found, figure)
-    document: dict[str, Any] = {"mix": None if mix is None else mix.to_dict(), "memory": found.to_dict()}
+    document: dict[str, Any] = {"mix": None if mix is None else asdict(mix), "memory": found.to_dict()}
     least: Plan | ProcessPlan = found
     can_fit = found.fits or any(change.peak_bytes <= (found.budget_bytes or 0) for change in found.changes)
     lines = []

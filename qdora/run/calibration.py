@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -34,26 +35,27 @@ def calibration_tokens(
         raise UserError(
             f"base.prune.calibration.length: got {settings.length}, must be at most {context}, the model's context."
         )
+    prefix = special_prefix(tokenizer)
     if settings.text == "mix":
-        ids = _mix_tokens(mix, settings.seed)
-    else:
-        (ids,) = encode_batch(tokenizer, read_texts([settings.text]))
-    return pieces(ids, special_prefix(tokenizer), settings)
+        return pieces(_mix_tokens(mix, settings.seed), prefix, settings)
+    (ids,) = encode_batch(tokenizer, read_texts([settings.text]))
+    return pieces(ids, prefix, settings)
 
 
-def _mix_tokens(mix: Mix, seed: int) -> list[int]:
+def _mix_tokens(mix: Mix, seed: int) -> NDArray[np.int32]:
     """The training examples of all sources but streams, in a random order so that a piece spans several of them."""
     examples = [example for part in mix.sets if isinstance(part, TokenizedSet) for example in part.examples]
     order = np.random.default_rng(seed).permutation(len(examples))
-    return [int(token) for index in order for token in examples[index].input_ids]
+    return np.concatenate([np.empty(0, dtype=np.int32), *(examples[index].input_ids for index in order)])
 
 
-def pieces(ids: Sequence[int], prefix: Sequence[int], settings: CalibrationConfig) -> Tensor:
+def pieces(ids: ArrayLike, prefix: Sequence[int], settings: CalibrationConfig) -> Tensor:
     """Runs of tokens from random places of a text, each after the prefix with which the model's texts begin.
 
     Raises:
         UserError: The text is shorter than a piece.
     """
+    ids = np.asarray(ids)
     length = settings.length - len(prefix)
     if length < 1 or len(ids) < length:
         raise UserError(
@@ -61,4 +63,4 @@ def pieces(ids: Sequence[int], prefix: Sequence[int], settings: CalibrationConfi
             "Fix: lower it, or give more text."
         )
     starts = np.random.default_rng(settings.seed).integers(0, len(ids) - length + 1, settings.sequences)
-    return torch.tensor([[*prefix, *ids[start : start + length]] for start in starts], dtype=torch.int64)
+    return torch.tensor([[*prefix, *ids[start : start + length].tolist()] for start in starts], dtype=torch.int64)

@@ -192,7 +192,11 @@ def _comparison(found: Mapping[str, Any]) -> dict[str, Any]:
         header = "task|examples|before|after|change|95 % interval"
         tables.append(("Loss, nats per answer token", _table(header, map(_loss_row, changes))))
     if found["acc"]:
-        shown: dict[str, Callable[[Any], str]] = {"chance": _percent, "majority": _percent, "num_unparsable": _count}
+        shown: dict[str, Callable[[Any], str]] = {
+            "chance": _percent,
+            "majority": _percent,
+            "num_unparsable": lambda number: _number(number, ","),
+        }
         known = [name for name in shown if any(each[name] is not None for each in guesses.values())]
         header = "|".join(("task|examples|before|after|change|95 % interval", *known)).replace("num_", "")
         rows = [
@@ -227,10 +231,6 @@ def _interval(change: Mapping[str, Any], form: str, factor: float) -> str:
 
 def _number(value: float | None, form: str = ".4f") -> str:
     return _MISSING if value is None else f"{value:{form}}"
-
-
-def _count(number: int | None) -> str:
-    return _MISSING if number is None else f"{number:,}"
 
 
 def _percent(share: float | None, form: str = ".1f") -> str:
