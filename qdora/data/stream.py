@@ -17,7 +17,7 @@ from qdora.data.example import Example
 from qdora.data.readers import PlacedRow, Shards
 from qdora.data.row_examples import FIRST_ROWS, RowExamples
 from qdora.data.rows import MAX_SHOWN_FAULTS, Row, RowFault, empty_data_set
-from qdora.data.tokenize import ExampleTally, Sorted, TokenizedExample
+from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
 
@@ -92,7 +92,7 @@ class ExampleStream:
         self._window: list[PlacedRow] = []  # shuffled
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
         # Tokenised rows of the window, the next one last, and examples of a row likewise; faults begin with the place
-        self._ready: list[list[Sorted]] = []
+        self._ready: list[list[Outcome]] = []
         self.notes: set[str] = set()
         self.first_tally = self._new_tally()
         self._told: set[str] = set()  # faulty rows in the log
@@ -233,7 +233,7 @@ class ExampleStream:
         return sum(lengths) / len(lengths) if lengths else float(self.data.max_length)
 
     @cached_property
-    def first_rows(self) -> list[list[Sorted]]:
+    def first_rows(self) -> list[list[Outcome]]:
         """What became of the first rows of the first shard. Raises UserError if too many of them are faulty."""
         rows = self._sample()
         found = self._tokenized(rows, self.first_tally)
@@ -341,10 +341,10 @@ class ExampleStream:
                 found.append(f"{place}: {fault}")
         return found
 
-    def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Sorted]]:
+    def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Outcome]]:
         """What becomes of each row. A faulty one is left out as a whole; its fault begins with its place."""
         made = self._made(rows)
-        found: dict[int, list[Sorted]] = {
+        found: dict[int, list[Outcome]] = {
             index: [(each, False)] for index, each in enumerate(made) if isinstance(each, str)
         }
         examples = {index: each for index, each in enumerate(made) if isinstance(each, Example)}

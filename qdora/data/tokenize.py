@@ -180,7 +180,7 @@ def text_batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield batch
 
 
-Sorted = tuple[TokenizedExample | str | None, bool]
+Outcome = tuple[TokenizedExample | str | None, bool]
 """(tokenised, or what is wrong with it, or None where it is dropped; whether it was too long)."""
 
 
@@ -210,14 +210,14 @@ class ExampleTally:
     chat_faults: list[str] = field(default_factory=list)
     notes: set[str] = field(default_factory=set)
 
-    def add(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> list[list[Sorted]]:
+    def add(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> list[list[Outcome]]:
         """What became of each; a list of one but for some chats and for text that is split."""
         examples = [
             example if self._splits(example) else _without_excess(example, self.max_length, tokenizer)
             for example in examples
         ]
         encoded = _encode(examples, tokenizer, self.name, loss_on, self.notes)
-        found: list[list[Sorted]] = []
+        found: list[list[Outcome]] = []
         for example, parts in zip(examples, encoded, strict=True):
             if isinstance(parts, str):
                 self.chat_faults.append(f"{self.name}: example {example.id}: {parts}")
@@ -232,25 +232,25 @@ class ExampleTally:
         """Whether the example becomes several where it is too long: plain text does."""
         return self.too_long == "split" and not (example.prompt or example.messages or example.choices)
 
-    def _split(self, example: Example, encoded: _Encoded) -> list[Sorted]:
+    def _split(self, example: Example, encoded: _Encoded) -> list[Outcome]:
         if len(encoded.ids) <= self.max_length:
             return [self._sort(example, encoded)]
         least = encoded.prefix + 2
         if self.max_length < least:
             raise UserError(f"{self.name}: data.too_long: split needs data.max_length {least}, got {self.max_length}.")
         self.lengths.append(len(encoded.ids))
-        found: list[Sorted] = []
+        found: list[Outcome] = []
         for number, (ids, start) in enumerate(chunks(encoded.ids, encoded.prefix, self.max_length)):
             mask = np.arange(len(ids)) >= max(start, 1)  # nothing predicts the first token
             part = TokenizedExample(example.task, f"{example.id}[{number}]", np.array(ids, dtype=np.int32), mask)
             found.append((part, False))
         return found
 
-    def _unlearnable(self, id: str, cut: bool) -> Sorted:
+    def _unlearnable(self, id: str, cut: bool) -> Outcome:
         self.unlearnable_ids.append(id)
         return "without a token to learn", cut
 
-    def _sort(self, example: Example, encoded: _Encoded) -> Sorted:
+    def _sort(self, example: Example, encoded: _Encoded) -> Outcome:
         id = example.id if encoded.turn is None else f"{example.id}[{encoded.turn}]"
         cut = len(encoded.ids) > self.max_length
         self.lengths.append(len(encoded.ids))

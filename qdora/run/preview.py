@@ -17,7 +17,7 @@ from qdora.data.split_examples import SplitExamples, draw
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import (
     ExampleTally,
-    Sorted,
+    Outcome,
     TokenizedExample,
     TokenizedSet,
     num_characters_of,
@@ -182,9 +182,9 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
     )
 
 
-def _tokenized(sample: SplitExamples, tally: ExampleTally, tokenizer: Any, data: DataConfig) -> list[list[Sorted]]:
+def _tokenized(sample: SplitExamples, tally: ExampleTally, tokenizer: Any, data: DataConfig) -> list[list[Outcome]]:
     """What becomes of each row, up to so many characters of text."""
-    rows: list[list[Sorted]] = []
+    rows: list[list[Outcome]] = []
     num_characters = 0
     for batch in text_batches(sample):
         rows += tally.add(batch, tokenizer, data.loss_on)

@@ -42,7 +42,7 @@ MICRO_BATCH_TOKENS = 512
 THRESHOLD = 0.9
 """Share of the energy for the effective ranks that are shown."""
 
-_MEASURES = {
+_ENERGY_IN_WORDS = {
     "curvature": "worth in nats",
     "svd": "squared singular value of the update",
     "gradient": "squared singular value of the gradient",
@@ -211,7 +211,7 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
         ranks = {name: rank or len(spectra[name].energies) for name, rank in effective.items()}
     written = write_recipe(trained.run, recipe, asked.method, {**ranks_now, **ranks})
     figures = [trained.run.inside("rank") / f"{asked.method}-{kind}.svg" for kind in ("spectra", "ranks")]
-    draw_spectra(spectra, ranks, figures[0], measure=_MEASURES[asked.method])
+    draw_spectra(spectra, ranks, figures[0], measure=_ENERGY_IN_WORDS[asked.method])
     draw_rank_map({**ranks_now, **ranks}, figures[1])
     return {
         "run": str(trained.run.path),

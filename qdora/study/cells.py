@@ -123,7 +123,7 @@ IsWide = Callable[[Mapping[str, str]], bool]
 
 
 @dataclass(frozen=True)
-class _Arm:
+class _Combination:
     """A combination of labels without the seed, in a stage, with the changes to the recipe and the stage's seeds."""
 
     stage: StageConfig
@@ -147,7 +147,9 @@ class Expander:
         self._made: dict[str, Recipe] = {}
         self._keys: dict[int, str] = {}
         self._bases: dict[str, tuple[str, Recipe]] = {}
-        self.arms = [_Arm(stage, labels, self._changes(labels), seeds) for stage, labels, seeds in combinations(study)]
+        self.arms = [
+            _Combination(stage, labels, self._changes(labels), seeds) for stage, labels, seeds in combinations(study)
+        ]
         self._check()
         self.study = self._with_reference()
 
@@ -242,7 +244,7 @@ class Expander:
         if not self.arms:
             raise UserError(f"{self.file}: exclude leaves no cell, at least one is needed.")
 
-    def _faults(self, arm: _Arm) -> Iterator[str]:
+    def _faults(self, arm: _Combination) -> Iterator[str]:
         taken = [key for key in _OF_SEED if key in arm.changes]
         if taken:
             yield f"{taken[0]}: is decided by seeds. Fix: remove it."
@@ -278,7 +280,7 @@ class Expander:
         if arm.stage.kind in ("set_back", "by_layer") and not is_trained:
             yield f"stage {arm.stage.name}: the study does not train this arm."
 
-    def _recipe(self, arm: _Arm, seed: int, *, rate: RateRun | float | None = None) -> Recipe:
+    def _recipe(self, arm: _Combination, seed: int, *, rate: RateRun | float | None = None) -> Recipe:
         """The recipe of an arm with a seed: of the comparison, or of a run of its search."""
         changes = arm.changes | {"train.seed": seed, "data.seed": seed}
         if isinstance(rate, RateRun):
@@ -307,7 +309,7 @@ class Expander:
             self._made[text] = override(recipe, [*more, *(_on_test(recipe) if on_test else ())])
         return self._made[text]
 
-    def _is_bare(self, arm: _Arm) -> bool:
+    def _is_bare(self, arm: _Combination) -> bool:
         """Whether the arm is a base without an adapter."""
         return self._recipe(arm, arm.seeds[0]).adapter.kind == "none"
 
@@ -316,7 +318,7 @@ class Expander:
             self._keys[id(recipe)] = key_of(recipe)
         return self._keys[id(recipe)]
 
-    def _base(self, arm: _Arm, *, dense: bool) -> tuple[str, Recipe]:
+    def _base(self, arm: _Combination, *, dense: bool) -> tuple[str, Recipe]:
         """Key and recipe of the evaluation of the arm's base, or of the uncompressed base."""
         whole = settings(self._recipe(arm, arm.seeds[0]))
         # Neither the weight in the loss nor the seed has an effect on a base that is only evaluated
@@ -367,7 +369,7 @@ class Expander:
         return bases, uncompressed, equal
 
     def _search(
-        self, arm: _Arm, searches: dict[str, tuple[Labels, Search, list[Cell]]], loss: CellLoss
+        self, arm: _Combination, searches: dict[str, tuple[Labels, Search, list[Cell]]], loss: CellLoss
     ) -> Search | None:
         """The search for the arm's rate, which may be that of other arms, too; None if rates are not searched."""
         rates = self.study.rates
@@ -376,7 +378,7 @@ class Expander:
         labels = self._like(arm.labels)
         name = in_words(labels)
         if name not in searches:
-            asked = _Arm(StageConfig(name=RATES), labels, self._changes(labels), arm.seeds)
+            asked = _Combination(StageConfig(name=RATES), labels, self._changes(labels), arm.seeds)
             cells: dict[RateRun, Cell] = {}
 
             def cell_of(run: RateRun) -> Cell:
@@ -396,7 +398,7 @@ class Expander:
         like = {} if self.study.rates is None else self.study.rates.like
         return {axis: like.get(axis, {}).get(label, label) for axis, label in labels.items()}
 
-    def _twin(self, arm: _Arm) -> _Arm | None:
+    def _twin(self, arm: _Combination) -> _Combination | None:
         """The arm of the same labels, but for the base, that trains on the uncompressed base."""
         based = axes_of(self.study, "base.")
         for labels in (arm.labels, self._like(arm.labels)):
@@ -407,7 +409,7 @@ class Expander:
                     return other
         return None
 
-    def _cell(self, arm: _Arm, seed: int, found: Search | None, trained: Mapping[str, Cell]) -> Cell | None:
+    def _cell(self, arm: _Combination, seed: int, found: Search | None, trained: Mapping[str, Cell]) -> Cell | None:
         """The cell of an arm and a seed; None if it waits for a rate or an adapter."""
         if found is not None and found.rate is None:
             return None
@@ -425,7 +427,7 @@ class Expander:
             dense_key=self._base(arm, dense=True)[0],
         )
 
-    def _evaluated_again(self, arm: _Arm, seed: int, trained: Mapping[str, Cell]) -> Cell | None:
+    def _evaluated_again(self, arm: _Combination, seed: int, trained: Mapping[str, Cell]) -> Cell | None:
         """The adapter of the arm, or its twin's on the arm's base, with this seed; None if it waits for a rate."""
         kind = arm.stage.kind
         assert kind != "train"
