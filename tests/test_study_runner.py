@@ -23,8 +23,9 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from qdora.errors import Diverged, Interrupted, UserError
-from qdora.study import study_directory
+from qdora.study import claims, study_directory
 from qdora.study.cells import Cell, Expander
+from qdora.study.claims import Claims
 from qdora.study.compare import Results
 from qdora.study.grid import load_study
 from qdora.study.runner import (
@@ -38,7 +39,7 @@ from qdora.study.runner import (
     submit_study,
     tally,
 )
-from qdora.study.study_directory import MAX_DEATHS, Claims, StudyDirectory
+from qdora.study.study_directory import MAX_DEATHS, StudyDirectory
 from qdora.study.upcoming import cells_now
 from tests import fake_study, study_worker
 
@@ -247,7 +248,7 @@ def test_an_empty_claim_is_someone_writing_and_later_a_dead_one(tmp_path: Path) 
 def test_of_many_that_find_a_dead_claim_one_gets_it(tmp_path: Path) -> None:
     for round_ in range(20):
         path = tmp_path / f"{round_}.json"
-        path.write_text(json.dumps({"token": "t", "machine": study_directory._machine()}))  # locked by nobody
+        path.write_text(json.dumps({"token": "t", "machine": claims.machine()}))  # locked by nobody
         got: list[Any] = []
         barrier = threading.Barrier(8)
 
@@ -318,9 +319,7 @@ def test_processes_of_one_machine_divide_its_cores(tmp_path: Path, monkeypatch: 
             assert stores[2].share_of_cores() == 1  # both have three users
             monkeypatch.setattr(study_directory, "cpus", lambda: [*range(8)])
             assert stores[0].share_of_cores() == 3  # six with two users and two with three
-        (tmp_path / "processes/dead.json").write_text(
-            json.dumps({"machine": study_directory._machine(), "cores": [*range(8)]})
-        )
+        (tmp_path / "processes/dead.json").write_text(json.dumps({"machine": claims.machine(), "cores": [*range(8)]}))
         (tmp_path / "processes/far.json").write_text(json.dumps({"machine": "another", "cores": [*range(8)]}))
         assert stores[0].share_of_cores() == 4
         assert (tmp_path / "processes/far.json").exists()

@@ -44,12 +44,13 @@ from qdora.run.train import train_run
 from qdora.study.base_damage import base_damage
 from qdora.study.by_layer import measure_by_layer
 from qdora.study.cells import Cell, Cells, Expander, equal_in_words
+from qdora.study.claims import Claim
 from qdora.study.compare import Results, cannot_decide, never_decided
 from qdora.study.grid import load_study
 from qdora.study.guesses import write_guesses
 from qdora.study.outlook import outlooks, planned_cells, spread_in_words, stage_times, times_in_words
 from qdora.study.set_back import evaluate_set_back
-from qdora.study.study_directory import Claim, StudyDirectory
+from qdora.study.study_directory import StudyDirectory
 from qdora.study.upcoming import cells_now
 
 logger = logging.getLogger("qdora")
