@@ -10,7 +10,8 @@ import huggingface_hub
 import pandas as pd
 import pytest
 
-from qdora.data.commonsense import HUB_TASKS, TEMPLATES, without_wikihow_marks
+from qdora.data.commonsense import TEMPLATES
+from qdora.data.commonsense_hub import HUB_TASKS, without_wikihow_marks
 from qdora.data.sources import has_split, load_source, open_source, train_and_validation
 from qdora.errors import HubFailure, UserError
 from qdora.recipe.data_settings import DataConfig, SourceConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qdora.data import demo
-from qdora.data.commonsense import HUB_TASKS, example_of_row, hub_task_rows, instruction_row
+from qdora.data.commonsense import example_of_row, instruction_row
+from qdora.data.commonsense_hub import HUB_TASKS, hub_task_rows
 from qdora.data.example import Example
 from qdora.data.hub_datasets import hub_rows, hub_shards
 from qdora.data.readers import Shards, local_shards, rows_of_split

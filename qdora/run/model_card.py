@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 import qdora
-from qdora.data.commonsense import HUB_TASKS
+from qdora.data.commonsense_hub import HUB_TASKS
 from qdora.errors import UserError
 from qdora.evaluation.before_after import worse_than_base
 from qdora.files.environment import package_versions
