@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from qdora.data.batching import Batching
-from qdora.data.build_data import large_step_warning, plan_mix
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
+from qdora.data.mix_plan import large_step_warning, plan_mix
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 
 

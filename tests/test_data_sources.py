@@ -18,9 +18,10 @@ import pytest
 
 from qdora.data import demo, row_examples
 from qdora.data.batching import Batching
-from qdora.data.build_data import mix_warnings, plan_mix, read_data, tokenized_mix
+from qdora.data.build_data import read_data, tokenized_mix
 from qdora.data.loader import StepLoader
 from qdora.data.messages import Turn
+from qdora.data.mix_plan import mix_warnings, plan_mix
 from qdora.data.row_formats import commonsense_task
 from qdora.data.rows import Rows
 from qdora.data.sources import load_source, open_shards, open_source, train_and_validation

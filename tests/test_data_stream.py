@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from qdora.data import hub_datasets, readers
 from qdora.data.batching import Batching
-from qdora.data.build_data import plan_mix
 from qdora.data.example import Example
 from qdora.data.hub_datasets import hub_shards
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
+from qdora.data.mix_plan import plan_mix
 from qdora.data.readers import local_shards
 from qdora.data.sources import train_and_validation
 from qdora.data.stream import ExampleStream

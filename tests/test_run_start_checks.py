@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qdora.data.build_data import MixPlan, SourcePlan
 from qdora.data.chat_template import set_chat_settings
+from qdora.data.mix_plan import MixPlan, SourcePlan
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.data_settings import DataConfig

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qdora.data import build_data
+from qdora.data import build_data, mix_plan
 from qdora.errors import HubFailure, UserError
 from qdora.files.console import consoles
 from qdora.files.run_directory import PLAN_FILE, RunDirectory
@@ -71,8 +71,8 @@ def plan_run(
         raise UserError(f"--budget: {error}") from None
     mix, workload, assumed = _workload(recipe)
     if mix is not None:
-        build_data.show_mix(results, mix)
-        for text in build_data.mix_warnings(mix):
+        mix_plan.show_mix(results, mix)
+        for text in mix_plan.mix_warnings(mix):
             logger.warning(text)
     planning: dict[str, Any] = {"device_kind": device_kind, "workload": workload}
     num_sharing = {"shard": num_processes, "hybrid": num_processes // num_hosts}.get(recipe.train.parallel, 1)
@@ -106,7 +106,7 @@ def _unchanged(found: Plan, planning: Mapping[str, Any], recipe: Recipe) -> Plan
     return replace(plan(recipe.model_copy(update={"memory": memory}), **planning), budget_bytes=found.budget_bytes)
 
 
-def _workload(recipe: Recipe) -> tuple[build_data.MixPlan | None, Workload, list[str]]:
+def _workload(recipe: Recipe) -> tuple[mix_plan.MixPlan | None, Workload, list[str]]:
     """The mix and the micro-batches of the data, and what is assumed without a tokenizer or without the Hub."""
     full = "every micro-batch is full, and all its rows have data.max_length labelled tokens"
     try:
@@ -119,7 +119,7 @@ def _workload(recipe: Recipe) -> tuple[build_data.MixPlan | None, Workload, list
         return None, assumed_workload, [f"{full}, because the data cannot be read: {error.faults[0]}"]
     mix = build_data.tokenized_mix(recipe, tokenizer, train)
     loader = build_data.make_loader(recipe, mix, tokenizer)
-    found = build_data.plan_mix(mix, loader, build_data.num_steps_of(recipe, loader))
+    found = mix_plan.plan_mix(mix, loader, build_data.num_steps_of(recipe, loader))
     return (
         found,
         workload_of_data(recipe, mix, tokenizer),

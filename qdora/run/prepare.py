@@ -15,15 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qdora.data.build_data import (
-    MixPlan,
     check_first_rows,
-    keep_mix,
     make_loader,
     micro_batch_tokens,
     num_steps_of,
-    plan_mix,
     read_data,
-    show_mix,
     tokenized_mix,
     tokenized_sources,
 )
@@ -31,6 +27,7 @@ from qdora.data.chat_template import set_chat_date
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
+from qdora.data.mix_plan import MixPlan, keep_mix, plan_mix, show_mix
 from qdora.data.shown_examples import keep_examples
 from qdora.data.tokenize import TokenizedSet
 from qdora.errors import HubFailure, UserError

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from qdora.data.build_data import unused_in_words
+from qdora.data.mix_plan import unused_in_words
 from qdora.files.atomic import atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.html_page import render_page

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qdora.data.build_data import MIX_COLUMNS, SourcePlan, mix_cells
+from qdora.data.mix_plan import MIX_COLUMNS, SourcePlan, mix_cells
 from qdora.errors import UserError, named
 from qdora.files.atomic import atomic_write_text, disk_failures
 from qdora.files.console import consoles, duration

@@ -12,10 +12,10 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from qdora.data.batching import PackedLayout
-from qdora.data.build_data import MixPlan, mix_warnings
 from qdora.data.chat_template import chat_settings
 from qdora.data.encode_chats import MAY_NOT_STOP
 from qdora.data.mix import Source
+from qdora.data.mix_plan import MixPlan, mix_warnings
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError

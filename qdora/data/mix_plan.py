@@ -1,0 +1,157 @@
+"""What a run will see of each source of its mix: counts and shares over its steps, as a table, and warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from qdora.data.loader import StepLoader
+from qdora.data.mix import Mix
+from qdora.data.tokenize import TokenizedSet
+from qdora.files.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourcePlan:
+    """One source over the steps of a run.
+
+    Attributes:
+        num_examples, num_tokens: Examples and tokens of the source; None where not known, as for streams.
+        num_truncated, num_dropped: Examples that were cut to data.max_length, or left out; None for a stream.
+        share_asked: Share of the draws that the strategy gives it.
+        share_seen: Share of the draws that come from it: less than asked once it is used up, more once others are.
+        num_draws, num_tokens_seen: Examples and tokens that the run takes from it; None tokens for a stream.
+        epochs: How often its examples are seen on average. Below 1, some are never seen.
+        unused: Columns that its format does not read; of a stream, those of its first rows.
+        notes: What the user should know of the chat template.
+    """
+
+    name: str
+    num_examples: int | None
+    num_tokens: int | None
+    num_truncated: int | None
+    num_dropped: int | None
+    share_asked: float
+    share_seen: float
+    num_draws: int
+    num_tokens_seen: int | None
+    epochs: float | None
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MixPlan:
+    """All sources over the steps of a run; not exact where steps count tokens and a stream is among the sources."""
+
+    num_steps: int
+    num_draws: int
+    is_exact: bool
+    sources: tuple[SourcePlan, ...]
+
+
+def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
+    """What `num_steps` steps from position 0 take from each source.
+
+    Raises: UserError if the sources have fewer steps.
+    """
+    num_draws = loader.draws_for_steps(num_steps)
+    counts = mix.order.counts(num_draws).tolist()
+    tokens = loader.tokens_of_draws(num_draws).tolist()
+    sources = []
+    for part, share, count, num_tokens in zip(mix.sets, mix.shares.tolist(), counts, tokens, strict=True):
+        known = part if isinstance(part, TokenizedSet) else None
+        size = len(part) if isinstance(part, TokenizedSet) else part.num_examples
+        sources.append(
+            SourcePlan(
+                name=part.name,
+                num_examples=size,
+                num_tokens=None if known is None else known.num_tokens,
+                num_truncated=None if known is None else known.num_truncated,
+                num_dropped=None if known is None else known.num_dropped,
+                share_asked=share,
+                share_seen=count / max(num_draws, 1),
+                num_draws=count,
+                num_tokens_seen=None if known is None else num_tokens,
+                epochs=None if size is None else count / size,
+                unused=tuple(sorted(part.unused)),
+                notes=tuple(sorted(part.notes)),
+            )
+        )
+    return MixPlan(num_steps, num_draws, loader.counts_draws, tuple(sources))
+
+
+def large_step_warning(plan: MixPlan) -> str | None:
+    """A warning if an optimizer step takes more examples than all sources have, so that it repeats some; else None."""
+    sizes = [source.num_examples for source in plan.sources]
+    num_examples = sum(size or 0 for size in sizes)
+    if None in sizes or plan.num_draws <= plan.num_steps * num_examples:
+        return None
+    per_step = plan.num_draws / plan.num_steps
+    return (
+        f"An optimizer step takes {'' if plan.is_exact else 'about '}{per_step:,.0f} examples, but the training data "
+        f"has only {num_examples:,}: each step repeats the data {per_step / num_examples:.1f} times. "
+        "Fix: lower train.tokens_per_step or train.batch."
+    )
+
+
+def unused_in_words(columns: Sequence[str]) -> str:
+    """What is said of columns that training does not read."""
+    return f"not used for training: {', '.join(columns)}."
+
+
+def mix_warnings(plan: MixPlan) -> list[str]:
+    """What the user should know of a mix before it is trained on, one line each."""
+    large = large_step_warning(plan)
+    unused = [f"{source.name}: {unused_in_words(source.unused)}" for source in plan.sources if source.unused]
+    notes = [f"{source.name}: {note}" for source in plan.sources for note in source.notes]
+    return [*unused, *notes, *([] if large is None else [large])]
+
+
+def show_mix(console: Console, plan: MixPlan) -> None:
+    """Print the plan as a table."""
+    table = Table(title=_mix_title(plan), title_justify="left")
+    for name in MIX_COLUMNS:
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for part in plan.sources:
+        table.add_row(*mix_cells(part))
+    console.print(table)
+
+
+def keep_mix(run: RunDirectory, plan: MixPlan) -> None:
+    """Write the plan to the run directory: lines of log.txt, and mix.json."""
+    run.log(_mix_title(plan))
+    for part in plan.sources:
+        name, *numbers = zip(MIX_COLUMNS, mix_cells(part), strict=True)
+        run.log(f"{name[1]}: " + ", ".join(f"{what} {value}" for what, value in numbers))
+    run.write_json("mix.json", asdict(plan))
+
+
+MIX_COLUMNS = ("source", "examples", "tokens", "asked", "seen", "tokens seen", "passes", "cut", "dropped")
+"""Of the table of a mix; asked and seen are shares of the draws."""
+
+
+def _mix_title(plan: MixPlan) -> str:
+    return f"{plan.num_steps:,} steps, {'' if plan.is_exact else 'about '}{plan.num_draws:,} examples"
+
+
+def mix_cells(part: SourcePlan) -> tuple[str, ...]:
+    """A source's cells in `MIX_COLUMNS`."""
+    return (
+        part.name,
+        _count(part.num_examples),
+        _count(part.num_tokens),
+        f"{part.share_asked:.1%}",
+        f"{part.share_seen:.1%}",
+        _count(part.num_tokens_seen),
+        "unknown" if part.epochs is None else f"{part.epochs:.2f}",
+        _count(part.num_truncated),
+        _count(part.num_dropped),
+    )
+
+
+def _count(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"
