@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from qdora.cli import app
-from qdora.files.run_directory import MAY_CHANGE
+from qdora.files.setting_keys import MAY_CHANGE
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.recipe.recipe_file import load_recipe, read_yaml, recipe_from, recipe_names, resolved_yaml, settings

@@ -15,8 +15,8 @@ from qdora.plan.division import divided_recipe
 from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
 from qdora.run import prepare
 from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.load_base import FILE, keep_residency, residency_here
 from qdora.run.load_run import load_run
+from qdora.run.residency_choice import FILE, keep_residency, residency_here
 from qdora.run.train import train_run
 from tests import tiny_run
 

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from qdora.errors import UserError, nearest, nearest_path
 from qdora.files.access_tokens import masked, token_paths
-from qdora.files.run_directory import is_below
+from qdora.files.setting_keys import is_below
 from qdora.files.user_paths import user_path
 from qdora.recipe.data_settings import is_path, is_pattern, names_files
 from qdora.recipe.faults import container, dotted, fault_lines, is_section, one_line, shown, unknown_key

@@ -14,7 +14,7 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 
 from qdora.errors import UserError, named
 from qdora.files.access_tokens import masked
-from qdora.files.run_directory import flat
+from qdora.files.setting_keys import flat
 
 PROJECT = "qdora"
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from typing import Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from qdora.errors import UserError
-from qdora.files.run_directory import RunDirectory
 from qdora.files.user_paths import cache_folder, user_path
 from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.disk_residency import DiskResidency
@@ -20,12 +15,10 @@ from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
 from qdora.memory.sharded_base import ShardedBase
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.load import Placer, Quantization, load_model
-from qdora.model.packed_base import BaseCache, PrunedBase, read_record
+from qdora.model.packed_base import BaseCache, PrunedBase
 from qdora.model.source import ModelSource
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import free_host_bytes
-
-logger = logging.getLogger("qdora")
 
 NO_GPU = "base.residency: got host, must be device or disk on a machine without a GPU."
 
@@ -97,66 +90,3 @@ def _cache(
     root = cache_folder("bases") if base.cache in (None, "auto") else user_path(base.cache)
     wanted = Quantization(base.quant, base.block_size, base.double_quant, base.skip)
     return BaseCache(root, wanted, compute.device, mapped=mapped or on_disk, progress=progress)
-
-
-FILE = "residency.json"
-"""In a run directory: the residency that `memory.budget: auto` chose instead of the recipe's own."""
-
-
-class _Chosen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    residency: Literal["device", "host", "disk"]
-    streamed_blocks: PositiveInt | None
-    host_embeddings: bool = False
-
-
-def keep_residency(run: RunDirectory, given: Recipe, applied: Recipe) -> None:
-    """Write residency.json if the recipe that runs has another residency than the one given; else remove it.
-
-    The choice to divide the base says nothing about a process that later loads all of it: it takes the one given.
-    """
-    file = run.inside(FILE)
-    now_divided = applied.train.divides_base and not given.train.divides_base
-    if _chosen(applied) != _chosen(given) and not now_divided:
-        run.write_json(FILE, _chosen(applied).model_dump())
-    elif file.exists():  # from an earlier start
-        file.unlink()
-
-
-def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, differentiated: bool = False) -> Recipe:
-    """The recipe with a residency that this machine can load, which may have a GPU where the run had none.
-
-    It starts from the residency of the run's last start. host becomes disk without a GPU, and disk becomes host with
-    one. A change is logged.
-
-    Args:
-        run: The run.
-        recipe: Its recipe.
-        device: Where the base is loaded.
-        differentiated: Whether gradients are taken without checkpointing; then host, which cannot do it, is device.
-    Raises:
-        UserError: residency.json is damaged.
-    """
-    file = run.inside(FILE)
-    chosen = read_record(file, _Chosen) if file.exists() else _chosen(recipe)
-    residency: str = chosen.residency
-    if residency != "device":
-        residency = "host" if device.type == "cuda" else "disk"
-    if residency == "host" and differentiated:
-        residency = "device"
-    if residency != chosen.residency:
-        why = "the whole base is needed at once" if residency == "device" else f"the run computes on {device.type}"
-        logger.info("base.residency: using %s instead of %s, because %s.", residency, chosen.residency, why)
-    blocks = None if residency == "device" else chosen.streamed_blocks
-    base = recipe.base.model_copy(update={"residency": residency, "streamed_blocks": blocks})
-    memory = recipe.memory.model_copy(update={"host_embeddings": chosen.host_embeddings})
-    return recipe.model_copy(update={"base": base, "memory": memory})
-
-
-def _chosen(recipe: Recipe) -> _Chosen:
-    return _Chosen(
-        residency=recipe.base.residency,
-        streamed_blocks=recipe.base.streamed_blocks,
-        host_embeddings=recipe.memory.host_embeddings,
-    )

@@ -25,8 +25,9 @@ from qdora.model.trained_embeddings import extend_vocabulary
 from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.recipe.recipe_file import load_recipe, override
 from qdora.recipe.settings import Recipe
-from qdora.run.load_base import load_base, residency_here
+from qdora.run.load_base import load_base
 from qdora.run.pruned_base import FOLDER
+from qdora.run.residency_choice import residency_here
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
 

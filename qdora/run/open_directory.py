@@ -12,13 +12,14 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text
 from qdora.files.environment import environment
 from qdora.files.json_file import read_json_object
-from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, flat, open_run, resume_run
+from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, open_run, resume_run
+from qdora.files.setting_keys import flat
 from qdora.model.language_part import TRAINED_PART, is_multimodal
 from qdora.recipe.faults import shown
 from qdora.recipe.recipe_file import load_recipe, resolved_yaml, settings
 from qdora.recipe.settings import Recipe
-from qdora.run.load_base import keep_residency
 from qdora.run.prepare import PreparedRun
+from qdora.run.residency_choice import keep_residency
 from qdora.train.checkpoint import unreadable
 from qdora.train.distributed import Processes
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qdora.data.source_files import files_of
 from qdora.errors import UserError
-from qdora.files.run_directory import WITHOUT_EFFECT, flat, is_below
+from qdora.files.setting_keys import WITHOUT_EFFECT, flat, is_below
 from qdora.files.user_paths import user_path
 from qdora.recipe.data_settings import is_path, names_files
 from qdora.recipe.recipe_file import settings

@@ -1,0 +1,77 @@
+"""The residency of a run's base where it is not the recipe's own: chosen for the budget, or for the machine here."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from qdora.files.run_directory import RunDirectory
+from qdora.model.packed_base import read_record
+from qdora.recipe.settings import Recipe
+
+logger = logging.getLogger("qdora")
+
+FILE = "residency.json"
+"""In a run directory: the residency that `memory.budget: auto` chose instead of the recipe's own."""
+
+
+class _Chosen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    residency: Literal["device", "host", "disk"]
+    streamed_blocks: PositiveInt | None
+    host_embeddings: bool = False
+
+
+def keep_residency(run: RunDirectory, given: Recipe, applied: Recipe) -> None:
+    """Write residency.json if the recipe that runs has another residency than the one given; else remove it.
+
+    The choice to divide the base says nothing about a process that later loads all of it: it takes the one given.
+    """
+    file = run.inside(FILE)
+    now_divided = applied.train.divides_base and not given.train.divides_base
+    if _chosen(applied) != _chosen(given) and not now_divided:
+        run.write_json(FILE, _chosen(applied).model_dump())
+    elif file.exists():  # from an earlier start
+        file.unlink()
+
+
+def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, differentiated: bool = False) -> Recipe:
+    """The recipe with a residency that this machine can load, which may have a GPU where the run had none.
+
+    It starts from the residency of the run's last start. host becomes disk without a GPU, and disk becomes host with
+    one. A change is logged.
+
+    Args:
+        run: The run.
+        recipe: Its recipe.
+        device: Where the base is loaded.
+        differentiated: Whether gradients are taken without checkpointing; then host, which cannot do it, is device.
+    Raises:
+        UserError: residency.json is damaged.
+    """
+    file = run.inside(FILE)
+    chosen = read_record(file, _Chosen) if file.exists() else _chosen(recipe)
+    residency: str = chosen.residency
+    if residency != "device":
+        residency = "host" if device.type == "cuda" else "disk"
+    if residency == "host" and differentiated:
+        residency = "device"
+    if residency != chosen.residency:
+        why = "the whole base is needed at once" if residency == "device" else f"the run computes on {device.type}"
+        logger.info("base.residency: using %s instead of %s, because %s.", residency, chosen.residency, why)
+    blocks = None if residency == "device" else chosen.streamed_blocks
+    base = recipe.base.model_copy(update={"residency": residency, "streamed_blocks": blocks})
+    memory = recipe.memory.model_copy(update={"host_embeddings": chosen.host_embeddings})
+    return recipe.model_copy(update={"base": base, "memory": memory})
+
+
+def _chosen(recipe: Recipe) -> _Chosen:
+    return _Chosen(
+        residency=recipe.base.residency,
+        streamed_blocks=recipe.base.streamed_blocks,
+        host_embeddings=recipe.memory.host_embeddings,
+    )
