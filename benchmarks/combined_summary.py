@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from qdora.evaluation.example_intervals import weighted_mean
 from qdora.study.compare import Arm, Results, comparisons, find_arms
 from qdora.study.grid import Study
 from qdora.study.scores import CellScores, Part
-from qdora.study.statistics import weighted_mean
 from qdora.study.study_directory import StudyDirectory, read_index
 
 TOGETHER, ALONE, WHOLE = "combined", "alone", "all tasks"

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from paired import Paired, paired_difference
 from scipy import stats
-
-from qdora.evaluation.metrics import Paired, paired_difference
 
 
 def summary(cells: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:

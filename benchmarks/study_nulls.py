@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from measure import RESULTS, facts, write
 
+from qdora.evaluation.example_intervals import Array, Spread, TaskScores
 from qdora.study.compare import Arm, Results, comparisons, find_arms, quality, wide_pairs
 from qdora.study.grid import Study, study_from
 from qdora.study.repair import damage_row, repair_row
-from qdora.study.statistics import Array, Spread, TaskScores
 from qdora.study.study_directory import StudyDirectory
 
 ZONE = 0.02

@@ -32,7 +32,7 @@ SECOND = {"a": [n * 0.5 + (n % 2) for n in range(12)], "b": [4.0 + n % 4 for n i
 
 def test_the_average_counts_each_task_once() -> None:
     a, b, average = task_changes(document(**FIRST), document(**SECOND), "nll_per_token")
-    variance = half = 0.0
+    variance = squares = 0.0
     for found, task in ((a, "a"), (b, "b")):
         gaps = [(new - old) / 2 for old, new in zip(FIRST[task], SECOND[task], strict=True)]
         mean = sum(gaps) / len(gaps)
@@ -41,8 +41,8 @@ def test_the_average_counts_each_task_once() -> None:
         width = stats.t.ppf(0.975, len(gaps) - 1) * math.sqrt(part)
         assert (found.lower, found.upper) == (pytest.approx(mean - width), pytest.approx(mean + width))
         variance += part / 4
-        half += part / 4 * stats.t.ppf(0.975, len(gaps) - 1)  # quantiles weighted by the variances
-    half *= math.sqrt(variance) / variance
+        squares += (part / 4) ** 2 / (len(gaps) - 1)
+    half = stats.t.ppf(0.975, variance**2 / squares) * math.sqrt(variance)  # Satterthwaite's degrees of freedom
     assert (average.task, average.num_examples) == ("average", 32)
     assert a.difference is not None
     assert b.difference is not None

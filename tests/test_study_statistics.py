@@ -12,19 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from qdora.study.scores import choice_nll
-from qdora.study.statistics import (
+from qdora.evaluation.example_intervals import (
     SeedScores,
     Spread,
     TaskScores,
     Weighting,
     example_spread,
-    holm,
-    ratio_interval,
-    seed_spread,
-    t_interval,
     weighted_mean,
 )
+from qdora.study.scores import choice_nll
+from qdora.study.statistics import holm, ratio_interval, seed_spread, t_interval
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qdora.evaluation.metrics import Paired, paired_difference
+from qdora.evaluation.example_intervals import TaskScores, example_interval
 from qdora.evaluation.suite import FEWEST, EvaluationResult
 
 LossOrAccuracy = Literal["nll_per_token", "acc"]
@@ -49,11 +49,11 @@ def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: Lo
     values = {name: (_value(old, name, metric), _value(new, name, metric)) for name in dict.fromkeys([*old, *new])}
     names = [name for name, both in values.items() if both != (None, None)]
     found: list[TaskChange] = []
-    pairs: list[Paired | None] = []
+    pairs: dict[str, TaskScores | None] = {}
     for name in names:
-        pairs.append(paired_scores(old_records.get(name, []), new_records.get(name, []), metric))
+        pairs[name] = paired_scores(old_records.get(name, []), new_records.get(name, []), metric)
         number = (new.get(name) or old[name])["num_examples"]
-        found.append(_change(name, number, values[name], pairs[-1:]))
+        found.append(_change(name, number, values[name], {name: pairs[name]}))
     if len(names) > 1:
         total = sum(each.num_examples for each in found)
         average = _value(before, "average", metric), _value(after, "average", metric)
@@ -101,7 +101,7 @@ class WorseTask:
 def worse_than_base(base: EvaluationResult, now: EvaluationResult) -> list[WorseTask]:
     """The tasks that are worse than before training, by a metric whose average over the tasks is better.
 
-    The interval is that of the paired difference over the examples of both (`paired_difference`). Tasks that were
+    The interval is that of the differences over the examples of both (`example_interval`). Tasks that were
     measured on different numbers of examples, or on a single one, are left out.
     """
     found: list[WorseTask] = []
@@ -131,16 +131,16 @@ def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str,
 
 def paired_scores(
     old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], metric: LossOrAccuracy
-) -> Paired | None:
-    """The scores of the examples that both evaluations of a task have, new ones first; None for fewer than two."""
+) -> TaskScores | None:
+    """new - old of the examples that both evaluations of a task have; None for fewer than two."""
     name = "nll" if metric == "nll_per_token" else "acc"
     before, after = ({each["id"]: each for each in records if name in each} for records in (old, new))
     ids = [each for each in before if each in after]
     if len(ids) < 2:
         return None
-    scores = [np.array([[each[key][name] for key in ids]], dtype=np.float64) for each in (after, before)]
+    differences = np.array([after[key][name] - before[key][name] for key in ids], dtype=np.float64)
     weights = np.ones(len(ids)) if name == "acc" else np.array([after[key]["num_answer_tokens"] for key in ids], float)
-    return Paired(scores[0], scores[1], weights)
+    return TaskScores(tuple(ids), differences, weights)
 
 
 def _paired_lower(pair: Sequence[Sequence[Mapping[str, Any]]], metric: LossOrAccuracy, sign: float) -> float:
@@ -149,12 +149,12 @@ def _paired_lower(pair: Sequence[Sequence[Mapping[str, Any]]], metric: LossOrAcc
     scores = paired_scores(old, new, metric)
     if scores is None:
         return math.nan
-    found = paired_difference([scores])
+    found = example_interval({"": scores}, "equal")
     return found.lower if sign > 0 else -found.upper
 
 
 def _change(
-    task: str, num_examples: int, values: tuple[float | None, float | None], pairs: Sequence[Paired | None]
+    task: str, num_examples: int, values: tuple[float | None, float | None], pairs: Mapping[str, TaskScores | None]
 ) -> TaskChange:
     before, after = values
     difference, lower, upper = _interval(pairs)
@@ -166,12 +166,12 @@ def _value(tasks: Mapping[str, Any], name: str, metric: str) -> float | None:
     return value
 
 
-def _interval(pairs: Sequence[Paired | None]) -> tuple[float | None, float | None, float | None]:
+def _interval(pairs: Mapping[str, TaskScores | None]) -> tuple[float | None, float | None, float | None]:
     """Difference and ends of its interval."""
-    known = [pair for pair in pairs if pair is not None]
+    known = {task: pair for task, pair in pairs.items() if pair is not None}
     if len(known) < len(pairs):
         return None, None, None
-    result = paired_difference(known)
-    if any(len(pair.weights) < FEWEST for pair in known):
+    result = example_interval(known, "equal")
+    if any(len(pair.examples) < FEWEST for pair in known.values()):
         return result.value, None, None
     return result.value, result.lower, result.upper

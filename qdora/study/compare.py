@@ -12,6 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from qdora.evaluation.example_intervals import (
+    Interval,
+    SeedScores,
+    Spread,
+    Weighting,
+    example_interval,
+    example_spread,
+    weighted_mean,
+)
 from qdora.study import statistics
 from qdora.study.cells import Kind
 from qdora.study.grid import (
@@ -31,7 +40,6 @@ from qdora.study.grid import (
     num_first_seeds,
 )
 from qdora.study.scores import HIGHER_IS_BETTER, CellScores, Part, combined, read_scores, weighting_of
-from qdora.study.statistics import Interval, SeedScores, Spread
 from qdora.study.study_directory import StudyDirectory
 
 BASE_ARM = "no adapter"
@@ -112,7 +120,7 @@ class Results:
         which = (key, measure, part or self.part)
         if which not in self._means:
             tasks = {} if self.diverged(key) else self.scores(key, part).get(measure, {})
-            found = statistics.weighted_mean(tasks, self.weighting(measure)) if tasks else math.nan
+            found = weighted_mean(tasks, self.weighting(measure)) if tasks else math.nan
             self._means[which] = self._worst(key, measure) if self.diverged(key) else found
         return self._means[which]
 
@@ -128,7 +136,7 @@ class Results:
             return math.inf
         return -found if HIGHER_IS_BETTER[metric] else found
 
-    def weighting(self, measure: str) -> statistics.Weighting:
+    def weighting(self, measure: str) -> Weighting:
         """How the tasks are weighted in a measure."""
         return weighting_of(measure, self.study.compare.tasks)
 
@@ -369,7 +377,7 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
     # The worst score is no measurement: two runs that diverged are not known to be equivalent. Nor is one seed enough.
     equivalent = [math.nan]
     if len(differences) == len(by_seed):
-        of_examples = statistics.example_spread(differences, results.weighting(measure))
+        of_examples = example_spread(differences, results.weighting(measure))
         if len(by_seed) > 1:
             equivalent = [spread.p_equivalent(interval.value, compare.zone) for spread in (of_seeds, of_examples)]
     examples = {(task, each) for tasks in differences for task, found in tasks.items() for each in found.examples}
@@ -482,7 +490,7 @@ def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
     if arm.kind != "base":
         return statistics.t_interval(values)
     (key,) = arm.seeds.values()
-    return statistics.example_interval(results.scores(key)[measure], results.weighting(measure))
+    return example_interval(results.scores(key)[measure], results.weighting(measure))
 
 
 def wide_pairs(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig) -> list[tuple[Arm, Arm]]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qdora.evaluation.example_intervals import Spread
 from qdora.plan.memory_plan import plan
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
@@ -24,7 +25,6 @@ from qdora.study.compare import (
 from qdora.study.grid import Study, in_words, num_first_seeds
 from qdora.study.rates import Search
 from qdora.study.scores import HIGHER_IS_BETTER
-from qdora.study.statistics import Spread
 from qdora.study.upcoming import with_further_seeds
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qdora.evaluation.example_intervals import example_interval
 from qdora.study import statistics
 from qdora.study.cells import Kind, axes_of
 from qdora.study.compare import Arm, Results, improvement_interval, quality, seed_improvements
@@ -93,4 +94,4 @@ def damage_row(arm: Arm, results: Results) -> dict[str, Any]:
         return row
     scores = [results.scores(each)["choice_nll"] for each in (key, str(arm.dense_key))]
     lost = combined([(1.0, scores[0]), (-1.0, scores[1])])
-    return row | statistics.example_interval(lost, "equal").columns("damage_choice")
+    return row | example_interval(lost, "equal").columns("damage_choice")

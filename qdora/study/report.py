@@ -12,6 +12,7 @@ import pandas as pd
 from rich.console import Console
 
 from qdora.errors import UserError
+from qdora.evaluation.example_intervals import CONFIDENCE
 from qdora.files.atomic import atomic_write_bytes, atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
@@ -34,7 +35,6 @@ from qdora.study.repair import damage_row, repair_row
 from qdora.study.report_contents import Report, Row, Rows
 from qdora.study.report_page import html_page, markdown_page, shown_tables
 from qdora.study.scores import HIGHER_IS_BETTER
-from qdora.study.statistics import CONFIDENCE
 from qdora.study.study_directory import StudyDirectory, read_index
 from qdora.study.verdict import verdict
 

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import special
 
 from qdora.errors import UserError
-from qdora.study.statistics import Array, SeedScores, TaskScores, Weighting
+from qdora.evaluation.example_intervals import Array, SeedScores, TaskScores, Weighting
 
 Measure = Literal["nll_per_token", "choice_nll", "chance_nll", "acc", "acc_norm", "right", "unparsable"]
 """nll_per_token: NLL of the right answer, nats per token. choice_nll: NLL of the right choice among a question's

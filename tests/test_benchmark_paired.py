@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from qdora.evaluation.metrics import Paired, paired_difference
 from tests import reference
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from paired import Paired, paired_difference
 
 
 def random_tasks(num_tasks: int, num_seeds: int, seed: int = 0) -> list[Paired]:
