@@ -331,12 +331,9 @@ def labelled_logits(model: nn.Module, batch: MicroBatch, device: torch.device) -
     def select(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][rows, columns].unsqueeze(0), *args[1:])
 
-    hook = head.register_forward_pre_hook(select)
-    try:
-        inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+    inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+    with head.register_forward_pre_hook(select):
         logits: Tensor = model(**inputs, use_cache=False).logits
-    finally:
-        hook.remove()
     return logits.reshape(-1, logits.shape[-1]), batch.labels[:, 1:][wanted].to(device)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -85,12 +85,10 @@ def watched_outputs(layers: Mapping[str, nn.Module], see: Callable[..., Callable
         )
         return passed_on
 
-    hooks = [layer.register_forward_hook(functools.partial(forward, name)) for name, layer in layers.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(functools.partial(forward, name)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def row_directions(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

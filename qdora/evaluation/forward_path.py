@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,13 +96,9 @@ def scoring(model: nn.Module) -> Iterator[None]:
     """
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if find_head is None else find_head()
-    hook = head.register_forward_pre_hook(contiguous_input) if isinstance(head, nn.Module) else None
-    try:
-        with evaluation_mode(model), torch.no_grad(), fast_grouped_attention():
-            yield
-    finally:
-        if hook is not None:
-            hook.remove()
+    hook = head.register_forward_pre_hook(contiguous_input) if isinstance(head, nn.Module) else nullcontext()
+    with hook, evaluation_mode(model), torch.no_grad(), fast_grouped_attention():
+        yield
 
 
 def contiguous_input(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,13 +46,10 @@ def keep_inplace_outputs_(model: PreTrainedModel) -> list[str]:
     def returned(path: str, _layer: AdaptedLinear, _inputs: Any, output: Tensor) -> None:
         outputs.append((path, output, output._version))
 
-    hooks = [layer.register_forward_hook(partial(returned, path)) for path, layer in layers.items()]
-    try:
-        with evaluation_mode(model), weights_unread(model):
-            model(input_ids=torch.zeros(1, _NUM_TOKENS, dtype=torch.int64, device=model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, evaluation_mode(model), weights_unread(model):
+        for path, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(returned, path)))
+        model(input_ids=torch.zeros(1, _NUM_TOKENS, dtype=torch.int64, device=model.device), use_cache=False)
     written = list(dict.fromkeys(path for path, output, version in outputs if output._version != version))
     for path in written:
         layers[path].keeps_copy = True

@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
@@ -255,12 +255,10 @@ def _measured(
         statistics[name] = own
         last = (x, own)
 
-    hooks = [each.register_forward_pre_hook(functools.partial(record, name)) for name, each in layers.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(functools.partial(record, name)))
         yield statistics
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _parts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[list[Any], dict[str, Any]]]:

@@ -67,8 +67,5 @@ def ids_on_host(model: Any, ids: Tensor) -> Iterator[None]:
     if not isinstance(embedding, HostEmbedding):
         yield
         return
-    hook = embedding.register_forward_pre_hook(lambda _module, _args: (ids,))
-    try:
+    with embedding.register_forward_pre_hook(lambda _module, _args: (ids,)):
         yield
-    finally:
-        hook.remove()

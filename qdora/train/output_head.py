@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -98,14 +98,8 @@ def tapped(
     def keep(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         tap.raw = output.detach()[0]
 
-    hooks = [head.register_forward_pre_hook(take)]
-    if probing:
-        hooks.append(head.register_forward_hook(keep))
-    try:
+    with head.register_forward_pre_hook(take), head.register_forward_hook(keep) if probing else nullcontext():
         yield tap
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

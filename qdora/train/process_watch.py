@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -126,14 +126,14 @@ class ProcessWatch:
             self._place = (self._place[0], self._place[1] + 1)
 
         # Before torch gathers the unit: who waits there is ahead.
-        hooks = [unit.register_forward_pre_hook(moved, prepend=True) for unit in units]
-        self._counts_passes, self._compares_passes = True, together
-        try:
-            yield
-        finally:
-            self._counts_passes = False
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as hooks:
+            for unit in units:
+                hooks.enter_context(unit.register_forward_pre_hook(moved, prepend=True))
+            self._counts_passes, self._compares_passes = True, together
+            try:
+                yield
+            finally:
+                self._counts_passes = False
 
     @contextmanager
     def without_passes(self) -> Iterator[None]:

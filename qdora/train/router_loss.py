@@ -78,9 +78,5 @@ def tapped_routers(model: Any) -> Iterator[RouterTap]:
         tap.logits = getattr(output, "router_logits", None) or ()
 
     decoder: nn.Module = model.get_decoder()
-    hooks = [decoder.register_forward_pre_hook(ask, with_kwargs=True), decoder.register_forward_hook(take)]
-    try:
+    with decoder.register_forward_pre_hook(ask, with_kwargs=True), decoder.register_forward_hook(take):
         yield tap
-    finally:
-        for hook in hooks:
-            hook.remove()
