@@ -7,8 +7,8 @@ float32. The memory-efficient kernel holds none, but needs as many heads of keys
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.integrations import sdpa_attention
 
+from qdora.model.replaced_function import replaced
 from qdora.ops.planned_device import device_kind
 
 _ASKS = "use_gqa_in_sdpa"
@@ -24,26 +25,18 @@ FLASH_CAPABILITY = (8, 0)  # Ampere
 """What kernels of flash attention need, torch's and those of flash-attn."""
 
 
-@contextmanager
-def fast_grouped_attention() -> Iterator[None]:
+def fast_grouped_attention() -> AbstractContextManager[None]:
     """Inside, sdpa repeats keys and values where torch's flash kernel does not run.
 
     That is on CUDA in float32, and on CUDA devices of a compute capability below 8.0 in any dtype; a plan for a GPU
     counts the same, for this machine's GPU if it has one, else for one of 8.0 or more. Elsewhere nothing changes.
     """
-    before = getattr(sdpa_attention, _ASKS, None)
-    if before is None:
-        yield
-        return
     # Decided here: compiled blocks call what takes its place, and the compiler follows comparisons alone.
     is_plan = device_kind(torch.device("cpu")) == "cuda"
     kinds = ("cpu", "meta", "cuda") if is_plan else ("cuda",)
     is_old = torch.cuda.is_available() and torch.cuda.get_device_capability(None) < FLASH_CAPABILITY
-    setattr(sdpa_attention, _ASKS, partial(_leaves_to_torch, before, kinds, () if is_old else FLASH_DTYPES))
-    try:
-        yield
-    finally:
-        setattr(sdpa_attention, _ASKS, before)
+    dtypes = () if is_old else FLASH_DTYPES
+    return replaced(sdpa_attention, _ASKS, lambda ask: partial(_leaves_to_torch, ask, kinds, dtypes))
 
 
 def _leaves_to_torch(

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 
 from qdora.data.batching import Packing
 from qdora.model.grouped_attention import fast_grouped_attention
+from qdora.model.replaced_function import replaced
 from qdora.nn.plain_linear import own_class
 
 _PACKED: ContextVar[bool] = ContextVar("packed_mask_is_known", default=False)
@@ -62,9 +62,10 @@ def known_masks(model: nn.Module, packing: Packing | None, device: torch.device)
         ours = _none
     else:
         ours = partial(_within_examples, make, packing.position_ids, packing.example_index)
+    finds_nothing = replaced(modeling_flash_attention_utils, _FINDS_PACKED, lambda _before: _none)
+    unpacked = finds_nothing if packing is None else nullcontext()
     ALL_MASK_ATTENTION_FUNCTIONS[attention] = ours
     before = _PACKED.set(packing is not None)
-    unpacked = _answers_nothing(modeling_flash_attention_utils, _FINDS_PACKED) if packing is None else nullcontext()
     try:
         with _without_recurrent_masks(model), unpacked, fast_grouped_attention():
             yield
@@ -109,21 +110,7 @@ def _attention(model: nn.Module) -> str | None:
 
 
 def _without_recurrent_masks(model: nn.Module) -> AbstractContextManager[None]:
-    return _answers_nothing(sys.modules[own_class(model).__module__], _RECURRENT)
-
-
-@contextmanager
-def _answers_nothing(module: ModuleType, name: str) -> Iterator[None]:
-    """Inside, a function of a module, if there is one, returns None."""
-    before = getattr(module, name, None)
-    if before is None:
-        yield
-        return
-    setattr(module, name, _none)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
+    return replaced(sys.modules[own_class(model).__module__], _RECURRENT, lambda _before: _none)
 
 
 def _none(*_args: Any, **_kwargs: Any) -> None:

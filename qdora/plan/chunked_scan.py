@@ -10,11 +10,13 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+
+from qdora.model.replaced_function import replaced
 
 _RULE = "torch_chunk_gated_delta_rule"
 """The function's name in the file of each of these models."""
@@ -30,14 +32,11 @@ def short_scans(model: nn.Module) -> Iterator[None]:
     """Inside, linear attention of the model runs several short texts for each long one, on fake tensors, by
     transformers' own code, never by a kernel, which takes no fake tensors."""
     files = {sys.modules[type(module).__module__] for module in model.modules()}
-    rules = {file: getattr(file, _RULE) for file in files if hasattr(file, _RULE)}
-    for file, rule in rules.items():
-        setattr(file, _RULE, partial(_short_texts, inspect.unwrap(rule)))
-    try:
+    with ExitStack() as replacements:
+        for file in files:
+            rule = replaced(file, _RULE, lambda before: partial(_short_texts, inspect.unwrap(before)))
+            replacements.enter_context(rule)
         yield
-    finally:
-        for file, rule in rules.items():
-            setattr(file, _RULE, rule)
 
 
 def _short_texts(
