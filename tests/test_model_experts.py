@@ -145,7 +145,7 @@ def test_settings_of_experts_need_experts(tmp_path: Path) -> None:
     tiny_experts.write(tmp_path, "mixtral")
     with pytest.raises(UserError, match=r"adapter\.experts: no target is an expert"):
         inject(load(tmp_path, quant="nf4"), rank=4, expert_rank=2, targets=["q_proj"])
-    with pytest.raises(UserError, match=r"v_proj, experts, a full path or pattern.*Did you mean 'experts'\?"):
+    with pytest.raises(UserError, match=r"v_proj, experts, all-linear, a path or a pattern.*Did you mean 'experts'\?"):
         inject(load(tmp_path, quant="nf4"), rank=4, targets=["expert"])
     layers = inject(load(tmp_path, quant="nf4"), rank=4, rank_pattern={"down_proj": 3}, expert_rank=2)
     assert {path.rpartition(".")[2]: layer.rank for path, layer in layers.items()} == {

@@ -228,7 +228,7 @@ def test_faults(whole: Path, root: Path) -> None:
         (RankSettings(budget="half"), "--budget: got 'half', must be a number of parameters"),
         (RankSettings(budget="inf%"), "--budget: got 'inf%', must be a number of parameters"),
         (RankSettings(method="svd", budget="1"), "must be at least 1,568 parameters for rank 1 everywhere"),
-        (RankSettings(layers=["q_prj"]), r"--layers: 'q_prj' matches no adapted layer, must be .*q_proj"),
+        (RankSettings(layers=["q_prj"]), r"--layers: 'q_prj' matches no adapted layer; must be .*q_proj"),
     ]:
         with pytest.raises(UserError, match=message):
             rank_run(whole, asked, console=quiet())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -190,6 +190,28 @@ def matches(name: str, pattern: str) -> bool:
     return pattern in (last, name) or fnmatch.fnmatchcase(name, pattern)
 
 
+def unmatched(
+    where: str, patterns: Iterable[str], names: Iterable[str], what: str = "linear", *, also: Sequence[str] = ()
+) -> list[str]:
+    """A fault for each pattern that matches no layer.
+
+    Args:
+        where: The setting.
+        names: Paths of the layers.
+        what: Kind of these layers.
+        also: What the setting may be besides a name, a path or a pattern.
+    """
+    paths = list(names)
+    experts = [EXPERTS] if any(matches(path, EXPERTS) for path in paths) else []
+    allowed = [*sorted({path.rpartition(".")[2] for path in paths}), *experts, *also]
+    return [
+        f"{where}: '{pattern}' matches no {what} layer; must be one of {', '.join(allowed)}, a path or a pattern."
+        f"{nearest(pattern, allowed)}"
+        for pattern in patterns
+        if not any(matches(path, pattern) for path in paths)
+    ]
+
+
 def most_rank(module: nn.Module) -> int:
     """The largest rank of an adapter on a linear layer or a stack of experts."""
     rows = getattr(module, "expert_features", None) or module.out_features
@@ -211,27 +233,16 @@ def _chosen(linear: dict[str, nn.Module], targets: str | Sequence[str], skip: Se
             )
         return chosen
     patterns = [targets] if isinstance(targets, str) else list(targets)
-    last_parts = sorted({name.rpartition(".")[2] for name in linear})
-    missing = [pattern for pattern in patterns if not any(matches(name, pattern) for name in linear)]
-    if missing:
-        names = [*last_parts, *([EXPERTS] if any(matches(name, EXPERTS) for name in linear) else [])]
-        allowed = f"must be one of {', '.join(names)}, a full path or pattern, or 'all-linear'"
-        raise UserError(
-            *(f"adapter.targets: '{p}' matches no linear layer; {allowed}.{nearest(p, names)}" for p in missing)
-        )
+    faults = unmatched("adapter.targets", patterns, linear, also=[ALL_LINEAR])
+    if faults:
+        raise UserError(*faults)
     return {name: module for name, module in linear.items() if any(matches(name, p) for p in patterns)}
 
 
 def _ranks(
     chosen: dict[str, nn.Module], rank: int, rank_pattern: Mapping[str, int], expert_rank: int | None
 ) -> dict[str, int]:
-    last_parts = sorted({name.rpartition(".")[2] for name in chosen})
-    faults = [
-        f"adapter.rank_pattern: '{pattern}' matches no adapted layer; must be one of {', '.join(last_parts)}, "
-        f"or a path or pattern.{nearest(pattern, last_parts)}"
-        for pattern in rank_pattern
-        if not any(matches(name, pattern) for name in chosen)
-    ]
+    faults = unmatched("adapter.rank_pattern", rank_pattern, chosen, "adapted")
     ranks = {}
     too_small: dict[tuple[str, int], list[tuple[int, str]]] = {}  # (setting, rank) -> (most, layer)
     for name, module in chosen.items():

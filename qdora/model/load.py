@@ -30,7 +30,7 @@ from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
 from qdora.model.gguf_metadata import config_of_gguf
-from qdora.model.inject import HEAD, frozen_like, linear_layers, matches, replace_module
+from qdora.model.inject import HEAD, frozen_like, linear_layers, matches, replace_module, unmatched
 from qdora.model.language_part import (
     auto_class,
     check_family,
@@ -262,13 +262,7 @@ def chosen_layers(model: PreTrainedModel, wanted: Quantization) -> set[str]:
     skipped = {name for name in linear if any(matches(name, pattern) for pattern in wanted.skip)}
     if HEAD in wanted.skip and head is not None:
         skipped.add(head)
-    last_parts = sorted({name.rpartition(".")[2] for name in linear})
-    faults.extend(
-        f"base.skip: '{pattern}' matches no linear layer; must be one of {', '.join(last_parts)}, "
-        f"or a path or pattern.{nearest(pattern, last_parts)}"
-        for pattern in wanted.skip
-        if pattern != HEAD and not any(matches(name, pattern) for name in linear)
-    )
+    faults.extend(unmatched("base.skip", [pattern for pattern in wanted.skip if pattern != HEAD], linear))
     shared = {name for pair in tied_weights(model).items() for name in pair}
     faults.extend(
         f"base.skip: {name} shares its weight with the embedding and cannot be quantised alone. Fix: add '{name}'."

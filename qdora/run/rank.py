@@ -20,13 +20,13 @@ from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
 from qdora.data.batching import Batching, MicroBatch
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.data.loader import StepLoader
-from qdora.errors import UserError, nearest, not_one_of
+from qdora.errors import UserError, not_one_of
 from qdora.files.atomic import atomic_write_text
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
-from qdora.model.inject import adapted_layers, matches, most_rank
+from qdora.model.inject import adapted_layers, matches, most_rank, unmatched
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.recipe_file import load_recipe, recipe_from, resolved_yaml, settings
 from qdora.recipe.settings import Recipe
@@ -356,13 +356,7 @@ def _first(spectrum: LayerSpectrum, most: int) -> LayerSpectrum:
 
 
 def _chosen(adapted: Mapping[str, AdaptedLinear], patterns: Sequence[str]) -> dict[str, AdaptedLinear]:
-    last_parts = sorted({name.rpartition(".")[2] for name in adapted})
-    faults = [
-        f"--layers: {pattern!r} matches no adapted layer, must be one of {', '.join(last_parts)}, a path or a pattern."
-        f"{nearest(pattern, last_parts)}"
-        for pattern in patterns
-        if not any(matches(name, pattern) for name in adapted)
-    ]
+    faults = unmatched("--layers", patterns, adapted, "adapted")
     if faults:
         raise UserError(*faults)
     return {n: layer for n, layer in adapted.items() if not patterns or any(matches(n, each) for each in patterns)}
