@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qdora.errors import RunFailure, UserError
 from qdora.files.json_file import read_json_object
+from qdora.files.tensor_file import write_tensors
 from qdora.memory.failed_allocation import is_out_of_memory
 from qdora.recipe.faults import reason_of
 from qdora.train.distributed import Processes, seed_of
@@ -49,20 +50,20 @@ def write_state(
         random: `random_text` of every process, in the order of ranks.
         policies: Name -> JSON values that a resumed run continues with.
     """
-    _save(optimizer.state_tensors(), directory / "optimizer.safetensors")
+    write_tensors(directory / "optimizer.safetensors", optimizer.state_tensors())
     tensors = {
         _numbered(kind, rank): torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
         for rank, states in enumerate(random)
         for kind, text in states.items()
     }
-    _save(tensors, directory / "random.safetensors")
+    write_tensors(directory / "random.safetensors", tensors)
     state = {"format": FORMAT, "step": step, "loader": dict(loader_state), "policies": dict(policies)}
     (directory / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
 
 
 def write_parameters(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     """Write the trainable parameters under their paths (full fine-tuning)."""
-    _save({key: parameter.detach() for key, parameter in parameters.items()}, file)
+    write_tensors(file, parameters)
 
 
 @torch.no_grad()
@@ -169,7 +170,3 @@ def random_text() -> dict[str, str]:
 
 def _numbered(kind: str, rank: int) -> str:
     return kind if rank == 0 else f"{kind}.{rank}"
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)

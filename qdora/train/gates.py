@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qdora.errors import UserError
+from qdora.files.tensor_file import write_tensors
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.ops.gate import gate_slope, gate_value, probability_on
 from qdora.recipe.settings import GateConfig
@@ -192,8 +193,7 @@ class Gates:
     def save(self, directory: Path) -> None:
         """Write gates.safetensors: the vectors, and lora_B without its gate, since adapter/ holds the product."""
         tensors = {name: getattr(self, f"_{name}") for name in _VECTORS}
-        tensors |= {name: factor.detach().cpu() for name, factor in self._raw_factors().items()}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / GATES_FILE)
+        write_tensors(directory / GATES_FILE, tensors | self._raw_factors())
 
     @torch.no_grad()
     def load(self, directory: Path, state: Mapping[str, Any]) -> None:
