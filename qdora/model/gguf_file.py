@@ -24,10 +24,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qdora.errors import UserError
 from qdora.model.gguf_layout import HeldRows, TensorLayout, Values, held_rows, tensor_layouts
-from qdora.model.quantized_checkpoint import refuse_nan_scales
+from qdora.model.quantized_checkpoint import mxfp4_weight
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredRows, StoredTensor, in_parts, shorten
 from qdora.ops.codebooks import MXFP4, MXFP4_BLOCK_SIZE
-from qdora.ops.packed import PackedWeight, from_tensors
+from qdora.ops.packed import PackedWeight
 from qdora.recipe.faults import one_line
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -324,13 +324,7 @@ def _mxfp4_weight(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], shape
             pairs = blocks[expert, ..., 1:]
             codes = np.concatenate([pairs & 15, pairs >> 4], axis=-1)
             packed[expert, place.rows] = codes[..., ::2] << 4 | codes[..., 1::2]
-    exponents = torch.from_numpy(scales.reshape(-1))
-    refuse_nan_scales(held[0][0].name, exponents)
-    tensors = {"packed": torch.from_numpy(packed.reshape(-1)), "absmax": exponents}
-    try:
-        return from_tensors(MXFP4, shape, MXFP4_BLOCK_SIZE, tensors)
-    except ValueError as error:
-        raise UserError(f"model.source: tensor '{held[0][0].name}': {error}") from error
+    return mxfp4_weight(held[0][0].name, torch.from_numpy(packed), torch.from_numpy(scales), shape)
 
 
 def _num_bytes(tensor: GgufTensor) -> int:

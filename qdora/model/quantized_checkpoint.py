@@ -121,26 +121,28 @@ def _mxfp4(blocks: StoredTensor, scales: StoredTensor) -> StoredPacked:
     shape = (experts * rows, groups * MXFP4_BLOCK_SIZE)
 
     def read() -> PackedWeight:
-        codes, exponents = blocks.read().reshape(-1), scales.read().reshape(-1).clone()
-        refuse_nan_scales(scales.key, exponents)
+        codes = blocks.read()
         # The first of two weights is in the low half there, and in the high half here.
-        swapped = (codes << 4) | (codes >> 4)
-        tensors = {"packed": swapped, "absmax": exponents}
-        try:
-            return from_tensors(MXFP4, shape, MXFP4_BLOCK_SIZE, tensors)
-        except ValueError as error:
-            raise UserError(f"model.source: '{blocks.key}': {error}") from error
+        return mxfp4_weight(scales.key, (codes << 4) | (codes >> 4), scales.read().clone(), shape)
 
     return StoredPacked(blocks.key, shape, MXFP4, MXFP4_BLOCK_SIZE, double_quant=False, read=read)
 
 
-def refuse_nan_scales(key: str, exponents: Tensor) -> None:
-    """Raise UserError if a scale of MXFP4 blocks, a uint8 exponent of the tensor `key`, is NaN."""
+def mxfp4_weight(key: str, codes: Tensor, exponents: Tensor, shape: tuple[int, int]) -> PackedWeight:
+    """A weight of uint8 codes, first of two weights in the high half, and uint8 exponents, each in any shape.
+
+    Raises UserError, which names the tensor `key`, if an exponent is NaN or a size is wrong.
+    """
     if num_nan := int((exponents == _E8M0_NAN).sum()):
         raise UserError(
             f"model.source: '{key}' has {num_nan} block scales of {_E8M0_NAN}, which mean NaN. Fix: download the "
             "checkpoint again, or name another one."
         )
+    try:
+        tensors = {"packed": codes.reshape(-1), "absmax": exponents.reshape(-1)}
+        return from_tensors(MXFP4, shape, MXFP4_BLOCK_SIZE, tensors)
+    except ValueError as error:
+        raise UserError(f"model.source: '{key}': {error}") from error
 
 
 def _packed(weight: StoredTensor, parts: Mapping[str, StoredTensor]) -> StoredPacked:
