@@ -323,7 +323,7 @@ class AdaptedLinear(nn.Module):
         float64 also merges in float64. `base`, (out, in), takes the place of the layer's own weight, in the norm as
         well.
         """
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(dtype, torch.float32)
         weight = self.base.dequantized(wide) if base is None else base.to(wide)
         keep = self.base.keep_mask() if self.masked else None
         merged = merged_weight(weight, self.lora_A, self.gated_B(), self.scaling, self.magnitude, keep_mask=keep)

@@ -206,7 +206,7 @@ class AdaptedExperts(AdaptedLinear):
 
     def merged_rows(self, rows: slice, dtype: torch.dtype = torch.float32, *, base: Tensor | None = None) -> Tensor:
         """Some rows of `merged_weight`; only their experts are dequantised."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(dtype, torch.float32)
         weight = self.base.dequantized_rows(rows, wide) if base is None else base[rows].to(wide)
         keep = self.base.keep_mask(rows) if self.masked else None
         factors = (self.lora_A, self.gated_B(), self.scaling, self.magnitude)

@@ -14,7 +14,7 @@ from qdora.ops.frozen_product import frozen_linear, product_dtype
 from qdora.ops.opaque_product import OpaqueWeight, opaque_frozen_linear
 from qdora.ops.packed import PackedWeight, from_tensors
 from qdora.ops.sparsity import mask_from_bits
-from qdora.ops.tiles import Weight, dense_weight
+from qdora.ops.tiles import Weight, dense_weight, wide_dtype
 
 # Block scales keep their dtype when a model is cast: `model.to(torch.bfloat16)` would round every one of them.
 _SCALES = ("absmax", "nested_absmax", "nested_code", "nested_offset")
@@ -121,7 +121,7 @@ class FrozenLinear(nn.Module):
     def wide_dtype(self) -> torch.dtype:
         """The dtype of norms and merges: float32, or float64 for a float64 base."""
         weight = self._buffers.get("weight")
-        return torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
+        return torch.float32 if weight is None else wide_dtype(weight)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight (out, in) in `dtype`; for a packed base a new tensor."""

@@ -19,7 +19,7 @@ from qdora.ops.masked_update import row_blocks
 from qdora.ops.packed import PackedWeight
 from qdora.ops.planned_device import device_kind, is_planning
 from qdora.ops.sparsity import mask_from_bits
-from qdora.ops.tiles import Weight, in_one_pass, row_tiles, spans
+from qdora.ops.tiles import Weight, in_one_pass, row_tiles, spans, wide_dtype
 
 # Below this share of ||w||^2 the factored sum has cancelled, and the row takes the direct norm. With W A^T from a bf16
 # product the norm of a row that keeps 0.1 of its length is 19 % off, at 0.33 up to 1.2 %, and at 0.5 0.4 %, which is
@@ -30,15 +30,10 @@ CANCELLATION = 0.25
 _SMALLEST_MAGNITUDE = 2.0**-100
 
 
-def _wide(weight: Weight) -> torch.dtype:
-    """The dtype of sums over a weight."""
-    return torch.float64 if isinstance(weight, Tensor) and weight.dtype == torch.float64 else torch.float32
-
-
 @torch.no_grad()
 def squared_row_norm(weight: Weight) -> Tensor:
     """||w||^2 of each row, read tile by tile: (out,) float32, or float64 for a float64 weight."""
-    wide = _wide(weight)
+    wide = wide_dtype(weight)
     if is_planning():  # a plan counts no bytes before the adapters are there, and a stack has thousands of tiles
         return torch.empty(weight.shape[0], dtype=wide, device=weight.device)
     if in_one_pass(weight, wide):
@@ -209,7 +204,7 @@ def measure_cancelled_(
 
     So the norm of a row that the adapter removes is not rounding noise. Arguments are those of `factored_norm`.
     """
-    a = lora_A.to(_wide(weight))
+    a = lora_A.to(wide_dtype(weight))
     for span, tile in row_tiles(weight, dtype):
         rows = found.cancelled[span].nonzero().squeeze(1)
         if len(rows):
@@ -229,7 +224,7 @@ def masked_row_norm(
         keep_bits: The mask M in the form of `ops.sparsity.mask_bits`.
         dtype: Of the tiles of W. The sum with B A is formed and added up in float32 (float64 for float64 tiles).
     """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(dtype, torch.float32)
     norm = torch.empty(weight.shape[0], dtype=wide, device=lora_A.device)
     shape = (weight.shape[0], weight.shape[1])
     a = lora_A.to(wide)

@@ -38,6 +38,11 @@ _LONG, _SHORT = 1024, 256
 _GPU_STEP = 128
 
 
+def wide_dtype(weight: Weight) -> torch.dtype:
+    """The dtype of sums over a weight: float32, or float64 for a float64 weight."""
+    return torch.promote_types(weight.dtype, torch.float32) if isinstance(weight, Tensor) else torch.float32
+
+
 def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The whole dense (out, in) weight in `dtype`; a dense weight is cast."""
     return weight.to(dtype) if isinstance(weight, Tensor) else dequantize(weight, dtype)
