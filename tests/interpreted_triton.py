@@ -46,7 +46,7 @@ def definition(weight: PackedWeight, dtype: torch.dtype, gain: Tensor | None = N
     if weight.kind == "mxfp4":
         scales = 2.0 ** (scales.float() - 127)
     if nested is not None:
-        scales = blockwise.dequantize_scales(scales, nested.absmax, nested.code, nested.offset, 256)
+        scales = blockwise.dequantize_scales(scales, nested.absmax, nested.code, nested.offset)
     aligned = weight.shape[1] % weight.block_size == 0
     if gain is not None and aligned:
         scales = (scales.view(weight.shape[0], -1) * gain[:, None]).view(-1)

@@ -21,7 +21,7 @@ from qdora.nn.prepared_gains import prepare_gains
 from qdora.ops import blockwise, bnb_kernels, int8, tiles
 from qdora.ops.adapted_product import column_dot
 from qdora.ops.loss import chunked_nll
-from qdora.ops.packed import NESTED_BLOCK_SIZE, PackedWeight, dequantize, quantize
+from qdora.ops.packed import PackedWeight, dequantize, quantize
 from qdora.ops.tiles import column_tiles, row_tiles
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, tiny
@@ -53,7 +53,7 @@ def by_definition(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         return int8.dequantize_rows(weight.packed, weight.absmax, dtype)
     scales, nested = weight.absmax, weight.nested
     if nested is not None:
-        scales = blockwise.dequantize_scales(scales, nested.absmax, nested.code, nested.offset, NESTED_BLOCK_SIZE)
+        scales = blockwise.dequantize_scales(scales, nested.absmax, nested.code, nested.offset)
     form = {"shape": weight.shape, "dtype": dtype}
     return blockwise.dequantize_4bit(weight.packed, scales, weight.kind, weight.block_size, **form)
 

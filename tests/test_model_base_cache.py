@@ -84,9 +84,9 @@ def test_a_base_of_an_earlier_version_is_read_as_it_is(
 ) -> None:
     """Earlier versions stored another offset of double quantisation, ulps away: no base changes under a run."""
 
-    def earlier(absmax: torch.Tensor, code: torch.Tensor, block_size: int) -> tuple[torch.Tensor, ...]:
+    def earlier(absmax: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, ...]:
         offset = torch.nextafter(absmax.mean(), torch.tensor(1.0))
-        return *blockwise.quantize_8bit(absmax - offset, code, block_size), offset
+        return *blockwise.quantize_8bit(absmax - offset, code, 256), offset
 
     with monkeypatch.context() as patch:
         patch.setattr(blockwise, "quantize_scales", earlier)

@@ -56,7 +56,7 @@ def by_backends(packed: PackedWeight, dtype: torch.dtype) -> dict[str, torch.Ten
         scales = packed.absmax
         if packed.nested is not None:
             nested = packed.nested
-            scales = codes[name].dequantize_scales(scales, nested.absmax, nested.code, nested.offset, 256)
+            scales = codes[name].dequantize_scales(scales, nested.absmax, nested.code, nested.offset)
         found[name] = codes[name].dequantize_4bit(
             packed.packed, scales, packed.kind, packed.block_size, shape=packed.shape, dtype=dtype
         )
@@ -131,7 +131,7 @@ def test_four_bits_equal_the_plain_loops(kind, dtype, block_size, shape, seed):
         scales = absmax if one is packed else reference.dequantize_scales(nested_codes, nested_absmax, offset, code)
         assert block_scales(one).tolist() == [float(s) for s in scales]
         if one.nested is not None:
-            again = blockwise.dequantize_scales(one.absmax, one.nested.absmax, one.nested.code, one.nested.offset, 256)
+            again = blockwise.dequantize_scales(one.absmax, one.nested.absmax, one.nested.code, one.nested.offset)
             assert again.tolist() == [float(s) for s in scales]
         dense = torch.tensor(np.array(reference.dequantize_4bit(codes, scales, kind, block_size))).view(shape)
         for out in (*DTYPES, torch.float64):
@@ -148,7 +148,7 @@ def test_the_offset_of_double_quantisation_does_not_depend_on_the_order_of_the_s
     orders = [scales, scales.flip(0), scales.sort().values, torch.stack([scales, scales], dim=1)[:, 0]]
     orders += [scales[torch.randperm(num_blocks, generator=generator)] for _ in range(3)]
     for ordered in orders:
-        assert blockwise.quantize_scales(ordered, code, 256)[2].item() == expected
+        assert blockwise.quantize_scales(ordered, code)[2].item() == expected
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from gpu.plan import Plan
 from qdora.ops import blockwise, int8
 from qdora.ops.adapted_product import column_dot
 from qdora.ops.loss import chunked_nll
-from qdora.ops.packed import NESTED_BLOCK_SIZE, PackedWeight, choose_backend, dequantize, quantize
+from qdora.ops.packed import PackedWeight, choose_backend, dequantize, quantize
 from qdora.ops.tiles import column_tiles, row_tiles
 
 Check = dict[str, Any]
@@ -81,7 +81,7 @@ def by_definition(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         return int8.dequantize_rows(weight.packed, weight.absmax, dtype)
     scales, nested = weight.absmax, weight.nested
     if nested is not None:
-        scales = blockwise.dequantize_scales(scales, nested.absmax, nested.code, nested.offset, NESTED_BLOCK_SIZE)
+        scales = blockwise.dequantize_scales(scales, nested.absmax, nested.code, nested.offset)
     form = {"shape": weight.shape, "dtype": dtype}
     return blockwise.dequantize_4bit(weight.packed, scales, weight.kind, weight.block_size, **form)
 

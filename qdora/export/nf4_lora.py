@@ -38,10 +38,8 @@ from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.expert_linear import FrozenExperts
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.trained_rows import RowHead
-from qdora.ops import blockwise, codebooks
 from qdora.ops.bnb_state import FOUR_BIT_KINDS, to_bnb_state
-from qdora.ops.codebooks import NESTED_BLOCK_SIZE
-from qdora.ops.packed import PackedWeight, block_scales
+from qdora.ops.packed import PackedWeight, block_scales, with_nested_scales
 
 
 @dataclass
@@ -80,8 +78,8 @@ class _Folding:
             return weight
 
         def scales() -> Tensor:
-            scales = block_scales(packed_now())
-            return scales if adapted is None else self._scaled_blocks(scales, adapted)
+            packed = packed_now()
+            return block_scales(packed) if adapted is None else self._scaled_blocks(packed, adapted)
 
         makers: dict[str, Callable[[], Tensor]] = {
             "weight": lambda: packed_now().packed.view(state["weight"].shape),
@@ -100,12 +98,10 @@ class _Folding:
         assert gain is not None  # DoRA
         return weight * gain.reshape(-1, 1)[rows]  # not in place: a dense weight is the model's own
 
-    def _scaled_blocks(self, scales: Tensor, layer: AdaptedLinear) -> Tensor:
-        rows = scales.reshape(layer.out_features, -1)
+    def _scaled_blocks(self, packed: PackedWeight, layer: AdaptedLinear) -> Tensor:
+        rows = block_scales(packed).reshape(layer.out_features, -1)
         scaled = self._scaled(rows, layer).reshape(-1)
-        code = codebooks.dynamic_map(scaled.device)
-        nested = blockwise.quantize_scales(scaled, code, NESTED_BLOCK_SIZE)
-        again = blockwise.dequantize_scales(nested[0], nested[1], code, nested[2], NESTED_BLOCK_SIZE)
+        again = block_scales(with_nested_scales(replace(packed, absmax=scaled, nested=None)))
         self.scale_errors[id(layer)] = float((again - scaled).norm() / scaled.norm().clamp_min(1e-30))
         return scaled
 

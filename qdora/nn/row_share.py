@@ -8,17 +8,17 @@ that a process can compute what belongs to its rows alone, such as their norms.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qdora.ops import blockwise
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.dora import squared_row_norm
-from qdora.ops.packed import PackedWeight
-from qdora.ops.tiles import Weight
+from qdora.ops.packed import PackedWeight, block_scales
+from qdora.ops.tiles import Weight, wide_dtype
 
 
 class RowShare:
@@ -86,10 +86,9 @@ class RowShare:
         assert nested is not None
         first = self.rows.start * (self.form.shape[1] // self.form.block_size)
         skipped = first % NESTED_BLOCK_SIZE
-        groups = nested.absmax[first // NESTED_BLOCK_SIZE :]
+        nested = replace(nested, absmax=nested.absmax[first // NESTED_BLOCK_SIZE :])
         codes = torch.nn.functional.pad(codes, (skipped, 0))
-        decoded = blockwise.dequantize_scales(codes, groups, nested.code, nested.offset, NESTED_BLOCK_SIZE)
-        return decoded[skipped:]
+        return block_scales(replace(self.form, absmax=codes, nested=nested), slice(skipped, None))
 
     def whole(self) -> tuple[Weight, Tensor | None]:
         """The weight and its mask, gathered from all processes, which must all call this; new tensors."""
@@ -118,8 +117,7 @@ class RowShare:
         if not self.by_rows:
             return squared_row_norm(self.whole()[0])
         weight = self.weight()
-        wide = torch.float64 if isinstance(weight, Tensor) and weight.dtype == torch.float64 else torch.float32
-        empty = torch.empty(0, dtype=wide, device=weight.device)
+        empty = torch.empty(0, dtype=wide_dtype(weight), device=weight.device)
         mine = squared_row_norm(weight) if weight.shape[0] else empty
         return gather_runs([mine], [self.out_features], self.group)[0]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qdora.errors import UserError
 from qdora.ops import codebooks
+from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.planned_device import device_kind
 
 # Weights handled at a time, which bounds the workspace to about 20 bytes a weight of the chunk. Multiples of every
@@ -97,19 +98,19 @@ def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def quantize_scales(absmax: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_scales(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Double quantisation: the block scales (blocks,) float32 minus their mean, in 8 bits by `quantize_8bit`.
 
-        scale = code[q] * nested_absmax[block // block_size] + offset
+        scale = code[q] * nested_absmax[block // 256] + offset
 
     Source: QLoRA, arXiv 2305.14314, sec. 3.
 
-    Returns: q (blocks,) uint8, nested_absmax (ceil(blocks / block_size),) float32, offset () float32.
+    Returns: q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, offset () float32.
     """
     # float64: the order of a float32 sum, and so its last bits, depends on the threads and the device. The scales of a
     # layer lie within a few powers of 2 and have 24 bits, so this sum is exact, or its error is far below float32's.
     offset = (absmax.sum(dtype=torch.float64) / absmax.numel()).float()
-    return *quantize_8bit(absmax - offset, code, block_size), offset
+    return *quantize_8bit(absmax - offset, code, NESTED_BLOCK_SIZE), offset
 
 
 @torch.no_grad()
@@ -136,9 +137,9 @@ def quantize_8bit(values: Tensor, code: Tensor, block_size: int) -> tuple[Tensor
 
 
 @torch.no_grad()
-def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tensor, block_size: int) -> Tensor:
+def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tensor) -> Tensor:
     """The block scales that `quantize_scales` stored, (blocks,) float32."""
-    return scale_blocks_(code.index_select(0, codes.int()), absmax, block_size).add_(offset)
+    return scale_blocks_(code.index_select(0, codes.int()), absmax, NESTED_BLOCK_SIZE).add_(offset)
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ import logging
 import torch
 from torch import Tensor
 
+from qdora.ops.codebooks import NESTED_BLOCK_SIZE
+
 
 @functools.cache
 def is_available(device_type: str) -> bool:
@@ -28,9 +30,10 @@ def is_available(device_type: str) -> bool:
     return not missing and (device_type == "cpu" or bool(getattr(lib, "compiled_with_cuda", False)))
 
 
-def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tensor, block_size: int) -> Tensor:
+def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tensor) -> Tensor:
     """The decoded block scales of double quantisation, (blocks,) float32."""
-    scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(codes, absmax, code, block_size, torch.float32)
+    decode = torch.ops.bitsandbytes.dequantize_blockwise.default
+    scales: Tensor = decode(codes, absmax, code, NESTED_BLOCK_SIZE, torch.float32)
     return scales.add_(offset)
 
 

@@ -258,7 +258,7 @@ def _quantize_parts(weight: RowParts, kind: str, block_size: int, name: str) -> 
 def with_nested_scales(plain: PackedWeight) -> PackedWeight:
     """The same weight with double quantised scales; of `plain` only the block scales are read."""
     code = codebooks.dynamic_map(plain.absmax.device)
-    codes, nested_absmax, offset = blockwise.quantize_scales(plain.absmax, code, NESTED_BLOCK_SIZE)
+    codes, nested_absmax, offset = blockwise.quantize_scales(plain.absmax, code)
     nested = NestedScales(nested_absmax, code, offset)
     return PackedWeight(plain.kind, plain.shape, plain.block_size, plain.packed, codes, nested=nested)
 
@@ -299,7 +299,7 @@ def block_scales(packed: PackedWeight, blocks: slice = slice(None)) -> Tensor:
     start = group * NESTED_BLOCK_SIZE
     decode = bnb_kernels.dequantize_scales if _has_kernels(packed.device) else blockwise.dequantize_scales
     codes = packed.absmax[start:last]
-    decoded = decode(codes, nested.absmax[group:end], nested.code, nested.offset, NESTED_BLOCK_SIZE)
+    decoded = decode(codes, nested.absmax[group:end], nested.code, nested.offset)
     return decoded[first - start :]
 
 
