@@ -52,6 +52,7 @@ from qdora.model.load import (
     layers_to_quantize,
     load_config,
     published_generation,
+    quantization_of,
     settle_stored,
     skeleton,
     stored_tensors,
@@ -151,11 +152,10 @@ def merge_of(
     """The streamed merge of a run's adapter, and the run's tokenizer; `trained` is from `trained_state`."""
     source, tokenizer = find_model(recipe)
     adapter = None if recipe.adapter.kind == "none" else adapter_of(run, trained)
-    base = recipe.base
     merge = StreamedMerge(
         source,
         adapter,
-        Quantization(base.quant, base.block_size, base.double_quant, tuple(base.skip)),
+        quantization_of(recipe.base),
         choose_compute(recipe.model.dtype).dtype,
         base="original" if options.base == "original" else "dequantized",
         requantize=options.requantize,

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from qdora.errors import RunFailure, UserError
 from qdora.memory.allocator import return_freed_memory
 from qdora.model.inject import frozen_layers, is_linear
-from qdora.model.load import Loading, block_list, place_dense, place_frozen
+from qdora.model.load import Loading, block_list, place_dense, place_frozen, tie_
 from qdora.model.packed_base import BaseCache, PrunedBase
-from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows, tied_weights
+from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.row_share import RowShare, divided_tensors, gather_runs, span
 from qdora.ops.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
@@ -63,7 +63,7 @@ class ShardedBase:
         if block_list(model) is None:
             what = f"must be replicate, since {model.config.model_type} has no list of blocks to divide"
             raise UserError(f"train.parallel: {what}.")
-        tied = _tie(model)
+        tied = tie_(model)
         placed: list[_Placed] = []
         stored = load.stored if self.pruned is None else self.pruned.others(load)
         for done, (name, item) in enumerate(stored.items(), start=1):
@@ -205,16 +205,6 @@ def _ends(model: PreTrainedModel, divided: set[int]) -> list[Any]:
 def _holds_head(model: PreTrainedModel, unit: Any) -> bool:
     head = model.get_output_embeddings()
     return unit is head or (isinstance(unit, list) and head in unit)
-
-
-def _tie(model: PreTrainedModel) -> set[str]:
-    """Let tied weights be one parameter, which the skeleton may hold twice. Returns the names of all of them."""
-    pairs = tied_weights(model)
-    for target, origin in pairs.items():
-        first, _, leaf = target.rpartition(".")
-        second, _, origin_leaf = origin.rpartition(".")
-        setattr(model.get_submodule(first), leaf, getattr(model.get_submodule(second), origin_leaf))
-    return {name for pair in pairs.items() for name in pair}
 
 
 def _fill(module: nn.Module, name: str, mine: Tensor, mesh: DeviceMesh) -> None:

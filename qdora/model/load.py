@@ -60,6 +60,7 @@ from qdora.nn.host_embedding import HostEmbedding
 from qdora.ops.codebooks import CODE_BITS, MXFP4, SIMULATED
 from qdora.ops.packed import BLOCK_SIZES, KINDS, PackedWeight, dequantize, packed_rows, quantize
 from qdora.ops.tiles import Weight
+from qdora.recipe.settings import BaseWeightsConfig
 
 log = logging.getLogger("qdora")
 
@@ -84,6 +85,11 @@ class Quantization:
     block_size: int
     double_quant: bool
     skip: tuple[str, ...]
+
+
+def quantization_of(base: BaseWeightsConfig) -> Quantization:
+    """How a recipe holds the linear layers."""
+    return Quantization(base.quant, base.block_size, base.double_quant, base.skip)
 
 
 @dataclass(frozen=True)
@@ -344,15 +350,22 @@ def place_dense(module: nn.Module, leaf: str, value: Tensor, device: torch.devic
     setattr(module, leaf, nn.Parameter(placed, requires_grad=False) if leaf in module._parameters else placed)
 
 
-def tie_and_move_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Tie the tied weights and move the buffers. Called again after more weights are read."""
-    for target, origin in tied_weights(model).items():
+def tie_(model: PreTrainedModel) -> set[str]:
+    """Let tied weights be one tensor, which the skeleton may hold twice. Returns the names of all of them."""
+    pairs = tied_weights(model)
+    for target, origin in pairs.items():
         first, second = (model.get_submodule(name.rpartition(".")[0]) for name in (target, origin))
         target_leaf, origin_leaf = target.rpartition(".")[2], origin.rpartition(".")[2]
-        if getattr(second, origin_leaf).is_meta:  # only the other name was stored
-            setattr(second, origin_leaf, getattr(first, target_leaf))
+        if getattr(second, origin_leaf).is_meta and not getattr(first, target_leaf).is_meta:
+            setattr(second, origin_leaf, getattr(first, target_leaf))  # only the other name was stored
         else:
             setattr(first, target_leaf, getattr(second, origin_leaf))
+    return {name for pair in pairs.items() for name in pair}
+
+
+def tie_and_move_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Tie the tied weights and move the buffers. Called again after more weights are read."""
+    tie_(model)
     for module in model.modules():
         away = module.away if isinstance(module, FrozenLinear | HostEmbedding) else ()
         for name, buffer in module._buffers.items():

@@ -36,7 +36,7 @@ from qdora.model.experts import stacks
 from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, linear_layers
 from qdora.model.inplace_outputs import keep_inplace_outputs_
-from qdora.model.load import Quantization, block_list, layers_to_quantize, load_config
+from qdora.model.load import Quantization, block_list, layers_to_quantize, load_config, quantization_of
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
 from qdora.model.trained_embeddings import extend_vocabulary, train_embeddings
@@ -342,8 +342,7 @@ class _StepPlan:
 
     @property
     def _wanted(self) -> Quantization:
-        base = self.recipe.base
-        return Quantization(base.quant, base.block_size, base.double_quant, base.skip)
+        return quantization_of(self.recipe.base)
 
     def seconds(self, num_trainable: int) -> float:
         """Predicted time of a step with this many trainable parameters."""

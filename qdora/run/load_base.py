@@ -14,7 +14,7 @@ from qdora.memory.disk_residency import DiskResidency
 from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
 from qdora.memory.sharded_base import ShardedBase
 from qdora.model.build_model import Compute, recompute_activations
-from qdora.model.load import Placer, Quantization, load_model
+from qdora.model.load import Placer, load_model, quantization_of
 from qdora.model.packed_base import BaseCache, PrunedBase
 from qdora.model.source import ModelSource
 from qdora.recipe.settings import Recipe
@@ -88,5 +88,4 @@ def _cache(
     if base.quant == "none" or (base.cache is None and not on_disk):
         return None
     root = cache_folder("bases") if base.cache in (None, "auto") else user_path(base.cache)
-    wanted = Quantization(base.quant, base.block_size, base.double_quant, base.skip)
-    return BaseCache(root, wanted, compute.device, mapped=mapped or on_disk, progress=progress)
+    return BaseCache(root, quantization_of(base), compute.device, mapped=mapped or on_disk, progress=progress)

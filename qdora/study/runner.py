@@ -33,7 +33,7 @@ from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.failed_allocation import free_memory
 from qdora.model.build_model import find_model
-from qdora.model.load import Quantization, load_config
+from qdora.model.load import load_config, quantization_of
 from qdora.model.pruning import quantized_layers
 from qdora.recipe.recipe_file import missing_files, recipe_from, settings
 from qdora.recipe.settings import Recipe
@@ -484,8 +484,7 @@ def _compression(run: RunDirectory, cell: Cell) -> dict[str, Any] | None:
     base = cell.recipe.base
     if cell.kind != "base" or base.quant == "none":
         return None
-    wanted = Quantization(base.quant, base.block_size, base.double_quant, base.skip)
-    layers = quantized_layers(find_model(cell.recipe)[0], wanted)
+    layers = quantized_layers(find_model(cell.recipe)[0], quantization_of(base))
     return {"layers": layers} if layers else None
 
 
