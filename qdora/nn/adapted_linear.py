@@ -171,11 +171,18 @@ class AdaptedLinear(nn.Module):
 
         return self._cache.get("operands", self._own_parameters(), self._operands_settings(dtype), made)
 
+    def knows_norm(self, dtype: torch.dtype) -> bool:
+        """Whether the norm of the present parameters is kept."""
+        return self._cache.knows("row_norm", self._factors(), (dtype, self.scaling))
+
+    def keep_norm(self, dtype: torch.dtype, norm: Tensor) -> None:
+        """Keep the norm of the present parameters, computed elsewhere (`shared_norms`)."""
+        self._cache.put("row_norm", self._factors(), (dtype, self.scaling), norm)
+
     def keep_prepared(self, dtype: torch.dtype, norm: Tensor, operands: Operands) -> None:
         """Keep the norm and the `operands` of the present parameters, computed elsewhere (`prepared_gains`)."""
-        settings = (dtype, self.scaling)
-        self._cache.put("row_norm", self._factors(), settings, norm)
-        self._cache.put("gain", self._own_parameters(), settings, operands.gain)
+        self.keep_norm(dtype, norm)
+        self._cache.put("gain", self._own_parameters(), (dtype, self.scaling), operands.gain)
         self._cache.put("operands", self._own_parameters(), self._operands_settings(dtype), operands)
 
     def _operands_settings(self, dtype: torch.dtype) -> tuple[object, ...]:

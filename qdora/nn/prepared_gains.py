@@ -63,11 +63,7 @@ def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
     """
     known = [(layer, layer._dtype) for layer in layers if layer._dtype is not None]
     ready = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
-    changed = [
-        (layer, dtype)
-        for layer, dtype in ready
-        if layer.kind == "dora" and not layer._cache.knows("row_norm", layer._factors(), (dtype, layer.scaling))
-    ]
+    changed = [(layer, dtype) for layer, dtype in ready if layer.kind == "dora" and not layer.knows_norm(dtype)]
     for layer, _ in changed:
         layer.parameters_changed()  # frees what is of earlier parameters, before as much is made anew
     groups = _alike(changed)

@@ -54,7 +54,7 @@ def prepare_shared_gains(layers: Iterable[AdaptedLinear]) -> int:
         share, dtype = layer.base.share, layer._dtype
         if share is None or not share.by_rows or layer.base_squared is None or dtype is None:
             continue
-        if not layer._cache.knows("row_norm", layer._factors(), (dtype, layer.scaling)):
+        if not layer.knows_norm(dtype):
             changed.append(_MyRows(layer, share, dtype))
     if not changed:
         return 0
@@ -62,7 +62,7 @@ def prepare_shared_gains(layers: Iterable[AdaptedLinear]) -> int:
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         norms = gather_runs(_norms(changed), [each.share.out_features for each in changed], group)
     for (layer, _, dtype), norm in zip(changed, norms, strict=True):
-        layer._cache.put("row_norm", layer._factors(), (dtype, layer.scaling), norm)
+        layer.keep_norm(dtype, norm)
         layer.gain(dtype)
         layer.operands(dtype)
     return len(changed)

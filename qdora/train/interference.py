@@ -22,10 +22,8 @@ from torch import Tensor, nn
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.inject import adapted_layers
-from qdora.nn.prepared_gains import prepare_gains
-from qdora.nn.shared_norms import prepare_shared_gains
 from qdora.train.checkpoint import random_state, set_random_state
-from qdora.train.loop import batch_loss
+from qdora.train.loop import batch_loss, prepare_model_gains
 
 Array = NDArray[np.float64]
 
@@ -77,9 +75,7 @@ def measure(
     try:
         torch.manual_seed(0)  # a model may draw random numbers of its own: the same in each measurement
         with _without_dropout(model):
-            # As in a step: streamed blocks prepare their own.
-            prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
-            prepare_shared_gains(adapted_layers(model).values())
+            prepare_model_gains(model)
             measured = [_gradient(model, half, parameters, device, loss_chunk) for half in halves]
     finally:
         for key, parameter in parameters.items():

@@ -462,6 +462,13 @@ def _read_at_once(numbers: dict[str, list[Tensor]], device: torch.device) -> dic
     return {name: read[start:end] for name, (start, end) in zip(flat, itertools.pairwise(borders), strict=True)}
 
 
+def prepare_model_gains(model: nn.Module) -> None:
+    """Compute the gains of the coming passes; for their norms alone no block is fetched that is not resident."""
+    layers = adapted_layers(model).values()
+    prepare_gains(layer for layer in layers if layer.base.residency is None)
+    prepare_shared_gains(layers)
+
+
 def _accumulate(
     model: nn.Module,
     batch: Step,
@@ -483,9 +490,7 @@ def _accumulate(
         The NLL of each task, (tasks,) float32; the auxiliary loss without its factor; the NLL of each micro-batch's
         examples.
     """
-    # Blocks that are not resident are not fetched for their norms alone.
-    prepare_gains(layer for layer in adapted_layers(model).values() if layer.base.residency is None)
-    prepare_shared_gains(adapted_layers(model).values())
+    prepare_model_gains(model)
     nll = torch.zeros(len(tokens), dtype=torch.float32, device=device)
     aux = torch.zeros((), dtype=torch.float32, device=device)
     example_nll = []
