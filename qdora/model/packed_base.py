@@ -48,7 +48,7 @@ from qdora.model.pruning import PrunedLayer, layer_record
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, match_to_model, shard_files
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import PackedWeight, empty_packed, from_tensors
+from qdora.ops.packed import TENSOR_NAMES, PackedWeight, empty_packed, from_tensors
 from qdora.ops.tiles import Weight
 from qdora.recipe.faults import one_line
 
@@ -61,7 +61,6 @@ _FILE_BYTES = 256 << 20
 PRUNED_RECORD_FILE = "compressed.json"
 PRUNED_FORMAT = 1
 _PRUNED_FILE_BYTES = 5 * 2**30
-_PARTS = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
 
 _FileName = Annotated[str, Field(pattern=r"^[0-9]{5}\.safetensors$")]
 Record = TypeVar("Record", bound=BaseModel)
@@ -107,7 +106,7 @@ class PackedBase:
     def parts(self, name: str) -> list[Part]:
         """The tensors of a weight, those that the files have; their pages can be fetched and dropped."""
         path = name.removesuffix(".weight")
-        names = [name] if self.forms[name].kind is None else [f"{path}.{part}" for part in _PARTS]
+        names = [name] if self.forms[name].kind is None else [f"{path}.{part}" for part in TENSOR_NAMES]
         return [Part(self._file_of[each], each) for each in names if each in self._file_of]
 
     def read(self, name: str, *, mapped: bool = False) -> Weight:

@@ -12,12 +12,12 @@ from qdora.nn.row_share import RowShare
 from qdora.ops.dora import squared_row_norm
 from qdora.ops.frozen_product import frozen_linear, product_dtype
 from qdora.ops.opaque_product import OpaqueWeight, opaque_frozen_linear
-from qdora.ops.packed import PackedWeight, from_tensors
+from qdora.ops.packed import TENSOR_NAMES, PackedWeight, from_tensors
 from qdora.ops.sparsity import mask_from_bits
 from qdora.ops.tiles import Weight, dense_weight, wide_dtype
 
 # Block scales keep their dtype when a model is cast: `model.to(torch.bfloat16)` would round every one of them.
-_SCALES = ("absmax", "nested_absmax", "nested_code", "nested_offset")
+_SCALES = TENSOR_NAMES[1:]
 
 
 class Residency(Protocol):

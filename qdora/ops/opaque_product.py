@@ -29,11 +29,10 @@ from qdora.ops.adapted_product import Call, Operands, product, product_gradients
 from qdora.ops.dora import Gain
 from qdora.ops.dropout import draw_seed
 from qdora.ops.frozen_product import tiled_product, without_autocast
-from qdora.ops.packed import from_tensors
+from qdora.ops.packed import TENSOR_NAMES, from_tensors
 from qdora.ops.tiles import Weight
 
 _DENSE = "dense"
-_PARTS = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
 
 
 class OpaqueWeight(NamedTuple):
@@ -170,7 +169,7 @@ def _weight_of(tensors: Sequence[Tensor], kind: str, block_size: int, shape: tup
     if kind == _DENSE:
         return tensors[0]
     # A weight with one scale array has no nested ones: zip ends there.
-    return from_tensors(kind, shape, block_size, dict(zip(_PARTS, tensors, strict=False)))
+    return from_tensors(kind, shape, block_size, dict(zip(TENSOR_NAMES, tensors, strict=False)))
 
 
 @torch.library.custom_op("qdora::frozen_linear", mutates_args=())

@@ -24,6 +24,10 @@ KINDS: tuple[str, ...] = get_args(Kind)
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
+TENSOR_NAMES = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
+"""Those of `PackedWeight.tensors`; the last three if its scales are double quantised."""
+
+
 @dataclass(frozen=True)
 class NestedScales:
     """Decodes the 8-bit block scales q of double quantisation: scale = code[q] * absmax[block // 256] + offset.
