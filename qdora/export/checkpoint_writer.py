@@ -26,7 +26,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from qdora.errors import Resumable, RunFailure, UserError
 from qdora.export.older_names import config_text, save_tokenizer
-from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, disk_reason, json_text, remove_leftovers
+from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, disk_reason, json_bytes, remove_leftovers
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
 from qdora.model.experts import library_names, stacks
 from qdora.model.language_part import carried, processor_files
@@ -342,7 +342,7 @@ def _write_weights(
         total.add(complete[file])
     total.raise_faults()
     if len(shards) > 1:
-        (partial / INDEX_FILE).write_text(json_text(shard_index(shards), indent=2) + "\n", encoding="utf-8")
+        (partial / INDEX_FILE).write_bytes(json_bytes(shard_index(shards), indent=2))
     (partial / _DONE_FILE).unlink(missing_ok=True)
     return {
         "files": tuple(shards),

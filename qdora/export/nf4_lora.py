@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import Source, WriteOptions, checkpoint_directory, dense_weight_sources, plan_export
-from qdora.files.atomic import json_text
+from qdora.files.atomic import json_bytes
 from qdora.files.tensor_file import write_tensors
 from qdora.model.adapter_file import CONFIG_FILE, WEIGHTS_FILE, factor_tensors
 from qdora.model.inject import adapted_layers, frozen_layers
@@ -243,5 +243,5 @@ def _write_lora(directory: Path, model: nn.Module, folding: _Folding, base: str 
     tensors = factor_tensors(model, scaled_B)
     directory.mkdir()
     write_tensors(directory / WEIGHTS_FILE, dict(sorted(tensors.items())))
-    (directory / CONFIG_FILE).write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
+    (directory / CONFIG_FILE).write_bytes(json_bytes(config, indent=2))
     return sum(tensor.nbytes for tensor in tensors.values())

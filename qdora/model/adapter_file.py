@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from qdora import __version__
 from qdora.errors import UserError
-from qdora.files.atomic import atomic_directory, json_text
+from qdora.files.atomic import atomic_directory, json_bytes
 from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
 from qdora.model.experts import peft_swaps, routers
@@ -141,7 +141,7 @@ def save_adapter(
     with atomic_directory(directory) as partial:
         write_tensors(partial / WEIGHTS_FILE, dict(sorted(tensors.items())))
         for name, content in ((CONFIG_FILE, config), (RECORD_FILE, record)):
-            (partial / name).write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
+            (partial / name).write_bytes(json_bytes(content, indent=2))
 
 
 def describe_adapter(directory: Path) -> AdapterDescription:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qdora.errors import DiskFull, UserError
-from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_text
+from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_bytes, json_text
 from qdora.files.sampled_digest import sampled_digest
 from qdora.files.tensor_file import MappedFile, write_tensors
 from qdora.files.work_lock import in_turn
@@ -216,7 +216,7 @@ def save_pruned_base(
         files = list(write_weights(folder, weights(), "model-{:05d}.safetensors", _PRUNED_FILE_BYTES)["files"])
         if len(files) == 1:
             (folder / files[0]).rename(folder / "model.safetensors")
-        (folder / PRUNED_RECORD_FILE).write_text(json_text(record, indent=2) + "\n", encoding="utf-8")
+        (folder / PRUNED_RECORD_FILE).write_bytes(json_bytes(record, indent=2))
     return record
 
 
@@ -401,7 +401,7 @@ def write_base(
             weights = _quantized(stored, layers, wanted, device, progress)
             written = write_weights(partial, weights, "{:05d}.safetensors", _FILE_BYTES)
             record = {"format": CACHE_FORMAT, **made_from, "settings": asdict(wanted), **written}
-            (partial / CACHE_RECORD_FILE).write_text(json_text(record, indent=1) + "\n", encoding="utf-8")
+            (partial / CACHE_RECORD_FILE).write_bytes(json_bytes(record, indent=1))
     except OSError as error:
         raise _unwritten(directory, error) from error
 
