@@ -15,7 +15,7 @@ import qdora
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions, check_options
-from qdora.export.targets import TARGETS, check_layers, check_reading, check_scalings, check_target
+from qdora.export.targets import TARGETS, check_adapter, check_target
 from qdora.model.adapter_file import AdapterDescription
 from qdora.model.peft_config import AdapterLayout
 from qdora.run.train import train_run
@@ -101,11 +101,6 @@ def described(scaling: Callable[[int], float], *, rank_stabilized: bool = False)
     return AdapterDescription(layout, None, {path: scaling(rank) for path, rank in ranks.items()})
 
 
-def check_adapter(name: str, adapter: AdapterDescription) -> None:
-    check_layers(name, adapter)
-    check_scalings(name, adapter)
-
-
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if "lora" in target.loads])
 @pytest.mark.parametrize(
     "scaling, rank_stabilized, right",
@@ -124,11 +119,11 @@ def test_scalings_that_a_program_would_not_see(
 ) -> None:
     adapter = described(scaling, rank_stabilized=rank_stabilized)
     if name in right:
-        check_adapter(name, adapter)
+        check_adapter(name, "peft", adapter)
         return
     reason = r"2 of 5 layers differ: layers\.0\.q has 4, not 8" if name == "sglang" else "of 5 layers wrongly: "
     with pytest.raises(UserError, match=rf"--for {name}: .*{reason}") as raised:
-        check_adapter(name, adapter)
+        check_adapter(name, "peft", adapter)
     assert "--format peft" not in str(raised.value)
     best = ExportOptions(target=name)
     check_options(best)
@@ -142,15 +137,15 @@ def test_layers_of_one_rank_and_an_output_head(name: str) -> None:
         return AdapterDescription(layout, scalings=dict.fromkeys(paths, 4.0 if rank_stabilized else 2.0))
 
     inside = ("model.layers.0.self_attn.q_proj", "transformer.h.11.mlp.up")
-    check_adapter(name, adapter(*inside))
+    check_adapter(name, "peft", adapter(*inside))
     if name in ("sglang", "llama.cpp"):
         with pytest.raises(UserError, match=r"does not know rank_stabilized, .* 2 of 2 layers wrongly"):
-            check_scalings(name, adapter(*inside, rank_stabilized=True))
+            check_adapter(name, "peft", adapter(*inside, rank_stabilized=True))
     if name == "tensorrt-llm":
         with pytest.raises(UserError, match=r"TensorRT-LLM 1\.2 ignores LoRA on lm_head\. Fix: use --format merged\.$"):
-            check_layers(name, adapter(*inside, "lm_head"))
+            check_adapter(name, "peft", adapter(*inside, "lm_head"))
     else:
-        check_layers(name, adapter(*inside, "lm_head"))
+        check_adapter(name, "peft", adapter(*inside, "lm_head"))
 
 
 @pytest.mark.parametrize("kind, format_", [("lora", "peft"), ("dora", "nf4-lora")])
@@ -182,9 +177,9 @@ def test_stacks_of_experts_that_a_program_would_not_read(name: str, form: str, m
     with pytest.raises(
         UserError, match=rf"--for {name}: .*{message}.* \(e\.g\. layers\.0\.experts\.down\)\. Fix: use --f"
     ):
-        check_reading(name, form, stacks)
-    check_reading("transformers", "nf4-lora", stacks)
-    check_reading(name, form, AdapterDescription(layout))
+        check_adapter(name, form, stacks)
+    check_adapter("transformers", "nf4-lora", stacks)
+    check_adapter(name, form, AdapterDescription(layout))
 
 
 def test_a_run_without_an_adapter_has_no_scalings(tmp_path: Path) -> None:

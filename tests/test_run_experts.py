@@ -23,7 +23,7 @@ from qdora.export.audit import DESCRIPTIONS
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import comparison_text
 from qdora.export.options import ExportOptions
-from qdora.export.targets import check_reading
+from qdora.export.targets import check_adapter
 from qdora.export.verify import verify_merged
 from qdora.model import experts
 from qdora.model.adapter_file import describe_adapter
@@ -406,7 +406,7 @@ def test_an_adapter_that_peft_cannot_load_is_exported_with_a_word(run: Path, tmp
 
 def test_other_programs_are_not_known_to_read_stacks(run: Path) -> None:
     with pytest.raises(UserError, match=r"vLLM .* not known to read LoRA on stacks .* 4 .* Fix: use --format merged"):
-        check_reading("vllm", "peft", describe_adapter(run / "adapter"))
+        check_adapter("vllm", "peft", describe_adapter(run / "adapter"))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from qdora.export.merged import merge_of, open_merge, write_merge
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.older_names import save_tokenizer
 from qdora.export.options import ExportOptions, check_options
-from qdora.export.targets import TARGETS, check_layers, check_reading, check_scalings, check_target
+from qdora.export.targets import TARGETS, check_adapter, check_target
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.files.atomic import (
     atomic_directory,
@@ -180,10 +180,7 @@ def _check_run(run: Path, options: ExportOptions) -> None:
     check_target(target, options.form, recipe)
     if options.form in ("peft", "nf4-lora") and recipe.adapter.kind in ("lora", "dora", "magnitude"):
         where, _ = trained_state(opened, recipe, options.step)
-        adapter = describe_adapter(adapter_of(opened, where))
-        check_reading(target, options.form, adapter)
-        check_layers(target, adapter)
-        check_scalings(target, adapter)
+        check_adapter(target, options.form, describe_adapter(adapter_of(opened, where)))
 
 
 def _export_merged(

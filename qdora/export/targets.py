@@ -110,11 +110,18 @@ def check_target(name: str, form: str, recipe: Recipe) -> None:
     raise UserError(f"--for {name}: {target.title} does not load {_FORMS[offered][1]}. Fix: use {options}.")
 
 
-def check_reading(name: str, form: str, adapter: AdapterDescription) -> None:
-    """Raise UserError if a program does not compute what the run's adapter does on stacks of experts.
+def check_adapter(name: str, form: str, adapter: AdapterDescription) -> None:
+    """Raise UserError if a program does not compute what a run's adapter does.
 
     `form` is "peft", or "nf4-lora", which holds a LoRA adapter.
     """
+    _check_experts(name, form, adapter)
+    _check_layers(name, adapter)
+    _check_scalings(name, adapter)
+
+
+def _check_experts(name: str, form: str, adapter: AdapterDescription) -> None:
+    """Refuse what the program does not compute on stacks of experts."""
     if not adapter.shares:
         return
     if name != "transformers":
@@ -129,8 +136,8 @@ def check_reading(name: str, form: str, adapter: AdapterDescription) -> None:
         )
 
 
-def check_layers(name: str, adapter: AdapterDescription) -> None:
-    """Raise UserError if a program does not read LoRA on some layers of a run, for their rank or their place."""
+def _check_layers(name: str, adapter: AdapterDescription) -> None:
+    """Refuse layers on which the program does not read LoRA, for their rank or their place."""
     target, layout, paths = TARGETS[name], adapter.layout, list(adapter.scalings or {})
     others = [path for path in paths if layout.rank_of(path) != layout.rank]
     outside = [path for path in paths if not any(part.isdecimal() for part in path.split("."))]
@@ -147,8 +154,8 @@ def check_layers(name: str, adapter: AdapterDescription) -> None:
         raise UserError(*faults)
 
 
-def check_scalings(name: str, adapter: AdapterDescription) -> None:
-    """Raise UserError if a program would scale a LoRA, or that of "nf4-lora", by another alpha / rank than training."""
+def _check_scalings(name: str, adapter: AdapterDescription) -> None:
+    """Refuse layers whose LoRA the program would scale by another alpha / rank than training."""
     target, layout = TARGETS[name], adapter.layout
     if target.reads in (None, "patterns"):
         return
