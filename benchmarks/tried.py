@@ -118,7 +118,7 @@ def bernoulli_mask() -> dict[str, str]:
         x * torch.empty_like(x).bernoulli_(0.95, generator=generator)
 
     def drawn() -> None:
-        for tokens, positions in dropped_slices(1024, 4096, 0.05, 0, x.device):
+        for tokens, positions in dropped_slices(x, 0.05, 0):
             zeroed_(x[tokens].clone(), positions)
 
     return {

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from qdora.ops import dropout
-from qdora.ops.dropout import draw_seed, dropped_slices, tokens_per_slice, zeroed, zeroed_
+from qdora.ops.dropout import draw_seed, drop_, dropped_slices, tokens_per_slice, zeroed, zeroed_
 from tests import tiny
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -26,7 +24,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def kept(shape: tuple[int, int], probability: float, seed: int) -> torch.Tensor:
     """1 where an element stays."""
     mask = torch.ones(shape)
-    for tokens, zeros in dropped_slices(*shape, probability, seed, CPU):
+    for tokens, zeros in dropped_slices(mask, probability, seed):
         copy = zeroed(mask[tokens], zeros)
         zeroed_(mask[tokens], zeros)
         assert torch.equal(copy, mask[tokens])
@@ -60,21 +58,20 @@ def test_a_seed_fixes_the_zeros_and_another_one_changes_them():
 def test_positions_are_inside_for_every_size_and_none_are_drawn_without_dropout():
     for shape in ((1, 1), (1, 7), (3, 5), (0, 4)):
         for seed in range(20):
-            for tokens, positions in dropped_slices(*shape, 0.6, seed, CPU):
-                assert positions is not None
+            for tokens, positions in dropped_slices(torch.ones(shape), 0.6, seed):
                 size = (tokens.stop - tokens.start) * shape[1]
                 assert bool(((positions >= 0) & (positions < size)).all())
-    assert [positions for _, positions in dropped_slices(4, 4, 0.0, 1, CPU)] == [None]
+    assert drop_(torch.ones(4, 4), 0.0, 1).all()
 
 
 def test_another_default_device_changes_nothing():
     torch.manual_seed(3)
-    seed = draw_seed()
-    (_, expected) = next(dropped_slices(4, 8, 0.5, seed, torch.device("cpu")))
+    seed, x = draw_seed(), torch.ones(4, 8)
+    (_, expected) = next(dropped_slices(x, 0.5, seed))
     with torch.device("meta"):
         torch.manual_seed(3)
         assert draw_seed() == seed
-        (_, found) = next(dropped_slices(4, 8, 0.5, seed, torch.device("cpu")))
+        (_, found) = next(dropped_slices(x, 0.5, seed))
     assert torch.equal(found, expected)
 
 

@@ -304,7 +304,7 @@ def _low_rank_input(x: Tensor, a: Tensor, call: Call) -> Tensor:
     if call.dropout == 0.0:
         return x @ a.T
     low = x.new_empty(x.shape[0], a.shape[0])
-    for tokens, zeros in dropped_slices(x.shape[0], x.shape[1], call.dropout, call.seed, x.device):
+    for tokens, zeros in dropped_slices(x, call.dropout, call.seed):
         torch.mm(zeroed(x[tokens], zeros), a.T, out=low[tokens])
     return low
 
@@ -316,7 +316,7 @@ def _dropped_input_gradients(
     need_x, need_a = needed
     dx = torch.empty(x.shape, dtype=d_low.dtype, device=x.device) if need_x else None
     da = None
-    for tokens, zeros in dropped_slices(x.shape[0], x.shape[1], call.dropout, call.seed, x.device):
+    for tokens, zeros in dropped_slices(x, call.dropout, call.seed):
         if dx is not None:
             torch.mm(d_low[tokens], a, out=dx[tokens])
             zeroed_(dx[tokens], zeros)

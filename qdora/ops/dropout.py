@@ -34,23 +34,19 @@ def tokens_per_slice(in_features: int, device_type: str) -> int:
     return max(1, elements // in_features)
 
 
-def dropped_slices(
-    num_tokens: int, in_features: int, dropout: float, seed: int, device: torch.device
-) -> Iterator[tuple[slice, Tensor | None]]:
-    """Runs of tokens with what to zero in them; the same arguments always give the same.
+def dropped_slices(x: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of tokens with what to zero in them; the same seed gives the same for the same shape and device.
 
     Args:
-        dropout: Probability that an element is zeroed, in [0, 1).
+        x: (tokens, features). The zeros are drawn on its device; their number on a CPU alone, so a GPU never waits.
+        dropout: Probability that an element is zeroed, in (0, 1).
         seed: From `draw_seed`.
-        device: Where the zeros are drawn; their number on a CPU alone, so a GPU never waits.
     Yields: (tokens, zeros): on a CPU positions in the flattened run, int64, some of them twice; on a GPU the mask of
-        what stays, (run, features) bool. Without dropout one run of all tokens with None.
+        what stays, (run, features) bool.
     """
-    if dropout == 0.0:
-        yield slice(0, num_tokens), None
-        return
-    generator = torch.Generator(device).manual_seed(seed)
-    kind = device_kind(device)
+    num_tokens, in_features = x.shape
+    generator = torch.Generator(x.device).manual_seed(seed)
+    kind = device_kind(x.device)
     step = tokens_per_slice(in_features, kind)
     for start in range(0, num_tokens, step):
         tokens = slice(start, min(start + step, num_tokens))
@@ -58,7 +54,7 @@ def dropped_slices(
         if kind == "cpu":
             yield tokens, drawn_positions(shape[0] * in_features, dropout, generator)
         else:
-            keep = torch.empty(shape, dtype=torch.bool, device=device)
+            keep = torch.empty(shape, dtype=torch.bool, device=x.device)
             yield tokens, keep.bernoulli_(1.0 - dropout, generator=generator)
 
 
@@ -83,22 +79,23 @@ def dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
 
 def drop_(x: Tensor, dropout: float, seed: int) -> Tensor:
     """Drop elements of a contiguous (tokens, features) tensor in place and return it."""
-    for tokens, zeros in dropped_slices(x.shape[0], x.shape[1], dropout, seed, x.device):
+    if dropout == 0.0:
+        return x
+    for tokens, zeros in dropped_slices(x, dropout, seed):
         zeroed_(x[tokens], zeros)
     return x
 
 
-def zeroed(values: Tensor, zeros: Tensor | None) -> Tensor:
+def zeroed(values: Tensor, zeros: Tensor) -> Tensor:
     """A copy of a (tokens, features) tensor in any layout with the `zeros` of `dropped_slices`."""
-    if zeros is not None and zeros.dtype == torch.bool:
+    if zeros.dtype == torch.bool:
         return values * zeros
     return zeroed_(values.clone(memory_format=torch.contiguous_format), zeros)
 
 
-def zeroed_(values: Tensor, zeros: Tensor | None) -> Tensor:
+def zeroed_(values: Tensor, zeros: Tensor) -> Tensor:
     """Write the `zeros` of `dropped_slices` into a contiguous (tokens, features) tensor."""
-    if zeros is not None and zeros.dtype == torch.bool:
-        values.mul_(zeros)
-    elif zeros is not None:
-        values.view(-1).index_put_((zeros,), values.new_zeros(()))
+    if zeros.dtype == torch.bool:
+        return values.mul_(zeros)
+    values.view(-1).index_put_((zeros,), values.new_zeros(()))
     return values

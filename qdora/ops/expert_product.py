@@ -349,9 +349,7 @@ class _AdaptedStack(torch.autograd.Function):
                         _add_(db, run, per_expert.to(db.dtype) * factor)
                     if dx is not None:
                         through = grouped_product(d_low, rounded(_pick_or_shared(lora_A, run), dy.dtype), run)
-                        if call.dropout > 0.0:
-                            drop_(through, call.dropout, call.seed + run.experts[0])
-                        dx[run.tokens] = through
+                        dx[run.tokens] = drop_(through, call.dropout, call.seed + run.experts[0])
                 if dx is not None:
                     _add_run_(dx, dy, call.weight, run, gain, num_experts=len(call.tokens.counts), transposed=True)
         return dx, da if need_a else None, db if need_b else None, dm, None, None, None
