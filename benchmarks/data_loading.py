@@ -141,7 +141,11 @@ def one_way(settings: Recipe, num_steps: int) -> dict[str, Any]:
             optimizer,
             timed,  # type: ignore[arg-type]
             TrainConfig(steps=num_steps, batch=1, lr=1e-4, schedule="constant", warmup=0),
-            Hooks(write_metrics=lambda line: lines.append(line | {"loader": timed.taken()}), save=lambda step: Path()),
+            Hooks(
+                write_metrics=lambda line: lines.append(line | {"loader": timed.taken()}),
+                save=lambda _step: Path(),
+                keep_batch=lambda _bad: Path(),
+            ),
             num_steps=num_steps,
             device=torch.device("cpu"),
             progress=progress,

@@ -165,7 +165,8 @@ def fitted(
             Hooks(
                 write_metrics=lines.append,
                 save=lambda _step: Path(tempfile.gettempdir()),
-                begin_step=None if gates is None else gates.begin,
+                keep_batch=lambda _bad: Path(tempfile.gettempdir()),
+                begin_step=(lambda _step: None) if gates is None else gates.begin,
                 end_step=None if gates is None else lambda step, done: gates.end(step, done, optimizer, Processes()),
             ),
             num_steps=train.steps,

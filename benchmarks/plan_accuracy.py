@@ -302,7 +302,7 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
             optimizer,
             loader,
             TrainConfig(steps=NUM_STEPS, batch=1, lr=1e-4, schedule="constant", warmup=0),
-            Hooks(write_metrics=lambda _metrics: None, save=lambda _step: Path()),
+            Hooks(write_metrics=lambda _metrics: None, save=lambda _step: Path(), keep_batch=lambda _bad: Path()),
             device=torch.device("cpu"),
             progress=TrainingProgress(NUM_STEPS),
             stop=StopRequest(),

@@ -168,7 +168,7 @@ def train(
             optimizer,
             loader,
             TrainConfig(steps=NUM_STEPS, batch=16, lr=1e-2, warmup=0, clip=0.1, optimizer="adamw"),
-            Hooks(write_metrics=keep, save=lambda _step: Path(), **hooks),
+            Hooks(write_metrics=keep, save=lambda _step: Path(), keep_batch=lambda _bad: Path(), **hooks),
             num_steps=NUM_STEPS,
             device=device,
             progress=progress,

@@ -166,7 +166,8 @@ def test_an_evaluation_that_fails_in_one_process_saves_nothing(shards: bool, err
         saved.append(step)
         return Path()
 
-    hooks = Hooks(write_metrics=Mock(), save=save, evaluate=Mock(side_effect=error), evaluate_every=3)
+    evaluate = Mock(side_effect=error)
+    hooks = Hooks(write_metrics=Mock(), save=save, keep_batch=Mock(), evaluate=evaluate, evaluate_every=3)
     processes = Processes(1, 2, shards=shards)
     with pytest.raises(type(error)):
         loop.after_step(nn.Identity(), 3, hooks, StopRequest(), num_steps=6, checkpoint_every=None, processes=processes)

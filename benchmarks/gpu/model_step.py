@@ -87,7 +87,8 @@ def fitting_step(model: Any, optimizer: Any, num_tokens: int, device: torch.devi
 
     def train(num_steps: int) -> list[float]:
         losses: list[float] = []
-        hooks = Hooks(write_metrics=lambda line: losses.append(line["loss"]), save=lambda _step: Path())
+        keep = {"save": lambda _step: Path(), "keep_batch": lambda _bad: Path()}
+        hooks = Hooks(write_metrics=lambda line: losses.append(line["loss"]), **keep)
         settings = TrainConfig(steps=num_steps, batch=1, lr=1e-4, schedule="constant", warmup=0)
         progress = TrainingProgress(num_steps, console=Console(file=io.StringIO()))
         parts = {"device": device, "progress": progress, "stop": StopRequest()}

@@ -22,7 +22,7 @@ logger = logging.getLogger("qdora")
 
 
 def within_budget(
-    recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False, processes: Processes | None = None
+    recipe: Recipe, compute: Compute, workload: Workload, *, force: bool = False, processes: Processes = Processes()
 ) -> tuple[Recipe, Plan | None]:
     """Check a run against `memory.budget`; returns the recipe that runs, and its plan (None without a budget).
 
@@ -33,7 +33,7 @@ def within_budget(
     Args:
         processes: Those of the run, which all call this; budget auto is what the fullest of their devices has free.
     """
-    asked, parallel, processes = recipe.memory.budget, recipe.train.parallel, processes or Processes()
+    asked, parallel = recipe.memory.budget, recipe.train.parallel
     if asked is None:
         return recipe, None
     budget = min(processes.gather(free_bytes(compute.device))) if asked == "auto" else parse_size(asked)

@@ -20,9 +20,9 @@ _MESSAGE = b"\nStopping: the step is finished and saved first. A second signal s
 class StopRequest:
     """Whether one of the processes has been asked to stop."""
 
-    def __init__(self, processes: Processes | None = None) -> None:
+    def __init__(self, processes: Processes = Processes()) -> None:
         self.requested = False
-        self._processes = processes or Processes()
+        self._processes = processes
 
     def agreed(self) -> bool:
         """Whether one of the processes has been asked; must be called by all, and all get the same answer."""
@@ -30,7 +30,7 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signal(processes: Processes | None = None) -> Iterator[StopRequest]:
+def stop_on_signal(processes: Processes = Processes()) -> Iterator[StopRequest]:
     """SIGINT, SIGTERM and SIGHUP set the request; another signal, a second or more later, raises KeyboardInterrupt.
 
     A signal that is ignored stays so: SIGHUP under nohup, SIGINT in the background jobs of a script. Not so under

@@ -63,7 +63,7 @@ def fit(
     progress: TrainingProgress,
     stop: StopRequest,
     start_step: int = 0,
-    processes: Processes | None = None,
+    processes: Processes = Processes(),
     bad_steps: BadSteps | None = None,
     backoff: Backoff | None = None,
     loss_scale: LossScale | None = None,
@@ -88,7 +88,7 @@ def fit(
             into memory), or it is bad and not skipped; a checkpoint of the state before it has been written. Or
             `hooks.updated` rejects an update; one with it has.
     """
-    processes, bad_steps = processes or Processes(), bad_steps or BadSteps(train)
+    bad_steps = bad_steps or BadSteps(train)
     backoff, schedule = backoff or Backoff(loader), schedule or Schedule(train, num_steps)
     options: dict[str, Any] = {"loss_chunk": loss_chunk, "weights": task_weights, "loss_scale": loss_scale}
     options |= {"gradient_norm": optimizer.gradient_norm, "reading": hooks.reading} if processes.size == 1 else {}
@@ -107,7 +107,7 @@ def fit(
                 optimizer.scale_gradients_(train.clip / metrics["gradient_norm"])
             _update(lr, start, processes)
             bad_steps.applied(metrics["loss"])
-            wrong = None if hooks.updated is None else hooks.updated(lr)
+            wrong = hooks.updated(lr)
             if wrong is not None:
                 raise RunFailure(f"step {done}: {wrong}", safe=[hooks.save(done)])
             if loss_scale is not None:
@@ -202,8 +202,7 @@ def _gradient_that_fits(
     given = None if loss_scale is None else loss_scale.value
     step, hooks = start.step, start.hooks
     while True:
-        if hooks.begin_step is not None:
-            hooks.begin_step(step)
+        hooks.begin_step(step)
         try:
             found = attempt()
         except DataUnreadable as error:
@@ -304,10 +303,10 @@ def after_step(
 def _skipped(found: StepGradient, reason: str, number: int, hooks: Hooks) -> None:
     """Report a step that was not applied, and keep its examples."""
     bad = found.bad_step(number, reason)
-    kept = None if hooks.keep_batch is None else hooks.keep_batch(bad)
+    kept = hooks.keep_batch(bad)
     numbers = {"reason": reason, "loss": bad.loss, "gradient_norm": bad.gradient_norm}
     hooks.write_metrics({"step": number, "skipped": {**numbers, "num_examples": bad.batch.num_examples}})
-    logger.warning("Step %d is skipped: %s.%s", number, reason, "" if kept is None else f" Its examples: {kept}")
+    logger.warning("Step %d is skipped: %s. Its examples: %s", number, reason, kept)
 
 
 def _failed_step(found: StepGradient, reason: str, start: _StepStart, bad_steps: BadSteps) -> RunFailure:
@@ -315,17 +314,17 @@ def _failed_step(found: StepGradient, reason: str, start: _StepStart, bad_steps:
 
     After some CUDA errors every later call fails, too. Then the state cannot be saved, and the first error is told.
     """
-    number, keep = start.step + 1, start.hooks.keep_batch
-    kept = [] if keep is None else [keep(found.bad_step(number, reason))]
+    number = start.step + 1
+    kept = start.hooks.keep_batch(found.bad_step(number, reason))
     failure = RunFailure
     if found.fault is None:
         failure = Diverged
         reason += f"; the update was not applied. {bad_steps.advice} by -s, then resume with --resume."
     try:
-        return failure(f"step {number}: {reason}", safe=[start.save(), *kept])
+        return failure(f"step {number}: {reason}", safe=[start.save(), kept])
     except RuntimeError as second:
         reason += f" The state before it could not be saved ({first_line(second)})."
-        return failure(f"step {number}: {reason}", safe=kept)
+        return failure(f"step {number}: {reason}", safe=[kept])
 
 
 def _gradient_of_next_step(
