@@ -16,14 +16,14 @@ from qdora.model.inject import inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn.host_embedding import HostEmbedding
-from qdora.plan.memory_plan import local_source, plan
+from qdora.plan.memory_plan import plan
 from qdora.plan.plan_contents import DENSE, Plan
 from qdora.plan.step_time import STATED
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run import load_base
 from qdora.run.train import train_run
-from tests import tiny_run, tiny_streamed
+from tests import tiny, tiny_run, tiny_streamed
 from tests.checkpoints import SMALL
 from tests.test_memory_host_residency import LateCopies
 
@@ -111,7 +111,7 @@ def test_a_run_on_a_gpu_loads_it_there(monkeypatch: pytest.MonkeyPatch, device: 
     monkeypatch.setattr(load_base, "load_model", load)
     recipe = a_recipe(host_embeddings=True, checkpointing=False)
     compute = load_base.Compute(torch.device(device), torch.bfloat16)
-    load_base.load_base(recipe, local_source(), compute)
+    load_base.load_base(recipe, tiny.source(), compute)
     assert asked == [keep_embedding_on_host if wanted else None]
 
 

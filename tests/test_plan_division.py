@@ -32,18 +32,18 @@ from qdora.plan.division import (
     whole_plans,
 )
 from qdora.plan.fake_step import empty_model
-from qdora.plan.memory_plan import local_source, plan
+from qdora.plan.memory_plan import plan
 from qdora.plan.plan_contents import CONTEXT_BYTES, SLACK_SHARE, Division, MicroBatchShape, Moment, Plan
 from qdora.plan.plan_view import plan_run, sequence_line
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes
-from tests import launched, tiny_run, tiny_sharded
+from tests import launched, tiny, tiny_run, tiny_sharded
 from tests.test_memory_sharded_base import write
 
 
 def planned(source: Path) -> Division:
-    model = empty_model(AutoConfig.from_pretrained(source), local_source(), torch.float32, "sdpa")
+    model = empty_model(AutoConfig.from_pretrained(source), tiny.source(), torch.float32, "sdpa")
     found = division_of(model, Quantization("nf4", 64, True, ("lm_head",)), torch.float32, pruned=False)
     assert found is not None
     return found

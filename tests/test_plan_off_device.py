@@ -19,11 +19,11 @@ from qdora.plan import plan_contents as parts
 from qdora.plan.changes_to_fit import with_changes
 from qdora.plan.fake_step import empty_model
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.memory_plan import StreamedBlocks, local_source, plan, streamed_blocks, with_offloaded, with_streamed
+from qdora.plan.memory_plan import StreamedBlocks, plan, streamed_blocks, with_offloaded, with_streamed
 from qdora.plan.plan_contents import MicroBatchShape, Moment, Plan
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
-from tests import tiny_streamed
+from tests import tiny, tiny_streamed
 from tests.test_memory_host_residency import LateCopies
 
 HIDDEN, INNER, KV, NUM_BLOCKS = 64, 128, 32, 10
@@ -42,7 +42,7 @@ SCALES = sum(each // 64 + 4 * -(-each // 64 // 256) + 4 * 256 + 4 for each in WE
 
 
 def blocks(residency: Any, count: int | None) -> StreamedBlocks:
-    model = empty_model(CONFIG, local_source(), torch.bfloat16, "sdpa")
+    model = empty_model(CONFIG, tiny.source(), torch.bfloat16, "sdpa")
     return streamed_blocks(model, Quantization("nf4", 64, True, ("lm_head",)), residency, count)
 
 
@@ -110,7 +110,7 @@ def test_a_counted_run_saves_what_the_plan_says(tmp_path: Path) -> None:
             tiny_streamed.gradients(model)
             peaks.append(live.peak_bytes)
     sizes = streamed_blocks(
-        empty_model(model.config, local_source(), torch.float32, "sdpa"), tiny_streamed.WANTED, "host", 4
+        empty_model(model.config, tiny.source(), torch.float32, "sdpa"), tiny_streamed.WANTED, "host", 4
     )
     on_host = 4 * sizes.block_bytes
     saved = sizes.codes + sizes.scales - 2 * sizes.block_bytes

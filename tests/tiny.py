@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from qdora.model.source import ModelSource
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
@@ -43,6 +45,11 @@ def move_all_parameters_(module: nn.Module, *, seed: int = 0, scale: float = 0.1
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale
                 parameter.add_(noise.to(parameter.dtype).to(parameter.device))
+
+
+def source() -> ModelSource:
+    """A source for a model whose config is known."""
+    return ModelSource("directory", Path("config"), "config")
 
 
 def llama(**overrides: Any) -> nn.Module:

@@ -129,7 +129,7 @@ def planned(
         dtype: What the run computes in, if its device is known (default: the recipe's; auto is bfloat16 on a GPU).
     """
     rates = rates or known_rates(device_kind)
-    source = local_source(recipe.model.source)
+    source = ModelSource("directory", Path(recipe.model.source), recipe.model.source)
     if config is None:
         source = find_source(recipe, weights=False)
         config = load_config(source)
@@ -244,8 +244,7 @@ class _StepPlan:
         skeleton = self.skeleton
         found = block_list(skeleton)
         num_blocks = 0 if found is None else len(found[1])
-        streamed, block_bytes = self._streamed(skeleton), self._block_bytes(skeleton)
-        embedding_bytes = self._embedding_bytes(skeleton)
+        streamed, embedding_bytes = self._streamed, self._embedding_bytes
         tied = tied_weights(skeleton)  # parameters of their own on the meta device
         weights = sum(each.numel() for name, each in skeleton.named_parameters() if name not in tied)
         moments, shapes = self._step()
@@ -266,21 +265,21 @@ class _StepPlan:
             pageable_bytes=pageable_bytes(shapes, self.recipe.train.optimizer) if self.device_kind == "cuda" else 0,
             host_bytes=host_bytes,
             embedding_bytes=embedding_bytes,
-            block_bytes=block_bytes,
+            block_bytes=self._block_bytes(),
             num_blocks=num_blocks,
             num_trainable=num_trainable,
             num_weights=weights,
             step_seconds=self.seconds(num_trainable) if shapes else None,
             rates=asdict(self.rates),
-            division=self._division(skeleton, num_trainable),
+            division=self._division(num_trainable),
         )
 
-    def _division(self, skeleton: PreTrainedModel, num_trainable: int) -> Division | None:
+    def _division(self, num_trainable: int) -> Division | None:
         """What several processes could divide."""
         seconds = self._work(num_trainable).block_seconds(self.shape, self.rates)
         pruned = self.recipe.base.prune is not None
         with errors_only():
-            return division_of(skeleton, self._wanted, self.dtype, pruned=pruned, forward_seconds=seconds)
+            return division_of(self.skeleton, self._wanted, self.dtype, pruned=pruned, forward_seconds=seconds)
 
     def _step(self) -> _Step:
         """Run a step, unless one was run already that needs the same of everything."""
@@ -320,25 +319,27 @@ class _StepPlan:
             moments[-1] = Moment("update", None, {**moments[-1].by_component, parts.UPDATE: workspace})
         return moments, shapes
 
-    def _streamed(self, skeleton: PreTrainedModel) -> StreamedBlocks | None:
+    @cached_property
+    def _streamed(self) -> StreamedBlocks | None:
         base = self.recipe.base
         if base.residency == "device":
             return None
-        return streamed_blocks(skeleton, self._wanted, base.residency, base.streamed_blocks)
+        return streamed_blocks(self.skeleton, self._wanted, base.residency, base.streamed_blocks)
 
-    def _embedding_bytes(self, skeleton: PreTrainedModel) -> int:
+    @cached_property
+    def _embedding_bytes(self) -> int:
         """Bytes of an input embedding on the host; 0 if it is on the device."""
         wanted = self.recipe.memory.host_embeddings and self.device_kind == "cuda"
-        if not wanted or obstacle(skeleton) is not None:
+        if not wanted or obstacle(self.skeleton) is not None:
             return 0
-        return int(skeleton.get_input_embeddings().weight.numel()) * self.dtype.itemsize
+        return int(self.skeleton.get_input_embeddings().weight.numel()) * self.dtype.itemsize
 
-    def _block_bytes(self, skeleton: PreTrainedModel) -> int:
+    def _block_bytes(self) -> int:
         """Bytes of the largest block that could be streamed; blocks of a pruned base cannot."""
         base = self.recipe.base
-        if base.quant == "none" or base.prune is not None or block_list(skeleton) is None:
+        if base.quant == "none" or base.prune is not None or block_list(self.skeleton) is None:
             return 0
-        return streamed_blocks(skeleton, self._wanted, "disk", None).block_bytes
+        return streamed_blocks(self.skeleton, self._wanted, "disk", None).block_bytes
 
     @property
     def _wanted(self) -> Quantization:
@@ -350,7 +351,7 @@ class _StepPlan:
 
     def _work(self, num_trainable: int) -> Work:
         skeleton: Any = self.skeleton
-        found, streamed = block_list(skeleton), self._streamed(skeleton)
+        found, streamed = block_list(skeleton), self._streamed
         blocks = skeleton if found is None else found[1]
         config = skeleton.config.get_text_config()
         chunk = self.recipe.memory.loss_chunk
@@ -374,7 +375,7 @@ class _StepPlan:
             num_blocks=0 if found is None else len(found[1]),
             num_streamed=0 if streamed is None else streamed.num_streamed,
             block_bytes=0 if streamed is None else streamed.block_bytes,
-            row_bytes=config.hidden_size * self.dtype.itemsize if self._embedding_bytes(skeleton) else 0,
+            row_bytes=config.hidden_size * self.dtype.itemsize if self._embedding_bytes else 0,
         )
 
     def _moments(self, kept: list[int] | None) -> _Step:
@@ -563,8 +564,3 @@ def _attention_kind(model: nn.Module, index: int) -> object:
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
     kinds = getattr(config, "layer_types", None)
     return kinds[index] if kinds and index < len(kinds) else None
-
-
-def local_source(name: str = "config") -> ModelSource:
-    """A source for a model whose config is known."""
-    return ModelSource("directory", Path(name), name)
