@@ -215,7 +215,7 @@ def _peft_faults(model: PreTrainedModel, layers: Mapping[str, AdaptedLinear]) ->
 
 def _dense_layers(model: nn.Module) -> list[str]:
     """Paths of the linear layers that stay dense."""
-    packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.packed_weight}
+    packed = {path.removesuffix(".base") for path, layer in frozen_layers(model).items() if layer.kind != "dense"}
     heads = [path for path, each in model.named_modules() if isinstance(each, RowHead)]
     inside = tuple(f"{path}." for path in [*adapted_layers(model), *heads])
     kinds = nn.Linear | FrozenLinear | AdaptedLinear | RowHead

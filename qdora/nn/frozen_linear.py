@@ -76,9 +76,8 @@ class FrozenLinear(nn.Module):
     @property
     def packed_weight(self) -> PackedWeight | None:
         """The packed form, sharing memory with this layer, or None for a dense base."""
-        if self.kind != "dense" and self.residency is not None:
-            self.residency.use(self)
-        return self.packed_form
+        weight = self.stored_weight
+        return weight if isinstance(weight, PackedWeight) else None
 
     @property
     def packed_form(self) -> PackedWeight | None:
