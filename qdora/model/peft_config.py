@@ -183,28 +183,33 @@ def parse_adapter_config(config: Mapping[str, Any], where: str) -> AdapterLayout
 
     Raises UserError with one line for each setting that is malformed, unknown and set, or not supported.
     """
-    faults = [*_value_faults(config), *_method_faults(config)]
-    if faults:
+    given, faults = None, []
+    try:
+        given = _Settings.model_validate(config)
+    except ValidationError as error:
+        faults = _value_faults(config, error)
+    faults += _method_faults(config)
+    if given is None or faults:
         raise UserError(*(f"{where}: {fault}" for fault in faults))
-    targets, exclude = config.get("target_modules") or (), config.get("exclude_modules") or ()
-    layers, layers_pattern = config.get("layers_to_transform"), config.get("layers_pattern") or ()
+    targets, exclude = given.target_modules or (), given.exclude_modules or ()
+    layers, layers_pattern = given.layers_to_transform, given.layers_pattern or ()
     return AdapterLayout(
-        kind="dora" if config.get("use_dora") else "lora",
-        rank=config.get("r", 8),
-        alpha=config.get("lora_alpha", 8),
-        rank_stabilized=config.get("use_rslora", False),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        kind="dora" if given.use_dora else "lora",
+        rank=given.r,
+        alpha=given.lora_alpha,
+        rank_stabilized=given.use_rslora,
+        dropout=given.lora_dropout,
         targets=targets if isinstance(targets, str) else tuple(targets),
-        parameters=tuple(config.get("target_parameters") or ()),
+        parameters=tuple(given.target_parameters or ()),
         exclude=exclude if isinstance(exclude, str) else tuple(exclude),
-        rank_pattern=dict(config.get("rank_pattern") or {}),
-        alpha_pattern=dict(config.get("alpha_pattern") or {}),
+        rank_pattern=given.rank_pattern or {},
+        alpha_pattern=given.alpha_pattern or {},
         layers=None if layers in (None, []) else (layers,) if isinstance(layers, int) else tuple(layers),
         layers_pattern=(layers_pattern,) if isinstance(layers_pattern, str) else tuple(layers_pattern),
-        masked=config["peft_type"] == MASKED,
-        saved=tuple(config.get("modules_to_save") or ()),
-        token_rows=_token_rows(config.get("trainable_token_indices")),
-        ties=bool(config.get("ensure_weight_tying")),
+        masked=given.peft_type == MASKED,
+        saved=tuple(given.modules_to_save or ()),
+        token_rows=_token_rows(given.trainable_token_indices),
+        ties=bool(given.ensure_weight_tying),
     )
 
 
@@ -217,18 +222,12 @@ def _is_empty(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
-def _value_faults(config: Mapping[str, Any]) -> list[str]:
-    try:
-        _Settings.model_validate(config)
-    except ValidationError as error:
-        reasons: dict[str, list[str]] = {}
-        for each in error.errors():
-            reason = each["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
-            reasons.setdefault(str(each["loc"][0]), []).append(reason)
-        return [
-            f"{key}: {' or '.join(dict.fromkeys(all_))} (got {config.get(key)!r})." for key, all_ in reasons.items()
-        ]
-    return []
+def _value_faults(config: Mapping[str, Any], error: ValidationError) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for each in error.errors():
+        reason = each["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+        reasons.setdefault(str(each["loc"][0]), []).append(reason)
+    return [f"{key}: {' or '.join(dict.fromkeys(all_))} (got {config.get(key)!r})." for key, all_ in reasons.items()]
 
 
 def _method_faults(config: Mapping[str, Any]) -> list[str]:
