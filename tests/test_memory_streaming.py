@@ -45,7 +45,8 @@ def test_the_block_in_use_is_in_its_slot_whatever_the_order(num_blocks: int, use
     engine = Slots()
     ring = Ring(num_blocks, engine)
     for block, turns_back in uses:
-        slot = ring.use(block % num_blocks, turns_back=turns_back)
+        ring.use(block % num_blocks, turns_back=turns_back)
+        slot = ring.slot_of(block % num_blocks)
         assert engine.held[slot] == block % num_blocks
         assert engine.reading == slot
     assert set(engine.started) <= set(range(num_blocks))

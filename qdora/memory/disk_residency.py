@@ -14,7 +14,6 @@ from qdora.errors import UserError
 from qdora.memory.streaming import Turns
 from qdora.model.load import Loading, place_dense, place_frozen
 from qdora.model.packed_base import BaseCache, PackedBase, Part
-from qdora.model.stored_tensors import iterate_tensors
 from qdora.ops.packed import PackedWeight
 
 # Smaller tensors are copied, since dropping the rest of a page would save nothing.
@@ -45,9 +44,9 @@ class DiskResidency:
         turns = Turns(model, self.num_streamed)
         blocks: list[list[Part]] = [[] for _ in range(len(turns))]
         others: list[Part] = []
-        for done, (name, value) in enumerate(iterate_tensors(load.stored), start=1):
+        for done, (name, item) in enumerate(load.stored.items(), start=1):
             path, _, leaf = name.rpartition(".")
-            turn = turns.of(name)
+            turn, value = turns.of(name), item.read()
             if isinstance(value, PackedWeight) and turn is not None:
                 turns.add(place_frozen(model, path, value), turn)
                 blocks[turn] += base.parts(name)

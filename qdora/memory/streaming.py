@@ -51,25 +51,24 @@ class Ring:
         self._current: int | None = None
         self._step = 1
 
-    def use(self, block: int, *, turns_back: bool) -> int:
-        """Bring a block before its use, begin to bring the next one over the block used until now, and return the slot.
+    def use(self, block: int, *, turns_back: bool) -> None:
+        """Bring a block before its use, and begin to bring the next one over the block used until now.
 
         `turns_back` says that a backward pass follows the last block, and not the next forward pass.
         """
-        slot = self.slot_of(block)
         if block == self._current:
-            return slot
+            return
         if self._current is not None:
             if abs(block - self._current) == 1:
                 self._step = block - self._current
             self.engine.release(self.slot_of(self._current))
         self._current = block
         self._bring(block)
+        slot = self.slot_of(block)
         self.engine.wait(slot)
         following = self._next(block, turns_back)
         if self.slot_of(following) != slot:
             self._bring(following)
-        return slot
 
     def slot_of(self, block: int) -> int:
         """The slot of a block."""

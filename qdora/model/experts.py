@@ -7,6 +7,7 @@ streamed and adapted like any linear layer. The expert module keeps its name, it
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def use_expert_layers_(model: PreTrainedModel) -> None:
             owner.config._experts_implementation = IMPLEMENTATION
         elif type(module).__name__ == _LLAMA4:
             _replace(module, ("gate_up_proj", "down_proj"), transposed=True)
-            module.forward = _Llama4Forward(module)
+            module.forward = partial(_llama4_forward, module)
 
 
 def _has_interface(module: nn.Module) -> bool:
@@ -155,24 +156,21 @@ def _counts(chosen: Tensor, num_experts: int) -> list[int]:
     return found
 
 
-class _Llama4Forward:
-    """The forward pass of Llama 4's experts: only the tokens of an expert are computed, not those times 0."""
+def _llama4_forward(owner: Any, hidden_states: Tensor) -> Tensor:
+    """The forward pass of Llama 4's experts: only the tokens of an expert are computed, not those times 0.
 
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner
-
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        """(experts * tokens, hidden), all tokens for each expert, most of them 0 -> the same shape."""
-        owner, num_experts = self.owner, self.owner.num_experts
-        if is_planning():
-            chosen = torch.arange(len(hidden_states) // num_experts, device=hidden_states.device)
-            counts = planned_counts(len(chosen), 1, num_experts)
-        else:
-            live = hidden_states.detach().abs().amax(dim=1) > 0
-            counts = live.view(num_experts, -1).sum(dim=1).tolist()
-            chosen = live.nonzero_static(size=sum(counts)).squeeze(1)  # nonzero would let a GPU's host wait again
-        tokens = ExpertTokens(counts)
-        gate, up = owner.gate_up_proj(hidden_states.index_select(0, chosen), tokens).chunk(2, dim=-1)
-        out = owner.down_proj(up * owner.act_fn(gate), tokens)
-        zeros = hidden_states.new_zeros(len(hidden_states), out.shape[1])
-        return zeros.index_copy(0, chosen, out.to(zeros.dtype))  # autocast has computed `out` in 16 bits
+    (experts * tokens, hidden), all tokens for each expert, most of them 0 -> the same shape.
+    """
+    num_experts = owner.num_experts
+    if is_planning():
+        chosen = torch.arange(len(hidden_states) // num_experts, device=hidden_states.device)
+        counts = planned_counts(len(chosen), 1, num_experts)
+    else:
+        live = hidden_states.detach().abs().amax(dim=1) > 0
+        counts = live.view(num_experts, -1).sum(dim=1).tolist()
+        chosen = live.nonzero_static(size=sum(counts)).squeeze(1)  # nonzero would let a GPU's host wait again
+    tokens = ExpertTokens(counts)
+    gate, up = owner.gate_up_proj(hidden_states.index_select(0, chosen), tokens).chunk(2, dim=-1)
+    out = owner.down_proj(up * owner.act_fn(gate), tokens)
+    zeros = hidden_states.new_zeros(len(hidden_states), out.shape[1])
+    return zeros.index_copy(0, chosen, out.to(zeros.dtype))  # autocast has computed `out` in 16 bits

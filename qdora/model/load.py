@@ -302,7 +302,8 @@ def dense_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.
 def iterate_quantized(
     stored: Mapping[str, Stored], layers: Collection[str], wanted: Quantization, device: torch.device
 ) -> Iterator[tuple[str, Tensor | PackedWeight]]:
-    """`iterate_tensors` with the dense weights of `layers` quantised on `device`, in parts if the file has parts."""
+    """(model name, weight), read one by one; the dense weights of `layers` quantised on `device`, in parts if the file
+    has parts. Others may be read-only views, see `StoredTensor`."""
     for name, item in stored.items():
         layer, _, leaf = name.rpartition(".")
         if isinstance(item, StoredTensor) and leaf == "weight" and layer in layers and wanted.kind != "none":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -178,12 +178,6 @@ def stored_rows(item: StoredTensor, rows: slice) -> Tensor:
             found.append(part.read()[start - first : stop - first])
         first += part.rows
     return torch.cat(found)
-
-
-def iterate_tensors(stored: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor | PackedWeight]]:
-    """(model name, weight) in the mapping's order, read one by one; may be read-only views, see `StoredTensor`."""
-    for name, item in stored.items():
-        yield name, item.read()
 
 
 def match_to_model(stored: Mapping[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:

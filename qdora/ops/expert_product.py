@@ -377,13 +377,10 @@ def column_dots(left: Tensor, right: Tensor, factor: Tensor, tokens: ExpertToken
     for start in range(0, left.shape[1], step):
         some = slice(start, start + step)
         products = left[:, some].to(factor.dtype) * right[:, some]
-        total[:, some] = _sums(products, lengths) * factor[:, some]
+        # Unsafe: checks of the lengths would let a GPU's host wait twice.
+        sums = torch.segment_reduce(products, "sum", lengths=lengths, axis=0, initial=0, unsafe=True)
+        total[:, some] = sums * factor[:, some]
     return total
-
-
-def _sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums over groups of rows. Unsafe: checks of the lengths would let a GPU's host wait twice."""
-    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0, unsafe=True)
 
 
 @torch.no_grad()

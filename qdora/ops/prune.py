@@ -41,7 +41,6 @@ class InputStatistics:
     def __init__(self, in_features: int, method: Literal["wanda", "sparsegpt"], device: torch.device | str) -> None:
         shape = (in_features,) if method == "wanda" else (in_features, in_features)
         self.sums = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.num_tokens = 0
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -54,7 +53,6 @@ class InputStatistics:
                 self.sums += part.square().sum(dim=0)
             else:
                 self.sums.addmm_(part.T, part)
-        self.num_tokens += tokens.shape[0]
 
     @property
     def column_squares(self) -> Tensor:
