@@ -22,7 +22,7 @@ from qdora.plan import budget, memory_plan, step_time
 from qdora.plan import plan_contents as parts
 from qdora.plan.changes_to_fit import _candidates, with_changes
 from qdora.plan.plan_contents import Change, DeviceKind, MicroBatchShape, Moment, Plan
-from qdora.plan.plan_view import bar_text, plan_run
+from qdora.plan.plan_view import plan_run
 from qdora.plan.workload import assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import override
@@ -343,5 +343,3 @@ def test_what_is_no_size(text: str) -> None:
 
 def test_sizes_are_shown() -> None:
     assert [size_text(n) for n in (2048, 3 * 2**20, 5 * 2**30)] == ["2 KiB", "3.0 MiB", "5.00 GiB"]
-    assert bar_text(0.5) == "█" * 20
-    assert bar_text(0.0) == ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
@@ -30,9 +31,7 @@ from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
 
-_BAR = 40
 _ROUND_LENGTH = 64
-_EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def plan_run(
@@ -150,7 +149,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     table.add_column("relative to the largest", justify="left", no_wrap=True)
     largest = max(plan.components.values(), default=1)
     for name, num_bytes in plan.components.items():
-        table.add_row(name, size_text(num_bytes), bar_text(num_bytes / largest))
+        table.add_row(name, size_text(num_bytes), Bar(largest, 0, num_bytes, width=40))
     table.add_section()
     table.add_row("total", size_text(plan.peak_bytes), _verdict(plan))
     console.print(table)
@@ -225,13 +224,6 @@ def _verdict(plan: Plan) -> str:
     left = plan.budget_bytes - plan.peak_bytes
     said = f"{size_text(left)} left" if left >= 0 else f"{size_text(-left)} too much"
     return f"{'fits' if plan.fits else 'does not fit'} in {size_text(plan.budget_bytes)}: {said}"
-
-
-def bar_text(share: float) -> str:
-    """A bar of up to 40 characters."""
-    eighths = round(share * _BAR * 8)
-    whole, rest = divmod(eighths, 8)
-    return "█" * whole + (_EIGHTHS[rest] if rest else "")
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
