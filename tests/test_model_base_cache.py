@@ -67,7 +67,7 @@ def test_second_start_reads_no_weight_of_the_source(
     plain = load(source, quant=quant, double_quant=double_quant)
     first, cache = cached(source, tmp_path, quant, double_quant=double_quant)
     assert same(first, plain)
-    monkeypatch.setattr(packed_base, "stored_tensors", None)
+    monkeypatch.setattr(packed_base, "tensors_of_source", None)
     second, again = cached(source, tmp_path, quant, double_quant=double_quant)
     assert again.base is not None
     assert cache.base is not None

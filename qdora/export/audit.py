@@ -60,7 +60,7 @@ _KEPT_BYTES = 2 * 2**30
 """Dense weights of a form are kept up to this; above it each is made again at every forward pass."""
 
 Layer = AdaptedLinear | FrozenLinear
-Weight = Callable[[str, Layer], Tensor | None]
+FormWeight = Callable[[str, Layer], Tensor | None]
 """Path and layer -> dense weight (out, in), float32; None leaves the layer as it is."""
 
 
@@ -134,7 +134,7 @@ def _paired(result: EvaluationResult, reference: EvaluationResult) -> dict[str, 
     return {"mean": gap.value, "stderr": None if math.isnan(gap.stderr) else gap.stderr}
 
 
-def export_forms(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dtype) -> dict[str, Weight | str]:
+def export_forms(model: PreTrainedModel, opened: OpenedMerge | None, dtype: torch.dtype) -> dict[str, FormWeight | str]:
     """What each form of a LoRA or DoRA model computes, or why the form is not possible; arguments as in `audit`."""
 
     def merged(path: str, layer: Layer) -> Tensor | None:
@@ -219,7 +219,7 @@ def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def computing(model: PreTrainedModel, weight: Weight) -> Iterator[None]:
+def computing(model: PreTrainedModel, weight: FormWeight) -> Iterator[None]:
     """Inside the block `model` computes what a form computes; afterwards it is as it was."""
     layers: dict[str, Layer] = {**adapted_layers(model)}
     layers |= {path: layer for path, layer in frozen_layers(model).items() if path.removesuffix(".base") not in layers}

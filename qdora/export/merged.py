@@ -55,7 +55,7 @@ from qdora.model.load import (
     quantization_of,
     settle_stored,
     skeleton,
-    stored_tensors,
+    tensors_of_source,
 )
 from qdora.model.quantized_checkpoint import load_faults, quantization_config, stored_kind
 from qdora.model.source import ModelSource
@@ -229,7 +229,7 @@ def open_merge(merge: StreamedMerge) -> OpenedMerge:
     if kind is not None:
         del config.quantization_config
     model = skeleton(config, merge.source, merge.compute_dtype, "auto", torch.device("cpu"))
-    stored = stored_tensors(merge.source, model)
+    stored = tensors_of_source(merge.source, model)
     layers = layers_to_quantize(model, merge.quant)
     stored, layers = settle_stored(stored, kind, merge.quant, layers)
     linear = [*linear_layers(model), *sorted(routers(model))]

@@ -32,7 +32,7 @@ from qdora.memory.failed_allocation import free_memory, is_out_of_memory
 from qdora.model.adapter_file import WEIGHTS_FILE, load_adapter, read_adapter, stored_factors
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.language_part import auto_class
-from qdora.model.load import load_config, load_model, skeleton, stored_tensors
+from qdora.model.load import load_config, load_model, skeleton, tensors_of_source
 from qdora.model.quantized_checkpoint import gather_packed
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, resolve
 from qdora.model.stored_tensors import Stored, open_safetensors
@@ -152,7 +152,7 @@ def _layout_faults(directory: Path, model: PreTrainedModel) -> list[str]:
         config = load_config(source)
         del config.quantization_config  # as `load_model` does
         bare = skeleton(config, source, torch.float32, "auto", torch.device("cpu"))
-        stored_tensors(source, bare)
+        tensors_of_source(source, bare)
         if (directory / ADAPTER_DIRECTORY).is_dir():
             read_adapter(bare, directory / ADAPTER_DIRECTORY)
     except UserError as error:

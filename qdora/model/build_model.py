@@ -19,7 +19,7 @@ from qdora.files.environment import cpu_has_bfloat16
 from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
 from qdora.model.inject import HEAD, adapted_layers, inject
 from qdora.model.inplace_outputs import keep_inplace_outputs_
-from qdora.model.load import load_config, skeleton, stop_ids, stored_tensors
+from qdora.model.load import load_config, skeleton, stop_ids, tensors_of_source
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, load_tokenizer, public_name, resolve
 from qdora.model.stored_tensors import tied_weights
 from qdora.model.trained_embeddings import (
@@ -266,7 +266,7 @@ def start_from_error_(model: PreTrainedModel, source: ModelSource) -> dict[str, 
     -> ||W - W_q - s B A|| / ||W - W_q||, 1 if there is no error. Raises UserError if the source is quantised.
     """
     empty = skeleton(load_config(source), source, model.dtype, "auto", torch.device("cpu"))
-    stored = stored_tensors(source, empty)
+    stored = tensors_of_source(source, empty)
     tied = tied_weights(empty)
     left: dict[str, float] = {}
     for path, layer in adapted_layers(model).items():

@@ -117,7 +117,7 @@ Placer = Callable[[Loading], None]
 """Reads the stored tensors and puts them into the model: `place_all`, or one that also prunes or streams."""
 
 Reader = Callable[[ModelSource, PreTrainedModel], dict[str, Stored]]
-"""Source and skeleton -> model name -> stored tensor, as `stored_tensors`."""
+"""Source and skeleton -> model name -> stored tensor, as `tensors_of_source`."""
 
 
 def load_model(
@@ -147,7 +147,7 @@ def load_model(
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
         attention: One of `ATTENTION_KINDS`; "auto" is chosen by what the model needs (`with_attention`).
-        reader: Finds the weights (default `stored_tensors`; see model/packed_base.py).
+        reader: Finds the weights (default `tensors_of_source`; see model/packed_base.py).
         placer: Puts the tensors into the model (default `place_all`; see model/pruning.py and memory/).
         before_reading: Called with the model and `device` before any weight is read (memory/host_residency.py).
     Returns:
@@ -165,7 +165,7 @@ def load_model(
         # The loaded layers are not transformers' own: with this entry the model would refuse to be saved.
         del config.quantization_config
     model = skeleton(config, source, compute_dtype, attention, device)
-    stored = (reader or stored_tensors)(source, model)
+    stored = (reader or tensors_of_source)(source, model)
     if not_loaded(model):
         log.info("%s", in_words(model))
     layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
@@ -232,7 +232,7 @@ def block_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return max(found, key=lambda each: len(each[1]), default=None)
 
 
-def stored_tensors(source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
+def tensors_of_source(source: ModelSource, model: PreTrainedModel) -> dict[str, Stored]:
     """Model name -> stored tensor, in the model's order; nothing is read yet. Raises as `match_to_model`."""
     if source.is_gguf:
         return match_to_model(open_gguf(source.path, model), model)

@@ -42,7 +42,7 @@ from qdora.model.load import (
     place_all,
     place_frozen,
     settle_stored,
-    stored_tensors,
+    tensors_of_source,
 )
 from qdora.model.pruning import PrunedLayer, layer_record
 from qdora.model.source import ModelSource
@@ -319,7 +319,7 @@ class BaseCache:
             if base is not None:
                 log.info("Reading the packed base from %s.", directory)
                 if not_loaded(model):  # an export copies these from the source
-                    stored_tensors(source, model)
+                    tensors_of_source(source, model)
             else:
                 self._write(directory, key, source, model)
                 _, base = open_cached_base(directory)
@@ -327,7 +327,7 @@ class BaseCache:
         return match_to_model(base.stored(mapped=self.mapped), model)
 
     def _write(self, directory: Path, key: str, source: ModelSource, model: PreTrainedModel) -> None:
-        stored, layers = stored_tensors(source, model), layers_to_quantize(model, self.wanted)
+        stored, layers = tensors_of_source(source, model), layers_to_quantize(model, self.wanted)
         stored, layers = settle_stored(stored, None, self.wanted, layers)
         log.info("Writing the packed base to %s, for later starts.", directory)
         made_from = {"key": key, "source": source.name}

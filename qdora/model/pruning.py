@@ -29,7 +29,7 @@ from qdora.model.load import (
     place_all,
     place_frozen,
     skeleton,
-    stored_tensors,
+    tensors_of_source,
     tie_and_move_buffers,
 )
 from qdora.model.source import ModelSource
@@ -295,7 +295,7 @@ def quantized_layers(source: ModelSource, wanted: Quantization) -> dict[str, dic
         return {}
     model = skeleton(config, source, torch.float32, "auto", torch.device("cpu"))
     layers, found = layers_to_quantize(model, wanted), {}
-    for name, item in stored_tensors(source, model).items():
+    for name, item in tensors_of_source(source, model).items():
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and path in layers and not isinstance(item, StoredPacked):
             value = item.read()

@@ -43,7 +43,7 @@ _VECTOR = 16
 _GROUP_ELEMENTS = 1 << 23
 
 
-class Kind(NamedTuple):
+class GroupKind(NamedTuple):
     """What the parameters of a group have in common."""
 
     is_matrix: bool
@@ -65,19 +65,19 @@ def groups_of(
     *,
     ratios: Mapping[str, float] | None = None,
     undecayed: Collection[str] = (),
-) -> list[tuple[list[str], Kind]]:
+) -> list[tuple[list[str], GroupKind]]:
     """The parameters (key -> shape and dtype) that are updated together, in order.
 
     A group has at most _GROUP_ELEMENTS elements, or one key, one rate (key -> its `ratios`), and decays or not. Trained
     rows of an embedding count as vectors. The grouping changes no number.
     """
-    groups: list[tuple[list[str], Kind]] = []
-    newest: dict[Kind, list[str]] = {}
-    sizes: dict[Kind, int] = {}
+    groups: list[tuple[list[str], GroupKind]] = []
+    newest: dict[GroupKind, list[str]] = {}
+    sizes: dict[GroupKind, int] = {}
     for key, (shape, dtype) in shapes.items():
         size, matrix = math.prod(shape), is_matrix(key, shape)
         is_8bit = matrix and name.endswith("8bit") and size >= _LEAST_8BIT
-        kind = Kind(matrix, is_8bit, (ratios or {}).get(key, 1.0), key not in undecayed, dtype)
+        kind = GroupKind(matrix, is_8bit, (ratios or {}).get(key, 1.0), key not in undecayed, dtype)
         if kind not in newest or sizes[kind] + size > _GROUP_ELEMENTS:
             newest[kind], sizes[kind] = [], 0
             groups.append((newest[kind], kind))
@@ -102,7 +102,7 @@ class FlatGroup:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        kind: Kind,
+        kind: GroupKind,
         name: OptimizerName,
         options: Mapping[str, Any],
         *,
@@ -256,7 +256,7 @@ class FlatGroup:
 
 
 def _inner_optimizer(
-    name: OptimizerName, master: nn.Parameter, kind: Kind, options: Mapping[str, Any]
+    name: OptimizerName, master: nn.Parameter, kind: GroupKind, options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     made: torch.optim.Optimizer
     if name == "lion" or ("lion" in name and not kind.is_matrix):
