@@ -27,9 +27,9 @@ from torch import nn
 from qdora.data.build_data import read_data
 from qdora.data.tokenize import encode_batch, special_prefix
 from qdora.evaluation.perplexity import text_perplexity
-from qdora.model.build_model import start_from_error_
 from qdora.model.inject import inject
 from qdora.model.load import load_model
+from qdora.model.loftq import start_from_error_
 from qdora.model.pruning import Pruner
 from qdora.model.source import load_tokenizer, resolve
 from qdora.recipe.settings import CalibrationConfig, PruneConfig

@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from qdora.errors import UserError
 from qdora.export.gguf import find_llama_cpp
-from qdora.model.build_model import nearest_low_rank
+from qdora.model.loftq import nearest_low_rank
 from qdora.model.source import builtin_file
 
 pytestmark = pytest.mark.slow

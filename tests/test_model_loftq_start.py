@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.model.build_model import nearest_low_rank, start_from_error_
 from qdora.model.inject import inject
+from qdora.model.loftq import nearest_low_rank, start_from_error_
 from qdora.model.pruning import Pruner
 from qdora.model.source import resolve
 from qdora.recipe.settings import PruneConfig
