@@ -68,7 +68,7 @@ from qdora.model.inject import adapted_layers
 from qdora.model.inplace_outputs import keep_inplace_outputs_
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.run.load_run import load_run
-from qdora.train import loop
+from qdora.train import passes
 
 ASKED = {
     "evaluated": 1e-5,
@@ -231,7 +231,7 @@ def resumed(case: Case) -> dict[str, Any]:
 
 
 def _killed_in_step_2(case: Case) -> None:
-    real, calls = loop.batch_loss, []
+    real, calls = passes.batch_loss, []
 
     def killing(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -239,7 +239,7 @@ def _killed_in_step_2(case: Case) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **options)
 
-    with patch.object(loop, "batch_loss", killing):
+    with patch.object(passes, "batch_loss", killing):
         command("train", case.recipe, "--run-dir", case.run)
 
 
@@ -385,7 +385,7 @@ def gradients(case: Case) -> dict[str, Any]:
         for parameter in layer.parameters():
             parameter.data = parameter.data.float()  # else torch rounds the gradients of bf16 factors
             parameter.requires_grad_()
-    loop.batch_loss(model.train(), tokens, mask, labels).nll_sum.backward()  # type: ignore[no-untyped-call]
+    passes.batch_loss(model.train(), tokens, mask, labels).nll_sum.backward()  # type: ignore[no-untyped-call]
     worst = 0.0
     for path, layer in layers.items():
         for name, parameter in layer.named_parameters():
@@ -399,7 +399,7 @@ def gradients(case: Case) -> dict[str, Any]:
 def packing(case: Case) -> dict[str, Any]:
     """The loss of a step of all examples, with packed rows and without."""
     losses, shapes = [], []
-    real = loop.batch_loss
+    real = passes.batch_loss
 
     def noting(model: Any, ids: Tensor, *args: Any, **options: Any) -> Any:
         shapes.append((len(ids), options["packing"]))
@@ -407,7 +407,7 @@ def packing(case: Case) -> dict[str, Any]:
 
     for packed in ("false", "true"):
         words = ("-s", f"data.packing={packed}", "-s", f"train.batch={NUM_SUMS}", "-s", "train.steps=1")
-        with patch.object(loop, "batch_loss", noting):
+        with patch.object(passes, "batch_loss", noting):
             lines = train(case, case.folder / f"packing-{packed}", *words)
         losses += [line["loss"] for line in lines if "loss" in line]
     assert any(rows < int(found.example_index.max()) + 1 for rows, found in shapes if found is not None)

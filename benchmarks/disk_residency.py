@@ -157,8 +157,8 @@ def trained(folder: Path, residency: str, group: str) -> None:
     from qdora.model.packed_base import BaseCache, open_cached_base
     from qdora.model.source import ModelSource
     from qdora.model.stored_tensors import match_to_model
-    from qdora.train.loop import batch_loss
     from qdora.train.optimizer import AdapterOptimizer
+    from qdora.train.passes import batch_loss
 
     keep_freed_memory()
     if residency == "nothing":

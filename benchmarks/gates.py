@@ -34,8 +34,8 @@ from qdora.plan.live_bytes import LiveBytes
 from qdora.recipe.settings import GateConfig
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.gates import Gates
-from qdora.train.loop import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.passes import batch_loss
 
 SCALING, LR = 2.0, 5e-4
 RANKS = {"budget": 16, "cost": 64}

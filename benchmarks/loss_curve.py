@@ -55,8 +55,8 @@ from qdora.model.inject import adapted_layers, adapter_parameters, replace_modul
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
-from qdora.train.loop import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.passes import batch_loss
 
 RANK, LR = 16, 5e-4
 SEEDS = (0, 1, 2)

@@ -31,7 +31,7 @@ from step_time import RANK, model_of, trainer
 from qdora.data.loader import Step
 from qdora.memory.allocator import keep_freed_memory
 from qdora.ops import adapted_product
-from qdora.train import loop
+from qdora.train import passes
 
 NAMES = ("own_dora", "own_lora", "peft_lora", "peft_dora", "frozen", "dense")
 RATIOS = (
@@ -44,7 +44,7 @@ RATIOS = (
 )
 BARS = {"own_dora / own_lora": 1.05, "own_dora / peft_lora": 1.0}
 # The functions that a part of qdora's step runs in; none calls another.
-PARTS = {"norms and operands": (loop, "prepare_gains"), "gradient of m": (adapted_product, "column_dot")}
+PARTS = {"norms and operands": (passes, "prepare_gains"), "gradient of m": (adapted_product, "column_dot")}
 
 
 class StepTime(NamedTuple):

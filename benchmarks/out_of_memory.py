@@ -29,7 +29,7 @@ from torch import Tensor
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run.train import train_run
-from qdora.train import loop
+from qdora.train import passes
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 @contextmanager
 def little_memory(room: int) -> Iterator[None]:
     """While active, the backward pass of a micro-batch of more than `room` tokens fails as CUDA's allocator does."""
-    real = loop.batch_loss
+    real = passes.batch_loss
 
     def fail(_gradient: Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -110,7 +110,7 @@ def little_memory(room: int) -> Iterator[None]:
             result.nll_sum.register_hook(fail)
         return result
 
-    with mock.patch.object(loop, "batch_loss", hungry):
+    with mock.patch.object(passes, "batch_loss", hungry):
         yield
 
 

@@ -33,9 +33,9 @@ from qdora.data.tokenize import TokenizedExample
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import find_model
 from qdora.model.inject import adapter_parameters
-from qdora.train.loop import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
+from qdora.train.passes import batch_loss
 
 RANK, LR = 16, 1e-4
 STEP_TOKENS, MICRO_TOKENS, ROW_TOKENS = 4096, 2048, 512

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qdora.train import loop
+from qdora.train import loop, passes
 
 
 def timeless(run: Path) -> list[dict[str, Any]]:
@@ -56,10 +56,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 def make_gradients_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every micro-batch's gradient is NaN, its reported losses are not; `monkeypatch.undo` takes it back."""
-    real = loop.batch_loss
+    real = passes.batch_loss
 
     def poisoned(*args: Any, **settings: Any) -> Any:
         result = real(*args, **settings)
         return type(result)(result.nll_sum * float("nan"), result.example_nll, result.example_tokens)
 
-    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    monkeypatch.setattr(passes, "batch_loss", poisoned)

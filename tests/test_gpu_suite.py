@@ -25,7 +25,7 @@ from gpu.sections import SECTIONS, Section  # noqa: E402
 
 from qdora.nn.host_embedding import HostEmbedding  # noqa: E402
 from qdora.ops.packed import empty_packed  # noqa: E402
-from qdora.train import loop  # noqa: E402
+from qdora.train import passes  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -236,14 +236,14 @@ def test_layers_are_taken_off_until_a_step_fits(monkeypatch):
     weights = shaped_model.Weights(CPU)
     settings = plan.SMOKE.large | {"num_hidden_layers": 7}
     model = model_step.make_model(settings, "own_dora", CPU, rank=2, weights=weights, embedding_on_host=True)
-    right = loop.batch_loss
+    right = passes.batch_loss
 
     def fits_three(model: Any, *args: Any, **settings: Any) -> Any:
         if len(model.model.layers) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return right(model, *args, **settings)
 
-    monkeypatch.setattr(loop, "batch_loss", fits_three)
+    monkeypatch.setattr(passes, "batch_loss", fits_three)
     monkeypatch.setattr(model_step, "_LEAST_LAYERS", 1)
     found = model_step._fitting_layers(Part(None, 60), model, weights, "adamw", 16, CPU)
     assert (found["num_layers"], found["failed_with_layers"]) == (3, [7, 5])

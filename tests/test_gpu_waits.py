@@ -38,13 +38,14 @@ from qdora.ops.packed import quantize
 from qdora.ops.sparsity import mask_bits
 from qdora.recipe.settings import GateConfig
 from qdora.recipe.train_settings import TrainConfig
-from qdora.train import loop
+from qdora.train import passes
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
 from qdora.train.hooks import Hooks, Reading
 from qdora.train.interrupt import StopRequest
-from qdora.train.loop import fit, step_gradient
+from qdora.train.loop import fit
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.passes import step_gradient
 from qdora.train.progress import TrainingProgress
 from tests import tiny, tiny_streamed
 from tests.false_gpu import Event, FalseGpu, on_false_gpu
@@ -191,7 +192,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 FAST = ("padded", "streamed")
 SLOW = (*(case for case in CASES if case not in FAST), "lora")
-ONCE = Counter({"train/loop.py: read = joined.tolist()": 1})
+ONCE = Counter({"train/passes.py: read = joined.tolist()": 1})
 # Of a micro-batch, beside the one of its inputs: the rows of its tokens, the inputs of two blocks out and back.
 MORE_COPIES = {"host embedding": 1, "offload": 4}
 
@@ -331,10 +332,10 @@ def test_a_step_with_a_wrong_norm_is_computed_again(gpu: FalseGpu, source: Path)
             layer.lora_B[3] = torch.tensor([-0.99 / layer.scaling, 0.0, 0.0, 0.0], device=gpu.device)
         torch.manual_seed(5)
         gpu.clear()
-        with nullcontext() if later else patch.object(loop, "norms_checked_later", lambda _later: nullcontext()):
+        with nullcontext() if later else patch.object(passes, "norms_checked_later", lambda _later: nullcontext()):
             numbers, _ = step_gradient(model, step, device=gpu.device)
         lines = waits(list(gpu.events))
-        assert lines.pop("train/loop.py: read = joined.tolist()") == (2 if later else 1)
+        assert lines.pop("train/passes.py: read = joined.tolist()") == (2 if later else 1)
         assert all(line.startswith(("nn/prepared_gains.py: answers", "ops/dora.py")) for line in lines)
         gradients = [each.grad for each in adapter_parameters(model).values()]
         found.append((numbers, gradients, layer.gain(torch.float32)))

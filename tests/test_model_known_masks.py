@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, modeling_flash_attent
 
 from qdora.data.batching import Packing
 from qdora.model.known_masks import known_masks, packed_mask_is_known, takes_flash_lengths
-from qdora.train.loop import batch_loss
+from qdora.train.passes import batch_loss
 from qdora.train.sent_batch import send_labels
 from tests import tiny
 from tests.false_gpu import FalseGpu, on_false_gpu

@@ -25,7 +25,7 @@ from qdora.model.trained_embeddings import (
 )
 from qdora.nn.host_embedding import HostEmbedding
 from qdora.nn.trained_rows import RowEmbedding, RowHead, TrainedRows
-from qdora.train.loop import batch_loss
+from qdora.train.passes import batch_loss
 from tests import reference, tiny, tiny_adapted, tiny_tokenizer
 
 BOTH = ("embed_tokens", "lm_head")

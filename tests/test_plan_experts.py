@@ -31,8 +31,8 @@ from qdora.plan.workload import assumed_workload
 from qdora.recipe.recipe_file import load_recipe, recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base
-from qdora.train.loop import batch_loss
 from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.passes import batch_loss
 from tests import tiny_experts
 
 

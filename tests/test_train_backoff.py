@@ -20,7 +20,7 @@ from qdora.memory.failed_allocation import is_out_of_memory
 from qdora.run import prepare
 from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
-from qdora.train import flat_group, loop, out_of_memory
+from qdora.train import flat_group, loop, out_of_memory, passes
 from qdora.train.out_of_memory import Backoff, Shortage
 from tests import tiny_run
 from tests.run_files import assert_same_run, stop_after, timeless
@@ -66,7 +66,7 @@ def small_memory(
     monkeypatch: pytest.MonkeyPatch, most_tokens: int, error: Callable[[], BaseException], *, backward: bool = False
 ) -> list[int]:
     """An allocator that fails for micro-batches of more tokens; the tokens of those that it let pass come back."""
-    real, passed = loop.batch_loss, []
+    real, passed = passes.batch_loss, []
 
     def hungry(model: Any, input_ids: torch.Tensor, *rest: Any, **settings: Any) -> Any:
         result = real(model, input_ids, *rest, **settings)
@@ -81,7 +81,7 @@ def small_memory(
     def fail(_gradient: torch.Tensor) -> None:
         raise error()
 
-    monkeypatch.setattr(loop, "batch_loss", hungry)
+    monkeypatch.setattr(passes, "batch_loss", hungry)
     return passed
 
 
@@ -258,7 +258,7 @@ def test_a_run_grows_back_and_a_resumed_one_at_the_same_step(
 ) -> None:
     """Memory is short in the first step only."""
     monkeypatch.setattr(out_of_memory, "_FIRST_WAIT", 2)
-    settings, real = recipe(root), loop.batch_loss
+    settings, real = recipe(root), passes.batch_loss
 
     def run(directory: Path, stop_at: int | None = None) -> None:
         with monkeypatch.context() as patched:
@@ -270,7 +270,7 @@ def test_a_run_grows_back_and_a_resumed_one_at_the_same_step(
                     raise ERRORS["cuda"]()
                 return real(*args, **options)
 
-            patched.setattr(loop, "batch_loss", short)
+            patched.setattr(passes, "batch_loss", short)
             if stop_at is not None:
                 stop_after(patched, stop_at)
                 with pytest.raises(Interrupted):

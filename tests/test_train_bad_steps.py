@@ -22,7 +22,7 @@ from qdora.model.build_model import find_model
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
 from qdora.run.train import train_run
-from qdora.train import loop
+from qdora.train import passes
 from qdora.train.step_checks import BadSteps
 from tests import launched, tiny_run
 from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless
@@ -52,7 +52,7 @@ def longest_of_step(settings: Recipe, step: int) -> tuple[str, list[int]]:
 
 def scale_loss(ids: list[int], factor: float) -> None:
     """From now on, the loss of the example with these tokens is `factor` times what it is, and its gradient."""
-    real = loop.batch_loss
+    real = passes.batch_loss
 
     def scaled(model: Any, input_ids: torch.Tensor, *rest: Any, **settings: Any) -> Any:
         found = real(model, input_ids, *rest, **settings)
@@ -62,13 +62,13 @@ def scale_loss(ids: list[int], factor: float) -> None:
         whole = float(example_nll.sum() / found.example_nll.sum()) if any(rows) else 1.0
         return type(found)(found.nll_sum * whole, example_nll, found.example_tokens)
 
-    loop.batch_loss = scaled
+    passes.batch_loss = scaled
 
 
 @pytest.fixture
 def bad_example(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[int]]:
     """An example of step `BAD`; the loss function is put back afterwards."""
-    monkeypatch.setattr(loop, "batch_loss", loop.batch_loss)
+    monkeypatch.setattr(passes, "batch_loss", passes.batch_loss)
     return longest_of_step(recipe(root), BAD)
 
 

@@ -32,7 +32,7 @@ from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run import trainer, writer
 from qdora.run.train import train_run
-from qdora.train import distributed, loop
+from qdora.train import distributed, loop, passes
 from qdora.train.distributed import OtherProcessFailed, Processes, free_host_bytes, processes_of_launch, seed_of
 from qdora.train.process_watch import PATIENCE
 from tests import launched, tiny_run, tiny_sharded
@@ -233,7 +233,7 @@ def resumed_and_stopped(rank: int, settings: Recipe, directory: Path, stop_at: i
 
 
 def broken(rank: int, settings: Recipe, directory: Path) -> None:
-    real, calls = loop.batch_loss, {"n": 0}
+    real, calls = passes.batch_loss, {"n": 0}
 
     def breaking(*args: Any, **settings: Any) -> Any:
         calls["n"] += 1
@@ -241,7 +241,7 @@ def broken(rank: int, settings: Recipe, directory: Path) -> None:
             raise RuntimeError("CUDA error: device-side assert triggered")
         return real(*args, **settings)
 
-    loop.batch_loss = breaking
+    passes.batch_loss = breaking
     with pytest.raises(RunFailure, match=r"step 3: process 1: cannot be computed: CUDA error: device-side.*step-2"):
         train_run(settings, directory)
 
@@ -257,14 +257,14 @@ def test_where_one_cannot_compute_both_stop_with_the_state_and_the_whole_batch(r
 
 def out_of_memory(rank: int, settings: Recipe, directory: Path) -> None:
     """The second process has less memory."""
-    real = loop.batch_loss
+    real = passes.batch_loss
 
     def hungry(model: Any, input_ids: torch.Tensor, *rest: Any, **settings: Any) -> Any:
         if rank == 1 and input_ids.numel() > 40:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(model, input_ids, *rest, **settings)
 
-    loop.batch_loss = hungry
+    passes.batch_loss = hungry
     train_run(settings, directory)
 
 
@@ -511,7 +511,7 @@ def ended_by_the_launcher(rank: int, settings: Recipe, directory: Path) -> None:
         draw(*args)
 
     trainer.draw_figures = drawing
-    loop.batch_loss = Mock(side_effect=RuntimeError("CUDA error"))
+    passes.batch_loss = Mock(side_effect=RuntimeError("CUDA error"))
     with pytest.raises(RunFailure, match="step 1: process 0: cannot be computed: CUDA error"):
         train_run(settings, directory)
     assert signal.getsignal(signal.SIGTERM) is before

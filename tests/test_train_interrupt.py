@@ -25,7 +25,7 @@ from qdora.run import writer
 from qdora.run.run_facts import run_facts
 from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
-from qdora.train import interrupt, loop
+from qdora.train import interrupt, passes
 from tests import tiny_run
 from tests.run_files import assert_same_run, trained
 
@@ -47,7 +47,7 @@ def heeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def in_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
     """Do something in the middle of a step: its batch is computed, its update is not made."""
-    real, calls = loop.batch_loss, {"n": 0}
+    real, calls = passes.batch_loss, {"n": 0}
 
     def acting(*args: Any, **settings: Any) -> Any:
         result = real(*args, **settings)
@@ -56,7 +56,7 @@ def in_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Non
             action()
         return result
 
-    monkeypatch.setattr(loop, "batch_loss", acting)
+    monkeypatch.setattr(passes, "batch_loss", acting)
 
 
 def send(*numbers: int) -> Callable[[], None]:

@@ -19,8 +19,8 @@ from qdora.model.inject import adapter_parameters, inject
 from qdora.recipe.settings import AdapterConfig, BaseWeightsConfig
 from qdora.run.train import train_run
 from qdora.train import loss_scale
-from qdora.train.loop import step_gradient
 from qdora.train.loss_scale import LossScale
+from qdora.train.passes import step_gradient
 from tests import tiny_adapted, tiny_run
 from tests.run_files import assert_same_run, make_gradients_nan, stop_after, trained
 from tests.test_data_loader import tokenised

@@ -13,9 +13,8 @@ from qdora.data.batching import MicroBatch
 from qdora.data.loader import Step
 from qdora.model.inject import adapter_parameters, inject
 from qdora.ops.loss import token_nll
-from qdora.train import loop
 from qdora.train.figures import smooth
-from qdora.train.loop import batch_loss
+from qdora.train.passes import batch_loss, step_gradient
 from tests import reference, tiny
 
 LENGTHS = (10, 7, 12, 3)
@@ -97,7 +96,7 @@ def test_a_step_is_a_ratio_of_sums_however_it_is_split(groups: list[list[int]]) 
     model = tiny.llama()
     inject(model, rank=2, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     tiny.move_all_parameters_(model)
-    metrics, _ = loop.step_gradient(model, step_of(groups), device=torch.device("cpu"))
+    metrics, _ = step_gradient(model, step_of(groups), device=torch.device("cpu"))
     nll = []
     for row, length in enumerate(LENGTHS):
         ids, _, labels = batch()
@@ -111,7 +110,7 @@ def test_a_step_is_a_ratio_of_sums_however_it_is_split(groups: list[list[int]]) 
     twin = tiny.llama()
     inject(twin, rank=2, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
     tiny.move_all_parameters_(twin)
-    loop.step_gradient(twin, step_of([[0, 1, 2, 3]]), device=torch.device("cpu"))
+    step_gradient(twin, step_of([[0, 1, 2, 3]]), device=torch.device("cpu"))
     expected = torch.cat([p.grad.flatten() for p in adapter_parameters(twin).values() if p.grad is not None])
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 

@@ -17,8 +17,8 @@ from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
 from qdora.train import output_head
-from qdora.train.loop import batch_loss
 from qdora.train.output_head import LogitForm
+from qdora.train.passes import batch_loss
 from tests import tiny
 
 VOCABULARY = 97

@@ -12,20 +12,20 @@ import torch
 from qdora.errors import Interrupted, UserError
 from qdora.run import pruned_base
 from qdora.run.train import train_run
-from qdora.train import loop, packed_attention
+from qdora.train import packed_attention, passes
 from tests import tiny_run
 from tests.run_files import assert_same_run, make_gradients_nan, stop_after, timeless
 
 
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the loop packs, micro-batch by micro-batch."""
-    real, seen = loop.batch_loss, []
+    real, seen = passes.batch_loss, []
 
     def spying(*args: Any, **settings: Any) -> Any:
         seen.append(settings["packing"])
         return real(*args, **settings)
 
-    monkeypatch.setattr(loop, "batch_loss", spying)
+    monkeypatch.setattr(passes, "batch_loss", spying)
     return seen
 
 

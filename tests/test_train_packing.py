@@ -32,9 +32,9 @@ from qdora.data.loader import Step
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters, inject
-from qdora.train import loop, packed_attention
-from qdora.train.loop import batch_loss
+from qdora.train import packed_attention
 from qdora.train.packed_attention import packed_layout
+from qdora.train.passes import batch_loss, step_gradient
 from tests import reference, tiny
 from tests.test_data_batching import examples_of
 
@@ -125,7 +125,7 @@ def test_a_packed_step_has_the_gradient_and_the_task_sums_of_the_unpacked_one(ch
         examples = examples_of(LENGTHS)
         batches = micro_batches(examples, Batching(75, 0, layout, 25), ["a", "b"])  # type: ignore[arg-type]
         labels = sum(int(each.loss_mask.sum()) for each in examples)
-        metrics, _ = loop.step_gradient(model, Step(batches, labels, sum(LENGTHS), 10), device=torch.device("cpu"))
+        metrics, _ = step_gradient(model, Step(batches, labels, sum(LENGTHS), 10), device=torch.device("cpu"))
         gradient = torch.cat([p.grad.flatten() for p in adapter_parameters(model).values() if p.grad is not None])
         assert float(gradient.abs().max()) > 1e-3
         found.append((metrics, gradient))

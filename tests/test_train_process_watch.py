@@ -20,7 +20,7 @@ from torch import nn
 from qdora.errors import RunFailure, UserError
 from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
-from qdora.train import loop, process_watch
+from qdora.train import passes, process_watch
 from qdora.train.distributed import Processes
 from qdora.train.process_watch import PATIENCE, ProcessWatch, patience_seconds
 from tests import launched, tiny_sharded
@@ -58,7 +58,7 @@ class Launch:
         self.place, self.run = place, place / "run"
         settings = exact(root, train__batch=2, train__micro_batch_tokens=96, train__checkpoint_every=1, **changes)
         (place / "recipe.yaml").write_text(resolved_yaml(settings))
-        real, calls = loop.batch_loss, {"n": 0}
+        real, calls = passes.batch_loss, {"n": 0}
 
         def acting(*args: Any, **options: Any) -> Any:
             calls["n"] += 1
@@ -68,7 +68,7 @@ class Launch:
 
         self.processes: list[ForkProcess] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "batch_loss", acting)
+            patch.setattr(passes, "batch_loss", acting)
             patch.setattr(process_watch, "_GRACE_SECONDS", 2.0)
             names = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
             names["MASTER_PORT"] = launched.free_port()

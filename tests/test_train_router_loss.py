@@ -20,9 +20,9 @@ from qdora.ops.load_balance import load_balancing_loss
 from qdora.plan.memory_plan import plan
 from qdora.plan.plan_contents import MicroBatchShape
 from qdora.run.train import train_run
-from qdora.train.loop import batch_loss, step_gradient
 from qdora.train.loss_scale import LossScale
 from qdora.train.packed_attention import packed_layout
+from qdora.train.passes import batch_loss, step_gradient
 from qdora.train.router_loss import check_router_loss
 from tests import launched, reference, tiny_experts, tiny_multimodal, tiny_run
 from tests.run_files import assert_same_run, stop_after, timeless, trained

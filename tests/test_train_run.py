@@ -35,7 +35,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
-from qdora.train import loop
+from qdora.train import passes
 from tests import tiny_run, tiny_tokenizer
 from tests.launched import start_command
 from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless, trained
@@ -261,7 +261,7 @@ def test_nan_loss_stops_with_the_state_before_it_and_the_batch(
     root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_run.recipe(root)
-    real, calls = loop.batch_loss, {"n": 0}
+    real, calls = passes.batch_loss, {"n": 0}
 
     def poisoned(*args: Any, **settings: Any) -> Any:
         result = real(*args, **settings)
@@ -270,7 +270,7 @@ def test_nan_loss_stops_with_the_state_before_it_and_the_batch(
             return type(result)(result.nll_sum * float("nan"), result.example_nll * float("nan"), result.example_tokens)
         return result
 
-    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    monkeypatch.setattr(passes, "batch_loss", poisoned)
     with pytest.raises(RunFailure, match=r"step 4: loss nan is not finite.*Safe on disk: .*step-3, .*bad-steps/step-4"):
         train_run(recipe, tmp_path / "run")
     kept = json.loads((tmp_path / "run/bad-steps/step-4/batch.json").read_text())
@@ -388,13 +388,13 @@ def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path,
 def test_the_recipe_says_how_many_tokens_have_logits_at_once(
     root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: Any, chunk: int | None
 ) -> None:
-    real, chunks = loop.batch_loss, []
+    real, chunks = passes.batch_loss, []
 
     def spying(*args: Any, **settings: Any) -> Any:
         chunks.append(settings["chunk"])
         return real(*args, **settings)
 
-    monkeypatch.setattr(loop, "batch_loss", spying)
+    monkeypatch.setattr(passes, "batch_loss", spying)
     train_run(
         tiny_run.recipe(root, memory__loss_chunk=setting, train__steps=2, eval__tasks=[], eval__limit=...), tmp_path
     )

@@ -20,7 +20,7 @@ from qdora.files.run_directory import RunDirectory
 from qdora.recipe.settings import Recipe
 from qdora.run import step_evaluations
 from qdora.run.train import train_run
-from qdora.train import loop
+from qdora.train import loop, passes
 from qdora.train.distributed import OtherProcessFailed, Processes
 from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
@@ -125,7 +125,7 @@ def on_two_machines(rank: int, settings: Recipe, directory: Path) -> None:
 
 
 def broken(rank: int, settings: Recipe, directory: Path) -> None:
-    real, calls = loop.batch_loss, {"n": 0}
+    real, calls = passes.batch_loss, {"n": 0}
 
     def breaking(*args: Any, **options: Any) -> Any:
         calls["n"] += 1
@@ -133,7 +133,7 @@ def broken(rank: int, settings: Recipe, directory: Path) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(*args, **options)
 
-    loop.batch_loss = breaking
+    passes.batch_loss = breaking
     lost = r"process 0: stopped, because process 1 \(on \S+\) failed: process 1: out of memory with one example"
     expected = {0: (OtherProcessFailed, lost)}
     expected[1] = (RunFailure, "process 1: out of memory with one example")

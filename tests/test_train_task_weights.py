@@ -17,7 +17,7 @@ from qdora.model.inject import adapter_parameters
 from qdora.run.train import train_run
 from qdora.train.distributed import Processes
 from qdora.train.even_passes import even_passes
-from qdora.train.loop import step_gradient
+from qdora.train.passes import step_gradient
 from tests import launched, reference, tiny_adapted, tiny_run
 from tests.run_files import timeless
 from tests.test_data_loader import loader, tokenised

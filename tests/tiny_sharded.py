@@ -20,9 +20,10 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.train import loop
+from qdora.train import passes
 from qdora.train.distributed import CAN_DIVIDE, Processes, mesh_of, processes_of_launch
 from qdora.train.even_passes import even_passes
+from qdora.train.passes import step_gradient
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def train(model: PreTrainedModel, processes: Processes, *, num_steps: int = 3) -
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     for _ in range(num_steps):
         mine = even_passes(step(processes.rank, processes.size), processes)
-        metrics, _ = loop.step_gradient(model, mine, device=CPU)
+        metrics, _ = step_gradient(model, mine, device=CPU)
         processes.sum_gradients_(list(parameters.values()))
         gradients = {name: each.grad for name, each in parameters.items() if each.grad is not None}
         found.append((sum(processes.gather(metrics["loss"])), {name: each.clone() for name, each in gradients.items()}))
@@ -93,12 +94,12 @@ def train(model: PreTrainedModel, processes: Processes, *, num_steps: int = 3) -
 def norm_counts(processes: Processes, model: PreTrainedModel, num_steps: int = 3) -> tuple[list[int], Any]:
     """How many norms each step computed from the rows of each process, and what `train` returns."""
     counts: list[int] = []
-    before = loop.prepare_shared_gains
-    loop.prepare_shared_gains = lambda layers: counts.append(before(layers))  # type: ignore[assignment,func-returns-value]
+    before = passes.prepare_shared_gains
+    passes.prepare_shared_gains = lambda layers: counts.append(before(layers))  # type: ignore[assignment,func-returns-value]
     try:
         found = train(model, processes, num_steps=num_steps)
     finally:
-        loop.prepare_shared_gains = before
+        passes.prepare_shared_gains = before
     return counts, found
 
 

@@ -61,13 +61,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import safetensors.torch
 import torch
 import yaml
 from byte_tokenizer import write_model
 from matplotlib.figure import Figure
 from measure import RESULTS, facts, launch_variables, write
-from safetensors import SafetensorError
 
 from qdora.cli.verb import repeat_lost_interrupts
 from qdora.files.atomic import is_leftover
@@ -138,7 +136,7 @@ class Shared:
 
 OPERATIONS, NUM_STEPS, CAME, NUM_COMMANDS = range(4)
 _CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.utime", "shutil.rmtree")
-_TAKES_ROOM = ("open", "os.mkdir", "os.link", "os.rename", "save")
+_TAKES_ROOM = ("open", "os.mkdir", "os.link", "os.rename")
 
 
 class Watch:
@@ -200,19 +198,6 @@ class Watch:
             self.seen(event if writes else "read", path)
 
         sys.addaudithook(hook)
-        real = safetensors.torch.serialize_file
-
-        def serialize_file(tensors: Any, path: Any, *args: Any, **options: Any) -> None:
-            # Rust code, which audits nothing
-            try:
-                self.seen("save", str(path))
-            except OSError as error:
-                text = f"I/O error: {error.strerror} (os error {error.errno})"
-                raise SafetensorError(f"Error while serializing: {text}") from None
-            real(tensors, path, *args, **options)
-            self.seen("saved", str(path))
-
-        safetensors.torch.serialize_file = serialize_file
 
     def _watch_steps(self) -> None:
         real = loop.step_gradient

@@ -23,7 +23,7 @@ from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.inject import adapted_layers
 from qdora.train.checkpoint import random_state, set_random_state
-from qdora.train.loop import batch_loss, prepare_model_gains
+from qdora.train.passes import batch_loss, prepare_model_gains
 
 Array = NDArray[np.float64]
 

@@ -25,7 +25,7 @@ from qdora.nn.shared_norms import prepare_shared_gains
 from qdora.ops.tiles import Weight
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
-from qdora.train.loop import batch_loss
+from qdora.train.passes import batch_loss
 
 _NUM_TOKENS = 32
 # Relative differences allowed between two passes: sums on a GPU may have another order, and the norms of a block come
