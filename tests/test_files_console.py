@@ -9,7 +9,10 @@ from qdora.files.console import bar, consoles
 
 
 @pytest.mark.parametrize("name", ["lr[best]", "runs/[/b]", "qa[hard] :smile:"])
-def test_names_in_brackets_are_printed_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_in_brackets_are_printed_as_they_are(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qdora.files.console._shown", {"progress": True, "results": True})  # as without --json
     for console in consoles():
         table = Table(name)
         table.add_row(name)

@@ -247,7 +247,7 @@ trackers: [wandbb]
         ("train.max_seq_length", "data.max_length"),
         ("lora_r", "adapter.rank"),
         ("sequence_len", "data.max_length"),
-        ("train.passes_accumulation_steps", "batch"),
+        ("train.gradient_accumulation_steps", "batch"),
         ("train.load_in_4bit", "base.quant"),
         ("train.report_to", "trackers"),
         ("base_model", "model.source"),
