@@ -34,7 +34,7 @@ def settings() -> str:
     """The whole guide."""
     schema = json_schema()
     top = "\n".join(_entry(name, field) for name, field in schema["properties"].items() if not _section(field))
-    parts = [_HEAD, *_sections(schema, "", schema), f"## Beside the sections\n\n{top}", _peers()]
+    parts = [_HEAD, *_sections(schema, "", schema), f"## Outside the sections\n\n{top}", _peers()]
     return "\n\n".join(parts) + "\n"
 
 

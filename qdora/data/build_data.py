@@ -170,7 +170,7 @@ def tokenized_sources(
         try:
             if source.stream:
                 stream = ExampleStream(open_shards(source), data, number, tokenizer)
-                stream.first()
+                stream.first()  # raises what a run would refuse its first rows for
                 sets.append(stream)
             else:
                 sets.append(_tokenized(source, data, tokenizer, examples, cache))

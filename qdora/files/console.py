@@ -1,4 +1,4 @@
-"""The consoles: progress and notes on standard error, results on standard output; and progress bars."""
+"""The consoles: progress and notes on standard error, results on standard output; progress bars, and durations."""
 
 from __future__ import annotations
 

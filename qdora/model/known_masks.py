@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -62,10 +63,9 @@ def known_masks(model: nn.Module, packing: Packing | None, device: torch.device)
         ours = _none
     else:
         ours = partial(_within_examples, make, packing.position_ids, packing.example_index)
-    finds_nothing = replaced(modeling_flash_attention_utils, _FINDS_PACKED, lambda _before: _none)
-    unpacked = finds_nothing if packing is None else nullcontext()
     ALL_MASK_ATTENTION_FUNCTIONS[attention] = ours
     before = _PACKED.set(packing is not None)
+    unpacked = _answers_nothing(modeling_flash_attention_utils, _FINDS_PACKED) if packing is None else nullcontext()
     try:
         with _without_recurrent_masks(model), unpacked, fast_grouped_attention():
             yield
@@ -110,7 +110,12 @@ def _attention(model: nn.Module) -> str | None:
 
 
 def _without_recurrent_masks(model: nn.Module) -> AbstractContextManager[None]:
-    return replaced(sys.modules[own_class(model).__module__], _RECURRENT, lambda _before: _none)
+    return _answers_nothing(sys.modules[own_class(model).__module__], _RECURRENT)
+
+
+def _answers_nothing(module: ModuleType, name: str) -> AbstractContextManager[None]:
+    """Inside, a function of a module, if there is one, returns None."""
+    return replaced(module, name, lambda _before: _none)
 
 
 def _none(*_args: Any, **_kwargs: Any) -> None:

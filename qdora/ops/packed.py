@@ -23,7 +23,6 @@ Kind = Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2", "mxfp4"]
 KINDS: tuple[str, ...] = get_args(Kind)
 BLOCK_SIZES: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-
 TENSOR_NAMES = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
 """Those of `PackedWeight.tensors`; the last three if its scales are double quantised."""
 

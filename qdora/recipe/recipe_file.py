@@ -246,6 +246,7 @@ def _assign_(node: Any, kind: Any, steps: Sequence[int | str], value: Any) -> No
     elif get_origin(kind) is dict and isinstance(node, dict):
         # adapter.rank_pattern: the rest is one name, with its dots
         name = ".".join(map(str, steps))
+        # In a table of any values, such as data.template_kwargs, null is one of them
         if value is None and get_args(kind)[1] is not Any:
             node.pop(name, None)
         else:

@@ -58,7 +58,7 @@ class TrainConfig(Section):
     parallel: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
     """How several processes hold the frozen base (torchrun or accelerate launch). replicate: each all of it. shard:
     each its rows, and a block is gathered while it computes. hybrid: shard among the processes of a machine, replicate
-    across machines. auto: shard if memory.budget is set and the base fits divided but not whole, else replicate. One
+    across machines. auto: shard if memory.budget is set and the base fits sharded but not whole, else replicate. One
     process holds all of it in any case. See the guide several-gpus."""
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"] = "paged_adamw_8bit"
     """AdamW, or Lion (arXiv 2302.06675; needs an lr 3 to 10 times smaller), with 8-bit or 32-bit states. paged: on CUDA
