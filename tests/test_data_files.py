@@ -107,7 +107,7 @@ def faults_of(path: Path) -> list[str]:
         ("a.json", b'[{"a": 1},\n {"a": [2}]', ["line 2: not JSON (column 10: Expecting ',' delimiter)"]),
         ("a.json", b'[{"a": 1}', ["line 1: not JSON (column 10: Expecting ',' delimiter)"]),
         ("a.json", b'[{"a": 1}] []', ["line 1: not JSON (column 12: Extra data)"]),
-        ("a.json", b'{"a": 1,\n}', ["line 2: not JSON (column 1: Expecting property name enclosed in double quotes)"]),
+        ("a.json", b'{"a": 1,\n2}', ["line 2: not JSON (column 1: Expecting property name enclosed in double quotes)"]),
         ("a.json", b'{"a": [1]}', ["must be a list of objects, or one object a line, got {'a': [1]}"]),
         ("a.txt", b"one\n\n\xfftwo\n", ["line 3: not UTF-8 text (byte 0 of the document)"]),
     ],

@@ -282,14 +282,14 @@ def test_the_answer_has_three_parts_each_with_its_number(report: Report, tmp_pat
     for arm in ("lora", "dora"):
         left = {row["base.quant"]: row for row in rows(report, "repair", adapter=arm) if "left" in row}
         assert {quant for quant, row in left.items() if row["left_lower"] > 0.02} == {"nf4", "fp4"}
-        repaired = left["int8"]["left_upper"] < 0.02
+        is_as_good = left["int8"]["left_upper"] < 0.02
         least, most = (f"{left[quant]['left']:.3f} ({quant})" for quant in ("int8", "fp4"))
-        number = "1 of 3 (int8)" if repaired else "0 of 3 (int8 not decided)"
-        told.append(f"{arm} repairs {number} and leaves {least} to {most}")
+        number = "1 of 3 (int8) is as good" if is_as_good else "0 of 3 are as good (int8 not decided)"
+        told.append(f"with {arm}, {number} and {least} to {most} is left")
     assert report.answer[1] == (
-        "A base counts as repaired if the arm trained on it is less than 0.02 worse than the arm trained on the "
-        f"uncompressed base, in NLL (nats per token), with 95 % confidence. Of the bases that were trained "
-        f"on, {'; '.join(told)}."
+        "A compressed base is called as good as the uncompressed one if the arm trained on it is less than 0.02 worse "
+        "than the arm trained on the uncompressed base, in NLL (nats per token), with 95 % confidence. Of the bases "
+        f"that were trained on, {'; '.join(told)}."
     )
     moved, share = [], []
     for arm in ("lora", "dora"):
@@ -419,20 +419,20 @@ def test_the_damage_left_is_told_in_the_metric_of_the_study() -> None:
     row = {"adapter": "lora", "base.quant": "nf4", "left": 0.1, "left_lower": 0.05, "left_upper": 0.2}
     compare = CompareConfig(metric="acc", reference="lora")
     start = (
-        "A base counts as repaired if the arm trained on it is less than 0.02 worse than the arm trained on the "
-        "uncompressed base, in accuracy, with 95 % confidence. Of the bases that were trained on, lora "
-        "repairs "
+        "A compressed base is called as good as the uncompressed one if the arm trained on it is less than 0.02 worse "
+        "than the arm trained on the uncompressed base, in accuracy, with 95 % confidence. Of the bases that were "
+        "trained on, with lora, "
     )
 
     def told(*repairs: dict[str, Any]) -> list[str]:
         return answer_of([], repairs, ["base.quant"], compare, "accuracy")[1:]
 
-    assert told(row) == [f"{start}0 of 1 and leaves 0.100 (nf4)."]
+    assert told(row) == [f"{start}0 of 1 are as good and 0.100 (nf4) is left."]
     small = row | {"base.quant": "int8", "left": 0.01, "left_lower": 0.005, "left_upper": 0.015}
-    assert told(row, small) == [f"{start}1 of 2 (int8) and leaves 0.010 (int8) to 0.100 (nf4)."]
-    assert told(small) == [f"{start}1 of 1 and leaves 0.010 (int8)."]
+    assert told(row, small) == [f"{start}1 of 2 (int8) is as good and 0.010 (int8) to 0.100 (nf4) is left."]
+    assert told(small) == [f"{start}1 of 1 is as good and 0.010 (int8) is left."]
     single = row | {"left_lower": math.nan, "left_upper": math.nan}  # a single seed
-    assert told(single) == [f"{start}0 of 1 (nf4 not decided) and leaves 0.100 (nf4)."]
+    assert told(single) == [f"{start}0 of 1 are as good (nf4 not decided) and 0.100 (nf4) is left."]
     moved = [row | {"transplant": 0.4, "repaired_share": 0.75}, small | {"transplant": 0.02}]
     assert told(*moved)[1] == (
         "Moved from the uncompressed base to a compressed one without further training, lora loses 0.020 (int8) to "

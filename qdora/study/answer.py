@@ -109,26 +109,28 @@ def decided_in_words(row: Row, metric_label: str) -> str:
 
 
 def _left(arm: str, rows: Sequence[Row], named: Naming, zone: float) -> str:
-    """How many bases an arm surely repairs, which are open, and the least and the most that is left; "" if unknown."""
+    """How many bases are surely as good, which are open, and the least and the most that is left; "" if unknown."""
     known = [row for row in rows if is_number(row.get("left"))]
     if not known:
         return ""
     inside = [named(row) for row in known if row["left_upper"] < zone]
     open_ = [named(row) for row in known if not row["left_upper"] < zone and not row["left_lower"] > zone]  # nan, too
-    told = f"{arm} repairs {len(inside)} of {len(known)}"
+    told = f"with {arm}, {len(inside)} of {len(known)}"
     if inside and len(inside) < len(known):
         told += f" ({', '.join(inside)})"
+    told += " is as good" if len(inside) == 1 else " are as good"
     if open_:
         told += f" ({', '.join(open_)} not decided)"
-    return f"{told} and leaves {_span(known, named, 'left', '.3f')}"
+    return f"{told} and {_span(known, named, 'left', '.3f')} is left"
 
 
 def _all_left(left: Sequence[str], zone: float, label: str) -> str:
-    """What counts as repaired, and what that makes of each arm."""
+    """What is called as good as the uncompressed base, and what that makes of each arm."""
     told = "; ".join(filter(None, left))
     return told and (
-        f"A base counts as repaired if the arm trained on it is less than {zone:g} worse than the arm trained on the "
-        f"uncompressed base, in {label}, with 95 % confidence. Of the bases that were trained on, {told}."
+        f"A compressed base is called as good as the uncompressed one if the arm trained on it is less than {zone:g} "
+        f"worse than the arm trained on the uncompressed base, in {label}, with 95 % confidence. Of the bases that "
+        f"were trained on, {told}."
     )
 
 
