@@ -211,14 +211,15 @@ class KeptStudy:
             if shared_seeds([(1.0, arm, other)]):
                 contrasts[key] = [(1.0, arm, other)]
                 self.primary |= {} if asked else {key: contrasts[key]}
-        alpha = self.compare["alpha"]
+        alpha, number = self.compare["alpha"], max(len(self.primary), len(asked) or self._num_pairs())
         found = {
-            key: self._numbers(terms, alpha / len(self.primary) if key in self.primary else alpha)
+            key: self._numbers(terms, alpha / number if key in self.primary else alpha)
             for key, terms in contrasts.items()
         }
         own = [found[key] for key in self.primary]
         larger = [np.nanmax([each["p_seeds"], each["p_examples"]]) for each in own]
-        for each, p, p_equivalent in zip(own, holm(larger), holm([each["p_equivalent"] for each in own]), strict=True):
+        equivalent = [each["p_equivalent"] for each in own]
+        for each, p, p_equivalent in zip(own, holm(larger, number), holm(equivalent, number), strict=True):
             each |= {"p_holm": p, "p_equivalent_holm": p_equivalent}
         return found
 
@@ -230,6 +231,8 @@ class KeptStudy:
             arms = [arm for _, *pair in terms for arm in pair]
             may_be = all(arm.is_interior and not arm.num_missing for arm in arms) and not self.lacking.get(key)
             may_be = may_be and len(shared_seeds(terms)) >= self.compare["min_seeds"]
+            # Without a diverged run, a task of a single example
+            may_be = may_be and (self._has_diverged(terms) or not math.isnan(found[key]["p_examples"]))
             better, equivalent = (may_be and found[key][p] < self.compare["alpha"] for p in COMPARED[6:8])
             winner = terms[0][1].name if found[key]["improvement"] > 0 else self.reference
             said[key] = f"no difference above {zone}" if equivalent else "not decided"
@@ -251,17 +254,7 @@ class KeptStudy:
 
         A combination without a cell of its own is not trained: it has the recipe of another one, whose cell it shares.
         """
-        trained: dict[str, set[str]] = {}
-        product = {axis: list(map(text_of, values)) for axis, values in self.study["product"].items()}
-        for stage in self.study.get("stages") or [{}]:
-            for combination in itertools.product(*product.values()):
-                labels = dict(zip(product, combination, strict=True))
-                wanted = {axis: value for axis, value in stage.get("cells", {}).items() if axis != "seed"}
-                is_left_out = any(has_labels(labels, each) for each in self.study.get("exclude", ()))
-                if stage.get("kind", "train") == "train" and has_labels(labels, wanted) and not is_left_out:
-                    context, name = self._place(labels)
-                    if (context, name) not in self.shared:
-                        trained.setdefault(context, set()).add(name)
+        trained = self._trained()
         both = {terms[0][1].name, terms[0][2].name}
         compared = [arm.context for _, arm, _ in terms]
         there = {(json.dumps(arm.context), arm.name) for _, *pair in terms for arm in pair}
@@ -281,6 +274,25 @@ class KeptStudy:
                     return True
         return False
 
+    def _num_pairs(self) -> int:
+        """How many arms the study trains beside the reference of their context."""
+        return sum(len(names) - 1 for names in self._trained().values() if self.reference in names)
+
+    def _trained(self) -> dict[str, set[str]]:
+        """Context -> the arms that the study trains in it, but for those that share the cell of another place."""
+        trained: dict[str, set[str]] = {}
+        product = {axis: list(map(text_of, values)) for axis, values in self.study["product"].items()}
+        for stage in self.study.get("stages") or [{}]:
+            for combination in itertools.product(*product.values()):
+                labels = dict(zip(product, combination, strict=True))
+                wanted = {axis: value for axis, value in stage.get("cells", {}).items() if axis != "seed"}
+                is_left_out = any(has_labels(labels, each) for each in self.study.get("exclude", ()))
+                if stage.get("kind", "train") == "train" and has_labels(labels, wanted) and not is_left_out:
+                    context, name = self._place(labels)
+                    if (context, name) not in self.shared:
+                        trained.setdefault(context, set()).add(name)
+        return trained
+
     def _numbers(self, terms: Sequence[Term], alpha: float) -> Numbers:
         shared = sorted(shared_seeds(terms), key=self.further.__contains__)
         sign = -1.0 if self.metric in LOWER_IS_BETTER else 1.0
@@ -296,12 +308,15 @@ class KeptStudy:
         numbers["p_examples"] = both_tails(mean, error, degrees)
         equivalent = [tail(abs(mean) - zone, each, df) for each, df in ((stderr, free), (error, degrees))]
         # A run that diverged has no measured score, and one seed no spread: nothing is known to be equivalent
-        has_diverged = any(
-            "diverged" in arm.cells[seed]["result"] for _, *pair in terms for arm in pair for seed in shared
+        numbers["p_equivalent"] = (
+            math.nan if self._has_diverged(terms) or len(shared) < 2 else float(np.nanmax(equivalent))
         )
-        numbers["p_equivalent"] = math.nan if has_diverged or len(shared) < 2 else float(np.nanmax(equivalent))
         numbers["smallest_detectable"] = stderr * detectable(free, alpha, self.compare["power"]) if stderr else 0.0
         return numbers
+
+    def _has_diverged(self, terms: Sequence[Term]) -> bool:
+        seeds = shared_seeds(terms)
+        return any("diverged" in arm.cells[seed]["result"] for _, *pair in terms for arm in pair for seed in seeds)
 
     def num_first(self, seeds: Iterable[str]) -> int:
         """How many of these seeds are not further ones: they alone tell the spread (Stein, 1945)."""
@@ -354,7 +369,7 @@ class KeptStudy:
                 and other.name == name
                 and {axis: label for axis, label in other.context.items() if axis not in of_base} == kept
             ]
-            if arm.is_dense or not twins:
+            if arm.is_dense or not twins or any("diverged" in each["result"] for each in shared_cells(twins[0], arm)):
                 continue
             lost = self._losses(arm, twins[0])
             if lost:
@@ -383,6 +398,11 @@ class KeptStudy:
 def shared_seeds(terms: Sequence[Term]) -> list[str]:
     """The seeds that all arms have."""
     return [seed for seed in terms[0][1].cells if all(seed in arm.cells for _, *pair in terms for arm in pair)]
+
+
+def shared_cells(arm: Arm, other: Arm) -> list[Mapping[str, Any]]:
+    """The arm's cells of the seeds that the other one has, too."""
+    return [cell for seed, cell in arm.cells.items() if seed in other.cells]
 
 
 def parts_of(entry: Mapping[str, Any]) -> list[tuple[float, Mapping[str, Any]]]:
@@ -518,12 +538,12 @@ def beta_share(x: float, a: float, b: float) -> float:
     return math.exp(scale) / a / fraction
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values; one that is not known counts as 1."""
+def holm(p_values: Sequence[float], number: int) -> list[float]:
+    """Holm's adjusted p-values among `number` tests; one that is not known counts as 1."""
     known = [1.0 if math.isnan(p) else float(p) for p in p_values]
     adjusted, largest = [0.0] * len(known), 0.0
     for rank, index in enumerate(np.argsort(known, kind="stable")):
-        largest = max(largest, min(1.0, (len(known) - rank) * known[index]))
+        largest = max(largest, min(1.0, (number - rank) * known[index]))
         adjusted[index] = largest
     return adjusted
 

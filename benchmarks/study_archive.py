@@ -44,6 +44,8 @@ def pack(directory: Path) -> bytes:
             run = RunDirectory(store.cell(cell["key"]))
             lines = run.metrics() if run.metrics_file.is_file() else []
             losses = [[line["step"], line["loss"]] for line in lines if line.get("loss") is not None]
+        if result is not None and "files" in result:
+            result = result | {"files": {"scores": result["files"]["scores"]}}
         cells.append({"cell": cell, "result": result, "scores": scores, "losses": losses})
     # Names of this machine are in the settings, which no number depends on, and in sources of the axes
     study = {name: value for name, value in index["study"].items() if name not in ("recipe", "settings")}

@@ -55,6 +55,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def test_a_study_with_generated_answers_goes_on_without_them(archive: ModuleType, tmp_path: Path) -> None:
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
+    made = fake_study.make(tmp_path / "made", product=product, generated=True)
+    archive.unpack(archive.pack(made), tmp_path / "made/study.yaml", tmp_path / "study")
+    whole, kept = (read_report(folder).tables["comparisons"] for folder in (made, tmp_path / "study"))
+    assert {row["measure"] for row in whole} - {row["measure"] for row in kept} == {"right", "unparsable"}
+
+
 def same(found: Report, expected: Report, name: str) -> bool:
     """Whether a table is the same, to the 1e-7 that rounded scores leave."""
     return _rows(found, name, lambda value: value) == _rows(

@@ -189,9 +189,10 @@ def test_the_nll_of_a_choice_is_its_share_of_all_choices() -> None:
 
 def test_holm_of_a_worked_example() -> None:
     # By hand: 0.01 * 4; 0.02 * 3; 0.03 * 2 is 0.06, not below the one before; 0.2 * 1
-    assert holm([0.2, 0.01, 0.03, 0.02]) == pytest.approx([0.2, 0.04, 0.06, 0.06])
-    assert holm([]) == []
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.2, 0.01, 0.03, 0.02], 4) == pytest.approx([0.2, 0.04, 0.06, 0.06])
+    assert holm([], 0) == []
+    assert holm([0.9, 0.8], 2) == [1.0, 1.0]
+    assert holm([0.02, 0.01], 4) == pytest.approx([0.06, 0.04])
 
 
 @settings(deadline=None)
@@ -200,7 +201,7 @@ def test_holm_rejects_what_its_definition_rejects(p_values: list[float], alpha: 
     rejected, left = set(), sorted(range(len(p_values)), key=lambda i: p_values[i])
     while left and p_values[left[0]] * len(left) < alpha:
         rejected.add(left.pop(0))
-    adjusted = holm(p_values)
+    adjusted = holm(p_values, len(p_values))
     assert {i for i, value in enumerate(adjusted) if value < alpha} == rejected
     assert all(after >= before for before, after in zip(p_values, adjusted, strict=True))
 

@@ -90,6 +90,53 @@ def test_arms_that_both_diverge_are_not_equivalent(tmp_path: Path) -> None:
     assert math.isnan(row["p_equivalent"])
 
 
+@pytest.mark.parametrize("lost", [["none"], ["none", "fp4"], ["fp4"]])
+def test_what_is_left_needs_a_measured_run_on_the_uncompressed_base(tmp_path: Path, lost: list[str]) -> None:
+    def nll(cell: Cell) -> float:
+        is_lost = cell.kind == "trained" and cell.recipe.adapter.kind == "dora" and cell.recipe.base.quant in lost
+        return math.nan if is_lost else fake_study.truth(cell)
+
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["none", "fp4"]}
+    report = read_report(fake_study.make(tmp_path, nll=nll, product=product))
+    (row,) = rows(report, "repair", adapter="dora", **{"base.quant": "fp4"})
+    if "none" in lost:
+        assert "left" not in row
+        assert row["repair_reason"] == "the arm diverged on the uncompressed base"
+    else:  # a uniform guess among 1,000 tokens
+        assert row["left"] > 4
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_verdict_counts_the_primary_comparisons_that_have_no_result_yet(tmp_path: Path, is_named: bool) -> None:
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4", "fp4"]}
+    primary = {quant: {"arm": "dora", "over": {"base.quant": [quant]}} for quant in ("nf4", "fp4")}
+    compare = {"reference": "lora", "primary": primary if is_named else None}
+    made = fake_study.make(tmp_path, product=product, compare=compare, bases=False)
+    whole = {row["comparison"]: row for row in rows(read_report(made), "comparisons", role="primary")}
+    if not is_named:
+        whole = {"dora against lora": compared(read_report(made), "nf4")}
+    for cell in read_index(made)["cells"]:
+        if cell["kind"] == "trained" and {"fp4", "dora"} <= set(cell["labels"].values()):
+            (made / "results" / f"{cell['key']}.json").unlink()
+    (early,) = rows(read_report(made), "comparisons", role="primary")
+    late = whole[early["comparison"]]
+    assert early["p_seeds"] == late["p_seeds"]
+    larger = max(early["p_seeds"], early["p_examples"])
+    assert early["p_holm"] == pytest.approx(2 * larger)
+    assert early["smallest_detectable"] == pytest.approx(late["smallest_detectable"])
+
+
+def test_a_task_with_a_single_example_tells_no_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fake_study.NUM_EXAMPLES, "sums", 1)
+    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
+    compare = {"reference": "lora", "split": "test"}
+    row = compared(read_report(fake_study.make(tmp_path, product=product, compare=compare)), "nf4")
+    assert row["p_seeds"] < 0.05
+    assert math.isnan(row["p_examples"])
+    assert (row["winner"], row["verdict"]) == ("", "not decided")
+    assert row["reason"] == "a task has a single example, which tells no spread"
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     [

@@ -313,8 +313,7 @@ def _lacking(asked: PrimaryConfig, terms: Sequence[Term], study: Study, cells: R
 
     A combination that runs under the labels of another one is no context of its own, and is there if that one is.
     """
-    names, first = [arm.name for arm in terms[0][1:]], _first_places(cells, study)
-    trained = dict.fromkeys(_place(labels, study) for stage, labels, _ in combinations(study) if stage.kind == "train")
+    names, first, trained = [arm.name for arm in terms[0][1:]], _first_places(cells, study), _trained_places(study)
     there = {(tuple(arm.context.items()), arm.name) for _, *pair in terms for arm in pair}
     planned, found = [], []
     for context in dict.fromkeys(context for context, _ in trained):
@@ -337,6 +336,22 @@ def _place(labels: Mapping[str, str], study: Study) -> Place:
     return tuple((axis, labels[axis]) for axis in study.product if axis != arm), labels[arm]
 
 
+def _trained_places(study: Study) -> list[Place]:
+    """All that the study file trains, each once."""
+    return list(
+        dict.fromkeys(_place(labels, study) for stage, labels, _ in combinations(study) if stage.kind == "train")
+    )
+
+
+def count_primary(study: Study, cells: Records) -> int:
+    """How many primary comparisons there are once every cell is done."""
+    if study.compare.primary is not None:
+        return len(study.compare.primary)
+    own = set(_trained_places(study)) - _first_places(cells, study).keys()
+    reference = study.compare.reference
+    return sum(name != reference and (context, reference) in own for context, name in own)
+
+
 def _first_places(cells: Records, study: Study) -> dict[Place, Place]:
     """Combination that has no cell of its own, since another one gives the same recipe -> that one."""
     trained = [cell for cell in cells if cell["kind"] == "trained"]
@@ -345,10 +360,15 @@ def _first_places(cells: Records, study: Study) -> dict[Place, Place]:
     return {other: place for other, place in pairs if other not in own}
 
 
-def comparisons(arms: Sequence[Arm], results: Results, measures: Sequence[str], cells: Records) -> list[dict[str, Any]]:
+def comparisons(
+    arms: Sequence[Arm], results: Results, measures: Sequence[str], cells: Records, *, num_primary: int = 0
+) -> list[dict[str, Any]]:
     """One row for each comparison and measure, judged (`_judge`). A positive improvement is better.
 
     The primary comparisons are those of the first of the measures, the study's metric; all others are exploratory.
+
+    Args:
+        num_primary: Of the whole study, if it may have more of them than there are results of.
     """
     compare = results.study.compare
     rows = [
@@ -357,7 +377,7 @@ def comparisons(arms: Sequence[Arm], results: Results, measures: Sequence[str], 
         for measure in measures
         if (row := _row(each, results, measure, is_primary=each.is_primary and measure == measures[0])) is not None
     ]
-    _judge([row for row in rows if row["role"] == "primary"], compare)
+    _judge([row for row in rows if row["role"] == "primary"], compare, num_primary)
     for row in rows:
         del row["_spread"]
         if row["role"] != "primary":
@@ -376,8 +396,11 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
     of_examples = Spread(math.nan, math.nan)
     # The worst score is no measurement: two runs that diverged are not known to be equivalent. Nor is one seed enough.
     equivalent = [math.nan]
+    reasons = _against_a_verdict(each, len(by_seed), compare)
     if len(differences) == len(by_seed):
         of_examples = example_spread(differences, results.weighting(measure))
+        if math.isnan(of_examples.stderr):
+            reasons.append("a task has a single example, which tells no spread")
         if len(by_seed) > 1:
             equivalent = [spread.p_equivalent(interval.value, compare.zone) for spread in (of_seeds, of_examples)]
     examples = {(task, each) for tasks in differences for task, found in tasks.items() for each in found.examples}
@@ -404,7 +427,7 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
         "num_missing": sum(arm.num_missing for arm in each.arms),
         "num_diverged": sum(results.diverged(arm.seeds[seed]) for arm in each.arms for seed in by_seed),
         "seed_improvements": "; ".join(f"{seed}: {value:.9g}" for seed, value in by_seed.items()),
-        "reason": "; ".join(_against_a_verdict(each, len(by_seed), compare)),
+        "reason": "; ".join(reasons),
         "_spread": of_seeds,
     }
 
@@ -445,19 +468,21 @@ def _named(arm: Arm) -> str:
     return f"{arm.name} ({in_words(arm.context)})" if arm.context else arm.name
 
 
-def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig) -> None:
+def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig, num_primary: int) -> None:
     """Say of each primary comparison whether an arm is better, the arms are equivalent, or it is not decided.
 
     Better: the larger p-value is below alpha after Holm's correction. Equivalent: so is the larger one of the two
-    one-sided tests that the difference is outside of the zone. Both may hold.
+    one-sided tests that the difference is outside of the zone. Both may hold. A comparison that has no results yet is
+    corrected for, too, so a later one takes no verdict back.
     """
     larger = [max(row["p_seeds"], row["p_examples"], key=_or_least) for row in rows]
     known = [1.0 if math.isnan(p) else p for p in larger]
     equivalent = [1.0 if math.isnan(row["p_equivalent"]) else row["p_equivalent"] for row in rows]
-    adjusted = zip(rows, statistics.holm(known), statistics.holm(equivalent), strict=True)
-    for row, p, p_equivalent in adjusted:
+    number = max(num_primary, len(rows))
+    p_holm, p_equivalent_holm = (statistics.holm(each, number) for each in (known, equivalent))
+    for row, p, p_equivalent in zip(rows, p_holm, p_equivalent_holm, strict=True):
         row |= {"p_holm": p, "p_equivalent_holm": p_equivalent}
-        row["smallest_detectable"] = row["_spread"].detectable(compare.alpha / len(rows), compare.power)
+        row["smallest_detectable"] = row["_spread"].detectable(compare.alpha / number, compare.power)
         may_be = not row["reason"]
         better = row["arm"] if row["improvement"] > 0 else row["reference"]
         row["winner"] = better if may_be and p < compare.alpha else ""

@@ -39,6 +39,8 @@ def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, Any
         return row | {"repair_reason": "the base is not compressed"}
     if twin is None:
         return row | {"repair_reason": "the arm is not trained on the uncompressed base"}
+    if any(results.diverged(key) for seed, key in twin.seeds.items() if seed in arm.seeds):
+        return row | {"repair_reason": "the arm diverged on the uncompressed base"}
     left = seed_improvements([(-1.0, arm, twin)], results, measure)
     row |= improvement_interval(left, study).columns("left") if left else {}
     transplant = _same_arm(arm, arms, "transplant")

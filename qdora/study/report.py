@@ -25,6 +25,7 @@ from qdora.study.compare import (
     Arm,
     Results,
     comparisons,
+    count_primary,
     find_arms,
     level_seeds,
     quality,
@@ -104,7 +105,7 @@ def read_report(directory: Path) -> Report:
         if any(results.diverged(cell["key"]) for cell in cells):
             raise UserError(f"{directory}: every finished cell diverged. Fix: add lower values to rates.")
         raise UserError(f"{directory}: no cell is finished yet. Fix: run 'qdora study' first.")
-    pairs = comparisons(arms, results, _measures(arms, results), cells)
+    pairs = comparisons(arms, results, _measures(arms, results), cells, num_primary=count_primary(study, cells))
     axes = [axis for axis in study.product if axis != compare.arm]
     arm_rows = [_arm_row(arm, axes, results) for arm in arms]
     _mark_pareto(arm_rows, arms, study)

@@ -67,8 +67,11 @@ def ratio_interval(above: Sequence[float], below: Sequence[float], *, num_first:
     return Interval(value, float((middle - root) / square), float((middle + root) / square))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], number: int) -> list[float]:
     """Holm's adjusted p-values: rejecting those below alpha keeps the chance of any false rejection at alpha.
+
+    Args:
+        number: How many tests there are; those beyond the given ones count as if their p-value were 1.
 
     Source: Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6 (1979), 65.
     """
@@ -76,6 +79,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        largest = max(largest, min(1.0, (number - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
