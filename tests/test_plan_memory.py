@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from qdora.data.batching import MicroBatch
+from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
+from qdora.data.loader import StepSize
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import inject
 from qdora.plan import memory_plan
@@ -19,9 +22,10 @@ from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern
 from qdora.plan.memory_plan import plan
 from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment, Plan
-from qdora.plan.workload import assumed_workload, largest_shapes
+from qdora.plan.workload import assumed_workload, largest_shapes, not_exceeded, workload_of_data
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
+from tests import tiny_tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -238,11 +242,37 @@ class Steps:
 
     def __init__(self, *steps: list[MicroBatch]) -> None:
         self.steps, self.position = steps, 0
-        self.order = SimpleNamespace(length=len(steps))
+
+    def step_sizes(self, num_steps: int) -> list[StepSize]:
+        return [StepSize(place, 1, 9, 9) for place in range(min(num_steps, len(self.steps)))]
 
     def next_step(self) -> SimpleNamespace:
         self.position += 1
         return SimpleNamespace(micro_batches=self.steps[self.position - 1])
+
+
+def test_the_longest_example_of_a_long_run_is_planned(tmp_path: Path) -> None:
+    lines = [{"prompt": f"{index} + 1 =", "completion": f" {index + 1}"} for index in range(1500)]
+    lines[700] = {"prompt": "a b " * 200, "completion": " c d" * 20}
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = a_recipe(
+        data={"mix": [{"source": f"{tmp_path}/x.jsonl"}], "max_length": 2048}, train={"epochs": 1, "batch": 2}
+    )
+    tokenizer = tiny_tokenizer.make()
+    mix = tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0])
+    shapes, _ = workload_of_data(recipe, mix, tokenizer)(recipe)
+    loader = make_loader(recipe, mix, tokenizer)
+    steps = [loader.next_step().micro_batches for _ in range(num_steps_of(recipe, loader))]
+    lengths = [max(batch.input_ids.shape[1] for batch in batches) for batches in steps]
+    assert max(lengths) > max(lengths[:200])
+    assert max(shape.length for shape in shapes) == max(lengths)
+
+
+def test_scores_of_eager_attention_are_planned_without_a_mask_too() -> None:
+    padded = MicroBatchShape(8, 256, 2000, masked=True)
+    long = MicroBatchShape(1, 2000, 1990, masked=False)
+    assert not_exceeded([padded, long]) == [padded, long]
+    assert not_exceeded([padded, replace(long, length=700, num_labels=690)]) == [padded]
 
 
 def test_gradients_of_earlier_micro_batches_are_there_in_the_later_ones_of_a_step() -> None:

@@ -11,6 +11,8 @@ import torch
 from transformers import LlamaConfig
 
 from qdora.errors import UserError
+from qdora.memory import activation_offload
+from qdora.memory.activation_offload import PinnedPages, pages_bytes
 from qdora.memory.host_residency import HostResidency
 from qdora.model.inject import adapted_layers
 from qdora.model.load import Quantization, load_model
@@ -126,7 +128,24 @@ def test_checkpoints_on_the_host_leave_three_on_the_device() -> None:
     found, host = with_offloaded([*keeps, Moment("update", None, {parts.BASE: 7})], 5)
     assert [moment.by_component.get(parts.CHECKPOINTS, 0) for moment in found] == [3000, 6000, 9000, 9000, 9000, 0]
     assert all(moment.by_component[parts.BASE] == 7 for moment in found)
-    assert host == 4 * 4096
+    assert host == 16 << 20  # 4 pages of 2 MiB, which are taken 8 at a time
+
+
+@pytest.mark.parametrize("num_bytes, count", [(3000, 4), (16 << 20, 31), (17_203_200, 31), ((16 << 20) + 1, 3), (1, 0)])
+def test_planned_pinned_memory_is_what_the_pages_take(
+    num_bytes: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def pinned(size: int) -> torch.Tensor:
+        taken.append(size)
+        return torch.empty(size, dtype=torch.uint8, device="meta")
+
+    monkeypatch.setattr(activation_offload, "_pinned", pinned)
+    pages = PinnedPages()
+    for _ in range(count):
+        pages.take(num_bytes)
+    assert pages_bytes(num_bytes, count) == sum(taken)
 
 
 def streaming(residency: str, count: int) -> Recipe:

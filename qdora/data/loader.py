@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,15 @@ class Step:
     num_tokens: int
     num_examples: int
     task_label_tokens: Mapping[str, int] = field(default_factory=dict)
+
+
+class StepSize(NamedTuple):
+    """A step that may be taken: the position where it begins, its tokens, and those of its longest example."""
+
+    position: int
+    num_examples: int
+    num_tokens: int
+    longest: int
 
 
 class StepLoader:
@@ -135,12 +145,7 @@ class StepLoader:
             num_draws = length
         if self.batch is not None:
             return -(-num_draws // self.batch)
-        num_steps = num_tokens = 0
-        for length in self._drawn_lengths(num_draws):
-            num_tokens += length
-            if self._is_full(0, num_tokens):
-                num_steps, num_tokens = num_steps + 1, 0
-        return num_steps + (num_tokens > 0)
+        return sum(1 for _ in self._step_sizes(num_draws))
 
     @property
     def counts_draws(self) -> bool:
@@ -231,19 +236,24 @@ class StepLoader:
 
     def _draws_of_token_steps(self, num_steps: int) -> tuple[int, int | None]:
         """(draws of so many steps of `tokens_per_step`, steps that there are if they are fewer)."""
-        found = num_draws = num_tokens = 0
-        for length in self._drawn_lengths(self.order.length) if num_steps else ():
-            num_draws, num_tokens = num_draws + 1, num_tokens + length
-            if self._is_full(0, num_tokens):
-                found, num_tokens = found + 1, 0
-                if found == num_steps:
-                    return num_draws, None
-        return num_draws, found + (num_tokens > 0)
+        sizes = self.step_sizes(num_steps)
+        num_draws = sizes[-1].position + sizes[-1].num_examples if sizes else 0
+        return num_draws, len(sizes) if len(sizes) < num_steps else None
 
-    def _drawn_lengths(self, num_draws: int | None) -> Iterator[int]:
-        """Tokens of each of the first draws, without an end for None."""
-        for _, lengths in self._drawn(num_draws):
-            yield from lengths.tolist()
+    def step_sizes(self, num_steps: int) -> list[StepSize]:
+        """The first steps of the order, fewer if it ends before. Of a stream's examples the mean length."""
+        return list(islice(self._step_sizes(self.order.length), num_steps))
+
+    def _step_sizes(self, num_draws: int | None) -> Iterator[StepSize]:
+        """The steps of the first draws, without an end for None; the last one may be smaller."""
+        position = num_examples = num_tokens = longest = 0
+        for length in chain.from_iterable(lengths.tolist() for _, lengths in self._drawn(num_draws)):
+            num_examples, num_tokens, longest = num_examples + 1, num_tokens + length, max(longest, length)
+            if self._is_full(num_examples, num_tokens):
+                yield StepSize(position, num_examples, num_tokens, longest)
+                position, num_examples, num_tokens, longest = position + num_examples, 0, 0, 0
+        if num_examples:
+            yield StepSize(position, num_examples, num_tokens, longest)
 
     def _drawn(self, num_draws: int | None) -> Iterator[Draws]:
         """(sources, tokens) of the first draws, a part at a time, without an end for None. Streams: the mean length."""

@@ -48,7 +48,7 @@ class PinnedPages:
 
     def take(self, num_bytes: int) -> list[Tensor]:
         """Pages (_PAGE_BYTES,) uint8 that hold `num_bytes` together. Raises RunFailure if the system has no more."""
-        count = -(-num_bytes // _PAGE_BYTES)
+        count = _num_pages(num_bytes)
         while len(self._free) < count:
             self._free += torch.split(_pinned(_PAGE_BYTES * _PAGES_AT_ONCE), _PAGE_BYTES)
         pages = self._free[-count:]
@@ -58,6 +58,15 @@ class PinnedPages:
     def give(self, pages: list[Tensor]) -> None:
         """Take pages back, for other tensors."""
         self._free += pages
+
+
+def _num_pages(num_bytes: int) -> int:
+    return -(-num_bytes // _PAGE_BYTES)
+
+
+def pages_bytes(num_bytes: int, count: int) -> int:
+    """Pinned memory that `PinnedPages` takes for `count` tensors of `num_bytes` at once."""
+    return -(-_num_pages(num_bytes) * count // _PAGES_AT_ONCE) * _PAGES_AT_ONCE * _PAGE_BYTES
 
 
 def _pinned(num_bytes: int) -> Tensor:

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qdora.errors import HubFailure
 from qdora.files.console import errors_only
 from qdora.files.environment import cpu_has_bfloat16
+from qdora.memory.activation_offload import pages_bytes
 from qdora.memory.host_residency import Piece, check_host_embedding, obstacle, pinned_bytes
 from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.adapter_file import AdapterDescription, describe_adapter
@@ -520,7 +521,7 @@ def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Mom
         _changed(moment, {parts.CHECKPOINTS: min(moment.by_component.get(parts.CHECKPOINTS, 0), 3 * each)})
         for moment in moments
     ]
-    return found, pinned_bytes(each) * max(num_blocks - 1, 0)
+    return found, pages_bytes(each, max(num_blocks - 1, 0))
 
 
 def _changed(moment: Moment, sizes: Mapping[str, int]) -> Moment:

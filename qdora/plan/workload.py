@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from heapq import nlargest
+from itertools import chain
 from typing import Any
 
 from qdora.data.batching import IGNORED, MicroBatch
@@ -12,8 +14,8 @@ from qdora.data.mix import Mix
 from qdora.plan.plan_contents import MicroBatchShape
 from qdora.recipe.settings import Recipe
 
-_MOST_STEPS = 200
-"""Most steps whose micro-batches are examined."""
+_MANY_STEPS = 200
+"""So many steps of each kind are examined: a run of 100,000 would take minutes."""
 
 Workload = Callable[[Recipe], tuple[list[MicroBatchShape], int]]
 """workload(recipe) -> its largest micro-batches (at least one), and the most that a step has."""
@@ -45,14 +47,17 @@ def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
 
 
 def largest_shapes(loader: StepLoader, num_steps: int) -> tuple[list[MicroBatchShape], int]:
-    """The largest shapes in a run's first steps (`not_exceeded`), and the most micro-batches of a step; moves the
-    loader.
+    """The largest shapes of a run (`not_exceeded`), and the most micro-batches of a step; moves the loader.
+
+    Examined are the first steps, and those with the longest examples and with the most tokens.
     """
     found: set[MicroBatchShape] = set()
     most = 1
-    for _ in range(min(num_steps, _MOST_STEPS)):
-        if loader.position == loader.order.length:
-            break
+    steps = loader.step_sizes(num_steps)
+    longest = nlargest(_MANY_STEPS, steps, key=lambda step: step.longest)
+    fullest = nlargest(_MANY_STEPS, steps, key=lambda step: step.num_tokens)
+    for position in sorted({step.position for step in chain(steps[:_MANY_STEPS], longest, fullest)}):
+        loader.position = position
         batches = loader.next_step().micro_batches
         most = max(most, len(batches))
         found.update(shape_of(batch, accumulated=index > 0) for index, batch in enumerate(batches))
@@ -75,7 +80,8 @@ def not_exceeded(shapes: Iterable[MicroBatchShape]) -> list[MicroBatchShape]:
     def sizes(shape: MicroBatchShape) -> tuple[int, ...]:
         return (
             shape.num_tokens,
-            shape.rows * shape.length**2 * shape.masked,
+            shape.rows * shape.length**2,  # the scores of eager attention
+            shape.rows * shape.length**2 * shape.masked,  # the mask of sdpa
             shape.num_labels,
             int(shape.masked),
             int(shape.packed),
