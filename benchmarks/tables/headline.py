@@ -33,9 +33,10 @@ def _time() -> tuple[str, str, str]:
         for found in batches.values()
     ]
     peft = 1 / document["time"]["on"]["ratios"]["own_dora / peft_dora"]["median"]
+    single = read("one_micro_batch")["ratios"]["own_dora / own_lora"]["median"]
     answer = (
-        f"{min(pairs):.2f} to {max(pairs):.2f} times a QLoRA step of qdora; PEFT's QDoRA takes {peft:.2f} times as "
-        "long as qdora's (SmolLM2-135M)"
+        f"{min(pairs):.2f} to {max(pairs):.2f} times a QLoRA step of qdora, {single:.2f} with a single micro-batch; "
+        f"PEFT's QDoRA takes {peft:.2f} times as long as qdora's (SmolLM2-135M)"
     )
     return "What does a QDoRA step cost?", answer, "time of a training step"
 
@@ -55,10 +56,14 @@ def _study() -> tuple[str, str, str]:
     low, high, gain = (float(pair[name]) for name in ("lower", "upper", "improvement"))
     told = f"{pair['verdict']}: {gain:+.4f} nats per token ({low:+.4f} to {high:+.4f}) over the compressed bases"
     found = [row for row in report_rows("study", "repair") if row["adapter"] == "LoRA" and row["left"]]
-    own = sorted((float(row["left"]), row["base"]) for row in found if row["length"] == "128 steps")
-    left = " to ".join(f"{value:.2f} ({base})" for value, base in (own[0], own[-1]))
+    ordered = sorted((row for row in found if row["length"] == "128 steps"), key=lambda row: float(row["left"]))
+    left = " to ".join(
+        f"{float(row['left']):.2f} ({row['base']}{'' if row['left_lower'] else ', one run'})"
+        for row in (ordered[0], ordered[-1])
+    )
     question = "Does DoRA repair a compressed base better than LoRA?"
-    return question, f"{told}; LoRA leaves {left} of the damage (SmolLM2-135M)", "compressed bases: LoRA against DoRA"
+    answer = f"{told}; LoRA on a compressed base is {left} worse than LoRA on the uncompressed one (SmolLM2-135M)"
+    return question, answer, "compressed bases: LoRA against DoRA"
 
 
 def _export() -> tuple[str, str, str]:
