@@ -455,30 +455,31 @@ def stack_norm(
     num_experts, count = len(tokens.counts), len(tokens.experts)
     together = _together(base_squared.shape[1], weight.shape[1], dtype.itemsize, lora_A.device)
     size = count if sums_in_one_pass(weight, dtype, lora_A.shape[1]) else together
-    found: list[FactoredNorm] = []
+    norms: list[Tensor] = []
+    cancelled: list[Tensor] = []
     for run in tokens.all_runs(1 if keep_bits is not None else size):
-        if is_planning() and len(found) > 1 and run.first + 2 * together < count:
+        if is_planning() and len(norms) > 1 and run.first + 2 * together < count:
             # Like the run before it. The last ones are run, when the norms of the others are there.
-            empty = base_squared.new_empty(len(run.experts), base_squared.shape[1])
-            found.append(FactoredNorm(empty, empty))
+            norms.append(base_squared.new_empty(len(run.experts), base_squared.shape[1]))
             continue
         a, b = (rounded(_pick_or_shared(each, run), dtype) for each in (lora_A, lora_B))
         if keep_bits is not None:
             part, bits = expert_rows(weight, num_experts, run), expert_bits(keep_bits, num_experts, run.experts[0])
-            norm = masked_row_norm(part, bits, a[0], b[0], scaling, dtype=dtype).unsqueeze(0)
-            found.append(FactoredNorm(norm, norm))
+            norms.append(masked_row_norm(part, bits, a[0], b[0], scaling, dtype=dtype).unsqueeze(0))
         else:
-            found.append(_norm_of_run(weight, run, a, b, scaling, base_squared=base_squared, dtype=dtype))
-    norms = torch.cat([each.norm for each in found])
-    if keep_bits is not None or isinstance(norms, FakeTensor):
-        return norms
-    cancelled = torch.cat([each.cancelled for each in found])
-    for run, norm, rows, has_some in zip(tokens.reached, norms, cancelled, cancelled.any(dim=1).tolist(), strict=True):
+            found = _norm_of_run(weight, run, a, b, scaling, base_squared=base_squared, dtype=dtype)
+            norms.append(found.norm)
+            cancelled.append(found.cancelled)
+    whole = torch.cat(norms)
+    if keep_bits is not None or isinstance(whole, FakeTensor):
+        return whole
+    lost = torch.cat(cancelled)
+    for run, norm, rows, has_some in zip(tokens.reached, whole, lost, lost.any(dim=1).tolist(), strict=True):
         if has_some:
             a, b = (rounded(_pick_or_shared(each, run)[0], dtype) for each in (lora_A, lora_B))
             part = expert_rows(weight, num_experts, run)
             measure_cancelled_(FactoredNorm(norm, rows), part, a, b, scaling, dtype=dtype)
-    return norms
+    return whole
 
 
 @full_precision()

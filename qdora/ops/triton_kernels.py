@@ -240,8 +240,7 @@ def _table(weight: PackedWeight) -> Tensor:
     key = weight.kind, weight.device
     if key not in _TABLES:
         with torch.inference_mode(False):
-            known = codebooks.code_values(weight.kind)
-            _TABLES[key] = torch.nn.functional.pad(known, (0, 16 - len(known))).to(weight.device)
+            _TABLES[key] = codebooks.sixteen_values(weight.kind).to(weight.device)
     return _TABLES[key]
 
 
