@@ -602,7 +602,7 @@ def test_template_kwargs_reach_the_template_or_are_refused() -> None:
 
 def test_template_from_a_file(tmp_path: Any) -> None:
     file = tmp_path / "mine.jinja"
-    file.write_text(MARKED)
+    file.write_text(MARKED, encoding="utf-8-sig")  # as some editors on Windows do
     tokenizer = tiny_tokenizer.make(chat_template=None)
     use_data_settings(tokenizer, data(chat_template=str(file)))
     assert tokenizer.chat_template == MARKED

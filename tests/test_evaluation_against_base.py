@@ -70,6 +70,12 @@ def test_nothing_is_said_of_noise_or_of_a_worse_average() -> None:
     assert worse_than_base(result(before), result(worse)) == []
 
 
+def test_two_examples_tell_no_spread() -> None:
+    before = {"one": ([1.0, 1.0], [1.0, 1.0]), "other": ([5.0, 5.0], [0.0, 0.0])}
+    after = {"one": ([1.001, 1.001], [1.0, 1.0]), "other": ([1.0, 1.0], [0.0, 0.0])}
+    assert worse_than_base(result(before), result(after)) == []
+
+
 def test_tasks_that_cannot_be_compared_are_left_out() -> None:
     before = {"one": ([1.0], [1.0]), "other": ([5.0], [0.0])}
     after = {"one": ([2.0], [1.0]), "other": ([1.0], [0.0])}

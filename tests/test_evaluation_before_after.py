@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from qdora.evaluation.before_after import TaskChange, task_changes
+from qdora.evaluation.before_after import TaskChange, task_changes, tasks_of_other_examples
 
 
 def document(**nlls: list[float]) -> dict[str, Any]:
@@ -66,6 +66,17 @@ def test_few_examples_have_a_difference_and_no_interval() -> None:
     assert nine.upper is None
     (one,) = task_changes(document(a=[2.0]), document(a=[1.0]), "nll_per_token")
     assert one.difference is None
+
+
+def test_ids_that_repeat_within_a_task_are_different_examples() -> None:
+    before, after = document(a=[2.0] * 20), document(a=[4.0 + n % 3 for n in range(10)] + [2.0] * 10)
+    (expected,) = task_changes(before, after, "nll_per_token")
+    for record in before["per_example"] + after["per_example"]:
+        record["id"] = str(int(record["id"]) % 10)  # two shards, each numbered from 0
+    assert task_changes(before, after, "nll_per_token") == [expected]
+    assert tasks_of_other_examples(before, after) == []
+    del after["per_example"][-1]
+    assert tasks_of_other_examples(before, after) == ["a"]
 
 
 def test_only_common_examples_are_compared() -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdora.errors import UserError
+from qdora.errors import Diverged, UserError
 from qdora.evaluation.perplexity import read_texts, text_perplexity
 from qdora.evaluation.token_scores import strided_spans
 from tests import tiny, tiny_tokenizer
@@ -99,11 +99,21 @@ def test_faults_are_gathered() -> None:
         strided_spans([1, 2], 4, 0)
 
 
+@pytest.mark.parametrize("factor", [math.nan, 1e5])
+def test_a_perplexity_that_is_not_finite_is_an_error(factor: float) -> None:
+    model = tiny.llama(vocab_size=400)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(factor)
+    with pytest.raises(Diverged, match="perplexity: it is not finite"):
+        text_perplexity(model, tiny_tokenizer.make(), ["Pack my box"])
+
+
 def test_files(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("naïve", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     (tmp_path / "empty.txt").touch()
-    assert read_texts([tmp_path / "good.txt"]) == ["naïve"]
+    (tmp_path / "marked.txt").write_text("naïve", encoding="utf-8-sig")
+    assert read_texts([tmp_path / "good.txt", tmp_path / "marked.txt"]) == ["naïve", "naïve"]
     with pytest.raises(UserError) as caught:
         read_texts([tmp_path / name for name in ("latin.txt", "missing.txt", "good.txt", "empty.txt")])
     assert caught.value.faults == (

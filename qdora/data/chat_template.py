@@ -91,7 +91,7 @@ def use_data_settings(tokenizer: Any, data: DataConfig) -> None:
 
 def _read_template(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         _variables(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.chat_template: {file}: cannot be read ({error}).") from None

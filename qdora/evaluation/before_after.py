@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: Lo
     found: list[TaskChange] = []
     pairs: dict[str, TaskScores | None] = {}
     for name in names:
-        pairs[name] = paired_scores(old_records.get(name, []), new_records.get(name, []), metric)
+        pairs[name] = paired_scores(old_records.get(name, {}), new_records.get(name, {}), metric)
         number = (new.get(name) or old[name])["num_examples"]
         found.append(_change(name, number, values[name], {name: pairs[name]}))
     if len(names) > 1:
@@ -63,11 +63,8 @@ def task_changes(before: Mapping[str, Any], after: Mapping[str, Any], metric: Lo
 
 def tasks_of_other_examples(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Tasks of both evaluations whose examples differ, so that only the change is over the same ones."""
-    old, new = (
-        {task: {each["id"] for each in records} for task, records in by_task(found.get("per_example", [])).items()}
-        for found in (before, after)
-    )
-    return [task for task in old if task in new and old[task] != new[task]]
+    old, new = (by_task(found.get("per_example", [])) for found in (before, after))
+    return [task for task in old if task in new and old[task].keys() != new[task].keys()]
 
 
 @dataclass(frozen=True)
@@ -102,10 +99,10 @@ def worse_than_base(base: EvaluationResult, now: EvaluationResult) -> list[Worse
     """The tasks that are worse than before training, by a metric whose average over the tasks is better.
 
     The interval is that of the differences over the examples of both (`example_interval`). Tasks that were
-    measured on different numbers of examples, or on a single one, are left out.
+    measured on different numbers of examples, or on fewer than `FEWEST`, are left out.
     """
     found: list[WorseTask] = []
-    singles = by_task(base.per_example), by_task(now.per_example)
+    old_records, new_records = by_task(base.per_example), by_task(now.per_example)
     for metric, sign in _WORSE.items():
         before, after = getattr(base.average, metric), getattr(now.average, metric)
         if before is None or after is None or sign * (after - before) >= 0:
@@ -114,43 +111,39 @@ def worse_than_base(base: EvaluationResult, now: EvaluationResult) -> list[Worse
             old = base.tasks.get(task)
             if old is None or old.num_examples != result.num_examples or getattr(result, metric) is None:
                 continue
-            lower = _paired_lower([each.get(task, []) for each in singles], metric, sign)
-            if lower > 0:
+            scores = paired_scores(old_records.get(task, {}), new_records.get(task, {}), metric)
+            _, *ends = _interval({task: scores})
+            least = min((sign * end for end in ends if end is not None), default=0.0)
+            if least > 0:
                 old_value, value = getattr(old, metric), getattr(result, metric)
-                found.append(WorseTask(task, metric, old_value, value, lower, average_base=before, average_now=after))
+                found.append(WorseTask(task, metric, old_value, value, least, average_base=before, average_now=after))
     return found
 
 
-def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Task -> its records, in their order."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+Records = Mapping[str, Mapping[str, Any]]
+"""Name of an example -> its record."""
+
+
+def by_task(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Task -> its records, in their order. An example's name is its id with a number: ids can repeat within a task."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    seen: Counter[tuple[str, str]] = Counter()
     for record in records:
-        found.setdefault(record["task"], []).append(record)
+        identity = (record["task"], str(record["id"]))
+        seen[identity] += 1
+        found.setdefault(record["task"], {})[f"{record['id']}#{seen[identity]}"] = record
     return found
 
 
-def paired_scores(
-    old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], metric: LossOrAccuracy
-) -> TaskScores | None:
+def paired_scores(old: Records, new: Records, metric: LossOrAccuracy) -> TaskScores | None:
     """new - old of the examples that both evaluations of a task have; None for fewer than two."""
     name = "nll" if metric == "nll_per_token" else "acc"
-    before, after = ({each["id"]: each for each in records if name in each} for records in (old, new))
-    ids = [each for each in before if each in after]
-    if len(ids) < 2:
+    pairs = {key: (old[key], new[key]) for key in old if key in new and name in old[key] and name in new[key]}
+    if len(pairs) < 2:
         return None
-    differences = np.array([after[key][name] - before[key][name] for key in ids], dtype=np.float64)
-    weights = np.ones(len(ids)) if name == "acc" else np.array([after[key]["num_answer_tokens"] for key in ids], float)
-    return TaskScores(tuple(ids), differences, weights)
-
-
-def _paired_lower(pair: Sequence[Sequence[Mapping[str, Any]]], metric: LossOrAccuracy, sign: float) -> float:
-    """Lower end of sign * (now - base) over the same examples; nan for a single one."""
-    old, new = pair
-    scores = paired_scores(old, new, metric)
-    if scores is None:
-        return math.nan
-    found = example_interval({"": scores}, "equal")
-    return found.lower if sign > 0 else -found.upper
+    differences = np.array([after[name] - before[name] for before, after in pairs.values()], dtype=np.float64)
+    weights = [1.0 if name == "acc" else float(after["num_answer_tokens"]) for _, after in pairs.values()]
+    return TaskScores(tuple(pairs), differences, np.array(weights))
 
 
 def _change(

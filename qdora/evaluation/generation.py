@@ -31,6 +31,7 @@ from qdora.evaluation.halved_batches import halved_where_short
 from qdora.evaluation.metrics import mean_stderr
 from qdora.evaluation.shared_batches import results_of
 from qdora.evaluation.suite import (
+    FEWEST,
     averaged,
     conditions,
     estimated,
@@ -235,7 +236,8 @@ def generation_table(results: Mapping[str, GenerationResult]) -> Table:
 
     def cells(result: GeneratedResult) -> tuple[list[str], list[str]]:
         counts = f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}"
-        return [str(result.num_examples), percent(result.chance)], [percent(result.acc, result.acc_stderr), counts]
+        error = None if result.num_examples < FEWEST else result.acc_stderr
+        return [str(result.num_examples), percent(result.chance)], [percent(result.acc, error), counts]
 
     measures = ["{label} acc %", "right / wrong / unparsable"]
     return results_table("answers generated", ["n", "chance"], measures, results, cells)
@@ -307,14 +309,17 @@ def first_mention(text: str, names: Sequence[str]) -> tuple[int | None, bool]:
     As in the published evaluation of LLM-Adapters the first name anywhere counts. Unlike there a name is a whole word
     in any case, and one of this question: "answer5" is no answer to a question with four choices.
     """
-    listed = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))  # "well-being" before "well"
+    ordered = sorted(names, key=len, reverse=True)  # "well-being" before "well"
+    listed = "|".join(f"({re.escape(name)})" for name in ordered)
     found = re.search(rf"(?<!\w)(?:{listed})(?!\w)", text, re.IGNORECASE)
     if found is None:
         return None, True
-    known = [name.casefold() for name in names]
+    assert found.lastindex is not None
     rest = text[found.start() :].casefold()
-    may_go_on = found.end() == len(text) or any(name != rest and name.startswith(rest) for name in known)
-    return known.index(found[0].casefold()), may_go_on
+    may_go_on = found.end() == len(text) or any(
+        name != rest and name.startswith(rest) for name in map(str.casefold, names)
+    )
+    return names.index(ordered[found.lastindex - 1]), may_go_on
 
 
 Finished = Callable[[int, Sequence[int]], bool]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from qdora.data.tokenize import encode_pairs
-from qdora.errors import UserError
+from qdora.errors import Diverged, UserError
 from qdora.evaluation.forward_path import context_length
 from qdora.evaluation.token_scores import Span, score_spans, strided_spans
 
+_MOST_NATS = math.log(sys.float_info.max)
 DEFAULT_WINDOW = 2048
 """Tokens of a window where the model allows as many: the length in published WikiText perplexities."""
 
@@ -66,6 +68,7 @@ def text_perplexity(
         stride: Tokens by which a window moves; None takes half of the window.
         max_batch_tokens: Most tokens of a forward pass; a longer window is a batch of its own.
     Raises: UserError if the window exceeds the model's context, the stride the window, or nothing can be scored.
+        Diverged if the perplexity is not finite.
     """
     context = context_length(model)
     if window is None:
@@ -89,9 +92,12 @@ def text_perplexity(
     if not spans:
         raise UserError(f"perplexity: no token can be scored in {num_texts} texts with {num_bytes} bytes")
     scores = score_spans(model, spans, max_batch_tokens=max_batch_tokens)
+    nll_sum, num_tokens = -float(scores.sum()), sum(span.num_scored for span in spans)
+    if not nll_sum / num_tokens < _MOST_NATS:  # nan, too
+        raise Diverged("perplexity: it is not finite. The model's weights or activations overflow or hold NaN.")
     return Perplexity(
-        nll_sum=-float(scores.sum()),
-        num_tokens=sum(span.num_scored for span in spans),
+        nll_sum=nll_sum,
+        num_tokens=num_tokens,
         num_bytes=num_bytes,
         num_texts=num_texts,
         window=window,
@@ -107,7 +113,7 @@ def read_texts(paths: Sequence[Path | str]) -> list[str]:
     texts, faults = [], []
     for path in map(Path, paths):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             texts.append(text)
             if not text:
                 faults.append(f"{path}: the file is empty")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import numpy as np
 from scipy import special
 
 from qdora.errors import UserError
+from qdora.evaluation.before_after import by_task
 from qdora.evaluation.example_intervals import Array, SeedScores, TaskScores, Weighting
 
 Measure = Literal["nll_per_token", "choice_nll", "chance_nll", "acc", "acc_norm", "right", "unparsable"]
@@ -122,8 +122,8 @@ def _task_scores(rows: Mapping[str, tuple[float, float]], part: Part) -> TaskSco
     return TaskScores(tuple(kept), values, weights)
 
 
-def _rows(cell: Path, file: str) -> list[tuple[str, dict[str, Any]]]:
-    """(name of the example, its record); the name is the id with a number, since ids can repeat within a task."""
+def _rows(cell: Path, file: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """(name of the example, its record)."""
     path = cell / file
     if not path.resolve().is_relative_to(cell.resolve()):
         raise UserError(f"{path}: must be a file inside the run directory of its cell.")
@@ -131,10 +131,4 @@ def _rows(cell: Path, file: str) -> list[tuple[str, dict[str, Any]]]:
         rows = json.loads(path.read_bytes())["per_example"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: no scores of single examples ({type(error).__name__}).") from None
-    seen: Counter[tuple[str, str]] = Counter()
-    named = []
-    for row in rows:
-        identity = (row["task"], str(row["id"]))
-        seen[identity] += 1
-        named.append((f"{identity[1]}#{seen[identity]}", row))
-    return named
+    return [pair for records in by_task(rows).values() for pair in records.items()]
