@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qdora.data.chat_template import set_chat_settings
 from qdora.data.encode_chats import _encode as encode
 from qdora.data.example import Example
 from qdora.data.messages import Turn
@@ -80,6 +81,38 @@ def test_plain_text_learns_what_has_something_before_it(tokenizer):
 def test_an_end_of_sequence_in_the_data_is_not_doubled():
     done = tokenize_one(example(answer=" yes<|im_end|>"), PLAIN, max_length=100)
     assert learnt(PLAIN, done) == " yes<|im_end|>"
+
+
+def test_a_rendered_chat_as_text_has_its_marks_once():
+    """Users make prompts with apply_chat_template, which writes the beginning and the end of a text."""
+    stops = tiny_tokenizer.make(bos=True)
+    set_chat_settings(stops, stop_ids=frozenset({stops.eos_token_id, stops.convert_tokens_to_ids("<|im_start|>")}))
+    texts = [
+        example("<s>Why?", " the cat<|im_end|> \n"),
+        example("Why?", " the cat"),
+        example("", "<s>the cat<|im_start|>"),
+        example("<s>", "the cat\n"),
+    ]
+    found = tokenize_all(texts, stops, name="x", max_length=100)
+    assert [text(stops, each) for each in found.examples] == [
+        "<s>Why? the cat<|im_end|>",
+        "<s>Why? the cat<|im_end|>",
+        "<s>the cat<|im_start|>",
+        "<s>the cat\n<|im_end|>",
+    ]
+    assert [learnt(stops, each) for each in found.examples] == [
+        " the cat<|im_end|>",
+        " the cat<|im_end|>",
+        "the cat<|im_start|>",
+        "the cat\n<|im_end|>",
+    ]
+    assert [note.partition(":")[0] for note in found.notes] == [
+        "2 of 4 texts end with a stop token",
+        "3 of 4 texts begin with the beginning-of-sequence token that the tokenizer adds to a text",
+    ]
+    assert tokenize_all([texts[1]], stops, name="x", max_length=100).notes == ()
+    # evaluation encodes the same
+    assert encode_pairs(stops, [("<s>Why?", " the cat")]) == encode_pairs(stops, [("Why?", " the cat")])
 
 
 @pytest.mark.parametrize("tokenizer, prefix", [(PLAIN, []), (BOS, ["<s>"]), (BOTH, ["<s>"])])

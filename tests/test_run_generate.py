@@ -181,6 +181,12 @@ def test_settings_that_cannot_be_used_are_refused_before_loading() -> None:
         generate_from("./nowhere", "x")
 
 
+def test_a_raw_prompt_gets_the_beginning_of_sequence_once_and_no_end() -> None:
+    tokenizer = tiny_tokenizer.make(bos=True, adds_eos=True)
+    ids = [tokenizer.bos_token_id, *tokenizer("the cat", add_special_tokens=False)["input_ids"]]
+    assert [prompt_ids(tokenizer, text, None, raw=True) for text in ("the cat", "<s>the cat")] == [ids, ids]
+
+
 def test_the_answer_stops_where_the_context_is_full(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

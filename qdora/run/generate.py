@@ -18,6 +18,7 @@ from qdora.data.chat_template import prompt_text, require_chat_template
 from qdora.data.messages import Messages, Tools, Turn, parse_tools, parse_turns
 from qdora.data.readers import read_rows
 from qdora.data.rows import FaultList, RowFault
+from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
 from qdora.files.user_paths import user_path
@@ -255,7 +256,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | No
     if raw or not tokenizer.chat_template:
         if system is not None:
             raise UserError("--system: the tokenizer has no chat template. Fix: remove --system.")
-        return list(tokenizer(prompt)["input_ids"])
+        [ids] = encode_batch(tokenizer, [prompt])
+        return with_prefix(ids, special_prefix(tokenizer))
     turns = [Turn("system", system)] if system is not None else []
     return chat_ids(tokenizer, (*turns, Turn("user", prompt)))
 
