@@ -33,14 +33,22 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
     Returns: (ids, start) of each: ids[start:] belongs to the answer. start is 0 for an empty prompt without
         beginning-of-sequence token: nothing predicts the first token then.
     """
+    return [(ids, start) for ids, start, _ in _encode_pairs(tokenizer, pairs)]
+
+
+_Pair = tuple[list[int], int, bool]
+
+
+def _encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[_Pair]:
+    """`encode_pairs`, and whether a token holds text of both the prompt and the answer."""
     prefix = special_prefix(tokenizer)
     whole = encode_batch(tokenizer, [prompt + answer for prompt, answer in pairs])
     alone = encode_batch(tokenizer, [prompt.rstrip(" ") for prompt, _ in pairs])
     found = []
     for ids, prompt_ids in zip(whole, alone, strict=True):
         begun = with_prefix(ids, prefix)
-        start = len(begun) - len(ids) + shared_length(ids, prompt_ids)
-        found.append((begun, max(start, len(prefix))))
+        shared = shared_length(ids, prompt_ids)
+        found.append((begun, max(len(begun) - len(ids) + shared, len(prefix)), shared < len(prompt_ids)))
     return found
 
 
@@ -363,7 +371,7 @@ def _encode_texts(tokenizer: Any, examples: Sequence[Example], loss_on: LossOn, 
     stops = {eos, *(chat_settings(tokenizer).stop_ids or ())}
     begin = "".join(tokenizer.convert_ids_to_tokens(prefix))
     found = []
-    for example, (ids, start) in zip(examples, _long_and_short(tokenizer, examples, prefix), strict=True):
+    for example, (ids, start, is_joined) in zip(examples, _long_and_short(tokenizer, examples, prefix), strict=True):
         end = _own_end(tokenizer, ids, example.answer, stops)
         ids = [*ids, eos] if end is None else ids[:end]
         learnt = 0 if loss_on == "all" else start
@@ -371,6 +379,8 @@ def _encode_texts(tokenizer: Any, examples: Sequence[Example], loss_on: LossOn, 
         notes.num_texts += 1
         notes.num_begun += bool(prefix) and (example.prompt or example.answer).startswith(begin)
         notes.num_ended += end is not None
+        if not example.choices:
+            notes.add_border(example.prompt, example.answer, is_joined)
     return found
 
 
@@ -383,14 +393,14 @@ def _own_end(tokenizer: Any, ids: Sequence[int], answer: str, stops: Collection[
     return end if ids[end - 1] in stops else None
 
 
-def _long_and_short(tokenizer: Any, examples: Sequence[Example], prefix: list[int]) -> Iterator[tuple[list[int], int]]:
+def _long_and_short(tokenizer: Any, examples: Sequence[Example], prefix: list[int]) -> Iterator[_Pair]:
     """`encode_pairs`; plain text of more than a megabyte, which is to be split, is encoded in parts."""
     is_long = [not each.prompt and len(each.answer) > _EXCESSIVE for each in examples]
     short = [(each.prompt, each.answer) for each, long in zip(examples, is_long, strict=True) if not long]
-    pairs = iter(encode_pairs(tokenizer, short))
+    pairs = iter(_encode_pairs(tokenizer, short))
     for each, long in zip(examples, is_long, strict=True):
         encoded = [encode_batch(tokenizer, [part])[0] for part in text_parts(each.answer, _EXCESSIVE)] if long else []
-        yield (with_prefix([*chain.from_iterable(encoded)], prefix), len(prefix)) if long else next(pairs)
+        yield (with_prefix([*chain.from_iterable(encoded)], prefix), len(prefix), False) if long else next(pairs)
 
 
 def _without_excess(example: Example, max_length: int, tokenizer: Any) -> Example:
