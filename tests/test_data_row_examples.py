@@ -240,6 +240,71 @@ def test_layouts_and_what_they_leave(tmp_path: Path) -> None:
     assert example(tmp_path, row, format="alpaca").choices == ()
 
 
+@pytest.mark.parametrize(
+    "row, options",
+    [
+        ({"prompt": "Why?\n", "completion": " the cat", "system": "Be kind."}, {}),
+        ({"instruction": "Why?", "output": "the cat", "system": "Be kind.", "input": ""}, {}),
+        (
+            {"q": "Why?", "a": "the cat", "s": "Be kind."},
+            {"columns": {"prompt": "q", "completion": "a", "system": "s"}},
+        ),
+        (
+            {"q": "Why", "a": "the cat", "system": "Be kind."},
+            {"template": {"prompt": "{{ q }}?\n", "completion": "{{ a }}"}},
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_question_and_its_answer_become_a_chat(
+    tmp_path: Path, row: dict[str, Any], options: dict[str, Any], stream: bool
+) -> None:
+    data = DataConfig(mix=(source(tmp_path, row, chat=True, stream=stream, **options),), max_length=99)
+    tokenizer, [given] = tiny_tokenizer.make(), data.mix
+    if stream:
+        found = ExampleStream(open_shards(given), data, 0, tokenizer)
+        done = found.next()
+        unused = found.unused
+    else:
+        opened = open_source(given)
+        [done] = tokenize_all(opened, tokenizer, name="x", max_length=99).examples
+        unused = opened.unused
+    marks = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(done.input_ids[~done.loss_mask]) == marks
+    assert tokenizer.decode(done.input_ids[done.loss_mask]) == "the cat<|im_end|>\n"
+    assert unused == set()
+
+
+def test_instruction_and_input_are_one_turn(tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "input": "1 and 2", "output": "3", "tools": [{"name": "f"}], "topic": "sums"}
+    opened = open_source(source(tmp_path, row, chat=True))
+    [found] = opened
+    assert [(turn.role, turn.content) for turn in found.messages] == [("user", "Add.\n\n1 and 2"), ("assistant", "3")]
+    assert (len(found.tools), opened.unused) == (1, {"topic"})
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (
+            {"messages": []},
+            "chat: rows of format messages are chats already. Fix: remove chat, or set columns or format.",
+        ),
+        ({"text": "x"}, "chat: chats are made of the formats completion and alpaca and with template, not of format t"),
+        ({"prompt": [], "completion": []}, "line 1: prompt: is a list of turns, and chat: true makes turns of text."),
+        ({"prompt": "a", "completion": " "}, "line 1: completion: must be text that is not empty, got ' '"),
+    ],
+)
+def test_what_cannot_become_a_chat(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    assert fault(tmp_path, row, chat=True).startswith(message)
+
+
+def test_chat_is_a_setting_of_texts() -> None:
+    for given in ({"source": "x.jsonl", "format": "sharegpt"}, {"source": "x.txt", "format": "text"}, {"task": "piqa"}):
+        with pytest.raises(ValueError, match="chat: would be ignored because"):
+            SourceConfig.model_validate(given | {"chat": True})
+
+
 def test_of_a_prompt_of_turns_nothing_is_learnt(tmp_path: Path) -> None:
     asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     found = example(tmp_path, {"prompt": asked, "completion": [{"role": "assistant", "content": "d"}]})

@@ -73,13 +73,14 @@ def _hint(columns: Collection[str]) -> str:
     return f" Fix: columns: {{{wanted}: {strange[0]}}} in this source." if wanted and len(strange) == 1 else ""
 
 
-def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str) -> Example:
+def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str, chat: bool = False) -> Example:
     """One row as an Example.
 
     Args:
         label: Task name of the example. A row's own task (in commonsense170k, the one found from its wording) comes
             first unless `named`.
         named: The user chose the label.
+        chat: Prompt and completion, or instruction and output, become two turns of a chat.
     Raises: RowFault if a column is missing or holds the wrong thing.
     """
     layout = FORMATS[format]
@@ -91,7 +92,8 @@ def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str
             f"{nearest(absent[0], list(row))}"
         )
     task = commonsense_task(str(row["instruction"])) if format == "commonsense170k" else optional_text(row, "task")
-    return layout.example(row, task, label if named else task or label, id)
+    label = label if named else task or label
+    return _two_turns(row, format, label, id) if chat else layout.example(row, task, label, id)
 
 
 def with_lists(row: Row, format: str) -> Row:
@@ -107,7 +109,7 @@ def _list_in(text: str) -> Any:
         return text
 
 
-def unused_columns(row: Row, format: str) -> Iterator[str]:
+def unused_columns(row: Row, format: str, chat: bool = False) -> Iterator[str]:
     """What a row has and its format does not read: columns, keys of turns as messages.<key>; no empty values."""
     layout, columns = FORMATS[format], with_lists(row, format)
     chats = {
@@ -116,12 +118,16 @@ def unused_columns(row: Row, format: str) -> Iterator[str]:
         if column in layout.required and isinstance(columns.get(column), list)
     }
     known = {*layout.required, *layout.optional} - (set() if chats else {"tools"})
+    known |= set(CHAT_COLUMNS if chat else ())
     yield from (str(name) for name, value in row.items() if name not in known and not is_empty(value))
     for column, turns in chats.items():
         for turn in turns:
             names = (name for name, value in turn.items() if not is_empty(value)) if isinstance(turn, dict) else ()
             yield from (f"{column}.{name}" for name in names if name not in _TURN_KEYS[column])
 
+
+CHAT_COLUMNS = ("system", "tools")
+"""Columns that are read, too, if prompt and completion become a chat."""
 
 _TURN_KEYS = {
     "messages": TURN_KEYS,
@@ -164,6 +170,20 @@ def _turns_of_both(row: Row, label: str, id: str) -> Example:
     rest = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
     turns = [*row["prompt"], *row["completion"]]
     return _messages({**rest, "messages": turns}, "", label, id, num_in_prompt=len(row["prompt"]))
+
+
+def _two_turns(row: Row, format: str, label: str, id: str) -> Example:
+    """The chat of a prompt and its completion, or of an instruction with its input and its output."""
+    asked, answered = FORMATS[format].required
+    for name in (asked, answered):
+        if isinstance(row[name], list):
+            raise RowFault(f"{name}: is a list of turns, and chat: true makes turns of text. Fix: remove chat.")
+    system, given = optional_text(row, "system"), optional_text(row, "input") if format == "alpaca" else ""
+    question, answer = text_field(row, asked), text_field(row, answered)
+    turns = [("system", system)] if system else []
+    turns += [("user", f"{question}\n\n{given}" if given else question), ("assistant", answer)]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return _messages({**row, "messages": messages}, "", label, id)
 
 
 def _messages(row: Row, task: str, label: str, id: str, *, num_in_prompt: int = 0) -> Example:

@@ -193,6 +193,7 @@ class ExampleStream:
             f"size={source.size!r}, seed={data.seed!r}, number={self.number!r})"
         )
         settings += f" {source.columns} {source.template}" if source.columns or source.template else ""
+        settings += " chat" if source.chat else ""
         return {
             "settings": hashlib.sha256(f"{self.shards.names} {settings}".encode()).hexdigest()[:16],
             "num_bytes": self.shards.num_bytes,
