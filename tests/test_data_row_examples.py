@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import datasets
 import pytest
+import yaml
 
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.data.example import Example
@@ -21,6 +23,7 @@ from qdora.recipe.data_settings import DataConfig, SourceConfig
 from qdora.recipe.recipe_file import apply_overrides, recipe_from, resolved_yaml, settings
 from tests import tiny_tokenizer
 
+TURN = {"role": "assistant", "content": "b"}
 QUESTION = {"question": "1+1?", "answer": "2", "note": "x"}
 
 
@@ -335,6 +338,43 @@ def test_columns_that_fit_no_layout_name_all_of_them(tmp_path: Path) -> None:
         in line
     )
     assert line.endswith("alpaca: instruction, output; text: text. Did you mean 'conversations'?")
+
+
+@pytest.mark.parametrize(
+    "columns, hint",
+    [
+        ("question answer", "Fix: columns: {prompt: question, completion: answer} in this source."),
+        ("Question Answer topic", "Fix: columns: {prompt: Question, completion: Answer} in this source."),
+        ("query response type", "Fix: columns: {prompt: query, completion: response} in this source."),
+        ("problem solution answer", "Fix: columns: {prompt: problem, completion: solution} in this source."),
+        (
+            "instruction context response category",
+            "Fix: columns: {output: response, input: context} in this source.",
+        ),
+        ("instruction input answer", "Fix: columns: {output: answer} in this source."),
+        ("question choises answer", "Did you mean 'choices'?"),
+        ("context title", "Did you mean 'text'?"),
+        (
+            "prompt chosen rejected",
+            "Pairs of preferences are not trained. Fix: to learn the chosen answers, set columns: {completion: chosen} "
+            "in this source, or columns: {messages: chosen} if they are lists of turns.",
+        ),
+        (
+            "chosen rejected",
+            "Pairs of preferences are not trained. Fix: to learn the chosen answers, set columns: {text: chosen} in "
+            "this source, or columns: {messages: chosen} if they are lists of turns.",
+        ),
+    ],
+)
+def test_columns_of_usual_data_sets_are_told_the_setting_that_reads_them(
+    tmp_path: Path, columns: str, hint: str
+) -> None:
+    row = {name: f"{name}." for name in columns.split()}
+    assert fault(tmp_path, row).endswith(f". {hint}")
+    for setting in re.findall(r"columns: (\{.*?\})", hint):
+        texts = "messages" not in setting
+        named = row if texts else row | {"chosen": [{"role": "user", "content": "a"}, TURN]}
+        assert example(tmp_path, named, columns=yaml.safe_load(setting)).task == "rows"
 
 
 # The Hub

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,16 +61,44 @@ def choose_format(columns: Collection[str], format: str, where: str) -> str:
     return chosen
 
 
+_ASKED = ("instruction", "prompt", "question", "query", "problem", "input")
+_ANSWERED = ("output", "completion", "response", "reply", "solution", "answer")
+"""Names that data sets give to a question and to its answer; of several the first counts."""
+
+
 def _hint(columns: Collection[str]) -> str:
-    """For columns that fit no format: the known column nearest to an unknown one, or else the setting that reads the
-    only unknown one as the only column that a format lacks."""
+    """For columns that fit no format: the known column nearest to an unknown one, or the setting that reads those of a
+    question and its answer, or the only unknown one as the only column that a format lacks."""
+    names = {column.lower(): column for column in columns}
+    asked, answered = (next((each for each in some if each in names), "") for some in (_ASKED, _ANSWERED))
+    if {"chosen", "rejected"} <= names.keys():
+        chosen = names["chosen"]
+        texts = _renaming(names, asked, "chosen") if asked else f"{{text: {chosen}}}"
+        return (
+            f" Pairs of preferences are not trained. Fix: to learn the chosen answers, set columns: {texts} in this "
+            f"source, or columns: {{messages: {chosen}}} if they are lists of turns."
+        )
+    is_pair = bool(asked and answered)
     known = [column for layout in FORMATS.values() for column in layout.required]
     strange = [column for column in columns if column not in known and column not in ("task", "id")]
-    if hint := next((hint for column in strange if (hint := nearest(column, known))), ""):
+    meant = ["choices"] if is_pair else known
+    if hint := next((hint for column in strange if (hint := nearest(column, meant))), ""):
         return hint
+    if is_pair:
+        return f" Fix: columns: {_renaming(names, asked, answered)} in this source."
     lacking = (set(layout.required) - set(columns) for layout in FORMATS.values() if len(layout.required) > 1)
     wanted = next((column for missing in lacking if len(missing) == 1 for column in missing), None)
     return f" Fix: columns: {{{wanted}: {strange[0]}}} in this source." if wanted and len(strange) == 1 else ""
+
+
+def _renaming(names: Mapping[str, str], asked: str, answered: str) -> str:
+    """The setting `columns` for a question and its answer. `names` are the columns by their names in small letters."""
+    if asked == "instruction":
+        given = next((each for each in ("input", "context") if each in names), None)
+        read = {"instruction": asked, "output": answered} | ({"input": given} if given else {})
+    else:
+        read = {"prompt": asked, "completion": answered}
+    return f"{{{', '.join(f'{name}: {names[own]}' for name, own in read.items() if name != names[own])}}}"
 
 
 def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str, chat: bool = False) -> Example:
