@@ -207,8 +207,8 @@ CALL = {"from": "function_call", "value": "f()"}
         ({"conversations": [{"from": "human"}]}, "conversations[0]: must be an object with from and value, got"),
         (
             {"conversations": [{"from": "humam", "value": "x"}]},
-            "conversations[0].from: must be one of human, user, gpt, chatgpt, assistant, system, tool, observation, "
-            "got 'humam'. Did you mean 'human'?",
+            "conversations[0].from: must be one of human, user, gpt, chatgpt, assistant, system, developer, tool, "
+            "observation, function_call, got 'humam'. Did you mean 'human'?",
         ),
         ({"conversations": [{"from": "human", "value": "x"}]}, "messages: no turn of role assistant"),
         (
@@ -224,6 +224,44 @@ CALL = {"from": "function_call", "value": "f()"}
 )
 def test_faulty_rows_of_the_layouts(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     assert fault(tmp_path, row).startswith(f"line 1: {message}")
+
+
+def test_calls_in_the_layout_of_llama_factory(tmp_path: Path) -> None:
+    turns = [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "12"},
+        {"from": "function_call", "value": '[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]'},
+        {"from": "gpt", "value": "b"},
+    ]
+    found = example(tmp_path, {"conversations": turns, "tools": '[{"name": "f"}, {"name": "g"}]'}).messages
+    assert [turn.role for turn in found] == ["user", "assistant", "tool", "assistant", "assistant"]
+    assert [[call["function"]["name"] for call in turn.tool_calls] for turn in found] == [[], ["f"], [], ["f", "g"], []]
+    assert found[1].tool_calls[0]["function"]["arguments"] == {"x": 1}
+
+
+IMAGE_TURNS = [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A cat."}]
+
+
+@pytest.mark.parametrize(
+    "row, options",
+    [
+        ({"conversations": IMAGE_TURNS, "images": ["a.png"]}, {}),
+        ({"prompt": "<image>\nWhat is it?", "completion": " A cat.", "image": "a.png"}, {}),
+        (
+            {"q": "<image> What?", "a": "A cat.", "image": {"path": "a.png"}},
+            {"template": {"prompt": "{{ q }}\n", "completion": "{{ a }}"}},
+        ),
+    ],
+)
+def test_text_that_belongs_to_images_is_a_fault(tmp_path: Path, row: dict[str, Any], options: dict[str, Any]) -> None:
+    line = fault(tmp_path, row, **options)
+    media = "images" if "images" in row else "image"
+    assert line == f"line 1: {media}: <image> in the text stands for it, and only text is supported"
+    # without an image, or without its place in the text, the text is a text
+    assert example(tmp_path, row | {media: []}, **options)
+    plain = json.loads(json.dumps(row).replace("<image>", ""))
+    assert example(tmp_path, plain, **options)
 
 
 def test_layouts_and_what_they_leave(tmp_path: Path) -> None:

@@ -233,6 +233,23 @@ def test_each_conversation_of_a_file_is_answered_as_its_prompt_is(run: Path, tmp
     ]
 
 
+def test_sharegpt_rows_are_asked_as_messages_are(tmp_path: Path) -> None:
+    turns = [("system", "system", "Be kind."), ("user", "human", "Why?")]
+    messages = [{"role": role, "content": text} for role, _, text in turns]
+    conversations = [{"from": speaker, "value": text} for _, speaker, text in turns]
+    file = tmp_path / "chats.jsonl"
+    rows: list[dict[str, Any]] = [
+        {"messages": messages},
+        {"conversations": conversations},
+        {"conversations": conversations[1:], "system": "Be kind."},
+        {"conversations": json.dumps(conversations)},
+    ]
+    file.write_text("\n".join(json.dumps(row | {"tools": [{"name": "f"}]}) for row in rows))
+    first, *others = [(chat, tools) for _, chat, tools in generate._read_chats(file)]
+    assert others == [first] * 3
+    assert ([turn.role for turn in first[0]], len(first[1])) == (["system", "user"], 1)
+
+
 def test_conversations_that_cannot_be_answered_are_named_before_loading(tmp_path: Path) -> None:
     file = tmp_path / "chats.jsonl"
     answered = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}

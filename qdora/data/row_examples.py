@@ -10,7 +10,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qdora.data.chat_template import RENDER_ERRORS
 from qdora.data.example import Example
-from qdora.data.row_formats import CHAT_COLUMNS, choose_format, example_of_format, is_empty, unused_columns
+from qdora.data.row_formats import (
+    CHAT_COLUMNS,
+    check_no_media,
+    choose_format,
+    example_of_format,
+    is_empty,
+    unused_columns,
+)
 from qdora.data.rows import Row, RowFault, check_encodable
 from qdora.errors import UserError, first_line, nearest
 from qdora.recipe.data_settings import CHAT_FORMATS, SourceConfig, TemplateConfig, no_chat
@@ -52,6 +59,7 @@ class RowExamples:
         made = named if self.template is None else self._chat_columns(named) | self.template.rendered(named)
         label, chat = self.source.label, self.source.chat
         example = example_of_format(made, self.format, label=label, named=self.named, id=id, chat=chat)
+        check_no_media(row, (example.prompt, example.answer, *(turn.content for turn in example.messages)))
         self.unused.update(self._unused(row, named))
         return example
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qdora.data.commonsense import TEMPLATES, example_of_row
 from qdora.data.example import Example
-from qdora.data.messages import TURN_KEYS, parse_messages, parse_tools
+from qdora.data.messages import TURN_KEYS, Messages, Tools, parse_messages, parse_tools, parse_turns, parsed
 from qdora.data.rows import Row, RowFault, optional_text, parse_row_json, row_id, text_field
 from qdora.errors import UserError, nearest
 from qdora.recipe.faults import shown
@@ -21,8 +21,10 @@ _SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "developer": "system",
     "tool": "tool",
     "observation": "tool",
+    "function_call": "assistant",
 }
 """Who speaks in a ShareGPT turn -> role."""
 
@@ -222,14 +224,44 @@ def _messages(row: Row, task: str, label: str, id: str, *, num_in_prompt: int = 
 
 def _sharegpt(row: Row, task: str, label: str, id: str) -> Example:
     """A list of {from, value}, and maybe a column `system`; the same chat as `messages`."""
+    rest = {name: value for name, value in row.items() if name not in ("conversations", "system")}
+    return _messages({**rest, "messages": _sharegpt_turns(row)}, task, label, id)
+
+
+def asked_chat(row: Row) -> tuple[Messages, Tools]:
+    """The turns and tools of a row of format messages or sharegpt that waits for an answer.
+
+    Raises: RowFault if it is no such row, or its last turn is the assistant's.
+    """
+    format = "sharegpt" if "conversations" in row and "messages" not in row else "messages"
+    row = with_lists(row, format)
+    turns = parse_turns(_sharegpt_turns(row) if format == "sharegpt" else row.get("messages"))
+    check_no_media(row, (turn.content for turn in turns))
+    if turns[-1].role == "assistant":
+        raise RowFault("messages: the last turn is the assistant's, so there is nothing to answer")
+    return turns, parse_tools(row.get("tools"))
+
+
+def check_no_media(row: Row, texts: Iterable[str]) -> None:
+    """Raise RowFault if a row has images, videos or sounds and its texts say where they are."""
+    media = [name for name in _MEDIA if not is_empty(row.get(name))]
+    for text in texts if media else ():
+        if name := next((name for name in media if f"<{name.removesuffix('s')}>" in text), None):
+            raise RowFault(f"{name}: <{name.removesuffix('s')}> in the text stands for it, and only text is supported")
+
+
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns for which <image>, <video> and <audio> stand in texts."""
+
+
+def _sharegpt_turns(row: Row) -> list[Any]:
+    """The turns {role, content} of a row of {from, value}."""
     turns = row["conversations"]
     if not isinstance(turns, list):
         raise RowFault(f"conversations: must be a list of turns {{from, value}}, got {shown(turns)}")
     system = optional_text(row, "system")
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [_sharegpt_turn(number, turn) for number, turn in enumerate(turns)]
-    rest = {name: value for name, value in row.items() if name not in ("conversations", "system")}
-    return _messages({**rest, "messages": messages}, task, label, id)
+    messages: list[Any] = [{"role": "system", "content": system}] if system else []
+    return messages + [_sharegpt_turn(number, turn) for number, turn in enumerate(turns)]
 
 
 def _sharegpt_turn(number: int, turn: Any) -> Any:
@@ -243,6 +275,9 @@ def _sharegpt_turn(number: int, turn: Any) -> Any:
         hint = nearest(str(speaker), _SHAREGPT_ROLES)
         raise RowFault(f"conversations[{number}].from: must be one of {allowed}, got {shown(speaker)}.{hint}")
     rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    if speaker == "function_call":  # of LLaMA-Factory: JSON of a call, or of a list of calls
+        calls = parsed(turn["value"], f"conversations[{number}].value")
+        return {**rest, "role": "assistant", "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
     return {**rest, "role": _SHAREGPT_ROLES[speaker], "content": turn["value"]}
 
 
