@@ -41,6 +41,26 @@ def test_messages_in_full() -> None:
     )
 
 
+def test_the_older_names_of_openai() -> None:
+    call = {"name": "f", "arguments": '{"a": 1}'}
+    turns = parse_messages(
+        [
+            {"role": "developer", "content": "Be kind.", "function_call": {"name": None, "arguments": None}},  # Parquet
+            {"role": "assistant", "content": None, "function_call": call},
+            {"role": "function", "name": "f", "content": "12"},
+            message(function_call=None),
+        ]
+    )
+    assert turns == (
+        Turn("system", "Be kind."),
+        Turn("assistant", "", ({"type": "function", "function": {"name": "f", "arguments": {"a": 1}}},)),
+        Turn("tool", "12", labels={"name": "f"}),
+        Turn("assistant", "the cat"),
+    )
+    with pytest.raises(RowFault, match=r"messages\[0\].function_call\[0\].arguments: is not JSON"):
+        parse_messages([message(function_call={"name": "f", "arguments": "{"})])
+
+
 def test_tools_in_the_forms_that_files_have() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}
     padded = json.loads(json.dumps(tool))

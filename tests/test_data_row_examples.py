@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 
 import datasets
 import pytest
+import yaml
 
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.data.example import Example
@@ -21,6 +23,7 @@ from qdora.recipe.data_settings import DataConfig, SourceConfig
 from qdora.recipe.recipe_file import apply_overrides, recipe_from, resolved_yaml, settings
 from tests import tiny_tokenizer
 
+TURN = {"role": "assistant", "content": "b"}
 QUESTION = {"question": "1+1?", "answer": "2", "note": "x"}
 
 
@@ -204,8 +207,8 @@ CALL = {"from": "function_call", "value": "f()"}
         ({"conversations": [{"from": "human"}]}, "conversations[0]: must be an object with from and value, got"),
         (
             {"conversations": [{"from": "humam", "value": "x"}]},
-            "conversations[0].from: must be one of human, user, gpt, chatgpt, assistant, system, tool, observation, "
-            "got 'humam'. Did you mean 'human'?",
+            "conversations[0].from: must be one of human, user, gpt, chatgpt, assistant, system, developer, tool, "
+            "observation, function_call, got 'humam'. Did you mean 'human'?",
         ),
         ({"conversations": [{"from": "human", "value": "x"}]}, "messages: no turn of role assistant"),
         (
@@ -223,6 +226,44 @@ def test_faulty_rows_of_the_layouts(tmp_path: Path, row: dict[str, Any], message
     assert fault(tmp_path, row).startswith(f"line 1: {message}")
 
 
+def test_calls_in_the_layout_of_llama_factory(tmp_path: Path) -> None:
+    turns = [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "12"},
+        {"from": "function_call", "value": '[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]'},
+        {"from": "gpt", "value": "b"},
+    ]
+    found = example(tmp_path, {"conversations": turns, "tools": '[{"name": "f"}, {"name": "g"}]'}).messages
+    assert [turn.role for turn in found] == ["user", "assistant", "tool", "assistant", "assistant"]
+    assert [[call["function"]["name"] for call in turn.tool_calls] for turn in found] == [[], ["f"], [], ["f", "g"], []]
+    assert found[1].tool_calls[0]["function"]["arguments"] == {"x": 1}
+
+
+IMAGE_TURNS = [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A cat."}]
+
+
+@pytest.mark.parametrize(
+    "row, options",
+    [
+        ({"conversations": IMAGE_TURNS, "images": ["a.png"]}, {}),
+        ({"prompt": "<image>\nWhat is it?", "completion": " A cat.", "image": "a.png"}, {}),
+        (
+            {"q": "<image> What?", "a": "A cat.", "image": {"path": "a.png"}},
+            {"template": {"prompt": "{{ q }}\n", "completion": "{{ a }}"}},
+        ),
+    ],
+)
+def test_text_that_belongs_to_images_is_a_fault(tmp_path: Path, row: dict[str, Any], options: dict[str, Any]) -> None:
+    line = fault(tmp_path, row, **options)
+    media = "images" if "images" in row else "image"
+    assert line == f"line 1: {media}: <image> in the text stands for it, and only text is supported"
+    # without an image, or without its place in the text, the text is a text
+    assert example(tmp_path, row | {media: []}, **options)
+    plain = json.loads(json.dumps(row).replace("<image>", ""))
+    assert example(tmp_path, plain, **options)
+
+
 def test_layouts_and_what_they_leave(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "a", "mood": 3}, {"role": "assistant", "content": "b"}]
     opened = open_source(source(tmp_path, {"conversations": turns, "system": "s", "id": 1, "rating": 2}))
@@ -238,6 +279,71 @@ def test_layouts_and_what_they_leave(tmp_path: Path) -> None:
     row = {"instruction": "Choose.\n\nAnswer format: true/false", "output": "it is true", "answer": "true"}
     assert example(tmp_path, row).choices == ("it is true", "it is false")
     assert example(tmp_path, row, format="alpaca").choices == ()
+
+
+@pytest.mark.parametrize(
+    "row, options",
+    [
+        ({"prompt": "Why?\n", "completion": " the cat", "system": "Be kind."}, {}),
+        ({"instruction": "Why?", "output": "the cat", "system": "Be kind.", "input": ""}, {}),
+        (
+            {"q": "Why?", "a": "the cat", "s": "Be kind."},
+            {"columns": {"prompt": "q", "completion": "a", "system": "s"}},
+        ),
+        (
+            {"q": "Why", "a": "the cat", "system": "Be kind."},
+            {"template": {"prompt": "{{ q }}?\n", "completion": "{{ a }}"}},
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_question_and_its_answer_become_a_chat(
+    tmp_path: Path, row: dict[str, Any], options: dict[str, Any], stream: bool
+) -> None:
+    data = DataConfig(mix=(source(tmp_path, row, chat=True, stream=stream, **options),), max_length=99)
+    tokenizer, [given] = tiny_tokenizer.make(), data.mix
+    if stream:
+        found = ExampleStream(open_shards(given), data, 0, tokenizer)
+        done = found.next()
+        unused = found.unused
+    else:
+        opened = open_source(given)
+        [done] = tokenize_all(opened, tokenizer, name="x", max_length=99).examples
+        unused = opened.unused
+    marks = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(done.input_ids[~done.loss_mask]) == marks
+    assert tokenizer.decode(done.input_ids[done.loss_mask]) == "the cat<|im_end|>\n"
+    assert unused == set()
+
+
+def test_instruction_and_input_are_one_turn(tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "input": "1 and 2", "output": "3", "tools": [{"name": "f"}], "topic": "sums"}
+    opened = open_source(source(tmp_path, row, chat=True))
+    [found] = opened
+    assert [(turn.role, turn.content) for turn in found.messages] == [("user", "Add.\n\n1 and 2"), ("assistant", "3")]
+    assert (len(found.tools), opened.unused) == (1, {"topic"})
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (
+            {"messages": []},
+            "chat: rows of format messages are chats already. Fix: remove chat, or set columns or format.",
+        ),
+        ({"text": "x"}, "chat: chats are made of the formats completion and alpaca and with template, not of format t"),
+        ({"prompt": [], "completion": []}, "line 1: prompt: is a list of turns, and chat: true makes turns of text."),
+        ({"prompt": "a", "completion": " "}, "line 1: completion: must be text that is not empty, got ' '"),
+    ],
+)
+def test_what_cannot_become_a_chat(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    assert fault(tmp_path, row, chat=True).startswith(message)
+
+
+def test_chat_is_a_setting_of_texts() -> None:
+    for given in ({"source": "x.jsonl", "format": "sharegpt"}, {"source": "x.txt", "format": "text"}, {"task": "piqa"}):
+        with pytest.raises(ValueError, match="chat: would be ignored because"):
+            SourceConfig.model_validate(given | {"chat": True})
 
 
 def test_of_a_prompt_of_turns_nothing_is_learnt(tmp_path: Path) -> None:
@@ -270,6 +376,43 @@ def test_columns_that_fit_no_layout_name_all_of_them(tmp_path: Path) -> None:
         in line
     )
     assert line.endswith("alpaca: instruction, output; text: text. Did you mean 'conversations'?")
+
+
+@pytest.mark.parametrize(
+    "columns, hint",
+    [
+        ("question answer", "Fix: columns: {prompt: question, completion: answer} in this source."),
+        ("Question Answer topic", "Fix: columns: {prompt: Question, completion: Answer} in this source."),
+        ("query response type", "Fix: columns: {prompt: query, completion: response} in this source."),
+        ("problem solution answer", "Fix: columns: {prompt: problem, completion: solution} in this source."),
+        (
+            "instruction context response category",
+            "Fix: columns: {output: response, input: context} in this source.",
+        ),
+        ("instruction input answer", "Fix: columns: {output: answer} in this source."),
+        ("question choises answer", "Did you mean 'choices'?"),
+        ("context title", "Did you mean 'text'?"),
+        (
+            "prompt chosen rejected",
+            "Pairs of preferences are not trained. Fix: to learn the chosen answers, set columns: {completion: chosen} "
+            "in this source, or columns: {messages: chosen} if they are lists of turns.",
+        ),
+        (
+            "chosen rejected",
+            "Pairs of preferences are not trained. Fix: to learn the chosen answers, set columns: {text: chosen} in "
+            "this source, or columns: {messages: chosen} if they are lists of turns.",
+        ),
+    ],
+)
+def test_columns_of_usual_data_sets_are_told_the_setting_that_reads_them(
+    tmp_path: Path, columns: str, hint: str
+) -> None:
+    row = {name: f"{name}." for name in columns.split()}
+    assert fault(tmp_path, row).endswith(f". {hint}")
+    for setting in re.findall(r"columns: (\{.*?\})", hint):
+        texts = "messages" not in setting
+        named = row if texts else row | {"chosen": [{"role": "user", "content": "a"}, TURN]}
+        assert example(tmp_path, named, columns=yaml.safe_load(setting)).task == "rows"
 
 
 # The Hub

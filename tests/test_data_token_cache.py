@@ -99,6 +99,7 @@ def test_whatever_decides_the_tokens_makes_them_anew(tmp_path: Path, counted: li
         {"source": {"limit": 9}, "seed": 1},
         {"source": {"name": "x"}},
         {"source": {"columns": {"prompt": "completion", "completion": "prompt"}}},
+        {"source": {"chat": True}},
         {"source": {"template": {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}}},
         {"source": {"template": {"prompt": "{{ prompt }}?", "completion": "{{ completion }}"}}},
         {

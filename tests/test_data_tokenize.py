@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from itertools import accumulate
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qdora.data.chat_template import set_chat_settings
 from qdora.data.encode_chats import _encode as encode
 from qdora.data.example import Example
 from qdora.data.messages import Turn
+from qdora.data.sources import load_source
 from qdora.data.tokenize import (
     TokenizedSet,
     encode_batch,
@@ -20,10 +25,12 @@ from qdora.data.tokenize import (
     tokenize_all,
 )
 from qdora.errors import UserError
+from qdora.recipe.data_settings import SourceConfig
 from tests import tiny_tokenizer
 
 PLAIN = tiny_tokenizer.make()
 BOS = tiny_tokenizer.make(bos=True)
+LINES = tiny_tokenizer.make(more=["a\n\n"] * 9)
 BOTH = tiny_tokenizer.make(bos=True, adds_eos=True)
 THINKS = tiny_tokenizer.make(
     chat_template=tiny_tokenizer.CHATML.replace("{{ m['content'] }}", "{{ m.reasoning_content }}{{ m.content }}")
@@ -80,6 +87,86 @@ def test_plain_text_learns_what_has_something_before_it(tokenizer):
 def test_an_end_of_sequence_in_the_data_is_not_doubled():
     done = tokenize_one(example(answer=" yes<|im_end|>"), PLAIN, max_length=100)
     assert learnt(PLAIN, done) == " yes<|im_end|>"
+
+
+def test_a_rendered_chat_as_text_has_its_marks_once():
+    """Users make prompts with apply_chat_template, which writes the beginning and the end of a text."""
+    stops = tiny_tokenizer.make(bos=True)
+    set_chat_settings(stops, stop_ids=frozenset({stops.eos_token_id, stops.convert_tokens_to_ids("<|im_start|>")}))
+    texts = [
+        example("<s>Why?", " the cat<|im_end|> \n"),
+        example("Why?", " the cat"),
+        example("", "<s>the cat<|im_start|>"),
+        example("<s>", "the cat\n"),
+    ]
+    found = tokenize_all(texts, stops, name="x", max_length=100)
+    assert [text(stops, each) for each in found.examples] == [
+        "<s>Why? the cat<|im_end|>",
+        "<s>Why? the cat<|im_end|>",
+        "<s>the cat<|im_start|>",
+        "<s>the cat\n<|im_end|>",
+    ]
+    assert [learnt(stops, each) for each in found.examples] == [
+        " the cat<|im_end|>",
+        " the cat<|im_end|>",
+        "the cat<|im_start|>",
+        "the cat\n<|im_end|>",
+    ]
+    assert [note.partition(":")[0] for note in found.notes] == [
+        "2 of 4 texts end with a stop token",
+        "3 of 4 texts begin with the beginning-of-sequence token that the tokenizer adds to a text",
+    ]
+    assert tokenize_all([texts[1]], stops, name="x", max_length=100).notes == ()
+    # evaluation encodes the same
+    assert encode_pairs(stops, [("<s>Why?", " the cat")]) == encode_pairs(stops, [("Why?", " the cat")])
+
+
+def test_a_missing_separator_is_told_once_with_its_number():
+    glued = [("Capital of France?", "Paris"), ("the ans", "wer")]
+    apart = [
+        ("Why? ", "the cat"),
+        ("Why?", "\nthe cat"),
+        ("", "the cat"),
+        ("a[/INST]", "b"),
+        ("a", "<b>"),
+        ("\uff1f", "b"),
+    ]
+    examples = [example(*pair) for pair in (*apart, *glued)]
+    [note] = tokenize_all(examples, PLAIN, name="x", max_length=100).notes
+    assert note == (
+        "2 of 8 texts have no white space between prompt and completion, such as 'l of France?' + 'Paris'. Fix: if a "
+        'separator is missing, set template: {prompt: "{{ prompt }}\\n", completion: "{{ completion }}"} in this '
+        "source, or write it into the template that is there."
+    )
+    choices = Example("task", "0", "Why?", "the", choices=("the", "a"), gold=0)  # made by a template of ours
+    assert not tokenize_all([choices, example()], PLAIN, name="x", max_length=100).notes
+
+
+def test_a_border_inside_a_token_is_told_once_with_its_number():
+    """A server that is given the prompt alone splits it otherwise."""
+    assert len(LINES("\n\n")["input_ids"]) == 1
+    pairs = [("Why?\n", "\n the cat"), ("Why?\n", "the cat"), ("Why?", "\n\n the cat")]
+    [note] = tokenize_all([example(*pair) for pair in pairs], LINES, name="x", max_length=100).notes
+    assert note.startswith(
+        "1 of 3 texts have a token with the end of the prompt and the beginning of the completion, such as 'Why?\\n' + "
+        "'\\n the cat': a model that is given the prompt alone sees other tokens. Fix: set template: "
+    )
+
+
+def test_the_templates_that_the_notes_propose_end_the_matter(tmp_path):
+    rows = [{"Question": "Capital of France?", "Reply": "Paris"}, {"Question": "Why?\n", "Reply": "\n the cat"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+    def notes(**more):
+        columns = {"prompt": "Question", "completion": "Reply"}
+        source = SourceConfig.model_validate({"source": str(file), "columns": columns} | more)
+        return tokenize_all(load_source(source), LINES, name="x", max_length=100).notes
+
+    templates = [re.findall(r'template: (\{.*?"\})', note) for note in notes()]
+    assert len(templates) == 2
+    for [template] in templates:
+        assert not notes(template=yaml.safe_load(template))
 
 
 @pytest.mark.parametrize("tokenizer, prefix", [(PLAIN, []), (BOS, ["<s>"]), (BOTH, ["<s>"])])

@@ -181,6 +181,12 @@ def test_settings_that_cannot_be_used_are_refused_before_loading() -> None:
         generate_from("./nowhere", "x")
 
 
+def test_a_raw_prompt_gets_the_beginning_of_sequence_once_and_no_end() -> None:
+    tokenizer = tiny_tokenizer.make(bos=True, adds_eos=True)
+    ids = [tokenizer.bos_token_id, *tokenizer("the cat", add_special_tokens=False)["input_ids"]]
+    assert [prompt_ids(tokenizer, text, None, raw=True) for text in ("the cat", "<s>the cat")] == [ids, ids]
+
+
 def test_the_answer_stops_where_the_context_is_full(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,6 +231,23 @@ def test_each_conversation_of_a_file_is_answered_as_its_prompt_is(run: Path, tmp
         f"--- {file}: line 1",
         f"--- {file}: line 2",
     ]
+
+
+def test_sharegpt_rows_are_asked_as_messages_are(tmp_path: Path) -> None:
+    turns = [("system", "system", "Be kind."), ("user", "human", "Why?")]
+    messages = [{"role": role, "content": text} for role, _, text in turns]
+    conversations = [{"from": speaker, "value": text} for _, speaker, text in turns]
+    file = tmp_path / "chats.jsonl"
+    rows: list[dict[str, Any]] = [
+        {"messages": messages},
+        {"conversations": conversations},
+        {"conversations": conversations[1:], "system": "Be kind."},
+        {"conversations": json.dumps(conversations)},
+    ]
+    file.write_text("\n".join(json.dumps(row | {"tools": [{"name": "f"}]}) for row in rows))
+    first, *others = [(chat, tools) for _, chat, tools in generate._read_chats(file)]
+    assert others == [first] * 3
+    assert ([turn.role for turn in first[0]], len(first[1])) == (["system", "user"], 1)
 
 
 def test_conversations_that_cannot_be_answered_are_named_before_loading(tmp_path: Path) -> None:

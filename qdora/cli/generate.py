@@ -21,7 +21,7 @@ def generate(
     ] = None,
     chats: Annotated[
         str | None,
-        typer.Option(help="In place of --prompt: a data file with columns messages and tools; answers each row."),
+        typer.Option(help="In place of --prompt: a data file of format messages or sharegpt; answers each row."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without a chat template.")] = False,

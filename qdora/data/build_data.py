@@ -197,7 +197,7 @@ def _tokenized(
         return make()
     template = None if source.template is None else source.template.model_dump()
     layout = {"label": source.label, "named": source.name is not None, "format": source.format, "task": source.task}
-    layout |= {"columns": source.columns, "template": template}
+    layout |= {"columns": source.columns, "template": template, "chat": source.chat}
     return cache.kept({"rows": identity, **layout, **options}, make)
 
 

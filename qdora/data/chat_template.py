@@ -123,7 +123,7 @@ def require_chat_template(tokenizer: Any, name: str) -> None:
         raise UserError(
             f"{name}: holds chats, but the tokenizer ({tokenizer_name}) has no chat template. Fix: set model.tokenizer "
             "to one that has it (the instruct version of the model), give one with data.chat_template, or give the "
-            "data as prompt and completion."
+            "data as prompt and completion without chat: true."
         )
 
 

@@ -11,8 +11,10 @@ from qdora.errors import nearest
 from qdora.recipe.faults import shown
 
 ROLES = ("system", "user", "assistant", "tool")
+_OTHER_ROLES = {"developer": "system", "function": "tool"}
+"""Role in data for OpenAI's models -> the same role."""
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-TURN_KEYS = ("role", "content", *_REASONING, "tool_calls", "tool_call_id", "name", "weight", "train")
+TURN_KEYS = ("role", "content", *_REASONING, "tool_calls", "function_call", "tool_call_id", "name", "weight", "train")
 """Keys of a turn that are read."""
 
 Tools = tuple[Mapping[str, Any], ...]
@@ -74,14 +76,14 @@ def parse_tools(tools: Any) -> Tools:
 
     Raises: RowFault if it is malformed.
     """
-    listed = _json(tools, "tools")
+    listed = parsed(tools, "tools")
     if listed is None or listed == "":
         return ()
     if not isinstance(listed, list):
         raise RowFault(f"tools: must be a list of functions, got {shown(tools)}")
     found = []
     for number, entry in enumerate(listed):
-        tool = _without_nulls(_json(entry, f"tools[{number}]"))
+        tool = _without_nulls(parsed(entry, f"tools[{number}]"))
         if isinstance(tool, dict) and "function" not in tool and "name" in tool:
             tool = {"type": "function", "function": tool}
         if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
@@ -91,26 +93,34 @@ def parse_tools(tools: Any) -> Tools:
 
 
 def _turn(where: str, turn: Any) -> Turn:
-    if not isinstance(turn, dict) or "role" not in turn or not ("content" in turn or turn.get("tool_calls")):
+    calls, field_of_calls = _calls(turn) if isinstance(turn, dict) else ([], "")
+    if not isinstance(turn, dict) or "role" not in turn or not ("content" in turn or calls):
         raise RowFault(f"{where}: must be an object with role and content, got {shown(turn)}")
-    role = turn["role"]
+    role = _OTHER_ROLES.get(str(turn["role"]), turn["role"])
     if role not in ROLES:
         raise RowFault(
             f"{where}.role: must be one of {', '.join(ROLES)}, got {shown(role)}.{nearest(str(role), ROLES)}"
         )
-    calls = turn.get("tool_calls") or []
     if calls and role != "assistant":
-        raise RowFault(f"{where}.tool_calls: only a turn of role assistant calls tools, got role {role}")
+        raise RowFault(f"{where}.{field_of_calls}: only a turn of role assistant calls tools, got role {role}")
     if not isinstance(calls, list):
         raise RowFault(f"{where}.tool_calls: must be a list of calls, got {shown(calls)}")
     return Turn(
         role=role,
         content=_content(turn.get("content"), f"{where}.content", optional=bool(calls)),
-        tool_calls=tuple(_tool_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)),
+        tool_calls=tuple(_tool_call(call, f"{where}.{field_of_calls}[{number}]") for number, call in enumerate(calls)),
         reasoning=_reasoning(turn, where),
         labels={key: str(turn[key]) for key in ("name", "tool_call_id") if turn.get(key)},
         learnt=_is_learnt(turn, where),
     )
+
+
+def _calls(turn: Mapping[str, Any]) -> tuple[Any, str]:
+    """The calls of a turn and the field that has them; `function_call`, OpenAI's older field, has one."""
+    older = _without_nulls(turn.get("function_call"))
+    if turn.get("tool_calls") or not older:
+        return turn.get("tool_calls") or [], "tool_calls"
+    return [older], "function_call"
 
 
 def _content(content: Any, where: str, *, optional: bool) -> str:
@@ -148,7 +158,7 @@ def _tool_call(call: Any, where: str) -> Mapping[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowFault(f"{where}: must be {{type: function, function: {{name, arguments}}}}, got {shown(call)}")
-    arguments = _json(function.get("arguments") or {}, f"{where}.arguments")
+    arguments = parsed(function.get("arguments") or {}, f"{where}.arguments")
     if not isinstance(arguments, dict):
         raise RowFault(f"{where}.arguments: must be an object or JSON of one, got {shown(arguments)}")
     id = {"id": call["id"]} if call.get("id") else {}
@@ -174,7 +184,7 @@ def _is_learnt(turn: Mapping[str, Any], where: str) -> bool:
     return weight in (None, 1) and train in (None, True)
 
 
-def _json(value: Any, where: str) -> Any:
+def parsed(value: Any, where: str) -> Any:
     """A value, or what its JSON text stands for."""
     if not isinstance(value, str) or not value.strip():
         return value

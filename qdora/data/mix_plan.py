@@ -26,7 +26,7 @@ class SourcePlan:
         num_draws, num_tokens_seen: Examples and tokens that the run takes from it; None tokens for a stream.
         epochs: How often its examples are seen on average. Below 1, some are never seen.
         unused: Columns that its format does not read; of a stream, those of its first rows.
-        notes: What the user should know of the chat template.
+        notes: What the user should know of the chat template and of the texts.
     """
 
     name: str

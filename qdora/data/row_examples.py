@@ -10,10 +10,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qdora.data.chat_template import RENDER_ERRORS
 from qdora.data.example import Example
-from qdora.data.row_formats import choose_format, example_of_format, is_empty, unused_columns
+from qdora.data.row_formats import (
+    CHAT_COLUMNS,
+    check_no_media,
+    choose_format,
+    example_of_format,
+    is_empty,
+    unused_columns,
+)
 from qdora.data.rows import Row, RowFault, check_encodable
 from qdora.errors import UserError, first_line, nearest
-from qdora.recipe.data_settings import SourceConfig, TemplateConfig
+from qdora.recipe.data_settings import CHAT_FORMATS, SourceConfig, TemplateConfig, no_chat
 
 FIRST_ROWS = 64
 """Rows in which each column that `columns` names must be found once."""
@@ -40,6 +47,8 @@ class RowExamples:
         self.format = "completion" if self.template else "text"
         if first and self.template is None:
             self.format = choose_format(list(self._renamed(first[0])), source.format, where)
+            if source.chat and self.format not in CHAT_FORMATS:
+                raise UserError(f"{where}: chat: {no_chat(self.format)}. Fix: remove chat, or set columns or format.")
 
     def __call__(self, row: Row, id: str) -> Example:
         """The example of a row; `id` names it where the row does not.
@@ -47,10 +56,15 @@ class RowExamples:
         Raises: RowFault if a column is missing or holds the wrong thing.
         """
         named = self._renamed(row)
-        made = named if self.template is None else self.template.rendered(named)
-        example = example_of_format(made, self.format, label=self.source.label, named=self.named, id=id)
+        made = named if self.template is None else self._chat_columns(named) | self.template.rendered(named)
+        label, chat = self.source.label, self.source.chat
+        example = example_of_format(made, self.format, label=label, named=self.named, id=id, chat=chat)
+        check_no_media(row, (example.prompt, example.answer, *(turn.content for turn in example.messages)))
         self.unused.update(self._unused(row, named))
         return example
+
+    def _chat_columns(self, row: Row) -> dict[str, Any]:
+        return {name: row[name] for name in CHAT_COLUMNS if name in row and self.source.chat}
 
     def _renamed(self, row: Row) -> Row:
         columns = self.source.columns
@@ -64,9 +78,9 @@ class RowExamples:
         columns = self.source.columns or {}
         yield from (name for name in columns if name in row and name not in columns.values())
         if self.template is None:
-            yield from unused_columns(named, self.format)
+            yield from unused_columns(named, self.format, self.source.chat)
         else:
-            read = self.template.columns | {"id", "task"}
+            read = {*self.template.columns, *self._chat_columns(named), "id", "task"}
             yield from (name for name, value in named.items() if name not in read and not is_empty(value))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qdora.data.commonsense import TEMPLATES, example_of_row
 from qdora.data.example import Example
-from qdora.data.messages import TURN_KEYS, parse_messages, parse_tools
+from qdora.data.messages import TURN_KEYS, Messages, Tools, parse_messages, parse_tools, parse_turns, parsed
 from qdora.data.rows import Row, RowFault, optional_text, parse_row_json, row_id, text_field
 from qdora.errors import UserError, nearest
 from qdora.recipe.faults import shown
@@ -21,8 +21,10 @@ _SHAREGPT_ROLES = {
     "chatgpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "developer": "system",
     "tool": "tool",
     "observation": "tool",
+    "function_call": "assistant",
 }
 """Who speaks in a ShareGPT turn -> role."""
 
@@ -61,25 +63,54 @@ def choose_format(columns: Collection[str], format: str, where: str) -> str:
     return chosen
 
 
+_ASKED = ("instruction", "prompt", "question", "query", "problem", "input")
+_ANSWERED = ("output", "completion", "response", "reply", "solution", "answer")
+"""Names that data sets give to a question and to its answer; of several the first counts."""
+
+
 def _hint(columns: Collection[str]) -> str:
-    """For columns that fit no format: the known column nearest to an unknown one, or else the setting that reads the
-    only unknown one as the only column that a format lacks."""
+    """For columns that fit no format: the known column nearest to an unknown one, or the setting that reads those of a
+    question and its answer, or the only unknown one as the only column that a format lacks."""
+    names = {column.lower(): column for column in columns}
+    asked, answered = (next((each for each in some if each in names), "") for some in (_ASKED, _ANSWERED))
+    if {"chosen", "rejected"} <= names.keys():
+        chosen = names["chosen"]
+        texts = _renaming(names, asked, "chosen") if asked else f"{{text: {chosen}}}"
+        return (
+            f" Pairs of preferences are not trained. Fix: to learn the chosen answers, set columns: {texts} in this "
+            f"source, or columns: {{messages: {chosen}}} if they are lists of turns."
+        )
+    is_pair = bool(asked and answered)
     known = [column for layout in FORMATS.values() for column in layout.required]
     strange = [column for column in columns if column not in known and column not in ("task", "id")]
-    if hint := next((hint for column in strange if (hint := nearest(column, known))), ""):
+    meant = ["choices"] if is_pair else known
+    if hint := next((hint for column in strange if (hint := nearest(column, meant))), ""):
         return hint
+    if is_pair:
+        return f" Fix: columns: {_renaming(names, asked, answered)} in this source."
     lacking = (set(layout.required) - set(columns) for layout in FORMATS.values() if len(layout.required) > 1)
     wanted = next((column for missing in lacking if len(missing) == 1 for column in missing), None)
     return f" Fix: columns: {{{wanted}: {strange[0]}}} in this source." if wanted and len(strange) == 1 else ""
 
 
-def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str) -> Example:
+def _renaming(names: Mapping[str, str], asked: str, answered: str) -> str:
+    """The setting `columns` for a question and its answer. `names` are the columns by their names in small letters."""
+    if asked == "instruction":
+        given = next((each for each in ("input", "context") if each in names), None)
+        read = {"instruction": asked, "output": answered} | ({"input": given} if given else {})
+    else:
+        read = {"prompt": asked, "completion": answered}
+    return f"{{{', '.join(f'{name}: {names[own]}' for name, own in read.items() if name != names[own])}}}"
+
+
+def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str, chat: bool = False) -> Example:
     """One row as an Example.
 
     Args:
         label: Task name of the example. A row's own task (in commonsense170k, the one found from its wording) comes
             first unless `named`.
         named: The user chose the label.
+        chat: Prompt and completion, or instruction and output, become two turns of a chat.
     Raises: RowFault if a column is missing or holds the wrong thing.
     """
     layout = FORMATS[format]
@@ -91,7 +122,8 @@ def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str
             f"{nearest(absent[0], list(row))}"
         )
     task = commonsense_task(str(row["instruction"])) if format == "commonsense170k" else optional_text(row, "task")
-    return layout.example(row, task, label if named else task or label, id)
+    label = label if named else task or label
+    return _two_turns(row, format, label, id) if chat else layout.example(row, task, label, id)
 
 
 def with_lists(row: Row, format: str) -> Row:
@@ -107,7 +139,7 @@ def _list_in(text: str) -> Any:
         return text
 
 
-def unused_columns(row: Row, format: str) -> Iterator[str]:
+def unused_columns(row: Row, format: str, chat: bool = False) -> Iterator[str]:
     """What a row has and its format does not read: columns, keys of turns as messages.<key>; no empty values."""
     layout, columns = FORMATS[format], with_lists(row, format)
     chats = {
@@ -116,12 +148,16 @@ def unused_columns(row: Row, format: str) -> Iterator[str]:
         if column in layout.required and isinstance(columns.get(column), list)
     }
     known = {*layout.required, *layout.optional} - (set() if chats else {"tools"})
+    known |= set(CHAT_COLUMNS if chat else ())
     yield from (str(name) for name, value in row.items() if name not in known and not is_empty(value))
     for column, turns in chats.items():
         for turn in turns:
             names = (name for name, value in turn.items() if not is_empty(value)) if isinstance(turn, dict) else ()
             yield from (f"{column}.{name}" for name in names if name not in _TURN_KEYS[column])
 
+
+CHAT_COLUMNS = ("system", "tools")
+"""Columns that are read, too, if prompt and completion become a chat."""
 
 _TURN_KEYS = {
     "messages": TURN_KEYS,
@@ -166,6 +202,20 @@ def _turns_of_both(row: Row, label: str, id: str) -> Example:
     return _messages({**rest, "messages": turns}, "", label, id, num_in_prompt=len(row["prompt"]))
 
 
+def _two_turns(row: Row, format: str, label: str, id: str) -> Example:
+    """The chat of a prompt and its completion, or of an instruction with its input and its output."""
+    asked, answered = FORMATS[format].required
+    for name in (asked, answered):
+        if isinstance(row[name], list):
+            raise RowFault(f"{name}: is a list of turns, and chat: true makes turns of text. Fix: remove chat.")
+    system, given = optional_text(row, "system"), optional_text(row, "input") if format == "alpaca" else ""
+    question, answer = text_field(row, asked), text_field(row, answered)
+    turns = [("system", system)] if system else []
+    turns += [("user", f"{question}\n\n{given}" if given else question), ("assistant", answer)]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return _messages({**row, "messages": messages}, "", label, id)
+
+
 def _messages(row: Row, task: str, label: str, id: str, *, num_in_prompt: int = 0) -> Example:
     """A list of turns, and the tools that the assistant may call; the assistant's turns are what is learnt."""
     messages, tools = parse_messages(row["messages"], num_in_prompt), parse_tools(row.get("tools"))
@@ -174,14 +224,44 @@ def _messages(row: Row, task: str, label: str, id: str, *, num_in_prompt: int = 
 
 def _sharegpt(row: Row, task: str, label: str, id: str) -> Example:
     """A list of {from, value}, and maybe a column `system`; the same chat as `messages`."""
+    rest = {name: value for name, value in row.items() if name not in ("conversations", "system")}
+    return _messages({**rest, "messages": _sharegpt_turns(row)}, task, label, id)
+
+
+def asked_chat(row: Row) -> tuple[Messages, Tools]:
+    """The turns and tools of a row of format messages or sharegpt that waits for an answer.
+
+    Raises: RowFault if it is no such row, or its last turn is the assistant's.
+    """
+    format = "sharegpt" if "conversations" in row and "messages" not in row else "messages"
+    row = with_lists(row, format)
+    turns = parse_turns(_sharegpt_turns(row) if format == "sharegpt" else row.get("messages"))
+    check_no_media(row, (turn.content for turn in turns))
+    if turns[-1].role == "assistant":
+        raise RowFault("messages: the last turn is the assistant's, so there is nothing to answer")
+    return turns, parse_tools(row.get("tools"))
+
+
+def check_no_media(row: Row, texts: Iterable[str]) -> None:
+    """Raise RowFault if a row has images, videos or sounds and its texts say where they are."""
+    media = [name for name in _MEDIA if not is_empty(row.get(name))]
+    for text in texts if media else ():
+        if name := next((name for name in media if f"<{name.removesuffix('s')}>" in text), None):
+            raise RowFault(f"{name}: <{name.removesuffix('s')}> in the text stands for it, and only text is supported")
+
+
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns for which <image>, <video> and <audio> stand in texts."""
+
+
+def _sharegpt_turns(row: Row) -> list[Any]:
+    """The turns {role, content} of a row of {from, value}."""
     turns = row["conversations"]
     if not isinstance(turns, list):
         raise RowFault(f"conversations: must be a list of turns {{from, value}}, got {shown(turns)}")
     system = optional_text(row, "system")
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [_sharegpt_turn(number, turn) for number, turn in enumerate(turns)]
-    rest = {name: value for name, value in row.items() if name not in ("conversations", "system")}
-    return _messages({**rest, "messages": messages}, task, label, id)
+    messages: list[Any] = [{"role": "system", "content": system}] if system else []
+    return messages + [_sharegpt_turn(number, turn) for number, turn in enumerate(turns)]
 
 
 def _sharegpt_turn(number: int, turn: Any) -> Any:
@@ -195,6 +275,9 @@ def _sharegpt_turn(number: int, turn: Any) -> Any:
         hint = nearest(str(speaker), _SHAREGPT_ROLES)
         raise RowFault(f"conversations[{number}].from: must be one of {allowed}, got {shown(speaker)}.{hint}")
     rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    if speaker == "function_call":  # of LLaMA-Factory: JSON of a call, or of a list of calls
+        calls = parsed(turn["value"], f"conversations[{number}].value")
+        return {**rest, "role": "assistant", "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
     return {**rest, "role": _SHAREGPT_ROLES[speaker], "content": turn["value"]}
 
 

@@ -77,7 +77,6 @@ class ExampleStream:
         number: Place of the source in the mix. Two sources have different orders.
 
     Attributes:
-        notes: What the rows so far showed of the chat template.
         first_tally: What happened to the first rows; empty until something reads them.
     """
 
@@ -93,7 +92,7 @@ class ExampleStream:
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
         # Tokenised rows of the window, the next one last, and examples of a row likewise; faults begin with the place
         self._ready: list[list[Outcome]] = []
-        self.notes: set[str] = set()
+        self._chat_notes: set[str] = set()
         self.first_tally = self._new_tally()
         self._told: set[str] = set()  # faulty rows in the log
 
@@ -101,6 +100,11 @@ class ExampleStream:
     def unused(self) -> set[str]:
         """Columns that rows had so far and that are not read."""
         return self._make.unused
+
+    @property
+    def notes(self) -> set[str]:
+        """What the user should know of the chat template, from the rows so far, and of the texts of the first rows."""
+        return {*self._chat_notes, *self.first_tally.notes}
 
     @property
     def num_examples(self) -> int | None:
@@ -189,6 +193,7 @@ class ExampleStream:
             f"size={source.size!r}, seed={data.seed!r}, number={self.number!r})"
         )
         settings += f" {source.columns} {source.template}" if source.columns or source.template else ""
+        settings += " chat" if source.chat else ""
         return {
             "settings": hashlib.sha256(f"{self.shards.names} {settings}".encode()).hexdigest()[:16],
             "num_bytes": self.shards.num_bytes,
@@ -349,7 +354,7 @@ class ExampleStream:
         }
         examples = {index: each for index, each in enumerate(made) if isinstance(each, Example)}
         done = tally.add(list(examples.values()), self.tokenizer, self.data.loss_on)
-        self.notes |= tally.notes
+        self._chat_notes |= tally.chat_notes
         for index, several in zip(examples, done, strict=True):
             wrong = next((each for each, _ in several if isinstance(each, str)), None)
             found[index] = several if wrong is None else [(f"{rows[index][0]}: {wrong}", False)]

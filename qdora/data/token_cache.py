@@ -36,7 +36,7 @@ from qdora.files.atomic import atomic_file, disk_reason, json_text
 from qdora.files.environment import package_versions
 from qdora.files.tensor_file import write_tensors
 
-_FORMAT = 4
+_FORMAT = 5
 _LEAST_TOKENS = 2**18
 """Sources with fewer tokens are not kept: they are tokenised in a second."""
 _UNUSED_SECONDS = 30 * 24 * 3600.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qdora.data.chat_template import require_chat_template, shared_length
+from qdora.data.chat_template import chat_settings, require_chat_template, shared_length
 from qdora.data.encode_chats import encode_chats
 from qdora.data.example import Example
 from qdora.data.split_text import chunks, text_parts
+from qdora.data.text_notes import TextNotes
 from qdora.errors import UserError
 from qdora.recipe.data_settings import LossOn, TooLong
 
@@ -25,18 +26,30 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
     As in lm-evaluation-harness, spaces at the end of the prompt go to the answer first, because tokenizers join a space
     to the word behind it. The answer starts at the first token that differs from those of the prompt alone, so it has
     every character of the answer even where a token spans the border. The ids begin with the tokenizer's
-    beginning-of-sequence token if it adds one by default; they have no end-of-sequence token.
+    beginning-of-sequence token if it adds one by default; no end-of-sequence token is added.
 
     Args:
         pairs: (prompt, answer); the prompt may be empty, the answer starts with its own space.
     Returns: (ids, start) of each: ids[start:] belongs to the answer. start is 0 for an empty prompt without
         beginning-of-sequence token: nothing predicts the first token then.
     """
+    return [(ids, start) for ids, start, _ in _encode_pairs(tokenizer, pairs)]
+
+
+_Pair = tuple[list[int], int, bool]
+
+
+def _encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[_Pair]:
+    """`encode_pairs`, and whether a token holds text of both the prompt and the answer."""
     prefix = special_prefix(tokenizer)
     whole = encode_batch(tokenizer, [prompt + answer for prompt, answer in pairs])
     alone = encode_batch(tokenizer, [prompt.rstrip(" ") for prompt, _ in pairs])
-    both = zip(whole, alone, strict=True)
-    return [(prefix + ids, len(prefix) + shared_length(ids, prompt_ids)) for ids, prompt_ids in both]
+    found = []
+    for ids, prompt_ids in zip(whole, alone, strict=True):
+        begun = with_prefix(ids, prefix)
+        shared = shared_length(ids, prompt_ids)
+        found.append((begun, max(len(begun) - len(ids) + shared, len(prefix)), shared < len(prompt_ids)))
+    return found
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
@@ -51,6 +64,11 @@ def special_prefix(tokenizer: Any) -> list[int]:
     if ids and ids[-1] == eos and (len(ids) > 1 or eos != bos):
         ids.pop()
     return ids
+
+
+def with_prefix(ids: list[int], prefix: list[int]) -> list[int]:
+    """The ids behind the tokenizer's prefix, which text made with a chat template has already."""
+    return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
 
 
 def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -101,7 +119,7 @@ class TokenizedSet:
     unused: tuple[str, ...] = ()
     """Columns of the source that its format does not read."""
     notes: tuple[str, ...] = ()
-    """What the user should know of the chat template."""
+    """What the user should know of the chat template and of the texts."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -129,8 +147,8 @@ def tokenize_all(
     """Tokenise the examples of a source.
 
     The tokenizer's end-of-sequence token follows an answer and is learnt with it, for multiple choice too: a model that
-    writes must know where the answer ends. (Evaluation scores the choices without it.) A chat has the end marks of its
-    template instead.
+    writes must know where the answer ends. (Evaluation scores the choices without it.) An answer that ends with a stop
+    token of its own ends there. A chat has the end marks of its template instead.
 
     Args:
         max_length: Most tokens of an example, special tokens included.
@@ -158,7 +176,7 @@ def tokenize_all(
         faults = [f"{name}: none of {len(examples)} examples is left. Fix: raise data.max_length ({max_length})."]
     if faults:
         raise UserError(*faults)
-    return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped, notes=tuple(sorted(tally.notes)))
+    return TokenizedSet(name, tuple(done), tally.num_truncated, tally.num_dropped, notes=tally.notes)
 
 
 def num_characters_of(example: Example) -> int:
@@ -208,7 +226,13 @@ class ExampleTally:
     cut_whole_ids: list[str] = field(default_factory=list)
     unlearnable_ids: list[str] = field(default_factory=list)
     chat_faults: list[str] = field(default_factory=list)
-    notes: set[str] = field(default_factory=set)
+    chat_notes: set[str] = field(default_factory=set)
+    text_notes: TextNotes = field(default_factory=TextNotes)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the chat template and of the texts."""
+        return tuple(sorted({*self.chat_notes, *self.text_notes.in_words()}))
 
     def add(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> list[list[Outcome]]:
         """What became of each; a list of one but for some chats and for text that is split."""
@@ -216,7 +240,7 @@ class ExampleTally:
             example if self._splits(example) else _without_excess(example, self.max_length, tokenizer)
             for example in examples
         ]
-        encoded = _encode(examples, tokenizer, self.name, loss_on, self.notes)
+        encoded = self._encode(examples, tokenizer, loss_on)
         found: list[list[Outcome]] = []
         for example, parts in zip(examples, encoded, strict=True):
             if isinstance(parts, str):
@@ -227,6 +251,28 @@ class ExampleTally:
             else:
                 found.append([self._sort(example, part) for part in parts] or [self._unlearnable(example.id, False)])
         return found
+
+    def _encode(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> list[list[_Encoded] | str]:
+        """Each example encoded, a chat as one or several; or what is wrong with the chat."""
+        encoded: dict[int, list[_Encoded] | str] = {}
+        chats = [index for index, example in enumerate(examples) if example.messages]
+        texts = [index for index, example in enumerate(examples) if not example.messages]
+        if chats:
+            require_chat_template(tokenizer, self.name)
+            notes, turns = self.chat_notes, [examples[index] for index in chats]
+            for index, chat in zip(chats, encode_chats(tokenizer, turns, loss_on=loss_on, notes=notes), strict=True):
+                encoded[index] = (
+                    chat if isinstance(chat, str) else [_Encoded(each.ids, each.mask, 0, 0, each.turn) for each in chat]
+                )
+        if texts:
+            if tokenizer.eos_token_id is None:
+                raise UserError(
+                    f"{self.name}: the tokenizer has no end-of-sequence token to end an answer with. Fix: set one in "
+                    "it."
+                )
+            found = _encode_texts(tokenizer, [examples[index] for index in texts], loss_on, self.text_notes)
+            encoded |= {index: [each] for index, each in zip(texts, found, strict=True)}
+        return [encoded[index] for index in range(len(examples))]
 
     def _splits(self, example: Example) -> bool:
         """Whether the example becomes several where it is too long: plain text does."""
@@ -319,44 +365,42 @@ class _Encoded:
     turn: int | None = None
 
 
-def _encode(
-    examples: Sequence[Example], tokenizer: Any, name: str, loss_on: LossOn, notes: set[str]
-) -> list[list[_Encoded] | str]:
-    """Each example encoded, a chat as one or several; or what is wrong with the chat."""
-    encoded: dict[int, list[_Encoded] | str] = {}
-    chats = [index for index, example in enumerate(examples) if example.messages]
-    texts = [index for index, example in enumerate(examples) if not example.messages]
-    if chats:
-        require_chat_template(tokenizer, name)
-        found = encode_chats(tokenizer, [examples[index] for index in chats], loss_on=loss_on, notes=notes)
-        for index, chat in zip(chats, found, strict=True):
-            whole = chat if isinstance(chat, str) else [_Encoded(each.ids, each.mask, 0, 0, each.turn) for each in chat]
-            encoded[index] = whole
-    if texts:
-        eos = tokenizer.eos_token_id
-        if eos is None:
-            raise UserError(
-                f"{name}: the tokenizer has no end-of-sequence token to end an answer with. Fix: set one in it."
-            )
-        prefix = len(special_prefix(tokenizer))
-        pairs = _encode_texts(tokenizer, [examples[index] for index in texts])
-        for index, (ids, start) in zip(texts, pairs, strict=True):
-            ids = ids if ids[-1:] == [eos] else [*ids, eos]
-            learnt = 0 if loss_on == "all" else start
-            encoded[index] = [_Encoded(ids, [position >= learnt for position in range(len(ids))], prefix, start)]
-    return [encoded[index] for index in range(len(examples))]
+def _encode_texts(tokenizer: Any, examples: Sequence[Example], loss_on: LossOn, notes: TextNotes) -> list[_Encoded]:
+    """Each text with its end-of-sequence token."""
+    eos, prefix = tokenizer.eos_token_id, special_prefix(tokenizer)
+    stops = {eos, *(chat_settings(tokenizer).stop_ids or ())}
+    begin = "".join(tokenizer.convert_ids_to_tokens(prefix))
+    found = []
+    for example, (ids, start, is_joined) in zip(examples, _long_and_short(tokenizer, examples, prefix), strict=True):
+        end = _own_end(tokenizer, ids, example.answer, stops)
+        ids = [*ids, eos] if end is None else ids[:end]
+        learnt = 0 if loss_on == "all" else start
+        found.append(_Encoded(ids, [position >= learnt for position in range(len(ids))], len(prefix), start))
+        notes.num_texts += 1
+        notes.num_begun += bool(prefix) and (example.prompt or example.answer).startswith(begin)
+        notes.num_ended += end is not None
+        if not example.choices:
+            notes.add_border(example.prompt, example.answer, is_joined)
+    return found
 
 
-def _encode_texts(tokenizer: Any, examples: Sequence[Example]) -> list[tuple[list[int], int]]:
+def _own_end(tokenizer: Any, ids: Sequence[int], answer: str, stops: Collection[int]) -> int | None:
+    """Where the ids end that have a stop token last, apart from white space behind it; None if they have none there."""
+    end = len(ids)
+    if answer[-1:].isspace():
+        while ids[end - 1] not in stops and tokenizer.decode(ids[end - 1 : end]).isspace():
+            end -= 1
+    return end if ids[end - 1] in stops else None
+
+
+def _long_and_short(tokenizer: Any, examples: Sequence[Example], prefix: list[int]) -> Iterator[_Pair]:
     """`encode_pairs`; plain text of more than a megabyte, which is to be split, is encoded in parts."""
     is_long = [not each.prompt and len(each.answer) > _EXCESSIVE for each in examples]
     short = [(each.prompt, each.answer) for each, long in zip(examples, is_long, strict=True) if not long]
-    pairs, prefix = iter(encode_pairs(tokenizer, short)), special_prefix(tokenizer)
-    found = []
+    pairs = iter(_encode_pairs(tokenizer, short))
     for each, long in zip(examples, is_long, strict=True):
         encoded = [encode_batch(tokenizer, [part])[0] for part in text_parts(each.answer, _EXCESSIVE)] if long else []
-        found.append(([*prefix, *chain.from_iterable(encoded)], len(prefix)) if long else next(pairs))
-    return found
+        yield (with_prefix([*chain.from_iterable(encoded)], prefix), len(prefix), False) if long else next(pairs)
 
 
 def _without_excess(example: Example, max_length: int, tokenizer: Any) -> Example:

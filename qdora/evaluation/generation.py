@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from qdora.data.example import Example
-from qdora.data.tokenize import encode_batch, special_prefix
+from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import RunFailure, UserError
 from qdora.evaluation.forward_path import ForwardPath, context_length, find_path, scoring
 from qdora.evaluation.halved_batches import halved_where_short
@@ -248,15 +248,15 @@ def _prompts(
 ) -> tuple[list[list[int]], list[int]]:
     """Ids of each prompt, and how many were cut from its left so that prompt and answer fit the model's context."""
     prefix = special_prefix(tokenizer)
-    encoded = encode_batch(tokenizer, [example.prompt for example in examples])
-    room = None if context is None else context + 1 - max_new_tokens - len(prefix)  # the last new token is never fed
-    if room is not None and room < 1:
+    encoded = [with_prefix(ids, prefix) for ids in encode_batch(tokenizer, [example.prompt for example in examples])]
+    room = None if context is None else context + 1 - max_new_tokens  # the last new token is never fed
+    if room is not None and room <= len(prefix):
         raise UserError(
             f"eval.method: generate needs a context longer than the {max_new_tokens} tokens of the answer, got a model "
             f"with {context}. Fix: set method: loglikelihood."
         )
     cut = [0 if room is None else max(len(ids) - room, 0) for ids in encoded]
-    return [[*prefix, *ids[num_cut:]] for ids, num_cut in zip(encoded, cut, strict=True)], cut
+    return [[*prefix, *ids[len(prefix) + num_cut :]] for ids, num_cut in zip(encoded, cut, strict=True)], cut
 
 
 def _counted(answers: Sequence[GeneratedAnswer], num_choices: Sequence[int]) -> GeneratedResult:

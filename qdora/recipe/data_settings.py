@@ -111,6 +111,17 @@ class TemplateConfig(Section):
     """Template of the completion, which is learnt. It follows the prompt as it stands, with its own leading space."""
 
 
+CHAT_FORMATS = ("completion", "alpaca")
+"""Formats of which `chat` makes chats."""
+
+
+def no_chat(format: str) -> str:
+    """Why `chat` makes no chats of the rows of a format."""
+    if format in ("messages", "sharegpt"):
+        return f"rows of format {format} are chats already"
+    return f"chats are made of the formats {' and '.join(CHAT_FORMATS)} and with template, not of format {format}"
+
+
 HubFiles = Annotated[
     Text | tuple[Text, ...] | dict[Text, Text | tuple[Text, ...]],
     allowed("a file or pattern of the data set, a list of them, or a table of split: files"),
@@ -131,6 +142,9 @@ class SourceConfig(Section):
     )
     """Layout of the rows of source. auto: found from the names of the columns. For the eight commonsense tasks: auto
     asks for the text of a choice; commonsense170k asks for its name, as LLM-Adapters and the DoRA paper do."""
+    chat: Flag = False
+    """Make a chat of each row of prompt and completion, or of instruction and output: a turn of the user and one of the
+    assistant in the model's chat template. A column system becomes the system turn."""
     columns: Annotated[dict[Text, Text], Field(min_length=1)] | None = None
     """Name that the format reads -> your name of the column: {prompt: question, completion: answer}."""
     template: TemplateConfig | None = None
@@ -184,7 +198,7 @@ class SourceConfig(Section):
             found |= dict.fromkeys(("size", "shuffle_window"), "the source is not streamed")
         if self.task is not None:
             found["stream"] = f"task {self.task} is read into memory"
-            own = ("columns", "template", "config", "data_files")
+            own = ("chat", "columns", "template", "config", "data_files")
             found |= dict.fromkeys(own, f"task {self.task} has its own place and layout")
             if self.task not in COMMONSENSE_TASKS or self.format not in ("auto", "commonsense170k"):
                 found["format"] = f"task {self.task} has its own layout"
@@ -201,6 +215,8 @@ class SourceConfig(Section):
                 found["split"] = f"source is a {'pattern' if is_pattern(self.source) else 'single file'}"
             if self.template is not None:
                 found["format"] = "template makes prompt and completion"
+            elif self.format not in ("auto", *CHAT_FORMATS):
+                found["chat"] = no_chat(self.format)
         return found
 
     def faults(self) -> Iterator[Fault]:
@@ -247,8 +263,8 @@ class DataConfig(Section):
     """Tokens to learn: those of the answer (in a chat: of all turns of the assistant), of a chat's last turn of the
     assistant only, or also those of the prompt."""
     chat_template: Text | None = None
-    """File with the chat template (Jinja) for sources of format messages. It replaces that of the tokenizer, in exports
-    too (null: the tokenizer's own)."""
+    """File with the chat template (Jinja) for sources of chats. It replaces that of the tokenizer, in exports too
+    (null: the tokenizer's own)."""
     template_kwargs: dict[Text, Any] = Field(default_factory=dict)
     """Variables of the chat template, such as {enable_thinking: false}."""
     cache: Text | None = None

@@ -15,9 +15,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
 from qdora.data.chat_template import prompt_text, require_chat_template
-from qdora.data.messages import Messages, Tools, Turn, parse_tools, parse_turns
+from qdora.data.messages import Messages, Tools, Turn
 from qdora.data.readers import read_rows
+from qdora.data.row_formats import asked_chat
 from qdora.data.rows import FaultList, RowFault
+from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
 from qdora.files.user_paths import user_path
@@ -133,8 +135,8 @@ def answer_chats(
     """Load a run or a model and let it answer each conversation of a file.
 
     Args:
-        file: Any data file with the columns `messages` and, if there are any, `tools`, as for training. The last turn
-            of a conversation is not the assistant's.
+        file: Any data file of the format messages or sharegpt, with the column `tools` if there are any, as for
+            training. The last turn of a conversation is not the assistant's.
         target, sampling, step, base_only, quant, write: See `generate_from`.
     Returns:
         JSON values: `answers` as `generate_from` returns them, without the prompt, in the order of the file.
@@ -161,10 +163,7 @@ def _read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
         try:
             if isinstance(row, RowFault):
                 raise row
-            turns = parse_turns(row.get("messages"))
-            if turns[-1].role == "assistant":
-                raise RowFault("messages: the last turn is the assistant's, so there is nothing to answer")
-            chats.append((f"{rows.where}: {rows.unit} {place}", turns, parse_tools(row.get("tools"))))
+            chats.append((f"{rows.where}: {rows.unit} {place}", *asked_chat(row)))
         except RowFault as fault:
             faults.add(place, fault)
     faults.check()
@@ -255,7 +254,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | No
     if raw or not tokenizer.chat_template:
         if system is not None:
             raise UserError("--system: the tokenizer has no chat template. Fix: remove --system.")
-        return list(tokenizer(prompt)["input_ids"])
+        [ids] = encode_batch(tokenizer, [prompt])
+        return with_prefix(ids, special_prefix(tokenizer))
     turns = [Turn("system", system)] if system is not None else []
     return chat_ids(tokenizer, (*turns, Turn("user", prompt)))
 

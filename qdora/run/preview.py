@@ -58,7 +58,7 @@ class SourcePreview:
         bars: The histogram of these lengths; the last bar has those above data.max_length, if there are any.
         num_too_long, num_cut, num_dropped: Examples longer than data.max_length, and those cut or left out.
         faults: Why a run with this source would be refused; of a stream the faulty rows, which are skipped.
-        notes: What the user should know of the chat template.
+        notes: What the user should know of the chat template and of the texts.
         unused: Columns that are not read.
         checks: Warnings that a run would begin with: no stop tokens, nothing to learn, empty thinking blocks.
         examples: The first example of each of the first rows, as in examples.json of a run.
@@ -159,7 +159,7 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
         num_rows, unused, faults = len(train), sample.unused, tally.faults()
     by_row = [[each for each, _ in row if isinstance(each, TokenizedExample)] for row in rows]
     examples = [each for row in by_row for each in row]
-    whole = TokenizedSet(source.label, tuple(examples), tally.num_truncated, notes=tuple(tally.notes))
+    whole = TokenizedSet(source.label, tuple(examples), tally.num_truncated, notes=tally.notes)
     in_turn = (each for each in chain.from_iterable(zip_longest(*by_row[:num_shown])) if each is not None)
     return SourcePreview(
         name=source.label,
@@ -175,7 +175,7 @@ def _preview_source(data: DataConfig, number: int, tokenizer: Any, num_shown: in
         num_cut=tally.num_truncated,
         num_dropped=tally.num_dropped,
         faults=tuple(faults),
-        notes=tuple(sorted(tally.notes)),
+        notes=tally.notes,
         unused=tuple(sorted(unused)),
         checks=tuple(each.text for each in example_checks([whole], tokenizer, data) if each.state == "warning"),
         examples=tuple(shown_example(source.label, each, tokenizer) for each in islice(in_turn, num_shown)),
