@@ -639,6 +639,7 @@ def test_a_run_keeps_its_chat_template(tmp_path: Path, monkeypatch: pytest.Monke
         stop_after(patch, 1)
         with pytest.raises(Interrupted):
             train_run(recipe, tmp_path / "run")
+    assert json.loads((tmp_path / "run/environment.json").read_text())["has_chats"] is True
     before = file.read_text()
     file.write_text(tiny_tokenizer.CHATML + "{% if loud is defined %}{% endif %}")
     with pytest.raises(UserError, match=r"data.chat_template differs from .*run/chat_template.jinja, with which the r"):

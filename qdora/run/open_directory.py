@@ -34,7 +34,7 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
     """Create the run directory, or with `resume` open it; it holds the recipe as it was given."""
     found = (
         environment()
-        | {"chat_date": prepared.chat_date}
+        | {"chat_date": prepared.chat_date, "has_chats": prepared.has_chats}
         | ({} if processes.size == 1 else {"num_processes": processes.size})
         | ({"trained_part": TRAINED_PART} if _has_other_parts(prepared) else {})
     )

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qdora.data.build_data import (
     check_first_rows,
+    has_chats,
     make_loader,
     micro_batch_tokens,
     num_steps_of,
@@ -80,6 +81,8 @@ class PreparedRun:
     """None without memory.budget."""
     chat_date: str
     """The day that chat templates print, YYYY-MM-DD: the run started on it."""
+    has_chats: bool
+    """Whether a source has chats."""
     calibration: Tensor | None
     """Token ids on which pruning measures inputs, (sequences, length) int64; None if it measures none."""
 
@@ -107,7 +110,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     set_chat_date(tokenizer, chat_date)
     # The others wait for the first process, and then find what it has kept.
     first = processes.first(lambda: _read(recipe, tokenizer))
-    mix, validation = _read(recipe, tokenizer) if first is None else first
+    mix, validation, chats = _read(recipe, tokenizer) if first is None else first
     loader = make_loader(recipe, mix, tokenizer, processes.rank, processes.size)
     num_steps = num_steps_of(recipe, loader)
     mix_plan = plan_mix(mix, loader, num_steps)
@@ -134,14 +137,16 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         mix_plan=mix_plan,
         memory_plan=memory_plan,
         chat_date=chat_date,
+        has_chats=chats,
         calibration=calibration_tokens(applied, tokenizer, mix, config) if pruned else None,
     )
 
 
-def _read(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Mix, dict[str, list[Example]]]:
-    """The tokenised training data, and the validation examples of each source."""
+def _read(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Mix, dict[str, list[Example]], bool]:
+    """The tokenised training data, the validation examples of each source, and whether there are chats."""
     train, validation = read_data(recipe.data)
-    return tokenized_mix(recipe, tokenizer, train), validation
+    mix = tokenized_mix(recipe, tokenizer, train)
+    return mix, validation, has_chats(mix, train)
 
 
 def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, console: Console) -> None:
