@@ -382,6 +382,21 @@ def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path,
         for path in (whole / "eval/step-6.json", tmp_path / "run/eval/step-0.json")
     )
     assert after == before
+    assert "was trained on" not in (tmp_path / "run/log.txt").read_text()
+
+
+def test_going_on_on_another_base_is_warned_of(root: Path, whole: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {f"adapter__{key}": ... for key in ("rank", "alpha")}
+    changes |= {"adapter__resume_from": str(whole / "adapter"), "eval__at_start": False, "eval__at_end": False}
+    changes |= {"eval__limit": ..., "train__steps": 1}
+    other = tiny_run.recipe(tmp_path, **changes, base__quant="int8", base__double_quant=...)
+    train_run(other, tmp_path / "run")
+    before, now = (
+        f"{root / 'model'} (quant nf4, block_size 64, double_quant True)",
+        f"{tmp_path / 'model'} (quant int8)",
+    )
+    text = f"the adapter in {whole / 'adapter'} was trained on {before}, and this run puts it on {now}. It may not fit."
+    assert text in (tmp_path / "run/log.txt").read_text()
 
 
 @pytest.mark.parametrize("setting, chunk", [("auto", None), (3, 3)])
