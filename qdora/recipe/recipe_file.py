@@ -12,7 +12,7 @@ import glob
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -47,6 +47,18 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     data, where = recipe_document(name_or_path)
     return recipe_from(apply_overrides(data, overrides), where, overrides)
+
+
+def recipe_of_run(file: Path, overrides: Sequence[str] = (), *, sections: Collection[str] = ("model",)) -> Recipe:
+    """The recipe.yaml of a run, read as by `load_recipe`, whose paths in these sections still exist.
+
+    UserError: Those that do not, and where to write their new places.
+    """
+    recipe, starts = load_recipe(file, overrides), tuple(f"{file}: {section}." for section in sections)
+    moved = [fault for fault in missing_files(recipe, str(file)) if fault.startswith(starts)]
+    if moved:
+        raise UserError(*(f"{fault} Fix: if it was moved, write its new path into {file}." for fault in moved))
+    return recipe
 
 
 def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
