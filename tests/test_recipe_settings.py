@@ -253,12 +253,27 @@ trackers: [wandbb]
         ("base_model", "model.source"),
         ("eval.eval_steps", "every"),
         ("train.max_skip", "max_skips"),
+        ("seed", "train.seed"),
+        ("max_samples", "data.mix[0].limit"),
+        ("data.mix[0].max_samples", "limit"),
+        ("train.iters", "steps"),
+        ("lora_target_linear", "adapter.targets"),
+        ("bf16", "model.dtype"),
+        ("evals_per_epoch", "eval.every"),
     ],
 )
 def test_names_of_other_trainers_are_understood(given: str, meant: str) -> None:
     with pytest.raises(UserError) as raised:
         load_recipe("tiny", [f"{given}=8"])
     assert raised.value.faults[0].endswith(f". Did you mean '{meant}'?")
+
+
+def test_options_of_the_command_line_and_values_of_other_trainers_are_understood() -> None:
+    for key, option in (("output_dir", "--run-dir"), ("train.resume_from_checkpoint", "--resume")):
+        with pytest.raises(UserError, match=rf"\. Did you mean the option {option} of qdora train\?$"):
+            load_recipe("tiny", [f"{key}=x"])
+    with pytest.raises(UserError, match=r"train\.schedule: .* Did you mean 'constant'\?$"):
+        load_recipe("tiny", ["train.schedule=constant_with_warmup"])
 
 
 def recipe_schema(name: str) -> dict[str, Any]:
