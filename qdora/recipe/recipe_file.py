@@ -36,6 +36,8 @@ _STEP = re.compile(r"[^.\[\]]+|\[\d+\]")
 _MOST_BYTES = 256 * 1024
 """Longest YAML text. PyYAML reads some 100 kB a second, and a recipe has 2."""
 _LENGTH = f"allowed: at most {_MOST_BYTES // 1024} KiB"
+_ALLOWED = {"data.chat_template": ", allowed: a file with a template (Jinja), or null for the tokenizer's own"}
+"""What a missing file may be where users write the name of a template, such as chatml."""
 _MOST_VALUES = 100_000
 """Most values of a document with its aliases written out: ten aliases to ten aliases to ... are 10^10 in one line."""
 
@@ -152,7 +154,8 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
             named.append((f"data.mix[{index}].validation", source.validation))
     absolute = [(key, path) for key, path in named if path is not None and os.path.isabs(path)]
     return [
-        f"{where}: {key}: no such file or directory, got {path}.{'' if is_pattern(path) else nearest_path(Path(path))}"
+        f"{where}: {key}: no such file or directory, got {path}{_ALLOWED.get(key, '')}."
+        f"{'' if is_pattern(path) else nearest_path(Path(path))}"
         for key, path in absolute
         if not (os.path.exists(path) or (is_pattern(path) and any(glob.iglob(path, recursive=True))))
     ]
