@@ -70,6 +70,13 @@ def small(monkeypatch):
     monkeypatch.setattr(readers, "_ROWS_AT_ONCE", 4)
 
 
+def test_a_stream_knows_whether_it_has_chats(tmp_path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yes"}]
+    for name, rows, expected in (("a", [{"messages": turns}], True), ("b", [row(0)], False)):
+        (tmp_path / name).mkdir()
+        assert stream(write(tmp_path / name, "jsonl", rows)).has_chats == expected
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 40])
 def test_the_shards_of_a_file_are_its_rows_from_any_row_on(tmp_path, small, kind, num_rows):

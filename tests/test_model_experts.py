@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -145,7 +146,8 @@ def test_settings_of_experts_need_experts(tmp_path: Path) -> None:
     tiny_experts.write(tmp_path, "mixtral")
     with pytest.raises(UserError, match=r"adapter\.experts: no target is an expert"):
         inject(load(tmp_path, quant="nf4"), rank=4, expert_rank=2, targets=["q_proj"])
-    with pytest.raises(UserError, match=r"v_proj, experts, all-linear, a path or a pattern.*Did you mean 'experts'\?"):
+    allowed = "v_proj, experts, all-linear, a path, or a shell pattern over it such as 'model.layers.1.*'."
+    with pytest.raises(UserError, match=re.escape(f"{allowed} Did you mean 'experts'?")):
         inject(load(tmp_path, quant="nf4"), rank=4, targets=["expert"])
     layers = inject(load(tmp_path, quant="nf4"), rank=4, rank_pattern={"down_proj": 3}, expert_rank=2)
     assert {path.rpartition(".")[2]: layer.rank for path, layer in layers.items()} == {

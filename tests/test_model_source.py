@@ -189,17 +189,39 @@ def test_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = resolve("org/name", "v1")
     assert found == ModelSource("hub", snapshot, "org/name", COMMIT)
     assert calls[0][0] == "org/name"
-    assert calls[0][1]["revision"] == "v1"
-    assert "*.safetensors" in calls[0][1]["allow_patterns"]
-    assert not {"*.py", "*.bin", "*"} & set(calls[0][1]["allow_patterns"])
+    assert [call["revision"] for _, call in calls] == ["v1", COMMIT]
+    assert "*.safetensors" not in calls[0][1]["allow_patterns"]
+    assert "*.safetensors" in calls[1][1]["allow_patterns"]
+    assert not {"*.py", "*.bin", "*"} & set(calls[1][1]["allow_patterns"])
     files = ["model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
     others = ["onnx/model.onnx", "original/consolidated.safetensors", "adapters/a.json", "fp16/x/model.safetensors"]
-    patterns = {name: calls[0][1][name] for name in ("allow_patterns", "ignore_patterns")}
+    patterns = {name: calls[1][1][name] for name in ("allow_patterns", "ignore_patterns")}
     assert list(filter_repo_objects([*files, *others], **patterns)) == files  # an nf4-lora export has its adapter
     resolve("org/name", weights=False)
-    assert "*.safetensors" not in calls[1][1]["allow_patterns"]
+    assert "*.safetensors" not in calls[2][1]["allow_patterns"]
     assert resolve("org/name", COMMIT, trust_remote_code=True).trust_remote_code
-    assert "*.py" in calls[2][1]["allow_patterns"]
+    assert [set(call["allow_patterns"]) >= {"*.py"} for _, call in calls] == [False] * 3 + [True] * 2
+
+
+def test_a_quantised_model_that_cannot_be_read_is_not_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def download(_: str, **settings: Any) -> str:
+        asked.append(settings["allow_patterns"])
+        return str(tmp_path)
+
+    monkeypatch.setattr("qdora.model.source.snapshot_download", download)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    refused = pytest.raises(UserError, match=r"^model\.source: the checkpoint must be quantised by .* \(got 'fp8'\)")
+    with refused:
+        resolve("org/name")
+    assert len(asked) == 1
+    assert "*.safetensors" not in asked[0]
+    with refused:
+        resolve(str(tmp_path), weights=False)
+    resolve(str(tmp_path), config=False, weights=False)  # its tokenizer is as good as any
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT[:12], COMMIT.upper()])

@@ -22,6 +22,7 @@ from qdora.model.trained_embeddings import (
     new_token_ids,
     train_embeddings,
     trained_matrices,
+    untrained_rows,
 )
 from qdora.nn.host_embedding import HostEmbedding
 from qdora.nn.trained_rows import RowEmbedding, RowHead, TrainedRows
@@ -54,6 +55,24 @@ class Bag(nn.Module):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
+
+
+def test_rows_that_the_base_never_trained() -> None:
+    model = Bag(tied=False)
+    model.embed.weight.data[[2, 5]] = 0.0
+    model.head.weight.data[[5, 7]] = -1e-17
+    model.head.weight.data[8] = 1e-15
+    everything = list(range(11))
+    assert untrained_rows(model, everything, everything) == [2, 5, 7]
+    assert untrained_rows(model, [0, 5], [8]) == [5]
+    assert untrained_rows(model, [0], []) == []
+    model.embed = HostEmbedding(model.embed.weight.data, torch.device("cpu"))  # type: ignore[assignment]
+    model.head = RowHead(model.head, TrainedRows([1], torch.ones(1, 6)))  # type: ignore[assignment]
+    assert untrained_rows(model, everything, everything) == [2, 5, 7]
+    model.head.base.weight.requires_grad_(True)
+    assert untrained_rows(model, everything, everything) == [2, 5]
+    model.head = nn.Identity()  # type: ignore[assignment]
+    assert untrained_rows(model, everything, everything) == [2, 5]
 
 
 def test_trained_rows_are_not_narrowed_by_a_cast_of_the_model() -> None:

@@ -253,12 +253,27 @@ trackers: [wandbb]
         ("base_model", "model.source"),
         ("eval.eval_steps", "every"),
         ("train.max_skip", "max_skips"),
+        ("seed", "train.seed"),
+        ("max_samples", "data.mix[0].limit"),
+        ("data.mix[0].max_samples", "limit"),
+        ("train.iters", "steps"),
+        ("lora_target_linear", "adapter.targets"),
+        ("bf16", "model.dtype"),
+        ("evals_per_epoch", "eval.every"),
     ],
 )
 def test_names_of_other_trainers_are_understood(given: str, meant: str) -> None:
     with pytest.raises(UserError) as raised:
         load_recipe("tiny", [f"{given}=8"])
     assert raised.value.faults[0].endswith(f". Did you mean '{meant}'?")
+
+
+def test_options_of_the_command_line_and_values_of_other_trainers_are_understood() -> None:
+    for key, option in (("output_dir", "--run-dir"), ("train.resume_from_checkpoint", "--resume")):
+        with pytest.raises(UserError, match=rf"\. Did you mean the option {option} of qdora train\?$"):
+            load_recipe("tiny", [f"{key}=x"])
+    with pytest.raises(UserError, match=r"train\.schedule: .* Did you mean 'constant'\?$"):
+        load_recipe("tiny", ["train.schedule=constant_with_warmup"])
 
 
 def recipe_schema(name: str) -> dict[str, Any]:
@@ -697,6 +712,13 @@ def test_paths_start_at_the_file_and_in_overrides_at_the_current_directory(
     ]
 
 
+def test_the_name_of_a_chat_template_is_told_to_be_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [line] = missing_files(load_recipe("tiny", ["data.chat_template=chatml"]), "tiny")
+    got = f"no such file or directory, got {tmp_path / 'chatml'}, allowed: a file with a template (Jinja), or null"
+    assert line == f"tiny: data.chat_template: {got} for the tokenizer's own."
+
+
 def test_missing_files_of_a_recipe_name_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "chat.jsonl").touch()
@@ -1124,7 +1146,9 @@ def test_paths_that_no_system_has_are_missing_files(tmp_path: Path) -> None:
             json.dumps(minimal(data={"mix": [{"task": "demo/howto"}], "chat_template": path}))
         )
         [line] = missing_files(load_recipe(str(tmp_path / "r.yaml")), "r.yaml")
-        assert line == f"r.yaml: data.chat_template: no such file or directory, got {tmp_path / path}."
+        assert line.startswith(
+            f"r.yaml: data.chat_template: no such file or directory, got {tmp_path / path}, allowed: "
+        )
 
 
 def test_a_path_that_cannot_be_looked_at_has_no_nearest_name(tmp_path: Path) -> None:

@@ -58,6 +58,20 @@ def test_only_too_long_error_reads_more_than_the_first_rows(tmp_path: Path, too_
     assert validate(file).exit_code == code
 
 
+@pytest.mark.parametrize("verb", ["validate", "preview", "plan", "train"])
+def test_a_quantised_model_that_cannot_be_read_is_refused_before_the_data_is_read(
+    tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path, data__too_long="truncate")
+    config = tmp_path / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
+    monkeypatch.setattr("qdora.data.build_data.tokenize_all", lambda *_, **__: pytest.fail("tokenised"))
+    found = CliRunner().invoke(app, [verb, str(file), *(["-d", str(tmp_path / "run")] if verb == "train" else [])])
+    assert found.exit_code == 2
+    [line] = found.stderr.splitlines()[-1:]
+    assert "model.source: the checkpoint must be quantised by bitsandbytes or in mxfp4, if at all (got 'awq')" in line
+
+
 def not_json(lines: list[str]) -> list[str]:
     return [line + "}" if index % 4 == 0 else line for index, line in enumerate(lines)]
 

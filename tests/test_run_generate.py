@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from qdora.errors import UserError
@@ -22,6 +23,7 @@ from qdora.run import generate
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, answer_chats, generate_from, prompt_ids
 from qdora.run.load_run import load_target
+from qdora.run.run_page import page_of_run
 from qdora.run.train import train_run
 from tests import tiny_adapted, tiny_run, tiny_tokenizer
 
@@ -248,6 +250,19 @@ def test_sharegpt_rows_are_asked_as_messages_are(tmp_path: Path) -> None:
     first, *others = [(chat, tools) for _, chat, tools in generate._read_chats(file)]
     assert others == [first] * 3
     assert ([turn.role for turn in first[0]], len(first[1])) == (["system", "user"], 1)
+
+
+def test_a_run_without_chats_advises_raw_prompts(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert json.loads((run / "environment.json").read_text())["has_chats"] is False
+    commands = [each["command"] for each in page_of_run(run, console=Console(quiet=True))["next"]]
+    assert f"qdora generate {run} --raw --prompt '...'" in commands
+    of_chats = shutil.copytree(run, tmp_path / "run")
+    (of_chats / "environment.json").write_text('{"has_chats": true}')
+    with caplog.at_level("INFO", logger="qdora"):
+        for path, raw, advises in ((run, False, True), (run, True, False), (of_chats, False, False)):
+            caplog.clear()
+            generate_from(str(path), "3 + 4 =", Sampling(max_new_tokens=1), raw=raw)
+            assert ("The run has trained no chats" in caplog.text) == advises
 
 
 def test_conversations_that_cannot_be_answered_are_named_before_loading(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from unittest.mock import Mock, patch
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from qdora.data.chat_template import set_chat_settings
 from qdora.data.mix_plan import MixPlan, SourcePlan
@@ -134,7 +135,7 @@ def test_an_empty_thinking_block_in_the_loss(tokenizer: Any, begin: str, end: st
 
 def test_many_batches_of_examples_count_as_one(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qdora.run.start_checks._AT_A_TIME", 2)
-    monkeypatch.setattr("qdora.run.start_checks._MOST_DECODED", 2)
+    monkeypatch.setattr("qdora.run.start_checks._MOST_LOOKED_AT", 2)
     learnt = example(tokenizer, PROMPT, ("<think></think>yes<|im_end|>", True))
     other = example(tokenizer, PROMPT, ("yes<|im_end|>", True))
     found = said(tokenizer, other, learnt, learnt, other, learnt)
@@ -174,17 +175,60 @@ def test_a_warning_of_the_checks_is_on_the_page_once(root: Path, tmp_path: Path)
     assert "the training data has only 50: each step repeats the data 2.0 times. Fix: lower" in again
 
 
+@pytest.mark.parametrize(
+    "changes, warns",
+    [
+        ({}, True),
+        ({"base__residency": "disk", "base__cache": "bases"}, True),
+        ({"adapter__also_train": ["embed_tokens"], "adapter__also_train_rows": "all"}, False),
+        (
+            {
+                "adapter__kind": "none",
+                "train__steps": 0,
+                "adapter__rank": ...,
+                "adapter__alpha": ...,
+                "adapter__dropout": ...,
+            },
+            False,
+        ),
+    ],
+)
+def test_tokens_of_the_chat_template_that_the_base_never_learnt(
+    tmp_path: Path, changes: dict[str, Any], warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_run.write_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    ids = tiny_tokenizer.make().convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<s>"])
+    weights["model.embed_tokens.weight"][ids] = 0.0
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    evaluation = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+    recipe = tiny_run.recipe(
+        tmp_path,
+        data__mix=[{"source": "chat.jsonl"}],
+        data__validation_fraction=0,
+        **evaluation | {"train__steps": 1} | changes,
+    )
+    train_run(recipe, tmp_path / "run", console=QUIET)
+    told = json.loads((tmp_path / "run/checks.json").read_text())["tokens"]
+    text = "the training data has tokens that the base never learnt: <|im_start|>, <|im_end|>. Their rows"
+    assert [check["text"].startswith(text) for check in told] == ([True] if warns else [])
+
+
 def test_what_ends_another_process_is_no_fault_of_a_file(tmp_path: Path) -> None:
     """Only what the first process raises while it writes is a warning."""
     lost = Mock(shards=False, size=2, first=Mock(side_effect=OtherProcessFailed("process 1 has ended")))
     run, prepared = RunDirectory(tmp_path), Mock(memory_plan=None)
+    told: dict[str, Any] = {"packs": False, "sources": (), "tokenizer": None}
     with pytest.raises(OtherProcessFailed):
-        start_checks.check_model(Mock(), run, lost, packs=False)
+        start_checks.check_model(Mock(), run, lost, **told)
     lost.first.side_effect = [None, OtherProcessFailed("process 1 has ended")]
     with pytest.raises(OtherProcessFailed), patch.object(prepare, "show_mix"):
         prepare.show_plans(prepared, run, lost, Mock())
     with patch.object(start_checks, "tell_checks", side_effect=OSError("full")):
-        start_checks.check_model(Mock(), run, Processes(), packs=False)
+        start_checks.check_model(Mock(), run, Processes(), **told)
 
 
 def test_the_checks_change_no_number(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

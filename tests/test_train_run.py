@@ -34,6 +34,7 @@ from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.load_run import load_run
+from qdora.run.open_directory import resumed_recipe
 from qdora.run.train import train_run
 from qdora.train import passes
 from tests import tiny_run, tiny_tokenizer
@@ -382,6 +383,21 @@ def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path,
         for path in (whole / "eval/step-6.json", tmp_path / "run/eval/step-0.json")
     )
     assert after == before
+    assert "was trained on" not in (tmp_path / "run/log.txt").read_text()
+
+
+def test_going_on_on_another_base_is_warned_of(root: Path, whole: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {f"adapter__{key}": ... for key in ("rank", "alpha")}
+    changes |= {"adapter__resume_from": str(whole / "adapter"), "eval__at_start": False, "eval__at_end": False}
+    changes |= {"eval__limit": ..., "train__steps": 1}
+    other = tiny_run.recipe(tmp_path, **changes, base__quant="int8", base__double_quant=...)
+    train_run(other, tmp_path / "run")
+    before, now = (
+        f"{root / 'model'} (quant nf4, block_size 64, double_quant True)",
+        f"{tmp_path / 'model'} (quant int8)",
+    )
+    text = f"the adapter in {whole / 'adapter'} was trained on {before}, and this run puts it on {now}. It may not fit."
+    assert text in (tmp_path / "run/log.txt").read_text()
 
 
 @pytest.mark.parametrize("setting, chunk", [("auto", None), (3, 3)])
@@ -609,6 +625,40 @@ def test_model_without_tokenizer_and_empty_data(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_whose_base_and_data_were_moved(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command says where to write the new path, and with it goes on as if nothing had been moved."""
+    before, now, run = tmp_path / "before", tmp_path / "now", tmp_path / "run"
+    recipe = tiny_run.recipe(before)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            train_run(recipe, run)
+    shutil.move(before, now)
+    file = run / "recipe.yaml"
+
+    def moved(key: str, path: Path) -> str:
+        fix = f"Fix: if it was moved, write its new path into {file}."
+        return f"{file}: {key}: no such file or directory, got {path}. {fix}"
+
+    base = moved("model.source", before / "model")
+    data = [moved(f"data.mix[{i}].source", before / f"data/{name}.jsonl") for i, name in enumerate(("sums", "letters"))]
+    for command in (lambda: load_run(run), lambda: export_run(run, tmp_path / "out", ExportOptions())):
+        with pytest.raises(UserError) as raised:
+            command()
+        assert raised.value.faults == (base,)
+    with pytest.raises(UserError) as raised:
+        resumed_recipe(run, str(file), [])
+    assert raised.value.faults == (base, *data)
+    file.write_text(file.read_text().replace(f"{before}/data", f"{now}/data"))
+    overrides = [f"model.source={now / 'model'}"]
+    with pytest.raises(UserError, match=rf"as when the run started; .* Fix: if it was moved, write .* into {file}\.$"):
+        train_run(resumed_recipe(run, str(file), overrides), run, resume=True)
+    file.write_text(file.read_text().replace(str(before), str(now)))
+    train_run(resumed_recipe(run, str(file), []), run, resume=True)
+    same_tensors(run / "adapter/adapter_model.safetensors", whole / "adapter/adapter_model.safetensors")
+    export_run(run, tmp_path / "out", ExportOptions())
+
+
 def test_exit_codes_of_the_command_line(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(resolved_yaml(tiny_run.recipe(root)).replace("rank:", "rnak:"))
@@ -639,6 +689,7 @@ def test_a_run_keeps_its_chat_template(tmp_path: Path, monkeypatch: pytest.Monke
         stop_after(patch, 1)
         with pytest.raises(Interrupted):
             train_run(recipe, tmp_path / "run")
+    assert json.loads((tmp_path / "run/environment.json").read_text())["has_chats"] is True
     before = file.read_text()
     file.write_text(tiny_tokenizer.CHATML + "{% if loud is defined %}{% endif %}")
     with pytest.raises(UserError, match=r"data.chat_template differs from .*run/chat_template.jinja, with which the r"):

@@ -232,6 +232,11 @@ class ExampleStream:
         return [each for row in self.first_rows for each, _ in row if isinstance(each, TokenizedExample)][:number]
 
     @property
+    def has_chats(self) -> bool:
+        """Whether there are chats among the first rows."""
+        return any(isinstance(each, Example) and each.messages for each in self._made(self._sample()))
+
+    @property
     def mean_length(self) -> float:
         """Tokens of an example, estimated from the first rows."""
         lengths = [len(example) for example in self.first()]

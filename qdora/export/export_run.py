@@ -44,7 +44,7 @@ from qdora.model.load import load_config
 from qdora.model.stored_tensors import shorten
 from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.expert_linear import AdaptedExperts
-from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 from qdora.run.model_card import card_files, run_card
 from qdora.run.run_page import leave_page
@@ -166,9 +166,9 @@ def _say(console: Console, text: str) -> None:
 
 
 def _check_run(run: Path, options: ExportOptions) -> None:
-    """Raise UserError for options that do not fit the run's recipe or adapter."""
+    """Raise UserError for options that do not fit the run's recipe or adapter, or a base that was moved."""
     opened = open_run(run)
-    recipe = load_recipe(opened.recipe_file)
+    recipe = recipe_of_run(opened.recipe_file)
     if options.audit and recipe.adapter.kind not in ("lora", "dora"):
         raise UserError(
             f"--audit: compares the forms of a LoRA or DoRA adapter, got adapter.kind: {recipe.adapter.kind}. "

@@ -332,6 +332,14 @@ def chat_date_of(path: Path) -> str:
         return date.today().isoformat()
 
 
+def is_without_chats(path: Path) -> bool:
+    """Whether a run says that none of its sources has chats."""
+    try:
+        return read_json_object(RunDirectory(path).environment_file).get("has_chats") is False
+    except UserError:
+        return False
+
+
 def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, before: str) -> RunDirectory:
     """Resume a run: remove leftovers, and record what differs in the environment since the last start.
 
@@ -354,7 +362,9 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
     changed = [key for key in keys if not is_below(key, MAY_CHANGE)]
     faults = [fault for key in changed if (fault := _change_fault(key, old.get(key), new.get(key))) is not None]
     if faults:
-        raise UserError(*(f"{path}: {fault}" for fault in faults))
+        is_moved = all(_without_paths(old.get(key)) == _without_paths(new.get(key)) for key in changed)
+        fix = f" Fix: if it was moved, write its new path into {run.recipe_file}." if is_moved else ""
+        raise UserError(*(f"{path}: {fault}{fix}" for fault in faults))
     _clear(path)
     if old_text != recipe:
         atomic_write_text(run.recipe_file, recipe)
@@ -365,6 +375,15 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
         record["resumed"] = [*record.get("resumed", []), different]
         atomic_write_json(run.environment_file, record)
     return run
+
+
+def _without_paths(value: Any) -> Any:
+    """A setting whose absolute paths are all the same."""
+    if isinstance(value, list):
+        return [_without_paths(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _without_paths(each) for key, each in value.items()}
+    return "/" if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def _change_fault(key: str, before: Any, now: Any) -> str | None:

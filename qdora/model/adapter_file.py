@@ -65,7 +65,7 @@ class AdapterDescription:
     """The JSON files of an adapter. All but `layout` are None or empty for an adapter that qdora did not write.
 
     `shares`: path of each stack of experts -> the factor that its experts share. `swapped`: stacks whose A and B the
-    file has swapped (`peft_swaps`); older versions did not.
+    file has swapped (`peft_swaps`); older versions did not. `base`: name_or_path, revision and quant of the base.
     """
 
     layout: AdapterLayout
@@ -73,6 +73,7 @@ class AdapterDescription:
     scalings: dict[str, float] | None = None
     shares: Mapping[str, Share] = field(default_factory=dict)
     swapped: Collection[str] | None = None
+    base: Mapping[str, Any] | None = None
 
 
 def save_adapter(
@@ -180,6 +181,7 @@ def describe_adapter(directory: Path) -> AdapterDescription:
         scalings={p: each["scaling"] for p, each in layers.items() if isinstance(each.get("scaling"), (int, float))},
         shares={path: each["share"] for path, each in layers.items() if each.get("share") in ("none", "A", "B")},
         swapped=[path for path, each in layers.items() if each.get("swapped") is True],
+        base=record["base"] if isinstance(record.get("base"), dict) else None,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -144,6 +144,8 @@ def put_adapters(
     if settings.kind == "none" or settings.kind == "full":
         return
     directory = adapter or (Path(settings.resume_from) if settings.resume_from else None)
+    if adapter is None and directory is not None:
+        _warn_of_other_base(recipe, directory)
     _put_layers(model, recipe, directory)
     set_kept_scales_(model, recipe)
     ids = None if settings.also_train_rows == "all" else tuple(new_tokens)
@@ -238,12 +240,6 @@ def write_adapter(
 
     If `shipped`, the adapter leaves this machine; a base that only this machine has is not named.
     """
-    base = recipe.base
-    quant: dict[str, Any] = {"quant": base.quant}
-    if base.quant not in ("int8", "mxfp4", "none"):
-        quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
-    if base.prune is not None:
-        quant["prune"] = base.prune.model_dump(mode="json", exclude=set(base.prune.unused()))
     if recipe.model.add_tokens:
         extra = {"add_tokens": list(recipe.model.add_tokens), **(extra or {})}
     save_adapter(
@@ -251,9 +247,37 @@ def write_adapter(
         directory,
         base_name_or_path=public_name(recipe.model.source) if shipped else recipe.model.source,
         revision=recipe.model.revision,
-        base_quant=quant,
+        base_quant=_quantization(recipe),
         extra=extra,
     )
+
+
+def _quantization(recipe: Recipe) -> dict[str, Any]:
+    """How the base is compressed, for qdora.json."""
+    base = recipe.base
+    quant: dict[str, Any] = {"quant": base.quant}
+    if base.quant not in ("int8", "mxfp4", "none"):
+        quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
+    if base.prune is not None:
+        quant["prune"] = base.prune.model_dump(mode="json", exclude=set(base.prune.unused()))
+    return quant
+
+
+def _warn_of_other_base(recipe: Recipe, directory: Path) -> None:
+    """Tell if qdora trained the adapter in `directory` on another base, or on one that was compressed otherwise."""
+    now = {"name_or_path": recipe.model.source, "revision": recipe.model.revision, "quant": _quantization(recipe)}
+    before = describe_adapter(directory).base
+    if before is None or {**before, "name_or_path": before.get("name_or_path") or recipe.model.source} == now:
+        return
+    text = "adapter.resume_from: the adapter in %s was trained on %s, and this run puts it on %s. It may not fit."
+    logger.warning(text, directory, _base_in_words(before), _base_in_words(now))
+
+
+def _base_in_words(record: Mapping[str, Any]) -> str:
+    """'org/name (quant nf4, block_size 64, double_quant True)'."""
+    name, revision, quant = (record.get(key) for key in ("name_or_path", "revision", "quant"))
+    form = ", ".join(f"{key} {value}" for key, value in quant.items()) if isinstance(quant, dict) else f"quant {quant}"
+    return f"{name or 'a base without a name'}{f' at {revision}' if revision else ''} ({form})"
 
 
 def describe_adapters(model: PreTrainedModel) -> dict[str, int]:

@@ -205,8 +205,8 @@ def unmatched(
     experts = [EXPERTS] if any(matches(path, EXPERTS) for path in paths) else []
     allowed = [*sorted({path.rpartition(".")[2] for path in paths}), *experts, *also]
     return [
-        f"{where}: '{pattern}' matches no {what} layer; must be one of {', '.join(allowed)}, a path or a pattern."
-        f"{nearest(pattern, allowed)}"
+        f"{where}: '{pattern}' matches no {what} layer; must be one of {', '.join(allowed)}, a path, or a shell "
+        f"pattern over it such as 'model.layers.1.*'.{nearest(pattern, allowed)}"
         for pattern in patterns
         if not any(matches(path, pattern) for path in paths)
     ]

@@ -25,6 +25,7 @@ from qdora.files.json_file import read_json_object
 from qdora.files.user_paths import user_path
 from qdora.model.gguf_file import require_gguf
 from qdora.model.gguf_metadata import tokenizer_of_gguf
+from qdora.model.quantized_checkpoint import stored_kind
 from qdora.model.stored_tensors import shard_files
 from qdora.recipe.data_settings import is_path
 from qdora.recipe.faults import reason_of
@@ -155,7 +156,10 @@ def builtin_file() -> Path:
 
 
 def check_directory(path: Path, *, weights: bool = True) -> None:
-    """Check that a directory holds config.json and safetensors shards. Raises UserError with all faults."""
+    """Check that a directory holds config.json and safetensors shards, in a form that can be read.
+
+    Raises UserError with all faults.
+    """
     faults = []
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
@@ -164,6 +168,8 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
                 "in adapter.resume_from."
             )
         faults.append(f"model.source: {path} has no config.json.{nearest_entry(path, 'config.json')}")
+    else:
+        faults.extend(_quantization_faults(path / "config.json"))
     if weights:
         pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
         if not any(path.glob("*.safetensors*")) and pickles:
@@ -180,6 +186,18 @@ def check_directory(path: Path, *, weights: bool = True) -> None:
         raise UserError(*faults)
 
 
+def _quantization_faults(config: Path) -> tuple[str, ...]:
+    try:
+        settings = read_json_object(config).get("quantization_config")
+    except UserError:  # `load_config` says what is wrong with the file
+        return ()
+    try:
+        stored_kind(settings if isinstance(settings, dict) else None)
+    except UserError as error:
+        return error.faults
+    return ()
+
+
 def _from_hub(
     source: str, revision: str | None, trust_remote_code: bool, *, config: bool, weights: bool, setting: str
 ) -> ModelSource:
@@ -188,20 +206,27 @@ def _from_hub(
             f"model.trust_remote_code: needs model.revision to be a full commit (40 hexadecimal digits), "
             f"got {revision!r}: a branch or tag can be moved to other code."
         )
-    patterns = [*_SMALL_FILES, "README.md", *LICENCE_FILES]
-    patterns += [*(["*.safetensors"] if weights else []), *(["*.py"] if trust_remote_code else [])]
+    patterns = [*_SMALL_FILES, "README.md", *LICENCE_FILES, *(["*.py"] if trust_remote_code else [])]
+    path = _download(source, revision, patterns, setting)
+    # The cache names a snapshot by its commit, which the record of a run needs.
+    commit = path.name if _COMMIT.fullmatch(path.name) else revision
+    if config:
+        check_directory(path, weights=False)
+    if trust_remote_code:
+        _check_place_of_code(path, source)
+    if weights:  # last: a model that is refused for its config is not downloaded
+        path = _download(source, commit, [*patterns, "*.safetensors"], setting)
+    if config and weights:
+        check_directory(path)
+    return ModelSource("hub", path, source, commit, trust_remote_code)
+
+
+def _download(source: str, revision: str | None, patterns: list[str], setting: str) -> Path:
     try:
-        path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_NEEDED))
     except Exception as error:  # the client of the Hub lets errors of httpx through, which are no OSError
         kind = UserError if _is_of_this_side(error) else HubFailure
         raise kind(f"{setting}: {source}: {_hub_reason(error, source, revision, setting)}") from error
-    if config:
-        check_directory(path, weights=weights)
-    if trust_remote_code:
-        _check_place_of_code(path, source)
-    # The cache names a snapshot by its commit, which the record of a run needs.
-    commit = path.name if _COMMIT.fullmatch(path.name) else revision
-    return ModelSource("hub", path, source, commit, trust_remote_code)
 
 
 def _check_place_of_code(path: Path, source: str) -> None:

@@ -21,6 +21,8 @@ EMBEDDING = "embed_tokens"
 """Stands for the input embedding, under any name, as `HEAD` does for the output head."""
 
 _MEAN_ROWS = 4096  # rows widened to float32 at a time
+_UNTRAINED = 1e-16
+"""Largest number of a row that the base never trained, which some bases keep as tiny numbers. Source: unsloth."""
 
 logger = logging.getLogger("qdora")
 
@@ -198,6 +200,25 @@ def trained_parameters(model: nn.Module) -> list[str]:
     return [
         f"{path}.{'weight' if each.ids is None else 'trained.rows'}" for path, each in trained_matrices(model).items()
     ]
+
+
+@torch.no_grad()
+def untrained_rows(model: nn.Module, read: Sequence[int], learnt: Sequence[int]) -> list[int]:
+    """The tokens that training cannot reach: their rows are zero, and neither trained nor under an adapter.
+
+    Args:
+        read: Token ids whose rows of the embedding are looked at.
+        learnt: Those whose rows of the head are looked at. A head that is quantised or adapted is left out.
+    """
+    found: set[int] = set()
+    for module, ids in zip(_modules(model), (read, learnt), strict=True):
+        plain: Any = module.base if isinstance(module, RowEmbedding | RowHead) else module
+        is_dense = isinstance(plain, nn.Embedding | HostEmbedding) or type(plain) is nn.Linear
+        if not is_dense or plain.weight.requires_grad:
+            continue
+        for some in torch.split(torch.tensor(ids, dtype=torch.long, device=plain.weight.device), _MEAN_ROWS):
+            found.update(some[plain.weight[some].abs().amax(1) <= _UNTRAINED].tolist())
+    return sorted(found)
 
 
 def trainable_faults(model: nn.Module, paths: Sequence[str]) -> list[str]:

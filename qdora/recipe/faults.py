@@ -18,30 +18,35 @@ from qdora.recipe.settings import Recipe
 _MAX_SHOWN = 60  # characters of a given value that a fault repeats
 PEER_NAMES = {
     **dict.fromkeys(("base_model", "model_name_or_path"), "source"),
-    "attn_implementation": "attention",
-    "torch_dtype": "dtype",
+    **dict.fromkeys(("attn_implementation", "flash_attention"), "attention"),
+    **dict.fromkeys(("torch_dtype", "bf16"), "dtype"),
+    "add_new_tokens": "add_tokens",
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "quantization_bit"), "quant"),
     "bnb_4bit_use_double_quant": "double_quant",
-    **dict.fromkeys(("use_dora", "peft_use_dora", "finetuning_type"), "kind"),
+    **dict.fromkeys(("use_dora", "peft_use_dora", "finetuning_type", "fine_tune_type"), "kind"),
     **dict.fromkeys(("r", "lora_r", "lora_rank"), "rank"),
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
-    **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target"), "targets"),
+    **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target", "lora_target_linear"), "targets"),
     **dict.fromkeys(("use_rslora", "peft_use_rslora"), "rank_stabilized"),
     "init_lora_weights": "init",
     **dict.fromkeys(("modules_to_save", "lora_modules_to_save", "additional_target"), "also_train"),
+    **dict.fromkeys(("adapter_name_or_path", "lora_model_dir"), "resume_from"),
     **dict.fromkeys(("dataset", "datasets"), "mix"),
+    "max_samples": "data.mix[0].limit",
     **dict.fromkeys(("max_seq_length", "sequence_len", "cutoff_len"), "max_length"),
     "sample_packing": "packing",
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "train_on_inputs", "train_on_prompt"), "loss_on"),
+    "mask_prompt": "loss_on",
     **dict.fromkeys(("val_set_size", "val_size"), "validation_fraction"),
     "learning_rate": "lr",
     "loraplus_lr_ratio": "lr_ratio_B",
     **dict.fromkeys(("num_train_epochs", "num_epochs"), "epochs"),
-    "max_steps": "steps",
+    **dict.fromkeys(("max_steps", "iters"), "steps"),
     **dict.fromkeys(("batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"), "batch"),
     "micro_batch_size": "micro_batch_tokens",
     **dict.fromkeys(("lr_scheduler", "lr_scheduler_type"), "schedule"),
+    "cosine_min_lr_ratio": "lr_end",
     **dict.fromkeys(("warmup_ratio", "warmup_steps"), "warmup"),
     "max_grad_norm": "clip",
     "optim": "optimizer",
@@ -49,16 +54,25 @@ PEER_NAMES = {
     "adam_epsilon": "eps",
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), "parallel"),
     "torch_compile": "compile",
-    "logging_steps": "log_every",
-    "save_steps": "checkpoint_every",
+    "seed": "train.seed",
+    **dict.fromkeys(("logging_steps", "steps_per_report"), "log_every"),
+    **dict.fromkeys(("save_steps", "save_every"), "checkpoint_every"),
     "save_total_limit": "keep_checkpoints",
-    "eval_steps": "every",
+    **dict.fromkeys(("eval_steps", "eval_strategy", "evals_per_epoch", "steps_per_eval"), "every"),
+    "load_best_model_at_end": "best_by",
     "metric_for_best_model": "best_metric",
     "early_stopping_patience": "patience",
-    "gradient_checkpointing": "checkpointing",
+    **dict.fromkeys(("gradient_checkpointing", "grad_checkpoint"), "checkpointing"),
     "report_to": "trackers",
 }
-"""What transformers, TRL, PEFT, axolotl and LLaMA-Factory call a setting -> its key here."""
+"""What transformers, TRL, PEFT, axolotl, LLaMA-Factory and mlx-lm call a setting -> its key here, or its whole path
+where several sections have the key."""
+PEER_OPTIONS = {
+    **dict.fromkeys(("output_dir", "adapter_path"), "--run-dir"),
+    "resume_from_checkpoint": "--resume",
+}
+"""What they call something that is here an option of `qdora train`."""
+_PEER_VALUES = {"constant_with_warmup": "constant"}
 _PLAIN_TYPES = {"tuple_type": "a list", "too_short": "at least one entry", "dict_type": "a table of name: value"}
 
 
@@ -95,16 +109,19 @@ def fault_lines(error: ValidationError, root: type[Section] = Recipe) -> list[tu
 def unknown_key(section: type[Section], key: str, root: type[Section] = Recipe) -> str:
     """'unknown key, allowed: ...' with the key of this section that is meant or nearest, or the section that has it."""
     names, meant = list(section.model_fields), PEER_NAMES.get(key, key)
-    close = nearest(meant, names) if meant == key or meant in names else ""
-    if not close:
+    last = meant.rpartition(".")[2]
+    close = nearest(last, names) if last == key or last in names else ""
+    if key in PEER_OPTIONS:
+        close = f" Did you mean the option {PEER_OPTIONS[key]} of qdora train?"
+    elif not close:
         path = path_of(meant, root)
         close = f" Did you mean '{path}'?" if path else ""
     return masked(f"unknown key, allowed: {', '.join(names)}.{close}")
 
 
 def path_of(key: str, root: type[Section] = Recipe) -> str | None:
-    """The first setting of this name: 'lr' -> 'train.lr'; None if no section has it."""
-    if key in root.model_fields:
+    """The first setting of this name: 'lr' -> 'train.lr'; a path stays as it is. None if no section has it."""
+    if key.partition(".")[0] in root.model_fields:
         return key
     sections = (name for name, field in root.model_fields.items() if key in _keys(field.annotation))
     return next((f"{name}.{key}" for name in sections), None)
@@ -157,7 +174,8 @@ def _lines(detail: ErrorDetails, root: type[Section]) -> Iterator[tuple[str, str
         text = f"not valid, {got}, allowed: {context['allowed']}.{masked(context['nearest'])}"
     elif kind == "literal_error":
         names = re.findall(r"'([^']*)'", context["expected"])
-        close = nearest(detail["input"], names) if isinstance(detail["input"], str) else ""
+        given = detail["input"]
+        close = nearest(_PEER_VALUES.get(given, given), names) if isinstance(given, str) else ""
         text = f"not valid, {got}, allowed: {', '.join(names) or context['expected']}.{close}"
     elif kind == "model_type":
         text = f"not a section, {got}, allowed: {', '.join(_section_at(steps, root).model_fields)}."

@@ -12,7 +12,7 @@ import glob
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -36,6 +36,8 @@ _STEP = re.compile(r"[^.\[\]]+|\[\d+\]")
 _MOST_BYTES = 256 * 1024
 """Longest YAML text. PyYAML reads some 100 kB a second, and a recipe has 2."""
 _LENGTH = f"allowed: at most {_MOST_BYTES // 1024} KiB"
+_ALLOWED = {"data.chat_template": ", allowed: a file with a template (Jinja), or null for the tokenizer's own"}
+"""What a missing file may be where users write the name of a template, such as chatml."""
 _MOST_VALUES = 100_000
 """Most values of a document with its aliases written out: ten aliases to ten aliases to ... are 10^10 in one line."""
 
@@ -47,6 +49,18 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     data, where = recipe_document(name_or_path)
     return recipe_from(apply_overrides(data, overrides), where, overrides)
+
+
+def recipe_of_run(file: Path, overrides: Sequence[str] = (), *, sections: Collection[str] = ("model",)) -> Recipe:
+    """The recipe.yaml of a run, read as by `load_recipe`, whose paths in these sections still exist.
+
+    UserError: Those that do not, and where to write their new places.
+    """
+    recipe, starts = load_recipe(file, overrides), tuple(f"{file}: {section}." for section in sections)
+    moved = [fault for fault in missing_files(recipe, str(file)) if fault.startswith(starts)]
+    if moved:
+        raise UserError(*(f"{fault} Fix: if it was moved, write its new path into {file}." for fault in moved))
+    return recipe
 
 
 def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
@@ -140,7 +154,8 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
             named.append((f"data.mix[{index}].validation", source.validation))
     absolute = [(key, path) for key, path in named if path is not None and os.path.isabs(path)]
     return [
-        f"{where}: {key}: no such file or directory, got {path}.{'' if is_pattern(path) else nearest_path(Path(path))}"
+        f"{where}: {key}: no such file or directory, got {path}{_ALLOWED.get(key, '')}."
+        f"{'' if is_pattern(path) else nearest_path(Path(path))}"
         for key, path in absolute
         if not (os.path.exists(path) or (is_pattern(path) and any(glob.iglob(path, recursive=True))))
     ]

@@ -272,8 +272,8 @@ class AdapterConfig(Section):
     dropout: Share = 0.0
     """Share of the adapter's inputs to zero during training; the base always gets all inputs."""
     targets: Targets = "all-linear"
-    """Linear layers with an adapter: all but the head and routers, or a list of names such as q_proj. The name experts
-    stands for all experts of a mixture."""
+    """Linear layers with an adapter: all but the head and routers, or a list of names such as q_proj, paths, or shell
+    patterns such as model.layers.1.* over the path. The name experts stands for all experts of a mixture."""
     experts: ExpertConfig = ExpertConfig()
     """Adapters of the experts of a mixture."""
     init: Literal["kaiming", "gaussian", "loftq"] = "kaiming"

@@ -22,6 +22,7 @@ from qdora.data.rows import FaultList, RowFault
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import context_length
+from qdora.files.run_directory import is_without_chats
 from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.grouped_attention import fast_grouped_attention
@@ -118,6 +119,8 @@ def generate_from(
         raise UserError(*faults)
     loaded = _load(target, step, base_only, quant)
     ids = prompt_ids(loaded.tokenizer, prompt, system, raw)
+    if loaded.run is not None and not raw and loaded.tokenizer.chat_template and is_without_chats(loaded.run.path):
+        logger.info("The run has trained no chats, and the prompt gets the chat template. --raw leaves it as it is.")
     found = _answer_within_context(loaded, ids, sampling, write, where="--prompt")
     return {"target": target, "label": loaded.label, "prompt": prompt, **found}
 

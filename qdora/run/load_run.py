@@ -23,7 +23,7 @@ from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, load_tokenizer, r
 from qdora.model.stored_tensors import StoredPacked, open_safetensors
 from qdora.model.trained_embeddings import extend_vocabulary
 from qdora.nn.adapted_linear import drop_scales_without_room
-from qdora.recipe.recipe_file import load_recipe, override
+from qdora.recipe.recipe_file import override, recipe_of_run
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base
 from qdora.run.pruned_base import FOLDER
@@ -73,7 +73,7 @@ def load_run(
         UserError: There is no run, no such checkpoint, or nothing trained yet.
     """
     run = open_run(path)
-    recipe = load_recipe(run.recipe_file)
+    recipe = recipe_of_run(run.recipe_file)
     if widened:
         recipe = override(recipe, ["model.dtype=float32", "model.attention=auto"])
     trained, state = trained_state(run, recipe, step)

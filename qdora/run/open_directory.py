@@ -16,7 +16,7 @@ from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, open
 from qdora.files.setting_keys import flat
 from qdora.model.language_part import TRAINED_PART, is_multimodal
 from qdora.recipe.faults import shown
-from qdora.recipe.recipe_file import load_recipe, resolved_yaml, settings
+from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, settings
 from qdora.recipe.settings import Recipe
 from qdora.run.prepare import PreparedRun
 from qdora.run.residency_choice import keep_residency
@@ -34,7 +34,7 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
     """Create the run directory, or with `resume` open it; it holds the recipe as it was given."""
     found = (
         environment()
-        | {"chat_date": prepared.chat_date}
+        | {"chat_date": prepared.chat_date, "has_chats": prepared.has_chats}
         | ({} if processes.size == 1 else {"num_processes": processes.size})
         | ({"trained_part": TRAINED_PART} if _has_other_parts(prepared) else {})
     )
@@ -84,10 +84,10 @@ def resumed_recipe(directory: Path, where: str, overrides: Sequence[str]) -> Rec
     not be valid: options of the start that it needs are not given again.
 
     Raises:
-        UserError: There is no run, or an override does not fit.
+        UserError: There is no run, an override does not fit, or what the recipe names was moved.
     """
     run = open_run(directory)
-    own = load_recipe(run.recipe_file, overrides)
+    own = recipe_of_run(run.recipe_file, overrides, sections=Recipe.model_fields)
     try:
         given = load_recipe(where, overrides)
     except UserError as error:

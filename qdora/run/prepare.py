@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qdora.data.build_data import (
     check_first_rows,
+    has_chats,
     make_loader,
     micro_batch_tokens,
     num_steps_of,
@@ -38,7 +39,7 @@ from qdora.evaluation.suite import spread
 from qdora.files.run_directory import RunDirectory, chat_date_of, unharmed
 from qdora.model.build_model import Compute, choose_compute, find_model, find_source, token_ids
 from qdora.model.load import load_config
-from qdora.model.source import ModelSource
+from qdora.model.source import ModelSource, check_directory
 from qdora.plan.budget import within_budget
 from qdora.plan.plan_contents import Plan
 from qdora.plan.plan_view import keep_plan, show_plan
@@ -80,6 +81,8 @@ class PreparedRun:
     """None without memory.budget."""
     chat_date: str
     """The day that chat templates print, YYYY-MM-DD: the run started on it."""
+    has_chats: bool
+    """Whether a source has chats."""
     calibration: Tensor | None
     """Token ids on which pruning measures inputs, (sequences, length) int64; None if it measures none."""
 
@@ -107,7 +110,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     set_chat_date(tokenizer, chat_date)
     # The others wait for the first process, and then find what it has kept.
     first = processes.first(lambda: _read(recipe, tokenizer))
-    mix, validation = _read(recipe, tokenizer) if first is None else first
+    mix, validation, chats = _read(recipe, tokenizer) if first is None else first
     loader = make_loader(recipe, mix, tokenizer, processes.rank, processes.size)
     num_steps = num_steps_of(recipe, loader)
     mix_plan = plan_mix(mix, loader, num_steps)
@@ -134,14 +137,16 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         mix_plan=mix_plan,
         memory_plan=memory_plan,
         chat_date=chat_date,
+        has_chats=chats,
         calibration=calibration_tokens(applied, tokenizer, mix, config) if pruned else None,
     )
 
 
-def _read(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Mix, dict[str, list[Example]]]:
-    """The tokenised training data, and the validation examples of each source."""
+def _read(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Mix, dict[str, list[Example]], bool]:
+    """The tokenised training data, the validation examples of each source, and whether there are chats."""
     train, validation = read_data(recipe.data)
-    return tokenized_mix(recipe, tokenizer, train), validation
+    mix = tokenized_mix(recipe, tokenizer, train)
+    return mix, validation, has_chats(mix, train)
 
 
 def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, console: Console) -> None:
@@ -270,14 +275,16 @@ def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
 
 
 def check_data(recipe: Recipe, names: Collection[str]) -> None:
-    """Check some sources as a run does at its start, for `qdora validate`.
+    """Check some sources as a run does at its start, for `qdora validate`; first a model in a directory, by its config.
 
     The first rows of each are read. With data.too_long: error, all rows are read and tokenised; `data.cache` keeps the
     tokens, and without a tokenizer a note says that no lengths were checked.
 
     Raises:
-        UserError: Faulty rows, or examples that are too long, of all these sources at once.
+        UserError: A model that a run would refuse; faulty rows, or examples that are too long, of all these sources.
     """
+    if (directory := Path(recipe.model.source)).is_dir():
+        check_directory(directory, weights=False)
     check_first_rows(recipe.data, names)
     if recipe.data.too_long != "error":
         return

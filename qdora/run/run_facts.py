@@ -16,7 +16,7 @@ from qdora.data.shown_examples import EXAMPLES_FILE
 from qdora.errors import named
 from qdora.evaluation.before_after import LossOrAccuracy, task_changes, tasks_of_other_examples
 from qdora.files.json_file import read_json_object
-from qdora.files.run_directory import FAILURE_MARK, PLAN_FILE, WARNING_MARK, RunDirectory
+from qdora.files.run_directory import FAILURE_MARK, PLAN_FILE, WARNING_MARK, RunDirectory, is_without_chats
 from qdora.model.peft_config import sizes_in_words
 from qdora.plan.plan_contents import CONTEXT, SLACK
 from qdora.recipe.recipe_file import load_recipe
@@ -306,10 +306,11 @@ def next_commands(
     if status["state"] != "not trained":
         out = shlex.quote(f"{run.path}-merged")
         epochs, steps = recipe.train.epochs, status["num_steps"] or status["num_done"]
+        raw = " --raw" if is_without_chats(run.path) else ""
         more = f"train.steps={2 * steps}" if epochs is None else f"train.epochs={2 * epochs:g}"
         found += [
             (f"qdora eval {path}", "Evaluate the adapter"),
-            (f"qdora generate {path} --prompt '...'", "Let it answer"),
+            (f"qdora generate {path}{raw} --prompt '...'", "Let it answer"),
             (f"qdora export {path} {out} --audit", "Write the merged model, check it and compare all forms"),
         ]
         if status["state"] == "finished":

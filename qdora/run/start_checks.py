@@ -21,6 +21,7 @@ from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import RunDirectory, unharmed
+from qdora.model.trained_embeddings import untrained_rows
 from qdora.recipe.data_settings import DataConfig
 from qdora.train.distributed import Processes
 from qdora.train.packed_attention import packed_layout
@@ -29,11 +30,12 @@ from qdora.train.shard_check import check_division
 logger = logging.getLogger("qdora")
 
 CHECKS_FILE = "checks.json"
-_DATA, PACKING, DIVISION, GRADIENTS = "data", "packing", "division", "gradients"
+_DATA, _TOKENS, PACKING, DIVISION, GRADIENTS = _GROUPS = "data", "tokens", "packing", "division", "gradients"
 _AT_A_TIME = 4096
 _NEAR = 4
 """A stop token among the last tokens of an answer ends it: some templates write a line end behind it."""
-_MOST_DECODED = 1000
+_MOST_LOOKED_AT = 1000
+_MOST_NAMED = 8
 _USUAL = "That is usual only for experts that no token has chosen yet."
 _STUB = re.compile(
     r"<([\w:]*(?:think|thinking|thought|reasoning))>\s*</\1>|\[THINK\]\s*\[/THINK\]"
@@ -62,7 +64,7 @@ def tell_checks(run: RunDirectory, found: Mapping[str, Sequence[Check]]) -> None
             logger.info("Checked: %s", each.text)
     told = {group: [asdict(each) for each in checks] for group, checks in found.items()}
     now = _kept(run) | told
-    run.write_json(CHECKS_FILE, {group: now[group] for group in (_DATA, PACKING, DIVISION, GRADIENTS) if group in now})
+    run.write_json(CHECKS_FILE, {group: now[group] for group in _GROUPS if group in now})
 
 
 def begin_checks(run: RunDirectory, data: Sequence[Check], *, trains: bool) -> None:
@@ -72,13 +74,23 @@ def begin_checks(run: RunDirectory, data: Sequence[Check], *, trains: bool) -> N
     tell_checks(run, {_DATA: data})
 
 
-def check_model(model: PreTrainedModel, run: RunDirectory, processes: Processes, *, packs: bool) -> PackedLayout | None:
+def check_model(
+    model: PreTrainedModel,
+    run: RunDirectory,
+    processes: Processes,
+    *,
+    packs: bool,
+    sources: Sequence[Source],
+    tokenizer: Any,
+) -> PackedLayout | None:
     """Try the loaded and adapted model before its first step, and tell what was found. All processes call this.
 
-    Packed examples must stay apart in its attention, and a divided base must be the same as the whole one.
+    Packed examples must stay apart in its attention, and a divided base must be the same as the whole one. Tokens that
+    cannot be learnt are named, unless the base is divided.
 
     Args:
         packs: Whether the recipe packs examples.
+        sources: The training data.
     Returns:
         How micro-batches are packed for this model; None if they are not.
     Raises:
@@ -89,8 +101,45 @@ def check_model(model: PreTrainedModel, run: RunDirectory, processes: Processes,
     divided = check_division(model, processes)
     if divided is not None:
         found[DIVISION] = [Check("passed", divided)]
-    processes.first(unharmed(CHECKS_FILE)(lambda: tell_checks(run, found)))
+
+    def tell() -> None:
+        tokens = [] if processes.shards else _token_checks(model, sources, tokenizer)
+        tell_checks(run, found | {_TOKENS: tokens})
+
+    processes.first(unharmed(CHECKS_FILE)(tell))
     return layout
+
+
+def _token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: Any) -> list[Check]:
+    """A warning that names the tokens of the data that cannot be learnt; some examples of each source are looked at."""
+    examples = [each for part in sources for each in _spread(_examples(part))]
+    if not examples or not any(parameter.requires_grad for parameter in model.parameters()):
+        return []
+    read = np.unique(np.concatenate([each.input_ids for each in examples])).tolist()
+    learnt = np.unique(np.concatenate([each.input_ids[each.loss_mask] for each in examples])).tolist()
+    names = [tokenizer.convert_ids_to_tokens(each) for each in untrained_rows(model, read, learnt)]
+    if not names:
+        return []
+    more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
+    return [
+        Check(
+            "warning",
+            f"the training data has tokens that the base never learnt: {', '.join(names[:_MOST_NAMED])}{more}. Their "
+            "rows in the embedding or the output head are zero, and an adapter does not change them. Fix: name the "
+            "instruct version of the model in model.source, or set adapter.also_train: [embed_tokens, lm_head] and "
+            "adapter.also_train_rows: all.",
+        )
+    ]
+
+
+def _examples(part: Source) -> Sequence[TokenizedExample]:
+    """All examples of a source; of a stream those of its first rows."""
+    return part.first() if isinstance(part, ExampleStream) else part.examples
+
+
+def _spread(items: Sequence[Any]) -> Sequence[Any]:
+    """At most 1,000 of the items, at even distances."""
+    return items[:: -(-len(items) // _MOST_LOOKED_AT) or 1]
 
 
 def _kept(run: RunDirectory) -> dict[str, Any]:
@@ -163,7 +212,7 @@ def _table(ids: Sequence[int], size: int) -> Any:
 
 
 def _learnt(part: Source, tokenizer: Any, data: DataConfig, is_stop: Any, thinks: Any) -> _Learnt:
-    examples = part.first() if isinstance(part, ExampleStream) else part.examples
+    examples = _examples(part)
     keeps_text = data.loss_on != "all" or data.too_long == "split"
     num_answers = num_stopped = 0
     labels: list[int] = []
@@ -182,7 +231,7 @@ def _learnt(part: Source, tokenizer: Any, data: DataConfig, is_stop: Any, thinks
         may_think = np.logical_or.reduceat(thinks[ids] & mask, begins)
         candidates += (np.flatnonzero(may_think) + start).tolist()
     searched = candidates or range(len(examples))  # some tokenizers spell such words letter by letter
-    decoded = searched[:: -(-len(searched) // _MOST_DECODED) or 1]
+    decoded = _spread(searched)
     stubs = [found[0] for index in decoded if (found := _STUB.search(_learnt_text(examples[index], tokenizer)))]
     return _Learnt(
         name=part.name,

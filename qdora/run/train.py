@@ -88,7 +88,14 @@ def train_run(
         stack.enter_context(weights_unread(model))
         adapter = None if checkpoint is None else checkpoint.path / "adapter"
         adapt(model, prepared.recipe, prepared.source, prepared.tokenizer, adapter=adapter)
-        prepared.loader.batching.packed = check_model(model, run, processes, packs=prepared.recipe.data.packing)
+        prepared.loader.batching.packed = check_model(
+            model,
+            run,
+            processes,
+            packs=prepared.recipe.data.packing,
+            sources=prepared.loader.tokenised,
+            tokenizer=prepared.tokenizer,
+        )
         if prepared.recipe.train.compile:
             stack.enter_context(compiled_blocks(model))
         active = ActiveRun(
