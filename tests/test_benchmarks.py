@@ -177,24 +177,6 @@ def test_gates(tmp_path: Path) -> None:
     assert held["gated"] - held["ungated"] == 4 * 16 * 14
 
 
-def test_rank_curve(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    options = ("--smoke", "--dir", str(tmp_path / "study"), "--out", str(out))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks/rank_curve.py"), *options]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
-    assert run.returncode == 0, run.stderr[-3000:]
-    with (out / "arms.csv").open(newline="") as file:
-        arms = [row for row in csv.DictReader(file) if row["is_trained"] == "True"]
-    assert [(row["adapter"], row["rank"], row["num_seeds"]) for row in arms] == [
-        (kind, rank, "4") for kind in ("lora", "dora") for rank in ("rank 4", "rank 1")
-    ]
-    with (out / "comparisons.csv").open(newline="") as file:
-        assert {(row["adapter"], row["arm"], row["reference"]) for row in csv.DictReader(file)} == {
-            (kind, "rank 1", "rank 4") for kind in ("lora", "dora")
-        }
-
-
 def test_rank_methods(tmp_path: Path) -> None:
     options = ("--dir", str(tmp_path / "study"), "--methods", "uniform,l1,svd,gradient,curvature")
     out = tmp_path / "out"
