@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, facts, in_turns, ratio, spread, write
+from measure import RESULTS, facts, in_turns, ratio, save, spread, write
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
@@ -59,7 +59,7 @@ def main() -> None:
     result |= {"vocabulary": vocabulary, "num_tokens": num_tokens, "chunk": auto_chunk(vocabulary, 2)}
     for part in parts:
         result[part] = part_result(part, num_tokens, sizes, vocabulary, 2 if args.smoke else args.repeats)
-        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        save(args.out, result)
     write(args.out, result)
 
 

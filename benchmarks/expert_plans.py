@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts, write
+from measure import RESULTS, facts, save, write
 from transformers import AutoConfig, PreTrainedConfig
 
 from qdora.plan.memory_plan import plan
@@ -71,8 +71,7 @@ def main() -> None:
         configs = {name: config for name, config in configs.items() if name.endswith(f"/{args.only}")}
     for name, config in configs.items():
         found[name.rpartition("/")[2]] = shape_result(name, config, ("630MiB",) if args.smoke else CARDS)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result_of(found), indent=2) + "\n", encoding="utf-8")
+        save(args.out, result_of(found))
     write(args.out, result_of(found))
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, facts, in_turns, ratio, spread, write
+from measure import RESULTS, facts, in_turns, ratio, save, spread, write
 from mixed_data import FixedSteps, base_model, fitted, real_steps, recipe, smoke_model, smoke_steps
 from rich.console import Console
 
@@ -89,7 +89,7 @@ def main() -> None:
                 if name not in found.setdefault(mode, {}):
                     found[mode][name] = budget_run("budget", mode, target, args)
                     if not args.smoke:
-                        args.out.write_text(json.dumps(result, indent=2) + "\n")
+                        save(args.out, result)
     if args.part in (None, "cost"):
         result["cost"] = cost(args)
     write(args.out, result | {"passes": verdict(result)})

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from contenders import CONTENDERS, layer_on, random_base
-from measure import RESULTS, commit, facts, fresh, in_turns, ratio, spread, write
+from measure import RESULTS, commit, facts, fresh, in_turns, ratio, save, spread, write
 from torch import nn
 
 from qdora.memory.allocator import keep_freed_memory
@@ -114,9 +114,7 @@ def keep(out: Path, cases: Sequence[dict[str, Any]]) -> None:
     before = json.loads(out.read_text())["cases"] if out.exists() else []
     all_cases = {name(each): each for each in before} | {name(each): each for each in cases}
     ordered = [all_cases[key] for key in sorted(all_cases)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    result = facts("python benchmarks/layer_time.py") | {"cases": ordered, "bars": bars(ordered)}
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save(out, facts("python benchmarks/layer_time.py") | {"cases": ordered, "bars": bars(ordered)})
 
 
 def case(base: PackedWeight, rank: int, num_tokens: int, smoke: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -102,10 +103,17 @@ def commit() -> str | None:
 
 
 def write(out: Path, result: Mapping[str, Any]) -> None:
-    """Write the file, and print the result as the last line."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    """`save` the file, and print the result as the last line."""
+    save(out, result)
     print(json.dumps(result))
+
+
+def save(out: Path, result: Mapping[str, Any]) -> None:
+    """Write the file, indented; a list of numbers or strings is one line."""
+    lists = re.compile(r"\[\n([^][{}]*)\n *\]")
+    text = lists.sub(lambda found: "[" + re.sub(r"\n *", " ", found[1]).strip() + "]", json.dumps(result, indent=2))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text + "\n", encoding="utf-8")
 
 
 def fresh(script: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Any:

@@ -13,14 +13,13 @@ Bar: a plan of the 70B model in less than 60 s of one core.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts, write
+from measure import RESULTS, facts, save, write
 from transformers import LlamaConfig
 
 from qdora.plan.memory_plan import plan
@@ -66,7 +65,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name, sizes in shapes.items():
         found[name] = shape_result(name, sizes, args.changes)
-        keep(args.out, found)
+        save(args.out, result_of(found))  # a long call that is ended has its shapes
     write(args.out, result_of(found))
 
 
@@ -80,12 +79,6 @@ def result_of(shapes: dict[str, Any]) -> dict[str, Any]:
         "shapes": shapes,
         "passes": {"70B in 60 s": shapes.get("Llama-3.3-70B", {"cpu_seconds": math.inf})["cpu_seconds"] < 60},
     }
-
-
-def keep(out: Path, shapes: dict[str, Any]) -> None:
-    """What is known so far: a long call that is ended has its shapes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result_of(shapes), indent=2) + "\n", encoding="utf-8")
 
 
 def llama(sizes: dict[str, Any]) -> LlamaConfig:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from byte_tokenizer import byte_tokenizer
-from measure import RESULTS, facts, write
+from measure import RESULTS, facts, save, write
 from mixed_data import recipe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -139,8 +139,7 @@ def main() -> None:
                 continue
             case = measured(source, tokenizer, args.quant, method, pattern, calibration, text)
             result["cases"].append(case)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=2) + "\n")
+            save(args.out, result)
         result["ordered"] = _ordered(result["cases"])
         write(args.out, result)
 
