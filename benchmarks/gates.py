@@ -87,7 +87,7 @@ def main() -> None:
         for mode in MODES:
             for name, target in TARGETS.items():
                 if name not in found.setdefault(mode, {}):
-                    found[mode][name] = budget_run("budget", mode, target, args)
+                    found[mode][name], _ = budget_run("budget", mode, target, args)
                     if not args.smoke:
                         save(args.out, result)
     if args.part in (None, "cost"):
@@ -148,8 +148,10 @@ def loss_of(model: Any, step: Step) -> float:
     return total / step.num_label_tokens
 
 
-def budget_run(part: str, mode: str, target: Mapping[str, float], args: argparse.Namespace) -> dict[str, Any]:
-    """One run to a target: what was reached, and what each removal did to the loss."""
+def budget_run(
+    part: str, mode: str, target: Mapping[str, float], args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """One run to a target: what was reached and what each removal did to the loss; then the rank of each layer."""
     model = model_of(part, torch.float32, args.data)
     full = sum(layer.rank * (layer.in_features + layer.out_features) for layer in adapted_layers(model).values())
     asked: dict[str, Any] = dict(target) if "share" not in target else {"parameters": int(target["share"] * full)}
@@ -160,30 +162,27 @@ def budget_run(part: str, mode: str, target: Mapping[str, float], args: argparse
     optimizer = AdapterOptimizer(adapter_parameters(model))
     train = TrainConfig(steps=args.steps, batch=1, lr=LR, schedule="constant", warmup=0.1)
     before = loss_of(model, steps[-1])
-    lines = fitted(model, optimizer, FixedSteps(steps[:-1]), train, gates=gates)
+    fitted(model, optimizer, FixedSteps(steps[:-1]), train, gates=gates)
     ((kind, wanted),) = asked.items()
     reached = gates.mean_rank if kind == "mean_rank" else gates.num_parameters
-    layers = adapted_layers(model)
-    return {
+    found = {
         "asked": asked,
         "reached": reached,
         "deviation": reached / wanted - 1.0,
         "num_parameters": [full, gates.num_parameters],
-        "ranks": {name: layer.rank for name, layer in layers.items()},
-        "course": [line["gates"]["mean_rank"] for line in lines],
-        "losses": [line["loss"] for line in lines],
         "held_out_step": {"before": before, "after": loss_of(model, steps[-1])},
         "removals": gates.jumps,
         "largest_jump": max(abs(after / before - 1.0) for before, after in gates.jumps),
     }
+    return found, {name: layer.rank for name, layer in adapted_layers(model).items()}
 
 
 def cost(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes and time of a step at full rank with gates, shrunk, and without gates."""
     steps = steps_of("cost", args.rounds + 2, args.data)
-    run = budget_run("cost", "l1", COST_TARGET, args)
+    run, ranks = budget_run("cost", "l1", COST_TARGET, args)
     trainers, found = {}, {}
-    for name, pattern in (("gated", None), ("shrunk", run["ranks"]), ("ungated", None)):
+    for name, pattern in (("gated", None), ("shrunk", ranks), ("ungated", None)):
         model = model_of("cost", torch.bfloat16, args.data, pattern)
         optimizer = AdapterOptimizer(adapter_parameters(model))
         for layer in adapted_layers(model).values() if name == "gated" else ():
