@@ -11,7 +11,6 @@ given by `data.chat_template`. All steps are commands of the command line, as a 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import write_model
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 
 TEMPLATE = """\
 {%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.' }}
@@ -138,13 +137,11 @@ def in_manner(answer: str, trained: str) -> bool:
 
 def main() -> None:
     """Write the data, train, ask."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "chat_model", smoke="a random model")
     parser.add_argument("--chats", type=int, default=400)
     parser.add_argument("--questions", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "chat_model.json")
-    parser.add_argument("--smoke", action="store_true", help="a random model: shows that it runs")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import write_model
-from measure import RESULTS, facts, peak_rss_bytes, write
+from measure import facts, parsed, parser_of, peak_rss_bytes, write
 
 from qdora.analysis.curvature import CurvatureSettings, curvature_spectrum, fingerprint
 from qdora.memory.allocator import keep_freed_memory
@@ -82,19 +82,14 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Train, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--out", type=Path, default=RESULTS / "curvature.json")
+    parser = parser_of(__doc__, "curvature", smoke="a random model", data=True)
     parser.add_argument("--steps", type=int, default=8, help="of training before")
     parser.add_argument("--examples", type=int, default=4, help="the curvature is taken on")
     parser.add_argument("--blocks", default="20,25,29")
     parser.add_argument("--top", type=int, default=20)
     parser.add_argument("--lanczos-steps", type=int, default=10)
     parser.add_argument("--work", type=Path, help="the run and the layers that are done; a passing folder if left out")
-    parser.add_argument("--smoke", action="store_true", help="a random model: shows that it runs")
-    args = parser.parse_args()
-    if not args.smoke and args.data is None:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     keep_freed_memory()
     if args.smoke:
         args.steps, args.blocks, args.top = 2, "1", 4

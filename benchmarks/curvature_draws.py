@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from byte_tokenizer import write_model
 from curvature import recipe
-from measure import RESULTS, facts, peak_rss_bytes, write
+from measure import facts, parsed, parser_of, peak_rss_bytes, write
 
 from qdora.analysis.allocate import LayerSpectrum, allocate
 from qdora.analysis.components import (
@@ -96,18 +96,13 @@ def deviation(drawn: Components, exact: Components) -> dict[str, Any]:
 
 def main() -> None:
     """Train, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--out", type=Path, default=RESULTS / "curvature_draws.json")
+    parser = parser_of(__doc__, "curvature_draws", smoke="a random model", data=True)
     parser.add_argument("--steps", type=int, default=8, help="of training before")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--micro-batch-tokens", type=int, default=512)
     parser.add_argument("--blocks", default="10,20,29", help="whose layers are computed exactly, too")
     parser.add_argument("--draws", type=int, default=16)
-    parser.add_argument("--smoke", action="store_true", help="a random model: shows that it runs")
-    args = parser.parse_args()
-    if not args.smoke and args.data is None:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     keep_freed_memory()
     if args.smoke:
         args.steps, args.blocks = 2, "1"

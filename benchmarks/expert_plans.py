@@ -16,14 +16,12 @@ Bar: a plan of each shape in less than 120 s of one core.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts, save, write
+from measure import facts, parser_of, save, write
 from transformers import AutoConfig, PreTrainedConfig
 
 from qdora.plan.memory_plan import plan
@@ -57,10 +55,8 @@ SMOKE = {
 
 def main() -> None:
     """All shapes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "expert_plans.json")
+    parser = parser_of(__doc__, "expert_plans", smoke="a tiny shape")
     parser.add_argument("--only", help="the shape of this name alone")
-    parser.add_argument("--smoke", action="store_true", help="a tiny shape: shows that it runs")
     args = parser.parse_args()
     configs: dict[str, PreTrainedConfig] = {name: public_shapes()[name].config() for name in SHAPES}
     if args.smoke:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, facts, in_turns, ratio, save, spread, write
+from measure import facts, in_turns, parsed, parser_of, ratio, save, spread, write
 from mixed_data import FixedSteps, base_model, fitted, real_steps, recipe, smoke_model, smoke_steps
 from rich.console import Console
 
@@ -97,16 +97,11 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gates.json")
+    parser = parser_of(__doc__, "gates", smoke="a random model and few steps", data=True)
     parser.add_argument("--part", choices=("budget", "cost"))
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--smoke", action="store_true", help="a random model and few steps: shows that it runs")
-    args = parser.parse_args()
-    if args.data is None and not args.smoke:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     args.data = None if args.smoke else args.data.resolve()
     if args.smoke:
         args.steps, args.rounds = 8, 2

@@ -9,7 +9,6 @@ above 1,024: 1 is linear.
 
 from __future__ import annotations
 
-import argparse
 import math
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import matplotlib as mpl
 from contenders import random_base
 from layer_time import step
-from measure import RESULTS, facts, in_turns, ratio, spread, write
+from measure import facts, in_turns, parser_of, ratio, spread, write
 
 from qdora.memory.allocator import keep_freed_memory
 
@@ -51,10 +50,8 @@ RATIOS = (
 
 def main() -> None:
     """Both sweeps, the result file and the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "layer_cost.json")
+    parser = parser_of(__doc__, "layer_cost", smoke="a tiny layer and two rounds")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--smoke", action="store_true", help="a tiny layer and two rounds: shows that it runs")
     args = parser.parse_args()
     keep_freed_memory()
     features, repeats = (32, 2) if args.smoke else (FEATURES, args.repeats)

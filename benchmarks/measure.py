@@ -1,7 +1,8 @@
-"""What the benchmarks share: timing in turns, peaks in fresh processes, and how a result file is written."""
+"""What the benchmarks share: options, timing in turns, peaks in fresh processes, and how a result file is written."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -79,6 +80,31 @@ def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
     """Spread of the ratios of the same round, `of_medians` beside it."""
     rounds = spread([first / second for first, second in zip(numerator, denominator, strict=True)])
     return {**rounds, "of_medians": statistics.median(numerator) / statistics.median(denominator)}
+
+
+def parser_of(doc: str | None, name: str, *, smoke: str | None = None, data: bool = False) -> argparse.ArgumentParser:
+    """The options that most scripts have: --out, by default results/<name>.json.
+
+    Args:
+        doc: The script's docstring.
+        smoke: What --smoke takes; None without it.
+        data: Whether the folder DATA is the first argument; `parsed` says if it is missing.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if data:
+        parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    if smoke is not None:
+        parser.add_argument("--smoke", action="store_true", help=f"{smoke}: shows that it runs")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of a script that needs DATA unless --smoke is given."""
+    args = parser.parse_args()
+    if not args.smoke and args.data is None:
+        parser.error("DATA is missing")
+    return args
 
 
 def facts(command: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 from byte_tokenizer import write_model
-from measure import RESULTS, facts, write
+from measure import facts, parsed, parser_of, write
 from mixed_data import TASKS
 from rich.console import Console
 from torch import Tensor
@@ -34,16 +34,11 @@ from qdora.train import passes
 
 def main() -> None:
     """Both dtypes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--out", type=Path, default=RESULTS / "out_of_memory.json")
+    parser = parser_of(__doc__, "out_of_memory", smoke="a random model and two steps", data=True)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--room", type=int, default=300, help="most tokens of a micro-batch for which there is memory")
-    parser.add_argument("--smoke", action="store_true", help="a random model and two steps: shows that it runs")
-    args = parser.parse_args()
-    if not args.smoke and args.data is None:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     if args.smoke:
         args.steps, args.batch, args.room = 2, 8, 400
     with tempfile.TemporaryDirectory() as folder:

@@ -12,14 +12,12 @@ Bar: a plan of the 70B model in less than 60 s of one core.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts, save, write
+from measure import facts, parser_of, save, write
 from transformers import LlamaConfig
 
 from qdora.plan.memory_plan import plan
@@ -56,9 +54,7 @@ SMOKE = {"tiny": {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_hea
 
 def main() -> None:
     """All shapes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "plan_shapes.json")
-    parser.add_argument("--smoke", action="store_true", help="a tiny shape: shows that it runs")
+    parser = parser_of(__doc__, "plan_shapes", smoke="a tiny shape")
     parser.add_argument("--changes", action="store_true", help="also what to change; many plans, minutes")
     args = parser.parse_args()
     shapes = SMOKE if args.smoke else SHAPES

@@ -9,7 +9,6 @@ case is written when it is done, and one that the file has already is not comput
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from byte_tokenizer import byte_tokenizer
-from measure import RESULTS, facts, save, write
+from measure import facts, parsed, parser_of, save, write
 from mixed_data import recipe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -102,22 +101,17 @@ def measured(
 
 def main() -> None:
     """Measure what the result file does not have yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?")
-    parser.add_argument("--out", type=Path, default=RESULTS / "pruning.json")
+    parser = parser_of(__doc__, "pruning", smoke="a random model and text of bytes", data=True)
     parser.add_argument("--quant", default="none")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--examples", type=int, default=20, help="validation examples of each task")
-    parser.add_argument("--smoke", action="store_true", help="a random model and text of bytes")
-    args = parser.parse_args()
+    args = parsed(parser)
     with tempfile.TemporaryDirectory() as directory:
         if args.smoke:
             source, tokenizer, size, train = smoke_setup(Path(directory))
             text, examples = train, 0
         else:
-            if args.data is None:
-                parser.error("DATA is missing")
             source = resolve("builtin")
             tokenizer = load_tokenizer(source)
             size = CalibrationConfig(sequences=args.sequences, length=args.length)

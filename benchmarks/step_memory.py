@@ -28,7 +28,6 @@ gradients of one tensor into a third: up to one block input (16 MiB) more, for e
 
 from __future__ import annotations
 
-import argparse
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +42,7 @@ import torch
 from contenders import CONTENDERS, adapt
 from gpu.plan import FULL, SMOKE
 from gpu.shaped_model import build
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama import modeling_llama
@@ -130,10 +129,7 @@ class EmptyWeights:
 
 def main() -> None:
     """All arms of all cases, then the bars."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "step_memory.json")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: shows that it runs")
-    args = parser.parse_args()
+    args = parser_of(__doc__, "step_memory", smoke="a tiny model").parse_args()
     cases = {"tiny, checkpointing": (SMOKE.middle, True), "tiny, no checkpointing": (SMOKE.middle, False)}
     num_tokens = 32 if args.smoke else NUM_TOKENS
     # A real sequence without padding gets no mask; of a fake one transformers cannot see that, and would make it.

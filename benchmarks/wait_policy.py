@@ -11,7 +11,6 @@ The bar: on idle cores the choice costs at most 2 %.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import write_model, write_sums
-from measure import RESULTS, alternating, facts, ratio, spread, write
+from measure import alternating, facts, parser_of, ratio, spread, write
 
 from qdora.cli import WAITING
 from qdora.files.environment import num_cpus
@@ -36,12 +35,10 @@ WARMUP_STEPS, BAR = 2, 0.02
 
 def main() -> None:
     """Idle cores, then busy ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "wait_policy", smoke="a random model")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a reading, after 2 others")
     parser.add_argument("--repeats", type=int, default=5, help="readings of each policy on idle cores")
     parser.add_argument("--busy-repeats", type=int, default=2, help="the same on busy ones, where spinning takes long")
-    parser.add_argument("--out", type=Path, default=RESULTS / "wait_policy.json")
-    parser.add_argument("--smoke", action="store_true", help="a random model: shows that it runs")
     args = parser.parse_args()
     cores, more = num_cpus(), {}
     if args.smoke:
