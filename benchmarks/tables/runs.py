@@ -52,9 +52,9 @@ def sharded_kills() -> str:
 
 def hostile() -> str:
     """For each kind of damaged input: how many ended in one clear line, in the right result, or not noticeably."""
-    keys = ("tried", "clear_lines", "right_results", "undetectable", "new_faults")
+    keys = ("tried", "clear_lines", "right_results", "undetectable", "new_faults", "num_mended")
     parts = read("hostile")["parts"]
-    rows = [[name, *(f"{part[key]}" for key in keys), f"{len(part['mended'])}"] for name, part in parts.items()]
+    rows = [[name, *(f"{part[key]}" for key in keys)] for name, part in parts.items()]
     header = ["input", "tried", "one clear line", "right result", "the format cannot notice it", "open faults"]
     return markdown([*header, "faults mended"], rows)
 
