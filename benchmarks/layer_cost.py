@@ -3,13 +3,11 @@
     OMP_NUM_THREADS=2 python benchmarks/layer_cost.py [--out benchmarks/results/layer_cost.json] [--smoke]
 
 Forward and backward in bf16 on one 2048 x 2048 NF4 weight, in turns: ranks 8 to 512 at 1,024 tokens, and rank 16 at 256
-to 8,192 tokens. A figure of the same name as --out is drawn beside it. `slope` is that of log time over log tokens
-above 1,024: 1 is linear.
+to 8,192 tokens. A figure of the same name as --out is drawn beside it.
 """
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,19 +76,9 @@ def main() -> None:
         "repeats": repeats,
         "by_rank": by_rank,
         "by_tokens": by_tokens,
-        "slope": {name: slope(by_tokens, name) for name in LABELS},
     }
     draw(result, args.out.with_suffix(".svg"))
     write(args.out, result)
-
-
-def slope(rows: list[dict[str, Any]], name: str) -> float:
-    """Least squares of log seconds over log tokens, from 1,024 tokens on."""
-    points = [
-        (math.log(row["value"]), math.log(row["seconds"][name]["median"])) for row in rows if row["value"] >= NUM_TOKENS
-    ]
-    mean_x, mean_y = (sum(each) / len(points) for each in zip(*points, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
 
 
 def draw(result: dict[str, Any], out: Path) -> None:
