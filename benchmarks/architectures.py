@@ -60,6 +60,7 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.cli.verb import USER_MISTAKE
 from qdora.data.batching import IGNORED
+from qdora.files.run_directory import RunDirectory
 from qdora.model.adapter_file import load_adapter
 from qdora.model.build_model import recompute_activations
 from qdora.model.experts import is_transposed, peft_swaps, stacks
@@ -207,7 +208,7 @@ def command(*words: str | Path) -> dict[str, Any]:
 def train(case: Case, run: Path, *words: str) -> list[dict[str, Any]]:
     """Train and return the lines of metrics."""
     command("train", case.recipe, "--run-dir", run, *words)
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return RunDirectory(run).metrics()
 
 
 def resumed(case: Case) -> dict[str, Any]:

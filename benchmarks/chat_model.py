@@ -24,6 +24,8 @@ from typing import Any
 from byte_tokenizer import write_model
 from measure import facts, parser_of, write
 
+from qdora.files.run_directory import RunDirectory
+
 TEMPLATE = """\
 {%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.' }}
 {%- else %}{{ '<|im_start|>system\\n' + messages[0].content }}{% endif %}
@@ -162,12 +164,12 @@ def main() -> None:
             call = ["generate", str(root / "run"), "--chats", str(root / "questions.jsonl"), *more]
             found = json.loads(qdora(*call, "--max-new-tokens", str(num_new), "--json"))
             arms[arm] = counts(found["answers"], [trained for _, trained in asked])
-        metrics = [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
+        num_steps = RunDirectory(root / "run").last_step()
     result = facts("python benchmarks/chat_model.py") | {
         "num_chats": args.chats,
         "num_questions": args.questions,
         "epochs": args.epochs,
-        "num_steps": max(line.get("step", 0) for line in metrics),
+        "num_steps": num_steps,
         "max_new_tokens": num_new,
         "arms": arms,
     }

@@ -50,6 +50,14 @@ def recipe(args: argparse.Namespace, model: str) -> dict[str, Any]:
     }
 
 
+def trained_run(args: argparse.Namespace, work: Path) -> Path:
+    """The run in `work`, trained if it is not there."""
+    run = work / "run"
+    if not (run / "adapter").is_dir():
+        train_run(recipe_from(recipe(args, write_model(work / "model") if args.smoke else "builtin")), run)
+    return run
+
+
 def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Each layer's spectrum, with the norm attached, and held in the last of the blocks."""
     trained = load_run(run, widened=True)
@@ -94,12 +102,7 @@ def main() -> None:
     if args.smoke:
         args.steps, args.blocks, args.top = 2, "1", 4
     with tempfile.TemporaryDirectory() as folder:
-        work = args.work or Path(folder)
-        model = write_model(work / "model") if args.smoke else "builtin"
-        run = work / "run"
-        if not (run / "adapter").is_dir():
-            train_run(recipe_from(recipe(args, model)), run)
-        measured = measure(run, args)
+        measured = measure(trained_run(args, args.work or Path(folder)), args)
     command = f"python benchmarks/curvature.py DATA --steps {args.steps} --examples {args.examples}"
     command += f" --blocks {args.blocks} --top {args.top} --lanczos-steps {args.lanczos_steps}"
     write(args.out, facts(command) | measured | {"peak_memory_bytes": peak_rss_bytes()})

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from byte_tokenizer import write_model
-from curvature import recipe
+from curvature import trained_run
 from measure import facts, parsed, parser_of, peak_rss_bytes, write
 
 from qdora.analysis.allocate import LayerSpectrum, allocate
@@ -30,10 +29,8 @@ from qdora.analysis.components import (
 )
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers
-from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_run
 from qdora.run.rank import training_batches
-from qdora.run.train import train_run
 
 KINDS = ("self_attn.v_proj", "mlp.down_proj")
 RANK = 16
@@ -107,10 +104,7 @@ def main() -> None:
     if args.smoke:
         args.steps, args.blocks = 2, "1"
     with tempfile.TemporaryDirectory() as folder:
-        model = write_model(Path(folder) / "model") if args.smoke else "builtin"
-        run = Path(folder) / "run"
-        train_run(recipe_from(recipe(args, model)), run)
-        measured = measure(run, args)
+        measured = measure(trained_run(args, Path(folder)), args)
     command = f"python benchmarks/curvature_draws.py DATA --steps {args.steps} --examples {args.examples}"
     command += f" --blocks {args.blocks} --draws {args.draws}"
     write(args.out, facts(command) | measured | {"peak_memory_bytes": peak_rss_bytes()})

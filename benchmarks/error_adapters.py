@@ -65,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         if args.smoke:
             source, tokenizer, size, train = smoke_setup(Path(directory))
-            ranks, texts = (4, 2), [f"This is sentence {number}." for number in range(6)]
+            ranks, texts = (8, 4), [f"This is sentence {number}." for number in range(6)]
         else:
             source = resolve("builtin")
             tokenizer, size, ranks = load_tokenizer(source), CalibrationConfig(sequences=64, length=256), RANKS

@@ -11,7 +11,6 @@ its rounding.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from mixed_data import TASKS
 from rich.console import Console
 from torch import Tensor
 
+from qdora.files.run_directory import RunDirectory
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run.train import train_run
@@ -74,7 +74,7 @@ def compared(root: Path, settings: Recipe, room: int) -> dict[str, Any]:
     train_run(settings, whole, console=Console(quiet=True))
     with little_memory(room):
         train_run(settings, short, console=Console(quiet=True))
-    steps = {run: [line for line in metrics(run) if "loss" in line] for run in (whole, short)}
+    steps = {run: [line for line in RunDirectory(run).metrics() if "loss" in line] for run in (whole, short)}
     losses = [[line["loss"] for line in lines] for lines in steps.values()]
     tokens = [[line["num_tokens"] for line in lines] for lines in steps.values()]
     return {
@@ -82,13 +82,8 @@ def compared(root: Path, settings: Recipe, room: int) -> dict[str, Any]:
         "losses_with_little_memory": losses[1],
         "largest_relative_difference": max(abs(one - other) / one for one, other in zip(*losses, strict=True)),
         "same_tokens": tokens[0] == tokens[1],
-        "backoffs": [line["out_of_memory"] for line in metrics(short) if "out_of_memory" in line],
+        "backoffs": [line["out_of_memory"] for line in RunDirectory(short).metrics() if "out_of_memory" in line],
     }
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @contextmanager

@@ -16,12 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import byte_tokenizer, write_model
 from measure import facts, parsed, parser_of, save, write
 from mixed_data import recipe
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.data.build_data import read_data
 from qdora.data.example import Example
@@ -53,26 +51,10 @@ def _in_turn(tasks: Sequence[Sequence[Example]]) -> str:
     return "\n\n".join(f"{example.prompt}{example.answer}" for each in rounds for example in each)
 
 
-def small_model(directory: Path) -> ModelSource:
-    """A random Llama of two blocks, for --smoke."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    return resolve(str(directory))
-
-
 def smoke_setup(directory: Path) -> tuple[ModelSource, Any, CalibrationConfig, str]:
     """For --smoke: a random model, a tokenizer of bytes, a small calibration, and text."""
     size = CalibrationConfig(sequences=4, length=32)
-    return small_model(directory), byte_tokenizer(), size, "Whatever is written here, byte by byte. " * 40
+    return resolve(write_model(directory)), byte_tokenizer(), size, "Whatever is written here, byte by byte. " * 40
 
 
 def measured(

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
+from qdora.files.run_directory import RunDirectory
 from qdora.memory.allocator import keep_freed_memory
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.train import train_run
@@ -110,7 +111,7 @@ def adapted(base: Path, folder: Path, factor: float, seed: int, args: argparse.N
 
 def numbers_of(run: Path) -> dict[str, Any]:
     """What a finished adapter run came to."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = RunDirectory(run).metrics()
     (evaluated,) = (line for line in lines if "eval" in line)
     load = json.loads((run / "expert_load.json").read_text())["blocks"].values()
     return {
