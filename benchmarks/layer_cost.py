@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from contenders import random_base
 from layer_time import step
 from measure import facts, in_turns, parser_of, ratio, spread, write
 
+from qdora.files.svg_figure import svg_file
 from qdora.memory.allocator import keep_freed_memory
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
@@ -83,29 +83,25 @@ def main() -> None:
 
 def draw(result: dict[str, Any], out: Path) -> None:
     """Milliseconds over the rank, and over the tokens on logarithmic axes."""
-    mpl.use("svg")
-    from matplotlib import pyplot as plt  # after the backend is chosen
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    panels = (
-        ("by_rank", "rank", f"{NUM_TOKENS:,} tokens", partial(axes[0].set_xscale, "log", base=2)),
-        ("by_tokens", "tokens", f"rank {RANK}", lambda: axes[1].loglog(base=2)),
-    )
-    for axis, (rows, what, title, scale) in zip(axes, panels, strict=True):
-        scale()
-        values = [row["value"] for row in result[rows]]
-        for name, label in LABELS.items():
-            spreads = [row["seconds"][name] for row in result[rows]]
-            axis.plot(values, [1e3 * each["median"] for each in spreads], "o-", ms=3, color=COLORS[name], label=label)
-        axis.set(xlabel=what, ylabel="ms, forward and backward", title=title)
-        axis.set_xticks(values, [f"{value:,}" for value in values], minor=False)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylim(bottom=0)
-    axes[0].legend(fontsize=8)
-    size = f"{result['features']} x {result['features']}"
-    figure.suptitle(f"One {size} layer, NF4, bf16, {result['num_threads']} threads")
-    figure.savefig(out)
-    plt.close(figure)
+    with svg_file(out, 10, 4) as figure:
+        axes = figure.subplots(1, 2)
+        panels = (
+            ("by_rank", "rank", f"{NUM_TOKENS:,} tokens", partial(axes[0].set_xscale, "log", base=2)),
+            ("by_tokens", "tokens", f"rank {RANK}", lambda: axes[1].loglog(base=2)),
+        )
+        for axis, (rows, what, title, scale) in zip(axes, panels, strict=True):
+            scale()
+            values = [row["value"] for row in result[rows]]
+            for name, label in LABELS.items():
+                times = [1e3 * row["seconds"][name]["median"] for row in result[rows]]
+                axis.plot(values, times, "o-", ms=3, color=COLORS[name], label=label)
+            axis.set(xlabel=what, ylabel="ms, forward and backward", title=title)
+            axis.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+            axis.grid(alpha=0.3)
+        axes[0].set_ylim(bottom=0)
+        axes[0].legend(fontsize=8)
+        size = f"{result['features']} x {result['features']}"
+        figure.suptitle(f"One {size} layer, NF4, bf16, {result['num_threads']} threads")
 
 
 if __name__ == "__main__":

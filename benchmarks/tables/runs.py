@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables.table import markdown, read
+from tables.table import markdown, quartiles, read
 
 EVENTS = {
     "kill": "SIGKILL",
@@ -134,7 +134,7 @@ def data_loading() -> str:
     for way, found in document["ways"].items():
         lost, seconds = found["share_lost"], found["seconds_to_first_step"]
         row = [names[way], *(f"{seconds[part]:.1f}" for part in parts), f"{found['total_seconds_to_first_step']:.1f}"]
-        rows.append([*row, f"{lost['median']:.3%} ({lost['lower']:.3%}–{lost['upper']:.3%})"])
+        rows.append([*row, quartiles(lost, ".3%")])
     header = [
         "examples",
         *(f"{part}, s" for part in parts),
