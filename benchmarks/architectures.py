@@ -28,7 +28,6 @@ transformers' of MXFP4. A later call with --families replaces those rows and kee
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -48,7 +47,7 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from contenders import on_linear4bit, packed_layers, plain, put_weight_
 from export_exactness import on_bnb
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 from peft import PeftModel
 from peft_interop import bnb_weights, dense, merged_by_numpy, with_peft
 from tiny_families import MIXTURES, MODEL_TYPES, MXFP4, NUM_SUMS, write_family, write_sums
@@ -61,6 +60,7 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.cli.verb import USER_MISTAKE
 from qdora.data.batching import IGNORED
+from qdora.files.run_directory import RunDirectory
 from qdora.model.adapter_file import load_adapter
 from qdora.model.build_model import recompute_activations
 from qdora.model.experts import is_transposed, peft_swaps, stacks
@@ -86,10 +86,8 @@ PROMPT = "3 + 8 ="
 
 def main() -> None:
     """Check the families one after the other, and write after each."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, "architectures", smoke="three families")
     parser.add_argument("--families", help="Names, separated by semicolons; default: all.")
-    parser.add_argument("--smoke", action="store_true", help="Three families.")
-    parser.add_argument("--out", type=Path, default=RESULTS / "architectures.json")
     settings = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers_logging.disable_progress_bar()
@@ -210,7 +208,7 @@ def command(*words: str | Path) -> dict[str, Any]:
 def train(case: Case, run: Path, *words: str) -> list[dict[str, Any]]:
     """Train and return the lines of metrics."""
     command("train", case.recipe, "--run-dir", run, *words)
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return RunDirectory(run).metrics()
 
 
 def resumed(case: Case) -> dict[str, Any]:

@@ -31,8 +31,14 @@ def write_model(directory: Path, seed: int = 0) -> str:
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(directory)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    AutoModelForCausalLM.from_config(small_config(len(tokenizer))).save_pretrained(directory)
+    return str(directory)
+
+
+def small_config(vocabulary: int) -> LlamaConfig:
+    """A Llama of two blocks."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -40,5 +46,3 @@ def write_model(directory: Path, seed: int = 0) -> str:
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    return str(directory)

@@ -11,7 +11,6 @@ given by `data.chat_template`. All steps are commands of the command line, as a 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -23,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import write_model
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
+
+from qdora.files.run_directory import RunDirectory
 
 TEMPLATE = """\
 {%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.' }}
@@ -138,13 +139,11 @@ def in_manner(answer: str, trained: str) -> bool:
 
 def main() -> None:
     """Write the data, train, ask."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "chat_model", smoke="a random model")
     parser.add_argument("--chats", type=int, default=400)
     parser.add_argument("--questions", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "chat_model.json")
-    parser.add_argument("--smoke", action="store_true", help="a random model: shows that it runs")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -165,12 +164,12 @@ def main() -> None:
             call = ["generate", str(root / "run"), "--chats", str(root / "questions.jsonl"), *more]
             found = json.loads(qdora(*call, "--max-new-tokens", str(num_new), "--json"))
             arms[arm] = counts(found["answers"], [trained for _, trained in asked])
-        metrics = [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
+        num_steps = RunDirectory(root / "run").last_step()
     result = facts("python benchmarks/chat_model.py") | {
         "num_chats": args.chats,
         "num_questions": args.questions,
         "epochs": args.epochs,
-        "num_steps": max(line.get("step", 0) for line in metrics),
+        "num_steps": num_steps,
         "max_new_tokens": num_new,
         "arms": arms,
     }

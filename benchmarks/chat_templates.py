@@ -14,7 +14,6 @@ and for each mark of the template, so that texts are equal where tokens are. Of 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import re
@@ -28,7 +27,7 @@ from unittest.mock import patch
 
 import jinja2
 from byte_tokenizer import byte_tokenizer
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 
 from qdora.data.encode_chats import encode_chats
 from qdora.data.example import Example
@@ -238,9 +237,8 @@ def encodings(tokenizer: Any, num_turns: int = 10) -> dict[str, float]:
 
 def main() -> None:
     """Measure every template of the directory and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "chat_templates")
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--out", type=Path, default=RESULTS / "chat_templates.json")
     options = parser.parse_args()
     files = [each for each in sorted(options.directory.glob("*.jinja")) if not each.stem.endswith("_training")]
     if not files:

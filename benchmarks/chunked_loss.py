@@ -13,16 +13,14 @@ float32. Time: forward and backward in turns, hidden size 1,024. A part that is 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, facts, in_turns, ratio, spread, write
+from measure import facts, in_turns, parser_of, ratio, save, spread, write
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
@@ -42,11 +40,9 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 def main() -> None:
     """The asked parts, added to what the result file holds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "chunked_loss.json")
+    parser = parser_of(__doc__, "chunked_loss", smoke="a small vocabulary")
     parser.add_argument("--part", choices=("bytes", "gradients", "time"))
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--smoke", action="store_true", help="a small vocabulary: shows that it runs")
     args = parser.parse_args()
     torch.set_num_threads(2)
     vocabulary, num_tokens, sizes = VOCABULARY, NUM_TOKENS, (FAKE_HIDDEN, REAL_HIDDEN)
@@ -59,7 +55,7 @@ def main() -> None:
     result |= {"vocabulary": vocabulary, "num_tokens": num_tokens, "chunk": auto_chunk(vocabulary, 2)}
     for part in parts:
         result[part] = part_result(part, num_tokens, sizes, vocabulary, 2 if args.smoke else args.repeats)
-        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        save(args.out, result)
     write(args.out, result)
 
 

@@ -14,19 +14,18 @@ OUT goes on in a new --dir from what was kept there.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from combined_summary import TOGETHER, summary
-from measure import RESULTS, facts
+from measure import RESULTS, facts, parsed
 from shared_study import (
     RATES,
     SMOKE_RATES,
     TRAINED_TASKS,
-    add_run_options,
     common_settings,
     keep_scores,
     run_asked,
+    study_parser,
 )
 
 NAME = "combined_vs_solo"
@@ -35,16 +34,11 @@ SMOKE_TASKS = ("demo/facts", "demo/odd")
 
 def main() -> None:
     """The runs that are missing, and the comparison of those that are done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    add_run_options(parser, NAME)
+    parser = study_parser(__doc__, NAME, smoke="a random model and two tasks")
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--per-task", type=int, default=2, help="examples of a task in a step")
     parser.add_argument("--limit", type=int, default=100, help="test examples of each task")
-    parser.add_argument("--smoke", action="store_true", help="a random model and two tasks: shows that it runs")
-    args = parser.parse_args()
-    if not args.smoke and args.data is None:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     if args.smoke:
         args.steps, args.limit = 3, 4
     head = facts(

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, facts, in_turns, ratio, spread, write
+from measure import facts, in_turns, parser_of, ratio, spread, write
 from mixed_data import random_step
 from step_time import RANK, model_of, own_step
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -56,11 +55,9 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "compile_time.json")
+    parser = parser_of(__doc__, "compile_time", smoke="a random model and two rounds")
     parser.add_argument("--checkpointing", choices=("on", "off"))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--smoke", action="store_true", help="a random model and two rounds: shows that it runs")
     args = parser.parse_args()
     args.rounds = 2 if args.smoke else args.rounds
     return args

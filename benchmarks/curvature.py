@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import write_model
-from measure import RESULTS, facts, peak_rss_bytes, write
+from measure import facts, parsed, parser_of, peak_rss_bytes, write
 
 from qdora.analysis.curvature import CurvatureSettings, curvature_spectrum, fingerprint
 from qdora.memory.allocator import keep_freed_memory
@@ -48,6 +48,14 @@ def recipe(args: argparse.Namespace, model: str) -> dict[str, Any]:
         "eval": {"at_start": False, "at_end": False},
         "memory": {"checkpointing": False},
     }
+
+
+def trained_run(args: argparse.Namespace, work: Path) -> Path:
+    """The run in `work`, trained if it is not there."""
+    run = work / "run"
+    if not (run / "adapter").is_dir():
+        train_run(recipe_from(recipe(args, write_model(work / "model") if args.smoke else "builtin")), run)
+    return run
 
 
 def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -82,29 +90,19 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Train, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--out", type=Path, default=RESULTS / "curvature.json")
+    parser = parser_of(__doc__, "curvature", smoke="a random model", data=True)
     parser.add_argument("--steps", type=int, default=8, help="of training before")
     parser.add_argument("--examples", type=int, default=4, help="the curvature is taken on")
     parser.add_argument("--blocks", default="20,25,29")
     parser.add_argument("--top", type=int, default=20)
     parser.add_argument("--lanczos-steps", type=int, default=10)
     parser.add_argument("--work", type=Path, help="the run and the layers that are done; a passing folder if left out")
-    parser.add_argument("--smoke", action="store_true", help="a random model: shows that it runs")
-    args = parser.parse_args()
-    if not args.smoke and args.data is None:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     keep_freed_memory()
     if args.smoke:
         args.steps, args.blocks, args.top = 2, "1", 4
     with tempfile.TemporaryDirectory() as folder:
-        work = args.work or Path(folder)
-        model = write_model(work / "model") if args.smoke else "builtin"
-        run = work / "run"
-        if not (run / "adapter").is_dir():
-            train_run(recipe_from(recipe(args, model)), run)
-        measured = measure(run, args)
+        measured = measure(trained_run(args, args.work or Path(folder)), args)
     command = f"python benchmarks/curvature.py DATA --steps {args.steps} --examples {args.examples}"
     command += f" --blocks {args.blocks} --top {args.top} --lanczos-steps {args.lanczos_steps}"
     write(args.out, facts(command) | measured | {"peak_memory_bytes": peak_rss_bytes()})

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from byte_tokenizer import write_model
-from curvature import recipe
-from measure import RESULTS, facts, peak_rss_bytes, write
+from curvature import trained_run
+from measure import facts, parsed, parser_of, peak_rss_bytes, write
 
 from qdora.analysis.allocate import LayerSpectrum, allocate
 from qdora.analysis.components import (
@@ -30,10 +29,8 @@ from qdora.analysis.components import (
 )
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers
-from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_run
 from qdora.run.rank import training_batches
-from qdora.run.train import train_run
 
 KINDS = ("self_attn.v_proj", "mlp.down_proj")
 RANK = 16
@@ -96,26 +93,18 @@ def deviation(drawn: Components, exact: Components) -> dict[str, Any]:
 
 def main() -> None:
     """Train, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--out", type=Path, default=RESULTS / "curvature_draws.json")
+    parser = parser_of(__doc__, "curvature_draws", smoke="a random model", data=True)
     parser.add_argument("--steps", type=int, default=8, help="of training before")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--micro-batch-tokens", type=int, default=512)
     parser.add_argument("--blocks", default="10,20,29", help="whose layers are computed exactly, too")
     parser.add_argument("--draws", type=int, default=16)
-    parser.add_argument("--smoke", action="store_true", help="a random model: shows that it runs")
-    args = parser.parse_args()
-    if not args.smoke and args.data is None:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     keep_freed_memory()
     if args.smoke:
         args.steps, args.blocks = 2, "1"
     with tempfile.TemporaryDirectory() as folder:
-        model = write_model(Path(folder) / "model") if args.smoke else "builtin"
-        run = Path(folder) / "run"
-        train_run(recipe_from(recipe(args, model)), run)
-        measured = measure(run, args)
+        measured = measure(trained_run(args, Path(folder)), args)
     command = f"python benchmarks/curvature_draws.py DATA --steps {args.steps} --examples {args.examples}"
     command += f" --blocks {args.blocks} --draws {args.draws}"
     write(args.out, facts(command) | measured | {"peak_memory_bytes": peak_rss_bytes()})

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from byte_tokenizer import write_model, write_sums
-from measure import RESULTS, facts, fresh, spread, write
+from measure import facts, fresh, parsed, parser_of, spread, write
 from mixed_data import TASKS
 
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
@@ -54,14 +54,11 @@ STEP_TOKENS, BAR = 4096, 0.02
 
 def main() -> None:
     """All ways, or one of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?")
+    parser = parser_of(__doc__, "data_loading", smoke="a random model and data of its own", data=True)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--limit", type=int, default=400, help="training examples of each task that is not streamed")
-    parser.add_argument("--out", type=Path, default=RESULTS / "data_loading.json")
-    parser.add_argument("--smoke", action="store_true", help="a random model and data of its own: shows that it runs")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.way is not None:
         print(json.dumps(one_way(recipe(args), args.steps)))
         return
@@ -71,8 +68,6 @@ def main() -> None:
             write_model(args.data / "model")
             for name in ("first", "second"):
                 write_sums(args.data / f"{name}.jsonl")
-        elif args.data is None:
-            parser.error("DATA: a folder of <task>/<split>.parquet")
         options = [str(args.data.resolve()), "--steps", str(args.steps), "--limit", str(args.limit)]
         options += ["--smoke"] if args.smoke else []
         ways = {way: fresh(__file__, *options, "--way", way) for way in WAYS}

@@ -11,14 +11,12 @@ Asked: DoRA at least 0.97 of LoRA.
 
 from __future__ import annotations
 
-import argparse
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import alternating, facts, ratio, spread, write
+from measure import alternating, facts, parser_of, ratio, spread, write
 
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers, inject, replace_module
@@ -30,11 +28,9 @@ ASKED = 0.97
 
 def main() -> None:
     """Measure in turns, write the figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, "decode_speed", smoke="a random model and two rounds")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "decode_speed.json")
     settings = parser.parse_args()
     if settings.smoke:
         settings.tokens, settings.rounds = 4, 2

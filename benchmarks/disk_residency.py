@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts, fresh, peak_rss_bytes, spread, write
+from measure import facts, fresh, parser_of, peak_rss_bytes, spread, write
 
 BAR_BYTES = 2_500_000_000
 NUM_STEPS, NUM_TOKENS, RANK = 2, 128, 16
@@ -43,9 +43,7 @@ GROUPS = Path("/sys/fs/cgroup/memory")
 
 def main() -> None:
     """Both residencies, each in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "disk_residency.json")
-    parser.add_argument("--smoke", action="store_true", help="a tiny shape: shows that it runs")
+    parser = parser_of(__doc__, "disk_residency", smoke="a tiny shape")
     parser.add_argument(
         "--disk-alone", action="store_true", help="leave out the run in memory: 10 GB, and the time of one"
     )

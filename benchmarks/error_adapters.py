@@ -11,7 +11,6 @@ validation examples, each written out with its right answer.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import RESULTS, facts, write
+from measure import facts, parsed, parser_of, write
 from mixed_data import recipe
 from pruning import smoke_setup, texts_of
 from torch import nn
@@ -60,19 +59,14 @@ def told(scores: np.ndarray, base: np.ndarray | None = None) -> dict[str, float]
 @torch.no_grad()
 def main() -> None:
     """Measure all cases and write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?")
-    parser.add_argument("--out", type=Path, default=RESULTS / "error_adapters.json")
+    parser = parser_of(__doc__, "error_adapters", smoke="a random model and text of bytes", data=True)
     parser.add_argument("--examples", type=int, default=25, help="validation examples of each task")
-    parser.add_argument("--smoke", action="store_true", help="a random model and text of bytes")
-    args = parser.parse_args()
+    args = parsed(parser)
     with tempfile.TemporaryDirectory() as directory:
         if args.smoke:
             source, tokenizer, size, train = smoke_setup(Path(directory))
-            ranks, texts = (4, 2), [f"This is sentence {number}." for number in range(6)]
+            ranks, texts = (8, 4), [f"This is sentence {number}." for number in range(6)]
         else:
-            if args.data is None:
-                parser.error("DATA is missing")
             source = resolve("builtin")
             tokenizer, size, ranks = load_tokenizer(source), CalibrationConfig(sequences=64, length=256), RANKS
             train, _ = texts_of(args.data.resolve(), 1)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, facts, fresh, in_turns, peak_rss_bytes, ratio, spread, status_bytes, write
+from measure import facts, fresh, in_turns, parser_of, peak_rss_bytes, ratio, spread, status_bytes, write
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -53,11 +53,9 @@ BAR = 1.05
 
 def main() -> None:
     """Times in turns, bytes in processes of their own, launches on fake tensors."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "expert_cost", smoke="four tiny experts")
     parser.add_argument("--tokens", type=lambda text: [int(each) for each in text.split(",")], default=[1024, 4096])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS / "expert_cost.json")
-    parser.add_argument("--smoke", action="store_true", help="four tiny experts: shows that it runs")
     parser.add_argument("--peak", nargs=3, metavar=("SHAPE", "CONTENDER", "TOKENS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     keep_freed_memory()

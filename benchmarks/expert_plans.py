@@ -16,14 +16,12 @@ Bar: a plan of each shape in less than 120 s of one core.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, save, write
 from transformers import AutoConfig, PreTrainedConfig
 
 from qdora.plan.memory_plan import plan
@@ -57,10 +55,8 @@ SMOKE = {
 
 def main() -> None:
     """All shapes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "expert_plans.json")
+    parser = parser_of(__doc__, "expert_plans", smoke="a tiny shape")
     parser.add_argument("--only", help="the shape of this name alone")
-    parser.add_argument("--smoke", action="store_true", help="a tiny shape: shows that it runs")
     args = parser.parse_args()
     configs: dict[str, PreTrainedConfig] = {name: public_shapes()[name].config() for name in SHAPES}
     if args.smoke:
@@ -71,8 +67,7 @@ def main() -> None:
         configs = {name: config for name, config in configs.items() if name.endswith(f"/{args.only}")}
     for name, config in configs.items():
         found[name.rpartition("/")[2]] = shape_result(name, config, ("630MiB",) if args.smoke else CARDS)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result_of(found), indent=2) + "\n", encoding="utf-8")
+        save(args.out, result_of(found))
     write(args.out, result_of(found))
 
 

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from byte_tokenizer import write_model
 from expert_upcycling_summary import summary
-from measure import RESULTS, facts, write
+from measure import facts, parsed, parser_of, write
 from mixed_data import TASKS, fitted
 from rich.console import Console
 from upcycled_mixture import expert_load, rows_of_text, trained, upcycled
@@ -79,10 +79,8 @@ SMOKE = {
 
 def main() -> None:
     """The steps that are missing, and the result if none is left."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
+    parser = parser_of(__doc__, "expert_upcycling", smoke="a random model and two tasks", data=True)
     parser.add_argument("--dir", type=Path, default=Path("runs/studies/expert_upcycling"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "expert_upcycling.json")
     parser.add_argument("--per-task", type=int, default=400, help="training examples of a task, half for each stage")
     parser.add_argument("--row-tokens", type=int, default=128)
     parser.add_argument("--rows", type=int, default=1, help="of a step of the mixture")
@@ -96,10 +94,7 @@ def main() -> None:
     parser.add_argument("--test-limit", type=int, default=12, help="test examples of a task")
     parser.add_argument("--arms", default=",".join(ARMS), help="the result is written by a call for all of them")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no step after so many")
-    parser.add_argument("--smoke", action="store_true", help="a random model and two tasks: shows that it runs")
-    args = parser.parse_args()
-    if not args.smoke and args.data is None:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     vars(args).update(SMOKE if args.smoke else {"data": args.data.resolve()})
     keep_freed_memory()
     study = Upcycling(args)

@@ -19,7 +19,6 @@ and in bfloat16 the rounding of the reference itself, computed in bfloat16.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import tempfile
@@ -31,7 +30,7 @@ import peft
 import torch
 from byte_tokenizer import write_model, write_sums
 from contenders import on_linear4bit
-from measure import facts, write
+from measure import facts, parsed, parser_of, write
 from peft_interop import bnb_weights, dense, merged_by_numpy, with_peft
 from rich.console import Console
 from torch import Tensor
@@ -50,13 +49,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def main() -> None:
     """Train, export, compare, write the figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("data", type=Path, nargs="?")
+    parser = parser_of(__doc__, "export_exactness", smoke="a random model and made-up data", data=True)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--run", type=Path, help="A run of this recipe; one is made if left out.")
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "export_exactness.json")
-    settings = parser.parse_args()
+    settings = parsed(parser)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -33,7 +33,7 @@ import pandas as pd  # noqa: F401  # pyarrow imports it to make rows, and import
 import pyarrow as pa
 import pyarrow.parquet as pq
 from byte_tokenizer import write_model
-from measure import RESULTS, facts, fresh, peak_rss_bytes, write
+from measure import facts, fresh, parser_of, peak_rss_bytes, write
 
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.model.build_model import find_model
@@ -48,12 +48,10 @@ _NUM_COMPLETIONS = 20_000
 
 def main() -> None:
     """All kinds, or one measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "file_formats", smoke="a tokenizer of bytes and small files")
     parser.add_argument("--bytes", type=float, default=1e9)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--out", type=Path, default=RESULTS / "file_formats.json")
-    parser.add_argument("--smoke", action="store_true", help="a tokenizer of bytes and small files: shows that it runs")
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, facts, in_turns, ratio, spread, write
+from measure import facts, in_turns, parsed, parser_of, ratio, save, spread, write
 from mixed_data import FixedSteps, base_model, fitted, real_steps, recipe, smoke_model, smoke_steps
 from rich.console import Console
 
@@ -87,9 +87,9 @@ def main() -> None:
         for mode in MODES:
             for name, target in TARGETS.items():
                 if name not in found.setdefault(mode, {}):
-                    found[mode][name] = budget_run("budget", mode, target, args)
+                    found[mode][name], _ = budget_run("budget", mode, target, args)
                     if not args.smoke:
-                        args.out.write_text(json.dumps(result, indent=2) + "\n")
+                        save(args.out, result)
     if args.part in (None, "cost"):
         result["cost"] = cost(args)
     write(args.out, result | {"passes": verdict(result)})
@@ -97,16 +97,11 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gates.json")
+    parser = parser_of(__doc__, "gates", smoke="a random model and few steps", data=True)
     parser.add_argument("--part", choices=("budget", "cost"))
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--smoke", action="store_true", help="a random model and few steps: shows that it runs")
-    args = parser.parse_args()
-    if args.data is None and not args.smoke:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     args.data = None if args.smoke else args.data.resolve()
     if args.smoke:
         args.steps, args.rounds = 8, 2
@@ -148,8 +143,10 @@ def loss_of(model: Any, step: Step) -> float:
     return total / step.num_label_tokens
 
 
-def budget_run(part: str, mode: str, target: Mapping[str, float], args: argparse.Namespace) -> dict[str, Any]:
-    """One run to a target: what was reached, and what each removal did to the loss."""
+def budget_run(
+    part: str, mode: str, target: Mapping[str, float], args: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """One run to a target: what was reached and what each removal did to the loss; then the rank of each layer."""
     model = model_of(part, torch.float32, args.data)
     full = sum(layer.rank * (layer.in_features + layer.out_features) for layer in adapted_layers(model).values())
     asked: dict[str, Any] = dict(target) if "share" not in target else {"parameters": int(target["share"] * full)}
@@ -160,30 +157,27 @@ def budget_run(part: str, mode: str, target: Mapping[str, float], args: argparse
     optimizer = AdapterOptimizer(adapter_parameters(model))
     train = TrainConfig(steps=args.steps, batch=1, lr=LR, schedule="constant", warmup=0.1)
     before = loss_of(model, steps[-1])
-    lines = fitted(model, optimizer, FixedSteps(steps[:-1]), train, gates=gates)
+    fitted(model, optimizer, FixedSteps(steps[:-1]), train, gates=gates)
     ((kind, wanted),) = asked.items()
     reached = gates.mean_rank if kind == "mean_rank" else gates.num_parameters
-    layers = adapted_layers(model)
-    return {
+    found = {
         "asked": asked,
         "reached": reached,
         "deviation": reached / wanted - 1.0,
         "num_parameters": [full, gates.num_parameters],
-        "ranks": {name: layer.rank for name, layer in layers.items()},
-        "course": [line["gates"]["mean_rank"] for line in lines],
-        "losses": [line["loss"] for line in lines],
         "held_out_step": {"before": before, "after": loss_of(model, steps[-1])},
         "removals": gates.jumps,
         "largest_jump": max(abs(after / before - 1.0) for before, after in gates.jumps),
     }
+    return found, {name: layer.rank for name, layer in adapted_layers(model).items()}
 
 
 def cost(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes and time of a step at full rank with gates, shrunk, and without gates."""
     steps = steps_of("cost", args.rounds + 2, args.data)
-    run = budget_run("cost", "l1", COST_TARGET, args)
+    run, ranks = budget_run("cost", "l1", COST_TARGET, args)
     trainers, found = {}, {}
-    for name, pattern in (("gated", None), ("shrunk", run["ranks"]), ("ungated", None)):
+    for name, pattern in (("gated", None), ("shrunk", ranks), ("ungated", None)):
         model = model_of("cost", torch.bfloat16, args.data, pattern)
         optimizer = AdapterOptimizer(adapter_parameters(model))
         for layer in adapted_layers(model).values() if name == "gated" else ():

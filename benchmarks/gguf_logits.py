@@ -12,7 +12,6 @@ bits. With --smoke: two steps on a demo task, f16 alone.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import tempfile
 import warnings
@@ -23,7 +22,7 @@ import llama_cpp
 import torch
 from export_exactness import against, logits, nll, recipe, trained
 from gguf import GGUFReader
-from measure import facts, write
+from measure import facts, parsed, parser_of, write
 from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -49,14 +48,11 @@ _FLOAT32 = 0  # GGML_TYPE_F32
 
 def main() -> None:
     """Train, export every type, run each, write the figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("data", type=Path, nargs="?")
+    parser = parser_of(__doc__, "gguf_logits", smoke="two steps on a demo task, f16 alone", data=True)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--run", type=Path, help="A run of this recipe; one is made if left out.")
     parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's folder, for its converter.")
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gguf_logits.json")
-    settings = parser.parse_args()
+    settings = parsed(parser)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

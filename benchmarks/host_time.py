@@ -11,14 +11,12 @@ and how many of them is in roofline.json.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from contenders import CONTENDERS, layer_on, random_base
-from measure import RESULTS, facts, in_turns, ratio, spread, write
+from measure import facts, in_turns, parser_of, ratio, spread, write
 from torch import nn
 
 from qdora.train.optimizer import AdapterOptimizer
@@ -31,11 +29,9 @@ SIZE, RANK = 64, 16
 
 def main() -> None:
     """Forward alone, then forward and backward."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "host_time", smoke="two rounds of two calls")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--calls", type=int, default=200, help="of each contender in each round")
-    parser.add_argument("--out", type=Path, default=RESULTS / "host_time.json")
-    parser.add_argument("--smoke", action="store_true", help="two rounds of two calls: shows that it runs")
     args = parser.parse_args()
     if args.smoke:
         args.rounds, args.calls = 2, 2

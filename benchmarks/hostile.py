@@ -14,7 +14,6 @@ right exit code, or the right result. `--only N` runs one case and shows all tha
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -29,17 +28,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from hostile import parts
 from hostile.report import of_cases
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 
 
 def main() -> None:
     """Run the parts; exits with 1 if there is a fault that is not known."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, "hostile")
     parser.add_argument("--part", choices=(*parts.COUNTS, "all"), default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, help="cases of each part; default: as many as the part has by itself")
     parser.add_argument("--only", type=int, help="run this case of the part alone")
-    parser.add_argument("--out", type=Path, default=RESULTS / "hostile.json")
     args = parser.parse_args()
     torch.set_num_threads(1)  # a fork takes no threads along
     chosen = parts.COUNTS if args.part == "all" else (args.part,)

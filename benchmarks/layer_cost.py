@@ -3,23 +3,20 @@
     OMP_NUM_THREADS=2 python benchmarks/layer_cost.py [--out benchmarks/results/layer_cost.json] [--smoke]
 
 Forward and backward in bf16 on one 2048 x 2048 NF4 weight, in turns: ranks 8 to 512 at 1,024 tokens, and rank 16 at 256
-to 8,192 tokens. A figure of the same name as --out is drawn beside it. `slope` is that of log time over log tokens
-above 1,024: 1 is linear.
+to 8,192 tokens. A figure of the same name as --out is drawn beside it.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from contenders import random_base
 from layer_time import step
-from measure import RESULTS, facts, in_turns, ratio, spread, write
+from measure import facts, in_turns, parser_of, ratio, spread, write
 
+from qdora.files.svg_figure import svg_file
 from qdora.memory.allocator import keep_freed_memory
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
@@ -51,10 +48,8 @@ RATIOS = (
 
 def main() -> None:
     """Both sweeps, the result file and the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "layer_cost.json")
+    parser = parser_of(__doc__, "layer_cost", smoke="a tiny layer and two rounds")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--smoke", action="store_true", help="a tiny layer and two rounds: shows that it runs")
     args = parser.parse_args()
     keep_freed_memory()
     features, repeats = (32, 2) if args.smoke else (FEATURES, args.repeats)
@@ -81,46 +76,32 @@ def main() -> None:
         "repeats": repeats,
         "by_rank": by_rank,
         "by_tokens": by_tokens,
-        "slope": {name: slope(by_tokens, name) for name in LABELS},
     }
     draw(result, args.out.with_suffix(".svg"))
     write(args.out, result)
 
 
-def slope(rows: list[dict[str, Any]], name: str) -> float:
-    """Least squares of log seconds over log tokens, from 1,024 tokens on."""
-    points = [
-        (math.log(row["value"]), math.log(row["seconds"][name]["median"])) for row in rows if row["value"] >= NUM_TOKENS
-    ]
-    mean_x, mean_y = (sum(each) / len(points) for each in zip(*points, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-
-
 def draw(result: dict[str, Any], out: Path) -> None:
     """Milliseconds over the rank, and over the tokens on logarithmic axes."""
-    mpl.use("svg")
-    from matplotlib import pyplot as plt  # after the backend is chosen
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    panels = (
-        ("by_rank", "rank", f"{NUM_TOKENS:,} tokens", partial(axes[0].set_xscale, "log", base=2)),
-        ("by_tokens", "tokens", f"rank {RANK}", lambda: axes[1].loglog(base=2)),
-    )
-    for axis, (rows, what, title, scale) in zip(axes, panels, strict=True):
-        scale()
-        values = [row["value"] for row in result[rows]]
-        for name, label in LABELS.items():
-            spreads = [row["seconds"][name] for row in result[rows]]
-            axis.plot(values, [1e3 * each["median"] for each in spreads], "o-", ms=3, color=COLORS[name], label=label)
-        axis.set(xlabel=what, ylabel="ms, forward and backward", title=title)
-        axis.set_xticks(values, [f"{value:,}" for value in values], minor=False)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylim(bottom=0)
-    axes[0].legend(fontsize=8)
-    size = f"{result['features']} x {result['features']}"
-    figure.suptitle(f"One {size} layer, NF4, bf16, {result['num_threads']} threads")
-    figure.savefig(out)
-    plt.close(figure)
+    with svg_file(out, 10, 4) as figure:
+        axes = figure.subplots(1, 2)
+        panels = (
+            ("by_rank", "rank", f"{NUM_TOKENS:,} tokens", partial(axes[0].set_xscale, "log", base=2)),
+            ("by_tokens", "tokens", f"rank {RANK}", lambda: axes[1].loglog(base=2)),
+        )
+        for axis, (rows, what, title, scale) in zip(axes, panels, strict=True):
+            scale()
+            values = [row["value"] for row in result[rows]]
+            for name, label in LABELS.items():
+                times = [1e3 * row["seconds"][name]["median"] for row in result[rows]]
+                axis.plot(values, times, "o-", ms=3, color=COLORS[name], label=label)
+            axis.set(xlabel=what, ylabel="ms, forward and backward", title=title)
+            axis.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+            axis.grid(alpha=0.3)
+        axes[0].set_ylim(bottom=0)
+        axes[0].legend(fontsize=8)
+        size = f"{result['features']} x {result['features']}"
+        figure.suptitle(f"One {size} layer, NF4, bf16, {result['num_threads']} threads")
 
 
 if __name__ == "__main__":

@@ -23,14 +23,12 @@ gradients of one tensor into a third; where PEFT's branches meet in x this adds 
 
 from __future__ import annotations
 
-import argparse
 import gc
-from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import CONTENDERS, layer_on, random_base
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 from torch import Tensor, nn
 
 from qdora.ops.packed import PackedWeight
@@ -57,10 +55,7 @@ HELD_BAR_PER_TOKEN = 64
 
 def main() -> None:
     """Both shapes, then the bars."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "layer_memory.json")
-    parser.add_argument("--smoke", action="store_true", help="small layers: shows that it runs")
-    args = parser.parse_args()
+    args = parser_of(__doc__, "layer_memory", smoke="small layers").parse_args()
     torch.set_num_threads(2)
     tokens = 64 if args.smoke else 1024
     layer = (128, 192) if args.smoke else (4096, 11008)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from contenders import CONTENDERS, layer_on, random_base
-from measure import RESULTS, commit, facts, fresh, in_turns, ratio, spread, write
+from measure import commit, facts, fresh, in_turns, parser_of, ratio, save, spread, write
 from torch import nn
 
 from qdora.memory.allocator import keep_freed_memory
@@ -89,12 +89,10 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "layer_time", smoke="a tiny layer and two rounds")
     parser.add_argument("--shapes", nargs="+", default=["2048x2048", "4096x4096", "4096x11008"], help="in x out")
     parser.add_argument("--ranks", nargs="+", type=int, default=[16, 64])
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024, 4096])
-    parser.add_argument("--out", type=Path, default=RESULTS / "layer_time.json")
-    parser.add_argument("--smoke", action="store_true", help="a tiny layer and two rounds: shows that it runs")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -114,9 +112,7 @@ def keep(out: Path, cases: Sequence[dict[str, Any]]) -> None:
     before = json.loads(out.read_text())["cases"] if out.exists() else []
     all_cases = {name(each): each for each in before} | {name(each): each for each in cases}
     ordered = [all_cases[key] for key in sorted(all_cases)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    result = facts("python benchmarks/layer_time.py") | {"cases": ordered, "bars": bars(ordered)}
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save(out, facts("python benchmarks/layer_time.py") | {"cases": ordered, "bars": bars(ordered)})
 
 
 def case(base: PackedWeight, rank: int, num_tokens: int, smoke: bool) -> dict[str, Any]:

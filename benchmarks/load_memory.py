@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts, fresh, peak_rss_bytes, write
+from measure import facts, fresh, parser_of, peak_rss_bytes, write
 
 ALLOWANCE_BYTES = 300 * 10**6
 # Memory is measured, not time.
@@ -118,9 +118,8 @@ def measured(directory: Path | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, "load_memory")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=RESULTS / "load_memory.json")
     parser.add_argument("--experts", action="store_true", help="blocks of a mixture of experts")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     settings = parser.parse_args()

@@ -31,7 +31,7 @@ from unittest import mock
 
 import torch
 from contenders import CONTENDERS, adapt, move_parameters_
-from measure import RESULTS, facts, write
+from measure import facts, parsed, parser_of, write
 from mixed_data import (
     FixedSteps,
     base_model,
@@ -102,16 +102,11 @@ class PlainDora(nn.Module):
 
 def main() -> None:
     """All arms one after the other, in one process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--out", type=Path, default=RESULTS / "loss_curve.json")
+    parser = parser_of(__doc__, "loss_curve", smoke="a random model and a few steps", data=True)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=3, help="of the model's 30, for the curves")
-    parser.add_argument("--smoke", action="store_true", help="a random model and a few steps: shows that it runs")
-    args = parser.parse_args()
-    if not args.smoke and args.data is None:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     keep_freed_memory()
     head = facts(
         f"python benchmarks/loss_curve.py DATA --steps {args.steps} --batch {args.batch} --blocks {args.blocks}"

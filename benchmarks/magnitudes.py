@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 from mixed_data import fitted
 
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
@@ -119,9 +119,8 @@ def gap(losses: list[float], others: list[float]) -> dict[str, float]:
 
 def main() -> None:
     """Run the arms, two at a time, and compare their curves."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "magnitudes")
     parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, default=RESULTS / "magnitudes.json")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)

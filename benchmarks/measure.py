@@ -1,9 +1,11 @@
-"""What the benchmarks share: timing in turns, peaks in fresh processes, and how a result file is written."""
+"""What the benchmarks share: options, timing in turns, peaks in fresh processes, and how a result file is written."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -80,6 +82,31 @@ def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
     return {**rounds, "of_medians": statistics.median(numerator) / statistics.median(denominator)}
 
 
+def parser_of(doc: str | None, name: str, *, smoke: str | None = None, data: bool = False) -> argparse.ArgumentParser:
+    """The options that most scripts have: --out, by default results/<name>.json.
+
+    Args:
+        doc: The script's docstring.
+        smoke: What --smoke takes; None without it.
+        data: Whether the folder DATA is the first argument; `parsed` says if it is missing.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if data:
+        parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    if smoke is not None:
+        parser.add_argument("--smoke", action="store_true", help=f"{smoke}: shows that it runs")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of a script that needs DATA unless --smoke is given."""
+    args = parser.parse_args()
+    if not args.smoke and args.data is None:
+        parser.error("DATA is missing")
+    return args
+
+
 def facts(command: str) -> dict[str, Any]:
     """Head of every result: command, commit, machine, versions."""
     return {
@@ -102,10 +129,17 @@ def commit() -> str | None:
 
 
 def write(out: Path, result: Mapping[str, Any]) -> None:
-    """Write the file, and print the result as the last line."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    """`save` the file, and print the result as the last line."""
+    save(out, result)
     print(json.dumps(result))
+
+
+def save(out: Path, result: Mapping[str, Any]) -> None:
+    """Write the file, indented; a list of numbers or strings is one line."""
+    lists = re.compile(r"\[\n([^][{}]*)\n *\]")
+    text = lists.sub(lambda found: "[" + re.sub(r"\n *", " ", found[1]).strip() + "]", json.dumps(result, indent=2))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text + "\n", encoding="utf-8")
 
 
 def fresh(script: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Any:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from load_memory import write_checkpoint
-from measure import facts, fresh, peak_rss_bytes, write
+from measure import facts, fresh, parser_of, peak_rss_bytes, write
 
 ASKED_BYTES = 2_500_000_000
 SHAPE = {
@@ -119,11 +119,9 @@ def digests(directory: Path) -> dict[str, str]:
 
 def main() -> None:
     """Write the model, merge it three times, compare."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, "merge_streamed", smoke="a small shape")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--folder", type=Path, help="Where the model and its exports are written; about 12 GB.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "merge_streamed.json")
     parser.add_argument("--export", nargs=4, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.export:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from byte_tokenizer import small_config
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from qdora.data.batching import IGNORED, Batching, MicroBatch
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
@@ -181,16 +182,7 @@ def fitted(
 def smoke_model(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = 128) -> Any:
     """A random Llama of two small blocks in NF4, in place of the builtin model."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(small_config(vocabulary), dtype=dtype)
     for path, module in list(model.named_modules()):
         if path.endswith("_proj"):
             replace_module(model, path, FrozenLinear(quantize(module.weight.detach(), "nf4", 64, double_quant=True)))

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from byte_tokenizer import byte_tokenizer
-from measure import RESULTS, facts, fresh, peak_rss_bytes, write
+from measure import facts, fresh, parser_of, peak_rss_bytes, write
 
 from qdora.data.batching import Batching
 from qdora.data.loader import StepLoader
@@ -78,12 +78,10 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "mixing.json")
+    parser = parser_of(__doc__, "mixing", smoke="few draws and rows")
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--draws", type=int)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--smoke", action="store_true", help="few draws and rows: shows that it runs")
     return parser.parse_args()
 
 

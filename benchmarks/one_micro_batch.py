@@ -13,7 +13,6 @@ the first micro-batch, and the gradient of the magnitudes. What is left of the d
 
 from __future__ import annotations
 
-import argparse
 import functools
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from unittest import mock
 
 import torch
 from contenders import CONTENDERS
-from measure import RESULTS, alternating, facts, ratio, spread, write
+from measure import alternating, facts, parser_of, ratio, spread, write
 from mixed_data import base_model, random_step, recipe, smoke_model
 from step_time import RANK, model_of, trainer
 
@@ -56,12 +55,10 @@ class StepTime(NamedTuple):
 
 def main() -> None:
     """All contenders in turns."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "one_micro_batch", smoke="a random model and two rounds")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=RESULTS / "one_micro_batch.json")
-    parser.add_argument("--smoke", action="store_true", help="a random model and two rounds: shows that it runs")
     args = parser.parse_args()
     if args.smoke:
         args.rows, args.length, args.rounds = 2, 8, 2

@@ -11,7 +11,6 @@ its rounding.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +20,12 @@ from unittest import mock
 
 import torch
 from byte_tokenizer import write_model
-from measure import RESULTS, facts, write
+from measure import facts, parsed, parser_of, write
 from mixed_data import TASKS
 from rich.console import Console
 from torch import Tensor
 
+from qdora.files.run_directory import RunDirectory
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run.train import train_run
@@ -34,16 +34,11 @@ from qdora.train import passes
 
 def main() -> None:
     """Both dtypes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--out", type=Path, default=RESULTS / "out_of_memory.json")
+    parser = parser_of(__doc__, "out_of_memory", smoke="a random model and two steps", data=True)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--room", type=int, default=300, help="most tokens of a micro-batch for which there is memory")
-    parser.add_argument("--smoke", action="store_true", help="a random model and two steps: shows that it runs")
-    args = parser.parse_args()
-    if not args.smoke and args.data is None:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     if args.smoke:
         args.steps, args.batch, args.room = 2, 8, 400
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +74,7 @@ def compared(root: Path, settings: Recipe, room: int) -> dict[str, Any]:
     train_run(settings, whole, console=Console(quiet=True))
     with little_memory(room):
         train_run(settings, short, console=Console(quiet=True))
-    steps = {run: [line for line in metrics(run) if "loss" in line] for run in (whole, short)}
+    steps = {run: [line for line in RunDirectory(run).metrics() if "loss" in line] for run in (whole, short)}
     losses = [[line["loss"] for line in lines] for lines in steps.values()]
     tokens = [[line["num_tokens"] for line in lines] for lines in steps.values()]
     return {
@@ -87,13 +82,8 @@ def compared(root: Path, settings: Recipe, room: int) -> dict[str, Any]:
         "losses_with_little_memory": losses[1],
         "largest_relative_difference": max(abs(one - other) / one for one, other in zip(*losses, strict=True)),
         "same_tokens": tokens[0] == tokens[1],
-        "backoffs": [line["out_of_memory"] for line in metrics(short) if "out_of_memory" in line],
+        "backoffs": [line["out_of_memory"] for line in RunDirectory(short).metrics() if "out_of_memory" in line],
     }
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @contextmanager

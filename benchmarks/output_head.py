@@ -12,7 +12,6 @@ The floor of a call of the head is one read of its weight; `sliced` reads it onc
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from byte_tokenizer import byte_tokenizer
-from measure import alternating, facts, ratio, spread, write
+from measure import alternating, facts, parser_of, ratio, spread, write
 
 from qdora.data.build_data import task_examples
 from qdora.data.example import Example
@@ -39,12 +38,10 @@ ARMS = ("sliced", "flat")
 
 def main() -> None:
     """Measure every model and case, write the figures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, "output_head", smoke="a random model and two rounds")
     parser.add_argument("--gemma", type=Path, help="GGUF file of Gemma 3 270M")
     parser.add_argument("--examples", type=int, default=12, help="of each of the five demo tasks")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "output_head.json")
     settings = parser.parse_args()
     if settings.smoke:
         settings.examples, settings.rounds = 2, 2

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from contenders import CONTENDERS, adapt
-from measure import RESULTS, alternating, facts, ratio, spread, write
+from measure import alternating, facts, parsed, parser_of, ratio, spread, write
 from mixed_data import base_model, recipe, smoke_model
 from step_time import own_step
 
@@ -58,16 +58,10 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--out", type=Path, default=RESULTS / "packing.json")
+    parser = parser_of(__doc__, "packing", smoke="a random model and short examples", data=True)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=400.0, help="no round begins later, loading included")
-    parser.add_argument("--smoke", action="store_true", help="a random model and short examples: shows that it runs")
-    args = parser.parse_args()
-    if args.data is None and not args.smoke:
-        parser.error("DATA is missing")
-    return args
+    return parsed(parser)
 
 
 def real_examples(data: Path, num_steps: int) -> list[list[TokenizedExample]]:

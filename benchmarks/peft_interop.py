@@ -22,7 +22,6 @@ Floor: float32 sums in another order (about 1e-4 on logits with a spread of 3), 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import tempfile
@@ -37,7 +36,7 @@ import numpy as np
 import peft
 import torch
 from contenders import on_linear4bit, packed_layers, plain, put_weight_, quant_state
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -63,9 +62,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def main() -> None:
     """Run all cases, write the figures, print them as the last line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, "peft_interop")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=RESULTS / "peft_interop.json")
     settings = parser.parse_args()
     warnings.simplefilter("ignore")
     source = resolve("builtin")

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts, fresh, peak_rss_bytes, write
+from measure import facts, fresh, parser_of, peak_rss_bytes, save, write
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 NUM_STEPS = 3
@@ -88,9 +88,7 @@ SMOKE = {
 
 def main() -> None:
     """All cases, then how far off each is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "plan_accuracy.json")
-    parser.add_argument("--smoke", action="store_true", help="tiny models: shows that it runs")
+    parser = parser_of(__doc__, "plan_accuracy", smoke="tiny models")
     parser.add_argument("--only", choices=(*CASES, *SMOKE), help="this case alone; the file keeps the others")
     parser.add_argument("--resident", nargs=2, metavar=("NAME", "DIRECTORY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -104,17 +102,11 @@ def main() -> None:
         cases = json.loads(args.out.read_text(encoding="utf-8"))["cases"]
     for name in names:
         cases[name] = counted(name)
-        keep(args.out, cases)
+        save(args.out, result_of(cases))
     for name in names:
         cases[name] |= resident(name, cases[name]["planned_rss_bytes"])
-        keep(args.out, cases)
+        save(args.out, result_of(cases))
     write(args.out, result_of(cases))
-
-
-def keep(out: Path, cases: dict[str, Any]) -> None:
-    """What is known so far: a long call that is ended has its cases."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result_of(cases), indent=2) + "\n", encoding="utf-8")
 
 
 def result_of(cases: dict[str, Any]) -> dict[str, Any]:

@@ -11,13 +11,11 @@ Bars: every recipe fits in the card that it is named for; the 70B plan below 40 
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from qdora.plan.division import process_plans, whole_plans
@@ -40,10 +38,7 @@ LARGEST = "Llama-3.1-405B"
 
 def main() -> None:
     """All recipes, then the largest model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "plan_recipes.json")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes: shows that it runs")
-    args = parser.parse_args()
+    args = parser_of(__doc__, "plan_recipes", smoke="tiny shapes").parse_args()
     configs = {name: public_shapes()[load_recipe(name).model.source].config() for name in (*RECIPES, *SEVERAL)}
     if args.smoke:
         small = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 128, "vocab_size": 512}

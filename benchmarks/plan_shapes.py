@@ -5,22 +5,19 @@
 QDoRA of rank 16 on every linear layer, NF4 in blocks of 64 with double quantisation, bf16 adapters, 8-bit AdamW, one
 sequence of 2,048 tokens, all of them labelled, checkpointing. The embeddings and the head stay in 16 bits, on the card,
 as do the checkpoints. `cpu_seconds` is the time of a plan on one core, `seconds` the same by the clock, whatever else
-runs on the machine. With --changes the shapes that do not fit are planned again for what to change.
+runs on the machine.
 
 Bar: a plan of the 70B model in less than 60 s of one core.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, save, write
 from transformers import LlamaConfig
 
 from qdora.plan.memory_plan import plan
@@ -57,16 +54,12 @@ SMOKE = {"tiny": {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_hea
 
 def main() -> None:
     """All shapes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "plan_shapes.json")
-    parser.add_argument("--smoke", action="store_true", help="a tiny shape: shows that it runs")
-    parser.add_argument("--changes", action="store_true", help="also what to change; many plans, minutes")
-    args = parser.parse_args()
+    args = parser_of(__doc__, "plan_shapes", smoke="a tiny shape").parse_args()
     shapes = SMOKE if args.smoke else SHAPES
     found: dict[str, Any] = {}
     for name, sizes in shapes.items():
-        found[name] = shape_result(name, sizes, args.changes)
-        keep(args.out, found)
+        found[name] = shape_result(name, sizes)
+        save(args.out, result_of(found))  # a long call that is ended has its shapes
     write(args.out, result_of(found))
 
 
@@ -82,18 +75,12 @@ def result_of(shapes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def keep(out: Path, shapes: dict[str, Any]) -> None:
-    """What is known so far: a long call that is ended has its shapes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result_of(shapes), indent=2) + "\n", encoding="utf-8")
-
-
 def llama(sizes: dict[str, Any]) -> LlamaConfig:
     """A config of one of `SHAPES`."""
     return LlamaConfig(**_LLAMA_3, **sizes)
 
 
-def shape_result(name: str, sizes: dict[str, Any], with_changes: bool) -> dict[str, Any]:
+def shape_result(name: str, sizes: dict[str, Any]) -> dict[str, Any]:
     """The plan of a shape, and how long it took."""
     recipe = recipe_from(
         {
@@ -104,11 +91,9 @@ def shape_result(name: str, sizes: dict[str, Any], with_changes: bool) -> dict[s
     )
     config = llama(sizes)
     began, began_cpu = time.perf_counter(), time.process_time()
-    first = plan(recipe, config=config)
+    found = plan(recipe, config=config)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
-    found = replace(first, budget_bytes=parse_size(BUDGET))
-    if with_changes and not found.fits:
-        found = plan(recipe, BUDGET, config=config)
+    found = replace(found, budget_bytes=parse_size(BUDGET))
     return {**found.to_dict(), "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 

@@ -9,7 +9,6 @@ case is written when it is done, and one that the file has already is not comput
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -17,12 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from byte_tokenizer import byte_tokenizer
-from measure import RESULTS, facts, write
+from byte_tokenizer import byte_tokenizer, write_model
+from measure import facts, parsed, parser_of, save, write
 from mixed_data import recipe
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.data.build_data import read_data
 from qdora.data.example import Example
@@ -54,26 +51,10 @@ def _in_turn(tasks: Sequence[Sequence[Example]]) -> str:
     return "\n\n".join(f"{example.prompt}{example.answer}" for each in rounds for example in each)
 
 
-def small_model(directory: Path) -> ModelSource:
-    """A random Llama of two blocks, for --smoke."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    return resolve(str(directory))
-
-
 def smoke_setup(directory: Path) -> tuple[ModelSource, Any, CalibrationConfig, str]:
     """For --smoke: a random model, a tokenizer of bytes, a small calibration, and text."""
     size = CalibrationConfig(sequences=4, length=32)
-    return small_model(directory), byte_tokenizer(), size, "Whatever is written here, byte by byte. " * 40
+    return resolve(write_model(directory)), byte_tokenizer(), size, "Whatever is written here, byte by byte. " * 40
 
 
 def measured(
@@ -102,22 +83,17 @@ def measured(
 
 def main() -> None:
     """Measure what the result file does not have yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?")
-    parser.add_argument("--out", type=Path, default=RESULTS / "pruning.json")
+    parser = parser_of(__doc__, "pruning", smoke="a random model and text of bytes", data=True)
     parser.add_argument("--quant", default="none")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--examples", type=int, default=20, help="validation examples of each task")
-    parser.add_argument("--smoke", action="store_true", help="a random model and text of bytes")
-    args = parser.parse_args()
+    args = parsed(parser)
     with tempfile.TemporaryDirectory() as directory:
         if args.smoke:
             source, tokenizer, size, train = smoke_setup(Path(directory))
             text, examples = train, 0
         else:
-            if args.data is None:
-                parser.error("DATA is missing")
             source = resolve("builtin")
             tokenizer = load_tokenizer(source)
             size = CalibrationConfig(sequences=args.sequences, length=args.length)
@@ -139,8 +115,7 @@ def main() -> None:
                 continue
             case = measured(source, tokenizer, args.quant, method, pattern, calibration, text)
             result["cases"].append(case)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=2) + "\n")
+            save(args.out, result)
         result["ordered"] = _ordered(result["cases"])
         write(args.out, result)
 

@@ -16,12 +16,11 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import yaml
-from measure import facts
-from shared_study import RATES, SEEDS, SMOKE_RATES, add_run_options, common_settings, run_and_keep
+from measure import facts, parsed
+from shared_study import RATES, SMOKE_RATES, common_settings, run_and_keep, study_parser
 
 from qdora.files.atomic import atomic_write_json
 from qdora.memory.allocator import keep_freed_memory
@@ -43,17 +42,12 @@ SCOUTED = {
 
 def main() -> None:
     """The choices that are missing, the study, and the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    add_run_options(parser, NAME)
+    parser = study_parser(__doc__, NAME, smoke="a random model and three steps")
     parser.add_argument("--methods", default="uniform,l1,svd,gradient,curvature")
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--limit", type=int, default=100, help="test examples of each task")
-    parser.add_argument("--smoke", action="store_true", help="a random model and three steps: shows that it runs")
-    args = parser.parse_args()
-    if not args.smoke and args.data is None:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     if args.resume_from is not None and args.methods != parser.get_default("methods"):
         parser.error("--methods: must not be given with --resume-from, whose methods are those of the kept study")
     if args.smoke:
@@ -119,7 +113,7 @@ def grid(common: dict[str, Any], methods: dict[str, dict[str, Any]], *, smoke: b
         "recipe": "quickstart",
         "settings": common,
         "product": {"ranks": methods},
-        "seeds": list(SEEDS),
+        "seeds": [0, 1, 2, 3],
         "rates": SMOKE_RATES if smoke else RATES,
         "compare": {"arm": "ranks", "reference": next(iter(methods)), "metric": "nll_per_token", "split": "test"},
     }

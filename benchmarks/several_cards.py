@@ -16,14 +16,13 @@ A figure of the same name as --out is drawn beside it.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 from transformers import LlamaConfig, PreTrainedConfig
 
 from qdora.files.svg_figure import svg_file
@@ -69,10 +68,7 @@ LARGEST = "8 x 80 GB"
 
 def main() -> None:
     """The three parts, and the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "several_cards.json")
-    parser.add_argument("--smoke", action="store_true", help="a small shape: shows that it runs")
-    args = parser.parse_args()
+    args = parser_of(__doc__, "several_cards", smoke="a small shape").parse_args()
     config: PreTrainedConfig = public_shapes()[load_recipe(RECIPE).model.source].config()
     if args.smoke:
         small = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 128, "vocab_size": 512}

@@ -10,7 +10,6 @@ same run is resumed with another number of processes, and must end as the undist
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -38,7 +37,7 @@ from hostile.moments import (
     send,
     started,
 )
-from measure import RESULTS, facts, launch_variables, write
+from measure import facts, launch_variables, parser_of, write
 from safetensors.torch import load_file
 
 from qdora.files.run_directory import RunDirectory
@@ -165,11 +164,9 @@ def killed(root: Path, whole: Path, moment: Moment, index: int, sizes: Any) -> d
 
 def main() -> None:
     """Exits with 1 if a life does not end right."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, "sharded_kills", smoke="one moment")
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "sharded_kills.json")
-    parser.add_argument("--smoke", action="store_true", help="one moment: shows that it runs")
     args = parser.parse_args()
     torch.set_num_threads(1)  # a fork takes no threads along
     began, lives = time.monotonic(), []

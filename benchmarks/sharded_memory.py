@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from load_memory import ALLOWANCE_BYTES, ONE_THREAD, write_checkpoint
-from measure import RESULTS, facts, launch_variables, peak_rss_bytes, status_bytes, write
+from measure import facts, launch_variables, parser_of, peak_rss_bytes, status_bytes, write
 
 from qdora.plan.public_shapes import public_shapes
 
@@ -43,11 +43,9 @@ RECORD = "checkpoint.json"
 
 def main() -> None:
     """All numbers of processes, against the plan."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "sharded_memory.json")
+    parser = parser_of(__doc__, "sharded_memory", smoke="a small shape")
     parser.add_argument("--work", type=Path, help="directory of the checkpoint")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--smoke", action="store_true", help="a small shape: shows that it runs")
     parser.add_argument("--measure", nargs="+", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure is not None:

@@ -25,7 +25,6 @@ RATES = {"values": [7e-4, 1.6e-3, 3.6e-3], "seeds": [1000]}
 TRAINED_TASKS = tuple(task for task in TASKS if task != "boolq")
 """BoolQ's training questions have no passages, its test questions do."""
 SMOKE_RATES = {"values": [1e-3, 2e-3, 4e-3], "seeds": [1000], "extend": 0}
-SEEDS = (0, 1, 2, 3)
 _SMOKE_TASKS = ("demo/facts",)
 SMOKE_MIX = [{"task": task} for task in _SMOKE_TASKS]
 
@@ -47,18 +46,28 @@ def common_settings(args: argparse.Namespace, tasks: Sequence[str] | None = None
     }
 
 
-def add_run_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """Options of a study that `run_and_keep` runs; `name` is that of its directory and of its kept results."""
+def study_parser(doc: str | None, name: str, *, smoke: str) -> argparse.ArgumentParser:
+    """Options of a study that `run_and_keep` runs; to be `parsed`.
+
+    Args:
+        doc: The script's docstring.
+        name: Of the study's directory and of its kept results.
+        smoke: What --smoke takes.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--dir", type=Path, default=Path("runs/studies") / name)
     parser.add_argument("--out", type=Path, default=None, help=f"default: benchmarks/results/{name}")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--hours", type=float, default=None, help="interrupt the processes after so many")
     parser.add_argument("--report", action="store_true", help="only write DIR/report, of the cells that are done")
     parser.add_argument("--resume-from", type=Path, default=None, help="an --out of this study: its cells are done")
+    parser.add_argument("--smoke", action="store_true", help=f"{smoke}: shows that it runs")
+    return parser
 
 
 def run_and_keep(args: argparse.Namespace, document: dict[str, Any], head: dict[str, Any], name: str) -> None:
-    """Run the study, and keep its report if all cells are done; `args` are those of `add_run_options`."""
+    """Run the study, and keep its report if all cells are done; `args` are those of `study_parser`."""
     has_ended = run_asked(args, document)
     if has_ended:
         report_run(args.dir)
@@ -67,7 +76,7 @@ def run_and_keep(args: argparse.Namespace, document: dict[str, Any], head: dict[
 
 
 def run_asked(args: argparse.Namespace, document: dict[str, Any]) -> bool:
-    """`run_cells` as the options of `add_run_options` say, from what was kept elsewhere if they name it."""
+    """`run_cells` as the options of `study_parser` say, from what was kept elsewhere if they name it."""
     if args.resume_from is not None:
         resume_from(args.resume_from, document, args.dir)
     return run_cells(document, args.dir, 0 if args.report else args.processes, hours=args.hours)
@@ -130,7 +139,7 @@ def keep_scores(directory: Path, out: Path, head: dict[str, Any], *, report: Pat
     if report is None:
         out.mkdir(parents=True)
     else:
-        shutil.copytree(report, out)
+        shutil.copytree(report, out, ignore=shutil.ignore_patterns("*.parquet"))  # the .csv beside them is kept
     document = yaml.safe_load((directory / "grid.yaml").read_text(encoding="utf-8"))
     hide_places(document)
     atomic_write_text(out / "grid.yaml", yaml.safe_dump(document, sort_keys=False))

@@ -28,7 +28,6 @@ gradients of one tensor into a third: up to one block input (16 MiB) more, for e
 
 from __future__ import annotations
 
-import argparse
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,17 +36,17 @@ from typing import Any
 from unittest.mock import patch
 
 import bitsandbytes as bnb
-import matplotlib as mpl
 import peft
 import torch
 from contenders import CONTENDERS, adapt
 from gpu.plan import FULL, SMOKE
 from gpu.shaped_model import build
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama import modeling_llama
 
+from qdora.files.svg_figure import svg_file
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.ops.packed import PackedWeight, empty_packed
@@ -130,10 +129,7 @@ class EmptyWeights:
 
 def main() -> None:
     """All arms of all cases, then the bars."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "step_memory.json")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: shows that it runs")
-    args = parser.parse_args()
+    args = parser_of(__doc__, "step_memory", smoke="a tiny model").parse_args()
     cases = {"tiny, checkpointing": (SMOKE.middle, True), "tiny, no checkpointing": (SMOKE.middle, False)}
     num_tokens = 32 if args.smoke else NUM_TOKENS
     # A real sequence without padding gets no mask; of a fake one transformers cannot see that, and would make it.
@@ -299,25 +295,22 @@ def own_loss(model: Any, ids: Tensor) -> Tensor:
 
 def draw(result: dict[str, Any], out: Path) -> None:
     """Stacked bars of what is alive at the peak, a panel for each case, its floor as a line."""
-    mpl.use("svg")
-    from matplotlib import pyplot as plt  # after the backend is chosen
-
     cases = result["cases"]
-    figure, axes = plt.subplots(1, len(cases), figsize=(4.6 * len(cases), 4.2), layout="constrained", sharey=True)
-    for axis, (name, case) in zip(axes, cases.items(), strict=True):
-        left = [0.0] * len(DRAWN)
-        for label, shown in LABELS.items():
-            widths = [case["arms"][arm]["peak_by_label"].get(label, 0) / GIB for arm in DRAWN]
-            axis.barh(list(DRAWN.values()), widths, left=left, label=shown)
-            left = [start + width for start, width in zip(left, widths, strict=True)]
-        for row, total in enumerate(left):
-            axis.text(total, row, f" {total:.1f}", va="center", fontsize=8)
-        axis.axvline(case["floor"]["total_bytes"] / GIB, color="black", ls="--", lw=1, label="floor")
-        axis.set(xlabel="GiB at the peak", title=f"{name}, {result['num_tokens']:,} tokens", xlim=(0, 1.12 * max(left)))
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
-    figure.savefig(out)
-    plt.close(figure)
+    with svg_file(out, 4.6 * len(cases), 4.2) as figure:
+        axes = figure.subplots(1, len(cases), sharey=True)
+        for axis, (name, case) in zip(axes, cases.items(), strict=True):
+            left = [0.0] * len(DRAWN)
+            for label, shown in LABELS.items():
+                widths = [case["arms"][arm]["peak_by_label"].get(label, 0) / GIB for arm in DRAWN]
+                axis.barh(list(DRAWN.values()), widths, left=left, label=shown)
+                left = [start + width for start, width in zip(left, widths, strict=True)]
+            for row, total in enumerate(left):
+                axis.text(total, row, f" {total:.1f}", va="center", fontsize=8)
+            axis.axvline(case["floor"]["total_bytes"] / GIB, color="black", ls="--", lw=1, label="floor")
+            axis.set(xlabel="GiB at the peak", title=f"{name}, {result['num_tokens']:,} tokens")
+            axis.set_xlim(0, 1.12 * max(left))
+        axes[0].invert_yaxis()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
 
 
 def verdict(result: dict[str, Any]) -> dict[str, bool]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from contenders import CONTENDERS, adapt, on_linear4bit
-from measure import RESULTS, facts, fresh, in_turns, peak_rss_bytes, ratio, spread, write
+from measure import facts, fresh, in_turns, parsed, parser_of, peak_rss_bytes, ratio, spread, write
 from mixed_data import (
     FixedSteps,
     base_model,
@@ -100,20 +100,14 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--out", type=Path, default=RESULTS / "step_time.json")
+    parser = parser_of(__doc__, "step_time", smoke="a random model and two rounds", data=True)
     parser.add_argument("--part", choices=("time", "peaks", "pairs"))
     parser.add_argument("--checkpointing", choices=("on", "off"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=240.0, help="no round begins later, loading included")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--smoke", action="store_true", help="a random model and two rounds: shows that it runs")
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.data is None and not args.smoke:
-        parser.error("DATA is missing")
-    return args
+    return parsed(parser)
 
 
 def steps_of(args: argparse.Namespace, num_steps: int) -> list[Step]:

@@ -15,12 +15,10 @@ down by less than 1 % interleaved, where packed together they cost what the boun
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 
 from qdora.memory.streaming import interleaved
 from qdora.ops.packed import empty_packed
@@ -36,10 +34,7 @@ NUM_STREAMED = (5, 10, 20, 40, 80)
 
 def main() -> None:
     """Two sweeps: of tokens with all blocks streamed, and of the number of streamed blocks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "stream_schedule.json")
-    parser.add_argument("--smoke", action="store_true", help="few blocks: shows that it runs")
-    args = parser.parse_args()
+    args = parser_of(__doc__, "stream_schedule", smoke="few blocks").parse_args()
     num_blocks = 8 if args.smoke else NUM_BLOCKS
     weights = sum(rows * columns for rows, columns in SHAPES)
     block_bytes = sum(empty_packed("nf4", shape, device="meta").num_bytes for shape in SHAPES)

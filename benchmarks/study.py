@@ -11,15 +11,14 @@ was kept there, such as on another machine: DATA must be at the same path.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from pathlib import Path
 from typing import Any
 
 import yaml
 from byte_tokenizer import write_model
-from measure import facts
-from shared_study import SMOKE_MIX, SMOKE_RATES, add_run_options, dry_run, run_and_keep
+from measure import facts, parsed
+from shared_study import SMOKE_MIX, SMOKE_RATES, dry_run, run_and_keep, study_parser
 
 GRIDS = Path(__file__).resolve().parent / "grids"
 NAME = "study"
@@ -27,16 +26,11 @@ NAME = "study"
 
 def main() -> None:
     """The study and its report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
+    parser = study_parser(__doc__, NAME, smoke="a random model and few cells")
     parser.add_argument("--grid", type=Path, default=GRIDS / "compressed.yaml")
-    add_run_options(parser, NAME)
     parser.set_defaults(dir=Path("runs/studies/compressed"))
     parser.add_argument("--dry-run", action="store_true", help="only tell the time and what can be found")
-    parser.add_argument("--smoke", action="store_true", help="a random model and few cells: shows that it runs")
-    args = parser.parse_args()
-    if not args.smoke and args.data is None:
-        parser.error("DATA is missing")
+    args = parsed(parser)
     args.dir.mkdir(parents=True, exist_ok=True)
     document = yaml.safe_load(args.grid.read_text(encoding="utf-8"))
     document = smoke_grid(document, args.dir) if args.smoke else with_data(document, args.data)

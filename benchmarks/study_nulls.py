@@ -13,7 +13,6 @@ Arms, intervals, verdicts and repair come from the code of `qdora report`. Count
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 
 from qdora.evaluation.example_intervals import Array, Spread, TaskScores
 from qdora.study.compare import Arm, Results, comparisons, find_arms, quality, wide_pairs
@@ -92,10 +91,8 @@ EFFECTS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06)
 
 def main() -> None:
     """All scenarios, without a difference and with one as large as the zone, then the power."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "study_nulls", smoke="a few studies")
     parser.add_argument("--studies", type=int, default=1000, help="of each scenario")
-    parser.add_argument("--out", type=Path, default=RESULTS / "study_nulls.json")
-    parser.add_argument("--smoke", action="store_true", help="a few studies: shows that it runs")
     args = parser.parse_args()
     number = 4 if args.smoke else args.studies
     head = facts(f"python benchmarks/study_nulls.py --studies {number}")

@@ -5,16 +5,14 @@ python benchmarks/tried.py --out benchmarks/results/tried.json
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from bitsandbytes import functional as bnb_functional
 from contenders import random_base
-from measure import RESULTS, facts, in_turns, ratio, write
+from measure import facts, in_turns, parser_of, ratio, write
 from torch import nn
 
 from qdora.memory.allocator import keep_freed_memory
@@ -147,9 +145,7 @@ def large_tiles() -> dict[str, str]:
 
 def main() -> None:
     """Measure all, write one file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "tried.json")
-    args = parser.parse_args()
+    args = parser_of(__doc__, "tried").parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     parts = (quantiser, eight_bit_states, gain_form, magnitude_gradient, bernoulli_mask, large_tiles)

@@ -11,7 +11,6 @@ without what launches cost.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from measure import RESULTS, facts, write
+from measure import facts, parser_of, write
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -45,10 +44,7 @@ _EXPERTS, _REACHED = 8, (0, 2, 3)
 
 def main() -> int:
     """0 when no kernel spills."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "triton_kernels.json")
-    parser.add_argument("--smoke", action="store_true", help="one architecture and a small weight: shows that it runs")
-    args = parser.parse_args()
+    args = parser_of(__doc__, "triton_kernels", smoke="one architecture and a small weight").parse_args()
     capabilities = CAPABILITIES[:1] if args.smoke else CAPABILITIES
     kernels = [
         {"kernel": name, "capability": capability, **usage(compiled(launch, capability))}

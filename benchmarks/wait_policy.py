@@ -11,7 +11,6 @@ The bar: on idle cores the choice costs at most 2 %.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,13 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from byte_tokenizer import write_model, write_sums
-from measure import RESULTS, alternating, facts, ratio, spread, write
+from measure import alternating, facts, parser_of, ratio, spread, write
 
 from qdora.cli import WAITING
 from qdora.files.environment import num_cpus
+from qdora.files.run_directory import RunDirectory
 
 # libgomp does not know KMP_BLOCKTIME; 200 is libomp's default. Set, it keeps the command line from choosing.
 POLICIES: dict[str, dict[str, str]] = {"spinning": {"KMP_BLOCKTIME": "200"}, "sleeping": WAITING, "chosen": {}}
@@ -36,12 +35,10 @@ WARMUP_STEPS, BAR = 2, 0.02
 
 def main() -> None:
     """Idle cores, then busy ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "wait_policy", smoke="a random model")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a reading, after 2 others")
     parser.add_argument("--repeats", type=int, default=5, help="readings of each policy on idle cores")
     parser.add_argument("--busy-repeats", type=int, default=2, help="the same on busy ones, where spinning takes long")
-    parser.add_argument("--out", type=Path, default=RESULTS / "wait_policy.json")
-    parser.add_argument("--smoke", action="store_true", help="a random model: shows that it runs")
     args = parser.parse_args()
     cores, more = num_cpus(), {}
     if args.smoke:
@@ -123,8 +120,7 @@ def tokens_per_second(recipe: list[str], num_steps: int, variables: dict[str, st
     done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(call[1:])}: exit {done.returncode}\n{done.stderr[-4000:]}")
-    lines: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "time" in line][WARMUP_STEPS:]
+    steps = [line for line in RunDirectory(run).metrics() if "time" in line][WARMUP_STEPS:]
     assert len(steps) == num_steps, f"{len(steps)} steps in {run}"
     return float(sum(s["num_tokens"] for s in steps) / sum(s["time"]["step_seconds"] for s in steps))
 

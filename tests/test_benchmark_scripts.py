@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import gates
+import measure
 import plan_accuracy
 
 
@@ -47,3 +48,13 @@ def test_a_single_case_leaves_the_others_in_the_file(tmp_path: Path, monkeypatch
     with pytest.raises(SystemExit):
         main("wide, r61")
     assert json.loads(out.read_text()) == document
+
+
+def test_a_list_of_numbers_or_strings_is_one_line_of_a_result_file(tmp_path: Path) -> None:
+    said = "a [\n  1,\n  2\n] of [1,  2]"
+    result = {"numbers": [1, 2.5], "strings": [said, "b {", ""], "rows": [[1, 2], [None]], "none": [], "cases": [{}]}
+    measure.save(tmp_path / "found.json", result)
+    text = (tmp_path / "found.json").read_text()
+    assert json.loads(text) == result
+    assert '  "numbers": [1, 2.5],\n' in text
+    assert '  "rows": [\n    [1, 2],\n    [null]\n  ],\n' in text

@@ -100,9 +100,16 @@ def test_the_plans_of_the_large_models_need_no_network(tmp_path: Path) -> None:
 
 
 def test_the_grid_of_compressed_bases_is_told_without_a_plan(tmp_path: Path, planned: list[Recipe]) -> None:
-    assert [grid.stem for grid in GRIDS] == ["8b", "compressed"]  # every grid has a test
+    assert [grid.stem for grid in GRIDS] == ["8b", "compressed", "rank_curve"]  # every grid has a test
     told = dry_run(ROOT / "benchmarks/grids/compressed.yaml", tmp_path)
     assert not planned
     assert all(each["seconds"] is not None for each in told["stages"])
     (by_layer,) = (each for each in told["stages"] if each["stage"] == "by layer")
     assert by_layer["num_cells"] == 3 * 2 * 3
+
+
+def test_the_grid_of_ranks_compares_each_with_the_largest_for_both_adapters(tmp_path: Path) -> None:
+    told = dry_run(ROOT / "benchmarks/grids/rank_curve.yaml", tmp_path)
+    stages = {each["stage"]: each["num_cells"] for each in told["stages"]}
+    assert stages == {"bases": 2, "rates": 2 * 3 * 3, "main": 2 * 3 * 4}  # adapters, ranks, rates or seeds
+    assert [each["num_seeds"] for each in told["outlook"]] == [4] * 4

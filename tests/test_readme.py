@@ -154,7 +154,8 @@ def test_every_benchmark_is_explained_with_options_that_it_has() -> None:
     for program, script, *options in found:
         assert program == "python"
         text = (ROOT / script).read_text()
-        text += (ROOT / "benchmarks/shared_study.py").read_text() if "add_run_options(" in text else ""
+        for source, function in (("measure.py", "parser_of("), ("shared_study.py", "study_parser(")):
+            text += (ROOT / "benchmarks" / source).read_text() if function in text else ""
         missing = [option for option in options if option.startswith("--") and f'"{option}"' not in text]
         assert not missing, script
     programs = {

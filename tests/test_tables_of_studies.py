@@ -146,15 +146,6 @@ def test_rank_tables_read_the_present_reports(tables: dict[str, ModuleType], tmp
         compare=compare,
     )
     assert "no difference above 0.9" in tables["ranks"].ranks_that_did_not_help()[2]
-    ranks = {f"rank {rank}": {"adapter.rank": rank} for rank in (16, 2)}
-    compare = {"arm": "rank", "reference": "rank 16"}
-    pairs = result(tmp_path, "rank_curve", product={"adapter": KINDS, "rank": ranks}, compare=compare)
-    text = tables["ranks"].rank_curve()
-    for pair in pairs:
-        if pair["measure"] == "nll_per_token":
-            (cell,) = row_of(text, {"lora": "QLoRA", "dora": "QDoRA"}[pair["adapter"]])[2:]
-            assert f"; {-pair['improvement']:+.3f} ({-pair['upper']:+.3f} to {-pair['lower']:+.3f}), " in cell
-            assert pair["verdict"] in cell
 
 
 def test_earlier_reports_have_no_verdict(tables: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,6 @@ Every life is a process of its own, forked from this one, which has imported all
 
 from __future__ import annotations
 
-import argparse
 import csv
 import errno
 import gc
@@ -65,7 +64,7 @@ import torch
 import yaml
 from byte_tokenizer import write_model
 from matplotlib.figure import Figure
-from measure import RESULTS, facts, launch_variables, write
+from measure import facts, launch_variables, parser_of, write
 
 from qdora.cli.verb import repeat_lost_interrupts
 from qdora.files.atomic import is_leftover
@@ -767,11 +766,9 @@ def run(seed: int, count: int) -> dict[str, Any]:
 
 def main() -> None:
     """The whole harness; exits with 1 if a life does not end right."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, "moments", smoke="four moments")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "moments.json")
-    parser.add_argument("--smoke", action="store_true", help="four moments: shows that it runs")
     args = parser.parse_args()
     found = run(args.seed, 0 if args.smoke else args.count)
     write(args.out, facts(f"python benchmarks/hostile/moments.py --seed {args.seed} --count {args.count}") | found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables.table import compared, markdown, read
+from tables.table import compared, interval, markdown, read
 
 KINDS = {"lora": "QLoRA", "dora": "QDoRA"}
 _WHOLE, _SIDES = "all tasks", ("alone", "combined")
@@ -61,5 +61,4 @@ def pcgrad_did_not_help() -> list[str]:
 
 
 def _interval(each: dict[str, Any], scale: float, digits: int) -> str:
-    value, lower, upper = (scale * each[name] for name in ("improvement", "lower", "upper"))
-    return f"{value:+.{digits}f} ({lower:+.{digits}f} to {upper:+.{digits}f})"
+    return interval(*(scale * each[name] for name in ("improvement", "lower", "upper")), form=f"+.{digits}f")

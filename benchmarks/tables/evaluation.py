@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables.table import markdown, percent, read
+from tables.table import markdown, percent, quartiles, read
 
 
 def output_head() -> str:
@@ -18,8 +18,8 @@ def output_head() -> str:
                 f"{case['head'][0]:,} x {case['head'][1]:,}",
                 share["sliced"],
                 share["flat"],
-                f"{head['median']:.1f} ({head['lower']:.1f}–{head['upper']:.1f})",
-                f"{whole['median']:.2f} ({whole['lower']:.2f}–{whole['upper']:.2f})",
+                quartiles(head, ".1f"),
+                quartiles(whole, ".2f"),
                 f"{case['equal_scores']} of {document['examples']}",
             ]
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qdora.recipe.byte_size import size_text
-from tables.table import markdown, read
+from tables.table import markdown, quartiles, read
 
 _FORMS = {
     "reference": "the reference itself",
@@ -82,12 +82,11 @@ def decode_speed() -> str:
     document = read("decode_speed")
     names = {"base": "NF4 base", "lora": "LoRA on it", "dora": "DoRA on it", "merged": "merged, 16 bits"}
     rates = document["tokens_per_second"]
-    row = [f"{rates[kind]['median']:.1f} ({rates[kind]['lower']:.1f}–{rates[kind]['upper']:.1f})" for kind in names]
+    row = [quartiles(rates[kind], ".1f") for kind in names]
     share = document["dora / lora"]
     note = (
         f"\n{document['new_tokens']} new tokens after a prompt of {document['prompt_tokens']}, median and quartiles. "
-        f"DoRA / LoRA of the same round: {share['median']:.3f} ({share['lower']:.3f}–{share['upper']:.3f}), target: "
-        f"at least {document['asked']}.\n"
+        f"DoRA / LoRA of the same round: {quartiles(share, '.3f')}, target: at least {document['asked']}.\n"
     )
     return markdown(["tokens/s at batch 1", *names.values()], [["SmolLM2-135M", *row]]) + note
 

@@ -113,24 +113,3 @@ def ranks_that_did_not_help() -> list[str]:
         return []
     figures = ", ".join(f"{_METHODS[pair['arm']]} {compared(pair, as_rise=True)}" for pair in pairs)
     return ["a rank for each layer", "one rank everywhere", f"change of the NLL at equal parameters: {figures}"]
-
-
-def rank_curve() -> str:
-    """NLL at each rank, one line for each kind, and how much they differ from the first."""
-    arms = report_rows("rank_curve", "arms")
-    pairs = {(pair["adapter"], pair["arm"]): pair for pair in of_metric(report_rows("rank_curve", "comparisons"))}
-    run = read("rank_curve/run")
-    found = {(row["adapter"], row["rank"]): row for row in trained(arms)}
-    ranks = list(dict.fromkeys(rank for _, rank in found))
-    rows = []
-    for kind in dict.fromkeys(kind for kind, _ in found):
-        line = [{"lora": "QLoRA", "dora": "QDoRA"}[kind]]
-        for rank in ranks:
-            pair = pairs.get((kind, rank))
-            line.append(with_band(found[kind, rank]) + (f"; {compared(pair, as_rise=True)}" if pair else ""))
-        rows.append(line)
-    note = (
-        f"\nNLL per answer token; then the difference from {ranks[0]} with its interval. {_intervals(arms)} "
-        f"`{run['command']}`; the whole report: [results/rank_curve/report.md](results/rank_curve/report.md).\n"
-    )
-    return markdown(["", *ranks], rows) + note

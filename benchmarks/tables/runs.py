@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables.table import markdown, read
+from tables.table import markdown, quartiles, read
 
 EVENTS = {
     "kill": "SIGKILL",
@@ -52,9 +52,9 @@ def sharded_kills() -> str:
 
 def hostile() -> str:
     """For each kind of damaged input: how many ended in one clear line, in the right result, or not noticeably."""
-    keys = ("tried", "clear_lines", "right_results", "undetectable", "new_faults")
+    keys = ("tried", "clear_lines", "right_results", "undetectable", "new_faults", "num_mended")
     parts = read("hostile")["parts"]
-    rows = [[name, *(f"{part[key]}" for key in keys), f"{len(part['mended'])}"] for name, part in parts.items()]
+    rows = [[name, *(f"{part[key]}" for key in keys)] for name, part in parts.items()]
     header = ["input", "tried", "one clear line", "right result", "the format cannot notice it", "open faults"]
     return markdown([*header, "faults mended"], rows)
 
@@ -134,7 +134,7 @@ def data_loading() -> str:
     for way, found in document["ways"].items():
         lost, seconds = found["share_lost"], found["seconds_to_first_step"]
         row = [names[way], *(f"{seconds[part]:.1f}" for part in parts), f"{found['total_seconds_to_first_step']:.1f}"]
-        rows.append([*row, f"{lost['median']:.3%} ({lost['lower']:.3%}–{lost['upper']:.3%})"])
+        rows.append([*row, quartiles(lost, ".3%")])
     header = [
         "examples",
         *(f"{part}, s" for part in parts),

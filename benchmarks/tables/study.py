@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tables.table import compared, markdown, of_metric, read, report_rows, trained, with_band
+from tables.table import compared, interval, markdown, of_metric, read, report_rows, trained, with_band
 
 Row = Mapping[str, str]
 
@@ -43,7 +43,7 @@ def error_adapters() -> str:
         for rank in ranks:
             found = case["ranks"][rank]
             row.append(f"{found['perplexity']:,.1f}")
-            row.append(f"{found['gained']:+.3f} ({found['lower']:+.3f} to {found['upper']:+.3f})")
+            row.append(interval(found["gained"], found["lower"], found["upper"]))
             row.append(f"{found['gained'] / math.log(case['perplexity'] / dense):.0%}")
         rows.append(row)
     header = ["base", "alone"]
@@ -140,7 +140,7 @@ def study_changes() -> str:
         line += ["–", "–"] if math.isnan(undone) else [f"{undone:.2%} ({best:.0%})", f"{cosine:.4f}"]
         back = repairs.get((base, adapter))
         ends = ("magnitudes", "magnitudes_lower", "magnitudes_upper")
-        line.append("–" if back is None else "{:+.4f} ({:+.4f} to {:+.4f})".format(*(float(back[end]) for end in ends)))
+        line.append("–" if back is None else interval(*(float(back[end]) for end in ends), form="+.4f"))
         lines.append(line)
     header = ["base, adapter", "seeds", "rows turned", "magnitudes changed", "error taken back (best)", "cosine"]
     note = (

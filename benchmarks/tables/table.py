@@ -59,6 +59,16 @@ def report_rows(study: str, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def quartiles(found: Mapping[str, float], form: str) -> str:
+    """Median and quartiles: 1.03 (1.02–1.05)."""
+    return f"{found['median']:{form}} ({found['lower']:{form}}–{found['upper']:{form}})"
+
+
+def interval(value: float, lower: float, upper: float, form: str = "+.3f") -> str:
+    """+0.020 (-0.001 to +0.150)."""
+    return f"{value:{form}} ({lower:{form}} to {upper:{form}})"
+
+
 def with_band(row: Mapping[str, str] | None, measure: str = "nll_per_token") -> str:
     """A measure of an arm of a report: 0.520 (0.490–0.550), or 0.520 where the report has no interval."""
     if row is None:
@@ -89,10 +99,9 @@ def compared(pair: Mapping[str, Any], *, as_rise: bool = False) -> str:
     present rules have no verdict that stands.
     """
     sign = -1 if as_rise else 1
-    said = f"{sign * float(pair['improvement']):+.3f}"
-    if pair["lower"]:
-        lower, upper = sorted(sign * float(pair[end]) for end in ("lower", "upper"))
-        said += f" ({lower:+.3f} to {upper:+.3f})"
+    value = sign * float(pair["improvement"])
+    ends = sorted(sign * float(pair[end]) for end in ("lower", "upper")) if pair["lower"] else []
+    said = interval(value, *ends) if ends else f"{value:+.3f}"
     if pair.get("role") != "primary":
         return said
     if pair["verdict"] != "not decided":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables.table import CONTENDERS, markdown, percent, read
+from tables.table import CONTENDERS, markdown, percent, quartiles, read
 
 
 def layer_time() -> str:
@@ -82,8 +82,8 @@ def packing() -> str:
         speed = found["tokens_per_second"][way]
         times = found["ratios"].get(f"{way} / packed")
         row = [label, percent(found["padding_share"][way]), f"{found['micro_batches_per_step'][way]:.1f}"]
-        row.append(f"{speed['median']:.0f} ({speed['lower']:.0f}–{speed['upper']:.0f})")
-        rows.append([*row, f"{times['median']:.2f} ({times['lower']:.2f}–{times['upper']:.2f})" if times else "1"])
+        row.append(quartiles(speed, ".0f"))
+        rows.append([*row, quartiles(times, ".2f") if times else "1"])
     losses = document["losses"]
     note = (
         f"\n{found['num_steps']} steps of {document['step_tokens']:,} tokens in turns, median and quartiles. Largest "
@@ -128,17 +128,13 @@ def roofline() -> str:
 def wait_policy() -> str:
     """Tokens a second with OpenMP's threads spinning, sleeping and as chosen, on idle and on busy cores."""
     document = read("wait_policy")
-
-    def speed(found: dict[str, float]) -> str:
-        return f"{found['median']:.0f} ({found['lower']:.0f}–{found['upper']:.0f})"
-
     rows = []
     for name, label in (("idle", "idle"), ("busy", "one busy loop per core")):
         case = document["cases"][name]
         rows.append(
             [
                 label,
-                *(speed(case["spread"][policy]) for policy in ("spinning", "sleeping", "chosen")),
+                *(quartiles(case["spread"][policy], ".0f") for policy in ("spinning", "sleeping", "chosen")),
                 f"{case['sleeping / spinning']['of_medians']:.2f}",
                 f"{case['chosen / spinning']['of_medians']:.2f}",
             ]

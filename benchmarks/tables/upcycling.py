@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables.table import markdown, read
+from tables.table import interval, markdown, read
 
 MODELS = {
     "dense": "SmolLM2-135M",
@@ -61,7 +61,7 @@ def expert_upcycling() -> str:
 
 
 def _interval(each: dict[str, Any]) -> str:
-    return f"{each['value']:+.3f} ({each['lower']:+.3f} to {each['upper']:+.3f})"
+    return interval(each["value"], each["lower"], each["upper"])
 
 
 def _seeds(each: dict[str, Any]) -> str:
