@@ -213,8 +213,8 @@ trackers: [wandbb]
     names = ", ".join(TASKS)
     models = "source, revision, tokenizer, add_tokens, trust_remote_code, attention, dtype"
     keys = (
-        "task, source, path, format, chat, columns, template, split, validation, weight, loss_weight, limit, max_epochs, "
-        "stream, size, shuffle_window, name, revision, config, data_files"
+        "task, source, path, format, chat, columns, template, split, validation, weight, loss_weight, limit, "
+        "max_epochs, stream, size, shuffle_window, name, revision, config, data_files"
     )
     source = recipe_schema("ModelConfig")["properties"]["source"]["description"]
     assert sorted(faults(read_yaml(text, "r.yaml"))) == sorted(
