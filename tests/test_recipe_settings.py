@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qdora.data.demo import FAMILIES
+from qdora.data.source_files import files_of
 from qdora.errors import UserError, nearest_path
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, DEMO_TASKS, TASKS, is_path
 from qdora.recipe.recipe_file import (
@@ -648,6 +650,31 @@ def test_faults_of_overrides_name_the_override() -> None:
     assert fault.startswith("-s: data.mix[0].limit: not valid, got 0")
 
 
+def test_a_section_replaced_behind_one_of_its_settings_is_a_fault_of_the_recipe() -> None:
+    [missing] = faults(minimal(), "train.steps=3", "train.batch=8", "train=null")
+    assert missing.startswith("-s: train: missing, allowed: a section of steps, ")
+    for value in ("5", "[1]"):
+        [fault] = faults(minimal(), "train.steps=3", f"train={value}")
+        assert fault.startswith(f"-s: train: not a section, got {value}, allowed: steps, ")
+
+
+def test_an_override_inside_a_setting_that_is_a_text_a_list_or_a_table() -> None:
+    hub = {"source": "org/name", "data_files": {"train": "a.jsonl", "test": "b.jsonl"}, "validation": "test"}
+    data = section("data", mix=[hub])
+    assert not faults(data, "data.mix[0].data_files.train=c.jsonl")
+    changed = recipe_from(apply_overrides(data, ["data.mix[0].data_files.train=c.jsonl"])).data.mix[0]
+    assert changed.data_files == {"train": "c.jsonl", "test": "b.jsonl"}
+    listed = section("data", mix=[{**hub, "data_files": ["a.jsonl", "b.jsonl"], "validation": None}])
+    changed = recipe_from(apply_overrides(listed, ["data.mix[0].data_files[1]=c.jsonl"])).data.mix[0]
+    assert changed.data_files == ("a.jsonl", "c.jsonl")
+    none = section("data", mix=[{"source": "org/name"}])
+    changed = recipe_from(apply_overrides(none, ["data.mix[0].data_files.train=c.jsonl"])).data.mix[0]
+    assert changed.data_files == {"train": "c.jsonl"}
+    assert faults(data, "data.mix[0].data_files[0]=c") == [
+        "-s data.mix[0].data_files[0]=c: there is nothing called [0] inside it."
+    ]
+
+
 def test_overrides_do_not_change_what_they_are_given() -> None:
     data = minimal()
     apply_overrides(data, ["train.steps=3", "data.mix[0].limit=1"])
@@ -717,6 +744,39 @@ def test_the_name_of_a_chat_template_is_told_to_be_a_file(tmp_path: Path, monkey
     [line] = missing_files(load_recipe("tiny", ["data.chat_template=chatml"]), "tiny")
     got = f"no such file or directory, got {tmp_path / 'chatml'}, allowed: a file with a template (Jinja), or null"
     assert line == f"tiny: data.chat_template: {got} for the tokenizer's own."
+
+
+def test_a_folder_with_marks_of_a_pattern_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "[proj]*"
+    (folder / "data").mkdir(parents=True)
+    for name in ("train.jsonl", "test.jsonl", "[x].jsonl"):
+        (folder / "data" / name).touch()
+    mix = [
+        {"source": "data/t*.jsonl"},
+        {"source": "./data", "split": "test", "validation": "train"},
+        {"source": "data/train.jsonl", "validation": "data/te?t.jsonl"},
+        {"source": "data/[x].jsonl", "name": "one file"},
+    ]
+    (folder / "r.yaml").write_text(yaml.safe_dump(section("data", mix=mix, cache="new[1]")))
+    recipe = load_recipe(folder / "r.yaml")
+    pattern, split, single, one = recipe.data.mix
+    escaped = glob.escape(str(folder))
+    assert (pattern.source, pattern.label) == (f"{escaped}/data/t*.jsonl", "t")
+    assert files_of(Path(pattern.source), "train") == [folder / "data" / f"{name}.jsonl" for name in ("test", "train")]
+    assert (split.source, split.split) == (str(folder / "data"), "test")
+    assert (single.source, single.validation) == (str(folder / "data" / "train.jsonl"), f"{escaped}/data/te?t.jsonl")
+    assert (one.source, recipe.data.cache) == (str(folder / "data" / "[x].jsonl"), str(folder / "new[1]"))
+    assert missing_files(recipe, "r.yaml") == []
+    monkeypatch.chdir(tmp_path)
+    assert recipe_from(read_yaml(resolved_yaml(recipe), "resolved")) == recipe
+
+
+@pytest.mark.parametrize("space", "\u00a0\u3000\u202f")
+def test_a_path_with_any_space_starts_at_the_file(space: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump(section("data", mix=[{"source": f"a{space}b.jsonl"}]), allow_unicode=True), encoding="utf-8"
+    )
+    assert load_recipe(tmp_path / "r.yaml").data.mix[0].source == str(tmp_path / f"a{space}b.jsonl")
 
 
 def test_missing_files_of_a_recipe_name_the_nearest(tmp_path: Path) -> None:
@@ -1043,6 +1103,13 @@ def test_resolved_recipe_is_read_back_exactly(data: dict[str, Any]) -> None:
     assert recipe.train.lr == data["train"].get("lr", 2e-4)
     assert again.train.warmup == data["train"].get("warmup", 0.05)
     assert type(again.train.warmup) is type(data["train"].get("warmup", 0.05))
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "\x85", "a\u2028b", " a: \x85 'b'"])
+def test_line_ends_of_unicode_in_names_are_read_back(text: str) -> None:
+    source = {"source": "/x", "name": text, "columns": {text: text}, "template": {"prompt": text, "completion": "b"}}
+    recipe = recipe_from(section("data", mix=[source]))
+    assert recipe_from(read_yaml(resolved_yaml(recipe), "resolved")) == recipe
 
 
 json_like = st.recursive(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import AfterValidator, Field, Strict, field_validator, model_valid
 from pydantic_core import PydanticCustomError
 
 from qdora.errors import nearest
+from qdora.files.user_paths import user_path
 from qdora.recipe.section import (
     Fault,
     Flag,
@@ -79,8 +81,8 @@ def split_names(split: str) -> list[str]:
 
 
 def is_pattern(source: str) -> bool:
-    """Whether a source stands for all files that fit it, such as data/*.jsonl."""
-    return any(mark in source for mark in "*?[")
+    """Whether a source stands for all files that fit it, such as data/*.jsonl. A path that exists does not."""
+    return any(mark in source for mark in "*?[") and not os.path.exists(user_path(source))
 
 
 def has_file_ending(source: str) -> bool:

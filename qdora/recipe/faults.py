@@ -127,13 +127,16 @@ def path_of(key: str, root: type[Section] = Recipe) -> str | None:
     return next((f"{name}.{key}" for name in sections), None)
 
 
-def container(annotation: Any) -> Any:
-    """The section, `tuple[...]` or `dict[...]` within a field's type; the type itself if it has none."""
+def container(annotation: Any, step: int | str = "") -> Any:
+    """The section, `tuple[...]` or `dict[...]` within a field's type, if possible one that `step` leads into (an index
+    into a tuple, a name into the others); the type itself if it has none."""
     if get_origin(annotation) is Annotated:
-        return container(get_args(annotation)[0])
+        return container(get_args(annotation)[0], step)
     if get_origin(annotation) in (Union, UnionType):
-        parts = [container(part) for part in get_args(annotation)]
-        return next((part for part in parts if get_origin(part) in (tuple, dict) or _keys(part)), annotation)
+        parts = [container(part, step) for part in get_args(annotation)]
+        found = [part for part in parts if get_origin(part) in (tuple, dict) or _keys(part)]
+        fitting = (part for part in found if (get_origin(part) is tuple) == isinstance(step, int))
+        return next(fitting, found[0] if found else annotation)
     return annotation
 
 

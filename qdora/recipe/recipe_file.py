@@ -32,6 +32,8 @@ from qdora.recipe.settings import Recipe
 _KEY = re.compile(r"[^.\[\]=\s]+(?:\.[^.\[\]=\s]+|\[\d{1,6}\])*")
 _EITHER_OR = (("train.steps", "train.epochs"), ("train.tokens_per_step", "train.batch"))
 """Settings that replace each other: exactly one of them is set."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+"""What `Text` refuses, so that its fault shows the value as it was given."""
 _STEP = re.compile(r"[^.\[\]]+|\[\d+\]")
 _MOST_BYTES = 256 * 1024
 """Longest YAML text. PyYAML reads some 100 kB a second, and a recipe has 2."""
@@ -119,7 +121,7 @@ def _plain(value: Any) -> Any:
 
 def resolved_yaml(recipe: Recipe) -> str:
     """The recipe with all defaults as YAML, which can be run again."""
-    return str(yaml.safe_dump(settings(recipe), sort_keys=False, allow_unicode=True, width=120))
+    return str(yaml.dump(settings(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def json_schema() -> dict[str, Any]:
@@ -159,6 +161,14 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
         for key, path in absolute
         if not (os.path.exists(path) or (is_pattern(path) and any(glob.iglob(path, recursive=True))))
     ]
+
+
+class _Dumper(yaml.SafeDumper):
+    """A YAML dumper that escapes U+0085, which YAML otherwise reads back as a space."""
+
+    def choose_scalar_style(self) -> str:
+        is_folded = isinstance(self.event, yaml.ScalarEvent) and "\x85" in self.event.value
+        return '"' if is_folded else super().choose_scalar_style()
 
 
 class _Loader(yaml.SafeLoader):
@@ -230,7 +240,9 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         raise UserError(*faults)
     for one, other in (*_EITHER_OR, *(pair[::-1] for pair in _EITHER_OR)):
         if given.get(one) is not None and other not in given:
-            changed["train"].pop(other.removeprefix("train."), None)
+            train = changed.get("train")
+            if isinstance(train, dict):  # a later override may have replaced it by something else
+                train.pop(other.removeprefix("train."), None)
     return changed
 
 
@@ -243,7 +255,7 @@ def _assign_(node: Any, kind: Any, steps: Sequence[int | str], value: Any) -> No
             raise UserError(unknown_key(kind, step))
         null_is_setting = type(None) in get_args(field.annotation) and field.default is not None
         if rest:
-            inner = container(field.annotation)
+            inner = container(field.annotation, rest[0])
             if node.get(step) is None:
                 node[step] = [] if get_origin(inner) is tuple else {}
             _assign_(node[step], inner, rest, value)
@@ -255,7 +267,7 @@ def _assign_(node: Any, kind: Any, steps: Sequence[int | str], value: Any) -> No
         if step >= len(node):
             raise UserError(f"the index must be below the number of entries ({len(node)}), got [{step}].")
         if rest:
-            _assign_(node[step], container(get_args(kind)[0]), rest, value)
+            _assign_(node[step], container(get_args(kind)[0], rest[0]), rest, value)
         else:
             node[step] = value
     elif get_origin(kind) is dict and isinstance(node, dict):
@@ -286,22 +298,25 @@ def _make_absolute_(data: Any, folder: Path | None) -> None:
             _make_key_absolute_(data.get(section), "cache", folder, always=True)
     mix = _inner(data.get("data"), "mix")
     for source in mix if isinstance(mix, list) else ():
-        _make_key_absolute_(source, "source", folder)
+        _make_key_absolute_(source, "source", folder, patterns=True)
         _make_key_absolute_(source, "path", folder, always=True)
         validation = _inner(source, "validation")
         if isinstance(validation, str) and names_files(validation):
-            _make_key_absolute_(source, "validation", folder, always=True)
+            _make_key_absolute_(source, "validation", folder, always=True, patterns=True)
 
 
 def _inner(section: Any, key: str) -> Any:
     return section.get(key) if isinstance(section, dict) else None
 
 
-def _make_key_absolute_(section: Any, key: str, folder: Path, *, always: bool = False) -> None:
+def _make_key_absolute_(section: Any, key: str, folder: Path, *, always: bool = False, patterns: bool = False) -> None:
+    """`always`: a bare name is a path, too. `patterns`: the path may be a pattern, such as data/*.jsonl."""
     value = _inner(section, key)
-    if not isinstance(value, str) or not value.isprintable() or value in ("", "builtin"):
+    if not isinstance(value, str) or _CONTROL.search(value) or value in ("", "builtin"):
         return
     path = os.path.abspath(folder / user_path(value))
+    if patterns and glob.escape(value) != value and not os.path.exists(path):
+        path = os.path.abspath(glob.escape(str(folder)) / user_path(value))  # the folder's own name is no pattern
     if always or is_path(value) or os.path.exists(path):
         section[key] = path
 
