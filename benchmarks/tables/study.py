@@ -119,9 +119,9 @@ def study() -> str:
     note = (
         f"\n{partial}{' '.join(done['answer'])}\n\nNLL in nats per answer token of the test examples; 95 % t intervals "
         "over the seeds. Damage: NLL among the choices, nats a question, untrained, beyond the uncompressed base. "
-        "Left: beyond the same arm trained on the uncompressed base. Share repaired: of the damage of an adapter that "
-        f"was trained on the uncompressed base. `{done['command']}`; the whole report: "
-        "[results/study/report.md](results/study/report.md).\n"
+        "Left: NLL minus that of the same arm trained on the uncompressed base. Share repaired: an adapter of the "
+        "uncompressed base is worse on the compressed one; training there takes back this share of the loss. "
+        f"`{done['command']}`; the whole report: [results/study/report.md](results/study/report.md).\n"
     )
     return markdown(header, lines) + note
 

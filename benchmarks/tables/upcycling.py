@@ -54,8 +54,8 @@ def expert_upcycling() -> str:
         f"\nChosen: {counts}. {sizes['steps']} steps of {sizes['batch']} examples, seeds "
         f"{', '.join(map(str, document['seeds']))}; {sizes['test_limit']} test examples of each task. Learning rates "
         f"tried with the first seed: {sizes['rates']}. {_verdict(differences)} Average of each arm minus that of "
-        f"the NF4 base: {gains}. Intervals of the average over seeds alone, which say nothing of other examples: "
-        f"{alone}. `{document['command']}`\n"
+        f"the NF4 base: {gains}. Intervals of the average with the test examples fixed: {alone}. "
+        f"`{document['command']}`\n"
     )
     return markdown(header, rows) + note
 
