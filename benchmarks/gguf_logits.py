@@ -28,9 +28,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qdora.export.gguf import check_tensors, find_llama_cpp, write_gguf
+from qdora.export.gguf_types import GgufType
 from qdora.export.logit_comparison import float32_arithmetic, texts_of, validation_examples
 from qdora.export.merged import write_merge
-from qdora.export.options import ExportOptions, GgufType
+from qdora.export.options import ExportOptions
 from qdora.files.environment import package_versions
 from qdora.run.load_run import load_run
 

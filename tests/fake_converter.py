@@ -3,6 +3,9 @@
 
     fake_converter.py MODEL --outfile FILE --outtype f16      fake_converter.py IN OUT Q4_0
 
+The package writes no type of 256 weights a block. For those of K the stand-in takes the type that llama.cpp has for
+other rows (`SMALL_BLOCKS`), but makes Q2_K itself where the rows fit.
+
 FAKE_FAULT in the environment makes it wrong in one way: permute, drop, ulp, step, template, words, rope, crash, module,
 experts (two change places), halves (gate and up do), gone (up is not there).
 """
@@ -61,6 +64,7 @@ RENAMED = [
     (".sinks", ".sinks.weight"),
 ]
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+SMALL_BLOCKS = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "q4_0", "q2_k": "q4_0"}
 FAULT = os.environ.get("FAKE_FAULT", "")
 Values = np.ndarray[Any, np.dtype[Any]]
 
@@ -217,9 +221,29 @@ def add(writer: Any, name: str, values: Values, type_: str) -> None:
         if FAULT == "ulp" and name == "blk.0.ffn_up.weight":
             half[2, 3] = np.nextafter(half[2, 3], np.float16(np.inf))
         writer.add_tensor(name, half)
+    elif type_ == "q2_k" and values.shape[-1] % 256 == 0:
+        writer.add_tensor(name, q2_k(values), raw_dtype=gguf.GGMLQuantizationType.Q2_K)
     else:
-        kind = gguf.GGMLQuantizationType[type_.upper()]
+        kind = gguf.GGMLQuantizationType[SMALL_BLOCKS.get(type_[:4], type_).upper()]
         writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+
+
+def q2_k(values: Values) -> Values:
+    """Blocks of 256: a step and a minimum in 4 bits for each 16 weights, two scales of these, weights in 2 bits."""
+    groups = values.reshape(-1, 16, 16)
+    lows = np.maximum(-groups.min(-1), 0)
+    steps = (groups.max(-1) + lows) / 3
+    scales = [(each.max(-1, keepdims=True) / 15).astype(np.float16) for each in (steps, lows)]
+    held = [np.round(each / scale).astype(np.uint8) for each, scale in zip((steps, lows), scales, strict=True)]
+    step, low = (each * scale.astype(np.float32) for each, scale in zip(held, scales, strict=True))
+    codes = np.clip(np.round((groups + low[..., None]) / np.maximum(step, 1e-9)[..., None]), 0, 3).astype(np.uint8)
+    fours = codes.reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    packed = [
+        held[0] | held[1] << 4,
+        fours.sum(2, dtype=np.uint8).reshape(-1, 64),
+        *(each.view(np.uint8) for each in scales),
+    ]
+    return np.concatenate(packed, axis=1).reshape(len(values), -1)
 
 
 def quantize(source: Path, out: Path, type_: str) -> None:

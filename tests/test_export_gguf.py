@@ -21,6 +21,7 @@ from qdora.errors import RunFailure, UserError
 from qdora.export import gguf as gguf_export
 from qdora.export.export_run import export_run
 from qdora.export.gguf import find_llama_cpp, logits_compared
+from qdora.export.gguf_types import GGUF_TYPES, QUANTIZED
 from qdora.export.options import ExportOptions, check_options
 from qdora.model.gguf_file import GgufHeader, GgufTensor
 from qdora.run.train import train_run
@@ -128,12 +129,47 @@ def test_a_lossy_file_whose_logits_are_not_numbers_fails(
         export_run(run, tmp_path / "out", ExportOptions(format_="gguf", gguf="q4_0"))
 
 
-def test_four_bits_take_the_quantiser(run: Path, tmp_path: Path, with_quantizer: Path) -> None:
-    options = ExportOptions(format_="gguf", gguf="q4_0")
-    check = export_run(run, tmp_path / "out", options)["verification"]
+@pytest.mark.parametrize("type_, least, most", [("q4_0", 0.05, 0.15), ("q5_k_s", 0.01, 0.05)])
+def test_fewer_bits_take_the_quantiser(
+    run: Path, tmp_path: Path, with_quantizer: Path, type_: str, least: float, most: float
+) -> None:
+    check = export_run(run, tmp_path / "out", ExportOptions(format_="gguf", gguf=type_))["verification"]
     assert check["passed"], check["faults"]
-    assert 0.05 < check["tensors"]["lossy_error"] < 0.15
-    assert not [path for path in (tmp_path / "out").iterdir() if "f16" in path.name]
+    assert least < check["tensors"]["lossy_error"] < most
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "export.json",
+        f"model-{type_}.gguf",
+    ]
+
+
+def test_two_bits_may_lose_more(tmp_path: Path, with_quantizer: Path) -> None:
+    tiny_run.write_model(tmp_path / "model", num_hidden_layers=1, hidden_size=256, intermediate_size=256)
+    train_run(tiny_run.recipe(tmp_path, train__steps=1, train__checkpoint_every=...), tmp_path / "run")
+    options = ExportOptions(format_="gguf", gguf="q2_k")
+    check = export_run(tmp_path / "run", tmp_path / "out", options)["verification"]
+    assert check["passed"], check["faults"]
+    assert check["tensors"]["types"]["Q2_K"] == 8
+    assert 0.3 < check["tensors"]["lossy_error"] < 0.6
+
+
+def test_the_types_have_the_numbers_of_llama_cpp_and_the_guide_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for type_, number in QUANTIZED.items():
+        assert gguf.LlamaFileType[f"MOSTLY_{type_.upper()}"].value == number
+    assert set(QUANTIZED) | {"f32", "f16", "bf16", "q8_0"} == set(GGUF_TYPES)
+    guide = Path(gguf_export.__file__).parents[1].joinpath("guide/exports.md").read_text()
+    named = re.search(r"The types are (.*?)\. It needs", guide, re.DOTALL)
+    assert named is not None
+    assert tuple(re.findall("`(.*?)`", named[1])) == GGUF_TYPES
+    commands: list[Any] = []
+    monkeypatch.setattr("qdora.export.gguf._run", lambda command, *_: commands.append(command))
+    for quantizer in (("llama-quantize",), (sys.executable, "-c", "")):
+        tools = gguf_export.LlamaCpp(("convert",), quantizer)
+        gguf_export.write_gguf(tools, tmp_path, tmp_path / "model.gguf", "q5_k_m")
+    assert [command[-1] for command in commands[1::2]] == ["Q5_K_M", "17"]
+    assert [command[-1] for command in commands[::2]] == ["f16", "f16"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from importlib.util import find_spec
@@ -138,10 +139,9 @@ def test_one_that_does_not_start_stops_the_run_and_the_others_are_closed(
     assert [step for step, _ in made["one"].lines] == [1, 2]
 
 
-def test_the_trackers_of_accelerate_get_project_run_and_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of those that are not installed here: what they are started with."""
+@pytest.fixture
+def inits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """What wandb and trackio, which are not installed here, are started with."""
     calls: list[tuple[str, dict[str, Any]]] = []
 
     def stand_in(name: str) -> types.SimpleNamespace:
@@ -152,12 +152,45 @@ def test_the_trackers_of_accelerate_get_project_run_and_directory(
 
     for name in ("wandb", "trackio"):
         monkeypatch.setitem(sys.modules, name, stand_in(name))
+    for variable in ("WANDB_PROJECT", "WANDB_RUN_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    return calls
+
+
+def test_the_trackers_of_accelerate_get_project_run_and_directory(
+    tmp_path: Path, inits: list[tuple[str, dict[str, Any]]]
+) -> None:
+    (tmp_path / "mine").mkdir()
     with tracking(["wandb", "trackio"], tmp_path / "mine", {}, cpu=True) as tell:
         tell({"step": 1, "loss": 2.0})
-    assert calls == [
-        ("wandb", {"project": "qdora", "name": "mine", "dir": str(tmp_path / "mine")}),
+    id = (tmp_path / "mine/wandb_id.txt").read_text().strip()
+    assert inits == [
+        (
+            "wandb",
+            {"project": "qdora", "name": "mine", "dir": str(tmp_path / "mine"), "id": id, "resume": "allow"},
+        ),
         ("trackio", {"project": "qdora", "name": "mine"}),
     ]
+
+
+def test_a_resumed_run_keeps_its_id_at_wandb_and_the_environment_names_the_project(
+    root: Path, tmp_path: Path, inits: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "find_spec", lambda name: name)
+    monkeypatch.setenv("WANDB_PROJECT", "papers")
+    settings = recipe(root, "wandb", eval__tasks=[], eval__limit=...)
+    train_run(settings, tmp_path / "run")
+    longer = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": 3})})
+    train_run(longer, tmp_path / "run", resume=True)
+    train_run(settings, tmp_path / "other")
+    (first, resumed, other) = (options for _, options in inits)
+    assert first == resumed
+    assert first["project"] == "papers"
+    assert re.fullmatch("[A-Za-z0-9_-]{8,64}", first["id"])
+    assert other["id"] != first["id"]
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    with tracking(["wandb"], tmp_path / "run", {}, cpu=True):
+        assert inits[-1][1]["id"] == "mine"
 
 
 NUMBERS = st.floats(allow_nan=False) | st.integers(-(2**40), 2**40)

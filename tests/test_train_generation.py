@@ -100,11 +100,13 @@ def test_a_task_is_trained_and_asked_by_name(root: Path, tmp_path: Path) -> None
     document["data"]["mix"] = [{key: value for key, value in task.items() if key != "format"}]
     with pytest.raises(UserError, match="piqa', whose example 1 has choices such as 'add a ice'"):
         train_run(recipe_from(document), tmp_path / "other")
-    bare = evaluate_target(str(root / "model"), EvalOptions(tasks=["piqa"], data=tmp_path, method="generate", limit=2))
+    bare = evaluate_target(
+        str(root / "model"), EvalOptions(tasks=["piqa"], data=str(tmp_path), method="generate", limit=2)
+    )
     assert bare["generation"]["tasks"]["piqa"]["num_examples"] == 2
     # With --data its files are read, though the run has a source of this name, without test data
     (tmp_path / "others/piqa").mkdir(parents=True)
     (tmp_path / "others/piqa/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
-    options = EvalOptions(tasks=["piqa"], data=tmp_path / "others", split="test", method="loglikelihood")
+    options = EvalOptions(tasks=["piqa"], data=str(tmp_path / "others"), split="test", method="loglikelihood")
     others = evaluate_target(str(tmp_path / "run"), options)
     assert others["evaluation"]["tasks"]["piqa"]["num_examples"] == 1

@@ -457,8 +457,6 @@ def test_options_that_would_do_nothing_are_refused(whole: Path, tmp_path: Path) 
     for options, message in (
         ({"like": whole}, "--like"),
         ({"step": 4, "base_only": True}, "--step: is not used with --base"),
-        ({"data": tmp_path / "nowhere"}, "--data: .*nowhere is not a directory"),
-        ({"data": tmp_path}, "--data: holds the commonsense tasks"),
         ({"texts": [tmp_path / "nowhere.txt"]}, "--text: .*nowhere.txt is not a file"),
         ({"split": "tset"}, "--split: got 'tset', must be one of validation, test, train.*Did you mean 'test'"),
         ({"quant": "nf4"}, "--quant"),
@@ -467,7 +465,7 @@ def test_options_that_would_do_nothing_are_refused(whole: Path, tmp_path: Path) 
             evaluate_target(str(whole), EvalOptions(**options))  # type: ignore[arg-type]
     for model_options, message in (
         (EvalOptions(texts=[text], limit=3), "--limit: counts examples of tasks, got only --text"),
-        (EvalOptions(), "is not a run .*Fix: add --tasks, --text, --harness or --like RUN"),
+        (EvalOptions(), "is not a run .*Fix: add --tasks, --data, --text, --harness or --like RUN"),
         (EvalOptions(texts=[text], step=2), "--step and --base are used only with a run"),
         (EvalOptions(tasks=["boolqq"]), "--tasks: got 'boolqq', must be one of .*Did you mean 'boolq'"),
     ):

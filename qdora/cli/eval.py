@@ -15,11 +15,25 @@ from qdora.cli.verb import emit, verb
 def evaluate(
     target: Target,
     tasks: Annotated[
-        list[str] | None, typer.Option("--tasks", "-t", help="A source of the run or a built-in task; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            "-t",
+            help="A source of the run or a built-in task; repeatable. With data of your own: the source of the run "
+            "that has the same format.",
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many examples of each task.")] = None,
-    split: Annotated[str, typer.Option(help="validation, test or train.")] = "validation",
-    data: Annotated[Path | None, typer.Option(help="Folder of <task>/<split>.parquet for the built-in tasks.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="validation (default), test or train; with --data any split of it.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Score this data: a file, folder, pattern or Hub id. With --tasks of the eight commonsense tasks: "
+            "their folder of <task>/<split>.parquet."
+        ),
+    ] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Measure the perplexity of this text file; repeatable.")
     ] = None,

@@ -9,6 +9,7 @@ import typer
 
 from qdora.cli.shared_options import Run, Step
 from qdora.cli.verb import emit, verb
+from qdora.export.gguf_types import GGUF_TYPES
 
 
 @verb
@@ -55,7 +56,7 @@ def export(
         ),
     ] = None,
     gguf_type: Annotated[
-        str | None, typer.Option(help="With --format gguf: f32, f16 (default), bf16, q8_0, q4_0 or q4_k_m.")
+        str | None, typer.Option(help=f"With --format gguf: {', '.join(GGUF_TYPES)}. Default: f16.")
     ] = None,
     llama_cpp: Annotated[
         Path | None,

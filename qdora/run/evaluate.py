@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from qdora.data.build_data import run_examples, task_examples
+from qdora.data.build_data import run_examples, task_examples, to_score
 from qdora.data.example import Example
-from qdora.errors import UserError, not_one_of
+from qdora.data.given_data import given_source, has_splits, place_of, trained_on
+from qdora.data.sources import open_source
+from qdora.errors import UserError, nearest, not_one_of
 from qdora.evaluation.generation import evaluate_generated, generation_faults, generation_table
 from qdora.evaluation.harness import evaluate_harness, find_harness_tasks, harness_table
 from qdora.evaluation.perplexity import read_texts, text_perplexity
 from qdora.evaluation.suite import compare_table, evaluate
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import open_run
+from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.source import resolve
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
@@ -27,6 +31,8 @@ from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import LoadedModel, is_run, load_target
 from qdora.run.step_evaluations import state_step, stored_results
+
+logger = logging.getLogger("qdora")
 
 SPLITS = ("validation", "test", "train")
 METHODS = ("loglikelihood", "generate")
@@ -37,13 +43,15 @@ class EvalOptions:
     """What `qdora eval` is asked for."""
 
     tasks: Sequence[str] | None = None
-    """Sources of the run or built-in tasks. None: the run's eval.tasks, by default all its sources; no tasks with texts
-    or harness."""
+    """Sources of the run or built-in tasks; with own data the source that it is read like. None: the run's eval.tasks,
+    by default all its sources; no tasks with texts or harness."""
     limit: int | None = None
     """Most examples of a task. None: the run's eval.limit, or all."""
-    split: str = "validation"
-    data: Path | None = None
-    """Folder of <task>/<split> files for the eight commonsense tasks. None: the Hub."""
+    split: str | None = None
+    """validation, test or train; with own data any split that it has. None: validation."""
+    data: str | None = None
+    """Own data: a file, a pattern, a folder or a Hub id. With commonsense tasks their folder of <task>/<split> files,
+    in place of the Hub."""
     texts: Sequence[Path] = ()
     """Text files whose perplexity is measured."""
     step: int | None = None
@@ -64,23 +72,39 @@ class EvalOptions:
     @property
     def reads_tasks(self) -> bool:
         """Whether examples of tasks are scored, not only texts or tasks of the harness."""
-        return bool(self.tasks) or not (self.texts or self.harness)
+        return bool(self.tasks) or self.data is not None or not (self.texts or self.harness)
+
+    @property
+    def data_tasks(self) -> set[str]:
+        """The tasks whose folder `data` is; empty if it is own data."""
+        return set() if self.data is None else set(self.tasks or ()) & set(COMMONSENSE_TASKS)
+
+    @property
+    def own_data(self) -> str | None:
+        """The place (`place_of`) of own data."""
+        return None if self.data is None or self.data_tasks else place_of(self.data)
+
+    @property
+    def split_read(self) -> str | None:
+        """The split that is scored; None for own data without splits."""
+        return None if self.own_data is not None and not has_splits(self.own_data) else self.split or "validation"
 
     def kept_as(self, recipe: Recipe | None) -> str:
         """Name of what is evaluated, in the names of the kept files: the split, and what differs from the run's eval.
 
         An evaluation of other tasks, of fewer examples or of other data never replaces that of the run's own settings.
         """
-        name = self.split
+        parts = [] if self.split_read is None else [self.split_read]
         own = None if recipe is None else recipe.eval
         same_tasks = own is not None and self.data is None and set(self.tasks or ()) == set(own.tasks or ())
         if self.tasks is not None and not same_tasks:
-            name += f"-{_in_a_name(self.tasks)}"
+            parts.append(_in_a_name(self.tasks))
         if self.data is not None:
-            name += f"-data-{_of_paths([self.data])}"
+            place = place_of(self.data)
+            parts.append(f"data-{_in_a_name([Path(place).name])}-{_of_places([place])}")
         if self.limit is not None and (own is None or self.limit != own.limit):
-            name += f"-limit-{self.limit}"
-        return name
+            parts.append(f"limit-{self.limit}")
+        return "-".join(parts)
 
     def harness_kept_as(self) -> str:
         """Name of the results of the harness, in the names of the kept files: its tasks, and the limit."""
@@ -89,7 +113,7 @@ class EvalOptions:
     def check(self, target: str) -> None:
         """Raise UserError with all faults that show before anything is loaded."""
         faults = []
-        if self.split not in SPLITS:
+        if self.own_data is None and self.split not in (None, *SPLITS):
             faults.append(not_one_of("--split", self.split, SPLITS))
         if self.method is not None and self.method not in METHODS:
             faults.append(not_one_of("--method", self.method, METHODS))
@@ -107,21 +131,33 @@ class EvalOptions:
                 faults.append(
                     f"--method: applies to examples of tasks, got only {used}. Fix: remove --method or add --tasks."
                 )
-        if self.data is not None and not self.data.is_dir():
-            faults.append(f"--data: {self.data} is not a directory. Fix: name a folder of <task>/<split> files.")
-        elif self.data is not None and not set(self.tasks or ()) & set(COMMONSENSE_TASKS):
-            faults.append(
-                f"--data: holds the commonsense tasks, got --tasks {', '.join(self.tasks or ()) or 'none'}. "
-                f"Fix: add --tasks with one of {', '.join(COMMONSENSE_TASKS)}."
-            )
+        faults += self._data_faults()
         faults += [f"--text: {file} is not a file." for file in self.texts if not file.is_file()]
-        if not (is_run(target) or self.like or self.tasks or self.texts or self.harness):
+        if not (is_run(target) or self.like or self.tasks or self.data or self.texts or self.harness):
             faults.append(
                 f"eval: {target} is not a run (it has no recipe.yaml), so it has no data. "
-                "Fix: add --tasks, --text, --harness or --like RUN."
+                "Fix: add --tasks, --data, --text, --harness or --like RUN."
             )
         if faults:
             raise UserError(*faults)
+
+    def _data_faults(self) -> Iterator[str]:
+        """What is wrong with `data` and shows before it is read."""
+        if self.data is None:
+            return
+        path, named = user_path(self.data), ", ".join(sorted(self.data_tasks))
+        if named and not path.is_dir():
+            yield (
+                f"--data: must be a folder of <task>/<split> files with --tasks {named}, got {self.data}. "
+                "Fix: name it, or remove --tasks to score data of your own."
+            )
+        held = [] if named else [task for task in COMMONSENSE_TASKS if (path / task).is_dir()]
+        if held:
+            yield f"--data: {self.data} has a folder for each task. Fix: add --tasks with one of {', '.join(held)}."
+        if self.split is not None and self.split_read is None:
+            yield f"--split: {self.data} is a single file or a pattern and has no splits. Fix: remove --split."
+        if self.own_data is not None and len(given := self.tasks or ()) > 1:
+            yield f"--tasks: with --data names the one source that has the format, got {', '.join(given)}."
 
 
 def evaluate_target(
@@ -154,7 +190,7 @@ def evaluate_target(
     if faults:
         raise UserError(*faults)
     texts = read_texts(options.texts)
-    split, kept = options.split, options.kept_as(recipe)
+    split, kept = options.split_read, options.kept_as(recipe)
     limit, block = options.limit, None
     if recipe is not None and limit in (None, recipe.eval.limit):  # as during training
         limit, block = recipe.eval.limit, recipe.eval.block
@@ -162,11 +198,13 @@ def evaluate_target(
     shown = "adapter" if loaded.run is not None and loaded.label == "final" else loaded.label
     document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
     if examples:
-        beside = stored_results(open_run(options.like)) if options.like is not None and split == "validation" else {}
+        like = options.like if options.data is None and split == "validation" else None
+        beside = {} if like is None else stored_results(open_run(like))
         with bar(progress, f"evaluating {loaded.label}") as update:
             scored = evaluate(loaded.model, loaded.tokenizer, examples, limit=limit, block=block, progress=update)
         results.print(compare_table(beside | {shown: scored}))
-        _keep(loaded, kept, scored.to_dict(per_example=True))
+        read = {} if options.data is None else {"data": place_of(options.data)}
+        _keep(loaded, kept, read | scored.to_dict(per_example=True))
         document["evaluation"] = scored.to_dict()
         document["beside"] = {label: stored.to_dict() for label, stored in beside.items()}
     if examples and generates:
@@ -181,7 +219,8 @@ def evaluate_target(
         found = text_perplexity(loaded.model, loaded.tokenizer, texts)
         document["perplexity"] = found.to_dict()
         results.print(f"perplexity {found.perplexity:.3f} over {found.num_tokens:,} tokens")
-        name = f"perplexity-{_in_a_name([file.name for file in options.texts])}-{_of_paths(options.texts)}"
+        places = _of_places([str(file.resolve()) for file in options.texts])
+        name = f"perplexity-{_in_a_name([file.name for file in options.texts])}-{places}"
         _keep(loaded, name, document["perplexity"] | {"texts": [str(file) for file in options.texts]})
     if harness is not None:
         document["harness"] = evaluate_harness(loaded.model, loaded.tokenizer, harness, limit=options.limit)
@@ -190,9 +229,9 @@ def evaluate_target(
     return document
 
 
-def _of_paths(paths: Sequence[Path]) -> str:
+def _of_places(places: Sequence[str]) -> str:
     """Tells files apart that have the same name."""
-    return hashlib.sha256("\0".join(str(path.resolve()) for path in paths).encode()).hexdigest()[:8]
+    return hashlib.sha256("\0".join(places).encode()).hexdigest()[:8]
 
 
 def _in_a_name(what: Sequence[str]) -> str:
@@ -210,29 +249,57 @@ def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
 
 
 def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> dict[str, list[Example]]:
-    """Task -> its examples: of the run's sources, and of the built-in tasks that are named.
+    """Task -> its examples: of own data, or of the run's sources and of the built-in tasks that are named.
 
     The commonsense tasks come from `options.data` where it is given, whatever the run's sources are called.
     """
     if not options.reads_tasks:
         return {}
-    asked = options.tasks
+    if options.own_data is not None:
+        return _own_examples(options, options.own_data, recipe)
+    asked, split, elsewhere = options.tasks, options.split or "validation", options.data_tasks
     if asked is None:
         assert recipe is not None  # EvalOptions.check
-        return run_examples(recipe, options.split, recipe.eval.tasks or None)
-    elsewhere = () if options.data is None else COMMONSENSE_TASKS
+        found = run_examples(recipe, split, recipe.eval.tasks or None)
+        if not found:
+            raise UserError(f"--split: the run has no {split} examples. Fix: name other data with --data.")
+        return found
     own = [task for task in asked if task not in elsewhere]
-    known = {} if recipe is None else run_examples(recipe, options.split, own)
+    known = {} if recipe is None else run_examples(recipe, split, own)
     sources = [] if recipe is None else [source.label for source in recipe.data.mix]
     names = list(dict.fromkeys([*sources, *TASKS]))
     faults = [not_one_of("--tasks", task, names) for task in asked if task not in names]
     lacking = [task for task in own if task in sources and task not in known]
-    faults += [f"--tasks: {task} has no {options.split} examples in this run." for task in lacking]
+    faults += [
+        f"--tasks: {task} has no {split} examples in this run. Fix: name other data with --data." for task in lacking
+    ]
     if faults:
         raise UserError(*faults)
+    folder = None if options.data is None else user_path(options.data)
     return {
-        task: known[task]
-        if task in known
-        else task_examples(task, split=options.split, data=options.data, by_name=by_name)
+        task: known[task] if task in known else task_examples(task, split=split, data=folder, by_name=by_name)
         for task in asked
     }
+
+
+def _own_examples(options: EvalOptions, place: str, recipe: Recipe | None) -> dict[str, list[Example]]:
+    """Examples of own data under its name. A warning says if the run trained on it."""
+    mix = () if recipe is None else recipe.data.mix
+    labels = [source.label for source in mix if source.source is not None]
+    like = next(iter(options.tasks or ()), None)
+    if like is not None and like not in labels:
+        raise UserError(
+            f"--tasks: got {like!r}, with --data it must be a source of the run whose format the data has: "
+            f"{', '.join(labels) or 'there is none'}.{nearest(like, labels)}"
+        )
+    source, split = given_source(place, mix, like), options.split_read or "train"  # a file is all one split
+    try:
+        found = open_source(source, split)
+    except UserError as error:
+        if like is not None or len(labels) < 2 or not Path(place).exists():
+            raise
+        fix = f"Fix: name a source of the run that has this format with --tasks: {', '.join(labels)}."
+        raise UserError(*error.faults, f"--data: the format is that of the columns. {fix}") from error
+    for label in [] if options.base_only else trained_on(source, split, mix):
+        logger.warning("The run was trained on %s (source %s). The scores say nothing of new data.", place, label)
+    return {source.label: list(found) if recipe is None else to_score(found, recipe.data)}

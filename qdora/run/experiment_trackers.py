@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +16,28 @@ from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracke
 
 from qdora.errors import UserError, named
 from qdora.files.access_tokens import masked
+from qdora.files.atomic import atomic_write_text
 from qdora.files.setting_keys import flat
 
 PROJECT = "qdora"
+WANDB_ID_FILE = "wandb_id.txt"
 
 logger = logging.getLogger("qdora")
+
+
+def _wandb(run: Path) -> GeneralTracker:
+    """A resumed run continues its run in wandb: the id is kept in its directory."""
+    file, given = run / WANDB_ID_FILE, os.environ.get("WANDB_RUN_ID")
+    if given or not file.is_file():
+        atomic_write_text(file, f"{given or secrets.token_hex(8)}\n")
+    id, project = file.read_text(encoding="utf-8").strip(), os.environ.get("WANDB_PROJECT")
+    return WandBTracker(project or PROJECT, name=run.name, dir=str(run), id=id, resume="allow")
+
 
 _MAKE: dict[str, Callable[[Path], GeneralTracker]] = {
     "tensorboard": lambda run: TensorBoardTracker("tensorboard", str(run)),
     "trackio": lambda run: TrackioTracker(PROJECT, name=run.name),
-    "wandb": lambda run: WandBTracker(PROJECT, name=run.name, dir=str(run)),
+    "wandb": _wandb,
     "mlflow": lambda run: MLflowTracker(PROJECT, run_name=run.name),
 }
 

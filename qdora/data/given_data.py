@@ -1,0 +1,68 @@
+"""Data that is scored beside a run's own: read as a source of the run is, and compared with what the run trained on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from qdora.data.data_file import readable
+from qdora.data.source_files import files_of
+from qdora.errors import UserError
+from qdora.files.sampled_digest import sampled_digest
+from qdora.files.user_paths import user_path
+from qdora.recipe.data_settings import SourceConfig, is_path
+
+
+def place_of(given: str) -> str:
+    """A file, folder or pattern as an absolute path; the id of a Hub data set as it is.
+
+    Unlike in a recipe, the name of a folder alone means that folder if there is one.
+    """
+    path = user_path(given)
+    return os.path.abspath(path) if path.exists() or is_path(given) else given
+
+
+def has_splits(place: str) -> bool:
+    """Whether a place of `place_of` has splits: a folder and a Hub data set have, a file and a pattern have not."""
+    return not is_path(place) or Path(place).is_dir()
+
+
+def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = None) -> SourceConfig:
+    """A place of `place_of` as a source, with the format, columns and template of a source of the run.
+
+    That source is the one called `like`, else the one of the same Hub id, else the only source. Among several, and
+    where the only one is a built-in task, the format follows from the columns.
+    """
+    own = [source for source in mix if source.source is not None]
+    same = [source for source in own if (source.label == like if like is not None else source.source == place)]
+    chosen = same or (own if len(mix) == 1 else [])
+    layout = chosen[0] if chosen else SourceConfig.model_construct()
+    if layout.source != place:
+        layout = layout.model_copy(update={"revision": None, "config": None, "data_files": None})
+    return layout.model_copy(update={"source": place, "name": None})
+
+
+def trained_on(given: SourceConfig, split: str, mix: Sequence[SourceConfig]) -> list[str]:
+    """The sources that train on the given data: on a file of the same content, or on the same split on the Hub."""
+    files = _contents(given, split)
+    hub = (given.source, given.config, split)
+    return [
+        source.label
+        for source in mix
+        if files & _contents(source, source.split) or hub == (source.source, source.config, source.split)
+    ]
+
+
+def _contents(source: SourceConfig, split: str) -> set[tuple[int, str]]:
+    """Size and digest of each file of a split; of none that is on the Hub or missing by now."""
+    found: set[tuple[int, str]] = set()
+    place = source.path or source.source
+    if place is not None and source.is_local:
+        with suppress(UserError):
+            for file in files_of(user_path(place), split):
+                with readable(file):
+                    facts, digest = sampled_digest(file)
+                found.add((facts.st_size, digest))
+    return found
