@@ -190,6 +190,28 @@ def test_an_order_that_ends_and_what_steps_take_of_it(lengths, size, most, num_s
     assert steps.tokens_of_draws(ends[-1]).tolist() == tokens
 
 
+@pytest.mark.parametrize("most", [None, 1e300])
+@pytest.mark.parametrize("num_steps, size", [(10**23, 4), (4, 10**23), (10**12, 1), (1, 10**400), (2**63, 2**63)])
+def test_more_examples_than_any_run_takes_are_refused_at_once(num_steps, size, most):
+    sets = [tokenised("a", [5, 6] * 20), tokenised("b", [7] * 3, seed=1)]
+    for steps in (
+        loader(sets, batch=size, max_epochs=[most] * 2),
+        loader(sets, tokens=7 * size, max_epochs=[most] * 2),
+    ):
+        with pytest.raises(UserError, match=r"^train(: the run would take|\.steps: must be at most)"):
+            steps.draws_for_steps(num_steps)
+        for epochs in (1e15, 1e300, 1.7e308):
+            with pytest.raises(UserError, match=r"^train: the run would take more than 10,000,000,000 examples"):
+                steps.steps_for_epochs(epochs)
+
+
+def test_the_tokens_of_billions_of_draws_are_counted_by_passes():
+    steps = loader([tokenised("a", [5, 6, 7] * 20), tokenised("b", [9] * 3, seed=1)], batch=4)
+    assert steps.draws_for_steps(2 * 10**9) == 8 * 10**9
+    counts = steps.order.counts(8 * 10**9 // 63 * 63).tolist()
+    assert steps.tokens_of_draws(8 * 10**9 // 63 * 63).tolist() == [6 * counts[0], 9 * counts[1]]
+
+
 def test_more_epochs_than_the_caps_leave_are_refused():
     sets = [tokenised("a", [5] * 20), tokenised("b", [7] * 3, seed=1)]
     assert loader(sets, batch=4, max_epochs=[1.5, 1.5]).steps_for_epochs(1.5) == 9  # 30 + 4 examples, not 34.5

@@ -18,6 +18,9 @@ from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import UserError
 
+_MOST_DRAWS = 10**10
+"""Most examples of a run, far beyond any that ends: the order of 10^15 is not exact in float64."""
+
 
 def share_of(examples: Sequence[TokenizedExample], rank: int, size: int) -> list[TokenizedExample]:
     """The share of process `rank` out of `size`, in the step's order.
@@ -95,11 +98,15 @@ class StepLoader:
         self.position = 0
         self.rank, self.num_processes = rank, num_processes
         self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
-        # None for a stream; the lengths of its examples are not known beforehand
-        self._lengths = [
-            np.fromiter(map(len, part.examples), dtype=np.int64) if isinstance(part, TokenizedSet) else None
+
+    @cached_property
+    def _lengths(self) -> list[NDArray[np.int64]]:
+        """The tokens of each example of each source; of a stream, which is not read, only their mean."""
+        lengths = (
+            [round(part.mean_length)] if isinstance(part, ExampleStream) else map(len, part.examples)
             for part in self.tokenised
-        ]
+        )
+        return [np.fromiter(each, dtype=np.int64) for each in lengths]
 
     def next_step(self) -> Step:
         """Take the next step's examples and move the position behind them."""
@@ -131,9 +138,9 @@ class StepLoader:
 
         Steps do not stop at the end of an epoch: the last one may take its first examples from the next.
 
-        Raises: UserError if the order ends before, because all sources have a cap.
+        Raises: UserError if the order ends before, because all sources have a cap, or it is more than a run takes.
         """
-        num_draws = max(1, round(epochs * self.order.epoch_length))
+        num_draws = max(1, round(min(epochs * self.order.epoch_length, 2.0**62)))
         length = self.order.length
         if length is not None and num_draws > length:
             # Each cap is rounded down, the epochs of the whole are not
@@ -143,6 +150,7 @@ class StepLoader:
                     f"max_epochs of the sources leaves {length:,}. Fix: raise it for one source, or lower train.epochs."
                 )
             num_draws = length
+        _check_draws(num_draws)
         if self.batch is not None:
             return -(-num_draws // self.batch)
         return sum(1 for _ in self._step_sizes(num_draws))
@@ -155,7 +163,7 @@ class StepLoader:
     def draws_for_steps(self, num_steps: int) -> int:
         """Draws that the first `num_steps` steps use; a guess where `counts_draws` is False.
 
-        Raises: UserError if the order ends before, because all sources have a cap.
+        Raises: UserError if the order ends before, because all sources have a cap, or it is more than a run takes.
         """
         length = self.order.length
         if length is not None and not self.counts_draws:
@@ -166,13 +174,18 @@ class StepLoader:
         if self.batch is not None:
             num_draws, possible = num_steps * self.batch, None if length is None else -(-length // self.batch)
         else:
+            longest = max(int(lengths.max()) for lengths in self._lengths)
+            at_least = num_steps * -(-(self.tokens_per_step or 1) // longest)
+            _check_draws(at_least if length is None else min(at_least, length))
             num_draws, possible = self._draws_of_token_steps(num_steps)
         if possible is not None and num_steps > possible:
             raise UserError(
                 f"train.steps: must be at most {possible:,}, because max_epochs of the sources leaves {length:,} "
                 f"examples, got {num_steps:,}. Fix: raise or remove max_epochs of one source."
             )
-        return num_draws if length is None else min(num_draws, length)
+        num_draws = num_draws if length is None else min(num_draws, length)
+        _check_draws(num_draws)
+        return num_draws
 
     def state_dict(self) -> dict[str, Any]:
         """Position, where the streams stand, and what these are positions in; JSON types only."""
@@ -229,16 +242,20 @@ class StepLoader:
 
     def tokens_of_draws(self, num_draws: int) -> NDArray[np.int64]:
         """Tokens that the first draws take from each source, (sources,); estimated from the first rows of a stream."""
-        tokens = np.zeros(len(self.tokenised), dtype=np.int64)
-        for sources, lengths in self._drawn(num_draws):
-            np.add.at(tokens, sources, lengths)
-        return tokens
+        tokens = []
+        for source, count in enumerate(self.order.counts(num_draws).tolist()):
+            lengths = self._lengths[source]
+            num_passes, rest = divmod(count, len(lengths))
+            last = self.order.shuffle(source, num_passes, len(lengths))[:rest]
+            tokens.append(num_passes * lengths.sum() + lengths[last].sum())
+        return np.array(tokens, dtype=np.int64)
 
     def _draws_of_token_steps(self, num_steps: int) -> tuple[int, int | None]:
         """(draws of so many steps of `tokens_per_step`, steps that there are if they are fewer)."""
-        sizes = self.step_sizes(num_steps)
-        num_draws = sizes[-1].position + sizes[-1].num_examples if sizes else 0
-        return num_draws, len(sizes) if len(sizes) < num_steps else None
+        found, num_draws = 0, 0
+        for size in islice(self._step_sizes(self.order.length), num_steps):
+            found, num_draws = found + 1, size.position + size.num_examples
+        return num_draws, found if found < num_steps else None
 
     def step_sizes(self, num_steps: int) -> list[StepSize]:
         """The first steps of the order, fewer if it ends before. Of a stream's examples the mean length."""
@@ -262,14 +279,19 @@ class StepLoader:
             stop = start + 65536 if num_draws is None else min(start + 65536, num_draws)
             sources, indices = self.order.draws(start, stop)
             lengths = np.empty_like(indices)
-            for source, part in enumerate(self.tokenised):
-                known, here = self._lengths[source], sources == source
-                if known is not None:
-                    lengths[here] = known[indices[here]]
-                elif isinstance(part, ExampleStream):
-                    lengths[here] = round(part.mean_length)
+            for source, known in enumerate(self._lengths):
+                here = sources == source
+                lengths[here] = known[indices[here] % len(known)]  # the draws of a stream are numbered on and on
             yield sources, lengths
             start = stop
+
+
+def _check_draws(num_draws: int) -> None:
+    if num_draws > _MOST_DRAWS:
+        raise UserError(
+            f"train: the run would take more than {_MOST_DRAWS:,} examples. Fix: lower train.steps, train.epochs, "
+            "train.batch or train.tokens_per_step."
+        )
 
 
 _WHAT = {

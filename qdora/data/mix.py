@@ -94,8 +94,9 @@ class MixOrder:
         assert given.min() > 0, shares
         self.shares: NDArray[np.float64] = given / given.sum()
         self._clock = _Clock(self.shares, self.caps)
-        # Per object, so that the shuffles go with it. At the border of two cycles both are in use.
-        self._shuffle = lru_cache(maxsize=2 * len(sizes))(self._new_shuffle)
+        # (source, cycle, size) -> permutation. Per object, so that the shuffles go with it. At the border of two
+        # cycles both are in use.
+        self.shuffle = lru_cache(maxsize=2 * len(sizes))(self._new_shuffle)
         self._block = lru_cache(maxsize=2)(self._new_block)
 
     @property
@@ -168,7 +169,7 @@ class MixOrder:
             cycles, places = np.divmod(turns[sources == source], size)
             found = np.empty_like(places)
             for cycle in np.unique(cycles).tolist():
-                found[cycles == cycle] = self._shuffle(source, cycle, size)[places[cycles == cycle]]
+                found[cycles == cycle] = self.shuffle(source, cycle, size)[places[cycles == cycle]]
             indices[sources == source] = found
         due = np.lexsort((sources, (turns + 0.5) / self.shares[sources]))
         return sources[due], indices[due]
