@@ -108,7 +108,17 @@ def faults_of(path: Path) -> list[str]:
         ("a.json", b'[{"a": 1}', ["line 1: not JSON (column 10: Expecting ',' delimiter)"]),
         ("a.json", b'[{"a": 1}] []', ["line 1: not JSON (column 12: Extra data)"]),
         ("a.json", b'{"a": 1,\n2}', ["line 2: not JSON (column 1: Expecting property name enclosed in double quotes)"]),
-        ("a.json", b'{"a": [1]}', ["must be a list of objects, or one object a line, got {'a': [1]}"]),
+        (
+            "a.json",
+            b'{"messages": [1]}',
+            [
+                "must be a list of objects, got a single object that holds a list, {'messages': [1]}. Fix: put [ ] "
+                "around the object if it is a row; if its list holds the rows, keep only the list."
+            ],
+        ),
+        ("a.json", b"3", ["must be a list of objects, or one object a line, got 3"]),
+        ("a.jsonl", b'{"a": 1, "b": 2, "a": 1}\n', ["line 1: has the key 'a' twice in one object"]),
+        ("a.json", b'[{"a": 1},\n{"a": [{"b": 1, "b": 2}]}]', ["row 1: has the key 'b' twice in one object"]),
         ("a.txt", b"one\n\n\xfftwo\n", ["line 3: not UTF-8 text (byte 0 of the document)"]),
     ],
 )
@@ -125,6 +135,19 @@ def test_one_object_in_a_json_file_is_one_row(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{\n "prompt": "x",\n "completion": "y"\n}\n')
     [example] = load_source(SourceConfig(source=str(tmp_path / "a.json")))
     assert (example.prompt, example.answer) == ("x", "y")
+
+
+def test_bytes_of_the_byte_order_mark_are_no_mark(tmp_path: Path) -> None:
+    letter = "\ufefb"  # in UTF-8 EF BB BB, the mark being EF BB BF
+    (tmp_path / "a.txt").write_text(f"one\n{letter}\ntwo\n \ufeff \nthree\n", encoding="utf-8")
+    documents = [row["text"] for _, row in read_rows(tmp_path / "a.txt")]
+    assert documents == [f"one\n{letter}\ntwo", "three"]
+    (tmp_path / "a.jsonl").write_text(f'\ufeff{{"a": 1}}\n{letter}\n', encoding="utf-8")
+    assert faults_of(tmp_path / "a.jsonl") == ["line 2: not JSON (column 1: Expecting value)"]
+    (tmp_path / "a.json").write_text(f'{letter}[{{"a": 1}}]', encoding="utf-8")
+    assert faults_of(tmp_path / "a.json") == ["line 1: not JSON (column 1: Expecting value)"]
+    (tmp_path / "a.json").write_text('\ufeff \n[{"a": 1}]', encoding="utf-8")
+    assert [row for _, row in read_rows(tmp_path / "a.json")] == [{"a": 1}]
 
 
 def test_a_quote_inside_a_cell_that_is_not_quoted_is_a_character(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from qdora.recipe.faults import shown
 
 _MARK = b"\xef\xbb\xbf"
 """The byte order mark."""
-_BLANK = b" \t\r\n\v\f" + _MARK
 _READ_BYTES = 2**20
 """Bytes of a JSON list that are looked at together."""
 
@@ -77,10 +76,14 @@ def split_lines(file: BinaryIO, place: int, number: int) -> Iterator[Record]:
     Only \\n ends a line: JSON strings may hold U+2028 and other characters that `splitlines` takes for line ends.
     """
     for line in file:
-        if line.strip(_BLANK):
+        if not _is_blank(line):
             yield number, place, line
         number += 1
         place += len(line)
+
+
+def _is_blank(line: bytes) -> bool:
+    return line.strip() in (b"", _MARK)
 
 
 def json_entry(record: bytes) -> Entry:
@@ -89,6 +92,8 @@ def json_entry(record: bytes) -> Entry:
         value = parse_row_json(record.rstrip(b"\r\n").decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return RowFault(f"not UTF-8 text (byte {error.start} of the row)")
+    except RowFault as fault:
+        return fault
     except ValueError as error:  # also nested too deeply, a number of thousands of digits
         return RowFault(f"not JSON ({_json_reason(error)})")
     return value if isinstance(value, dict) else RowFault(f"must be an object {{column: value}}, got {shown(value)}")
@@ -105,18 +110,25 @@ def _json(path: Path) -> RecordFile:
         items = partial(_list_items, path)
         return RecordFile(path, unit="row", place=start[0] + 1, number=0, split=items, parse=json_entry)
     with open_bytes(path) as file:
-        lines = (line for line in file if line.strip(_BLANK))
+        lines = (line for line in file if not _is_blank(line))
         is_lines = isinstance(json_entry(next(lines, b"{}")), dict) and next(lines, None) is not None
     return json_lines(path) if is_lines or not start[1] else _one_value(path)
 
 
 def _first_bytes(path: Path) -> tuple[int, bytes]:
     """The first byte that is not blank and its place; no byte where all are blank."""
-    place = 0
+    place = _mark_bytes(path)
     with open_bytes(path) as file:
-        while (found := file.read(1)) and found in _BLANK:
+        file.read(place)
+        while (found := file.read(1)).isspace():
             place += 1
     return place, found
+
+
+def _mark_bytes(path: Path) -> int:
+    """The bytes of the byte order mark at the beginning of a file; 0 without one."""
+    with open_bytes(path) as file:
+        return len(_MARK) if file.read(len(_MARK)) == _MARK else 0
 
 
 def _one_value(path: Path) -> RecordFile:
@@ -132,8 +144,13 @@ def _one_value(path: Path) -> RecordFile:
         raise UserError(f"{path}: line {error.lineno}: not JSON (column {error.colno}: {error.msg})") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict) or any(isinstance(entry, list) and entry for entry in value.values()):
+    if not isinstance(value, dict):
         raise UserError(f"{path}: must be a list of objects, or one object a line, got {shown(value)}")
+    if any(isinstance(entry, list) and entry for entry in value.values()):  # a row, or all rows in one of its values
+        raise UserError(
+            f"{path}: must be a list of objects, got a single object that holds a list, {shown(value)}. Fix: put [ ] "
+            "around the object if it is a row; if its list holds the rows, keep only the list."
+        )
     return RecordFile(
         path, unit="row", place=0, number=0, split=lambda file, *_: iter([(0, 0, file.read())]), parse=json_entry
     )
@@ -226,8 +243,7 @@ def _line_of(path: Path, place: int) -> tuple[int, int]:
 def _csv(path: Path, delimiter: str) -> RecordFile:
     """Columns named by the first line."""
     split = partial(_split_csv, path, delimiter)
-    with open_bytes(path) as file:
-        mark = len(_MARK) if file.read(len(_MARK)) == _MARK else 0
+    mark = _mark_bytes(path)
     with open_bytes(path) as file:
         file.read(mark)
         number, place, record = next(split(file, mark, 1), (1, mark, b""))
@@ -307,7 +323,7 @@ def _split_text(file: BinaryIO, place: int, number: int) -> Iterator[Record]:
     lines: list[bytes] = []
     for line in file:
         # the second test is for the white space of Unicode
-        if line.strip(_BLANK) and (line.isascii() or line.decode("utf-8", "replace").strip()):
+        if not _is_blank(line) and (line.isascii() or line.decode("utf-8", "replace").strip()):
             lines.append(line)
             continue
         if lines:
