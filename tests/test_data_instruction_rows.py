@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,16 @@ def test_every_task_asks_as_published(task: str) -> None:
 def test_boolq_choices_in_either_order() -> None:
     found = instruction_row({"question": "is ice cold?", "choices": ["yes", "no"], "answer": 0}, "boolq")
     assert (found["instruction"], found["answer"]) == (EXPECTED["boolq"], "true")
+
+
+def test_names_of_answers_are_looked_for_in_no_time() -> None:
+    many = "/".join("a" * 5000)
+    for text, task in ((f"Answer format: {many} please", ""), (f"Answer format: {many}/", ""), ("a/b" * 5000, "")):
+        start = time.process_time()
+        assert commonsense_task(text) == task
+        assert time.process_time() - start < 2
+    assert commonsense_task("Answer format: option1/option2 \n") == "winogrande"
+    assert commonsense_task("Answer format: /option1/option2") == commonsense_task("Answer format: option1") == ""
 
 
 def test_a_faulty_row_is_a_fault() -> None:

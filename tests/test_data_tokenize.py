@@ -355,6 +355,32 @@ def test_a_text_of_megabytes_is_shortened_before_it_is_encoded_to_the_same_token
         assert np.array_equal(ours.loss_mask, theirs.loss_mask)
 
 
+def test_the_numbers_of_tokens_of_a_shortened_text_are_said_to_be_at_least_so_many(monkeypatch):
+    long, short = example("the cat " * 3000, id="long"), example("the cat " * 100, id="short")
+    num_tokens = len(tokenize_one(long, PLAIN, max_length=10**6).input_ids)
+    monkeypatch.setattr("qdora.data.tokenize._EXCESSIVE", 10_000)
+
+    def told(examples, too_long="error"):
+        with pytest.raises(UserError) as error:
+            tokenize_all(examples, PLAIN, name="x", max_length=20, too_long=too_long)
+        return error.value.faults[0]
+
+    of_both = re.fullmatch(
+        r"x: 2 examples \(long, short\) of 2 longer than data.max_length \(20\), the longest has at least (\d+) "
+        r"tokens\. Fix: raise data.max_length, or set data.too_long to truncate \(cuts the front of a prompt, the last "
+        r"turns of a chat\) or drop \(loses 100 % of the examples\)\.",
+        told([long, short]),
+    )
+    assert of_both is not None
+    assert 20 < int(of_both[1]) < num_tokens
+    assert "the longest has at least " in told([long, short], "split")
+    exact = f"the longest has {len(tokenize_one(short, PLAIN, max_length=10**6).input_ids)} tokens"
+    assert exact in told([short])
+    # so many tokens are reached by all of the text, and nothing is left out
+    monkeypatch.setattr("qdora.data.tokenize._EXCESSIVE", 500)
+    assert exact in told([short])
+
+
 @pytest.mark.parametrize("loss_on", ["answer", "last", "all"])
 def test_a_truncated_chat_ends_with_its_last_answer_that_fits(loss_on):
     chat = example("", "", messages=(*CHAT, Turn("user", "Hm"), Turn("assistant", "the end")))

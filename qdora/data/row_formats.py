@@ -322,7 +322,7 @@ def _commonsense170k(row: Row, task: str, label: str, id: str) -> Example:
 
 def _answer_names(instruction: str) -> tuple[str, ...]:
     """The names in the line "Answer format: answer1/answer2/answer3"; empty without such a line."""
-    found = re.search(r"Answer format:\s*(\S+(?:/\S+)+)\s*$", instruction)
+    found = re.search(r"Answer format:\s*(\S+)\s*$", instruction)
     names = tuple(found.group(1).split("/")) if found else ()
     return names if len(names) > 1 and len(set(names)) == len(names) and all(names) else ()
 

@@ -71,7 +71,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# Made once: of the 1.5 us that `json.loads` with a hook takes longer for a short row, 0.1 are those of the hook
+# `json.loads` makes a new decoder at each call with a hook: 3.4 us for a short row, 1.4 without a hook, 1.5 here
 _ROW = json.JSONDecoder(object_pairs_hook=_each_once)
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 """Beginning of an escape that stands for a half of a surrogate pair, maybe beside the other half."""

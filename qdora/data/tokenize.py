@@ -222,6 +222,8 @@ class ExampleTally:
     num_tokens_too_long: int = 0
     num_tokens_cut: int = 0
     longest: int = 0
+    any_shortened: bool = False
+    """Whether `_without_excess` shortened a text, so that `longest` and the numbers of tokens are too small."""
     too_long_ids: list[str] = field(default_factory=list)
     cut_whole_ids: list[str] = field(default_factory=list)
     unlearnable_ids: list[str] = field(default_factory=list)
@@ -236,10 +238,12 @@ class ExampleTally:
 
     def add(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> list[list[Outcome]]:
         """What became of each; a list of one but for some chats and for text that is split."""
+        given = examples
         examples = [
             example if self._splits(example) else _without_excess(example, self.max_length, tokenizer)
-            for example in examples
+            for example in given
         ]
+        self.any_shortened |= any(one is not other for one, other in zip(given, examples, strict=True))
         encoded = self._encode(examples, tokenizer, loss_on)
         found: list[list[Outcome]] = []
         for example, parts in zip(examples, encoded, strict=True):
@@ -251,6 +255,10 @@ class ExampleTally:
             else:
                 found.append([self._sort(example, part) for part in parts] or [self._unlearnable(example.id, False)])
         return found
+
+    @property
+    def _at_least(self) -> str:
+        return "at least " if self.any_shortened else ""
 
     def _encode(self, examples: Sequence[Example], tokenizer: Any, loss_on: LossOn) -> list[list[_Encoded] | str]:
         """Each example encoded, a chat as one or several; or what is wrong with the chat."""
@@ -311,7 +319,10 @@ class ExampleTally:
                 self.cut_whole_ids += [] if num_left else [id]
             self.num_dropped += self.too_long == "drop"
             if self.too_long == "split":
-                return f"{len(encoded.ids)} tokens, and data.too_long: split is for plain text alone", True
+                return (
+                    f"{self._at_least}{len(encoded.ids)} tokens, and data.too_long: split is for plain text alone",
+                    True,
+                )
             if self.too_long != "truncate":
                 return None, True
             encoded = _cut(encoded, self.max_length)
@@ -332,16 +343,15 @@ class ExampleTally:
             faults.append(f"{self.name}: {len(self.chat_faults) - _SHOWN} more chats that do not fit the template")
         if self.too_long_ids:
             whole = f", the whole of {_named(self.cut_whole_ids)}" if self.cut_whole_ids else ""
-            truncate = (
-                f"truncate (cuts {_percent(self.num_tokens_cut, num_tokens)} of the tokens: the front of a prompt, the "
-                f"last turns of a chat{whole}) or "
-            )
+            cut, lost = _percent(self.num_tokens_cut, num_tokens), _percent(self.num_tokens_too_long, num_tokens)
+            cut, lost = (f"{cut} of the tokens: ", f", {lost} of the tokens") if not self.any_shortened else ("", "")
+            truncate = f"truncate (cuts {cut}the front of a prompt, the last turns of a chat{whole}) or "
             faults.append(
                 f"{self.name}: {_named(self.too_long_ids)} of {num_examples} longer than data.max_length "
-                f"({self.max_length}), the longest has {self.longest} tokens. Fix: raise data.max_length, or set "
-                f"data.too_long to {'' if self.cut_whole_ids == self.too_long_ids else truncate}drop (loses "
-                f"{_percent(len(self.too_long_ids), num_examples)} of the examples, "
-                f"{_percent(self.num_tokens_too_long, num_tokens)} of the tokens)"
+                f"({self.max_length}), the longest has {self._at_least}{self.longest} tokens. Fix: raise "
+                "data.max_length, or set data.too_long to "
+                f"{'' if self.cut_whole_ids == self.too_long_ids else truncate}drop (loses "
+                f"{_percent(len(self.too_long_ids), num_examples)} of the examples{lost})"
                 + (", since split is for plain text alone." if self.too_long == "split" else ".")
             )
         if self.unlearnable_ids:
@@ -394,7 +404,7 @@ def _own_end(tokenizer: Any, ids: Sequence[int], answer: str, stops: Collection[
 
 
 def _long_and_short(tokenizer: Any, examples: Sequence[Example], prefix: list[int]) -> Iterator[_Pair]:
-    """`encode_pairs`; plain text of more than a megabyte, which is to be split, is encoded in parts."""
+    """`encode_pairs`; plain text of more than `_EXCESSIVE` characters, which is to be split, is encoded in parts."""
     is_long = [not each.prompt and len(each.answer) > _EXCESSIVE for each in examples]
     short = [(each.prompt, each.answer) for each, long in zip(examples, is_long, strict=True) if not long]
     pairs = iter(_encode_pairs(tokenizer, short))
@@ -404,7 +414,8 @@ def _long_and_short(tokenizer: Any, examples: Sequence[Example], prefix: list[in
 
 
 def _without_excess(example: Example, max_length: int, tokenizer: Any) -> Example:
-    """The example without most of the text that `max_length` tokens cannot reach, if it has a text of a megabyte.
+    """The example without most of the text that `max_length` tokens cannot reach, if it has a text of `_EXCESSIVE`
+    characters; the example itself where nothing is left out.
 
     Encoding takes a hundred bytes for each character, so that a text of 50 MB took gigabytes, for what is cut off or
     refused anyway. What is left is still too long: it has characters for four times as many of the longest tokens. Of a
@@ -415,6 +426,8 @@ def _without_excess(example: Example, max_length: int, tokenizer: Any) -> Exampl
     if max(map(len, texts)) < _EXCESSIVE:
         return example
     kept = max(_EXCESSIVE // 2, 4 * max_length * max(map(len, tokenizer.get_vocab())))
+    if max(map(len, texts)) <= kept:
+        return example
     messages = tuple(
         replace(turn, content=turn.content[:kept], reasoning=turn.reasoning[:kept]) for turn in example.messages
     )
