@@ -260,7 +260,7 @@ def test_steps_of_a_mix_with_a_stream_resume_exactly(tmp_path_factory, cut, size
 
 def test_shares_sizes_and_caps_with_a_stream(tmp_path):
     mix, loader = mixed(tmp_path, batch=10, strategy="proportional", max_epochs=[None, 2])
-    assert mix.shares.tolist() == pytest.approx([20 / 70, 50 / 70])  # the footer says 50
+    assert mix.order.shares.tolist() == pytest.approx([20 / 70, 50 / 70])  # the footer says 50
     plan = plan_mix(mix, loader, 30)
     a, s = plan.sources
     assert (a.num_draws, s.num_draws, s.epochs, plan.is_exact) == (200, 100, 2.0, True)
@@ -291,7 +291,7 @@ def test_unknown_sizes_are_asked_for(tmp_path):
         mix = make_mix([stream(file, size=50)] * 2, **given)
         assert mix.order.length == (100 if "max_epochs" in options else None)
     # a single source has the whole mix, whatever its size
-    assert make_mix([stream(file)], strategy="proportional").shares.tolist() == [1.0]
+    assert make_mix([stream(file)], strategy="proportional").order.shares.tolist() == [1.0]
     mix = make_mix([stream(file)], strategy="equal")
     loader = StepLoader(mix.sets, mix.order, tokens_per_step=None, batch=5, batching=Batching(99, 0))
     assert plan_mix(mix, loader, 20).sources[0].num_examples is None

@@ -185,10 +185,9 @@ Source = TokenizedSet | ExampleStream
 
 @dataclass(frozen=True)
 class Mix:
-    """Tokenised sources, the share asked for each, (sources,) summing to 1, and the order in which they are drawn."""
+    """Tokenised sources, and the order in which they are drawn."""
 
     sets: tuple[Source, ...]
-    shares: NDArray[np.float64]
     order: MixOrder
 
 
@@ -240,7 +239,7 @@ def make_mix(
     shares = mix_shares([size or 1 for size in sizes], strategy, temperature=temperature, weights=weights)
     caps = [most_draws(size or 1, epochs) for size, epochs in zip(sizes, most, strict=True)]
     drawn_from = [None if isinstance(part, ExampleStream) else size for part, size in zip(sets, sizes, strict=True)]
-    return Mix(tuple(sets), shares, MixOrder(drawn_from, shares, seed, caps))
+    return Mix(tuple(sets), MixOrder(drawn_from, shares, seed, caps))
 
 
 class _Clock:

@@ -62,7 +62,7 @@ def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
     counts = mix.order.counts(num_draws).tolist()
     tokens = loader.tokens_of_draws(num_draws).tolist()
     sources = []
-    for part, share, count, num_tokens in zip(mix.sets, mix.shares.tolist(), counts, tokens, strict=True):
+    for part, share, count, num_tokens in zip(mix.sets, mix.order.shares.tolist(), counts, tokens, strict=True):
         known = part if isinstance(part, TokenizedSet) else None
         size = len(part) if isinstance(part, TokenizedSet) else part.num_examples
         sources.append(

@@ -35,14 +35,14 @@ class Format:
 
     Attributes:
         required: Columns that every row must have.
-        example: (row, task of the row, label, id) -> Example.
+        example: (row, label, id) -> Example.
         optional: Other columns that are read.
         json: Columns whose text is read as JSON where it can be: CSV files hold lists as text, some Parquet files, too.
         tell: Columns that a row must have beside the required ones for `auto` to take this layout.
     """
 
     required: tuple[str, ...]
-    example: Callable[[Row, str, str, str], Example]
+    example: Callable[[Row, str, str], Example]
     optional: tuple[str, ...] = ("task", "id")
     json: tuple[str, ...] = ()
     tell: tuple[str, ...] = ()
@@ -123,7 +123,7 @@ def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str
         )
     task = commonsense_task(str(row["instruction"])) if format == "commonsense170k" else optional_text(row, "task")
     label = label if named else task or label
-    return _two_turns(row, format, label, id) if chat else layout.example(row, task, label, id)
+    return _two_turns(row, format, label, id) if chat else layout.example(row, label, id)
 
 
 def with_lists(row: Row, format: str) -> Row:
@@ -173,12 +173,13 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value) or value in ("", [], {})
 
 
-def _choices(row: Row, task: str, label: str, id: str) -> Example:
+def _choices(row: Row, label: str, id: str) -> Example:
     """Schema rows; a row that names one of the eight tasks gets that task's prompt."""
-    return example_of_row(row, task=task or (label if label in TEMPLATES else ""), label=label, id=id)
+    task = optional_text(row, "task") or (label if label in TEMPLATES else "")
+    return example_of_row(row, task=task, label=label, id=id)
 
 
-def _completion(row: Row, task: str, label: str, id: str) -> Example:
+def _completion(row: Row, label: str, id: str) -> Example:
     """Prompt and completion, joined as they stand: the space between them belongs to the completion (or the prompt).
 
     Both may be lists of turns instead, which make one chat.
@@ -199,7 +200,7 @@ def _turns_of_both(row: Row, label: str, id: str) -> Example:
     """The chat of a prompt and a completion that are lists of turns; only the completion is learnt."""
     rest = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
     turns = [*row["prompt"], *row["completion"]]
-    return _messages({**rest, "messages": turns}, "", label, id, num_in_prompt=len(row["prompt"]))
+    return _messages({**rest, "messages": turns}, label, id, num_in_prompt=len(row["prompt"]))
 
 
 def _two_turns(row: Row, format: str, label: str, id: str) -> Example:
@@ -213,19 +214,19 @@ def _two_turns(row: Row, format: str, label: str, id: str) -> Example:
     turns = [("system", system)] if system else []
     turns += [("user", f"{question}\n\n{given}" if given else question), ("assistant", answer)]
     messages = [{"role": role, "content": text} for role, text in turns]
-    return _messages({**row, "messages": messages}, "", label, id)
+    return _messages({**row, "messages": messages}, label, id)
 
 
-def _messages(row: Row, task: str, label: str, id: str, *, num_in_prompt: int = 0) -> Example:
+def _messages(row: Row, label: str, id: str, *, num_in_prompt: int = 0) -> Example:
     """A list of turns, and the tools that the assistant may call; the assistant's turns are what is learnt."""
     messages, tools = parse_messages(row["messages"], num_in_prompt), parse_tools(row.get("tools"))
     return Example(task=label, id=row_id(row, id), prompt="", answer="", messages=messages, tools=tools)
 
 
-def _sharegpt(row: Row, task: str, label: str, id: str) -> Example:
+def _sharegpt(row: Row, label: str, id: str) -> Example:
     """A list of {from, value}, and maybe a column `system`; the same chat as `messages`."""
     rest = {name: value for name, value in row.items() if name not in ("conversations", "system")}
-    return _messages({**rest, "messages": _sharegpt_turns(row)}, task, label, id)
+    return _messages({**rest, "messages": _sharegpt_turns(row)}, label, id)
 
 
 def asked_chat(row: Row) -> tuple[Messages, Tools]:
@@ -281,7 +282,7 @@ def _sharegpt_turn(number: int, turn: Any) -> Any:
     return {**rest, "role": _SHAREGPT_ROLES[speaker], "content": turn["value"]}
 
 
-def _text(row: Row, task: str, label: str, id: str) -> Example:
+def _text(row: Row, label: str, id: str) -> Example:
     """Plain text; all of it is learnt."""
     if not isinstance(row["text"], str) or not row["text"].strip():
         raise RowFault(f"text: must be text that is not empty, got {shown(row['text'])}")
@@ -299,7 +300,7 @@ _ALPACA_INPUT = (
 )
 
 
-def _alpaca(row: Row, task: str, label: str, id: str) -> Example:
+def _alpaca(row: Row, label: str, id: str) -> Example:
     """instruction, output, maybe input, in the Alpaca template as published, without the indentation of its script."""
     instruction, output = text_field(row, "instruction"), text_field(row, "output")
     given = optional_text(row, "input")
@@ -307,12 +308,12 @@ def _alpaca(row: Row, task: str, label: str, id: str) -> Example:
     return Example(label, row_id(row, id), template.format(instruction=instruction, input=given), output)
 
 
-def _commonsense170k(row: Row, task: str, label: str, id: str) -> Example:
+def _commonsense170k(row: Row, label: str, id: str) -> Example:
     """LLM-Adapters (arXiv 2304.01933): Alpaca rows with maybe an answer.
 
     Where `answer` is one of the names in "Answer format: answer1/answer2/...", the others become the wrong choices.
     """
-    found = _alpaca(row, task, label, id)
+    found = _alpaca(row, label, id)
     names, answer = _answer_names(text_field(row, "instruction")), optional_text(row, "answer")
     if answer in names and found.answer.count(answer) == 1:
         choices = tuple(found.answer.replace(answer, name) for name in names)

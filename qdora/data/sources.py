@@ -128,7 +128,7 @@ def _of_task(source: SourceConfig, task: str, rows: Rows) -> SplitExamples:
         row = with_lists(row, "choices")
         unused.update(unused_columns(row, "choices"))
         if source.format == "commonsense170k":
-            return FORMATS[source.format].example(instruction_row(row, task), task, source.label, str(place))
+            return FORMATS[source.format].example(instruction_row(row, task), source.label, str(place))
         return example_of_row(row, task=task, label=source.label, id=str(place))
 
     return SplitExamples(rows, make, range(rows.num_rows), unused)
