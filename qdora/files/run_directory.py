@@ -143,6 +143,11 @@ class RunDirectory:
         with self._disk_failures(self.metrics_file.name):
             _append(self.metrics_file, json_bytes(values))
 
+    def environment(self) -> dict[str, Any]:
+        """What environment.json says of the last start. Raises UserError if it is damaged."""
+        record = read_json_object(self.environment_file)
+        return {**record, **{key: value for start in record.get("resumed", []) for key, value in start.items()}}
+
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl, in order; a line that a kill has cut off is left out."""
         return [values for _, values in _metrics_lines(self.metrics_file)]
@@ -347,7 +352,7 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
     try:
         old_text = run.recipe_file.read_text(encoding="utf-8")
         old, new = flat(yaml.safe_load(before)), flat(yaml.safe_load(recipe))
-        record = read_json_object(run.environment_file)
+        record, last = read_json_object(run.environment_file), run.environment()
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {first_line(error)}.") from None
     keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
@@ -358,7 +363,6 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
     _clear(path)
     if old_text != recipe:
         atomic_write_text(run.recipe_file, recipe)
-    last = {**record, **{key: value for start in record.get("resumed", []) for key, value in start.items()}}
     now: dict[str, Any] = json.loads(json_bytes(environment))
     different = {key: value for key, value in now.items() if last.get(key) != value}
     if different:

@@ -23,6 +23,7 @@ from qdora.run.active_run import ActiveRun
 from qdora.run.open_directory import newest_checkpoint, open_directory
 from qdora.run.prepare import prepare, show_plans
 from qdora.run.pruned_base import SharedBases, base_of_run
+from qdora.run.recorded_base import with_own_revision
 from qdora.run.run_page import leave_page
 from qdora.run.start_checks import check_model
 from qdora.run.trainer import Trainer
@@ -72,6 +73,8 @@ def train_run(
         stack.enter_context(disk_failures(directory))
         progress, results = consoles(console if processes.is_first else Console(quiet=True))
         keep_freed_memory()
+        if resume:
+            recipe = with_own_revision(recipe, directory)
         prepared = prepare(recipe, directory, processes, where=where, force=force)
         processes = processes.dividing(prepared.recipe.train.divides_base)
         processes.first(lambda: stack.enter_context(only_process(directory, resume=resume)))
