@@ -428,6 +428,21 @@ def test_a_terminal_shows_a_bar_while_it_trains_and_evaluates(root: Path, tmp_pa
     assert [line["step"] for line in timeless(tmp_path / "run")] == [0, 1, 1, 2, 2]
 
 
+def test_a_run_that_cannot_be_written_is_evaluated(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, text = tmp_path / "run", tmp_path / "t.txt"
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("eval"))
+    (run / "eval").write_text("in the way")
+    text.write_text("the quick brown fox")
+    found = evaluate_target(str(run), EvalOptions(tasks=["letters"], limit=1, texts=[text]))
+    assert found["evaluation"]["tasks"]["letters"]["num_examples"] == 1
+    assert found["perplexity"]["num_tokens"] > 0
+    warnings = [each.message for each in caplog.records if "was not written" in each.message]
+    assert len(warnings) == 2
+    assert f"{run}/eval/final-validation-letters-limit-1.json was not written: " in warnings[0]
+
+
 def test_splits_that_a_source_does_not_have_are_refused(whole: Path, root: Path) -> None:
     with pytest.raises(UserError, match="--split: sums has no test split"):
         evaluate_target(str(whole), EvalOptions(split="test"))
