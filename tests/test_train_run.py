@@ -420,8 +420,12 @@ def test_a_mistake_that_shows_late_does_not_block_the_corrected_start(root: Path
     train_run(tiny_run.recipe(root, adapter__targets=["q_proj"], train__steps=1), tmp_path / "run")
 
 
-def test_a_terminal_shows_a_bar_while_it_trains_and_evaluates(root: Path, tmp_path: Path) -> None:
+def test_a_terminal_shows_a_bar_while_it_trains_and_evaluates(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     console = Console(force_terminal=True, width=120, file=io.StringIO())
+    monkeypatch.setattr("qdora.files.console.shows_bars", lambda _: True)
+    monkeypatch.setattr("qdora.train.progress.shows_bars", lambda _: True)
     recipe = tiny_run.recipe(root, train__steps=2, eval__every=1)
     train_run(recipe, tmp_path / "run", console=console)
     assert "step 2/2" in console.file.getvalue()  # type: ignore[attr-defined]
