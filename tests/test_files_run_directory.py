@@ -214,6 +214,22 @@ def test_full_and_read_only_disks_give_one_line(tmp_path: Path, number: int, kin
         assert len(str(raised.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "adapter", "eval"])
+def test_a_run_with_a_link_out_of_it_is_refused_at_its_start(run: RunDirectory, tmp_path: Path, name: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (run.path / "notes").mkdir()
+    (run.path / "inner").symlink_to("notes")
+    with only_process(run.path, resume=True):
+        pass
+    (run.path / name).symlink_to(elsewhere)
+    with (
+        pytest.raises(UserError, match=rf"run: {name} is not inside the run directory\. Fix: put it there, not a link"),
+        only_process(run.path, resume=True),
+    ):
+        pass
+
+
 def test_no_path_leaves_the_run(run: RunDirectory, tmp_path: Path) -> None:
     (run.path / "link").symlink_to(tmp_path)
     for parts in (("..", "x"), ("/etc/passwd",), ("eval", "..", "..", "x"), ("link", "x"), (), (".",)):

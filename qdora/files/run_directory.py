@@ -113,12 +113,14 @@ class RunDirectory:
     def inside(self, *parts: str) -> Path:
         """A path below the run directory.
 
-        Raises ValueError if the path leaves it: by .., by a symbolic link, or because it is absolute.
+        Raises UserError if the path leaves it: by .., by a symbolic link, or because it is absolute.
         """
         path = self.path.joinpath(*parts)
         root = self.path.resolve()
         if not path.resolve().is_relative_to(root) or path.resolve() == root:
-            raise ValueError(f"{Path(*parts)} is not inside the run directory {self.path}")
+            raise UserError(
+                f"{self.path}: {Path(*parts)} is not inside the run directory. Fix: put it there, not a link."
+            )
         return path
 
     def write_json(self, name: str, value: Any) -> None:
@@ -274,7 +276,7 @@ class RunDirectory:
 def only_process(path: Path, *, resume: bool) -> Iterator[None]:
     """Let no other process train in the run directory while the block runs; a new one is made.
 
-    Raises UserError if another process does, or the directory cannot be made.
+    Raises UserError if another process does, the directory cannot be made, or something in it is a link out of it.
     """
     if resume and not path.is_dir():
         open_run(path)
@@ -282,6 +284,8 @@ def only_process(path: Path, *, resume: bool) -> Iterator[None]:
         with _start_failures(path):
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(work_lock(path / LOCK, str(path)))
+        for entry in path.iterdir():
+            RunDirectory(path).inside(entry.name)
         yield
 
 
