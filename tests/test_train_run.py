@@ -447,6 +447,13 @@ def test_a_run_that_cannot_be_written_is_evaluated(
     assert f"{run}/eval/final-validation-letters-limit-1.json was not written: " in warnings[0]
 
 
+def test_a_name_that_is_no_text_is_refused_at_the_start(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / os.fsdecode(b"run\xff")
+    with pytest.raises(UserError, match=r"run .*: the name is not UTF-8 text\. Fix: choose another --run-dir"):
+        train_run(tiny_run.recipe(root), run)
+    assert not run.exists()
+
+
 def test_splits_that_a_source_does_not_have_are_refused(whole: Path, root: Path) -> None:
     with pytest.raises(UserError, match="--split: sums has no test split"):
         evaluate_target(str(whole), EvalOptions(split="test"))

@@ -15,6 +15,7 @@ from qdora.errors import DiskFull, Interrupted, UserError, first_line
 from qdora.files.atomic import disk_failures
 from qdora.files.console import consoles
 from qdora.files.run_directory import Checkpoint, failures_logged, log_to, only_process
+from qdora.files.user_paths import check_text
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import adapt
 from qdora.model.inplace_outputs import weights_unread
@@ -73,6 +74,7 @@ def train_run(
         stack.enter_context(disk_failures(directory))
         progress, results = consoles(console if processes.is_first else Console(quiet=True))
         keep_freed_memory()
+        check_text(directory, "choose another --run-dir")
         if resume:
             recipe = with_own_revision(recipe, directory)
         prepared = prepare(recipe, directory, processes, where=where, force=force)
