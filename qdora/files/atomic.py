@@ -54,12 +54,13 @@ def disk_failures(path: Path) -> Iterator[None]:
         raise kind(f"{path}: cannot be written: {reason}.") from error
 
 
-def json_text(value: Any, *, indent: int | None = None) -> str:
+def json_text(value: Any, *, indent: int | None = None, in_ascii: bool = False) -> str:
     """Strict JSON: NaN and infinities become null, paths strings, tuples lists, numpy and torch scalars numbers.
 
+    `in_ascii` writes all other characters as escapes.
     Raises TypeError for a key that is not a string, or a value that JSON cannot express.
     """
-    return json.dumps(_json_value(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_json_value(value), indent=indent, ensure_ascii=in_ascii, allow_nan=False)
 
 
 def json_bytes(value: Any, *, indent: int | None = None) -> bytes:
