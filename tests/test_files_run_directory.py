@@ -28,6 +28,7 @@ from qdora.files.atomic import (
     atomic_write_json,
     disk_failures,
     json_text,
+    place_failures,
     remove_leftovers,
 )
 from qdora.files.environment import VARIABLES, environment
@@ -228,6 +229,12 @@ def test_a_run_with_a_link_out_of_it_is_refused_at_its_start(run: RunDirectory, 
         only_process(run.path, resume=True),
     ):
         pass
+
+
+@pytest.mark.parametrize("number, kind", [(errno.EACCES, UserError), (errno.EPERM, UserError), (errno.EIO, RunFailure)])
+def test_a_forbidden_place_is_a_mistake_of_the_user(number: int, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=r"^x: c.* be written"), place_failures(Path("x"), "choose another"):
+        raise OSError(number, os.strerror(number))
 
 
 def test_no_path_leaves_the_run(run: RunDirectory, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from qdora.files.atomic import (
     disk_reason,
     is_leftover,
     json_bytes,
+    place_failures,
     remove_directory,
     remove_leftovers,
 )
@@ -50,6 +51,7 @@ COMPLETE = "complete.json"
 PLAN_FILE = "plan.json"
 JOBS = "slurm"
 """Folder of the output of jobs (run/cluster_jobs.py), which is there before the run."""
+_OTHER_PLACE = "choose another --run-dir"
 WARNING_MARK = "WARNING"
 """Begins the warnings among the lines of log.txt, behind the time."""
 FAILURE_MARK = "FAILURE"
@@ -281,7 +283,7 @@ def only_process(path: Path, *, resume: bool) -> Iterator[None]:
     if resume and not path.is_dir():
         open_run(path)
     with ExitStack() as stack:
-        with _start_failures(path):
+        with place_failures(path, _OTHER_PLACE):
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(work_lock(path / LOCK, str(path)))
         for entry in path.iterdir():
@@ -297,7 +299,7 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     run = RunDirectory(path)
     if run.recipe_file.exists() and run.has_begun:
         raise UserError(f"{path}: holds a run. Fix: resume it with --resume, or choose another --run-dir.")
-    with _start_failures(path):
+    with place_failures(path, _OTHER_PLACE):
         path.mkdir(parents=True, exist_ok=True)
         # Both files make it a run: whatever else is there, the run wrote before its first result. The environment is
         # written first, so a kill can leave it alone there.
@@ -320,17 +322,6 @@ def _clear(path: Path) -> None:
     remove_leftovers(path)
     for folder in path.iterdir():
         remove_leftovers(folder)
-
-
-@contextmanager
-def _start_failures(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        what = "cannot be written" if isinstance(error, PermissionError) else "is a file, or a parent of it is"
-        raise UserError(f"{path}: {what}. Fix: choose another --run-dir.") from None
-    except OSError as error:
-        raise RunFailure(f"{path}: the run directory could not be written: {disk_reason(error)}.") from error
 
 
 def chat_date_of(path: Path) -> str:
