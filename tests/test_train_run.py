@@ -33,7 +33,7 @@ from qdora.files.run_directory import open_run, write_complete
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.load_run import load_run
+from qdora.run.load_run import load_run, load_target
 from qdora.run.train import train_run
 from qdora.train import passes
 from tests import tiny_run, tiny_tokenizer
@@ -445,6 +445,11 @@ def test_a_run_that_cannot_be_written_is_evaluated(
     warnings = [each.message for each in caplog.records if "was not written" in each.message]
     assert len(warnings) == 2
     assert f"{run}/eval/final-validation-letters-limit-1.json was not written: " in warnings[0]
+
+
+def test_the_label_of_the_working_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root / "model")
+    assert load_target(".", verb="eval").label == "model"
 
 
 def test_a_name_that_is_no_text_is_refused_at_the_start(root: Path, tmp_path: Path) -> None:

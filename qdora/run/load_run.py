@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def load_target(
         load_adapter(model, adapter)
         drop_scales_without_room(adapted_layers(model).values())
         model.eval()
-    return LoadedModel(model=model, tokenizer=tokenizer, label=Path(target).name, run=None)
+    return LoadedModel(model=model, tokenizer=tokenizer, label=Path(os.path.abspath(target)).name, run=None)
 
 
 def _stored_form(source: ModelSource) -> dict[str, Any]:
