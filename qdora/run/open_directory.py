@@ -53,7 +53,7 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
         check_base(known, prepared.source)
         if prepared.given.data.chat_template is not None:
             _check_chat_template(known, str(prepared.tokenizer.chat_template))
-        _check_data(prepared, directory)
+        _check_data(prepared, known)
         return resume_run(directory, recipe, found(), before=_text(before))
 
     processes.first(resumed if resume else lambda: create_run(directory, recipe, found()))
@@ -66,15 +66,16 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
     return run
 
 
-def _check_data(prepared: PreparedRun, directory: Path) -> None:
+def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
     """Refuse other data than that of the newest checkpoint while nothing is written yet. UserError as `check_state`."""
-    state = None
+    steps = run.checkpoint_steps()
+    if not steps:
+        return
+    newest, state = run.checkpoint_path(steps[-1]), None
     with suppress(OSError, ValueError, LookupError, TypeError):  # damaged: an older one is taken, or a fault told
-        files = directory.glob("checkpoints/step-*/state.json")
-        newest = max(files, key=lambda file: int(file.parent.name.partition("-")[2]))
-        state = read_json_object(newest)["loader"]
+        state = read_json_object(newest / "state.json")["loader"]
     if state is not None:
-        with unreadable(newest.parent):
+        with unreadable(newest):
             prepared.loader.check_state(state)
 
 
