@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -360,6 +361,21 @@ def test_a_missing_data_file_is_reported_for_the_recipe(tmp_path: Path) -> None:
     found = invoke("train", "own-data", "-s", "model.source=builtin", "--run-dir", tmp_path / "run")
     assert found.exit_code == 2
     assert found.stderr.startswith("own-data: data.mix[0].source: no such file or directory")
+
+
+@pytest.mark.parametrize("options", [("--json",), ()])
+def test_text_on_an_output_that_is_not_utf_8(options: tuple[str, ...], root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "Läufe 😀"
+    shutil.copytree(root / "run", run)
+    text = tmp_path / "é.txt"
+    text.write_text("Grüße")
+    found = CliRunner(charset="ascii").invoke(app, [*options, "eval", str(run), "--text", str(text)])
+    assert found.exit_code == 0, found.output
+    if options:
+        assert json.loads(found.stdout_bytes.decode("ascii"))["target"] == str(run)
+    found = CliRunner(charset="ascii").invoke(app, [*options, "report", str(run)])
+    assert found.exit_code == 0, found.output
+    assert found.stdout_bytes.isascii()
 
 
 def test_a_dry_run_of_a_study_lists_its_cells(root: Path, tmp_path: Path) -> None:

@@ -276,6 +276,22 @@ def test_an_export_whose_last_file_finds_a_full_disk_can_be_repeated(
     assert (tmp_path / "out/export.json").is_file()
 
 
+@pytest.mark.parametrize(
+    "name, what",
+    [
+        ("file/out", "is a file, or a parent of it is"),
+        ("n" * 250, "its name is too long"),
+        ("n" * 300, "its name is too long"),
+        ("/proc/x/y", "cannot be made"),
+    ],
+)
+def test_a_place_where_nothing_can_be_made(run: Path, tmp_path: Path, name: str, what: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"{name}: {what}\. Fix: name another directory\.$"):
+        export_run(run, tmp_path / name)
+    assert os.listdir(tmp_path) == ["file"]
+
+
 @pytest.mark.parametrize("out", [".", "{here}", "../here"])
 def test_the_working_directory_is_refused_before_the_export(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str

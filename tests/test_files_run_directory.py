@@ -28,6 +28,7 @@ from qdora.files.atomic import (
     atomic_write_json,
     disk_failures,
     json_text,
+    place_failures,
     remove_leftovers,
 )
 from qdora.files.environment import VARIABLES, environment
@@ -212,6 +213,28 @@ def test_full_and_read_only_disks_give_one_line(tmp_path: Path, number: int, kin
         assert reason in str(raised.value)
         assert str(raised.value).startswith(f"{tmp_path / 'study'}: cannot be written: ")
         assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "adapter", "eval"])
+def test_a_run_with_a_link_out_of_it_is_refused_at_its_start(run: RunDirectory, tmp_path: Path, name: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (run.path / "notes").mkdir()
+    (run.path / "inner").symlink_to("notes")
+    with only_process(run.path, resume=True):
+        pass
+    (run.path / name).symlink_to(elsewhere)
+    with (
+        pytest.raises(UserError, match=rf"run: {name} is not inside the run directory\. Fix: put it there, not a link"),
+        only_process(run.path, resume=True),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("number, kind", [(errno.EACCES, UserError), (errno.EPERM, UserError), (errno.EIO, RunFailure)])
+def test_a_forbidden_place_is_a_mistake_of_the_user(number: int, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=r"^x: c.* be written"), place_failures(Path("x"), "choose another"):
+        raise OSError(number, os.strerror(number))
 
 
 def test_no_path_leaves_the_run(run: RunDirectory, tmp_path: Path) -> None:

@@ -56,6 +56,15 @@ def steps_on_disk(run: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
 
 
+def test_the_last_loss_of_a_run_that_stops_early(root: Path, tmp_path: Path) -> None:
+    """The loss of the last step, whatever steps `train.log_every` leaves out."""
+    summary = train_run(recipe(root, train__log_every=5, eval__every=2, eval__patience=1), tmp_path / "run")
+    assert summary["stopped_early"]
+    assert summary["num_steps"] % 5 != 0
+    lines = {line["step"]: line["loss"] for line in timeless(tmp_path / "run") if "loss" in line}
+    assert summary["final_loss"] == lines[summary["num_steps"]]
+
+
 @pytest.fixture(scope="module")
 def stopped_run(root: Path) -> Path:
     """A run that got worse and stopped early; nothing disturbed it."""

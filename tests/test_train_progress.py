@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from qdora.files.console import duration
+from qdora.files.console import bar, duration, plain_console, shows_bars
 from qdora.train.distributed import Processes
 from qdora.train.loop import _peaks
 from qdora.train.progress import TrainingProgress
@@ -21,6 +21,34 @@ def shown() -> str:
     with TrainingProgress(1, console=Console(file=text)) as progress:
         progress.step(METRICS)
     return text.getvalue()
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    "file, variables, has_bars",
+    [
+        (Screen(), {"TERM": "xterm"}, True),
+        (Screen(), {"TERM": "dumb"}, False),
+        (io.StringIO(), {"TERM": "xterm", "FORCE_COLOR": "1"}, False),
+        (io.StringIO(), {"TERM": "xterm"}, False),
+    ],
+)
+def test_where_no_bar_is_drawn_there_are_lines(file: io.StringIO, variables: dict[str, str], has_bars: bool) -> None:
+    console = plain_console(file=file, width=100, _environ=variables)
+    with bar(console, "loading the base") as update:
+        update(1, 2)
+    with TrainingProgress(1, console=console) as progress:
+        progress.step(METRICS)
+    assert shows_bars(console) == has_bars
+    assert ("━" in file.getvalue()) == has_bars
+    for text in ("loading the base", "step 1/1"):
+        assert text in file.getvalue()
 
 
 def test_with_a_gpu_reserved_memory_stands_beside_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

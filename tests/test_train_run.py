@@ -33,7 +33,7 @@ from qdora.files.run_directory import open_run, write_complete
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run.evaluate import EvalOptions, evaluate_target
-from qdora.run.load_run import load_run
+from qdora.run.load_run import load_run, load_target
 from qdora.run.open_directory import resumed_recipe
 from qdora.run.train import train_run
 from qdora.train import passes
@@ -436,12 +436,43 @@ def test_a_mistake_that_shows_late_does_not_block_the_corrected_start(root: Path
     train_run(tiny_run.recipe(root, adapter__targets=["q_proj"], train__steps=1), tmp_path / "run")
 
 
-def test_a_terminal_shows_a_bar_while_it_trains_and_evaluates(root: Path, tmp_path: Path) -> None:
+def test_a_terminal_shows_a_bar_while_it_trains_and_evaluates(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     console = Console(force_terminal=True, width=120, file=io.StringIO())
+    monkeypatch.setattr("qdora.files.console.shows_bars", lambda _: True)
+    monkeypatch.setattr("qdora.train.progress.shows_bars", lambda _: True)
     recipe = tiny_run.recipe(root, train__steps=2, eval__every=1)
     train_run(recipe, tmp_path / "run", console=console)
     assert "step 2/2" in console.file.getvalue()  # type: ignore[attr-defined]
     assert [line["step"] for line in timeless(tmp_path / "run")] == [0, 1, 1, 2, 2]
+
+
+def test_a_run_that_cannot_be_written_is_evaluated(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, text = tmp_path / "run", tmp_path / "t.txt"
+    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("eval"))
+    (run / "eval").write_text("in the way")
+    text.write_text("the quick brown fox")
+    found = evaluate_target(str(run), EvalOptions(tasks=["letters"], limit=1, texts=[text]))
+    assert found["evaluation"]["tasks"]["letters"]["num_examples"] == 1
+    assert found["perplexity"]["num_tokens"] > 0
+    warnings = [each.message for each in caplog.records if "was not written" in each.message]
+    assert len(warnings) == 2
+    assert f"{run}/eval/final-validation-letters-limit-1.json was not written: " in warnings[0]
+
+
+def test_the_label_of_the_working_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root / "model")
+    assert load_target(".", verb="eval").label == "model"
+
+
+def test_a_name_that_is_no_text_is_refused_at_the_start(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / os.fsdecode(b"run\xff")
+    with pytest.raises(UserError, match=r"run .*: the name is not UTF-8 text\. Fix: choose another --run-dir"):
+        train_run(tiny_run.recipe(root), run)
+    assert not run.exists()
 
 
 def test_splits_that_a_source_does_not_have_are_refused(whole: Path, root: Path) -> None:

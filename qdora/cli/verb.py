@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import logging
 import math
 import os
@@ -83,6 +84,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _set_up_output() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows the text of a model in escapes
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     is_quiet = _asked.quiet or os.environ.get("RANK", "0") != "0"  # all processes of a launch do the same things
     # The level is set on the handler: a run lowers that of its logger, so that log.txt gets everything.
@@ -165,7 +168,8 @@ def explain(error: BaseException) -> tuple[str, int]:
 def emit(result: dict[str, Any], *, plain: str | None = None) -> None:
     """Print the result: with --json as one JSON document, else `plain`, unless the verb has printed it itself."""
     try:
-        sys.stdout.write(json_text(result, indent=2) + "\n" if _asked.json else plain or "")
+        in_ascii = not (sys.stdout.encoding or "").lower().startswith("utf")
+        sys.stdout.write(json_text(result, indent=2, in_ascii=in_ascii) + "\n" if _asked.json else plain or "")
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush fails

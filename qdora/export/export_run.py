@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from qdora.files.atomic import (
     atomic_write_json,
     atomic_write_text,
     disk_failures,
+    place_failures,
     remove_directory,
     sync,
 )
@@ -96,17 +97,20 @@ def _unfinished(out: Path) -> Iterator[Path]:
     The directory in it must appear whole. A failure removes everything, but if the directory is there (its check
     failed, say) it gets its name, too, unless the failure is DiskFull. Resumable, an interrupt or a kill leaves the
     hidden directory: the next export to `out` goes on from it, but makes whole files, which perhaps were not checked,
-    again. UserError if another process is exporting to `out`.
+    again. UserError if another process is exporting to `out`,
+    or nothing can be made there.
     """
-    check_new_directory(out)
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    hidden = out.with_name(f".{out.name}.unfinished")
-    place = hidden / out.name
-    with work_lock(out.with_name(f".{out.name}.lock"), str(out)):
-        check_new_directory(out)  # another process may just have finished it
-        remove_directory(place)  # whole, but perhaps not checked
-        hidden.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        with place_failures(out, "name another directory"):
+            check_new_directory(out)
+            out = out.absolute()
+            out.parent.mkdir(parents=True, exist_ok=True)
+            hidden = out.with_name(f".{out.name}.unfinished")
+            place = hidden / out.name
+            stack.enter_context(work_lock(out.with_name(f".{out.name}.lock"), str(out)))
+            check_new_directory(out)  # another process may just have finished it
+            remove_directory(place)  # whole, but perhaps not checked
+            hidden.mkdir(exist_ok=True)
         try:
             yield place
         except Exception as error:

@@ -70,6 +70,7 @@ from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 from qdora.run.model_card import card_files
+from qdora.run.recorded_base import check_base
 
 _STATE_BYTES = 256
 """Length of the JSON beside a packed weight, padded with blanks: it must be known before the scales are."""
@@ -149,8 +150,12 @@ def write_merge(
 def merge_of(
     run: RunDirectory, recipe: Recipe, trained: Path, options: ExportOptions
 ) -> tuple[StreamedMerge, PreTrainedTokenizerBase]:
-    """The streamed merge of a run's adapter, and the run's tokenizer; `trained` is from `trained_state`."""
+    """The streamed merge of a run's adapter, and the run's tokenizer; `trained` is from `trained_state`.
+
+    Raises UserError if the base has changed.
+    """
     source, tokenizer = find_model(recipe)
+    check_base(run, source)
     adapter = None if recipe.adapter.kind == "none" else adapter_of(run, trained)
     merge = StreamedMerge(
         source,

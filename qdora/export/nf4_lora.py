@@ -185,8 +185,8 @@ def check_foldable(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if layer.kind in FOUR_BIT_KINDS and layer.in_features % layer.block_size:
             faults.append(
                 f"--format nf4-lora: {path.removesuffix('.base')}: in_features {layer.in_features} is no multiple of "
-                f"the block size {layer.block_size}, so some blocks cross from one row into the next and cannot take "
-                "the gain of one row. Fix: use --format merged."
+                f"the block size {layer.block_size}, so some blocks cross from one row into the next: no gain of a "
+                "row can scale them, and bitsandbytes cannot compute them on a CPU. Fix: use --format merged."
             )
     for path, adapted in layers.items():
         if adapted.magnitude is not None and adapted.base.kind == "dense" and dtype != torch.float32:

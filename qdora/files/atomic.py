@@ -24,6 +24,12 @@ DISK_FULL = "the disk is full"
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 _KEY_FILE = ".resume-key"
+_WRONG_PLACE = {
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "is a file, or a parent of it is"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "cannot be written"),
+    errno.ENOENT: "cannot be made",
+    errno.ENAMETOOLONG: "its name is too long",
+}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -54,12 +60,27 @@ def disk_failures(path: Path) -> Iterator[None]:
         raise kind(f"{path}: cannot be written: {reason}.") from error
 
 
-def json_text(value: Any, *, indent: int | None = None) -> str:
+@contextmanager
+def place_failures(path: Path, fix: str) -> Iterator[None]:
+    """For the block that makes the directory `path`: UserError, with the `fix`, for a wrong or forbidden place.
+
+    Of another failure RunFailure is raised.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _WRONG_PLACE:
+            raise UserError(f"{path}: {_WRONG_PLACE[error.errno]}. Fix: {fix}.") from None
+        raise RunFailure(f"{path}: could not be written: {disk_reason(error)}.") from error
+
+
+def json_text(value: Any, *, indent: int | None = None, in_ascii: bool = False) -> str:
     """Strict JSON: NaN and infinities become null, paths strings, tuples lists, numpy and torch scalars numbers.
 
+    `in_ascii` writes all other characters as escapes.
     Raises TypeError for a key that is not a string, or a value that JSON cannot express.
     """
-    return json.dumps(_json_value(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_json_value(value), indent=indent, ensure_ascii=in_ascii, allow_nan=False)
 
 
 def json_bytes(value: Any, *, indent: int | None = None) -> bytes:

@@ -33,6 +33,14 @@ def consoles(given: Console | None = None) -> tuple[Console, Console]:
     return both
 
 
+def shows_bars(console: Console) -> bool:
+    """Whether the console draws progress bars; otherwise progress is told in lines.
+
+    To rich, a file is a terminal with FORCE_COLOR, and a terminal with TERM=dumb is one without bars.
+    """
+    return console.is_interactive and console.file.isatty()
+
+
 def duration(seconds: float) -> str:
     """12.3 -> '12s', 75 -> '1m15s', 7260 -> '2h01m'."""
     whole = round(seconds)
@@ -58,8 +66,8 @@ def errors_only(when: bool = True) -> Iterator[None]:
 
 @contextmanager
 def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, one line elsewhere; yields the function to call with (done, total)."""
-    if not console.is_terminal:
+    """A progress bar where there are bars, one line elsewhere; yields the function to call with (done, total)."""
+    if not shows_bars(console):
         console.print(what)
         yield lambda done, total: None
         return

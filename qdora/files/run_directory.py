@@ -36,6 +36,7 @@ from qdora.files.atomic import (
     disk_reason,
     is_leftover,
     json_bytes,
+    place_failures,
     remove_directory,
     remove_leftovers,
 )
@@ -50,6 +51,7 @@ COMPLETE = "complete.json"
 PLAN_FILE = "plan.json"
 JOBS = "slurm"
 """Folder of the output of jobs (run/cluster_jobs.py), which is there before the run."""
+_OTHER_PLACE = "choose another --run-dir"
 WARNING_MARK = "WARNING"
 """Begins the warnings among the lines of log.txt, behind the time."""
 FAILURE_MARK = "FAILURE"
@@ -113,12 +115,14 @@ class RunDirectory:
     def inside(self, *parts: str) -> Path:
         """A path below the run directory.
 
-        Raises ValueError if the path leaves it: by .., by a symbolic link, or because it is absolute.
+        Raises UserError if the path leaves it: by .., by a symbolic link, or because it is absolute.
         """
         path = self.path.joinpath(*parts)
         root = self.path.resolve()
         if not path.resolve().is_relative_to(root) or path.resolve() == root:
-            raise ValueError(f"{Path(*parts)} is not inside the run directory {self.path}")
+            raise UserError(
+                f"{self.path}: {Path(*parts)} is not inside the run directory. Fix: put it there, not a link."
+            )
         return path
 
     def write_json(self, name: str, value: Any) -> None:
@@ -142,6 +146,11 @@ class RunDirectory:
             raise ValueError(f"a line of metrics needs an int 'step', got {dict(values)!r}")
         with self._disk_failures(self.metrics_file.name):
             _append(self.metrics_file, json_bytes(values))
+
+    def environment(self) -> dict[str, Any]:
+        """What environment.json says of the last start. Raises UserError if it is damaged."""
+        record = read_json_object(self.environment_file)
+        return {**record, **{key: value for start in record.get("resumed", []) for key, value in start.items()}}
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl, in order; a line that a kill has cut off is left out."""
@@ -269,14 +278,16 @@ class RunDirectory:
 def only_process(path: Path, *, resume: bool) -> Iterator[None]:
     """Let no other process train in the run directory while the block runs; a new one is made.
 
-    Raises UserError if another process does, or the directory cannot be made.
+    Raises UserError if another process does, the directory cannot be made, or something in it is a link out of it.
     """
     if resume and not path.is_dir():
         open_run(path)
     with ExitStack() as stack:
-        with _start_failures(path):
+        with place_failures(path, _OTHER_PLACE):
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(work_lock(path / LOCK, str(path)))
+        for entry in path.iterdir():
+            RunDirectory(path).inside(entry.name)
         yield
 
 
@@ -288,7 +299,7 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
     run = RunDirectory(path)
     if run.recipe_file.exists() and run.has_begun:
         raise UserError(f"{path}: holds a run. Fix: resume it with --resume, or choose another --run-dir.")
-    with _start_failures(path):
+    with place_failures(path, _OTHER_PLACE):
         path.mkdir(parents=True, exist_ok=True)
         # Both files make it a run: whatever else is there, the run wrote before its first result. The environment is
         # written first, so a kill can leave it alone there.
@@ -311,17 +322,6 @@ def _clear(path: Path) -> None:
     remove_leftovers(path)
     for folder in path.iterdir():
         remove_leftovers(folder)
-
-
-@contextmanager
-def _start_failures(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        what = "cannot be written" if isinstance(error, PermissionError) else "is a file, or a parent of it is"
-        raise UserError(f"{path}: {what}. Fix: choose another --run-dir.") from None
-    except OSError as error:
-        raise RunFailure(f"{path}: the run directory could not be written: {disk_reason(error)}.") from error
 
 
 def chat_date_of(path: Path) -> str:
@@ -355,7 +355,7 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
     try:
         old_text = run.recipe_file.read_text(encoding="utf-8")
         old, new = flat(yaml.safe_load(before)), flat(yaml.safe_load(recipe))
-        record = read_json_object(run.environment_file)
+        record, last = read_json_object(run.environment_file), run.environment()
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {first_line(error)}.") from None
     keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
@@ -368,7 +368,6 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
     _clear(path)
     if old_text != recipe:
         atomic_write_text(run.recipe_file, recipe)
-    last = {**record, **{key: value for start in record.get("resumed", []) for key, value in start.items()}}
     now: dict[str, Any] = json.loads(json_bytes(environment))
     different = {key: value for key, value in now.items() if last.get(key) != value}
     if different:

@@ -266,8 +266,8 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
 def _warn_of_other_base(recipe: Recipe, directory: Path) -> None:
     """Tell if qdora trained the adapter in `directory` on another base, or on one that was compressed otherwise."""
     now = {"name_or_path": recipe.model.source, "revision": recipe.model.revision, "quant": _quantization(recipe)}
-    before = describe_adapter(directory).base
-    if before is None or {**before, "name_or_path": before.get("name_or_path") or recipe.model.source} == now:
+    before = describe_adapter(directory).base or {}
+    if all(before.get(key) in (None, value) for key, value in now.items() if value is not None):
         return
     text = "adapter.resume_from: the adapter in %s was trained on %s, and this run puts it on %s. It may not fit."
     logger.warning(text, directory, _base_in_words(before), _base_in_words(now))

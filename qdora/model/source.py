@@ -125,6 +125,11 @@ def resolve(
     return _from_hub(source, revision, trust_remote_code, config=config, weights=weights, setting=setting)
 
 
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a full commit, which nobody can move to other files."""
+    return _COMMIT.fullmatch(revision or "") is not None
+
+
 def public_name(source: str) -> str | None:
     """The Hub id of a source; None for a path or the builtin model, which only this machine has."""
     local = source == BUILTIN or user_path(source).exists() or is_path(source)
@@ -201,7 +206,7 @@ def _quantization_faults(config: Path) -> tuple[str, ...]:
 def _from_hub(
     source: str, revision: str | None, trust_remote_code: bool, *, config: bool, weights: bool, setting: str
 ) -> ModelSource:
-    if trust_remote_code and (revision is None or _COMMIT.fullmatch(revision) is None):
+    if trust_remote_code and not is_commit(revision):
         raise UserError(
             f"model.trust_remote_code: needs model.revision to be a full commit (40 hexadecimal digits), "
             f"got {revision!r}: a branch or tag can be moved to other code."
@@ -209,7 +214,7 @@ def _from_hub(
     patterns = [*_SMALL_FILES, "README.md", *LICENCE_FILES, *(["*.py"] if trust_remote_code else [])]
     path = _download(source, revision, patterns, setting)
     # The cache names a snapshot by its commit, which the record of a run needs.
-    commit = path.name if _COMMIT.fullmatch(path.name) else revision
+    commit = path.name if is_commit(path.name) else revision
     if config:
         check_directory(path, weights=False)
     if trust_remote_code:
@@ -259,6 +264,11 @@ def _hub_reason(error: Exception, source: str, revision: str | None, setting: st
     nothing_here = "no such directory" if setting.startswith("model.") else "no such run or directory"
     if isinstance(error, RepositoryNotFoundError):
         return f"{nothing_here}, and no model of that name on the Hub.{nearest_path(Path(source))}"
+    if isinstance(error, LocalEntryNotFoundError | ConnectionError) and revision is not None:
+        return (
+            f"its revision {revision!r} is not in the Hub's cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is "
+            "set)."
+        )
     if isinstance(error, LocalEntryNotFoundError | ConnectionError):
         return (
             f"{nothing_here}, no model of that name in the Hub's cache, and the Hub cannot be reached "

@@ -90,7 +90,7 @@ class TrainConfig(Section):
     seed: Seed = 0
     """Seed of the initial lora_A and of dropout."""
     log_every: Whole = 1
-    """Steps between lines in metrics.jsonl."""
+    """Steps between lines in metrics.jsonl. Evaluated steps and the last one have a line, too."""
     checkpoint_every: Whole | None = 100
     """Steps between checkpoints (null: only at the end, on an interrupt and at a failed step)."""
     keep_checkpoints: Whole = 2

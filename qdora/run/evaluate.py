@@ -22,7 +22,7 @@ from qdora.evaluation.harness import evaluate_harness, find_harness_tasks, harne
 from qdora.evaluation.perplexity import read_texts, text_perplexity
 from qdora.evaluation.suite import compare_table, evaluate
 from qdora.files.console import bar, consoles
-from qdora.files.run_directory import open_run
+from qdora.files.run_directory import open_run, unharmed
 from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.source import resolve
@@ -242,10 +242,15 @@ def _in_a_name(what: Sequence[str]) -> str:
 
 
 def _keep(loaded: LoadedModel, name: str, document: dict[str, Any]) -> None:
-    """Write eval/<label>-<name>.json of a run, with the step; a model that is not a run keeps nothing."""
+    """Write eval/<label>-<name>.json of a run, with the step; a model that is not a run keeps nothing.
+
+    A run that cannot be written keeps nothing either, after a warning: the results are printed all the same.
+    """
     if loaded.run is not None:
-        step = state_step(loaded.run, loaded.label)
-        loaded.run.write_json(f"eval/{loaded.label}-{name}.json", {"step": step, **document})
+        file = f"eval/{loaded.label}-{name}.json"
+        with unharmed(str(loaded.run.path / file)):
+            step = state_step(loaded.run, loaded.label)
+            loaded.run.write_json(file, {"step": step, **document})
 
 
 def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> dict[str, list[Example]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from qdora.recipe.recipe_file import override, recipe_of_run
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base
 from qdora.run.pruned_base import FOLDER
+from qdora.run.recorded_base import check_base
 from qdora.run.residency_choice import residency_here
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
@@ -70,7 +72,7 @@ def load_run(
         widened: Compute in float32 with an attention that supports it, whatever the recipe says. A GPU holds the whole
             base, since second derivatives read any block at any time.
     Raises:
-        UserError: There is no run, no such checkpoint, or nothing trained yet.
+        UserError: There is no run, no such checkpoint, or nothing trained yet, or the base has changed.
     """
     run = open_run(path)
     recipe = recipe_of_run(run.recipe_file)
@@ -78,6 +80,7 @@ def load_run(
         recipe = override(recipe, ["model.dtype=float32", "model.attention=auto"])
     trained, state = trained_state(run, recipe, step)
     source, tokenizer = find_model(recipe)
+    check_base(run, source)
     set_chat_date(tokenizer, chat_date_of(path))
     compute = choose_compute(recipe.model.dtype)
     if original:
@@ -165,7 +168,7 @@ def load_target(
         load_adapter(model, adapter)
         drop_scales_without_room(adapted_layers(model).values())
         model.eval()
-    return LoadedModel(model=model, tokenizer=tokenizer, label=Path(target).name, run=None)
+    return LoadedModel(model=model, tokenizer=tokenizer, label=Path(os.path.abspath(target)).name, run=None)
 
 
 def _stored_form(source: ModelSource) -> dict[str, Any]:

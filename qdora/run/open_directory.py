@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text
@@ -15,10 +16,12 @@ from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import Checkpoint, RunDirectory, create_run, open_run, resume_run
 from qdora.files.setting_keys import flat
 from qdora.model.language_part import TRAINED_PART, is_multimodal
+from qdora.model.source import is_commit
 from qdora.recipe.faults import shown
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, settings
 from qdora.recipe.settings import Recipe
 from qdora.run.prepare import PreparedRun
+from qdora.run.recorded_base import base_record, check_base, recorded_base, with_revision
 from qdora.run.residency_choice import keep_residency
 from qdora.train.checkpoint import unreadable
 from qdora.train.distributed import Processes
@@ -32,22 +35,29 @@ logger = logging.getLogger("qdora")
 
 def open_directory(prepared: PreparedRun, directory: Path, processes: Processes, *, resume: bool) -> RunDirectory:
     """Create the run directory, or with `resume` open it; it holds the recipe as it was given."""
-    found = (
-        environment()
-        | {"chat_date": prepared.chat_date, "has_chats": prepared.has_chats}
-        | ({} if processes.size == 1 else {"num_processes": processes.size})
-        | ({"trained_part": TRAINED_PART} if _has_other_parts(prepared) else {})
-    )
     recipe = _text(prepared.given)
 
-    def resumed() -> RunDirectory:
-        before = load_recipe(open_run(directory).recipe_file)
-        if prepared.given.data.chat_template is not None:
-            _check_chat_template(RunDirectory(directory), str(prepared.tokenizer.chat_template))
-        _check_data(prepared, directory)
-        return resume_run(directory, recipe, found, before=_text(before))
+    def found() -> dict[str, Any]:
+        return (
+            environment()
+            | {"base": base_record(prepared.source)}
+            | {"chat_date": prepared.chat_date, "has_chats": prepared.has_chats}
+            | ({} if processes.size == 1 else {"num_processes": processes.size})
+            | ({"trained_part": TRAINED_PART} if _has_other_parts(prepared) else {})
+        )
 
-    processes.first(resumed if resume else lambda: create_run(directory, recipe, found))
+    def resumed() -> RunDirectory:
+        known = open_run(directory)
+        before = load_recipe(known.recipe_file)
+        if recorded_base(known) is None:  # an older version did not pin the base: the run goes on with this one
+            before = with_revision(before, prepared.given.model.revision)
+        check_base(known, prepared.source)
+        if prepared.given.data.chat_template is not None:
+            _check_chat_template(known, str(prepared.tokenizer.chat_template))
+        _check_data(prepared, known)
+        return resume_run(directory, recipe, found(), before=_text(before))
+
+    processes.first(resumed if resume else lambda: create_run(directory, recipe, found()))
     run = RunDirectory(directory)
     if prepared.given.data.chat_template is not None:
         # recipe.yaml names this copy, so a later change of the file has no effect
@@ -57,15 +67,16 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
     return run
 
 
-def _check_data(prepared: PreparedRun, directory: Path) -> None:
+def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
     """Refuse other data than that of the newest checkpoint while nothing is written yet. UserError as `check_state`."""
-    state = None
+    steps = run.checkpoint_steps()
+    if not steps:
+        return
+    newest, state = run.checkpoint_path(steps[-1]), None
     with suppress(OSError, ValueError, LookupError, TypeError):  # damaged: an older one is taken, or a fault told
-        files = directory.glob("checkpoints/step-*/state.json")
-        newest = max(files, key=lambda file: int(file.parent.name.partition("-")[2]))
-        state = read_json_object(newest)["loader"]
+        state = read_json_object(newest / "state.json")["loader"]
     if state is not None:
-        with unreadable(newest.parent):
+        with unreadable(newest):
             prepared.loader.check_state(state)
 
 
@@ -97,6 +108,8 @@ def resumed_recipe(directory: Path, where: str, overrides: Sequence[str]) -> Rec
     mine, other = flat(settings(own)), flat(settings(given))
     if _same_text(own.data.chat_template, given.data.chat_template):
         mine.pop(CHAT_TEMPLATE, None), other.pop(CHAT_TEMPLATE, None)
+    if not is_commit(given.model.revision):
+        mine.pop("model.revision", None), other.pop("model.revision", None)  # the run has pinned the commit
     different = [key for key in dict.fromkeys((*mine, *other)) if mine.get(key) != other.get(key)]
     if different and os.environ.get("RANK", "0") == "0":
         named = [f"{key} (the run: {shown(mine.get(key))}, {where}: {shown(other.get(key))})" for key in different]

@@ -49,6 +49,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run.calibration import calibration_tokens
 from qdora.run.load_base import NO_GPU
 from qdora.run.model_limits import context_warnings, vocabulary_faults
+from qdora.run.recorded_base import pinned
 from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks
 from qdora.run.step_evaluations import selection_faults
 from qdora.run.task_conflicts import interference_faults
@@ -65,7 +66,7 @@ class PreparedRun:
     """A run that passed all checks and can start."""
 
     given: Recipe
-    """The recipe as it was given; the run directory keeps it."""
+    """The recipe as it was given, with the commit of a base from the Hub; the run directory keeps it."""
     recipe: Recipe
     """The recipe that runs: `memory.budget: auto` may have changed it."""
     source: ModelSource
@@ -104,6 +105,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         raise UserError(*faults)
     # Without a plan the weights are fetched first: a missing model fails before the data is read.
     source, tokenizer = find_model(recipe, weights=recipe.memory.budget is None)
+    recipe = pinned(recipe, source)
     config = load_config(source)
     check_router_loss(recipe, config)
     chat_date = processes.gather(chat_date_of(directory))[0]
@@ -123,7 +125,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     if memory_plan is not None:
         source = find_source(applied)
         loader.batching.max_tokens = micro_batch_tokens(applied)
-    pruned = applied.base.prune is not None
+    is_pruned = applied.base.prune is not None
     return PreparedRun(
         given=recipe,
         recipe=applied,
@@ -138,7 +140,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         memory_plan=memory_plan,
         chat_date=chat_date,
         has_chats=chats,
-        calibration=calibration_tokens(applied, tokenizer, mix, config) if pruned else None,
+        calibration=calibration_tokens(applied, tokenizer, mix, config) if is_pruned else None,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,7 +15,7 @@ from rich.console import Console
 
 from qdora.data.mix_plan import MIX_COLUMNS, SourcePlan, mix_cells
 from qdora.errors import UserError, named
-from qdora.files.atomic import atomic_write_text, disk_failures
+from qdora.files.atomic import atomic_write_text, disk_failures, place_failures
 from qdora.files.console import consoles, duration
 from qdora.files.html_page import PageTable, render_page
 from qdora.files.run_directory import RunDirectory, open_run, unharmed
@@ -45,15 +47,19 @@ def page_of_run(directory: Path, out: Path | None = None, *, console: Console | 
     Returns:
         The facts (`run_facts`) and the path of the page.
     Raises:
-        UserError: No run, or a damaged recipe. RunFailure: The disk cannot be written.
+        UserError: No run, a damaged recipe, or a directory that cannot be made or written.
+        RunFailure: The disk cannot be written.
     """
     run = open_run(directory)
     _, results = consoles(console)
-    draw_figures(run.metrics(), run.inside("figures"))
     folder = out or directory
+    with place_failures(folder, "name another directory with --out"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    draw_figures(run.metrics(), run.inside("figures"))
     try:
         with disk_failures(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             facts = write_page(run, folder / PAGE_FILE)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory}: a file of the run does not hold what a run writes ({named(error)}).") from error

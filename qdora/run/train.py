@@ -15,6 +15,7 @@ from qdora.errors import DiskFull, Interrupted, UserError, first_line
 from qdora.files.atomic import disk_failures
 from qdora.files.console import consoles
 from qdora.files.run_directory import Checkpoint, failures_logged, log_to, only_process
+from qdora.files.user_paths import check_text
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import adapt
 from qdora.model.inplace_outputs import weights_unread
@@ -23,6 +24,7 @@ from qdora.run.active_run import ActiveRun
 from qdora.run.open_directory import newest_checkpoint, open_directory
 from qdora.run.prepare import prepare, show_plans
 from qdora.run.pruned_base import SharedBases, base_of_run
+from qdora.run.recorded_base import with_own_revision
 from qdora.run.run_page import leave_page
 from qdora.run.start_checks import check_model
 from qdora.run.trainer import Trainer
@@ -72,6 +74,9 @@ def train_run(
         stack.enter_context(disk_failures(directory))
         progress, results = consoles(console if processes.is_first else Console(quiet=True))
         keep_freed_memory()
+        check_text(directory, "choose another --run-dir")
+        if resume:
+            recipe = with_own_revision(recipe, directory)
         prepared = prepare(recipe, directory, processes, where=where, force=force)
         processes = processes.dividing(prepared.recipe.train.divides_base)
         processes.first(lambda: stack.enter_context(only_process(directory, resume=resume)))

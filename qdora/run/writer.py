@@ -17,14 +17,14 @@ from qdora.data.batching import IGNORED
 from qdora.errors import DiskFull, RunFailure
 from qdora.files.atomic import json_bytes
 from qdora.files.run_directory import checkpoint_fault, unharmed
+from qdora.files.tensor_file import write_tensors
 from qdora.model.build_model import write_adapter
 from qdora.recipe.recipe_file import settings
 from qdora.run.active_run import ActiveRun, TrainingState
 from qdora.run.experiment_trackers import tracking
 from qdora.run.step_evaluations import BEST_FILE
 from qdora.run.trained_layers import keep_trained
-from qdora.train.best import best_step_in
-from qdora.train.checkpoint import PARAMETERS_FILE, random_text, read_policies, write_parameters, write_state
+from qdora.train.checkpoint import PARAMETERS_FILE, best_step_in, random_text, write_state
 from qdora.train.hooks import Metrics
 from qdora.train.step_checks import BadStep
 
@@ -69,7 +69,7 @@ class RunWriter:
 
         def write() -> None:
             self._with_room(lambda: self._write_checkpoint(step, random))
-            self.run.prune_checkpoints(self.active.recipe.train.keep_checkpoints, _best_step)
+            self.run.prune_checkpoints(self.active.recipe.train.keep_checkpoints, best_step_in)
 
         self.processes.first(write)
         return self.run.checkpoint_path(step)
@@ -153,7 +153,7 @@ class RunWriter:
         try:
             write()
         except DiskFull:
-            removed = self.run.prune_checkpoints(1, _best_step)
+            removed = self.run.prune_checkpoints(1, best_step_in)
             if not removed:
                 raise
             write()
@@ -197,18 +197,13 @@ class RunWriter:
     def _write_trained(self, directory: Path, adapter: Path) -> None:
         if self.active.recipe.adapter.kind == "full":
             assert self.state.optimizer is not None
-            write_parameters(directory / PARAMETERS_FILE, self.state.optimizer.parameters)
+            write_tensors(directory / PARAMETERS_FILE, self.state.optimizer.parameters)
             return
         extra = None
         if self.state.gates is not None:
             self.state.gates.settle()  # after a failed step they have their drawn values
             extra = {"gates": self.state.gates.record()}
         write_adapter(self.active.model, self.active.recipe, adapter, extra=extra)
-
-
-def _best_step(checkpoint: Path) -> int | None:
-    """The best step that a whole checkpoint records: a run that continues from it may end with that step."""
-    return best_step_in(read_policies(checkpoint))
 
 
 def _bad_examples(bad: BadStep) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from qdora.data.sources import has_split
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line, named, not_one_of
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import atomic_directory, disk_failures
-from qdora.files.console import consoles, duration
+from qdora.files.console import consoles, duration, shows_bars
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.failed_allocation import free_memory
@@ -313,7 +313,7 @@ class CellsBar:
         self.progress.update(self.task, completed=done, left=left)
         name = " ".join(cell.labels.values()) or "uncompressed base"
         text = f"{done}/{len(self.cells)} {event}: {name} ({cell.key}), {duration(seconds)}; {left}"
-        if event == "failed" or not self.console.is_terminal:
+        if event == "failed" or not shows_bars(self.console):
             self.console.print(text.removesuffix("; "), soft_wrap=True)
 
     def _num_done(self) -> int:
@@ -325,7 +325,7 @@ def cells_bar(console: Console, store: StudyDirectory) -> Iterator[CellsBar]:
     """A `CellsBar` that is shown while the block runs."""
     what, left = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[left]}")
     columns = (what, BarColumn(), MofNCompleteColumn(), left)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not shows_bars(console)) as progress:
         yield CellsBar(console, store, progress)
 
 

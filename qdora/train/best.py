@@ -53,9 +53,3 @@ class BestSoFar:
         assert state["question"] == self.question, (state["question"], self.question)
         self.step, self.value, self.num_since = state["step"], state["value"], state["num_since"]
         self.judged = state.get("judged")  # not in checkpoints of earlier versions
-
-
-def best_step_in(policies: Mapping[str, Any]) -> int | None:
-    """The best step in a checkpoint's policies, or None."""
-    found: int | None = policies.get("best", {}).get("step")
-    return found

@@ -61,11 +61,6 @@ def write_state(
     (directory / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
 
 
-def write_parameters(file: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Write the trainable parameters under their paths (full fine-tuning)."""
-    write_tensors(file, parameters)
-
-
 @torch.no_grad()
 def copy_parameters(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], where: Path) -> None:
     """Copy tensors into the trainable parameters of the same path.
@@ -143,9 +138,10 @@ def unreadable(directory: Path) -> Iterator[None]:
         raise UserError(f"{directory}: is no checkpoint of this version of qdora: {reason}.") from error
 
 
-def read_policies(directory: Path) -> dict[str, Any]:
-    """The policies of a checkpoint, read without the rest of it."""
-    return dict(read_json_object(directory / "state.json")["policies"])
+def best_step_in(directory: Path) -> int | None:
+    """The best step that a checkpoint records, or None: a run that continues from it may end with that step."""
+    found: int | None = read_json_object(directory / "state.json")["policies"].get("best", {}).get("step")
+    return found
 
 
 def random_state() -> dict[str, Tensor]:

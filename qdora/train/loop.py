@@ -107,7 +107,7 @@ def fit(
         metrics["time"] = {"step_seconds": seconds, **_peaks(processes)}
         if reason is not None:
             _skipped(found, reason, done, hooks)
-        elif done % train.log_every == 0 or done == num_steps:
+        elif done == num_steps or any(every and done % every == 0 for every in (train.log_every, hooks.evaluate_every)):
             hooks.write_metrics(metrics)
         grown = backoff.grow()
         if grown is not None:

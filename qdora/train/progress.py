@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from qdora.files.console import duration, plain_console
+from qdora.files.console import duration, plain_console, shows_bars
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -53,7 +53,7 @@ class TrainingProgress:
         self._task: TaskID | None = None
 
     def __enter__(self) -> TrainingProgress:
-        if self.console.is_terminal:
+        if shows_bars(self.console):
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=self.console)
             self._bar.start()

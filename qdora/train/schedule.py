@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from qdora.recipe.train_settings import TrainConfig
@@ -25,8 +26,9 @@ class Schedule:
 
     def __init__(self, train: TrainConfig, num_steps: int) -> None:
         self._train, self._num_steps = train, num_steps
-        warmup = math.ceil(train.warmup * num_steps) if isinstance(train.warmup, float) else train.warmup
-        self._warmup = min(warmup, num_steps)
+        # As written in the recipe: 0.07 * 100 is 7.000000000000001 in floating point.
+        share = Fraction(repr(train.warmup)) if isinstance(train.warmup, float) else None
+        self._warmup = min(train.warmup if share is None else math.ceil(share * num_steps), num_steps)
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, 0 to num_steps - 1."""
