@@ -340,6 +340,15 @@ def test_the_key_is_of_what_decides_the_result(setting: str, is_decisive: bool) 
     assert (key_of(override(plain, [setting])) != key_of(plain)) == is_decisive
 
 
+def test_a_new_setting_leaves_the_keys_of_the_studies_that_do_not_use_it() -> None:
+    plain = study_worker.recipe(lr=1e-4)
+    # As before data.mix[].chat. Another key here means that every study that was made starts anew.
+    assert key_of(plain) == "9feb6088ae9b4d19"
+    (source,) = plain.data.mix
+    chats = plain.data.model_copy(update={"mix": (source.model_copy(update={"chat": True}),)})
+    assert key_of(plain.model_copy(update={"data": chats})) != key_of(plain)
+
+
 def test_the_key_is_of_the_content_of_the_data(tmp_path: Path) -> None:
     rows, folder = tmp_path / "rows.jsonl", tmp_path / "piqa"
     folder.mkdir()

@@ -397,7 +397,8 @@ def test_names_of_points_stand_apart_beside_their_points(report: Report, metric:
     """Many bases of nearly the same size and quality, and one far off."""
     (one, *_) = rows(report, "arms", kind="trained")
     places = {f"base {number}": (100 + number % 3, 3.0 + 0.001 * number) for number in range(16)} | {"far": (140, 4.0)}
-    arms = [one | {"base.quant": name, "total_mib": x, metric: y} for name, (x, y) in places.items()]
+    ranked = one | {"pareto": True}
+    arms = [ranked | {"base.quant": name, "total_mib": x, metric: y} for name, (x, y) in places.items()]
     compare = report.compare.model_copy(update={"metric": metric})
     draw = report_figures._pareto(replace(report, compare=compare, tables=report.tables | {"arms": arms}))
     assert draw is not None

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import Interrupted, UserError
+from qdora.evaluation import before_after
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.recipe.settings import Recipe
@@ -330,6 +331,7 @@ def test_a_task_that_got_worse_than_the_base_is_said_everywhere(
         return replace(found, tasks=tasks, average=average)
 
     monkeypatch.setattr(step_evaluations, "evaluate", shifted)
+    monkeypatch.setattr(before_after, "FEWEST", 2)  # the tasks have few examples
     settings = tiny_run.recipe(root, train__steps=4, train__lr=1e-6, eval__every=2)
     train_run(settings, tmp_path, console=Console(quiet=True))
     lines = [line for line in timeless(tmp_path) if "eval" in line]
