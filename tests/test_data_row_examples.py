@@ -220,6 +220,7 @@ CALL = {"from": "function_call", "value": "f()"}
             "completion: no turn of role assistant with content, so there is nothing to learn",
         ),
         ({"instruction": "x", "output": ""}, "output: must be text that is not empty, got ''"),
+        ({"messages": '[{"role": "user", "role": "user"}]'}, "has the key 'role' twice in one object"),
     ],
 )
 def test_faulty_rows_of_the_layouts(tmp_path: Path, row: dict[str, Any], message: str) -> None:

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from qdora.data.chat_template import set_chat_settings
 from qdora.data.encode_chats import _encode as encode
@@ -121,10 +123,19 @@ def test_a_rendered_chat_as_text_has_its_marks_once():
     assert encode_pairs(stops, [("<s>Why?", " the cat")]) == encode_pairs(stops, [("Why?", " the cat")])
 
 
+def test_a_text_without_tokens_is_one_that_cannot_be_learnt():
+    only_a = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({"a": 0, "<end>": 1}, [])), eos_token="<end>"
+    )
+    for completion in ("\u65e5", "\u65e5\n"):
+        with pytest.raises(UserError, match="1 example \\(0\\) without a token to learn"):
+            tokenize_all([example("", completion), example("a", "a", id="1")], only_a, name="x", max_length=100)
+
+
 def test_a_missing_separator_is_told_once_with_its_number():
     glued = [("Capital of France?", "Paris"), ("the ans", "wer")]
     apart = [
-        ("Why? ", "the cat"),
+        ("Why?", " the cat"),
         ("Why?", "\nthe cat"),
         ("", "the cat"),
         ("a[/INST]", "b"),
@@ -145,10 +156,10 @@ def test_a_missing_separator_is_told_once_with_its_number():
 def test_a_border_inside_a_token_is_told_once_with_its_number():
     """A server that is given the prompt alone splits it otherwise."""
     assert len(LINES("\n\n")["input_ids"]) == 1
-    pairs = [("Why?\n", "\n the cat"), ("Why?\n", "the cat"), ("Why?", "\n\n the cat")]
+    pairs = [("Why?\n", "\n the cat"), ("Why? ", "the cat"), ("Why?\n", "the cat"), ("Why?", "\n\n the cat")]
     [note] = tokenize_all([example(*pair) for pair in pairs], LINES, name="x", max_length=100).notes
     assert note.startswith(
-        "1 of 3 texts have a token with the end of the prompt and the beginning of the completion, such as 'Why?\\n' + "
+        "2 of 4 texts have a token with the end of the prompt and the beginning of the completion, such as 'Why?\\n' + "
         "'\\n the cat': a model that is given the prompt alone sees other tokens. Fix: set template: "
     )
 

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from qdora.data.batching import MicroBatch
 from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
-from qdora.data.loader import StepSize
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import inject
 from qdora.plan import memory_plan
@@ -243,9 +242,6 @@ class Steps:
     def __init__(self, *steps: list[MicroBatch]) -> None:
         self.steps, self.position = steps, 0
 
-    def step_sizes(self, num_steps: int) -> list[StepSize]:
-        return [StepSize(place, 1, 9, 9) for place in range(min(num_steps, len(self.steps)))]
-
     def next_step(self) -> SimpleNamespace:
         self.position += 1
         return SimpleNamespace(micro_batches=self.steps[self.position - 1])
@@ -277,7 +273,7 @@ def test_scores_of_eager_attention_are_planned_without_a_mask_too() -> None:
 
 def test_gradients_of_earlier_micro_batches_are_there_in_the_later_ones_of_a_step() -> None:
     steps = [[a_batch(4, 9), a_batch(2, 9)], [a_batch(3, 9)], [a_batch(1, 9), a_batch(3, 9), a_batch(1, 4)]]
-    found, most = largest_shapes(Steps(*steps), 3)  # type: ignore[arg-type]
+    found, most = largest_shapes(Steps(*steps), range(3))  # type: ignore[arg-type]
     assert most == 3
     assert found == [
         MicroBatchShape(4, 9, 32, masked=False),

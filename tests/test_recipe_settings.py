@@ -256,7 +256,7 @@ trackers: [wandbb]
         ("eval.eval_steps", "every"),
         ("train.max_skip", "max_skips"),
         ("seed", "train.seed"),
-        ("max_samples", "data.mix[0].limit"),
+        ("max_samples", "data.mix[].limit"),
         ("data.mix[0].max_samples", "limit"),
         ("train.iters", "steps"),
         ("lora_target_linear", "adapter.targets"),

@@ -116,6 +116,15 @@ def test_a_split_of_a_folder_is_scored(of_two: Path, tmp_path: Path) -> None:
         evaluate_target(str(of_two), EvalOptions(data=str(tmp_path / "own")))
 
 
+def test_a_pattern_below_a_folder_whose_name_has_marks_of_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a[1]/held.jsonl", products(4))
+    monkeypatch.chdir(tmp_path / "a[1]")
+    found = evaluate_target(str(run), EvalOptions(data="h*.jsonl", limit=2))["evaluation"]["tasks"]
+    assert [each["num_examples"] for each in found.values()] == [2]
+
+
 def test_a_file_of_the_content_of_a_training_file_is_told(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

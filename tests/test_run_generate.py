@@ -257,7 +257,7 @@ def test_a_run_without_chats_advises_raw_prompts(run: Path, tmp_path: Path, capl
     commands = [each["command"] for each in page_of_run(run, console=Console(quiet=True))["next"]]
     assert f"qdora generate {run} --raw --prompt '...'" in commands
     of_chats = shutil.copytree(run, tmp_path / "run")
-    (of_chats / "environment.json").write_text('{"has_chats": true}')
+    (of_chats / "environment.json").write_text('{"resumed": [{"has_chats": true}], "has_chats": false}')
     with caplog.at_level("INFO", logger="qdora"):
         for path, raw, advises in ((run, False, True), (run, True, False), (of_chats, False, False)):
             caplog.clear()

@@ -231,6 +231,13 @@ def test_what_ends_another_process_is_no_fault_of_a_file(tmp_path: Path) -> None
         start_checks.check_model(Mock(), run, Processes(), **told)
 
 
+def test_tokens_that_cannot_be_checked_lose_no_other_check(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sources = [Mock(examples=[Mock()])]  # not even token ids
+    start_checks.check_model(Mock(), RunDirectory(tmp_path), Processes(), packs=False, sources=sources, tokenizer=None)
+    assert set(json.loads((tmp_path / "checks.json").read_text())) == {"packing"}
+    assert "the check of tokens in checks.json was not written: " in caplog.text
+
+
 def test_the_checks_change_no_number(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_run.recipe(root, train__steps=4, data__packing=True)
     train_run(recipe, tmp_path / "with", console=QUIET)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from qdora.data.source_files import files_of
 from qdora.errors import UserError
 from qdora.files.sampled_digest import sampled_digest
 from qdora.files.user_paths import user_path
-from qdora.recipe.data_settings import SourceConfig, is_path
+from qdora.recipe.data_settings import SourceConfig, absolute_pattern, is_path
 
 
 def place_of(given: str) -> str:
@@ -21,7 +20,7 @@ def place_of(given: str) -> str:
     Unlike in a recipe, the name of a folder alone means that folder if there is one.
     """
     path = user_path(given)
-    return os.path.abspath(path) if path.exists() or is_path(given) else given
+    return absolute_pattern(given, Path.cwd()) if path.exists() or is_path(given) else given
 
 
 def has_splits(place: str) -> bool:
@@ -30,7 +29,7 @@ def has_splits(place: str) -> bool:
 
 
 def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = None) -> SourceConfig:
-    """A place of `place_of` as a source, with the format, columns and template of a source of the run.
+    """A place of `place_of` as a source, with the format, chat, columns and template of a source of the run.
 
     That source is the one called `like`, else the one of the same Hub id, else the only source. Among several, and
     where the only one is a built-in task, the format follows from the columns.

@@ -135,6 +135,8 @@ def with_lists(row: Row, format: str) -> Row:
 def _list_in(text: str) -> Any:
     try:
         return parse_row_json(text)
+    except RowFault:
+        raise
     except ValueError:
         return text
 

@@ -234,7 +234,7 @@ class ExampleStream:
     @property
     def has_chats(self) -> bool:
         """Whether there are chats among the first rows."""
-        return any(isinstance(each, Example) and each.messages for each in self._made(self._sample()))
+        return bool(self.first_rows) and self.first_tally.has_chats
 
     @property
     def mean_length(self) -> float:

@@ -61,7 +61,7 @@ class TextNotes:
                 f"{self._of(self.num_joined)} have a token with the end of the prompt and the beginning of the "
                 f"completion, such as {self.joined}: a model that is given the prompt alone sees other tokens. Fix: "
                 'set template: {prompt: "{{ prompt | trim }}\\n", completion: "{{ completion | trim }}"} in this '
-                "source, or put all white space between them on one side in the template that is there."
+                "source, or end the prompt with a line break or a letter, and begin the completion with the space."
             )
 
     def _of(self, number: int) -> str:

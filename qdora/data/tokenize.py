@@ -40,15 +40,18 @@ _Pair = tuple[list[int], int, bool]
 
 
 def _encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[_Pair]:
-    """`encode_pairs`, and whether a token holds text of both the prompt and the answer."""
+    """`encode_pairs`, and whether a token holds text of both the prompt, as it is given, and the answer."""
     prefix = special_prefix(tokenizer)
     whole = encode_batch(tokenizer, [prompt + answer for prompt, answer in pairs])
     alone = encode_batch(tokenizer, [prompt.rstrip(" ") for prompt, _ in pairs])
+    spaced = [index for index, (prompt, _) in enumerate(pairs) if prompt.endswith(" ")]
+    as_given = dict(zip(spaced, encode_batch(tokenizer, [pairs[index][0] for index in spaced]), strict=True))
     found = []
-    for ids, prompt_ids in zip(whole, alone, strict=True):
+    for index, (ids, prompt_ids) in enumerate(zip(whole, alone, strict=True)):
         begun = with_prefix(ids, prefix)
-        shared = shared_length(ids, prompt_ids)
-        found.append((begun, max(len(begun) - len(ids) + shared, len(prefix)), shared < len(prompt_ids)))
+        given = as_given.get(index, prompt_ids)
+        is_joined = shared_length(ids, given) < len(given)
+        found.append((begun, max(len(begun) - len(ids) + shared_length(ids, prompt_ids), len(prefix)), is_joined))
     return found
 
 
@@ -228,6 +231,7 @@ class ExampleTally:
     cut_whole_ids: list[str] = field(default_factory=list)
     unlearnable_ids: list[str] = field(default_factory=list)
     chat_faults: list[str] = field(default_factory=list)
+    has_chats: bool = False
     chat_notes: set[str] = field(default_factory=set)
     text_notes: TextNotes = field(default_factory=TextNotes)
 
@@ -266,6 +270,7 @@ class ExampleTally:
         chats = [index for index, example in enumerate(examples) if example.messages]
         texts = [index for index, example in enumerate(examples) if not example.messages]
         if chats:
+            self.has_chats = True
             require_chat_template(tokenizer, self.name)
             notes, turns = self.chat_notes, [examples[index] for index in chats]
             for index, chat in zip(chats, encode_chats(tokenizer, turns, loss_on=loss_on, notes=notes), strict=True):
@@ -398,9 +403,9 @@ def _own_end(tokenizer: Any, ids: Sequence[int], answer: str, stops: Collection[
     """Where the ids end that have a stop token last, apart from white space behind it; None if they have none there."""
     end = len(ids)
     if answer[-1:].isspace():
-        while ids[end - 1] not in stops and tokenizer.decode(ids[end - 1 : end]).isspace():
+        while end and ids[end - 1] not in stops and tokenizer.decode(ids[end - 1 : end]).isspace():
             end -= 1
-    return end if ids[end - 1] in stops else None
+    return end if end and ids[end - 1] in stops else None
 
 
 def _long_and_short(tokenizer: Any, examples: Sequence[Example], prefix: list[int]) -> Iterator[_Pair]:

@@ -335,7 +335,7 @@ def chat_date_of(path: Path) -> str:
 def is_without_chats(path: Path) -> bool:
     """Whether a run says that none of its sources has chats."""
     try:
-        return read_json_object(RunDirectory(path).environment_file).get("has_chats") is False
+        return RunDirectory(path).environment().get("has_chats") is False
     except UserError:
         return False
 

@@ -14,8 +14,10 @@ from qdora.data.mix import Mix
 from qdora.plan.plan_contents import MicroBatchShape
 from qdora.recipe.settings import Recipe
 
-_MANY_STEPS = 200
-"""So many steps of each kind are examined: a run of 100,000 would take minutes."""
+_MOST_STEPS = 20_000
+"""Steps whose sizes are compared."""
+_NUM_FIRST, _NUM_LARGE = 100, 50
+"""Steps that are made: those at the beginning, and of each kind of large ones."""
 
 Workload = Callable[[Recipe], tuple[list[MicroBatchShape], int]]
 """workload(recipe) -> its largest micro-batches (at least one), and the most that a step has."""
@@ -37,26 +39,33 @@ def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
     streamed data, full micro-batches are assumed.
     """
 
+    known: dict[tuple[int, int | None, int | None], list[int]] = {}  # plans differ in other things, mostly
+
     def workload(changed: Recipe) -> tuple[list[MicroBatchShape], int]:
         loader = make_loader(changed, mix, tokenizer)
         if changed.data != recipe.data or loader.streams:
             return assumed_workload(changed)
-        return largest_shapes(loader, num_steps_of(changed, loader))
+        steps = num_steps_of(changed, loader), changed.train.batch, changed.train.tokens_per_step
+        if steps not in known:
+            known[steps] = telling_steps(loader, steps[0])
+        return largest_shapes(loader, known[steps])
 
     return workload
 
 
-def largest_shapes(loader: StepLoader, num_steps: int) -> tuple[list[MicroBatchShape], int]:
-    """The largest shapes of a run (`not_exceeded`), and the most micro-batches of a step; moves the loader.
+def telling_steps(loader: StepLoader, num_steps: int) -> list[int]:
+    """Positions of the steps that a plan examines: the first, those with the longest examples, and the fullest."""
+    steps = loader.step_sizes(min(num_steps, _MOST_STEPS))
+    longest = nlargest(_NUM_LARGE, steps, key=lambda step: step.longest)
+    fullest = nlargest(_NUM_LARGE, steps, key=lambda step: step.num_tokens)
+    return sorted({step.position for step in chain(steps[:_NUM_FIRST], longest, fullest)})
 
-    Examined are the first steps, and those with the longest examples and with the most tokens.
-    """
+
+def largest_shapes(loader: StepLoader, positions: Iterable[int]) -> tuple[list[MicroBatchShape], int]:
+    """The largest shapes of the steps at these positions (`not_exceeded`), and the most micro-batches of a step."""
     found: set[MicroBatchShape] = set()
     most = 1
-    steps = loader.step_sizes(num_steps)
-    longest = nlargest(_MANY_STEPS, steps, key=lambda step: step.longest)
-    fullest = nlargest(_MANY_STEPS, steps, key=lambda step: step.num_tokens)
-    for position in sorted({step.position for step in chain(steps[:_MANY_STEPS], longest, fullest)}):
+    for position in positions:
         loader.position = position
         batches = loader.next_step().micro_batches
         most = max(most, len(batches))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterator
@@ -83,6 +84,14 @@ def split_names(split: str) -> list[str]:
 def is_pattern(source: str) -> bool:
     """Whether a source stands for all files that fit it, such as data/*.jsonl. A path that exists does not."""
     return any(mark in source for mark in "*?[") and not os.path.exists(user_path(source))
+
+
+def absolute_pattern(value: str, folder: Path) -> str:
+    """A path or a pattern that starts at a folder, whose own name is no pattern, as an absolute one."""
+    path = os.path.abspath(folder / user_path(value))
+    if glob.escape(value) == value or os.path.exists(path):
+        return path
+    return os.path.abspath(glob.escape(str(folder)) / user_path(value))
 
 
 def has_file_ending(source: str) -> bool:

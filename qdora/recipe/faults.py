@@ -33,7 +33,7 @@ PEER_NAMES = {
     **dict.fromkeys(("modules_to_save", "lora_modules_to_save", "additional_target"), "also_train"),
     **dict.fromkeys(("adapter_name_or_path", "lora_model_dir"), "resume_from"),
     **dict.fromkeys(("dataset", "datasets"), "mix"),
-    "max_samples": "data.mix[0].limit",
+    "max_samples": "data.mix[].limit",
     **dict.fromkeys(("max_seq_length", "sequence_len", "cutoff_len"), "max_length"),
     "sample_packing": "packing",
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "train_on_inputs", "train_on_prompt"), "loss_on"),

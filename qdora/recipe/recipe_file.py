@@ -24,7 +24,7 @@ from qdora.errors import UserError, nearest, nearest_path
 from qdora.files.access_tokens import masked, token_paths
 from qdora.files.setting_keys import is_below
 from qdora.files.user_paths import user_path
-from qdora.recipe.data_settings import is_path, is_pattern, names_files
+from qdora.recipe.data_settings import absolute_pattern, is_path, is_pattern, names_files
 from qdora.recipe.faults import container, dotted, fault_lines, is_section, one_line, shown, unknown_key
 from qdora.recipe.section import Section
 from qdora.recipe.settings import Recipe
@@ -314,9 +314,7 @@ def _make_key_absolute_(section: Any, key: str, folder: Path, *, always: bool = 
     value = _inner(section, key)
     if not isinstance(value, str) or _CONTROL.search(value) or value in ("", "builtin"):
         return
-    path = os.path.abspath(folder / user_path(value))
-    if patterns and glob.escape(value) != value and not os.path.exists(path):
-        path = os.path.abspath(glob.escape(str(folder)) / user_path(value))  # the folder's own name is no pattern
+    path = absolute_pattern(value, folder) if patterns else os.path.abspath(folder / user_path(value))
     if always or is_path(value) or os.path.exists(path):
         section[key] = path
 

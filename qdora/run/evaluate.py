@@ -27,7 +27,7 @@ from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.source import resolve
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
-from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import LoadedModel, is_run, load_target
 from qdora.run.step_evaluations import state_step, stored_results
@@ -182,7 +182,8 @@ def evaluate_target(
     progress, results = consoles(console)
     keep_freed_memory()
     data_run = Path(target) if is_run(target) else options.like
-    recipe = None if data_run is None else load_recipe(open_run(data_run).recipe_file)
+    recipe_in = recipe_of_run if is_run(target) else load_recipe  # of --like only the data is used
+    recipe = None if data_run is None else recipe_in(open_run(data_run).recipe_file)
     harness = find_harness_tasks(options.harness, options.harness_include) if options.harness else None
     generates = (options.method or ("loglikelihood" if recipe is None else recipe.eval.method)) == "generate"
     examples = _examples(options, recipe, by_name=generates)

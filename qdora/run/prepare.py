@@ -39,7 +39,7 @@ from qdora.evaluation.suite import spread
 from qdora.files.run_directory import RunDirectory, chat_date_of, unharmed
 from qdora.model.build_model import Compute, choose_compute, find_model, find_source, token_ids
 from qdora.model.load import load_config
-from qdora.model.source import ModelSource, check_directory
+from qdora.model.source import ModelSource
 from qdora.plan.budget import within_budget
 from qdora.plan.plan_contents import Plan
 from qdora.plan.plan_view import keep_plan, show_plan
@@ -277,16 +277,14 @@ def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
 
 
 def check_data(recipe: Recipe, names: Collection[str]) -> None:
-    """Check some sources as a run does at its start, for `qdora validate`; first a model in a directory, by its config.
+    """Check some sources as a run does at its start, for `qdora validate`.
 
     The first rows of each are read. With data.too_long: error, all rows are read and tokenised; `data.cache` keeps the
     tokens, and without a tokenizer a note says that no lengths were checked.
 
     Raises:
-        UserError: A model that a run would refuse; faulty rows, or examples that are too long, of all these sources.
+        UserError: Faulty rows, or examples that are too long, of all these sources.
     """
-    if (directory := Path(recipe.model.source)).is_dir():
-        check_directory(directory, weights=False)
     check_first_rows(recipe.data, names)
     if recipe.data.too_long != "error":
         return

@@ -28,7 +28,7 @@ from qdora.memory.allocator import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, matches, most_rank, unmatched
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.recipe.recipe_file import load_recipe, recipe_from, resolved_yaml, settings
+from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, settings
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 
@@ -145,7 +145,7 @@ def rank_run(
     progress, results = consoles(console)
     keep_freed_memory()
     run = open_run(path)
-    recipe = load_recipe(run.recipe_file)
+    recipe = recipe_of_run(run.recipe_file)
     faults = rank_faults(path, recipe, asked)
     if faults:
         raise UserError(*faults)

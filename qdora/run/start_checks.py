@@ -102,11 +102,11 @@ def check_model(
     if divided is not None:
         found[DIVISION] = [Check("passed", divided)]
 
-    def tell() -> None:
-        tokens = [] if processes.shards else _token_checks(model, sources, tokenizer)
-        tell_checks(run, found | {_TOKENS: tokens})
-
-    processes.first(unharmed(CHECKS_FILE)(tell))
+    processes.first(unharmed(CHECKS_FILE)(lambda: tell_checks(run, found)))
+    if not processes.shards:
+        # By itself: what fails in it, such as memory, must not lose the others
+        about = f"the check of tokens in {CHECKS_FILE}"
+        processes.first(unharmed(about)(lambda: tell_checks(run, {_TOKENS: _token_checks(model, sources, tokenizer)})))
     return layout
 
 
