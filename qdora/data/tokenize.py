@@ -48,10 +48,10 @@ def _encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[_Pai
     as_given = dict(zip(spaced, encode_batch(tokenizer, [pairs[index][0] for index in spaced]), strict=True))
     found = []
     for index, (ids, prompt_ids) in enumerate(zip(whole, alone, strict=True)):
-        begun = with_prefix(ids, prefix)
-        given = as_given.get(index, prompt_ids)
-        is_joined = shared_length(ids, given) < len(given)
-        found.append((begun, max(len(begun) - len(ids) + shared_length(ids, prompt_ids), len(prefix)), is_joined))
+        begun, shared = with_prefix(ids, prefix), shared_length(ids, prompt_ids)
+        given = as_given.get(index)
+        is_joined = shared < len(prompt_ids) if given is None else shared_length(ids, given) < len(given)
+        found.append((begun, max(len(begun) - len(ids) + shared, len(prefix)), is_joined))
     return found
 
 

@@ -97,8 +97,7 @@ def _unfinished(out: Path) -> Iterator[Path]:
     The directory in it must appear whole. A failure removes everything, but if the directory is there (its check
     failed, say) it gets its name, too, unless the failure is DiskFull. Resumable, an interrupt or a kill leaves the
     hidden directory: the next export to `out` goes on from it, but makes whole files, which perhaps were not checked,
-    again. UserError if another process is exporting to `out`,
-    or nothing can be made there.
+    again. UserError if another process is exporting to `out`, or nothing can be made there.
     """
     with ExitStack() as stack:
         with place_failures(out, "name another directory"):
