@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.errors import UserError
 from qdora.model.build_model import Compute, find_model
-from qdora.plan import budget, memory_plan, step_time
+from qdora.plan import budget, memory_plan, plan_view, step_time
 from qdora.plan import plan_contents as parts
 from qdora.plan.changes_to_fit import _candidates, with_changes
 from qdora.plan.plan_contents import Change, DeviceKind, MicroBatchShape, Moment, Plan
@@ -266,6 +266,14 @@ def test_a_plan_does_without_the_data(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found["mix"] is None
     assert found["memory"]["micro_batch"]["length"] == recipe.data.max_length
     assert "cannot be read" in found["memory"]["assumptions"][0]
+
+
+def test_a_plan_says_that_it_looked_at_the_first_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_view, "MOST_STEPS", 3)
+    for steps, expected in ((3, []), (4, ["no micro-batch is larger than the largest of the first 3 steps"])):
+        recipe = tiny_run.one_layer_recipe(tmp_path, train__steps=steps)
+        found = plan_run(recipe, "r.yaml", console=Console(file=io.StringIO()))
+        assert found["memory"]["assumptions"] == expected
 
 
 def test_measured_rates_take_the_place_of_the_stated_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

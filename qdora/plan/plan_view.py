@@ -24,7 +24,7 @@ from qdora.model.build_model import find_model
 from qdora.plan.division import ProcessPlan, process_lines, process_plans, whole_plans
 from qdora.plan.memory_plan import plan
 from qdora.plan.plan_contents import CONTEXT, GIB, SLACK, DeviceKind, Plan, seconds_text
-from qdora.plan.workload import Workload, assumed_workload, workload_of_data
+from qdora.plan.workload import MOST_STEPS, Workload, assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
@@ -118,12 +118,14 @@ def _workload(recipe: Recipe) -> tuple[mix_plan.MixPlan | None, Workload, list[s
         return None, assumed_workload, [f"{full}, because the data cannot be read: {error.faults[0]}"]
     mix = build_data.tokenized_mix(recipe, tokenizer, train)
     loader = build_data.make_loader(recipe, mix, tokenizer)
-    found = mix_plan.plan_mix(mix, loader, build_data.num_steps_of(recipe, loader))
-    return (
-        found,
-        workload_of_data(recipe, mix, tokenizer),
-        [f"{full}, because the data is streamed"] if loader.streams else [],
-    )
+    num_steps = build_data.num_steps_of(recipe, loader)
+    assumed = []
+    if loader.streams:
+        assumed = [f"{full}, because the data is streamed"]
+    elif num_steps > MOST_STEPS:
+        assumed = [f"no micro-batch is larger than the largest of the first {MOST_STEPS:,} steps"]
+    found = mix_plan.plan_mix(mix, loader, num_steps)
+    return found, workload_of_data(recipe, mix, tokenizer), assumed
 
 
 def _after_gates(recipe: Recipe, planning: Mapping[str, Any]) -> list[str]:

@@ -14,8 +14,8 @@ from qdora.data.mix import Mix
 from qdora.plan.plan_contents import MicroBatchShape
 from qdora.recipe.settings import Recipe
 
-_MOST_STEPS = 20_000
-"""Steps whose sizes are compared."""
+MOST_STEPS = 20_000
+"""Steps whose sizes are compared; a plan says so if the run has more."""
 _NUM_FIRST, _NUM_LARGE = 100, 50
 """Steps that are made: those at the beginning, and of each kind of large ones."""
 
@@ -55,7 +55,7 @@ def workload_of_data(recipe: Recipe, mix: Mix, tokenizer: Any) -> Workload:
 
 def telling_steps(loader: StepLoader, num_steps: int) -> list[int]:
     """Positions of the steps that a plan examines: the first, those with the longest examples, and the fullest."""
-    steps = loader.step_sizes(min(num_steps, _MOST_STEPS))
+    steps = loader.step_sizes(min(num_steps, MOST_STEPS))
     longest = nlargest(_NUM_LARGE, steps, key=lambda step: step.longest)
     fullest = nlargest(_NUM_LARGE, steps, key=lambda step: step.num_tokens)
     return sorted({step.position for step in chain(steps[:_NUM_FIRST], longest, fullest)})
