@@ -735,12 +735,13 @@ def test_a_run_keeps_its_chat_template(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_run_keeps_the_date_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chat template that prints the date: resumed and evaluated on another day, the run reads what it learnt from."""
     model = tiny_run.write_model(tmp_path / "model")
-    dated = tiny_tokenizer.make(chat_template="{{ strftime_now('%d %b %Y') }}" + tiny_tokenizer.CHATML)
+    head = "{{ strftime_now('%d %b %Y') }}{% if loud is defined and loud %}LOUD{% endif %}"
+    dated = tiny_tokenizer.make(chat_template=head + tiny_tokenizer.CHATML)
     dated.save_pretrained(model)
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat"}]
     chats = tmp_path / "chats.jsonl"
     chats.write_text((json.dumps({"messages": turns}) + "\n") * 30)
-    recipe = tiny_run.recipe(tmp_path, data__mix=[{"source": str(chats)}])
+    recipe = tiny_run.recipe(tmp_path, data__mix=[{"source": str(chats)}], data__template_kwargs={"loud": True})
 
     class Calendar(date):
         day = "2026-02-28"
@@ -761,4 +762,7 @@ def test_a_run_keeps_the_date_of_its_start(tmp_path: Path, monkeypatch: pytest.M
     stored = json.loads((tmp_path / "run/eval/step-6.json").read_text())["average"]["nll_per_token"]
     assert scored == pytest.approx(stored, rel=1e-6)
     trained = load_run(tmp_path / "run")
-    assert prompt_text(trained.tokenizer, (Turn("user", "Hi"),)).startswith("28 Feb 2026")
+    assert prompt_text(trained.tokenizer, (Turn("user", "Hi"),)).startswith("28 Feb 2026LOUD")
+    base = evaluate_target(str(tmp_path / "run"), EvalOptions(base_only=True))["evaluation"]
+    alone = evaluate_target(str(model), EvalOptions(like=tmp_path / "run", quant="nf4"))["evaluation"]
+    assert alone["average"]["nll_per_token"] == pytest.approx(base["average"]["nll_per_token"], rel=2e-4)  # bf16

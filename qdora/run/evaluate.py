@@ -29,7 +29,7 @@ from qdora.model.source import resolve
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.recipe.settings import Recipe
-from qdora.run.load_run import LoadedModel, is_run, load_target
+from qdora.run.load_run import LoadedModel, is_run, load_target, render_chats_like
 from qdora.run.step_evaluations import state_step, stored_results
 
 logger = logging.getLogger("qdora")
@@ -59,7 +59,8 @@ class EvalOptions:
     base_only: bool = False
     """Leave the adapter of a run out."""
     like: Path | None = None
-    """For a model that is not a run: use this run's data and limit, and show this run's results beside."""
+    """For a model that is not a run: use this run's data, limit, and date and variables of the chat template, and show
+    this run's results beside."""
     quant: str | None = None
     """For a model that is not a run: hold its linear layers in nf4, fp4 or int8. None: dense."""
     method: str | None = None
@@ -196,6 +197,8 @@ def evaluate_target(
     if recipe is not None and limit in (None, recipe.eval.limit):  # as during training
         limit, block = recipe.eval.limit, recipe.eval.block
     loaded = load_target(target, step=options.step, base_only=options.base_only, quant=options.quant, verb="eval")
+    if options.like is not None and recipe is not None:
+        render_chats_like(loaded.tokenizer, options.like, recipe)
     shown = "adapter" if loaded.run is not None and loaded.label == "final" else loaded.label
     document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
     if examples:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.data.chat_template import set_chat_date
+from qdora.data.chat_template import set_chat_date, set_chat_settings
 from qdora.errors import UserError
 from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
 from qdora.model.adapter_file import CONFIG_FILE, load_adapter
@@ -169,6 +169,12 @@ def load_target(
         drop_scales_without_room(adapted_layers(model).values())
         model.eval()
     return LoadedModel(model=model, tokenizer=tokenizer, label=Path(os.path.abspath(target)).name, run=None)
+
+
+def render_chats_like(tokenizer: PreTrainedTokenizerBase, run: Path, recipe: Recipe) -> None:
+    """Give the template of another model's tokenizer the date and the variables that those of a run have."""
+    set_chat_date(tokenizer, chat_date_of(run))
+    set_chat_settings(tokenizer, template_kwargs=dict(recipe.data.template_kwargs))
 
 
 def _stored_form(source: ModelSource) -> dict[str, Any]:
