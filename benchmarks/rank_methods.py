@@ -102,8 +102,7 @@ def arms(args: argparse.Namespace, common: dict[str, Any]) -> tuple[dict[str, di
         elif name in GATES:
             found[name] = ranked(2 * RANK, **{"adapter.gates.mode": name, "adapter.gates.parameters": budget})
         else:
-            fragment = json.loads((scout / f"rank/{name}.json").read_text())["fragment"]["adapter"]
-            found[name] = ranked(2 * RANK, **{f"adapter.{key}": value for key, value in fragment.items()})
+            found[name] = ranked(2 * RANK, **json.loads((scout / f"rank/{name}.json").read_text())["fragment"])
     return found, costs
 
 

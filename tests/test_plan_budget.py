@@ -193,7 +193,7 @@ def test_a_plan_is_shown_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert tight["changes"]
     for part in (
         "does not fit in 1.0 MiB",
-        "To fit, change (cheapest first):",
+        "To fit, change one after the other (cheapest first):",
         "Even with all of these it does not fit",
     ):
         assert part in shown.getvalue()

@@ -95,7 +95,7 @@ def test_ranks_as_a_recipe_that_trains_and_a_map(run: Path, root: Path, tmp_path
     assert document["num_parameters"] == sum(layer.rank * sizes[name] for name, layer in layers.items())
     recipe = load_recipe(document["recipe"])
     assert recipe.adapter.gates is None
-    assert recipe.adapter.rank_pattern == document["fragment"]["adapter"]["rank_pattern"]
+    assert recipe.adapter.rank_pattern == document["fragment"]["adapter.rank_pattern"]
     train_run(recipe, tmp_path / "again", console=quiet())
     again = adapted_layers(load_run(tmp_path / "again").model)
     assert {name: layer.rank for name, layer in again.items()} == {name: layer.rank for name, layer in layers.items()}
@@ -112,8 +112,8 @@ def test_layers_of_different_scalings_are_no_recipe(run: Path, root: Path) -> No
     assert "adapter.rank_pattern without adapter.same_scaling: the layers started with different scalings" in fault
     same = tiny_run.recipe(root, **pattern, adapter__same_scaling=True)
     assert not rank_faults(run, same, RankSettings(method="gates"))
-    fragment = ranks_of_gates(RunDirectory(run), same, None)["fragment"]["adapter"]
-    assert fragment["same_scaling"]
+    fragment = ranks_of_gates(RunDirectory(run), same, None)["fragment"]
+    assert fragment["adapter.same_scaling"]
 
 
 def test_a_run_goes_on_from_a_shrunk_adapter_with_gates_of_its_own(run: Path, root: Path, tmp_path: Path) -> None:

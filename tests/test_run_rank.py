@@ -57,7 +57,7 @@ def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
     assert used == document["num_parameters"] <= document["budget"]
     assert document["budget"] == document["num_parameters_of_run"] * 6 // 10
     recipe = load_recipe(document["recipe"])
-    assert recipe.adapter.rank_pattern == document["fragment"]["adapter"]["rank_pattern"]
+    assert recipe.adapter.rank_pattern == document["fragment"]["adapter.rank_pattern"]
     assert recipe.adapter.same_scaling
     assert recipe.model.dtype == load_recipe(whole / "recipe.yaml").model.dtype
     train_run(recipe, root / "reranked", console=quiet())
@@ -172,7 +172,7 @@ def test_the_update_and_the_gradient_are_those_of_the_formed_matrices(masked: bo
 )
 def test_rivals_keep_to_what_was_asked(whole: Path, asked: RankSettings) -> None:
     document = rank_run(whole, asked, console=quiet())
-    assert load_recipe(document["recipe"]).adapter.rank_pattern == document["fragment"]["adapter"]["rank_pattern"]
+    assert load_recipe(document["recipe"]).adapter.rank_pattern == document["fragment"]["adapter.rank_pattern"]
     ranks = [layer["rank"] for layer in document["layers"].values()]
     if asked.threshold is not None:
         assert ranks == [layer["effective_rank"] for layer in document["layers"].values()]

@@ -14,8 +14,9 @@ from qdora.recipe.recipe_file import json_schema
 _HEAD = """# Settings
 
 All settings of a recipe, by section. After each name stands its default; `null` means not set. On the command line
-`-s SECTION.NAME=VALUE` sets one, and the value `null` takes back what the recipe sets. A setting that would have no
-effect beside the others is an error.
+`-s SECTION.NAME=VALUE` sets one. The value `null` removes what the recipe sets, so that the default holds; only for
+`train.clip` and `train.checkpoint_every` it is a value: off. A setting that would have no effect beside the others is
+an error.
 
 ```bash
 qdora train mine.yaml -s adapter.rank=32 -s adapter.alpha=64 -s train.steps=100

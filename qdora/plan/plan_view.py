@@ -185,7 +185,11 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"Host memory that is not pinned: {size_text(plan.embedding_bytes)} for the embedding.")
     lines += [f"Assumed: {text}" for text in plan.assumptions]
     if plan.fits is False:
-        lines.append("To fit, change (cheapest first):" if plan.changes else "No known change makes it smaller.")
+        lines.append(
+            "To fit, change one after the other (cheapest first):"
+            if plan.changes
+            else "No known change makes it smaller."
+        )
         for change in plan.changes:
             neutral = "" if change.neutral else "; changes what is trained"
             options = f"-s {change.setting.replace(', ', ' -s ')}"

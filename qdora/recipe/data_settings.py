@@ -259,20 +259,19 @@ class DataConfig(Section):
     max_length: Annotated[int, Strict(), Field(ge=2), allowed("a whole number of tokens, 2 or more")] = 512
     """Most tokens of an example."""
     too_long: TooLong = "error"
-    """What to do with a longer example: stop before training (error), cut the front of its prompt, then the end of its
-    answer, but a chat behind its last answer that fits as a whole (truncate), drop it and count it (drop), or split
-    plain text into examples of max_length without losing a token (split). split never cuts anything else: a prompt with
-    its answer, or a chat, that is too long stops the run before training; in a stream it is a faulty row
-    (max_bad_rows). With a streamed source the default is truncate, since its lengths are not known before training."""
+    """What to do with a longer training example. error: the run does not start. truncate: cut the start of the prompt,
+    then the end of the answer; a chat is cut after its last answer that fits. drop: leave the example out and count it.
+    split: divide plain text into examples of max_length without losing a token; a longer chat, or prompt with its
+    answer, is an error (in a stream a faulty row, see max_bad_rows). The default with a stream is truncate."""
     max_bad_rows: WholeOrZero | None = None
     """Most faulty rows that a pass over a stream may have. They are skipped, counted and reported (null: 10, or 0.1 %
     of the rows if that is more)."""
     packing: Flag = False
-    """Put several examples into one row of at most max_length tokens, which saves padding. Each example is trained as
-    if it were alone. A model that cannot keep them apart is refused."""
+    """Put several examples into one row of at most max_length tokens (with flash attention train.micro_batch_tokens),
+    which saves padding. Each example is trained as if it were alone. A model that cannot keep them apart is refused."""
     loss_on: LossOn = "answer"
-    """Tokens to learn: those of the answer (in a chat: of all turns of the assistant), of a chat's last turn of the
-    assistant only, or also those of the prompt."""
+    """What is learnt. answer: the answer, in a chat every turn of the assistant. last: of a chat only the last of these
+    turns. all: the prompt, too."""
     chat_template: Text | None = None
     """File with the chat template (Jinja) for sources of chats. It replaces that of the tokenizer, in exports too
     (null: the tokenizer's own)."""
@@ -344,6 +343,6 @@ class DataConfig(Section):
             needed = [f"data.strategy {self.strategy}"] if shared else []
             needed += ["max_epochs"] if source.max_epochs is not None else []
             if needed:
-                fix = " Fix: give the number of rows, or set data.strategy: weights or equal." if shared else ""
+                fix = " Fix: give the number of examples, or set data.strategy: weights or equal." if shared else ""
                 what = "must be given for files other than Parquet with"
                 yield f"mix[{index}].size", f"{what} {' and '.join(needed)}, got None.{fix}"

@@ -205,7 +205,8 @@ class BaseWeightsConfig(Section):
     double_quant: Flag = True
     """Store the scales in 8 bits, which saves 0.37 bit a weight. QLoRA, arXiv 2305.14314, sec. 3."""
     skip: tuple[Text, ...] = ("lm_head",)
-    """Linear layers that are neither quantised nor pruned, by the last parts of their names."""
+    """Linear layers that are neither quantised nor pruned: last parts of their paths, paths, shell patterns, or experts
+    for all experts of a mixture."""
     prune: PruneConfig | None = None
     """How to prune the base (null: no pruning)."""
     cache: Text | None = None
@@ -277,10 +278,11 @@ class AdapterConfig(Section):
     experts: ExpertConfig = ExpertConfig()
     """Adapters of the experts of a mixture."""
     init: Literal["kaiming", "gaussian", "loftq"] = "kaiming"
-    """Initial lora_A: kaiming (uniform, as in LoRA) or gaussian (N(0, 0.01)), with lora_B at 0. loftq: lora_A and
+    """Initial lora_A: kaiming (uniform, as in LoRA) or gaussian (deviation 0.01), with lora_B at 0. loftq: lora_A and
     lora_B approximate the error of quantisation and pruning (LoftQ, arXiv 2310.08659, one step)."""
     rank_pattern: dict[Text, Whole] = Field(default_factory=dict)
-    """Ranks of single layers: name, or last parts of a name -> rank."""
+    """Ranks of single layers: the last part of a path such as q_proj, a path, or a shell pattern over it -> rank. Of
+    several that fit, the longest counts."""
     same_scaling: Flag = False
     """Adjust alpha in the layers of rank_pattern and the experts, so that alpha / rank is the same in all layers."""
     gates: GateConfig | None = None

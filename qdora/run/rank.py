@@ -414,7 +414,7 @@ def write_recipe(run: RunDirectory, recipe: Recipe, method: str, ranks: Mapping[
     """Write rank/<method>.yaml: the run's recipe with these ranks of all adapted layers, and without gates.
 
     Returns:
-        "fragment", to put into other recipes, and "recipe", the file's path.
+        "fragment", a value of an axis of a study, and "recipe", the file's path.
     """
     # Experts may have a rank of their own, so that no rank is left out as the usual one.
     usual = None if recipe.adapter.experts.rank else recipe.adapter.rank
@@ -433,7 +433,7 @@ def write_recipe(run: RunDirectory, recipe: Recipe, method: str, ranks: Mapping[
     folder.mkdir(exist_ok=True)
     out = folder / f"{method}.yaml"
     atomic_write_text(out, resolved_yaml(recipe_from(plain)))
-    return {"fragment": {"adapter": fragment}, "recipe": str(out)}
+    return {"fragment": {f"adapter.{key}": value for key, value in fragment.items()}, "recipe": str(out)}
 
 
 def _show(console: Console, document: Mapping[str, Any]) -> None:
