@@ -139,7 +139,7 @@ def keep_scores(directory: Path, out: Path, head: dict[str, Any], *, report: Pat
     if report is None:
         out.mkdir(parents=True)
     else:
-        shutil.copytree(report, out, ignore=shutil.ignore_patterns("*.parquet"))  # the .csv beside them is kept
+        shutil.copytree(report, out)
     document = yaml.safe_load((directory / "grid.yaml").read_text(encoding="utf-8"))
     hide_places(document)
     atomic_write_text(out / "grid.yaml", yaml.safe_dump(document, sort_keys=False))

@@ -64,15 +64,14 @@ _MAGNITUDE_NOTE = (
 class AdapterDescription:
     """The JSON files of an adapter. All but `layout` are None or empty for an adapter that qdora did not write.
 
-    `shares`: path of each stack of experts -> the factor that its experts share. `swapped`: stacks whose A and B the
-    file has swapped (`peft_swaps`); older versions did not. `base`: name_or_path, revision and quant of the base.
+    `shares`: path of each stack of experts -> the factor that its experts share. `base`: name_or_path, revision
+    and quant of the base.
     """
 
     layout: AdapterLayout
     extra: dict[str, Any] | None = None
     scalings: dict[str, float] | None = None
     shares: Mapping[str, Share] = field(default_factory=dict)
-    swapped: Collection[str] | None = None
     base: Mapping[str, Any] | None = None
 
 
@@ -127,7 +126,6 @@ def save_adapter(
         "layers": {
             path: {"rank": layer.rank, "alpha": layer.alpha, "scaling": layer.scaling}
             | ({"share": layer.share} if isinstance(layer, AdaptedExperts) else {})
-            | ({"swapped": True} if isinstance(layer, AdaptedExperts) and peft_swaps(model, path) else {})
             for path, layer in layers.items()
         },
         "extra": extra or {},
@@ -180,7 +178,6 @@ def describe_adapter(directory: Path) -> AdapterDescription:
         extra=record.get("extra"),
         scalings={p: each["scaling"] for p, each in layers.items() if isinstance(each.get("scaling"), (int, float))},
         shares={path: each["share"] for path, each in layers.items() if each.get("share") in ("none", "A", "B")},
-        swapped=[path for path, each in layers.items() if each.get("swapped") is True],
         base=record["base"] if isinstance(record.get("base"), dict) else None,
     )
 
@@ -254,12 +251,6 @@ def read_adapter(
     layout = described.layout
     linear, faults = _selected(model, layout, str(directory / CONFIG_FILE))
     swapped = {path for path, module in linear.items() if isinstance(module, BareExperts) and peft_swaps(model, path)}
-    unlike = [] if described.swapped is None else [path for path in linear if path in swapped - {*described.swapped}]
-    if unlike:
-        faults.append(
-            f"{directory / RECORD_FILE}: layers: an older version of qdora wrote {len(unlike)} stacks of experts "
-            f"({unlike[0]}, ...) in another order of A and B. Fix: train the adapter again."
-        )
     expected, layer_faults = _expected_shapes(linear, described, directory, swapped)
     trained, matrix_faults = _trained_shapes(model, layout, str(directory / CONFIG_FILE))
     layer_faults += matrix_faults

@@ -1,8 +1,7 @@
-"""The report of a study: one HTML page that needs no other file, Markdown, and every number as CSV and Parquet."""
+"""The report of a study: one HTML page that needs no other file, Markdown, and every number as CSV."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from qdora.errors import UserError
 from qdora.evaluation.example_intervals import CONFIDENCE
-from qdora.files.atomic import atomic_write_bytes, atomic_write_text, disk_failures
+from qdora.files.atomic import atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.recipe_file import load_recipe
@@ -72,18 +71,14 @@ def report_run(directory: Path, out: Path | None = None, *, console: Console | N
 
 
 def write_report(report: Report, directory: Path, title: str) -> list[Path]:
-    """Write index.html, report.md, and each table as .csv and .parquet; returns the files."""
+    """Write index.html, report.md, and each table as .csv; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     for name, rows in report.tables.items():
         if not rows:
             continue
-        frame = pd.DataFrame(rows)
-        stream = io.BytesIO()
-        frame.to_parquet(stream, index=False)
-        atomic_write_text(directory / f"{name}.csv", frame.to_csv(index=False))
-        atomic_write_bytes(directory / f"{name}.parquet", stream.getvalue())
-        written += [directory / f"{name}.csv", directory / f"{name}.parquet"]
+        written.append(directory / f"{name}.csv")
+        atomic_write_text(written[-1], pd.DataFrame(rows).to_csv(index=False))
     shown = shown_tables(report)
     page = html_page(report, shown, title)  # draws the figures: if that fails, no page is written
     atomic_write_text(directory / "report.md", markdown_page(report, shown, title))
