@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -73,6 +74,10 @@ class Interrupted(Exception):
         else:
             text = "stopped at once; no checkpoint was written yet, so the run starts again at step 0."
         super().__init__(f"{text} Continue with{how}")
+
+    def with_command(self, words: Sequence[str]) -> Interrupted:
+        """The same, with the words of the command that goes on."""
+        return Interrupted(self.step, self.checkpoint, saved=self.saved, how=f": {shlex.join(words)}")
 
 
 def _line(text: str) -> str:

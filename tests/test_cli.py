@@ -142,6 +142,16 @@ def test_a_shipped_recipe_is_printed_as_it_stands() -> None:
         assert yaml.safe_load(invoke("recipes", name).stdout)
 
 
+def test_an_interrupted_study_names_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise Interrupted(3, Path("cells/a/checkpoints/step-3"))
+
+    monkeypatch.setattr("qdora.study.runner.study_run", stop)
+    found = invoke("study", "my grid.yaml", "--dir", "d", "--shard", "1/2")
+    assert found.exit_code == 130
+    assert found.stderr.endswith("Continue with: qdora study 'my grid.yaml' --dir d --shard 1/2\n")
+
+
 class Unforeseen(Exception):
     """A class that the program does not know."""
 

@@ -57,7 +57,7 @@ def test_a_new_repository_is_private_unless_asked_otherwise(export: Path, monkey
 
 def test_a_public_repository_is_not_written_to_by_accident(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = use(monkeypatch, FakeHub(shown=False))
-    with pytest.raises(UserError, match=r"shown is public\. Fix: name a private repository, or use --public"):
+    with pytest.raises(UserError, match=r"shown is public, so nothing was uploaded\. .* Fix: upload it to a private"):
         push(export, "shown")
     assert hub.files == {}
     push(export, "shown", private=False)
@@ -71,7 +71,9 @@ def test_a_hub_that_cannot_be_reached_leaves_the_export(export: Path, monkeypatc
             raise client.ConnectError("no route to host")
 
     use(monkeypatch, Offline())
-    with pytest.raises(RunFailure, match="no route to host The export itself is complete"):
+    with pytest.raises(
+        RunFailure, match="no route to host Fix: upload the export, which is complete, with hf upload mine"
+    ):
         push(export, "mine")
     assert (export / "config.json").exists()
 

@@ -255,7 +255,9 @@ def test_a_check_that_crashes_leaves_the_finished_files(
     monkeypatch.setattr(export_module, broken, crash)
     with pytest.raises(torch.OutOfMemoryError):
         export_run(run, tmp_path / "out", options)
-    assert f"{tmp_path / 'out'}: its files are complete and kept" in caplog.text
+    assert (
+        f"{tmp_path / 'out'}: the weights are complete and kept, but the export stopped before its check" in caplog.text
+    )
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     assert list((tmp_path / "out").glob("*.safetensors"))
     assert not (tmp_path / "out/export.json").exists()

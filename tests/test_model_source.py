@@ -89,8 +89,14 @@ def test_tokenizer_only_directory_is_enough_without_weights(tmp_path: Path) -> N
 
 def test_adapter_directory_is_named_as_one(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds an adapter, not a model"):
+    with pytest.raises(
+        UserError, match=r"model.source: .* holds an adapter, not a model\. Fix: name the base model here"
+    ):
         resolve(str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"generate: .* holds an adapter, not a model\. Fix: name the run that it comes"
+    ):
+        resolve(str(tmp_path), setting="generate")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

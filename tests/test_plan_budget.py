@@ -173,6 +173,8 @@ def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough() -
         changes = [Change("a.b=1", 2**31, 1.0, neutral=True), Change("c.d=2, e.f=3", peak, 1.0, neutral=False)]
         fix = f"Fix: change, cheapest first: a.b=1; c.d=2, e.f=3{verdict}; or start anyway with --force."
         assert parts.over_budget(replace(found, changes=changes)).endswith(fix)
+        forced = fix.replace("; or start anyway with --force", "") + " It starts all the same (--force)."
+        assert parts.over_budget(replace(found, changes=changes), forced=True).endswith(forced)
 
 
 @pytest.mark.figures

@@ -233,6 +233,14 @@ def test_a_plan_counts_rows_and_whole_matrices() -> None:
         ),
         (
             {"adapter": {"also_train": ["lm_head"], "also_train_rows": "all"}, "base": {"residency": "disk"}},
+            "adapter.also_train: must be empty with base.residency disk and without model.add_tokens",
+        ),
+        (
+            {
+                "model": {"add_tokens": ["<a>"]},
+                "adapter": {"also_train": ["embed_tokens"], "also_train_rows": "all"},
+                "base": {"residency": "disk"},
+            },
             "adapter.also_train_rows: must be new with base.residency disk",
         ),
         (

@@ -20,8 +20,10 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError
 from qdora.files.run_directory import failures_logged, open_run
+from qdora.recipe.recipe_file import load_recipe
 from qdora.run import run_page
 from qdora.run.evaluate import EvalOptions, evaluate_target
+from qdora.run.run_facts import next_commands
 from qdora.run.run_page import page_of_run, write_page
 from qdora.run.step_evaluations import StepEvaluations, adapter_step
 from qdora.run.train import train_run
@@ -90,6 +92,18 @@ def test_a_finished_run_says_so_and_what_comes_next(whole: Path) -> None:
     assert "Finished: 6 of 6 steps." in found.text
     assert f"qdora export {whole} {whole}-merged --audit" in found.text
     assert f"--run-dir {whole} --resume -s train.steps=12" in found.text
+
+
+def test_what_comes_next_is_possible(whole: Path) -> None:
+    """An audit compares the forms of an adapter; a run without a checkpoint has none to continue from."""
+    run, recipe = open_run(whole), load_recipe(str(whole / "recipe.yaml"))
+    status: dict[str, Any] = {"state": "finished", "num_steps": 6, "num_done": 6, "newest_checkpoint": 6}
+    full = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"kind": "full"})})
+    for known, has_audit in ((recipe, True), (full, False)):
+        [export] = [each for each in next_commands(run, known, status, True) if " export " in each["command"]]
+        assert ("--audit" in export["command"], "compare" in export["why"]) == (has_audit, has_audit)
+    [again] = next_commands(run, recipe, status | {"state": "unfinished", "newest_checkpoint": None}, True)
+    assert again["why"] == "Start the run again: it has saved no checkpoint"
 
 
 def test_the_sources_are_those_of_the_mix(whole: Path) -> None:

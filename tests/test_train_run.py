@@ -498,10 +498,13 @@ def test_options_that_would_do_nothing_are_refused(whole: Path, tmp_path: Path) 
         (EvalOptions(texts=[text], limit=3), "--limit: counts examples of tasks, got only --text"),
         (EvalOptions(), "is not a run .*Fix: add --tasks, --data, --text, --harness or --like RUN"),
         (EvalOptions(texts=[text], step=2), "--step and --base are used only with a run"),
+        (EvalOptions(texts=[text], quant="nf44"), "--quant: got 'nf44', must be one of nf4, fp4, int8"),
         (EvalOptions(tasks=["boolqq"]), "--tasks: got 'boolqq', must be one of .*Did you mean 'boolq'"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate_target(str(root_model(whole)), model_options)
+    with pytest.raises(UserError, match=r"modell does not exist\..* 'model'"):
+        evaluate_target(f"{root_model(whole)}l")
     document = evaluate_target(str(root_model(whole)), EvalOptions(texts=[text]))
     found = document["perplexity"]
     assert found["num_tokens"] > 3

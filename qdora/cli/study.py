@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qdora.cli.verb import emit, verb
-from qdora.errors import UserError
+from qdora.errors import Interrupted, UserError
 
 
 @verb
@@ -47,4 +47,10 @@ def study(
         return
     if cluster is not None or job_option:
         raise UserError("--cluster, --job-option: are used only with --jobs. Fix: add --jobs.")
-    emit(study_run(study, directory, shard=shard, retry_failed=retry_failed, dry_run=dry_run))
+    try:
+        found = study_run(study, directory, shard=shard, retry_failed=retry_failed, dry_run=dry_run)
+    except Interrupted as stopped:  # its cell goes on where it was
+        words = ["qdora", "study", str(study), *(["--dir", str(directory)] if directory is not None else [])]
+        words += ["--shard", shard] if shard is not None else []
+        raise stopped.with_command(words) from None
+    emit(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +56,6 @@ def train(
             raise
         words = ["qdora", "train", recipe, *(word for item in set_ or [] for word in ("-s", item))]
         words += ["--run-dir", str(directory), "--resume", *(["--force"] if force else [])]
-        how = f": {shlex.join(words)}"
-        raise Interrupted(stopped.step, stopped.checkpoint, saved=stopped.saved, how=how) from None
+        raise stopped.with_command(words) from None
     if result:  # only the first process of a launch has one
         emit(result)

@@ -374,6 +374,6 @@ def _check_end(template: ChatTemplate, learnt: list[int], notes: set[str]) -> No
     notes.add(
         f"a turn ends with {name!r} ({mark}), which is not among the model's stop tokens "
         f"({', '.join(map(str, sorted(stops))) or 'none'}): {MAY_NOT_STOP}. Fix: add {mark} to eos_token_id in "
-        "the generation_config.json of the model, or choose with model.tokenizer the tokenizer whose end of sequence "
-        "it is."
+        "the generation_config.json of the model (of a Hub model: in a copy in a directory), or choose with "
+        "model.tokenizer the tokenizer whose end of sequence it is."
     )

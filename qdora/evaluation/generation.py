@@ -226,7 +226,7 @@ def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list
             faults.append(
                 f"eval.method: generate needs choices that differ in one word, got task '{task}', whose example "
                 f"{wrong.id} has {has}. Fix: for the eight commonsense tasks and files of commonsense_170k set "
-                "data.mix[].format: commonsense170k."
+                "data.mix[].format: commonsense170k. For other data set eval.method: loglikelihood, or remove --method."
             )
     return faults
 

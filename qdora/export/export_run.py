@@ -81,7 +81,11 @@ def export_run(
         _say(results, _check_in_words(check))
         if not check["passed"]:
             why = "; ".join(check["faults"])
-            raise RunFailure(f"{out}: the exported model is not the one that was trained: {why}.", safe=[run, out])
+            raise RunFailure(
+                f"{out}: do not use this export, its model is not the one that was trained: {why}. Its files are kept "
+                "for inspection. Fix: delete it and export again; if that gives the same, please report it.",
+                safe=[run],
+            )
     _say(results, f"exported model: {out}")
     if options.push is None:
         return document
@@ -115,8 +119,10 @@ def _unfinished(out: Path) -> Iterator[Path]:
         except Exception as error:
             if place.exists() and not isinstance(error, DiskFull):
                 os.rename(place, out)
-                text = "%s: its files are complete and kept, but not all that follows them: check, audit, export.json."
-                logger.warning(text, out)
+                text = (
+                    "%s: the weights are complete and kept, but the export stopped before its check or audit was done."
+                )
+                logger.warning(f"{text} Fix: delete it and export again.", out)
             if not isinstance(error, Resumable):
                 remove_directory(hidden)
             raise

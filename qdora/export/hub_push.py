@@ -34,7 +34,8 @@ def push(directory: Path, name: str, *, private: bool = True) -> str:
         repository = api.create_repo(name, private=private, exist_ok=True)
         if private and not api.repo_info(repository.repo_id).private:
             raise UserError(
-                f"--push: {name} is public. Fix: name a private repository, or use --public to publish the model."
+                f"--push: {name} is public, so nothing was uploaded. The export is complete in {directory}. Fix: "
+                f"upload it to a private repository with hf upload OTHER_NAME {directory}, or here to publish it."
             )
         commit = api.upload_folder(
             repo_id=repository.repo_id, folder_path=str(directory), commit_message="Model exported by qdora"
@@ -42,6 +43,7 @@ def push(directory: Path, name: str, *, private: bool = True) -> str:
     except (HTTPError, OSError) as error:
         first = first_line(error)
         raise RunFailure(
-            f"--push: {name}: {first} The export itself is complete: {directory}.", safe=[directory]
+            f"--push: {name}: {first} Fix: upload the export, which is complete, with hf upload {name} {directory}",
+            safe=[directory],
         ) from error
     return str(commit)

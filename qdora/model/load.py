@@ -489,8 +489,12 @@ def _check_stored_packed(
     if wanted.kind not in ("int8", MXFP4):
         sizes = sorted({item.block_size for item in packed.values()} - {wanted.block_size})
         doubles = {item.double_quant for item in packed.values()} - {wanted.double_quant}
-        faults.extend(f"base.block_size: {wanted.block_size}, but the checkpoint has {size}." for size in sizes)
-        faults.extend(f"base.double_quant: {wanted.double_quant}, but the checkpoint has {held}." for held in doubles)
+        of_base = (("block_size", wanted.block_size, sizes), ("double_quant", wanted.double_quant, doubles))
+        faults.extend(
+            f"base.{name}: got {str(asked).lower()}, but the checkpoint has {held}. Fix: set base.{name}: {held}."
+            for name, asked, found in of_base
+            for held in map(str.lower, map(str, found))
+        )
     named = {name.removesuffix(".weight") for name in packed}
     if wanted.skip != DEFAULT_SKIP:
         faults.extend(

@@ -112,7 +112,7 @@ def resolve(
         return ModelSource("builtin", builtin_file(), BUILTIN)
     if path.is_dir():
         if config:
-            check_directory(path, weights=weights)
+            check_directory(path, weights=weights, setting=setting)
         return ModelSource("directory", path, source)
     if path.exists():
         if path.suffix != ".gguf":
@@ -160,26 +160,26 @@ def builtin_file() -> Path:
     return found[0]
 
 
-def check_directory(path: Path, *, weights: bool = True) -> None:
+def check_directory(path: Path, *, weights: bool = True, setting: str = "model.source") -> None:
     """Check that a directory holds config.json and safetensors shards, in a form that can be read.
 
-    Raises UserError with all faults.
+    Raises UserError with all faults of `setting`.
     """
     faults = []
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise UserError(
-                f"model.source: {path} holds an adapter, not a model. Fix: name the base model here, and the adapter "
-                "in adapter.resume_from."
-            )
-        faults.append(f"model.source: {path} has no config.json.{nearest_entry(path, 'config.json')}")
+            fix = "name the run that it comes from, or a merged or nf4-lora export of it"
+            if setting == "model.source":
+                fix = "name the base model here, and the adapter in adapter.resume_from"
+            raise UserError(f"{setting}: {path} holds an adapter, not a model. Fix: {fix}.")
+        faults.append(f"{setting}: {path} has no config.json.{nearest_entry(path, 'config.json')}")
     else:
         faults.extend(_quantization_faults(path / "config.json"))
     if weights:
         pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
         if not any(path.glob("*.safetensors*")) and pickles:
             faults.append(
-                f"model.source: {path} holds its weights only as pickle ({pickles[0]}), which can run any code when "
+                f"{setting}: {path} holds its weights only as pickle ({pickles[0]}), which can run any code when "
                 "read. Fix: convert it to safetensors with transformers' save_pretrained."
             )
         else:
@@ -216,13 +216,13 @@ def _from_hub(
     # The cache names a snapshot by its commit, which the record of a run needs.
     commit = path.name if is_commit(path.name) else revision
     if config:
-        check_directory(path, weights=False)
+        check_directory(path, weights=False, setting=setting)
     if trust_remote_code:
         _check_place_of_code(path, source)
     if weights:  # last: a model that is refused for its config is not downloaded
         path = _download(source, commit, [*patterns, "*.safetensors"], setting)
     if config and weights:
-        check_directory(path)
+        check_directory(path, setting=setting)
     return ModelSource("hub", path, source, commit, trust_remote_code)
 
 
@@ -285,7 +285,7 @@ def library_reason(error: BaseException) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
 
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> PreTrainedTokenizerBase:
     """Load the tokenizer of a source and make sure that it has a pad token.
 
     It is the tokenizer's own, else a token reserved for padding in the vocabulary, else the unknown token, else the
@@ -293,9 +293,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     there are no usable tokenizer files or no token to pad with.
     """
     if not source.is_gguf and not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
+        fix = (
+            "name a model that has it in model.tokenizer" if setting == "model.tokenizer" else "copy its base's into it"
+        )
         raise UserError(
-            f"model.tokenizer: {source.path} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}. "
-            "Fix: name a model that has it in model.tokenizer."
+            f"{setting}: {source.path} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}. Fix: {fix}."
         )
     if source.is_gguf:
         require_gguf()
@@ -307,9 +309,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
                 str(source.path), trust_remote_code=source.trust_remote_code, local_files_only=True
             )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(
-            f"model.tokenizer: {source.name}: its tokenizer cannot be used: {library_reason(error)}"
-        ) from error
+        raise UserError(f"{setting}: {source.name}: its tokenizer cannot be used: {library_reason(error)}") from error
     if tokenizer.chat_template is None and not source.is_gguf:
         tokenizer.chat_template = _processor_chat_template(source.path)
     if tokenizer.pad_token is None:
@@ -318,7 +318,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         unknown = tokenizer.unk_token if tokenizer.unk_token not in (tokenizer.eos_token, tokenizer.bos_token) else None
         pad = reserved or unknown or tokenizer.eos_token
         if pad is None:
-            raise UserError(f"model.tokenizer: {source.name} has no pad, unknown or end token to pad with.")
+            raise UserError(f"{setting}: {source.name} has no pad, unknown or end token to pad with.")
         tokenizer.pad_token = pad
     return tokenizer
 

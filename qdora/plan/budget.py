@@ -54,7 +54,7 @@ def within_budget(
         return changed, planned(changed, budget, num_sharing=num_sharing, **options)[1]
     if not force:
         raise UserError(over_budget(plan))
-    logger.warning("%s", over_budget(plan))
+    logger.warning("%s", over_budget(plan, forced=True))
     return recipe, plan
 
 

@@ -246,16 +246,19 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
-def over_budget(plan: Plan) -> str:
-    """The error of a run over its budget, in one line."""
+def over_budget(plan: Plan, *, forced: bool = False) -> str:
+    """The error of a run over its budget, in one line; `forced` if it starts all the same."""
     parts = sorted(plan.components.items(), key=lambda each: -each[1])[:3]
     largest = ", ".join(f"{name} {size_text(size)}" for name, size in parts)
     changes = "; ".join(change.setting for change in plan.changes)
     fix = "start anyway with --force"
     if plan.changes:
         enough = plan.changes[-1].peak_bytes <= (plan.budget_bytes or 0)
-        fix = f"change, cheapest first: {changes}{'' if enough else ' (even all of these are not enough)'}; or {fix}"
+        change = f"change, cheapest first: {changes}{'' if enough else ' (even all of these are not enough)'}"
+        fix = change if forced else f"{change}; or {fix}"
+    end = f"Fix: {fix}." if plan.changes or not forced else ""
+    end += " It starts all the same (--force)." if forced else ""
     return (
         f"memory.budget: {size_text(plan.budget_bytes or 0)}, but the run needs about {size_text(plan.peak_bytes)} in "
-        f"the {plan.peak.name} ({largest}). Fix: {fix}."
+        f"the {plan.peak.name} ({largest}). {end.lstrip()}"
     )

@@ -12,7 +12,7 @@ import glob
 import io
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -181,7 +181,7 @@ class _Loader(yaml.SafeLoader):
         return "tag:yaml.org,2002:str" if is_other_base else tag
 
 
-def read_yaml(text: str, where: str) -> dict[str, Any]:
+def read_yaml(text: str, where: str, sections: Iterable[str] = Recipe.model_fields) -> dict[str, Any]:
     """Parse one YAML mapping; UserError has the line of a syntax error, or of every key that is given twice."""
     if len(text) > _MOST_BYTES:
         raise UserError(f"{where}: too long, {_LENGTH}.")
@@ -210,7 +210,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: nested too deeply.") from None
     if not isinstance(data, dict):
         what = "empty" if data is None else f"not a mapping, got {shown(data)}"
-        raise UserError(f"{where}: {what}, allowed: the sections {', '.join(Recipe.model_fields)}.")
+        raise UserError(f"{where}: {what}, allowed: the sections {', '.join(sections)}.")
     return data
 
 

@@ -465,13 +465,18 @@ class Recipe(Section):
         if tokens and prune is not None and prune.method != "magnitude":
             what = "must be empty with a base.prune.method that measures text, since the tokens have no rows yet"
             yield "model.add_tokens", f"{what}, got {list(tokens)}."
-        if adapter.also_train and not whole and not tokens:
+        if adapter.also_train and not tokens and self.base.residency == "disk":
+            what = (
+                "must be empty with base.residency disk and without model.add_tokens: the whole matrices stay in files"
+            )
+            yield "adapter.also_train", f"{what}, got {list(adapter.also_train)}. Fix: remove it, or the residency."
+        elif adapter.also_train and not whole and not tokens:
             what = "must be all without model.add_tokens, since there are no new rows"
             yield "adapter.also_train_rows", f"{what}, got new. Fix: set it to all."
         if whole and self.memory.host_embeddings:
             what = "must be false with adapter.also_train_rows all, which trains the embedding"
             yield "memory.host_embeddings", f"{what}, got true."
-        if whole and self.base.residency == "disk":
+        if whole and tokens and self.base.residency == "disk":
             what = "must be new with base.residency disk, where the matrices stay in files"
             yield "adapter.also_train_rows", f"{what}, got all."
         if whole and self.model.dtype == "float16":

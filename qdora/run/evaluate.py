@@ -134,13 +134,19 @@ class EvalOptions:
                 )
         faults += self._data_faults()
         faults += [f"--text: {file} is not a file." for file in self.texts if not file.is_file()]
-        if not (is_run(target) or self.like or self.tasks or self.data or self.texts or self.harness):
-            faults.append(
-                f"eval: {target} is not a run (it has no recipe.yaml), so it has no data. "
-                "Fix: add --tasks, --data, --text, --harness or --like RUN."
-            )
+        if user_path(target).exists():  # else it is looked for first
+            faults += self.faults_of_data(target)
         if faults:
             raise UserError(*faults)
+
+    def faults_of_data(self, target: str) -> list[str]:
+        """What is wrong if nothing says what a model that is not a run is scored on."""
+        if is_run(target) or self.like or self.tasks or self.data or self.texts or self.harness:
+            return []
+        return [
+            f"eval: {target} is not a run (it has no recipe.yaml), so it has no data. "
+            "Fix: add --tasks, --data, --text, --harness or --like RUN."
+        ]
 
     def _data_faults(self) -> Iterator[str]:
         """What is wrong with `data` and shows before it is read."""
@@ -180,6 +186,8 @@ def evaluate_target(
     options.check(target)
     if not is_run(target):
         resolve(target, weights=False, setting="eval")  # a wrong name is found before the data is read or fetched
+        if lacking := options.faults_of_data(target):
+            raise UserError(*lacking)
     progress, results = consoles(console)
     keep_freed_memory()
     data_run = Path(target) if is_run(target) else options.like

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.data.chat_template import set_chat_date, set_chat_settings
-from qdora.errors import UserError
+from qdora.errors import UserError, not_one_of
 from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
 from qdora.model.adapter_file import CONFIG_FILE, load_adapter
 from qdora.model.build_model import Compute, choose_compute, find_model, put_adapters, token_ids
@@ -31,6 +31,9 @@ from qdora.run.pruned_base import FOLDER
 from qdora.run.recorded_base import check_base
 from qdora.run.residency_choice import residency_here
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
+
+_QUANTS = ("nf4", "fp4", "int8")
+"""What --quant takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +161,15 @@ def load_target(
         return LoadedModel(model=trained.model, tokenizer=trained.tokenizer, label=trained.state, run=trained.run)
     if step is not None or base_only:
         raise UserError(f"{verb}: --step and --base are used only with a run, got {target}. Fix: remove them.")
+    if quant not in (None, *_QUANTS):
+        raise UserError(not_one_of("--quant", quant, _QUANTS))
     source = resolve(target, setting=verb)
     compute = choose_compute("auto")
-    tokenizer = load_tokenizer(source)
-    form = {"quant": quant} if quant is not None else _stored_form(source)
+    tokenizer = load_tokenizer(source, setting=verb)
+    form = _stored_form(source)
+    if quant is not None and form["quant"] != "none":
+        raise UserError(f"--quant: {target} is quantised already, in {form['quant']}. Fix: remove --quant.")
+    form = form if quant is None else {"quant": quant}
     model = load_model(source, device=compute.device, compute_dtype=compute.dtype, **form)
     adapter = source.path / ADAPTER_DIRECTORY
     if not source.is_gguf and (adapter / CONFIG_FILE).is_file():

@@ -44,7 +44,7 @@ def context_warnings(sources: Sequence[Source], config: PreTrainedConfig) -> lis
                 f"{part.name}: {len(lengths):,} of {len(_examples(part)):,} examples are longer than the model has "
                 f"positions (up to {max(lengths):,} tokens, max_position_embeddings {positions:,}). Evaluation cuts "
                 "them, training does not, and a model that learnt a vector for each position fails. Fix: "
-                f"data.max_length={positions}."
+                f"set data.max_length: {positions} and data.too_long: truncate."
             )
     return warnings
 

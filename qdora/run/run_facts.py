@@ -297,9 +297,11 @@ def next_commands(
     path = shlex.quote(str(run.path))
     resumed = f"qdora train {shlex.quote(str(run.recipe_file))} --run-dir {path} --resume"
     if status["state"] == "unfinished":
-        found = [(resumed, "Continue the run from its newest checkpoint")]
-        if status["newest_checkpoint"] is not None:
-            step = status["newest_checkpoint"]
+        step = status["newest_checkpoint"]
+        if step is None:
+            found = [(resumed, "Start the run again: it has saved no checkpoint")]
+        else:
+            found = [(resumed, "Continue the run from its newest checkpoint")]
             found.append((f"qdora eval {path} --step {step}", "Evaluate the newest checkpoint"))
         return [{"command": command, "why": why} for command, why in found]
     found = [] if is_evaluated else [(f"qdora eval {path} --base", "Evaluate the base, to compare with")]
@@ -307,11 +309,15 @@ def next_commands(
         out = shlex.quote(f"{run.path}-merged")
         epochs, steps = recipe.train.epochs, status["num_steps"] or status["num_done"]
         raw = " --raw" if is_without_chats(run.path) else ""
+        audit = " --audit" if recipe.adapter.kind in ("lora", "dora") else ""
         more = f"train.steps={2 * steps}" if epochs is None else f"train.epochs={2 * epochs:g}"
         found += [
             (f"qdora eval {path}", "Evaluate the adapter"),
             (f"qdora generate {path}{raw} --prompt '...'", "Let it answer"),
-            (f"qdora export {path} {out} --audit", "Write the merged model, check it and compare all forms"),
+            (
+                f"qdora export {path} {out}{audit}",
+                f"Write the merged model and check it{' and compare all forms' if audit else ''}",
+            ),
         ]
         if status["state"] == "finished":
             found.append((f"{resumed} -s {more}", "Train on, to twice the length"))

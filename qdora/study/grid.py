@@ -313,7 +313,7 @@ def load_study(path: Path) -> Study:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{where}: cannot be read ({reason}); must be a YAML file of a study.") from None
-    data = read_yaml(text, where)
+    data = read_yaml(text, where, Study.model_fields)
     recipe = data.get("recipe")
     if isinstance(recipe, str) and (path.parent / recipe).is_file():
         data["recipe"] = str((path.parent / recipe).resolve())

@@ -26,8 +26,9 @@ class Shortage(NamedTuple):
         """What is wrong if the micro-batch is a single example, which cannot be split."""
         return (
             f"out of memory with one example of {self.num_tokens:,} tokens by itself ({self.reason.rstrip('.')}). "
-            "Fix: resume with --resume and -s memory.checkpointing=true or a lower memory.loss_chunk, or start a new "
-            "run with fewer tokens (data.max_length with data.too_long), a smaller adapter.rank or another base.quant."
+            "Fix: resume with --resume and -s memory.loss_chunk=64, with -s memory.checkpointing=true if it is off, or "
+            "on a GPU with -s memory.offload_activations=true or -s base.residency=host. Or start a new run with fewer "
+            "tokens (data.max_length with data.too_long), a smaller adapter.rank or another base.quant."
         )
 
 
