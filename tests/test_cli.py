@@ -425,18 +425,22 @@ def test_generate_takes_a_prompt_or_a_file(options: list[str], fault: str) -> No
 
 
 @pytest.mark.parametrize(
-    "given, platform, wanted",
+    "given, platform, release, wanted",
     [
-        ({}, "linux", {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
-        ({}, "darwin", {}),
-        ({}, "win32", {}),
-        ({"PYTORCH_ALLOC_CONF": ""}, "linux", {"PYTORCH_ALLOC_CONF": ""}),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, "linux", {"PYTORCH_CUDA_ALLOC_CONF": "a"}),
+        ({}, "linux", "6.8.0-85-generic", {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({}, "linux", "6.6.87.2-microsoft-standard-WSL2", {}),
+        ({}, "linux", "5.15.148-tegra", {}),
+        ({}, "darwin", "", {}),
+        ({}, "win32", "", {}),
+        ({"PYTORCH_ALLOC_CONF": ""}, "linux", "", {"PYTORCH_ALLOC_CONF": ""}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, "linux", "", {"PYTORCH_CUDA_ALLOC_CONF": "a"}),
     ],
 )
-def test_the_allocator_extends_its_segments_unless_the_user_has_set_it(given: Any, platform: str, wanted: Any) -> None:
+def test_the_allocator_extends_its_segments_unless_the_user_has_set_it(
+    given: Any, platform: str, release: str, wanted: Any
+) -> None:
     environment = dict(given)
-    let_segments_grow(environment, platform)
+    let_segments_grow(environment, platform, release)
     assert environment == wanted
 
 

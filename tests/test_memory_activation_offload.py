@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,44 @@ def test_copies_wait_for_the_computation_and_the_computation_for_them(
     kept = torch.arange(600, dtype=torch.float32)
     away = activation_offload.CudaHost(torch.device("cpu"))(kept)
     side = "stream 0"
-    assert cuda.read() == [(side, "waits for", "main"), *[(side, "copies", "")] * 3, (side, "uses the memory", "")]
+    assert cuda.read() == [(side, "waits for", "main"), *[(side, "copies", "")] * 3, (side, "records", "event 0")]
     away.fetch()
-    assert cuda.read() == [*[(side, "copies", "")] * 3, (side, "records", "event 0")]
+    assert cuda.read() == [(side, "waits for", "main"), *[(side, "copies", "")] * 3, (side, "records", "event 1")]
     away.fetch()
     assert cuda.read() == []
     assert torch.equal(away.take(), kept)
-    assert cuda.read() == [("main", "waits for", "event 0"), ("main", "uses the memory", "")]
+    assert cuda.read() == [("main", "waits for", "event 1"), ("main", "waits for", "event 0")]
+    del away
+    assert cuda.read() == []
+
+
+@pytest.mark.usefixtures("pinned")
+def test_memory_is_given_away_behind_the_copy_that_reads_it(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far the host runs ahead, two inputs are held, and an earlier one is dropped after its copy's end."""
+    monkeypatch.setattr(activation_offload, "_PAGE_BYTES", 1 << 10)
+    host, held, away = activation_offload.CudaHost(torch.device("cpu")), list[Any](), list[Any]()
+    for number in range(5):
+        tensor = torch.full((256,), float(number))
+        held.append(weakref.ref(tensor.untyped_storage()))
+        away.append(host(tensor))
+        del tensor
+        alive = [index for index, each in enumerate(held) if each() is not None]
+        assert alive == list(range(max(0, number - 1), number + 1))
+        waited = [entry[2] for entry in cuda.read() if entry[0] == "main"]
+        assert waited == ([f"event {2 * (number - 2)}"] if number >= 2 else [])  # a tensor has an event for each way
+    for number in reversed(range(5)):
+        assert torch.equal(away[number].take(), torch.full((256,), float(number)))
+
+
+def test_a_pass_that_was_broken_off_gives_its_pages_back(
+    pinned: list[int], cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activation_offload, "_PAGE_BYTES", 1 << 10)
+    host = activation_offload.CudaHost(torch.device("cpu"))
+    for _ in range(100):
+        away = [host(torch.ones(256)) for _ in range(8)]
+        away[-1].fetch()
+        cuda.read()
+        del away
+        assert ("main", "waits for") in [entry[:2] for entry in cuda.read()]  # for the one that was coming back
+    assert sum(pinned) == 8 << 10

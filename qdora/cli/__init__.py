@@ -25,7 +25,7 @@ from qdora.cli.study import study
 from qdora.cli.train import train
 from qdora.cli.validate import validate
 from qdora.cli.verb import Debug, Json, Quiet, ask, end_as_by_ctrl_c, repeat_lost_interrupts
-from qdora.files.environment import num_cpus, other_load
+from qdora.files.environment import has_limited_cuda, num_cpus, other_load
 
 VERBS = {
     "train": train,
@@ -99,12 +99,15 @@ ALLOCATOR, OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 """Settings of torch's allocators, read as torch is imported, and their older name, which torch reads, too."""
 
 
-def let_segments_grow(environment: MutableMapping[str, str] = os.environ, platform: str = sys.platform) -> None:
+def let_segments_grow(
+    environment: MutableMapping[str, str] = os.environ, platform: str = sys.platform, release: str | None = None
+) -> None:
     """Let torch's CUDA allocator extend its segments, unless the user has set it up; on Linux, which alone has that.
 
     Micro-batches have many lengths. Segments of fixed sizes are cut into pieces that the next length does not fit.
     """
-    if platform == "linux" and ALLOCATOR not in environment and OLD_ALLOCATOR not in environment:
+    is_free = ALLOCATOR not in environment and OLD_ALLOCATOR not in environment
+    if platform == "linux" and is_free and not has_limited_cuda(release):
         environment[ALLOCATOR] = "expandable_segments:True"
 
 

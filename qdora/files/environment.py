@@ -70,6 +70,16 @@ def cpus() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
 
 
+def has_limited_cuda(release: str | None = None) -> bool:
+    """Whether this is WSL2 or a Jetson, by the release of the kernel.
+
+    There a GPU may lack memory that host and device use at the same time (cudaDevAttrConcurrentManagedAccess), and
+    drivers before R615 fail to map memory as expandable segments do (github.com/pytorch/pytorch/issues/192330).
+    """
+    name = (os.uname().release if hasattr(os, "uname") else "") if release is None else release
+    return any(kind in name.lower() for kind in ("microsoft", "tegra"))
+
+
 def num_cpus() -> int:
     """How many processors this process may use."""
     return len(cpus())

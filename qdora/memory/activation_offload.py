@@ -6,6 +6,7 @@ backward pass of the block behind it; the device holds the last two or three.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,8 @@ _LEAST_BYTES = 1 << 16
 # Small beside a block's input (16 MiB at 2,048 tokens of width 4,096), and 80 microseconds of copying.
 _PAGE_BYTES = 1 << 21
 _PAGES_AT_ONCE = 8
+# Tensors that are being copied out: copies have as long as two blocks compute.
+_MOST_LEAVING = 2
 
 
 class Away(Protocol):
@@ -87,23 +90,42 @@ def _copy(target: Iterable[Tensor], source: Iterable[Tensor]) -> None:
 
 
 class CudaHost:
-    """Pinned pages for tensors of `device`, and a stream on which tensors go out and come back in call order."""
+    """Pinned pages for tensors of `device`, and a stream on which tensors go out and come back in call order.
+
+    All tensors belong to the stream that computes, and it waits for a copy before it gives memory away that the copy
+    uses. With `record_stream` in place of that, memory would be free only once the GPU has got there, and a host that
+    runs ahead would take new memory for each block meanwhile.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pages = PinnedPages()
+        self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        """Tensors that are being copied out, and the ends of their copies."""
+
+    @property
+    def computing(self) -> torch.cuda.Stream:
+        """The stream that computes."""
+        return torch.cuda.current_stream(self.device)
 
     def __call__(self, tensor: Tensor) -> Away:
         """Begin to copy a tensor out."""
         flat = tensor.reshape(-1)  # a copy if it is not contiguous
         pages = self.pages.take(flat.nbytes)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.stream.wait_stream(self.computing)
+        left = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self.stream):
             _copy(pages, torch.split(flat.view(torch.uint8), _PAGE_BYTES))
-        # The allocator must not reuse the memory before it has been copied.
-        flat.record_stream(self.stream)
+            left.record(self.stream)
+        self.leaving.append((flat, left))
+        self.let_go(_MOST_LEAVING)
         return _OnHost(self, pages, tensor.shape, tensor.dtype)
+
+    def let_go(self, most: int) -> None:
+        """Free the memory of all but the last tensors that are being copied out, for what is computed after them."""
+        while len(self.leaving) > most:
+            self.computing.wait_event(self.leaving.popleft()[1])
 
 
 class _OnHost:
@@ -114,21 +136,32 @@ class _OnHost:
 
     def fetch(self) -> None:
         if self.back is None:
+            self.back = torch.empty(self.shape, dtype=self.dtype, device=self.host.device)
+            self.host.stream.wait_stream(self.host.computing)  # it may still use what was in this memory
             with torch.cuda.stream(self.host.stream):
-                self.back = torch.empty(self.shape, dtype=self.dtype, device=self.host.device)
                 _copy(torch.split(self.back.view(-1).view(torch.uint8), _PAGE_BYTES), self.pages)
                 self.arrived.record(self.host.stream)
 
     def take(self) -> Tensor:
         self.fetch()
-        assert self.back is not None
-        back, stream = self.back, torch.cuda.current_stream(self.host.device)
-        stream.wait_event(self.arrived)
-        back.record_stream(stream)
-        # The next tensor is copied into the pages on the same stream, behind this copy.
+        back = self.back
+        assert back is not None
+        self._end()
+        return back
+
+    def _end(self) -> None:
+        """Give the pages back: the next tensor is copied into them on the same stream, behind this one."""
+        if self.back is not None:
+            self.host.computing.wait_event(self.arrived)
+            self.host.let_go(0)
+            self.back = None
         self.host.pages.give(self.pages)
         self.pages = []
-        return back
+
+    def __del__(self) -> None:
+        """A pass that was broken off takes nothing back."""
+        if self.pages:
+            self._end()
 
 
 @dataclass
@@ -169,6 +202,7 @@ class ActivationOffload:
     def _out(self, block: int, tensor: Tensor) -> Tensor | _Kept:
         if tensor.nbytes < _LEAST_BYTES or not tensor.is_floating_point():
             return tensor
+        self._kept.pop(block, None)  # gives its pages back if its pass was broken off
         kept = self._kept[block] = _Kept(block, self._send(tensor.detach()))
         return kept
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qdora.errors import first_line
+from qdora.files.environment import has_limited_cuda
 from qdora.memory.failed_allocation import is_out_of_memory
 from qdora.ops.planned_device import is_planning
 from qdora.ops.split_float import join_float32, split_float32_
@@ -276,8 +277,8 @@ def _inner_optimizer(
 
 
 def can_page(parameter: Tensor) -> bool:
-    """Whether the states of a parameter can be paged."""
-    return parameter.device.type == "cuda"
+    """Whether the states of a parameter can be paged: the host writes pages while kernels run."""
+    return parameter.device.type == "cuda" and not has_limited_cuda()
 
 
 def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter, pages: list[Tensor]) -> dict[str, Any]:
