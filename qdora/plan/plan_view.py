@@ -86,7 +86,8 @@ def plan_run(
     can_fit = found.fits or any(change.peak_bytes <= (found.budget_bytes or 0) for change in found.changes)
     lines = []
     if num_processes > 1:
-        ways = process_plans(whole_plans(recipe, partial(_unchanged, found, planning)), num_processes, num_hosts)
+        plan_of = partial(plan, budget=found.budget_bytes, may_change=False, **planning)
+        ways = process_plans(whole_plans(recipe, plan_of), num_processes, num_hosts)
         lines += process_lines(ways, num_processes, num_hosts)
         document["processes"] = [each.to_dict() for each in ways]
         least, can_fit = min(ways, key=lambda each: each.peak_bytes), any(each.fits for each in ways)
@@ -97,12 +98,6 @@ def plan_run(
     for line in lines:
         results.print(line, soft_wrap=True)
     return document
-
-
-def _unchanged(found: Plan, planning: Mapping[str, Any], recipe: Recipe) -> Plan:
-    """The plan of another recipe for the same budget, without changes that make it fit."""
-    memory = recipe.memory.model_copy(update={"budget": None})
-    return replace(plan(recipe.model_copy(update={"memory": memory}), **planning), budget_bytes=found.budget_bytes)
 
 
 def _workload(recipe: Recipe) -> tuple[mix_plan.MixPlan | None, Workload, list[str]]:
@@ -139,7 +134,7 @@ def _after_gates(recipe: Recipe, planning: Mapping[str, Any]) -> list[str]:
     rank = math.ceil(gates.mean_rank)
     changes = {"rank": rank, "rank_pattern": {}, "same_scaling": False, "gates": None}
     adapter = recipe.adapter.model_copy(update=changes)
-    later = plan(recipe.model_copy(update={"adapter": adapter}), **planning)
+    later = plan(recipe.model_copy(update={"adapter": adapter}), may_change=False, **planning)
     return [f"{text}; if they leave rank {rank} in every layer, the peak is {size_text(later.peak_bytes)}"]
 
 
