@@ -27,6 +27,7 @@ from qdora.plan.plan_contents import CONTEXT, GIB, SLACK, DeviceKind, Plan, seco
 from qdora.plan.workload import MOST_STEPS, Workload, assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import missing_files
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -133,8 +134,7 @@ def _after_gates(recipe: Recipe, planning: Mapping[str, Any]) -> list[str]:
         return [text]
     rank = math.ceil(gates.mean_rank)
     changes = {"rank": rank, "rank_pattern": {}, "same_scaling": False, "gates": None}
-    adapter = recipe.adapter.model_copy(update=changes)
-    later = plan(recipe.model_copy(update={"adapter": adapter}), may_change=False, **planning)
+    later = plan(with_settings(recipe, adapter=changes), may_change=False, **planning)
     return [f"{text}; if they leave rank {rank} in every layer, the peak is {size_text(later.peak_bytes)}"]
 
 

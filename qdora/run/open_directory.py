@@ -19,6 +19,7 @@ from qdora.model.language_part import TRAINED_PART, is_multimodal
 from qdora.model.source import is_commit
 from qdora.recipe.faults import shown
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, settings
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.prepare import PreparedRun
 from qdora.run.recorded_base import base_record, check_base, recorded_base, with_revision
@@ -83,8 +84,7 @@ def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
 def _text(recipe: Recipe) -> str:
     """recipe.yaml of a run: it names the run's own copy of a chat template."""
     if recipe.data.chat_template is not None:
-        data = recipe.data.model_copy(update={"chat_template": CHAT_TEMPLATE_FILE})
-        recipe = recipe.model_copy(update={"data": data})
+        recipe = with_settings(recipe, data={"chat_template": CHAT_TEMPLATE_FILE})
     return resolved_yaml(recipe)
 
 
