@@ -40,7 +40,8 @@ from qdora.evaluation.suite import (
     results_table,
     spread,
 )
-from qdora.evaluation.token_scores import Progress, length_batches, padded
+from qdora.evaluation.token_scores import length_batches, padded
+from qdora.files.console import Progress
 from qdora.model.load import stop_ids_of_model
 
 logger = logging.getLogger(__name__)

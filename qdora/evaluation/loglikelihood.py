@@ -17,7 +17,8 @@ from qdora.data.example import Example
 from qdora.data.tokenize import encode_pairs, special_prefix
 from qdora.errors import UserError
 from qdora.evaluation.forward_path import ForwardPath, choose_path, context_length
-from qdora.evaluation.token_scores import Progress, Span, score_groups, score_spans, strided_spans
+from qdora.evaluation.token_scores import Span, score_groups, score_spans, strided_spans
+from qdora.files.console import Progress
 
 logger = logging.getLogger(__name__)
 

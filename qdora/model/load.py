@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from qdora.errors import UserError, nearest
+from qdora.files.console import Progress
 from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
@@ -72,9 +73,6 @@ _DENSE_PART_ELEMENTS = 1 << 24
 """Weights of a part in which a stored MXFP4 weight is dequantised: 32 MiB."""
 _MOST_LAYERS = 1000
 """Blocks of a model; those of Llama 3.1 405B are 126. A damaged config could ask for a thousand million."""
-
-Progress = Callable[[int, int], None]
-"""Called with (tensors done, all tensors)."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +145,7 @@ def load_model(
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
         attention: One of `ATTENTION_KINDS`; "auto" is chosen by what the model needs (`with_attention`).
+        progress: Called with the tensors done and all of them.
         reader: Finds the weights (default `tensors_of_source`; see model/packed_base.py).
         placer: Puts the tensors into the model (default `place_all`; see model/pruning.py and memory/).
         before_reading: Called with the model and `device` before any weight is read (memory/host_residency.py).
