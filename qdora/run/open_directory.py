@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qdora.errors import UserError
+from qdora.errors import UserError, first_few
 from qdora.files.atomic import atomic_write_text
 from qdora.files.environment import environment
 from qdora.files.json_file import read_json_object
@@ -113,9 +113,8 @@ def resumed_recipe(directory: Path, where: str, overrides: Sequence[str]) -> Rec
     different = [key for key in dict.fromkeys((*mine, *other)) if mine.get(key) != other.get(key)]
     if different and os.environ.get("RANK", "0") == "0":
         named = [f"{key} (the run: {shown(mine.get(key))}, {where}: {shown(other.get(key))})" for key in different]
-        more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
-        text = "%s continues with its own recipe.yaml, which differs from %s in %s%s. To change a setting, use -s."
-        logger.warning(text, directory, where, ", ".join(named[:_SHOWN]), more)
+        text = "%s continues with its own recipe.yaml, which differs from %s in %s. To change a setting, use -s."
+        logger.warning(text, directory, where, first_few(named, _SHOWN))
     return own
 
 

@@ -18,7 +18,7 @@ from qdora.data.mix import Source
 from qdora.data.mix_plan import MixPlan, mix_warnings
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample
-from qdora.errors import UserError
+from qdora.errors import UserError, first_few
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import RunDirectory, unharmed
 from qdora.model.trained_embeddings import untrained_rows
@@ -120,11 +120,10 @@ def _token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: 
     names = [tokenizer.convert_ids_to_tokens(each) for each in untrained_rows(model, read, learnt)]
     if not names:
         return []
-    more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
     return [
         Check(
             "warning",
-            f"the training data has tokens that the base never learnt: {', '.join(names[:_MOST_NAMED])}{more}. Their "
+            f"the training data has tokens that the base never learnt: {first_few(names, _MOST_NAMED)}. Their "
             "rows in the embedding or the output head are zero, and an adapter does not change them. Fix: name the "
             "instruct version of the model in model.source, or set adapter.also_train: [embed_tokens, lm_head] and "
             "adapter.also_train_rows: all.",
