@@ -42,7 +42,7 @@ from qdora.evaluation.suite import (
 )
 from qdora.evaluation.token_scores import length_batches, padded
 from qdora.files.console import Progress
-from qdora.model.load import stop_ids_of_model
+from qdora.model.stop_ids import stop_ids_of_model
 from qdora.model.text_config import context_length
 
 logger = logging.getLogger(__name__)

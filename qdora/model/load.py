@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -20,7 +19,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -394,28 +392,6 @@ def published_generation(source: ModelSource) -> GenerationConfig | None:
     if source.is_gguf or not (source.path / "generation_config.json").is_file():
         return None
     return GenerationConfig.from_pretrained(str(source.path))
-
-
-def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens at which the model ends an answer: those of its generation config, else of its config, and the
-    tokenizer's end of sequence."""
-    config = load_config(source)
-    named: Any = getattr(config, "eos_token_id", None)
-    if named is None:  # multimodal models keep it with their text model
-        named = getattr(config.get_text_config(), "eos_token_id", None)
-    if (generation := published_generation(source)) is not None:
-        named = generation.eos_token_id
-    return _stops(named, tokenizer)
-
-
-def stop_ids_of_model(model: Any, tokenizer: Any) -> frozenset[int]:
-    """`stop_ids` of a loaded model: those of its generation config and of the tokenizer."""
-    return _stops(getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer)
-
-
-def _stops(named: int | Sequence[int] | None, tokenizer: Any) -> frozenset[int]:
-    listed = named if isinstance(named, list | tuple) else [named]
-    return frozenset(int(id) for id in (*listed, tokenizer.eos_token_id) if id is not None)
 
 
 def settle_stored(

@@ -25,7 +25,7 @@ from qdora.files.run_directory import is_without_chats
 from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.grouped_attention import fast_grouped_attention
-from qdora.model.load import stop_ids_of_model
+from qdora.model.stop_ids import stop_ids_of_model
 from qdora.model.text_config import context_length
 from qdora.run.load_run import LoadedModel, load_target
 
