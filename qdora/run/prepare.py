@@ -30,7 +30,6 @@ from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
 from qdora.data.mix_plan import MixPlan, keep_mix, plan_mix, show_mix
 from qdora.data.shown_examples import keep_examples
-from qdora.data.tokenize import TokenizedSet
 from qdora.errors import HubFailure, UserError
 from qdora.evaluation.generation import generation_faults
 from qdora.evaluation.loglikelihood import scoring_faults
@@ -186,7 +185,7 @@ def unseen_tokens(prepared: PreparedRun) -> list[str]:
     if not names or prepared.loader.streams:
         return []
     missing, first = set(names), min(names)
-    for example in (example for part in sets if isinstance(part, TokenizedSet) for example in part.examples):
+    for example in (example for part in sets for example in part.first()):
         missing.difference_update(example.input_ids[example.input_ids >= first].tolist())
         if not missing:
             break

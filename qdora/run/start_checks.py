@@ -112,7 +112,7 @@ def check_model(
 
 def _token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: Any) -> list[Check]:
     """A warning that names the tokens of the data that cannot be learnt; some examples of each source are looked at."""
-    examples = [each for part in sources for each in _spread(_examples(part))]
+    examples = [each for part in sources for each in _spread(part.first())]
     if not examples or not any(parameter.requires_grad for parameter in model.parameters()):
         return []
     read = np.unique(np.concatenate([each.input_ids for each in examples])).tolist()
@@ -129,11 +129,6 @@ def _token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: 
             "adapter.also_train_rows: all.",
         )
     ]
-
-
-def _examples(part: Source) -> Sequence[TokenizedExample]:
-    """All examples of a source; of a stream those of its first rows."""
-    return part.first() if isinstance(part, ExampleStream) else part.examples
 
 
 def _spread(items: Sequence[Any]) -> Sequence[Any]:
@@ -211,7 +206,7 @@ def _table(ids: Sequence[int], size: int) -> Any:
 
 
 def _learnt(part: Source, tokenizer: Any, data: DataConfig, is_stop: Any, thinks: Any) -> _Learnt:
-    examples = _examples(part)
+    examples = part.first()
     keeps_text = data.loss_on != "all" or data.too_long == "split"
     num_answers = num_stopped = 0
     labels: list[int] = []
