@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qdora.evaluation.example_intervals import weighted_mean
+from qdora.recipe.section import with_settings
 from qdora.study.compare import Arm, Results, comparisons, find_arms
 from qdora.study.grid import Study
 from qdora.study.scores import CellScores, Part
@@ -68,8 +69,7 @@ def summary(directory: Path, tasks: Sequence[str]) -> dict[str, Any]:
     A positive improvement says that the combined adapter is better. The scores are means over seeds.
     """
     index, store = read_index(directory), StudyDirectory(directory, makes=False)
-    study = Study.model_validate(index["study"])
-    study = study.model_copy(update={"compare": study.compare.model_copy(update={"reference": ALONE})})
+    study = with_settings(Study.model_validate(index["study"]), compare={"reference": ALONE})
     arms = {arm.name: arm for arm in find_arms(index["cells"], Results(store, study))}
     missing = [name for name in (TOGETHER, *tasks) if name not in arms]
     if missing:

@@ -67,9 +67,7 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     state = fingerprint(trained.model, batches)
     for block in blocks:
         for norm in ("attached", "held") if block == blocks[-1] else ("attached",):
-            settings = CurvatureSettings(
-                "hessian", norm, num_eigenvalues=args.top, lanczos_steps=args.lanczos_steps, num_probes=1
-            )
+            settings = CurvatureSettings("hessian", norm, num_eigenvalues=args.top)
             for kind in KINDS:
                 name = f"model.layers.{block}.{kind}"
                 began = time.process_time()
@@ -95,7 +93,6 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=4, help="the curvature is taken on")
     parser.add_argument("--blocks", default="20,25,29")
     parser.add_argument("--top", type=int, default=20)
-    parser.add_argument("--lanczos-steps", type=int, default=10)
     parser.add_argument("--work", type=Path, help="the run and the layers that are done; a passing folder if left out")
     args = parsed(parser)
     keep_freed_memory()
@@ -104,7 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(trained_run(args, args.work or Path(folder)), args)
     command = f"python benchmarks/curvature.py DATA --steps {args.steps} --examples {args.examples}"
-    command += f" --blocks {args.blocks} --top {args.top} --lanczos-steps {args.lanczos_steps}"
+    command += f" --blocks {args.blocks} --top {args.top}"
     write(args.out, facts(command) | measured | {"peak_memory_bytes": peak_rss_bytes()})
 
 

@@ -12,7 +12,7 @@ Bars: every recipe fits in the card that it is named for; the 70B plan below 40 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from measure import facts, parser_of, write
@@ -20,9 +20,7 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from qdora.plan.division import process_plans, whole_plans
 from qdora.plan.memory_plan import plan
-from qdora.plan.plan_contents import Plan
 from qdora.plan.public_shapes import public_shapes
-from qdora.recipe.byte_size import parse_size
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 
@@ -71,7 +69,7 @@ def planned(recipe: Recipe, config: PreTrainedConfig, num_cards: int = 1) -> dic
     num_sharing = num_cards if recipe.train.divides_base else 1
     found = plan(recipe, budget, config=config, num_sharing=num_sharing).to_dict()
     streams = recipe.base.residency == "host"
-    ways = ways_of(recipe, config, num_cards, parse_size(budget)) if num_cards > 1 else []
+    ways = ways_of(recipe, config, num_cards, budget) if num_cards > 1 else []
     return {
         **found,
         "num_cards": num_cards,
@@ -85,14 +83,10 @@ def planned(recipe: Recipe, config: PreTrainedConfig, num_cards: int = 1) -> dic
     }
 
 
-def ways_of(recipe: Recipe, config: PreTrainedConfig, num_cards: int, budget: int) -> list[dict[str, Any]]:
+def ways_of(recipe: Recipe, config: PreTrainedConfig, num_cards: int, budget: str) -> list[dict[str, Any]]:
     """The ways to hold the base of a recipe on several cards."""
-
-    def unchanged(changed: Recipe) -> Plan:
-        memory = changed.memory.model_copy(update={"budget": None})
-        return replace(plan(changed.model_copy(update={"memory": memory}), config=config), budget_bytes=budget)
-
-    return [each.to_dict() for each in process_plans(whole_plans(recipe, unchanged), num_cards)]
+    plan_of = partial(plan, budget=budget, config=config, may_change=False)
+    return [each.to_dict() for each in process_plans(whole_plans(recipe, plan_of), num_cards)]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from qdora.files.svg_figure import svg_file
 from qdora.plan.division import LINKS, WholePlans, fastest_way, process_plans, whole_plans
-from qdora.plan.memory_plan import planned
+from qdora.plan.memory_plan import fit_recipe
 from qdora.plan.plan_contents import Plan
 from qdora.plan.public_shapes import public_shapes
 from qdora.plan.step_time import PCIE_4, Rates
@@ -100,15 +100,14 @@ def main() -> None:
 
 def plans_of(config: PreTrainedConfig, machine: Machine, length: int) -> WholePlans:
     """The plans of a card of the machine, with micro-batches of one sequence of `length` tokens."""
-    overrides = [f"data.max_length={length}", f"train.micro_batch_tokens={length}", "memory.budget=null"]
+    overrides = [f"data.max_length={length}", f"train.micro_batch_tokens={length}"]
     overrides += ["base.residency=device", "base.streamed_blocks=null"]
     overrides.append(f"train.tokens_per_step={PER_CARD * machine.num_cards * length}")
     budget = parse_size(machine.budget)
     options: dict[str, Any] = {"config": config, "device_kind": "cuda", "workload": assumed_workload}
 
     def plan_of(recipe: Recipe) -> Plan:
-        found = planned(recipe, None, rates=machine.rates, **options)[1]
-        return replace(found, budget_bytes=budget)
+        return fit_recipe(recipe, budget, rates=machine.rates, may_change=False, **options)[1]
 
     return whole_plans(load_recipe(RECIPE, overrides), plan_of)
 

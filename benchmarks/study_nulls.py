@@ -25,6 +25,7 @@ import numpy as np
 from measure import facts, parser_of, write
 
 from qdora.evaluation.example_intervals import Array, Spread, TaskScores
+from qdora.recipe.section import with_settings
 from qdora.study.compare import Arm, Results, comparisons, find_arms, quality, wide_pairs
 from qdora.study.grid import Study, study_from
 from qdora.study.repair import damage_row, repair_row
@@ -178,8 +179,7 @@ def one_study(
 def _each_base_primary(simulated: _Simulated, arms: list[Arm]) -> list[dict[str, Any]]:
     """The comparisons of a study that names none, so that each compressed base is a primary one."""
     study = simulated.results.study
-    compare = study.compare.model_copy(update={"primary": None})
-    simulated.results.study = study.model_copy(update={"compare": compare})
+    simulated.results.study = with_settings(study, compare={"primary": None})
     compressed = [arm for arm in arms if arm.context.get("base") != DENSE]
     rows = comparisons(compressed, simulated.results, ["nll_per_token"], simulated.cells)
     simulated.results.study = study

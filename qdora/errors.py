@@ -104,6 +104,12 @@ def not_one_of(where: str, value: object, allowed: Iterable[str]) -> str:
     return f"{where}: got {value!r}, must be one of {', '.join(names)}.{nearest(str(value), names)}"
 
 
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """'a, b and 3 more': the first `most` names, and how many others there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """The allowed name closest to `name` as ' Did you mean ...?', or '' if none is close."""
     names = {each.lower(): each for each in reversed(list(allowed))}

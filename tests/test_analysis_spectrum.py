@@ -1,4 +1,4 @@
-"""Eigenvalues and densities of matrices whose spectrum is known."""
+"""Eigenvalues of matrices whose spectrum is known."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdora.analysis.curvature import spectral_density, top_eigenpairs
+from qdora.analysis.curvature import top_eigenpairs
 from qdora.errors import RunFailure
 
 VALUES = np.array([9.0, -7.0, 5.0, 3.0, -1.0, *np.linspace(0.001, 0.5, 55)])
@@ -35,31 +35,6 @@ def test_eigenvalues_refuse_and_fail_in_words() -> None:
     dense = 1.0 + 1e-6 * np.linspace(0.0, 1.0, 400)
     with pytest.raises(RunFailure, match="none of 3 eigenvalues converged in 1 restarts"):
         top_eigenpairs(lambda v: dense * v, 400, 3, tolerance=0.0, max_restarts=1)
-
-
-def test_density_with_all_steps_is_the_spectrum() -> None:
-    known = matrix()
-    density = spectral_density(lambda v: known @ v, 60, num_steps=60, num_probes=2)
-    assert density.weights.sum() == pytest.approx(1.0, abs=1e-12)
-    np.testing.assert_allclose(np.sort(density.nodes[:60]), np.sort(VALUES), atol=1e-8)
-
-
-def test_density_gives_traces() -> None:
-    known = matrix()
-    few = spectral_density(lambda v: known @ v, 60, num_steps=10, num_probes=100, seed=1)
-    # Entries of +-1: v^T M v has the variance 2 (||M||_F^2 - ||diag M||^2).
-    off_diagonal = known - np.diag(np.diag(known))
-    deviation = np.sqrt(2.0 / 100) * np.linalg.norm(off_diagonal)
-    assert abs(few.total(lambda x: x) - VALUES.sum()) < 5 * deviation
-    probes = np.random.default_rng(1).choice([-1.0, 1.0], size=(100, 60))
-    assert few.total(lambda x: x) == pytest.approx(np.einsum("pi,ij,pj->p", probes, known, probes).mean(), rel=1e-8)
-    assert few.total(np.abs) > few.total(lambda x: x)
-
-
-def test_density_stops_where_the_space_is_used_up() -> None:
-    density = spectral_density(lambda v: 2.0 * v, 30, num_steps=20, num_probes=1)
-    np.testing.assert_allclose(density.nodes, [2.0])
-    np.testing.assert_allclose(density.weights, [1.0])
 
 
 @pytest.mark.parametrize("multiplicity", [1, 4, 32])

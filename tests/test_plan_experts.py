@@ -23,7 +23,7 @@ from qdora.ops.planned_device import planned_counts, planned_on
 from qdora.plan import memory_plan, plan_view
 from qdora.plan.changes_to_fit import _candidates
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.memory_plan import plan, planned
+from qdora.plan.memory_plan import fit_recipe, plan
 from qdora.plan.plan_contents import CONTEXT_BYTES, MicroBatchShape, Moment, Plan
 from qdora.plan.public_shapes import public_shapes
 from qdora.plan.step_time import Rates, Work, step_seconds
@@ -192,9 +192,9 @@ def test_a_changed_recipe_is_planned_for_the_worse_routing_too() -> None:
     config = a_config("qwen3_moe", num_hidden_layers=1, num_experts=16, num_experts_per_tok=8)
     recipe = a_recipe(memory__keep_scales=False, train__batch=1, data__max_length=256, train__micro_batch_tokens=256)
     options: dict[str, Any] = {"config": config, "device_kind": "cuda", "workload": assumed_workload}
-    _, first = planned(recipe, None, **options)
-    changed, found = planned(recipe, first.peak_bytes - 1, **options)
-    _, after = planned(changed, None, **options)
+    _, first = fit_recipe(recipe, None, **options)
+    changed, found = fit_recipe(recipe, first.peak_bytes - 1, **options)
+    _, after = fit_recipe(changed, None, **options)
     assert first.peak_bytes == first.even_routing_bytes
     assert found.changes[-1].peak_bytes == after.peak_bytes == after.even_routing_bytes
 

@@ -22,10 +22,11 @@ from qdora.errors import Diverged, Interrupted, RunFailure, UserError
 from qdora.files.run_directory import failures_logged, open_run
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run import run_page
+from qdora.run.adapter_step import adapter_step
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.run_facts import next_commands
 from qdora.run.run_page import page_of_run, write_page
-from qdora.run.step_evaluations import StepEvaluations, adapter_step
+from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
 from tests import tiny_run
 from tests.page_parser import Page

@@ -72,6 +72,7 @@ from qdora.analysis.differentiable import UPDATE, Norm, check_layers
 from qdora.analysis.tensor_cache import keep_tensors, kept_tensors, made_once
 from qdora.analysis.update_gradient import row_directions, update_gradients, watched_outputs
 from qdora.data.batching import IGNORED, MicroBatch
+from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
@@ -79,7 +80,6 @@ from qdora.nn.expert_linear import AdaptedExperts
 from qdora.ops.expert_tokens import ExpertTokens
 
 Array = NDArray[np.float64]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The Hessian and the Gauss-Newton matrix of the loss by the adapters of chosen layers: products, eigenpairs, density.
+"""The Hessian and the Gauss-Newton matrix of the loss by the adapters of chosen layers: products and eigenpairs.
 
 The loss is that of training: summed NLL of fixed micro-batches over their labelled tokens. Neither matrix is formed.
 
@@ -24,7 +24,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
@@ -57,25 +56,6 @@ class Eigenpairs:
     residuals: Array
     num_rounds: int
     next_magnitude: float
-
-
-@dataclass(frozen=True)
-class Density:
-    """The spectral density as a sum of points, the mean over random starts.
-
-    Attributes:
-        nodes: (points,) Ritz values.
-        weights: (points,) shares of the spectrum, sum 1.
-        size: Rows of the matrix.
-    """
-
-    nodes: Array
-    weights: Array
-    size: int
-
-    def total(self, function: Callable[[Array], Array]) -> float:
-        """Estimate of the sum of function(lambda) over all eigenvalues."""
-        return float(self.size * (self.weights * function(self.nodes)).sum())
 
 
 def top_eigenpairs(
@@ -155,51 +135,6 @@ def _across(found: Array, vector: Array) -> Array:
     for _ in range(2):  # once is not enough in floating point
         vector = vector - found @ (found.T @ vector)
     return vector
-
-
-def spectral_density(product: Product, size: int, *, num_steps: int, num_probes: int, seed: int = 0) -> Density:
-    """Stochastic Lanczos quadrature: from each random start, the Ritz values weighted by the start's share of them.
-
-    With full reorthogonalisation, so no Ritz value comes twice. Exact where `num_steps` reaches the number of distinct
-    eigenvalues, but for the random start.
-
-    Source: Golub & Welsch, Math. Comp. 23, 1969; Ghorbani et al., arXiv 1901.10159, sec. 2.
-
-    Args:
-        num_probes: Starts, entries +1 or -1: the mean of v^T M v is then the trace.
-    """
-    generator = np.random.default_rng(seed)
-    nodes, weights = [], []
-    for _ in range(num_probes):
-        start = generator.choice([-1.0, 1.0], size=size) / np.sqrt(size)
-        diagonal, off_diagonal = _lanczos(product, start, min(num_steps, size))
-        values, vectors = eigh_tridiagonal(diagonal, off_diagonal)
-        nodes.append(values)
-        weights.append(vectors[0] ** 2 / num_probes)
-    return Density(np.concatenate(nodes), np.concatenate(weights), size)
-
-
-def _lanczos(product: Product, start: Array, num_steps: int) -> tuple[Array, Array]:
-    """Diagonal and off-diagonal of the tridiagonal matrix; shorter where the start's space is used up."""
-    basis = [start]
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
-    scale = 0.0
-    while True:
-        image = product(basis[-1])
-        diagonal.append(float(basis[-1] @ image))
-        scale = max(scale, float(np.linalg.norm(image)))
-        if len(diagonal) == num_steps:
-            break
-        known = np.stack(basis)
-        for _ in range(2):  # once is not enough in floating point
-            image = image - known.T @ (known @ image)
-        length = float(np.linalg.norm(image))
-        if length <= 1e-10 * scale:
-            break
-        off_diagonal.append(length)
-        basis.append(image / length)
-    return np.array(diagonal), np.array(off_diagonal)
 
 
 Curvature = Literal["hessian", "gauss_newton"]
@@ -345,35 +280,34 @@ MULTIPLICITY = (
 
 @dataclass(frozen=True)
 class CurvatureSettings:
-    """What is computed for each set of layers; the density takes `lanczos_steps` from each of `num_probes` starts."""
+    """What is computed for each set of layers."""
 
     curvature: Curvature
     norm: Norm
     num_eigenvalues: int = 20
-    lanczos_steps: int = 20
-    num_probes: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurvatureSpectrum:
-    """Eigenvalues and density of a set of layers, and their cost.
+    """Eigenvalues of the curvature by a set of layers, and their cost.
 
     Eigenvectors are directions of all factors at once, not rank components: at B = 0, apart from the block of B alone,
     each singular value s sigma of the gradient by the weight gives 2 x rank eigenvalues, half of them negative. The
     worth of components is in components.py.
 
     Attributes:
+        size: Rows of the matrix.
         values, residuals, num_rounds, next_magnitude: As in `Eigenpairs`, whose vectors are not kept: they would be as
             many times the adapter as there are values.
         num_matvecs, seconds: Cost of the computation, also where the result comes from the cache.
     """
 
     settings: CurvatureSettings
+    size: int
     values: Array
     residuals: Array
     num_rounds: int
     next_magnitude: float
-    density: Density
     num_matvecs: int
     seconds: float
 
@@ -382,14 +316,12 @@ class CurvatureSpectrum:
         return {
             "curvature": self.settings.curvature,
             "norm": self.settings.norm,
-            "size": self.density.size,
+            "size": self.size,
             "eigenvalues": self.values.tolist(),
             "residuals": self.residuals.tolist(),
             "num_rounds": self.num_rounds,
             "next_magnitude": self.next_magnitude,
             "multiplicity": MULTIPLICITY,
-            "trace": self.density.total(lambda values: values),
-            "absolute_trace": self.density.total(np.abs),
             "num_matvecs": self.num_matvecs,
             "seconds": self.seconds,
         }
@@ -404,7 +336,7 @@ def curvature_spectrum(
     cache: Path | None = None,
     state: str,
 ) -> CurvatureSpectrum:
-    """Eigenvalues and density of the curvature by the adapters of `layers`, computed or from the cache.
+    """Eigenvalues of the curvature by the adapters of `layers`, computed or from the cache.
 
     `state` is the `fingerprint` of the model and the batches.
     """
@@ -414,11 +346,11 @@ def curvature_spectrum(
     size, num_rounds, next_magnitude, num_matvecs, seconds = (float(arrays[name][0]) for name in _COUNTS)
     return CurvatureSpectrum(
         settings=settings,
+        size=int(size),
         values=arrays["eigenvalues"],
         residuals=arrays["residuals"],
         num_rounds=int(num_rounds),
         next_magnitude=next_magnitude,
-        density=Density(arrays["density_nodes"], arrays["density_weights"], int(size)),
         num_matvecs=int(num_matvecs),
         seconds=seconds,
     )
@@ -440,13 +372,10 @@ def _spectrum_tensors(
 
         size = operator.size
         top = top_eigenpairs(product, size, min(settings.num_eigenvalues, size - 1))
-        density = spectral_density(product, size, num_steps=settings.lanczos_steps, num_probes=settings.num_probes)
     counts = (size, top.num_rounds, top.next_magnitude, operator.num_matvecs, time.perf_counter() - began)
     return {
         "eigenvalues": torch.from_numpy(top.values),
         "residuals": torch.from_numpy(top.residuals),
-        "density_nodes": torch.from_numpy(density.nodes),
-        "density_weights": torch.from_numpy(density.weights),
         **{name: torch.tensor([value], dtype=torch.float64) for name, value in zip(_COUNTS, counts, strict=True)},
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,29 +9,28 @@ import numpy as np
 
 from qdora.analysis.allocate import LayerSpectrum
 from qdora.files.svg_figure import svg_file
+from qdora.model.inject import block_of
 
-_DEPTH = re.compile(r"^(?P<before>.*?)\.(?P<depth>\d+)\.(?P<kind>.+)$")
 
-
-def place_of(name: str) -> tuple[int, str]:
+def depth_and_kind(name: str) -> tuple[int, str]:
     """Depth and kind of a layer: model.layers.3.self_attn.q_proj -> (3, self_attn.q_proj); 0 without a number."""
-    found = _DEPTH.match(name)
-    return (0, name) if found is None else (int(found["depth"]), found["kind"])
+    depth = block_of(name)
+    return (0, name) if depth is None else (depth, name.partition(f".{depth}.")[2])
 
 
 def draw_spectra(spectra: Mapping[str, LayerSpectrum], ranks: Mapping[str, int], path: Path, *, measure: str) -> None:
     """One panel a kind of layer, one line a depth (dark is early); a dot where the chosen rank cuts. SVG."""
     from matplotlib import colormaps
 
-    kinds = list(dict.fromkeys(place_of(name)[1] for name in spectra))
+    kinds = list(dict.fromkeys(depth_and_kind(name)[1] for name in spectra))
     columns = min(len(kinds), 4)
     rows = -(-len(kinds) // columns)
-    deepest = max(place_of(name)[0] for name in spectra) or 1
+    deepest = max(depth_and_kind(name)[0] for name in spectra) or 1
     with svg_file(path, 3.4 * columns, 0.4 + 2.8 * rows) as figure:
         axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
         for axis, kind in zip(axes, kinds, strict=False):
             for name, spectrum in spectra.items():
-                depth, mine = place_of(name)
+                depth, mine = depth_and_kind(name)
                 if mine != kind:
                     continue
                 colour = colormaps["viridis"](0.9 * depth / deepest)
@@ -49,7 +47,7 @@ def draw_spectra(spectra: Mapping[str, LayerSpectrum], ranks: Mapping[str, int],
 
 def draw_rank_map(ranks: Mapping[str, int], path: Path) -> None:
     """Kind of layer by depth, each rank in colour and as a number. SVG."""
-    places = {name: place_of(name) for name in ranks}
+    places = {name: depth_and_kind(name) for name in ranks}
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     depths = sorted({depth for depth, _ in places.values()})
     grid = np.full((len(kinds), len(depths)), np.nan)

@@ -19,6 +19,7 @@ from qdora.analysis.allocate import LayerSpectrum
 from qdora.analysis.curvature import check_batches, labelled_logits
 from qdora.analysis.differentiable import Norm, check_layers
 from qdora.data.batching import MicroBatch
+from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.evaluation_mode import evaluation_mode
@@ -41,7 +42,7 @@ def update_gradients(
     use: Callable[[str, Tensor], T],
     *,
     norm: Norm,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, T]:
     """dL/d(s B A) of each layer from one pass, L the mean NLL of the labelled tokens; of a stack of experts all in one.
 
@@ -199,7 +200,7 @@ def gradient_spectra(
     most: int,
     *,
     norm: Norm,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, LayerSpectrum]:
     """Squared singular values of dL/d(s B A) of each layer: see `update_gradients`; of stacks as `update_spectrum`.
 

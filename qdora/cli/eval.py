@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.shared_options import Step, Target
+from qdora.cli.shared_options import Quant, Step, Target
 from qdora.cli.verb import emit, verb
 
 
@@ -41,9 +41,7 @@ def evaluate(
     like: Annotated[
         Path | None, typer.Option(help="For a model: use the data of this run, and also show the run's results.")
     ] = None,
-    quant: Annotated[
-        str | None, typer.Option(help="Quantise a bare model: nf4, fp4 or int8; default: not quantised.")
-    ] = None,
+    quant: Quant = None,
     base: Annotated[bool, typer.Option("--base", help="Evaluate the base of the run without its adapter.")] = False,
     method: Annotated[
         str | None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qdora.cli.shared_options import Step, Target
+from qdora.cli.shared_options import Quant, Step, Target
 from qdora.cli.verb import emit, verb, wants_json
 from qdora.errors import UserError
 
@@ -34,9 +34,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     step: Step = None,
     base: Annotated[bool, typer.Option("--base", help="Use the base of the run without its adapter.")] = False,
-    quant: Annotated[
-        str | None, typer.Option(help="Quantise a bare model: nf4, fp4 or int8; default: not quantised.")
-    ] = None,
+    quant: Quant = None,
 ) -> None:
     """Print the answer of a run, an export or a bare model.
 

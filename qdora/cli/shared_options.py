@@ -9,6 +9,7 @@ import typer
 
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one setting.")]
 Step = Annotated[int | None, typer.Option(help="Checkpoint step; default: the adapter, else the newest checkpoint.")]
+Quant = Annotated[str | None, typer.Option(help="Quantise a bare model: nf4, fp4 or int8; default: not quantised.")]
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe (see `qdora recipes`) or a YAML file.")]
 Target = Annotated[str, typer.Argument(help="A run, an export, a model directory, a Hub id, a .gguf file, or builtin.")]
 Run = Annotated[Path, typer.Argument(help="A run directory.")]

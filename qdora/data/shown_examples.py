@@ -30,13 +30,9 @@ def keep_examples(run: RunDirectory, sources: Sequence[TokenizedSet | ExampleStr
 
 def shown_examples(sources: Sequence[TokenizedSet | ExampleStream], tokenizer: Any) -> list[dict[str, Any]]:
     """JSON values of each: source, task, id, numbers of tokens, pieces (`TokenPiece`), and what is left out of them."""
-    by_source = [[(part.name, each) for each in _first(part)] for part in sources]
+    by_source = [[(part.name, each) for each in part.first(_NUM_SHOWN)] for part in sources]
     in_turn = (each for each in chain.from_iterable(zip_longest(*by_source)) if each is not None)
     return [shown_example(name, example, tokenizer) for name, example in islice(in_turn, _NUM_SHOWN)]
-
-
-def _first(part: TokenizedSet | ExampleStream) -> Sequence[TokenizedExample]:
-    return part.first(_NUM_SHOWN) if isinstance(part, ExampleStream) else part.examples[:_NUM_SHOWN]
 
 
 def shown_example(source: str, example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:

@@ -127,6 +127,10 @@ class TokenizedSet:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def first(self, number: int | None = None) -> tuple[TokenizedExample, ...]:
+        """Up to so many examples (None: all) from the start, as `first` of a stream."""
+        return self.examples[:number]
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all examples."""

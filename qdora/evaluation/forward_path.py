@@ -67,22 +67,6 @@ def find_path(model: nn.Module) -> ForwardPath:
     return ForwardPath(False, f"cache of {names}", keyword if padded else "", keeps_logits)
 
 
-def context_length(model: nn.Module) -> int | None:
-    """The most tokens that the model's positions allow, or None where its config sets no limit."""
-    return positions_of(getattr(model, "config", None))
-
-
-def positions_of(config: Any) -> int | None:
-    """`context_length` of the model of a config."""
-    length = getattr(_language_part(config), "max_position_embeddings", None)
-    return int(length) if length and length > 0 else None
-
-
-def vocabulary_size(model: nn.Module) -> int:
-    """Width of the logits; 65,536 where the config does not say."""
-    return int(getattr(_language_part(getattr(model, "config", None)), "vocab_size", 2**16))
-
-
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, fast kernels of attention, and an output head that reads its weight once.
@@ -107,7 +91,3 @@ def contiguous_input(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
         return None
     hidden: Tensor = args[0]
     return (hidden.reshape(-1, hidden.shape[-1]).contiguous().view(hidden.shape), *args[1:])
-
-
-def _language_part(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import RunFailure, UserError
-from qdora.evaluation.forward_path import ForwardPath, context_length, find_path, scoring
+from qdora.evaluation.forward_path import ForwardPath, find_path, scoring
 from qdora.evaluation.halved_batches import halved_where_short
 from qdora.evaluation.metrics import mean_stderr
 from qdora.evaluation.shared_batches import results_of
@@ -40,8 +40,10 @@ from qdora.evaluation.suite import (
     results_table,
     spread,
 )
-from qdora.evaluation.token_scores import Progress, length_batches, padded
-from qdora.model.load import stop_ids_of_model
+from qdora.evaluation.token_scores import length_batches, padded
+from qdora.files.console import Progress
+from qdora.model.stop_ids import stop_ids_of_model
+from qdora.model.text_config import context_length
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qdora.evaluation.forward_path import context_length
+from qdora.model.text_config import context_length
 from qdora.nn.evaluation_mode import evaluation_mode
 
 

@@ -16,8 +16,10 @@ from qdora.data.encode_chats import encode_chats
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_pairs, special_prefix
 from qdora.errors import UserError
-from qdora.evaluation.forward_path import ForwardPath, choose_path, context_length
-from qdora.evaluation.token_scores import Progress, Span, score_groups, score_spans, strided_spans
+from qdora.evaluation.forward_path import ForwardPath, choose_path
+from qdora.evaluation.token_scores import Span, score_groups, score_spans, strided_spans
+from qdora.files.console import Progress
+from qdora.model.text_config import context_length
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from qdora.data.tokenize import encode_pairs
 from qdora.errors import Diverged, UserError
-from qdora.evaluation.forward_path import context_length
 from qdora.evaluation.token_scores import Span, score_spans, strided_spans
+from qdora.model.text_config import context_length
 
 _MOST_NATS = math.log(sys.float_info.max)
 DEFAULT_WINDOW = 2048

@@ -25,7 +25,7 @@ from qdora.evaluation.metrics import (
     ratio_stderr,
     tie_credit,
 )
-from qdora.evaluation.token_scores import Progress
+from qdora.files.console import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from qdora.evaluation.forward_path import ForwardPath, choose_path, scoring, vocabulary_size
+from qdora.evaluation.forward_path import ForwardPath, choose_path, scoring
 from qdora.evaluation.halved_batches import halved_where_short
 from qdora.evaluation.shared_batches import results_of
+from qdora.files.console import Progress
 from qdora.model.known_masks import known_masks
+from qdora.model.text_config import vocabulary_size
 from qdora.nn.host_embedding import ids_on_host
 
-Progress = Callable[[int, int], None]
-"""progress(num_done, num_total), called after every batch."""
 T = TypeVar("T")
 
 # One forward pass never makes more logits than this (256 MiB in bf16), whatever the vocabulary: 2,730 positions of a

@@ -27,6 +27,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from qdora.errors import Resumable, RunFailure, UserError
 from qdora.export.older_names import config_text, save_tokenizer
 from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, disk_reason, json_bytes, remove_leftovers
+from qdora.files.console import Progress
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
 from qdora.model.experts import library_names, stacks
 from qdora.model.language_part import carried, processor_files
@@ -41,9 +42,6 @@ from qdora.nn.trained_rows import RowEmbedding, RowHead, merged_rows
 MAX_SHARD_BYTES = 5 * 2**30
 _DONE_FILE = ".done.json"
 _SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are checked, cast and written
-
-Progress = Callable[[int, int], None]
-"""Called after each tensor with (bytes written, bytes in all)."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +266,7 @@ def checkpoint_directory(
         tokenizer: Written beside the weights with its chat template, or None.
         out_dir: New or empty directory.
         max_shard_bytes: Size of a weights file. A larger tensor gets a file of its own.
+        progress: Called after each tensor with the bytes written and all bytes.
         extra_files: Name -> text of further files (a model card).
         resume_key: What all bytes follow from. With a key an interrupt leaves the partial directory, and the next call
             with the same key resumes after the last complete shard.

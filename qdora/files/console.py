@@ -8,7 +8,11 @@ from contextlib import contextmanager
 from functools import partial
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBars
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total), as the function that `bar` yields."""
 
 _shown = {"progress": True, "results": True}
 
@@ -65,13 +69,13 @@ def errors_only(when: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+def bar(console: Console, what: str) -> Iterator[Progress]:
     """A progress bar where there are bars, one line elsewhere; yields the function to call with (done, total)."""
     if not shows_bars(console):
         console.print(what)
         yield lambda done, total: None
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with ProgressBars(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "num_cpus": num_cpus(),
-        "memory_bytes": memory_bytes(),
+        "memory_bytes": machine_memory_bytes(),
         "packages": package_versions(PACKAGES),
         "cuda": cuda_version(),
         "devices": devices(),
@@ -101,7 +101,7 @@ def other_load(seconds: float = 0.05) -> float:
     return sum(found) / len(found)
 
 
-def memory_bytes() -> int | None:
+def machine_memory_bytes() -> int | None:
     """Physical memory of the machine; None if the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

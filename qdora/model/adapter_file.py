@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qdora import __version__
-from qdora.errors import UserError
+from qdora.errors import UserError, first_few
 from qdora.files.atomic import atomic_directory, json_bytes
 from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
@@ -53,7 +53,6 @@ CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE = "adapter_config.json", "adapter_model.s
 PICKLE_FILE = "adapter_model.bin"
 FORMAT = 1
 _PREFIX = "base_model.model."
-_NAMES_SHOWN = 5
 _MAGNITUDE_NOTE = (
     "y = g (x W^T + s (x A^T) B^T) + bias, g = m / ||W + s B A|| per row, W the base dequantised as `base.quant` says; "
     "lora_magnitude_vector is m in float32. For peft_type QDORA_MASKED_LORA B A counts only where W was not pruned."
@@ -403,7 +402,7 @@ def _selected(model: nn.Module, layout: AdapterLayout, where: str) -> tuple[dict
     others = [f"{path} ({type(module).__name__})" for path, module in selected.items() if not is_linear(module)]
     faults = []
     if others:
-        faults.append(f"{where}: target_modules: must select linear layers (got {_some(others)}).")
+        faults.append(f"{where}: target_modules: must select linear layers (got {first_few(others)}).")
     if not chosen:
         faults.append(f"{where}: target_modules: {layout.targets!r} matches no linear layer of this model.")
     return chosen, faults
@@ -483,9 +482,9 @@ def _expected_shapes(
             differ.append(f"{path} ({recorded.get(path)} recorded, {scaling} by {CONFIG_FILE})")
     faults = []
     if too_large:
-        faults.append(f"{directory / CONFIG_FILE}: r or rank_pattern: too large for {_some(too_large)}.")
+        faults.append(f"{directory / CONFIG_FILE}: r or rank_pattern: too large for {first_few(too_large)}.")
     if differ:
-        faults.append(f"{directory / RECORD_FILE}: layers: scaling differs for {_some(differ)}.")
+        faults.append(f"{directory / RECORD_FILE}: layers: scaling differs for {first_few(differ)}.")
     return shapes, faults
 
 
@@ -522,7 +521,7 @@ def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> tuple[
         (not_finite, "holding NaN or infinity"),
     ):
         if names:
-            faults.append(f"{path}: {len(names)} tensor{'s' if len(names) > 1 else ''} {what}: {_some(names)}.")
+            faults.append(f"{path}: {len(names)} tensor{'s' if len(names) > 1 else ''} {what}: {first_few(names)}.")
     if any(name.endswith(".lora_magnitude_vector") for name in missing):
         faults.append(f"{path}: {CONFIG_FILE} has use_dora: true, but the magnitudes of DoRA are missing.")
     return tensors, faults
@@ -531,8 +530,3 @@ def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> tuple[
 def _canonical(name: str) -> str:
     """The name without the `.weight` that a magnitude may have, as in PEFT's own modules."""
     return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -18,9 +18,9 @@ from qdora.files.environment import cpu_has_bfloat16
 from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
 from qdora.model.inject import HEAD, adapted_layers, inject
 from qdora.model.inplace_outputs import keep_inplace_outputs_
-from qdora.model.load import stop_ids
 from qdora.model.loftq import start_adapters
 from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, load_tokenizer, public_name, resolve
+from qdora.model.stop_ids import stop_ids
 from qdora.model.trained_embeddings import (
     EMBEDDING,
     add_tokens,

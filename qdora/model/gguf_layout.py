@@ -13,7 +13,6 @@ is cut in the same way: each head into keys, which are turned, and values.
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from qdora.errors import UserError
 from qdora.model.experts import library_names, stacks
+from qdora.model.inject import block_of
 
 Values = np.ndarray[Any, np.dtype[Any]]
 
@@ -208,9 +208,9 @@ def held_rows(model: nn.Module) -> dict[str, HeldRows]:
 
 def _block(path: str) -> str:
     """What llama.cpp calls the block that a module is in."""
-    number = re.search(r"\.(\d+)\.", path)
+    number = block_of(path)
     assert number is not None, f"{path}: outside of the blocks"
-    return f"blk.{number[1]}"
+    return f"blk.{number}"
 
 
 def _projections(owner: Any, projection: str, expert_features: int) -> dict[str, slice]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -179,6 +180,12 @@ def frozen_like(
     if isinstance(module, BareExperts):
         return FrozenExperts(weight, module.num_experts, bias, keep_bits)
     return FrozenLinear(weight, bias, keep_bits)
+
+
+def block_of(path: str) -> int | None:
+    """The number of the block in a path: model.layers.3.self_attn.q_proj -> 3; None outside of the blocks."""
+    found = re.search(r"\.(\d+)\.", path)
+    return None if found is None else int(found[1])
 
 
 def matches(name: str, pattern: str) -> bool:

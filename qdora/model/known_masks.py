@@ -26,6 +26,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from qdora.data.batching import Packing
 from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.replaced_function import replaced
+from qdora.model.text_config import attention_of
 from qdora.nn.plain_linear import own_class
 
 _PACKED: ContextVar[bool] = ContextVar("packed_mask_is_known", default=False)
@@ -49,7 +50,7 @@ def known_masks(model: nn.Module, packing: Packing | None, device: torch.device)
     if device.type == "cpu":
         yield
         return
-    attention = _attention(model)
+    attention = attention_of(model)
     is_flash = attention == "flash_attention_2"
     lacks_lengths = packing is not None and is_flash and not takes_flash_lengths(model)
     if attention not in ("sdpa", "flash_attention_2") or lacks_lengths:
@@ -82,7 +83,7 @@ def packed_mask_is_known() -> bool:
 def takes_flash_lengths(model: nn.Module) -> bool:
     """Whether the model attends by flash attention and hands the lengths of packed examples on to it."""
     forward = inspect.signature(model.forward).parameters.values()
-    return _attention(model) == "flash_attention_2" and any(each.kind is each.VAR_KEYWORD for each in forward)
+    return attention_of(model) == "flash_attention_2" and any(each.kind is each.VAR_KEYWORD for each in forward)
 
 
 def flash_lengths(position_ids: Tensor) -> tuple[Tensor, int]:
@@ -101,12 +102,6 @@ def flash_lengths(position_ids: Tensor) -> tuple[Tensor, int]:
 def flash_inputs(starts: Tensor, longest: int) -> dict[str, Any]:
     """The inputs by which transformers hands `flash_lengths` on to each layer; `starts` on the model's device."""
     return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
-
-
-def _attention(model: nn.Module) -> str | None:
-    config: Any = getattr(model, "config", None)
-    attention: str | None = None if config is None else config.get_text_config()._attn_implementation
-    return attention
 
 
 def _without_recurrent_masks(model: nn.Module) -> AbstractContextManager[None]:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -20,12 +19,12 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from qdora.errors import UserError, nearest
+from qdora.files.console import Progress
 from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
@@ -72,9 +71,6 @@ _DENSE_PART_ELEMENTS = 1 << 24
 """Weights of a part in which a stored MXFP4 weight is dequantised: 32 MiB."""
 _MOST_LAYERS = 1000
 """Blocks of a model; those of Llama 3.1 405B are 126. A damaged config could ask for a thousand million."""
-
-Progress = Callable[[int, int], None]
-"""Called with (tensors done, all tensors)."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +143,7 @@ def load_model(
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
         attention: One of `ATTENTION_KINDS`; "auto" is chosen by what the model needs (`with_attention`).
+        progress: Called with the tensors done and all of them.
         reader: Finds the weights (default `tensors_of_source`; see model/packed_base.py).
         placer: Puts the tensors into the model (default `place_all`; see model/pruning.py and memory/).
         before_reading: Called with the model and `device` before any weight is read (memory/host_residency.py).
@@ -395,28 +392,6 @@ def published_generation(source: ModelSource) -> GenerationConfig | None:
     if source.is_gguf or not (source.path / "generation_config.json").is_file():
         return None
     return GenerationConfig.from_pretrained(str(source.path))
-
-
-def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens at which the model ends an answer: those of its generation config, else of its config, and the
-    tokenizer's end of sequence."""
-    config = load_config(source)
-    named: Any = getattr(config, "eos_token_id", None)
-    if named is None:  # multimodal models keep it with their text model
-        named = getattr(config.get_text_config(), "eos_token_id", None)
-    if (generation := published_generation(source)) is not None:
-        named = generation.eos_token_id
-    return _stops(named, tokenizer)
-
-
-def stop_ids_of_model(model: Any, tokenizer: Any) -> frozenset[int]:
-    """`stop_ids` of a loaded model: those of its generation config and of the tokenizer."""
-    return _stops(getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer)
-
-
-def _stops(named: int | Sequence[int] | None, tokenizer: Any) -> frozenset[int]:
-    listed = named if isinstance(named, list | tuple) else [named]
-    return frozenset(int(id) for id in (*listed, tokenizer.eos_token_id) if id is not None)
 
 
 def settle_stored(

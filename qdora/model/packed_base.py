@@ -29,13 +29,13 @@ from transformers import PreTrainedModel
 
 from qdora.errors import DiskFull, UserError
 from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_bytes, json_text
+from qdora.files.console import Progress
 from qdora.files.sampled_digest import sampled_digest
 from qdora.files.tensor_file import MappedFile, write_tensors
 from qdora.files.work_lock import in_turn
 from qdora.model.language_part import not_loaded
 from qdora.model.load import (
     Loading,
-    Progress,
     Quantization,
     iterate_quantized,
     layers_to_quantize,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qdora.errors import UserError
+from qdora.errors import UserError, first_few
 from qdora.model.load import (
     Loading,
     Quantization,
@@ -218,9 +218,8 @@ class _PruningTask:
         if missing and len(measured) == 1:
             log.warning("%s: no calibration token reached this layer; it is pruned by magnitude.", name)
         elif missing:
-            shown = ", ".join(map(str, missing[:8])) + (" and more" if len(missing) > 8 else "")
             text = "%s: no calibration token reached experts %s (%d of %d); they are pruned by magnitude."
-            log.warning(text, name, shown, len(missing), len(measured))
+            log.warning(text, name, first_few([*map(str, missing)], 8), len(missing), len(measured))
         method = cast(Literal["wanda", "sparsegpt"], self.pruner.settings.method)
         return [found or InputStatistics(value.shape[1], method, self.load.device) for found in measured]
 

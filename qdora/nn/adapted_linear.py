@@ -22,7 +22,7 @@ from qdora.ops.dora import (
     row_norm,
     squared_row_norm,
 )
-from qdora.ops.frozen_product import is_plain, product_dtype
+from qdora.ops.frozen_product import product_dtype, without_graph_or_autocast
 from qdora.ops.gate import fold_gate
 from qdora.ops.low_rank_factors import rounded
 from qdora.ops.opaque_product import OpaqueOperands, opaque_adapted_linear, opaque_operands
@@ -141,7 +141,7 @@ class AdaptedLinear(nn.Module):
         if self.opaque is not None and self.opaque.weight.dtype == dtype:
             return opaque_adapted_linear(x, self.opaque, self.out_features, self.base.bias)
         operands = self.operands(dtype)
-        if operands is not None and not self.training and is_plain(x):
+        if operands is not None and not self.training and without_graph_or_autocast(x):
             return adapted_product(x, self.base.stored_weight, self.base.bias, operands)
         return adapted_linear(
             x,

@@ -141,7 +141,7 @@ def adapted_product(x: Tensor, weight: Weight, bias: Tensor | None, operands: Op
     `fused_product`, which rounds the base's product before the sum.
 
     Args:
-        x: (..., in), for which `is_plain` holds.
+        x: (..., in), for which `without_graph_or_autocast` holds.
         operands: Of x's dtype.
     """
     flat = x.reshape(-1, x.shape[-1])

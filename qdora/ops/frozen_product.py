@@ -22,7 +22,7 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
 
     The product of x (..., in) runs in its dtype, or in the dtype of an active autocast, which the result has.
     """
-    if is_plain(x):
+    if without_graph_or_autocast(x):
         out = tiled_product(x.reshape(-1, x.shape[-1]), weight, False)
     else:
         x = x.to(product_dtype(x))
@@ -33,7 +33,7 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
     return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
 
 
-def is_plain(x: Tensor) -> bool:
+def without_graph_or_autocast(x: Tensor) -> bool:
     """Whether products of `x` run in its own dtype and without a graph, which would slow down a single token."""
     return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 

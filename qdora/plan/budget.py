@@ -11,7 +11,7 @@ from qdora.errors import UserError
 from qdora.files.environment import available_memory_bytes, held_memory_bytes
 from qdora.model.build_model import Compute
 from qdora.plan.division import divided_recipe
-from qdora.plan.memory_plan import planned
+from qdora.plan.memory_plan import fit_recipe
 from qdora.plan.plan_contents import CONTEXT_BYTES, DeviceKind, Plan, over_budget
 from qdora.plan.workload import Workload
 from qdora.recipe.byte_size import parse_size
@@ -40,18 +40,18 @@ def within_budget(
     kind: DeviceKind = "cuda" if compute.device.type == "cuda" else "cpu"
     num_sharing = {"shard": processes.size, "hybrid": processes.num_here}.get(parallel, 1)
     options: dict[str, Any] = {"device_kind": kind, "workload": workload, "dtype": compute.dtype}
-    changed, plan = planned(recipe, budget, num_sharing=num_sharing, **options)
+    changed, plan = fit_recipe(recipe, budget, num_sharing=num_sharing, **options)
     if plan.fits:
         return recipe, plan
     if parallel == "auto" and CAN_DIVIDE and processes.size > 1 and (shared := divided_recipe(recipe)) is not None:
-        _, divided = planned(shared, budget, num_sharing=processes.size, **options)
+        _, divided = fit_recipe(shared, budget, num_sharing=processes.size, **options)
         if divided.fits:
             logger.info("train.parallel auto: shard, since the whole base does not fit.")
             return shared, divided
     if asked == "auto" and any(change.neutral and change.peak_bytes <= budget for change in plan.changes):
         for change in plan.changes:
             logger.info("memory.budget auto: %s.", change.setting)
-        return changed, planned(changed, budget, num_sharing=num_sharing, **options)[1]
+        return changed, fit_recipe(changed, budget, num_sharing=num_sharing, **options)[1]
     if not force:
         raise UserError(over_budget(plan))
     logger.warning("%s", over_budget(plan, forced=True))

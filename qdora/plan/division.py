@@ -35,6 +35,7 @@ from qdora.plan.plan_contents import Cut, Division, Moment, Plan, seconds_text
 from qdora.plan.step_time import PCIE_4
 from qdora.recipe.byte_size import size_text
 from qdora.recipe.recipe_file import override
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 
 Way = Literal["replicate", "shard", "hybrid", "stream"]
@@ -60,8 +61,7 @@ def divided_recipe(recipe: Recipe) -> Recipe | None:
 
 def all_on_device(recipe: Recipe) -> Recipe:
     """The recipe with all blocks on the device."""
-    base = recipe.base.model_copy(update={"residency": "device", "streamed_blocks": None})
-    return recipe.model_copy(update={"base": base})
+    return with_settings(recipe, base={"residency": "device", "streamed_blocks": None})
 
 
 class _Alone:

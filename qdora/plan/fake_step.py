@@ -26,6 +26,7 @@ from qdora.model.load import Quantization, chosen_layers, dense_dtype, layers_to
 from qdora.model.peft_config import AdapterLayout
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
+from qdora.model.text_config import attention_of
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.prepared_gains import prepare_gains
 from qdora.ops.packed import PackedWeight, empty_packed
@@ -110,7 +111,7 @@ def set_unmasked_(model: PreTrainedModel) -> None:
 
     A sliding window that is shorter than the text keeps its mask. Other attention implementations are not changed.
     """
-    if model.config.get_text_config()._attn_implementation == "sdpa":
+    if attention_of(model) == "sdpa":
         AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
         AttentionMaskInterface.register(_UNMASKED, _mask_of_window)
         # transformers warns of parts of a config whose module it does not find.

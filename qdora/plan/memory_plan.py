@@ -78,6 +78,7 @@ def plan(
     device_kind: DeviceKind = "cuda",
     workload: Workload = assumed_workload,
     num_sharing: int = 1,
+    may_change: bool = True,
 ) -> Plan:
     """What a run needs, by component, and what to change if that is over the budget.
 
@@ -88,6 +89,7 @@ def plan(
         device_kind: Device of the run; this machine need not have it.
         workload: The micro-batches of a recipe; the one that needs the most memory counts (default: full ones).
         num_sharing: Processes that divide the base; 1: each holds all of it.
+        may_change: Look for changes if the plan is over the budget.
     Raises UserError for a model or setting that a run would refuse, too.
     """
     if budget is None and recipe.memory.budget != "auto":
@@ -97,7 +99,7 @@ def plan(
     if shape is not None:
         config = shape.config()
     options: dict[str, Any] = {"device_kind": device_kind, "workload": workload, "num_sharing": num_sharing}
-    found = planned(recipe, limit, config=config, **options)[1]
+    _, found = fit_recipe(recipe, limit, config=config, may_change=may_change, **options)
     return found if shape is None else replace(found, stored_shape=shape.source)
 
 
@@ -112,7 +114,7 @@ def _stored_shape(recipe: Recipe) -> PublicShape | None:
     return None
 
 
-def planned(
+def fit_recipe(
     recipe: Recipe,
     budget: int | None,
     *,
@@ -120,6 +122,7 @@ def planned(
     device_kind: DeviceKind,
     workload: Workload,
     num_sharing: int = 1,
+    may_change: bool = True,
     rates: Rates | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Recipe, Plan]:
@@ -159,7 +162,9 @@ def planned(
         return max(each.seconds(first.num_trainable) for each in step_plans(changed))
 
     first = plan_of(recipe)
-    return (recipe, first) if first.fits is not False else with_changes(recipe, first, plan_of, seconds_of)
+    if first.fits is not False or not may_change:
+        return recipe, first
+    return with_changes(recipe, first, plan_of, seconds_of)
 
 
 _Step = tuple[list[Moment], _Shapes]

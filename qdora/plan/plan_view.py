@@ -27,6 +27,7 @@ from qdora.plan.plan_contents import CONTEXT, GIB, SLACK, DeviceKind, Plan, seco
 from qdora.plan.workload import MOST_STEPS, Workload, assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import missing_files
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -86,7 +87,8 @@ def plan_run(
     can_fit = found.fits or any(change.peak_bytes <= (found.budget_bytes or 0) for change in found.changes)
     lines = []
     if num_processes > 1:
-        ways = process_plans(whole_plans(recipe, partial(_unchanged, found, planning)), num_processes, num_hosts)
+        plan_of = partial(plan, budget=found.budget_bytes, may_change=False, **planning)
+        ways = process_plans(whole_plans(recipe, plan_of), num_processes, num_hosts)
         lines += process_lines(ways, num_processes, num_hosts)
         document["processes"] = [each.to_dict() for each in ways]
         least, can_fit = min(ways, key=lambda each: each.peak_bytes), any(each.fits for each in ways)
@@ -97,12 +99,6 @@ def plan_run(
     for line in lines:
         results.print(line, soft_wrap=True)
     return document
-
-
-def _unchanged(found: Plan, planning: Mapping[str, Any], recipe: Recipe) -> Plan:
-    """The plan of another recipe for the same budget, without changes that make it fit."""
-    memory = recipe.memory.model_copy(update={"budget": None})
-    return replace(plan(recipe.model_copy(update={"memory": memory}), **planning), budget_bytes=found.budget_bytes)
 
 
 def _workload(recipe: Recipe) -> tuple[mix_plan.MixPlan | None, Workload, list[str]]:
@@ -138,8 +134,7 @@ def _after_gates(recipe: Recipe, planning: Mapping[str, Any]) -> list[str]:
         return [text]
     rank = math.ceil(gates.mean_rank)
     changes = {"rank": rank, "rank_pattern": {}, "same_scaling": False, "gates": None}
-    adapter = recipe.adapter.model_copy(update=changes)
-    later = plan(recipe.model_copy(update={"adapter": adapter}), **planning)
+    later = plan(with_settings(recipe, adapter=changes), may_change=False, **planning)
     return [f"{text}; if they leave rank {rank} in every layer, the peak is {size_text(later.peak_bytes)}"]
 
 

@@ -33,7 +33,6 @@ class Rates:
     flops: float
     bytes: float
     copied: float
-    measured: bool = False
 
 
 PCIE_4 = 25e9
@@ -57,7 +56,7 @@ def known_rates(device_kind: DeviceKind) -> Rates:
     try:
         found = json.loads(rates_file().read_text(encoding="utf-8"))[device_kind]
         copied = float(found.get("copied", STATED[device_kind].copied))
-        return Rates(str(found["name"]), float(found["flops"]), float(found["bytes"]), copied, measured=True)
+        return Rates(str(found["name"]), float(found["flops"]), float(found["bytes"]), copied)
     except (OSError, ValueError, KeyError, TypeError):
         return STATED[device_kind]
 
@@ -101,7 +100,7 @@ def _measure(kind: str, seconds: float) -> Rates:
         source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
         target = torch.empty_like(source, device=device)
         copied = _COPIED_BYTES / _seconds_of(lambda: target.copy_(source, non_blocking=True), device, seconds)
-    return Rates(name, flops, weight.numel() * BYTES_PER_DEQUANTISED / decoding, copied, measured=True)
+    return Rates(name, flops, weight.numel() * BYTES_PER_DEQUANTISED / decoding, copied)
 
 
 def _seconds_of(action: Callable[[], object], device: torch.device, seconds: float) -> float:

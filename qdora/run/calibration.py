@@ -14,6 +14,7 @@ from qdora.data.mix import Mix
 from qdora.data.tokenize import TokenizedSet, encode_batch, special_prefix
 from qdora.errors import UserError
 from qdora.evaluation.perplexity import read_texts
+from qdora.model.text_config import positions_of
 from qdora.recipe.settings import CalibrationConfig, Recipe
 
 
@@ -30,7 +31,7 @@ def calibration_tokens(
     if prune.method == "magnitude":
         return None
     settings = prune.calibration
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = positions_of(config)
     if context is not None and settings.length > context:
         raise UserError(
             f"base.prune.calibration.length: got {settings.length}, must be at most {context}, the model's context."

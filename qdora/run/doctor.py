@@ -20,7 +20,7 @@ from qdora.files.environment import (
     cpu_name,
     cuda_version,
     devices,
-    memory_bytes,
+    machine_memory_bytes,
     num_cpus,
     package_versions,
 )
@@ -47,7 +47,7 @@ def report() -> dict[str, Any]:
         "packages": package_versions(PACKAGES),
         "extras": {name: version is not None for name, version in package_versions(EXTRAS).items()},
         "cpu": {"name": cpu_name(), "num_cpus": num_cpus(), "bfloat16": cpu_has_bfloat16()},
-        "memory": {"total_bytes": memory_bytes(), "available_bytes": available_memory_bytes()},
+        "memory": {"total_bytes": machine_memory_bytes(), "available_bytes": available_memory_bytes()},
         "cuda": cuda_version(),
         # Compute capability 8.0 (Ampere) is the first with bfloat16 units; torch's own test also accepts emulation.
         "devices": [{**device, "bfloat16": float(device["capability"]) >= 8.0} for device in devices()],

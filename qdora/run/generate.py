@@ -21,12 +21,12 @@ from qdora.data.row_formats import asked_chat
 from qdora.data.rows import FaultList, RowFault
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError
-from qdora.evaluation.forward_path import context_length
 from qdora.files.run_directory import is_without_chats
 from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.grouped_attention import fast_grouped_attention
-from qdora.model.load import stop_ids_of_model
+from qdora.model.stop_ids import stop_ids_of_model
+from qdora.model.text_config import context_length
 from qdora.run.load_run import LoadedModel, load_target
 
 logger = logging.getLogger("qdora")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from qdora.errors import UserError
+from qdora.files.console import Progress
 from qdora.files.user_paths import cache_folder, user_path
 from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.disk_residency import DiskResidency
@@ -27,7 +26,7 @@ def load_base(
     recipe: Recipe,
     source: ModelSource,
     compute: Compute,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     *,
     placer: Placer | None = None,
     mesh: DeviceMesh | None = None,
@@ -79,9 +78,7 @@ def load_base(
     return model
 
 
-def _cache(
-    recipe: Recipe, compute: Compute, progress: Callable[[int, int], None] | None, *, mapped: bool
-) -> BaseCache | None:
+def _cache(recipe: Recipe, compute: Compute, progress: Progress | None, *, mapped: bool) -> BaseCache | None:
     """The reader of the packed base on disk; None if the recipe keeps none there."""
     base = recipe.base
     on_disk = base.residency == "disk"

@@ -25,6 +25,7 @@ from qdora.model.stored_tensors import StoredPacked, open_safetensors
 from qdora.model.trained_embeddings import extend_vocabulary
 from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.recipe.recipe_file import override, recipe_of_run
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base
 from qdora.run.pruned_base import FOLDER
@@ -87,8 +88,7 @@ def load_run(
     set_chat_date(tokenizer, chat_date_of(path))
     compute = choose_compute(recipe.model.dtype)
     if original:
-        dense = recipe.base.model_copy(update={"quant": "none"})
-        recipe = recipe.model_copy(update={"base": dense})
+        recipe = with_settings(recipe, base={"quant": "none"})
         if recipe.model.attention == "flash_attention_2":  # which the checkpoint's dtype may not have
             recipe = override(recipe, ["model.attention=auto"])
         dtype = load_config(source).dtype

@@ -24,7 +24,7 @@ from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, ModelSource, public_name
 from qdora.recipe.byte_size import size_text
 from qdora.recipe.data_settings import SourceConfig, is_path
 from qdora.recipe.settings import Recipe
-from qdora.run.step_evaluations import adapter_in_words, state_step, stored_results
+from qdora.run.adapter_step import adapter_in_words, state_step, stored_results
 from qdora.run.task_conflicts import interference_in_words
 
 Form = Literal["run", "merged", "original", "requantized", "nf4-lora", "gguf", "peft"]

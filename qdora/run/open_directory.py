@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qdora.errors import UserError
+from qdora.errors import UserError, first_few
 from qdora.files.atomic import atomic_write_text
 from qdora.files.environment import environment
 from qdora.files.json_file import read_json_object
@@ -19,6 +19,7 @@ from qdora.model.language_part import TRAINED_PART, is_multimodal
 from qdora.model.source import is_commit
 from qdora.recipe.faults import shown
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, settings
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.prepare import PreparedRun
 from qdora.run.recorded_base import base_record, check_base, recorded_base, with_revision
@@ -83,8 +84,7 @@ def _check_data(prepared: PreparedRun, run: RunDirectory) -> None:
 def _text(recipe: Recipe) -> str:
     """recipe.yaml of a run: it names the run's own copy of a chat template."""
     if recipe.data.chat_template is not None:
-        data = recipe.data.model_copy(update={"chat_template": CHAT_TEMPLATE_FILE})
-        recipe = recipe.model_copy(update={"data": data})
+        recipe = with_settings(recipe, data={"chat_template": CHAT_TEMPLATE_FILE})
     return resolved_yaml(recipe)
 
 
@@ -113,9 +113,8 @@ def resumed_recipe(directory: Path, where: str, overrides: Sequence[str]) -> Rec
     different = [key for key in dict.fromkeys((*mine, *other)) if mine.get(key) != other.get(key)]
     if different and os.environ.get("RANK", "0") == "0":
         named = [f"{key} (the run: {shown(mine.get(key))}, {where}: {shown(other.get(key))})" for key in different]
-        more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
-        text = "%s continues with its own recipe.yaml, which differs from %s in %s%s. To change a setting, use -s."
-        logger.warning(text, directory, where, ", ".join(named[:_SHOWN]), more)
+        text = "%s continues with its own recipe.yaml, which differs from %s in %s. To change a setting, use -s."
+        logger.warning(text, directory, where, first_few(named, _SHOWN))
     return own
 
 

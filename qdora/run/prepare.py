@@ -30,9 +30,7 @@ from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
 from qdora.data.mix_plan import MixPlan, keep_mix, plan_mix, show_mix
 from qdora.data.shown_examples import keep_examples
-from qdora.data.tokenize import TokenizedSet
 from qdora.errors import HubFailure, UserError
-from qdora.evaluation.forward_path import positions_of
 from qdora.evaluation.generation import generation_faults
 from qdora.evaluation.loglikelihood import scoring_faults
 from qdora.evaluation.suite import spread
@@ -40,6 +38,7 @@ from qdora.files.run_directory import RunDirectory, chat_date_of, unharmed
 from qdora.model.build_model import Compute, choose_compute, find_model, find_source, token_ids
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
+from qdora.model.text_config import positions_of
 from qdora.plan.budget import within_budget
 from qdora.plan.plan_contents import Plan
 from qdora.plan.plan_view import keep_plan, show_plan
@@ -186,7 +185,7 @@ def unseen_tokens(prepared: PreparedRun) -> list[str]:
     if not names or prepared.loader.streams:
         return []
     missing, first = set(names), min(names)
-    for example in (example for part in sets if isinstance(part, TokenizedSet) for example in part.examples):
+    for example in (example for part in sets for example in part.first()):
         missing.difference_update(example.input_ids[example.input_ids >= first].tolist())
         if not missing:
             break

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdora.files.atomic import atomic_directory
-from qdora.files.console import bar
+from qdora.files.console import Progress, bar
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import Compute
 from qdora.model.packed_base import PrunedBase, fingerprints, save_pruned_base
@@ -44,7 +44,7 @@ def compress_base(
     calibration: Tensor | None,
     directory: Path,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Prune and quantise the base of a recipe and write it to `directory`; returns what compressed.json says.
 

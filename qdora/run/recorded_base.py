@@ -13,12 +13,13 @@ from qdora.files.run_directory import RunDirectory, open_run
 from qdora.model.packed_base import fingerprints
 from qdora.model.source import ModelSource
 from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 
 
 def with_revision(recipe: Recipe, revision: str | None) -> Recipe:
     """The recipe with this model.revision."""
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
+    return with_settings(recipe, model={"revision": revision})
 
 
 def pinned(recipe: Recipe, source: ModelSource) -> Recipe:

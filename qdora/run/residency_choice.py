@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from qdora.files.run_directory import RunDirectory
 from qdora.model.packed_base import read_record
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -64,9 +65,8 @@ def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, d
         why = "the whole base is needed at once" if residency == "device" else f"the run computes on {device.type}"
         logger.info("base.residency: using %s instead of %s, because %s.", residency, chosen.residency, why)
     blocks = None if residency == "device" else chosen.streamed_blocks
-    base = recipe.base.model_copy(update={"residency": residency, "streamed_blocks": blocks})
-    memory = recipe.memory.model_copy(update={"host_embeddings": chosen.host_embeddings})
-    return recipe.model_copy(update={"base": base, "memory": memory})
+    base = {"residency": residency, "streamed_blocks": blocks}
+    return with_settings(recipe, base=base, memory={"host_embeddings": chosen.host_embeddings})
 
 
 def _chosen(recipe: Recipe) -> _Chosen:

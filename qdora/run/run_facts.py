@@ -21,8 +21,8 @@ from qdora.model.peft_config import sizes_in_words
 from qdora.plan.plan_contents import CONTEXT, SLACK
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
+from qdora.run.adapter_step import adapter_record
 from qdora.run.start_checks import CHECKS_FILE
-from qdora.run.step_evaluations import adapter_record
 from qdora.run.task_conflicts import interference_in_words
 from qdora.run.trained_layers import TRAINED_FILE
 

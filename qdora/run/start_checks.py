@@ -18,7 +18,7 @@ from qdora.data.mix import Source
 from qdora.data.mix_plan import MixPlan, mix_warnings
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import TokenizedExample
-from qdora.errors import UserError
+from qdora.errors import UserError, first_few
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import RunDirectory, unharmed
 from qdora.model.trained_embeddings import untrained_rows
@@ -112,7 +112,7 @@ def check_model(
 
 def _token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: Any) -> list[Check]:
     """A warning that names the tokens of the data that cannot be learnt; some examples of each source are looked at."""
-    examples = [each for part in sources for each in _spread(_examples(part))]
+    examples = [each for part in sources for each in _spread(part.first())]
     if not examples or not any(parameter.requires_grad for parameter in model.parameters()):
         return []
     read = np.unique(np.concatenate([each.input_ids for each in examples])).tolist()
@@ -120,21 +120,15 @@ def _token_checks(model: PreTrainedModel, sources: Sequence[Source], tokenizer: 
     names = [tokenizer.convert_ids_to_tokens(each) for each in untrained_rows(model, read, learnt)]
     if not names:
         return []
-    more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
     return [
         Check(
             "warning",
-            f"the training data has tokens that the base never learnt: {', '.join(names[:_MOST_NAMED])}{more}. Their "
+            f"the training data has tokens that the base never learnt: {first_few(names, _MOST_NAMED)}. Their "
             "rows in the embedding or the output head are zero, and an adapter does not change them. Fix: name the "
             "instruct version of the model in model.source, or set adapter.also_train: [embed_tokens, lm_head] and "
             "adapter.also_train_rows: all.",
         )
     ]
-
-
-def _examples(part: Source) -> Sequence[TokenizedExample]:
-    """All examples of a source; of a stream those of its first rows."""
-    return part.first() if isinstance(part, ExampleStream) else part.examples
 
 
 def _spread(items: Sequence[Any]) -> Sequence[Any]:
@@ -212,7 +206,7 @@ def _table(ids: Sequence[int], size: int) -> Any:
 
 
 def _learnt(part: Source, tokenizer: Any, data: DataConfig, is_stop: Any, thinks: Any) -> _Learnt:
-    examples = _examples(part)
+    examples = part.first()
     keeps_text = data.loss_on != "all" or data.too_long == "split"
     num_answers = num_stopped = 0
     labels: list[int] = []

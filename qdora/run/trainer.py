@@ -26,19 +26,12 @@ from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.model_size import model_size
 from qdora.model.trained_embeddings import trained_parameters
 from qdora.run.active_run import ActiveRun, TrainingState
+from qdora.run.adapter_step import adapter_record, best_in_words, read_result
 from qdora.run.expert_load import ExpertLoad
 from qdora.run.model_card import run_card
 from qdora.run.prepare import evaluated_sources
 from qdora.run.start_checks import CHECKS_FILE, GRADIENTS, gradient_check, tell_checks, without_gradient
-from qdora.run.step_evaluations import (
-    StepEvaluations,
-    adapter_record,
-    best_in_words,
-    best_so_far,
-    evaluate_together,
-    read_result,
-    selection_value,
-)
+from qdora.run.step_evaluations import StepEvaluations, best_so_far, evaluate_together, selection_value
 from qdora.run.task_conflicts import probe_examples, probe_hook, write_interference
 from qdora.run.writer import RunWriter
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state, unreadable

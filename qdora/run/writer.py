@@ -21,8 +21,8 @@ from qdora.files.tensor_file import write_tensors
 from qdora.model.build_model import write_adapter
 from qdora.recipe.recipe_file import settings
 from qdora.run.active_run import ActiveRun, TrainingState
+from qdora.run.adapter_step import BEST_FILE
 from qdora.run.experiment_trackers import tracking
-from qdora.run.step_evaluations import BEST_FILE
 from qdora.run.trained_layers import keep_trained
 from qdora.train.checkpoint import PARAMETERS_FILE, best_step_in, random_text, write_state
 from qdora.train.hooks import Metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from qdora.data.build_data import run_examples
 from qdora.data.example import Example
 from qdora.evaluation.loglikelihood import score_answers
 from qdora.evaluation.suite import spread
-from qdora.model.inject import adapted_layers
+from qdora.model.inject import adapted_layers, block_of
 from qdora.model.model_size import model_size
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.settings import Recipe
@@ -27,7 +26,6 @@ from qdora.study.base_damage import uncompressed_base
 
 EXAMPLES_OF_TASK = 15
 """Examples of each evaluated task that the loss without a block's adapter is measured on."""
-_BLOCK = re.compile(r"\.(\d+)\.")
 
 
 def measure_by_layer(trained: Path) -> dict[str, Any]:
@@ -59,12 +57,6 @@ def measure_by_layer(trained: Path) -> dict[str, Any]:
         "blocks": blocks,
         "nll": whole,
     }
-
-
-def block_of(path: str) -> int | None:
-    """The number of the decoder block of a layer; None outside of the blocks."""
-    found = _BLOCK.search(path)
-    return None if found is None else int(found[1])
 
 
 def blocks_of(layers: Mapping[str, AdaptedLinear]) -> dict[int, list[AdaptedLinear]]:

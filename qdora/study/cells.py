@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from qdora.errors import UserError
 from qdora.recipe.recipe_file import apply_overrides, override, recipe_document, recipe_from, settings
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.study.cell_key import key_of
 from qdora.study.grid import (
@@ -175,7 +176,7 @@ class Expander:
                     f"another arm, with seeds of its own, got {stage!r} with {', '.join(names) or 'no arm'}. "
                     "Fix: train both in one stage, or set compare.reference."
                 )
-        return study.model_copy(update={"compare": compare.model_copy(update={"reference": reference})})
+        return with_settings(study, compare={"reference": reference})
 
     def now(
         self,

@@ -33,10 +33,10 @@ from qdora.study.grid import (
     as_list,
     combinations,
     further_seeds,
+    has_labels,
     in_words,
     label_of,
     later_seeds,
-    matches,
     num_first_seeds,
 )
 from qdora.study.scores import HIGHER_IS_BETTER, CellScores, Part, combined, read_scores, weighting_of
@@ -297,7 +297,7 @@ def _terms(asked: PrimaryConfig, pairs: Sequence[tuple[Arm, Arm]]) -> list[Term]
     parts = [(1.0, asked.over)] + ([] if asked.minus is None else [(-1.0, asked.minus)])
     terms: list[Term] = []
     for sign, entry in parts:
-        wanted = [pair for pair in named if matches(pair[0].context, entry)]
+        wanted = [pair for pair in named if has_labels(pair[0].context, entry)]
         if not wanted or len({arm.name for arm, _ in wanted}) > 1:
             return []
         terms += [(sign / len(wanted), *pair) for pair in wanted]
@@ -324,9 +324,9 @@ def _lacking(asked: PrimaryConfig, terms: Sequence[Term], study: Study, cells: R
             found.append(dict(context))
     lacking: list[str] = []
     for entry in [asked.over] + ([] if asked.minus is None else [asked.minus]):
-        lacking += [in_words(context) for context in planned if matches(context, entry) and context not in found]
+        lacking += [in_words(context) for context in planned if has_labels(context, entry) and context not in found]
         for axis, value in entry.items():
-            known = {context[axis] for context in planned + found if matches(context, entry)}
+            known = {context[axis] for context in planned + found if has_labels(context, entry)}
             lacking += [f"{axis}={label}" for label in map(label_of, as_list(value)) if label not in known]
     return list(dict.fromkeys(lacking))
 

@@ -349,7 +349,7 @@ def combinations(study: Study) -> Iterator[tuple[StageConfig, dict[str, str], tu
             labels = dict(zip(axes, combination, strict=True))
             known = seen.setdefault((stage.kind, *combination), set())
             seeds = tuple(seed for seed in as_list(stage.cells.get(SEED, list(study.seeds))) if seed not in known)
-            if seeds and not any(matches(labels, entry) for entry in study.exclude):
+            if seeds and not any(has_labels(labels, entry) for entry in study.exclude):
                 known.update(seeds)
                 yield stage, labels, seeds
 
@@ -393,7 +393,7 @@ def label_of(value: Any) -> str:
     return f"{value:.12g}" if isinstance(value, float) else json.dumps(value)
 
 
-def matches(labels: Mapping[str, str], entry: Mapping[str, Any]) -> bool:
+def has_labels(labels: Mapping[str, str], entry: Mapping[str, Any]) -> bool:
     """Whether labels have one of an entry's values on each of its axes."""
     return all(labels.get(name) in [label_of(each) for each in as_list(value)] for name, value in entry.items())
 

@@ -13,6 +13,7 @@ import numpy as np
 from qdora.evaluation.example_intervals import Spread
 from qdora.plan.memory_plan import plan
 from qdora.recipe.recipe_file import settings
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.study.cells import Cell, Cells, Expander
 from qdora.study.compare import (
@@ -94,9 +95,8 @@ class _Prediction:
 
     def _by_plan(self, recipe: Recipe) -> float:
         """By the plan of a recipe that takes as long: neither pruning, the code book nor the kind of adapter count."""
-        base = recipe.base if recipe.base.quant == "none" else recipe.base.model_copy(update={"quant": "nf4"})
-        adapter = recipe.adapter.model_copy(update={"kind": "lora", "mask": "ignore", "init": "kaiming"})
-        plain = recipe.model_copy(update={"base": base.model_copy(update={"prune": None}), "adapter": adapter})
+        base = {"prune": None} if recipe.base.quant == "none" else {"prune": None, "quant": "nf4"}
+        plain = with_settings(recipe, base=base, adapter={"kind": "lora", "mask": "ignore", "init": "kaiming"})
         whole = settings(plain)
         text = json.dumps([whole[part] for part in ("model", "base", "adapter", "memory")] + [whole["train"]["batch"]])
         if text not in self._planned:

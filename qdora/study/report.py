@@ -15,9 +15,9 @@ from qdora.evaluation.example_intervals import CONFIDENCE
 from qdora.files.atomic import atomic_write_text, disk_failures
 from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
+from qdora.model.inject import block_of
 from qdora.recipe.recipe_file import load_recipe
 from qdora.study.answer import answer_of, question_of, subject_of
-from qdora.study.by_layer import block_of
 from qdora.study.cells import equal_in_words
 from qdora.study.compare import (
     BASE_ARM,

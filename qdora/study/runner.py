@@ -37,9 +37,9 @@ from qdora.model.load import load_config, quantization_of
 from qdora.model.pruning import quantized_layers
 from qdora.recipe.recipe_file import missing_files, recipe_from, settings
 from qdora.recipe.settings import Recipe
+from qdora.run.adapter_step import adapter_step
 from qdora.run.cluster_jobs import CLUSTERS, job_executor, job_option
 from qdora.run.run_page import PAGE_FILE, leave_page
-from qdora.run.step_evaluations import adapter_step
 from qdora.run.train import train_run
 from qdora.study.base_damage import base_damage
 from qdora.study.by_layer import measure_by_layer

@@ -7,7 +7,6 @@ difference between two halves of these examples shows how far chance alone moves
 from __future__ import annotations
 
 import itertools
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.model.grouped_attention import fast_grouped_attention
-from qdora.model.inject import adapted_layers
+from qdora.model.inject import adapted_layers, block_of
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.passes import batch_loss, prepare_model_gains
 
@@ -35,7 +34,6 @@ CERTAIN = 2.0
 """Two tasks are in conflict if their cosine is more than so many times its noise below 0."""
 # A task whose two halves have a lower cosine has too few examples: its cosines to other tasks are mostly noise.
 _CLEAR = 0.3
-_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -167,8 +165,8 @@ def gram_matrices(gradients: Sequence[Mapping[str, Tensor]], keys: Sequence[str]
         stacked = torch.stack([gradients[place][key].flatten() for place in places]).double()
         product = np.zeros((len(gradients), len(gradients)))
         product[np.ix_(places, places)] = (stacked @ stacked.T).numpy()
-        block = _BLOCK.search(key)
-        for group in (ALL, key.rpartition(".")[2], *([block[1]] if block else [])):
+        block = block_of(key)
+        for group in (ALL, key.rpartition(".")[2], *([] if block is None else [str(block)])):
             grams[group] = grams.get(group, np.zeros_like(product)) + product
     return grams
 

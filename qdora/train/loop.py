@@ -26,7 +26,7 @@ from qdora.train.loss_scale import LossScale
 from qdora.train.optimizer import AdapterOptimizer, UpdateOutOfMemory
 from qdora.train.out_of_memory import Backoff, OutOfMemory, Shortage
 from qdora.train.passes import step_gradient
-from qdora.train.progress import TrainingProgress, memory_bytes, reserved_bytes
+from qdora.train.progress import TrainingProgress, peak_memory_bytes, reserved_bytes
 from qdora.train.schedule import Schedule
 from qdora.train.step_checks import BadStep, BadSteps
 from qdora.train.task_weights import TaskWeights
@@ -121,7 +121,7 @@ def fit(
 
 def _peaks(processes: Processes) -> dict[str, int]:
     """The largest peaks of all processes: memory in use, and on GPUs what the allocator reserved for it."""
-    told = processes.gather({"peak_memory_bytes": memory_bytes(), "peak_reserved_bytes": reserved_bytes()})
+    told = processes.gather({"peak_memory_bytes": peak_memory_bytes(), "peak_reserved_bytes": reserved_bytes()})
     return {name: max(each[name] for each in told) for name in told[0] if told[0][name] is not None}
 
 

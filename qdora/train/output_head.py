@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qdora.memory.sharded_base import release
+from qdora.model.text_config import text_config
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.plain_linear import is_plain_linear
 from qdora.ops.loss import auto_chunk, chunked_nll, token_nll
@@ -138,7 +139,7 @@ def learn_form(model: nn.Module, head: nn.Module, tap: Tap, logits: Tensor, targ
 
 def _proposals(config: Any) -> list[LogitForm]:
     """Forms with a scale of the config, its inverse or 1, and a softcap or none; its own first, to win ties."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(config)
 
     def numbers(names: tuple[str, ...]) -> list[float]:
         found = [getattr(config, name, None) for name in names]

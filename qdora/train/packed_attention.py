@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from qdora.data.batching import PackedLayout
 from qdora.errors import UserError
 from qdora.model.known_masks import flash_inputs, flash_lengths, takes_flash_lengths
+from qdora.model.text_config import attention_of
 from qdora.nn.evaluation_mode import evaluation_mode
 
 # Tokens of the probed example, of the example before it in each of two rows, and of the example behind it. The borders
@@ -39,7 +40,7 @@ def packed_layout(model: PreTrainedModel) -> tuple[PackedLayout, str]:
     Raises:
         UserError: An example's outputs depend on its neighbours, or differ from the example alone beyond rounding.
     """
-    attention = model.config.get_text_config()._attn_implementation or "its own code"
+    attention = attention_of(model) or "its own code"
     layout = layout_for(attention)
     with evaluation_mode(model):
         seen, most = _check(model, layout, attention)

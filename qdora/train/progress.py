@@ -18,7 +18,7 @@ from qdora.files.console import duration, plain_console, shows_bars
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def memory_bytes() -> int:
+def peak_memory_bytes() -> int:
     """Peak memory of this process: allocated on the GPU, or resident on a machine without one."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
@@ -35,7 +35,7 @@ def _memory_text() -> str:
     """1.50 GiB, or with a GPU 1.50 (reserved 1.75) GiB."""
     reserved = reserved_bytes()
     shown = "" if reserved is None else f" (reserved {reserved / 2**30:.2f})"
-    return f"{memory_bytes() / 2**30:.2f}{shown} GiB"
+    return f"{peak_memory_bytes() / 2**30:.2f}{shown} GiB"
 
 
 class TrainingProgress:
