@@ -142,6 +142,7 @@ def fitted(
     loader: Any,
     train: TrainConfig,
     *,
+    device: torch.device | None = None,
     console: Console | None = None,
     gates: Gates | None = None,
     task_weights: TaskWeights | None = None,
@@ -151,6 +152,7 @@ def fitted(
     Args:
         loader: A `StepLoader`, or what takes its place (`FixedSteps`).
         train: Steps and schedule.
+        device: Of the micro-batches; by default that of the model's first parameter.
         console: Where progress is shown; standard error by default.
         gates: Of the model's adapters.
         task_weights: As for `fit`.
@@ -171,7 +173,7 @@ def fitted(
                 end_step=None if gates is None else lambda step, done: gates.end(step, done, optimizer, Processes()),
             ),
             num_steps=train.steps,
-            device=next(model.parameters()).device,
+            device=device or next(model.parameters()).device,
             progress=progress,
             stop=StopRequest(),
             task_weights=task_weights,
