@@ -96,47 +96,19 @@ def control_group(limit: int) -> Iterator[str]:
 def write_model(folder: Path, shape: dict[str, Any]) -> int:
     """A config, and the packed base that belongs to it; returns the bytes of the base."""
     import torch
+    from random_weights import QUANTIZATION, random_checkpoint
     from transformers import LlamaConfig
 
-    from qdora.model.load import Quantization, layers_to_quantize, load_config, skeleton
+    from qdora.model.load import load_config, skeleton
     from qdora.model.packed_base import write_base
     from qdora.model.source import ModelSource
-    from qdora.model.stored_tensors import StoredPacked, StoredTensor
-    from qdora.ops.packed import PackedWeight, from_tensors, quantize
 
+    cpu = torch.device("cpu")
     LlamaConfig(**shape, dtype="bfloat16").save_pretrained(folder)
     source = ModelSource("directory", folder, "random")
-    model = skeleton(load_config(source), source, torch.bfloat16, "sdpa", torch.device("cpu"))
-    wanted = Quantization("nf4", 64, True, ("lm_head",))
-    layers = layers_to_quantize(model, wanted)
-    first: dict[tuple[int, ...], PackedWeight] = {}
-
-    def random(size: tuple[int, ...]) -> torch.Tensor:
-        return torch.randn(size, generator=torch.Generator().manual_seed(len(first))).mul_(0.02)
-
-    def packed(size: tuple[int, int], turn: int) -> PackedWeight:
-        if size not in first:
-            first[size] = quantize(random(size), "nf4", 64, double_quant=True)
-        # Bytes of its own for every weight; a billion normal numbers take a minute.
-        tensors = first[size].tensors()
-        return from_tensors("nf4", size, 64, tensors | {"packed": tensors["packed"].roll(turn)})
-
-    def dense(size: tuple[int, ...]) -> torch.Tensor:
-        if len(size) == 1:
-            return torch.ones(size, dtype=torch.bfloat16)
-        rows = random((512, size[1])).bfloat16()
-        return rows.repeat(-(-size[0] // 512), 1)[: size[0]]
-
-    stored: dict[str, StoredPacked | StoredTensor] = {}
-    for turn, (name, parameter) in enumerate(model.named_parameters()):
-        size = tuple(parameter.shape)
-        if name.removesuffix(".weight") in layers:
-            read = lambda size=size, turn=turn: packed(size, turn)  # noqa: E731
-            stored[name] = StoredPacked(name, size, "nf4", 64, True, read)
-        else:
-            stored[name] = StoredTensor(name, size, lambda size=size: dense(size))
+    stored = random_checkpoint(skeleton(load_config(source), source, torch.bfloat16, "sdpa", cpu), cpu)
     made_from = {"key": "0" * 64, "source": "random"}
-    write_base(folder / "base", stored, set(), wanted, made_from, device=torch.device("cpu"))
+    write_base(folder / "base", stored, set(), QUANTIZATION, made_from, device=cpu)
     return sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
 
 
