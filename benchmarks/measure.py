@@ -26,26 +26,12 @@ Reading = TypeVar("Reading")
 PACKAGES = ("qdora", "torch", "transformers", "bitsandbytes", "peft")
 
 
-def in_turns(
-    functions: Mapping[str, Callable[[], Any]],
-    repeats: int,
-    *,
-    warmup: int = 1,
-    synchronize: Callable[[], None] | None = None,
-) -> dict[str, list[float]]:
-    """Seconds of each repeat of each function, `alternating`.
-
-    Args:
-        synchronize: Called before each reading of the clock (torch.cuda.synchronize).
-    """
+def in_turns(functions: Mapping[str, Callable[[], Any]], repeats: int, *, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each repeat of each function on the CPU, `alternating`."""
 
     def seconds_of(function: Callable[[], Any]) -> float:
-        if synchronize is not None:
-            synchronize()
         began = time.perf_counter()
         function()
-        if synchronize is not None:
-            synchronize()
         return time.perf_counter() - began
 
     return alternating({name: partial(seconds_of, each) for name, each in functions.items()}, repeats, warmup=warmup)

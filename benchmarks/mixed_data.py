@@ -32,7 +32,6 @@ from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
 from qdora.train.loop import fit
 from qdora.train.progress import TrainingProgress
-from qdora.train.task_weights import TaskWeights
 
 TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
 
@@ -145,7 +144,6 @@ def fitted(
     device: torch.device | None = None,
     console: Console | None = None,
     gates: Gates | None = None,
-    task_weights: TaskWeights | None = None,
 ) -> list[dict[str, Any]]:
     """qdora's training loop without a run directory; its lines of metrics.
 
@@ -155,7 +153,6 @@ def fitted(
         device: Of the micro-batches; by default that of the model's first parameter.
         console: Where progress is shown; standard error by default.
         gates: Of the model's adapters.
-        task_weights: As for `fit`.
     """
     assert train.steps is not None
     lines: list[dict[str, Any]] = []
@@ -176,15 +173,14 @@ def fitted(
             device=device or next(model.parameters()).device,
             progress=progress,
             stop=StopRequest(),
-            task_weights=task_weights,
         )
     return lines
 
 
-def smoke_model(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = 128) -> Any:
+def smoke_model(dtype: torch.dtype = torch.bfloat16) -> Any:
     """A random Llama of two small blocks in NF4, in place of the builtin model."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(vocabulary), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(small_config(128), dtype=dtype)
     for path, module in list(model.named_modules()):
         if path.endswith("_proj"):
             replace_module(model, path, FrozenLinear(quantize(module.weight.detach(), "nf4", 64, double_quant=True)))
