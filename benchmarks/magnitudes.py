@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loss_curve import gap
 from measure import facts, parser_of, write
 from mixed_data import fitted
 
@@ -109,12 +110,6 @@ def run_arm(compute: str, arm: str, data: Path, steps: int, batch: int) -> dict[
         changed = sum(int((parameters[name] != start[name]).sum()) for name in names)
         moved[leaf] = changed / sum(start[name].numel() for name in names)
     return {"compute": compute, "storage": arm, "losses": [line["loss"] for line in lines], "share_moved": moved}
-
-
-def gap(losses: list[float], others: list[float]) -> dict[str, float]:
-    """Distance of two loss curves, nats."""
-    distances = [abs(a - b) for a, b in zip(losses, others, strict=True)]
-    return {"largest_nats": max(distances), "mean_nats": sum(distances) / len(distances)}
 
 
 def main() -> None:
