@@ -12,17 +12,14 @@ given by `data.chat_template`. All steps are commands of the command line, as a 
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import write_model
-from measure import facts, parser_of, write
+from measure import facts, parser_of, printed, write
 
 from qdora.files.run_directory import RunDirectory
 
@@ -194,11 +191,7 @@ def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 
 def qdora(*arguments: str) -> str:
     """Standard output of a command. Raises RuntimeError if it fails, with what it said."""
-    call = [sys.executable, "-m", "qdora.cli", "--quiet", *arguments]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, env=os.environ)
-    if done.returncode != 0:
-        raise RuntimeError(f"qdora {' '.join(arguments)}: exit {done.returncode}\n{done.stderr[-4000:]}")
-    return done.stdout
+    return printed("-m", "qdora.cli", "--quiet", *arguments)
 
 
 def counts(answers: list[dict[str, Any]], trained: list[str]) -> dict[str, Any]:

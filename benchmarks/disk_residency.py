@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from measure import facts, fresh, parser_of, peak_rss_bytes, spread, write
+from measure import facts, fresh, parser_of, peak_rss_bytes, spread, status_bytes, write
 
 BAR_BYTES = 2_500_000_000
 NUM_STEPS, NUM_TOKENS, RANK = 2, 128, 16
@@ -163,7 +163,6 @@ def trained(folder: Path, residency: str, group: str) -> None:
         optimizer.step(1e-4)
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
-    status = Path("/proc/self/status").read_text().splitlines()
     print(
         json.dumps(
             {
@@ -173,9 +172,7 @@ def trained(folder: Path, residency: str, group: str) -> None:
                 "losses": losses,
                 "seconds": seconds,
                 "step_seconds": spread(seconds[1:]),
-                "resident_at_end": {
-                    line.split(":")[0]: int(line.split()[1]) * 1024 for line in status if line.startswith("Rss")
-                },
+                "resident_at_end": {name: status_bytes(name) for name in ("RssAnon", "RssFile", "RssShmem")},
             }
         )
     )

@@ -194,10 +194,8 @@ def timed(trainers: Mapping[str, Callable[[Step], None]], steps: list[Step]) -> 
     """Seconds of each step in turns, and their ratios."""
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for number, step in enumerate(steps):
-        shift = number % len(trainers)
         turns = {name: functools.partial(each, step) for name, each in trainers.items()}
-        names = [*turns][shift:] + [*turns][:shift]
-        for name, each in in_turns({n: turns[n] for n in names}, 1, warmup=int(number == 0)).items():
+        for name, each in in_turns(turns, 1, warmup=int(number == 0), start=number).items():
             seconds[name] += each
     return {
         "seconds": seconds,
