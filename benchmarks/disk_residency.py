@@ -23,19 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gpu.plan import FULL
 from measure import facts, fresh, parser_of, peak_rss_bytes, spread, status_bytes, write
 
 BAR_BYTES = 2_500_000_000
 NUM_STEPS, NUM_TOKENS, RANK = 2, 128, 16
-LLAMA_3_8B: dict[str, Any] = {
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14_336,
-    "tie_word_embeddings": False,
-}
+LLAMA_3_8B: dict[str, Any] = FULL.middle | {"tie_word_embeddings": False}
 SMOKE = LLAMA_3_8B | {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
 SMOKE |= {"num_key_value_heads": 2, "intermediate_size": 512}
 GROUPS = Path("/sys/fs/cgroup/memory")

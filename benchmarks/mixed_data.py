@@ -22,6 +22,7 @@ from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import replace_module
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
@@ -32,8 +33,6 @@ from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
 from qdora.train.loop import fit
 from qdora.train.progress import TrainingProgress
-
-TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
 
 
 def recipe(data: Path, *, batch: int, checkpointing: bool, seed: int = 0, quant: str = "nf4") -> Recipe:
@@ -50,7 +49,7 @@ def recipe(data: Path, *, batch: int, checkpointing: bool, seed: int = 0, quant:
             "model": {"source": "builtin"},
             "base": {"quant": quant},
             "data": {
-                "mix": [{"task": task, "path": str(data / task), "limit": 400} for task in TASKS],
+                "mix": [{"task": task, "path": str(data / task), "limit": 400} for task in COMMONSENSE_TASKS],
                 "strategy": "equal",
                 "max_length": 512,
                 "too_long": "drop",

@@ -20,7 +20,7 @@ from typing import Any
 
 from measure import OFFLINE, ONE_THREAD, facts, fresh, parser_of, write
 
-TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
 
 
 def recipe(data: Path, kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def recipe(data: Path, kind: str, seed: int, args: argparse.Namespace) -> dict[s
         "base": {"quant": "nf4"},
         "adapter": {"kind": kind, "rank": 16, "alpha": 32.0},
         "data": {
-            "mix": [{"task": task, "path": str(data / task)} for task in TASKS],
+            "mix": [{"task": task, "path": str(data / task)} for task in COMMONSENSE_TASKS],
             "strategy": "equal",
             "max_length": 512,
             "too_long": "drop",
