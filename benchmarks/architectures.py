@@ -50,7 +50,7 @@ from export_exactness import on_bnb
 from measure import facts, parser_of, write
 from peft import PeftModel
 from peft_interop import bnb_weights, dense, merged_by_numpy, with_peft
-from tiny_families import MIXTURES, MODEL_TYPES, MXFP4, NUM_SUMS, write_family, write_sums
+from tiny_families import MIXTURES, MODEL_TYPES, MXFP4, NUM_SUMS, write_family, write_random_sums
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
@@ -137,8 +137,8 @@ class Case:
         self.is_mxfp4 = is_mxfp4
         self.recipe = folder / "recipe.yaml"
         train, self.validation = folder / "train.jsonl", folder / "validation.jsonl"
-        write_sums(train, 0)
-        write_sums(self.validation, 1)
+        write_random_sums(train, 0)
+        write_random_sums(self.validation, 1)
         document = {
             "model": {"source": str(self.model), "dtype": "float32"},
             "base": {"quant": "mxfp4" if is_mxfp4 else "nf4"},
@@ -330,7 +330,7 @@ def distance(found: list[Tensor], expected: list[Tensor]) -> float:
     return float((one - other).abs().max() / other.std())
 
 
-class PlainDora(nn.Module):
+class DoraWeight(nn.Module):
     """W -> W' = m (W + s B A) / ||W + s B A||, the norm held constant, in float64.
 
     W is (out, in), or a stack of experts, (experts, out, in), or `transposed`.
@@ -350,13 +350,13 @@ class PlainDora(nn.Module):
         return merged.mT if self.transposed else merged
 
 
-def plain_dora(case: Case, layers: dict[str, AdaptedLinear]) -> tuple[Any, dict[str, PlainDora]]:
+def plain_dora(case: Case, layers: dict[str, AdaptedLinear]) -> tuple[Any, dict[str, DoraWeight]]:
     """Plain transformers in float64 with adapters by the plain formula, and these by their paths."""
     model, adapters = plain(case.base, torch.float64), {}
     for path, weight in case.weights.items():
         put_weight_(model, case.base, path, weight.double())  # those that are not adapted, too
     for path, layer in layers.items():
-        adapters[path] = PlainDora(layer, transposed=is_transposed(case.base, path))
+        adapters[path] = DoraWeight(layer, transposed=is_transposed(case.base, path))
         owner, _, name = path.rpartition(".") if path in stacks(case.base) else (path, "", "weight")
         parametrize.register_parametrization(model.get_submodule(owner), name, adapters[path])
     return model.eval(), adapters

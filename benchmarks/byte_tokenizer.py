@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
 
 
-def write_sums(file: Path) -> None:
-    """Thirty sums, as rows of a prompt and a completion."""
-    rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(6) for b in range(5)]
+def write_sums(file: Path, sums: Iterable[tuple[int, int]] = tuple(product(range(6), range(5)))) -> None:
+    """Sums, by default thirty, as rows of a prompt and a completion."""
+    rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a, b in sums]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -1,6 +1,6 @@
 """A chat model made end to end: trained on 400 made-up conversations with tools, then asked 50 times.
 
-    python benchmarks/chat_model.py [--chats 400] [--epochs 1] [--smoke]
+    python benchmarks/chat_model.py [--smoke]
 
 SmolLM2-135M-Instruct learns to call one of three tools for a question, to report the result in one fixed form, and to
 answer small talk in one fixed form. The 50 conversations that it is asked (`qdora generate --chats`) have names and
@@ -12,17 +12,14 @@ given by `data.chat_template`. All steps are commands of the command line, as a 
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import write_model
-from measure import facts, parser_of, write
+from measure import facts, parser_of, printed, write
 
 from qdora.files.run_directory import RunDirectory
 
@@ -101,6 +98,7 @@ def exchange(draw: random.Random, kind: str, *, new: bool) -> Turns:
     return [user, call, tool, {"role": "assistant", "content": answer}]
 
 
+EPOCHS = 1
 KINDS = ("weather", "stock", "convert", "talk")
 
 
@@ -139,24 +137,17 @@ def in_manner(answer: str, trained: str) -> bool:
 
 def main() -> None:
     """Write the data, train, ask."""
-    parser = parser_of(__doc__, "chat_model", smoke="a random model")
-    parser.add_argument("--chats", type=int, default=400)
-    parser.add_argument("--questions", type=int, default=50)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser_of(__doc__, "chat_model", smoke="a random model").parse_args()
+    num_chats, num_questions, num_new = (8, 4, 4) if args.smoke else (400, 50, 48)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        source, num_new = "builtin", 48
-        if args.smoke:
-            write_model(root / "model")
-            source, args.chats, args.questions, args.epochs, num_new = str(root / "model"), 8, 4, 1, 4
-        asked = list(questions(args.questions, args.seed + 1))
-        write_rows(root / "chats.jsonl", conversations(args.chats, args.seed))
-        write_rows(root / "validation.jsonl", conversations(max(4, args.chats // 10), args.seed + 2))
+        source = write_model(root / "model") if args.smoke else "builtin"
+        asked = list(questions(num_questions, seed=1))
+        write_rows(root / "chats.jsonl", conversations(num_chats, seed=0))
+        write_rows(root / "validation.jsonl", conversations(max(4, num_chats // 10), seed=2))
         write_rows(root / "questions.jsonl", (row for row, _ in asked))
         (root / "template.jinja").write_text(TEMPLATE)
-        made = recipe(source, args.epochs, 2048 if args.smoke else 512)  # a token is a byte in a smoke test
+        made = recipe(source, 2048 if args.smoke else 512)  # a token is a byte in a smoke test
         (root / "recipe.yaml").write_text(json.dumps(made))  # JSON is YAML
         qdora("train", str(root / "recipe.yaml"), "--run-dir", str(root / "run"))
         arms = {}
@@ -166,9 +157,9 @@ def main() -> None:
             arms[arm] = counts(found["answers"], [trained for _, trained in asked])
         num_steps = RunDirectory(root / "run").last_step()
     result = facts("python benchmarks/chat_model.py") | {
-        "num_chats": args.chats,
-        "num_questions": args.questions,
-        "epochs": args.epochs,
+        "num_chats": num_chats,
+        "num_questions": num_questions,
+        "epochs": EPOCHS,
         "num_steps": num_steps,
         "max_new_tokens": num_new,
         "arms": arms,
@@ -176,14 +167,14 @@ def main() -> None:
     write(args.out, result)
 
 
-def recipe(source: str, epochs: int, max_length: int) -> dict[str, Any]:
+def recipe(source: str, max_length: int) -> dict[str, Any]:
     """What a user would write; paths are relative to the recipe."""
     chats = {"source": "chats.jsonl", "validation": "validation.jsonl", "format": "messages"}
     return {
         "model": {"source": source},
         "adapter": {"kind": "dora", "rank": 16, "alpha": 32},
         "data": {"mix": [chats], "max_length": max_length, "chat_template": "template.jinja"},
-        "train": {"epochs": epochs, "batch": 8, "lr": 1e-3, "schedule": "cosine", "warmup": 0.1, "optimizer": "adamw"},
+        "train": {"epochs": EPOCHS, "batch": 8, "lr": 1e-3, "schedule": "cosine", "warmup": 0.1, "optimizer": "adamw"},
     }
 
 
@@ -194,11 +185,7 @@ def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 
 def qdora(*arguments: str) -> str:
     """Standard output of a command. Raises RuntimeError if it fails, with what it said."""
-    call = [sys.executable, "-m", "qdora.cli", "--quiet", *arguments]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, env=os.environ)
-    if done.returncode != 0:
-        raise RuntimeError(f"qdora {' '.join(arguments)}: exit {done.returncode}\n{done.stderr[-4000:]}")
-    return done.stdout
+    return printed("-m", "qdora.cli", "--quiet", *arguments)
 
 
 def counts(answers: list[dict[str, Any]], trained: list[str]) -> dict[str, Any]:

@@ -214,9 +214,9 @@ def measure(template: Path) -> dict[str, Any]:
     }
 
 
-def encodings(tokenizer: Any, num_turns: int = 10) -> dict[str, float]:
+def encodings(tokenizer: Any) -> dict[str, float]:
     """Characters that are encoded for a chat of ten turns, as a multiple of its text; seconds of a chat."""
-    messages = Case(num_turns, True, False, False).messages()
+    messages = Case(10, True, False, False).messages()
     examples = [Example("t", str(n), "", "", messages=parse_messages(messages)) for n in range(200)]
     given: list[str] = []
     call = type(tokenizer).__call__

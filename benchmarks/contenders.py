@@ -95,6 +95,14 @@ def random_base(in_features: int, out_features: int) -> PackedWeight:
     return quantize(weight, "nf4", 64, double_quant=True)
 
 
+def random_input(base: PackedWeight, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """x (tokens, in), which asks for its gradient, and dy (tokens, out) in bf16; the same for one shape."""
+    out_features, in_features = base.shape
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(num_tokens, in_features, generator=generator).bfloat16().requires_grad_()
+    return x, torch.randn(num_tokens, out_features, generator=generator).bfloat16()
+
+
 def layer_on(base: Weight, contender: Contender, rank: int, *, seed: int = 0) -> nn.Module:
     """One layer of a contender in training mode, on a base of its own kind; every parameter moved off its start (B
     random, magnitudes off by up to 10 %).

@@ -33,6 +33,7 @@ from qdora.run.load_run import load_run
 from qdora.run.rank import training_batches
 
 KINDS = ("self_attn.v_proj", "mlp.down_proj")
+MICRO_BATCH_TOKENS = 512
 RANK = 16
 """Of the trained run; as many new components are looked at."""
 
@@ -40,7 +41,7 @@ RANK = 16
 def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Both ways on the same components."""
     trained = load_run(run, widened=True)
-    batches, about = training_batches(trained, args.examples, args.micro_batch_tokens)
+    batches, about = training_batches(trained, args.examples, MICRO_BATCH_TOKENS)
     adapted = adapted_layers(trained.model)
     numbers = dict.fromkeys(adapted, RANK)
     began = time.process_time()
@@ -96,7 +97,6 @@ def main() -> None:
     parser = parser_of(__doc__, "curvature_draws", smoke="a random model", data=True)
     parser.add_argument("--steps", type=int, default=8, help="of training before")
     parser.add_argument("--examples", type=int, default=8)
-    parser.add_argument("--micro-batch-tokens", type=int, default=512)
     parser.add_argument("--blocks", default="10,20,29", help="whose layers are computed exactly, too")
     parser.add_argument("--draws", type=int, default=16)
     args = parsed(parser)

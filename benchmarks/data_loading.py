@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from byte_tokenizer import write_model, write_sums
 from measure import facts, fresh, parsed, parser_of, spread, write
-from mixed_data import TASKS
 
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
 from qdora.data.loader import Step, StepLoader
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.model.inject import adapter_parameters
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
@@ -88,9 +88,9 @@ def recipe(args: argparse.Namespace) -> Recipe:
     if args.smoke:
         sources = [{"source": str(args.data / f"{name}.jsonl")} for name in ("first", "second")]
     elif streamed:
-        sources = [{"source": str(args.data / task)} for task in TASKS]
+        sources = [{"source": str(args.data / task)} for task in COMMONSENSE_TASKS]
     else:
-        sources = [{"task": task, "path": str(args.data / task)} for task in TASKS]
+        sources = [{"task": task, "path": str(args.data / task)} for task in COMMONSENSE_TASKS]
     more = {"stream": True} if streamed else {"limit": args.limit}
     data = {"mix": [source | more for source in sources], "strategy": "equal", "max_length": 512, "too_long": "drop"}
     return recipe_from(

@@ -16,10 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from contenders import CONTENDERS, adapt, move_parameters_
 from measure import alternating, facts, parser_of, ratio, spread, write
+from mixed_data import smoke_model
 
 from qdora.memory.allocator import keep_freed_memory
-from qdora.model.inject import adapted_layers, inject, replace_module
+from qdora.model.inject import adapted_layers, replace_module
 from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.nn.frozen_linear import FrozenLinear
 
@@ -58,17 +60,11 @@ def main() -> None:
 
 def contender(kind: str, smoke: bool) -> Any:
     """A model in eval mode; `merged` holds dense weights in the compute dtype."""
-    model = small() if smoke else load()
+    model = smoke_model().eval() if smoke else load()
     if kind == "base":
         return model
-    generator = torch.Generator().manual_seed(1)
-    kind = "lora" if kind == "lora" else "dora"
-    layers = inject(model, kind=kind, rank=16, alpha=32.0, dtype=torch.bfloat16, generator=generator)
-    with torch.no_grad():
-        for layer in layers.values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.02)
-            if layer.magnitude is not None:
-                layer.magnitude *= 0.9 + 0.2 * torch.rand(layer.magnitude.shape, generator=generator)
+    adapt(model, CONTENDERS["own_lora" if kind == "lora" else "own_dora"], 16)
+    move_parameters_(model)
     if kind == "merged":
         for path, layer in adapted_layers(model).items():
             replace_module(model, path, FrozenLinear(layer.merged_weight(model.dtype), layer.base.bias))
@@ -83,21 +79,6 @@ def load() -> Any:
     from qdora.model.source import resolve
 
     return load_model(resolve("builtin"), quant="nf4", compute_dtype=choose_compute("auto").dtype)
-
-
-def small() -> Any:
-    """A random model on a packed base."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from qdora.ops.packed import quantize
-
-    torch.manual_seed(0)
-    shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2)).eval()
-    for name, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear and name != "lm_head":
-            replace_module(model, name, FrozenLinear(quantize(module.weight.data, "nf4", 64)))
-    return model
 
 
 @torch.inference_mode()

@@ -23,19 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from measure import facts, fresh, parser_of, peak_rss_bytes, spread, write
+from gpu.plan import FULL
+from measure import facts, fresh, parser_of, peak_rss_bytes, spread, status_bytes, write
 
 BAR_BYTES = 2_500_000_000
 NUM_STEPS, NUM_TOKENS, RANK = 2, 128, 16
-LLAMA_3_8B: dict[str, Any] = {
-    "vocab_size": 128_256,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14_336,
-    "tie_word_embeddings": False,
-}
+LLAMA_3_8B: dict[str, Any] = FULL.middle | {"tie_word_embeddings": False}
 SMOKE = LLAMA_3_8B | {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
 SMOKE |= {"num_key_value_heads": 2, "intermediate_size": 512}
 GROUPS = Path("/sys/fs/cgroup/memory")
@@ -96,47 +89,19 @@ def control_group(limit: int) -> Iterator[str]:
 def write_model(folder: Path, shape: dict[str, Any]) -> int:
     """A config, and the packed base that belongs to it; returns the bytes of the base."""
     import torch
+    from random_weights import QUANTIZATION, random_checkpoint
     from transformers import LlamaConfig
 
-    from qdora.model.load import Quantization, layers_to_quantize, load_config, skeleton
+    from qdora.model.load import load_config, skeleton
     from qdora.model.packed_base import write_base
     from qdora.model.source import ModelSource
-    from qdora.model.stored_tensors import StoredPacked, StoredTensor
-    from qdora.ops.packed import PackedWeight, from_tensors, quantize
 
+    cpu = torch.device("cpu")
     LlamaConfig(**shape, dtype="bfloat16").save_pretrained(folder)
     source = ModelSource("directory", folder, "random")
-    model = skeleton(load_config(source), source, torch.bfloat16, "sdpa", torch.device("cpu"))
-    wanted = Quantization("nf4", 64, True, ("lm_head",))
-    layers = layers_to_quantize(model, wanted)
-    first: dict[tuple[int, ...], PackedWeight] = {}
-
-    def random(size: tuple[int, ...]) -> torch.Tensor:
-        return torch.randn(size, generator=torch.Generator().manual_seed(len(first))).mul_(0.02)
-
-    def packed(size: tuple[int, int], turn: int) -> PackedWeight:
-        if size not in first:
-            first[size] = quantize(random(size), "nf4", 64, double_quant=True)
-        # Bytes of its own for every weight; a billion normal numbers take a minute.
-        tensors = first[size].tensors()
-        return from_tensors("nf4", size, 64, tensors | {"packed": tensors["packed"].roll(turn)})
-
-    def dense(size: tuple[int, ...]) -> torch.Tensor:
-        if len(size) == 1:
-            return torch.ones(size, dtype=torch.bfloat16)
-        rows = random((512, size[1])).bfloat16()
-        return rows.repeat(-(-size[0] // 512), 1)[: size[0]]
-
-    stored: dict[str, StoredPacked | StoredTensor] = {}
-    for turn, (name, parameter) in enumerate(model.named_parameters()):
-        size = tuple(parameter.shape)
-        if name.removesuffix(".weight") in layers:
-            read = lambda size=size, turn=turn: packed(size, turn)  # noqa: E731
-            stored[name] = StoredPacked(name, size, "nf4", 64, True, read)
-        else:
-            stored[name] = StoredTensor(name, size, lambda size=size: dense(size))
+    stored = random_checkpoint(skeleton(load_config(source), source, torch.bfloat16, "sdpa", cpu), cpu)
     made_from = {"key": "0" * 64, "source": "random"}
-    write_base(folder / "base", stored, set(), wanted, made_from, device=torch.device("cpu"))
+    write_base(folder / "base", stored, set(), QUANTIZATION, made_from, device=cpu)
     return sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
 
 
@@ -191,7 +156,6 @@ def trained(folder: Path, residency: str, group: str) -> None:
         optimizer.step(1e-4)
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
-    status = Path("/proc/self/status").read_text().splitlines()
     print(
         json.dumps(
             {
@@ -201,9 +165,7 @@ def trained(folder: Path, residency: str, group: str) -> None:
                 "losses": losses,
                 "seconds": seconds,
                 "step_seconds": spread(seconds[1:]),
-                "resident_at_end": {
-                    line.split(":")[0]: int(line.split()[1]) * 1024 for line in status if line.startswith("Rss")
-                },
+                "resident_at_end": {name: status_bytes(name) for name in ("RssAnon", "RssFile", "RssShmem")},
             }
         )
     )

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import facts, fresh, in_turns, parser_of, peak_rss_bytes, ratio, spread, status_bytes, write
+from measure import facts, fresh, in_turns, parser_of, peak_rss_bytes, ratio, reset_peak_rss, spread, write
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -236,15 +236,9 @@ def move_(holder: nn.Module, dtype: torch.dtype | None) -> None:
 def peak_of_step(sizes: dict[str, int], contender: str, tokens: int) -> int:
     """Growth of the peak over what is held before the first step."""
     step = make_step(adapted_experts(sizes, contender, random_stack), sizes, tokens, skewed=False)
-    before = resident_bytes()
+    before = reset_peak_rss()
     step.run()
     return peak_rss_bytes() - before
-
-
-def resident_bytes() -> int:
-    """The resident set of this process; its peak is set back to it."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return status_bytes("VmRSS")
 
 
 class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -37,7 +37,7 @@ import torch
 from byte_tokenizer import write_model
 from expert_upcycling_summary import summary
 from measure import facts, parsed, parser_of, write
-from mixed_data import TASKS, fitted
+from mixed_data import fitted
 from rich.console import Console
 from upcycled_mixture import expert_load, rows_of_text, trained, upcycled
 
@@ -51,6 +51,7 @@ from qdora.model.build_model import choose_compute, describe_adapters, find_mode
 from qdora.model.inject import adapter_parameters
 from qdora.model.load import load_model
 from qdora.model.source import load_tokenizer, resolve
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base
@@ -113,7 +114,7 @@ class Upcycling:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.until = args, time.monotonic() + args.seconds
-        self.tasks = SMOKE_TASKS if args.smoke else TASKS
+        self.tasks = SMOKE_TASKS if args.smoke else COMMONSENSE_TASKS
         args.dir.mkdir(parents=True, exist_ok=True)
         asked = {name: getattr(args, name) for name in SIZES}
         if self.once("sizes.json", lambda: asked) != asked:

@@ -110,9 +110,7 @@ def compare(run: Path, folder: Path) -> dict[str, Any]:
     quiet = Console(quiet=True)
     loaded = load_run(run, base_only=True)
     base = loaded.model
-    texts = texts_of(validation_examples(loaded.recipe))
-    ids = [loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
-    tokens = [each for each in ids if each.shape[1] > 1]
+    _, tokens = validation_texts(loaded)
     weights = bnb_weights(base)
     merged = merged_by_numpy(weights, run / "adapter")
     reference = logits(dense(base, merged), tokens)
@@ -145,6 +143,13 @@ def compare(run: Path, folder: Path) -> dict[str, Any]:
     }
 
 
+def validation_texts(run: Any) -> tuple[list[str], list[Tensor]]:
+    """Texts of a loaded run's validation examples, and the ids (1, length) of those with more than one token."""
+    texts = texts_of(validation_examples(run.recipe))
+    ids = [run.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
+    return texts, [each for each in ids if each.shape[1] > 1]
+
+
 def with_lora(directory: Path, run: Path, dtype: str, quiet: Console) -> Any:
     """The nf4-lora export through transformers, bitsandbytes and PEFT."""
     export_run(run, directory, ExportOptions(format_="nf4-lora", dtype=dtype), console=quiet)
@@ -159,7 +164,11 @@ def requantised(directory: Path, run: Path, dtype: str, quiet: Console) -> Any:
 
 def on_bnb(directory: Path) -> Any:
     """A bitsandbytes checkpoint as transformers loads it, its bytes never repacked."""
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    return never_repacked(AutoModelForCausalLM.from_pretrained(directory))
+
+
+def never_repacked(model: Any) -> Any:
+    """The model, whose layers of bitsandbytes keep their bytes as they are."""
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
@@ -169,11 +178,7 @@ def on_bnb(directory: Path) -> Any:
 def peft_merged(base: Any, adapter: Path, dtype: torch.dtype) -> Any:
     """PEFT's own merge on 4-bit layers."""
     adapted = peft.PeftModel.from_pretrained(copy.deepcopy(on_linear4bit(base, dtype)), str(adapter))
-    model = adapted.merge_and_unload()
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
-    return model
+    return never_repacked(adapted.merge_and_unload())
 
 
 def logits(model: Any, tokens: list[Tensor]) -> list[Tensor]:

@@ -33,7 +33,7 @@ import pandas as pd  # noqa: F401  # pyarrow imports it to make rows, and import
 import pyarrow as pa
 import pyarrow.parquet as pq
 from byte_tokenizer import write_model
-from measure import facts, fresh, parser_of, peak_rss_bytes, write
+from measure import facts, fresh, parser_of, peak_rss_bytes, reset_peak_rss, write
 
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.model.build_model import find_model
@@ -119,8 +119,7 @@ def recipe(data: Path, limit: int | None, *, smoke: bool) -> Recipe:
 def one_start(settings: Recipe) -> dict[str, Any]:
     """Seconds to the tokens of a recipe's data, and the memory that it takes."""
     _, tokenizer = find_model(settings, weights=False)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, began = peak_rss_bytes(), time.perf_counter()
+    before, began = reset_peak_rss(), time.perf_counter()
     train, validation = read_data(settings.data)
     mix = tokenized_mix(settings, tokenizer, train)
     seconds = time.perf_counter() - began

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from measure import facts, in_turns, parsed, parser_of, ratio, save, spread, write
 from mixed_data import FixedSteps, base_model, fitted, real_steps, recipe, smoke_model, smoke_steps
-from rich.console import Console
+from step_time import own_step
 
 from qdora.data.loader import Step
 from qdora.memory.allocator import keep_freed_memory
@@ -182,7 +182,7 @@ def cost(args: argparse.Namespace) -> dict[str, Any]:
         optimizer = AdapterOptimizer(adapter_parameters(model))
         for layer in adapted_layers(model).values() if name == "gated" else ():
             layer.add_gate()
-        trainers[name] = functools.partial(one_step, model, optimizer)
+        trainers[name] = functools.partial(own_step, model, optimizer)
         found[name] = {"num_parameters": sum(p.numel() for p in optimizer.parameters.values())}
         trainers[name](steps[0])
         found[name] |= bytes_of(model, optimizer, steps[1])
@@ -190,14 +190,12 @@ def cost(args: argparse.Namespace) -> dict[str, Any]:
     return {"run": run, **found, "times": times}
 
 
-def timed(trainers: Mapping[str, Callable[[Step], None]], steps: list[Step]) -> dict[str, Any]:
+def timed(trainers: Mapping[str, Callable[[Step], object]], steps: list[Step]) -> dict[str, Any]:
     """Seconds of each step in turns, and their ratios."""
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for number, step in enumerate(steps):
-        shift = number % len(trainers)
         turns = {name: functools.partial(each, step) for name, each in trainers.items()}
-        names = [*turns][shift:] + [*turns][:shift]
-        for name, each in in_turns({n: turns[n] for n in names}, 1, warmup=int(number == 0)).items():
+        for name, each in in_turns(turns, 1, warmup=int(number == 0), start=number).items():
             seconds[name] += each
     return {
         "seconds": seconds,
@@ -209,12 +207,6 @@ def timed(trainers: Mapping[str, Callable[[Step], None]], steps: list[Step]) -> 
     }
 
 
-def one_step(model: Any, optimizer: AdapterOptimizer, step: Step) -> None:
-    """A step of qdora's loop."""
-    settings = TrainConfig(steps=1, batch=1, lr=LR, schedule="constant", warmup=0)
-    fitted(model, optimizer, FixedSteps([step]), settings, console=Console(quiet=True))
-
-
 def bytes_of(model: Any, optimizer: AdapterOptimizer, step: Step) -> dict[str, int]:
     """What adapters and optimizer hold between steps, and what lives at a step's peak beside the base."""
     with LiveBytes() as live:
@@ -222,7 +214,7 @@ def bytes_of(model: Any, optimizer: AdapterOptimizer, step: Step) -> dict[str, i
         live.register([p for layer in layers.values() for p in layer.parameters(recurse=False)], "adapter")
         live.register(optimizer.state_tensors().values(), "optimizer")
         held = live.live_bytes
-        one_step(model, optimizer, step)
+        own_step(model, optimizer, step)
         peak = live.peak_bytes
     return {"held_bytes": held, "step_peak_bytes": peak}
 

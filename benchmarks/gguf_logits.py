@@ -20,7 +20,7 @@ from typing import Any
 
 import llama_cpp
 import torch
-from export_exactness import against, logits, nll, recipe, trained
+from export_exactness import against, logits, nll, recipe, trained, validation_texts
 from gguf import GGUFReader
 from measure import facts, parsed, parser_of, write
 from rich.console import Console
@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from qdora.export.gguf import check_tensors, find_llama_cpp, write_gguf
 from qdora.export.gguf_types import GgufType
-from qdora.export.logit_comparison import float32_arithmetic, texts_of, validation_examples
+from qdora.export.logit_comparison import float32_arithmetic
 from qdora.export.merged import write_merge
 from qdora.export.options import ExportOptions
 from qdora.files.environment import package_versions
@@ -85,9 +85,7 @@ def smoke_recipe() -> dict[str, Any]:
 def compare(run: Path, folder: Path, types: dict[GgufType, torch.dtype], place: Path | None) -> dict[str, Any]:
     """Every type in llama.cpp, and transformers with the same values, against the adapter in float32."""
     loaded = load_run(run)
-    texts = texts_of(validation_examples(loaded.recipe))
-    ids = [loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
-    tokens = [each for each in ids if each.shape[1] > 1]
+    texts, tokens = validation_texts(loaded)
     with float32_arithmetic(loaded.model):
         reference = logits(loaded.model, tokens)
     running = against(logits(loaded.model, tokens), reference, tokens)

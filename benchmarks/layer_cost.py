@@ -21,7 +21,7 @@ from qdora.memory.allocator import keep_freed_memory
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 TOKENS = (256, 512, 1024, 2048, 4096, 8192)
-RANK, NUM_TOKENS, FEATURES = 16, 1024, 2048
+RANK, NUM_TOKENS, FEATURES, REPEATS = 16, 1024, 2048, 9
 LABELS = {
     "frozen": "frozen NF4 layer",
     "own_lora": "qdora QLoRA",
@@ -48,11 +48,9 @@ RATIOS = (
 
 def main() -> None:
     """Both sweeps, the result file and the figure."""
-    parser = parser_of(__doc__, "layer_cost", smoke="a tiny layer and two rounds")
-    parser.add_argument("--repeats", type=int, default=9)
-    args = parser.parse_args()
+    args = parser_of(__doc__, "layer_cost", smoke="a tiny layer and two rounds").parse_args()
     keep_freed_memory()
-    features, repeats = (32, 2) if args.smoke else (FEATURES, args.repeats)
+    features, repeats = (32, 2) if args.smoke else (FEATURES, REPEATS)
     ranks, tokens = (RANKS[:2], TOKENS[2:4]) if args.smoke else (RANKS, TOKENS)
     base = random_base(features, features)
 

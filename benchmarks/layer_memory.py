@@ -27,7 +27,7 @@ import gc
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, layer_on, random_base
+from contenders import CONTENDERS, layer_on, random_base, random_input
 from measure import facts, parser_of, write
 from torch import Tensor, nn
 
@@ -95,14 +95,11 @@ def shape_result(
 
 def bytes_of(name: str, base: PackedWeight, rank: int, num_tokens: int) -> dict[str, dict[str, int]]:
     """`first` and `later` call of a new layer."""
-    out_features, in_features = base.shape
     layer = layer_on(base, CONTENDERS[name], rank)
     if CONTENDERS[name].engine == "own":
         for parameter in layer.parameters():
             parameter.grad_dtype = torch.float32
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(num_tokens, in_features, generator=generator).bfloat16().requires_grad_()
-    dy = torch.randn(num_tokens, out_features, generator=generator).bfloat16()
+    x, dy = random_input(base, num_tokens)
     return {call: bytes_of_call(layer, x, dy) for call in ("first", "later")}
 
 

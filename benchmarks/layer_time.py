@@ -19,8 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from contenders import CONTENDERS, layer_on, random_base
+from contenders import CONTENDERS, layer_on, random_base, random_input
 from measure import commit, facts, fresh, in_turns, parser_of, ratio, save, spread, write
 from torch import nn
 
@@ -141,10 +140,7 @@ def case(base: PackedWeight, rank: int, num_tokens: int, smoke: bool) -> dict[st
 def step(name: str, base: PackedWeight, rank: int, num_tokens: int) -> Callable[[], None]:
     """What makes one forward and backward pass of a contender, from no gradients."""
     layer = layer_on(base, CONTENDERS[name.removesuffix(NEW_NORM)], rank)
-    out_features, in_features = base.shape
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(num_tokens, in_features, generator=generator).bfloat16().requires_grad_()
-    dy = torch.randn(num_tokens, out_features, generator=generator).bfloat16()
+    x, dy = random_input(base, num_tokens)
 
     def once() -> None:
         x.grad = None

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import facts, parser_of, write
+from loss_curve import gap
+from measure import OFFLINE, ONE_THREAD, facts, fresh, parser_of, write
 from mixed_data import fitted
 
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
@@ -111,12 +110,6 @@ def run_arm(compute: str, arm: str, data: Path, steps: int, batch: int) -> dict[
     return {"compute": compute, "storage": arm, "losses": [line["loss"] for line in lines], "share_moved": moved}
 
 
-def gap(losses: list[float], others: list[float]) -> dict[str, float]:
-    """Distance of two loss curves, nats."""
-    distances = [abs(a - b) for a, b in zip(losses, others, strict=True)]
-    return {"largest_nats": max(distances), "mean_nats": sum(distances) / len(distances)}
-
-
 def main() -> None:
     """Run the arms, two at a time, and compare their curves."""
     parser = parser_of(__doc__, "magnitudes")
@@ -129,13 +122,10 @@ def main() -> None:
         keep_freed_memory()
         print(json.dumps(run_arm(*ARMS[args.worker], args.data.resolve(), args.steps, args.batch)))
         return
-    threads = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-    def start(index: int) -> dict[str, Any]:
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(index)]
-        done = subprocess.run(command, env=threads, stdout=subprocess.PIPE, text=True, check=True)
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return result
+    def start(index: int) -> Any:
+        options = (*sys.argv[1:], "--worker", str(index))
+        return fresh(__file__, *options, variables=ONE_THREAD | OFFLINE, errors=None)
 
     with ThreadPoolExecutor(2) as pool:
         arms = list(pool.map(start, range(len(ARMS))))

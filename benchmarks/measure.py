@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any, TypeVar
 
 import torch
@@ -22,48 +23,43 @@ import torch
 from qdora.files.environment import cpu_name, package_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""Environment variables of processes."""
 Reading = TypeVar("Reading")
 PACKAGES = ("qdora", "torch", "transformers", "bitsandbytes", "peft")
 
 
 def in_turns(
-    functions: Mapping[str, Callable[[], Any]],
-    repeats: int,
-    *,
-    warmup: int = 1,
-    synchronize: Callable[[], None] | None = None,
+    functions: Mapping[str, Callable[[], Any]], repeats: int, *, warmup: int = 1, start: int = 0
 ) -> dict[str, list[float]]:
-    """Seconds of each repeat of each function, `alternating`.
-
-    Args:
-        synchronize: Called before each reading of the clock (torch.cuda.synchronize).
-    """
+    """Seconds of each repeat of each function on the CPU, `alternating`."""
 
     def seconds_of(function: Callable[[], Any]) -> float:
-        if synchronize is not None:
-            synchronize()
         began = time.perf_counter()
         function()
-        if synchronize is not None:
-            synchronize()
         return time.perf_counter() - began
 
-    return alternating({name: partial(seconds_of, each) for name, each in functions.items()}, repeats, warmup=warmup)
+    readings = {name: partial(seconds_of, each) for name, each in functions.items()}
+    return alternating(readings, repeats, warmup=warmup, start=start)
 
 
 def alternating(
-    readings: Mapping[str, Callable[[], Reading]], repeats: int, *, warmup: int = 1
+    readings: Mapping[str, Callable[[], Reading]], repeats: int, *, warmup: int = 1, start: int = 0
 ) -> dict[str, list[Reading]]:
     """What each function returned in each repeat. They alternate, each round beginning one later: whatever slows the
     machine for a while slows all of them, and none always follows the same other.
+
+    Args:
+        start: Number of the first round, where a call has only some of them.
     """
     names = list(readings)
     found: dict[str, list[Reading]] = {name: [] for name in names}
-    for turn in range(-warmup, repeats):
+    for turn in range(start - warmup, start + repeats):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             reading = readings[name]()
-            if turn >= 0:
+            if turn >= start:
                 found[name].append(reading)
     return found
 
@@ -142,18 +138,30 @@ def save(out: Path, result: Mapping[str, Any]) -> None:
     out.write_text(text + "\n", encoding="utf-8")
 
 
-def fresh(script: str, *arguments: str, variables: Mapping[str, str] | None = None) -> Any:
-    """The JSON on the last line that a script prints in a process of its own.
+def fresh(script: str, *arguments: str, variables: Mapping[str, str] | None = None, errors: Any = PIPE) -> Any:
+    """The JSON on the last line that a script prints in a process of its own; see `printed`.
 
+    Args:
+        variables: Of the environment, in addition.
+    """
+    environment = {**os.environ, **(variables or {})}
+    return json.loads(printed(script, *arguments, environment=environment, errors=errors).splitlines()[-1])
+
+
+def printed(*arguments: str, environment: Mapping[str, str] | None = None, errors: Any = PIPE) -> str:
+    """Standard output of Python with these arguments, in a process of its own.
+
+    Args:
+        environment: All of it; by default that of this process.
+        errors: The file for its standard error; None: that of this process.
     Raises:
         RuntimeError: If it fails, with what it said.
     """
-    environment = {**os.environ, **(variables or {})}
-    call = [sys.executable, script, *arguments]
-    run = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
+    call = [sys.executable, *arguments]
+    run = subprocess.run(call, stdout=PIPE, stderr=errors, text=True, check=False, env=environment)
     if run.returncode != 0:
-        raise RuntimeError(f"{' '.join(call[1:])}: exit {run.returncode}\n{run.stderr[-4000:]}")
-    return json.loads(run.stdout.splitlines()[-1])
+        raise RuntimeError(f"{' '.join(arguments)}: exit {run.returncode}\n{(run.stderr or '')[-4000:]}")
+    return run.stdout
 
 
 def launch_variables(size: int) -> list[dict[str, str]]:
@@ -169,6 +177,12 @@ def launch_variables(size: int) -> list[dict[str, str]]:
 def peak_rss_bytes() -> int:
     """The largest resident set that this process ever had."""
     return status_bytes("VmHWM")
+
+
+def reset_peak_rss() -> int:
+    """From here on `peak_rss_bytes` is the largest resident set; returns the present one."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_rss_bytes()
 
 
 def status_bytes(name: str) -> int:

@@ -22,6 +22,7 @@ from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import replace_module
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
@@ -32,9 +33,6 @@ from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
 from qdora.train.loop import fit
 from qdora.train.progress import TrainingProgress
-from qdora.train.task_weights import TaskWeights
-
-TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
 
 
 def recipe(data: Path, *, batch: int, checkpointing: bool, seed: int = 0, quant: str = "nf4") -> Recipe:
@@ -51,7 +49,7 @@ def recipe(data: Path, *, batch: int, checkpointing: bool, seed: int = 0, quant:
             "model": {"source": "builtin"},
             "base": {"quant": quant},
             "data": {
-                "mix": [{"task": task, "path": str(data / task), "limit": 400} for task in TASKS],
+                "mix": [{"task": task, "path": str(data / task), "limit": 400} for task in COMMONSENSE_TASKS],
                 "strategy": "equal",
                 "max_length": 512,
                 "too_long": "drop",
@@ -142,18 +140,18 @@ def fitted(
     loader: Any,
     train: TrainConfig,
     *,
+    device: torch.device | None = None,
     console: Console | None = None,
     gates: Gates | None = None,
-    task_weights: TaskWeights | None = None,
 ) -> list[dict[str, Any]]:
     """qdora's training loop without a run directory; its lines of metrics.
 
     Args:
         loader: A `StepLoader`, or what takes its place (`FixedSteps`).
         train: Steps and schedule.
+        device: Of the micro-batches; by default that of the model's first parameter.
         console: Where progress is shown; standard error by default.
         gates: Of the model's adapters.
-        task_weights: As for `fit`.
     """
     assert train.steps is not None
     lines: list[dict[str, Any]] = []
@@ -171,18 +169,17 @@ def fitted(
                 end_step=None if gates is None else lambda step, done: gates.end(step, done, optimizer, Processes()),
             ),
             num_steps=train.steps,
-            device=next(model.parameters()).device,
+            device=device or next(model.parameters()).device,
             progress=progress,
             stop=StopRequest(),
-            task_weights=task_weights,
         )
     return lines
 
 
-def smoke_model(dtype: torch.dtype = torch.bfloat16, *, vocabulary: int = 128) -> Any:
+def smoke_model(dtype: torch.dtype = torch.bfloat16) -> Any:
     """A random Llama of two small blocks in NF4, in place of the builtin model."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(vocabulary), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(small_config(128), dtype=dtype)
     for path, module in list(model.named_modules()):
         if path.endswith("_proj"):
             replace_module(model, path, FrozenLinear(quantize(module.weight.detach(), "nf4", 64, double_quant=True)))

@@ -1,6 +1,6 @@
 """The mix of sources: observed against asked shares, exact resume, and the memory of a stream of ten million rows.
 
-    python benchmarks/mixing.py [--rows 1000000 10000000] [--draws N] [--smoke]
+    python benchmarks/mixing.py [--smoke]
 
 Shares and resume: 10,000 draws, as steps of one example, from sources as large as the train splits of the eight
 commonsense tasks, by each strategy; at 20 random draws the state is kept as JSON, and a second loader goes on from each
@@ -60,7 +60,7 @@ def main() -> None:
         print(json.dumps(memory(args.source, args.draws)))
         return
     num_draws = 500 if args.smoke else 10_000
-    rows = [2_000, 20_000] if args.smoke else args.rows
+    rows = [2_000, 20_000] if args.smoke else [1_000_000, 10_000_000]
     result: dict[str, Any] = facts("python benchmarks/mixing.py")
     with tempfile.TemporaryDirectory() as folder:
         small = Path(folder) / "mixed"
@@ -70,7 +70,7 @@ def main() -> None:
             for num_rows in rows:
                 source = Path(folder) / f"{kind}-{num_rows}"
                 num_bytes = write_rows(source, kind, num_rows)
-                options = ("--source", str(source), "--draws", str(args.draws or min(rows)))
+                options = ("--source", str(source), "--draws", str(min(rows)))
                 found = {"kind": kind, "num_rows": num_rows, "num_bytes": num_bytes, **fresh(__file__, *options)}
                 result["streams"].append(found)
     write(args.out, {**result, "passes": verdict(result)})
@@ -79,8 +79,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = parser_of(__doc__, "mixing", smoke="few draws and rows")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
-    parser.add_argument("--draws", type=int)
+    parser.add_argument("--draws", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 

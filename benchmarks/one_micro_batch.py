@@ -1,6 +1,6 @@
 """The price of DoRA where it is highest: steps of one micro-batch, each of which pays for the norms alone.
 
-    python benchmarks/one_micro_batch.py [--rows 4] [--length 128] [--rounds 15] [--out FILE] [--smoke]
+    python benchmarks/one_micro_batch.py [--rounds 15] [--out FILE] [--smoke]
 
 SmolLM2-135M in NF4, rank 16 on all linear layers, bf16, no checkpointing, every token labelled: forward, backward,
 clipping and update. qdora's adapters train in its own loop, PEFT's as their users train them (step_time.py). The floors
@@ -56,29 +56,26 @@ class StepTime(NamedTuple):
 def main() -> None:
     """All contenders in turns."""
     parser = parser_of(__doc__, "one_micro_batch", smoke="a random model and two rounds")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    if args.smoke:
-        args.rows, args.length, args.rounds = 2, 8, 2
+    rows, length, rounds = (2, 8, 2) if args.smoke else (4, 128, args.rounds)
     keep_freed_memory()
     steps = {name: step_of(name, smoke=args.smoke) for name in NAMES}
-    step = random_step([[args.length] * args.rows], torch.Generator().manual_seed(0))
+    step = random_step([[length] * rows], torch.Generator().manual_seed(0))
     turns = {name: functools.partial(timed, each, step) for name, each in steps.items()}
-    times = alternating(turns, args.rounds, warmup=2)
+    times = alternating(turns, rounds, warmup=2)
     seconds = {name: [each.whole for each in found] for name, found in times.items()}
     parts = {
         part: {name: [each.parts[part] for each in times[name]] for name in ("own_dora", "own_lora")} for part in PARTS
     }
     ratios = {f"{first} / {second}": ratio(seconds[first], seconds[second]) for first, second in RATIOS}
-    result = facts(f"python benchmarks/one_micro_batch.py --rounds {args.rounds}") | {
+    result = facts(f"python benchmarks/one_micro_batch.py --rounds {rounds}") | {
         "rank": RANK,
-        "rows": args.rows,
-        "length": args.length,
+        "rows": rows,
+        "length": length,
         "seconds": seconds,
         "tokens_per_second": {
-            name: spread([args.rows * args.length / taken for taken in each]) for name, each in seconds.items()
+            name: spread([rows * length / taken for taken in each]) for name, each in seconds.items()
         },
         "ratios": ratios,
         "parts": parts,

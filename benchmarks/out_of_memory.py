@@ -21,11 +21,11 @@ from unittest import mock
 import torch
 from byte_tokenizer import write_model
 from measure import facts, parsed, parser_of, write
-from mixed_data import TASKS
 from rich.console import Console
 from torch import Tensor
 
 from qdora.files.run_directory import RunDirectory
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run.train import train_run
@@ -54,7 +54,7 @@ def recipe(args: argparse.Namespace, model: str, dtype: str) -> Recipe:
     if args.smoke:
         mix: list[dict[str, Any]] = [{"task": "demo/facts"}, {"task": "demo/odd"}]
     else:
-        mix = [{"task": task, "path": str(args.data.resolve() / task), "limit": 200} for task in TASKS]
+        mix = [{"task": task, "path": str(args.data.resolve() / task), "limit": 200} for task in COMMONSENSE_TASKS]
     return recipe_from(
         {
             "model": {"source": model, "dtype": dtype},

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import byte_tokenizer, small_config
 from measure import alternating, facts, parser_of, ratio, spread, write
+from transformers import AutoModelForCausalLM
 
 from qdora.data.build_data import task_examples
 from qdora.data.example import Example
@@ -137,13 +138,10 @@ def load(source: str) -> tuple[Any, Any]:
 
 def small() -> tuple[Any, Any]:
     """A random model on bytes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    shape = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
-    return model.to(torch.bfloat16).eval(), tokenizer
+    config = small_config(len(tokenizer))
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval(), tokenizer
 
 
 if __name__ == "__main__":

@@ -162,9 +162,8 @@ def times(model: Any, steps: list[list[TokenizedExample]], deadline: float) -> d
         if time.perf_counter() > deadline:
             break
         prepared = {way: step_of(batches_of(way, examples)) for way in WAYS}
-        shift = number % len(WAYS)
-        turns = {way: functools.partial(timed, model, optimizer, prepared[way]) for way in WAYS[shift:] + WAYS[:shift]}
-        readings = alternating(turns, 1, warmup=0)
+        turns = {way: functools.partial(timed, model, optimizer, step) for way, step in prepared.items()}
+        readings = alternating(turns, 1, warmup=0, start=number)
         if number == 0:
             continue
         tokens.append(sum(map(len, examples)))

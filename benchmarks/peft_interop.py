@@ -35,7 +35,7 @@ import bitsandbytes as bnb
 import numpy as np
 import peft
 import torch
-from contenders import on_linear4bit, packed_layers, plain, put_weight_, quant_state
+from contenders import TARGETS, move_parameters_, on_linear4bit, packed_layers, plain, put_weight_, quant_state
 from measure import facts, parser_of, write
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -57,7 +57,6 @@ RANK_PATTERN = {"v_proj": 8, "model.layers.3.*": 24}
 PEFT_RANK_PATTERN = {r"layers\.3\..*": 24, "v_proj": 8}
 # Largest float32 difference allowed, in units of the spread of the logits; 1e-5 to 8e-5 was seen, on either side.
 _NOISE = 2e-4
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def main() -> None:
@@ -115,14 +114,9 @@ def passes(case: dict[str, Any]) -> bool:
 
 def write_ours(model: Any, kind: Any, directory: Path) -> None:
     """Adapters with per-layer ranks, moved, saved by qdora."""
-    generator = torch.Generator().manual_seed(0)
     options: dict[str, Any] = {"rank": RANK, "alpha": ALPHA, "rank_pattern": RANK_PATTERN, "dtype": torch.bfloat16}
-    layers = inject(model, kind=kind, generator=generator, **options)
-    with torch.no_grad():
-        for layer in layers.values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.02)
-            if layer.magnitude is not None:
-                layer.magnitude *= 0.9 + 0.2 * torch.rand(layer.magnitude.shape, generator=generator)
+    inject(model, kind=kind, **options)
+    move_parameters_(model)
     save_adapter(model, directory, base_name_or_path="builtin", revision=None, base_quant={"quant": "nf4"})
 
 
@@ -134,7 +128,7 @@ def write_peft(base: Any, kind: str, directory: Path, tokens: list[Tensor], step
         lora_alpha=int(ALPHA),
         use_dora=kind == "dora",
         rank_pattern=PEFT_RANK_PATTERN,
-        target_modules=TARGETS,
+        target_modules=list(TARGETS),
         task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(dense(base, bnb_weights(base)), config).train()

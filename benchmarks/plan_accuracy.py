@@ -27,9 +27,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from measure import facts, fresh, parser_of, peak_rss_bytes, save, write
+from measure import ONE_THREAD, facts, fresh, parser_of, peak_rss_bytes, save, write
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 NUM_STEPS = 3
 MAPPED = ("streaming slots", "embeddings, head, norms")
 """Components that are views of files where the blocks lie on disk."""

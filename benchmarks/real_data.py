@@ -12,16 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from measure import facts, parser_of, write
+from measure import OFFLINE, ONE_THREAD, facts, fresh, parser_of, write
 
-TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa")
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
 
 
 def recipe(data: Path, kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def recipe(data: Path, kind: str, seed: int, args: argparse.Namespace) -> dict[s
         "base": {"quant": "nf4"},
         "adapter": {"kind": kind, "rank": 16, "alpha": 32.0},
         "data": {
-            "mix": [{"task": task, "path": str(data / task)} for task in TASKS],
+            "mix": [{"task": task, "path": str(data / task)} for task in COMMONSENSE_TASKS],
             "strategy": "equal",
             "max_length": 512,
             "too_long": "drop",
@@ -106,18 +105,13 @@ def main() -> None:
         print(json.dumps(run_arm(data, kind, int(seed), args)))
         return
     jobs = [f"{kind}:{seed}" for seed in args.seeds.split(",") for kind in args.arms.split(",")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-    def start(job: str) -> dict[str, Any]:
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", job]
+    def start(job: str) -> Any:
         log = args.runs / f"{job.replace(':', '-seed')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as stderr:
-            done = subprocess.run(
-                command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, check=True
-            )
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return result
+        with log.open("w") as errors:
+            options = (*sys.argv[1:], "--worker", job)
+            return fresh(__file__, *options, variables=ONE_THREAD | OFFLINE, errors=errors)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         results = list(pool.map(start, jobs))

@@ -28,8 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from load_memory import ALLOWANCE_BYTES, ONE_THREAD, write_checkpoint
-from measure import facts, launch_variables, parser_of, peak_rss_bytes, status_bytes, write
+from load_memory import ALLOWANCE_BYTES, write_checkpoint
+from measure import ONE_THREAD, facts, launch_variables, parser_of, peak_rss_bytes, reset_peak_rss, status_bytes, write
 
 from qdora.plan.public_shapes import public_shapes
 
@@ -142,7 +142,7 @@ def measured(small: Path, directory: Path | None = None) -> None:
         loaded(small)
         gc.collect()
         return_freed_memory()
-        Path("/proc/self/clear_refs").write_text("5")  # the largest resident set is that from here on
+        reset_peak_rss()
         model: nn.Module = nn.Module() if directory is None else loaded(directory)
         processes.gather(None)  # all have loaded
         print(json.dumps({"held": held_bytes(model), "peak": peak_rss_bytes(), "resident": status_bytes("VmRSS")}))

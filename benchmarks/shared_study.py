@@ -14,15 +14,15 @@ from typing import Any
 import yaml
 from byte_tokenizer import write_model
 from measure import RESULTS
-from mixed_data import TASKS
 from study_archive import SCORES_FILE, hide_places, pack, unpack
 
 from qdora.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.study.report import read_report, report_run
 from qdora.study.study_directory import StudyDirectory, read_index
 
 RATES = {"values": [7e-4, 1.6e-3, 3.6e-3], "seeds": [1000]}
-TRAINED_TASKS = tuple(task for task in TASKS if task != "boolq")
+TRAINED_TASKS = tuple(task for task in COMMONSENSE_TASKS if task != "boolq")
 """BoolQ's training questions have no passages, its test questions do."""
 SMOKE_RATES = {"values": [1e-3, 2e-3, 4e-3], "seeds": [1000], "extend": 0}
 _SMOKE_TASKS = ("demo/facts",)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from contenders import CONTENDERS, adapt, on_linear4bit
-from measure import facts, fresh, in_turns, parsed, parser_of, peak_rss_bytes, ratio, spread, write
+from measure import facts, fresh, in_turns, parsed, parser_of, peak_rss_bytes, ratio, reset_peak_rss, spread, write
 from mixed_data import (
     FixedSteps,
     base_model,
@@ -164,9 +164,8 @@ def add_rounds(found: dict[str, Any], names: tuple[str, ...], mode: str, args: a
     for number, step in enumerate(steps):
         if time.perf_counter() - began > args.seconds:
             break
-        shift = (num_done + number) % len(names)
-        turns = {name: functools.partial(trainers[name], step) for name in names[shift:] + names[:shift]}
-        for name, each in in_turns(turns, 1, warmup=int(number == 0)).items():
+        turns = {name: functools.partial(each, step) for name, each in trainers.items()}
+        for name, each in in_turns(turns, 1, warmup=int(number == 0), start=num_done + number).items():
             seconds[name] += each
         tokens.append(step.num_tokens)
         padded.append(in_one_batch(step).micro_batches[0].input_ids.numel())
@@ -187,9 +186,7 @@ def peak(name: str, args: argparse.Namespace) -> dict[str, int]:
     gc.collect()
     return_freed_memory()
     keep_freed_memory()
-    # Loading may peak higher than training (PEFT's model is made from ours): the mark is set back.
-    Path("/proc/self/clear_refs").write_text("5")
-    loaded = peak_rss_bytes()
+    loaded = reset_peak_rss()  # loading may peak higher than training: PEFT's model is made from ours
     for step in steps:
         make_step(step)
     return {"loaded_bytes": loaded, "peak_bytes": peak_rss_bytes(), "added_bytes": peak_rss_bytes() - loaded}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import byte_tokenizer, write_sums
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -272,8 +271,7 @@ def spread_(model: nn.Module) -> None:
             buffer.add_(0.1 * torch.randn_like(buffer))
 
 
-def write_sums(file: Path, seed: int) -> None:
-    """Sums of many lengths, as rows of a prompt and a completion."""
+def write_random_sums(file: Path, seed: int) -> None:
+    """Sums of many lengths."""
     draw = random.Random(seed)
-    sums = [(draw.randrange(10), draw.randrange(10 ** (1 + index % 7))) for index in range(NUM_SUMS)]
-    file.write_text("".join(json.dumps({"prompt": f"{a} + {b} =", "completion": f" {a + b}"}) + "\n" for a, b in sums))
+    write_sums(file, [(draw.randrange(10), draw.randrange(10 ** (1 + index % 7))) for index in range(NUM_SUMS)])

@@ -24,7 +24,7 @@ from qdora.ops.packed import quantize
 from qdora.train.optimizer import AdapterOptimizer
 
 
-def alternating(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> float:
+def time_ratio(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> float:
     """Median time of `first` over that of `second`."""
     seconds = in_turns({"first": first, "second": second}, repeats)
     return ratio(seconds["first"], seconds["second"])["of_medians"]
@@ -33,7 +33,7 @@ def alternating(first: Callable[[], Any], second: Callable[[], Any], repeats: in
 def quantiser() -> dict[str, str]:
     """bitsandbytes' NF4 quantiser on CPU against the plain torch one."""
     weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
-    ratio = alternating(
+    times = time_ratio(
         lambda: bnb_functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True),
         lambda: quantize(weight, "nf4", 64),
         7,
@@ -41,7 +41,7 @@ def quantiser() -> dict[str, str]:
     return {
         "tried": "bitsandbytes' NF4 quantiser on CPU",
         "instead": "the plain torch definition (same codes, bit for bit)",
-        "figure": f"{ratio:.1f} times as long for 2048 x 2048",
+        "figure": f"{times:.1f} times as long for 2048 x 2048",
     }
 
 
@@ -60,11 +60,11 @@ def eight_bit_states() -> dict[str, str]:
         return AdapterOptimizer(parameters, name=name)
 
     eight, fused = make("paged_adamw_8bit"), make("adamw")
-    ratio = alternating(lambda: eight.step(1e-4), lambda: fused.step(1e-4), 11)
+    times = time_ratio(lambda: eight.step(1e-4), lambda: fused.step(1e-4), 11)
     return {
         "tried": "8-bit AdamW states on CPU",
         "instead": "torch's fused AdamW (`optimizer: adamw`); 8-bit states are for CUDA",
-        "figure": f"{ratio:.1f} times as long a step for {16 * 2 * 16 * 4096:,} parameters",
+        "figure": f"{times:.1f} times as long a step for {16 * 2 * 16 * 4096:,} parameters",
     }
 
 
@@ -122,7 +122,7 @@ def bernoulli_mask() -> dict[str, str]:
     return {
         "tried": "a Bernoulli mask for dropout",
         "instead": "drawing the positions of the zeros",
-        "figure": f"{alternating(masked, drawn, 9):.1f} times as long at p = 0.05",
+        "figure": f"{time_ratio(masked, drawn, 9):.1f} times as long at p = 0.05",
     }
 
 
@@ -135,7 +135,7 @@ def large_tiles() -> dict[str, str]:
         with mock.patch.object(tiles, "_CPU_CUT_BYTES", cut_bytes):
             frozen_linear(x, base).sum().backward()
 
-    figure = alternating(lambda: step(16 << 20), lambda: step(8 << 20), 21)
+    figure = time_ratio(lambda: step(16 << 20), lambda: step(8 << 20), 21)
     return {
         "tried": "dense tiles of 16 MiB on a CPU",
         "instead": "tiles of 8 MiB, multiplied with while in the cache",

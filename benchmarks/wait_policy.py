@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from byte_tokenizer import write_model, write_sums
-from measure import alternating, facts, parser_of, ratio, spread, write
+from measure import alternating, facts, parser_of, printed, ratio, spread, write
 
 from qdora.cli import WAITING
 from qdora.files.environment import num_cpus
@@ -105,21 +105,15 @@ def busy_loops(count: int) -> Iterator[None]:
 
 
 def tokens_per_second(recipe: list[str], num_steps: int, variables: dict[str, str], folder: Path) -> float:
-    """Of the steps after the first two of a run in a process with these variables and no others of OpenMP.
-
-    Raises:
-        RuntimeError: If the run fails, with what it said.
-    """
+    """Of the steps after the first two of a run in a process with these variables and no others of OpenMP."""
     folder.mkdir(parents=True, exist_ok=True)
     run = Path(tempfile.mkdtemp(dir=folder)) / "run"
     prefixes = ("OMP_", "GOMP_", "KMP_", "MKL_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)} | variables
     settings = {"train.steps": WARMUP_STEPS + num_steps, "eval.at_start": "false", "eval.at_end": "false"}
     options = [part for key, value in settings.items() for part in ("-s", f"{key}={value}")]
-    call = [sys.executable, "-m", "qdora.cli", "--quiet", "train", *recipe, *options, "--run-dir", str(run)]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(call[1:])}: exit {done.returncode}\n{done.stderr[-4000:]}")
+    call = ("-m", "qdora.cli", "--quiet", "train", *recipe, *options, "--run-dir", str(run))
+    printed(*call, environment=environment)
     steps = [line for line in RunDirectory(run).metrics() if "time" in line][WARMUP_STEPS:]
     assert len(steps) == num_steps, f"{len(steps)} steps in {run}"
     return float(sum(s["num_tokens"] for s in steps) / sum(s["time"]["step_seconds"] for s in steps))

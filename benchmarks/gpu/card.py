@@ -28,15 +28,16 @@ def run(part: Part, plan: Plan, device: torch.device) -> None:
     part.attempt("copy_bytes_per_second", lambda: copy_speed(device, side))
 
 
-def nvidia_smi(fields: str = "name,driver_version,memory.total,clocks.max.sm,power.limit") -> dict[str, str] | None:
+def nvidia_smi() -> dict[str, str] | None:
     """What nvidia-smi says of the first card, None where it is missing. It makes no CUDA context."""
-    call = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    fields = ("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")
+    call = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         run = subprocess.run(call, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
     lines = run.stdout.strip().splitlines()
-    return dict(zip(fields.split(","), (each.strip() for each in lines[0].split(",")), strict=False)) if lines else None
+    return dict(zip(fields, (each.strip() for each in lines[0].split(",")), strict=False)) if lines else None
 
 
 def switches() -> dict[str, Any]:

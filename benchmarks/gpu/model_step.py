@@ -2,63 +2,40 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import CONTENDERS, adapt
 from measure import alternating, ratio, spread
+from mixed_data import FixedSteps, fitted
 from rich.console import Console
 
 from gpu import device as on
 from gpu.part import Part
 from gpu.plan import Plan
 from gpu.shaped_model import Weights, build
-from qdora.data.batching import Batching, MicroBatch
+from qdora.data.batching import MicroBatch
 from qdora.data.loader import Step
 from qdora.errors import RunFailure
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapter_parameters
 from qdora.recipe.train_settings import TrainConfig
-from qdora.train.hooks import Hooks
-from qdora.train.interrupt import StopRequest
-from qdora.train.loop import fit
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.progress import TrainingProgress
 
 MODELS = ("own_lora", "own_dora", "peft_lora", "peft_dora")
 RATIOS = (("own_dora", "own_lora"), ("own_dora", "peft_lora"), ("own_lora", "peft_lora"), ("peft_dora", "peft_lora"))
 _LEAST_LAYERS = 8
 
 
-@dataclass
-class SameStep:
-    """A loader that gives one and the same step: a single sequence of random tokens, all of them labelled."""
+def one_sequence(num_tokens: int, vocabulary: int) -> FixedSteps:
+    """One step again and again: a single sequence of random tokens, all of them labelled.
 
-    step: Step
-    # Read and halved by the loop where memory runs out; one sequence cannot be cut.
-    batching: Batching = field(default_factory=lambda: Batching(1, pad_id=0))
-
-    def next_step(self) -> Step:
-        """The step."""
-        return self.step
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to keep."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take back."""
-
-
-def one_sequence(num_tokens: int, vocabulary: int) -> SameStep:
-    """Batch 1; padding would bring in another attention kernel."""
+    Padding would bring in another attention kernel.
+    """
     ids = torch.randint(0, vocabulary, (1, num_tokens), generator=torch.Generator().manual_seed(0))
     micro = MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros(1, dtype=torch.int64), ["random"], ["0"])
-    return SameStep(Step([micro], num_tokens - 1, num_tokens, 1))
+    return FixedSteps([Step([micro], num_tokens - 1, num_tokens, 1)])
 
 
 def make_model(
@@ -83,17 +60,12 @@ def fitting_step(model: Any, optimizer: Any, num_tokens: int, device: torch.devi
     """A function that trains for some steps and returns their losses; the optimizer is one, or a new one's name."""
     if isinstance(optimizer, str):
         optimizer = AdapterOptimizer(adapter_parameters(model), name=optimizer)  # type: ignore[arg-type]
-    loader: Any = one_sequence(num_tokens, model.config.vocab_size)
+    loader = one_sequence(num_tokens, model.config.vocab_size)
 
     def train(num_steps: int) -> list[float]:
-        losses: list[float] = []
-        keep = {"save": lambda _step: Path(), "keep_batch": lambda _bad: Path()}
-        hooks = Hooks(write_metrics=lambda line: losses.append(line["loss"]), **keep)
         settings = TrainConfig(steps=num_steps, batch=1, lr=1e-4, schedule="constant", warmup=0)
-        progress = TrainingProgress(num_steps, console=Console(file=io.StringIO()))
-        parts = {"device": device, "progress": progress, "stop": StopRequest()}
-        fit(model, optimizer, loader, settings, hooks, num_steps=num_steps, **parts)
-        return losses
+        lines = fitted(model, optimizer, loader, settings, console=Console(quiet=True), device=device)
+        return [line["loss"] for line in lines]
 
     return train
 

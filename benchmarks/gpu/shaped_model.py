@@ -1,6 +1,6 @@
 """A model with the shape of a real one and random weights, filled layer by layer on the device.
 
-Only time and memory of it mean anything. Every weight has bytes of its own; those of one shape are copies.
+Only time and memory of it mean anything.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from contenders import TARGETS, linear4bit
+from random_weights import RandomWeights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -17,7 +18,7 @@ from gpu import device as on
 from qdora.model.inject import replace_module
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
-from qdora.ops.packed import PackedWeight, from_tensors, quantize
+from qdora.ops.packed import PackedWeight
 
 
 class Weights:
@@ -25,32 +26,21 @@ class Weights:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._random = RandomWeights(device)
         self._kept: dict[str, PackedWeight] = {}
         self._dense: dict[str, Tensor] = {}
-        self._first: dict[tuple[int, int], PackedWeight] = {}
 
     def packed(self, path: str, shape: tuple[int, int]) -> PackedWeight:
         """NF4 with double quantisation, (out, in)."""
         if path not in self._kept:
-            if shape in self._first:
-                tensors = {name: tensor.clone() for name, tensor in self._first[shape].tensors().items()}
-                made = from_tensors("nf4", shape, 64, tensors)
-            else:
-                made = self._first[shape] = quantize(self._random(shape), "nf4", 64, double_quant=True)
-            self._kept[path] = made
+            self._kept[path] = self._random.packed(shape, len(self._kept))
         return self._kept[path]
 
     def dense(self, path: str, shape: tuple[int, ...]) -> Tensor:
-        """bf16: an embedding or a head N(0, 0.02^2), or the ones of a norm."""
+        """bf16: an embedding, a head or a norm."""
         if path not in self._dense:
-            ones = torch.ones(shape, device=self.device, dtype=torch.bfloat16)
-            self._dense[path] = ones if len(shape) == 1 else self._random(shape)
+            self._dense[path] = self._random.dense(shape)
         return self._dense[path]
-
-    def _random(self, shape: tuple[int, ...]) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(len(self._dense) + len(self._first))
-        made = torch.empty(shape, device=self.device, dtype=torch.bfloat16)
-        return made.normal_(0.0, 0.02, generator=generator)
 
     def forget_from(self, layer: int) -> None:
         """Let go of the weights of this layer and all after it."""
@@ -79,9 +69,7 @@ def build(settings: dict[str, Any], weights: Weights, engine: str, *, embedding_
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     if embedding_on_host:
-        # A few hundred different rows: a billion normal numbers take a CPU ten seconds.
-        rows = torch.randn(512, config.hidden_size).mul_(0.02).bfloat16()
-        table = rows.repeat(-(-config.vocab_size // 512), 1)[: config.vocab_size]
+        table = RandomWeights(torch.device("cpu")).dense((config.vocab_size, config.hidden_size))
         model.set_input_embeddings(HostEmbedding(table, weights.device))
     else:
         model.model.embed_tokens.weight = _frozen(weights.dense("embedding", model.model.embed_tokens.weight.shape))

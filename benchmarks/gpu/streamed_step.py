@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_weights import random_checkpoint
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -22,14 +23,10 @@ from gpu.plan import Plan
 from qdora.memory.host_residency import Copies, CudaCopies, HostResidency
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import inject
-from qdora.model.load import Quantization, layers_to_quantize, load_model
+from qdora.model.load import load_model
 from qdora.model.source import ModelSource
-from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
-from qdora.ops.packed import PackedWeight, from_tensors, quantize
 from qdora.plan.memory_plan import plan as memory_plan
 from qdora.recipe.recipe_file import recipe_from
-
-_WANTED = Quantization("nf4", 64, True, ("lm_head",))
 
 
 class SwitchedCopies:
@@ -89,33 +86,7 @@ def run(part: Part, plan: Plan, device: torch.device, size: str, limit: int, num
 
 
 def streamed_model(settings: dict[str, Any], residency: HostResidency, device: torch.device) -> Any:
-    """Loaded as a checkpoint is, a tensor at a time, from one that makes its tensors up."""
-    first: dict[tuple[int, int], PackedWeight] = {}
-
-    def random(size: tuple[int, ...]) -> Tensor:
-        generator = torch.Generator(device).manual_seed(len(first))
-        return torch.empty(size, device=device, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
-
-    def packed(size: tuple[int, int], turn: int) -> PackedWeight:
-        if size not in first:
-            first[size] = quantize(random(size), "nf4", 64, double_quant=True)
-        tensors = first[size].tensors()
-        return from_tensors("nf4", size, 64, tensors | {"packed": tensors["packed"].roll(turn)})
-
-    def dense(size: tuple[int, ...]) -> Tensor:
-        return torch.ones(size, device=device, dtype=torch.bfloat16) if len(size) == 1 else random(size)
-
-    def reader(_source: ModelSource, model: Any) -> dict[str, Stored]:
-        layers, stored = layers_to_quantize(model, _WANTED), {}
-        for turn, (name, parameter) in enumerate(model.named_parameters()):
-            size = tuple(parameter.shape)
-            if name.removesuffix(".weight") in layers:
-                read: Callable[[], Any] = lambda size=size, turn=turn: packed(size, turn)  # noqa: E731
-                stored[name] = StoredPacked(name, size, "nf4", 64, True, read)
-            else:
-                stored[name] = StoredTensor(name, size, lambda size=size: dense(size))
-        return stored
-
+    """Loaded as a checkpoint is, a tensor at a time, from a random one."""
     with tempfile.TemporaryDirectory() as folder:
         LlamaConfig(**settings, use_cache=False).save_pretrained(folder)
         source = ModelSource("directory", Path(folder), "random")
@@ -125,7 +96,7 @@ def streamed_model(settings: dict[str, Any], residency: HostResidency, device: t
             device=device,
             compute_dtype=torch.bfloat16,
             attention="sdpa",
-            reader=reader,
+            reader=lambda _source, skeleton: random_checkpoint(skeleton, device),
             placer=residency,
         )
 

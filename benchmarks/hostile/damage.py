@@ -134,6 +134,22 @@ def damage_safetensors(rng: random.Random, content: bytes) -> Damage:
     return Damage(what, len(text).to_bytes(8, "little") + text + values, silent=silent)
 
 
+def paths_of(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value below the top."""
+    found = [path] if path else []
+    if isinstance(document, dict | list):
+        for key, child in document.items() if isinstance(document, dict) else enumerate(document):
+            found += paths_of(child, (*path, key))
+    return found
+
+
+def parent_of(document: Any, path: tuple[Any, ...]) -> Any:
+    """The dict or list that holds the value."""
+    for step in path[:-1]:
+        document = document[step]
+    return document
+
+
 _JSON_VALUES: list[Any] = [
     None, True, 0, -1, 1, 2**31, 2**63, 10**12, 10**30, 1.5, -0.5, float("nan"), float("inf"), "", "x", "4",
     "../canary/secret.json",
@@ -154,10 +170,8 @@ def damage_json(rng: random.Random, content: bytes, suffix: str) -> Damage:
                            content.decode().encode("utf-16"), content + content,
                            b'{"format": ' + b"9" * 5000 + b"}"])  # fmt: skip
         return Damage(f"the text {text[:12]!r}", text)
-    path = rng.choice(_places(document))
-    parent = document
-    for step in path[:-1]:
-        parent = parent[step]
+    path = rng.choice(paths_of(document))
+    parent = parent_of(document, path)
     where = ".".join(map(str, path))[-60:]
     if choice == 1 and isinstance(parent, dict):
         parent[f"{path[-1]}s"] = parent.pop(path[-1])
@@ -169,14 +183,6 @@ def damage_json(rng: random.Random, content: bytes, suffix: str) -> Damage:
         parent[path[-1]] = rng.choice(_JSON_VALUES)
         what = f"{where} = {str(parent[path[-1]])[:40]!r}"
     return Damage(what, json.dumps(document, indent=1).encode("utf-8", "surrogatepass"))
-
-
-def _places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    found = [path] if path else []
-    if isinstance(document, dict | list):
-        for key, child in document.items() if isinstance(document, dict) else enumerate(document):
-            found += _places(child, (*path, key))
-    return found
 
 
 def damage_gguf(rng: random.Random, content: bytes) -> Damage:

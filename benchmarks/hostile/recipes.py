@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from hostile.damage import parent_of, paths_of
 from hostile.judge import Case, Judged
 from hostile.material import Material
 from qdora.errors import UserError
@@ -151,21 +152,6 @@ def _difference(first: Any, second: Any, path: str = "") -> str:
     return f"{path}: {first!r} became {second!r}"[:300]
 
 
-def _places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of every value below the top."""
-    found = [path] if path else []
-    if isinstance(document, dict | list):
-        for key, child in document.items() if isinstance(document, dict) else enumerate(document):
-            found += _places(child, (*path, key))
-    return found
-
-
-def _parent(document: Any, path: tuple[Any, ...]) -> Any:
-    for step in path[:-1]:
-        document = document[step]
-    return document
-
-
 def _dotted(path: tuple[Any, ...]) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
 
@@ -176,15 +162,15 @@ _HOLE = "HOLE_FOR_A_VALUE"
 def _value(rng: random.Random, text: str) -> Written:
     """A value becomes a hostile one."""
     document = yaml.safe_load(text)
-    path, value = rng.choice(_places(document)), rng.choice(HOSTILE_VALUES)
-    _parent(document, path)[path[-1]] = _HOLE
+    path, value = rng.choice(paths_of(document)), rng.choice(HOSTILE_VALUES)
+    parent_of(document, path)[path[-1]] = _HOLE
     content = yaml.safe_dump(document, sort_keys=False, width=10**6).replace(_HOLE, value)
     return Written(f"{_dotted(path)} = {value[:60]}", content.encode("utf-8", "surrogatepass"))
 
 
 def _override(rng: random.Random, text: str) -> Written:
     """An override gives a hostile value, or has a hostile key."""
-    path, value = _dotted(rng.choice(_places(yaml.safe_load(text)))), rng.choice(HOSTILE_VALUES)
+    path, value = _dotted(rng.choice(paths_of(yaml.safe_load(text)))), rng.choice(HOSTILE_VALUES)
     forms = [f"{path}={value}"] * 6 + [f"{path}[999999]={value}", f"{path}.x.y={value}", f"{path}", f"={value}"]
     forms += [f"..{path}={value}", f"{path}[-1]={value}", f"{path} = {value}\n", f"{value}={value}", f"{path}=={value}"]
     item = rng.choice(forms)
@@ -208,8 +194,8 @@ def _new_value(rng: random.Random, text: str) -> Written:
 def _key(rng: random.Random, text: str) -> Written:
     """A key is renamed, doubled, deleted, or becomes something that is no text."""
     document = yaml.safe_load(text)
-    path = rng.choice([place for place in _places(document) if isinstance(place[-1], str)])
-    parent, name = _parent(document, path), path[-1]
+    path = rng.choice([place for place in paths_of(document) if isinstance(place[-1], str)])
+    parent, name = parent_of(document, path), path[-1]
     value = parent.pop(name)
     new: Any = rng.choice([None, name + "s", name[:-1], name.upper(), f" {name}", f"{name}\u200b", "é", "", 1,
                            1.5, True,
@@ -236,21 +222,21 @@ def _twice(rng: random.Random, text: str) -> Written:
 def _moved(rng: random.Random, text: str) -> Written:
     """A value moves to another section, or a section becomes its own value."""
     document = yaml.safe_load(text)
-    first, second = rng.choice(_places(document)), rng.choice(_places(document))
-    value = copy.deepcopy(_parent(document, first)[first[-1]])
-    _parent(document, second)[second[-1]] = value
+    first, second = rng.choice(paths_of(document)), rng.choice(paths_of(document))
+    value = copy.deepcopy(parent_of(document, first)[first[-1]])
+    parent_of(document, second)[second[-1]] = value
     return Written(f"{_dotted(second)} = that of {_dotted(first)}", yaml.safe_dump(document, sort_keys=False).encode())
 
 
 def _aliases(rng: random.Random, text: str) -> Written:
     """Anchors: cycles, and lists that hold 10^9 entries when they are written out."""
-    path = rng.choice(_places(yaml.safe_load(text)))
+    path = rng.choice(paths_of(yaml.safe_load(text)))
     choice = rng.randrange(5)
     if choice == 0:
         return Written("a billion laughs beside the sections", (_LAUGHS + text).encode())
     if choice == 1:
         document = yaml.safe_load(text)
-        _parent(document, path)[path[-1]] = _HOLE
+        parent_of(document, path)[path[-1]] = _HOLE
         content = "x: " + _LAUGHS.replace("\n", "\n") + yaml.safe_dump(document, sort_keys=False)
         return Written(
             f"a billion laughs at {_dotted(path)}", content.replace("x: a:", "a:").replace(_HOLE, "*a9").encode()
@@ -261,7 +247,7 @@ def _aliases(rng: random.Random, text: str) -> Written:
         )
     if choice == 3:
         document = yaml.safe_load(text)
-        parent = _parent(document, path)
+        parent = parent_of(document, path)
         parent[path[-1]] = {"a": parent} if isinstance(parent, dict) else [parent]
         return Written(f"a cycle at {_dotted(path)}", yaml.dump(document, sort_keys=False).encode())
     return Written("the whole document in itself", ("&all\n" + text + "extra: *all\n").encode())
@@ -276,9 +262,9 @@ def _flow_laughs() -> str:
 def _deep(rng: random.Random, text: str) -> Written:
     """Deep nesting."""
     depth, (left, right) = rng.choice([50, 400, 900, 3000, 100_000]), rng.choice(["[]", ("{a: ", "}")])
-    path = rng.choice(_places(yaml.safe_load(text)))
+    path = rng.choice(paths_of(yaml.safe_load(text)))
     document = yaml.safe_load(text)
-    _parent(document, path)[path[-1]] = _HOLE
+    parent_of(document, path)[path[-1]] = _HOLE
     content = yaml.safe_dump(document, sort_keys=False, width=10**6).replace(_HOLE, left * depth + right * depth)
     return Written(f"{_dotted(path)} nested {depth} deep", content.encode())
 

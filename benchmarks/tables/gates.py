@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tables.table import markdown, read
+from tables.table import MIB, interval, markdown, read
 
 _MODES = {"l1": "L1", "hard_concrete": "hard-concrete"}
 
@@ -28,7 +28,7 @@ def gates() -> str:
         return table
     cost = document["cost"]
     held, peak = (
-        f"{cost['ungated'][key] / 2**20:.1f} → {cost['shrunk'][key] / 2**20:.1f} MiB"
+        f"{cost['ungated'][key] / MIB:.1f} → {cost['shrunk'][key] / MIB:.1f} MiB"
         for key in ("held_bytes", "step_peak_bytes")
     )
     times = {
@@ -46,4 +46,4 @@ def gates() -> str:
 
 
 def _share(found: Mapping[str, float]) -> str:
-    return f"{found['median']:.2f} ({found['lower']:.2f} to {found['upper']:.2f})"
+    return interval(found["median"], found["lower"], found["upper"], ".2f")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables.table import GIB, markdown, read, report_rows
+from tables.table import gib, markdown, read, report_rows
 
 _PAGE = "benchmarks/README.md"
 
@@ -43,7 +43,7 @@ def _time() -> tuple[str, str, str]:
 
 def _memory() -> tuple[str, str, str]:
     arms = read("step_memory")["cases"]["8B, checkpointing"]["arms"]
-    peaks = [f"{arms[name]['peak_bytes'] / GIB:.2f}" for name in ("own_dora_8bit", "own_lora_8bit", "peft_dora_8bit")]
+    peaks = [gib(arms[name]["peak_bytes"]) for name in ("own_dora_8bit", "own_lora_8bit", "peft_dora_8bit")]
     answer = (
         f"{peaks[0]} GiB with QDoRA, {peaks[1]} with QLoRA, {peaks[2]} with PEFT's QDoRA (tensors, counted without a "
         "GPU)"

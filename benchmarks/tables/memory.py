@@ -64,8 +64,8 @@ def sharded_memory() -> str:
                 f"{planned / GIB:.3f}",
                 f"{held / GIB:.3f} ({held / planned - 1:+.1%})",
                 f"{resident / GIB:.3f} ({resident / planned - 1:+.1%})",
-                f"{max(each['peak_bytes']) / GIB:.2f}",
-                f"{each['allowed_peak_bytes'] / GIB:.2f}",
+                gib(max(each["peak_bytes"])),
+                gib(each["allowed_peak_bytes"]),
             ]
         )
     header = ["processes", "planned", "counted", "resident after loading", "peak while loading", "limit"]

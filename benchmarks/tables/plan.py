@@ -6,7 +6,7 @@ from typing import Any
 
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import recipe_names
-from tables.table import GIB, MIB, markdown, read
+from tables.table import GIB, MIB, gib, markdown, read
 
 
 def plan_shapes() -> str:
@@ -14,8 +14,8 @@ def plan_shapes() -> str:
     document = read("plan_shapes")
     shapes = document["shapes"]
     names = list(dict.fromkeys(name for each in shapes.values() for name in each["components"]))
-    rows = [[name, *(f"{each['components'].get(name, 0) / GIB:.2f}" for each in shapes.values())] for name in names]
-    rows.append(["**total**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in shapes.values())])
+    rows = [[name, *(gib(each["components"].get(name, 0)) for each in shapes.values())] for name in names]
+    rows.append(["**total**", *(f"**{gib(each['peak_bytes'])}**" for each in shapes.values())])
     rows.append([f"fits in {document['budget']}", *("yes" if each["fits"] else "no" for each in shapes.values())])
     rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in shapes.values())])
     peaks = "; ".join(f"{name}: {each['peak_in']}" for name, each in shapes.items())
@@ -26,8 +26,8 @@ def plan_recipes() -> str:
     """Components of the plans of the recipes that are named for a card, and what they leave to the host."""
     plans = read("plan_recipes")["plans"]
     names = list(dict.fromkeys(name for each in plans.values() for name in each["components"]))
-    rows = [[name, *(f"{each['components'].get(name, 0) / GIB:.2f}" for each in plans.values())] for name in names]
-    rows.append(["**total**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in plans.values())])
+    rows = [[name, *(gib(each["components"].get(name, 0)) for each in plans.values())] for name in names]
+    rows.append(["**total**", *(f"**{gib(each['peak_bytes'])}**" for each in plans.values())])
     rows.append(["fits in", *(f"{_card(each)}{'' if each['fits'] else ': no'}" for each in plans.values())])
     rows.append(["base", *("sharded" if _is_divided(each) else "whole" for each in plans.values())])
     streamed = [f"{each['num_streamed']} of {each['num_blocks']}" for each in plans.values()]
@@ -104,16 +104,14 @@ def expert_plans() -> str:
     rows = [["trainable, millions", *(f"{each['num_trainable'] / 1e6:,.0f}" for each in shapes.values())]]
     for text, names in groups.items():
         sizes = [sum(each["components"].get(name, 0) for name in names) for each in shapes.values()]
-        rows.append([f"{text}, GiB", *(f"{size / GIB:.2f}" for size in sizes)])
-    rows.append(
-        ["**peak, all on the card, GiB**", *(f"**{each['peak_bytes'] / GIB:.2f}**" for each in shapes.values())]
-    )
-    even = [f"{each['even_routing_bytes'] / GIB:.2f}" for each in shapes.values()]
+        rows.append([f"{text}, GiB", *(gib(size) for size in sizes)])
+    rows.append(["**peak, all on the card, GiB**", *(f"**{gib(each['peak_bytes'])}**" for each in shapes.values())])
+    even = [gib(each["even_routing_bytes"]) for each in shapes.values()]
     rows.append(["if tokens divide evenly among the experts", *even])
     for card in cards:
         rows.append([f"{card}: blocks in host memory", *(_streamed(each, card) for each in shapes.values())])
         found = [each["cards"][card] for each in shapes.values()]
-        rows.append([f"{card}: peak, GiB", *(f"{each['peak_bytes'] / GIB:.2f}" for each in found)])
+        rows.append([f"{card}: peak, GiB", *(gib(each["peak_bytes"]) for each in found)])
         rows.append([f"{card}: pinned host memory, GiB", *(f"{each['host_bytes'] / GIB:.1f}" for each in found)])
         rows.append([f"{card}: s a step, predicted", *(f"{each['step_seconds']:.0f}" for each in found)])
     rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in shapes.values())])

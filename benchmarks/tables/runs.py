@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables.table import markdown, quartiles, read
+from tables.table import MIB, markdown, quartiles, read
 
 EVENTS = {
     "kill": "SIGKILL",
@@ -182,7 +182,7 @@ def mixing() -> str:
         for name, mix in document["mixes"].items()
     ]
     streams = [
-        f"{each['kind']}, {each['num_rows']:,} rows: {(each['peak_bytes'] - each['empty_bytes']) / 2**20:.0f} MiB, "
+        f"{each['kind']}, {each['num_rows']:,} rows: {(each['peak_bytes'] - each['empty_bytes']) / MIB:.0f} MiB, "
         f"resumed exactly from {each['resumed_exactly']} of {each['num_points']} points"
         for each in document["streams"]
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables.table import CONTENDERS, markdown, percent, quartiles, read
+from tables.table import CONTENDERS, MIB, gib, markdown, percent, quartiles, read
 
 
 def layer_time() -> str:
@@ -52,8 +52,8 @@ def expert_cost() -> str:
             [
                 f"{case['shape']}, {case['tokens']:,}, {routing}",
                 *(f"{case['ratios'][name]['median']:.3f}" for name in columns),
-                *(f"{held[name] / 2**20:,.0f}" for name in ("own_dora", "own_lora", "peft_lora")),
-                " / ".join(f"{peak[name] / 2**20:,.0f}" for name in ("own_dora", "own_lora", "peft_lora"))
+                *(f"{held[name] / MIB:,.0f}" for name in ("own_dora", "own_lora", "peft_lora")),
+                " / ".join(f"{peak[name] / MIB:,.0f}" for name in ("own_dora", "own_lora", "peft_lora"))
                 if peak
                 else "",
                 " / ".join(str(sum(case["launches"][name].values())) for name in ("own_dora", "own_lora")),
@@ -186,7 +186,7 @@ def step_time() -> str:
             times = found["ratios"].get(f"own_dora / {name}")
             row.append(f"{found['tokens_per_second'][name]['median']:.0f}")
             row.append(_quartiles(times) if times else "1")
-        row += [f"{found[name]['peak_bytes'] / 2**30:.2f}" if name in found else "–" for found in peaks.values()]
+        row += [gib(found[name]["peak_bytes"]) if name in found else "–" for found in peaks.values()]
         rows.append(row)
     pairs = "; ".join(
         f"checkpointing {mode}, {batch} examples ({sum(found['tokens']) / len(found['tokens']):,.0f} tokens) a step: "
