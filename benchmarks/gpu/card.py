@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 from typing import Any
@@ -29,9 +30,10 @@ def run(part: Part, plan: Plan, device: torch.device) -> None:
 
 
 def nvidia_smi() -> dict[str, str] | None:
-    """What nvidia-smi says of the first card, None where it is missing. It makes no CUDA context."""
+    """What nvidia-smi says of the first card that is visible, None where it is missing. It makes no CUDA context."""
     fields = ("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")
-    call = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
+    call = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", *(["-i", first] if first else [])]
     try:
         run = subprocess.run(call, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

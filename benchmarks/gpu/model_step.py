@@ -19,7 +19,7 @@ from qdora.data.batching import MicroBatch
 from qdora.data.loader import Step
 from qdora.errors import RunFailure
 from qdora.model.build_model import recompute_activations
-from qdora.model.inject import adapter_parameters
+from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer
 
@@ -146,6 +146,8 @@ def large(part: Part, plan: Plan, device: torch.device) -> None:
         model = make_model(settings, "own_dora", device, rank=plan.ranks[0], weights=weights, embedding_on_host=True)
     except torch.OutOfMemoryError as error:
         number = error.args[-1]
+        if not isinstance(number, int):  # not of a layer's weights
+            raise
         part.put("loading_fails_in_layer", number)
         settings = settings | {"num_hidden_layers": max(number - 2, 1)}
         model = None
@@ -153,12 +155,19 @@ def large(part: Part, plan: Plan, device: torch.device) -> None:
         weights.forget_from(settings["num_hidden_layers"])
         on.free(device)
         model = make_model(settings, "own_dora", device, rank=plan.ranks[0], weights=weights, embedding_on_host=True)
+    keep_no_scales(model)
     part.put("weight_bytes", weights.num_bytes)
     part.put("held_bytes", on.held_bytes(device))
     for optimizer in ("paged_adamw_8bit", "adamw"):
         for tokens in plan.step_tokens[:1]:
             key = f"{optimizer}, {tokens} tokens"
             part.attempt(key, lambda o=optimizer, t=tokens: _fitting_layers(part, model, weights, o, t, device))
+
+
+def keep_no_scales(model: Any) -> None:
+    """As a run with `memory.keep_scales: false`, which a plan proposes for a model of this size."""
+    for layer in adapted_layers(model).values():
+        layer.keeps_scales = False
 
 
 def _fitting_layers(

@@ -14,6 +14,7 @@ from typing import Any
 
 from gpu.part import ERROR_LINES
 from gpu.sections import GRACE_SECONDS, SECTIONS, Section
+from qdora.cli import let_segments_grow
 from qdora.files.atomic import atomic_write_json
 
 Document = dict[str, Any]
@@ -58,18 +59,20 @@ def run_one(name: str, section: Section, command: Sequence[str], left: float, fo
     part.unlink(missing_ok=True)
     call = [*command, "--child", name, "--part", str(part), "--seconds", str(allowed)]
     began = time.monotonic()
-    status = _child(call, min(allowed + GRACE_SECONDS, left), log, section.variables)
+    status = _child(call, min(allowed + GRACE_SECONDS, left), log)
     entry: dict[str, Any] = {"status": status, "seconds": time.monotonic() - began, "result": _read(part)}
     if status != "done":
         entry["last_lines"] = log.read_text(errors="replace").splitlines()[-ERROR_LINES:]
     return entry
 
 
-def _child(call: list[str], seconds: float, log: Path, variables: Mapping[str, str]) -> str:
+def _child(call: list[str], seconds: float, log: Path) -> str:
     """Run to the end, or to the limit: "done", "failed: ..." or "timed out". Its whole process group is ended."""
+    environment = dict(os.environ)
+    let_segments_grow(environment)  # as the qdora command does
     with log.open("w") as output:
         process = subprocess.Popen(
-            call, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **variables}, start_new_session=True
+            call, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         try:
             code = process.wait(timeout=seconds)

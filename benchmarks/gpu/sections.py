@@ -24,13 +24,11 @@ class Section:
         place: "module:function" under gpu; called with (part, plan, device) and `arguments`.
         seconds: After these it starts no new case; the process is ended `GRACE_SECONDS` later.
         arguments: Further keyword arguments.
-        variables: Environment of its process.
     """
 
     place: str
     seconds: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    variables: Mapping[str, str] = field(default_factory=dict)
 
     def function(self) -> Callable[[Part, plans.Plan, torch.device], None]:
         """Imported when it is needed: some sections need packages that others do without."""
@@ -40,9 +38,6 @@ class Section:
 
 GRACE_SECONDS = 45
 """For the start of a process, and for its last case."""
-
-# Blocks of freed layers are of all sizes when a large model is built close to the limit.
-_EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 SECTIONS: dict[str, Section] = {
     "card": Section("card:run", 60),
@@ -60,13 +55,14 @@ SECTIONS: dict[str, Section] = {
     "profile": Section("kernel_profile:run", 60),
     "triton": Section("kernels_compared:run", 90),
     "layer_time_2": Section("layer_cost:time_shape", 120, {"index": 1}),
-    "step_large": Section("model_step:large", 240, variables=_EXPANDABLE),
+    "step_large": Section("model_step:large", 240),
     "step_streamed_8gb": Section(
-        "streamed_step:run", 120, {"size": "middle", "limit": CARD_8GB_BYTES, "num_streamed": 8}, _EXPANDABLE
+        "streamed_step:run", 120, {"size": "middle", "limit": CARD_8GB_BYTES, "num_streamed": 8}
     ),
     "step_streamed_40gb": Section(
-        "streamed_step:run", 240, {"size": "large", "limit": CARD_40GB_BYTES, "num_streamed": 20}, _EXPANDABLE
+        "streamed_step:run", 240, {"size": "large", "limit": CARD_40GB_BYTES, "num_streamed": 20}
     ),
+    "step_offloaded": Section("offloaded_step:run", 120),
     "layer_time_3": Section("layer_cost:time_shape", 60, {"index": 2}),
     "optimizer": Section("optimizer_step:run", 60),
     "untested_choices": Section("untested_choices:run", 90),

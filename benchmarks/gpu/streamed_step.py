@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from gpu import device as on
-from gpu.model_step import fitting_step, peak_and_time
+from gpu.model_step import fitting_step, keep_no_scales, peak_and_time
 from gpu.part import Part
 from gpu.plan import Plan
 from qdora.memory.host_residency import Copies, CudaCopies, HostResidency
@@ -75,6 +75,7 @@ def run(part: Part, plan: Plan, device: torch.device, size: str, limit: int, num
     residency = HostResidency(streamed, copies=copies)
     model = streamed_model(settings, residency, device)
     inject(model, rank=plan.ranks[0], dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    keep_no_scales(model)  # as each run with a streamed base
     recompute_activations(model)
     part.put("num_streamed", streamed)
     part.put("held_bytes", on.held_bytes(device))
