@@ -51,7 +51,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatc
         evaluate_target(str(tmp_path / "whole"), EvalOptions(split="train"))
     same = recipe(tmp_path)
     (tmp_path / "data/sums.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')
-    with pytest.raises(UserError, match="resume: the tokenised data changed since the checkpoint"):
+    with pytest.raises(UserError, match=r"^--resume: source sums differs from the data of the checkpoint \(its"):
         train_run(same, tmp_path / "run", resume=True)
 
 
