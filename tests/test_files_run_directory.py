@@ -149,9 +149,7 @@ def test_steps_are_not_exchanged_for_epochs(run: RunDirectory) -> None:
 
 def test_resume_needs_a_run_and_the_same_training(run: RunDirectory, tmp_path: Path) -> None:
     (tmp_path / "somewhere").mkdir()
-    with pytest.raises(
-        UserError, match=r"nowhere: no such directory\. Did you mean 'somewhere'\? Fix: name "
-    ):
+    with pytest.raises(UserError, match=r"nowhere: no such directory\. Did you mean 'somewhere'\? Fix: name "):
         resume_run(tmp_path / "nowhere", RECIPE, ENVIRONMENT, before=RECIPE)
     with pytest.raises(UserError, match=r"is not a run \(it has no recipe\.yaml\)\. Fix: name the --run-dir"):
         resume_run(tmp_path, RECIPE, ENVIRONMENT, before=RECIPE)
@@ -383,6 +381,8 @@ def test_a_checkpoint_appears_whole(run: RunDirectory) -> None:
 
 def test_only_checkpoints_count_as_steps_that_can_be_named(run: RunDirectory, tmp_path: Path) -> None:
     assert run.checkpoint_steps() == []
+    with pytest.raises(UserError, match=r"^--step: got 3, but .*/run has no checkpoint\. Fix: remove --step\.$"):
+        trained_state(run, tiny_run.recipe(tmp_path), 3)
     for step in (100, 20):
         save(run, step)
     (run.checkpoints / "step-100.bak").mkdir()

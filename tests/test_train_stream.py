@@ -127,7 +127,9 @@ def test_whatever_reading_raises_the_work_is_saved(tmp_path: Path, monkeypatch: 
         return step
 
     monkeypatch.setattr(StepLoader, "next_step", fails)
-    with pytest.raises(RunFailure, match=r"^step 4: KeyError\('gone'\) Safe on disk: .*step-3"):
+    with pytest.raises(
+        RunFailure, match=r"^step 4: KeyError\('gone'\)\. Fix: resume with --resume .* Safe on disk: .*step-3"
+    ):
         train_run(recipe(tmp_path), tmp_path / "run")
     monkeypatch.undo()
     train_run(recipe(tmp_path), tmp_path / "run", resume=True)
