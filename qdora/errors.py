@@ -125,6 +125,15 @@ def nearest_entry(directory: Path, name: str) -> str:
         return ""
 
 
+def not_there(path: Path, kind: str, fix: str) -> str:
+    """The fault of a directory that is not what it must be: 'runs/x: is not a run (it has no recipe.yaml). Fix: ...'
+
+    `kind` is 'a run (it has no recipe.yaml)'. A directory that does not exist gets the nearest name instead.
+    """
+    what = f"is not {kind}." if os.path.exists(path) else f"no such directory.{nearest_path(path)}"
+    return f"{path}: {what} Fix: {fix}"
+
+
 def nearest_path(path: Path) -> str:
     """' Did you mean ...?' for the first missing part of a path, or '' if no name beside it is close."""
     missing = path

@@ -93,5 +93,5 @@ def test_another_kind_is_refused(root: Path, tmp_path: Path) -> None:
     trained_by_peft(root, tmp_path / "peft", use_dora=False)
     changes: dict[str, Any] = {f"adapter__{key}": ... for key in ("rank", "alpha")}
     recipe = tiny_run.recipe(root, **changes, adapter__resume_from=str(tmp_path / "peft"))
-    with pytest.raises(UserError, match=r"adapter\.kind: 'dora', but .* holds lora"):
+    with pytest.raises(UserError, match=r"adapter\.kind: got dora, but .* is a lora\. Fix: set adapter\.kind: lora"):
         train_run(recipe, tmp_path / "run")

@@ -310,7 +310,9 @@ def test_weight_takes_a_turn_out() -> None:
     assert fault == "messages[1]: weight and train are not used with data.loss_on all. Fix: set it to answer."
     out = (*CHAT[:3], Turn("assistant", "the dog", learnt=False))
     assert encode_chats(tokenizer, [chat(*out)], loss_on="last") == [[]]
-    with pytest.raises(UserError, match=r"x: 1 example \(7\) without a token to learn"):
+    with pytest.raises(
+        UserError, match=r"x: 1 example \(7\) has no token in the loss: .* not learnt \(weight, train\)"
+    ):
         tokenize_all([chat(*out), chat()], tokenizer, name="x", max_length=100, loss_on="last")
 
 

@@ -213,6 +213,31 @@ def test_a_part_of_a_split_of_the_hub_is_validated_on(monkeypatch):
         assert [each.prompt for each in (*train, *held_out)] == ["train[:90%]", validation]
 
 
+def test_a_mistyped_folder_gets_the_nearest_name_and_a_closed_data_set_the_login(monkeypatch, tmp_path):
+    (tmp_path / "data/chat").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    missing = "Dataset 'data/chta' doesn't exist on the Hub or cannot be accessed."
+    for text, fault in (
+        (
+            missing,
+            "no such file or directory, and no data set of that name on the Hub. Did you mean 'chat'? If it is "
+            "private, run: hf auth login",
+        ),
+        (
+            "Dataset 'data/chta' is a gated dataset on the Hub. You must be authenticated to access it.",
+            "the data set is gated. Fix: accept its terms on its page on the Hub, then run: hf auth login",
+        ),
+    ):
+
+        def load_dataset(*args, text=text, **kwargs):
+            raise datasets.exceptions.DatasetNotFoundError(text)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        with pytest.raises(HubFailure) as caught:
+            load_source(SourceConfig(source="data/chta"))
+        assert str(caught.value) == f"data/chta: {fault}"
+
+
 @pytest.mark.parametrize(
     "error",
     [

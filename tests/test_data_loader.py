@@ -227,27 +227,41 @@ def test_other_data_mix_or_step_size_is_refused():
     changed = TokenizedExample("a", "a-0", sets[0].examples[0].input_ids, ~sets[0].examples[0].loss_mask)
     other_mask = [TokenizedSet("a", (changed, *sets[0].examples[1:])), sets[1]]
     cases = {
-        "the tokenised data": [
+        "source a differs from the data of the checkpoint": [
             loader([tokenised("a", [5] * 20, seed=5), sets[1]], batch=4),
+            loader([tokenised("a", [5] * 21), sets[1]], batch=4),
             loader(other_mask, batch=4),
-            loader([TokenizedSet("c", sets[0].examples), sets[1]], batch=4),
         ],
-        r"the mix \(strategy, weights, max_epochs or data.seed\)": [
+        "source b differs from the data": [loader([sets[0], tokenised("b", [7] * 10, seed=5)], batch=4)],
+        "source c differs from the data": [loader([TokenizedSet("c", sets[0].examples), sets[1]], batch=4)],
+        r"the mix differs from that of the checkpoint \(its strategy, weights, max_epochs or data.seed\)": [
             loader(sets, batch=4, seed=1),
             loader(sets, batch=4, strategy="equal"),
             loader(sets, batch=4, max_epochs=[None, 1]),
         ],
-        "the size of a step": [loader(sets, batch=5), loader(sets, tokens=4)],
+        "train.tokens_per_step or train.batch differs from that": [
+            loader(sets, batch=5),
+            loader(sets, tokens=4),
+        ],
     }
     for what, loaders in cases.items():
         for one in loaders:
-            with pytest.raises(UserError, match=f"^resume: {what} changed since the checkpoint") as error:
+            with pytest.raises(UserError, match=f"^--resume: {what}.* another --run-dir") as error:
                 one.load_state_dict(state)
             assert len(error.value.faults) == 1
     same = loader(sets, batch=4, micro=7)
     same.load_state_dict(state | {"position": 12})
     assert same.position == 12
-    assert "then 4 examples, now 5 examples" in _message(loader(sets, batch=5), state)
+    assert "then 4 examples in a step, now 5 examples" in _message(loader(sets, batch=5), state)
+
+
+def test_a_checkpoint_without_a_mark_for_each_source_resumes():
+    sets = [tokenised("a", [5] * 20), tokenised("b", [7] * 10, seed=1)]
+    state = loader(sets, batch=4).state_dict()
+    del state["fingerprint"]["sets"]
+    loader(sets, batch=4).load_state_dict(state)
+    other = loader([sets[0], tokenised("b", [7] * 10, seed=5)], batch=4)
+    assert _message(other, state).startswith("--resume: a source differs from the data of the checkpoint")
 
 
 def _message(one, state):

@@ -82,7 +82,7 @@ def test_only_plain_text_is_split() -> None:
     with pytest.raises(UserError) as error:
         tokenize_all(long, TOKENIZER, name="s", max_length=20, too_long="split")
     [fault] = error.value.faults
-    assert fault.startswith("s: 1 example (a) of 3 longer than data.max_length (20), the longest has 52 tokens.")
+    assert fault.startswith("s: 1 example (a) of 3 is longer than data.max_length (20), the longest has 52 tokens.")
     assert fault.endswith("of the tokens), since split is for plain text alone.")
     with pytest.raises(UserError, match=r"s: data.too_long: split needs data.max_length 3, got 2."):
         tokenize_all([text_of("b", WORDS)], WITH_BOS, name="s", max_length=2, too_long="split")

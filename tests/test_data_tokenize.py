@@ -128,7 +128,7 @@ def test_a_text_without_tokens_is_one_that_cannot_be_learnt():
         tokenizer_object=Tokenizer(models.BPE({"a": 0, "<end>": 1}, [])), eos_token="<end>"
     )
     for completion in ("\u65e5", "\u65e5\n"):
-        with pytest.raises(UserError, match="1 example \\(0\\) without a token to learn"):
+        with pytest.raises(UserError, match=r"1 example \(0\) has no token in the loss: the tokenizer makes"):
             tokenize_all([example("", completion), example("a", "a", id="1")], only_a, name="x", max_length=100)
 
 
@@ -240,7 +240,7 @@ def test_too_long_examples_are_counted_then_refused():
     with pytest.raises(UserError) as error:
         tokenize_all(examples, PLAIN, name="mine", max_length=longest - 1)
     assert error.value.faults == (
-        f"mine: 5 examples (n1, n3, n5, ...) of 10 longer than data.max_length ({longest - 1}), the longest has "
+        f"mine: 5 examples (n1, n3, n5, ...) of 10 are longer than data.max_length ({longest - 1}), the longest has "
         f"{longest} tokens. Fix: raise data.max_length, or set data.too_long to truncate (cuts "
         f"{100 * 5 / num_tokens:.3g} % of the tokens: the front of a prompt, the last turns of a chat) or drop (loses "
         f"50 % of the examples, {100 * 5 * longest / num_tokens:.3g} % of the tokens).",
@@ -377,7 +377,7 @@ def test_the_numbers_of_tokens_of_a_shortened_text_are_said_to_be_at_least_so_ma
         return error.value.faults[0]
 
     of_both = re.fullmatch(
-        r"x: 2 examples \(long, short\) of 2 longer than data.max_length \(20\), the longest has at least (\d+) "
+        r"x: 2 examples \(long, short\) of 2 are longer than data.max_length \(20\), the longest has at least (\d+) "
         r"tokens\. Fix: raise data.max_length, or set data.too_long to truncate \(cuts the front of a prompt, the last "
         r"turns of a chat\) or drop \(loses 100 % of the examples\)\.",
         told([long, short]),
@@ -425,7 +425,9 @@ def test_truncated_text_and_chats_lose_their_end():
 
 def test_an_example_without_a_token_to_learn():
     chat = example("", "", "9", (Turn("user", "Hi"),))
-    with pytest.raises(UserError, match=r"x: 1 example \(9\) without a token to learn"):
+    with pytest.raises(
+        UserError, match=r"x: 1 example \(9\) has no token in the loss: the answer is missing, .* Fix: remove this row"
+    ):
         tokenize_all([chat, example()], PLAIN, name="x", max_length=100)
 
 

@@ -294,7 +294,7 @@ def test_an_interrupted_export_leaves_nothing(
 
 def test_a_disk_that_is_too_small_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    with pytest.raises(RunFailure, match=r"needs 0.0 GiB, but 0.0 GiB are free"):
+    with pytest.raises(RunFailure, match=r"out: needs 0.0 GiB, and 0.0 GiB are free on this disk\. Fix: free"):
         export_merged(tiny_adapted.adapted(), None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

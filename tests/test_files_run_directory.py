@@ -136,10 +136,22 @@ def test_create_refuses_a_run_other_files_and_a_file(run: RunDirectory, tmp_path
     assert set(tree(create_run(other, RECIPE, ENVIRONMENT).path)) == {"recipe.yaml", "environment.json"}
 
 
+def test_steps_are_not_exchanged_for_epochs(run: RunDirectory) -> None:
+    epochs = RECIPE.replace("steps: 10\n", "epochs: 3.0\n")
+    for before, now, fault in (
+        (RECIPE, epochs, "train.epochs: the run counts steps (train.steps: 10). Fix: raise train.steps instead."),
+        (epochs, RECIPE, "train.steps: the run counts epochs (train.epochs: 3). Fix: raise train.epochs instead."),
+    ):
+        with pytest.raises(UserError) as raised:
+            resume_run(run.path, now, ENVIRONMENT, before=before)
+        assert raised.value.faults == (f"{run.path}: {fault}",)
+
+
 def test_resume_needs_a_run_and_the_same_training(run: RunDirectory, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere: no such directory"):
+    (tmp_path / "somewhere").mkdir()
+    with pytest.raises(UserError, match=r"nowhere: no such directory\. Did you mean 'somewhere'\? Fix: name "):
         resume_run(tmp_path / "nowhere", RECIPE, ENVIRONMENT, before=RECIPE)
-    with pytest.raises(UserError, match="not a run directory"):
+    with pytest.raises(UserError, match=r"is not a run \(it has no recipe\.yaml\)\. Fix: name the --run-dir"):
         resume_run(tmp_path, RECIPE, ENVIRONMENT, before=RECIPE)
     changed = RECIPE.replace("0.1", "0.2").replace("boolq", "piqa").replace("steps: 10\n", "steps: 10\n  seed: 3\n")
     with pytest.raises(UserError) as raised:
@@ -369,6 +381,8 @@ def test_a_checkpoint_appears_whole(run: RunDirectory) -> None:
 
 def test_only_checkpoints_count_as_steps_that_can_be_named(run: RunDirectory, tmp_path: Path) -> None:
     assert run.checkpoint_steps() == []
+    with pytest.raises(UserError, match=r"^--step: got 3, but .*/run has no checkpoint\. Fix: remove --step\.$"):
+        trained_state(run, tiny_run.recipe(tmp_path), 3)
     for step in (100, 20):
         save(run, step)
     (run.checkpoints / "step-100.bak").mkdir()

@@ -435,6 +435,17 @@ def test_broken_weights_and_foreign_versions_are_named(directory: Path, tmp_path
         load_adapter(tiny_adapted.base(), tmp_path / "nowhere")
 
 
+def test_a_run_in_place_of_its_adapter_is_told(directory: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    directory.rename(run / "adapter")
+    with pytest.raises(UserError) as error:
+        load_adapter(tiny_adapted.base(), run)
+    assert error.value.faults == (
+        f"adapter.resume_from: {run} is not an adapter but holds one. Fix: name {run / 'adapter'}.",
+    )
+
+
 def test_layers_that_one_file_cannot_hold(tmp_path: Path) -> None:
     model = tiny_adapted.adapted()
     next(iter(adapted_layers(model).values())).dropout = 0.5

@@ -505,6 +505,7 @@ def test_the_command(whole: Path, tmp_path: Path) -> None:
     assert document["data"] == read(whole, "mix.json")
     assert document["examples"] == read(whole, "examples.json")["examples"]
     assert document["layers"] == read(whole, "trained.json")["layers"]
-    found = CliRunner().invoke(app, ["report", str(tmp_path / "none")])
+    (tmp_path / "whole").mkdir()
+    found = CliRunner().invoke(app, ["report", str(tmp_path / "whale")])
     assert found.exit_code == 2
-    assert "must be a run (with recipe.yaml) or a study (with study.json)" in found.output
+    assert "no such directory. Did you mean 'whole'? Fix: name a directory that 'qdora train'" in found.output

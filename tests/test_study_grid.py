@@ -554,11 +554,12 @@ def test_a_cell_whose_recipe_is_wrong_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         study(tmp_path, product=product)
     text = str(caught.value)
-    assert "(base.quant=nf5, adapter=lora): -s: base.quant: not valid, got 'nf5'" in text
-    assert "(base.quant=nf4, adapter=dora; and 1 more): -s adapter.rnk=3: unknown key" in text
+    assert "study (base.quant=nf5, adapter=lora): base.quant: not valid, got 'nf5'" in text
+    assert "study (base.quant=nf4, adapter=dora; and 1 more): adapter.rnk=3: unknown key" in text
+    assert "-s" not in text
     assert "Did you mean 'rank'?" in text
     with pytest.raises(
-        UserError, match=r"eval\.tasks: must name at least one task, since a study compares evaluations"
+        UserError, match=r"^study .*: eval\.tasks: must name at least one task, since a study compares evaluations"
     ):
         study(tmp_path, settings={"eval.tasks": []})
 

@@ -681,7 +681,7 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     assert document["verdict"][0].startswith("NLL (nats per token): dora is better in 1 of 4 primary comparisons")
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert found.exit_code == 2
-    assert "must be a run (with recipe.yaml) or a study (with study.json)" in found.output
+    assert "is not a run (it has no recipe.yaml) or a study (no study.json). Fix: name a directory" in found.output
 
 
 def test_no_sentence_is_told_twice(made: Path, report: Report, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run import step_evaluations, writer
 from qdora.run.evaluate import evaluate_target
 from qdora.run.run_page import page_of_run
+from qdora.run.step_evaluations import selection_faults
 from qdora.run.train import train_run
 from qdora.train.best import BestSoFar
 from tests import launched, tiny_run
@@ -291,6 +292,11 @@ def test_what_only_the_data_show_is_said_before_anything_is_written(
     with pytest.raises(UserError, match=fault):
         train_run(recipe(root, **changes), tmp_path / "run", console=Console(quiet=True))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mix_without_validation_data_chooses_nothing(root: Path) -> None:
+    (fault,) = selection_faults(recipe(root), {}, STEPS)
+    assert fault == ("eval.best_by: got macro, but no source has validation data. Fix: set validation in a source.")
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.booleans(), st.integers(1, 5), st.integers(0, 30))

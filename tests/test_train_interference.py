@@ -199,7 +199,7 @@ def test_what_cannot_be_measured_is_refused(root: Path, tmp_path: Path) -> None:
     settings = tiny_run.recipe(root, interference__every=2, data__validation_fraction=0.01)
     with pytest.raises(UserError) as error:
         train_run(settings, tmp_path / "run")
-    assert "interference.every: sums has 1 validation examples, must be at least 2." in str(error.value)
+    assert "interference.every: sums has 1 validation example, must be at least 2." in str(error.value)
     assert not (tmp_path / "run").exists()
     alone = tiny_run.recipe(root, interference__every=2, data__mix=[{"source": str(root / "data/sums.jsonl")}])
     with pytest.raises(UserError, match=r"interference\.every: needs at least two sources in data\.mix, got 1"):

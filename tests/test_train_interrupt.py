@@ -282,7 +282,7 @@ def test_older_checkpoints_make_room_on_a_full_disk(
     in_save(monkeypatch, 6, too_small)
     train_run(tiny_run.recipe(root, train__keep_checkpoints=3), tmp_path / "run")
     assert sorted(os.listdir(folder)) == ["step-4", "step-6"]
-    assert "The disk is full: removed 1 older checkpoints to continue" in (tmp_path / "run/log.txt").read_text()
+    assert "The disk is full: removed 1 older checkpoint to continue" in (tmp_path / "run/log.txt").read_text()
     assert_same_run(tmp_path / "run", whole)
 
 

@@ -222,7 +222,7 @@ def test_data_that_changed_is_refused_on_resume_and_nothing_is_rewritten(root: P
     train_run(recipe, tmp_path / "run")
     sums, before = tmp_path / "data/sums.jsonl", written()
     sums.write_text(sums.read_text() + '{"prompt": "9 + 9 =", "completion": " 18"}\n')
-    with pytest.raises(UserError, match="resume: the tokenised data changed since the checkpoint"):
+    with pytest.raises(UserError, match=r"^--resume: source sums differs from the data of the checkpoint"):
         train_run(longer, tmp_path / "run", resume=True)
     assert written() == before
 

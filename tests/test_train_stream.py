@@ -51,7 +51,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatc
         evaluate_target(str(tmp_path / "whole"), EvalOptions(split="train"))
     same = recipe(tmp_path)
     (tmp_path / "data/sums.jsonl").write_text('{"prompt": "1 + 1 =", "completion": " 2"}\n')
-    with pytest.raises(UserError, match="resume: the tokenised data changed since the checkpoint"):
+    with pytest.raises(UserError, match=r"^--resume: source sums differs from the data of the checkpoint \(its"):
         train_run(same, tmp_path / "run", resume=True)
 
 
@@ -127,7 +127,9 @@ def test_whatever_reading_raises_the_work_is_saved(tmp_path: Path, monkeypatch: 
         return step
 
     monkeypatch.setattr(StepLoader, "next_step", fails)
-    with pytest.raises(RunFailure, match=r"^step 4: KeyError\('gone'\) Safe on disk: .*step-3"):
+    with pytest.raises(
+        RunFailure, match=r"^step 4: KeyError\('gone'\)\. Fix: resume with --resume .* Safe on disk: .*step-3"
+    ):
         train_run(recipe(tmp_path), tmp_path / "run")
     monkeypatch.undo()
     train_run(recipe(tmp_path), tmp_path / "run", resume=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qdora.cli.verb import emit, verb
-from qdora.errors import UserError
+from qdora.errors import UserError, not_there
 
 
 @verb
@@ -31,7 +31,5 @@ def report(
 
         emit(page_of_run(directory, out))
     else:
-        raise UserError(
-            f"{directory}: must be a run (with recipe.yaml) or a study (with study.json). "
-            "Fix: name a directory that 'qdora train' or 'qdora study' made."
-        )
+        kind = "a run (it has no recipe.yaml) or a study (no study.json)"
+        raise UserError(not_there(directory, kind, "name a directory that 'qdora train' or 'qdora study' made."))

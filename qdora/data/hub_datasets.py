@@ -11,7 +11,7 @@ from typing import Any
 
 from qdora.data.readers import PlacedRow, Shards
 from qdora.data.rows import Entry, Rows, empty_data_set
-from qdora.errors import HubFailure, UserError
+from qdora.errors import HubFailure, UserError, nearest_path
 from qdora.recipe.data_settings import SourceConfig, split_names
 from qdora.recipe.faults import reason_of
 
@@ -76,11 +76,20 @@ def _load_dataset(source: SourceConfig, split: str, **options: Any) -> Any:
         return datasets.load_dataset(source.source, split=split, revision=source.revision, **options)
     except Exception as error:  # what `datasets`, fsspec and the clients of the Hub raise has no base class in common
         reason = reason_of(error)
+        what = f"cannot be read from the Hub ({reason})."
         is_here = Path(str(source.source)).exists()
         hint = f" Fix: for the folder on this machine write ./{source.source}" if is_here else ""
+        is_missing = isinstance(error, datasets.exceptions.DatasetNotFoundError)  # or it is private or gated
         if "Config name is missing" in reason:
             hint = " Fix: name one of these as config of the source."
-        raise HubFailure(f"{source.source}: cannot be read from the Hub ({reason}).{hint}") from error
+        elif is_missing and "is a gated dataset" in reason:
+            what = "the data set is gated. Fix: accept its terms on its page on the Hub, then run: hf auth login"
+        elif is_missing and not is_here and not str(error).startswith("Revision"):
+            what = "no such file or directory, and no data set of that name on the Hub."
+            hint = f"{nearest_path(Path(str(source.source)))} If it is private, run: hf auth login"
+        elif isinstance(error, ConnectionError) and not is_here:
+            hint = nearest_path(Path(str(source.source)))
+        raise HubFailure(f"{source.source}: {what}{hint}") from error
 
 
 def _shard(place: str, stream: Any, number: int, skip: int) -> Iterator[PlacedRow]:

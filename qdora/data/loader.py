@@ -206,21 +206,38 @@ class StepLoader:
         Raises: UserError if the data, the mix or the size of a step differ from those of the state: other examples
             would follow, and some would be seen twice.
         """
-        stored, fix = dict(state["fingerprint"]), "Fix: restore it, or start a new run."
-        faults = [
-            f"resume: {what} changed since the checkpoint (then {stored.get(key)}, now {self.fingerprint[key]}). {fix}"
-            for key, what in _WHAT.items()
-            if stored.get(key) != self.fingerprint[key]
-        ]
+        stored, now = dict(state["fingerprint"]), self.fingerprint
+        faults = []
+        if stored.get("data") != now["data"]:
+            what = self._changed_source(stored.get("sets", []))
+            faults.append(
+                f"--resume: {what} differs from the data of the checkpoint (a file, a setting, the tokenizer or the "
+                f"chat template has changed). {_FIX}"
+            )
+        elif stored.get("mix") != now["mix"]:  # other numbers of examples alone change it, too
+            faults.append(
+                "--resume: the mix differs from that of the checkpoint (its strategy, weights, max_epochs or "
+                f"data.seed). {_FIX}"
+            )
+        if stored.get("step") != now["step"]:
+            faults.append(
+                "--resume: train.tokens_per_step or train.batch differs from that of the checkpoint (then "
+                f"{stored.get('step')} in a step, now {now['step']}). {_FIX}"
+            )
         before = stored.get("streams", {})
         changes = {part.name: part.change_since(before.get(part.name)) for part in self.streams}
         faults += [
-            f"resume: {_WHAT['data']} changed since the checkpoint ({name}: {what}). {fix}"
+            f"--resume: source {name} differs from the data of the checkpoint ({what}). {_FIX}"
             for name, what in changes.items()
             if what is not None
         ]
         if faults:
             raise UserError(*faults)
+
+    def _changed_source(self, before: Sequence[str]) -> str:
+        """'source chats', the first one that differs; `before` are the checkpoint's "sets", which old ones lack."""
+        pairs = zip(self.tokenised, self.fingerprint["sets"], before, strict=False)
+        return next((f"source {part.name}" for part, now, then in pairs if now != then), "a source")
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -229,8 +246,10 @@ class StepLoader:
         first = np.concatenate(self.order.draws(0, min(256, self.order.length or 256)))
         shares = self.order.shares.tolist(), self.order.caps
         streams = {part.name: part.fingerprint() for part in self.streams}
+        sets = _hash_sets(self.tokenised)
         return ({"streams": streams} if streams else {}) | {
-            "data": _hash_sets(self.tokenised),
+            "data": sets[-1],
+            "sets": sets,
             "mix": hashlib.sha256(f"{shares} {self.order.seed} {first.tolist()}".encode()).hexdigest()[:16],
             "step": f"{self.tokens_per_step} tokens" if self.batch is None else f"{self.batch} examples",
         }
@@ -294,22 +313,19 @@ def _check_draws(num_draws: int) -> None:
         )
 
 
-_WHAT = {
-    "data": "the tokenised data",
-    "mix": "the mix (strategy, weights, max_epochs or data.seed)",
-    "step": "the size of a step",
-}
+_FIX = "Fix: put the old one back, or start with another --run-dir."
 
 
-def _hash_sets(tokenised: Sequence[Source]) -> str:
-    """SHA-256 over names, tasks, ids and labels of all sources (a stream: its name), 16 hex digits."""
-    digest = hashlib.sha256()
+def _hash_sets(tokenised: Sequence[Source]) -> list[str]:
+    """SHA-256 over names, tasks, ids and labels (a stream: its name) up to the end of each source, 16 hex digits."""
+    digest, found = hashlib.sha256(), []
     for part in tokenised:
         if isinstance(part, ExampleStream):
             digest.update(f"{part.name} stream".encode())
-            continue
-        digest.update(f"{part.name} {len(part)}".encode())
-        for example in part.examples:
-            digest.update(f"\n{example.task} {len(example)} ".encode())
-            digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
-    return digest.hexdigest()[:16]
+        else:
+            digest.update(f"{part.name} {len(part)}".encode())
+            for example in part.examples:
+                digest.update(f"\n{example.task} {len(example)} ".encode())
+                digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
+        found.append(digest.hexdigest()[:16])
+    return found

@@ -149,7 +149,8 @@ class FaultList:
     def check(self) -> None:
         """Raise UserError if there is a faulty row."""
         if self.shown:
-            more = [f"{self.where}: {self.num_more} more faulty rows"] if self.num_more else []
+            rows = "row" if self.num_more == 1 else "rows"
+            more = [f"{self.where}: {self.num_more} more faulty {rows}"] if self.num_more else []
             raise UserError(*self.shown, *more)
 
 

@@ -284,8 +284,8 @@ class ExampleTally:
         if texts:
             if tokenizer.eos_token_id is None:
                 raise UserError(
-                    f"{self.name}: the tokenizer has no end-of-sequence token to end an answer with. Fix: set one in "
-                    "it."
+                    f"{self.name}: the tokenizer has no end-of-sequence token to end an answer with. Fix: set "
+                    "eos_token in its tokenizer_config.json, or choose another model.tokenizer."
                 )
             found = _encode_texts(tokenizer, [examples[index] for index in texts], loss_on, self.text_notes)
             encoded |= {index: [each] for index, each in zip(texts, found, strict=True)}
@@ -311,7 +311,7 @@ class ExampleTally:
 
     def _unlearnable(self, id: str, cut: bool) -> Outcome:
         self.unlearnable_ids.append(id)
-        return "without a token to learn", cut
+        return "no token in the loss", cut
 
     def _sort(self, example: Example, encoded: _Encoded) -> Outcome:
         id = example.id if encoded.turn is None else f"{example.id}[{encoded.turn}]"
@@ -349,14 +349,17 @@ class ExampleTally:
         """Everything that was wrong."""
         faults, num_examples, num_tokens = self.chat_faults[:_SHOWN], len(self.lengths), sum(self.lengths)
         if len(self.chat_faults) > _SHOWN:
-            faults.append(f"{self.name}: {len(self.chat_faults) - _SHOWN} more chats that do not fit the template")
+            num_more = len(self.chat_faults) - _SHOWN
+            chats = "chat that does" if num_more == 1 else "chats that do"
+            faults.append(f"{self.name}: {num_more} more {chats} not fit the template")
         if self.too_long_ids:
             whole = f", the whole of {_named(self.cut_whole_ids)}" if self.cut_whole_ids else ""
             cut, lost = _percent(self.num_tokens_cut, num_tokens), _percent(self.num_tokens_too_long, num_tokens)
             cut, lost = (f"{cut} of the tokens: ", f", {lost} of the tokens") if not self.any_shortened else ("", "")
+            are = "is" if len(self.too_long_ids) == 1 else "are"
             truncate = f"truncate (cuts {cut}the front of a prompt, the last turns of a chat{whole}) or "
             faults.append(
-                f"{self.name}: {_named(self.too_long_ids)} of {num_examples} longer than data.max_length "
+                f"{self.name}: {_named(self.too_long_ids)} of {num_examples} {are} longer than data.max_length "
                 f"({self.max_length}), the longest has {self._at_least}{self.longest} tokens. Fix: raise "
                 "data.max_length, or set data.too_long to "
                 f"{'' if self.cut_whole_ids == self.too_long_ids else truncate}drop (loses "
@@ -364,8 +367,12 @@ class ExampleTally:
                 + (", since split is for plain text alone." if self.too_long == "split" else ".")
             )
         if self.unlearnable_ids:
+            have, rows = ("has", "this row") if len(self.unlearnable_ids) == 1 else ("have", "these rows")
+            why = "the tokenizer makes no token of the answer, or the text is one token long"
+            if self.has_chats:
+                why = "the answer is missing, empty or not learnt (weight, train), or the chat template leaves it out"
             faults.append(
-                f"{self.name}: {_named(self.unlearnable_ids)} without a token to learn. Fix: remove or mend them."
+                f"{self.name}: {_named(self.unlearnable_ids)} {have} no token in the loss: {why}. Fix: remove {rows}."
             )
         return faults
 

@@ -40,6 +40,8 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.trained_rows import RowEmbedding, RowHead, merged_rows
 
 MAX_SHARD_BYTES = 5 * 2**30
+UNFINISHED = ".unfinished"
+"""End of the name of the hidden directory in which a command makes its export."""
 _DONE_FILE = ".done.json"
 _SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are checked, cast and written
 
@@ -237,7 +239,9 @@ def check_new_directory(out_dir: Path) -> None:
     if out_dir.is_symlink() or (out_dir.exists() and not out_dir.is_dir()):
         raise UserError(f"{out_dir}: exists and is not a directory; must be a new or empty directory.")
     if out_dir.is_dir() and any(out_dir.iterdir()):
-        raise UserError(f"{out_dir}: is not empty; must be a new or empty directory.")
+        raise UserError(
+            f"{out_dir}: is not empty; must be a new or empty directory. Fix: delete it, or name another directory."
+        )
     if os.path.ismount(out_dir):  # it cannot be replaced
         raise UserError(f"{out_dir}: is a mount point. Fix: name a directory inside it.")
     if out_dir.is_dir() and os.path.samefile(out_dir, os.curdir):  # whoever stands in it would not see the new one
@@ -284,8 +288,8 @@ def checkpoint_directory(
             _write_rest(partial, plan, tokenizer, extra_files or {})
             yield partial, written
     except OSError as error:
-        # By its name: an export is made in a hidden directory and gets its place at the end
-        raise RunFailure(f"{out_dir.name}: cannot be written: {disk_reason(error)}. Nothing is left there.") from error
+        place = _place_of(out_dir)
+        raise RunFailure(f"{place}: cannot be written: {disk_reason(error)}. Nothing is left there.") from error
 
 
 def _check_space(out_dir: Path, partial: Path, planned: Sequence[Planned]) -> None:
@@ -294,10 +298,19 @@ def _check_space(out_dir: Path, partial: Path, planned: Sequence[Planned]) -> No
     num_bytes = sum(item.spec.num_bytes for item in planned) - kept
     free = shutil.disk_usage(partial).free
     if free < num_bytes:
-        room = f"needs {num_bytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free"
+        place = _place_of(out_dir)
+        room = f"{num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on this disk"
         if kept:
-            raise Resumable(f"{out_dir.name}: the rest of the exported model {room}. Its finished shards are kept.")
-        raise RunFailure(f"{out_dir.name}: the exported model {room}.")
+            fix = "Fix: free space, then give the same command; finished shards are kept."
+            raise Resumable(f"{place}: the rest needs {room}. {fix}")
+        raise RunFailure(f"{place}: needs {room}. Fix: free space, or name a directory on another disk.")
+
+
+def _place_of(out_dir: Path) -> Path:
+    """The directory that the user named: a command makes its export in a hidden one, `.<name>.unfinished`, first."""
+    hidden = out_dir.parent
+    is_hidden = hidden.name.startswith(".") and hidden.name.endswith(UNFINISHED)
+    return hidden.with_name(hidden.name[1 : -len(UNFINISHED)]) if is_hidden else out_dir
 
 
 def _write_weights(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from qdora.errors import DiskFull, Resumable, RunFailure, UserError
 from qdora.export.audit import audit, audit_page
-from qdora.export.checkpoint_writer import check_new_directory
+from qdora.export.checkpoint_writer import UNFINISHED, check_new_directory
 from qdora.export.gguf import export_gguf
 from qdora.export.hub_push import push
 from qdora.export.logit_comparison import comparison_text, validation_examples
@@ -108,7 +108,7 @@ def _unfinished(out: Path) -> Iterator[Path]:
             check_new_directory(out)
             out = out.absolute()
             out.parent.mkdir(parents=True, exist_ok=True)
-            hidden = out.with_name(f".{out.name}.unfinished")
+            hidden = out.with_name(f".{out.name}{UNFINISHED}")
             place = hidden / out.name
             stack.enter_context(work_lock(out.with_name(f".{out.name}.lock"), str(out)))
             check_new_directory(out)  # another process may just have finished it
@@ -334,7 +334,8 @@ def _check_in_words(check: dict[str, Any]) -> str:
     exact, running = check["exported_vs_reference"], check["exported_vs_running"]
     explained = unchecked = ""
     if check["ill_conditioned"]:
-        explained = f" (including {check['ill_conditioned']} position(s) where the running model itself errs more)"
+        positions = "position" if check["ill_conditioned"] == 1 else "positions"
+        explained = f" (including {check['ill_conditioned']} {positions} where the running model itself errs more)"
     if num_unchecked := check.get("tensors", {}).get("num_unchecked"):
         unchecked = f"; layout unknown: {num_unchecked} tensors that differ were not checked"
     return (

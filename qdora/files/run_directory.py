@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from qdora.errors import DiskFull, Interrupted, RunFailure, UserError, first_line
+from qdora.errors import DiskFull, Interrupted, RunFailure, UserError, first_line, not_there
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import (
     DISK_FULL,
@@ -360,7 +360,10 @@ def resume_run(path: Path, recipe: str, environment: Mapping[str, Any], *, befor
         raise UserError(f"{path}: recipe.yaml or environment.json is damaged: {first_line(error)}.") from None
     keys = (key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key))
     changed = [key for key in keys if not is_below(key, MAY_CHANGE)]
-    faults = [fault for key in changed if (fault := _change_fault(key, old.get(key), new.get(key))) is not None]
+    length = _length_fault(old, new)
+    faults = [] if length is None else [length]
+    keys = (key for key in changed if length is None or key not in MAY_RISE)
+    faults += [fault for key in keys if (fault := _change_fault(key, old.get(key), new.get(key))) is not None]
     if faults:
         is_moved = all(_without_paths(old.get(key)) == _without_paths(new.get(key)) for key in changed)
         fix = f" Fix: if it was moved, write its new path into {run.recipe_file}." if is_moved else ""
@@ -385,6 +388,15 @@ def _without_paths(value: Any) -> Any:
     return "/" if isinstance(value, str) and os.path.isabs(value) else value
 
 
+def _length_fault(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """What is wrong if a run that counts steps is to count epochs, or the other way round; else None."""
+    for counted, other in (MAY_RISE, MAY_RISE[::-1]):
+        if old.get(counted) is not None and new.get(counted) is None and new.get(other) is not None:
+            unit = counted.removeprefix("train.")
+            return f"{other}: the run counts {unit} ({counted}: {old[counted]:g}). Fix: raise {counted} instead."
+    return None
+
+
 def _change_fault(key: str, before: Any, now: Any) -> str | None:
     """What is wrong with another value of a setting that changes the training, or None."""
     can_rise = key in MAY_RISE and before is not None
@@ -398,8 +410,8 @@ def open_run(path: Path) -> RunDirectory:
     """Open a finished or interrupted run for reading. Raises UserError if there is no run."""
     run = RunDirectory(path)
     if not run.recipe_file.is_file():
-        what = "no such directory" if not path.exists() else "not a run directory (it has no recipe.yaml)"
-        raise UserError(f"{path}: {what}. Fix: name the --run-dir of an earlier 'qdora train'.")
+        fix = "name the --run-dir of an earlier 'qdora train'."
+        raise UserError(not_there(path, "a run (it has no recipe.yaml)", fix))
     return run
 
 

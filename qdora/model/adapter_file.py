@@ -36,6 +36,7 @@ from qdora.model.experts import peft_swaps, routers
 from qdora.model.inject import adapted_layer, adapted_layers, check_masks, is_linear, most_rank, put_layers
 from qdora.model.language_part import all_paths
 from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
+from qdora.model.source import ADAPTER_DIRECTORY
 from qdora.model.trained_embeddings import (
     TrainedMatrix,
     embedding_paths,
@@ -149,6 +150,9 @@ def describe_adapter(directory: Path) -> AdapterDescription:
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory. Fix: name a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    inside = directory / ADAPTER_DIRECTORY
+    if not (directory / CONFIG_FILE).exists() and (inside / CONFIG_FILE).is_file():
+        raise UserError(f"adapter.resume_from: {directory} is not an adapter but holds one. Fix: name {inside}.")
     faults = []
     if not (directory / WEIGHTS_FILE).is_file():
         advice = (

@@ -176,12 +176,23 @@ def _check_same_rows(model: PreTrainedModel, recipe: Recipe, directory: Path, id
     paths = {EMBEDDING: embedding, HEAD: head}
     named = {paths[name] for name in recipe.adapter.also_train}
     wanted = {embedding} if is_tied(model) and named else named
-    if set(found) != wanted or any(each.ids != ids for each in found.values()):
-        raise UserError(f"adapter.also_train: must train the same rows as the adapter in {directory}, which has some.")
+    if set(found) != wanted or any((each.ids is None) != (ids is None) for each in found.values()):
+        held = ", ".join(name for name, path in paths.items() if path in found)
+        rows = "all" if any(each.ids is None for each in found.values()) else "new"
+        raise UserError(
+            f"adapter.also_train: must be [{held}] with adapter.also_train_rows {rows}, as in the adapter in "
+            f"{directory}, got [{', '.join(recipe.adapter.also_train)}] with {recipe.adapter.also_train_rows}."
+        )
     before = (describe_adapter(directory).extra or {}).get("add_tokens", [])
     if before != list(recipe.model.add_tokens):
         raise UserError(
             f"model.add_tokens: must be {before} as in the adapter in {directory}, got {list(recipe.model.add_tokens)}."
+        )
+    if any(each.ids != ids for each in found.values()):
+        held = ", ".join(str(each.ids) for each in found.values())
+        raise UserError(
+            f"model.add_tokens: have the rows {ids} of this model, but {held} in the adapter in {directory}. "
+            "Fix: name the base that the adapter was trained on."
         )
 
 
@@ -223,7 +234,11 @@ def _put_layers(model: PreTrainedModel, recipe: Recipe, directory: Path | None) 
     layers = load_adapter(model, directory, dtype=DTYPES[settings.dtype])
     kinds = {layer.kind for layer in layers.values()}
     if kinds != {settings.kind}:
-        raise UserError(f"adapter.kind: {settings.kind!r}, but {directory} holds {', '.join(sorted(kinds))}.")
+        held = ", ".join(sorted(kinds))
+        raise UserError(
+            f"adapter.kind: got {settings.kind}, but the adapter in {directory} is a {held}. "
+            f"Fix: set adapter.kind: {held}."
+        )
     for layer in layers.values():
         layer.dropout = settings.dropout
 

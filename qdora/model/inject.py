@@ -121,9 +121,9 @@ def check_masks(chosen: Mapping[str, nn.Module], where: str) -> None:
     """Raise UserError if a layer that must keep its zeros was not pruned."""
     whole = [name for name, layer in chosen.items() if getattr(layer, "keep_bits", None) is None]
     if whole:
+        number = "1 adapted layer was" if len(whole) == 1 else f"{len(whole)} adapted layers were"
         raise UserError(
-            f"{where}: keep, but {len(whole)} adapted layers were not pruned (e.g. {whole[0]}). "
-            "Fix: choose targets among the pruned layers."
+            f"{where}: keep, but {number} not pruned (e.g. {whole[0]}). Fix: choose targets among the pruned layers."
         )
     for name, layer in chosen.items():
         weights = layer.expert_features * layer.in_features if isinstance(layer, BareExperts) else 0

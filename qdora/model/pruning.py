@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qdora.errors import UserError, first_few
+from qdora.errors import UserError, first_few, first_line
 from qdora.model.load import (
     Loading,
     Quantization,
@@ -39,7 +39,7 @@ from qdora.nn.expert_linear import BareExperts
 from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.packed import dequantize, quantize, zero_packed
 from qdora.ops.prune import InputStatistics, mask_by_scores, prune_weight
-from qdora.ops.sparsity import mask_bits, pattern_from
+from qdora.ops.sparsity import check_shape, mask_bits, pattern_from
 from qdora.ops.tiles import Weight, dense_weight
 from qdora.recipe.settings import PruneConfig
 
@@ -88,8 +88,8 @@ class Pruner:
     def __call__(self, load: Loading) -> None:
         """Read every stored tensor and put it into the model.
 
-        Raises UserError if the checkpoint is quantised or the model's blocks are not found, ValueError if a weight's
-        shape does not fit the pattern.
+        Raises UserError if the checkpoint is quantised, the model's blocks are not found, or a weight's shape does not
+        fit the pattern.
         """
         packed = [name for name, item in load.stored.items() if isinstance(item, StoredPacked)]
         if packed:
@@ -98,6 +98,7 @@ class Pruner:
                 "Fix: name the model in full precision."
             )
         path, blocks = _decoder_blocks(load.model)
+        self._check_shapes(load, path)
         # The tensors are read in several passes, whose counts are added up.
         count, total, progress = itertools.count(1), len(load.stored), load.progress or (lambda _done, _total: None)
         load = replace(load, progress=lambda _done, _total: progress(next(count), total))
@@ -121,6 +122,22 @@ class Pruner:
             inner(input_ids=self.calibration.to(load.device), use_cache=False)
         left = [index for index, block in enumerate(blocks) if "forward" in vars(block)]
         assert not left, f"blocks {left} were never reached"
+
+    def _check_shapes(self, load: Loading, blocks: str) -> None:
+        """Raise UserError, before anything is read, if layers of the blocks cannot have the pattern."""
+        pattern = pattern_from(self.settings.pattern, self.settings.sparsity)
+        faults = []
+        for path in sorted(load.layers):
+            item = load.stored.get(f"{path}.weight")
+            if item is not None and path.startswith(f"{blocks}."):
+                try:
+                    check_shape(pattern, (item.shape[0], item.shape[-1]), path)
+                except ValueError as error:
+                    faults.append(first_line(error))
+        if faults:
+            more = f" {len(faults)} layers do not fit." if len(faults) > 1 else ""
+            fix = "Fix: choose another pattern, or leave such layers out with base.skip."
+            raise UserError(f"base.prune.pattern: {faults[0]}{more} {fix}")
 
 
 def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -263,7 +263,8 @@ def _hub_reason(error: Exception, source: str, revision: str | None, setting: st
         return f"the Hub has no revision {revision!r} of it."
     nothing_here = "no such directory" if setting.startswith("model.") else "no such run or directory"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{nothing_here}, and no model of that name on the Hub.{nearest_path(Path(source))}"
+        close = nearest_path(Path(source))
+        return f"{nothing_here}, and no model of that name on the Hub.{close} If it is private, run: hf auth login"
     if isinstance(error, LocalEntryNotFoundError | ConnectionError) and revision is not None:
         return (
             f"its revision {revision!r} is not in the Hub's cache, and the Hub cannot be reached (or HF_HUB_OFFLINE is "

@@ -115,7 +115,9 @@ def trained_state(run: RunDirectory, recipe: Recipe, step: int | None) -> tuple[
     if step is not None:
         path = run.inside("checkpoints", f"step-{step}")
         if not path.is_dir():
-            steps = ", ".join(map(str, run.checkpoint_steps())) or "none"
+            steps = ", ".join(map(str, run.checkpoint_steps()))
+            if not steps:
+                raise UserError(f"--step: got {step}, but {run.path} has no checkpoint. Fix: remove --step.")
             raise UserError(f"--step: got {step}, must be one of {steps} in {run.path}.")
         return path, f"step-{step}"
     if run.adapter.is_dir():

@@ -220,9 +220,9 @@ def _check(
     faults += interference_faults(recipe, validation)
     faults += task_weight_faults(recipe, loader)
     faults += vocabulary_faults(loader.tokenised, config, len(recipe.model.add_tokens))
-    known = ", ".join(validation) or "none"
+    known = f"must be one of {', '.join(validation)}." if validation else "nor has another source."
     faults += [
-        f"eval.tasks: {name!r} has no validation data in this mix, must be one of {known}."
+        f"eval.tasks: {name!r} has no validation data in this mix, {known} Fix: set validation in this source."
         for name in recipe.eval.tasks or ()
         if name not in validation
     ]

@@ -156,11 +156,12 @@ def selection_faults(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]],
     if by is None or every is None:
         return []
     faults = []
-    known = (MACRO, *evaluated) if evaluated else ()
-    if by not in known:
+    known = (MACRO, *evaluated)
+    if not evaluated:
+        faults.append(f"eval.best_by: got {by}, but no source has validation data. Fix: set validation in a source.")
+    elif by not in known:
         faults.append(
-            f"eval.best_by: {by!r} has no validation data, must be one of {', '.join(known) or 'none'}."
-            f"{nearest(by, known)}"
+            f"eval.best_by: {by!r} has no validation data, must be one of {', '.join(known)}.{nearest(by, known)}"
         )
     elif metric != "nll_per_token":
         tasks = list(evaluated) if by == MACRO else [by]

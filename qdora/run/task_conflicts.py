@@ -34,8 +34,10 @@ def interference_faults(recipe: Recipe, validation: Mapping[str, Sequence[Exampl
     for source in recipe.data.mix:
         found = len(validation.get(source.label, ()))
         if found < MIN_EXAMPLES:
+            examples = "example" if found == 1 else "examples"
             faults.append(
-                f"interference.every: {source.label} has {found} validation examples, must be at least {MIN_EXAMPLES}."
+                f"interference.every: {source.label} has {found} validation {examples}, must be at least "
+                f"{MIN_EXAMPLES}."
             )
     return faults
 

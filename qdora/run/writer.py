@@ -157,7 +157,8 @@ class RunWriter:
             if not removed:
                 raise
             write()
-            logger.warning("The disk is full: removed %d older checkpoints to continue.", removed)
+            what = "checkpoint" if removed == 1 else "checkpoints"
+            logger.warning("The disk is full: removed %d older %s to continue.", removed, what)
 
     def _write_checkpoint(self, step: int, random: list[dict[str, str]]) -> None:
         assert self.state.optimizer is not None

@@ -235,51 +235,60 @@ class Expander:
 
     def _check(self) -> None:
         """Make the first recipe of every arm; UserError with all faults."""
-        faults: dict[str, list[str]] = {}
+        faults: dict[tuple[str, str], list[str]] = {}
         for arm in self.arms:
             named = in_words(arm.labels)
-            for text in self._faults(arm):
-                faults.setdefault(text, []).append(named)
+            for file, text in self._faults(arm):
+                faults.setdefault((file, text), []).append(named)
         if faults:
-            raise UserError(*(f"{self.where} ({_first(named)}): {fault}" for fault, named in faults.items()))
+            raise UserError(*(f"{file} ({_first(named)}): {text}" for (file, text), named in faults.items()))
         if not self.arms:
             raise UserError(f"{self.file}: exclude leaves no cell, at least one is needed.")
 
-    def _faults(self, arm: _Combination) -> Iterator[str]:
+    def _faults(self, arm: _Combination) -> Iterator[tuple[str, str]]:
+        """(file with the mistake, what is wrong): the study file if it sets the value, else the recipe."""
         taken = [key for key in _OF_SEED if key in arm.changes]
         if taken:
-            yield f"{taken[0]}: is decided by seeds. Fix: remove it."
+            yield self.file, f"{taken[0]}: is decided by seeds. Fix: remove it."
             return
         rates = self.study.rates
         if rates is not None and RATE in arm.changes:
-            yield f"{RATE}: is found by rates. Fix: remove one of them."
+            yield self.file, f"{RATE}: is found by rates. Fix: remove one of them."
             return
         try:
             recipe = self._recipe(arm, arm.seeds[0])
             if rates is not None and rates.steps is not None and recipe.adapter.kind != "none":
                 self._recipe(arm, arm.seeds[0], rate=RateRun("short", rates.values[0], rates.seeds[0]))
         except UserError as error:
-            yield from (fault.removeprefix("recipe: ") for fault in error.faults)
+            yield from map(self._placed, error.faults)
             return
         if self.study.compare.split == "halves" and recipe.eval.best_by is not None:
             yield (
+                self.file if "eval.best_by" in arm.changes else self.where,
                 "eval.best_by: uses all validation examples, but compare.split halves keeps half of them for the "
-                f"comparison, got {recipe.eval.best_by}. Fix: remove it, or set compare.split to test."
+                f"comparison, got {recipe.eval.best_by}. Fix: remove it, or set compare.split to test.",
             )
         prune = recipe.base.prune
         calibrates = prune is not None and prune.method != "magnitude" and prune.calibration.text == "mix"
         if calibrates and any(source.limit is not None for source in recipe.data.mix):
             yield (
+                self.where,
                 "base.prune.calibration.text: mix is not the same for all seeds, which draw the examples of "
-                "data.mix[].limit. Fix: remove limit, or name a text file."
+                "data.mix[].limit. Fix: remove limit, or name a text file.",
             )
         if arm.stage.kind == "transplant" and self._twin(arm) is None:
-            yield f"stage {arm.stage.name}: the study does not train this arm on the uncompressed base."
+            yield self.file, f"stage {arm.stage.name}: the study does not train this arm on the uncompressed base."
         if arm.stage.kind == "set_back" and recipe.adapter.kind != "dora":
-            yield f"stage {arm.stage.name}: adapter.kind must be dora, got {recipe.adapter.kind}."
+            yield self.file, f"stage {arm.stage.name}: adapter.kind must be dora, got {recipe.adapter.kind}."
         is_trained = any(other.stage.kind == "train" and other.labels == arm.labels for other in self.arms)
         if arm.stage.kind in ("set_back", "by_layer") and not is_trained:
-            yield f"stage {arm.stage.name}: the study does not train this arm."
+            yield self.file, f"stage {arm.stage.name}: the study does not train this arm."
+
+    def _placed(self, fault: str) -> tuple[str, str]:
+        """(file, text) of a fault in a cell's recipe: an override, which begins with -s, is in the study file."""
+        if fault.startswith("-s"):
+            return self.file, fault.removeprefix("-s").lstrip(": ")
+        return self.where, fault.removeprefix("recipe: ")
 
     def _recipe(self, arm: _Combination, seed: int, *, rate: RateRun | float | None = None) -> Recipe:
         """The recipe of an arm with a seed: of the comparison, or of a run of its search."""
@@ -298,8 +307,9 @@ class Expander:
             overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
             recipe = recipe_from(apply_overrides(self.start, overrides), "recipe", overrides)
             if recipe.eval.tasks == ():
+                where = "-s" if "eval.tasks" in changes else "recipe"
                 raise UserError(
-                    "recipe: eval.tasks: must name at least one task, since a study compares evaluations, got []."
+                    f"{where}: eval.tasks: must name at least one task, since a study compares evaluations, got []."
                 )
             # The evaluation before the first step is that of the base, which has a cell of its own
             when = ["eval.at_start=true", "eval.at_end=false"]

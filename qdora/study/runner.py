@@ -334,10 +334,12 @@ def _concluded(
 ) -> dict[str, Any]:
     console.print(f"study: {directory}", soft_wrap=True)
     if found.num_elsewhere:
-        console.print(f"Other processes work on {found.num_elsewhere} cells.")
+        cells_there = "cell" if found.num_elsewhere == 1 else "cells"
+        console.print(f"Other processes work on {found.num_elsewhere} {cells_there}.")
     num_waiting = sum(cells.num_waiting.values())
     if num_waiting:
-        console.print(f"{num_waiting} cells wait for cells that have no result yet.")
+        wait = "cell waits" if num_waiting == 1 else "cells wait"
+        console.print(f"{num_waiting} {wait} for cells that have no result yet.")
     if found.failed:
         named = {cell.key: " ".join(cell.labels.values()) for cell in mine}
         key, reason = next(iter(found.failed.items()))

@@ -19,7 +19,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from qdora.errors import UserError
+from qdora.errors import UserError, not_there
 from qdora.files.atomic import atomic_write_json
 from qdora.files.environment import cpus
 from qdora.files.work_lock import flock
@@ -143,7 +143,8 @@ def read_index(path: Path) -> dict[str, Any]:
     """Read study.json: study, cells (`Cell.record`), num_waiting, rates. UserError: there is none."""
     found = _read(path / "study.json")
     if found is None:
-        raise UserError(f"{path}: must be a directory that 'qdora study' made (no study.json there).")
+        fix = "name a directory that 'qdora study' made."
+        raise UserError(not_there(path, "a study (it has no study.json)", fix))
     return found
 
 

@@ -280,7 +280,11 @@ def processes_of_launch() -> Iterator[Processes]:
     if on_gpus:
         here, num_gpus = _num_here(size), torch.cuda.device_count()
         if here > num_gpus:
-            raise UserError(f"qdora train: must have one process for each GPU (got {here} on {num_gpus} GPUs).")
+            gpus_here = f"{num_gpus} {'GPU' if num_gpus == 1 else 'GPUs'}"
+            raise UserError(
+                f"qdora train: must have one process for each GPU (got {here} on {gpus_here}). "
+                f"Fix: start with torchrun --nproc-per-node {num_gpus}."
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     _connect(size)
     watch = ProcessWatch(dist.get_rank(), dist.get_world_size())

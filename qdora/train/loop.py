@@ -192,7 +192,9 @@ def _gradient_that_fits(
         try:
             found = attempt()
         except DataUnreadable as error:
-            raise RunFailure(f"step {step + 1}: {error}", safe=[start.save()]) from error
+            fix = "" if "Fix: " in str(error) else " Fix: resume with --resume once it can be read."
+            text = str(error).removesuffix(".") + "."
+            raise RunFailure(f"step {step + 1}: {text}{fix}", safe=[start.save()]) from error
         if found.shortage is not None:
             start.restore()
             shrunk = backoff.shrink(found.shortage)

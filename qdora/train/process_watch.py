@@ -187,7 +187,8 @@ class ProcessWatch:
             return f"process {self.rank}: no process goes on, and none is behind the others. {here} {resume}"
         if self.rank in ranks:
             return f"process {self.rank} {what}, so the others have ended. It is at {self._main_place}. {resume}"
-        more = f" and {len(ranks) - 1} others" if len(ranks) > 1 else ""
+        num_more = len(ranks) - 1
+        more = f" and {num_more} {'other' if num_more == 1 else 'others'}" if num_more else ""
         who = f"process {ranks[0]} ({self._fault['where']})"
         return f"process {self.rank}: stopped, because {who}{more} {what}. {resume}"
 

@@ -81,7 +81,9 @@ class BadSteps:
     def advice(self) -> str:
         """What a user can do after a stop."""
         if self._train.on_bad_step == "skip":
-            return f"The {self._in_a_row} steps before it were skipped. Fix: lower train.lr or train.clip"
+            few = {0: "", 1: "The step before it was skipped. "}
+            skipped = few.get(self._in_a_row, f"The {self._in_a_row} steps before it were skipped. ")
+            return f"{skipped}Fix: lower train.lr or train.clip"
         return "Fix: look at the kept batch, and lower train.lr or train.clip or set train.on_bad_step to skip"
 
     def state_dict(self) -> dict[str, Any]:
