@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qdora.errors import HubFailure, UserError, nearest_entry, nearest_path
+from qdora.errors import HubFailure, NoTokenizer, UserError, nearest_entry, nearest_path
 from qdora.files.json_file import read_json_object
 from qdora.files.user_paths import user_path
 from qdora.model.gguf_file import require_gguf
@@ -293,7 +293,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     there are no usable tokenizer files or no token to pad with.
     """
     if not source.is_gguf and not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
-        raise UserError(
+        raise NoTokenizer(
             f"model.tokenizer: {source.path} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}. "
             "Fix: name a model that has it in model.tokenizer."
         )
