@@ -29,6 +29,10 @@ class HubFailure(UserError):
     """What is named cannot be had from the Hub: no connection, no access, no such name or split."""
 
 
+class NoTokenizer(UserError):
+    """A model without the files of a tokenizer."""
+
+
 class RunFailure(RuntimeError):
     """A run that cannot continue: a full disk, a NaN loss, a failed check. The command line exits with 1.
 

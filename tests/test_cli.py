@@ -358,10 +358,10 @@ def test_lines_of_the_hub_are_shown_once() -> None:
     assert done.stderr == "Retrying in 1s\n"
 
 
-@pytest.mark.parametrize(("rank", "expected"), [("0", "found\nodd\n"), ("1", "odd\n")])
+@pytest.mark.parametrize(("rank", "expected"), [("0", "found\nodd\nhere\n"), ("1", "here\n")])
 def test_the_first_process_of_a_launch_tells_what_all_find(rank: str, expected: str) -> None:
     code = "import logging, qdora.cli.verb as v; v._set_up_output(); log = logging.getLogger('qdora'); "
-    code += "log.info('found'); log.warning('odd')"
+    code += "log.info('found'); log.warning('odd'); log.warning('here', extra={'of_this_process': True})"
     environment = os.environ | {"RANK": rank}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stderr == expected

@@ -336,7 +336,7 @@ def test_chat_that_the_assistant_begins_otherwise_than_the_prompt_ends(body: str
     assert learnt(tokenizer, part) == expected
     assert part.ids == tokenizer(f"<|im_start|>assistant\n{expected}", add_special_tokens=False)["input_ids"]
     [note] = notes
-    assert "ends a prompt with '<|im_start|>assistant\\n<think>\\n' and prints answers of the data otherwise" in note
+    assert "before an answer the chat template writes '<|im_start|>assistant\\n<think>\\n', but answers in the" in note
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -430,7 +430,7 @@ def test_prompt_unlike_the_answers_is_noted_with_what_the_template_reads() -> No
     [part] = encoded(tokenizer, notes=notes)
     assert learnt(tokenizer, part) == "the cat<|im_end|>\nthe dog<|im_end|>\n"
     [note] = notes
-    assert "ends a prompt with '<|im_start|>assistant\\n<think>\\n' and prints answers of the data otherwise" in note
+    assert "before an answer the chat template writes '<|im_start|>assistant\\n<think>\\n', but answers in the" in note
     assert "set data.template_kwargs (it reads thinking)" in note
 
 

@@ -134,7 +134,7 @@ def test_rows_without_labels_are_named(hub):
         load_source(SourceConfig(task="piqa"))
     first, second = error.value.faults  # of the Hub's layout and of the schema, in one answer
     assert first.endswith("row 1: label: must be 0 to 1 (a split without labels cannot be used), got -1")
-    assert second.endswith("row 2: choices[1]: must be text that is not empty, got None")
+    assert second.endswith("row 2: choices[1]: must be text that is not empty, got null")
 
 
 def test_no_connection_is_one_line(hub):

@@ -76,8 +76,8 @@ def test_tools_in_the_forms_that_files_have() -> None:
     [
         (message(content=[{"type": "image", "url": "x"}]), "messages[0].content[0]: a part of type image is not supp"),
         (message(content=3), "messages[0].content: must be text or a list of parts, got 3"),
-        (message(content=None), "messages[0].content: must be text or a list of parts, got None"),
-        ({"role": "assistant"}, "messages[0]: must be an object with role and content, got {'role': 'assistant'}"),
+        (message(content=None), "messages[0].content: must be text or a list of parts, got null"),
+        ({"role": "assistant"}, "messages[0]: must be an object with role and content, got {role: assistant}"),
         (message(role="assitant"), "messages[0].role: must be one of system, user, assistant, tool, got 'assitant'"),
         (message(weight=0.5), "messages[0].weight: must be 0 or 1, got 0.5"),
         (message(train="no"), "messages[0].train: must be true or false, got 'no'"),
@@ -89,7 +89,7 @@ def test_tools_in_the_forms_that_files_have() -> None:
             message(weight=0),
             "messages: every turn of role assistant with content has weight 0 or train false: there is noth",
         ),
-        (message(reasoning_content=["x"]), "messages[0].reasoning_content: must be text, got ['x']"),
+        (message(reasoning_content=["x"]), "messages[0].reasoning_content: must be text, got [x]"),
         (
             message(role="user", reasoning="x"),
             "messages[0].reasoning: only a turn of role assistant has it",
@@ -126,8 +126,8 @@ def test_an_empty_turn_beside_one_of_weight_0_leaves_nothing_to_learn() -> None:
     "tools, fault",
     [
         ("[", "tools: is not JSON ("),
-        ({"name": "f"}, "tools: must be a list of functions, got {'name': 'f'}"),
-        ([{"type": "function"}], "tools[0]: must be {type: function, function: {name, ...}}, got {'type': 'function'}"),
+        ({"name": "f"}, "tools: must be a list of functions, got {name: f}"),
+        ([{"type": "function"}], "tools[0]: must be {type: function, function: {name, ...}}, got {type: function}"),
     ],
 )
 def test_faulty_tools(tools: Any, fault: str) -> None:

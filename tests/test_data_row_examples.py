@@ -146,7 +146,7 @@ def document(**more: Any) -> dict[str, Any]:
         ),
         (
             {"source": "org/name", "data_files": {"test": "a.csv"}},
-            "data.mix[0].data_files: must be a table with the files of split 'train', got {'test': 'a.csv'}.",
+            "data.mix[0].data_files: must be a table with the files of split 'train', got {test: a.csv}.",
         ),
         (
             {"source": "org/name", "data_files": "a.csv", "split": "train[:9]", "validation": "tset[9:]"},

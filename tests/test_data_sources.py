@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +22,12 @@ from qdora.data.batching import Batching
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.data.loader import StepLoader
 from qdora.data.messages import Turn
-from qdora.data.mix_plan import mix_warnings, plan_mix
+from qdora.data.mix_plan import mix_facts, mix_warnings, plan_mix
 from qdora.data.row_formats import commonsense_task
 from qdora.data.rows import Rows
 from qdora.data.sources import load_source, open_shards, open_source, train_and_validation
 from qdora.data.split_examples import SplitExamples, draw, split_off
+from qdora.data.text_notes import TextNotes
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 from tests import tiny_tokenizer
@@ -320,8 +322,8 @@ def test_a_column_of_another_name_is_told_by_a_setting_that_reads_it(tmp_path):
             "prompt: must be text (turns only if both are lists of turns), got []",
         ),
         ({"prompt": "x", "completion": " "}, "completion: must be text that is not empty, got ' '"),
-        ({"text": None}, "text: must be text that is not empty, got None"),
-        ({"text": ["hf_" + "a1B2" * 8]}, "text: must be text that is not empty, got ['hf_***']"),
+        ({"text": None}, "text: must be text that is not empty, got null"),
+        ({"text": ["hf_" + "a1B2" * 8]}, "text: must be text that is not empty, got [hf_***]"),
         ({"messages": []}, "messages: must be a list of turns {role, content}, got []"),
         ({"messages": ["Hi"]}, "messages[0]: must be an object with role and content, got 'Hi'"),
         (
@@ -529,11 +531,27 @@ def test_what_is_not_read_is_named_once_a_source(tmp_path):
     found = mixed(DataConfig(mix=mix, validation_fraction=0.0))
     loader = StepLoader(found.sets, found.order, tokens_per_step=None, batch=2, batching=Batching(99, 0))
     plan = plan_mix(found, loader, 2)
-    assert [each for each in mix_warnings(plan) if "not used for training" in each] == [
+    assert not [each for each in mix_warnings(plan) if "not used for training" in each]
+    assert mix_facts(plan) == [
         "chat: not used for training: messages.rating, topic.",
         "pairs: not used for training: source.",
     ]
     assert [each.unused for each in plan.sources] == [("messages.rating", "topic"), ("source",), ()]
+
+
+def test_unused_columns_that_look_meant_are_warned_of(tmp_path: Path) -> None:
+    columns = ("category", "system", "Tools", "promt", "sample_weight", "rating", "split")
+    write(tmp_path / "pairs.jsonl", [PAIR | dict.fromkeys(columns, "x")] * 3)
+    found = mixed(DataConfig(mix=(SourceConfig(source=f"{tmp_path}/pairs.jsonl"),), validation_fraction=0.0))
+    loader = StepLoader(found.sets, found.order, tokens_per_step=None, batch=1, batching=Batching(99, 0))
+    plan = plan_mix(found, loader, 1)
+    notes = tuple(TextNotes(num_texts=3, num_ended=2, num_glued=1, glued="'a' + 'b'").in_words())
+    plan = replace(plan, sources=(replace(plan.sources[0], notes=notes),))
+    assert "pairs: not used for training: Tools, promt, sample_weight, system." in mix_warnings(plan)
+    unused, ended = mix_facts(plan)
+    assert unused == "pairs: not used for training: category, rating, split."
+    assert "end with a stop token: no second one is added" in ended
+    assert [each for each in mix_warnings(plan) if "white space" in each] == [f"pairs: {notes[1]}"]
 
 
 @pytest.mark.parametrize("in_turns", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,12 @@ def test_prompts_longer_than_the_context_lose_their_left_end(caplog: pytest.LogC
     own_cut = len(ids) - 1 - 24
     assert answer.num_truncated == own_cut
     assert answer.loglikelihood == pytest.approx(naive(net, ids[:1] + ids[1 + own_cut :], start - own_cut), abs=2e-5)
-    assert f"1 of 1 examples exceed the model's context; up to {cut} tokens" in caplog.text
+    assert f"t: 1 of 1 examples exceed the model's context; up to {cut} tokens" in caplog.text
+    caplog.clear()
+    score_choices(net, tokenizer, [example])
+    assert not caplog.records  # told once for a model and a source
+    score_choices(net, tokenizer, [replace(example, task="u")])
+    assert "u: 1 of 1 examples exceed" in caplog.text
 
 
 def test_long_text_is_scored_in_windows_each_token_once() -> None:

@@ -312,15 +312,17 @@ def test_options_of_other_formats() -> None:
     with pytest.raises(UserError) as raised:
         check_options(ExportOptions(format_="gguf", dtype="float16", shard_size="1GB", requantize=True))
     assert raised.value.faults == (
-        "--requantize: has no effect on --format gguf.",
-        "--dtype: has no effect on --format gguf.",
-        "--shard-size: has no effect on --format gguf.",
+        "--requantize: has no effect on --format gguf. Fix: remove --requantize.",
+        "--dtype: has no effect on --format gguf. Fix: remove --dtype.",
+        "--shard-size: has no effect on --format gguf. Fix: remove --shard-size.",
     )
     with pytest.raises(UserError, match="--gguf-type: has no effect on --format merged"):
         check_options(ExportOptions(gguf="q8_0"))
-    with pytest.raises(UserError, match=r"--gguf-type: must be one of f32, f16, .* \(got 'q8'\)\. Did you mean 'q8_0'"):
+    with pytest.raises(UserError, match=r"--gguf-type: got 'q8', must be one of f32, f16, .*\. Did you mean 'q8_0'"):
         check_options(ExportOptions(format_="gguf", gguf="q8"))
     check_options(ExportOptions(target="ollama", gguf="q4_k_m", base="original"))
+    with pytest.raises(UserError, match=r"--format gguf \(chosen by --for ollama\)\. Fix: remove --dtype\."):
+        check_options(ExportOptions(target="ollama", dtype="float16"))
 
 
 # --- mixtures of experts

@@ -431,7 +431,9 @@ def test_one_row_that_is_half_a_percent_off_fails(tmp_path: Path, compute: torch
     found = verify(model, tmp_path / "out")
     assert not found["passed"]
     assert found["weights"]["worst_layer"] == "model.layers.1.self_attn.v_proj"
-    assert "model.layers.1.self_attn.v_proj: its merged weight is" in found["faults"][0]
+    assert (
+        "the merged weight of model.layers.1.self_attn.v_proj differs from the computed one by " in found["faults"][0]
+    )
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
@@ -439,7 +441,7 @@ def test_a_wrong_tensor_outside_the_adapters_fails_by_the_logits(tmp_path: Path,
     export_merged(running, None, tmp_path / "out")
     damage(tmp_path / "out", name, lambda tensor: tensor * 1.1)
     found = verify(running, tmp_path / "out")
-    assert found["faults"][0].startswith("mean_logit_difference between exported and reference is")
+    assert found["faults"][0].startswith("the logits of the export differ from those of the trained model by ")
     assert found["weights"]["max_error"] <= 1.0
 
 

@@ -218,6 +218,6 @@ def test_the_guide_has_every_program_with_its_release_and_packages() -> None:
 
 def test_an_unknown_program() -> None:
     with pytest.raises(
-        UserError, match=r"--for: must be one of transformers, vllm, .* \(got 'vlm'\)\. Did you mean 'vllm'\?"
+        UserError, match=r"--for: got 'vlm', must be one of transformers, vllm, .*\. Did you mean 'vllm'\?"
     ):
         check_options(ExportOptions(target="vlm"))

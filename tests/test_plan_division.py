@@ -263,4 +263,4 @@ def test_the_command_plans_for_several_cards(tmp_path: Path) -> None:
     assert found[0]["base_bytes"] > found[2]["base_bytes"] > found[1]["base_bytes"]
     done = runner.invoke(app, ["plan", str(file), "--device", "cpu", "--processes", "4", "--hosts", "3"])
     assert done.exit_code == 2
-    assert "--hosts: must divide --processes, 4, got 3." in done.output
+    assert "--hosts: got 3, must divide --processes (4)." in done.output

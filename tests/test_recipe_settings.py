@@ -33,6 +33,7 @@ from qdora.recipe.recipe_file import (
     resolved_yaml,
 )
 from qdora.recipe.recipe_file import settings as settings_of
+from qdora.recipe.section import in_yaml
 from qdora.recipe.settings import Recipe
 
 TOKEN = "hf_" + "a1B2" * 8
@@ -186,7 +187,7 @@ def test_numbers_as_people_write_them(text: str, value: float) -> None:
 )
 def test_a_wrong_value_says_what_is_allowed(where: str, key: str, value: Any, allowed: str) -> None:
     (line,) = faults(section(where, **{key: value}))
-    assert line.startswith(f"r.yaml: {where}.{key}: not valid, got {value!r}, allowed: ")
+    assert line.startswith(f"r.yaml: {where}.{key}: not valid, got {in_yaml(value)}, allowed: ")
     assert allowed in line
     assert "\n" not in line
 
@@ -224,7 +225,7 @@ trackers: [wandbb]
             f"r.yaml: model.source: missing, allowed: {source}",
             f"r.yaml: model.sorce: unknown key, allowed: {models}. Did you mean 'source'?",
             f"r.yaml: adapter.rnak: unknown key, allowed: {ranks}. Did you mean 'rank'?",
-            "r.yaml: adapter.alpha: not valid, got True, allowed: a finite number above 0.",
+            "r.yaml: adapter.alpha: not valid, got true, allowed: a finite number above 0.",
             f"r.yaml: data.mix[0].task: not valid, got 'bolq', allowed: {names}. Did you mean 'boolq'?",
             "r.yaml: data.mix[1]: exactly one of task and source must be set, got both.",
             f"r.yaml: data.mix[2]: not a section, got 3, allowed: {keys}.",
@@ -303,7 +304,7 @@ def test_missing_sections_say_what_they_hold() -> None:
         ("model: {source: x}\ndata: {}\nmodel: {}\n", "r.yaml: line 3: key 'model' is given twice."),
         ("", "r.yaml: empty, allowed: the sections model, base,"),
         ("# only a comment\n", "r.yaml: empty, "),
-        ("- a\n- b\n", "r.yaml: not a mapping, got ['a', 'b'], allowed: the sections"),
+        ("- a\n- b\n", "r.yaml: not a mapping, got [a, b], allowed: the sections"),
         ("just words", "r.yaml: not a mapping, got 'just words', "),
         ("a: 1\n---\nb: 2\n", "r.yaml: line 2: not YAML: but found another document."),
         ("a: !!python/object/apply:os.system [ls]\n", "r.yaml: line 1: not YAML: could not determine a constructor"),
@@ -485,11 +486,11 @@ def test_experts_of_another_rank_can_have_the_same_scaling() -> None:
         ),
         (
             section("train", lr_ratio_B=16, lr_ratio_magnitude=1) | {"adapter": {"kind": "lora"}},
-            "train.lr_ratio_magnitude: would be ignored because adapter.kind lora has none, got 1.0. Fix: remove it",
+            "train.lr_ratio_magnitude: would be ignored because adapter.kind lora has no magnitudes, got 1.0. Fix: ",
         ),
         (
             section("train", lr_ratio_B=16) | {"adapter": {"kind": "full"}, "base": {"quant": "none"}},
-            "train.lr_ratio_B: would be ignored because adapter.kind full has none, got 16.0. Fix: remove it",
+            "train.lr_ratio_B: would be ignored because adapter.kind full has no adapter, got 16.0. Fix: remove it",
         ),
         (
             section("adapter", kind="full"),
@@ -501,7 +502,7 @@ def test_experts_of_another_rank_can_have_the_same_scaling() -> None:
         ),
         (
             section("data", strategy="weights", mix=[{"task": "boolq", "weight": 2}, {"task": "piqa"}]),
-            "data.mix[1].weight: must be a number above 0 with data.strategy weights, got None.",
+            "data.mix[1].weight: must be a number above 0 with data.strategy weights, got null.",
         ),
         (
             section("data", mix=[{"source": "/a", "stream": True}], too_long="error"),
@@ -513,7 +514,7 @@ def test_experts_of_another_rank_can_have_the_same_scaling() -> None:
         ),
         (
             section("data", strategy="temperature"),
-            "data.temperature: must be a finite number above 0 with data.strategy temperature, got None.",
+            "data.temperature: must be a finite number above 0 with data.strategy temperature, got null.",
         ),
         (section("data", mix=[]), "data.mix: must have at least one source, got []."),
         (section("data", mix=[{}]), "data.mix[0]: exactly one of task and source must be set, got neither."),
@@ -538,7 +539,7 @@ def test_experts_of_another_rank_can_have_the_same_scaling() -> None:
         (section("model", trust_remote_code=True), "model.trust_remote_code: runs code from the Hub"),
         (
             {**minimal(), "trackers": ["wandb", "wandb"]},
-            "trackers: must name each tracker once, got ['wandb', 'wandb'].",
+            "trackers: must name each tracker once, got [wandb, wandb].",
         ),
     ],
 )
@@ -844,7 +845,10 @@ def test_access_tokens_are_refused_everywhere_and_never_repeated() -> None:
         ({"method": "wanda"}, "base.prune.sparsity: must be set for pattern unstructured: a share of zeros below 1."),
         ({"pattern": "2:4", "sparsity": 0.5}, "base.prune.sparsity: would be ignored because base.prune.pattern 2:4"),
         ({"sparsity": 1.0}, "base.prune.sparsity: not valid, got 1.0, allowed: a number, at least 0 and below 1"),
-        ({"sparsity": 0.5, "damping": 0.1}, "base.prune.damping: would be ignored because base.prune.method wanda"),
+        (
+            {"sparsity": 0.5, "damping": 0.1},
+            "base.prune.damping: would be ignored because only base.prune.method",
+        ),
         ({"pattern": "2:4", "group": "row"}, "base.prune.group: would be ignored because base.prune.pattern 2:4"),
         (
             {"method": "sparsegpt", "sparsity": 0.5, "order": "quantize_first"},
@@ -852,13 +856,28 @@ def test_access_tokens_are_refused_everywhere_and_never_repeated() -> None:
         ),
         (
             {"method": "magnitude", "sparsity": 0.5, "calibration": {"length": 8}},
-            "base.prune.calibration: would be ignored because base.prune.method magnitude",
+            "calibration: would be ignored because base.prune.method magnitude needs no calibration, got {length: 8}.",
         ),
     ],
 )
 def test_pruning_that_means_nothing(prune: dict[str, Any], message: str) -> None:
     (line,) = faults(section("base", prune=prune))
     assert message in line
+
+
+def test_values_are_shown_as_a_recipe_has_them() -> None:
+    shown = {
+        "null": None,
+        "true": True,
+        "'true'": "true",
+        "[q_proj, 'true', 'a: b', '', 1.5, null]": ("q_proj", "true", "a: b", "", 1.5, None),
+        "{enable_thinking: false, a: [1, {b: c}]}": {"enable_thinking": False, "a": [1, {"b": "c"}]},
+        "2024-05-01": yaml.safe_load("2024-05-01"),
+    }
+    assert [in_yaml(value) for value in shown.values()] == list(shown)
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    assert in_yaml(cycle) == "[[[[[[...]]]]]]"
 
 
 def test_pruning_and_the_other_sections() -> None:
@@ -1178,13 +1197,13 @@ def test_what_a_stream_lacks_is_one_answer_and_its_defaults_run() -> None:
     first, second, third = faults_of_data(stream, {"source": "/b.txt"}, other, too_long="error")
     assert first.startswith("too_long: must be truncate, drop or split with a stream")
     assert second.startswith(
-        "mix[0].size: must be given for files other than Parquet with data.strategy proportional, got None."
+        "mix[0].size: must be given for files other than Parquet with data.strategy proportional, got null."
     )
     assert third.startswith(
         "mix[2].size: must be given for files other than Parquet with data.strategy proportional and max_epochs"
     )
     assert faults_of_data(stream | {"max_epochs": 2}) == [
-        "mix[0].size: must be given for files other than Parquet with max_epochs, got None."
+        "mix[0].size: must be given for files other than Parquet with max_epochs, got null."
     ]
 
 

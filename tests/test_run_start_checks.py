@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from qdora.data.chat_template import set_chat_settings
 from qdora.data.mix_plan import MixPlan, SourcePlan
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.errors import UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.data_settings import DataConfig
 from qdora.run import prepare, start_checks, trainer
@@ -215,6 +217,27 @@ def test_tokens_of_the_chat_template_that_the_base_never_learnt(
     told = json.loads((tmp_path / "run/checks.json").read_text())["tokens"]
     text = "the training data has tokens that the base never learnt: <|im_start|>, <|im_end|>. Their rows"
     assert [check["text"].startswith(text) for check in told] == ([True] if warns else [])
+
+
+def test_a_run_that_evaluates_nothing_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    def told(**changes: Any) -> list[str]:
+        recipe = tiny_run.one_layer_recipe(tmp_path, data__validation_fraction=0, **changes)
+        found = prepare.prepare(recipe, tmp_path / "run", Processes(), where="r.yaml", force=False)
+        caplog.clear()
+        checks = prepare._evaluation_checks(found)
+        return [*(each.text for each in checks if each.state == "warning"), *caplog.messages]
+
+    assert told() == [
+        "no source has validation data, so nothing is evaluated. Fix: set validation in a source, or eval.tasks: []."
+    ]
+    assert not told(eval__tasks=[], eval__limit=...)
+    with pytest.raises(UserError, match=r"^eval\.every: got 2, but no source has validation data\. Fix: set valid"):
+        told(eval__every=2)
+    sums, letters = tiny_run.write_data(tmp_path / "data")
+    mix = [{"source": str(sums), "validation": str(letters)}, {"source": str(sums), "name": "again"}]
+    assert told(data__mix=mix, eval__every=2) == ["Not evaluated, since there is no validation data: again."]
 
 
 def test_what_ends_another_process_is_no_fault_of_a_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -343,9 +344,11 @@ def test_states_stay_paged_over_a_resume_on_cuda(name: Any) -> None:
 
 
 def test_without_cuda_a_paged_optimizer_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     for name in NAMES:
         caplog.clear()
         AdapterOptimizer(parameters(), name=name)
+        assert all(record.levelno == logging.INFO for record in caplog.records)
         lines = [record.getMessage() for record in caplog.records]
         wanted = f"{name}: no CUDA here, so its states are not paged; the arithmetic is the same."
         assert lines == ([wanted] if name in PAGED else [])

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ from qdora.run.load_run import load_run, load_target
 from qdora.run.open_directory import resumed_recipe
 from qdora.run.train import train_run
 from qdora.train import passes
+from qdora.train.checkpoint import read_state
 from tests import tiny_run, tiny_tokenizer
 from tests.launched import start_command
 from tests.run_files import assert_same_run, make_gradients_nan, same_tensors, stop_after, timeless, trained
@@ -210,6 +212,17 @@ def test_a_checkpoint_that_another_program_wrote_is_one_line(
         train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
     assert str(newest.path) in str(raised.value)
     assert len(raised.value.faults) == 1
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_another_number_of_processes_is_told_where_steps_draw(
+    whole: Path, caplog: pytest.LogCaptureFixture, draws: bool
+) -> None:
+    newest = open_run(whole).newest_checkpoint()
+    assert newest is not None
+    options: dict[str, Any] = {"processes": Mock(size=4, rank=3), "seed": 1, "draws": draws}
+    read_state(newest.path, optimizer=Mock(), load_loader=Mock(), **options)
+    assert ("from 1 processes, this run has 4: same data, different dropout." in caplog.text) == draws
 
 
 def test_data_that_changed_is_refused_on_resume_and_nothing_is_rewritten(root: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def plan(
     if device not in ("cuda", "cpu"):
         raise UserError(not_one_of("--device", device, ("cuda", "cpu")))
     if processes % hosts:
-        raise UserError(f"--hosts: must divide --processes, {processes}, got {hosts}.")
+        raise UserError(f"--hosts: got {hosts}, must divide --processes ({processes}).")
     kind = cast(Literal["cuda", "cpu"], device)
     from qdora.plan.plan_view import plan_run
 

@@ -23,7 +23,7 @@ import typer
 
 from qdora.errors import Interrupted, RunFailure, UserError, named
 from qdora.files.atomic import json_text
-from qdora.files.console import show_only
+from qdora.files.console import is_told_here, show_only
 from qdora.files.end_signals import END_SIGNALS, SAME_REQUEST_SECONDS, leave_closed_terminal
 
 USER_MISTAKE, FAILURE, INTERRUPT = 2, 1, 130
@@ -87,9 +87,11 @@ def _set_up_output() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows the text of a model in escapes
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    is_quiet = _asked.quiet or os.environ.get("RANK", "0") != "0"  # all processes of a launch do the same things
+    is_first = os.environ.get("RANK", "0") == "0"  # all processes of a launch do the same things
     # The level is set on the handler: a run lowers that of its logger, so that log.txt gets everything.
-    logging.getLogger().handlers[0].setLevel(logging.WARNING if is_quiet else logging.INFO)
+    handler = logging.getLogger().handlers[0]
+    handler.setLevel(logging.INFO if is_first and not _asked.quiet else logging.WARNING)
+    handler.addFilter(functools.partial(is_told_here, is_first=is_first))
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself

@@ -197,11 +197,11 @@ def _unlike_prompt(template: ChatTemplate) -> str:
     ways = [
         "give the turns reasoning_content" if "reasoning_content" not in template.unprinted else "",
         f"set data.template_kwargs (it reads {options})" if options else "",
-        "give a template that does not with data.chat_template",
+        "set data.chat_template to a template without this difference",
     ]
     return (
-        f"the chat template ends a prompt with {template.generation_prompt!r} and prints answers of the data "
-        "otherwise: a server gives the model another text than it learns from. Fix: "
+        f"before an answer the chat template writes {template.generation_prompt!r}, but answers in the training data "
+        "do not begin so. A server will give the model another prompt than it was trained with. Fix: "
         f"{', or '.join(way for way in ways if way)}."
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 from qdora.data.readers import PlacedRow, Shards
 from qdora.data.rows import Entry, Rows, empty_data_set
 from qdora.errors import HubFailure, UserError, nearest_path
+from qdora.files.console import OF_THIS_PROCESS
 from qdora.recipe.data_settings import SourceConfig, split_names
 from qdora.recipe.faults import reason_of
 
@@ -106,5 +107,6 @@ def _shard(place: str, stream: Any, number: int, skip: int) -> Iterator[PlacedRo
             if wait is None:
                 where = f"{place}: shard {number}: row {row}"
                 raise UserError(f"{where}: cannot be read from the Hub ({reason_of(error)})") from error
-            logger.warning("%s: shard %d: %s. Trying again in %g s.", place, number, reason_of(error), wait)
+            text = "%s: shard %d: %s. Trying again in %g s."
+            logger.warning(text, place, number, reason_of(error), wait, extra=OF_THIS_PROCESS)
             time.sleep(wait)

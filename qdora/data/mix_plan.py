@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -10,6 +10,8 @@ from rich.table import Table
 
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
+from qdora.data.row_formats import looks_meant
+from qdora.data.text_notes import NO_SECOND
 from qdora.data.tokenize import TokenizedSet
 from qdora.files.run_directory import RunDirectory
 
@@ -104,11 +106,26 @@ def unused_in_words(columns: Sequence[str]) -> str:
 
 
 def mix_warnings(plan: MixPlan) -> list[str]:
-    """What the user should know of a mix before it is trained on, one line each."""
+    """What may be wrong with a mix, one line each: unused columns that look meant, notes, too large a step."""
     large = large_step_warning(plan)
-    unused = [f"{source.name}: {unused_in_words(source.unused)}" for source in plan.sources if source.unused]
-    notes = [f"{source.name}: {note}" for source in plan.sources for note in source.notes]
-    return [*unused, *notes, *([] if large is None else [large])]
+    return [*_unused(plan, meant=True), *_notes(plan, harmless=False), *([] if large is None else [large])]
+
+
+def mix_facts(plan: MixPlan) -> list[str]:
+    """What is known of a mix and needs no change, one line each."""
+    return [*_unused(plan, meant=False), *_notes(plan, harmless=True)]
+
+
+def _unused(plan: MixPlan, *, meant: bool) -> Iterator[str]:
+    for source in plan.sources:
+        columns = [column for column in source.unused if looks_meant(column) == meant]
+        if columns:
+            yield f"{source.name}: {unused_in_words(columns)}"
+
+
+def _notes(plan: MixPlan, *, harmless: bool) -> list[str]:
+    notes = ((source.name, note) for source in plan.sources for note in source.notes)
+    return [f"{name}: {note}" for name, note in notes if (NO_SECOND in note) == harmless]
 
 
 def show_mix(console: Console, plan: MixPlan) -> None:

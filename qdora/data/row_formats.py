@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -158,8 +159,24 @@ def unused_columns(row: Row, format: str, chat: bool = False) -> Iterator[str]:
             yield from (f"{column}.{name}" for name in names if name not in _TURN_KEYS[column])
 
 
+def looks_meant(column: str) -> bool:
+    """Whether a column that is not read may have been meant to be: system_prompt, tools, weight, or nearly a known one.
+
+    `column` is as `unused_columns` names it.
+    """
+    name = column.rpartition(".")[2].lower()
+    known = {each for layout in FORMATS.values() for each in (*layout.required, *layout.optional)}
+    known |= {key for keys in _TURN_KEYS.values() for key in keys} | _OFTEN_MEANT
+    parts = set(re.split(r"[^a-z]+", name))
+    return bool(parts & _OFTEN_MEANT or difflib.get_close_matches(name, known, n=1, cutoff=_NEARLY))
+
+
 CHAT_COLUMNS = ("system", "tools")
 """Columns that are read, too, if prompt and completion become a chat."""
+
+_OFTEN_MEANT = {"system", "tool", "tools", "weight", "weights"}
+_NEARLY = 0.8
+"""Similarity of difflib from which on a column counts as a known one in another spelling."""
 
 _TURN_KEYS = {
     "messages": TURN_KEYS,

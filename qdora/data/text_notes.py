@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from unicodedata import east_asian_width
 
+NO_SECOND = "no second one is added"
+"""Among the notes that only tell what qdora does, and need no change."""
+
 _SHOWN = 12
 """Characters on each side of a border that are shown."""
 
@@ -43,12 +46,11 @@ class TextNotes:
         if self.num_begun:
             yield (
                 f"{self._of(self.num_begun)} begin with the beginning-of-sequence token that the tokenizer adds to a "
-                "text: no second one is added."
+                f"text: {NO_SECOND}."
             )
         if self.num_ended:
             yield (
-                f"{self._of(self.num_ended)} end with a stop token: no second one is added, and white space behind it "
-                "is left out."
+                f"{self._of(self.num_ended)} end with a stop token: {NO_SECOND}, and white space behind it is left out."
             )
         if self.num_glued:
             yield (

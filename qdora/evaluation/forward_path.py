@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,23 @@ class ForwardPath:
     """The model's forward takes `logits_to_keep`."""
 
 
+_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def tell_once(model: nn.Module, level: int, text: str) -> None:
+    """Log a line about a model, unless an earlier evaluation of it has logged the same one."""
+    told = _told.setdefault(model, set())
+    if text not in told:
+        told.add(text)
+        logger.log(level, "%s", text)
+
+
 def choose_path(model: nn.Module) -> ForwardPath:
     """`find_path`, with a line in the log if evaluation is slower than on other models."""
     path = find_path(model)
     if not path.shared_prefix:
-        logger.info("Every choice is scored with its whole prompt, not after a shared prefix: %s.", path.reason)
+        text = f"Every choice is scored with its whole prompt, not after a shared prefix: {path.reason}."
+        tell_once(model, logging.INFO, text)
     return path
 
 

@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import RunFailure, UserError
-from qdora.evaluation.forward_path import ForwardPath, find_path, scoring
+from qdora.evaluation.forward_path import ForwardPath, find_path, scoring, tell_once
 from qdora.evaluation.halved_batches import halved_where_short
 from qdora.evaluation.metrics import mean_stderr
 from qdora.evaluation.shared_batches import results_of
@@ -44,8 +44,6 @@ from qdora.evaluation.token_scores import length_batches, padded
 from qdora.files.console import Progress
 from qdora.model.stop_ids import stop_ids_of_model
 from qdora.model.text_config import context_length
-
-logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 32
 """As in the published evaluation."""
@@ -360,7 +358,8 @@ def decode_greedily(
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     most = max_batch_tokens if path.cache_keyword else 1
     if not path.cache_keyword:
-        logger.warning("answers are generated one by one, without a cache, which is slow: %s", path.reason)
+        text = f"answers are generated one by one, without a cache, which is slow: {path.reason}"
+        tell_once(model, logging.WARNING, text)
 
     def fits(batch: list[int]) -> bool:
         return len(batch) * (len(prompts[batch[0]]) + max_new_tokens) <= most

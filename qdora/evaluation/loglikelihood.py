@@ -16,12 +16,10 @@ from qdora.data.encode_chats import encode_chats
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_pairs, special_prefix
 from qdora.errors import UserError
-from qdora.evaluation.forward_path import ForwardPath, choose_path
+from qdora.evaluation.forward_path import ForwardPath, choose_path, tell_once
 from qdora.evaluation.token_scores import Span, score_groups, score_spans, strided_spans
 from qdora.files.console import Progress
 from qdora.model.text_config import context_length
-
-logger = logging.getLogger(__name__)
 
 _CHECKED_AT_A_TIME = 1024
 _SHOWN_FAULTS = 10
@@ -76,7 +74,7 @@ def score_choices(
     """
     path = path or choose_path(model)
     groups, truncated = _choice_groups(tokenizer, examples, context_length(model))
-    _log_truncation(truncated)
+    _log_truncation(model, examples, truncated)
     scores = score_groups(model, groups, max_batch_tokens=max_batch_tokens, path=path, progress=progress)
     return [
         ChoiceScores(
@@ -112,7 +110,7 @@ def score_answers(
     """
     path = path or choose_path(model)
     spans, truncated = _answer_spans(tokenizer, examples, context_length(model))
-    _log_truncation(truncated)
+    _log_truncation(model, examples, truncated)
     flat = [span for found in spans for span in found]
     flat_scores = score_spans(model, flat, max_batch_tokens=max_batch_tokens, path=path, progress=progress)
     ends = np.cumsum([len(found) for found in spans])
@@ -249,9 +247,10 @@ def _raise_faults(faults: Sequence[str]) -> None:
         raise UserError(*faults[:_SHOWN_FAULTS], *([f"{rest} more examples that cannot be scored"] if rest > 0 else []))
 
 
-def _log_truncation(truncated: Sequence[int]) -> None:
-    """One line where prompts were cut."""
+def _log_truncation(model: nn.Module, examples: Sequence[Example], truncated: Sequence[int]) -> None:
+    """One line where prompts were cut, once for a model and these examples."""
     num_cut = sum(cut > 0 for cut in truncated)
     if num_cut:
-        what = "%d of %d examples exceed the model's context; up to %d tokens were cut from the left of the prompt"
-        logger.warning(what, num_cut, len(truncated), max(truncated))
+        names = ", ".join(sorted({example.task for example in examples}))
+        what = f"{num_cut} of {len(truncated)} examples exceed the model's context; up to {max(truncated)} tokens were"
+        tell_once(model, logging.WARNING, f"{names}: {what} cut from the left of the prompt")

@@ -49,6 +49,10 @@ _MAX_OVER_MEAN = 40.0
 _OVER_OWN_NOISE = 2.0
 _NUM_TEXTS = 24
 """About 2,000 tokens: enough for a maximum over positions to be meaningful."""
+_DIFFER = {
+    "mean_logit_difference": "the logits of the export differ from those of the trained model",
+    "kl_mean": "the probabilities of the export differ from those of the trained model (KL, in nats)",
+}
 _FALLBACK = "The quick brown fox jumps over the lazy dog, and then it rests in the shade of an old oak tree."
 
 
@@ -227,16 +231,15 @@ def verdict(
             else:
                 over.append(position)
     faults = faults + [
-        f"{name} between exported and reference is {error[name]:.3g}, must be at most {tolerance[name]:.3g}"
-        for name in ("mean_logit_difference", "kl_mean")
+        f"{what} by {error[name]:.3g} on average (allowed {tolerance[name]:.3g})"
+        for name, what in _DIFFER.items()
         if not error[name] <= tolerance[name]  # not >: NaN fails
     ]
     if over:
         worst = max(reversed(over), key=lambda at: math.inf if math.isnan(total.errors[at]) else total.errors[at])
         faults.append(
-            f"max_logit_difference between exported and reference is {total.errors[worst]:.3g} at position {worst} of "
-            f"{len(total.errors)}, must be at most {tolerance['max_logit_difference']:.3g} (the running model's own "
-            f"error there: {total.noises[worst]:.3g}; positions over: {len(over)})"
+            f"{_DIFFER['mean_logit_difference']} by up to {total.errors[worst]:.3g} (allowed "
+            f"{tolerance['max_logit_difference']:.3g}) at {len(over)} of {len(total.errors)} positions"
         )
     return _outcome(faults, stored, running_dtype, num_positions=total.exported_vs_reference.num_positions) | {
         "ill_conditioned": num_explained,

@@ -130,7 +130,9 @@ def write_merge(
     if recipe.adapter.kind == "full" or recipe.base.prune is not None:
         if options.base is not None or options.requantize:
             why = "adapter.kind full has no adapter to merge" if recipe.base.prune is None else "the base is pruned"
-            raise UserError(f"--base, --requantize: not possible, {why}. Fix: remove the options.")
+            given = ["--base"] if options.base is not None else []
+            given += ["--requantize"] if options.requantize else []
+            raise UserError(f"{', '.join(given)}: not possible, {why}. Fix: remove {' and '.join(given)}.")
         source, tokenizer = load().model, load().tokenizer
     else:
         source, tokenizer = merge_of(opened, recipe, where, options)

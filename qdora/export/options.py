@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError, not_one_of
 from qdora.export.checkpoint_writer import MAX_SHARD_BYTES
 from qdora.export.gguf_types import GGUF_TYPES, GgufType
 from qdora.export.hub_push import check_repository
@@ -104,7 +104,7 @@ def check_options(options: ExportOptions) -> None:
         "--gguf-type": (options.gguf, GGUF_TYPES),
     }
     faults = [
-        f"{name}: must be one of {', '.join(allowed)} (got {value!r}).{nearest(value, allowed)}"
+        not_one_of(name, value, allowed)
         for name, (value, allowed) in named.items()
         if value is not None and value not in allowed
     ]
@@ -118,8 +118,9 @@ def check_options(options: ExportOptions) -> None:
         "--gguf-type": (options.gguf is not None, ("gguf",)),
         "--llama-cpp": (options.llama_cpp is not None, ("gguf",)),
     }
+    chosen = "" if options.format_ is not None or options.target is None else f" (chosen by --for {options.target})"
     faults += [
-        f"{name}: has no effect on --format {options.format}."
+        f"{name}: has no effect on --format {options.format}{chosen}. Fix: remove {name}."
         for name, (is_set, formats) in with_effect.items()
         if is_set and options.format not in formats
     ]

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError, not_one_of
 from qdora.model.adapter_file import AdapterDescription
 from qdora.ops.bnb_state import FOUR_BIT_KINDS
 from qdora.recipe.settings import Recipe
@@ -82,8 +82,7 @@ def check_target_name(name: str) -> None:
     """Raise UserError unless the table has this program."""
     if name not in TARGETS:
         raise UserError(
-            f"--for: must be one of {', '.join(TARGETS)} (got {name!r}).{nearest(name, TARGETS)} "
-            "Fix: for another program leave it out; most load --format merged."
+            f"{not_one_of('--for', name, TARGETS)} Fix: for another program leave it out; most load --format merged."
         )
 
 

@@ -248,7 +248,8 @@ def embedding_faults(
 
 
 def _weight_faults(weights: Mapping[str, Any], what: str) -> list[str]:
-    fault = f"{weights['worst_layer']}: its {what} weight is {weights['max_error']:.3g} roundings off"
+    layer, error = weights["worst_layer"], weights["max_error"]
+    fault = f"the {what} weight of {layer} differs from the computed one by {error:.3g} times the rounding error"
     return [] if weights["max_error"] <= 1.0 else [fault]  # NaN is a fault
 
 

@@ -17,6 +17,16 @@ Progress = Callable[[int, int], None]
 _shown = {"progress": True, "results": True}
 
 
+OF_THIS_PROCESS = {"of_this_process": True}
+"""`extra` of a warning about this process alone. Other warnings come from every process of a launch, and only the first
+one shows them."""
+
+
+def is_told_here(record: logging.LogRecord, *, is_first: bool) -> bool:
+    """Whether a process of a launch shows a record: the first shows all, the others errors and `OF_THIS_PROCESS`."""
+    return is_first or record.levelno >= logging.ERROR or hasattr(record, "of_this_process")
+
+
 def show_only(*, progress: bool, results: bool) -> None:
     """Choose what the consoles of this process show from now on: --quiet hides progress, --json hides tables."""
     _shown.update(progress=progress, results=results)

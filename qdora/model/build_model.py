@@ -33,6 +33,7 @@ from qdora.model.trained_embeddings import (
 )
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.ops.kernel_choice import check_kernels
+from qdora.recipe.section import in_yaml
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -186,7 +187,8 @@ def _check_same_rows(model: PreTrainedModel, recipe: Recipe, directory: Path, id
     before = (describe_adapter(directory).extra or {}).get("add_tokens", [])
     if before != list(recipe.model.add_tokens):
         raise UserError(
-            f"model.add_tokens: must be {before} as in the adapter in {directory}, got {list(recipe.model.add_tokens)}."
+            f"model.add_tokens: must be {in_yaml(before)} as in the adapter in {directory}, got "
+            f"{in_yaml(recipe.model.add_tokens)}."
         )
     if any(each.ids != ids for each in found.values()):
         held = ", ".join(str(each.ids) for each in found.values())

@@ -244,7 +244,9 @@ def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, Stored]:
     faults = []
     for tensor in header.tensors:
         if tensor.name == _ROTARY_FACTORS:
-            log.warning("%s: the rotary factors for long contexts are not read; the safetensors model has them.", path)
+            text = "%s: its rotary factors (%s) are not read: the model answers otherwise than the original, above all "
+            text += "in long texts. Fix: use the safetensors model."
+            log.warning(text, path, tensor.name)
             continue
         if tensor.name == _HEAD and model.config.tie_word_embeddings:
             continue

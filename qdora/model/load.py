@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from qdora.errors import UserError, nearest
+from qdora.errors import UserError, not_one_of
 from qdora.files.console import Progress
 from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
 from qdora.model.experts import stacks, use_expert_layers_
@@ -56,6 +57,7 @@ from qdora.model.stored_tensors import (
 from qdora.model.weight_conversion import rename_to_model
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
+from qdora.ops.blockwise import NotFinite
 from qdora.ops.codebooks import CODE_BITS, MXFP4, SIMULATED
 from qdora.ops.packed import BLOCK_SIZES, KINDS, PackedWeight, dequantize, packed_rows, quantize
 from qdora.ops.tiles import Weight
@@ -162,7 +164,8 @@ def load_model(
         # The loaded layers are not transformers' own: with this entry the model would refuse to be saved.
         del config.quantization_config
     model = skeleton(config, source, compute_dtype, attention, device)
-    stored = (reader or tensors_of_source)(source, model)
+    with _named_if_not_finite(source):
+        stored = (reader or tensors_of_source)(source, model)
     if not_loaded(model):
         log.info("%s", in_words(model))
     layers = (layers_to_quantize if placer is None else chosen_layers)(model, wanted)
@@ -170,9 +173,20 @@ def load_model(
     if before_reading is not None:
         before_reading(model, device)
     load = Loading(model, stored, layers, wanted, device=device, compute_dtype=compute_dtype, progress=progress)
-    (placer or place_all)(load)
+    with _named_if_not_finite(source):
+        (placer or place_all)(load)
     _finish(model, source, device)
     return model
+
+
+@contextmanager
+def _named_if_not_finite(source: ModelSource) -> Iterator[None]:
+    """Name the model where one of its weights is not finite."""
+    try:
+        yield
+    except NotFinite as error:
+        fix = "Fix: download it again; if the weights are published so, use another model."
+        raise UserError(*(f"model.source: {source.name}: {fault} {fix}" for fault in error.faults)) from error
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
@@ -490,11 +504,10 @@ def _check_settings(wanted: Quantization, compute_dtype: torch.dtype, attention:
         ("model.attention", attention, ATTENTION_KINDS),
     ):
         if given not in allowed:
-            faults.append(f"{key}: must be one of {', '.join(allowed)} (got {given!r}).{nearest(given, allowed)}")
+            faults.append(not_one_of(key, given, allowed))
     if wanted.kind in CODE_BITS and wanted.block_size not in BLOCK_SIZES:
-        sizes = ", ".join(map(str, BLOCK_SIZES))
-        faults.append(f"base.block_size: must be one of {sizes} (got {wanted.block_size}).")
+        faults.append(not_one_of("base.block_size", wanted.block_size, map(str, BLOCK_SIZES)))
     if compute_dtype not in COMPUTE_DTYPES:
-        faults.append(f"model.dtype: must be one of bfloat16, float16, float32, float64 (got {compute_dtype}).")
+        faults.append(f"model.dtype: got {compute_dtype}, must be one of bfloat16, float16, float32, float64.")
     if faults:
         raise UserError(*faults)

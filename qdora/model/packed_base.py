@@ -441,5 +441,6 @@ def _check_room(folder: Path, stored: Mapping[str, Stored], layers: set[str], wa
     if free < needed:
         raise UserError(
             f"base.cache: {folder.parent}: {DISK_FULL}: {free / 2**30:.1f} GiB are free, the packed base needs "
-            f"{needed / 2**30:.1f} GiB. Fix: name a directory on another disk, or set null if the base is not on disk."
+            f"{needed / 2**30:.1f} GiB. Fix: name a directory on another disk, or set base.cache: null "
+            "(not with base.residency disk)."
         )

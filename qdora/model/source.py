@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qdora.errors import HubFailure, UserError, nearest_entry, nearest_path
+from qdora.errors import HubFailure, NoTokenizer, UserError, nearest_entry, nearest_path
 from qdora.files.json_file import read_json_object
 from qdora.files.user_paths import user_path
 from qdora.model.gguf_file import require_gguf
@@ -297,7 +297,7 @@ def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> 
         fix = (
             "name a model that has it in model.tokenizer" if setting == "model.tokenizer" else "copy its base's into it"
         )
-        raise UserError(
+        raise NoTokenizer(
             f"{setting}: {source.path} has no tokenizer, expected one of {', '.join(_TOKENIZER_FILES)}. Fix: {fix}."
         )
     if source.is_gguf:

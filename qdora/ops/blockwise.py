@@ -33,6 +33,10 @@ def _chunk(device: torch.device) -> int:
     return _CPU_CHUNK if device_kind(device) == "cpu" else _GPU_CHUNK
 
 
+class NotFinite(UserError):
+    """A weight that has NaN or infinite entries."""
+
+
 @torch.no_grad()
 def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "weight") -> tuple[Tensor, Tensor]:
     """Round each weight to the nearest value of a table, scaled by the largest magnitude of its block.
@@ -49,7 +53,7 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
         name: The weight's name in an error.
     Returns: Codes (ceil(numel / 2),) uint8, first of two weights in the high nibble, and absmax (blocks,) float32. The
         absmax of a zero block is 0 (1e-38 in a short last block).
-    Raises UserError: If a weight is not finite.
+    Raises NotFinite: If a weight is not finite.
     """
     flat = weight.reshape(-1)
     numel = flat.numel()
@@ -74,7 +78,7 @@ def raise_not_finite(flat: Tensor, name: str) -> NoReturn:
     """Raise the error for a flat weight with NaN or infinite entries."""
     numel, chunk = flat.numel(), _chunk(flat.device)
     count = numel - sum(int(flat[at : at + chunk].float().isfinite().sum()) for at in range(0, numel, chunk))
-    raise UserError(f"{name}: {count} of {numel} weights are not finite (NaN or infinite) and cannot be quantised.")
+    raise NotFinite(f"{name}: {count} of {numel} weights are not finite (NaN or infinite) and cannot be quantised.")
 
 
 def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

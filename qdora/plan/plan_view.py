@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qdora.data import build_data, mix_plan
-from qdora.errors import HubFailure, UserError
+from qdora.errors import HubFailure, NoTokenizer, UserError
 from qdora.files.console import consoles
 from qdora.files.run_directory import PLAN_FILE, RunDirectory
 from qdora.files.svg_figure import svg_file
@@ -74,6 +74,8 @@ def plan_run(
         mix_plan.show_mix(results, mix)
         for text in mix_plan.mix_warnings(mix):
             logger.warning(text)
+        for text in mix_plan.mix_facts(mix):
+            logger.info(text)
     planning: dict[str, Any] = {"device_kind": device_kind, "workload": workload}
     num_sharing = {"shard": num_processes, "hybrid": num_processes // num_hosts}.get(recipe.train.parallel, 1)
     shared = planning | {"num_sharing": num_sharing}
@@ -106,7 +108,7 @@ def _workload(recipe: Recipe) -> tuple[mix_plan.MixPlan | None, Workload, list[s
     full = "every micro-batch is full, and all its rows have data.max_length labelled tokens"
     try:
         _, tokenizer = find_model(recipe, weights=False)
-    except UserError as error:
+    except (HubFailure, NoTokenizer) as error:  # anything else a run would refuse, too
         return None, assumed_workload, [f"{full}, because there is no tokenizer: {error.faults[0]}"]
     try:
         train, _ = build_data.read_data(recipe.data)

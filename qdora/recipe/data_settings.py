@@ -26,6 +26,7 @@ from qdora.recipe.section import (
     WholeOrZero,
     allowed,
     ignored_faults,
+    in_yaml,
 )
 
 Strategy = Literal["proportional", "equal", "temperature", "weights"]
@@ -243,7 +244,10 @@ class SourceConfig(Section):
         wanted = {"split": self.split, "validation": self.validation}
         for key, split in wanted.items() if self.data_files is not None else ():
             if split is not None and not names_files(split) and not splits.keys() >= set(split_names(split)):
-                yield "data_files", f"must be a table with the files of {key} {split!r}, got {self.data_files!r}."
+                yield (
+                    "data_files",
+                    f"must be a table with the files of {key} {split!r}, got {in_yaml(self.data_files)}.",
+                )
 
 
 class DataConfig(Section):
@@ -313,7 +317,7 @@ class DataConfig(Section):
 
     def faults(self) -> Iterator[Fault]:
         if self.strategy == "temperature" and self.temperature is None:
-            yield "temperature", "must be a finite number above 0 with data.strategy temperature, got None."
+            yield "temperature", "must be a finite number above 0 with data.strategy temperature, got null."
         if not self.mix:
             yield "mix", "must have at least one source, got []."
         if self.too_long == "error" and any(source.stream for source in self.mix):
@@ -328,7 +332,7 @@ class DataConfig(Section):
                 reason = {"weight": f"data.strategy is {self.strategy}"}
                 yield from ignored_faults(source, reason, prefix=f"mix[{index}].")
             elif source.weight is None:
-                yield f"mix[{index}].weight", "must be a number above 0 with data.strategy weights, got None."
+                yield f"mix[{index}].weight", "must be a number above 0 with data.strategy weights, got null."
             first = seen.setdefault(source.label, index)
             if first != index:
                 yield f"mix[{index}].name", f"must differ from that of mix[{first}], got {source.label!r}."
@@ -345,4 +349,4 @@ class DataConfig(Section):
             if needed:
                 fix = " Fix: give the number of examples, or set data.strategy: weights or equal." if shared else ""
                 what = "must be given for files other than Parquet with"
-                yield f"mix[{index}].size", f"{what} {' and '.join(needed)}, got None.{fix}"
+                yield f"mix[{index}].size", f"{what} {' and '.join(needed)}, got null.{fix}"

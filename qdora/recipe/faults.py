@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from qdora.errors import nearest
 from qdora.files.access_tokens import masked
-from qdora.recipe.section import Section
+from qdora.recipe.section import Section, in_yaml
 from qdora.recipe.settings import Recipe
 
 _MAX_SHOWN = 60  # characters of a given value that a fault repeats
@@ -93,9 +93,9 @@ def reason_of(error: Exception) -> str:
 
 
 def shown(value: Any) -> str:
-    """A given value in a fault: short, on one line, without access tokens."""
+    """A given value in a fault: as in YAML, short, on one line, without access tokens."""
     try:
-        text = masked(repr(value))
+        text = masked(in_yaml(value))
     except ValueError:  # Python prints no integer of more than 4,300 digits
         text = "a number of thousands of digits"
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
+from datetime import date
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
@@ -73,6 +75,9 @@ Targets = Annotated[
     allowed("all-linear, or a list of layer names such as [q_proj, v_proj]", "all-linear"),
 ]
 
+_MAX_DEPTH = 6  # a list in YAML or JSON may hold itself, or thousands of others
+_PLAIN = re.compile(r"(?!(?:true|false|null|yes|no|on|off|y|n)$)[a-z_/][\w./-]*", re.IGNORECASE)
+
 Fault = tuple[str, str]
 """(path of a key inside its section, or '' for the section itself; what is wrong with it)."""
 
@@ -111,6 +116,27 @@ def with_settings(settings: _Settings, **sections: Mapping[str, Any]) -> _Settin
     return settings.model_copy(update=changed)
 
 
+def in_yaml(value: Any, depth: int = 0) -> str:
+    """A value on one line as a recipe has it: null, true, [a, b], {key: value}; text that stands alone is in quotes.
+
+    Of a section only what was set is written.
+    """
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, Section):
+        value = {name: getattr(value, name) for name in type(value).model_fields if name in value.model_fields_set}
+    if isinstance(value, str) and depth:
+        return value if _PLAIN.fullmatch(value) else repr(value)
+    if isinstance(value, list | tuple | Mapping) and depth == _MAX_DEPTH:
+        return "..."
+    if isinstance(value, Mapping):
+        pairs = (f"{in_yaml(key, depth + 1)}: {in_yaml(each, depth + 1)}" for key, each in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(in_yaml(each, depth + 1) for each in value)}]"
+    return value.isoformat() if isinstance(value, date) else repr(value)
+
+
 def one_of_fault(section: Section, first: str, second: str) -> Iterator[Fault]:
     """A fault unless exactly one of two fields is set."""
     given = [name for name in (first, second) if getattr(section, name) is not None]
@@ -124,5 +150,6 @@ def ignored_faults(section: Section, unused: dict[str, str], prefix: str = "") -
     for name, reason in unused.items():
         value = getattr(section, name)
         if name in section.model_fields_set and value is not None:
-            what = f"would be ignored because {reason}, got {value!r}. Fix: remove it (in an override: set it to null)."
+            fix = "Fix: remove it (in an override: set it to null)."
+            what = f"would be ignored because {reason}, got {in_yaml(value)}. {fix}"
             yield f"{prefix}{name}", what

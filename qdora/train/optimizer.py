@@ -101,7 +101,7 @@ class AdapterOptimizer:
         self.undecayed = frozenset(undecayed)
         self._groups = self._made_groups(self.parameters, [])
         if name.startswith("paged") and not is_planning() and not any(can_page(p) for p in self.parameters.values()):
-            logger.warning("%s: no CUDA here, so its states are not paged; the arithmetic is the same.", name)
+            logger.info("%s: no CUDA here, so its states are not paged; the arithmetic is the same.", name)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:

@@ -183,19 +183,20 @@ class ProcessWatch:
             )
         ranks, what = self._fault["ranks"], self._fault["what"].removesuffix(".")
         if not ranks:
-            here = f"This one is at {self._main_place}."
-            return f"process {self.rank}: no process goes on, and none is behind the others. {here} {resume}"
+            text = f"all processes have hung: none has moved for {self._patience:g} s."
+            return f"process {self.rank}: {text} This one waits in {self._main_place}. {resume}"
         if self.rank in ranks:
             return f"process {self.rank} {what}, so the others have ended. It is at {self._main_place}. {resume}"
         num_more = len(ranks) - 1
         more = f" and {num_more} {'other' if num_more == 1 else 'others'}" if num_more else ""
-        who = f"process {ranks[0]} ({self._fault['where']})"
+        where = self._fault["where"]
+        who = f"process {ranks[0]} ({where})" if where else "process 0 or the launcher (torchrun)"
         return f"process {self.rank}: stopped, because {who}{more} {what}. {resume}"
 
     def _run(self) -> None:
         while not self._over.wait(self._beat) and not self.knows:
             if not self._exchanged(self._patience):
-                self._learn(self._silence([0], "or its launcher, which holds the store"))
+                self._learn(self._silence([0], ""))  # the launcher may hold the store
         if not self._over.wait(_GRACE_SECONDS):
             newest = self.newest()
             safe = "" if newest is None else f" Safe on disk: {newest}."
@@ -224,8 +225,7 @@ class ProcessWatch:
                 self._look(place)
         except RuntimeError:  # of torch's store, when its process has ended
             if not self._over.is_set():
-                where = "or its launcher, which held the store"
-                self._learn({"ranks": [0], "what": "has ended without a message", "where": where})
+                self._learn({"ranks": [0], "what": "has ended without a message", "where": ""})
 
     def _look(self, mine: list[int]) -> None:
         """Find processes that are silent, or with a lost connection have ended, and tell all."""

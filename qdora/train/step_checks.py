@@ -7,6 +7,7 @@ import statistics
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,14 +78,15 @@ class BadSteps:
         self.num_skipped += 1
         return True
 
-    @property
-    def advice(self) -> str:
-        """What a user can do after a stop."""
+    def advice(self, kept: Path) -> str:
+        """What a user can do after a stop, whose batch is in the directory `kept` of the run."""
+        look = f"Fix: look at the batch in {'/'.join(kept.parts[-2:])}"
+        again = "then resume with --resume and a lower -s train.lr=... or -s train.clip=..."
         if self._train.on_bad_step == "skip":
             few = {0: "", 1: "The step before it was skipped. "}
             skipped = few.get(self._in_a_row, f"The {self._in_a_row} steps before it were skipped. ")
-            return f"{skipped}Fix: lower train.lr or train.clip"
-        return "Fix: look at the kept batch, and lower train.lr or train.clip or set train.on_bad_step to skip"
+            return f"{skipped}{look}, {again}"
+        return f"{look}, {again}, or with -s train.on_bad_step=skip"
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint; JSON values."""
