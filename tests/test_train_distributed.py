@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -479,6 +481,57 @@ def mesh_on_gpus(rank: int) -> None:
             groups = mesh.get_all_groups()
             assert [dist.get_process_group_ranks(group) for group in groups] == members
             assert [made.get(group.group_name) for group in groups] == [("nccl", 2100.0)] * len(groups)
+
+
+@contextmanager
+def fake_gpus(num_gpus: int = 2) -> Iterator[list[Any]]:
+    """Gloo for NCCL, on a machine of so many GPUs. Lists how the process disconnects: "closed", or its exit code."""
+    ends: list[Any] = []
+    real = dist.new_group
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        patch.setattr(torch.cuda, "set_device", lambda _number: None)
+        patch.setattr(dist, "new_group", lambda backend, timeout: real(backend="gloo", timeout=timeout))
+        patch.setattr(dist, "destroy_process_group", lambda: ends.append("closed"))
+        patch.setattr(distributed.atexit, "register", lambda _leave, code: ends.append(code))
+        yield ends
+
+
+def failing_on_gpus(rank: int, error: BaseException) -> None:
+    def run() -> None:
+        with processes_of_launch() as processes:
+            if rank == 1:
+                raise error
+            processes.gather(rank)
+
+    with fake_gpus() as ends:
+        with pytest.raises((type(error), OtherProcessFailed)):
+            run()
+        expected = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        assert ends == [expected if rank == 1 else 1]
+
+
+@pytest.mark.parametrize("error", [RunFailure("a"), UserError("a"), KeyboardInterrupt()], ids=lambda error: repr(error))
+def test_after_a_failure_on_gpus_nobody_waits_for_nccl_to_close(error: BaseException) -> None:
+    assert launched.run(2, failing_on_gpus, error, timeout=60) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    "ending, on_gpus, end",
+    [
+        (None, True, "closed"),
+        (Interrupted(3, Path("step-3")), True, "closed"),
+        (Interrupted(3, Path("step-3"), saved=False), True, 130),
+        (RunFailure("a"), True, 1),
+        (RunFailure("a"), False, "closed"),
+    ],
+)
+def test_connections_close_where_all_close_them(ending: BaseException | None, on_gpus: bool, end: Any) -> None:
+    with fake_gpus() as ends:
+        distributed._disconnect(Mock(has_silence=False), ending, on_gpus=on_gpus)
+        distributed._disconnect(Mock(has_silence=True), RunFailure("b"), on_gpus=on_gpus)
+    assert ends == [end, 1]
 
 
 def one_does_not_come(rank: int) -> None:

@@ -284,6 +284,7 @@ def processes_of_launch() -> Iterator[Processes]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     _connect(size)
     watch = ProcessWatch(dist.get_rank(), dist.get_world_size())
+    ending: BaseException | None = None
     try:
         gpus = dist.new_group(backend="nccl", timeout=_gpu_patience()) if on_gpus else None
         processes = Processes(watch.rank, watch.size, gpus, watch=watch)
@@ -292,21 +293,16 @@ def processes_of_launch() -> Iterator[Processes]:
             yield processes
         finally:
             _LAUNCH.reset(launch)
-    except Interrupted:
-        raise
-    except OtherProcessFailed:
-        watch.linger()
-        raise
     except BaseException as error:
-        watch.failed(error)
-        watch.linger()
+        ending = error
+        if not isinstance(error, Interrupted | OtherProcessFailed):
+            watch.failed(error)
+        if not isinstance(error, Interrupted):
+            watch.linger()
         raise
     finally:
         watch.close()
-        if watch.has_silence:
-            atexit.register(_leave)
-        else:
-            dist.destroy_process_group()
+        _disconnect(watch, ending, on_gpus=on_gpus)
 
 
 def _connect(size: int) -> None:
@@ -322,11 +318,25 @@ def _connect(size: int) -> None:
     dist.distributed_c10d._set_pg_timeout(_PATIENCE)
 
 
-def _leave() -> None:
-    """End this process although threads of gloo wait for one that is silent, which nothing calls off."""
+def _disconnect(watch: ProcessWatch, ending: BaseException | None, *, on_gpus: bool) -> None:
+    """Close the connections. If that may wait for another process, end this one without it, after its last message.
+
+    NCCL closes when its work on the GPU is done and the other processes of the machine close, too: only after a success
+    or a stop that all agreed on they are sure to. After a failure they may wait in a kernel for this one.
+    """
+    agreed = ending is None or (isinstance(ending, Interrupted) and ending.saved)
+    if watch.has_silence or (on_gpus and not agreed):
+        code = 2 if isinstance(ending, UserError) else 130 if isinstance(ending, Interrupted | KeyboardInterrupt) else 1
+        atexit.register(_leave, code)
+    else:
+        dist.destroy_process_group()
+
+
+def _leave(code: int) -> None:
+    """End this process although its threads wait for another one, which nothing calls off."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _gpu_patience() -> timedelta:
