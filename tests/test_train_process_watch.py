@@ -21,7 +21,7 @@ from qdora.errors import RunFailure, UserError
 from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.train import passes, process_watch
-from qdora.train.distributed import Processes
+from qdora.train.distributed import OtherProcessFailed, Processes
 from qdora.train.process_watch import PATIENCE, ProcessWatch, patience_seconds
 from tests import launched, tiny_sharded
 from tests.test_train_distributed import exact
@@ -307,6 +307,41 @@ def test_a_launcher_cannot_end_a_process_that_tells_its_reason(watches: list[Pro
 
 def test_after_a_lost_connection_nobody_is_named_if_all_answer(watches: list[ProcessWatch]) -> None:
     assert "the connection to the other processes of this run is lost" in watches[0].lost()
+
+
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with "
+    "NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclSystemError: System call (e.g. socket, malloc) or external "
+    "library call failed or device error. \nLast error:\n"
+)
+
+
+def fails_in_nccl(first: Processes, last_error: str) -> RunFailure:
+    with pytest.raises(RunFailure) as found, first._connected():
+        raise dist.DistBackendError(NCCL + last_error + "\n")
+    in_a_pass = first.broken(dist.DistBackendError(NCCL + last_error))
+    assert (type(in_a_pass), str(in_a_pass)) == (found.type, str(found.value))
+    return found.value
+
+
+SHORT = "Error while creating shared memory segment /dev/shm/nccl-x (size 9637888)"
+
+
+def test_an_error_of_nccl_is_told(watches: list[ProcessWatch]) -> None:
+    first = Processes(0, 2, shards=True, watch=watches[0])
+    full = str(fails_in_nccl(first, "Cuda failure 2 'out of memory'"))
+    assert "Cuda failure 2 'out of memory'. Fix: make room on the GPU, then run it again" in full
+    told = str(fails_in_nccl(first, SHORT))
+    assert re.match(r"process 0: the GPUs cannot exchange data: NCCL error in: .* unhandled system error", told)
+    assert f" {SHORT}. Fix: mend the cause (NCCL_DEBUG=INFO tells more; " in told
+    assert "NCCL_SOCKET_IFNAME" in told
+
+
+def test_an_error_of_nccl_is_not_told_where_another_process_is_its_cause(watches: list[ProcessWatch]) -> None:
+    watches[1].failed(ValueError("a fault of its own"))
+    ended = fails_in_nccl(Processes(0, 2, shards=True, watch=watches[0]), SHORT)
+    assert isinstance(ended, OtherProcessFailed)
+    assert "because process 1 (on" in str(ended)
 
 
 @pytest.mark.parametrize("given", ["0", "five", "nan", "inf", "-1"])

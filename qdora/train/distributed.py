@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -155,8 +156,10 @@ class Processes:
         if isinstance(error, OutOfMemory):
             return RunFailure(f"process {self.rank}: {error.args[0].fault()}")
         reason = first_line(error)
-        if not is_out_of_memory(error) and any(word in reason for word in _CONNECTION_WORDS):
-            return self._lost()
+        if isinstance(error, dist.DistBackendError) or (
+            not is_out_of_memory(error) and any(word in reason for word in _CONNECTION_WORDS)
+        ):
+            return self._lost(error)
         return RunFailure(
             f"process {self.rank}: a pass through the model cannot be computed: {reason} All processes end, since they "
             f"divide the base. Fix the cause, then {self.way_on()}"
@@ -167,10 +170,26 @@ class Processes:
         assert self.watch is not None, "several processes watch each other"
         return self.watch.way_on()
 
-    def _lost(self) -> OtherProcessFailed:
+    def _lost(self, error: Exception | None = None) -> RunFailure:
+        """The failure after a lost connection: that of another process; if none is known, that of NCCL itself."""
         assert self.watch is not None, "a connection has two ends"
+        if isinstance(error, dist.DistBackendError) and is_out_of_memory(error):
+            return self._nccl_failure(error)
         text, newest = self.watch.lost(), self.watch.newest()
+        if isinstance(error, dist.DistBackendError) and not self.watch.knows:
+            return self._nccl_failure(error)
         return OtherProcessFailed(text, safe=[] if newest is None else [newest])
+
+    def _nccl_failure(self, error: dist.DistBackendError) -> RunFailure:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        last = next((f" {after}." for line, after in pairwise(lines) if line == "Last error:"), "")
+        fix = "mend the cause (NCCL_DEBUG=INFO tells more; on several machines NCCL_SOCKET_IFNAME names their network)"
+        if is_out_of_memory(error):
+            fix = "make room on the GPU"
+        return RunFailure(
+            f"process {self.rank}: the GPUs cannot exchange data: {first_line(error)}.{last} Fix: {fix}, then "
+            f"{self.way_on()}"
+        )
 
     @contextmanager
     def watched(self, model: PreTrainedModel) -> Iterator[None]:
@@ -239,9 +258,11 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            if is_out_of_memory(error) or isinstance(error, OtherProcessFailed) or self.watch is None:
+            if isinstance(error, OtherProcessFailed) or self.watch is None:
                 raise
-            raise self._lost() from error
+            if is_out_of_memory(error) and not isinstance(error, dist.DistBackendError):
+                raise
+            raise self._lost(error) from error
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
