@@ -498,6 +498,22 @@ def fake_gpus(num_gpus: int = 2) -> Iterator[list[Any]]:
         yield ends
 
 
+def settings_of_nccl(rank: int) -> None:
+    """Under torchrun, which sets the first one."""
+    names = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_RETHROW_CUDA_ERRORS")
+    os.environ[names[0]] = "1"
+    with fake_gpus():
+        fake, seen = dist.new_group, []
+        dist.new_group = lambda **options: seen.append([os.environ.get(name) for name in names]) or fake(**options)
+        with processes_of_launch() as processes:
+            processes.gather(None)
+        assert seen == [["3", "0"]]
+
+
+def test_torchs_thread_for_nccl_neither_ends_a_process_first_nor_calls_off_kernels() -> None:
+    assert launched.run(2, settings_of_nccl, timeout=60) == ["", ""]
+
+
 def failing_on_gpus(rank: int, error: BaseException) -> None:
     def run() -> None:
         with processes_of_launch() as processes:

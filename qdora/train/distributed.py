@@ -303,6 +303,7 @@ def processes_of_launch() -> Iterator[Processes]:
         if here > num_gpus:
             raise UserError(f"qdora train: must have one process for each GPU (got {here} on {num_gpus} GPUs).")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        _let_the_watch_speak_first()
     _connect(size)
     watch = ProcessWatch(dist.get_rank(), dist.get_world_size())
     ending: BaseException | None = None
@@ -324,6 +325,17 @@ def processes_of_launch() -> Iterator[Processes]:
     finally:
         watch.close()
         _disconnect(watch, ending, on_gpus=on_gpus)
+
+
+def _let_the_watch_speak_first() -> None:
+    """Settings of torch's own thread for NCCL, which ends a process by SIGABRT. It reads them when a group is made.
+
+    - An error that CUDA reports also reaches the main thread, which tells it.
+    - After an error of NCCL the thread waits for a minute; then it must not call off the kernels (torchrun's default,
+      1), as the main thread would go on with what they left. With torch's own default, 3, it only ends: a backstop.
+    """
+    os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"
 
 
 def _connect(size: int) -> None:
