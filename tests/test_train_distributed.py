@@ -390,6 +390,18 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
+def the_only_gpu(rank: int) -> None:
+    taken: list[int] = []
+    with fake_gpus(num_gpus=1), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "set_device", taken.append)
+        with processes_of_launch() as processes:
+            assert processes.gather(taken) == [[0], [0]]
+
+
+def test_processes_that_see_one_gpu_each_take_it() -> None:
+    assert launched.run(2, the_only_gpu, timeout=60) == ["", ""]
+
+
 def example(index: int, length: int) -> TokenizedExample:
     ids = np.zeros(length, dtype=np.int32)
     return TokenizedExample(id=str(index), task="t", input_ids=ids, loss_mask=np.ones(length, dtype=bool))

@@ -286,8 +286,8 @@ _LAUNCH: ContextVar[Processes | None] = ContextVar("processes_of_launch", defaul
 def processes_of_launch() -> Iterator[Processes]:
     """Connect the processes that torchrun or `accelerate launch` has started, known from environment variables.
 
-    On CUDA each process takes the GPU of its local rank. Tensors of GPUs go through NCCL, which gives up after minutes;
-    everything else goes through gloo on the host, so that no GPU waits for it.
+    On CUDA each process takes the GPU of its local rank, or the only one that it sees. Tensors of GPUs go through NCCL,
+    which gives up after minutes; everything else goes through gloo on the host, so that no GPU waits for it.
 
     Raises:
         UserError: There are fewer GPUs than processes.
@@ -300,9 +300,9 @@ def processes_of_launch() -> Iterator[Processes]:
     on_gpus = torch.cuda.is_available()
     if on_gpus:
         here, num_gpus = _num_here(size), torch.cuda.device_count()
-        if here > num_gpus:
+        if here > num_gpus > 1:  # a job may show each process its own GPU alone
             raise UserError(f"qdora train: must have one process for each GPU (got {here} on {num_gpus} GPUs).")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if here <= num_gpus else 0)
         _let_the_watch_speak_first()
     _connect(size)
     watch = ProcessWatch(dist.get_rank(), dist.get_world_size())
