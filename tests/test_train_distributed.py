@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -484,6 +484,11 @@ def mesh_on_gpus(rank: int) -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 2
     torch.cuda.set_device = lambda _number: None
+    torch.cuda.synchronize = lambda: None
+    distributed._zeros_on_gpu = torch.zeros
+    distributed._MESSAGE_ELEMENTS = 100
+    reduce, joined = dist.all_reduce, []
+    dist.all_reduce = lambda tensor, group: joined.append((group, tensor.numel())) or reduce(tensor, group=group)
     here = [0, 1] if rank < 2 else [2, 3]
     expected = {"shard": [[0, 1, 2, 3]], "hybrid": [[rank % 2, rank % 2 + 2], here]}
     with processes_of_launch() as processes:
@@ -493,6 +498,8 @@ def mesh_on_gpus(rank: int) -> None:
             groups = mesh.get_all_groups()
             assert [dist.get_process_group_ranks(group) for group in groups] == members
             assert [made.get(group.group_name) for group in groups] == [("nccl", 2100.0)] * len(groups)
+            assert joined == [(group, num) for group in groups for num in (1, 100)]
+            joined.clear()
 
 
 @contextmanager
@@ -505,6 +512,9 @@ def fake_gpus(num_gpus: int = 2) -> Iterator[list[Any]]:
         patch.setattr(torch.cuda, "device_count", lambda: num_gpus)
         patch.setattr(torch.cuda, "set_device", lambda _number: None)
         patch.setattr(dist, "new_group", lambda backend, timeout: real(backend="gloo", timeout=timeout))
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
+        patch.setattr(distributed, "_zeros_on_gpu", torch.zeros)
+        patch.setattr(distributed, "_MESSAGE_ELEMENTS", 100)
         patch.setattr(dist, "destroy_process_group", lambda: ends.append("closed"))
         patch.setattr(distributed.atexit, "register", lambda _leave, code: ends.append(code))
         yield ends
@@ -524,6 +534,27 @@ def settings_of_nccl(rank: int) -> None:
 
 def test_torchs_thread_for_nccl_neither_ends_a_process_first_nor_calls_off_kernels() -> None:
     assert launched.run(2, settings_of_nccl, timeout=60) == ["", ""]
+
+
+def network_without_a_way(rank: int) -> None:
+    def fails(_tensor: torch.Tensor, group: Any) -> None:
+        raise dist.DistBackendError("NCCL error in: a.cpp:1, remote error\nLast error:\nsocketStartConnect: refused")
+
+    def start() -> None:
+        with processes_of_launch():
+            raise AssertionError("the run must not begin")
+
+    dist.all_reduce = fails
+    text = "process .: the GPUs cannot exchange data: .*remote error. socketStartConnect: refused. .*NCCL_SOCKET_IFNAME"
+    with fake_gpus() as ends:
+        with pytest.raises(RunFailure, match=text):
+            start()
+        assert ends == [1]
+
+
+def test_gpus_that_cannot_reach_each_other_are_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PATIENCE, "2")
+    assert launched.run(2, network_without_a_way, timeout=60) == ["", ""]
 
 
 def failing_on_gpus(rank: int, error: BaseException) -> None:
@@ -649,12 +680,14 @@ def test_gpus_give_up_after_minutes_and_have_a_group_of_their_own(monkeypatch: p
     monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda timeout: init("gloo", timeout))
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    no_watch = Mock(rank=0, size=2, has_silence=False)  # without a store
+    no_watch = MagicMock(rank=0, size=2, has_silence=False)  # without a store
     monkeypatch.setattr(distributed, "ProcessWatch", lambda rank, size: no_watch)
     monkeypatch.setenv(PATIENCE, "700")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _number: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(distributed, "_zeros_on_gpu", torch.zeros)
     parameter = torch.nn.Parameter(torch.ones(3))
     parameter.grad = torch.ones(3)
     with processes_of_launch() as processes:
@@ -663,4 +696,4 @@ def test_gpus_give_up_after_minutes_and_have_a_group_of_their_own(monkeypatch: p
     (host, long), (gpu, short) = made
     assert (host, gpu) == ("gloo", "nccl")
     assert 2 * 700 + 2 * 700 / 20 < short <= 2400 < long  # so the watch speaks before NCCL
-    assert used == ["of GPUs"] * 2
+    assert used == ["of GPUs"] * 4  # two to connect

@@ -218,6 +218,21 @@ class Processes:
                 raise self._lost()
         work.wait()
 
+    def join_gpus_(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        """Let NCCL connect the groups and take its buffers now: faults of the network appear, and what memory is free
+        is measured without the buffers.
+
+        For few elements and for many NCCL may connect in different ways, each at its first use.
+        """
+        assert self.watch is not None, "several processes watch each other"
+        self.gather(None)  # all have made the groups
+        with self.watch.counting([], together=True), self._connected():  # without passes: who waits for minutes hangs
+            for group in groups:
+                for num_elements in (1, _MESSAGE_ELEMENTS):
+                    dist.all_reduce(_zeros_on_gpu(num_elements), group=group)
+            torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
     @torch.no_grad()
     def sum_gradients_(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace every gradient by its sum over the processes, equal bit for bit in all of them.
@@ -310,6 +325,8 @@ def processes_of_launch() -> Iterator[Processes]:
     try:
         gpus = dist.new_group(backend="nccl", timeout=_gpu_patience()) if on_gpus else None
         processes = Processes(watch.rank, watch.size, gpus, watch=watch)
+        if gpus is not None:
+            processes.join_gpus_([gpus])
         launch = _LAUNCH.set(processes)
         try:
             yield processes
@@ -409,7 +426,12 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
         dist.new_subgroups_by_enumeration(each.tolist(), **options)[0]  # type: ignore[no-untyped-call]
         for each in (ranks.T, ranks)
     ]
+    processes.join_gpus_(groups)
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
+
+
+def _zeros_on_gpu(num_elements: int) -> Tensor:
+    return torch.zeros(num_elements, device="cuda")
 
 
 def free_host_bytes() -> int | None:
