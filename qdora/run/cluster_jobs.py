@@ -29,6 +29,9 @@ from qdora.train.process_watch import LOG
 CLUSTERS = ("slurm", "local")
 _ONE_DAY = 24 * 60
 _INTERRUPTED = 130
+# SLURM's default is one, on which loading, tokenising and the launch of kernels wait for each other.
+_CPUS_PER_TASK = 8
+_NAMES_OF_CPUS = ("cpus_per_task", "slurm_cpus_per_task", "slurm_cpus_per_gpu")
 
 
 def job_executor(folder: Path, cluster: str, parameters: Mapping[str, Any], *, options: tuple[str, str, str]) -> Any:
@@ -151,6 +154,8 @@ def submit_training(
 
 def _executor(folder: Path, job: JobSize) -> Any:
     parameters = {"name": "qdora-train", "timeout_min": _ONE_DAY, **job.parameters}
+    if not any(name in parameters for name in _NAMES_OF_CPUS):
+        parameters["cpus_per_task"] = _CPUS_PER_TASK
     parameters |= {"nodes": job.nodes, "tasks_per_node": job.gpus, "gpus_per_node": job.gpus}
     # SLURM ends the other tasks when one has failed, in case that one of them does not notice.
     more = job.parameters.get("slurm_srun_args", [])
