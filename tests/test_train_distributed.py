@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -647,6 +648,19 @@ def unequal_machines(rank: int) -> None:
 @tiny_sharded.needs_division
 def test_machines_of_unequal_size_cannot_repeat_the_base() -> None:
     assert launched.run(3, unequal_machines) == [""] * 3
+
+
+def alternating_machines(rank: int) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    socket.gethostname = lambda: "ab"[rank % 2]
+    text = "train.parallel: got hybrid, but processes 0 and 1 are on a and b: must be .* --distribution=block"
+    with processes_of_launch() as processes, pytest.raises(UserError, match=text):
+        distributed.mesh_of(processes.dividing(base=True), torch.device("cpu"), "hybrid")
+
+
+@tiny_sharded.needs_division
+def test_neighbours_that_repeat_the_base_are_on_one_machine() -> None:
+    assert launched.run(4, alternating_machines) == [""] * 4
 
 
 @tiny_sharded.needs_division

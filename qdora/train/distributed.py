@@ -13,6 +13,7 @@ import atexit
 import hashlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -401,7 +402,8 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
     """The processes as `memory.sharded_base.ShardedBase` takes them; None if each holds the whole base.
 
     With `parallel` hybrid the processes of a machine divide the base, and machines repeat it. On GPUs its tensors go
-    through NCCL. UserError if this torch cannot divide it, or hybrid has machines of unequal size.
+    through NCCL. UserError if this torch cannot divide it, or hybrid has machines of unequal size, or processes whose
+    numbers alternate between machines.
     """
     if not processes.shards:
         return None
@@ -413,6 +415,8 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
     if len(sizes) > 1:
         need = "must be shard or replicate unless each machine has equally many processes"
         raise UserError(f"train.parallel: {need}, got hybrid with {' and '.join(map(str, sizes))} of them.")
+    if hybrid:
+        _check_neighbours(processes)
     shape = (processes.size // processes.num_here, processes.num_here) if hybrid else (processes.size,)
     names = ("replicate", "shard") if hybrid else None
     if processes.gpus is None:
@@ -428,6 +432,19 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
     ]
     processes.join_gpus_(groups)
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
+
+
+def _check_neighbours(processes: Processes) -> None:
+    """UserError unless processes of neighbouring numbers, as many as each machine has, are on one machine."""
+    names = processes.gather(socket.gethostname())
+    for start in range(0, processes.size, processes.num_here):
+        for rank in range(start, start + processes.num_here):
+            if names[rank] != names[start]:
+                raise UserError(
+                    f"train.parallel: got hybrid, but processes {start} and {rank} are on {names[start]} and "
+                    f"{names[rank]}: must be processes of one machine. Fix: let the launcher number the processes of a "
+                    "machine one after another (SLURM: --distribution=block), or set train.parallel to shard."
+                )
 
 
 def _zeros_on_gpu(num_elements: int) -> Tensor:
