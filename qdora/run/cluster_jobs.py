@@ -158,8 +158,12 @@ def _executor(folder: Path, job: JobSize) -> Any:
         parameters["cpus_per_task"] = _CPUS_PER_TASK
     parameters |= {"nodes": job.nodes, "tasks_per_node": job.gpus, "gpus_per_node": job.gpus}
     # SLURM ends the other tasks when one has failed, in case that one of them does not notice.
+    arguments = ["--kill-on-bad-exit=1"]
+    cpus = parameters.get("slurm_cpus_per_task", parameters.get("cpus_per_task"))
+    if cpus is not None:
+        arguments.append(f"--cpus-per-task={cpus}")  # since SLURM 22.05 srun does not take it from the job
     more = job.parameters.get("slurm_srun_args", [])
-    parameters["slurm_srun_args"] = ["--kill-on-bad-exit=1", *([more] if isinstance(more, str) else more)]
+    parameters["slurm_srun_args"] = [*arguments, *([more] if isinstance(more, str) else more)]
     named = "--submit", f"--submit: cluster={job.cluster}", "--submit"
     return job_executor(folder, job.cluster, parameters, options=named)
 
