@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -139,6 +140,36 @@ def test_two_processes_train_what_one_does(root: Path, tmp_path: Path, size: dic
     first, second = (json.loads((tmp_path / run / "eval/step-6.json").read_text()) for run in ("one", "two"))
     assert second["average"]["nll_per_token"] == pytest.approx(first["average"]["nll_per_token"], rel=1e-5)
     assert json.loads((tmp_path / "two/environment.json").read_text())["num_processes"] == 2
+
+
+def with_these_files(rank: int, settings: list[Recipe], directory: Path) -> None:
+    train_run(settings[rank], directory)
+
+
+def with_files_of_its_own(rank: int, settings: list[Recipe], directory: Path, different: str) -> None:
+    text = rf"process 1 on \S+ has {different} than process 0 on \S+\. Fix: give all machines the same files"
+    with pytest.raises(UserError, match=text):
+        train_run(settings[rank], directory)
+
+
+@pytest.mark.parametrize(
+    "changed, different",
+    [("data/sums.jsonl", "another training data"), ("model/config.json", "another base")],
+)
+def test_all_processes_have_the_same_data_and_base(root: Path, tmp_path: Path, changed: str, different: str) -> None:
+    """One of them reads its own copies of the files, as on another machine, of which some are old."""
+    settings = [recipe(root)]
+    shutil.copytree(root, tmp_path / "copy")
+    settings.append(recipe(tmp_path / "copy"))
+    file = tmp_path / "copy" / changed
+    file.write_text(file.read_text().replace("1 + 2 =", "1 + 3 =") + "\n")
+    assert launched.run(2, with_files_of_its_own, settings, tmp_path / "run", different) == ["", ""]
+
+
+def test_copies_of_the_same_files_are_the_same(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "copy")
+    settings = [recipe(root, train__steps=1), recipe(tmp_path / "copy", train__steps=1)]
+    assert launched.run(2, with_these_files, settings, tmp_path / "run") == ["", ""]
 
 
 def counted(rank: int, settings: Recipe, directory: Path) -> None:
