@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,15 @@ def test_a_job_of_slurm_has_a_task_for_each_gpu(root: Path, tmp_path: Path, sbat
     for flag in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=1440", "partition=a100", "signal=USR2@90"):
         assert f"#SBATCH --{flag}\n" in script
     assert "--kill-on-bad-exit=1" in script
+    cpus = "cpus_per_task=3", "slurm_cpus_per_task=3", "slurm_cpus_per_gpu=3"
+    for number, (given, flags) in enumerate(zip(("", *cpus), (["task=8"], *[["task=3"]] * 2, ["gpu=3"]), strict=True)):
+        with warnings.catch_warnings(action="ignore"):  # of submitit, about cpus_per_gpu
+            assert (
+                submitted(file, "-d", tmp_path / str(number), "--submit", f"gpus=2,{given}".strip(",")).exit_code == 0
+            )
+        script = sbatch.read_text()
+        assert re.findall("#SBATCH --cpus-per-(.*)", script) == flags
+        assert re.findall("srun .* --cpus-per-(task=.)", script) == [each for each in flags if "task" in each]
     (tmp_path / "refuse").touch()
     found = submitted(file, "-d", run, *asked)
     assert found.exit_code == 2

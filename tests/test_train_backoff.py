@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from qdora.data.batching import Batching
 from qdora.data.loader import StepLoader
@@ -35,6 +36,7 @@ def cpu_allocator() -> BaseException:
     raise AssertionError("a petabyte of memory")
 
 
+NCCL = "NCCL error in: a.cpp:1, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
 PINNED = "memory.offload_activations: the system refuses 64 MiB of pinned host memory (CUDA error: out of memory)."
 ERRORS: dict[str, Callable[[], BaseException]] = {
@@ -95,6 +97,7 @@ def small_memory(
         (RuntimeError("CUDA driver error: out of memory"), "a segment that grows", True),
         (RuntimeError("Triton Error [CUDA]: out of memory"), "Triton, which loads a kernel", True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "cuBLAS", True),
+        (dist.DistBackendError(NCCL), "NCCL", True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), "a mistake", False),
         (RuntimeError("CUDA error: device-side assert triggered"), "another CUDA error", False),
         (RunFailure(PINNED), "pinned memory of the host", False),

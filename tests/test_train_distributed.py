@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -136,6 +140,36 @@ def test_two_processes_train_what_one_does(root: Path, tmp_path: Path, size: dic
     first, second = (json.loads((tmp_path / run / "eval/step-6.json").read_text()) for run in ("one", "two"))
     assert second["average"]["nll_per_token"] == pytest.approx(first["average"]["nll_per_token"], rel=1e-5)
     assert json.loads((tmp_path / "two/environment.json").read_text())["num_processes"] == 2
+
+
+def with_these_files(rank: int, settings: list[Recipe], directory: Path) -> None:
+    train_run(settings[rank], directory)
+
+
+def with_files_of_its_own(rank: int, settings: list[Recipe], directory: Path, different: str) -> None:
+    text = rf"process 1 on \S+ has {different} than process 0 on \S+\. Fix: give all machines the same files"
+    with pytest.raises(UserError, match=text):
+        train_run(settings[rank], directory)
+
+
+@pytest.mark.parametrize(
+    "changed, different",
+    [("data/sums.jsonl", "another training data"), ("model/config.json", "another base")],
+)
+def test_all_processes_have_the_same_data_and_base(root: Path, tmp_path: Path, changed: str, different: str) -> None:
+    """One of them reads its own copies of the files, as on another machine, of which some are old."""
+    settings = [recipe(root)]
+    shutil.copytree(root, tmp_path / "copy")
+    settings.append(recipe(tmp_path / "copy"))
+    file = tmp_path / "copy" / changed
+    file.write_text(file.read_text().replace("1 + 2 =", "1 + 3 =") + "\n")
+    assert launched.run(2, with_files_of_its_own, settings, tmp_path / "run", different) == ["", ""]
+
+
+def test_copies_of_the_same_files_are_the_same(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "copy")
+    settings = [recipe(root, train__steps=1), recipe(tmp_path / "copy", train__steps=1)]
+    assert launched.run(2, with_these_files, settings, tmp_path / "run") == ["", ""]
 
 
 def counted(rank: int, settings: Recipe, directory: Path) -> None:
@@ -335,6 +369,61 @@ def sums(rank: int) -> None:
         assert parameters[4].grad is None
 
 
+def no_room(rank: int) -> None:
+    """The second process has none for the message; then the first one has none for the zeros that it needs."""
+    real, left = distributed._message_buffers, [rank == 0]
+
+    def buffers(parameters: list[nn.Parameter]) -> Any:
+        if not left[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
+        return real(parameters)
+
+    def zeros(*_args: Any, **_options: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    distributed._message_buffers = buffers
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+    parameters[0].grad = torch.full((3,), 1.0 + rank)
+    if rank == 1:
+        parameters[1].grad = torch.ones(2)
+    with processes_of_launch() as processes:
+        assert processes.sum_gradients_(parameters) == "CUDA out of memory. Tried to allocate 64.00 MiB."
+        left[0], torch.zeros_like, like = True, zeros, torch.zeros_like
+        assert processes.sum_gradients_(parameters) == "CUDA out of memory. Tried to allocate 2.00 MiB."
+        assert parameters[0].grad.tolist() == [1.0 + rank] * 3
+        torch.zeros_like = like
+        assert processes.sum_gradients_(parameters) is None
+        assert [each.grad.tolist() for each in parameters if each.grad is not None] == [[3.0] * 3, [1.0] * 2]
+
+
+def test_where_one_has_no_room_to_sum_nobody_waits_in_a_message() -> None:
+    assert launched.run(2, no_room, timeout=60) == ["", ""]
+
+
+def short_for_the_sum(rank: int, settings: Recipe, directory: Path) -> None:
+    real, calls = distributed._message_buffers, {"n": 0}
+
+    def buffers(parameters: list[nn.Parameter]) -> Any:
+        calls["n"] += 1
+        if rank == 1 and calls["n"] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
+        return real(parameters)
+
+    distributed._message_buffers = buffers
+    train_run(settings, directory)
+
+
+def test_where_one_has_no_room_to_sum_both_take_smaller_micro_batches(root: Path, tmp_path: Path) -> None:
+    settings = exact(root, train__batch=8)
+    assert launched.run(2, train, settings, tmp_path / "whole") == ["", ""]
+    assert launched.run(2, short_for_the_sum, settings, tmp_path / "run") == ["", ""]
+    (shrunk,) = [line["out_of_memory"] for line in lines(tmp_path / "run") if "out_of_memory" in line]
+    assert shrunk["tokens_after"] < shrunk["tokens_before"]
+    steps = [line for line in lines(tmp_path / "run") if "loss" in line]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    assert_close_runs(tmp_path / "whole", tmp_path / "run")
+
+
 def test_gradients_are_summed() -> None:
     assert launched.run(2, sums) == ["", ""]
 
@@ -386,6 +475,18 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     said = r"one process for each GPU \(got 4 on 2 GPUs\)\. Fix: start with torchrun --nproc-per-node 2\."
     with pytest.raises(UserError, match=said), processes_of_launch():
         pass
+
+
+def the_only_gpu(rank: int) -> None:
+    taken: list[int] = []
+    with fake_gpus(num_gpus=1), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "set_device", taken.append)
+        with processes_of_launch() as processes:
+            assert processes.gather(taken) == [[0], [0]]
+
+
+def test_processes_that_see_one_gpu_each_take_it() -> None:
+    assert launched.run(2, the_only_gpu, timeout=60) == ["", ""]
 
 
 def example(index: int, length: int) -> TokenizedExample:
@@ -470,6 +571,11 @@ def mesh_on_gpus(rank: int) -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 2
     torch.cuda.set_device = lambda _number: None
+    torch.cuda.synchronize = lambda: None
+    distributed._zeros_on_gpu = torch.zeros
+    distributed._MESSAGE_ELEMENTS = 100
+    reduce, joined = dist.all_reduce, []
+    dist.all_reduce = lambda tensor, group: joined.append((group, tensor.numel())) or reduce(tensor, group=group)
     here = [0, 1] if rank < 2 else [2, 3]
     expected = {"shard": [[0, 1, 2, 3]], "hybrid": [[rank % 2, rank % 2 + 2], here]}
     with processes_of_launch() as processes:
@@ -479,6 +585,99 @@ def mesh_on_gpus(rank: int) -> None:
             groups = mesh.get_all_groups()
             assert [dist.get_process_group_ranks(group) for group in groups] == members
             assert [made.get(group.group_name) for group in groups] == [("nccl", 2100.0)] * len(groups)
+            assert joined == [(group, num) for group in groups for num in (1, 100)]
+            joined.clear()
+
+
+@contextmanager
+def fake_gpus(num_gpus: int = 2) -> Iterator[list[Any]]:
+    """Gloo for NCCL, on a machine of so many GPUs. Lists how the process disconnects: "closed", or its exit code."""
+    ends: list[Any] = []
+    real = dist.new_group
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        patch.setattr(torch.cuda, "set_device", lambda _number: None)
+        patch.setattr(dist, "new_group", lambda backend, timeout: real(backend="gloo", timeout=timeout))
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
+        patch.setattr(distributed, "_zeros_on_gpu", torch.zeros)
+        patch.setattr(distributed, "_MESSAGE_ELEMENTS", 100)
+        patch.setattr(dist, "destroy_process_group", lambda: ends.append("closed"))
+        patch.setattr(distributed.atexit, "register", lambda _leave, code: ends.append(code))
+        yield ends
+
+
+def settings_of_nccl(rank: int) -> None:
+    """Under torchrun, which sets the first one."""
+    names = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_RETHROW_CUDA_ERRORS")
+    os.environ[names[0]] = "1"
+    with fake_gpus():
+        fake, seen = dist.new_group, []
+        dist.new_group = lambda **options: seen.append([os.environ.get(name) for name in names]) or fake(**options)
+        with processes_of_launch() as processes:
+            processes.gather(None)
+        assert seen == [["3", "0"]]
+
+
+def test_torchs_thread_for_nccl_neither_ends_a_process_first_nor_calls_off_kernels() -> None:
+    assert launched.run(2, settings_of_nccl, timeout=60) == ["", ""]
+
+
+def network_without_a_way(rank: int) -> None:
+    def fails(_tensor: torch.Tensor, group: Any) -> None:
+        raise dist.DistBackendError("NCCL error in: a.cpp:1, remote error\nLast error:\nsocketStartConnect: refused")
+
+    def start() -> None:
+        with processes_of_launch():
+            raise AssertionError("the run must not begin")
+
+    dist.all_reduce = fails
+    text = "process .: the GPUs cannot exchange data: .*remote error. socketStartConnect: refused. .*NCCL_SOCKET_IFNAME"
+    with fake_gpus() as ends:
+        with pytest.raises(RunFailure, match=text):
+            start()
+        assert ends == [1]
+
+
+def test_gpus_that_cannot_reach_each_other_are_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PATIENCE, "2")
+    assert launched.run(2, network_without_a_way, timeout=60) == ["", ""]
+
+
+def failing_on_gpus(rank: int, error: BaseException) -> None:
+    def run() -> None:
+        with processes_of_launch() as processes:
+            if rank == 1:
+                raise error
+            processes.gather(rank)
+
+    with fake_gpus() as ends:
+        with pytest.raises((type(error), OtherProcessFailed)):
+            run()
+        expected = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        assert ends == [expected if rank == 1 else 1]
+
+
+@pytest.mark.parametrize("error", [RunFailure("a"), UserError("a"), KeyboardInterrupt()], ids=lambda error: repr(error))
+def test_after_a_failure_on_gpus_nobody_waits_for_nccl_to_close(error: BaseException) -> None:
+    assert launched.run(2, failing_on_gpus, error, timeout=60) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    "ending, on_gpus, end",
+    [
+        (None, True, "closed"),
+        (Interrupted(3, Path("step-3")), True, "closed"),
+        (Interrupted(3, Path("step-3"), saved=False), True, 130),
+        (RunFailure("a"), True, 1),
+        (RunFailure("a"), False, "closed"),
+    ],
+)
+def test_connections_close_where_all_close_them(ending: BaseException | None, on_gpus: bool, end: Any) -> None:
+    with fake_gpus() as ends:
+        distributed._disconnect(Mock(has_silence=False), ending, on_gpus=on_gpus)
+        distributed._disconnect(Mock(has_silence=True), RunFailure("b"), on_gpus=on_gpus)
+    assert ends == [end, 1]
 
 
 def one_does_not_come(rank: int) -> None:
@@ -537,6 +736,19 @@ def test_machines_of_unequal_size_cannot_repeat_the_base() -> None:
     assert launched.run(3, unequal_machines) == [""] * 3
 
 
+def alternating_machines(rank: int) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    socket.gethostname = lambda: "ab"[rank % 2]
+    text = "train.parallel: got hybrid, but processes 0 and 1 are on a and b: must be .* --distribution=block"
+    with processes_of_launch() as processes, pytest.raises(UserError, match=text):
+        distributed.mesh_of(processes.dividing(base=True), torch.device("cpu"), "hybrid")
+
+
+@tiny_sharded.needs_division
+def test_neighbours_that_repeat_the_base_are_on_one_machine() -> None:
+    assert launched.run(4, alternating_machines) == [""] * 4
+
+
 @tiny_sharded.needs_division
 def test_gpus_gather_a_divided_base_by_nccl() -> None:
     assert launched.run(4, mesh_on_gpus) == [""] * 4
@@ -568,12 +780,14 @@ def test_gpus_give_up_after_minutes_and_have_a_group_of_their_own(monkeypatch: p
     monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda timeout: init("gloo", timeout))
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    no_watch = Mock(rank=0, size=2, has_silence=False)  # without a store
+    no_watch = MagicMock(rank=0, size=2, has_silence=False)  # without a store
     monkeypatch.setattr(distributed, "ProcessWatch", lambda rank, size: no_watch)
     monkeypatch.setenv(PATIENCE, "700")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _number: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(distributed, "_zeros_on_gpu", torch.zeros)
     parameter = torch.nn.Parameter(torch.ones(3))
     parameter.grad = torch.ones(3)
     with processes_of_launch() as processes:
@@ -582,4 +796,4 @@ def test_gpus_give_up_after_minutes_and_have_a_group_of_their_own(monkeypatch: p
     (host, long), (gpu, short) = made
     assert (host, gpu) == ("gloo", "nccl")
     assert 2 * 700 + 2 * 700 / 20 < short <= 2400 < long  # so the watch speaks before NCCL
-    assert used == ["of GPUs"] * 2
+    assert used == ["of GPUs"] * 4  # two to connect

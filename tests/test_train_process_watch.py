@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from qdora.errors import RunFailure, UserError
 from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.train import passes, process_watch
-from qdora.train.distributed import Processes
+from qdora.train.distributed import OtherProcessFailed, Processes, processes_of_launch
 from qdora.train.process_watch import PATIENCE, ProcessWatch, patience_seconds
 from tests import launched, tiny_sharded
 from tests.test_train_distributed import exact
@@ -166,6 +168,45 @@ def test_a_process_that_is_killed_is_named(launch: Callable[..., Launch], rank: 
     )
 
 
+def stands_in_a_kernel(rank: int, size: int) -> None:
+    """As for NCCL: no connection breaks where another process is killed, and the main thread waits on."""
+    logging.basicConfig(format="%(message)s", force=True)
+    with processes_of_launch() as processes:
+        processes.gather(None)
+        if rank == size - 1:
+            die()
+        process_watch._GRACE_SECONDS = 4.0
+        time.sleep(600)
+
+
+def test_a_process_that_is_killed_is_named_although_the_others_wait_for_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default patience, before the launcher kills those that wait."""
+    began, port = time.monotonic(), launched.free_port()
+    names = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in range(2):
+        for name, value in {**names, "RANK": rank, "LOCAL_RANK": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        (tmp_path / str(rank)).mkdir()
+        act = partial(stands_in_a_kernel, rank, 2)
+        processes.append(launched.start_main(act, "qdora", output=tmp_path / str(rank)))
+    ends = []
+    try:
+        for process in processes:
+            process.join(40)
+            ends.append(process.exitcode)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    seconds = time.monotonic() - began
+    assert ends == [1, -signal.SIGKILL], f"after {seconds:.0f} s"
+    line = (tmp_path / "0/stderr").read_text()
+    assert re.match(r"process 0: stopped, because process 1 \(on \S+\) has ended without a message\. Fix: ", line), line
+
+
 @pytest.fixture
 def watches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ProcessWatch]]:
     """Those of two processes, here in one: their threads live on, as those of a process that spins."""
@@ -305,8 +346,65 @@ def test_a_launcher_cannot_end_a_process_that_tells_its_reason(watches: list[Pro
     assert "failed: a reason. Fix: " in told
 
 
+def test_who_is_late_is_not_named_while_its_process_lives(watches: list[ProcessWatch]) -> None:
+    """A library's call holds back its threads for many beats."""
+    watches[1].close()
+    assert not knows(watches[:1], 1.0)
+
+
+def test_what_is_known_is_told_long_before_the_process_is_ended(
+    watches: list[ProcessWatch], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process_watch, "_TELLING_SECONDS", 0.3)
+    watches[0].newest = lambda: Path("step-8")
+    watches[1].failed(ValueError("a fault of its own"))
+    end = time.monotonic() + 20
+    while not (told := "".join(each for each in caplog.messages if each.startswith("process 0"))):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert "because process 1 (on" in told
+    assert told.endswith(
+        "failed: a fault of its own. Fix: resume from the last checkpoint with --resume. Safe on disk: step-8."
+    )
+
+
 def test_after_a_lost_connection_nobody_is_named_if_all_answer(watches: list[ProcessWatch]) -> None:
     assert "the connection to the other processes of this run is lost" in watches[0].lost()
+
+
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled system error (run with "
+    "NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclSystemError: System call (e.g. socket, malloc) or external "
+    "library call failed or device error. \nLast error:\n"
+)
+
+
+def fails_in_nccl(first: Processes, last_error: str) -> RunFailure:
+    with pytest.raises(RunFailure) as found, first._connected():
+        raise dist.DistBackendError(NCCL + last_error + "\n")
+    in_a_pass = first.broken(dist.DistBackendError(NCCL + last_error))
+    assert (type(in_a_pass), str(in_a_pass)) == (found.type, str(found.value))
+    return found.value
+
+
+SHORT = "Error while creating shared memory segment /dev/shm/nccl-x (size 9637888)"
+
+
+def test_an_error_of_nccl_is_told(watches: list[ProcessWatch]) -> None:
+    first = Processes(0, 2, shards=True, watch=watches[0])
+    full = str(fails_in_nccl(first, "Cuda failure 2 'out of memory'"))
+    assert "Cuda failure 2 'out of memory'. Fix: make room on the GPU, then run it again" in full
+    told = str(fails_in_nccl(first, SHORT))
+    assert re.match(r"process 0: the GPUs cannot exchange data: NCCL error in: .* unhandled system error", told)
+    assert f" {SHORT}. Fix: mend the cause (NCCL_DEBUG=INFO tells more; " in told
+    assert "NCCL_SOCKET_IFNAME" in told
+
+
+def test_an_error_of_nccl_is_not_told_where_another_process_is_its_cause(watches: list[ProcessWatch]) -> None:
+    watches[1].failed(ValueError("a fault of its own"))
+    ended = fails_in_nccl(Processes(0, 2, shards=True, watch=watches[0]), SHORT)
+    assert isinstance(ended, OtherProcessFailed)
+    assert "because process 1 (on" in str(ended)
 
 
 @pytest.mark.parametrize("given", ["0", "five", "nan", "inf", "-1"])

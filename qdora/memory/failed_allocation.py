@@ -8,7 +8,7 @@ import torch
 
 from qdora.errors import RunFailure
 
-# Messages of allocators that raise a plain RuntimeError: torch's on the CPU, and CUDA's outside torch's cache.
+# Messages of allocators that raise a plain RuntimeError: torch's on the CPU, and those outside torch's cache on CUDA.
 _MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -18,6 +18,8 @@ _MESSAGES = (
     "CUDA out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",  # of NCCL, for its buffers
+    "Cuda failure 'out of memory'",
 )
 
 

@@ -29,6 +29,9 @@ from qdora.train.process_watch import LOG
 CLUSTERS = ("slurm", "local")
 _ONE_DAY = 24 * 60
 _INTERRUPTED = 130
+# SLURM's default is one, on which loading, tokenising and the launch of kernels wait for each other.
+_CPUS_PER_TASK = 8
+_NAMES_OF_CPUS = ("cpus_per_task", "slurm_cpus_per_task", "slurm_cpus_per_gpu")
 
 
 def job_executor(folder: Path, cluster: str, parameters: Mapping[str, Any], *, options: tuple[str, str, str]) -> Any:
@@ -151,10 +154,16 @@ def submit_training(
 
 def _executor(folder: Path, job: JobSize) -> Any:
     parameters = {"name": "qdora-train", "timeout_min": _ONE_DAY, **job.parameters}
+    if not any(name in parameters for name in _NAMES_OF_CPUS):
+        parameters["cpus_per_task"] = _CPUS_PER_TASK
     parameters |= {"nodes": job.nodes, "tasks_per_node": job.gpus, "gpus_per_node": job.gpus}
     # SLURM ends the other tasks when one has failed, in case that one of them does not notice.
+    arguments = ["--kill-on-bad-exit=1"]
+    cpus = parameters.get("slurm_cpus_per_task", parameters.get("cpus_per_task"))
+    if cpus is not None:
+        arguments.append(f"--cpus-per-task={cpus}")  # since SLURM 22.05 srun does not take it from the job
     more = job.parameters.get("slurm_srun_args", [])
-    parameters["slurm_srun_args"] = ["--kill-on-bad-exit=1", *([more] if isinstance(more, str) else more)]
+    parameters["slurm_srun_args"] = [*arguments, *([more] if isinstance(more, str) else more)]
     named = "--submit", f"--submit: cluster={job.cluster}", "--submit"
     return job_executor(folder, job.cluster, parameters, options=named)
 

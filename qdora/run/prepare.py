@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import socket
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -34,6 +36,7 @@ from qdora.errors import HubFailure, UserError
 from qdora.evaluation.generation import generation_faults
 from qdora.evaluation.loglikelihood import scoring_faults
 from qdora.evaluation.suite import spread
+from qdora.files.atomic import json_bytes
 from qdora.files.run_directory import RunDirectory, chat_date_of, unharmed
 from qdora.model.build_model import Compute, choose_compute, find_model, find_source, token_ids
 from qdora.model.load import load_config
@@ -48,7 +51,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run.calibration import calibration_tokens
 from qdora.run.load_base import NO_GPU
 from qdora.run.model_limits import context_warnings, vocabulary_faults
-from qdora.run.recorded_base import pinned
+from qdora.run.recorded_base import base_record, pinned
 from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks
 from qdora.run.step_evaluations import selection_faults
 from qdora.run.task_conflicts import interference_faults
@@ -124,6 +127,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     if memory_plan is not None:
         source = find_source(applied)
         loader.batching.max_tokens = micro_batch_tokens(applied)
+    _check_alike(processes, loader, num_steps, source)
     is_pruned = applied.base.prune is not None
     return PreparedRun(
         given=recipe,
@@ -141,6 +145,23 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         has_chats=chats,
         calibration=calibration_tokens(applied, tokenizer, mix, config) if is_pruned else None,
     )
+
+
+def _check_alike(processes: Processes, loader: StepLoader, num_steps: int, source: ModelSource) -> None:
+    """UserError in all processes if one of them, perhaps on another machine, has other data or another base."""
+    if processes.size == 1:
+        return
+    mine = {"training data": loader.fingerprint, "number of steps": num_steps, "base": base_record(source)}
+    told = processes.gather({what: hashlib.sha256(json_bytes(value)).hexdigest() for what, value in mine.items()})
+    others = [rank for rank, theirs in enumerate(told) if theirs != told[0]]
+    if others:
+        different = " and ".join(f"another {what}" for what in mine if told[others[0]][what] != told[0][what])
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        where = processes.gather(socket.gethostname())
+        raise UserError(
+            f"process {others[0]}{more} on {where[others[0]]} has {different} than process 0 on {where[0]}. Fix: give "
+            "all machines the same files, settings and versions."
+        )
 
 
 def _read(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Mix, dict[str, list[Example]], bool]:

@@ -13,12 +13,14 @@ import atexit
 import hashlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -155,8 +157,10 @@ class Processes:
         if isinstance(error, OutOfMemory):
             return RunFailure(f"process {self.rank}: {error.args[0].fault()}")
         reason = first_line(error)
-        if not is_out_of_memory(error) and any(word in reason for word in _CONNECTION_WORDS):
-            return self._lost()
+        if isinstance(error, dist.DistBackendError) or (
+            not is_out_of_memory(error) and any(word in reason for word in _CONNECTION_WORDS)
+        ):
+            return self._lost(error)
         return RunFailure(
             f"process {self.rank}: a pass through the model cannot be computed: {reason} All processes end, since they "
             f"divide the base. Fix the cause, then {self.way_on()}"
@@ -167,10 +171,26 @@ class Processes:
         assert self.watch is not None, "several processes watch each other"
         return self.watch.way_on()
 
-    def _lost(self) -> OtherProcessFailed:
+    def _lost(self, error: Exception | None = None) -> RunFailure:
+        """The failure after a lost connection: that of another process; if none is known, that of NCCL itself."""
         assert self.watch is not None, "a connection has two ends"
+        if isinstance(error, dist.DistBackendError) and is_out_of_memory(error):
+            return self._nccl_failure(error)
         text, newest = self.watch.lost(), self.watch.newest()
+        if isinstance(error, dist.DistBackendError) and not self.watch.knows:
+            return self._nccl_failure(error)
         return OtherProcessFailed(text, safe=[] if newest is None else [newest])
+
+    def _nccl_failure(self, error: dist.DistBackendError) -> RunFailure:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        last = next((f" {after}." for line, after in pairwise(lines) if line == "Last error:"), "")
+        fix = "mend the cause (NCCL_DEBUG=INFO tells more; on several machines NCCL_SOCKET_IFNAME names their network)"
+        if is_out_of_memory(error):
+            fix = "make room on the GPU"
+        return RunFailure(
+            f"process {self.rank}: the GPUs cannot exchange data: {first_line(error)}.{last} Fix: {fix}, then "
+            f"{self.way_on()}"
+        )
 
     @contextmanager
     def watched(self, model: PreTrainedModel) -> Iterator[None]:
@@ -199,26 +219,57 @@ class Processes:
                 raise self._lost()
         work.wait()
 
+    def join_gpus_(self, groups: Sequence[dist.ProcessGroup]) -> None:
+        """Let NCCL connect the groups and take its buffers now: faults of the network appear, and what memory is free
+        is measured without the buffers.
+
+        For few elements and for many NCCL may connect in different ways, each at its first use.
+        """
+        assert self.watch is not None, "several processes watch each other"
+        self.gather(None)  # all have made the groups
+        with self.watch.counting([], together=True), self._connected():  # without passes: who waits for minutes hangs
+            for group in groups:
+                for num_elements in (1, _MESSAGE_ELEMENTS):
+                    dist.all_reduce(_zeros_on_gpu(num_elements), group=group)
+            torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
     @torch.no_grad()
-    def sum_gradients_(self, parameters: Sequence[nn.Parameter]) -> None:
+    def sum_gradients_(self, parameters: Sequence[nn.Parameter]) -> str | None:
         """Replace every gradient by its sum over the processes, equal bit for bit in all of them.
 
         A missing gradient counts as zeros, unless it is missing in all processes.
+
+        Returns:
+            None; or if memory for it does not suffice in a process, in all of them the reason. Nothing is summed then.
         """
         if self.size == 1:
-            return
+            return None
         given = "".join("01"[parameter.grad is not None] for parameter in parameters)
-        having = [p for p, flags in zip(parameters, zip(*self.gather(given), strict=True), strict=True) if "1" in flags]
-        for parameter in having:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
+        # Whoever fails among the messages leaves the others in one, so all memory is taken before the first.
+        buffers, reason = _unless_short(lambda: _message_buffers(parameters))
+        told = self.gather([given, reason])
+        flags = [theirs for theirs, _ in told]
+        shortages: list[str] = [theirs for _, theirs in told if theirs]
+        having = [p for p, known in zip(parameters, zip(*flags, strict=True), strict=True) if "1" in known]
+        if not shortages and len(set(flags)) > 1:
+            missing = [parameter for parameter in having if parameter.grad is None]
+            zeros, reason = _unless_short(lambda: [torch.zeros_like(each, dtype=_dtype(each)) for each in missing])
+            shortages = [theirs for theirs in self.gather(reason) if theirs]
+            for parameter, zero in zip(missing, zeros or (), strict=not shortages):
+                parameter.grad = zero
+        if shortages:
+            return shortages[0]
+        assert buffers is not None
         for gradients in _messages([parameter.grad for parameter in having if parameter.grad is not None]):
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            sizes = [gradient.numel() for gradient in gradients]
+            flat = buffers[gradients[0].dtype, gradients[0].device][: sum(sizes)]
+            torch.cat([gradient.reshape(-1) for gradient in gradients], out=flat)
             with self._connected():
                 dist.all_reduce(flat, group=self.gpus)
-            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
+            for gradient, part in zip(gradients, torch.split(flat, sizes), strict=True):
                 gradient.copy_(part.view_as(gradient))
+        return None
 
     @torch.no_grad()
     def share_first_(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -239,9 +290,11 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            if is_out_of_memory(error) or isinstance(error, OtherProcessFailed) or self.watch is None:
+            if isinstance(error, OtherProcessFailed) or self.watch is None:
                 raise
-            raise self._lost() from error
+            if is_out_of_memory(error) and not isinstance(error, dist.DistBackendError):
+                raise
+            raise self._lost(error) from error
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
@@ -265,8 +318,8 @@ _LAUNCH: ContextVar[Processes | None] = ContextVar("processes_of_launch", defaul
 def processes_of_launch() -> Iterator[Processes]:
     """Connect the processes that torchrun or `accelerate launch` has started, known from environment variables.
 
-    On CUDA each process takes the GPU of its local rank. Tensors of GPUs go through NCCL, which gives up after minutes;
-    everything else goes through gloo on the host, so that no GPU waits for it.
+    On CUDA each process takes the GPU of its local rank, or the only one that it sees. Tensors of GPUs go through NCCL,
+    which gives up after minutes; everything else goes through gloo on the host, so that no GPU waits for it.
 
     Raises:
         UserError: There are fewer GPUs than processes.
@@ -279,38 +332,47 @@ def processes_of_launch() -> Iterator[Processes]:
     on_gpus = torch.cuda.is_available()
     if on_gpus:
         here, num_gpus = _num_here(size), torch.cuda.device_count()
-        if here > num_gpus:
-            gpus_here = f"{num_gpus} {'GPU' if num_gpus == 1 else 'GPUs'}"
+        if here > num_gpus > 1:  # a job may show each process its own GPU alone
             raise UserError(
-                f"qdora train: must have one process for each GPU (got {here} on {gpus_here}). "
+                f"qdora train: must have one process for each GPU (got {here} on {num_gpus} GPUs). "
                 f"Fix: start with torchrun --nproc-per-node {num_gpus}."
             )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if here <= num_gpus else 0)
+        _let_the_watch_speak_first()
     _connect(size)
     watch = ProcessWatch(dist.get_rank(), dist.get_world_size())
+    ending: BaseException | None = None
     try:
         gpus = dist.new_group(backend="nccl", timeout=_gpu_patience()) if on_gpus else None
         processes = Processes(watch.rank, watch.size, gpus, watch=watch)
+        if gpus is not None:
+            processes.join_gpus_([gpus])
         launch = _LAUNCH.set(processes)
         try:
             yield processes
         finally:
             _LAUNCH.reset(launch)
-    except Interrupted:
-        raise
-    except OtherProcessFailed:
-        watch.linger()
-        raise
     except BaseException as error:
-        watch.failed(error)
-        watch.linger()
+        ending = error
+        if not isinstance(error, Interrupted | OtherProcessFailed):
+            watch.failed(error)
+        if not isinstance(error, Interrupted):
+            watch.linger()
         raise
     finally:
         watch.close()
-        if watch.has_silence:
-            atexit.register(_leave)
-        else:
-            dist.destroy_process_group()
+        _disconnect(watch, ending, on_gpus=on_gpus)
+
+
+def _let_the_watch_speak_first() -> None:
+    """Settings of torch's own thread for NCCL, which ends a process by SIGABRT. It reads them when a group is made.
+
+    - An error that CUDA reports also reaches the main thread, which tells it.
+    - After an error of NCCL the thread waits for a minute; then it must not call off the kernels (torchrun's default,
+      1), as the main thread would go on with what they left. With torch's own default, 3, it only ends: a backstop.
+    """
+    os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"
 
 
 def _connect(size: int) -> None:
@@ -326,11 +388,25 @@ def _connect(size: int) -> None:
     dist.distributed_c10d._set_pg_timeout(_PATIENCE)
 
 
-def _leave() -> None:
-    """End this process although threads of gloo wait for one that is silent, which nothing calls off."""
+def _disconnect(watch: ProcessWatch, ending: BaseException | None, *, on_gpus: bool) -> None:
+    """Close the connections. If that may wait for another process, end this one without it, after its last message.
+
+    NCCL closes when its work on the GPU is done and the other processes of the machine close, too: only after a success
+    or a stop that all agreed on they are sure to. After a failure they may wait in a kernel for this one.
+    """
+    agreed = ending is None or (isinstance(ending, Interrupted) and ending.saved)
+    if watch.has_silence or (on_gpus and not agreed):
+        code = 2 if isinstance(ending, UserError) else 130 if isinstance(ending, Interrupted | KeyboardInterrupt) else 1
+        atexit.register(_leave, code)
+    else:
+        dist.destroy_process_group()
+
+
+def _leave(code: int) -> None:
+    """End this process although its threads wait for another one, which nothing calls off."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _gpu_patience() -> timedelta:
@@ -345,7 +421,8 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
     """The processes as `memory.sharded_base.ShardedBase` takes them; None if each holds the whole base.
 
     With `parallel` hybrid the processes of a machine divide the base, and machines repeat it. On GPUs its tensors go
-    through NCCL. UserError if this torch cannot divide it, or hybrid has machines of unequal size.
+    through NCCL. UserError if this torch cannot divide it, or hybrid has machines of unequal size, or processes whose
+    numbers alternate between machines.
     """
     if not processes.shards:
         return None
@@ -357,6 +434,8 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
     if len(sizes) > 1:
         need = "must be shard or replicate unless each machine has equally many processes"
         raise UserError(f"train.parallel: {need}, got hybrid with {' and '.join(map(str, sizes))} of them.")
+    if hybrid:
+        _check_neighbours(processes)
     shape = (processes.size // processes.num_here, processes.num_here) if hybrid else (processes.size,)
     names = ("replicate", "shard") if hybrid else None
     if processes.gpus is None:
@@ -370,7 +449,25 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
         dist.new_subgroups_by_enumeration(each.tolist(), **options)[0]  # type: ignore[no-untyped-call]
         for each in (ranks.T, ranks)
     ]
+    processes.join_gpus_(groups)
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
+
+
+def _check_neighbours(processes: Processes) -> None:
+    """UserError unless processes of neighbouring numbers, as many as each machine has, are on one machine."""
+    names = processes.gather(socket.gethostname())
+    for start in range(0, processes.size, processes.num_here):
+        for rank in range(start, start + processes.num_here):
+            if names[rank] != names[start]:
+                raise UserError(
+                    f"train.parallel: got hybrid, but processes {start} and {rank} are on {names[start]} and "
+                    f"{names[rank]}: must be processes of one machine. Fix: let the launcher number the processes of a "
+                    "machine one after another (SLURM: --distribution=block), or set train.parallel to shard."
+                )
+
+
+def _zeros_on_gpu(num_elements: int) -> Tensor:
+    return torch.zeros(num_elements, device="cuda")
 
 
 def free_host_bytes() -> int | None:
@@ -410,6 +507,30 @@ def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         run.append(tensor)
     if run:
         yield run
+
+
+def _message_buffers(parameters: Sequence[nn.Parameter]) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+    """For the gradients of each dtype and device a buffer that holds the largest of their `_messages`."""
+    sizes: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for parameter in parameters:
+        sizes.setdefault((_dtype(parameter), parameter.device), []).append(parameter.numel())
+    most = {key: min(sum(each), max(_MESSAGE_ELEMENTS, *each)) for key, each in sizes.items()}
+    return {(dtype, device): torch.empty(num, dtype=dtype, device=device) for (dtype, device), num in most.items()}
+
+
+def _dtype(parameter: nn.Parameter) -> torch.dtype:
+    """That of its gradient."""
+    return parameter.grad.dtype if parameter.grad is not None else parameter.grad_dtype or parameter.dtype
+
+
+def _unless_short(allocate: Callable[[], T]) -> tuple[T | None, str]:
+    """What it allocates and ""; or None and the allocator's reason."""
+    try:
+        return allocate(), ""
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, first_line(error)
 
 
 def _bit_sum(tensor: Tensor) -> int:

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qdora.errors import UserError, first_line
+from qdora.files.live_process import has_ended, live_process
 
 PATIENCE = "QDORA_PATIENCE"
 """Environment variable: seconds after which a process that does not move is silent."""
@@ -37,10 +38,12 @@ _PATIENCE_SECONDS = 300.0
 # How long a process may take to end by itself after another's end, before its thread ends it: torch's collectives on
 # the host cannot be called off, and launchers wait as long after SIGTERM.
 _GRACE_SECONDS = 30.0
+# A known fault is told this soon: where this process waits in a kernel, a launcher may kill it within the grace.
+_TELLING_SECONDS = 2.0
 _LOOKS = 20
-"""Looks at the other processes within the patience."""
+"""Looks at the other processes within the patience, at least."""
 _BEATS_OF_AN_END = 5
-"""Beats that a process misses, once a connection is lost, until it counts as ended."""
+"""Beats that a process misses, once a connection is lost or the system no longer has it, until it counts as ended."""
 _FAILURE = 1
 
 logger = logging.getLogger("qdora")
@@ -95,6 +98,9 @@ class ProcessWatch:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         timeout = timedelta(seconds=self._patience)
         self._store = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+        mine = live_process()
+        if mine is not None:
+            self._store.set(f"{self._keys}/{rank}/process", json.dumps(mine))
         self._exchange()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -197,10 +203,12 @@ class ProcessWatch:
         while not self._over.wait(self._beat) and not self.knows:
             if not self._exchanged(self._patience):
                 self._learn(self._silence([0], ""))  # the launcher may hold the store
-        if not self._over.wait(_GRACE_SECONDS):
-            newest = self.newest()
-            safe = "" if newest is None else f" Safe on disk: {newest}."
-            logger.error("%s%s", self._told(), safe)
+        if self._over.wait(min(_TELLING_SECONDS, _GRACE_SECONDS)):
+            return
+        newest = self.newest()
+        safe = "" if newest is None else f" Safe on disk: {newest}."
+        logger.error("%s%s", self._told(), safe)
+        if not self._over.wait(_GRACE_SECONDS - min(_TELLING_SECONDS, _GRACE_SECONDS)):
             os._exit(_FAILURE)
 
     def _exchanged(self, seconds: float) -> bool:
@@ -221,7 +229,9 @@ class ProcessWatch:
                 self._tell(self._failure)
             if self._store.check([f"{self._keys}/fault"]):
                 self._learn(json.loads(self._store.get(f"{self._keys}/fault")))
-            elif self._roll_call or time.monotonic() - self._looked_at >= self._patience / _LOOKS:
+            elif self._roll_call or time.monotonic() - self._looked_at >= min(
+                self._patience / _LOOKS, _BEATS_OF_AN_END * self._beat
+            ):
                 self._look(place)
         except RuntimeError:  # of torch's store, when its process has ended
             if not self._over.is_set():
@@ -252,13 +262,21 @@ class ProcessWatch:
         ]
         # The others wait for those that are most behind.
         last = [rank for rank in behind if others[rank].place[:parts] == min(others[r].place[:parts] for r in behind)]
-        if self._roll_call and ended:
+        # With NCCL no connection tells of an end: the main thread waits in a kernel. A thread may miss more beats in a
+        # process that lives, in a library's long call, so the system is asked.
+        ended = [rank for rank in ended if self._roll_call or self._is_gone(rank)]
+        if ended:
             self._tell({"ranks": ended, "what": "has ended without a message", "where": others[ended[0]].where})
         elif silent or last:
             found = silent or last
             self._tell(self._silence(found, others[found[0]].where))
         elif self._compares_passes and all(now - each.moved_at >= 2 * self._patience for each in self._seen.values()):
             self._tell(self._silence([], ""))
+
+    def _is_gone(self, rank: int) -> bool:
+        """Whether the process is one of this machine that has ended."""
+        key = f"{self._keys}/{rank}/process"
+        return self._store.check([key]) and has_ended(json.loads(self._store.get(key)))
 
     def _tell(self, fault: dict[str, Any]) -> None:
         """Write a fault to the store, if there is none yet, and learn the one that is there."""
