@@ -5,7 +5,7 @@
 Shares and resume: 10,000 draws, as steps of one example, from sources as large as the train splits of the eight
 commonsense tasks, by each strategy; at 20 random draws the state is kept as JSON, and a second loader goes on from each
 of them. Memory: made-up rows in shards in a temporary directory (1.2 GB at 10 million rows), each size in a process of
-its own that draws `--draws` examples (default: as many as the smallest source has) and then resumes at 20 of them.
+its own that draws as many examples as the smallest source has, and then resumes at 20 of them.
 """
 
 from __future__ import annotations

@@ -260,6 +260,7 @@ def spin_counts(script: Path, load: float, *launcher: str, command: str = DOCTOR
     return [int(count) for count in re.findall(r"GOMP_SPINCOUNT ?= ?'(\d+)'", done.stderr)]
 
 
+@pytest.mark.slow
 def test_threads_sleep_on_busy_cores_unless_the_user_has_chosen(tmp_path: Path) -> None:
     """By what libgomp says as it is loaded: the variables have no effect after that."""
     script = tmp_path / "doctor.py"

@@ -112,7 +112,7 @@ def faults_of(path: Path) -> list[str]:
             "a.json",
             b'{"messages": [1]}',
             [
-                "must be a list of objects, got a single object that holds a list, {'messages': [1]}. Fix: put [ ] "
+                "must be a list of objects, got a single object that holds a list, {messages: [1]}. Fix: put [ ] "
                 "around the object if it is a row; if its list holds the rows, keep only the list."
             ],
         ),

@@ -289,7 +289,7 @@ def test_of_a_chat_that_gives_several_examples_each_is_counted_once():
     chat = example("", "", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")), id="chat")
     with pytest.raises(UserError) as error:
         tokenize_all([chat, example()], tiny_tokenizer.make(chat_template=template), name="x", max_length=5)
-    assert error.value.faults[0].startswith("x: 4 examples (chat[1], chat[3], chat[5], ...) of 4 longer than")
+    assert error.value.faults[0].startswith("x: 4 examples (chat[1], chat[3], chat[5], ...) of 4 are longer")
     assert "drop (loses 100 % of the examples, 100 % of the tokens)" in error.value.faults[0]
 
 

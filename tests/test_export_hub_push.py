@@ -57,7 +57,7 @@ def test_a_new_repository_is_private_unless_asked_otherwise(export: Path, monkey
 
 def test_a_public_repository_is_not_written_to_by_accident(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = use(monkeypatch, FakeHub(shown=False))
-    with pytest.raises(UserError, match=r"shown is public, so nothing was uploaded\. .* Fix: upload it to a private"):
+    with pytest.raises(UserError, match=r"shown is public, .* Fix: upload it .*: hf upload OTHER_NAME .* --private$"):
         push(export, "shown")
     assert hub.files == {}
     push(export, "shown", private=False)
@@ -72,7 +72,8 @@ def test_a_hub_that_cannot_be_reached_leaves_the_export(export: Path, monkeypatc
 
     use(monkeypatch, Offline())
     with pytest.raises(
-        RunFailure, match="no route to host Fix: upload the export, which is complete, with hf upload mine"
+        RunFailure,
+        match=r"no route to host The export is complete\. Fix: .* hf upload mine .* --private$",
     ):
         push(export, "mine")
     assert (export / "config.json").exists()

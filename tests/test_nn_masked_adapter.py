@@ -358,7 +358,7 @@ def test_an_adapter_that_ignores_the_mask_merges_dense_and_says_so(tmp_path: Pat
     forms = result["audit"]["forms"]
     assert forms["merged"]["logits"]["kl_mean"] < 1e-8
     assert "why_not" in forms["original"]
-    with pytest.raises(UserError, match=r"the base is pruned\. Fix: remove the options"):
+    with pytest.raises(UserError, match=r"--requantize: not possible, the base is pruned\. Fix: remove --requantize"):
         export_run(tmp_path / "run", tmp_path / "again", ExportOptions(requantize=True))
 
 

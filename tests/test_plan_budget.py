@@ -323,6 +323,7 @@ def test_short_chunks_of_the_loss_read_the_head_more_often() -> None:
     assert seconds(300) == pytest.approx(3 * 1.2 + 0.4)
 
 
+@pytest.mark.slow
 def test_a_change_that_computes_the_same_is_never_faster(tmp_path: Path) -> None:
     """With shorter chunks of the loss another micro-batch has the peak."""
     recipe = tiny_run.one_layer_recipe(tmp_path, data__max_length=512, train__tokens_per_step=1024, train__batch=...)

@@ -258,6 +258,7 @@ def test_the_study_shown_has_its_cells() -> None:
     assert stages == expected | {"transplants": 2 * 2 * 6, "set back": 3}
 
 
+@pytest.mark.slow
 def test_the_grids_of_the_benchmarks_are_studies_whose_rates_are_searched() -> None:
     files = sorted((ROOT / "benchmarks/grids").glob("*.yaml"))
     assert files

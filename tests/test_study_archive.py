@@ -91,7 +91,10 @@ def test_the_report_stays_the_same(archive: ModuleType, made: Path, tmp_path: Pa
     assert archive.pack(tmp_path / "study") == archive.pack(made)
 
 
-@pytest.mark.parametrize("kinds", [("trained", "transplant", "set_back", "by_layer"), ("transplant",)])
+@pytest.mark.parametrize(
+    "kinds",
+    [("trained", "transplant", "set_back", "by_layer"), pytest.param(("transplant",), marks=pytest.mark.slow)],
+)
 def test_what_is_missing_runs_and_nothing_else(
     archive: ModuleType, made: Path, tmp_path: Path, kinds: tuple[str, ...]
 ) -> None:

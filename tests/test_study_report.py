@@ -668,6 +668,7 @@ def test_csv_files_hold_all_numbers_of_the_tables(report: Report, tmp_path: Path
             pd.testing.assert_series_equal(csv[column], given[column], check_dtype=False, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_same_study_gives_the_same_files(made: Path, tmp_path: Path) -> None:
     first, second = (write_report(read_report(made), tmp_path / name, "study") for name in "ab")
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]

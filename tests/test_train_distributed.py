@@ -489,6 +489,17 @@ def test_processes_that_see_one_gpu_each_take_it() -> None:
     assert launched.run(2, the_only_gpu, timeout=60) == ["", ""]
 
 
+def one_gpu_for_two(rank: int) -> None:
+    with fake_gpus(num_gpus=1), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_own_gpu", lambda: "GPU-1")
+        with pytest.raises(UserError, match="one process for each GPU, got 2 processes on 1"), processes_of_launch():
+            pass
+
+
+def test_two_processes_on_one_gpu_are_refused() -> None:
+    assert launched.run(2, one_gpu_for_two, timeout=60) == ["", ""]
+
+
 def example(index: int, length: int) -> TokenizedExample:
     ids = np.zeros(length, dtype=np.int32)
     return TokenizedExample(id=str(index), task="t", input_ids=ids, loss_mask=np.ones(length, dtype=bool))
@@ -572,6 +583,7 @@ def mesh_on_gpus(rank: int) -> None:
     torch.cuda.device_count = lambda: 2
     torch.cuda.set_device = lambda _number: None
     torch.cuda.synchronize = lambda: None
+    distributed._own_gpu = lambda: str(rank)
     distributed._zeros_on_gpu = torch.zeros
     distributed._MESSAGE_ELEMENTS = 100
     reduce, joined = dist.all_reduce, []
@@ -598,6 +610,7 @@ def fake_gpus(num_gpus: int = 2) -> Iterator[list[Any]]:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: num_gpus)
         patch.setattr(torch.cuda, "set_device", lambda _number: None)
+        patch.setattr(distributed, "_own_gpu", lambda: os.environ["RANK"])
         patch.setattr(dist, "new_group", lambda backend, timeout: real(backend="gloo", timeout=timeout))
         patch.setattr(torch.cuda, "synchronize", lambda: None)
         patch.setattr(distributed, "_zeros_on_gpu", torch.zeros)
@@ -696,6 +709,7 @@ def comes_late_to_a_message(rank: int) -> None:
             assert processes.gather(rank) == [0, 1]
 
 
+@pytest.mark.slow
 def test_processes_wait_for_minutes_until_they_are_connected_and_then_as_long_as_it_takes() -> None:
     assert launched.run(2, one_does_not_come, timeout=60) == [""] * 2
     assert launched.run(2, comes_late_to_a_message, timeout=60) == [""] * 2
@@ -780,6 +794,7 @@ def test_gpus_give_up_after_minutes_and_have_a_group_of_their_own(monkeypatch: p
     monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda timeout: init("gloo", timeout))
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_check_own_gpus", lambda _size: None)
     no_watch = MagicMock(rank=0, size=2, has_silence=False)  # without a store
     monkeypatch.setattr(distributed, "ProcessWatch", lambda rank, size: no_watch)
     monkeypatch.setenv(PATIENCE, "700")

@@ -170,7 +170,10 @@ def test_signals_that_are_ignored_or_a_launchers_stay_so() -> None:
     send(SIGTERM)()  # a launcher repeats it: the first one's clean-up goes on
 
 
-@pytest.mark.parametrize("setting", ["end_as_by_ctrl_c({})", "stop = stack.enter_context(stop_on_signal())"])
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param("end_as_by_ctrl_c({})", marks=pytest.mark.slow), "stop = stack.enter_context(stop_on_signal())"],
+)
 def test_a_closed_terminal_does_not_hide_the_end(tmp_path: Path, setting: str) -> None:
     """Each write to it would fail with an error of its own."""
     code = f"""

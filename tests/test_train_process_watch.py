@@ -162,10 +162,8 @@ def test_a_process_that_is_killed_is_named(launch: Callable[..., Launch], rank: 
     assert found.end(rank)[0] == -signal.SIGKILL
     code, line = found.end(1 - rank)
     assert code == 1
-    where = r"on \S+" if rank == 1 else "or its launcher, which held the store"
-    assert re.match(
-        rf"process {1 - rank}: stopped, because process {rank} \({where}\) has ended without a message\.", line
-    )
+    who = r"process 1 \(on \S+\)" if rank == 1 else r"process 0 or the launcher \(torchrun\)"
+    assert re.match(rf"process {1 - rank}: stopped, because {who} has ended without a message\.", line)
 
 
 def stands_in_a_kernel(rank: int, size: int) -> None:
@@ -179,6 +177,7 @@ def stands_in_a_kernel(rank: int, size: int) -> None:
         time.sleep(600)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_named_although_the_others_wait_for_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +255,7 @@ def test_who_is_behind_is_silent_unless_it_moves(watches: list[ProcessWatch]) ->
     assert watches[0].has_silence
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("together", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_who_works_for_all_moves_unless_it_makes_no_pass(
     watches: list[ProcessWatch], monkeypatch: pytest.MonkeyPatch, together: bool
 ) -> None:
@@ -350,6 +349,26 @@ def test_who_is_late_is_not_named_while_its_process_lives(watches: list[ProcessW
     """A library's call holds back its threads for many beats."""
     watches[1].close()
     assert not knows(watches[:1], 1.0)
+
+
+def test_who_has_ended_well_is_not_missed(watches: list[ProcessWatch], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process may still write the page of the run."""
+    monkeypatch.setattr(process_watch, "has_ended", lambda _process: True)
+    watches[1].close(well=True)
+    assert not knows(watches[:1], 1.0)
+    assert not watches[0].knows
+
+
+def test_who_ends_by_an_error_of_its_own_does_not_tell_that_of_another(
+    watches: list[ProcessWatch], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where all fail alike, the first process is longer about its figures and its page."""
+    monkeypatch.setattr(process_watch, "_TELLING_SECONDS", 0.1)
+    watches[0].ends_itself = True
+    watches[1].failed(ValueError("the same fault"))
+    assert knows(watches[:1], 20.0)
+    time.sleep(0.5)
+    assert not [each for each in caplog.messages if each.startswith("process 0")]
 
 
 def test_what_is_known_is_told_long_before_the_process_is_ended(

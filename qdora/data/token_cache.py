@@ -33,6 +33,7 @@ from qdora import __version__
 from qdora.data.chat_template import chat_settings
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.files.atomic import atomic_file, disk_reason, json_text
+from qdora.files.console import OF_THIS_PROCESS
 from qdora.files.environment import package_versions
 from qdora.files.tensor_file import write_tensors
 
@@ -93,7 +94,13 @@ class TokenCache:
                 write_tensors(aside, _tensors(made))
         except (OSError, ValueError, RuntimeError) as error:
             reason = disk_reason(error) or str(error)
-            logger.warning("data.cache: %s: the tokens of %s cannot be kept: %s.", self.root, made.name, reason)
+            logger.warning(
+                "data.cache: %s: the tokens of %s cannot be kept: %s.",
+                self.root,
+                made.name,
+                reason,
+                extra=OF_THIS_PROCESS,
+            )
             return
         with suppress(OSError):  # another process may clean, too
             for other in self.root.iterdir():
@@ -173,5 +180,5 @@ def _read(file: Path) -> TokenizedSet | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
-        logger.warning("data.cache: %s: is damaged (%s). It is made anew.", file, error)
+        logger.warning("data.cache: %s: is damaged (%s). It is made anew.", file, error, extra=OF_THIS_PROCESS)
         return None

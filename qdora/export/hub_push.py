@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -30,12 +31,13 @@ def push(directory: Path, name: str, *, private: bool = True) -> str:
         RunFailure: The Hub refuses or cannot be reached; nothing on this machine changes.
     """
     api = HfApi()
+    upload = f"{shlex.quote(str(directory))}{' --private' if private else ''}"
     try:
         repository = api.create_repo(name, private=private, exist_ok=True)
         if private and not api.repo_info(repository.repo_id).private:
             raise UserError(
-                f"--push: {name} is public, so nothing was uploaded. The export is complete in {directory}. Fix: "
-                f"upload it to a private repository with hf upload OTHER_NAME {directory}, or here to publish it."
+                f"--push: {name} is public, so nothing was uploaded. The export is complete. Fix: upload it to another "
+                f"repository with: hf upload OTHER_NAME {upload}"
             )
         commit = api.upload_folder(
             repo_id=repository.repo_id, folder_path=str(directory), commit_message="Model exported by qdora"
@@ -43,7 +45,6 @@ def push(directory: Path, name: str, *, private: bool = True) -> str:
     except (HTTPError, OSError) as error:
         first = first_line(error)
         raise RunFailure(
-            f"--push: {name}: {first} Fix: upload the export, which is complete, with hf upload {name} {directory}",
-            safe=[directory],
+            f"--push: {name}: {first} The export is complete. Fix: upload it with: hf upload {name} {upload}"
         ) from error
     return str(commit)

@@ -239,7 +239,8 @@ def verdict(
         worst = max(reversed(over), key=lambda at: math.inf if math.isnan(total.errors[at]) else total.errors[at])
         faults.append(
             f"{_DIFFER['mean_logit_difference']} by up to {total.errors[worst]:.3g} (allowed "
-            f"{tolerance['max_logit_difference']:.3g}) at {len(over)} of {len(total.errors)} positions"
+            f"{tolerance['max_logit_difference']:.3g}) at {len(over)} of {len(total.errors)} positions, "
+            f"most at position {worst}"
         )
     return _outcome(faults, stored, running_dtype, num_positions=total.exported_vs_reference.num_positions) | {
         "ill_conditioned": num_explained,

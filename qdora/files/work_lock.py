@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qdora.errors import UserError
+from qdora.files.console import OF_THIS_PROCESS
 
 logger = logging.getLogger("qdora")
 
@@ -84,7 +85,9 @@ def _held(file: Path, what: str) -> int:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if not flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                logger.warning("%s: this file system has no locks: start only one process on it.", what)
+                logger.warning(
+                    "%s: this file system has no locks: start only one process on it.", what, extra=OF_THIS_PROCESS
+                )
                 return descriptor
             if os.path.exists(file) and os.path.samestat(os.fstat(descriptor), file.stat()):
                 os.truncate(descriptor, 0)

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
+from qdora.files.console import OF_THIS_PROCESS
 from qdora.files.environment import package_versions
 from qdora.files.user_paths import cache_folder
 from qdora.files.work_lock import in_turn
@@ -134,7 +135,7 @@ def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
     try:
         found = load(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s: is damaged (%s). It is made anew.", folder, error)
+        logger.warning("%s: is damaged (%s). It is made anew.", folder, error, extra=OF_THIS_PROCESS)
         with suppress(OSError):  # another process may be removing it, too
             remove_directory(folder)
         return load(str(path.parent), gguf_file=path.name)

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from qdora.errors import DiskFull, UserError
 from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_bytes, json_text
-from qdora.files.console import Progress
+from qdora.files.console import OF_THIS_PROCESS, Progress
 from qdora.files.sampled_digest import sampled_digest
 from qdora.files.tensor_file import MappedFile, write_tensors
 from qdora.files.work_lock import in_turn
@@ -351,7 +351,7 @@ def _open_if_whole(directory: Path, key: str) -> PackedBase | None:
     try:
         record, base = open_cached_base(directory)
     except UserError as error:
-        log.warning("%s The base is quantised again.", error)
+        log.warning("%s The base is quantised again.", error, extra=OF_THIS_PROCESS)
         return None
     if record.key != key:
         raise UserError(

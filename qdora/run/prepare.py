@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -127,7 +127,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     if memory_plan is not None:
         source = find_source(applied)
         loader.batching.max_tokens = micro_batch_tokens(applied)
-    _check_alike(processes, loader, num_steps, source)
+    _check_alike(processes, loader, validation, num_steps, source)
     is_pruned = applied.base.prune is not None
     return PreparedRun(
         given=recipe,
@@ -147,11 +147,22 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     )
 
 
-def _check_alike(processes: Processes, loader: StepLoader, num_steps: int, source: ModelSource) -> None:
+def _check_alike(
+    processes: Processes,
+    loader: StepLoader,
+    validation: Mapping[str, Sequence[Example]],
+    num_steps: int,
+    source: ModelSource,
+) -> None:
     """UserError in all processes if one of them, perhaps on another machine, has other data or another base."""
     if processes.size == 1:
         return
-    mine = {"training data": loader.fingerprint, "number of steps": num_steps, "base": base_record(source)}
+    mine = {
+        "training data": loader.fingerprint,
+        "validation data": {task: list(map(repr, examples)) for task, examples in validation.items()},
+        "number of steps": num_steps,
+        "base": base_record(source),
+    }
     told = processes.gather({what: hashlib.sha256(json_bytes(value)).hexdigest() for what, value in mine.items()})
     others = [rank for rank, theirs in enumerate(told) if theirs != told[0]]
     if others:

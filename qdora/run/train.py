@@ -122,6 +122,8 @@ def _reported(processes: Processes, ending: ExitStack) -> Iterator[None]:
     try:
         yield
     except Exception:
+        if processes.watch is not None:
+            processes.watch.ends_itself = True
         if processes.size > 1 and processes.is_first:
             ending.enter_context(sigterm_ignored())
         raise

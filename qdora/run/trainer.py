@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import nn
 
 from qdora.data.example import Example
 from qdora.errors import RunFailure
@@ -133,9 +134,13 @@ class Trainer:
 
     @property
     def _draws(self) -> bool:
-        """Whether a step draws random numbers."""
-        adapter = self.active.recipe.adapter
-        return adapter.dropout > 0 or (adapter.gates is not None and adapter.gates.mode == "hard_concrete")
+        """Whether a step draws random numbers, for the adapter or in a base with dropout of its own."""
+        adapter, model = self.active.recipe.adapter, self.active.model
+        of_base = getattr(model.config.get_text_config(), "attention_dropout", 0.0) or any(
+            isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
+        )
+        of_gates = adapter.gates is not None and adapter.gates.mode == "hard_concrete"
+        return bool(adapter.dropout > 0 or of_gates or of_base)
 
     def _judge_former_end(self, step: int) -> None:
         """Judge the evaluation after the last step of a run that is extended: it followed that step's checkpoint."""

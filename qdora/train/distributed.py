@@ -340,6 +340,8 @@ def processes_of_launch() -> Iterator[Processes]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if here <= num_gpus else 0)
         _let_the_watch_speak_first()
     _connect(size)
+    if on_gpus:
+        _check_own_gpus(size)
     watch = ProcessWatch(dist.get_rank(), dist.get_world_size())
     ending: BaseException | None = None
     try:
@@ -360,8 +362,29 @@ def processes_of_launch() -> Iterator[Processes]:
             watch.linger()
         raise
     finally:
-        watch.close()
+        watch.close(well=_is_agreed(ending))
         _disconnect(watch, ending, on_gpus=on_gpus)
+
+
+def _is_agreed(ending: BaseException | None) -> bool:
+    """Whether all processes end in this way: the run is done, or was stopped and is saved."""
+    return ending is None or (isinstance(ending, Interrupted) and ending.saved)
+
+
+def _own_gpu() -> str:
+    """What identifies the GPU of this process among those of all machines."""
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+
+
+def _check_own_gpus(size: int) -> None:
+    """UserError in all processes if two of them have the same GPU."""
+    taken: list[Any] = [None] * size
+    dist.all_gather_object(taken, _own_gpu())
+    if len(set(taken)) < size:
+        raise UserError(
+            f"qdora train: must have one process for each GPU, got {size} processes on {len(set(taken))}. "
+            "Fix: start as many with torchrun --nproc-per-node as the machine has GPUs."
+        )
 
 
 def _let_the_watch_speak_first() -> None:
@@ -394,8 +417,7 @@ def _disconnect(watch: ProcessWatch, ending: BaseException | None, *, on_gpus: b
     NCCL closes when its work on the GPU is done and the other processes of the machine close, too: only after a success
     or a stop that all agreed on they are sure to. After a failure they may wait in a kernel for this one.
     """
-    agreed = ending is None or (isinstance(ending, Interrupted) and ending.saved)
-    if watch.has_silence or (on_gpus and not agreed):
+    if watch.has_silence or (on_gpus and not _is_agreed(ending)):
         code = 2 if isinstance(ending, UserError) else 130 if isinstance(ending, Interrupted | KeyboardInterrupt) else 1
         atexit.register(_leave, code)
     else:

@@ -344,7 +344,12 @@ def _gradient_of_next_step(
             reason = processes.sum_gradients_(list(optimizer.parameters.values()))
         if reason is not None:
             largest = _largest_shortage(batch, reason, processes)
-            return StepGradient(batch, metrics, largest.fault(), example_nll, largest)
+            fault = (
+                f"out of memory where the gradients are summed over the processes ({reason.rstrip('.')}). Fix: resume "
+                "with --resume and -s memory.offload_activations=true or -s base.residency=host, or start a new run "
+                "with a smaller adapter.rank."
+            )
+            return StepGradient(batch, metrics, fault, example_nll, largest)
         if fault is None and processes.size > 1:
             metrics = {"gradient_norm": float(optimizer.gradient_norm()), **metrics}
         return StepGradient(batch, metrics, fault, example_nll)

@@ -77,11 +77,13 @@ class ProcessWatch:
 
     Attributes:
         newest: Gives the newest checkpoint of the run, or None.
+        ends_itself: Whether this process is ending by an error of its own, which it tells.
     """
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.newest: Callable[[], Path | None] = lambda: None
+        self.ends_itself = False
         self._patience = patience_seconds()
         self._beat = min(1.0, self._patience / _LOOKS)
         log = os.environ.get(LOG)
@@ -169,10 +171,13 @@ class ProcessWatch:
         self._over.set()
         return self._told()
 
-    def close(self) -> None:
-        """End the watch."""
+    def close(self, *, well: bool = False) -> None:
+        """End the watch. Whose process ends `well` is not missed by the others, which may have more to write."""
         self._over.set()
         self._thread.join(2 * self._beat)
+        if well:
+            with suppress(RuntimeError):  # the store has ended before
+                self._store.delete_key(f"{self._keys}/{self.rank}/process")
 
     def way_on(self) -> str:
         """What to do once the run has ended, as the end of a sentence."""
@@ -203,13 +208,21 @@ class ProcessWatch:
         while not self._over.wait(self._beat) and not self.knows:
             if not self._exchanged(self._patience):
                 self._learn(self._silence([0], ""))  # the launcher may hold the store
-        if self._over.wait(min(_TELLING_SECONDS, _GRACE_SECONDS)):
+        early = min(_TELLING_SECONDS, _GRACE_SECONDS)
+        if self._over.wait(early):
             return
+        tells_late = self.ends_itself
+        if not tells_late:
+            self._log_fault()
+        if not self._over.wait(_GRACE_SECONDS - early):
+            if tells_late:
+                self._log_fault()
+            os._exit(_FAILURE)
+
+    def _log_fault(self) -> None:
         newest = self.newest()
         safe = "" if newest is None else f" Safe on disk: {newest}."
         logger.error("%s%s", self._told(), safe)
-        if not self._over.wait(_GRACE_SECONDS - min(_TELLING_SECONDS, _GRACE_SECONDS)):
-            os._exit(_FAILURE)
 
     def _exchanged(self, seconds: float) -> bool:
         """Whether the store answers within these seconds; it may never."""
