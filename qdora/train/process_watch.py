@@ -44,6 +44,7 @@ _LOOKS = 20
 """Looks at the other processes within the patience, at least."""
 _BEATS_OF_AN_END = 5
 """Beats that a process misses, once a connection is lost or the system no longer has it, until it counts as ended."""
+_BEATS_TO_CLOSE = 10
 _FAILURE = 1
 
 logger = logging.getLogger("qdora")
@@ -174,7 +175,8 @@ class ProcessWatch:
     def close(self, *, well: bool = False) -> None:
         """End the watch. Whose process ends `well` is not missed by the others, which may have more to write."""
         self._over.set()
-        self._thread.join(2 * self._beat)
+        # A thread that is still in torch's store when Python ends takes the process down by SIGABRT.
+        self._thread.join(_BEATS_TO_CLOSE * self._beat)
         if well:
             with suppress(RuntimeError):  # the store has ended before
                 self._store.delete_key(f"{self._keys}/{self.rank}/process")
