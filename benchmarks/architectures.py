@@ -58,8 +58,8 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 from qdora.cli import app
-from qdora.cli.verb import USER_MISTAKE
 from qdora.data.batching import IGNORED
+from qdora.errors import USER_MISTAKE
 from qdora.files.run_directory import RunDirectory
 from qdora.model.adapter_file import load_adapter
 from qdora.model.build_model import recompute_activations

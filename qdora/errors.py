@@ -84,6 +84,17 @@ class Interrupted(Exception):
         return Interrupted(self.step, self.checkpoint, saved=self.saved, how=f": {shlex.join(words)}")
 
 
+USER_MISTAKE, FAILURE, INTERRUPT = 2, 1, 130
+"""Exit codes of a command."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a command that ends by this error."""
+    if isinstance(error, UserError):
+        return USER_MISTAKE
+    return INTERRUPT if isinstance(error, Interrupted | KeyboardInterrupt) else FAILURE
+
+
 def _line(text: str) -> str:
     """Text on one line that every terminal can show, without its middle if it is longer than any message of ours."""
     text = _NOT_SHOWN.sub(" ", text)

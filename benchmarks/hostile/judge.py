@@ -34,8 +34,8 @@ from typing import Any, Literal
 
 from measure import status_bytes
 
-from qdora.cli.verb import FAILURE, INTERRUPT, USER_MISTAKE, explain
-from qdora.errors import RunFailure
+from qdora.cli.verb import explain
+from qdora.errors import FAILURE, INTERRUPT, USER_MISTAKE, RunFailure
 
 SECONDS = 30
 """CPU time of a case."""

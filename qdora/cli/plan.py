@@ -8,8 +8,8 @@ from typing import Annotated, Literal, cast
 import typer
 
 from qdora.cli.shared_options import Recipe, Set
-from qdora.cli.verb import FAILURE, emit, verb
-from qdora.errors import UserError, not_one_of
+from qdora.cli.verb import emit, verb
+from qdora.errors import FAILURE, UserError, not_one_of
 
 
 @verb

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from qdora.cli.shared_options import Recipe, Set
-from qdora.cli.verb import FAILURE, emit, verb
+from qdora.cli.verb import emit, verb
+from qdora.errors import FAILURE
 
 
 @verb

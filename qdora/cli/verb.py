@@ -21,12 +21,10 @@ from typing import Annotated, Any
 
 import typer
 
-from qdora.errors import Interrupted, RunFailure, UserError, named
+from qdora.errors import FAILURE, Interrupted, RunFailure, UserError, exit_code, named
 from qdora.files.atomic import json_text
 from qdora.files.console import is_told_here, show_only
 from qdora.files.end_signals import END_SIGNALS, SAME_REQUEST_SECONDS, leave_closed_terminal
-
-USER_MISTAKE, FAILURE, INTERRUPT = 2, 1, 130
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only results and errors, no progress.")]
@@ -156,15 +154,12 @@ def repeat_lost_interrupts() -> None:
 
 def explain(error: BaseException) -> tuple[str, int]:
     """The message of an error (one line; one per fault of a UserError) and its exit code."""
-    if isinstance(error, UserError):
-        return str(error), USER_MISTAKE
-    if isinstance(error, Interrupted):
-        return str(error), INTERRUPT
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", INTERRUPT
-    if isinstance(error, RunFailure):
-        return str(error), FAILURE
-    return f"{named(error)} (--debug shows the traceback)", FAILURE
+    text = f"{named(error)} (--debug shows the traceback)"
+    if isinstance(error, UserError | Interrupted | RunFailure):
+        text = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        text = "interrupted"
+    return text, exit_code(error)
 
 
 def emit(result: dict[str, Any], *, plain: str | None = None) -> None:

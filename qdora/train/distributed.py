@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from qdora.errors import Interrupted, RunFailure, UserError, first_line
+from qdora.errors import FAILURE, Interrupted, RunFailure, UserError, exit_code, first_line
 from qdora.files.environment import available_memory_bytes
 from qdora.memory.failed_allocation import is_out_of_memory
 from qdora.model.load import block_list
@@ -418,8 +418,7 @@ def _disconnect(watch: ProcessWatch, ending: BaseException | None, *, on_gpus: b
     or a stop that all agreed on they are sure to. After a failure they may wait in a kernel for this one.
     """
     if watch.has_silence or (on_gpus and not _is_agreed(ending)):
-        code = 2 if isinstance(ending, UserError) else 130 if isinstance(ending, Interrupted | KeyboardInterrupt) else 1
-        atexit.register(_leave, code)
+        atexit.register(_leave, FAILURE if ending is None else exit_code(ending))
     else:
         dist.destroy_process_group()
 

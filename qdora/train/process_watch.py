@@ -26,7 +26,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from qdora.errors import UserError, first_line
+from qdora.errors import FAILURE, UserError, first_line
 from qdora.files.live_process import has_ended, live_process
 
 PATIENCE = "QDORA_PATIENCE"
@@ -45,7 +45,6 @@ _LOOKS = 20
 _BEATS_OF_AN_END = 5
 """Beats that a process misses, once a connection is lost or the system no longer has it, until it counts as ended."""
 _BEATS_TO_CLOSE = 10
-_FAILURE = 1
 
 logger = logging.getLogger("qdora")
 
@@ -219,7 +218,7 @@ class ProcessWatch:
         if not self._over.wait(_GRACE_SECONDS - early):
             if tells_late:
                 self._log_fault()
-            os._exit(_FAILURE)
+            os._exit(FAILURE)
 
     def _log_fault(self) -> None:
         newest = self.newest()
