@@ -23,7 +23,7 @@ from tables.headline import headline
 from tables.kernels import triton_estimate, triton_kernels
 from tables.memory import chunked_loss, layer_memory, load_memory, sharded_memory, step_memory
 from tables.models import architectures, mixtures, models_short
-from tables.plan import cards, expert_plans, machines, plan_accuracy, plan_recipes, plan_shapes, several_cards
+from tables.plan import cards, expert_plans, machines, plan_accuracy, plan_recipes, several_cards
 from tables.ranks import curvature, curvature_draws, rank_methods
 from tables.runs import (
     chat_model,
@@ -99,7 +99,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_memory": step_memory,
     "chunked_loss": chunked_loss,
     "out_of_memory": out_of_memory,
-    "plan_shapes": plan_shapes,
     "plan_recipes": plan_recipes,
     "expert_plans": expert_plans,
     "expert_cost": expert_cost,

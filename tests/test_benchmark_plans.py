@@ -19,12 +19,6 @@ def test_plan_accuracy(tmp_path: Path) -> None:
     assert case["process_bytes"] < case["measured_rss_bytes"]
 
 
-def test_plan_shapes(tmp_path: Path) -> None:
-    (shape,) = smoke(tmp_path, "plan_shapes.py")["shapes"].values()
-    assert shape["fits"]
-    assert sum(shape["components"].values()) == shape["peak_bytes"]
-
-
 def test_plan_recipes(tmp_path: Path) -> None:
     result = smoke(tmp_path, "plan_recipes.py")
     resident, streamed = list(result["plans"])[:4], list(result["plans"])[4:]

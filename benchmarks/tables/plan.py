@@ -9,19 +9,6 @@ from qdora.recipe.recipe_file import recipe_names
 from tables.table import GIB, MIB, gib, markdown, read
 
 
-def plan_shapes() -> str:
-    """Components of the plans of large shapes, their totals, and whether they fit."""
-    document = read("plan_shapes")
-    shapes = document["shapes"]
-    names = list(dict.fromkeys(name for each in shapes.values() for name in each["components"]))
-    rows = [[name, *(gib(each["components"].get(name, 0)) for each in shapes.values())] for name in names]
-    rows.append(["**total**", *(f"**{gib(each['peak_bytes'])}**" for each in shapes.values())])
-    rows.append([f"fits in {document['budget']}", *("yes" if each["fits"] else "no" for each in shapes.values())])
-    rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in shapes.values())])
-    peaks = "; ".join(f"{name}: {each['peak_in']}" for name, each in shapes.items())
-    return markdown(["GiB at the peak", *shapes], rows) + f"\nMoment of the peak: {peaks}.\n"
-
-
 def plan_recipes() -> str:
     """Components of the plans of the recipes that are named for a card, and what they leave to the host."""
     plans = read("plan_recipes")["plans"]
