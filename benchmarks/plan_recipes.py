@@ -18,7 +18,7 @@ from typing import Any
 from measure import facts, parser_of, write
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
-from qdora.plan.division import process_plans, whole_plans
+from qdora.plan.division import num_sharing, process_plans, whole_plans
 from qdora.plan.memory_plan import plan
 from qdora.plan.public_shapes import public_shapes
 from qdora.recipe.recipe_file import load_recipe
@@ -66,27 +66,21 @@ def planned(recipe: Recipe, config: PreTrainedConfig, num_cards: int = 1) -> dic
     """The plan of a recipe on each of its cards, what it streams, and how long planning took."""
     began = time.process_time()
     budget = recipe.memory.budget or CARD
-    num_sharing = num_cards if recipe.train.divides_base else 1
-    found = plan(recipe, budget, config=config, num_sharing=num_sharing).to_dict()
+    plan_of = partial(plan, budget=budget, config=config, num_processes=num_cards)
+    found = plan_of(recipe, num_sharing=num_sharing(recipe, num_cards, num_cards)).to_dict()
     streams = recipe.base.residency == "host"
-    ways = ways_of(recipe, config, num_cards, budget) if num_cards > 1 else []
+    ways = process_plans(whole_plans(recipe, partial(plan_of, may_change=False)), num_cards) if num_cards > 1 else []
     return {
         **found,
         "num_cards": num_cards,
         "parallel": recipe.train.parallel,
-        "ways": ways,
+        "ways": [each.to_dict() for each in ways],
         "model": recipe.model.source,
         "budget": budget,
         "residency": recipe.base.residency,
         "num_streamed": (recipe.base.streamed_blocks or config.num_hidden_layers) if streams else 0,
         "cpu_seconds": time.process_time() - began,
     }
-
-
-def ways_of(recipe: Recipe, config: PreTrainedConfig, num_cards: int, budget: str) -> list[dict[str, Any]]:
-    """The ways to hold the base of a recipe on several cards."""
-    plan_of = partial(plan, budget=budget, config=config, may_change=False)
-    return [each.to_dict() for each in process_plans(whole_plans(recipe, plan_of), num_cards)]
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ def plans_of(config: PreTrainedConfig, machine: Machine, length: int) -> WholePl
     overrides.append(f"train.tokens_per_step={PER_CARD * machine.num_cards * length}")
     budget = parse_size(machine.budget)
     options: dict[str, Any] = {"config": config, "device_kind": "cuda", "workload": assumed_workload}
+    options["num_processes"] = machine.num_cards
 
     def plan_of(recipe: Recipe) -> Plan:
         return fit_recipe(recipe, budget, rates=machine.rates, may_change=False, **options)[1]

@@ -142,6 +142,12 @@ def test_what_the_process_holds_counts_as_free(monkeypatch: pytest.MonkeyPatch) 
         assert budget.free_bytes(torch.device("cpu")) == 2**30 + counted
 
 
+def test_buffers_that_nccl_has_taken_count_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of several processes has them in it, and the free memory has not."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (5 * 2**30, 8 * 2**30))
+    assert [budget.free_bytes(torch.device("cuda"), count) // 2**30 for count in (1, 2)] == [5, 6]
+
+
 def first_has_less(rank: int, recipe: Recipe) -> None:
     asked: list[int] = []
 
@@ -150,7 +156,7 @@ def first_has_less(rank: int, recipe: Recipe) -> None:
         return given, SimpleNamespace(fits=True)
 
     with processes_of_launch() as processes, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "free_bytes", lambda _device: 1000 + rank)
+        patch.setattr(budget, "free_bytes", lambda _device, _size: 1000 + rank)
         patch.setattr(budget, "fit_recipe", fit_recipe)
         compute = Compute(torch.device("cpu"), torch.float32)
         budget.within_budget(recipe, compute, assumed_workload, processes=processes)

@@ -33,7 +33,7 @@ from qdora.plan.division import (
 )
 from qdora.plan.fake_step import empty_model
 from qdora.plan.memory_plan import plan
-from qdora.plan.plan_contents import CONTEXT_BYTES, SLACK_SHARE, Division, MicroBatchShape, Moment, Plan
+from qdora.plan.plan_contents import CONTEXT_BYTES, NCCL_BYTES, SLACK_SHARE, Division, MicroBatchShape, Moment, Plan
 from qdora.plan.plan_view import plan_run, sequence_line
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
@@ -142,6 +142,19 @@ def test_a_divided_card_holds_its_rows_and_what_is_gathered() -> None:
     assert (found[3].by_component[parts.LOSS], found[4].by_component[parts.BACKWARD]) == (500, 600)
 
 
+def test_each_of_several_gpus_has_buffers_of_nccl(tmp_path: Path) -> None:
+    alone = a_plan()
+    assert replace(alone, num_processes=2).components == {**alone.components, "NCCL buffers": 2**30}
+    assert process_plans(WholePlans(alone), 2)[0].peak_bytes == alone.peak_bytes + 2**30
+    (shard,) = process_plans(WholePlans(alone, alone), 1)
+    assert shard.peak_bytes == alone.peak_bytes
+    on_cpus = replace(alone, device_kind="cpu")
+    assert replace(on_cpus, num_processes=2).components == on_cpus.components
+    recipe, console = tiny_run.one_layer_recipe(tmp_path), Console(file=io.StringIO())
+    one, two = (plan_run(recipe, "r.yaml", console=console, num_processes=count)["memory"] for count in (1, 2))
+    assert two["peak_bytes"] == one["peak_bytes"] + 2**30
+
+
 def test_bytes_and_times_by_hand() -> None:
     given = replace(a_plan(), budget_bytes=10**12)
     replicate, shard, hybrid = process_plans(WholePlans(given, given), 4, num_hosts=2)
@@ -174,12 +187,13 @@ GIB = 2**30
 
 
 def streaming(recipe: Recipe) -> Plan:
-    """Eight blocks of a GiB, of which 5.5 GiB of tensors fit; two slots of a GiB if some are streamed, else scales."""
+    """Eight blocks of a GiB on one of two cards, of whose tensors 5.5 GiB fit; two slots of a GiB if some are streamed,
+    else scales."""
     streamed = recipe.base.streamed_blocks or 0
     beside = 2 if streamed or keeps_scales(recipe) else 0
     moments = [Moment("update", None, {parts.BASE: (8 - streamed + beside) * GIB})]
-    limit = CONTEXT_BYTES["cuda"] + round(5.5 * GIB * (1 + SLACK_SHARE["cuda"]))
-    sizes: dict[str, Any] = {"num_blocks": 8, "block_bytes": GIB, "budget_bytes": limit}
+    limit = CONTEXT_BYTES["cuda"] + NCCL_BYTES + round(5.5 * GIB * (1 + SLACK_SHARE["cuda"]))
+    sizes: dict[str, Any] = {"num_blocks": 8, "block_bytes": GIB, "budget_bytes": limit, "num_processes": 2}
     return replace(a_plan(), moments=moments, step_seconds=36.0 + streamed, **sizes)
 
 

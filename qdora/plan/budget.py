@@ -10,9 +10,9 @@ import torch
 from qdora.errors import UserError
 from qdora.files.environment import available_memory_bytes, held_memory_bytes
 from qdora.model.build_model import Compute
-from qdora.plan.division import divided_recipe
+from qdora.plan.division import divided_recipe, num_sharing
 from qdora.plan.memory_plan import fit_recipe
-from qdora.plan.plan_contents import CONTEXT_BYTES, DeviceKind, Plan, over_budget
+from qdora.plan.plan_contents import CONTEXT_BYTES, NCCL_BYTES, DeviceKind, Plan, over_budget
 from qdora.plan.workload import Workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
@@ -36,11 +36,12 @@ def within_budget(
     asked, parallel = recipe.memory.budget, recipe.train.parallel
     if asked is None:
         return recipe, None
-    budget = min(processes.gather(free_bytes(compute.device))) if asked == "auto" else parse_size(asked)
+    budget = min(processes.gather(free_bytes(compute.device, processes.size))) if asked == "auto" else parse_size(asked)
     kind: DeviceKind = "cuda" if compute.device.type == "cuda" else "cpu"
-    num_sharing = {"shard": processes.size, "hybrid": processes.num_here}.get(parallel, 1)
     options: dict[str, Any] = {"device_kind": kind, "workload": workload, "dtype": compute.dtype}
-    changed, plan = fit_recipe(recipe, budget, num_sharing=num_sharing, **options)
+    options["num_processes"] = processes.size
+    sharing = num_sharing(recipe, processes.size, processes.num_here)
+    changed, plan = fit_recipe(recipe, budget, num_sharing=sharing, **options)
     if plan.fits:
         return recipe, plan
     if parallel == "auto" and CAN_DIVIDE and processes.size > 1 and (shared := divided_recipe(recipe)) is not None:
@@ -51,21 +52,22 @@ def within_budget(
     if asked == "auto" and any(change.neutral and change.peak_bytes <= budget for change in plan.changes):
         for change in plan.changes:
             logger.info("memory.budget auto: %s.", change.setting)
-        return changed, fit_recipe(changed, budget, num_sharing=num_sharing, **options)[1]
+        return changed, fit_recipe(changed, budget, num_sharing=sharing, **options)[1]
     if not force:
         raise UserError(over_budget(plan))
     logger.warning("%s", over_budget(plan, forced=True))
     return recipe, plan
 
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device, num_processes: int = 1) -> int:
     """Bytes of a device that a plan may count; UserError if the system does not say what is free.
 
     A plan counts the whole process, so what this one already holds is no loss. CUDA does not say how much that is: on a
-    GPU the context is neither free nor left out of the plan, and a run gets less than it could take.
+    GPU the context is neither free nor left out of the plan, and a run gets less than it could take. With several
+    processes NCCL has taken its buffers, so what a plan counts for them is added to what is free.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.mem_get_info(device)[0]) + (NCCL_BYTES if num_processes > 1 else 0)
     available = available_memory_bytes()
     if available is None:
         raise UserError("memory.budget: must be a size, since this system does not say what is free, got 'auto'.")

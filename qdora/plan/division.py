@@ -51,6 +51,11 @@ _BUFFERS = 3
 """Blocks that exist whole at a time: the one in use, what it was gathered into, and the next one on its way."""
 
 
+def num_sharing(recipe: Recipe, num_processes: int, num_here: int) -> int:
+    """How many processes divide the base of a recipe, of all and of those on one machine; 1: each holds all of it."""
+    return {"shard": num_processes, "hybrid": num_here}.get(recipe.train.parallel, 1)
+
+
 def divided_recipe(recipe: Recipe) -> Recipe | None:
     """The recipe with a base that all processes divide; None if something in it keeps the base whole."""
     try:
@@ -265,7 +270,7 @@ def process_plans(plans: WholePlans, num_processes: int, num_hosts: int = 1) -> 
 
 
 def _process_plan(plan: Plan, way: Way, size: int, num_processes: int, num_hosts: int) -> ProcessPlan:
-    found = divided(plan, size)
+    found = replace(divided(plan, size), num_processes=num_processes)
     division, passes = plan.division, math.ceil(plan.num_micro_batches / num_processes)
     share = (size - 1) / size
     gradients = 2 * 4 * plan.num_trainable * (num_processes - 1) / num_processes

@@ -77,6 +77,7 @@ def plan(
     config: PreTrainedConfig | None = None,
     device_kind: DeviceKind = "cuda",
     workload: Workload = assumed_workload,
+    num_processes: int = 1,
     num_sharing: int = 1,
     may_change: bool = True,
 ) -> Plan:
@@ -88,6 +89,7 @@ def plan(
             the Hub does not give it is made from `public_shapes`, if that has the model; `Plan.stored_shape` says so.
         device_kind: Device of the run; this machine need not have it.
         workload: The micro-batches of a recipe; the one that needs the most memory counts (default: full ones).
+        num_processes: Processes of the run, each on a card of its own; the plan is that of one card.
         num_sharing: Processes that divide the base; 1: each holds all of it.
         may_change: Look for changes if the plan is over the budget.
     Raises UserError for a model or setting that a run would refuse, too.
@@ -98,8 +100,9 @@ def plan(
     shape = _stored_shape(recipe) if config is None else None
     if shape is not None:
         config = shape.config()
-    options: dict[str, Any] = {"device_kind": device_kind, "workload": workload, "num_sharing": num_sharing}
-    _, found = fit_recipe(recipe, limit, config=config, may_change=may_change, **options)
+    options: dict[str, Any] = {"device_kind": device_kind, "workload": workload, "config": config}
+    options |= {"num_processes": num_processes, "num_sharing": num_sharing, "may_change": may_change}
+    _, found = fit_recipe(recipe, limit, **options)
     return found if shape is None else replace(found, stored_shape=shape.source)
 
 
@@ -121,6 +124,7 @@ def fit_recipe(
     config: PreTrainedConfig | None = None,
     device_kind: DeviceKind,
     workload: Workload,
+    num_processes: int = 1,
     num_sharing: int = 1,
     may_change: bool = True,
     rates: Rates | None = None,
@@ -146,15 +150,18 @@ def fit_recipe(
         shapes, count = workload(changed)
         return [_StepPlan(changed, known, shape, count, rates, run_dtype=dtype) for shape in shapes]
 
+    def of_card(step: _StepPlan) -> Plan:
+        return replace(divided(step.plan(), num_sharing), num_processes=num_processes)
+
     def plan_of(changed: Recipe) -> Plan:
-        plans = [divided(each.plan(), num_sharing) for each in step_plans(changed)]
+        plans = [of_card(each) for each in step_plans(changed)]
         # Of the slowest shape: with less memory another shape has the peak, and the times would not compare.
         seconds = max((each.step_seconds for each in plans if each.step_seconds is not None), default=None)
         most = max(plans, key=lambda each: each.peak_bytes)
         even_bytes = None
         if stacks(known.model(torch.bfloat16, recipe.model.attention)):
             step = _StepPlan(changed, known, most.shape, most.num_micro_batches, rates, run_dtype=dtype, routing="even")
-            even = divided(step.plan(), num_sharing)
+            even = of_card(step)
             most, even_bytes = max(most, even, key=lambda each: each.peak_bytes), even.peak_bytes
         return replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even_bytes)
 

@@ -33,15 +33,22 @@ UPDATE = "workspace of the update"  # parameters of a group in float32 while the
 STREAMING = "streaming slots"  # slots of the streamed blocks
 GATHERED = "gathered blocks"  # blocks of a divided base that are whole, and what they are gathered into
 CONTEXT = "context and libraries"  # memory of the process before the first tensor: a constant
+NCCL = "NCCL buffers"  # what several GPUs communicate through: a constant
 SLACK = "allocator slack"  # rounding and fragmentation of the allocator: a constant share
 OTHER = "other"  # ids, masks, positions
 COMPONENTS: tuple[str, ...] = (BASE, SCALES, MASKS, DENSE, ADAPTERS, KEPT, OPTIMIZER, GRADIENTS, CHECKPOINTS)
-COMPONENTS += (FORWARD, BACKWARD, LOSS, UPDATE, STREAMING, GATHERED, CONTEXT, SLACK, OTHER)
+COMPONENTS += (FORWARD, BACKWARD, LOSS, UPDATE, STREAMING, GATHERED, CONTEXT, NCCL, SLACK, OTHER)
+CONSTANTS = (CONTEXT, NCCL, SLACK)
+"""Components that are constants, and that torch does not count as allocated on a GPU."""
 
 CONTEXT_BYTES: Mapping[DeviceKind, int] = {"cuda": 600 * MIB, "cpu": 600 * MIB}
 """cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: what a run holds
 beside its tensors when most is resident: the interpreter with its libraries, and what they take during the run. It is
 the rounded median of the runs in benchmarks/results/plan_accuracy.json, measured_rss_bytes less planned tensors."""
+
+NCCL_BYTES = GIB
+"""On each of several GPUs; a round number on the safe side, not yet measured. On each of eight H100 1.06 GB were in use
+beside torch's tensors, context included (github.com/NVIDIA/nccl/issues/1685); cards on PCIe need less."""
 
 SLACK_SHARE: Mapping[DeviceKind, float] = {"cuda": 0.02, "cpu": 0.0}
 """Bytes that the allocator holds beside the tensors at the peak, as a share of their bytes. A GPU's caching allocator
@@ -143,6 +150,7 @@ class Plan:
 
     Attributes:
         num_micro_batches: The most micro-batches of a step.
+        num_processes: Processes of the run, each with a card.
         assumptions: One sentence for each thing that could not be known.
         pageable_bytes: Bytes of the optimizer's state that the driver can move to the host between updates.
         host_bytes: Pinned host memory of streamed blocks and checkpoints.
@@ -159,6 +167,7 @@ class Plan:
     moments: Sequence[Moment]
     shape: MicroBatchShape
     num_micro_batches: int
+    num_processes: int = 1
     assumptions: Sequence[str] = ()
     pageable_bytes: int = 0
     host_bytes: int = 0
@@ -196,6 +205,7 @@ class Plan:
         """Component -> bytes at the peak, constants included, in the order of `COMPONENTS`."""
         constants = {
             CONTEXT: CONTEXT_BYTES[self.device_kind],
+            NCCL: NCCL_BYTES if self.device_kind == "cuda" and self.num_processes > 1 else 0,
             SLACK: round(self.tensor_bytes * SLACK_SHARE[self.device_kind]),
         }
         found = {**self.peak.by_component, **constants}

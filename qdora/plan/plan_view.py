@@ -21,9 +21,9 @@ from qdora.files.console import consoles
 from qdora.files.run_directory import PLAN_FILE, RunDirectory
 from qdora.files.svg_figure import svg_file
 from qdora.model.build_model import find_model
-from qdora.plan.division import ProcessPlan, process_lines, process_plans, whole_plans
+from qdora.plan.division import ProcessPlan, num_sharing, process_lines, process_plans, whole_plans
 from qdora.plan.memory_plan import plan
-from qdora.plan.plan_contents import CONTEXT, GIB, SLACK, DeviceKind, Plan, seconds_text
+from qdora.plan.plan_contents import CONSTANTS, GIB, DeviceKind, Plan, seconds_text
 from qdora.plan.workload import MOST_STEPS, Workload, assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import missing_files
@@ -76,9 +76,8 @@ def plan_run(
             logger.warning(text)
         for text in mix_plan.mix_facts(mix):
             logger.info(text)
-    planning: dict[str, Any] = {"device_kind": device_kind, "workload": workload}
-    num_sharing = {"shard": num_processes, "hybrid": num_processes // num_hosts}.get(recipe.train.parallel, 1)
-    shared = planning | {"num_sharing": num_sharing}
+    planning: dict[str, Any] = {"device_kind": device_kind, "workload": workload, "num_processes": num_processes}
+    shared = planning | {"num_sharing": num_sharing(recipe, num_processes, num_processes // num_hosts)}
     assumed += _after_gates(recipe, shared)
     found = replace(plan(recipe, limit, **shared), assumptions=assumed)
     show_plan(results, found)
@@ -237,7 +236,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
         start = 0.0
         for row, (name, num_bytes) in enumerate(found.items()):
             size = num_bytes / GIB
-            axes.barh(row, size, left=start, color="0.6" if name in (CONTEXT, SLACK) else "C0")
+            axes.barh(row, size, left=start, color="0.6" if name in CONSTANTS else "C0")
             axes.text(start + size, row, f" {size_text(num_bytes)}", va="center", fontsize=8)
             start += size
         axes.set_yticks(range(len(found)), list(found))

@@ -18,7 +18,7 @@ from qdora.evaluation.before_after import LossOrAccuracy, task_changes, tasks_of
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import FAILURE_MARK, PLAN_FILE, WARNING_MARK, RunDirectory, is_without_chats
 from qdora.model.peft_config import sizes_in_words
-from qdora.plan.plan_contents import CONTEXT, SLACK
+from qdora.plan.plan_contents import CONSTANTS
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.adapter_step import adapter_record
@@ -213,7 +213,7 @@ def _memory(reader: _Reader, metrics: Lines) -> Facts:
     plan = reader.json(PLAN_FILE)
     peaks = [line["time"]["peak_memory_bytes"] for line in metrics if "peak_memory_bytes" in line.get("time", {})]
     on_gpu = bool(reader.json("environment.json").get("devices"))
-    outside = (CONTEXT, SLACK) if on_gpu else ()  # not among what torch counts as allocated
+    outside = CONSTANTS if on_gpu else ()
     return {
         "device": "cuda" if on_gpu else "cpu",
         "planned": {name: size for name, size in plan.get("components", {}).items() if name not in outside},
