@@ -19,6 +19,7 @@ from qdora.cli import app
 from qdora.model.build_model import keeps_scales
 from qdora.model.load import Quantization
 from qdora.plan import plan_contents as parts
+from qdora.plan import plan_view
 from qdora.plan.division import (
     LINKS,
     ProcessPlan,
@@ -35,6 +36,7 @@ from qdora.plan.fake_step import empty_model
 from qdora.plan.memory_plan import plan
 from qdora.plan.plan_contents import CONTEXT_BYTES, NCCL_BYTES, SLACK_SHARE, Division, MicroBatchShape, Moment, Plan
 from qdora.plan.plan_view import plan_run, sequence_line
+from qdora.plan.workload import assumed_workload
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes
@@ -253,6 +255,20 @@ def test_a_sequence_that_no_card_holds_has_its_remedies(tmp_path: Path) -> None:
     assert sequence_line(recipe, replace(given, shape=replace(shape, rows=2)), given) is None
     large = replace(given, moments=[Moment("backward", 0, {parts.BASE: 20 * GIB, parts.CHECKPOINTS: GIB})])
     assert sequence_line(recipe, given, large) is None  # the base is what is too large
+
+
+def test_a_sequence_is_not_too_long_if_a_change_makes_it_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ways to hold the base are those of the recipe as it stands: none of them fits."""
+    monkeypatch.setattr(plan_view, "_workload", lambda _: (None, assumed_workload, []))
+    monkeypatch.setattr(plan_view, "sequence_line", lambda *_: "Too long.")
+    # With LoftQ no base is divided
+    recipe = tiny_run.one_layer_recipe(tmp_path, adapter__init="loftq", train__batch=4, train__micro_batch_tokens=1024)
+    whole = plan(recipe, device_kind="cpu").peak_bytes
+    for budget, told in ((whole - 1, "None of these fits."), (whole // 2, "Too long.")):
+        out = io.StringIO()
+        plan_run(recipe, "r.yaml", budget=f"{budget}B", device_kind="cpu", console=Console(file=out), num_processes=2)
+        assert "None of these fits." in out.getvalue()
+        assert out.getvalue().rstrip().endswith(told)
 
 
 def test_a_recipe_that_divides_its_base_is_planned_divided(tmp_path: Path) -> None:

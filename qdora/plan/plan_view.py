@@ -92,7 +92,8 @@ def plan_run(
         ways = process_plans(whole_plans(recipe, plan_of), num_processes, num_hosts)
         lines += process_lines(ways, num_processes, num_hosts)
         document["processes"] = [each.to_dict() for each in ways]
-        least, can_fit = min(ways, key=lambda each: each.peak_bytes), any(each.fits for each in ways)
+        least = min(ways, key=lambda each: each.peak_bytes)
+        can_fit = can_fit or any(each.fits for each in ways)
     elif recipe.train.divides_base:
         logger.info("train.parallel is %s: --processes N plans a card of N.", recipe.train.parallel)
     if not can_fit and (tight := sequence_line(recipe, found, least)) is not None:
