@@ -77,8 +77,7 @@ def run_and_keep(args: argparse.Namespace, document: dict[str, Any], head: dict[
 
 def run_asked(args: argparse.Namespace, document: dict[str, Any]) -> bool:
     """`run_cells` as the options of `study_parser` say, from what was kept elsewhere if they name it."""
-    if args.resume_from is not None:
-        resume_from(args.resume_from, document, args.dir)
+    resume_kept(args, document)
     return run_cells(document, args.dir, 0 if args.report else args.processes, hours=args.hours)
 
 
@@ -105,14 +104,16 @@ def run_cells(document: dict[str, Any], directory: Path, processes: int = 1, *, 
     return True
 
 
-def dry_run(document: dict[str, Any], directory: Path) -> None:
-    """`qdora study --dry-run`: the time and what can be found, as far as the results in `directory` tell."""
-    subprocess.run([*_command(document, directory), "--dry-run"], check=True)
+def dry_run(args: argparse.Namespace, document: dict[str, Any]) -> None:
+    """`qdora study --dry-run`: the time and what can be found, as far as finished cells tell."""
+    resume_kept(args, document)
+    subprocess.run([*_command(document, args.dir), "--dry-run"], check=True)
 
 
-def resume_from(kept: Path, document: dict[str, Any], directory: Path) -> None:
-    """Go on in `directory` from what `keep` wrote elsewhere, unless it has results already. UserError as `unpack`."""
-    if any((directory / "results").glob("*.json")):
+def resume_kept(args: argparse.Namespace, document: dict[str, Any]) -> None:
+    """Put what --resume-from names, which `keep` wrote, into --dir, unless it has results. UserError as `unpack`."""
+    kept, directory = args.resume_from, args.dir
+    if kept is None or any((directory / "results").glob("*.json")):
         return
     if not (kept / SCORES_FILE).is_file():
         raise SystemExit(f"--resume-from {kept}: has no {SCORES_FILE}; it must be an --out of this study.")

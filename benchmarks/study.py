@@ -35,7 +35,7 @@ def main() -> None:
     document = yaml.safe_load(args.grid.read_text(encoding="utf-8"))
     document = smoke_grid(document, args.dir) if args.smoke else with_data(document, args.data)
     if args.dry_run:
-        dry_run(document, args.dir)
+        dry_run(args, document)
         return
     grid = args.grid.resolve()
     root = GRIDS.parent.parent
