@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tables.table import compared, is_new, markdown, of_metric, read, report_rows, trained, with_band
+from tables.table import compared, markdown, of_metric, read, report_rows, trained, with_band
 
 _METHODS = {
     "uniform": "the same rank everywhere",
@@ -67,13 +67,12 @@ def rank_methods() -> str:
     costs = run["costs_in_seconds"]
     sizes = {row["ranks"]: int(float(row["num_trainable"])) for row in cells if row["num_trainable"] not in ("", "0")}
     against = {pair["arm"]: pair for pair in of_metric(pairs)}
-    rate = "rate" if is_new(arms) else "train.lr"
     rows = []
     for row in trained(arms):
         name = row["ranks"]
         said = compared(against[name]) if name in against else "–"
         took = f"{1 + costs[name] / costs['scout']:.2f} runs" if name in costs else "0"
-        rows.append([_METHODS[name], f"{sizes[name]:,}", row[rate], with_band(row), said, took])
+        rows.append([_METHODS[name], f"{sizes[name]:,}", row["rate"], with_band(row), said, took])
     header = [
         "ranks",
         "trained",
@@ -93,23 +92,16 @@ def rank_methods() -> str:
 def _intervals(arms: Sequence[Mapping[str, str]]) -> str:
     """What the intervals of a report are over, and how rates were found."""
     seeds = ", ".join(sorted({row["num_seeds"] for row in trained(arms)}))
-    over, chosen, compared_on = "examples and seeds", "one half of the validation examples", "the other"
-    if is_new(arms):
-        over, chosen, compared_on = "the seeds", "validation examples", "test examples"
     return (
-        f"95 % t intervals over {over}; learning rates chosen on {chosen}, arms compared on {compared_on}; number of "
-        f"seeds: {seeds}."
+        "95 % t intervals over the seeds; learning rates chosen on validation examples, arms compared on test "
+        f"examples; number of seeds: {seeds}."
     )
 
 
 def ranks_that_did_not_help() -> list[str]:
-    """A row of the table of what was tried: ranks for each layer, if all ways are equivalent to one rank everywhere.
-
-    Without an equivalence test (reports of the earlier rules) nothing is said: no difference was seen, and only large
-    ones could have been.
-    """
+    """A row of the table of what was tried: ranks for each layer, if all ways are equivalent to one rank everywhere."""
     pairs = of_metric(report_rows("rank_methods", "comparisons"))
-    if not all(pair.get("verdict", "").startswith("no difference") for pair in pairs):
+    if not all(pair["verdict"].startswith("no difference") for pair in pairs):
         return []
     figures = ", ".join(f"{_METHODS[pair['arm']]} {compared(pair, as_rise=True)}" for pair in pairs)
     return ["a rank for each layer", "one rank everywhere", f"change of the NLL at equal parameters: {figures}"]

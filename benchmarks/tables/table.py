@@ -77,32 +77,26 @@ def with_band(row: Mapping[str, str] | None, measure: str = "nll_per_token") -> 
     return f"{float(value):.3f}" + (f" ({float(lower):.3f}–{float(upper):.3f})" if lower and upper else "")
 
 
-def is_new(arms: Sequence[Mapping[str, str]]) -> bool:
-    """Whether a report was made under the rules of `qdora guide studies`; those before them have no kinds of arms."""
-    return "kind" in arms[0]
-
-
 def trained(arms: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """The arms that were trained, of either kind of report."""
-    return [row for row in arms if (row["kind"] == "trained" if is_new(arms) else row["is_trained"] == "True")]
+    """The arms that were trained."""
+    return [row for row in arms if row["kind"] == "trained"]
 
 
 def of_metric(pairs: Sequence[Mapping[str, str]], metric: str = "nll_per_token") -> list[Mapping[str, str]]:
-    """The comparisons in one metric; the earlier reports have no other."""
-    return [row for row in pairs if row.get("measure", metric) == metric]
+    """The comparisons in one metric."""
+    return [row for row in pairs if row["measure"] == metric]
 
 
 def compared(pair: Mapping[str, Any], *, as_rise: bool = False) -> str:
     """A comparison of a report: +0.020 (-0.001 to +0.150), +0.020 of one seed; with `as_rise` the negative improvement.
 
-    Behind it the verdict of a primary comparison, and what would have been seen if there is none. Reports of before the
-    present rules have no verdict that stands.
+    Behind it the verdict of a primary comparison, and what would have been seen if there is none.
     """
     sign = -1 if as_rise else 1
     value = sign * float(pair["improvement"])
     ends = sorted(sign * float(pair[end]) for end in ("lower", "upper")) if pair["lower"] else []
     said = interval(value, *ends) if ends else f"{value:+.3f}"
-    if pair.get("role") != "primary":
+    if pair["role"] != "primary":
         return said
     if pair["verdict"] != "not decided":
         return f"{said}, {pair['verdict']}"
