@@ -137,15 +137,12 @@ def test_rank_tables_read_the_present_reports(tables: dict[str, ModuleType], tmp
     assert row_of(text, "SVD of a trained update")[4].endswith("uniform is better")
     assert row_of(text, "SVD of a trained update")[5] == "1.50 runs"
     assert tables["ranks"].ranks_that_did_not_help() == []
-    compare = common | {"zone": 0.9}
-    result(
-        tmp_path,
-        "rank_methods",
-        costs,
-        product={"ranks": {name: ways[name] for name in ("uniform", "svd")}},
-        compare=compare,
-    )
-    assert "no difference above 0.9" in tables["ranks"].ranks_that_did_not_help()[2]
+    product = {"ranks": {name: ways[name] for name in ("uniform", "svd")}}
+    pair, *_ = result(tmp_path, "rank_methods", costs, product=product, compare=common | {"zone": 0.9})
+    assert (pair["arm"], pair["measure"]) == ("svd", "nll_per_token")
+    rise, *ends = (-pair[key] for key in ("improvement", "upper", "lower"))
+    figure = f"SVD of a trained update {rise:+.3f} ({ends[0]:+.3f} to {ends[1]:+.3f})"
+    assert tables["ranks"].ranks_that_did_not_help()[2].endswith(figure)
 
 
 def test_combined_against_solo_tells_each_task_and_the_verdict_on_all(

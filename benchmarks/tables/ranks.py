@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tables.table import compared, markdown, of_metric, read, report_rows, trained, with_band
+from tables.table import compared, improvement, markdown, of_metric, read, report_rows, trained, with_band
 
 _METHODS = {
     "uniform": "the same rank everywhere",
@@ -81,10 +81,11 @@ def rank_methods() -> str:
         "improvement over uniform",
         "cost of choosing",
     ]
+    most = max(float(pair["upper"]) for pair in against.values())
     note = (
-        f"\n{_intervals(arms)} *Cost of choosing* is in units of the scout run, a run at twice the rank that the "
-        f"methods read; gates choose during training. `{run['command']}`; the whole report: "
-        "[results/rank_methods/report.md](results/rank_methods/report.md).\n"
+        f"\nNo interval has an improvement above {most:.4f}. {_intervals(arms)} *Cost of choosing* is in units of the "
+        f"scout run, a run at twice the rank that the methods read; gates choose during training. "
+        f"`{run['command']}`; the whole report: [results/rank_methods/report.md](results/rank_methods/report.md).\n"
     )
     return markdown(header, rows) + note
 
@@ -99,9 +100,9 @@ def _intervals(arms: Sequence[Mapping[str, str]]) -> str:
 
 
 def ranks_that_did_not_help() -> list[str]:
-    """A row of the table of what was tried: ranks for each layer, if all ways are equivalent to one rank everywhere."""
+    """A row of the table of what was tried: ranks for each layer, if any improvement by them is within the zone."""
     pairs = of_metric(report_rows("rank_methods", "comparisons"))
-    if not all(pair["verdict"].startswith("no difference") for pair in pairs):
+    if not all(float(pair["upper"] or "inf") < float(pair["zone"]) for pair in pairs):
         return []
-    figures = ", ".join(f"{_METHODS[pair['arm']]} {compared(pair, as_rise=True)}" for pair in pairs)
+    figures = ", ".join(f"{_METHODS[pair['arm']]} {improvement(pair, as_rise=True)}" for pair in pairs)
     return ["a rank for each layer", "one rank everywhere", f"change of the NLL at equal parameters: {figures}"]

@@ -87,15 +87,17 @@ def of_metric(pairs: Sequence[Mapping[str, str]], metric: str = "nll_per_token")
     return [row for row in pairs if row["measure"] == metric]
 
 
-def compared(pair: Mapping[str, Any], *, as_rise: bool = False) -> str:
-    """A comparison of a report: +0.020 (-0.001 to +0.150), +0.020 of one seed; with `as_rise` the negative improvement.
-
-    Behind it the verdict of a primary comparison, and what would have been seen if there is none.
-    """
+def improvement(pair: Mapping[str, Any], *, as_rise: bool = False) -> str:
+    """That of a comparison of a report: +0.020 (-0.001 to +0.150), +0.020 of one seed; with `as_rise` its negative."""
     sign = -1 if as_rise else 1
     value = sign * float(pair["improvement"])
     ends = sorted(sign * float(pair[end]) for end in ("lower", "upper")) if pair["lower"] else []
-    said = interval(value, *ends) if ends else f"{value:+.3f}"
+    return interval(value, *ends) if ends else f"{value:+.3f}"
+
+
+def compared(pair: Mapping[str, Any]) -> str:
+    """`improvement`, with the verdict of a primary comparison, or with what would have been seen if there is none."""
+    said = improvement(pair)
     if pair["role"] != "primary":
         return said
     if pair["verdict"] != "not decided":
