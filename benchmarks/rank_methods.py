@@ -1,4 +1,4 @@
-"""Does choosing a rank for each layer help? Five ways to choose, at equal trainable parameters.
+"""Does a rank for each layer help? Ways to choose ranks against one rank everywhere, at equal trainable parameters.
 
     python benchmarks/rank_methods.py DATA [--methods uniform,l1,svd,...] [--processes 2] [--hours 2.4]
 

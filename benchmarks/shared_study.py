@@ -61,7 +61,9 @@ def study_parser(doc: str | None, name: str, *, smoke: str) -> argparse.Argument
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--hours", type=float, default=None, help="interrupt the processes after so many")
     parser.add_argument("--report", action="store_true", help="only write DIR/report, of the cells that are done")
-    parser.add_argument("--resume-from", type=Path, default=None, help="an --out of this study: its cells are done")
+    parser.add_argument(
+        "--resume-from", type=Path, default=None, help="an --out of this study: its cells go into --dir"
+    )
     parser.add_argument("--smoke", action="store_true", help=f"{smoke}: shows that it runs")
     return parser
 
@@ -113,7 +115,10 @@ def dry_run(args: argparse.Namespace, document: dict[str, Any]) -> None:
 def resume_kept(args: argparse.Namespace, document: dict[str, Any]) -> None:
     """Put what --resume-from names, which `keep` wrote, into --dir, unless it has results. UserError as `unpack`."""
     kept, directory = args.resume_from, args.dir
-    if kept is None or any((directory / "results").glob("*.json")):
+    if kept is None:
+        return
+    if any((directory / "results").glob("*.json")):
+        print(f"{kept} is not read, since {directory} has results")
         return
     if not (kept / SCORES_FILE).is_file():
         raise SystemExit(f"--resume-from {kept}: has no {SCORES_FILE}; it must be an --out of this study.")

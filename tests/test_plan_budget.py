@@ -149,18 +149,18 @@ def test_buffers_that_nccl_has_taken_count_as_free(monkeypatch: pytest.MonkeyPat
 
 
 def first_has_less(rank: int, recipe: Recipe) -> None:
-    asked: list[int] = []
+    asked: list[tuple[int, int]] = []
 
-    def fit_recipe(given: Recipe, num_bytes: int, **_: Any) -> tuple[Recipe, Any]:
-        asked.append(num_bytes)
+    def fit_recipe(given: Recipe, num_bytes: int, *, num_processes: int, **_: Any) -> tuple[Recipe, Any]:
+        asked.append((num_bytes, num_processes))
         return given, SimpleNamespace(fits=True)
 
     with processes_of_launch() as processes, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "free_bytes", lambda _device, _size: 1000 + rank)
+        patch.setattr(budget, "free_bytes", lambda _device, num_processes: 1000 * num_processes + rank)
         patch.setattr(budget, "fit_recipe", fit_recipe)
         compute = Compute(torch.device("cpu"), torch.float32)
         budget.within_budget(recipe, compute, assumed_workload, processes=processes)
-    assert asked == [1000]
+    assert asked == [(2000, 2)]
 
 
 def test_budget_auto_is_the_same_for_all_processes(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from qdora.plan.division import (
     divided,
     division_of,
     fastest_way,
+    of_card,
     process_lines,
     process_plans,
     whole_plans,
@@ -145,13 +146,16 @@ def test_a_divided_card_holds_its_rows_and_what_is_gathered() -> None:
 
 
 def test_each_of_several_gpus_has_buffers_of_nccl(tmp_path: Path) -> None:
+    """A GiB for each group: of all, and with hybrid of a machine and across machines."""
     alone = a_plan()
-    assert replace(alone, num_processes=2).components == {**alone.components, "NCCL buffers": 2**30}
-    assert process_plans(WholePlans(alone), 2)[0].peak_bytes == alone.peak_bytes + 2**30
-    (shard,) = process_plans(WholePlans(alone, alone), 1)
-    assert shard.peak_bytes == alone.peak_bytes
+    assert of_card(alone, 1, 2).components == {**alone.components, "NCCL buffers": 2**30}
+    assert of_card(alone, 1, 1) == alone
     on_cpus = replace(alone, device_kind="cpu")
-    assert replace(on_cpus, num_processes=2).components == on_cpus.components
+    assert of_card(on_cpus, 1, 2).components == on_cpus.components
+    ways = process_plans(WholePlans(alone, alone), 4, num_hosts=2)
+    bytes_of = {"replicate": alone, "shard": divided(alone, 4), "hybrid": divided(alone, 2)}
+    groups = {each.way: (each.peak_bytes - bytes_of[each.way].peak_bytes) / 2**30 for each in ways}
+    assert groups == {"replicate": 1, "shard": 1, "hybrid": 3}
     recipe, console = tiny_run.one_layer_recipe(tmp_path), Console(file=io.StringIO())
     one, two = (plan_run(recipe, "r.yaml", console=console, num_processes=count)["memory"] for count in (1, 2))
     assert two["peak_bytes"] == one["peak_bytes"] + 2**30
@@ -195,7 +199,7 @@ def streaming(recipe: Recipe) -> Plan:
     beside = 2 if streamed or keeps_scales(recipe) else 0
     moments = [Moment("update", None, {parts.BASE: (8 - streamed + beside) * GIB})]
     limit = CONTEXT_BYTES["cuda"] + NCCL_BYTES + round(5.5 * GIB * (1 + SLACK_SHARE["cuda"]))
-    sizes: dict[str, Any] = {"num_blocks": 8, "block_bytes": GIB, "budget_bytes": limit, "num_processes": 2}
+    sizes: dict[str, Any] = {"num_blocks": 8, "block_bytes": GIB, "budget_bytes": limit, "num_groups": 1}
     return replace(a_plan(), moments=moments, step_seconds=36.0 + streamed, **sizes)
 
 
@@ -257,18 +261,27 @@ def test_a_sequence_that_no_card_holds_has_its_remedies(tmp_path: Path) -> None:
     assert sequence_line(recipe, given, large) is None  # the base is what is too large
 
 
-def test_a_sequence_is_not_too_long_if_a_change_makes_it_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sequence_is_too_long_unless_a_change_of_something_else_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The ways to hold the base are those of the recipe as it stands: none of them fits."""
     monkeypatch.setattr(plan_view, "_workload", lambda _: (None, assumed_workload, []))
     monkeypatch.setattr(plan_view, "sequence_line", lambda *_: "Too long.")
     # With LoftQ no base is divided
-    recipe = tiny_run.one_layer_recipe(tmp_path, adapter__init="loftq", train__batch=4, train__micro_batch_tokens=1024)
-    whole = plan(recipe, device_kind="cpu").peak_bytes
-    for budget, told in ((whole - 1, "None of these fits."), (whole // 2, "Too long.")):
+    recipe = tiny_run.one_layer_recipe(
+        tmp_path, adapter__init="loftq", data__max_length=512, train__batch=4, train__micro_batch_tokens=1024
+    )
+    one_row, shorter = plan(recipe, 1, device_kind="cpu").changes
+    assert one_row.setting == "train.micro_batch_tokens=512"
+    assert shorter.setting.startswith("data.max_length=256")
+    for budget, told in (
+        (one_row.peak_bytes, "None of these fits without the changes above."),
+        (shorter.peak_bytes, "None of these fits without the changes above.\nToo long."),
+        (shorter.peak_bytes - 1, "None of these fits.\nToo long."),
+    ):
         out = io.StringIO()
         plan_run(recipe, "r.yaml", budget=f"{budget}B", device_kind="cpu", console=Console(file=out), num_processes=2)
-        assert "None of these fits." in out.getvalue()
-        assert out.getvalue().rstrip().endswith(told)
+        assert out.getvalue().rstrip().endswith(f"  {told}")
 
 
 def test_a_recipe_that_divides_its_base_is_planned_divided(tmp_path: Path) -> None:

@@ -131,18 +131,32 @@ def test_rank_tables_read_the_present_reports(tables: dict[str, ModuleType], tmp
 
     ways = {"uniform": {"adapter.rank": 8}, "svd": {"adapter.rank": 9}, "gradient": {"adapter.rank": 10}}
     costs = {"costs_in_seconds": {"scout": 10.0, "svd": 5.0}}
-    common = {"arm": "ranks", "reference": "uniform"}
-    result(tmp_path, "rank_methods", costs, nll=nll, product={"ranks": ways}, compare=common)
+    compare = {"arm": "ranks", "reference": "uniform"}
+    result(tmp_path, "rank_methods", costs, nll=nll, product={"ranks": ways}, compare=compare)
     text = tables["ranks"].rank_methods()
     assert row_of(text, "SVD of a trained update")[4].endswith("uniform is better")
     assert row_of(text, "SVD of a trained update")[5] == "1.50 runs"
-    assert tables["ranks"].ranks_that_did_not_help() == []
-    product = {"ranks": {name: ways[name] for name in ("uniform", "svd")}}
-    pair, *_ = result(tmp_path, "rank_methods", costs, product=product, compare=common | {"zone": 0.9})
-    assert (pair["arm"], pair["measure"]) == ("svd", "nll_per_token")
-    rise, *ends = (-pair[key] for key in ("improvement", "upper", "lower"))
-    figure = f"SVD of a trained update {rise:+.3f} ({ends[0]:+.3f} to {ends[1]:+.3f})"
-    assert tables["ranks"].ranks_that_did_not_help()[2].endswith(figure)
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "is_told"),
+    [
+        ("-0.046", "0.0085", True),  # not decided, but at most a little better
+        ("-0.01", "0.021", False),
+        ("0.001", "0.015", False),  # better, by less than the zone
+        ("", "", False),  # one seed
+    ],
+)
+def test_ranks_did_not_help_if_none_lowers_the_loss(
+    tables: dict[str, ModuleType], tmp_path: Path, lower: str, upper: str, is_told: bool
+) -> None:
+    (tmp_path / "rank_methods").mkdir()
+    rows = ["arm,measure,improvement,lower,upper,zone", f"svd,nll_per_token,0.002,{lower},{upper},0.02"]
+    (tmp_path / "rank_methods/comparisons.csv").write_text("\n".join(rows))
+    told = tables["ranks"].ranks_that_did_not_help()
+    assert bool(told) == is_told
+    if told:
+        assert told[2].endswith("SVD of a trained update -0.002 (-0.009 to +0.046) nats a token")
 
 
 def test_combined_against_solo_tells_each_task_and_the_verdict_on_all(

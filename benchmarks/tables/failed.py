@@ -8,7 +8,7 @@ from tables.table import markdown, read
 
 _SHORT = {
     "PCGrad": "Projecting conflicting gradients of tasks (PCGrad) does not measurably lower the average loss",
-    "a rank for each layer": "A rank for each layer does not measurably lower the loss, however it is chosen",
+    "a rank for each layer": "None of four ways to choose a rank for each layer lowers the loss measurably",
     "8-bit AdamW states on CPU": "8-bit optimizer states slow a CPU down; `train.optimizer: adamw` is faster there",
 }
 """Beginnings of the rows that a user of a recipe may ask about -> what they mean."""

@@ -1,4 +1,4 @@
-"""Tables of memory plans: of large models, and against real runs."""
+"""Tables of memory plans: of the shipped recipes, and against real runs."""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ def plan(
     device: Annotated[str, typer.Option(help="Device of the run, cuda or cpu; this machine need not have it.")] = (
         "cuda"
     ),
-    processes: Annotated[int, typer.Option(help="Cards of the run, one process each.", min=1)] = 1,
+    processes: Annotated[
+        int, typer.Option(help="Cards of the run, one process each; two or more need buffers of NCCL.", min=1)
+    ] = 1,
     hosts: Annotated[int, typer.Option(help="Machines, which have equally many of these cards.", min=1)] = 1,
     figure: Annotated[Path | None, typer.Option(help="Draw the plan to this SVG file.")] = None,
 ) -> None:

@@ -64,7 +64,7 @@ def free_bytes(device: torch.device, num_processes: int = 1) -> int:
 
     A plan counts the whole process, so what this one already holds is no loss. CUDA does not say how much that is: on a
     GPU the context is neither free nor left out of the plan, and a run gets less than it could take. With several
-    processes NCCL has taken its buffers, so what a plan counts for them is added to what is free.
+    processes NCCL has taken the buffers of their first group, so what a plan counts for these is added to what is free.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) + (NCCL_BYTES if num_processes > 1 else 0)

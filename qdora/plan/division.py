@@ -145,6 +145,16 @@ def _layer_cuts(
     return found
 
 
+def of_card(plan: Plan, num_sharing: int, num_processes: int) -> Plan:
+    """The plan of one of the cards of a run: with what it holds of a base that some processes divide, and its groups.
+
+    There is a group of all processes. A process of a hybrid run is in two more (`mesh_of`): with those that it divides
+    the base with, and with those of other machines.
+    """
+    num_groups = 0 if num_processes == 1 else 3 if 1 < num_sharing < num_processes else 1
+    return replace(divided(plan, num_sharing), num_groups=num_groups)
+
+
 def divided(plan: Plan, size: int) -> Plan:
     """The plan of a card whose base `size` processes divide; itself for one, or a model without a list of blocks."""
     division = plan.division
@@ -270,7 +280,7 @@ def process_plans(plans: WholePlans, num_processes: int, num_hosts: int = 1) -> 
 
 
 def _process_plan(plan: Plan, way: Way, size: int, num_processes: int, num_hosts: int) -> ProcessPlan:
-    found = replace(divided(plan, size), num_processes=num_processes)
+    found = of_card(plan, size, num_processes)
     division, passes = plan.division, math.ceil(plan.num_micro_batches / num_processes)
     share = (size - 1) / size
     gradients = 2 * 4 * plan.num_trainable * (num_processes - 1) / num_processes
@@ -336,8 +346,14 @@ def fastest_way(found: Sequence[ProcessPlan], link: str) -> Way | None:
     return next((each.way for each in able if each.step_seconds[link] <= _AS_FAST * least), None)
 
 
-def process_lines(found: list[ProcessPlan], num_processes: int, num_hosts: int) -> list[str]:
-    """A line for each way, and which one that fits is fastest, in words."""
+def process_lines(
+    found: list[ProcessPlan], num_processes: int, num_hosts: int, *, changes_help: bool = False
+) -> list[str]:
+    """A line for each way, and which one that fits is fastest, in words.
+
+    Args:
+        changes_help: Whether changes of the recipe, listed before, make it fit.
+    """
     where = f"{num_processes} cards" if num_hosts == 1 else f"{num_processes} cards in {num_hosts} machines"
     lines = [f"On {where}, each card:"]
     for each in found:
@@ -351,7 +367,7 @@ def process_lines(found: list[ProcessPlan], num_processes: int, num_hosts: int) 
         )
     best = {link: fastest_way(found, link) for link in found[0].step_seconds}
     if None in best.values():
-        return [*lines, "  None of these fits."]
+        return [*lines, f"  None of these fits{' without the changes above' if changes_help else ''}."]
     lines.append(f"  Fastest that fits: {', '.join(f'{way} over {link}' for link, way in best.items())}.")
     if "stream" in best.values():
         lines.append("  stream is train.parallel=replicate with base.residency and base.streamed_blocks.")

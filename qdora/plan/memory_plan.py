@@ -49,7 +49,7 @@ from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, keep_blocks_, signature
 from qdora.plan.changes_to_fit import with_changes
 from qdora.plan.chunked_scan import short_scans
-from qdora.plan.division import divided, division_of
+from qdora.plan.division import division_of, of_card
 from qdora.plan.fake_step import StepRecorder, empty_model, fill_, ranks_of_adapter, set_unmasked_, update_bytes
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan_contents import DeviceKind, Division, MicroBatchShape, Moment, Plan
@@ -150,18 +150,15 @@ def fit_recipe(
         shapes, count = workload(changed)
         return [_StepPlan(changed, known, shape, count, rates, run_dtype=dtype) for shape in shapes]
 
-    def of_card(step: _StepPlan) -> Plan:
-        return replace(divided(step.plan(), num_sharing), num_processes=num_processes)
-
     def plan_of(changed: Recipe) -> Plan:
-        plans = [of_card(each) for each in step_plans(changed)]
+        plans = [of_card(each.plan(), num_sharing, num_processes) for each in step_plans(changed)]
         # Of the slowest shape: with less memory another shape has the peak, and the times would not compare.
         seconds = max((each.step_seconds for each in plans if each.step_seconds is not None), default=None)
         most = max(plans, key=lambda each: each.peak_bytes)
         even_bytes = None
         if stacks(known.model(torch.bfloat16, recipe.model.attention)):
             step = _StepPlan(changed, known, most.shape, most.num_micro_batches, rates, run_dtype=dtype, routing="even")
-            even = of_card(step)
+            even = of_card(step.plan(), num_sharing, num_processes)
             most, even_bytes = max(most, even, key=lambda each: each.peak_bytes), even.peak_bytes
         return replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even_bytes)
 

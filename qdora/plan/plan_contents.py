@@ -47,8 +47,8 @@ beside its tensors when most is resident: the interpreter with its libraries, an
 the rounded median of the runs in benchmarks/results/plan_accuracy.json, measured_rss_bytes less planned tensors."""
 
 NCCL_BYTES = GIB
-"""On each of several GPUs; a round number on the safe side, not yet measured. On each of eight H100 1.06 GB were in use
-beside torch's tensors, context included (github.com/NVIDIA/nccl/issues/1685); cards on PCIe need less."""
+"""Of one group of processes on each of its GPUs; a round number, not yet measured. Reported are 544 to 688 MB on A100
+with NVLink, as often as there are groups (github.com/NVIDIA/nccl/issues/964)."""
 
 SLACK_SHARE: Mapping[DeviceKind, float] = {"cuda": 0.02, "cpu": 0.0}
 """Bytes that the allocator holds beside the tensors at the peak, as a share of their bytes. A GPU's caching allocator
@@ -150,7 +150,7 @@ class Plan:
 
     Attributes:
         num_micro_batches: The most micro-batches of a step.
-        num_processes: Processes of the run, each with a card.
+        num_groups: Groups of processes that the card's process communicates in.
         assumptions: One sentence for each thing that could not be known.
         pageable_bytes: Bytes of the optimizer's state that the driver can move to the host between updates.
         host_bytes: Pinned host memory of streamed blocks and checkpoints.
@@ -167,7 +167,7 @@ class Plan:
     moments: Sequence[Moment]
     shape: MicroBatchShape
     num_micro_batches: int
-    num_processes: int = 1
+    num_groups: int = 0
     assumptions: Sequence[str] = ()
     pageable_bytes: int = 0
     host_bytes: int = 0
@@ -205,7 +205,7 @@ class Plan:
         """Component -> bytes at the peak, constants included, in the order of `COMPONENTS`."""
         constants = {
             CONTEXT: CONTEXT_BYTES[self.device_kind],
-            NCCL: NCCL_BYTES if self.device_kind == "cuda" and self.num_processes > 1 else 0,
+            NCCL: self.num_groups * NCCL_BYTES if self.device_kind == "cuda" else 0,
             SLACK: round(self.tensor_bytes * SLACK_SHARE[self.device_kind]),
         }
         found = {**self.peak.by_component, **constants}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Mapping
@@ -85,12 +86,15 @@ def plan_run(
         draw_plan(found, figure)
     document: dict[str, Any] = {"mix": None if mix is None else asdict(mix), "memory": found.to_dict()}
     least: Plan | ProcessPlan = found
-    can_fit = found.fits or any(change.peak_bytes <= (found.budget_bytes or 0) for change in found.changes)
+    changes_help = any(change.peak_bytes <= (found.budget_bytes or 0) for change in found.changes)
+    # Each change has those before it in it
+    kept_length = itertools.takewhile(lambda change: "data.max_length" not in change.setting, found.changes)
+    can_fit = found.fits or any(change.peak_bytes <= (found.budget_bytes or 0) for change in kept_length)
     lines = []
     if num_processes > 1:
         plan_of = partial(plan, budget=found.budget_bytes, may_change=False, **planning)
         ways = process_plans(whole_plans(recipe, plan_of), num_processes, num_hosts)
-        lines += process_lines(ways, num_processes, num_hosts)
+        lines += process_lines(ways, num_processes, num_hosts, changes_help=changes_help)
         document["processes"] = [each.to_dict() for each in ways]
         least = min(ways, key=lambda each: each.peak_bytes)
         can_fit = can_fit or any(each.fits for each in ways)
