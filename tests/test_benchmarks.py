@@ -558,6 +558,9 @@ def test_study(tmp_path: Path) -> None:
     stages = Counter(each["cell"]["stage"] for each in kept)
     assert stages["bases"] == 3
     assert (stages["main"], stages["transplants"], stages["masks"]) == (18, 6, 3)
+    shutil.rmtree(tmp_path / "study")  # as on another machine
+    told = run_smoke("study.py", "--dir", str(tmp_path / "study"), "--resume-from", str(out), "--dry-run")
+    assert "main: 18 cells, 18 done" in told
 
 
 def test_study_nulls(tmp_path: Path) -> None:

@@ -78,6 +78,28 @@ def test_each_arm_has_the_rate_of_its_search(report: Report) -> None:
         assert (searched["num_runs"], searched["num_diverged"]) == (6, 0)
 
 
+def test_the_base_of_a_recipe_is_not_the_uncompressed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a study without an axis of bases neither of the two has a label."""
+    product = {"adapter": fake_study.DOCUMENT["product"]["adapter"]}
+    made = fake_study.make(tmp_path, product=product, settings={"base.quant": "nf4"}, seeds=[0, 1])
+    report = read_report(made)
+    bases = {row["is_dense"]: row for row in rows(report, "arms", kind="base")}
+    bits = {is_dense: row["bits_per_weight"] for is_dense, row in bases.items()}
+    assert bits == pytest.approx({True: 16.0, False: 4.1}, rel=1e-5)
+    assert bases[False]["nll_per_token"] - bases[True]["nll_per_token"] == pytest.approx(0.3, abs=0.02)
+    trained = rows(report, "arms", kind="trained")
+    assert [row["is_dense"] for row in trained] == [False, False]
+    (damaged,) = (row for row in report.tables["repair"] if "damage_choice" in row)
+    assert damaged["damage_choice"] > 0
+    drawn: list[Any] = []
+    monkeypatch.setattr(report_figures, "dot_figure", lambda panels, *_: drawn.extend(panels))
+    choices = report_figures._choices(report)
+    assert choices is not None
+    choices(True)
+    named = {base: [dots.name for dots in found] for base, found in drawn[0].rows.items()}
+    assert named == {"uncompressed": ["no adapter"], "base of the recipe": ["no adapter", "lora", "dora"]}
+
+
 @pytest.mark.parametrize("search", [True, False])
 def test_the_examples_that_find_rates_do_not_compare(tmp_path: Path, search: bool) -> None:
     """A cell of the search and one of the comparison, whose examples of each half are worth 1 and 2."""

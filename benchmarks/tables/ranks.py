@@ -67,7 +67,7 @@ def rank_methods() -> str:
     costs = run["costs_in_seconds"]
     sizes: dict[str, set[int]] = {}
     for row in cells:
-        if row["kind"] == "trained":
+        if row["kind"] == "trained" and row["num_trainable"]:  # a run that diverged has none
             sizes.setdefault(row["ranks"], set()).add(int(float(row["num_trainable"])))
     against = {pair["arm"]: pair for pair in of_metric(pairs)}
     rows = []

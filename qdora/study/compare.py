@@ -151,7 +151,7 @@ class Results:
 def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> list[Arm]:
     """Arms with a result, or `as_planned` all as if every cell were done; in the order of the grid, bases first."""
     compare = results.study.compare
-    groups: dict[tuple[str, tuple[tuple[str, str], ...], str], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, tuple[tuple[str, str], ...], str, str | None], list[Mapping[str, Any]]] = {}
     searched = results.study.rates is not None
     further = later_seeds(results.study)
     left_out = {compare.arm, SEED, *([RATE] if searched else [])}
@@ -160,9 +160,11 @@ def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> 
             continue
         context = tuple((axis, text) for axis, text in cell["labels"].items() if axis not in left_out)
         name = cell["labels"].get(compare.arm, BASE_ARM)
-        groups.setdefault((cell["kind"], context, name), []).append(cell)
+        # Without an axis of bases, the uncompressed base has the labels of the recipe's own
+        base = cell["key"] if cell["kind"] == "base" else None
+        groups.setdefault((cell["kind"], context, name, base), []).append(cell)
     arms = []
-    for (_, context, name), members in groups.items():
+    for (_, context, name, _), members in groups.items():
         seeds = {cell["labels"].get(SEED, ""): cell["key"] for cell in members}
         done = {seed: key for seed, key in seeds.items() if as_planned or results.result(key) is not None}
         if done:

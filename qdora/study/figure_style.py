@@ -24,6 +24,8 @@ def styles_of(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def legend(figure: Figure, drawn: Mapping[str, Any], wide: bool) -> None:
-    """Above the figure, in as many columns as the longest name allows; name -> what is drawn."""
+    """Above the figure, in as many columns as the longest name allows, if anything is named; name -> what is drawn."""
+    if not drawn:
+        return
     columns = max(1, (100 if wide else 34) // (6 + max(map(len, drawn))))
     figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=columns, fontsize="small")

@@ -168,15 +168,21 @@ def _measures(arms: Sequence[Arm], results: Results) -> list[str]:
     return [metric, *(measure for measure in more if measure in scored and measure != metric)]
 
 
-def _labels_of(labels: Mapping[str, str], axes: Sequence[str]) -> dict[str, Any]:
-    """Labels on the axes; the uncompressed base has none, and no base has one on an axis that only changes training."""
-    return {axis: labels.get(axis, "" if labels else "uncompressed") for axis in axes}
+def _is_dense(of: Mapping[str, Any]) -> bool:
+    """Whether the base of a cell or an arm is the uncompressed one."""
+    return bool(of["base_key"] == of["dense_key"])
+
+
+def _labels_of(labels: Mapping[str, str], axes: Sequence[str], *, is_dense: bool = False) -> dict[str, Any]:
+    """Labels on the axes; an uncompressed base has none, and no base has one on an axis that only changes training."""
+    return {axis: labels.get(axis, "uncompressed" if is_dense and not labels else "") for axis in axes}
 
 
 def _arm_row(arm: Arm, axes: Sequence[str], results: Results) -> dict[str, Any]:
-    row: dict[str, Any] = _labels_of(arm.context, axes)
+    is_dense = _is_dense(vars(arm))
+    row: dict[str, Any] = _labels_of(arm.context, axes, is_dense=is_dense)
     row |= {results.study.compare.arm: arm.name, "kind": arm.kind, "is_trained": arm.kind == "trained"}
-    row |= {"is_dense": arm.base_key == arm.dense_key, "rate": arm.rate, "rate_is_interior": arm.is_interior}
+    row |= {"is_dense": is_dense, "rate": arm.rate, "rate_is_interior": arm.is_interior}
     seeds = level_seeds(arm, results.study)
     diverged = sum(results.diverged(arm.seeds[seed]) for seed in seeds)
     row |= {"num_seeds": len(seeds), "num_missing": arm.num_missing, "num_diverged": diverged}
@@ -248,7 +254,7 @@ def _layer_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results) 
     """What compression did to each layer; only bases have such rows, since adapters do not change the base."""
     result = results.result(cell["key"]) if cell["kind"] == "base" else None
     layers = ((result or {}).get("compression") or {}).get("layers") or {}
-    context = _labels_of(cell["labels"], axes)
+    context = _labels_of(cell["labels"], axes, is_dense=_is_dense(cell))
     return [context | {"layer": name} | dict(values) for name, values in layers.items()]
 
 
@@ -272,8 +278,9 @@ def _block_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results) 
     """What compression of all layers did to the hidden states, and what the adapter of each block contributes."""
     result = results.result(cell["key"]) or {}
     if cell["kind"] == "base":
+        context = _labels_of(cell["labels"], axes, is_dense=_is_dense(cell))
         errors = enumerate(result.get("hidden_errors", ()))
-        return [_labels_of(cell["labels"], axes) | {"block": block, "relative_error": error} for block, error in errors]
+        return [context | {"block": block, "relative_error": error} for block, error in errors]
     return [
         _of_run(cell, axes, results) | {"block": each["block"], "block_off": each["rise"]}
         for each in result.get("blocks", ())

@@ -167,7 +167,8 @@ def _choices(report: Report) -> Callable[[bool], Figure] | None:
     found: dict[str, list[Dots]] = {}
     for row in sorted(rows, key=lambda row: -row.get("bits_per_weight", 0.0) + 100 * row.get("sparsity", 0.0)):
         dots = Dots(row[report.compare.arm], row["choice_nll"], row["choice_nll_lower"], row["choice_nll_upper"])
-        found.setdefault(named(row) or "uncompressed", []).append(dots)
+        name = named(row) or ("uncompressed" if row["is_dense"] else "base of the recipe")
+        found.setdefault(name, []).append(dots)
     known = {row["guess"]: row["nll"] for row in report.tables["guesses"]}
     marks = {"chance": known["choice"]} if "choice" in known else {}
     panel = Panel(
@@ -285,7 +286,7 @@ class _Looks:
 
     def legend(self) -> dict[str, dict[str, Any]]:
         """Base, then arm -> the look that the legend explains."""
-        used = [base for base, style in self._of_base.items() if style in self.styles.values()]
+        used = [base for base, style in self._of_base.items() if base and style in self.styles.values()]
         bases = {base: dict(zip(("color", "marker"), self._of_base[base], strict=True)) for base in used}
         return bases | {arm: {"color": SHADE, "ls": stroke} for arm, stroke in self._of_arm.items()}
 
