@@ -279,6 +279,8 @@ def test_only_trained_arms_with_the_same_seeds_are_ranked(tmp_path: Path) -> Non
     draw = report_figures._pareto(report)
     assert draw is not None
     draw(True)
+    alike = [row | {"total_mib": 100 + 0.5 * (number % 2)} for number, row in enumerate(report.tables["arms"])]
+    assert report_figures._pareto(replace(report, tables=report.tables | {"arms": alike})) is None
 
 
 def test_the_search_tells_the_spread_before_anything_is_compared(tmp_path: Path) -> None:

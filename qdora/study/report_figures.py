@@ -24,6 +24,8 @@ _PAIR = ("arm", "reference")
 _MOST_ROWS, _MOST_PANELS = 40, 12
 _SPARSE = 0.005
 """A base with a greater share of zeros was pruned."""
+_OTHER_SIZE = 1.01
+"""Arms whose bytes are closer than this are not drawn by their bytes."""
 
 
 @dataclass(frozen=True)
@@ -336,7 +338,8 @@ def _sized(report: Report) -> Rows:
 
 def _pareto(report: Report) -> Callable[[bool], Figure] | None:
     rows = _sized(report)
-    if not rows:
+    sizes = [row["total_mib"] for row in rows]
+    if not rows or max(sizes) < _OTHER_SIZE * min(sizes):
         return None
     named = naming(rows, report.axes)
 
