@@ -226,6 +226,11 @@ class Plan:
         """Whether the peak is within the budget; None without a budget."""
         return None if self.budget_bytes is None else self.peak_bytes <= self.budget_bytes
 
+    @property
+    def changes_fit(self) -> bool:
+        """Whether the run fits with all changes; each has those before it in it."""
+        return bool(self.changes) and self.changes[-1].peak_bytes <= (self.budget_bytes or 0)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         sizes = ("budget_bytes", "fits", "pageable_bytes", "host_bytes", "embedding_bytes", "block_bytes")
@@ -263,8 +268,7 @@ def over_budget(plan: Plan, *, forced: bool = False) -> str:
     changes = "; ".join(change.setting for change in plan.changes)
     fix = "start anyway with --force"
     if plan.changes:
-        enough = plan.changes[-1].peak_bytes <= (plan.budget_bytes or 0)
-        change = f"change, cheapest first: {changes}{'' if enough else ' (even all of these are not enough)'}"
+        change = f"change, cheapest first: {changes}{'' if plan.changes_fit else ' (even all of these are not enough)'}"
         fix = change if forced else f"{change}; or {fix}"
     end = f"Fix: {fix}." if plan.changes or not forced else ""
     end += " It starts all the same (--force)." if forced else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Mapping
@@ -86,15 +85,13 @@ def plan_run(
         draw_plan(found, figure)
     document: dict[str, Any] = {"mix": None if mix is None else asdict(mix), "memory": found.to_dict()}
     least: Plan | ProcessPlan = found
-    changes_help = any(change.peak_bytes <= (found.budget_bytes or 0) for change in found.changes)
-    # Each change has those before it in it
-    kept_length = itertools.takewhile(lambda change: "data.max_length" not in change.setting, found.changes)
-    can_fit = found.fits or any(change.peak_bytes <= (found.budget_bytes or 0) for change in kept_length)
+    keeps_length = not any("data.max_length" in change.setting for change in found.changes)
+    can_fit = found.fits or (found.changes_fit and keeps_length)
     lines = []
     if num_processes > 1:
         plan_of = partial(plan, budget=found.budget_bytes, may_change=False, **planning)
         ways = process_plans(whole_plans(recipe, plan_of), num_processes, num_hosts)
-        lines += process_lines(ways, num_processes, num_hosts, changes_help=changes_help)
+        lines += process_lines(ways, num_processes, num_hosts, changes_help=found.changes_fit)
         document["processes"] = [each.to_dict() for each in ways]
         least = min(ways, key=lambda each: each.peak_bytes)
         can_fit = can_fit or any(each.fits for each in ways)
@@ -195,7 +192,7 @@ def plan_lines(plan: Plan) -> list[str]:
             neutral = "" if change.neutral else "; changes what is trained"
             options = f"-s {change.setting.replace(', ', ' -s ')}"
             lines.append(f"  {options}: {size_text(change.peak_bytes)}, {seconds_text(change.step_seconds)}{neutral}")
-        if plan.changes and plan.changes[-1].peak_bytes > (plan.budget_bytes or 0):
+        if plan.changes and not plan.changes_fit:
             lines.append("  Even with all of these it does not fit.")
     return lines
 
