@@ -214,7 +214,7 @@ trackers: [wandbb]
     ranks = "kind, rank, alpha, rank_stabilized, dropout, targets, experts, init, rank_pattern, same_scaling, gates"
     ranks += ", dtype, mask, also_train, also_train_rows, resume_from"
     names = ", ".join(TASKS)
-    models = "source, revision, tokenizer, add_tokens, trust_remote_code, attention, dtype"
+    models = "source, revision, tokenizer, tokenizer_revision, add_tokens, trust_remote_code, attention, dtype"
     keys = (
         "task, source, path, format, chat, columns, template, split, validation, weight, loss_weight, limit, "
         "max_epochs, stream, size, shuffle_window, name, revision, config, data_files"
@@ -397,6 +397,8 @@ def test_missing_files_name_the_nearest_recipe(tmp_path: Path, monkeypatch: pyte
         ("model", {"source": "builtin", "revision": "main"}, "revision"),
         ("model", {"source": "/models/x", "revision": "main"}, "revision"),
         ("model", {"source": "model.gguf", "revision": "main"}, "revision"),
+        ("model", {"source": "o/m", "tokenizer_revision": "main"}, "tokenizer_revision"),
+        ("model", {"source": "o/m", "tokenizer": "/models/x", "tokenizer_revision": "main"}, "tokenizer_revision"),
         ("data", {"temperature": 2.0}, "temperature"),
         ("data", {"mix": [{"task": "boolq", "weight": 2.0}]}, "mix[0].weight"),
         ("data", {"mix": [{"task": "boolq", "weight": 2.0}], "strategy": "equal"}, "mix[0].weight"),

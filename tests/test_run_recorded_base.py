@@ -19,7 +19,7 @@ from qdora.run.evaluate import evaluate_target
 from qdora.run.load_run import load_run
 from qdora.run.open_directory import resumed_recipe
 from qdora.run.train import train_run
-from tests import tiny_run
+from tests import tiny_run, tiny_tokenizer
 
 OLD, NEW = "a" * 40, "b" * 40
 
@@ -91,6 +91,47 @@ def test_resume_with_a_recipe_without_revision(tmp_path: Path, hub: Path, caplog
     with caplog.at_level(logging.WARNING, "qdora"):
         resumed_recipe(run, str(tmp_path / "mine.yaml"), [])
     assert "model.revision" not in caplog.text
+
+
+@pytest.fixture
+def words(hub: Path) -> Path:
+    """org/words beside org/small: two commits of a tokenizer with other ids, main at the older one."""
+    repository = hub.with_name("models--org--words")
+    for commit in (OLD, NEW):
+        tokenizer = tiny_tokenizer.make()
+        if commit == NEW:
+            tokenizer.add_tokens(["+", "follows"])
+        tokenizer.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(OLD)
+    return repository
+
+
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_a_moved_branch_of_the_tokenizer_changes_no_run(
+    tmp_path: Path, words: Path, revision: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, run = (
+        hub_recipe(tmp_path, model__tokenizer="org/words", model__tokenizer_revision=revision),
+        tmp_path / "run",
+    )
+    train_run(recipe, run)
+    own = load_recipe(run / "recipe.yaml").model
+    assert (own.tokenizer, own.tokenizer_revision) == ("org/words", OLD)
+    before = nll(run)
+    (words / "refs/main").write_text(NEW)
+    assert nll(run) == before
+    given = tmp_path / "given.yaml"
+    given.write_text(resolved_yaml(recipe))
+    with caplog.at_level(logging.WARNING, "qdora"):
+        again = resumed_recipe(run, str(given), ["train.steps=3"])
+    assert "model.tokenizer_revision" not in caplog.text
+    train_run(again, run, resume=True)
+    if revision is None:  # as a study resumes its cells
+        train_run(override(recipe, ["train.steps=4"]), run, resume=True)
+    assert load_recipe(run / "recipe.yaml").model.tokenizer_revision == OLD
+    with pytest.raises(UserError, match="source letters differs from the data of the checkpoint"):
+        train_run(override(again, [f"model.tokenizer_revision={NEW}"]), run, resume=True)
 
 
 @pytest.fixture(scope="module")

@@ -342,11 +342,14 @@ def test_the_key_is_of_what_decides_the_result(setting: str, is_decisive: bool) 
 
 def test_a_new_setting_leaves_the_keys_of_the_studies_that_do_not_use_it() -> None:
     plain = study_worker.recipe(lr=1e-4)
-    # As before data.mix[].chat. Another key here means that every study that was made starts anew.
+    # As before data.mix[].chat and model.tokenizer_revision. Another key here means that every study starts anew.
     assert key_of(plain) == "9feb6088ae9b4d19"
     (source,) = plain.data.mix
     chats = plain.data.model_copy(update={"mix": (source.model_copy(update={"chat": True}),)})
     assert key_of(plain.model_copy(update={"data": chats})) != key_of(plain)
+    words = plain.model.model_copy(update={"tokenizer": "org/words"})
+    pinned = words.model_copy(update={"tokenizer_revision": "main"})
+    assert key_of(plain.model_copy(update={"model": pinned})) != key_of(plain.model_copy(update={"model": words}))
 
 
 def test_the_key_is_of_the_content_of_the_data(tmp_path: Path) -> None:

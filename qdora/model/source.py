@@ -103,7 +103,8 @@ def resolve(
     path = user_path(source)
     faults = []
     if revision is not None:
-        faults.append(f"model.revision: {source} is local and has no revisions (got {revision!r}). Fix: remove it.")
+        key = "model.tokenizer_revision" if setting == "model.tokenizer" else "model.revision"
+        faults.append(f"{key}: {source} is local and has no revisions (got {revision!r}). Fix: remove it.")
     if trust_remote_code:
         faults.append(f"model.trust_remote_code: must be false (got true): {source} is local. Fix: remove it.")
     if faults and (source == BUILTIN or path.exists()):

@@ -163,6 +163,8 @@ class ModelConfig(Section):
     """Branch, tag or commit of a Hub model (null: its main branch)."""
     tokenizer: Text | None = None
     """Hub id or directory of another tokenizer (null: that of the model)."""
+    tokenizer_revision: Text | None = None
+    """Branch, tag or commit of another tokenizer on the Hub (null: its main branch)."""
     add_tokens: tuple[Text, ...] = ()
     """New tokens, which get the next ids. They are never split, and decoded text keeps them. Their rows start at the
     mean of all others and are trained with adapter.also_train."""
@@ -181,7 +183,12 @@ class ModelConfig(Section):
         return self.source == "builtin" or is_path(self.source)
 
     def unused(self) -> dict[str, str]:
-        return {"revision": f"model.source {self.source} is not on the Hub"} if self.is_local else {}
+        found = {"revision": f"model.source {self.source} is not on the Hub"} if self.is_local else {}
+        if self.tokenizer is None:
+            found["tokenizer_revision"] = "model.tokenizer is null"
+        elif is_path(self.tokenizer):
+            found["tokenizer_revision"] = f"model.tokenizer {self.tokenizer} is not on the Hub"
+        return found
 
     def faults(self) -> Iterator[Fault]:
         if self.trust_remote_code and (self.is_local or not _COMMIT.fullmatch(self.revision or "")):

@@ -22,7 +22,7 @@ from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, 
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.prepare import PreparedRun
-from qdora.run.recorded_base import base_record, check_base, recorded_base, with_revision
+from qdora.run.recorded_base import REVISIONS, base_record, check_base, recorded_base, with_own_commits
 from qdora.run.residency_choice import keep_residency
 from qdora.train.checkpoint import unreadable
 from qdora.train.distributed import Processes
@@ -51,7 +51,8 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
         known = open_run(directory)
         before = load_recipe(known.recipe_file)
         if recorded_base(known) is None:  # an older version did not pin the base: the run goes on with this one
-            before = with_revision(before, prepared.given.model.revision)
+            before = with_settings(before, model={"revision": prepared.given.model.revision})
+        before = with_own_commits(before, prepared.given)  # nor the tokenizer
         check_base(known, prepared.source)
         if prepared.given.data.chat_template is not None:
             _check_chat_template(known, str(prepared.tokenizer.chat_template))
@@ -108,8 +109,9 @@ def resumed_recipe(directory: Path, where: str, overrides: Sequence[str]) -> Rec
     mine, other = flat(settings(own)), flat(settings(given))
     if _same_text(own.data.chat_template, given.data.chat_template):
         mine.pop(CHAT_TEMPLATE, None), other.pop(CHAT_TEMPLATE, None)
-    if not is_commit(given.model.revision):
-        mine.pop("model.revision", None), other.pop("model.revision", None)  # the run has pinned the commit
+    for revision in REVISIONS.values():
+        if not is_commit(getattr(given.model, revision)):  # the run has pinned the commit
+            mine.pop(f"model.{revision}", None), other.pop(f"model.{revision}", None)
     different = [key for key in dict.fromkeys((*mine, *other)) if mine.get(key) != other.get(key)]
     if different and os.environ.get("RANK", "0") == "0":
         named = [f"{key} (the run: {shown(mine.get(key))}, {where}: {shown(other.get(key))})" for key in different]

@@ -1,37 +1,45 @@
 """Which base a run was trained on: a model of the Hub at its commit, and samples of the base's files.
 
-recipe.yaml of the run has the commit, whatever revision was given, and environment.json has the samples.
+recipe.yaml of the run has its commit and that of another tokenizer, whatever revisions were given, and environment.json
+has the samples.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from qdora.errors import UserError
-from qdora.files.run_directory import RunDirectory, open_run
+from qdora.files.run_directory import RunDirectory
+from qdora.model.build_model import find_words
 from qdora.model.packed_base import fingerprints
 from qdora.model.source import ModelSource
-from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 
-
-def with_revision(recipe: Recipe, revision: str | None) -> Recipe:
-    """The recipe with this model.revision."""
-    return with_settings(recipe, model={"revision": revision})
+REVISIONS = {"source": "revision", "tokenizer": "tokenizer_revision"}
+"""Setting of the model section that may name a place on the Hub -> its revision there."""
 
 
 def pinned(recipe: Recipe, source: ModelSource) -> Recipe:
-    """The recipe with the commit of the base that was found on the Hub; a local base has none."""
-    return with_revision(recipe, source.revision) if source.kind == "hub" else recipe
+    """The recipe with the commits of the base that was found on the Hub, and of another tokenizer there.
+
+    What is local has none. Raises UserError or HubFailure if the tokenizer is not found.
+    """
+    words = find_words(recipe, source)
+    commits: dict[str, str | None] = {"revision": source.revision} if source.kind == "hub" else {}
+    if recipe.model.tokenizer is not None and words.kind == "hub":
+        commits["tokenizer_revision"] = words.revision
+    return with_settings(recipe, model=commits)
 
 
-def with_own_revision(recipe: Recipe, directory: Path) -> Recipe:
-    """The recipe to resume a run with: without a revision it gets that of the run. Raises UserError without a run."""
-    own = load_recipe(open_run(directory).recipe_file).model
-    takes_it = recipe.model.revision is None and recipe.model.source == own.source
-    return with_revision(recipe, own.revision) if takes_it else recipe
+def with_own_commits(recipe: Recipe, own: Recipe) -> Recipe:
+    """The recipe, where it has no revision of the same base or tokenizer with that of the recipe of a run, `own`."""
+    taken = {
+        revision: getattr(own.model, revision)
+        for name, revision in REVISIONS.items()
+        if getattr(recipe.model, revision) is None and getattr(recipe.model, name) == getattr(own.model, name)
+    }
+    return with_settings(recipe, model=taken)
 
 
 def base_record(source: ModelSource) -> dict[str, Any]:

@@ -14,17 +14,18 @@ from rich.console import Console
 from qdora.errors import DiskFull, Interrupted, UserError, first_line
 from qdora.files.atomic import disk_failures
 from qdora.files.console import consoles
-from qdora.files.run_directory import Checkpoint, failures_logged, log_to, only_process
+from qdora.files.run_directory import Checkpoint, failures_logged, log_to, only_process, open_run
 from qdora.files.user_paths import check_text
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import adapt
 from qdora.model.inplace_outputs import weights_unread
+from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.active_run import ActiveRun
 from qdora.run.open_directory import newest_checkpoint, open_directory
 from qdora.run.prepare import prepare, show_plans
 from qdora.run.pruned_base import SharedBases, base_of_run
-from qdora.run.recorded_base import with_own_revision
+from qdora.run.recorded_base import with_own_commits
 from qdora.run.run_page import leave_page
 from qdora.run.start_checks import check_model
 from qdora.run.trainer import Trainer
@@ -76,7 +77,7 @@ def train_run(
         keep_freed_memory()
         check_text(directory, "choose another --run-dir")
         if resume:
-            recipe = with_own_revision(recipe, directory)
+            recipe = with_own_commits(recipe, load_recipe(open_run(directory).recipe_file))
         prepared = prepare(recipe, directory, processes, where=where, force=force)
         processes = processes.dividing(prepared.recipe.train.divides_base)
         processes.first(lambda: stack.enter_context(only_process(directory, resume=resume)))

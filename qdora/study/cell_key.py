@@ -21,9 +21,10 @@ from qdora.recipe.settings import Recipe
 _KEY_LENGTH = 16  # hex digits: two of a million recipes share one with a chance of 3e-8
 _BLOCK = 2**20
 _MOST_BLOCKS = 1024
-_LATER = {"chat": False}
-"""Settings of a source that were added after studies had been made, with the value that changes nothing: at this value
-they have no part in a key, so the cells of those studies stay done."""
+_LATER = {"model.tokenizer_revision": None}
+_LATER_OF_SOURCES = {"chat": False}
+"""Settings, and those of a source, that were added after studies had been made, with the value that changes nothing: at
+this value they have no part in a key, so the cells of those studies stay done."""
 
 
 def key_of(recipe: Recipe) -> str:
@@ -32,14 +33,16 @@ def key_of(recipe: Recipe) -> str:
     The order and spelling in the file do not matter, nor do settings in `WITHOUT_EFFECT`. Files of the model count by
     their path only.
     """
-    decisive = {key: value for key, value in flat(settings(recipe)).items() if not is_below(key, WITHOUT_EFFECT)}
-    decisive["data.mix"] = [
-        {name: value for name, value in source.items() if _LATER.get(name, ...) != value}
-        for source in decisive["data.mix"]
-    ]
+    found = {key: value for key, value in flat(settings(recipe)).items() if not is_below(key, WITHOUT_EFFECT)}
+    decisive = _without(found, _LATER)
+    decisive["data.mix"] = [_without(source, _LATER_OF_SOURCES) for source in decisive["data.mix"]]
     contents = {str(path): [_content(file) for file in files] for path, files in sorted(_files(recipe).items())}
     text = json.dumps([decisive, contents], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:_KEY_LENGTH]
+
+
+def _without(values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if later.get(name, ...) != value}
 
 
 def _files(recipe: Recipe) -> dict[Path, list[Path]]:
