@@ -458,6 +458,10 @@ def test_the_damage_left_is_told_in_the_metric_of_the_study() -> None:
     assert told(small) == [f"{start}1 of 1 is as good and 0.010 (int8) is left."]
     single = row | {"left_lower": math.nan, "left_upper": math.nan}  # a single seed
     assert told(single) == [f"{start}0 of 1 are as good (nf4 not decided) and 0.100 (nf4) is left."]
+    longer = [each | {"length": length} for each in (row, small) for length in ("short", "long")]
+    (text,) = answer_of([], longer, ["base.quant", "length"], compare, "accuracy")[1:]
+    once = start.replace("trained on, ", "trained on (each counted once per length), ")
+    assert text.startswith(f"{once}2 of 4 (int8, short, int8, long) are as good and 0.010 (int8, short) to ")
     moved = [row | {"transplant": 0.4, "repaired_share": 0.75}, small | {"transplant": 0.02}]
     assert told(*moved)[1] == (
         "Moved from the uncompressed base to a compressed one without further training, lora loses 0.020 (int8) to "

@@ -90,7 +90,7 @@ def answer_of(
     left = [_left(str(arm), [row for row in rows if row[compare.arm] == arm], named, compare.zone) for arm in arms]
     moved = [each for each in rows if is_number(each.get("transplant"))]
     repaired = _repaired({str(arm): [row for row in moved if row[compare.arm] == arm] for arm in arms}, named)
-    return [decided, *filter(None, [_all_left(left, compare.zone, metric_label), repaired])]
+    return [decided, *filter(None, [_all_left(left, named.axes[1:], compare.zone, metric_label), repaired])]
 
 
 def decided_in_words(row: Row, metric_label: str) -> str:
@@ -124,13 +124,14 @@ def _left(arm: str, rows: Sequence[Row], named: Naming, zone: float) -> str:
     return f"{told} and {_span(known, named, 'left', '.3f')} is left"
 
 
-def _all_left(left: Sequence[str], zone: float, label: str) -> str:
-    """What is called as good as the uncompressed base, and what that makes of each arm."""
+def _all_left(left: Sequence[str], others: Sequence[str], zone: float, label: str) -> str:
+    """What is called as good as the uncompressed base, and what that makes of each arm; `others`: beside the base."""
     told = "; ".join(filter(None, left))
+    counted = f" (each counted once per {' and '.join(others)})" if others else ""
     return told and (
         f"A compressed base is called as good as the uncompressed one if the arm trained on it is less than {zone:g} "
         f"worse than the arm trained on the uncompressed base, in {label}, with 95 % confidence. Of the bases that "
-        f"were trained on, {told}."
+        f"were trained on{counted}, {told}."
     )
 
 
