@@ -145,7 +145,7 @@ def test_a_pruned_mixture_comes_back_bit_for_bit(tmp_path: Path) -> None:
     tiny_experts.write(tmp_path / "model", "llama4_text")
     model, pruner = pruned(tmp_path / "model", PruneConfig(method="wanda", pattern="2:4"), quant="nf4")
     assert pruner.layers["model.layers.0.feed_forward.experts.down_proj"].sparsity == 0.5
-    save_pruned_base(model, pruner.layers, tmp_path / "base", {})
+    save_pruned_base(model, pruner.layers, tmp_path / "base", key="0", settings={})
     again = checkpoints.load(tmp_path / "model", quant="nf4", placer=PrunedBase(tmp_path / "base"))
     before, after = model.state_dict(), again.state_dict()
     assert before.keys() == after.keys()

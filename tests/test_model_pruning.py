@@ -200,7 +200,7 @@ def test_skipped_layers_stay_dense_and_whole(tmp_path: Path) -> None:
 def test_a_pruned_base_comes_back_bit_for_bit(tmp_path: Path, quant: str, architecture: str) -> None:
     checkpoints.checkpoint(tmp_path / "model", checkpoints.CONFIGS[architecture])
     model, pruner = pruned_model(tmp_path / "model", PruneConfig(method="sparsegpt", sparsity=0.5), quant=quant)
-    record = save_pruned_base(model, pruner.layers, tmp_path / "base", {"method": "sparsegpt"})
+    record = save_pruned_base(model, pruner.layers, tmp_path / "base", key="0", settings={"method": "sparsegpt"})
     assert record == json.loads((tmp_path / "base/compressed.json").read_text())
     assert record["sparsity"] == 0.5
     assert set(record["layers"]) == set(pruner.layers)
@@ -216,7 +216,7 @@ def test_a_pruned_base_in_several_files(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(packed_base, "_PRUNED_FILE_BYTES", 10_000)
     checkpoints.checkpoint(tmp_path / "model", checkpoints.CONFIGS["llama"])
     model, pruner = pruned_model(tmp_path / "model", PruneConfig(method="magnitude", sparsity=0.5), quant="nf4")
-    save_pruned_base(model, pruner.layers, tmp_path / "base", {})
+    save_pruned_base(model, pruner.layers, tmp_path / "base", key="0", settings={})
     assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 3
     again = checkpoints.load(tmp_path / "model", quant="nf4", placer=PrunedBase(tmp_path / "base"))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
@@ -228,7 +228,7 @@ def test_a_pruned_base_in_several_files(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_missing_mask_is_an_error(tmp_path: Path) -> None:
     checkpoints.checkpoint(tmp_path / "model", checkpoints.CONFIGS["llama"])
     model, pruner = pruned_model(tmp_path / "model", PruneConfig(method="magnitude", sparsity=0.5), quant="nf4")
-    save_pruned_base(model, pruner.layers, tmp_path / "base", {})
+    save_pruned_base(model, pruner.layers, tmp_path / "base", key="0", settings={})
     file = tmp_path / "base/model.safetensors"
     tensors = load_file(file)
     del tensors["model.layers.0.self_attn.q_proj.keep_bits"]
@@ -255,7 +255,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no packed base \(compressed\.json is missing"):
         PrunedBase(tmp_path / "model")
     model, pruner = pruned_model(tmp_path / "model", PruneConfig(method="magnitude", sparsity=0.5), quant="nf4")
-    save_pruned_base(model, pruner.layers, tmp_path / "base", {})
+    save_pruned_base(model, pruner.layers, tmp_path / "base", key="0", settings={})
     with pytest.raises(UserError, match=r"down_proj is not a layer that this model and recipe prune"):
         checkpoints.load(
             tmp_path / "model", quant="nf4", skip=["lm_head", "down_proj"], placer=PrunedBase(tmp_path / "base")

@@ -86,6 +86,38 @@ def test_resumed_on_the_same_base(root: Path, run: Path, tmp_path: Path, monkeyp
     assert_same_run(tmp_path / "run", run, step=3)
 
 
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def start(monkeypatch: pytest.MonkeyPatch, until: str, recipe_: Any, directory: Path) -> None:
+    """A start that is interrupted where it calls `until`."""
+    with monkeypatch.context() as patch:
+        patch.setattr(until, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(recipe_, directory)
+
+
+def test_a_base_of_an_earlier_start_is_not_resumed_on(
+    root: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither start has a result: the first has pruned its base, the second has only written its own recipe."""
+    start(monkeypatch, "qdora.run.train.adapt", recipe(root, {**PRUNE, "pattern": "6:8"}), tmp_path / "run")
+    start(monkeypatch, "qdora.run.pruned_base.compress_base", recipe(root), tmp_path / "run")
+    assert json.loads((tmp_path / "run/base/compressed.json").read_text())["sparsity"] == 0.25
+    train_run(recipe(root), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", run, step=3)
+
+
+def test_a_base_of_the_same_recipe_is_kept_before_the_first_checkpoint(
+    root: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(monkeypatch, "qdora.run.train.adapt", recipe(root), tmp_path / "run")
+    monkeypatch.setattr(pruned_base, "compress_base", interrupt)
+    train_run(recipe(root), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", run, step=3)
+
+
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
 def test_other_rules_and_a_dense_base(root: Path, tmp_path: Path, method: str) -> None:
     prune: dict[str, Any] = {"method": method, "sparsity": 0.6}

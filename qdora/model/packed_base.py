@@ -190,17 +190,17 @@ def write_weights(
 
 
 def save_pruned_base(
-    model: nn.Module, layers: Mapping[str, PrunedLayer], directory: Path, settings: Mapping[str, Any]
+    model: nn.Module, layers: Mapping[str, PrunedLayer], directory: Path, *, key: str, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write the pruned layers of a base; the directory appears whole or not at all and replaces an older one.
 
-    `model` is freshly loaded, without adapters; `layers` is `Pruner.layers`; `settings` are JSON values of the recipe.
-    Returns the content of compressed.json.
+    `model` is freshly loaded, without adapters; `layers` is `Pruner.layers`; `key` is a hash of all that
+    decided it, `settings` are JSON values of the recipe. Returns the content of compressed.json.
     """
     num_weights = sum(layer.num_weights for layer in layers.values())
     num_pruned = sum(layer.num_pruned for layer in layers.values())
     counts = {"num_weights": num_weights, "num_pruned": num_pruned, "sparsity": num_pruned / num_weights}
-    record: dict[str, Any] = {"format": PRUNED_FORMAT, "settings": dict(settings), **counts, "layers": {}}
+    record: dict[str, Any] = {"format": PRUNED_FORMAT, "key": key, "settings": dict(settings), **counts, "layers": {}}
 
     def weights() -> Iterator[tuple[str, Weight]]:
         for path, report in layers.items():
@@ -231,17 +231,19 @@ class _PrunedRecord(BaseModel):
 
     model_config = ConfigDict(strict=True)
     format: Literal[1]
+    key: str | None = None
     layers: dict[str, _LayerRecord]
 
 
 class PrunedBase:
-    """A `Placer` that takes the pruned layers from a directory of `save_pruned_base`.
+    """A `Placer` that takes the pruned layers from a directory of `save_pruned_base`; `key` is None for an older one.
 
     Raises UserError if there is no pruned base, or it is damaged.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.layers = read_record(directory / PRUNED_RECORD_FILE, _PrunedRecord).layers
+        record = read_record(directory / PRUNED_RECORD_FILE, _PrunedRecord)
+        self.key, self.layers = record.key, record.layers
         forms: dict[str, WeightForm] = {}
         for path, each in self.layers.items():
             kind = None if each.kind == "dense" else each.kind

@@ -56,7 +56,8 @@ def compress_base(
     pruner = Pruner(prune, calibration)
     model = load_base(recipe, source, compute, progress, placer=pruner)
     settings = {"prune": prune.model_dump(mode="json", exclude=set(prune.unused())), "quant": recipe.base.quant}
-    record = save_pruned_base(model, pruner.layers, directory, settings)
+    key = compression_key(recipe, source, compute, calibration)
+    record = save_pruned_base(model, pruner.layers, directory, key=key, settings=settings)
     logger.info(
         "Pruned %d layers by %s: %.2f %% of their %s weights are zero.",
         len(pruner.layers),
@@ -90,7 +91,9 @@ def base_of_run(
     directory = run.inside(FOLDER)
 
     def compress() -> None:
-        if resume and directory.is_dir():
+        key = compression_key(recipe, source, compute, prepared.calibration)
+        # A checkpoint belongs to the base that is there. Without one, that may be of an earlier start: another recipe.
+        if resume and directory.is_dir() and (run.checkpoint_steps() or PrunedBase(directory).key == key):
             return
         with bar(console, "pruning the base") as progress:
 
@@ -100,7 +103,6 @@ def base_of_run(
             if shared is None:
                 fill(directory)
                 return
-            key = compression_key(recipe, source, compute, prepared.calibration)
             made = shared(key, lambda path: fill(path / FOLDER)) / FOLDER
         with atomic_directory(directory) as unfinished:
             shutil.copytree(made, unfinished, dirs_exist_ok=True, copy_function=_link_or_copy)
