@@ -463,6 +463,72 @@ def test_what_the_template_leaves_out_is_noted() -> None:
     assert not notes
 
 
+def call_of(name: str, **id: str) -> dict[str, Any]:
+    return {"type": "function", **id, "function": {"name": name, "arguments": {}}}
+
+
+FIRST_ONLY = (
+    "{% for m in messages %}{% if m.role != 'system' or loop.first %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}<|im_end|>\n{% endif %}{% endfor %}" + PROMPT
+)
+"""As gpt-oss's: the first system turn, and the first call of a turn."""
+
+
+@pytest.mark.parametrize(
+    "turns, lost",
+    [
+        ((Turn("system", "a"), Turn("user", "b"), Turn("assistant", "", (call_of("f"),)), Turn("tool", "c")), []),
+        (
+            (Turn("user", "b"), Turn("assistant", "", (call_of("f"), call_of("g"))), Turn("tool", "c"), CHAT[1]),
+            ["the tool_calls of a turn but the first"],
+        ),
+        ((Turn("system", "a"), Turn("system", "d"), *CHAT[:2]), ["a second system turn"]),
+        ((Turn("system", "a"), *CHAT[:2], Turn("system", "d"), *CHAT[:2]), ["system turns after other turns"]),
+    ],
+)
+def test_turns_and_calls_after_the_first_that_are_left_out_are_noted(turns: tuple[Turn, ...], lost: list[str]) -> None:
+    notes: set[str] = set()
+    encode_chats(make(FIRST_ONLY), [chat(*turns)], notes=notes)
+    assert sorted(note.partition(". Fix")[0] for note in notes) == [
+        f"the chat template does not print {what}" for what in lost
+    ]
+    notes.clear()
+    everything = FIRST_ONLY.replace(" or loop.first", " or true").replace(
+        "m.tool_calls[0].function.name", "m.tool_calls | map(attribute='function') | map(attribute='name') | join(' ')"
+    )
+    encode_chats(make(everything), [chat(*turns)], notes=notes)
+    assert not notes
+
+
+SHORT_IDS = (
+    "{% for m in messages %}{{ m.role }}{% for c in m.tool_calls or [] %}"
+    "{% if c.id is not defined or c.id|length != 9 %}{{ raise_exception('nine') }}{% endif %}"
+    "[{{ c.function.name }} {{ c.id }}]{% endfor %}"
+    "{% if m.role == 'tool' %}{% if m.tool_call_id is not defined or m.tool_call_id|length != 9 %}"
+    "{{ raise_exception('nine') }}{% endif %}[{{ m.content }} {{ m.tool_call_id }}]"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+"""As Mistral's: it wants ids of nine letters."""
+
+
+@pytest.mark.parametrize("named", ["b", "none", "b and a", "unknown"])
+def test_a_result_gets_the_short_id_of_its_own_call(named: str) -> None:
+    """The result of call b comes first; without its id it is taken for that of the first call."""
+    ids = {"none": ({}, {}), "unknown": ({"tool_call_id": "x"}, {})}.get(named, ({"tool_call_id": "call-b"}, {}))
+    if named == "b and a":
+        ids = (ids[0], {"tool_call_id": "call-a"})
+    results = [Turn("tool", f"r{n}", labels=each) for n, each in enumerate(ids)]
+    calls = Turn("assistant", "", (call_of("f", id="call-a"), call_of("g", id="call-b")))
+    tokenizer = make(SHORT_IDS)
+    part = encoded(tokenizer, CHAT[0], calls, *results, CHAT[1])[-1]
+    text = str(tokenizer.decode(part.ids))
+    of_call = dict(re.findall(r"\[([fg]) (\w{9})\]", text))
+    of_result = dict(re.findall(r"\[(r\d) (\w{9})\]", text))
+    first, second = ("g", "f") if named.startswith("b") else ("f", "g")
+    assert of_result == {"r0": of_call[first], "r1": of_call[second]}
+    assert of_call["f"] != of_call["g"]
+
+
 def test_content_that_the_template_leaves_out_is_noted() -> None:
     call = ({"type": "function", "function": {"name": "f", "arguments": {}}},)
     one_of_both = (

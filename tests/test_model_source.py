@@ -402,6 +402,14 @@ def test_broken_tokenizer_is_one_line(tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_damaged_generation_config(tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(tmp_path)
+    (Path(recipe.model.source) / "generation_config.json").write_text("{bad")
+    with pytest.raises(UserError, match=r"its generation_config\.json cannot be used: ") as caught:
+        find_model(recipe)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_a_directory_that_holds_only_a_tokenizer(tmp_path: Path) -> None:
     tiny_run.write_model(tmp_path / "model")
     tiny_tokenizer.make(chat_template="only here").save_pretrained(tmp_path / "tokenizer")

@@ -22,6 +22,7 @@ from qdora.errors import Interrupted, UserError
 from qdora.evaluation import before_after
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run import step_evaluations, writer
 from qdora.run.evaluate import evaluate_target
@@ -238,6 +239,30 @@ def test_another_question_is_asked_anew(root: Path, tmp_path: Path, monkeypatch:
     found = {step: value for step, value in values(tmp_path / "run", metric="acc").items() if step > 1}
     assert summary["best"]["value"] == max(found.values())
     assert summary["best"]["step"] == max(found, key=lambda step: found[step])
+
+
+def test_other_validation_examples_choose_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums are right in the first file and wrong in the second, so values of the two cannot be compared."""
+    changes: dict[str, Any] = {"train__steps": 4, "eval__every": 1, "eval__best_by": "sums", "eval__patience": ...}
+    held = tmp_path / "held.jsonl"
+
+    def settings() -> Recipe:
+        plain = recipe(tmp_path, train__lr=1e-3, **changes)
+        first, *others = plain.data.mix
+        return with_settings(plain, data={"mix": (first.model_copy(update={"validation": str(held)}), *others)})
+
+    held.write_text("".join(json.dumps({"prompt": f"{n} + 3 =", "completion": f" {n + 3}"}) + "\n" for n in range(6)))
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        train_run(settings(), tmp_path / "run", console=Console(quiet=True))
+    monkeypatch.undo()
+    held.write_text("".join(json.dumps({"prompt": f"{n} + 3 =", "completion": " zebra"}) + "\n" for n in range(6)))
+    summary = train_run(settings(), tmp_path / "run", resume=True, console=Console(quiet=True))
+    text = (tmp_path / "run/log.txt").read_text()
+    assert "The run chose the best step in another way before, or by other examples" in text
+    found = {step: value for step, value in values(tmp_path / "run", "sums").items() if step > 2}
+    assert len(found) == 2
+    assert summary["best"]["value"] == min(found.values())
 
 
 def in_two(rank: int, settings: Recipe, directory: Path) -> None:

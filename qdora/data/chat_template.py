@@ -167,6 +167,9 @@ class _Ending(NamedTuple):
 _SHORT_ID = 9
 _USER, _ANSWER, _OTHER = "Uq7probe", "Aq7probe", "\u203bprobe"
 _CALL = Turn("assistant", _ANSWER, ({"type": "function", "function": {"name": "f7probe", "arguments": {"a": "b"}}},))
+_TWO_CALLS = replace(
+    _CALL, tool_calls=(*_CALL.tool_calls, {"type": "function", "function": {"name": "g7probe", "arguments": {}}})
+)
 _FUNCTION = {
     "name": "f7probe",
     "description": "a probe",
@@ -284,11 +287,15 @@ class ChatTemplate:
     def unprinted(self) -> frozenset[str]:
         """What a chat may have and the template leaves out; a probe that it refuses counts as printed."""
         user, tool = Turn("user", _USER), {"type": "function", "function": _FUNCTION}
+        system, answer = Turn("system", "S7probe"), Turn("assistant", _ANSWER)
         printed: dict[str, tuple[str, str]] = {
             "reasoning_content": (self._probe(user, Turn("assistant", _ANSWER, reasoning="R7probe")), "R7probe"),
             "tool_calls": (self._probe(user, _CALL), "f7probe"),
             "turns of role tool": (self._probe(user, _CALL, Turn("tool", "T7probe")), "T7probe"),
             "tools": (self._probe(user, tools=(tool,)), "f7probe"),
+            "the tool_calls of a turn but the first": (self._probe(user, _TWO_CALLS), "g7probe"),
+            "a second system turn": (self._probe(Turn("system", _USER), system, user), "S7probe"),
+            "system turns after other turns": (self._probe(user, answer, system, user), "S7probe"),
         }
         return frozenset(what for what, (text, word) in printed.items() if text and word not in text)
 
@@ -440,17 +447,23 @@ def _as_dict(turn: Turn, parts: bool = False, texts: bool = False) -> dict[str, 
 
 
 def _with_short_ids(turns: Messages) -> Messages:
-    """The turns with an id of nine letters for every call, and for the results, which follow in the order of calls."""
-    found, waiting = [], []
+    """The turns with an id of nine letters for every call, and for its result.
+
+    A result belongs to the call whose id it has in the data, or else to the first call that has no result yet.
+    """
+    found: list[Turn] = []
+    waiting: list[tuple[Any, str]] = []  # calls without a result: the id in the data, the short id
     for number, turn in enumerate(turns):
         if turn.tool_calls:
-            waiting = [
-                hashlib.sha256(f"{number} {n}".encode()).hexdigest()[:_SHORT_ID] for n in range(len(turn.tool_calls))
-            ]
-            calls = tuple({**call, "id": id} for call, id in zip(turn.tool_calls, waiting, strict=True))
+            digests = [hashlib.sha256(f"{number} {n}".encode()).hexdigest() for n in range(len(turn.tool_calls))]
+            waiting = [(call.get("id"), each[:_SHORT_ID]) for call, each in zip(turn.tool_calls, digests, strict=True)]
+            calls = tuple({**call, "id": id} for call, (_, id) in zip(turn.tool_calls, waiting, strict=True))
             turn = replace(turn, tool_calls=calls)
         elif turn.role == "tool" and waiting:
-            turn = replace(turn, labels={**turn.labels, "tool_call_id": waiting.pop(0)})
+            given = turn.labels.get("tool_call_id")
+            known = [id for id, _ in waiting]
+            _, short = waiting.pop(known.index(given) if given is not None and given in known else 0)
+            turn = replace(turn, labels={**turn.labels, "tool_call_id": short})
         found.append(turn)
     return tuple(found)
 

@@ -208,11 +208,17 @@ def _unlike_prompt(template: ChatTemplate) -> str:
 
 def _note_lost(template: ChatTemplate, chat: Example, notes: set[str]) -> None:
     """Note what the chat has and the template does not print."""
+    roles = [turn.role for turn in chat.messages]
+    num_leading = next((index for index, role in enumerate(roles) if role != "system"), len(roles))
     has = {
         "reasoning_content": any(turn.reasoning for turn in chat.messages),
         "tool_calls": any(turn.tool_calls for turn in chat.messages),
         "turns of role tool": any(turn.role == "tool" for turn in chat.messages),
         "tools": bool(chat.tools),
+        "the tool_calls of a turn but the first": "tool_calls" not in template.unprinted
+        and any(len(turn.tool_calls) > 1 for turn in chat.messages),
+        "a second system turn": num_leading > 1,
+        "system turns after other turns": "system" in roles[num_leading:],
     }
     notes.update(
         f"the chat template does not print {what}. {_REMOVE}"

@@ -31,9 +31,14 @@ def svg_file(path: Path, width: float, height: float) -> Iterator[Figure]:
 
 
 def svg_text(figure: Figure) -> str:
-    """The figure as the text of an SVG file."""
+    """The figure as the text of an SVG file. A $ in a name is drawn as it is; only a logarithmic scale has formulas."""
     import matplotlib as mpl
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if "$" in text.get_text() and r"\mathdefault" not in text.get_text():
+            text.set_parse_math(False)
     stream = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "qdora", "svg.fonttype": "path"}):
         figure.savefig(stream, format="svg", metadata={"Date": None})

@@ -402,10 +402,15 @@ def _finish(model: PreTrainedModel, source: ModelSource, device: torch.device) -
 
 
 def published_generation(source: ModelSource) -> GenerationConfig | None:
-    """The generation config in the directory of a source, if it has one."""
+    """The generation config in the directory of a source, if it has one. Raises UserError if it cannot be used."""
     if source.is_gguf or not (source.path / "generation_config.json").is_file():
         return None
-    return GenerationConfig.from_pretrained(str(source.path))
+    try:
+        return GenerationConfig.from_pretrained(str(source.path))
+    except (OSError, *BAD_CONFIG) as error:
+        raise UserError(
+            f"model.source: {source.name}: its generation_config.json cannot be used: {library_reason(error)}"
+        ) from error
 
 
 def settle_stored(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from qdora.errors import first_line, nearest
 from qdora.evaluation.before_after import worse_than_base
 from qdora.evaluation.generation import GenerationResult, evaluate_generated
 from qdora.evaluation.shared_batches import batches_shared
-from qdora.evaluation.suite import EvaluationResult, evaluate
+from qdora.evaluation.suite import EvaluationResult, evaluate, spread
 from qdora.files.console import bar, errors_only
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import MACRO
@@ -125,16 +126,21 @@ def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> R
     return result
 
 
-def best_so_far(recipe: Recipe, tasks: Sequence[str]) -> BestSoFar | None:
-    """The choice of the best step by the recipe's eval.best_by; None without it."""
+def best_so_far(recipe: Recipe, evaluated: Mapping[str, Sequence[Example]]) -> BestSoFar | None:
+    """The choice of the best step by the recipe's eval.best_by, from these examples of each task; None without it."""
     asked = recipe.eval
     if asked.best_by is None:
         return None
+    tasks = list(evaluated) if asked.best_by == MACRO else [asked.best_by]
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(repr(spread(evaluated[task], asked.limit, asked.block)).encode("utf-8", "backslashreplace"))
     question = {
         "best_by": asked.best_by,
         "best_metric": asked.best_metric,
-        "tasks": list(tasks) if asked.best_by == MACRO else [asked.best_by],
+        "tasks": tasks,
         "limit": asked.limit,
+        "examples": digest.hexdigest()[:16],
     }
     question |= {} if asked.block is None else {"block": asked.block}
     return BestSoFar(question, higher=asked.best_metric != "nll_per_token", patience=asked.patience)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -48,12 +48,12 @@ from qdora.train.step_checks import BadSteps, MissingGradientCheck
 logger = logging.getLogger("qdora")
 
 
-def fresh_state(active: ActiveRun, evaluated: list[str]) -> TrainingState:
+def fresh_state(active: ActiveRun, evaluated: Mapping[str, Sequence[Example]]) -> TrainingState:
     """The state before step 1. The first process sends its adapters to all processes.
 
     Args:
         active: The run, with adapters in its model.
-        evaluated: Names of the sources that are evaluated.
+        evaluated: Source -> its validation examples, of those that are evaluated.
     """
     recipe, settings = active.recipe, active.recipe.train
     policies: dict[str, Any] = {
@@ -105,7 +105,7 @@ class Trainer:
         self.validation = StepEvaluations(active, evaluated)
         probes = recipe.interference.every is not None
         self._probed = probe_examples(recipe, tokenizer, validation) if probes else {}
-        self.state = fresh_state(active, list(evaluated))
+        self.state = fresh_state(active, evaluated)
         self.writer = RunWriter(active, self.state)
         self.num_done = 0
 

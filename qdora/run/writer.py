@@ -127,8 +127,9 @@ class RunWriter:
         assert self.state.best is not None
         if known is None:
             return "The run chose no best step before"
-        if known["question"] != self.state.best.question:
-            return "The run chose the best step in another way before"
+        question = self.state.best.question
+        if {"examples": question["examples"], **known["question"]} != question:  # older checkpoints name no examples
+            return "The run chose the best step in another way before, or by other examples"
         fault = None if known["step"] is None else checkpoint_fault(self.run.checkpoint_path(known["step"]))
         return None if fault is None else f"The best checkpoint, step-{known['step']}, is not whole ({fault})"
 
