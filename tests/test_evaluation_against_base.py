@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qdora.evaluation.before_after import worse_than_base
+from qdora.evaluation.before_after import worse_than_before
 from qdora.evaluation.suite import EvaluationResult, TaskResult
 
 
@@ -43,7 +43,7 @@ FLAT = [0.5] * 40
 def test_a_small_change_of_every_example_is_seen() -> None:
     before = {"worse": (SPREAD.tolist(), FLAT), "better": ((SPREAD + 2).tolist(), FLAT)}
     after = {"worse": ((SPREAD + CHANGE).tolist(), FLAT), "better": (SPREAD.tolist(), FLAT)}
-    (found,) = worse_than_base(result(before), result(after))
+    (found,) = worse_than_before(result(before), result(after))
     half = stats.t.ppf(0.975, 39) * CHANGE.std(ddof=1) / math.sqrt(40)
     assert (found.task, found.metric) == ("worse", "nll_per_token")
     assert found.lower == pytest.approx(CHANGE.mean() - half, rel=1e-9)
@@ -55,7 +55,7 @@ def test_a_small_change_of_every_example_is_seen() -> None:
 def test_accuracy_counts_the_other_way() -> None:
     before = {"worse": (FLAT, [1.0] * 30 + [0.0] * 10), "better": (FLAT, [0.0] * 40)}
     after = {"worse": (FLAT, [1.0] * 10 + [0.0] * 30), "better": (FLAT, [1.0] * 39 + [0.0])}
-    (found,) = worse_than_base(result(before), result(after))
+    (found,) = worse_than_before(result(before), result(after))
     assert (found.task, found.metric, found.base, found.now) == ("worse", "acc", 0.75, 0.25)
 
 
@@ -63,23 +63,23 @@ def test_nothing_is_said_of_noise_or_of_a_worse_average() -> None:
     noise = RANDOM.normal(0, 1, 40)
     noise -= noise.mean() - 0.05
     before = {"one": (SPREAD.tolist(), FLAT), "other": (SPREAD.tolist(), FLAT)}
-    assert worse_than_base(result(before), result(before)) == []
+    assert worse_than_before(result(before), result(before)) == []
     after = {"one": ((SPREAD + noise).tolist(), FLAT), "other": ((SPREAD - 1).tolist(), FLAT)}
-    assert worse_than_base(result(before), result(after)) == []
+    assert worse_than_before(result(before), result(after)) == []
     worse = {"one": ((SPREAD + 1).tolist(), FLAT), "other": ((SPREAD - 0.5).tolist(), FLAT)}
-    assert worse_than_base(result(before), result(worse)) == []
+    assert worse_than_before(result(before), result(worse)) == []
 
 
 def test_two_examples_tell_no_spread() -> None:
     before = {"one": ([1.0, 1.0], [1.0, 1.0]), "other": ([5.0, 5.0], [0.0, 0.0])}
     after = {"one": ([1.001, 1.001], [1.0, 1.0]), "other": ([1.0, 1.0], [0.0, 0.0])}
-    assert worse_than_base(result(before), result(after)) == []
+    assert worse_than_before(result(before), result(after)) == []
 
 
 def test_tasks_that_cannot_be_compared_are_left_out() -> None:
     before = {"one": ([1.0], [1.0]), "other": ([5.0], [0.0])}
     after = {"one": ([2.0], [1.0]), "other": ([1.0], [0.0])}
-    assert worse_than_base(result(before), result(after)) == []
+    assert worse_than_before(result(before), result(after)) == []
     long = {"one": (FLAT, FLAT), "other": ([9.0] * 40, FLAT)}
     short = {"one": ([2.0] * 39, FLAT[:39]), "other": ([1.0] * 39, FLAT[:39])}
-    assert worse_than_base(result(long), result(short)) == []
+    assert worse_than_before(result(long), result(short)) == []

@@ -241,7 +241,7 @@ def test_an_interrupted_run_leaves_a_page(root: Path, tmp_path: Path, monkeypatc
     found = page(tmp_path / "run")
     assert "Not finished: 3 of 6 steps, the newest checkpoint is of step 3." in found.text
     assert "The numbers are those of all 6 planned steps, of which 3 are done." in found.text
-    assert "only the untrained base was evaluated" in found.text
+    assert "evaluated only before training" in found.text
     assert f"qdora train {tmp_path}/run/recipe.yaml --run-dir {tmp_path}/run --resume" in found.text
     assert len(found.tokens) == 3
     monkeypatch.undo()

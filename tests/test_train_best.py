@@ -370,7 +370,7 @@ def test_a_task_that_got_worse_than_the_base_is_said_everywhere(
     (found,) = lines[-1]["worse_than_base"]
     assert (found["task"], found["metric"]) == ("sums", "nll_per_token")
     assert found["now"] == lines[-1]["eval"]["sums"]["nll_per_token"] == pytest.approx(found["base"] + 1, abs=1e-3)
-    said = f"sums is worse than the untrained base: NLL per token {found['now']:.4g} against {found['base']:.4g}"
+    said = f"sums is worse than before training: NLL per token {found['now']:.4g} against {found['base']:.4g}"
     log = (tmp_path / "log.txt").read_text()
     assert f"Step 2: {said}" in log
     assert f"Step 4: {said}" in log

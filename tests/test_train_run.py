@@ -390,7 +390,16 @@ def test_a_text_that_cannot_be_read_is_told_before_the_model_is_loaded(
 def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {f"adapter__{key}": ... for key in ("rank", "alpha")}
     recipe = tiny_run.recipe(root, **changes, adapter__resume_from=str(whole / "adapter"), train__steps=1)
-    train_run(recipe, tmp_path / "run")
+    summary = train_run(recipe, tmp_path / "run")
+    assert list(summary["evaluations"]) == ["start", "adapter"]
+    card = (tmp_path / "run/README.md").read_text()
+    assert "| answer NLL, start | answer NLL, adapter |" in card
+    assert "| starts from | an earlier adapter |" in card
+    assert "Before is the base with an earlier adapter; " in (tmp_path / "run/report.html").read_text()
+    whole_card = (whole / "README.md").read_text()
+    assert "| answer NLL, base | answer NLL, adapter |" in whole_card
+    assert "starts from" not in whole_card
+    assert "Before is the base without adapter." in (whole / "report.html").read_text()
     before, after = (
         json.loads((path).read_text())["average"]["nll_per_token"]
         for path in (whole / "eval/step-6.json", tmp_path / "run/eval/step-0.json")

@@ -87,15 +87,15 @@ class WorseTask:
     average_now: float
 
     def in_words(self) -> str:
-        """'boolq is worse than the untrained base: NLL per token 1.2 against 0.9, ...'."""
+        """'boolq is worse than before training: NLL per token 1.2 against 0.9, ...'."""
         return (
-            f"{self.task} is worse than the untrained base: {_NAMES[self.metric]} {self.now:.4g} against "
+            f"{self.task} is worse than before training: {_NAMES[self.metric]} {self.now:.4g} against "
             f"{self.base:.4g} (by {self.lower:.2g} at least), while the average over the tasks went from "
             f"{self.average_base:.4g} to {self.average_now:.4g}"
         )
 
 
-def worse_than_base(base: EvaluationResult, now: EvaluationResult) -> list[WorseTask]:
+def worse_than_before(base: EvaluationResult, now: EvaluationResult) -> list[WorseTask]:
     """The tasks that are worse than before training, by a metric whose average over the tasks is better.
 
     The interval is that of the differences over the examples of both (`example_interval`). Tasks that were

@@ -309,6 +309,18 @@ class AdapterConfig(Section):
     resume_from: Text | None = None
     """Directory of an adapter to continue from; its rank, alpha, targets and layout are kept."""
 
+    @property
+    def start_in_words(self) -> str | None:
+        """With what the base is trained from the first step on; None: an adapter that does not change it yet."""
+        if self.resume_from is not None:
+            return "an earlier adapter"
+        return "LoftQ's adapter" if self.init == "loftq" else None
+
+    @property
+    def start_label(self) -> Literal["base", "start"]:
+        """How the model before the first step is called in results."""
+        return "base" if self.start_in_words is None else "start"
+
     def unused(self) -> dict[str, str]:
         if self.kind in ("none", "full"):
             names = [name for name in type(self).model_fields if name != "kind"]

@@ -11,6 +11,7 @@ from qdora.errors import UserError
 from qdora.evaluation.before_after import tasks_of_other_examples
 from qdora.evaluation.suite import EvaluationResult
 from qdora.files.run_directory import RunDirectory
+from qdora.recipe.recipe_file import load_recipe
 from qdora.run.trained_layers import TRAINED_FILE
 
 BEST_FILE = "best.json"
@@ -68,21 +69,23 @@ def adapter_in_words(run: RunDirectory) -> str:
 
 
 def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:
-    """The evaluations that a run kept: "base" before step 1, and "adapter" after `step` (None: the step of adapter/).
+    """The evaluations that a run kept: before step 1, and after `step` (None: the step of adapter/).
 
+    The first one is called "base", or "start" where the run started from more than the base; the other one "adapter".
     Only "adapter" if the two have different tasks or examples, since they cannot be compared.
     """
     step = adapter_step(run) if step is None else step
+    start = load_recipe(run.recipe_file).adapter.start_label
     found = {
         label: read_result(run.evaluation_file(number))
-        for label, number in (("base", 0), ("adapter", step))
-        if number is not None and run.evaluation_file(number).is_file() and (label == "base" or number > 0)
+        for label, number in ((start, 0), ("adapter", step))
+        if number is not None and run.evaluation_file(number).is_file() and (label == start or number > 0)
     }
     if len(found) == 2:
         sizes = [{task: result.num_examples for task, result in each.tasks.items()} for each in found.values()]
         documents = (each.to_dict(per_example=True) for each in found.values())
         if sizes[0] != sizes[1] or tasks_of_other_examples(*documents):
-            del found["base"]
+            del found[start]
     return found
 
 

@@ -12,7 +12,7 @@ import yaml
 import qdora
 from qdora.data.commonsense_hub import HUB_TASKS
 from qdora.errors import UserError
-from qdora.evaluation.before_after import worse_than_base
+from qdora.evaluation.before_after import worse_than_before
 from qdora.files.environment import package_versions
 from qdora.files.json_file import read_json_object
 from qdora.files.markdown_table import markdown_cell, markdown_table
@@ -111,11 +111,12 @@ def run_card(
     seen = {each["name"]: f" ({_seen(each, more_steps)})" for each in mix.get("sources", ())}
     results = stored_results(run, step)
     tasks = list(results["adapter"].tasks) if "adapter" in results else []
-    worse = worse_than_base(results["base"], results["adapter"]) if len(results) == 2 else []
+    worse = worse_than_before(*results.values()) if len(results) == 2 else []
     rank, alpha = sizes_in_words(run.adapter, adapter.rank, adapter.alpha)
     sizes = f", rank {rank}, alpha {alpha}" if adapter.kind in ("lora", "dora") else ""
     method: dict[str, Any] = {
         "adapter": adapter.kind + sizes,
+        **({} if adapter.start_in_words is None else {"starts from": adapter.start_in_words}),
         "quantisation of the base": base.quant_in_words,
         "learning rate": recipe.train.lr,
         "state": adapter_in_words(run) if state == "final" else state,
@@ -220,7 +221,7 @@ class CardFacts:
     data_ids: Sequence[str] = ()
     """Ids of the data sets that are on the Hub."""
     metric_names: Sequence[str] = ()
-    """Columns of the table: "base", "adapter", "merged"."""
+    """Columns of the table: "base" or "start", "adapter", "merged"."""
     metrics: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     """Row of the table -> one number a column."""
     notes: Sequence[str] = ()

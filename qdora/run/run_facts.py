@@ -132,6 +132,7 @@ def _settings(recipe: Recipe, environment: Facts, written: Path) -> dict[str, An
         "quantisation": base.quant_in_words,
         "trained part": environment.get("trained_part"),
         "adapter": adapter.kind,
+        "starts from": adapter.start_in_words,
         "rank": rank if has_rank else None,
         "alpha": alpha if has_rank else None,
         "also trained": f"{', '.join(adapter.also_train)}, {adapter.also_train_rows} rows"

@@ -96,6 +96,7 @@ def run_figures(run: RunDirectory) -> dict[str, str]:
 
 def run_page(facts: Facts, figures: Mapping[str, str]) -> str:
     """The HTML page of these facts."""
+    start = facts["settings"].get("starts from")
     return render_page(
         "qdora.run",
         "run_page.html.j2",
@@ -107,6 +108,9 @@ def run_page(facts: Facts, figures: Mapping[str, str]) -> str:
         mix=_mix_table(facts["data"]),
         training_loss=_training_loss_table(facts["training_loss"]),
         comparisons=[_comparison(each) for each in facts["evaluations"]],
+        before="the base without adapter"
+        if start is None
+        else f"the base with {start}; in results of qdora eval, the base alone",
         figures=figures,
         memory=_memory_table(facts["memory"]),
         measures="allocated on the GPU" if facts["memory"]["device"] == "cuda" else "resident memory of the process",
@@ -210,7 +214,7 @@ def _comparison(found: Mapping[str, Any]) -> dict[str, Any]:
             for each in found["acc"]
         ]
         tables.append(("Accuracy, %", _table(header, rows)))
-    state = "only the untrained base was evaluated" if step == 0 else f"after step {step:,}" if step else "adapter/"
+    state = "evaluated only before training" if step == 0 else f"after step {step:,}" if step else "adapter/"
     others = ", ".join(found["other_examples"])
     note = others and (
         f"Not the same examples were evaluated before and after ({others}): eval.limit or the data changed in between. "

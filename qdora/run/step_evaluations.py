@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from qdora.data.example import Example
 from qdora.errors import first_line, nearest
-from qdora.evaluation.before_after import worse_than_base
+from qdora.evaluation.before_after import worse_than_before
 from qdora.evaluation.generation import GenerationResult, evaluate_generated
 from qdora.evaluation.shared_batches import batches_shared
 from qdora.evaluation.suite import EvaluationResult, evaluate, spread
@@ -34,11 +34,13 @@ class StepEvaluations:
         examples: Task -> its validation examples; empty if nothing is evaluated.
 
     Attributes:
-        results: "base": before the first step; "adapter": the last evaluation.
+        start: How the model before the first step is called, "base" or "start".
+        results: `start`: before the first step; "adapter": the last evaluation.
     """
 
     def __init__(self, active: ActiveRun, examples: Mapping[str, Sequence[Example]]) -> None:
         self.active, self.examples = active, examples
+        self.start = active.recipe.adapter.start_label
         self.results: dict[str, EvaluationResult] = {}
         self.generated: dict[str, GenerationResult] = {}
 
@@ -75,8 +77,8 @@ class StepEvaluations:
 
     def _against_base(self, step: int, result: EvaluationResult) -> dict[str, Any]:
         """The tasks that are worse than before training although the average is better, for the metrics. Warns."""
-        base = self.results.get("base")
-        worse = [] if step == 0 or base is None else worse_than_base(base, result)
+        base = self.results.get(self.start)
+        worse = [] if step == 0 or base is None else worse_than_before(base, result)
         for each in worse:
             logger.warning("Step %d: %s.", step, each.in_words())
         return {"worse_than_base": [asdict(each) for each in worse]} if worse else {}

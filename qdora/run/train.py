@@ -139,7 +139,7 @@ def _train(trainer: Trainer, checkpoint: Checkpoint | None, results: Console, en
     try:
         watched = active.processes.watched(active.model)
         with trainer.recorded(start), watched, _reported(active.processes, ending):
-            trainer.evaluate_base()
+            trainer.evaluate_start()
             if trainer.state.optimizer is not None and start < active.num_steps and not trainer.is_over:
                 trainer.num_done = _fit(trainer, trainer.state.optimizer, start)
             trainer.evaluate_and_save()

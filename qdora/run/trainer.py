@@ -128,7 +128,7 @@ class Trainer:
             if gates is not None:
                 gates.load(checkpoint, policies["gates"])
         logger.info("Continuing from %s.", checkpoint)
-        self.validation.take_back("base", 0)
+        self.validation.take_back(self.validation.start, 0)
         self._judge_former_end(step)
         return step
 
@@ -196,11 +196,11 @@ class Trainer:
                     self.state.expert_load.write(self.active.directory)
                     write_interference(self.active.directory)
 
-    def evaluate_base(self) -> None:
+    def evaluate_start(self) -> None:
         """Evaluate the model before its first step, if the recipe asks for it."""
         if self.num_done == 0 and self.active.recipe.eval.at_start and self.validation.examples:
-            base = evaluate_together(self.active.processes, lambda: self.validation.measure(0, "base"))
-            self.writer.write_metrics({"step": 0, **base})
+            found = evaluate_together(self.active.processes, lambda: self.validation.measure(0, self.validation.start))
+            self.writer.write_metrics({"step": 0, **found})
 
     def hooks(self, optimizer: AdapterOptimizer) -> Hooks:
         """What the loop calls between its steps."""

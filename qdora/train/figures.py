@@ -127,7 +127,7 @@ def _set_decades(axes: Axes) -> None:
 
 
 def _validation(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64], *, metric: str, label: str) -> None:
-    """A line per task and one of their average, with the value of the untrained base as a level."""
+    """A line per task and one of their average, with the value before training as a level."""
     names = sorted({name for line in evaluations for name in line["eval"]})
     curves = [
         (name, [(line["step"], line["eval"].get(name, {}).get(metric)) for line in evaluations]) for name in names
@@ -143,7 +143,7 @@ def _validation(axes: Axes, evaluations: Lines, numbers: NDArray[np.float64], *,
         (line,) = axes.plot(steps, values, color=color, linewidth=width, marker=".", label=name, gid=f"values {name}")
         if known[0][0] == 0:
             axes.axhline(known[0][1], color=line.get_color(), linestyle=":", linewidth=0.8)
-    axes.set_ylabel(f"{label} (dotted: base)")
+    axes.set_ylabel(f"{label} (dotted: before training)")
     axes.legend(fontsize="small", ncols=2)
 
 
