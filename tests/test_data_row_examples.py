@@ -393,6 +393,7 @@ def test_columns_that_fit_no_layout_name_all_of_them(tmp_path: Path) -> None:
         ("instruction input answer", "Fix: columns: {output: answer} in this source."),
         ("question choises answer", "Did you mean 'choices'?"),
         ("context title", "Did you mean 'text'?"),
+        ("prompt;completion", "The columns seem to be separated by ';'. Fix: a .csv file needs commas."),
         (
             "prompt chosen rejected",
             "Pairs of preferences are not trained. Fix: to learn the chosen answers, set columns: {completion: chosen} "

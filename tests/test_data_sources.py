@@ -95,6 +95,21 @@ def test_json_lines_under_the_ending_json(tmp_path):
     assert len(load_source(SourceConfig(source=str(path)))) == 2
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("mark", ["", "\ufeff\n"])
+def test_a_json_list_under_the_ending_jsonl(tmp_path, indent, mark):
+    path = tmp_path / "quiz.jsonl"
+    path.write_text(f"{mark}{json.dumps([PAIR, PAIR | {'id': 7}], indent=indent)}\n\n", encoding="utf-8")
+    assert [example.id for example in load_source(SourceConfig(source=str(path)))][1:] == ["7"]
+
+
+def test_lists_in_the_lines_of_a_jsonl_file_are_faulty_rows(tmp_path):
+    path = tmp_path / "quiz.jsonl"
+    path.write_text(f"[{json.dumps(PAIR)}]\n{json.dumps(PAIR)}\n")
+    with pytest.raises(UserError, match=r"line 1: must be an object \{column: value\}, got \["):
+        load_source(SourceConfig(source=str(path)))
+
+
 def test_unicode_line_ends_inside_a_string_do_not_cut_the_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "one\u2028two\u0085three"}, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -70,6 +70,18 @@ def json_lines(path: Path) -> RecordFile:
     return RecordFile(path, unit="line", place=0, number=1, split=split_lines, parse=json_entry)
 
 
+def _lines_or_list(path: Path) -> RecordFile:
+    """JSON lines, or a list of objects under the wrong ending."""
+    start = _first_bytes(path)
+    if start[1] != b"[":
+        return json_lines(path)
+    with open_bytes(path) as file:
+        file.read(start[0])
+        first, has_more = file.readline(_READ_BYTES), bool(file.read(_READ_BYTES).strip())
+    # A whole list in the first of several lines is a faulty row.
+    return json_lines(path) if has_more and first.rstrip().endswith(b"]") else _json_list(path, start[0])
+
+
 def split_lines(file: BinaryIO, place: int, number: int) -> Iterator[Record]:
     """The lines that are not blank.
 
@@ -107,12 +119,17 @@ def _json(path: Path) -> RecordFile:
     """A list of objects, one object, or JSON lines under the wrong ending."""
     start = _first_bytes(path)
     if start[1] == b"[":
-        items = partial(_list_items, path)
-        return RecordFile(path, unit="row", place=start[0] + 1, number=0, split=items, parse=json_entry)
+        return _json_list(path, start[0])
     with open_bytes(path) as file:
         lines = (line for line in file if not _is_blank(line))
         is_lines = isinstance(json_entry(next(lines, b"{}")), dict) and next(lines, None) is not None
     return json_lines(path) if is_lines or not start[1] else _one_value(path)
+
+
+def _json_list(path: Path, place: int) -> RecordFile:
+    """The objects of a list that begins at `place`."""
+    items = partial(_list_items, path)
+    return RecordFile(path, unit="row", place=place + 1, number=0, split=items, parse=json_entry)
 
 
 def _first_bytes(path: Path) -> tuple[int, bytes]:
@@ -347,7 +364,7 @@ def _document(content: bytes) -> Entry:
 
 
 RECORD_FILES: dict[str, Callable[[Path], RecordFile]] = {
-    ".jsonl": json_lines,
+    ".jsonl": _lines_or_list,
     ".json": _json,
     ".csv": partial(_csv, delimiter=","),
     ".tsv": partial(_csv, delimiter="\t"),

@@ -73,6 +73,9 @@ def _hint(columns: Collection[str]) -> str:
     """For columns that fit no format: the known column nearest to an unknown one, or the setting that reads those of a
     question and its answer, or the only unknown one as the only column that a format lacks."""
     names = {column.lower(): column for column in columns}
+    if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in next(iter(names))), None)):
+        ending = " or the ending .tsv" if mark == "\t" else ""
+        return f" The columns seem to be separated by {mark!r}. Fix: a .csv file needs commas{ending}."
     asked, answered = (next((each for each in some if each in names), "") for some in (_ASKED, _ANSWERED))
     if {"chosen", "rejected"} <= names.keys():
         chosen = names["chosen"]
