@@ -11,7 +11,6 @@ from qdora.errors import UserError
 from qdora.evaluation.before_after import tasks_of_other_examples
 from qdora.evaluation.suite import EvaluationResult
 from qdora.files.run_directory import RunDirectory
-from qdora.recipe.recipe_file import load_recipe
 from qdora.run.trained_layers import TRAINED_FILE
 
 BEST_FILE = "best.json"
@@ -68,14 +67,13 @@ def adapter_in_words(run: RunDirectory) -> str:
     return f"{best_in_words(record)} of {record['num_done']} steps{stopped}"
 
 
-def stored_results(run: RunDirectory, step: int | None = None) -> dict[str, EvaluationResult]:
+def stored_results(run: RunDirectory, start: str, step: int | None = None) -> dict[str, EvaluationResult]:
     """The evaluations that a run kept: before step 1, and after `step` (None: the step of adapter/).
 
-    The first one is called "base", or "start" where the run started from more than the base; the other one "adapter".
+    The first one is called `start` (of the recipe: `adapter.start_label`), the other one "adapter".
     Only "adapter" if the two have different tasks or examples, since they cannot be compared.
     """
     step = adapter_step(run) if step is None else step
-    start = load_recipe(run.recipe_file).adapter.start_label
     found = {
         label: read_result(run.evaluation_file(number))
         for label, number in ((start, 0), ("adapter", step))

@@ -211,7 +211,9 @@ def evaluate_target(
     document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
     if examples:
         like = options.like if options.data is None and split == "validation" else None
-        beside = {} if like is None else stored_results(open_run(like))
+        beside = {}
+        if like is not None and recipe is not None:
+            beside = stored_results(open_run(like), recipe.adapter.start_label)
         with bar(progress, f"evaluating {loaded.label}") as update:
             scored = evaluate(loaded.model, loaded.tokenizer, examples, limit=limit, block=block, progress=update)
         results.print(compare_table(beside | {shown: scored}))

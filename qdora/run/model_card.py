@@ -109,7 +109,7 @@ def run_card(
     step, num_steps = state_step(run, state), mix.get("num_steps")
     more_steps = None if step in (None, num_steps) else num_steps  # mix.json counts all steps of the run
     seen = {each["name"]: f" ({_seen(each, more_steps)})" for each in mix.get("sources", ())}
-    results = stored_results(run, step)
+    results = stored_results(run, adapter.start_label, step)
     tasks = list(results["adapter"].tasks) if "adapter" in results else []
     worse = worse_than_before(*results.values()) if len(results) == 2 else []
     rank, alpha = sizes_in_words(run.adapter, adapter.rank, adapter.alpha)
