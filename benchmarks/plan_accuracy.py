@@ -258,7 +258,7 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
     from qdora.plan.live_bytes import LiveBytes
     from qdora.recipe.train_settings import TrainConfig
     from qdora.run.load_base import load_base
-    from qdora.run.pruned_base import compress_base
+    from qdora.run.pruned_base import compress_base, compression_key
     from qdora.train.hooks import Hooks
     from qdora.train.interrupt import StopRequest
     from qdora.train.loop import fit
@@ -277,7 +277,7 @@ def run_of(recipe: Any, *, counting: bool) -> dict[str, Any]:
             model = load_base(recipe, source, compute)
         else:
             pruned = Path(recipe.model.source).parent / "base"
-            compress_base(recipe, source, compute, None, pruned)
+            compress_base(recipe, source, compute, None, pruned, key=compression_key(recipe, source, compute, None))
             model = load_base(recipe, source, compute, placer=PrunedBase(pruned))
         put_adapters(model, recipe)
         if recipe.data.packing:

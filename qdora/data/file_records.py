@@ -72,14 +72,14 @@ def json_lines(path: Path) -> RecordFile:
 
 def _lines_or_list(path: Path) -> RecordFile:
     """JSON lines, or a list of objects under the wrong ending."""
-    start = _first_bytes(path)
-    if start[1] != b"[":
+    place, start = _first_bytes(path)
+    if start != b"[":
         return json_lines(path)
     with open_bytes(path) as file:
-        file.read(start[0])
+        file.read(place)
         first, has_more = file.readline(_READ_BYTES), bool(file.read(_READ_BYTES).strip())
     # A whole list in the first of several lines is a faulty row.
-    return json_lines(path) if has_more and first.rstrip().endswith(b"]") else _json_list(path, start[0])
+    return json_lines(path) if has_more and first.rstrip().endswith(b"]") else _json_list(path, place)
 
 
 def split_lines(file: BinaryIO, place: int, number: int) -> Iterator[Record]:
@@ -117,13 +117,13 @@ def _json_reason(error: ValueError) -> str:
 
 def _json(path: Path) -> RecordFile:
     """A list of objects, one object, or JSON lines under the wrong ending."""
-    start = _first_bytes(path)
-    if start[1] == b"[":
-        return _json_list(path, start[0])
+    place, start = _first_bytes(path)
+    if start == b"[":
+        return _json_list(path, place)
     with open_bytes(path) as file:
         lines = (line for line in file if not _is_blank(line))
         is_lines = isinstance(json_entry(next(lines, b"{}")), dict) and next(lines, None) is not None
-    return json_lines(path) if is_lines or not start[1] else _one_value(path)
+    return json_lines(path) if is_lines or not start else _one_value(path)
 
 
 def _json_list(path: Path, place: int) -> RecordFile:

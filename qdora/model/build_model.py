@@ -86,20 +86,20 @@ def find_source(recipe: Recipe, *, weights: bool = True) -> ModelSource:
 def find_model(recipe: Recipe, *, weights: bool = True) -> tuple[ModelSource, PreTrainedTokenizerBase]:
     """`find_source` and `find_tokenizer`."""
     source = find_source(recipe, weights=weights)
-    return source, find_tokenizer(recipe, source)
+    return source, find_tokenizer(recipe, source, find_tokenizer_source(recipe, source))
 
 
-def find_words(recipe: Recipe, source: ModelSource) -> ModelSource:
-    """Where the recipe's tokenizer is: the base `source`, or the place that model.tokenizer names."""
+def find_tokenizer_source(recipe: Recipe, source: ModelSource) -> ModelSource:
+    """Where the recipe's tokenizer is: the base `source` itself, or the place that model.tokenizer names."""
     model = recipe.model
     if model.tokenizer is None:
         return source
     return resolve(model.tokenizer, model.tokenizer_revision, config=False, weights=False, setting="model.tokenizer")
 
 
-def find_tokenizer(recipe: Recipe, source: ModelSource) -> PreTrainedTokenizerBase:
+def find_tokenizer(recipe: Recipe, source: ModelSource, tokenizer_source: ModelSource) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe whose base is `source`, with new tokens and what its data section says of chats."""
-    tokenizer = load_tokenizer(find_words(recipe, source))
+    tokenizer = load_tokenizer(tokenizer_source)
     add_tokens(tokenizer, recipe.model.add_tokens)
     use_data_settings(tokenizer, recipe.data)
     set_chat_settings(tokenizer, stop_ids=stop_ids(source, tokenizer))

@@ -194,8 +194,8 @@ def save_pruned_base(
 ) -> dict[str, Any]:
     """Write the pruned layers of a base; the directory appears whole or not at all and replaces an older one.
 
-    `model` is freshly loaded, without adapters; `layers` is `Pruner.layers`; `key` is a hash of all that
-    decided it, `settings` are JSON values of the recipe. Returns the content of compressed.json.
+    `model` is freshly loaded, without adapters; `layers` is `Pruner.layers`; `key` is a hash of all that decides the
+    pruned weights; `settings` are JSON values of the recipe. Returns the content of compressed.json.
     """
     num_weights = sum(layer.num_weights for layer in layers.values())
     num_pruned = sum(layer.num_pruned for layer in layers.values())

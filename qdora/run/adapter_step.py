@@ -76,8 +76,8 @@ def stored_results(run: RunDirectory, start: str, step: int | None = None) -> di
     step = adapter_step(run) if step is None else step
     found = {
         label: read_result(run.evaluation_file(number))
-        for label, number in ((start, 0), ("adapter", step))
-        if number is not None and run.evaluation_file(number).is_file() and (label == start or number > 0)
+        for label, number in ((start, 0), ("adapter", step or None))
+        if number is not None and run.evaluation_file(number).is_file()
     }
     if len(found) == 2:
         sizes = [{task: result.num_examples for task, result in each.tasks.items()} for each in found.values()]

@@ -22,7 +22,7 @@ from qdora.recipe.recipe_file import load_recipe, recipe_of_run, resolved_yaml, 
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run.prepare import PreparedRun
-from qdora.run.recorded_base import REVISIONS, base_record, check_base, recorded_base, with_own_commits
+from qdora.run.recorded_base import REVISIONS, base_record, check_base, recorded_base, with_revisions_of
 from qdora.run.residency_choice import keep_residency
 from qdora.train.checkpoint import unreadable
 from qdora.train.distributed import Processes
@@ -52,7 +52,7 @@ def open_directory(prepared: PreparedRun, directory: Path, processes: Processes,
         before = load_recipe(known.recipe_file)
         if recorded_base(known) is None:  # an older version did not pin the base: the run goes on with this one
             before = with_settings(before, model={"revision": prepared.given.model.revision})
-        before = with_own_commits(before, prepared.given)  # nor the tokenizer
+        before = with_revisions_of(before, prepared.given)  # older versions did not pin the tokenizer
         check_base(known, prepared.source)
         if prepared.given.data.chat_template is not None:
             _check_chat_template(known, str(prepared.tokenizer.chat_template))

@@ -38,7 +38,15 @@ from qdora.evaluation.loglikelihood import scoring_faults
 from qdora.evaluation.suite import spread
 from qdora.files.atomic import json_bytes
 from qdora.files.run_directory import RunDirectory, chat_date_of, unharmed
-from qdora.model.build_model import Compute, choose_compute, find_model, find_source, find_tokenizer, token_ids
+from qdora.model.build_model import (
+    Compute,
+    choose_compute,
+    find_model,
+    find_source,
+    find_tokenizer,
+    find_tokenizer_source,
+    token_ids,
+)
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
 from qdora.model.text_config import positions_of
@@ -107,8 +115,9 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
         raise UserError(*faults)
     # Without a plan the weights are fetched first: a missing model fails before the data is read.
     source = find_source(recipe, weights=recipe.memory.budget is None)
-    recipe = pinned(recipe, source)
-    tokenizer = find_tokenizer(recipe, source)
+    tokenizer_source = find_tokenizer_source(recipe, source)
+    recipe = pinned(recipe, source, tokenizer_source)
+    tokenizer = find_tokenizer(recipe, source, tokenizer_source)
     config = load_config(source)
     check_router_loss(recipe, config)
     chat_date = processes.gather(chat_date_of(directory))[0]

@@ -44,9 +44,12 @@ def compress_base(
     calibration: Tensor | None,
     directory: Path,
     *,
+    key: str,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Prune and quantise the base of a recipe and write it to `directory`; returns what compressed.json says.
+
+    `key` is the `compression_key` of the other arguments.
 
     Raises:
         As `load_model` and `Pruner`.
@@ -56,7 +59,6 @@ def compress_base(
     pruner = Pruner(prune, calibration)
     model = load_base(recipe, source, compute, progress, placer=pruner)
     settings = {"prune": prune.model_dump(mode="json", exclude=set(prune.unused())), "quant": recipe.base.quant}
-    key = compression_key(recipe, source, compute, calibration)
     record = save_pruned_base(model, pruner.layers, directory, key=key, settings=settings)
     logger.info(
         "Pruned %d layers by %s: %.2f %% of their %s weights are zero.",
@@ -91,14 +93,16 @@ def base_of_run(
     directory = run.inside(FOLDER)
 
     def compress() -> None:
+        found = resume and directory.is_dir()
+        if found and run.checkpoint_steps():  # which belong to the base that is there
+            return
         key = compression_key(recipe, source, compute, prepared.calibration)
-        # A checkpoint belongs to the base that is there. Without one, that may be of an earlier start: another recipe.
-        if resume and directory.is_dir() and (run.checkpoint_steps() or PrunedBase(directory).key == key):
+        if found and PrunedBase(directory).key == key:  # else an earlier start with another recipe has left it
             return
         with bar(console, "pruning the base") as progress:
 
             def fill(path: Path) -> None:
-                compress_base(recipe, source, compute, prepared.calibration, path, progress=progress)
+                compress_base(recipe, source, compute, prepared.calibration, path, key=key, progress=progress)
 
             if shared is None:
                 fill(directory)

@@ -10,7 +10,6 @@ from typing import Any
 
 from qdora.errors import UserError
 from qdora.files.run_directory import RunDirectory
-from qdora.model.build_model import find_words
 from qdora.model.packed_base import fingerprints
 from qdora.model.source import ModelSource
 from qdora.recipe.section import with_settings
@@ -20,24 +19,20 @@ REVISIONS = {"source": "revision", "tokenizer": "tokenizer_revision"}
 """Setting of the model section that may name a place on the Hub -> its revision there."""
 
 
-def pinned(recipe: Recipe, source: ModelSource) -> Recipe:
-    """The recipe with the commits of the base that was found on the Hub, and of another tokenizer there.
-
-    What is local has none. Raises UserError or HubFailure if the tokenizer is not found.
-    """
-    words = find_words(recipe, source)
+def pinned(recipe: Recipe, source: ModelSource, tokenizer_source: ModelSource) -> Recipe:
+    """The recipe with the commits of a base and another tokenizer that were found on the Hub; local ones have none."""
     commits: dict[str, str | None] = {"revision": source.revision} if source.kind == "hub" else {}
-    if recipe.model.tokenizer is not None and words.kind == "hub":
-        commits["tokenizer_revision"] = words.revision
+    if tokenizer_source is not source and tokenizer_source.kind == "hub":
+        commits["tokenizer_revision"] = tokenizer_source.revision
     return with_settings(recipe, model=commits)
 
 
-def with_own_commits(recipe: Recipe, own: Recipe) -> Recipe:
-    """The recipe, where it has no revision of the same base or tokenizer with that of the recipe of a run, `own`."""
+def with_revisions_of(recipe: Recipe, other: Recipe) -> Recipe:
+    """The recipe; where it has no revision of a base or tokenizer that `other` has, too, it takes that of `other`."""
     taken = {
-        revision: getattr(own.model, revision)
+        revision: getattr(other.model, revision)
         for name, revision in REVISIONS.items()
-        if getattr(recipe.model, revision) is None and getattr(recipe.model, name) == getattr(own.model, name)
+        if getattr(recipe.model, revision) is None and getattr(recipe.model, name) == getattr(other.model, name)
     }
     return with_settings(recipe, model=taken)
 

@@ -96,7 +96,10 @@ def run_figures(run: RunDirectory) -> dict[str, str]:
 
 def run_page(facts: Facts, figures: Mapping[str, str]) -> str:
     """The HTML page of these facts."""
-    start = facts["settings"].get("starts from")
+    start = facts["settings"]["starts from"]
+    before = "the base without adapter"
+    if start is not None:
+        before = f"the base with {start}; in results of qdora eval, the base alone"
     return render_page(
         "qdora.run",
         "run_page.html.j2",
@@ -108,9 +111,7 @@ def run_page(facts: Facts, figures: Mapping[str, str]) -> str:
         mix=_mix_table(facts["data"]),
         training_loss=_training_loss_table(facts["training_loss"]),
         comparisons=[_comparison(each) for each in facts["evaluations"]],
-        before="the base without adapter"
-        if start is None
-        else f"the base with {start}; in results of qdora eval, the base alone",
+        before=before,
         figures=figures,
         memory=_memory_table(facts["memory"]),
         measures="allocated on the GPU" if facts["memory"]["device"] == "cuda" else "resident memory of the process",

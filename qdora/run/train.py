@@ -25,7 +25,7 @@ from qdora.run.active_run import ActiveRun
 from qdora.run.open_directory import newest_checkpoint, open_directory
 from qdora.run.prepare import prepare, show_plans
 from qdora.run.pruned_base import SharedBases, base_of_run
-from qdora.run.recorded_base import with_own_commits
+from qdora.run.recorded_base import with_revisions_of
 from qdora.run.run_page import leave_page
 from qdora.run.start_checks import check_model
 from qdora.run.trainer import Trainer
@@ -77,7 +77,7 @@ def train_run(
         keep_freed_memory()
         check_text(directory, "choose another --run-dir")
         if resume:
-            recipe = with_own_commits(recipe, load_recipe(open_run(directory).recipe_file))
+            recipe = with_revisions_of(recipe, load_recipe(open_run(directory).recipe_file))
         prepared = prepare(recipe, directory, processes, where=where, force=force)
         processes = processes.dividing(prepared.recipe.train.divides_base)
         processes.first(lambda: stack.enter_context(only_process(directory, resume=resume)))

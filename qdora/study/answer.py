@@ -125,7 +125,10 @@ def _left(arm: str, rows: Sequence[Row], named: Naming, zone: float) -> str:
 
 
 def _all_left(left: Sequence[str], others: Sequence[str], zone: float, label: str) -> str:
-    """What is called as good as the uncompressed base, and what that makes of each arm; `others`: beside the base."""
+    """What is called as good as the uncompressed base, and what that makes of each arm.
+
+    `others`: the axes beside the base on which its rows differ.
+    """
     told = "; ".join(filter(None, left))
     counted = f" (each counted once per {' and '.join(others)})" if others else ""
     return told and (
