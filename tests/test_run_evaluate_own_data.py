@@ -106,6 +106,26 @@ def test_of_several_sources_tasks_names_the_one_that_it_is_read_like(of_two: Pat
     assert given_source("/x/new.csv", [SourceConfig(task="boolq")]).task is None
 
 
+def test_a_source_of_the_same_content_gives_its_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """So does any where all are read the same way; where that is not clear, a warning names what can be meant."""
+    rows = [{"prompt": f"{number} + 1 =", "completion": f" {number + 1}"} for number in range(5)]
+    a, held = write(tmp_path / "a.jsonl", rows[:2]), write(tmp_path / "held.jsonl", rows[2:4])
+    copies = [write(tmp_path / f"copies/{name}.jsonl", part) for name, part in (("x", rows[:2]), ("y", rows[2:4]))]
+    new = write(tmp_path / "new.jsonl", rows[4:])
+    chat = SourceConfig.model_validate({"source": str(a), "validation": str(held), "chat": True})
+    other = SourceConfig.model_validate({"source": str(tmp_path / "b.jsonl"), "name": "other"})
+    for place in (a, held, *copies):
+        assert given_source(str(place), [chat, other]).chat
+    also_chat = other.model_copy(update={"chat": True})
+    assert given_source(str(new), [chat, also_chat]).chat
+    assert not given_source(str(new), [other, other]).chat
+    assert caplog.messages == []
+    assert not given_source(str(new), [chat, other]).chat
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"{new} is read by the names of its columns alone")
+    assert caplog.messages[0].endswith("--tasks: a.")
+
+
 def test_a_split_of_a_folder_is_scored(of_two: Path, tmp_path: Path) -> None:
     write(tmp_path / "own/test.jsonl", [{"prompt": "1 + 1 =", "completion": " 2"}])
     document = evaluate_target(str(of_two), EvalOptions(data=str(tmp_path / "own"), split="test"))

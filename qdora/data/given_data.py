@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,9 @@ from qdora.data.source_files import files_of
 from qdora.errors import UserError
 from qdora.files.sampled_digest import sampled_digest
 from qdora.files.user_paths import user_path
-from qdora.recipe.data_settings import SourceConfig, absolute_pattern, is_path
+from qdora.recipe.data_settings import SourceConfig, absolute_pattern, is_path, names_files
+
+logger = logging.getLogger(__name__)
 
 
 def place_of(given: str) -> str:
@@ -28,19 +31,42 @@ def has_splits(place: str) -> bool:
     return not is_path(place) or Path(place).is_dir()
 
 
-def given_source(place: str, mix: Sequence[SourceConfig], like: str | None = None) -> SourceConfig:
-    """A place of `place_of` as a source, with the format, chat, columns and template of a source of the run.
+def given_source(
+    place: str, mix: Sequence[SourceConfig], like: str | None = None, split: str = "train"
+) -> SourceConfig:
+    """A split of a place of `place_of` as a source, with the format, chat, columns and template of a source of the run.
 
-    That source is the one called `like`, else the one of the same Hub id, else the only source. Among several, and
-    where the only one is a built-in task, the format follows from the columns.
+    That source is the one called `like`, else the one of the same Hub id or of a file of the same content, else any if
+    all of the mix are read the same way. Otherwise the format follows from the columns, after a warning if some source
+    has settings of its own.
     """
     own = [source for source in mix if source.source is not None]
-    same = [source for source in own if (source.label == like if like is not None else source.source == place)]
-    chosen = same or (own if len(mix) == 1 else [])
-    layout = chosen[0] if chosen else SourceConfig.model_construct()
+    if like is not None:
+        same = [source for source in own if source.label == like]
+    else:
+        files = _contents(SourceConfig.model_construct(source=place), split)
+        same = [source for source in own if source.source == place or files & _known_contents(source)]
+    ways = [_reading(source) for source in same or mix]
+    plain = SourceConfig.model_construct()
+    if own and all(way == ways[0] for way in ways):
+        layout = (same or own)[0]
+    else:
+        layout = plain
+        if set_up := [source.label for source in own if _reading(source) != _reading(plain)]:
+            logger.warning(
+                "%s is read by the names of its columns alone, since the sources of the run are read in different "
+                "ways. To read it like one of them, name that one with --tasks: %s.",
+                place,
+                ", ".join(set_up),
+            )
     if layout.source != place:
         layout = layout.model_copy(update={"revision": None, "config": None, "data_files": None})
     return layout.model_copy(update={"source": place, "name": None})
+
+
+def _reading(source: SourceConfig) -> tuple[object, ...]:
+    """What decides how the rows of a source become text."""
+    return source.task, source.format, source.chat, source.columns, source.template
 
 
 def trained_on(given: SourceConfig, split: str, mix: Sequence[SourceConfig]) -> list[str]:
@@ -52,6 +78,13 @@ def trained_on(given: SourceConfig, split: str, mix: Sequence[SourceConfig]) -> 
         for source in mix
         if files & _contents(source, source.split) or hub == (source.source, source.config, source.split)
     ]
+
+
+def _known_contents(source: SourceConfig) -> set[tuple[int, str]]:
+    """`_contents` of the training and the validation data of a source."""
+    validation = source.validation or "validation"
+    held_out = source.model_copy(update={"source": validation}) if names_files(validation) else source
+    return _contents(source, source.split) | _contents(held_out, validation)
 
 
 def _contents(source: SourceConfig, split: str) -> set[tuple[int, str]]:

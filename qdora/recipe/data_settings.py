@@ -308,7 +308,7 @@ class DataConfig(Section):
     def unused(self) -> dict[str, str]:
         found = {}
         if self.strategy != "temperature":
-            found["temperature"] = f"data.strategy is {self.strategy}"
+            found["temperature"] = f"data.strategy is {self.strategy} and not temperature"
         if all(source.validation is not None or source.stream for source in self.mix):
             found["validation_fraction"] = "every source names its validation data or is streamed"
         if not any(source.stream for source in self.mix):
@@ -329,7 +329,7 @@ class DataConfig(Section):
         seen: dict[str, int] = {}
         for index, source in enumerate(self.mix):
             if self.strategy != "weights":
-                reason = {"weight": f"data.strategy is {self.strategy}"}
+                reason = {"weight": f"data.strategy is {self.strategy} and not weights"}
                 yield from ignored_faults(source, reason, prefix=f"mix[{index}].")
             elif source.weight is None:
                 yield f"mix[{index}].weight", "must be a number above 0 with data.strategy weights, got null."

@@ -311,7 +311,8 @@ def _own_examples(options: EvalOptions, place: str, recipe: Recipe | None) -> di
             f"--tasks: got {like!r}, with --data it must be a source of the run whose format the data has: "
             f"{', '.join(labels) or 'there is none'}.{nearest(like, labels)}"
         )
-    source, split = given_source(place, mix, like), options.split_read or "train"  # a file is all one split
+    split = options.split_read or "train"  # a file is all one split
+    source = given_source(place, mix, like, split)
     try:
         found = open_source(source, split)
     except UserError as error:
