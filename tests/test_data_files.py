@@ -6,6 +6,8 @@ import csv
 import gzip
 import io
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,24 @@ def test_what_is_wrong_and_where(tmp_path: Path, name: str, text: bytes, faults:
         b'\xff"}]': ["row 2: not UTF-8 text (byte 7 of the row)"],
     }
     assert found == faults + next((rest for end, rest in more.items() if text.endswith(end)), [])
+
+
+@pytest.mark.parametrize("coding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_utf16_text_is_one_fault_with_what_converts_it(tmp_path: Path, name: str, coding: str) -> None:
+    rows = '{"text": "x"}\n{"text": "y"}\n' if "json" in name else "text\nx\ny\n"
+    (tmp_path / name).write_bytes(("\ufeff" + rows).encode(coding))
+    with pytest.raises(UserError) as error:
+        load_source(SourceConfig(source=str(tmp_path / name)))
+    [line] = error.value.faults
+    assert line.endswith(f"must be UTF-8 text, got UTF-16. Fix: convert it, such as with  {convert(name)}")
+    if shutil.which("iconv"):
+        subprocess.run(convert(name), shell=True, check=True, cwd=tmp_path)
+        assert load_source(SourceConfig(source=str(tmp_path / f"utf8-{name}")))
+
+
+def convert(name: str) -> str:
+    return f"iconv -f UTF-16 -t UTF-8 {name} > utf8-{name}"
 
 
 def test_one_object_in_a_json_file_is_one_row(tmp_path: Path) -> None:

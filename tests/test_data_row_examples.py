@@ -417,6 +417,33 @@ def test_columns_of_usual_data_sets_are_told_the_setting_that_reads_them(
         assert example(tmp_path, named, columns=yaml.safe_load(setting)).task == "rows"
 
 
+@pytest.mark.parametrize(
+    "row, start, fix",
+    [
+        (
+            {"prompt": "1 + 1 =", "completion": 2},
+            "completion: must be text, got 2.",
+            r"template: (\{.*\}) in this source",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "label": False},
+            "label: false marks an",
+            r"columns: (\{.*\}) in this source",
+        ),
+    ],
+)
+def test_rows_of_another_kind_are_told_the_setting_that_reads_them(
+    tmp_path: Path, row: dict[str, Any], start: str, fix: str
+) -> None:
+    line = fault(tmp_path, row)
+    assert start in line
+    setting = re.search(fix, line)
+    assert setting is not None
+    found = example(tmp_path, row, **yaml.safe_load(setting[0].removesuffix(" in this source")))
+    assert (found.prompt.strip(), found.answer) == (row["prompt"], str(row["completion"]))
+    assert example(tmp_path, row | {"completion": "b", "label": True}).answer == "b"
+
+
 # The Hub
 
 

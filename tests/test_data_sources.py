@@ -331,7 +331,7 @@ def test_a_column_of_another_name_is_told_by_a_setting_that_reads_it(tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": 3, "completion": "y"}, "prompt: must be text, got 3"),
+        ({"prompt": True, "completion": "y"}, "prompt: must be text, got true"),
         (
             {"prompt": [], "completion": "y"},
             "prompt: must be text (turns only if both are lists of turns), got []",

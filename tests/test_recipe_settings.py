@@ -1241,3 +1241,21 @@ def test_paths_that_no_system_has_are_missing_files(tmp_path: Path) -> None:
 
 def test_a_path_that_cannot_be_looked_at_has_no_nearest_name(tmp_path: Path) -> None:
     assert nearest_path(tmp_path / ("x" * 300) / "data.jsonl") == ""
+
+
+@pytest.mark.parametrize(
+    "override, end",
+    [
+        ("data.mix=[a.jsonl]", "Fix: write {source: 'a.jsonl'}."),
+        ("data.mix=[{path: /x/a.jsonl}]", "got neither. Fix: set source to /x/a.jsonl; path is for a task."),
+        ("data.mix.0.limit=5", "there is nothing called 0 inside it. It is a list. Fix: write [0]."),
+        (
+            "data.mix[0].weight=2",
+            "because data.strategy is proportional and not weights, got 2.0. Fix: change that, or remove "
+            "this (in an override: set it to null).",
+        ),
+    ],
+)
+def test_a_source_written_as_elsewhere_is_told_how_it_is_written_here(override: str, end: str) -> None:
+    [line] = faults(minimal(), override)
+    assert line.endswith(end)

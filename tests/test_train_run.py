@@ -485,8 +485,8 @@ def test_a_run_that_cannot_be_written_is_evaluated(
     assert f"{run}/eval/final-validation-letters-limit-1.json was not written: " in warnings[0]
 
 
-def test_the_label_of_the_working_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(root / "model")
+def test_the_label_of_the_working_directory(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root_model(whole))
     assert load_target(".", verb="eval").label == "model"
 
 
@@ -596,7 +596,7 @@ def test_a_run_resumes_with_its_own_settings(root: Path, tmp_path: Path) -> None
     assert done.stderr.splitlines()[0] == (
         f"{run} continues with its own recipe.yaml, which differs from {file} in model.source (the run: {model!r}, "
         f"{file}: 'nobody/nothing'), train.lr (the run: 0.5, {file}: 0.001), train.seed (the run: 3, {file}: 0). "
-        "To change a setting, use -s."
+        "`qdora guide runs` names the settings that -s can change; for others start a new run."
     )
     assert (run / "recipe.yaml").read_text() == before
     assert command(*own, "--resume", "-s", "train.steps=3").exit_code == 0

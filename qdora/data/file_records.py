@@ -7,6 +7,7 @@ record is the fault of one row.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import re
@@ -25,6 +26,7 @@ from qdora.recipe.faults import shown
 
 _MARK = b"\xef\xbb\xbf"
 """The byte order mark."""
+_MARKS_OF_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _READ_BYTES = 2**20
 """Bytes of a JSON list that are looked at together."""
 
@@ -59,9 +61,13 @@ class RecordFile:
 def record_file(path: Path) -> RecordFile:
     """A file as records; its ending says the format. Only its beginning is read.
 
-    Raises: UserError if the file is damaged at its beginning.
+    Raises: UserError if the file is damaged at its beginning, or is UTF-16 text.
     """
     with readable(path):
+        with open_bytes(path) as file:
+            if file.read(2) in _MARKS_OF_UTF16:
+                fix = f"Fix: convert it, such as with  iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}"
+                raise UserError(f"{path}: must be UTF-8 text, got UTF-16. {fix}")
         return RECORD_FILES[Path(ending(path)).stem](path)
 
 

@@ -155,7 +155,7 @@ def unused_columns(row: Row, format: str, chat: bool = False) -> Iterator[str]:
     }
     known = {*layout.required, *layout.optional} - (set() if chats else {"tools"})
     known |= set(CHAT_COLUMNS if chat else ())
-    yield from (str(name) for name, value in row.items() if name not in known and not is_empty(value))
+    yield from (str(name) or NO_NAME for name, value in row.items() if name not in known and not is_empty(value))
     for column, turns in chats.items():
         for turn in turns:
             names = (name for name, value in turn.items() if not is_empty(value)) if isinstance(turn, dict) else ()
@@ -173,6 +173,9 @@ def looks_meant(column: str) -> bool:
     parts = set(re.split(r"[^a-z]+", name))
     return bool(parts & _OFTEN_MEANT or difflib.get_close_matches(name, known, n=1, cutoff=_NEARLY))
 
+
+NO_NAME = "(a column without a name)"
+"""Stands for the column of row numbers that pandas writes into CSV files."""
 
 CHAT_COLUMNS = ("system", "tools")
 """Columns that are read, too, if prompt and completion become a chat."""
@@ -206,16 +209,29 @@ def _completion(row: Row, label: str, id: str) -> Example:
 
     Both may be lists of turns instead, which make one chat.
     """
+    if row.get("label") is False:
+        raise RowFault(_UNWANTED)
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return _turns_of_both(row, label, id)
     for name, value in (("prompt", prompt), ("completion", completion)):
         if not isinstance(value, str):
             hint = " (turns only if both are lists of turns)" if isinstance(value, list) else ""
-            raise RowFault(f"{name}: must be text{hint}, got {shown(value)}")
+            fix = _AS_TEXT if isinstance(value, int | float) and not isinstance(value, bool) else ""
+            raise RowFault(f"{name}: must be text{hint}, got {shown(value)}{fix}")
     if not completion.strip():
         raise RowFault(f"completion: must be text that is not empty, got {shown(completion)}")
     return Example(task=label, id=row_id(row, id), prompt=prompt, answer=completion)
+
+
+_AS_TEXT = (
+    '. Fix: write it in quotes, or set template: {prompt: "{{ prompt }} ", completion: "{{ completion }}"} in this '
+    "source, which makes text of it."
+)
+_UNWANTED = (
+    "label: false marks an unwanted answer in data for KTO, and every answer is learnt. Fix: remove such rows; if "
+    "label has another meaning here, set columns: {tag: label} in this source, which renames it."
+)
 
 
 def _turns_of_both(row: Row, label: str, id: str) -> Example:

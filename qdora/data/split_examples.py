@@ -76,7 +76,7 @@ def split_off(examples: SplitExamples, fraction: float, *, name: str) -> tuple[S
         check_rows(examples)
         raise UserError(
             f"{name}: {len(examples)} examples leave none to train on after data.validation_fraction {fraction}. "
-            "Fix: give more examples or name validation data."
+            "Fix: give more examples, name validation data, or set data.validation_fraction to 0."
         )
     border = len(examples) - num_validation
     first, last = examples.indices[:border], examples.indices[border:]

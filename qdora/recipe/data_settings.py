@@ -234,7 +234,8 @@ class SourceConfig(Section):
     def faults(self) -> Iterator[Fault]:
         if (self.task is None) == (self.source is None):
             got = "neither" if self.task is None else "both"
-            yield "", f"exactly one of task and source must be set, got {got}."
+            fix = f" Fix: set source to {self.path}; path is for a task." if got == "neither" and self.path else ""
+            yield "", f"exactly one of task and source must be set, got {got}.{fix}"
         source = self.source or ""
         packed = tuple(suffix for suffix in FILE_SUFFIXES if suffix.endswith(COMPRESSED_SUFFIXES))
         for key, file in (("source", source), ("validation", self.validation or "")):

@@ -279,7 +279,9 @@ def _assign_(node: Any, kind: Any, steps: Sequence[int | str], value: Any) -> No
         else:
             node[name] = value
     else:
-        raise UserError(f"there is nothing called {dotted([step])} inside it.")
+        is_index = get_origin(kind) is tuple and isinstance(step, str) and step.isdecimal()
+        hint = f" It is a list. Fix: write [{step}]." if is_index else ""
+        raise UserError(f"there is nothing called {dotted([step])} inside it.{hint}")
 
 
 def _make_absolute_(data: Any, folder: Path | None) -> None:

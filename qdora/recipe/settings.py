@@ -245,8 +245,10 @@ class BaseWeightsConfig(Section):
 
     @property
     def quant_in_words(self) -> str:
-        """'nf4, blocks of 64'; 'int8' where the blocks are no setting."""
-        return self.quant if "block_size" in self.unused() else f"{self.quant}, blocks of {self.block_size}"
+        """'nf4, blocks of 64, scales quantised, too'; 'int8' where the blocks are no setting."""
+        if "block_size" in self.unused():
+            return self.quant
+        return f"{self.quant}, blocks of {self.block_size}{', scales quantised, too' if self.double_quant else ''}"
 
     def faults(self) -> Iterator[Fault]:
         if self.residency == "device":

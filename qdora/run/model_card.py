@@ -45,7 +45,7 @@ _CONTENTS: dict[Form, str] = {
         "second rounding was not part of the training, so this is not exactly the trained model."
     ),
     "peft": (
-        "This is the trained adapter alone, in PEFT's format. Load it on the base that the table names, quantised by "
+        "This is the trained adapter alone, in PEFT's format. Load it on the base named above, quantised by "
         "bitsandbytes as the table says; on others it gives other results. `qdora.json` holds the exact scale of "
         "every layer."
     ),

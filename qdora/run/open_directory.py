@@ -115,7 +115,10 @@ def resumed_recipe(directory: Path, where: str, overrides: Sequence[str]) -> Rec
     different = [key for key in dict.fromkeys((*mine, *other)) if mine.get(key) != other.get(key)]
     if different and os.environ.get("RANK", "0") == "0":
         named = [f"{key} (the run: {shown(mine.get(key))}, {where}: {shown(other.get(key))})" for key in different]
-        text = "%s continues with its own recipe.yaml, which differs from %s in %s. To change a setting, use -s."
+        text = (
+            "%s continues with its own recipe.yaml, which differs from %s in %s. "
+            "`qdora guide runs` names the settings that -s can change; for others start a new run."
+        )
         logger.warning(text, directory, where, first_few(named, _SHOWN))
     return own
 
