@@ -14,15 +14,18 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from qdora.data.build_data import read_data, tokenized_sources
 from qdora.data.chat_template import set_chat_settings
 from qdora.data.mix_plan import MixPlan, SourcePlan
+from qdora.data.sources import load_source
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import UserError
 from qdora.files.run_directory import RunDirectory
-from qdora.recipe.data_settings import DataConfig
+from qdora.recipe.data_settings import DataConfig, SourceConfig
+from qdora.recipe.section import with_settings
 from qdora.run import prepare, start_checks, trainer
 from qdora.run.open_directory import newest_checkpoint
-from qdora.run.start_checks import data_checks
+from qdora.run.start_checks import data_checks, repeated_checks
 from qdora.run.train import train_run
 from qdora.train.distributed import OtherProcessFailed, Processes
 from tests import tiny_run, tiny_tokenizer
@@ -252,6 +255,53 @@ def test_what_ends_another_process_is_no_fault_of_a_file(tmp_path: Path) -> None
         prepare.show_plans(prepared, run, lost, Mock())
     with patch.object(start_checks, "tell_checks", side_effect=OSError("full")):
         start_checks.check_model(Mock(), run, Processes(), **told)
+
+
+def rows_of(folder: Path, rows: Sequence[dict[str, Any]]) -> list[SourceConfig]:
+    """A source for each row."""
+    files = [folder / f"{number}.jsonl" for number in range(len(rows))]
+    for file, row in zip(files, rows, strict=True):
+        file.write_text(json.dumps(row))
+    return [SourceConfig(source=str(file)) for file in files]
+
+
+def test_validation_examples_that_are_trained_on_are_counted(tmp_path: Path, tokenizer: Any) -> None:
+    """Whichever source trains on them."""
+    texts = [{"prompt": f"the dog {word}", "completion": " sat"} for word in ("a", "b", "c")]
+    chats = [
+        {"messages": [{"role": "user", "content": word}, {"role": "assistant", "content": "sat"}]}
+        for word in ("a", "b", "c")
+    ]
+    choices = [{"question": "the dog?", "choices": ["sat", "b"], "answer": right} for right in (0, 1)]
+    held_out = {
+        "texts": [*texts[1:], texts[0], {"prompt": "the dog b", "completion": " ran"}],
+        "chats": chats[2:],
+        "choices": [choices[0], choices[0], chats[0], choices[1]],
+    }
+    data = DataConfig.model_validate(
+        {"mix": rows_of(tmp_path, [*texts[1:], *chats[:2], choices[0]]), "validation_fraction": 0.0, "cache": "off"}
+    )
+    sets = tokenized_sources(data, tokenizer, read_data(data)[0])
+    (tmp_path / "held").mkdir()
+    validation = {
+        name: [each for source in rows_of(tmp_path / "held", rows) for each in load_source(source)]
+        for name, rows in held_out.items()
+    }
+    found = repeated_checks(sets, validation, tokenizer, data)
+    assert [check.text.partition(" validation")[0] for check in found] == ["texts: 2 of 4", "choices: 3 of 4"]
+    assert all(check.state == "warning" for check in found)
+
+
+def test_a_run_tells_of_validation_examples_that_it_trains_on(root: Path, tmp_path: Path) -> None:
+    recipe = tiny_run.recipe(root, train__steps=1)
+    train_run(recipe, tmp_path / "apart", console=QUIET)
+    assert "training examples, too" not in (tmp_path / "apart/checks.json").read_text()
+    source = recipe.data.mix[0]
+    held_out = tmp_path / "held.jsonl"
+    held_out.write_text("".join(Path(str(source.source)).read_text().splitlines(keepends=True)[:3]))
+    mix = (source.model_copy(update={"validation": str(held_out)}), *recipe.data.mix[1:])
+    train_run(with_settings(recipe, data={"mix": mix}), tmp_path / "copies", console=QUIET)
+    assert f"{source.label}: 3 of 3 validation examples are" in (tmp_path / "copies/checks.json").read_text()
 
 
 def test_tokens_that_cannot_be_checked_lose_no_other_check(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

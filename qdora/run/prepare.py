@@ -60,7 +60,7 @@ from qdora.run.calibration import calibration_tokens
 from qdora.run.load_base import NO_GPU
 from qdora.run.model_limits import context_warnings, vocabulary_faults
 from qdora.run.recorded_base import base_record, pinned
-from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks
+from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks, repeated_checks
 from qdora.run.step_evaluations import selection_faults
 from qdora.run.task_conflicts import interference_faults
 from qdora.train.compiled_blocks import missing_compiler
@@ -216,6 +216,7 @@ def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
         text = f"model.add_tokens: the training data does not have {shown}, so the model learns nothing of it."
         found.append(Check("warning", text))
     found += [Check("warning", text) for text in context_warnings(sources, prepared.config)]
+    found += repeated_checks(sources, prepared.validation, prepared.tokenizer, data)
     found += _evaluation_checks(prepared)
     for text in mix_facts(prepared.mix_plan):
         logger.info("%s", text)

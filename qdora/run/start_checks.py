@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from qdora.data.batching import PackedLayout
 from qdora.data.chat_template import chat_settings
 from qdora.data.encode_chats import MAY_NOT_STOP
+from qdora.data.example import Example
 from qdora.data.mix import Source
 from qdora.data.mix_plan import MixPlan, mix_warnings
 from qdora.data.stream import ExampleStream
-from qdora.data.tokenize import TokenizedExample
+from qdora.data.tokenize import ExampleTally, TokenizedExample, text_batches
 from qdora.errors import UserError, first_few
 from qdora.files.json_file import read_json_object
 from qdora.files.run_directory import RunDirectory, unharmed
@@ -147,6 +148,40 @@ def data_checks(sources: Sequence[Source], plan: MixPlan, tokenizer: Any, data: 
     """`example_checks`, and the other warnings about the mix."""
     others = (Check("warning", text) for text in mix_warnings(plan))
     return [*example_checks(sources, tokenizer, data), *others]
+
+
+def repeated_checks(
+    sources: Sequence[Source], validation: Mapping[str, Sequence[Example]], tokenizer: Any, data: DataConfig
+) -> list[Check]:
+    """A warning for every source with validation examples that are training examples, too, of whichever source.
+
+    At most 1,000 validation examples of each are looked up, as tokens; of a stream only the first rows are known.
+    """
+    held_out = {name: _as_tokens(name, _spread(each), tokenizer, data) for name, each in validation.items()}
+    wanted = {part for each in held_out.values() for parts in each for part in parts}
+    lengths = {len(part) for part in wanted}
+    trained: set[bytes] = set()
+    for each in (example for source in sources for example in source.first()):
+        if each.input_ids.nbytes in lengths and (part := each.input_ids.tobytes()) in wanted:
+            trained.add(part)
+    found = {name: sum(trained.issuperset(parts) for parts in each) for name, each in held_out.items()}
+    return [
+        Check(
+            "warning",
+            f"{name}: {number:,} of {len(held_out[name]):,} validation examples are training examples, too, so their "
+            "loss does not tell how the model does on new data. Fix: remove the copies, or name other validation data.",
+        )
+        for name, number in found.items()
+        if number
+    ]
+
+
+def _as_tokens(name: str, examples: Sequence[Example], tokenizer: Any, data: DataConfig) -> list[list[bytes]]:
+    """The token ids of each example that can be encoded, as int32; of some chats in several parts."""
+    tally = ExampleTally(name, data.max_length, data.too_long)
+    found = [parts for batch in text_batches(examples) for parts in tally.add(batch, tokenizer, data.loss_on)]
+    encoded = ([part.input_ids.tobytes() for part, _ in parts if isinstance(part, TokenizedExample)] for parts in found)
+    return [parts for parts in encoded if parts]
 
 
 def example_checks(sources: Sequence[Source], tokenizer: Any, data: DataConfig) -> list[Check]:
