@@ -49,7 +49,7 @@ def main() -> None:
     args.batch = args.per_task * len(tasks)
     document = grid(args, tasks)
     if run_asked(args, document):
-        default = args.dir / "report" if args.report else RESULTS / NAME
+        default = args.dir / "report" if args.report or args.smoke else RESULTS / NAME
         keep_scores(args.dir, args.out or default, head | summary(args.dir, tasks))
 
 

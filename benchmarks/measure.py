@@ -10,6 +10,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -79,7 +80,7 @@ def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
 
 
 def parser_of(doc: str | None, name: str, *, smoke: str | None = None, data: bool = False) -> argparse.ArgumentParser:
-    """The options that most scripts have: --out, by default results/<name>.json.
+    """The options that most scripts have: --out, by default results/<name>.json, with --smoke a temporary file.
 
     Args:
         doc: The script's docstring.
@@ -91,8 +92,22 @@ def parser_of(doc: str | None, name: str, *, smoke: str | None = None, data: boo
         parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
     if smoke is not None:
-        parser.add_argument("--smoke", action="store_true", help=f"{smoke}: shows that it runs")
+        parser.add_argument("--smoke", action=_Smoke, nargs=0, default=False, help=f"{smoke}: shows that it runs")
     return parser
+
+
+class _Smoke(argparse.Action):
+    """--smoke: its numbers go to a temporary file unless --out names another one, never among the results."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        namespace.smoke = True
+        if namespace.out == parser.get_default("out"):
+            namespace.out = smoke_place(namespace.out.name)
+
+
+def smoke_place(name: str) -> Path:
+    """Where results of --smoke go by default."""
+    return Path(tempfile.gettempdir()) / f"smoke-{name}"
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 from byte_tokenizer import write_model
-from measure import RESULTS
+from measure import RESULTS, smoke_place
 from study_archive import SCORES_FILE, hide_places, pack, unpack
 
 from qdora.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text
@@ -74,7 +74,7 @@ def run_and_keep(args: argparse.Namespace, document: dict[str, Any], head: dict[
     if has_ended:
         report_run(args.dir)
     if has_ended and (args.out is not None or not args.report):
-        keep(args.dir, args.out or RESULTS / name, head)
+        keep(args.dir, args.out or (smoke_place(name) if args.smoke else RESULTS / name), head)
 
 
 def run_asked(args: argparse.Namespace, document: dict[str, Any]) -> bool:

@@ -50,6 +50,18 @@ def test_a_single_case_leaves_the_others_in_the_file(tmp_path: Path, monkeypatch
     assert json.loads(out.read_text()) == document
 
 
+def test_a_smoke_test_replaces_no_result() -> None:
+    parser = measure.parser_of("", "speed", smoke="tiny shapes")
+    assert parser.parse_args([]).out == measure.RESULTS / "speed.json"
+    assert not parser.parse_args([]).smoke
+    smoke = parser.parse_args(["--smoke"])
+    assert smoke.smoke
+    assert smoke.out.name == "smoke-speed.json"
+    assert measure.RESULTS not in smoke.out.parents
+    for order in (["--smoke", "--out", "a.json"], ["--out", "a.json", "--smoke"]):
+        assert parser.parse_args(order).out == Path("a.json")
+
+
 def test_a_list_of_numbers_or_strings_is_one_line_of_a_result_file(tmp_path: Path) -> None:
     said = "a [\n  1,\n  2\n] of [1,  2]"
     result = {"numbers": [1, 2.5], "strings": [said, "b {", ""], "rows": [[1, 2], [None]], "none": [], "cases": [{}]}

@@ -6,8 +6,6 @@ import csv
 import gzip
 import io
 import json
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -141,14 +139,9 @@ def test_utf16_text_is_one_fault_with_what_converts_it(tmp_path: Path, name: str
     with pytest.raises(UserError) as error:
         load_source(SourceConfig(source=str(tmp_path / name)))
     [line] = error.value.faults
-    assert line.endswith(f"must be UTF-8 text, got UTF-16. Fix: convert it, such as with  {convert(name)}")
-    if shutil.which("iconv"):
-        subprocess.run(convert(name), shell=True, check=True, cwd=tmp_path)
-        assert load_source(SourceConfig(source=str(tmp_path / f"utf8-{name}")))
-
-
-def convert(name: str) -> str:
-    return f"iconv -f UTF-16 -t UTF-8 {name} > utf8-{name}"
+    assert line.endswith("must be UTF-8 text, got UTF-16. Fix: convert it, such as by iconv -f UTF-16 -t UTF-8.")
+    with pytest.raises(UserError, match="must be UTF-8 text"):
+        open_shards(SourceConfig(source=str(tmp_path / name), stream=True))
 
 
 def test_one_object_in_a_json_file_is_one_row(tmp_path: Path) -> None:

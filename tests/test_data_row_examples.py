@@ -440,8 +440,15 @@ def test_rows_of_another_kind_are_told_the_setting_that_reads_them(
     setting = re.search(fix, line)
     assert setting is not None
     found = example(tmp_path, row, **yaml.safe_load(setting[0].removesuffix(" in this source")))
-    assert (found.prompt.strip(), found.answer) == (row["prompt"], str(row["completion"]))
+    assert (found.prompt, found.answer.strip()) == (row["prompt"], str(row["completion"]))
     assert example(tmp_path, row | {"completion": "b", "label": True}).answer == "b"
+
+
+def test_unwanted_answers_are_refused_in_chats_and_as_text_too(tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "b", "label": False}
+    assert "label: false marks" in fault(tmp_path, row, chat=True)
+    assert "label: false marks" in fault(tmp_path, row | {"label": "False"})
+    assert example(tmp_path, row | {"label": 0}).answer == "b"
 
 
 # The Hub

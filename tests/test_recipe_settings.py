@@ -451,7 +451,7 @@ def test_a_setting_that_would_be_ignored_is_a_fault(where: str, values: dict[str
     lines = faults(section(where, **values))
     matching = [line for line in lines if line.startswith(f"r.yaml: {where}.{key}: would be ignored because ")]
     assert len(matching) == 1, lines
-    assert matching[0].endswith("Fix: change that, or remove this (in an override: set it to null).")
+    assert matching[0].endswith("Fix: remove it (in an override: set it to null).")
     without = {name: value for name, value in values.items() if name != key}
     if "mix" not in key and values.get("kind") != "none":
         assert faults(section(where, **without)) == []
@@ -492,7 +492,7 @@ def test_experts_of_another_rank_can_have_the_same_scaling() -> None:
         ),
         (
             section("train", lr_ratio_B=16) | {"adapter": {"kind": "full"}, "base": {"quant": "none"}},
-            "train.lr_ratio_B: would be ignored because adapter.kind full has no adapter, got 16.0. Fix: change that",
+            "train.lr_ratio_B: would be ignored because adapter.kind full has no adapter, got 16.0. Fix: remove it",
         ),
         (
             section("adapter", kind="full"),
@@ -1247,12 +1247,14 @@ def test_a_path_that_cannot_be_looked_at_has_no_nearest_name(tmp_path: Path) -> 
     "override, end",
     [
         ("data.mix=[a.jsonl]", "Fix: write {source: 'a.jsonl'}."),
+        (f"data.mix=[/{'x' * 99}.jsonl]", f"Fix: write {{source: '/{'x' * 99}.jsonl'}}."),
+        ("data.mix=[boolq]", "Fix: write {task: 'boolq'}."),
         ("data.mix=[{path: /x/a.jsonl}]", "got neither. Fix: set source to /x/a.jsonl; path is for a task."),
         ("data.mix.0.limit=5", "there is nothing called 0 inside it. It is a list. Fix: write [0]."),
         (
             "data.mix[0].weight=2",
-            "because data.strategy is proportional and not weights, got 2.0. Fix: change that, or remove "
-            "this (in an override: set it to null).",
+            "because data.strategy is proportional and not weights, got 2.0. Fix: remove it (in an "
+            "override: set it to null).",
         ),
     ],
 )

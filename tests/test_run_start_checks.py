@@ -18,7 +18,7 @@ from qdora.data.build_data import read_data, tokenized_sources
 from qdora.data.chat_template import set_chat_settings
 from qdora.data.mix_plan import MixPlan, SourcePlan
 from qdora.data.sources import load_source
-from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.data.tokenize import TokenizedExample, TokenizedSet, tokenize_all
 from qdora.errors import UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.data_settings import DataConfig, SourceConfig
@@ -33,6 +33,11 @@ from tests.page_parser import Page
 from tests.run_files import timeless
 
 QUIET = Console(quiet=True)
+FORGETTING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if loop.last and m['reasoning_content'] %}<think>{{ m['reasoning_content'] }}</think>{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SOURCE = SourcePlan(
     name="s",
     num_examples=9,
@@ -288,8 +293,58 @@ def test_validation_examples_that_are_trained_on_are_counted(tmp_path: Path, tok
         for name, rows in held_out.items()
     }
     found = repeated_checks(sets, validation, tokenizer, data)
-    assert [check.text.partition(" validation")[0] for check in found] == ["texts: 2 of 4", "choices: 3 of 4"]
+    assert [check.text.partition(" are")[0] for check in found] == [
+        "texts: of 4 validation examples looked up, 2",
+        "choices: of 4 validation examples looked up, 3",
+    ]
     assert all(check.state == "warning" for check in found)
+
+
+def test_what_is_cut_or_cannot_be_encoded_is_no_copy(tmp_path: Path, tokenizer: Any) -> None:
+    """Two texts of the same beginning are equal once they are cut; a source without a chat template loses no other."""
+    start = "the dog " * 20
+    trained, held = ([{"text": f"{start}{end}"}] for end in ("sat", "ran"))
+    data = DataConfig.model_validate(
+        {
+            "mix": rows_of(tmp_path, [*trained, {"text": "the dog"}]),
+            "validation_fraction": 0.0,
+            "cache": "off",
+            "max_length": 16,
+            "too_long": "truncate",
+        }
+    )
+    sets = tokenized_sources(data, tokenizer, read_data(data)[0])
+    (tmp_path / "held").mkdir()
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    texts, short, chats = (
+        [load_source(each)[0]] for each in rows_of(tmp_path / "held", [*held, {"text": "the dog"}, chat])
+    )
+    assert repeated_checks(sets, {"texts": texts}, tokenizer, data) == []
+    plain = tiny_tokenizer.make(chat_template=None, more=["<think>"] * 50)
+    (found,) = repeated_checks(sets, {"chats": chats, "short": short}, plain, data)
+    assert found.text.startswith("short: of 1 validation examples looked up, 1 are")
+
+
+def test_of_a_chat_in_several_parts_all_must_be_known(tmp_path: Path) -> None:
+    """A template that leaves earlier reasoning out makes two examples of two answers."""
+    made = tiny_tokenizer.make(chat_template=FORGETTING)
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "reasoning_content": "c"},
+        {"role": "user", "content": "d"},
+        {"role": "assistant", "content": "e"},
+    ]
+    data = DataConfig.model_validate(
+        {"mix": rows_of(tmp_path, [{"messages": turns[:2]}]), "validation_fraction": 0.0, "cache": "off"}
+    )
+    sets = tokenized_sources(data, made, read_data(data)[0])
+    (tmp_path / "held").mkdir()
+    one, two = (
+        [load_source(each)[0]] for each in rows_of(tmp_path / "held", [{"messages": turns[:2]}, {"messages": turns}])
+    )
+    assert len(tokenize_all(two, made, name="two", max_length=200)) == 2
+    assert len(repeated_checks(sets, {"one": one}, made, data)) == 1
+    assert repeated_checks(sets, {"two": two}, made, data) == []
 
 
 def test_a_run_tells_of_validation_examples_that_it_trains_on(root: Path, tmp_path: Path) -> None:
@@ -301,7 +356,7 @@ def test_a_run_tells_of_validation_examples_that_it_trains_on(root: Path, tmp_pa
     held_out.write_text("".join(Path(str(source.source)).read_text().splitlines(keepends=True)[:3]))
     mix = (source.model_copy(update={"validation": str(held_out)}), *recipe.data.mix[1:])
     train_run(with_settings(recipe, data={"mix": mix}), tmp_path / "copies", console=QUIET)
-    assert f"{source.label}: 3 of 3 validation examples are" in (tmp_path / "copies/checks.json").read_text()
+    assert f"{source.label}: of 3 validation examples looked up, 3 are" in (tmp_path / "copies/checks.json").read_text()
 
 
 def test_tokens_that_cannot_be_checked_lose_no_other_check(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

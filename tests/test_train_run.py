@@ -596,7 +596,7 @@ def test_a_run_resumes_with_its_own_settings(root: Path, tmp_path: Path) -> None
     assert done.stderr.splitlines()[0] == (
         f"{run} continues with its own recipe.yaml, which differs from {file} in model.source (the run: {model!r}, "
         f"{file}: 'nobody/nothing'), train.lr (the run: 0.5, {file}: 0.001), train.seed (the run: 3, {file}: 0). "
-        "`qdora guide runs` names the settings that -s can change; for others start a new run."
+        "`qdora guide runs` names the settings that -s can change."
     )
     assert (run / "recipe.yaml").read_text() == before
     assert command(*own, "--resume", "-s", "train.steps=3").exit_code == 0

@@ -32,11 +32,13 @@ def _time() -> tuple[str, str, str]:
         for batches in document["pairs"].values()
         for found in batches.values()
     ]
-    peft = 1 / document["time"]["on"]["ratios"]["own_dora / peft_dora"]["median"]
+    ratios, rounds = document["time"]["on"]["ratios"], len(document["time"]["on"]["seconds"]["own_dora"])
+    among = f"{ratios['own_dora / own_lora']['median']:.2f} in {rounds} rounds among PEFT's"
     single = read("one_micro_batch")["ratios"]["own_dora / own_lora"]["median"]
     answer = (
-        f"{min(pairs):.2f} to {max(pairs):.2f} times a QLoRA step of qdora, {single:.2f} with a single micro-batch; "
-        f"PEFT's QDoRA takes {peft:.2f} times as long as qdora's (SmolLM2-135M)"
+        f"{min(pairs):.2f} to {max(pairs):.2f} times a QLoRA step of qdora ({among}, {single:.2f} with a single "
+        f"micro-batch); PEFT's QDoRA takes {1 / ratios['own_dora / peft_dora']['median']:.2f} times as long as "
+        "qdora's (SmolLM2-135M)"
     )
     return "What does a QDoRA step cost?", answer, "time of a training step"
 
@@ -54,7 +56,10 @@ def _memory() -> tuple[str, str, str]:
 def _study() -> tuple[str, str, str]:
     pair = next(row for row in report_rows("study", "comparisons") if row["role"] == "primary")
     low, high, gain = (float(pair[name]) for name in ("lower", "upper", "improvement"))
-    told = f"{pair['verdict']}: {gain:+.4f} nats per token ({low:+.4f} to {high:+.4f}) over the compressed bases"
+    told = (
+        f"{pair['verdict']}: over the compressed bases DoRA's NLL is {gain:.4f} nats per token lower (95 % interval "
+        f"{low:.4f} to {high:.4f})"
+    )
     found = [row for row in report_rows("study", "repair") if row["adapter"] == "LoRA" and row["left"]]
     ordered = sorted((row for row in found if row["length"] == "128 steps"), key=lambda row: float(row["left"]))
     left = " to ".join(

@@ -14,9 +14,10 @@ from qdora.recipe.recipe_file import json_schema
 _HEAD = """# Settings
 
 All settings of a recipe, by section. After each name stands its default; `null` means not set. On the command line
-`-s SECTION.NAME=VALUE` sets one. The value `null` removes what the recipe sets, so that the default holds; only for
-`train.clip` and `train.checkpoint_every` it is a value: off. A setting that would have no effect beside the others is
-an error.
+`-s SECTION.NAME=VALUE` sets one. The value is YAML, and an entry of a list has its number in brackets; quotes keep both
+from the shell: `-s 'adapter.targets=[q_proj, v_proj]' -s 'data.mix[0].limit=100'`. The value `null` removes what the
+recipe sets, so that the default holds; only for `train.clip` and `train.checkpoint_every` it is a value: off. A setting
+that would have no effect beside the others is an error.
 
 ```bash
 qdora train mine.yaml -s adapter.rank=32 -s adapter.alpha=64 -s train.steps=100

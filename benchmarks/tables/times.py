@@ -195,7 +195,8 @@ def step_time() -> str:
         for batch, found in batches.items()
     )
     rounds = ", ".join(f"{len(found['tokens'])} rounds with checkpointing {mode}" for mode, found in modes.items())
-    note = f"\n{document['batch']} examples a step; {rounds}. Time of qdora DoRA / qdora LoRA, run alone: {pairs}.\n"
+    alone = f"Time of qdora DoRA / qdora LoRA, without the others: {pairs}."
+    note = f"\n{document['batch']} examples a step; {rounds}. {alone}\n"
     return markdown(header, rows) + note
 
 

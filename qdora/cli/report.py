@@ -20,7 +20,7 @@ def report(
 ) -> None:
     """Write the report of a run or of a study.
 
-    That of a run is one HTML page. That of a study also has Markdown, CSV and Parquet files.
+    That of a run is one HTML page. That of a study also has Markdown and CSV files.
     """
     if (directory / "study.json").is_file():
         from qdora.study.report import report_run

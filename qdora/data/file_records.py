@@ -64,11 +64,17 @@ def record_file(path: Path) -> RecordFile:
     Raises: UserError if the file is damaged at its beginning, or is UTF-16 text.
     """
     with readable(path):
-        with open_bytes(path) as file:
-            if file.read(2) in _MARKS_OF_UTF16:
-                fix = f"Fix: convert it, such as with  iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}"
-                raise UserError(f"{path}: must be UTF-8 text, got UTF-16. {fix}")
+        check_utf8(path)
         return RECORD_FILES[Path(ending(path)).stem](path)
+
+
+def check_utf8(path: Path) -> None:
+    """Raise UserError if a file begins as UTF-16 text does, which would be a fault in each of its rows."""
+    with open_bytes(path) as file:
+        if file.read(2) in _MARKS_OF_UTF16:
+            raise UserError(
+                f"{path}: must be UTF-8 text, got UTF-16. Fix: convert it, such as by iconv -f UTF-16 -t UTF-8."
+            )
 
 
 def json_lines(path: Path) -> RecordFile:

@@ -41,14 +41,12 @@ def given_source(
     has settings of its own.
     """
     own = [source for source in mix if source.source is not None]
-    if like is not None:
-        same = [source for source in own if source.label == like]
-    else:
+    same = [source for source in own if (source.label == like if like is not None else source.source == place)]
+    if not same and not _all_alike(mix):
         files = _contents(SourceConfig.model_construct(source=place), split)
-        same = [source for source in own if source.source == place or files & _known_contents(source)]
-    ways = [_reading(source) for source in same or mix]
+        same = [source for source in own if files & _known_contents(source)]
     plain = SourceConfig.model_construct()
-    if own and all(way == ways[0] for way in ways):
+    if own and _all_alike(same or mix):
         layout = (same or own)[0]
     else:
         layout = plain
@@ -62,6 +60,10 @@ def given_source(
     if layout.source != place:
         layout = layout.model_copy(update={"revision": None, "config": None, "data_files": None})
     return layout.model_copy(update={"source": place, "name": None})
+
+
+def _all_alike(sources: Sequence[SourceConfig]) -> bool:
+    return len({repr(_reading(source)) for source in sources}) == 1
 
 
 def _reading(source: SourceConfig) -> tuple[object, ...]:
@@ -83,8 +85,11 @@ def trained_on(given: SourceConfig, split: str, mix: Sequence[SourceConfig]) -> 
 def _known_contents(source: SourceConfig) -> set[tuple[int, str]]:
     """`_contents` of the training and the validation data of a source."""
     validation = source.validation or "validation"
-    held_out = source.model_copy(update={"source": validation}) if names_files(validation) else source
-    return _contents(source, source.split) | _contents(held_out, validation)
+    if names_files(validation):
+        held_out = _contents(source.model_copy(update={"source": validation}), source.split)
+    else:
+        held_out = _contents(source, validation)
+    return _contents(source, source.split) | held_out
 
 
 def _contents(source: SourceConfig, split: str) -> set[tuple[int, str]]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qdora.data.data_file import ending, go_to, identity_of, open_bytes, readable
-from qdora.data.file_records import Record, RecordFile, json_entry, record_file, split_lines
+from qdora.data.file_records import Record, RecordFile, check_utf8, json_entry, record_file, split_lines
 from qdora.data.rows import Entry, Place, RowFault, Rows, between, chosen_of_parts, empty_data_set
 from qdora.data.source_files import files_of, missing
 from qdora.errors import UserError
@@ -175,6 +175,7 @@ def local_shards(source: Path, split: str) -> Shards:
             continue
         num_rows, num_bytes = None, num_bytes + size
         if ending(file) == ".jsonl":
+            check_utf8(file)
             starts = range(0, size, _RANGE_BYTES)
             readers += [partial(_line_range, file, start, min(start + _RANGE_BYTES, size)) for start in starts]
             names += [f"{label} {number}" for number in range(len(starts))]

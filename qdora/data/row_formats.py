@@ -125,6 +125,8 @@ def example_of_format(row: Row, format: str, *, label: str, named: bool, id: str
             f"columns {', '.join(row)}; format {format} needs {', '.join(layout.required)}. One file holds one format."
             f"{nearest(absent[0], list(row))}"
         )
+    if format == "completion" and str(row.get("label")).lower() == "false":
+        raise RowFault(_UNWANTED)
     task = commonsense_task(str(row["instruction"])) if format == "commonsense170k" else optional_text(row, "task")
     label = label if named else task or label
     return _two_turns(row, format, label, id) if chat else layout.example(row, label, id)
@@ -155,7 +157,7 @@ def unused_columns(row: Row, format: str, chat: bool = False) -> Iterator[str]:
     }
     known = {*layout.required, *layout.optional} - (set() if chats else {"tools"})
     known |= set(CHAT_COLUMNS if chat else ())
-    yield from (str(name) or NO_NAME for name, value in row.items() if name not in known and not is_empty(value))
+    yield from (str(name) or _NO_NAME for name, value in row.items() if name not in known and not is_empty(value))
     for column, turns in chats.items():
         for turn in turns:
             names = (name for name, value in turn.items() if not is_empty(value)) if isinstance(turn, dict) else ()
@@ -174,7 +176,7 @@ def looks_meant(column: str) -> bool:
     return bool(parts & _OFTEN_MEANT or difflib.get_close_matches(name, known, n=1, cutoff=_NEARLY))
 
 
-NO_NAME = "(a column without a name)"
+_NO_NAME = "(a column without a name)"
 """Stands for the column of row numbers that pandas writes into CSV files."""
 
 CHAT_COLUMNS = ("system", "tools")
@@ -209,15 +211,14 @@ def _completion(row: Row, label: str, id: str) -> Example:
 
     Both may be lists of turns instead, which make one chat.
     """
-    if row.get("label") is False:
-        raise RowFault(_UNWANTED)
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return _turns_of_both(row, label, id)
     for name, value in (("prompt", prompt), ("completion", completion)):
         if not isinstance(value, str):
             hint = " (turns only if both are lists of turns)" if isinstance(value, list) else ""
-            fix = _AS_TEXT if isinstance(value, int | float) and not isinstance(value, bool) else ""
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and not is_empty(value)
+            fix = _AS_TEXT if is_number else ""
             raise RowFault(f"{name}: must be text{hint}, got {shown(value)}{fix}")
     if not completion.strip():
         raise RowFault(f"completion: must be text that is not empty, got {shown(completion)}")
@@ -225,7 +226,7 @@ def _completion(row: Row, label: str, id: str) -> Example:
 
 
 _AS_TEXT = (
-    '. Fix: write it in quotes, or set template: {prompt: "{{ prompt }} ", completion: "{{ completion }}"} in this '
+    '. Fix: write it in quotes, or set template: {prompt: "{{ prompt }}", completion: " {{ completion }}"} in this '
     "source, which makes text of it."
 )
 _UNWANTED = (

@@ -180,8 +180,7 @@ def find_llama_cpp(given: Path | None, type_: GgufType) -> LlamaCpp:
         if place is not None:
             raise UserError(f"{where}: {place} has no converter; must be one of {', '.join(_CONVERTERS)}.")
         raise UserError(
-            f"--format gguf: llama.cpp's converter is not on this machine. {_HOW}. "
-            "Most programs load --format merged, too."
+            f"--format gguf: llama.cpp's converter is not on this machine. {_HOW}. Ollama loads --format merged, too."
         )
     command = (sys.executable, str(converter)) if converter.suffix == ".py" else (str(converter),)
     if type_ in CONVERTED:

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from qdora.errors import nearest
 from qdora.files.access_tokens import masked
-from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.data_settings import TASKS, SourceConfig
 from qdora.recipe.section import Section, in_yaml
 from qdora.recipe.settings import Recipe
 
@@ -182,12 +182,10 @@ def _lines(detail: ErrorDetails, root: type[Section]) -> Iterator[tuple[str, str
         close = nearest(_PEER_VALUES.get(given, given), names) if isinstance(given, str) else ""
         text = f"not valid, {got}, allowed: {', '.join(names) or context['expected']}.{close}"
     elif kind == "model_type":
-        section = _section_at(steps, root)
-        fix = (
-            f" Fix: write {{source: {shown(detail['input'])}}}."
-            if section is SourceConfig and isinstance(detail["input"], str)
-            else ""
-        )
+        section, given = _section_at(steps, root), detail["input"]
+        is_source = section is SourceConfig and isinstance(given, str)
+        key = "task" if given in TASKS else "source"
+        fix = f" Fix: write {{{key}: {masked(in_yaml(given))}}}." if is_source else ""
         text = f"not a section, {got}, allowed: {', '.join(section.model_fields)}.{fix}"
     elif kind in _PLAIN_TYPES:
         text = f"not valid, {got}, allowed: {_PLAIN_TYPES[kind]}."

@@ -150,6 +150,6 @@ def ignored_faults(section: Section, unused: dict[str, str], prefix: str = "") -
     for name, reason in unused.items():
         value = getattr(section, name)
         if name in section.model_fields_set and value is not None:
-            fix = "Fix: change that, or remove this (in an override: set it to null)."
+            fix = "Fix: remove it (in an override: set it to null)."
             what = f"would be ignored because {reason}, got {in_yaml(value)}. {fix}"
             yield f"{prefix}{name}", what

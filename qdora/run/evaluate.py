@@ -316,7 +316,8 @@ def _own_examples(options: EvalOptions, place: str, recipe: Recipe | None) -> di
     try:
         found = open_source(source, split)
     except UserError as error:
-        if like is not None or len(labels) < 2 or not Path(place).exists():
+        is_set_up = source.format != "auto" or source.chat or source.columns or source.template
+        if is_set_up or like is not None or len(labels) < 2 or not Path(place).exists():
             raise
         fix = f"Fix: name a source of the run that has this format with --tasks: {', '.join(labels)}."
         raise UserError(*error.faults, f"--data: the format is that of the columns. {fix}") from error

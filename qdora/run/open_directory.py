@@ -117,7 +117,7 @@ def resumed_recipe(directory: Path, where: str, overrides: Sequence[str]) -> Rec
         named = [f"{key} (the run: {shown(mine.get(key))}, {where}: {shown(other.get(key))})" for key in different]
         text = (
             "%s continues with its own recipe.yaml, which differs from %s in %s. "
-            "`qdora guide runs` names the settings that -s can change; for others start a new run."
+            "`qdora guide runs` names the settings that -s can change."
         )
         logger.warning(text, directory, where, first_few(named, _SHOWN))
     return own

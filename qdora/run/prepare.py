@@ -216,7 +216,9 @@ def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
         text = f"model.add_tokens: the training data does not have {shown}, so the model learns nothing of it."
         found.append(Check("warning", text))
     found += [Check("warning", text) for text in context_warnings(sources, prepared.config)]
-    found += repeated_checks(sources, prepared.validation, prepared.tokenizer, data)
+    if prepared.recipe.adapter.kind != "none":
+        scored = scored_examples(prepared.recipe, prepared.validation, prepared.num_steps)
+        found += repeated_checks(sources, scored, prepared.tokenizer, data)
     found += _evaluation_checks(prepared)
     for text in mix_facts(prepared.mix_plan):
         logger.info("%s", text)
@@ -305,14 +307,23 @@ def _scoring_faults(
     context: int | None,
 ) -> list[str]:
     """What the first evaluation would refuse, which may come only after many steps; nothing without evaluations."""
-    wanted, sources = recipe.eval, {source.label: source for source in recipe.data.mix}
-    if not (wanted.at_start or wanted.at_end or (wanted.every or num_steps + 1) <= num_steps):
-        return []
+    sources = {source.label: source for source in recipe.data.mix}
     return [
         f"validation data{f' ({place})' if (place := sources[name].validation) else ''}: {fault}"
-        for name in evaluated_sources(recipe, validation)
-        for fault in scoring_faults(tokenizer, spread(validation.get(name, ()), wanted.limit, wanted.block), context)
+        for name, examples in scored_examples(recipe, validation, num_steps).items()
+        for fault in scoring_faults(tokenizer, examples, context)
     ]
+
+
+def scored_examples(
+    recipe: Recipe, validation: dict[str, list[Example]], num_steps: int
+) -> dict[str, Sequence[Example]]:
+    """The validation examples that the run's evaluations score, by source; none without evaluations."""
+    wanted = recipe.eval
+    if not (wanted.at_start or wanted.at_end or (wanted.every or num_steps + 1) <= num_steps):
+        return {}
+    asked = evaluated_sources(recipe, validation)
+    return {name: spread(validation.get(name, ()), wanted.limit, wanted.block) for name in asked}
 
 
 def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:

@@ -151,25 +151,26 @@ def data_checks(sources: Sequence[Source], plan: MixPlan, tokenizer: Any, data: 
 
 
 def repeated_checks(
-    sources: Sequence[Source], validation: Mapping[str, Sequence[Example]], tokenizer: Any, data: DataConfig
+    sources: Sequence[Source], scored: Mapping[str, Sequence[Example]], tokenizer: Any, data: DataConfig
 ) -> list[Check]:
-    """A warning for every source with validation examples that are training examples, too, of whichever source.
+    """A warning for every source with scored examples that are training examples, too, of whichever source.
 
-    At most 1,000 validation examples of each are looked up, as tokens; of a stream only the first rows are known.
+    At most 1,000 scored examples of each are looked up, as tokens; of a stream only the first rows are known.
     """
-    held_out = {name: _as_tokens(name, _spread(each), tokenizer, data) for name, each in validation.items()}
-    wanted = {part for each in held_out.values() for parts in each for part in parts}
+    looked_up = {name: _as_tokens(name, _spread(each), tokenizer, data) for name, each in scored.items()}
+    wanted = {part for each in looked_up.values() for parts in each for part in parts}
     lengths = {len(part) for part in wanted}
     trained: set[bytes] = set()
     for each in (example for source in sources for example in source.first()):
         if each.input_ids.nbytes in lengths and (part := each.input_ids.tobytes()) in wanted:
             trained.add(part)
-    found = {name: sum(trained.issuperset(parts) for parts in each) for name, each in held_out.items()}
+    found = {name: sum(trained.issuperset(parts) for parts in each) for name, each in looked_up.items()}
     return [
         Check(
             "warning",
-            f"{name}: {number:,} of {len(held_out[name]):,} validation examples are training examples, too, so their "
-            "loss does not tell how the model does on new data. Fix: remove the copies, or name other validation data.",
+            f"{name}: of {len(looked_up[name]):,} validation examples looked up, {number:,} are training examples, "
+            "too, so their loss does not tell how the model does on new data. Fix: remove the copies, or name other "
+            "validation data.",
         )
         for name, number in found.items()
         if number
@@ -177,11 +178,18 @@ def repeated_checks(
 
 
 def _as_tokens(name: str, examples: Sequence[Example], tokenizer: Any, data: DataConfig) -> list[list[bytes]]:
-    """The token ids of each example that can be encoded, as int32; of some chats in several parts."""
+    """The token ids of each example that can be encoded as a whole, as int32; of some chats in several parts."""
     tally = ExampleTally(name, data.max_length, data.too_long)
-    found = [parts for batch in text_batches(examples) for parts in tally.add(batch, tokenizer, data.loss_on)]
-    encoded = ([part.input_ids.tobytes() for part, _ in parts if isinstance(part, TokenizedExample)] for parts in found)
-    return [parts for parts in encoded if parts]
+    try:
+        found = [parts for batch in text_batches(examples) for parts in tally.add(batch, tokenizer, data.loss_on)]
+    except UserError:  # such as chats without a chat template, which are an error only where they are scored
+        return []
+    whole = ([each for each, cut in parts if isinstance(each, TokenizedExample) and not cut] for parts in found)
+    return [
+        [each.input_ids.tobytes() for each in parts]
+        for parts, outcomes in zip(whole, found, strict=True)
+        if parts and len(parts) == len(outcomes)
+    ]
 
 
 def example_checks(sources: Sequence[Source], tokenizer: Any, data: DataConfig) -> list[Check]:
