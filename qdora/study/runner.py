@@ -187,9 +187,12 @@ def _outlook(
 
 
 def _leave_missing_pages(cells: Sequence[Cell], store: StudyDirectory) -> None:
-    """Write the pages of finished cells that could not be written before, on a full disk for example."""
+    """Write the pages of finished cells that could not be written before, on a full disk for example.
+
+    Cells of which only results were kept have no log, and no page.
+    """
     for run in (RunDirectory(store.cell(cell.key)) for cell in cells if store.is_done(cell.key)):
-        if run.recipe_file.is_file() and not run.inside(PAGE_FILE).exists():
+        if run.log_file.is_file() and not run.inside(PAGE_FILE).exists():
             leave_page(run)
 
 
