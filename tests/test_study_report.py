@@ -12,6 +12,7 @@ import shutil
 import statistics
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -25,20 +26,20 @@ from qdora.errors import UserError
 from qdora.model.pruning import PrunedLayer
 from qdora.recipe.recipe_file import recipe_from
 from qdora.study import report_figures
-from qdora.study.answer import answer_of, decided_in_words, subject_of
+from qdora.study.answer import _all_left, answer_of, decided_in_words, subject_of
 from qdora.study.cells import Cell, Expander
 from qdora.study.compare import Results
 from qdora.study.dot_figure import spans_of
 from qdora.study.grid import COLUMNS, CompareConfig, load_study, study_from
 from qdora.study.outlook import outlooks, planned_cells
-from qdora.study.report import read_report, report_run, write_report
-from qdora.study.report_contents import Report
+from qdora.study.report import _sizes, read_report, report_run, write_report
+from qdora.study.report_contents import Report, naming
 from qdora.study.report_figures import draw_all
 from qdora.study.report_page import html_page, markdown_page, shown_tables
 from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory, read_index
 from tests import fake_study
-from tests.fake_study import DOCUMENT, compared, nll_of, rows
+from tests.fake_study import compared, nll_of, rows
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")
 
@@ -301,19 +302,19 @@ def test_the_search_tells_the_spread_before_anything_is_compared(tmp_path: Path)
 def test_the_answer_has_three_parts_each_with_its_number(report: Report, tmp_path: Path) -> None:
     assert report.question == "How far can the base be compressed before lora, and before dora, stops repairing it?"
     assert len(report.answer) == 3
-    assert report.answer[0] == report.verdict[0]
+    assert report.answer[1] == report.verdict[0]
     told = []
     for arm in ("lora", "dora"):
         left = {row["base.quant"]: row for row in rows(report, "repair", adapter=arm) if "left" in row}
         assert {quant for quant, row in left.items() if row["left_lower"] > 0.02} == {"nf4", "fp4"}
         is_as_good = left["int8"]["left_upper"] < 0.02
         least, most = (f"{left[quant]['left']:.3f} ({quant})" for quant in ("int8", "fp4"))
-        number = "1 of 3 (int8) is as good" if is_as_good else "0 of 3 are as good (int8 not decided)"
-        told.append(f"with {arm}, {number} and {least} to {most} is left")
-    assert report.answer[1] == (
-        "A compressed base is called as good as the uncompressed one if the arm trained on it is less than 0.02 worse "
-        "than the arm trained on the uncompressed base, in NLL (nats per token), with 95 % confidence. Of the bases "
-        f"that were trained on, {'; '.join(told)}."
+        number = "1 of 3 bases (int8)" if is_as_good else "0 of 3 bases (int8 not decided)"
+        than = "" if told else "as on the uncompressed one "
+        told.append(f"{arm} is as good {than}on {number}, and worse by {least} to {most}")
+    assert report.answer[0] == (
+        f"Trained on a compressed base, {'; '.join(told)}. As good means less than 0.02 worse in NLL (nats per token), "
+        "with 95 % confidence."
     )
     moved, share = [], []
     for arm in ("lora", "dora"):
@@ -332,18 +333,17 @@ def test_the_answer_has_three_parts_each_with_its_number(report: Report, tmp_pat
     primary = read_report(fake_study.make(tmp_path, compare=compare, seeds=[0, 1, 2]))
     (row,) = rows(primary, "comparisons", comparison="over all", role="primary")
     assert len(primary.answer) == 2  # nothing was transplanted
-    assert primary.answer[0].startswith("over all: ")
+    assert primary.answer[1].startswith("over all: ")
     (beyond,) = rows(primary, "comparisons", comparison="beyond 16 bits", role="primary")
-    assert "; beyond 16 bits: " in primary.answer[0]
+    assert "; beyond 16 bits: " in primary.answer[1]
     for each in (row, beyond):
         size = f"of {each['improvement']:.4f} (95 % interval {each['lower']:.4f} to {each['upper']:.4f})"
-        assert f"with a mean improvement of dora in NLL (nats per token) {size}" in primary.answer[0]
+        assert f"with a mean improvement of dora in NLL (nats per token) {size}" in primary.answer[1]
     assert row["half_width_planned"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.03 / math.sqrt(3))
 
 
 def test_what_was_studied_is_told_by_the_recipes_of_its_runs(report: Report, made: Path, tmp_path: Path) -> None:
-    assert report.subject == "org/model, trained on data: 1 step of 7 examples; seeds 0, 1, 2, 3."
-    study = study_from(DOCUMENT | {"seeds": [0, 1], "more_seeds": {"seeds": [5], "half_width": 0.1}})
+    assert report.subject == "org/model, trained on data: 1 step of 7 examples; 4 seeds."
     mix = [{"task": "piqa", "path": "/data/p"}, {"source": "/data/my texts.jsonl"}, {"source": "/d", "name": "chats"}]
     recipes = [
         recipe_from({"model": {"source": source}, "data": {"mix": mix}, "train": train})
@@ -352,10 +352,12 @@ def test_what_was_studied_is_told_by_the_recipes_of_its_runs(report: Report, mad
             ("/models/own", {"epochs": 2, "tokens_per_step": 4096}),
         )
     ]
-    assert subject_of(recipes, study) == (
+    assert subject_of(recipes, [2, 2, 3]) == (
         "SmolLM2-135M-Instruct.Q4_1.gguf (builtin; its 4-bit weights decoded) or own, trained on piqa, my texts, "
-        "chats: 1,024 steps or whole epochs of 1 example or 4,096 tokens; seeds 0, 1, and 5 where the interval is wide."
+        "chats: 1,024 steps or whole epochs of 1 example or 4,096 tokens; 2 to 3 seeds for each "
+        "arm on a base."
     )
+    assert subject_of(recipes, [1, 1]).endswith("; 1 seed.")
     write_report(report, tmp_path, "a study")
     for name in ("index.html", "report.md", "facts.csv"):
         assert report.subject in (tmp_path / name).read_text()
@@ -443,31 +445,47 @@ def test_names_of_points_stand_apart_beside_their_points(report: Report, metric:
 def test_the_damage_left_is_told_in_the_metric_of_the_study() -> None:
     row = {"adapter": "lora", "base.quant": "nf4", "left": 0.1, "left_lower": 0.05, "left_upper": 0.2}
     compare = CompareConfig(metric="acc", reference="lora")
-    start = (
-        "A compressed base is called as good as the uncompressed one if the arm trained on it is less than 0.02 worse "
-        "than the arm trained on the uncompressed base, in accuracy, with 95 % confidence. Of the bases that were "
-        "trained on, with lora, "
-    )
+    end = ". As good means less than 0.02 worse in accuracy, with 95 % confidence."
 
     def told(*repairs: dict[str, Any]) -> list[str]:
-        return answer_of([], repairs, ["base.quant"], compare, "accuracy")[1:]
+        return [each for each in answer_of([], repairs, ["base.quant"], compare, "accuracy") if "compressed" in each]
 
-    assert told(row) == [f"{start}0 of 1 are as good and 0.100 (nf4) is left."]
+    start = "Trained on a compressed base, lora is as good as on the uncompressed one on "
+    assert told(row) == [f"{start}0 of 1 bases, and worse by 0.100 (nf4){end}"]
     small = row | {"base.quant": "int8", "left": 0.01, "left_lower": 0.005, "left_upper": 0.015}
-    assert told(row, small) == [f"{start}1 of 2 (int8) is as good and 0.010 (int8) to 0.100 (nf4) is left."]
-    assert told(small) == [f"{start}1 of 1 is as good and 0.010 (int8) is left."]
+    assert told(row, small) == [f"{start}1 of 2 bases (int8), and worse by 0.010 (int8) to 0.100 (nf4){end}"]
+    assert told(small) == [f"{start}1 of 1 bases, and worse by 0.010 (int8){end}"]
     single = row | {"left_lower": math.nan, "left_upper": math.nan}  # a single seed
-    assert told(single) == [f"{start}0 of 1 are as good (nf4 not decided) and 0.100 (nf4) is left."]
+    assert told(single) == [f"{start}0 of 1 bases (nf4 not decided), and worse by 0.100 (nf4){end}"]
     longer = [each | {"length": length} for each in (row, small) for length in ("short", "long")]
-    (text,) = answer_of([], longer, ["base.quant", "length"], compare, "accuracy")[1:]
-    once = start.replace("trained on, ", "trained on (each counted once per length), ")
-    assert text.startswith(f"{once}2 of 4 (int8, short, int8, long) are as good and 0.010 (int8, short) to ")
+    (text,) = answer_of([], longer, ["base.quant", "length"], compare, "accuracy")[:1]
+    assert text.startswith(f"{start}2 of 4 bases (int8, short, int8, long), and worse by 0.010 (int8, short) to ")
+    assert text.endswith(f"{end} A base counts once per length.")
+    other = small | {"adapter": "dora"}
+    named = naming([row, small, other], ["base.quant"])
+    assert _all_left({"lora": [row, small], "dora": [other]}, named, 0.02, "accuracy") == (
+        f"{start}1 of 2 bases (int8), and worse by 0.010 (int8) to 0.100 (nf4); dora is as good on 1 of 1 bases, and "
+        f"worse by 0.010 (int8){end} dora was trained on fewer."
+    )
     moved = [row | {"transplant": 0.4, "repaired_share": 0.75}, small | {"transplant": 0.02}]
     assert told(*moved)[1] == (
         "Moved from the uncompressed base to a compressed one without further training, lora loses 0.020 (int8) to "
         "0.400 (nf4). Training on the compressed base takes back a share of that, where it is significant: 0.75 (nf4) "
         "for lora."
     )
+
+
+def test_a_cell_that_evaluates_another_run_has_the_sparsity_of_that_run() -> None:
+    size = {"num_linear_bytes": 16, "num_linear_weights": 8, "num_base_bytes": 2**20, "num_adapter_bytes": 0}
+    known = {
+        "run": {"size": size, "compression": {"sparsity": 0.5}},
+        "set back": {"size": size, "compression": None},
+        "plain": {"size": size, "compression": None},
+    }
+    results: Any = SimpleNamespace(result=known.get)
+    runs = {"set back": "run"}
+    found = {key: _sizes([key], results, runs)["sparsity"] for key in known}
+    assert found == {"run": 0.5, "set back": 0.5, "plain": 0.0}
 
 
 def test_what_is_not_decided_says_beside_it_what_was_not_seen_or_why(report: Report) -> None:

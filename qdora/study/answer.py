@@ -8,7 +8,7 @@ from pathlib import Path
 from qdora.model.source import BUILTIN, BUILTIN_FILE
 from qdora.recipe.data_settings import is_path
 from qdora.recipe.settings import Recipe
-from qdora.study.grid import CompareConfig, Study
+from qdora.study.grid import CompareConfig
 from qdora.study.report_contents import Naming, Row, is_number, naming
 from qdora.study.verdict import interval_in_words, not_seen, overall
 
@@ -30,11 +30,12 @@ def question_of(pairs: Sequence[Row], repairs: Sequence[Row]) -> str:
     return f"Is {' or '.join(arms)} better than {reference}?"
 
 
-def subject_of(recipes: Sequence[Recipe], study: Study) -> str:
+def subject_of(recipes: Sequence[Recipe], num_seeds: Sequence[int]) -> str:
     """Models, tasks, length of the training and seeds, in a sentence.
 
     Args:
         recipes: Of the trained arms, one each; what differs between them is told of all.
+        num_seeds: Of each trained arm.
     """
     models = [_model_in_words(recipe.model.source) for recipe in recipes]
     tasks = [", ".join(source.label for source in recipe.data.mix) for recipe in recipes]
@@ -45,9 +46,8 @@ def subject_of(recipes: Sequence[Recipe], study: Study) -> str:
         else _counted(recipe.train.tokens_per_step, "token")
         for recipe in recipes
     ]
-    seeds = f"seeds {', '.join(map(str, study.seeds))}" if len(study.seeds) > 1 else f"seed {study.seeds[0]}"
-    if study.more_seeds is not None:
-        seeds += f", and {', '.join(map(str, study.more_seeds.seeds))} where the interval is wide"
+    least, most = min(num_seeds), max(num_seeds)
+    seeds = _counted(most, "seed") if least == most else f"{least} to {most} seeds for each arm on a base"
     return f"{_each(models)}, trained on {_each(tasks)}: {_each(steps)} of {_each(sizes)}; {seeds}."
 
 
@@ -69,7 +69,7 @@ def _each(texts: Sequence[str]) -> str:
 def answer_of(
     pairs: Sequence[Row], repairs: Sequence[Row], axes: Sequence[str], compare: CompareConfig, metric_label: str
 ) -> list[str]:
-    """What was decided; what is left of the damage after training; what training repaired beyond a transplant.
+    """What is left of the damage after training; what was decided; what training repaired beyond a transplant.
 
     Args:
         pairs, repairs: Of `question_of`.
@@ -78,19 +78,22 @@ def answer_of(
     primary = [row for row in pairs if row["role"] == "primary"]
     decided = overall(primary, metric_label)
     if compare.primary is not None:
-        known = {row["comparison"]: row for row in primary}
+        results = {row["comparison"]: row for row in primary}
         told = [
-            decided_in_words(known[name], metric_label) if name in known else f"{name}: not decided, without results"
+            decided_in_words(results[name], metric_label)
+            if name in results
+            else f"{name}: not decided, without results"
             for name in compare.primary
         ]
         decided = f"{'; '.join(told)}."
     arms = list(dict.fromkeys([compare.reference, *(row["arm"] for row in primary)]))
     rows = [row for row in repairs if row[compare.arm] in arms]
     named = naming([row for row in rows if is_number(row.get("left"))], axes)
-    left = [_left(str(arm), [row for row in rows if row[compare.arm] == arm], named, compare.zone) for arm in arms]
+    known = {str(arm): [row for row in rows if row[compare.arm] == arm and is_number(row.get("left"))] for arm in arms}
     moved = [each for each in rows if is_number(each.get("transplant"))]
     repaired = _repaired({str(arm): [row for row in moved if row[compare.arm] == arm] for arm in arms}, named)
-    return [decided, *filter(None, [_all_left(left, named.axes[1:], compare.zone, metric_label), repaired])]
+    left = _all_left({arm: each for arm, each in known.items() if each}, named, compare.zone, metric_label)
+    return list(filter(None, [left, decided, repaired]))
 
 
 def decided_in_words(row: Row, metric_label: str) -> str:
@@ -108,34 +111,36 @@ def decided_in_words(row: Row, metric_label: str) -> str:
     return f"{row['comparison']}: not decided, {size}, {why}"
 
 
-def _left(arm: str, rows: Sequence[Row], named: Naming, zone: float) -> str:
-    """How many bases are surely as good, which are open, and the least and the most that is left; "" if unknown."""
-    known = [row for row in rows if is_number(row.get("left"))]
+def _all_left(known: Mapping[str, Sequence[Row]], named: Naming, zone: float, label: str) -> str:
+    """On how many bases each arm is as good as on the uncompressed one, and what is left on all; "" if unknown.
+
+    `known`: arm -> the rows that tell what is left, at least one.
+    """
     if not known:
         return ""
-    inside = [named(row) for row in known if row["left_upper"] < zone]
-    open_ = [named(row) for row in known if not row["left_upper"] < zone and not row["left_lower"] > zone]  # nan, too
-    told = f"with {arm}, {len(inside)} of {len(known)}"
-    if inside and len(inside) < len(known):
-        told += f" ({', '.join(inside)})"
-    told += " is as good" if len(inside) == 1 else " are as good"
-    if open_:
-        told += f" ({', '.join(open_)} not decided)"
-    return f"{told} and {_span(known, named, 'left', '.3f')} is left"
-
-
-def _all_left(left: Sequence[str], others: Sequence[str], zone: float, label: str) -> str:
-    """What is called as good as the uncompressed base, and what that makes of each arm.
-
-    `others`: the axes beside the base on which its rows differ.
-    """
-    told = "; ".join(filter(None, left))
-    counted = f" (each counted once per {' and '.join(others)})" if others else ""
-    return told and (
-        f"A compressed base is called as good as the uncompressed one if the arm trained on it is less than {zone:g} "
-        f"worse than the arm trained on the uncompressed base, in {label}, with 95 % confidence. Of the bases that "
-        f"were trained on{counted}, {told}."
+    told = [_left(arm, rows, named, zone) for arm, rows in known.items()]
+    first = told[0].replace("is as good on", "is as good as on the uncompressed one on", 1)
+    others = named.axes[1:]
+    counted = f" A base counts once per {' and '.join(others)}." if others else ""
+    bases = {arm: {named(row) for row in rows} for arm, rows in known.items()}
+    every = set().union(*bases.values())
+    fewer = [arm for arm, own in bases.items() if own != every]
+    counted += f" {', '.join(fewer)} {'was' if len(fewer) == 1 else 'were'} trained on fewer." if fewer else ""
+    return (
+        f"Trained on a compressed base, {'; '.join([first, *told[1:]])}. As good means less than {zone:g} worse in "
+        f"{label}, with 95 % confidence.{counted}"
     )
+
+
+def _left(arm: str, rows: Sequence[Row], named: Naming, zone: float) -> str:
+    """On how many bases an arm is surely as good, which are open, and the least and the most that is left."""
+    inside = [named(row) for row in rows if row["left_upper"] < zone]
+    open_ = [named(row) for row in rows if not row["left_upper"] < zone and not row["left_lower"] > zone]  # nan, too
+    told = [", ".join(inside)] if inside and len(inside) < len(rows) else []
+    told += [f"{', '.join(open_)} not decided"] if open_ else []
+    said = f" ({'; '.join(told)})" if told else ""
+    worse = _span(rows, named, "left", ".3f")
+    return f"{arm} is as good on {len(inside)} of {len(rows)} bases{said}, and worse by {worse}"
 
 
 def _repaired(moved: Mapping[str, Sequence[Row]], named: Naming) -> str:

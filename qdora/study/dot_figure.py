@@ -91,10 +91,10 @@ def _draw_panel(
     values += [end for each in dots if not each.may_be_cut for end in (each.lower, each.upper) if math.isfinite(end)]
     values += [*panel.marks.values(), *([] if panel.zone is None else [-panel.zone, panel.zone])]
     spans = spans_of(values, with_zero=panel.with_zero)
+    ratios = [4.0 if low <= np.median(values) <= high else 1.6 for low, high in spans]
     if panel.tells_values:
         low, high = spans[-1]
         spans[-1] = low, high + (0.06 if wide else 0.12) * (high - low)
-    ratios = [4.0 if low <= np.median(values) <= high else 1.6 for low, high in spans]
     every = part.subplots(1, len(spans), sharey=True, squeeze=False, width_ratios=ratios)[0]
     place, ticks = 0.0, []
     for label, row in panel.rows.items():
@@ -106,9 +106,7 @@ def _draw_panel(
             for axes, (low, high) in zip(every, spans, strict=True):
                 handle = _draw_dots(axes, each, place + step * index, style)
                 if panel.tells_values and low <= each.value <= high:
-                    where = {"xytext": (6, -3), "textcoords": "offset points", "fontsize": "x-small"}
-                    end = each.upper if each.upper <= high else each.value
-                    axes.annotate(f"{each.value:.3g}", (end, place + step * index), **where)
+                    _tell_value(axes, each, place + step * index, (low, high), is_last=axes is every[-1])
             drawn.setdefault(each.name, handle)
             _mark_cut(every, each, place + step * index, (spans[0][0], spans[-1][1]), style[0])
         place += height + 0.2
@@ -130,6 +128,18 @@ def _draw_panel(
     part.supxlabel(textwrap.fill(panel.x_label, 2 * width + 10), fontsize="medium")
     if panel.title:
         every[0].set_title(panel.title, loc="left", fontsize="medium", pad=26 if panel.marks else 6)
+
+
+def _tell_value(axes: Axes, each: Dots, y: float, span: tuple[float, float], *, is_last: bool) -> None:
+    """Write the value behind the interval, or before it where the last axis ends soon."""
+    low, high = span
+    end = each.upper if each.upper <= high else each.value
+    is_before = is_last and end > low + 0.7 * (high - low)
+    if is_before:
+        end = each.lower if each.lower >= low else each.value
+    where: dict[str, Any] = {"xytext": (-6 if is_before else 6, -3), "ha": "right" if is_before else "left"}
+    told = f"{each.value:.3f}" if abs(each.value) < 100 else f"{each.value:.3g}"
+    axes.annotate(told, (end, y), textcoords="offset points", fontsize="x-small", **where)
 
 
 def _label_width(wide: bool) -> int:

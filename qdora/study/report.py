@@ -102,9 +102,10 @@ def read_report(directory: Path) -> Report:
         raise UserError(f"{directory}: no cell is finished yet. Fix: run 'qdora study' first.")
     pairs = comparisons(arms, results, _measures(arms, results), cells, num_primary=count_primary(study, cells))
     axes = [axis for axis in study.product if axis != compare.arm]
-    arm_rows = [_arm_row(arm, axes, results) for arm in arms]
+    runs = {cell["key"]: cell["adapter_key"] for cell in cells if cell["kind"] in ("set_back", "by_layer")}
+    arm_rows = [_arm_row(arm, axes, results, runs) for arm in arms]
     _mark_pareto(arm_rows, arms, study)
-    cell_rows = [_cell_row(cell, list(study.product), store, results) for cell in cells]
+    cell_rows = [_cell_row(cell, list(study.product), store, results, runs) for cell in cells]
     trained = [arm for arm in arms if arm.kind == "trained"]
     tables = {
         "comparisons": pairs,
@@ -144,14 +145,14 @@ def read_report(directory: Path) -> Report:
 
 def _subject(trained: Sequence[Arm], results: Results) -> str:
     """Told by the recipe of a run of each arm; "" without one that this version reads."""
-    recipes = []
+    recipes, num_seeds = [], [len(arm.seeds) for arm in trained]
     for arm in trained:
         runs = (RunDirectory(results.store.cell(key)) for key in arm.seeds.values())
         file = next((run.recipe_file for run in runs if run.recipe_file.is_file()), None)
         if file is not None:
             with suppress(UserError):  # of an older version
                 recipes.append(load_recipe(file))
-    return subject_of(recipes, results.study) if recipes else ""
+    return subject_of(recipes, num_seeds) if recipes else ""
 
 
 def _measures(arms: Sequence[Arm], results: Results) -> list[str]:
@@ -178,7 +179,8 @@ def _labels_of(labels: Mapping[str, str], axes: Sequence[str], *, is_dense: bool
     return {axis: labels.get(axis, "uncompressed" if is_dense and not labels else "") for axis in axes}
 
 
-def _arm_row(arm: Arm, axes: Sequence[str], results: Results) -> dict[str, Any]:
+def _arm_row(arm: Arm, axes: Sequence[str], results: Results, runs: Mapping[str, str]) -> dict[str, Any]:
+    """`runs`: as of `_sizes`."""
     is_dense = _is_dense(vars(arm))
     row: dict[str, Any] = _labels_of(arm.context, axes, is_dense=is_dense)
     row |= {results.study.compare.arm: arm.name, "kind": arm.kind, "is_trained": arm.kind == "trained"}
@@ -190,7 +192,7 @@ def _arm_row(arm: Arm, axes: Sequence[str], results: Results) -> dict[str, Any]:
         found = quality(arm, results, measure)
         if found is not None:
             row |= found.columns(measure)
-    return row | _sizes([key for key in arm.seeds.values() if not results.diverged(key)], results)
+    return row | _sizes([key for key in arm.seeds.values() if not results.diverged(key)], results, runs)
 
 
 def _repair_row(arm: Arm, arms: Sequence[Arm], axes: Sequence[str], results: Results) -> dict[str, Any]:
@@ -199,12 +201,16 @@ def _repair_row(arm: Arm, arms: Sequence[Arm], axes: Sequence[str], results: Res
     return _labels_of(arm.context, axes) | {results.study.compare.arm: arm.name} | found if found else {}
 
 
-def _sizes(keys: Sequence[str], results: Results) -> dict[str, Any]:
-    """Bytes and sparsity of the first of these cells; empty without one."""
+def _sizes(keys: Sequence[str], results: Results, runs: Mapping[str, str]) -> dict[str, Any]:
+    """Bytes and sparsity of the first of these cells; empty without one.
+
+    `runs`: cell -> the cell whose run it evaluates, and which knows how its base was compressed.
+    """
     result = results.result(keys[0]) if keys else None
     if result is None:
         return {}
-    size, compression = result["size"], result.get("compression") or {}
+    compressed = results.result(runs.get(keys[0], keys[0])) or {}
+    size, compression = result["size"], compressed.get("compression") or {}
     return {
         "bits_per_weight": 8 * size["num_linear_bytes"] / max(1, size["num_linear_weights"]),
         "sparsity": float(compression.get("sparsity", 0.0)),
@@ -233,7 +239,10 @@ def _mark_pareto(rows: Rows, arms: Sequence[Arm], study: Study) -> None:
         row["pareto"] = not any(m <= mib and s <= score and (m, s) != (mib, score) for m, s in points)
 
 
-def _cell_row(cell: Mapping[str, Any], axes: Sequence[str], store: StudyDirectory, results: Results) -> dict[str, Any]:
+def _cell_row(
+    cell: Mapping[str, Any], axes: Sequence[str], store: StudyDirectory, results: Results, runs: Mapping[str, str]
+) -> dict[str, Any]:
+    """`runs`: as of `_sizes`."""
     key = cell["key"]
     attempts, result = store.failures(key), results.result(key)
     status = "done" if result is not None else "failed" if store.is_given_up(key) else "open"
@@ -247,7 +256,7 @@ def _cell_row(cell: Mapping[str, Any], axes: Sequence[str], store: StudyDirector
         return row | {"status": "diverged", "reason": result["diverged"], "seconds": result["seconds"]}
     found = {measure: results.mean(key, measure, "all") for measure in HIGHER_IS_BETTER}
     kept = {name: result.get(name) for name in ("seconds", "num_steps", "num_trainable", "final_loss")}
-    return row | {name: value for name, value in found.items() if value == value} | kept | _sizes([key], results)
+    return row | {name: value for name, value in found.items() if value == value} | kept | _sizes([key], results, runs)
 
 
 def _layer_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results) -> Rows:

@@ -47,7 +47,7 @@ def draw_all(report: Report) -> list[Drawn]:
     made: list[tuple[str, str, Callable[[bool], Figure] | None]] = [
         (*_forest_words(report), _forest(report)),
         ("What is left of the damage", _left_words(report), _damage_left(report)),
-        ("Confidence in the right answer", _CHOICE, _choices(report)),
+        ("NLL of the right choice", _CHOICE, _choices(report)),
         ("Quality and bytes", _bytes_words(report), _pareto(report)),
         ("Learning curves", "Training loss, averaged over the seeds.", _learning_curves(report)),
         ("Where in depth", _depth_words(report), _depth(report)),
@@ -117,7 +117,7 @@ def _left_words(report: Report) -> str:
         said += "Hollow (moved): trained on the uncompressed base and moved to this one without further training. "
     if _guesses_beyond(report):
         said += "Unigram and uniform: models that know nothing reach this. "
-    return said + "Bars: 95 % t intervals over the seeds."
+    return said + f"Bars: 95 % t intervals over the seeds. Shaded: at most {report.compare.zone:g} is left."
 
 
 def _damage_left(report: Report) -> Callable[[bool], Figure] | None:
