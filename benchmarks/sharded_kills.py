@@ -126,7 +126,9 @@ def killed(root: Path, whole: Path, moment: Moment, index: int, sizes: Any) -> d
     hit, others = children[moment.rank or 0], [child for child in children if child is not children[moment.rank or 0]]
     faults = ["a process hangs"] if any(child.hung for child in children) else []
     cut = hit.status == -SIGKILL
-    named = sum(f"because process {moment.rank} (" in child.last_line() for child in others)
+    # Whoever hosts the store of the others cannot be told from the launcher that would host it otherwise.
+    says = re.compile(rf"because process {moment.rank} (\(|or the launcher)")
+    named = sum(says.search(child.last_line()) is not None for child in others)
     before = len(steps_of(run))
     newest = RunDirectory(run).newest_checkpoint() if run.is_dir() else None
     safe = 0 if newest is None else newest.step
