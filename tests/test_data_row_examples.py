@@ -428,7 +428,7 @@ def test_columns_of_usual_data_sets_are_told_the_setting_that_reads_them(
         (
             {"prompt": "a", "completion": "b", "label": False},
             "label: false marks an",
-            r"columns: (\{.*\}) in this source",
+            r"template: (\{.*\}) in this source",
         ),
     ],
 )
@@ -442,6 +442,20 @@ def test_rows_of_another_kind_are_told_the_setting_that_reads_them(
     found = example(tmp_path, row, **yaml.safe_load(setting[0].removesuffix(" in this source")))
     assert (found.prompt, found.answer.strip()) == (row["prompt"], str(row["completion"]))
     assert example(tmp_path, row | {"completion": "b", "label": True}).answer == "b"
+
+
+def test_a_column_that_the_format_does_not_read_is_refused(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, TURN]
+    row = {"dialog": turns, "sys": "Be brief.", "fns": None}
+    line = fault(tmp_path, row, columns={"messages": "dialog", "system": "sys", "tols": "fns"}, format="messages")
+    assert line.startswith("columns: format messages reads no 'system', it reads messages, task, id, tools. Fix: ")
+    found = example(tmp_path, row, columns={"conversations": "dialog", "system": "sys"}, format="sharegpt")
+    assert [turn.role for turn in found.messages] == ["system", "user", "assistant"]
+    line = fault(
+        tmp_path, row | {"p": "a", "c": "b"}, columns={"prompt": "p", "completion": "c", "sistem": "sys"}, chat=True
+    )
+    assert line.endswith("Did you mean 'system'?")
+    assert example(tmp_path, row | {"p": "a", "c": "b"}, columns={"prompt": "p", "completion": "c", "id": "sys"})
 
 
 def test_unwanted_answers_are_refused_in_chats_and_as_text_too(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from qdora.recipe.recipe_file import (
 from qdora.recipe.recipe_file import settings as settings_of
 from qdora.recipe.section import in_yaml
 from qdora.recipe.settings import Recipe
+from qdora.study.grid import study_from
 
 TOKEN = "hf_" + "a1B2" * 8
 
@@ -1261,3 +1262,23 @@ def test_a_path_that_cannot_be_looked_at_has_no_nearest_name(tmp_path: Path) -> 
 def test_a_source_written_as_elsewhere_is_told_how_it_is_written_here(override: str, end: str) -> None:
     [line] = faults(minimal(), override)
     assert line.endswith(end)
+
+
+def test_a_list_that_is_too_short_is_told_how_many_entries_it_needs() -> None:
+    with pytest.raises(UserError, match=r"values: not valid, got \['1e-3'\], allowed: at least 3 entries\.$"):
+        study_from(
+            {
+                "recipe": "demo",
+                "product": {"adapter": {"dora": {}, "lora": {"adapter.kind": "lora"}}},
+                "rates": {"values": ["1e-3"], "steps": 2},
+            }
+        )
+
+
+def test_the_same_data_twice_is_told_so() -> None:
+    [line] = faults(minimal(), "data.mix=[{source: a.jsonl}, {source: a.jsonl}]")
+    assert line.endswith(
+        "must differ from that of mix[0], got 'a'. Both read the same data. Fix: remove one, or set a name."
+    )
+    [line] = faults(minimal(), "data.mix=[{source: a.jsonl}, {source: x/a.jsonl}]")
+    assert line.endswith("must differ from that of mix[0], got 'a'.")

@@ -490,6 +490,24 @@ def test_the_label_of_the_working_directory(whole: Path, monkeypatch: pytest.Mon
     assert load_target(".", verb="eval").label == "model"
 
 
+def test_a_run_in_place_of_a_recipe_is_continued(
+    whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not runs/<its name>, which may be another run."""
+    shutil.copytree(whole, tmp_path / "elsewhere/one")
+    monkeypatch.chdir(tmp_path)
+    steps = tiny_run.recipe(root).train.steps
+    call = ["train", "elsewhere/one", "-s", f"train.steps={(steps or 0) + 1}"]
+    refused = CliRunner().invoke(app, call)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("elsewhere/one: is a run. Fix: continue it with --resume")
+    done = CliRunner().invoke(app, [*call, "--resume"])
+    assert done.exit_code == 0, done.stderr
+    assert "continues with its own" not in done.stderr
+    assert open_run(tmp_path / "elsewhere/one").last_step() == (steps or 0) + 1
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_name_that_is_no_text_is_refused_at_the_start(root: Path, tmp_path: Path) -> None:
     run = tmp_path / os.fsdecode(b"run\xff")
     with pytest.raises(UserError, match=r"run .*: the name is not UTF-8 text\. Fix: choose another --run-dir"):

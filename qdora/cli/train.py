@@ -10,7 +10,7 @@ import typer
 
 from qdora.cli.shared_options import Recipe, Set
 from qdora.cli.verb import emit, verb
-from qdora.errors import Interrupted
+from qdora.errors import Interrupted, UserError
 
 
 @verb
@@ -33,6 +33,11 @@ def train(
     """
     from qdora.recipe.recipe_file import load_recipe
 
+    own = Path(recipe) / "recipe.yaml"
+    if own.is_file():  # a run in place of a recipe
+        if not resume:
+            raise UserError(f"{recipe}: is a run. Fix: continue it with --resume, or start another one from {own}.")
+        run_dir, recipe = run_dir or Path(recipe), str(own)
     directory = run_dir or Path("runs") / Path(recipe).stem
     if submit is not None:
         from qdora.run.cluster_jobs import submit_training

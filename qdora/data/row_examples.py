@@ -16,6 +16,7 @@ from qdora.data.row_formats import (
     choose_format,
     example_of_format,
     is_empty,
+    read_columns,
     unused_columns,
 )
 from qdora.data.rows import Row, RowFault, check_encodable
@@ -47,6 +48,7 @@ class RowExamples:
         self.format = "completion" if self.template else "text"
         if first and self.template is None:
             self.format = choose_format(list(self._renamed(first[0])), source.format, where)
+            _check_read(source, self.format, where)
             if source.chat and self.format not in CHAT_FORMATS:
                 raise UserError(f"{where}: chat: {no_chat(self.format)}. Fix: remove chat, or set columns or format.")
 
@@ -90,6 +92,20 @@ def _check_columns(columns: Mapping[str, str], first: Sequence[Row], where: str)
     if absent:
         known = f"there are {', '.join(there)}"
         raise UserError(*(f"{where}: columns: no column {own!r}, {known}.{nearest(own, there)}" for own in absent))
+
+
+def _check_read(source: SourceConfig, format: str, where: str) -> None:
+    """Raise UserError if `columns` gives a column a name that the format does not read."""
+    reads = read_columns(format, source.chat)
+    faults = []
+    for name in source.columns or {}:
+        if name not in reads:
+            hint = nearest(name, reads)
+            if (format, name) == ("messages", "system"):
+                hint = " Fix: set format: sharegpt, and conversations in place of messages in columns."
+            faults.append(f"{where}: columns: format {format} reads no {name!r}, it reads {', '.join(reads)}.{hint}")
+    if faults:
+        raise UserError(*faults)
 
 
 class _RowTemplate:

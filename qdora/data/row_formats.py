@@ -147,6 +147,12 @@ def _list_in(text: str) -> Any:
         return text
 
 
+def read_columns(format: str, chat: bool = False) -> tuple[str, ...]:
+    """The columns that a format reads, those that it needs first."""
+    layout = FORMATS[format]
+    return tuple(dict.fromkeys((*layout.required, *layout.optional, *layout.tell, *(CHAT_COLUMNS if chat else ()))))
+
+
 def unused_columns(row: Row, format: str, chat: bool = False) -> Iterator[str]:
     """What a row has and its format does not read: columns, keys of turns as messages.<key>; no empty values."""
     layout, columns = FORMATS[format], with_lists(row, format)
@@ -231,7 +237,8 @@ _AS_TEXT = (
 )
 _UNWANTED = (
     "label: false marks an unwanted answer in data for KTO, and every answer is learnt. Fix: remove such rows; if "
-    "label has another meaning here, set columns: {tag: label} in this source, which renames it."
+    'label has another meaning here, set template: {prompt: "{{ prompt }}", completion: "{{ completion }}"} in this '
+    "source."
 )
 
 

@@ -336,7 +336,9 @@ class DataConfig(Section):
                 yield f"mix[{index}].weight", "must be a number above 0 with data.strategy weights, got null."
             first = seen.setdefault(source.label, index)
             if first != index:
-                yield f"mix[{index}].name", f"must differ from that of mix[{first}], got {source.label!r}."
+                twice = source.source is not None and source.source == self.mix[first].source
+                fix = " Both read the same data. Fix: remove one, or set a name." if twice else ""
+                yield f"mix[{index}].name", f"must differ from that of mix[{first}], got {source.label!r}.{fix}"
 
     def _unknown_sizes(self) -> Iterator[Fault]:
         """Streams of files that do not say how many rows they hold, where the strategy or max_epochs needs that."""

@@ -74,7 +74,7 @@ PEER_OPTIONS = {
 }
 """What they call something that is here an option of `qdora train`."""
 _PEER_VALUES = {"constant_with_warmup": "constant"}
-_PLAIN_TYPES = {"tuple_type": "a list", "too_short": "at least one entry", "dict_type": "a table of name: value"}
+_PLAIN_TYPES = {"tuple_type": "a list", "dict_type": "a table of name: value"}
 
 
 def dotted(steps: Sequence[int | str]) -> str:
@@ -187,6 +187,9 @@ def _lines(detail: ErrorDetails, root: type[Section]) -> Iterator[tuple[str, str
         key = "task" if given in TASKS else "source"
         fix = f" Fix: write {{{key}: {masked(in_yaml(given))}}}." if is_source else ""
         text = f"not a section, {got}, allowed: {', '.join(section.model_fields)}.{fix}"
+    elif kind == "too_short":
+        least = context["min_length"]
+        text = f"not valid, {got}, allowed: at least {'one entry' if least == 1 else f'{least} entries'}."
     elif kind in _PLAIN_TYPES:
         text = f"not valid, {got}, allowed: {_PLAIN_TYPES[kind]}."
     else:

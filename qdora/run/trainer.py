@@ -252,7 +252,7 @@ class Trainer:
             self.writer.write_metrics({"step": num_steps, **self._evaluate(num_steps).line})
         if best is not None:  # after the last evaluation, which may be the best
             if self.is_over:
-                text = "Stopped early after step %d of %d: the last %d evaluations were not better."
+                text = "Stopped early after step %d of %d: the last %d evaluations were not better (eval.patience)."
                 logger.info(text, self.num_done, num_steps, best.num_since)
             if best.step is not None:
                 logger.info("adapter/ is %s.", best_in_words(best.state_dict()))
