@@ -447,8 +447,8 @@ def test_rows_of_another_kind_are_told_the_setting_that_reads_them(
 def test_a_column_that_the_format_does_not_read_is_refused(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, TURN]
     row = {"dialog": turns, "sys": "Be brief.", "fns": None}
-    line = fault(tmp_path, row, columns={"messages": "dialog", "system": "sys", "tols": "fns"}, format="messages")
-    assert line.startswith("columns: format messages reads no 'system', it reads messages, task, id, tools. Fix: ")
+    line = fault(tmp_path, row, columns={"messages": "dialog", "system": "sys"}, format="messages")
+    assert line.startswith("columns: format messages reads no 'system', it reads messages, tools, task, id. Fix: ")
     found = example(tmp_path, row, columns={"conversations": "dialog", "system": "sys"}, format="sharegpt")
     assert [turn.role for turn in found.messages] == ["system", "user", "assistant"]
     line = fault(

@@ -94,7 +94,10 @@ def test_the_best_step_is_kept_and_the_run_stops_when_nothing_better_comes(root:
     assert all(line["best"]["value"] == min(list(found.values())[: line["step"]]) for line in lines)
     said = f"step {best}, the best by macro nll_per_token ({found[best]:.4g})"
     log = (stopped_run / "log.txt").read_text()
-    assert f"Stopped early after step {last} of {STEPS}: the last {PATIENCE} evaluations were not better." in log
+    assert (
+        f"Stopped early after step {last} of {STEPS}: the last {PATIENCE} evaluations were not better (eval.patience)."
+        in log
+    )
     assert f"adapter/ is {said}." in log
     card = (stopped_run / "README.md").read_text()
     assert f"{said} of {last} steps, stopped early" in card
