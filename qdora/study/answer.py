@@ -118,8 +118,8 @@ def _all_left(known: Mapping[str, Sequence[Row]], named: Naming, zone: float, la
     """
     if not known:
         return ""
-    told = [_left(arm, rows, named, zone) for arm, rows in known.items()]
-    first = told[0].replace("is as good on", "is as good as on the uncompressed one on", 1)
+    than = ["as on the uncompressed one ", *[""] * (len(known) - 1)]  # said once
+    told = [_left(arm, rows, named, zone, each) for (arm, rows), each in zip(known.items(), than, strict=True)]
     others = named.axes[1:]
     counted = f" A base counts once per {' and '.join(others)}." if others else ""
     bases = {arm: {named(row) for row in rows} for arm, rows in known.items()}
@@ -127,20 +127,20 @@ def _all_left(known: Mapping[str, Sequence[Row]], named: Naming, zone: float, la
     fewer = [arm for arm, own in bases.items() if own != every]
     counted += f" {', '.join(fewer)} {'was' if len(fewer) == 1 else 'were'} trained on fewer." if fewer else ""
     return (
-        f"Trained on a compressed base, {'; '.join([first, *told[1:]])}. As good means less than {zone:g} worse in "
+        f"Trained on a compressed base, {'; '.join(told)}. As good means less than {zone:g} worse in "
         f"{label}, with 95 % confidence.{counted}"
     )
 
 
-def _left(arm: str, rows: Sequence[Row], named: Naming, zone: float) -> str:
-    """On how many bases an arm is surely as good, which are open, and the least and the most that is left."""
+def _left(arm: str, rows: Sequence[Row], named: Naming, zone: float, than: str) -> str:
+    """On how many bases an arm is surely as good (`than` what), which are open, the least and the most that is left."""
     inside = [named(row) for row in rows if row["left_upper"] < zone]
     open_ = [named(row) for row in rows if not row["left_upper"] < zone and not row["left_lower"] > zone]  # nan, too
     told = [", ".join(inside)] if inside and len(inside) < len(rows) else []
     told += [f"{', '.join(open_)} not decided"] if open_ else []
     said = f" ({'; '.join(told)})" if told else ""
     worse = _span(rows, named, "left", ".3f")
-    return f"{arm} is as good on {len(inside)} of {len(rows)} bases{said}, and worse by {worse}"
+    return f"{arm} is as good {than}on {len(inside)} of {len(rows)} bases{said}, and worse by {worse}"
 
 
 def _repaired(moved: Mapping[str, Sequence[Row]], named: Naming) -> str:

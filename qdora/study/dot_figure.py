@@ -91,10 +91,10 @@ def _draw_panel(
     values += [end for each in dots if not each.may_be_cut for end in (each.lower, each.upper) if math.isfinite(end)]
     values += [*panel.marks.values(), *([] if panel.zone is None else [-panel.zone, panel.zone])]
     spans = spans_of(values, with_zero=panel.with_zero)
-    ratios = [4.0 if low <= np.median(values) <= high else 1.6 for low, high in spans]
     if panel.tells_values:
         low, high = spans[-1]
         spans[-1] = low, high + (0.06 if wide else 0.12) * (high - low)
+    ratios = [4.0 if low <= np.median(values) <= high else 1.6 for low, high in spans]
     every = part.subplots(1, len(spans), sharey=True, squeeze=False, width_ratios=ratios)[0]
     place, ticks = 0.0, []
     for label, row in panel.rows.items():
