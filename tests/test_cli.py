@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner, Result
 
 import qdora
-from qdora.cli import VERBS, WAITING, app, hide_frames, let_segments_grow, let_threads_sleep
+from qdora.cli import VERBS, WAITING, app, hide_frames, let_threads_sleep
+from qdora.cli.verb import COMPUTING, let_segments_grow
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files import environment as machine
+from qdora.files import nvidia_driver
 from qdora.files.console import show_only
 from qdora.recipe.recipe_file import recipe_names, resolved_yaml
-from tests import tiny_run
+from tests import fake_driver, tiny_run
 
 
 @pytest.fixture(autouse=True)
@@ -426,22 +429,22 @@ def test_generate_takes_a_prompt_or_a_file(options: list[str], fault: str) -> No
 
 
 @pytest.mark.parametrize(
-    "given, platform, release, wanted",
+    "given, driver, wanted",
     [
-        ({}, "linux", "6.8.0-85-generic", {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
-        ({}, "linux", "6.6.87.2-microsoft-standard-WSL2", {}),
-        ({}, "linux", "5.15.148-tegra", {}),
-        ({}, "darwin", "", {}),
-        ({}, "win32", "", {}),
-        ({"PYTORCH_ALLOC_CONF": ""}, "linux", "", {"PYTORCH_ALLOC_CONF": ""}),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, "linux", "", {"PYTORCH_CUDA_ALLOC_CONF": "a"}),
+        ({}, {102: 1, 89: 1}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({}, {102: 1, 89: 0}, {}),  # WSL2, a Jetson
+        ({}, {102: 0, 89: 1}, {}),
+        ({}, None, {}),
+        ({"PYTORCH_ALLOC_CONF": ""}, {102: 1, 89: 1}, {"PYTORCH_ALLOC_CONF": ""}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, {102: 1, 89: 1}, {"PYTORCH_CUDA_ALLOC_CONF": "a"}),
     ],
 )
-def test_the_allocator_extends_its_segments_unless_the_user_has_set_it(
-    given: Any, platform: str, release: str, wanted: Any
+def test_the_allocator_extends_its_segments_where_the_driver_maps_memory(
+    given: Any, driver: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fake_driver.install(monkeypatch, None if driver is None else [driver])
     environment = dict(given)
-    let_segments_grow(environment, platform, release)
+    let_segments_grow(environment)
     assert environment == wanted
 
 
@@ -456,13 +459,132 @@ def test_frames_are_hidden_in_a_process_of_several() -> None:
         assert environment == wanted
 
 
-def test_the_allocator_is_set_before_torch_is_imported() -> None:
-    code = (
-        "import os, sys; os.environ.pop('PYTORCH_ALLOC_CONF', None); os.environ.pop('PYTORCH_CUDA_ALLOC_CONF', None)\n"
-        "import qdora.cli as cli\n"
-        "cli.app = lambda: print(os.environ.get('PYTORCH_ALLOC_CONF'), 'torch' in sys.modules)\n"
-        "cli.main()"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    if sys.platform == "linux":
-        assert found.split() == ["expandable_segments:True", "False"]
+WATCHED = """
+import os, sys
+from tests import fake_driver
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("torch", os.environ.get("PYTORCH_ALLOC_CONF"))
+            sys.exit()
+sys.meta_path.insert(0, Watch())
+fake_driver.install(None, [{102: 1, 89: 1}], called=lambda: print("driver"))
+from qdora.cli import main
+main()
+"""
+"""Prints when the driver is asked, and the allocator's settings as torch is imported, where it ends."""
+
+
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (["generate", "nowhere", "-p", "a"], ["driver", "driver", "torch expandable_segments:True"]),
+        (["validate", "tiny"], []),
+        (["train", "--help"], []),
+        (["--help"], []),
+    ],
+)
+def test_the_allocator_is_set_before_torch_is_imported_and_only_to_compute(
+    arguments: list[str], wanted: list[str]
+) -> None:
+    mine = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    environment = mine | {"PYTHONPATH": str(Path(qdora.__file__).parents[1])}
+    command = [sys.executable, "-c", WATCHED, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert [line for line in done.stdout.splitlines() if line.startswith(("driver", "torch "))] == wanted
+
+
+# ------------------------------------------------------------------------------------------------ a GPU without use
+
+
+@pytest.fixture
+def idle_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU that torch cannot use."""
+    monkeypatch.setattr(nvidia_driver, "ROOT", fake_driver.files(tmp_path / "root", "535.104.05"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.usefixtures("idle_gpu")
+@pytest.mark.parametrize("verb", RESULTS)
+def test_what_computes_does_not_take_the_cpu_silently(verb: str, root: Path, tmp_path: Path) -> None:
+    arguments = [each for each in arguments_of(verb, root, tmp_path) if each != "--dry-run"]
+    before = sorted(root.rglob("*"))
+    found = invoke(*arguments)
+    if VERBS[verb].__name__ not in COMPUTING:
+        assert found.exit_code == 0
+        return
+    assert found.exit_code == 2
+    assert found.stderr.count("\n") == 1
+    for words in ("CUDA 13.0", "580", "535.104.05", "CUDA_VISIBLE_DEVICES= "):
+        assert words in found.stderr
+    assert found.stdout == ""
+    assert sorted(root.rglob("*")) == before
+    assert [each.name for each in tmp_path.iterdir()] == ["root"]
+
+
+@pytest.mark.usefixtures("idle_gpu")
+def test_the_user_can_choose_the_cpu(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert invoke("train", root / "recipe.yaml", "--run-dir", tmp_path / "run").exit_code == 0
+
+
+@pytest.mark.usefixtures("idle_gpu")
+def test_a_study_can_be_checked_without_a_gpu(root: Path, tmp_path: Path) -> None:
+    assert invoke(*arguments_of("study", root, tmp_path)).exit_code == 0
+
+
+LAUNCHED = """
+import pathlib, sys, torch, torch.utils.flop_counter, warnings
+from qdora.files import nvidia_driver
+def is_available():
+    warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old (found version 12020).")
+    return False
+nvidia_driver.ROOT, torch.version.cuda, torch.cuda.is_available = pathlib.Path({root!r}), "13.0", is_available
+from qdora.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]])
+def test_the_refusal_is_one_line_of_all_processes(launcher: list[str], root: Path, tmp_path: Path) -> None:
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED.format(root=str(fake_driver.files(tmp_path / "root", "535.104.05"))))
+    mine = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment = mine | {"PYTHONPATH": str(Path(qdora.__file__).parents[1])}
+    command = [sys.executable, *launcher, str(script), "train", str(root / "recipe.yaml"), "-d", str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    lines = done.stderr.splitlines()
+    assert sum("torch cannot use the NVIDIA GPU" in line for line in lines) == 1
+    assert "CUDA initialization" not in done.stderr
+    assert launcher or (done.returncode, len(lines)) == (2, 1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU")
+def test_the_quick_start_takes_the_cpu_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    root, out = fake_driver.files(tmp_path / "root", "535.104.05"), tmp_path / "out"
+    here = f"import pathlib, qdora.files.nvidia_driver as driver; driver.ROOT = pathlib.Path('{root}')"
+    scripts = {
+        "scripts/setup": "",
+        ".venv/bin/python": f'exec {sys.executable} -c "{here}; $2"',
+        ".venv/bin/qdora": f'mkdir -p {out} {out}-merged.tmp; echo "[${{CUDA_VISIBLE_DEVICES-unset}}]" >> {tmp_path}/log',
+    }
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = shutil.copy(Path(qdora.__file__).parents[1] / "scripts/quickstart", tmp_path / "scripts")
+    for hidden, wanted in ((None, "[]"), ("-1", "[-1]")):
+        environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        environment |= {"PYTHONPATH": str(Path(qdora.__file__).parents[1])}
+        environment |= {} if hidden is None else {"CUDA_VISIBLE_DEVICES": hidden}
+        done = subprocess.run([script, str(out)], env=environment, capture_output=True, text=True, check=True)
+        assert done.stderr.count("on the CPU, since torch cannot use the NVIDIA GPU: ") == (hidden is None)
+        calls = (tmp_path / "log").read_text().splitlines()
+        assert len(calls) == 3
+        assert all(call.endswith(wanted) for call in calls)
+        (tmp_path / "log").unlink()

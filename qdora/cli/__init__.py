@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import MutableMapping
 from typing import Annotated
 
@@ -25,7 +24,7 @@ from qdora.cli.study import study
 from qdora.cli.train import train
 from qdora.cli.validate import validate
 from qdora.cli.verb import Debug, Json, Quiet, ask, end_as_by_ctrl_c, repeat_lost_interrupts
-from qdora.files.environment import has_limited_cuda, num_cpus, other_load
+from qdora.files.environment import num_cpus, other_load
 
 VERBS = {
     "train": train,
@@ -95,22 +94,6 @@ def let_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> Non
         environment.update(WAITING)
 
 
-ALLOCATOR, OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-"""Settings of torch's allocators, read as torch is imported, and their older name, which torch reads, too."""
-
-
-def let_segments_grow(
-    environment: MutableMapping[str, str] = os.environ, platform: str = sys.platform, release: str | None = None
-) -> None:
-    """Let torch's CUDA allocator extend its segments, unless the user has set it up; on Linux, which alone has that.
-
-    Micro-batches have many lengths. Segments of fixed sizes are cut into pieces that the next length does not fit.
-    """
-    is_free = ALLOCATOR not in environment and OLD_ALLOCATOR not in environment
-    if platform == "linux" and is_free and not has_limited_cuda(release):
-        environment[ALLOCATOR] = "expandable_segments:True"
-
-
 def hide_frames(environment: MutableMapping[str, str] = os.environ) -> None:
     """Of a process of several: without torch's C++ frames about a store whose process has ended, which says it itself.
 
@@ -124,7 +107,6 @@ def main() -> None:
     """The entry point of the `qdora` command."""
     hide_frames()
     let_threads_sleep()
-    let_segments_grow()
     repeat_lost_interrupts()
     end_as_by_ctrl_c()
     app()

@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -25,10 +26,14 @@ from qdora.errors import FAILURE, Interrupted, RunFailure, UserError, exit_code,
 from qdora.files.atomic import json_text
 from qdora.files.console import is_told_here, show_only
 from qdora.files.end_signals import END_SIGNALS, SAME_REQUEST_SECONDS, leave_closed_terminal
+from qdora.files.nvidia_driver import CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT, device_attribute
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only results and errors, no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+COMPUTING = ("train", "evaluate", "export", "generate", "rank", "study")
+"""Functions of the verbs that compute on a GPU."""
 
 NOISY = ("transformers", "httpx", "datasets", "accelerate", "bitsandbytes", "matplotlib", "fsspec", "lm_eval")
 
@@ -62,6 +67,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, json_: bool, quiet: bool, debug: bool, **kwargs: Any) -> None:
         ask(debug=_asked.debug or debug, quiet=_asked.quiet or quiet, json=_asked.json or json_)
         _set_up_output()
+        if function.__name__ in COMPUTING:
+            let_segments_grow()
         try:
             function(*args, **kwargs)
         except typer.Exit:
@@ -81,6 +88,22 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+ALLOCATOR, OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+"""Settings of torch's allocators, read as torch is imported, and their older name, which torch reads, too."""
+
+
+def let_segments_grow(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let torch's CUDA allocator extend its segments, unless the user has set it up or the driver cannot map memory.
+
+    Micro-batches have many lengths. Segments of fixed sizes are cut into pieces that the next length does not fit.
+    WSL2 and Jetsons say that they map memory and fail at it (github.com/pytorch/pytorch/issues/192330,
+    github.com/ggml-org/llama.cpp/issues/4680). Neither has concurrent managed access.
+    """
+    needed = VIRTUAL_MEMORY_MANAGEMENT, CONCURRENT_MANAGED_ACCESS
+    if not {ALLOCATOR, OLD_ALLOCATOR} & environment.keys() and all(map(device_attribute, needed)):
+        environment[ALLOCATOR] = "expandable_segments:True"
+
+
 def _set_up_output() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows the text of a model in escapes
@@ -90,6 +113,7 @@ def _set_up_output() -> None:
     handler = logging.getLogger().handlers[0]
     handler.setLevel(logging.INFO if is_first and not _asked.quiet else logging.WARNING)
     handler.addFilter(functools.partial(is_told_here, is_first=is_first))
+    warnings.filterwarnings("ignore", "CUDA initialization")  # `check_gpu` says why, or the GPU is hidden
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself

@@ -156,6 +156,7 @@ def merge_of(
 
     Raises UserError if the base has changed.
     """
+    compute = choose_compute(recipe.model.dtype)
     source, tokenizer = find_model(recipe)
     check_base(run, source)
     adapter = None if recipe.adapter.kind == "none" else adapter_of(run, trained)
@@ -163,7 +164,7 @@ def merge_of(
         source,
         adapter,
         quantization_of(recipe.base),
-        choose_compute(recipe.model.dtype).dtype,
+        compute.dtype,
         base="original" if options.base == "original" else "dequantized",
         requantize=options.requantize,
         new_tokens=token_ids(recipe, tokenizer),

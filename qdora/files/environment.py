@@ -26,10 +26,9 @@ _LOAD_SAMPLES = 10
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and devices as JSON values for environment.json. Imports torch.
+    """Versions, machine and devices as JSON values, without names of the user, the host or the home directory."""
+    import torch
 
-    It holds no user or host name, no home directory, and no environment variable outside `VARIABLES`.
-    """
     return {
         "qdora": __version__,
         "python": platform.python_version(),
@@ -38,7 +37,7 @@ def environment() -> dict[str, Any]:
         "num_cpus": num_cpus(),
         "memory_bytes": machine_memory_bytes(),
         "packages": package_versions(PACKAGES),
-        "cuda": cuda_version(),
+        "cuda": torch.version.cuda,
         "devices": devices(),
         "variables": {name: masked(os.environ[name]) for name in VARIABLES if name in os.environ},
     }
@@ -70,16 +69,6 @@ def cpus() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
 
 
-def has_limited_cuda(release: str | None = None) -> bool:
-    """Whether this is WSL2 or a Jetson, by the release of the kernel.
-
-    There a GPU may lack memory that host and device use at the same time (cudaDevAttrConcurrentManagedAccess), and
-    drivers before R615 fail to map memory as expandable segments do (github.com/pytorch/pytorch/issues/192330).
-    """
-    name = (os.uname().release if hasattr(os, "uname") else "") if release is None else release
-    return any(kind in name.lower() for kind in ("microsoft", "tegra"))
-
-
 def num_cpus() -> int:
     """How many processors this process may use."""
     return len(cpus())
@@ -107,13 +96,6 @@ def machine_memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
-
-
-def cuda_version() -> str | None:
-    """CUDA version that torch was built for; None for a build without CUDA."""
-    import torch
-
-    return torch.version.cuda
 
 
 def devices() -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.data.chat_template import set_chat_settings, use_data_settings
 from qdora.errors import UserError
 from qdora.files.environment import cpu_has_bfloat16
+from qdora.files.nvidia_driver import check_gpu
 from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
 from qdora.model.inject import HEAD, adapted_layers, inject
 from qdora.model.inplace_outputs import keep_inplace_outputs_
@@ -52,8 +53,10 @@ class Compute:
 def choose_compute(dtype: str) -> Compute:
     """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged.
 
-    Raises UserError: If the environment names kernels that are unknown, not installed, or not for this device.
+    Raises UserError: If torch cannot use the GPU (`check_gpu`), or if the environment names kernels that are unknown,
+    not installed, or not for this device.
     """
+    check_gpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_kernels(device)
     if dtype != "auto":

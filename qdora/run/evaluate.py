@@ -22,6 +22,7 @@ from qdora.evaluation.harness import evaluate_harness, find_harness_tasks, harne
 from qdora.evaluation.perplexity import read_texts, text_perplexity
 from qdora.evaluation.suite import compare_table, evaluate
 from qdora.files.console import bar, consoles
+from qdora.files.nvidia_driver import check_gpu
 from qdora.files.run_directory import open_run, unharmed
 from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
@@ -184,6 +185,7 @@ def evaluate_target(
         UserError: Options that do not fit the target, unknown tasks, or what `load_target` refuses.
     """
     options.check(target)
+    check_gpu()
     if not is_run(target):
         resolve(target, weights=False, setting="eval")  # a wrong name is found before the data is read or fetched
         if lacking := options.faults_of_data(target):

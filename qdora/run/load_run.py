@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.data.chat_template import set_chat_date, set_chat_settings
 from qdora.errors import UserError, not_one_of
+from qdora.files.nvidia_driver import check_gpu
 from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
 from qdora.model.adapter_file import CONFIG_FILE, load_adapter
 from qdora.model.build_model import Compute, choose_compute, find_model, put_adapters, token_ids
@@ -82,11 +83,11 @@ def load_run(
     recipe = recipe_of_run(run.recipe_file)
     if widened:
         recipe = override(recipe, ["model.dtype=float32", "model.attention=auto"])
+    compute = choose_compute(recipe.model.dtype)
     trained, state = trained_state(run, recipe, step)
     source, tokenizer = find_model(recipe)
     check_base(run, source)
     set_chat_date(tokenizer, chat_date_of(path))
-    compute = choose_compute(recipe.model.dtype)
     if original:
         recipe = with_settings(recipe, base={"quant": "none"})
         if recipe.model.attention == "flash_attention_2":  # which the checkpoint's dtype may not have
@@ -165,6 +166,7 @@ def load_target(
         raise UserError(f"{verb}: --step and --base are used only with a run, got {target}. Fix: remove them.")
     if quant not in (None, *_QUANTS):
         raise UserError(not_one_of("--quant", quant, _QUANTS))
+    check_gpu()  # before a download
     source = resolve(target, setting=verb)
     compute = choose_compute("auto")
     tokenizer = load_tokenizer(source, setting=verb)

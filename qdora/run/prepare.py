@@ -113,6 +113,7 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     faults = missing_files(recipe, where)
     if faults:
         raise UserError(*faults)
+    compute = choose_compute(recipe.model.dtype)
     # Without a plan the weights are fetched first: a missing model fails before the data is read.
     source = find_source(recipe, weights=recipe.memory.budget is None)
     tokenizer_source = find_tokenizer_source(recipe, source)
@@ -128,7 +129,6 @@ def prepare(recipe: Recipe, directory: Path, processes: Processes, *, where: str
     loader = make_loader(recipe, mix, tokenizer, processes.rank, processes.size)
     num_steps = num_steps_of(recipe, loader)
     mix_plan = plan_mix(mix, loader, num_steps)
-    compute = choose_compute(recipe.model.dtype)
     unscored = processes.first(lambda: _scoring_faults(recipe, validation, num_steps, tokenizer, positions_of(config)))
     unscored = processes.gather(unscored)[0]
     _check(recipe, compute, validation, num_steps, loader, config=config, faults=unscored)

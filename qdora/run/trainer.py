@@ -47,6 +47,9 @@ from qdora.train.step_checks import BadSteps, MissingGradientCheck
 
 logger = logging.getLogger("qdora")
 
+LARGE = 10**9
+"""Base weights from which a run on a CPU is said to be slow."""
+
 
 def fresh_state(active: ActiveRun, evaluated: Mapping[str, Sequence[Example]]) -> TrainingState:
     """The state before step 1. The first process sends its adapters to all processes.
@@ -82,6 +85,8 @@ def fresh_state(active: ActiveRun, evaluated: Mapping[str, Sequence[Example]]) -
     counts = describe_adapters(active.model)
     shown = (f"{counts['num_trainable']:,}", f"{counts['num_layers']:,}")
     logger.info("Training %s parameters on %s adapted layers.", *shown)
+    if active.model.device.type == "cpu" and counts["num_adapted"] > LARGE:
+        logger.info("This machine has no GPU: %.1f billion weights are slow on its CPU.", counts["num_adapted"] / 1e9)
     return TrainingState(
         optimizer=optimizer,
         gates=gates,

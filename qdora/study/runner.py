@@ -30,6 +30,7 @@ from qdora.files.access_tokens import masked
 from qdora.files.atomic import atomic_directory, disk_failures
 from qdora.files.console import consoles, duration, shows_bars
 from qdora.files.json_file import read_json_object
+from qdora.files.nvidia_driver import check_gpu
 from qdora.files.run_directory import RunDirectory
 from qdora.memory.failed_allocation import free_memory
 from qdora.model.build_model import find_model
@@ -111,6 +112,7 @@ def study_run(
     shard_of([], shard)
     if dry_run:
         return _outlook(expander, directory, shard, progress=progress, results=results)
+    check_gpu()
     with disk_failures(directory):
         store = StudyDirectory(directory, retries=expander.study.retries)
         known = Results(store, expander.study)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qdora.errors import first_line
-from qdora.files.environment import has_limited_cuda
+from qdora.files.nvidia_driver import CONCURRENT_MANAGED_ACCESS, device_attribute
 from qdora.memory.failed_allocation import is_out_of_memory
 from qdora.ops.planned_device import is_planning
 from qdora.ops.split_float import join_float32, split_float32_
@@ -277,8 +277,12 @@ def _inner_optimizer(
 
 
 def can_page(parameter: Tensor) -> bool:
-    """Whether the states of a parameter can be paged: the host writes pages while kernels run."""
-    return parameter.device.type == "cuda" and not has_limited_cuda()
+    """Whether the states of a parameter can be paged: bitsandbytes ends the process where they cannot.
+
+    Assumed where no driver answers: a plan on a machine without a GPU.
+    """
+    device = parameter.device
+    return device.type == "cuda" and device_attribute(CONCURRENT_MANAGED_ACCESS, device.index or 0) != 0
 
 
 def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter, pages: list[Tensor]) -> dict[str, Any]:
