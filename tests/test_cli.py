@@ -494,7 +494,17 @@ def test_the_allocator_is_set_before_torch_is_imported_and_only_to_compute(
     assert [line for line in done.stdout.splitlines() if line.startswith(("driver", "torch "))] == wanted
 
 
-# ------------------------------------------------------------------------------------------------ a GPU without use
+# ------------------------------------------------------------------------------------------------ the CPU or a GPU
+
+
+@pytest.mark.parametrize("limit, said", [(10**9, False), (10**4, True)])
+def test_a_large_model_on_a_cpu_is_said_to_be_slow(
+    limit: int, said: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qdora.run.trainer.LARGE", limit)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = invoke("train", root / "recipe.yaml", "--run-dir", tmp_path / "run")
+    assert ("slow on a CPU.\n" in found.stderr) is said
 
 
 @pytest.fixture
@@ -522,6 +532,11 @@ def test_what_computes_does_not_take_the_cpu_silently(verb: str, root: Path, tmp
     assert found.stdout == ""
     assert sorted(root.rglob("*")) == before
     assert [each.name for each in tmp_path.iterdir()] == ["root"]
+
+
+@pytest.mark.usefixtures("idle_gpu")
+def test_an_evaluation_is_refused_before_it_reads_data(root: Path) -> None:
+    assert "torch cannot use the NVIDIA GPU" in invoke("eval", root / "run", "--text", "nowhere.txt").stderr
 
 
 @pytest.mark.usefixtures("idle_gpu")
@@ -572,7 +587,7 @@ def test_the_quick_start_takes_the_cpu_and_says_why(tmp_path: Path) -> None:
     scripts = {
         "scripts/setup": "",
         ".venv/bin/python": f'exec {sys.executable} -c "{here}; $2"',
-        ".venv/bin/qdora": f'mkdir -p {out} {out}-merged.tmp; echo "[${{CUDA_VISIBLE_DEVICES-unset}}]" >> {tmp_path}/log',
+        ".venv/bin/qdora": f'mkdir -p {out} {out}-merged.tmp; echo "[${{CUDA_VISIBLE_DEVICES-no}}]" >> {tmp_path}/log',
     }
     for name, text in scripts.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")

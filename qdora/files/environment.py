@@ -44,7 +44,7 @@ def environment() -> dict[str, Any]:
 
 
 def package_versions(names: tuple[str, ...]) -> dict[str, str | None]:
-    """Version of each package, None if it is not installed; imports none of them."""
+    """Version of each package, None if it is not installed; imports none."""
     return {name: _package_version(name) for name in names}
 
 

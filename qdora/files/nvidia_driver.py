@@ -34,11 +34,8 @@ def device_attribute(number: int, device: int = 0) -> int | None:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    failed = (
-        cuda.cuInit(0)
-        or cuda.cuDeviceGet(ctypes.byref(handle), device)
-        or cuda.cuDeviceGetAttribute(ctypes.byref(value), number, handle)
-    )
+    failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(handle), device)
+    failed = failed or cuda.cuDeviceGetAttribute(ctypes.byref(value), number, handle)
     return None if failed else value.value
 
 

@@ -58,7 +58,9 @@ def report_text(found: dict[str, Any]) -> str:
     ]
     versions = [f"{name} {version}" for name, version in found["packages"].items() if version]
     works = [f"{name} {'fails' if error else 'works'}" for name, error in found["bitsandbytes"].items()]
-    unused = f"none that torch can use, compute capability {found['capability']}" if found["capability"] else "none"
+    unused = "none"
+    if found["unused_gpu"] is not None:
+        unused = f"none that torch can use, compute capability {found['capability'] or 'unknown'}"
     lines = {
         "qdora": f"{found['qdora']}, Python {found['python']}",
         "packages": ", ".join(versions),

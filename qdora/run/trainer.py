@@ -86,7 +86,7 @@ def fresh_state(active: ActiveRun, evaluated: Mapping[str, Sequence[Example]]) -
     shown = (f"{counts['num_trainable']:,}", f"{counts['num_layers']:,}")
     logger.info("Training %s parameters on %s adapted layers.", *shown)
     if active.model.device.type == "cpu" and counts["num_adapted"] > LARGE:
-        logger.info("This machine has no GPU: %.1f billion weights are slow on its CPU.", counts["num_adapted"] / 1e9)
+        logger.info("Training on %.1f billion weights is slow on a CPU.", counts["num_adapted"] / 1e9)
     return TrainingState(
         optimizer=optimizer,
         gates=gates,
