@@ -536,7 +536,7 @@ def test_what_computes_does_not_take_the_cpu_silently(verb: str, root: Path, tmp
 
 @pytest.mark.usefixtures("idle_gpu")
 def test_an_evaluation_is_refused_before_it_reads_data(root: Path) -> None:
-    assert "torch cannot use the NVIDIA GPU" in invoke("eval", root / "run", "--text", "nowhere.txt").stderr
+    assert "torch cannot use the NVIDIA GPU" in invoke("eval", root / "run", "-t", "nowhere").stderr
 
 
 @pytest.mark.usefixtures("idle_gpu")

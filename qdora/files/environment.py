@@ -29,6 +29,7 @@ def environment() -> dict[str, Any]:
     """Versions, machine and devices as JSON values, without names of the user, the host or the home directory."""
     import torch
 
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "qdora": __version__,
         "python": platform.python_version(),
@@ -38,7 +39,10 @@ def environment() -> dict[str, Any]:
         "memory_bytes": machine_memory_bytes(),
         "packages": package_versions(PACKAGES),
         "cuda": torch.version.cuda,
-        "devices": devices(),
+        "devices": [
+            {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_bytes": gpu.total_memory}
+            for gpu in map(torch.cuda.get_device_properties, range(num_devices))
+        ],
         "variables": {name: masked(os.environ[name]) for name in VARIABLES if name in os.environ},
     }
 
@@ -96,17 +100,6 @@ def machine_memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
-
-
-def devices() -> list[dict[str, Any]]:
-    """The CUDA devices that torch sees: name, compute capability, memory in bytes."""
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [
-        {"name": each.name, "capability": f"{each.major}.{each.minor}", "memory_bytes": each.total_memory}
-        for each in map(torch.cuda.get_device_properties, range(count))
-    ]
 
 
 def cpu_has_bfloat16() -> bool:
