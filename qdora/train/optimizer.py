@@ -101,7 +101,7 @@ class AdapterOptimizer:
         self.undecayed = frozenset(undecayed)
         self._groups = self._made_groups(self.parameters, [])
         if name.startswith("paged") and not is_planning() and not any(can_page(p) for p in self.parameters.values()):
-            why = "the driver has no pages here" if torch.cuda.is_available() else "no CUDA here"
+            why = "the driver cannot page" if torch.cuda.is_available() else "no CUDA here"
             logger.info("%s: %s, so its states are not paged; the arithmetic is the same.", name, why)
 
     @torch.no_grad()
