@@ -40,7 +40,6 @@ from tables.settings import settings
 from tables.streaming import disk_residency, stream_schedule
 from tables.study import error_adapters, pruning, study, study_changes, study_nulls
 from tables.times import (
-    compile_time,
     expert_cost,
     host_time,
     layer_time,
@@ -104,7 +103,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "expert_cost": expert_cost,
     "wait_policy": wait_policy,
     "one_micro_batch": one_micro_batch,
-    "compile_time": compile_time,
     "triton_kernels": triton_kernels,
     "triton_estimate": triton_estimate,
     "cards": cards,

@@ -76,24 +76,6 @@ def test_one_micro_batch(tmp_path: Path) -> None:
     assert all(seconds > 0 for each in result["parts"]["norms and operands"].values() for seconds in each)
 
 
-@pytest.mark.timeout(1200)  # a compiler for C++ runs
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler for CPUs needs one for C++")
-def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = smoke(tmp_path, "compile_time.py", "--checkpointing", "on", seconds=1100)
-    assert result["passes"]
-    (case,) = result["cases"].values()
-    assert case["num_compilations"] == 2
-    assert {len(each) for each in case["losses"].values()} == {8}  # two first steps, and three rounds of two
-    assert 0 < case["largest_loss_difference"] < 0.02
-    assert all(step["compiled / eager"]["median"] > 0 for step in case["steps"].values())
-    (tmp_path / "result.json").rename(tmp_path / "compile_time.json")
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setattr(importlib.import_module("tables.table"), "RESULTS", tmp_path)
-    lines = importlib.import_module("tables.times").compile_time().splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:4]] == [f"| {name}, checkpointing on" for name in case["steps"]]
-    assert lines[-1].endswith("Target for the compilations: met.")
-
-
 def test_roofline(tmp_path: Path) -> None:
     result = smoke(tmp_path, "roofline.py")
     assert result["passes"]

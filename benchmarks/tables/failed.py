@@ -9,6 +9,7 @@ from tables.table import markdown, read
 _SHORT = {
     "PCGrad": "Projecting conflicting gradients of tasks (PCGrad) does not measurably lower the average loss",
     "a rank for each layer": "None of four ways to choose a rank for each layer lowers the loss measurably",
+    "blocks compiled with": "Compiled blocks (`train.compile`) save little on a CPU, and nothing is known of GPUs",
     "8-bit AdamW states on CPU": "8-bit optimizer states slow a CPU down; `train.optimizer: adamw` is faster there",
 }
 """Beginnings of the rows that a user of a recipe may ask about -> what they mean."""
@@ -27,5 +28,6 @@ def failed_short() -> str:
 
 
 def _rows() -> list[list[str]]:
-    rows = [[row["tried"], row["instead"], row["figure"]] for row in read("tried")["rows"]]
-    return [*rows, *filter(None, (pcgrad_did_not_help(), ranks_that_did_not_help()))]
+    rows = [*read("tried")["rows"], *read("compiled_blocks")["rows"]]
+    found = [[row["tried"], row["instead"], row["figure"]] for row in rows]
+    return [*found, *filter(None, (pcgrad_did_not_help(), ranks_that_did_not_help()))]

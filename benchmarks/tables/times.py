@@ -150,28 +150,6 @@ def wait_policy() -> str:
     return markdown([*header, "sleeping / spinning", "chosen / spinning"], rows) + note
 
 
-def compile_time() -> str:
-    """Tokens a second with compiled blocks and without, what compiling took, and the compilations."""
-    document = read("compile_time")
-    rows = []
-    for mode, case in document["cases"].items():
-        first = case["first_steps_seconds"]
-        for name, step in case["steps"].items():
-            speeds = [step["num_tokens"] / step["step_seconds"][each]["median"] for each in ("eager", "compiled")]
-            row = [f"{name}, checkpointing {mode}", f"{step['num_tokens']:,}", *(f"{speed:.0f}" for speed in speeds)]
-            row += [_quartiles(step["compiled / eager"]), f"{max(0.0, first['compiled'] - first['eager']):.0f}"]
-            rows.append([*row, str(case["num_compilations"])])
-    most = max(case["largest_loss_difference"] for case in document["cases"].values())
-    header = ["step", "tokens", "uncompiled, tokens/s", "compiled, tokens/s", "compiled / uncompiled, time"]
-    note = (
-        f"\n{document['num_rounds']} rounds in turns, {document['num_threads']} threads; median and quartiles. "
-        f"*s to compile*: extra time of the first steps; the second model of a process reuses code from torch's cache. "
-        f"The losses of a step differ by at most "
-        f"{most:.2g}. Target for the compilations: {'met' if document['passes'] else 'missed'}.\n"
-    )
-    return markdown([*header, "s to compile", "compilations"], rows) + note
-
-
 def step_time() -> str:
     """Tokens a second, own QDoRA's time relative to each contender, and peaks, by checkpointing; pairs below."""
     document = read("step_time")

@@ -13,7 +13,7 @@ WITHOUT_EFFECT += ("train.micro_batch_tokens", "train.parallel")
 # What a resumed run may change. Learning rate, clipping and the treatment of bad steps and rows change the training's
 # numbers: changing them gets a run past a bad step or row.
 MAY_CHANGE: tuple[str, ...] = (*WITHOUT_EFFECT, "eval", "interference", "data.max_bad_rows", "model.attention")
-MAY_CHANGE += ("train.compile", "train.lr", "train.clip", "train.on_bad_step", "train.max_skips", "train.spike")
+MAY_CHANGE += ("train.lr", "train.clip", "train.on_bad_step", "train.max_skips", "train.spike")
 # What it may raise: a finished or stopped run is extended.
 MAY_RISE: tuple[str, ...] = ("train.steps", "train.epochs")
 

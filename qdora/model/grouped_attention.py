@@ -31,22 +31,14 @@ def fast_grouped_attention() -> AbstractContextManager[None]:
     That is on CUDA in float32, and on CUDA devices of a compute capability below 8.0 in any dtype; a plan for a GPU
     counts the same, for this machine's GPU if it has one, else for one of 8.0 or more. Elsewhere nothing changes.
     """
-    # Decided here: compiled blocks call what takes its place, and the compiler follows comparisons alone.
-    is_plan = device_kind(torch.device("cpu")) == "cuda"
-    kinds = ("cpu", "meta", "cuda") if is_plan else ("cuda",)
     is_old = torch.cuda.is_available() and torch.cuda.get_device_capability(None) < FLASH_CAPABILITY
     dtypes = () if is_old else FLASH_DTYPES
-    return replaced(sdpa_attention, _ASKS, lambda ask: partial(_leaves_to_torch, ask, kinds, dtypes))
+    return replaced(sdpa_attention, _ASKS, lambda ask: partial(_leaves_to_torch, ask, dtypes))
 
 
 def _leaves_to_torch(
-    ask: Callable[..., bool],
-    kinds: tuple[str, ...],
-    dtypes: tuple[torch.dtype, ...],
-    mask: Tensor | None,
-    key: Tensor,
-    *rest: Any,
+    ask: Callable[..., bool], dtypes: tuple[torch.dtype, ...], mask: Tensor | None, key: Tensor, *rest: Any
 ) -> bool:
-    """Whether torch repeats the keys: where transformers says so, but on a device of `kinds` only in `dtypes`, which
-    the flash kernel takes."""
-    return (key.device.type not in kinds or key.dtype in dtypes) and ask(mask, key, *rest)
+    """Whether torch repeats the keys: where transformers says so, but on CUDA only in `dtypes`, which the flash kernel
+    takes."""
+    return (device_kind(key.device) != "cuda" or key.dtype in dtypes) and ask(mask, key, *rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -25,7 +25,6 @@ from qdora.ops.dora import (
 from qdora.ops.frozen_product import product_dtype, without_graph_or_autocast
 from qdora.ops.gate import fold_gate
 from qdora.ops.low_rank_factors import rounded
-from qdora.ops.opaque_product import OpaqueOperands, opaque_adapted_linear, opaque_operands
 
 Kind = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian"]
@@ -58,8 +57,6 @@ class AdaptedLinear(nn.Module):
             one divided among processes, a masked adapter and blocks that cross rows have nothing to keep.
         keeps_copy: Training keeps a copy of the output for the gradient of the magnitude, because the model writes into
             the output (`model.inplace_outputs`).
-        opaque: What the product's opaque operator takes, while a compiled block runs (`train.compiled_blocks`); else
-            None.
         has_cancelled: Whether a row of the present norm has cancelled and is wrong: a bool on the device, which nobody
             has read yet (`norms_checked_later`); None if the norm is right.
     """
@@ -98,7 +95,6 @@ class AdaptedLinear(nn.Module):
         self.keeps_scales = True
         self.keeps_copy = False
         self.has_cancelled: Tensor | None = None
-        self.opaque: OpaqueOperands | None = None
         self._is_asked = False
         device = base.device
         first = torch.empty(shape_a, dtype=torch.float32)
@@ -138,8 +134,6 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
         dtype = product_dtype(x)
-        if self.opaque is not None and self.opaque.weight.dtype == dtype:
-            return opaque_adapted_linear(x, self.opaque, self.out_features, self.base.bias)
         operands = self.operands(dtype)
         if operands is not None and not self.training and without_graph_or_autocast(x):
             return adapted_product(x, self.base.stored_weight, self.base.bias, operands)
@@ -192,28 +186,6 @@ class AdaptedLinear(nn.Module):
     def may_keep_scales(self) -> bool:
         """Whether `keeps_scales` holds and the base is here, whole."""
         return self.keeps_scales and not self.base.away and self.base.share is None
-
-    def trained_tensors(self) -> tuple[Tensor, ...]:
-        """A, the gated B and for DoRA m: where the gradients of a product arrive."""
-        factors = self.lora_A, self.gated_B()
-        return factors if self.magnitude is None else (*factors, self.magnitude)
-
-    def opaque_operands(self, dtype: torch.dtype, stand_ins: Sequence[Tensor]) -> OpaqueOperands:
-        """What the opaque operator takes for products in `dtype`; the gradients flow to the `stand_ins` of the
-        `trained_tensors`."""
-        of_A, of_B, *of_m = stand_ins
-        prepared: Operands | tuple[Tensor, Tensor, Gain | None] | None = self.operands(dtype)
-        if prepared is None:
-            prepared = (self.lora_A, self.gated_B(), self.gain(dtype))
-        return opaque_operands(
-            self.base.stored_weight,
-            (of_A, of_B, of_m[0] if of_m else None),
-            prepared,
-            self.scaling,
-            dtype,
-            dropout=self.present_dropout,
-            keep_bits=self._mask_bits,
-        )
 
     @property
     def present_dropout(self) -> float:

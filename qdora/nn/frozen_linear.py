@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from qdora.nn.row_share import RowShare
 from qdora.ops.dora import squared_row_norm
-from qdora.ops.frozen_product import frozen_linear, product_dtype
-from qdora.ops.opaque_product import OpaqueWeight, opaque_frozen_linear
+from qdora.ops.frozen_product import frozen_linear
 from qdora.ops.packed import TENSOR_NAMES, PackedWeight, from_tensors
 from qdora.ops.sparsity import mask_from_bits
 from qdora.ops.tiles import Weight, dense_weight, wide_dtype
@@ -38,8 +37,6 @@ class FrozenLinear(nn.Module):
             False); None for a weight that was not pruned.
         residency: Brings the weight before it is read; None if it is always there.
         share: What this process holds of a weight that is divided among processes; None for a weight that is not.
-        opaque: What the product's opaque operator takes, while a compiled block runs (`train.compiled_blocks`); else
-            None.
         replaces: Name of the class of the model's own layer.
     """
 
@@ -52,7 +49,6 @@ class FrozenLinear(nn.Module):
         self.residency: Residency | None = None
         self.share: RowShare | None = None
         self.replaces = "Linear"
-        self.opaque: OpaqueWeight | None = None
         self._packed: PackedWeight | None = None
         if isinstance(weight, PackedWeight):
             self.kind: str = weight.kind
@@ -128,8 +124,6 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
-        if self.opaque is not None and self.opaque.dtype == product_dtype(x):
-            return opaque_frozen_linear(x, self.opaque, self.out_features, self.bias)
         return frozen_linear(x, self.stored_weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:

@@ -54,7 +54,6 @@ PEER_NAMES = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), "betas"),
     "adam_epsilon": "eps",
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), "parallel"),
-    "torch_compile": "compile",
     "seed": "train.seed",
     **dict.fromkeys(("logging_steps", "steps_per_report"), "log_every"),
     **dict.fromkeys(("save_steps", "save_every"), "checkpoint_every"),

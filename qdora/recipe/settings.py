@@ -430,8 +430,6 @@ class Recipe(Section):
             )
         if kind == "none" and self.train.steps != 0:
             yield "train.steps", f"must be 0 with adapter.kind none, which trains nothing, got {self.train.steps}."
-        if kind == "none" and self.train.compile:
-            yield "train.compile", "must be false with adapter.kind none, which trains nothing, got true."
         if kind == "none" and self.train.router_aux_loss:
             what = f"must be 0 with adapter.kind none, which trains nothing, got {self.train.router_aux_loss:g}."
             yield "train.router_aux_loss", what
@@ -531,7 +529,6 @@ class Recipe(Section):
             "adapter.init loftq, which reads whole weights": self.adapter.init == "loftq",
             f"base.residency {self.base.residency}": self.base.residency != "device",
             "memory.host_embeddings, since each process holds a part of them": self.memory.host_embeddings,
-            "train.compile, whose blocks read whole weights": self.train.compile,
         }
         for why, found in refused.items():
             if found:

@@ -83,10 +83,6 @@ class TrainConfig(Section):
     spike: Factor | None = None
     """A loss is a spike if it is more than this many times the median of the last 32 applied steps (at least 8)
     (null: no loss is a spike)."""
-    compile: Flag = False
-    """Compile the transformer blocks with torch.compile, which fuses norms, rotary embeddings and activations; the
-    first steps take minutes longer. Needs Triton on a GPU and a C++ compiler on a CPU; not for mixtures of experts. See
-    the guide runs."""
     seed: Seed = 0
     """Seed of the initial lora_A and of dropout."""
     log_every: Whole = 1

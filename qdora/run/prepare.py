@@ -63,7 +63,6 @@ from qdora.run.recorded_base import base_record, pinned
 from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks, repeated_checks
 from qdora.run.step_evaluations import selection_faults
 from qdora.run.task_conflicts import interference_faults
-from qdora.train.compiled_blocks import missing_compiler
 from qdora.train.distributed import Processes
 from qdora.train.router_loss import check_router_loss
 from qdora.train.task_weights import task_weight_faults
@@ -332,9 +331,6 @@ def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
         faults.append(
             "model.dtype: got float16, must be bfloat16 or float32 with adapter.kind full, which trains the weights."
         )
-    missing = missing_compiler(compute.device) if recipe.train.compile else None
-    if missing is not None:
-        faults.append(f"train.compile: must be false without {missing}.")
     if recipe.base.residency == "host" and compute.device.type != "cuda":
         faults.append(NO_GPU)
     if recipe.base.residency == "disk" and compute.device.type != "cpu":

@@ -29,7 +29,6 @@ from qdora.run.recorded_base import with_revisions_of
 from qdora.run.run_page import leave_page
 from qdora.run.start_checks import check_model
 from qdora.run.trainer import Trainer
-from qdora.train.compiled_blocks import compiled_blocks
 from qdora.train.distributed import Processes, processes_of_launch, seed_of
 from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest, stop_on_signal
@@ -102,8 +101,6 @@ def train_run(
             sources=prepared.loader.tokenised,
             tokenizer=prepared.tokenizer,
         )
-        if prepared.recipe.train.compile:
-            stack.enter_context(compiled_blocks(model))
         active = ActiveRun(
             recipe=prepared.recipe,
             directory=run,
