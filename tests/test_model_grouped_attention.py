@@ -83,7 +83,7 @@ def test_a_plan_counts_the_repeated_keys(monkeypatch: pytest.MonkeyPatch) -> Non
     for repeats in (True, False):
         memory_plan._latest.clear()
         if not repeats:
-            leave = lambda ask, kinds, dtypes, *rest: ask(*rest)  # noqa: E731
+            leave = lambda ask, dtypes, *rest: ask(*rest)  # noqa: E731
             monkeypatch.setattr("qdora.model.grouped_attention._leaves_to_torch", leave)
         found[repeats] = max(each.num_bytes for each in plan(recipe, config=config).moments if each.phase == "forward")
     memory_plan._latest.clear()
