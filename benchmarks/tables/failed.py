@@ -9,7 +9,7 @@ from tables.table import markdown, read
 _SHORT = {
     "PCGrad": "Projecting conflicting gradients of tasks (PCGrad) does not measurably lower the average loss",
     "a rank for each layer": "None of four ways to choose a rank for each layer lowers the loss measurably",
-    "blocks compiled with": "Compiling the blocks (`torch.compile`) saves little on a CPU, and nothing is known of GPUs",
+    "blocks compiled": "Compiling the blocks (`torch.compile`) saves little on a CPU, and nothing is known of GPUs",
     "8-bit AdamW states on CPU": "8-bit optimizer states slow a CPU down; `train.optimizer: adamw` is faster there",
 }
 """Beginnings of the rows that a user of a recipe may ask about -> what they mean."""
