@@ -33,6 +33,7 @@ from qdora.ops.packed import quantize
 from qdora.ops.tiles import dense_weight
 from qdora.recipe.recipe_file import settings
 from qdora.run.load_run import load_run
+from qdora.study import cluster_jobs
 from qdora.study import runner as study_verb
 from qdora.study.report import read_report
 from qdora.study.runner import study_run
@@ -289,7 +290,7 @@ def test_the_command_checks_before_it_runs(root: Path, tmp_path: Path) -> None:
 
 def test_jobs_are_started_with_the_same_study(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
-    monkeypatch.setattr(study_verb, "submit_jobs", lambda *a, **k: started.append((a, k)) or [])
+    monkeypatch.setattr(cluster_jobs, "submit_jobs", lambda *a, **k: started.append((a, k)) or [])
     found = CliRunner().invoke(
         app, ["study", str(write_study(root)), "--dir", str(tmp_path), "--jobs", "3", "--job-option", "timeout_min=9"]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -564,6 +565,49 @@ def test_ctrl_c_under_torchrun_saves_and_goes_on(root: Path, tmp_path: Path) -> 
     newest = open_run(run).newest_checkpoint()
     assert newest is not None
     assert newest.step == len(lines(run))
+
+
+@pytest.mark.slow
+def test_the_slurm_script_of_the_guide_saves_requeues_and_resumes(root: Path, tmp_path: Path) -> None:
+    """With programs that stand in for SLURM's, on two CPU processes."""
+    guide = (Path(__file__).parent.parent / "qdora/guide/several-gpus.md").read_text()
+    script = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", guide, re.DOTALL)[0]
+    programs = {
+        "srun": 'exec "${@:2}"',  # without --cpus-per-task
+        "scontrol": 'if [ $1 = show ]; then echo localhost; else echo "$@" >> requeued; fi',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "mine.yaml").write_text(resolved_yaml(recipe(root, train__steps=60, train__checkpoint_every=...)))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        (tmp_path / "job.sh").write_text(script.replace("29500", str(free.getsockname()[1])))
+    variables = {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        **dict.fromkeys(("SLURM_NNODES", "SLURM_CPUS_PER_TASK"), "1"),
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "here",
+    }
+    run, began = tmp_path / "runs/mine", time.monotonic()
+    job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=os.environ | variables)
+    while not (run / "metrics.jsonl").exists():
+        assert job.poll() is None
+        assert time.monotonic() - began < 200
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    job.wait(90)
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    newest = open_run(run).newest_checkpoint()
+    assert newest is not None
+    assert 0 < newest.step < 60
+    subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=os.environ | variables, check=True, timeout=280)
+    assert f"Continuing from {newest.path.relative_to(tmp_path)}" in (run / "log.txt").read_text()
+    assert [line["step"] for line in lines(run)] == list(range(1, 61))
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
 def mesh_on_gpus(rank: int) -> None:

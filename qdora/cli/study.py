@@ -35,9 +35,9 @@ def study(
 
     Any number of processes can work on one study. The same command continues an interrupted study.
     """
-    from qdora.study.runner import study_run, submit_study
-
     if jobs is not None:
+        from qdora.study.cluster_jobs import submit_study
+
         if shard is not None or dry_run or retry_failed:
             raise UserError(
                 "--jobs: is not used with --shard, --dry-run or --retry-failed: its processes share all cells. "
@@ -47,6 +47,8 @@ def study(
         return
     if cluster is not None or job_option:
         raise UserError("--cluster, --job-option: are used only with --jobs. Fix: add --jobs.")
+    from qdora.study.runner import study_run
+
     try:
         found = study_run(study, directory, shard=shard, retry_failed=retry_failed, dry_run=dry_run)
     except Interrupted as stopped:  # its cell goes on where it was

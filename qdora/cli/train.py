@@ -22,10 +22,6 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start even if the plan exceeds memory.budget.")] = False,
-    submit: Annotated[
-        str | None,
-        typer.Option(metavar="KEY=VALUE,...", help="Submit a job and end: nodes=2,gpus=8,timeout_min=600."),
-    ] = None,
 ) -> None:
     """Train a recipe: load the base, train, evaluate, save.
 
@@ -39,13 +35,6 @@ def train(
             raise UserError(f"{recipe}: is a run. Fix: continue it with --resume, or start another one from {own}.")
         run_dir, recipe = run_dir or Path(recipe), str(own)
     directory = run_dir or Path("runs") / Path(recipe).stem
-    if submit is not None:
-        from qdora.run.cluster_jobs import submit_training
-
-        job = submit_training(recipe, set_ or [], directory, submit, resume=resume, force=force)
-        lines = [f"job {job['job']}: {job['num_processes']} processes", f"run: {job['run']}", f"logs: {job['logs']}"]
-        emit(job, plain="\n".join([*lines, f"command of each process: {job['command']}", ""]))
-        return
     if resume:
         from qdora.run.open_directory import resumed_recipe
 

@@ -49,8 +49,6 @@ logger = logging.getLogger("qdora")
 LOCK = ".lock"
 COMPLETE = "complete.json"
 PLAN_FILE = "plan.json"
-JOBS = "slurm"
-"""Folder of the output of jobs (run/cluster_jobs.py), which is there before the run."""
 _OTHER_PLACE = "choose another --run-dir"
 WARNING_MARK = "WARNING"
 """Begins the warnings among the lines of log.txt, behind the time."""
@@ -304,7 +302,7 @@ def create_run(path: Path, recipe: str, environment: Mapping[str, Any]) -> RunDi
         # Both files make it a run: whatever else is there, the run wrote before its first result. The environment is
         # written first, so a kill can leave it alone there.
         if not (run.recipe_file.exists() and run.environment_file.exists()):
-            known = {run.environment_file.name, LOCK, JOBS}
+            known = {run.environment_file.name, LOCK}
             others = sorted(
                 entry.name for entry in path.iterdir() if entry.name not in known and not is_leftover(entry)
             )

@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qdora.data.sources import has_split
-from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line, named, not_one_of
+from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line, named
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import atomic_directory, disk_failures
 from qdora.files.console import consoles, duration, shows_bars
@@ -39,7 +38,6 @@ from qdora.model.pruning import quantized_layers
 from qdora.recipe.recipe_file import missing_files, recipe_from, settings
 from qdora.recipe.settings import Recipe
 from qdora.run.adapter_step import adapter_step
-from qdora.run.cluster_jobs import CLUSTERS, job_executor, job_option
 from qdora.run.run_page import PAGE_FILE, leave_page
 from qdora.run.train import train_run
 from qdora.study.base_damage import base_damage
@@ -108,7 +106,7 @@ def study_run(
         RunFailure: Some cells were given up; all others are done.
     """
     progress, results = consoles(console)
-    expander, directory = _checked(file, directory)
+    expander, directory = checked_study(file, directory)
     shard_of([], shard)
     if dry_run:
         return _outlook(expander, directory, shard, progress=progress, results=results)
@@ -217,42 +215,8 @@ def notes_on(expander: Expander, known: Results) -> list[str]:
     return [*([] if equal is None else [equal]), *(never if reasons else []), *lacking]
 
 
-def submit_study(
-    file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str]
-) -> dict[str, Any]:
-    """Check a study and start `num_jobs` processes that run it together; `options` of submitit are key=value each."""
-    if cluster not in CLUSTERS:
-        raise UserError(not_one_of("--cluster", cluster, CLUSTERS))
-    expander, directory = _checked(file, directory)
-    known = Results(StudyDirectory(directory, retries=expander.study.retries), expander.study)
-    notes = notes_on(expander, known)
-    for note in notes:
-        consoles(None)[0].print(note)
-    cells_now(expander, known)
-    parameters = dict(job_option(option, "--job-option") for option in options)
-    command = [sys.executable, "-m", "qdora.cli", "study", str(file.resolve()), "--dir", str(directory)]
-    jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)
-    return {"directory": str(directory), "notes": notes, "jobs": [job.job_id for job in jobs]}
-
-
-def submit_jobs(
-    command: Sequence[str], directory: Path, num_jobs: int, *, cluster: str, parameters: Mapping[str, Any]
-) -> list[Any]:
-    """Start the same command several times through submitit; each process claims the next free cell of the study.
-
-    All jobs must see the study's directory under the same path; their output goes to slurm/ inside it. `cluster` and
-    `parameters` are those of `job_executor`, and so are its errors.
-    """
-    named = "--jobs", f"--cluster {cluster}", "--job-option"
-    wanted = {"name": "qdora-study", **parameters}
-    executor = job_executor(directory / "slurm" / "%j", cluster, wanted, options=named)
-    from submitit.helpers import CommandFunction
-
-    with executor.batch():
-        return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
-
-
-def _checked(file: Path, directory: Path | None) -> tuple[Expander, Path]:
+def checked_study(file: Path, directory: Path | None) -> tuple[Expander, Path]:
+    """The study of a file, with its directory. Raises UserError with the faults of all its recipes."""
     expander = Expander(load_study(file), str(file))
     cells = planned_cells(expander, None)
     faults = [fault for cell in cells.cells for fault in missing_files(cell.recipe, str(file))]

@@ -31,8 +31,6 @@ from qdora.files.live_process import has_ended, live_process
 
 PATIENCE = "QDORA_PATIENCE"
 """Environment variable: seconds after which a process that does not move is silent."""
-LOG = "QDORA_PROCESS_LOG"
-"""Environment variable: the file that has what a process prints, which the others then name."""
 
 _PATIENCE_SECONDS = 300.0
 # How long a process may take to end by itself after another's end, before its thread ends it: torch's collectives on
@@ -86,8 +84,7 @@ class ProcessWatch:
         self.ends_itself = False
         self._patience = patience_seconds()
         self._beat = min(1.0, self._patience / _LOOKS)
-        log = os.environ.get(LOG)
-        self._where = f"on {socket.gethostname()}" + ("" if log is None else f", its log: {log}")
+        self._where = f"on {socket.gethostname()}"
         self._place, self._num_beats = (0, 0), 0
         self._counts_passes = self._compares_passes = self._roll_call = False
         self._seen: dict[int, _Seen] = {}
