@@ -25,6 +25,8 @@ _LATER = {"model.tokenizer_revision": None}
 _LATER_OF_SOURCES = {"chat": False}
 """Settings, and those of a source, that were added after studies had been made, with the value that changes nothing: at
 this value they have no part in a key, so the cells of those studies stay done."""
+_GONE = {"train.compile": False}
+"""Settings that have left, with the value that the cells of kept studies had: it stays in their keys."""
 
 
 def key_of(recipe: Recipe) -> str:
@@ -34,7 +36,7 @@ def key_of(recipe: Recipe) -> str:
     their path only.
     """
     found = {key: value for key, value in flat(settings(recipe)).items() if not is_below(key, WITHOUT_EFFECT)}
-    decisive = _without(found, _LATER)
+    decisive = _without(found, _LATER) | _GONE
     decisive["data.mix"] = [_without(source, _LATER_OF_SOURCES) for source in decisive["data.mix"]]
     contents = {str(path): [_content(file) for file in files] for path, files in sorted(_files(recipe).items())}
     text = json.dumps([decisive, contents], sort_keys=True, ensure_ascii=False)
