@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.dora import gain, merged_weight, row_norm, squared_row_norm
+from qdora.ops.dora import merged_weight, row_norm, squared_row_norm
+from qdora.ops.packed import quantize
+from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, tiny
 
 
@@ -243,26 +245,40 @@ def test_row_norm_where_the_adapter_cancels_the_row(left: float) -> None:
     np.testing.assert_allclose(got / scale, expected / scale, rtol=2e-5, atol=2e-7)
 
 
-def test_zero_rows_and_zero_magnitudes_give_zero_and_no_nan() -> None:
-    weight = torch.randn(5, 8, dtype=torch.float64)
-    weight[1] = 0
-    layer = AdaptedLinear(FrozenLinear(weight), rank=2, dtype=torch.float64)
+def test_zero_rows_of_an_nf4_base_train_and_merge_by_the_formula() -> None:
+    """g = 0 in a zero row of W + s B A (row 1, which stays zero), not in row 7, whose B moved, nor where m = 0 (row 3)."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 64, generator=generator)
+    weight[[1, 7]] = 0
+    layer = AdaptedLinear(FrozenLinear(quantize(weight, "nf4", 64, double_quant=True)), rank=2, dtype=torch.float32)
     tiny.move_all_parameters_(layer)
     assert layer.magnitude is not None
     with torch.no_grad():
-        layer.lora_B[1] = 0
-        layer.magnitude[1] = 0
-        layer.magnitude[3] = 0  # a live row whose magnitude is zero still has a gradient
-    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
-    dy = torch.randn(4, 5, dtype=torch.float64)
-    y = layer(x)
-    y.backward(dy)
-    grads = reference.gradients(to_numpy(x), to_numpy(dy), **arrays(layer))
-    assert torch.equal(y[:, 1], torch.zeros(4, dtype=torch.float64))
-    np.testing.assert_allclose(to_numpy(layer.magnitude.grad), grads.magnitude, rtol=1e-10)
-    assert abs(float(layer.magnitude.grad[3])) > 1e-3  # type: ignore[index]
-    assert torch.isfinite(layer.merged_weight()).all()
-    assert torch.equal(gain(torch.zeros(1), torch.zeros(1)).value, torch.zeros(1))
+        layer.lora_B[1], layer.magnitude[1], layer.magnitude[3] = 0, 0, 0
+    x, dy = (torch.randn(4, size, generator=generator, requires_grad=True) for size in (64, 12))
+    fixed = {name: value for name, value in arrays(layer).items() if name in ("weight", "scaling")}
+    assert not fixed["weight"][[1, 7]].any()
+    start = {name: value for name, value in arrays(layer).items() if name not in fixed}
+    now, grads = start, {name: [] for name in start}
+    optimizer = AdapterOptimizer(dict(layer.named_parameters()), name="adamw")
+    for _ in range(3):
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y, [x], dy, retain_graph=True)
+        y.backward(dy)
+        expected = reference.gradients(to_numpy(x), to_numpy(dy), **fixed, **now)
+        np.testing.assert_allclose(to_numpy(y), reference.forward(to_numpy(x), **fixed, **now), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(to_numpy(dx), expected.x, rtol=1e-4, atol=1e-5)
+        for name, values in grads.items():
+            values.append(getattr(expected, name))
+            got = to_numpy(layer.get_parameter(name.replace("_a", "_A").replace("_b", "_B")).grad)
+            np.testing.assert_allclose(got, values[-1], rtol=1e-4, atol=1e-4)
+        optimizer.step(0.01)
+        optimizer.zero_grad()
+        now = {name: reference.adamw(start[name], values, 0.01) for name, values in grads.items()}
+    merged = to_numpy(layer.merged_weight())
+    np.testing.assert_allclose(merged, reference.merged_weight(**fixed, **now), rtol=1e-3, atol=1e-5)
+    assert [row for row in range(12) if not merged[row].any()] == [1]
+    assert now["magnitude"][3] != 0
 
 
 def test_a_live_row_of_magnitude_zero_has_its_gradient_in_bf16_too() -> None:
