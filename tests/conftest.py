@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, a folder for tiny runs."""
+"""What all tests share: one thread, no network, no GPU unless `-m gpu` asks for it, a folder for tiny runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
+from _pytest.mark.expression import Expression
 from hypothesis import HealthCheck, settings
 from matplotlib.figure import Figure
 
@@ -26,11 +26,32 @@ from matplotlib.figure import Figure
 settings.register_profile("qdora", suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("qdora")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
-# Tiny tensors: a second thread only waits for the first, and on a busy machine it waits long.
-torch.set_num_threads(1)
-# The first backward pass starts threads if autograd then counts a GPU, and processes forked later cannot compute
-# gradients. A CUDA build of torch without a GPU counts one as soon as a plan has made fake CUDA tensors.
-torch.ones(1, requires_grad=True).backward()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from this process and all that it starts, before torch is imported.
+
+    With a GPU, forks fail, numbers are not the CPU's, and processes share one card.
+    """
+    if not asks_for_gpu(config.option.markexpr):
+        os.environ.update(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+    import torch
+
+    # Tiny tensors: a second thread only waits for the first, and on a busy machine it waits long.
+    torch.set_num_threads(1)
+    # The first backward pass starts threads if autograd then counts a GPU, and processes forked later cannot compute
+    # gradients. A CUDA build of torch without a GPU counts one as soon as a plan has made fake CUDA tensors.
+    torch.ones(1, requires_grad=True).backward()
+
+
+def asks_for_gpu(expression: str) -> bool:
+    """Whether `-m expression` selects some tests because of their mark `gpu`."""
+    expressed = Expression.compile(expression or "other")
+
+    def selects(gpu: bool, others: bool) -> bool:
+        return expressed.evaluate(lambda mark: gpu if mark == "gpu" else others)
+
+    return any(selects(True, others) and not selects(False, others) for others in (False, True))
 
 
 def pytest_collection_finish() -> None:
