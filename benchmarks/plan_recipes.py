@@ -27,8 +27,9 @@ from qdora.recipe.settings import Recipe
 GIB = 2**30
 CARD = "40GB"
 """Budget of the recipes that state none."""
-MIXTURES = ("qwen3-30b-a3b-24gb", "gpt-oss-20b-24gb")
-RECIPES = ("commonsense-8b-40gb", "commonsense-13b-40gb", *MIXTURES, "llama-8b-8gb", "qwen-32b-24gb", "llama-70b-40gb")
+MIXTURES = ("qwen3-30b-a3b-24gb", "gpt-oss-20b-24gb", "qwen3-30b-a3b-8gb")
+STREAMED = ("llama-8b-8gb", "qwen-32b-24gb", "llama-70b-40gb")
+RECIPES = ("commonsense-8b-40gb", "commonsense-13b-40gb", *MIXTURES, *STREAMED)
 SEVERAL = {"llama-70b-2x24gb": 2, "llama-405b-8x80gb": 8}
 """Cards of the recipes for several, which are one machine."""
 LARGEST = "Llama-3.1-405B"

@@ -24,7 +24,7 @@ def test_plan_recipes(tmp_path: Path) -> None:
     resident, streamed = list(result["plans"])[:4], list(result["plans"])[4:]
     assert resident == ["commonsense-8b-40gb", "commonsense-13b-40gb", "qwen3-30b-a3b-24gb", "gpt-oss-20b-24gb"]
     several = ["llama-70b-2x24gb", "llama-405b-8x80gb"]
-    assert streamed == ["llama-8b-8gb", "qwen-32b-24gb", "llama-70b-40gb", *several]
+    assert streamed == ["qwen3-30b-a3b-8gb", "llama-8b-8gb", "qwen-32b-24gb", "llama-70b-40gb", *several]
     streamed.remove("llama-405b-8x80gb")
     resident.append("llama-405b-8x80gb")
     ways = {name: [way["way"] for way in result["plans"][name]["ways"]] for name in several}

@@ -75,7 +75,7 @@ def test_every_shipped_recipe_is_read_and_its_resolved_form_is_the_same_recipe()
     names = recipe_names()
     sized = ["chat-8b-40gb", *(f"commonsense-{size}-40gb" for size in ("13b", "7b", "8b"))]
     large = ["gpt-oss-20b-24gb", "llama-405b-8x80gb", "llama-70b-2x24gb", "llama-70b-40gb", "llama-8b-8gb"]
-    qwen = ["qwen-32b-24gb", "qwen3-30b-a3b-24gb"]
+    qwen = ["qwen-32b-24gb", "qwen3-30b-a3b-24gb", "qwen3-30b-a3b-8gb"]
     assert names == [*sized, *large, "own-data", "paper-dora-llama", "quickstart", *qwen, "tiny"]
     for name in names:
         recipe = load_recipe(name)
