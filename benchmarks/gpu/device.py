@@ -8,13 +8,14 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import alternating, spread
 
 CARD_40GB_BYTES = int(38.9 * 2**30)
 """What torch may allocate on a 40 GB card: the A100 40GB shows 39.4 GiB, of which a CUDA context takes about 0.5."""
@@ -30,18 +31,6 @@ class Sample:
     host_seconds: float
 
 
-NO_GPU = "gpu_suite: torch sees no CUDA device; --smoke runs everything on the CPU with tiny shapes."
-
-
-def pick(smoke: bool) -> torch.device:
-    """The first GPU, or the CPU for a dry run."""
-    if smoke:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise SystemExit(NO_GPU)
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything."""
     if device.type == "cuda":
@@ -49,23 +38,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def timed(device: torch.device, function: Callable[[], Any], calls: int = 1) -> Sample:
-    """Time per call of `calls` calls in a row: on a GPU between two CUDA events, so that the host may run ahead."""
+    """Time per call of `calls` calls in a row: the host may run ahead of a GPU."""
     synchronize(device)
-    if device.type != "cuda":
-        began = time.perf_counter()
-        for _ in range(calls):
-            function()
-        seconds = (time.perf_counter() - began) / calls
-        return Sample(seconds, seconds)
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     began = time.perf_counter()
-    first.record()
     for _ in range(calls):
         function()
-    last.record()
     host = time.perf_counter() - began
-    last.synchronize()
-    return Sample(first.elapsed_time(last) / 1000 / calls, host / calls)
+    synchronize(device)
+    return Sample((time.perf_counter() - began) / calls, host / calls)
 
 
 def calls_for(device: torch.device, function: Callable[[], Any], seconds: float) -> int:
@@ -74,36 +54,43 @@ def calls_for(device: torch.device, function: Callable[[], Any], seconds: float)
     return max(1, min(100, round(seconds / max(timed(device, function, 2).seconds, 1e-9))))
 
 
-def reset_peak(device: torch.device) -> None:
-    """Give cached memory back and start the peak anew."""
+def in_turns(
+    device: torch.device, functions: Mapping[str, Callable[[], Any]], rounds: int, seconds: float
+) -> dict[str, list[Sample]]:
+    """Samples of about `seconds` each (0: of one call) of all functions, which alternate."""
+    calls = {name: calls_for(device, function, seconds) for name, function in functions.items()}
+    readings = {name: lambda f=function, n=calls[name]: timed(device, f, n) for name, function in functions.items()}
+    return alternating(readings, rounds, warmup=0)
+
+
+def spreads(samples: Mapping[str, list[Sample]]) -> dict[str, dict[str, float]]:
+    """Median and quartiles of the seconds of each, and the median of the host's."""
+    return {
+        name: spread([each.seconds for each in found])
+        | {"host_median": spread([each.host_seconds for each in found])["median"]}
+        for name, found in samples.items()
+    }
+
+
+def free(device: torch.device) -> None:
+    """Drop what only cycles still hold, as PEFT's layers do, give cached memory back, and start the peak anew."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def free(device: torch.device) -> None:
-    """Drop what only cycles still hold, as PEFT's layers do, and give cached memory back."""
-    gc.collect()
-    reset_peak(device)
-
-
-def held_bytes(device: torch.device) -> int:
-    """Bytes allocated now; on a CPU the resident set's peak, which stands in for it in a dry run."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _peak_resident_bytes()
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most bytes allocated since `reset_peak`; on a CPU the peak of the process."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident_bytes()
-
-
-def reserved_bytes(device: torch.device) -> int:
-    """Most bytes that the allocator took from the card since `reset_peak`: what must fit beside the CUDA context."""
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else _peak_resident_bytes()
-
-
-def _peak_resident_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes held now, the most since `free`, and the most that the allocator took from the card, which must fit beside
+    the CUDA context. On a CPU the peak of the resident set stands in for all."""
+    if device.type != "cuda":
+        return dict.fromkeys(("held", "peak", "reserved"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    cuda = torch.cuda
+    return {
+        "held": cuda.memory_allocated(device),
+        "peak": cuda.max_memory_allocated(device),
+        "reserved": cuda.max_memory_reserved(device),
+    }
 
 
 def limit_memory(device: torch.device, num_bytes: int) -> float | None:
@@ -119,8 +106,8 @@ def limit_memory(device: torch.device, num_bytes: int) -> float | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's memory was exhausted, also where a library says so in words."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+    """Whether the device's memory was exhausted; a run that fails of it says so in words."""
+    return "out of memory" in str(error).lower()
 
 
 @contextmanager

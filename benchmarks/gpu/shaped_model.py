@@ -14,27 +14,25 @@ from random_weights import RandomWeights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gpu import device as on
 from qdora.model.inject import replace_module
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.host_embedding import HostEmbedding
 from qdora.ops.packed import PackedWeight
 
 
 class Weights:
-    """The packed weights of a model's layers, made when they are asked for and then kept, to be shared by models."""
+    """The weights of a model by their paths, made when they are asked for and then kept, to be shared by models."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._random = RandomWeights(device)
-        self._kept: dict[str, PackedWeight] = {}
+        self._packed: dict[str, PackedWeight] = {}
         self._dense: dict[str, Tensor] = {}
 
     def packed(self, path: str, shape: tuple[int, int]) -> PackedWeight:
         """NF4 with double quantisation, (out, in)."""
-        if path not in self._kept:
-            self._kept[path] = self._random.packed(shape, len(self._kept))
-        return self._kept[path]
+        if path not in self._packed:
+            self._packed[path] = self._random.packed(shape, len(self._packed))
+        return self._packed[path]
 
     def dense(self, path: str, shape: tuple[int, ...]) -> Tensor:
         """bf16: an embedding, a head or a norm."""
@@ -42,49 +40,24 @@ class Weights:
             self._dense[path] = self._random.dense(shape)
         return self._dense[path]
 
-    def forget_from(self, layer: int) -> None:
-        """Let go of the weights of this layer and all after it."""
-        for kept in (self._kept, self._dense):
-            for path in [path for path in kept if path.startswith("layers.") and int(path.split(".")[1]) >= layer]:
-                del kept[path]
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all weights that were made."""
-        dense = sum(tensor.numel() * tensor.element_size() for tensor in self._dense.values())
-        return dense + sum(packed.num_bytes for packed in self._kept.values())
-
-
-def build(settings: dict[str, Any], weights: Weights, engine: str, *, embedding_on_host: bool = False) -> Any:
-    """A frozen causal LM on the device.
+def build(settings: dict[str, Any], weights: Weights, engine: str) -> Any:
+    """A frozen causal LM on the device: FrozenLinear ("own") or bitsandbytes' Linear4bit ("peft") on one set of bytes.
 
     Args:
         settings: Of a LlamaConfig.
-        engine: "own" (FrozenLinear) or "peft" (bitsandbytes' Linear4bit), on the bytes of `weights`.
-        embedding_on_host: The input embedding stays in host memory.
-    Raises:
-        torch.OutOfMemoryError: With `num_layers`, how many layers were filled, as its last argument.
     """
     config = LlamaConfig(**settings, tie_word_embeddings=False, use_cache=False)
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    if embedding_on_host:
-        table = RandomWeights(torch.device("cpu")).dense((config.vocab_size, config.hidden_size))
-        model.set_input_embeddings(HostEmbedding(table, weights.device))
-    else:
-        model.model.embed_tokens.weight = _frozen(weights.dense("embedding", model.model.embed_tokens.weight.shape))
+    model.model.embed_tokens.weight = _frozen(weights.dense("embedding", model.model.embed_tokens.weight.shape))
     model.lm_head.weight = _frozen(weights.dense("head", model.lm_head.weight.shape))
     model.model.norm.weight = _frozen(weights.dense("norm", model.model.norm.weight.shape))
     for index, layer in enumerate(model.model.layers):
-        try:
-            _fill(layer, f"layers.{index}", weights, engine)
-        except RuntimeError as error:
-            if not on.is_out_of_memory(error):
-                raise
-            raise torch.OutOfMemoryError(f"out of memory in layer {index}", index) from error
+        _fill(layer, f"layers.{index}", weights, engine)
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and name not in getattr(module, "away", ()):
+            if buffer is not None:
                 module._buffers[name] = buffer.to(weights.device)
     return model.requires_grad_(False)
 
