@@ -246,7 +246,7 @@ def test_row_norm_where_the_adapter_cancels_the_row(left: float) -> None:
 
 
 def test_zero_rows_of_an_nf4_base_train_and_merge_by_the_formula() -> None:
-    """g = 0 in a zero row of W + s B A (row 1, which stays zero), not in row 7, whose B moved, nor where m = 0 (row 3)."""
+    """g = 0 in a zero row of W + s B A (row 1, which stays so), not where B moved (row 7) or where m = 0 (row 3)."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(12, 64, generator=generator)
     weight[[1, 7]] = 0

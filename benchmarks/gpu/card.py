@@ -23,8 +23,7 @@ def run(part: Part, plan: Plan, device: torch.device) -> None:
     part.attempt("nvidia_smi", nvidia_smi)
     part.attempt("memory_bytes", lambda: torch.cuda.mem_get_info() if device.type == "cuda" else None)
     matmul = torch.backends.cuda.matmul
-    part.put("bf16_reduced_precision_reduction", str(matmul.allow_bf16_reduced_precision_reduction))
-    part.put("tf32", str(matmul.allow_tf32))
+    part.put("reduced_precision", [str(matmul.allow_bf16_reduced_precision_reduction), str(matmul.allow_tf32)])
     part.attempt("bnb_runs_here", bnb_kernels.is_available, device.type)
     side = 8192 if device.type == "cuda" else 128
     part.attempt("floors", floors, device, side)

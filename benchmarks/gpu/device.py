@@ -11,16 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import alternating, spread
 
-CARD_40GB_BYTES = int(38.9 * 2**30)
-"""What torch may allocate on a 40 GB card: the A100 40GB shows 39.4 GiB, of which a CUDA context takes about 0.5."""
-CARD_8GB_BYTES = int(7.2 * 2**30)
-"""The same of an 8 GB card."""
+# What torch may allocate on a card: the A100 40GB shows 39.4 GiB, of which a CUDA context takes about 0.5.
+CARD_40GB_BYTES, CARD_8GB_BYTES = int(38.9 * 2**30), int(7.2 * 2**30)
 
 
 @dataclass(frozen=True)
@@ -31,20 +30,15 @@ class Sample:
     host_seconds: float
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done everything."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def timed(device: torch.device, function: Callable[[], Any], calls: int = 1) -> Sample:
     """Time per call of `calls` calls in a row: the host may run ahead of a GPU."""
-    synchronize(device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     began = time.perf_counter()
     for _ in range(calls):
         function()
     host = time.perf_counter() - began
-    synchronize(device)
+    wait()
     return Sample((time.perf_counter() - began) / calls, host / calls)
 
 

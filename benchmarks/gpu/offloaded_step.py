@@ -23,7 +23,6 @@ def run(part: Part, plan: Plan, device: torch.device) -> None:
     """Peak, time and losses of the middle model's steps at the longest sequence, without and with the offload."""
     part.put("limit_share", on.limit_memory(device, on.CARD_40GB_BYTES))
     tokens, weights = plan.step_tokens[-1], Weights(device)
-    part.put("checkpoint_bytes", 2 * tokens * plan.middle["hidden_size"])
 
     def steps(offloads: bool) -> dict[str, Any]:
         model = make_model(plan.middle, "own_dora", device, rank=plan.ranks[0], weights=weights)

@@ -51,8 +51,7 @@ def of_optimizer(name: Any, shapes: dict[str, tuple[int, ...]], device: torch.de
         optimizer.step(1e-4)
     finite = all(bool(parameter.isfinite().all()) for parameter in parameters.values())
     return {
-        "seconds": sample.seconds,
-        "host_seconds": sample.host_seconds,
+        **vars(sample),
         "waits": dict(waits.most_common(10)),
         "state_bytes_of_torch": held,
         "moved": {"unmoved": unmoved[:5], "ok": finite and not unmoved},
@@ -66,8 +65,7 @@ def of_torch(shapes: dict[str, tuple[int, ...]], device: torch.device) -> dict[s
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     on.timed(device, optimizer.step, 2)
-    sample = on.timed(device, optimizer.step, 3)
-    return {"seconds": sample.seconds, "host_seconds": sample.host_seconds}
+    return vars(on.timed(device, optimizer.step, 3))
 
 
 def _parameters(shapes: dict[str, tuple[int, ...]], device: torch.device) -> dict[str, nn.Parameter]:

@@ -12,8 +12,7 @@ import torch
 
 from qdora.files.atomic import atomic_write_json
 
-ERROR_LINES = 15
-"""Lines of an error that are kept."""
+ERROR_LINES = 15  # that are kept
 
 
 class Part:

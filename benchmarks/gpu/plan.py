@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-Shape = tuple[int, int]
-"""(in, out) of a linear layer."""
+Shape = tuple[int, int]  # (in, out) of a linear layer
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Plan:
     step_tokens: tuple[int, ...]  # of a whole model's step
     num_steps: int  # of each model's sample
     middle: dict[str, Any]  # the 8B-shaped model
-    large: dict[str, Any]  # the 70B-shaped model
+    large: dict[str, Any]  # the 70B-shaped one
     check_shapes: tuple[tuple[int, int, int, int], ...]  # (tokens, in, out, rank) of the numeric checks
 
 

@@ -29,16 +29,15 @@ def tests(part: Part, plan: Plan, device: torch.device) -> None:
         if not report.is_file():
             raise RuntimeError(f"pytest ended with exit code {run.returncode}")
         cases = list(ElementTree.parse(report).iter("testcase"))
-    bad = {f"{case.get('classname')}::{case.get('name')}": each for case in cases for each in case if _is_bad(each)}
+    bad = [(case, each) for case in cases for each in case if each.tag in ("failure", "error")]
     skipped = sum(case.find("skipped") is not None for case in cases)
     part.put("passed", len(cases) - skipped - len(bad))
     part.put("skipped", {"number": skipped, "ok": device.type == "cpu" or skipped < len(cases)})
-    for name, each in bad.items():
-        part.put(name, {"error": (each.text or each.get("message") or "").strip().splitlines()[-ERROR_LINES:]})
-
-
-def _is_bad(outcome: ElementTree.Element) -> bool:
-    return outcome.tag in ("failure", "error")
+    for case, each in bad:
+        part.put(
+            f"{case.get('classname')}::{case.get('name')}",
+            {"error": (each.text or each.get("message") or "").strip().splitlines()[-ERROR_LINES:]},
+        )
 
 
 def quickstart(part: Part, plan: Plan, device: torch.device) -> None:

@@ -50,15 +50,13 @@ FIRST = {
 }
 """What decides most, for a card of 16 GB or more: ten minutes in all."""
 
+_MODELS = ("own_dora", "peft_dora", "own_lora", "peft_lora")
 _8GB = {"size": "middle", "limit": CARD_8GB_BYTES, "num_streamed": 8}
 _40GB = {"size": "large", "limit": CARD_40GB_BYTES, "num_streamed": 20}
 SECTIONS = FIRST | {
     "step_in_turns_long": Section("model_step:in_turns", 300, {"index": 1}),
     "layer_1": Section("layer_cost:run", 120, {"index": 0}),
-    "alone_own_dora": Section("model_step:on_40gb", 180, {"name": "own_dora", "index": 1}),
-    "alone_peft_dora": Section("model_step:on_40gb", 180, {"name": "peft_dora", "index": 1}),
-    "alone_own_lora": Section("model_step:on_40gb", 180, {"name": "own_lora", "index": 1}),
-    "alone_peft_lora": Section("model_step:on_40gb", 180, {"name": "peft_lora", "index": 1}),
+    **{f"alone_{name}": Section("model_step:on_40gb", 180, {"name": name, "index": 1}) for name in _MODELS},
     "profile": Section("kernel_profile:run", 90),
     "layer_2": Section("layer_cost:run", 180, {"index": 1}),
     "streamed_8gb": Section("streamed_step:run", 150, _8GB),

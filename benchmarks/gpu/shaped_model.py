@@ -65,11 +65,9 @@ def build(settings: dict[str, Any], weights: Weights, engine: str) -> Any:
 def linear_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Path inside a decoder layer -> (out, in) of its linear layers."""
     with init_empty_weights():
-        layer: Any = AutoModelForCausalLM.from_config(LlamaConfig(**settings | {"num_hidden_layers": 1})).model.layers[
-            0
-        ]
-    found = {name: each for name, each in layer.named_modules() if isinstance(each, nn.Linear)}
-    return {name: (each.out_features, each.in_features) for name, each in found.items()}
+        model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**settings | {"num_hidden_layers": 1}))
+    modules = model.model.layers[0].named_modules()
+    return {name: tuple(each.weight.shape) for name, each in modules if isinstance(each, nn.Linear)}
 
 
 def _fill(layer: Any, path: str, weights: Weights, engine: str) -> None:
