@@ -68,6 +68,7 @@ def in_turns(part: Part, plan: Plan, device: torch.device, index: int) -> None:
             model = make_model(plan.middle, name, device, rank=plan.ranks[0], weights=weights)
             step = make_step(model, "adamw", tokens, device)
             losses[name] = step(2)
+            part.put("losses", losses)
             steps[name] = step
         except RuntimeError as error:
             if not on.is_out_of_memory(error):

@@ -34,13 +34,9 @@ class Part:
         if self.path is not None:
             atomic_write_json(self.path, self.entries)
 
-    def time_left(self) -> float:
-        """Seconds; below 0 when the time is up."""
-        return self._end - time.monotonic()
-
     def attempt(self, key: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         """Put what the call returns, or the end of its error: one failed case must not cost the others."""
-        if self.time_left() < 0:
+        if time.monotonic() > self._end:
             self.put("skipped", [*self.entries.get("skipped", []), key])
             return
         try:

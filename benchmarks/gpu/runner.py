@@ -27,10 +27,9 @@ class Section:
     """One part of the suite.
 
     Attributes:
-        place: "module:function" under gpu, called with (part, plan, device) and `arguments`. It is imported in the
-            section's process: a missing package costs that section alone.
+        place: "module:function" under gpu, imported in the section's process: a missing package costs it alone.
         seconds: After these its process is ended. After two thirds it begins no new case.
-        arguments: Further keyword arguments.
+        arguments: Of the function, after (part, plan, device).
     """
 
     place: str
@@ -40,13 +39,13 @@ class Section:
 
 FIRST = {
     "card": Section("card:run", 30),
-    "tests": Section("programs:tests", 120),
+    "tests": Section("programs:tests", 110),
     "numerics": Section("numerics:run", 60),
     "host_waits": Section("host_waits:run", 40),
     "step_in_turns": Section("model_step:in_turns", 120, {"index": 0}),
     "optimizer": Section("optimizer_step:run", 40),
-    "quickstart": Section("programs:quickstart", 110),
-    "step_8b_40gb": Section("model_step:on_40gb", 80, {"name": "own_dora", "index": 0}),
+    "quickstart": Section("programs:quickstart", 100),
+    "step_8b_40gb": Section("model_step:on_40gb", 100, {"name": "own_dora", "index": 0}),
 }
 """What decides most, for a card of 16 GB or more: ten minutes in all."""
 
