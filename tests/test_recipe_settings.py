@@ -1169,17 +1169,26 @@ def test_any_text_is_yaml_or_refused(text: str) -> None:
     assert all(line.startswith("-s ") and "\n" not in line for line in refused)
 
 
-@pytest.mark.parametrize("section", ["interference: {}", "interference: {every: 20, examples: 16}"])
-def test_the_recipe_of_an_old_run_without_the_removed_settings_is_read(tmp_path: Path, section: str) -> None:
-    """Earlier versions had interference.gradients and loss_weights, and wrote them only if they were set."""
+@pytest.mark.parametrize(
+    "section, harmful",
+    [
+        ("interference: {every: 20, examples: 16}", "interference: {gradients: pcgrad}"),
+        ("interference: {}", "interference: {loss_weights: progress}"),
+        ("train: {steps: 3, batch: 4, compile: false}", "train: {steps: 3, batch: 4, compile: true}"),
+    ],
+)
+def test_the_recipe_of_an_old_run_without_the_removed_settings_is_read(
+    tmp_path: Path, section: str, harmful: str
+) -> None:
     mix = "[{task: demo/howto, split: train}, {task: demo/cause, split: train}]"
-    text = f"model: {{source: builtin}}\ndata: {{mix: {mix}}}\ntrain: {{steps: 3, batch: 4}}\n{section}\n"
-    (tmp_path / "recipe.yaml").write_text(text)
-    assert load_recipe(tmp_path / "recipe.yaml").interference.every == (20 if "every" in section else None)
-    for setting in ("gradients: pcgrad", "loss_weights: progress"):
-        (tmp_path / "recipe.yaml").write_text(text.replace(section, f"interference: {{{setting}}}"))
-        with pytest.raises(UserError, match=rf"interference\.{setting.split(':')[0]}: unknown key"):
-            load_recipe(tmp_path / "recipe.yaml")
+    train = "" if "train" in section else "train: {steps: 3, batch: 4}\n"
+    for written in (section, harmful):
+        (tmp_path / "recipe.yaml").write_text(f"model: {{source: builtin}}\ndata: {{mix: {mix}}}\n{train}{written}\n")
+        if written == section:
+            assert load_recipe(tmp_path / "recipe.yaml").train.steps == 3
+        else:
+            with pytest.raises(UserError, match="unknown key"):
+                load_recipe(tmp_path / "recipe.yaml")
 
 
 def faults_of_data(*mix: dict[str, Any], **data: Any) -> list[str]:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from qdora.errors import UserError, nearest, nearest_path
 from qdora.files.access_tokens import masked, token_paths
-from qdora.files.setting_keys import is_below
+from qdora.files.setting_keys import GONE, is_below
 from qdora.files.user_paths import user_path
 from qdora.recipe.data_settings import absolute_pattern, is_path, is_pattern, names_files
 from qdora.recipe.faults import container, dotted, fault_lines, is_section, one_line, shown, unknown_key
@@ -72,6 +72,10 @@ def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     """
     text, where, folder = _find(str(name_or_path))
     data = read_yaml(text, where)
+    for key, value in GONE.items():
+        section, _, name = key.partition(".")
+        if isinstance(part := data.get(section), dict) and part.get(name, ...) == value:
+            del part[name]
     _make_absolute_(data, folder)
     return data, where
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qdora.data.source_files import files_of
 from qdora.errors import UserError
-from qdora.files.setting_keys import WITHOUT_EFFECT, flat, is_below
+from qdora.files.setting_keys import GONE, WITHOUT_EFFECT, flat, is_below
 from qdora.files.user_paths import user_path
 from qdora.recipe.data_settings import is_path, names_files
 from qdora.recipe.recipe_file import settings
@@ -25,8 +25,6 @@ _LATER = {"model.tokenizer_revision": None}
 _LATER_OF_SOURCES = {"chat": False}
 """Settings, and those of a source, that were added after studies had been made, with the value that changes nothing: at
 this value they have no part in a key, so the cells of those studies stay done."""
-_GONE = {"train.compile": False}
-"""Settings that have left, with the value that the cells of kept studies had: it stays in their keys."""
 
 
 def key_of(recipe: Recipe) -> str:
@@ -36,7 +34,7 @@ def key_of(recipe: Recipe) -> str:
     their path only.
     """
     found = {key: value for key, value in flat(settings(recipe)).items() if not is_below(key, WITHOUT_EFFECT)}
-    decisive = _without(found, _LATER) | _GONE
+    decisive = _without(found, _LATER) | dict(GONE)
     decisive["data.mix"] = [_without(source, _LATER_OF_SOURCES) for source in decisive["data.mix"]]
     contents = {str(path): [_content(file) for file in files] for path, files in sorted(_files(recipe).items())}
     text = json.dumps([decisive, contents], sort_keys=True, ensure_ascii=False)
