@@ -20,7 +20,6 @@ from tables.exports import decode_speed, export_exactness, gguf_logits, merge_st
 from tables.failed import failed, failed_short
 from tables.gates import gates
 from tables.headline import headline
-from tables.kernels import triton_estimate, triton_kernels
 from tables.memory import chunked_loss, layer_memory, load_memory, sharded_memory, step_memory
 from tables.models import architectures, mixtures, models_short
 from tables.plan import cards, expert_plans, machines, plan_accuracy, plan_recipes, several_cards
@@ -103,8 +102,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "expert_cost": expert_cost,
     "wait_policy": wait_policy,
     "one_micro_batch": one_micro_batch,
-    "triton_kernels": triton_kernels,
-    "triton_estimate": triton_estimate,
     "cards": cards,
     "plan_accuracy": plan_accuracy,
     "pruning": pruning,

@@ -20,7 +20,7 @@ PACKAGES += ("pandas", "pyarrow", "safetensors", "tokenizers", "huggingface_hub"
 # The environment variables that are recorded: they change numbers or speed and hold no secret.
 VARIABLES: tuple[str, ...] = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS")
 VARIABLES += ("NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-VARIABLES += ("QDORA_KERNELS", "TOKENIZERS_PARALLELISM")
+VARIABLES += ("TOKENIZERS_PARALLELISM",)
 
 _LOAD_SAMPLES = 10
 

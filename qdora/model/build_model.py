@@ -33,7 +33,6 @@ from qdora.model.trained_embeddings import (
     trained_matrices,
 )
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.ops.kernel_choice import check_kernels
 from qdora.recipe.section import in_yaml
 from qdora.recipe.settings import Recipe
 
@@ -53,12 +52,10 @@ class Compute:
 def choose_compute(dtype: str) -> Compute:
     """The GPU if there is one; dtype `auto` is bfloat16 if the device multiplies in it, else float32. Logged.
 
-    Raises UserError: If torch cannot use the GPU (`check_gpu`), or if the environment names kernels that are unknown,
-    not installed, or not for this device.
+    Raises UserError: torch cannot use the machine's GPU.
     """
     check_gpu()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_kernels(device)
     if dtype != "auto":
         return Compute(device, DTYPES[dtype])
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bfloat16()

@@ -8,7 +8,7 @@ Source: DoRA, arXiv 2402.09353, eq. 5. The norm is held constant in the backward
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from qdora.ops.full_precision import full_precision
 from qdora.ops.masked_update import row_blocks
-from qdora.ops.packed import PackedWeight
 from qdora.ops.planned_device import device_kind, is_planning
 from qdora.ops.sparsity import mask_from_bits
-from qdora.ops.tiles import Weight, in_one_pass, row_tiles, spans, wide_dtype
+from qdora.ops.tiles import Weight, row_tiles, spans, wide_dtype
 
 # Below this share of ||w||^2 the factored sum has cancelled, and the row takes the direct norm. With W A^T from a bf16
 # product the norm of a row that keeps 0.1 of its length is 19 % off, at 0.33 up to 1.2 %, and at 0.5 0.4 %, which is
@@ -36,10 +35,6 @@ def squared_row_norm(weight: Weight) -> Tensor:
     wide = wide_dtype(weight)
     if is_planning():  # a plan counts no bytes before the adapters are there, and a stack has thousands of tiles
         return torch.empty(weight.shape[0], dtype=wide, device=weight.device)
-    if in_one_pass(weight, wide):
-        from qdora.ops import triton_kernels
-
-        return triton_kernels.squared_row_norm(weight)
     parts = []
     for _, tile in row_tiles(weight, wide):
         # A dense weight comes as one tile; its squares must not take as much again.
@@ -106,7 +101,7 @@ def factored_norms(
 
     The three terms are exact in exact arithmetic. Rows whose sum cancels (below `CANCELLATION` of ||w||^2) are marked.
     Each weight is read on its own; all else is one operation for all layers, since its launches would cost more than
-    its arithmetic. Where `sums_in_one_pass` holds, each layer has its own operations.
+    its arithmetic.
 
     Source: DoRA, arXiv 2402.09353, eq. 5; held constant in the backward pass (sec. 4.3).
 
@@ -118,14 +113,6 @@ def factored_norms(
         dtype: Of the tiles of W and of the products W A^T; all else is summed in float32 or wider.
     Returns: Norms and flags, (n, out).
     """
-    first, rank = weights[0], lora_A.shape[1]
-    if sums_in_one_pass(first, dtype, rank):
-        norms = [
-            norm_in_one_pass(weight, lora_A[i], lora_B[i], scaling, base_squared=base_squared[i], dtype=dtype)
-            for i, weight in enumerate(weights)
-            if sums_in_one_pass(weight, dtype, rank)  # as it does for the first; tells the type
-        ]
-        return FactoredNorm(*map(torch.stack, zip(*norms, strict=True)))
     narrow = lora_A.to(dtype)
     products = torch.empty(lora_B.shape, dtype=dtype, device=lora_B.device)
     for weight, a, product in zip(weights, narrow, products, strict=True):
@@ -147,50 +134,7 @@ def norms_of_products(
     gram = (torch.bmm(a, a.mT) * scaling).expand(len(products), -1, -1)  # (n, rank, rank)
     # s b A (2 w + s b A)^T = (2 W A^T + s B A A^T) . s b
     inner = torch.baddbmm(products.to(wide), b, gram, beta=2.0)  # (n, out, rank)
-    return of_squares(base_squared, inner.mul_(b).sum(dim=-1), scaling)
-
-
-def sums_in_one_pass(weight: Weight, dtype: torch.dtype, rank: int) -> TypeGuard[PackedWeight]:
-    """Whether `triton_kernels` form b . (W A^T) of each row from the codes."""
-    if dtype == torch.float32 or not in_one_pass(weight, dtype):
-        return False
-    from qdora.ops import triton_kernels
-
-    return rank <= triton_kernels.MOST_RANK
-
-
-@torch.no_grad()
-@full_precision()
-def norm_in_one_pass(
-    weight: PackedWeight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    base_squared: Tensor,
-    dtype: torch.dtype,
-    experts: Tensor | None = None,
-) -> FactoredNorm:
-    """`factored_norm` where `sums_in_one_pass` holds, of a weight or of some experts of a stack.
-
-    Args:
-        lora_A, lora_B: (rank, in) and (out, rank); of experts (n, rank, in) and (n, out, rank), or (1, ...) if all
-            share one.
-        base_squared: ||w||^2 of each row, (out,); of experts (n, out).
-        experts: Their numbers, (n,) int64; None for a whole weight.
-    """
-    from qdora.ops import triton_kernels
-
-    a, b = lora_A.float(), lora_B.float()
-    some = None if experts is None else triton_kernels.Experts(experts, base_squared.shape[1])
-    dots = triton_kernels.factor_dots(weight, lora_A.to(dtype), b, some)
-    gram = (a @ a.mT) * scaling
-    return of_squares(base_squared, 2.0 * dots + (b @ gram * b).sum(dim=-1), scaling)
-
-
-def of_squares(base_squared: Tensor, update: Tensor, scaling: float) -> FactoredNorm:
-    """The norms whose squares are base_squared + s update, and which of them have cancelled."""
-    squared = torch.add(base_squared, update, alpha=scaling)
+    squared = torch.add(base_squared, inner.mul_(b).sum(dim=-1), alpha=scaling)
     cancelled = squared < CANCELLATION * base_squared
     return FactoredNorm(squared.clamp_min_(0).sqrt_(), cancelled)
 

@@ -23,9 +23,7 @@ from qdora.ops.dora import (
     masked_row_norm,
     measure_cancelled_,
     merged_weight,
-    norm_in_one_pass,
     norms_of_products,
-    sums_in_one_pass,
 )
 from qdora.ops.dropout import draw_seed, drop_, dropped
 from qdora.ops.expert_tokens import ExpertTokens, Run
@@ -41,7 +39,7 @@ from qdora.ops.low_rank_factors import rounded, row_factor, scaled_rows
 from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.packed import PackedWeight, block_scales, dequantize, packed_rows
 from qdora.ops.planned_device import device_kind, is_planning
-from qdora.ops.tiles import Weight, dense_weight, in_one_pass, row_tiles
+from qdora.ops.tiles import Weight, dense_weight, row_tiles
 
 # Bytes of the dense experts that share a launch on a GPU.
 _RUN_BYTES = 64 << 20
@@ -167,16 +165,9 @@ def _add_run_(
 
 def _dense_experts(stack: Weight, num_experts: int, run: Run, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
     """diag(g_e) W_e of a run's experts, (n, out, in); `gain` is of all experts."""
-    if in_one_pass(stack, dtype):
-        from qdora.ops import triton_kernels
-
-        experts = triton_kernels.Experts(run.index(stack.device), stack.shape[0] // num_experts)
-        factor = None if gain is None else gain.reshape(-1)
-        tile = triton_kernels.decode(stack, dtype, gain=factor, experts=experts)
-    else:
-        factor = None if gain is None else run.pick(gain).reshape(-1)
-        # Experts that share a launch are one tile.
-        ((_, tile),) = row_tiles(expert_rows(stack, num_experts, run), dtype, factor)
+    factor = None if gain is None else run.pick(gain).reshape(-1)
+    # Experts that share a launch are one tile.
+    ((_, tile),) = row_tiles(expert_rows(stack, num_experts, run), dtype, factor)
     return tile.view(len(run.experts), -1, tile.shape[1])
 
 
@@ -454,10 +445,9 @@ def stack_norm(
     """
     num_experts, count = len(tokens.counts), len(tokens.experts)
     together = _together(base_squared.shape[1], weight.shape[1], dtype.itemsize, lora_A.device)
-    size = count if sums_in_one_pass(weight, dtype, lora_A.shape[1]) else together
     norms: list[Tensor] = []
     cancelled: list[Tensor] = []
-    for run in tokens.all_runs(1 if keep_bits is not None else size):
+    for run in tokens.all_runs(1 if keep_bits is not None else together):
         if is_planning() and len(norms) > 1 and run.first + 2 * together < count:
             # Like the run before it. The last ones are run, when the norms of the others are there.
             norms.append(base_squared.new_empty(len(run.experts), base_squared.shape[1]))
@@ -495,9 +485,6 @@ def _norm_of_run(
 ) -> FactoredNorm:
     """The norms of a run's experts with shared launches, (n, out). A and B are theirs; `base_squared` is of all."""
     squared = run.pick(base_squared)
-    if sums_in_one_pass(weight, dtype, lora_A.shape[1]):
-        index = run.index(squared.device)
-        return norm_in_one_pass(weight, lora_A, lora_B, scaling, base_squared=squared, dtype=dtype, experts=index)
     part = expert_rows(weight, len(base_squared), run)
     if len(squared) == 1:
         return factored_norms([part], lora_A, lora_B, scaling, base_squared=squared, dtype=dtype)

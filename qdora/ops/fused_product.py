@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from qdora.ops import bnb_kernels
-from qdora.ops.kernel_choice import chosen_kernels
 from qdora.ops.packed import PackedWeight
 from qdora.ops.planned_device import device_kind
 from qdora.ops.tiles import Weight, is_one_tile
@@ -34,6 +33,6 @@ def fused_product(x: Tensor, weight: Weight) -> Tensor | None:
     whole_blocks = weight.shape[1] % weight.block_size == 0
     if not in_kernel or not whole_blocks or x.dtype not in _DTYPES or not is_one_tile(weight, x.dtype):
         return None
-    if chosen_kernels() == "torch" or not bnb_kernels.has_product(x.device.type):
+    if not bnb_kernels.has_product(x.device.type):
         return None
     return bnb_kernels.product_4bit(x, weight.packed, weight.absmax, weight.kind, weight.block_size, shape=weight.shape)

@@ -16,7 +16,6 @@ from torch import Tensor
 from qdora.errors import nearest
 from qdora.ops import blockwise, bnb_kernels, codebooks, int8
 from qdora.ops.codebooks import MXFP4, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
-from qdora.ops.kernel_choice import chosen_kernels
 from qdora.ops.planned_device import device_kind
 
 Kind = Literal["nf4", "fp4", "int8", "int4", "nf3", "nf2", "mxfp4"]
@@ -187,9 +186,7 @@ def choose_backend(
 
 
 def _has_kernels(device: torch.device) -> bool:
-    """Whether bitsandbytes is not switched off and runs on a device; a plan for a GPU assumes that it runs."""
-    if chosen_kernels() == "torch":
-        return False
+    """Whether bitsandbytes runs on a device; a plan for a GPU assumes that it does."""
     return device_kind(device) != device.type or bnb_kernels.is_available(device.type)
 
 

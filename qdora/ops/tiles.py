@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from qdora.ops import blockwise, int8
-from qdora.ops.kernel_choice import runs_triton
 from qdora.ops.packed import PackedWeight, block_scales, decode_4bit, dequantize
 from qdora.ops.planned_device import device_kind
 
@@ -91,13 +89,6 @@ def _round_up(length: int, align: int) -> int:
     return -(-length // align) * align
 
 
-def in_one_pass(weight: Weight, dtype: torch.dtype) -> TypeGuard[PackedWeight]:
-    """Whether `triton_kernels` decode this weight: codes, double quantised scales and gain in one launch."""
-    if isinstance(weight, Tensor) or weight.kind == "int8" or dtype.itemsize > 4:
-        return False
-    return runs_triton(weight.device)
-
-
 def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
     """Dense tiles of whole rows of diag(row_factor) W, in order.
 
@@ -115,12 +106,6 @@ def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = No
             yield rows, _scaled_rows(weight[rows], None if row_factor is None else row_factor[rows], dtype)
         return
     out_features, in_features = weight.shape
-    if in_one_pass(weight, dtype):
-        from qdora.ops import triton_kernels
-
-        for rows in spans(out_features, in_features, dtype.itemsize, device_kind(weight.device)):
-            yield rows, triton_kernels.decode(weight, dtype, rows=rows, gain=row_factor)
-        return
     aligned = in_features % weight.block_size == 0
     align = 1 if aligned else weight.block_size // math.gcd(in_features, weight.block_size)
     runs = spans(out_features, in_features, dtype.itemsize, device_kind(weight.device), align)
@@ -160,12 +145,6 @@ def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None =
     A weight whose blocks cross rows comes as one tile; with blocks of 64 no common model has one.
     """
     out_features, in_features = weight.shape
-    if in_one_pass(weight, dtype):
-        from qdora.ops import triton_kernels
-
-        for columns in spans(in_features, out_features, dtype.itemsize, device_kind(weight.device), weight.block_size):
-            yield columns, triton_kernels.decode(weight, dtype, columns=columns, gain=row_factor)
-        return
     if isinstance(weight, PackedWeight) and weight.shape[1] % weight.block_size:
         yield slice(0, weight.shape[1]), _scaled_rows(dequantize(weight, torch.float32), row_factor, dtype)
         return
