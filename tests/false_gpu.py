@@ -252,7 +252,8 @@ class FalseGpu(TorchDispatchMode):
         makes = name not in _CREATES and name != "_local_scalar_dense" and not _is_view(func)
         made = values if func._schema.returns else args  # lists of tensors are changed in place without a result
         if makes and any(each.numel() for each in _tensors(made)):
-            self._add("launch", name, sum(each.nbytes for each in _tensors((args, values))))
+            read = values if name == "index_select" else args  # a gather reads what it takes
+            self._add("launch", name, sum(each.nbytes for each in _tensors((read, values))))
 
     def _note_copy(self, name: str, host: Tensor, non_blocking: bool) -> None:
         if host.numel():

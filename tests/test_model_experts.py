@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from qdora.errors import UserError
 from qdora.export.nf4_lora import check_foldable
+from qdora.model import experts
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.experts import routers, stacks, use_expert_layers_
 from qdora.model.inject import adapted_layers, frozen_like, inject, linear_layers, replace_module
@@ -29,6 +30,7 @@ from qdora.model.source import resolve
 from qdora.model.stored_tensors import StoredPacked, StoredTensor, stored_rows
 from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.expert_linear import AdaptedExperts, BareExperts, FrozenExperts
+from qdora.ops import expert_product, expert_tokens
 from qdora.ops.packed import PackedWeight, dequantize, empty_packed, quantize
 from qdora.ops.sparsity import mask_bits
 from tests import tiny_adapted, tiny_experts
@@ -55,6 +57,50 @@ def test_a_published_checkpoint_gives_the_logits_of_transformers(tmp_path: Path,
         pytest.skip("this release of transformers has no interface for Granite's experts")
     assert len(stacks(model)) >= 2
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=2e-5 * float(wanted.std()))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("options", [{}, {"kind": "lora", "share": "B"}, {"gated": True}], ids=str)
+def test_padding_for_cards_without_a_grouped_product_changes_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]
+) -> None:
+    """Outputs and gradients, in float64."""
+    options = dict(options)
+    gated = options.pop("gated", False)
+    model, layers = tiny_experts.adapted(tmp_path, name, **options)
+    for layer in layers.values() if gated else ():
+        layer.add_gate()
+        nn.init.uniform_(layer.gate, 0.5, 1.5)
+    parameters = [each for each in model.parameters() if each.requires_grad]
+
+    def results() -> list[torch.Tensor]:
+        out = model(IDS).logits
+        first = torch.autograd.grad(out.square().mean(), parameters)
+        return [out.detach(), *first]
+
+    plain, counts = results(), []
+    monkeypatch.setattr(expert_product, "device_kind", lambda device: "cuda")
+    monkeypatch.setattr(expert_tokens, "_MOST_PADDING", 1.0)
+    monkeypatch.setattr(expert_tokens, "_WORTH_COPIES", -1)
+    monkeypatch.setattr(
+        experts, "padded_tokens", lambda each: (counts.append(each), expert_tokens.padded_tokens(each))[1]
+    )
+    for one, other in zip(plain, results(), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
+    assert bool(counts) == (name != "llama4_text"), "Llama 4's experts have no interface"
+
+
+def test_rows_of_padding_are_zeros_in_every_derivative() -> None:
+    order, inverse = torch.tensor([1, -1, 0, 3, 2, -1]), torch.tensor([2, 0, 4, 3])
+    x = torch.randn(2, 3, dtype=torch.float64).requires_grad_()
+
+    assert not experts._Spread.apply(x, order, inverse, 2)[[1, 5]].any()
+    for through in (
+        lambda x: experts._Spread.apply(x, order, inverse, 2).tanh(),
+        lambda x: experts._Spread.apply(experts._Spread.apply(x, order, inverse, 2).tanh(), inverse, order, 1),
+    ):
+        assert torch.autograd.gradcheck(through, (x,))
+        assert torch.autograd.gradgradcheck(through, (x,))
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text", "granitemoe"])

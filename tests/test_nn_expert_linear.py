@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, FrozenExperts
-from qdora.ops import expert_product
+from qdora.ops import expert_product, expert_tokens
 from qdora.ops.expert_product import expert_rows
-from qdora.ops.expert_tokens import ExpertTokens
+from qdora.ops.expert_tokens import ExpertTokens, padded_tokens
 from qdora.ops.packed import dequantize, quantize
 from tests import reference
 from tests.test_nn_parameter_cache import HostWaits
@@ -50,14 +50,28 @@ def of_expert(layer: AdaptedExperts, expert: int) -> dict[str, Any]:
     return {"weight": weight, "lora_a": a, "lora_b": b, "scaling": layer.scaling, "magnitude": m}
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", "cuda", "padded"])
 def schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs of one expert as on a CPU, and of two as on a GPU whose launches hold two."""
-    if request.param == "cuda":
+    """Runs of one expert as on a CPU, and of two as on a GPU whose launches hold two; padded: ordered by count, too."""
+    monkeypatch.setattr(expert_tokens, "_MOST_PADDING", 1.0)
+    monkeypatch.setattr(expert_tokens, "_WORTH_COPIES", -1)
+    if request.param != "cpu":
         monkeypatch.setattr(expert_product, "device_kind", lambda device: "cuda")
         monkeypatch.setattr(expert_product, "_RUN_BYTES", 2 * OUT * IN * 4)
         monkeypatch.setattr(expert_product, "_ENTRIES_PER_SUM", 40)
     return str(request.param)
+
+
+def laid_out(counts: tuple[int, ...], schedule: str) -> tuple[ExpertTokens, torch.Tensor]:
+    """How a schedule has tokens divided, and the places of those that `counts` divide in ascending order."""
+    tokens = padded_tokens(counts) if schedule == "padded" else ExpertTokens(counts)
+    owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return tokens, torch.arange(len(owners)) + torch.tensor(tokens.shifts or [0] * len(counts))[owners]
+
+
+def applied(layer: Any, x: torch.Tensor, tokens: ExpertTokens, places: torch.Tensor) -> torch.Tensor:
+    padded = x.new_zeros(sum(tokens.counts), x.shape[1]).index_copy(0, places, x)
+    return layer(padded, tokens)[places]
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
@@ -69,15 +83,14 @@ def test_forward_and_gradients_are_those_of_each_expert_alone(counts, share, kin
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(14, IN, generator=generator).requires_grad_()
     dy = torch.randn(14, OUT, generator=generator)
-    tokens = ExpertTokens(counts)
-    y = layer(x, tokens)
+    y = applied(layer, x, *laid_out(counts, schedule))
     y.backward(dy)
 
     expected = np.zeros((14, OUT))
     dx = np.zeros((14, IN))
     da, db = np.zeros(layer.lora_A.shape), np.zeros(layer.lora_B.shape)
     dm = np.zeros((EXPERTS, OUT))
-    for run in tokens.reached:
+    for run in ExpertTokens(counts).reached:
         (expert,), rows = run.experts, run.tokens
         numbers = of_expert(layer, expert)
         expected[rows] = reference.forward(to_numpy(x)[rows], bias=to_numpy(layer.base.bias[expert]), **numbers)
@@ -161,15 +174,40 @@ def test_a_row_that_the_adapter_removes_gets_its_direct_norm(schedule):
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("experts", [(0,), (4,), (1, 2, 3), (0, 2, 4)])
+@pytest.mark.parametrize("experts", [(0,), (4,), (1, 2, 3), (0, 2, 4), (3, 0)])
 @pytest.mark.parametrize("kind", ["nf4", "nf3", "int8"])
-def test_the_rows_of_some_experts_are_those_of_the_whole_stack(kind, experts, double_quant):
-    weight = torch.randn(5 * 96, 192, generator=torch.Generator().manual_seed(0))  # 288 blocks: 1.1 groups of scales
+@pytest.mark.parametrize("columns", [192, 512])  # 288 blocks an expert, 1.1 groups of scales; 768, three groups
+def test_the_rows_of_some_experts_are_those_of_the_whole_stack(kind, experts, double_quant, columns):
+    weight = torch.randn(5 * 96, columns, generator=torch.Generator().manual_seed(0))
     packed = quantize(weight, kind, 64, double_quant)
-    whole = dequantize(packed).view(5, 96, 192)
-    (run,) = ExpertTokens.one_for_each(experts, 5).all_runs(5)
+    whole = dequantize(packed).view(5, 96, columns)
+    (run,) = ExpertTokens([int(e in experts) for e in range(5)], experts).all_runs(5)
     some = expert_rows(packed, 5, run)
-    assert torch.equal(dequantize(some).view(-1, 96, 192), whole[list(experts)])
+    assert torch.equal(dequantize(some).view(-1, 96, columns), whole[list(experts)])
+
+
+PADDED = {
+    "even": ((128, 120, 131, 125), (131,) * 4, (0, 1, 2, 3)),
+    "one busy": ((4, 90, 5, 0, 6), (4, 90, 6, 0, 6), (0, 1, 2, 4)),
+    "few groups by count": (20 * (10, 100), 20 * (10, 100), (*range(1, 40, 2), *range(0, 40, 2))),
+}
+
+
+@pytest.mark.parametrize("case", PADDED)
+def test_neighbours_are_padded_to_one_count(case):
+    counts, padded, experts = PADDED[case]
+    tokens = padded_tokens(counts)
+    assert (tokens.counts, tokens.experts) == (padded, experts)
+    starts = dict(zip(experts, np.cumsum([0, *(padded[expert] for expert in experts)]).tolist(), strict=False))
+    before = np.cumsum([0, *counts]).tolist()
+    assert [tokens.shifts[expert] + before[expert] for expert in experts] == [starts[expert] for expert in experts]
+
+
+def test_padding_is_bounded():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        counts = generator.geometric(generator.uniform(0.001, 0.5), size=64) - 1
+        assert sum(padded_tokens(counts.tolist()).counts) <= 1.25 * counts.sum()
 
 
 def test_a_stack_whose_blocks_cross_experts_is_computed_right():
@@ -186,9 +224,9 @@ def test_a_stack_whose_blocks_cross_experts_is_computed_right():
 def test_dropout_zeroes_the_same_elements_in_the_backward_pass(schedule):
     layer = layer_of(dropout=0.4, bias=False).train()
     x = torch.randn(14, IN).requires_grad_()
-    tokens = ExpertTokens((2, 0, 5, 1, 6))
+    tokens, places = laid_out((2, 0, 5, 1, 6), schedule)
     torch.manual_seed(7)
-    y = layer(x, tokens)
+    y = applied(layer, x, tokens, places)
     dy = torch.randn_like(y)
     y.backward(dy)
     # y is linear in x: its derivative along x itself is y, so <dy, y> = <dx, x> only for one and the same mask.
@@ -197,7 +235,7 @@ def test_dropout_zeroes_the_same_elements_in_the_backward_pass(schedule):
         float((layer.lora_A.grad * layer.lora_A).sum()), rel=1e-3
     )
     layer.eval()
-    assert not torch.allclose(layer(x, tokens), y)
+    assert not torch.allclose(applied(layer, x, tokens, places), y)
 
 
 def test_a_dense_stack_trains_as_torch_has_it():

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, Stack
-from qdora.ops.expert_tokens import ExpertTokens
+from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, Stack, needs_padding
+from qdora.ops.expert_tokens import ExpertTokens, padded_tokens
 from qdora.ops.planned_device import is_planning, planned_counts
 
 IMPLEMENTATION = "qdora"
@@ -105,13 +105,19 @@ def routers(model: nn.Module) -> set[str]:
 
 
 class _Spread(torch.autograd.Function):
-    """Rows of x, (tokens, ...), by `order`: each is taken `times` times, and `inverse` is the way back."""
+    """Rows of x, (tokens, ...), by `order`: each is taken `times` times, and `inverse` is the way back.
+
+    More places than that make an `order` with padding, -1, whose rows are 0.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, times: int) -> Tensor:
         ctx.save_for_backward(order, inverse)
         ctx.times = times
-        return x.index_select(0, order // times)
+        if len(order) <= times * len(x):
+            return x.index_select(0, order // times)
+        rows = x.index_select(0, (order // times).clamp_(min=0))
+        return rows.masked_fill_((order < 0).unsqueeze(1), 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
@@ -132,7 +138,13 @@ def routed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     order = torch.argsort(owners, stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     up = self.gate_up_proj if self.has_gate else self.up_proj
-    tokens = ExpertTokens(_counts(top_k_index, up.num_experts))
+    counts = _counts(top_k_index, up.num_experts)
+    tokens = ExpertTokens(counts)
+    if any(needs_padding(stack, hidden_states) for stack in (up, self.down_proj)):
+        tokens = padded_tokens(counts)
+        inverse += tokens.on(order.device).shifts[owners]
+        places = torch.arange(len(owners), device=order.device)
+        order = order.new_full((sum(tokens.counts),), -1).scatter_(0, inverse, places)
     x = _Spread.apply(hidden_states, order, inverse, top_k)  # type: ignore[no-untyped-call, unused-ignore]
     out = up(x, tokens)
     out = self._apply_gate(out) if self.has_gate else self.act_fn(out)

@@ -21,6 +21,7 @@ from qdora.ops.expert_product import (
     frozen_stack,
     merged_rows,
     stack_norm,
+    wants_padding,
 )
 from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.frozen_product import product_dtype
@@ -228,6 +229,14 @@ class AdaptedExperts(AdaptedLinear):
 
 
 Stack = BareExperts | AdaptedExperts
+
+
+def needs_padding(stack: Stack, x: Tensor) -> bool:
+    """Whether fewer launches compute a stack if experts have equally many tokens; its products are those of `x`."""
+    base = stack.base if isinstance(stack, AdaptedExperts) else stack
+    if isinstance(base, ExpertLinear):
+        return False
+    return wants_padding(x.new_empty(0, dtype=product_dtype(x)), base.stored_weight, base.num_experts)
 
 
 class _KnownNorms:

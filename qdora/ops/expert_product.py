@@ -1,13 +1,14 @@
 """Products of a stack of experts, in which each token meets the weight of its own expert only.
 
-A stack is one weight, (experts * out, in): expert e has the rows e * out to (e + 1) * out. Tokens are sorted by expert.
-Only the experts that have tokens are dequantised. On a GPU several small experts are dequantised in one launch, and
-where torch has a kernel for it they share each product, too; on a CPU each has its own.
+A stack is one weight, (experts * out, in): expert e has the rows e * out to (e + 1) * out. Tokens lie expert by expert.
+Only the experts that have tokens are dequantised. On a GPU several small experts are dequantised in one launch. They
+share each product, too, where torch has a kernel for it or they have equally many tokens; on a CPU each has its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qdora.ops.adapted_product import WRITTEN, column_dot
+from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.dora import (
     FactoredNorm,
     Gain,
@@ -38,7 +40,7 @@ from qdora.ops.full_precision import full_precision
 from qdora.ops.low_rank_factors import rounded, row_factor, scaled_rows
 from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.packed import PackedWeight, block_scales, dequantize, packed_rows
-from qdora.ops.planned_device import device_kind, is_planning
+from qdora.ops.planned_device import device_kind, is_planning, plans_grouped_kernel
 from qdora.ops.tiles import Weight, dense_weight, row_tiles
 
 # Bytes of the dense experts that share a launch on a GPU.
@@ -48,7 +50,7 @@ _ENTRIES_PER_SUM = 1 << 24
 
 
 def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
-    """The weights of a run's experts, in this order, as one weight (n * out, in) with decoded block scales.
+    """The weights of a run's experts, in this order, as one weight (n * out, in).
 
     Consecutive experts share the memory of the stack's codes; others are copied. A stack whose blocks cross experts is
     dequantised whole, in float32.
@@ -60,11 +62,15 @@ def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
         return run.pick(dequantize(stack).view(num_experts, rows, columns)).reshape(-1, columns)
     if run.is_consecutive:
         return packed_rows(stack, slice(run.experts[0] * rows, (run.experts[-1] + 1) * rows))
-    codes, scales = (each.view(num_experts, -1) for each in (stack.packed, block_scales(stack)))
-    picked = run.pick(codes).reshape(-1), run.pick(scales).reshape(-1)
-    shape = (len(run.experts) * rows, columns)
-    codes = picked[0].view(shape) if stack.kind == "int8" else picked[0]
-    return PackedWeight(stack.kind, shape, stack.block_size, codes, picked[1])
+    shape, nested = (len(run.experts) * rows, columns), stack.nested
+    if nested is not None and rows * columns % (stack.block_size * NESTED_BLOCK_SIZE):
+        nested = None  # a scale of scales is of two experts
+    scales = block_scales(stack) if nested is None else stack.absmax
+    codes, scales = (run.pick(each.view(num_experts, -1)).reshape(-1) for each in (stack.packed, scales))
+    if nested is not None:
+        nested = replace(nested, absmax=run.pick(nested.absmax.view(num_experts, -1)).reshape(-1))
+    codes = codes.view(shape) if stack.kind == "int8" else codes
+    return PackedWeight(stack.kind, shape, stack.block_size, codes, scales, nested)
 
 
 def _together(rows: int, columns: int, itemsize: int, device: torch.device) -> int:
@@ -78,10 +84,10 @@ def grouped_product(x: Tensor, matrices: Tensor, run: Run) -> Tensor:
         return x @ matrices[0]
     if _has_kernel(x, *matrices.shape[1:]):
         return torch.nn.functional.grouped_mm(x, matrices, offs=run.ends(x.device))
-    out, start = x.new_empty(x.shape[0], matrices.shape[2]), 0
-    for matrix, count in zip(matrices, run.counts, strict=True):
-        torch.mm(x[start : start + count], matrix, out=out[start : start + count])
-        start += count
+    out = x.new_empty(x.shape[0], matrices.shape[2])
+    for experts, tokens in run.groups:
+        left, into = (each[tokens].unflatten(0, (experts.stop - experts.start, -1)) for each in (x, out))
+        torch.bmm(left, matrices[experts], out=into)
     return out
 
 
@@ -91,11 +97,17 @@ def grouped_outer(left: Tensor, right: Tensor, run: Run, *, shared: bool) -> Ten
         return (left.T @ right).unsqueeze(0)
     if _has_kernel(left, left.shape[1], right.shape[1]):
         return torch.nn.functional.grouped_mm(left.T, right, offs=run.ends(left.device))
-    out, start = left.new_empty(len(run.counts), left.shape[1], right.shape[1]), 0
-    for group, count in zip(out, run.counts, strict=True):
-        torch.mm(left[start : start + count].T, right[start : start + count], out=group)
-        start += count
+    out = left.new_empty(len(run.counts), left.shape[1], right.shape[1])
+    for experts, tokens in run.groups:
+        a, b = (each[tokens].unflatten(0, (experts.stop - experts.start, -1)) for each in (left, right))
+        torch.bmm(a.mT, b, out=out[experts])
     return out
+
+
+def wants_padding(x: Tensor, stack: Weight, num_experts: int) -> bool:
+    """Whether the experts of a stack share more launches if their tokens are padded; x has these in its dtype."""
+    rows, columns = stack.shape[0] // num_experts, stack.shape[1]
+    return _together(rows, columns, x.itemsize, x.device) > 1 and not _has_kernel(x, rows, columns)
 
 
 def _has_kernel(x: Tensor, *sizes: int) -> bool:
@@ -105,7 +117,9 @@ def _has_kernel(x: Tensor, *sizes: int) -> bool:
     """
     if device_kind(x.device) != "cuda" or x.dtype != torch.bfloat16 or any(size % 8 for size in sizes):
         return False
-    return is_planning() or (torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] in (9, 10))
+    if is_planning():
+        return plans_grouped_kernel()
+    return torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
 def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor | None = None) -> Tensor:
@@ -135,7 +149,7 @@ def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor |
 def add_expert_bias(out: Tensor, bias: Tensor, tokens: ExpertTokens) -> Tensor:
     """out + bias_e for each token, (tokens, out): a new tensor."""
     counts = tokens.on(bias.device).counts
-    return out + bias.to(out.dtype).repeat_interleave(counts, dim=0, output_size=out.shape[0])
+    return out + tokens.whole.pick(bias.to(out.dtype)).repeat_interleave(counts, dim=0, output_size=out.shape[0])
 
 
 def _add_run_(
@@ -365,12 +379,13 @@ def column_dots(left: Tensor, right: Tensor, factor: Tensor, tokens: ExpertToken
         return total
     lengths = tokens.on(left.device).counts
     step = max(1, _ENTRIES_PER_SUM // max(1, left.shape[0]))
+    factors = tokens.whole.pick(factor)
     for start in range(0, left.shape[1], step):
         some = slice(start, start + step)
         products = left[:, some].to(factor.dtype) * right[:, some]
         # Unsafe: checks of the lengths would let a GPU's host wait twice.
         sums = torch.segment_reduce(products, "sum", lengths=lengths, axis=0, initial=0, unsafe=True)
-        total[:, some] = sums * factor[:, some]
+        _add_(total[:, some], tokens.whole, sums * factors[:, some])
     return total
 
 

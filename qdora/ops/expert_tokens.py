@@ -1,16 +1,19 @@
-"""How tokens that are sorted by expert divide among the experts of a stack, on the host and on a device.
+"""How tokens that lie expert by expert divide among the experts of a stack, on the host and on a device.
 
 The host needs the counts to cut the tokens, a GPU needs them for its grouped kernels. They are sent to it once for each
 routing, in one tensor, from pinned memory and so without a wait.
+
+A GPU without a grouped kernel multiplies several experts at once if they have equally many tokens. `padded_tokens`
+makes their counts equal by rows of zeros.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -18,20 +21,32 @@ from torch import Tensor
 
 from qdora.ops.planned_device import is_planning
 
+# Most rows of padding, as a share of the tokens of the experts that are padded to one count.
+_MOST_PADDING = 0.25
+# Experts that are not in ascending order need copies of their codes. They are ordered by count where that saves more
+# groups than this, each of which has some eleven launches a stack and micro-batch.
+_WORTH_COPIES = 16
+
 
 class CountsOnDevice(NamedTuple):
-    """The numbers of an `ExpertTokens` on a device."""
+    """The numbers of an `ExpertTokens` on a device, of the experts with tokens, in the order of these."""
 
-    counts: Tensor  # (experts,) int64
-    experts: Tensor  # (experts with tokens,) int64: their numbers
-    ends: Tensor  # (experts with tokens,) int32: the token after the last one of each
+    counts: Tensor  # int64
+    experts: Tensor  # int64: their numbers
+    ends: Tensor  # int32: the token after the last one of each
+    shifts: Tensor  # (all experts,) int64: see `padded_tokens`; empty without padding
 
 
 class ExpertTokens:
-    """How tokens that are sorted by expert divide among the experts: `counts[e]` of them belong to expert e."""
+    """How tokens divide among the experts: `counts[e]` of them, which lie together, belong to expert e.
 
-    def __init__(self, counts: Sequence[int]) -> None:
-        self.counts = tuple(counts)
+    `experts` are those that have tokens, in the order of these: ascending if it is not given. `shifts` is how many
+    places the tokens of each expert lie behind those that they have in ascending order and without padding.
+    """
+
+    def __init__(self, counts: Sequence[int], experts: Iterable[int] | None = None, shifts: Sequence[int] = ()) -> None:
+        self.counts, self.shifts = tuple(counts), shifts
+        self.experts = tuple(e for e, count in enumerate(counts) if count) if experts is None else tuple(experts)
         self._on: dict[torch.device, CountsOnDevice] = {}
 
     @classmethod
@@ -45,9 +60,9 @@ class ExpertTokens:
         return tuple(self.all_runs(1))
 
     @cached_property
-    def experts(self) -> tuple[int, ...]:
-        """The experts that have tokens."""
-        return tuple(expert for expert, count in enumerate(self.counts) if count)
+    def whole(self) -> Run:
+        """All experts that have tokens, as one run."""
+        return next(self.all_runs(len(self.experts)))
 
     def all_runs(self, together: int) -> Iterator[Run]:
         """The experts that have tokens, `together` at a time."""
@@ -74,18 +89,18 @@ class ExpertTokens:
         """The numbers on a device, sent at the first call."""
         if device not in self._on:
             reached = [self.counts[expert] for expert in self.experts]
-            sizes = [len(self.counts), len(self.experts), len(self.experts)]
-            numbers = torch.tensor([*self.counts, *self.experts, *accumulate(reached)])
+            sizes = [*3 * [len(reached)], len(self.shifts)]
+            numbers = torch.tensor([*reached, *self.experts, *accumulate(reached), *self.shifts])
             if device.type not in ("cpu", "meta"):
                 numbers = numbers.pin_memory()
-            counts, experts, ends = torch.split(numbers.to(device, non_blocking=True), sizes)
-            self._on[device] = CountsOnDevice(counts, experts, ends.int())
+            counts, experts, ends, shifts = torch.split(numbers.to(device, non_blocking=True), sizes)
+            self._on[device] = CountsOnDevice(counts, experts, ends.int(), shifts)
         return self._on[device]
 
 
 @dataclass(eq=False)
 class Run:
-    """Experts with tokens, in ascending order, and their tokens, which lie together.
+    """Experts with tokens, in the order of these, and their tokens, which lie together.
 
     `first` is the place of the first of them among all experts of `every` that have tokens.
     """
@@ -97,10 +112,20 @@ class Run:
     first: int
     _ends: dict[torch.device, Tensor] = field(default_factory=dict, init=False)
 
-    @property
+    @cached_property
     def is_consecutive(self) -> bool:
-        """Whether no expert without tokens is between these."""
-        return self.experts[-1] - self.experts[0] == len(self.experts) - 1
+        """Whether these are in ascending order, and no other expert is between them."""
+        return self.experts == tuple(range(self.experts[0], self.experts[0] + len(self.experts)))
+
+    @cached_property
+    def groups(self) -> tuple[tuple[slice, slice], ...]:
+        """Neighbours with one count: their places in the run, and their tokens, counted from its first."""
+        found, first, token = [], 0, 0
+        for count, same in groupby(self.counts):
+            number = len(list(same))
+            found.append((slice(first, first + number), slice(token, token + number * count)))
+            first, token = first + number, token + number * count
+        return tuple(found)
 
     def index(self, device: torch.device) -> Tensor:
         """The numbers of its experts on a device, (n,) int64."""
@@ -118,3 +143,39 @@ class Run:
         if self.is_consecutive:
             return values[self.experts[0] : self.experts[-1] + 1]
         return values.index_select(0, self.index(values.device))
+
+
+def padded_tokens(counts: Sequence[int]) -> ExpertTokens:
+    """Tokens that `counts` divide, with rows of padding behind those of an expert, so that few groups have one count.
+
+    A token at place p of the ascending order without padding goes to p + shifts[e] if it is of expert e.
+    """
+    reached = [expert for expert, count in enumerate(counts) if count]
+    groups = _groups(reached, counts)
+    by_count = _groups(sorted(reached, key=lambda expert: -counts[expert]), counts)
+    if len(groups) - len(by_count) > _WORTH_COPIES:
+        groups = by_count
+    padded, shifts, place = [0] * len(counts), [0] * len(counts), 0
+    for group in groups:
+        most = max(counts[expert] for expert in group)
+        for expert in group:
+            padded[expert], shifts[expert] = most, place
+            place += most
+    for expert, before in enumerate(accumulate(counts[:-1], initial=0)):
+        shifts[expert] -= before
+    return ExpertTokens(padded, (expert for group in groups for expert in group), shifts)
+
+
+def _groups(experts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    """Neighbours that are padded to one count: as many as `_MOST_PADDING` allows, each at most to its double."""
+    groups: list[list[int]] = []
+    least = most = total = 0
+    for expert in experts:
+        count = counts[expert]
+        least, most, total = min(least, count), max(most, count), total + count
+        if groups and most <= 2 * least and most * (len(groups[-1]) + 1) <= (1 + _MOST_PADDING) * total:
+            groups[-1].append(expert)
+        else:
+            groups.append([expert])
+            least = most = total = count
+    return groups
