@@ -28,7 +28,6 @@ from measure import facts, fresh, in_turns, parser_of, peak_rss_bytes, ratio, re
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -39,6 +38,7 @@ from qdora.model.inject import adapted_layer, frozen_like, replace_module
 from qdora.nn.expert_linear import AdaptedExperts
 from qdora.ops.packed import PackedWeight, dequantize, empty_packed, quantize
 from qdora.ops.planned_device import planned_on
+from qdora.plan.expert_launches import Launches
 
 SHAPES = {
     "OLMoE-1B-7B": {"num_experts": 64, "hidden_size": 2048, "moe_intermediate_size": 1024},
@@ -241,24 +241,10 @@ def peak_of_step(sizes: dict[str, int], contender: str, tokens: int) -> int:
     return peak_rss_bytes() - before
 
 
-class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations that make new values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not any(
-            each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns
-        )
-        return func(*args, **(kwargs or {}))
-
-
 def launches(sizes: dict[str, int], contender: str, tokens: int, *, skewed: bool) -> dict[str, int]:
     """Launches of forward and backward on a GPU, with the gains of the step."""
     choices = min(CHOICES, sizes["num_experts"])
-    with FakeTensorMode(), planned_on("cuda"), routed(sizes["num_experts"], skewed=skewed):
+    with FakeTensorMode(), planned_on("cuda", every_run=True), routed(sizes["num_experts"], skewed=skewed):
         holder = nn.ModuleDict({"experts": bare_experts(sizes)})
         put_packed_(holder, contender, lambda shape: empty_packed("nf4", shape))
         x = torch.empty(tokens, sizes["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
@@ -266,9 +252,9 @@ def launches(sizes: dict[str, int], contender: str, tokens: int, *, skewed: bool
         step = Step.__new__(Step)
         step.holder, step.inputs = holder, (x, torch.zeros(tokens, choices, dtype=torch.int64), share)
         step.forward()  # computes the norms, which the micro-batches of a step share
-        with _Launches() as forward:
+        with Launches() as forward:
             out = step.forward()
-        with _Launches() as backward:
+        with Launches() as backward:
             out.sum().backward()  # type: ignore[no-untyped-call]
         return {"forward": forward.count, "backward": backward.count}
 

@@ -230,6 +230,25 @@ def test_a_plan_says_what_routing_decides() -> None:
     )
     assert not any("Experts" in line for line in plan_view.plan_lines(close))
     assert replace(close, even_routing_bytes=None).to_dict()["even_routing_bytes"] is None
+    (said,) = (line for line in plan_view.plan_lines(replace(close, expert_launches=48_672)) if "Experts" in line)
+    assert "49,000 kernel launches a micro-batch" in said
+
+
+@pytest.mark.parametrize(("device", "checkpointing"), [("cuda", True), ("cuda", False), ("cpu", True)])
+def test_launches_of_experts_are_planned_for_cards_without_a_grouped_product(device: Any, checkpointing: bool) -> None:
+    config = a_config("qwen3_moe", num_experts=4, num_hidden_layers=3, moe_intermediate_size=64, hidden_size=64)
+
+    def found(kind: str) -> int | None:
+        recipe = a_recipe(adapter__kind=kind, memory__checkpointing=checkpointing)
+        return plan(recipe, config=config, device_kind=device).expert_launches
+
+    lora, dora = found("lora"), found("dora")
+    if device == "cpu":
+        assert lora is dora is None
+        return
+    # Products of two stacks, each of one run, in three blocks: 3 forward and 5 backward.
+    assert 3 * 2 * (5 + 3 * (1 + checkpointing)) < lora < dora
+    assert lora % 3 == 0
 
 
 def test_fewer_ranks_of_experts_are_proposed() -> None:

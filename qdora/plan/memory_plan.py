@@ -50,6 +50,7 @@ from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, k
 from qdora.plan.changes_to_fit import with_changes
 from qdora.plan.chunked_scan import short_scans
 from qdora.plan.division import division_of, of_card
+from qdora.plan.expert_launches import launches_of
 from qdora.plan.fake_step import StepRecorder, empty_model, fill_, ranks_of_adapter, set_unmasked_, update_bytes
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan_contents import DeviceKind, Division, MicroBatchShape, Moment, Plan
@@ -166,6 +167,9 @@ def fit_recipe(
         return max(each.seconds(first.num_trainable) for each in step_plans(changed))
 
     first = plan_of(recipe)
+    if first.even_routing_bytes is not None and device_kind == "cuda":
+        step = _StepPlan(recipe, known, first.shape, first.num_micro_batches, rates, run_dtype=dtype)
+        first = replace(first, expert_launches=step.expert_launches())
     if first.fits is not False or not may_change:
         return recipe, first
     return with_changes(recipe, first, plan_of, seconds_of)
@@ -436,6 +440,23 @@ class _StepPlan:
             )
         shapes = {path: (tuple(each.shape), each.dtype) for path, each in parameters.items()}
         return recorder.moments, shapes
+
+    def expert_launches(self) -> int:
+        """Launches of the experts of all blocks in a micro-batch, on a card without torch's grouped product."""
+        model = self.known.new_model(self.dtype, self.recipe.model.attention)
+        found, kept = block_list(self.skeleton), None
+        if found is not None:
+            kept = [len(found[1]) - 1]
+            keep_blocks_(model, found[0], kept)
+        top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)
+        with errors_only(), planned_on("cuda", grouped_kernel=False, every_run=True), FakeTensorMode():
+            with LiveBytes() as live:
+                fill_(model, self._wanted, self.dtype, live, pruned=self.recipe.base.prune is not None)
+                self._put_adapters(model, kept, ())
+            some = list(stacks(model).values())
+            checkpointing = self.recipe.memory.checkpointing
+            launched = launches_of(some, self.shape.num_tokens, top_k, self.dtype, checkpointing=checkpointing)
+        return launched * len(stacks(self.skeleton)) // len(some)
 
     def _put_adapters(self, model: Any, kept: list[int] | None, new_tokens: Sequence[int]) -> None:
         """Put adapters in as a run does, but do not read the values of the adapter that it resumes from."""

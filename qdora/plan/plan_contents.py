@@ -159,6 +159,8 @@ class Plan:
         changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
         even_routing_bytes: For a mixture of experts, the peak if tokens divide evenly among them. The plan itself is
             the worse of this and of nearly all tokens choosing the same ones. None for other models.
+        expert_launches: For a mixture of experts planned for a GPU, kernel launches of the experts' products in a
+            micro-batch on a card without torch's grouped product, if tokens divide evenly.
         division: The tensors that several processes could divide; None for a model without a list of blocks.
         stored_shape: Where the shape of the model was read, if it is one of `public_shapes`; None: from its own config.
     """
@@ -181,6 +183,7 @@ class Plan:
     budget_bytes: int | None = None
     changes: Sequence[Change] = ()
     even_routing_bytes: int | None = None
+    expert_launches: int | None = None
     stored_shape: str | None = None
     division: Division | None = None
 
@@ -243,6 +246,7 @@ class Plan:
             "stored_shape": self.stored_shape,
             "peak_bytes": self.peak_bytes,
             "even_routing_bytes": self.even_routing_bytes,
+            "expert_launches": self.expert_launches,
             "tensor_bytes": self.tensor_bytes,
             "peak_in": self.peak.name,
             "components": self.components,

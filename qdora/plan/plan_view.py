@@ -170,6 +170,11 @@ def plan_lines(plan: Plan) -> list[str]:
             f"Experts: {size_text(plan.peak_bytes)} if nearly all tokens choose the same ones, which is planned; "
             f"{size_text(plan.even_routing_bytes or 0)} if tokens divide evenly among them."
         )
+    if plan.expert_launches is not None:
+        lines.append(
+            f"Experts: about {float(f'{plan.expert_launches:.2g}'):,.0f} kernel launches a micro-batch on cards of "
+            "compute capability other than 9 and 10 (A100, RTX 4090, RTX 5090)."
+        )
     if plan.stored_shape is not None:
         lines.append(f"Model: the shape stored in qdora, from {plan.stored_shape}, because the Hub does not give it.")
     if plan.step_seconds is not None:

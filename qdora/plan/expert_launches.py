@@ -1,0 +1,52 @@
+"""How many kernels the experts of a mixture launch, counted on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qdora.nn.expert_linear import Stack, needs_padding
+from qdora.ops.expert_tokens import ExpertTokens, padded_tokens
+from qdora.ops.planned_device import planned_counts
+
+
+class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active, counts operations that write values: no views and no allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returns = func._schema.returns
+        is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
+        made = func(*args, **(kwargs or {}))
+        allocates = func._schema.name.startswith(("aten::empty", "aten::new_empty"))
+        self.count += isinstance(made, Tensor) and not is_view and not allocates
+        return made
+
+
+def launches_of(
+    stacks: Sequence[Stack], num_tokens: int, top_k: int, dtype: torch.dtype, *, checkpointing: bool
+) -> int:
+    """Launches of the products of stacks of fake tensors in a later micro-batch of a step, forward and backward.
+
+    Call it within a FakeTensorMode and `planned_on(..., every_run=True)`, whose GPU and routing it counts for.
+    """
+    total = 0
+    for stack in stacks:
+        counts = planned_counts(num_tokens, top_k, stack.num_experts)
+        x = torch.empty(0, stack.in_features, dtype=dtype)
+        tokens = padded_tokens(counts) if needs_padding(stack, x) else ExpertTokens(counts)
+        x = torch.empty(sum(tokens.counts), stack.in_features, dtype=dtype, requires_grad=True)
+        stack(x, tokens)  # computes the norms, which the micro-batches of a step share
+        with Launches() as forward:
+            out = stack(x, tokens)
+        with Launches() as backward:
+            out.backward(torch.empty_like(out))
+        total += (1 + checkpointing) * forward.count + backward.count
+    return total
