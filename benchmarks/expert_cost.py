@@ -9,7 +9,6 @@ experts run as transformers runs them. QDoRA uses the norms of its step; `norms`
 
     held        bytes that autograd keeps after the forward pass, without parameters and the base
     peak        growth of the largest resident set over that before the step, each contender in a process of its own
-    launches    operations on a GPU that are no views, by a plan on fake tensors, of forward and backward
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,18 +25,14 @@ import torch
 from measure import facts, fresh, in_turns, parser_of, peak_rss_bytes, ratio, reset_peak_rss, spread, write
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from qdora.memory.allocator import keep_freed_memory
-from qdora.model import experts as routing
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.inject import adapted_layer, frozen_like, replace_module
 from qdora.nn.expert_linear import AdaptedExperts
-from qdora.ops.packed import PackedWeight, dequantize, empty_packed, quantize
-from qdora.ops.planned_device import planned_on
-from qdora.plan.expert_launches import Launches
+from qdora.ops.packed import PackedWeight, dequantize, quantize
 
 SHAPES = {
     "OLMoE-1B-7B": {"num_experts": 64, "hidden_size": 2048, "moe_intermediate_size": 1024},
@@ -52,7 +46,7 @@ BAR = 1.05
 
 
 def main() -> None:
-    """Times in turns, bytes in processes of their own, launches on fake tensors."""
+    """Times in turns, bytes in processes of their own."""
     parser = parser_of(__doc__, "expert_cost", smoke="four tiny experts")
     parser.add_argument("--tokens", type=lambda text: [int(each) for each in text.split(",")], default=[1024, 4096])
     parser.add_argument("--repeats", type=int, default=5)
@@ -113,7 +107,6 @@ def case(name: str, holders: dict[str, nn.ModuleDict], tokens: int, skewed: bool
         "ratios": {f"{a} / {b}": ratio(times[a], times[b]) for a, b in RATIOS},
         "norms": spread(in_turns({"norms": steps["own_dora"].norms}, repeats)["norms"]),
         "held": {each: step.held() for each, step in steps.items()},
-        "launches": {each: launches(sizes, each, tokens, skewed=skewed) for each in CONTENDERS[:3]},
     }
 
 
@@ -239,42 +232,6 @@ def peak_of_step(sizes: dict[str, int], contender: str, tokens: int) -> int:
     before = reset_peak_rss()
     step.run()
     return peak_rss_bytes() - before
-
-
-def launches(sizes: dict[str, int], contender: str, tokens: int, *, skewed: bool) -> dict[str, int]:
-    """Launches of forward and backward on a GPU, with the gains of the step."""
-    choices = min(CHOICES, sizes["num_experts"])
-    with FakeTensorMode(), planned_on("cuda", every_run=True), routed(sizes["num_experts"], skewed=skewed):
-        holder = nn.ModuleDict({"experts": bare_experts(sizes)})
-        put_packed_(holder, contender, lambda shape: empty_packed("nf4", shape))
-        x = torch.empty(tokens, sizes["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
-        share = torch.empty(tokens, choices, dtype=torch.bfloat16)
-        step = Step.__new__(Step)
-        step.holder, step.inputs = holder, (x, torch.zeros(tokens, choices, dtype=torch.int64), share)
-        step.forward()  # computes the norms, which the micro-batches of a step share
-        with Launches() as forward:
-            out = step.forward()
-        with Launches() as backward:
-            out.sum().backward()  # type: ignore[no-untyped-call]
-        return {"forward": forward.count, "backward": backward.count}
-
-
-@contextmanager
-def routed(num_experts: int, *, skewed: bool) -> Iterator[None]:
-    """A plan's tokens go evenly to all experts, or to every tenth."""
-
-    def counts(owners: Tensor, _num_experts: int) -> list[int]:
-        reached = range(0, num_experts, 10) if skewed else range(num_experts)
-        found = [0] * num_experts
-        for place, expert in enumerate(reached):
-            found[expert] = len(owners) // len(reached) + (place < len(owners) % len(reached))
-        return found
-
-    before, routing._counts = routing._counts, counts
-    try:
-        yield
-    finally:
-        routing._counts = before
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from tables.streaming import disk_residency, stream_schedule
 from tables.study import error_adapters, pruning, study, study_changes, study_nulls
 from tables.times import (
     expert_cost,
+    expert_launches,
     host_time,
     layer_time,
     one_micro_batch,
@@ -100,6 +101,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan_recipes": plan_recipes,
     "expert_plans": expert_plans,
     "expert_cost": expert_cost,
+    "expert_launches": expert_launches,
     "wait_policy": wait_policy,
     "one_micro_batch": one_micro_batch,
     "cards": cards,

@@ -222,9 +222,16 @@ def test_expert_cost(tmp_path: Path) -> None:
     assert [case["skewed"] for case in result["cases"]] == [False, True]
     for case in result["cases"]:
         assert case["held"]["own_dora"] > case["held"]["own_lora"] > case["held"]["frozen"] > 0
-        assert case["launches"]["own_dora"]["forward"] >= case["launches"]["own_lora"]["forward"] > 0
         assert set(case["ratios"]) == {"own_dora / own_lora", "own_dora / frozen", "own_dora / peft_lora"}
     assert all(size > 0 for size in result["cases"][0]["peak"].values())
+
+
+def test_expert_launches(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "expert_launches.py")
+    assert [case["routing"] for case in result["after"]] == ["even", "zipf"]
+    for case in result["after"]:
+        assert case["waits"] == 2, "the counts of a routing, forward and recomputed"
+        assert case["launches"]["forward"] >= case["launches"]["recompute"] > 0
 
 
 def test_layer_cost(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_experts_with_like_counts_share_launches_and_a_plan_counts_them(gpu: Fal
         layer(x, tokens)
         gpu.clear()
         layer(x, tokens).backward(dy)
-        with FakeTensorMode(), planned_on("cuda", grouped_kernel=False, every_run=True):
+        with FakeTensorMode(), planned_on("cuda", grouped_kernel=False):
             planned = launches_of([stack("cpu")], 95, 1, torch.bfloat16, checkpointing=False)
     launched = [event.operation for event in gpu.events if event.kind == "launch"]
     assert (launched.count("bmm"), launched.count("mm")) == (3 * 8, 0)

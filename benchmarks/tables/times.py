@@ -41,7 +41,7 @@ def layer_time() -> str:
 
 
 def expert_cost() -> str:
-    """Ratios of the time of a block's experts, bytes held for backward, growth of the peak, launches on a GPU."""
+    """Ratios of the time of a block's experts, bytes held for backward, growth of the peak."""
     document = read("expert_cost")
     columns = ("own_dora / own_lora", "own_dora / frozen", "own_dora / peft_lora")
     rows = []
@@ -56,15 +56,33 @@ def expert_cost() -> str:
                 " / ".join(f"{peak[name] / MIB:,.0f}" for name in ("own_dora", "own_lora", "peft_lora"))
                 if peak
                 else "",
-                " / ".join(str(sum(case["launches"][name].values())) for name in ("own_dora", "own_lora")),
             ]
         )
     bar = document["bar"]
     head = ["shape, tokens, routing", "QDoRA / QLoRA", "QDoRA / frozen", "QDoRA / PEFT LoRA"]
-    head += ["held, QDoRA", "QLoRA", "PEFT LoRA", "peak: QDoRA / QLoRA / PEFT LoRA", "launches: QDoRA / QLoRA"]
+    head += ["held, QDoRA", "QLoRA", "PEFT LoRA", "peak: QDoRA / QLoRA / PEFT LoRA"]
     within = f"Target met: QDoRA at most {bar['limit']} times QLoRA in {bar['within']} of {bar['of']} cases."
     text = f"\nMedians of rounds; bytes in MiB. {within}\n"
     return markdown(head, rows) + text
+
+
+def expert_launches() -> str:
+    """Launches and bytes of a block's experts on a GPU without a grouped product, before and after."""
+    document, rows = read("expert_launches"), []
+    for before, after in zip(document["before"], document["after"], strict=True):
+        found = [(sum(each["launches"].values()), sum(each["bytes"].values())) for each in (before, after)]
+        rows.append(
+            [
+                f"{after['tokens']:,}, {after['routing']}",
+                f"{after['fewest_tokens']:,} to {after['most_tokens']:,}",
+                *(f"{launches:,}" for launches, _ in found),
+                *(f"{num_bytes / 1e9:.1f}" for _, num_bytes in found),
+                *(f"{each['peak_bytes'] / MIB:,.0f}" for each in (before, after)),
+                " / ".join(str(each["waits"]) for each in (before, after)),
+            ]
+        )
+    head = [f"{what}, {when}" for what in ("launches", "GB moved", "peak, MiB") for when in ("before", "after")]
+    return markdown(["tokens, routing", "tokens of an expert", *head, "waits"], rows)
 
 
 def packing() -> str:

@@ -73,7 +73,7 @@ def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
     return PackedWeight(stack.kind, shape, stack.block_size, codes, scales, nested)
 
 
-def _together(rows: int, columns: int, itemsize: int, device: torch.device) -> int:
+def experts_together(rows: int, columns: int, itemsize: int, device: torch.device) -> int:
     """How many experts share the launches of a product."""
     return 1 if device_kind(device) == "cpu" else max(1, _RUN_BYTES // (rows * columns * itemsize))
 
@@ -107,7 +107,7 @@ def grouped_outer(left: Tensor, right: Tensor, run: Run, *, shared: bool) -> Ten
 def wants_padding(x: Tensor, stack: Weight, num_experts: int) -> bool:
     """Whether the experts of a stack share more launches if their tokens are padded; x has these in its dtype."""
     rows, columns = stack.shape[0] // num_experts, stack.shape[1]
-    return _together(rows, columns, x.itemsize, x.device) > 1 and not _has_kernel(x, rows, columns)
+    return experts_together(rows, columns, x.itemsize, x.device) > 1 and not _has_kernel(x, rows, columns)
 
 
 def _has_kernel(x: Tensor, *sizes: int) -> bool:
@@ -136,7 +136,7 @@ def frozen_stack(x: Tensor, weight: Weight, tokens: ExpertTokens, bias: Tensor |
         rows, columns = _expert_shape(weight, tokens)
         of = of.contiguous()  # a gradient may be one row for all tokens, which the grouped kernel does not take
         into = of.new_zeros(of.shape[0], columns if transposed else rows)
-        for run in tokens.runs(_together(rows, columns, of.itemsize, of.device)):
+        for run in tokens.runs(experts_together(rows, columns, of.itemsize, of.device)):
             _add_run_(into, of, weight, run, None, num_experts=len(tokens.counts), transposed=transposed)
         return into
 
@@ -251,7 +251,7 @@ class _StackCall(NamedTuple):
     keeps_copy: bool
 
     def runs(self, x: Tensor) -> Iterator[Run]:
-        together = _together(*_expert_shape(self.weight, self.tokens), x.itemsize, x.device)
+        together = experts_together(*_expert_shape(self.weight, self.tokens), x.itemsize, x.device)
         return self.tokens.runs(1 if self.keep_bits is not None else together)
 
     def dropped(self, x: Tensor, run: Run) -> Tensor:
@@ -459,7 +459,7 @@ def stack_norm(
         keep_bits: As in `adapted_stack`; the sums are then formed, row by row.
     """
     num_experts, count = len(tokens.counts), len(tokens.experts)
-    together = _together(base_squared.shape[1], weight.shape[1], dtype.itemsize, lora_A.device)
+    together = experts_together(base_squared.shape[1], weight.shape[1], dtype.itemsize, lora_A.device)
     norms: list[Tensor] = []
     cancelled: list[Tensor] = []
     for run in tokens.all_runs(1 if keep_bits is not None else together):

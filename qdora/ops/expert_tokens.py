@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qdora.ops.planned_device import skips_equal_runs
+from qdora.ops.planned_device import is_planning
 
 # Most rows of padding, as a share of the tokens of the experts that are padded to one count.
 _MOST_PADDING = 0.25
@@ -77,7 +77,7 @@ class ExpertTokens:
         """`all_runs`; in a plan without those that need no more bytes."""
         before = deque[tuple[int, int, bool]](maxlen=2)
         for run in self.all_runs(together):
-            if skips_equal_runs():
+            if is_planning():
                 sizes = len(run.experts), run.tokens.stop - run.tokens.start, run.is_consecutive
                 # The second of two equal runs is needed: tensors of the first may still be alive in it.
                 if before.count(sizes) == 2:

@@ -19,28 +19,21 @@ Routing = Literal["even", "skewed"]
 """How a plan divides tokens among the experts of a mixture: evenly, or nearly all of them to the same experts."""
 _ROUTING: ContextVar[Routing] = ContextVar("planned_routing", default="even")
 _GROUPED: ContextVar[bool] = ContextVar("planned_grouped_kernel", default=True)
-_EVERY_RUN: ContextVar[bool] = ContextVar("planned_every_run", default=False)
 
 
 @contextmanager
-def planned_on(
-    device_type: str, routing: Routing = "even", *, grouped_kernel: bool = True, every_run: bool = False
-) -> Iterator[None]:
+def planned_on(device_type: str, routing: Routing = "even", *, grouped_kernel: bool = True) -> Iterator[None]:
     """Inside, all tensors are fake and stand for tensors of this device type ("cpu" or "cuda").
 
-    Args:
-        grouped_kernel: torch's product of several experts has a kernel for the GPU.
-        every_run: Runs of experts that need no more bytes than others are computed, too: to count launches.
+    `grouped_kernel`: torch's product of several experts has a kernel for the GPU.
     """
-    tokens = _PLANNED.set(device_type), _ROUTING.set(routing)
-    flags = _GROUPED.set(grouped_kernel), _EVERY_RUN.set(every_run)
+    tokens = _PLANNED.set(device_type), _ROUTING.set(routing), _GROUPED.set(grouped_kernel)
     try:
         yield
     finally:
         _PLANNED.reset(tokens[0])
         _ROUTING.reset(tokens[1])
-        _GROUPED.reset(flags[0])
-        _EVERY_RUN.reset(flags[1])
+        _GROUPED.reset(tokens[2])
 
 
 def is_planning() -> bool:
@@ -51,11 +44,6 @@ def is_planning() -> bool:
 def plans_grouped_kernel() -> bool:
     """Whether torch's product of several experts has a kernel for the GPU of the plan."""
     return _GROUPED.get()
-
-
-def skips_equal_runs() -> bool:
-    """Whether a plan leaves out the runs of experts that need no more bytes than others."""
-    return is_planning() and not _EVERY_RUN.get()
 
 
 def planned_counts(num_tokens: int, top_k: int, num_experts: int) -> list[int]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qdora.nn.expert_linear import Stack, needs_padding
+from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, Stack, needs_padding
+from qdora.ops.expert_product import experts_together
 from qdora.ops.expert_tokens import ExpertTokens, padded_tokens
 from qdora.ops.planned_device import planned_counts
 
@@ -35,18 +36,30 @@ def launches_of(
 ) -> int:
     """Launches of the products of stacks of fake tensors in a later micro-batch of a step, forward and backward.
 
-    Call it within a FakeTensorMode and `planned_on(..., every_run=True)`, whose GPU and routing it counts for.
+    Call it within a FakeTensorMode and `planned_on` with even routing. Runs of experts are alike: two are counted.
     """
     total = 0
     for stack in stacks:
         counts = planned_counts(num_tokens, top_k, stack.num_experts)
-        x = torch.empty(0, stack.in_features, dtype=dtype)
-        tokens = padded_tokens(counts) if needs_padding(stack, x) else ExpertTokens(counts)
-        x = torch.empty(sum(tokens.counts), stack.in_features, dtype=dtype, requires_grad=True)
-        stack(x, tokens)  # computes the norms, which the micro-batches of a step share
-        with Launches() as forward:
-            out = stack(x, tokens)
-        with Launches() as backward:
-            out.backward(torch.empty_like(out))
-        total += (1 + checkpointing) * forward.count + backward.count
+        one_by_one = isinstance(stack, ExpertLinear) or (isinstance(stack, AdaptedExperts) and stack.masked)
+        together = experts_together(stack.expert_features, stack.in_features, dtype.itemsize, torch.device("cpu"))
+        together = 1 if one_by_one else together
+        one, two = (
+            _launches(stack, counts[: number * together], dtype, checkpointing=checkpointing) for number in (1, 2)
+        )
+        num_runs = -(-sum(count > 0 for count in counts) // together)
+        total += one + (num_runs - 1) * (two - one)
     return total
+
+
+def _launches(stack: Stack, counts: list[int], dtype: torch.dtype, *, checkpointing: bool) -> int:
+    """Those of the first experts."""
+    counts = counts + [0] * (stack.num_experts - len(counts))
+    tokens = padded_tokens(counts) if needs_padding(stack, torch.empty(0, dtype=dtype)) else ExpertTokens(counts)
+    x = torch.empty(sum(tokens.counts), stack.in_features, dtype=dtype, requires_grad=True)
+    stack(x, tokens)  # computes the norms, which the micro-batches of a step share
+    with Launches() as forward:
+        out = stack(x, tokens)
+    with Launches() as backward:
+        out.backward(torch.empty_like(out))
+    return (1 + checkpointing) * forward.count + backward.count

@@ -449,7 +449,7 @@ class _StepPlan:
             kept = [len(found[1]) - 1]
             keep_blocks_(model, found[0], kept)
         top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)
-        with errors_only(), planned_on("cuda", grouped_kernel=False, every_run=True), FakeTensorMode():
+        with errors_only(), planned_on("cuda", grouped_kernel=False), FakeTensorMode():
             with LiveBytes() as live:
                 fill_(model, self._wanted, self.dtype, live, pruned=self.recipe.base.prune is not None)
                 self._put_adapters(model, kept, ())
