@@ -57,6 +57,7 @@ def _launches(stack: Stack, counts: list[int], dtype: torch.dtype, *, checkpoint
     counts = counts + [0] * (stack.num_experts - len(counts))
     tokens = padded_tokens(counts) if needs_padding(stack, torch.empty(0, dtype=dtype)) else ExpertTokens(counts)
     x = torch.empty(sum(tokens.counts), stack.in_features, dtype=dtype, requires_grad=True)
+    stack.zero_grad()
     stack(x, tokens)  # computes the norms, which the micro-batches of a step share
     with Launches() as forward:
         out = stack(x, tokens)
