@@ -70,7 +70,7 @@ def expert_rows(stack: Weight, num_experts: int, run: Run) -> Weight:
     if nested is not None:
         nested = replace(nested, absmax=run.pick(nested.absmax.view(num_experts, -1)).reshape(-1))
     codes = codes.view(shape) if stack.kind == "int8" else codes
-    return PackedWeight(stack.kind, shape, stack.block_size, codes, scales, nested)
+    return PackedWeight(stack.kind, shape, stack.block_size, codes, scales, nested=nested)
 
 
 def experts_together(rows: int, columns: int, itemsize: int, device: torch.device) -> int:
@@ -86,7 +86,7 @@ def grouped_product(x: Tensor, matrices: Tensor, run: Run) -> Tensor:
         return torch.nn.functional.grouped_mm(x, matrices, offs=run.ends(x.device))
     out = x.new_empty(x.shape[0], matrices.shape[2])
     for experts, tokens in run.groups:
-        left, into = (each[tokens].unflatten(0, (experts.stop - experts.start, -1)) for each in (x, out))
+        left, into = (each[tokens].view(experts.stop - experts.start, -1, each.shape[1]) for each in (x, out))
         torch.bmm(left, matrices[experts], out=into)
     return out
 
@@ -99,7 +99,7 @@ def grouped_outer(left: Tensor, right: Tensor, run: Run, *, shared: bool) -> Ten
         return torch.nn.functional.grouped_mm(left.T, right, offs=run.ends(left.device))
     out = left.new_empty(len(run.counts), left.shape[1], right.shape[1])
     for experts, tokens in run.groups:
-        a, b = (each[tokens].unflatten(0, (experts.stop - experts.start, -1)) for each in (left, right))
+        a, b = (each[tokens].view(experts.stop - experts.start, -1, each.shape[1]) for each in (left, right))
         torch.bmm(a.mT, b, out=out[experts])
     return out
 

@@ -57,10 +57,11 @@ def _launches(stack: Stack, counts: list[int], dtype: torch.dtype, *, checkpoint
     counts = counts + [0] * (stack.num_experts - len(counts))
     tokens = padded_tokens(counts) if needs_padding(stack, torch.empty(0, dtype=dtype)) else ExpertTokens(counts)
     x = torch.empty(sum(tokens.counts), stack.in_features, dtype=dtype, requires_grad=True)
+    tokens.on(x.device)
     stack.zero_grad()
     stack(x, tokens)  # computes the norms, which the micro-batches of a step share
     with Launches() as forward:
         out = stack(x, tokens)
     with Launches() as backward:
         out.backward(torch.empty_like(out))
-    return (1 + checkpointing) * forward.count + backward.count
+    return int((1 + checkpointing) * forward.count + backward.count)
