@@ -379,13 +379,12 @@ def column_dots(left: Tensor, right: Tensor, factor: Tensor, tokens: ExpertToken
         return total
     lengths = tokens.on(left.device).counts
     step = max(1, _ENTRIES_PER_SUM // max(1, left.shape[0]))
-    factors = tokens.whole.pick(factor)
     for start in range(0, left.shape[1], step):
         some = slice(start, start + step)
         products = left[:, some].to(factor.dtype) * right[:, some]
         # Unsafe: checks of the lengths would let a GPU's host wait twice.
         sums = torch.segment_reduce(products, "sum", lengths=lengths, axis=0, initial=0, unsafe=True)
-        _add_(total[:, some], tokens.whole, sums * factors[:, some])
+        _add_(total[:, some], tokens.whole, sums.mul_(tokens.whole.pick(factor[:, some])))
     return total
 
 
