@@ -53,8 +53,6 @@ def test_processes_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyP
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         assert free_host_bytes() == 1000
-        monkeypatch.setattr(distributed, "available_memory_bytes", lambda: None)
-        assert free_host_bytes() is None
     finally:
         dist.destroy_process_group()
 

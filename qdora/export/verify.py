@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import has_own_code
 from qdora.export.logit_comparison import ROUNDING, Comparison, ComparisonText, compare_logits, larger, verdict
+from qdora.files.environment import available_memory_bytes
 from qdora.memory.failed_allocation import free_memory, is_out_of_memory
 from qdora.model.adapter_file import WEIGHTS_FILE, load_adapter, read_adapter, stored_factors
 from qdora.model.inject import adapted_layers, frozen_layers
@@ -314,6 +315,7 @@ def _room_beside(model: PreTrainedModel) -> dict[int | str, int]:
     """Free bytes of each device, less the float32 copies that `float32_arithmetic` makes on that of `model`."""
     free_memory()
     room: dict[int | str, int] = get_max_memory()
+    room["cpu"] = min(room["cpu"], available_memory_bytes())  # accelerate knows no limit of a container
     place, device = _place_of(model), next(model.parameters()).device
     narrow = (torch.float16, torch.bfloat16)
     copied = sum(each.numel() for each in model.parameters() if each.dtype in narrow and each.device == device)

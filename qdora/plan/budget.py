@@ -60,7 +60,7 @@ def within_budget(
 
 
 def free_bytes(device: torch.device, num_processes: int = 1) -> int:
-    """Bytes of a device that a plan may count; UserError if the system does not say what is free.
+    """Bytes of a device that a plan may count.
 
     A plan counts the whole process, so what this one already holds is no loss. CUDA does not say how much that is: on a
     GPU the context is neither free nor left out of the plan, and a run gets less than it could take. With several
@@ -68,7 +68,4 @@ def free_bytes(device: torch.device, num_processes: int = 1) -> int:
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) + (NCCL_BYTES if num_processes > 1 else 0)
-    available = available_memory_bytes()
-    if available is None:
-        raise UserError("memory.budget: must be a size, since this system does not say what is free, got 'auto'.")
-    return available + min(held_memory_bytes(), CONTEXT_BYTES["cpu"])
+    return available_memory_bytes() + min(held_memory_bytes(), CONTEXT_BYTES["cpu"])

@@ -491,8 +491,8 @@ def _zeros_on_gpu(num_elements: int) -> Tensor:
     return torch.zeros(num_elements, device="cuda")
 
 
-def free_host_bytes() -> int | None:
-    """This process's share of the free host memory; None if the system does not report it.
+def free_host_bytes() -> int:
+    """This process's share of the free host memory.
 
     All processes of a launch must call this together, so that none takes memory before all have measured.
     """
@@ -501,8 +501,7 @@ def free_host_bytes() -> int | None:
         return free
     size = dist.get_world_size()
     processes = _LAUNCH.get() or Processes(dist.get_rank(), size)
-    known = [each for each in processes.gather(free) if each is not None]
-    return min(known) // _num_here(size) if known else None
+    return int(min(processes.gather(free))) // _num_here(size)
 
 
 def _num_here(size: int) -> int:
