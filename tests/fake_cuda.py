@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +83,50 @@ class FakeEvent:
 
     def record(self, stream: FakeStream) -> None:
         self._cuda.log.append((stream.name, "records", self.name))
+
+
+class FakeCudart:
+    """CUDA's page-locked memory: `locked` has its pieces, address -> bytes, and `log` the calls, in order."""
+
+    class cudaError(IntEnum):
+        """Of the driver's answers these two."""
+
+        success = 0
+        memory = 2
+
+    def __init__(self, most: int = 1 << 60) -> None:
+        self.most, self.locked, self.log = most, dict[int, int](), list[str]()
+
+    def put_in(self, monkeypatch: pytest.MonkeyPatch) -> FakeCudart:
+        """In the place of torch's; returns self."""
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "_cudart", self)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.log.append("waits"))
+        return self
+
+    def cudaGetErrorString(self, error: cudaError) -> str:
+        """As the driver words it."""
+        return {0: "no error", 2: "out of memory"}[error]
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> cudaError:
+        """Refuses more than `most` bytes in all."""
+        assert flags == 0
+        if sum(self.locked.values()) + num_bytes > self.most:
+            return self.cudaError.memory
+        assert address not in self.locked
+        self.locked[address] = num_bytes
+        self.log.append("locks")
+        return self.cudaError.success
+
+    def cudaHostUnregister(self, address: int) -> cudaError:
+        """The memory must still be there."""
+        assert is_mapped(address)
+        del self.locked[address]
+        self.log.append("unlocks")
+        return self.cudaError.success
+
+
+def is_mapped(address: int) -> bool:
+    """Whether this process has memory there."""
+    spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    return any(int(start, 16) <= address < int(end, 16) for start, end in spans)

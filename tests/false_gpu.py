@@ -50,6 +50,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from qdora.ops import bnb_kernels
 from tests import launched
+from tests.fake_cuda import FakeCudart
 
 TYPE = "false_gpu"
 # Imported once for all processes: they need what these import, which takes seconds.
@@ -88,6 +89,7 @@ class Event(NamedTuple):
 # id of a tensor's storage -> the memory that it stands for. A storage keeps its Python object as long as it lives.
 _MEMORY: dict[int, torch.UntypedStorage] = {}
 _PINNED: set[int] = set()
+_CUDART = FakeCudart()
 
 
 def _until_freed(storage: torch.UntypedStorage, forget: Callable[[], object]) -> None:
@@ -177,6 +179,9 @@ class FalseGpu(TorchDispatchMode):
             (torch, "Generator", _Generator),
             (torch, "tensor", _tensor),
             (torch.nn.functional, "scaled_dot_product_attention", _attention(self.device)),
+            (torch.cuda, "cudart", lambda: _CUDART),
+            (torch.cuda, "_cudart", _CUDART),
+            (torch.cuda, "synchronize", lambda: None),
         ):
             patches.enter_context(patch.object(owner, name, ours))
         self._patches.append(patches)
@@ -215,7 +220,7 @@ class FalseGpu(TorchDispatchMode):
         ours = [each for each in given if isinstance(each, _OnDevice)]
         name = func._schema.name.partition("::")[2]
         if name in ("is_pinned", "_pin_memory") and not ours:
-            return _pin(given[0]) if name == "_pin_memory" else id(given[0].untyped_storage()) in _PINNED
+            return _pin(given[0]) if name == "_pin_memory" else _is_pinned(given[0])
         target = kwargs.get("device")
         on_device = bool(ours) if target is None else torch.device(target).type == TYPE
         if not ours and not on_device:
@@ -258,7 +263,7 @@ class FalseGpu(TorchDispatchMode):
     def _note_copy(self, name: str, host: Tensor, non_blocking: bool) -> None:
         if host.numel():
             self._add("copy", name, host.nbytes)
-            if not non_blocking or id(host.untyped_storage()) not in _PINNED:
+            if not non_blocking or not _is_pinned(host):
                 self._add("wait", name, 0)
 
     def _add(self, kind: Kind, operation: str, num_bytes: int) -> None:
@@ -327,6 +332,11 @@ def _values(tensor: Tensor) -> Tensor:
     """The values of a tensor of the device, as a tensor of the CPU that shares their memory."""
     memory = _MEMORY[id(tensor.untyped_storage())]
     return torch.empty(0, dtype=tensor.dtype).set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    storage = tensor.untyped_storage()
+    return id(storage) in _PINNED or storage.data_ptr() in _CUDART.locked
 
 
 def _pin(tensor: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,15 +17,20 @@ from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure, UserError
 from qdora.export.nf4_lora import export_nf4_lora
+from qdora.files import environment
 from qdora.memory import host_residency
-from qdora.memory.host_residency import CudaCopies, HostResidency, pinned_bytes
+from qdora.memory.host_residency import CudaCopies, HostResidency, Piece
 from qdora.model.inject import adapter_parameters, frozen_layers
-from qdora.model.load import load_model
+from qdora.model.load import Quantization, load_model
 from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
+from qdora.ops.packed import empty_packed
+from qdora.plan.fake_step import empty_model
+from qdora.plan.memory_plan import streamed_blocks
+from qdora.plan.public_shapes import public_shapes
 from qdora.train.interference import measure
 from tests import tiny, tiny_experts, tiny_streamed
-from tests.fake_cuda import FakeCuda
+from tests.fake_cuda import FakeCuda, FakeCudart, is_mapped
 from tests.test_train_interference import probe_of
 
 
@@ -173,45 +181,92 @@ def test_gradients_without_checkpointing_are_refused(source: Path) -> None:
         model(input_ids=tiny_streamed.IDS[0])
 
 
-def test_too_little_host_memory_is_one_line(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_host_memory_is_one_line(source: Path) -> None:
     with pytest.raises(
         UserError, match=r"base\.residency: host: 5 blocks need 0\.0 GiB .* 0\.0 GiB are free for this process"
     ) as caught:
         on_host(source, free_bytes=lambda: 1000)
     assert len(caught.value.faults) == 1
-    real = torch.empty
-
-    def refused(*args: Any, **kwargs: Any) -> Tensor:
-        if "pin_memory" in kwargs:
-            raise RuntimeError("CUDA error: out of memory\nmore lines")
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(host_residency.torch, "empty", refused)
-    with pytest.raises(UserError, match=r"the system refuses them \(CUDA error: out of memory\)\. Fix: lower"):
-        on_host(source, free_bytes=lambda: None)
 
 
-def test_what_an_earlier_model_had_pinned_is_given_back_before_memory_is_counted(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[str] = []
-    monkeypatch.setattr(host_residency, "_release_pinned", lambda device: events.append(f"released on {device}"))
-    on_host(source, free_bytes=lambda: events.append("counted"))
-    assert events == ["released on cpu", "counted"]
-    monkeypatch.undo()
-    released: list[str] = []
-    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: released.append("public"), raising=False)
-    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: released.append("private"), raising=False)
-    host_residency._release_pinned(torch.device("cpu"))
-    host_residency._release_pinned(torch.device("cuda"))
-    monkeypatch.delattr(torch.accelerator, "empty_host_cache")
-    host_residency._release_pinned(torch.device("cuda"))
-    assert released == ["public", "private"]
+def pieces_of(*weights: tuple[int, int], num_blocks: int) -> list[Piece]:
+    pieces = [Piece() for _ in range(num_blocks)]
+    for piece in pieces:
+        for number, shape in enumerate(weights):
+            piece.add(str(number), empty_packed("nf4", shape, 64, True, "meta"))
+    return pieces
 
 
-@pytest.mark.parametrize(("asked", "taken"), [(0, 0), (1, 1), (4096, 4096), (4097, 8192), (440_000_000, 2**29)])
-def test_pinned_memory_is_counted_as_torch_takes_it(asked: int, taken: int) -> None:
-    assert pinned_bytes(asked) == taken
+def test_a_base_beyond_the_limit_of_a_container_is_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine has 64 GiB, the container 4, of which 1 is used; three blocks of 1.06 GiB each."""
+    texts = {"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/./memory.max": str(4 << 30)}
+    texts["/sys/fs/cgroup/./memory.current"] = str(1 << 30)
+    monkeypatch.setattr(environment, "_system_text", lambda path: texts.get(path, ""))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 << 30, available=60 << 30))
+    pieces = pieces_of((1 << 17, 1 << 14), num_blocks=3)
+    monkeypatch.setattr(host_residency, "_pieces", lambda *_: pieces)
+    monkeypatch.setattr(host_residency, "iterate_quantized", lambda *_: pytest.fail("the base is read"))
+    with pytest.raises(UserError, match=r"3 blocks need 3\.1 GiB .* 3\.0 GiB are free"):
+        on_host(source)
+
+
+def test_a_refusal_of_the_driver_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeCudart(most=1 << 20).put_in(monkeypatch)
+
+    def reported_again(*_: Any, **__: Any) -> None:
+        driver.log.append("a kernel")
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "ones", reported_again)
+    with pytest.raises(UserError, match=r"the system refuses them \(out of memory \(2\)\)\. Fix: lower"):
+        host_residency._pin(pieces_of((2048, 2048), num_blocks=1), torch.device("cuda"), 1 << 40, 0)
+    assert driver.log == ["a kernel"]
+
+
+def test_memory_is_locked_as_long_as_a_view_of_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeCudart().put_in(monkeypatch)
+    pieces = pieces_of((64, 64), (64, 128), num_blocks=2)
+    size = sum(piece.num_bytes for piece in pieces)
+    host_residency._pin(pieces, torch.device("cuda"), size, 0)
+    assert list(driver.locked.values()) == [size]
+    (address,) = driver.locked
+    view = pieces[1].tensors(pieces[1].host, "1")["packed"]
+    assert address < view.data_ptr() < address + size
+    view.fill_(3)
+    pieces.clear()
+    assert driver.log == ["locks"]
+    del view
+    assert driver.log == ["locks", "waits", "unlocks"]
+    assert not is_mapped(address)
+
+
+# Width, inner width, width of the queries, of keys and values, number of blocks
+SHAPES = {
+    "meta-llama/Llama-3.1-8B-Instruct": (4096, 14336, 4096, 1024, 32),
+    "meta-llama/Llama-2-13b-hf": (5120, 13824, 5120, 5120, 40),
+    "mistralai/Mistral-Small-24B-Instruct-2501": (5120, 32768, 4096, 1024, 40),
+    "Qwen/Qwen2.5-32B-Instruct": (5120, 27648, 5120, 1024, 64),
+    "meta-llama/Llama-3.3-70B-Instruct": (8192, 28672, 8192, 1024, 80),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_pinned_memory_is_as_large_as_the_packed_base(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own pinned memory, in powers of two, is up to 1.9 times as large. No page of it is touched here."""
+    driver = FakeCudart().put_in(monkeypatch)
+    monkeypatch.setattr(mmap, "MAP_PRIVATE", mmap.MAP_PRIVATE | 0x4000)  # MAP_NORESERVE: more than the machine has
+    width, inner, queries, keys, num_blocks = SHAPES[name]
+    weights = [(queries, width), (keys, width), (keys, width), (width, queries)]
+    weights += [(inner, width), (inner, width), (width, inner)]
+    pieces = pieces_of(*weights, num_blocks=num_blocks)
+    host_residency._pin(pieces, torch.device("cuda"), 1 << 40, 0)
+    # Half a byte a weight, a byte for 64 of them, and a float32 for 256 of those
+    num_weights = num_blocks * sum(rows * columns for rows, columns in weights)
+    packed = num_weights // 2 + num_weights // 64 + num_weights // 64 // 64
+    assert packed <= sum(driver.locked.values()) <= 1.01 * packed
+    model = empty_model(public_shapes()[name].config(), tiny.source(), torch.bfloat16, "sdpa")
+    planned = streamed_blocks(model, Quantization("nf4", 64, True, ("lm_head",)), "host", None)
+    assert planned.host_bytes == sum(driver.locked.values())
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])

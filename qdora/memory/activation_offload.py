@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure, UserError, first_line
+from qdora.files.environment import available_memory_bytes
 from qdora.model.load import block_list
 
 # Smaller inputs are masks and positions.
@@ -73,13 +74,14 @@ def pages_bytes(num_bytes: int, count: int) -> int:
 
 
 def _pinned(num_bytes: int) -> Tensor:
-    try:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        size, reason = num_bytes / 2**20, first_line(error)
-        raise RunFailure(
-            f"memory.offload_activations: the system refuses {size:.0f} MiB of pinned host memory ({reason})."
-        ) from error
+    reason = "too little is free"  # beyond its limit, a container's process would be ended by SIGKILL
+    if available_memory_bytes() >= num_bytes:
+        try:
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            reason = first_line(error)
+    size = num_bytes / 2**20
+    raise RunFailure(f"memory.offload_activations: the system refuses {size:.0f} MiB of pinned host memory ({reason}).")
 
 
 def _copy(target: Iterable[Tensor], source: Iterable[Tensor]) -> None:

@@ -9,7 +9,10 @@ The embedding of 128,256 words by 8,192 features takes 2.0 GiB; a micro-batch of
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -104,7 +107,7 @@ class HostResidency:
 
     Args:
         num_streamed: How many blocks are streamed, spread evenly among those on the device; None for all.
-        free_bytes: Returns the host memory that this process may take, None if it is not known.
+        free_bytes: Returns the host memory that this process may take.
         copies: Makes the copies from the device and the slots.
     """
 
@@ -112,7 +115,7 @@ class HostResidency:
         self,
         num_streamed: int | None = None,
         *,
-        free_bytes: Callable[[], int | None] = available_memory_bytes,
+        free_bytes: Callable[[], int] = available_memory_bytes,
         copies: Callable[[torch.device, Sequence[Tensor]], Copies] = CudaCopies,
     ) -> None:
         self.num_streamed = num_streamed
@@ -130,7 +133,6 @@ class HostResidency:
         turns = Turns(model, self.num_streamed)
         pieces = _pieces(stored, layers, wanted, turns)
         embeddings = (module.weight for module in model.modules() if isinstance(module, HostEmbedding))
-        _release_pinned(device)
         _pin(pieces, device, self._free_bytes(), sum(table.nbytes for table in embeddings))
         for done, (name, value) in enumerate(iterate_quantized(stored, layers, wanted, device), start=1):
             path, _, leaf = name.rpartition(".")
@@ -198,32 +200,51 @@ def _pieces(stored: Mapping[str, Stored], layers: set[str], wanted: Quantization
     return pieces
 
 
-def _release_pinned(device: torch.device) -> None:
-    """Give back the memory that an earlier model of this process had pinned: torch keeps it, so it counts as used."""
-    if device.type == "cuda":
-        release = getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache  # torch before 2.13
-        release()
-
-
-def _pin(pieces: Sequence[Piece], device: torch.device, free: int | None, embedding_bytes: int) -> None:
+def _pin(pieces: Sequence[Piece], device: torch.device, free: int, embedding_bytes: int) -> None:
     """Give every block its piece of host memory, of which the embedding takes bytes later. Raises UserError."""
-    needed = sum(pinned_bytes(piece.num_bytes) for piece in pieces)
-    short = f"base.residency: host: {len(pieces)} blocks need {needed / 2**30:.1f} GiB of pinned host memory, "
+    sizes = [piece.num_bytes for piece in pieces]
+    short = f"base.residency: host: {len(pieces)} blocks need {sum(sizes) / 2**30:.1f} GiB of pinned host memory, "
     fix = ". Fix: lower base.streamed_blocks, or take a machine with more memory."
-    if free is not None and free < needed + embedding_bytes:
+    if free < sum(sizes) + embedding_bytes:
         beside = f" beside the {embedding_bytes / 2**30:.1f} GiB of the embedding" if embedding_bytes else ""
         raise UserError(f"{short}and {free / 2**30:.1f} GiB are free for this process{beside}{fix}")
-    for piece in pieces:
-        try:
-            piece.host = torch.empty(piece.num_bytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
-        except RuntimeError as error:
-            reason = first_line(error)
-            raise UserError(f"{short}and the system refuses them ({reason}){fix}") from error
+    try:
+        memory = page_locked(sum(sizes), device)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{short}and the system refuses them ({first_line(error)}){fix}") from error
+    for piece, host in zip(pieces, torch.split(memory, sizes), strict=True):
+        piece.host = host
 
 
-def pinned_bytes(num_bytes: int) -> int:
-    """The bytes that torch takes from the system for a pinned tensor: its allocator rounds up to a power of two."""
-    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+class _PageLocked(mmap.mmap):
+    """Memory that CUDA unlocks before it is unmapped: `__del__` comes before that, a weakref's callback after it."""
+
+    address = 0
+    """Where CUDA has locked it."""
+
+    def __del__(self) -> None:
+        if self.address and not sys.is_finalizing():
+            with suppress(RuntimeError):  # CUDA after a fault, or in a process that was forked
+                torch.cuda.synchronize()  # copies may be under way
+                torch.cuda.cudart().cudaHostUnregister(self.address)
+
+
+def page_locked(num_bytes: int, device: torch.device) -> Tensor:
+    """(num_bytes,) uint8 of the host, from which a GPU copies while it computes; on the CPU ordinary memory.
+
+    It takes these bytes and no more (torch rounds its pinned memory up to a power of two, and keeps what is freed), and
+    they live as long as any tensor in them. Raises RuntimeError or OSError if the system refuses.
+    """
+    memory = _PageLocked(-1, num_bytes, mmap.MAP_PRIVATE)
+    locked = torch.frombuffer(memory, dtype=torch.uint8)
+    if device.type != "cpu":
+        answer = torch.cuda.cudart().cudaHostRegister(locked.data_ptr(), num_bytes, 0)
+        if int(answer) != 0:
+            with suppress(RuntimeError):
+                torch.ones(1, device=device)  # CUDA reports the refusal again, to the next kernel
+        torch.cuda.check_error(answer)
+        memory.address = locked.data_ptr()
+    return locked
 
 
 def _before_block(block: nn.Module, _args: Any) -> None:

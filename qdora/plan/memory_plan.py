@@ -22,7 +22,7 @@ from qdora.errors import HubFailure
 from qdora.files.console import errors_only
 from qdora.files.environment import cpu_has_bfloat16
 from qdora.memory.activation_offload import pages_bytes
-from qdora.memory.host_residency import Piece, check_host_embedding, obstacle, pinned_bytes
+from qdora.memory.host_residency import Piece, check_host_embedding, obstacle
 from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.adapter_file import AdapterDescription, describe_adapter
 from qdora.model.build_model import (
@@ -265,9 +265,13 @@ class _StepPlan:
         num_trainable = sum(torch.Size(size).numel() for size, _ in shapes.values())
         if streamed is not None:
             moments = with_streamed(moments, streamed)
+        host_bytes = 0 if streamed is None else streamed.host_bytes
         if embedding_bytes:
             moments = without_embedding(moments, embedding_bytes)
-        host_bytes = 0 if streamed is None else streamed.host_bytes
+            # Rows leave through memory that torch pins, in powers of two: one such block for each length, all together
+            # less than twice the longest.
+            rows = self.shape.num_tokens * self._work(num_trainable).row_bytes
+            host_bytes += 2 << (rows - 1).bit_length()
         if self.recipe.memory.offload_activations:
             moments, kept = with_offloaded(moments, num_blocks)
             host_bytes += kept
@@ -485,7 +489,7 @@ class _StepPlan:
 @dataclass(frozen=True)
 class StreamedBlocks:
     """Sizes of the streamed blocks: bytes of all packed tensors (`codes`, `scales`), of the largest block in one piece,
-    and of pinned host memory, as torch's allocator rounds it (0 for blocks on disk).
+    and of pinned host memory (0 for blocks on disk).
     """
 
     num_streamed: int
@@ -515,7 +519,7 @@ def streamed_blocks(
         codes += packed.packed.nbytes
         scales += packed.num_bytes - packed.packed.nbytes
     sizes = [piece.num_bytes for piece in pieces]
-    host = sum(map(pinned_bytes, sizes)) if residency == "host" else 0
+    host = sum(sizes) if residency == "host" else 0
     return StreamedBlocks(len(turns), codes, scales, max(sizes, default=0), host)
 
 

@@ -153,7 +153,7 @@ class Plan:
         num_groups: Groups of processes that the card's process communicates in.
         assumptions: One sentence for each thing that could not be known.
         pageable_bytes: Bytes of the optimizer's state that the driver can move to the host between updates.
-        host_bytes: Pinned host memory of streamed blocks and checkpoints.
+        host_bytes: Pinned host memory of streamed blocks, checkpoints and rows of an embedding on the host.
         embedding_bytes: Bytes of an input embedding in host memory that is not pinned; 0 if it is on the device.
         block_bytes: Packed weights of the largest block that could be streamed; 0 if none can.
         changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
