@@ -59,15 +59,14 @@ from qdora.plan.step_time import Rates, Work, known_rates, step_seconds
 from qdora.plan.workload import Workload, assumed_workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
-from qdora.train.flat_group import OptimizerName, groups_of
+from qdora.train.flat_group import LEAST_PAGED, OptimizerName, groups_of
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.router_loss import check_router_loss
 
 _Shape = tuple[tuple[int, ...], torch.dtype]
 _Shapes = dict[str, _Shape]
 
-# bitsandbytes pages only states with at least this many elements, and never the scales of 8-bit states.
-_PAGED_ELEMENTS = 100_000
+# Scales of 8-bit states are never paged.
 _PAGED_STATE_BYTES = {"paged_adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_lion_8bit": 1}
 
 
@@ -568,7 +567,7 @@ def pageable_bytes(shapes: _Shapes, name: OptimizerName) -> int:
     """Bytes of optimizer states that the driver can move to the host: those of matrices, in large groups."""
     groups = [keys for keys, kind in groups_of(shapes, name) if kind.is_matrix]
     sizes = [sum(torch.Size(shapes[key][0]).numel() for key in keys) for keys in groups]
-    return sum(size for size in sizes if size >= _PAGED_ELEMENTS) * _PAGED_STATE_BYTES.get(name, 0)
+    return sum(size for size in sizes if size >= LEAST_PAGED) * _PAGED_STATE_BYTES.get(name, 0)
 
 
 def _ranks_in(ranks: dict[str, int], block: str) -> tuple[tuple[str, int], ...]:

@@ -3,8 +3,8 @@
 The parameters stay tensors of their own. Their averages and low bits lie behind each other in flat tensors, of which
 each parameter has a view. An update joins parameters and gradients to flat float32 tensors and writes the result back.
 
-bitsandbytes pages tensors of at least 100,000 elements only and waits for the GPU after each tensor. Flat states are
-nearly always that large, and nothing waits: `AdapterOptimizer` waits before the host reads pages. Each parameter begins
+States of at least 100,000 elements are paged, as by bitsandbytes, and flat states are nearly always that large. But
+nothing waits for the GPU after each tensor: `AdapterOptimizer` waits before the host reads pages. Each parameter begins
 at a whole block of the 8-bit format, or of a vectorised loop, and zeros fill up its last one: its update is the same
 bit for bit whatever its neighbours.
 """
@@ -12,7 +12,8 @@ bit for bit whatever its neighbours.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +39,9 @@ NOT_STORED = ("qmap1", "qmap2")
 _NO_MATRICES = ("rows", "magnitude", "bias")
 # Values per block scale in bitsandbytes' 8-bit states, and the least elements of a tensor with such states.
 _BLOCK, _LEAST_8BIT = 256, 4096
+# As in bitsandbytes: a smaller state is not paged.
+LEAST_PAGED = 100_000
+_FREE_PAGES: list[Tensor] = []
 # torch's fused AdamW computes what is left behind the last whole vector (16 numbers) with other rounding.
 _VECTOR = 16
 # Elements of a group, unless it is a single larger parameter. An update holds them twice in float32: 64 MiB.
@@ -97,7 +101,6 @@ class FlatGroup:
 
     Args:
         options: Those of the optimizer: betas, eps.
-        pages: Paged states that are no longer needed, for states that need pages; those taken are removed.
     """
 
     def __init__(
@@ -108,7 +111,6 @@ class FlatGroup:
         options: Mapping[str, Any],
         *,
         weight_decay: float,
-        pages: list[Tensor],
     ) -> None:
         self.parameters, self.kind, self.weight_decay = dict(parameters), kind, weight_decay
         self.steps = dict.fromkeys(self.parameters, 0)
@@ -126,7 +128,7 @@ class FlatGroup:
         # Only its shape is read. It is empty between the updates.
         self._master = nn.Parameter(torch.empty(start, dtype=torch.float32, device=first.device))
         self.inner = _inner_optimizer(name, self._master, kind, options)
-        self.state = _fresh_state(self.inner, self._master, pages)
+        self.state = _fresh_state(self.inner, self._master)
         self._release()
 
     @property
@@ -266,11 +268,14 @@ def _inner_optimizer(
         made = torch.optim.AdamW([master], **options, weight_decay=0.0, fused=True)
     else:
         rule = "Lion" if "lion" in name else "AdamW"
-        paged, bits = "Paged" if can_page(master) else "", "8bit" if kind.is_8bit else "32bit"
+        is_paged = can_page(master) and master.numel() >= LEAST_PAGED
+        paged, bits = "Paged" if is_paged else "", "8bit" if kind.is_8bit else "32bit"
         # The code books of 8-bit states are computed from values, so outside the fake mode of a plan; the plan then
         # counts tensors of their size.
         with _disable_current_modes() if is_planning() else nullcontext():
             made = getattr(bnb.optim, f"{paged}{rule}{bits}")([master], **options, weight_decay=0.0)
+        if is_paged:
+            made.get_state_buffer = _page_like  # type: ignore[attr-defined]
         if is_planning():
             made.name2qmap = {key: torch.empty(256) for key in made.name2qmap}  # type: ignore[attr-defined]
     return made
@@ -285,37 +290,38 @@ def can_page(parameter: Tensor) -> bool:
     return device.type == "cuda" and device_attribute(CONCURRENT_MANAGED_ACCESS, device.index or 0) != 0
 
 
-def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter, pages: list[Tensor]) -> dict[str, Any]:
-    """The state that a first step would make. bitsandbytes makes its own, which may be paged; it never frees a page, so
-    states go into `pages` if these suffice."""
+def _page_like(master: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros of the shape of `master` in a page: host memory that moves to the GPU and back.
+
+    bitsandbytes never frees a page. So those of this process are used again, once no tensor lies in them any more.
+    """
+    size = master.numel() * dtype.itemsize
+    fitting = [(page.nbytes, place) for place, page in enumerate(_FREE_PAGES) if page.nbytes >= size]
+    if fitting:
+        page = _FREE_PAGES.pop(min(fitting)[1])
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the last kernels of its owner may still write it
+    else:
+        page = F.get_paged(size, dtype=torch.uint8, device=master.device)
+    memory = page.numpy()
+    weakref.finalize(memory, _FREE_PAGES.append, page).atexit = False
+    return _page_of(page, torch.from_numpy(memory)[:size].view(dtype).view(master.shape).zero_())
+
+
+def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter) -> dict[str, Any]:
+    """The state that a first step would make."""
     if isinstance(inner, torch.optim.AdamW):
         zeros = torch.zeros_like(master)
         step = torch.zeros((), dtype=torch.float32, device=master.device)
         return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-    names = [name for name in ("state1", "state2") if name == "state1" or "lion" not in type(inner).__name__.lower()]
-    size = master.numel() * (1 if getattr(inner.args, "optim_bits", 32) == 8 else 4)  # type: ignore[attr-defined]
-    fitting = sorted((page for page in pages if _num_bytes(page) >= size), key=_num_bytes)
-    paged = inner.is_paged  # type: ignore[attr-defined]
-    inner.is_paged = paged and len(fitting) < len(names)  # type: ignore[attr-defined]
     inner.init_state(inner.param_groups[0], master, 0, 0)  # type: ignore[attr-defined]
-    inner.is_paged = paged  # type: ignore[attr-defined]
     state: dict[str, Any] = inner.state[master]
-    if paged and len(fitting) >= len(names):
-        for name, page in zip(names, fitting, strict=False):
-            pages[:] = [each for each in pages if each is not page]
-            like: Tensor = state[name]
-            place = torch.empty(0, dtype=like.dtype).set_(page.untyped_storage(), 0, like.shape, like.stride())
-            state[name] = _page_of(page, place.zero_())
     if not is_planning():
         for number in (name[-1] for name in state if name.startswith("qmap")):
             # A fresh state has the code 0, which means -1 times a block scale of 0. A scale that is loaded is not 0,
             # and the zeros behind a parameter share it.
             state[f"state{number}"].fill_(int(state[f"qmap{number}"].abs().argmin()))
     return state
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
 
 
 def _is_page(value: Any) -> bool:
@@ -355,8 +361,3 @@ def fill_state_(state: Mapping[str, Any], values: Mapping[str, Tensor]) -> None:
             state[f"absmax{number}"].copy_(quantized.absmax)
         else:
             place.copy_(value)
-
-
-def pages_of(groups: Iterable[FlatGroup]) -> list[Tensor]:
-    """The paged states of groups."""
-    return [each for group in groups for each in group.state.values() if _is_page(each)]

@@ -11,6 +11,7 @@ together (train/flat_group.py).
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -30,7 +31,6 @@ from qdora.train.flat_group import (
     can_page,
     fill_state_,
     groups_of,
-    pages_of,
     widened_state,
 )
 
@@ -99,7 +99,9 @@ class AdapterOptimizer:
         self._weight_decay = weight_decay
         self._rates = _rates(self.parameters, lr_ratios or {})
         self.undecayed = frozenset(undecayed)
-        self._groups = self._made_groups(self.parameters, [])
+        if any(can_page(parameter) for parameter in self.parameters.values()):
+            gc.collect()  # an earlier run's optimizer gives its pages back
+        self._groups = self._made_groups(self.parameters)
         if name.startswith("paged") and not is_planning() and not any(can_page(p) for p in self.parameters.values()):
             why = "the driver cannot page" if torch.cuda.is_available() else "no CUDA here"
             logger.info("%s: %s, so its states are not paged; the arithmetic is the same.", name, why)
@@ -129,7 +131,7 @@ class AdapterOptimizer:
             raise UpdateOutOfMemory(left, num_updated, reason)
 
     @torch.no_grad()
-    def _made_groups(self, keys: Iterable[str], pages: list[Tensor]) -> list[FlatGroup]:
+    def _made_groups(self, keys: Iterable[str]) -> list[FlatGroup]:
         """Groups of these parameters, with the states that a first step would make."""
         shapes = {key: (tuple(self.parameters[key].shape), self.parameters[key].dtype) for key in keys}
         found = groups_of(shapes, self._name, ratios=self._rates, undecayed=self.undecayed)
@@ -138,8 +140,7 @@ class AdapterOptimizer:
             for members, kind in found:
                 parameters = {key: self.parameters[key] for key in members}
                 decay = self._weight_decay if kind.is_matrix and kind.decays else 0.0
-                options: dict[str, Any] = {"weight_decay": decay, "pages": pages}
-                made.append(FlatGroup(parameters, kind, self._name, self._options, **options))
+                made.append(FlatGroup(parameters, kind, self._name, self._options, weight_decay=decay))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -205,10 +206,10 @@ class AdapterOptimizer:
                 low = None if low is None else low.index_select(dim, kept)
                 wide = widened_state(state, parameter.device)
                 states[key] = {name: each.index_select(dim, kept) for name, each in wide.items()}
-            else:  # new states may lie in the same pages
-                states[key] = {n: each.clone() for n, each in state.items() if n not in (*NOT_STORED, "step")}
+            else:
+                states[key] = {name: each for name, each in state.items() if name not in (*NOT_STORED, "step")}
             lows[key] = low
-        made = self._made_groups(lows, pages_of([group]))
+        made = self._made_groups(lows)
         for each in made:
             for key in each.parameters:
                 each.steps[key] = group.steps[key]
