@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ from qdora.nn.expert_linear import AdaptedExperts, FrozenExperts
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops import bnb_kernels, expert_product, tiles
 from qdora.ops.expert_tokens import padded_tokens
+from qdora.ops.fused_product import decoding
 from qdora.ops.packed import empty_packed, quantize
 from qdora.ops.planned_device import planned_on
 from qdora.ops.tiles import spans
@@ -158,6 +160,7 @@ DECODED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "two tiles": ({"tile_bytes": 256 * 256}, ["mm", "mm", *2 * BY_TILES[2:]]),
     "op is missing": ({"has_product": False}, BY_TILES),
     "trained": ({"grad": True}, BY_TILES),
+    "scored": ({"decodes": False}, BY_TILES),
 }
 
 
@@ -181,7 +184,8 @@ def test_decoding_reads_codes_where_a_kernel_does(gpu: FalseGpu, case: str) -> N
         patch.object(tiles, "_GPU_TILE_BYTES", options.get("tile_bytes", tiles._GPU_TILE_BYTES)),
         patch.object(bnb_kernels, "has_product", lambda _kind: options.get("has_product", True)),
     ]
-    with patched[0], patched[1], torch.set_grad_enabled(options.get("grad", False)):
+    writing = decoding() if options.get("decodes", True) else nullcontext()
+    with patched[0], patched[1], writing, torch.set_grad_enabled(options.get("grad", False)):
         layer(there)
         gpu.clear()
         out = layer(there).detach()

@@ -14,11 +14,15 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from qdora.errors import UserError
+from qdora.evaluation.perplexity import text_perplexity
+from qdora.evaluation.token_scores import Span, score_spans
 from qdora.export.export_run import export_run
+from qdora.export.logit_comparison import compare_logits
 from qdora.export.options import ExportOptions
 from qdora.model.inject import adapted_layers
 from qdora.nn import adapted_linear
 from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.ops import bnb_kernels, fused_product
 from qdora.run import generate
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, answer_chats, generate_from, prompt_ids
@@ -64,6 +68,26 @@ def test_the_most_likely_tokens_are_streamed(run: Path) -> None:
     assert stream.getvalue().strip() == found["text"].strip()
     assert found["label"] == "final"
     assert found["num_prompt_tokens"] == len(tokenizer("3 + 4 =")["input_ids"])
+
+
+def test_only_text_is_written_by_the_fused_product(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose scores would else depend on how many tokens a batch has."""
+    product, calls = bnb_kernels.product_4bit, list[int]()
+
+    def counted(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        calls.append(len(x))
+        return product(x, *args, **options)
+
+    monkeypatch.setattr(fused_product, "device_kind", lambda _device: "cuda")
+    monkeypatch.setattr(bnb_kernels, "has_product", lambda _kind: True)
+    monkeypatch.setattr(bnb_kernels, "product_4bit", counted)
+    loaded = load_target(str(run), verb="test")
+    score_spans(loaded.model, [Span((1, 2, 3, 4), 1)], max_batch_tokens=64)
+    text_perplexity(loaded.model, loaded.tokenizer, ["3 + 4 = 7"], window=16, stride=8)
+    compare_logits(loaded.model, loaded.model, [[1, 2, 3, 4]])
+    assert calls == []
+    generate_from(str(run), "3 + 4 =", SHORT, raw=True)
+    assert 1 in calls
 
 
 def test_the_chat_template_is_used_where_there_is_one(run: Path) -> None:

@@ -110,6 +110,20 @@ def test_what_counts_as_out_of_memory(error: BaseException, text: str, expected:
     assert is_out_of_memory(error) is expected, text
 
 
+@pytest.mark.parametrize("free, expected", [(50_000_000, True), (200_000_000, False), (None, False)])
+def test_cublas_without_a_handle_is_out_of_memory_on_a_full_gpu(
+    free: int | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mem_get_info() -> tuple[int, int]:
+        if free is None:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return free, 40 << 30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
+    assert is_out_of_memory(error) is expected
+
+
 SHORT = [("cuda", False), ("cpu", True)]
 SLOW_SHORT = [(name, backward) for name in ERRORS for backward in (False, True) if (name, backward) not in SHORT]
 

@@ -150,7 +150,7 @@ def test_out_of_memory_for_the_states_is_one_line(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def pages(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """bitsandbytes as on CUDA: the pages that it made, here in ordinary memory, which it never frees; and where those lie that moved."""
+    """bitsandbytes as on CUDA, in ordinary memory: pages that it made and never frees, and states that moved."""
     seen: dict[str, list[Any]] = {"made": [], "moved": []}
 
     def get_paged(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

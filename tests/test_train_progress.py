@@ -53,8 +53,11 @@ def test_where_no_bar_is_drawn_there_are_lines(file: io.StringIO, variables: dic
 
 def test_with_a_gpu_reserved_memory_stands_beside_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 29)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7 << 28)
+    peaks = {"allocated": 9 << 30, "reserved": 9 << 30}  # of a larger run before
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peaks["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: peaks["reserved"])
+    now = {"allocated": 3 << 29, "reserved": 7 << 28}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peaks.update(now))
     assert "memory 1.50 (reserved 1.75) GiB" in shown()
     assert _peaks(Processes()) == {"peak_memory_bytes": 3 << 29, "peak_reserved_bytes": 7 << 28}
 

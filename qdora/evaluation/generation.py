@@ -44,6 +44,7 @@ from qdora.evaluation.token_scores import length_batches, padded
 from qdora.files.console import Progress
 from qdora.model.stop_ids import stop_ids_of_model
 from qdora.model.text_config import context_length
+from qdora.ops.fused_product import decoding
 
 MAX_NEW_TOKENS = 32
 """As in the published evaluation."""
@@ -369,7 +370,7 @@ def decode_greedily(
         return _decode(rows, batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids, finished=finished)
 
     report = None if progress is None else lambda num_done: progress(num_done, len(prompts))
-    with scoring(model):
+    with scoring(model), decoding():
         batches = length_batches(order, lambda index: len(prompts[index]), fits)
         found = results_of(batches, halved_where_short(model, compute), report)
     return [found[index] for index in range(len(prompts))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 
 import torch
 
@@ -22,6 +23,9 @@ _MESSAGES = (
     "Cuda failure 'out of memory'",
 )
 
+_CUBLAS_BYTES = 100 * 10**6
+"""A handle of cuBLAS with its workspace takes less."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed, on the GPU or in pageable memory of the host.
@@ -33,7 +37,12 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+    if not isinstance(error, RuntimeError):
+        return False
+    if "CUBLAS_STATUS_NOT_INITIALIZED" in str(error):  # of a handle that does not fit, and after other faults
+        with suppress(RuntimeError):  # of which some leave a GPU that answers nothing
+            return int(torch.cuda.mem_get_info()[0]) < _CUBLAS_BYTES
+    return any(message in str(error) for message in _MESSAGES)
 
 
 def free_memory() -> None:

@@ -137,7 +137,7 @@ def operands_of(
 
 
 def adapted_product(x: Tensor, weight: Weight, bias: Tensor | None, operands: Operands) -> Tensor:
-    """The result of `adapted_linear` without dropout, without a graph: bit for bit, or for few tokens on a GPU by
+    """The result of `adapted_linear` without dropout, without a graph: bit for bit, or in `decoding` on a GPU by
     `fused_product`, which rounds the base's product before the sum.
 
     Args:

@@ -27,6 +27,7 @@ from qdora.memory.allocator import keep_freed_memory
 from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.stop_ids import stop_ids_of_model
 from qdora.model.text_config import context_length
+from qdora.ops.fused_product import decoding
 from qdora.run.load_run import LoadedModel, load_target
 
 logger = logging.getLogger("qdora")
@@ -206,7 +207,7 @@ def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Writ
     device = next(model.parameters()).device
     tokens = torch.tensor([ids], device=device)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _own_config_aside(model), fast_grouped_attention():
+    with torch.random.fork_rng(devices=devices), _own_config_aside(model), fast_grouped_attention(), decoding():
         torch.manual_seed(sampling.seed)
         began = time.perf_counter()
         generate: Any = model.generate

@@ -19,7 +19,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the GPU, or resident on a machine without one."""
+    """Peak memory: allocated on the GPU since this training began, or without a GPU resident in this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -27,7 +27,7 @@ def peak_memory_bytes() -> int:
 
 
 def reserved_bytes() -> int | None:
-    """Peak memory that torch's allocator held on the GPU, pieces that it could not use included; None without a GPU."""
+    """As `peak_memory_bytes`, with the pieces that torch's allocator held and could not use; None without a GPU."""
     return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else None
 
 
@@ -53,6 +53,8 @@ class TrainingProgress:
         self._task: TaskID | None = None
 
     def __enter__(self) -> TrainingProgress:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # of an earlier run in this process
         if shows_bars(self.console):
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=self.console)
