@@ -111,6 +111,22 @@ def test_a_second_backward_pass_is_refused(source: Path) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("free, reason", [(1 << 20, "too little is free"), (1 << 40, "CUDA error: out of memory")])
+def test_pinned_memory_that_the_system_has_not_is_one_line(
+    free: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the limit of its container a process would be ended without a word."""
+
+    def refused(*_: Any, **__: Any) -> Tensor:
+        assert free > 16 << 20
+        raise RuntimeError("CUDA error: out of memory\nmore lines")
+
+    monkeypatch.setattr(activation_offload, "available_memory_bytes", lambda: free)
+    monkeypatch.setattr(torch, "empty", refused)
+    with pytest.raises(RunFailure, match=rf"refuses 16 MiB of pinned host memory \({reason}\)\.$"):
+        activation_offload.PinnedPages().take(5)
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return FakeCuda(monkeypatch)

@@ -163,6 +163,10 @@ def test_a_plan_has_it_on_the_host() -> None:
     assert (there.embedding_bytes, here.embedding_bytes) == (table, 0)
     assert here.components[DENSE] - there.components[DENSE] == table
     assert there.to_dict()["embedding_bytes"] == table
+    # Rows of a micro-batch, in torch's pinned memory: a power of two, and as much for all shorter ones
+    pinned = there.host_bytes // 2
+    assert pinned & (pinned - 1) == here.host_bytes == 0
+    assert pinned / 2 < there.shape.num_tokens * CONFIG.hidden_size * 2 <= pinned
     assert there.step_seconds is not None
     assert here.step_seconds is not None
     rows = there.shape.num_tokens * there.num_micro_batches * CONFIG.hidden_size * 2

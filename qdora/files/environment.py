@@ -98,7 +98,7 @@ def machine_memory_bytes() -> int:
     """Memory of the machine, or of this process's container if that may use less."""
     import psutil  # 20 ms, which the command line does not have
 
-    return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory_limits())])
+    return int(min([psutil.virtual_memory().total, *(limit for limit, _ in _memory_limits())]))
 
 
 def cpu_has_bfloat16() -> bool:
@@ -114,7 +114,8 @@ def available_memory_bytes() -> int:
     """
     import psutil
 
-    return min([psutil.virtual_memory().available, *(max(limit - used, 0) for limit, used in _memory_limits())])
+    rests = [max(limit - used, 0) for limit, used in _memory_limits()]
+    return int(min([psutil.virtual_memory().available, *rests]))
 
 
 def _memory_limits() -> list[tuple[int, int]]:

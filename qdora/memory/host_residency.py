@@ -226,7 +226,7 @@ class _PageLocked(mmap.mmap):
         if self.address and not sys.is_finalizing():
             with suppress(RuntimeError):  # CUDA after a fault, or in a process that was forked
                 torch.cuda.synchronize()  # copies may be under way
-                torch.cuda.cudart().cudaHostUnregister(self.address)
+                torch.cuda.cudart().cudaHostUnregister(self.address)  # type: ignore[no-untyped-call]
 
 
 def page_locked(num_bytes: int, device: torch.device) -> Tensor:
@@ -238,7 +238,8 @@ def page_locked(num_bytes: int, device: torch.device) -> Tensor:
     memory = _PageLocked(-1, num_bytes, mmap.MAP_PRIVATE)
     locked = torch.frombuffer(memory, dtype=torch.uint8)
     if device.type != "cpu":
-        answer = torch.cuda.cudart().cudaHostRegister(locked.data_ptr(), num_bytes, 0)
+        cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        answer = cuda.cudaHostRegister(locked.data_ptr(), num_bytes, 0)
         if int(answer) != 0:
             with suppress(RuntimeError):
                 torch.ones(1, device=device)  # CUDA reports the refusal again, to the next kernel

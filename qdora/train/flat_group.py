@@ -305,7 +305,8 @@ def _page_like(master: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         page = F.get_paged(size, dtype=torch.uint8, device=master.device)
     memory = page.numpy()
     weakref.finalize(memory, _FREE_PAGES.append, page).atexit = False
-    return _page_of(page, torch.from_numpy(memory)[:size].view(dtype).view(master.shape).zero_())
+    state: Tensor = _page_of(page, torch.from_numpy(memory)[:size].view(dtype).view(master.shape).zero_())
+    return state
 
 
 def _fresh_state(inner: torch.optim.Optimizer, master: nn.Parameter) -> dict[str, Any]:
