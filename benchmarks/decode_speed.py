@@ -24,6 +24,7 @@ from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers, replace_module
 from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.fused_product import decoding
 
 ASKED = 0.97
 
@@ -81,6 +82,7 @@ def load() -> Any:
     return load_model(resolve("builtin"), quant="nf4", compute_dtype=choose_compute("auto").dtype)
 
 
+@decoding()
 @torch.inference_mode()
 def rate(model: Any, prompt: torch.Tensor, num_tokens: int) -> float:
     """New tokens a second, the prompt's own pass left out."""
