@@ -23,7 +23,7 @@ ROOMS = [
     ("plan",),
     ("train", "evaluation", "analysis"),
     ("memory",),
-    ("model",),
+    ("model", "peft"),
     ("nn", "data"),
     ("ops",),
     ("recipe",),

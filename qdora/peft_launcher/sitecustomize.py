@@ -1,0 +1,75 @@
+"""Python runs this file at its start where `python -m qdora.peft` has put its folder in front of PYTHONPATH: PEFT's 4-bit
+layers are changed when PEFT is imported, in the command and in every process that it starts."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def _say(text: str) -> None:
+    print(f"qdora.peft: {text} (process {os.getpid()})", file=sys.stderr, flush=True)
+
+
+def _load_qdora(_peft: ModuleType) -> None:
+    importlib.import_module("qdora.peft")  # not complete if it is what imports PEFT: so `_patch` comes after it
+
+
+def _patch(module: ModuleType) -> None:
+    module.patch()
+    _say(f"the 4-bit LoRA and DoRA layers of PEFT {module.peft.__version__} are qdora's")
+
+
+def _mend_llama_factory(module: ModuleType) -> None:
+    """LLaMA-Factory 0.9.5 calls the method "bnb", transformers "bitsandbytes": so it refuses DoRA on every 4-bit base."""
+    if module.QuantizationMethod.BNB == "bnb":
+        module.QuantizationMethod = SimpleNamespace(BNB="bitsandbytes")  # type: ignore[attr-defined]
+        _say("LLaMA-Factory's check of DoRA's base takes bitsandbytes")
+
+
+class _AfterImport:
+    """A finder that lets others find a module and calls a function when the module has been run."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, Callable[[Any], None]] = {
+            "peft": _load_qdora,
+            "qdora.peft": _patch,
+            "llamafactory.model.adapter": _mend_llama_factory,
+        }
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        call = self.calls.pop(name, None)
+        spec = importlib.util.find_spec(name) if call is not None else None
+        if spec is None or spec.loader is None or call is None:
+            return None
+        run = spec.loader.exec_module
+
+        def run_and_call(module: ModuleType) -> None:
+            run(module)
+            call(module)
+
+        spec.loader.exec_module = run_and_call  # type: ignore[method-assign]
+        return spec
+
+
+def _run_existing() -> None:
+    """The sitecustomize that this file hides."""
+    others = [folder for folder in sys.path if os.path.abspath(folder) != _HERE]
+    spec = PathFinder.find_spec("sitecustomize", others)
+    if spec is not None and spec.loader is not None:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+_ROOT = os.path.dirname(os.path.dirname(_HERE))
+if _ROOT not in sys.path:  # a checkout that is not installed
+    sys.path.append(_ROOT)
+sys.meta_path.insert(0, _AfterImport())  # type: ignore[arg-type]
+_run_existing()
