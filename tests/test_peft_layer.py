@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -186,7 +185,7 @@ def _(path: Path, choice: dict[str, Any]) -> Any:
     stored_as_float32={"quant_storage": torch.float32},
     bfloat16={"dtype": torch.bfloat16},
     bfloat16_products={"compute": torch.bfloat16},
-    float32_products={"dtype": torch.bfloat16, "compute": torch.float32},
+    bfloat16_in_float32_products={"dtype": torch.bfloat16, "compute": torch.float32},
     float16={"dtype": torch.float16},
     no_bias={},
     mlp_bias={"mlp_bias": True},
@@ -585,15 +584,6 @@ def deep_copied(path: Path) -> Any:
 
 
 @operation
-def pickled(path: Path) -> Any:
-    model, file = make(), io.BytesIO()
-    out(model)
-    torch.save(model, file)
-    file.seek(0)
-    return out(torch.load(file, weights_only=False))
-
-
-@operation
 def in_threads(path: Path) -> Any:
     model = make().eval()
 
@@ -760,6 +750,9 @@ def initial_weights_subtracted(path: Path) -> Any:
 
 
 DIFFERENT = {
+    "disabled_while_merged": "PEFT's unmerge quantises the base anew",
+    "unmerged_then_trained": "PEFT's unmerge quantises the base anew",
+    "two_merged_dora": "PEFT takes the norm of the second from a base that was unmerged so",
     "gradient_of_gradient": "the gradients of our products have no graph",
 }
 BF16 = ("bfloat16", "autocast", "float16")

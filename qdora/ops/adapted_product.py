@@ -5,8 +5,8 @@
 DoRA is LoRA on a rescaled base: the gain is multiplied into the block scales of W and into B, so no pass over the
 outputs and no rounding is added. Forward and backward read the base tile by tile and keep no dequantised weight. Saved
 per call: x, the low-rank activations (tokens, rank), and for DoRA the output, from which the gradient of m is read. It
-is the tensor that is returned. For a model that writes into it (OLMo's clip_qkv) a copy must be kept (`keeps_copy`): a
-changed output is an error in the backward pass, under a checkpoint, too, where torch does not look.
+is the tensor that is returned. Where a model writes into it (OLMo's clip_qkv) the backward pass computes it again, unless
+a copy is kept (`keeps_copy`).
 
 Gradients, for dy of the output:
 
@@ -190,12 +190,18 @@ class _AdaptedLinear(torch.autograd.Function):
         # that a model may write into it.
         out = torch.ops.aten._unsafe_view.default(flat, (*x.shape[:-1], flat.shape[1]))
         read_again = out if magnitude is not None and magnitude.requires_grad else None
-        if read_again is not None and call.keeps_copy and call.bias is None:  # a bias makes another tensor
-            read_again = out.clone()
+        ctx.watch = None
+        if read_again is not None and call.bias is None:  # a bias makes another tensor
+            if call.keeps_copy:
+                read_again = out.clone()
+            elif not out.is_inference():
+                # Saved without torch's count of changes, which would make each an error; a tensor without memory has it.
+                ctx.watch, read_again = out.detach(), out.data
+                ctx.watch.data = out.new_empty(0)
+                ctx.version = ctx.watch._version
         # The backward pass does not read the magnitude, but saving it makes a change before that pass an error.
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, gain, inverse_magnitude, low, read_again)
         ctx.call = call
-        ctx.version = 0 if read_again is None or read_again.is_inference() else read_again._version
         return with_bias(out, call.bias, is_kept=read_again is not None)
 
     @staticmethod
@@ -209,11 +215,10 @@ class _AdaptedLinear(torch.autograd.Function):
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     # Read once: under a checkpoint a second read is an error.
     x, lora_A, lora_B, _, gain, inverse_magnitude, low, out = ctx.saved_tensors
-    # What a checkpoint has recomputed comes back through a hook, and torch compares the versions only without one.
-    if out is not None and out._version > ctx.version:
-        raise RuntimeError(WRITTEN)
     shape = x.shape
     flat = None if out is None else out.reshape(-1, out.shape[-1])
+    if ctx.watch is not None and ctx.watch._version > ctx.version:
+        flat, _ = product(x.reshape(-1, shape[-1]), lora_A, lora_B, gain, ctx.call)
     saved = [x.reshape(-1, shape[-1]), flat, low, lora_A, lora_B, gain, inverse_magnitude]
     del x, out, flat
     # Where a model transposes its outputs this is a copy, and autograd holds the original beside it.
