@@ -138,14 +138,10 @@ class Linear4bit(_Peft):  # type: ignore[misc]
         return Dora() if type(variant) is DoraLinearVariant else variant
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base = self.get_base_layer()
-        _undo_repacking(base)
-        if self.disable_adapters or self.merged:
+        # torch.compile takes PEFT's LoRA whole. Its DoRA breaks the graph five times in a layer, ours around the layer.
+        if not self.lora_variant and torch.compiler.is_compiling():
             return _OWN["forward"](self, x, *args, **kwargs)  # type: ignore[no-any-return]
-        why = self.__dict__["_qdora_why"] = _why_not(self, args, kwargs)
-        if why is not None:
-            return _OWN["forward"](self, x, *args, **kwargs)  # type: ignore[no-any-return]
-        return _product(self, base, x)
+        return _forward(self, x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         base = self.get_base_layer()
@@ -337,6 +333,18 @@ def _packed(layer: Any, weight: Any) -> tuple[PackedWeight, Tensor]:
 
     found: tuple[PackedWeight, Tensor] = cache.get("base", (weight, state.absmax), (state,), made)
     return found
+
+
+@torch.compiler.disable
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    base = layer.get_base_layer()
+    _undo_repacking(base)
+    if layer.disable_adapters or layer.merged:
+        return _OWN["forward"](layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+    why = layer.__dict__["_qdora_why"] = _why_not(layer, args, kwargs)
+    if why is not None:
+        return _OWN["forward"](layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+    return _product(layer, base, x)
 
 
 def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
