@@ -6,8 +6,8 @@
     qdora.peft.accelerate(model)      # this PeftModel
     print(qdora.peft.report(model))   # which layers are fast, and why the others are not
 
-    python -m qdora.peft llamafactory-cli train qdora.yaml     # patch() in a command and in the processes that it starts
-    plugins: [qdora.peft.AxolotlPlugin]                        # in axolotl's YAML; lora_{mlp,qkv,o}_kernel: false
+    python -m qdora.peft llamafactory-cli train qdora.yaml    # patch() in a command and in its processes
+    plugins: [qdora.peft.AxolotlPlugin]                       # in axolotl's YAML; lora_{mlp,qkv,o}_kernel: false
 
 Config, trainer, files and the LoraLayer interface stay PEFT's. The layer reads the 4-bit base tile by tile and holds
 neither a second output nor a dense weight. Three more things differ:
@@ -37,6 +37,7 @@ if __name__ == "__main__":  # before the imports of torch and PEFT, which only t
     except OSError as error:
         sys.exit(f"qdora.peft: {sys.argv[1]}: {error.strerror}")
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -130,7 +131,7 @@ class _Unmerged(NamedTuple):
 
 
 class Linear4bit(_Peft):  # type: ignore[misc]
-    """PEFT's layer of LoRA and DoRA on a 4-bit base with qdora's products; `patch` gives these methods to PEFT's class."""
+    """PEFT's LoRA and DoRA layer on a 4-bit base with qdora's products; `patch` gives these methods to PEFT's class."""
 
     def resolve_lora_variant(self, **kwargs: Any) -> Any:
         _undo_repacking(self.get_base_layer())
@@ -138,10 +139,10 @@ class Linear4bit(_Peft):  # type: ignore[misc]
         return Dora() if type(variant) is DoraLinearVariant else variant
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # torch.compile takes PEFT's LoRA whole. Its DoRA breaks the graph five times in a layer, ours around the layer.
+        # torch.compile takes PEFT's LoRA whole. Its DoRA breaks the graph several times, ours once.
         if not self.lora_variant and torch.compiler.is_compiling():
             return _OWN["forward"](self, x, *args, **kwargs)  # type: ignore[no-any-return]
-        return _forward(self, x, *args, **kwargs)
+        return _forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         base = self.get_base_layer()
@@ -219,13 +220,17 @@ def report(model: nn.Module) -> dict[str, LayerReport]:
     for path, layer in _layers(model):
         way = "not changed: call qdora.peft.accelerate(model)"
         if type(layer).forward is Linear4bit.forward:
-            way = (layer.__dict__["_qdora_why"] if "_qdora_why" in layer.__dict__ else _why_not(layer, (), {})) or "fast"
+            way = (
+                layer.__dict__["_qdora_why"] if "_qdora_why" in layer.__dict__ else _why_not(layer, (), {})
+            ) or "fast"
         row = LayerReport(way, None, None, None)
         name = next((name for name in layer.active_adapters if name in layer.lora_magnitude_vector), None)
         if name is not None:
             m = layer.lora_magnitude_vector[name].weight
             narrow = m.numel() >= 4096 and overrides.pid2config.get(id(m), {}).get("optim_bits") != 32
-            row = LayerReport(way, m.dtype, 8 if narrow else 32, f"{path}.lora_magnitude_vector.{name}.weight" in decayed)
+            row = LayerReport(
+                way, m.dtype, 8 if narrow else 32, f"{path}.lora_magnitude_vector.{name}.weight" in decayed
+            )
         rows[path] = row
     return rows
 
@@ -234,7 +239,7 @@ def __getattr__(name: str) -> Any:
     """`AxolotlPlugin`: made when axolotl asks for it, since its base class is axolotl's."""
     if name != "AxolotlPlugin":
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    from axolotl.integrations.base import BasePlugin
+    from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found, unused-ignore]
 
     return type(name, (BasePlugin,), {"pre_model_load": lambda self, cfg: patch()})
 
@@ -248,17 +253,26 @@ def _factors(layer: Any, name: str) -> tuple[Tensor, Tensor, float]:
     return layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), float(layer.scaling[name])
 
 
-def _adopt(layer: Any, name: str) -> Magnitude:
+def _adopt(layer: Any, name: str) -> Any:
     """The magnitudes of an adapter, whose classes become those of this file."""
     if type(layer.lora_variant[name]) is DoraLinearVariant:
         layer.lora_variant[name] = Dora()
-    magnitude = layer.lora_magnitude_vector[name] if name in layer.lora_magnitude_vector else None
+    magnitudes = layer.lora_magnitude_vector
+    magnitude: Any = magnitudes[name] if name in magnitudes else None  # noqa: SIM401
     if type(magnitude) is DoraLinearLayer:
         magnitude.__class__ = Magnitude
         magnitude.operands = ParameterCache()
     if isinstance(magnitude, Magnitude):
         magnitude.widen()
     return magnitude
+
+
+def _keep_32_bit_states(magnitude: Tensor) -> None:
+    """In 8-bit optimizers of bitsandbytes, whose overrides go by the id of a parameter."""
+    manager = bnb.optim.GlobalOptimManager.get_instance()
+    if id(magnitude) not in manager.pid2config:
+        manager.override_config(magnitude, "optim_bits", 32)
+        weakref.finalize(magnitude, manager.pid2config.pop, id(magnitude), None)  # the id will be another tensor's
 
 
 def _is_quantized(base: Any) -> bool:
@@ -278,7 +292,7 @@ def _undo_repacking(base: Any) -> None:
 
 
 def _why_not(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why PEFT's own forward must run; None if ours may. Asked in each call, since wrappers change layers in between."""
+    """Why PEFT's own forward must run; None if ours may. Asked in each call: wrappers change layers in between."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1:
         return f"{len(names)} active adapters"
@@ -335,7 +349,7 @@ def _packed(layer: Any, weight: Any) -> tuple[PackedWeight, Tensor]:
     return found
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base = layer.get_base_layer()
     _undo_repacking(base)
@@ -367,7 +381,7 @@ def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
     else:
 
         def made() -> Operands:
-            bnb.optim.GlobalOptimManager.get_instance().override_config(magnitude.weight, "optim_bits", 32)
+            _keep_32_bit_states(magnitude.weight)
             norm = row_norm(weight, a, b, s, base_squared=squared, dtype=dtype)
             return operands_of(a, b, gain(magnitude.weight, norm), s / (1.0 - dropout), dtype, kept_of=weight)
 
@@ -389,5 +403,5 @@ def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
     )
     if magnitude is not None and y.requires_grad:
         # A backward pass is followed by a step, whoever takes it.
-        y.register_hook(lambda _: magnitude.operands.clear())
+        y.register_hook(lambda _: magnitude.operands.clear())  # type: ignore[no-untyped-call, unused-ignore]
     return y.to(out_dtype)

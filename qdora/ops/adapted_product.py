@@ -5,8 +5,8 @@
 DoRA is LoRA on a rescaled base: the gain is multiplied into the block scales of W and into B, so no pass over the
 outputs and no rounding is added. Forward and backward read the base tile by tile and keep no dequantised weight. Saved
 per call: x, the low-rank activations (tokens, rank), and for DoRA the output, from which the gradient of m is read. It
-is the tensor that is returned. Where a model writes into it (OLMo's clip_qkv) the backward pass computes it again, unless
-a copy is kept (`keeps_copy`).
+is the tensor that is returned. Where a model writes into it (OLMo's clip_qkv) the backward pass computes it again,
+unless a copy is kept (`keeps_copy`).
 
 Gradients, for dy of the output:
 
@@ -195,7 +195,7 @@ class _AdaptedLinear(torch.autograd.Function):
             if call.keeps_copy:
                 read_again = out.clone()
             elif not out.is_inference():
-                # Saved without torch's count of changes, which would make each an error; a tensor without memory has it.
+                # Saved without torch's count of changes, each of which would be an error: an empty tensor has it.
                 ctx.watch, read_again = out.detach(), out.data
                 ctx.watch.data = out.new_empty(0)
                 ctx.version = ctx.watch._version

@@ -1,5 +1,5 @@
-"""Python runs this file at its start where `python -m qdora.peft` has put its folder in front of PYTHONPATH: PEFT's 4-bit
-layers are changed when PEFT is imported, in the command and in every process that it starts."""
+"""Change PEFT's 4-bit layers when PEFT is imported. Python runs this file at its start where `python -m qdora.peft` has
+put its folder in front of PYTHONPATH: in the command and in every process that it starts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _patch(module: ModuleType) -> None:
 
 
 def _mend_llama_factory(module: ModuleType) -> None:
-    """LLaMA-Factory 0.9.5 calls the method "bnb", transformers "bitsandbytes": so it refuses DoRA on every 4-bit base."""
+    """LLaMA-Factory 0.9.5 calls the method "bnb", transformers "bitsandbytes", so it refuses DoRA on 4-bit bases."""
     if module.QuantizationMethod.BNB == "bnb":
         module.QuantizationMethod = SimpleNamespace(BNB="bitsandbytes")  # type: ignore[attr-defined]
         _say("LLaMA-Factory's check of DoRA's base takes bitsandbytes")
@@ -71,5 +71,5 @@ def _run_existing() -> None:
 _ROOT = os.path.dirname(os.path.dirname(_HERE))
 if _ROOT not in sys.path:  # a checkout that is not installed
     sys.path.append(_ROOT)
-sys.meta_path.insert(0, _AfterImport())  # type: ignore[arg-type]
+sys.meta_path.insert(0, _AfterImport())
 _run_existing()

@@ -1,0 +1,407 @@
+"""`qdora.peft`: norms that are never stale, exact merges, float32 magnitudes, reports, the launcher."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu as rewrite
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import bnb as peft_bnb
+from peft.tuners.lora.dora import DoraLinearLayer
+from torch import Tensor, nn
+
+import qdora.peft
+from tests import reference
+from tests.test_peft_layer import (
+    LAYER,
+    OWN,
+    base_model,
+    layer_of,
+    lora_config,
+    loss,
+    make,
+    moved,
+    out,
+    patched,
+    quantized,
+    unpatch,
+)
+
+ROOT = Path(__file__).parent.parent
+X = torch.randn(5, 64, generator=torch.Generator().manual_seed(8))
+BITS = ("", "8bit", "32bit")
+NAMES = ("AdamW", "Adam", "Lion", "PagedAdamW", "PagedAdam", "PagedLion", "RMSprop", "Adagrad", "LAMB", "LARS", "SGD")
+# Not AdEMAMix32bit, which fails on a CPU by itself.
+BNB = [f"{name}{bits}" for name in NAMES for bits in BITS] + ["AdEMAMix", "AdEMAMix8bit"]
+TORCH = ["ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD"]
+OPTIMIZERS = [*((bnb.optim, name) for name in BNB), *((torch.optim, name) for name in TORCH)]
+
+
+@pytest.fixture(autouse=True)
+def in_place() -> Iterator[None]:
+    with patched():
+        yield
+
+
+def numpy(tensor: Tensor) -> Any:
+    return tensor.detach().double().numpy()
+
+
+def expected(layer: Any, x: Tensor = X, weight: Tensor | None = None) -> Tensor:
+    """The float64 formula with the present parameters, on the base as bitsandbytes dequantises it."""
+    base = layer.base_layer.weight
+    dense = bnb.functional.dequantize_4bit(base.data, base.quant_state) if weight is None else weight
+    factors = numpy(layer.lora_A["default"].weight), numpy(layer.lora_B["default"].weight)
+    m = numpy(layer.lora_magnitude_vector["default"].weight) if "default" in layer.lora_magnitude_vector else None
+    return torch.from_numpy(reference.forward(numpy(x), numpy(dense), *factors, layer.scaling["default"], m))
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    return float((got.detach().double() - wanted).abs().max() / wanted.abs().max())
+
+
+def one_layer(dora: bool = True, out_features: int = 128, zero_row: int | None = None) -> Any:
+    linear = nn.Linear(64, out_features, bias=False)
+    nn.init.normal_(linear.weight, std=0.1, generator=torch.Generator().manual_seed(6))
+    if zero_row is not None:
+        linear.weight.data[zero_row] = 0.0
+    model = nn.Sequential(quantized(linear, torch.float32, {"quant_type": "nf4"}))
+    model.is_loaded_in_4bit = True
+    torch.manual_seed(1)
+    return get_peft_model(model, lora_config(target_modules=["0"], task_type=None, use_dora=dora)).base_model.model[0]
+
+
+@pytest.mark.parametrize("library, name", OPTIMIZERS)
+def test_the_norm_is_that_of_the_present_values_after_steps_of(library: Any, name: str) -> None:
+    """Without a backward pass or a change of mode, which would end what is kept, too."""
+    model, generator = one_layer(), torch.Generator().manual_seed(9)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert len(parameters) == 3
+    momentum = {"momentum": 0.9} if name.rstrip("bit832") in ("SGD", "LARS") else {}
+    optimizer = getattr(library, name)(parameters, lr=0.02, **momentum)
+    for _ in range(5):
+        before = model(X)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    wanted = expected(model)
+    assert error(model(X), wanted) < 1e-5
+    assert error(before, wanted) > 1e-4
+
+
+def test_writes_that_nothing_tells_count_after_changed() -> None:
+    model = one_layer().eval()
+    model(X)
+    model.lora_B["default"].weight.data.add_(0.3)
+    qdora.peft.changed(model)
+    assert error(model(X), expected(model)) < 1e-5
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_fifty_merges_leave_the_packed_base_bit_for_bit(dora: bool) -> None:
+    model = moved(one_layer(dora))
+    base = model.base_layer
+    packed, absmax, y = base.weight.data.clone(), base.weight.quant_state.absmax.clone(), model(X)
+    for _ in range(50):
+        model.merge()
+        assert not torch.equal(base.weight.data, packed)
+        model.unmerge()
+        assert torch.equal(base.weight.data, packed)
+    assert torch.equal(base.weight.quant_state.absmax, absmax)
+    assert torch.equal(model(X), y)
+    assert base.weight.to("cpu").bnb_quantized
+    assert base.quant_state is base.weight.quant_state
+
+
+@pytest.mark.parametrize("safely", [True, False])
+def test_a_zero_row_stays_zero(safely: bool) -> None:
+    model = one_layer(zero_row=3)
+    model.lora_B["default"].weight.data[:3] = 0.2
+    x = X.clone().requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    assert error(y, expected(model)) < 1e-5
+    assert not y[:, 3].any()
+    assert all(tensor.isfinite().all() for tensor in (x.grad, *(p.grad for p in model.parameters() if p.requires_grad)))
+    model.merge(safe_merge=safely)
+    assert model(X).isfinite().all()
+    assert error(model(X), y.detach().double()) < 0.15  # one quantisation to 4 bits
+
+
+def test_a_start_is_the_base_and_a_disabled_adapter_is_the_base_bit_for_bit() -> None:
+    model = get_peft_model(base_model(), lora_config())
+    base = out(base_model())
+    assert error(out(model), base.double()) < 1e-5
+    qdora.peft.changed(moved(model))
+    assert error(out(model), base.double()) > 1e-2
+    with model.disable_adapter():
+        assert torch.equal(out(model), base)
+
+
+def test_plain_peft_loads_what_is_saved(tmp_path: Path) -> None:
+    config = qdora.peft.use(lora_config())
+    model = moved(get_peft_model(base_model(), config))
+    model.save_pretrained(tmp_path)
+    assert "custom" not in (tmp_path / "adapter_config.json").read_text()
+    found = out(model)
+    unpatch()
+    assert error(out(PeftModel.from_pretrained(base_model(), tmp_path)), found.double()) < 1e-5
+
+
+@pytest.mark.parametrize("way", ["use", "accelerate", "patch"])
+def test_each_way_in_makes_every_layer_fast(way: str) -> None:
+    unpatch()
+    config = qdora.peft.use(lora_config()) if way == "use" else lora_config()
+    torch.manual_seed(1)
+    model = moved(get_peft_model(base_model(), config))
+    if way != "use":
+        assert all("accelerate" in row.way for row in qdora.peft.report(model).values())
+        before = out(model)
+        if way == "patch":
+            qdora.peft.patch()
+        else:
+            assert qdora.peft.accelerate(model) == qdora.peft.accelerate(model) == 7
+        assert error(out(model), before.double()) < 1e-5
+    loss(model).backward()
+    rows = qdora.peft.report(model)
+    assert len(rows) == 7
+    assert {(row.way, row.magnitude, row.state_bits) for row in rows.values()} == {("fast", torch.float32, 32)}
+    assert all(isinstance(layer_of(model, path), peft_bnb.Linear4bit) for path in rows)
+
+
+CASTS: dict[str, Callable[[Any], Any]] = {
+    "to": lambda layer: layer.to(torch.bfloat16),
+    "half": lambda layer: layer.half(),
+    "back": lambda layer: layer.to(torch.bfloat16).float(),
+    "data": lambda layer: [setattr(p, "data", p.data.bfloat16()) for p in layer.parameters() if p.requires_grad],
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_magnitudes_stay_float32_and_lose_no_digit(cast: str) -> None:
+    layer = moved(one_layer())
+    layer(X)
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    magnitude.data.mul_(1.0001)
+    before = magnitude.data.clone()
+    CASTS[cast](layer)
+    layer(X)
+    assert layer.lora_magnitude_vector["default"].weight is magnitude
+    assert torch.equal(magnitude, before)
+    assert error(layer(X.to(layer.lora_A["default"].weight.dtype)).float(), expected(layer)) < 2e-2
+    magnitude.data = magnitude.data.bfloat16() * 2  # other values than those that were cast
+    layer(X)
+    assert magnitude.dtype == torch.float32
+    assert error(magnitude, 2 * before.double()) < 1e-2
+
+
+def test_8_bit_optimizers_keep_32_bit_states_of_magnitudes() -> None:
+    layer = one_layer(out_features=4096)
+    model = nn.Sequential(layer)
+    assert qdora.peft.report(model)["0"].state_bits == 8
+    optimizer = bnb.optim.AdamW8bit([p for p in layer.parameters() if p.requires_grad], lr=1e-3)
+    layer(X).square().sum().backward()
+    optimizer.step()
+    states = {p: optimizer.state[p]["state1"].dtype for group in optimizer.param_groups for p in group["params"]}
+    assert states[layer.lora_magnitude_vector["default"].weight] == torch.float32
+    assert states[layer.lora_B["default"].weight] == torch.uint8
+    assert qdora.peft.report(model)["0"] == ("fast", torch.float32, 32, True)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_base_that_bitsandbytes_has_rewritten_is_read_right(nested: bool) -> None:
+    """On a CPU with AVX512-BF16 it does so in an evaluation; the scales are rounded to bfloat16 then."""
+    linear = nn.Linear(64, 128, bias=False)
+    base = quantized(linear, torch.float32, {"quant_type": "nf4", "compress_statistics": nested})
+    weight, dense = base.weight, bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    weight.data, weight.quant_state = rewrite(weight.data, weight.quant_state)
+    base.support_avx512bf16_for_cpu = True
+    model = nn.Sequential(base)
+    model.is_loaded_in_4bit = True
+    layer = get_peft_model(model, lora_config(target_modules=["0"], task_type=None)).base_model.model[0].eval()
+    with torch.no_grad():
+        assert error(layer(X), (X @ dense.T).double()) < 1e-2
+        qdora.peft.changed(moved(layer))
+        assert error(layer(X), expected(layer, weight=dense)) < 1e-2
+        layer._disable_adapters = True
+        assert error(layer(X), (X @ dense.T).double()) < 1e-2
+    assert not getattr(weight.quant_state, "packing_format_for_cpu", False)
+
+
+def test_dropout_acts_on_the_adapters_input_alone() -> None:
+    torch.manual_seed(1)
+    model = get_peft_model(base_model(), lora_config(lora_dropout=0.5)).train()
+    layer, dense = layer_of(model), layer_of(model).base_layer.weight
+    weight = bnb.functional.dequantize_4bit(dense.data, dense.quant_state)
+    assert error(layer(X), (X @ weight.T).double()) < 1e-5
+    moved(model)
+    assert error(layer(X), expected(layer)) > 1e-3
+    model.eval()
+    assert error(layer(X), expected(layer)) < 1e-5
+
+
+def hooked(part: str) -> Callable[[Any, Any], Any]:
+    def change(model: Any, layer: Any) -> Any:
+        module = getattr(layer, part)
+        (module if part == "base_layer" else module["default"]).register_forward_pre_hook(lambda *_: None)
+
+    return change
+
+
+def sharded(model: Any, layer: Any) -> None:
+    layer.lora_A["default"].weight.ds_id = 1
+
+
+def wrapped(model: Any, layer: Any) -> None:
+    class FullyShardedDataParallel(nn.Linear):
+        pass
+
+    layer.lora_B["default"].__class__ = FullyShardedDataParallel
+
+
+def plain_weight(model: Any, layer: Any) -> None:
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.data, requires_grad=False)
+
+
+def parametrised(model: Any, layer: Any) -> None:
+    nn.utils.parametrize.register_parametrization(layer.lora_A["default"], "weight", nn.Identity())
+
+
+def second_adapter(model: Any, layer: Any) -> None:
+    model.add_adapter("second", lora_config())
+    model.base_model.set_adapter(["default", "second"])
+
+
+REASONS: dict[str, Callable[[Any, Any], Any]] = {
+    "a hook on base_layer": hooked("base_layer"),
+    "a hook on lora_A": hooked("lora_A"),
+    "a hook on lora_B": hooked("lora_B"),
+    "2 active adapters": second_adapter,
+    "lora_A is sharded": sharded,
+    "lora_B is a FullyShardedDataParallel": wrapped,
+    "no quant_state": plain_weight,
+    "lora_A is a ParametrizedLinear": parametrised,
+    "forward of its own on lora_A": lambda model, layer: setattr(layer.lora_A["default"], "forward", torch.clone),
+    "lora_bias": lambda model, layer: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(128))),
+    "bias is trained": lambda model, layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.ones(128))),
+}
+
+
+@pytest.mark.parametrize("words", REASONS)
+def test_the_report_says_why_pefts_own_forward_runs(words: str) -> None:
+    model = make()
+    REASONS[words](model, layer_of(model))
+    assert words in qdora.peft.report(model)[LAYER].way
+    assert all(row.way == "fast" for path, row in qdora.peft.report(model).items() if path != LAYER) or "2" in words
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_torch_compile_breaks_no_more_graphs_than_at_pefts_layer(dora: bool) -> None:
+    layer = moved(one_layer(dora))
+    wanted, breaks = expected(layer), {}
+    for who, forward in (("ours", qdora.peft.Linear4bit.forward), ("theirs", OWN["forward"])):
+        peft_bnb.Linear4bit.forward = forward
+        torch._dynamo.reset()
+        breaks[who] = torch._dynamo.explain(lambda x: layer(x + 1).relu())(X).graph_break_count
+    assert breaks["ours"] == dora
+    assert breaks["theirs"] >= dora
+    peft_bnb.Linear4bit.forward = qdora.peft.Linear4bit.forward
+    torch._dynamo.reset()
+    assert error(torch.compile(lambda x: layer(x) + 0, backend="eager")(X), wanted) < 1e-5
+
+
+def test_it_loads_few_files() -> None:
+    code = "import sys, qdora.peft; print(*[name for name, module in sys.modules.items() if module])"
+    loaded = python("-c", code).stdout.split()
+    assert not {"typer", "pandas", "matplotlib", "datasets"} & set(loaded)
+    assert sum(name.partition(".")[0] == "qdora" for name in loaded) <= 24
+
+
+def test_a_peft_without_a_name_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("peft.tuners.lora.variants.DoraLinearVariant")
+    with pytest.raises(ImportError, match=r"PEFT 0\.\d+.*DoraLinearVariant"):
+        importlib.reload(importlib.import_module("qdora.peft"))
+
+
+def python(*arguments: str, **options: Any) -> Any:
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=200,
+        env=environment,
+        **options,
+    )
+
+
+LLAMA_FACTORY = """
+from enum import Enum
+import peft
+class QuantizationMethod(str, Enum):
+    BNB = "bnb"
+def accepts(method):
+    return method == QuantizationMethod.BNB
+"""
+GRANDCHILD = """
+import llamafactory.model.adapter as adapter
+from peft.tuners.lora.bnb import Linear4bit
+print("method of", Linear4bit.forward.__module__, adapter.accepts("bitsandbytes"))
+"""
+CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {GRANDCHILD!r}], check=True)"
+
+
+def test_the_launcher_patches_a_child_of_a_child(tmp_path: Path) -> None:
+    package = tmp_path / "llamafactory" / "model"
+    package.mkdir(parents=True)
+    (package / "adapter.py").write_text(LLAMA_FACTORY)
+    (tmp_path / "sitecustomize.py").write_text("print('the existing sitecustomize')")
+    paths = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    ran = python("-m", "qdora.peft", sys.executable, "-c", CHILD, env=paths, cwd=tmp_path)
+    assert "method of qdora.peft True" in ran.stdout
+    assert ran.stdout.count("the existing sitecustomize") == 2  # of the child and of its child
+    said = [line for line in ran.stderr.splitlines() if line.startswith("qdora.peft:")]
+    assert len(said) == 2
+    assert "PEFT" in said[0]
+    assert "LLaMA-Factory" in said[1]
+
+
+def test_the_launcher_says_what_is_wrong() -> None:
+    for arguments, words in (([], "usage"), (["no-such-command"], "no-such-command: No such file")):
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            python("-m", "qdora.peft", *arguments)
+        assert words in failed.value.stderr
+        assert "Traceback" not in failed.value.stderr
+
+
+def test_axolotls_plugin_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
+        monkeypatch.setitem(sys.modules, name, type(sys)(name))
+    sys.modules["axolotl.integrations.base"].BasePlugin = type("BasePlugin", (), {})
+    plugin = qdora.peft.AxolotlPlugin()
+    unpatch()
+    plugin.pre_model_load({})
+    assert peft_bnb.Linear4bit.forward is qdora.peft.Linear4bit.forward
+    assert type(plugin).__mro__[1].__name__ == "BasePlugin"
+
+
+def test_magnitudes_of_models_made_before_are_widened() -> None:
+    unpatch()
+    model = moved(get_peft_model(base_model(torch.bfloat16), lora_config())).to(torch.bfloat16)
+    magnitude = layer_of(model).lora_magnitude_vector["default"]
+    assert type(magnitude) is DoraLinearLayer
+    assert magnitude.weight.dtype == torch.bfloat16
+    qdora.peft.patch()
+    loss(model).backward()
+    assert magnitude.weight.dtype == magnitude.weight.grad.dtype == torch.float32
+    assert math.isfinite(float(magnitude.weight.grad.sum()))
