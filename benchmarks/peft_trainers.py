@@ -1,0 +1,179 @@
+"""qdora's layer inside TRL's trainers, beside PEFT's own: the same losses, and magnitudes that move in float32.
+
+    pip install trl
+    python benchmarks/peft_trainers.py [--smoke] [--steps 10] [--out benchmarks/results/peft_trainers.json]
+
+A random Llama of two blocks, loaded by transformers in NF4, DoRA of rank 8 on all linear layers, no dropout. Each
+trainer runs with PEFT's layer and with qdora's, which comes in by `qdora.peft.use` on the config, by `patch` with the
+config untouched, and by `accelerate` on a model that is already a PeftModel. Seeds, data and order are the same. DPO's
+first loss is ln 2. bitsandbytes' rewriting of weights for AVX512-BF16 is off in all runs, since PEFT's layer is wrong
+behind it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import trl
+from byte_tokenizer import byte_tokenizer, write_model
+from datasets import Dataset
+from measure import facts, parser_of, write
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.bnb import Linear4bit
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+
+import qdora.peft
+
+LOSS_TOLERANCE = 5e-3
+SUMS = [(a, b) for a in range(6) for b in range(5)]
+PAIRS = [{"prompt": f"{a} + {b} =", "chosen": f" {a + b}", "rejected": f" {a * b + 7}"} for a, b in SUMS]
+
+
+def load(source: str, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """The base in NF4."""
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    torch.manual_seed(0)
+    model = kind.from_pretrained(source, quantization_config=quantization, dtype=torch.float32, **options)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def config(task: str = "CAUSAL_LM") -> LoraConfig:
+    return LoraConfig(use_dora=True, r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0, task_type=task)
+
+
+def options(steps: int, folder: str) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+
+
+def length_reward(completions: list[str], **_: Any) -> list[float]:
+    return [float(sum(character.isdigit() for character in text)) for text in completions]
+
+
+# For each trainer: its class, its settings, its rows, what else it takes.
+ROWS = {
+    "SFT": [{"text": row["prompt"] + row["chosen"]} for row in PAIRS],
+    "DPO": PAIRS,
+    "KTO": [
+        {"prompt": r["prompt"], "completion": r[k], "label": k == "chosen"}
+        for r in PAIRS
+        for k in ("chosen", "rejected")
+    ],
+    "Reward": PAIRS,
+    "RLOO": [{"prompt": row["prompt"]} for row in PAIRS],
+    "GRPO": [{"prompt": row["prompt"]} for row in PAIRS],
+}
+MORE: dict[str, dict[str, Any]] = {
+    name: {"max_completion_length": 8, "num_generations": 2} for name in ("RLOO", "GRPO")
+}
+
+
+def trainer_of(name: str, source: str, way: str, steps: int, folder: str) -> Any:
+    """A trainer of TRL on a fresh base, with qdora's layer by one of its ways in, or PEFT's: "peft", and "peft_model",
+    where the trainer gets a PeftModel, as with "accelerate"."""
+    task, model = "CAUSAL_LM", partial(load, source)
+    if name == "Reward":
+        task, model = "SEQ_CLS", partial(load, source, AutoModelForSequenceClassification, num_labels=1)
+    settings = getattr(trl, f"{name}Config")(**options(steps, folder), **MORE.get(name, {}))
+    arguments: dict[str, Any] = {"reward_funcs": length_reward} if name in MORE else {}
+    base, adapter = model(), config(task)
+    torch.manual_seed(1)
+    if way in ("peft_model", "accelerate"):
+        base = get_peft_model(base, adapter)
+        assert way == "peft_model" or qdora.peft.accelerate(base) > 0
+    else:
+        arguments["peft_config"] = qdora.peft.use(adapter) if way == "use" else adapter
+    data = Dataset.from_list(ROWS[name])
+    return getattr(trl, f"{name}Trainer")(
+        base, args=settings, train_dataset=data, processing_class=byte_tokenizer(), **arguments
+    )
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """PEFT's class as `qdora.peft.patch` leaves it, for a while."""
+    before = {name: vars(Linear4bit)[name] for name in ("resolve_lora_variant", "forward", "merge", "unmerge")}
+    qdora.peft.patch()
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Linear4bit, name, method)
+
+
+def run(name: str, source: str, way: str, steps: int) -> dict[str, Any]:
+    """Train; the losses, and what has become of the magnitudes."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(name, source, way, steps, folder)
+        magnitudes = {n: p for n, p in trainer.model.named_parameters() if "magnitude" in n and p.requires_grad}
+        before = {n: p.detach().clone() for n, p in magnitudes.items()}
+        trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    moved = [float((p != before[n]).float().mean()) for n, p in magnitudes.items()]
+    ways = [row.way for row in qdora.peft.report(trainer.model).values()]
+    return {
+        "losses": losses,
+        "magnitude_dtypes": sorted({str(p.dtype) for p in magnitudes.values()}),
+        "share_of_magnitudes_moved": sum(moved) / len(moved),
+        "num_layers": len(ways),
+        "num_fast": ways.count("fast"),
+        "reasons": sorted(set(ways) - {"fast"}),
+    }
+
+
+def compared(name: str, source: str, steps: int) -> dict[str, Any]:
+    """One trainer with PEFT's layer and with qdora's by each way in."""
+    found = {way: run(name, source, way, steps) for way in ("peft", "peft_model", "use", "accelerate")}
+    with patched():
+        found["patch"] = run(name, source, "patch", steps)
+    for way, control in (("use", "peft"), ("patch", "peft"), ("accelerate", "peft_model")):
+        ours, theirs = found[way], found[control]["losses"]
+        assert len(ours["losses"]) == len(theirs) == steps
+        ours["largest_difference"] = max(abs(a - b) for a, b in zip(ours["losses"], theirs, strict=True))
+        fast = ours["num_fast"] == ours["num_layers"] > 0 and ours["magnitude_dtypes"] == ["torch.float32"]
+        ours["passed"] = (
+            ours["largest_difference"] <= LOSS_TOLERANCE and fast and ours["share_of_magnitudes_moved"] > 0.999
+        )
+        if name == "DPO":
+            ours["first_loss_minus_ln_2"] = ours["losses"][0] - math.log(2)
+    return found
+
+
+def main() -> None:
+    parser = parser_of(__doc__, "peft_trainers", smoke="SFT and DPO, three steps")
+    parser.add_argument("--steps", type=int, default=10)
+    args = parser.parse_args()
+    names, steps = (("SFT", "DPO"), 3) if args.smoke else (tuple(ROWS), args.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_model(Path(folder))
+        found = {name: compared(name, source, steps) for name in names}
+    versions = {package: importlib.metadata.version(package) for package in ("trl", "peft")}
+    command = f"python benchmarks/peft_trainers.py --steps {steps}"
+    write(args.out, {**facts(command), "peers": versions, "tolerance": LOSS_TOLERANCE, "trainers": found})
+
+
+if __name__ == "__main__":
+    main()
