@@ -354,6 +354,8 @@ def accepts(method):
     return method == QuantizationMethod.BNB
 """
 GRANDCHILD = """
+import importlib.util
+importlib.util.find_spec("peft")  # as transformers asks
 import llamafactory.model.adapter as adapter
 from peft.tuners.lora.bnb import Linear4bit
 print("method of", Linear4bit.forward.__module__, adapter.accepts("bitsandbytes"))

@@ -35,26 +35,29 @@ def _mend_llama_factory(module: ModuleType) -> None:
         _say("LLaMA-Factory's check of DoRA's base takes bitsandbytes")
 
 
-class _AfterImport:
-    """A finder that lets others find a module and calls a function when the module has been run."""
+_CALLS: dict[str, Callable[[Any], None]] = {
+    "peft": _load_qdora,
+    "qdora.peft": _patch,
+    "llamafactory.model.adapter": _mend_llama_factory,
+}
 
-    def __init__(self) -> None:
-        self.calls: dict[str, Callable[[Any], None]] = {
-            "peft": _load_qdora,
-            "qdora.peft": _patch,
-            "llamafactory.model.adapter": _mend_llama_factory,
-        }
+
+class _AfterImport:
+    """A finder that lets others find a module and calls a function whenever the module has been run. Programs also ask
+    whether a module is there and do not run it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        call = self.calls.pop(name, None)
-        spec = importlib.util.find_spec(name) if call is not None else None
-        if spec is None or spec.loader is None or call is None:
+        if name not in _CALLS:
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, specs), None)
+        if spec is None or spec.loader is None:
             return None
         run = spec.loader.exec_module
 
         def run_and_call(module: ModuleType) -> None:
             run(module)
-            call(module)
+            _CALLS[name](module)
 
         spec.loader.exec_module = run_and_call  # type: ignore[method-assign]
         return spec
