@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import subprocess
 import sys
@@ -384,6 +385,19 @@ def test_the_launcher_says_what_is_wrong() -> None:
             python("-m", "qdora.peft", *arguments)
         assert words in failed.value.stderr
         assert "Traceback" not in failed.value.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_with_pefts_layer() -> None:
+    """FSDP2 gives the layer plain parameters where it shards the base, and PEFT's own forward runs."""
+    ran = python("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tests.peft_processes")
+    found = json.loads(ran.stdout.splitlines()[-1])
+    for wrap, way in (("ddp", "fast"), ("base ignored", "fast"), ("base sharded", "no quant_state")):
+        losses, ways = found[f"{wrap}, qdora"]
+        assert len(ways) == 1
+        assert way in ways[0]
+        assert losses == pytest.approx(found[f"{wrap}, peft"][0], abs=1e-4)
+        assert losses[0] != losses[-1]
 
 
 def test_axolotls_plugin_patches(monkeypatch: pytest.MonkeyPatch) -> None:
