@@ -283,6 +283,8 @@ def _is_quantized(base: Any) -> bool:
 def _undo_repacking(base: Any) -> None:
     """On a CPU with AVX512-BF16 bitsandbytes rewrites a weight and its quant_state in place, in the first evaluation
     without gradients, into a layout that `dequantize_4bit` misreads. Keep it from that, and undo it."""
+    if not getattr(base, "support_avx512bf16_for_cpu", False):
+        return
     base.support_avx512bf16_for_cpu = False
     state = getattr(base.weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
