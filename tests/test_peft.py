@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import math
@@ -99,6 +100,17 @@ def test_the_norm_is_that_of_the_present_values_after_steps_of(library: Any, nam
     assert error(before, wanted) > 1e-4
 
 
+def test_the_norm_is_that_of_the_present_values_after_steps_by_hand() -> None:
+    """Nothing but the layer's own backward pass ends what is kept."""
+    model = one_layer()
+    for _ in range(5):
+        model(X).square().sum().backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.data -= 2e-3 * parameter.grad
+    assert error(model(X), expected(model)) < 1e-5
+
+
 def test_writes_that_nothing_tells_count_after_changed() -> None:
     model = one_layer().eval()
     model(X)
@@ -146,6 +158,14 @@ def test_a_start_is_the_base_and_a_disabled_adapter_is_the_base_bit_for_bit() ->
     assert error(out(model), base.double()) > 1e-2
     with model.disable_adapter():
         assert torch.equal(out(model), base)
+
+
+def test_magnitudes_start_at_the_float32_norm_of_a_bfloat16_base() -> None:
+    layer = layer_of(get_peft_model(base_model(torch.bfloat16), lora_config(), autocast_adapter_dtype=False))
+    base, state = layer.base_layer.weight, copy.copy(layer.base_layer.weight.quant_state)
+    state.dtype = torch.float32
+    norm = bnb.functional.dequantize_4bit(base.data, state).double().norm(dim=1)
+    assert error(layer.lora_magnitude_vector["default"].weight, norm) < 1e-6
 
 
 def test_plain_peft_loads_what_is_saved(tmp_path: Path) -> None:
