@@ -19,7 +19,7 @@ import torch
 from gpu import plan as plans
 from gpu.device import CARD_8GB_BYTES, CARD_40GB_BYTES
 from gpu.part import ERROR_LINES, Part
-from qdora.cli import let_segments_grow
+from qdora.cli.verb import let_segments_grow
 
 
 @dataclass(frozen=True)
