@@ -60,7 +60,9 @@ def test_a_published_checkpoint_gives_the_logits_of_transformers(tmp_path: Path,
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text"])
-@pytest.mark.parametrize("options", [{}, {"kind": "lora", "share": "B"}, {"gated": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"kind": "lora", "share": "B"}, {"gated": True}, {"targets": ["*experts.down_proj"]}], ids=str
+)
 def test_padding_for_cards_without_a_grouped_product_changes_no_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]
 ) -> None:

@@ -14,14 +14,19 @@ from rich.console import Console
 
 from qdora.errors import Interrupted
 from qdora.files.run_directory import RunDirectory
+from qdora.model import experts
 from qdora.model.experts import stacks, use_expert_layers_
+from qdora.ops import expert_tokens
 from qdora.run.expert_load import FILE, ExpertLoad
 from qdora.run.train import train_run
 from tests import tiny_experts, tiny_run
 from tests.run_files import stop_after
 
 
-def test_shares_are_those_of_the_router(tmp_path: Path) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_shares_are_those_of_the_router(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
+    monkeypatch.setattr(experts, "needs_padding", lambda *_: padded)
+    monkeypatch.setattr(expert_tokens, "_MOST_PADDING", 1.0)
     model = tiny_experts.make("olmoe")
     wanted: list[np.ndarray] = []
     for block in model.model.layers:

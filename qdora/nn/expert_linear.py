@@ -44,8 +44,9 @@ class ExpertLinear(nn.Module):
     def forward(self, x: Tensor, tokens: ExpertTokens) -> Tensor:
         """(tokens, in), sorted by expert -> (tokens, out)."""
         weights = self.weight.view(self.num_experts, self.expert_features, self.in_features).unbind(0)
-        parts = zip(torch.split(x, list(tokens.counts)), weights, strict=True)
-        out = torch.cat([nn.functional.linear(part, weight) for part, weight in parts if len(part)])
+        parts = torch.split(x, [tokens.counts[expert] for expert in tokens.experts])
+        pairs = zip(parts, tokens.experts, strict=True)
+        out = torch.cat([nn.functional.linear(part, weights[expert]) for part, expert in pairs])
         return out if self.bias is None else add_expert_bias(out, self.bias, tokens)
 
     def extra_repr(self) -> str:
@@ -231,11 +232,16 @@ class AdaptedExperts(AdaptedLinear):
 Stack = BareExperts | AdaptedExperts
 
 
+def is_one_by_one(stack: Stack) -> bool:
+    """Whether each expert of a stack has launches of its own on every device: a trainable or a masked one."""
+    return isinstance(stack, ExpertLinear) or (isinstance(stack, AdaptedExperts) and stack.masked)
+
+
 def needs_padding(stack: Stack, x: Tensor) -> bool:
     """Whether fewer launches compute a stack if experts have equally many tokens; its products are those of `x`."""
-    base = stack.base if isinstance(stack, AdaptedExperts) else stack
-    if isinstance(base, ExpertLinear):
+    if is_one_by_one(stack):
         return False
+    base = stack.base if isinstance(stack, AdaptedExperts) else stack
     return wants_padding(x.new_empty(0, dtype=product_dtype(x)), base.stored_weight, base.num_experts)
 
 

@@ -40,12 +40,20 @@ class CountsOnDevice(NamedTuple):
 class ExpertTokens:
     """How tokens divide among the experts: `counts[e]` of them, which lie together, belong to expert e.
 
-    `experts` are those that have tokens, in the order of these: ascending if it is not given. `shifts` is how many
-    places the tokens of each expert lie behind those that they have in ascending order and without padding.
+    `routed` are these counts without padding. `experts` are those that have tokens, in the order of these: ascending if
+    it is not given. `shifts` is how many places the tokens of each expert lie behind those that they have in ascending
+    order and without padding.
     """
 
-    def __init__(self, counts: Sequence[int], experts: Iterable[int] | None = None, shifts: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        counts: Sequence[int],
+        experts: Iterable[int] | None = None,
+        shifts: Sequence[int] = (),
+        routed: Sequence[int] | None = None,
+    ) -> None:
         self.counts, self.shifts = tuple(counts), shifts
+        self.routed = self.counts if routed is None else tuple(routed)
         self.experts = tuple(e for e, count in enumerate(counts) if count) if experts is None else tuple(experts)
         self._on: dict[torch.device, CountsOnDevice] = {}
 
@@ -163,7 +171,7 @@ def padded_tokens(counts: Sequence[int]) -> ExpertTokens:
             place += most
     for expert, before in enumerate(accumulate(counts[:-1], initial=0)):
         shifts[expert] -= before
-    return ExpertTokens(padded, (expert for group in groups for expert in group), shifts)
+    return ExpertTokens(padded, (expert for group in groups for expert in group), shifts, counts)
 
 
 def _groups(experts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, Stack, needs_padding
+from qdora.nn.expert_linear import Stack, is_one_by_one, needs_padding
 from qdora.ops.expert_product import experts_together
 from qdora.ops.expert_tokens import ExpertTokens, padded_tokens
 from qdora.ops.planned_device import planned_counts
@@ -41,9 +41,8 @@ def launches_of(
     total = 0
     for stack in stacks:
         counts = planned_counts(num_tokens, top_k, stack.num_experts)
-        one_by_one = isinstance(stack, ExpertLinear) or (isinstance(stack, AdaptedExperts) and stack.masked)
         together = experts_together(stack.expert_features, stack.in_features, dtype.itemsize, torch.device("cpu"))
-        together = 1 if one_by_one else together
+        together = 1 if is_one_by_one(stack) else together
         one, two = (
             _launches(stack, counts[: number * together], dtype, checkpointing=checkpointing) for number in (1, 2)
         )

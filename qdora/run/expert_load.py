@@ -50,7 +50,7 @@ class ExpertLoad:
     def _add(self, owner: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         tokens: ExpertTokens = inputs[1]
         if module.training:  # a checkpoint's recompute counts again, which changes no share
-            self._now[owner] += np.array(tokens.counts)
+            self._now[owner] += np.array(tokens.routed)
 
     def begin(self) -> None:
         """An optimizer step begins, or begins again. What was counted since the last one belongs to none."""
