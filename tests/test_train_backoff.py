@@ -95,7 +95,6 @@ def small_memory(
         (MemoryError(), "numpy and Python", True),
         (RuntimeError("CUDA error: out of memory"), "cudaMalloc by itself", True),
         (RuntimeError("CUDA driver error: out of memory"), "a segment that grows", True),
-        (RuntimeError("Triton Error [CUDA]: out of memory"), "Triton, which loads a kernel", True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "cuBLAS", True),
         (dist.DistBackendError(NCCL), "NCCL", True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), "a mistake", False),

@@ -18,7 +18,7 @@ ROOT = Path("/")
 # CUdevice_attribute in cuda.h
 CAPABILITY_MAJOR, CAPABILITY_MINOR, CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT = 75, 76, 89, 102
 
-_OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
+_OLDEST_DRIVER = {"12": 525, "13": 580}
 """CUDA's major version -> the oldest driver for it (docs.nvidia.com/deploy/cuda-compatibility)."""
 
 _BUILDS = "pytorch.org/get-started/locally"

@@ -15,7 +15,6 @@ _MESSAGES = (
     "DefaultCPUAllocator: not enough memory",
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",  # of expandable segments, which map memory themselves
-    "Triton Error [CUDA]: out of memory",
     "CUDA out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
