@@ -24,7 +24,7 @@ from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers, replace_module
 from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.fused_product import decoding
+from qdora.ops.frozen_product import decoding
 
 ASKED = 0.97
 

@@ -33,6 +33,10 @@ class NoTokenizer(UserError):
     """A model without the files of a tokenizer."""
 
 
+class NotFinite(UserError):
+    """A weight that has NaN or infinite entries."""
+
+
 class RunFailure(RuntimeError):
     """A run that cannot continue: a full disk, a NaN loss, a failed check. The command line exits with 1.
 

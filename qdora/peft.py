@@ -46,11 +46,11 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from qdora.nn.parameter_cache import ParameterCache
 from qdora.ops.adapted_product import Operands, adapted_linear, adapted_product, operands_of
 from qdora.ops.dora import gain, gain_of_sum, merged_weight, row_norm, squared_row_norm
 from qdora.ops.frozen_product import product_dtype, without_graph_or_autocast
 from qdora.ops.packed import PackedWeight, dequantize, from_tensors
+from qdora.ops.parameter_cache import ParameterCache
 
 try:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse

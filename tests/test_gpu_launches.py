@@ -17,7 +17,7 @@ from qdora.nn.expert_linear import AdaptedExperts, FrozenExperts
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops import bnb_kernels, expert_product, tiles
 from qdora.ops.expert_tokens import padded_tokens
-from qdora.ops.fused_product import decoding
+from qdora.ops.frozen_product import decoding
 from qdora.ops.packed import empty_packed, quantize
 from qdora.ops.planned_device import planned_on
 from qdora.ops.tiles import spans

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.prepared_gains import prepare_gains
-from qdora.ops import blockwise, bnb_kernels, int8, tiles
+from qdora.ops import blockwise, bnb_kernels, tiles
 from qdora.ops.adapted_product import column_dot
 from qdora.ops.loss import chunked_nll
 from qdora.ops.packed import PackedWeight, dequantize, quantize
@@ -50,7 +50,7 @@ def off(got: torch.Tensor | None, expected: Any) -> float:
 def by_definition(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """`dequantize` in plain torch, whatever kernels the device has."""
     if weight.kind == "int8":
-        return int8.dequantize_rows(weight.packed, weight.absmax, dtype)
+        return blockwise.dequantize_rows(weight.packed, weight.absmax, dtype)
     scales, nested = weight.absmax, weight.nested
     if nested is not None:
         scales = blockwise.dequantize_scales(scales, nested.absmax, nested.code, nested.offset)

@@ -12,7 +12,7 @@ from bitsandbytes import functional as bnb_functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.ops import blockwise, bnb_kernels, codebooks, int8
+from qdora.ops import blockwise, bnb_kernels, codebooks
 from qdora.ops.packed import (
     BLOCK_SIZES,
     PackedWeight,
@@ -47,7 +47,7 @@ def by_backends(packed: PackedWeight, dtype: torch.dtype) -> dict[str, torch.Ten
     """The dense weight by `dequantize`, by plain torch and, where it may be chosen, by bitsandbytes."""
     found = {"auto": dequantize(packed, dtype)}
     if packed.kind == "int8":
-        return found | {"torch": int8.dequantize_rows(packed.packed, packed.absmax, dtype)}
+        return found | {"torch": blockwise.dequantize_rows(packed.packed, packed.absmax, dtype)}
     backend = choose_backend(
         packed.kind, packed.device, block_size=packed.block_size, in_features=packed.shape[1], dtype=dtype
     )

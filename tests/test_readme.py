@@ -56,7 +56,7 @@ TOPICS = {
     "python",
 }
 LEAST_COMMANDS = {README: 8, **dict.fromkeys(GUIDES, 1)}
-OPTIONS_OF_OTHERS = {"--no-deps", "--nproc-per-node", "--smoke", "--help"}
+OPTIONS_OF_OTHERS = {"--no-deps", "--nproc-per-node", "--smoke", "--help", "--external"}  # --external_plugins
 MEASURED_BY_EARLIER_VERSIONS = {"study.py"}
 """Benchmarks whose options have changed since, as the page says."""
 REST = {

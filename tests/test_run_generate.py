@@ -22,7 +22,7 @@ from qdora.export.options import ExportOptions
 from qdora.model.inject import adapted_layers
 from qdora.nn import adapted_linear
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.ops import bnb_kernels, fused_product
+from qdora.ops import bnb_kernels, frozen_product
 from qdora.run import generate
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, answer_chats, generate_from, prompt_ids
@@ -78,7 +78,7 @@ def test_only_text_is_written_by_the_fused_product(run: Path, monkeypatch: pytes
         calls.append(len(x))
         return product(x, *args, **options)
 
-    monkeypatch.setattr(fused_product, "device_kind", lambda _device: "cuda")
+    monkeypatch.setattr(frozen_product, "device_kind", lambda _device: "cuda")
     monkeypatch.setattr(bnb_kernels, "has_product", lambda _kind: True)
     monkeypatch.setattr(bnb_kernels, "product_4bit", counted)
     loaded = load_target(str(run), verb="test")

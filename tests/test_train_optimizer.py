@@ -16,7 +16,8 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qdora.ops.split_float import join_float32, nearest_bfloat16, split_float32_
+from qdora.ops.low_rank_factors import nearest_bfloat16
+from qdora.ops.split_float import join_float32, split_float32_
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train import flat_group
 from qdora.train.flat_group import OptimizerName

@@ -16,7 +16,7 @@ from gpu.part import Part
 from gpu.plan import Plan, shape_name
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops import blockwise, int8
+from qdora.ops import blockwise
 from qdora.ops.adapted_product import column_dot
 from qdora.ops.packed import PackedWeight, dequantize, quantize
 
@@ -165,7 +165,7 @@ def formats(kind: str, shape: tuple[int, int], device: torch.device) -> dict[str
 def by_definition(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """`dequantize` in plain torch, whatever kernels the device has."""
     if weight.kind == "int8":
-        return int8.dequantize_rows(weight.packed, weight.absmax, dtype)
+        return blockwise.dequantize_rows(weight.packed, weight.absmax, dtype)
     scales, nested = weight.absmax, weight.nested
     if nested is not None:
         scales = blockwise.dequantize_scales(scales, nested.absmax, nested.code, nested.offset)

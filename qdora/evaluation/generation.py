@@ -44,7 +44,7 @@ from qdora.evaluation.token_scores import length_batches, padded
 from qdora.files.console import Progress
 from qdora.model.stop_ids import stop_ids_of_model
 from qdora.model.text_config import context_length
-from qdora.ops.fused_product import decoding
+from qdora.ops.frozen_product import decoding
 
 MAX_NEW_TOKENS = 32
 """As in the published evaluation."""

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from qdora.errors import UserError, not_one_of
+from qdora.errors import NotFinite, UserError, not_one_of
 from qdora.files.console import Progress
 from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
 from qdora.model.experts import stacks, use_expert_layers_
@@ -57,7 +57,6 @@ from qdora.model.stored_tensors import (
 from qdora.model.weight_conversion import rename_to_model
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.host_embedding import HostEmbedding
-from qdora.ops.blockwise import NotFinite
 from qdora.ops.codebooks import CODE_BITS, MXFP4, SIMULATED
 from qdora.ops.packed import BLOCK_SIZES, KINDS, PackedWeight, dequantize, packed_rows, quantize
 from qdora.ops.tiles import Weight

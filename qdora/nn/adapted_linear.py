@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.parameter_cache import ParameterCache
 from qdora.nn.wide_tensors import never_narrowed
 from qdora.ops.adapted_product import Operands, adapted_linear, adapted_product, operands_of
 from qdora.ops.dora import (
@@ -25,6 +24,7 @@ from qdora.ops.dora import (
 from qdora.ops.frozen_product import product_dtype, without_graph_or_autocast
 from qdora.ops.gate import fold_gate
 from qdora.ops.low_rank_factors import rounded
+from qdora.ops.parameter_cache import ParameterCache
 
 Kind = Literal["lora", "dora"]
 Init = Literal["kaiming", "gaussian"]

@@ -19,7 +19,7 @@ With a keep mask M, s g M o (B A) replaces the product of the factors (`ops.mask
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,15 +30,17 @@ from qdora.ops.dropout import draw_seed, drop_, dropped, dropped_slices, zeroed,
 from qdora.ops.frozen_product import (
     add_product_,
     add_transposed_product_,
+    fused_product,
     product_dtype,
     with_bias,
     without_autocast,
 )
-from qdora.ops.fused_product import fused_product
 from qdora.ops.low_rank_factors import rounded, row_factor, scaled_B
-from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.planned_device import device_kind
 from qdora.ops.tiles import Weight, own_scales, with_scales
+
+if TYPE_CHECKING:
+    from qdora.ops.masked_update import MaskedUpdate
 
 WRITTEN = (
     "the model has written into the output of an adapted layer, from which the gradient of its magnitude is read. Fix: "
@@ -172,6 +174,13 @@ class Call(NamedTuple):
         """The base as the products read it, and the factor of its rows that it does not contain; `gain` is g."""
         return (self.weight, gain) if self.operands is None else self.operands.of_base(self.weight)
 
+    def masked(self, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None) -> MaskedUpdate:
+        """The update of a pruned base, which has a mask."""
+        from qdora.ops.masked_update import MaskedUpdate
+
+        assert self.keep_bits is not None, "products without a mask have operands"
+        return MaskedUpdate(self.keep_bits, lora_A, lora_B, gain, self.scaling)
+
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
@@ -240,9 +249,7 @@ def product(x: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None, call
             low = _low_rank_input(x, call.operands.a, call)
             out = low @ call.operands.scaled_b.T
         else:
-            assert call.keep_bits is not None, "products without a mask have operands"
-            update = MaskedUpdate(call.keep_bits, lora_A, lora_B, gain, call.scaling)
-            out = update.product(dropped(x, call.dropout, call.seed))
+            out = call.masked(lora_A, lora_B, gain).product(dropped(x, call.dropout, call.seed))
         add_product_(out, x, *call.base(gain))
     return out, low
 
@@ -268,7 +275,7 @@ def product_gradients(
         # 7B model's down projection, where a step has its peak, 59 MiB.
         del out
         if call.keep_bits is not None:
-            update = MaskedUpdate(call.keep_bits, lora_A, lora_B, gain, call.scaling)
+            update = call.masked(lora_A, lora_B, gain)
             if need_a or need_b:
                 da, db = update.factor_gradients(dy, dropped(x, call.dropout, call.seed))
             del x

@@ -1,4 +1,4 @@
-"""Blockwise 4-bit quantisation and double quantisation in plain torch: the definition of the formats.
+"""Blockwise 4-bit, row-wise int8 and double quantisation in plain torch: the definition of the formats.
 
 On a CPU every code and every scale equals bitsandbytes 0.50.2's, bit for bit, but for the offset of double
 quantisation: its float32 mean depends on the number of threads, this one does not. Its CUDA kernels differ in details:
@@ -15,7 +15,6 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from qdora.errors import UserError
 from qdora.ops import codebooks
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
 from qdora.ops.planned_device import device_kind
@@ -27,14 +26,14 @@ _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 22
 # Keeps the division of a zero block finite. Smaller, subnormal blocks are not scaled up to 1.
 _SMALLEST_SCALE = 1e-38
+# The same for int8: the workspace is a few times 4 bytes a weight of the chunk.
+_CHUNK_OF_ROWS = 1 << 20
+# The factor of bitsandbytes: a multiplication by it and a division by 127 differ in the last bit.
+_ONE_127TH = 7.874015718698502e-3
 
 
 def _chunk(device: torch.device) -> int:
     return _CPU_CHUNK if device_kind(device) == "cpu" else _GPU_CHUNK
-
-
-class NotFinite(UserError):
-    """A weight that has NaN or infinite entries."""
 
 
 @torch.no_grad()
@@ -76,6 +75,8 @@ def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "we
 
 def raise_not_finite(flat: Tensor, name: str) -> NoReturn:
     """Raise the error for a flat weight with NaN or infinite entries."""
+    from qdora.errors import NotFinite
+
     numel, chunk = flat.numel(), _chunk(flat.device)
     count = numel - sum(int(flat[at : at + chunk].float().isfinite().sum()) for at in range(0, numel, chunk))
     raise NotFinite(f"{name}: {count} of {numel} weights are not finite (NaN or infinite) and cannot be quantised.")
@@ -173,3 +174,50 @@ def scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
     if whole * block_size < values.numel():
         values[whole * block_size :].mul_(absmax[whole])
     return values
+
+
+@torch.no_grad()
+def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """Round each row of a weight (out, in) to 255 levels between minus and plus its largest magnitude.
+
+        packed = round(w * 127 / absmax_row), half to even;    w = packed * absmax_row / 127
+
+    This is the format of bitsandbytes' LLM.int8() without outliers (arXiv 2208.07339, sec. 2.1). Products are in
+    float32. `name` is the weight's in an error.
+
+    Returns: Codes (out, in) int8 and absmax (out,) float32. A zero row has absmax 0 and codes 0.
+    Raises UserError: If a weight is not finite.
+    """
+    packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    rows = max(1, _CHUNK_OF_ROWS // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows].float()
+        scale = part.abs().amax(dim=1)
+        absmax[start : start + rows] = scale
+        # 127 / scale overflows for a scale below 4e-37; such a row counts as zero, and inf * 0 would be NaN.
+        # The rounded reciprocal times 127, as bitsandbytes forms it.
+        factor = (scale.reciprocal() * 127.0).nan_to_num_(posinf=0.0)
+        packed[start : start + rows] = torch.round(part * factor[:, None]).to(torch.int8)
+    if not bool(absmax.isfinite().all()):
+        raise_not_finite(weight.reshape(-1), name)
+    return packed, absmax
+
+
+@torch.no_grad()
+def dequantize_rows(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight packed * absmax / 127, (out, in) in any float dtype: float32 products, then one cast.
+
+    A GPU makes 16 bits in one pass without workspace, by absmax / 127: off from the definition by an ulp of float32
+    before the cast.
+    """
+    if dtype == torch.float32:
+        return (packed * absmax[:, None]).mul_(_ONE_127TH)
+    out = torch.empty(packed.shape, dtype=dtype, device=packed.device)
+    if device_kind(packed.device) != "cpu" and dtype.itemsize == 2:
+        return torch.mul(packed, (absmax * _ONE_127TH)[:, None], out=out)
+    rows = max(1, _CHUNK_OF_ROWS // packed.shape[1])
+    for start in range(0, packed.shape[0], rows):
+        part = slice(start, start + rows)
+        out[part] = (packed[part] * absmax[part, None]).mul_(_ONE_127TH)
+    return out

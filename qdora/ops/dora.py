@@ -7,17 +7,15 @@ Source: DoRA, arXiv 2402.09353, eq. 5. The norm is held constant in the backward
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qdora.ops.full_precision import full_precision
-from qdora.ops.masked_update import row_blocks
 from qdora.ops.planned_device import device_kind, is_planning
-from qdora.ops.sparsity import mask_from_bits
 from qdora.ops.tiles import Weight, row_tiles, spans, wide_dtype
 
 # Below this share of ||w||^2 the factored sum has cancelled, and the row takes the direct norm. With W A^T from a bf16
@@ -27,6 +25,32 @@ CANCELLATION = 0.25
 # Replaces a magnitude of exactly 0: small enough to add nothing to any sum, large enough that the output keeps its
 # digits, from which the gradient of the magnitude is read (out of range for float16, where such a row stays dead).
 _SMALLEST_MAGNITUDE = 2.0**-100
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32 in the block (or in the function that it decorates), whatever the caller lets
+    torch do with them; then the caller's settings are back.
+
+    `torch.set_float32_matmul_precision("high")` and its relatives let a GPU round the factors to TF32, and a CPU to
+    bfloat16. In a row norm or a merged weight that is an error of 5e-4 and more.
+    """
+    backends: Any = torch.backends
+    backends = backends.cuda.matmul, backends.mkldnn.matmul
+    before = [each.fp32_precision for each in backends]
+    try:
+        named = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch.backends alone, about which torch refuses to answer here
+        named = None
+    # It sets all backends and the older flags: torch refuses to compute where the two disagree.
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if named is not None:
+            torch.set_float32_matmul_precision(named)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 @torch.no_grad()
@@ -168,6 +192,9 @@ def masked_row_norm(
         keep_bits: The mask M in the form of `ops.sparsity.mask_bits`.
         dtype: Of the tiles of W. The sum with B A is formed and added up in float32 (float64 for float64 tiles).
     """
+    from qdora.ops.masked_update import row_blocks
+    from qdora.ops.sparsity import mask_from_bits
+
     wide = torch.promote_types(dtype, torch.float32)
     norm = torch.empty(weight.shape[0], dtype=wide, device=lora_A.device)
     shape = (weight.shape[0], weight.shape[1])

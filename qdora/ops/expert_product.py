@@ -22,6 +22,7 @@ from qdora.ops.dora import (
     FactoredNorm,
     Gain,
     factored_norms,
+    full_precision,
     masked_row_norm,
     measure_cancelled_,
     merged_weight,
@@ -36,7 +37,6 @@ from qdora.ops.frozen_product import (
     product_dtype,
     without_autocast,
 )
-from qdora.ops.full_precision import full_precision
 from qdora.ops.low_rank_factors import rounded, row_factor, scaled_rows
 from qdora.ops.masked_update import MaskedUpdate
 from qdora.ops.packed import PackedWeight, block_scales, dequantize, packed_rows

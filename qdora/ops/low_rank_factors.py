@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from qdora.ops.planned_device import device_kind
-from qdora.ops.split_float import nearest_bfloat16
 
 # In float32 4 MiB, and 32 MiB on a GPU, where launches cost more.
 _ENTRIES_PER_SLICE = 1 << 20
@@ -16,6 +15,14 @@ _GPU_ENTRIES_PER_SLICE = 1 << 23
 def entries_at_a_time(device: torch.device) -> int:
     """Entries of low-rank factors that are computed with at a time on a device."""
     return _ENTRIES_PER_SLICE if device_kind(device) == "cpu" else _GPU_ENTRIES_PER_SLICE
+
+
+def nearest_bfloat16(master: Tensor) -> Tensor:
+    """float32, finite -> the nearest bfloat16, ties away from zero."""
+    # Adding half of bf16's last bit and cutting rounds to nearest in sign-magnitude order; the carry into the exponent
+    # is right there too, since float bit patterns of one sign are ordered.
+    bits = master.contiguous().view(torch.int32)
+    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:

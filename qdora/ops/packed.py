@@ -1,20 +1,19 @@
 """A frozen weight in 2 to 8 bits: the container `PackedWeight`, quantising into it and dequantising from it.
 
-The plain-torch code of `blockwise` and `int8` defines the formats. bitsandbytes' kernels dequantise if they are faster
+The plain-torch code of `blockwise` defines the formats. bitsandbytes' kernels dequantise if they are faster
 and give the same bits (`choose_backend`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from qdora.errors import nearest
-from qdora.ops import blockwise, bnb_kernels, codebooks, int8
+from qdora.ops import blockwise, bnb_kernels, codebooks
 from qdora.ops.codebooks import MXFP4, MXFP4_BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qdora.ops.planned_device import device_kind
 
@@ -97,6 +96,12 @@ class PackedWeight:
         return named
 
 
+def _hint(name: str, allowed: Iterable[str]) -> str:
+    from qdora.errors import nearest  # only for a fault: qdora.peft loads few files
+
+    return nearest(name, allowed)
+
+
 def _layout(
     kind: str, shape: tuple[int, int], block_size: int, nested: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -114,7 +119,7 @@ def _layout(
             raise ValueError(f"mxfp4 has blocks of 32 in a row and a scale for each, got {shape} and {block_size}.")
         return {"packed": ((rows * columns // 2,), torch.uint8), "absmax": ((blocks,), torch.uint8)}
     if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got '{kind}'.{nearest(kind, KINDS)}")
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got '{kind}'.{_hint(kind, KINDS)}")
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"block size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}.")
     blocks = -(-rows * columns // block_size)
@@ -136,7 +141,7 @@ def from_tensors(kind: str, shape: tuple[int, int], block_size: int, tensors: Ma
         dtype; one line per fault.
     """
     layout = _layout(kind, shape, block_size, "nested_absmax" in tensors)
-    faults = [f"unknown tensor '{name}'.{nearest(name, layout)}" for name in tensors if name not in layout]
+    faults = [f"unknown tensor '{name}'.{_hint(name, layout)}" for name in tensors if name not in layout]
     for name, (size, dtype) in layout.items():
         if name not in tensors:
             faults.append(f"tensor '{name}' is missing.")
@@ -232,7 +237,7 @@ def quantize(
     shape = (weight.shape[0], weight.shape[1])
     _layout(kind, shape, block_size, double_quant and kind != "int8")
     if kind == "int8":
-        return PackedWeight("int8", shape, shape[1], *int8.quantize_rows(weight, name=name))
+        return PackedWeight("int8", shape, shape[1], *blockwise.quantize_rows(weight, name=name))
     four_bits = cast(Kind, kind)
     packed, absmax = blockwise.quantize_4bit(weight, kind, block_size, name=name)
     plain = PackedWeight(four_bits, shape, block_size, packed, absmax)
@@ -266,7 +271,7 @@ def with_nested_scales(plain: PackedWeight) -> PackedWeight:
 def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The dense weight (out, in), a new tensor in any float dtype: a product in float32, then one cast."""
     if packed.kind == "int8":
-        return int8.dequantize_rows(packed.packed, packed.absmax, dtype)
+        return blockwise.dequantize_rows(packed.packed, packed.absmax, dtype)
     scales = block_scales(packed)
     return decode_4bit(packed.packed, scales, packed.kind, packed.block_size, shape=packed.shape, dtype=dtype)
 

@@ -11,14 +11,6 @@ import torch
 from torch import Tensor
 
 
-def nearest_bfloat16(master: Tensor) -> Tensor:
-    """float32, finite -> the nearest bfloat16, ties away from zero."""
-    # Adding half of bf16's last bit and cutting rounds to nearest in sign-magnitude order; the carry into the exponent
-    # is right there too, since float bit patterns of one sign are ordered.
-    bits = master.contiguous().view(torch.int32)
-    return ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
-
-
 def split_float32_(master: Tensor, high: Tensor, low: Tensor) -> None:
     """float32, finite -> `high`, its `nearest_bfloat16`, and `low`, the int16 remainder of the bit pattern.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qdora.ops import blockwise, int8
+from qdora.ops import blockwise
 from qdora.ops.packed import PackedWeight, block_scales, decode_4bit, dequantize
 from qdora.ops.planned_device import device_kind
 
@@ -186,7 +186,7 @@ def _row_scales(weight: PackedWeight, row_factor: Tensor | None) -> Tensor:
 def _decode(weight: PackedWeight, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """A dense tile from the codes and scales of some rows or columns; their blocks are whole."""
     if weight.kind == "int8":
-        return int8.dequantize_rows(codes, scales.squeeze(1), dtype)
+        return blockwise.dequantize_rows(codes, scales.squeeze(1), dtype)
     shape = (codes.shape[0], 2 * codes.shape[1])
     flat = codes.reshape(-1), scales.reshape(-1)
     return decode_4bit(*flat, weight.kind, weight.block_size, shape=shape, dtype=dtype)

@@ -27,7 +27,7 @@ from qdora.memory.allocator import keep_freed_memory
 from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.stop_ids import stop_ids_of_model
 from qdora.model.text_config import context_length
-from qdora.ops.fused_product import decoding
+from qdora.ops.frozen_product import decoding
 from qdora.run.load_run import LoadedModel, load_target
 
 logger = logging.getLogger("qdora")
