@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables.table import CONTENDERS, MIB, gib, markdown, percent, quartiles, read
+from tables.table import CONTENDERS, GIB, MIB, gib, markdown, percent, quartiles, read
 
 
 def layer_time() -> str:
@@ -76,12 +76,12 @@ def expert_launches() -> str:
                 f"{after['tokens']:,}, {after['routing']}",
                 f"{after['fewest_tokens']:,} to {after['most_tokens']:,}",
                 *(f"{launches:,}" for launches, _ in found),
-                *(f"{num_bytes / 1e9:.1f}" for _, num_bytes in found),
+                *(f"{num_bytes / GIB:.1f}" for _, num_bytes in found),
                 *(f"{each['peak_bytes'] / MIB:,.0f}" for each in (before, after)),
                 " / ".join(str(each["waits"]) for each in (before, after)),
             ]
         )
-    head = [f"{what}, {when}" for what in ("launches", "GB moved", "peak, MiB") for when in ("before", "after")]
+    head = [f"{what}, {when}" for what in ("launches", "GiB moved", "peak, MiB") for when in ("before", "after")]
     return markdown(["tokens, routing", "tokens of an expert", *head, "waits"], rows)
 
 
