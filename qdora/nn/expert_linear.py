@@ -240,7 +240,7 @@ def is_one_by_one(stack: Stack) -> bool:
 def needs_padding(stack: Stack, x: Tensor) -> bool:
     """Whether fewer launches compute a stack if experts have equally many tokens; its products are those of `x`."""
     base = stack.base if isinstance(stack, AdaptedExperts) else stack
-    if isinstance(base, ExpertLinear) or is_one_by_one(stack):
+    if not isinstance(base, FrozenExperts) or is_one_by_one(stack):
         return False
     return wants_padding(x.new_empty(0, dtype=product_dtype(x)), base.stored_weight, base.num_experts)
 
