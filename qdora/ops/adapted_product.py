@@ -18,7 +18,6 @@ With a keep mask M, s g M o (B A) replaces the product of the factors (`ops.mask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -88,7 +87,7 @@ def adapted_linear(
     assert (operands is None) == (keep_bits is not None), "a product has operands or a mask"
     seed = draw_seed() if dropout > 0.0 else 0
     # Dropout scales the rest up by 1 / (1 - p): in s, where it costs nothing.
-    call = Call(
+    call = _Call(
         weight,
         bias,
         keep_bits,
@@ -158,7 +157,7 @@ def adapted_product(x: Tensor, weight: Weight, bias: Tensor | None, operands: Op
     return with_bias(out, bias, is_kept=False).reshape(*x.shape[:-1], out.shape[-1])
 
 
-class Call(NamedTuple):
+class _Call(NamedTuple):
     """The arguments of a product that have no gradient; `scaling` includes dropout's 1 / (1 - p)."""
 
     weight: Weight
@@ -192,9 +191,9 @@ class _AdaptedLinear(torch.autograd.Function):
         magnitude: Tensor | None,
         gain: Tensor | None,
         inverse_magnitude: Tensor | None,
-        call: Call,
+        call: _Call,
     ) -> Tensor:
-        flat, low = product(x.reshape(-1, x.shape[-1]), lora_A, lora_B, gain, call)
+        flat, low = _product(x.reshape(-1, x.shape[-1]), lora_A, lora_B, gain, call)
         # Shaped here and not by the caller, whose views are two more nodes of the graph. Not a view to autograd, so
         # that a model may write into it.
         out = torch.ops.aten._unsafe_view.default(flat, (*x.shape[:-1], flat.shape[1]))
@@ -224,53 +223,17 @@ class _AdaptedLinear(torch.autograd.Function):
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     # Read once: under a checkpoint a second read is an error.
     x, lora_A, lora_B, _, gain, inverse_magnitude, low, out = ctx.saved_tensors
-    shape = x.shape
-    flat = None if out is None else out.reshape(-1, out.shape[-1])
+    call: _Call = ctx.call
+    need_x, need_a, need_b, need_m = ctx.needs_input_grad[:4]
+    shape, x = x.shape, x.reshape(-1, x.shape[-1])
     if ctx.watch is not None and ctx.watch._version > ctx.version:
-        flat, _ = product(x.reshape(-1, shape[-1]), lora_A, lora_B, gain, ctx.call)
-    saved = [x.reshape(-1, shape[-1]), flat, low, lora_A, lora_B, gain, inverse_magnitude]
-    del x, out, flat
+        out, _ = _product(x, lora_A, lora_B, gain, call)
     # Where a model transposes its outputs this is a copy, and autograd holds the original beside it.
     dy = dy.reshape(-1, dy.shape[-1])
-    dx, *others = product_gradients(dy, saved, ctx.call, ctx.needs_input_grad[:4])
-    dx = None if dx is None else dx.view(shape)
-    return dx, *others, None, None, None
-
-
-_gradients_without_graph = once_differentiable(_gradients)  # type: ignore[no-untyped-call, unused-ignore]
-
-
-def product(x: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
-    """The output without its bias, (tokens, out), and the low-rank activations, (tokens, rank), or None with a mask."""
-    low = None
-    with without_autocast(x.device):
-        # The small term first: the sum is then rounded once, when the base's product is added to it.
-        if call.operands is not None:
-            low = _low_rank_input(x, call.operands.a, call)
-            out = low @ call.operands.scaled_b.T
-        else:
-            out = call.masked(lora_A, lora_B, gain).product(dropped(x, call.dropout, call.seed))
-        add_product_(out, x, *call.base(gain))
-    return out, low
-
-
-def product_gradients(
-    dy: Tensor, saved: list[Any], call: Call, needed: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dA, dB and dm of `product`, those that are `needed`; None for the others.
-
-    Args:
-        dy: (tokens, out).
-        saved: x, the output without its bias, the low-rank activations, A, B, g and 1 / m. The list is emptied, so that
-            x and the output can be freed as soon as they have been read.
-    """
-    x, out, low, lora_A, lora_B, gain, inverse_magnitude = saved
-    saved.clear()
-    need_x, need_a, need_b, need_m = needed
     dx = da = db = dm = None
     with without_autocast(dy.device):
         if need_m:
-            dm = column_dot(dy, out, inverse_magnitude)
+            dm = column_dot(dy, out.reshape(dy.shape), inverse_magnitude)
         # Nobody else holds what a checkpoint has recomputed, so `out` and `x` go as soon as they have been read: in a
         # 7B model's down projection, where a step has its peak, 59 MiB.
         del out
@@ -296,7 +259,27 @@ def product_gradients(
         if need_b and call.operands is not None:
             # The narrow factor first: a quarter faster on a CPU than (dy^T low).
             db = _summed_products(low, dy).T * call.operands.row_factor
-    return dx, da if need_a else None, db if need_b else None, dm
+    dx = None if dx is None else dx.view(shape)
+    return dx, da if need_a else None, db if need_b else None, dm, None, None, None
+
+
+_gradients_without_graph = once_differentiable(_gradients)  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def _product(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None, call: _Call
+) -> tuple[Tensor, Tensor | None]:
+    """The output without its bias, (tokens, out), and the low-rank activations, (tokens, rank), or None with a mask."""
+    low = None
+    with without_autocast(x.device):
+        # The small term first: the sum is then rounded once, when the base's product is added to it.
+        if call.operands is not None:
+            low = _low_rank_input(x, call.operands.a, call)
+            out = low @ call.operands.scaled_b.T
+        else:
+            out = call.masked(lora_A, lora_B, gain).product(dropped(x, call.dropout, call.seed))
+        add_product_(out, x, *call.base(gain))
+    return out, low
 
 
 def _summed_products(left: Tensor, right: Tensor) -> Tensor:
@@ -311,7 +294,7 @@ def _summed_products(left: Tensor, right: Tensor) -> Tensor:
     return product.to(torch.promote_types(product.dtype, torch.float32))
 
 
-def _low_rank_input(x: Tensor, a: Tensor, call: Call) -> Tensor:
+def _low_rank_input(x: Tensor, a: Tensor, call: _Call) -> Tensor:
     """drop(x) A^T without the factor 1 / (1 - p): (tokens, rank)."""
     if call.dropout == 0.0:
         return x @ a.T
@@ -322,7 +305,7 @@ def _low_rank_input(x: Tensor, a: Tensor, call: Call) -> Tensor:
 
 
 def _dropped_input_gradients(
-    x: Tensor, d_low: Tensor, a: Tensor, call: Call, needed: tuple[bool, bool]
+    x: Tensor, d_low: Tensor, a: Tensor, call: _Call, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """drop(d_low A), to which the base's part is added, and dA, where needed; the factor 1 / (1 - p) is in d_low."""
     need_x, need_a = needed

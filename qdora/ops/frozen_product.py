@@ -34,10 +34,10 @@ def frozen_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tens
     The product of x (..., in) runs in its dtype, or in the dtype of an active autocast, which the result has.
     """
     if without_graph_or_autocast(x):
-        out = tiled_product(x.reshape(-1, x.shape[-1]), weight, False)
+        out = _tiled_product(x.reshape(-1, x.shape[-1]), weight, False)
     else:
         x = x.to(product_dtype(x))
-        product = partial(tiled_product, weight=weight)
+        product = partial(_tiled_product, weight=weight)
         out = FrozenMap.apply(  # type: ignore[no-untyped-call, unused-ignore]
             x.reshape(-1, x.shape[-1]), product, False
         )
@@ -66,7 +66,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def tiled_product(x: Tensor, weight: Weight, transposed: bool) -> Tensor:
+def _tiled_product(x: Tensor, weight: Weight, transposed: bool) -> Tensor:
     """x W^T, or x W where `transposed`, in x's dtype: (tokens, in) -> (tokens, out), or back, without a graph."""
     out = x.new_empty(x.shape[0], weight.shape[1 if transposed else 0])
     tiles = column_tiles if transposed else row_tiles
