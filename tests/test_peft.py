@@ -33,16 +33,16 @@ from tests.test_peft_layer import (
     loss,
     make,
     moved,
+    noise,
     out,
     part_of,
-    patched,
     quantized,
     trainable,
     unpatch,
 )
 
 ROOT = Path(__file__).parent.parent
-X = torch.randn(5, 64, generator=torch.Generator().manual_seed(8))
+X = noise(5, 64, seed=8)
 BITS = ("", "8bit", "32bit")
 NAMES = ("AdamW", "Adam", "Lion", "PagedAdamW", "PagedAdam", "PagedLion", "RMSprop", "Adagrad", "LAMB", "LARS", "SGD")
 # Not AdEMAMix32bit, which fails on a CPU by itself.
@@ -53,8 +53,9 @@ OPTIMIZERS = [*((bnb.optim, name) for name in BNB), *((torch.optim, name) for na
 
 @pytest.fixture(autouse=True)
 def in_place() -> Iterator[None]:
-    with patched():
-        yield
+    qdora.peft.patch()
+    yield
+    unpatch()
 
 
 def numpy(tensor: Tensor) -> Any:
@@ -80,7 +81,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 def one_layer(dora: bool = True, out_features: int = 128, zero_row: int | None = None) -> Any:
     linear = nn.Linear(64, out_features, bias=False)
-    nn.init.normal_(linear.weight, std=0.1, generator=torch.Generator().manual_seed(6))
+    linear.weight.data = 0.1 * noise(out_features, 64)
     if zero_row is not None:
         linear.weight.data[zero_row] = 0.0
     return adapted(quantized(linear, torch.float32, {"quant_type": "nf4"}), use_dora=dora)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from operator import methodcaller as call
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,6 @@ IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(3))
 OWN = {name: vars(peft_bnb.Linear4bit)[name] for name in ("resolve_lora_variant", "forward", "merge", "unmerge")}
 LAYER = "base_model.model.model.layers.0.mlp.up_proj"
 warnings.filterwarnings("ignore", message=".*(rounding errors|4-bit linear|meta parameter).*")
-
-
-@contextmanager
-def patched() -> Iterator[None]:
-    """PEFT's class with qdora's methods for a while."""
-    qdora.peft.patch()
-    try:
-        yield
-    finally:
-        unpatch()
 
 
 def unpatch() -> None:
@@ -77,6 +66,10 @@ def quantized(linear: nn.Linear, compute: torch.dtype, packing: dict[str, Any]) 
 def lora_config(**options: Any) -> LoraConfig:
     settings = {"use_dora": True, "target_modules": "all-linear", "r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
     return LoraConfig(**(settings | options))
+
+
+def noise(*shape: int, seed: int = 6) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def moved(model: Any, seed: int = 5) -> Any:
@@ -167,21 +160,14 @@ def within(context: Callable[[Any], Any], step: Step) -> Step:
     return inside
 
 
-def write(change: Callable[[Tensor], Any]) -> Step:
-    """Into each parameter that is trained."""
+def write(change: Callable[[str, Any], Any]) -> Step:
+    """Change each parameter that is trained."""
 
     @torch.no_grad()
     def step(model: Any) -> None:
-        for parameter in trainable(model):
-            change(parameter)
-
-    return step
-
-
-def freeze(word: str) -> Step:
-    def step(model: Any) -> None:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and word not in name)
+            if parameter.requires_grad:
+                change(name, parameter)
 
     return step
 
@@ -190,7 +176,7 @@ def through(*shape: int, transposed: bool = False) -> Step:
     """The layer alone."""
 
     def step(model: Any) -> list[Tensor]:
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        x = noise(*shape).requires_grad_()
         y = layer_of(model)(x.T if transposed else x)
         y.square().sum().backward()
         return [y, x.grad]
@@ -206,7 +192,7 @@ def under_autocast(model: Any) -> list[Any]:
 
 
 def gradient_of_gradient(model: Any) -> Any:
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    x = noise(3, 64).requires_grad_()
     (first,) = torch.autograd.grad(layer_of(model)(x).square().sum(), x, create_graph=True)
     return torch.autograd.grad(first.square().sum(), x)
 
@@ -224,12 +210,8 @@ def by_hand(model: Any) -> list[Any]:
 def own_forward(name: str, factor: float) -> Step:
     def step(model: Any) -> None:
         lora_A = part_of(model, "lora_A")
-
-        def forward(x: Tensor) -> Tensor:
-            return factor * nn.functional.linear(x, lora_A.weight)
-
-        forward.__name__ = name
-        lora_A.forward = forward
+        lora_A.forward = lambda x: factor * nn.functional.linear(x, lora_A.weight)
+        lora_A.forward.__name__ = name
 
     return step
 
@@ -243,20 +225,15 @@ def backward_hooked(module_of: Step) -> Step:
     return step
 
 
-def new_base(model: Any) -> None:
-    linear = nn.Linear(64, 128, bias=False)
-    nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(6))
-    layer_of(model).base_layer = quantized(linear, torch.float32, {"quant_type": "nf4"})
+def new_base(model: Any, quantize: bool) -> None:
+    linear = nn.Linear(64, 128, bias=False).requires_grad_(False)
+    linear.weight.data = noise(128, 64)
+    layer_of(model).base_layer = quantized(linear, FLOAT, {"quant_type": "nf4"}) if quantize else linear
 
 
 def new_base_weight(model: Any) -> None:
-    weight = torch.randn(128, 64, generator=torch.Generator().manual_seed(6))
-    layer_of(model).base_layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
-
-
-def base_in_16_bits(model: Any) -> None:
-    layer_of(model).base_layer = nn.Linear(64, 128, bias=False).requires_grad_(False)
-    nn.init.ones_(layer_of(model).base_layer.weight)
+    weight = bnb.nn.Params4bit(noise(128, 64), requires_grad=False, quant_type="nf4")
+    layer_of(model).base_layer.weight = weight.to("cpu")
 
 
 def in_threads(model: Any) -> list[Tensor]:
@@ -299,10 +276,11 @@ def loaded(options: dict[str, Any], step: Step = out) -> Operation:
 
 
 def hotswapped(kind: dict[str, Any]) -> Operation:
-    def swap(model: Any, other: str) -> None:
-        hotswap_adapter(model, other, "default", torch_device="cpu")
+    def run(path: Path) -> Any:
+        other = saved(path, **kind)
+        return on(out, lambda m: hotswap_adapter(m, other, "default", torch_device="cpu"), out, **kind)(path)
 
-    return lambda path: on(out, functools.partial(swap, other=saved(path, **kind)), out, **kind)(path)
+    return run
 
 
 def initial_weights_subtracted(path: Path) -> Any:
@@ -414,7 +392,11 @@ OPERATIONS: dict[str, Operation] = {
         lambda c: on(in_layer("register_forward_hook", lambda *given: c(given[-1])), grads),
         HOOKS,
     ),
-    **each("frozen", lambda c: on(freeze(c), inputs_require_grads, grads), FROZEN),
+    **each(
+        "frozen",
+        lambda c: on(write(lambda name, p: p.requires_grad_(c not in name)), inputs_require_grads, grads),
+        FROZEN,
+    ),
     **each("weighted_merge", weighted, same("linear", "cat", "svd", "ties")),
     **each("handwritten_steps", lambda c: on(by_hand, **c), KINDS),
     **each("loaded", loaded, {"directly": {}, "frugally": {"low_cpu_mem_usage": True}}),
@@ -463,14 +445,14 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "whole_state_loaded": on(out, lambda m: m.load_state_dict(other_state(), strict=False), out),
     "state_assigned": on(out, lambda m: m.load_state_dict(other_state(), strict=False, assign=True), out),
-    "copied_into": on(out, write(lambda p: p.copy_(1.3 * p)), out),
-    "data_written_between_modes": on(out, write(lambda p: p.data.mul_(1.3)), call("train"), out),
+    "copied_into": on(out, write(lambda _, p: p.copy_(1.3 * p)), out),
+    "data_written_between_modes": on(out, write(lambda _, p: p.data.mul_(1.3)), call("train"), out),
     "deep_copied": on(out, lambda m: trained(copy.deepcopy(m), lambda p: torch.optim.SGD(p, 0.1)), out),
     "in_threads": on(in_threads),
-    "base_replaced": on(out, new_base, out),
+    "base_replaced": on(out, lambda m: new_base(m, True), out),
     "base_weight_replaced": on(out, new_base_weight, out),
     "base_written": on(out, lambda m: layer_of(m).base_layer.weight.data[:100].fill_(0x5A), qdora.peft.changed, out),
-    "base_in_16_bits": on(base_in_16_bits, grads),
+    "base_in_16_bits": on(lambda m: new_base(m, False), grads),
     "parametrised": on(
         lambda m: parametrize.register_parametrization(part_of(m, "lora_A"), "weight", Doubled()), grads
     ),
@@ -518,11 +500,17 @@ def outcome(name: str, path: Path) -> list[Tensor] | type[Exception]:
         return type(error)
 
 
+@pytest.fixture(autouse=True)
+def unpatched() -> Iterator[None]:
+    yield
+    unpatch()
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_gives_pefts_result(name: str, tmp_path: Path) -> None:
     theirs = outcome(name, tmp_path / "theirs")
-    with patched():
-        ours = outcome(name, tmp_path / "ours")
+    qdora.peft.patch()
+    ours = outcome(name, tmp_path / "ours")
     if name in DIFFERENT:
         assert isinstance(ours, type) or isinstance(theirs, type) or not close(name, ours, theirs)
     elif isinstance(theirs, type):

@@ -43,6 +43,7 @@ def python(*arguments: Any, **options: Any) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_readmes_lines_run_with_a_wheel(tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
     python("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT)
