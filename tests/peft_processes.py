@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qdora.peft
-from tests.test_peft_layer import make, patched
+from tests.test_peft_layer import make, trainable, unpatch
 
 
 def trained(wrap: str) -> tuple[list[float], list[str]]:
@@ -25,7 +24,7 @@ def trained(wrap: str) -> tuple[list[float], list[str]]:
         frozen = {p for p in model.parameters() if not p.requires_grad} if wrap == "base ignored" else None
         for part in (*model.base_model.model.model.layers, model):
             fully_shard(part, ignored_params=frozen)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     generator, losses = torch.Generator().manual_seed(1), []
     for _ in range(4):
         ids = torch.randint(0, 97, (2, 2, 12), generator=generator)[distributed.get_rank()]
@@ -43,9 +42,10 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo")
     found = {}
     for wrap in ("ddp", "base ignored", "base sharded"):
-        for layer, context in (("peft", nullcontext()), ("qdora", patched())):
-            with context:
-                found[f"{wrap}, {layer}"] = trained(wrap)
+        found[f"{wrap}, peft"] = trained(wrap)
+        qdora.peft.patch()
+        found[f"{wrap}, qdora"] = trained(wrap)
+        unpatch()
     if distributed.get_rank() == 0:
         print(json.dumps(found))
     distributed.destroy_process_group()
