@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.shared_options import Quant, Step, Target
+from qdora.cli.shared_options import BaseModel, Quant, Step, Target
 from qdora.cli.verb import emit, verb
 
 
@@ -41,6 +41,7 @@ def evaluate(
     like: Annotated[
         Path | None, typer.Option(help="For a model: use the data of this run, and also show the run's results.")
     ] = None,
+    base_model: BaseModel = None,
     quant: Quant = None,
     base: Annotated[bool, typer.Option("--base", help="Evaluate the base of the run without its adapter.")] = False,
     method: Annotated[
@@ -54,7 +55,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of further harness tasks in YAML. They may run code.")
     ] = None,
 ) -> None:
-    """Score a run, an export or a bare model.
+    """Score a run, an export, an adapter or a bare model.
 
     The scores are NLL and accuracy on tasks, perplexity of text files, and tasks of lm-evaluation-harness.
     """
@@ -70,6 +71,7 @@ def evaluate(
         step=step,
         base_only=base,
         like=like,
+        base_model=base_model,
         quant=quant,
         method=method,
         harness=harness or (),

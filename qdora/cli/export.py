@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.shared_options import Run, Step
+from qdora.cli.shared_options import BaseModel, Step
 from qdora.cli.verb import emit, verb
 from qdora.export.gguf_types import GGUF_TYPES
 
 
 @verb
 def export(
-    run: Run,
+    run: Annotated[Path, typer.Argument(help="A run, or an adapter in PEFT's format of any trainer.")],
     out: Annotated[Path, typer.Argument(help="Directory to create.")],
     format_: Annotated[
         str | None,
@@ -40,6 +40,14 @@ def export(
     ] = False,
     shard_size: Annotated[str | None, typer.Option(help="Largest weights file, such as 2GB; default: 5GiB.")] = None,
     step: Step = None,
+    base_model: BaseModel = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            help="How the base of an adapter was held in training: nf4, fp4, int8 or none, nf4-single or fp4-single "
+            "without double quantisation. Default: as the adapter's or the base's files say, else nf4."
+        ),
+    ] = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Also compare all forms of the model, and name the best one to ship (slow).")
     ] = False,
@@ -63,7 +71,7 @@ def export(
         typer.Option(help="With --format gguf: folder of llama.cpp; default: QDORA_LLAMA_CPP, then PATH."),
     ] = None,
 ) -> None:
-    """Export a run and compare the export with the trained model.
+    """Export a run or an adapter and compare the export with the trained model.
 
     The export is a merged model (default), 4-bit files, a GGUF file or an adapter in PEFT's format.
     """
@@ -78,6 +86,8 @@ def export(
         requantize=requantize,
         shard_size=shard_size,
         step=step,
+        base_model=base_model,
+        quant=quant,
         audit=audit,
         push=push,
         public=public,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qdora.cli.shared_options import Quant, Step, Target
+from qdora.cli.shared_options import BaseModel, Quant, Step, Target
 from qdora.cli.verb import emit, verb, wants_json
 from qdora.errors import UserError
 
@@ -34,9 +34,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     step: Step = None,
     base: Annotated[bool, typer.Option("--base", help="Use the base of the run without its adapter.")] = False,
+    base_model: BaseModel = None,
     quant: Quant = None,
 ) -> None:
-    """Print the answer of a run, an export or a bare model.
+    """Print the answer of a run, an export, an adapter or a bare model.
 
     It answers a prompt, or each conversation of a file.
     """
@@ -57,7 +58,7 @@ def generate(
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    which: dict[str, Any] = {"step": step, "base_only": base, "quant": quant}
+    which: dict[str, Any] = {"step": step, "base_only": base, "base_model": base_model, "quant": quant}
     which["write"] = nowhere if wants_json() else write
     with failures_logged(Path(target), "generate"):
         if chats is not None:

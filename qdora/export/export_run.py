@@ -38,7 +38,7 @@ from qdora.files.console import bar, consoles
 from qdora.files.run_directory import open_run
 from qdora.files.work_lock import work_lock
 from qdora.memory.allocator import keep_freed_memory
-from qdora.model.adapter_file import describe_adapter
+from qdora.model.adapter_file import describe_adapter, with_scalings
 from qdora.model.build_model import DTYPES, find_source, write_adapter
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config
@@ -46,6 +46,7 @@ from qdora.model.stored_tensors import shorten
 from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.expert_linear import AdaptedExperts
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
+from qdora.run.adopted_run import adopted_run, is_adapter
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 from qdora.run.model_card import card_files, run_card
 from qdora.run.run_page import leave_page
@@ -61,6 +62,8 @@ def export_run(
 ) -> dict[str, Any]:
     """Write a run's model to the new or empty directory `out`, check it, and return the content of `out`/export.json.
 
+    `run` may also be an adapter of any trainer in PEFT's format.
+
     Progress goes to standard error and results to standard output, or both to `console`.
 
     Raises:
@@ -71,9 +74,10 @@ def export_run(
     console, results = consoles(console)
     keep_freed_memory()
     check_options(options)
-    _check_run(run, options)
-    with disk_failures(out), _unfinished(out) as place:
-        document, sentences = _export(run, place, options, console)
+    with _opened(run, options) as opened:
+        _check_run(opened, options)
+        with disk_failures(out), _unfinished(out) as place:
+            document, sentences = _export(opened, place, options, console)
     for sentence in sentences:
         _say(results, sentence)
     check = document.get("verification")
@@ -92,6 +96,21 @@ def export_run(
     address = push(out, options.push, private=not options.public)
     _say(results, f"uploaded: {address}")
     return document | {"pushed": address}
+
+
+@contextmanager
+def _opened(run: Path, options: ExportOptions) -> Iterator[Path]:
+    """A run as it is, or an adapter as a run. Raises UserError for options that do not fit."""
+    adopts = is_adapter(run)
+    of_others = {"--step": options.step} if adopts else {"--base-model": options.base_model, "--quant": options.quant}
+    used_with, got = ("a run", "an adapter") if adopts else ("an adapter", "a run")
+    if given := [name for name, value in of_others.items() if value is not None]:
+        raise UserError(f"{' and '.join(given)}: used only with {used_with}, got {got}. Fix: remove {given[0]}.")
+    if not adopts:
+        yield run
+        return
+    with adopted_run(run, options.base_model, options.quant) as path:
+        yield path
 
 
 @contextmanager
@@ -142,7 +161,7 @@ def _export(run: Path, out: Path, options: ExportOptions, console: Console) -> t
     zeros = _pruned_zeros(trained) if options.form == "merged" else None
     # Names without their paths: the file leaves this machine.
     named = {"format": options.format, "run": run.resolve().name, "state": trained.state}
-    document, sentences = {**named, **result, "directory": out.name}, []
+    document, sentences = {**named, **result, "directory": out.name} | trained.run.adopted(), []
     if check is not None:
         document["verification"] = check
     if zeros is not None:
@@ -189,7 +208,8 @@ def _check_run(run: Path, options: ExportOptions) -> None:
     check_target(target, options.form, recipe)
     if options.form in ("peft", "nf4-lora") and recipe.adapter.kind in ("lora", "dora", "magnitude"):
         where, _ = trained_state(opened, recipe, options.step)
-        check_adapter(target, options.form, describe_adapter(adapter_of(opened, where)))
+        adapter = adapter_of(opened, where)
+        check_adapter(target, options.form, with_scalings(describe_adapter(adapter), adapter))
 
 
 def _export_merged(
@@ -256,7 +276,7 @@ def _export_adapter(
     if options.target is not None:
         check_names(options.target, trained.model)
     with atomic_directory(out) as partial:
-        write_adapter(trained.model, recipe, partial, shipped=True)
+        write_adapter(trained.model, recipe, partial, shipped=True, extra=trained.run.adopted())
         if recipe.model.add_tokens or recipe.model.tokenizer or recipe.data.chat_template:  # not the base's
             save_tokenizer(trained.tokenizer, partial)
         for name, text in card_files(trained.run, recipe, trained.state, form="peft").items():

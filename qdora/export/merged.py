@@ -41,7 +41,7 @@ from qdora.export.options import ExportOptions, MergeBase
 from qdora.files.atomic import json_text
 from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory, open_run
-from qdora.model.adapter_file import StoredLayer, read_adapter
+from qdora.model.adapter_file import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, StoredLayer, read_adapter
 from qdora.model.build_model import choose_compute, find_model, token_ids
 from qdora.model.experts import routers, stacks
 from qdora.model.inject import adapted_layers, linear_layers
@@ -195,7 +195,8 @@ class StreamedMerge:
         """A digest of everything that the bytes of the export follow from; the base's files count by size and time."""
         adapter = ""
         if self.adapter is not None:
-            files = sorted(path for path in self.adapter.iterdir() if path.is_file())
+            named = (self.adapter / name for name in (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE))
+            files = [path for path in named if path.is_file()]
             adapter = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
         base = self.source.path
         files = [base] if base.is_file() else sorted(base.glob("*.safetensors"))

@@ -37,6 +37,7 @@ class ExportOptions:
         requantize: For "merged": quantise the merge to 4 bits, as the base was.
         shard_size: Size of a weights file ("5GB"). None: 5 GiB.
         step: Checkpoint of the run. None: the finished adapter.
+        base_model, quant: For an adapter in place of a run, see `adopted_recipe`.
         audit: Compare all forms of the model, and recommend one. It takes longer than the export itself.
         push, public: Hub repository to which an export that passed its check is uploaded; make it a public one.
         target: Program that is to run the export, one of TARGETS: a form that it cannot load is refused. None: any.
@@ -49,6 +50,8 @@ class ExportOptions:
     requantize: bool = False
     shard_size: str | None = None
     step: int | None = None
+    base_model: str | None = None
+    quant: str | None = None
     audit: bool = False
     push: str | None = None
     public: bool = False

@@ -91,6 +91,8 @@ class RunDirectory:
         self.log_file = path / "log.txt"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
+        if self.adapter.is_symlink():  # of an adopted run, whose messages name the adapter's own directory
+            self.adapter = self.adapter.readlink()
 
     @property
     def has_begun(self) -> bool:
@@ -149,6 +151,11 @@ class RunDirectory:
         """What environment.json says of the last start. Raises UserError if it is damaged."""
         record = read_json_object(self.environment_file)
         return {**record, **{key: value for start in record.get("resumed", []) for key, value in start.items()}}
+
+    def adopted(self) -> dict[str, Any]:
+        """{"adopted": what is known of the base} of an adapter that is taken for a run; {} for a run."""
+        record = self.environment() if self.environment_file.is_file() else {}
+        return {key: value for key, value in record.items() if key == "adopted"}
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl, in order; a line that a kill has cut off is left out."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,17 @@ def describe_adapter(directory: Path) -> AdapterDescription:
         shares={path: each["share"] for path, each in layers.items() if each.get("share") in ("none", "A", "B")},
         base=record["base"] if isinstance(record.get("base"), dict) else None,
     )
+
+
+def with_scalings(described: AdapterDescription, directory: Path) -> AdapterDescription:
+    """The description with the scaling of each layer that the file has, if qdora.json does not say it."""
+    if described.scalings is not None:
+        return described
+    layout, end = described.layout, ".lora_A.weight"
+    with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
+        paths = [name[len(_PREFIX) : -len(end)] for name in file.keys() if name.endswith(end)]  # noqa: SIM118
+    shares: dict[str, Share] = {name: "none" for name in layout.parameters if not name.endswith(".weight")}
+    return replace(described, scalings={path: layout.scaling_of(path) for path in paths}, shares=shares)
 
 
 def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None) -> dict[str, AdaptedLinear]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -410,6 +411,17 @@ def published_generation(source: ModelSource) -> GenerationConfig | None:
         raise UserError(
             f"model.source: {source.name}: its generation_config.json cannot be used: {library_reason(error)}"
         ) from error
+
+
+def stored_form(source: ModelSource) -> dict[str, Any]:
+    """The quantisation of the checkpoint, as settings of `load_model` and of a recipe's base."""
+    kind = None if source.is_gguf else stored_kind(getattr(load_config(source), "quantization_config", None))
+    if kind is None:
+        return {"quant": "none"}
+    packed = [item for item in gather_packed(open_safetensors(source.path)).values() if isinstance(item, StoredPacked)]
+    if kind in ("int8", MXFP4) or not packed:
+        return {"quant": kind}
+    return {"quant": kind, "block_size": packed[0].block_size, "double_quant": packed[0].double_quant}
 
 
 def settle_stored(

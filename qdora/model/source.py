@@ -169,7 +169,7 @@ def check_directory(path: Path, *, weights: bool = True, setting: str = "model.s
     faults = []
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            fix = "name the run that it comes from, or a merged or nf4-lora export of it"
+            fix = "download it, and name its directory"
             if setting == "model.source":
                 fix = "name the base model here, and the adapter in adapter.resume_from"
             raise UserError(f"{setting}: {path} holds an adapter, not a model. Fix: {fix}.")
@@ -287,6 +287,11 @@ def library_reason(error: BaseException) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds the files of a tokenizer."""
+    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> PreTrainedTokenizerBase:
     """Load the tokenizer of a source and make sure that it has a pad token.
 
@@ -294,7 +299,7 @@ def load_tokenizer(source: ModelSource, *, setting: str = "model.tokenizer") -> 
     end token. The vocabulary is never extended, since the model has no embedding for a new token. Raises UserError if
     there are no usable tokenizer files or no token to pad with.
     """
-    if not source.is_gguf and not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
+    if not source.is_gguf and not has_tokenizer(source.path):
         fix = (
             "name a model that has it in model.tokenizer" if setting == "model.tokenizer" else "copy its base's into it"
         )

@@ -26,12 +26,11 @@ from qdora.files.nvidia_driver import check_gpu
 from qdora.files.run_directory import open_run, unharmed
 from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
-from qdora.model.source import resolve
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.recipe.settings import Recipe
 from qdora.run.adapter_step import state_step, stored_results
-from qdora.run.load_run import LoadedModel, is_run, load_target, render_chats_like
+from qdora.run.load_run import LoadedModel, check_target, is_run, load_target, render_chats_like
 
 logger = logging.getLogger("qdora")
 
@@ -62,8 +61,11 @@ class EvalOptions:
     like: Path | None = None
     """For a model that is not a run: use this run's data, limit, and date and variables of the chat template, and show
     this run's results beside."""
+    base_model: str | None = None
+    """For an adapter: its base. None: the one that its files name."""
     quant: str | None = None
-    """For a model that is not a run: hold its linear layers in nf4, fp4 or int8. None: dense."""
+    """For a model that is not a run: hold its linear layers in nf4, fp4 or int8. None: dense. For an adapter: as
+    `adopted_recipe` has it."""
     method: str | None = None
     """loglikelihood, or generate: the model also answers in words. None: the run's eval.method."""
     harness: Sequence[str] = ()
@@ -171,7 +173,7 @@ class EvalOptions:
 def evaluate_target(
     target: str, options: EvalOptions = EvalOptions(), *, console: Console | None = None
 ) -> dict[str, Any]:
-    """Evaluate a run (its adapter on its base), a model directory, a Hub id or builtin.
+    """Evaluate a run (its adapter on its base), an adapter, a model directory, a Hub id or builtin.
 
     A run keeps the results in its eval/.
 
@@ -186,10 +188,10 @@ def evaluate_target(
     """
     options.check(target)
     check_gpu()
-    if not is_run(target):
-        resolve(target, weights=False, setting="eval")  # a wrong name is found before the data is read or fetched
-        if lacking := options.faults_of_data(target):
-            raise UserError(*lacking)
+    # A wrong name is found before the data is read or fetched.
+    check_target(target, base_model=options.base_model, quant=options.quant, verb="eval")
+    if lacking := options.faults_of_data(target):
+        raise UserError(*lacking)
     progress, results = consoles(console)
     keep_freed_memory()
     data_run = Path(target) if is_run(target) else options.like
@@ -206,7 +208,14 @@ def evaluate_target(
     limit, block = options.limit, None
     if recipe is not None and limit in (None, recipe.eval.limit):  # as during training
         limit, block = recipe.eval.limit, recipe.eval.block
-    loaded = load_target(target, step=options.step, base_only=options.base_only, quant=options.quant, verb="eval")
+    loaded = load_target(
+        target,
+        step=options.step,
+        base_only=options.base_only,
+        base_model=options.base_model,
+        quant=options.quant,
+        verb="eval",
+    )
     if options.like is not None and recipe is not None:
         render_chats_like(loaded.tokenizer, options.like, recipe)
     shown = "adapter" if loaded.run is not None and loaded.label == "final" else loaded.label

@@ -92,18 +92,19 @@ def generate_from(
     raw: bool = False,
     step: int | None = None,
     base_only: bool = False,
+    base_model: str | None = None,
     quant: str | None = None,
     write: Write = nowhere,
 ) -> dict[str, Any]:
-    """Load a run or a model and let it answer a prompt.
+    """Load a run, an adapter or a model and let it answer a prompt.
 
     Args:
-        target: Run directory, model directory, Hub id, or builtin.
+        target: Directory of a run, an adapter or a model, Hub id, or builtin.
         prompt: The user's text.
         sampling: How tokens are chosen.
         system: System message, for a model with a chat template.
         raw: Use the prompt as it is, without the chat template.
-        step, base_only, quant: See `load_target`.
+        step, base_only, base_model, quant: See `load_target`.
         write: Called with each piece of text as soon as it is known.
     Returns:
         JSON values: the text, token counts, seconds, tokens per second after the first, why it stopped: "end" of
@@ -118,7 +119,8 @@ def generate_from(
         faults.append("--system: is not used with --raw, which skips the chat template. Fix: remove one of them.")
     if faults:
         raise UserError(*faults)
-    loaded = _load(target, step, base_only, quant)
+    keep_freed_memory()
+    loaded = load_target(target, step=step, base_only=base_only, base_model=base_model, quant=quant, verb="generate")
     ids = prompt_ids(loaded.tokenizer, prompt, system, raw)
     if loaded.run is not None and not raw and loaded.tokenizer.chat_template and is_without_chats(loaded.run.path):
         logger.info("The run has trained no chats, and the prompt gets the chat template. --raw leaves it as it is.")
@@ -133,15 +135,16 @@ def answer_chats(
     *,
     step: int | None = None,
     base_only: bool = False,
+    base_model: str | None = None,
     quant: str | None = None,
     write: Write = nowhere,
 ) -> dict[str, Any]:
-    """Load a run or a model and let it answer each conversation of a file.
+    """Load a run, an adapter or a model and let it answer each conversation of a file.
 
     Args:
         file: Any data file of the format messages or sharegpt, with the column `tools` if there are any, as for
             training. The last turn of a conversation is not the assistant's.
-        target, sampling, step, base_only, quant, write: See `generate_from`.
+        target, sampling, step, base_only, base_model, quant, write: See `generate_from`.
     Returns:
         JSON values: `answers` as `generate_from` returns them, without the prompt, in the order of the file.
     Raises:
@@ -150,7 +153,8 @@ def answer_chats(
     if faults := sampling.faults():
         raise UserError(*faults)
     chats = _read_chats(user_path(file))
-    loaded = _load(target, step, base_only, quant)
+    keep_freed_memory()
+    loaded = load_target(target, step=step, base_only=base_only, base_model=base_model, quant=quant, verb="generate")
     asked = [(where, chat_ids(loaded.tokenizer, turns, tools, where)) for where, turns, tools in chats]
     answers = []
     for where, ids in asked:
@@ -172,11 +176,6 @@ def _read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
             faults.add(place, fault)
     faults.check()
     return chats
-
-
-def _load(target: str, step: int | None, base_only: bool, quant: str | None) -> LoadedModel:
-    keep_freed_memory()
-    return load_target(target, step=step, base_only=base_only, quant=quant, verb="generate")
 
 
 def _answer_within_context(

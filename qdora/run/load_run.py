@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -16,18 +15,17 @@ from qdora.errors import UserError, not_one_of
 from qdora.files.nvidia_driver import check_gpu
 from qdora.files.run_directory import RunDirectory, chat_date_of, open_run
 from qdora.model.adapter_file import CONFIG_FILE, load_adapter
-from qdora.model.build_model import Compute, choose_compute, find_model, put_adapters, token_ids
+from qdora.model.build_model import Compute, choose_compute, find_model, set_kept_scales_, token_ids
 from qdora.model.inject import adapted_layers, adapter_parameters
-from qdora.model.load import load_config, load_model
+from qdora.model.load import load_config, load_model, stored_form
 from qdora.model.packed_base import PrunedBase
-from qdora.model.quantized_checkpoint import gather_packed, stored_kind
-from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, load_tokenizer, resolve
-from qdora.model.stored_tensors import StoredPacked, open_safetensors
+from qdora.model.source import ADAPTER_DIRECTORY, load_tokenizer, resolve
 from qdora.model.trained_embeddings import extend_vocabulary
 from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.recipe.recipe_file import override, recipe_of_run
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
+from qdora.run.adopted_run import adopted_recipe, adopted_run, is_adapter
 from qdora.run.load_base import load_base
 from qdora.run.pruned_base import FOLDER
 from qdora.run.recorded_base import check_base
@@ -35,7 +33,7 @@ from qdora.run.residency_choice import residency_here
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters
 
 _QUANTS = ("nf4", "fp4", "int8")
-"""What --quant takes."""
+"""What --quant takes for a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +102,8 @@ def load_run(
     elif recipe.adapter.kind == "full":
         copy_parameters(load_file(trained / PARAMETERS_FILE), adapter_parameters(model), trained)
     else:
-        put_adapters(model, recipe, adapter_of(run, trained), new_tokens=new_tokens)
+        load_adapter(model, adapter_of(run, trained))
+        set_kept_scales_(model, recipe)
         drop_scales_without_room(adapted_layers(model).values())
     return TrainedRun(run=run, recipe=recipe, model=model.eval(), tokenizer=tokenizer, state=state)
 
@@ -139,10 +138,24 @@ def is_run(target: str) -> bool:
     return (Path(target) / "recipe.yaml").is_file()
 
 
+def check_target(target: str, *, base_model: str | None, quant: str | None, verb: str) -> None:
+    """Raise UserError if a model or the base of an adapter is not found, or the adapter does not fit its base."""
+    if is_adapter(target):
+        adopted_recipe(Path(target), base_model, quant)
+    elif not is_run(target):
+        resolve(target, weights=False, setting=verb)
+
+
 def load_target(
-    target: str, *, step: int | None = None, base_only: bool = False, quant: str | None = None, verb: str
+    target: str,
+    *,
+    step: int | None = None,
+    base_only: bool = False,
+    base_model: str | None = None,
+    quant: str | None = None,
+    verb: str,
 ) -> LoadedModel:
-    """Load a run with its adapter, or a model: a directory, a Hub id, builtin, a GGUF file.
+    """Load a run with its adapter, an adapter on its base, or a model: a directory, a Hub id, builtin, a GGUF file.
 
     A checkpoint that bitsandbytes quantised stays as it is stored. A directory of `qdora export --format nf4-lora` gets
     its adapter.
@@ -150,11 +163,14 @@ def load_target(
     Args:
         target: What to load.
         step, base_only: For a run, see `load_run`.
+        base_model, quant: For an adapter, see `adopted_recipe`.
         quant: For a model in full precision: hold its linear layers in nf4, fp4 or int8. None: dense.
         verb: The command, for messages.
     Raises:
         UserError: Options that do not fit the target, or what loading refuses.
     """
+    if base_model is not None and not is_adapter(target):
+        raise UserError(f"--base-model: is used only with an adapter, got {target}. Fix: remove it.")
     if is_run(target):
         if quant is not None:
             raise UserError(
@@ -164,13 +180,17 @@ def load_target(
         return LoadedModel(model=trained.model, tokenizer=trained.tokenizer, label=trained.state, run=trained.run)
     if step is not None or base_only:
         raise UserError(f"{verb}: --step and --base are used only with a run, got {target}. Fix: remove them.")
+    if is_adapter(target):
+        with adopted_run(Path(target), base_model, quant) as path:
+            trained = load_run(path)
+        return LoadedModel(model=trained.model, tokenizer=trained.tokenizer, label=path.name, run=None)
     if quant not in (None, *_QUANTS):
         raise UserError(not_one_of("--quant", quant, _QUANTS))
     check_gpu()  # before a download
     source = resolve(target, setting=verb)
     compute = choose_compute("auto")
     tokenizer = load_tokenizer(source, setting=verb)
-    form = _stored_form(source)
+    form = stored_form(source)
     if quant is not None and form["quant"] != "none":
         raise UserError(f"--quant: {target} is quantised already, in {form['quant']}. Fix: remove --quant.")
     form = form if quant is None else {"quant": quant}
@@ -187,14 +207,3 @@ def render_chats_like(tokenizer: PreTrainedTokenizerBase, run: Path, recipe: Rec
     """Give the template of another model's tokenizer the date and the variables that those of a run have."""
     set_chat_date(tokenizer, chat_date_of(run))
     set_chat_settings(tokenizer, template_kwargs=dict(recipe.data.template_kwargs))
-
-
-def _stored_form(source: ModelSource) -> dict[str, Any]:
-    """The quantisation of the checkpoint, as settings of `load_model`."""
-    kind = None if source.is_gguf else stored_kind(getattr(load_config(source), "quantization_config", None))
-    if kind is None:
-        return {"quant": "none"}
-    packed = [item for item in gather_packed(open_safetensors(source.path)).values() if isinstance(item, StoredPacked)]
-    if kind == "int8" or not packed:
-        return {"quant": kind}
-    return {"quant": kind, "block_size": packed[0].block_size, "double_quant": packed[0].double_quant}

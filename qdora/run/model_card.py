@@ -104,7 +104,9 @@ def run_card(
     adapter, base = recipe.adapter, recipe.base
     source = _source(recipe)
     name = BUILTIN_HUB_ID if recipe.model.source == BUILTIN else public_name(recipe.model.source)
-    ids = [_data_id(each) for each in recipe.data.mix]
+    adopted = run.adopted().get("adopted")
+    data = () if adopted else recipe.data.mix  # nobody knows what an adopted adapter was trained on, and how
+    ids = [_data_id(each) for each in data]
     mix, plan = _read(run, "mix.json"), _read(run, PLAN_FILE)
     step, num_steps = state_step(run, state), mix.get("num_steps")
     more_steps = None if step in (None, num_steps) else num_steps  # mix.json counts all steps of the run
@@ -121,6 +123,9 @@ def run_card(
         "learning rate": recipe.train.lr,
         "state": adapter_in_words(run) if state == "final" else state,
     }
+    if adopted:
+        method = {key: method[key] for key in ("adapter", "quantisation of the base")}
+        method["quantisation of the base"] += f" ({adopted['known']})"
     if adapter.also_train:
         rows = "rows of the new tokens" if adapter.also_train_rows == "new" else "whole"
         method["also trained"] = f"{', '.join(adapter.also_train)} ({rows})"
@@ -141,12 +146,13 @@ def run_card(
             base_revision=recipe.model.revision if source is None else source.revision,
             title=run.path.resolve().name,
             form=form,
+            by=", exported" if adopted else "",
             multimodal=trained_part is not None,
             has_own_code=form != "gguf" and recipe.model.trust_remote_code and _has_code(source),
             licence=None if source is None else licence_of(source),
             licence_files=() if source is None or form == "run" else list(licence_files(source)),
             method=method,
-            data=[_data(each, id_) + seen.get(each.label, "") for each, id_ in zip(recipe.data.mix, ids, strict=True)],
+            data=[_data(each, id_) + seen.get(each.label, "") for each, id_ in zip(data, ids, strict=True)],
             data_ids=[id_ for id_ in ids if id_ is not None],
             metric_names=[f"answer NLL, {label}" for label in results] if tasks else [],
             metrics={task: [result.tasks[task].nll_per_token for result in results.values()] for task in tasks},
@@ -207,6 +213,8 @@ class CardFacts:
     base_revision: str | None = None
     title: str = "Merged model"
     form: Form = "merged"
+    by: str = ""
+    """What qdora did, if it did not train."""
     multimodal: bool = False
     """The base reads images, too."""
     has_own_code: bool = False
@@ -259,7 +267,7 @@ def model_card(facts: CardFacts) -> str:
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=True)}---",
         f"# {facts.title}",
-        f"Fine-tuned from `{facts.base_name}`{revision} with qdora {qdora.__version__}. {contents}",
+        f"Fine-tuned from `{facts.base_name}`{revision}{facts.by} with qdora {qdora.__version__}. {contents}",
     ]
     if facts.method:
         parts.append(
