@@ -15,15 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from typer.testing import CliRunner
 
-from qdora.cli import main
+from qdora.cli import app
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, generate_from
 from qdora.run.load_run import load_target
-from tests import reference, tiny_run
+from tests import reference, tiny_run, tiny_tokenizer
 
 peft = pytest.importorskip("peft")
 
@@ -79,7 +80,10 @@ def expected_logits(model: Path, adapter: Path, case: dict[str, Any]) -> Tensor:
     """Logits in float64: each layer g (W + s B A) by the plain loops, W what bitsandbytes dequantises."""
     from bitsandbytes.functional import dequantize_4bit
 
-    packed, dense = bnb_base(model, **case["settings"]), AutoModelForCausalLM.from_pretrained(model).double()
+    packed, dense = (
+        bnb_base(model, **case["settings"]),
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64),
+    )
     factors = {n: t.double().numpy() for n, t in load_file(adapter / WEIGHTS).items()}
     for path, module in packed.named_modules():
         if type(module).__name__ != "Linear4bit":
@@ -113,6 +117,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def half(model: Path) -> Path:
+    """The model in float16."""
+    out = Path(shutil.copytree(model, model.with_name("half")))
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
 def adapter(model: Path) -> Path:
     """The DoRA adapter, for what does not depend on the kind."""
     return trained(model, model.parent / "dora", ADAPTERS["dora"])
@@ -120,9 +132,10 @@ def adapter(model: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_exports_of_an_adapter_of_peft(
-    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+    model: Path, half: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     case = ADAPTERS[kind]
+    model = half if kind == "lora" else model
     adapter = trained(model, tmp_path / "theirs", case)
     before, expected = content(adapter), expected_logits(model, adapter, case)
     # The adapter does something, and PEFT agrees with the float64 formula.
@@ -160,3 +173,107 @@ def bnb_as_stored(directory: Path) -> Any:
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
     return loaded
+
+
+def changed(adapter: Path, out: Path, **settings: Any) -> Path:
+    """The adapter with other settings."""
+    shutil.copytree(adapter, out)
+    config = json.loads((out / CONFIG).read_text())
+    (out / CONFIG).write_text(json.dumps(config | settings))
+    return out
+
+
+def without_magnitudes(adapter: Path, out: Path) -> Path:
+    shutil.copytree(adapter, out)
+    tensors = load_file(out / WEIGHTS)
+    save_file({name: tensor for name, tensor in tensors.items() if "magnitude" not in name}, out / WEIGHTS)
+    return out
+
+
+def in_4_bits(adapter: Path, out: Path) -> Path:
+    """An adapter with a tokenizer of its own, whose base is stored in 4 bits and has none."""
+    base = json.loads((adapter / CONFIG).read_text())["base_model_name_or_path"]
+    bnb_base(Path(base), bnb_4bit_quant_type="nf4").save_pretrained(out / "base")
+    changed(adapter, out / "adapter", base_model_name_or_path=str(out / "base"))
+    tiny_tokenizer.make().save_pretrained(out / "adapter")
+    return out / "adapter"
+
+
+REFUSED: list[tuple[str, Callable[[Path, Path], Path], dict[str, Any], str]] = [
+    ("another task", lambda a, out: changed(a, out, task_type="SEQ_CLS"), {}, "task_type: must be 'CAUSAL_LM'"),
+    ("another method", lambda a, out: changed(a, out, peft_type="IA3"), {}, "peft_type"),
+    ("magnitudes missing", without_magnitudes, {}, "the magnitudes of DoRA are missing"),
+    ("another rank", lambda a, out: changed(a, out, r=3), {}, "of the wrong shape"),
+    ("no base", lambda a, out: changed(a, out, base_model_name_or_path=None), {}, "is not set.*--base-model"),
+    (
+        "a base of another machine",
+        lambda a, out: changed(a, out, base_model_name_or_path="/x/llama"),
+        {},
+        "/x/llama is not on this machine.*--base-model",
+    ),
+    ("no such base", lambda a, _: a, {"base_model": "./nothing"}, "--base-model: ./nothing does not exist"),
+    ("no such form", lambda a, _: a, {"quant": "nf8"}, "--quant: got 'nf8'"),
+    ("stored otherwise", in_4_bits, {"quant": "nf4"}, "--quant: .* is quantised already"),
+    ("a step", lambda a, _: a, {"step": 2}, "--step.*used only with a run"),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "words"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_what_is_refused(
+    adapter: Path, tmp_path: Path, make: Callable[[Path, Path], Path], options: dict[str, Any], words: str
+) -> None:
+    given = make(adapter, tmp_path / "given")
+    with pytest.raises(UserError, match=words):
+        export_run(given, tmp_path / "out", ExportOptions(**options))
+    with pytest.raises(UserError, match=words):
+        evaluate_target(str(given), EvalOptions(tasks=["demo/facts"], **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_adapters_are_refused_elsewhere(model: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--base-model: used only with an adapter"):
+        export_run(model, tmp_path / "out", ExportOptions(base_model=str(model)))
+    with pytest.raises(UserError, match=r"--base-model: .* only with an adapter"):
+        load_target(str(model), base_model=str(model), verb="eval")
+    with pytest.raises(UserError, match=r"eval: .* has no data"):
+        evaluate_target(str(adapter))
+
+
+def test_a_server_that_would_scale_it_wrongly_is_refused(model: Path, tmp_path: Path) -> None:
+    adapter = trained(model, tmp_path / "lora", ADAPTERS["lora"])
+    with pytest.raises(
+        UserError, match=r"SGLang .* has one rank.* 1 of 8 layers differ: model\.layers\.1\.mlp\.up_proj"
+    ):
+        export_run(adapter, tmp_path / "out", ExportOptions(format_="peft", target="sglang"))
+
+
+def test_a_base_that_is_stored_in_4_bits_stays_so(adapter: Path, tmp_path: Path) -> None:
+    """No double quantisation there, so the default would be another base."""
+    given = in_4_bits(adapter, tmp_path)
+    written = export_run(given, tmp_path / "out", ExportOptions(dtype="float32"))
+    assert written["adopted"]["known"] == "as the base is stored"
+    case = ADAPTERS["dora"] | {"settings": {"bnb_4bit_quant_type": "nf4"}}
+    base = Path(json.loads((adapter / CONFIG).read_text())["base_model_name_or_path"])
+    exported = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(exported, expected_logits(base, adapter, case), rtol=0, atol=2e-5)
+
+
+def test_eval_and_generate(model: Path, adapter: Path, tmp_path: Path) -> None:
+    moved = changed(adapter, tmp_path / "moved", base_model_name_or_path="/x/llama")
+    before, text = content(moved), tmp_path / "text"
+    text.write_text("Question: is the sky blue?\nAnswer: yes no yes no")
+    command = ["eval", str(moved), "--base-model", str(model), "--text", str(text), "--json"]
+    shown = CliRunner().invoke(app, command)
+    found = json.loads(shown.stdout)["perplexity"]
+    assert f"taken as trained on {model}" in shown.stderr
+    loaded = load_target(str(moved), base_model=str(model), verb="eval")
+    ids = loaded.tokenizer(text.read_text(), return_tensors="pt")["input_ids"]
+    theirs = peft.PeftModel.from_pretrained(bnb_base(model, **ADAPTERS["dora"]["settings"]), str(adapter)).eval()
+    with torch.no_grad():
+        nll = float(theirs(input_ids=ids, labels=ids).loss)
+        answer = theirs.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    assert np.log(found["perplexity"]) == pytest.approx(nll, abs=1e-4)
+    sampling = Sampling(max_new_tokens=5)
+    said = generate_from(str(moved), text.read_text(), sampling, raw=True, base_model=str(model))
+    assert said["text"] == loaded.tokenizer.decode(answer, skip_special_tokens=True)
+    assert content(moved) == before

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qdora.cli.shared_options import BaseModel, Step
+from qdora.cli.shared_options import AdapterQuant, BaseModel, Step
 from qdora.cli.verb import emit, verb
 from qdora.export.gguf_types import GGUF_TYPES
 
@@ -41,13 +41,7 @@ def export(
     shard_size: Annotated[str | None, typer.Option(help="Largest weights file, such as 2GB; default: 5GiB.")] = None,
     step: Step = None,
     base_model: BaseModel = None,
-    quant: Annotated[
-        str | None,
-        typer.Option(
-            help="How the base of an adapter was held in training: nf4, fp4, int8 or none, nf4-single or fp4-single "
-            "without double quantisation. Default: as the adapter's or the base's files say, else nf4."
-        ),
-    ] = None,
+    quant: AdapterQuant = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Also compare all forms of the model, and name the best one to ship (slow).")
     ] = False,

@@ -100,12 +100,11 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
         base, known = stored, "as the base is stored"
     else:
         base, known = {"quant": "nf4"}, "assumed; --quant changes it"
-    layout = described.layout
-    model = {
-        "source": name,
-        "revision": source.revision,
-        "tokenizer": str(adapter.resolve()) if has_tokenizer(adapter) else None,
-    }
+    layout, config_of_base = described.layout, load_config(source)
+    model = {"source": name, "revision": source.revision}
+    model |= {"tokenizer": str(adapter.resolve()) if has_tokenizer(adapter) else None}
+    # Weights that are not quantised stay as the checkpoint has them, which may be finer than bfloat16.
+    model |= {"dtype": {torch.bfloat16: "auto", torch.float16: "float16"}.get(config_of_base.dtype, "float32")}
     document = {
         "model": {key: value for key, value in model.items() if value is not None},
         "base": base,
@@ -115,7 +114,6 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
         "train": {"steps": 1, "batch": 1},
     }
     recipe = recipe_from(document, str(adapter))
-    config_of_base = load_config(source)
     if getattr(config_of_base, "quantization_config", None) is not None:
         del config_of_base.quantization_config
     read_adapter(skeleton(config_of_base, source, torch.float32, "auto", torch.device("cpu")), adapter)

@@ -177,14 +177,10 @@ def evaluate_target(
 
     A run keeps the results in its eval/.
 
-    Args:
-        target: What to evaluate.
-        options: What to measure.
-        console: For progress and tables; default: standard error and standard output.
-    Returns:
-        JSON values: the evaluation, stored results beside it, generated answers, perplexity, results of the harness.
-    Raises:
-        UserError: Options that do not fit the target, unknown tasks, or what `load_target` refuses.
+    `console` gets progress and tables, by default standard error and standard output.
+
+    Returns JSON values: the evaluation, stored results beside it, generated answers, perplexity, results of the harness.
+    Raises UserError for options that do not fit the target, unknown tasks, or what `load_target` refuses.
     """
     options.check(target)
     check_gpu()
