@@ -93,9 +93,7 @@ def test_adapter_directory_is_named_as_one(tmp_path: Path) -> None:
         UserError, match=r"model.source: .* holds an adapter, not a model\. Fix: name the base model here"
     ):
         resolve(str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"generate: .* holds an adapter, not a model\. Fix: name the run that it comes"
-    ):
+    with pytest.raises(UserError, match=r"generate: .* holds an adapter, not a model\. Fix: name its base"):
         resolve(str(tmp_path), setting="generate")
 
 

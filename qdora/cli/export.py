@@ -65,7 +65,7 @@ def export(
         typer.Option(help="With --format gguf: folder of llama.cpp; default: QDORA_LLAMA_CPP, then PATH."),
     ] = None,
 ) -> None:
-    """Export a run or an adapter and compare the export with the trained model.
+    """Export a run or an adapter, and check the export.
 
     The export is a merged model (default), 4-bit files, a GGUF file or an adapter in PEFT's format.
     """

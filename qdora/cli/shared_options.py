@@ -10,8 +10,8 @@ import typer
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one setting.")]
 Step = Annotated[int | None, typer.Option(help="Checkpoint step; default: the adapter, else the newest checkpoint.")]
 _TRAINED_ON = (
-    "For an adapter: the form of its base in training: nf4, fp4, int8, none, or nf4-single or fp4-single, without double "
-    "quantisation; default: as the files of adapter or base say, else nf4."
+    "For an adapter: the form of its base in training: nf4, fp4, int8, none, or nf4-single or fp4-single, without "
+    "double quantisation; default: as the files of adapter or base say, else nf4."
 )
 AdapterQuant = Annotated[str | None, typer.Option(help=_TRAINED_ON)]
 Quant = Annotated[

@@ -169,7 +169,7 @@ def check_directory(path: Path, *, weights: bool = True, setting: str = "model.s
     faults = []
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            fix = "download it, and name its directory"
+            fix = "name its base, or for a command the adapter's directory on this machine"
             if setting == "model.source":
                 fix = "name the base model here, and the adapter in adapter.resume_from"
             raise UserError(f"{setting}: {path} holds an adapter, not a model. Fix: {fix}.")

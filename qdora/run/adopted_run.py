@@ -45,13 +45,10 @@ def adopted_run(adapter: Path, base_model: str | None, quant: str | None) -> Ite
     Args and errors: See `adopted_recipe`.
     """
     recipe, record = adopted_recipe(adapter, base_model, quant)
-    revision = f" at {recipe.model.revision}" if recipe.model.revision else ""
-    tokenizer = "adapter" if recipe.model.tokenizer else "base"
-    adapter = user_path(adapter).resolve()
-    text = "%s: taken as trained on %s%s, held in %s (%s), with the tokenizer of the %s."
-    logger.info(
-        text, adapter.name, recipe.model.source, revision, recipe.base.quant_in_words, record["known"], tokenizer
-    )
+    adapter, of = user_path(adapter).resolve(), "adapter" if recipe.model.tokenizer else "base"
+    base = " at ".join(filter(None, (recipe.model.source, recipe.model.revision)))
+    text = "%s: taken as trained on %s, held in %s (%s), with the tokenizer of the %s."
+    logger.info(text, adapter.name, base, record["quant"], record["known"], of)
     with tempfile.TemporaryDirectory(prefix="qdora-") as folder:
         run = RunDirectory(Path(folder) / adapter.name)
         run.path.mkdir()
@@ -102,14 +99,13 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
         base, known = {"quant": "nf4"}, "assumed; --quant changes it"
     layout, config_of_base = described.layout, load_config(source)
     model = {"source": name, "revision": source.revision}
-    model |= {"tokenizer": str(adapter.resolve()) if has_tokenizer(adapter) else None}
+    model["tokenizer"] = str(adapter.resolve()) if has_tokenizer(adapter) else None
     # Weights that are not quantised stay as the checkpoint has them, which may be finer than bfloat16.
-    model |= {"dtype": {torch.bfloat16: "auto", torch.float16: "float16"}.get(config_of_base.dtype, "float32")}
+    model["dtype"] = {torch.bfloat16: "auto", torch.float16: "float16"}.get(config_of_base.dtype, "float32")
     document = {
         "model": {key: value for key, value in model.items() if value is not None},
         "base": base,
-        "adapter": {"kind": layout.kind, "rank": layout.rank, "alpha": layout.alpha}
-        | {"rank_stabilized": layout.rank_stabilized},
+        "adapter": {name: getattr(layout, name) for name in ("kind", "rank", "alpha", "rank_stabilized")},
         "data": {"mix": [{"task": task} for task in DEMO_TASKS]},
         "train": {"steps": 1, "batch": 1},
     }

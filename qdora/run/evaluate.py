@@ -179,7 +179,7 @@ def evaluate_target(
 
     `console` gets progress and tables, by default standard error and standard output.
 
-    Returns JSON values: the evaluation, stored results beside it, generated answers, perplexity, results of the harness.
+    Returns JSON values: the evaluation, stored results beside it, generated answers, perplexity, harness results.
     Raises UserError for options that do not fit the target, unknown tasks, or what `load_target` refuses.
     """
     options.check(target)
