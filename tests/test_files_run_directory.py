@@ -789,3 +789,12 @@ def test_doctor_does_not_trust_kernels_that_return(
     monkeypatch.setattr(functional, "quantize_4bit", broken)
     monkeypatch.setattr(functional, "dequantize_4bit", lambda packed, state: torch.zeros_like(packed))
     assert doctor.kernels()["cpu"] == error
+
+
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_messages_name_the_place_of_a_linked_adapter(tmp_path: Path, is_absolute: bool) -> None:
+    run, store = tmp_path / "run", tmp_path / "store"
+    run.mkdir()
+    store.mkdir()
+    (run / "adapter").symlink_to(store if is_absolute else "../store")
+    assert RunDirectory(run).adapter == (store if is_absolute else run / "../store")

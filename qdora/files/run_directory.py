@@ -92,7 +92,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
         if self.adapter.is_symlink():  # of an adopted run, whose messages name the adapter's own directory
-            self.adapter = self.adapter.readlink()
+            self.adapter = path / self.adapter.readlink()
 
     @property
     def has_begun(self) -> bool:
