@@ -13,11 +13,14 @@ from typing import Any, Literal
 import bitsandbytes as bnb
 import peft
 import torch
+from axolotl_dora import use_axolotl_dora
+from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import AutoModelForCausalLM
 
+import qdora.peft
 from qdora.model.experts import is_transposed, library_names, stacks
 from qdora.model.inject import frozen_layers, inject, replace_module
 from qdora.nn.frozen_linear import FrozenLinear
@@ -37,14 +40,15 @@ class Contender:
         kind: "lora", "dora", or None: the frozen layer alone.
         dropout: On the adapter's input.
         adapter_dtype: Storage of A and B, and of PEFT's magnitude (ours is always float32).
-        addmm_norm: PEFT's norm with its sum over a transposed view replaced by one addmm: its strongest form.
+        variant: Of PEFT's layer. "addmm": its norm with one addmm in place of a sum over a transposed view, its
+            strongest form; "qdora": `qdora.peft.accelerate`; "axolotl", "axolotl_uncached": see axolotl_dora.py.
     """
 
     engine: Literal["own", "peft", "dense"]
     kind: Literal["lora", "dora"] | None
     dropout: float = 0.0
     adapter_dtype: torch.dtype = torch.bfloat16
-    addmm_norm: bool = False
+    variant: Literal["addmm", "qdora", "axolotl", "axolotl_uncached"] | None = None
 
 
 CONTENDERS = {
@@ -56,7 +60,11 @@ CONTENDERS = {
     "own_dora_dropout": Contender("own", "dora", dropout=0.05),
     "peft_lora": Contender("peft", "lora"),
     "peft_dora": Contender("peft", "dora"),
-    "peft_dora_addmm": Contender("peft", "dora", addmm_norm=True),
+    "peft_dora_addmm": Contender("peft", "dora", variant="addmm"),
+    "qdora_peft_lora": Contender("peft", "lora", variant="qdora"),
+    "qdora_peft_dora": Contender("peft", "dora", variant="qdora"),
+    "axolotl_dora": Contender("peft", "dora", variant="axolotl"),
+    "axolotl_dora_uncached": Contender("peft", "dora", variant="axolotl_uncached"),
     "peft_lora_defaults": Contender("peft", "lora", dropout=0.05, adapter_dtype=torch.float32),
     "peft_dora_defaults": Contender("peft", "dora", dropout=0.05, adapter_dtype=torch.float32),
 }
@@ -168,10 +176,13 @@ def adapt(
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(contender.adapter_dtype)
-    if contender.addmm_norm:
-        for module in adapted.modules():
-            if type(module) is DoraLinearLayer:
-                module.__class__ = AddmmNormDora
+    if contender.variant == "qdora":
+        assert qdora.peft.accelerate(adapted) > 0
+    for module in adapted.modules():
+        if contender.variant == "addmm" and type(module) is DoraLinearLayer:
+            module.__class__ = AddmmNormDora
+        elif contender.variant in ("axolotl", "axolotl_uncached") and type(module) is Linear4bit:
+            use_axolotl_dora(module, cached=contender.variant == "axolotl")
     return adapted
 
 
