@@ -152,7 +152,6 @@ def measured(runs: dict[str, Run], rounds: int, most_seconds: float) -> dict[str
 
 def bytes_of(run: Run) -> dict[str, int]:
     held: list[int] = []
-    gc.collect()
     with LiveBytes() as live:
         run(lambda: None)
         gc.collect()

@@ -5,9 +5,12 @@
 
 A random Llama of two blocks, loaded by transformers in NF4, DoRA of rank 8 on all linear layers, no dropout. Each
 trainer runs with PEFT's layer and with qdora's, which comes in by `qdora.peft.use` on the config, by `patch` with the
-config untouched, and by `accelerate` on a model that is already a PeftModel. Seeds, data and order are the same. DPO's
-first loss is ln 2. bitsandbytes' rewriting of weights for AVX512-BF16 is off in all runs, since PEFT's layer is wrong
-behind it.
+config untouched, and by `accelerate` on an adapter that PEFT has loaded from disk. Seeds, data and order are the same.
+DPO's first loss is ln 2. bitsandbytes' rewriting of weights for AVX512-BF16 is off in all runs, since PEFT's layer is
+wrong behind it.
+
+Two more runs with `patch`: one that goes on from a checkpoint of its middle, and one in which the model is cast to
+bfloat16 between two steps.
 """
 
 from __future__ import annotations
@@ -27,9 +30,16 @@ import trl
 from byte_tokenizer import byte_tokenizer, write_model
 from datasets import Dataset
 from measure import facts, parser_of, write
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import qdora.peft
 
@@ -93,19 +103,20 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-def trainer_of(name: str, source: str, way: str, steps: int, folder: str) -> Any:
-    """A trainer of TRL on a fresh base, with qdora's layer by one of its ways in, or PEFT's: "peft", and "peft_model",
-    where the trainer gets a PeftModel, as with "accelerate"."""
+def trainer_of(name: str, source: str, way: str, steps: int, folder: str, **more: Any) -> Any:
+    """A trainer of TRL on a fresh base, with qdora's layer by one of its ways in, or PEFT's: "peft", and "loaded",
+    where the trainer gets an adapter loaded from disk, as with "accelerate"."""
     task, model = "CAUSAL_LM", partial(load, source)
     if name == "Reward":
         task, model = "SEQ_CLS", partial(load, source, AutoModelForSequenceClassification, num_labels=1)
-    settings = getattr(trl, f"{name}Config")(**(options(steps, folder) | MORE.get(name, {})))
+    settings = getattr(trl, f"{name}Config")(**(options(steps, folder) | MORE.get(name, {}) | more))
     arguments: dict[str, Any] = {"reward_funcs": length_reward} if name in ("RLOO", "GRPO") else {}
     base, adapter = model(), config(task)
     torch.manual_seed(1)
-    if way in ("peft_model", "accelerate"):
-        base = get_peft_model(base, adapter)
-        assert way == "peft_model" or qdora.peft.accelerate(base) > 0
+    if way in ("loaded", "accelerate"):
+        get_peft_model(model(), adapter).save_pretrained(f"{folder}/adapter")
+        base = PeftModel.from_pretrained(base, f"{folder}/adapter", is_trainable=True)
+        assert way == "loaded" or qdora.peft.accelerate(base) > 0
     else:
         arguments["peft_config"] = qdora.peft.use(adapter) if way == "use" else adapter
     data = Dataset.from_list(ROWS[name])
@@ -149,10 +160,10 @@ def run(name: str, source: str, way: str, steps: int) -> dict[str, Any]:
 
 def compared(name: str, source: str, steps: int) -> dict[str, Any]:
     """One trainer with PEFT's layer and with qdora's by each way in."""
-    found = {way: run(name, source, way, steps) for way in ("peft", "peft_model", "use", "accelerate")}
+    found = {way: run(name, source, way, steps) for way in ("peft", "loaded", "use", "accelerate")}
     with patched():
         found["patch"] = run(name, source, "patch", steps)
-    for way, control in (("use", "peft"), ("patch", "peft"), ("accelerate", "peft_model")):
+    for way, control in (("use", "peft"), ("patch", "peft"), ("accelerate", "loaded")):
         ours = found[way]
         for key, of in (("losses", "loss"), ("gradient_norms", "gradient_norm")):
             pairs = list(zip(ours[key], found[control][key], strict=True))
@@ -167,6 +178,59 @@ def compared(name: str, source: str, steps: int) -> dict[str, Any]:
     return found
 
 
+def resumed(source: str) -> dict[str, Any]:
+    """Losses of steps 4 to 6 of a run, and of another that begins at the first one's checkpoint of step 3. By
+    transformers' own trainer, since TRL makes the adapter bfloat16 and PEFT reads it as float32: TRL's runs change."""
+    rows = torch.randint(2, 250, (24, 16), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    with tempfile.TemporaryDirectory() as folder, patched():
+        arguments = TrainingArguments(**options(6, folder) | {"save_strategy": "steps", "save_steps": 3})
+        trainers = []
+        for _ in range(2):
+            base = load(source)
+            torch.manual_seed(1)
+            trainers.append(Trainer(get_peft_model(base, config()), arguments, train_dataset=data))
+        trainers[0].train()
+        trainers[1].train(resume_from_checkpoint=f"{folder}/checkpoint-3")
+        ways = {row.way for row in qdora.peft.report(trainers[1].model).values()}
+    losses = [[row["loss"] for row in each.state.log_history if "loss" in row][3:] for each in trainers]
+    return {"whole": losses[0], "resumed": losses[1], "passed": losses[0] == losses[1] and ways == {"fast"}}
+
+
+class CastToBfloat16(TrainerCallback):  # type: ignore[misc]
+    """After the second step, as TRL does for continuous batching. Remembers the magnitudes."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step == 2:
+            magnitudes = {n: p.detach().clone() for n, p in model.named_parameters() if "magnitude" in n}
+            model.to(torch.bfloat16)
+            self.kept = all(torch.equal(p, magnitudes[n]) for n, p in model.named_parameters() if n in magnitudes)
+            self.magnitudes = magnitudes
+
+
+def cast(source: str) -> dict[str, Any]:
+    """The magnitudes after a cast of the model in the middle of a run. An optimizer of bitsandbytes, since torch's has
+    no float32 states for parameters that became bfloat16."""
+    with tempfile.TemporaryDirectory() as folder, patched():
+        trainer = trainer_of("SFT", source, "patch", 4, folder, optim="adamw_8bit")
+        callback = CastToBfloat16()
+        trainer.add_callback(callback)
+        trainer.train()
+        ways = {row.way for row in qdora.peft.report(trainer.model).values()}
+    after = {n: p for n, p in trainer.model.named_parameters() if "magnitude" in n}
+    moved = [float((p != callback.magnitudes[n]).float().mean()) for n, p in after.items()]
+    dtypes = sorted({str(p.dtype) for p in after.values()})
+    share = sum(moved) / len(moved)
+    return {
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "magnitude_dtypes": dtypes,
+        "magnitudes_keep_their_digits": callback.kept,
+        "share_of_magnitudes_moved_after_the_cast": share,
+        "other_dtypes": sorted({str(p.dtype) for n, p in trainer.model.named_parameters() if "lora_A" in n}),
+        "passed": callback.kept and dtypes == ["torch.float32"] and share > 0.999 and ways == {"fast"},
+    }
+
+
 def main() -> None:
     parser = parser_of(__doc__, "peft_trainers", smoke="SFT and DPO, three steps")
     parser.add_argument("--steps", type=int, default=10)
@@ -175,9 +239,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = write_model(Path(folder))
         found = {name: compared(name, source, steps) for name in names}
+        more = {"resumed": resumed(source), "cast": cast(source)}
     versions = {package: importlib.metadata.version(package) for package in ("trl", "peft")}
     command = f"python benchmarks/peft_trainers.py --steps {steps}"
-    write(args.out, {**facts(command), "peers": versions, "tolerance": LOSS_TOLERANCE, "trainers": found})
+    write(args.out, {**facts(command), "peers": versions, "tolerance": LOSS_TOLERANCE, "trainers": found, **more})
 
 
 if __name__ == "__main__":
