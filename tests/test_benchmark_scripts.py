@@ -14,6 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import gates
 import measure
 import plan_accuracy
+import torch
+from contenders import CONTENDERS, layer_on, random_base, random_input
+
+from qdora.ops.packed import dequantize
 
 
 def test_a_cost_that_was_measured_alone_has_a_verdict() -> None:
@@ -70,3 +74,29 @@ def test_a_list_of_numbers_or_strings_is_one_line_of_a_result_file(tmp_path: Pat
     assert json.loads(text) == result
     assert '  "numbers": [1, 2.5],\n' in text
     assert '  "rows": [\n    [1, 2],\n    [null]\n  ],\n' in text
+
+
+@pytest.mark.parametrize("name", ["axolotl_dora", "axolotl_dora_uncached", "qdora_peft_dora"])
+def test_contenders_on_pefts_interface_compute_dora(name: str) -> None:
+    base = random_base(64, 96)
+    layer: Any = layer_on(base, CONTENDERS[name], 16)
+    x, dy = random_input(base, 8)
+    ours = [x, layer.lora_A.default.weight, layer.lora_B.default.weight, layer.lora_magnitude_vector.default.weight]
+
+    def plain() -> list[torch.Tensor]:
+        """y, and the gradients."""
+        leaves = [each.detach().double().requires_grad_() for each in ours]
+        wide, a, b, m = leaves
+        adapted = dequantize(base, torch.float64) + layer.scaling["default"] * b @ a
+        y = wide @ adapted.T * (m / adapted.norm(dim=1).detach())
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
+
+    for _ in range(2):  # the second time after a step
+        for each in ours:
+            each.grad = None
+        y = layer(x)
+        y.backward(dy)
+        for got, wanted in zip([y, *(each.grad for each in ours)], plain(), strict=True):
+            assert float((got.double() - wanted).abs().max() / wanted.abs().max()) < 0.015
+        with torch.no_grad():
+            ours[2].mul_(3.0)

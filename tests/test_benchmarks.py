@@ -95,6 +95,18 @@ def test_roofline(tmp_path: Path) -> None:
     assert first["bytes"] == 2 * products + tile + 2 * addition
 
 
+def test_peft_time(tmp_path: Path) -> None:
+    result = smoke(tmp_path, "peft_time.py")
+    assert len(result["cases"]) == 5
+    for case in result["cases"].values():
+        assert len(case["ratios"]) == 6
+        assert case["rounds"] == 2
+        for found in case["bytes"].values():
+            assert 0 <= found["kept"] < found["held"] <= found["peak"]
+    # The output and u of 8 tokens, the norm and g, in bf16.
+    assert result["cases"]["layer 576 -> 1536, 8"]["bytes"]["axolotl_dora"]["held"] == 2 * 1536 * (8 + 8 + 1 + 1)
+
+
 def test_wait_policy(tmp_path: Path) -> None:
     result = smoke(tmp_path, "wait_policy.py")
     assert set(result["cases"]) == {"idle", "busy"}

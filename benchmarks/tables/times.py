@@ -40,6 +40,24 @@ def layer_time() -> str:
     return markdown(["layer, rank, tokens", *columns], rows) + f"\nTargets met: {'; '.join(counts)}.\n"
 
 
+def peft_time() -> str:
+    """Time and bytes of DoRA and LoRA on PEFT's interface, relative to PEFT's LoRA."""
+    document = read("peft_time")
+    cases = document["cases"]
+    names = [name for name in next(iter(cases.values()))["ratios"] if name != "peft_lora"]
+    header = ["", *(CONTENDERS[name] for name in names)]
+    times = [[case, *(_quartiles(found["ratios"][name]) for name in names)] for case, found in cases.items()]
+    sizes = [
+        [case, *("{held:.2f}, {peak:.2f}".format_map(found["byte_ratios"][name]) for name in names)]
+        for case, found in cases.items()
+    ]
+    missed = [f"{bar['name']} ({bar['value']:.3f})" for bar in document["bars"] if not bar["holds"]]
+    met = f"{len(document['bars']) - len(missed)} of {len(document['bars'])} targets met"
+    text = f"{met}; missed: {'; '.join(missed)}.\n" if missed else f"{met}.\n"
+    between = "\nBytes held after the forward pass, and at the peak:\n\n"
+    return f"{markdown(header, times)}{between}{markdown(header, sizes)}\n{text}"
+
+
 def expert_cost() -> str:
     """Ratios of the time of a block's experts, bytes held for backward, growth of the peak."""
     document = read("expert_cost")
