@@ -131,15 +131,20 @@ def peft_interop() -> str:
 
 
 def peft_trainers() -> str:
-    """The layer inside TRL's trainers: the largest of its three ways in."""
-    rows = []
-    for trainer, found in read("peft_trainers")["trainers"].items():
+    """The layer inside TRL's trainers: the largest of its three ways in; a resumed run and a cast one."""
+    document, rows = read("peft_trainers"), []
+    for trainer, found in document["trainers"].items():
         ours = [found[way] for way in ("use", "patch", "accelerate")]
         difference = max(each["largest_difference_of_loss"] for each in ours)
         moved = min(each["share_of_magnitudes_moved"] for each in ours)
         fast = {f"{each['num_fast']} of {each['num_layers']}" for each in ours}
         rows.append([trainer, f"{difference:.1e}", ", ".join(sorted(fast)), f"{moved:.0%}"])
-    return markdown(["trainer", "loss, qdora against PEFT", "fast layers", "magnitudes moved"], rows)
+    says = {True: "yes", False: "no"}
+    note = (
+        f"\nLosses of a resumed run equal: {says[document['resumed']['passed']]}. Magnitudes float32, unchanged by a cast "
+        f"of the model to bfloat16 between two steps, and trained after it: {says[document['cast']['passed']]}.\n"
+    )
+    return markdown(["trainer", "loss, qdora against PEFT", "fast layers", "magnitudes moved"], rows) + note
 
 
 def loss_curve() -> str:
