@@ -51,9 +51,9 @@ def peft_time() -> str:
         [case, *("{held:.2f}, {peak:.2f}".format_map(found["byte_ratios"][name]) for name in names)]
         for case, found in cases.items()
     ]
-    missed = [f"{bar['name']} ({bar['value']:.3f})" for bar in document["bars"] if not bar["holds"]]
-    met = f"{len(document['bars']) - len(missed)} of {len(document['bars'])} targets met"
-    text = f"{met}; missed: {'; '.join(missed)}.\n" if missed else f"{met}.\n"
+    bars = document["bars"]
+    missed = [f"{bar['name']} ({bar['value']:.3f})" for bar in bars if not bar["holds"] and "bytes" not in bar["name"]]
+    text = f"{sum(bar['holds'] for bar in bars)} of {len(bars)} targets met. Missed, of time: {'; '.join(missed) or '-'}.\n"
     between = "\nBytes held after the forward pass, and at the peak:\n\n"
     return f"{markdown(header, times)}{between}{markdown(header, sizes)}\n{text}"
 

@@ -141,8 +141,8 @@ def peft_trainers() -> str:
         rows.append([trainer, f"{difference:.1e}", ", ".join(sorted(fast)), f"{moved:.0%}"])
     says = {True: "yes", False: "no"}
     note = (
-        f"\nLosses of a resumed run equal: {says[document['resumed']['passed']]}. Magnitudes float32, unchanged by a cast "
-        f"of the model to bfloat16 between two steps, and trained after it: {says[document['cast']['passed']]}.\n"
+        f"\nLosses of a resumed run equal: {says[document['resumed']['passed']]}. Magnitudes float32, unchanged by a "
+        f"cast of the model to bfloat16 between two steps, and trained after it: {says[document['cast']['passed']]}.\n"
     )
     return markdown(["trainer", "loss, qdora against PEFT", "fast layers", "magnitudes moved"], rows) + note
 
