@@ -53,7 +53,8 @@ def peft_time() -> str:
     ]
     bars = document["bars"]
     missed = [f"{bar['name']} ({bar['value']:.3f})" for bar in bars if not bar["holds"] and "bytes" not in bar["name"]]
-    text = f"{sum(bar['holds'] for bar in bars)} of {len(bars)} targets met. Missed, of time: {'; '.join(missed) or '-'}.\n"
+    num_met = sum(bar["holds"] for bar in bars)
+    text = f"{num_met} of {len(bars)} targets met. Of time missed: {'; '.join(missed) or '-'}.\n"
     between = "\nBytes held after the forward pass, and at the peak:\n\n"
     return f"{markdown(header, times)}{between}{markdown(header, sizes)}\n{text}"
 
