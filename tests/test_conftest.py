@@ -43,6 +43,7 @@ def test_only_a_selection_by_the_mark_asks_for_gpus(expression: str, asks: bool)
     assert conftest.asks_for_gpu(expression) == asks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expression", ["gpu", "not gpu"])
 def test_workers_of_xdist_see_what_their_session_sees(tmp_path: Path, expression: str) -> None:
     shutil.copy(conftest.__file__, tmp_path / "conftest.py")

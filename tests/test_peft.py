@@ -308,6 +308,7 @@ def test_the_report_says_why_pefts_own_forward_runs(words: str) -> None:
     assert all(row.way == "fast" for path, row in qdora.peft.report(model).items() if path != LAYER) or "2" in words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [True, False])
 def test_torch_compile_breaks_no_more_graphs_than_at_pefts_layer(dora: bool) -> None:
     layer = moved(one_layer(dora))

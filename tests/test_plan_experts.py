@@ -234,7 +234,14 @@ def test_a_plan_says_what_routing_decides() -> None:
     assert "49,000 kernel launches a micro-batch" in said
 
 
-@pytest.mark.parametrize(("device", "checkpointing"), [("cuda", True), ("cuda", False), ("cpu", True)])
+@pytest.mark.parametrize(
+    ("device", "checkpointing"),
+    [
+        ("cuda", True),
+        pytest.param("cuda", False, marks=pytest.mark.slow),
+        pytest.param("cpu", True, marks=pytest.mark.slow),
+    ],
+)
 def test_launches_of_experts_are_planned_for_cards_without_a_grouped_product(device: Any, checkpointing: bool) -> None:
     config = a_config("qwen3_moe", num_experts=4, num_hidden_layers=3, moe_intermediate_size=64, hidden_size=64)
 

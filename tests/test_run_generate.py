@@ -154,7 +154,7 @@ def test_a_run_that_kept_no_scales_generates_without_them(run: Path, tmp_path: P
     assert "keep_scales: true" in recipe
     (copy / "recipe.yaml").write_text(recipe.replace("keep_scales: true", "keep_scales: false"))
     for where, expected in ((run, True), (copy, False)):
-        layers = adapted_layers(generate._load(str(where), None, False, None).model).values()
+        layers = adapted_layers(generate.load_target(str(where), verb="generate").model).values()
         assert [layer.keeps_scales for layer in layers] == [expected] * 14
     found = [generate_from(str(where), "3 + 4 =", SHORT, raw=True)["text"] for where in (run, copy)]
     assert found[0] == found[1]
