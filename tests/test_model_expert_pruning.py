@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from qdora.model import pruning
 from qdora.model.experts import stacks
 from qdora.model.inject import frozen_layers
 from qdora.model.packed_base import PrunedBase, save_pruned_base
 from qdora.model.pruning import Pruner
+from qdora.ops.expert_tokens import padded_tokens
 from qdora.ops.packed import dequantize, quantize
 from qdora.recipe.settings import PruneConfig
 from tests import checkpoints, reference_prune, tiny_experts
@@ -54,6 +56,21 @@ def put(model: Any, block: int, layers: dict[str, Any]) -> None:
             name = path if "experts" in path else f"{path}.weight"
             parameter = model.get_parameter(name)
             parameter.data = layer.dequantized(torch.float64).view(parameter.shape)
+
+
+def test_rows_of_padding_are_no_inputs() -> None:
+    tokens = padded_tokens((3, 2, 0))
+    assert tokens.counts == (3, 3, 0)
+    x, layer = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), nn.Module()
+    layer.forward = lambda x, tokens: x
+    with pruning._measured({"up": layer}, "wanda") as statistics:
+        layer(x, tokens)
+    first, second, third = statistics["up"]
+    assert first is not None
+    assert second is not None
+    torch.testing.assert_close(first.sums, x[:3].square().sum(dim=0))
+    torch.testing.assert_close(second.sums, x[3:5].square().sum(dim=0))
+    assert third is None
 
 
 @pytest.mark.parametrize(

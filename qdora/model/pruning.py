@@ -263,10 +263,13 @@ def _measured(
             return
         if own is None:
             own = [None] * (1 if tokens is None else len(tokens.counts))
-        reached = [(0, slice(None))] if tokens is None else [(run.experts[0], run.tokens) for run in tokens.reached]
+        reached = [(0, x)]
+        if tokens is not None:  # an expert's rows of padding, which are no inputs, lie behind its tokens
+            experts = ((run.experts[0], run.tokens) for run in tokens.reached)
+            reached = [(expert, x[rows][: tokens.routed[expert]]) for expert, rows in experts]
         for index, some in reached:
             found = own[index] or InputStatistics(x.shape[-1], method, x.device)
-            found.add(x[some])
+            found.add(some)
             own[index] = found
         statistics[name] = own
         last = (x, own)
