@@ -223,7 +223,7 @@ class Side:
             printed = self.qdora(case, verb, str(directory), *more)
             result["evaluation"] |= {f"{verb} {key}": value for key, value in numbers(printed)}
         answer = self.qdora(case, "generate", str(directory), "--prompt", "Name a bird.", "--max-new-tokens", "8")
-        result["text"] |= {key: value for key, value in leaves(answer) if isinstance(value, str) and "run" not in key}
+        result["text"] |= {key: value for key, value in leaves(answer) if key.endswith("text")}
         for form in options.get("formats", ("merged", "nf4-lora")):
             out = self.folder / "exports" / case / form
             shutil.rmtree(out, ignore_errors=True)
