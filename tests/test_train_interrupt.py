@@ -183,9 +183,10 @@ from qdora.cli.verb import end_as_by_ctrl_c
 from qdora.train.interrupt import stop_on_signal
 with contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
     {setting}
-    print("ready", flush=True)
+    print("handlers stand", flush=True)
     while not stack._exit_callbacks or not stop.requested:
         time.sleep(0.05)
+    time.sleep(0.5)  # the kernel may send one, too
 print("told", flush=True)
 print("told", file=sys.stderr, flush=True)
 sys.exit(7)
@@ -193,7 +194,9 @@ sys.exit(7)
     terminal, end = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", code], stdout=end, stderr=end, start_new_session=True)
     os.close(end)
-    assert b"ready" in os.read(terminal, 100)
+    shown = b""
+    while b"handlers stand" not in shown:
+        shown += os.read(terminal, 100)
     os.close(terminal)
     process.send_signal(SIGHUP)
     assert process.wait(50) == 7
