@@ -47,8 +47,19 @@ import torch
 from torch import Tensor, nn
 
 from qdora.ops.adapted_product import Operands, adapted_linear, adapted_product, operands_of
-from qdora.ops.dora import gain, gain_of_sum, merged_weight, row_norm, squared_row_norm
+from qdora.ops.dora import (
+    FactoredNorm,
+    Gain,
+    factored_norms,
+    gain,
+    gain_of_sum,
+    measure_cancelled_,
+    merged_weight,
+    row_norm,
+    squared_row_norm,
+)
 from qdora.ops.frozen_product import product_dtype, without_graph_or_autocast
+from qdora.ops.low_rank_factors import entries_at_a_time, rounded, scaled_B
 from qdora.ops.packed import PackedWeight, dequantize, from_tensors
 from qdora.ops.parameter_cache import ParameterCache
 
@@ -108,7 +119,7 @@ class Dora(DoraLinearVariant):  # type: ignore[misc]
         base = module.get_base_layer()
         if _is_quantized(base) and magnitude.weight.device.type != "meta":
             a, b, s = _factors(module, adapter_name)
-            weight, squared = _packed(module, base.weight)
+            weight, squared = _packed(module)
             norm = row_norm(weight, a, b, s, base_squared=squared, dtype=torch.float32)
             magnitude.weight.data = norm.to(magnitude.weight.device)
 
@@ -332,8 +343,9 @@ _PLAIN = (nn.Linear, nn.Identity, nn.Dropout, Magnitude, DoraLinearLayer)
 _PARAMETERS = (nn.Parameter, bnb.nn.Params4bit)
 
 
-def _packed(layer: Any, weight: Any) -> tuple[PackedWeight, Tensor]:
-    """The base for our ops, which shares its memory, and its squared row norm: made once for each base."""
+def _packed(layer: Any, weight: Any = None) -> tuple[PackedWeight, Tensor]:
+    """The base or another weight for our ops, sharing its memory, and its squared row norm: made once for each."""
+    weight = layer.get_base_layer().weight if weight is None else weight
     cache = layer.__dict__.get("_qdora_base")
     if cache is None:
         cache = layer.__dict__["_qdora_base"] = ParameterCache()
@@ -363,6 +375,29 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _product(layer, base, x)
 
 
+class _Sort(NamedTuple):
+    """What DoRA layers have in common whose norms can be computed together."""
+
+    kind: str
+    block_size: int
+    shapes: tuple[tuple[int, ...], torch.Size]  # of W and of A
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of the products, of A and of B
+    device: torch.device
+    scaling: float
+    dropout: float
+
+
+_passed: dict[_Sort, weakref.WeakKeyDictionary[Any, str]] = {}
+"""Layers alike, with their adapters, that have had a backward pass since their operands were made."""
+
+
+def _sort(layer: Any, name: str, weight: PackedWeight, dtype: torch.dtype) -> _Sort:
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
+    shapes, dtypes = (weight.shape, a.shape), (dtype, a.dtype, b.dtype)
+    return _Sort(weight.kind, weight.block_size, shapes, dtypes, a.device, float(layer.scaling[name]), dropout)
+
+
 def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
     """The output of a layer for which `_why_not` knows no reason: in x's dtype, or in that of an active autocast."""
     (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
@@ -372,27 +407,21 @@ def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
     casts = torch.is_autocast_enabled(x.device.type)
     dtype = product_dtype(x) if casts else base.compute_dtype or x.dtype
     out_dtype = dtype if casts else x.dtype
-    weight, squared = _packed(layer, base.weight)
-    a, b, s = layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
-    dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
+    weight, _ = _packed(layer)
+    alike = _sort(layer, name, weight, dtype)
+    a, b, s, dropout = layer.lora_A[name].weight, layer.lora_B[name].weight, alike.scaling, alike.dropout
     magnitude = _adopt(layer, name) if name in layer.lora_variant else None
     if magnitude is None:
         # Nothing is kept: PEFT's hot-swap writes through .data in evaluation.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             operands = operands_of(a, b, None, s / (1.0 - dropout), dtype)
     else:
-
-        def made() -> Operands:
-            _keep_32_bit_states(magnitude.weight)
-            norm = row_norm(weight, a, b, s, base_squared=squared, dtype=dtype)
-            return operands_of(a, b, gain(magnitude.weight, norm), s / (1.0 - dropout), dtype, kept_of=weight)
-
-        settings = (dtype, s, dropout, weight)
-        operands = magnitude.operands.get("operands", (a, b, magnitude.weight), settings, made)
+        parameters, settings = (a, b, magnitude.weight), (alike, weight)
+        operands = magnitude.operands.get("operands", parameters, settings, lambda: _operands(layer, name, alike))
     if dropout == 0.0 and without_graph_or_autocast(x):
         return adapted_product(x.to(dtype), weight, base.bias, operands).to(out_dtype)
     y = adapted_linear(
-        x.to(dtype),
+        x.to(dtype).contiguous(),
         weight,
         a,
         b,
@@ -403,7 +432,57 @@ def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
         dropout=dropout,
         operands=operands,
     )
-    if magnitude is not None and y.requires_grad:
-        # A backward pass is followed by a step, whoever takes it.
-        y.register_hook(lambda _: magnitude.operands.clear())  # type: ignore[no-untyped-call, unused-ignore]
+    if magnitude is not None and y.grad_fn is not None:
+
+        def forget(*_: Any) -> None:
+            magnitude.operands.clear()
+            _passed.setdefault(alike, weakref.WeakKeyDictionary())[layer] = name
+
+        # A backward pass is followed by a step, whoever takes it. After the pass: in it a checkpoint computes again.
+        y.grad_fn.register_hook(forget)
     return y.to(out_dtype)
+
+
+def _operands(layer: Any, name: str, alike: _Sort) -> Operands:
+    """The operands of a DoRA layer. Those of layers alike that have had a backward pass are made with them and kept,
+    since the small operations of a norm take longer to send than to compute."""
+    others = [(other, its) for other, its in _passed.pop(alike, {}).items() if other is not layer]
+    others = [(other, its) for other, its in others if _is_whole(other, its, alike)]
+    limit = entries_at_a_time(alike.device) // (alike.shapes[1][0] * max(alike.shapes[0]))
+    if others[limit:]:
+        _passed[alike] = weakref.WeakKeyDictionary(dict(others[limit:]))
+    rows = [(layer, name), *others[:limit]]
+    (dtype, a_dtype, _), s = alike.dtypes, alike.scaling
+    weights, squares = zip(*(_packed(each) for each, _ in rows), strict=True)
+    magnitudes = [_adopt(each, its) for each, its in rows]
+    parameters = [
+        (each.lora_A[its].weight, each.lora_B[its].weight, magnitude.weight)
+        for (each, its), magnitude in zip(rows, magnitudes, strict=True)
+    ]
+    a, b, m = (some[0][None] if len(rows) == 1 else torch.stack(some) for some in zip(*parameters, strict=True))
+    norm, cancelled = factored_norms(weights, a, b, s, base_squared=torch.stack(squares), dtype=dtype)
+    for i, has_cancelled in enumerate(cancelled.any(dim=1).tolist()):
+        if has_cancelled:
+            own = FactoredNorm(norm[i], cancelled[i]), weights[i]
+            measure_cancelled_(*own, lora_A=a[i], lora_B=b[i], scaling=s, dtype=dtype)
+    value, inverse = gain(m, norm)
+    factor = value.unsqueeze(-1) * (s / (1.0 - alike.dropout))
+    scaled = scaled_B(b.flatten(0, 1), factor.flatten(0, 1), dtype).view_as(b)
+    if a_dtype != dtype:
+        a = rounded(a, dtype)
+    made = []
+    for i, (magnitude, present) in enumerate(zip(magnitudes, parameters, strict=True)):
+        _keep_32_bit_states(magnitude.weight)
+        factors = present[0].detach() if a_dtype == dtype else a[i], scaled[i], factor[i]
+        made.append(Operands(*factors, Gain(value[i], inverse[i]), None))
+        magnitude.operands.put("operands", present, (alike, weights[i]), made[-1])
+    return made[0]
+
+
+def _is_whole(layer: Any, name: str, alike: _Sort) -> bool:
+    """Whether the parameters of an adapter are here and of the kind."""
+    if name not in layer.lora_variant or not _is_quantized(layer.get_base_layer()):
+        return False
+    parts = layer.lora_A[name], layer.lora_B[name], layer.lora_magnitude_vector[name]
+    here = all(type(part.weight) is nn.Parameter for part in parts)
+    return here and _sort(layer, name, _packed(layer)[0], alike.dtypes[0]) == alike

@@ -20,8 +20,10 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import bnb as peft_bnb
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import qdora.peft
+from qdora.ops.dora import factored_norms
 from tests import reference
 from tests.test_peft_layer import (
     BOTH,
@@ -112,15 +114,48 @@ def test_the_norm_is_that_of_the_present_values_after_steps_of(library: Any, nam
     assert error(before, wanted) > 1e-4
 
 
-def test_the_norm_is_that_of_the_present_values_after_steps_by_hand() -> None:
-    """Nothing but the layer's own backward pass ends what is kept."""
-    model = one_layer()
+def step_by_hand(model: nn.Module) -> None:
+    for parameter in trainable(model):
+        parameter.data -= 2e-3 * parameter.grad
+        parameter.grad = None
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpoint", "reentrant checkpoint"])
+def test_the_norm_is_that_of_the_present_values_after_steps_by_hand(reentrant: bool | None) -> None:
+    """Nothing but the layer's own backward pass ends what is kept; a checkpoint computes the layer again in it."""
+    model, x = one_layer(), X.clone().requires_grad_()
     for _ in range(5):
-        model(X).square().sum().backward()
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.data -= 2e-3 * parameter.grad
+        y = model(x) if reentrant is None else checkpoint(model, x, use_reentrant=reentrant)
+        y.square().sum().backward()
+        step_by_hand(model)
     assert error(model(X), expected(model)) < 1e-5
+
+
+def test_norms_of_layers_alike_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+
+    def counted(weights: Any, *args: Any, **options: Any) -> Any:
+        computed.append(len(weights))
+        return factored_norms(weights, *args, **options)
+
+    monkeypatch.setattr(qdora.peft, "factored_norms", counted)
+    layers = [one_layer() for _ in range(3)]
+    layers[1].lora_B["default"].weight.data = 20.0 * noise(128, 4, seed=3)
+    rows = numpy(dense_of(layers[2].base_layer.weight))  # whose first four the adapter nearly removes
+    layers[2].lora_A["default"].weight.data = torch.from_numpy(rows[:4]).float()
+    layers[2].lora_B["default"].weight.data[:4] = -0.99 / layers[2].scaling["default"] * torch.eye(4)
+    for _ in range(2):
+        results = [layer(X) for layer in layers]
+        assert all(error(y, expected(layer)) < 1e-4 for y, layer in zip(results, layers, strict=True))
+        sum(y.square().sum() for y in results).backward()
+        for layer in layers:
+            step_by_hand(layer)
+    assert computed == [1, 1, 1, 3]
+    for layer in layers:
+        layer(X).sum().backward()
+    layers[1].update_layer("default", r=2, lora_alpha=2, config=lora_config(r=2))
+    assert error(layers[0](X), expected(layers[0])) < 1e-5
+    assert error(layers[1](X), expected(layers[1])) < 1e-5
 
 
 def test_writes_that_nothing_tells_count_after_changed() -> None:
