@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 from rich.console import Console
 
 import qdora
@@ -16,8 +17,7 @@ from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions, check_options
 from qdora.export.targets import TARGETS, check_adapter, check_target
-from qdora.model.adapter_file import AdapterDescription
-from qdora.model.peft_config import AdapterLayout
+from qdora.model.peft_config import AdapterDescription
 from qdora.run.train import train_run
 from tests import tiny_run
 
@@ -90,15 +90,14 @@ def described(scaling: Callable[[int], float], *, rank_stabilized: bool = False)
     ranks = {f"layers.0.{name}": rank for name, rank in (("up", 8), ("down", 8), ("gate", 8), ("q", 4), ("k", 2))}
     root = math.sqrt if rank_stabilized else float
     alphas = {path: scaling(rank) * root(rank) for path, rank in ranks.items()}
-    layout = AdapterLayout(
-        kind="lora",
-        rank=8,
-        alpha=alphas["layers.0.up"],
-        rank_stabilized=rank_stabilized,
+    config = LoraConfig(
+        r=8,
+        lora_alpha=alphas["layers.0.up"],
+        use_rslora=rank_stabilized,
         rank_pattern={path: rank for path, rank in ranks.items() if rank != 8},
         alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != alphas["layers.0.up"]},
     )
-    return AdapterDescription(layout, None, {path: scaling(rank) for path, rank in ranks.items()})
+    return AdapterDescription(config=config, scalings={path: scaling(rank) for path, rank in ranks.items()})
 
 
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if "lora" in target.loads])
@@ -133,8 +132,8 @@ def test_scalings_that_a_program_would_not_see(
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if "lora" in target.loads])
 def test_layers_of_one_rank_and_an_output_head(name: str) -> None:
     def adapter(*paths: str, rank_stabilized: bool = False) -> AdapterDescription:
-        layout = AdapterLayout(kind="lora", rank=4, alpha=8.0, rank_stabilized=rank_stabilized)
-        return AdapterDescription(layout, scalings=dict.fromkeys(paths, 4.0 if rank_stabilized else 2.0))
+        config = LoraConfig(r=4, lora_alpha=8, use_rslora=rank_stabilized)
+        return AdapterDescription(config=config, scalings=dict.fromkeys(paths, 4.0 if rank_stabilized else 2.0))
 
     inside = ("model.layers.0.self_attn.q_proj", "transformer.h.11.mlp.up")
     check_adapter(name, "peft", adapter(*inside))
@@ -172,14 +171,14 @@ def test_an_export_looks_at_the_scalings_of_its_run(tmp_path: Path, kind: str, f
     [("vllm", "peft", "known"), ("vllm", "nf4-lora", "known"), ("transformers", "peft", "PEFT has")],
 )
 def test_stacks_of_experts_that_a_program_would_not_read(name: str, form: str, message: str) -> None:
-    layout = AdapterLayout(kind="dora", rank=8, alpha=16.0)
-    stacks = AdapterDescription(layout, shares={"layers.0.experts.down": "none"})
+    config = LoraConfig(use_dora=True, lora_alpha=16)
+    stacks = AdapterDescription(config=config, shares={"layers.0.experts.down": "none"})
     with pytest.raises(
         UserError, match=rf"--for {name}: .*{message}.* \(e\.g\. layers\.0\.experts\.down\)\. Fix: use --f"
     ):
         check_adapter(name, form, stacks)
     check_adapter("transformers", "nf4-lora", stacks)
-    check_adapter(name, form, AdapterDescription(layout))
+    check_adapter(name, form, AdapterDescription(config=config))
 
 
 def test_a_run_without_an_adapter_has_no_scalings(tmp_path: Path) -> None:

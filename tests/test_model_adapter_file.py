@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -184,7 +185,6 @@ def test_a_second_adapter_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
 def test_peft_computes_our_logits(tmp_path: Path, architecture: str, kind: str, rank_stabilized: bool) -> None:
-    peft = pytest.importorskip("peft")
     model = tiny_adapted.adapted(
         architecture,
         kind=kind,
@@ -203,20 +203,19 @@ def test_peft_computes_our_logits(tmp_path: Path, architecture: str, kind: str, 
 
 
 PEFT_SETTINGS: dict[str, dict[str, Any]] = {
-    "list": {"target_modules": ["q_proj", "down_proj"]},
-    "regex": {"target_modules": r".*\.layers\.[01]\.(self_attn\.[qv]_proj|mlp\.up_proj)"},
-    "all-linear": {"target_modules": "all-linear"},
-    "rslora": {"target_modules": ["q_proj", "up_proj"], "use_rslora": True},
+    "regex": {"target_modules": r".*\.layers\.[01]\.(self_attn\.[qv]_proj|mlp\.up_proj)", "use_rslora": True},
     "patterns": {
         "target_modules": ["q_proj", "k_proj", "down_proj"],
         # the first matching key wins; keys are regular expressions and may match the end of the path
         "rank_pattern": {r"layers\.1\..*_proj": 6, "q_proj": 3},
         "alpha_pattern": {"self_attn.q": 99, "^model.layers.0.self_attn.q_proj": 7, "down_proj": 1.5},
     },
-    "one layer": {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
-    "one layer, no pattern": {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": 0},
-    "exclude list": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
-    "exclude regex": {"target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
+    "one layer": {
+        "target_modules": ["q_proj", "gate_proj", "model.layers.0.self_attn.v_proj"],  # a whole path is of any layer
+        "exclude_modules": ["mlp.gate_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "layers",
+    },
     "head": {"target_modules": ["lm_head", "o_proj"]},
 }
 
@@ -224,7 +223,6 @@ PEFT_SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("case", PEFT_SETTINGS)
 def test_an_adapter_of_peft_gives_its_logits_here(tmp_path: Path, case: str, use_dora: bool) -> None:
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=4, lora_alpha=10, task_type="CAUSAL_LM", use_dora=use_dora, lora_dropout=0.1, **PEFT_SETTINGS[case]
     )
@@ -256,27 +254,13 @@ def directory(tmp_path: Path) -> Path:
     [
         ("peft_type", "ADALORA"),
         ("task_type", "SEQ_CLS"),
+        ("init_lora_weights", "pissa_niter_4"),
         ("bias", "lora_only"),
-        ("fan_in_fan_out", True),
+        ("lora_bias", True),
+        ("layer_replication", [[0, 2]]),
+        ("ensure_weight_tying", True),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [1, 1]),
-        ("layer_replication", [[0, 2]]),
-        ("lora_bias", True),
-        ("megatron_config", {"tp": 2}),
-        ("alora_invocation_tokens", [5]),
-        ("use_qalora", True),
-        ("use_bdlora", {"n": 2}),
-        ("arrow_config", {"top_k": 3}),
-        ("kasa_config", {"beta": 1}),
-        ("velora_config", {"groups": 1}),
-        ("monteclora_config", {"num_samples": 8}),
-        ("ensure_weight_tying", True),
-        ("init_lora_weights", "pissa_niter_4"),
-        ("init_lora_weights", "olora"),
-        ("init_lora_weights", "corda"),
-        ("init_lora_weights", "loftq"),
-        ("init_lora_weights", "lora_ga"),
-        ("init_lora_weights", "something new"),
         ("a_setting_of_the_future", {"on": True}),
         ("a_setting_of_the_future", 0),
         ("r", 0),
@@ -285,18 +269,12 @@ def directory(tmp_path: Path) -> Path:
         ("lora_alpha", float("nan")),
         ("lora_dropout", 1.0),
         ("use_dora", "yes"),
-        ("use_rslora", 1),
         ("rank_pattern", {"q_proj": 0}),
         ("rank_pattern", {"q_proj(": 4}),
         ("alpha_pattern", [1]),
         ("target_modules", None),
-        ("target_modules", []),
-        ("target_modules", [1]),
         ("target_modules", "(q_proj"),
-        ("exclude_modules", {"a": 1}),
         ("layers_to_transform", ["1"]),
-        ("layers_pattern", [3]),
-        ("base_model_name_or_path", 7),
     ],
 )
 def test_a_setting_that_is_not_supported_is_named(directory: Path, setting: str, value: Any) -> None:
@@ -309,9 +287,11 @@ def test_a_setting_that_is_not_supported_is_named(directory: Path, setting: str,
     assert any(parameter.requires_grad for parameter in model.parameters())  # untouched
 
 
-@pytest.mark.parametrize("empty", [None, False, [], {}, ""])
-def test_unknown_settings_that_are_off_are_tolerated(directory: Path, empty: Any) -> None:
-    change_config(directory, a_setting_of_the_future=empty, modules_to_save=empty, peft_version="0.99", loftq_config={})
+def test_settings_that_are_off_or_without_effect_are_tolerated(directory: Path) -> None:
+    """A name of the file's choosing is not imported: PEFT's `auto_mapping` would be."""
+    values: dict[str, Any] = {"future_1": None, "future_2": False, "future_3": [], "future_4": {}, "future_5": ""}
+    mapping = {"base_model_class": "Nothing", "parent_library": "no.such.module"}
+    change_config(directory, **values, modules_to_save=[], peft_version="0.99", auto_mapping=mapping)
     assert len(load_adapter(tiny_adapted.base(), directory)) == 14
 
 
@@ -321,7 +301,7 @@ def test_all_linear_leaves_the_head_out(directory: Path, targets: str) -> None:
     assert "lm_head" not in load_adapter(tiny_adapted.base(), directory)
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [False, "eva"])
 def test_starts_that_leave_the_base_alone_are_accepted(directory: Path, init: Any) -> None:
     change_config(directory, init_lora_weights=init, eva_config={"rho": 2.0} if init == "eva" else None)
     assert len(load_adapter(tiny_adapted.base(), directory)) == 14
@@ -329,7 +309,7 @@ def test_starts_that_leave_the_base_alone_are_accepted(directory: Path, init: An
 
 def test_no_modules_are_named_where_parameters_are(directory: Path) -> None:
     change_config(directory, target_modules=None)
-    with pytest.raises(UserError, match=r"target_modules: must name layers \(got null\)\. Fix: write the names"):
+    with pytest.raises(UserError, match=r"target_modules: must name layers\. Fix: write the names"):
         load_adapter(tiny_adapted.base(), directory)
     weights = [f"{path}.weight" for path in adapted_layers(tiny_adapted.adapted())]
     change_config(directory, target_modules=None, target_parameters=weights)
@@ -338,13 +318,22 @@ def test_no_modules_are_named_where_parameters_are(directory: Path) -> None:
 
 def test_every_fault_is_reported_at_once(directory: Path) -> None:
     change_config(directory, bias="all", lora_bias=True, lora_dropout=2)
-    (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
     with pytest.raises(UserError) as raised:
         load_adapter(tiny_adapted.base(), directory)
-    text = str(raised.value)
-    assert len(raised.value.faults) == 4
-    assert "adapter_model.bin is a pickle, which can run code" in text
-    assert all(f"adapter_config.json: {name}: " in text for name in ("bias", "lora_bias", "lora_dropout"))
+    named = [fault.partition("adapter_config.json: ")[2].partition(":")[0] for fault in raised.value.faults]
+    assert named == ["bias", "lora_bias", "lora_dropout"]
+
+
+def test_a_pickle_is_not_read(directory: Path) -> None:
+    (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: missing\. A pickle can run code"):
+        load_adapter(tiny_adapted.base(), directory)
+
+
+def test_settings_that_exclude_each_other_are_named(directory: Path) -> None:
+    change_config(directory, target_modules=".*q_proj", layers_to_transform=[0])
+    with pytest.raises(UserError, match=r"adapter_config\.json: `layers_to_transform` cannot be used when"):
+        load_adapter(tiny_adapted.base(), directory)
 
 
 def test_a_dora_adapter_without_magnitudes_is_an_error(directory: Path) -> None:

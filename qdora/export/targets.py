@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qdora.errors import UserError, not_one_of
-from qdora.model.adapter_file import AdapterDescription
+from qdora.model.peft_config import AdapterDescription
 from qdora.ops.bnb_state import FOUR_BIT_KINDS
 from qdora.recipe.settings import Recipe
 
@@ -128,7 +128,7 @@ def _check_experts(name: str, form: str, adapter: AdapterDescription) -> None:
             f"--for {name}: {TARGETS[name].title} is not known to read LoRA on stacks of experts, and the adapter has "
             f"{len(adapter.shares)} (e.g. {next(iter(adapter.shares))}). Fix: use --format merged."
         )
-    if form == "peft" and adapter.layout.kind == "dora":
+    if form == "peft" and adapter.kind == "dora":
         raise UserError(
             f"--for {name}: PEFT has no DoRA for experts, and {len(adapter.shares)} stacks of experts have some (e.g. "
             f"{next(iter(adapter.shares))}). Fix: use --format merged."
@@ -137,15 +137,15 @@ def _check_experts(name: str, form: str, adapter: AdapterDescription) -> None:
 
 def _check_layers(name: str, adapter: AdapterDescription) -> None:
     """Refuse layers on which the program does not read LoRA, for their rank or their place."""
-    target, layout, paths = TARGETS[name], adapter.layout, list(adapter.scalings or {})
-    others = [path for path in paths if layout.rank_of(path) != layout.rank]
+    target, rank, paths = TARGETS[name], adapter.config.r, list(adapter.scalings or {})
+    others = [path for path in paths if adapter.rank_of(path) != rank]
     outside = [path for path in paths if not any(part.isdecimal() for part in path.split("."))]
     options = " or ".join(_FORMS[each][0] for each in target.loads if each in ("merged", "gguf"))
     faults = []
     if others and not target.reads_other_ranks:
         faults.append(
             f"--for {name}: {target.title} has one rank for an adapter, and {len(others)} of {len(paths)} layers "
-            f"differ: {others[0]} has {layout.rank_of(others[0])}, not {layout.rank}. Fix: use {options}."
+            f"differ: {others[0]} has {adapter.rank_of(others[0])}, not {rank}. Fix: use {options}."
         )
     if outside and not target.reads_head:
         faults.append(f"--for {name}: {target.title} ignores LoRA on {outside[0]}. Fix: use {options}.")
@@ -155,15 +155,15 @@ def _check_layers(name: str, adapter: AdapterDescription) -> None:
 
 def _check_scalings(name: str, adapter: AdapterDescription) -> None:
     """Refuse layers whose LoRA the program would scale by another alpha / rank than training."""
-    target, layout = TARGETS[name], adapter.layout
+    target, config = TARGETS[name], adapter.config
     if target.reads in (None, "patterns"):
         return
     scalings = adapter.scalings or {}
-    ignores = layout.rank_stabilized and not target.reads_rank_stabilized
+    ignores = config.use_rslora and not target.reads_rank_stabilized
 
     def served(path: str) -> float:
-        rank = layout.rank if target.reads == "one_rank" else layout.rank_of(path)
-        return layout.alpha / (math.sqrt(rank) if layout.rank_stabilized and not ignores else rank)
+        rank = config.r if target.reads == "one_rank" else adapter.rank_of(path)
+        return float(config.lora_alpha / (math.sqrt(rank) if config.use_rslora and not ignores else rank))
 
     wrong = [path for path, scaling in scalings.items() if not math.isclose(served(path), scaling, rel_tol=1e-6)]
     if wrong:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from qdora.files.tensor_file import write_tensors
 from qdora.model.experts import peft_swaps, routers
 from qdora.model.inject import adapted_layer, adapted_layers, check_masks, is_linear, most_rank, put_layers
 from qdora.model.language_part import all_paths
-from qdora.model.peft_config import AdapterLayout, adapter_config, parse_adapter_config
+from qdora.model.peft_config import AdapterDescription, adapter_config, parse_adapter_config
 from qdora.model.source import ADAPTER_DIRECTORY
 from qdora.model.trained_embeddings import (
     TrainedMatrix,
@@ -58,21 +58,6 @@ _MAGNITUDE_NOTE = (
     "y = g (x W^T + s (x A^T) B^T) + bias, g = m / ||W + s B A|| per row, W the base dequantised as `base.quant` says; "
     "lora_magnitude_vector is m in float32. For peft_type QDORA_MASKED_LORA B A counts only where W was not pruned."
 )
-
-
-@dataclass(frozen=True)
-class AdapterDescription:
-    """The JSON files of an adapter. All but `layout` are None or empty for an adapter that qdora did not write.
-
-    `shares`: path of each stack of experts -> the factor that its experts share. `base`: name_or_path, revision
-    and quant of the base.
-    """
-
-    layout: AdapterLayout
-    extra: dict[str, Any] | None = None
-    scalings: dict[str, float] | None = None
-    shares: Mapping[str, Share] = field(default_factory=dict)
-    base: Mapping[str, Any] | None = None
 
 
 def save_adapter(
@@ -112,11 +97,13 @@ def save_adapter(
         all_paths(model),
         base_name_or_path=base_name_or_path,
         revision=revision,
-        saved=saved,
-        token_rows={path: matrix.ids for path, matrix in matrices.items() if matrix.ids is not None},
-        ties=bool(saved) and is_tied(model),
         as_parameters=() if next(iter(layers.values())).kind == "dora" else taken_for_experts(model, layers),
     )
+    if saved:
+        config |= {"modules_to_save": sorted(saved)} | ({"ensure_weight_tying": True} if is_tied(model) else {})
+    if len(saved) < len(matrices):
+        rows = {path: list(matrix.ids) for path, matrix in matrices.items() if matrix.ids is not None}
+        config["trainable_token_indices"] = rows
     record = {
         "format": FORMAT,
         "qdora_version": __version__,
@@ -144,40 +131,26 @@ def save_adapter(
 
 
 def describe_adapter(directory: Path) -> AdapterDescription:
-    """Read and check the two JSON files of an adapter.
-
-    Raises UserError with all missing or malformed files and all settings that are not supported.
-    """
+    """Read and check the two JSON files of an adapter. Raises UserError."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory. Fix: name a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
     inside = directory / ADAPTER_DIRECTORY
     if not (directory / CONFIG_FILE).exists() and (inside / CONFIG_FILE).is_file():
         raise UserError(f"adapter.resume_from: {directory} is not an adapter but holds one. Fix: name {inside}.")
-    faults = []
     if not (directory / WEIGHTS_FILE).is_file():
-        advice = (
-            f" {PICKLE_FILE} is a pickle, which can run code when it is read. Fix: load it in PEFT and save it again."
-        )
-        faults.append(f"{directory / WEIGHTS_FILE}: missing.{advice if (directory / PICKLE_FILE).exists() else ''}")
-    layout, record = None, None
-    try:
-        layout = parse_adapter_config(read_json_object(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
-        record = read_json_object(directory / RECORD_FILE) if (directory / RECORD_FILE).exists() else None
-    except UserError as error:
-        faults.extend(error.faults)
-    if record is not None and record.get("format") != FORMAT:
-        faults.append(
-            f"{directory / RECORD_FILE}: format: must be {FORMAT} (got {record.get('format')!r}): "
-            "another version of qdora wrote it."
-        )
-    if faults or layout is None:
-        raise UserError(*faults)
-    if record is None:
-        return AdapterDescription(layout)
+        advice = " A pickle can run code when it is read. Fix: load it in PEFT and save it again."
+        raise UserError(f"{directory / WEIGHTS_FILE}: missing.{advice if (directory / PICKLE_FILE).exists() else ''}")
+    described = parse_adapter_config(read_json_object(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
+    if not (directory / RECORD_FILE).exists():
+        return described
+    record = read_json_object(directory / RECORD_FILE)
+    if record.get("format") != FORMAT:
+        what = f"must be {FORMAT} (got {record.get('format')!r}): another version of qdora wrote it."
+        raise UserError(f"{directory / RECORD_FILE}: format: {what}")
     listed = record.get("layers")
     layers = {path: each for path, each in listed.items() if isinstance(each, dict)} if isinstance(listed, dict) else {}
-    return AdapterDescription(
-        layout,
+    return replace(
+        described,
         extra=record.get("extra"),
         scalings={p: each["scaling"] for p, each in layers.items() if isinstance(each.get("scaling"), (int, float))},
         shares={path: each["share"] for path, each in layers.items() if each.get("share") in ("none", "A", "B")},
@@ -189,11 +162,13 @@ def with_scalings(described: AdapterDescription, directory: Path) -> AdapterDesc
     """The description with the scaling of each layer that the file has, if qdora.json does not say it."""
     if described.scalings is not None:
         return described
-    layout, end = described.layout, ".lora_A.weight"
+    end = ".lora_A.weight"
     with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
         paths = [name[len(_PREFIX) : -len(end)] for name in file.keys() if name.endswith(end)]  # noqa: SIM118
-    shares: dict[str, Share] = {name: "none" for name in layout.parameters if not name.endswith(".weight")}
-    return replace(described, scalings={path: layout.scaling_of(path) for path in paths}, shares=shares)
+    shares: dict[str, Share] = {
+        name: "none" for name in described.config.target_parameters or () if not name.endswith(".weight")
+    }
+    return replace(described, scalings={path: described.scaling_of(path) for path in paths}, shares=shares)
 
 
 def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None) -> dict[str, AdaptedLinear]:
@@ -211,19 +186,19 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     """
     if adapted_layers(model):
         raise ValueError("the model already carries adapters; load_adapter needs the bare base.")
-    layout, stored, matrices = read_adapter(model, directory)
+    described, stored, matrices = read_adapter(model, directory)
     adapted = {}
     for path, found in stored.items():
         layer = adapted_layer(
             model.get_submodule(path),
             share=found.share,
-            kind=layout.kind,
-            rank=layout.rank_of(path),
-            alpha=layout.alpha_of(path),
-            rank_stabilized=layout.rank_stabilized,
-            dropout=layout.dropout,
+            kind=described.kind,
+            rank=described.rank_of(path),
+            alpha=described.alpha_of(path),
+            rank_stabilized=described.config.use_rslora,
+            dropout=described.config.lora_dropout,
             dtype=torch.promote_types(found.lora_A.dtype, found.lora_B.dtype) if dtype is None else dtype,
-            masked=layout.masked,
+            masked=described.masked,
             generator=torch.Generator().manual_seed(0),  # overwritten below; the global generator stays as it is
         )
         with torch.no_grad():
@@ -254,35 +229,39 @@ class StoredLayer:
 
 def read_adapter(
     model: nn.Module, directory: Path
-) -> tuple[AdapterLayout, dict[str, StoredLayer], dict[str, TrainedMatrix]]:
+) -> tuple[AdapterDescription, dict[str, StoredLayer], dict[str, TrainedMatrix]]:
     """The adapter of `directory`: its settings, path -> tensors in model order, path -> trained embedding or head.
 
     Raises as `load_adapter`. A tied head is not listed.
 
     Only names and shapes of `model` are used; it may be on "meta".
     """
-    described = describe_adapter(directory)
-    layout = described.layout
-    linear, faults = _selected(model, layout, str(directory / CONFIG_FILE))
+    described, where = describe_adapter(directory), str(directory / CONFIG_FILE)
+    selected = selected_modules(model, described)
+    linear = {path: module for path, module in selected.items() if is_linear(module)}
+    others = [f"{path} ({type(selected[path]).__name__})" for path in selected.keys() - linear.keys()]
+    faults = []
+    if others:
+        faults.append(f"{where}: target_modules: must select linear layers (got {first_few(sorted(others))}).")
+    if not linear:
+        faults.append(f"{where}: target_modules: matches no linear layer of this model.")
     swapped = {path for path, module in linear.items() if isinstance(module, BareExperts) and peft_swaps(model, path)}
     expected, layer_faults = _expected_shapes(linear, described, directory, swapped)
-    trained, matrix_faults = _trained_shapes(model, layout, str(directory / CONFIG_FILE))
-    layer_faults += matrix_faults
+    trained, matrix_faults = _trained_shapes(model, described, where)
     both = set(linear) & {*trained, *(embedding_paths(model) if trained and is_tied(model) else ())}
-    layer_faults += [f"{directory / CONFIG_FILE}: target_modules: {path} is trained whole or in rows." for path in both]
+    faults += layer_faults + matrix_faults
+    faults += [f"{where}: target_modules: {path} is trained whole or in rows." for path in both]
     expected |= {_matrix_name(path, ids): shape for path, (ids, shape) in trained.items()}
     whole = [path for path, (ids, _) in trained.items() if ids is None]
     expected |= {copy: expected[name] for name, copy in _tied_copies(model, whole).items()}
     tensors, tensor_faults = _read_tensors(directory / WEIGHTS_FILE, expected)
-    tensor_faults += [
-        f"{directory / WEIGHTS_FILE}: {copy} differs from {name}, to which it is tied."
-        for name, copy in _tied_copies(model, whole).items()
-        if not tensor_faults and not torch.equal(tensors[name], tensors[copy])
-    ]
-    if faults or layer_faults or tensor_faults:
-        raise UserError(*faults, *layer_faults, *tensor_faults)
-    if layout.masked:
-        check_masks(linear, str(directory / CONFIG_FILE))
+    if faults or tensor_faults:
+        raise UserError(*faults, *tensor_faults)
+    for name, copy in _tied_copies(model, whole).items():
+        if not torch.equal(tensors[name], tensors[copy]):
+            raise UserError(f"{directory / WEIGHTS_FILE}: {copy} differs from {name}, to which it is tied.")
+    if described.masked:
+        check_masks(linear, where)
     found, places = {}, _places(linear)
     for path, module in linear.items():
         a_name, b_name, m_name = _names(places[path])
@@ -290,7 +269,7 @@ def read_adapter(
         if isinstance(module, BareExperts):
             a, b = _from_peft(a, b, module.num_experts, swapped=path in swapped)
             a, b = _shared(a, b, share, f"{directory / WEIGHTS_FILE}: {path}")
-        found[path] = StoredLayer(a, b, tensors.get(m_name), layout.scaling_of(path), share)
+        found[path] = StoredLayer(a, b, tensors.get(m_name), described.scaling_of(path), share)
     matrices = {}
     for path, (ids, _) in trained.items():
         values = tensors[_matrix_name(path, ids)]
@@ -298,7 +277,7 @@ def read_adapter(
             order = sorted(range(len(ids)), key=ids.__getitem__)
             values, ids = values[order], tuple(ids[index] for index in order)
         matrices[path] = TrainedMatrix(values, ids)
-    return layout, found, matrices
+    return described, found, matrices
 
 
 def factor_tensors(model: nn.Module, b_of: Callable[[AdaptedLinear], Tensor]) -> dict[str, Tensor]:
@@ -397,45 +376,43 @@ def _names(path: str) -> tuple[str, str, str]:
     return *_factor_names(path), _magnitude_name(path)
 
 
-def is_selected(layout: AdapterLayout, path: str, module: nn.Module, *, is_router: bool, is_head: bool) -> bool:
-    """Whether an adapter has the module at a path: a linear layer, a stack of experts, or one that can carry none."""
-    if isinstance(module, BareExperts):
-        return layout.selects_parameter(path)
-    return layout.selects(path, is_linear=is_linear(module) and not is_router, is_head=is_head)
+def selected_modules(
+    model: nn.Module, described: AdapterDescription, original: Callable[[str], str] = str
+) -> dict[str, nn.Module]:
+    """Path -> module that the settings select, in model order; it may be of a kind that carries no adapter.
 
-
-def _selected(model: nn.Module, layout: AdapterLayout, where: str) -> tuple[dict[str, nn.Module], list[str]]:
-    """The linear layers that the settings select, in model order, and faults of the selection."""
+    `original`: path in a shortened model -> path in the whole one.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    left_out = routers(model)
-    selected = {
-        path: module
-        for path, module in model.named_modules()
-        if path and is_selected(layout, path, module, is_router=path in left_out, is_head=module is head)
-    }
-    chosen = {path: module for path, module in selected.items() if is_linear(module)}
-    others = [f"{path} ({type(module).__name__})" for path, module in selected.items() if not is_linear(module)]
-    faults = []
-    if others:
-        faults.append(f"{where}: target_modules: must select linear layers (got {first_few(others)}).")
-    if not chosen:
-        faults.append(f"{where}: target_modules: {layout.targets!r} matches no linear layer of this model.")
-    return chosen, faults
+    left_out, found = routers(model), {}
+    for path, module in model.named_modules():
+        in_all_linear = is_linear(module) and path not in left_out and module is not head
+        if isinstance(module, BareExperts):
+            selected = described.selects_parameter(original(path))
+        else:
+            selected = bool(path) and described.selects(original(path), in_all_linear=in_all_linear)
+        if selected:
+            found[path] = module
+    return found
 
 
 def _trained_shapes(
-    model: nn.Module, layout: AdapterLayout, where: str
+    model: nn.Module, described: AdapterDescription, where: str
 ) -> tuple[dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]], list[str]]:
     """Path -> (ids of the trained rows, or None for all; shape) of trained embeddings and heads, and faults.
 
     PEFT unties a tied head that it does not train in the same way, which is not supported.
     """
     found: dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]] = {}
-    if not layout.saved and not layout.token_rows:
+    config, faults = described.config, []
+    asked: list[tuple[str, str, tuple[int, ...] | None]]
+    asked = [("modules_to_save", name, None) for name in config.modules_to_save or ()]
+    rows = config.trainable_token_indices or {}  # a list is of the input embedding
+    rows = rows if isinstance(rows, dict) else {"": rows}
+    asked += [("trainable_token_indices", name, tuple(ids)) for name, ids in rows.items()]
+    if not asked:
         return found, []
-    known, faults = embedding_paths(model), []
-    asked: list[tuple[str, str, tuple[int, ...] | None]] = [("modules_to_save", name, None) for name in layout.saved]
-    asked += [("trainable_token_indices", name, ids) for name, ids in layout.token_rows.items()]
+    known = embedding_paths(model)
     for setting, name, ids in asked:
         path = known[0] if not name else next((path for path in known if path and f".{path}".endswith(f".{name}")), "")
         if not path:
@@ -451,13 +428,15 @@ def _trained_shapes(
         size, width = weight.shape
         if found.get(path, (ids,))[0] != ids:
             faults.append(f"{where}: {setting}: {name!r} is named twice, for different rows.")
-        if ids is not None and max(ids) >= size:
+        if ids is not None and len(set(ids)) < len(ids):
+            faults.append(f"{where}: {setting}: a token id is there twice.")
+        if ids is not None and max(ids, default=0) >= size:
             what = f"the model has {size} rows, got token {max(ids)}"
             faults.append(f"{where}: {setting}: {what}. Fix: load it with qdora's recipe, which has model.add_tokens.")
         found[path] = ids, (size if ids is None else len(ids), width)
     if is_tied(model) and found:
         settings = {ids for ids, _ in found.values()}
-        if known[0] not in found or len(settings) > 1 or (settings == {None} and not layout.ties):
+        if known[0] not in found or len(settings) > 1 or (settings == {None} and not config.ensure_weight_tying):
             faults.append(
                 f"{where}: {asked[0][0]}: the model's head is its embedding (tied), and the adapter unties them, which "
                 "is not supported."
@@ -474,13 +453,13 @@ def _expected_shapes(
     `swapped` are the stacks of `peft_swaps`. qdora.json repeats the scaling that follows from PEFT's settings, which
     reveals edited or mixed-up files.
     """
-    layout, recorded = described.layout, described.scalings
+    recorded = described.scalings
     shapes: dict[str, tuple[int, ...]] = {}
     too_large, differ = [], []
     places = _places(linear)
     for path, module in linear.items():
         assert isinstance(module, (FrozenLinear, ExpertLinear, nn.Linear))
-        rows, columns, rank = module.out_features, module.in_features, layout.rank_of(path)
+        rows, columns, rank = module.out_features, module.in_features, described.rank_of(path)
         a, b, m = _names(places[path])
         shapes[a], shapes[b], shapes[m] = (rank, columns), (rows, rank), (rows,)
         if isinstance(module, BareExperts):
@@ -488,11 +467,11 @@ def _expected_shapes(
             shapes[m] = (experts, size)
             size, columns = (columns, size) if path in swapped else (size, columns)
             shapes[a], shapes[b] = (experts * rank, columns), (size, rank * experts)
-        if layout.kind != "dora":
+        if described.kind != "dora":
             del shapes[m]
         if rank > most_rank(module):
             too_large.append(f"{path} (rank {rank}, at most {most_rank(module)})")
-        scaling = layout.scaling_of(path)
+        scaling = described.scaling_of(path)
         if recorded is not None and not math.isclose(recorded.get(path, math.nan), scaling, rel_tol=1e-12):
             differ.append(f"{path} ({recorded.get(path)} recorded, {scaling} by {CONFIG_FILE})")
     faults = []

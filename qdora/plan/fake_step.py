@@ -18,12 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qdora.model.adapter_file import is_selected
-from qdora.model.experts import routers
+from qdora.model.adapter_file import selected_modules
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_like, is_linear, linear_layers, replace_module
 from qdora.model.language_part import not_loaded
-from qdora.model.load import Quantization, chosen_layers, dense_dtype, layers_to_quantize, skeleton
-from qdora.model.peft_config import AdapterLayout
+from qdora.model.load import Quantization, block_list, chosen_layers, dense_dtype, layers_to_quantize, skeleton
+from qdora.model.peft_config import AdapterDescription
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
 from qdora.model.text_config import attention_of
@@ -127,23 +126,22 @@ def _mask_of_window(*args: Any, local_size: int | None = None, **kwargs: Any) ->
 
 
 def ranks_of_adapter(
-    layout: AdapterLayout, model: PreTrainedModel, blocks: str | None, kept: Sequence[int] | None
+    adapter: AdapterDescription, model: PreTrainedModel, kept: Sequence[int] | None = None
 ) -> dict[str, int]:
     """Path of a layer in a shortened model -> rank of its adapter in the whole model; only layers that have one.
 
-    `blocks` is the path of the list of blocks, `kept` their numbers in the whole model (None: all).
+    `kept` are the numbers of its blocks in the whole model (None: all).
     """
-    head, left_out = model.get_output_embeddings(), routers(model)
-    ranks = {}
-    for name, module in model.named_modules():
-        original = name
-        if blocks is not None and kept is not None and name.startswith(f"{blocks}."):
-            index, dot, rest = name.removeprefix(f"{blocks}.").partition(".")
-            original = f"{blocks}.{kept[int(index)]}{dot}{rest}"
-        kind = {"is_router": name in left_out, "is_head": module is head}
-        if is_linear(module) and is_selected(layout, original, module, **kind):
-            ranks[name] = layout.rank_of(original)
-    return ranks
+    blocks = block_list(model)
+
+    def original(path: str) -> str:
+        if blocks is None or kept is None or not path.startswith(f"{blocks[0]}."):
+            return path
+        index, dot, rest = path.removeprefix(f"{blocks[0]}.").partition(".")
+        return f"{blocks[0]}.{kept[int(index)]}{dot}{rest}"
+
+    selected = selected_modules(model, adapter, original)
+    return {path: adapter.rank_of(original(path)) for path, module in selected.items() if is_linear(module)}
 
 
 class StepRecorder:

@@ -24,7 +24,7 @@ from qdora.files.environment import cpu_has_bfloat16
 from qdora.memory.activation_offload import pages_bytes
 from qdora.memory.host_residency import Piece, check_host_embedding, obstacle
 from qdora.memory.streaming import NUM_SLOTS, Turns
-from qdora.model.adapter_file import AdapterDescription, describe_adapter
+from qdora.model.adapter_file import describe_adapter
 from qdora.model.build_model import (
     DTYPES,
     find_source,
@@ -38,6 +38,7 @@ from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, linear_layers
 from qdora.model.inplace_outputs import keep_inplace_outputs_
 from qdora.model.load import Quantization, block_list, layers_to_quantize, load_config, quantization_of
+from qdora.model.peft_config import AdapterDescription
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
 from qdora.model.trained_embeddings import extend_vocabulary, train_embeddings
@@ -317,7 +318,7 @@ class _StepPlan:
         found = block_list(self.skeleton)
         pattern = None
         if found is not None:
-            ranks = {} if self.adapter is None else ranks_of_adapter(self.adapter.layout, self.skeleton, None, None)
+            ranks = {} if self.adapter is None else ranks_of_adapter(self.adapter, self.skeleton)
             pattern = find_pattern(
                 [
                     signature(each, (_attention_kind(self.skeleton, index), _ranks_in(ranks, f"{found[0]}.{index}.")))
@@ -466,12 +467,11 @@ class _StepPlan:
         if self.adapter is None:
             put_adapters(model, self.recipe, new_tokens=new_tokens)
             return
-        found = block_list(model)
-        ranks = ranks_of_adapter(self.adapter.layout, model, None if found is None else found[0], kept)
+        ranks = ranks_of_adapter(self.adapter, model, kept)
         settings = self.recipe.adapter
         inject(
             model,
-            kind=self.adapter.layout.kind,
+            kind=self.adapter.kind,
             rank=1,
             dropout=settings.dropout,
             targets=list(ranks),

@@ -97,7 +97,7 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
         base, known = stored, "as the base is stored"
     else:
         base, known = {"quant": "nf4"}, "assumed; --quant changes it"
-    layout, config_of_base = described.layout, load_config(source)
+    config_of_base, lora = load_config(source), described.config
     model = {"source": name, "revision": source.revision}
     model["tokenizer"] = str(adapter.resolve()) if has_tokenizer(adapter) else None
     # Weights that are not quantised stay as the checkpoint has them, which may be finer than bfloat16.
@@ -105,7 +105,12 @@ def adopted_recipe(adapter: Path, base_model: str | None, quant: str | None) -> 
     document = {
         "model": {key: value for key, value in model.items() if value is not None},
         "base": base,
-        "adapter": {name: getattr(layout, name) for name in ("kind", "rank", "alpha", "rank_stabilized")},
+        "adapter": {
+            "kind": described.kind,
+            "rank": lora.r,
+            "alpha": lora.lora_alpha,
+            "rank_stabilized": lora.use_rslora,
+        },
         "data": {"mix": [{"task": task} for task in DEMO_TASKS]},
         "train": {"steps": 1, "batch": 1},
     }
