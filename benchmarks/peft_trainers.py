@@ -1,7 +1,7 @@
 """qdora's layer inside TRL's trainers, beside PEFT's own: the same losses, and magnitudes that move in float32.
 
     pip install trl
-    python benchmarks/peft_trainers.py [--smoke] [--steps 10] [--out benchmarks/results/peft_trainers.json]
+    python benchmarks/peft_trainers.py [--smoke] [--steps 10] [--only exports] [--out results/peft_trainers.json]
 
 A random Llama of two blocks, loaded by transformers in NF4, DoRA of rank 8 on all linear layers, no dropout. Each
 trainer runs with PEFT's layer and with qdora's, which comes in by `qdora.peft.use` on the config, by `patch` with the
@@ -11,14 +11,20 @@ wrong behind it.
 
 Two more runs with `patch`: one that goes on from a checkpoint of its middle, and one in which the model is cast to
 bfloat16 between two steps.
+
+Exports: the builtin model is trained by DPO with PEFT's own layer, and `qdora export` writes its adapter in each form.
+Largest difference of a logit from the trained model in memory, where TRL has made the adapter bfloat16, and from the
+same adapter loaded again by PEFT, in float32. QDORA_LLAMA_CPP names llama.cpp's folder. `--only exports` measures these
+alone and keeps the rest of the file.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,7 +33,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 import trl
-from byte_tokenizer import byte_tokenizer, write_model
+from byte_tokenizer import write_model
 from datasets import Dataset
 from measure import facts, parser_of, write
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -35,6 +41,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BitsAndBytesConfig,
     Trainer,
     TrainerCallback,
@@ -42,6 +49,10 @@ from transformers import (
 )
 
 import qdora.peft
+from qdora.export.export_run import export_run
+from qdora.export.options import ExportOptions
+from qdora.model.load import load_model
+from qdora.model.source import load_tokenizer, resolve
 
 LOSS_TOLERANCE = 5e-3
 SUMS = [(a, b) for a in range(6) for b in range(5)]
@@ -121,7 +132,7 @@ def trainer_of(name: str, source: str, way: str, steps: int, folder: str, **more
         arguments["peft_config"] = qdora.peft.use(adapter) if way == "use" else adapter
     data = Dataset.from_list(ROWS[name])
     return getattr(trl, f"{name}Trainer")(
-        base, args=settings, train_dataset=data, processing_class=byte_tokenizer(), **arguments
+        base, args=settings, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(source), **arguments
     )
 
 
@@ -231,18 +242,71 @@ def cast(source: str) -> dict[str, Any]:
     }
 
 
+# What each form writes; its matrices are float16 unless it says another dtype.
+FORMS: dict[str, dict[str, Any]] = {
+    "merged": {},
+    "merged, float32": {"dtype": "float32"},
+    "nf4-lora": {"format_": "nf4-lora"},
+    "GGUF": {"format_": "gguf"},
+}
+
+
+def exported(source: str, steps: int, forms: Iterable[str]) -> dict[str, Any]:
+    """DPO with PEFT's layer, then each form against the trained model, and against its adapter loaded by PEFT."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = tokenizer(" ".join(row["prompt"] + row["chosen"] for row in PAIRS), return_tensors="pt")["input_ids"]
+
+    @torch.no_grad()
+    def logits(model: Any) -> torch.Tensor:
+        found: torch.Tensor = model.eval()(input_ids=ids.to(model.device)).logits
+        return found.float().cpu()
+
+    def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).abs().max())
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of("DPO", source, "peft", steps, folder, learning_rate=1e-4)
+        trainer.train()
+        trainer.save_model(f"{folder}/adapter")
+        live, base = logits(trainer.model), logits(load(source))
+        again = logits(PeftModel.from_pretrained(load(source), f"{folder}/adapter"))
+        found: dict[str, Any] = {"num_tokens": ids.numel(), "spread_of_logits": float(live.std(dim=-1).mean())}
+        found |= {"adapter_against_base": largest(live, base), "peft_again_against_live": largest(again, live)}
+        for form in forms:
+            out = Path(folder, form)
+            written = export_run(Path(folder, "adapter"), out, ExportOptions(**FORMS[form]))
+            if form == "nf4-lora":
+                theirs = logits(PeftModel.from_pretrained(load(str(out)), str(out / "adapter")))
+            else:
+                file = next((path.name for path in out.glob("*.gguf")), None)
+                theirs = logits(AutoModelForCausalLM.from_pretrained(out, gguf_file=file, dtype=torch.float32))
+            found[form] = {"against_live": largest(theirs, live), "against_peft_again": largest(theirs, again)}
+            found[form]["passed"] = written["verification"]["passed"]
+    return found
+
+
 def main() -> None:
-    parser = parser_of(__doc__, "peft_trainers", smoke="SFT and DPO, three steps")
+    parser = parser_of(__doc__, "peft_trainers", smoke="SFT and DPO, three steps, exports of a random model, no GGUF")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--only", choices=["exports"], help="measure this part and keep the others of the file")
     args = parser.parse_args()
     names, steps = (("SFT", "DPO"), 3) if args.smoke else (tuple(ROWS), args.steps)
-    with tempfile.TemporaryDirectory() as folder:
-        source = write_model(Path(folder))
-        found = {name: compared(name, source, steps) for name in names}
-        more = {"resumed": resumed(source), "cast": cast(source)}
-    versions = {package: importlib.metadata.version(package) for package in ("trl", "peft")}
     command = f"python benchmarks/peft_trainers.py --steps {steps}"
-    write(args.out, {**facts(command), "peers": versions, "tolerance": LOSS_TOLERANCE, "trainers": found, **more})
+    versions = {"peers": {package: importlib.metadata.version(package) for package in ("trl", "peft")}}
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as builtin:
+        source, forms = write_model(Path(folder)), [form for form in FORMS if form != "GGUF" or not args.smoke]
+        if args.only is None:
+            found = {name: compared(name, source, steps) for name in names}
+            result = {**facts(command), **versions, "tolerance": LOSS_TOLERANCE, "trainers": found}
+            result |= {"resumed": resumed(source), "cast": cast(source)}
+        else:
+            result = json.loads(args.out.read_text())
+        if not args.smoke:  # the random model has a tokenizer of bytes, which llama.cpp does not know
+            load_model(resolve("builtin"), quant="none", compute_dtype=torch.float32).save_pretrained(builtin)
+            load_tokenizer(resolve("builtin")).save_pretrained(builtin)
+            source = builtin
+        result["exports"] = {**facts(f"{command} --only exports"), **versions, **exported(source, steps, forms)}
+    write(args.out, result)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,18 @@ def peft_trainers() -> str:
         f"\nLosses of a resumed run equal: {says[document['resumed']['passed']]}. Magnitudes float32, unchanged by a "
         f"cast of the model to bfloat16 between two steps, and trained after it: {says[document['cast']['passed']]}.\n"
     )
-    return markdown(["trainer", "loss, qdora against PEFT", "fast layers", "magnitudes moved"], rows) + note
+    table = markdown(["trainer", "loss, qdora against PEFT", "fast layers", "magnitudes moved"], rows) + note
+    exports = document["exports"]
+    rows = [["PEFT, loaded again", f"{exports['peft_again_against_live']:.1e}", ""]]
+    for form in ("merged", "merged, float32", "nf4-lora", "GGUF"):
+        rows.append([form, *(f"{exports[form][key]:.1e}" for key in ("against_live", "against_peft_again"))])
+    note = (
+        f"\nThe builtin model after ten steps of DPO with PEFT's own layer, exported by qdora: largest difference of a "
+        f"logit, {exports['num_tokens']} tokens. The logits have a standard deviation of "
+        f"{exports['spread_of_logits']:.1f}, and the adapter changes them by up to "
+        f"{exports['adapter_against_base']:.1f}. TRL holds the trained adapter in bfloat16.\n\n"
+    )
+    return table + note + markdown(["exported form", "against the trained model", "against PEFT, float32"], rows)
 
 
 def loss_curve() -> str:
