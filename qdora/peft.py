@@ -7,7 +7,7 @@
     print(qdora.peft.report(model))   # which layers are fast, and why the others are not
 
     python -m qdora.peft llamafactory-cli train qdora.yaml    # patch() in a command and in its processes
-    plugins: [qdora.peft.AxolotlPlugin]                       # in axolotl's YAML; lora_{mlp,qkv,o}_kernel: false
+    plugins: [qdora.peft.AxolotlPlugin]                       # in axolotl's YAML
 
 Config, trainer, files and the LoraLayer interface stay PEFT's. The layer reads the 4-bit base tile by tile and holds
 neither a second output nor a dense weight. Three more things differ:
@@ -231,17 +231,15 @@ def report(model: nn.Module) -> dict[str, LayerReport]:
     for path, layer in _layers(model):
         way = "not changed: call qdora.peft.accelerate(model)"
         if type(layer).forward is Linear4bit.forward:
-            way = (
-                layer.__dict__["_qdora_why"] if "_qdora_why" in layer.__dict__ else _why_not(layer, (), {})
-            ) or "fast"
+            why = layer.__dict__["_qdora_why"] if "_qdora_why" in layer.__dict__ else _why_not(layer, (), {})
+            way = why or "fast"
         row = LayerReport(way, None, None, None)
         name = next((name for name in layer.active_adapters if name in layer.lora_magnitude_vector), None)
         if name is not None:
             m = layer.lora_magnitude_vector[name].weight
             narrow = m.numel() >= 4096 and overrides.pid2config.get(id(m), {}).get("optim_bits") != 32
-            row = LayerReport(
-                way, m.dtype, 8 if narrow else 32, f"{path}.lora_magnitude_vector.{name}.weight" in decayed
-            )
+            decays = f"{path}.lora_magnitude_vector.{name}.weight" in decayed
+            row = LayerReport(way, m.dtype, 8 if narrow else 32, decays)
         rows[path] = row
     return rows
 
@@ -252,7 +250,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found, unused-ignore]
 
-    return type(name, (BasePlugin,), {"pre_model_load": lambda self, cfg: patch()})
+    off = {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o")}  # on by default; they call no layer of PEFT
+    hooks = {"register": lambda self, cfg: cfg.update(off), "pre_model_load": lambda self, cfg: patch()}
+    return type(name, (BasePlugin,), hooks)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -386,23 +386,33 @@ class QuantizationMethod(str, Enum):
 def accepts(method):
     return method == QuantizationMethod.BNB
 """
+AXOLOTL = """
+def prepare_plugins(cfg):
+    print("plugins", *cfg["plugins"])
+def load_cfg(cfg):
+    prepare_plugins(cfg)
+"""
 GRANDCHILD = """
 import importlib.util
 importlib.util.find_spec("peft")  # as transformers asks
+import axolotl.cli.config
 import llamafactory.model.adapter as adapter
 from peft.tuners.lora.bnb import Linear4bit
 print("method of", Linear4bit.forward.__module__, adapter.accepts("bitsandbytes"))
+axolotl.cli.config.load_cfg({"plugins": ["users.Plugin"]})
+axolotl.cli.config.load_cfg({})
 """
 CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {GRANDCHILD!r}], check=True)"
 
 
 def test_the_launcher_patches_a_child_of_a_child(tmp_path: Path) -> None:
-    package = tmp_path / "llamafactory" / "model"
-    package.mkdir(parents=True)
-    (package / "adapter.py").write_text(LLAMA_FACTORY)
+    for name, source in (("llamafactory/model/adapter", LLAMA_FACTORY), ("axolotl/cli/config", AXOLOTL)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / f"{name}.py").write_text(source)
     (tmp_path / "sitecustomize.py").write_text("print('the existing sitecustomize')")
     ran = python("-m", "qdora.peft", sys.executable, "-c", CHILD, paths=f"{tmp_path}:{ROOT}", cwd=tmp_path)
     assert "method of qdora.peft True" in ran.stdout
+    assert "plugins users.Plugin qdora.peft.AxolotlPlugin\nplugins qdora.peft.AxolotlPlugin\n" in ran.stdout
     assert ran.stdout.count("the existing sitecustomize") == 2  # of the child and of its child
     said = [line for line in ran.stderr.splitlines() if line.startswith("qdora.peft:")]
     assert len(said) == 2
@@ -431,11 +441,14 @@ def test_two_processes_train_as_with_pefts_layer() -> None:
         assert losses[0] != losses[-1]
 
 
-def test_axolotls_plugin_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_axolotls_plugin_patches_and_turns_fused_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
         monkeypatch.setitem(sys.modules, name, type(sys)(name))
     sys.modules["axolotl.integrations.base"].BasePlugin = type("BasePlugin", (), {})
     plugin = qdora.peft.AxolotlPlugin()
+    config = {"lora_qkv_kernel": True}
+    plugin.register(config)
+    assert config == {"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False}
     unpatch()
     plugin.pre_model_load({})
     assert peft_bnb.Linear4bit.forward is qdora.peft.Linear4bit.forward

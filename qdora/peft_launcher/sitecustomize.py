@@ -35,10 +35,22 @@ def _mend_llama_factory(module: ModuleType) -> None:
         _say("LLaMA-Factory's check of DoRA's base takes bitsandbytes")
 
 
+def _add_axolotl_plugin(module: ModuleType) -> None:
+    """qdora's turns off axolotl's fused kernels, which would run in place of PEFT's layers."""
+    prepare = module.prepare_plugins
+
+    def prepare_with_ours(cfg: Any) -> None:
+        cfg["plugins"] = [*(cfg.get("plugins") or []), "qdora.peft.AxolotlPlugin"]
+        prepare(cfg)
+
+    module.prepare_plugins = prepare_with_ours  # type: ignore[attr-defined]
+
+
 _CALLS: dict[str, Callable[[Any], None]] = {
     "peft": _load_qdora,
     "qdora.peft": _patch,
     "llamafactory.model.adapter": _mend_llama_factory,
+    "axolotl.cli.config": _add_axolotl_plugin,
 }
 
 
