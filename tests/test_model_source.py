@@ -82,6 +82,12 @@ def test_an_empty_directory_has_both_faults(tmp_path: Path) -> None:
     assert "no model.safetensors" in caught.value.faults[1]
 
 
+def test_a_directory_of_a_gguf_file_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(UserError, match=r"has no config\.json but a GGUF file\. Fix: name .*/m\.gguf\.$"):
+        resolve(str(tmp_path))
+
+
 def test_tokenizer_only_directory_is_enough_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert resolve(str(tmp_path), weights=False).kind == "directory"

@@ -173,6 +173,8 @@ def check_directory(path: Path, *, weights: bool = True, setting: str = "model.s
             if setting == "model.source":
                 fix = "name the base model here, and the adapter in adapter.resume_from"
             raise UserError(f"{setting}: {path} holds an adapter, not a model. Fix: {fix}.")
+        if gguf := sorted(path.glob("*.gguf")):  # transformers' gguf_file=, whose adapters name the directory
+            raise UserError(f"{setting}: {path} has no config.json but a GGUF file. Fix: name {gguf[0]}.")
         faults.append(f"{setting}: {path} has no config.json.{nearest_entry(path, 'config.json')}")
     else:
         faults.extend(_quantization_faults(path / "config.json"))
