@@ -50,7 +50,16 @@ from tables.times import (
     step_time,
     wait_policy,
 )
-from tables.training import loss_curve, magnitudes, peft_interop, peft_trainers, quickstart, real_data, router_loss
+from tables.training import (
+    foreign_trainers,
+    loss_curve,
+    magnitudes,
+    peft_interop,
+    peft_trainers,
+    quickstart,
+    real_data,
+    router_loss,
+)
 from tables.upcycling import expert_upcycling, upcycled_mixture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +77,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "router_loss": router_loss,
     "peft_interop": peft_interop,
     "peft_trainers": peft_trainers,
+    "foreign_trainers": foreign_trainers,
     "load_memory": load_memory,
     "architectures": architectures,
     "mixtures": mixtures,

@@ -131,20 +131,24 @@ def peft_interop() -> str:
 
 
 def peft_trainers() -> str:
-    """The layer inside TRL's trainers: the largest of its three ways in; a resumed run and a cast one."""
-    document, rows = read("peft_trainers"), []
-    for trainer, found in document["trainers"].items():
-        ours = [found[way] for way in ("use", "patch", "accelerate")]
-        difference = max(each["largest_difference_of_loss"] for each in ours)
-        moved = min(each["share_of_magnitudes_moved"] for each in ours)
-        fast = {f"{each['num_fast']} of {each['num_layers']}" for each in ours}
-        rows.append([trainer, f"{difference:.1e}", ", ".join(sorted(fast)), f"{moved:.0%}"])
+    """The layer inside TRL's trainers: the largest of its three ways in, by version; a resumed run and a cast one."""
+    document, older = read("peft_trainers"), read("peft_trainers_trl_1_14")
+    header = ["trainer", *(f"loss, TRL {each['peers']['trl']}" for each in (document, older))]
+    rows = []
+    for trainer in document["trainers"]:
+        ours = [
+            [each["trainers"][trainer][way] for way in ("use", "patch", "accelerate")] for each in (document, older)
+        ]
+        differences = [max(each["largest_difference_of_loss"] for each in runs) for runs in ours]
+        moved = min(each["share_of_magnitudes_moved"] for runs in ours for each in runs)
+        fast = {f"{each['num_fast']} of {each['num_layers']}" for runs in ours for each in runs}
+        rows.append([trainer, *(f"{each:.1e}" for each in differences), ", ".join(sorted(fast)), f"{moved:.0%}"])
     says = {True: "yes", False: "no"}
     note = (
         f"\nLosses of a resumed run equal: {says[document['resumed']['passed']]}. Magnitudes float32, unchanged by a "
         f"cast of the model to bfloat16 between two steps, and trained after it: {says[document['cast']['passed']]}.\n"
     )
-    table = markdown(["trainer", "loss, qdora against PEFT", "fast layers", "magnitudes moved"], rows) + note
+    table = markdown([*header, "fast layers", "magnitudes moved"], rows) + note
     exports = document["exports"]
     rows = [["PEFT, loaded again", f"{exports['peft_again_against_live']:.1e}", ""]]
     for form in ("merged", "merged, float32", "nf4-lora", "GGUF"):
@@ -156,6 +160,23 @@ def peft_trainers() -> str:
         f"{exports['adapter_against_base']:.1f}. TRL holds the trained adapter in bfloat16.\n\n"
     )
     return table + note + markdown(["exported form", "against the trained model", "against PEFT, float32"], rows)
+
+
+def foreign_trainers() -> str:
+    """The layer inside other programs, by the way in."""
+    rows = []
+    for trainer, found in read("foreign_trainers")["trainers"].items():
+        versions = found["versions"]
+        for way, processes in found["processes"].items():
+            if not way.startswith("peft"):
+                difference = max(each["largest_difference_of_loss"] for each in processes)
+                fast = " + ".join(f"{each['num_fast']} of {each['num_layers']}" for each in processes)
+                moved = min(each["share_of_magnitudes_moved"] for each in processes)
+                dtypes = sorted({dtype for each in processes for dtype in each["magnitude_dtypes"]})
+                magnitudes = f"{moved:.0%}, {', '.join(dtypes).replace('torch.', '')}"
+                name = f"{trainer} {versions[trainer]}, PEFT {versions['peft']}"
+                rows.append([name, way, f"{difference:.1e}", fast, magnitudes])
+    return markdown(["trainer", "way in", "loss, qdora against PEFT", "fast layers", "magnitudes moved"], rows)
 
 
 def loss_curve() -> str:
