@@ -395,7 +395,8 @@ def _sort(layer: Any, name: str, weight: PackedWeight, dtype: torch.dtype) -> _S
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
     shapes, dtypes = (weight.shape, a.shape), (dtype, a.dtype, b.dtype)
-    return _Sort(weight.kind, weight.block_size, shapes, dtypes, a.device, float(layer.scaling[name]), dropout)
+    scaling = float(layer.scaling[name])
+    return _Sort(weight.kind, weight.block_size, shapes, dtypes, device=a.device, scaling=scaling, dropout=dropout)
 
 
 def _product(layer: Any, base: Any, x: Tensor) -> Tensor:
