@@ -45,7 +45,11 @@ def study_without_data(grid: Path, folder: Path) -> Expander:
     return Expander(load_study(folder / "grid.yaml"))
 
 
-@pytest.mark.parametrize("grid", [RESULTS / "grid.yaml", BENCHMARKS / "grids/compressed.yaml"], ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [RESULTS / "grid.yaml", pytest.param(BENCHMARKS / "grids/compressed.yaml", marks=pytest.mark.slow)],
+    ids=lambda path: path.parent.name,
+)
 def test_every_committed_cell_is_done(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     cells, keys = committed_cells(), json.loads(KEYS.read_text())

@@ -117,7 +117,7 @@ HANGS = [
     pytest.param(0, stop, "replicate", marks=pytest.mark.slow),
     pytest.param(0, spin, "replicate", marks=pytest.mark.slow),
     pytest.param(1, stop, "shard", marks=[pytest.mark.slow, tiny_sharded.needs_division]),
-    pytest.param(1, spin, "shard", marks=tiny_sharded.needs_division),
+    pytest.param(1, spin, "shard", marks=[tiny_sharded.needs_division, pytest.mark.slow]),
     pytest.param(0, stop, "shard", marks=[pytest.mark.slow, tiny_sharded.needs_division]),
 ]
 
