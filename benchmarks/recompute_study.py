@@ -105,6 +105,7 @@ class Arm:
         self.name, self.context, self.is_interior = name, dict(context), cell["is_interior"]
         self.is_dense = cell["base_key"] == cell["dense_key"]
         self.cells: dict[str, Mapping[str, Any]] = {}
+        self.planned: list[str] = []
         self.num_missing = 0
 
 
@@ -124,7 +125,7 @@ class KeptStudy:
         self.axes = [axis for axis in self.study["product"] if axis != self.arm_axis]
         self.searched = self.study.get("rates") is not None
         self.halves = self.searched and self.compare["split"] == "halves"
-        self.further = set(map(str, (self.study.get("more_seeds") or {}).get("seeds", ())))
+        self.first = set(map(str, self.study.get("seeds", (0, 1, 2))))
         self.arms = self._arms(document["cells"], "trained")
         self.transplants = self._arms(document["cells"], "transplant")
         self.reference = self.compare["reference"]
@@ -150,10 +151,11 @@ class KeptStudy:
                 context = {axis: labels[axis] for axis in self.axes if axis in labels}
                 key = (labels[self.arm_axis], json.dumps(context))
                 arm = found.setdefault(key, Arm(labels[self.arm_axis], context, cell))
+                arm.planned.append(labels["seed"])
                 if each["result"] is not None:
                     arm.cells[labels["seed"]] = each
-                elif labels["seed"] not in self.further:
-                    arm.num_missing += 1
+        for arm in found.values():
+            arm.num_missing = sum(seed not in arm.cells for seed in self.first_of(arm.planned))
         return [arm for arm in found.values() if arm.cells]
 
     def examples(self, cell: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
@@ -294,7 +296,7 @@ class KeptStudy:
         return trained
 
     def _numbers(self, terms: Sequence[Term], alpha: float) -> Numbers:
-        shared = sorted(shared_seeds(terms), key=self.further.__contains__)
+        shared = sorted(shared_seeds(terms), key=lambda seed: seed not in self.first)
         sign = -1.0 if self.metric in LOWER_IS_BETTER else 1.0
         values = [
             sign * sum(f * (self.value(arm.cells[seed]) - self.value(other.cells[seed])) for f, arm, other in terms)
@@ -319,8 +321,12 @@ class KeptStudy:
         return any("diverged" in arm.cells[seed]["result"] for _, *pair in terms for arm in pair for seed in seeds)
 
     def num_first(self, seeds: Iterable[str]) -> int:
-        """How many of these seeds are not further ones: they alone tell the spread (Stein, 1945)."""
-        return sum(seed not in self.further for seed in seeds)
+        """How many of these seeds are not later ones: they alone tell the spread (Stein, 1945)."""
+        return len(self.first_of(seeds))
+
+    def first_of(self, seeds: Iterable[str]) -> list[str]:
+        every = list(seeds)
+        return [seed for seed in every if seed in self.first] or every
 
     def _over_examples(self, terms: Sequence[Term], seeds: Sequence[str]) -> tuple[float, float]:
         """Standard error over the examples alone, stratified by task, and Satterthwaite's degrees of freedom."""
@@ -389,9 +395,9 @@ class KeptStudy:
         return found
 
     def _losses(self, arm: Arm, other: Arm) -> dict[str, float]:
-        """Seed -> how much worse one arm is than another; further seeds come last."""
+        """Seed -> how much worse one arm is than another; later seeds come last."""
         sign = 1.0 if self.metric in LOWER_IS_BETTER else -1.0
-        shared = sorted((seed for seed in arm.cells if seed in other.cells), key=self.further.__contains__)
+        shared = sorted((seed for seed in arm.cells if seed in other.cells), key=lambda seed: seed not in self.first)
         return {seed: sign * (self.value(arm.cells[seed]) - self.value(other.cells[seed])) for seed in shared}
 
 

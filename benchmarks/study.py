@@ -78,7 +78,6 @@ def smoke_grid(document: dict[str, Any], directory: Path) -> dict[str, Any]:
         "product": product,
         "seeds": [0, 1, 2],
         "stages": stages,
-        "more_seeds": None,
         "rates": SMOKE_RATES | {"like": {"adapter": {"DoRA, masked": "DoRA"}, "base": {"nf4": "16 bits"}}},
         "compare": document["compare"] | {"primary": {"over": over, "beyond": over | {"minus": {"base": "16 bits"}}}},
     }

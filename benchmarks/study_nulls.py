@@ -26,7 +26,7 @@ from measure import facts, parser_of, write
 
 from qdora.evaluation.example_intervals import Array, Spread, TaskScores
 from qdora.recipe.section import with_settings
-from qdora.study.compare import Arm, Results, comparisons, find_arms, quality, wide_pairs
+from qdora.study.compare import Arm, Results, comparisons, find_arms, quality
 from qdora.study.grid import Study, study_from
 from qdora.study.repair import damage_row, repair_row
 from qdora.study.study_directory import StudyDirectory
@@ -223,7 +223,7 @@ def _names(task: int, block: int, number: int) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=8)
-def _study(bases: int, seeds: int, more: int) -> Study:
+def _study(bases: int, seeds: int) -> Study:
     """A study file of the scenario; only what the comparison reads matters."""
     names = {DENSE: {"base.quant": "none"}} | {f"base {index}": {"base.quant": "nf4"} for index in range(bases)}
     document: dict[str, Any] = {
@@ -238,8 +238,6 @@ def _study(bases: int, seeds: int, more: int) -> Study:
             "primary": {"over the compressed bases": {"over": {"base": [name for name in names if name != DENSE]}}},
         },
     }
-    if more:
-        document["more_seeds"] = {"seeds": list(range(seeds, seeds + more)), "half_width": ZONE}
     return study_from(document)
 
 
@@ -254,7 +252,7 @@ class _Simulated:
         self, scenario: Scenario, store: StudyDirectory, draw: np.random.Generator, *, with_repair: bool
     ) -> None:
         self.scenario, self.draw, self.with_repair = scenario, draw, with_repair
-        self.results = Results(store, _study(scenario.bases, scenario.seeds, scenario.more_seeds))
+        self.results = Results(store, _study(scenario.bases, scenario.seeds))
         self.shape = (scenario.tasks, scenario.examples)
         self.cells: list[dict[str, Any]] = []
         self.bases = [DENSE, *(f"base {index}" for index in range(scenario.bases))]
@@ -272,13 +270,11 @@ class _Simulated:
 
     def arms(self) -> list[Arm]:
         """Of the cells that the study runs: those of further seeds only where intervals are wide."""
-        study = self.results.study
-        if study.more_seeds is None:
+        if not self.scenario.more_seeds:
             return find_arms(self.cells, self.results)
-        first = {str(seed) for seed in study.seeds}
-        cells = [cell for cell in self.cells if cell["labels"].get("seed", "0") in first]
-        found = wide_pairs(find_arms(cells, self.results), self.results, study.more_seeds)
-        wide = [arm.context["base"] for arm, _ in found]
+        cells = [cell for cell in self.cells if int(cell["labels"].get("seed", "0")) < self.scenario.seeds]
+        rows = comparisons(find_arms(cells, self.results), self.results, ["nll_per_token"], cells)
+        wide = [row["base"] for row in rows if row["role"] == "exploratory" and row["half_width"] > ZONE]
         more = [cell for cell in self.cells if cell not in cells and cell["labels"]["base"] in wide]
         return find_arms([*cells, *more], self.results)
 

@@ -89,18 +89,19 @@ def test_it_agrees_in_other_metrics_and_weights(tmp_path: Path, compare: dict[st
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_it_agrees_on_intervals_with_further_seeds(tmp_path: Path) -> None:
-    more = {"seeds": [4, 5], "half_width": 1e-6}
-    stages = [{"name": "main"}, {"name": "moved", "cells": {"base.quant": ["nf4"]}, "kind": "transplant"}]
+def test_it_agrees_on_intervals_with_later_seeds(tmp_path: Path) -> None:
+    later = [0, 1, 2, 3, 4, 5]
+    stages = [{"name": "main"}, {"name": "more", "cells": {"seed": later}}]
+    stages.append({"name": "moved", "cells": {"base.quant": ["nf4"], "seed": later}, "kind": "transplant"})
     product = fake_study.DOCUMENT["product"] | {"base.quant": ["none", "nf4"]}
-    made = fake_study.make(tmp_path / "made", product=product, more_seeds=more, stages=stages)
+    made = fake_study.make(tmp_path / "made", product=product, stages=stages)
     folder = kept(tmp_path, made)
     run = recomputed(folder)
     assert run.returncode == 0, run.stdout + run.stderr
     with (folder / "comparisons.csv").open(newline="") as stream:
         assert {row["num_seeds"] for row in csv.DictReader(stream)} == {"6"}
     document = json.loads(lzma.decompress((folder / "scores.json.xz").read_bytes()))
-    del document["study"]["more_seeds"]  # as if all six seeds had been planned
+    document["study"]["seeds"] = later  # as if all six had been planned
     (folder / "scores.json.xz").write_bytes(lzma.compress(json.dumps(document).encode()))
     assert recomputed(folder).returncode == 1
 

@@ -257,13 +257,6 @@ def test_magnitudes_are_set_back_in_the_adapter_of_the_same_arm(tmp_path: Path) 
             expander(tmp_path, stages=stages)
 
 
-def test_further_seeds_run_where_intervals_are_wide(tmp_path: Path) -> None:
-    made = expander(tmp_path, more_seeds={"seeds": [3, 4], "half_width": 0.02})
-    found = made.now(learnt({"lora": 4e-4, "dora": 4e-4}), is_wide=lambda labels: labels["base.quant"] == "nf4")
-    seeds = labels([cell for cell in found.cells if cell.kind == "trained"], "base.quant", "seed")
-    assert seeds == {("none", seed) for seed in "012"} | {("nf4", seed) for seed in "01234"}
-
-
 def test_bases_are_added_where_the_grid_has_none(tmp_path: Path) -> None:
     product = {"base.quant": ["nf4", "int8"], "adapter": {"dora": {}}}
     cells = study(tmp_path, product=product)
@@ -410,10 +403,6 @@ def test_a_huge_file_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({}, None),
         ({"rates": None}, "the learning rates are not searched (rates)"),
         ({"seeds": [0, 1]}, "there are only 2 of 3 (compare.min_seeds) seeds"),
-        (
-            {"seeds": [0, 1], "more_seeds": {"seeds": [8], "half_width": 0.01}},
-            None,
-        ),
         ({"stages": [{"name": "few", "cells": {"seed": 0}}]}, "there are only 1 of 3 (compare.min_seeds) seeds"),
         (
             {"stages": [{"name": name, "cells": {"seed": seeds}} for name, seeds in (("a", [0, 1]), ("b", [2, 3]))]},
@@ -493,40 +482,6 @@ FAULTS = [
     ),
     ({"product": {"adapter": {"dora": {}}, "seed": [0]}}, "product.seed: is not an axis", "give the seeds in seeds"),
     ({"rates": {"values": [1, 2, 3]}}, "product.train.lr: is not an axis with rates", "remove one of them"),
-    (
-        {"more_seeds": {"seeds": [7], "half_width": 0.1, "stage": "x"}},
-        "more_seeds.stage: must be a stage that trains, got 'x'",
-        "allowed: ",
-    ),
-    (
-        {
-            "stages": [{"name": "back", "kind": "set_back"}, {"name": "main"}],
-            "more_seeds": {"seeds": [7], "half_width": 0.1},
-        },
-        "more_seeds.stage: must be a stage that trains, got 'back'",
-        "allowed: main",
-    ),
-    (
-        {
-            "stages": [{"name": "main"}, {"name": "map", "cells": {"seed": [0, 7]}}],
-            "more_seeds": {"seeds": [7], "half_width": 0.1},
-        },
-        "more_seeds.seeds: must be seeds of their own, got 7",
-        "which is also in stages[].cells.seed",
-    ),
-    (
-        {"seeds": [0], "more_seeds": {"seeds": [7], "half_width": 0.1}},
-        "more_seeds.seeds: must be those of a stage with 2 seeds or more",
-        "got 1 seed (stage 'main').",
-    ),
-    (
-        {
-            "stages": [{"name": "main"}, {"name": "map", "cells": {"seed": 7}}],
-            "more_seeds": {"seeds": [8], "half_width": 0.1, "stage": "map"},
-        },
-        "more_seeds.seeds: must be those of a stage with 2 seeds or more",
-        "got 1 seed (stage 'map').",
-    ),
     (
         {"compare": {"primary": {"all": {"over": {"base.quant": "nf5"}}}}},
         "compare.primary.all.over.base.quant: must be a value of that axis, got 'nf5'",

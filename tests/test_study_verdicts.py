@@ -12,10 +12,9 @@ import pytest
 from scipy import stats
 
 from qdora.errors import UserError
-from qdora.study.cells import Cell, Expander
+from qdora.study.cells import Cell
 from qdora.study.compare import Arm, Results, named_comparisons
 from qdora.study.grid import load_study, study_from
-from qdora.study.outlook import planned_cells
 from qdora.study.report import read_report
 from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory, read_index
@@ -237,18 +236,18 @@ def test_an_unfinished_search_is_not_one_that_diverged(tmp_path: Path) -> None:
     assert not [text for text in report.verdict if "at every learning rate" in text]
 
 
-def test_further_seeds_are_run_where_the_interval_is_wide(tmp_path: Path) -> None:
+def test_seeds_that_only_a_stage_names_narrow_an_interval_by_the_spread_of_the_first_ones(tmp_path: Path) -> None:
     def nll(cell: Cell) -> float:
         wobble = 0.1 * (-1) ** cell.recipe.train.seed if cell.recipe.adapter.kind == "dora" else 0.0
         return fake_study.truth(cell) + (wobble if cell.recipe.base.quant == "fp4" and cell.kind == "trained" else 0.0)
 
-    more = {"seeds": [4, 5], "half_width": 0.05}
-    made = fake_study.make(tmp_path, nll=nll, more_seeds=more)
+    stages = [{"name": "main"}, {"name": "more", "cells": {"base.quant": "fp4", "seed": [4, 5]}}]
+    made = fake_study.make(tmp_path, nll=nll, stages=stages)
     report = read_report(made)
     assert {quant: compared(report, quant)["num_seeds"] for quant in fake_study.LOST} == {
         "none": 4,
         "int8": 4,
-        "nf4": 4,  # decided, but that has no part in it
+        "nf4": 4,
         "fp4": 6,
     }
     wide = compared(report, "fp4")
@@ -268,33 +267,6 @@ def test_further_seeds_are_run_where_the_interval_is_wide(tmp_path: Path) -> Non
             (made / "results" / f"{cell['key']}.json").unlink()
     row = compared(read_report(made), "fp4")  # while they are open
     assert (row["num_seeds"], row["num_missing"], row["reason"]) == (4, 0, "")
-    expander, store = Expander(load_study(tmp_path / "study.yaml")), StudyDirectory(made)
-    planned = planned_cells(expander, Results(store, expander.study)).cells  # as --dry-run tells them
-    open_ = [(cell.labels["adapter"], cell.labels["seed"]) for cell in planned if not store.is_done(cell.key)]
-    assert sorted(open_) == [("dora", "4"), ("dora", "5"), ("lora", "4"), ("lora", "5")]
-
-
-def test_further_seeds_are_not_run_for_an_arm_of_another_stage(tmp_path: Path) -> None:
-    def nll(cell: Cell) -> float:
-        wobble = 0.2 * (-1) ** cell.recipe.train.seed if cell.labels.get("adapter") == "odd" else 0.0
-        return fake_study.truth(cell) + (wobble if cell.kind == "trained" else 0.0)
-
-    adapters = fake_study.DOCUMENT["product"]["adapter"] | {"odd": {"adapter.kind": "dora", "adapter.rank": 8}}
-    made = fake_study.make(
-        tmp_path,
-        nll=nll,
-        product={"base.quant": ["nf4"], "adapter": adapters},
-        stages=[
-            {"name": "main", "cells": {"adapter": ["lora", "dora"]}},
-            {"name": "odd", "cells": {"adapter": "odd", "seed": [0, 1, 2]}},
-        ],
-        more_seeds={"seeds": [4, 5], "half_width": 0.05},
-        bases=False,
-    )
-    report = read_report(made)
-    (odd,) = rows(report, "comparisons", arm="odd", measure="nll_per_token")
-    assert odd["half_width"] > 0.05
-    assert [row["num_seeds"] for row in rows(report, "arms", kind="trained")] == [4, 4, 3]
 
 
 def test_the_best_rate_of_an_accuracy_is_that_of_the_highest(tmp_path: Path) -> None:
@@ -321,36 +293,6 @@ def test_the_best_rate_of_an_accuracy_is_that_of_the_highest(tmp_path: Path) -> 
         scored = json.loads((made / "cells" / key / "eval/step-1.json").read_text())["per_example"]
         right = [row["acc"] for row in scored if "acc" in row and half_of(f"{row['id']}#1") == "choose"]
         assert results.loss(key) == pytest.approx(-sum(right) / len(right), rel=1e-12)
-
-
-def test_further_seeds_are_those_of_the_two_arms_whose_interval_is_wide(tmp_path: Path) -> None:
-    """The reference is the first arm of the study file, which must be trained in the same stage."""
-
-    def nll(cell: Cell) -> float:
-        wobble = 0.2 * (-1) ** cell.recipe.train.seed if cell.labels.get("adapter") == "odd" else 0.0
-        return fake_study.truth(cell) + (wobble if cell.kind == "trained" else 0.0)
-
-    adapters = fake_study.DOCUMENT["product"]["adapter"] | {"odd": {"adapter.kind": "dora", "adapter.rank": 8}}
-
-    def num_seeds(folder: str, first: list[str]) -> dict[str, int]:
-        made = fake_study.make(
-            tmp_path / folder,
-            nll=nll,
-            product={"base.quant": ["nf4"], "adapter": adapters},
-            compare={},
-            stages=[
-                {"name": "first", "cells": {"adapter": first}},
-                {"name": "all", "cells": {"adapter": ["dora", "odd", "lora"]}},
-            ],
-            more_seeds={"seeds": [4, 5], "half_width": 0.05, "stage": "all" if len(first) < 3 else "first"},
-            bases=False,
-        )
-        found = [cell for cell in read_index(made)["cells"] if cell["kind"] == "trained"]
-        return {name: sum(cell["labels"]["adapter"] == name for cell in found) for name in adapters}
-
-    assert num_seeds("one stage", ["lora", "dora", "odd"]) == {"lora": 6, "dora": 4, "odd": 6}
-    with pytest.raises(UserError, match=r"more_seeds.stage: must train lora, .*, got 'all' with dora, odd\."):
-        num_seeds("two stages", ["lora"])
 
 
 def test_the_reference_is_told_by_the_study_file_and_not_by_what_is_finished(tmp_path: Path) -> None:

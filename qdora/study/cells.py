@@ -25,10 +25,8 @@ from qdora.study.grid import (
     Study,
     choices,
     combinations,
-    further_seeds,
     in_words,
     label_of,
-    stage_with_more_seeds,
 )
 from qdora.study.rates import RateRun, Search, search
 
@@ -120,7 +118,6 @@ CellLoss = Callable[[Cell], float | None]
 """Validation loss of a run that looks for a rate: inf if it diverged, None if it has no result."""
 HasAdapter = Callable[[Cell], bool | None]
 """Whether a cell left an adapter: False if it diverged, None if it has no result."""
-IsWide = Callable[[Mapping[str, str]], bool]
 
 
 @dataclass(frozen=True)
@@ -155,35 +152,13 @@ class Expander:
         self.study = self._with_reference()
 
     def _with_reference(self) -> Study:
-        """The study with the arm that others are compared with: as it says, or the first one with training.
-
-        UserError: the arms that are to get further seeds are not compared with it.
-        """
-        study, compare = self.study, self.study.compare
+        """The study with the arm that others are compared with: as it says, or the first one with training."""
+        compare = self.study.compare
         trained = [arm for arm in self.arms if arm.stage.kind == "train" and not self._is_bare(arm)]
         reference = compare.reference or next((arm.labels[compare.arm] for arm in trained), None)
-        if study.more_seeds is not None and trained:
-            stage = stage_with_more_seeds(study)
-            there: dict[str, set[str]] = {}
-            for arm in trained:
-                if arm.stage.name == stage:
-                    context = in_words({axis: label for axis, label in arm.labels.items() if axis != compare.arm})
-                    there.setdefault(context, set()).add(arm.labels[compare.arm])
-            if not any(reference in names and len(names) > 1 for names in there.values()):
-                names = sorted(set().union(*there.values()))
-                raise UserError(
-                    f"{self.file}: more_seeds.stage: must train {reference}, which others are compared with, beside "
-                    f"another arm, with seeds of its own, got {stage!r} with {', '.join(names) or 'no arm'}. "
-                    "Fix: train both in one stage, or set compare.reference."
-                )
-        return with_settings(study, compare={"reference": reference})
+        return with_settings(self.study, compare={"reference": reference})
 
-    def now(
-        self,
-        loss: CellLoss = lambda _: None,
-        has_adapter: HasAdapter = lambda _: None,
-        is_wide: IsWide = lambda _: False,
-    ) -> Cells:
+    def now(self, loss: CellLoss = lambda _: None, has_adapter: HasAdapter = lambda _: None) -> Cells:
         """The cells as far as the results tell them; without arguments those that the study begins with.
 
         They are in the order in which they run. Within a stage all arms have a seed before any has the next one, so a
@@ -192,7 +167,6 @@ class Expander:
         Args:
             loss: Validation losses of the runs that look for rates.
             has_adapter: Of the cells whose adapters are transplanted.
-            is_wide: Whether an arm, by its labels without the seed, gets the study's further seeds.
         """
         bases, uncompressed, equal = self._base_cells()
         searches: dict[str, tuple[Labels, Search, list[Cell]]] = {}
@@ -206,8 +180,7 @@ class Expander:
             found = self._search(arm, searches, loss)
             if found is not None and found.is_done and found.rate is None:
                 continue  # every rate diverged
-            further = further_seeds(self.study, arm.stage.name) if is_wide(arm.labels) else ()
-            for number, seed in enumerate((*arm.seeds, *further)):
+            for number, seed in enumerate(arm.seeds):
                 cell = self._cell(arm, seed, found, trained)
                 if cell is not None and cell.adapter_key is not None:
                     left = has_adapter(trained[cell.adapter_key])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from qdora.evaluation.example_intervals import (
@@ -27,16 +27,14 @@ from qdora.study.grid import (
     RATE,
     SEED,
     CompareConfig,
-    MoreSeedsConfig,
     PrimaryConfig,
     Study,
     as_list,
     combinations,
-    further_seeds,
+    first_seeds,
     has_labels,
     in_words,
     label_of,
-    later_seeds,
     num_first_seeds,
 )
 from qdora.study.scores import HIGHER_IS_BETTER, CellScores, Part, combined, read_scores, weighting_of
@@ -58,7 +56,7 @@ class Arm:
         rate: Label of the learning rate that a search found; "" without one.
         is_interior: Whether the search found a worse rate on both sides; None without one.
         seeds: Seed -> key of a finished cell; a base has one, whose seed is "".
-        num_missing: Its cells without a result, but for the study's further seeds (more_seeds).
+        num_missing: Its cells without a result, of the seeds that tell the spread (`first_seeds`).
         base_key, dense_key: Keys of the cells that evaluate its base and the uncompressed base.
     """
 
@@ -153,7 +151,6 @@ def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> 
     compare = results.study.compare
     groups: dict[tuple[str, tuple[tuple[str, str], ...], str, str | None], list[Mapping[str, Any]]] = {}
     searched = results.study.rates is not None
-    further = later_seeds(results.study)
     left_out = {compare.arm, SEED, *([RATE] if searched else [])}
     for cell in cells:
         if cell["kind"] in ("rate", "by_layer"):
@@ -177,7 +174,7 @@ def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> 
                     rate=first["labels"].get(RATE, "") if searched else "",
                     is_interior=first["is_interior"],
                     seeds=done,
-                    num_missing=sum(seed not in done and seed not in further for seed in seeds),
+                    num_missing=sum(seed not in done for seed in first_seeds(results.study, seeds)),
                     base_key=first["base_key"],
                     dense_key=first["dense_key"],
                 )
@@ -197,7 +194,7 @@ def seed_improvements(terms: Sequence[Term], results: Results, measure: str) -> 
     """
     arms = [arm for _, *pair in terms for arm in pair]
     shared = [seed for seed in arms[0].seeds if all(seed in arm.seeds for arm in arms)]
-    shared.sort(key=lambda seed: not num_first_seeds(results.study, [seed]))
+    shared.sort(key=lambda seed: int(seed) not in results.study.seeds)
     sign = 1.0 if HIGHER_IS_BETTER[measure] else -1.0
 
     def value(seed: str) -> float:
@@ -520,24 +517,6 @@ def quality(arm: Arm, results: Results, measure: str) -> Interval | None:
     return example_interval(results.scores(key)[measure], results.weighting(measure))
 
 
-def wide_pairs(arms: Sequence[Arm], results: Results, asked: MoreSeedsConfig) -> list[tuple[Arm, Arm]]:
-    """Finished pairs whose interval is wider than asked for, whatever the difference is.
-
-    The arms are those of the stage that gets the further seeds. Only the first seeds count, not the further ones, so
-    the answer stays the same while these are run.
-    """
-    more = later_seeds(results.study)
-    found = []
-    for pair in _pairs(arms, results.study):
-        if any(arm.num_missing for arm in pair):
-            continue
-        first = [replace(arm, seeds={seed: key for seed, key in arm.seeds.items() if seed not in more}) for arm in pair]
-        by_seed = seed_improvements([(1.0, first[0], first[1])], results, results.study.compare.metric)
-        if by_seed and improvement_interval(by_seed, results.study).half_width > asked.half_width:
-            found.append(pair)
-    return found
-
-
 def cannot_decide(study: Study) -> list[str]:
     """Why no comparison of a study can have a verdict, whatever it scores; empty if one can."""
     reasons = []
@@ -546,7 +525,7 @@ def cannot_decide(study: Study) -> list[str]:
     num_seeds: Counter[Place] = Counter()
     for stage, labels, seeds in combinations(study):
         if stage.kind == "train":
-            num_seeds[_place(labels, study)] += len(seeds) + len(further_seeds(study, stage.name))
+            num_seeds[_place(labels, study)] += len(seeds)
     most = max(num_seeds.values(), default=0)
     if most < study.compare.min_seeds:
         reasons.append(f"there are only {most} of {study.compare.min_seeds} (compare.min_seeds) seeds")

@@ -160,19 +160,6 @@ class StageConfig(Section):
     each layer's update takes back, and what the loss is without each block's adapter."""
 
 
-class MoreSeedsConfig(Section):
-    """More seeds where the first ones leave an interval too wide. Whether the arms differ has no part in it."""
-
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
-    """The further seeds."""
-    half_width: Positive
-    """They run for an arm and the reference in a context where the improvement has a wider half of the 95 % interval
-    than this. A primary comparison over several contexts uses the seeds that all of them share."""
-    stage: Text | None = None
-    """Stage whose arms get them (null: the first one). It must train the reference and other arms with 2 seeds or
-    more."""
-
-
 class TimeConfig(Section):
     """Seconds of a run on the machine of the study, for --dry-run where no run is finished."""
 
@@ -194,15 +181,14 @@ class Study(Section):
     """The axes. Every combination of their values is run."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """Seeds of every combination. A seed decides the initial values, the order of the data and, with eval.limit, the
-    examples that are evaluated; all arms share them."""
+    examples that are evaluated; all arms share them. Seeds that only a stage names are later ones: where a comparison
+    has seeds of both sorts, these alone tell the spread (Stein's two-stage procedure)."""
     stages: tuple[StageConfig, ...] = ()
     """The parts of the product that are run, in this order ([]: all)."""
     exclude: tuple[Choice, ...] = ()
     """Cells to leave out: those with these values (or one of a list) on these axes."""
     rates: RatesConfig | None = None
     """How the learning rates are found (null: as the recipe and the axes say)."""
-    more_seeds: MoreSeedsConfig | None = None
-    """Seeds that are added where intervals are too wide (null: none)."""
     compare: CompareConfig = CompareConfig()
     """What is compared."""
     bases: Flag = True
@@ -238,7 +224,6 @@ class Study(Section):
         trained = (as_list(stage.cells.get(SEED, ())) for stage in self.stages if stage.kind == "train")
         planned = [seed for seeds in trained for seed in seeds if isinstance(seed, int) and seed not in self.seeds]
         groups = {"seeds": self.seeds, "stages[].cells.seed": tuple(dict.fromkeys(planned))}
-        groups["more_seeds.seeds"] = () if self.more_seeds is None else self.more_seeds.seeds
         groups["rates.seeds"] = () if self.rates is None else self.rates.seeds
         seen: dict[int, str] = {}
         for key, seeds in groups.items():
@@ -258,15 +243,6 @@ class Study(Section):
             if names.index(stage.name) < index:
                 yield f"stages[{index}].name", f"must be another one for each stage, got {stage.name!r} twice."
             yield from self._choice_faults(f"stages[{index}].cells", stage.cells)
-        if self.more_seeds is not None:
-            asked, trained = stage_with_more_seeds(self), [each.name for each in self.stages if each.kind == "train"]
-            if asked not in trained and (names or self.more_seeds.stage is not None):
-                what = f"must be a stage that trains, got {asked!r}, allowed: {', '.join(trained)}."
-                yield "more_seeds.stage", what
-            own = [each.cells.get(SEED, self.seeds) for each in self.stages if each.name == asked] or [self.seeds]
-            if len(as_list(own[0])) < 2:
-                what = "must be those of a stage with 2 seeds or more, whose interval can be too wide, got 1 seed"
-                yield "more_seeds.seeds", f"{what} (stage {asked!r})."
 
     def _compare_faults(self) -> Iterator[Fault]:
         compare, axes = self.compare, list(self.product)
@@ -354,27 +330,15 @@ def combinations(study: Study) -> Iterator[tuple[StageConfig, dict[str, str], tu
                 yield stage, labels, seeds
 
 
-def stage_with_more_seeds(study: Study) -> str:
-    """Name of the stage whose arms get the further seeds."""
-    assert study.more_seeds is not None
-    return study.more_seeds.stage or (study.stages[0].name if study.stages else "main")
-
-
-def further_seeds(study: Study, stage: str) -> tuple[int, ...]:
-    """The seeds that arms of a stage get where an interval is too wide."""
-    more = study.more_seeds
-    return () if more is None or stage != stage_with_more_seeds(study) else more.seeds
-
-
-def later_seeds(study: Study) -> set[str]:
-    """Labels of the seeds of `more_seeds`."""
-    return set() if study.more_seeds is None else set(map(str, study.more_seeds.seeds))
+def first_seeds(study: Study, seeds: Iterable[str]) -> list[str]:
+    """Those of these seeds that tell the spread: the ones that are in the study's `seeds`, or all if none is."""
+    every = list(seeds)
+    return [seed for seed in every if seed and int(seed) in study.seeds] or every
 
 
 def num_first_seeds(study: Study, seeds: Iterable[str]) -> int:
-    """How many of these seeds the study begins with: all but those of `more_seeds`."""
-    further = later_seeds(study)
-    return sum(seed not in further for seed in seeds)
+    """How many of these seeds tell the spread."""
+    return len(first_seeds(study, seeds))
 
 
 def as_list(value: Any) -> list[Any]:

@@ -26,7 +26,6 @@ from qdora.study.compare import (
 from qdora.study.grid import Study, in_words, num_first_seeds
 from qdora.study.rates import Search
 from qdora.study.scores import HIGHER_IS_BETTER
-from qdora.study.upcoming import with_further_seeds
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,7 @@ def planned_cells(expander: Expander, results: Results | None) -> Cells:
         # Worse than anything known, and best in the middle
         return 1e6 + abs(math.log(cell.recipe.train.lr / middle)) if known is None else known
 
-    if results is None:
-        return expander.now(loss, lambda _: True)
-    return with_further_seeds(expander, results, loss, lambda _: True)
+    return expander.now(loss, lambda _: True)
 
 
 def stage_times(cells: Sequence[Cell], results: Results) -> list[StageTime]:
