@@ -11,6 +11,7 @@ with 1 if a number differs from the report's by more than 1e-6, or a verdict is 
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import itertools
@@ -29,66 +30,82 @@ import numpy as np
 TOLERANCE = 1e-6
 DEFAULT = {"arm": "adapter", "metric": "nll_per_token", "tasks": "tokens", "split": "halves", "zone": 0.02}
 DEFAULT |= {"alpha": 0.05, "power": 0.8, "min_seeds": 3}
-LOWER_IS_BETTER = ("nll_per_token", "choice_nll")
+MEASURES = ("nll_per_token", "nll_by_task", "acc", "acc_norm")
+ZONE_OF_SHARES = 0.01
 COMPARED = ("improvement", "lower", "upper", "p_seeds", "p_examples", "p_equivalent", "p_holm", "p_equivalent_holm")
 COMPARED += ("smallest_detectable",)
-LEFT = tuple(
-    name + end for name in ("left", "transplant", "repaired", "repaired_share") for end in ("", "_lower", "_upper")
-)
+NAMES_OF_REPAIR = ("left", "transplant", "repaired", "repaired_share", "magnitudes", "damage_choice")
+REPAIRED = tuple(name + end for name in NAMES_OF_REPAIR for end in ("", "_lower", "_upper"))
+OF_TASK = ("weight", "improvement", "lower", "upper")
 Numbers = dict[str, float]
 Key = tuple[str, ...]
+
+
+class Tally:
+    """Numbers that were compared: how many, the largest difference, and how many differ by more than they may."""
+
+    def __init__(self) -> None:
+        self.number, self.worst, self.faults = 0, 0.0, 0
+
+    def add(self, where: str, told: float, own: float, allowed: float = TOLERANCE) -> None:
+        """Compare a number that is told with the one that was recomputed."""
+        difference = distance(own, told)
+        self.number += 1
+        if allowed == TOLERANCE:  # others were rounded
+            self.worst = max(self.worst, difference)
+        if difference > allowed:
+            self.fault(f"{where} is {told}, recomputed {own}")
+
+    def fault(self, text: str) -> None:
+        self.faults += 1
+        print(text)
 
 
 def main() -> None:
     """Recompute, compare, and print the largest difference as JSON."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent / "results/study"
-    study = KeptStudy(json.loads(lzma.decompress((folder / "scores.json.xz").read_bytes())))
-    compared = study.comparisons()
-    found = {
-        "comparisons.csv": (compared, COMPARED, ("comparison", *study.axes, "arm")),
-        "repair.csv": (study.damage(), LEFT, (*study.axes, study.arm_axis)),
-    }
-    worst, number, others = 0.0, 0, 0
-    for name, (own, columns, keys) in found.items():
-        told = dict(reported(folder / name, columns, keys, study.metric))
-        if set(told) != set(own):
-            raise SystemExit(f"{name}: other rows than recomputed: {sorted(set(told) ^ set(own))[:4]}")
-        for key, numbers in own.items():
-            for column, value in numbers.items():
-                difference = distance(value, told[key][column])
-                number += 1
-                if difference > TOLERANCE:
-                    print(
-                        f"{name}: {', '.join(filter(None, key))}: {column} is {told[key][column]}, recomputed {value}"
-                    )
-                worst = max(worst, difference)
-    verdicts = study.verdicts(compared)
-    for key, row in rows_of(folder / "comparisons.csv", found["comparisons.csv"][2], study.metric):
-        if row["role"] == "primary" and row["verdict"] != verdicts.get(key):
-            print(
-                f"{', '.join(filter(None, key))}: the verdict is {row['verdict']!r}, recomputed {verdicts.get(key)!r}"
-            )
-            others += 1
-    print(
-        json.dumps({"numbers": number, "largest_difference": worst, "tolerance": TOLERANCE, "other_verdicts": others})
-    )
-    if worst > TOLERANCE or others or not number:
+    document = json.loads(lzma.decompress((folder / "scores.json.xz").read_bytes()))
+    study, tally = KeptStudy(document), Tally()
+    compare_table(tally, folder / "repair.csv", study.damage(), REPAIRED, (*study.axes, study.arm_axis))
+    told = {row["measure"] for _, row in rows_of(folder / "comparisons.csv", ())}
+    for measure in [study.metric, *(each for each in MEASURES if each in told and each != study.metric)]:
+        other = study if measure == study.metric else KeptStudy(document, measure)
+        keys, compared = ("comparison", *study.axes, "arm"), other.comparisons()
+        compare_table(tally, folder / "comparisons.csv", compared, COMPARED, keys, measure)
+        if (folder / "tasks.csv").is_file() and measure != "nll_by_task":
+            compare_table(tally, folder / "tasks.csv", other.tasks(), OF_TASK, (*keys, "task"), measure)
+        verdicts = other.verdicts(compared) if other.is_metric else {}
+        for key, row in rows_of(folder / "comparisons.csv", keys, measure):
+            if row["role"] == "primary" and row["verdict"] != verdicts.get(key):
+                who = ", ".join(filter(None, key))
+                tally.fault(f"{who}: the verdict is {row['verdict']!r}, recomputed {verdicts.get(key)!r}")
+    print(json.dumps({"numbers": tally.number, "largest_difference": tally.worst, "faults": tally.faults}))
+    if tally.faults or not tally.number:
         raise SystemExit(1)
 
 
-def rows_of(file: Path, keys: Sequence[str], metric: str) -> Iterator[tuple[Key, dict[str, str]]]:
-    """(labels, row) of a table; of comparisons those in the metric."""
+def compare_table(
+    tally: Tally, file: Path, own: Mapping[Key, Numbers], columns: Sequence[str], keys: Sequence[str], measure: str = ""
+) -> None:
+    """Compare the columns of a data file that were recomputed; its rows with any of them must be the same."""
+    told = {
+        key: {column: float(row.get(column) or "nan") for column in columns}
+        for key, row in rows_of(file, keys, measure)
+        if any(row.get(column) for column in columns)
+    }
+    if set(told) != set(own):
+        raise SystemExit(f"{file.name}: other rows than recomputed: {sorted(set(told) ^ set(own))[:4]}")
+    for key, numbers in own.items():
+        for column, value in numbers.items():
+            tally.add(f"{file.name}: {', '.join(filter(None, key))}: {column}", told[key][column], value)
+
+
+def rows_of(file: Path, keys: Sequence[str], measure: str = "") -> Iterator[tuple[Key, dict[str, str]]]:
+    """(labels, row) of a table, of one measure if it has several."""
     with file.open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
-            if row.get("measure", metric) == metric:
+            if not measure or row["measure"] == measure:
                 yield tuple(row.get(key, "") for key in keys), row
-
-
-def reported(file: Path, columns: Sequence[str], keys: Sequence[str], metric: str) -> Iterator[tuple[Key, Numbers]]:
-    """(labels, numbers) of the rows of a table that have the first of these columns; nan where a column is empty."""
-    for key, row in rows_of(file, keys, metric):
-        if row.get(columns[0]):
-            yield key, {column: float(row.get(column) or "nan") for column in columns}
 
 
 def distance(one: float, other: float) -> float:
@@ -108,6 +125,13 @@ class Arm:
         self.planned: list[str] = []
         self.num_missing = 0
 
+    def with_seeds(self, seeds: Sequence[str]) -> Arm:
+        """The arm with these seeds alone."""
+        found = copy.copy(self)
+        found.cells = {seed: self.cells[seed] for seed in seeds if seed in self.cells}
+        found.num_missing = len(seeds) - len(found.cells)
+        return found
+
 
 Term = tuple[float, Arm, Arm]
 
@@ -115,12 +139,15 @@ Term = tuple[float, Arm, Arm]
 class KeptStudy:
     """What scores.json.xz holds."""
 
-    def __init__(self, document: Mapping[str, Any]) -> None:
-        self.study = document["study"]
+    def __init__(self, document: Mapping[str, Any], measure: str = "") -> None:
+        self.document, self.study = document, document["study"]
         self.compare = DEFAULT | {
             name: value for name, value in self.study.get("compare", {}).items() if value is not None
         }
-        self.metric, self.arm_axis = self.compare["metric"], self.compare["arm"]
+        self.is_metric = measure in ("", self.compare["metric"])
+        self.metric, self.arm_axis = measure or self.compare["metric"], self.compare["arm"]
+        is_same = self.metric[:3] == self.compare["metric"][:3]  # an NLL, or an accuracy
+        self.zone = self.compare["zone"] if is_same else ZONE_OF_SHARES
         self.weighting = self.compare["tasks"] if self.metric == "nll_per_token" else "equal"
         self.axes = [axis for axis in self.study["product"] if axis != self.arm_axis]
         self.searched = self.study.get("rates") is not None
@@ -128,11 +155,13 @@ class KeptStudy:
         self.first = set(map(str, self.study.get("seeds", (0, 1, 2))))
         self.arms = self._arms(document["cells"], "trained")
         self.transplants = self._arms(document["cells"], "transplant")
+        self.set_back = self._arms(document["cells"], "set_back")
         self.reference = self.compare["reference"]
         self.primary: dict[Key, list[Term]] = {}
         self.lacking: dict[Key, bool] = {}
         self.shared = self._shared([each["cell"] for each in document["cells"] if each["cell"]["kind"] == "trained"])
         self._kept: dict[int, dict[str, dict[str, tuple[float, float]]]] = {}
+        self._values: dict[tuple[int, str], float] = {}
 
     def _place(self, labels: Mapping[str, str]) -> tuple[str, str]:
         return json.dumps({axis: labels[axis] for axis in self.axes}), labels[self.arm_axis]
@@ -161,7 +190,7 @@ class KeptStudy:
     def examples(self, cell: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
         """Task -> example -> (value, weight) in the metric, of the examples that compare."""
         if id(cell) not in self._kept:
-            scores, tasks, seen = cell["scores"], {}, {}
+            scores, tasks, seen = cell["scores"] or {"task": [], "id": []}, {}, {}  # none if it diverged
             for index, (task, name) in enumerate(zip(scores["task"], scores["id"], strict=True)):
                 seen[task, name] = seen.get((task, name), 0) + 1
                 if self.halves and hashlib.sha256(str(name).encode()).digest()[0] % 2:
@@ -173,62 +202,86 @@ class KeptStudy:
         return self._kept[id(cell)]
 
     def _score(self, scores: Mapping[str, Any], index: int) -> tuple[float, float] | None:
-        if self.metric == "nll_per_token":
+        if self.metric.startswith("nll"):
             return scores["nll"][index], float(scores["num_answer_tokens"][index])
         if scores["loglikelihoods"][index] is None:
             return None
-        if self.metric == "choice_nll":
-            values = np.array(scores["loglikelihoods"][index])
-            top = values.max()
-            return float(top + np.log(np.exp(values - top).sum()) - values[scores["gold"][index]]), 1.0
         return float(scores[self.metric][index]), 1.0
 
-    def value(self, cell: Mapping[str, Any]) -> float:
-        """The metric of a run; the worst score if it diverged."""
+    def value(self, cell: Mapping[str, Any], only: str = "") -> float:
+        """The metric of a run, of all tasks or one; the worst score if it diverged."""
         if "diverged" in cell["result"]:
-            return math.log(cell["result"]["num_vocabulary"]) if self.metric == "nll_per_token" else worst(self.metric)
-        tasks = [np.array(list(found.values())) for found in self.examples(cell).values()]
+            return math.log(cell["result"]["num_vocabulary"]) if self.metric.startswith("nll") else 0.0
+        which = (id(cell), only)
+        if which not in self._values:
+            self._values[which] = self._mean(cell, only)
+        return self._values[which]
+
+    def _mean(self, cell: Mapping[str, Any], only: str) -> float:
+        tasks = [np.array(list(each.values())) for name, each in self.examples(cell).items() if only in ("", name)]
         if self.weighting == "tokens":
             return float(np.concatenate(tasks)[:, 0].sum() / np.concatenate(tasks)[:, 1].sum())
         return float(np.mean([each[:, 0].sum() / each[:, 1].sum() for each in tasks]))
 
     def comparisons(self) -> dict[Key, Numbers]:
         """(name, labels, arm) -> numbers of every comparison."""
-        pairs = [
-            (arm, other)
-            for arm in self.arms
-            for other in self.arms
-            if arm.name != self.reference == other.name and arm.context == other.context
-        ]
         asked = self.compare.get("primary") or {}
         contrasts: dict[Key, list[Term]] = {}
+        families: dict[Key, str] = {}
         for name, entry in asked.items():
-            terms = self._terms(entry, pairs)
+            arms = [arm.with_seeds(list(map(str, entry["seeds"]))) if entry.get("seeds") else arm for arm in self.arms]
+            terms = self._terms(entry, pairs_of(arms, entry.get("reference") or self.reference))
             if terms and shared_seeds(terms):
                 key = (name, *("" for _ in self.axes), terms[0][1].name)
                 contrasts[key] = self.primary[key] = terms
                 self.lacking[key] = self._lacks_any(entry, terms)
-        for arm, other in pairs:
+                families[key] = entry.get("family") or "primary"
+        for arm, other in pairs_of(self.arms, self.reference):
             key = (f"{arm.name} against {other.name}", *(arm.context.get(axis, "") for axis in self.axes), arm.name)
             if shared_seeds([(1.0, arm, other)]):
                 contrasts[key] = [(1.0, arm, other)]
                 self.primary |= {} if asked else {key: contrasts[key]}
-        alpha, number = self.compare["alpha"], max(len(self.primary), len(asked) or self._num_pairs())
-        found = {
-            key: self._numbers(terms, alpha / number if key in self.primary else alpha)
-            for key, terms in contrasts.items()
-        }
-        own = [found[key] for key in self.primary]
-        larger = [np.nanmax([each["p_seeds"], each["p_examples"]]) for each in own]
-        equivalent = [each["p_equivalent"] for each in own]
-        for each, p, p_equivalent in zip(own, holm(larger, number), holm(equivalent, number), strict=True):
-            each |= {"p_holm": p, "p_equivalent_holm": p_equivalent}
+        alpha, tests = self.compare["alpha"], dict.fromkeys(contrasts, 1)
+        for key in self.primary if self.is_metric else ():
+            named = [each.get("family") or "primary" for each in asked.values()]
+            tests[key] = named.count(families[key]) if asked else max(len(self.primary), self._num_pairs())
+        found = {key: self._numbers(terms, alpha / tests[key]) for key, terms in contrasts.items()}
+        for family in set(families.values()) or {""} if self.is_metric else ():
+            keys = [key for key in self.primary if families.get(key, "") == family]
+            larger = [np.nanmax([found[key]["p_seeds"], found[key]["p_examples"]]) for key in keys]
+            equivalent = [found[key]["p_equivalent"] for key in keys]
+            number = tests[keys[0]] if keys else 1
+            for key, p, p_equivalent in zip(keys, holm(larger, number), holm(equivalent, number), strict=True):
+                found[key] |= {"p_holm": p, "p_equivalent_holm": p_equivalent}
         return found
+
+    def tasks(self) -> dict[Key, Numbers]:
+        """(name, labels, arm, task) -> numbers of a primary comparison on one task, after `comparisons`."""
+        found, of_metric = {}, self if self.is_metric else KeptStudy(self.document)
+        for key, terms in self.primary.items():
+            seeds = sorted(shared_seeds(terms), key=lambda seed: seed not in self.first)
+            weights: dict[str, float] = {}
+            for cell in (terms[0][1].cells[seed] for seed in seeds):
+                sums = {task: sum(w for _, w in each.values()) for task, each in of_metric.examples(cell).items()}
+                for task, each in sums.items():
+                    weights[task] = weights.get(task, 0.0) + each / sum(sums.values()) / len(seeds)
+            cells = [arm.cells[seed] for _, *pair in terms for arm in pair for seed in seeds]
+            scored = [self.examples(cell) for cell in cells if "diverged" not in cell["result"]]
+            for task in (name for name in weights if all(name in each for each in scored)):
+                mean, half, *_ = t_interval(self._improvements(terms, seeds, task), self.num_first(seeds))
+                numbers = {"improvement": mean, "lower": mean - half, "upper": mean + half}
+                found[*key, task] = numbers | {"weight": weights[task]}
+        return found
+
+    def _improvements(self, terms: Sequence[Term], seeds: Sequence[str], task: str = "") -> list[float]:
+        sign = -1.0 if self.metric.startswith("nll") else 1.0
+        parts = [(sign * s * f, arm) for f, *pair in terms for s, arm in zip((1.0, -1.0), pair, strict=True)]
+        return [sum(factor * self.value(arm.cells[seed], task) for factor, arm in parts) for seed in seeds]
 
     def verdicts(self, found: Mapping[Key, Numbers]) -> dict[Key, str]:
         """What each primary comparison may say, by the numbers of `comparisons`."""
         said = {}
-        zone = f"{self.compare['zone']:g}"
+        zone = f"{self.zone:g}"
         for key, terms in self.primary.items():
             arms = [arm for _, *pair in terms for arm in pair]
             may_be = all(arm.is_interior and not arm.num_missing for arm in arms) and not self.lacking.get(key)
@@ -236,7 +289,7 @@ class KeptStudy:
             # Without a diverged run, a task of a single example
             may_be = may_be and (self._has_diverged(terms) or not math.isnan(found[key]["p_examples"]))
             better, equivalent = (may_be and found[key][p] < self.compare["alpha"] for p in COMPARED[6:8])
-            winner = terms[0][1].name if found[key]["improvement"] > 0 else self.reference
+            winner = terms[0][1 if found[key]["improvement"] > 0 else 2].name
             said[key] = f"no difference above {zone}" if equivalent else "not decided"
             if better:
                 said[key] = f"{winner} is better" + (f", by less than {zone}" if equivalent else "")
@@ -297,18 +350,12 @@ class KeptStudy:
 
     def _numbers(self, terms: Sequence[Term], alpha: float) -> Numbers:
         shared = sorted(shared_seeds(terms), key=lambda seed: seed not in self.first)
-        sign = -1.0 if self.metric in LOWER_IS_BETTER else 1.0
-        values = [
-            sign * sum(f * (self.value(arm.cells[seed]) - self.value(other.cells[seed])) for f, arm, other in terms)
-            for seed in shared
-        ]
-        mean, half, stderr, free = t_interval(values, self.num_first(shared))
+        mean, half, stderr, free = t_interval(self._improvements(terms, shared), self.num_first(shared))
         numbers = {"improvement": mean, "lower": mean - half, "upper": mean + half}
         error, degrees = self._over_examples(terms, shared)
-        zone = self.compare["zone"]
         numbers["p_seeds"] = both_tails(mean, stderr, free)
         numbers["p_examples"] = both_tails(mean, error, degrees)
-        equivalent = [tail(abs(mean) - zone, each, df) for each, df in ((stderr, free), (error, degrees))]
+        equivalent = [tail(abs(mean) - self.zone, each, df) for each, df in ((stderr, free), (error, degrees))]
         # A run that diverged has no measured score, and one seed no spread: nothing is known to be equivalent
         numbers["p_equivalent"] = (
             math.nan if self._has_diverged(terms) or len(shared) < 2 else float(np.nanmax(equivalent))
@@ -329,12 +376,22 @@ class KeptStudy:
         return [seed for seed in every if seed in self.first] or every
 
     def _over_examples(self, terms: Sequence[Term], seeds: Sequence[str]) -> tuple[float, float]:
-        """Standard error over the examples alone, stratified by task, and Satterthwaite's degrees of freedom."""
+        """`spread_over_examples` of a contrast; nan if a run diverged."""
+        of_seeds = [
+            [(s * f, arm.cells[seed]) for f, *pair in terms for s, arm in zip((1.0, -1.0), pair, strict=True)]
+            for seed in seeds
+        ]
+        if any("diverged" in cell["result"] for cells in of_seeds for _, cell in cells):
+            return math.nan, math.nan
+        return self.spread_over_examples(of_seeds)
+
+    def spread_over_examples(self, of_seeds: Sequence[Sequence[tuple[float, Any]]]) -> tuple[float, float]:
+        """Standard error over the examples alone, stratified by task, and Satterthwaite's degrees of freedom.
+
+        Of each seed: (factor, cell) of the cells whose sum is told.
+        """
         parts: dict[str, dict[str, float]] = {}
-        for seed in seeds:
-            cells = [(s * f, arm.cells[seed]) for f, *pair in terms for s, arm in zip((1.0, -1.0), pair, strict=True)]
-            if any("diverged" in cell["result"] for _, cell in cells):
-                return math.nan, math.nan
+        for cells in of_seeds:
             first = self.examples(cells[0][1])
             names = {task: list(found) for task, found in first.items()}
             weights = {task: np.array([first[task][name][1] for name in own]) for task, own in names.items()}
@@ -349,7 +406,7 @@ class KeptStudy:
                 by_tokens = self.weighting == "tokens"
                 ratio, scale = (pooled, total) if by_tokens else (sums[task].sum() / weight, weight * len(names))
                 known = parts.setdefault(task, {})
-                for name, value in zip(own, (sums[task] - ratio * weights[task]) / scale / len(seeds), strict=True):
+                for name, value in zip(own, (sums[task] - ratio * weights[task]) / scale / len(of_seeds), strict=True):
                     known[name] = known.get(name, 0.0) + float(value)
         strata = [(len(known), len(known) * np.var(list(known.values()), ddof=1)) for known in parts.values()]
         variance = sum(part for _, part in strata)
@@ -357,48 +414,85 @@ class KeptStudy:
         return math.sqrt(variance), variance**2 / squares if squares else math.inf
 
     def damage(self) -> dict[Key, Numbers]:
-        """(labels, arm) -> what is left, and what was repaired, seed by seed (`LEFT`); nan where it is not known.
+        """(labels, arm) -> the columns of repair.csv: of trained arms, and of bases that are only evaluated."""
+        found = {}
+        for arm in self.arms:
+            key = (*(arm.context.get(axis, "") for axis in self.axes), arm.name)
+            backs = [each for each in self.set_back if (each.name, each.context) == (arm.name, arm.context)]
+            lost = self._losses(backs[0], arm) if backs else {}
+            numbers = ends("magnitudes", list(lost.values()), self.num_first(lost)) if lost else {}
+            numbers |= self._left(arm)
+            if numbers:
+                found[key] = numbers
+        right = KeptStudy(self.document, "acc_norm")
+        bases = [each for each in self.document["cells"] if each["cell"]["kind"] == "base" and each["scores"]]
+        scored = {each["cell"]["key"]: each for each in bases}
+        for each in bases:
+            labels, dense = each["cell"]["labels"], scored.get(each["cell"]["dense_key"])
+            if dense is None or dense is each or not right.examples(each):
+                continue
+            signed = [(1.0, dense), (-1.0, each)]
+            error, free = right.spread_over_examples([signed])
+            half = -solved(lambda t, free=free: student(t, free) - 0.025, -1e4, 0.0) * error
+            mean = sum(sign * right.value(cell) for sign, cell in signed)
+            key = (*(labels.get(axis, "") for axis in self.axes), labels.get(self.arm_axis, "no adapter"))
+            found[key] = {
+                "damage_choice": mean,
+                "damage_choice_lower": mean - half,
+                "damage_choice_upper": mean + half,
+            }
+        return found
+
+    def _left(self, arm: Arm) -> Numbers:
+        """What is left, and what was repaired, seed by seed; nan where it is not known.
 
         Left: the metric less that of the same arm trained on the uncompressed base. The transplant is that arm on the
         compressed base.
         """
         of_base = {axis for axis, values in self.study["product"].items() if changes_base(axis, values)}
         like = (self.study.get("rates") or {}).get("like", {}).get(self.arm_axis, {})
-        found = {}
-        for arm in self.arms:
-            kept = {axis: label for axis, label in arm.context.items() if axis not in of_base}
-            twins = [
-                other
-                for name in (arm.name, like.get(arm.name, arm.name))
-                for other in self.arms
-                if other.is_dense
-                and other.name == name
-                and {axis: label for axis, label in other.context.items() if axis not in of_base} == kept
-            ]
-            if arm.is_dense or not twins or any("diverged" in each["result"] for each in shared_cells(twins[0], arm)):
-                continue
-            lost = self._losses(arm, twins[0])
-            if lost:
-                key = (*(arm.context.get(axis, "") for axis in self.axes), arm.name)
-                moved = [each for each in self.transplants if (each.name, each.context) == (arm.name, arm.context)]
-                damages, repairs = {}, {}
-                if moved:
-                    damages, repairs = self._losses(moved[0], twins[0]), self._losses(moved[0], arm)
-                if not damages or not repairs:
-                    damages = repairs = {}
-                numbers: Numbers = {}
-                for name, losses in (("left", lost), ("transplant", damages), ("repaired", repairs)):
-                    numbers |= ends(name, list(losses.values()), self.num_first(losses))
-                shared = [seed for seed in damages if seed in repairs and numbers["transplant_lower"] > 0]
-                pairs = [[losses[each] for each in shared] for losses in (repairs, damages)]
-                found[key] = numbers | share(*pairs, self.num_first(shared))
-        return found
+        kept = {axis: label for axis, label in arm.context.items() if axis not in of_base}
+        twins = [
+            other
+            for name in (arm.name, like.get(arm.name, arm.name))
+            for other in self.arms
+            if other.is_dense
+            and other.name == name
+            and {axis: label for axis, label in other.context.items() if axis not in of_base} == kept
+        ]
+        if arm.is_dense or not twins or any("diverged" in each["result"] for each in shared_cells(twins[0], arm)):
+            return {}
+        lost = self._losses(arm, twins[0])
+        if not lost:
+            return {}
+        moved = [each for each in self.transplants if (each.name, each.context) == (arm.name, arm.context)]
+        damages, repairs = {}, {}
+        if moved:
+            damages, repairs = self._losses(moved[0], twins[0]), self._losses(moved[0], arm)
+        if not damages or not repairs:
+            damages = repairs = {}
+        numbers: Numbers = {}
+        for name, losses in (("left", lost), ("transplant", damages), ("repaired", repairs)):
+            numbers |= ends(name, list(losses.values()), self.num_first(losses))
+        shared = [seed for seed in damages if seed in repairs and numbers["transplant_lower"] > 0]
+        pairs = [[losses[each] for each in shared] for losses in (repairs, damages)]
+        return numbers | share(*pairs, self.num_first(shared))
 
     def _losses(self, arm: Arm, other: Arm) -> dict[str, float]:
         """Seed -> how much worse one arm is than another; later seeds come last."""
-        sign = 1.0 if self.metric in LOWER_IS_BETTER else -1.0
+        sign = 1.0 if self.metric.startswith("nll") else -1.0
         shared = sorted((seed for seed in arm.cells if seed in other.cells), key=lambda seed: seed not in self.first)
         return {seed: sign * (self.value(arm.cells[seed]) - self.value(other.cells[seed])) for seed in shared}
+
+
+def pairs_of(arms: Sequence[Arm], reference: str) -> list[tuple[Arm, Arm]]:
+    """Every arm beside the reference of its context."""
+    return [
+        (arm, other)
+        for arm in arms
+        for other in arms
+        if arm.name != reference == other.name and arm.context == other.context
+    ]
 
 
 def shared_seeds(terms: Sequence[Term]) -> list[str]:
@@ -440,11 +534,6 @@ def share(repairs: Sequence[float], damages: Sequence[float], num_first: int) ->
         if square > 0 and inside >= 0:
             low, high = ((-slope + sign * math.sqrt(inside)) / 2 / square for sign in (-1.0, 1.0))
     return {"repaired_share": value, "repaired_share_lower": low, "repaired_share_upper": high}
-
-
-def worst(metric: str) -> float:
-    """Of a run that diverged; not known for the NLL among choices."""
-    return 0.0 if metric not in LOWER_IS_BETTER else math.nan
 
 
 def changes_base(axis: str, values: Any) -> bool:

@@ -6,11 +6,12 @@ DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. A `qd
 of another --grid. After --hours the processes are interrupted; the same command goes on. When all cells are done, the
 report, the grid and the scores of every cell are copied to --out. --report writes the report of the cells that are done
 into the study's directory, and copies it only if --out is given. --resume-from OUT goes on in a new --dir from what
-was kept there, such as on another machine: DATA must be at the same path.
+was kept there, such as on another machine: DATA must be at the same path. With --report it writes the report anew.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ def main() -> None:
     root = GRIDS.parent.parent
     name = str(grid.relative_to(root)) if grid.is_relative_to(root) else grid.name  # no folders of this machine
     command = f"python benchmarks/study.py DATA --grid {shlex.quote(name)}"
-    run_and_keep(args, document, facts(command), NAME)
+    head = facts(command)
+    if args.report and args.resume_from is not None:  # nothing runs: the scores are of the machine that made them
+        head = json.loads((args.resume_from / "run.json").read_text()) | {"command": command}
+    run_and_keep(args, document, head, NAME)
 
 
 def with_data(document: dict[str, Any], data: Path) -> dict[str, Any]:

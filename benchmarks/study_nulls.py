@@ -319,11 +319,11 @@ class _Simulated:
                     self._add("transplant", base, arm, seed, block, moved, tokens)
 
     def _add_bases(self) -> None:
-        """Choice NLLs of the bases without training."""
+        """Right choices of the bases without training."""
         hard = 0.3 * (self.draw.exponential(size=self.shape) - 1.0)
         for base in self.bases:
-            values = 1.0 + hard + lost_on(base) + self._noise(0.2)
-            self._add("base", base, None, None, 0, values, np.ones(self.shape), measure="choice_nll")
+            values = 1.0 + hard - lost_on(base) + self._noise(0.2)
+            self._add("base", base, None, None, 0, values, np.ones(self.shape), measure="acc_norm")
 
     def _add(
         self,

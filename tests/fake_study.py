@@ -134,7 +134,7 @@ def _work(cell: Cell, directory: Path, nll: float, generated: bool) -> dict[str,
             row = {"task": task, "id": str(index), "nll": per_token * int(tokens[index])}
             row["num_answer_tokens"] = int(tokens[index])
             if task == "piqa":
-                row |= {"acc": float(hard[index] < 1.2 - nll / 4), "acc_norm": float(hard[index] < 1.0)}
+                row |= {"acc": float(hard[index] < 1.2 - nll / 4), "acc_norm": float(hard[index] < 1.6 - nll / 3)}
                 row |= {"gold": 0, "loglikelihoods": [-per_token, -2.0]}
                 formatted = cell.recipe.adapter.kind == "dora" or index % 2 == 0
                 outcome = "unparsable" if not formatted else "right" if index % 4 == 0 else "wrong"

@@ -26,14 +26,14 @@ from qdora.errors import UserError
 from qdora.model.pruning import PrunedLayer
 from qdora.recipe.recipe_file import recipe_from
 from qdora.study import report_figures
-from qdora.study.answer import _all_left, answer_of, decided_in_words, subject_of
+from qdora.study.answer import answer_of, subject_of
 from qdora.study.cells import Cell, Expander
 from qdora.study.compare import Results
 from qdora.study.dot_figure import spans_of
-from qdora.study.grid import COLUMNS, CompareConfig, load_study, study_from
+from qdora.study.grid import COLUMNS, load_study, study_from
 from qdora.study.outlook import outlooks, planned_cells
 from qdora.study.report import _sizes, read_report, report_run, write_report
-from qdora.study.report_contents import Report, naming
+from qdora.study.report_contents import Report
 from qdora.study.report_figures import draw_all
 from qdora.study.report_page import html_page, markdown_page, shown_tables
 from qdora.study.scores import half_of
@@ -141,20 +141,7 @@ def test_better_equivalent_and_not_decided(report: Report) -> None:
         assert (other["p_equivalent_holm"] < 0.05) == (said != "not decided")
         assert max(abs(other["lower"]), abs(other["upper"])) < 0.02 or said == "not decided"
         assert other["smallest_detectable"] > other["half_width"] > 0
-    number = list(verdicts.values()).count("not decided")
-    assert number < 3
-    pattern = (
-        rf"NLL \(nats per token\): dora is better in 1 of 4 primary comparisons; in {3 - number} of 4 "
-        r"primary comparisons the arms differ by less than 0\.02"
-    )
-    if number:
-        pattern += rf"; {number} of 4 are not decided, differences below [-0-9. to]+ could not have been seen"
-    pattern += r"\."
-    assert re.fullmatch(pattern, report.verdict[0]), report.verdict[0]
-    (sentence,) = [
-        text for text in report.verdict if text.startswith("base.quant nf4: dora against lora: dora is better")
-    ]
-    assert f"improvement of dora over lora in NLL (nats per token): {row['improvement']:.4f}, interval " in sentence
+    assert list(verdicts.values()).count("not decided") < 3
 
 
 def test_a_verdict_needs_a_small_p_after_the_correction(made: Path, tmp_path: Path) -> None:
@@ -238,7 +225,7 @@ def test_damage_is_of_the_choices_without_training(report: Report) -> None:
     assert list(damage) == ["none", "int8", "nf4", "fp4"]
     assert "damage_choice" not in damage["none"]
     assert damage["int8"]["damage_choice"] < damage["nf4"]["damage_choice"] < damage["fp4"]["damage_choice"]
-    assert damage["nf4"]["damage_choice_lower"] > 0
+    assert damage["fp4"]["damage_choice_lower"] > 0
     assert damage["nf4"]["weight_error"] == pytest.approx(0.01)  # the mean of the layers: 0, 0.01, 0.02
 
 
@@ -299,47 +286,59 @@ def test_the_search_tells_the_spread_before_anything_is_compared(tmp_path: Path)
     assert found.spread == pytest.approx(statistics.stdev(differences), rel=1e-9)
 
 
-def test_the_answer_has_three_parts_each_with_its_number(report: Report, tmp_path: Path) -> None:
+def test_the_answer_is_a_sentence_for_each_primary_comparison(report: Report, tmp_path: Path) -> None:
     assert report.question == "How far can the base be compressed before lora, and before dora, stops repairing it?"
-    assert len(report.answer) == 3
-    assert report.answer[1] == report.verdict[0]
-    told = []
-    for arm in ("lora", "dora"):
-        left = {row["base.quant"]: row for row in rows(report, "repair", adapter=arm) if "left" in row}
-        assert {quant for quant, row in left.items() if row["left_lower"] > 0.02} == {"nf4", "fp4"}
-        is_as_good = left["int8"]["left_upper"] < 0.02
-        least, most = (f"{left[quant]['left']:.3f} ({quant})" for quant in ("int8", "fp4"))
-        number = "1 of 3 bases (int8)" if is_as_good else "0 of 3 bases (int8 not decided)"
-        than = "" if told else "as on the uncompressed one "
-        told.append(f"{arm} is as good {than}on {number}, and worse by {least} to {most}")
-    assert report.answer[0] == (
-        f"Trained on a compressed base, {'; '.join(told)}. As good means less than 0.02 worse in NLL (nats per token), "
-        "with 95 % confidence."
-    )
-    moved, share = [], []
-    for arm in ("lora", "dora"):
-        known = [row for row in rows(report, "repair", adapter=arm) if "transplant" in row]
-        assert {row["base.quant"] for row in known} == {"nf4", "fp4"}
-        ends = [
-            sorted((row[column], row["base.quant"]) for row in known) for column in ("transplant", "repaired_share")
-        ]
-        moved.append(f"{arm} loses " + " to ".join(f"{value:.3f} ({quant})" for value, quant in ends[0]))
-        share.append(" to ".join(f"{value:.2f} ({quant})" for value, quant in ends[1]) + f" for {arm}")
-    assert report.answer[2] == (
-        f"Moved from the uncompressed base to a compressed one without further training, {'; '.join(moved)}. Training "
-        f"on the compressed base takes back a share of that, where it is significant: {'; '.join(share)}."
-    )
-    compare = {"reference": "lora", "primary": PRIMARY, "spread": 0.03}
+    assert len(report.answer) == 4
+    for row, text in zip(rows(report, "comparisons", role="primary"), report.answer, strict=True):
+        assert text.startswith(
+            f"base.quant {row['base.quant']}, dora against lora: {row['verdict']}, improvement of dora"
+        )
+        assert f" {row['improvement']:.4f} (95 % interval {row['lower']:.4f} to {row['upper']:.4f}; 4 seeds; " in text
+        if row["verdict"] != "not decided":
+            p = row["p_holm"] if row["winner"] else row["p_equivalent_holm"]
+            assert text.endswith(f" = {p:.4f}, corrected for 4).")
+    families = {name: each | ({"family": "later"} if "beyond" in name else {}) for name, each in PRIMARY.items()}
+    compare = {"reference": "lora", "primary": families, "spread": 0.03}
     primary = read_report(fake_study.make(tmp_path, compare=compare, seeds=[0, 1, 2]))
-    (row,) = rows(primary, "comparisons", comparison="over all", role="primary")
-    assert len(primary.answer) == 2  # nothing was transplanted
-    assert primary.answer[1].startswith("over all: ")
-    (beyond,) = rows(primary, "comparisons", comparison="beyond 16 bits", role="primary")
-    assert "; beyond 16 bits: " in primary.answer[1]
-    for each in (row, beyond):
-        size = f"of {each['improvement']:.4f} (95 % interval {each['lower']:.4f} to {each['upper']:.4f})"
-        assert f"with a mean improvement of dora in NLL (nats per token) {size}" in primary.answer[1]
-    assert row["half_width_planned"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.03 / math.sqrt(3))
+    assert [text.partition(":")[0] for text in primary.answer] == ["over all", "beyond 16 bits"]
+    for row in rows(primary, "comparisons", role="primary"):
+        assert (row["num_tests"], row["p_holm"]) == (1, max(row["p_seeds"], row["p_examples"]))  # of its own family
+        assert row["half_width_planned"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.03 / math.sqrt(3))
+
+
+def test_a_later_comparison_has_its_own_seeds_and_reference(tmp_path: Path) -> None:
+    adapters = fake_study.DOCUMENT["product"]["adapter"] | {"odd": {"adapter.kind": "dora", "adapter.rank": 8}}
+    later = {"arm": "odd", "reference": "dora", "over": {"base.quant": "nf4"}, "seeds": [4, 5, 6], "family": "later"}
+    made = fake_study.make(
+        tmp_path,
+        product={"base.quant": ["nf4"], "adapter": adapters},
+        stages=[{"name": "main"}, {"name": "more", "cells": {"adapter": ["dora", "odd"], "seed": [4, 5, 6]}}],
+        compare={"reference": "lora", "primary": {"over all": {"arm": "dora"}, "odd": later}, "zone": 0.2},
+        bases=False,
+    )
+    (row,) = rows(read_report(made), "comparisons", comparison="odd", role="primary")
+    cells = {(cell["labels"]["adapter"], cell["labels"]["seed"]): cell for cell in read_index(made)["cells"][18:]}
+    gains = [
+        nll_of(made, cells["dora", seed], "compare") - nll_of(made, cells["odd", seed], "compare") for seed in "456"
+    ]
+    half = stats.t.ppf(0.975, 2) * statistics.stdev(gains) / math.sqrt(3)
+    found = (row["improvement"], row["half_width"], row["num_seeds"], row["reference"])
+    assert found == (pytest.approx(statistics.mean(gains)), pytest.approx(half), 3, "dora")
+    (made / "results" / f"{cells['odd', '5']['key']}.json").unlink()
+    (row,) = rows(read_report(made), "comparisons", comparison="odd", role="primary")
+    assert (row["num_missing"], row["verdict"]) == (1, "not decided")
+
+
+def test_a_primary_comparison_is_told_in_accuracy_and_on_each_task(made: Path, report: Report) -> None:
+    row, by_task = compared(report, "nf4", "acc"), compared(report, "nf4", "nll_by_task")
+    assert (row["zone"], by_task["zone"]) == (0.01, 0.02)
+    found = rows(report, "tasks", **{"base.quant": "nf4", "measure": "nll_per_token"})
+    assert {each["task"] for each in found} == set(fake_study.NUM_EXAMPLES)
+    assert by_task["improvement"] == pytest.approx(statistics.mean(each["improvement"] for each in found))
+    whole = sum(each["weight"] * each["improvement"] for each in found)
+    assert compared(report, "nf4")["improvement"] == pytest.approx(whole, abs=2e-3)  # the weights differ by seed
+    (choices,) = rows(report, "tasks", **{"base.quant": "nf4", "measure": "acc"})  # one task has choices
+    assert choices["improvement"] == row["improvement"]
 
 
 def test_what_was_studied_is_told_by_the_recipes_of_its_runs(report: Report, made: Path, tmp_path: Path) -> None:
@@ -442,39 +441,6 @@ def test_names_of_points_stand_apart_beside_their_points(report: Report, metric:
         assert abs(y - (boxes["far"].y0 + boxes["far"].y1) / 2) < 2
 
 
-def test_the_damage_left_is_told_in_the_metric_of_the_study() -> None:
-    row = {"adapter": "lora", "base.quant": "nf4", "left": 0.1, "left_lower": 0.05, "left_upper": 0.2}
-    compare = CompareConfig(metric="acc", reference="lora")
-    end = ". As good means less than 0.02 worse in accuracy, with 95 % confidence."
-
-    def told(*repairs: dict[str, Any]) -> list[str]:
-        return [each for each in answer_of([], repairs, ["base.quant"], compare, "accuracy") if "compressed" in each]
-
-    start = "Trained on a compressed base, lora is as good as on the uncompressed one on "
-    assert told(row) == [f"{start}0 of 1 bases, and worse by 0.100 (nf4){end}"]
-    small = row | {"base.quant": "int8", "left": 0.01, "left_lower": 0.005, "left_upper": 0.015}
-    assert told(row, small) == [f"{start}1 of 2 bases (int8), and worse by 0.010 (int8) to 0.100 (nf4){end}"]
-    assert told(small) == [f"{start}1 of 1 bases, and worse by 0.010 (int8){end}"]
-    single = row | {"left_lower": math.nan, "left_upper": math.nan}  # a single seed
-    assert told(single) == [f"{start}0 of 1 bases (nf4 not decided), and worse by 0.100 (nf4){end}"]
-    longer = [each | {"length": length} for each in (row, small) for length in ("short", "long")]
-    (text,) = answer_of([], longer, ["base.quant", "length"], compare, "accuracy")[:1]
-    assert text.startswith(f"{start}2 of 4 bases (int8, short, int8, long), and worse by 0.010 (int8, short) to ")
-    assert text.endswith(f"{end} A base counts once per length.")
-    other = small | {"adapter": "dora"}
-    named = naming([row, small, other], ["base.quant"])
-    assert _all_left({"lora": [row, small], "dora": [other]}, named, 0.02, "accuracy") == (
-        f"{start}1 of 2 bases (int8), and worse by 0.010 (int8) to 0.100 (nf4); dora is as good on 1 of 1 bases, and "
-        f"worse by 0.010 (int8){end} dora was trained on fewer."
-    )
-    moved = [row | {"transplant": 0.4, "repaired_share": 0.75}, small | {"transplant": 0.02}]
-    assert told(*moved)[1] == (
-        "Moved from the uncompressed base to a compressed one without further training, lora loses 0.020 (int8) to "
-        "0.400 (nf4). Training on the compressed base takes back a share of that, where it is significant: 0.75 (nf4) "
-        "for lora."
-    )
-
-
 def test_a_cell_that_evaluates_another_run_has_the_sparsity_of_that_run() -> None:
     size = {"num_linear_bytes": 16, "num_linear_weights": 8, "num_base_bytes": 2**20, "num_adapter_bytes": 0}
     known = {
@@ -490,18 +456,16 @@ def test_a_cell_that_evaluates_another_run_has_the_sparsity_of_that_run() -> Non
 
 def test_what_is_not_decided_says_beside_it_what_was_not_seen_or_why(report: Report) -> None:
     row = compared(report, "nf4") | {"comparison": "over all", "winner": "", "verdict": "not decided"}
-    seen = f"differences below {row['smallest_detectable']:.2g} could not have been seen"
-    assert decided_in_words(row, "NLL").endswith(f"), and {seen}")
-    assert decided_in_words(row | {"reason": "there are 2 seeds; x"}, "NLL").endswith(
-        "), since there are 2 seeds and x"
-    )
-    small = row | {"winner": "dora", "verdict": "dora is better, by less than 0.02"}
-    assert decided_in_words(small, "NLL").startswith(
-        "over all: dora is better than lora, by less than 0.02, with a mean"
-    )
-    single = decided_in_words(row | {"lower": math.nan, "upper": math.nan, "reason": "there is 1 seed"}, "NLL")
-    size = f"with a mean improvement of dora in NLL of {row['improvement']:.4f}"
-    assert single == f"over all: not decided, {size}, since there is 1 seed"
+
+    def told(**changes: Any) -> str:
+        (sentence,) = answer_of([row | changes], [], "NLL")
+        return sentence
+
+    assert told().endswith(f"; differences below {row['smallest_detectable']:.2g} could not have been seen).")
+    assert told(reason="there are 2 seeds; x").endswith("; 4 seeds; there are 2 seeds; x).")
+    single = told(lower=math.nan, upper=math.nan, num_seeds=1, reason="there is 1 seed")
+    size = f"improvement of dora over lora in NLL {row['improvement']:.4f}"
+    assert single == f"over all: not decided, {size} (1 seed; there is 1 seed)."
     (table,) = [table for table in shown_tables(report) if table["name"] == "comparisons"]
     first = table["header"][: table["num_first"]]
     place = first.index("verdict")
@@ -542,8 +506,8 @@ def test_curves_are_means_over_the_seeds(made: Path, report: Report) -> None:
 
 
 def test_guesses_blocks_and_layers_are_told(report: Report) -> None:
-    guesses = {row["guess"]: row["nll"] for row in report.tables["guesses"]}
-    assert guesses == GUESSES | {"choice": pytest.approx(math.log(2))}  # piqa's two choices
+    guesses = {row["guess"]: row.get("nll", row.get("acc")) for row in report.tables["guesses"]}
+    assert guesses == GUESSES | {"choice": 0.5}  # piqa's two choices
     off = [row for row in report.tables["blocks"] if "block_off" in row]
     assert {(row["base.quant"], row["adapter"], row["seed"]) for row in off} == {
         (quant, kind, seed) for quant in ("none", "nf4") for kind in ("lora", "dora") for seed in "01"
@@ -602,7 +566,7 @@ def test_every_number_of_the_page_is_in_the_data_beside_it(report: Report, tmp_p
     known: list[float] = []
     texts = "a study"
     frames = [pd.read_csv(file, dtype={"train.lr": str}) for file in sorted(tmp_path.glob("*.csv"))]
-    assert len(frames) == 11
+    assert len(frames) == 12
     for frame in frames:
         for column in frame:
             if frame[column].dtype == object or str(frame[column].dtype) in ("str", "string"):
@@ -725,7 +689,7 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
     assert Path(document["page"]).is_file()
-    assert document["verdict"][0].startswith("NLL (nats per token): dora is better in 1 of 4 primary comparisons")
+    assert len(document["answer"]) == 4
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert found.exit_code == 2
     assert "is not a run (it has no recipe.yaml) or a study (no study.json). Fix: name a directory" in found.output
@@ -735,8 +699,8 @@ def test_no_sentence_is_told_twice(made: Path, report: Report, tmp_path: Path) -
     found = CliRunner().invoke(app, ["report", str(made), "--out", str(tmp_path)])
     shown = " ".join(found.stdout.split())  # lines are broken
     pages = [(tmp_path / name).read_text() for name in ("report.md", "index.html")]
-    assert len(report.verdict) > 1
-    for sentence in {*report.answer, *report.verdict}:
+    assert len(report.answer) > 1
+    for sentence in {*report.answer, *report.notes}:
         assert [text.count(sentence) for text in (shown, pages[0], html.unescape(pages[1]))] == [1, 1, 1], sentence
 
 
@@ -762,13 +726,12 @@ def test_the_damage_of_a_base_is_a_paired_t_interval_over_its_questions(made: Pa
     (base,) = [
         cell for cell in read_index(made)["cells"] if cell["kind"] == "base" and cell["labels"]["base.quant"] == "nf4"
     ]
-    losses = []
+    right = []
     for key in (base["key"], base["dense_key"]):
         scored = json.loads((made / "cells" / key / "eval/step-1.json").read_text())["per_example"]
-        asked = {row["id"]: row["loglikelihoods"] for row in scored if "gold" in row}  # the first choice is right
-        halves = {name: each for name, each in asked.items() if half_of(f"{name}#1") == "compare"}
-        losses.append({name: math.log(sum(map(math.exp, each))) - each[0] for name, each in halves.items()})
-    lost = [losses[0][name] - losses[1][name] for name in losses[0]]
+        asked = {row["id"]: row["acc_norm"] for row in scored if "gold" in row}
+        right.append({name: each for name, each in asked.items() if half_of(f"{name}#1") == "compare"})
+    lost = [right[1][name] - right[0][name] for name in right[0]]
     assert 40 < len(lost) < 80
     half = stats.t.ppf(0.975, len(lost) - 1) * statistics.stdev(lost) / math.sqrt(len(lost))
     (row,) = [row for row in rows(report, "repair", adapter="no adapter") if row["base.quant"] == "nf4"]

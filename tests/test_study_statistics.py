@@ -20,7 +20,6 @@ from qdora.evaluation.example_intervals import (
     example_spread,
     weighted_mean,
 )
-from qdora.study.scores import choice_nll
 from qdora.study.statistics import holm, ratio_interval, seed_spread, t_interval
 
 
@@ -179,12 +178,6 @@ def test_the_interval_of_a_ratio_is_fiellers() -> None:
     unsure = ratio_interval(gained.tolist(), (lost - lost.mean() + 0.01).tolist())
     assert math.isnan(unsure.lower)
     assert math.isnan(ratio_interval([1.0], [2.0]).upper)
-
-
-def test_the_nll_of_a_choice_is_its_share_of_all_choices() -> None:
-    shares = [math.exp(-3.0), math.exp(-1.0), math.exp(-2.0)]
-    assert choice_nll([-3.0, -1.0, -2.0], 2) == pytest.approx(-math.log(shares[2] / sum(shares)), rel=1e-12)
-    assert choice_nll([-700.0, -700.0], 0) == pytest.approx(math.log(2))
 
 
 def test_holm_of_a_worked_example() -> None:

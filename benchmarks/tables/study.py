@@ -104,13 +104,13 @@ def study() -> str:
         sizes = next((row for row in own.values() if row["bits_per_weight"]), None)
         bits = ["–", "–"] if sizes is None else _bits_and_zeros(sizes)
         line = [", ".join(context), *bits]
-        line.append(_known(damage.get(context[0]), "damage_choice"))
+        line.append(_points(damage.get(context[0])))
         line += [_known(of_base.get(name), "left") for name in adapters]
         line.append(_known(of_base.get(reference), "repaired_share"))
         told = [pair for pair in of_metric(pairs) if tuple(pair[axis] for axis in axes) == context]
         line.append("; ".join(f"{pair['arm']} {compared(pair)}" for pair in told) or "–")
         lines.append(line)
-    header = ["base", "bits", "zeros %", "damage, choices", *(f"{name}: left" for name in adapters)]
+    header = ["base", "bits", "zeros %", "accuracy lost", *(f"{name}: left" for name in adapters)]
     header += [f"share repaired by {reference}", f"against {reference}: NLL lower by"]
     done = read("study/run")
     partial = ""
@@ -118,7 +118,8 @@ def study() -> str:
         partial = f"So far {done['cells_done']:,} of {done['cells']:,} cells are done. "
     note = (
         f"\n{partial}{' '.join(done['answer'])}\n\nNLL in nats per answer token of the test examples; 95 % t intervals "
-        "over the seeds. Damage: NLL among the choices, nats a question, untrained, beyond the uncompressed base. "
+        "over the seeds. Accuracy lost: points of accuracy per character below the uncompressed base, both untrained; "
+        "interval over the examples. "
         "Left: NLL minus that of the same arm trained on the uncompressed base. Share repaired: an adapter of the "
         "uncompressed base is worse on the compressed one; training there takes back this share of the loss. "
         f"`{done['command']}`; the whole report: [results/study/report.md](results/study/report.md).\n"
@@ -160,6 +161,13 @@ def _mean(rows: Sequence[Row], column: str) -> float:
 
 def _bits_and_zeros(row: Row) -> list[str]:
     return [f"{float(row['bits_per_weight']):.2f}", f"{100 * float(row['sparsity']):.0f}"]
+
+
+def _points(row: Row | None) -> str:
+    """The accuracy that a base lost."""
+    if row is None or not row.get("damage_choice"):
+        return "–"
+    return interval(*(100 * float(row[f"damage_choice{end}"]) for end in ("", "_lower", "_upper")), form=".1f")
 
 
 def _known(row: Row | None, measure: str) -> str:

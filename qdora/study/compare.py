@@ -6,10 +6,11 @@ all seeds, at the learning rate that was found for it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qdora.evaluation.example_intervals import (
@@ -39,6 +40,9 @@ from qdora.study.grid import (
 )
 from qdora.study.scores import HIGHER_IS_BETTER, CellScores, Part, combined, read_scores, weighting_of
 from qdora.study.study_directory import StudyDirectory
+
+ZONE_OF_SHARES = 0.01
+"""Accuracies that differ by less than a point are equivalent, where the metric is an NLL."""
 
 BASE_ARM = "no adapter"
 """Name of the arm of a base that the grid did not name."""
@@ -78,7 +82,7 @@ class Results:
         self.store, self.study = store, study
         self._scores: dict[tuple[str, Part], CellScores] = {}
         self._results: dict[str, dict[str, Any]] = {}
-        self._means: dict[tuple[str, str, Part], float] = {}
+        self._means: dict[tuple[str, str, Part, str | None], float] = {}
 
     def result(self, key: str) -> dict[str, Any] | None:
         """The result of a cell; None if it is not finished."""
@@ -113,11 +117,12 @@ class Results:
             )
         return self._scores[key, part]
 
-    def mean(self, key: str, measure: str, part: Part | None = None) -> float:
-        """A measure of one cell; the worst score if it diverged; nan if it was not measured."""
-        which = (key, measure, part or self.part)
+    def mean(self, key: str, measure: str, part: Part | None = None, task: str | None = None) -> float:
+        """A measure of one cell, of one task or of all; the worst score if it diverged; nan if it was not measured."""
+        which = (key, measure, part or self.part, task)
         if which not in self._means:
             tasks = {} if self.diverged(key) else self.scores(key, part).get(measure, {})
+            tasks = tasks if task is None else {name: each for name, each in tasks.items() if name == task}
             found = weighted_mean(tasks, self.weighting(measure)) if tasks else math.nan
             self._means[which] = self._worst(key, measure) if self.diverged(key) else found
         return self._means[which]
@@ -142,7 +147,8 @@ class Results:
         """Of a run that diverged: no right answer, or a uniform guess over the vocabulary for each token."""
         result = self.result(key)
         assert result is not None, key
-        known = {"nll_per_token": math.log(result["num_vocabulary"]), "acc": 0.0, "acc_norm": 0.0}
+        uniform = math.log(result["num_vocabulary"])
+        known = {"nll_per_token": uniform, "nll_by_task": uniform, "acc": 0.0, "acc_norm": 0.0}
         return known.get(measure, math.nan)
 
 
@@ -187,10 +193,12 @@ Term = tuple[float, Arm, Arm]
 """(factor, arm, reference): their difference, times the factor."""
 
 
-def seed_improvements(terms: Sequence[Term], results: Results, measure: str) -> dict[str, float]:
+def seed_improvements(
+    terms: Sequence[Term], results: Results, measure: str, task: str | None = None
+) -> dict[str, float]:
     """Seed that all arms have -> sum of the terms, positive where better; {} if a cell was not measured.
 
-    Seeds that the study begins with come before further ones.
+    Seeds that the study begins with come before later ones. With `task`, of that task alone.
     """
     arms = [arm for _, *pair in terms for arm in pair]
     shared = [seed for seed in arms[0].seeds if all(seed in arm.seeds for arm in arms)]
@@ -198,7 +206,7 @@ def seed_improvements(terms: Sequence[Term], results: Results, measure: str) -> 
     sign = 1.0 if HIGHER_IS_BETTER[measure] else -1.0
 
     def value(seed: str) -> float:
-        found = ((results.mean(arm.seeds[seed], measure) for arm in pair) for _, *pair in terms)
+        found = ((results.mean(arm.seeds[seed], measure, task=task) for arm in pair) for _, *pair in terms)
         return sign * sum(factor * (own - other) for (factor, *_), (own, other) in zip(terms, found, strict=True))
 
     by_seed = {seed: value(seed) for seed in shared}
@@ -225,7 +233,7 @@ def _differences(terms: Sequence[Term], seeds: Sequence[str], results: Results, 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedComparison:
-    """A contrast to be told: its name, what it says the arm is better than, and whether it was named beforehand.
+    """A contrast to be told: its name, what it says the arm is better than, and its family ("" if exploratory).
 
     `lacking` says which of the contexts that it is about are not in its terms.
     """
@@ -234,7 +242,7 @@ class NamedComparison:
     context: dict[str, str]
     arm: str
     reference: str
-    is_primary: bool
+    family: str
     terms: list[Term]
     lacking: list[str] = field(default_factory=list)
 
@@ -249,10 +257,11 @@ def named_comparisons(arms: Sequence[Arm], study: Study, cells: Records) -> list
 
     Without `compare.primary` the latter are the primary ones. Of the cells only their labels are used.
     """
-    compare, pairs = study.compare, _pairs(arms, study)
+    compare = study.compare
     found = []
     for name, asked in (compare.primary or {}).items():
-        terms = _terms(asked, pairs)
+        known = [_with_seeds(arm, list(map(str, asked.seeds))) for arm in arms] if asked.seeds else arms
+        terms = _terms(asked, _pairs(known, asked.reference or compare.reference))
         if terms:
             _, arm, other = terms[0]
             found.append(
@@ -261,7 +270,7 @@ def named_comparisons(arms: Sequence[Arm], study: Study, cells: Records) -> list
                     context={},
                     arm=arm.name,
                     reference=other.name,
-                    is_primary=True,
+                    family=asked.family,
                     terms=terms,
                     lacking=_lacking(asked, terms, study, cells),
                 )
@@ -272,16 +281,21 @@ def named_comparisons(arms: Sequence[Arm], study: Study, cells: Records) -> list
             context=arm.context,
             arm=arm.name,
             reference=other.name,
-            is_primary=compare.primary is None,
+            family="" if compare.primary else "primary",
             terms=[(1.0, arm, other)],
         )
-        for arm, other in pairs
+        for arm, other in _pairs(arms, compare.reference)
     ]
 
 
-def _pairs(arms: Sequence[Arm], study: Study) -> list[tuple[Arm, Arm]]:
+def _with_seeds(arm: Arm, seeds: Sequence[str]) -> Arm:
+    """The arm with these seeds alone."""
+    found = {seed: arm.seeds[seed] for seed in seeds if seed in arm.seeds}
+    return replace(arm, seeds=found, num_missing=len(seeds) - len(found))
+
+
+def _pairs(arms: Sequence[Arm], reference: str | None) -> list[tuple[Arm, Arm]]:
     """Every trained arm beside the reference of its context."""
-    reference = study.compare.reference
     return [
         (arm, other)
         for arm in arms
@@ -367,16 +381,19 @@ def comparisons(
     The primary comparisons are those of the first of the measures, the study's metric; all others are exploratory.
 
     Args:
-        num_primary: Of the whole study, if it may have more of them than there are results of.
+        num_primary: Of the whole study, if it may have more of them than there are results of; those that the study
+            names are counted.
     """
     compare = results.study.compare
     rows = [
         row
         for each in named_comparisons(arms, results.study, cells)
         for measure in measures
-        if (row := _row(each, results, measure, is_primary=each.is_primary and measure == measures[0])) is not None
+        if (row := _row(each, results, measure, is_primary=bool(each.family) and measure == measures[0])) is not None
     ]
-    _judge([row for row in rows if row["role"] == "primary"], compare, num_primary)
+    for family in dict.fromkeys(row["family"] for row in rows if row["role"] == "primary"):
+        number = num_of_family(results.study, family) or num_primary
+        _judge([row for row in rows if (row["role"], row["family"]) == ("primary", family)], compare, number)
     for row in rows:
         del row["_spread"]
         if row["role"] != "primary":
@@ -393,6 +410,7 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
     differences = _differences(each.terms, list(by_seed), results, measure)
     of_seeds = statistics.seed_spread(list(by_seed.values()), num_first)
     of_examples = Spread(math.nan, math.nan)
+    zone = compare.zone if measure[:3] == compare.metric[:3] else ZONE_OF_SHARES
     # The worst score is no measurement: two runs that diverged are not known to be equivalent. Nor is one seed enough.
     equivalent = [math.nan]
     reasons = _against_a_verdict(each, len(by_seed), compare)
@@ -401,7 +419,7 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
         if math.isnan(of_examples.stderr):
             reasons.append("a task has a single example, which tells no spread")
         if len(by_seed) > 1:
-            equivalent = [spread.p_equivalent(interval.value, compare.zone) for spread in (of_seeds, of_examples)]
+            equivalent = [spread.p_equivalent(interval.value, zone) for spread in (of_seeds, of_examples)]
     examples = {(task, each) for tasks in differences for task, found in tasks.items() for each in found.examples}
     return {
         "comparison": each.name,
@@ -410,6 +428,7 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
         "reference": each.reference,
         "measure": measure,
         "role": "primary" if is_primary else "exploratory",
+        "family": each.family,
         "improvement": interval.value,
         "lower": interval.lower,
         "upper": interval.upper,
@@ -420,7 +439,7 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
         # The larger one counts: of seeds, and of examples with the seeds as they are
         "p_equivalent": max(equivalent, key=_or_least),
         "smallest_detectable": of_seeds.detectable(compare.alpha, compare.power),
-        "zone": compare.zone,
+        "zone": zone,
         "num_seeds": len(by_seed),
         "num_examples": len(examples),
         "num_missing": sum(arm.num_missing for arm in each.arms),
@@ -429,6 +448,34 @@ def _row(each: NamedComparison, results: Results, measure: str, *, is_primary: b
         "reason": "; ".join(reasons),
         "_spread": of_seeds,
     }
+
+
+def num_of_family(study: Study, family: str) -> int:
+    """How many comparisons of a family the study names."""
+    return sum(each.family == family for each in (study.compare.primary or {}).values())
+
+
+def task_rows(arms: Sequence[Arm], results: Results, measures: Sequence[str], cells: Records) -> list[dict[str, Any]]:
+    """The primary comparisons on each task: rows as of `comparisons`, without tests.
+
+    `weight` is the task's share of the weights in the study's metric, a mean over the seeds.
+    """
+    rows = []
+    for each in named_comparisons(arms, results.study, cells):
+        seeds = seed_improvements(each.terms, results, measures[0]) if each.family else {}
+        weights: dict[str, float] = {}
+        for scores in (results.scores(each.terms[0][1].seeds[seed]).get(measures[0], {}) for seed in seeds):
+            whole = sum(float(found.weights.sum()) for found in scores.values())
+            for task, found in scores.items():
+                weights[task] = weights.get(task, 0.0) + float(found.weights.sum()) / whole / len(seeds)
+        for task, measure in itertools.product(weights, measures):
+            by_seed = seed_improvements(each.terms, results, measure, task)
+            if by_seed:
+                row: dict[str, Any] = {"comparison": each.name, **each.context, "arm": each.arm}
+                row |= {"reference": each.reference, "task": task, "weight": weights[task], "measure": measure}
+                interval = improvement_interval(by_seed, results.study)
+                rows.append(row | {"improvement": interval.value, "lower": interval.lower, "upper": interval.upper})
+    return rows
 
 
 def _planned(compare: CompareConfig, num_seeds: int, num_first: int, *, is_primary: bool) -> dict[str, float]:
@@ -480,7 +527,7 @@ def _judge(rows: Sequence[dict[str, Any]], compare: CompareConfig, num_primary: 
     number = max(num_primary, len(rows))
     p_holm, p_equivalent_holm = (statistics.holm(each, number) for each in (known, equivalent))
     for row, p, p_equivalent in zip(rows, p_holm, p_equivalent_holm, strict=True):
-        row |= {"p_holm": p, "p_equivalent_holm": p_equivalent}
+        row |= {"p_holm": p, "p_equivalent_holm": p_equivalent, "num_tests": number}
         row["smallest_detectable"] = row["_spread"].detectable(compare.alpha / number, compare.power)
         may_be = not row["reason"]
         better = row["arm"] if row["improvement"] > 0 else row["reference"]
@@ -536,13 +583,14 @@ def never_decided(cells: Records, results: Results) -> list[str]:
     """A sentence on each primary comparison that the study file itself rules out; the cells are all planned ones."""
     study, arms = results.study, find_arms(cells, results, as_planned=True)
     named = named_comparisons(arms, study, cells)
-    lacking = {each.name: each.lacking for each in named if each.is_primary}
+    lacking = {each.name: each.lacking for each in named if each.family}
     told = []
     for name in study.compare.primary or {}:
         if name not in lacking:
             told.append(
                 f"The comparison {name!r} cannot be made: its labels must name contexts in which "
-                f"{study.compare.reference} and one other arm are trained."
+                f"{(study.compare.primary or {})[name].reference or study.compare.reference} and one other arm are "
+                "trained."
             )
         elif lacking[name]:
             where = " and for ".join(lacking[name])

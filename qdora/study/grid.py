@@ -63,12 +63,13 @@ RATE = "train.lr"
 _COLUMNS = """
 seed stage kind role is_trained is_dense rate rate_is_interior num_seeds num_missing num_diverged num_examples
 bits_per_weight sparsity total_mib adapter_mib
-nll_per_token nll_per_token_lower nll_per_token_upper choice_nll choice_nll_lower choice_nll_upper
+nll_per_token nll_per_token_lower nll_per_token_upper nll_by_task nll_by_task_lower nll_by_task_upper
 acc acc_lower acc_upper acc_norm acc_norm_lower acc_norm_upper
 right right_lower right_upper unparsable unparsable_lower unparsable_upper pareto
 cell equal_to status num_failures reason seconds num_steps num_trainable final_loss
-comparison arm reference measure improvement lower upper half_width half_width_planned p_seeds p_examples p_holm
-p_equivalent p_equivalent_holm smallest_detectable zone seed_improvements winner verdict
+comparison family arm reference task weight measure improvement lower upper half_width half_width_planned
+p_seeds p_examples p_holm p_equivalent p_equivalent_holm num_tests smallest_detectable zone seed_improvements
+winner verdict
 left left_lower left_upper transplant transplant_lower transplant_upper repaired repaired_lower repaired_upper
 repaired_share repaired_share_lower repaired_share_upper repair_reason
 damage_choice damage_choice_lower damage_choice_upper perplexity weight_error hidden_error
@@ -87,10 +88,16 @@ class PrimaryConfig(Section):
 
     arm: Text | None = None
     """Value of `compare.arm` (null: the only one beside the reference)."""
+    reference: Text | None = None
+    """Value that it is compared with (null: `compare.reference`)."""
     over: Choice = Field(default_factory=dict)
     """Bases, or other values of axes, whose improvements are averaged ({}: all)."""
     minus: Choice | None = None
     """Others whose averaged improvement is subtracted (null: nothing)."""
+    seeds: tuple[Seed, ...] = ()
+    """Seeds that it is judged by ([]: all that its arms share)."""
+    family: Text = "primary"
+    """Comparisons of one family are corrected together for their number. What was asked later is one of its own."""
 
 
 class CompareConfig(Section):
@@ -100,9 +107,8 @@ class CompareConfig(Section):
     """Axis whose values are compared, separately for each combination of the other axes but the seed."""
     reference: Text | None = None
     """Value of `arm` that the others are compared with (null: the first one with training)."""
-    metric: Literal["nll_per_token", "choice_nll", "acc", "acc_norm"] = "nll_per_token"
-    """What is compared. nll_per_token, choice_nll (NLL among a question's choices): lower is better. acc, acc_norm:
-    higher is better. All but nll_per_token only for tasks with choices."""
+    metric: Literal["nll_per_token", "acc", "acc_norm"] = "nll_per_token"
+    """What is compared. nll_per_token: lower is better. acc, acc_norm: higher is better; for tasks with choices."""
     tasks: Literal["tokens", "equal"] = "tokens"
     """Weight of a task in nll_per_token. tokens: its answer tokens, as in the loss of the training. equal: each task
     counts once; tasks with one-token answers then make most of the variance."""
@@ -114,9 +120,10 @@ class CompareConfig(Section):
     others are exploratory (null: every arm in every context, by `metric`)."""
     alpha: Share = 0.05
     """Chance that the study calls any false winner, and chance that it calls any false equivalence, among the primary
-    comparisons (Holm's correction)."""
+    comparisons of a family (Holm's correction)."""
     zone: Positive = 0.02
-    """Arms are equivalent if they differ by less than this, in units of `metric` (nats for NLL)."""
+    """Arms are equivalent if they differ by less than this, in units of `metric` (nats for NLL). Beside it, accuracies
+    are told by a zone of 0.01, one point."""
     power: Annotated[Share, Field(gt=0.5)] = 0.8
     """Power at which the smallest detectable difference is told."""
     min_seeds: Annotated[Whole, Field(ge=2)] = 3
@@ -252,7 +259,8 @@ class Study(Section):
             return
         labels = [label for label, _ in choices(self.product[compare.arm], compare.arm)]
         named = {"compare.reference": compare.reference}
-        named |= {f"compare.primary.{name}.arm": each.arm for name, each in (compare.primary or {}).items()}
+        for name, each in (compare.primary or {}).items():
+            named |= {f"compare.primary.{name}.arm": each.arm, f"compare.primary.{name}.reference": each.reference}
         for key, label in named.items():
             if label is not None and label not in labels:
                 got = f"got {label!r}, allowed: {', '.join(labels)}.{nearest(label, labels)}"

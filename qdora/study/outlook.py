@@ -21,6 +21,7 @@ from qdora.study.compare import (
     Results,
     find_arms,
     named_comparisons,
+    num_of_family,
     seed_improvements,
 )
 from qdora.study.grid import Study, in_words, num_first_seeds
@@ -121,27 +122,28 @@ def outlooks(cells: Cells, results: Results) -> list[Outlook]:
     compare = results.study.compare
     records = [cell.record() for cell in cells.cells]
     planned, finished = find_arms(records, results, as_planned=True), find_arms(records, results)
-    primary = [each for each in named_comparisons(planned, results.study, records) if each.is_primary]
+    primary = [each for each in named_comparisons(planned, results.study, records) if each.family]
     measured = {
         each.name + in_words(each.context): each for each in named_comparisons(finished, results.study, records)
     }
     of_rates = _spread_of_searches(cells, results)
     found = []
     for each in primary:
-        number = min(len(arm.seeds) for arm in each.arms)
+        num_seeds = min(len(arm.seeds) for arm in each.arms)
         spread, source = _known_spread(measured.get(each.name + in_words(each.context)), results)
         if math.isnan(spread):
             spread, source = of_rates
         if math.isnan(spread) and compare.spread is not None:
             spread, source = compare.spread, "compare.spread"
         num_first = min(num_first_seeds(results.study, arm.seeds) for arm in each.arms)
-        of_mean = Spread(spread / math.sqrt(number), num_first - 1) if num_first > 1 else Spread(math.nan, math.nan)
+        of_mean = Spread(spread / math.sqrt(num_seeds), num_first - 1) if num_first > 1 else Spread(math.nan, math.nan)
         name = each.name + (f" ({in_words(each.context)})" if each.context else "")
-        detectable = of_mean.detectable(compare.alpha / len(primary), compare.power)
+        number = num_of_family(results.study, each.family) or len(primary)
+        detectable = of_mean.detectable(compare.alpha / number, compare.power)
         found.append(
             Outlook(
                 comparison=name,
-                num_seeds=number,
+                num_seeds=num_seeds,
                 spread=spread,
                 source=source,
                 half_width=of_mean.half_width,

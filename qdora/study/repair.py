@@ -1,7 +1,7 @@
 """What compression damaged, what is left of it after training, and what training repaired beyond a transplant.
 
-Damage is measured without training: the likelihood of the right one among a question's choices tells bases apart as
-their weight errors do; the NLL of an untrained answer does not, since it measures the answers' format.
+Damage is measured without training, by the share of questions whose right choice is the likeliest one per character.
+The NLL of an untrained answer measures the answers' format.
 
 What is left of the damage is an arm on the compressed base against the same arm on the uncompressed one, both trained.
 The transplant is the adapter that the uncompressed base was trained with, evaluated on the compressed base: it knows
@@ -81,7 +81,7 @@ def dense_twin(arm: Arm, arms: Sequence[Arm], study: Study) -> Arm | None:
 def damage_row(arm: Arm, results: Results) -> dict[str, Any]:
     """What compression did to a base that is only evaluated; empty for other arms.
 
-    `damage_choice`: choice NLL, in nats a question, less that of the uncompressed base; its interval is over examples.
+    `damage_choice`: acc_norm of the uncompressed base, less that of this one; its interval is over examples.
     """
     if arm.kind != "base":
         return {}
@@ -91,9 +91,9 @@ def damage_row(arm: Arm, results: Results) -> dict[str, Any]:
     errors = [layer["relative_error"] for layer in layers]
     row: dict[str, Any] = {"weight_error": sum(errors) / len(errors)} if errors else {}
     row |= {name: result[name] for name in ("perplexity", "hidden_error") if name in result}
-    choice = quality(arm, results, "choice_nll")
+    choice = quality(arm, results, "acc_norm")
     if choice is None or arm.dense_key in (None, key) or results.result(str(arm.dense_key)) is None:
         return row
-    scores = [results.scores(each)["choice_nll"] for each in (key, str(arm.dense_key))]
+    scores = [results.scores(each)["acc_norm"] for each in (str(arm.dense_key), key)]
     lost = combined([(1.0, scores[0]), (-1.0, scores[1])])
     return row | example_interval(lost, "equal").columns("damage_choice")

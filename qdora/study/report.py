@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from qdora.files.console import consoles
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import block_of
 from qdora.recipe.recipe_file import load_recipe
-from qdora.study.answer import answer_of, question_of, subject_of
+from qdora.study.answer import answer_of, notes_of, question_of, subject_of
 from qdora.study.cells import equal_in_words
 from qdora.study.compare import (
     BASE_ARM,
@@ -28,6 +29,7 @@ from qdora.study.compare import (
     find_arms,
     level_seeds,
     quality,
+    task_rows,
 )
 from qdora.study.grid import RATE, SEED, Study, in_words
 from qdora.study.guesses import read_guesses
@@ -36,13 +38,11 @@ from qdora.study.report_contents import Report, Row, Rows
 from qdora.study.report_page import html_page, markdown_page, shown_tables
 from qdora.study.scores import HIGHER_IS_BETTER
 from qdora.study.study_directory import StudyDirectory, read_index
-from qdora.study.verdict import verdict
 
 _MIB = 2**20
 _CURVE_POINTS = 32
 _LABELS = {
     "nll_per_token": "NLL (nats per token)",
-    "choice_nll": "NLL among the choices (nats per question)",
     "acc": "accuracy",
     "acc_norm": "accuracy per character",
 }
@@ -51,21 +51,21 @@ _LABELS = {
 def report_run(directory: Path, out: Path | None = None, *, console: Console | None = None) -> dict[str, Any]:
     """Write the report of a study, whether or not all of its cells are finished; default `directory`/report.
 
-    Returns the page, all files, the answer, the verdict, and the comparisons. UserError: no study, or no finished cell.
+    Returns the page, all files, the answer, the notes, and the comparisons. UserError: no study, or no finished cell.
     """
     _, results = consoles(console)
     report = read_report(directory)
     folder = out or directory / "report"
     with disk_failures(folder):
         files = write_report(report, folder, directory.resolve().name)
-    for sentence in (*report.answer, *report.details):
+    for sentence in (*report.answer, *report.notes):
         results.print(sentence)
     results.print(f"report: {files[0]}", soft_wrap=True)
     return {
         "page": str(files[0]),
         "files": [str(file) for file in files],
         "answer": report.answer,
-        "verdict": report.verdict,
+        "notes": report.notes,
         "comparisons": report.tables["comparisons"],
     }
 
@@ -100,7 +100,8 @@ def read_report(directory: Path) -> Report:
         if any(results.diverged(cell["key"]) for cell in cells):
             raise UserError(f"{directory}: every finished cell diverged. Fix: add lower values to rates.")
         raise UserError(f"{directory}: no cell is finished yet. Fix: run 'qdora study' first.")
-    pairs = comparisons(arms, results, _measures(arms, results), cells, num_primary=count_primary(study, cells))
+    measures = _measures(arms, results)
+    pairs = comparisons(arms, results, measures, cells, num_primary=count_primary(study, cells))
     axes = [axis for axis in study.product if axis != compare.arm]
     runs = {cell["key"]: cell["adapter_key"] for cell in cells if cell["kind"] in ("set_back", "by_layer")}
     arm_rows = [_arm_row(arm, axes, results, runs) for arm in arms]
@@ -109,6 +110,7 @@ def read_report(directory: Path) -> Report:
     trained = [arm for arm in arms if arm.kind == "trained"]
     tables = {
         "comparisons": pairs,
+        "tasks": task_rows(arms, results, [name for name in measures if name != "nll_by_task"], cells),
         "repair": [row for arm in arms if (row := _repair_row(arm, arms, axes, results))],
         "arms": arm_rows,
         "rates": index["rates"],
@@ -126,17 +128,13 @@ def read_report(directory: Path) -> Report:
         subject += f" {status.count('done') + status.count('diverged')} of {len(status)} cells are done so far."
     tables["facts"].append({"fact": "studied", "value": None, "text": subject})
     label = _LABELS[compare.metric]
-    said = verdict(pairs, cell_rows, index["rates"], axes, label)
-    waiting = sum(index["num_waiting"].values())
-    if waiting:
-        cells_wait = f"{waiting} more cells wait" if waiting > 1 else "1 more cell waits"
-        said.insert(1, f"{cells_wait} for a learning rate or an adapter.")
+    notes = notes_of(cell_rows, index["rates"], sum(index["num_waiting"].values()))
     return Report(
         tables=tables,
         question=question_of(pairs, tables["repair"]),
         subject=subject,
-        answer=answer_of(pairs, tables["repair"], axes, compare, label),
-        verdict=[*said, *filter(None, [equal_in_words(cells)])],
+        answer=answer_of(pairs, axes, label),
+        notes=[*notes, *filter(None, [equal_in_words(cells)])],
         axes=axes,
         compare=compare,
         metric_label=label,
@@ -164,7 +162,7 @@ def _measures(arms: Sequence[Arm], results: Results) -> list[str]:
         if arm.kind == "trained" and not results.diverged(key)
         for measure in results.scores(key)
     }
-    more = ("choice_nll", "right", "unparsable")
+    more = ("nll_by_task", "acc", "acc_norm", "right", "unparsable")
     metric = results.study.compare.metric
     return [metric, *(measure for measure in more if measure in scored and measure != metric)]
 
@@ -320,9 +318,9 @@ def _guess_rows(cells: Sequence[Row], results: Results) -> Rows:
     if dense is None or results.result(dense) is None:
         return []
     found = read_guesses(results.store.shared("guesses", dense))
-    choice = results.mean(dense, "chance_nll", "all")
-    rows = {**found, **({} if choice != choice else {"choice": choice})}
-    return [{"guess": name, "nll": value} for name, value in rows.items()]
+    chance = results.mean(dense, "chance", "all")
+    choice = [] if math.isnan(chance) else [{"guess": "choice", "acc": chance}]
+    return [{"guess": name, "nll": value} for name, value in found.items()] + choice
 
 
 def _facts(cells: Rows, pairs: Rows, results: Results) -> Rows:

@@ -23,8 +23,8 @@ class Report:
     Attributes:
         question: The title of the page.
         subject: Model, tasks, length of the training and seeds, in a sentence; "" if no cell tells.
-        answer: At most three paragraphs.
-        verdict: One sentence for each primary comparison, and what to know of missing and diverged runs.
+        answer: One sentence for each primary comparison.
+        notes: What to know of missing, diverged and equal runs.
         axes: Those of a context: neither compared, tuned nor seeds.
     """
 
@@ -32,15 +32,10 @@ class Report:
     question: str
     subject: str
     answer: list[str]
-    verdict: list[str]
+    notes: list[str]
     axes: list[str]
     compare: CompareConfig
     metric_label: str
-
-    @property
-    def details(self) -> list[str]:
-        """The verdict without what the answer has said."""
-        return [sentence for sentence in self.verdict if sentence not in self.answer]
 
 
 def is_number(value: Any) -> bool:

@@ -47,7 +47,7 @@ def draw_all(report: Report) -> list[Drawn]:
     made: list[tuple[str, str, Callable[[bool], Figure] | None]] = [
         (*_forest_words(report), _forest(report)),
         ("What is left of the damage", _left_words(report), _damage_left(report)),
-        ("NLL of the right choice", _CHOICE, _choices(report)),
+        ("Right choices", _CHOICE, _choices(report)),
         ("Quality and bytes", _bytes_words(report), _pareto(report)),
         ("Learning curves", "Training loss, averaged over the seeds.", _learning_curves(report)),
         ("Where in depth", _depth_words(report), _depth(report)),
@@ -62,8 +62,8 @@ def draw_all(report: Report) -> list[Drawn]:
 
 
 _CHOICE = (
-    "NLL of the right choice among a question's choices: of bases without training, with intervals over the examples, "
-    "and of trained arms, with intervals over the seeds. Right of the line: worse than a guess that prefers no choice."
+    "Share of questions whose right choice is the likeliest one per character: of bases without training, with "
+    "intervals over the examples, and of trained arms, with intervals over the seeds. Choice: a guess."
 )
 _CHANGES = (
     "Each dot is a layer of a trained arm: how far its rows turned (1 - cosine) and how much their length changed, "
@@ -160,7 +160,7 @@ def _by_size_and_damage(row: Row) -> tuple[float, float, float]:
 
 
 def _choices(report: Report) -> Callable[[bool], Figure] | None:
-    rows = [row for row in _bases_and_trained(report) if is_number(row.get("choice_nll"))]
+    rows = [row for row in _bases_and_trained(report) if is_number(row.get("acc_norm"))]
     if not rows:
         return None
     asked = {row[which] for row in report.tables["comparisons"] if row["role"] == "primary" for which in _PAIR}
@@ -168,14 +168,11 @@ def _choices(report: Report) -> Callable[[bool], Figure] | None:
     named = naming(rows, report.axes)
     found: dict[str, list[Dots]] = {}
     for row in sorted(rows, key=lambda row: -row.get("bits_per_weight", 0.0) + 100 * row.get("sparsity", 0.0)):
-        dots = Dots(row[report.compare.arm], row["choice_nll"], row["choice_nll_lower"], row["choice_nll_upper"])
+        dots = Dots(row[report.compare.arm], row["acc_norm"], row["acc_norm_lower"], row["acc_norm_upper"])
         name = named(row) or ("uncompressed" if row["is_dense"] else "base of the recipe")
         found.setdefault(name, []).append(dots)
-    known = {row["guess"]: row["nll"] for row in report.tables["guesses"]}
-    marks = {"chance": known["choice"]} if "choice" in known else {}
-    panel = Panel(
-        "NLL among the choices, nats a question", dict(list(found.items())[:_MOST_ROWS]), marks, with_zero=True
-    )
+    marks = {row["guess"]: row["acc"] for row in report.tables["guesses"] if "acc" in row}
+    panel = Panel("accuracy per character", dict(list(found.items())[:_MOST_ROWS]), marks)
     styles = _styles(report)
     return lambda wide: dot_figure([panel], styles, wide)
 
@@ -186,7 +183,7 @@ def _guesses_beyond(report: Report) -> dict[str, float]:
     dense = [row for row in own if row["is_dense"] and "nll_per_token" in row]
     if not dense or report.compare.metric != "nll_per_token":
         return {}
-    known = {row["guess"]: row["nll"] for row in report.tables["guesses"]}
+    known = {row["guess"]: row["nll"] for row in report.tables["guesses"] if "nll" in row}
     return {name: known[name] - dense[0]["nll_per_token"] for name in ("unigram", "uniform") if name in known}
 
 

@@ -14,19 +14,25 @@ from qdora.study.report_figures import draw_all
 _NOTES: dict[str, tuple[str, str | dict[str, str], bool]] = {
     "comparisons": (
         "Comparisons",
-        "A positive improvement is better. lower, upper: 95 % t interval over the seeds; where some were added, "
-        "by the spread of the first ones (Stein's two-stage procedure). smallest detectable: would "
-        "have been found with the power of the study. planned: half of the interval that the study file expects. p "
-        "seeds: t test over the seeds. p examples: over the examples, with the seeds as they are. p holm: the larger "
-        "of both, corrected for the number of primary comparisons. p equivalent: that the arms differ by the zone or "
-        "more. Exploratory comparisons have no verdict.",
+        "A positive improvement is better. nll by task: each task counts once. acc, acc norm: share of right choices, "
+        "by likelihood and by likelihood per character. lower, upper: 95 % t interval over the seeds; where some were "
+        "added, by the spread of the first ones (Stein's two-stage procedure). smallest detectable: would have been "
+        "found with the power of the study. planned: half of the interval that the study file expects. p seeds: t "
+        "test over the seeds. p examples: over the examples, with the seeds as they are. p holm: the larger of both, "
+        "corrected for the tests of the family. p equivalent: that the arms differ by the zone or more. Exploratory "
+        "comparisons have no verdict.",
         True,
+    ),
+    "tasks": (
+        "Tasks",
+        "The primary comparisons on each task; exploratory. weight: of the task in NLL per token.",
+        False,
     ),
     "repair": (
         "Damage and repair",
         {
-            "damage_choice": "damage choice: NLL of the right choice among a question's choices, less that of the "
-            "uncompressed base, both untrained.",
+            "damage_choice": "damage choice: accuracy per character of the uncompressed base, less that of this one, "
+            "both untrained.",
             "perplexity": "perplexity: of prompts with their answers, untrained.",
             "hidden_error": "hidden error: of the hidden states after the last block.",
             "left": "left: trained arm against the same arm trained on the uncompressed base; positive is worse.",
@@ -77,7 +83,7 @@ _NOTES: dict[str, tuple[str, str | dict[str, str], bool]] = {
     "guesses": (
         "Guesses",
         "What a model reaches that knows nothing. unigram: the answers' tokens by how often they are in the training "
-        "answers. uniform: ln of the vocabulary. choice: a guess among the choices, nats a question.",
+        "answers. uniform: ln of the vocabulary. choice: a guess among the choices.",
         False,
     ),
     "facts": ("Settings and counts", "", False),
@@ -140,7 +146,7 @@ def _shown(column: str, value: Any) -> str:
 def markdown_page(report: Report, tables: Sequence[Mapping[str, Any]], title: str) -> str:
     """The report as Markdown, without figures and without the longest tables."""
     parts = [f"# {report.question}", f"Study: {title}", report.subject, *report.answer]
-    parts.append("\n".join(f"- {sentence}" for sentence in report.details))
+    parts.append("\n".join(f"- {sentence}" for sentence in report.notes))
     for table in tables:
         text = f"The rows are in [{table['name']}.csv]({table['name']}.csv)."
         if len(table["rows"]) <= _MOST_ROWS:

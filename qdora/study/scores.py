@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy import special
 
 from qdora.errors import UserError
 from qdora.evaluation.before_after import by_task
 from qdora.evaluation.example_intervals import Array, SeedScores, TaskScores, Weighting
 
-Measure = Literal["nll_per_token", "choice_nll", "chance_nll", "acc", "acc_norm", "right", "unparsable"]
-"""nll_per_token: NLL of the right answer, nats per token. choice_nll: NLL of the right choice among a question's
-choices, nats; chance_nll: of a guess among them, which is no arm's score.
-right and unparsable are shares of generated answers. An answer that cannot be parsed is not wrong."""
+Measure = Literal["nll_per_token", "nll_by_task", "acc", "acc_norm", "chance", "right", "unparsable"]
+"""nll_per_token: NLL of the right answer, nats per token. nll_by_task: the same with each task counting once. acc,
+acc_norm: share of questions whose right choice is the likeliest one, by its likelihood and by that per character.
+chance: share that a guess gets right, which is no arm's score. right and unparsable are shares of generated answers. An
+answer that cannot be parsed is not wrong."""
 HIGHER_IS_BETTER = {
     "nll_per_token": False,
-    "choice_nll": False,
+    "nll_by_task": False,
     "acc": True,
     "acc_norm": True,
     "right": True,
@@ -30,7 +29,7 @@ HIGHER_IS_BETTER = {
 }
 Part = Literal["all", "choose", "compare"]
 CellScores = Mapping[str, SeedScores]
-"""Measure -> task -> scores. Only tasks with choices have choice_nll and accuracies."""
+"""Measure -> task -> scores. Only tasks with choices have accuracies."""
 
 
 def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
@@ -45,12 +44,12 @@ def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
         found.setdefault(measure, {}).setdefault(row["task"], {})[example] = (value, weight)
 
     for example, row in _rows(cell, files["scores"]):
-        add("nll_per_token", row, example, row["nll"], row["num_answer_tokens"])
+        for measure in ("nll_per_token", "nll_by_task"):
+            add(measure, row, example, row["nll"], row["num_answer_tokens"])
         if "acc" in row:
             add("acc", row, example, row["acc"])
             add("acc_norm", row, example, row["acc_norm"])
-            add("choice_nll", row, example, choice_nll(row["loglikelihoods"], row["gold"]))
-            add("chance_nll", row, example, math.log(len(row["loglikelihoods"])))
+            add("chance", row, example, 1 / len(row["loglikelihoods"]))
     for example, row in _rows(cell, files["generated"]) if "generated" in files else ():
         add("right", row, example, float(row["outcome"] == "right"))
         add("unparsable", row, example, float(row["outcome"] == "unparsable"))
@@ -65,11 +64,6 @@ def read_scores(cell: Path, files: Mapping[str, str], part: Part) -> CellScores:
                 "Fix: raise eval.limit, or set compare.split to test."
             )
     return scores
-
-
-def choice_nll(loglikelihoods: Sequence[float], gold: int) -> float:
-    """-ln of the right choice's share of the probability that the model gives to all choices; ln(choices) is chance."""
-    return float(special.logsumexp(loglikelihoods) - loglikelihoods[gold])
 
 
 def weighting_of(measure: str, weighting: Weighting) -> Weighting:
