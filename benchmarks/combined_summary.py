@@ -17,7 +17,7 @@ from qdora.study.scores import CellScores, Part
 from qdora.study.study_directory import StudyDirectory, read_index
 
 TOGETHER, ALONE, WHOLE = "combined", "alone", "all tasks"
-MEASURES = ("nll_per_token", "acc")
+MEASURES = ("nll_per_token", "acc", "acc_norm")
 
 
 class _Joined(Results):

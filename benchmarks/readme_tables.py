@@ -15,6 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tables.combined import combined_vs_solo
+from tables.compressed import (
+    study_controls,
+    study_primary,
+    study_students,
+    study_tasks,
+    study_transplants,
+    study_units,
+)
 from tables.evaluation import output_head
 from tables.exports import decode_speed, export_exactness, gguf_logits, merge_streamed
 from tables.failed import failed, failed_short
@@ -122,6 +130,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "pruning": pruning,
     "error_adapters": error_adapters,
     "study": study,
+    "study_primary": study_primary,
+    "study_units": study_units,
+    "study_tasks": study_tasks,
+    "study_transplants": study_transplants,
+    "study_controls": study_controls,
+    "study_students": study_students,
     "study_changes": study_changes,
     "study_nulls": study_nulls,
     "gates": gates,

@@ -1,12 +1,14 @@
-"""The headline numbers of a study once more, from the scores that it kept: a second program, which shares no code.
+"""The numbers of a study once more, from the scores that it kept: a second program, which shares no code.
 
     python benchmarks/recompute_study.py [benchmarks/results/study]
 
-The folder holds scores.json.xz (the study, its cells, and their scores example by example), comparisons.csv and
-repair.csv. Needs numpy alone. Computed are every comparison in the study's metric (improvement, t interval over the
-seeds, p-values over seeds and examples, equivalence, Holm's correction, the smallest detectable difference, the
-verdict), and of every arm the damage that is left, that of a transplant, and the share that training repaired. Ends
-with 1 if a number differs from the report's by more than 1e-6, or a verdict is another one.
+The folder holds scores.json.xz (the study, its cells, and their scores example by example), comparisons.csv, tasks.csv
+and repair.csv. Needs numpy alone. Computed are every comparison in every measure, and by task (improvement, t interval
+over the seeds, p-values over seeds and examples, equivalence, Holm's correction, the smallest detectable difference,
+the verdict), and of every arm and base the damage, what is left of it, that of a transplant, the share that training
+repaired, and what magnitudes contribute. Of results/study also every number that README.md and benchmarks/README.md
+say of it. Ends with 1 if a number differs from the report's by more than 1e-6, or from a page's by more than it was
+rounded, or if a verdict is another one.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-6
 DEFAULT = {"arm": "adapter", "metric": "nll_per_token", "tasks": "tokens", "split": "halves", "zone": 0.02}
 DEFAULT |= {"alpha": 0.05, "power": 0.8, "min_seeds": 3}
@@ -63,7 +66,7 @@ class Tally:
 
 def main() -> None:
     """Recompute, compare, and print the largest difference as JSON."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent / "results/study"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results/study"
     document = json.loads(lzma.decompress((folder / "scores.json.xz").read_bytes()))
     study, tally = KeptStudy(document), Tally()
     compare_table(tally, folder / "repair.csv", study.damage(), REPAIRED, (*study.axes, study.arm_axis))
@@ -79,6 +82,8 @@ def main() -> None:
             if row["role"] == "primary" and row["verdict"] != verdicts.get(key):
                 who = ", ".join(filter(None, key))
                 tally.fault(f"{who}: the verdict is {row['verdict']!r}, recomputed {verdicts.get(key)!r}")
+    if folder.resolve() == HERE / "results/study":
+        check_pages(tally, document)
     print(json.dumps({"numbers": tally.number, "largest_difference": tally.worst, "faults": tally.faults}))
     if tally.faults or not tally.number:
         raise SystemExit(1)
@@ -641,6 +646,266 @@ def holm(p_values: Sequence[float], number: int) -> list[float]:
         largest = max(largest, min(1.0, (number - rank) * known[index]))
         adjusted[index] = largest
     return adjusted
+
+
+# What the pages say of benchmarks/results/study
+
+SECTION, NEXT_SECTION = "## Compressed bases: LoRA against DoRA", "## A study recomputed"
+TITLES = {
+    "nll_per_token": "NLL, nats per token",
+    "nll_by_task": "NLL, each task counting once",
+    "acc": "accuracy, points",
+    "acc_norm": "accuracy by likelihood per character, points",
+}
+PRUNED = ("Wanda 50 %", "Wanda 2:4", "nf4, Wanda 2:4")
+FASTER = "DoRA, magnitudes {} times"
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
+Row = tuple[str, list[float]]
+
+
+def check_pages(tally: Tally, document: Mapping[str, Any]) -> None:
+    """Compare every number of the tables of benchmarks/README.md and of README.md's row; the text around has none."""
+    said = Pages(document)
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    section = page.partition(SECTION)[2].partition(NEXT_SECTION)[0]
+    for name, (rows, note) in said.tables().items():
+        before, start, rest = section.partition(f"<!-- table: {name} -->\n")
+        block, end, after = rest.partition("<!-- end -->")
+        if not start or not end:
+            raise SystemExit(f"benchmarks/README.md: the table {name} is missing")
+        section = before + after
+        lines = [line.strip("| ") for line in block.splitlines() if line.startswith("|")][2:]
+        told = [line.split(" | ", 1) for line in lines]
+        if [label for label, _ in told] != [label for label, _ in rows]:
+            raise SystemExit(f"{name}: other rows than recomputed")
+        for (label, text), (_, own) in zip(told, rows, strict=True):
+            said.check(tally, f"{name}: {label}", text, own)
+        said.check(tally, f"{name}: note", " ".join(each for each in block.splitlines() if each[:1] != "|"), note)
+    if "<!-- table" in section:
+        raise SystemExit("benchmarks/README.md: a table of the study is not recomputed")
+    said.check(
+        tally, "benchmarks/README.md, text", re.sub(r"```.*?```|\(http\S*|arXiv \S*", "", section, flags=re.S), []
+    )
+    (row,) = [
+        line for line in (HERE.parent / "README.md").read_text().splitlines() if line.startswith("| LoRA or DoRA?")
+    ]
+    said.check(tally, "README.md", row, said.headline())
+
+
+class Pages:
+    """The numbers of the pages, in their order and units, from the scores."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self.studies = {measure: KeptStudy(document, measure) for measure in MEASURES}
+        self.cells = [each for each in document["cells"] if each["result"] is not None]
+        self.nll = self.studies["nll_per_token"]
+        self.compared = {measure: study.comparisons() for measure, study in self.studies.items()}
+        self.repair = self.nll.damage()
+        self.keys = list(self.nll.primary)
+        product = self.nll.study["product"]
+        self.adapters = list(dict.fromkeys(arm.name for arm in self.nll.arms))
+        zeros = [f"{share} %" for share in (30, 50, 70)]
+        self.labels = [label for axis in product.values() for label in axis] + [key[0] for key in self.keys]
+        self.labels += [*zeros, "2:4", "4-bit", *(f"{name}:" for name in self.labels)]
+
+    def check(self, tally: Tally, where: str, text: str, own: Sequence[float]) -> None:
+        """Compare the numbers of a text, without those in labels of the study, as far as they are rounded."""
+        for label in sorted(self.labels, key=len, reverse=True):
+            text = text.replace(label, " ")
+        found = NUMBER.findall(text)
+        if len(found) != len(own):
+            tally.fault(f"{where} has the numbers {found}, recomputed {list(own)}")
+            return
+        for number, value in zip(found, own, strict=True):
+            mantissa, _, exponent = number.replace(",", "").partition("e")
+            rounded = 0.5 * 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+            tally.add(where, float(number.replace(",", "")), value, 1.0001 * rounded)
+
+    def tables(self) -> dict[str, tuple[list[Row], list[float]]]:
+        """Name of a table -> its rows, and the numbers of the note below it."""
+        return {
+            "study_primary": (self.primary(), self.answers()),
+            "study_units": (self.units(), []),
+            "study_tasks": (self.tasks(), []),
+            "study": (self.contexts(), [95.0]),
+            "study_controls": (self.controls(), []),
+            "study_transplants": self.transplants(),
+            "study_changes": (self.changes(), [1.0, 95.0, 0.0]),
+            "study_students": (students(), []),
+        }
+
+    def scaled(self, measure: str, numbers: Numbers) -> list[float]:
+        """Improvement and interval: nats, or points of accuracy."""
+        return [(1 if measure[:3] == "nll" else 100) * numbers[name] for name in ("improvement", "lower", "upper")]
+
+    def primary(self) -> list[Row]:
+        rows = []
+        for key, measure in itertools.product(self.keys, MEASURES):
+            numbers, zone = self.compared[measure][key], self.studies[measure].zone
+            p = numbers["p_equivalent_holm" if measure == "nll_per_token" else "p_equivalent"]
+            rows.append((key[0], [*self.scaled(measure, numbers), zone if measure[:3] == "nll" else 100 * zone, p]))
+        return rows
+
+    def answers(self) -> list[float]:
+        found = []
+        for key in self.keys:
+            numbers, zone = self.compared["nll_per_token"][key], self.nll.zone
+            gain, lower, upper = self.scaled("nll_per_token", numbers)
+            seeds = len(shared_seeds(self.nll.primary[key]))
+            found += [zone, gain, 95.0, lower, upper, seeds, zone, numbers["p_equivalent_holm"], len(self.keys)]
+        return found
+
+    def worths(self) -> list[float]:
+        """Nats that a bit per weight, and a percentage point of zeros, are worth to LoRA."""
+
+        def sizes(base: str) -> tuple[float, float]:
+            cell = self.arm("trained", base, "LoRA")["0"]
+            return bits_and_zeros(cell)
+
+        def left(base: str) -> float:
+            return self.repair[base, "128 steps", "LoRA"]["left"]
+
+        bits, zeros = sizes("nf4")[0] - sizes("nf3")[0], sizes("Wanda 50 %")[1] - sizes("Wanda 30 %")[1]
+        return [(left("nf3") - left("nf4")) / bits, (left("Wanda 50 %") - left("Wanda 30 %")) / (100 * zeros)]
+
+    def units(self) -> list[Row]:
+        gain, _, upper = self.scaled("nll_per_token", self.compared["nll_per_token"][self.keys[0]])
+        names = ("bit per weight", "percentage point of zeros")
+        return [
+            (name, [worth, gain / worth, upper / worth, self.nll.zone / worth])
+            for name, worth in zip(names, self.worths(), strict=True)
+        ]
+
+    def tasks(self) -> list[Row]:
+        key = self.keys[0]
+        measures = ("nll_per_token", "acc", "acc_norm")
+        found = {measure: self.studies[measure].tasks() for measure in measures}
+        rows = []
+        for *start, task in found["acc"]:
+            if tuple(start) == key:
+                numbers = [100 * found["acc"][*key, task]["weight"]]
+                for measure in measures:
+                    numbers += self.scaled(measure, found[measure][*key, task])
+                rows.append((task, numbers))
+        return rows
+
+    def contexts(self) -> list[Row]:
+        rows = []
+        for context in dict.fromkeys((arm.context["base"], arm.context["length"]) for arm in self.nll.arms):
+            own = [arm for arm in self.nll.arms if (arm.context["base"], arm.context["length"]) == context]
+            bits, zeros = bits_and_zeros(next(iter(own[0].cells.values())))
+            numbers = [bits, 100 * zeros]
+            damage = self.repair.get((context[0], "", "no adapter"), {})
+            numbers += [100 * value for value in damage.values()]
+            of_arms = {name: self.repair.get((*context, name), {}) for name in self.adapters}
+            for name in self.adapters:
+                numbers += [of_arms[name][f"left{end}"] for end in ("", "_lower", "_upper") if "left" in of_arms[name]]
+            share = [of_arms["LoRA"].get(f"repaired_share{end}", math.nan) for end in ("", "_lower", "_upper")]
+            numbers += [value for value in share if not math.isnan(value)]
+            for name in self.adapters[1:]:
+                key = (f"{name} against LoRA", *context, name)
+                if key in self.compared["nll_per_token"]:
+                    numbers += self.scaled("nll_per_token", self.compared["nll_per_token"][key])
+            rows.append((", ".join(context), numbers))
+        return rows
+
+    def arm(self, kind: str, base: str, adapter: str) -> dict[str, Mapping[str, Any]]:
+        """Seed -> cell, of 128 steps."""
+        wanted = {"base": base, "adapter": adapter, "length": "128 steps"}.items()
+        cells = [each for each in self.cells if each["cell"]["kind"] == kind]
+        return {each["cell"]["labels"]["seed"]: each for each in cells if wanted <= each["cell"]["labels"].items()}
+
+    def lower_by(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> list[float]:
+        """By how much the NLL of the first arm is lower than that of the other, of each seed that both have."""
+        seeds = sorted(one.keys() & other.keys(), key=int)
+        return [self.nll.value(other[seed]) - self.nll.value(one[seed]) for seed in seeds]
+
+    def controls(self) -> list[Row]:
+        """Better arm, worse arm."""
+
+        def trained(base: str, adapter: str = "LoRA") -> dict[str, Mapping[str, Any]]:
+            return self.arm("trained", base, adapter)
+
+        pairs = {"LoRA with LoftQ's start, LoRA; nf3": (trained("nf3", "LoRA, LoftQ"), trained("nf3"))}
+        for base in ("nf3", "Wanda 2:4"):
+            name = f"DoRA, magnitudes trained 100 times as fast; {base}"
+            pairs[name] = trained(base, "DoRA"), trained(base, FASTER.format(100))
+        name = "DoRA with magnitudes 10 times as fast, DoRA; Wanda 2:4"
+        pairs[name] = trained("Wanda 2:4", FASTER.format(10)), trained("Wanda 2:4", "DoRA")
+        for size in ("50 %", "70 %", "2:4"):
+            pairs[f"SparseGPT, Wanda; LoRA, {size}"] = trained(f"SparseGPT {size}"), trained(f"Wanda {size}")
+        pairs["DoRA, LoRA; Wanda 2:4"] = trained("Wanda 2:4", "DoRA"), trained("Wanda 2:4")
+        for base in ("16 bits", "nf3", "Wanda 2:4"):
+            name = f"DoRA with its magnitudes set back, DoRA; {base}"
+            pairs[name] = self.arm("set_back", base, "DoRA"), trained(base, "DoRA")
+        found = {name: self.lower_by(*pair) for name, pair in pairs.items()}
+        return [(name, [len(values), *three(values, 3)]) for name, values in found.items()]
+
+    def transplants(self) -> tuple[list[Row], list[float]]:
+        rows, pruned = [], []
+        for base in ("nf4", "nf3", *PRUNED):
+            more = self.lower_by(self.arm("transplant", base, "LoRA"), self.arm("transplant", base, "DoRA"))
+            pruned += [more] if base in PRUNED else []
+            numbers = []
+            for name in ("LoRA", "DoRA"):
+                numbers += [
+                    self.repair[base, "128 steps", name][f"transplant{end}"] for end in ("", "_lower", "_upper")
+                ]
+            rows.append((base, [*numbers, *three(more, 3)]))
+        rows.append(("mean of the pruned bases", three(np.mean(pruned, axis=0).tolist(), 3)))
+        worse = sum(value > 0 for values in pruned for value in values)
+        return rows, [sum(map(len, pruned)), worse]
+
+    def changes(self) -> list[Row]:
+        rows = []
+        for base, adapter in itertools.product(("16 bits", "nf3", "Wanda 2:4"), ("LoRA", "DoRA")):
+            cells = self.arm("by_layer", base, adapter)
+            layers = [each for cell in cells.values() for each in cell["result"]["changes"].values()]
+
+            def mean(name: str, layers: Sequence[Mapping[str, float]] = layers) -> list[float]:
+                known = [each[name] for each in layers if name in each]
+                return [float(np.mean(known))] if known else []
+
+            numbers = [len(cells), *mean("direction"), 100 * mean("magnitude")[0]]
+            numbers += [100 * each for name in ("error_undone", "error_undone_best") for each in mean(name)]
+            numbers += mean("error_cosine")
+            back = self.repair.get((base, "128 steps", adapter), {})
+            numbers += [back[f"magnitudes{end}"] for end in ("", "_lower", "_upper") if "magnitudes" in back]
+            rows.append((f"{base}, {adapter}", numbers))
+        return rows
+
+    def headline(self) -> list[float]:
+        gain, points = (
+            self.scaled(measure, self.compared[measure][self.keys[0]]) for measure in ("nll_per_token", "acc")
+        )
+        bit, zero = (gain[2] / worth for worth in self.worths())
+        return [gain[0], 95.0, *gain[1:], self.nll.zone, bit, zero, *points]
+
+
+def students() -> list[Row]:
+    """Accuracies in percent with standard errors, as far as they are known, and the differences."""
+    read = {name: json.loads((HERE / f"results/{name}.json").read_text()) for name in ("student_rerun", "real_data")}
+    theirs = read["student_rerun"]["accuracy"]
+    own = {arm["kind"]: arm["test"]["adapter"] for arm in read["real_data"]["arms"]}
+    rows = []
+    for task in theirs["lora"]:
+        pair, ours = [theirs[kind][task] for kind in ("lora", "dora")], [own[kind][task] for kind in ("lora", "dora")]
+        numbers = [*pair, pair[1] - pair[0]]
+        numbers += [100 * each[name] for each in ours for name in ("acc", "acc_stderr")]
+        rows.append((task, [*numbers, 100 * (ours[1]["acc"] - ours[0]["acc"]), 100 * ours[0]["chance"]]))
+    return rows
+
+
+def three(values: Sequence[float], num_first: int) -> list[float]:
+    """Mean and the ends of its t interval."""
+    mean, half, *_ = t_interval(values, num_first)
+    return [mean, mean - half, mean + half]
+
+
+def bits_and_zeros(cell: Mapping[str, Any]) -> tuple[float, float]:
+    """Bits per weight, and the share of zeros, of the linear layers of a cell."""
+    size, compression = cell["result"]["size"], cell["result"]["compression"] or {}
+    return 8 * size["num_linear_bytes"] / size["num_linear_weights"], compression.get("sparsity", 0.0)
 
 
 if __name__ == "__main__":

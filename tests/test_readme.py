@@ -188,7 +188,7 @@ def test_the_command_above_a_table_is_that_of_its_result_file() -> None:
 
 def test_the_page_says_which_result_files_lack_their_commit_or_come_from_another_machine() -> None:
     text, rest = BENCHMARKS.read_text().split("All numbers come from two CPU cores: AMD EPYC, but Intel Xeon in ", 1)
-    parts = (*text.split("Older files"), rest.split(". No number")[0])
+    parts = (*re.split(r"Older\s+files", text), rest.split(". No number")[0])
     says_nothing, says_lacking, says_other = (set(re.findall(r"`(\w+)`", each)) for each in parts)
     documents = {file.stem: json.loads(file.read_text()) for file in (ROOT / "benchmarks/results").glob("*.json")}
     assert says_nothing == {name for name, document in documents.items() if "command" not in document}

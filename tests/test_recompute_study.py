@@ -216,6 +216,30 @@ def test_what_is_kept_says_how_many_cells_are_done(
     assert (told["cells_done"], told["cells"]) == (len(cells) - 1, len(cells))
 
 
+@pytest.mark.parametrize(
+    "page, old, new",
+    [
+        ("README.md", "", ""),
+        ("README.md", "at most 0.016 bit", "at most 0.017 bit"),
+        ("benchmarks/README.md", "| +0.056 (+0.045 to +0.066) |", "| +0.056 (+0.046 to +0.066) |"),
+        ("benchmarks/README.md", "DoRA and LoRA are equivalent in NLL", "DoRA and LoRA differ by 0.01 in NLL"),
+    ],
+)
+def test_the_pages_say_what_the_committed_scores_do(tmp_path: Path, page: str, old: str, new: str) -> None:
+    files = ["README.md", "benchmarks/README.md", "benchmarks/recompute_study.py"]
+    files += [f"benchmarks/results/{name}.json" for name in ("student_rerun", "real_data")]
+    names = ("comparisons.csv", "tasks.csv", "repair.csv", "scores.json.xz")
+    for file in (*files, *(f"benchmarks/results/study/{name}" for name in names)):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / file, tmp_path / file)
+    assert old in (tmp_path / page).read_text()
+    (tmp_path / page).write_text((tmp_path / page).read_text().replace(old, new, 1))
+    command = [sys.executable, "-I", str(tmp_path / "benchmarks/recompute_study.py")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert run.returncode == (1 if old else 0), run.stdout + run.stderr
+    assert json.loads(run.stdout.splitlines()[-1])["numbers"] > 1600
+
+
 def test_it_finds_a_score_that_was_changed(folder: Path, tmp_path: Path) -> None:
     for each in ("comparisons.csv", "repair.csv"):
         (tmp_path / each).write_bytes((folder / each).read_bytes())

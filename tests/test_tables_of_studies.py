@@ -28,7 +28,8 @@ def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, ModuleT
     """The modules of the tables, which read `tmp_path` as the folder of results."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     found = {
-        name: importlib.import_module(f"tables.{name}") for name in ("table", "study", "ranks", "combined", "failed")
+        name: importlib.import_module(f"tables.{name}")
+        for name in ("table", "study", "compressed", "ranks", "combined", "failed")
     }
     monkeypatch.setattr(found["table"], "RESULTS", tmp_path)
     return found
@@ -111,11 +112,13 @@ def test_the_study_table_has_the_named_comparisons_and_bases_whose_runs_diverged
     text = tables["study"].study()
     assert row_of(text, "nf4")[1:3] == ["4.10", "0"]
     assert row_of(text, "fp4")[1:3] == ["–", "–"]
+    assert "\nSo far 40 of 1,200 cells are done. NLL in nats" in text
+    answer = tables["compressed"].study_primary()
     for pair in pairs:
         if pair["role"] == "primary":
             size = f"improvement of dora over lora in NLL (nats per token) {pair['improvement']:.4f} ("
-            assert f"{pair['comparison']}: {pair['verdict']}, {size}" in text
-    assert "\nSo far 40 of 1,200 cells are done. on both: " in text
+            assert f"{pair['comparison']}: {pair['verdict']}, {size}" in answer
+    assert [line.split(" | ")[1] for line in answer.splitlines()[2:10]] == [*tables["compressed"].MEASURES.values()] * 2
 
 
 def test_rank_tables_read_the_present_reports(tables: dict[str, ModuleType], tmp_path: Path) -> None:
@@ -169,7 +172,11 @@ def test_combined_against_solo_tells_each_task_and_the_verdict_on_all(
     document = {
         "tasks": ["a", "b"],
         "comparisons": {
-            "all tasks": [row("nll_per_token", 0.012, "primary", verdict="not decided"), row("acc", 0.25)],
+            "all tasks": [
+                row("nll_per_token", 0.012, "primary", verdict="not decided"),
+                row("acc", 0.25),
+                row("acc_norm", -0.5),
+            ],
             "a": [row("nll_per_token", 0.5), row("acc", 0.25)],
             "b": [row("nll_per_token", -0.25), row("acc", 0.25)],
         },
@@ -193,6 +200,7 @@ def test_combined_against_solo_tells_each_task_and_the_verdict_on_all(
     assert row_of(text, "a") == ["a", "2.500", "2.000", gains[0], "25.0", "50.0", gains[1], "0.001"]
     assert row_of(text, "b")[3] == "-0.250 (-0.260 to -0.220)"
     assert "lower by +0.012 (+0.002 to +0.042), not decided: differences below 0.046 could not have been seen" in text
+    assert "per character: higher by -50.0 (-51.0 to -47.0) points." in text
     assert "Learning rate of the combined runs: 0.003. So far 20 of 21 runs are done." in text
     assert "took 1.2 times as long" in text
 

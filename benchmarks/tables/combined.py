@@ -32,6 +32,8 @@ def _said(document: dict[str, Any]) -> str:
     together = document["rates"]["combined"]
     text = f"The combined adapter against those of single tasks, NLL of all tasks lower by {compared(row)}"
     text += f" ({row['num_seeds']} seeds). A difference of less than {row['zone']:g} counts as none. "
+    (norm,) = (each for each in document["comparisons"][_WHOLE] if each["measure"] == "acc_norm")
+    text += f"Accuracy of all tasks by likelihood per character: higher by {_interval(norm, 100.0, 1)} points. "
     text += f"Learning rate of the combined runs: {together['rate']}. "
     if document["cells_done"] < document["cells"]:
         text += f"So far {document['cells_done']} of {document['cells']} runs are done. "

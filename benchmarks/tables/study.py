@@ -117,12 +117,12 @@ def study() -> str:
     if done.get("cells_done", 0) < done.get("cells", 0):
         partial = f"So far {done['cells_done']:,} of {done['cells']:,} cells are done. "
     note = (
-        f"\n{partial}{' '.join(done['answer'])}\n\nNLL in nats per answer token of the test examples; 95 % t intervals "
-        "over the seeds. Accuracy lost: points of accuracy per character below the uncompressed base, both untrained; "
-        "interval over the examples. "
-        "Left: NLL minus that of the same arm trained on the uncompressed base. Share repaired: an adapter of the "
-        "uncompressed base is worse on the compressed one; training there takes back this share of the loss. "
-        f"`{done['command']}`; the whole report: [results/study/report.md](results/study/report.md).\n"
+        f"\n{partial}NLL in nats per answer token of the test examples; 95 % t intervals over the seeds, not corrected "
+        "for the number of bases. Accuracy lost: points of accuracy per character below the uncompressed base, both "
+        "untrained; interval over the examples. Left: NLL minus that of the same arm trained on the uncompressed base. "
+        "Share repaired: an adapter of the uncompressed base is worse on the compressed one; training there takes back "
+        f"this share of the loss. `{done['command']}`; the whole report: "
+        "[results/study/report.md](results/study/report.md).\n"
     )
     return markdown(header, lines) + note
 

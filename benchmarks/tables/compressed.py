@@ -1,0 +1,193 @@
+"""What the study of compressed bases says: its answer in nats, points, bits and zeros, by task, and what it does find.
+
+Every number comes from the data files of the report; recompute_study.py computes each of them again from the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qdora.evaluation.example_intervals import Interval
+from qdora.study.statistics import t_interval
+from tables.table import interval, markdown, percent, read, report_rows
+
+MEASURES = {
+    "nll_per_token": "NLL, nats per token",
+    "nll_by_task": "NLL, each task counting once",
+    "acc": "accuracy, points",
+    "acc_norm": "accuracy by likelihood per character, points",
+}
+PRUNED = ("Wanda 50 %", "Wanda 2:4", "nf4, Wanda 2:4")
+SHORT = "128 steps"
+Cells = tuple[str, str, str, str]
+"""Kind, base, adapter and length of the cells of an arm."""
+
+
+def study_primary() -> str:
+    """The primary comparisons in every measure, with the test that the arms are closer than the zone."""
+    rows = []
+    for pair in (row for row in report_rows("study", "comparisons") if row["family"]):
+        is_primary = pair["role"] == "primary"
+        p = pair["p_equivalent_holm" if is_primary else "p_equivalent"]
+        zone = f"{float(pair['zone']):g}" if pair["measure"].startswith("nll") else "1 point"
+        row = [pair["comparison"], MEASURES[pair["measure"]], _told(pair, pair["measure"])]
+        rows.append([*row, zone, (f"{float(p):.4f}" if p else "–") + (" (corrected)" if is_primary else "")])
+    header = ["comparison", "measure", "DoRA better by", "zone", "p of a difference of the zone or more"]
+    note = f"\n{' '.join(read('study/run')['answer'])}\n"
+    return markdown(header, rows) + note
+
+
+def study_units() -> str:
+    """What the gain and the zone are worth in bits per weight and in zeros."""
+    rows = [
+        [unit, bases, f"{worth:.4f}", *(f"{value / worth:.3f}" for value in values)]
+        for unit, bases, worth, *values in worths()
+    ]
+    header = ["unit", "measured from", "nats per unit, LoRA", "DoRA's gain in units", "at most", "the zone in units"]
+    return markdown(header, rows)
+
+
+def worths() -> list[tuple[str, str, float, float, float, float]]:
+    """(unit, bases, nats that it is worth to LoRA, gain of DoRA, upper end of its interval, zone), these in nats."""
+    left = {row["base"]: row for row in report_rows("study", "repair") if (row["adapter"], row["length"]) == _LORA}
+    sizes = {row["base"]: row for row in report_rows("study", "arms") if (row["adapter"], row["length"]) == _LORA}
+    gain = primary_rows()["nll_per_token"]
+    found = []
+    for unit, column, scale, mild, strong in (
+        ("bit per weight", "bits_per_weight", -1, "nf4", "nf3"),
+        ("percentage point of zeros", "sparsity", 100, "Wanda 30 %", "Wanda 50 %"),
+    ):
+        between = scale * (float(sizes[strong][column]) - float(sizes[mild][column]))
+        worth = (float(left[strong]["left"]) - float(left[mild]["left"])) / between
+        ends = (float(gain[name]) for name in ("improvement", "upper", "zone"))
+        found.append((unit, f"{mild} to {strong}", worth, *ends))
+    return found
+
+
+def primary_rows() -> dict[str, dict[str, str]]:
+    """Measure -> the row of the first primary comparison."""
+    rows = [row for row in report_rows("study", "comparisons") if row["family"]]
+    return {row["measure"]: row for row in rows if row["comparison"] == rows[0]["comparison"]}
+
+
+def study_tasks() -> str:
+    """The first primary comparison on each task."""
+    rows = report_rows("study", "tasks")
+    name = primary_rows()["nll_per_token"]["comparison"]
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        if row["comparison"] == name:
+            found.setdefault(row["task"], {})[row["measure"]] = row
+    lines = [
+        [task, f"{100 * float(of['acc']['weight']):.1f}", *(_told(of[each], each) for each in of)]
+        for task, of in found.items()
+    ]
+    header = ["task", "% of the answer tokens", "NLL lower by", "accuracy higher by", "per character"]
+    return markdown(header, lines)
+
+
+def study_transplants() -> str:
+    """What adapters of the uncompressed base lose on each compressed one, and how much more with DoRA."""
+    pairs = {(row["base"], row["adapter"]): row for row in report_rows("study", "repair") if row.get("transplant")}
+    rows, of_pruned, num_worse = [], [], 0
+    for base in dict.fromkeys(base for base, _ in pairs):
+        more = _differences(("transplant", base, "DoRA", SHORT), ("transplant", base, "LoRA", SHORT))
+        if base in PRUNED:
+            of_pruned.append(more)
+            num_worse += sum(value > 0 for value in more)
+        losses = (_of_columns(pairs[base, arm], "transplant") for arm in ("LoRA", "DoRA"))
+        rows.append([base, *(_shown(each, "+.3f") for each in losses), _shown(t_interval(more), "+.3f")])
+    mean = t_interval([sum(of_seed) / len(of_seed) for of_seed in zip(*of_pruned, strict=True)])
+    rows.append(["mean of the pruned bases", "–", "–", _shown(mean, "+.3f")])
+    number = sum(map(len, of_pruned))
+    note = f"\nOf {number} pairs of a seed and a pruned base, DoRA is worse in {num_worse}.\n"
+    return markdown(["base", "LoRA loses", "DoRA loses", "DoRA minus LoRA on this base"], rows) + note
+
+
+def study_controls() -> str:
+    """Differences that the same design finds, or fails to find, at this size."""
+    rows = []
+    for name, better, worse in _CONTROLS:
+        found = _differences(worse, better)
+        rows.append([name, str(len(found)), _shown(t_interval(found, num_first=min(3, len(found))), "+.4f")])
+    return markdown(["better, than", "seeds", "NLL lower by"], rows)
+
+
+def study_students() -> str:
+    """Accuracies of a rerun of the paper's task by students, beside ours on the same tasks."""
+    students, arms = read("student_rerun")["accuracy"], read("real_data")["arms"]
+    own = {arm["kind"]: arm["test"]["adapter"] for arm in arms}
+    rows = []
+    for task in students["lora"]:
+        row = [task, *(f"{students[kind][task]:.1f}" for kind in ("lora", "dora"))]
+        row.append(f"{students['dora'][task] - students['lora'][task]:+.1f}")
+        row += [percent(own[kind][task]["acc"], own[kind][task]["acc_stderr"]) for kind in ("lora", "dora")]
+        row.append(f"{100 * (own['dora'][task]['acc'] - own['lora'][task]['acc']):+.1f}")
+        rows.append([*row, percent(own["lora"][task]["chance"])])
+    header = ["task", "students: LoRA", "DoRA", "difference", "here: LoRA", "DoRA", "difference", "chance"]
+    return markdown(header, rows)
+
+
+_LORA = ("LoRA", SHORT)
+_CONTROLS: Sequence[tuple[str, Cells, Cells]] = (
+    ("LoRA with LoftQ's start, LoRA; nf3", ("trained", "nf3", "LoRA, LoftQ", SHORT), ("trained", "nf3", *_LORA)),
+    (
+        "DoRA, magnitudes trained 100 times as fast; nf3",
+        ("trained", "nf3", "DoRA", SHORT),
+        ("trained", "nf3", "DoRA, magnitudes 100 times", SHORT),
+    ),
+    (
+        "DoRA, magnitudes trained 100 times as fast; Wanda 2:4",
+        ("trained", "Wanda 2:4", "DoRA", SHORT),
+        ("trained", "Wanda 2:4", "DoRA, magnitudes 100 times", SHORT),
+    ),
+    (
+        "DoRA with magnitudes 10 times as fast, DoRA; Wanda 2:4",
+        ("trained", "Wanda 2:4", "DoRA, magnitudes 10 times", SHORT),
+        ("trained", "Wanda 2:4", "DoRA", SHORT),
+    ),
+    *(
+        (
+            f"SparseGPT, Wanda; LoRA, {size}",
+            ("trained", f"SparseGPT {size}", *_LORA),
+            ("trained", f"Wanda {size}", *_LORA),
+        )
+        for size in ("50 %", "70 %", "2:4")
+    ),
+    ("DoRA, LoRA; Wanda 2:4", ("trained", "Wanda 2:4", "DoRA", SHORT), ("trained", "Wanda 2:4", *_LORA)),
+    *(
+        (
+            f"DoRA with its magnitudes set back, DoRA; {base}",
+            ("set_back", base, "DoRA", SHORT),
+            ("trained", base, "DoRA", SHORT),
+        )
+        for base in ("16 bits", "nf3", "Wanda 2:4")
+    ),
+)
+"""Name, the cells that are better, the cells that they are compared with."""
+
+
+def _differences(cells: Cells, other: Cells) -> list[float]:
+    """NLL of the first cells minus that of the others, of each seed that both have, in the order of the seeds."""
+    one, two = _nll(cells), _nll(other)
+    return [one[seed] - two[seed] for seed in sorted(one.keys() & two.keys(), key=int)]
+
+
+def _nll(cells: Cells) -> dict[str, float]:
+    rows = report_rows("study", "cells")
+    names = ("kind", "base", "adapter", "length")
+    return {row["seed"]: float(row["nll_per_token"]) for row in rows if tuple(row[name] for name in names) == cells}
+
+
+def _told(row: dict[str, str], measure: str) -> str:
+    """An improvement with its interval: nats, or points of accuracy."""
+    scale, form = (100, "+.2f") if measure.startswith("acc") else (1, "+.4f")
+    return interval(*(scale * float(row[name]) for name in ("improvement", "lower", "upper")), form=form)
+
+
+def _of_columns(row: dict[str, str], name: str) -> Interval:
+    return Interval(*(float(row[f"{name}{end}"]) for end in ("", "_lower", "_upper")))
+
+
+def _shown(found: Interval, form: str) -> str:
+    return interval(found.value, found.lower, found.upper, form=form)
