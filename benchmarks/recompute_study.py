@@ -164,6 +164,7 @@ class KeptStudy:
         self.reference = self.compare["reference"]
         self.primary: dict[Key, list[Term]] = {}
         self.lacking: dict[Key, bool] = {}
+        self.tests: dict[Key, int] = {}
         self.shared = self._shared([each["cell"] for each in document["cells"] if each["cell"]["kind"] == "trained"])
         self._kept: dict[int, dict[str, dict[str, tuple[float, float]]]] = {}
         self._values: dict[tuple[int, str], float] = {}
@@ -250,6 +251,7 @@ class KeptStudy:
         for key in self.primary if self.is_metric else ():
             named = [each.get("family") or "primary" for each in asked.values()]
             tests[key] = named.count(families[key]) if asked else max(len(self.primary), self._num_pairs())
+        self.tests = tests
         found = {key: self._numbers(terms, alpha / tests[key]) for key, terms in contrasts.items()}
         for family in set(families.values()) or {""} if self.is_metric else ():
             keys = [key for key in self.primary if families.get(key, "") == family]
@@ -747,12 +749,18 @@ class Pages:
         return rows
 
     def answers(self) -> list[float]:
-        found = []
+        found, verdicts = [], self.nll.verdicts(self.compared["nll_per_token"])
         for key in self.keys:
-            numbers, zone = self.compared["nll_per_token"][key], self.nll.zone
+            numbers, zone, verdict = self.compared["nll_per_token"][key], self.nll.zone, verdicts[key]
             gain, lower, upper = self.scaled("nll_per_token", numbers)
-            seeds = len(shared_seeds(self.nll.primary[key]))
-            found += [zone, gain, 95.0, lower, upper, seeds, zone, numbers["p_equivalent_holm"], len(self.keys)]
+            found += [zone] * verdict.count(f"{zone:g}")
+            found += [gain, 95.0, lower, upper, len(shared_seeds(self.nll.primary[key]))]
+            if "is better" in verdict:
+                found += [numbers["p_holm"], self.nll.tests[key]]
+            elif verdict == "not decided":
+                found.append(numbers["smallest_detectable"])
+            else:
+                found += [zone, numbers["p_equivalent_holm"], self.nll.tests[key]]
         return found
 
     def worths(self) -> list[float]:

@@ -81,12 +81,12 @@ def unpack(packed: bytes, grid: Path, directory: Path) -> int:
     if any((directory / "results").glob("*.json")):
         raise UserError(f"{directory}: must have no results yet. Fix: name another directory.")
     archive = json.loads(lzma.decompress(packed))
-    still_read = {each["cell"]["adapter_key"] for each in archive["cells"] if each["result"] is None}
-    done = {
-        each["cell"]["key"]: each
-        for each in archive["cells"]
-        if each["result"] is not None and each["cell"]["key"] not in still_read
-    }
+    done = {each["cell"]["key"]: each for each in archive["cells"] if each["result"] is not None}
+    number = -1
+    while len(done) != number:  # what reads an adapter may leave one itself
+        number = len(done)
+        still_read = {each["cell"]["adapter_key"] for each in archive["cells"] if each["cell"]["key"] not in done}
+        done = {key: each for key, each in done.items() if key not in still_read}
     if not any(cell.key in done for cell in expander.now().cells):
         raise UserError(f"{grid}: no cell of the archive is in this study. Its data must have the paths that it had.")
     for key, found in archive["guesses"].items():

@@ -106,16 +106,19 @@ def work_of(nll: Truth = truth, *, generated: bool = False, fail: str | None = N
 def _measured_by_layer(cell: Cell) -> dict[str, Any]:
     """Two blocks of two layers; the second block matters more."""
     is_compressed = cell.recipe.base.quant != "none"
-    errors = {"error_undone": 0.1, "error_undone_best": 0.3, "error_cosine": 0.2} if is_compressed else {}
-    change = {"direction": 0.01, "magnitude": 0.001} | errors
-    return {
+    errors = {"error_undone": 0.1, "error_undone_best": 0.3, "error_cosine": 0.2}
+    change = {"direction": 0.01, "magnitude": 0.001, "length": 0.002}
+    change |= errors if is_compressed and not cell.steps else {}
+    layers = {f"layers.{block}.{name}": change for block in (0, 1) for name in ("q_proj", "o_proj")}
+    steps = {"checkpoints": [{"step": step, "nll": 2.0, "changes": layers} for step in cell.steps]}
+    return (steps if cell.steps else {}) | {
         "num_steps": 0,
         "final_loss": None,
         "num_trainable": 0,
         "size": {"num_linear_weights": 1, "num_linear_bytes": 1, "num_base_bytes": 1, "num_adapter_bytes": 1},
         "compression": None,
-        "changes": {f"layers.{block}.{name}": change for block in (0, 1) for name in ("q_proj", "o_proj")},
-        "blocks": [{"block": block, "rise": 0.1 * (block + 1)} for block in (0, 1)],
+        "changes": {} if cell.steps else layers,
+        "blocks": [] if cell.steps else [{"block": block, "rise": 0.1 * (block + 1)} for block in (0, 1)],
         "nll": 2.0,
     }
 

@@ -20,13 +20,15 @@ def test_changes_of_rows_against_loops(kind: str) -> None:
     found = weight_changes(layers)
     assert set(found) == set(layers)
     base = dense_weight(layers[name].base.stored_weight, torch.float64).tolist()
-    directions, magnitudes = [], []
+    directions, magnitudes, lengths = [], [], []
     for w, v in zip(base, tiny_adapted.expected_weight(layers[name]).tolist(), strict=True):
         norms = [math.sqrt(sum(value**2 for value in row)) for row in (w, v)]
         directions.append(1 - sum(a * b for a, b in zip(w, v, strict=True)) / norms[0] / norms[1])
         magnitudes.append(abs(norms[1] / norms[0] - 1))
+        lengths.append(abs(norms[1] - norms[0]))
     assert found[name].direction == pytest.approx(sum(directions) / len(directions), rel=1e-3)
     assert found[name].magnitude == pytest.approx(sum(magnitudes) / len(magnitudes), rel=1e-3)
+    assert found[name].length == pytest.approx(sum(lengths) / len(lengths), rel=1e-3)
     assert min(found[name].direction, found[name].magnitude) > 1e-4
 
 

@@ -104,8 +104,14 @@ def test_the_grid_of_compressed_bases_is_told_without_a_plan(tmp_path: Path, pla
     told = dry_run(ROOT / "benchmarks/grids/compressed.yaml", tmp_path)
     assert not planned
     assert all(each["seconds"] is not None for each in told["stages"])
-    (by_layer,) = (each for each in told["stages"] if each["stage"] == "by layer")
-    assert by_layer["num_cells"] == 3 * 2 * 3
+    stages = {each["stage"]: each["num_cells"] for each in told["stages"]}
+    assert stages["by layer"] == 3 * 2 * 3
+    second = {"magnitudes again": 3, "curves, third seed": 3 * 2, "noise floor": 2 * 3}
+    second |= {"full fine-tuning": 3 * 3, "by checkpoint": 3 * 3}
+    second |= {"transplants again": 3 * 2 * 3, "transplants, magnitudes rescaled": 3 * 3}
+    assert {name: stages[name] for name in second} == second
+    assert sum(stages.values()) == 194 + sum(second.values()) + 4  # and the rates of full fine-tuning
+    assert [each["num_seeds"] for each in told["outlook"]] == [3] * 7
 
 
 def test_the_grid_of_ranks_compares_each_with_the_largest_for_both_adapters(tmp_path: Path) -> None:

@@ -43,10 +43,9 @@ def diverging(cell: Cell) -> float:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished study with every kind of cell, diverged runs and guesses."""
-    again = [
-        {"name": kind, "cells": {"base.quant": ["nf4"], "adapter": ["dora"]}, "kind": kind}
-        for kind in ("transplant", "set_back", "by_layer")
-    ]
+    dora = {"base.quant": ["nf4"], "adapter": ["dora"]}
+    again = [{"name": kind, "cells": dora, "kind": kind} for kind in ("transplant", "rescaled", "set_back", "by_layer")]
+    again.append({"name": "steps", "cells": dora | {"adapter": ["lora"]}, "kind": "by_layer", "steps": [1, 2]})
     made = fake_study.make(tmp_path_factory.mktemp("made"), stages=[{"name": "main"}, *again], nll=diverging)
     dense = next(cell["dense_key"] for cell in read_index(made)["cells"] if cell["kind"] == "base")
     folder = StudyDirectory(made).shared("guesses", dense)
@@ -93,7 +92,7 @@ def test_the_report_stays_the_same(archive: ModuleType, made: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "kinds",
-    [("trained", "transplant", "set_back", "by_layer"), pytest.param(("transplant",), marks=pytest.mark.slow)],
+    [("trained", "transplant", "rescaled", "set_back", "by_layer"), ("rescaled",)],
 )
 def test_what_is_missing_runs_and_nothing_else(
     archive: ModuleType, made: Path, tmp_path: Path, kinds: tuple[str, ...]
@@ -113,10 +112,11 @@ def test_what_is_missing_runs_and_nothing_else(
 
     expander = Expander(load_study(made.parent / "study.yaml"))
     results = Results(store, expander.study)
-    for _ in range(2):  # cells that lay an adapter on another base come after it
+    for _ in range(3):  # cells that lay an adapter on another base come after it, and rescaled ones after these
         run_cells(cells_now(expander, results).cells, store, work)
     # Adapters are not kept, so what leaves one for a cell that is left runs again
     sources = {cell["adapter_key"] for cell in of_seed if cell["key"] in lost} - {None}
+    sources |= {cell["adapter_key"] for cell in of_seed if cell["key"] in sources} - {None}
     assert sources
     assert ran == lost | sources
     assert same(read_report(tmp_path / "study"), read_report(made), "comparisons")

@@ -32,6 +32,7 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
 from qdora.ops.tiles import dense_weight
 from qdora.recipe.recipe_file import settings
+from qdora.recipe.settings import AdapterConfig
 from qdora.run.load_run import load_run
 from qdora.study import cluster_jobs
 from qdora.study import runner as study_verb
@@ -326,6 +327,7 @@ SEARCH: dict[str, Any] = {
     "stages": [
         {"name": "main"},
         {"name": "moved", "cells": {"base.quant": "nf4"}, "kind": "transplant"},
+        {"name": "rescaled", "cells": {"base.quant": "nf4"}, "kind": "rescaled"},
         {"name": "back", "cells": {"base.quant": "nf4"}, "kind": "set_back"},
         {"name": "layers", "kind": "by_layer"},
     ],
@@ -345,6 +347,7 @@ def test_rates_are_searched_then_arms_are_trained_and_adapters_transplanted(root
         ("rates", 6, 6 * 3),
         ("main", 2, 2 * 3),
         ("moved", 1, 2),
+        ("rescaled", 1, 2),
         ("back", 1, 2),
         ("layers", 2, 2 * 2),
     ]
@@ -366,10 +369,59 @@ def test_rates_are_searched_then_arms_are_trained_and_adapters_transplanted(root
     examples = run_examples(base.recipe, "validation")
     expected = evaluate(base.model, base.tokenizer, examples, limit=10, block=0).per_example
     assert [row["nll"] for row in scored] == pytest.approx([row["nll"] for row in expected], rel=1e-6)
+    check_rescaled(tmp_path, index["cells"])
     check_set_back(tmp_path, index["cells"])
     check_by_layer(tmp_path, index["cells"])
     again = study_run(file, tmp_path, console=Console(file=io.StringIO()))
     assert again["num_done"] == done["num_done"] == done["num_cells"]
+
+
+def check_rescaled(directory: Path, cells: list[dict[str, Any]]) -> None:
+    """Against the transplant, whose magnitudes get the ratio of the row norms of both bases here."""
+    (rescaled,) = [cell for cell in cells if cell["kind"] == "rescaled"]
+    (moved,) = [cell for cell in cells if cell["kind"] == "transplant"]
+    assert rescaled["adapter_key"] == moved["key"]
+    (plain,) = [cell for cell in cells if cell["stage"] == "main" and cell["labels"]["base.quant"] == "none"]
+    dense = load_run(directory / "cells" / plain["key"], base_only=True).model
+    run = load_run(directory / "cells" / moved["key"])
+    for path, layer in adapted_layers(run.model).items():
+        after, before = dense_weight(layer.base.stored_weight, torch.float64), dense.get_submodule(path).weight.double()
+        layer.magnitude.data *= (after.square().sum(1) / before.square().sum(1)).sqrt().float()
+        layer.parameters_changed()
+    found = evaluate(run.model, run.tokenizer, run_examples(run.recipe, "validation"), limit=10, block=0).per_example
+    scored, unscaled = (
+        [row["nll"] for row in json.loads((directory / "cells" / file).read_text())["per_example"]]
+        for file in (f"{rescaled['key']}/eval/set-back.json", f"{moved['key']}/eval/step-0.json")
+    )
+    assert scored == pytest.approx([row["nll"] for row in found], rel=1e-6)
+    assert scored != pytest.approx(unscaled, rel=1e-5)
+
+
+def test_checkpoints_of_an_adapter_and_of_full_fine_tuning_are_measured(root: Path, tmp_path: Path) -> None:
+    full = dict.fromkeys(f"adapter.{name}" for name in AdapterConfig.model_fields) | {"adapter.kind": "full"}
+    product = {"base.quant": ["none"], "adapter": {"dora": {"adapter.kind": "dora"}, "full": full}}
+    stages = [{"name": "main"}, {"name": "checkpoints", "kind": "by_layer", "steps": [1, 2]}]
+    file = write_study(root, product=product, stages=stages, bases=False, settings={"train.lr": 0.01})
+    study_run(file, tmp_path, console=Console(file=io.StringIO()))
+    rows = read_report(tmp_path).tables["checkpoints"]
+    assert {(row["adapter"], row["step"]) for row in rows} == {
+        (kind, step) for kind in ("dora", "full") for step in (1, 2)
+    }
+    for cell in (cell for cell in read_index(tmp_path)["cells"] if cell["kind"] == "trained"):
+        place, kind = tmp_path / "cells" / cell["key"], cell["labels"]["adapter"]
+        base, run = load_run(place, base_only=True).model, load_run(place)
+        scored = json.loads((place / "eval/step-2.json").read_text())["per_example"]
+        nll = sum(row["nll"] for row in scored) / sum(row["num_answer_tokens"] for row in scored)
+        last = {row["layer"]: row for row in rows if (row["adapter"], row["step"]) == (kind, 2)}
+        assert all(row["nll"] == pytest.approx(nll, rel=1e-6) for row in last.values())
+        assert last
+        path = next(iter(last))
+        w, trained = base.get_submodule(path).weight.double(), run.model.get_submodule(path)
+        v = (trained.merged_weight(torch.float64) if kind == "dora" else trained.weight.double()).detach()
+        cosines = torch.nn.functional.cosine_similarity(v, w, dim=1)
+        assert last[path]["direction_change"] == pytest.approx(float((1 - cosines).mean()), rel=1e-2)
+        moved = (v.norm(dim=1) - w.norm(dim=1)).abs().mean()
+        assert last[path]["length_change"] == pytest.approx(float(moved), rel=1e-2)
 
 
 def check_set_back(directory: Path, cells: list[dict[str, Any]]) -> None:

@@ -90,7 +90,14 @@ def test_more_seeds_change_no_cell(tmp_path: Path) -> None:
     assert {cell.key for cell in few} < {cell.key for cell in many}
 
 
-@pytest.mark.parametrize("key", ["train.seed", "data.seed", "eval.block"])
+def test_an_axis_can_have_initial_values_of_its_own(tmp_path: Path) -> None:
+    other = {"lora": {"adapter.kind": "lora"}, "other": {"adapter.kind": "lora", "train.seed": 100}}
+    cells = study(tmp_path, product={"base.quant": ["nf4"], "adapter": other}, settings={"eval.limit": 9})
+    found = {(c.labels["adapter"], c.recipe.train.seed, c.recipe.data.seed, c.recipe.eval.block) for c in cells[2:]}
+    assert found == {("lora", n, n, n) for n in range(3)} | {("other", 100 + n, n, n) for n in range(3)}
+
+
+@pytest.mark.parametrize("key", ["data.seed", "eval.block"])
 def test_what_the_seeds_decide_is_not_set(tmp_path: Path, key: str) -> None:
     with pytest.raises(UserError, match=rf"{key}: is decided by seeds\. Fix: remove it"):
         study(tmp_path, settings={key: 3, "eval.limit": 9})
@@ -191,6 +198,15 @@ def test_arms_can_take_the_rate_of_others(tmp_path: Path) -> None:
     }
 
 
+def test_an_arm_can_have_rates_of_its_own(tmp_path: Path) -> None:
+    rates = RATES | {"of": {"adapter": {"dora": [1e-3, 2e-3, 4e-3]}}}
+    end = expander(tmp_path, rates=rates).now(learnt({"lora": 4e-4, "dora": 2e-3}))
+    tried = {cell.recipe.train.lr for cell in end.cells if cell.kind == "rate" and cell.recipe.adapter.kind == "dora"}
+    assert tried == {1e-3, 2e-3, 4e-3}
+    trained = [cell for cell in end.cells if cell.kind == "trained"]
+    assert labels(trained, "adapter", "train.lr") == {("lora", "0.0004"), ("dora", "0.002")}
+
+
 def test_an_arm_that_diverges_at_every_rate_waits_for_nothing(tmp_path: Path) -> None:
     def loss(cell: Cell) -> float:
         return math.inf if cell.recipe.adapter.kind == "dora" else cell.recipe.train.lr
@@ -236,6 +252,17 @@ def test_a_transplant_waits_for_the_adapter_of_the_uncompressed_base(tmp_path: P
         assert cell.key not in (source.key, cell.base_key, key_of(cell.recipe))
     with pytest.raises(UserError, match="stage moved: the study does not train this arm on the uncompressed base"):
         expander(tmp_path, stages=[{"name": "main", "cells": {"base.quant": "nf4"}}, stages[1]])
+
+
+def test_magnitudes_are_rescaled_in_the_transplant_of_the_same_arm(tmp_path: Path) -> None:
+    moved = {"name": "moved", "cells": {"base.quant": "nf4", "adapter": "dora"}, "kind": "transplant"}
+    stages = [{"name": "main"}, moved, moved | {"name": "rescaled", "kind": "rescaled"}]
+    cells = expander(tmp_path, stages=stages).now(learnt({"lora": 4e-4, "dora": 4e-4}), lambda _: True).cells
+    by_key = {cell.key: cell for cell in cells}
+    found = [(by_key[cell.adapter_key or ""].kind, cell.labels["seed"]) for cell in cells if cell.kind == "rescaled"]
+    assert found == [("transplant", seed) for seed in "012"]
+    with pytest.raises(UserError, match="stage rescaled: the study does not transplant this arm"):
+        expander(tmp_path, stages=[stages[0], stages[2]])
 
 
 def test_magnitudes_are_set_back_in_the_adapter_of_the_same_arm(tmp_path: Path) -> None:

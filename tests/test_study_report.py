@@ -48,6 +48,7 @@ STAGES = [
     {"name": "main"},
     {"name": "moved", "cells": {"base.quant": ["nf4", "fp4"]}, "kind": "transplant"},
     {"name": "by layer", "cells": {"base.quant": ["none", "nf4"], "seed": [0, 1]}, "kind": "by_layer"},
+    {"name": "by step", "cells": {"base.quant": "nf4", "seed": 2}, "kind": "by_layer", "steps": [1, 2]},
 ]
 GUESSES = {"uniform": math.log(1000), "unigram": 5.0}
 
@@ -566,7 +567,7 @@ def test_every_number_of_the_page_is_in_the_data_beside_it(report: Report, tmp_p
     known: list[float] = []
     texts = "a study"
     frames = [pd.read_csv(file, dtype={"train.lr": str}) for file in sorted(tmp_path.glob("*.csv"))]
-    assert len(frames) == 12
+    assert len(frames) == 13
     for frame in frames:
         for column in frame:
             if frame[column].dtype == object or str(frame[column].dtype) in ("str", "string"):

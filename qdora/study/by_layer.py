@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from qdora.analysis.error_undone import error_undone
-from qdora.analysis.weight_changes import set_magnitude_back_, weight_changes
+from qdora.analysis.weight_changes import full_weight_changes, set_magnitude_back_, weight_changes
 from qdora.data.build_data import run_examples
 from qdora.data.example import Example
 from qdora.evaluation.loglikelihood import score_answers
-from qdora.evaluation.suite import spread
+from qdora.evaluation.suite import evaluate, spread
 from qdora.model.inject import adapted_layers, block_of
 from qdora.model.model_size import model_size
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -57,6 +57,24 @@ def measure_by_layer(trained: Path) -> dict[str, Any]:
         "blocks": blocks,
         "nll": whole,
     }
+
+
+def measure_checkpoints(trained: Path, steps: Sequence[int]) -> dict[str, Any]:
+    """Measure checkpoints of the run `trained`, an adapter or full fine-tuning.
+
+    checkpoints: Of each step the NLL per token of the run's own evaluation, and path of a layer -> `WeightChange`.
+    """
+    found: list[dict[str, Any]] = []
+    for step in steps:
+        run = load_run(trained, step=step)
+        layers, asked = adapted_layers(run.model), run.recipe.eval
+        changes = weight_changes(layers) or full_weight_changes(load_run(trained, base_only=True).model, run.model)
+        examples = run_examples(run.recipe, "validation", asked.tasks)
+        scored = evaluate(run.model, run.tokenizer, examples, limit=asked.limit, block=asked.block).per_example
+        nll = sum(row["nll"] for row in scored) / sum(row["num_answer_tokens"] for row in scored)
+        told = {path: asdict(change) for path, change in changes.items() if block_of(path) is not None}
+        found.append({"step": step, "nll": nll, "changes": told})
+    return {"size": asdict(model_size(run.model)), "checkpoints": found}
 
 
 def blocks_of(layers: Mapping[str, AdaptedLinear]) -> dict[int, list[AdaptedLinear]]:

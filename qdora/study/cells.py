@@ -30,12 +30,12 @@ from qdora.study.grid import (
 )
 from qdora.study.rates import RateRun, Search, search
 
-Kind = Literal["base", "rate", "trained", "transplant", "set_back", "by_layer"]
+Kind = Literal["base", "rate", "trained", "transplant", "rescaled", "set_back", "by_layer"]
 Labels = dict[str, str]
 
 # Fields of `eval` that the evaluation of a base depends on.
 _EVALUATION = ("tasks", "limit", "method")
-_OF_SEED = ("train.seed", "data.seed", "eval.block")
+_OF_SEED = ("data.seed", "eval.block")
 BASES, SHORT_RATES, RATES = "bases", "rates, short runs", "rates"
 """Names of the stages before those of the study file."""
 
@@ -46,14 +46,15 @@ class Cell:
 
     Attributes:
         kind: base: only evaluated. rate: a run of the search for a learning rate. trained: compared. transplant: an
-            adapter of the cell `adapter_key`, evaluated on another base. set_back: that adapter with its magnitudes set
-            back. by_layer: that adapter measured layer by layer, without scores.
+            adapter of the cell `adapter_key`, evaluated on another base. rescaled, set_back: the adapter of that cell,
+            evaluated with other magnitudes. by_layer: that adapter measured layer by layer, without scores.
         labels: Axis -> label; of trained cells also the seed, and the rate where it was searched. A base has no labels
             on axes that affect only training.
         stage: Part of the study.
         base_key, dense_key: Cells that evaluate the same base without an adapter, and the uncompressed base.
         is_interior: Whether the search for its rate found a worse one on both sides; None without a search.
         equal: Labels of other combinations of the grid that have the same key.
+        steps: Checkpoints of the cell `adapter_key` that are measured by layer.
     """
 
     key: str
@@ -66,6 +67,7 @@ class Cell:
     adapter_key: str | None = None
     is_interior: bool | None = None
     equal: tuple[Labels, ...] = field(default=(), compare=False)
+    steps: tuple[int, ...] = ()
 
     @property
     def is_trained(self) -> bool:
@@ -231,7 +233,8 @@ class Expander:
         try:
             recipe = self._recipe(arm, arm.seeds[0])
             if rates is not None and rates.steps is not None and recipe.adapter.kind != "none":
-                self._recipe(arm, arm.seeds[0], rate=RateRun("short", rates.values[0], rates.seeds[0]))
+                first = rates.for_labels(arm.labels).values[0]
+                self._recipe(arm, arm.seeds[0], rate=RateRun("short", first, rates.seeds[0]))
         except UserError as error:
             yield from map(self._placed, error.faults)
             return
@@ -251,11 +254,12 @@ class Expander:
             )
         if arm.stage.kind == "transplant" and self._twin(arm) is None:
             yield self.file, f"stage {arm.stage.name}: the study does not train this arm on the uncompressed base."
-        if arm.stage.kind == "set_back" and recipe.adapter.kind != "dora":
+        if arm.stage.kind in ("set_back", "rescaled") and recipe.adapter.kind != "dora":
             yield self.file, f"stage {arm.stage.name}: adapter.kind must be dora, got {recipe.adapter.kind}."
-        is_trained = any(other.stage.kind == "train" and other.labels == arm.labels for other in self.arms)
-        if arm.stage.kind in ("set_back", "by_layer") and not is_trained:
-            yield self.file, f"stage {arm.stage.name}: the study does not train this arm."
+        before = "transplant" if arm.stage.kind == "rescaled" else "train"
+        is_there = any(other.stage.kind == before and other.labels == arm.labels for other in self.arms)
+        if arm.stage.kind in ("set_back", "by_layer", "rescaled") and not is_there:
+            yield self.file, f"stage {arm.stage.name}: the study does not {before} this arm."
 
     def _placed(self, fault: str) -> tuple[str, str]:
         """(file, text) of a fault in a cell's recipe: an override, which begins with -s, is in the study file."""
@@ -265,7 +269,7 @@ class Expander:
 
     def _recipe(self, arm: _Combination, seed: int, *, rate: RateRun | float | None = None) -> Recipe:
         """The recipe of an arm with a seed: of the comparison, or of a run of its search."""
-        changes = arm.changes | {"train.seed": seed, "data.seed": seed}
+        changes = arm.changes | {"train.seed": seed + arm.changes.get("train.seed", 0), "data.seed": seed}
         if isinstance(rate, RateRun):
             changes[RATE] = rate.rate
             if rate.length == "short":
@@ -373,7 +377,7 @@ class Expander:
                     cells[run] = Cell(self._key(recipe), own, recipe, "rate", stage)
                 return cells[run]
 
-            found = search(rates, lambda run: loss(cell_of(run)))
+            found = search(rates.for_labels(labels), lambda run: loss(cell_of(run)))
             searches[name] = (labels, found, [cell_of(run) for run in found.runs])
         return searches[name][1]
 
@@ -417,14 +421,14 @@ class Expander:
         assert kind != "train"
         source_arm = self._twin(arm) if kind == "transplant" else arm
         assert source_arm is not None, arm.labels
-        wanted = (source_arm.labels | {SEED: str(seed)}).items()
-        source = next(
-            (cell for cell in trained.values() if cell.kind == "trained" and wanted <= cell.labels.items()), None
-        )
+        before, wanted = "transplant" if kind == "rescaled" else "trained", source_arm.labels | {SEED: str(seed)}
+        found = (cell for cell in trained.values() if cell.kind == before and wanted.items() <= cell.labels.items())
+        source = next(found, None)
         if source is None:
             return None
         recipe = self._recipe(arm, seed)
-        key = hashlib.sha256(f"{kind} of {source.key} in {self._key(recipe)}".encode()).hexdigest()
+        what = f"{kind} at {arm.stage.steps}" if arm.stage.steps else kind
+        key = hashlib.sha256(f"{what} of {source.key} in {self._key(recipe)}".encode()).hexdigest()
         return Cell(
             key[: len(source.key)],
             arm.labels | {SEED: str(seed)},
@@ -432,6 +436,7 @@ class Expander:
             kind,
             arm.stage.name,
             adapter_key=source.key,
+            steps=arm.stage.steps,
             base_key=self._base(arm, dense=False)[0],
             dense_key=self._base(arm, dense=True)[0],
         )

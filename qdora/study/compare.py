@@ -56,7 +56,7 @@ class Arm:
     """One value of the compared axis in one context: the labels of the axes that are neither compared nor the seed.
 
     Attributes:
-        kind: base, trained, transplant or set_back.
+        kind: base, trained, transplant, rescaled or set_back.
         rate: Label of the learning rate that a search found; "" without one.
         is_interior: Whether the search found a worse rate on both sides; None without one.
         seeds: Seed -> key of a finished cell; a base has one, whose seed is "".
@@ -185,7 +185,7 @@ def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> 
                     dense_key=first["dense_key"],
                 )
             )
-    order = {"base": 0, "trained": 1, "transplant": 2, "set_back": 3}
+    order = {"base": 0, "trained": 1, "transplant": 2, "rescaled": 3, "set_back": 4}
     return sorted(arms, key=lambda arm: order[arm.kind])
 
 

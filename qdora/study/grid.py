@@ -57,7 +57,8 @@ Choice = dict[Text, Any]
 """Axis -> value or list of values."""
 
 SEED = "seed"
-"""Name of the axis of repetitions. A seed sets train.seed, data.seed and eval.block together."""
+"""Name of the axis of repetitions. A seed sets train.seed, data.seed and eval.block together; an axis with train.seed
+adds its value to that of train.seed."""
 RATE = "train.lr"
 
 _COLUMNS = """
@@ -74,7 +75,7 @@ left left_lower left_upper transplant transplant_lower transplant_upper repaired
 repaired_share repaired_share_lower repaired_share_upper repair_reason
 damage_choice damage_choice_lower damage_choice_upper perplexity weight_error hidden_error
 is_done num_runs losses is_interior
-magnitudes magnitudes_lower magnitudes_upper direction_change magnitude_change
+magnitudes magnitudes_lower magnitudes_upper direction_change magnitude_change length_change
 error_undone error_undone_best error_cosine block_off step training_loss guess nll
 layer format shape block_size num_weights num_pruned num_zeros relative_error num_packed_bytes block
 fact value text
@@ -151,6 +152,13 @@ class RatesConfig(Section):
     """Times that the search goes beyond the smallest and beyond the largest value."""
     like: dict[Text, dict[Text, Text]] = Field(default_factory=dict)
     """Axis -> value -> value whose rate it takes instead of a search of its own."""
+    of: dict[Text, dict[Text, Annotated[tuple[Positive, ...], Field(min_length=3)]]] = Field(default_factory=dict)
+    """Axis -> value -> values of train.lr to try there in place of `values`."""
+
+    def for_labels(self, labels: Mapping[str, str]) -> RatesConfig:
+        """The search of an arm with these labels."""
+        own = [values[labels[axis]] for axis, values in self.of.items() if labels.get(axis) in values]
+        return self.model_copy(update={"values": own[0]}) if own else self
 
 
 class StageConfig(Section):
@@ -160,11 +168,16 @@ class StageConfig(Section):
     """Name in the report and in the predicted times."""
     cells: Choice = Field(default_factory=dict)
     """Axis, or seed -> value or list of values. Axes that are not named take all their values."""
-    kind: Literal["train", "transplant", "set_back", "by_layer"] = "train"
+    kind: Literal["train", "transplant", "rescaled", "set_back", "by_layer"] = "train"
     """transplant: do not train, but evaluate the adapter that the same arm and seed trained on the uncompressed base.
-    set_back: evaluate the trained adapter (DoRA) with its magnitudes set back to the row norms of its base. by_layer:
-    tell for the trained adapter how far directions and magnitudes moved, how much of the error that compression made
-    each layer's update takes back, and what the loss is without each block's adapter."""
+    rescaled: evaluate the transplant of the same arm (DoRA) and seed with each magnitude times the row norm of its base
+    over that of the uncompressed base. set_back: evaluate the trained adapter (DoRA) with its magnitudes set back to
+    the row norms of its base. by_layer: tell for the trained adapter how far directions and magnitudes moved, how much
+    of the error that compression made each layer's update takes back, and what the loss is without each block's
+    adapter."""
+    steps: tuple[Whole, ...] = ()
+    """Checkpoints, which the run must have kept, that a by_layer stage measures in place of the end: the changes of
+    each layer and the loss. Also of full fine-tuning ([]: the end)."""
 
 
 class TimeConfig(Section):
@@ -243,6 +256,8 @@ class Study(Section):
         for axis, labels in ({} if self.rates is None else self.rates.like).items():
             yield from self._choice_faults("rates.like", {axis: list(labels)})
             yield from self._choice_faults("rates.like", {axis: list(labels.values())})
+        for axis, values in ({} if self.rates is None else self.rates.of).items():
+            yield from self._choice_faults("rates.of", {axis: list(values)})
 
     def _stage_faults(self) -> Iterator[Fault]:
         names = [stage.name for stage in self.stages]

@@ -46,7 +46,8 @@ def planned_cells(expander: Expander, results: Results | None) -> Cells:
         known = None if results is None else results.loss(cell.key)
         rates = expander.study.rates
         assert rates is not None
-        middle = sorted(rates.values)[len(rates.values) // 2]
+        values = sorted(rates.for_labels(cell.labels).values)
+        middle = values[len(values) // 2]
         # Worse than anything known, and best in the middle
         return 1e6 + abs(math.log(cell.recipe.train.lr / middle)) if known is None else known
 

@@ -103,7 +103,7 @@ def read_report(directory: Path) -> Report:
     measures = _measures(arms, results)
     pairs = comparisons(arms, results, measures, cells, num_primary=count_primary(study, cells))
     axes = [axis for axis in study.product if axis != compare.arm]
-    runs = {cell["key"]: cell["adapter_key"] for cell in cells if cell["kind"] in ("set_back", "by_layer")}
+    runs = {cell["key"]: cell["adapter_key"] for cell in cells if cell["kind"] in ("rescaled", "set_back", "by_layer")}
     arm_rows = [_arm_row(arm, axes, results, runs) for arm in arms]
     _mark_pareto(arm_rows, arms, study)
     cell_rows = [_cell_row(cell, list(study.product), store, results, runs) for cell in cells]
@@ -118,6 +118,7 @@ def read_report(directory: Path) -> Report:
         "curves": [row for arm in trained for row in _curve_rows(arm, axes, results)],
         "layers": [row for cell in cells for row in _layer_rows(cell, axes, results)],
         "changes": [row for cell in cells for row in _change_rows(cell, axes, results)],
+        "checkpoints": [row for cell in cells for row in _checkpoint_rows(cell, axes, results)],
         "blocks": [row for cell in cells for row in _block_rows(cell, axes, results)],
         "guesses": _guess_rows(cells, results),
         "facts": _facts(cell_rows, pairs, results),
@@ -274,6 +275,17 @@ def _change_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results)
         | {"direction_change": change["direction"], "magnitude_change": change["magnitude"]}
         | {name: value for name, value in change.items() if name.startswith("error_")}
         for path, change in ((result or {}).get("changes") or {}).items()
+    ]
+
+
+def _checkpoint_rows(cell: Mapping[str, Any], axes: Sequence[str], results: Results) -> Rows:
+    """What training did to each layer up to each checkpoint, and the loss there."""
+    return [
+        _of_run(cell, axes, results)
+        | {"step": each["step"], "nll": each["nll"], "layer": path, "block": block_of(path)}
+        | {f"{name}_change": value for name, value in change.items()}
+        for each in (results.result(cell["key"]) or {}).get("checkpoints", ())
+        for path, change in each["changes"].items()
     ]
 
 

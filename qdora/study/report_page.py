@@ -73,6 +73,12 @@ _NOTES: dict[str, tuple[str, str | dict[str, str], bool]] = {
         "the adapter's rank. error cosine: between the update and the negative error.",
         False,
     ),
+    "checkpoints": (
+        "Checkpoints",
+        "nll: of the run's own evaluation, nats per token. direction, magnitude: as above. length: mean over the rows "
+        "of the absolute change of the row norm.",
+        False,
+    ),
     "blocks": (
         "Blocks",
         "relative error: of the hidden states after each block of an untrained base, against the uncompressed one, "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import socket
 import time
 import traceback
@@ -41,14 +42,14 @@ from qdora.run.adapter_step import adapter_step
 from qdora.run.run_page import PAGE_FILE, leave_page
 from qdora.run.train import train_run
 from qdora.study.base_damage import base_damage
-from qdora.study.by_layer import measure_by_layer
+from qdora.study.by_layer import measure_by_layer, measure_checkpoints
 from qdora.study.cells import Cell, Cells, Expander, equal_in_words
 from qdora.study.claims import Claim
 from qdora.study.compare import Results, cannot_decide, never_decided
 from qdora.study.grid import load_study
 from qdora.study.guesses import write_guesses
 from qdora.study.outlook import outlooks, planned_cells, spread_in_words, stage_times, times_in_words
-from qdora.study.set_back import evaluate_set_back
+from qdora.study.set_back import evaluate_magnitudes
 from qdora.study.study_directory import StudyDirectory
 from qdora.study.upcoming import cells_now
 
@@ -419,11 +420,16 @@ def _run(cell: Cell, directory: Path, store: StudyDirectory) -> dict[str, Any]:
     recipe = cell.recipe
     if cell.adapter_key is not None:
         source = store.cell(cell.adapter_key)
-        if cell.kind in ("set_back", "by_layer"):
-            found = evaluate_set_back(source, directory) if cell.kind == "set_back" else measure_by_layer(source)
+        if cell.kind in ("rescaled", "set_back", "by_layer"):
+            if cell.kind == "by_layer":
+                found = measure_checkpoints(source, cell.steps) if cell.steps else measure_by_layer(source)
+            else:
+                found = evaluate_magnitudes(source, directory, rescaled=cell.kind == "rescaled")
             return {"num_steps": 0, "final_loss": None, "num_trainable": 0, "compression": None} | found
         recipe = with_adapter(recipe, source / "adapter")
     summary = train_run(recipe, directory, resume=resume, console=quiet, shared_bases=shared_bases)
+    if cell.kind == "rate":  # nothing reads them, and those of full fine-tuning are large
+        shutil.rmtree(run.inside("checkpoints"), ignore_errors=True)
     step = (adapter_step(run) or summary["num_steps"]) if cell.is_trained else 0
     files = {"scores": run.evaluation_file(step)}
     generated = run.inside("eval", f"step-{step}-generated.json")
