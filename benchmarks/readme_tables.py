@@ -41,7 +41,6 @@ from tables.runs import (
     mixing,
     moments,
     out_of_memory,
-    sharded_kills,
 )
 from tables.settings import settings
 from tables.streaming import disk_residency, stream_schedule
@@ -56,7 +55,6 @@ from tables.times import (
     peft_time,
     roofline,
     step_time,
-    wait_policy,
 )
 from tables.training import (
     foreign_trainers,
@@ -108,7 +106,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "file_formats": file_formats,
     "hostile": hostile,
     "moments": moments,
-    "sharded_kills": sharded_kills,
     "layer_time": layer_time,
     "roofline": roofline,
     "host_time": host_time,
@@ -123,7 +120,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "expert_plans": expert_plans,
     "expert_cost": expert_cost,
     "expert_launches": expert_launches,
-    "wait_policy": wait_policy,
     "one_micro_batch": one_micro_batch,
     "cards": cards,
     "plan_accuracy": plan_accuracy,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-_NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")  # control characters, half characters
 _MOST_CHARACTERS = 800
 
 
@@ -17,11 +15,12 @@ class UserError(ValueError):
     """A mistake in what the user gave: a file, a recipe, an argument. The command line exits with 2.
 
     The message has one line per fault: where it is, what is wrong, what was given, what it must be, the nearest name.
-    What a damaged file brings into it (control characters, names of a megabyte) is left out.
     """
 
     def __init__(self, *faults: str) -> None:
-        self.faults: tuple[str, ...] = tuple(_line(fault) for fault in faults)
+        # A damaged file may bring in control characters, or a name of a megabyte.
+        lines = ("".join(each if each.isprintable() else " " for each in fault) for fault in faults)
+        self.faults: tuple[str, ...] = tuple(line[:_MOST_CHARACTERS] for line in lines)
         super().__init__("\n".join(self.faults))
 
 
@@ -40,9 +39,7 @@ class NotFinite(UserError):
 class RunFailure(RuntimeError):
     """A run that cannot continue: a full disk, a NaN loss, a failed check. The command line exits with 1.
 
-    Args:
-        message: What happened, in one line.
-        safe: Paths that hold finished work. The message names them.
+    The message is one line, and names the paths `safe`, which hold finished work.
     """
 
     def __init__(self, message: str, safe: Sequence[Path | str] = ()) -> None:
@@ -55,10 +52,6 @@ class DiskFull(RunFailure):
     """A RunFailure because the disk is full."""
 
 
-class Resumable(RunFailure):
-    """A RunFailure after which the unfinished files stay; the same command goes on from them."""
-
-
 class Diverged(RunFailure):
     """A RunFailure because a number is not finite or a loss jumped: the training went wrong, not the machine."""
 
@@ -66,11 +59,8 @@ class Diverged(RunFailure):
 class Interrupted(Exception):
     """A run that was asked to stop and stopped. The command line exits with 130.
 
-    Args:
-        step: Optimizer steps in `checkpoint`.
-        checkpoint: The newest whole checkpoint, or None if there is none.
-        saved: Whether the checkpoint holds all finished steps. After a second signal it may not.
-        how: The end of the sentence "Continue with", with its blank or colon.
+    `checkpoint` is the newest whole one, of `step` optimizer steps, or None. If not `saved`, after a second signal, the
+    steps after it are lost. `how` ends the sentence "Continue with", with its blank or colon.
     """
 
     def __init__(self, step: int, checkpoint: Path | None, *, saved: bool = True, how: str = " --resume.") -> None:
@@ -97,13 +87,6 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, UserError):
         return USER_MISTAKE
     return INTERRUPT if isinstance(error, Interrupted | KeyboardInterrupt) else FAILURE
-
-
-def _line(text: str) -> str:
-    """Text on one line that every terminal can show, without its middle if it is longer than any message of ours."""
-    text = _NOT_SHOWN.sub(" ", text)
-    half = _MOST_CHARACTERS // 2
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 def first_line(error: BaseException) -> str:
@@ -139,9 +122,16 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 def nearest_entry(directory: Path, name: str) -> str:
     """' Did you mean ...?' for a missing entry of a directory, or '' if none is close."""
     try:
-        return nearest(name, [entry.name for entry in directory.iterdir()])
+        return nearest(name, os.listdir(directory))
     except OSError:
         return ""
+
+
+def nearest_path(path: Path) -> str:
+    """`nearest_entry` of the first missing part of a path."""
+    while path.parent != path and not os.path.exists(path.parent):  # unlike the method it never raises
+        path = path.parent
+    return nearest_entry(path.parent, path.name)
 
 
 def not_there(path: Path, kind: str, fix: str) -> str:
@@ -151,11 +141,3 @@ def not_there(path: Path, kind: str, fix: str) -> str:
     """
     what = f"is not {kind}." if os.path.exists(path) else f"no such directory.{nearest_path(path)}"
     return f"{path}: {what} Fix: {fix}"
-
-
-def nearest_path(path: Path) -> str:
-    """' Did you mean ...?' for the first missing part of a path, or '' if no name beside it is close."""
-    missing = path
-    while missing.parent != missing and not os.path.exists(missing.parent):  # unlike the method it never raises
-        missing = missing.parent
-    return nearest_entry(missing.parent, missing.name)

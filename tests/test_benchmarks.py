@@ -107,14 +107,6 @@ def test_peft_time(tmp_path: Path) -> None:
     assert result["cases"]["layer 576 -> 1536, 8"]["bytes"]["axolotl_dora"]["held"] == 2 * 1536 * (8 + 8 + 1 + 1)
 
 
-def test_wait_policy(tmp_path: Path) -> None:
-    result = smoke(tmp_path, "wait_policy.py")
-    assert set(result["cases"]) == {"idle", "busy"}
-    assert result["cases"]["busy"]["num_busy_loops"] == result["num_cores"] >= 1
-    for case in result["cases"].values():
-        assert all(len(found) == 1 and found[0] > 0 for found in case["tokens_per_second"].values())
-
-
 def test_architectures(tmp_path: Path) -> None:
     result = smoke(tmp_path, "architectures.py")
     llama, falcon, mixture = (result["families"][name] for name in ("Llama 3", "Falcon 7B", "Qwen2-MoE"))
@@ -134,14 +126,6 @@ def test_architectures(tmp_path: Path) -> None:
     # A later call replaces the rows that it names, and keeps the others.
     again = smoke(tmp_path, "architectures.py", "--families", "Falcon 7B")
     assert again["families"]["Llama 3"] == llama
-
-
-def test_sharded_kills(tmp_path: Path) -> None:
-    result = smoke(tmp_path, "sharded_kills.py")
-    (life,) = result["lives"]
-    assert life["cut"]
-    assert (life["named_by"], life["faults"], result["num_right"]) == (3, [], 1)
-    assert 0 < life["difference"]["adapter"] < 1e-4  # the sums of two processes have another order
 
 
 def test_router_loss(tmp_path: Path) -> None:
@@ -533,8 +517,6 @@ def test_gguf_logits(tmp_path: Path) -> None:
 
 def test_merge_streamed(tmp_path: Path) -> None:
     result = smoke(tmp_path, "merge_streamed.py", "--layers", "2")
-    assert result["resumed_is_byte_identical"]
-    assert result["interrupted_left"] == [".again.partial"]
     assert result["num_files"] > 2
     assert result["num_bytes"] == result["checkpoint_bytes"]
 

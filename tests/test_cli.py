@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,10 +18,9 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import qdora
-from qdora.cli import VERBS, WAITING, app, hide_frames, let_threads_sleep
+from qdora.cli import VERBS, app, set_up
 from qdora.cli.verb import COMPUTING, let_segments_grow
 from qdora.errors import Interrupted, RunFailure, UserError
-from qdora.files import environment as machine
 from qdora.files import nvidia_driver
 from qdora.files.console import show_only
 from qdora.recipe.recipe_file import recipe_names, resolved_yaml
@@ -164,8 +162,8 @@ class Unforeseen(Exception):
     [
         (UserError("a.b: got 1, must be 2.", "c: unknown key."), 2, "a.b: got 1, must be 2.\nc: unknown key.\n"),
         # What damaged files bring into a message must not break the line, or the terminal.
-        (UserError("f: name \x1b[2J\n\0\ud800 is new"), 2, "f: name  [2J  is new\n"),
-        (UserError("f: " + "x" * 10**6), 2, f"f: {'x' * 397} ... {'x' * 400}\n"),
+        (UserError("f: name \x1b[2J\n\0\ud800 is new"), 2, "f: name  [2J    is new\n"),
+        (UserError("f: " + "x" * 10**6), 2, f"f: {'x' * 797}\n"),
         (RunFailure("disk full."), 1, "disk full.\n"),
         (Interrupted(3, Path("ck")), 130, "stopped after step 3"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
@@ -226,121 +224,23 @@ def test_unknown_verbs_and_options_exit_with_2() -> None:
     assert invoke("train", "no-such-recipe").exit_code == 2
 
 
-# ------------------------------------------------------------------------------------------------ waiting threads
-
-
-BUSY_MACHINE = """
-import os, sys
-from qdora.files import environment
-environment.other_load = lambda: {load} * len(os.sched_getaffinity(0))
-from qdora.cli import main
-"""
-DOCTOR = """
-sys.argv = ["qdora", "doctor", "--json"]
-main()
-"""
-"""`qdora doctor`, which loads torch, on a machine whose cores have a given load."""
-LIBRARY = """
-import ctypes, importlib.util, pathlib
-sys.argv = ["qdora", "--version"]
-try:
-    main()
-finally:
-    folder = pathlib.Path(importlib.util.find_spec("torch").origin).parent
-    for file in [*folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")]:
-        ctypes.CDLL(str(file))
-"""
-"""A command that loads no torch, and then torch's libgomp alone, which takes less time."""
-
-
-def spin_counts(script: Path, load: float, *launcher: str, command: str = DOCTOR, **variables: str) -> list[int]:
-    """How often libgomp's threads look before they sleep, as it says itself in each process that loads it."""
-    script.write_text(BUSY_MACHINE.format(load=load) + command)
-    mine = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
-    environment = mine | {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": str(Path(qdora.__file__).parents[1])} | variables
-    call = [sys.executable, *launcher, str(script)]
-    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True, timeout=240)
-    return [int(count) for count in re.findall(r"GOMP_SPINCOUNT ?= ?'(\d+)'", done.stderr)]
-
-
-@pytest.mark.slow
-def test_threads_sleep_on_busy_cores_unless_the_user_has_chosen(tmp_path: Path) -> None:
-    """By what libgomp says as it is loaded: the variables have no effect after that."""
-    script = tmp_path / "doctor.py"
-    counts = spin_counts(script, 0.6)
-    if not counts:
-        pytest.skip("this torch has no libgomp")
-    assert set(counts) == {0}
-    assert min(spin_counts(script, 0.4, command=LIBRARY)) > 10**4
-    assert min(spin_counts(script, 0.6, command=LIBRARY, OMP_WAIT_POLICY="ACTIVE")) > 10**6
-    assert set(spin_counts(script, 0.6, command=LIBRARY, GOMP_SPINCOUNT="100")) == {100}
-
-
-@pytest.mark.slow
-def test_threads_of_each_process_of_torchrun_sleep(tmp_path: Path) -> None:
-    """torchrun imports torch itself and chooses nothing; each of its processes does."""
-    counts = spin_counts(tmp_path / "doctor.py", 0.6, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    assert not counts or counts.count(0) == 2
-
-
-def test_the_load_is_that_of_other_processes_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = iter([f"90.00 90.00 90.00 {number}/200 12" for number in (1, 3) * 5])
-    monkeypatch.setattr(machine, "_system_text", lambda _: next(texts))
-    assert machine.other_load(0.0) == 1.0, "the mean of 0 and 2"
-    monkeypatch.setattr(machine, "_system_text", lambda _: "")
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.75, 0.0, 0.0))
-    assert machine.other_load() == 0.75
-
-
-@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="the system does not count running threads")
-def test_a_busy_process_is_a_load() -> None:
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-        try:
-            loads = [machine.other_load(0.2) for _ in range(3)]
-        finally:
-            busy.kill()
-    assert max(loads) >= 0.8
-
-
-def test_the_users_choice_of_any_library_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdora.cli.other_load", lambda: 1000.0)
-    for name in (*WAITING, "GOMP_SPINCOUNT"):
-        environment = {name: "mine"}
-        let_threads_sleep(environment)
-        assert environment == {name: "mine"}
-    empty: dict[str, str] = {"OMP_NUM_THREADS": "2"}
-    let_threads_sleep(empty)
-    assert empty == {"OMP_NUM_THREADS": "2"} | WAITING
-
-
-def test_an_interrupt_in_a_destructor_is_not_lost() -> None:
-    code = """
-import os, signal, time
-from qdora.cli.verb import repeat_lost_interrupts
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
-
-class Held:
-    def __del__(self):
-        signal.raise_signal(signal.SIGINT)
-
-repeat_lost_interrupts()
-held = Held()
-try:
-    del held
-    time.sleep(60)
-except KeyboardInterrupt:
-    print("interrupted")
-class Faulty:
-    def __del__(self):
-        1 / 0
-faulty = Faulty()
-del faulty
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50)
-    assert done.stdout == "interrupted\n"
-    assert "KeyboardInterrupt" not in done.stderr
-    assert "ZeroDivisionError" in done.stderr, "other errors are shown as ever"
+@pytest.mark.parametrize(
+    "busy, given, added",
+    [
+        (90.0, {}, {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}),
+        (10.0, {}, {}),
+        (90.0, {"OMP_WAIT_POLICY": "ACTIVE"}, {}),
+        (90.0, {"GOMP_SPINCOUNT": "9"}, {}),
+        (10.0, {"WORLD_SIZE": "2"}, {"TORCH_CPP_LOG_LEVEL": "ERROR"}),
+    ],
+)
+def test_threads_sleep_on_busy_cores_unless_the_user_has_chosen(
+    busy: float, given: dict[str, str], added: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: busy)
+    environment = dict(given)
+    set_up(environment)
+    assert environment == given | added
 
 
 def test_a_target_that_does_not_exist_is_named_before_any_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,17 +346,6 @@ def test_the_allocator_extends_its_segments_where_the_driver_maps_memory(
     environment = dict(given)
     let_segments_grow(environment)
     assert environment == wanted
-
-
-def test_frames_are_hidden_in_a_process_of_several() -> None:
-    for given, wanted in (
-        ({}, {}),
-        ({"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "ERROR"}),
-        ({"WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "INFO"}, {"WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "INFO"}),
-    ):
-        environment = dict(given)
-        hide_frames(environment)
-        assert environment == wanted
 
 
 WATCHED = """

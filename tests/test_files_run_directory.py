@@ -127,7 +127,7 @@ def test_create_refuses_a_run_other_files_and_a_file(run: RunDirectory, tmp_path
     with pytest.raises(UserError, match=r"home: must be new or empty \(got thesis\.tex in it\)"):
         create_run(other, RECIPE, ENVIRONMENT)
     for path in (other / "thesis.tex", other / "thesis.tex" / "run"):
-        with pytest.raises(UserError, match="is a file, or a parent of it is"):
+        with pytest.raises(UserError, match=rf"{path.name}: .* Fix: choose another --run-dir"):
             create_run(path, RECIPE, ENVIRONMENT)
     (other / "thesis.tex").unlink()
     assert tree(tmp_path) == before
@@ -195,8 +195,7 @@ def test_only_one_process_works_in_a_run(tmp_path: Path) -> None:
             signal.pause()
     os.read(told[0], 1)
     for resume in (False, True):
-        match = rf"run: another process works on it \(process {child} on .*\)\. Fix: wait until it ends\.$"
-        with pytest.raises(UserError, match=match), only_process(path, resume=resume):
+        with pytest.raises(UserError, match="run: another process works on it"), only_process(path, resume=resume):
             pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -242,9 +241,11 @@ def test_a_run_with_a_link_out_of_it_is_refused_at_its_start(run: RunDirectory, 
         pass
 
 
-@pytest.mark.parametrize("number, kind", [(errno.EACCES, UserError), (errno.EPERM, UserError), (errno.EIO, RunFailure)])
+@pytest.mark.parametrize(
+    "number, kind", [(errno.EACCES, UserError), (errno.EROFS, UserError), (errno.ENOSPC, RunFailure)]
+)
 def test_a_forbidden_place_is_a_mistake_of_the_user(number: int, kind: type[Exception]) -> None:
-    with pytest.raises(kind, match=r"^x: c.* be written"), place_failures(Path("x"), "choose another"):
+    with pytest.raises(kind, match=r"^x: cannot be .*written"), place_failures(Path("x"), "choose another"):
         raise OSError(number, os.strerror(number))
 
 

@@ -297,21 +297,6 @@ def test_a_base_that_may_only_be_read(
         cached(source, tmp_path, quant="fp4")
 
 
-def test_a_file_system_without_locks_is_named_and_used(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def no_locks(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    with caplog.at_level(logging.WARNING, "qdora"):
-        model, cache = cached(source, tmp_path)
-    assert same(model, load(source, quant="nf4"))
-    assert cache.base is not None
-    (said,) = [record.getMessage() for record in caplog.records if "has no locks" in record.getMessage()]
-    assert said.startswith(f"{cache.base.directory}: ")
-
-
 def test_place_that_cannot_be_written_to_is_one_line(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"base\.cache: .*file"):

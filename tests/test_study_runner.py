@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -23,9 +22,7 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from qdora.errors import Diverged, Interrupted, UserError
-from qdora.study import claims, study_directory
 from qdora.study.cells import Cell, Expander
-from qdora.study.claims import Claims
 from qdora.study.cluster_jobs import submit_jobs, submit_study
 from qdora.study.compare import Results
 from qdora.study.grid import load_study
@@ -173,120 +170,54 @@ def test_a_cell_that_takes_its_process_down_is_given_up_in_the_end(tmp_path: Pat
     assert store.is_given_up(key)
 
 
-def test_a_claim_is_held_by_one(tmp_path: Path) -> None:
-    first, second = Claims(tmp_path), Claims(tmp_path)
-    claim = first.take("key")
-    assert claim is not None
-    assert claim.is_mine()
-    assert second.take("key") is None
-    claim.release()
-    again = second.take("key")
-    assert again is not None
-    assert again.left_by is None
-    claim.release()  # of another now: stays
-    assert again.is_mine()
+def test_a_cell_is_claimed_by_one(tmp_path: Path) -> None:
+    first, second, key = StudyDirectory(tmp_path), StudyDirectory(tmp_path), f"{0:016x}"
+    with first.claimed(key) as mine, second.claimed(key) as theirs:
+        assert (mine, theirs) == (True, False)
+        assert first.is_at_work()
+    with second.claimed(key) as again:
+        assert again
+    assert not second.is_at_work()
+    assert second.failures(key) == []
 
 
-@pytest.mark.parametrize("age, stale", [(0.0, False), (99.0, False), (101.0, True)])
-def test_another_machines_claim_is_taken_over_after_a_long_silence(tmp_path: Path, age: float, stale: bool) -> None:
-    mine, path = Claims(tmp_path, stale_seconds=100.0), tmp_path / "key.json"
-    path.write_text(json.dumps({"token": "t", "pid": os.getpid(), "host": "elsewhere", "machine": "another"}))
-    os.utime(path, (time.time() - age, time.time() - age))
-    claim = mine.take("key")
-    assert (claim is not None) == stale
-    assert claim is None or (claim.left_by or {})["host"] == "elsewhere"
-
-
-@pytest.mark.parametrize("name", ["pid", "host"])
-def test_a_claim_is_alive_as_long_as_its_process_whatever_its_number_and_host(tmp_path: Path, name: str) -> None:
-    """Containers of one machine may share a host name and not process ids, or the other way round."""
-    process = start(tmp_path, 1, 600.0)
+def test_a_claim_lasts_as_long_as_its_process(tmp_path: Path) -> None:
+    process, key = start(tmp_path, 1, 600.0), f"{0:016x}"
     wait_for(lambda: started(tmp_path))
-    claim = tmp_path / "claims" / f"{0:016x}.json"
-    owner = json.loads(claim.read_text())
-    assert (owner["pid"], owner["host"]) == (process.pid, socket.gethostname())
-    claim.write_text(json.dumps(owner | {name: {"pid": 2**22 + 1, "host": "elsewhere"}[name]}))
-    mine = Claims(tmp_path / "claims")
-    assert mine.take(f"{0:016x}") is None
+    store = StudyDirectory(tmp_path)
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGSTOP)
-    assert mine.take(f"{0:016x}") is None  # paused is not dead
+    os.kill(process.pid, signal.SIGSTOP)  # paused is not dead
+    with store.claimed(key) as mine:
+        assert not mine
     process.kill()
     process.join()
-    taken = mine.take(f"{0:016x}")
-    assert taken is not None
-    assert (taken.left_by or {})["token"] == owner["token"]
-
-
-def test_without_locks_on_the_file_system_a_claim_is_dead_when_it_was_not_renewed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_locks(*_: Any) -> None:
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    store = StudyDirectory(tmp_path)
-    with store.present():
-        assert store.share_of_cores() >= 1
-    claims = Claims(tmp_path, stale_seconds=60.0)
-    claim = claims.take("key")
-    assert claim is not None
-    assert claims.take("key") is None
-    os.utime(claim.path, (time.time() - 120, time.time() - 120))
-    assert claims.take("key") is not None
-
-
-def test_an_empty_claim_is_someone_writing_and_later_a_dead_one(tmp_path: Path) -> None:
-    path = tmp_path / "key.json"
-    path.touch()
-    assert Claims(tmp_path).take("key") is None
-    os.utime(path, (time.time() - 60, time.time() - 60))
-    assert Claims(tmp_path).take("key") is not None
+    assert not store.is_at_work()
+    with store.claimed(key) as mine:
+        assert mine
+    assert [each["kind"] for each in store.failures(key)] == ["died"]
 
 
 def test_of_many_that_find_a_dead_claim_one_gets_it(tmp_path: Path) -> None:
     for round_ in range(20):
-        path = tmp_path / f"{round_}.json"
-        path.write_text(json.dumps({"token": "t", "machine": claims.machine()}))  # locked by nobody
-        got: list[Any] = []
-        barrier = threading.Barrier(8)
+        (tmp_path / "claims").mkdir(exist_ok=True)
+        (tmp_path / f"claims/{round_}.json").write_text(json.dumps({"host": "x", "pid": 1}))
+        got: list[bool] = []
+        begin, end = threading.Barrier(8), threading.Barrier(8)
 
-        def take(name: str = str(round_), barrier: threading.Barrier = barrier, got: list[Any] = got) -> None:
-            mine = Claims(tmp_path)
-            barrier.wait()
-            got.append(mine.take(name))
+        def take(name: str = str(round_), begin: Any = begin, end: Any = end, got: list[bool] = got) -> None:
+            store = StudyDirectory(tmp_path)
+            begin.wait()
+            with store.claimed(name) as mine:
+                got.append(mine)
+                end.wait()
 
         threads = [threading.Thread(target=take) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert sum(claim is not None for claim in got) == 1
-
-
-def test_a_renewed_claim_does_not_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = Claims(tmp_path, stale_seconds=0.2)
-    claim = mine.take("key")
-    assert claim is not None
-    os.utime(claim.path, (0, 0))
-    with mine.renewed(claim):
-        wait_for(lambda: claim.path.stat().st_mtime > 1)
-    assert study_directory._read(claim.path) is not None
-
-
-def test_a_result_whose_claim_was_taken_over_is_not_kept(tmp_path: Path) -> None:
-    store, cell = StudyDirectory(tmp_path), study_worker.cells(1)[0]
-    calls = []
-
-    def work(cell: Cell, path: Path) -> dict[str, Any]:
-        calls.append(1)
-        if len(calls) == 1:  # another machine took this process for dead
-            (tmp_path / "claims" / f"{cell.key}.json").write_text(json.dumps({"token": "other", "host": "x", "pid": 1}))
-        return {"value": len(calls)}
-
-    run_cells([cell], store, work)
-    assert not store.is_done(cell.key)
-    assert store.failures(cell.key) == []  # the other one's cell now
+        assert sorted(got) == [False] * 7 + [True]
+        assert len(StudyDirectory(tmp_path).failures(str(round_))) == 1
 
 
 def test_a_diverged_cell_is_done_with_the_worst_score_and_not_tried_again(
@@ -307,39 +238,19 @@ def test_a_diverged_cell_is_done_with_the_worst_score_and_not_tried_again(
     assert (result["diverged"], result["num_vocabulary"]) == ("Diverged: step 3: loss nan is not finite", 77)
 
 
-def test_processes_of_one_machine_divide_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_directory, "cpus", lambda: [*range(8)])
-    stores = [StudyDirectory(tmp_path) for _ in range(3)]
-    assert stores[0].share_of_cores() == 8
-    with stores[0].present(), stores[1].present():
-        assert stores[0].share_of_cores() == 4
-        monkeypatch.setattr(study_directory, "cpus", lambda: [0, 1])  # pinned, as by taskset
-        with stores[2].present():
-            assert stores[2].share_of_cores() == 1  # both have three users
-            monkeypatch.setattr(study_directory, "cpus", lambda: [*range(8)])
-            assert stores[0].share_of_cores() == 3  # six with two users and two with three
-        (tmp_path / "processes/dead.json").write_text(json.dumps({"machine": claims.machine(), "cores": [*range(8)]}))
-        (tmp_path / "processes/far.json").write_text(json.dumps({"machine": "another", "cores": [*range(8)]}))
-        assert stores[0].share_of_cores() == 4
-        assert (tmp_path / "processes/far.json").exists()
-        assert not (tmp_path / "processes/dead.json").exists()
-    assert stores[0].share_of_cores() == 8
-
-
-@pytest.mark.parametrize("chosen, expected", [(None, 4), ("6", 6)])
-def test_a_cell_uses_its_share_of_the_cores_unless_the_user_chose(
+@pytest.mark.parametrize("chosen, expected", [(None, 2), ("6", 6)])
+def test_processes_of_one_machine_divide_its_cores_unless_the_user_chose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None, expected: int
 ) -> None:
-    monkeypatch.setattr(study_directory, "cpus", lambda: [*range(8)])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if chosen is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
     monkeypatch.setattr("qdora.study.runner._run", lambda *_: {"threads": torch.get_num_threads()})
-    before = torch.get_num_threads()
+    before, store = torch.get_num_threads(), StudyDirectory(tmp_path)
+    (tmp_path / "claims/far.json").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
     try:
         torch.set_num_threads(6)
-        store = StudyDirectory(tmp_path)
-        with store.present(), store.present():
+        with store.claimed("a"), store.claimed("b"), store.claimed("c"):
             found = cell_work(store)(study_worker.cells(1)[0], tmp_path)
     finally:
         torch.set_num_threads(before)
@@ -435,10 +346,9 @@ def test_a_process_does_not_wait_for_one_that_died(tmp_path: Path, monkeypatch: 
     expander = Expander(study)
     results = Results(store, expander.study)
     (other, *_) = shard_of(cells_now(expander, results).cells, "2/2")
-    claim = store.claims.take(other.key)
-    assert claim is not None
-    assert store.is_at_work()
-    os.close(claim.lock)  # as the system does at the end of a process
+    with store.claimed(other.key):
+        assert store.is_at_work()
+    (tmp_path / f"shard/claims/{other.key}.json").write_text(json.dumps({"host": "x", "pid": 1}))  # as after a kill
     looks = iter(range(20))
 
     def look(_: StudyDirectory, real: Any = StudyDirectory.is_at_work) -> bool:

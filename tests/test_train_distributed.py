@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -39,7 +39,6 @@ from qdora.run import trainer, writer
 from qdora.run.train import train_run
 from qdora.train import distributed, loop, passes
 from qdora.train.distributed import OtherProcessFailed, Processes, free_host_bytes, processes_of_launch, seed_of
-from qdora.train.process_watch import PATIENCE
 from tests import launched, tiny_run, tiny_sharded
 
 PACKED = {"train__batch": 9, "data__packing": True}
@@ -61,7 +60,7 @@ def _left_alone(rank: int) -> None:
     with processes_of_launch() as processes:
         assert processes.gather(rank) == [0, 1]
         if rank == 0:  # the other ends here
-            lost = r"process 0: stopped, because process 1 \(on \S+\) has ended without a message\. Fix: run it again"
+            lost = "process 0: the exchange with the other processes failed"
             with pytest.raises(OtherProcessFailed, match=lost):
                 processes.gather(rank)
             parameter = nn.Parameter(torch.ones(3))
@@ -71,7 +70,7 @@ def _left_alone(rank: int) -> None:
                 free_host_bytes()
 
 
-def test_a_process_that_ends_is_named_in_one_line() -> None:
+def test_a_process_that_ends_is_told_in_one_line() -> None:
     assert launched.run(2, _left_alone) == ["", ""]
 
 
@@ -478,25 +477,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def the_only_gpu(rank: int) -> None:
     taken: list[int] = []
-    with fake_gpus(num_gpus=1), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "set_device", taken.append)
+    with fake_gpus(num_gpus=1):
+        torch.cuda.set_device = taken.append
         with processes_of_launch() as processes:
             assert processes.gather(taken) == [[0], [0]]
 
 
 def test_processes_that_see_one_gpu_each_take_it() -> None:
     assert launched.run(2, the_only_gpu, timeout=60) == ["", ""]
-
-
-def one_gpu_for_two(rank: int) -> None:
-    with fake_gpus(num_gpus=1), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "_own_gpu", lambda: "GPU-1")
-        with pytest.raises(UserError, match="one process for each GPU, got 2 processes on 1"), processes_of_launch():
-            pass
-
-
-def test_two_processes_on_one_gpu_are_refused() -> None:
-    assert launched.run(2, one_gpu_for_two, timeout=60) == ["", ""]
 
 
 def example(index: int, length: int) -> TokenizedExample:
@@ -609,73 +597,54 @@ def test_the_slurm_script_of_the_guide_saves_requeues_and_resumes(root: Path, tm
 
 
 def mesh_on_gpus(rank: int) -> None:
-    """Two machines of two GPUs: whoever is in each dimension of the mesh, through which backend, and how patient."""
-    made: dict[str, tuple[str, float]] = {}
-    real = dist.new_group
+    """Two machines of two GPUs: whoever is in each dimension of the mesh, and through which backend."""
+    made: dict[str, str] = {}
+    os.environ.update({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank % 2)})
+    with fake_gpus():
+        fake = dist.new_group
 
-    def noted(ranks: Any = None, timeout: Any = None, backend: Any = None, **options: Any) -> Any:
-        group = real(ranks, timeout, "gloo" if backend == "nccl" else backend, **options)
-        made[getattr(group, "group_name", "of others")] = (backend, timeout.total_seconds())
-        return group
+        def noted(ranks: Any = None, timeout: Any = None, backend: Any = None, **options: Any) -> Any:
+            group = fake(ranks, timeout, backend, **options)
+            made[getattr(group, "group_name", "of others")] = backend
+            return group
 
-    os.environ.update({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank % 2), PATIENCE: "700"})
-    for module in (dist, dist.distributed_c10d):
-        module.new_group = noted
-    torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: 2
-    torch.cuda.set_device = lambda _number: None
-    torch.cuda.synchronize = lambda: None
-    distributed._own_gpu = lambda: str(rank)
-    distributed._zeros_on_gpu = torch.zeros
-    distributed._MESSAGE_ELEMENTS = 100
-    reduce, joined = dist.all_reduce, []
-    dist.all_reduce = lambda tensor, group: joined.append((group, tensor.numel())) or reduce(tensor, group=group)
-    here = [0, 1] if rank < 2 else [2, 3]
-    expected = {"shard": [[0, 1, 2, 3]], "hybrid": [[rank % 2, rank % 2 + 2], here]}
-    with processes_of_launch() as processes:
-        for parallel, members in expected.items():
-            mesh = distributed.mesh_of(processes.dividing(base=True), torch.device("cuda"), parallel)
-            assert mesh is not None
-            groups = mesh.get_all_groups()
-            assert [dist.get_process_group_ranks(group) for group in groups] == members
-            assert [made.get(group.group_name) for group in groups] == [("nccl", 2100.0)] * len(groups)
-            assert joined == [(group, num) for group in groups for num in (1, 100)]
-            joined.clear()
+        for module in (dist, dist.distributed_c10d):
+            module.new_group = noted
+        reduce, joined = dist.all_reduce, []
+        dist.all_reduce = lambda tensor, group: joined.append((group, tensor.numel())) or reduce(tensor, group=group)
+        here = [0, 1] if rank < 2 else [2, 3]
+        expected = {"shard": [[0, 1, 2, 3]], "hybrid": [[rank % 2, rank % 2 + 2], here]}
+        with processes_of_launch() as processes:
+            for parallel, members in expected.items():
+                mesh = distributed.mesh_of(processes.dividing(base=True), torch.device("cuda"), parallel)
+                assert mesh is not None
+                groups = mesh.get_all_groups()
+                assert [dist.get_process_group_ranks(group) for group in groups] == members
+                assert [made.get(group.group_name) for group in groups] == ["nccl"] * len(groups)
+                assert joined == [(group, num) for group in groups for num in (1, 100)]
+                joined.clear()
 
 
 @contextmanager
-def fake_gpus(num_gpus: int = 2) -> Iterator[list[Any]]:
-    """Gloo for NCCL, on a machine of so many GPUs. Lists how the process disconnects: "closed", or its exit code."""
-    ends: list[Any] = []
-    real = dist.new_group
+def fake_gpus(num_gpus: int = 2) -> Iterator[None]:
+    """Gloo for NCCL and the host for its GPUs, on a machine of so many."""
+    real, zeros = dist.new_group, torch.zeros
+
+    def on_the_host(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        return zeros(*size, device="cpu" if device == "cuda" else device, **options)
+
+    def group(ranks: Any = None, timeout: Any = None, backend: Any = None, **options: Any) -> Any:
+        return real(ranks, timeout, "gloo" if backend == "nccl" else backend, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: num_gpus)
         patch.setattr(torch.cuda, "set_device", lambda _number: None)
-        patch.setattr(distributed, "_own_gpu", lambda: os.environ["RANK"])
-        patch.setattr(dist, "new_group", lambda backend, timeout: real(backend="gloo", timeout=timeout))
         patch.setattr(torch.cuda, "synchronize", lambda: None)
-        patch.setattr(distributed, "_zeros_on_gpu", torch.zeros)
+        patch.setattr(torch, "zeros", on_the_host)
+        patch.setattr(dist, "new_group", group)
         patch.setattr(distributed, "_MESSAGE_ELEMENTS", 100)
-        patch.setattr(dist, "destroy_process_group", lambda: ends.append("closed"))
-        patch.setattr(distributed.atexit, "register", lambda _leave, code: ends.append(code))
-        yield ends
-
-
-def settings_of_nccl(rank: int) -> None:
-    """Under torchrun, which sets the first one."""
-    names = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_RETHROW_CUDA_ERRORS")
-    os.environ[names[0]] = "1"
-    with fake_gpus():
-        fake, seen = dist.new_group, []
-        dist.new_group = lambda **options: seen.append([os.environ.get(name) for name in names]) or fake(**options)
-        with processes_of_launch() as processes:
-            processes.gather(None)
-        assert seen == [["3", "0"]]
-
-
-def test_torchs_thread_for_nccl_neither_ends_a_process_first_nor_calls_off_kernels() -> None:
-    assert launched.run(2, settings_of_nccl, timeout=60) == ["", ""]
+        yield
 
 
 def network_without_a_way(rank: int) -> None:
@@ -687,79 +656,76 @@ def network_without_a_way(rank: int) -> None:
             raise AssertionError("the run must not begin")
 
     dist.all_reduce = fails
-    text = "process .: the GPUs cannot exchange data: .*remote error. socketStartConnect: refused. .*NCCL_SOCKET_IFNAME"
-    with fake_gpus() as ends:
-        with pytest.raises(RunFailure, match=text):
-            start()
-        assert ends == [1]
+    with fake_gpus(), pytest.raises(RunFailure, match=r"process .: .* NCCL error in: a.cpp:1, remote error"):
+        start()
 
 
-def test_gpus_that_cannot_reach_each_other_are_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(PATIENCE, "2")
+def test_gpus_that_cannot_reach_each_other_are_told_at_the_start() -> None:
     assert launched.run(2, network_without_a_way, timeout=60) == ["", ""]
 
 
-def failing_on_gpus(rank: int, error: BaseException) -> None:
+def recorded(rank: int, folder: Path) -> None:
+    """As torchrun, which names a file for the reason of each process."""
+
     def run() -> None:
         with processes_of_launch() as processes:
             if rank == 1:
-                raise error
+                raise RunFailure("no room")
             processes.gather(rank)
 
-    with fake_gpus() as ends:
-        with pytest.raises((type(error), OtherProcessFailed)):
-            run()
-        expected = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-        assert ends == [expected if rank == 1 else 1]
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / f"{rank}.json")
+    with pytest.raises(RunFailure):
+        run()
 
 
-@pytest.mark.parametrize("error", [RunFailure("a"), UserError("a"), KeyboardInterrupt()], ids=lambda error: repr(error))
-def test_after_a_failure_on_gpus_nobody_waits_for_nccl_to_close(error: BaseException) -> None:
-    assert launched.run(2, failing_on_gpus, error, timeout=60) == ["", ""]
+def test_the_launcher_gets_the_reason_of_each_process(tmp_path: Path) -> None:
+    assert launched.run(2, recorded, tmp_path, timeout=60) == ["", ""]
+    told = [json.loads((tmp_path / f"{rank}.json").read_text())["message"] for rank in range(2)]
+    assert told[1]["message"] == "RunFailure: no room"
+    assert "exchange with the other processes failed" in told[0]["message"]
+    assert int(told[1]["extraInfo"]["timestamp"]) <= int(told[0]["extraInfo"]["timestamp"])
 
 
-@pytest.mark.parametrize(
-    "ending, on_gpus, end",
-    [
-        (None, True, "closed"),
-        (Interrupted(3, Path("step-3")), True, "closed"),
-        (Interrupted(3, Path("step-3"), saved=False), True, 130),
-        (RunFailure("a"), True, 1),
-        (RunFailure("a"), False, "closed"),
-    ],
-)
-def test_connections_close_where_all_close_them(ending: BaseException | None, on_gpus: bool, end: Any) -> None:
-    with fake_gpus() as ends:
-        distributed._disconnect(Mock(has_silence=False), ending, on_gpus=on_gpus)
-        distributed._disconnect(Mock(has_silence=True), RunFailure("b"), on_gpus=on_gpus)
-    assert ends == [end, 1]
+def hanging(rank: int, settings: Recipe, directory: Path) -> None:
+    """The second process stands still for longer than the others wait for its pass."""
+    real, calls = passes.batch_loss, {"n": 0}
+
+    def acting(*args: Any, **options: Any) -> Any:
+        calls["n"] += 1
+        if rank == 1 and calls["n"] == 3:
+            time.sleep(10)
+        return real(*args, **options)
+
+    passes.batch_loss = acting
+    distributed._STEP_PATIENCE = timedelta(seconds=3)
+    named = "process 1: the exchange" if rank else "process 0: .*Ranks 1 failed to pass monitoredBarrier"
+    with pytest.raises(OtherProcessFailed, match=named):
+        train_run(settings, directory)
 
 
-def one_does_not_come(rank: int) -> None:
-    distributed._CONNECTING = timedelta(seconds=1)
-    text = "process 0: not all 2 processes of this launch have connected: .* Fix: see what the others have printed"
-    if rank == 0:
-        with pytest.raises(RunFailure, match=text), processes_of_launch():
-            pass
+def test_a_process_that_hangs_is_named_and_the_run_goes_on_from_its_checkpoint(root: Path, tmp_path: Path) -> None:
+    settings = exact(root, train__batch=2, train__checkpoint_every=1)
+    assert launched.run(2, hanging, settings, tmp_path, timeout=60) == ["", ""]
+    assert launched.run(2, train, settings, tmp_path, True) == ["", ""]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def comes_late_to_a_message(rank: int) -> None:
-    distributed._CONNECTING = timedelta(seconds=1)
+def works_for_long(rank: int) -> None:
+    """The first process works for longer than a message may take."""
     with processes_of_launch() as processes:
-        for _ in range(2):
-            time.sleep(3 * rank)
-            assert processes.gather(rank) == [0, 1]
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+        assert processes.first(lambda: time.sleep(3) or 7) == (7 if rank == 0 else None)
+        assert processes.gather(rank) == [0, 1]
 
 
 @pytest.mark.slow
-def test_processes_wait_for_minutes_until_they_are_connected_and_then_as_long_as_it_takes() -> None:
-    assert launched.run(2, one_does_not_come, timeout=60) == [""] * 2
-    assert launched.run(2, comes_late_to_a_message, timeout=60) == [""] * 2
+def test_the_others_wait_for_the_work_of_the_first_process() -> None:
+    assert launched.run(2, works_for_long, timeout=60) == [""] * 2
 
 
 def ended_by_the_launcher(rank: int, settings: Recipe, directory: Path) -> None:
     """The second process has ended while the first one draws its figures."""
-    draw, before = trainer.draw_figures, signal.getsignal(signal.SIGTERM)
+    draw = trainer.draw_figures
 
     def drawing(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -769,7 +735,6 @@ def ended_by_the_launcher(rank: int, settings: Recipe, directory: Path) -> None:
     passes.batch_loss = Mock(side_effect=RuntimeError("CUDA error"))
     with pytest.raises(RunFailure, match="step 1: process 0: cannot be computed: CUDA error"):
         train_run(settings, directory)
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_when_all_fail_the_first_process_reports_before_the_launcher_ends_it(root: Path, tmp_path: Path) -> None:
@@ -792,65 +757,6 @@ def test_machines_of_unequal_size_cannot_repeat_the_base() -> None:
     assert launched.run(3, unequal_machines) == [""] * 3
 
 
-def alternating_machines(rank: int) -> None:
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
-    socket.gethostname = lambda: "ab"[rank % 2]
-    text = "train.parallel: got hybrid, but processes 0 and 1 are on a and b: must be .* --distribution=block"
-    with processes_of_launch() as processes, pytest.raises(UserError, match=text):
-        distributed.mesh_of(processes.dividing(base=True), torch.device("cpu"), "hybrid")
-
-
-@tiny_sharded.needs_division
-def test_neighbours_that_repeat_the_base_are_on_one_machine() -> None:
-    assert launched.run(4, alternating_machines) == [""] * 4
-
-
 @tiny_sharded.needs_division
 def test_gpus_gather_a_divided_base_by_nccl() -> None:
     assert launched.run(4, mesh_on_gpus) == [""] * 4
-
-
-def test_gpus_give_up_after_minutes_and_have_a_group_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages on the host may wait for an evaluation, tensors of GPUs need not."""
-    made: list[tuple[str, float]] = []
-
-    def init(backend: str, timeout: Any) -> None:
-        made.append((backend, timeout.total_seconds()))
-
-    def group(backend: str, timeout: Any) -> str:
-        init(backend, timeout)
-        return "of GPUs"
-
-    used: list[Any] = []
-    for name, ours in {
-        "init_process_group": lambda backend, timeout: None,
-        "new_group": group,
-        "get_rank": lambda: 0,
-        "get_world_size": lambda: 2,
-        "destroy_process_group": lambda: None,
-        "all_gather": lambda out, mine, async_op=False: [each.copy_(mine) for each in out] and Mock(),
-        "all_reduce": lambda _tensor, group: used.append(group),
-        "broadcast": lambda _tensor, _source, group: used.append(group),
-    }.items():
-        monkeypatch.setattr(torch.distributed, name, ours)
-    monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda timeout: init("gloo", timeout))
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "_check_own_gpus", lambda _size: None)
-    no_watch = MagicMock(rank=0, size=2, has_silence=False)  # without a store
-    monkeypatch.setattr(distributed, "ProcessWatch", lambda rank, size: no_watch)
-    monkeypatch.setenv(PATIENCE, "700")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _number: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(distributed, "_zeros_on_gpu", torch.zeros)
-    parameter = torch.nn.Parameter(torch.ones(3))
-    parameter.grad = torch.ones(3)
-    with processes_of_launch() as processes:
-        processes.sum_gradients_([parameter])
-        processes.share_first_([parameter])
-    (host, long), (gpu, short) = made
-    assert (host, gpu) == ("gloo", "nccl")
-    assert 2 * 700 + 2 * 700 / 20 < short <= 2400 < long  # so the watch speaks before NCCL
-    assert used == ["of GPUs"] * 4  # two to connect

@@ -321,7 +321,7 @@ def test_a_second_process_is_refused_and_changes_nothing(
         before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
         assert (run / "checkpoints/.step-4.partial") in {file.parent.parent for file in before}
         for resume in (True, False):
-            with pytest.raises(UserError, match=rf"run: another process works on it \(process {os.getpid()} on"):
+            with pytest.raises(UserError, match="run: another process works on it"):
                 train_run(tiny_run.recipe(root), run, resume=resume)
         assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 

@@ -1,4 +1,4 @@
-"""The check of a divided base before the first step: it passes, and sees a wrong byte in one process."""
+"""The check of a divided base before the first step: it passes, and sees a wrong row in one process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from qdora.errors import RunFailure
 from qdora.model.inject import adapted_layers
@@ -37,7 +36,7 @@ def passes(model: Any, processes: Processes, rank: int) -> None:
     before = torch.get_rng_state()
     text = check_division(model, processes)
     assert text is not None
-    assert text.startswith("the divided base is the whole one: 21 layers of 3 blocks byte by byte, and loss and ")
+    assert "3 whole blocks" in text
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training
@@ -66,35 +65,16 @@ def flip_in_pass(number: int) -> Callable[[Any, Processes, int], None]:
 
         if rank == 1:
             found[1][number].register_forward_pre_hook(flip)
-        with pytest.raises(
-            RunFailure, match=r"not the same when it is divided: process 1: (loss|gradient norm) .* with "
-        ):
+        with pytest.raises(RunFailure, match="not the same when it is divided: process 1 has a loss of"):
             check_division(model, processes)
 
     return flipped
 
 
-def flip_when_gathered(model: Any, processes: Processes, rank: int) -> None:
-    real = FSDPModule.unshard
-
-    def unshard(module: Any, *args: Any) -> Any:
-        result = real(module, *args)
-        if rank == 1:
-            module.self_attn.q_proj.base._parameters["absmax_share"].data[0] += 1
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FSDPModule, "unshard", unshard)
-        text = r"process 1: model\.layers\.0\.self_attn\.q_proj\.base has other bytes\. Fix: train with train\.parallel"
-        with pytest.raises(RunFailure, match=text):
-            check_division(model, processes)
-
-
-def test_a_wrong_byte_is_an_error_in_all_processes(source: Path) -> None:
+def test_a_wrong_row_is_an_error_in_all_processes(source: Path) -> None:
     """In a block that is gathered whole, and in one that is not: there the processes differ from each other."""
     for number in (3, 1):
         assert launched.run(2, with_model, source, flip_in_pass(number), {}) == ["", ""]
-    assert launched.run(2, with_model, source, flip_when_gathered, {}) == ["", ""]
 
 
 def test_a_whole_base_is_not_checked() -> None:

@@ -66,7 +66,6 @@ from byte_tokenizer import write_model
 from matplotlib.figure import Figure
 from measure import facts, launch_variables, parser_of, write
 
-from qdora.cli.verb import repeat_lost_interrupts
 from qdora.files.atomic import is_leftover
 from qdora.files.run_directory import RunDirectory
 from qdora.train import interrupt, loop
@@ -331,7 +330,6 @@ def started(
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            repeat_lost_interrupts()
             os.environ.update({"XDG_CACHE_HOME": str(root / "home"), **(environment or {})})
             Watch(root, counts, operation=operation, step=step, action=action)
             status = run_commands(commands, counts)

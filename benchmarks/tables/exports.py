@@ -92,21 +92,12 @@ def decode_speed() -> str:
 
 
 def merge_streamed() -> str:
-    """Peak memory and speed of a streamed merge, and what an interrupt leaves."""
+    """Peak memory and speed of a streamed merge."""
     document = read("merge_streamed")
-    header = [
-        "checkpoint",
-        "largest tensor",
-        "peak of the process",
-        "limit",
-        "merge",
-        "plain copy",
-        "after an interrupt",
-    ]
+    header = ["checkpoint", "largest tensor", "peak of the process", "limit", "merge", "plain copy"]
     row = [
         *(size_text(document[f"{name}_bytes"]) for name in ("checkpoint", "largest_tensor", "peak", "asked")),
         f"{document['gigabytes_per_second']:.3f} GB/s",
         f"{document['copy_gigabytes_per_second']:.2f} GB/s",
-        "the same bytes" if document["resumed_is_byte_identical"] else "OTHER BYTES",
     ]
     return markdown(header, [row])

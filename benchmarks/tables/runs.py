@@ -29,27 +29,6 @@ def moments() -> str:
     return markdown(["event, then the same command again", "jobs", "ended by it", "bit for bit equal"], rows)
 
 
-def sharded_kills() -> str:
-    """For each number of processes that resume: runs, and how the others ended and what the resumed run reached."""
-    document, rows = read("sharded_kills"), []
-    for size in sorted({life["resumed_with"] for life in document["lives"]}):
-        lives = [life for life in document["lives"] if life["resumed_with"] == size]
-        cut = [life for life in lives if life["cut"]]
-        rows.append(
-            [
-                f"{size}",
-                f"{len(cut)} of {len(lives)}",
-                f"{sum(life['named_by'] == 3 for life in cut)} of {len(cut)}",
-                f"{max(life['seconds_to_end'] for life in cut):.0f} s",
-                f"{max(life['steps_done'] - life['steps_safe'] for life in cut)}",
-                f"{sum(not life['faults'] for life in lives)} of {len(lives)}",
-                *(f"{max(life['difference'][name] for life in lives):.1e}" for name in ("loss", "adapter")),
-            ]
-        )
-    header = ["resumed with", "killed before the end", "named by all others", "all ended within", "most steps lost"]
-    return markdown([*header, "right results", "loss differs by", "adapter differs by"], rows)
-
-
 def hostile() -> str:
     """For each kind of damaged input: how many ended in one clear line, in the right result, or not noticeably."""
     keys = ("tried", "clear_lines", "right_results", "undetectable", "new_faults", "num_mended")

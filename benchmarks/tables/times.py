@@ -162,31 +162,6 @@ def roofline() -> str:
     return markdown([*header, "QDoRA / PEFT QLoRA", "target: at most"], rows) + note
 
 
-def wait_policy() -> str:
-    """Tokens a second with OpenMP's threads spinning, sleeping and as chosen, on idle and on busy cores."""
-    document = read("wait_policy")
-    rows = []
-    for name, label in (("idle", "idle"), ("busy", "one busy loop per core")):
-        case = document["cases"][name]
-        rows.append(
-            [
-                label,
-                *(quartiles(case["spread"][policy], ".0f") for policy in ("spinning", "sleeping", "chosen")),
-                f"{case['sleeping / spinning']['of_medians']:.2f}",
-                f"{case['chosen / spinning']['of_medians']:.2f}",
-            ]
-        )
-    verdict = "met" if document["passes"] else "missed"
-    idle, busy = (len(document["cases"][name]["tokens_per_second"]["chosen"]) for name in ("idle", "busy"))
-    note = (
-        f"\nThe quick start's recipe on {document['num_cores']} cores, {document['num_steps']} steps a reading, in "
-        f"turns: {idle} readings of each on idle cores, {busy} on busy ones; median and quartiles. The target, chosen "
-        f"/ spinning at least {1 - document['bar']:.2f} on idle cores, is {verdict}.\n"
-    )
-    header = ["cores", *(f"{policy}, tokens/s" for policy in ("spinning", "sleeping", "chosen"))]
-    return markdown([*header, "sleeping / spinning", "chosen / spinning"], rows) + note
-
-
 def step_time() -> str:
     """Tokens a second, own QDoRA's time relative to each contender, and peaks, by checkpointing; pairs below."""
     document = read("step_time")

@@ -23,8 +23,7 @@ from qdora.cli.schema import schema
 from qdora.cli.study import study
 from qdora.cli.train import train
 from qdora.cli.validate import validate
-from qdora.cli.verb import Debug, Json, Quiet, ask, end_as_by_ctrl_c, repeat_lost_interrupts
-from qdora.files.environment import num_cpus, other_load
+from qdora.cli.verb import Debug, Json, Quiet, ask, end_as_by_ctrl_c
 
 VERBS = {
     "train": train,
@@ -74,39 +73,23 @@ def root(
     ask(debug=debug, quiet=quiet, json=json_)
 
 
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-"""OpenMP's threads sleep while they wait: by the standard's variable, and by that of Intel's and LLVM's library."""
+def set_up(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set what torch reads as it is imported, unless the user has.
 
-BUSY = 0.5
-"""Load of a core by other processes, from which on threads sleep."""
-
-
-def let_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set `WAITING` if other processes use this machine's cores, and the user has not chosen how threads wait.
-
-    By default threads spin, for libgomp about a millisecond and more at each of thousands of products a step. A
-    process that meets another on its cores then burns the other's time and its own, and is several times slower than
-    with sleeping threads; on idle cores spinning is the faster way. torch reads the variables as it is imported, so
-    this comes before. Processes that this one starts inherit the choice.
+    OpenMP's threads spin while they wait, which is fastest on idle cores, but 2 to 25 times slower than sleeping where
+    two processes meet on the same cores. The two variables are the standard's and that of Intel's and LLVM's library.
     """
-    is_chosen = any(name in environment for name in (*WAITING, "GOMP_SPINCOUNT"))
-    if not is_chosen and other_load() >= BUSY * num_cpus():
-        environment.update(WAITING)
-
-
-def hide_frames(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Of a process of several: without torch's C++ frames about a store whose process has ended, which says it itself.
-
-    torch reads the variable as it is imported.
-    """
-    if "WORLD_SIZE" in environment:
+    if "WORLD_SIZE" in environment:  # torch's C++ stack traces of a lost connection hide the line that names it
         environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    import psutil  # 20 ms, which `import qdora.cli` does not take
+
+    is_chosen = {"OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT"} & environment.keys()
+    if not is_chosen and psutil.cpu_percent(interval=0.05) >= 50:
+        environment.update({"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"})
 
 
 def main() -> None:
     """The entry point of the `qdora` command."""
-    hide_frames()
-    let_threads_sleep()
-    repeat_lost_interrupts()
+    set_up()
     end_as_by_ctrl_c()
     app()

@@ -10,12 +10,9 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Annotated, Any
@@ -146,34 +143,6 @@ def end_as_by_ctrl_c(environment: Mapping[str, str] = os.environ) -> None:
     for number in END_SIGNALS:
         if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, end)
-
-
-def repeat_lost_interrupts() -> None:
-    """Repeat a Ctrl-C that falls into a destructor or a callback, where Python would only print it and go on."""
-    main = threading.main_thread().ident
-    assert main is not None
-
-    def raised_nowhere(unraisable: Any) -> None:
-        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-            sys.__unraisablehook__(unraisable)
-            return
-        with suppress(RuntimeError):  # the interpreter is about to end
-            threading.Thread(target=again, daemon=True).start()
-
-    def again() -> None:
-        # Within this hook it would be lost once more.
-        while any(
-            frame.f_code is raised_nowhere.__code__ for frame, _ in traceback.walk_stack(sys._current_frames()[main])
-        ):
-            time.sleep(0.01)
-        number = signal.SIGINT
-        if signal.getsignal(number) is signal.SIG_IGN:  # a background job of a script: it was a SIGTERM
-            number = signal.SIGTERM
-            time.sleep(SAME_REQUEST_SECONDS)
-        signal.pthread_kill(main, number)
-
-    if hasattr(signal, "pthread_kill"):  # not on Windows
-        sys.unraisablehook = raised_nowhere
 
 
 def explain(error: BaseException) -> tuple[str, int]:

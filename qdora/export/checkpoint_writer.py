@@ -7,13 +7,12 @@ Every export that writes weights goes through `checkpoint_directory`. One tensor
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -24,9 +23,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
-from qdora.errors import Resumable, RunFailure, UserError
+from qdora.errors import RunFailure, UserError
 from qdora.export.older_names import config_text, save_tokenizer
-from qdora.files.atomic import PARTIAL, atomic_directory, atomic_write_json, disk_reason, json_bytes, remove_leftovers
+from qdora.files.atomic import atomic_directory, disk_reason, json_bytes
 from qdora.files.console import Progress
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
 from qdora.model.experts import library_names, stacks
@@ -42,7 +41,6 @@ from qdora.nn.trained_rows import RowEmbedding, RowHead, merged_rows
 MAX_SHARD_BYTES = 5 * 2**30
 UNFINISHED = ".unfinished"
 """End of the name of the hidden directory in which a command makes its export."""
-_DONE_FILE = ".done.json"
 _SLICE = 1 << 20  # elements cast at a time: they stay in a CPU's cache while they are checked, cast and written
 
 
@@ -257,14 +255,12 @@ def checkpoint_directory(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
     extra_files: Mapping[str, str] | None = None,
-    resume_key: str | None = None,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Write a checkpoint; the block gets the unfinished directory, and may add files to it, and what was written.
 
     The directory is `.<name>.partial` beside `out_dir` until the block ends, then it is renamed to `out_dir`. A failure
-    leaves nothing, unless it is Resumable. What was written are JSON values: `files`, `num_tensors`, `num_bytes`,
-    `max_abs`, the largest |w|, in the tensor `max_abs_tensor`, and `num_underflowed`, the weights that became zero in
-    the output's dtype only.
+    leaves nothing. What was written are JSON values: `files`, `num_tensors`, `num_bytes`, `max_abs`, the largest |w|,
+    in the tensor `max_abs_tensor`, and `num_underflowed`, the weights that became zero in the output's dtype only.
 
     Args:
         tokenizer: Written beside the weights with its chat template, or None.
@@ -272,19 +268,15 @@ def checkpoint_directory(
         max_shard_bytes: Size of a weights file. A larger tensor gets a file of its own.
         progress: Called after each tensor with the bytes written and all bytes.
         extra_files: Name -> text of further files (a model card).
-        resume_key: What all bytes follow from. With a key an interrupt leaves the partial directory, and the next call
-            with the same key resumes after the last complete shard.
     Raises:
         UserError: `out_dir` is not new or empty, or a weight is outside the range of its dtype (the message names it).
         RunFailure: A weight is NaN or infinite, or the disk is full.
-        Resumable: The disk has no room for what is left to write.
     """
     check_new_directory(out_dir)
     try:
-        with atomic_directory(out_dir, resume_key=resume_key) as partial:
-            remove_leftovers(partial)  # the shard that was cut off
+        with atomic_directory(out_dir) as partial:
             _check_space(out_dir, partial, plan.tensors)
-            written = _write_weights(partial, plan.tensors, max_shard_bytes, progress, resumable=resume_key is not None)
+            written = _write_weights(partial, plan.tensors, max_shard_bytes, progress)
             _write_rest(partial, plan, tokenizer, extra_files or {})
             yield partial, written
     except OSError as error:
@@ -293,17 +285,13 @@ def checkpoint_directory(
 
 
 def _check_space(out_dir: Path, partial: Path, planned: Sequence[Planned]) -> None:
-    """Raise RunFailure, or Resumable if `partial` has complete shards, unless there is room for all other tensors."""
-    kept = sum((partial / name).stat().st_size for name in _complete_shards(partial))
-    num_bytes = sum(item.spec.num_bytes for item in planned) - kept
+    """Raise RunFailure unless there is room for all tensors."""
+    num_bytes = sum(item.spec.num_bytes for item in planned)
     free = shutil.disk_usage(partial).free
     if free < num_bytes:
-        place = _place_of(out_dir)
         room = f"{num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on this disk"
-        if kept:
-            fix = "Fix: free space, then give the same command; finished shards are kept."
-            raise Resumable(f"{place}: the rest needs {room}. {fix}")
-        raise RunFailure(f"{place}: needs {room}. Fix: free space, or name a directory on another disk.")
+        fix = "Fix: free space, or name a directory on another disk."
+        raise RunFailure(f"{_place_of(out_dir)}: needs {room}. {fix}")
 
 
 def _place_of(out_dir: Path) -> Path:
@@ -314,14 +302,13 @@ def _place_of(out_dir: Path) -> Path:
 
 
 def _write_weights(
-    partial: Path, planned: Sequence[Planned], max_shard_bytes: int, progress: Progress | None, *, resumable: bool
+    partial: Path, planned: Sequence[Planned], max_shard_bytes: int, progress: Progress | None
 ) -> dict[str, Any]:
-    """Write the shards and their index. If `resumable`, shards that `_DONE_FILE` names are kept."""
+    """Write the shards and their index."""
     shards = plan_shards([item.spec for item in planned], max_shard_bytes)
     total_bytes = sum(item.spec.num_bytes for item in planned)
     makers = {item.spec.name: item.make for item in planned}
-    complete = _complete_shards(partial) if resumable else {}
-    done = 0
+    done, seen = 0, ValueSummary()
 
     def count(spec: TensorSpec) -> None:
         nonlocal done
@@ -329,50 +316,27 @@ def _write_weights(
         if progress is not None:
             progress(done, total_bytes)
 
-    def values(specs: Sequence[TensorSpec], seen: ValueSummary) -> Iterator[Iterator[Tensor]]:
+    def values(specs: Sequence[TensorSpec]) -> Iterator[Iterator[Tensor]]:
         for spec in specs:
             yield cast_parts(spec, makers[spec.name](), seen)
             count(spec)
 
     for file, specs in shards.items():
-        if file in complete:
-            for spec in specs:
-                count(spec)
-            continue
         names = {spec.name for spec in specs}
         # In the order of the plan: tensors that are made together are next to each other there.
         order = [item.spec for item in planned if item.spec.name in names]
-        aside = partial / f".{file}{PARTIAL}"
-        seen = ValueSummary()
-        write_safetensors(aside, specs, values(order, seen), order=order)
-        os.replace(aside, partial / file)
-        complete[file] = seen
-        if resumable:
-            atomic_write_json(partial / _DONE_FILE, {name: asdict(found) for name, found in complete.items()})
-    total = ValueSummary()
-    for file in shards:
-        total.add(complete[file])
-    total.raise_faults()
+        write_safetensors(partial / file, specs, values(order), order=order)
+    seen.raise_faults()
     if len(shards) > 1:
         (partial / INDEX_FILE).write_bytes(json_bytes(shard_index(shards), indent=2))
-    (partial / _DONE_FILE).unlink(missing_ok=True)
     return {
         "files": tuple(shards),
         "num_tensors": len(planned),
         "num_bytes": total_bytes,
-        "max_abs": total.max_abs,
-        "max_abs_tensor": total.max_abs_tensor,
-        "num_underflowed": total.num_underflowed,
+        "max_abs": seen.max_abs,
+        "max_abs_tensor": seen.max_abs_tensor,
+        "num_underflowed": seen.num_underflowed,
     }
-
-
-def _complete_shards(partial: Path) -> dict[str, ValueSummary]:
-    """The shards that an interrupted export finished, with the summary of their values."""
-    file = partial / _DONE_FILE
-    if not file.is_file():
-        return {}
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return {name: ValueSummary(**seen) for name, seen in found.items() if (partial / name).is_file()}
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from qdora.errors import DiskFull, Resumable, RunFailure, UserError
+from qdora.errors import DiskFull, RunFailure, UserError
 from qdora.export.audit import audit, audit_page
 from qdora.export.checkpoint_writer import UNFINISHED, check_new_directory
 from qdora.export.gguf import export_gguf
@@ -117,10 +117,9 @@ def _opened(run: Path, options: ExportOptions) -> Iterator[Path]:
 def _unfinished(out: Path) -> Iterator[Path]:
     """Where an export is made and checked before it gets its name: a directory of the same name in a hidden one.
 
-    The directory in it must appear whole. A failure removes everything, but if the directory is there (its check
-    failed, say) it gets its name, too, unless the failure is DiskFull. Resumable, an interrupt or a kill leaves the
-    hidden directory: the next export to `out` goes on from it, but makes whole files, which perhaps were not checked,
-    again. UserError if another process is exporting to `out`, or nothing can be made there.
+    The directory in it must appear whole. After an error in the block it gets its name all the same if it is there (its
+    check failed, say), but not after DiskFull; after an interrupt nothing is left. UserError if another process is
+    exporting to `out`, or nothing can be made there.
     """
     with ExitStack() as stack:
         with place_failures(out, "name another directory"):
@@ -131,8 +130,8 @@ def _unfinished(out: Path) -> Iterator[Path]:
             place = hidden / out.name
             stack.enter_context(work_lock(out.with_name(f".{out.name}.lock"), str(out)))
             check_new_directory(out)  # another process may just have finished it
-            remove_directory(place)  # whole, but perhaps not checked
-            hidden.mkdir(exist_ok=True)
+            remove_directory(hidden)  # of a killed export
+            hidden.mkdir()
         try:
             yield place
         except Exception as error:
@@ -142,16 +141,12 @@ def _unfinished(out: Path) -> Iterator[Path]:
                     "%s: the weights are complete and kept, but the export stopped before its check or audit was done."
                 )
                 logger.warning(f"{text} Fix: delete it and export again.", out)
-            if not isinstance(error, Resumable):
-                remove_directory(hidden)
             raise
-        except BaseException:
-            with suppress(OSError):  # it stays if it holds something to go on from
-                hidden.rmdir()
-            raise
-        os.rename(place, out)  # over an empty directory, too
-        sync(out.parent)
-        remove_directory(hidden)
+        else:
+            os.rename(place, out)  # over an empty directory, too
+            sync(out.parent)
+        finally:
+            remove_directory(hidden)
 
 
 def _export(run: Path, out: Path, options: ExportOptions, console: Console) -> tuple[dict[str, Any], list[str]]:

@@ -12,10 +12,9 @@ slices of it. Besides the merge on the dequantised base, which is the model that
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -25,10 +24,8 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import qdora
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import (
-    MAX_SHARD_BYTES,
     CheckpointPlan,
     Source,
     WriteOptions,
@@ -38,10 +35,9 @@ from qdora.export.checkpoint_writer import (
     plan_sources,
 )
 from qdora.export.options import ExportOptions, MergeBase
-from qdora.files.atomic import json_text
 from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory, open_run
-from qdora.model.adapter_file import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, StoredLayer, read_adapter
+from qdora.model.adapter_file import StoredLayer, read_adapter
 from qdora.model.build_model import choose_compute, find_model, token_ids
 from qdora.model.experts import routers, stacks
 from qdora.model.inject import adapted_layers, linear_layers
@@ -86,8 +82,6 @@ def export_merged(
 ) -> dict[str, Any]:
     """Write the merged model as a plain transformers checkpoint; `options` are those of `checkpoint_directory`.
 
-    An interrupted streamed merge resumes after its last complete shard when it is called again.
-
     Args:
         source: A model with adapted layers or without (then its dequantised base is written), or files to be merged.
         dtype: float16, bfloat16 or float32, for all float tensors but those that training keeps in float32.
@@ -95,15 +89,13 @@ def export_merged(
     Raises UserError, RunFailure: See `checkpoint_directory` and `open_merge`.
     """
     start = time.perf_counter()
-    key = None
     if isinstance(source, StreamedMerge):
         opened = open_merge(source)
         plan, num_layers, num_parameters = opened.plan(dtype), len(opened.adapter), opened.num_parameters()
-        key = source.resume_key(plan, dtype, options.get("max_shard_bytes", MAX_SHARD_BYTES))
     else:
         plan, num_layers = plan_export(source, dtype), len(adapted_layers(source))
         num_parameters = sum(torch.Size(item.spec.shape).numel() for item in plan.tensors)
-    with checkpoint_directory(plan, tokenizer, out_dir, **options, resume_key=key) as (_, written):
+    with checkpoint_directory(plan, tokenizer, out_dir, **options) as (_, written):
         pass  # nothing else belongs in the directory
     return written | {
         "directory": str(out_dir),
@@ -190,21 +182,6 @@ class StreamedMerge:
     base: MergeBase = "dequantized"
     requantize: bool = False
     new_tokens: tuple[int, ...] = ()
-
-    def resume_key(self, plan: CheckpointPlan, dtype: torch.dtype, max_shard_bytes: int) -> str:
-        """A digest of everything that the bytes of the export follow from; the base's files count by size and time."""
-        adapter = ""
-        if self.adapter is not None:
-            named = (self.adapter / name for name in (CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE))
-            files = [path for path in named if path.is_file()]
-            adapter = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-        base = self.source.path
-        files = [base] if base.is_file() else sorted(base.glob("*.safetensors"))
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        held_as = [asdict(self.quant), self.base, self.requantize, str(self.compute_dtype)]
-        specs = [(item.spec.name, str(item.spec.dtype), item.spec.shape) for item in plan.tensors]
-        content = [qdora.__version__, str(base.resolve()), stats, adapter, *held_as, str(dtype), max_shard_bytes, specs]
-        return hashlib.sha256(json_text(content).encode()).hexdigest()
 
 
 def check_merge(merge: StreamedMerge) -> None:

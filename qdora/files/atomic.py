@@ -17,19 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qdora.errors import DiskFull, Resumable, RunFailure, UserError
+from qdora.errors import DiskFull, RunFailure, UserError
 from qdora.files.access_tokens import masked
 
 DISK_FULL = "the disk is full"
-PARTIAL = ".partial"
-REPLACED = ".replaced"
-_KEY_FILE = ".resume-key"
-_WRONG_PLACE = {
-    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "is a file, or a parent of it is"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), "cannot be written"),
-    errno.ENOENT: "cannot be made",
-    errno.ENAMETOOLONG: "its name is too long",
-}
+PARTIAL, REPLACED = ".partial", ".replaced"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -37,9 +29,7 @@ def disk_reason(error: BaseException) -> str | None:
     """Why a write failed, None for an error of another kind; Rust and C++ libraries raise their own for such disks."""
     if isinstance(error, OSError):
         return DISK_FULL if error.errno in _FULL else masked(str(error))
-    if not isinstance(error, Exception):
-        return None
-    text = str(error)
+    text = str(error) if isinstance(error, Exception) else ""
     if os.strerror(errno.EROFS) in text:
         return os.strerror(errno.EROFS)
     return DISK_FULL if any(os.strerror(number) in text for number in _FULL) else None
@@ -62,16 +52,13 @@ def disk_failures(path: Path) -> Iterator[None]:
 
 @contextmanager
 def place_failures(path: Path, fix: str) -> Iterator[None]:
-    """For the block that makes the directory `path`: UserError, with the `fix`, for a wrong or forbidden place.
-
-    Of another failure RunFailure is raised.
-    """
+    """For the block that makes the directory `path`: UserError with the `fix`, or DiskFull, for an OSError."""
     try:
         yield
     except OSError as error:
-        if error.errno in _WRONG_PLACE:
-            raise UserError(f"{path}: {_WRONG_PLACE[error.errno]}. Fix: {fix}.") from None
-        raise RunFailure(f"{path}: could not be written: {disk_reason(error)}.") from error
+        if error.errno in _FULL:
+            raise DiskFull(f"{path}: cannot be written: {DISK_FULL}.") from error
+        raise UserError(f"{path}: cannot be made or written: {error.strerror}. Fix: {fix}.") from None
 
 
 def json_text(value: Any, *, indent: int | None = None, in_ascii: bool = False) -> str:
@@ -86,6 +73,24 @@ def json_text(value: Any, *, indent: int | None = None, in_ascii: bool = False) 
 def json_bytes(value: Any, *, indent: int | None = None) -> bytes:
     """`json_text` as UTF-8 with a line end; half a surrogate pair, which UTF-8 cannot encode, becomes its escape."""
     return (json_text(value, indent=indent) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _json_value(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"JSON keys must be strings, got {wrong[0]!r}")
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a numpy or torch scalar
+        return _json_value(value.item())
+    raise TypeError(f"JSON cannot express {type(value).__name__}: {value!r}")
 
 
 @contextmanager
@@ -125,39 +130,28 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def atomic_directory(path: Path, *, resume_key: str | None = None) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """A directory to fill. It gets the name `path` when the block ends, and is removed if the block raises.
 
-    Only one process at a time may make `path` (`work_lock`, `in_turn`): each removes what others left beside it.
-
-    An older directory of that name is removed once the new one is whole; after an OSError it is unchanged. `resume_key`
-    stands for everything that determines the content. With a key, an interrupt (Ctrl-C, a kill) or Resumable leaves the
-    files, and the next call with the same key yields them again; any other call removes them.
+    An older one is removed once the new one is whole. Only one process at a time may make `path` (`work_lock`,
+    `in_turn`): each removes what others left beside it.
     """
-    aside = path.with_name(f".{path.name}{PARTIAL}")
-    old = path.with_name(f".{path.name}{REPLACED}")
+    aside, old = (path.with_name(f".{path.name}{end}") for end in (PARTIAL, REPLACED))
     path.parent.mkdir(parents=True, exist_ok=True)
-    key_file = aside / _KEY_FILE
     try:
-        if resume_key is None or not key_file.is_file() or key_file.read_text(encoding="utf-8") != resume_key:
-            remove_directory(aside)
-            aside.mkdir()
-        if resume_key is not None:
-            atomic_write_text(key_file, resume_key)
+        remove_directory(aside)
+        aside.mkdir()
         yield aside
-        key_file.unlink(missing_ok=True)
         for folder, _, files in os.walk(aside, topdown=False):
-            for file in files:
-                sync(Path(folder, file))
-            sync(Path(folder))
+            for name in (*files, "."):
+                sync(Path(folder, name))
         if path.exists():
             remove_directory(old)
             os.rename(path, old)
         os.rename(aside, path)
-    except BaseException as error:
-        if resume_key is None or (isinstance(error, Exception) and not isinstance(error, Resumable)):
-            with suppress(OSError):
-                remove_directory(aside)
+    except BaseException:
+        with suppress(OSError):
+            remove_directory(aside)
         if old.exists() and not path.exists():
             os.rename(old, path)
         raise
@@ -168,22 +162,14 @@ def atomic_directory(path: Path, *, resume_key: str | None = None) -> Iterator[P
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what an interrupted writer left in `folder`, and put back a directory that was being replaced."""
-    if not folder.is_dir():
-        return
-    for entry in sorted(folder.iterdir()):
-        if not entry.name.startswith("."):
-            continue
-        if entry.name.endswith(REPLACED) and entry.is_dir():
-            path = entry.with_name(entry.name.removeprefix(".").removesuffix(REPLACED))
-            if path.exists():
-                remove_directory(entry)
-            else:
-                os.rename(entry, path)
-        elif entry.name.endswith(PARTIAL):
-            if entry.is_dir() and not entry.is_symlink():
-                remove_directory(entry)
-            else:
-                entry.unlink()
+    for entry in filter(is_leftover, list(folder.iterdir()) if folder.is_dir() else ()):
+        path = entry.with_name(entry.name.removeprefix(".").removesuffix(REPLACED))
+        if entry.name.endswith(REPLACED) and not path.exists():
+            os.rename(entry, path)
+        elif entry.is_dir() and not entry.is_symlink():
+            remove_directory(entry)
+        else:
+            entry.unlink()
 
 
 def is_leftover(path: Path) -> bool:
@@ -204,22 +190,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _json_value(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"JSON keys must be strings, got {key!r}")
-        return {key: _json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_value(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a numpy or torch scalar
-        return _json_value(value.item())
-    raise TypeError(f"JSON cannot express {type(value).__name__}: {value!r}")

@@ -14,16 +14,11 @@ SAME_REQUEST_SECONDS = 1.0
 
 
 def leave_closed_terminal(number: int) -> None:
-    """After SIGHUP, let what this process prints on a terminal go nowhere; files and pipes still get it.
-
-    The terminal closes then: each write to it would fail, and hide why the process ends.
-    """
+    """After SIGHUP print nowhere: the terminal is gone, and a failed write would hide why the process ends."""
     if number in (signal.SIGINT, signal.SIGTERM):
         return
-    with suppress(OSError):  # no descriptor is left
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            with suppress(OSError):  # closed
-                if stat.S_ISCHR(os.fstat(stream).st_mode):
-                    os.dup2(nowhere, stream)
-        os.close(nowhere)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with suppress(OSError):  # closed
+            if stat.S_ISCHR(os.fstat(stream).st_mode):  # files and pipes still get the output
+                os.dup2(nowhere, stream)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -21,8 +20,6 @@ PACKAGES += ("pandas", "pyarrow", "safetensors", "tokenizers", "huggingface_hub"
 VARIABLES: tuple[str, ...] = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "MKL_NUM_THREADS")
 VARIABLES += ("NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 VARIABLES += ("TOKENIZERS_PARALLELISM",)
-
-_LOAD_SAMPLES = 10
 
 
 def environment() -> dict[str, Any]:
@@ -68,30 +65,9 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def cpus() -> list[int]:
-    """Numbers of the processors that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
-
-
 def num_cpus() -> int:
     """How many processors this process may use."""
-    return len(cpus())
-
-
-def other_load(seconds: float = 0.05) -> float:
-    """How many threads of other processes want a processor now, on average over `seconds`.
-
-    The usual load average looks back a minute and more, so it counts what this user's last command did. It is the
-    answer where the system does not say how many threads run.
-    """
-    found = []
-    for _ in range(_LOAD_SAMPLES):
-        words = _system_text("/proc/loadavg").split()  # 0.21 0.33 0.12 RUNNING/ALL NEWEST
-        if len(words) < 4 or words[3].startswith("0/"):  # this thread runs
-            return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        found.append(int(words[3].partition("/")[0]) - 1)  # this thread
-        time.sleep(seconds / _LOAD_SAMPLES)
-    return sum(found) / len(found)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_memory_bytes() -> int:

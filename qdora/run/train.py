@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,7 +35,6 @@ from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest, stop_on_signal
 from qdora.train.loop import after_step, fit
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.process_watch import sigterm_ignored
 from qdora.train.progress import TrainingProgress
 from qdora.train.task_weights import task_weights
 
@@ -67,7 +67,6 @@ def train_run(
         UserError, RunFailure, Interrupted: See `qdora.errors`.
     """
     with processes_of_launch() as processes, ExitStack() as stack:
-        ending = stack.enter_context(ExitStack())
         last = stack.enter_context(ExitStack())  # closed last, so that the page has the failure, which log.txt gets
         if processes.is_first:
             stack.enter_context(failures_logged(directory, "train"))
@@ -81,8 +80,6 @@ def train_run(
         processes = processes.dividing(prepared.recipe.train.divides_base)
         processes.first(lambda: stack.enter_context(only_process(directory, resume=resume)))
         run = open_directory(prepared, directory, processes, resume=resume)
-        if processes.watch is not None:
-            processes.watch.newest = lambda: newest.path if (newest := run.newest_checkpoint()) else None
         if processes.is_first:
             last.enter_context(log_to(run))
             last.callback(leave_page, run)
@@ -111,31 +108,28 @@ def train_run(
             processes=processes,
             console=progress,
         )
-        return _train(Trainer(active, prepared.validation), checkpoint, results, ending)
+        return _train(Trainer(active, prepared.validation), checkpoint, results)
 
 
 @contextmanager
-def _reported(processes: Processes, ending: ExitStack) -> Iterator[None]:
-    """After an error the first of several processes ignores SIGTERM until `ending` is closed, so that it can report."""
+def _reported(processes: Processes) -> Iterator[None]:
+    """After an error the first of several processes ignores SIGTERM, so that it can report: another one ended first."""
     try:
         yield
     except Exception:
-        if processes.watch is not None:
-            processes.watch.ends_itself = True
         if processes.size > 1 and processes.is_first:
-            ending.enter_context(sigterm_ignored())
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
 
 
-def _train(trainer: Trainer, checkpoint: Checkpoint | None, results: Console, ending: ExitStack) -> dict[str, Any]:
-    """Fit, evaluate and save from the checkpoint on; returns the summary. `ending` is closed after the run's page."""
+def _train(trainer: Trainer, checkpoint: Checkpoint | None, results: Console) -> dict[str, Any]:
+    """Fit, evaluate and save from the checkpoint on; returns the summary."""
     active = trainer.active
     start = 0 if checkpoint is None else trainer.restore(checkpoint.path)
     again = trainer.evaluates_again(start)
     active.processes.first(lambda: active.directory.truncate_metrics(start, evaluates_again=again))
     try:
-        watched = active.processes.watched(active.model)
-        with trainer.recorded(start), watched, _reported(active.processes, ending):
+        with trainer.recorded(start), _reported(active.processes):
             trainer.evaluate_start()
             if trainer.state.optimizer is not None and start < active.num_steps and not trainer.is_over:
                 trainer.num_done = _fit(trainer, trainer.state.optimizer, start)

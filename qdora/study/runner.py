@@ -32,6 +32,7 @@ from qdora.files.console import consoles, duration, shows_bars
 from qdora.files.json_file import read_json_object
 from qdora.files.nvidia_driver import check_gpu
 from qdora.files.run_directory import RunDirectory
+from qdora.files.work_lock import in_turn
 from qdora.memory.failed_allocation import free_memory
 from qdora.model.build_model import find_model
 from qdora.model.load import load_config, quantization_of
@@ -44,7 +45,6 @@ from qdora.run.train import train_run
 from qdora.study.base_damage import base_damage
 from qdora.study.by_layer import measure_by_layer, measure_checkpoints
 from qdora.study.cells import Cell, Cells, Expander, equal_in_words
-from qdora.study.claims import Claim
 from qdora.study.compare import Results, cannot_decide, never_decided
 from qdora.study.grid import load_study
 from qdora.study.guesses import write_guesses
@@ -63,7 +63,6 @@ AfterAttempt = Callable[[Cell, Event, float], None]
 
 _SHARD = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 _TRACEBACK_LINES = 12
-_POLL_SECONDS = 0.2
 _IDLE_SECONDS = 2.0
 _IDLE_LOOKS = 5
 _COMPRESSED = "base/compressed.json"
@@ -119,7 +118,7 @@ def study_run(
         _tell(expander, known, cells, shard, progress=progress, results=results)
         if retry_failed:
             store.forget_failures([cell.key for cell in cells.cells])
-        with cells_bar(progress, store) as bar, _quiet_runs(), store.present():
+        with cells_bar(progress, store) as bar, _quiet_runs():
             _leave_guesses(cells.cells, store)  # also if this start is stopped
             mine = _run_all(expander, known, shard, cell_work(store), bar)
             _leave_missing_pages(mine, store)
@@ -326,8 +325,7 @@ def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: 
     """Run every cell that has no result and that no other process works on, until none is left.
 
     An exception in `work` is recorded as a failure; the cell is tried again after the others, `store.retries` times. A
-    process that dies leaves its claim; the next process that finds the claim runs the cell again. An interrupt releases
-    the claim, and the files stay.
+    process that dies leaves its cell to the next one. An interrupt releases the cell, and the files stay.
     """
     busy = True
     while busy:
@@ -335,17 +333,11 @@ def run_cells(cells: Sequence[Cell], store: StudyDirectory, work: Work, report: 
         for cell in cells:
             if store.is_done(cell.key) or store.is_given_up(cell.key):
                 continue
-            claim = store.claims.take(cell.key)
-            if claim is None:
-                continue
-            try:
-                _record_death(store, claim)
+            with store.claimed(cell.key) as is_mine:
                 # Another process may have finished the cell just before this one claimed it
-                if not store.is_done(cell.key) and not store.is_given_up(cell.key):
-                    _attempt(cell, store, claim, work, report)
+                if is_mine and not store.is_done(cell.key) and not store.is_given_up(cell.key):
+                    _attempt(cell, store, work, report)
                     busy = True
-            finally:
-                claim.release()
 
 
 def tally(cells: Sequence[Cell], store: StudyDirectory) -> CellTally:
@@ -355,32 +347,21 @@ def tally(cells: Sequence[Cell], store: StudyDirectory) -> CellTally:
     return CellTally(len(cells), len(cells) - len(open_), failed, len(open_) - len(failed))
 
 
-def _attempt(cell: Cell, store: StudyDirectory, claim: Claim, work: Work, report: AfterAttempt | None) -> None:
+def _attempt(cell: Cell, store: StudyDirectory, work: Work, report: AfterAttempt | None) -> None:
     began = time.perf_counter()
     event: Event = "done"
     try:
         with disk_failures(store.cell(cell.key)):
-            with store.claims.renewed(claim):
-                result = dict(work(cell, store.cell(cell.key)))
-            if not claim.is_mine():
-                raise RunFailure("another process took over this cell: this process was silent for too long")
+            result = dict(work(cell, store.cell(cell.key)))
             store.write_result(cell.key, {"seconds": round(time.perf_counter() - began, 3), **result})
     except Interrupted:
         raise
     except Exception as error:  # the other cells must still run; the error is recorded and shown
         event = "failed"
-        if claim.is_mine():
-            store.add_failure(cell.key, _failure(error))
+        store.add_failure(cell.key, _failure(error))
         logger.warning("%s: %s", cell.key, masked(named(error)))
     if report is not None:
         report(cell, event, time.perf_counter() - began)
-
-
-def _record_death(store: StudyDirectory, claim: Claim) -> None:
-    if claim.left_by is None or store.is_done(claim.key):
-        return
-    pid, host = claim.left_by.get("pid"), claim.left_by.get("host")
-    store.add_failure(claim.key, {"kind": "died", "reason": f"process {pid} on {host} ended without a result"})
 
 
 def _failure(error: Exception) -> dict[str, Any]:
@@ -401,7 +382,7 @@ def cell_work(store: StudyDirectory) -> Work:
     def work(cell: Cell, directory: Path) -> dict[str, Any]:
         try:
             if "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(min(most, store.share_of_cores()))
+                torch.set_num_threads(max(1, most // max(1, store.num_working_here())))
             return _run(cell, directory, store)
         except Diverged as error:
             if not cell.is_trained:
@@ -472,15 +453,8 @@ def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], Non
     is removed, and the next caller tries again.
     """
     path = store.shared(stage, key)
-    while not path.is_dir():
-        claim = store.claims.take(f"{stage}-{key}")
-        if claim is None:
-            time.sleep(_POLL_SECONDS)
-            continue
-        try:
-            if not path.is_dir():
-                with store.claims.renewed(claim), atomic_directory(path) as directory:
-                    make(directory)
-        finally:
-            claim.release()
+    with in_turn(path):
+        if not path.is_dir():
+            with atomic_directory(path) as directory:
+                make(directory)
     return path

@@ -1,33 +1,28 @@
 """The directory of a study: one run directory a cell, and files that say which cells are done, failed and claimed.
 
-    study.json  cells/<key>/  results/<key>.json  failures/<key>.json  claims/<key>.json  processes/<id>.json
-    shared/<stage>/<key>/  report/
+    study.json  cells/<key>/  results/<key>.json  failures/<key>.json  claims/<key>.json  shared/<stage>/<key>/  report/
 
-Any number of processes may share it; a process claims a cell before it runs it (`claims`).
+Any number of processes may share it; a process claims a cell before it runs it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
+import socket
 import time
-import uuid
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from qdora.errors import UserError, not_there
 from qdora.files.atomic import atomic_write_json
-from qdora.files.environment import cpus
-from qdora.files.work_lock import flock
+from qdora.files.work_lock import lock_if_free
 from qdora.study.cells import Cells
-from qdora.study.claims import Claims, is_locked, machine, read_claim
 from qdora.study.grid import Study
 
-_FOLDERS = ("cells", "results", "failures", "claims", "processes", "shared")
+_FOLDERS = ("cells", "results", "failures", "claims", "shared")
 
 MAX_DEATHS = 8
 """Times that a cell may take its whole process down (out of memory, kill -9) before it is given up."""
@@ -43,7 +38,6 @@ class StudyDirectory:
         self.path, self.retries = path, retries
         for name in _FOLDERS if makes else ():
             (path / name).mkdir(parents=True, exist_ok=True)
-        self.claims = Claims(path / "claims")
 
     def cell(self, key: str) -> Path:
         """The run directory of a cell."""
@@ -91,31 +85,30 @@ class StudyDirectory:
                 self._failures(key).unlink(missing_ok=True)
 
     @contextmanager
-    def present(self) -> Iterator[None]:
-        """While the block runs, `share_of_cores` counts this process."""
-        path = self.path / "processes" / f"{uuid.uuid4().hex}.json"
-        with path.open("x", encoding="utf-8") as stream:
-            flock(stream.fileno(), fcntl.LOCK_EX)
-            stream.write(json.dumps({"machine": machine(), "cores": cpus()}))
-            stream.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+    def claimed(self, key: str) -> Iterator[bool]:
+        """Hold a cell while the block runs; yields False if another process has it.
 
-    def share_of_cores(self) -> int:
-        """Cores for this process, at least 1: each is divided among the `present` processes that may run on it."""
-        users: Counter[int] = Counter()
-        for path in (self.path / "processes").glob("*.json"):
-            found = read_claim(path)
-            if found is None or found["machine"] != machine():
-                continue
-            is_held = is_locked(path)
-            if is_held:
-                users.update(found["cores"])
-            elif is_held is not None:
-                path.unlink(missing_ok=True)
-        return max(1, int(sum(Fraction(1, max(1, users[core])) for core in cpus())))
+        A process that is killed leaves its claim file unlocked: whoever has the cell next records the death.
+        """
+        file = self.path / "claims" / f"{key}.json"
+        with lock_if_free(file.with_suffix(".lock")) as is_free:
+            if not is_free:
+                yield False
+                return
+            dead = _read(file)
+            if dead is not None and not self.is_done(key):
+                reason = f"process {dead['pid']} on {dead['host']} ended without a result"
+                self.add_failure(key, {"kind": "died", "reason": reason})
+            atomic_write_json(file, {"host": socket.gethostname(), "pid": os.getpid()})
+            try:
+                yield True
+            finally:
+                file.unlink(missing_ok=True)
+
+    def num_working_here(self) -> int:
+        """How many processes of this machine work on cells, or died at one that nobody has taken yet."""
+        claims = map(_read, (self.path / "claims").glob("*.json"))
+        return sum(claim is not None and claim["host"] == socket.gethostname() for claim in claims)
 
     def write_index(self, study: Study, cells: Cells) -> None:
         """Write study.json for the report: the study, its cells, and what the searches found."""
@@ -130,7 +123,7 @@ class StudyDirectory:
 
     def is_at_work(self) -> bool:
         """Whether a process works on a cell now; one that died at it does not."""
-        return any(map(self.claims.is_alive, (self.path / "claims").glob("*.json")))
+        return any(map(_is_held, (self.path / "claims").glob("*.json")))
 
     def _result(self, key: str) -> Path:
         return self.path / "results" / f"{key}.json"
@@ -146,6 +139,11 @@ def read_index(path: Path) -> dict[str, Any]:
         fix = "name a directory that 'qdora study' made."
         raise UserError(not_there(path, "a study (it has no study.json)", fix))
     return found
+
+
+def _is_held(claim: Path) -> bool:
+    with lock_if_free(claim.with_suffix(".lock")) as is_free:
+        return not is_free
 
 
 def _read(file: Path) -> dict[str, Any] | None:

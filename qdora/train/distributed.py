@@ -2,40 +2,33 @@
 a share of every step's examples.
 
 In each step the processes exchange the sum of the adapters' gradients, in one all-reduce after the last micro-batch,
-and one line of JSON. DistributedDataParallel would reduce in every micro-batch and keep buffers for the whole run, to
-hide milliseconds (20 M float32 gradients). All processes start from the same parameters, compute the same sums and take
-the same step; `require_equal` checks before every checkpoint that their parameters are equal.
+and short messages on the host. DistributedDataParallel would reduce in every micro-batch and keep buffers for the whole
+run, to hide milliseconds (20 M float32 gradients). All processes start from the same parameters, compute the same sums
+and take the same step; `require_equal` checks before every checkpoint that their parameters are equal.
+
+If a process fails, its connections break and torchrun ends the others; after a hang torch's timeouts do.
 """
 
 from __future__ import annotations
 
-import atexit
 import hashlib
-import json
 import os
-import socket
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from qdora.errors import FAILURE, Interrupted, RunFailure, UserError, exit_code, first_line
+from qdora.errors import Interrupted, RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
 from qdora.memory.failed_allocation import is_out_of_memory
-from qdora.model.load import block_list
 from qdora.train.out_of_memory import OutOfMemory
-from qdora.train.process_watch import ProcessWatch, patience_seconds
 
 T = TypeVar("T")
 
@@ -43,18 +36,11 @@ T = TypeVar("T")
 _MESSAGE_ELEMENTS = 1 << 24
 # Before, torch's `fully_shard` asks for gradients of all that it divides, which packed weights cannot have.
 CAN_DIVIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
-# The others wait for a message on the host while the first process measures or writes. A process that dies is noticed
-# at once, by the launcher and by the broken connection, and one that hangs by the watch (process_watch.py), not by this
-# timeout.
-_PATIENCE = timedelta(days=1)
-# Before they are connected no watch says which one does not come. Slow imports take less.
-_CONNECTING = timedelta(minutes=10)
-# GPUs meet right after a message of all processes on the host, so that none waits for another's work there.
-_GPU_PATIENCE = timedelta(minutes=15)
-# How often a process that waits for a message asks whether another one hangs.
-_LOOK = timedelta(seconds=0.5)
-# In the messages of gloo and NCCL when a process of the group has ended.
-_CONNECTION_WORDS = ("onnection", "NCCL", "gloo")
+# How long one process may compute a step while the others wait: less than torch's timeout of a message on the host (30
+# minutes), which does not say who is missing.
+_STEP_PATIENCE = timedelta(minutes=20)
+# How long the others wait while the first process prunes a base, measures or writes.
+_WORK_PATIENCE = timedelta(days=1)
 
 
 class OtherProcessFailed(RunFailure):
@@ -72,10 +58,10 @@ class Processes:
     size: int = 1
     gpus: dist.ProcessGroup | None = None
     """Carries tensors of GPUs; None if the default group, which carries messages on the host, does."""
+    working: dist.ProcessGroup | None = None
+    """Carries messages on the host that wait for the work of the first process."""
     shards: bool = False
     """Whether the processes divide the base, so that each forward pass needs all of them."""
-    watch: ProcessWatch | None = None
-    """Names the process that hangs or has ended; None for a single process."""
 
     @property
     def num_here(self) -> int:
@@ -91,37 +77,30 @@ class Processes:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in the order of ranks; JSON types, and NaN and infinities."""
+    def gather(self, value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """The values of all processes, in the order of ranks."""
         if self.size == 1:
             return [value]
-        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = [torch.zeros((), dtype=torch.int64) for _ in range(self.size)]
+        values: list[Any] = [None] * self.size
         with self._connected():
-            self._meet(dist.all_gather(lengths, torch.tensor(len(message)), async_op=True))
-            longest = max(int(length) for length in lengths)
-            padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(padded, torch.nn.functional.pad(message, (0, longest - len(message))))
-        pairs = zip(padded, lengths, strict=True)
-        return [json.loads(part[: int(length)].numpy().tobytes()) for part, length in pairs]
+            dist.all_gather_object(values, value, group=group)
+        return values
 
-    def first(self, action: Callable[[], T], *, calls_model: bool = False) -> T | None:
+    def first(self, action: Callable[[], T]) -> T | None:
         """Run the action in the first process while the others wait; returns its result there, None elsewhere.
 
-        If it raises there, the others raise OtherProcessFailed. It may take as long as it needs, unless it calls the
-        model: then its passes show that it does not hang.
+        If it raises there, the others raise OtherProcessFailed.
         """
         if self.size == 1:
             return action()
         result = None
         try:
             if self.is_first:
-                with nullcontext() if self.watch is None or calls_model else self.watch.without_passes():
-                    result = action()
+                result = action()
         except BaseException as error:
-            self.exchange(None, first_line(error))
+            self.exchange(None, first_line(error), group=self.working)
             raise
-        self.exchange(None)
+        self.exchange(None, group=self.working)
         return result
 
     def first_or_all(self, action: Callable[[], T]) -> T | None:
@@ -130,94 +109,42 @@ class Processes:
         Then each process gets its result, and one that fails ends: the others cannot go on without it.
         """
         if not self.shards:
-            return self.first(action, calls_model=True)
+            return self.first(action)
         try:
             return action()
         except RuntimeError as error:
             raise self.broken(error) from error
 
-    def exchange(self, value: Any, fault: str = "") -> list[Any]:
+    def exchange(self, value: Any, fault: str = "", *, group: dist.ProcessGroup | None = None) -> list[Any]:
         """`gather`, with the fault of this process or ''.
 
         Raises OtherProcessFailed if another process has a fault and this one has none.
         """
-        found = self.gather([fault, value])
+        found = self.gather((fault, value), group=group)
         for rank, (text, _) in enumerate(found):
             if text and not fault:
                 raise OtherProcessFailed(f"process {self.rank}: stopped, because process {rank} failed: {text}")
         return [each for _, each in found]
 
+    def meet(self) -> None:
+        """Wait for all processes; after minutes the run ends, and the first process names those that are missing."""
+        if self.size > 1:
+            with self._connected():
+                dist.monitored_barrier(timeout=_STEP_PATIENCE, wait_all_ranks=True)
+
     def broken(self, error: Exception) -> RunFailure:
         """The failure of this process where the base is divided, from an error in a pass through the model.
 
-        The others wait for a part of the base, so they cannot be told; they notice that this process has ended.
+        The others wait for a part of the base, so they cannot be told; their connections to this process break.
         """
         if isinstance(error, RunFailure):
             return error
         if isinstance(error, OutOfMemory):
             return RunFailure(f"process {self.rank}: {error.args[0].fault()}")
-        reason = first_line(error)
-        if isinstance(error, dist.DistBackendError) or (
-            not is_out_of_memory(error) and any(word in reason for word in _CONNECTION_WORDS)
-        ):
-            return self._lost(error)
         return RunFailure(
-            f"process {self.rank}: a pass through the model cannot be computed: {reason} All processes end, since they "
-            f"divide the base. Fix the cause, then {self.way_on()}"
+            f"process {self.rank}: a pass through the model cannot be computed: {first_line(error)} All processes end, "
+            "since they divide the base. Fix the cause, then resume with --resume."
         )
-
-    def way_on(self) -> str:
-        """What to do once a run of several processes has ended, as the end of a sentence."""
-        assert self.watch is not None, "several processes watch each other"
-        return self.watch.way_on()
-
-    def _lost(self, error: Exception | None = None) -> RunFailure:
-        """The failure after a lost connection: that of another process; if none is known, that of NCCL itself."""
-        assert self.watch is not None, "a connection has two ends"
-        if isinstance(error, dist.DistBackendError) and is_out_of_memory(error):
-            return self._nccl_failure(error)
-        text, newest = self.watch.lost(), self.watch.newest()
-        if isinstance(error, dist.DistBackendError) and not self.watch.knows:
-            return self._nccl_failure(error)
-        return OtherProcessFailed(text, safe=[] if newest is None else [newest])
-
-    def _nccl_failure(self, error: dist.DistBackendError) -> RunFailure:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        last = next((f" {after}." for line, after in pairwise(lines) if line == "Last error:"), "")
-        fix = "mend the cause (NCCL_DEBUG=INFO tells more; on several machines NCCL_SOCKET_IFNAME names their network)"
-        if is_out_of_memory(error):
-            fix = "make room on the GPU"
-        return RunFailure(
-            f"process {self.rank}: the GPUs cannot exchange data: {first_line(error)}.{last} Fix: {fix}, then "
-            f"{self.way_on()}"
-        )
-
-    @contextmanager
-    def watched(self, model: PreTrainedModel) -> Iterator[None]:
-        """Inside, a process that makes no pass through the model and sends no message for minutes ends the run."""
-        if self.watch is None:
-            yield
-            return
-        found = block_list(model)
-        units: list[nn.Module] = [model] if found is None else list(found[1])
-        if self.shards:
-            units = [each for each in model.modules() if issubclass(type(each), FSDPModule)]
-        with self.watch.counting(units, together=self.shards):
-            yield
-
-    def _meet(self, work: dist.Work) -> None:
-        """Wait for a message on the host. OtherProcessFailed if another process hangs, has failed or has ended."""
-        while self.watch is not None:
-            is_over = work.is_completed()
-            try:
-                work.wait(_LOOK)
-                return
-            except RuntimeError:
-                if is_over:
-                    raise
-            if self.watch.knows:
-                raise self._lost()
-        work.wait()
 
     def join_gpus_(self, groups: Sequence[dist.ProcessGroup]) -> None:
         """Let NCCL connect the groups and take its buffers now: faults of the network appear, and what memory is free
@@ -225,12 +152,10 @@ class Processes:
 
         For few elements and for many NCCL may connect in different ways, each at its first use.
         """
-        assert self.watch is not None, "several processes watch each other"
-        self.gather(None)  # all have made the groups
-        with self.watch.counting([], together=True), self._connected():  # without passes: who waits for minutes hangs
+        with self._connected():
             for group in groups:
                 for num_elements in (1, _MESSAGE_ELEMENTS):
-                    dist.all_reduce(_zeros_on_gpu(num_elements), group=group)
+                    dist.all_reduce(torch.zeros(num_elements, device="cuda"), group=group)
             torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
@@ -284,17 +209,16 @@ class Processes:
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
-        """Name the usual cause of a broken connection, for which gloo and NCCL have long words of their own."""
-        if self.watch is not None:
-            self.watch.arrived()
+        """Turn what gloo and NCCL raise, after another process has ended or after a timeout, into one line."""
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, OtherProcessFailed) or self.watch is None:
+            if is_out_of_memory(error):
                 raise
-            if is_out_of_memory(error) and not isinstance(error, dist.DistBackendError):
-                raise
-            raise self._lost(error) from error
+            raise OtherProcessFailed(
+                f"process {self.rank}: the exchange with the other processes failed: {first_line(error).rstrip('.')}. "
+                "Fix: mend the cause, which one of them or the launcher may have printed, then resume with --resume."
+            ) from error
 
     def require_equal(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise RunFailure in all processes if one holds other values, by a sum over the bits of each tensor."""
@@ -306,12 +230,8 @@ class Processes:
             if differing:
                 raise RunFailure(
                     f"process {rank} has another {differing[0]} than process 0 ({len(differing)} parameters differ): "
-                    f"the processes have drifted apart. Fix: {self.way_on()}"
+                    "the processes have drifted apart. Fix: resume from the last checkpoint with --resume."
                 )
-
-
-# For functions that are called deep inside of a launch.
-_LAUNCH: ContextVar[Processes | None] = ContextVar("processes_of_launch", default=None)
 
 
 @contextmanager
@@ -319,11 +239,8 @@ def processes_of_launch() -> Iterator[Processes]:
     """Connect the processes that torchrun or `accelerate launch` has started, known from environment variables.
 
     On CUDA each process takes the GPU of its local rank, or the only one that it sees. Tensors of GPUs go through NCCL,
-    which gives up after minutes; everything else goes through gloo on the host, so that no GPU waits for it.
-
-    Raises:
-        UserError: There are fewer GPUs than processes.
-        RunFailure: Another process does not come.
+    everything else through gloo on the host, so that no GPU waits for it. UserError if there are fewer GPUs than
+    processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -338,112 +255,28 @@ def processes_of_launch() -> Iterator[Processes]:
                 f"Fix: start with torchrun --nproc-per-node {num_gpus}."
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if here <= num_gpus else 0)
-        _let_the_watch_speak_first()
-    _connect(size)
-    if on_gpus:
-        _check_own_gpus(size)
-    watch = ProcessWatch(dist.get_rank(), dist.get_world_size())
-    ending: BaseException | None = None
+    dist.init_process_group("gloo")
     try:
-        gpus = dist.new_group(backend="nccl", timeout=_gpu_patience()) if on_gpus else None
-        processes = Processes(watch.rank, watch.size, gpus, watch=watch)
+        gpus = dist.new_group(backend="nccl") if on_gpus else None
+        working = dist.new_group(backend="gloo", timeout=_WORK_PATIENCE)
+        processes = Processes(dist.get_rank(), size, gpus, working)
         if gpus is not None:
             processes.join_gpus_([gpus])
-        launch = _LAUNCH.set(processes)
-        try:
-            yield processes
-        finally:
-            _LAUNCH.reset(launch)
-    except BaseException as error:
-        ending = error
-        if not isinstance(error, Interrupted | OtherProcessFailed):
-            watch.failed(error)
-        if not isinstance(error, Interrupted):
-            watch.linger()
+        yield processes
+    except Exception as error:
+        if not isinstance(error, UserError | Interrupted):
+            get_error_handler().record_exception(error)  # torchrun prints the first one of all processes
         raise
-    finally:
-        watch.close(well=_is_agreed(ending))
-        _disconnect(watch, ending, on_gpus=on_gpus)
-
-
-def _is_agreed(ending: BaseException | None) -> bool:
-    """Whether all processes end in this way: the run is done, or was stopped and is saved."""
-    return ending is None or (isinstance(ending, Interrupted) and ending.saved)
-
-
-def _own_gpu() -> str:
-    """What identifies the GPU of this process among those of all machines."""
-    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-
-
-def _check_own_gpus(size: int) -> None:
-    """UserError in all processes if two of them have the same GPU."""
-    taken: list[Any] = [None] * size
-    dist.all_gather_object(taken, _own_gpu())
-    if len(set(taken)) < size:
-        raise UserError(
-            f"qdora train: must have one process for each GPU, got {size} processes on {len(set(taken))}. "
-            "Fix: start as many with torchrun --nproc-per-node as the machine has GPUs."
-        )
-
-
-def _let_the_watch_speak_first() -> None:
-    """Settings of torch's own thread for NCCL, which ends a process by SIGABRT. It reads them when a group is made.
-
-    - An error that CUDA reports also reaches the main thread, which tells it.
-    - After an error of NCCL the thread waits for a minute; then it must not call off the kernels (torchrun's default,
-      1), as the main thread would go on with what they left. With torch's own default, 3, it only ends: a backstop.
-    """
-    os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
-    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"
-
-
-def _connect(size: int) -> None:
-    """Connect this process to the others of the launch. RunFailure if they do not all come within minutes."""
-    try:
-        dist.init_process_group("gloo", timeout=_CONNECTING)
-    except RuntimeError as error:
-        who = f"process {os.environ['RANK']}"
-        raise RunFailure(
-            f"{who}: not all {size} processes of this launch have connected: {first_line(error)} "
-            "Fix: see what the others have printed; on several machines, GLOO_SOCKET_IFNAME names their network."
-        ) from error
-    dist.distributed_c10d._set_pg_timeout(_PATIENCE)
-
-
-def _disconnect(watch: ProcessWatch, ending: BaseException | None, *, on_gpus: bool) -> None:
-    """Close the connections. If that may wait for another process, end this one without it, after its last message.
-
-    NCCL closes when its work on the GPU is done and the other processes of the machine close, too: only after a success
-    or a stop that all agreed on they are sure to. After a failure they may wait in a kernel for this one.
-    """
-    if watch.has_silence or (on_gpus and not _is_agreed(ending)):
-        atexit.register(_leave, FAILURE if ending is None else exit_code(ending))
-    else:
-        dist.destroy_process_group()
-
-
-def _leave(code: int) -> None:
-    """End this process although its threads wait for another one, which nothing calls off."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _gpu_patience() -> timedelta:
-    """How long GPUs wait for each other: NCCL must not end the processes before the watch names the silent one.
-
-    The watch takes up to twice its patience and two of its looks.
-    """
-    return max(_GPU_PATIENCE, timedelta(seconds=3 * patience_seconds()))
+    # Not after an error: NCCL would wait for the others.
+    dist.destroy_process_group()
 
 
 def mesh_of(processes: Processes, device: torch.device, parallel: str) -> DeviceMesh | None:
     """The processes as `memory.sharded_base.ShardedBase` takes them; None if each holds the whole base.
 
-    With `parallel` hybrid the processes of a machine divide the base, and machines repeat it. On GPUs its tensors go
-    through NCCL. UserError if this torch cannot divide it, or hybrid has machines of unequal size, or processes whose
-    numbers alternate between machines.
+    With `parallel` hybrid the processes of a machine, whose numbers must follow each other, divide the base, and
+    machines repeat it. On GPUs its tensors go through NCCL. UserError if this torch cannot divide it, or hybrid has
+    machines of unequal size.
     """
     if not processes.shards:
         return None
@@ -455,8 +288,6 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
     if len(sizes) > 1:
         need = "must be shard or replicate unless each machine has equally many processes"
         raise UserError(f"train.parallel: {need}, got hybrid with {' and '.join(map(str, sizes))} of them.")
-    if hybrid:
-        _check_neighbours(processes)
     shape = (processes.size // processes.num_here, processes.num_here) if hybrid else (processes.size,)
     names = ("replicate", "shard") if hybrid else None
     if processes.gpus is None:
@@ -465,30 +296,12 @@ def mesh_of(processes: Processes, device: torch.device, parallel: str) -> Device
     if not hybrid:
         return DeviceMesh.from_group(processes.gpus, device.type)
     ranks = torch.arange(processes.size).view(shape)
-    options: dict[str, Any] = {"backend": "nccl", "timeout": _gpu_patience()}
     groups = [
-        dist.new_subgroups_by_enumeration(each.tolist(), **options)[0]  # type: ignore[no-untyped-call]
+        dist.new_subgroups_by_enumeration(each.tolist(), backend="nccl")[0]  # type: ignore[no-untyped-call]
         for each in (ranks.T, ranks)
     ]
     processes.join_gpus_(groups)
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
-
-
-def _check_neighbours(processes: Processes) -> None:
-    """UserError unless processes of neighbouring numbers, as many as each machine has, are on one machine."""
-    names = processes.gather(socket.gethostname())
-    for start in range(0, processes.size, processes.num_here):
-        for rank in range(start, start + processes.num_here):
-            if names[rank] != names[start]:
-                raise UserError(
-                    f"train.parallel: got hybrid, but processes {start} and {rank} are on {names[start]} and "
-                    f"{names[rank]}: must be processes of one machine. Fix: let the launcher number the processes of a "
-                    "machine one after another (SLURM: --distribution=block), or set train.parallel to shard."
-                )
-
-
-def _zeros_on_gpu(num_elements: int) -> Tensor:
-    return torch.zeros(num_elements, device="cuda")
 
 
 def free_host_bytes() -> int:
@@ -500,8 +313,7 @@ def free_host_bytes() -> int:
     if not dist.is_initialized():
         return free
     size = dist.get_world_size()
-    processes = _LAUNCH.get() or Processes(dist.get_rank(), size)
-    return int(min(processes.gather(free))) // _num_here(size)
+    return int(min(Processes(dist.get_rank(), size).gather(free))) // _num_here(size)
 
 
 def _num_here(size: int) -> int:

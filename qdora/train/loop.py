@@ -235,7 +235,7 @@ def _update(lr: float, start: _StepStart, processes: Processes) -> None:
     if len(short) == len(told) and all(left == number for left, number, _ in short):
         raise RunFailure(f"step {step + 1}: {reason}. {advice}, then resume with --resume.", safe=[start.save()])
     if processes.size > 1:
-        raise RunFailure(f"step {step + 1}: {reason}. {advice}, then {processes.way_on()}")
+        raise RunFailure(f"step {step + 1}: {reason}. {advice}, then resume with --resume.")
     lost = f"{num_updated - num_left} others are updated, these keep their values; the run can continue from there"
     raise RunFailure(f"step {step + 1}: {reason}; {lost}. {advice}, then resume.", safe=[start.hooks.save(step + 1)])
 
@@ -336,7 +336,8 @@ def _gradient_of_next_step(
         else:
             what = f"cannot be computed: {first_line(error)} The update was not applied."
             fault = f"{what} Fix the cause, then resume with --resume."
-    shortages = [Shortage(*each) for each in processes.gather(shortage) if each]
+    processes.meet()
+    shortages = [each for each in processes.gather(shortage) if each]
     if not shortages:
         metrics, fault = _over_processes(metrics, fault, processes)
         reason = None

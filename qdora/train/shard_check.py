@@ -1,19 +1,17 @@
-"""Before the first step of a run whose base is divided: the same pass with some blocks gathered in another way.
+"""Before the first step of a run whose base is divided: the loss, also with some blocks gathered in another way.
 
 A wrong byte in a gathered weight would train an adapter for a model that does not exist, at a plausible loss. So the
-first, the middle and the last block are gathered whole, by a plain collective instead of torch's `fully_shard`, and
-compared byte by byte, and then the loss and the gradient norm of a micro-batch, computed with both.
+first, the middle and the last block are also gathered by a plain collective instead of torch's `fully_shard`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure
@@ -23,7 +21,6 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.row_share import divided_tensors
 from qdora.nn.shared_norms import prepare_shared_gains
 from qdora.ops.tiles import Weight
-from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import Processes
 from qdora.train.passes import batch_loss
 
@@ -37,103 +34,51 @@ _ROUNDING_16 = 5e-3
 def check_division(model: PreTrainedModel, processes: Processes) -> str | None:
     """What was compared, in words; None if the base is not divided. All processes must call this together.
 
-    Leaves the model, its gradients and the random generators as they were.
-
-    Raises RunFailure: In all processes, if a process differs from another, or from the blocks that are gathered whole.
+    Raises RunFailure in all processes if one has another loss, or another one than with the blocks gathered whole.
     """
     if not processes.shards:
         return None
-    blocks = _some_blocks(model)
-    random = random_state()
-    try:
-        divided = _pass(model)
-        whole = {layer: layer.share.whole() for layer in _layers(blocks) if layer.share is not None}
-        faults = _wrong_weights(model, blocks, whole)
-        with _read_from(whole):
-            gathered = _pass(model)
-    except RuntimeError as error:
-        raise processes.broken(error) from error
-    finally:
-        set_random_state(random)
-    allowed = _ROUNDING.get(model.dtype, _ROUNDING_16)
-    told = processes.gather((divided, gathered, faults))
-    for rank, (theirs, others, wrong) in enumerate(told):
-        pairs = (("blocks gathered whole", others), ("process 0", told[0][0]))
-        wrong += [
-            f"{what} {mine:.8g}, with {where} {other:.8g}"
-            for where, values in pairs
-            for what, mine, other in zip(("loss", "gradient norm"), theirs, values, strict=True)
-            if not math.isclose(mine, other, rel_tol=allowed)
-        ]
-        if wrong:
-            raise RunFailure(
-                f"train.parallel: the base is not the same when it is divided: process {rank}: {wrong[0]}. "
-                "Fix: train with train.parallel: replicate, and report it."
-            )
-    return (
-        f"the divided base is the whole one: {len(whole)} layers of {len(blocks)} blocks byte by byte, and loss and "
-        f"gradient norm of {_NUM_TOKENS} tokens ({divided[0]:.6g} and {divided[1]:.6g})."
-    )
-
-
-def _some_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The first, the middle and the last block."""
     found = block_list(model)
     assert found is not None, "a base is divided by blocks"
     blocks = list(found[1])
-    return [blocks[index] for index in sorted({0, len(blocks) // 2, len(blocks) - 1})]
+    blocks = [blocks[index] for index in sorted({0, len(blocks) // 2, len(blocks) - 1})]
+    layers = [layer for block in blocks for layer in frozen_layers(block).values()]
+    try:
+        mine = [_loss(model)]
+        with _read_from({layer: layer.share.whole() for layer in layers if layer.share is not None}):
+            mine.append(_loss(model))
+    except RuntimeError as error:
+        raise processes.broken(error) from error
+    losses = processes.gather(mine)
+    right = losses[0][1]
+    for rank, theirs in enumerate(losses):
+        if not all(math.isclose(loss, right, rel_tol=_ROUNDING.get(model.dtype, _ROUNDING_16)) for loss in theirs):
+            raise RunFailure(
+                f"train.parallel: the base is not the same when it is divided: process {rank} has a loss of "
+                f"{theirs[0]:.8g}, and {theirs[1]:.8g} with blocks gathered whole, instead of {right:.8g}. "
+                "Fix: train with train.parallel: replicate, and report it."
+            )
+    return f"a divided base and one with {len(blocks)} whole blocks have one loss, {right:.6g} on {_NUM_TOKENS} tokens."
 
 
-def _layers(blocks: Sequence[nn.Module]) -> list[FrozenLinear]:
-    return [layer for block in blocks for layer in frozen_layers(block).values()]
-
-
-def _pass(model: PreTrainedModel) -> tuple[float, float]:
-    """Mean loss of random tokens, the same in all processes, and the norm of its gradient (0 without an adapter)."""
-    torch.manual_seed(0)
+@torch.no_grad()
+def _loss(model: PreTrainedModel) -> float:
+    """Mean loss of random tokens, the same in all processes, without dropout."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, _NUM_TOKENS), generator=torch.Generator().manual_seed(0))
-    parameters = [each for each in model.parameters() if each.requires_grad]
-    mode = model.training
-    model.train()
-    for layer in adapted_layers(model).values():
+    layers, training = adapted_layers(model).values(), model.training
+    model.eval()
+    for layer in layers:
         layer.parameters_changed()
-    prepare_shared_gains(adapted_layers(model).values())
+    prepare_shared_gains(layers)
     given = ids.to(model.device)
     loss = batch_loss(model, given, torch.ones_like(given), ids).nll_sum / _NUM_TOKENS
-    norm = 0.0
-    if parameters:
-        loss.backward()  # type: ignore[no-untyped-call]
-        squares = [each.grad.double().square().sum() for each in parameters if each.grad is not None]
-        norm = math.sqrt(float(torch.stack(squares).sum()))
-        for parameter in parameters:
-            parameter.grad = None
-    model.train(mode)
-    return float(loss.detach()), norm
-
-
-def _wrong_weights(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], whole: dict[FrozenLinear, tuple[Weight, Tensor | None]]
-) -> list[str]:
-    """Layers whose tensors are not the same when torch gathers them."""
-    names = {layer: name for name, layer in frozen_layers(model).items()}
-    found = []
-    for block in blocks:
-        assert isinstance(block, FSDPModule)
-        block.unshard()
-        wrong = [layer for layer in _layers([block]) if layer in whole and not _same(layer, *whole[layer])]
-        found += [f"{names[layer]} has other bytes" for layer in wrong]
-        block.reshard()
-    return found
-
-
-def _same(layer: FrozenLinear, weight: Weight, keep_bits: Tensor | None) -> bool:
-    mine, right = divided_tensors(layer.stored_weight, layer.keep_bits), divided_tensors(weight, keep_bits)
-    return all(torch.equal(mine[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in right.items())
+    model.train(training)
+    return float(loss)
 
 
 @contextmanager
-def _read_from(whole: dict[FrozenLinear, tuple[Weight, Tensor | None]]) -> Iterator[None]:
+def _read_from(whole: Mapping[FrozenLinear, tuple[Weight, Tensor | None]]) -> Iterator[None]:
     """Let layers read these weights in the block, as layers do whose base is not divided."""
     before = {layer: (dict(layer._buffers), layer.residency, layer.share) for layer in whole}
     try:
