@@ -367,61 +367,6 @@ def sums(rank: int) -> None:
         assert parameters[4].grad is None
 
 
-def no_room(rank: int) -> None:
-    """The second process has none for the message; then the first one has none for the zeros that it needs."""
-    real, left = distributed._message_buffers, [rank == 0]
-
-    def buffers(parameters: list[nn.Parameter]) -> Any:
-        if not left[0]:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
-        return real(parameters)
-
-    def zeros(*_args: Any, **_options: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
-
-    distributed._message_buffers = buffers
-    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
-    parameters[0].grad = torch.full((3,), 1.0 + rank)
-    if rank == 1:
-        parameters[1].grad = torch.ones(2)
-    with processes_of_launch() as processes:
-        assert processes.sum_gradients_(parameters) == "CUDA out of memory. Tried to allocate 64.00 MiB."
-        left[0], torch.zeros_like, like = True, zeros, torch.zeros_like
-        assert processes.sum_gradients_(parameters) == "CUDA out of memory. Tried to allocate 2.00 MiB."
-        assert parameters[0].grad.tolist() == [1.0 + rank] * 3
-        torch.zeros_like = like
-        assert processes.sum_gradients_(parameters) is None
-        assert [each.grad.tolist() for each in parameters if each.grad is not None] == [[3.0] * 3, [1.0] * 2]
-
-
-def test_where_one_has_no_room_to_sum_nobody_waits_in_a_message() -> None:
-    assert launched.run(2, no_room, timeout=60) == ["", ""]
-
-
-def short_for_the_sum(rank: int, settings: Recipe, directory: Path) -> None:
-    real, calls = distributed._message_buffers, {"n": 0}
-
-    def buffers(parameters: list[nn.Parameter]) -> Any:
-        calls["n"] += 1
-        if rank == 1 and calls["n"] == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 MiB.")
-        return real(parameters)
-
-    distributed._message_buffers = buffers
-    train_run(settings, directory)
-
-
-def test_where_one_has_no_room_to_sum_both_take_smaller_micro_batches(root: Path, tmp_path: Path) -> None:
-    settings = exact(root, train__batch=8)
-    assert launched.run(2, train, settings, tmp_path / "whole") == ["", ""]
-    assert launched.run(2, short_for_the_sum, settings, tmp_path / "run") == ["", ""]
-    (shrunk,) = [line["out_of_memory"] for line in lines(tmp_path / "run") if "out_of_memory" in line]
-    assert shrunk["tokens_after"] < shrunk["tokens_before"]
-    steps = [line for line in lines(tmp_path / "run") if "loss" in line]
-    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
-    assert_close_runs(tmp_path / "whole", tmp_path / "run")
-
-
 def test_gradients_are_summed() -> None:
     assert launched.run(2, sums) == ["", ""]
 
@@ -551,6 +496,51 @@ def test_ctrl_c_under_torchrun_saves_and_goes_on(root: Path, tmp_path: Path) -> 
     newest = open_run(run).newest_checkpoint()
     assert newest is not None
     assert newest.step == len(lines(run))
+
+
+DISTURBED = """
+import os, signal
+from datetime import timedelta
+from qdora.cli import main
+from qdora.train import distributed, passes
+
+real, calls = passes.batch_loss, []
+
+def disturbed(*args, **options):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 3 and not os.path.exists("again"):
+        if {how!r} == "fails":
+            raise ValueError("a fault of its own")
+        os.kill(os.getpid(), signal.SIGSTOP if {how!r} == "hangs" else signal.SIGKILL)
+    return real(*args, **options)
+
+passes.batch_loss, distributed._STEP_PATIENCE = disturbed, timedelta(seconds=5)
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how, told",
+    [
+        ("fails", "ValueError: a fault of its own"),
+        ("killed", "Signal 9 (SIGKILL)"),
+        ("hangs", "Ranks 1 failed to pass monitoredBarrier"),
+    ],
+)
+def test_torchrun_ends_all_and_the_run_goes_on(root: Path, tmp_path: Path, how: str, told: str) -> None:
+    (tmp_path / "disturbed.py").write_text(DISTURBED.format(how=how))
+    settings = exact(root, train__batch=2, train__checkpoint_every=1)
+    (tmp_path / "recipe.yaml").write_text(resolved_yaml(settings))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "disturbed.py"]
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}}
+    command = [*launcher, "train", "recipe.yaml", "-d", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
+    assert done.returncode == 1
+    assert told in done.stderr
+    (tmp_path / "again").touch()
+    subprocess.run([*command, "--resume"], check=True, timeout=200, **options)
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 7))
 
 
 @pytest.mark.slow

@@ -160,41 +160,23 @@ class Processes:
         torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def sum_gradients_(self, parameters: Sequence[nn.Parameter]) -> str | None:
+    def sum_gradients_(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace every gradient by its sum over the processes, equal bit for bit in all of them.
 
         A missing gradient counts as zeros, unless it is missing in all processes.
-
-        Returns:
-            None; or if memory for it does not suffice in a process, in all of them the reason. Nothing is summed then.
         """
         if self.size == 1:
-            return None
-        given = "".join("01"[parameter.grad is not None] for parameter in parameters)
-        # Whoever fails among the messages leaves the others in one, so all memory is taken before the first.
-        buffers, reason = _unless_short(lambda: _message_buffers(parameters))
-        told = self.gather([given, reason])
-        flags = [theirs for theirs, _ in told]
-        shortages: list[str] = [theirs for _, theirs in told if theirs]
-        having = [p for p, known in zip(parameters, zip(*flags, strict=True), strict=True) if "1" in known]
-        if not shortages and len(set(flags)) > 1:
-            missing = [parameter for parameter in having if parameter.grad is None]
-            zeros, reason = _unless_short(lambda: [torch.zeros_like(each, dtype=_dtype(each)) for each in missing])
-            shortages = [theirs for theirs in self.gather(reason) if theirs]
-            for parameter, zero in zip(missing, zeros or (), strict=not shortages):
-                parameter.grad = zero
-        if shortages:
-            return shortages[0]
-        assert buffers is not None
-        for gradients in _messages([parameter.grad for parameter in having if parameter.grad is not None]):
-            sizes = [gradient.numel() for gradient in gradients]
-            flat = buffers[gradients[0].dtype, gradients[0].device][: sum(sizes)]
-            torch.cat([gradient.reshape(-1) for gradient in gradients], out=flat)
+            return
+        given = self.gather([parameter.grad is not None for parameter in parameters])
+        for parameter, *flags in zip(parameters, *given, strict=True):
+            if parameter.grad is None and any(flags):
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
+        for gradients in _messages([parameter.grad for parameter in parameters if parameter.grad is not None]):
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             with self._connected():
                 dist.all_reduce(flat, group=self.gpus)
-            for gradient, part in zip(gradients, torch.split(flat, sizes), strict=True):
+            for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
-        return None
 
     @torch.no_grad()
     def share_first_(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -339,30 +321,6 @@ def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         run.append(tensor)
     if run:
         yield run
-
-
-def _message_buffers(parameters: Sequence[nn.Parameter]) -> dict[tuple[torch.dtype, torch.device], Tensor]:
-    """For the gradients of each dtype and device a buffer that holds the largest of their `_messages`."""
-    sizes: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for parameter in parameters:
-        sizes.setdefault((_dtype(parameter), parameter.device), []).append(parameter.numel())
-    most = {key: min(sum(each), max(_MESSAGE_ELEMENTS, *each)) for key, each in sizes.items()}
-    return {(dtype, device): torch.empty(num, dtype=dtype, device=device) for (dtype, device), num in most.items()}
-
-
-def _dtype(parameter: nn.Parameter) -> torch.dtype:
-    """That of its gradient."""
-    return parameter.grad.dtype if parameter.grad is not None else parameter.grad_dtype or parameter.dtype
-
-
-def _unless_short(allocate: Callable[[], T]) -> tuple[T | None, str]:
-    """What it allocates and ""; or None and the allocator's reason."""
-    try:
-        return allocate(), ""
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None, first_line(error)
 
 
 def _bit_sum(tensor: Tensor) -> int:

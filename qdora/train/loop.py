@@ -340,30 +340,13 @@ def _gradient_of_next_step(
     shortages = [each for each in processes.gather(shortage) if each]
     if not shortages:
         metrics, fault = _over_processes(metrics, fault, processes)
-        reason = None
         if fault is None and processes.size > 1:
-            reason = processes.sum_gradients_(list(optimizer.parameters.values()))
-        if reason is not None:
-            largest = _largest_shortage(batch, reason, processes)
-            fault = (
-                f"out of memory where the gradients are summed over the processes ({reason.rstrip('.')}). Fix: resume "
-                "with --resume and -s memory.offload_activations=true or -s base.residency=host, or start a new run "
-                "with a smaller adapter.rank."
-            )
-            return StepGradient(batch, metrics, fault, example_nll, largest)
-        if fault is None and processes.size > 1:
+            processes.sum_gradients_(list(optimizer.parameters.values()))
             metrics = {"gradient_norm": float(optimizer.gradient_norm()), **metrics}
         return StepGradient(batch, metrics, fault, example_nll)
     # Among all processes the one that leaves least to cut.
     worst = min(shortages, key=lambda shortage: (shortage.num_examples > 1, shortage.num_tokens))
     return StepGradient(batch, metrics, worst.fault(), example_nll, worst)
-
-
-def _largest_shortage(batch: Step, reason: str, processes: Processes) -> Shortage:
-    """The largest micro-batch of all processes, as what did not fit: smaller ones leave more memory for the sum."""
-    mine = [(micro.input_ids.numel(), len(micro.example_ids)) for micro in batch.micro_batches]
-    num_tokens, num_examples = max(tuple(each) for each in processes.gather(max(mine, default=(0, 0))))
-    return Shortage(num_examples, num_tokens, reason)
 
 
 class DataUnreadable(Exception):
