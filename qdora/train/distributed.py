@@ -175,7 +175,7 @@ class Processes:
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             with self._connected():
                 dist.all_reduce(flat, group=self.gpus)
-            for gradient, part in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+            for gradient, part in zip(gradients, torch.split(flat, [each.numel() for each in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
     @torch.no_grad()
