@@ -78,7 +78,7 @@ def read_report(directory: Path) -> Report:
     }
     measured = [rows.measured(cell) for cell in cells]
     for name in ("layers", "changes", "checkpoints", "blocks"):
-        tables[name] = [row for found in measured for row in found[name]]
+        tables[name] = [row for of_cell in measured for row in of_cell[name]]
     tables["facts"] = _facts(study, sum(row.get("seconds") or 0.0 for row in tables["cells"]))
     counts = Counter(row["status"] for row in tables["cells"])
     status = f"{len(cells)} cells: {', '.join(f'{number} {name}' for name, number in counts.items())}"
@@ -228,7 +228,7 @@ class _TableRows:
             ],
             "blocks": [
                 *(base | {"block": block, "relative_error": error} for block, error in enumerate(errors)),
-                *(run | {"block": each["block"], "block_off": each["rise"]} for each in result.get("blocks", ())),
+                *(run | {"block": off["block"], "block_off": off["rise"]} for off in result.get("blocks", ())),
             ],
         }
 
