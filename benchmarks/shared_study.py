@@ -107,7 +107,7 @@ def run_cells(document: dict[str, Any], directory: Path, processes: int = 1, *, 
 
 
 def dry_run(args: argparse.Namespace, document: dict[str, Any]) -> None:
-    """`qdora study --dry-run`: the time and what can be found, as far as finished cells tell."""
+    """`qdora study --dry-run`: the cells and the time."""
     resume_kept(args, document)
     subprocess.run([*_command(document, args.dir), "--dry-run"], check=True)
 

@@ -30,7 +30,7 @@ def main() -> None:
     parser = study_parser(__doc__, NAME, smoke="a random model and few cells")
     parser.add_argument("--grid", type=Path, default=GRIDS / "compressed.yaml")
     parser.set_defaults(dir=Path("runs/studies/compressed"))
-    parser.add_argument("--dry-run", action="store_true", help="only tell the time and what can be found")
+    parser.add_argument("--dry-run", action="store_true", help="only print the cells and the time")
     args = parsed(parser)
     args.dir.mkdir(parents=True, exist_ok=True)
     document = yaml.safe_load(args.grid.read_text(encoding="utf-8"))

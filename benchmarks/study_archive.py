@@ -14,7 +14,6 @@ from typing import Any
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_json, atomic_write_text
 from qdora.files.run_directory import RunDirectory
-from qdora.recipe.recipe_file import resolved_yaml
 from qdora.study.cells import Expander
 from qdora.study.compare import Results
 from qdora.study.grid import load_study
@@ -96,11 +95,7 @@ def unpack(packed: bytes, grid: Path, directory: Path) -> int:
         _write_cell(each, store.cell(key))
     for key, each in done.items():  # last: with results the directory counts as filled
         store.write_result(key, each["result"])
-    here = [cell for cell in cells_now(expander, Results(store, expander.study)).cells if cell.key in done]
-    for cell in here:
-        if cell.kind == "trained":
-            atomic_write_text(RunDirectory(store.cell(cell.key)).recipe_file, resolved_yaml(cell.recipe))
-    return len(here)
+    return sum(cell.key in done for cell in cells_now(expander, Results(store, expander.study)).cells)
 
 
 def _write_cell(each: dict[str, Any], directory: Path) -> None:

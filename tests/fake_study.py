@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from qdora.files.run_directory import RunDirectory
-from qdora.recipe.recipe_file import resolved_yaml
 from qdora.study.cells import Cell, Expander
 from qdora.study.compare import Results
 from qdora.study.grid import load_study
-from qdora.study.report_contents import Report
+from qdora.study.page import Report
 from qdora.study.runner import Work, run_cells
 from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory
@@ -95,9 +93,7 @@ def work_of(nll: Truth = truth, *, generated: bool = False, fail: str | None = N
         if cell.is_trained:
             directory.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps({"step": step, "loss": value + 1.0 / step}) + "\n" for step in range(1, STEPS + 1)]
-            run = RunDirectory(directory)
-            run.metrics_file.write_text("".join(lines))
-            run.recipe_file.write_text(resolved_yaml(cell.recipe))
+            (directory / "metrics.jsonl").write_text("".join(lines))
         return _work(cell, directory, value, generated)
 
     return work

@@ -76,7 +76,6 @@ def test_the_grid_of_large_models_is_told_with_the_hours_of_its_plans(tmp_path: 
     by_hand = sum(6 * 3 * (300 + 400 * seconds) for seconds in SECONDS.values())
     assert stages["main"]["seconds"] == pytest.approx(by_hand)
     assert stages["transplants"]["seconds"] == pytest.approx(60 * 300)
-    assert [each["num_seeds"] for each in told["outlook"]] == [3, 3]
     sources = {cell["labels"]["model"] for cell in told["cells"] if "model" in cell["labels"]}
     assert sources == {"Llama-3-8B", "Qwen3-4B"}
 
@@ -111,11 +110,9 @@ def test_the_grid_of_compressed_bases_is_told_without_a_plan(tmp_path: Path, pla
     second |= {"transplants again": 3 * 2 * 3, "transplants, magnitudes rescaled": 3 * 3}
     assert {name: stages[name] for name in second} == second
     assert sum(stages.values()) == 194 + sum(second.values()) + 4  # and the rates of full fine-tuning
-    assert [each["num_seeds"] for each in told["outlook"]] == [3] * 7
 
 
 def test_the_grid_of_ranks_compares_each_with_the_largest_for_both_adapters(tmp_path: Path) -> None:
     told = dry_run(ROOT / "benchmarks/grids/rank_curve.yaml", tmp_path)
     stages = {each["stage"]: each["num_cells"] for each in told["stages"]}
     assert stages == {"bases": 2, "rates": 2 * 3 * 3, "main": 2 * 3 * 4}  # adapters, ranks, rates or seeds
-    assert [each["num_seeds"] for each in told["outlook"]] == [4] * 4

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from qdora.study.cells import Cell
-from qdora.study.report import read_report, write_report
+from qdora.study.page import write_report
+from qdora.study.report import read_report
 from qdora.study.study_directory import read_index
 from tests import fake_study
 

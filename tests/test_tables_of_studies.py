@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from qdora.study.cells import Cell
-from qdora.study.report import read_report, write_report
+from qdora.study.page import write_report
+from qdora.study.report import read_report
 from tests import fake_study
 
 ROOT = Path(__file__).parent.parent
@@ -49,51 +50,6 @@ def result(folder: Path, name: str, more: dict[str, Any] | None = None, **change
 def row_of(table: str, start: str) -> list[str]:
     (line,) = [line for line in table.splitlines() if line.startswith(f"| {start} |")]
     return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-def test_the_study_table_has_damage_left_and_verdicts(tables: dict[str, ModuleType], tmp_path: Path) -> None:
-    stages = [{"name": "main"}, {"name": "moved", "cells": {"base": "nf4"}, "kind": "transplant"}]
-    product = {"base": BASES, "adapter": KINDS}
-    pairs = result(tmp_path, "study", product=product, stages=stages, compare={"arm": "adapter", "reference": "lora"})
-    text = tables["study"].study()
-    header, line = row_of(text, "base"), dict(zip(row_of(text, "base"), row_of(text, "nf4"), strict=True))
-    assert header[3:] == [
-        "accuracy lost",
-        "lora: left",
-        "dora: left",
-        "share repaired by lora",
-        "against lora: NLL lower by",
-    ]
-    (pair,) = [row for row in pairs if row["base"] == "nf4" and row["measure"] == "nll_per_token"]
-    assert line["against lora: NLL lower by"] == (
-        f"dora {pair['improvement']:+.3f} ({pair['lower']:+.3f} to {pair['upper']:+.3f}), dora is better"
-    )
-    assert float(line["lora: left"].split()[0]) == pytest.approx(fake_study.LOST["nf4"], abs=0.02)
-    assert float(line["share repaired by lora"].split()[0]) == pytest.approx(0.5, abs=0.1)
-    assert row_of(text, "16 bits")[4:7] == ["–", "–", "–"]
-
-
-def test_the_table_of_changes_has_means_and_what_setting_magnitudes_back_costs(
-    tables: dict[str, ModuleType], tmp_path: Path
-) -> None:
-    stages = [
-        {"name": "main"},
-        {"name": "back", "cells": {"adapter": "dora", "seed": [0, 1, 2]}, "kind": "set_back"},
-        {"name": "by layer", "cells": {"base": ["16 bits", "nf4"], "seed": [0, 1]}, "kind": "by_layer"},
-    ]
-    product = {"base": BASES, "adapter": KINDS}
-    result(tmp_path, "study", product=product, stages=stages, compare={"arm": "adapter", "reference": "lora"})
-    text = tables["study"].study_changes()
-    assert row_of(text, "nf4, lora")[1:] == ["2", "1.0e-02", "0.10%", "10.00% (30%)", "0.2000", "–"]
-    assert row_of(text, "16 bits, dora")[1:-1] == ["2", "1.0e-02", "0.10%", "–", "–"]
-    (row,) = [
-        row
-        for row in tables["table"].report_rows("study", "repair")
-        if (row["base"], row["adapter"]) == ("nf4", "dora")
-    ]
-    back, lower, upper = (float(row[f"magnitudes{end}"]) for end in ("", "_lower", "_upper"))
-    assert lower < back < upper
-    assert row_of(text, "nf4, dora")[-1] == f"{back:+.4f} ({lower:+.4f} to {upper:+.4f})"
 
 
 def test_the_study_table_has_the_named_comparisons_and_bases_whose_runs_diverged(

@@ -93,7 +93,7 @@ def study() -> str:
     axes = [axis for axis in ("base", "length") if axis in arms[0]]
     repairs = report_rows("study", "repair")
     damage = {row["base"]: row for row in repairs if row["adapter"] == "no adapter"}
-    reference = next((row["text"] for row in report_rows("study", "facts") if row["fact"] == "reference"), "")
+    reference = next(row["value"] for row in report_rows("study", "facts") if row["fact"] == "compare.reference")
     adapters = list(dict.fromkeys(row["adapter"] for row in trained(arms)))
     contexts = list(dict.fromkeys(tuple(row[axis] for axis in axes) for row in trained(arms)))
     lines = []

@@ -22,7 +22,7 @@ def study(
         bool, typer.Option("--retry-failed", help="Run cells again that have used up their tries.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check every cell; tell what would run, and what can be found.")
+        bool, typer.Option("--dry-run", help="Check every cell, and print what would run and how long it takes.")
     ] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Submit this many processes and end.")] = None,
     cluster: Annotated[str | None, typer.Option(help="Where --jobs run: slurm (default) or local.")] = None,

@@ -66,13 +66,13 @@ seed stage kind role is_trained is_dense rate rate_is_interior num_seeds num_mis
 bits_per_weight sparsity total_mib adapter_mib
 nll_per_token nll_per_token_lower nll_per_token_upper nll_by_task nll_by_task_lower nll_by_task_upper
 acc acc_lower acc_upper acc_norm acc_norm_lower acc_norm_upper
-right right_lower right_upper unparsable unparsable_lower unparsable_upper pareto
+right right_lower right_upper unparsable unparsable_lower unparsable_upper
 cell equal_to status num_failures reason seconds num_steps num_trainable final_loss
 comparison family arm reference task weight measure improvement lower upper half_width half_width_planned
 p_seeds p_examples p_holm p_equivalent p_equivalent_holm num_tests smallest_detectable zone seed_improvements
 winner verdict
 left left_lower left_upper transplant transplant_lower transplant_upper repaired repaired_lower repaired_upper
-repaired_share repaired_share_lower repaired_share_upper repair_reason
+repaired_share repaired_share_lower repaired_share_upper
 damage_choice damage_choice_lower damage_choice_upper perplexity weight_error hidden_error
 is_done num_runs losses is_interior
 magnitudes magnitudes_lower magnitudes_upper direction_change magnitude_change length_change
@@ -130,8 +130,8 @@ class CompareConfig(Section):
     min_seeds: Annotated[Whole, Field(ge=2)] = 3
     """Seeds needed to call a winner or an equivalence."""
     spread: Positive | None = None
-    """Expected standard deviation between seeds of an improvement, for --dry-run (null: that of earlier results in the
-    directory of the study)."""
+    """Expected standard deviation between seeds of an improvement. comparisons.csv has the half-width that it gives
+    beside the measured one (null: nothing)."""
 
 
 class RatesConfig(Section):

@@ -1,4 +1,4 @@
-"""What a study will take and what it can find, told before it runs."""
+"""The cells that a study will have, and how long they take."""
 
 from __future__ import annotations
 
@@ -10,23 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qdora.evaluation.example_intervals import Spread
 from qdora.plan.memory_plan import plan
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.study.cells import Cell, Cells, Expander
-from qdora.study.compare import (
-    NamedComparison,
-    Results,
-    find_arms,
-    named_comparisons,
-    num_of_family,
-    seed_improvements,
-)
-from qdora.study.grid import Study, in_words, num_first_seeds
-from qdora.study.rates import Search
-from qdora.study.scores import HIGHER_IS_BETTER
+from qdora.study.compare import Results
+from qdora.study.grid import Study
 
 
 @dataclass(frozen=True)
@@ -101,107 +91,6 @@ class _Prediction:
         if text not in self._planned:
             self._planned[text] = plan(plain).step_seconds or math.nan
         return self._planned[text]
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """What a primary comparison can find: the half-width of its interval, and its smallest detectable difference.
-
-    `source` says where the spread between seeds comes from; the numbers are nan where nothing tells it.
-    """
-
-    comparison: str
-    num_seeds: int
-    spread: float
-    source: str
-    half_width: float
-    smallest_detectable: float
-
-
-def outlooks(cells: Cells, results: Results) -> list[Outlook]:
-    """Of every primary comparison of the planned cells."""
-    compare = results.study.compare
-    records = [cell.record() for cell in cells.cells]
-    planned, finished = find_arms(records, results, as_planned=True), find_arms(records, results)
-    primary = [each for each in named_comparisons(planned, results.study, records) if each.family]
-    measured = {
-        each.name + in_words(each.context): each for each in named_comparisons(finished, results.study, records)
-    }
-    of_rates = _spread_of_searches(cells, results)
-    found = []
-    for each in primary:
-        num_seeds = min(len(arm.seeds) for arm in each.arms)
-        spread, source = _known_spread(measured.get(each.name + in_words(each.context)), results)
-        if math.isnan(spread):
-            spread, source = of_rates
-        if math.isnan(spread) and compare.spread is not None:
-            spread, source = compare.spread, "compare.spread"
-        num_first = min(num_first_seeds(results.study, arm.seeds) for arm in each.arms)
-        of_mean = Spread(spread / math.sqrt(num_seeds), num_first - 1) if num_first > 1 else Spread(math.nan, math.nan)
-        name = each.name + (f" ({in_words(each.context)})" if each.context else "")
-        number = num_of_family(results.study, each.family) or len(primary)
-        detectable = of_mean.detectable(compare.alpha / number, compare.power)
-        found.append(
-            Outlook(
-                comparison=name,
-                num_seeds=num_seeds,
-                spread=spread,
-                source=source,
-                half_width=of_mean.half_width,
-                smallest_detectable=detectable,
-            )
-        )
-    return found
-
-
-def _known_spread(comparison: NamedComparison | None, results: Results) -> tuple[float, str]:
-    """Of a comparison whose first runs are finished."""
-    if comparison is None:
-        return math.nan, "unknown"
-    by_seed = seed_improvements(comparison.terms, results, results.study.compare.metric)
-    first = list(by_seed.values())[: num_first_seeds(results.study, by_seed)]
-    if len(first) < 2:
-        return math.nan, "unknown"
-    return float(np.std(first, ddof=1)), f"{len(first)} seeds that are done"
-
-
-def _spread_of_searches(cells: Cells, results: Results) -> tuple[float, str]:
-    """Standard deviation between the search's seeds of arm - reference, each at its best rate, pooled over contexts."""
-    compare = results.study.compare
-    best = [(labels, runs) for labels, search, own in cells.searches if (runs := _best_runs(search, own, results))]
-    squares, free = 0.0, 0
-    for labels, runs in best:
-        for other_labels, others in best:
-            context, other_context = (
-                {axis: text for axis, text in each.items() if axis != compare.arm} for each in (labels, other_labels)
-            )
-            if context == other_context and other_labels[compare.arm] == compare.reference != labels[compare.arm]:
-                differences = [runs[seed] - others[seed] for seed in runs if seed in others]
-                squares += float(np.var(differences)) * len(differences)
-                free += len(differences) - 1
-    return (math.sqrt(squares / free), "the search for rates") if free > 0 else (math.nan, "unknown")
-
-
-def _best_runs(search: Search, cells: Sequence[Cell], results: Results) -> dict[int, float]:
-    """Seed -> loss of the full runs at the best rate among those that are finished with all seeds; {} without one."""
-    found: dict[float, dict[int, float]] = {}
-    for run, cell in zip(search.runs, cells, strict=True):
-        value = results.loss(cell.key)
-        if run.length == "full":
-            found.setdefault(run.rate, {})[run.seed] = math.inf if value is None else value
-    finished = [losses for losses in found.values() if all(map(math.isfinite, losses.values()))]
-    return min(finished, key=lambda losses: float(np.mean(list(losses.values()))), default={})
-
-
-def spread_in_words(found: Outlook, metric: str) -> str:
-    """A line of --dry-run."""
-    if math.isnan(found.spread):
-        return f"{found.comparison}: {found.num_seeds} seeds; the spread is unknown. Fix: set compare.spread."
-    unit = "" if HIGHER_IS_BETTER[metric] else " nats"
-    return (
-        f"{found.comparison}: {found.num_seeds} seeds; with a spread of {found.spread:.3g} ({found.source}) the "
-        f"interval is ± {found.half_width:.3g}; differences below {found.smallest_detectable:.3g}{unit} stay unseen."
-    )
 
 
 def times_in_words(times: Sequence[StageTime]) -> list[str]:

@@ -21,43 +21,41 @@ from qdora.study.grid import Study, num_first_seeds
 from qdora.study.scores import combined
 
 
-def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, Any]:
-    """What is left of the damage, how much a transplant has, and what was repaired; empty for other than trained arms.
+def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, float]:
+    """What is left of the damage, how much a transplant has, and what was repaired; only of trained arms.
 
-    All in the metric's units, positive values worse; `repaired_share` of the transplant's damage. Where there is none,
-    `repair_reason` says why. `magnitudes`: what is lost if the trained magnitudes are set back.
+    All in the metric's units, positive values worse; `repaired_share` of the transplant's damage, if that is
+    significant. `magnitudes`: what is lost if the trained magnitudes are set back.
     """
+    study, row = results.study, dict[str, float]()
     if arm.kind != "trained":
-        return {}
-    study = results.study
-    measure, twin = study.compare.metric, dense_twin(arm, arms, study)
-    row: dict[str, Any] = {}
+        return row
+
+    def improvements(factor: float, own: Arm, other: Arm) -> dict[str, float]:
+        return seed_improvements([(factor, own, other)], results, study.compare.metric)
+
     back = _same_arm(arm, arms, "set_back")
-    if back is not None and (lost := seed_improvements([(1.0, arm, back)], results, measure)):
+    if back is not None and (lost := improvements(1.0, arm, back)):
         row |= improvement_interval(lost, study).columns("magnitudes")
-    if arm.base_key == arm.dense_key:
-        return row | {"repair_reason": "the base is not compressed"}
-    if twin is None:
-        return row | {"repair_reason": "the arm is not trained on the uncompressed base"}
+    twin = dense_twin(arm, arms, study)
+    if twin is None or arm.base_key == arm.dense_key:
+        return row
     if any(results.diverged(key) for seed, key in twin.seeds.items() if seed in arm.seeds):
-        return row | {"repair_reason": "the arm diverged on the uncompressed base"}
-    left = seed_improvements([(-1.0, arm, twin)], results, measure)
-    row |= improvement_interval(left, study).columns("left") if left else {}
+        return row
+    if left := improvements(-1.0, arm, twin):
+        row |= improvement_interval(left, study).columns("left")
     transplant = _same_arm(arm, arms, "transplant")
-    if transplant is None:
-        return row | {"repair_reason": "no adapter was transplanted"}
-    damage = seed_improvements([(-1.0, transplant, twin)], results, measure)
-    repaired = seed_improvements([(1.0, arm, transplant)], results, measure)
-    if not damage or not repaired:
-        return row | {"repair_reason": "the cells share no seed"}
-    of_damage = improvement_interval(damage, study)
-    row |= of_damage.columns("transplant") | improvement_interval(repaired, study).columns("repaired")
-    if not of_damage.lower > 0:  # nan, too
-        return row | {"repair_reason": "the transplant is not significantly worse"}
-    shared = [seed for seed in damage if seed in repaired]
-    above, below = ([values[each] for each in shared] for values in (repaired, damage))
-    share = statistics.ratio_interval(above, below, num_first=num_first_seeds(study, shared))
-    return row | share.columns("repaired_share") | {"repair_reason": ""}
+    damage = improvements(-1.0, transplant, twin) if transplant is not None else {}
+    repaired = improvements(1.0, arm, transplant) if transplant is not None else {}
+    if damage and repaired:
+        row |= improvement_interval(damage, study).columns("transplant")
+        row |= improvement_interval(repaired, study).columns("repaired")
+        if row["transplant_lower"] > 0:
+            shared = [seed for seed in damage if seed in repaired]
+            above, below = ([values[seed] for seed in shared] for values in (repaired, damage))
+            share = statistics.ratio_interval(above, below, num_first=num_first_seeds(study, shared))
+            row |= share.columns("repaired_share")
+    return row
 
 
 def _same_arm(arm: Arm, arms: Sequence[Arm], kind: Kind) -> Arm | None:
@@ -68,14 +66,14 @@ def _same_arm(arm: Arm, arms: Sequence[Arm], kind: Kind) -> Arm | None:
 def dense_twin(arm: Arm, arms: Sequence[Arm], study: Study) -> Arm | None:
     """The arm of the same name that was trained on the uncompressed base, in the same context but for the base."""
     based = axes_of(study, "base.")
-    context = {axis: label for axis, label in arm.context.items() if axis not in based}
+
+    def rest(one: Arm) -> dict[str, str]:
+        return {axis: label for axis, label in one.context.items() if axis not in based}
+
+    dense = [each for each in arms if each.kind == "trained" and each.base_key == each.dense_key]
     like = {} if study.rates is None else study.rates.like.get(study.compare.arm, {})
-    for name in (arm.name, like.get(arm.name, arm.name)):
-        for other in arms:
-            kept = {axis: label for axis, label in other.context.items() if axis not in based}
-            if (other.kind, other.name, kept) == ("trained", name, context) and other.base_key == other.dense_key:
-                return other
-    return None
+    names = (arm.name, like.get(arm.name, arm.name))
+    return next((each for name in names for each in dense if each.name == name and rest(each) == rest(arm)), None)
 
 
 def damage_row(arm: Arm, results: Results) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from qdora.study.cells import Cell, Cells, Expander, equal_in_words
 from qdora.study.compare import Results, cannot_decide, never_decided
 from qdora.study.grid import load_study
 from qdora.study.guesses import write_guesses
-from qdora.study.outlook import outlooks, planned_cells, spread_in_words, stage_times, times_in_words
+from qdora.study.outlook import planned_cells, stage_times, times_in_words
 from qdora.study.set_back import evaluate_magnitudes
 from qdora.study.study_directory import StudyDirectory
 from qdora.study.upcoming import cells_now
@@ -98,7 +98,7 @@ def study_run(
         directory: Where results are written; default runs/studies/<name of the file>.
         shard: "i/n": only the cells of this part, an n-th of all.
         retry_failed: Also run cells that were given up.
-        dry_run: Check every cell, tell how long the study takes and what it can find, and write nothing.
+        dry_run: Check every cell, tell how long the study takes, and write nothing.
     Returns:
         The directory and the counts of cells.
     Raises:
@@ -165,23 +165,22 @@ def _tell(
 def _outlook(
     expander: Expander, directory: Path, shard: str | None, *, progress: Console, results: Console
 ) -> dict[str, Any]:
-    """Tell the cells, the time and what can be found, and write nothing."""
+    """Tell the cells and the time, and write nothing."""
     study = expander.study
     known = Results(StudyDirectory(directory, retries=study.retries, makes=False), study)
     cells = planned_cells(expander, known)
     notes = _tell(expander, known, cells, shard, progress=progress, results=results)
     mine = shard_of(cells.cells, shard)
-    times, found = stage_times(mine, known), outlooks(cells, known)
+    times = stage_times(mine, known)
     for cell in mine:
         results.print(f"  {cell.in_words()}", soft_wrap=True)
-    for line in (*times_in_words(times), *(spread_in_words(each, study.compare.metric) for each in found)):
+    for line in times_in_words(times):
         results.print(line, soft_wrap=True)
     return {
         "directory": str(directory),
         "num_cells": len(cells.cells),
         "notes": notes,
         "stages": [vars(each) for each in times],
-        "outlook": [vars(each) for each in found],
         "cells": [cell.record() for cell in mine],
     }
 
