@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure, UserError
+from qdora.export.export_run import export_run
 from qdora.export.nf4_lora import export_nf4_lora
+from qdora.export.options import ExportOptions
 from qdora.files import environment
 from qdora.memory import host_residency
 from qdora.memory.host_residency import CudaCopies, HostResidency, Piece
@@ -28,9 +31,13 @@ from qdora.ops.packed import empty_packed
 from qdora.plan.fake_step import empty_model
 from qdora.plan.memory_plan import streamed_blocks
 from qdora.plan.public_shapes import public_shapes
+from qdora.run import load_base, prepare
+from qdora.run.evaluate import evaluate_target
+from qdora.run.train import train_run
 from qdora.train.interference import measure
-from tests import tiny, tiny_experts, tiny_streamed
+from tests import tiny, tiny_experts, tiny_run, tiny_streamed
 from tests.fake_cuda import FakeCuda, FakeCudart, is_mapped
+from tests.run_files import assert_same_run
 from tests.test_train_interference import probe_of
 
 
@@ -58,6 +65,12 @@ class LateCopies:
 
     def release(self, slot: int) -> None:
         self._in_use[slot] = False
+
+
+def stream_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run with base.residency host compute on a CPU, with late copies."""
+    monkeypatch.setattr(prepare, "_machine_faults", lambda *_: [])
+    monkeypatch.setattr(load_base, "HostResidency", partial(HostResidency, copies=LateCopies))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +111,23 @@ def test_layers_without_an_adapter_read_their_own_block_in_the_backward_pass(
     expected = tiny_streamed.of_resident_base(source, kind, targets)
     model, _ = on_host(source, num_streamed)
     tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model, kind, list(targets))), expected)
+
+
+def test_a_whole_run_is_that_of_a_resident_base(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is evaluated and exported without a GPU: all on the device."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stream_on_cpu(patch)
+        train_run(tiny_run.recipe(root, base__residency="host"), run)
+    assert_same_run(run, whole)
+    ours, theirs = (evaluate_target(str(each))["evaluation"]["tasks"] for each in (run, whole))
+    assert ours == theirs
+    for each in (run, whole):
+        export_run(each, tmp_path / f"{each.name}-merged", ExportOptions(dtype="float32"))
+    files = [tmp_path / f"{each.name}-merged/model.safetensors" for each in (run, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_several_steps_and_evaluations_in_between(source: Path) -> None:

@@ -57,7 +57,6 @@ from qdora.plan.workload import workload_of_data
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
 from qdora.run.calibration import calibration_tokens
-from qdora.run.load_base import NO_GPU
 from qdora.run.model_limits import context_warnings, vocabulary_faults
 from qdora.run.recorded_base import base_record, pinned
 from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks, repeated_checks
@@ -332,9 +331,7 @@ def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
             "model.dtype: got float16, must be bfloat16 or float32 with adapter.kind full, which trains the weights."
         )
     if recipe.base.residency == "host" and compute.device.type != "cuda":
-        faults.append(NO_GPU)
-    if recipe.base.residency == "disk" and compute.device.type != "cpu":
-        faults.append("base.residency: got disk, must be device or host on a machine with a GPU.")
+        faults.append("base.residency: got host, must be device on a machine without a GPU.")
     if compute.device.type != "cuda":
         faults += [
             f"memory.{name}: got true, must be false on a machine without a GPU."
