@@ -17,6 +17,7 @@ from qdora.model.source import ModelSource
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import free_host_bytes
 
+
 def load_base(
     recipe: Recipe,
     source: ModelSource,
