@@ -4,8 +4,8 @@
 
 Nothing here is measured. Bytes are those of `qdora plan`, and times are its estimates by a roofline of stated rates:
 half of a card's FLOPs in bf16, 80 % of its memory's and of each link's bytes a second. A pass over the blocks takes as
-long as its computing, or as gathering the blocks or copying them from the host. Machines: two and four RTX 4090 (24 GB) on PCIe 4, eight A100 (80 GB) on
-PCIe 4 or NVLink. A card takes four micro-batches a step.
+long as its computing, or as gathering the blocks or copying them from the host. Machines: two and four RTX 4090
+(24 GB) on PCIe 4, eight A100 (80 GB) on PCIe 4 or NVLink. A card takes four micro-batches a step.
 
 by_machine  the ways to hold the base at 2,048 tokens a micro-batch, and the tokens from which all gathering is hidden
 by_tokens   seconds of a step over those of its computing, with a divided base
