@@ -295,7 +295,7 @@ def test_pinned_memory_is_as_large_as_the_packed_base(name: str, monkeypatch: py
     packed = num_weights // 2 + num_weights // 64 + num_weights // 64 // 64
     assert packed <= sum(driver.locked.values()) <= 1.01 * packed
     model = empty_model(public_shapes()[name].config(), tiny.source(), torch.bfloat16, "sdpa")
-    planned = streamed_blocks(model, Quantization("nf4", 64, True, ("lm_head",)), "host", None)
+    planned = streamed_blocks(model, Quantization("nf4", 64, True, ("lm_head",)), None)
     assert planned.host_bytes == sum(driver.locked.values())
 
 

@@ -87,8 +87,8 @@ def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rat
     head's 16-bit weights for each chunk of them, whichever is longer.
     """
     passes = 2 + work.checkpointing
-    products = work.num_linear * (passes + work.full) + work.num_trainable * (passes + 1) * (not work.full)
-    products *= work.share_met  # of the adapters, too, as if they were in proportion to their layers
+    weights = work.num_linear * (passes + work.full) + work.num_trainable * (passes + 1) * (not work.full)
+    products = weights * work.share_met  # of the adapters, too, as if they were in proportion to their layers
     attention = shape.length * work.attention_width * (1 + work.checkpointing + 2.5)
     seconds = 2.0 * shape.num_tokens * (products + attention) / rates.flops + passes * work.decoded_bytes / rates.bytes
     num_chunks = -(-shape.num_labels // (work.head_chunk or max(shape.num_labels, 1)))
