@@ -211,6 +211,25 @@ def test_gradients_without_checkpointing_are_refused(source: Path) -> None:
         model(input_ids=tiny_streamed.IDS[0])
 
 
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"base__residency": "disk"}, "base.residency"),
+        ({"base__residency": "host", "base__quant": "none"}, "base.residency: must be device with quant none"),
+        (
+            {"base__residency": "host", "base__prune": {"method": "magnitude", "sparsity": 0.5}},
+            "base.residency: must be device with a pruned base",
+        ),
+        ({"base__residency": "host", "memory__checkpointing": False}, "memory.checkpointing: must be true"),
+        ({"base__streamed_blocks": 1}, "base.streamed_blocks: would be ignored"),
+    ],
+)
+def test_settings_that_do_not_go_together(root: Path, changes: dict[str, Any], fault: str) -> None:
+    with pytest.raises(UserError) as caught:
+        tiny_run.recipe(root, **changes)
+    assert any(each.startswith(f"recipe: {fault}") for each in caught.value.faults), caught.value.faults
+
+
 def test_too_little_host_memory_is_one_line(source: Path) -> None:
     with pytest.raises(
         UserError, match=r"base\.residency: host: 5 blocks need 0\.0 GiB .* 0\.0 GiB are free for this process"
