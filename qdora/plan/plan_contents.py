@@ -229,9 +229,6 @@ class Plan:
         """JSON values."""
         sizes = ("budget_bytes", "fits", "host_bytes", "embedding_bytes", "block_bytes")
         counts = ("num_micro_batches", "num_blocks", "num_trainable", "num_weights", "step_seconds")
-        phases: dict[str, int] = {}
-        for moment in self.moments:
-            phases[moment.phase] = max(phases.get(moment.phase, 0), moment.num_bytes)
         return {
             "device": self.device_kind,
             "stored_shape": self.stored_shape,
@@ -240,7 +237,6 @@ class Plan:
             "tensor_bytes": self.tensor_bytes,
             "peak_in": self.peak.name,
             "components": self.components,
-            "phase_peak_bytes": phases,
             **{name: getattr(self, name) for name in sizes},
             "micro_batch": {**vars(self.shape), "num_tokens": self.shape.num_tokens},
             **{name: getattr(self, name) for name in counts},
