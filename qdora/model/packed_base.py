@@ -103,7 +103,8 @@ class PackedBase:
         A file is opened for each tensor, as in `stored_tensors`: what was read does not stay in memory. Raises
         UserError if tensors are missing, or do not fit the weight's form.
         """
-        form, path, tensors = self.forms[name], name.removesuffix(".weight"), {}
+        form, path = self.forms[name], name.removesuffix(".weight")
+        tensors: dict[str, Tensor] = {}
         try:
             for key in [name] if form.kind is None else [f"{path}.{part}" for part in TENSOR_NAMES]:
                 if key in self._file_of:
