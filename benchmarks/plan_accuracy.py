@@ -8,9 +8,6 @@ Every run is planned from the recipe, the config and the tokenised data, then ru
 (VmHWM). Planned resident set: the plan's tensors and its constant for a process (`CONTEXT_BYTES["cpu"]`), which every
 run here also measures, before it loads its model.
 
-Where blocks lie on disk, they, the embeddings and the head are views of files: no allocation, so they are left out of
-planned and counted tensors; the resident set has the pages that were read.
-
 Bars: planned / measured tensor bytes within 3 % for each run, planned / measured resident set within 10 %, the constant
 included in both.
 """
@@ -30,8 +27,6 @@ from typing import Any
 from measure import ONE_THREAD, facts, fresh, parser_of, peak_rss_bytes, save, write
 
 NUM_STEPS = 3
-MAPPED = ("streaming slots", "embeddings, head, norms")
-"""Components that are views of files where the blocks lie on disk."""
 BARS = {"tensor": 0.03, "rss": 0.10}
 _SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "vocab_size": 8192}
 _MIDDLE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 16384}
@@ -66,8 +61,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama",
         {"base.quant": "none", "adapter.kind": "full", "train.optimizer": "adamw"},
     ),
-    "deep, blocks on disk": ("deep", "llama", {"base.residency": "disk"}),
-    "middle, half of the blocks on disk": ("middle", "llama", {"base.residency": "disk", "base.streamed_blocks": 4}),
     "middle, pruned to 2:4, masked": (
         "middle",
         "llama",
@@ -132,14 +125,12 @@ def counted(name: str) -> dict[str, Any]:
     with case_in_folder(name) as recipe:
         planned = plan_of(recipe)
         found = run_of(recipe, counting=True)
-    in_files = sum(planned["components"].get(name, 0) for name in MAPPED if recipe.base.residency == "disk")
-    tensors = planned["tensor_bytes"] - in_files
+    tensors = planned["tensor_bytes"]
     ratio = tensors / found["peak_bytes"]
     print(f"{name}: tensors {ratio:.4f}", file=sys.stderr)
     return {
         "micro_batch": planned["micro_batch"],
         "planned_tensor_bytes": tensors,
-        "planned_mapped_bytes": in_files,
         "measured_tensor_bytes": found["peak_bytes"],
         "tensor_ratio": ratio,
         "planned_rss_bytes": planned["peak_bytes"],
@@ -219,8 +210,6 @@ def recipe_of(directory: Path, case: tuple[str, str, dict[str, Any]]) -> Any:
     for key, value in changes.items():
         section, _, name = key.partition(".")
         document[section][name] = value
-    if "residency" in document["base"]:
-        document["base"]["cache"] = str(directory / "cache")
     return recipe_from(document)
 
 

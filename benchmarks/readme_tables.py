@@ -43,7 +43,6 @@ from tables.runs import (
     out_of_memory,
 )
 from tables.settings import settings
-from tables.streaming import disk_residency, stream_schedule
 from tables.study import error_adapters, pruning, study, study_changes, study_nulls
 from tables.times import (
     expert_cost,
@@ -135,11 +134,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "study_changes": study_changes,
     "study_nulls": study_nulls,
     "gates": gates,
-    "stream_schedule": stream_schedule,
     "several_cards": several_cards,
     "machines": machines,
     "sharded_memory": sharded_memory,
-    "disk_residency": disk_residency,
     "failed": failed,
     "failed_short": failed_short,
 }

@@ -2,10 +2,10 @@
 
     python benchmarks/several_cards.py [--out benchmarks/results/several_cards.json] [--smoke]
 
-Nothing here is measured. Bytes are those of `qdora plan`; times come from stated rates (half of a card's FLOPs in bf16,
-80 % of its memory's and of each link's bytes a second) and from a schedule in which each block is gathered, or copied
-from the host, while the one before computes. Machines: two and four RTX 4090 (24 GB) on PCIe 4, eight A100 (80 GB) on
-PCIe 4 or NVLink. A card takes four micro-batches a step.
+Nothing here is measured. Bytes are those of `qdora plan`, and times are its estimates by a roofline of stated rates:
+half of a card's FLOPs in bf16, 80 % of its memory's and of each link's bytes a second. A pass over the blocks takes as
+long as its computing, or as gathering the blocks or copying them from the host. Machines: two and four RTX 4090
+(24 GB) on PCIe 4, eight A100 (80 GB) on PCIe 4 or NVLink. A card takes four micro-batches a step.
 
 by_machine  the ways to hold the base at 2,048 tokens a micro-batch, and the tokens from which all gathering is hidden
 by_tokens   seconds of a step over those of its computing, with a divided base
@@ -26,11 +26,11 @@ from measure import facts, parser_of, write
 from transformers import LlamaConfig, PreTrainedConfig
 
 from qdora.files.svg_figure import svg_file
-from qdora.plan.division import LINKS, WholePlans, fastest_way, process_plans, whole_plans
+from qdora.plan.division import ACROSS, WITHIN, WholePlans, fastest_way, process_plans, whole_plans
 from qdora.plan.memory_plan import fit_recipe
 from qdora.plan.plan_contents import Plan
 from qdora.plan.public_shapes import public_shapes
-from qdora.plan.step_time import PCIE_4, Rates
+from qdora.plan.step_time import Rates
 from qdora.plan.workload import assumed_workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.recipe_file import load_recipe
@@ -56,8 +56,8 @@ class Machine:
 
 
 # NVIDIA's Ada white paper: 165.2 TFLOP/s in bf16 with float32 sums, 1,008 GB/s. A100 80 GB SXM: 312, 2,039 GB/s.
-ADA = Rates("RTX 4090 (stated)", 82.6e12, 0.8 * 1008e9, PCIE_4)
-A100 = Rates("A100 80GB (stated)", 156e12, 0.8 * 2039e9, PCIE_4)
+ADA = Rates("RTX 4090 (stated)", 82.6e12, 0.8 * 1008e9)
+A100 = Rates("A100 80GB (stated)", 156e12, 0.8 * 2039e9)
 MACHINES = {
     "2 x 24 GB": Machine(2, "24GB", ADA, ("PCIe 4",)),
     "4 x 24 GB": Machine(4, "24GB", ADA, ("PCIe 4",)),
@@ -84,7 +84,7 @@ def main() -> None:
         "per_card": PER_CARD,
         "tokens_at": AT,
         "rates": {name: asdict(machine.rates) for name, machine in MACHINES.items()},
-        "links": dict(LINKS),
+        "links": {**WITHIN, **ACROSS},
         "by_machine": {name: by_machine(MACHINES[name], found) for name, found in plans.items()},
         "by_tokens": [
             {"machine": name, "link": link, "points": by_tokens(MACHINES[name], found, link)}
@@ -123,14 +123,13 @@ def by_machine(machine: Machine, plans: Mapping[int, WholePlans]) -> dict[str, A
     found = process_plans(plans[AT], machine.num_cards)
     first, last = min(plans), max(plans)
     hidden = {}
-    divisions = {length: each.divided.division for length, each in plans.items() if each.divided is not None}
-    low, high = divisions[first], divisions[last]
+    low, high = plans[first].divided, plans[last].divided
     assert low is not None
+    assert low.division is not None
     assert high is not None
     slope = (high.forward_seconds - low.forward_seconds) / (last - first)  # of the products; decoding takes the rest
     for link in machine.links:
-        share = (machine.num_cards - 1) / machine.num_cards
-        gather = share * low.blocks_bytes / plans[AT].replicate.num_blocks / LINKS[link]
+        gather = (1 - 1 / machine.num_cards) * low.division.blocks_bytes / WITHIN[link]
         hidden[link] = max(0, math.ceil(first + (gather - low.forward_seconds) / slope))
     return {
         "num_cards": machine.num_cards,

@@ -310,20 +310,6 @@ def test_mixing(tmp_path: Path) -> None:
     assert result["passes"]["resume exact from every point"]
 
 
-def test_stream_schedule(tmp_path: Path) -> None:
-    result = smoke(tmp_path, "stream_schedule.py")
-    assert [each["slowdown"] for each in result["by_tokens"][:3]] == pytest.approx([1, 1, 1])
-    assert result["by_tokens"][-1]["slowdown"] > 2
-    assert result["passes"]["all hidden above the break-even"]
-
-
-def test_disk_residency(tmp_path: Path) -> None:
-    result = smoke(tmp_path, "disk_residency.py")
-    assert result["passes"] == {"below the bar": True, "losses are the same": True}
-    assert len(result["arms"]["disk"]["losses"]) == 2
-    assert result["arms"]["nothing"]["peak_bytes"] < result["arms"]["disk"]["peak_bytes"]
-
-
 def test_pruning(tmp_path: Path) -> None:
     result = smoke(tmp_path, "pruning.py")
     cases = {(case["method"], case["pattern"]): case for case in result["cases"]}

@@ -9,7 +9,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from qdora.nn.adapted_linear import AdaptedLinear
@@ -19,9 +18,7 @@ from qdora.ops import bnb_kernels, expert_product, tiles
 from qdora.ops.expert_tokens import padded_tokens
 from qdora.ops.frozen_product import decoding
 from qdora.ops.packed import empty_packed, quantize
-from qdora.ops.planned_device import planned_on
 from qdora.ops.tiles import spans
-from qdora.plan.expert_launches import launches_of
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, tiny
 from tests.false_gpu import FalseGpu, on_false_gpu
@@ -122,28 +119,23 @@ def test_gradients_of_16_bit_products_are_summed_in_float32(gpu: FalseGpu) -> No
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @on_false_gpu
-def test_experts_with_like_counts_share_launches_and_a_plan_counts_them(gpu: FalseGpu, kind: Any) -> None:
+def test_experts_with_like_counts_share_launches(gpu: FalseGpu, kind: Any) -> None:
     """The false GPU has no grouped product. Three runs of four experts: 3 products forward and 5 backward each."""
     rows, columns, counts = 64, 128, 11 * [8] + [7]
 
-    def stack(device: Any) -> AdaptedExperts:
-        packed = empty_packed("nf4", (12 * rows, columns), device=device)
-        for tensor in packed.tensors().values():
-            tensor.fill_(1)
-        return AdaptedExperts(FrozenExperts(packed, 12), rank=8, kind=kind, dtype=torch.bfloat16)
-
+    packed = empty_packed("nf4", (12 * rows, columns), device=gpu.device)
+    for tensor in packed.tensors().values():
+        tensor.fill_(1)
+    layer = AdaptedExperts(FrozenExperts(packed, 12), rank=8, kind=kind, dtype=torch.bfloat16).to(gpu.device)
     with patch.object(expert_product, "_RUN_BYTES", 4 * rows * columns * 2):
-        layer, tokens = stack(gpu.device).to(gpu.device), padded_tokens(counts)
+        tokens = padded_tokens(counts)
         x = torch.ones(sum(tokens.counts), columns, dtype=torch.bfloat16, device=gpu.device).requires_grad_()
         dy = torch.ones(len(x), rows, dtype=torch.bfloat16, device=gpu.device)
         layer(x, tokens)
         gpu.clear()
         layer(x, tokens).backward(dy)
-        with FakeTensorMode(), planned_on("cuda", grouped_kernel=False):
-            planned = launches_of([stack("cpu")], 95, 1, torch.bfloat16, checkpointing=False)
     launched = [event.operation for event in gpu.events if event.kind == "launch"]
     assert (launched.count("bmm"), launched.count("mm")) == (3 * 8, 0)
-    assert len(launched) == planned
     assert gpu.lines("wait") == []
 
 

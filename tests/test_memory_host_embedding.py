@@ -18,7 +18,7 @@ from qdora.model.source import resolve
 from qdora.nn.host_embedding import HostEmbedding
 from qdora.plan.memory_plan import plan
 from qdora.plan.plan_contents import DENSE, Plan
-from qdora.plan.step_time import STATED
+from qdora.plan.step_time import ASSUMED
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run import load_base
@@ -170,7 +170,7 @@ def test_a_plan_has_it_on_the_host() -> None:
     assert there.step_seconds is not None
     assert here.step_seconds is not None
     rows = there.shape.num_tokens * there.num_micro_batches * CONFIG.hidden_size * 2
-    assert there.step_seconds - here.step_seconds == pytest.approx(rows / STATED["cuda"].copied, rel=1e-6)
+    assert there.step_seconds - here.step_seconds == pytest.approx(rows / ASSUMED["cuda"].link, rel=1e-6)
 
 
 def test_a_plan_proposes_it_on_a_gpu_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdora.errors import RunFailure, UserError
+from qdora.export.export_run import export_run
 from qdora.export.nf4_lora import export_nf4_lora
+from qdora.export.options import ExportOptions
 from qdora.files import environment
 from qdora.memory import host_residency
 from qdora.memory.host_residency import CudaCopies, HostResidency, Piece
@@ -28,9 +31,13 @@ from qdora.ops.packed import empty_packed
 from qdora.plan.fake_step import empty_model
 from qdora.plan.memory_plan import streamed_blocks
 from qdora.plan.public_shapes import public_shapes
+from qdora.run import load_base, prepare
+from qdora.run.evaluate import evaluate_target
+from qdora.run.train import train_run
 from qdora.train.interference import measure
-from tests import tiny, tiny_experts, tiny_streamed
+from tests import tiny, tiny_experts, tiny_run, tiny_streamed
 from tests.fake_cuda import FakeCuda, FakeCudart, is_mapped
+from tests.run_files import assert_same_run
 from tests.test_train_interference import probe_of
 
 
@@ -58,6 +65,12 @@ class LateCopies:
 
     def release(self, slot: int) -> None:
         self._in_use[slot] = False
+
+
+def stream_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run with base.residency host compute on a CPU, with late copies."""
+    monkeypatch.setattr(prepare, "_machine_faults", lambda *_: [])
+    monkeypatch.setattr(load_base, "HostResidency", partial(HostResidency, copies=LateCopies))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +111,23 @@ def test_layers_without_an_adapter_read_their_own_block_in_the_backward_pass(
     expected = tiny_streamed.of_resident_base(source, kind, targets)
     model, _ = on_host(source, num_streamed)
     tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model, kind, list(targets))), expected)
+
+
+def test_a_whole_run_is_that_of_a_resident_base(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is evaluated and exported without a GPU: all on the device."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stream_on_cpu(patch)
+        train_run(tiny_run.recipe(root, base__residency="host"), run)
+    assert_same_run(run, whole)
+    ours, theirs = (evaluate_target(str(each))["evaluation"]["tasks"] for each in (run, whole))
+    assert ours == theirs
+    for each in (run, whole):
+        export_run(each, tmp_path / f"{each.name}-merged", ExportOptions(dtype="float32"))
+    files = [tmp_path / f"{each.name}-merged/model.safetensors" for each in (run, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_several_steps_and_evaluations_in_between(source: Path) -> None:
@@ -179,6 +209,25 @@ def test_gradients_without_checkpointing_are_refused(source: Path) -> None:
         model(input_ids=tiny_streamed.IDS[0])
     with torch.no_grad():
         model(input_ids=tiny_streamed.IDS[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"base__residency": "disk"}, "base.residency"),
+        ({"base__residency": "host", "base__quant": "none"}, "base.residency: must be device with quant none"),
+        (
+            {"base__residency": "host", "base__prune": {"method": "magnitude", "sparsity": 0.5}},
+            "base.residency: must be device with a pruned base",
+        ),
+        ({"base__residency": "host", "memory__checkpointing": False}, "memory.checkpointing: must be true"),
+        ({"base__streamed_blocks": 1}, "base.streamed_blocks: would be ignored"),
+    ],
+)
+def test_settings_that_do_not_go_together(root: Path, changes: dict[str, Any], fault: str) -> None:
+    with pytest.raises(UserError) as caught:
+        tiny_run.recipe(root, **changes)
+    assert any(each.startswith(f"recipe: {fault}") for each in caught.value.faults), caught.value.faults
 
 
 def test_too_little_host_memory_is_one_line(source: Path) -> None:
@@ -265,7 +314,7 @@ def test_pinned_memory_is_as_large_as_the_packed_base(name: str, monkeypatch: py
     packed = num_weights // 2 + num_weights // 64 + num_weights // 64 // 64
     assert packed <= sum(driver.locked.values()) <= 1.01 * packed
     model = empty_model(public_shapes()[name].config(), tiny.source(), torch.bfloat16, "sdpa")
-    planned = streamed_blocks(model, Quantization("nf4", 64, True, ("lm_head",)), "host", None)
+    planned = streamed_blocks(model, Quantization("nf4", 64, True, ("lm_head",)), None)
     assert planned.host_bytes == sum(driver.locked.values())
 
 

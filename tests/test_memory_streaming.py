@@ -1,16 +1,14 @@
-"""Blocks that take turns: never a wrong one in a slot, and copies hidden as far as arithmetic allows."""
+"""Blocks that take turns: never a wrong one in a slot, and the next one always on its way."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qdora.memory.streaming import NUM_SLOTS, Ring, interleaved
-from qdora.plan.step_time import SimulatedCopies, simulated_step
 
 
 class Slots:
@@ -89,52 +87,3 @@ def test_interleaved_blocks_are_spread_evenly(num_blocks: int, share: float) -> 
 def test_more_blocks_than_there_are() -> None:
     with pytest.raises(ValueError, match="must be 0 to 4, got 5"):
         interleaved(4, 5)
-
-
-# In units of the forward pass of a block. Backward is the recomputation and the gradient of the inputs: twice that.
-FORWARD, BACKWARD, NUM_BLOCKS = 1.0, 2.0, 80
-
-
-def slowdown(streamed: Sequence[int], copy: float) -> float:
-    step = simulated_step(NUM_BLOCKS, streamed, copy, FORWARD, BACKWARD)
-    return step.seconds / (NUM_BLOCKS * (FORWARD + BACKWARD))
-
-
-@pytest.mark.parametrize("copy", [0.1, 0.5, 0.9, 1.0])
-def test_above_the_break_even_every_copy_is_hidden(copy: float) -> None:
-    # A copy takes as long as a forward pass exactly at T* tokens, and less above.
-    step = simulated_step(NUM_BLOCKS, range(NUM_BLOCKS), copy, FORWARD, BACKWARD)
-    assert step.waiting_seconds == 0
-    assert step.seconds == pytest.approx(NUM_BLOCKS * (FORWARD + BACKWARD))
-    assert step.copying_seconds > 0
-
-
-@pytest.mark.parametrize("copy", [1.1, 1.5, 2.0, 3.0, 5.0, 10.0])
-def test_below_it_the_slowdown_is_the_bound(copy: float) -> None:
-    # Neither the channel nor the computation can be faster than the slower of the two in each pass.
-    bound = (max(copy, FORWARD) + max(copy, BACKWARD)) / (FORWARD + BACKWARD)
-    assert slowdown(range(NUM_BLOCKS), copy) == pytest.approx(bound, rel=0.05)
-
-
-@pytest.mark.parametrize(("num_streamed", "copy"), [(10, 3.0), (10, 6.0), (20, 3.0), (40, 2.0)])
-def test_interleaved_blocks_hide_what_packed_ones_cannot(num_streamed: int, copy: float) -> None:
-    assert slowdown(interleaved(NUM_BLOCKS, num_streamed), copy) < 1.01
-    packed = slowdown(range(NUM_BLOCKS - num_streamed, NUM_BLOCKS), copy)
-    passes = max(copy, FORWARD) + max(copy, BACKWARD) - FORWARD - BACKWARD
-    # Two copies of the streamed run are spared where the passes turn, and one starts early.
-    lower, upper = ((num_streamed - spared) * passes / (NUM_BLOCKS * 3) for spared in (3, 0))
-    assert 1 + lower <= packed <= 1 + upper
-    assert packed > 1.02
-
-
-def test_the_clock_of_the_simulation() -> None:
-    """Two copies of 5 s, the first waited for, the second beside 3 s of computation."""
-    engine = SimulatedCopies(5.0)
-    ring = Ring(2, engine)
-    ring.use(0, turns_back=True)
-    assert engine.seconds == 5.0
-    engine.compute(3.0)
-    ring.use(1, turns_back=True)
-    assert engine.seconds == 10.0
-    assert engine.waiting_seconds == 7.0
-    assert engine.copying_seconds == 10.0

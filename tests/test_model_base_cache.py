@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from qdora.errors import DiskFull, UserError
-from qdora.files.tensor_file import MappedFile
 from qdora.model import load as load_module
 from qdora.model import packed_base
 from qdora.model.load import Quantization, load_model
@@ -301,19 +300,6 @@ def test_place_that_cannot_be_written_to_is_one_line(source: Path, tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"base\.cache: .*file"):
         cached(source, tmp_path / "file")
-
-
-def test_mapped_file_reads_again_what_was_dropped(tmp_path: Path) -> None:
-    values = {"a": torch.randn(300, 70), "b": torch.arange(50_000, dtype=torch.int64), "c": torch.tensor(2.5)}
-    save_file(values, tmp_path / "some.safetensors")
-    file = MappedFile(tmp_path / "some.safetensors")
-    views = {name: file.tensor(name) for name in file.names}
-    assert views.keys() == values.keys()
-    for name in views:
-        file.fetch(name)
-        assert torch.equal(views[name], values[name])
-        file.drop(name)
-        assert torch.equal(views[name], values[name])
 
 
 def test_recipe_setting_that_would_be_ignored() -> None:

@@ -21,7 +21,7 @@ from qdora.model.build_model import Compute, find_model
 from qdora.plan import budget, memory_plan, plan_view, step_time
 from qdora.plan import plan_contents as parts
 from qdora.plan.changes_to_fit import _candidates, with_changes
-from qdora.plan.plan_contents import Change, DeviceKind, MicroBatchShape, Moment, Plan
+from qdora.plan.plan_contents import Change, MicroBatchShape, Moment, Plan
 from qdora.plan.plan_view import plan_run
 from qdora.plan.workload import assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
@@ -33,7 +33,6 @@ from qdora.train.distributed import Processes, processes_of_launch
 from tests import launched, tiny_run, tiny_sharded
 
 
-@pytest.mark.figures
 def test_over_budget_does_not_start_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_evaluation = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
     recipe = tiny_run.one_layer_recipe(tmp_path, memory__budget="100MiB", train__steps=1, **no_evaluation)
@@ -46,7 +45,6 @@ def test_over_budget_does_not_start_unless_forced(tmp_path: Path, monkeypatch: p
     kept = json.loads((tmp_path / "run/plan.json").read_text())
     assert kept["fits"] is False
     assert kept["device"] == "cpu"
-    assert (tmp_path / "run/figures/memory_plan.svg").read_text().startswith("<?xml")
 
 
 def test_a_run_killed_after_its_plan_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,27 +181,19 @@ def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough() -
         assert parts.over_budget(replace(found, changes=changes), forced=True).endswith(forced)
 
 
-@pytest.mark.figures
-def test_a_plan_is_shown_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # this machine's own rates, if it has any
+def test_a_plan_is_shown(tmp_path: Path) -> None:
     recipe = tiny_run.one_layer_recipe(tmp_path, train__steps=2, train__batch=24)
     shown = io.StringIO()
     console = Console(file=shown, width=130)
-    found = plan_run(recipe, "r.yaml", budget="1GiB", figure=tmp_path / "p.svg", console=console)["memory"]
-    text = shown.getvalue()
-    for part in ("packed base", "total", "fits in 1.00 GiB", "Micro-batch: ", "A100 40GB (stated)", "█"):
-        assert part in text
+    found = plan_run(recipe, "r.yaml", budget="1GiB", console=console)["memory"]
+    for part in ("packed base", "total", "fits in 1.00 GiB", "Estimated time: ", "A100 40GB (assumed)"):
+        assert part in shown.getvalue()
     assert sum(found["components"].values()) == found["peak_bytes"]
-    assert "packed base" in (tmp_path / "p.svg").read_text()
     shown.truncate(0)
     tight = plan_run(recipe, "r.yaml", budget="1MiB", console=console)["memory"]
     assert tight["fits"] is False
     assert tight["changes"]
-    for part in (
-        "does not fit in 1.0 MiB",
-        "To fit, change one after the other (cheapest first):",
-        "Even with all of these it does not fit",
-    ):
+    for part in ("does not fit in 1.0 MiB", "cheapest first", "Even with all of these it does not fit"):
         assert part in shown.getvalue()
     with pytest.raises(UserError, match=r"^--budget: must be a number with B, KB, .*, got 'much'"):
         plan_run(recipe, "r.yaml", budget="much")
@@ -220,11 +210,11 @@ def test_proposed_changes_are_options_of_the_command_line(tmp_path: Path) -> Non
     assert (adapter.rank, adapter.alpha) == (8, recipe.adapter.alpha / 2)
 
 
-def proposed(recipe: Recipe, device_kind: DeviceKind = "cuda") -> list[str]:
+def proposed(recipe: Recipe) -> list[str]:
     """All changes that are proposed if each saves a little and none is enough."""
     shape = MicroBatchShape(1, 64, 63, masked=False)
     options: dict[str, Any] = {"shape": shape, "num_micro_batches": 1, "block_bytes": 1000, "num_blocks": 4}
-    first = Plan(device_kind=device_kind, moments=[], budget_bytes=1, **options)
+    first = Plan(device_kind="cuda", moments=[], budget_bytes=1, **options)
     sizes = (round(1e9 * 0.9**count) for count in itertools.count())
 
     def plan_of(_recipe: Recipe) -> Plan:
@@ -245,13 +235,13 @@ def test_only_changes_that_go_together_are_proposed(tmp_path: Path) -> None:
     assert len(ranks(7.5, adapter__experts={"rank": 16})) == 2
     assert len(ranks(8, adapter__experts={"rank": 16})) == 1
 
-    def streamed(device_kind: DeviceKind, **changes: Any) -> bool:
-        return any("residency" in setting for setting in proposed(tiny_run.recipe(tmp_path, **changes), device_kind))
+    def streamed(**changes: Any) -> bool:
+        return any("residency" in setting for setting in proposed(tiny_run.recipe(tmp_path, **changes)))
 
     whole = {"adapter__also_train": ["embed_tokens"], "adapter__also_train_rows": "all"}
-    assert [streamed(kind) for kind in ("cuda", "cpu")] == [True, True]
-    assert [streamed(kind, **whole) for kind in ("cuda", "cpu")] == [True, False]
-    assert [streamed(kind, train__parallel="shard") for kind in ("cuda", "cpu")] == [False, False]
+    assert streamed()
+    assert streamed(**whole)
+    assert not streamed(train__parallel="shard")
 
 
 def test_shorter_examples_come_with_smaller_micro_batches(tmp_path: Path) -> None:
@@ -284,49 +274,42 @@ def test_a_plan_says_that_it_looked_at_the_first_steps_only(tmp_path: Path, monk
         assert found["memory"]["assumptions"] == expected
 
 
-def test_measured_rates_take_the_place_of_the_stated_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert step_time.known_rates("cuda") == step_time.STATED["cuda"]
-    found = step_time.measure_rates(seconds=0.05)
-    mine = step_time.known_rates("cpu")
-    assert mine != step_time.STATED["cpu"]
-    assert mine.flops > 1e8
-    assert mine.bytes > 1e7
-    assert "TFLOP/s" in step_time.rates_text(found)
-    step_time.rates_file().write_text("[")
-    assert step_time.known_rates("cpu") == step_time.STATED["cpu"]
-
-
 def test_time_of_a_step_by_hand() -> None:
     work = step_time.Work(
         num_linear=1000, num_head=500, num_trainable=10, attention_width=0, quantised=True, checkpointing=True
     )
-    rates = step_time.Rates("x", flops=1e3, bytes=1e6, copied=1e3)
+    rates = step_time.Rates("x", flops=1e3, bytes=1e6, link=1e3)
     shape = MicroBatchShape(2, 5, 8, masked=False)
     # Three passes over the base, four over the adapters; the head twice forward and backward.
     flops = 10 * 2 * (3 * 1000 + 4 * 10) + 4 * 500 * 8
     num_bytes = 3 * 4.6 * 1000
     expected = 3 * (flops / 1e3 + num_bytes / 1e6) + 300 / 1e6
     assert step_time.step_seconds(work, shape, 3, rates) == pytest.approx(expected, rel=1e-12)
-    # All blocks come and go, and copying takes the time: 50 in each pass, less the two that are there already.
-    away = replace(work, num_blocks=50, num_streamed=50, block_bytes=10**6)
-    streamed = 3 * (48 * 2 * 1e6 / 1e3)
-    assert step_time.step_seconds(away, shape, 3, rates) == pytest.approx(streamed, rel=0.03)
+    # Each of the two passes over the blocks takes as long as its computing or its copies: 30 s are hidden by the
+    # backward pass (two forward passes of 20 s and what decodes), not by the forward pass.
+    forward = 10 * 2 * 1000 / 1e3 + 4.6 * 1000 / 1e6
+    assert step_time.forward_seconds(work, shape, rates) == pytest.approx(forward, rel=1e-12)
+    away = replace(work, streamed_bytes=30_000)
+    waiting = step_time.step_seconds(away, shape, 3, rates) - step_time.step_seconds(work, shape, 3, rates)
+    assert waiting == pytest.approx(3 * (30 - forward), rel=1e-9)
+    away = replace(work, streamed_bytes=100_000)
+    waiting = step_time.step_seconds(away, shape, 3, rates) - step_time.step_seconds(work, shape, 3, rates)
+    assert waiting == pytest.approx(3 * (100 - forward + 100 - 2 * forward), rel=1e-9)
 
 
 def test_short_chunks_of_the_loss_read_the_head_more_often() -> None:
     work = step_time.Work(
         num_linear=0, num_head=10**6, num_trainable=0, attention_width=0, quantised=True, checkpointing=False
     )
-    rates, shape = step_time.Rates("x", flops=1e9, bytes=1e7, copied=1.0), MicroBatchShape(1, 1001, 1000, masked=False)
+    rates, shape = step_time.Rates("x", flops=1e9, bytes=1e7), MicroBatchShape(1, 1001, 1000, masked=False)
 
     def seconds(chunk: int | None) -> float:
         return step_time.step_seconds(replace(work, head_chunk=chunk), shape, 1, rates)
 
     # Two products of 2 * 10^6 FLOPs a token take 4 ms; two readings of 2 * 10^6 bytes take 0.4 s, as 100 tokens do.
     assert [seconds(None), seconds(100), seconds(250)] == pytest.approx([4.0, 4.0, 4.0])
-    assert seconds(64) == pytest.approx(15 * 0.4 + 0.4)
-    assert seconds(300) == pytest.approx(3 * 1.2 + 0.4)
+    assert seconds(64) == pytest.approx(16 * 0.4)
+    assert seconds(300) == pytest.approx(4.0)
 
 
 @pytest.mark.slow

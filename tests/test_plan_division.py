@@ -19,9 +19,8 @@ from qdora.cli import app
 from qdora.model.build_model import keeps_scales
 from qdora.model.load import Quantization
 from qdora.plan import plan_contents as parts
-from qdora.plan import plan_view
 from qdora.plan.division import (
-    LINKS,
+    ACROSS,
     ProcessPlan,
     Way,
     WholePlans,
@@ -36,8 +35,7 @@ from qdora.plan.division import (
 from qdora.plan.fake_step import empty_model
 from qdora.plan.memory_plan import plan
 from qdora.plan.plan_contents import CONTEXT_BYTES, NCCL_BYTES, SLACK_SHARE, Division, MicroBatchShape, Moment, Plan
-from qdora.plan.plan_view import plan_run, sequence_line
-from qdora.plan.workload import assumed_workload
+from qdora.plan.plan_view import plan_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes
@@ -106,7 +104,7 @@ def test_what_is_divided_is_in_the_plan(tmp_path: Path, base: dict[str, Any]) ->
 def a_plan() -> Plan:
     """Two blocks of 1,000 divided bytes each, a table and a head of 100 rows of 4 bytes."""
     cuts = {(parts.BASE, 100, 16): 1, (parts.SCALES, 100, 4): 1, (parts.DENSE, 100, 4): 2}
-    division = Division(cuts, 1000, 2000, 400, 400, tied=False, forward_seconds=1.0)
+    division = Division(cuts, 1000, 2000, 400, 400, tied=False)
     resident = {parts.BASE: 1600, parts.SCALES: 400, parts.DENSE: 850}
     moments = [
         Moment("forward", 0, resident | {parts.FORWARD: 70}),
@@ -123,6 +121,7 @@ def a_plan() -> Plan:
         num_blocks=2,
         num_trainable=1000,
         step_seconds=36.0,
+        forward_seconds=2.0,
         division=division,
     )
 
@@ -170,7 +169,7 @@ def test_bytes_and_times_by_hand() -> None:
     # Six micro-batches on four cards: two for some. Each gathers the blocks twice, the table and the head once.
     assert shard.wire_bytes == gradients + 2 * 3 * (2 * 2000 + 400 + 400) // 4
     assert hybrid.wire_bytes == gradients + 2 * 1 * (2 * 2000 + 400 + 400) // 2
-    slow = LINKS["25 Gb/s"]
+    slow = ACROSS["25 Gb/s"]
     assert replicate.step_seconds["NVLink + 25 Gb/s"] == pytest.approx(2 * 6.0 + gradients / slow)
     assert shard.step_seconds["NVLink + 25 Gb/s"] == pytest.approx(12.0, rel=1e-4)  # a thousand bytes take no time
     assert process_plans(WholePlans(given, given), 4)[1].step_seconds.keys() == {"NVLink", "PCIe 4"}
@@ -178,15 +177,15 @@ def test_bytes_and_times_by_hand() -> None:
 
 
 def test_blocks_that_take_longer_to_gather_than_to_compute_are_waited_for() -> None:
-    """Twenty blocks: five seconds to gather one, of which its forward pass hides one and its backward pass two."""
-    blocks = round(20 * 5.0 * 2 * LINKS["25 Gb/s"])  # half of it is received
-    division = Division({}, blocks // 20, blocks, 0, 0, tied=False, forward_seconds=1.0)
+    """A hundred seconds to gather all, of which the forward pass hides 20 and the backward pass 40."""
+    blocks = round(100.0 * 2 * ACROSS["25 Gb/s"])  # half of it is received
+    division = Division({}, blocks // 20, blocks, 0, 0, tied=False)
     sizes: dict[str, Any] = {"num_blocks": 20, "num_micro_batches": 2, "step_seconds": 120.0, "num_trainable": 0}
+    sizes["forward_seconds"] = 20.0
     given = replace(a_plan(), division=division, **sizes)
     found = process_plans(WholePlans(given, given), 2, num_hosts=2)[1].step_seconds
-    # Nothing hides the gathering of the first block of a pass.
-    assert found["PCIe 4 + 25 Gb/s"] == pytest.approx(60 + (5 + 19 * (5 - 1)) + (5 + 19 * (5 - 2)))
-    assert found["PCIe 4 + 100 Gb/s"] == pytest.approx(60 + (1.25 + 19 * 0.25) + 1.25)
+    assert found["PCIe 4 + 25 Gb/s"] == pytest.approx(60 + (100 - 20) + (100 - 40))
+    assert found["PCIe 4 + 100 Gb/s"] == pytest.approx(60 + (25 - 20))
 
 
 GIB = 2**30
@@ -243,45 +242,6 @@ def test_the_blocks_that_a_recipe_streams_stay_streamed(tmp_path: Path) -> None:
     plans = whole_plans(recipe, streaming)
     assert plans.num_streamed == 7
     assert plans.replicate.tensor_bytes == 10 * GIB
-
-
-def test_a_sequence_that_no_card_holds_has_its_remedies(tmp_path: Path) -> None:
-    """Of 10 GiB, 8 are those of 4,096 tokens; 6 fit, so half of the sequence does."""
-    recipe = tiny_run.one_layer_recipe(tmp_path)
-    moments = [Moment("backward", 0, {parts.BASE: 2 * GIB, parts.CHECKPOINTS: 5 * GIB, parts.BACKWARD: 3 * GIB})]
-    shape = MicroBatchShape(1, 4096, 4095, masked=False)
-    given = replace(a_plan(), moments=moments, shape=shape)
-    given = replace(given, budget_bytes=given.peak_bytes - 4 * GIB)
-    line = sequence_line(recipe, given, given)
-    assert line is not None
-    assert line.startswith("A sequence of 4,096 tokens takes 8.00 GiB on its card")
-    assert "a shorter data.max_length (about 2,048 fit), memory.offload_activations, a smaller memory.loss" in line
-    assert sequence_line(recipe, replace(given, shape=replace(shape, rows=2)), given) is None
-    large = replace(given, moments=[Moment("backward", 0, {parts.BASE: 20 * GIB, parts.CHECKPOINTS: GIB})])
-    assert sequence_line(recipe, given, large) is None  # the base is what is too large
-
-
-def test_a_sequence_is_too_long_unless_a_change_of_something_else_fits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The ways to hold the base are those of the recipe as it stands: none of them fits."""
-    monkeypatch.setattr(plan_view, "_workload", lambda _: (None, assumed_workload, []))
-    monkeypatch.setattr(plan_view, "sequence_line", lambda *_: "Too long.")
-    # With LoftQ no base is divided
-    recipe = tiny_run.one_layer_recipe(
-        tmp_path, adapter__init="loftq", data__max_length=512, train__batch=4, train__micro_batch_tokens=1024
-    )
-    one_row, shorter = plan(recipe, 1, device_kind="cpu").changes
-    assert one_row.setting == "train.micro_batch_tokens=512"
-    assert shorter.setting.startswith("data.max_length=256")
-    for budget, told in (
-        (one_row.peak_bytes, "None of these fits without the changes above."),
-        (shorter.peak_bytes, "None of these fits without the changes above.\nToo long."),
-        (shorter.peak_bytes - 1, "None of these fits.\nToo long."),
-    ):
-        out = io.StringIO()
-        plan_run(recipe, "r.yaml", budget=f"{budget}B", device_kind="cpu", console=Console(file=out), num_processes=2)
-        assert out.getvalue().rstrip().endswith(f"  {told}")
 
 
 def test_a_recipe_that_divides_its_base_is_planned_divided(tmp_path: Path) -> None:

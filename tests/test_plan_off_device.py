@@ -43,9 +43,9 @@ CODES = sum(WEIGHTS) // 2
 SCALES = sum(each // 64 + 4 * -(-each // 64 // 256) + 4 * 256 + 4 for each in WEIGHTS)
 
 
-def blocks(residency: Any, count: int | None) -> StreamedBlocks:
+def blocks(count: int | None) -> StreamedBlocks:
     model = empty_model(CONFIG, tiny.source(), torch.bfloat16, "sdpa")
-    return streamed_blocks(model, Quantization("nf4", 64, True, ("lm_head",)), residency, count)
+    return streamed_blocks(model, Quantization("nf4", 64, True, ("lm_head",)), count)
 
 
 def a_recipe(**base: Any) -> Recipe:
@@ -63,24 +63,25 @@ def a_recipe(**base: Any) -> Recipe:
 
 @pytest.mark.parametrize("count", [1, 3, None])
 def test_sizes_are_those_of_the_formats(count: int | None) -> None:
-    found, number = blocks("host", count), count or NUM_BLOCKS
+    found, number = blocks(count), count or NUM_BLOCKS
     assert (found.num_streamed, found.codes, found.scales) == (number, number * CODES, number * SCALES)
     # A piece starts each tensor at a multiple of 256 bytes.
     assert CODES + SCALES <= found.block_bytes < CODES + SCALES + 7 * 5 * 256
     assert found.block_bytes % 256 == 0
     assert found.host_bytes == number * found.block_bytes
-    assert blocks("disk", count).host_bytes == 0
 
 
 def test_more_blocks_than_the_model_has() -> None:
     with pytest.raises(UserError, match=r"base\.streamed_blocks: must be at most the model's 10 blocks, got 11"):
-        blocks("host", NUM_BLOCKS + 1)
+        blocks(NUM_BLOCKS + 1)
 
 
 def test_a_plan_has_the_streamed_blocks_in_their_slots_alone() -> None:
-    whole, streamed = (plan(recipe, config=CONFIG) for recipe in (a_recipe(), streaming("host", 7)))
+    whole, streamed = (
+        plan(recipe, config=CONFIG) for recipe in (a_recipe(), a_recipe(residency="host", streamed_blocks=7))
+    )
     assert whole.host_bytes == 0
-    assert streamed.host_bytes == blocks("host", 7).host_bytes
+    assert streamed.host_bytes == blocks(7).host_bytes
     expected = dict(whole.components)
     # No layer keeps decoded scales: of the ten that are adapted, four bytes for 64 weights.
     expected[parts.KEPT] -= NUM_BLOCKS * 4 * (HIDDEN * HIDDEN // 64)
@@ -107,9 +108,7 @@ def test_a_counted_run_saves_what_the_plan_says(tmp_path: Path) -> None:
             live.reset_peak()
             tiny_streamed.gradients(model)
             peaks.append(live.peak_bytes)
-    sizes = streamed_blocks(
-        empty_model(model.config, tiny.source(), torch.float32, "sdpa"), tiny_streamed.WANTED, "host", 4
-    )
+    sizes = streamed_blocks(empty_model(model.config, tiny.source(), torch.float32, "sdpa"), tiny_streamed.WANTED, 4)
     saved = sizes.codes + sizes.scales - 2 * sizes.block_bytes
     # The layers of a base that has just been quantised share one code book of 1 KiB; a piece holds one for each.
     saved -= 4 * 7 * 1024
@@ -142,50 +141,45 @@ def test_planned_pinned_memory_is_what_the_pages_take(
     assert pages_bytes(num_bytes, count) == sum(taken)
 
 
-def streaming(residency: str, count: int) -> Recipe:
-    return a_recipe(residency=residency, streamed_blocks=count)
-
-
-def planned(budget: int, device_kind: Any, others: int) -> tuple[Recipe, Plan, list[Recipe]]:
+def planned(budget: int, others: int) -> tuple[Recipe, Plan, list[Recipe]]:
     """Changes for a model that has its base and `others` bytes of other things, with the real sizes of its blocks."""
     asked: list[Recipe] = []
-    sizes = blocks("disk", None)
+    sizes = blocks(None)
     before = {parts.BASE: sizes.codes, parts.SCALES: sizes.scales, parts.OTHER: others}
     shape = MicroBatchShape(1, 64, 63, masked=False)
     common = {"block_bytes": sizes.block_bytes, "num_blocks": NUM_BLOCKS, "budget_bytes": budget, "step_seconds": 1.0}
     moments = [Moment("forward", 0, before)]
-    first = Plan(device_kind=device_kind, moments=moments, shape=shape, num_micro_batches=1, **common)  # type: ignore[arg-type]
+    first = Plan(device_kind="cuda", moments=moments, shape=shape, num_micro_batches=1, **common)  # type: ignore[arg-type]
 
     def plan_of(recipe: Recipe) -> Plan:
         asked.append(recipe)
         if recipe.base.residency == "device":
             return first
-        away = blocks(recipe.base.residency, recipe.base.streamed_blocks)
+        away = blocks(recipe.base.streamed_blocks)
         return replace(first, moments=with_streamed(first.moments, away))
 
     changed, found = with_changes(a_recipe(), first, plan_of, lambda _recipe: 1.0)
     return changed, found, asked
 
 
-@pytest.mark.parametrize(("device_kind", "residency"), [("cuda", "host"), ("cpu", "disk")])
-def test_as_many_blocks_are_proposed_as_it_takes(device_kind: Any, residency: str) -> None:
-    budget = parts.CONTEXT_BYTES[device_kind] + 5 * (CODES + SCALES) + 100_000
-    changed, found, _ = planned(budget, device_kind, 0)
+def test_as_many_blocks_are_proposed_as_it_takes() -> None:
+    budget = parts.CONTEXT_BYTES["cuda"] + 5 * (CODES + SCALES) + 100_000
+    changed, found, _ = planned(budget, 0)
     (change,) = [each for each in found.changes if "residency" in each.setting]
     assert change.neutral
     assert change.peak_bytes <= budget
     count = changed.base.streamed_blocks
     assert count is not None
-    assert change.setting == f"base.residency={residency}, base.streamed_blocks={count}"
+    assert change.setting == f"base.residency=host, base.streamed_blocks={count}"
     # The slots take two blocks, so seven away are what five in all leave room for, and the next ones for the rest.
-    fewer = blocks(residency, count - 1)
-    others = budget - parts.CONTEXT_BYTES[device_kind]
+    fewer = blocks(count - 1)
+    others = budget - parts.CONTEXT_BYTES["cuda"]
     left = (NUM_BLOCKS - count + 1) * (CODES + SCALES) + 2 * fewer.block_bytes
-    assert left * (1 + parts.SLACK_SHARE[device_kind]) > others
+    assert left * (1 + parts.SLACK_SHARE["cuda"]) > others
 
 
 def test_all_blocks_where_even_that_is_too_little() -> None:
-    changed, found, asked = planned(parts.CONTEXT_BYTES["cuda"], "cuda", 10**9)
+    changed, found, asked = planned(parts.CONTEXT_BYTES["cuda"], 10**9)
     assert changed.base.streamed_blocks == NUM_BLOCKS
     assert found.changes[0].peak_bytes > parts.CONTEXT_BYTES["cuda"]
     assert len(asked) < 12

@@ -192,14 +192,6 @@ def test_the_base_of_a_run_has_rows_for_its_tokens(rows_run: Path) -> None:
     assert loaded.model(**loaded.tokenizer("<sum>1<end>", return_tensors="pt")).logits.isfinite().all()
 
 
-def test_a_disk_residency_trains_new_rows(place: Path, tmp_path: Path) -> None:
-    settings = {"base__residency": "disk", "base__cache": str(tmp_path / "cache"), "train__steps": 2}
-    train_run(recipe(place, **NEW, **settings), tmp_path / "run")
-    train_run(recipe(place, **NEW, train__steps=2), tmp_path / "device")
-    states = [load_file(tmp_path / f"{name}/adapter/adapter_model.safetensors") for name in ("run", "device")]
-    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
-
-
 def test_a_plan_counts_rows_and_whole_matrices() -> None:
     config = a_config(num_hidden_layers=1, tie_word_embeddings=False)
     rows, whole = (plan(a_recipe(train__optimizer="adamw", **changes), config=config) for changes in (NEW, WHOLE))
@@ -231,18 +223,6 @@ def test_a_plan_counts_rows_and_whole_matrices() -> None:
         (
             {"model": {"add_tokens": ["<a>"]}, "adapter": {"kind": "none"}, "train": {"steps": 0}},
             "model.add_tokens: must be empty with adapter.kind none",
-        ),
-        (
-            {"adapter": {"also_train": ["lm_head"], "also_train_rows": "all"}, "base": {"residency": "disk"}},
-            "adapter.also_train: must be empty with base.residency disk and without model.add_tokens",
-        ),
-        (
-            {
-                "model": {"add_tokens": ["<a>"]},
-                "adapter": {"also_train": ["embed_tokens"], "also_train_rows": "all"},
-                "base": {"residency": "disk"},
-            },
-            "adapter.also_train_rows: must be new with base.residency disk",
         ),
         (
             {"adapter": {"also_train": ["lm_head"], "also_train_rows": "all"}, "memory": {"host_embeddings": True}},

@@ -189,7 +189,6 @@ def test_a_warning_of_the_checks_is_on_the_page_once(root: Path, tmp_path: Path)
     "changes, warns",
     [
         ({}, True),
-        ({"base__residency": "disk", "base__cache": "bases"}, True),
         ({"adapter__also_train": ["embed_tokens"], "adapter__also_train_rows": "all"}, False),
         (
             {

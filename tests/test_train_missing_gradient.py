@@ -18,6 +18,7 @@ from qdora.run.train import train_run
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.step_checks import MissingGradientCheck
 from tests import tiny_adapted, tiny_run
+from tests.test_memory_host_residency import stream_on_cpu
 
 Rate = Callable[[int], float]
 
@@ -76,8 +77,8 @@ def test_updates_of_a_rate_of_zero_do_not_count() -> None:
 
 def test_a_failed_check_leaves_a_checkpoint(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MissingGradientCheck, "updated", lambda _self, _lr: ["some.lora_B"])
-    changes = {"train__steps": 2, "eval__at_start": False, "base__residency": "disk"}
-    recipe = tiny_run.recipe(root, **changes, base__cache=str(tmp_path / "cache"))
+    stream_on_cpu(monkeypatch)
+    recipe = tiny_run.recipe(root, train__steps=2, eval__at_start=False, base__residency="host")
     with pytest.raises(RunFailure, match=r"step 1: .* 1 of 42 .*no gradient, e\.g\. some\.lora_B.*on disk: .*step-1"):
         train_run(recipe, tmp_path / "run")
     newest = RunDirectory(tmp_path / "run").newest_checkpoint()
@@ -85,7 +86,7 @@ def test_a_failed_check_leaves_a_checkpoint(root: Path, tmp_path: Path, monkeypa
     assert newest.step == 1
 
 
-@pytest.mark.parametrize("residency", ["device", "disk"])
+@pytest.mark.parametrize("residency", ["device", "host"])
 def test_a_matrix_that_gets_no_gradient_is_found_wherever_the_base_is(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, residency: str
 ) -> None:
@@ -98,10 +99,11 @@ def test_a_matrix_that_gets_no_gradient_is_found_wherever_the_base_is(
 
     monkeypatch.setattr(trainer, "fresh_state", cut_off)
     changes: dict[str, Any] = {"train__steps": 5, "eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
-    changes |= {"base__residency": residency, "base__cache": str(tmp_path / "cache")}
+    changes["base__residency"] = residency
     said = "trainable tensors had no gradient, e.g. model.layers.1.mlp.up_proj.lora_"
     recipe = tiny_run.recipe(root, **changes)
-    if residency == "disk":
+    if residency == "host":
+        stream_on_cpu(monkeypatch)
         with pytest.raises(RunFailure, match=f"step 3: in 3 updates 2 of 42 {said}"):
             train_run(recipe, tmp_path / "run")
         return
@@ -113,7 +115,7 @@ def test_a_matrix_that_gets_no_gradient_is_found_wherever_the_base_is(
 
 def test_host_needs_a_gpu(root: Path, tmp_path: Path) -> None:
     recipe = tiny_run.recipe(root, base__residency="host")
-    with pytest.raises(UserError, match=r"base\.residency: got host, must be device or disk .*without a GPU"):
+    with pytest.raises(UserError, match=r"base\.residency: got host, must be device .*without a GPU"):
         train_run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

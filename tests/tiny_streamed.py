@@ -1,4 +1,4 @@
-"""A small Llama of several blocks on disk, loaded in memory or mapped, with adapters that are off their start."""
+"""A small Llama of several blocks, with adapters that are off their start."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from qdora.memory.disk_residency import DiskResidency
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import Quantization, load_model
-from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
 from qdora.nn.prepared_gains import prepare_gains
 from tests import tiny
@@ -36,15 +34,6 @@ def write_source(directory: Path, **sizes: Any) -> Path:
 def resident(source: Path) -> PreTrainedModel:
     """All in memory."""
     return load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.float32)
-
-
-def on_disk(source: Path, cache: Path, num_streamed: int | None = None) -> tuple[PreTrainedModel, DiskResidency]:
-    """Mapped."""
-    residency = DiskResidency(BaseCache(cache, WANTED, CPU, mapped=True), num_streamed)
-    model = load_model(
-        resolve(str(source)), quant="nf4", compute_dtype=torch.float32, reader=residency.cache, placer=residency
-    )
-    return model, residency
 
 
 def adapt(model: PreTrainedModel, kind: Any = "dora", targets: Any = "all-linear") -> PreTrainedModel:

@@ -8,7 +8,6 @@ A random Llama of two blocks in NF4. Four lives, each of commands as a user give
     export    of a finished run: merged, and nf4-lora
     study     four cells on a pruned base, and their report
     pair      two processes train one run, joined by gloo
-    disk      as train, with the base mapped from its cache while it trains; for the case "cache"
 
 A moment is an operation on files (an open, a rename, a removal, the start or end of a tensor file), a step, or a share
 of the CPU time that the undisturbed life took. What happens there:
@@ -71,7 +70,7 @@ from qdora.files.run_directory import RunDirectory
 from qdora.train import interrupt, loop
 
 STEPS = 6
-LIVES = ("train", "export", "study", "pair", "disk")
+LIVES = ("train", "export", "study", "pair")
 EVENTS = ("kill", "term", "int", "full")
 WAYS = ("operation", "step", "time")
 SIGNALS = {"kill": signal.SIGKILL, "clock": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
@@ -413,8 +412,8 @@ def commands(life: str, root: Path, place: Path) -> list[list[str]]:
         run = ["study", str(root / "study.yaml"), "--dir", str(place / "study"), "--retry-failed"]
         return [run, ["report", str(place / "study")]]
     resume = ["--resume"] if (place / "run/recipe.yaml").exists() else []
-    base = ["-s", f"base.cache={place / 'cache'}", "-s", f"base.residency={'disk' if life == 'disk' else 'device'}"]
-    return [["train", str(root / "recipe.yaml"), *base, "-d", str(place / "run"), *resume]]
+    cache = f"base.cache={place / 'cache'}"
+    return [["train", str(root / "recipe.yaml"), "-s", cache, "-d", str(place / "run"), *resume]]
 
 
 class Lives:
@@ -436,7 +435,7 @@ class Lives:
             children = self.run(life, place)
             if any(child.status for child in children):
                 raise RuntimeError(f"the undisturbed {life} fails:\n{children[0].text()[-4000:]}")
-            if life == "disk":
+            if life == "train":
                 shutil.copytree(place / "cache", root / "other-cache")
                 for file in (root / "other-cache").glob("*/base.json"):
                     file.write_text(json.dumps(json.loads(file.read_bytes()) | {"key": "0" * 64, "source": "other"}))
@@ -664,7 +663,7 @@ def cases(lives: Lives, seed: int, number: int) -> Iterator[Found]:
         after = draw.randrange(1, 100)
         yield disturbed(lives, Moment(life, "clock", "operation", draw.random(), after), f"clock-{index}")
         event = ("cache removed", "cache replaced")[index % 2]
-        yield disturbed(lives, Moment("disk", event, "operation", draw.uniform(0.3, 0.9)), f"cache-{index}")
+        yield disturbed(lives, Moment("train", event, "operation", draw.uniform(0.3, 0.9)), f"cache-{index}")
         life = ("train", "export", "study")[index % 3]
         yield second(lives, Moment(life, "second", "operation", draw.random()), f"second-{index}")
         yield cut(lives, CUT[index % len(CUT)], draw.random(), f"cut-{index}")

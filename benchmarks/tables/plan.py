@@ -20,7 +20,7 @@ def plan_recipes() -> str:
     streamed = [f"{each['num_streamed']} of {each['num_blocks']}" for each in plans.values()]
     rows.append(["blocks in host memory", *streamed])
     rows.append(["pinned host memory, GiB", *(f"{each['host_bytes'] / GIB:.1f}" for each in plans.values())])
-    rows.append(["s a step, predicted", *(f"{_step_seconds(each):.0f}" for each in plans.values())])
+    rows.append(["s a step, estimated", *(f"{_step_seconds(each):.0f}" for each in plans.values())])
     rows.append(["tokens a step", *(f"{_step_tokens(each):,}" for each in plans.values())])
     rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in plans.values())])
     return markdown(["GiB at the peak", *plans], rows)
@@ -53,8 +53,8 @@ def several_cards() -> str:
     )
     note = (
         f"\nA step has {document['per_card']} micro-batches of {document['tokens_at']:,} tokens a card. Bold: the "
-        "fastest that fits. Least tokens of a micro-batch whose forward pass hides the gathering of all blocks but the "
-        f"first: {hidden}.\n"
+        "fastest that fits. Least tokens of a micro-batch whose forward pass hides the gathering of all "
+        f"blocks: {hidden}.\n"
     )
     return markdown(header, rows) + note
 
@@ -100,7 +100,7 @@ def expert_plans() -> str:
         found = [each["cards"][card] for each in shapes.values()]
         rows.append([f"{card}: peak, GiB", *(gib(each["peak_bytes"]) for each in found)])
         rows.append([f"{card}: pinned host memory, GiB", *(f"{each['host_bytes'] / GIB:.1f}" for each in found)])
-        rows.append([f"{card}: s a step, predicted", *(f"{each['step_seconds']:.0f}" for each in found)])
+        rows.append([f"{card}: s a step, estimated", *(f"{each['step_seconds']:.0f}" for each in found)])
     rows.append(["seconds to plan, one core", *(f"{each['cpu_seconds']:.0f}" for each in shapes.values())])
     return markdown(["", *shapes], rows)
 

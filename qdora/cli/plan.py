@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import typer
@@ -26,9 +25,8 @@ def plan(
         int, typer.Option(help="Cards of the run, one process each; two or more need buffers of NCCL.", min=1)
     ] = 1,
     hosts: Annotated[int, typer.Option(help="Machines, which have equally many of these cards.", min=1)] = 1,
-    figure: Annotated[Path | None, typer.Option(help="Draw the plan to this SVG file.")] = None,
 ) -> None:
-    """Predict the memory and time of a run, and what it reads.
+    """Predict the memory of a run, estimate its time, and count what it reads.
 
     No weights are loaded. If the data can be read, its examples and steps are counted. The exit code is 1 if the run
     does not fit the budget; with --processes, if it fits in no way.
@@ -43,9 +41,7 @@ def plan(
     kind = cast(Literal["cuda", "cpu"], device)
     from qdora.plan.plan_view import plan_run
 
-    found = plan_run(
-        loaded, recipe, budget=budget, device_kind=kind, figure=figure, num_processes=processes, num_hosts=hosts
-    )
+    found = plan_run(loaded, recipe, budget=budget, device_kind=kind, num_processes=processes, num_hosts=hosts)
     emit(found)
     if all(each["fits"] is False for each in found.get("processes", [found["memory"]])):
         raise typer.Exit(FAILURE)

@@ -1,4 +1,4 @@
-"""safetensors files: written one tensor at a time, and mapped into memory.
+"""safetensors files, written one tensor at a time.
 
 The format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, byte offsets), then the
 tensors back to back. The header is written first, since all sizes are known before the values are.
@@ -8,16 +8,13 @@ Source: huggingface/safetensors, README, "Format".
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _DTYPE_NAMES = {
@@ -172,64 +169,3 @@ def shard_index(shards: Mapping[str, Sequence[TensorSpec]]) -> dict[str, object]
         },
         "weight_map": {spec.name: file for file, group in shards.items() for spec in group},
     }
-
-
-class MappedFile:
-    """A safetensors file mapped into memory: its tensors are views of the file, whose pages are read when touched.
-
-    Pages that were read count as memory of the process until `drop`; a dropped tensor stays valid and is read again.
-    The file must not be written to while it is mapped. Raises ValueError if the file is not a whole safetensors file or
-    has a dtype that this package does not write, OSError if it cannot be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            # Checks the header against the file's length; the offsets are then taken from the same bytes.
-            with safe_open(str(path), framework="pt", device="cpu"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"no safetensors file: {error}") from error
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-            self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        header.pop("__metadata__", None)
-        unknown = {entry["dtype"] for entry in header.values()} - _DTYPES.keys()
-        if unknown:
-            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)} (got '{min(unknown)}').")
-        self._start = 8 + size
-        self._entries: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {
-            name: (_DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in header.items()
-        }
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the tensors."""
-        return list(self._entries)
-
-    def tensor(self, name: str) -> Tensor:
-        """A view of the file. Writing to it kills the process. Raises KeyError if there is no such tensor."""
-        dtype, shape, start, _ = self._entries[name]
-        count = torch.Size(shape).numel()
-        if count == 0:
-            return torch.empty(shape, dtype=dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")
-            flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=self._start + start)
-        return flat.view(shape)
-
-    def fetch(self, name: str) -> None:
-        """Ask the system to read a tensor's pages in advance."""
-        self._advise(name, mmap.MADV_WILLNEED)
-
-    def drop(self, name: str) -> None:
-        """Give a tensor's pages back; the next use reads them again."""
-        self._advise(name, mmap.MADV_DONTNEED)
-
-    def _advise(self, name: str, advice: int) -> None:
-        _, _, start, end = self._entries[name]
-        first = (self._start + start) // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > start:
-            self._memory.madvise(advice, first, self._start + end - first)

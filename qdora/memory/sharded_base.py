@@ -25,7 +25,7 @@ from qdora.errors import RunFailure, UserError
 from qdora.memory.allocator import return_freed_memory
 from qdora.model.inject import frozen_layers, is_linear
 from qdora.model.load import Loading, block_list, place_dense, place_frozen, tie_
-from qdora.model.packed_base import BaseCache, PrunedBase
+from qdora.model.packed_base import PrunedBase
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.row_share import RowShare, divided_tensors, gather_runs, span
@@ -46,11 +46,10 @@ class ShardedBase:
     Args:
         mesh: The processes: one dimension, or two, of which the last one divides the weights and the first repeats it.
         pruned: The layers of a pruned base, read instead of the model's own; None for a base that is not pruned.
-        cache: The `Reader` of the same load, with `mapped`, if there is one.
     """
 
-    def __init__(self, mesh: DeviceMesh, pruned: PrunedBase | None = None, cache: BaseCache | None = None) -> None:
-        self.mesh, self.pruned, self.cache = mesh, pruned, cache
+    def __init__(self, mesh: DeviceMesh, pruned: PrunedBase | None = None) -> None:
+        self.mesh, self.pruned = mesh, pruned
         self.group = mesh.get_group(mesh.ndim - 1)
 
     @torch.no_grad()
@@ -72,11 +71,9 @@ class ShardedBase:
             dtype = load.dtype_of(name)
             if leaf == "weight" and name not in tied and (isinstance(item, StoredPacked) or is_linear(module)):
                 placed += self._place_layer(load, path, *self._read_layer(load, name, item, dtype))
-                self._drop(name)
             elif isinstance(module, nn.Embedding) or name in tied:
                 assert isinstance(item, StoredTensor)
                 placed.append(self._place_matrix(module, leaf, item, dtype, device))
-                self._drop(name)
             else:
                 assert isinstance(item, StoredTensor)
                 place_dense(module, leaf, item.read(), device, dtype)
@@ -154,12 +151,6 @@ class ShardedBase:
         parameter.data = torch.empty(item.shape, dtype=dtype, device="meta")
         rows = span(item.shape[0], self.group.rank(), self.group.size())
         return module, leaf, _rows(item, rows).to(device, dtype, copy=True)
-
-    def _drop(self, name: str) -> None:
-        """Give the pages of a weight back, if it is mapped from a packed base."""
-        base = None if self.cache is None else self.cache.base
-        for part in () if base is None else base.parts(name):
-            part.file.drop(part.name)
 
     def _shard(self, model: PreTrainedModel, placed: list[_Placed]) -> None:
         """Let torch gather and drop the placed tensors, unit by unit."""

@@ -20,10 +20,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,7 +32,7 @@ from qdora.errors import DiskFull, UserError
 from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_bytes, json_text
 from qdora.files.console import OF_THIS_PROCESS, Progress
 from qdora.files.sampled_digest import sampled_digest
-from qdora.files.tensor_file import MappedFile, write_tensors
+from qdora.files.tensor_file import write_tensors
 from qdora.files.work_lock import in_turn
 from qdora.model.language_part import not_loaded
 from qdora.model.load import (
@@ -77,56 +78,46 @@ class WeightForm(BaseModel):
     block_size: int = 0
 
 
-class Part(NamedTuple):
-    """A tensor in a file."""
-
-    file: MappedFile
-    name: str
-
-
 class PackedBase:
-    """The weights in some files of a directory, by model name; each is read, or mapped, when it is asked for.
+    """The weights in some files of a directory, by model name; each is read when it is asked for.
 
     Raises UserError if a file is damaged, or a tensor is in two files.
     """
 
     def __init__(self, directory: Path, files: Iterable[str], forms: Mapping[str, WeightForm]) -> None:
         self.directory, self.forms = directory, forms
-        self._file_of: dict[str, MappedFile] = {}
-        for name in files:
+        self._file_of: dict[str, Path] = {}
+        for path in (directory / name for name in files):
             try:
-                file = MappedFile(directory / name)
-            except (ValueError, OSError, KeyError, TypeError) as error:
-                raise UserError(f"{directory / name}: is damaged: {one_line(str(error))}.") from error
-            twice = self._file_of.keys() & set(file.names)
-            if twice:
-                raise UserError(f"{directory / name}: is damaged: tensor '{min(twice)}' is in another file, too.")
-            self._file_of.update(dict.fromkeys(file.names, file))
-
-    def parts(self, name: str) -> list[Part]:
-        """The tensors of a weight, those that the files have; their pages can be fetched and dropped."""
-        path = name.removesuffix(".weight")
-        names = [name] if self.forms[name].kind is None else [f"{path}.{part}" for part in TENSOR_NAMES]
-        return [Part(self._file_of[each], each) for each in names if each in self._file_of]
+                with safe_open(path, framework="pt") as file:
+                    tensors = set(file.keys())
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: is damaged: {one_line(str(error))}.") from error
+            if twice := self._file_of.keys() & tensors:
+                raise UserError(f"{path}: is damaged: tensor '{min(twice)}' is in another file, too.")
+            self._file_of.update(dict.fromkeys(tensors, path))
 
     def read(self, name: str, *, mapped: bool = False) -> Weight:
         """A weight; `mapped` as views of the files, which must not be written to, instead of copies.
 
-        Raises UserError if tensors are missing, or do not fit the weight's form.
+        A file is opened for each tensor, as in `stored_tensors`: what was read does not stay in memory. Raises
+        UserError if tensors are missing, or do not fit the weight's form.
         """
-        form, tensors = self.forms[name], {}
+        form, path = self.forms[name], name.removesuffix(".weight")
+        tensors: dict[str, Tensor] = {}
         try:
-            for part in self.parts(name):
-                tensor = part.file.tensor(part.name)
-                tensors[part.name.rpartition(".")[2]] = tensor if mapped else tensor.clone()
-                if not mapped:
-                    part.file.drop(part.name)
+            for key in [name] if form.kind is None else [f"{path}.{part}" for part in TENSOR_NAMES]:
+                if key in self._file_of:
+                    with safe_open(self._file_of[key], framework="pt") as file:
+                        tensor = file.get_tensor(key)
+                    tensors[key.rpartition(".")[2]] = tensor if mapped else tensor.clone()
+                    del tensor
             if form.kind is not None:
                 return from_tensors(form.kind, (form.shape[0], form.shape[1]), form.block_size, tensors)
             if not tensors:
                 raise ValueError("the tensor is missing")
             return tensors[name.rpartition(".")[2]].view(form.shape)
-        except (KeyError, ValueError, RuntimeError, IndexError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, IndexError) as error:
             raise UserError(f"{self.directory}: {name}: cannot be read: {one_line(str(error))}") from error
 
     def stored(self, *, mapped: bool = False) -> dict[str, Stored]:
@@ -443,6 +434,5 @@ def _check_room(folder: Path, stored: Mapping[str, Stored], layers: set[str], wa
     if free < needed:
         raise UserError(
             f"base.cache: {folder.parent}: {DISK_FULL}: {free / 2**30:.1f} GiB are free, the packed base needs "
-            f"{needed / 2**30:.1f} GiB. Fix: name a directory on another disk, or set base.cache: null "
-            "(not with base.residency disk)."
+            f"{needed / 2**30:.1f} GiB. Fix: name a directory on another disk, or set base.cache: null."
         )

@@ -37,10 +37,8 @@ class RowShare:
     def __init__(self, form: Weight, keep_bits: Tensor | None, group: dist.ProcessGroup) -> None:
         self.form, self.keep_bits_form, self.group = form, keep_bits, group
         self.rank, self.size = group.rank(), group.size()
-        out_features, in_features = form.shape
-        whole_blocks = isinstance(form, Tensor) or form.kind == "int8" or in_features % form.block_size == 0
-        self.by_rows = whole_blocks and (keep_bits is None or in_features % 8 == 0)
-        self.out_features = int(out_features)
+        self.by_rows = is_cut_by_rows(form, masked=keep_bits is not None)
+        self.out_features = int(form.shape[0])
         self.parts: dict[str, Tensor] = {}
 
     @property
@@ -120,6 +118,12 @@ class RowShare:
         empty = torch.empty(0, dtype=wide_dtype(weight), device=weight.device)
         mine = squared_row_norm(weight) if weight.shape[0] else empty
         return gather_runs([mine], [self.out_features], self.group)[0]
+
+
+def is_cut_by_rows(form: Weight, *, masked: bool) -> bool:
+    """Whether block scales and bits of a mask end with each row, so that a process can hold whole rows."""
+    whole_blocks = isinstance(form, Tensor) or form.kind == "int8" or form.shape[1] % form.block_size == 0
+    return whole_blocks and (not masked or form.shape[1] % 8 == 0)
 
 
 def divided_tensors(weight: Weight, keep_bits: Tensor | None) -> dict[str, Tensor]:

@@ -18,32 +18,22 @@ _PLANNED: ContextVar[str | None] = ContextVar("planned_device_type", default=Non
 Routing = Literal["even", "skewed"]
 """How a plan divides tokens among the experts of a mixture: evenly, or nearly all of them to the same experts."""
 _ROUTING: ContextVar[Routing] = ContextVar("planned_routing", default="even")
-_GROUPED: ContextVar[bool] = ContextVar("planned_grouped_kernel", default=True)
 
 
 @contextmanager
-def planned_on(device_type: str, routing: Routing = "even", *, grouped_kernel: bool = True) -> Iterator[None]:
-    """Inside, all tensors are fake and stand for tensors of this device type ("cpu" or "cuda").
-
-    `grouped_kernel`: torch's product of several experts has a kernel for the GPU.
-    """
-    tokens = _PLANNED.set(device_type), _ROUTING.set(routing), _GROUPED.set(grouped_kernel)
+def planned_on(device_type: str, routing: Routing = "even") -> Iterator[None]:
+    """Inside, all tensors are fake and stand for tensors of this device type ("cpu" or "cuda")."""
+    tokens = _PLANNED.set(device_type), _ROUTING.set(routing)
     try:
         yield
     finally:
         _PLANNED.reset(tokens[0])
         _ROUTING.reset(tokens[1])
-        _GROUPED.reset(tokens[2])
 
 
 def is_planning() -> bool:
     """Whether tensors are fake: a number that depends on their values must be replaced by its expectation."""
     return _PLANNED.get() is not None
-
-
-def plans_grouped_kernel() -> bool:
-    """Whether torch's product of several experts has a kernel for the GPU of the plan."""
-    return _GROUPED.get()
 
 
 def planned_counts(num_tokens: int, top_k: int, num_experts: int) -> list[int]:

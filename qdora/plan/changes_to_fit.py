@@ -27,7 +27,7 @@ def with_changes(
     """Change a recipe until its plan fits: first by neutral changes, then by others, the faster ones first.
 
     A change is neutral if the trained numbers stay the same, up to rounding. `first` is the recipe's plan, `plan_of`
-    plans a changed recipe for the same budget, and `seconds_of` predicts the time of its step without a plan.
+    plans a changed recipe for the same budget, and `seconds_of` estimates the time of its step without a plan.
 
     Returns:
         The recipe with the neutral changes that it needed, and `first` with all changes.
@@ -84,8 +84,7 @@ def _overridden(recipe: Recipe, overrides: _Overrides) -> Recipe | None:
 
 def _streaming(recipe: Recipe, plan: Plan) -> _Overrides:
     """Overrides that stream as many blocks as it takes to fit, or all; empty if that saves nothing."""
-    residency = "host" if plan.device_kind == "cuda" else "disk"
-    if not plan.block_bytes or recipe.base.residency not in ("device", residency):
+    if not plan.block_bytes:
         return ()
     least = plan.block_bytes * (1 + SLACK_SHARE[plan.device_kind])
     excess = plan.peak_bytes - (plan.budget_bytes or 0)
@@ -96,7 +95,7 @@ def _streaming(recipe: Recipe, plan: Plan) -> _Overrides:
     if count <= max(before, slots):
         return ()
     checkpointing = () if recipe.memory.checkpointing else ("memory.checkpointing=true",)
-    return (*checkpointing, f"base.residency={residency}", f"base.streamed_blocks={count}")
+    return (*checkpointing, "base.residency=host", f"base.streamed_blocks={count}")
 
 
 def _candidates(recipe: Recipe, device_kind: DeviceKind) -> tuple[list[_Overrides], list[_Overrides]]:

@@ -6,6 +6,8 @@ The model is made from its config: every tensor has its shape, dtype and compone
 from __future__ import annotations
 
 import copy
+import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -23,6 +25,7 @@ from qdora.model.inject import adapted_layers, adapter_parameters, frozen_like, 
 from qdora.model.language_part import not_loaded
 from qdora.model.load import Quantization, block_list, chosen_layers, dense_dtype, layers_to_quantize, skeleton
 from qdora.model.peft_config import AdapterDescription
+from qdora.model.replaced_function import replaced
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
 from qdora.model.text_config import attention_of
@@ -142,6 +145,15 @@ def ranks_of_adapter(
 
     selected = selected_modules(model, adapter, original)
     return {path: adapter.rank_of(original(path)) for path, module in selected.items() if is_linear(module)}
+
+
+@contextmanager
+def without_kernels(model: nn.Module) -> Iterator[None]:
+    """Inside, linear attention runs transformers' own code of the gated delta rule: a kernel takes no fake tensors."""
+    with ExitStack() as stack:
+        for file in {sys.modules[type(module).__module__] for module in model.modules()}:
+            stack.enter_context(replaced(file, "torch_chunk_gated_delta_rule", inspect.unwrap))
+        yield
 
 
 class StepRecorder:

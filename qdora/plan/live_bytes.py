@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -81,16 +81,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._label = outer
 
-    def register(self, what: nn.Module | Tensor | Iterable[Tensor], label: str) -> None:
-        """Count tensors that already exist, or give known ones another label.
-
-        A module stands for its parameters, their gradients, and its buffers. Tensors in its other attributes
-        (bitsandbytes' quant_state) must be registered separately.
-        """
-        if isinstance(what, nn.Module):
-            parameters = list(what.parameters())
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            what = [*parameters, *gradients, *what.buffers()]
+    def register(self, what: Tensor | Iterable[Tensor], label: str) -> None:
+        """Count tensors that already exist, or give known ones another label."""
         for tensor in [what] if isinstance(what, Tensor) else what:
             storage = _storage(tensor)
             if storage is None:

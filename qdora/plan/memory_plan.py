@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,26 +49,28 @@ from qdora.ops.planned_device import Routing, planned_on
 from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, keep_blocks_, signature
 from qdora.plan.changes_to_fit import with_changes
-from qdora.plan.chunked_scan import short_scans
 from qdora.plan.division import division_of, of_card
-from qdora.plan.expert_launches import launches_of
-from qdora.plan.fake_step import StepRecorder, empty_model, fill_, ranks_of_adapter, set_unmasked_, update_bytes
+from qdora.plan.fake_step import (
+    StepRecorder,
+    empty_model,
+    fill_,
+    ranks_of_adapter,
+    set_unmasked_,
+    update_bytes,
+    without_kernels,
+)
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.plan_contents import DeviceKind, Division, MicroBatchShape, Moment, Plan
+from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.plan.public_shapes import PublicShape, public_shapes
-from qdora.plan.step_time import Rates, Work, known_rates, step_seconds
+from qdora.plan.step_time import ASSUMED, Rates, Work, forward_seconds, step_seconds
 from qdora.plan.workload import Workload, assumed_workload
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
-from qdora.train.flat_group import LEAST_PAGED, OptimizerName, groups_of
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.router_loss import check_router_loss
 
 _Shape = tuple[tuple[int, ...], torch.dtype]
 _Shapes = dict[str, _Shape]
-
-# Scales of 8-bit states are never paged.
-_PAGED_STATE_BYTES = {"paged_adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_lion_8bit": 1}
 
 
 def plan(
@@ -134,10 +136,10 @@ def fit_recipe(
     """The recipe with the neutral changes that it needs to fit, and its plan. The arguments are those of `plan`.
 
     Args:
-        rates: Rates of the device (default: those measured on this machine, or the stated ones).
+        rates: Rates of the device (default: the assumed ones).
         dtype: What the run computes in, if its device is known (default: the recipe's; auto is bfloat16 on a GPU).
     """
-    rates = rates or known_rates(device_kind)
+    rates = rates or ASSUMED[device_kind]
     source = ModelSource("directory", Path(recipe.model.source), recipe.model.source)
     if config is None:
         source = find_source(recipe, weights=False)
@@ -167,9 +169,6 @@ def fit_recipe(
         return max(each.seconds(first.num_trainable) for each in step_plans(changed))
 
     first = plan_of(recipe)
-    if first.even_routing_bytes is not None and device_kind == "cuda":
-        step = _StepPlan(recipe, known, first.shape, first.num_micro_batches, rates, run_dtype=dtype)
-        first = replace(first, expert_launches=step.expert_launches())
     if first.fits is not False or not may_change:
         return recipe, first
     return with_changes(recipe, first, plan_of, seconds_of)
@@ -262,7 +261,7 @@ class _StepPlan:
         tied = tied_weights(skeleton)  # parameters of their own on the meta device
         weights = sum(each.numel() for name, each in skeleton.named_parameters() if name not in tied)
         moments, shapes = self._step()
-        num_trainable = sum(torch.Size(size).numel() for size, _ in shapes.values())
+        work = self._work(sum(torch.Size(size).numel() for size, _ in shapes.values()))
         if streamed is not None:
             moments = with_streamed(moments, streamed)
         host_bytes = 0 if streamed is None else streamed.host_bytes
@@ -270,34 +269,30 @@ class _StepPlan:
             moments = without_embedding(moments, embedding_bytes)
             # Rows leave through memory that torch pins, in powers of two: one such block for each length, all together
             # less than twice the longest.
-            rows = self.shape.num_tokens * self._work(num_trainable).row_bytes
+            rows = self.shape.num_tokens * work.row_bytes
             host_bytes += 2 << (rows - 1).bit_length()
         if self.recipe.memory.offload_activations:
             moments, kept = with_offloaded(moments, num_blocks)
             host_bytes += kept
+        with errors_only():
+            pruned = self.recipe.base.prune is not None
+            division = division_of(skeleton, self._wanted, self.dtype, pruned=pruned)
         return Plan(
             device_kind=self.device_kind,
             moments=moments,
             shape=self.shape,
             num_micro_batches=self.num_micro_batches,
-            pageable_bytes=pageable_bytes(shapes, self.recipe.train.optimizer) if self.device_kind == "cuda" else 0,
             host_bytes=host_bytes,
             embedding_bytes=embedding_bytes,
             block_bytes=self._block_bytes(),
             num_blocks=num_blocks,
-            num_trainable=num_trainable,
+            num_trainable=work.num_trainable,
             num_weights=weights,
-            step_seconds=self.seconds(num_trainable) if shapes else None,
+            step_seconds=self.seconds(work.num_trainable) if shapes else None,
+            forward_seconds=forward_seconds(work, self.shape, self.rates),
             rates=asdict(self.rates),
-            division=self._division(num_trainable),
+            division=division,
         )
-
-    def _division(self, num_trainable: int) -> Division | None:
-        """What several processes could divide."""
-        seconds = self._work(num_trainable).block_seconds(self.shape, self.rates)
-        pruned = self.recipe.base.prune is not None
-        with errors_only():
-            return division_of(self.skeleton, self._wanted, self.dtype, pruned=pruned, forward_seconds=seconds)
 
     def _step(self) -> _Step:
         """Run a step, unless one was run already that needs the same of everything."""
@@ -342,7 +337,7 @@ class _StepPlan:
         base = self.recipe.base
         if base.residency == "device":
             return None
-        return streamed_blocks(self.skeleton, self._wanted, base.residency, base.streamed_blocks)
+        return streamed_blocks(self.skeleton, self._wanted, base.streamed_blocks)
 
     @cached_property
     def _embedding_bytes(self) -> int:
@@ -353,18 +348,19 @@ class _StepPlan:
         return int(self.skeleton.get_input_embeddings().weight.numel()) * self.dtype.itemsize
 
     def _block_bytes(self) -> int:
-        """Bytes of the largest block that could be streamed; blocks of a pruned base cannot."""
+        """Bytes of the largest block that could be streamed to a GPU; blocks of a pruned base cannot."""
         base = self.recipe.base
-        if base.quant == "none" or base.prune is not None or block_list(self.skeleton) is None:
+        may = self.device_kind == "cuda" and base.quant != "none" and base.prune is None
+        if not may or block_list(self.skeleton) is None:
             return 0
-        return streamed_blocks(self.skeleton, self._wanted, "disk", None).block_bytes
+        return streamed_blocks(self.skeleton, self._wanted, None).block_bytes
 
     @property
     def _wanted(self) -> Quantization:
         return quantization_of(self.recipe.base)
 
     def seconds(self, num_trainable: int) -> float:
-        """Predicted time of a step with this many trainable parameters."""
+        """Estimated time of a step with this many trainable parameters."""
         return step_seconds(self._work(num_trainable), self.shape, self.num_micro_batches, self.rates)
 
     def _work(self, num_trainable: int) -> Work:
@@ -390,9 +386,7 @@ class _StepPlan:
             quantised=self.recipe.base.quant != "none",
             checkpointing=self.recipe.memory.checkpointing,
             full=self.recipe.adapter.kind == "full",
-            num_blocks=0 if found is None else len(found[1]),
-            num_streamed=0 if streamed is None else streamed.num_streamed,
-            block_bytes=0 if streamed is None else streamed.block_bytes,
+            streamed_bytes=0 if streamed is None else streamed.num_streamed * streamed.block_bytes,
             row_bytes=config.hidden_size * self.dtype.itemsize if self._embedding_bytes else 0,
         )
 
@@ -404,7 +398,7 @@ class _StepPlan:
         found = block_list(model)
         if kept is not None and found is not None:
             keep_blocks_(model, found[0], kept)
-        with FakeTensorMode(), LiveBytes() as live, short_scans(model), fast_grouped_attention():
+        with FakeTensorMode(), LiveBytes() as live, without_kernels(model), fast_grouped_attention():
             fill_(model, self._wanted, self.dtype, live, pruned=recipe.base.prune is not None)
             if not self.shape.masked:
                 set_unmasked_(model)
@@ -445,23 +439,6 @@ class _StepPlan:
         shapes = {path: (tuple(each.shape), each.dtype) for path, each in parameters.items()}
         return recorder.moments, shapes
 
-    def expert_launches(self) -> int:
-        """Launches of the experts of all blocks in a micro-batch, on a card without torch's grouped product."""
-        model = self.known.new_model(self.dtype, self.recipe.model.attention)
-        found, kept = block_list(self.skeleton), None
-        if found is not None:
-            kept = [len(found[1]) - 1]
-            keep_blocks_(model, found[0], kept)
-        top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)
-        with errors_only(), planned_on("cuda", grouped_kernel=False), FakeTensorMode():
-            with LiveBytes() as live:
-                fill_(model, self._wanted, self.dtype, live, pruned=self.recipe.base.prune is not None)
-                self._put_adapters(model, kept, ())
-            some = list(stacks(model).values())
-            checkpointing = self.recipe.memory.checkpointing
-            launched = launches_of(some, self.shape.num_tokens, top_k, self.dtype, checkpointing=checkpointing)
-        return launched * len(stacks(self.skeleton)) // len(some)
-
     def _put_adapters(self, model: Any, kept: list[int] | None, new_tokens: Sequence[int]) -> None:
         """Put adapters in as a run does, but do not read the values of the adapter that it resumes from."""
         if self.adapter is None:
@@ -488,7 +465,7 @@ class _StepPlan:
 @dataclass(frozen=True)
 class StreamedBlocks:
     """Sizes of the streamed blocks: bytes of all packed tensors (`codes`, `scales`), of the largest block in one piece,
-    and of pinned host memory (0 for blocks on disk).
+    and of pinned host memory.
     """
 
     num_streamed: int
@@ -498,9 +475,7 @@ class StreamedBlocks:
     host_bytes: int
 
 
-def streamed_blocks(
-    model: PreTrainedModel, wanted: Quantization, residency: Literal["host", "disk"], num_streamed: int | None
-) -> StreamedBlocks:
+def streamed_blocks(model: PreTrainedModel, wanted: Quantization, num_streamed: int | None) -> StreamedBlocks:
     """Sizes of the streamed blocks of a model on the meta device, whose linear layers are not yet replaced.
 
     `num_streamed` None is all blocks; UserError if the model has fewer.
@@ -518,8 +493,7 @@ def streamed_blocks(
         codes += packed.packed.nbytes
         scales += packed.num_bytes - packed.packed.nbytes
     sizes = [piece.num_bytes for piece in pieces]
-    host = sum(sizes) if residency == "host" else 0
-    return StreamedBlocks(len(turns), codes, scales, max(sizes, default=0), host)
+    return StreamedBlocks(len(turns), codes, scales, max(sizes, default=0), sum(sizes))
 
 
 def with_streamed(moments: Sequence[Moment], streamed: StreamedBlocks) -> list[Moment]:
@@ -561,13 +535,6 @@ def _changed(moment: Moment, sizes: Mapping[str, int]) -> Moment:
     """A moment with other sizes of some components; components without bytes are left out."""
     merged = {**moment.by_component, **sizes}
     return Moment(moment.phase, moment.block, {name: size for name, size in merged.items() if size})
-
-
-def pageable_bytes(shapes: _Shapes, name: OptimizerName) -> int:
-    """Bytes of optimizer states that the driver can move to the host: those of matrices, in large groups."""
-    groups = [keys for keys, kind in groups_of(shapes, name) if kind.is_matrix]
-    sizes = [sum(torch.Size(shapes[key][0]).numel() for key in keys) for keys in groups]
-    return sum(size for size in sizes if size >= LEAST_PAGED) * _PAGED_STATE_BYTES.get(name, 0)
 
 
 def _ranks_in(ranks: dict[str, int], block: str) -> tuple[tuple[str, int], ...]:

@@ -119,7 +119,7 @@ Cut = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Division:
-    """The tensors of a base that processes divide, and how long a block computes in a forward pass.
+    """The tensors of a base that processes divide.
 
     Attributes:
         cuts: How many tensors there are of each shape.
@@ -134,7 +134,6 @@ class Division:
     table_bytes: int
     head_bytes: int
     tied: bool
-    forward_seconds: float = 0.0
 
     def held(self, size: int) -> dict[str, int]:
         """Component -> bytes that each of `size` processes holds: as much as the first, since torch pads the others."""
@@ -152,15 +151,14 @@ class Plan:
         num_micro_batches: The most micro-batches of a step.
         num_groups: Groups of processes that the card's process communicates in.
         assumptions: One sentence for each thing that could not be known.
-        pageable_bytes: Bytes of the optimizer's state that the driver can move to the host between updates.
         host_bytes: Pinned host memory of streamed blocks, checkpoints and rows of an embedding on the host.
         embedding_bytes: Bytes of an input embedding in host memory that is not pinned; 0 if it is on the device.
-        block_bytes: Packed weights of the largest block that could be streamed; 0 if none can.
+        block_bytes: Packed weights of the largest block that could be streamed; 0 if none can, as on a CPU.
+        step_seconds: An estimate (`step_time`), as is forward_seconds, of a micro-batch through the blocks.
+        rates: Those that the estimate assumes.
         changes: What to change until the run fits, cheapest first; each adds to the ones before. Empty if it fits.
         even_routing_bytes: For a mixture of experts, the peak if tokens divide evenly among them. The plan itself is
             the worse of this and of nearly all tokens choosing the same ones. None for other models.
-        expert_launches: For a mixture of experts planned for a GPU, kernel launches of the experts' products in a
-            micro-batch on a card without torch's grouped product, if tokens divide evenly.
         division: The tensors that several processes could divide; None for a model without a list of blocks.
         stored_shape: Where the shape of the model was read, if it is one of `public_shapes`; None: from its own config.
     """
@@ -171,7 +169,6 @@ class Plan:
     num_micro_batches: int
     num_groups: int = 0
     assumptions: Sequence[str] = ()
-    pageable_bytes: int = 0
     host_bytes: int = 0
     embedding_bytes: int = 0
     block_bytes: int = 0
@@ -179,11 +176,11 @@ class Plan:
     num_trainable: int = 0
     num_weights: int = 0
     step_seconds: float | None = None
+    forward_seconds: float = 0.0
     rates: Mapping[str, Any] = field(default_factory=dict)
     budget_bytes: int | None = None
     changes: Sequence[Change] = ()
     even_routing_bytes: int | None = None
-    expert_launches: int | None = None
     stored_shape: str | None = None
     division: Division | None = None
 
@@ -191,12 +188,6 @@ class Plan:
     def peak(self) -> Moment:
         """The moment with the most bytes."""
         return max(self.moments, key=lambda moment: moment.num_bytes)
-
-    @property
-    def sequence_bytes(self) -> int:
-        """Bytes at the peak that grow with the tokens of a micro-batch."""
-        growing = (CHECKPOINTS, FORWARD, BACKWARD, LOSS)
-        return sum(self.peak.by_component.get(name, 0) for name in growing)
 
     @property
     def tensor_bytes(self) -> int:
@@ -236,21 +227,16 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        sizes = ("budget_bytes", "fits", "pageable_bytes", "host_bytes", "embedding_bytes", "block_bytes")
+        sizes = ("budget_bytes", "fits", "host_bytes", "embedding_bytes", "block_bytes")
         counts = ("num_micro_batches", "num_blocks", "num_trainable", "num_weights", "step_seconds")
-        phases: dict[str, int] = {}
-        for moment in self.moments:
-            phases[moment.phase] = max(phases.get(moment.phase, 0), moment.num_bytes)
         return {
             "device": self.device_kind,
             "stored_shape": self.stored_shape,
             "peak_bytes": self.peak_bytes,
             "even_routing_bytes": self.even_routing_bytes,
-            "expert_launches": self.expert_launches,
             "tensor_bytes": self.tensor_bytes,
             "peak_in": self.peak.name,
             "components": self.components,
-            "phase_peak_bytes": phases,
             **{name: getattr(self, name) for name in sizes},
             "micro_batch": {**vars(self.shape), "num_tokens": self.shape.num_tokens},
             **{name: getattr(self, name) for name in counts},

@@ -76,6 +76,10 @@ def recipe_document(name_or_path: str | Path) -> tuple[dict[str, Any], str]:
         section, _, name = key.partition(".")
         if isinstance(part := data.get(section), dict) and part.get(name, ...) == value:
             del part[name]
+    base = data.get("base")
+    if isinstance(base, dict) and base.get("residency") == "disk":  # of earlier versions: where a CPU kept its base
+        del base["residency"]
+        base.pop("streamed_blocks", None)
     _make_absolute_(data, folder)
     return data, where
 

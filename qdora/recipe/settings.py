@@ -219,13 +219,12 @@ class BaseWeightsConfig(Section):
     """How to prune the base (null: no pruning)."""
     cache: Text | None = None
     """Directory of packed bases. The first start writes the packed base there; later starts read it instead of the
-    16-bit weights. auto: qdora/bases in the user's cache directory (XDG_CACHE_HOME) (null: no cache, but auto with
-    residency disk)."""
-    residency: Literal["device", "host", "disk"] = "device"
+    16-bit weights. auto: qdora/bases in the user's cache directory (XDG_CACHE_HOME) (null: no cache)."""
+    residency: Literal["device", "host"] = "device"
     """Where the frozen blocks are. host, with a GPU: in pinned host memory, copied to the GPU while other blocks
-    compute. disk, without a GPU: mapped from the packed base on disk and read when needed."""
+    compute."""
     streamed_blocks: Whole | None = None
-    """Number of blocks on the host or disk, spread evenly among those on the device (null: all)."""
+    """Number of blocks on the host, spread evenly among those on the device (null: all)."""
 
     def unused(self) -> dict[str, str]:
         found = {}
@@ -489,20 +488,12 @@ class Recipe(Section):
         if tokens and prune is not None and prune.method != "magnitude":
             what = "must be empty with a base.prune.method that measures text, since the tokens have no rows yet"
             yield "model.add_tokens", f"{what}, got {in_yaml(tokens)}."
-        if adapter.also_train and not tokens and self.base.residency == "disk":
-            what = (
-                "must be empty with base.residency disk and without model.add_tokens: the whole matrices stay in files"
-            )
-            yield "adapter.also_train", f"{what}, got {in_yaml(adapter.also_train)}. Fix: remove it, or the residency."
-        elif adapter.also_train and not whole and not tokens:
+        if adapter.also_train and not whole and not tokens:
             what = "must be all without model.add_tokens, since there are no new rows"
             yield "adapter.also_train_rows", f"{what}, got new. Fix: set it to all."
         if whole and self.memory.host_embeddings:
             what = "must be false with adapter.also_train_rows all, which trains the embedding"
             yield "memory.host_embeddings", f"{what}, got true."
-        if whole and tokens and self.base.residency == "disk":
-            what = "must be new with base.residency disk, where the matrices stay in files"
-            yield "adapter.also_train_rows", f"{what}, got all."
         if whole and self.model.dtype == "float16":
             what = "must be bfloat16 or float32 with adapter.also_train_rows all, which trains the weights"
             yield "model.dtype", f"{what}, got float16."

@@ -1,15 +1,13 @@
-"""Load the base of a run to where its recipe keeps it: on the device, in host memory or on disk."""
+"""Load the base of a run to where its recipe keeps it: on the device or in host memory."""
 
 from __future__ import annotations
 
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from qdora.errors import UserError
 from qdora.files.console import Progress
 from qdora.files.user_paths import cache_folder, user_path
 from qdora.memory.activation_offload import ActivationOffload
-from qdora.memory.disk_residency import DiskResidency
 from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
 from qdora.memory.sharded_base import ShardedBase
 from qdora.model.build_model import Compute, recompute_activations
@@ -18,8 +16,6 @@ from qdora.model.packed_base import BaseCache, PrunedBase
 from qdora.model.source import ModelSource
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import free_host_bytes
-
-NO_GPU = "base.residency: got host, must be device or disk on a machine without a GPU."
 
 
 def load_base(
@@ -38,21 +34,19 @@ def load_base(
         progress: Called with (tensors done, tensors in all).
         placer: Prunes the base or reads a pruned one (run/pruned_base.py). Required exactly with base.prune.
         mesh: The processes that divide the base, as in `ShardedBase`; None: all of it is in this process.
-    Raises:
-        UserError: This machine lacks the GPU, or what `load_model` refuses.
+    Raises as `load_model`.
     """
     assert (recipe.base.prune is None) == (placer is None), "run/pruned_base.py loads a pruned base"
-    base, cache = recipe.base, _cache(recipe, compute, progress, mapped=mesh is not None)
+    base, cache = recipe.base, None
+    if base.quant != "none" and base.cache is not None:
+        root = cache_folder("bases") if base.cache == "auto" else user_path(base.cache)
+        mapped = mesh is not None
+        cache = BaseCache(root, quantization_of(base), compute.device, mapped=mapped, progress=progress)
     if mesh is not None:
         assert placer is None or isinstance(placer, PrunedBase), "a base is pruned whole"
-        placer = ShardedBase(mesh, placer, cache)
+        placer = ShardedBase(mesh, placer)
     elif base.residency == "host" and base.quant != "none":
-        if compute.device.type != "cuda":
-            raise UserError(NO_GPU)
         placer = HostResidency(base.streamed_blocks, free_bytes=free_host_bytes)
-    elif base.residency == "disk" and base.quant != "none":
-        assert cache is not None
-        placer = DiskResidency(cache, base.streamed_blocks)
     on_host = recipe.memory.host_embeddings and compute.device.type == "cuda"
     model = load_model(
         source,
@@ -76,13 +70,3 @@ def load_base(
         if recipe.memory.offload_activations and compute.device.type == "cuda":
             ActivationOffload(model)
     return model
-
-
-def _cache(recipe: Recipe, compute: Compute, progress: Progress | None, *, mapped: bool) -> BaseCache | None:
-    """The reader of the packed base on disk; None if the recipe keeps none there."""
-    base = recipe.base
-    on_disk = base.residency == "disk"
-    if base.quant == "none" or (base.cache is None and not on_disk):
-        return None
-    root = cache_folder("bases") if base.cache in (None, "auto") else user_path(base.cache)
-    return BaseCache(root, quantization_of(base), compute.device, mapped=mapped or on_disk, progress=progress)

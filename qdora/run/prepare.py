@@ -37,7 +37,7 @@ from qdora.evaluation.generation import generation_faults
 from qdora.evaluation.loglikelihood import scoring_faults
 from qdora.evaluation.suite import spread
 from qdora.files.atomic import json_bytes
-from qdora.files.run_directory import RunDirectory, chat_date_of, unharmed
+from qdora.files.run_directory import PLAN_FILE, RunDirectory, chat_date_of, unharmed
 from qdora.model.build_model import (
     Compute,
     choose_compute,
@@ -52,12 +52,11 @@ from qdora.model.source import ModelSource
 from qdora.model.text_config import positions_of
 from qdora.plan.budget import within_budget
 from qdora.plan.plan_contents import Plan
-from qdora.plan.plan_view import keep_plan, show_plan
+from qdora.plan.plan_view import show_plan
 from qdora.plan.workload import workload_of_data
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
 from qdora.run.calibration import calibration_tokens
-from qdora.run.load_base import NO_GPU
 from qdora.run.model_limits import context_warnings, vocabulary_faults
 from qdora.run.recorded_base import base_record, pinned
 from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks, repeated_checks
@@ -204,7 +203,7 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
         logger.info("train.optimizer %s is slow on a CPU; adamw is faster.", name)
     if memory is not None:
         show_plan(console, memory)
-        processes.first(lambda: keep_plan(run, memory))
+        processes.first(lambda: run.write_json(PLAN_FILE, memory.to_dict()))
 
 
 def _tell_data_checks(prepared: PreparedRun, run: RunDirectory) -> None:
@@ -332,9 +331,7 @@ def _machine_faults(recipe: Recipe, compute: Compute) -> list[str]:
             "model.dtype: got float16, must be bfloat16 or float32 with adapter.kind full, which trains the weights."
         )
     if recipe.base.residency == "host" and compute.device.type != "cuda":
-        faults.append(NO_GPU)
-    if recipe.base.residency == "disk" and compute.device.type != "cpu":
-        faults.append("base.residency: got disk, must be device or host on a machine with a GPU.")
+        faults.append("base.residency: got host, must be device on a machine without a GPU.")
     if compute.device.type != "cuda":
         faults += [
             f"memory.{name}: got true, must be false on a machine without a GPU."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
@@ -22,7 +22,7 @@ FILE = "residency.json"
 class _Chosen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    residency: Literal["device", "host", "disk"]
+    residency: Literal["device", "host", "disk"]  # disk: written by earlier versions on a CPU
     streamed_blocks: PositiveInt | None
     host_embeddings: bool = False
 
@@ -41,10 +41,8 @@ def keep_residency(run: RunDirectory, given: Recipe, applied: Recipe) -> None:
 
 
 def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, differentiated: bool = False) -> Recipe:
-    """The recipe with a residency that this machine can load, which may have a GPU where the run had none.
-
-    It starts from the residency of the run's last start. host becomes disk without a GPU, and disk becomes host with
-    one. A change is logged.
+    """The recipe with a residency that this machine can load: that of the run's last start, but host only with a GPU.
+    A change is logged.
 
     Args:
         run: The run.
@@ -56,16 +54,12 @@ def residency_here(run: RunDirectory, recipe: Recipe, device: torch.device, *, d
     """
     file = run.inside(FILE)
     chosen = read_record(file, _Chosen) if file.exists() else _chosen(recipe)
-    residency: str = chosen.residency
-    if residency != "device":
-        residency = "host" if device.type == "cuda" else "disk"
-    if residency == "host" and differentiated:
-        residency = "device"
-    if residency != chosen.residency:
-        why = "the whole base is needed at once" if residency == "device" else f"the run computes on {device.type}"
-        logger.info("base.residency: using %s instead of %s, because %s.", residency, chosen.residency, why)
-    blocks = None if residency == "device" else chosen.streamed_blocks
-    base = {"residency": residency, "streamed_blocks": blocks}
+    base: dict[str, Any] = {"residency": "device", "streamed_blocks": None}
+    if chosen.residency == "host" and device.type == "cuda" and not differentiated:
+        base = {"residency": "host", "streamed_blocks": chosen.streamed_blocks}
+    elif chosen.residency != "device":
+        why = "the whole base is needed at once" if differentiated else f"this machine computes on {device.type}"
+        logger.info("base.residency: using device instead of %s, because %s.", chosen.residency, why)
     return with_settings(recipe, base=base, memory={"host_embeddings": chosen.host_embeddings})
 
 

@@ -186,8 +186,7 @@ class TimeConfig(Section):
     start: NotNegative
     """Seconds that do not depend on the number of steps: loading, evaluation."""
     step: Annotated[NotNegative | Literal["plan"], allowed("a number of seconds, or plan")]
-    """Seconds of an optimizer step. plan: as `qdora plan` predicts for a GPU, with the rates of this machine's
-    `qdora doctor --measure`, else the stated ones of an A100."""
+    """Seconds of an optimizer step. plan: as `qdora plan` estimates it for an A100."""
 
 
 class Study(Section):
