@@ -269,7 +269,7 @@ def test_what_is_missing_is_said_with_the_way_to_get_it(tmp_path: Path, monkeypa
         find_llama_cpp(tmp_path / "nowhere", "f16")
     with pytest.raises(UserError, match=r"has no convert_hf_to_gguf\.py"):
         find_llama_cpp(tmp_path, "f16")
-    monkeypatch.setattr(gguf_export.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     quantizer = find_llama_cpp(CONVERTER, "q4_0")[1]
     assert quantizer is not None
     assert quantizer[0] == sys.executable
