@@ -43,6 +43,11 @@ NAMES = {
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
+FOUR_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 ARCHITECTURES = {
     "llama": "llama",
     "mixtral": "llama",
@@ -64,13 +69,14 @@ FAULT = os.environ.get("FAKE_FAULT", "")
 Values = np.ndarray[Any, np.dtype[Any]]
 
 
-def name_of(name: str) -> str:
+def name_of(name: str, architecture: str = "llama") -> str:
     """llama.cpp's name of a tensor of a checkpoint."""
     module, _, leaf = name.rpartition(".")
     if module in TOP:
         return f"{TOP[module]}.{leaf}"
     _, _, layer, inner = module.split(".", 3)
-    return f"blk.{layer}.{NAMES[inner]}.{leaf}"
+    names = NAMES | (FOUR_NORMS if architecture in ("gemma2", "gemma3") else {})
+    return f"blk.{layer}.{names[inner]}.{leaf}"
 
 
 def interleaved(weight: Values, heads: int) -> Values:

@@ -33,7 +33,7 @@ from tests import tiny_experts
 
 gguf = pytest.importorskip("gguf")
 
-from tests.fake_converter import NAMES, TOP, Values, finish, interleaved  # noqa: E402
+from tests.fake_converter import Values, finish, interleaved, name_of  # noqa: E402
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -47,11 +47,6 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "tie_word_embeddings": True,
-}
-FOUR_NORMS = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
 }
 Change = Callable[[str, np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 
@@ -79,18 +74,14 @@ def written(folder: Path, config: Any, architecture: str, change: Change, *, row
         if name.endswith("norm.weight"):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(folder / "merged")
-    names = NAMES | (FOUR_NORMS if architecture in ("gemma2", "gemma3") else {})
     writer = gguf.GGUFWriter(str(folder / "file.gguf"), architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_token_list([f"word{index}" for index in range(rows)])
     for name, parameter in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
         values = change(name, parameter.detach().numpy().copy())
-        if module in TOP:
-            writer.add_tensor(f"{TOP[module]}.{leaf}", values[:rows] if module == "model.embed_tokens" else values)
-        else:
-            _, _, layer, inner = module.split(".", 3)
-            writer.add_tensor(f"blk.{layer}.{names[inner]}.{leaf}", values)
+        writer.add_tensor(
+            name_of(name, architecture), values[:rows] if name.startswith("model.embed_tokens") else values
+        )
     finish(writer)
     return folder / "file.gguf"
 
