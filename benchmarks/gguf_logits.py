@@ -18,21 +18,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import torch
 from export_exactness import against, logits, nll, recipe, trained, validation_texts
-from gguf import GGUFReader
 from measure import facts, parsed, parser_of, write
 from rich.console import Console
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from qdora.export.gguf import check_tensors, find_llama_cpp, write_gguf
+from qdora.export.gguf import InLlamaCpp, compare_tensors, find_llama_cpp, write_gguf
 from qdora.export.gguf_types import GgufType
 from qdora.export.logit_comparison import float32_arithmetic
 from qdora.export.merged import write_merge
 from qdora.export.options import ExportOptions
 from qdora.files.environment import package_versions
+from qdora.model.gguf_file import read_header
+from qdora.model.load import load_model
+from qdora.model.source import ModelSource
 from qdora.run.load_run import load_run
 
 # Type of the file -> dtype of the merge that it is made from, as `qdora export` has it.
@@ -44,7 +43,6 @@ TYPES: dict[GgufType, torch.dtype] = {
     "q4_k_m": torch.float16,
     "q4_0": torch.float16,
 }
-_FLOAT32 = 0  # GGML_TYPE_F32
 
 
 def main() -> None:
@@ -96,20 +94,22 @@ def compare(run: Path, folder: Path, types: dict[GgufType, torch.dtype], place: 
             write_merge(run, merged, ExportOptions(), dtype, Console(quiet=True), with_card=False)
         file = folder / f"model-{type_}.gguf"
         write_gguf(find_llama_cpp(place, type_), merged, file, type_)
-        plain_model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-        tensors = check_tensors(GGUFReader(str(file)), file, merged, into=plain_model)
-        plain = logits(plain_model, tokens)
-        found, same_tokens = in_llama_cpp(file, texts, tokens)
+        tensors, faults = compare_tensors(read_header(file), merged)
+        source = ModelSource("gguf", file, file.name)
+        plain = logits(load_model(source, quant="none", compute_dtype=torch.float32), tokens)
+        model = InLlamaCpp(file)
+        found = logits(model, tokens)
+        own = [model.llama.tokenize(text.encode(), add_bos=False, special=True)[:256] for text in texts]
         forms[type_] = {
             "num_bytes": file.stat().st_size,
-            "tensors": {**tensors.to_dict(), "faults": tensors.faults},
-            "same_tokens": same_tokens,
+            "tensors": {**tensors, "faults": faults},
+            "same_tokens": [each for each in own if len(each) > 1] == [ids[0].tolist() for ids in tokens],
             "llama.cpp": against(found, reference, tokens),
             "transformers": against(plain, reference, tokens),
             "between": against(found, plain, tokens),
         }
         file.unlink()
-        del plain, found, plain_model
+        del plain, found, model
         gc.collect()
     return {
         "num_texts": len(tokens),
@@ -119,21 +119,6 @@ def compare(run: Path, folder: Path, types: dict[GgufType, torch.dtype], place: 
         "running": {"dtype": str(loaded.model.dtype).removeprefix("torch."), **running},
         "forms": forms,
     }
-
-
-def in_llama_cpp(file: Path, texts: list[str], tokens: list[Tensor]) -> tuple[list[Tensor], bool]:
-    """Of each text, (positions, vocabulary) float32; and whether llama.cpp's own tokenizer gives the same ids."""
-    model = llama_cpp.Llama(
-        str(file), n_ctx=512, n_batch=512, logits_all=True, type_k=_FLOAT32, type_v=_FLOAT32, verbose=False
-    )
-    found = []
-    for ids in tokens:
-        model.reset()
-        model.eval(ids[0].tolist())
-        found.append(torch.from_numpy(model.scores[: ids.shape[1]].copy()))
-    own = [model.tokenize(text.encode(), add_bos=False, special=True)[:256] for text in texts]
-    model.close()
-    return found, [each for each in own if len(each) > 1] == [ids[0].tolist() for ids in tokens]
 
 
 if __name__ == "__main__":

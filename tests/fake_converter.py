@@ -6,8 +6,8 @@
 The package writes no type of 256 weights a block. For those of K the stand-in takes the type that llama.cpp has for
 other rows (`SMALL_BLOCKS`), but makes Q2_K itself where the rows fit.
 
-FAKE_FAULT in the environment makes it wrong in one way: permute, drop, ulp, step, template, words, rope, crash, module,
-experts (two change places), halves (gate and up do), gone (up is not there).
+FAKE_FAULT in the environment makes it wrong in one way: permute, drop, ulp, step, template, crash, module, experts (two
+change places), halves (gate and up do), gone (up is not there).
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
-    "self_attn.sinks": "attn_sinks",
     "mlp.gate": "ffn_gate_inp",
-    "mlp.router": "ffn_gate_inp",
     "mlp.e_score_correction": "exp_probs_b",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
+FOUR_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 ARCHITECTURES = {
     "llama": "llama",
     "mixtral": "llama",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
-    "gpt_oss": "gpt-oss",
     "minimax_m2": "minimax-m2",
 }
 EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
-STACK = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?")
 RENAMED = [
     ("block_sparse_moe", "mlp"),
     (".w1.", ".gate_proj."),
     (".w2.", ".down_proj."),
     (".w3.", ".up_proj."),
     ("correction_bias", "correction.bias"),
-    (".sinks", ".sinks.weight"),
 ]
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 SMALL_BLOCKS = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "q4_0", "q2_k": "q4_0"}
@@ -75,10 +75,8 @@ def name_of(name: str, architecture: str = "llama") -> str:
     if module in TOP:
         return f"{TOP[module]}.{leaf}"
     _, _, layer, inner = module.split(".", 3)
-    part = NAMES[inner]
-    if architecture == "gpt-oss" and part == "ffn_norm":
-        part = "post_attention_norm"
-    return f"blk.{layer}.{part}.{leaf}"
+    names = NAMES | (FOUR_NORMS if architecture in ("gemma2", "gemma3") else {})
+    return f"blk.{layer}.{names[inner]}.{leaf}"
 
 
 def interleaved(weight: Values, heads: int) -> Values:
@@ -93,24 +91,12 @@ def interleaved(weight: Values, heads: int) -> Values:
 
 
 def expert_tensors(checkpoint: dict[str, Values]) -> dict[str, Values]:
-    """The tensors of all experts of a block, (experts, out, in), taken out of a checkpoint.
-
-    It has an expert's matrices by themselves, or stacks (experts, in, out) in which gate and up alternate.
-    """
+    """The tensors of all experts of a block, (experts, out, in), taken out of a checkpoint with single experts."""
     single: dict[str, dict[int, Values]] = defaultdict(dict)
-    found = {}
     for name in list(checkpoint):
         if match := EXPERT.fullmatch(name):
             single[f"blk.{match[1]}.ffn_{match[3]}_exps.weight"][int(match[2])] = checkpoint.pop(name)
-        elif match := STACK.fullmatch(name):
-            values, leaf = checkpoint.pop(name), "bias" if match[3] else "weight"
-            values = values if match[3] else values.swapaxes(1, 2)
-            if match[2] == "down":
-                found[f"blk.{match[1]}.ffn_down_exps.{leaf}"] = values
-            else:
-                found[f"blk.{match[1]}.ffn_gate_exps.{leaf}"] = values[:, ::2]
-                found[f"blk.{match[1]}.ffn_up_exps.{leaf}"] = values[:, 1::2]
-    found |= {name: np.stack([each[index] for index in sorted(each)]) for name, each in single.items()}
+    found = {name: np.stack([each[index] for index in sorted(each)]) for name, each in single.items()}
     gate, up = "blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"
     if FAULT == "experts":
         found[up] = found[up][[1, 0, *range(2, len(found[up]))]]
@@ -133,24 +119,14 @@ def add_settings(writer: Any, config: dict[str, Any]) -> None:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config["rope_parameters"]
-    if FAULT != "rope":
-        writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_key_length(head_dim)
     if config["model_type"] in ("llama", "mixtral", "minimax_m2"):
         writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
-    if rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
-        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     experts = config.get("num_experts") or config.get("num_local_experts")
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config["num_experts_per_tok"])
-    if config["model_type"] == "gpt_oss":
-        writer.add_sliding_window(config["sliding_window"])
-        writer.add_expert_feed_forward_length(config["intermediate_size"])
     if config["model_type"] == "minimax_m2":
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
 
@@ -165,8 +141,6 @@ def convert(model: Path, out: Path, type_: str, *, fused: bool = False) -> None:
     vocabulary = dict(words["model"]["vocab"]) | {each["content"]: each["id"] for each in words["added_tokens"]}
     tokens = sorted(vocabulary, key=lambda word: vocabulary[word])
     tokens += [f"[PAD{index}]" for index in range(len(tokens), config["vocab_size"])]
-    if FAULT == "words":
-        tokens[40], tokens[41] = tokens[41], tokens[40]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -201,7 +175,7 @@ def convert(model: Path, out: Path, type_: str, *, fused: bool = False) -> None:
             values[0, 0] = -values[0, 0] - 0.01
         if part == "shared_expert_gate":
             values = values.squeeze(0)
-        add(writer, name_of(name, architecture), values, type_)
+        add(writer, name_of(name), values, type_)
     finish(writer)
 
 

@@ -219,7 +219,7 @@ def test_an_adapter_of_peft_that_unties_the_head_is_refused(tmp_path: Path) -> N
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
     peft.get_peft_model(tiny_adapted.base(), config).save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(UserError, match=r"modules_to_save: the model's head is its embedding \(tied\)"):
+    with pytest.raises(UserError, match="modules_to_save: the adapter unties the model's head"):
         load_adapter(tiny_adapted.base(), tmp_path)
 
 

@@ -1,10 +1,9 @@
-"""Damage to stored bytes: raw, inside a safetensors header, inside JSON, inside a GGUF header."""
+"""Damage to stored bytes: raw, inside a safetensors header, inside JSON."""
 
 from __future__ import annotations
 
 import json
 import random
-import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +50,6 @@ def _values_start(content: bytes, suffix: str) -> int | None:
     """Where the values of tensors begin."""
     if suffix == ".safetensors":
         return 8 + int.from_bytes(content[:8], "little")
-    if suffix == ".gguf":
-        return content.rfind(b"output_norm.weight") + 200
     return None
 
 
@@ -183,71 +180,3 @@ def damage_json(rng: random.Random, content: bytes, suffix: str) -> Damage:
         parent[path[-1]] = rng.choice(_JSON_VALUES)
         what = f"{where} = {str(parent[path[-1]])[:40]!r}"
     return Damage(what, json.dumps(document, indent=1).encode("utf-8", "surrogatepass"))
-
-
-def damage_gguf(rng: random.Random, content: bytes) -> Damage:
-    """A count, a length, a kind, a shape or an offset of the header."""
-    settings, tensors = _gguf_places(content)
-    choice = rng.randrange(9)
-    huge = rng.choice([0, 1, 2**16, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1])
-    if choice == 0:
-        version = rng.choice([0, 1, 2, 4, 2**32 - 1, 3 << 24])
-        return Damage(f"version {version}", content[:4] + struct.pack("<I", version) + content[8:], silent=version == 2)
-    if choice == 1:
-        place, name = rng.choice([(8, "tensors"), (16, "settings")])
-        return Damage(f"{huge} {name}", content[:place] + struct.pack("<Q", huge) + content[place + 8 :])
-    if choice == 2:
-        key, place, _ = rng.choice(settings)
-        return Damage(
-            f"a name of {huge} bytes at {key}", content[:place] + struct.pack("<Q", huge) + content[place + 8 :]
-        )
-    if choice == 3:
-        key, place, kind = rng.choice(settings)
-        kind = place + 8 + len(key)
-        new = rng.choice([0, 4, 6, 7, 8, 9, 10, 12, 13, 99, 2**32 - 1])
-        return Damage(f"{key} has type {new}", content[:kind] + struct.pack("<I", new) + content[kind + 4 :])
-    if choice == 4:
-        key, place, _ = rng.choice(settings)
-        start = place + 8 + len(key) + 4
-        new = rng.choice([b"\0" * 4, b"\xff" * 4, b"\x01\0\0\0", b"\0\0\0\x40", rng.randbytes(4)])
-        # A setting of the model, such as the base of its rotary angles, has no check sum either.
-        changed = content[:start] + new + content[start + 4 :]
-        return Damage(f"the value of {key} begins {new.hex()}", changed, silent=True)
-    name, place, num_dims = rng.choice(tensors)
-    sizes = place + 8 + len(name) + 4
-    if choice == 5:
-        new = rng.choice([0, 1, 3, 5, 1000, 2**31, 2**32 - 1])
-        return Damage(f"{name} has {new} dimensions", content[: sizes - 4] + struct.pack("<I", new) + content[sizes:])
-    if choice == 6:
-        return Damage(f"{name} has {huge} columns", content[:sizes] + struct.pack("<Q", huge) + content[sizes + 8 :])
-    kind = sizes + 8 * num_dims
-    if choice == 7:
-        new = rng.choice([1, 2, 3, 8, 14, 24, 30, 99, 2**32 - 1])
-        return Damage(
-            f"{name} has type {new}", content[:kind] + struct.pack("<I", new) + content[kind + 4 :], silent=True
-        )
-    offset = rng.choice([huge, 4, 32, 10**12, 7])
-    changed = content[: kind + 4] + struct.pack("<Q", offset) + content[kind + 12 :]
-    return Damage(f"{name} at byte {offset}", changed, silent=offset % 32 == 0)
-
-
-def _gguf_places(content: bytes) -> tuple[list[tuple[str, int, int]], list[tuple[str, int, int]]]:
-    """(key, place, type) of each setting, and (name, place, dimensions) of each tensor; only scalars and strings."""
-    num_tensors, num_settings = struct.unpack_from("<QQ", content, 8)
-    place = 24
-    settings, tensors = [], []
-    widths = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-    for _ in range(num_settings):
-        (length,) = struct.unpack_from("<Q", content, place)
-        key = content[place + 8 : place + 8 + length].decode()
-        (kind,) = struct.unpack_from("<I", content, place + 8 + length)
-        settings.append((key, place, kind))
-        place += 12 + length
-        place += 8 + struct.unpack_from("<Q", content, place)[0] if kind == 8 else widths[kind]
-    for _ in range(num_tensors):
-        (length,) = struct.unpack_from("<Q", content, place)
-        name = content[place + 8 : place + 8 + length].decode()
-        (num_dims,) = struct.unpack_from("<I", content, place + 8 + length)
-        tensors.append((name, place, num_dims))
-        place += 12 + length + 8 * num_dims + 12
-    return settings, tensors

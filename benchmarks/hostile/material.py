@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from byte_tokenizer import byte_tokenizer, write_sums
 from rich.console import Console
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qdora.model.load import Quantization, load_model
 from qdora.model.packed_base import BaseCache
@@ -71,19 +71,18 @@ def make(root: Path) -> Material:
 
 @dataclass(frozen=True)
 class StoredMaterial:
-    """What a run and the bases leave on disk: a finished run, one that stopped after step 4, a GGUF file, a cache."""
+    """What a run and the bases leave on disk: a finished run, one that stopped after step 4, a cache."""
 
     root: Path
     model: Path
     recipe: Recipe
     whole: Path
     halfway: Path
-    gguf: Path
     cache: Path
 
 
 def make_stored(material: Material) -> StoredMaterial:
-    """Train a run of six steps, take it back to step 4, and write the model as GGUF and as a base cache."""
+    """Train a run of six steps, take it back to step 4, and write the model as a base cache."""
     quiet = Console(quiet=True)
     recipe = recipe_from(
         {
@@ -109,41 +108,4 @@ def make_stored(material: Material) -> StoredMaterial:
         compute_dtype=torch.float32,
         reader=BaseCache(cache, Quantization("nf4", 64, True, ("lm_head",)), torch.device("cpu")),
     )
-    return StoredMaterial(root, material.model, recipe, whole, halfway, _write_gguf(root / "gguf"), cache)
-
-
-def _write_gguf(folder: Path) -> Path:
-    """A folder with one file: a random Qwen2 of two blocks, whose tensors llama.cpp does not lay out anew."""
-    import gguf
-
-    torch.manual_seed(1)
-    config = Qwen2Config(**SIZES, tie_word_embeddings=False)
-    folder.mkdir()
-    writer = gguf.GGUFWriter(str(folder / "model.gguf"), "qwen2")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(16)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    for name, tensor in AutoModelForCausalLM.from_config(config).named_parameters():
-        for ours, theirs in _GGUF_NAMES:
-            name = name.replace(ours, theirs)
-        writer.add_tensor(name, tensor.detach().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return folder
-
-
-_GGUF_NAMES = (
-    ("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output"), ("model.layers", "blk"),
-    ("self_attn.q_proj", "attn_q"), ("self_attn.k_proj", "attn_k"), ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"), ("mlp.gate_proj", "ffn_gate"), ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"), ("post_attention_layernorm", "ffn_norm"), ("input_layernorm", "attn_norm"),
-)  # fmt: skip
+    return StoredMaterial(root, material.model, recipe, whole, halfway, cache)

@@ -1,4 +1,4 @@
-"""Mutated checkpoints, adapters, model indices, GGUF headers and base caches, read as a run reads them.
+"""Mutated checkpoints, adapters, model indices and base caches, read as a run reads them.
 
 Each must be refused, or give the tensors of the unmutated files. A checkpoint of a run has a check sum of each file, so
 every damage to it must be noticed; what is left then is the checkpoint before, from which the run reaches the same end.
@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from hostile.damage import Damage, damage_gguf, damage_json, damage_raw, damage_safetensors
+from hostile.damage import Damage, damage_json, damage_raw, damage_safetensors
 from hostile.judge import Case, Judged
 from hostile.material import Material, StoredMaterial, make_stored
 from qdora.files.run_directory import write_complete
@@ -84,7 +84,7 @@ def _damage(rng: random.Random, file: Path, content: bytes) -> Damage:
         return damage_raw(rng, content, file.suffix)
     if file.suffix == ".safetensors":
         return damage_safetensors(rng, content)
-    return damage_gguf(rng, content) if file.suffix == ".gguf" else damage_json(rng, content, file.suffix)
+    return damage_json(rng, content, file.suffix)
 
 
 def _write(folder: Path, file: Path, damage: Damage, resummed: bool, inside: Path) -> int:
@@ -149,17 +149,12 @@ def _read_model(stored: StoredMaterial, folder: Path) -> dict[str, str]:
     return _hashes(_all_tensors(_load(str(folder))))
 
 
-def _read_gguf(stored: StoredMaterial, folder: Path) -> dict[str, str]:
-    (file,) = folder.glob("*.gguf")
-    return _hashes(_all_tensors(_load(str(file), quant="none")))
-
-
 def _read_cache(stored: StoredMaterial, folder: Path) -> dict[str, str]:
     return _hashes(_all_tensors(_load(str(stored.model), reader=BaseCache(folder, NF4, torch.device("cpu")))))
 
 
-def _load(source: str, quant: str = "nf4", **settings: Any) -> nn.Module:
-    return load_model(resolve(source), quant=quant, compute_dtype=torch.float32, **settings)
+def _load(source: str, **settings: Any) -> nn.Module:
+    return load_model(resolve(source), quant="nf4", compute_dtype=torch.float32, **settings)
 
 
 _SUMMED = ("checkpoints/step-4/*.json", "checkpoints/step-4/*.safetensors", "checkpoints/step-4/adapter/*")
@@ -170,7 +165,6 @@ KINDS = {
     "model": Kind(
         lambda stored: stored.model, ("model.safetensors.index.json", "config.json", "*.safetensors"), _read_model
     ),
-    "gguf": Kind(lambda stored: stored.gguf, ("*.gguf",), _read_gguf),
     "cache": Kind(lambda stored: stored.cache, ("*/base.json", "*/*.safetensors"), _read_cache),
 }
-_NAMES = ["checkpoint", "checkpoint", "run", "adapter", "adapter", "model", "model", "gguf", "gguf", "cache"]
+_NAMES = ["checkpoint", "checkpoint", "run", "adapter", "adapter", "model", "model", "cache"]

@@ -352,7 +352,7 @@ def _check_in_words(check: dict[str, Any]) -> str:
         positions = "position" if check["ill_conditioned"] == 1 else "positions"
         explained = f" (including {check['ill_conditioned']} {positions} where the running model itself errs more)"
     if num_unchecked := check.get("tensors", {}).get("num_unchecked"):
-        unchecked = f"; layout unknown: {num_unchecked} tensors that differ were not checked"
+        unchecked = f"; layout unknown: {num_unchecked} tensors of the file were not compared with the merge"
     return (
         f"{result} on {check['num_positions']:,} tokens: exported against the "
         f"adapter in float32, largest logit difference {exact['max_logit_difference']:.3g}{explained}, mean KL "

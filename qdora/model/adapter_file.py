@@ -74,21 +74,14 @@ def save_adapter(
     The bytes depend only on the arguments and the version of qdora.
 
     Args:
-        base_name_or_path: Hub id or path of the base for PEFT's users; None if only this machine has it.
-        revision: Commit of the base on the Hub, or None.
+        base_name_or_path, revision: Hub id or path of the base for PEFT's users, and its commit on the Hub, or None.
         base_quant: How the base was quantised ({"quant": "nf4", "block_size": 64, ...}).
         extra: More facts for qdora.json (step, data, metrics), JSON values.
-    Raises:
-        ValueError: There are no adapted layers, or they differ as `adapter_config` does not allow.
-        UserError: `directory` holds something other than an adapter.
-        OSError: The disk is full; `directory` is unchanged.
     """
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("the model carries no adapters to save; call inject() first.")
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory}: exists and is not a directory.")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG_FILE).is_file():
+    if directory.exists() and not (directory / CONFIG_FILE).is_file() and any(directory.iterdir()):
         raise UserError(f"{directory}: is not empty and holds no adapter ({CONFIG_FILE}). Fix: name a new directory.")
     matrices = trained_matrices(model)
     saved = [path for path, matrix in matrices.items() if matrix.ids is None]
@@ -123,7 +116,7 @@ def save_adapter(
     for path, place in _places(layers).items():
         magnitude = layers[path].magnitude
         if magnitude is not None:
-            tensors[_magnitude_name(place)] = magnitude.detach().float()
+            tensors[_names(place)[2]] = magnitude.detach().float()
     with atomic_directory(directory) as partial:
         write_tensors(partial / WEIGHTS_FILE, dict(sorted(tensors.items())))
         for name, content in ((CONFIG_FILE, config), (RECORD_FILE, record)):
@@ -175,14 +168,9 @@ def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     """Put the adapter of `directory`, written by qdora or by PEFT, on `model`; everything else is frozen.
 
     The model changes only if the whole adapter fits. No file but the three named ones is opened. lora_A and lora_B get
-    `dtype`, by default the file's (the wider of the two); magnitudes are float32.
+    `dtype`, by default the file's (the wider of the two); magnitudes are float32. Returns path -> layer.
 
-    Returns:
-        Path -> layer, in model order.
-    Raises:
-        UserError: All settings that are not supported, and all tensors that are missing, unexpected or not finite or
-            have a wrong shape or dtype.
-        ValueError: The model already carries adapters.
+    Raises UserError with all settings that are not supported, and all tensors that do not fit or are not finite.
     """
     if adapted_layers(model):
         raise ValueError("the model already carries adapters; load_adapter needs the bare base.")
@@ -232,9 +220,7 @@ def read_adapter(
 ) -> tuple[AdapterDescription, dict[str, StoredLayer], dict[str, TrainedMatrix]]:
     """The adapter of `directory`: its settings, path -> tensors in model order, path -> trained embedding or head.
 
-    Raises as `load_adapter`. A tied head is not listed.
-
-    Only names and shapes of `model` are used; it may be on "meta".
+    Raises as `load_adapter`. A tied head is not listed. Only names and shapes of `model` are used; it may be on "meta".
     """
     described, where = describe_adapter(directory), str(directory / CONFIG_FILE)
     selected = selected_modules(model, described)
@@ -289,7 +275,8 @@ def factor_tensors(model: nn.Module, b_of: Callable[[AdaptedLinear], Tensor]) ->
         a, b = layer.lora_A.detach(), b_of(layer)
         if isinstance(layer, AdaptedExperts):
             a, b = _as_peft(a, b, layer.num_experts, swapped=peft_swaps(model, path))
-        tensors |= dict(zip(_factor_names(place), (a, b), strict=True))
+        a_name, b_name, _ = _names(place)
+        tensors |= {a_name: a, b_name: b}
     return tensors
 
 
@@ -297,7 +284,7 @@ def stored_factors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
     """The inverse of `factor_tensors`: path -> A and B, those of experts without sharing, of layers that have both."""
     found, layers = {}, adapted_layers(model)
     for path, place in _places(layers).items():
-        layer, (a, b) = layers[path], (tensors.get(name) for name in _factor_names(place))
+        layer, (a, b, _) = layers[path], (tensors.get(name) for name in _names(place))
         if a is not None and b is not None:
             if isinstance(layer, AdaptedExperts):
                 a, b = _from_peft(a, b, layer.num_experts, swapped=peft_swaps(model, path))
@@ -305,13 +292,10 @@ def stored_factors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
     return found
 
 
-def _factor_names(place: str) -> tuple[str, str]:
-    """Names in the file of a layer's lora_A and lora_B."""
-    return f"{_PREFIX}{place}.lora_A.weight", f"{_PREFIX}{place}.lora_B.weight"
-
-
-def _magnitude_name(place: str) -> str:
-    return f"{_PREFIX}{place}.lora_magnitude_vector"
+def _names(place: str) -> tuple[str, str, str]:
+    """Names in the file of a layer's lora_A, lora_B and magnitude."""
+    start = f"{_PREFIX}{place}.lora_"
+    return f"{start}A.weight", f"{start}B.weight", f"{start}magnitude_vector"
 
 
 def _matrix_name(path: str, ids: Sequence[int] | None) -> str:
@@ -372,10 +356,6 @@ def _shared(lora_A: Tensor, lora_B: Tensor, share: Share, where: str) -> tuple[T
     return factors["A"], factors["B"]
 
 
-def _names(path: str) -> tuple[str, str, str]:
-    return *_factor_names(path), _magnitude_name(path)
-
-
 def selected_modules(
     model: nn.Module, described: AdapterDescription, original: Callable[[str], str] = str
 ) -> dict[str, nn.Module]:
@@ -405,20 +385,19 @@ def _trained_shapes(
     """
     found: dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]] = {}
     config, faults = described.config, []
-    asked: list[tuple[str, str, tuple[int, ...] | None]]
-    asked = [("modules_to_save", name, None) for name in config.modules_to_save or ()]
     rows = config.trainable_token_indices or {}  # a list is of the input embedding
     rows = rows if isinstance(rows, dict) else {"": rows}
+    asked: list[tuple[str, str, tuple[int, ...] | None]]
+    asked = [("modules_to_save", name, None) for name in config.modules_to_save or ()]
     asked += [("trainable_token_indices", name, tuple(ids)) for name, ids in rows.items()]
     if not asked:
         return found, []
     known = embedding_paths(model)
     for setting, name, ids in asked:
+        where_ = f"{where}: {setting}"
         path = known[0] if not name else next((path for path in known if path and f".{path}".endswith(f".{name}")), "")
         if not path:
-            faults.append(
-                f"{where}: {setting}: {name!r} must be the input embedding or the output head ({', '.join(known)})."
-            )
+            faults.append(f"{where_}: {name!r} must be the input embedding or the output head ({', '.join(known)}).")
             continue
         if obstacles := trainable_faults(model, [path]):
             faults += obstacles
@@ -426,21 +405,17 @@ def _trained_shapes(
         weight = model.get_submodule(path).weight
         assert isinstance(weight, Tensor)
         size, width = weight.shape
-        if found.get(path, (ids,))[0] != ids:
-            faults.append(f"{where}: {setting}: {name!r} is named twice, for different rows.")
-        if ids is not None and len(set(ids)) < len(ids):
-            faults.append(f"{where}: {setting}: a token id is there twice.")
+        if found.get(path, (ids,))[0] != ids or (ids is not None and len(set(ids)) < len(ids)):
+            faults.append(f"{where_}: rows of {path} are named twice.")
         if ids is not None and max(ids, default=0) >= size:
             what = f"the model has {size} rows, got token {max(ids)}"
-            faults.append(f"{where}: {setting}: {what}. Fix: load it with qdora's recipe, which has model.add_tokens.")
+            faults.append(f"{where_}: {what}. Fix: load it with qdora's recipe, which has model.add_tokens.")
         found[path] = ids, (size if ids is None else len(ids), width)
     if is_tied(model) and found:
         settings = {ids for ids, _ in found.values()}
         if known[0] not in found or len(settings) > 1 or (settings == {None} and not config.ensure_weight_tying):
-            faults.append(
-                f"{where}: {asked[0][0]}: the model's head is its embedding (tied), and the adapter unties them, which "
-                "is not supported."
-            )
+            what = "the adapter unties the model's head from its embedding, which is not supported"
+            faults.append(f"{where}: {asked[0][0]}: {what}.")
         found.pop(known[1], None)
     return ({} if faults else found), faults
 
@@ -485,42 +460,33 @@ def _expected_shapes(
 def _read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of the file on the CPU, and one line for each kind of difference from `expected`."""
     tensors: dict[str, Tensor] = {}
-    wrong_shape, wrong_dtype, not_finite = [], [], []
+    wrong: dict[str, list[str]] = {"missing": [], "unexpected (no adapted layer of this model has them)": []}
+    missing, unexpected = wrong.values()
     try:
         with safe_open(path, framework="pt") as file:
-            stored = {_canonical(name): name for name in file.keys()}  # noqa: SIM118
+            end = "_magnitude_vector"  # PEFT's own modules have `.weight` behind it
+            stored = {name.replace(f"{end}.weight", end): name for name in file.keys()}  # noqa: SIM118
+            unexpected += sorted(original for name, original in stored.items() if name not in expected)
             for name, shape in expected.items():
                 if name not in stored:
+                    missing.append(name)
                     continue
-                found = tuple(file.get_slice(stored[name]).get_shape())
-                if found != shape:
-                    wrong_shape.append(f"{name} {list(found)} instead of {list(shape)}")
+                found = list(file.get_slice(stored[name]).get_shape())
+                if found != list(shape):
+                    wrong.setdefault("of the wrong shape", []).append(f"{name} {found} instead of {list(shape)}")
                     continue
-                tensor = file.get_tensor(stored[name])
-                tensors[name] = tensor
+                tensors[name] = tensor = file.get_tensor(stored[name])
                 if not tensor.is_floating_point():
-                    wrong_dtype.append(f"{name} ({tensor.dtype})")
+                    wrong.setdefault("not of a float dtype", []).append(f"{name} ({tensor.dtype})")
                 elif not bool(torch.isfinite(tensor).all()):
-                    not_finite.append(name)
+                    wrong.setdefault("holding NaN or infinity", []).append(name)
     except (OSError, SafetensorError) as error:
         return {}, [f"{path}: cannot be read as safetensors: {error}"]
-    missing = [name for name in expected if name not in stored]
-    unexpected = sorted(original for name, original in stored.items() if name not in expected)
-    faults = []
-    for names, what in (
-        (missing, "missing"),
-        (unexpected, "unexpected (no adapted layer of this model has them)"),
-        (wrong_shape, "of the wrong shape"),
-        (wrong_dtype, "not of a float dtype"),
-        (not_finite, "holding NaN or infinity"),
-    ):
-        if names:
-            faults.append(f"{path}: {len(names)} tensor{'s' if len(names) > 1 else ''} {what}: {first_few(names)}.")
+    faults = [
+        f"{path}: {len(names)} tensor{'s' if len(names) > 1 else ''} {what}: {first_few(names)}."
+        for what, names in wrong.items()
+        if names
+    ]
     if any(name.endswith(".lora_magnitude_vector") for name in missing):
         faults.append(f"{path}: {CONFIG_FILE} has use_dora: true, but the magnitudes of DoRA are missing.")
     return tensors, faults
-
-
-def _canonical(name: str) -> str:
-    """The name without the `.weight` that a magnitude may have, as in PEFT's own modules."""
-    return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name

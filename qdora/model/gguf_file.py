@@ -2,41 +2,62 @@
 
 The header is read here, since the reader of the package `gguf` turns every word of the vocabulary into arrays, which
 takes seconds. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
-`gguf_layout` says what the tensors are in the model. Experts are read one by one.
+
+Names come from the tables of the package `gguf`. Layouts come from transformers' own readers (llama.cpp interleaves the
+rows of q and k, and adds 1 to Gemma's norms). Of experts llama.cpp's converter writes a tensor for each of the gate, up
+and down projections of a block, (experts, out, in), or gate and up as one if it is told to. A stack here holds gate and
+up together, one expert after the other, and is read expert by expert.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import re
+import mmap
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.modeling_gguf_pytorch_utils import (
+    GGUF_SUPPORTED_ARCHITECTURES,
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+)
 
 from qdora.errors import UserError
-from qdora.model.gguf_layout import HeldRows, TensorLayout, Values, held_rows, tensor_layouts
-from qdora.model.quantized_checkpoint import mxfp4_weight
-from qdora.model.stored_tensors import Stored, StoredPacked, StoredRows, StoredTensor, in_parts, shorten
-from qdora.ops.codebooks import MXFP4, MXFP4_BLOCK_SIZE
-from qdora.ops.packed import PackedWeight
+from qdora.model.experts import library_names, stacks
+from qdora.model.inject import block_of
+from qdora.model.stored_tensors import StoredRows, StoredTensor, in_parts, shorten
 from qdora.recipe.faults import one_line
+
+log = logging.getLogger("qdora")
+Values = np.ndarray[Any, np.dtype[Any]]
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_VERSIONS = (2, 3)
 _ALIGNMENT = 32
-_MOST_DIMS = 4
-_MOST_STRING_BYTES = 64 << 20
-"""Longest string of the metadata; chat templates, the longest there are, have some 20 kB."""
+_HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
+# Computed by the converter from the config; transformers does not take them from a GGUF file.
+_ROTARY_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+LAYOUTS: dict[str, str | None] = {name: name for name in TENSOR_PROCESSORS} | {"gemma": "gemma2", "lfm2moe": "lfm2"}
+LAYOUTS |= dict.fromkeys(("arcee", "granite", "mistral3", "olmo", "smollm3"), "llama")
+LAYOUTS |= dict.fromkeys(("cohere2", "command-r", "glm4moe", "llama4", "olmo2", "olmoe"))
+LAYOUTS |= dict.fromkeys(("phi3", "qwen2", "qwen3", "seed_oss", "stablelm", "starcoder2"))
+"""Architecture -> the one whose tensors the converter changes alike, for transformers; None: unchanged. Every change is
+undone here; transformers reads a few more architectures, as they are."""
+# The 27B models of Gemma 2 and 3 scale their attention by another width than the head's. GGUF files do not store it;
+# llama.cpp knows it from the number of layers, transformers does not.
+_SCALE_NOT_STORED = {("gemma2", 46), ("gemma3", 62)}
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -64,95 +85,68 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read the header of a GGUF file.
-
-    Raises UserError if the file is not GGUF, has an unknown version, or is cut short within the header.
-    """
+    """Read the header of a GGUF file. Raises UserError if it is none, has an unknown version, or is cut short."""
     try:
-        with path.open("rb") as stream:
-            return _read(path, stream)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _parsed(path, _Cursor(content))
     except UserError:
         raise
-    except (struct.error, KeyError, ValueError, OverflowError, RecursionError) as error:
-        reason = one_line(str(error))
-        if isinstance(error, UnicodeDecodeError):
-            reason = "a name is not UTF-8"
-        elif isinstance(error, KeyError):
-            reason = f"a value of the unknown type {error}"
-        raise UserError(f"model.source: {path}: its GGUF header is broken or cut short: {reason}") from error
     except OSError as error:
         raise UserError(f"model.source: {path} cannot be read: {error}") from error
+    except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+        reason = one_line(str(error))
+        raise UserError(f"model.source: {path}: its GGUF header is broken or cut short: {reason}") from error
 
 
-def _read(path: Path, stream: BinaryIO) -> GgufHeader:
-    magic, version, num_tensors, num_settings = _unpack(stream, "4sIQQ")
+class _Cursor:
+    """A place in a mapped header. A number behind the end is a struct.error."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self.content, self.at = content, 0
+
+    def take(self, form: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(f"<{form}", self.content, self.at)
+        self.at += struct.calcsize(f"<{form}")
+        return values
+
+    def string(self) -> str:
+        (length,) = self.take("Q")
+        self.at += length
+        return self.content[self.at - length : self.at].decode("utf-8")
+
+    def skip_array(self) -> None:
+        kind, length = self.take("IQ")
+        if kind not in (_STRING, _ARRAY):
+            self.at += length * struct.calcsize(_SCALARS[kind])
+            return
+        for _ in range(length):
+            if kind == _ARRAY:
+                self.skip_array()
+            else:
+                self.at += self.take("Q")[0]
+
+
+def _parsed(path: Path, cursor: _Cursor) -> GgufHeader:
+    magic, version, num_tensors, num_settings = cursor.take("4sIQQ")
     if magic != b"GGUF":
         raise UserError(f"model.source: {path} is not a GGUF file: it starts with {magic!r}.")
-    if version not in _VERSIONS:
+    if version not in (2, 3):
         raise UserError(f"model.source: {path} is GGUF version {version}; must be one of 2, 3.")
     settings: dict[str, Any] = {}
     for _ in range(num_settings):
-        key = _string(stream)
-        (kind,) = _unpack(stream, "I")
+        key, (kind,) = cursor.string(), cursor.take("I")
         if kind == _ARRAY:
-            _skip_array(stream)
+            cursor.skip_array()
         else:
-            settings[key] = _string(stream) if kind == _STRING else _unpack(stream, _SCALARS[kind])[0]
+            settings[key] = cursor.string() if kind == _STRING else cursor.take(_SCALARS[kind])[0]
     entries = []
     for _ in range(num_tensors):
-        name = _string(stream)
-        (num_dims,) = _unpack(stream, "I")
-        if not 1 <= num_dims <= _MOST_DIMS:
-            raise ValueError(f"tensor '{name}' has {num_dims} dimensions")
-        sizes = _unpack(stream, f"{num_dims}Q")
-        entries.append((name, tuple(reversed(sizes)), *_unpack(stream, "IQ")))
+        name, (num_dims,) = cursor.string(), cursor.take("I")
+        entries.append((name, tuple(reversed(cursor.take(f"{num_dims}Q"))), *cursor.take("IQ")))
     alignment = settings.get("general.alignment", _ALIGNMENT)
-    if type(alignment) is not int or alignment < 8 or alignment % 8:
-        raise ValueError(f"general.alignment must be a multiple of 8 (got {alignment!r})")
-    for name, *_, offset in entries:
-        if offset % alignment:
-            raise ValueError(f"tensor '{name}' begins at byte {offset}, which is no multiple of {alignment}")
-    data = -(-stream.tell() // alignment) * alignment
+    data = -(-cursor.at // alignment) * alignment
     tensors = tuple(GgufTensor(name, shape, kind, data + offset) for name, shape, kind, offset in entries)
     return GgufHeader(path, settings, tensors)
-
-
-def _unpack(stream: BinaryIO, form: str) -> tuple[Any, ...]:
-    return struct.unpack(f"<{form}", stream.read(struct.calcsize(f"<{form}")))
-
-
-def _string(stream: BinaryIO) -> str:
-    (length,) = _unpack(stream, "Q")
-    if length > _MOST_STRING_BYTES:  # a read of that many bytes would first take the memory for them
-        raise ValueError(f"a string of {length:,} bytes")
-    content = stream.read(length)
-    if len(content) != length:
-        raise ValueError("the file ends within a string")
-    return content.decode("utf-8")
-
-
-def _skip_array(stream: BinaryIO) -> None:
-    kind, length = _unpack(stream, "IQ")
-    if kind not in (_STRING, _ARRAY):
-        stream.seek(length * struct.calcsize(_SCALARS[kind]), 1)
-        return
-    for _ in range(length):
-        if kind == _ARRAY:
-            _skip_array(stream)
-        else:
-            stream.seek(_unpack(stream, "Q")[0], 1)
-
-
-log = logging.getLogger("qdora")
-
-GGUF_INSTALL = 'pip install "qdora[gguf]"'
-_HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
-# Rotary factors of Llama 3.1 and later; transformers does not take them from a GGUF file.
-_ROTARY_FACTORS = "rope_freqs.weight"
-# The 27B models of Gemma 2 and 3 scale their attention by another width than the head's. GGUF files do not store it;
-# llama.cpp knows it from the number of layers, transformers does not.
-_SCALE_NOT_STORED = {("gemma2", 46), ("gemma3", 62)}
-_ROWS_AT_ONCE = 4096
 
 
 def require_gguf() -> None:
@@ -160,44 +154,33 @@ def require_gguf() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise UserError(f"model.source: reading a .gguf file needs the package gguf. Fix: {GGUF_INSTALL}") from None
+        fix = 'pip install "qdora[gguf]"'
+        raise UserError(f"model.source: reading a .gguf file needs the package gguf. Fix: {fix}") from None
 
 
 def check_gguf(path: Path) -> None:
     """Check that all tensors are in the file; broken downloads are common and look like a wrong shape.
 
-    Raises UserError if the package gguf is missing, or the file is not GGUF or cut short.
+    Raises UserError if the package gguf is missing, or the file is not GGUF, cut short or of an unknown architecture.
     """
     require_gguf()
-    size = path.stat().st_size
-    tensors = read_header(path).tensors
-    faults = list(_placing_faults(path, tensors))
-    if faults:
-        raise UserError(*shorten(faults))
-    beyond = [tensor.name for tensor in tensors if tensor.offset + _num_bytes(tensor) > size]
-    if beyond:
-        raise UserError(
-            f"model.source: {path} is cut short: {len(beyond)} tensors, e.g. '{beyond[0]}', lie beyond its end. "
-            "Fix: download or copy it again."
-        )
-
-
-def _placing_faults(path: Path, tensors: Sequence[GgufTensor]) -> Iterator[str]:
-    """Tensors of an unknown type, without values, or with bytes of another tensor: a header that was damaged."""
     import gguf
 
-    end, before = 0, ""
-    kinds: dict[int, tuple[int, int]] = gguf.GGML_QUANT_SIZES  # (values, bytes) of a block
-    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+    header = read_header(path)
+    architecture, use = header.architecture, "Fix: use the safetensors checkpoint of the model."
+    if architecture not in {*LAYOUTS, *GGUF_SUPPORTED_ARCHITECTURES}:
+        raise UserError(f"model.source: {path}: the layout of {architecture!r} in GGUF files is not known. {use}")
+    if (architecture, header.settings.get(f"{architecture}.block_count")) in _SCALE_NOT_STORED:
+        raise UserError(f"model.source: {path}: the attention scale of this {architecture} is not in GGUF files. {use}")
+    size, blocks = path.stat().st_size, gguf.GGML_QUANT_SIZES
+    for tensor in header.tensors:
         where = f"model.source: {path}: tensor '{tensor.name}'"
-        if tensor.type not in kinds:
-            yield f"{where} has the type {tensor.type}, which the installed package gguf does not know."
-            continue
-        if 0 in tensor.shape or tensor.shape[-1] % kinds[tensor.type][0]:
-            yield f"{where} has the shape {list(tensor.shape)}, which its type cannot have: the header is damaged."
-        if tensor.offset < end:
-            yield f"{where} begins inside the values of '{before}': the header is damaged."
-        end, before = max(end, tensor.offset + _num_bytes(tensor)), tensor.name
+        known = tensor.type in blocks and min(tensor.shape, default=0) > 0
+        if not known or tensor.shape[-1] % blocks[tensor.type][0]:
+            what = f"has the type {tensor.type} and the shape {list(tensor.shape)}"
+            raise UserError(f"{where} {what}, which the installed package gguf does not know.")
+        if tensor.offset + math.prod(_byte_shape(tensor)) > size:
+            raise UserError(f"{where} lies beyond the end: the file is cut short. Fix: download or copy it again.")
 
 
 def settle_head(path: Path, config: PreTrainedConfig) -> None:
@@ -216,121 +199,130 @@ def settle_head(path: Path, config: PreTrainedConfig) -> None:
         config.tie_word_embeddings = True
 
 
-def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, Stored]:
-    """Model name -> tensor of the file; only the header is read. `model` is the skeleton of the file's config.
-
-    Raises UserError if the architecture or a tensor has no counterpart in transformers.
-    """
+def open_gguf(path: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """`gguf_tensors` of a base; the user is told of rotary factors, which are not read."""
     header = read_header(path)
-    if (header.architecture, int(model.config.num_hidden_layers)) in _SCALE_NOT_STORED:
-        raise UserError(
-            f"model.source: {header.path}: the attention scale of this {header.architecture} is not in GGUF files. "
-            "Fix: use the safetensors checkpoint of the model."
-        )
-    places = held_rows(model)
-    strange = [each.name for each in header.tensors if "_exps." in each.name and each.name not in places]
-    strange += [name for name, place in places.items() if place.turned]
-    if strange:
-        parts = "experts" if "_exps." in strange[0] else "heads"
-        raise UserError(
-            f"model.source: {path}: '{strange[0]}' holds {parts}, which are not read from GGUF files of "
-            f"{header.architecture}. Fix: use the safetensors checkpoint of the model."
-        )
-    layouts = tensor_layouts(path, header.architecture, (tensor.name for tensor in header.tensors), model)
-    may_hold = tuple(model._keys_to_ignore_on_load_unexpected or ())
+    if factors := next((tensor.name for tensor in header.tensors if tensor.name in _ROTARY_FACTORS), None):
+        text = "%s: its rotary factors (%s) are not read: the model answers otherwise than the original, above all "
+        text += "in long texts. Fix: use the safetensors model."
+        log.warning(text, path, factors)
+    return gguf_tensors(header, model)
+
+
+def gguf_tensors(header: GgufHeader, model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """Model name -> tensor of the file; nothing is read yet. `model` is a skeleton. An embedding keeps its own rows.
+
+    Raises UserError if a tensor has no counterpart in transformers.
+    """
+    path = header.path
+    kind = TENSOR_PROCESSORS.get(LAYOUTS.get(header.architecture), TensorProcessor)
+    processor = kind(config=model.config.to_dict())
+    names, places = _model_names(header, model, processor), _expert_rows(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored: dict[str, Stored] = {}
-    experts: dict[str, list[tuple[GgufTensor, HeldRows]]] = {}
+    stored: dict[str, StoredTensor] = {}
+    experts: dict[str, list[tuple[GgufTensor, ExpertRows]]] = {}
     faults = []
     for tensor in header.tensors:
-        if tensor.name == _ROTARY_FACTORS:
-            text = "%s: its rotary factors (%s) are not read: the model answers otherwise than the original, above all "
-            text += "in long texts. Fix: use the safetensors model."
-            log.warning(text, path, tensor.name)
+        name, place = names.get(tensor.name), places.get(tensor.name)
+        if tensor.name in _ROTARY_FACTORS or (tensor.name == _HEAD and model.config.tie_word_embeddings):
             continue
-        if tensor.name == _HEAD and model.config.tie_word_embeddings:
-            continue
-        if tensor.name in places:
-            place = places[tensor.name]
+        if place is not None:
             experts.setdefault(place.name, []).append((tensor, place))
-            continue
-        layout = layouts.get(tensor.name)
-        if layout is not None and layout.name in shapes:
-            shape = shapes[layout.name]
-            stored[layout.name] = StoredTensor(tensor.name, shape, partial(_read_tensor, path, tensor, layout, shape))
-        elif layout is None or not any(re.search(pattern, layout.name) for pattern in may_hold):
-            faults.append(f"model.source: {path}: tensor '{tensor.name}' has no place in the model.")
+        elif name is not None:
+            rows = tensor.shape[:1] if tensor.name == _EMBEDDING else shapes[name][:1]
+            shape = (*rows, *shapes[name][1:])
+            stored[name] = StoredTensor(tensor.name, shape, partial(_read_tensor, path, tensor, processor, shape))
+        else:
+            faults.append(f"model.source: the file's tensor '{tensor.name}' has no place in the model.")
     for name, held in experts.items():
-        faults.extend(_expert_faults(path, held))
-        stored[name] = _stack(path, held, shapes[name])
+        first = held[0][1]
+        fits = all(tensor.shape == place.shape for tensor, place in held)
+        if not fits or sum(place.num_rows for _, place in held) != first.features:
+            found = ", ".join(f"'{tensor.name}' {list(tensor.shape)}" for tensor, _ in held)
+            wanted = f"{first.num_experts} experts of {first.features} rows"
+            faults.append(f"model.source: the file has {found}, the config asks for {wanted}.")
+        readers = (partial(_expert_weight, path, held, expert) for expert in range(first.num_experts))
+        parts = [StoredRows(first.features, reader) for reader in readers]
+        stored[name] = in_parts(held[0][0].name, shapes[name], parts, itemsize=4, dtype="F32")
     if faults:
         raise UserError(*shorten(faults))
     return stored
 
 
-def _expert_faults(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]]) -> Iterator[str]:
-    """Tensors of experts that do not make up their stack."""
-    for tensor, place in held:
-        if tensor.shape != place.shape:
-            what = f"tensor '{tensor.name}' has shape {list(tensor.shape)}, the config asks for {list(place.shape)}"
-            yield f"model.source: {path}: {what}."
-    num_rows, wanted = sum(place.num_rows for _, place in held), held[0][1].part_features
-    if num_rows != wanted:
-        names = ", ".join(tensor.name for tensor, _ in held)
-        yield f"model.source: {path}: {names} hold {num_rows} rows of each expert, the config asks for {wanted}."
-
-
-def _stack(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], shape: tuple[int, ...]) -> Stored:
-    """The bias, (experts, out), or weight, (experts * out, in), of a stack; MXFP4 stays packed."""
+def _model_names(header: GgufHeader, model: PreTrainedModel, processor: TensorProcessor) -> dict[str, str]:
+    """Name in the file -> name in the model, by the tables of the package gguf."""
     import gguf
 
-    first, key = held[0][1], held[0][0].name
-    if first.columns is None:
-        return StoredTensor(key, shape, partial(_expert_bias, path, held, shape))
-    if {tensor.type for tensor, _ in held} == {gguf.GGMLQuantizationType.MXFP4}:
-        read = partial(_mxfp4_weight, path, held, (shape[0], shape[1]))
-        return StoredPacked(key, shape, MXFP4, MXFP4_BLOCK_SIZE, double_quant=False, read=read)
-    parts = [
-        StoredRows(first.part_features, partial(_expert_weight, path, held, expert))
-        for expert in range(first.num_parts)
-    ]
-    return in_parts(key, shape, parts, itemsize=4, dtype="F32")
+    known = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture), None)
+    if known is None:
+        what = f"the installed package gguf does not know {header.architecture!r}"
+        raise UserError(f"model.source: {what}. Fix: pip install -U gguf")
+    table = gguf.get_tensor_name_map(known, int(model.config.num_hidden_layers))
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    back = [each.reverse_transform() for each in reversed(renamings)]
+    names: dict[str, str] = {}
+    own = library_names(model)
+    for name in (each for each in model.state_dict() if each not in own):
+        published, _ = rename_source_key(name, back, [])  # the converter reads published checkpoints
+        for stem, ending in _stems(processor.preprocess_name(name)) + _stems(published):
+            # Some architectures were converted from the model without its head; those names lack the first part.
+            found = table.get_name(stem) or table.get_name(stem.removeprefix(f"{model.base_model_prefix}."))
+            if found is not None:
+                names[f"{found}{ending}"] = name
+    return names
 
 
-def _expert_weight(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], expert: int) -> Tensor:
+def _stems(name: str) -> list[tuple[str, str]]:
+    """How a name may be written: one of the package's table, and what the converter puts behind it."""
+    stem, _, leaf = name.rpartition(".")
+    if leaf in ("weight", "bias"):
+        return [(stem, f".{leaf}")]
+    # The converter makes a weight or a bias of parameters that are neither (sinks, a correction of router scores).
+    return [(name, ""), (name, ".weight"), (name, ".bias"), (name.removesuffix("_bias"), ".bias")]
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """What a tensor of a file, (experts, rows, columns), holds of a stack's weight `name`: some rows of each expert."""
+
+    name: str
+    rows: slice
+    num_experts: int
+    features: int
+    columns: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an expert in the tensor."""
+        return len(range(*self.rows.indices(self.features)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return (self.num_experts, self.num_rows, self.columns)
+
+
+def _expert_rows(model: nn.Module) -> dict[str, ExpertRows]:
+    """Name of a tensor of experts in a file -> its place in the model, for each name that a file may have."""
+    places = {}
+    for path, stack in stacks(model).items():
+        projection, half = path.rpartition(".")[2], stack.expert_features // 2
+        parts = {projection.removesuffix("_proj"): slice(None)}
+        if projection == "gate_up_proj":
+            parts |= {"gate": slice(0, half), "up": slice(half, None)}
+        for part, rows in parts.items():
+            place = ExpertRows(f"{path}.weight", rows, stack.num_experts, stack.expert_features, stack.in_features)
+            places[f"blk.{block_of(path)}.ffn_{part}_exps.weight"] = place
+    return places
+
+
+def _expert_weight(path: Path, held: Sequence[tuple[GgufTensor, ExpertRows]], expert: int) -> Tensor:
     """The weight of one expert, (out, in)."""
-    first, columns = held[0][1], held[0][0].shape[-1]
-    values = np.empty((first.part_features, columns), dtype=np.float32)
+    values = np.empty((held[0][1].features, held[0][0].shape[-1]), dtype=np.float32)
     for tensor, place in held:
         start = expert * place.num_rows
         values[place.rows] = _dequantized(path, tensor, slice(start, start + place.num_rows))
     return torch.from_numpy(values)
-
-
-def _expert_bias(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], shape: tuple[int, ...]) -> Tensor:
-    values = np.empty(shape, dtype=np.float32)
-    for tensor, place in held:
-        values[:, place.rows] = _dequantized(path, tensor)
-    return torch.from_numpy(values)
-
-
-def _mxfp4_weight(path: Path, held: Sequence[tuple[GgufTensor, HeldRows]], shape: tuple[int, int]) -> PackedWeight:
-    """The weight of a stack bit for bit. A block of a file is its scale, then 16 bytes of weights i and i + 16."""
-    first, num_groups = held[0][1], shape[1] // MXFP4_BLOCK_SIZE
-    sizes = (first.num_parts, first.part_features, num_groups)
-    packed, scales = np.empty((*sizes, MXFP4_BLOCK_SIZE // 2), dtype=np.uint8), np.empty(sizes, dtype=np.uint8)
-    for tensor, place in held:
-        blocks = _stored_rows(path, tensor).reshape(first.num_parts, place.num_rows, num_groups, -1)
-        scales[:, place.rows] = blocks[..., 0]
-        for expert in range(first.num_parts):
-            pairs = blocks[expert, ..., 1:]
-            codes = np.concatenate([pairs & 15, pairs >> 4], axis=-1)
-            packed[expert, place.rows] = codes[..., ::2] << 4 | codes[..., 1::2]
-    return mxfp4_weight(held[0][0].name, torch.from_numpy(packed), torch.from_numpy(scales), shape)
-
-
-def _num_bytes(tensor: GgufTensor) -> int:
-    return math.prod(_byte_shape(tensor))  # of any size, where numpy's would overflow
 
 
 def _byte_shape(tensor: GgufTensor) -> tuple[int, ...]:
@@ -344,13 +336,13 @@ def _byte_shape(tensor: GgufTensor) -> tuple[int, ...]:
 def _stored_rows(path: Path, tensor: GgufTensor) -> Values:
     """The stored bytes as (rows, bytes per row), mapped; dropping the array gives its pages back."""
     shape = _byte_shape(tensor)
-    flat = np.memmap(path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(_num_bytes(tensor),))
+    flat = np.memmap(path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(math.prod(shape),))
     # asarray: slicing a memmap costs more than dequantising a small slice.
     return np.asarray(flat).reshape(-1, shape[-1])
 
 
-def _read_tensor(path: Path, tensor: GgufTensor, layout: TensorLayout, shape: tuple[int, ...]) -> Tensor:
-    values = layout.change(_dequantized(path, tensor).reshape(tensor.shape))
+def _read_tensor(path: Path, tensor: GgufTensor, processor: TensorProcessor, shape: tuple[int, ...]) -> Tensor:
+    values = processor.process(weights=_dequantized(path, tensor).reshape(tensor.shape), name=tensor.name).weights
     # Copies if a view was returned, such as a transposed one.
     result = torch.from_numpy(np.require(values, requirements=["C", "W"]))
     if tuple(result.shape) != shape:

@@ -8,29 +8,17 @@ and again for a tokenizer. The usual small files that they are saved as are kept
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GptOssConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoTokenizer, MixtralConfig, PreTrainedConfig
 
-from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
-from qdora.files.console import OF_THIS_PROCESS
+from qdora.files.atomic import atomic_directory, disk_reason
 from qdora.files.environment import package_versions
 from qdora.files.user_paths import cache_folder
 from qdora.files.work_lock import in_turn
 from qdora.model.gguf_file import GgufHeader, read_header
-
-logger = logging.getLogger("qdora")
 
 _PACKAGES = ("transformers", "tokenizers", "gguf")
 
@@ -38,55 +26,7 @@ _PACKAGES = ("transformers", "tokenizers", "gguf")
 def config_of_gguf(path: Path) -> PreTrainedConfig:
     """The config. Raises what transformers raises for a header that it cannot use."""
     header = read_header(path)
-    if header.architecture == "gpt-oss":
-        return _gpt_oss_config(header)
-    config: PreTrainedConfig = _kept(header, "config", AutoConfig.from_pretrained)
-    return _with_experts(config, header)
-
-
-def _gpt_oss_config(header: GgufHeader) -> PreTrainedConfig:
-    """transformers 5.24 fails on files of gpt-oss: it takes the length of a setting's name for its value.
-
-    Raises ValueError if a setting is missing.
-    """
-
-    def setting(name: str, default: Any = None) -> Any:
-        found = header.settings.get(f"gpt-oss.{name}", default)
-        if found is None:
-            raise ValueError(f"the header has no gpt-oss.{name}")
-        return found
-
-    def token(name: str) -> Any:
-        return header.settings.get(f"tokenizer.ggml.{name}_token_id")
-
-    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": setting("rope.freq_base")}
-    if header.settings.get("gpt-oss.rope.scaling.type") == "yarn":
-        # The bounds are not rounded in this family; the file does not say so.
-        rope |= {"rope_type": "yarn", "truncate": False, "factor": setting("rope.scaling.factor")}
-        rope["original_max_position_embeddings"] = setting("rope.scaling.original_context_length")
-        rope["beta_fast"] = setting("rope.scaling.yarn_beta_fast", 32.0)
-        rope["beta_slow"] = setting("rope.scaling.yarn_beta_slow", 1.0)
-    return GptOssConfig(
-        architectures=["GptOssForCausalLM"],
-        num_hidden_layers=setting("block_count"),
-        max_position_embeddings=setting("context_length"),
-        hidden_size=setting("embedding_length"),
-        intermediate_size=setting("expert_feed_forward_length"),
-        num_attention_heads=setting("attention.head_count"),
-        num_key_value_heads=setting("attention.head_count_kv"),
-        head_dim=setting("attention.key_length"),
-        rms_norm_eps=setting("attention.layer_norm_rms_epsilon"),
-        sliding_window=setting("attention.sliding_window"),
-        num_local_experts=setting("expert_count"),
-        num_experts_per_tok=setting("expert_used_count"),
-        vocab_size=shapes["token_embd.weight"][0],
-        tie_word_embeddings="output.weight" not in shapes,
-        rope_parameters=rope,
-        bos_token_id=token("bos"),
-        eos_token_id=token("eos"),
-        pad_token_id=token("padding"),
-    )
+    return _with_experts(_kept(header, "config", AutoConfig.from_pretrained), header)
 
 
 def _with_experts(config: PreTrainedConfig, header: GgufHeader) -> PreTrainedConfig:
@@ -118,10 +58,7 @@ def _with_experts(config: PreTrainedConfig, header: GgufHeader) -> PreTrainedCon
 
 def tokenizer_of_gguf(path: Path) -> Any:
     """The tokenizer. Raises what transformers raises for a header that it cannot use."""
-    # The automatic class asks transformers for the config, see `_gpt_oss_config`.
-    header = read_header(path)
-    kind = PreTrainedTokenizerFast if header.architecture == "gpt-oss" else AutoTokenizer
-    return _kept(header, "tokenizer", kind.from_pretrained)
+    return _kept(read_header(path), "tokenizer", AutoTokenizer.from_pretrained)
 
 
 def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
@@ -129,35 +66,19 @@ def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
     path = header.path
     folder = cache_folder("gguf") / _identity(header) / name
     if not folder.is_dir():
-        made = _make(folder, path, load)
-        if made is not None:
-            return made
-    try:
-        found = load(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s: is damaged (%s). It is made anew.", folder, error, extra=OF_THIS_PROCESS)
-        with suppress(OSError):  # another process may be removing it, too
-            remove_directory(folder)
-        return load(str(path.parent), gguf_file=path.name)
-    found.name_or_path = str(path.parent)
-    return found
-
-
-def _make(folder: Path, path: Path, load: Callable[..., Any]) -> Any | None:
-    """Save in `folder` what `load` makes of the file. Returns None, or what was made if the disk does not take it."""
-    with in_turn(folder):
-        if folder.is_dir():  # another process has made it meanwhile
-            return None
-        made = load(str(path.parent), gguf_file=path.name)
-        try:
-            with atomic_directory(folder) as aside:
-                made.save_pretrained(aside)
-        except Exception as error:
-            if disk_reason(error) is None:
-                raise
-            logger.debug("%s: the %s of %s is not kept: %s", folder, folder.name, path, error)
-            return made
-    return None
+        with in_turn(folder):
+            if not folder.is_dir():  # another process may have made it meanwhile
+                made = load(str(path.parent), gguf_file=path.name)
+                try:
+                    with atomic_directory(folder) as aside:
+                        made.save_pretrained(aside)
+                except Exception as error:
+                    if disk_reason(error) is None:
+                        raise
+                    return made
+    kept = load(str(folder), local_files_only=True)
+    kept.name_or_path = str(path.parent)
+    return kept
 
 
 def _identity(header: GgufHeader) -> str:

@@ -7,13 +7,10 @@ an empty `NotLoaded`.
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -27,7 +24,6 @@ from transformers import (
 from qdora.errors import UserError
 from qdora.files.json_file import read_json_object
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
-from qdora.recipe.byte_size import size_text
 
 FAMILIES = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """model_type of the configs whose text logits without the other parts were compared with those of the whole model."""
@@ -41,13 +37,7 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_
 
 
 class NotLoaded(nn.Module):
-    """Stands for a part of a multimodal model that stays in the files of its source.
-
-    Attributes:
-        paths, linear: Paths, within the part, of its modules and of its linear layers.
-        stored: Key in the checkpoint -> tensor of the part; empty before `set_aside`.
-        directory: Where the checkpoint is; None before `set_aside`.
-    """
+    """Stands for a part that stays in the files of its source; `stored` and `directory` come from `set_aside`."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -105,9 +95,6 @@ def leave_out_other_parts_(model: PreTrainedModel) -> None:
         holder = getattr(holder, step)
     if model.config.model_type in _NEED_TEXT_POSITIONS:
         text.register_forward_pre_hook(_with_text_positions, with_kwargs=True)
-    whole = model.base_model
-    if _demands_token_types(whole):
-        whole.register_forward_pre_hook(_with_text_types, with_kwargs=True)
 
 
 def _with_text_positions(
@@ -120,35 +107,15 @@ def _with_text_positions(
     return args, kwargs
 
 
-def _demands_token_types(model: nn.Module) -> bool:
-    """Whether the model's class refuses to be trained without token types: Gemma 3 in transformers 5.0."""
-    masks = getattr(sys.modules[type(model).__module__], "create_causal_mask_mapping", None)
-    return masks is not None and "is_training" in inspect.signature(masks).parameters
-
-
-def _with_text_types(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Say of every token that it is text."""
-    ids = kwargs.get("input_ids")
-    if module.training and ids is not None and kwargs.get("token_type_ids") is None:
-        kwargs = kwargs | {"token_type_ids": torch.zeros_like(ids)}
-    return args, kwargs
-
-
 def not_loaded(model: nn.Module) -> dict[str, NotLoaded]:
     """Path -> part that is not loaded; empty for a model of text alone."""
     return {path: module for path, module in model.named_modules() if isinstance(module, NotLoaded)}
 
 
 def set_aside(stored: Mapping[str, Stored], model: nn.Module, directory: Path) -> dict[str, Stored]:
-    """The tensors of the language part; those of the other parts go to their `NotLoaded`.
+    """Of the tensors of a whole model, in `directory`, those of the language part; the others go to their `NotLoaded`.
 
-    Args:
-        stored: Name in the whole model -> tensor.
-        directory: Where the checkpoint is.
-    Raises:
-        UserError: A tensor of another part is quantised, so a merged export could not be loaded.
+    Raises UserError: A tensor of another part is quantised, so a merged export could not be loaded.
     """
     parts = not_loaded(model)
     language: dict[str, Stored] = {}
@@ -175,18 +142,13 @@ def carried(model: nn.Module) -> dict[str, StoredTensor]:
 
 def all_paths(model: nn.Module) -> list[str]:
     """Paths of all modules of the whole model, also of those that are not loaded."""
-    return [path for path, _ in model.named_modules()] + list(_inside(model, "paths"))
+    others = [f"{path}.{inner}" for path, part in not_loaded(model).items() for inner in part.paths]
+    return [path for path, _ in model.named_modules()] + others
 
 
 def linear_not_loaded(model: nn.Module) -> list[str]:
     """Paths of the linear layers that are not loaded."""
-    return list(_inside(model, "linear"))
-
-
-def _inside(model: nn.Module, names: str) -> Iterator[str]:
-    for path, part in not_loaded(model).items():
-        for inner in getattr(part, names):
-            yield f"{path}.{inner}" if inner else path
+    return [f"{path}.{inner}".removesuffix(".") for path, part in not_loaded(model).items() for inner in part.linear]
 
 
 def processor_files(model: nn.Module) -> dict[str, str]:
@@ -197,13 +159,9 @@ def processor_files(model: nn.Module) -> dict[str, str]:
 
 
 def in_words(model: nn.Module) -> str:
-    """What is loaded and trained of a multimodal model, in a sentence; empty for a model of text alone."""
-    parts = not_loaded(model)
-    if not parts:
-        return ""
-    items = carried(model).values()
-    names = ", ".join(path.rpartition(".")[2] for path in parts)
+    """What is loaded and trained of a multimodal model."""
+    names = ", ".join(path.rpartition(".")[2] for path in not_loaded(model))
     return (
         "The model is multimodal, and only its language part is loaded and trained. Exports copy the rest unchanged: "
-        f"{names} ({len(items)} tensors, {size_text(sum(item.num_bytes for item in items))})."
+        f"{names} ({len(carried(model))} tensors)."
     )

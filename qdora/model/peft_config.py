@@ -161,14 +161,10 @@ def adapter_config(
     """The `adapter_config.json` from which PEFT builds exactly these layers (it refuses masked ones).
 
     `r` and `lora_alpha` are the commonest values; a layer that differs gets a pattern anchored to its path. A setting
-    that older releases of PEFT do not know is written only where it is used.
+    that older releases of PEFT do not know is written only where it is used. Linear layers in `as_parameters` are named
+    by their weights, as stacks of experts are. `all_paths`: of all modules of the model.
 
-    Args:
-        layers, all_paths: Path -> layer, at least one; paths of all modules of the model.
-        base_name_or_path, revision: Where PEFT users load the base from, and its commit on the Hub, or None.
-        as_parameters: Paths of linear layers that are named by their weights, as stacks of experts are by theirs.
-    Raises:
-        ValueError: Layers differ in kind, mask, dropout or rank stabilisation; the format has one value for all.
+    Raises ValueError if layers differ in kind, mask, dropout or rank stabilisation: the format has one value for all.
     """
     first = next(iter(layers.values()))
     names = {path: f"{path}.weight" if path in as_parameters else path for path in layers}
