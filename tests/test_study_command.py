@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.data.build_data import run_examples
 from qdora.errors import RunFailure, UserError
-from qdora.evaluation.loglikelihood import score_answers
+from qdora.evaluation.loglikelihood import score_examples
 from qdora.evaluation.suite import evaluate, spread
 from qdora.model.adapter_file import load_adapter
 from qdora.model.inject import adapted_layers, inject
@@ -460,8 +460,8 @@ def check_by_layer(directory: Path, cells: list[dict[str, Any]]) -> None:
     examples = [each for found in run_examples(trained.recipe, "validation").values() for each in spread(found, 15, 0)]
 
     def nll() -> float:
-        scores = score_answers(trained.model, trained.tokenizer, examples)
-        return -sum(each.loglikelihood for each in scores) / sum(each.num_tokens for each in scores)
+        scores = score_examples(trained.model, trained.tokenizer, examples)
+        return sum(each.nll for each in scores) / sum(each.num_answer_tokens for each in scores)
 
     whole = nll()
     assert found["nf4"]["nll"] == pytest.approx(whole, rel=1e-6)

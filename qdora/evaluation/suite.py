@@ -17,14 +17,9 @@ from torch import nn
 
 from qdora.data.example import Example
 from qdora.errors import Diverged, UserError
-from qdora.evaluation.forward_path import ForwardPath, choose_path
-from qdora.evaluation.loglikelihood import AnswerScore, ChoiceScores, score_answers, score_choices
-from qdora.evaluation.metrics import (
-    Estimate,
-    mean_stderr,
-    ratio_stderr,
-    tie_credit,
-)
+from qdora.evaluation.forward_path import shares_prefix
+from qdora.evaluation.loglikelihood import ExampleScore, score_examples
+from qdora.evaluation.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
 from qdora.files.console import Progress
 
 
@@ -64,7 +59,7 @@ class EvaluationResult:
     average: TaskResult
     """Every task counts once. Counts are sums; accuracy is averaged over the tasks with choices, NLL over all."""
     settings: dict[str, Any]
-    """Options and conditions: limit, max_batch_tokens, path, model_dtype, device, seconds."""
+    """Options and conditions: limit, block, max_batch_tokens, shared_prefix, model_dtype, device, seconds."""
     per_example: list[dict[str, Any]] = field(default_factory=list)
     """Scores of single examples, in task order, for paired tests."""
 
@@ -111,24 +106,26 @@ def evaluate(
         faults.append(f"eval.limit: must be at least 1, got {limit}")
     if faults:
         raise UserError(*faults)
-    path = choose_path(model)
     started = time.perf_counter()
     tasks: dict[str, TaskResult] = {}
     records: list[dict[str, Any]] = []
     for task, all_examples in examples_by_task.items():
-        examples = spread(all_examples, limit, block)
-        choices, answers = _score(
-            model, tokenizer, examples, path, max_batch_tokens=max_batch_tokens, progress=progress
-        )
-        _check_finite(task, choices, answers)
-        tasks[task] = _task_result(choices, answers)
-        records.extend(_records(task, choices, answers))
+        examples = sorted(spread(all_examples, limit, block), key=lambda example: not example.choices)
+        scores = score_examples(model, tokenizer, examples, max_batch_tokens=max_batch_tokens, progress=progress)
+        broken = [score.id for score in scores if not np.isfinite(score.loglikelihoods).all()]
+        if broken:
+            raise Diverged(
+                f"eval: task '{task}': the model's log-likelihood is not finite in {len(broken)} of {len(scores)} "
+                f"examples, first in example '{broken[0]}'. Its weights or activations overflow or hold NaN."
+            )
+        own = [_record(task, score) for score in scores]
+        tasks[task] = _task_result(own)
+        records += own
     settings = {
         "limit": limit,
         "block": block,
         "max_batch_tokens": max_batch_tokens,
-        "shared_prefix": path.shared_prefix,
-        "path": path.reason,
+        "shared_prefix": shares_prefix(model),
         **conditions(model, started),
     }
     return EvaluationResult(tasks, _average(list(tasks.values())), settings, records)
@@ -222,75 +219,42 @@ def percent(share: float | None, stderr: float | None = None) -> str:
     return "–" if share is None else f"{100 * share:.1f}{error}"
 
 
-def _score(
-    model: nn.Module,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    path: ForwardPath,
-    *,
-    max_batch_tokens: int,
-    progress: Progress | None,
-) -> tuple[list[ChoiceScores], list[AnswerScore]]:
-    """Scores of the examples with choices and of those without; progress runs over both."""
-    with_choices = [example for example in examples if example.choices]
-    without = [example for example in examples if not example.choices]
-
-    def after(num_before: int) -> dict[str, Any]:
-        report = None if progress is None else lambda done, _: progress(num_before + done, len(examples))
-        return {"max_batch_tokens": max_batch_tokens, "path": path, "progress": report}
-
-    choices = score_choices(model, tokenizer, with_choices, **after(0)) if with_choices else []
-    answers = score_answers(model, tokenizer, without, **after(len(with_choices))) if without else []
-    return choices, answers
+def _record(task: str, score: ExampleScore) -> dict[str, Any]:
+    """JSON-able scores of one example; `acc` and `acc_norm` are the credits that the task's accuracy averages."""
+    record: dict[str, Any] = {"task": task, "id": score.id}
+    if score.gold is not None:
+        per_char = score.loglikelihoods / np.maximum(score.num_chars, 1)  # an empty choice counts as one character
+        record |= {
+            "gold": score.gold,
+            **{name: getattr(score, name).tolist() for name in ("loglikelihoods", "num_tokens", "num_chars")},
+            "acc": tie_credit(score.loglikelihoods, score.gold),
+            "acc_norm": tie_credit(per_char, score.gold),
+        }
+    counts = {"num_answer_tokens": score.num_answer_tokens, "num_truncated": score.num_truncated}
+    return {**record, "nll": score.nll, **counts}
 
 
-def _check_finite(task: str, choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> None:
-    broken = [score.id for score in choices if not np.isfinite(score.loglikelihoods).all()]
-    broken += [score.id for score in answers if not math.isfinite(score.loglikelihood)]
-    if broken:
-        total = len(choices) + len(answers)
-        raise Diverged(
-            f"eval: task '{task}': the model's log-likelihood is not finite in {len(broken)} of {total} examples, "
-            f"first in example '{broken[0]}'. Its weights or activations overflow or hold NaN."
-        )
-
-
-def _task_result(choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> TaskResult:
-    nlls = [-score.loglikelihoods[score.gold] for score in choices] + [-score.loglikelihood for score in answers]
-    num_tokens = [int(score.num_tokens[score.gold]) for score in choices] + [score.num_tokens for score in answers]
+def _task_result(records: Sequence[Mapping[str, Any]]) -> TaskResult:
+    """The metrics of a task from the records of its examples."""
+    of_choices = [record for record in records if "acc" in record]
+    credits = {name: [record[name] for record in of_choices] for name in ("acc", "acc_norm")}
+    nlls, num_tokens = ([record[name] for record in records] for name in ("nll", "num_answer_tokens"))
+    num_gold = Counter(record["gold"] for record in of_choices)
+    chances = [1.0 / len(record["loglikelihoods"]) for record in of_choices]
     return TaskResult(
-        **_accuracies(choices),
+        **estimated("acc", mean_stderr(credits["acc"]) if of_choices else None),
+        **estimated("acc_norm", mean_stderr(credits["acc_norm"]) if of_choices else None),
+        chance=float(np.mean(chances)) if of_choices else None,
+        majority=max(num_gold.values()) / len(of_choices) if of_choices else None,
+        num_ties=sum(0 < credit < 1 for credit in credits["acc"]),
+        num_ties_norm=sum(0 < credit < 1 for credit in credits["acc_norm"]),
         **estimated("nll", mean_stderr(nlls)),
         **estimated("nll_per_token", ratio_stderr(nlls, num_tokens)),
-        num_examples=len(nlls),
-        num_choice_examples=len(choices),
+        num_examples=len(records),
+        num_choice_examples=len(of_choices),
         num_answer_tokens=sum(num_tokens),
-        num_truncated=sum(s.num_truncated > 0 for s in choices) + sum(s.num_truncated > 0 for s in answers),
+        num_truncated=sum(record["num_truncated"] > 0 for record in records),
     )
-
-
-def _accuracies(choices: Sequence[ChoiceScores]) -> dict[str, Any]:
-    """The fields of a `TaskResult` that need examples with choices."""
-    if not choices:
-        without = {"chance": None, "majority": None, "num_ties": 0, "num_ties_norm": 0}
-        return without | estimated("acc", None) | estimated("acc_norm", None)
-    found: dict[str, Any] = {
-        "chance": float(np.mean([1.0 / len(score.loglikelihoods) for score in choices])),
-        "majority": max(Counter(score.gold for score in choices).values()) / len(choices),
-    }
-    by_measure = zip(*(_credits(score) for score in choices), strict=True)
-    for (name, ties), found_credits in zip(
-        (("acc", "num_ties"), ("acc_norm", "num_ties_norm")), by_measure, strict=True
-    ):
-        found |= estimated(name, mean_stderr([credit for credit, _ in found_credits]))
-        found[ties] = sum(tied for _, tied in found_credits)
-    return found
-
-
-def _credits(score: ChoiceScores) -> tuple[tuple[float, bool], tuple[float, bool]]:
-    """Credit of the right choice and whether it is tied, by the log-likelihood and by that per character."""
-    per_char = score.loglikelihoods / np.maximum(score.num_chars, 1)  # an empty choice counts as one character
-    return tie_credit(score.loglikelihoods, score.gold), tie_credit(per_char, score.gold)
 
 
 def _average(results: Sequence[TaskResult]) -> TaskResult:
@@ -319,30 +283,6 @@ def averaged(results: Sequence[Any], name: str) -> Estimate | None:
     errors = (getattr(result, f"{name}_stderr", None) for result in results)
     variance = sum(math.nan if error is None else error**2 for error in errors)
     return Estimate(float(np.mean([getattr(result, name) for result in results])), math.sqrt(variance) / len(results))
-
-
-def _records(task: str, choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> list[dict[str, Any]]:
-    """JSON-able scores of single examples; `acc` and `acc_norm` are the credits that the task's accuracy averages."""
-    records: list[dict[str, Any]] = []
-    for score in choices:
-        (acc, _), (acc_norm, _) = _credits(score)
-        records.append(
-            {
-                "task": task,
-                "id": score.id,
-                "gold": score.gold,
-                **{name: getattr(score, name).tolist() for name in ("loglikelihoods", "num_tokens", "num_chars")},
-                "acc": acc,
-                "acc_norm": acc_norm,
-                "nll": -float(score.loglikelihoods[score.gold]),
-                "num_answer_tokens": int(score.num_tokens[score.gold]),
-                "num_truncated": score.num_truncated,
-            }
-        )
-    for answer in answers:
-        counts = {"num_answer_tokens": answer.num_tokens, "num_truncated": answer.num_truncated}
-        records.append({"task": task, "id": answer.id, "nll": -answer.loglikelihood, **counts})
-    return records
 
 
 def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:
