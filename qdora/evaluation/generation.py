@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,12 @@ from qdora.evaluation.forward_path import head_input, pads_left, scoring
 from qdora.evaluation.metrics import mean_stderr
 from qdora.evaluation.suite import (
     FEWEST,
+    Cell,
+    Result,
     averaged,
     conditions,
     estimated,
     percent,
-    result_document,
     results_table,
     spread,
 )
@@ -45,27 +46,6 @@ from qdora.ops.frozen_product import decoding
 MAX_NEW_TOKENS = 32
 """As in the published evaluation."""
 _NUM_SAMPLES = 5
-
-
-@dataclass(frozen=True)
-class GeneratedAnswer:
-    """The model's answer to one example."""
-
-    task: str
-    id: str
-    gold: int
-    output: str
-    """The text up to the token that decided the answer, else up to the end of sequence or the last allowed token."""
-    answer: int | None
-    """Index of the choice that it names first; None where it names none."""
-    num_new_tokens: int
-    num_truncated: int
-    """Tokens cut from the left of the prompt because it is longer than the model's context allows."""
-
-    @property
-    def outcome(self) -> str:
-        """right, wrong or unparsable."""
-        return "unparsable" if self.answer is None else "right" if self.answer == self.gold else "wrong"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,21 +67,7 @@ class GeneratedResult:
     """id and output of the first few outputs that name no choice."""
 
 
-@dataclass(frozen=True)
-class GenerationResult:
-    """One model's answers on several tasks."""
-
-    tasks: dict[str, GeneratedResult]
-    average: GeneratedResult
-    """Accuracy and chance: every task counts once. Counts are sums."""
-    settings: dict[str, Any]
-    per_example: list[GeneratedAnswer] = field(default_factory=list)
-    """In task order."""
-
-    def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
-        """For JSON: dicts, lists, numbers, strings and None only."""
-        singles = [asdict(each) | {"outcome": each.outcome} for each in self.per_example] if per_example else None
-        return result_document(self, singles)
+GenerationResult = Result[GeneratedResult]
 
 
 def evaluate_generated(
@@ -117,6 +83,9 @@ def evaluate_generated(
 ) -> GenerationResult:
     """Let the model answer every task's examples; count right, wrong and unparsable answers.
 
+    A record of `per_example` has the index of the choice that the output names first, None where it names none. The
+    output ends at the token that decided the answer, else at the end of sequence or the last allowed token.
+
     Args:
         examples_by_task: Task name -> its examples, at least one each, without `generation_faults`.
         limit, block: Most examples of a task (None: all), and which: the same as `suite.evaluate` takes.
@@ -127,7 +96,7 @@ def evaluate_generated(
     began = time.perf_counter()
     stop_ids = stop_ids_of_model(model, tokenizer)
     tasks: dict[str, GeneratedResult] = {}
-    answers: list[GeneratedAnswer] = []
+    records: list[dict[str, Any]] = []
 
     def text(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -151,20 +120,15 @@ def evaluate_generated(
             max_batch_tokens=max_batch_tokens,
             progress=progress,
         )
-        found = [
-            GeneratedAnswer(
-                task=task,
-                id=example.id,
-                gold=-1 if example.gold is None else example.gold,
-                output=text(ids),
-                answer=first_mention(text(ids), own)[0],
-                num_new_tokens=len(ids),
-                num_truncated=num_cut,
-            )
-            for example, own, ids, num_cut in zip(chosen, names, generated, cut, strict=True)
-        ]
-        tasks[task] = _counted(found, [len(own) for own in names])
-        answers += found
+        own: list[dict[str, Any]] = []
+        for example, choices, ids, num_truncated in zip(chosen, names, generated, cut, strict=True):
+            output = text(ids)
+            answer, _ = first_mention(output, choices)
+            record = {"task": task, "id": example.id, "gold": example.gold, "output": output, "answer": answer}
+            outcome = "unparsable" if answer is None else "right" if answer == example.gold else "wrong"
+            own.append(record | {"num_new_tokens": len(ids), "num_truncated": num_truncated, "outcome": outcome})
+        tasks[task] = _counted(own, [len(choices) for choices in names])
+        records += own
     settings = {
         "method": "generate",
         "decoding": "greedy",
@@ -174,7 +138,7 @@ def evaluate_generated(
         "max_batch_tokens": max_batch_tokens,
         **conditions(model, began),
     }
-    return GenerationResult(tasks, _average(list(tasks.values())), settings, answers)
+    return GenerationResult(tasks, _average(list(tasks.values())), settings, records)
 
 
 def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list[str]:
@@ -183,11 +147,11 @@ def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list
     for task, examples in examples_by_task.items():
         wrong = next((each for each in examples if not answer_names(each.choices)), None)
         if wrong is not None:
-            has = "no choices" if not wrong.choices else f"choices such as {wrong.choices[0].strip()[:40]!r}"
+            has = f"choices such as {wrong.choices[0].strip()[:40]!r}" if wrong.choices else "no choices"
             faults.append(
                 f"eval.method: generate needs choices that differ in one word, got task '{task}', whose example "
-                f"{wrong.id} has {has}. Fix: for the eight commonsense tasks and files of commonsense_170k set "
-                "data.mix[].format: commonsense170k. For other data set eval.method: loglikelihood, or remove --method."
+                f"{wrong.id} has {has}. Fix: for the eight commonsense tasks set data.mix[].format: commonsense170k; "
+                "for other data eval.method: loglikelihood."
             )
     return faults
 
@@ -195,13 +159,14 @@ def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list
 def generation_table(results: Mapping[str, GenerationResult]) -> Table:
     """Tasks as rows and, per label, accuracy in % ± standard error with right / wrong / unparsable, for a terminal."""
 
-    def cells(result: GeneratedResult) -> tuple[list[str], list[str]]:
-        counts = f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}"
-        error = None if result.num_examples < FEWEST else result.acc_stderr
-        return [str(result.num_examples), percent(result.chance)], [percent(result.acc, error), counts]
+    def acc(result: GeneratedResult) -> str:
+        return percent(result.acc, None if result.num_examples < FEWEST else result.acc_stderr)
 
-    measures = ["{label} acc %", "right / wrong / unparsable"]
-    return results_table("answers generated", ["n", "chance"], measures, results, cells)
+    def counts(result: GeneratedResult) -> str:
+        return f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}"
+
+    shared: dict[str, Cell] = {"n": lambda each: str(each.num_examples), "chance": lambda each: percent(each.chance)}
+    return results_table("answers generated", results, shared, {"acc %": acc, "right / wrong / unparsable": counts})
 
 
 def _prompts(
@@ -220,19 +185,19 @@ def _prompts(
     return [[*prefix, *ids[len(prefix) + num_cut :]] for ids, num_cut in zip(encoded, cut, strict=True)], cut
 
 
-def _counted(answers: Sequence[GeneratedAnswer], num_choices: Sequence[int]) -> GeneratedResult:
-    outcomes = [answer.outcome for answer in answers]
-    lost = [answer for answer in answers if answer.answer is None]
+def _counted(records: Sequence[Mapping[str, Any]], num_choices: Sequence[int]) -> GeneratedResult:
+    outcomes = [record["outcome"] for record in records]
+    lost = [record for record in records if record["answer"] is None]
     return GeneratedResult(
-        num_examples=len(answers),
+        num_examples=len(records),
         num_right=outcomes.count("right"),
         num_wrong=outcomes.count("wrong"),
         num_unparsable=outcomes.count("unparsable"),
         **estimated("acc", mean_stderr([outcome == "right" for outcome in outcomes])),
         chance=float(np.mean([1.0 / count for count in num_choices])),
-        num_truncated=sum(answer.num_truncated > 0 for answer in answers),
-        num_new_tokens=sum(answer.num_new_tokens for answer in answers),
-        unparsable=[{"id": answer.id, "output": answer.output} for answer in lost[:_NUM_SAMPLES]],
+        num_truncated=sum(record["num_truncated"] > 0 for record in records),
+        num_new_tokens=sum(record["num_new_tokens"] for record in records),
+        unparsable=[{"id": record["id"], "output": record["output"]} for record in lost[:_NUM_SAMPLES]],
     )
 
 

@@ -7,16 +7,15 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from itertools import chain
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from qdora.data.example import Example
-from qdora.errors import Diverged, UserError
+from qdora.errors import Diverged
 from qdora.evaluation.forward_path import shares_prefix
 from qdora.evaluation.loglikelihood import ExampleScore, score_examples
 from qdora.evaluation.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
@@ -51,31 +50,39 @@ class TaskResult:
     """Examples whose prompt was cut at the left to fit the model's context."""
 
 
+Metrics = TypeVar("Metrics")
+
+
 @dataclass(frozen=True)
-class EvaluationResult:
+class Result(Generic[Metrics]):
     """One model on several tasks."""
 
-    tasks: dict[str, TaskResult]
-    average: TaskResult
+    tasks: dict[str, Metrics]
+    average: Metrics
     """Every task counts once. Counts are sums; accuracy is averaged over the tasks with choices, NLL over all."""
     settings: dict[str, Any]
-    """Options and conditions: limit, block, max_batch_tokens, shared_prefix, model_dtype, device, seconds."""
+    """Options and conditions, such as limit, block, model_dtype, device, seconds."""
     per_example: list[dict[str, Any]] = field(default_factory=list)
     """Scores of single examples, in task order, for paired tests."""
 
     def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
         """For JSON: dicts, lists, numbers, strings and None only."""
-        return result_document(self, self.per_example if per_example else None)
+        tasks = {task: dict(vars(metrics)) for task, metrics in self.tasks.items()}
+        document = {"tasks": tasks, "average": dict(vars(self.average)), "settings": dict(self.settings)}
+        return document | ({"per_example": self.per_example} if per_example else {})
 
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> EvaluationResult:
-        """The inverse of `to_dict`."""
-        return cls(
-            tasks={task: TaskResult(**result) for task, result in document["tasks"].items()},
+    @staticmethod
+    def from_dict(document: Mapping[str, Any]) -> EvaluationResult:
+        """The inverse of `to_dict`, of log-likelihoods."""
+        return Result(
+            tasks={task: TaskResult(**metrics) for task, metrics in document["tasks"].items()},
             average=TaskResult(**document["average"]),
             settings=dict(document["settings"]),
             per_example=list(document.get("per_example", [])),
         )
+
+
+EvaluationResult = Result[TaskResult]
 
 
 def evaluate(
@@ -91,21 +98,12 @@ def evaluate(
     """Score every task's examples: choices by log-likelihood, other examples by the NLL of their answer.
 
     Args:
-        examples_by_task: Task name -> its examples, at least one each; with or without choices.
+        examples_by_task: Task name -> its examples, at least one task with one example each, with choices or without.
         limit, block: Most examples of a task (None: all), and which (`spread`).
         max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
         progress: Called with examples done and examples in all, of one task after the other.
-    Raises:
-        UserError: If there is no task, a task has no example, or an example cannot be scored.
-        Diverged: If the model gives a log-likelihood that is not finite.
+    Raises: UserError if an example cannot be scored, Diverged if the model gives a log-likelihood that is not finite.
     """
-    faults = [f"eval: task '{task}' has no examples" for task, examples in examples_by_task.items() if not examples]
-    if not examples_by_task:
-        faults.append("eval: no task to evaluate")
-    if limit is not None and limit < 1:
-        faults.append(f"eval.limit: must be at least 1, got {limit}")
-    if faults:
-        raise UserError(*faults)
     started = time.perf_counter()
     tasks: dict[str, TaskResult] = {}
     records: list[dict[str, Any]] = []
@@ -129,13 +127,6 @@ def evaluate(
         **conditions(model, started),
     }
     return EvaluationResult(tasks, _average(list(tasks.values())), settings, records)
-
-
-def result_document(result: Any, per_example: Sequence[Any] | None) -> dict[str, Any]:
-    """A result with `tasks`, `average` and `settings` as JSON values."""
-    tasks = {task: asdict(each) for task, each in result.tasks.items()}
-    document = {"tasks": tasks, "average": asdict(result.average), "settings": dict(result.settings)}
-    return document if per_example is None else {**document, "per_example": per_example}
 
 
 def conditions(model: nn.Module, started: float) -> dict[str, Any]:
@@ -172,44 +163,39 @@ FEWEST = 10
 def compare_table(results: Mapping[str, EvaluationResult]) -> Table:
     """A row per task and, per label, columns of accuracy in % ± standard error and answer NLL in nats per token."""
 
-    def cells(result: TaskResult) -> tuple[list[str], list[str]]:
-        shared = [str(result.num_examples), percent(result.chance), percent(result.majority)]
-        error = None if result.num_choice_examples < FEWEST else result.acc_stderr
-        return shared, [percent(result.acc, error), f"{result.nll_per_token:.3f}"]
+    def acc(result: TaskResult) -> str:
+        return percent(result.acc, None if result.num_choice_examples < FEWEST else result.acc_stderr)
 
-    measures = ["{label} acc %", "{label} NLL/token"]
-    return results_table("evaluation", ["n", "chance", "majority"], measures, results, cells)
+    shared: dict[str, Cell] = {
+        "n": lambda result: str(result.num_examples),
+        "chance": lambda result: percent(result.chance),
+        "majority": lambda result: percent(result.majority),
+    }
+    own: dict[str, Cell] = {"acc %": acc, "NLL/token": lambda result: f"{result.nll_per_token:.3f}"}
+    return results_table("evaluation", results, shared, own)
 
 
-def results_table(
-    title: str,
-    baselines: Sequence[str],
-    measures: Sequence[str],
-    results: Mapping[str, Any],
-    cells: Callable[[Any], tuple[list[str], list[str]]],
-) -> Table:
+Cell = Callable[[Any], str]
+"""One task's result -> the text of a cell."""
+
+
+def results_table(title: str, results: Mapping[str, Any], shared: Mapping[str, Cell], own: Mapping[str, Cell]) -> Table:
     """A row per task and one of averages, for results with `tasks` and `average`.
 
     Args:
-        baselines: Columns that all results share; where they differ, the value of each is shown.
-        measures: Columns of each result, with {label}.
-        cells: One task's result -> its cells in these columns.
+        shared: Columns that all results share; where they differ, the value of each is shown.
+        own: Columns of each result.
     """
-    table = Table(title=title, title_justify="left")
-    table.add_column("task", justify="left")
-    for name in [*baselines, *(measure.format(label=label) for label in results for measure in measures)]:
-        table.add_column(name, justify="right")
-
-    def add(name: str, found: Sequence[Any], style: str | None = None) -> None:
-        both = [None if each is None else cells(each) for each in found]
-        shared = zip(*(pair[0] for pair in both if pair is not None), strict=True)
-        own = (["–"] * len(measures) if pair is None else pair[1] for pair in both)
-        table.add_row(name, *("/".join(dict.fromkeys(each)) for each in shared), *chain(*own), style=style)
-
-    for task in dict.fromkeys(task for result in results.values() for task in result.tasks):
-        add(task, [result.tasks.get(task) for result in results.values()])
-    table.add_section()
-    add("average", [result.average for result in results.values()], style="bold")
+    names = [*shared, *(f"{label} {name}" for label in results for name in own)]
+    columns = [Column("task"), *(Column(name, justify="right") for name in names)]
+    table = Table(*columns, title=title, title_justify="left")
+    for task in (*dict.fromkeys(task for result in results.values() for task in result.tasks), None):
+        found = [result.average if task is None else result.tasks.get(task) for result in results.values()]
+        both = ("/".join(dict.fromkeys(cell(each) for each in found if each is not None)) for cell in shared.values())
+        cells = ("–" if each is None else cell(each) for each in found for cell in own.values())
+        if task is None:
+            table.add_section()
+        table.add_row(task or "average", *both, *cells, style="bold" if task is None else None)
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,40 +103,23 @@ class EvalOptions:
             (only == "--text" and self.limit is not None, "--limit: counts examples of tasks, got only --text."),
             (only is not None and self.method is not None, f"--method: is for examples of tasks, got only {only}."),
         ]
+        if self.data is not None:
+            path, named, like = user_path(self.data), ", ".join(sorted(self.data_tasks)), self.tasks or ()
+            held = ", ".join(task for task in COMMONSENSE_TASKS if not named and (path / task).is_dir())
+            split_tasks = f"--data: must be a folder of <task>/<split> files with --tasks {named}, got {path}."
+            rules += [
+                (named != "" and not path.is_dir(), split_tasks),
+                (held != "", f"--data: {path} has a folder for each task. Fix: add --tasks with one of {held}."),
+                (self.split is not None and self.split_read is None, f"--split: {path} has no splits, being one file."),
+                (self.own_data is not None and len(like) > 1, f"--tasks: with --data names one source, got {like}."),
+            ]
         faults = [text for is_wrong, text in rules if is_wrong]
         if self.own_data is None and self.split not in (None, *SPLITS):
             faults.append(not_one_of("--split", self.split, SPLITS))
         if self.method not in (None, *METHODS):
             faults.append(not_one_of("--method", self.method, METHODS))
-        faults += self._data_faults()
-        if user_path(target).exists():  # else it is looked for first
-            faults += self.faults_of_data(target)
         if faults:
             raise UserError(*faults)
-
-    def faults_of_data(self, target: str) -> list[str]:
-        """What is wrong if nothing says what a model that is not a run is scored on."""
-        if is_run(target) or self.like or self.tasks or self.data or self.texts or self.harness:
-            return []
-        return [
-            f"eval: {target} is not a run (it has no recipe.yaml), so it has no data. "
-            "Fix: add --tasks, --data, --text, --harness or --like RUN."
-        ]
-
-    def _data_faults(self) -> Iterator[str]:
-        """What is wrong with `data` and shows before it is read."""
-        if self.data is None:
-            return
-        path, named = user_path(self.data), ", ".join(sorted(self.data_tasks))
-        if named and not path.is_dir():
-            yield f"--data: must be a folder of <task>/<split> files with --tasks {named}, got {self.data}."
-        held = [] if named else [task for task in COMMONSENSE_TASKS if (path / task).is_dir()]
-        if held:
-            yield f"--data: {self.data} has a folder for each task. Fix: add --tasks with one of {', '.join(held)}."
-        if self.split is not None and self.split_read is None:
-            yield f"--split: {self.data} is a single file or a pattern and has no splits. Fix: remove --split."
-        if self.own_data is not None and len(given := self.tasks or ()) > 1:
-            yield f"--tasks: with --data names the one source that has the format, got {', '.join(given)}."
 
 
 def evaluate_target(
@@ -156,8 +139,11 @@ def evaluate_target(
     check_gpu()
     # A wrong name is found before the data is read or fetched.
     check_target(target, base_model=options.base_model, quant=options.quant, verb="eval")
-    if lacking := options.faults_of_data(target):
-        raise UserError(*lacking)
+    if not (is_run(target) or options.like or options.tasks or options.data or options.texts or options.harness):
+        raise UserError(
+            f"eval: {target} is not a run (it has no recipe.yaml), so it has no data. "
+            "Fix: add --tasks, --data, --text, --harness or --like RUN."
+        )
     progress, results = consoles(console)
     keep_freed_memory()
     data_run = Path(target) if is_run(target) else options.like
