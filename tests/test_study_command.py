@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -457,7 +458,8 @@ def check_by_layer(directory: Path, cells: list[dict[str, Any]]) -> None:
     (source,) = [cell for cell in cells if cell["stage"] == "main" and cell["labels"]["base.quant"] == "nf4"]
     trained = load_run(directory / "cells" / source["key"])
     layers = adapted_layers(trained.model)
-    examples = [each for found in run_examples(trained.recipe, "validation").values() for each in spread(found, 15, 0)]
+    found_examples = run_examples(trained.recipe, "validation").values()
+    examples = [replace(each, choices=(), gold=None) for some in found_examples for each in spread(some, 15, 0)]
 
     def nll() -> float:
         scores = score_examples(trained.model, trained.tokenizer, examples)
