@@ -100,12 +100,12 @@ def worse_than_before(base: EvaluationResult, now: EvaluationResult) -> list[Wor
     Tasks that were measured on different numbers of examples, or on fewer than `FEWEST`, are left out.
     """
     found: list[WorseTask] = []
-    documents = [each.to_dict(per_example=True) for each in (base, now)]
+    before, after = (each.to_dict(per_example=True) for each in (base, now))
     for metric, sign in _WORSE.items():
         average = getattr(base.average, metric), getattr(now.average, metric)
         if None in average or sign * (average[1] - average[0]) >= 0:
             continue
-        for change in task_changes(*documents, metric):
+        for change in task_changes(before, after, metric):
             sizes = {each.tasks[change.task].num_examples for each in (base, now) if change.task in each.tasks}
             if change.lower is None or change.upper is None or len(sizes) != 1:
                 continue
