@@ -23,7 +23,6 @@ from tables.compressed import (
     study_transplants,
     study_units,
 )
-from tables.evaluation import output_head
 from tables.exports import decode_speed, export_exactness, gguf_logits, merge_streamed
 from tables.failed import failed, failed_short
 from tables.gates import gates
@@ -89,7 +88,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "export_exactness": export_exactness,
     "gguf_logits": gguf_logits,
     "decode_speed": decode_speed,
-    "output_head": output_head,
     "merge_streamed": merge_streamed,
     "curvature": curvature,
     "curvature_draws": curvature_draws,

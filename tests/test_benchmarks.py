@@ -237,14 +237,6 @@ def test_layer_cost(tmp_path: Path) -> None:
     assert (tmp_path / "result.svg").read_text().startswith("<?xml")
 
 
-def test_output_head(tmp_path: Path) -> None:
-    result = smoke(tmp_path, "output_head.py")
-    assert [case["case"] for case in result["cases"]] == ["choices", "answers"]
-    for case in result["cases"]:
-        assert case["largest_difference"] < 0.1  # one rounding of a bf16 logit
-        assert 0 < case["head_share"]["flat"]["median"] < 1
-
-
 def test_packing(tmp_path: Path) -> None:
     result = smoke(tmp_path, "packing.py")
     assert result["losses"]["num_examples"] == 24

@@ -1,18 +1,17 @@
-"""Greedy decoding in padded batches with a cache, against one sequence at a time without any."""
+"""Greedy decoding in batches with a cache, against one sequence at a time without any."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
-from qdora.errors import RunFailure
-from qdora.evaluation.forward_path import find_path
-from qdora.evaluation.generation import _Rows, decode_greedily
+from qdora.evaluation.forward_path import pads_left
+from qdora.evaluation.generation import decode_greedily
 from tests import tiny_adapted
 from tests.test_evaluation_spans import VOCABULARY, tiny_model
 
@@ -37,11 +36,14 @@ def naive(model: nn.Module, prompt: Sequence[int], count: int, stops: Sequence[i
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "mistral", "bloom", "gpt2"])
+PADDED = ("llama", "qwen2", "gemma2", "mistral", "gpt2")
+
+
+@pytest.mark.parametrize("family", [*PADDED, "bloom", "lfm2", "qwen3_next", "mamba2"])
 def test_batches_equal_one_at_a_time(family: str) -> None:
     model = tiny_model(family)
     # bloom takes no positions; the windows of gemma2 and mistral (6) are shorter than most prompts
-    assert bool(find_path(model).cache_keyword) == (family != "bloom")
+    assert pads_left(model) == (family in PADDED)
     expected = [naive(model, prompt, 10) for prompt in prompts()]
     assert len({tuple(each) for each in expected}) > 4
     for budget in (1, 60, 4096):
@@ -65,17 +67,22 @@ def test_rows_end_at_their_own_stop_and_the_others_go_on() -> None:
     assert decode_greedily(model, prompts(), max_new_tokens=10, stop_ids=stops) == expected
 
 
-def test_rows_that_have_enough_leave_the_batch() -> None:
+def test_a_row_that_has_enough_is_done() -> None:
     model = tiny_model("llama")
     free = [naive(model, prompt, 10) for prompt in prompts()]
     wanted = [10, 1, 2, 3, 10, 1, 1, 7]
-    fed = []
-    model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(len(kwargs["input_ids"])), with_kwargs=True)
     found = decode_greedily(
         model, prompts(), max_new_tokens=10, stop_ids=(), finished=lambda index, new: len(new) == wanted[index]
     )
     assert found == [new[:count] for new, count in zip(free, wanted, strict=True)]
-    assert fed == [8, 8, 4, 4, 4, 4, 4, 2, 2, 2]  # dropped where half of those fed are done
+
+
+def test_settings_of_the_model_are_set_aside() -> None:
+    model = tiny_model("llama")
+    model.generation_config = GenerationConfig(repetition_penalty=50.0, eos_token_id=list(range(VOCABULARY)))
+    expected = [naive(model, prompt, 6) for prompt in prompts()]
+    assert decode_greedily(model, prompts(), max_new_tokens=6, stop_ids=()) == expected
+    assert model.generation_config.repetition_penalty == 50.0
 
 
 def test_progress_and_mode() -> None:
@@ -95,36 +102,18 @@ def test_progress_and_mode() -> None:
     assert model.training
 
 
-def test_without_a_shared_cache_it_is_said_that_it_is_slow(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        decode_greedily(tiny_model("bloom"), prompts()[:2], max_new_tokens=1, stop_ids=())
-    assert "one by one" in caplog.text
-    assert "position_ids" in caplog.text
-
-
-def test_a_batch_that_does_not_fit_is_decoded_again_in_halves(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_batch_that_does_not_fit_is_decoded_again_in_halves(caplog: pytest.LogCaptureFixture) -> None:
     """Memory runs out at the third token, as it does where the cache grows."""
     model = tiny_model("llama")
     expected = [naive(model, prompt, 6) for prompt in prompts()]
     sizes: list[int] = []
-    real = _Rows.next
 
-    def short(self: _Rows, tokens: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(tokens))
-        if len(tokens) > 2 and self._mask.shape[1] > len(max(prompts(), key=len)):
+    def short(_model: nn.Module, _args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2 and inputs["attention_mask"].shape[1] > max(LENGTHS) + 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return real(self, tokens)
 
-    monkeypatch.setattr(_Rows, "next", short)
+    model.register_forward_pre_hook(short, with_kwargs=True)
     assert decode_greedily(model, prompts(), max_new_tokens=6, stop_ids=()) == expected
     assert max(sizes) == len(LENGTHS)
     assert sum("out of memory" in record.getMessage() for record in caplog.records) == 1
-
-
-def test_a_broken_model_is_a_failure() -> None:
-    model: Any = tiny_model("llama")
-    model.model.norm.weight.data[3] = float("nan")
-    with pytest.raises(RunFailure, match="logits are not finite"):
-        decode_greedily(model, prompts(), max_new_tokens=2, stop_ids=())

@@ -34,10 +34,10 @@ def test_standard_error_of_shares(hits: list[bool]) -> None:
 
 
 def test_credit_of_ties() -> None:
-    assert tie_credit([-1.0, -1.0, -2.0], 0) == (0.5, True)
-    assert tie_credit([-1.0, -1.0, -2.0], 1) == (0.5, True)
-    assert tie_credit([-1.0, -1.0, -2.0], 2) == (0.0, False)
-    assert tie_credit([-1.0, -2.0], 0) == (1.0, False)
+    assert tie_credit([-1.0, -1.0, -2.0], 0) == 0.5
+    assert tie_credit([-1.0, -1.0, -2.0], 1) == 0.5
+    assert tie_credit([-1.0, -1.0, -2.0], 2) == 0.0
+    assert tie_credit([-1.0, -2.0], 0) == 1.0
 
 
 def test_nll_of_answers_by_hand() -> None:

@@ -12,8 +12,8 @@ from torch import nn
 
 from qdora.errors import RunFailure
 from qdora.evaluation import token_scores
+from qdora.evaluation.batches import batches_shared, results_of
 from qdora.evaluation.generation import GenerationResult, evaluate_generated
-from qdora.evaluation.shared_batches import batches_shared, results_of
 from qdora.evaluation.suite import EvaluationResult, evaluate
 from qdora.run.step_evaluations import evaluate_together
 from qdora.train.distributed import processes_of_launch
@@ -106,24 +106,25 @@ def test_a_process_that_stops_at_once_sends_no_more() -> None:
     processes = Mock(rank=0, size=2, shards=False)
     processes.exchange.side_effect = KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        evaluate_together(processes, lambda: results_of([[1]], lambda batch: batch))
+        evaluate_together(processes, lambda: results_of(nn.Module(), [[1]], lambda batch: batch))
     assert processes.exchange.call_count == 1  # of which the others have a part
 
 
 def test_alone_all_batches_are_computed_and_reported() -> None:
-    done: list[int] = []
-    found = results_of([[3, 1], [0], [2, 4]], lambda batch: [10 * item for item in batch], done.append)
+    done: list[tuple[int, int]] = []
+    batches = [[3, 1], [0], [2, 4]]
+    found = results_of(nn.Module(), batches, lambda batch: [10 * item for item in batch], lambda *now: done.append(now))
     assert found == {item: 10 * item for item in range(5)}
-    assert done == [2, 3, 5]
+    assert done == [(2, 5), (3, 5), (5, 5)]
     with pytest.raises(ZeroDivisionError):
-        results_of([[1]], lambda _: [1 // 0])
+        results_of(nn.Module(), [[1]], lambda _: [1 // 0])
 
 
 def test_processes_with_other_examples_are_refused() -> None:
     with batches_shared(0, 2, lambda value: [value, []]):
-        assert results_of([[1]], lambda batch: batch) == {1: 1}
+        assert results_of(nn.Module(), [[1]], lambda batch: batch) == {1: 1}
         with pytest.raises(RunFailure, match="the processes evaluate different examples"):
-            results_of([[1], [2]], lambda batch: batch)
+            results_of(nn.Module(), [[1], [2]], lambda batch: batch)
 
 
 class Heard(logging.Handler):

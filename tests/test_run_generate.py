@@ -201,7 +201,7 @@ def test_settings_that_cannot_be_used_are_refused_before_loading() -> None:
         "--prompt",
         "--system",
     ]
-    with pytest.raises(UserError, match="--top-k: has no effect at temperature 0"):
+    with pytest.raises(UserError, match="--top-k: have no effect at temperature 0"):
         generate_from("nowhere", "x", Sampling(top_k=3))
     with pytest.raises(UserError, match="nowhere"):
         generate_from("./nowhere", "x")

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.data.build_data import run_examples
 from qdora.errors import RunFailure, UserError
-from qdora.evaluation.loglikelihood import score_answers
+from qdora.evaluation.loglikelihood import score_examples
 from qdora.evaluation.suite import evaluate, spread
 from qdora.model.adapter_file import load_adapter
 from qdora.model.inject import adapted_layers, inject
@@ -456,11 +457,12 @@ def check_by_layer(directory: Path, cells: list[dict[str, Any]]) -> None:
     (source,) = [cell for cell in cells if cell["stage"] == "main" and cell["labels"]["base.quant"] == "nf4"]
     trained = load_run(directory / "cells" / source["key"])
     layers = adapted_layers(trained.model)
-    examples = [each for found in run_examples(trained.recipe, "validation").values() for each in spread(found, 15, 0)]
+    found_examples = run_examples(trained.recipe, "validation").values()
+    examples = [replace(each, choices=(), gold=None) for some in found_examples for each in spread(some, 15, 0)]
 
     def nll() -> float:
-        scores = score_answers(trained.model, trained.tokenizer, examples)
-        return -sum(each.loglikelihood for each in scores) / sum(each.num_tokens for each in scores)
+        scores = score_examples(trained.model, trained.tokenizer, examples)
+        return sum(each.nll for each in scores) / sum(each.num_answer_tokens for each in scores)
 
     whole = nll()
     assert found["nf4"]["nll"] == pytest.approx(whole, rel=1e-6)

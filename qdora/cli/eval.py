@@ -34,8 +34,8 @@ def evaluate(
             "their folder of <task>/<split>.parquet."
         ),
     ] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Measure the perplexity of this text file; repeatable.")
+    texts: Annotated[
+        list[Path] | None, typer.Option("--text", help="Measure the perplexity of this text file; repeatable.")
     ] = None,
     step: Step = None,
     like: Annotated[
@@ -43,7 +43,9 @@ def evaluate(
     ] = None,
     base_model: BaseModel = None,
     quant: Quant = None,
-    base: Annotated[bool, typer.Option("--base", help="Evaluate the base of the run without its adapter.")] = False,
+    base_only: Annotated[
+        bool, typer.Option("--base", help="Evaluate the base of the run without its adapter.")
+    ] = False,
     method: Annotated[
         str | None,
         typer.Option(help="loglikelihood, or generate: also score generated answers. Default: eval.method of the run."),
@@ -59,23 +61,9 @@ def evaluate(
 
     The scores are NLL and accuracy on tasks, perplexity of text files, and tasks of lm-evaluation-harness.
     """
+    options = {name: value for name, value in locals().items() if name != "target" and value is not None}
     from qdora.files.run_directory import failures_logged
     from qdora.run.evaluate import EvalOptions, evaluate_target
 
-    options = EvalOptions(
-        tasks=tasks,
-        limit=limit,
-        split=split,
-        data=data,
-        texts=text or (),
-        step=step,
-        base_only=base,
-        like=like,
-        base_model=base_model,
-        quant=quant,
-        method=method,
-        harness=harness or (),
-        harness_include=harness_include,
-    )
     with failures_logged(Path(target), "eval"):
-        emit(evaluate_target(target, options))
+        emit(evaluate_target(target, EvalOptions(**options)))

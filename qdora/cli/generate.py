@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -58,12 +58,12 @@ def generate(
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    which: dict[str, Any] = {"step": step, "base_only": base, "base_model": base_model, "quant": quant}
-    which["write"] = nowhere if wants_json() else write
+    which = {"step": step, "base_only": base, "base_model": base_model, "quant": quant}
+    shown = nowhere if wants_json() else write
     with failures_logged(Path(target), "generate"):
         if chats is not None:
-            result = answer_chats(target, chats, sampling, **which)
+            result = answer_chats(target, chats, sampling, write=shown, **which)
         else:
             text = sys.stdin.read() if prompt == "-" else str(prompt)
-            result = generate_from(target, text, sampling, system=system, raw=raw, **which)
+            result = generate_from(target, text, sampling, system=system, raw=raw, write=shown, **which)
     emit(result)

@@ -69,13 +69,12 @@ def tasks_of_other_examples(before: Mapping[str, Any], after: Mapping[str, Any])
 
 @dataclass(frozen=True)
 class WorseTask:
-    """A task that training has made worse, beyond the noise of its examples.
+    """A task that training has made worse, beyond the noise of its examples, although the average became better.
 
     Attributes:
-        task, metric: The task and its worse metric: nll_per_token in nats, acc in 0..1.
-        base, now: The metric before training and now.
+        metric: nll_per_token in nats, or acc in 0..1.
+        base, now: Its values before training and now.
         lower: The least loss: the end nearer to 0 of the 95 % interval of the difference.
-        average_base, average_now: The metric averaged over all tasks, which has become better.
     """
 
     task: str
@@ -98,25 +97,21 @@ class WorseTask:
 def worse_than_before(base: EvaluationResult, now: EvaluationResult) -> list[WorseTask]:
     """The tasks that are worse than before training, by a metric whose average over the tasks is better.
 
-    The interval is that of the differences over the examples of both (`example_interval`). Tasks that were
-    measured on different numbers of examples, or on fewer than `FEWEST`, are left out.
+    Tasks that were measured on different numbers of examples, or on fewer than `FEWEST`, are left out.
     """
     found: list[WorseTask] = []
-    old_records, new_records = by_task(base.per_example), by_task(now.per_example)
+    before, after = (each.to_dict(per_example=True) for each in (base, now))
     for metric, sign in _WORSE.items():
-        before, after = getattr(base.average, metric), getattr(now.average, metric)
-        if before is None or after is None or sign * (after - before) >= 0:
+        average = getattr(base.average, metric), getattr(now.average, metric)
+        if None in average or sign * (average[1] - average[0]) >= 0:
             continue
-        for task, result in now.tasks.items():
-            old = base.tasks.get(task)
-            if old is None or old.num_examples != result.num_examples or getattr(result, metric) is None:
+        for change in task_changes(before, after, metric):
+            sizes = {each.tasks[change.task].num_examples for each in (base, now) if change.task in each.tasks}
+            if change.lower is None or change.upper is None or len(sizes) != 1:
                 continue
-            scores = paired_scores(old_records.get(task, {}), new_records.get(task, {}), metric)
-            _, *ends = _interval({task: scores})
-            least = min((sign * end for end in ends if end is not None), default=0.0)
-            if least > 0:
-                old_value, value = getattr(old, metric), getattr(result, metric)
-                found.append(WorseTask(task, metric, old_value, value, least, average_base=before, average_now=after))
+            least = min(sign * change.lower, sign * change.upper)
+            if least > 0 and change.before is not None and change.after is not None:
+                found.append(WorseTask(change.task, metric, change.before, change.after, least, *average))
     return found
 
 

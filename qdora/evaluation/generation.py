@@ -4,43 +4,40 @@ The protocol of the DoRA paper's commonsense table (arXiv 2402.09353, sec. 5.1),
 2304.01933): an instruction, up to 32 new tokens, the first answer name that occurs counts ("answer2", "true"). One
 thing differs: decoding is greedy, the published script searches with 4 beams. An output without any of the names is not
 right, and is counted separately: a model that does not keep to the format differs from one that errs.
-
-`decode_greedily` knows token ids and a model, nothing of text or tasks.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
-from qdora.errors import RunFailure, UserError
-from qdora.evaluation.forward_path import ForwardPath, find_path, scoring, tell_once
-from qdora.evaluation.halved_batches import halved_where_short
+from qdora.errors import UserError
+from qdora.evaluation.batches import length_batches, results_of
+from qdora.evaluation.forward_path import head_input, pads_left, scoring
 from qdora.evaluation.metrics import mean_stderr
-from qdora.evaluation.shared_batches import results_of
 from qdora.evaluation.suite import (
     FEWEST,
+    Cell,
+    Result,
     averaged,
     conditions,
     estimated,
     percent,
-    result_document,
     results_table,
     spread,
 )
-from qdora.evaluation.token_scores import length_batches, padded
+from qdora.evaluation.token_scores import padded
 from qdora.files.console import Progress
 from qdora.model.stop_ids import stop_ids_of_model
 from qdora.model.text_config import context_length
@@ -49,27 +46,6 @@ from qdora.ops.frozen_product import decoding
 MAX_NEW_TOKENS = 32
 """As in the published evaluation."""
 _NUM_SAMPLES = 5
-
-
-@dataclass(frozen=True)
-class GeneratedAnswer:
-    """The model's answer to one example."""
-
-    task: str
-    id: str
-    gold: int
-    output: str
-    """The text up to the token that decided the answer, else up to the end of sequence or the last allowed token."""
-    answer: int | None
-    """Index of the choice that it names first; None where it names none."""
-    num_new_tokens: int
-    num_truncated: int
-    """Tokens cut from the left of the prompt because it is longer than the model's context allows."""
-
-    @property
-    def outcome(self) -> str:
-        """right, wrong or unparsable."""
-        return "unparsable" if self.answer is None else "right" if self.answer == self.gold else "wrong"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,21 +67,7 @@ class GeneratedResult:
     """id and output of the first few outputs that name no choice."""
 
 
-@dataclass(frozen=True)
-class GenerationResult:
-    """One model's answers on several tasks."""
-
-    tasks: dict[str, GeneratedResult]
-    average: GeneratedResult
-    """Accuracy and chance: every task counts once. Counts are sums."""
-    settings: dict[str, Any]
-    per_example: list[GeneratedAnswer] = field(default_factory=list)
-    """In task order."""
-
-    def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
-        """For JSON: dicts, lists, numbers, strings and None only."""
-        singles = [asdict(each) | {"outcome": each.outcome} for each in self.per_example] if per_example else None
-        return result_document(self, singles)
+GenerationResult = Result[GeneratedResult]
 
 
 def evaluate_generated(
@@ -121,39 +83,52 @@ def evaluate_generated(
 ) -> GenerationResult:
     """Let the model answer every task's examples; count right, wrong and unparsable answers.
 
+    A record of `per_example` has the index of the choice that the output names first, None where it names none. The
+    output ends at the token that decided the answer, else at the end of sequence or the last allowed token.
+
     Args:
-        examples_by_task: Task name -> its examples, at least one each, whose choices differ in one word.
+        examples_by_task: Task name -> its examples, at least one each, without `generation_faults`.
         limit, block: Most examples of a task (None: all), and which: the same as `suite.evaluate` takes.
         max_new_tokens: Most tokens of one answer.
         max_batch_tokens: Most tokens of one batch, padding and new tokens included.
-    Raises:
-        UserError: If there is no task or no example, a choice has no name of one word, or the model's context is too
-            short for any prompt.
-        RunFailure: If the model gives logits that are not finite.
+    Raises: UserError if the model's context is too short for any prompt.
     """
-    faults = generation_faults(examples_by_task)
-    if not examples_by_task or not all(examples_by_task.values()):
-        faults.append("eval: every task needs an example to answer, got none")
-    if faults:
-        raise UserError(*faults)
-    path = find_path(model)
     began = time.perf_counter()
+    stop_ids = stop_ids_of_model(model, tokenizer)
     tasks: dict[str, GeneratedResult] = {}
-    answers: list[GeneratedAnswer] = []
+    records: list[dict[str, Any]] = []
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
     for task, examples in examples_by_task.items():
         chosen = spread(examples, limit, block)
-        found = generate_answers(
+        names = [answer_names(example.choices) for example in chosen]
+        prompts, cut = _prompts(tokenizer, chosen, context_length(model), max_new_tokens)
+
+        def decided(index: int, ids: Sequence[int], names: Sequence[Sequence[str]] = names) -> bool:
+            """Whether the first name is complete: what follows could not change the answer."""
+            answer, may_change = first_mention(text(ids), names[index])
+            return answer is not None and not may_change
+
+        generated = decode_greedily(
             model,
-            tokenizer,
-            chosen,
-            task=task,
+            prompts,
             max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            finished=decided,
             max_batch_tokens=max_batch_tokens,
-            path=path,
             progress=progress,
         )
-        tasks[task] = _counted(found, [len(example.choices) for example in chosen])
-        answers.extend(found)
+        own: list[dict[str, Any]] = []
+        for example, choices, ids, num_truncated in zip(chosen, names, generated, cut, strict=True):
+            output = text(ids)
+            answer, _ = first_mention(output, choices)
+            record = {"task": task, "id": example.id, "gold": example.gold, "output": output, "answer": answer}
+            outcome = "unparsable" if answer is None else "right" if answer == example.gold else "wrong"
+            own.append(record | {"num_new_tokens": len(ids), "num_truncated": num_truncated, "outcome": outcome})
+        tasks[task] = _counted(own, [len(choices) for choices in names])
+        records += own
     settings = {
         "method": "generate",
         "decoding": "greedy",
@@ -161,60 +136,9 @@ def evaluate_generated(
         "block": block,
         "max_new_tokens": max_new_tokens,
         "max_batch_tokens": max_batch_tokens,
-        "batched": bool(path.cache_keyword),
         **conditions(model, began),
     }
-    return GenerationResult(tasks, _average(list(tasks.values())), settings, answers)
-
-
-def generate_answers(
-    model: nn.Module,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    *,
-    task: str,
-    max_new_tokens: int,
-    max_batch_tokens: int,
-    path: ForwardPath,
-    progress: Progress | None = None,
-) -> list[GeneratedAnswer]:
-    """The model's answers to the examples of a task, in their order; see `evaluate_generated`.
-
-    A row is done as soon as its first name is complete: what follows could not change the answer.
-    """
-    names = [answer_names(example.choices) for example in examples]
-    prompts, cut = _prompts(tokenizer, examples, context_length(model), max_new_tokens)
-
-    def text(ids: Sequence[int]) -> str:
-        decoded: str = tokenizer.decode(list(ids), skip_special_tokens=True)
-        return decoded
-
-    def decided(index: int, ids: Sequence[int]) -> bool:
-        answer, may_change = first_mention(text(ids), names[index])
-        return answer is not None and not may_change
-
-    generated = decode_greedily(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids_of_model(model, tokenizer),
-        finished=decided,
-        max_batch_tokens=max_batch_tokens,
-        path=path,
-        progress=progress,
-    )
-    return [
-        GeneratedAnswer(
-            task=task,
-            id=example.id,
-            gold=-1 if example.gold is None else example.gold,
-            output=text(ids),
-            answer=first_mention(text(ids), own)[0],
-            num_new_tokens=len(ids),
-            num_truncated=num_cut,
-        )
-        for example, own, ids, num_cut in zip(examples, names, generated, cut, strict=True)
-    ]
+    return GenerationResult(tasks, _average(list(tasks.values())), settings, records)
 
 
 def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list[str]:
@@ -223,11 +147,11 @@ def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list
     for task, examples in examples_by_task.items():
         wrong = next((each for each in examples if not answer_names(each.choices)), None)
         if wrong is not None:
-            has = "no choices" if not wrong.choices else f"choices such as {wrong.choices[0].strip()[:40]!r}"
+            has = f"choices such as {wrong.choices[0].strip()[:40]!r}" if wrong.choices else "no choices"
             faults.append(
                 f"eval.method: generate needs choices that differ in one word, got task '{task}', whose example "
-                f"{wrong.id} has {has}. Fix: for the eight commonsense tasks and files of commonsense_170k set "
-                "data.mix[].format: commonsense170k. For other data set eval.method: loglikelihood, or remove --method."
+                f"{wrong.id} has {has}. Fix: for the eight commonsense tasks set data.mix[].format: commonsense170k; "
+                "for other data eval.method: loglikelihood."
             )
     return faults
 
@@ -235,13 +159,14 @@ def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list
 def generation_table(results: Mapping[str, GenerationResult]) -> Table:
     """Tasks as rows and, per label, accuracy in % ± standard error with right / wrong / unparsable, for a terminal."""
 
-    def cells(result: GeneratedResult) -> tuple[list[str], list[str]]:
-        counts = f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}"
-        error = None if result.num_examples < FEWEST else result.acc_stderr
-        return [str(result.num_examples), percent(result.chance)], [percent(result.acc, error), counts]
+    def acc(result: GeneratedResult) -> str:
+        return percent(result.acc, None if result.num_examples < FEWEST else result.acc_stderr)
 
-    measures = ["{label} acc %", "right / wrong / unparsable"]
-    return results_table("answers generated", ["n", "chance"], measures, results, cells)
+    def counts(result: GeneratedResult) -> str:
+        return f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}"
+
+    shared: dict[str, Cell] = {"n": lambda each: str(each.num_examples), "chance": lambda each: percent(each.chance)}
+    return results_table("answers generated", results, shared, {"acc %": acc, "right / wrong / unparsable": counts})
 
 
 def _prompts(
@@ -260,19 +185,19 @@ def _prompts(
     return [[*prefix, *ids[len(prefix) + num_cut :]] for ids, num_cut in zip(encoded, cut, strict=True)], cut
 
 
-def _counted(answers: Sequence[GeneratedAnswer], num_choices: Sequence[int]) -> GeneratedResult:
-    outcomes = [answer.outcome for answer in answers]
-    lost = [answer for answer in answers if answer.answer is None]
+def _counted(records: Sequence[Mapping[str, Any]], num_choices: Sequence[int]) -> GeneratedResult:
+    outcomes = [record["outcome"] for record in records]
+    lost = [record for record in records if record["answer"] is None]
     return GeneratedResult(
-        num_examples=len(answers),
+        num_examples=len(records),
         num_right=outcomes.count("right"),
         num_wrong=outcomes.count("wrong"),
         num_unparsable=outcomes.count("unparsable"),
         **estimated("acc", mean_stderr([outcome == "right" for outcome in outcomes])),
         chance=float(np.mean([1.0 / count for count in num_choices])),
-        num_truncated=sum(answer.num_truncated > 0 for answer in answers),
-        num_new_tokens=sum(answer.num_new_tokens for answer in answers),
-        unparsable=[{"id": answer.id, "output": answer.output} for answer in lost[:_NUM_SAMPLES]],
+        num_truncated=sum(record["num_truncated"] > 0 for record in records),
+        num_new_tokens=sum(record["num_new_tokens"] for record in records),
+        unparsable=[{"id": record["id"], "output": record["output"]} for record in lost[:_NUM_SAMPLES]],
     )
 
 
@@ -323,133 +248,71 @@ def first_mention(text: str, names: Sequence[str]) -> tuple[int | None, bool]:
     return names.index(ordered[found.lastindex - 1]), may_go_on
 
 
-Finished = Callable[[int, Sequence[int]], bool]
-"""finished(prompt, new ids): whether the continuation of this prompt is long enough."""
-
-
 def decode_greedily(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
-    finished: Finished | None = None,
+    finished: Callable[[int, Sequence[int]], bool] = lambda _index, _ids: False,
     max_batch_tokens: int = 4096,
-    path: ForwardPath | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
     """The continuation of every prompt by the most likely next token, again and again.
 
-    Prompts are batched, left-padded, with a key-value cache; rows leave the batch when they are done. A batch that does
-    not fit into memory is decoded again in halves. Apart from rounding the result does not depend on the batch. A model
-    without a cache that padded rows can share (recurrent states, no explicit positions) runs row by row and whole for
-    every token, which is slow.
+    Prompts of a batch are padded on the left, or have one length where padding would count (`pads_left`). Apart from
+    rounding the result does not depend on the batch.
 
     Args:
         prompts: Token ids, at least one each, in any order.
         max_new_tokens: Most tokens of one continuation.
         stop_ids: Ends of sequence. A row is done at the first, which is not part of its result.
-        finished: Called after every new token; a row is done where it returns True.
+        finished: Called with a prompt's index and its new ids after every token; a row is done where it returns True.
         max_batch_tokens: Most tokens of one batch with `max_new_tokens` for every row, padding counted, unless a single
             row is longer.
     Returns: Per prompt its new ids, in the order given.
-    Raises: RunFailure if the model gives logits that are not finite.
     """
-    path = path or find_path(model)
-    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
-    most = max_batch_tokens if path.cache_keyword else 1
-    if not path.cache_keyword:
-        text = f"answers are generated one by one, without a cache, which is slow: {path.reason}"
-        tell_once(model, logging.WARNING, text)
+    can_pad = pads_left(model)
 
     def fits(batch: list[int]) -> bool:
-        return len(batch) * (len(prompts[batch[0]]) + max_new_tokens) <= most
+        longest, shortest = len(prompts[batch[0]]), len(prompts[batch[-1]])
+        return len(batch) * (longest + max_new_tokens) <= max_batch_tokens and (can_pad or shortest == longest)
 
     def compute(batch: list[int]) -> list[list[int]]:
-        rows = _Rows(model, [prompts[index] for index in batch], path)
-        return _decode(rows, batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids, finished=finished)
+        ids, mask = padded([prompts[index] for index in batch], left=True)
+        done: dict[int, list[int]] = {}
 
-    report = None if progress is None else lambda num_done: progress(num_done, len(prompts))
-    with scoring(model), decoding():
-        batches = length_batches(order, lambda index: len(prompts[index]), fits)
-        found = results_of(batches, halved_where_short(model, compute), report)
+        def are_done(tokens: Tensor, _scores: Any, **_: Any) -> Tensor:
+            for row, (index, new) in enumerate(zip(batch, tokens[:, ids.shape[1] :].tolist(), strict=True)):
+                if row not in done and (new[-1] in stop_ids or len(new) == max_new_tokens or finished(index, new)):
+                    done[row] = new[:-1] if new[-1] in stop_ids else new
+            return torch.tensor([row in done for row in range(len(batch))], device=tokens.device)
+
+        criteria = StoppingCriteriaList([are_done])
+        generate(model, ids, mask, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=criteria)
+        return [done[row] for row in range(len(batch))]
+
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    batches = list(length_batches(order, lambda index: len(prompts[index]), fits))
+    found = results_of(model, batches, compute, progress)
     return [found[index] for index in range(len(prompts))]
 
 
-def _decode(
-    rows: _Rows,
-    batch: Sequence[int],
-    *,
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    finished: Finished | None,
-) -> list[list[int]]:
-    """The continuations of one batch; `batch` holds the prompts' indices, row by row."""
-    found: list[list[int]] = [[] for _ in batch]
-    running = list(range(len(batch)))  # rows of the batch that are not done
-    kept = list(running)  # rows that are still fed
-    tokens = rows.first()
-    for position in range(max_new_tokens):
-        chosen = dict(zip(kept, tokens.tolist(), strict=True))
-        left = []
-        for row in running:
-            new = found[row]
-            if chosen[row] in stop_ids:
-                continue
-            new.append(chosen[row])
-            if finished is None or not finished(batch[row], new):
-                left.append(row)
-        running = left
-        if not running or position + 1 == max_new_tokens:
-            break
-        if 2 * len(running) <= len(kept):  # a copy of the cache: only where it halves the work
-            chosen_rows = torch.tensor([kept.index(row) for row in running])
-            tokens = tokens[chosen_rows.to(tokens.device)]
-            rows.keep(chosen_rows)
-            kept = list(running)
-        tokens = rows.next(tokens)
-    return found
+def generate(model: Any, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+    """transformers' `generate` with these settings alone, (rows, prompt and new tokens).
 
+    The model's own config, with a repetition penalty perhaps, is set aside: `generate` takes from it whatever it is
+    not given, even if it is given a whole config.
 
-class _Rows:
-    """One batch of sequences that grow by a token a call: the cache and mask of the rows that are still fed."""
-
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], path: ForwardPath) -> None:
-        self._model, self._path = model, path
-        device = next(model.parameters()).device
-        self._ids, self._mask = (each.to(device) for each in padded(prompts, left=True))
-        self._cache = DynamicCache(config=getattr(model, "config", None)) if path.cache_keyword else None
-
-    def first(self) -> Tensor:
-        """The token after every prompt, (rows,) int64."""
-        positions = (self._mask.cumsum(-1) - 1).clamp_min(0)
-        return self._most_likely(self._ids, positions)
-
-    def next(self, tokens: Tensor) -> Tensor:
-        """Append (rows,) tokens; the token after them."""
-        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
-        if self._cache is None:
-            self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
-            return self._most_likely(self._ids, None)
-        return self._most_likely(tokens[:, None], self._mask.sum(-1, keepdim=True) - 1)
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these."""
-        assert self._cache is not None
-        self._mask = self._mask[rows.to(self._mask.device)]
-        self._cache.batch_select_indices(rows)  # a CPU index serves layers on any device
-
-    def _most_likely(self, ids: Tensor, positions: Tensor | None) -> Tensor:
-        kwargs: dict[str, Any] = {"logits_to_keep": 1} if self._path.keeps_logits else {}
-        if self._cache is not None:
-            kwargs |= {self._path.cache_keyword: self._cache, "use_cache": True, "position_ids": positions}
-            kwargs["attention_mask"] = self._mask
-        else:
-            kwargs["use_cache"] = False  # a single row without padding
-        logits = self._model(input_ids=ids, **kwargs).logits[:, -1]  # (rows, vocabulary)
-        if not torch.isfinite(logits).all():
-            raise RunFailure(
-                "eval: the model's logits are not finite. Its weights or activations overflow or hold NaN."
-            )
-        chosen: Tensor = logits.argmax(-1)
-        return chosen
+    Args:
+        ids, mask: (rows, length) int64, padded on the left.
+    """
+    device = next(model.parameters()).device
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    settings |= {"attention_mask": mask.to(device), "max_length": None, "use_cache": True, "pad_token_id": 0}
+    try:
+        with scoring(model), decoding(), head_input(model, lambda hidden: hidden[:, -1:]):
+            tokens: Tensor = model.generate(ids.to(device), **settings)
+    finally:
+        model.generation_config = own
+    return tokens

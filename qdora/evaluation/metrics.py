@@ -51,10 +51,8 @@ def ratio_stderr(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
     return Estimate(ratio, float((a - ratio * b).std(ddof=1) / (b.mean() * math.sqrt(a.size))))
 
 
-def tie_credit(scores: ArrayLike, gold: int) -> tuple[float, bool]:
-    """(1/k if `gold` is among the k largest scores else 0, whether it is tied with another)."""
+def tie_credit(scores: ArrayLike, gold: int) -> float:
+    """1/k if `gold` is among the k largest scores, else 0."""
     array = np.asarray(scores, dtype=np.float64)
     best = np.flatnonzero(array == array.max())
-    if gold not in best:
-        return 0.0, False
-    return 1.0 / best.size, best.size > 1
+    return 1.0 / best.size if gold in best else 0.0

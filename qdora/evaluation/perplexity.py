@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 
 from qdora.data.tokenize import encode_pairs
 from qdora.errors import Diverged, UserError
-from qdora.evaluation.token_scores import Span, score_spans, strided_spans
+from qdora.evaluation.token_scores import score_spans, strided_spans
 from qdora.model.text_config import context_length
 
 _MOST_NATS = math.log(sys.float_info.max)
@@ -54,7 +54,7 @@ class Perplexity:
 def text_perplexity(
     model: nn.Module,
     tokenizer: Any,
-    texts: Iterable[str],
+    texts: Sequence[str],
     *,
     window: int | None = None,
     stride: int | None = None,
@@ -65,62 +65,39 @@ def text_perplexity(
     Args:
         texts: At least one, with at least two tokens in all.
         window: Tokens fed at once; None takes the model's context, at most 2,048.
-        stride: Tokens by which a window moves; None takes half of the window.
+        stride: Tokens by which a window moves, at most the window; None takes half of it.
         max_batch_tokens: Most tokens of a forward pass; a longer window is a batch of its own.
-    Raises: UserError if the window exceeds the model's context, the stride the window, or nothing can be scored.
-        Diverged if the perplexity is not finite.
+    Raises: UserError if the window exceeds the model's context, or nothing can be scored. Diverged if the perplexity is
+        not finite.
     """
     context = context_length(model)
     if window is None:
         window = min(DEFAULT_WINDOW, context or DEFAULT_WINDOW)
-    if stride is None:
-        stride = max(window // 2, 1)
-    faults = []
-    if context is not None and window > context:
-        faults.append(f"perplexity window: must be at most the model's context, {context} tokens, got {window}")
-    if not 1 <= stride <= window:
-        faults.append(f"perplexity stride: must be 1 to the window, {window}, got {stride}")
-    if faults:
-        raise UserError(*faults)
-    spans: list[Span] = []
-    num_bytes = num_texts = 0
-    for text in texts:
-        num_texts += 1
-        num_bytes += len(text.encode())
-        [(ids, _)] = encode_pairs(tokenizer, [("", text)])  # as training does
-        spans.extend(strided_spans(ids, window, stride))
+    elif context is not None and window > context:
+        raise UserError(f"perplexity window: must be at most the model's context, {context} tokens, got {window}")
+    stride = max(window // 2, 1) if stride is None else stride
+    encoded = encode_pairs(tokenizer, [("", text) for text in texts])  # as training does
+    spans = [span for ids, _ in encoded for span in strided_spans(ids, window, stride)]
+    num_bytes = sum(len(text.encode()) for text in texts)
     if not spans:
-        raise UserError(f"perplexity: no token can be scored in {num_texts} texts with {num_bytes} bytes")
-    scores = score_spans(model, spans, max_batch_tokens=max_batch_tokens)
-    nll_sum, num_tokens = -float(scores.sum()), sum(span.num_scored for span in spans)
+        raise UserError(f"perplexity: no token can be scored in {len(texts)} texts with {num_bytes} bytes")
+    nll_sum = -float(score_spans(model, spans, max_batch_tokens=max_batch_tokens).sum())
+    num_tokens = sum(span.num_scored for span in spans)
     if not nll_sum / num_tokens < _MOST_NATS:  # nan, too
         raise Diverged("perplexity: it is not finite. The model's weights or activations overflow or hold NaN.")
-    return Perplexity(
-        nll_sum=nll_sum,
-        num_tokens=num_tokens,
-        num_bytes=num_bytes,
-        num_texts=num_texts,
-        window=window,
-        stride=stride,
-    )
+    return Perplexity(nll_sum, num_tokens, num_bytes, len(texts), window=window, stride=stride)
 
 
 def read_texts(paths: Sequence[Path | str]) -> list[str]:
-    """The texts of UTF-8 files; all faulty files are named at once.
-
-    Raises: UserError if a file is missing, is no file, is not UTF-8 or is empty.
-    """
-    texts, faults = [], []
-    for path in map(Path, paths):
+    """The texts of UTF-8 files. Raises UserError if one is missing, is no file, is not UTF-8 or is empty."""
+    texts = []
+    for path in paths:
         try:
-            text = path.read_text(encoding="utf-8-sig")
-            texts.append(text)
-            if not text:
-                faults.append(f"{path}: the file is empty")
+            texts.append(Path(path).read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
-            faults.append(f"{path}: not UTF-8 text (byte {error.start})")
+            raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
         except OSError as error:
-            faults.append(f"{path}: {error.strerror or error}")
-    if faults:
-        raise UserError(*faults)
+            raise UserError(f"{path}: {error.strerror or error}") from None
+        if not texts[-1]:
+            raise UserError(f"{path}: the file is empty")
     return texts

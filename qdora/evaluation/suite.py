@@ -7,24 +7,18 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from itertools import chain
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from qdora.data.example import Example
-from qdora.errors import Diverged, UserError
-from qdora.evaluation.forward_path import ForwardPath, choose_path
-from qdora.evaluation.loglikelihood import AnswerScore, ChoiceScores, score_answers, score_choices
-from qdora.evaluation.metrics import (
-    Estimate,
-    mean_stderr,
-    ratio_stderr,
-    tie_credit,
-)
+from qdora.errors import Diverged
+from qdora.evaluation.forward_path import shares_prefix
+from qdora.evaluation.loglikelihood import ExampleScore, score_examples
+from qdora.evaluation.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
 from qdora.files.console import Progress
 
 
@@ -56,31 +50,39 @@ class TaskResult:
     """Examples whose prompt was cut at the left to fit the model's context."""
 
 
+Metrics = TypeVar("Metrics")
+
+
 @dataclass(frozen=True)
-class EvaluationResult:
+class Result(Generic[Metrics]):
     """One model on several tasks."""
 
-    tasks: dict[str, TaskResult]
-    average: TaskResult
+    tasks: dict[str, Metrics]
+    average: Metrics
     """Every task counts once. Counts are sums; accuracy is averaged over the tasks with choices, NLL over all."""
     settings: dict[str, Any]
-    """Options and conditions: limit, max_batch_tokens, path, model_dtype, device, seconds."""
+    """Options and conditions, such as limit, block, model_dtype, device, seconds."""
     per_example: list[dict[str, Any]] = field(default_factory=list)
     """Scores of single examples, in task order, for paired tests."""
 
     def to_dict(self, *, per_example: bool = False) -> dict[str, Any]:
         """For JSON: dicts, lists, numbers, strings and None only."""
-        return result_document(self, self.per_example if per_example else None)
+        tasks = {task: dict(vars(metrics)) for task, metrics in self.tasks.items()}
+        document = {"tasks": tasks, "average": dict(vars(self.average)), "settings": dict(self.settings)}
+        return document | ({"per_example": self.per_example} if per_example else {})
 
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> EvaluationResult:
-        """The inverse of `to_dict`."""
-        return cls(
-            tasks={task: TaskResult(**result) for task, result in document["tasks"].items()},
+    @staticmethod
+    def from_dict(document: Mapping[str, Any]) -> EvaluationResult:
+        """The inverse of `to_dict`, of log-likelihoods."""
+        return Result(
+            tasks={task: TaskResult(**metrics) for task, metrics in document["tasks"].items()},
             average=TaskResult(**document["average"]),
             settings=dict(document["settings"]),
             per_example=list(document.get("per_example", [])),
         )
+
+
+EvaluationResult = Result[TaskResult]
 
 
 def evaluate(
@@ -96,49 +98,35 @@ def evaluate(
     """Score every task's examples: choices by log-likelihood, other examples by the NLL of their answer.
 
     Args:
-        examples_by_task: Task name -> its examples, at least one each; with or without choices.
+        examples_by_task: Task name -> its examples, at least one task with one example each, with choices or without.
         limit, block: Most examples of a task (None: all), and which (`spread`).
         max_batch_tokens: Most tokens of one forward pass, padding included, unless one sequence is longer.
         progress: Called with examples done and examples in all, of one task after the other.
-    Raises:
-        UserError: If there is no task, a task has no example, or an example cannot be scored.
-        Diverged: If the model gives a log-likelihood that is not finite.
+    Raises: UserError if an example cannot be scored, Diverged if the model gives a log-likelihood that is not finite.
     """
-    faults = [f"eval: task '{task}' has no examples" for task, examples in examples_by_task.items() if not examples]
-    if not examples_by_task:
-        faults.append("eval: no task to evaluate")
-    if limit is not None and limit < 1:
-        faults.append(f"eval.limit: must be at least 1, got {limit}")
-    if faults:
-        raise UserError(*faults)
-    path = choose_path(model)
     started = time.perf_counter()
     tasks: dict[str, TaskResult] = {}
     records: list[dict[str, Any]] = []
     for task, all_examples in examples_by_task.items():
-        examples = spread(all_examples, limit, block)
-        choices, answers = _score(
-            model, tokenizer, examples, path, max_batch_tokens=max_batch_tokens, progress=progress
-        )
-        _check_finite(task, choices, answers)
-        tasks[task] = _task_result(choices, answers)
-        records.extend(_records(task, choices, answers))
+        examples = sorted(spread(all_examples, limit, block), key=lambda example: not example.choices)
+        scores = score_examples(model, tokenizer, examples, max_batch_tokens=max_batch_tokens, progress=progress)
+        broken = [score.id for score in scores if not np.isfinite(score.loglikelihoods).all()]
+        if broken:
+            raise Diverged(
+                f"eval: task '{task}': the model's log-likelihood is not finite in {len(broken)} of {len(scores)} "
+                f"examples, first in example '{broken[0]}'. Its weights or activations overflow or hold NaN."
+            )
+        own = [_record(task, score) for score in scores]
+        tasks[task] = _task_result(own)
+        records += own
     settings = {
         "limit": limit,
         "block": block,
         "max_batch_tokens": max_batch_tokens,
-        "shared_prefix": path.shared_prefix,
-        "path": path.reason,
+        "shared_prefix": shares_prefix(model),
         **conditions(model, started),
     }
     return EvaluationResult(tasks, _average(list(tasks.values())), settings, records)
-
-
-def result_document(result: Any, per_example: Sequence[Any] | None) -> dict[str, Any]:
-    """A result with `tasks`, `average` and `settings` as JSON values."""
-    tasks = {task: asdict(each) for task, each in result.tasks.items()}
-    document = {"tasks": tasks, "average": asdict(result.average), "settings": dict(result.settings)}
-    return document if per_example is None else {**document, "per_example": per_example}
 
 
 def conditions(model: nn.Module, started: float) -> dict[str, Any]:
@@ -175,44 +163,39 @@ FEWEST = 10
 def compare_table(results: Mapping[str, EvaluationResult]) -> Table:
     """A row per task and, per label, columns of accuracy in % ± standard error and answer NLL in nats per token."""
 
-    def cells(result: TaskResult) -> tuple[list[str], list[str]]:
-        shared = [str(result.num_examples), percent(result.chance), percent(result.majority)]
-        error = None if result.num_choice_examples < FEWEST else result.acc_stderr
-        return shared, [percent(result.acc, error), f"{result.nll_per_token:.3f}"]
+    def acc(result: TaskResult) -> str:
+        return percent(result.acc, None if result.num_choice_examples < FEWEST else result.acc_stderr)
 
-    measures = ["{label} acc %", "{label} NLL/token"]
-    return results_table("evaluation", ["n", "chance", "majority"], measures, results, cells)
+    shared: dict[str, Cell] = {
+        "n": lambda result: str(result.num_examples),
+        "chance": lambda result: percent(result.chance),
+        "majority": lambda result: percent(result.majority),
+    }
+    own: dict[str, Cell] = {"acc %": acc, "NLL/token": lambda result: f"{result.nll_per_token:.3f}"}
+    return results_table("evaluation", results, shared, own)
 
 
-def results_table(
-    title: str,
-    baselines: Sequence[str],
-    measures: Sequence[str],
-    results: Mapping[str, Any],
-    cells: Callable[[Any], tuple[list[str], list[str]]],
-) -> Table:
+Cell = Callable[[Any], str]
+"""One task's result -> the text of a cell."""
+
+
+def results_table(title: str, results: Mapping[str, Any], shared: Mapping[str, Cell], own: Mapping[str, Cell]) -> Table:
     """A row per task and one of averages, for results with `tasks` and `average`.
 
     Args:
-        baselines: Columns that all results share; where they differ, the value of each is shown.
-        measures: Columns of each result, with {label}.
-        cells: One task's result -> its cells in these columns.
+        shared: Columns that all results share; where they differ, the value of each is shown.
+        own: Columns of each result.
     """
-    table = Table(title=title, title_justify="left")
-    table.add_column("task", justify="left")
-    for name in [*baselines, *(measure.format(label=label) for label in results for measure in measures)]:
-        table.add_column(name, justify="right")
-
-    def add(name: str, found: Sequence[Any], style: str | None = None) -> None:
-        both = [None if each is None else cells(each) for each in found]
-        shared = zip(*(pair[0] for pair in both if pair is not None), strict=True)
-        own = (["–"] * len(measures) if pair is None else pair[1] for pair in both)
-        table.add_row(name, *("/".join(dict.fromkeys(each)) for each in shared), *chain(*own), style=style)
-
-    for task in dict.fromkeys(task for result in results.values() for task in result.tasks):
-        add(task, [result.tasks.get(task) for result in results.values()])
-    table.add_section()
-    add("average", [result.average for result in results.values()], style="bold")
+    names = [*shared, *(f"{label} {name}" for label in results for name in own)]
+    columns = [Column("task"), *(Column(name, justify="right") for name in names)]
+    table = Table(*columns, title=title, title_justify="left")
+    for task in (*dict.fromkeys(task for result in results.values() for task in result.tasks), None):
+        found = [result.average if task is None else result.tasks.get(task) for result in results.values()]
+        both = ("/".join(dict.fromkeys(cell(each) for each in found if each is not None)) for cell in shared.values())
+        cells = ("–" if each is None else cell(each) for each in found for cell in own.values())
+        if task is None:
+            table.add_section()
+        table.add_row(task or "average", *both, *cells, style="bold" if task is None else None)
     return table
 
 
@@ -222,75 +205,42 @@ def percent(share: float | None, stderr: float | None = None) -> str:
     return "–" if share is None else f"{100 * share:.1f}{error}"
 
 
-def _score(
-    model: nn.Module,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    path: ForwardPath,
-    *,
-    max_batch_tokens: int,
-    progress: Progress | None,
-) -> tuple[list[ChoiceScores], list[AnswerScore]]:
-    """Scores of the examples with choices and of those without; progress runs over both."""
-    with_choices = [example for example in examples if example.choices]
-    without = [example for example in examples if not example.choices]
-
-    def after(num_before: int) -> dict[str, Any]:
-        report = None if progress is None else lambda done, _: progress(num_before + done, len(examples))
-        return {"max_batch_tokens": max_batch_tokens, "path": path, "progress": report}
-
-    choices = score_choices(model, tokenizer, with_choices, **after(0)) if with_choices else []
-    answers = score_answers(model, tokenizer, without, **after(len(with_choices))) if without else []
-    return choices, answers
+def _record(task: str, score: ExampleScore) -> dict[str, Any]:
+    """JSON-able scores of one example; `acc` and `acc_norm` are the credits that the task's accuracy averages."""
+    record: dict[str, Any] = {"task": task, "id": score.id}
+    if score.gold is not None:
+        per_char = score.loglikelihoods / np.maximum(score.num_chars, 1)  # an empty choice counts as one character
+        record |= {
+            "gold": score.gold,
+            **{name: getattr(score, name).tolist() for name in ("loglikelihoods", "num_tokens", "num_chars")},
+            "acc": tie_credit(score.loglikelihoods, score.gold),
+            "acc_norm": tie_credit(per_char, score.gold),
+        }
+    counts = {"num_answer_tokens": score.num_answer_tokens, "num_truncated": score.num_truncated}
+    return {**record, "nll": score.nll, **counts}
 
 
-def _check_finite(task: str, choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> None:
-    broken = [score.id for score in choices if not np.isfinite(score.loglikelihoods).all()]
-    broken += [score.id for score in answers if not math.isfinite(score.loglikelihood)]
-    if broken:
-        total = len(choices) + len(answers)
-        raise Diverged(
-            f"eval: task '{task}': the model's log-likelihood is not finite in {len(broken)} of {total} examples, "
-            f"first in example '{broken[0]}'. Its weights or activations overflow or hold NaN."
-        )
-
-
-def _task_result(choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> TaskResult:
-    nlls = [-score.loglikelihoods[score.gold] for score in choices] + [-score.loglikelihood for score in answers]
-    num_tokens = [int(score.num_tokens[score.gold]) for score in choices] + [score.num_tokens for score in answers]
+def _task_result(records: Sequence[Mapping[str, Any]]) -> TaskResult:
+    """The metrics of a task from the records of its examples."""
+    of_choices = [record for record in records if "acc" in record]
+    credits = {name: [record[name] for record in of_choices] for name in ("acc", "acc_norm")}
+    nlls, num_tokens = ([record[name] for record in records] for name in ("nll", "num_answer_tokens"))
+    num_gold = Counter(record["gold"] for record in of_choices)
+    chances = [1.0 / len(record["loglikelihoods"]) for record in of_choices]
     return TaskResult(
-        **_accuracies(choices),
+        **estimated("acc", mean_stderr(credits["acc"]) if of_choices else None),
+        **estimated("acc_norm", mean_stderr(credits["acc_norm"]) if of_choices else None),
+        chance=float(np.mean(chances)) if of_choices else None,
+        majority=max(num_gold.values()) / len(of_choices) if of_choices else None,
+        num_ties=sum(0 < credit < 1 for credit in credits["acc"]),
+        num_ties_norm=sum(0 < credit < 1 for credit in credits["acc_norm"]),
         **estimated("nll", mean_stderr(nlls)),
         **estimated("nll_per_token", ratio_stderr(nlls, num_tokens)),
-        num_examples=len(nlls),
-        num_choice_examples=len(choices),
+        num_examples=len(records),
+        num_choice_examples=len(of_choices),
         num_answer_tokens=sum(num_tokens),
-        num_truncated=sum(s.num_truncated > 0 for s in choices) + sum(s.num_truncated > 0 for s in answers),
+        num_truncated=sum(record["num_truncated"] > 0 for record in records),
     )
-
-
-def _accuracies(choices: Sequence[ChoiceScores]) -> dict[str, Any]:
-    """The fields of a `TaskResult` that need examples with choices."""
-    if not choices:
-        without = {"chance": None, "majority": None, "num_ties": 0, "num_ties_norm": 0}
-        return without | estimated("acc", None) | estimated("acc_norm", None)
-    found: dict[str, Any] = {
-        "chance": float(np.mean([1.0 / len(score.loglikelihoods) for score in choices])),
-        "majority": max(Counter(score.gold for score in choices).values()) / len(choices),
-    }
-    by_measure = zip(*(_credits(score) for score in choices), strict=True)
-    for (name, ties), found_credits in zip(
-        (("acc", "num_ties"), ("acc_norm", "num_ties_norm")), by_measure, strict=True
-    ):
-        found |= estimated(name, mean_stderr([credit for credit, _ in found_credits]))
-        found[ties] = sum(tied for _, tied in found_credits)
-    return found
-
-
-def _credits(score: ChoiceScores) -> tuple[tuple[float, bool], tuple[float, bool]]:
-    """Credit of the right choice and whether it is tied, by the log-likelihood and by that per character."""
-    per_char = score.loglikelihoods / np.maximum(score.num_chars, 1)  # an empty choice counts as one character
-    return tie_credit(score.loglikelihoods, score.gold), tie_credit(per_char, score.gold)
 
 
 def _average(results: Sequence[TaskResult]) -> TaskResult:
@@ -319,30 +269,6 @@ def averaged(results: Sequence[Any], name: str) -> Estimate | None:
     errors = (getattr(result, f"{name}_stderr", None) for result in results)
     variance = sum(math.nan if error is None else error**2 for error in errors)
     return Estimate(float(np.mean([getattr(result, name) for result in results])), math.sqrt(variance) / len(results))
-
-
-def _records(task: str, choices: Sequence[ChoiceScores], answers: Sequence[AnswerScore]) -> list[dict[str, Any]]:
-    """JSON-able scores of single examples; `acc` and `acc_norm` are the credits that the task's accuracy averages."""
-    records: list[dict[str, Any]] = []
-    for score in choices:
-        (acc, _), (acc_norm, _) = _credits(score)
-        records.append(
-            {
-                "task": task,
-                "id": score.id,
-                "gold": score.gold,
-                **{name: getattr(score, name).tolist() for name in ("loglikelihoods", "num_tokens", "num_chars")},
-                "acc": acc,
-                "acc_norm": acc_norm,
-                "nll": -float(score.loglikelihoods[score.gold]),
-                "num_answer_tokens": int(score.num_tokens[score.gold]),
-                "num_truncated": score.num_truncated,
-            }
-        )
-    for answer in answers:
-        counts = {"num_answer_tokens": answer.num_tokens, "num_truncated": answer.num_truncated}
-        records.append({"task": task, "id": answer.id, "nll": -answer.loglikelihood, **counts})
-    return records
 
 
 def estimated(name: str, estimate: Estimate | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,38 +40,21 @@ METHODS = ("loglikelihood", "generate")
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What `qdora eval` is asked for."""
+    """What `qdora eval` is asked for. The fields are its options; its help says what they mean and what None takes."""
 
     tasks: Sequence[str] | None = None
-    """Sources of the run or built-in tasks; with own data the source that it is read like. None: the run's eval.tasks,
-    by default all its sources; no tasks with texts or harness."""
     limit: int | None = None
-    """Most examples of a task. None: the run's eval.limit, or all."""
     split: str | None = None
-    """validation, test or train; with own data any split that it has. None: validation."""
     data: str | None = None
-    """Own data: a file, a pattern, a folder or a Hub id. With commonsense tasks their folder of <task>/<split> files,
-    in place of the Hub."""
     texts: Sequence[Path] = ()
-    """Text files whose perplexity is measured."""
     step: int | None = None
-    """Checkpoint of a run. None: the finished adapter."""
     base_only: bool = False
-    """Leave the adapter of a run out."""
     like: Path | None = None
-    """For a model that is not a run: use this run's data, limit, and date and variables of the chat template, and show
-    this run's results beside."""
     base_model: str | None = None
-    """For an adapter: its base. None: the one that its files name."""
     quant: str | None = None
-    """For a model that is not a run: hold its linear layers in nf4, fp4 or int8. None: dense. For an adapter: as
-    `adopted_recipe` has it."""
     method: str | None = None
-    """loglikelihood, or generate: the model also answers in words. None: the run's eval.method."""
     harness: Sequence[str] = ()
-    """Tasks of lm-evaluation-harness."""
     harness_include: Path | None = None
-    """Folder of further tasks for the harness."""
 
     @property
     def reads_tasks(self) -> bool:
@@ -110,64 +93,33 @@ class EvalOptions:
             parts.append(f"limit-{self.limit}")
         return "-".join(parts)
 
-    def harness_kept_as(self) -> str:
-        """Name of the results of the harness, in the names of the kept files: its tasks, and the limit."""
-        return f"harness-{_in_a_name(self.harness)}" + ("" if self.limit is None else f"-limit-{self.limit}")
-
     def check(self, target: str) -> None:
         """Raise UserError with all faults that show before anything is loaded."""
-        faults = []
+        only = None if self.reads_tasks else "--harness" if self.harness else "--text"
+        rules = [
+            (self.like is not None and is_run(target), f"--like: {target} is a run and has data of its own."),
+            (self.step is not None and self.base_only, "--step: is not used with --base, which has no steps."),
+            (self.harness_include is not None and not self.harness, "--harness-include: is used only with --harness."),
+            (only == "--text" and self.limit is not None, "--limit: counts examples of tasks, got only --text."),
+            (only is not None and self.method is not None, f"--method: is for examples of tasks, got only {only}."),
+        ]
+        if self.data is not None:
+            path, named, like = user_path(self.data), ", ".join(sorted(self.data_tasks)), self.tasks or ()
+            held = ", ".join(task for task in COMMONSENSE_TASKS if not named and (path / task).is_dir())
+            split_tasks = f"--data: must be a folder of <task>/<split> files with --tasks {named}, got {path}."
+            rules += [
+                (named != "" and not path.is_dir(), split_tasks),
+                (held != "", f"--data: {path} has a folder for each task. Fix: add --tasks with one of {held}."),
+                (self.split is not None and self.split_read is None, f"--split: {path} has no splits, being one file."),
+                (self.own_data is not None and len(like) > 1, f"--tasks: with --data names one source, got {like}."),
+            ]
+        faults = [text for is_wrong, text in rules if is_wrong]
         if self.own_data is None and self.split not in (None, *SPLITS):
             faults.append(not_one_of("--split", self.split, SPLITS))
-        if self.method is not None and self.method not in METHODS:
+        if self.method not in (None, *METHODS):
             faults.append(not_one_of("--method", self.method, METHODS))
-        if self.like is not None and is_run(target):
-            faults.append(f"--like: {target} is a run and has data of its own. Fix: remove --like.")
-        if self.step is not None and self.base_only:
-            faults.append("--step: is not used with --base, since the base has no steps. Fix: remove one of them.")
-        if self.harness_include is not None and not self.harness:
-            faults.append("--harness-include: is used only with --harness. Fix: name a task with --harness.")
-        if not self.reads_tasks:
-            used = "--harness" if self.harness else "--text"
-            if self.limit is not None and not self.harness:
-                faults.append("--limit: counts examples of tasks, got only --text. Fix: remove --limit or add --tasks.")
-            if self.method is not None:
-                faults.append(
-                    f"--method: applies to examples of tasks, got only {used}. Fix: remove --method or add --tasks."
-                )
-        faults += self._data_faults()
-        faults += [f"--text: {file} is not a file." for file in self.texts if not file.is_file()]
-        if user_path(target).exists():  # else it is looked for first
-            faults += self.faults_of_data(target)
         if faults:
             raise UserError(*faults)
-
-    def faults_of_data(self, target: str) -> list[str]:
-        """What is wrong if nothing says what a model that is not a run is scored on."""
-        if is_run(target) or self.like or self.tasks or self.data or self.texts or self.harness:
-            return []
-        return [
-            f"eval: {target} is not a run (it has no recipe.yaml), so it has no data. "
-            "Fix: add --tasks, --data, --text, --harness or --like RUN."
-        ]
-
-    def _data_faults(self) -> Iterator[str]:
-        """What is wrong with `data` and shows before it is read."""
-        if self.data is None:
-            return
-        path, named = user_path(self.data), ", ".join(sorted(self.data_tasks))
-        if named and not path.is_dir():
-            yield (
-                f"--data: must be a folder of <task>/<split> files with --tasks {named}, got {self.data}. "
-                "Fix: name it, or remove --tasks to score data of your own."
-            )
-        held = [] if named else [task for task in COMMONSENSE_TASKS if (path / task).is_dir()]
-        if held:
-            yield f"--data: {self.data} has a folder for each task. Fix: add --tasks with one of {', '.join(held)}."
-        if self.split is not None and self.split_read is None:
-            yield f"--split: {self.data} is a single file or a pattern and has no splits. Fix: remove --split."
-        if self.own_data is not None and len(given := self.tasks or ()) > 1:
-            yield f"--tasks: with --data names the one source that has the format, got {', '.join(given)}."
 
 
 def evaluate_target(
@@ -183,11 +135,15 @@ def evaluate_target(
     Raises UserError for options that do not fit the target, unknown tasks, or what `load_target` refuses.
     """
     options.check(target)
+    texts = read_texts(options.texts)
     check_gpu()
     # A wrong name is found before the data is read or fetched.
     check_target(target, base_model=options.base_model, quant=options.quant, verb="eval")
-    if lacking := options.faults_of_data(target):
-        raise UserError(*lacking)
+    if not (is_run(target) or options.like or options.tasks or options.data or options.texts or options.harness):
+        raise UserError(
+            f"eval: {target} is not a run (it has no recipe.yaml), so it has no data. "
+            "Fix: add --tasks, --data, --text, --harness or --like RUN."
+        )
     progress, results = consoles(console)
     keep_freed_memory()
     data_run = Path(target) if is_run(target) else options.like
@@ -196,14 +152,12 @@ def evaluate_target(
     harness = find_harness_tasks(options.harness, options.harness_include) if options.harness else None
     generates = (options.method or ("loglikelihood" if recipe is None else recipe.eval.method)) == "generate"
     examples = _examples(options, recipe, by_name=generates)
-    faults = generation_faults(examples) if generates else ()
-    if faults:
+    if generates and (faults := generation_faults(examples)):
         raise UserError(*faults)
-    texts = read_texts(options.texts)
-    split, kept = options.split_read, options.kept_as(recipe)
-    limit, block = options.limit, None
-    if recipe is not None and limit in (None, recipe.eval.limit):  # as during training
-        limit, block = recipe.eval.limit, recipe.eval.block
+    split, name = options.split_read, options.kept_as(recipe)
+    scored: dict[str, Any] = {"limit": options.limit, "block": None}
+    if recipe is not None and options.limit in (None, recipe.eval.limit):  # as during training
+        scored = {"limit": recipe.eval.limit, "block": recipe.eval.block}
     loaded = load_target(
         target,
         step=options.step,
@@ -212,41 +166,40 @@ def evaluate_target(
         quant=options.quant,
         verb="eval",
     )
+    model, tokenizer, label = loaded.model, loaded.tokenizer, loaded.label
     if options.like is not None and recipe is not None:
-        render_chats_like(loaded.tokenizer, options.like, recipe)
-    shown = "adapter" if loaded.run is not None and loaded.label == "final" else loaded.label
-    document: dict[str, Any] = {"target": target, "label": loaded.label, "split": split}
+        render_chats_like(tokenizer, options.like, recipe)
+    shown = "adapter" if loaded.run is not None and label == "final" else label
+    document: dict[str, Any] = {"target": target, "label": label, "split": split}
     if examples:
-        like = options.like if options.data is None and split == "validation" else None
         beside = {}
-        if like is not None and recipe is not None:
-            beside = stored_results(open_run(like), recipe.adapter.start_label)
-        with bar(progress, f"evaluating {loaded.label}") as update:
-            scored = evaluate(loaded.model, loaded.tokenizer, examples, limit=limit, block=block, progress=update)
-        results.print(compare_table(beside | {shown: scored}))
+        if recipe is not None and options.like is not None and options.data is None and split == "validation":
+            beside = stored_results(open_run(options.like), recipe.adapter.start_label)
+        with bar(progress, f"evaluating {label}") as update:
+            found = evaluate(model, tokenizer, examples, **scored, progress=update)
+        results.print(compare_table(beside | {shown: found}))
         read = {} if options.data is None else {"data": place_of(options.data)}
-        _keep(loaded, kept, read | scored.to_dict(per_example=True))
-        document["evaluation"] = scored.to_dict()
+        _keep(loaded, name, read | found.to_dict(per_example=True))
+        document["evaluation"] = found.to_dict()
         document["beside"] = {label: stored.to_dict() for label, stored in beside.items()}
     if examples and generates:
-        with bar(progress, f"answers of {loaded.label}") as update:
-            answers = evaluate_generated(
-                loaded.model, loaded.tokenizer, examples, limit=limit, block=block, progress=update
-            )
+        with bar(progress, f"answers of {label}") as update:
+            answers = evaluate_generated(model, tokenizer, examples, **scored, progress=update)
         results.print(generation_table({shown: answers}))
-        _keep(loaded, f"{kept}-generated", answers.to_dict(per_example=True))
+        _keep(loaded, f"{name}-generated", answers.to_dict(per_example=True))
         document["generation"] = answers.to_dict()
     if texts:
-        found = text_perplexity(loaded.model, loaded.tokenizer, texts)
-        document["perplexity"] = found.to_dict()
-        results.print(f"perplexity {found.perplexity:.3f} over {found.num_tokens:,} tokens")
+        perplexity = text_perplexity(model, tokenizer, texts)
+        document["perplexity"] = perplexity.to_dict()
+        results.print(f"perplexity {perplexity.perplexity:.3f} over {perplexity.num_tokens:,} tokens")
         places = _of_places([str(file.resolve()) for file in options.texts])
-        name = f"perplexity-{_in_a_name([file.name for file in options.texts])}-{places}"
-        _keep(loaded, name, document["perplexity"] | {"texts": [str(file) for file in options.texts]})
+        text_name = f"perplexity-{_in_a_name([file.name for file in options.texts])}-{places}"
+        _keep(loaded, text_name, document["perplexity"] | {"texts": [str(file) for file in options.texts]})
     if harness is not None:
-        document["harness"] = evaluate_harness(loaded.model, loaded.tokenizer, harness, limit=options.limit)
+        document["harness"] = evaluate_harness(model, tokenizer, harness, limit=options.limit)
         results.print(harness_table(document["harness"]))
-        _keep(loaded, options.harness_kept_as(), document["harness"] | {"limit": options.limit})
+        limited = "" if options.limit is None else f"-limit-{options.limit}"
+        _keep(loaded, f"harness-{_in_a_name(options.harness)}{limited}", document["harness"] | {"limit": options.limit})
     return document
 
 
@@ -320,14 +273,7 @@ def _own_examples(options: EvalOptions, place: str, recipe: Recipe | None) -> di
         )
     split = options.split_read or "train"  # a file is all one split
     source = given_source(place, mix, like, split)
-    try:
-        found = open_source(source, split)
-    except UserError as error:
-        is_set_up = source.format != "auto" or source.chat or source.columns or source.template
-        if is_set_up or like is not None or len(labels) < 2 or not Path(place).exists():
-            raise
-        fix = f"Fix: name a source of the run that has this format with --tasks: {', '.join(labels)}."
-        raise UserError(*error.faults, f"--data: the format is that of the columns. {fix}") from error
+    found = open_source(source, split)
     for label in [] if options.base_only else trained_on(source, split, mix):
         logger.warning("The run was trained on %s (source %s). The scores say nothing of new data.", place, label)
     return {source.label: list(found) if recipe is None else to_score(found, recipe.data)}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
 from qdora.data.chat_template import prompt_text, require_chat_template
@@ -21,13 +20,12 @@ from qdora.data.row_formats import asked_chat
 from qdora.data.rows import FaultList, RowFault
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError
+from qdora.evaluation.generation import generate
 from qdora.files.run_directory import is_without_chats
 from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
-from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.stop_ids import stop_ids_of_model
 from qdora.model.text_config import context_length
-from qdora.ops.frozen_product import decoding
 from qdora.run.load_run import LoadedModel, load_target
 
 logger = logging.getLogger("qdora")
@@ -50,33 +48,25 @@ class Sampling:
 
     def faults(self) -> list[str]:
         """What is wrong with the settings, one line each."""
-        found = []
-        if not 0 <= self.temperature <= 100:
-            found.append(f"--temperature: got {self.temperature:g}, must be 0 to 100 (0 takes the most likely token).")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(f"--top-p: got {self.top_p:g}, must be above 0 and at most 1.")
-        if self.top_k is not None and self.top_k < 1:
-            found.append(f"--top-k: got {self.top_k}, must be at least 1.")
-        if self.max_new_tokens < 1:
-            found.append(f"--max-new-tokens: got {self.max_new_tokens}, must be at least 1.")
-        if self.temperature == 0:
-            found += [
-                f"{name}: has no effect at temperature 0. Fix: add --temperature 0.7, or remove {name}."
-                for name, value in (("--top-p", self.top_p), ("--top-k", self.top_k))
-                if value is not None
-            ]
-        return found
+        top_p, top_k = self.top_p, self.top_k
+        rules = (
+            (0 <= self.temperature <= 100, f"--temperature: got {self.temperature:g}, must be 0 to 100."),
+            (top_p is None or 0 < top_p <= 1, f"--top-p: got {top_p}, must be above 0 and at most 1."),
+            (top_k is None or top_k >= 1, f"--top-k: got {top_k}, must be at least 1."),
+            (self.max_new_tokens >= 1, f"--max-new-tokens: got {self.max_new_tokens}, must be at least 1."),
+            (
+                self.temperature != 0 or top_p is top_k is None,
+                "--top-p, --top-k: have no effect at temperature 0. Fix: add --temperature 0.7, or remove them.",
+            ),
+        )
+        return [text for holds, text in rules if not holds]
 
     def settings(self) -> dict[str, Any]:
-        """For transformers' `generate`; they replace the model's own generation config."""
+        """For `evaluation.generation.generate`."""
         if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
-            "top_k": 0 if self.top_k is None else self.top_k,
-        }
+            return {"do_sample": False}
+        top_p, top_k = 1.0 if self.top_p is None else self.top_p, self.top_k or 0
+        return {"do_sample": True, "temperature": self.temperature, "top_p": top_p, "top_k": top_k}
 
 
 def nowhere(text: str) -> None:
@@ -90,22 +80,18 @@ def generate_from(
     *,
     system: str | None = None,
     raw: bool = False,
-    step: int | None = None,
-    base_only: bool = False,
-    base_model: str | None = None,
-    quant: str | None = None,
     write: Write = nowhere,
+    **which: Any,
 ) -> dict[str, Any]:
     """Load a run, an adapter or a model and let it answer a prompt.
 
     Args:
         target: Directory of a run, an adapter or a model, Hub id, or builtin.
         prompt: The user's text.
-        sampling: How tokens are chosen.
         system: System message, for a model with a chat template.
         raw: Use the prompt as it is, without the chat template.
-        step, base_only, base_model, quant: See `load_target`.
         write: Called with each piece of text as soon as it is known.
+        which: step, base_only, base_model, quant of `load_target`.
     Returns:
         JSON values: the text, token counts, seconds, tokens per second after the first, why it stopped: "end" of
         sequence, "length" (`max_new_tokens`), or "context", since prompt and answer fill the model's context.
@@ -120,31 +106,23 @@ def generate_from(
     if faults:
         raise UserError(*faults)
     keep_freed_memory()
-    loaded = load_target(target, step=step, base_only=base_only, base_model=base_model, quant=quant, verb="generate")
+    loaded = load_target(target, verb="generate", **which)
     ids = prompt_ids(loaded.tokenizer, prompt, system, raw)
     if loaded.run is not None and not raw and loaded.tokenizer.chat_template and is_without_chats(loaded.run.path):
         logger.info("The run has trained no chats, and the prompt gets the chat template. --raw leaves it as it is.")
-    found = _answer_within_context(loaded, ids, sampling, write, where="--prompt")
+    found = _answer(loaded, ids, sampling, write, where="--prompt")
     return {"target": target, "label": loaded.label, "prompt": prompt, **found}
 
 
 def answer_chats(
-    target: str,
-    file: str,
-    sampling: Sampling = Sampling(),
-    *,
-    step: int | None = None,
-    base_only: bool = False,
-    base_model: str | None = None,
-    quant: str | None = None,
-    write: Write = nowhere,
+    target: str, file: str, sampling: Sampling = Sampling(), *, write: Write = nowhere, **which: Any
 ) -> dict[str, Any]:
     """Load a run, an adapter or a model and let it answer each conversation of a file.
 
     Args:
         file: Any data file of the format messages or sharegpt, with the column `tools` if there are any, as for
             training. The last turn of a conversation is not the assistant's.
-        target, sampling, step, base_only, base_model, quant, write: See `generate_from`.
+        target, sampling, write, which: See `generate_from`.
     Returns:
         JSON values: `answers` as `generate_from` returns them, without the prompt, in the order of the file.
     Raises:
@@ -154,12 +132,12 @@ def answer_chats(
         raise UserError(*faults)
     chats = _read_chats(user_path(file))
     keep_freed_memory()
-    loaded = load_target(target, step=step, base_only=base_only, base_model=base_model, quant=quant, verb="generate")
+    loaded = load_target(target, verb="generate", **which)
     asked = [(where, chat_ids(loaded.tokenizer, turns, tools, where)) for where, turns, tools in chats]
     answers = []
     for where, ids in asked:
         write(f"--- {where}\n")
-        answers.append(_answer_within_context(loaded, ids, sampling, write, where=where))
+        answers.append(_answer(loaded, ids, sampling, write, where=where))
     return {"target": target, "label": loaded.label, "chats": file, "answers": answers}
 
 
@@ -178,74 +156,34 @@ def _read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
     return chats
 
 
-def _answer_within_context(
-    loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write, *, where: str
-) -> dict[str, Any]:
-    """`_answer`, at most as long as the model's context. `where` the prompt comes from, for messages."""
-    context = context_length(loaded.model)
+def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write, *, where: str) -> dict[str, Any]:
+    """The answer to the tokens of a prompt, as JSON values. `where` they come from, for messages."""
+    model, tokenizer, context = loaded.model, loaded.tokenizer, context_length(loaded.model)
     if context is not None and len(ids) >= context:
         raise UserError(f"{where}: got {len(ids)} tokens, must be fewer than {context}, the context of the model.")
-    room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(ids))
-    found = _answer(loaded, ids, replace(sampling, max_new_tokens=room), write)
-    if found["stopped"] == "length" and room < sampling.max_new_tokens:
-        found["stopped"] = "context"
-        logger.warning(
-            "The answer ends after %d tokens: with the prompt of %d it fills the model's context of %d tokens.",
-            room,
-            len(ids),
-            context,
-        )
-    return found
-
-
-def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Write) -> dict[str, Any]:
-    """The answer of a model in memory to the tokens of a prompt, as JSON values."""
-    model, tokenizer = loaded.model, loaded.tokenizer
-    stops = stop_ids_of_model(model, tokenizer)
-    streamer = _Streamer(tokenizer, write)
-    device = next(model.parameters()).device
-    tokens = torch.tensor([ids], device=device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _own_config_aside(model), fast_grouped_attention(), decoding():
+    most = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(ids))
+    streamer, stops = _Streamer(tokenizer, write), stop_ids_of_model(model, tokenizer)
+    device, tokens = next(model.parameters()).device, torch.tensor([ids])
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(sampling.seed)
         began = time.perf_counter()
-        generate: Any = model.generate
-        out = generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            streamer=streamer,
-            max_new_tokens=sampling.max_new_tokens,
-            max_length=None,
-            eos_token_id=sorted(stops) or None,
-            pad_token_id=tokenizer.pad_token_id,
-            use_cache=True,
-            **sampling.settings(),
-        )
+        options = {"streamer": streamer, "max_new_tokens": most, "eos_token_id": sorted(stops) or None}
+        out = generate(model, tokens, torch.ones_like(tokens), **options, **sampling.settings())
         seconds = time.perf_counter() - began
     new = out[0, len(ids) :].tolist()
     ended = bool(new) and new[-1] in stops
-    after_first = streamer.last_time - streamer.first_time
+    is_cut = not ended and most < sampling.max_new_tokens
+    if is_cut:
+        text = "The answer ends after %d tokens: with the prompt of %d it fills the model's context of %d tokens."
+        logger.warning(text, most, len(ids), context)
     return {
         "text": str(tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)),
         "num_prompt_tokens": len(ids),
         "num_new_tokens": len(new),
-        "stopped": "end" if ended else "length",
+        "stopped": "end" if ended else "context" if is_cut else "length",
         "seconds": seconds,
-        "tokens_per_second": (len(new) - 1) / after_first if len(new) > 1 and after_first > 0 else None,
+        "tokens_per_second": (len(new) - 1) / (streamer.times[-1] - streamer.times[1]) if len(new) > 1 else None,
     }
-
-
-@contextmanager
-def _own_config_aside(model: Any) -> Iterator[None]:
-    """Let `generate` see none of the model's own settings in the block, such as a repetition penalty.
-
-    It takes from them whatever it is not given, even if it is given a whole config.
-    """
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, raw: bool) -> list[int]:
@@ -281,20 +219,16 @@ def chat_ids(
 
 
 class _Streamer:
-    """Writes text as soon as a word is complete, and records when the first and the last token came."""
+    """Writes text as soon as a word is complete, and records when the prompt and each token came."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write) -> None:
         self.text: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.text.on_finalized_text = lambda text, stream_end=False: write(text + ("\n" if stream_end else ""))
-        self.first_time = self.last_time = 0.0
-        self.num_calls = 0
+        self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
         """Called by transformers with the prompt, then with each token."""
-        self.num_calls += 1
-        if self.num_calls > 1:
-            self.last_time = time.perf_counter()
-            self.first_time = self.first_time or self.last_time
+        self.times.append(time.perf_counter())
         self.text.put(value)
 
     def end(self) -> None:

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from qdora.data.example import Example
 from qdora.errors import first_line, nearest
+from qdora.evaluation.batches import batches_shared
 from qdora.evaluation.before_after import worse_than_before
 from qdora.evaluation.generation import GenerationResult, evaluate_generated
-from qdora.evaluation.shared_batches import batches_shared
 from qdora.evaluation.suite import EvaluationResult, evaluate, spread
 from qdora.files.console import bar, errors_only
 from qdora.recipe.settings import Recipe
@@ -108,7 +108,7 @@ class StepEvaluations:
 def evaluate_together(processes: Processes, evaluate: Callable[[], Result]) -> Result:
     """Run an evaluation in all processes; each gets its result.
 
-    Whole models divide its batches (`shared_batches`). With a divided base each batch needs all processes. If it raises
+    Whole models divide its batches (`batches_shared`). With a divided base each batch needs all processes. If it raises
     in one of them, the others raise OtherProcessFailed; after a KeyboardInterrupt, once its process has ended.
     """
     if processes.size == 1 or processes.shards:

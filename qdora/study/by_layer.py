@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from qdora.analysis.error_undone import error_undone
 from qdora.analysis.weight_changes import full_weight_changes, set_magnitude_back_, weight_changes
 from qdora.data.build_data import run_examples
 from qdora.data.example import Example
-from qdora.evaluation.loglikelihood import score_answers
+from qdora.evaluation.loglikelihood import score_examples
 from qdora.evaluation.suite import evaluate, spread
 from qdora.model.inject import adapted_layers, block_of
 from qdora.model.model_size import model_size
@@ -42,7 +42,7 @@ def measure_by_layer(trained: Path) -> dict[str, Any]:
         changes[path] |= found
     asked = run.recipe.eval
     examples = [
-        each
+        replace(each, choices=(), gold=None)  # only the answer is scored
         for found in run_examples(run.recipe, "validation", asked.tasks).values()
         for each in spread(found, EXAMPLES_OF_TASK, asked.block)
     ]
@@ -110,8 +110,8 @@ def without_adapter(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
 
 def _nll(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> float:
     """Nats per answer token."""
-    scores = score_answers(model, tokenizer, examples)
-    return -sum(each.loglikelihood for each in scores) / sum(each.num_tokens for each in scores)
+    scores = score_examples(model, tokenizer, examples)
+    return sum(each.nll for each in scores) / sum(each.num_answer_tokens for each in scores)
 
 
 @torch.no_grad()
