@@ -39,7 +39,7 @@ def in_yaml(value: Any) -> str:
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json", exclude_unset=True)
     try:
-        text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+        text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
     except yaml.YAMLError:  # such as a decimal number of a Parquet file
         return repr(value)
     return text.removesuffix("\n...\n").strip()

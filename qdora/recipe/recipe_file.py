@@ -264,8 +264,9 @@ def missing_files(recipe: Recipe, where: str) -> list[str]:
     missing = []
     for setting, section, key in _paths(settings(recipe)):
         path = section[key]
-        is_there = os.path.exists(path) or any(glob.iglob(path, recursive=True))
-        if key != "cache" and os.path.isabs(path) and not is_there:
+        if key == "cache" or not os.path.isabs(path) or os.path.exists(path):
+            continue
+        if not any(glob.iglob(path, recursive=True)):
             close = "" if is_pattern(path) else nearest_path(Path(path))
             missing.append(f"{where}: {setting}: no such file or directory, got {path}.{close}")
     return missing
