@@ -61,7 +61,8 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
     """A minimal recipe with some dotted settings changed; ... takes one out."""
     data = minimal()
     for setting, value in changes.items():
-        here, (*steps, key) = data, re.findall(r"\w+", setting)
+        *steps, key = re.findall(r"\w+", setting)
+        here: Any = data
         for step in steps:
             here = here[int(step)] if step.isdecimal() else here.setdefault(step, {})
         here[key] = copy.deepcopy(value)
@@ -200,7 +201,8 @@ def test_a_recipe_that_cannot_be_read_names_the_nearest(tmp_path: Path, monkeypa
         *(("adapter.rank", value, "") for value in ("abc", "16", 0, True, 16.0)),
         *(("adapter.alpha", value, "") for value in (True, math.nan, "2", [1], 0)),
         *(("adapter.dropout", value, "") for value in (1, math.nan, -0.1)),
-        *(("adapter.targets", value, "all-linear") for value in ([], "q_proj")),
+        ("adapter.targets", [], "all-linear"),
+        ("adapter.targets", "q_proj", "all-linear"),
         *(("base.double_quant", value, "boolean") for value in (1, "yes")),
         ("base.block_size", 65, "4096"),
         ("base.quant", "nf5", "got 'nf5' 'nf4'?"),
@@ -551,7 +553,7 @@ def test_a_folder_with_marks_of_a_pattern_in_its_name(tmp_path: Path, monkeypatc
     pattern, split, single, one = recipe.data.mix
     escaped = glob.escape(str(folder))
     assert (pattern.source, pattern.label) == (f"{escaped}/data/t*.jsonl", "t")
-    assert files_of(Path(pattern.source), "train") == [folder / "data" / f"{name}.jsonl" for name in ("test", "train")]
+    assert files_of(Path(str(pattern.source)), "train") == [folder / "data" / f"{name}.jsonl" for name in ("test", "train")]
     assert (split.source, split.split) == (str(folder / "data"), "test")
     assert (single.source, single.validation) == (str(folder / "data" / "train.jsonl"), f"{escaped}/data/te?t.jsonl")
     assert (one.source, recipe.data.cache) == (str(folder / "data" / "[x].jsonl"), str(folder / "new[1]"))
