@@ -553,7 +553,9 @@ def test_a_folder_with_marks_of_a_pattern_in_its_name(tmp_path: Path, monkeypatc
     pattern, split, single, one = recipe.data.mix
     escaped = glob.escape(str(folder))
     assert (pattern.source, pattern.label) == (f"{escaped}/data/t*.jsonl", "t")
-    assert files_of(Path(str(pattern.source)), "train") == [folder / "data" / f"{name}.jsonl" for name in ("test", "train")]
+    assert files_of(Path(str(pattern.source)), "train") == [
+        folder / "data" / f"{name}.jsonl" for name in ("test", "train")
+    ]
     assert (split.source, split.split) == (str(folder / "data"), "test")
     assert (single.source, single.validation) == (str(folder / "data" / "train.jsonl"), f"{escaped}/data/te?t.jsonl")
     assert (one.source, recipe.data.cache) == (str(folder / "data" / "[x].jsonl"), str(folder / "new[1]"))
