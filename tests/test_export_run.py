@@ -354,7 +354,7 @@ def test_shard_sizes(text: str, size: int) -> None:
 @pytest.mark.parametrize("text", ["", "2", "5000", "GB", "-1GB", "0GB", "2 shards"])
 def test_what_is_no_shard_size(text: str) -> None:
     with pytest.raises(
-        UserError, match=r"--shard-size: (must be a number with B, KB, .*, got|must be at least 1KB and have a unit)"
+        UserError, match=r"--shard-size: (must be a size such as 40GiB .*, got|must be at least 1KB and have a unit)"
     ):
         check_options(ExportOptions(shard_size=text))
 

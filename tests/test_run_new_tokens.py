@@ -219,7 +219,6 @@ def test_a_plan_counts_rows_and_whole_matrices() -> None:
         ),
         ({"adapter": {"also_train": ["embed_token"]}}, "Did you mean 'embed_tokens'?"),
         ({"adapter": {"also_train_rows": "all"}}, "adapter.also_train is empty"),
-        ({"model": {"add_tokens": ["<a>", "<a>"]}}, "model.add_tokens: must name each token once"),
         (
             {"model": {"add_tokens": ["<a>"]}, "adapter": {"kind": "none"}, "train": {"steps": 0}},
             "model.add_tokens: must be empty with adapter.kind none",

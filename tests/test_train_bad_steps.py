@@ -203,8 +203,8 @@ def test_two_processes_skip_together_and_keep_the_whole_batch(root: Path, tmp_pa
 @pytest.mark.parametrize(
     "changes, fault",
     [
-        ({"train__on_bad_step": "skp"}, "train.on_bad_step: not valid, got 'skp', allowed: stop, skip.*'skip'"),
-        ({"train__spike": 1}, "train.spike: not valid, got 1, allowed: a finite number above 1"),
+        ({"train__on_bad_step": "skp"}, "train.on_bad_step: .*got 'skp'.*'skip'"),
+        ({"train__spike": 1}, "train.spike: .*got 1"),
         ({"train__max_skips": 3}, "train.max_skips: would be ignored because train.on_bad_step stop skips no step"),
     ],
 )

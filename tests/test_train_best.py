@@ -287,16 +287,16 @@ def test_two_processes_decide_alike(root: Path, tmp_path: Path) -> None:
     [
         (
             {"eval__best_by": "lettres"},
-            "eval.best_by: must be macro or an evaluated task, got 'lettres'.*Did you mean 'letters'",
+            "eval.best_by: .*got 'lettres'.*Did you mean 'letters'",
         ),
         (
             {"eval__best_by": "sums", "eval__tasks": ["letters"]},
-            "eval.best_by: must be macro or an evaluated task, got 'sums'",
+            "eval.best_by: .*got 'sums'",
         ),
         ({"eval__best_by": ...}, "eval.patience: would be ignored because eval.best_by is not set"),
         ({"eval__every": ...}, "eval.patience: would be ignored because eval.every is not set"),
-        ({"eval__best_metric": "accuracy"}, "eval.best_metric: not valid, got 'accuracy', allowed: nll_per_token, acc"),
-        ({"eval__patience": 0}, "eval.patience: not valid, got 0, allowed: a whole number, 1 or more"),
+        ({"eval__best_metric": "accuracy"}, "eval.best_metric: .*nll_per_token.*'accuracy'"),
+        ({"eval__patience": 0}, "eval.patience: .*got 0"),
     ],
 )
 def test_what_would_choose_nothing_is_a_fault(root: Path, changes: dict[str, Any], fault: str) -> None:

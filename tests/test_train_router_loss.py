@@ -278,14 +278,6 @@ def test_a_mixture_without_routers_is_refused() -> None:
         batch_loss(model, ids, torch.ones_like(ids), ids.clone(), routers=True)
 
 
-def test_where_nothing_trains_it_is_refused(root: Path) -> None:
-    none = {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout", "experts")}
-    with pytest.raises(UserError, match=r"router_aux_loss: must be 0 with adapter.kind none, .* got 0.05"):
-        recipe(root, adapter__kind="none", **none, train__steps=0)
-    with pytest.raises(UserError, match="router_aux_loss"):
-        recipe(root, train__router_aux_loss=-1.0)
-
-
 @pytest.mark.slow
 def test_a_plan_has_what_it_keeps(tmp_path: Path) -> None:
     sizes = {"num_experts": 128, "num_hidden_layers": 1, "moe_intermediate_size": 16, "max_position_embeddings": 512}

@@ -50,9 +50,6 @@ HOSTILE_VALUES = [
     "!!binary aGVsbG8=", "!!binary '*'", "!!set {a, b}", "!!omap [a: 1]", "!!timestamp x", "!unknown 3", "!!null 5",
     "!!bool maybe", "!!str 7", "*nowhere", "<<: 3", "{<<: [1]}", "&a [*a]", "{&k a: *k}", "? [a, b]", "%x", "@x", "`x",
 ]  # fmt: skip
-_LAUGHS = "a: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"b{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 10)
-)
 
 
 @dataclass(frozen=True)
@@ -228,37 +225,6 @@ def _moved(rng: random.Random, text: str) -> Written:
     return Written(f"{_dotted(second)} = that of {_dotted(first)}", yaml.safe_dump(document, sort_keys=False).encode())
 
 
-def _aliases(rng: random.Random, text: str) -> Written:
-    """Anchors: cycles, and lists that hold 10^9 entries when they are written out."""
-    path = rng.choice(paths_of(yaml.safe_load(text)))
-    choice = rng.randrange(5)
-    if choice == 0:
-        return Written("a billion laughs beside the sections", (_LAUGHS + text).encode())
-    if choice == 1:
-        document = yaml.safe_load(text)
-        parent_of(document, path)[path[-1]] = _HOLE
-        content = "x: " + _LAUGHS.replace("\n", "\n") + yaml.safe_dump(document, sort_keys=False)
-        return Written(
-            f"a billion laughs at {_dotted(path)}", content.replace("x: a:", "a:").replace(_HOLE, "*a9").encode()
-        )
-    if choice == 2:
-        return Written(
-            "a billion laughs in an override", text.encode(), overrides=(f"{_dotted(path)}={_flow_laughs()}",)
-        )
-    if choice == 3:
-        document = yaml.safe_load(text)
-        parent = parent_of(document, path)
-        parent[path[-1]] = {"a": parent} if isinstance(parent, dict) else [parent]
-        return Written(f"a cycle at {_dotted(path)}", yaml.dump(document, sort_keys=False).encode())
-    return Written("the whole document in itself", ("&all\n" + text + "extra: *all\n").encode())
-
-
-def _flow_laughs() -> str:
-    levels = ["&l0 [x, x, x, x, x, x, x, x, x]"]
-    levels += [f"&l{level} [{', '.join([f'*l{level - 1}'] * 9)}]" for level in range(1, 10)]
-    return f"[{', '.join(levels)}]"
-
-
 def _deep(rng: random.Random, text: str) -> Written:
     """Deep nesting."""
     depth, (left, right) = rng.choice([50, 400, 900, 3000, 100_000]), rng.choice(["[]", ("{a: ", "}")])
@@ -363,6 +329,6 @@ def _reordered(rng: random.Random, value: Any) -> Any:
 _OPERATORS: list[Callable[[random.Random, str], Written]] = []
 for _operator, _times in (
     (_value, 6), (_new_value, 5), (_override, 4), (_key, 3), (_bytes, 3), (_same, 3), (_moved, 2), (_twice, 1),
-    (_aliases, 1), (_deep, 1),
+    (_deep, 1),
 ):  # fmt: skip
     _OPERATORS += [_operator] * _times

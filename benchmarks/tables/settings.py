@@ -8,7 +8,6 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from qdora.recipe.faults import PEER_NAMES, PEER_OPTIONS, path_of
 from qdora.recipe.recipe_file import json_schema
 
 _HEAD = """# Settings
@@ -25,33 +24,13 @@ qdora validate mine.yaml    # checks a recipe and prints it with its defaults
 qdora schema > recipe.json  # the same as this guide, for an editor
 ```"""
 
-_PEERS_HEAD = """## Names in other trainers
-
-What transformers, TRL, PEFT, axolotl, LLaMA-Factory or mlx-lm call these settings. A recipe with such a name is
-refused, and the message names the setting. Values may differ: `train.batch` is the number of examples in an optimizer
-step over all devices, and `train.micro_batch_tokens` divides the step; there is no number of accumulation steps to set.
-The last names are options of `qdora train`."""
-
 
 def settings() -> str:
     """The whole guide."""
     schema = json_schema()
     top = "\n".join(_entry(name, field) for name, field in schema["properties"].items() if not _section(field))
-    parts = [_HEAD, *_sections(schema, "", schema), f"## Outside the sections\n\n{top}", _peers()]
+    parts = [_HEAD, *_sections(schema, "", schema), f"## Outside the sections\n\n{top}"]
     return "\n\n".join(parts) + "\n"
-
-
-def _peers() -> str:
-    """The settings, and options of `qdora train`, that other trainers call otherwise."""
-    names: dict[str, list[str]] = {}
-    for name, key in PEER_NAMES.items():
-        path = path_of(key)
-        assert path is not None, key
-        names.setdefault(path, []).append(name)
-    for name, option in PEER_OPTIONS.items():
-        names.setdefault(option, []).append(name)
-    lines = [f"- `{path}`: {', '.join(f'`{name}`' for name in theirs)}" for path, theirs in names.items()]
-    return f"{_PEERS_HEAD}\n\n" + "\n".join(_wrapped(line, "  ") for line in lines)
 
 
 def _sections(schema: dict[str, Any], path: str, section: dict[str, Any]) -> Iterator[str]:

@@ -33,7 +33,8 @@ from qdora.model.trained_embeddings import (
     trained_matrices,
 )
 from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.recipe.section import in_yaml
+from qdora.recipe.faults import in_yaml
+from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")
@@ -288,7 +289,7 @@ def _quantization(recipe: Recipe) -> dict[str, Any]:
     if base.quant not in ("int8", "mxfp4", "none"):
         quant |= {"block_size": base.block_size, "double_quant": base.double_quant}
     if base.prune is not None:
-        quant["prune"] = base.prune.model_dump(mode="json", exclude=set(base.prune.unused()))
+        quant["prune"] = settings(recipe)["base"]["prune"]
     return quant
 
 

@@ -1,24 +1,18 @@
 """The settings of a run: `Recipe`, with one frozen pydantic model for each section.
 
-A field checks its own range, a section checks its fields together, and `Recipe` checks the sections together. A section
-also names the fields that have no effect under its other settings (`unused`): setting one is a fault, and the resolved
-recipe leaves them out, so that it can be run again. The docstrings of the fields are the descriptions in the JSON
-schema. `data`, `train`, `eval` and `interference` are in `data_settings` and `train_settings`.
+A field checks its own range; `rules` has what the settings say about each other. The docstrings of the fields are the
+descriptions in the JSON schema. `data`, `train`, `eval` and `interference` are in `data_settings` and `train_settings`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qdora.errors import nearest
 from qdora.recipe.data_settings import DataConfig, is_path
 from qdora.recipe.section import (
     AutoTokens,
-    Fault,
     Flag,
     OneOrMore,
     Positive,
@@ -30,16 +24,10 @@ from qdora.recipe.section import (
     Text,
     Warmup,
     Whole,
-    ignored_faults,
-    in_yaml,
-    one_of_fault,
 )
-from qdora.recipe.train_settings import MACRO, EvalConfig, InterferenceConfig, TrainConfig
+from qdora.recipe.train_settings import EvalConfig, InterferenceConfig, TrainConfig
 
-PATTERNS = ("unstructured", "2:4", "4:8", "rows", "columns")
-"""Names of patterns; any other n:m is valid, too."""
-
-_N_OF_M = re.compile(r"([1-9]\d{0,2}):([1-9]\d{0,2})")
+Pattern = Literal["unstructured", "rows", "columns"] | Annotated[str, Field(pattern=r"^[1-9]\d{0,2}:[1-9]\d{0,2}$")]
 
 
 class CalibrationConfig(Section):
@@ -60,7 +48,7 @@ class PruneConfig(Section):
 
     method: Literal["magnitude", "wanda", "sparsegpt"] = "wanda"
     """How weights are chosen. Wanda: arXiv 2306.11695. SparseGPT (arXiv 2301.00774) also corrects the kept weights."""
-    pattern: Text = "unstructured"
+    pattern: Pattern = "unstructured"
     """unstructured, n:m (keep n of m neighbours, such as 2:4), rows or columns."""
     sparsity: Share | None = None
     """Share of weights to set to zero. Not for n:m, which implies it."""
@@ -73,33 +61,6 @@ class PruneConfig(Section):
     """For sparsegpt: damping as a share of the mean of the Hessian's diagonal. 0.01: arXiv 2301.00774, sec. 4."""
     calibration: CalibrationConfig = CalibrationConfig()
     """Text on which the inputs of each layer are measured."""
-
-    def unused(self) -> dict[str, str]:
-        found = {}
-        if self.method != "sparsegpt":
-            found["damping"] = "only base.prune.method sparsegpt has a damping"
-        if self.method == "magnitude":
-            found["calibration"] = "base.prune.method magnitude needs no calibration"
-        if self.method == "sparsegpt":
-            found["group"] = "base.prune.method sparsegpt compares within blocks of columns"
-        elif self.pattern != "unstructured":
-            found["group"] = f"base.prune.pattern {self.pattern} has its own groups"
-        if ":" in self.pattern:
-            found["sparsity"] = f"base.prune.pattern {self.pattern} implies it"
-        return found
-
-    def faults(self) -> Iterator[Fault]:
-        match = _N_OF_M.fullmatch(self.pattern)
-        if match is None and self.pattern not in PATTERNS:
-            what = f"not valid, got {self.pattern!r}, allowed: {', '.join(PATTERNS)}, or another n:m."
-            yield "pattern", what + nearest(self.pattern, PATTERNS)
-        elif match and int(match[1]) >= int(match[2]):
-            yield "pattern", f"n must be below m, got {self.pattern!r}."
-        elif match is None and self.sparsity is None:
-            yield "sparsity", f"must be set for pattern {self.pattern}: a share of zeros below 1."
-        if self.method == "sparsegpt" and self.order == "quantize_first":
-            what = "must be prune_first with sparsegpt, which changes the kept weights, got quantize_first."
-            yield "order", what
 
 
 class GateConfig(Section):
@@ -125,14 +86,6 @@ class GateConfig(Section):
     shrink_every: Whole = 10
     """Steps between removals of components from lora_A, lora_B and the optimizer states."""
 
-    def faults(self) -> Iterator[Fault]:
-        yield from one_of_fault(self, "mean_rank", "parameters")
-        if self.anneal == 0:
-            yield "anneal", f"must be above 0, got {self.anneal}."
-        shares = [each for each in (self.warmup, self.anneal) if isinstance(each, float)]
-        if sum(shares) > 1:
-            yield "anneal", f"anneal and warmup together must be at most 1, got {self.anneal:g} and {self.warmup:g}."
-
     def phases(self, num_steps: int) -> tuple[int, int]:
         """Steps of the warm-up and of the anneal in a run of `num_steps`."""
         steps = [each if isinstance(each, int) else round(each * num_steps) for each in (self.warmup, self.anneal)]
@@ -149,9 +102,6 @@ class GateConfig(Section):
         if warmup + anneal <= num_steps:
             return None
         return f"warmup and anneal together must be at most the {num_steps} steps of the run, got {warmup} + {anneal}."
-
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class ModelConfig(Section):
@@ -182,24 +132,6 @@ class ModelConfig(Section):
         """Whether the source is on this machine (no Hub id, so no revision)."""
         return self.source == "builtin" or is_path(self.source)
 
-    def unused(self) -> dict[str, str]:
-        found = {"revision": f"model.source {self.source} is not on the Hub"} if self.is_local else {}
-        if self.tokenizer is None:
-            found["tokenizer_revision"] = "model.tokenizer is null"
-        elif is_path(self.tokenizer):
-            found["tokenizer_revision"] = f"model.tokenizer {self.tokenizer} is not on the Hub"
-        return found
-
-    def faults(self) -> Iterator[Fault]:
-        if self.trust_remote_code and (self.is_local or not _COMMIT.fullmatch(self.revision or "")):
-            yield (
-                "trust_remote_code",
-                "runs code from the Hub, so model.revision must be the 40 hex digits of a commit of a Hub id, "
-                f"got {in_yaml(self.revision)} of {self.source!r}.",
-            )
-        if len(set(self.add_tokens)) != len(self.add_tokens):
-            yield "add_tokens", f"must name each token once, got {in_yaml(self.add_tokens)}."
-
 
 class BaseWeightsConfig(Section):
     """How the frozen weights of the base are stored."""
@@ -226,36 +158,12 @@ class BaseWeightsConfig(Section):
     streamed_blocks: Whole | None = None
     """Number of blocks on the host, spread evenly among those on the device (null: all)."""
 
-    def unused(self) -> dict[str, str]:
-        found = {}
-        if self.quant in ("int8", "none"):
-            found = dict.fromkeys(("block_size", "double_quant"), f"base.quant {self.quant} has no blocks")
-        if self.quant == "mxfp4":
-            found = dict.fromkeys(("block_size", "double_quant"), "the blocks of mxfp4 are as they are stored")
-        if self.quant == "none" and self.prune is None:
-            found["skip"] = "base.quant none quantises no layer"
-        if self.quant == "none":
-            found["cache"] = "base.quant none packs nothing"
-        elif self.prune is not None:
-            found["cache"] = "a pruned base is stored in the run directory"
-        if self.residency == "device":
-            found["streamed_blocks"] = "base.residency is device"
-        return found
-
     @property
     def quant_in_words(self) -> str:
         """'nf4, blocks of 64, scales quantised, too'; 'int8' where the blocks are no setting."""
-        if "block_size" in self.unused():
+        if self.quant in ("int8", "mxfp4", "none"):
             return self.quant
         return f"{self.quant}, blocks of {self.block_size}{', scales quantised, too' if self.double_quant else ''}"
-
-    def faults(self) -> Iterator[Fault]:
-        if self.residency == "device":
-            return
-        if self.quant == "none":
-            yield "residency", f"must be device with quant none, which packs no weights, got {self.residency}."
-        if self.prune is not None:
-            yield "residency", f"must be device with a pruned base, got {self.residency}."
 
 
 class ExpertConfig(Section):
@@ -322,35 +230,10 @@ class AdapterConfig(Section):
         """How the model before the first step is called in results."""
         return "base" if self.start_in_words is None else "start"
 
-    def unused(self) -> dict[str, str]:
-        if self.kind in ("none", "full"):
-            names = [name for name in type(self).model_fields if name != "kind"]
-            return dict.fromkeys(names, f"adapter.kind {self.kind} has no adapter")
-        if self.kind == "magnitude":
-            used = ("kind", "targets", "also_train", "also_train_rows")
-            names = [name for name in type(self).model_fields if name not in used]
-            return self._without_rows() | dict.fromkeys(names, "adapter.kind magnitude trains no lora_A and lora_B")
-        if self.resume_from is not None:
-            names = ["rank", "alpha", "rank_stabilized", "targets", "experts", "init", "rank_pattern", "same_scaling"]
-            names.append("mask")
-            return self._without_rows() | dict.fromkeys(names, "the adapter in adapter.resume_from has its own")
-        return self._without_rows() | ({} if self.has_own_ranks else {"same_scaling": "all layers have one rank"})
-
     @property
     def has_own_ranks(self) -> bool:
         """Whether some layers may have another rank than `rank`."""
         return bool(self.rank_pattern) or self.experts.rank is not None
-
-    def _without_rows(self) -> dict[str, str]:
-        return {} if self.also_train else {"also_train_rows": "adapter.also_train is empty"}
-
-    def faults(self) -> Iterator[Fault]:
-        if len(set(self.also_train)) != len(self.also_train):
-            yield "also_train", f"must name each matrix once, got {in_yaml(self.also_train)}."
-        asked = None if self.gates is None else self.gates.mean_rank
-        ranks = [self.rank, *self.rank_pattern.values(), self.experts.rank or 1]
-        if asked is not None and self.resume_from is None and asked >= max(ranks):
-            yield "gates.mean_rank", f"must be less than adapter.rank, so that components are removed, got {asked:g}."
 
 
 class MemoryConfig(Section):
@@ -375,9 +258,6 @@ class MemoryConfig(Section):
     loss_chunk: AutoTokens = "auto"
     """Labelled tokens whose logits exist at one time. auto: as many as fill 128 MiB, at least 16."""
 
-    def unused(self) -> dict[str, str]:
-        return {} if self.checkpointing else {"offload_activations": "memory.checkpointing is false"}
-
 
 class Recipe(Section):
     """A whole run: what `qdora train` reads, and what the run directory keeps as recipe.yaml."""
@@ -400,143 +280,3 @@ class Recipe(Section):
     """Ways to save memory, most of them for time."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...] = ()
     """Experiment trackers that also get the metrics of metrics.jsonl; each is an extra of the package."""
-
-    def faults(self) -> Iterator[Fault]:
-        yield from self._kind_faults()
-        yield from self._base_faults()
-        yield from self._gate_faults()
-        yield from self._embedding_faults()
-        yield from self._data_faults()
-        yield from self._eval_faults()
-        yield from self._parallel_faults()
-        if len(set(self.trackers)) != len(self.trackers):
-            yield "trackers", f"must name each tracker once, got {in_yaml(self.trackers)}."
-
-    def _kind_faults(self) -> Iterator[Fault]:
-        """Faults that depend on what is trained."""
-        kind = self.adapter.kind
-        if kind == "full" and self.base.quant != "none":
-            yield "adapter.kind", f"full needs base.quant none, since it trains 16-bit weights, got {self.base.quant}."
-        if kind == "full" and self.memory.host_embeddings:
-            yield (
-                "memory.host_embeddings",
-                "must be false with adapter.kind full, which trains the embedding, got true.",
-            )
-        if kind == "full" and self.base.prune is not None:
-            yield (
-                "adapter.kind",
-                "must be dora, lora, magnitude or none with base.prune, since full would fill the zeros, got full.",
-            )
-        if kind == "none" and self.train.steps != 0:
-            yield "train.steps", f"must be 0 with adapter.kind none, which trains nothing, got {self.train.steps}."
-        if kind == "none" and self.train.router_aux_loss:
-            what = f"must be 0 with adapter.kind none, which trains nothing, got {self.train.router_aux_loss:g}."
-            yield "train.router_aux_loss", what
-        no_adapter = dict.fromkeys(("lr_ratio_B", "lr_ratio_magnitude"), f"adapter.kind {kind} has no adapter")
-        unused = {
-            "dora": {},
-            "lora": {"lr_ratio_magnitude": "adapter.kind lora has no magnitudes"},
-            "magnitude": {"lr_ratio_B": "adapter.kind magnitude has no lora_B"},
-        }
-        yield from ignored_faults(self.train, unused.get(kind, no_adapter), prefix="train.")
-        if kind in ("none", "full"):
-            reason = {"every": f"adapter.kind {kind} has no adapter"}
-            yield from ignored_faults(self.interference, reason, prefix="interference.")
-
-    def _base_faults(self) -> Iterator[Fault]:
-        """Faults that depend on how the base is stored."""
-        prune = self.base.prune
-        if self.base.residency != "device" and not self.memory.checkpointing:
-            yield "memory.checkpointing", f"must be true with base.residency {self.base.residency}, got false."
-        if self.adapter.init == "loftq" and self.base.quant == "none" and prune is None:
-            what = "loftq needs a base.quant or base.prune, since it starts from their error, got neither."
-            yield "adapter.init", what
-        if self.adapter.mask == "keep" and prune is None:
-            yield "adapter.mask", "must be ignore without base.prune, got keep."
-        if prune is None:
-            return
-        if prune.order == "quantize_first" and self.base.quant == "none":
-            yield "base.prune.order", "must be prune_first with base.quant none, got quantize_first."
-        streams = any(source.stream for source in self.data.mix)
-        if prune.method != "magnitude" and prune.calibration.text == "mix" and streams:
-            what = "must be a text file with a streamed source, which has no random places, got mix."
-            yield "base.prune.calibration.text", what
-
-    def _gate_faults(self) -> Iterator[Fault]:
-        gates, steps = self.adapter.gates, self.train.steps
-        if gates is not None and self.eval.best_by is not None:
-            what = "must be null with adapter.gates, since the best step may be before the budget is reached"
-            yield "eval.best_by", f"{what}, got {self.eval.best_by!r}."
-        if gates is not None and steps is not None:
-            fault = gates.length_fault(steps)
-            if fault is not None:
-                yield "adapter.gates.anneal", fault
-
-    def _embedding_faults(self) -> Iterator[Fault]:
-        """Faults of new tokens and of what is trained beside the adapter."""
-        tokens, adapter, prune = self.model.add_tokens, self.adapter, self.base.prune
-        whole = bool(adapter.also_train) and adapter.also_train_rows == "all"
-        if tokens and adapter.kind == "none":
-            what = "must be empty with adapter.kind none, which trains no rows for them"
-            yield "model.add_tokens", f"{what}, got {in_yaml(tokens)}."
-        elif tokens and adapter.kind != "full" and "embed_tokens" not in adapter.also_train:
-            what = "must hold embed_tokens with model.add_tokens, whose rows would stay at their start"
-            yield (
-                "adapter.also_train",
-                f"{what}, got {in_yaml(adapter.also_train)}. Fix: set it to [embed_tokens, lm_head].",
-            )
-        if tokens and prune is not None and prune.method != "magnitude":
-            what = "must be empty with a base.prune.method that measures text, since the tokens have no rows yet"
-            yield "model.add_tokens", f"{what}, got {in_yaml(tokens)}."
-        if adapter.also_train and not whole and not tokens:
-            what = "must be all without model.add_tokens, since there are no new rows"
-            yield "adapter.also_train_rows", f"{what}, got new. Fix: set it to all."
-        if whole and self.memory.host_embeddings:
-            what = "must be false with adapter.also_train_rows all, which trains the embedding"
-            yield "memory.host_embeddings", f"{what}, got true."
-        if whole and self.model.dtype == "float16":
-            what = "must be bfloat16 or float32 with adapter.also_train_rows all, which trains the weights"
-            yield "model.dtype", f"{what}, got float16."
-
-    def _data_faults(self) -> Iterator[Fault]:
-        why = "there is no other source" if len(self.data.mix) == 1 else ""
-        why = "adapter.kind none trains nothing" if self.adapter.kind == "none" else why
-        for index, source in enumerate(self.data.mix if why else ()):
-            yield from ignored_faults(source, {"loss_weight": why}, prefix=f"data.mix[{index}].")
-        if self.train.epochs is not None and any(source.stream for source in self.data.mix):
-            what = "must be null with a stream, whose length is not known"
-            yield "train.epochs", f"{what}, got {self.train.epochs:g}. Fix: set train.steps."
-        micro, longest = self.train.micro_batch_tokens, self.data.max_length
-        if isinstance(micro, int) and micro < longest:
-            yield "train.micro_batch_tokens", f"must be at least data.max_length ({longest}), got {micro}."
-
-    def _parallel_faults(self) -> Iterator[Fault]:
-        """What does not work with a base that is divided among processes."""
-        if not self.train.divides_base:
-            return
-        refused = {
-            "adapter.kind full, which trains the whole base": self.adapter.kind == "full",
-            "adapter.also_train, which needs the whole embedding and head": bool(self.adapter.also_train),
-            "adapter.init loftq, which reads whole weights": self.adapter.init == "loftq",
-            f"base.residency {self.base.residency}": self.base.residency != "device",
-            "memory.host_embeddings, since each process holds a part of them": self.memory.host_embeddings,
-        }
-        for why, found in refused.items():
-            if found:
-                yield "train.parallel", f"must be auto or replicate with {why}, got {self.train.parallel}."
-
-    def _eval_faults(self) -> Iterator[Fault]:
-        names = [source.label for source in self.data.mix]
-        for index, task in enumerate(self.eval.tasks or ()):
-            if task not in names:
-                what = f"must be a source of the mix, got {task!r}, allowed: {', '.join(names)}.{nearest(task, names)}"
-                yield f"eval.tasks[{index}]", what
-        by, tasks = self.eval.best_by, list(self.eval.tasks or names)
-        if by == MACRO and MACRO in tasks:
-            yield "eval.best_by", f"must not be both the average and the name of a source, got {by!r}."
-        elif by is not None and by not in (MACRO, *tasks):
-            allowed = (MACRO, *tasks)
-            what = (
-                f"must be macro or an evaluated task, got {by!r}, allowed: {', '.join(allowed)}.{nearest(by, allowed)}"
-            )
-            yield "eval.best_by", what

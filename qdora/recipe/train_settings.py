@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
 from qdora.recipe.section import (
     AutoTokens,
-    Beta,
     Factor,
-    Fault,
     Flag,
     NotNegative,
     Positive,
     Section,
     Seed,
+    Share,
     Text,
     Warmup,
     Whole,
     WholeOrZero,
-    allowed,
-    one_of_fault,
 )
 
 MACRO = "macro"
@@ -65,7 +61,7 @@ class TrainConfig(Section):
     the states can move to host memory (QLoRA, arXiv 2305.14314, sec. 3). Magnitudes always have 32-bit states."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay of lora_A and lora_B (of all matrices with adapter.kind full). Magnitudes have none."""
-    betas: Annotated[tuple[Beta, Beta], allowed("two numbers, at least 0 and below 1")] | None = None
+    betas: tuple[Share, Share] | None = None
     """Decay rates of the two averages (null: [0.9, 0.999] for Adam, arXiv 1412.6980, sec. 2; [0.9, 0.99] for Lion,
     sec. 5)."""
     eps: Positive = 1e-8
@@ -97,22 +93,6 @@ class TrainConfig(Section):
         """Whether several processes divide the base."""
         return self.parallel in ("shard", "hybrid")
 
-    def unused(self) -> dict[str, str]:
-        found = {"eps": f"train.optimizer {self.optimizer} has no eps"} if "lion" in self.optimizer else {}
-        found |= {"max_skips": "train.on_bad_step stop skips no step"} if self.on_bad_step == "stop" else {}
-        return found | ({"lr_end": "train.schedule is constant"} if self.schedule == "constant" else {})
-
-    def faults(self) -> Iterator[Fault]:
-        yield from one_of_fault(self, "steps", "epochs")
-        yield from one_of_fault(self, "tokens_per_step", "batch")
-        if self.steps and isinstance(self.warmup, int) and self.warmup > self.steps:
-            yield "warmup", f"must be at most train.steps ({self.steps}), got {self.warmup}."
-        if self.lr_end > self.lr:
-            yield "lr_end", f"must be at most train.lr ({self.lr}), got {self.lr_end}."
-        micro, whole = self.micro_batch_tokens, self.tokens_per_step
-        if isinstance(micro, int) and whole is not None and micro > whole:
-            yield "micro_batch_tokens", f"must be at most train.tokens_per_step ({whole}), got {micro}."
-
 
 class EvalConfig(Section):
     """Evaluation during a training run; `qdora eval` evaluates afterwards."""
@@ -142,29 +122,11 @@ class EvalConfig(Section):
     patience: Whole | None = None
     """End the run after this many evaluations in a row without improvement (null: never)."""
 
-    def unused(self) -> dict[str, str]:
-        best = ("best_by", "best_metric", "patience")
-        if self.tasks == ():
-            names = ("limit", "block", "method", "every", "at_start", "at_end", *best)
-            return dict.fromkeys(names, "eval.tasks is empty")
-        found = {"block": "eval.limit is not set, so all examples are evaluated"} if self.limit is None else {}
-        if self.best_by is None:
-            found |= dict.fromkeys(best[1:], "eval.best_by is not set")
-        elif self.every is None:
-            found |= dict.fromkeys(best, "eval.every is not set, so there is nothing to choose from")
-        if self.every is None and not self.at_start and not self.at_end:
-            reason = "nothing is evaluated (every, at_start and at_end are off)"
-            found |= dict.fromkeys(("tasks", "limit", "block", "method"), reason)
-        return found
-
 
 class InterferenceConfig(Section):
     """Measurement of tasks that pull the adapter in different directions. It does not change the training."""
 
     every: Whole | None = None
     """Optimizer steps between measurements of the cosines between the tasks' gradients (null: no measurement)."""
-    examples: Annotated[int, Strict(), Field(ge=2), allowed("a whole number, 2 or more")] = 16
+    examples: Annotated[int, Strict(), Field(ge=2)] = 16
     """Validation examples of each task to measure gradients on. Fewer are cheaper, but the cosines are noisier."""
-
-    def unused(self) -> dict[str, str]:
-        return {"examples": "interference.every is not set"} if self.every is None else {}

@@ -23,6 +23,7 @@ from qdora.model.build_model import Compute
 from qdora.model.packed_base import PrunedBase, fingerprints, save_pruned_base
 from qdora.model.pruning import Pruner
 from qdora.model.source import ModelSource
+from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base
 from qdora.run.prepare import PreparedRun
@@ -58,8 +59,8 @@ def compress_base(
     assert prune is not None
     pruner = Pruner(prune, calibration)
     model = load_base(recipe, source, compute, progress, placer=pruner)
-    settings = {"prune": prune.model_dump(mode="json", exclude=set(prune.unused())), "quant": recipe.base.quant}
-    record = save_pruned_base(model, pruner.layers, directory, key=key, settings=settings)
+    compression = {"prune": settings(recipe)["base"]["prune"], "quant": recipe.base.quant}
+    record = save_pruned_base(model, pruner.layers, directory, key=key, settings=compression)
     logger.info(
         "Pruned %d layers by %s: %.2f %% of their %s weights are zero.",
         len(pruner.layers),

@@ -35,24 +35,9 @@ from pydantic import Field, ValidationError
 from qdora.errors import UserError, nearest
 from qdora.recipe.faults import fault_lines, shown
 from qdora.recipe.recipe_file import read_yaml
-from qdora.recipe.section import (
-    Fault,
-    Flag,
-    NotNegative,
-    Positive,
-    Section,
-    Seed,
-    Share,
-    Text,
-    Whole,
-    WholeOrZero,
-    allowed,
-)
+from qdora.recipe.section import Fault, Flag, NotNegative, Positive, Section, Seed, Share, Text, Whole, WholeOrZero
 
-Axis = Annotated[
-    Annotated[dict[Text, dict[Text, Any]], Field(min_length=1)] | Annotated[tuple[Any, ...], Field(min_length=1)],
-    allowed("a list of values of that recipe key, or a table of label: {recipe key: value, ...}"),
-]
+Axis = Annotated[dict[Text, dict[Text, Any]], Field(min_length=1)] | Annotated[tuple[Any, ...], Field(min_length=1)]
 Choice = dict[Text, Any]
 """Axis -> value or list of values."""
 
@@ -185,7 +170,7 @@ class TimeConfig(Section):
 
     start: NotNegative
     """Seconds that do not depend on the number of steps: loading, evaluation."""
-    step: Annotated[NotNegative | Literal["plan"], allowed("a number of seconds, or plan")]
+    step: NotNegative | Literal["plan"]
     """Seconds of an optimizer step. plan: as `qdora plan` estimates it for an A100."""
 
 
@@ -311,7 +296,7 @@ def load_study(path: Path) -> Study:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{where}: cannot be read ({reason}); must be a YAML file of a study.") from None
-    data = read_yaml(text, where, Study.model_fields)
+    data = read_yaml(text, where)
     recipe = data.get("recipe")
     if isinstance(recipe, str) and (path.parent / recipe).is_file():
         data["recipe"] = str((path.parent / recipe).resolve())
@@ -321,10 +306,13 @@ def load_study(path: Path) -> Study:
 def study_from(data: Mapping[str, Any], where: str = "study") -> Study:
     """Check plain data and make a study from it. UserError lists all faults: `<where>: <path.to.key>: ...`."""
     try:
-        return Study.model_validate(data)
+        study = Study.model_validate(data)
+        lines = list(study.faults())
     except ValidationError as error:
-        lines = [line for _, line in fault_lines(error, Study)]
-    raise UserError(*(f"{where}: {line}" for line in dict.fromkeys(lines)))
+        lines = fault_lines(error, data, Study)
+    if lines:
+        raise UserError(*dict.fromkeys(": ".join(filter(None, (where, *line))) for line in lines))
+    return study
 
 
 def choices(axis: Any, name: str) -> list[tuple[str, dict[str, Any]]]:
