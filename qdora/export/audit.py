@@ -163,7 +163,7 @@ def _nf4_lora(_path: str, layer: Layer) -> Layer | None:
         base = _frozen(layer, replace(packed.clone(), absmax=scales.reshape(-1), nested=None))
     lora = adapted_layer(base, kind="lora", rank=layer.rank, alpha=layer.alpha, rank_stabilized=layer.rank_stabilized)
     lora.lora_A.copy_(layer.lora_A)  # one that experts share is copied to each
-    lora.lora_B.copy_(layer.stored_B().float() * gain.view(*lora.lora_B.shape[:-1], 1))
+    lora.lora_B.copy_(layer.stored_B().float() * gain.reshape(*lora.lora_B.shape[:-1], 1))
     return lora
 
 
