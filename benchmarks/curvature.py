@@ -1,17 +1,15 @@
 """The largest curvatures of single layers of SmolLM2-135M on real data: values, residuals, products, seconds.
 
-    python benchmarks/curvature.py DATA --out benchmarks/results/curvature.json --work DIR
+    python benchmarks/curvature.py DATA --out benchmarks/results/curvature.json
 
 DATA holds <task>/<split>.parquet. A DoRA of rank 16 in NF4 is trained for a few steps on the combined tasks, so that B
 is off its start. Then, for each layer, in float32 on the dequantised base and on one micro-batch of training examples:
-the eigenvalues of largest magnitude of the Hessian with the norm attached, with held for the last block beside it.
-What is done lies in --work, layer by layer: a second call goes on from there.
+the eigenvalues of largest magnitude of the Hessian with the norm attached, and held in the last block.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +18,8 @@ from typing import Any
 from byte_tokenizer import write_model
 from measure import facts, parsed, parser_of, peak_rss_bytes, write
 
-from qdora.analysis.curvature import CurvatureSettings, curvature_spectrum, fingerprint
+from qdora.analysis.curvature import layer_spectrum
+from qdora.analysis.differentiable import NORMS
 from qdora.memory.allocator import keep_freed_memory
 from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.recipe.recipe_file import recipe_from
@@ -51,11 +50,9 @@ def recipe(args: argparse.Namespace, model: str) -> dict[str, Any]:
 
 
 def trained_run(args: argparse.Namespace, work: Path) -> Path:
-    """The run in `work`, trained if it is not there."""
-    run = work / "run"
-    if not (run / "adapter").is_dir():
-        train_run(recipe_from(recipe(args, write_model(work / "model") if args.smoke else "builtin")), run)
-    return run
+    """The run, in `work`."""
+    train_run(recipe_from(recipe(args, write_model(work / "model") if args.smoke else "builtin")), work / "run")
+    return work / "run"
 
 
 def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -64,21 +61,13 @@ def measure(run: Path, args: argparse.Namespace) -> dict[str, Any]:
     batches, about = training_batches(trained, args.examples, 8192)
     found = []
     blocks = [int(each) for each in args.blocks.split(",")]
-    state = fingerprint(trained.model, batches)
     for block in blocks:
-        for norm in ("attached", "held") if block == blocks[-1] else ("attached",):
-            settings = CurvatureSettings("hessian", norm, num_eigenvalues=args.top)
+        for norm in NORMS if block == blocks[-1] else NORMS[:1]:
             for kind in KINDS:
                 name = f"model.layers.{block}.{kind}"
-                began = time.process_time()
-                result = curvature_spectrum(
-                    trained.model, [name], batches, settings, cache=run.parent / "cache", state=state
-                ).to_dict()
-                # Not the wall clock: a machine that others use stops and goes on
-                kept = run.parent / f"{name}-{norm}.json"
-                if not kept.is_file():
-                    kept.write_text(json.dumps({"cpu_seconds": time.process_time() - began}))
-                result |= json.loads(kept.read_text())
+                began = time.process_time()  # not the wall clock: a machine that others use stops and goes on
+                result = layer_spectrum(trained.model, name, batches, args.top, curvature="hessian", norm=norm)
+                result["cpu_seconds"] = time.process_time() - began
                 found.append({"layer": name, **result})
                 print(
                     f"{name} {norm}: {result['num_matvecs']} products, {result['cpu_seconds']:.1f} s of CPU", flush=True
@@ -93,13 +82,12 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=4, help="the curvature is taken on")
     parser.add_argument("--blocks", default="20,25,29")
     parser.add_argument("--top", type=int, default=20)
-    parser.add_argument("--work", type=Path, help="the run and the layers that are done; a passing folder if left out")
     args = parsed(parser)
     keep_freed_memory()
     if args.smoke:
         args.steps, args.blocks, args.top = 2, "1", 4
     with tempfile.TemporaryDirectory() as folder:
-        measured = measure(trained_run(args, args.work or Path(folder)), args)
+        measured = measure(trained_run(args, Path(folder)), args)
     command = f"python benchmarks/curvature.py DATA --steps {args.steps} --examples {args.examples}"
     command += f" --blocks {args.blocks} --top {args.top}"
     write(args.out, facts(command) | measured | {"peak_memory_bytes": peak_rss_bytes()})

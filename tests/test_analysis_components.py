@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qdora.analysis import components as component_curvature
-from qdora.analysis import components as module
 from qdora.analysis.allocate import allocate, effective_rank
 from qdora.analysis.components import (
     Components,
@@ -268,8 +266,8 @@ def test_micro_batches_get_labels_of_their_own() -> None:
     seen: list[Tensor] = []
     real = component_curvature.drawn_labels
 
-    def keep(*args: Any) -> Tensor:
-        seen.append(real(*args))
+    def keep(*args: Any, **options: Any) -> Tensor:
+        seen.append(real(*args, **options))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -347,38 +345,3 @@ def by_update(model: Any, held: bool) -> tuple[Callable[[Tensor], Tensor], Tenso
         return torch.cat(rows)
 
     return logits, torch.cat([tiny_curvature.targets(batch) for batch in tiny_curvature.batches()])
-
-
-def test_they_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_curvature.adapted()
-    batches = tiny_curvature.batches()
-    given: dict[str, Any] = {"norm": "held", "cache": tmp_path / "cache", "state": "now"}
-    numbers = dict.fromkeys(LAYERS, 3)
-
-    def everything(**changed: Any) -> list[Any]:
-        found = layer_directions(model, numbers, batches, **given | changed)
-        exact = exact_curvatures(model, found, batches, **given | changed)
-        drawn = drawn_curvatures(model, found, batches, draws=8, **given | changed)
-        return [
-            (
-                found[name].left.tolist(),
-                found[name].slopes.tolist(),
-                found[name].tail,
-                exact[name].curvatures.tolist(),
-                drawn[name].curvatures.tolist(),
-                drawn[name].errors.tolist(),
-            )
-            for name in LAYERS
-        ]
-
-    first = everything()
-    assert len(list((tmp_path / "cache").iterdir())) == 2 + 2 + 2  # layers, layers, micro-batches
-    monkeypatch.setattr(module, "update_gradients", None)
-    monkeypatch.setattr(component_curvature, "curvature_of", None)
-    monkeypatch.setattr(component_curvature, "squared_slopes", None)
-    assert everything() == first
-    for changed in ({"state": "later"}, {"norm": "attached"}):
-        with pytest.raises(TypeError):
-            everything(**changed)
-    with pytest.raises(TypeError):  # other draws
-        drawn_curvatures(model, layer_directions(model, numbers, batches, **given), batches, draws=9, **given)

@@ -281,9 +281,7 @@ def test_options_of_other_formats() -> None:
         check_options(ExportOptions(gguf="q8_0"))
     with pytest.raises(UserError, match=r"--gguf-type: got 'q8', must be one of f32, f16, .*\. Did you mean 'q8_0'"):
         check_options(ExportOptions(format_="gguf", gguf="q8"))
-    check_options(ExportOptions(target="ollama", gguf="q4_k_m", base="original"))
-    with pytest.raises(UserError, match=r"--format gguf \(chosen by --for ollama\)\. Fix: remove --dtype\."):
-        check_options(ExportOptions(target="ollama", dtype="float16"))
+    check_options(ExportOptions(format_="gguf", gguf="q4_k_m", base="original"))
 
 
 # --- mixtures of experts

@@ -19,23 +19,20 @@ from transformers import AutoModelForCausalLM
 from qdora.analysis.differentiable import plain_model
 from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
 from qdora.errors import Interrupted, UserError
-from qdora.export.audit import DESCRIPTIONS
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import comparison_text
 from qdora.export.options import ExportOptions
-from qdora.export.targets import check_adapter
 from qdora.export.verify import verify_merged
 from qdora.model import experts
-from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn.expert_linear import AdaptedExperts
 from qdora.recipe.recipe_file import load_recipe, override
+from qdora.run.interference import measure
 from qdora.run.load_run import load_run
 from qdora.run.rank import RankSettings, rank_run
 from qdora.run.train import train_run
-from qdora.train.interference import GradientProbe, measure
 from tests import launched, tiny_curvature, tiny_experts, tiny_run, tiny_tokenizer
 from tests.run_files import assert_same_run, stop_after
 from tests.test_train_distributed import assert_close_runs
@@ -137,12 +134,10 @@ def test_the_export_is_audited_and_runs_elsewhere(run: Path, tmp_path: Path) -> 
     assert weights["num_layers"] == 12
     assert weights["num_rows"] > 4 * 60 + 8 * 16, "those of the stacks, too"
     forms = exported["audit"]["forms"]
-    assert forms.keys() == DESCRIPTIONS.keys()
+    assert forms.keys() == {"adapter", "base", "merged", "original", "requantized", "nf4-lora"}
     assert forms["merged"]["logits"]["kl_mean"] < 1e-8 < forms["base"]["logits"]["kl_mean"]
     assert forms["original"]["logits"]["kl_mean"] > 1e-4
     assert "a stack of experts" in forms["nf4-lora"]["why_not"]
-    paths = [layer["path"] for layer in exported["audit"]["layers"]]
-    assert "model.layers.0.mlp.experts.down_proj" in paths
     own = load_model(resolve(str(tmp_path / "out")), quant="none", compute_dtype=torch.float32)
     trained = load_run(run).model
     library = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
@@ -282,14 +277,12 @@ def test_other_layers_are_differentiated_through_stacks(tmp_path: Path, kind: An
 
 
 def test_gradients_of_tasks_are_compared_over_experts_too(tmp_path: Path) -> None:
-    model, layers = tiny_experts.adapted(tmp_path)
+    model, _ = tiny_experts.adapted(tmp_path)
     first, second = tiny_curvature.batches()
-    probe = GradientProbe({"one": ([first], [second]), "again": ([second], [first])})
-    found = measure(model.train(), probe, adapter_parameters(model), device=torch.device("cpu"))
+    halves = {"one": ([first], [second]), "again": ([second], [first])}
+    found = measure(model, halves, adapter_parameters(model), device=torch.device("cpu"))
     assert found["cosines"][0][1] == pytest.approx(1.0, abs=1e-3)
     assert found["own_cosines"][0] < 0.99
-    assert found["groups"].keys() == {"lora_A", "lora_B", "magnitude"}
-    assert found["bytes"] == 8 * sum(p.numel() for layer in layers.values() for p in layer.parameters())
 
 
 def reached_and_trained(rank: int, settings: Any, directory: Path) -> None:
@@ -370,13 +363,12 @@ def test_4_bit_layers_that_peft_takes_for_experts_are_refused(root: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_dora_on_layers_that_peft_takes_for_experts_is_not_for_peft(root: Path, tmp_path: Path) -> None:
+def test_dora_on_layers_that_peft_takes_for_experts_is_exported_with_a_word(root: Path, tmp_path: Path) -> None:
     own = {"adapter__targets": ["o_proj", "*shared_experts.up_proj"], "adapter__experts": ...}
     train_run(recipe(root, "deepseek_v3", **own, train__steps=1), tmp_path / "run", console=quiet())
-    asked = ExportOptions(format_="peft", target="transformers")
-    with pytest.raises(UserError, match=r"PEFT takes 1 layers .* for which it has no DoRA\. Fix: use --format merged"):
-        export_run(tmp_path / "run", tmp_path / "out", asked, console=quiet())
-    export_run(tmp_path / "run", tmp_path / "own", ExportOptions(format_="peft"), console=quiet())
+    console = quiet()
+    export_run(tmp_path / "run", tmp_path / "out", ExportOptions(format_="peft"), console=console)
+    assert "PEFT has no DoRA for experts" in console.file.getvalue()
 
 
 def test_routers_are_dense_beside_layers_that_are_quantised_again(dense_run: Path, tmp_path: Path) -> None:
@@ -388,23 +380,10 @@ def test_routers_are_dense_beside_layers_that_are_quantised_again(dense_run: Pat
     assert names["model.layers.0.mlp.shared_expert.up_proj"] == "Linear4bit"
 
 
-def test_dora_on_experts_is_not_for_peft(run: Path, tmp_path: Path) -> None:
-    asked = ExportOptions(format_="peft", target="transformers")
-    with pytest.raises(UserError, match=r"PEFT has no DoRA for experts, and 4 stacks .* Fix: use --format merged") as e:
-        export_run(run, tmp_path / "out", asked, console=quiet())
-    assert len(e.value.faults) == 1
-    assert not (tmp_path / "out").exists()
-
-
 def test_an_adapter_that_peft_cannot_load_is_exported_with_a_word(run: Path, tmp_path: Path) -> None:
     console = quiet()
     export_run(run, tmp_path / "out", ExportOptions(format_="peft"), console=console)
     assert "PEFT has no DoRA for experts, so only qdora loads this adapter." in console.file.getvalue()
-
-
-def test_other_programs_are_not_known_to_read_stacks(run: Path) -> None:
-    with pytest.raises(UserError, match=r"vLLM .* not known to read LoRA on stacks .* 4 .* Fix: use --format merged"):
-        check_adapter("vllm", "peft", describe_adapter(run / "adapter"))
 
 
 @pytest.mark.parametrize(

@@ -157,11 +157,9 @@ def test_nf4_lora_has_the_rows(run: str, tmp_path: Path, request: pytest.Fixture
 
 
 def test_a_peft_export_has_the_tokenizer(rows_run: Path, tmp_path: Path) -> None:
-    export_run(rows_run, tmp_path / "out", ExportOptions(format_="peft", target="transformers"))
+    export_run(rows_run, tmp_path / "out", ExportOptions(format_="peft"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.convert_tokens_to_ids(TOKENS) == load_run(rows_run).tokenizer.convert_tokens_to_ids(TOKENS)
-    with pytest.raises(UserError, match=r"no server loads an adapter that holds embeddings.*Fix: use --format merged"):
-        export_run(rows_run, tmp_path / "vllm", ExportOptions(format_="peft", target="vllm"))
 
 
 def test_an_adapter_with_rows_is_continued_only_with_the_same_rows(place: Path, rows_run: Path, tmp_path: Path) -> None:

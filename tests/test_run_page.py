@@ -45,9 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(root: Path) -> Path:
     """A finished run with a plan and enough validation examples for intervals."""
-    recipe = tiny_run.recipe(
-        root, eval__limit=..., data__validation_fraction=0.5, memory__budget="20GiB", interference__every=3
-    )
+    recipe = tiny_run.recipe(root, eval__limit=..., data__validation_fraction=0.5, memory__budget="20GiB")
     train_run(recipe, root / "whole", console=QUIET)
     return root / "whole"
 
@@ -180,11 +178,10 @@ def test_losses_time_and_speed_are_those_of_the_metrics(whole: Path) -> None:
             numbers = line["tasks"].get(task)
             assert shown == ("–" if numbers is None else f"{numbers['nll_sum'] / numbers['num_tokens']:.4f}")
     seconds = [line["time"]["step_seconds"] for line in trained]
-    probes = sum(line["time"]["interference_seconds"] for line in lines(whole) if "interference" in line)
     # Read from the lines of metrics.jsonl; the files of the evaluations say the same
     evaluated = sum(read(whole, f"eval/step-{step}.json")["settings"]["seconds"] for step in (0, 6))
     assert evaluated == sum(line["time"]["evaluation_seconds"] for line in lines(whole) if "eval" in line)
-    expected = {"training steps": sum(seconds), "evaluations": evaluated, "interference": probes}
+    expected = {"training steps": sum(seconds), "evaluations": evaluated}
     for work, shown, share in found.table("work", "seconds", "share"):
         assert shown == f"{expected[work]:,.1f}"
         assert share == f"{100 * expected[work] / sum(expected.values()):.1f}%"
@@ -433,39 +430,6 @@ def test_answers_in_words_have_a_table_of_their_own(whole: Path, tmp_path: Path)
     half = stats.t.ppf(0.975, 11) * math.sqrt((9 * 0.25**2 + 3 * 0.75**2) / 11 / 12)
     ends = f"{75 - 100 * half:+.1f} to {75 + 100 * half:+.1f}"
     assert row == ["letters", "12", "0.0", "75.0", "+75.0", ends, "50.0", "0"]
-
-
-def test_audits_in_the_run_are_shown(whole: Path, tmp_path: Path) -> None:
-    run = copy_of(whole, tmp_path)
-    (run / "exports").mkdir()
-    logits = {"max_logit_difference": 0.25, "mean_logit_difference": 0.01, "kl_mean": 1e-5, "argmax_agreement": 0.5}
-    forms = {"adapter": {}, "merged": {"logits": logits}, "original": {"why_not": "no source"}}
-    audit = {"verdict": "Use the merge.", "forms": forms, "layers": []}
-    (run / "exports/out.json").write_text(json.dumps(audit))
-    write_page(open_run(run))
-    found = page(run)
-    assert "Use the merge." in found.text
-    assert found.table("form", "largest logit difference") == [
-        ["adapter (what the others are compared with)", "–", "–", "–"],
-        ["merged", "0.25", "1e-05", "50.00%"],
-        ["original (not possible: no source)", "–", "–", "–"],
-    ]
-
-
-def test_a_verdict_of_several_audits_is_said_once(whole: Path, tmp_path: Path) -> None:
-    run = copy_of(whole, tmp_path)
-    (run / "exports").mkdir()
-    for name, kl, verdict in (("a", 0.1, "Same."), ("b", 0.1, "Same."), ("c", 0.2, "Same."), ("d", 0.3, "Other.")):
-        logits = {"max_logit_difference": 0.5, "kl_mean": kl, "argmax_agreement": 0.5}
-        audit = {"verdict": verdict, "forms": {"merged": {"logits": logits}}, "layers": []}
-        (run / f"exports/{name}.json").write_text(json.dumps(audit))
-    write_page(open_run(run))
-    found = page(run)
-    assert [
-        found.text.count(said) for said in ("Same.", "Other.", "Audited exports: a, b, c", "Audited exports: d")
-    ] == [1] * 4
-    tables = [table[1:] for table in found.tables if table[0][0] == "form"]
-    assert tables == [[["merged", "0.5", kl, "50.00%"]] for kl in ("0.1", "0.2", "0.3")]
 
 
 def test_a_damaged_file_is_a_warning_and_the_rest_is_shown(whole: Path, tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_a_measurement_that_fails_does_not_end_each_resumed_run(
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no gradient")
 
-    monkeypatch.setattr("qdora.run.task_conflicts.measure", fails)
+    monkeypatch.setattr("qdora.run.trainer.measure", fails)
     probed = {"interference__every": 2, "interference__examples": 2, "data__validation_fraction": 0.2}
     settings, run = recipe(root, train__steps=3, **probed), tmp_path / "run"
     with pytest.raises(RuntimeError, match="no gradient"):

@@ -30,7 +30,7 @@ from tests import tiny_run
 from tests.run_files import assert_same_run, trained
 
 STOPPING = [SIGINT, SIGTERM, SIGHUP]
-PROBED = {"interference__every": 3, "data__validation_fraction": 0.2}
+PROBED = {"interference__every": 3, "eval__every": 3, "data__validation_fraction": 0.2}
 
 
 @pytest.fixture(autouse=True)

@@ -227,13 +227,16 @@ def test_exports_are_those_of_one_process(root: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_answers_and_interference_are_measured_by_all(root: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"interference__every": 3, "interference__examples": 2, "data__validation_fraction": 0.2}
-    changes |= {"eval__tasks": ["letters"], "eval__limit": 2, "eval__method": "generate"}
+    changes |= {"eval__tasks": ["letters"], "eval__limit": 2, "eval__method": "generate", "eval__every": 3}
     train_run(exact(root, **changes), tmp_path / "one")
     assert launched.run(2, train, sharded(root, **changes), tmp_path / "two") == ["", ""]
-    first, second = (json.loads((tmp_path / run / "interference.json").read_text()) for run in ("one", "two"))
-    for mine, other in zip(first["measurements"], second["measurements"], strict=True):
-        assert mine["step"] == other["step"]
-        torch.testing.assert_close(torch.tensor(other["cosines"]), torch.tensor(mine["cosines"]), rtol=1e-4, atol=1e-4)
+    first, second = (
+        [line for line in RunDirectory(tmp_path / run).metrics() if "interference" in line] for run in ("one", "two")
+    )
+    assert [line["step"] for line in first] == [3, 6]
+    for mine, other in zip(first, second, strict=True):
+        cosines = [torch.tensor(line["interference"]["cosines"]) for line in (other, mine)]
+        torch.testing.assert_close(*cosines, rtol=1e-4, atol=1e-4)
     for name in ("step-0-generated.json", "step-6-generated.json"):
         answers = [json.loads((tmp_path / run / "eval" / name).read_text())["tasks"] for run in ("one", "two")]
         assert answers[0] == answers[1]

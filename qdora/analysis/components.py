@@ -23,7 +23,7 @@ worths of those left out. (The model is a sum over i.) Its cases:
 
 With the Gauss-Newton matrix by D q_i is never negative, and q_i = 0 means that the logits do not move along E_i but for
 a shift of all of them, so that g_i = 0, too, and the component is worth 0. Nothing here changes with the basis of A and
-B, (R^-1 A, B R). What the eigenvalues of the Hessian by (A, B) say instead: `curvature.CurvatureSpectrum`.
+B, (R^-1 A, B R). What the eigenvalues of the Hessian by (A, B) say instead: `curvature.layer_spectrum`.
 
 Exact curvatures q_i take one product with H per component. Estimated ones take one backward pass per draw for all
 components of all layers. With labels y_t drawn from the model's own p_t, independently for each labelled token t, and
@@ -57,7 +57,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,7 +68,6 @@ from torch.nn import functional
 from qdora.analysis.allocate import LayerSpectrum
 from qdora.analysis.curvature import check_batches, curvature_of, labelled_logits
 from qdora.analysis.differentiable import UPDATE, Norm, check_layers
-from qdora.analysis.tensor_cache import keep_tensors, kept_tensors, made_once
 from qdora.analysis.update_gradient import row_directions, update_gradients, watched_outputs
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.files.console import Progress
@@ -166,42 +164,23 @@ def layer_directions(
     batches: Sequence[MicroBatch],
     *,
     norm: Norm,
-    cache: Path | None = None,
-    state: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Directions]:
-    """The components of layers, from one gradient or from the cache.
+    """The components of layers, from one gradient.
 
     Args:
         model, batches, norm: As in `update_gradients`.
         num_new: Path of a layer -> number of new components, as in `directions`.
-        state: `fingerprint` of the model and the batches; needed with a cache.
     """
-    check_layers(model, list(num_new), norm=norm)
     adapted = adapted_layers(model)
-    keys = {name: ["directions", name, norm, number, state] for name, number in num_new.items()}
-    found = {name: kept for name, key in keys.items() if (kept := kept_tensors(cache, key)) is not None}
 
-    def use(name: str, gradient: Tensor) -> dict[str, Tensor]:
+    def use(name: str, gradient: Tensor) -> Directions:
         layer = adapted[name]
         pairs = zip(held_components(layer), layer.approximated_parts(gradient), strict=True)
         parts = [directions(held, part, num_new[name]) for held, part in pairs]
-        made = _of_stack(layer, parts) if isinstance(layer, AdaptedExperts) else parts[0]
-        numbers = {"sizes": made.sizes, "slopes": made.slopes, "tail": made.tail}
-        tensors = {each: torch.from_numpy(values) for each, values in numbers.items()}
-        tensors = {"left": made.left, "right": made.right, **tensors}
-        keep_tensors(cache, keys[name], tensors)
-        return tensors
+        return _of_stack(layer, parts) if isinstance(layer, AdaptedExperts) else parts[0]
 
-    missing = [name for name in num_new if name not in found]
-    if missing:
-        found |= update_gradients(model, missing, batches, use, norm=norm, progress=progress)
-    made_of: dict[str, Directions] = {}
-    for name in num_new:
-        left, right = (found[name][side].to(adapted[name].lora_A.device) for side in ("left", "right"))
-        sizes, slopes, tail = (found[name][each].numpy() for each in ("sizes", "slopes", "tail"))
-        made_of[name] = Directions(left, right, sizes, slopes, tail)
-    return made_of
+    return update_gradients(model, list(num_new), batches, use, norm=norm, progress=progress)
 
 
 def _of_stack(layer: AdaptedExperts, parts: Sequence[Directions]) -> Directions:
@@ -288,21 +267,17 @@ def exact_curvatures(
     batches: Sequence[MicroBatch],
     *,
     norm: Norm,
-    cache: Path | None = None,
-    state: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Components]:
-    """Curvatures from one product with H per component.
-
-    Args:
-        model, batches, norm: As in `curvature_of`.
-        state: `fingerprint` of the model and the batches; needed with a cache.
-    """
+    """Curvatures from one product with H per component; model, batches and norm as in `curvature_of`."""
     found: dict[str, Components] = {}
     for name, each in directions.items():
-        key = ["exact curvatures", name, norm, list(each.sizes.shape), state]
-        values = made_once(cache, key, functools.partial(_exact, model, name, each, batches, norm))["values"]
-        found[name] = Components(each, values.numpy(), np.zeros(values.shape))
+        values = np.zeros(each.sizes.shape)
+        with curvature_of(model, [name], batches, curvature="gauss_newton", norm=norm, parts=UPDATE) as operator:
+            for index in np.ndindex(*values.shape):
+                flat = each.matrix(index).reshape(-1).to(operator.dtype)
+                values[index] = max(float(flat.double() @ operator.product(flat).double()), 0.0)
+        found[name] = Components(each, values, np.zeros(values.shape))
         if progress is not None:
             progress(len(found), len(directions))
     return found
@@ -316,14 +291,12 @@ def drawn_curvatures(
     norm: Norm,
     draws: int,
     seed: int = 0,
-    cache: Path | None = None,
-    state: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Components]:
     """Estimated curvatures from `draws` backward passes over each micro-batch, for all layers at once.
 
     Args:
-        model, directions, batches, norm, state: As in `exact_curvatures`; the model runs as in `update_gradients`.
+        model, directions, batches, norm: As in `exact_curvatures`; the model runs as in `update_gradients`.
         draws: Labels drawn for each labelled token, `LEAST_DRAWS` or more. The relative error falls with sqrt(draws x
             rows).
     Raises: ValueError: Too few draws; also as `curvature_of`.
@@ -334,23 +307,13 @@ def drawn_curvatures(
     check_layers(model, list(directions), norm=norm)
     adapted = adapted_layers(model)
     device = next(iter(directions.values())).left.device
-
-    @functools.cache
-    def probes() -> dict[str, CurvatureProbe | StackProbe]:
-        return {name: probe_of(adapted[name], each, norm) for name, each in directions.items()}
-
-    def squares(number: int, batch: MicroBatch) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed * len(batches) + number)
-        return squared_slopes(
-            model, probes(), batch, lambda logits: drawn_labels(logits, draws, generator), device=device
-        )
-
+    probes = {name: probe_of(adapted[name], each, norm) for name, each in directions.items()}
     num_tokens = sum(int((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches)
-    shapes = [[name, list(each.sizes.shape)] for name, each in directions.items()]
     sums: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
-        key = ["drawn curvatures", shapes, norm, draws, seed, number, len(batches), state]
-        for name, each in made_once(cache, key, functools.partial(squares, number, batch)).items():
+        generator = torch.Generator().manual_seed(seed * len(batches) + number)
+        labels = functools.partial(drawn_labels, draws=draws, generator=generator)
+        for name, each in squared_slopes(model, probes, batch, labels, device=device).items():
             sums[name] = sums[name] + each if name in sums else each
         if progress is not None:
             progress(number + 1, len(batches))
@@ -529,14 +492,3 @@ def _rows(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
     """(rows, positions, features) where the layout is certainly the micro-batch's, else (1, tokens, features)."""
     known = tensor.shape[:-1] == rows and rows[0] != rows[1]
     return tensor if known else tensor.reshape(1, -1, tensor.shape[-1])
-
-
-def _exact(
-    model: nn.Module, name: str, directions: Directions, batches: Sequence[MicroBatch], norm: Norm
-) -> dict[str, Tensor]:
-    values = torch.zeros(directions.sizes.shape, dtype=torch.float64)
-    with curvature_of(model, [name], batches, curvature="gauss_newton", norm=norm, parts=UPDATE) as operator:
-        for index in np.ndindex(*directions.sizes.shape):
-            flat = directions.matrix(index).reshape(-1).to(operator.dtype)
-            values[index] = max(float(flat.double() @ operator.product(flat).double()), 0.0)
-    return {"values": values}

@@ -12,13 +12,11 @@ Pearlmutter, Neural Computation 6, 1994; Martens, arXiv 1412.1193, sec. 8. The n
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,27 +26,21 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
 from qdora.analysis.differentiable import FACTORS, Norm, plain_model
-from qdora.analysis.tensor_cache import made_once
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.errors import RunFailure
-from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.ops.loss import token_nll
 
 Array = NDArray[np.float64]
-Product = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """The eigenvalues of largest magnitude; a multiple eigenvalue is listed as often as it comes.
+    """The eigenvalues of largest magnitude, falling, of both signs; a multiple one is listed as often as it comes.
 
     Attributes:
-        values: (k,), by falling magnitude; both signs.
-        vectors: (size, k), columns of length 1.
-        residuals: (k,) ||M v - lambda v||: each value is at most that far from an eigenvalue. A small residual does not
-            say that none is missing; `next_magnitude` does.
-        num_rounds: Searches from a new start, each orthogonal to all that was found before.
-        next_magnitude: The largest of the last search, orthogonal to all others: not above the k-th of `values`.
+        values, vectors: (k,), and (size, k), columns of length 1.
+        residuals: (k,) ||M v - lambda v||: each value is at most that far from an eigenvalue.
+        num_rounds, next_magnitude: Searches, and the largest of the last one: not above the k-th of `values`.
     """
 
     values: Array
@@ -58,52 +50,50 @@ class Eigenpairs:
     next_magnitude: float
 
 
-def top_eigenpairs(
-    product: Product, size: int, k: int, *, tolerance: float = 1e-3, max_restarts: int = 30
-) -> Eigenpairs:
-    """The k eigenpairs of largest magnitude of a symmetric matrix, by implicitly restarted Lanczos (ARPACK), repeated.
+def top_eigenpairs(product: Callable[[Array], Array], size: int, k: int, *, tolerance: float = 1e-3) -> Eigenpairs:
+    """The k eigenpairs of largest magnitude (at most size - 1) of a symmetric matrix, from its products.
 
-    In exact arithmetic Lanczos from one start sees one copy of an eigenvalue, however often it comes, and stops with
-    small residuals all the same. So it is repeated across what was found, (1 - Q Q^T) M (1 - Q Q^T), from new random
-    starts, until a search finds nothing larger than the k-th: a start that has no share in what is left has probability
-    0. Rayleigh-Ritz over all that was found gives the pairs.
-
-    Source: Parlett, The Symmetric Eigenvalue Problem, 1998, ch. 13.
+    From one start, Lanczos sees one copy of an eigenvalue, however often it comes, and the residuals are small all the
+    same (Parlett, The Symmetric Eigenvalue Problem, 1998, ch. 13). Near B = 0 each value of the Hessian comes about
+    2 x rank times. So `eigsh` is repeated across what was found, (1 - Q Q^T) M (1 - Q Q^T), until nothing is larger
+    than the k-th, and Rayleigh-Ritz over all gives the pairs.
 
     Args:
         product: (size,) float64 -> the matrix times it.
         tolerance: Relative accuracy of the values; 0 is machine precision.
-    Raises:
-        ValueError: If k does not lie in its range.
-        RunFailure: A search in which no pair converged.
+    Raises RunFailure: No eigenvalue converged.
     """
-    if not 1 <= k < size:
-        raise ValueError(f"{k} eigenvalues of a matrix of {size} rows; allowed: 1 to {size - 1}.")
-    generator = np.random.default_rng(0)
-    found = np.zeros((size, 0))
-    magnitudes = np.zeros(0)
-    num_rounds, wanted, next_magnitude = 0, k, 0.0
+    generator, k = np.random.default_rng(0), min(k, size - 1)
+    found, magnitudes, num_rounds, largest = np.zeros((size, 0)), np.zeros(0), 0, 0.0
 
     def across(vector: Array) -> Array:
-        vector = _across(found, vector)
-        return _across(found, product(vector))
+        for _ in range(2):  # once is not enough in floating point
+            vector = vector - found @ (found.T @ vector)
+        return vector
 
+    def projected(vector: Array) -> Array:
+        return across(product(across(vector)))
+
+    matrix: LinearOperator[np.float64] = LinearOperator((size, size), matvec=projected, dtype=np.float64)
     while found.shape[1] < size - 1:
-        start = _across(found, generator.standard_normal(size))
-        if num_rounds and np.linalg.norm(across(start)) <= 1e-12 * magnitudes[0] * np.linalg.norm(start):
-            next_magnitude = 0.0
+        start = across(generator.standard_normal(size))
+        if num_rounds and np.linalg.norm(projected(start)) <= 1e-12 * magnitudes[0] * np.linalg.norm(start):
+            largest = 0.0
             break
-        wanted = min(wanted, size - 1 - found.shape[1])
-        values, vectors = _eigsh(across, wanted, start, tolerance, max_restarts)
-        num_rounds += 1
-        next_magnitude = float(np.abs(values).max())
-        nothing_larger = len(magnitudes) >= k and next_magnitude <= magnitudes[k - 1] * (1.0 + max(tolerance, 1e-12))
-        complete = nothing_larger and len(values) == wanted
+        wanted = min(max(1, k // 4) if num_rounds else k, size - 1 - found.shape[1])
+        try:
+            values, vectors = eigsh(matrix, k=wanted, which="LM", v0=start, tol=tolerance, maxiter=30)
+        except ArpackNoConvergence as error:  # copies or a dense bulk keep some of them from converging
+            values, vectors = np.real(error.eigenvalues), np.real(error.eigenvectors)
+            if not len(values):
+                raise RunFailure(f"--eigenvalues: none of {k} converged. Fix: ask for fewer.") from None
+        num_rounds, largest = num_rounds + 1, float(np.abs(values).max())
+        is_last = len(magnitudes) >= k and largest <= magnitudes[k - 1] * (1.0 + max(tolerance, 1e-12))
+        is_last = is_last and len(values) == wanted
         found = np.linalg.qr(np.concatenate([found, vectors], axis=1))[0]
         magnitudes = np.sort(np.concatenate([magnitudes, np.abs(values)]))[::-1]
-        if complete:
+        if is_last:
             break
-        wanted = max(1, k // 4)
     images = np.stack([product(column) for column in found.T], axis=1)
     small = found.T @ images
     values, rotation = np.linalg.eigh((small + small.T) / 2)
@@ -111,30 +101,7 @@ def top_eigenpairs(
     values, rotation = values[order], rotation[:, order]
     vectors = found @ rotation
     residuals = np.linalg.norm(images @ rotation - vectors * values, axis=0)
-    return Eigenpairs(values, vectors, residuals, num_rounds, next_magnitude)
-
-
-def _eigsh(product: Product, k: int, start: Array, tolerance: float, max_restarts: int) -> tuple[Array, Array]:
-    """One search: k pairs, or at least one of them, where copies or a dense bulk keep the others from converging."""
-    shape = (len(start), len(start))
-    operator: LinearOperator[np.float64] = LinearOperator(shape, matvec=product, dtype=np.float64)
-    try:
-        values, vectors = eigsh(operator, k=k, which="LM", v0=start, tol=tolerance, maxiter=max_restarts)
-    except ArpackNoConvergence as error:
-        if not len(error.eigenvalues):
-            raise RunFailure(
-                f"eigsh: none of {k} eigenvalues converged in {max_restarts} restarts; "
-                "ask for fewer of them, or for a larger tolerance."
-            ) from None
-        return np.real(error.eigenvalues), np.real(error.eigenvectors)  # of a symmetric matrix they are real
-    return values, vectors
-
-
-def _across(found: Array, vector: Array) -> Array:
-    """The part of a vector that is orthogonal to the columns of `found`."""
-    for _ in range(2):  # once is not enough in floating point
-        vector = vector - found @ (found.T @ vector)
-    return vector
+    return Eigenpairs(values, vectors, residuals, num_rounds, largest)
 
 
 Curvature = Literal["hessian", "gauss_newton"]
@@ -271,127 +238,31 @@ def labelled_logits(model: nn.Module, batch: MicroBatch, device: torch.device) -
     return logits.reshape(-1, logits.shape[-1]), batch.labels[:, 1:][wanted].to(device)
 
 
-MULTIPLICITY = (
-    "Eigenvalues of the factors' directions, not of rank components: near B = 0 each singular value of the gradient "
-    "comes about 2 x rank times. Copies are listed one by one; searches were repeated until none was above the last "
-    "value listed (next_magnitude)."
-)
+def layer_spectrum(
+    model: nn.Module, layer: str, batches: Sequence[MicroBatch], num: int, *, curvature: Curvature, norm: Norm
+) -> dict[str, Any]:
+    """The largest eigenvalues of the curvature by the factors of a layer, as JSON values.
 
-
-@dataclass(frozen=True)
-class CurvatureSettings:
-    """What is computed for each set of layers."""
-
-    curvature: Curvature
-    norm: Norm
-    num_eigenvalues: int = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurvatureSpectrum:
-    """Eigenvalues of the curvature by a set of layers, and their cost.
-
-    Eigenvectors are directions of all factors at once, not rank components: at B = 0, apart from the block of B alone,
-    each singular value s sigma of the gradient by the weight gives 2 x rank eigenvalues, half of them negative. The
-    worth of components is in components.py.
-
-    Attributes:
-        size: Rows of the matrix.
-        values, residuals, num_rounds, next_magnitude: As in `Eigenpairs`, whose vectors are not kept: they would be as
-            many times the adapter as there are values.
-        num_matvecs, seconds: Cost of the computation, also where the result comes from the cache.
+    They belong to directions of all factors at once, not to rank components, whose worth is in components.py: at B = 0,
+    apart from the block of B alone, each singular value s sigma of the gradient by the weight gives 2 x rank of them,
+    half of them negative.
     """
-
-    settings: CurvatureSettings
-    size: int
-    values: Array
-    residuals: Array
-    num_rounds: int
-    next_magnitude: float
-    num_matvecs: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {
-            "curvature": self.settings.curvature,
-            "norm": self.settings.norm,
-            "size": self.size,
-            "eigenvalues": self.values.tolist(),
-            "residuals": self.residuals.tolist(),
-            "num_rounds": self.num_rounds,
-            "next_magnitude": self.next_magnitude,
-            "multiplicity": MULTIPLICITY,
-            "num_matvecs": self.num_matvecs,
-            "seconds": self.seconds,
-        }
-
-
-def curvature_spectrum(
-    model: nn.Module,
-    layers: Sequence[str],
-    batches: Sequence[MicroBatch],
-    settings: CurvatureSettings,
-    *,
-    cache: Path | None = None,
-    state: str,
-) -> CurvatureSpectrum:
-    """Eigenvalues of the curvature by the adapters of `layers`, computed or from the cache.
-
-    `state` is the `fingerprint` of the model and the batches.
-    """
-    key = ["curvature", list(layers), asdict(settings), state]
-    tensors = made_once(cache, key, lambda: _spectrum_tensors(model, layers, batches, settings))
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    size, num_rounds, next_magnitude, num_matvecs, seconds = (float(arrays[name][0]) for name in _COUNTS)
-    return CurvatureSpectrum(
-        settings=settings,
-        size=int(size),
-        values=arrays["eigenvalues"],
-        residuals=arrays["residuals"],
-        num_rounds=int(num_rounds),
-        next_magnitude=next_magnitude,
-        num_matvecs=int(num_matvecs),
-        seconds=seconds,
-    )
-
-
-_COUNTS = ("size", "num_rounds", "next_magnitude", "num_matvecs", "seconds")
-
-
-def _spectrum_tensors(
-    model: nn.Module, layers: Sequence[str], batches: Sequence[MicroBatch], settings: CurvatureSettings
-) -> dict[str, Tensor]:
-    """A `CurvatureSpectrum` as the cache holds it."""
     began = time.perf_counter()
-    with curvature_of(model, layers, batches, curvature=settings.curvature, norm=settings.norm) as operator:
+    with curvature_of(model, [layer], batches, curvature=curvature, norm=norm) as operator:
 
         def product(vector: Array) -> Array:
-            image: Array = operator.product(torch.from_numpy(np.ascontiguousarray(vector))).numpy()
+            image: Array = operator.product(torch.from_numpy(vector)).numpy()
             return image
 
-        size = operator.size
-        top = top_eigenpairs(product, size, min(settings.num_eigenvalues, size - 1))
-    counts = (size, top.num_rounds, top.next_magnitude, operator.num_matvecs, time.perf_counter() - began)
+        top = top_eigenpairs(product, operator.size, num)
     return {
-        "eigenvalues": torch.from_numpy(top.values),
-        "residuals": torch.from_numpy(top.residuals),
-        **{name: torch.tensor([value], dtype=torch.float64) for name, value in zip(_COUNTS, counts, strict=True)},
+        "curvature": curvature,
+        "norm": norm,
+        "size": operator.size,
+        "eigenvalues": top.values.tolist(),
+        "residuals": top.residuals.tolist(),
+        "num_rounds": top.num_rounds,
+        "next_magnitude": top.next_magnitude,
+        "num_matvecs": operator.num_matvecs,
+        "seconds": time.perf_counter() - began,
     }
-
-
-def fingerprint(model: nn.Module, batches: Iterable[MicroBatch]) -> str:
-    """A hash of the adapters and of the batches, on which the curvature depends.
-
-    The base is not read: a cache belongs to one run and so to one base.
-    """
-    digest = hashlib.sha256()
-    for name, layer in adapted_layers(model).items():
-        digest.update(f"{name} {layer.scaling!r}".encode())
-    for name, parameter in adapter_parameters(model).items():
-        digest.update(name.encode())
-        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
-    for batch in batches:
-        for tensor in (batch.input_ids, batch.attention_mask, batch.labels):
-            digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

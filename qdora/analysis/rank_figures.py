@@ -1,4 +1,4 @@
-"""Figures of a choice of ranks: each layer's spectrum, and the map of ranks over depth and kind of layer."""
+"""Figures of `qdora rank`: each layer's spectrum, and the map of ranks over depth and kind of layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qdora.analysis.allocate import LayerSpectrum
+from qdora.analysis.allocate import Array
 from qdora.files.svg_figure import svg_file
 from qdora.model.inject import block_of
 
@@ -18,8 +18,11 @@ def depth_and_kind(name: str) -> tuple[int, str]:
     return (0, name) if depth is None else (depth, name.partition(f".{depth}.")[2])
 
 
-def draw_spectra(spectra: Mapping[str, LayerSpectrum], ranks: Mapping[str, int], path: Path, *, measure: str) -> None:
-    """One panel a kind of layer, one line a depth (dark is early); a dot where the chosen rank cuts. SVG."""
+def draw_spectra(spectra: Mapping[str, Array], path: Path, *, measure: str, ranks: Mapping[str, int]) -> None:
+    """Magnitudes of falling values: one panel a kind of layer, one line a depth (dark is early). SVG.
+
+    Each value below 0 is a cross, and the last one within `ranks` a dot.
+    """
     from matplotlib import colormaps
 
     kinds = list(dict.fromkeys(depth_and_kind(name)[1] for name in spectra))
@@ -29,16 +32,19 @@ def draw_spectra(spectra: Mapping[str, LayerSpectrum], ranks: Mapping[str, int],
     with svg_file(path, 3.4 * columns, 0.4 + 2.8 * rows) as figure:
         axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
         for axis, kind in zip(axes, kinds, strict=False):
-            for name, spectrum in spectra.items():
+            for name, signed in spectra.items():
                 depth, mine = depth_and_kind(name)
                 if mine != kind:
                     continue
                 colour = colormaps["viridis"](0.9 * depth / deepest)
-                values = np.where(spectrum.energies > 0, spectrum.energies, np.nan)  # a logarithm has no place for zero
-                axis.semilogy(np.arange(1, len(values) + 1), values, color=colour, linewidth=1, gid=f"spectrum {name}")
-                axis.semilogy([ranks[name]], [values[ranks[name] - 1]], "o", color=colour, markersize=3)
+                values = np.where(signed != 0, np.abs(signed), np.nan)  # a logarithm has no place for zero
+                numbers = np.arange(1, len(values) + 1)
+                axis.semilogy(numbers, values, color=colour, linewidth=1, gid=f"spectrum {name}")
+                axis.semilogy(numbers[signed < 0], values[signed < 0], "x", color=colour, markersize=3)
+                if name in ranks:
+                    axis.semilogy([ranks[name]], [values[ranks[name] - 1]], "o", color=colour, markersize=3)
             axis.set_title(kind, fontsize="small")
-            axis.set_xlabel("component")
+            axis.set_xlabel("number")
             axis.grid(alpha=0.3)
         for axis in axes[len(kinds) :]:
             axis.set_axis_off()

@@ -17,13 +17,13 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run, or an adapter in PEFT's format of any trainer.")],
     out: Annotated[Path, typer.Argument(help="Directory to create.")],
     format_: Annotated[
-        str | None,
+        str,
         typer.Option(
             "--format",
-            help="merged (default): one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter; gguf: a file "
-            "for llama.cpp.",
+            help="merged: one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter; gguf: a file for "
+            "llama.cpp.",
         ),
-    ] = None,
+    ] = "merged",
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -42,21 +42,11 @@ def export(
     step: Step = None,
     base_model: BaseModel = None,
     quant: AdapterQuant = None,
-    audit: Annotated[
-        bool, typer.Option("--audit", help="Also compare all forms of the model, and name the best one to ship (slow).")
-    ] = False,
+    audit: Annotated[bool, typer.Option("--audit", help="Also compare all forms of the model (slow).")] = False,
     push: Annotated[
         str | None, typer.Option(help="Upload it to this repository of the Hub; a new one is private.")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make the repository of --push public.")] = False,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--for",
-            help="Program that will load it: transformers, vllm, sglang, tensorrt-llm, llama.cpp or ollama. Sets the "
-            "format, and refuses one that the program cannot load.",
-        ),
-    ] = None,
     gguf_type: Annotated[
         str | None, typer.Option(help=f"With --format gguf: {', '.join(GGUF_TYPES)}. Default: f16.")
     ] = None,
@@ -85,7 +75,6 @@ def export(
         audit=audit,
         push=push,
         public=public,
-        target=target,
         gguf=gguf_type,
         llama_cpp=llama_cpp,
     )

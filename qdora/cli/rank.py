@@ -42,9 +42,6 @@ def rank(
     micro_batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a micro-batch; fewer need less memory.")
     ] = None,
-    over_all: Annotated[
-        bool, typer.Option("--over-all", help="Also compute the curvature of all layers together.")
-    ] = False,
     step: Step = None,
 ) -> None:
     """Choose a rank for each layer of a run.
@@ -66,7 +63,6 @@ def rank(
         layers=layers or (),
         examples=examples,
         micro_batch_tokens=micro_batch_tokens,
-        over_all=over_all,
     )
     with failures_logged(run, "rank"):
         emit(rank_run(run, asked, step=step))

@@ -24,7 +24,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
 from qdora.errors import RunFailure, UserError
-from qdora.export.older_names import config_text, save_tokenizer
 from qdora.files.atomic import atomic_directory, disk_reason, json_bytes
 from qdora.files.console import Progress
 from qdora.files.tensor_file import TensorSpec, plan_shards, shard_index, torch_dtype, write_safetensors
@@ -410,7 +409,7 @@ def _write_rest(
 ) -> None:
     if has_own_code(plan.model):
         custom_object_save(plan.model, str(partial), config=plan.config)
-    (partial / "config.json").write_text(config_text(plan.config), encoding="utf-8")
+    (partial / "config.json").write_text(plan.config.to_json_string(), encoding="utf-8")
     if plan.model.can_generate() and plan.model.generation_config is not None:
         generation = copy.deepcopy(plan.model.generation_config)
         if tokenizer is not None and tokenizer.eos_token_id is not None:
@@ -423,6 +422,17 @@ def _write_rest(
         if Path(name).name != name:
             raise ValueError(f"extra file {name!r}: must be a plain file name.")
         (partial / name).write_text(text, encoding="utf-8")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a tokenizer. For Gemma and Phi-3, llama.cpp's converter needs the model of sentencepiece and the tokens
+    beyond it, which transformers 5 does not write."""
+    tokenizer.save_pretrained(str(directory))
+    pieces = Path(tokenizer.name_or_path) / "tokenizer.model"
+    if pieces.is_file() and not (directory / pieces.name).exists():
+        shutil.copyfile(pieces, directory / pieces.name)
+        beyond = {token: id for token, id in tokenizer.get_added_vocab().items() if id >= tokenizer.vocab_size}
+        (directory / "added_tokens.json").write_bytes(json_bytes(beyond, indent=2))
 
 
 def has_own_code(loaded: PreTrainedModel | PreTrainedTokenizerBase) -> bool:

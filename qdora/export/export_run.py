@@ -14,16 +14,14 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from qdora.errors import DiskFull, RunFailure, UserError
-from qdora.export.audit import audit, audit_page
-from qdora.export.checkpoint_writer import UNFINISHED, check_new_directory
+from qdora.export.audit import audit, audit_table
+from qdora.export.checkpoint_writer import UNFINISHED, check_new_directory, save_tokenizer
 from qdora.export.gguf import export_gguf
 from qdora.export.hub_push import push
 from qdora.export.logit_comparison import comparison_text, validation_examples
 from qdora.export.merged import merge_of, open_merge, write_merge
 from qdora.export.nf4_lora import export_nf4_lora
-from qdora.export.older_names import save_tokenizer
 from qdora.export.options import ExportOptions, check_options
-from qdora.export.targets import TARGETS, check_adapter, check_target
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.files.atomic import (
     atomic_directory,
@@ -38,7 +36,6 @@ from qdora.files.console import bar, consoles
 from qdora.files.run_directory import open_run
 from qdora.files.work_lock import work_lock
 from qdora.memory.allocator import keep_freed_memory
-from qdora.model.adapter_file import describe_adapter, with_scalings
 from qdora.model.build_model import DTYPES, find_source, write_adapter
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config
@@ -47,9 +44,8 @@ from qdora.model.weight_conversion import taken_for_experts
 from qdora.nn.expert_linear import AdaptedExperts
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.run.adopted_run import adopted_run, is_adapter
-from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
+from qdora.run.load_run import TrainedRun, load_run, trained_state
 from qdora.run.model_card import card_files, run_card
-from qdora.run.run_page import leave_page
 
 logger = logging.getLogger("qdora")
 
@@ -75,7 +71,9 @@ def export_run(
     keep_freed_memory()
     check_options(options)
     with _opened(run, options) as opened:
-        _check_run(opened, options)
+        kind = recipe_of_run(open_run(opened).recipe_file).adapter.kind
+        if options.audit and kind not in ("lora", "dora"):
+            raise UserError(f"--audit: needs a LoRA or DoRA adapter, got adapter.kind: {kind}. Fix: remove --audit.")
         with disk_failures(out), _unfinished(out) as place:
             document, sentences = _export(opened, place, options, console)
     for sentence in sentences:
@@ -152,10 +150,10 @@ def _unfinished(out: Path) -> Iterator[Path]:
 def _export(run: Path, out: Path, options: ExportOptions, console: Console) -> tuple[dict[str, Any], list[str]]:
     """Write all files of an export; returns the content of export.json, and what else to say."""
     writers = {"merged": _export_merged, "nf4-lora": _export_nf4_lora, "gguf": export_gguf, "peft": _export_adapter}
-    trained, result, check = writers[options.format](run, out, options, console)
+    trained, result, check = writers[options.format_](run, out, options, console)
     zeros = _pruned_zeros(trained) if options.form == "merged" else None
     # Names without their paths: the file leaves this machine.
-    named = {"format": options.format, "run": run.resolve().name, "state": trained.state}
+    named = {"format": options.format_, "run": run.resolve().name, "state": trained.state}
     document, sentences = {**named, **result, "directory": out.name} | trained.run.adopted(), []
     if check is not None:
         document["verification"] = check
@@ -166,17 +164,15 @@ def _export(run: Path, out: Path, options: ExportOptions, console: Console) -> t
         if options.base == "original":
             del trained
             trained = load_run(run, step=options.step)
-        document["audit"] = _audit(trained, out, options, console)
-        sentences.append(document["audit"]["verdict"])
-    if options.target is not None and options.form in TARGETS[options.target].installs:
-        document["install"] = package = TARGETS[options.target].installs[options.form]
-        sentences.append(f"{TARGETS[options.target].title} loads it with: pip install {package}")
+        document["audit"] = _audit(trained, options, console)
+        sentences.append(audit_table(document["audit"]))
     card = run_card(trained.run, trained.recipe, trained.state, check, form=options.form)
     with disk_failures(out):  # then nothing is left, so that the same command can be repeated
         atomic_write_text(out / "README.md", card)
         atomic_write_json(out / "export.json", document)
-    layers = adapted_layers(trained.model).values() if options.form == "peft" else ()
-    if any(isinstance(layer, AdaptedExperts) and layer.magnitude is not None for layer in layers):
+    layers = adapted_layers(trained.model) if options.form == "peft" else {}
+    dora = [path for path, layer in layers.items() if layer.magnitude is not None]
+    if any(isinstance(layers[path], AdaptedExperts) for path in dora) or taken_for_experts(trained.model, dora):
         sentences.append("PEFT has no DoRA for experts, so only qdora loads this adapter. Fix: use --format merged")
     if zeros is not None and zeros["kept"] < zeros["pruned"]:
         still = f"{zeros['kept']:,} of {zeros['pruned']:,} pruned weights are still zero"
@@ -186,25 +182,6 @@ def _export(run: Path, out: Path, options: ExportOptions, console: Console) -> t
 
 def _say(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True)
-
-
-def _check_run(run: Path, options: ExportOptions) -> None:
-    """Raise UserError for options that do not fit the run's recipe or adapter, or a base that was moved."""
-    opened = open_run(run)
-    recipe = recipe_of_run(opened.recipe_file)
-    if options.audit and recipe.adapter.kind not in ("lora", "dora"):
-        raise UserError(
-            f"--audit: compares the forms of a LoRA or DoRA adapter, got adapter.kind: {recipe.adapter.kind}. "
-            "Fix: remove --audit."
-        )
-    target = options.target
-    if target is None:
-        return
-    check_target(target, options.form, recipe)
-    if options.form in ("peft", "nf4-lora") and recipe.adapter.kind in ("lora", "dora", "magnitude"):
-        where, _ = trained_state(opened, recipe, options.step)
-        adapter = adapter_of(opened, where)
-        check_adapter(target, options.form, with_scalings(describe_adapter(adapter), adapter))
 
 
 def _export_merged(
@@ -268,8 +245,6 @@ def _export_adapter(
     if any(layer.masked for layer in adapted_layers(trained.model).values()):
         raise UserError("--format peft: PEFT cannot mask B A (adapter.mask: keep). Fix: use --format merged.")
     check_servable(trained.model)
-    if options.target is not None:
-        check_names(options.target, trained.model)
     with atomic_directory(out) as partial:
         write_adapter(trained.model, recipe, partial, shipped=True, extra=trained.run.adopted())
         if recipe.model.add_tokens or recipe.model.tokenizer or recipe.data.chat_template:  # not the base's
@@ -277,17 +252,6 @@ def _export_adapter(
         for name, text in card_files(trained.run, recipe, trained.state, form="peft").items():
             (partial / name).write_text(text, encoding="utf-8")
     return trained, {}, None
-
-
-def check_names(target: str, model: PreTrainedModel) -> None:
-    """Refuse DoRA on layers that PEFT takes for experts by their names: it has no DoRA for experts."""
-    layers = adapted_layers(model)
-    taken = sorted(taken_for_experts(model, [path for path, layer in layers.items() if layer.magnitude is not None]))
-    if taken:
-        raise UserError(
-            f"--for {target}: PEFT takes {len(taken)} layers of this model for experts (e.g. {taken[0]}), for which it "
-            "has no DoRA. Fix: use --format merged."
-        )
 
 
 def check_servable(model: PreTrainedModel) -> None:
@@ -318,14 +282,13 @@ def _pruned_zeros(trained: TrainedRun) -> dict[str, int] | None:
     return {"pruned": pruned, "kept": kept} if pruned else None
 
 
-def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Console) -> dict[str, Any]:
-    """Compare all forms, and write the result to the run and its page."""
+def _audit(trained: TrainedRun, options: ExportOptions, console: Console) -> dict[str, Any]:
     opened = None
     if trained.recipe.base.prune is None:
         where, _ = trained_state(trained.run, trained.recipe, options.step)
         merge, _ = merge_of(trained.run, trained.recipe, where, ExportOptions())
         opened = open_merge(merge)
-    found = audit(
+    return audit(
         trained.model,
         trained.tokenizer,
         opened,
@@ -333,12 +296,6 @@ def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Cons
         dtype=_merged_dtype(trained.model.config.model_type, options),
         console=console,
     )
-    trained.run.write_json(f"exports/{out.name}.json", found)
-    atomic_write_text(
-        trained.run.inside("exports", f"{out.name}.md"), audit_page(trained.run.path.resolve().name, found)
-    )
-    leave_page(trained.run)
-    return found
 
 
 def _check_in_words(check: dict[str, Any]) -> str:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from qdora.errors import UserError, not_one_of
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from qdora.errors import UserError, first_line, not_one_of
 from qdora.export.checkpoint_writer import MAX_SHARD_BYTES
 from qdora.export.gguf_types import GGUF_TYPES, GgufType
-from qdora.export.hub_push import check_repository
-from qdora.export.targets import TARGETS, check_target_name
 from qdora.model.build_model import DTYPES
 from qdora.recipe.byte_size import parse_size
 from qdora.run.model_card import Form
@@ -29,7 +30,7 @@ class ExportOptions:
     Attributes:
         format_: "merged" (one dense model for plain transformers), "nf4-lora" (a 4-bit base with the gain in its block
             scales, and plain LoRA), "gguf" (the merge as one file for llama.cpp) or "peft" (the adapter as it was
-            trained). None: the best format that `target` loads, or "merged".
+            trained).
         dtype: Of the weights that are not quantised: float16, bfloat16 or float32. None: the run's own for
             "nf4-lora"; for "merged" float16, or bfloat16 for models whose activations overflow in float16.
         base: For "merged" and "gguf": "dequantized" (the base of training) or "original" (the 16-bit source). None:
@@ -38,13 +39,12 @@ class ExportOptions:
         shard_size: Size of a weights file ("5GB"). None: 5 GiB.
         step: Checkpoint of the run. None: the finished adapter.
         base_model, quant: For an adapter in place of a run, see `adopted_recipe`.
-        audit: Compare all forms of the model, and recommend one. It takes longer than the export itself.
+        audit: Compare all forms of the model. It takes longer than the export itself.
         push, public: Hub repository to which an export that passed its check is uploaded; make it a public one.
-        target: Program that is to run the export, one of TARGETS: a form that it cannot load is refused. None: any.
         gguf, llama_cpp: For "gguf": type of the matrices (default f16), and `given` of `find_llama_cpp`.
     """
 
-    format_: str | None = None
+    format_: str = "merged"
     dtype: str | None = None
     base: str | None = None
     requantize: bool = False
@@ -55,22 +55,14 @@ class ExportOptions:
     audit: bool = False
     push: str | None = None
     public: bool = False
-    target: str | None = None
     gguf: str | None = None
     llama_cpp: Path | None = None
 
     @property
-    def format(self) -> str:
-        """The format that is written."""
-        if self.format_ is not None:
-            return self.format_
-        return "merged" if self.target is None else TARGETS[self.target].loads[0]
-
-    @property
     def form(self) -> Form:
         """What the directory will hold."""
-        if self.format != "merged":
-            return cast(Form, self.format)
+        if self.format_ != "merged":
+            return cast(Form, self.format_)
         if self.requantize:
             return "requantized"
         return "original" if self.base == "original" else "merged"
@@ -98,10 +90,8 @@ class ExportOptions:
 
 def check_options(options: ExportOptions) -> None:
     """Raise UserError with all options that are unknown or have no effect on the format."""
-    if options.target is not None:
-        check_target_name(options.target)
     named = {
-        "--format": (options.format, FORMATS),
+        "--format": (options.format_, FORMATS),
         "--dtype": (options.dtype, tuple(DTYPES)),
         "--base": (options.base, BASES),
         "--gguf-type": (options.gguf, GGUF_TYPES),
@@ -111,7 +101,7 @@ def check_options(options: ExportOptions) -> None:
         for name, (value, allowed) in named.items()
         if value is not None and value not in allowed
     ]
-    if options.format not in FORMATS:
+    if options.format_ not in FORMATS:
         raise UserError(*faults)
     with_effect: dict[str, tuple[bool, tuple[Format, ...]]] = {
         "--base": (options.base is not None, ("merged", "gguf")),
@@ -121,11 +111,10 @@ def check_options(options: ExportOptions) -> None:
         "--gguf-type": (options.gguf is not None, ("gguf",)),
         "--llama-cpp": (options.llama_cpp is not None, ("gguf",)),
     }
-    chosen = "" if options.format_ is not None or options.target is None else f" (chosen by --for {options.target})"
     faults += [
-        f"{name}: has no effect on --format {options.format}{chosen}. Fix: remove {name}."
+        f"{name}: has no effect on --format {options.format_}. Fix: remove {name}."
         for name, (is_set, formats) in with_effect.items()
-        if is_set and options.format not in formats
+        if is_set and options.format_ not in formats
     ]
     if options.requantize and options.base == "original":
         faults.append(
@@ -138,4 +127,7 @@ def check_options(options: ExportOptions) -> None:
         raise UserError(*faults)
     _ = options.shard_bytes  # raises
     if options.push is not None:
-        check_repository(options.push)
+        try:
+            validate_repo_id(options.push)
+        except HFValidationError as error:
+            raise UserError(f"--push: got {options.push!r}. {first_line(error)}") from error

@@ -151,19 +151,6 @@ def describe_adapter(directory: Path) -> AdapterDescription:
     )
 
 
-def with_scalings(described: AdapterDescription, directory: Path) -> AdapterDescription:
-    """The description with the scaling of each layer that the file has, if qdora.json does not say it."""
-    if described.scalings is not None:
-        return described
-    end = ".lora_A.weight"
-    with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-        paths = [name[len(_PREFIX) : -len(end)] for name in file.keys() if name.endswith(end)]  # noqa: SIM118
-    shares: dict[str, Share] = {
-        name: "none" for name in described.config.target_parameters or () if not name.endswith(".weight")
-    }
-    return replace(described, scalings={path: described.scaling_of(path) for path in paths}, shares=shares)
-
-
 def load_adapter(model: nn.Module, directory: Path, *, dtype: torch.dtype | None = None) -> dict[str, AdaptedLinear]:
     """Put the adapter of `directory`, written by qdora or by PEFT, on `model`; everything else is frozen.
 

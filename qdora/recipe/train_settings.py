@@ -127,6 +127,7 @@ class InterferenceConfig(Section):
     """Measurement of tasks that pull the adapter in different directions. It does not change the training."""
 
     every: Whole | None = None
-    """Optimizer steps between measurements of the cosines between the tasks' gradients (null: no measurement)."""
+    """Optimizer steps between measurements of the cosines between the tasks' gradients, a multiple of eval.every
+    (null: no measurement)."""
     examples: Annotated[int, Strict(), Field(ge=2)] = 16
     """Validation examples of each task to measure gradients on. Fewer are cheaper, but the cosines are noisier."""

@@ -25,7 +25,6 @@ from qdora.recipe.byte_size import size_text
 from qdora.recipe.data_settings import SourceConfig, is_path
 from qdora.recipe.settings import Recipe
 from qdora.run.adapter_step import adapter_in_words, state_step, stored_results
-from qdora.run.task_conflicts import interference_in_words
 
 Form = Literal["run", "merged", "original", "requantized", "nf4-lora", "gguf", "peft"]
 """What the directory of a card holds."""
@@ -158,7 +157,6 @@ def run_card(
             metrics={task: [result.tasks[task].nll_per_token for result in results.values()] for task in tasks},
             notes=[f"{each.in_words()}." for each in worse],
             verification=check,
-            interference=interference_in_words(run),
             versions={name: version for name, version in versions.items() if version},
         )
     )
@@ -236,8 +234,6 @@ class CardFacts:
     """Warnings below the table."""
     verification: Mapping[str, Any] | None = None
     """Result of the verification of the export."""
-    interference: str = ""
-    """How the tasks influence each other, in words."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -277,8 +273,6 @@ def model_card(facts: CardFacts) -> str:
         parts.append("## Data\n\n" + "\n".join(f"- {markdown_cell(name)}" for name in facts.data))
     if facts.metrics:
         parts += ["## Results", _metrics(facts), *(f"**{markdown_cell(note)}**" for note in facts.notes)]
-    if facts.interference:
-        parts.append("## Interference\n\n" + facts.interference)
     if facts.verification is not None:
         parts.append("## Verification\n\n" + _verification(facts.verification, _CHECKED[facts.form]))
     if facts.versions:

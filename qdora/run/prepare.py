@@ -57,11 +57,11 @@ from qdora.plan.workload import workload_of_data
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
 from qdora.run.calibration import calibration_tokens
+from qdora.run.interference import interference_faults
 from qdora.run.model_limits import context_warnings, vocabulary_faults
 from qdora.run.recorded_base import base_record, pinned
 from qdora.run.start_checks import CHECKS_FILE, Check, begin_checks, data_checks, repeated_checks
 from qdora.run.step_evaluations import selection_faults
-from qdora.run.task_conflicts import interference_faults
 from qdora.train.distributed import Processes
 from qdora.train.router_loss import check_router_loss
 from qdora.train.task_weights import task_weight_faults

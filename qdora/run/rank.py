@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from qdora.analysis.allocate import LayerSpectrum, allocate, effective_rank
 from qdora.analysis.components import LEAST_DRAWS, drawn_curvatures, exact_curvatures, layer_directions
-from qdora.analysis.curvature import CURVATURES, Curvature, CurvatureSettings, curvature_spectrum, fingerprint
+from qdora.analysis.curvature import CURVATURES, Curvature, layer_spectrum
 from qdora.analysis.differentiable import NORMS, Norm
 from qdora.analysis.rank_figures import draw_rank_map, draw_spectra
 from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
@@ -32,8 +32,6 @@ from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, 
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 
-logger = logging.getLogger("qdora")
-
 METHODS = ("curvature", "svd", "gradient", "gates")
 NUM_EXAMPLES = 64
 NUM_DRAWS = 16
@@ -51,13 +49,13 @@ _ENERGY_IN_WORDS = {
 _USED_BY = {
     **dict.fromkeys(("budget", "threshold", "max_rank", "layers"), ("curvature", "svd", "gradient")),
     **dict.fromkeys(("examples", "micro_batch_tokens"), ("curvature", "gradient")),
-    **dict.fromkeys(("draws", "eigenvalues", "curvature", "norm", "over_all"), ("curvature",)),
+    **dict.fromkeys(("draws", "eigenvalues", "curvature", "norm"), ("curvature",)),
 }
 """Field of `RankSettings` -> the methods that use it."""
 
 Spectra = dict[str, LayerSpectrum]
 Details = dict[str, dict[str, Any]]
-"""Layer -> JSON values about it; under "" those about all layers together."""
+"""Layer -> JSON values about it; under "" those about all layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +85,11 @@ class RankSettings:
     """Examples from the start of the run's training mix. None: 64."""
     micro_batch_tokens: int | None = None
     """Most tokens of a micro-batch, with padding. Its graph takes most of the memory beside the model. None: 512."""
-    over_all: bool = False
-    """Also compute the eigenvalues of all chosen layers together."""
+
+    @property
+    def matrix(self) -> Curvature:
+        """The matrix of the eigenvalues."""
+        return cast(Curvature, self.curvature or "hessian")
 
     def check(self) -> None:
         """Raise UserError with all faults that show without the run."""
@@ -104,9 +105,8 @@ class RankSettings:
         for option, value, known in (("--curvature", self.curvature, CURVATURES), ("--norm", self.norm, NORMS)):
             if value is not None and value not in known:
                 faults.append(not_one_of(option, value, known))
-        for option, given in (("--over-all", self.over_all), ("--curvature", self.curvature is not None)):
-            if given and not self.eigenvalues:
-                faults.append(f"{option}: is used only with --eigenvalues. Fix: add --eigenvalues 20.")
+        if self.curvature is not None and not self.eigenvalues:
+            faults.append("--curvature: is used only with --eigenvalues. Fix: add --eigenvalues 20.")
         if self.draws is not None and self.draws != 0 and self.draws < LEAST_DRAWS:
             faults.append(f"--draws: got {self.draws}, must be 0 (exact) or at least {LEAST_DRAWS}.")
         if self.budget is not None and self.threshold is not None:
@@ -129,7 +129,7 @@ def rank_run(
     """Measure each layer's spectrum, choose the ranks, write them as a recipe.
 
     Everything is computed in float32 on the dequantised base, whatever dtype the run used. The run itself does not
-    change: results go to <run>/rank/, and curvatures are cached there for the next call.
+    change: results go to <run>/rank/.
 
     Args:
         path: Run directory with an adapter.
@@ -211,8 +211,13 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
         ranks = {name: rank or len(spectra[name].energies) for name, rank in effective.items()}
     written = write_recipe(trained.run, recipe, asked.method, {**ranks_now, **ranks})
     figures = [trained.run.inside("rank") / f"{asked.method}-{kind}.svg" for kind in ("spectra", "ranks")]
-    draw_spectra(spectra, ranks, figures[0], measure=_ENERGY_IN_WORDS[asked.method])
+    energies = {name: spectrum.energies for name, spectrum in spectra.items()}
+    draw_spectra(energies, figures[0], measure=_ENERGY_IN_WORDS[asked.method], ranks=ranks)
     draw_rank_map({**ranks_now, **ranks}, figures[1])
+    if asked.eigenvalues:
+        figures.append(trained.run.inside("rank") / f"{asked.method}-eigenvalues.svg")
+        values = {name: np.array(details[name]["spectrum"]["eigenvalues"]) for name in spectra}
+        draw_spectra(values, figures[2], measure=f"eigenvalue of the {asked.matrix}, magnitude", ranks={})
     return {
         "run": str(trained.run.path),
         "state": trained.state,
@@ -284,47 +289,30 @@ def _by_curvature(run: _Measured) -> tuple[Spectra, Details]:
     """Worths of each layer's components; beside them, if asked for, eigenvalues of the curvature by A and B."""
     batches, about = run.batches()
     model, limits = run.trained.model, run.limits
-    state = fingerprint(model, batches)
-    given: dict[str, Any] = {"norm": run.norm, "cache": run.trained.run.inside("rank", "cache"), "state": state}
     draws = NUM_DRAWS if run.asked.draws is None else run.asked.draws
     with bar(run.progress, "directions of new components") as progress:
-        directions = layer_directions(model, limits, batches, progress=progress, **given)
+        directions = layer_directions(model, limits, batches, norm=run.norm, progress=progress)
     with bar(run.progress, f"their curvature, {draws} draws" if draws else "their curvature, exact") as progress:
         if draws:
-            components = drawn_curvatures(model, directions, batches, draws=draws, progress=progress, **given)
+            components = drawn_curvatures(model, directions, batches, norm=run.norm, draws=draws, progress=progress)
         else:
-            components = exact_curvatures(model, directions, batches, progress=progress, **given)
+            components = exact_curvatures(model, directions, batches, norm=run.norm, progress=progress)
     spectra: Spectra = {}
     details: Details = {"": {**about, "norm": run.norm, "draws": draws}}
     for name, layer in run.layers.items():
         spectra[name] = components[name].spectrum(limits[name], layer.parameters_per_rank)
         details[name] = {"components": components[name].to_dict()}
-    if run.asked.eigenvalues:
-        for name, spectrum in _eigenvalues(run, batches, state).items():
-            details[name]["spectrum" if name else "over_all"] = spectrum
+    if num := run.asked.eigenvalues:
+        with bar(run.progress, f"eigenvalues of the {run.asked.matrix}") as progress:
+            for number, name in enumerate(run.layers, start=1):
+                details[name]["spectrum"] = layer_spectrum(
+                    model, name, batches, num, curvature=run.asked.matrix, norm=run.norm
+                )
+                progress(number, len(run.layers))
     return spectra, details
 
 
 _MEASURE = {"svd": _by_update, "gradient": _by_gradient, "curvature": _by_curvature}
-
-
-def _eigenvalues(run: _Measured, batches: list[MicroBatch], state: str) -> Details:
-    """Layer -> the largest eigenvalues of the curvature by its factors; under "" those of all layers together."""
-    asked = run.asked
-    settings = CurvatureSettings(
-        cast(Curvature, asked.curvature or "hessian"), run.norm, num_eigenvalues=cast(int, asked.eigenvalues)
-    )
-    cache = run.trained.run.inside("rank", "cache")
-    scopes = {name: [name] for name in run.layers} | ({"": list(run.layers)} if asked.over_all else {})
-    found: Details = {}
-    with bar(run.progress, f"{settings.curvature}, norm {run.norm}") as progress:
-        for number, (scope, layers) in enumerate(scopes.items()):
-            progress(number, len(scopes))
-            result = curvature_spectrum(run.trained.model, layers, batches, settings, cache=cache, state=state)
-            found[scope] = result.to_dict()
-            text = "%s: largest eigenvalue %.4g, %d products, %.1f s."
-            logger.info(text, scope or "all layers", result.values[0], result.num_matvecs, result.seconds)
-    return found
 
 
 def training_batches(

@@ -23,7 +23,6 @@ from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.adapter_step import adapter_record
 from qdora.run.start_checks import CHECKS_FILE
-from qdora.run.task_conflicts import interference_in_words
 from qdora.run.trained_layers import TRAINED_FILE
 
 _Value = TypeVar("_Value")
@@ -60,12 +59,10 @@ def run_facts(run: RunDirectory) -> Facts:
         "examples": reader.json(EXAMPLES_FILE).get("examples", []),
         "evaluations": evaluations,
         "training_loss": _training_loss(steps),
-        "interference": reader.tried("metrics.jsonl", lambda: interference_in_words(run)) or "",
         "memory": _memory(reader, metrics),
         "speed": _speed(steps),
         "time": _time(metrics, steps),
         "layers": reader.json(TRAINED_FILE).get("layers", []),
-        "audits": _audits(reader),
         "next": next_commands(run, recipe, status, bool(evaluations)),
         "checks": [each for group in reader.json(CHECKS_FILE).values() for each in group],
         "warnings": [*_warnings(texts), *dict.fromkeys(reader.faults)],
@@ -254,16 +251,6 @@ def _time(metrics: Lines, steps: Lines) -> dict[str, float]:
     for what, name in others.items():
         found[what] = sum(line.get("time", {}).get(name, 0.0) for line in metrics)
     return {what: seconds for what, seconds in found.items() if seconds}
-
-
-def _audits(reader: _Reader) -> list[Facts]:
-    """Each audit in exports/: its verdict, and how each form differs from the adapter."""
-    found = []
-    for name in reader.names("exports", "*.json"):
-        audit = reader.json(name)
-        if "forms" in audit:
-            found.append({"name": name.removeprefix("exports/").removesuffix(".json"), **audit})
-    return found
 
 
 def _log_texts(run: RunDirectory) -> list[str]:

@@ -36,7 +36,6 @@ _FIGURES = {
     "tokens_per_second": "Tokens per second",
     "memory": "Peak memory",
     "mean_rank": "Living components of a layer",
-    "interference": "Cosines between the tasks' gradients",
 }
 _MOST_FIGURE_BYTES = 4 * 2**20
 
@@ -117,7 +116,6 @@ def run_page(facts: Facts, figures: Mapping[str, str]) -> str:
         measures="allocated on the GPU" if facts["memory"]["device"] == "cuda" else "resident memory of the process",
         time=_time_table(facts["time"]),
         layers=_layer_table(facts["layers"]),
-        audits=_audits(facts["audits"]),
     )
 
 
@@ -296,28 +294,3 @@ def _mean(layers: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 def _most(layers: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return max((layer[name] for layer in layers if layer[name] is not None), default=None)
-
-
-def _audits(audits: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, PageTable]]]:
-    """Verdict -> names of exports, and their table: an audit compares all forms, so those of several exports agree."""
-    found: dict[str, dict[tuple[Sequence[str], ...], list[str]]] = {}
-    for each in audits:
-        found.setdefault(each["verdict"], {}).setdefault(_audit_rows(each["forms"]), []).append(each["name"])
-    header = "form|largest logit difference|mean KL, nats|same next token"
-    return {
-        verdict: [(", ".join(names), _table(header, rows)) for rows, names in tables.items()]
-        for verdict, tables in found.items()
-    }
-
-
-def _audit_rows(forms: Mapping[str, Any]) -> tuple[Sequence[str], ...]:
-    rows: list[tuple[str, ...]] = []
-    for name, form in forms.items():
-        logits = form.get("logits")
-        if logits is None:
-            why = f"not possible: {form['why_not']}" if "why_not" in form else "what the others are compared with"
-            rows.append((f"{name} ({why})", *[_MISSING] * 3))
-            continue
-        differences = (f"{logits[key]:.3g}" for key in ("max_logit_difference", "kl_mean"))
-        rows.append((name, *differences, f"{logits['argmax_agreement']:.2%}"))
-    return tuple(rows)

@@ -182,13 +182,12 @@ def _measure_left_out(trainer: Trainer, hooks: Hooks, start: int, stop: StopRequ
     """Measure what a stop after `start` steps left out; returns whether the run ends with it."""
     active = trainer.active
     active.model.train()
-    left_out = trainer.left_out(hooks, start)
-    if left_out is None:
+    if not trainer.left_out(start):
         return False
     options: dict[str, Any] = {"num_steps": active.num_steps, "processes": active.processes}
     try:
         every = active.recipe.train.checkpoint_every
-        return after_step(active.model, start, left_out, stop, checkpoint_every=every, **options)
+        return after_step(active.model, start, hooks, stop, checkpoint_every=every, **options)
     except (RuntimeError, OSError, UserError) as error:
         if active.processes.size > 1 or isinstance(error, DiskFull):
             raise

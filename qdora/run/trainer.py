@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
+from qdora.data.batching import MicroBatch, micro_batches
 from qdora.data.example import Example
+from qdora.data.tokenize import TokenizedExample
 from qdora.errors import RunFailure
 from qdora.evaluation.generation import generation_table
 from qdora.evaluation.suite import compare_table
@@ -29,11 +32,11 @@ from qdora.model.trained_embeddings import trained_parameters
 from qdora.run.active_run import ActiveRun, TrainingState
 from qdora.run.adapter_step import adapter_record, best_in_words, read_result
 from qdora.run.expert_load import ExpertLoad
+from qdora.run.interference import measure, probe_examples
 from qdora.run.model_card import run_card
 from qdora.run.prepare import evaluated_sources
 from qdora.run.start_checks import CHECKS_FILE, GRADIENTS, gradient_check, tell_checks, without_gradient
 from qdora.run.step_evaluations import StepEvaluations, best_so_far, evaluate_together, selection_value
-from qdora.run.task_conflicts import probe_examples, probe_hook, write_interference
 from qdora.run.writer import RunWriter
 from qdora.train.checkpoint import PARAMETERS_FILE, copy_parameters, read_state, unreadable
 from qdora.train.figures import draw_figures
@@ -105,11 +108,10 @@ class Trainer:
 
     def __init__(self, active: ActiveRun, validation: dict[str, list[Example]]) -> None:
         self.active = active
-        recipe, tokenizer = active.recipe, active.tokenizer
+        recipe = active.recipe
         evaluated = {name: validation[name] for name in evaluated_sources(recipe, validation)}
         self.validation = StepEvaluations(active, evaluated)
-        probes = recipe.interference.every is not None
-        self._probed = probe_examples(recipe, tokenizer, validation) if probes else {}
+        self._probed = probe_examples(recipe, active.tokenizer, validation)
         self.state = fresh_state(active, evaluated)
         self.writer = RunWriter(active, self.state)
         self.num_done = 0
@@ -167,15 +169,11 @@ class Trainer:
         asked = self.active.recipe.eval
         return (step == 0 and asked.at_start) or (step == self.active.num_steps and asked.at_end)
 
-    def left_out(self, hooks: Hooks, start: int) -> Hooks | None:
-        """The hooks with what was due after `start` steps and not measured, since the run stopped; None for nothing."""
-        known = self._measured(start) if start > 0 else []
-        probes = hooks.probe_every is not None and start % hooks.probe_every == 0 and "interference" not in known
-        evaluates = hooks.evaluate_every is not None and start % hooks.evaluate_every == 0 and "eval" not in known
-        probe, evaluate = hooks.probe if probes else None, hooks.evaluate if evaluates else None
-        if start == 0 or (probe is None and evaluate is None):
-            return None
-        return replace(hooks, probe=probe, evaluate=evaluate)
+    def left_out(self, start: int) -> bool:
+        """Whether the evaluation that was due after `start` steps was not made, since the run stopped."""
+        every = self.active.recipe.eval.every
+        due = start > 0 and every is not None and start % every == 0 and bool(self.validation.examples)
+        return due and "eval" not in self._measured(start)
 
     def _measured(self, step: int) -> list[str]:
         """The keys of the lines of metrics after `step` steps."""
@@ -199,7 +197,6 @@ class Trainer:
                         self._report_streams()
                     draw_figures(self.active.directory.metrics(), self.active.directory.inside("figures"))
                     self.state.expert_load.write(self.active.directory)
-                    write_interference(self.active.directory)
 
     def evaluate_start(self) -> None:
         """Evaluate the model before its first step, if the recipe asks for it."""
@@ -210,17 +207,12 @@ class Trainer:
     def hooks(self, optimizer: AdapterOptimizer) -> Hooks:
         """What the loop calls between its steps."""
         recipe, gates, processes = self.active.recipe, self.state.gates, self.active.processes
-        probe = None
-        if self._probed:
-            probe = probe_hook(self.active, optimizer.parameters, self._probed, self.writer.write_metrics)
         return Hooks(
             write_metrics=self.writer.write_metrics,
             save=self.writer.save_checkpoint,
             evaluate=self._evaluate if self.validation.examples else None,
             evaluate_every=recipe.eval.every,
             keep_batch=self.writer.keep_batch,
-            probe=probe,
-            probe_every=recipe.interference.every,
             begin_step=self._begin,
             reading=None if gates is None else Reading(gates.gradient, gates.take_gradient),
             end_step=None if gates is None else partial(gates.end, optimizer=optimizer, processes=processes),
@@ -303,6 +295,11 @@ class Trainer:
         """Evaluate after `step` steps, and decide whether that is the best step and whether the run is over."""
         processes, best = self.active.processes, self.state.best
         line = evaluate_together(processes, lambda: self.validation.measure(step))
+        every = self.active.recipe.interference.every
+        if every is not None and step % every == 0:
+            began = time.perf_counter()
+            line["interference"] = processes.first_or_all(self._interference)
+            line["time"]["interference_seconds"] = time.perf_counter() - began
         if best is None:
             return Evaluated(line)
         found = self.validation.results["adapter"] if processes.is_first else None
@@ -310,6 +307,23 @@ class Trainer:
         better = best.judge(step, processes.gather(value)[0])
         state = {key: each for key, each in best.state_dict().items() if key not in ("question", "judged")}
         return Evaluated({**line, "best": state}, save=better, stop=best.is_over)
+
+    def _interference(self) -> dict[str, Any]:
+        """Cosines between the tasks' gradients, for the metrics."""
+        active, optimizer, chunk = self.active, self.state.optimizer, self.active.recipe.memory.loss_chunk
+        assert optimizer is not None
+
+        def batches(examples: list[TokenizedExample]) -> list[MicroBatch]:
+            return micro_batches(examples, active.loader.batching, list({example.task: None for example in examples}))
+
+        return measure(
+            active.model,
+            {name: (batches(found[0::2]), batches(found[1::2])) for name, found in self._probed.items()},
+            optimizer.parameters,
+            device=active.model.device,
+            loss_chunk=None if chunk == "auto" else chunk,
+            loss_scale=self.state.loss_scale,
+        )
 
     def _report_streams(self) -> None:
         """Log what the run has seen of each streamed source, and add it to mix.json."""

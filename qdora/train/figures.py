@@ -1,4 +1,4 @@
-"""Figures of a run, drawn from its metrics over the steps, and the cosines between tasks of an interference report."""
+"""Figures of a run, drawn from its metrics over the steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdora.files.svg_figure import svg_file
-from qdora.train.interference import CERTAIN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,36 +160,6 @@ _PLOTS: dict[str, _Plot] = {
     "validation_accuracy": partial(_validation, metric="acc", label="validation accuracy"),
     "mean_rank": _curve(lambda line: line["gates"]["mean_rank"], "living components of a layer, mean"),
 }
-
-
-def draw_heat_map(report: Mapping[str, Any], path: Path) -> bool:
-    """Draw the cosines of a report of `interference.measure` as SVG; a failure is logged and never raises.
-
-    On the diagonal stands the cosine between the two halves of a task's own probe. Cosines are bold where they differ
-    from 0 by more than twice their noise. Returns whether the figure was drawn.
-    """
-    return _drawn(path, partial(_draw_cosines, report))
-
-
-def _draw_cosines(report: Mapping[str, Any], path: Path) -> None:
-    names = report["tasks"]
-    cosines = np.array(report["cosines"], dtype=float)  # None becomes nan
-    noise = np.array(report["noise"], dtype=float)
-    np.fill_diagonal(cosines, np.array(report["own_cosines"], dtype=float))
-    side = 2.5 + 0.6 * len(names)
-    with svg_file(path, side + 1, side) as figure:
-        axes = figure.add_subplot()
-        image = axes.imshow(cosines, cmap="RdBu", vmin=-1, vmax=1)
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        axes.set_yticks(range(len(names)), names)
-        for row, column in np.ndindex(cosines.shape):
-            value, is_own = cosines[row, column], row == column
-            text = "" if np.isnan(value) else f"{value:.2f}"
-            style = "italic" if is_own else "normal"
-            weight = "bold" if abs(value) > CERTAIN * noise[row, column] and not is_own else "normal"
-            axes.text(column, row, text, ha="center", va="center", fontsize="small", fontstyle=style, fontweight=weight)
-        axes.set_title(f"cosines between the tasks' gradients, step {report['step']}", fontsize="medium")
-        figure.colorbar(image, label="cosine; diagonal: between halves of a probe")
 
 
 def draw_expert_load(record: dict[str, Any], path: Path) -> bool:

@@ -46,7 +46,6 @@ class Hooks:
         save: Writes a checkpoint of the state after `step` steps and returns its directory.
         keep_batch: Writes the examples of a step that was not applied and returns where.
         evaluate, evaluate_every: Measures the model after `step` steps; steps between calls, None for none.
-        probe, probe_every: The same for the interference; it writes its numbers itself and leaves training unchanged.
         begin_step: Prepares the model for the step that follows `step` steps, at every attempt at its gradient.
         reading: What `end_step` needs of the device; only a single process reads it beforehand.
         end_step: Takes `step` and whether its update was made, and returns more numbers of the step.
@@ -58,8 +57,6 @@ class Hooks:
     keep_batch: Callable[[BadStep], Path]
     evaluate: Callable[[int], Evaluated] | None = None
     evaluate_every: int | None = None
-    probe: Callable[[int], None] | None = None
-    probe_every: int | None = None
     begin_step: Callable[[int], None] = lambda _step: None
     reading: Reading | None = None
     end_step: Callable[[int, bool], Metrics] | None = None

@@ -250,7 +250,7 @@ def after_step(
     checkpoint_every: int | None,
     processes: Processes,
 ) -> bool:
-    """Probe, evaluate and save when due; returns whether the run ends before its last step.
+    """Evaluate and save when due; returns whether the run ends before its last step.
 
     After a requested stop only the checkpoint is written, since a launcher soon kills the processes; what was due is
     measured when the run goes on. Else the checkpoint comes last, so that it covers the evaluation's line. If an
@@ -266,8 +266,6 @@ def after_step(
         raise Interrupted(done, hooks.save(done))
     found = Evaluated({})
     try:
-        if hooks.probe is not None and due(hooks.probe_every):
-            hooks.probe(done)
         if hooks.evaluate is not None and due(hooks.evaluate_every) and not last:
             found = hooks.evaluate(done)
             hooks.write_metrics({"step": done, **found.line})
@@ -281,7 +279,7 @@ def after_step(
             # After some CUDA errors every call fails: the first one says why.
             logger.warning("Step %d is not saved either (%s) after: %s", done, first_line(second), first_line(error))
         raise
-    stopping = not last and (due(hooks.probe_every) or due(hooks.evaluate_every)) and stop.agreed()  # in the meantime
+    stopping = not last and due(hooks.evaluate_every) and stop.agreed()  # in the meantime
     saved = hooks.save(done) if last or due(checkpoint_every) or stopping or found.save or found.stop else None
     if stopping and saved is not None and not found.stop:
         raise Interrupted(done, saved)
