@@ -14,7 +14,6 @@ from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters
 from qdora.run.train import train_run
 from qdora.train.checkpoint import random_state
-from qdora.train.figures import draw_heat_map
 from qdora.train.interference import GradientProbe, agreement, conflicts, gram_matrices, in_words, measure
 from tests import launched, reference, tiny_adapted, tiny_run
 from tests.run_files import assert_same_run, same_tensors, stop_after, timeless
@@ -151,15 +150,6 @@ def test_a_conflict_is_what_chance_does_not_do() -> None:
     assert "No two tasks are in conflict" in in_words(made_report(0.3), 7)
 
 
-@pytest.mark.figures
-def test_the_figure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert draw_heat_map(made_report(-0.3), tmp_path / "figures/one.svg")
-    assert draw_heat_map(made_report(-0.3), tmp_path / "two.svg")
-    assert (tmp_path / "figures/one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
-    assert not draw_heat_map({"tasks": ["a"]}, tmp_path / "three.svg")
-    assert "three.svg was not drawn" in caplog.text
-
-
 def probed(root: Path) -> Any:
     return tiny_run.recipe(root, interference__every=2, interference__examples=2, data__validation_fraction=0.2)
 
@@ -181,8 +171,6 @@ def test_a_run_with_a_probe_trains_as_one_without(root: Path, tmp_path: Path) ->
     assert last["tasks"] == ["sums", "letters"]
     assert last["seconds"] > 0
     assert -1 <= last["lowest_cosine"] == last["mean_cosine"] == last["cosines"][0][1] <= 1
-    assert (tmp_path / "run/figures/interference.svg").is_file()
-    assert "## Interference" in (tmp_path / "run/README.md").read_text()
 
 
 def test_a_resumed_run_has_the_same_measurements(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,6 @@ from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.run.adopted_run import adopted_run, is_adapter
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 from qdora.run.model_card import card_files, run_card
-from qdora.run.run_page import leave_page
 
 logger = logging.getLogger("qdora")
 
@@ -342,7 +341,6 @@ def _audit(trained: TrainedRun, out: Path, options: ExportOptions, console: Cons
     atomic_write_text(
         trained.run.inside("exports", f"{out.name}.md"), audit_page(trained.run.path.resolve().name, found)
     )
-    leave_page(trained.run)
     return found
 
 

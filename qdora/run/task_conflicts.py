@@ -15,11 +15,9 @@ from qdora.evaluation.suite import spread
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.settings import Recipe
 from qdora.run.active_run import ActiveRun
-from qdora.train.figures import draw_heat_map
-from qdora.train.interference import MIN_EXAMPLES, GradientProbe, in_words, measure
+from qdora.train.interference import MIN_EXAMPLES, GradientProbe, measure
 
 FILE = "interference.json"
-FIGURE = "figures/interference.svg"
 
 Tokenised = dict[str, list[TokenizedExample]]
 
@@ -103,7 +101,7 @@ def probe_hook(
 
 
 def write_interference(run: RunDirectory) -> None:
-    """Write interference.json and its figure from the lines of metrics, if anything was measured."""
+    """Write interference.json from the lines of metrics, if anything was measured."""
     lines = _measurements(run)
     if not lines:
         return
@@ -112,13 +110,6 @@ def write_interference(run: RunDirectory) -> None:
         for line in lines
     ]
     run.write_json(FILE, {"measurements": found})
-    draw_heat_map(found[-1], run.inside(FIGURE))
-
-
-def interference_in_words(run: RunDirectory) -> str:
-    """The last measurement of a run, for its card; empty if there is none."""
-    lines = _measurements(run)
-    return in_words(lines[-1]["interference"], lines[-1]["step"]) if lines else ""
 
 
 def _measurements(run: RunDirectory) -> list[dict[str, Any]]:
