@@ -226,5 +226,5 @@ def test_settings_are_flat_and_hold_no_token() -> None:
         "train.betas": "[0.9, 0.99]",
         "train.steps": 4,
         "train.log": True,
-        "data.mix": '[{"task": "hf_***"}]',
+        "data.mix": "[{'task': 'hf_***'}]",
     }

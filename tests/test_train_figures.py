@@ -85,7 +85,7 @@ def test_a_line_goes_through_the_values_of_the_steps(name: str, values: list[flo
     [
         ("validation_nll", "sums", [4.0, 1.0, 2.0]),
         ("validation_nll", "letters", [8.0, 2.0, 4.0]),
-        ("validation_nll", "average", [6.0, 1.5, 3.0]),
+        ("validation_nll", "all", [6.0, 1.5, 3.0]),
         ("validation_accuracy", "letters", [0.25, 0.75, 0.5]),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -91,10 +90,8 @@ def flat_settings(values: Mapping[str, Any]) -> dict[str, bool | float | str]:
 
     Leaves out null, which trackers refuse, and access tokens.
     """
-    texts = {key: value for key, value in flat(values).items() if value is not None}
     return {
-        key: value
-        if isinstance(value, bool | int | float)
-        else masked(value if isinstance(value, str) else json.dumps(value))
-        for key, value in texts.items()
+        key: value if isinstance(value, bool | int | float) else masked(str(value))
+        for key, value in flat(values).items()
+        if value is not None
     }

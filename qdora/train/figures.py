@@ -65,15 +65,34 @@ def _drawn(path: Path, plot: Callable[[Figure], None]) -> bool:
 
 
 def _loss_per_task(steps: Lines, figure: Figure) -> None:
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel="training loss, nats per answer token")
-    numbers, half_life = [line["step"] for line in steps], max(1.0, len(steps) / 20)
+    half_life, numbers = max(1.0, len(steps) / 20), [line["step"] for line in steps]
+    curves = {}
     for name in sorted({name for line in steps for name in line["tasks"]}):
         tasks = [line["tasks"].get(name, {"nll_sum": 0.0, "num_tokens": 0}) for line in steps]
         sums, tokens = ([task[key] for task in tasks] for key in ("nll_sum", "num_tokens"))
-        axes.plot(numbers, smooth(sums, tokens, half_life), label=name)
+        curves[name] = smooth(sums, tokens, half_life)
     tokens = [line["num_label_tokens"] for line in steps]
     sums = [line["loss"] * line["num_label_tokens"] for line in steps]
-    axes.plot(numbers, smooth(sums, tokens, half_life), label="all", color="black", linewidth=2)
+    _plot(figure, "training loss, nats per answer token", numbers, curves, smooth(sums, tokens, half_life))
+
+
+def _validation(evaluations: Lines, metric: str, figure: Figure) -> None:
+    def values(scores: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
+        return np.array([score.get(metric) for score in scores], dtype=float)  # None becomes NaN
+
+    names = sorted({name for line in evaluations for name in line["eval"]})
+    curves = {name: values([line["eval"].get(name, {}) for line in evaluations]) for name in names}
+    label = "validation NLL, nats per answer token" if metric == "nll_per_token" else "validation accuracy"
+    steps, average = [line["step"] for line in evaluations], values([line["average"] for line in evaluations])
+    _plot(figure, label, steps, curves, average)
+
+
+def _plot(figure: Figure, label: str, steps: Sequence[int], curves: Mapping[str, ArrayLike], whole: ArrayLike) -> None:
+    """A line per task, which has one colour in all figures, and one of all tasks."""
+    axes, style = figure.add_subplot(xlabel="optimizer step", ylabel=label), ".-" if len(steps) < 50 else "-"
+    for name, values in curves.items():
+        axes.plot(steps, values, style, label=name, gid=name)
+    axes.plot(steps, whole, style, color="black", linewidth=2, label="all", gid="all")
     axes.legend(fontsize="small", ncols=2)
 
 
@@ -92,18 +111,3 @@ def _steps(steps: Lines, figure: Figure) -> None:
         axes.plot([line["step"] for line in steps], values, gid=name)
         if name == "gradient norm":  # spikes are decades above the rest
             axes.set_yscale("log")
-
-
-def _validation(evaluations: Lines, metric: str, figure: Figure) -> None:
-    """A line per task, and one of their average."""
-    label = "NLL, nats per answer token" if metric == "nll_per_token" else "accuracy"
-    axes = figure.add_subplot(xlabel="optimizer step", ylabel=f"validation {label}")
-    for name in [*sorted({name for line in evaluations for name in line["eval"]}), "average"]:
-        scores = [line["average"] if name == "average" else line["eval"].get(name, {}) for line in evaluations]
-        values = [np.nan if (value := score.get(metric)) is None else value for score in scores]
-        # A task without the metric takes its colour, so that a task has one colour in all figures
-        width, color = (2.0, "black") if name == "average" else (1.5, None)
-        axes.plot(
-            [line["step"] for line in evaluations], values, ".-", linewidth=width, color=color, label=name, gid=name
-        )
-    axes.legend(fontsize="small", ncols=2)
