@@ -1,4 +1,4 @@
-"""Reads an HTML page as a browser does: its tables, its tokens, its text, and whatever it would load or run."""
+"""Reads an HTML page as a browser does: its tables, its text, and whatever it would load or run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ class Page(HTMLParser):
 
     Attributes:
         tables: Each table's rows of cells, the header first, in the order of the page.
-        tokens: Each <pre class="tokens">: (text, in the loss, special) of its elements.
         text: All text outside <style>.
         tags: Every element's name.
         loads: Addresses that are no data: addresses.
@@ -23,16 +22,15 @@ class Page(HTMLParser):
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
         self.tables: list[list[list[str]]] = []
-        self.tokens: list[list[tuple[str, bool, bool]]] = []
         self.text, self.style = "", ""
         self.tags: list[str] = []
         self.loads: list[str] = []
         self.faults: list[str] = []
         self.images: list[str] = []
-        self._open: list[tuple[str, str]] = []
+        self._open: list[str] = []
         self.feed(source)
         self.close()
-        self.faults += [f"<{tag}> is not closed" for tag, _ in self._open]
+        self.faults += [f"<{tag}> is not closed" for tag in self._open]
         self.loads += re.findall(r"url\(|@import|@font-face", self.style)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -50,29 +48,22 @@ class Page(HTMLParser):
             self.tables[-1].append([])
         elif tag in ("td", "th"):
             self.tables[-1][-1].append("")
-        elif tag == "pre" and known.get("class") == "tokens":
-            self.tokens.append([])
-        elif tag in ("mark", "span") and self._open[-1] == ("pre", "tokens"):
-            self.tokens[-1].append(("", tag == "mark", "special" in known.get("class", "")))
         if tag not in VOID:
-            self._open.append((tag, known.get("class", "")))
+            self._open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        last = self._open.pop()[0] if self._open else "nothing"
+        last = self._open.pop() if self._open else "nothing"
         if last != tag:
             self.faults.append(f"</{tag}> closes <{last}>")
 
     def handle_data(self, data: str) -> None:
-        tag = self._open[-1][0] if self._open else ""
+        tag = self._open[-1] if self._open else ""
         if tag == "style":
             self.style += data
             return
         self.text += data
         if tag in ("td", "th"):
             self.tables[-1][-1][-1] += data
-        elif tag in ("mark", "span") and len(self._open) > 1 and self._open[-2] == ("pre", "tokens"):
-            text, *rest = self.tokens[-1][-1]
-            self.tokens[-1][-1] = (text + data, *rest)
 
     def table(self, *columns: str) -> list[list[str]]:
         """The rows of the only table whose header begins with these columns, without the header."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from functools import cache
 from typing import Any
 
@@ -13,9 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from qdora.data.shown_examples import shown_examples, token_pieces
-from qdora.data.tokenize import TokenizedExample, TokenizedSet
-from qdora.files.visible_text import visible
+from qdora.data.shown_examples import shown_example, token_pieces
+from qdora.data.tokenize import TokenizedExample
 from tests import tiny_tokenizer
 
 
@@ -75,42 +73,11 @@ def test_a_character_that_is_cut_off_loses_no_token() -> None:
     assert "�" in pieces[-1].text
 
 
-@given(st.text())
-def test_no_character_of_a_visible_text_hides(text: str) -> None:
-    for character in visible(text):
-        assert character in " \n\t" or unicodedata.category(character)[0] not in "CZ"
-    assert visible(text).count("⏎\n") >= text.count("\n")
-
-
-def test_what_hides_is_escaped_and_the_rest_stays() -> None:
-    assert visible("a b\n\té") == "a b⏎\n⇥\té"
-    assert visible("\u202eabc\u200b\x00\ud800\U000e0001\xa0") == "\\u202eabc\\u200b\\x00\\ud800\\U000e0001\\xa0"
-
-
-def source(name: str, lengths: list[int]) -> TokenizedSet:
-    def one(index: int, length: int) -> TokenizedExample:
-        mask = np.arange(length) >= length // 2
-        return TokenizedExample("task", f"{name}{index}", np.full(length, 40, dtype=np.int32), mask)
-
-    return TokenizedSet(name, tuple(one(*pair) for pair in enumerate(lengths)))
-
-
-def test_three_examples_are_taken_from_the_sources_in_turn() -> None:
-    def ids(*sources: TokenizedSet) -> list[str]:
-        return [each["id"] for each in shown_examples(sources, byte_level())]
-
-    a, b = source("a", [3, 3, 3, 3]), source("b", [3])
-    assert ids(a) == ["a0", "a1", "a2"]
-    assert ids(a, b) == ["a0", "b0", "a1"]
-    assert ids(b) == ["b0"]
-    assert ids(b, a, source("c", [3]), source("d", [3])) == ["b0", "a0", "c0"]
-
-
-def test_the_middle_of_a_long_example_is_left_out() -> None:
-    short, long = shown_examples([source("s", [400]), source("l", [1001])], byte_level())[:2]
-    assert (len(short["pieces"]), short["left_out"]) == (400, 0)
-    assert (len(long["pieces"]), long["left_out"]) == (400, 601)
-    assert long["num_tokens"] == 1001
-    assert long["num_in_loss"] == 501
-    behind = long["left_out_behind"]
-    assert [each["in_loss"] for each in long["pieces"]] == [False] * behind + [True] * (400 - behind)
+@pytest.mark.parametrize("length, left_out", [(400, 0), (1001, 601)])
+def test_the_middle_of_a_long_example_is_left_out(length: int, left_out: int) -> None:
+    mask = np.arange(length) >= length // 2
+    found = shown_example("s", TokenizedExample("task", "id", np.full(length, 40, dtype=np.int32), mask), byte_level())
+    assert (len(found["pieces"]), found["left_out"]) == (400, left_out)
+    assert (found["num_tokens"], found["num_in_loss"]) == (length, length - length // 2)
+    behind = found["left_out_behind"]
+    assert [each["in_loss"] for each in found["pieces"]] == [False] * behind + [True] * (400 - behind)

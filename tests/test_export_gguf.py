@@ -86,7 +86,7 @@ def test_sixteen_bits_are_the_merge(run: Path, tmp_path: Path) -> None:
     for text in (out / "README.md", out / "export.json"):
         assert str(tmp_path) not in text.read_text()
         assert str(run.parent) not in text.read_text()
-    assert "| GGUF, adapter in float32 |" in (out / "README.md").read_text()
+    assert "Against the adapter in float32: largest logit difference" in (out / "README.md").read_text()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_parameter(
         "model.layers.1.mlp.up_proj.weight"
     )

@@ -30,8 +30,6 @@ from qdora.export.merged import export_merged
 from qdora.export.verify import verify_merged
 from qdora.files.tensor_file import TensorSpec
 from qdora.model.inject import adapted_layers, inject
-from qdora.model.licence import Licence
-from qdora.run.model_card import CardFacts, model_card
 from tests import tiny_adapted, tiny_experts, tiny_tokenizer
 
 KINDS = ["lora", "dora"]
@@ -594,51 +592,3 @@ def test_an_export_stops_where_its_run_stops(tmp_path: Path, named: Any, expecte
     export_merged(model, tokenizer, tmp_path / "out", dtype=torch.float32)
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == expected
     assert model.generation_config.eos_token_id == named
-
-
-# --- the card
-
-
-def test_the_card() -> None:
-    verification = {
-        "passed": True,
-        "num_positions": 85,
-        "running_dtype": "bfloat16",
-        **{
-            key: {
-                "max_logit_difference": 0.03619,
-                "mean_logit_difference": 0.0045,
-                "kl_mean": 1.6e-6,
-                "argmax_agreement": 1.0,
-            }
-            for key in ("exported_vs_reference", "exported_vs_running", "reference_vs_running")
-        },
-    }
-    text = model_card(
-        CardFacts(
-            base_name="org/base",
-            base_revision="abc",
-            title="A title",
-            licence=Licence("apache-2.0"),
-            licence_files=["LICENSE"],
-            data_ids=["org/data"],
-            method={"adapter": "dora | rank 16"},
-            data=["boolq", "piqa\n# injected"],
-            metric_names=("base", "merged"),
-            metrics={"boolq": (0.25, None)},
-            verification=verification,
-        )
-    )
-    assert text.startswith(
-        "---\nbase_model: org/base\nbase_model_relation: finetune\ndatasets:\n- org/data\nlibrary_name: transformers\n"
-        "license: apache-2.0\npipeline_tag"
-    )
-    assert "| adapter | dora \\| rank 16 |" in text
-    assert "- piqa # injected\n" in text
-    assert "| boolq | 0.250 |  |" in text
-    assert "passed on 85 tokens." in text
-    assert "| merged, adapter in float32 | 0.0362 | 0.0045 | 1.6e-06 | 100.00 % |" in text
-    assert "has the licence `apache-2.0`, which also applies to this model. Its texts are beside this card: `LI" in text
-    assert "base_model" not in model_card(CardFacts(base_name="/data/private/model")).split("---")[1]
-    with pytest.raises(ValueError, match="'boolq': 1 values for 2 columns"):
-        model_card(CardFacts(base_name="b", metric_names=("a", "b"), metrics={"boolq": (1.0,)}))

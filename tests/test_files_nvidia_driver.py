@@ -73,8 +73,8 @@ def failed_start(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "case, words",
     [
-        (build_without_cuda, (torch.__version__, "without CUDA", "install a CUDA build")),
-        (old_driver, ("CUDA 13.0", "580 or newer", "535.104.05", "newer driver", "older CUDA")),
+        (build_without_cuda, (torch.__version__, "without CUDA", "another build of torch")),
+        (old_driver, ("CUDA 13.0", "580 or newer", "535.104.05", "install a newer driver")),
         (older_cuda, ("CUDA 12.8", "525 or newer", "515.43.04")),
         (wsl2, ("CUDA 13.0", "580 or newer", "576.02")),
         (no_permission, ("permission", "dev/nvidia0")),

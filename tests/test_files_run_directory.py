@@ -707,16 +707,10 @@ def test_doctor_reports_and_advises() -> None:
     assert f"torch {torch.__version__.partition('+')[0]}" in doctor.report_text(found)
 
     gpu = {"name": "Tesla T4", "capability": "7.5", "memory_bytes": 16 << 30}
-    broken = {"cpu": "no library", "cuda": "no kernel"}
-    ill = {**found, "devices": [gpu], "bitsandbytes": broken, "cuda": "12.8", "driver": "575.1", "unused_gpu": None}
-    assert [each["problem"] for each in doctor.problems(ill)] == [
-        "bitsandbytes does not work on cpu: no library",
-        "bitsandbytes does not work on cuda: no kernel",
-        "Tesla T4 does not compute in bfloat16",
-    ]
-    said = doctor.report_text({**ill, "problems": doctor.problems(ill)})
-    for words in ("Tesla T4, 16.0 GiB, compute capability 7.5\n", "12.8 in torch, driver 575.1\n", "cpu fails"):
-        assert words in said
+    problem = {"problem": "bitsandbytes does not work on cuda: no kernel", "advice": "pip install -U bitsandbytes"}
+    ill = {**found, "devices": [gpu], "cuda": "12.8", "driver": "575.1", "problems": [problem]}
+    for words in ("Tesla T4, 16.0 GiB\n", "12.8 in torch, driver 575.1\n", "no kernel. Fix: pip install -U bitsandb"):
+        assert words in doctor.report_text(ill)
     assert doctor.report_text({**ill, "problems": []}).endswith("\nno problems found\n")
 
 
@@ -725,9 +719,8 @@ def test_doctor_says_why_torch_cannot_use_the_gpu(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    fake_driver.install(monkeypatch, [{75: 8, 76: 6}])
     said = doctor.report_text(doctor.report())
-    for words in ("cannot use", "8.6", "13.0 in torch", "driver 535.104.05", "580 or newer", "Fix: install a newer"):
+    for words in ("cannot use", "13.0 in torch", "driver 535.104.05", "580 or newer", "Fix: install a newer"):
         assert words in said
     assert "no problems" not in said
 
@@ -756,24 +749,6 @@ def test_doctor_survives_kernels_that_end_the_process(
 def test_doctor_tries_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert "CUDA" in str(doctor.kernels()["cuda"])  # torch's own words
-
-
-@pytest.mark.parametrize("managed, written, error", [(1, 1.0, None), (1, 0.0, "managed memory"), (0, 0.0, None)])
-def test_doctor_tries_a_page_where_the_driver_has_some(
-    managed: int, written: float, error: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """bitsandbytes as on CUDA; the weights stay in host memory."""
-    functional = pytest.importorskip("bitsandbytes.functional")
-    fake_driver.install(monkeypatch, [{89: managed}])
-    monkeypatch.setattr(functional, "get_paged", lambda size: torch.zeros(size))
-    monkeypatch.setattr(functional, "prefetch_tensor", lambda page: None)
-    monkeypatch.setattr(functional, "fill", lambda page, value: page.fill_(written))
-    to = torch.Tensor.to
-    monkeypatch.setattr(
-        torch.Tensor, "to", lambda each, *where, **how: each if where == ("cuda",) else to(each, *where, **how)
-    )
-    found = doctor.kernel_error("cuda")
-    assert found is None if error is None else error in str(found)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ from qdora.memory.host_residency import HostResidency
 from qdora.model import build_model, load
 from qdora.nn import adapted_linear
 from qdora.ops import bnb_kernels
-from qdora.plan.plan_contents import CONSTANTS
-from qdora.run import load_base, prepare, run_facts
+from qdora.run import load_base, prepare
 from qdora.train import optimizer
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.distributed import _own_gpu
@@ -100,11 +99,3 @@ def test_a_base_goes_where_the_recipe_says(tmp_path: Path, monkeypatch: pytest.M
     assert isinstance(placer, HostResidency)
     assert placer.num_streamed == 1
     assert len(offloaded) == 1
-
-
-def test_the_page_of_a_run_leaves_out_what_a_gpu_does_not_measure() -> None:
-    files = {"plan.json": {"components": {CONSTANTS[0]: 1, "adapters": 2}, "tensor_bytes": 3, "peak_bytes": 4}}
-    files["environment.json"] = {"devices": [{"name": "A100"}]}
-    reader = SimpleNamespace(json=lambda name: files.get(name, {}))
-    facts = run_facts._memory(reader, [])  # type: ignore[arg-type]
-    assert (facts["device"], facts["planned"], facts["planned_peak"]) == ("cuda", {"adapters": 2}, 3)

@@ -11,14 +11,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from qdora.errors import RunFailure, UserError
 from qdora.memory import sharded_base
-from qdora.memory.sharded_base import release
-from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers
+from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
 from qdora.nn.row_share import span
 from qdora.ops.packed import PackedWeight, empty_packed
-from qdora.run.trained_layers import held_bytes
 from qdora.train.distributed import Processes
-from qdora.train.optimizer import AdapterOptimizer
 from tests import launched, tiny_adapted, tiny_experts, tiny_run, tiny_sharded, tiny_tokenizer
 
 pytestmark = tiny_sharded.needs_division
@@ -131,35 +128,6 @@ def test_each_process_holds_its_part_before_and_after_a_step(
 ) -> None:
     source = write(root / family, family)
     assert launched.run(size, parts, source, {"double_quant": double_quant}) == [""] * size
-
-
-def held(rank: int, source: Path) -> None:
-    """What trained.json says of memory, after a step and an evaluation: all that is resident, and nothing twice."""
-    with tiny_sharded.launch() as processes:
-        whole, sharded = tiny_sharded.load(source), tiny_sharded.load(source, processes)
-        optimizers = []
-        for model in (whole, sharded):
-            tiny_sharded.adapt(model)
-            optimizers.append(AdapterOptimizer(adapter_parameters(model), name="adamw"))
-        tiny_sharded.train(sharded, processes, num_steps=1)
-        with torch.no_grad():
-            sharded.eval()(input_ids=torch.tensor([[5, 6, 7, 8]]), logits_to_keep=1)
-        release(sharded.get_output_embeddings())
-        expected, found = held_bytes(whole, optimizers[0]), held_bytes(sharded, optimizers[1])
-        assert found.keys() == expected.keys()
-        assert found.pop("packed base") == pytest.approx(expected.pop("packed base") / processes.size, rel=0.02)
-        frozen = ("block scales", "embeddings, head, norms")
-        assert {name: found[name] for name in found if name not in frozen} == {
-            name: expected[name] for name in expected if name not in frozen
-        }
-        found = held_bytes(sharded, optimizers[1])
-        resident = tiny_sharded.num_resident_bytes(sharded) - tiny_sharded.num_adapter_bytes(sharded)
-        assert sum(found[name] for name in ("packed base", *frozen)) == resident
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_the_memory_of_a_trained_run_counts_the_share_of_a_process(root: Path, family: str) -> None:
-    assert launched.run(2, held, write(root / family, family)) == ["", ""]
 
 
 def whole_blocks(rank: int, source: Path) -> None:

@@ -94,7 +94,6 @@ def assert_board(run: Path) -> None:
     for line in lines_of(run):
         for name, value in flat_numbers(line).items():
             expected.setdefault(name, {})[line["step"]] = value
-    del expected["step"]
     assert {"loss", "lr", "gradient_norm", "time/step_seconds"} <= expected.keys()
     assert set(board.Tags()["scalars"]) == expected.keys()
     for name, values in expected.items():
@@ -227,5 +226,5 @@ def test_settings_are_flat_and_hold_no_token() -> None:
         "train.betas": "[0.9, 0.99]",
         "train.steps": 4,
         "train.log": True,
-        "data.mix": '[{"task": "hf_***"}]',
+        "data.mix": "[{'task': 'hf_***'}]",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,10 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from qdora.cli import app
-from qdora.recipe.recipe_file import load_recipe, resolved_yaml
+from qdora.recipe.recipe_file import resolved_yaml
 from qdora.run import preview as preview_file
-from qdora.run.preview import preview
-from qdora.run.preview_view import show_preview
+from qdora.run.preview import preview, show_preview, visible
 from tests import tiny_run, tiny_tokenizer
-from tests.page_parser import Page
 
 EVIL = "<script>alert('x')</script>"
 CHAT = [
@@ -80,12 +79,9 @@ def test_the_numbers_are_those_of_the_data(root: Path, tmp_path: Path) -> None:
     assert source["num_examples"] == 30
     assert source["num_tokens"] == lengths.sum()
     assert source["num_in_loss"] == sum(learnt for _, learnt in sizes)
-    assert source["share_in_loss"] == source["num_in_loss"] / source["num_tokens"]
     named = source["lengths"]
     assert (named["shortest"], named["longest"]) == (lengths.min(), lengths.max())
     assert named["median"] == sorted(lengths)[14]
-    for bar in source["bars"]:
-        assert bar["num_examples"] == ((lengths >= bar["start"]) & (lengths <= bar["end"])).sum()
     assert [example["id"] for example in source["examples"]] == ["1", "2"]
     assert [example["num_tokens"] for example in source["examples"]] == lengths[:2].tolist()
 
@@ -100,13 +96,11 @@ def test_what_becomes_of_long_examples(root: Path, tmp_path: Path, too_long: str
     [source] = json.loads(document.stdout)["sources"]
     assert source["num_too_long"] == num_long > 0
     assert source["lengths"]["longest"] == lengths.max()
-    bar = {"start": limit + 1, "end": int(lengths.max()), "num_examples": num_long}
-    assert source["bars"][-1] == bar
     assert source["num_examples"] == (30 if too_long == "truncate" else 30 - num_long)
     assert source["num_cut"] == (num_long if too_long == "truncate" else 0)
     assert source["num_dropped"] == (num_long if too_long == "drop" else 0)
     assert f"{num_long} longer than data.max_length" in shown.stdout
-    assert f"{limit + 1} to {lengths.max()} (too long)  {num_long}" in " ".join(shown.stdout.split(" "))
+    assert ("A run with this data is refused." in shown.stdout) == (too_long == "error")
     assert shown.exit_code == document.exit_code == (1 if too_long == "error" else 0)
     assert bool(source["faults"]) == (too_long == "error")
 
@@ -126,7 +120,7 @@ def test_a_chat_with_a_turn_that_is_not_learnt(root: Path, tmp_path: Path) -> No
     learnt = "".join(piece["text"] for piece in pieces if piece["in_loss"])
     assert learnt.rstrip("\n") == f"{EVIL}<|im_end|>"
     assert {piece["text"] for piece in pieces if piece["is_special"]} == {"<|im_start|>", "<|im_end|>"}
-    assert source["unused"] == ["more"]
+    assert source["warnings"][-1] == "not used for training: more."
 
     shown = invoke(file)
     assert "⟦<│" in shown.stdout
@@ -142,11 +136,11 @@ def test_an_end_mark_that_does_not_stop_the_model_is_a_warning(root: Path, tmp_p
     template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<s>{% endfor %}")
     file = written(root, tmp_path, [{"messages": CHAT}], data__chat_template=str(template))
     [source] = found(file)["sources"]
-    [note] = [note for note in source["notes"] if "<s>" in note]
+    note = next(text for text in source["warnings"] if "<s>" in text and "the model may not stop" in text)
     assert note in " ".join(invoke(file).stdout.split())
 
 
-def test_an_example_of_each_row_is_shown_and_empty_thinking_is_a_warning(root: Path, tmp_path: Path) -> None:
+def test_an_example_of_each_row_is_shown(root: Path, tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"
     # Like Qwen3: only the last answer keeps its thinking, so that a chat of two answers gives two examples
     template.write_text(
@@ -158,27 +152,11 @@ def test_an_example_of_each_row_is_shown_and_empty_thinking_is_a_warning(root: P
         {"role": "user", "content": "Why?"},
         {"role": "assistant", "content": "yes", "reasoning_content": "the cat"},
     ]
-    rows = [
-        {"messages": turns * 2},
-        {"messages": turns},
-        {"messages": [turns[0], {**turns[1], "reasoning_content": ""}]},
-    ]
+    rows = [{"messages": turns * 2}, {"messages": turns}]
     file = written(root, tmp_path, rows, data__chat_template=str(template))
     [source] = found(file, "-n", "2")["sources"]
-    assert source["num_examples"] == 4
+    assert source["num_examples"] == 3
     assert [example["id"].partition("[")[0] for example in source["examples"]] == ["1", "2"]
-    [warning] = source["checks"]
-    assert "1 of 4 examples have an empty thinking block in the loss (<think></think>)" in warning
-    assert warning in " ".join(invoke(file).stdout.split())
-
-
-def test_a_page_of_refused_data_says_so(root: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    for limit, is_refused in ((96, False), (5, True)):
-        result = invoke(written(root, tmp_path, ROWS, data__max_length=limit), "--html", page)
-        assert result.stdout.splitlines()[-1] == f"page: {page}"
-        for text in (result.stdout, Page(page.read_text(encoding="utf-8")).text):
-            assert ("A run with this data is refused." in text) == is_refused
 
 
 def test_colours_on_a_terminal_stand_for_the_marks(root: Path, tmp_path: Path) -> None:
@@ -190,34 +168,6 @@ def test_colours_on_a_terminal_stand_for_the_marks(root: Path, tmp_path: Path) -
     assert "⟦" not in screen.getvalue()
 
 
-def test_sentences_are_wrapped_between_words_on_a_terminal_alone(root: Path, tmp_path: Path) -> None:
-    file = written(root, tmp_path, [row | {"more_of_it": 1} for row in ROWS])
-    facts = preview(load_recipe(file), str(file), 0)
-    [piped] = [line for line in invoke(file, "-n", "0").stdout.splitlines() if "tokens of an example" in line]
-    assert piped.startswith("  tokens")
-    screen = StringIO()
-    show_preview(facts, Console(file=screen, force_terminal=True, color_system=None, width=40))
-    wrapped = screen.getvalue()
-    assert max(len(line) for line in wrapped.splitlines()) <= 40
-    for sentence in (piped.strip(), "! not used for training: more_of_it."):
-        assert sentence in " ".join(wrapped.split())
-
-
-def test_the_page_loads_nothing_and_escapes_everything(root: Path, tmp_path: Path) -> None:
-    page = tmp_path / "new/page.html"
-    document = found(written(root, tmp_path, [{"messages": CHAT, "id": EVIL}]), "--html", page)
-    parsed = Page(page.read_text(encoding="utf-8"))
-    assert not parsed.faults
-    assert not parsed.loads
-    assert "script" not in parsed.tags
-    [source] = document["sources"]
-    [tokens], [example] = parsed.tokens, source["examples"]
-    assert [each[1:] for each in tokens] == [(each["in_loss"], each["is_special"]) for each in example["pieces"]]
-    assert f"example {EVIL}: {example['num_in_loss']} of {example['num_tokens']} tokens in the loss" in parsed.text
-    [bar] = source["bars"]
-    assert parsed.table("tokens", "examples")[0][:2] == [str(bar["start"]), "1"]
-
-
 def test_large_sources_are_sampled_and_streams_begin(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +175,7 @@ def test_large_sources_are_sampled_and_streams_begin(
     file = written(root, tmp_path, ROWS)
     [source] = found(file)["sources"]
     assert (source["num_rows"], source["num_rows_read"], source["drawn"]) == (30, 10, "sample")
-    assert "a sample of 10 of 30 rows" in invoke(file).stdout
+    assert "sample rows: 10 of 30; " in invoke(file).stdout
 
     own = tmp_path / "own.jsonl"
     own.write_text("not json\n" + own.read_text())
@@ -255,12 +205,13 @@ def test_mistakes_are_one_line_each(root: Path, tmp_path: Path) -> None:
     assert all(line.startswith("data.mix[0]: ") for line in faulty.stderr.splitlines())
 
 
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(2, 2000))
-def test_every_length_is_in_one_bar(lengths: list[int], max_length: int) -> None:
-    bars = preview_file._histogram(lengths, max_length)
-    assert sum(bar.num_examples for bar in bars) == len(lengths)
-    assert len(bars) <= 11
-    for bar in bars:
-        assert bar.start <= bar.end
-        assert (bar.end <= max_length) != (bar.start > max_length)
-        assert bar.num_examples == sum(bar.start <= length <= bar.end for length in lengths)
+@given(st.text())
+def test_no_character_of_a_visible_text_hides(text: str) -> None:
+    for character in visible(text):
+        assert character in " \n\t" or unicodedata.category(character)[0] not in "CZ"
+    assert visible(text).count("⏎\n") >= text.count("\n")
+
+
+def test_what_hides_is_escaped_and_the_rest_stays() -> None:
+    assert visible("a b\n\té") == "a b⏎\n⇥\té"
+    assert visible("\u202eabc\u200b\x00\ud800\U000e0001\xa0") == "\\u202eabc\\u200b\\x00\\ud800\\U000e0001\\xa0"

@@ -1,4 +1,4 @@
-"""What a run tells of itself as it starts: stop tokens, labels, empty thinking, packing, gradients."""
+"""What a run tells of itself as it starts: stop tokens, labels, packing, gradients, validation examples."""
 
 from __future__ import annotations
 
@@ -85,11 +85,9 @@ PROMPT = ("Why did the dog sit?", False)
 def test_answers_that_end_and_say_something(tokenizer: Any) -> None:
     one = example(tokenizer, PROMPT, ("the cat<|im_end|>", True))
     two = example(tokenizer, PROMPT, ("yes<|im_end|>\n", True), PROMPT, ("a long answer<|im_end|>", True))
-    fewest = min(int(each.loss_mask.sum()) for each in (one, two))
     assert said(tokenizer, one, two) == [
-        "passed: stop tokens are in the loss: all 3 answers end with one (<|im_end|>).",
-        f"passed: all 2 examples have tokens in the loss, each at least {fewest}.",
-        "passed: no empty thinking block (such as <think></think>) is in the loss.",
+        "passed: s: all 3 answers looked at end with a stop token (<|im_end|>).",
+        "passed: s: 0 of 2 examples have no token in the loss.",
     ]
 
 
@@ -103,20 +101,21 @@ def test_answers_that_do_not_end(tokenizer: Any) -> None:
     text = "warning: s: 3 of 4 answers do not end with a stop token (<|im_end|>) in the loss; 2 examples are cut"
     assert said(tokenizer, ends, cut, early, asked, cut=2)[0].startswith(text)
     # The note of the template says more
-    assert not [text for text in said(tokenizer, cut, notes=["x: the model may not stop. Fix: y"]) if "stop" in text]
+    notes = ["x: the model may not stop. Fix: y"]
+    assert not [text for text in said(tokenizer, cut, notes=notes) if "stop token" in text]
 
 
 def test_plain_text_may_end_anywhere(tokenizer: Any) -> None:
     text = example(tokenizer, ("the cat sat on the mat", True))
-    assert said(tokenizer, text)[0] == "passed: all of the data is plain text; only the end of a text is a stop token."
+    assert not [each for each in said(tokenizer, text) if "stop token" in each]
     assert said(tokenizer, text, loss_on="all")[0].startswith("warning: s: 1 of 1 answers do not end")
 
 
 def test_without_a_stop_token() -> None:
     made = tiny_tokenizer.make()
-    assert said(made, example(made, PROMPT, ("yes", True)))[0].startswith(
-        "warning: neither the model nor the tokenizer"
-    )
+    first, *others = said(made, example(made, PROMPT, ("yes", True)))
+    assert first.startswith("warning: neither the model nor the tokenizer")
+    assert not [text for text in others if "stop token" in text]
 
 
 def test_examples_without_a_label(tokenizer: Any) -> None:
@@ -124,53 +123,25 @@ def test_examples_without_a_label(tokenizer: Any) -> None:
     assert "warning: s: 2 of 3 examples have no token in the loss." in said(tokenizer, empty, whole, empty)
 
 
-@pytest.mark.parametrize(
-    "begin, end",
-    [
-        ("<think>\n\n", "</think>"),
-        ("<think>", "</think>"),
-        ("[THINK]", "[/THINK]"),
-        ("<|channel|>analysis<|message|>", "<|end|>"),
-        ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ],
-)
-def test_an_empty_thinking_block_in_the_loss(tokenizer: Any, begin: str, end: str) -> None:
-    learnt = example(tokenizer, PROMPT, (f"{begin}{end}\n\nyes<|im_end|>", True))
-    shown = example(tokenizer, PROMPT, (f"{begin}{end}", False), ("yes<|im_end|>", True))
-    thought = example(tokenizer, PROMPT, (f"{begin}the sky{end}yes<|im_end|>", True))
-    (warning,) = [text for text in said(tokenizer, learnt, shown, thought) if text.startswith("warning")]
-    assert f"s: 1 of 3 examples have an empty thinking block in the loss ({begin.strip()}{end})" in warning
-    assert not [text for text in said(tokenizer, shown, thought) if text.startswith("warning")]
-
-
-def test_many_batches_of_examples_count_as_one(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdora.run.start_checks._AT_A_TIME", 2)
-    monkeypatch.setattr("qdora.run.start_checks._MOST_LOOKED_AT", 2)
-    learnt = example(tokenizer, PROMPT, ("<think></think>yes<|im_end|>", True))
-    other = example(tokenizer, PROMPT, ("yes<|im_end|>", True))
-    found = said(tokenizer, other, learnt, learnt, other, learnt)
-    assert found[0] == "passed: stop tokens are in the loss: all 5 answers end with one (<|im_end|>)."
-    assert "s: 2 of the 2 examples looked at have an empty thinking block" in found[2]
-
-
-def test_a_run_tells_what_it_checked_once_and_on_its_page(root: Path, tmp_path: Path) -> None:
+def test_a_run_tells_and_keeps_what_it_checked_once(root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_run(tiny_run.recipe(root, train__steps=2, data__packing=True), run, console=QUIET)
     logged = [line[21:] for line in (run / "log.txt").read_text().splitlines() if " Checked: " in line]
-    assert [line.partition(": ")[2][:25] for line in logged] == [
-        "stop tokens are in the lo",
-        "all 50 examples have toke",
-        "no empty thinking block (",
-        "packed examples stay apar",
+    about = ("sums: all", "sums: 0 of", "letters: all", "letters: 0 of", "packed examples stay apart")
+    assert all(line.startswith(f"Checked: {text}") for line, text in zip(logged, about, strict=True)), logged
+
+    def kept() -> list[tuple[str, str]]:
+        groups = json.loads((run / "checks.json").read_text())
+        return [(each["state"], each["text"]) for group in groups.values() for each in group]
+
+    assert {line.removeprefix("Checked: ") for line in logged} <= {text for _, text in kept()}
+    assert [text[:48] for state, text in kept() if state == "open"] == [
+        "whether every trainable tensor gets a gradient: "
     ]
-    found = Page((run / "report.html").read_text())
-    assert all(line.removeprefix("Checked: ") in found.text for line in logged)
-    assert "Not known yet: whether every trainable tensor gets a gradient" in found.text
     train_run(tiny_run.recipe(root, train__steps=6, data__packing=True), run, resume=True, console=QUIET)
-    again = Page((run / "report.html").read_text())
-    assert "in 3 updates each of the 42 trainable tensors had a gradient." in again.text
-    assert "Not known yet" not in again.text
-    assert again.text.count("packed examples stay apart") == 1
+    assert any("in 3 updates each of the 42 trainable tensors had a gradient" in text for _, text in kept())
+    assert not [text for state, text in kept() if state == "open"]
+    assert sum("packed examples stay apart" in text for _, text in kept()) == 1
 
 
 def test_a_warning_of_the_checks_is_on_the_page_once(root: Path, tmp_path: Path) -> None:

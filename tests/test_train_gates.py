@@ -63,7 +63,6 @@ def test_a_run_ends_with_its_budget_in_the_adapter(uninterrupted: tuple[Any, Pat
     assert len(set(found)) > 1, "layers differ"
     parameters = sum(t.numel() for name, t in tensors.items() if ".lora_A" in name or ".lora_B" in name)
     assert parameters == trained(run)[-1]["gates"]["num_parameters"]
-    assert (run / "figures/mean_rank.svg").is_file()
     # The scaling of every layer is still that of the recipe
     scalings = describe_adapter(run / "adapter").scalings
     assert scalings is not None

@@ -22,7 +22,7 @@ from qdora.cli.verb import end_as_by_ctrl_c, explain
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.run import writer
-from qdora.run.run_facts import run_facts
+from qdora.run.run_page import run_facts
 from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
 from qdora.train import interrupt, passes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +16,6 @@ def preview(
     recipe: Recipe,
     set_: Set = None,
     number: Annotated[int, typer.Option("-n", min=0, help="Examples of each source to show.")] = 3,
-    html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
 ) -> None:
     """Show what the model will see of the data, token by token.
 
@@ -26,12 +24,10 @@ def preview(
     """
     from qdora.recipe.recipe_file import load_recipe
     from qdora.run.preview import preview as preview_of
-    from qdora.run.preview_view import show_preview, write_preview
+    from qdora.run.preview import show_preview
 
     found = preview_of(load_recipe(recipe, set_ or []), recipe, number)
     show_preview(found)
-    if html is not None:
-        write_preview(found, html)
-    emit(found.to_dict())
-    if found.is_refused:
+    emit(found)
+    if found["is_refused"]:
         raise typer.Exit(FAILURE)

@@ -1,21 +1,13 @@
-"""Examples as the model sees them, for people: what each token says, whether it is in the loss, and which are special.
-
-The first examples of a mix are kept in the run directory as examples.json.
-"""
+"""An example as the model sees it, for people: what each token says, whether it is in the loss, and is special."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, islice, zip_longest
 from typing import Any
 
-from qdora.data.stream import ExampleStream
-from qdora.data.tokenize import TokenizedExample, TokenizedSet
-from qdora.files.run_directory import RunDirectory
+from qdora.data.tokenize import TokenizedExample
 
-EXAMPLES_FILE = "examples.json"
-_NUM_SHOWN = 3
 _MOST_TOKENS = 400
 """Tokens of an example that are shown; of a longer one the middle is left out."""
 
@@ -23,20 +15,8 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _MOST_BYTES = 4  # of a character in UTF-8, and so the most tokens that it takes
 
 
-def keep_examples(run: RunDirectory, sources: Sequence[TokenizedSet | ExampleStream], tokenizer: Any) -> None:
-    """Write examples.json: three examples, the first of each source and then the second ones."""
-    run.write_json(EXAMPLES_FILE, {"examples": shown_examples(sources, tokenizer)})
-
-
-def shown_examples(sources: Sequence[TokenizedSet | ExampleStream], tokenizer: Any) -> list[dict[str, Any]]:
-    """JSON values of each: source, task, id, numbers of tokens, pieces (`TokenPiece`), and what is left out of them."""
-    by_source = [[(part.name, each) for each in part.first(_NUM_SHOWN)] for part in sources]
-    in_turn = (each for each in chain.from_iterable(zip_longest(*by_source)) if each is not None)
-    return [shown_example(name, example, tokenizer) for name, example in islice(in_turn, _NUM_SHOWN)]
-
-
 def shown_example(source: str, example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
-    """An example of `shown_examples`.
+    """JSON values: source, task, id, numbers of tokens, pieces (`TokenPiece`), and what is left out of them.
 
     `left_out` tokens are missing behind the piece number `left_out_behind`; 0 if all are there.
     """

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
 import subprocess
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,13 +13,10 @@ from qdora.errors import UserError, first_line
 
 ROOT = Path("/")
 
-# CUdevice_attribute in cuda.h
-CAPABILITY_MAJOR, CAPABILITY_MINOR, CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT = 75, 76, 89, 102
+CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT = 89, 102  # CUdevice_attribute in cuda.h
 
 _OLDEST_DRIVER = {"12": 525, "13": 580}
 """CUDA's major version -> the oldest driver for it (docs.nvidia.com/deploy/cuda-compatibility)."""
-
-_BUILDS = "pytorch.org/get-started/locally"
 
 
 def device_attribute(number: int, device: int = 0) -> int | None:
@@ -50,11 +45,11 @@ def driver_version() -> str | None:
 
 def _version_by_smi() -> str | None:
     """The driver's version if nvidia-smi lists a GPU: WSL2 has no device nodes and nothing in /proc."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
+    with suppress(OSError):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
+    return None
 
 
 def check_gpu() -> None:
@@ -75,25 +70,20 @@ def unused_gpu() -> tuple[str, str] | None:
     nodes = sorted(ROOT.glob("dev/nvidia[0-9]*"))
     if not nodes and _version_by_smi() is None:
         return None
-    why, fix = _cause(nodes)
+    cuda, driver = torch.version.cuda, driver_version()
+    oldest = _OLDEST_DRIVER.get((cuda or "").partition(".")[0], 0)
+    fix = "install a newer driver or another build of torch (pytorch.org/get-started/locally)"
+    if cuda is None:
+        why = f"torch {torch.__version__} is built without CUDA"
+    elif driver is not None and int(driver.partition(".")[0]) < oldest:
+        why = f"its CUDA {cuda} needs driver {oldest} or newer, and the driver is {driver}"
+    elif nodes and not any(os.access(node, os.R_OK | os.W_OK) for node in nodes):
+        why, fix = f"no permission to open {nodes[0]}", "ask an administrator for access"
+    else:
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            why, fix = "no reason given", "look into nvidia-smi"
+        except RuntimeError as error:
+            why, fix = first_line(error), "look into nvidia-smi"
     cpu = "put CUDA_VISIBLE_DEVICES= before qdora to compute on the CPU"
     return f"torch cannot use the NVIDIA GPU: {why}", f"{fix}, or {cpu}"
-
-
-def _cause(nodes: Sequence[Path]) -> tuple[str, str]:
-    import torch
-
-    cuda, driver = torch.version.cuda, driver_version()
-    if cuda is None:
-        return f"torch {torch.__version__} is built without CUDA", f"install a CUDA build of torch ({_BUILDS})"
-    oldest = _OLDEST_DRIVER.get(cuda.partition(".")[0], 0)
-    if driver is not None and int(driver.partition(".")[0]) < oldest:
-        fix = f"install a newer driver or a torch for an older CUDA ({_BUILDS})"
-        return f"its CUDA {cuda} needs driver {oldest} or newer, and the driver is {driver}", fix
-    if nodes and not any(os.access(node, os.R_OK | os.W_OK) for node in nodes):
-        return f"no permission to open {nodes[0]}", "ask an administrator for access"
-    try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        return first_line(error), "look into nvidia-smi"
-    return "no reason given", "look into nvidia-smi"

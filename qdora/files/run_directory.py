@@ -1,7 +1,7 @@
 """The run directory: everything a run leaves behind, written so that a kill or a full disk loses nothing finished.
 
-recipe.yaml  environment.json  mix.json  examples.json  checks.json  metrics.jsonl  log.txt  checkpoints/step-N/
-adapter/  trained.json  eval/*.json  report.html  README.md
+recipe.yaml  environment.json  mix.json  checks.json  metrics.jsonl  log.txt  checkpoints/step-N/  adapter/
+trained.json  eval/*.json  report.html  README.md
 
 A checkpoint is whole if its complete.json lists its files and their sizes and check sums agree.
 """

@@ -1,4 +1,4 @@
-"""How the router of a mixture divides tokens among its experts while a run trains, as expert_load.json and a figure.
+"""How the router of a mixture divides tokens among its experts while a run trains, as expert_load.json.
 
 The adapters start as the base, so the first steps show the base's division and the last ones what training made of it.
 The two differ by chance, too, since they saw other tokens; how much follows from the spread between single steps.
@@ -20,7 +20,6 @@ from torch import nn
 from qdora.files.run_directory import RunDirectory, unharmed
 from qdora.model.experts import stacks
 from qdora.ops.expert_tokens import ExpertTokens
-from qdora.train.figures import draw_expert_load
 
 logger = logging.getLogger("qdora")
 FILE = "expert_load.json"
@@ -99,7 +98,7 @@ class ExpertLoad:
         return {"num_steps": self.num_steps, "window": window, "blocks": blocks}
 
     def write(self, run: RunDirectory) -> None:
-        """Write the record and the figure, and log changes and idle experts. Nothing without experts or steps."""
+        """Write the record, and log changes and idle experts. Nothing without experts or steps."""
         if not self.num_blocks or not self.num_steps:
             return
         record = self.record()
@@ -120,7 +119,6 @@ class ExpertLoad:
             text = "Experts: %d of %d got no token in the last %d steps; most in %s (%d)."
             total = sum(len(block["last"]) for block in blocks)
             logger.info(text, sum(idle.values()), total, record["window"], worst, idle[worst])
-        draw_expert_load(record, run.inside("figures") / "expert_load.svg")
 
 
 def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:

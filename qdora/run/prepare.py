@@ -31,7 +31,6 @@ from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
 from qdora.data.mix_plan import MixPlan, keep_mix, mix_facts, plan_mix, show_mix
-from qdora.data.shown_examples import keep_examples
 from qdora.errors import HubFailure, UserError
 from qdora.evaluation.generation import generation_faults
 from qdora.evaluation.loglikelihood import scoring_faults
@@ -195,8 +194,6 @@ def show_plans(prepared: PreparedRun, run: RunDirectory, processes: Processes, c
     mix, memory = prepared.mix_plan, prepared.memory_plan
     show_mix(console, mix)
     processes.first(lambda: keep_mix(run, mix))
-    tokenised, tokenizer = prepared.loader.tokenised, prepared.tokenizer
-    processes.first(unharmed("examples.json")(lambda: keep_examples(run, tokenised, tokenizer)))
     processes.first(unharmed(CHECKS_FILE)(lambda: _tell_data_checks(prepared, run)))
     name = prepared.recipe.train.optimizer
     if processes.is_first and prepared.compute.device.type == "cpu" and name.endswith("_8bit"):

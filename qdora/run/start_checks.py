@@ -1,10 +1,9 @@
-"""What a run checks of itself as it starts, in words: lines of log.txt, and checks.json for the page of the run."""
+"""What a run checks of itself as it starts, in words: lines of log.txt, and checks.json."""
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -32,17 +31,11 @@ logger = logging.getLogger("qdora")
 
 CHECKS_FILE = "checks.json"
 _DATA, _TOKENS, PACKING, DIVISION, GRADIENTS = _GROUPS = "data", "tokens", "packing", "division", "gradients"
-_AT_A_TIME = 4096
 _NEAR = 4
 """A stop token among the last tokens of an answer ends it: some templates write a line end behind it."""
 _MOST_LOOKED_AT = 1000
 _MOST_NAMED = 8
 _USUAL = "That is usual only for experts that no token has chosen yet."
-_STUB = re.compile(
-    r"<([\w:]*(?:think|thinking|thought|reasoning))>\s*</\1>|\[THINK\]\s*\[/THINK\]"
-    r"|<\|START_THINKING\|>\s*<\|END_THINKING\|>|<\|channel\|>analysis<\|message\|>\s*<\|end\|>"
-)
-"""A block for reasoning, in the marks of the usual templates, with nothing in it."""
 
 
 @dataclass(frozen=True)
@@ -193,180 +186,39 @@ def _as_tokens(name: str, examples: Sequence[Example], tokenizer: Any, data: Dat
 
 
 def example_checks(sources: Sequence[Source], tokenizer: Any, data: DataConfig) -> list[Check]:
-    """What the examples teach: to stop, anything at all, to think.
-
-    Every example of a source is looked at, of a stream the first rows. Empty thinking blocks are looked for in at most
-    1,000 examples of a source that could have one.
-    """
+    """What the examples of each source teach: to stop (at most 1,000 are looked at), and anything at all."""
     stops = sorted(chat_settings(tokenizer).stop_ids or ())
-    vocabulary = tokenizer.get_vocab()
-    thinks = [number for token, number in vocabulary.items() if _may_think(token)]
-    size = 1 + max([*vocabulary.values(), *stops])
-    tables = _table(stops, size), _table(thinks, size)
-    learnt = [_learnt(part, tokenizer, data, *tables) for part in sources]
-    return [
-        *_stop_checks(learnt, sources, [tokenizer.decode([each]) for each in stops]),
-        *_label_checks(learnt),
-        *_stub_checks(learnt),
-    ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Learnt:
-    """What is in the loss of a source.
-
-    Attributes:
-        num_answers, num_stopped: Stretches of labelled tokens, and those that end with a stop token. Not of plain text,
-            whose pieces end anywhere.
-        num_without_label, fewest_labels: Examples with nothing to learn; the labels of the example with the fewest.
-        is_sample, num_decoded, num_stubs, stub: Examples that were searched for an empty thinking block, whether these
-            are only some of those that could have one, those that have one in the loss, and the first block.
-    """
-
-    name: str
-    is_stream: bool
-    num_examples: int
-    num_answers: int
-    num_stopped: int
-    num_without_label: int
-    fewest_labels: int
-    is_sample: bool
-    num_decoded: int
-    num_stubs: int
-    stub: str
-
-
-def _may_think(token: str) -> bool:
-    lower = token.lower()
-    return any(word in lower for word in ("think", "thought", "reasoning", "analysis"))
-
-
-def _table(ids: Sequence[int], size: int) -> Any:
-    """Token id -> whether it is one of these, (size,) bool."""
-    table = np.zeros(size, dtype=np.bool_)
-    table[ids] = True
-    return table
-
-
-def _learnt(part: Source, tokenizer: Any, data: DataConfig, is_stop: Any, thinks: Any) -> _Learnt:
-    examples = part.first()
-    keeps_text = data.loss_on != "all" or data.too_long == "split"
-    num_answers = num_stopped = 0
-    labels: list[int] = []
-    candidates: list[int] = []
-    for start, ids, mask, lengths in _batches(examples):
-        ends = np.cumsum(lengths)
-        begins = ends - lengths
-        counts = np.add.reduceat(mask, begins, dtype=np.int64)
-        labels += counts.tolist()
-        answers, stopped = _answers(ids, mask, begins, is_stop)
-        is_text = counts >= lengths - 2  # all but a beginning mark is learnt
-        owner = np.searchsorted(ends, answers, side="right")
-        counted = ~is_text[owner] if keeps_text else np.ones(len(owner), dtype=np.bool_)
-        num_answers += int(counted.sum())
-        num_stopped += int((counted & stopped).sum())
-        may_think = np.logical_or.reduceat(thinks[ids] & mask, begins)
-        candidates += (np.flatnonzero(may_think) + start).tolist()
-    searched = candidates or range(len(examples))  # some tokenizers spell such words letter by letter
-    decoded = _spread(searched)
-    stubs = [found[0] for index in decoded if (found := _STUB.search(_learnt_text(examples[index], tokenizer)))]
-    return _Learnt(
-        name=part.name,
-        is_stream=isinstance(part, ExampleStream),
-        num_examples=len(examples),
-        num_answers=num_answers,
-        num_stopped=num_stopped,
-        num_without_label=labels.count(0),
-        fewest_labels=min(labels, default=0),
-        is_sample=len(decoded) < len(searched),
-        num_decoded=len(decoded),
-        num_stubs=len(stubs),
-        stub="".join(stubs[0].split()) if stubs else "",
-    )
-
-
-def _batches(examples: Sequence[TokenizedExample]) -> Iterator[tuple[int, Any, Any, Any]]:
-    """(number of the first, ids and mask of some examples one behind the other, their lengths)."""
-    for start in range(0, len(examples), _AT_A_TIME):
-        part = examples[start : start + _AT_A_TIME]
-        ids = np.concatenate([each.input_ids for each in part])
-        mask = np.concatenate([each.loss_mask for each in part])
-        yield start, ids, mask, np.fromiter(map(len, part), dtype=np.int64)
-
-
-def _answers(ids: Any, mask: Any, begins: Any, is_stop: Any) -> tuple[Any, Any]:
-    """(first token of each stretch of labelled tokens of one example, whether a stop token ends it)."""
-    is_first, is_last = mask.copy(), mask.copy()
-    is_first[1:] &= ~mask[:-1]
-    is_first[begins] = mask[begins]
-    is_last[:-1] &= ~mask[1:]
-    is_last[begins[1:] - 1] = mask[begins[1:] - 1]
-    first, last = np.flatnonzero(is_first), np.flatnonzero(is_last)
-    stopped = np.zeros(len(first), dtype=np.bool_)
-    for back in range(_NEAR):
-        place = np.maximum(last - back, first)
-        stopped |= is_stop[ids[place]]
-    return first, stopped
-
-
-def _learnt_text(example: TokenizedExample, tokenizer: Any) -> str:
-    text: str = tokenizer.decode(example.input_ids[example.loss_mask].tolist(), skip_special_tokens=False)
-    return text
-
-
-def _of(number: int, part: _Learnt, what: str) -> str:
-    """'sums: 3 of 40 answers'."""
-    rows = ", in the first rows of the stream" if part.is_stream else ""
-    return f"{part.name}: {number:,} of {part.num_examples if what == 'examples' else part.num_answers:,} {what}{rows}"
-
-
-def _stop_checks(learnt: Sequence[_Learnt], sources: Sequence[Source], stops: Sequence[str]) -> Iterator[Check]:
+    names = ", ".join(tokenizer.decode([each]) for each in stops)
+    found = []
     if not stops:
-        yield Check(
-            "warning", "neither the model nor the tokenizer names a stop token: no answer teaches when to stop."
-        )
-        return
-    names = ", ".join(stops)
-    for part, source in zip(learnt, sources, strict=True):
-        missing = part.num_answers - part.num_stopped
-        if missing and not any(MAY_NOT_STOP in note for note in source.notes):
-            text = f"{_of(missing, part, 'answers')} do not end with a stop token ({names}) in the loss"
-            cut = getattr(source, "num_truncated", 0)
-            text += (
-                f"; {cut:,} examples are cut to data.max_length, which takes the end of long answers." if cut else "."
+        text = "neither the model nor the tokenizer names a stop token: no answer teaches when to stop."
+        found.append(Check("warning", text))
+    for part in sources:
+        examples = part.first()
+        where = f"{part.name}, the first rows" if isinstance(part, ExampleStream) else part.name
+        ends = [end for each in _spread(examples) for end in _ends(each, stops, data)]
+        missing, cut = ends.count(False), getattr(part, "num_truncated", 0)
+        if stops and missing and not any(MAY_NOT_STOP in note for note in part.notes):
+            text = f"{where}: {missing:,} of {len(ends):,} answers do not end with a stop token ({names}) in the loss"
+            why = f"; {cut:,} examples are cut to data.max_length, which takes the end of long answers" if cut else ""
+            found.append(Check("warning" if 2 * missing > len(ends) else "passed", f"{text}{why}."))
+        elif stops and not missing:
+            found.append(
+                Check("passed", f"{where}: all {len(ends):,} answers looked at end with a stop token ({names}).")
             )
-            yield Check("warning" if 2 * part.num_stopped < part.num_answers else "passed", text)
-    total = sum(part.num_answers for part in learnt)
-    if total and all(part.num_answers == part.num_stopped for part in learnt):
-        yield Check("passed", f"stop tokens are in the loss: all {total:,} answers end with one ({names}).")
-    if not total:
-        yield Check("passed", "all of the data is plain text; only the end of a text is a stop token.")
+        empty = sum(not each.loss_mask.any() for each in examples)
+        text = f"{where}: {empty:,} of {len(examples):,} examples have no token in the loss."
+        found.append(Check("warning" if empty else "passed", text))
+    return found
 
 
-def _label_checks(learnt: Sequence[_Learnt]) -> Iterator[Check]:
-    for part in learnt:
-        if part.num_without_label:
-            yield Check("warning", f"{_of(part.num_without_label, part, 'examples')} have no token in the loss.")
-    if not any(part.num_without_label for part in learnt):
-        total, fewest = (
-            pick(getattr(part, name) for part in learnt)
-            for pick, name in ((sum, "num_examples"), (min, "fewest_labels"))
-        )
-        yield Check("passed", f"all {total:,} examples have tokens in the loss, each at least {fewest:,}.")
-
-
-def _stub_checks(learnt: Sequence[_Learnt]) -> Iterator[Check]:
-    for part in learnt:
-        if part.num_stubs:
-            of = f"the {part.num_decoded:,} examples looked at" if part.is_sample else f"{part.num_examples:,} examples"
-            yield Check(
-                "warning",
-                f"{part.name}: {part.num_stubs:,} of {of} have an empty thinking block in the loss ({part.stub}): the "
-                "model learns not to think. Fix: give the reasoning as reasoning_content, or let the chat template put "
-                "the empty block into the prompt, as many do with data.template_kwargs: {enable_thinking: false}.",
-            )
-    if not any(part.num_stubs for part in learnt):
-        yield Check("passed", "no empty thinking block (such as <think></think>) is in the loss.")
+def _ends(example: TokenizedExample, stops: Sequence[int], data: DataConfig) -> list[bool]:
+    """Whether a stop token ends each stretch of labelled tokens; none of plain text, whose pieces end anywhere."""
+    ids, mask = example.input_ids, example.loss_mask
+    if (data.loss_on != "all" or data.too_long == "split") and mask.sum() >= len(mask) - 2:
+        return []  # all but a beginning mark is learnt
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+    return [bool(np.isin(ids[max(begin, end - _NEAR) : end], stops).any()) for begin, end in edges]
 
 
 def gradient_check(missing: Sequence[str], num_tensors: int, num_updates: int) -> Check:

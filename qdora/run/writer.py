@@ -83,13 +83,11 @@ class RunWriter:
         self.processes.first(lambda: self._with_room(lambda: self._write_final(num_done)))
 
     def save_trained(self, num_done: int) -> None:
-        """Write what `num_done` steps have done to each layer, and what lives in memory, for the page of the run."""
-        optimizer = self.state.optimizer
-        assert optimizer is not None
+        """Write what `num_done` steps have done to each layer."""
 
         def write() -> None:
             with unharmed("trained.json"):
-                keep_trained(self.run, self.active.model, optimizer, num_done)
+                keep_trained(self.run, self.active.model, num_done)
 
         self.processes.first(write)
 
