@@ -58,7 +58,7 @@ def draw_all(tables: Mapping[str, Rows], axes: Sequence[str], compare: CompareCo
 
 
 def _differences(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
-    figure, axis = _row_figure(len(rows), compare.zone)
+    figure, axis = _row_figure(len(rows), compare.zone, 1.0)
     where, labels = _naming(rows, axes), []
     for y, row in enumerate(rows):
         color, marker = ("#000000", "s") if row["role"] == "primary" else (_COLORS[0], "o")
@@ -78,17 +78,23 @@ def _differences(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Fig
 
 def _damage(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
     where, arms = _naming(rows, axes), list(dict.fromkeys(row[compare.arm] for row in rows))
-    bases = list(dict.fromkeys(where(row) for row in sorted(rows, key=lambda row: row["left"])))
-    figure, axis = _row_figure(len(bases) * max(1.0, len(arms) / 3), compare.zone)
-    drawn: dict[str, Any] = {}
-    for row in rows:
+    bases: dict[str, Rows] = {}
+    for row in sorted(rows, key=lambda row: row["left"]):
+        bases.setdefault(where(row), []).append(row)
+    figure, axis = _row_figure(len(bases) * max(1.0, max(map(len, bases.values())) / 4), compare.zone, 0.5)
+    drawn: dict[str, Any] = dict.fromkeys(arms)
+    places = [
+        (base + 0.8 * ((index + 0.5) / len(own) - 0.5), row)
+        for base, own in enumerate(bases.values())
+        for index, row in enumerate(own)
+    ]
+    for y, row in places:
         index = arms.index(row[compare.arm])
         color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
-        y = bases.index(where(row)) + 0.8 * ((index + 0.5) / len(arms) - 0.5)
         if "transplant" in row:
             _dot(axis, row, "transplant", y, color=color, marker=marker, mfc="white")
         drawn[arms[index]] = _dot(axis, row, "left", y, color=color, marker=marker)
-    axis.set_yticks(range(len(bases)), bases, fontsize="small")
+    axis.set_yticks(range(len(bases)), list(bases), fontsize="small")
     axis.set_xlabel(f"worse than on the uncompressed base, {LABELS[compare.metric]}")
     figure.legend(drawn.values(), drawn.keys(), loc="outside upper left", ncols=4, fontsize="small")
     return figure
@@ -116,11 +122,11 @@ def _curves(rows: Rows, axes: Sequence[str], compare: CompareConfig) -> Figure:
     return figure
 
 
-def _row_figure(num_rows: float, zone: float) -> tuple[Figure, Axes]:
-    """Rows over an axis that is linear within the zone, which is shaded, and logarithmic outside."""
+def _row_figure(num_rows: float, zone: float, decades: float) -> tuple[Figure, Axes]:
+    """Rows over an axis that is linear from 0 to the zone, as long as so many decades, and logarithmic outside."""
     figure = new_figure(_WIDTH, _ROW * num_rows + 1.2)
     axis = figure.add_subplot()
-    axis.set_xscale("symlog", linthresh=zone)
+    axis.set_xscale("symlog", linthresh=zone, linscale=decades)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.axvspan(-zone, zone, color="#777777", alpha=0.2, lw=0)
     axis.axvline(0.0, color="#777777", lw=1)
