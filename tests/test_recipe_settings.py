@@ -301,7 +301,7 @@ UNUSED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({MIX: STREAM}, {"data.validation_fraction": 0.1, "data.mix[0].limit": 5, "data.mix[0].revision": "main"}),
     ({MIX: [{"task": "piqa", "validation": "test"}]}, {"data.validation_fraction": 0.1}),
     ({MIX: [{"task": "boolq"}]}, {"data.mix[0].stream": True, "data.mix[0].columns": {"a": "b"}}),
-    ({MIX: [{"task": "boolq"}]}, {"data.mix[0].format": "choices", "data.mix[0].chat": True}),
+    ({MIX: [{"task": "boolq"}]}, {"data.mix[0].chat": True}),
     ({MIX: [{"task": "boolq", "path": "/x"}]}, {"data.mix[0].revision": "main"}),
     ({}, {f"data.mix[0].{key}": value for key, value in {"format": "text", "path": "/x", "revision": "a"}.items()}),
     ({MIX: [{"source": "/a.jsonl"}]}, {"data.mix[0].size": 5, "data.mix[0].shuffle_window": 5}),

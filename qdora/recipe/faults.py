@@ -71,9 +71,10 @@ def _path(detail: ErrorDetails, data: Any) -> str:
         try:
             data = data[step]
         except (KeyError, IndexError, TypeError):
-            continue
+            if detail["type"] != "missing" or step is not detail["loc"][-1]:
+                continue
         steps.append(step)
-    return dotted([*steps, detail["loc"][-1]] if detail["type"] == "missing" else steps)
+    return dotted(steps)
 
 
 def _text(path: str, details: Sequence[ErrorDetails], root: type[BaseModel]) -> str:
