@@ -167,10 +167,13 @@ def show_preview(found: Mapping[str, Any], console: Console | None = None) -> No
             f"{source['num_tokens']:,} tokens, {share:.1%} of them in the loss"
         )
         sizes = ", ".join(f"{name} {size:,}" for name, size in source["lengths"].items())
-        say(
-            f"  tokens of an example: {sizes}; {source['num_too_long']:,} longer than data.max_length, of which "
-            f"{source['num_cut']:,} are cut and {source['num_dropped']:,} dropped ({found['too_long']})"
+        cut = f"{source['num_cut']:,} are cut and {source['num_dropped']:,} dropped ({found['too_long']})"
+        long = (
+            f"; {source['num_too_long']:,} longer than data.max_length, of which {cut}"
+            if source["num_too_long"]
+            else ""
         )
+        say(f"  tokens of an example: {sizes}{long}")
         skipped = " (skipped)" if source["drawn"] == "first" else ""
         for text in (*(f"{fault}{skipped}" for fault in source["faults"]), *source["warnings"]):
             say(f"  ! {text}", "yellow")
