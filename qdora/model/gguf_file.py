@@ -123,7 +123,8 @@ class _Cursor:
             if kind == _ARRAY:
                 self.skip_array()
             else:
-                self.at += self.take("Q")[0]
+                (size,) = self.take("Q")  # first: it moves `at`, too
+                self.at += size
 
 
 def _parsed(path: Path, cursor: _Cursor) -> GgufHeader:
