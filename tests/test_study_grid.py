@@ -579,7 +579,7 @@ def test_a_study_file_finds_the_recipe_beside_it(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match=f"^{re.escape(str(file))}: exclude leaves no cell"):
         study_run(file, dry_run=True)
     file.write_text("recipe: demo\nrecipe: demo\n")
-    with pytest.raises(UserError, match="line 2: .*'recipe' is given twice"):
+    with pytest.raises(UserError, match=r"line 2: .*'recipe' is given twice"):
         load_study(file)
     with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
         load_study(tmp_path / "none.yaml")
