@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-_MOST_CHARACTERS = 800
+_MOST_CHARACTERS = 2000
 
 
 class UserError(ValueError):
