@@ -26,7 +26,7 @@ def plan(
     ] = 1,
     hosts: Annotated[int, typer.Option(help="Machines, which have equally many of these cards.", min=1)] = 1,
 ) -> None:
-    """Predict the memory of a run, estimate its time, and count what it reads.
+    """Predict memory, estimate time, and count what a run reads.
 
     No weights are loaded. If the data can be read, its examples and steps are counted. The exit code is 1 if the run
     does not fit the budget; with --processes, if it fits in no way.
