@@ -51,7 +51,7 @@ _CONTENTS: dict[Form, str] = {
     ),
     "gguf": (
         "Base and adapter are merged in float32 into one dense weight per layer, and written by llama.cpp's own "
-        "converter. Its tensors were compared with the merge; `export.json` counts those that were not.\n\n"
+        "converter. Its tensors were compared with the merge; `export.json` counts those that could not be checked.\n\n"
         "```bash\n"
         "llama-server -m model-*.gguf\n"
         'echo "FROM ./$(ls model-*.gguf)" > Modelfile && ollama create my-model -f Modelfile\n'
