@@ -163,7 +163,7 @@ class Unforeseen(Exception):
         (UserError("a.b: got 1, must be 2.", "c: unknown key."), 2, "a.b: got 1, must be 2.\nc: unknown key.\n"),
         # What damaged files bring into a message must not break the line, or the terminal.
         (UserError("f: name \x1b[2J\n\0\ud800 is new"), 2, "f: name  [2J    is new\n"),
-        (UserError("f: " + "x" * 10**6), 2, f"f: {'x' * 797}\n"),
+        (UserError("f: " + "x" * 10**6), 2, f"f: {'x' * 1997}\n"),
         (RunFailure("disk full."), 1, "disk full.\n"),
         (Interrupted(3, Path("ck")), 130, "stopped after step 3"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
