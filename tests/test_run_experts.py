@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -211,12 +210,10 @@ def test_ranks_for_experts_are_a_recipe_that_keeps_the_scaling(run: Path, tmp_pa
     assert {layer.alpha for layer in layers.values()} == {8.0}, "as in the run, which has no same_scaling"
 
 
-def test_curvature_gives_ranks_of_experts(root: Path, run: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
+def test_curvature_gives_ranks_of_experts(run: Path) -> None:
     name = "model.layers.0.mlp.experts.down_proj"
     asked = RankSettings(layers=[name], examples=2, max_rank=3, draws=8, eigenvalues=2)
-    document = rank_run(copy, asked, console=quiet())
+    document = rank_run(run, asked, console=quiet())
     layer = document["layers"][name]
     found = layer["components"]
     assert np.shape(found["worths"]) == np.shape(found["curvature_errors"]) == (4, 2 + 3)
@@ -224,8 +221,6 @@ def test_curvature_gives_ranks_of_experts(root: Path, run: Path, tmp_path: Path)
     np.testing.assert_allclose(layer["energies"], worths[:3])
     assert layer["spectrum"]["size"] == 2 * layer["parameters_per_rank"]
     assert np.shape(layer["spectrum"]["eigenvalues"]) == (2,)
-    again = rank_run(copy, asked, console=quiet())  # from the cache
-    assert again["layers"] == document["layers"]
 
 
 @pytest.mark.parametrize("share", ["none", "A", "B"])
