@@ -363,3 +363,14 @@ def test_zero_rows_are_refused_for_peft_which_would_compute_nan() -> None:
     layer.base_squared[3] = 0.0  # type: ignore[index]
     with pytest.raises(UserError, match=r"up_proj: 1 of 48 rows .* Fix: use --format merged or --format nf4-lora"):
         check_servable(model)
+
+
+def test_a_tokenizer_keeps_what_llama_cpp_needs(tmp_path: Path) -> None:
+    tiny_tokenizer.make().save_pretrained(tmp_path / "source")
+    (tmp_path / "source/tokenizer.model").write_bytes(b"pieces")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
+    tokenizer.add_tokens(["<new>"])
+    checkpoint_writer.save_tokenizer(tokenizer, tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == b"pieces"
+    assert json.loads((tmp_path / "out/added_tokens.json").read_text())["<new>"] == len(tokenizer) - 1
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a <new>").input_ids == tokenizer("a <new>").input_ids
