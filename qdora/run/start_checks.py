@@ -202,7 +202,7 @@ def example_checks(sources: Sequence[Source], tokenizer: Any, data: DataConfig) 
             text = f"{where}: {missing:,} of {len(ends):,} answers do not end with a stop token ({names}) in the loss"
             why = f"; {cut:,} examples are cut to data.max_length, which takes the end of long answers" if cut else ""
             found.append(Check("warning" if 2 * missing > len(ends) else "passed", f"{text}{why}."))
-        elif stops and not missing:
+        elif ends and not missing:
             found.append(
                 Check("passed", f"{where}: all {len(ends):,} answers looked at end with a stop token ({names}).")
             )
