@@ -13,7 +13,8 @@ from qdora.errors import UserError, first_line
 
 ROOT = Path("/")
 
-CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT = 89, 102  # CUdevice_attribute in cuda.h
+# CUdevice_attribute in cuda.h
+CAPABILITY_MAJOR, CAPABILITY_MINOR, CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT = 75, 76, 89, 102
 
 _OLDEST_DRIVER = {"12": 525, "13": 580}
 """CUDA's major version -> the oldest driver for it (docs.nvidia.com/deploy/cuda-compatibility)."""

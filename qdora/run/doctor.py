@@ -10,7 +10,7 @@ from typing import Any
 
 from qdora.errors import first_line
 from qdora.files.environment import available_memory_bytes, environment
-from qdora.files.nvidia_driver import driver_version, unused_gpu
+from qdora.files.nvidia_driver import CAPABILITY_MAJOR, CAPABILITY_MINOR, device_attribute, driver_version, unused_gpu
 
 GIB = 2**30
 _MAX_NF4_ERROR = 0.12  # the relative error of Gaussian weights at block 64 is 0.092
@@ -23,10 +23,12 @@ def report() -> dict[str, Any]:
     `bitsandbytes` says per device type what is wrong with its kernels, `problems` what is wrong, each with advice.
     """
     unused, works = unused_gpu(), kernels()
+    capability = [device_attribute(number) for number in (CAPABILITY_MAJOR, CAPABILITY_MINOR)]
     faults = [f"bitsandbytes does not work on {device}: {error}" for device, error in works.items() if error]
     problems = ([unused] if unused else []) + [(fault, "pip install -U bitsandbytes") for fault in faults]
     return environment() | {
         "driver": driver_version(),
+        "capability": None if None in capability else "{}.{}".format(*capability),
         "bitsandbytes": works,
         "available_memory_bytes": available_memory_bytes(),
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
@@ -36,11 +38,14 @@ def report() -> dict[str, Any]:
 
 def report_text(found: dict[str, Any]) -> str:
     """A report for people: one line per subject, then the problems, with advice."""
-    gpus = [f"{gpu['name']}, {gpu['memory_bytes'] / GIB:.1f} GiB" for gpu in found["devices"]]
+    gpus = [
+        f"{gpu['name']}, {gpu['memory_bytes'] / GIB:.1f} GiB, compute capability {gpu['capability']}"
+        for gpu in found["devices"]
+    ]
     lines = {
         "qdora": f"{found['qdora']}, Python {found['python']}",
         "packages": ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version),
-        "GPU": "; ".join(gpus) or "none that torch can use",
+        "GPU": "; ".join(gpus) or f"none that torch can use, compute capability {found['capability'] or 'unknown'}",
         "CUDA": f"{found['cuda'] or 'none'} in torch, driver {found['driver'] or 'none'}",
         "CPU": f"{found['cpu']}, {found['num_cpus']} cores",
         "memory": f"{found['available_memory_bytes'] / GIB:.1f} of {found['memory_bytes'] / GIB:.1f} GiB available",
