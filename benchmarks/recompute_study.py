@@ -106,7 +106,9 @@ def compare_table(
 
 
 def rows_of(file: Path, keys: Sequence[str], measure: str = "") -> Iterator[tuple[Key, dict[str, str]]]:
-    """(labels, row) of a table, of one measure if it has several."""
+    """(labels, row) of a table, of one measure if it has several; a table without rows has no file."""
+    if not file.is_file():
+        return
     with file.open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
             if not measure or row["measure"] == measure:
