@@ -709,7 +709,7 @@ def test_doctor_reports_and_advises() -> None:
     gpu = {"name": "Tesla T4", "capability": "7.5", "memory_bytes": 16 << 30}
     problem = {"problem": "bitsandbytes does not work on cuda: no kernel", "advice": "pip install -U bitsandbytes"}
     ill = {**found, "devices": [gpu], "cuda": "12.8", "driver": "575.1", "problems": [problem]}
-    for words in ("Tesla T4, 16.0 GiB, compute capability 7.5\n", "12.8 in torch, driver 575.1\n", "no kernel. Fix: pip install -U bitsandb"):
+    for words in ("16.0 GiB, compute capability 7.5\n", "driver 575.1\n", "no kernel. Fix: pip install -U bitsandb"):
         assert words in doctor.report_text(ill)
     assert doctor.report_text({**ill, "problems": []}).endswith("\nno problems found\n")
 
