@@ -35,7 +35,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-LLAMA, MIXTURE, CHATS, TEXTS = "{inputs}/llama", "{inputs}/mixture", "{inputs}/chats.jsonl", "{inputs}/texts.jsonl"
+LLAMA, MIXTURE, CHATS = "{inputs}/llama", "{inputs}/mixture", "{inputs}/chats.jsonl"
+TEXTS, CHOICES = "{inputs}/texts.jsonl", "{inputs}/choices.jsonl"
 SMALL = {"model.source": LLAMA, "adapter.rank": 8, "adapter.alpha": 16, "adapter.targets": "all-linear"}
 LONG = {"train.steps": 6, "train.checkpoint_every": 2, "train.keep_checkpoints": 9, "eval.every": 3}
 SVD = ("--method", "svd", "--budget", "50%")
@@ -64,13 +65,13 @@ LONG_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # case -> sett
 }
 SHORT_CASES: dict[str, dict[str, Any]] = {
     "lora on nf4": SMALL | {"adapter.kind": "lora", "adapter.rank_stabilized": True},
-    "magnitude on nf4": SMALL | {"adapter.kind": "magnitude", "adapter.rank": None, "adapter.alpha": None},
+    "magnitude on nf4": {"model.source": LLAMA, "adapter": "{kind: magnitude, targets: all-linear}"},
     "full": {"model.source": LLAMA, "adapter": "{kind: full}", "base": "{quant: none}"},
     **{f"dora on {quant}": SMALL | {"base.quant": quant} for quant in ("fp4", "int4", "nf3", "nf2")},
     "dora on int8": SMALL | {"base": "{quant: int8}"},
     "dora on 16 bits": SMALL | {"base": "{quant: none}"},
     "experts on nf4": SMALL | {"model.source": MIXTURE, "adapter.experts": "{rank: 2}"},
-    "experts on mxfp4": SMALL | {"model.source": MIXTURE, "base": "{quant: mxfp4}"},
+    "experts on mxfp4": SMALL | {"model.source": "{inputs}/mxfp4", "base": "{quant: mxfp4}"},
     "adamw 32 bits": SMALL | {"train.optimizer": "paged_adamw_32bit"},
     "lion 8 bits": SMALL | {"train.optimizer": "paged_lion_8bit"},
     "float16": SMALL | {"model.dtype": "float16"},
@@ -87,8 +88,8 @@ SHORT_CASES: dict[str, dict[str, Any]] = {
     "sparsegpt": SMALL | {"base.prune": f"{{method: sparsegpt, pattern: '2:4', {CALIBRATION}}}"},
     "hard concrete": SMALL | {"adapter.gates": "{mode: hard_concrete, mean_rank: 3, warmup: 0, anneal: 1}"},
     "loftq": SMALL | {"adapter.init": "loftq"},
-    "trained rows": SMALL | {"adapter.also_train": "[embed_tokens]"},
-    "generated answers": SMALL | {"eval.method": "generate"},
+    "trained rows": SMALL | {"adapter.also_train": "[embed_tokens]", "adapter.also_train_rows": "all"},
+    "generated answers": SMALL | {"data.mix": f"[{{source: {CHOICES}, format: choices}}]", "eval.method": "generate"},
     "two processes": SMALL,
     "shard": SMALL | {"train.parallel": "shard"},
     "hybrid": SMALL | {"train.parallel": "hybrid"},
@@ -106,7 +107,9 @@ compare: {{reference: lora}}
 MAKE_INPUTS = """
 import json, sys, torch
 from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from safetensors.torch import save_file
+from transformers import (GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig,
+                          Qwen3MoeForCausalLM)
 from qdora.model.source import load_tokenizer, resolve
 
 folder = Path(sys.argv[1])
@@ -122,11 +125,26 @@ for name, kind, config in (("llama", LlamaForCausalLM, LlamaConfig(**sizes, tie_
         parameter.data = (parameter.data + 0.02 * torch.randn_like(parameter)).bfloat16()
     model.save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / name)
+model = GptOssForCausalLM(GptOssConfig(**sizes | {"intermediate_size": 64}, head_dim=16, num_local_experts=4,
+                                       num_experts_per_tok=2)).bfloat16()
+draw, tensors = torch.Generator().manual_seed(0), {}
+for key, value in model.state_dict().items():
+    if key.endswith(("experts.gate_up_proj", "experts.down_proj")):  # as gpt-oss is published
+        shape = (value.shape[0], value.shape[2], value.shape[1] // 32)
+        tensors[f"{key}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=draw)
+        tensors[f"{key}_scales"] = torch.randint(118, 122, shape, dtype=torch.uint8, generator=draw)
+    else:
+        tensors[key] = value.contiguous()
+model.config.architectures, model.config.quantization_config = ["GptOssForCausalLM"], {"quant_method": "mxfp4"}
+model.config.save_pretrained(folder / "mxfp4")
+tokenizer.save_pretrained(folder / "mxfp4")
+save_file(tensors, folder / "mxfp4/model.safetensors", metadata={"format": "pt"})
 says = lambda role, content: {"role": role, "content": content}
 chats = [{"messages": [says("user", f"What is {i} plus 2?"), says("assistant", f"It is {i + 2}."),
                        says("user", "Sure?"), says("assistant", "Yes.")]} for i in range(20)]
 texts = [{"prompt": f"Count to {i}: ", "completion": " ".join(map(str, range(1, i + 1)))} for i in range(1, 41)]
-for name, rows in (("chats", chats), ("texts", texts)):
+choices = [{"question": f"Is {i} even?", "choices": ["yes", "no"], "answer": i % 2} for i in range(40)]
+for name, rows in (("chats", chats), ("texts", texts), ("choices", choices)):
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
 """
 
@@ -183,9 +201,8 @@ class Side:
         return json.loads(done.stdout)
 
     def recipe(self, settings: dict[str, Any]) -> list[str]:
-        """The recipe `tiny` with settings, as arguments of a verb; None takes a setting out."""
-        given = {"train.steps": 2} | settings
-        texts = [f"~{key}" if value is None else f"{key}={_yaml(value)}" for key, value in given.items()]
+        """The recipe `tiny` with settings, as arguments of a verb."""
+        texts = [f"{key}={_yaml(value)}" for key, value in ({"train.steps": 2} | settings).items()]
         return ["tiny", *(part for text in texts for part in ("-s", text))]
 
     def run(self, case: str, settings: dict[str, Any]) -> Path | None:
