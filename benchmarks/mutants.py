@@ -256,6 +256,7 @@ def start(mutant: Mutant, copy: Path, tests: list[str]) -> int:
     pid = os.fork()
     if pid:
         return pid
+    atexit._clear()  # the copies are the parent's
     os.setpgid(0, 0)
     os.chdir(copy)
     sys.path.insert(0, str(copy))
