@@ -38,8 +38,6 @@ SLACK = "allocator slack"  # rounding and fragmentation of the allocator: a cons
 OTHER = "other"  # ids, masks, positions
 COMPONENTS: tuple[str, ...] = (BASE, SCALES, MASKS, DENSE, ADAPTERS, KEPT, OPTIMIZER, GRADIENTS, CHECKPOINTS)
 COMPONENTS += (FORWARD, BACKWARD, LOSS, UPDATE, STREAMING, GATHERED, CONTEXT, NCCL, SLACK, OTHER)
-CONSTANTS = (CONTEXT, NCCL, SLACK)
-"""Components that are constants, and that torch does not count as allocated on a GPU."""
 
 CONTEXT_BYTES: Mapping[DeviceKind, int] = {"cuda": 600 * MIB, "cpu": 600 * MIB}
 """cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: what a run holds
