@@ -63,7 +63,7 @@ def test_files_and_analyses_take_the_gated_factor(tmp_path: Path) -> None:
         layer.add_gate()
         layer.gate.data.copy_(torch.tensor([0.5 + 0.01 * number, 0.0, 1.25]))  # type: ignore[union-attr]
     before = tiny_adapted.logits(model)
-    save_adapter(model, tmp_path / "adapter", **BASE)
+    save_adapter(model, tmp_path / "adapter", **BASE | {"base_quant": {"quant": "nf4"}})
     again = tiny_adapted.base("llama", quant="nf4")
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(tiny_adapted.logits(again), before)
