@@ -74,21 +74,3 @@ def obs(weight, products, damping, *, block, sparsity=None, n_of_m=None):
                 work[i, j:] -= work[i, j] / inverse[0, 0] * inverse[0]
                 work[i, j] = 0.0
     return work, keep
-
-
-def best_with_mask(weight, keep, products):
-    """The least-squares optimum per row for a given mask: argmin (w - v) H (w - v) over v that is 0 where pruned."""
-    best = np.zeros_like(weight, dtype=np.float64)
-    for i in range(weight.shape[0]):
-        kept = np.flatnonzero(keep[i])
-        best[i, kept] = np.linalg.solve(products[np.ix_(kept, kept)], products[kept] @ weight[i])
-    return best
-
-
-def layer_loss(weight, pruned, inputs):
-    """||X W^T - X W'^T||^2, token by token."""
-    total = 0.0
-    for x in inputs:
-        difference = weight @ x - pruned @ x
-        total += float(difference @ difference)
-    return total

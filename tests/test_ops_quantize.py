@@ -12,7 +12,6 @@ from bitsandbytes import functional as bnb_functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qdora.ops import blockwise, bnb_kernels, codebooks
 from qdora.ops.packed import (
@@ -99,14 +98,11 @@ def test_code_books_are_those_of_the_papers_and_of_bitsandbytes():
         values = codebooks.code_values(kind)
         np.testing.assert_allclose(values.double().numpy(), table(kind), rtol=2e-7, atol=0)
         assert (len(values), int((values == 0).sum()), values.min(), values.max()) == (count, 1, -1, 1)
-    assert codebooks.code_values("mxfp4").tolist() == [*reference_mxfp4(1), *reference_mxfp4(-1)]
+    # OCP Microscaling Formats 1.0, sec. 5.3.3: two exponent bits, one fraction bit.
+    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    assert codebooks.code_values("mxfp4").tolist() == [*magnitudes, *(-each for each in magnitudes)]
     assert torch.equal(codebooks.dynamic_map(), bnb_functional.create_dynamic_map())
     np.testing.assert_allclose(codebooks.dynamic_map().double().numpy(), reference.dynamic_map(), rtol=2e-7)
-
-
-def reference_mxfp4(sign):
-    """OCP Microscaling Formats 1.0, sec. 5.3.3: two exponent bits, one fraction bit."""
-    return [sign * value for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
 
 
 @pytest.mark.parametrize("kind", [*codebooks.CODE_BITS])
@@ -118,22 +114,6 @@ def test_grid_look_up_equals_a_search_at_and_around_every_bound(kind):
     found, cell = codebooks.decision_table(kind), codebooks.cell(near)
     rank = found.rank[cell.long()] + (near > found.bound[cell.long()])
     assert torch.equal(rank.long(), (near[:, None] > bounds).sum(dim=1))
-
-
-class CudaDivision(TorchDispatchMode):
-    """A tensor divided by a number is multiplied by the rounded reciprocal, as CUDA does it."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.div.Tensor and not isinstance(args[1], torch.Tensor):
-            return args[0] * torch.tensor(args[1], dtype=args[0].dtype).reciprocal()
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_table_does_not_depend_on_how_a_device_divides():
-    expected = {kind: codebooks.code_values(kind) for kind in (*codebooks.CODE_BITS, codebooks.MXFP4)}
-    with CudaDivision():
-        assert not torch.equal(torch.arange(8.0) / 7.0, (torch.arange(8.0).double() / 7.0).float())
-        assert all(torch.equal(codebooks.code_values(kind), values) for kind, values in expected.items())
 
 
 # ------------------------------------------------------------------------------------------------ plain loops
@@ -206,36 +186,20 @@ def test_in_research_formats_every_weight_takes_the_nearest_value(kind, shape, b
 
 
 @pytest.mark.parametrize("num_blocks", [1, 7, 1000, 70_001])
-def test_the_offset_of_double_quantisation_does_not_depend_on_the_order_of_the_scales(num_blocks):
-    """It is the float64 mean, rounded once; a float32 sum differs from order to order, and from device to device."""
+def test_the_offset_of_double_quantisation_depends_neither_on_the_order_of_the_scales_nor_on_the_threads(num_blocks):
+    """It is the float64 mean, rounded once. A float32 sum differs from order to order, and of more than 32,768 numbers
+    it is summed in pieces, one a thread."""
     generator = torch.Generator().manual_seed(num_blocks)
     scales = torch.rand(num_blocks, generator=generator) * 0.02 + 1e-4
     expected = np.float32(math.fsum(scales.tolist()) / num_blocks)  # fsum is exact
-    orders = [scales, scales.flip(0), scales.sort().values, torch.stack([scales, scales], dim=1)[:, 0]]
-    orders += [scales[torch.randperm(num_blocks, generator=generator)] for _ in range(3)]
-    for ordered in orders:
-        assert blockwise.quantize_scales(ordered, torch.linspace(-1, 1, 256))[2].item() == expected
-
-
-SLOW_SHAPES = [pytest.param(shape, marks=pytest.mark.slow) for shape in [(2048, 2048), (4096, 1024)]]
-
-
-@pytest.mark.parametrize("shape", [(1024, 4096), (300, 257), *SLOW_SHAPES], ids=str)
-def test_bits_do_not_depend_on_the_threads(shape):
-    """A float32 mean of more than 32,768 block scales is summed in pieces, one a thread."""
     threads = torch.get_num_threads()
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
-    found = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(quantize(weight, "nf4"))
-    finally:
-        torch.set_num_threads(threads)
-    assert_same(found[1], found[0])
-    assert_same(found[2], found[0])
-    scales = quantize(weight, "nf4", double_quant=False).absmax
-    assert found[0].tensors()["nested_offset"].item() == float(reference.offset(scales.tolist()))
+    for number, order in enumerate([scales, scales.sort().values, scales[torch.randperm(num_blocks)]], start=1):
+        try:
+            torch.set_num_threads(number)
+            offset = blockwise.quantize_scales(order, torch.linspace(-1, 1, 256))[2]
+        finally:
+            torch.set_num_threads(threads)
+        assert offset.item() == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -408,26 +372,3 @@ def test_layout_and_bytes_are_known_beforehand(kind, shape, block_size, double_q
     assert packed.num_bytes == wanted
     tight = -(-numel * BITS[kind] // 8) - -(-numel // 2) if kind in ("nf3", "nf2") else 0
     assert packed.num_packed_bytes == wanted + tight
-
-
-# Relative error (Frobenius norm) of a 512 x 512 standard Gaussian weight, seeds 0 to 19: mean and mean + 5 std.
-# With double quantisation the mean is at most 2e-5 higher; the bounds cover both.
-GAUSSIAN_ERROR = {
-    ("nf4", 64): (0.0920, 0.0928), ("nf4", 128): (0.0956, 0.0962),
-    ("nf4", 256): (0.0987, 0.0997), ("nf4", 512): (0.1014, 0.1026),
-    ("fp4", 64): (0.1219, 0.1227), ("fp4", 128): (0.1286, 0.1295),
-    ("fp4", 256): (0.1346, 0.1360), ("fp4", 512): (0.1403, 0.1425),
-    ("int8", 512): (0.00742, 0.00757),
-}  # fmt: skip
-
-
-def test_error_on_gaussian_weights():
-    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(20))
-
-    def error(*form):
-        return float((dequantize(quantize(weight, *form)) - weight).norm() / weight.norm())
-
-    for (kind, block_size), (mean, bound) in GAUSSIAN_ERROR.items():
-        for double_quant in (False, True):
-            assert 2 * mean - bound < error(kind, block_size, double_quant) < bound
-    assert error("nf4", 64) < error("int4", 64) < error("nf3", 64) < error("nf2", 64)
