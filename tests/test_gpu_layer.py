@@ -26,10 +26,9 @@ from qdora.ops import blockwise, bnb_kernels, tiles
 from qdora.ops.adapted_product import column_dot
 from qdora.ops.loss import chunked_nll
 from qdora.ops.packed import PackedWeight, dequantize, quantize
-from qdora.ops.tiles import column_tiles, row_tiles
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, tiny_streamed
-from tests.adapter_numbers import assert_close, expected, expected_norm, make, results, to_numpy
+from tests.adapter_numbers import expected, expected_norm, make, results, to_numpy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = torch.device("cuda", 0)
@@ -68,19 +67,6 @@ def test_a_base_does_not_depend_on_where_it_was_quantised_and_the_kernels_decode
         wanted = by_definition(here, dtype)
         assert torch.equal(dequantize(there, dtype).cpu(), wanted)
         assert torch.equal(by_definition(there, dtype).cpu(), wanted)
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_tiles_cut_from_packed_bytes_are_parts_of_the_scaled_weight(double_quant, monkeypatch):
-    monkeypatch.setattr(tiles, "_GPU_TILE_BYTES", 64 << 10)
-    packed = quantize(random(300, 256, seed=2).to(DEVICE) * 0.05, "nf4", 64, double_quant)
-    factor = random(300, seed=3, dtype=torch.float32).to(DEVICE)
-    wanted = to_numpy(by_definition(packed.to("cpu"), torch.float32)) * to_numpy(factor)[:, None]
-    rows, columns = (list(cut(packed, torch.bfloat16, factor)) for cut in (row_tiles, column_tiles))
-    for dim, cut in enumerate((rows, columns)):
-        assert len(cut) > 1
-        found = torch.cat([tile for _, tile in cut], dim=dim)
-        np.testing.assert_allclose(to_numpy(found), wanted, rtol=2**-8, atol=1e-30)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -183,16 +169,6 @@ def test_chunked_loss_and_its_gradient(softcap):
     nll, gradient = reference.head_nll(to_numpy(hidden), to_numpy(head), labels.numpy(), softcap=softcap)
     assert reference.relative_error(to_numpy(loss), nll) < 2e-2
     assert reference.relative_error(to_numpy(hidden.grad), gradient) < 2e-2
-
-
-def test_autocast_computes_in_its_dtype():
-    layer, x = layer_of(dtype=torch.float32), random(8, 64, dtype=torch.float32)
-    wanted = expected(layer, x, torch.ones(8, 24))
-    layer.to(DEVICE)
-    with torch.autocast("cuda", torch.bfloat16):
-        out = layer(x.to(DEVICE))
-    assert out.dtype == torch.bfloat16
-    assert_close({"y": out}, {"y": wanted["y"]}, 2e-2)
 
 
 # ------------------------------------------------------------------------------------------------ in host memory

@@ -233,6 +233,7 @@ def test_masks_and_routings_make_the_host_wait_for_nothing_and_norms_of_a_divide
     layer(x).sum().backward()
     assert gpu.lines("wait") == []
 
+    gpu.clear()
     ExpertTokens((7, 0, 9)).on(gpu.device)
     assert (gpu.count("copy"), gpu.count("wait")) == (1, 0)
 

@@ -166,10 +166,11 @@ def test_one_norm_and_operands_serve_a_step_its_recomputes_and_evaluations(made)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
     for _ in range(2):
         for _ in range(3):
-            x = X.clone().requires_grad_()
-            checkpoint(layer, x, use_reentrant=False).square().sum().backward()
             with torch.inference_mode():
                 layer(X[:1])
+            x = X.clone().requires_grad_()
+            checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+            assert layer.lora_A.grad is not None
             with torch.no_grad():
                 layer(X)
         assert made == ["row_norm", "operands_of"]
@@ -188,15 +189,6 @@ def test_one_norm_and_operands_serve_a_step_its_recomputes_and_evaluations(made)
     assert made == ["row_norm", "operands_of"]
     layer.train()
     assert not layer._cache._entries
-
-
-def test_a_norm_of_inference_mode_serves_training(made):
-    layer = layer_of().eval()
-    with torch.inference_mode():
-        layer(X)
-    layer(X.clone().requires_grad_()).sum().backward()
-    assert made == ["row_norm", "operands_of"]
-    assert layer.lora_A.grad is not None
 
 
 def test_dropout_changes_the_factor_of_training_alone():
@@ -299,7 +291,7 @@ def test_what_is_prepared_is_what_each_layer_makes_and_no_layer_asks_again(monke
         assert [each.shape for each in tensors(found)] == [each.shape for each in tensors(alone)]
         for one, other in zip(tensors(found), tensors(alone), strict=True):
             assert one.dtype == other.dtype
-            np.testing.assert_allclose(to_numpy(one), to_numpy(other), rtol=1e-6 if one.dtype.itemsize > 2 else 1e-2)
+            np.testing.assert_allclose(to_numpy(one), to_numpy(other), rtol=1e-5 if one.dtype.itemsize > 2 else 1e-2)
         gains = to_numpy(found.gain.value) * expected_norm(layer)
         np.testing.assert_allclose(gains, to_numpy(layer.magnitude), rtol=2e-2)
 
