@@ -26,7 +26,6 @@ from qdora.analysis.components import (
     probe_of,
     squared_slopes,
 )
-from qdora.analysis.curvature import curvature_of
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers, inject
 from tests import tiny_adapted, tiny_curvature, tiny_experts
@@ -340,32 +339,6 @@ def test_labels_are_drawn_by_their_chances():
     assert bool((labels[:, 1::2] == 0).all())
     pairs = (labels[:, 0] == 2) & (labels[:, 2] == 2)  # independent from token to token
     assert float(pairs.double().mean()) == pytest.approx(float(shares[2]) ** 2, abs=0.03)
-
-
-def test_experts_without_tokens_have_no_curvature(directory):
-    model, batches, name = tiny_curvature.mixture(directory, kind="dora"), tiny_curvature.batches(), STACKS[0]
-    layer, reached = adapted_layers(model)[name], set[int]()
-    hook = layer.register_forward_pre_hook(lambda _, args: reached.update(e for e, n in enumerate(args[1].counts) if n))
-    with torch.no_grad():
-        for batch in batches:
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    hook.remove()
-    without = set(range(EXPERTS)) - reached
-    assert 0 < len(without) < EXPERTS - 1
-    with curvature_of(model, [name], batches, curvature="hessian", norm="attached") as operator:
-        image = operator.product(torch.ones(operator.size, dtype=torch.float64))
-    parts = zip(image.split([layer.lora_A.numel(), layer.lora_B.numel()]), (layer.lora_A, layer.lora_B), strict=True)
-    for part, factor in parts:
-        moved = part.view(factor.shape).flatten(1).abs().amax(dim=1).nonzero().flatten().tolist()
-        assert len(moved) > 2
-        assert without.isdisjoint(moved)
-    found = layer_directions(model, {name: 3}, batches, norm="attached")
-    drawn = drawn_curvatures(model, found, batches, norm="attached", draws=8)[name]
-    for expert in without:
-        assert not drawn.curvatures[expert].any()
-        assert not drawn.worths()[expert].any()
-        assert (drawn.directions.sizes[expert] > 0).sum() == 2
-    assert all(drawn.worths()[expert].sum() > 0 for expert in moved)
 
 
 def test_what_they_cannot_take():

@@ -23,7 +23,6 @@ from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn.prepared_gains import prepare_gains
 from qdora.ops import blockwise, bnb_kernels, tiles
-from qdora.ops.adapted_product import column_dot
 from qdora.ops.loss import chunked_nll
 from qdora.ops.packed import PackedWeight, dequantize, quantize
 from qdora.train.optimizer import AdapterOptimizer
@@ -82,17 +81,6 @@ def test_forward_and_every_gradient(kind, quant, small_tiles, monkeypatch):
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert reference.relative_error(to_numpy(found[name]), value) < 8e-3, name
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (513, 1008), (4096, 512), (20_000, 64)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_column_dot_is_the_sum_in_float32(shape, dtype):
-    left, right = (random(*shape, seed=seed, dtype=dtype).to(DEVICE) for seed in (6, 7))
-    factor = random(shape[1], seed=8, dtype=torch.float32).to(DEVICE)
-    wanted = (left.double() * right.double()).sum(0) * factor.double()
-    scale = (left.double() * right.double()).abs().sum(0) * factor.double().abs()
-    for a, b in ((left, right), (left.T.contiguous().T, right)):
-        assert float(((column_dot(a, b, factor).double() - wanted).abs() / scale).max()) < 1e-6
 
 
 def waits_of(function: Any) -> list[str]:

@@ -46,7 +46,7 @@ from qdora.train.progress import TrainingProgress
 from tests import tiny_streamed
 from tests.adapter_numbers import make
 from tests.false_gpu import Event, FalseGpu, on_false_gpu
-from tests.test_nn_frozen_linear import shares
+from tests.test_nn_adapted_linear import shares
 
 NUM_BLOCKS, NUM_MICRO_BATCHES, NUM_STEPS = 3, 8, 2
 CPU = torch.device("cpu")

@@ -21,7 +21,6 @@ from qdora.nn import prepared_gains
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.prepared_gains import norms_checked_later, prepare_gains, settle_norms, unchecked
-from qdora.ops import low_rank_factors
 from qdora.ops.packed import empty_packed
 from qdora.ops.planned_device import planned_on
 from qdora.plan.live_bytes import LiveBytes
@@ -52,6 +51,7 @@ def in_place(layer: AdaptedLinear) -> None:
 
 def the_gate(layer: AdaptedLinear) -> None:
     layer.add_gate()
+    layer(X.to(layer.lora_A.dtype))
     assert layer.gate is not None
     layer.gate.detach().add_(torch.tensor([0.5, -2.0, 0.0]))
 
@@ -350,7 +350,7 @@ def test_lora_and_masked_layers_have_no_norms_to_prepare():
         assert_fresh(layer)
 
 
-def test_layers_alike_are_computed_together_and_factors_scaled_a_slice_at_a_time(monkeypatch):
+def test_layers_alike_are_computed_together(monkeypatch):
     calls: list[int] = []
     compute = prepared_gains.factored_norms
     monkeypatch.setattr(
@@ -364,13 +364,6 @@ def test_layers_alike_are_computed_together_and_factors_scaled_a_slice_at_a_time
     monkeypatch.setattr(prepared_gains, "entries_at_a_time", lambda _: 2 * 64 * 3)
     prepare_gains(layers_of())
     assert sorted(calls) == [1, 1, 1, 1, 2]  # 3 as 2 and 1, the larger ones one by one
-    layers, entries, plain = layers_of(), [], low_rank_factors.scaled_rows
-    monkeypatch.setattr(low_rank_factors, "entries_at_a_time", lambda _: 16)
-    monkeypatch.setattr(
-        low_rank_factors, "scaled_rows", lambda values, *a: (entries.append(values.numel()), plain(values, *a))[1]
-    )
-    prepare_gains(layers)
-    assert max(entries) == 15  # five rows of rank 3, of one or of several layers
 
 
 def test_what_is_made_takes_the_place_of_what_it_follows():
