@@ -150,15 +150,11 @@ def stacked(part: int, matrix: Tensor, share: str | None, rows: int) -> Tensor:
 def test_of_a_model_against_the_definition(directory, case, draws):
     kind, norm, masked, moved, share = case
     if share is None:
-        model, name, num_new, tolerance = (
-            tiny_curvature.adapted(kind=kind, moved=moved, masked=masked),
-            LAYERS[0],
-            6,
-            1e-6,
-        )
+        name, num_new, tolerance = LAYERS[0], 6, 1e-6
+        model = tiny_curvature.adapted(kind=kind, moved=moved, masked=masked)
     else:
-        model = tiny_curvature.mixture(directory, kind=kind, share=share, masked=bool(masked))
         name, num_new, tolerance = STACKS[0], 2, 1e-4
+        model = tiny_curvature.mixture(directory, kind=kind, share=share, masked=bool(masked))
     batches, rank = tiny_curvature.batches(), 2 if moved else 0
     own = layer_directions(model, {name: num_new}, batches, norm=norm)
     exact = exact_curvatures(model, own, batches, norm=norm)[name]
