@@ -15,31 +15,41 @@ from scipy import stats
 Array = NDArray[np.float64]
 
 
-def row_norm(weight: Array, lora_a: Array, lora_b: Array, scaling: float) -> Array:
-    """||W + s B A|| row by row, the sum formed entry by entry."""
-    rows, columns = weight.shape
-    norms = np.zeros(rows)
-    for i in range(rows):
-        total = 0.0
-        for j in range(columns):
-            entry = weight[i, j]
-            for k in range(lora_a.shape[0]):
-                entry += scaling * lora_b[i, k] * lora_a[k, j]
-            total += entry * entry
-        norms[i] = math.sqrt(total)
-    return norms
+def low_rank(lora_a: Array, lora_b: Array, scaling: float, mask: Array | None = None) -> Array:
+    """s M o (B A), row by row; every entry of M is 1 without a mask."""
+    update = np.zeros((lora_b.shape[0], lora_a.shape[1]))
+    for i in range(len(update)):
+        for k in range(lora_a.shape[0]):
+            update[i] += scaling * lora_b[i, k] * lora_a[k]
+        if mask is not None:
+            update[i, ~mask[i]] = 0.0
+    return update
 
 
-def merged_weight(weight: Array, lora_a: Array, lora_b: Array, scaling: float, magnitude: Array | None = None) -> Array:
-    """g_i (w_ij + s sum_k b_ik a_kj), g = m / row norm (0 for a zero row), or g = 1 without a magnitude."""
-    merged = weight.copy()
-    norms = row_norm(weight, lora_a, lora_b, scaling)
-    for i in range(weight.shape[0]):
-        for j in range(weight.shape[1]):
-            for k in range(lora_a.shape[0]):
-                merged[i, j] += scaling * lora_b[i, k] * lora_a[k, j]
-        if magnitude is not None:
-            merged[i] *= magnitude[i] / norms[i] if norms[i] > 0 else 0.0
+def row_norm(weight: Array, lora_a: Array, lora_b: Array, scaling: float, mask: Array | None = None) -> Array:
+    """||W + s M o (B A)|| of each row, from the sum itself."""
+    total = weight + low_rank(lora_a, lora_b, scaling, mask)
+    return np.array([math.sqrt(sum(float(entry) ** 2 for entry in row)) for row in total])
+
+
+def gain(magnitude: Array | None, norm: Array) -> Array:
+    """g = m / norm of each row, 0 for a zero row; 1 without a magnitude."""
+    if magnitude is None:
+        return np.ones_like(norm)
+    return np.array([m / n if n > 0 else 0.0 for m, n in zip(magnitude, norm, strict=True)])
+
+
+def merged_weight(
+    weight: Array,
+    lora_a: Array,
+    lora_b: Array,
+    scaling: float,
+    magnitude: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """g_i (w_ij + s m_ij sum_k b_ik a_kj)."""
+    norm = row_norm(weight, lora_a, lora_b, scaling, mask)
+    merged: Array = gain(magnitude, norm)[:, None] * (weight + low_rank(lora_a, lora_b, scaling, mask))
     return merged
 
 
@@ -53,18 +63,16 @@ def forward(
     bias: Array | None = None,
     keep: Array | None = None,
     norm: Array | None = None,
+    mask: Array | None = None,
 ) -> Array:
-    """y_t = g (W x_t + s B A (keep_t x_t)) + bias for tokens x (tokens, in); `norm` overrides the row norm."""
+    """y_t = g (W x_t + s M o (B A) (keep_t x_t)) + bias for tokens x (tokens, in); `norm` overrides the row norm."""
     if norm is None:
-        norm = row_norm(weight, lora_a, lora_b, scaling)
+        norm = row_norm(weight, lora_a, lora_b, scaling, mask)
+    update, gains = low_rank(lora_a, lora_b, scaling, mask), gain(magnitude, norm)
     out = np.zeros((x.shape[0], weight.shape[0]))
     for t in range(x.shape[0]):
-        low = lora_a @ (x[t] if keep is None else keep[t] * x[t])
-        for i in range(weight.shape[0]):
-            value = weight[i] @ x[t] + scaling * (lora_b[i] @ low)
-            if magnitude is not None:
-                value *= magnitude[i] / norm[i] if norm[i] > 0 else 0.0
-            out[t, i] = value + (0.0 if bias is None else bias[i])
+        dropped = x[t] if keep is None else keep[t] * x[t]
+        out[t] = gains * (weight @ x[t] + update @ dropped) + (0.0 if bias is None else bias)
     return out
 
 
@@ -87,27 +95,24 @@ def gradients(
     scaling: float,
     magnitude: Array | None = None,
     keep: Array | None = None,
+    mask: Array | None = None,
 ) -> Gradients:
-    """By the chain rule, token by token: y = g z, z = W x + s B u, u = A (keep x)."""
-    norm = row_norm(weight, lora_a, lora_b, scaling)
+    """By the chain rule, token by token: y = g z, z = W x + U (keep x), U = s M o (B A)."""
+    norm = row_norm(weight, lora_a, lora_b, scaling, mask)
+    update, gains = low_rank(lora_a, lora_b, scaling, mask), gain(magnitude, norm)
     ones = np.ones_like(x) if keep is None else keep
-    dx, da, db = np.zeros_like(x), np.zeros_like(lora_a), np.zeros_like(lora_b)
+    dx, d_update = np.zeros_like(x), np.zeros_like(update)
     dm = None if magnitude is None else np.zeros(weight.shape[0])
     for t in range(x.shape[0]):
-        dropped = ones[t] * x[t]
-        low = lora_a @ dropped
-        dz = dy[t].copy()
-        if magnitude is not None:
-            assert dm is not None
-            for i in range(weight.shape[0]):
-                z = weight[i] @ x[t] + scaling * (lora_b[i] @ low)
-                dm[i] += dy[t, i] * z / norm[i] if norm[i] > 0 else 0.0
-                dz[i] *= magnitude[i] / norm[i] if norm[i] > 0 else 0.0
-        d_low = scaling * (lora_b.T @ dz)
-        db += scaling * np.outer(dz, low)
-        da += np.outer(d_low, dropped)
-        dx[t] = weight.T @ dz + ones[t] * (lora_a.T @ d_low)
-    return Gradients(dx, da, db, dm)
+        dropped, dz = ones[t] * x[t], gains * dy[t]
+        z = weight @ x[t] + update @ dropped
+        if dm is not None:
+            dm += dy[t] * z * gain(np.ones_like(norm), norm)
+        d_update += np.outer(dz, dropped)
+        dx[t] = weight.T @ dz + ones[t] * (update.T @ dz)
+    if mask is not None:
+        d_update[~mask] = 0.0
+    return Gradients(dx, scaling * lora_b.T @ d_update, scaling * d_update @ lora_a.T, dm)
 
 
 def relative_error(got: Array, expected: Array) -> float:

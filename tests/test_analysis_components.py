@@ -1,22 +1,21 @@
-"""What rank components are worth: quadratic losses whose answer is known, and tiny models against their definition."""
+"""What rank components are worth: quadratic losses whose answer is known, and tiny models against their definition,
+with adapters on layers and on stacks of experts, by float64 autograd through transformers' own code."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 
 from qdora.analysis import components as component_curvature
 from qdora.analysis.allocate import allocate, effective_rank
 from qdora.analysis.components import (
     Components,
-    CurvatureProbe,
     Directions,
     directions,
     drawn_curvatures,
@@ -24,12 +23,15 @@ from qdora.analysis.components import (
     exact_curvatures,
     held_components,
     layer_directions,
+    probe_of,
     squared_slopes,
 )
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers, inject
-from tests import tiny_adapted, tiny_curvature
-from tests.tiny_curvature import LAYERS
+from tests import tiny_adapted, tiny_curvature, tiny_experts
+from tests.tiny_curvature import EXPERTS, LAYERS, STACKS, update_of
+
+CPU = torch.device("cpu")
 
 
 def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
@@ -37,62 +39,66 @@ def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
     return torch.linalg.qr(values).Q
 
 
-def of_quadratic(missing: Tensor, sizes: Tensor, curvature: float, num_new: int) -> Components:
-    """F = c ||D - X||^2 / 2: X has the singular values `missing`, and D `sizes` on the first of its directions."""
-    left, right = orthonormal(24, len(missing), 0), orthonormal(17, len(missing), 1)
-    held = (left[:, : len(sizes)], sizes, right[:, : len(sizes)])
-    gradient = curvature * (held[0] * sizes @ held[2].T - left * missing @ right.T)
-    found = directions(held, gradient, num_new)
-    return with_curvatures(found, np.full(len(found.sizes), curvature))
-
-
 def with_curvatures(found: Directions, curvatures: Any) -> Components:
     return Components(found, curvatures, curvatures * 0.0)
 
 
+def of_quadratic(missing: Sequence[float], sizes: Sequence[float], curvature: float, num_new: int) -> Components:
+    """F = c ||D - X||^2 / 2: X has the singular values `missing`, and D `sizes` on the first of its directions."""
+    left, right = orthonormal(24, len(missing), 0), orthonormal(17, len(missing), 1)
+    held, taus = torch.tensor(sizes, dtype=torch.float64), torch.tensor(missing, dtype=torch.float64)
+    own = (left[:, : len(sizes)], held, right[:, : len(sizes)])
+    found = directions(own, curvature * (own[0] * held @ own[2].T - left * taus @ right.T), num_new)
+    return with_curvatures(found, np.full(len(found.sizes), curvature))
+
+
 @pytest.mark.parametrize("sizes", [[], [1.0, 2.5, 0.3], [9.0]], ids=["b=0", "three", "far-off"])
-def test_of_a_quadratic_loss_they_are_what_a_rank_leaves_out(sizes: list[float]) -> None:
+def test_of_a_quadratic_loss_they_are_what_a_rank_leaves_out(sizes):
     """Eckart-Young: each tau once, c tau^2 / 2, wherever D stands and whatever its rank."""
-    missing = torch.tensor([3.0, 2.0, 1.5, 1.0, 0.5], dtype=torch.float64)
-    held = torch.tensor(sizes, dtype=torch.float64)
-    found = of_quadratic(missing, held, 4.0, 8)
-    assert len(found.worths()) == 5
-    spectrum = found.spectrum(10, 41)
-    np.testing.assert_allclose(spectrum.energies, 2.0 * missing.square(), rtol=1e-10)
-    assert spectrum.total == pytest.approx(2.0 * float(missing.square().sum()), rel=1e-10)
+    missing = [3.0, 2.0, 1.5, 1.0, 0.5]
+    spectrum = of_quadratic(missing, sizes, 4.0, 8).spectrum(10, 41)
+    np.testing.assert_allclose(spectrum.energies, 2.0 * np.square(missing), rtol=1e-10)
+    assert spectrum.total == pytest.approx(2.0 * np.square(missing).sum(), rel=1e-10)
     assert effective_rank(spectrum, 0.9) == 3  # 9 + 4 + 2.25 of 16.5
-
-
-def test_they_allocate_what_leaves_the_least_loss() -> None:
-    """Two layers, one budget: by the largest eigenvalues, 2 r copies each, the steeper layer would get all."""
-    first = torch.tensor([5.0, 0.2, 0.1], dtype=torch.float64)
-    second = torch.tensor([2.0, 1.8, 1.6], dtype=torch.float64)
-    start = torch.zeros(0, dtype=torch.float64)
-    spectra = {
-        "steep": of_quadratic(first, start, 1.0, 3).spectrum(3, 41),
-        "broad": of_quadratic(second, start, 1.0, 3).spectrum(3, 41),
-    }
-    assert allocate(spectra, 4 * 41) == {"steep": 1, "broad": 3}
-
-
-def test_what_was_not_looked_at_is_in_the_total() -> None:
-    missing = torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
-    spectrum = of_quadratic(missing, torch.zeros(0, dtype=torch.float64), 1.0, 1).spectrum(3, 41)
+    # What was not looked at is in the total.
+    spectrum = of_quadratic([2.0, 1.0, 1.0, 1.0], [], 1.0, 1).spectrum(3, 41)
     assert spectrum.total == pytest.approx(3.5, rel=1e-10)
     assert effective_rank(spectrum, 0.9) is None
 
 
-def test_a_component_that_moves_nothing_is_worth_nothing() -> None:
+def test_they_allocate_what_leaves_the_least_loss():
+    """Two layers, one budget: by the largest eigenvalues, 2 r copies each, the steeper layer would get all."""
+    steep, broad = ([5.0, 0.2, 0.1], [2.0, 1.8, 1.6])
+    spectra = {name: of_quadratic(each, [], 1.0, 3).spectrum(3, 41) for name, each in {"a": steep, "b": broad}.items()}
+    assert allocate(spectra, 4 * 41) == {"a": 1, "b": 3}
+
+
+def test_a_component_that_moves_nothing_is_worth_nothing():
     gradient = torch.zeros(4, 3, dtype=torch.float64)
     gradient[0, 0] = 1.0
     held = (orthonormal(4, 1, 0), torch.ones(1, dtype=torch.float64), orthonormal(3, 1, 1))
     found = directions(held, gradient, 2)
-    assert with_curvatures(found, np.zeros(len(found.sizes))).worths().tolist() == [0.0] * len(found.sizes)
+    assert not with_curvatures(found, np.zeros(len(found.sizes))).worths().any()
     still = directions(held, gradient * 0, 2)  # none has a slope
     assert with_curvatures(still, np.ones(len(still.sizes))).worths().tolist() == [0.5]
 
 
-def test_held_components_are_the_singular_directions_of_the_update() -> None:
+def test_the_worth_of_a_stack_is_the_sum_over_its_parts():
+    """The second part has one component, and the third is flat beside the others, but not by itself."""
+    sizes = np.array([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [1e4, 0.0, 0.0]])
+    slopes = np.array([[0.0, 0.0, 0.4], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    curvatures = np.array([[2.0, 1.0, 0.1], [4.0, 0.0, 0.0], [1e-8, 0.0, 0.0]])
+    vectors, tails = torch.zeros(3, 5, 3), np.array([0.08, 0.0, 0.0])
+    found = with_curvatures(Directions(vectors, vectors, sizes, slopes, tails), curvatures)
+    np.testing.assert_allclose(found.worths(), [[1.0, 2.0, 0.8], [18.0, 0.0, 0.0], [0.5, 0.0, 0.0]])
+    spectrum = found.spectrum(2, 7)
+    np.testing.assert_allclose(spectrum.energies, [20.5, 1.0])
+    assert spectrum.total == pytest.approx(22.3 + 0.08 * 0.8 / 0.16)
+    assert spectrum.cost == 7
+    assert found.to_dict()["worths"] == found.worths().tolist()
+
+
+def test_held_components_are_the_singular_directions_of_the_update():
     layer = adapted_layers(tiny_adapted.adapted(dtype=torch.float64))["model.layers.0.mlp.up_proj"]
     with torch.no_grad():
         layer.lora_B[:, 2] = layer.lora_B[:, 0]  # rank 2 of 3 ...
@@ -107,123 +113,94 @@ def test_held_components_are_the_singular_directions_of_the_update() -> None:
     assert len(held_components(layer)[0][1]) == 0
 
 
+# ------------------------------------------------------------------------------------------------ by the definition
+
 KINDS = [("lora", "none"), ("dora", "attached"), ("dora", "held")]
-FEW_DRAWN = [("dora", "attached", True, True), ("lora", "none", False, False)]
-"""The cases of the definition against which draws are compared outside of the slow tests. What is drawn, and what is
-made of it, is exact in test_drawing_every_label_once_by_its_chance_is_exact and
-test_micro_batches_get_labels_of_their_own."""
-CASES = [(kind, norm, masked, moved) for moved in (True, False) for kind, norm in KINDS for masked in (False, True)]
+# (kind, norm, masked, moved, share): a share is that of stacks of experts.
+LAYER_CASES = [(*kind, masked, moved, None) for moved in (True, False) for kind in KINDS for masked in (False, True)]
+STACK_CASES = [(*kind, masked, True, share) for kind in KINDS for share in ("none", "A", "B") for masked in (0, 1)]
+FAST_STACKS = [("dora", "attached", 0, True, "none"), ("lora", "none", 0, True, "B"), ("dora", "held", 1, True, "A")]
+# Draws are exact in the tests of every label and of micro-batches: a few cases are enough in the fast ones.
+DRAWN = [("dora", "attached", True, True, None), ("lora", "none", False, False, None)]
+FAST = [(case, 800 if case in DRAWN else 0) for case in LAYER_CASES] + [(case, 0) for case in FAST_STACKS]
+SLOW = [(case, 800) for case in LAYER_CASES if case not in DRAWN]
+SLOW += [(case, 0) for case in STACK_CASES if case not in FAST_STACKS]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("mixture")
+
+
+def stacked(part: int, matrix: Tensor, share: str | None, rows: int) -> Tensor:
+    """A matrix of one part in the layout of the layer, (experts * out, in) of a stack; zero in other parts."""
+    if share in (None, "A"):
+        return matrix
+    if share == "B":
+        return torch.cat(list(matrix.split(matrix.shape[1] // EXPERTS, dim=1)), dim=0)
+    whole = torch.zeros(EXPERTS, *matrix.shape, dtype=matrix.dtype)
+    whole[part] = matrix
+    assert whole.shape[0] * whole.shape[1] == rows
+    return whole.flatten(0, 1)
 
 
 @pytest.mark.parametrize(
-    "kind, norm, masked, moved, draws",
-    [(*case, 800 if case in FEW_DRAWN else 0) for case in CASES]
-    + [pytest.param(*case, 800, marks=pytest.mark.slow) for case in CASES if case not in FEW_DRAWN],
+    "case, draws", [*FAST, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)], ids=str
 )
-def test_of_a_model_against_the_definition(kind: str, norm: Any, masked: bool, moved: bool, draws: int) -> None:
-    model = tiny_curvature.adapted(kind=kind, moved=moved, masked=masked)
-    name = LAYERS[0]
-    layer = adapted_layers(model)[name]
-    batches = tiny_curvature.batches()
-    found = layer_directions(model, {name: 6}, batches, norm=norm)
-    exact = exact_curvatures(model, found, batches, norm=norm)[name]
-    directions_found = found[name]
-    logits, labels = by_update(model, norm == "held")
-    update = layer.alpha / layer.rank * layer.lora_B.detach() @ layer.lora_A.detach()
-    here = update.clone().requires_grad_(True)
-    loss = torch.nn.functional.cross_entropy(logits(here), labels)
-    (gradient,) = torch.autograd.grad(loss, here)
-    left, sizes, right_t = torch.linalg.svd(update)
-    held = int((sizes > 1e-12).sum())
-    assert held == (2 if moved else 0)
-    left, sizes, right = left[:, :held], sizes[:held], right_t[:held].T
-    across = (torch.eye(len(left)) - left @ left.T).double() @ gradient
-    across = across @ (torch.eye(len(right)) - right @ right.T).double()
-    u, slopes, vh = torch.linalg.svd(across)
-    pairs = [*zip(left.T, right.T, strict=True), *zip(u.T[:6], vh[:6], strict=True)]
-    matrices = [torch.outer(a, b) for a, b in pairs]
-    np.testing.assert_allclose(directions_found.sizes, [*sizes, *[0.0] * 6], rtol=1e-9, atol=1e-15)
-    np.testing.assert_allclose(
-        directions_found.slopes, [float((gradient * each).sum()) for each in matrices], rtol=1e-6
-    )
-    np.testing.assert_allclose(directions_found.slopes[held:], slopes[:6], rtol=1e-6)
-    expected = []
-    p = torch.softmax(logits(update), dim=-1)
-    for direction in matrices:
-        _, along = torch.func.jvp(logits, (update,), (direction,))
-        expected.append(float(((p * along.square()).sum(-1) - (p * along).sum(-1).square()).mean()))
-    np.testing.assert_allclose(exact.curvatures, expected, rtol=1e-6)
+def test_of_a_model_against_the_definition(directory, case, draws):
+    kind, norm, masked, moved, share = case
+    if share is None:
+        name, num_new, tolerance = LAYERS[0], 6, 1e-6
+        model = tiny_curvature.adapted(kind=kind, moved=moved, masked=masked)
+    else:
+        name, num_new, tolerance = STACKS[0], 2, 1e-4
+        model = tiny_curvature.mixture(directory, kind=kind, share=share, masked=bool(masked))
+    batches, rank = tiny_curvature.batches(), 2 if moved else 0
+    own = layer_directions(model, {name: num_new}, batches, norm=norm)
+    exact = exact_curvatures(model, own, batches, norm=norm)[name]
     assert not exact.errors.any()
-    assert directions_found.tail == pytest.approx(float(slopes[6:].square().sum()), rel=1e-6)
-    if not draws:
-        return
-    drawn = drawn_curvatures(model, found, batches, norm=norm, draws=draws)[name]
-    np.testing.assert_allclose(drawn.curvatures, expected, rtol=0.5)
-    assert np.abs((drawn.curvatures - expected) / drawn.errors).max() < 4.5
-    assert (drawn.errors < 0.15 * drawn.curvatures).all()
+    logits = tiny_curvature.logits_by_update(model, held=norm == "held")
+    update = update_of(adapted_layers(model)[name])
+    here = update.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(cross_entropy(logits({name: here}), tiny_curvature.all_targets()), here)
+    p = torch.softmax(logits({}), -1)
 
+    def form(direction: Tensor) -> float:
+        """<E, H E> from the definition."""
+        _, along = torch.autograd.functional.jvp(lambda value: logits({name: value}), update, direction)
+        return float(((p * along.square()).sum(-1) - (p * along).sum(-1).square()).mean())
 
-@pytest.mark.parametrize(
-    "variant", ["llama", "masked", "qwen2", "gated", "dead rows", "head", "sequence first", "written into"]
-)
-@pytest.mark.parametrize("kind, norm", KINDS)
-def test_drawing_every_label_once_by_its_chance_is_exact(kind: str, norm: Any, variant: str) -> None:
-    """Of one labelled token: the sum over all labels of p times the squared slope is the form itself."""
-    model = a_model(kind, variant)
-    layers = adapted_layers(model)
-    batch = tiny_curvature.batches()[0]
-    batch.labels[:, :-1] = -100
-    found = layer_directions(model, dict.fromkeys(layers, 3), tiny_curvature.batches(), norm=norm)
-    exact = exact_curvatures(model, found, [batch], norm=norm)
-    probes = {name: CurvatureProbe(layers[name], each, norm) for name, each in found.items()}
-    chances = []
-
-    def every_label(logits: Tensor) -> Tensor:
-        chances.append(torch.softmax(logits, dim=-1)[0])
-        return torch.arange(logits.shape[-1])[:, None]
-
-    model.train()  # dropout is off all the same
-    squares = squared_slopes(model, probes, batch, every_label, device=torch.device("cpu"))
-    assert model.training
-    for name in layers:
-        assert len(exact[name].curvatures) == 2 + 3
-        np.testing.assert_allclose((chances[0] @ squares[name]).numpy(), exact[name].curvatures, rtol=1e-8)
-
-
-def a_model(kind: str, variant: str) -> Any:
-    """Adapters with dropout on `LAYERS`, or on others where the architecture or the layers are the point."""
-    if variant == "masked":
-        return tiny_curvature.adapted(kind=kind, masked=True)
-    model = tiny_curvature.base("qwen2" if variant == "qwen2" else "llama")
-    if variant == "dead rows":
-        for name in LAYERS:
-            model.get_submodule(name).weight[3] = 0.0
-    wrappers = {"sequence first": SequenceFirst, "written into": WrittenInto}
-    if variant in wrappers:
-        attention = model.model.layers[0].self_attn
-        attention.v_proj = wrappers[variant](attention.v_proj)
-    biased = ["model.layers.0.self_attn.q_proj", *LAYERS]
-    targets: Any = {"qwen2": biased, "head": [*LAYERS, "lm_head"]} | {each: ["linear"] for each in wrappers}
-    layers = inject(
-        model,
-        kind=kind,  # type: ignore[arg-type]
-        rank=2,
-        alpha=3.0,
-        targets=targets.get(variant, list(LAYERS)),
-        dtype=torch.float64,
-        dropout=0.5,
-        generator=torch.Generator().manual_seed(1),
-    )
-    tiny_adapted.move(layers)
-    for layer in layers.values():
-        if variant == "dead rows":
-            with torch.no_grad():
-                layer.lora_B[3] = 0.0
-        if variant == "gated":
-            layer.add_gate()
-            layer.gate.data = torch.tensor([0.3, 1.7], dtype=torch.float64)  # type: ignore[union-attr]
-        layer.parameters_changed()
-    return model
+    parts = [[each] if share is None else tiny_experts.parts_of(each, EXPERTS, share) for each in (update, gradient)]
+    found, num_compared, all_forms = own[name], 0, []
+    sizes_of, slopes_of, curvatures_of = map(np.atleast_2d, (found.sizes, found.slopes, exact.curvatures))
+    for part, (mine, slope) in enumerate(zip(*parts, strict=True)):
+        left, sizes, right = torch.linalg.svd(mine)
+        assert int((sizes > 1e-12).sum()) == rank
+        left, sizes, right = left[:, :rank], sizes[:rank], right[:rank].T
+        across = slope - left @ (left.T @ slope)
+        across = across - (across @ right) @ right.T
+        u, slopes, vh = torch.linalg.svd(across)
+        # Of experts without tokens there is no new component, and with one token there is one.
+        some = int((slopes[:num_new] > 1e-6 * slopes[0]).sum())
+        pairs = [*zip(left.T, right.T, strict=True), *zip(u.T[:some], vh[:some], strict=True)]
+        matrices = [torch.outer(a, b) for a, b in pairs]
+        forms, count = [form(stacked(part, each, share, len(update))) for each in matrices], len(matrices)
+        np.testing.assert_allclose(sizes_of[part][:count], [*sizes, *[0.0] * some], rtol=1e-9, atol=1e-15)
+        assert not sizes_of[part][count:].any()
+        wanted = [float((slope * each).sum()) for each in matrices]
+        np.testing.assert_allclose(slopes_of[part][:count], wanted, rtol=tolerance, atol=1e-9)
+        np.testing.assert_allclose(slopes_of[part][rank:count], slopes[:some], rtol=tolerance, atol=1e-9)
+        np.testing.assert_allclose(curvatures_of[part][:count], forms, rtol=tolerance, atol=1e-12)
+        assert not curvatures_of[part][count:].any()
+        tail = float(slopes[num_new:].square().sum())
+        assert np.atleast_1d(found.tail)[part] == pytest.approx(tail, rel=tolerance, abs=1e-12)
+        num_compared, all_forms = num_compared + count, all_forms + forms
+    assert num_compared > curvatures_of.size // 2
+    if draws:
+        drawn = drawn_curvatures(model, own, batches, norm=norm, draws=draws)[name]
+        np.testing.assert_allclose(drawn.curvatures, all_forms, rtol=0.5)
+        assert np.abs((drawn.curvatures - all_forms) / drawn.errors).max() < 4.5
+        assert (drawn.errors < 0.15 * drawn.curvatures).all()
 
 
 class SequenceFirst(torch.nn.Module):
@@ -244,7 +221,77 @@ class WrittenInto(SequenceFirst):
         return self.linear(x).clamp_(-1e3, 1e3)  # type: ignore[no-any-return]
 
 
-def test_of_a_layer_without_rows_the_mean_is_right() -> None:
+WRAPPERS = {"sequence first": SequenceFirst, "written into": WrittenInto}
+VARIANTS = ["llama", "masked", "qwen2", "gated", "dead rows", "head", *WRAPPERS]
+
+
+def a_model(kind: Any, variant: str) -> Any:
+    """Adapters with dropout on `LAYERS`, or on others where the architecture or the layers are the point."""
+    if variant == "masked":
+        return tiny_curvature.adapted(kind=kind, masked=True)
+    model = tiny_curvature.base("qwen2" if variant == "qwen2" else "llama")
+    for name in LAYERS if variant == "dead rows" else ():
+        model.get_submodule(name).weight[3] = 0.0
+    if variant in WRAPPERS:
+        attention = model.model.layers[0].self_attn
+        attention.v_proj = WRAPPERS[variant](attention.v_proj)
+    biased = ["model.layers.0.self_attn.q_proj", *LAYERS]
+    targets: Any = {"qwen2": biased, "head": [*LAYERS, "lm_head"]} | {each: ["linear"] for each in WRAPPERS}
+    options: dict[str, Any] = {"rank": 2, "alpha": 3.0, "dtype": torch.float64, "dropout": 0.5}
+    generator = torch.Generator().manual_seed(1)
+    layers = inject(model, kind=kind, targets=targets.get(variant, list(LAYERS)), generator=generator, **options)
+    tiny_adapted.move(layers)
+    for layer in layers.values():
+        if variant == "dead rows":
+            layer.lora_B.data[3] = 0.0
+        if variant == "gated":
+            layer.add_gate()
+            layer.gate.data = torch.tensor([0.3, 1.7], dtype=torch.float64)  # type: ignore[union-attr]
+        layer.parameters_changed()
+    return model
+
+
+EXACT = [pytest.param(*kind, variant, False, None, id=f"{kind}-{variant}") for kind in KINDS for variant in VARIANTS]
+EXACT += [
+    pytest.param(kind, norm, "mixture", bool(masked), share, marks=() if case in FAST_STACKS else pytest.mark.slow)
+    for case in STACK_CASES
+    for kind, norm, masked, _, share in [case]
+]
+
+
+@pytest.mark.parametrize("kind, norm, variant, masked, share", EXACT)
+def test_drawing_every_label_once_by_its_chance_is_exact(directory, kind, norm, variant, masked, share):
+    """Of one labelled token: the sum over all labels of p times the squared slope is the form itself."""
+    is_stack, num_new = share is not None, 3 if share is None else 2
+    model = (
+        tiny_curvature.mixture(directory, kind=kind, share=share, masked=masked) if is_stack else a_model(kind, variant)
+    )
+    layers, batch = adapted_layers(model), tiny_curvature.batches()[0]
+    batch.labels[:, :-1] = -100
+    found = layer_directions(model, dict.fromkeys(layers, num_new), tiny_curvature.batches(), norm=norm)
+    exact = exact_curvatures(model, found, [batch], norm=norm)
+    probes = {name: probe_of(layers[name], each, norm) for name, each in found.items()}
+    chances: list[Tensor] = []
+
+    def every_label(logits: Tensor) -> Tensor:
+        chances.append(torch.softmax(logits, dim=-1)[0])
+        return torch.arange(logits.shape[-1])[:, None]
+
+    model.train()  # dropout is off all the same
+    squares = squared_slopes(model, probes, batch, every_label, device=CPU)
+    assert model.training
+    for name in layers:
+        mean = torch.tensordot(chances[0], squares[name], dims=1).numpy()
+        assert is_stack or mean.shape == (2 + num_new,)
+        assert mean.max() > 0
+        rtol, atol = (1e-5, 1e-7 * mean.max()) if is_stack else (1e-8, 0.0)
+        np.testing.assert_allclose(mean, exact[name].curvatures, rtol=rtol, atol=atol)
+
+
+# ------------------------------------------------------------------------------------------------ draws
+
+
+def test_of_a_layer_without_rows_the_mean_is_right():
     """Also where there are as many rows as positions, so that its input looks as if it had rows."""
     model = a_model("dora", "sequence first")
     ids = torch.tensor([[1, 17, 300, 5], [9, 120, 3, 30], [8, 2, 91, 44], [60, 7, 7, 250]])
@@ -259,26 +306,19 @@ def test_of_a_layer_without_rows_the_mean_is_right() -> None:
             assert np.abs((drawn[name].curvatures - exact[name].curvatures) / drawn[name].errors).max() < 4.5
 
 
-def test_micro_batches_get_labels_of_their_own() -> None:
+def test_micro_batches_get_labels_of_their_own(monkeypatch):
     model = tiny_curvature.adapted(kind="lora")
     batch = tiny_curvature.batches()[0]
     found = layer_directions(model, dict.fromkeys(LAYERS, 3), [batch], norm="none")
     seen: list[Tensor] = []
     real = component_curvature.drawn_labels
-
-    def keep(*args: Any, **options: Any) -> Tensor:
-        seen.append(real(*args, **options))
-        return seen[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(component_curvature, "drawn_labels", keep)
-        drawn = drawn_curvatures(model, found, [batch, batch], norm="none", draws=8)
-        drawn_curvatures(model, found, [batch, batch], norm="none", draws=8, seed=1)
+    monkeypatch.setattr(component_curvature, "drawn_labels", lambda *a, **k: (seen.append(real(*a, **k)), seen[-1])[1])
+    drawn = drawn_curvatures(model, found, [batch, batch], norm="none", draws=8)
+    drawn_curvatures(model, found, [batch, batch], norm="none", draws=8, seed=1)
     assert len({tuple(each.flatten().tolist()) for each in seen}) == 4
-    values = [
-        squared_slopes(model, probes_of(model, found), batch, lambda _, labels=each: labels, device=torch.device("cpu"))
-        for each in seen[:2]
-    ]
+    layers = adapted_layers(model)
+    probes = {name: probe_of(layers[name], each, "none") for name, each in found.items()}
+    values = [squared_slopes(model, probes, batch, lambda _, each=each: each, device=CPU) for each in seen[:2]]
     num_tokens = 2 * int((batch.labels[:, 1:] != -100).sum())
     for name in LAYERS:
         each = ((values[0][name] + values[1][name]) / num_tokens).numpy()
@@ -286,32 +326,7 @@ def test_micro_batches_get_labels_of_their_own() -> None:
         np.testing.assert_allclose(drawn[name].errors, each.std(axis=0, ddof=1) / np.sqrt(8), rtol=1e-12)
 
 
-def probes_of(model: Any, found: dict[str, Directions]) -> dict[str, CurvatureProbe]:
-    layers = adapted_layers(model)
-    return {name: CurvatureProbe(layers[name], each, "none") for name, each in found.items()}
-
-
-def test_what_they_cannot_take() -> None:
-    model = tiny_curvature.adapted()
-    batches = tiny_curvature.batches()
-    found = layer_directions(model, {LAYERS[0]: 3}, batches, norm="held")
-    with pytest.raises(ValueError, match="draws must be 8 or more, got 7"):
-        drawn_curvatures(model, found, batches, norm="held", draws=7)
-    for call in (
-        lambda norm, given: layer_directions(model, {LAYERS[0]: 3}, given, norm=norm),
-        lambda norm, given: drawn_curvatures(model, found, given, norm=norm, draws=8),
-    ):
-        with pytest.raises(ValueError, match="norm 'none' for dora layers; allowed: attached, held"):
-            call("none", batches)
-        silent = tiny_curvature.batches()[0]
-        silent.labels[:] = -100
-        with pytest.raises(ValueError, match="no labelled token"):
-            call("held", [silent])
-    with pytest.raises(ValueError, match="allowed: float32 or float64"):
-        layer_directions(model.bfloat16(), {LAYERS[0]: 3}, batches, norm="held")
-
-
-def test_labels_are_drawn_by_their_chances() -> None:
+def test_labels_are_drawn_by_their_chances():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0], [30.0, 0.0, 0.0, 0.0]]).repeat(50, 1)  # more than a chunk
     labels = drawn_labels(logits, 4000, torch.Generator().manual_seed(3))
     assert labels.shape == (4000, 100)
@@ -322,26 +337,22 @@ def test_labels_are_drawn_by_their_chances() -> None:
     assert float(pairs.double().mean()) == pytest.approx(float(shares[2]) ** 2, abs=0.03)
 
 
-def by_update(model: Any, held: bool) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The labelled logits of all batches as a function of s B A of the first layer, and the labels."""
-    plain = tiny_curvature.base("llama")
-    layers = adapted_layers(model)
-
-    def logits(update: Tensor) -> Tensor:
-        weights = {}
-        for name, layer in layers.items():
-            own = layer.alpha / layer.rank * layer.lora_B.detach() @ layer.lora_A.detach()
-            magnitude = None if layer.magnitude is None else layer.magnitude.detach()
-            base = plain.get_submodule(name).weight.detach()
-            weights[f"{name}.weight"] = tiny_curvature.merged(
-                base, update if name == LAYERS[0] else own, magnitude, held=held, masked=layer.masked
-            )
-        rows = []
-        for batch in tiny_curvature.batches():
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-            with sdpa_kernel(SDPBackend.MATH):
-                out = functional_call(plain, weights, kwargs=inputs).logits[:, :-1]
-            rows.append(out[batch.labels[:, 1:] != -100])
-        return torch.cat(rows)
-
-    return logits, torch.cat([tiny_curvature.targets(batch) for batch in tiny_curvature.batches()])
+def test_what_they_cannot_take():
+    model, batches = tiny_curvature.adapted(), tiny_curvature.batches()
+    found = layer_directions(model, {LAYERS[0]: 3}, batches, norm="held")
+    silent = tiny_curvature.batches()[0]
+    silent.labels[:] = -100
+    with pytest.raises(ValueError, match="8 or more, got 7"):
+        drawn_curvatures(model, found, batches, norm="held", draws=7)
+    calls: list[Any] = [
+        lambda norm, given: layer_directions(model, {LAYERS[0]: 3}, given, norm=norm),
+        lambda norm, given: drawn_curvatures(model, found, given, norm=norm, draws=8),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"'none' .*attached, held"):
+            call("none", batches)
+        with pytest.raises(ValueError, match="no labelled token"):
+            call("held", [silent])
+    model.bfloat16()
+    with pytest.raises(ValueError, match="float32 or float64"):
+        calls[0]("held", batches)

@@ -1,68 +1,51 @@
-"""Curvature products against the dense matrices of autograd in float64, and what theory says at B = 0."""
+"""Curvature products against the dense matrices of autograd in float64, eigenvalues of known matrices, and what theory
+says at B = 0."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from qdora.analysis.curvature import CurvatureOperator, curvature_of, labelled_logits, top_eigenpairs
+from qdora.analysis.curvature import CURVATURES, curvature_of, labelled_logits, top_eigenpairs
 from qdora.analysis.differentiable import FACTORS, PARTS, plain_model
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers, inject
-from qdora.ops.frozen_product import frozen_linear
-from qdora.ops.packed import dequantize, quantize
 from tests import tiny_adapted, tiny_curvature
-from tests.tiny_curvature import LAYERS
+from tests.tiny_curvature import LAYERS, STACKS, update_of
 
 CASES = [("lora", "none", FACTORS), ("dora", "attached", PARTS), ("dora", "held", PARTS)]
 
 
-def as_matrix(operator: CurvatureOperator) -> np.ndarray[Any, np.dtype[np.float64]]:
-    columns = [operator.product(unit) for unit in torch.eye(operator.size, dtype=torch.float64)]
-    return torch.stack(columns, dim=1).numpy()
+def normal(*size: int) -> Tensor:
+    return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def in_numpy(operator: CurvatureOperator) -> Callable[[Any], Any]:
-    return lambda vector: operator.product(torch.from_numpy(vector)).numpy()
-
-
-@pytest.mark.parametrize("kind, norm, parts", CASES)
-def test_masked_products_are_those_of_the_dense_matrix(kind: str, norm: Any, parts: tuple[str, ...]) -> None:
-    model = tiny_curvature.adapted(kind=kind, masked=True)
-    expected = tiny_curvature.dense("llama", model, LAYERS, parts, curvature="hessian", held=norm == "held")
-    with curvature_of(model, LAYERS, tiny_curvature.batches(), curvature="hessian", norm=norm, parts=parts) as operator:
-        vector = torch.randn(operator.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        np.testing.assert_allclose(operator.product(vector), expected @ vector.numpy(), rtol=1e-8, atol=1e-10)
+MASKED = [(*case, "hessian", True) for case in CASES]
+PLAIN = [(*CASES[0], "gauss_newton"), (*CASES[1], "gauss_newton"), (*CASES[1], "hessian"), (*CASES[2], "hessian")]
+# What these two share with the others is fast above.
+SLOW = [(*CASES[0], "hessian"), (*CASES[2], "gauss_newton")]
 
 
 @pytest.mark.parametrize(
-    "kind, norm, parts, curvature",
-    [
-        (*CASES[0], "gauss_newton"),
-        (*CASES[1], "gauss_newton"),
-        (*CASES[1], "hessian"),
-        (*CASES[2], "hessian"),
-        # What these two share with the others is fast above, and their products in the test before.
-        pytest.param(*CASES[0], "hessian", marks=pytest.mark.slow),
-        pytest.param(*CASES[2], "gauss_newton", marks=pytest.mark.slow),
-    ],
+    "kind, norm, parts, curvature, masked",
+    [*MASKED, *((*each, False) for each in PLAIN), *(pytest.param(*e, False, marks=pytest.mark.slow) for e in SLOW)],
 )
-def test_products_and_eigenvalues_are_those_of_the_dense_matrix(
-    kind: str, norm: Any, parts: tuple[str, ...], curvature: Any
-) -> None:
-    model = tiny_curvature.adapted(kind=kind)
+def test_products_and_eigenvalues_are_those_of_the_dense_matrix(kind, norm, parts, curvature, masked):
+    model, batches = tiny_curvature.adapted(kind=kind, masked=masked), tiny_curvature.batches()
     expected = tiny_curvature.dense("llama", model, LAYERS, parts, curvature=curvature, held=norm == "held")
-    with curvature_of(model, LAYERS, tiny_curvature.batches(), curvature=curvature, norm=norm, parts=parts) as operator:
-        generator = torch.Generator().manual_seed(0)
-        vectors = torch.randn(3, operator.size, dtype=torch.float64, generator=generator)
-        for vector in vectors:
-            np.testing.assert_allclose(operator.product(vector), expected @ vector.numpy(), rtol=1e-9, atol=1e-11)
+    with curvature_of(model, LAYERS, batches, curvature=curvature, norm=norm, parts=parts) as operator:
+        for vector in normal(3, operator.size):
+            np.testing.assert_allclose(operator.product(vector), expected @ vector.numpy(), rtol=1e-8, atol=1e-10)
         assert operator.num_matvecs == 3
-        found = top_eigenpairs(in_numpy(operator), operator.size, 8, tolerance=0.0)
+        if masked:
+            return
+        product = lambda vector: operator.product(torch.from_numpy(vector)).numpy()  # noqa: E731
+        found = top_eigenpairs(product, operator.size, 8, tolerance=0.0)
     values = np.linalg.eigvalsh((expected + expected.T) / 2)
     largest = values[np.argsort(-np.abs(values))][:8]
     np.testing.assert_allclose(found.values, largest, rtol=1e-6)
@@ -70,96 +53,118 @@ def test_products_and_eigenvalues_are_those_of_the_dense_matrix(
     np.testing.assert_allclose(expected @ found.vectors, found.vectors * found.values, atol=1e-8 * abs(largest[0]))
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("curvature", CURVATURES)
 @pytest.mark.parametrize(
     "architecture, tolerance",
     [("qwen2", 1e-9), ("gemma2", 1e-6)],  # biases; capped logits, and attention whose softmax is float32
 )
-def test_other_architectures(architecture: str, tolerance: float, curvature: Any) -> None:
-    model = tiny_curvature.adapted(architecture)
-    layer = LAYERS[:1]
+def test_other_architectures(architecture, tolerance, curvature):
+    model, layer = tiny_curvature.adapted(architecture), LAYERS[:1]
     expected = tiny_curvature.dense(architecture, model, layer, FACTORS, curvature=curvature, held=False)
     with curvature_of(model, layer, tiny_curvature.batches(), curvature=curvature, norm="attached") as operator:
-        vector = torch.randn(operator.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        vector = normal(operator.size)
         product = expected @ vector.numpy()
         np.testing.assert_allclose(operator.product(vector), product, rtol=0, atol=tolerance * np.abs(product).max())
 
 
-def test_attached_and_held_differ_by_far_more_than_rounding() -> None:
-    model = tiny_curvature.adapted()
-    products = {}
-    norms: tuple[Any, ...] = ("attached", "held")
-    for norm in norms:
-        with curvature_of(model, LAYERS, tiny_curvature.batches(), curvature="hessian", norm=norm) as operator:
-            products[norm] = operator.product(torch.ones(operator.size, dtype=torch.float64))
-    assert (products["attached"] - products["held"]).norm() > 0.01 * products["attached"].norm()
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("mixture")
 
 
-def test_one_micro_batch_keeps_its_graph_and_gives_the_same() -> None:
-    model = tiny_curvature.adapted()
-    batch = tiny_curvature.batches()[:1]
-    for curvature in ("hessian", "gauss_newton"):
-        with curvature_of(model, LAYERS, batch, curvature=curvature, norm="attached") as operator:  # type: ignore[arg-type]
-            vector = torch.ones(operator.size, dtype=torch.float64)
-            first, second = operator.product(vector), operator.product(vector)
-        with curvature_of(model, LAYERS, batch * 2, curvature=curvature, norm="attached") as operator:  # type: ignore[arg-type]
-            twice = operator.product(vector)  # the same batch twice is the same mean
-        assert torch.equal(first, second)
-        torch.testing.assert_close(twice, first, rtol=1e-12, atol=1e-14)
+# (kind, norm, share, masked)
+STACK_CASES = [(*case[:2], share, masked) for case in CASES for share in ("none", "A", "B") for masked in (False, True)]
+FAST = [("dora", "attached", "none", False), ("lora", "none", "B", False), ("dora", "held", "A", True)]
 
 
-@pytest.mark.parametrize("kind, norm", [("lora", "none"), ("dora", "attached"), ("dora", "held")])
-def test_at_zero_b_the_inertia_is_that_of_the_gradient(kind: str, norm: Any) -> None:
+@pytest.mark.parametrize(
+    "kind, norm, share, masked",
+    [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in STACK_CASES],
+)
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_products_of_stacks_of_experts_are_those_of_autograd(directory, curvature, kind, norm, share, masked):
+    model = tiny_curvature.mixture(directory, kind=kind, share=share, masked=masked)
+    layers, by_update = adapted_layers(model), tiny_curvature.logits_by_update(model, held=norm == "held")
+    start = tuple(layers[name].get_parameter(part).detach() for name in STACKS for part in FACTORS)
+
+    def logits(*values: Tensor) -> Tensor:
+        pairs = zip(STACKS, values[::2], values[1::2], strict=True)
+        return by_update({name: update_of(layers[name], lora_A=a, lora_B=b) for name, a, b in pairs})
+
+    with curvature_of(model, STACKS, tiny_curvature.batches(), curvature=curvature, norm=norm) as operator:
+        sizes = [each.numel() for each in start]
+        assert operator.size == sum(sizes)
+        for vector in normal(2, operator.size):
+            along = tuple(part.view_as(leaf) for part, leaf in zip(torch.split(vector, sizes), start, strict=True))
+            if curvature == "hessian":
+                _, image = torch.autograd.functional.hvp(
+                    lambda *values: cross_entropy(logits(*values), tiny_curvature.all_targets()), start, along
+                )
+            else:
+                out, change = torch.autograd.functional.jvp(logits, start, along)
+                p = torch.softmax(out, -1)
+                weighted = (p * change - p * (p * change).sum(-1, keepdim=True)) / len(p)
+                _, image = torch.autograd.functional.vjp(logits, start, weighted)
+            expected = torch.cat([each.flatten() for each in image])
+            assert float((operator.product(vector) - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_one_micro_batch_keeps_its_graph_and_attached_and_held_differ_by_far_more_than_rounding():
+    model, batch = tiny_curvature.adapted(), tiny_curvature.batches()[:1]
+    products: dict[Any, Tensor] = {}
+    for curvature in CURVATURES:
+        for norm, given in (("attached", batch), ("attached", batch * 2), ("held", batch)):
+            with curvature_of(model, LAYERS, given, curvature=curvature, norm=norm) as operator:
+                vector = torch.ones(operator.size, dtype=torch.float64)
+                products[norm, len(given)] = operator.product(vector)
+                assert torch.equal(operator.product(vector), products[norm, len(given)])
+        attached, twice, held = products.values()
+        torch.testing.assert_close(twice, attached, rtol=1e-12, atol=1e-14)  # the same batch twice is the same mean
+        assert (attached - held).norm() > 1e-3 * attached.norm()
+
+
+@pytest.mark.parametrize("kind, norm", [case[:2] for case in CASES])
+def test_at_zero_b_the_inertia_is_that_of_the_gradient(kind, norm):
     """H_AA = 0 and H_AB = s G_k for each component, so a G of full row rank gives rank * out eigenvalues below zero.
 
     G is the gradient by the adapted weight; with the norm attached, of its part across the weight's rows.
     """
-    rank = 2
+    rank, name = 2, LAYERS[0]
     model = tiny_curvature.adapted(kind=kind, moved=False, rank=rank)
-    (name,) = layers = ("model.layers.0.self_attn.v_proj",)
     layer = adapted_layers(model)[name]
     out, in_ = layer.out_features, layer.in_features
     ids = torch.randint(0, 336, (3, 11), generator=torch.Generator().manual_seed(0))
     batch = MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros(3, dtype=torch.int64), ["task"], ["a", "b", "c"])
-    with curvature_of(model, layers, [batch], curvature="hessian", norm=norm) as operator:
-        hessian = as_matrix(operator)
-    gradient = gradient_by_weight(model, name, batch)
+    with curvature_of(model, [name], [batch], curvature="hessian", norm=norm) as operator:
+        columns = [operator.product(unit) for unit in torch.eye(operator.size, dtype=torch.float64)]
+        hessian = torch.stack(columns, dim=1).numpy()
+    # Of a model without adapters, by autograd.
+    plain = tiny_curvature.base("llama")
+    weight = plain.get_submodule(name).weight.requires_grad_(True)
+    loss = cross_entropy(plain(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    (gradient,) = torch.autograd.grad(loss, weight)
     if norm == "attached":
         base = layer.base.dequantized(torch.float64)
         gradient = gradient - (gradient * base).sum(1, keepdim=True) / base.square().sum(1, keepdim=True) * base
     size_a = rank * in_
     assert np.abs(hessian[:size_a, :size_a]).max() == 0.0
     mixed = hessian[:size_a, size_a:].reshape(rank, in_, out, rank)
-    for first in range(rank):
-        for second in range(rank):
-            expected = (layer.scaling * gradient.T).numpy() if first == second else np.zeros((in_, out))
-            np.testing.assert_allclose(mixed[first, :, :, second], expected, rtol=1e-9, atol=1e-13)
-    rank_of_gradient = int(torch.linalg.matrix_rank(gradient, rtol=1e-9))
-    assert rank_of_gradient == out  # enough tokens; else directions of B alone would have their say
+    for first, second in np.ndindex(rank, rank):
+        expected = (layer.scaling * gradient.T).numpy() if first == second else np.zeros((in_, out))
+        np.testing.assert_allclose(mixed[first, :, :, second], expected, rtol=1e-9, atol=1e-13)
+    assert int(torch.linalg.matrix_rank(gradient, rtol=1e-9)) == out  # else directions of B alone have their say
     values = np.linalg.eigvalsh((hessian + hessian.T) / 2)
-    assert (values < -1e-9 * np.abs(values).max()).sum() == rank * rank_of_gradient
+    assert (values < -1e-9 * np.abs(values).max()).sum() == rank * out
 
 
-def gradient_by_weight(model: Any, name: str, batch: Any) -> torch.Tensor:
-    """dL/dW of the base under an adapter that still is zero: of a model without adapters, by autograd."""
-    plain = tiny_curvature.base("llama")
-    weight = plain.get_submodule(name).weight.requires_grad_(True)
-    logits = plain(input_ids=batch.input_ids).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten())
-    (gradient,) = torch.autograd.grad(loss, weight)
-    return gradient
-
-
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("quant", ["nf4", "int8", None])
-def test_the_plain_model_is_the_model(kind: str, quant: str | None) -> None:
+@pytest.mark.parametrize("kind, quant", [("lora", "nf4"), ("lora", None), ("dora", "nf4"), ("dora", "int8")])
+def test_the_plain_model_is_the_model(kind, quant):
     model = tiny_adapted.adapted("qwen2", quant=quant, kind=kind, dropout=0.5)
     model.train()
     modes = {name: module.training for name, module in model.named_modules()}
     names = list(adapted_layers(model))
     batch = tiny_curvature.batches()[1]
-    norm: Any = "attached" if kind == "dora" else "none"
-    with plain_model(model, names, norm=norm) as leaves:
+    with plain_model(model, names, norm="attached" if kind == "dora" else "none") as leaves:
         logits, targets = labelled_logits(model, batch, torch.device("cpu"))
         assert [leaf.dtype for leaf in leaves.values()] == [torch.float32] * 2 * len(names)
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -171,53 +176,64 @@ def test_the_plain_model_is_the_model(kind: str, quant: str | None) -> None:
     assert torch.equal(targets, tiny_curvature.targets(batch))
 
 
-def test_rows_of_zeros_stay_zero_and_finite() -> None:
-    model = tiny_adapted.base(dtype=torch.float64)
-    weight = model.model.layers[1].mlp.down_proj.weight
-    weight.data[3] = 0.0
-    inject(model, rank=2, targets=["model.layers.1.mlp.down_proj"], dtype=torch.float64)
-    name = "model.layers.1.mlp.down_proj"
-    for norm in ("attached", "held"):
-        with curvature_of(
-            model, [name], tiny_curvature.batches(), curvature="hessian", norm=norm, parts=PARTS
-        ) as operator:  # type: ignore[arg-type]
-            assert operator.product(torch.ones(operator.size, dtype=torch.float64)).isfinite().all()
+@pytest.mark.parametrize("norm", ["attached", "held"])
+def test_rows_of_zeros_stay_zero_and_finite(norm):
+    model, name = tiny_adapted.base(dtype=torch.float64), LAYERS[1]
+    model.get_submodule(name).weight.data[3] = 0.0
+    inject(model, rank=2, targets=[name], dtype=torch.float64)
+    options: dict[str, Any] = {"curvature": "hessian", "norm": norm, "parts": PARTS}
+    with curvature_of(model, [name], tiny_curvature.batches(), **options) as operator:
+        assert operator.product(torch.ones(operator.size, dtype=torch.float64)).isfinite().all()
 
 
-@pytest.mark.parametrize("quant", ["nf4", "int8", None])
-def test_the_frozen_product_is_differentiable_twice(quant: str | None) -> None:
-    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    stored = quantize(weight, quant, 64) if quant else weight.double()
-    dense = dequantize(stored, torch.float32).double() if quant else weight.double()  # type: ignore[arg-type]
-    x = torch.randn(2, 3, 64, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(frozen_linear(x, stored), x @ dense.T, rtol=1e-6, atol=1e-7)
-    short = x.detach()[0, :1, :].requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda each: frozen_linear(each, stored), (short,))
-    assert torch.autograd.gradgradcheck(lambda each: frozen_linear(each, stored).tanh(), (short,))
-
-
-def test_faults() -> None:
+def test_faults():
     model = tiny_curvature.adapted()
-    batches = tiny_curvature.batches()
-    for changes, message in [
+    options: dict[str, Any] = {"layers": LAYERS, "batches": tiny_curvature.batches(), "norm": "attached"}
+    options |= {"curvature": "hessian", "model": model}
+    narrow, lora = tiny_adapted.adapted(dtype=torch.bfloat16), tiny_curvature.adapted(kind="lora")
+    faults: list[tuple[dict[str, Any], str]] = [
         ({"layers": ["nowhere"]}, "no adapted layers"),
-        ({"norm": "none"}, "norm 'none' for dora layers; allowed: attached, held"),
-        ({"parts": ("bias",)}, "allowed: one or more of lora_A"),
+        ({"norm": "none"}, r"'none' .*attached, held"),
+        ({"parts": ("bias",)}, r"bias.*lora_A"),
         ({"batches": []}, "no labelled token"),
-    ]:
-        given: dict[str, Any] = {"layers": LAYERS, "batches": batches, "norm": "attached"} | changes
-        with pytest.raises(ValueError, match=message), curvature_of(model, curvature="hessian", **given):
+        ({"model": lora, "norm": "none", "parts": PARTS}, r"'magnitude' .*LoRA"),
+        ({"model": narrow, "layers": LAYERS[:1]}, "float32"),
+    ]
+    for changes, message in faults:
+        with pytest.raises(ValueError, match=message), curvature_of(**options | changes):
             pass
-    with (
-        pytest.raises(ValueError, match="'magnitude' in LoRA layers"),
-        plain_model(tiny_curvature.adapted(kind="lora"), LAYERS, norm="none", parts=PARTS),
-    ):
-        pass
-    narrow = tiny_adapted.adapted(dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"allowed: float32"), plain_model(narrow, [LAYERS[0]], norm="held"):
-        pass
-    with (
-        curvature_of(model, LAYERS, batches, curvature="hessian", norm="held") as operator,
-        pytest.raises(ValueError, match="allowed: "),
-    ):
+    with curvature_of(**options) as operator, pytest.raises(ValueError, match=r"\(3,\)"):
         operator.product(torch.zeros(3))
+
+
+# ------------------------------------------------------------------------------------------------ known matrices
+
+
+@pytest.mark.parametrize("multiplicity", [1, 4, 32])
+@pytest.mark.parametrize("tolerance", [1e-3, 0.0])
+def test_copies_of_an_eigenvalue_are_all_found(multiplicity, tolerance):
+    """Both signs, each value several times, above a bulk: as the Hessian of adapters that have hardly been trained."""
+    generator = np.random.default_rng(0)
+    values = np.concatenate([np.repeat([1.0, 0.7, 0.5], multiplicity), -np.repeat([1.0, 0.7, 0.5], multiplicity)])
+    values = np.concatenate([values, 0.05 * generator.standard_normal(300 - len(values))])
+    rotation, _ = np.linalg.qr(generator.standard_normal((300, 300)))
+    known = (rotation * values) @ rotation.T
+    found, again = (top_eigenpairs(lambda v: known @ v, 300, 20, tolerance=tolerance) for _ in range(2))
+    expected = np.sort(np.abs(values))[::-1][:20]
+    np.testing.assert_allclose(np.abs(found.values), expected, rtol=max(tolerance, 1e-10))
+    np.testing.assert_allclose(found.vectors.T @ found.vectors, np.eye(20), atol=1e-10)
+    assert np.array_equal(again.vectors, found.vectors)
+    np.testing.assert_allclose(known @ found.vectors, found.vectors * found.values, atol=5e-3 if tolerance else 1e-8)
+    assert found.num_rounds > 1
+    assert found.next_magnitude <= expected[-1] * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 30])
+def test_a_matrix_without_more_eigenvalues_than_were_asked_for(rank):
+    basis, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((40, rank)))
+    known = basis @ basis.T
+    found = top_eigenpairs(lambda v: known @ v, 40, 10, tolerance=1e-3)
+    np.testing.assert_allclose(found.values[: min(rank, 10)], 1.0, rtol=1e-10)
+    np.testing.assert_allclose(found.values[rank:], 0.0, atol=1e-10)
+    assert found.residuals.max() < 1e-9
+    assert found.next_magnitude == pytest.approx(1.0 if rank > 10 else 0.0, abs=1e-10)

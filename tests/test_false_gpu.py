@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests import tiny
-from tests.false_gpu import TYPE, FalseGpu, on_false_gpu
+from tests.adapter_numbers import make, results
+from tests.false_gpu import TYPE, on_false_gpu
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 
 
 @on_false_gpu
-def test_an_operation_launches_once_and_views_and_allocations_do_not(gpu: FalseGpu) -> None:
+def test_an_operation_launches_once_and_views_and_allocations_do_not(gpu):
     x = torch.zeros(6, 8, device=gpu.device)
     gpu.clear()
     y = torch.empty_like(x)
@@ -31,37 +31,46 @@ def test_an_operation_launches_once_and_views_and_allocations_do_not(gpu: FalseG
     assert [event.num_bytes for event in gpu.events[:2]] == [3 * 6 * 8 * 4, 2 * 2 * 8 * 4]
 
 
+def views(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[1:3].add_(x[0]).mul_(3.0)
+    y.view(-1)[::5] = 7.0
+    y.T[2].copy_(x[:, 1])
+    first, second = y.split(4, dim=1)
+    first.sub_(second)
+    y.data = y.data[1:]
+    return torch.cat([y @ x.T, y.sort(dim=1).values[:, :6]])
+
+
+class Dense(nn.Sequential):
+    def __init__(self, recompute: bool) -> None:
+        super().__init__(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 3))
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(super().forward, x, use_reentrant=False) if self.recompute else super().forward(x)
+
+
 @on_false_gpu
-def test_values_and_views_are_those_of_the_cpu(gpu: FalseGpu) -> None:
-    def work(x: Tensor) -> Tensor:
-        y = x.clone()
-        y[1:3].add_(x[0]).mul_(3.0)
-        y.view(-1)[::5] = 7.0
-        y.T[2].copy_(x[:, 1])
-        first, second = y.split(4, dim=1)
-        first.sub_(second)
-        y.data = y.data[1:]
-        return torch.cat([y @ x.T, y.sort(dim=1).values[:, :6]])
-
-    assert torch.equal(work(X.to(gpu.device)).cpu(), work(X))
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@on_false_gpu
-def test_gradients_are_those_of_the_cpu_and_phases_are_told_apart(gpu: FalseGpu, recompute: bool) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 3))
-    expected = gradients_of(model, X, recompute=recompute)
-    model.zero_grad()
-    x = X.to(gpu.device)
-    model.to(gpu.device)
-    with gpu.phase("forward"):
-        found = gradients_of(model, x, recompute=recompute)
-    for got, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(got.cpu(), wanted)
-    # The copy of x; addmm, silu, addmm; the square, its sum, and the sum's own gradient.
-    assert gpu.count("launch", "forward") == 1 + 3 + 3
-    assert gpu.count("launch", "recompute") == (2 if recompute else 0)  # nothing reads the last product
-    assert gpu.count("launch", "backward") > 6
+def test_values_and_gradients_are_those_of_the_cpu_and_phases_are_told_apart(gpu):
+    assert torch.equal(views(X.to(gpu.device)).cpu(), views(X))
+    adapters = [make(kind=kind, quant="nf4", in_=8, dtype=torch.float32) for kind in ("lora", "dora")]
+    for module in (Dense(False), Dense(True), *adapters):
+        with torch.no_grad():
+            dy = torch.ones_like(module(X))
+        wanted = results(module, X, dy)
+        module.to(gpu.device)
+        x, dy = X.to(gpu.device), dy.to(gpu.device)
+        gpu.clear()
+        with gpu.phase("forward"):
+            found = results(module, x, dy)
+        for name, each in wanted.items():
+            torch.testing.assert_close(found[name].cpu(), each, rtol=1e-5, atol=1e-5)
+        if isinstance(module, Dense):
+            # addmm, silu, addmm; nothing reads the last product again.
+            assert gpu.count("launch", "forward") == 3
+            assert gpu.count("launch", "recompute") == (2 if module.recompute else 0)
+            assert gpu.count("launch", "backward") > 6
 
 
 WAITS: list[tuple[Callable[[Tensor], Any], str]] = [
@@ -84,20 +93,20 @@ WAITS: list[tuple[Callable[[Tensor], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(WAITS)))
 @on_false_gpu
-def test_reading_a_value_waits(gpu: FalseGpu, number: int) -> None:
-    (read, name), x = WAITS[number], X.to(gpu.device)
-    gpu.clear()
-    read(x)
-    assert [event.operation for event in gpu.events if event.kind == "wait"] == [name]
-    (line,) = gpu.lines("wait")
-    assert line.startswith("tests/test_false_gpu.py: ")
-    assert "lambda x" in line
+def test_reading_a_value_waits(gpu):
+    for read, name in WAITS:
+        x = X.to(gpu.device)
+        gpu.clear()
+        read(x)
+        assert [event.operation for event in gpu.events if event.kind == "wait"] == [name]
+        (line,) = gpu.lines("wait")
+        assert line.startswith("tests/test_false_gpu.py: ")
+        assert "lambda x" in line
 
 
 @on_false_gpu
-def test_what_needs_no_wait(gpu: FalseGpu) -> None:
+def test_what_needs_no_wait(gpu):
     x, mask = X.to(gpu.device), (X > 0).to(gpu.device)
     gpu.clear()
     pinned = X.pin_memory()
@@ -112,16 +121,12 @@ def test_what_needs_no_wait(gpu: FalseGpu) -> None:
     assert gpu.lines("wait") == []
     assert gpu.count("copy") == 2
     assert torch.equal(back, X)
+    with pytest.raises(RuntimeError, match="on one device"):
+        x + X
 
 
 @on_false_gpu
-def test_tensors_of_the_cpu_and_the_device_do_not_mix(gpu: FalseGpu) -> None:
-    with pytest.raises(RuntimeError, match="expected all tensors on one device"):
-        X.to(gpu.device) + X
-
-
-@on_false_gpu
-def test_bytes_live_until_the_last_view_dies(gpu: FalseGpu) -> None:
+def test_bytes_live_until_the_last_view_dies(gpu):
     before = gpu.live_bytes
     x = torch.zeros(100, device=gpu.device)
     view = x[10:].detach()
@@ -130,25 +135,3 @@ def test_bytes_live_until_the_last_view_dies(gpu: FalseGpu) -> None:
     del view
     assert gpu.live_bytes == before
     assert gpu.peak_bytes >= before + 400
-
-
-@pytest.mark.parametrize("kind", ["dora", "lora"])
-@on_false_gpu
-def test_an_adapted_layer_computes_what_it_computes_on_the_cpu(gpu: FalseGpu, kind: str) -> None:
-    layer = tiny.adapted_linear(kind=kind, quant="nf4", in_=64, dtype=torch.float32, bias=True)
-    tiny.move_all_parameters_(layer)
-    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
-    expected = gradients_of(layer, x)
-    layer.zero_grad()
-    layer.to(gpu.device)
-    for got, wanted in zip(gradients_of(layer, x.to(gpu.device)), expected, strict=True):
-        torch.testing.assert_close(got.cpu(), wanted, rtol=1e-5, atol=1e-5)
-
-
-def gradients_of(layer: nn.Module, x: Tensor, *, recompute: bool = False) -> list[Tensor]:
-    """The output, and the gradients of the input and of everything trainable."""
-    x = x.clone().requires_grad_()
-    out: Any = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
-    out.square().sum().backward()
-    grads = [x.grad, *(each.grad for each in layer.parameters() if each.requires_grad)]
-    return [out.detach(), *(each for each in grads if each is not None)]

@@ -30,12 +30,8 @@ from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn import shared_norms
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
 from qdora.nn.shared_norms import prepare_shared_gains
 from qdora.ops.expert_tokens import ExpertTokens
-from qdora.ops.packed import quantize
-from qdora.ops.sparsity import mask_bits
 from qdora.recipe.settings import GateConfig
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train import passes
@@ -47,20 +43,20 @@ from qdora.train.loop import fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.passes import step_gradient
 from qdora.train.progress import TrainingProgress
-from tests import tiny, tiny_streamed
+from tests import tiny_streamed
+from tests.adapter_numbers import make
 from tests.false_gpu import Event, FalseGpu, on_false_gpu
-from tests.test_nn_row_share import shares
+from tests.test_nn_adapted_linear import shares
 
 NUM_BLOCKS, NUM_MICRO_BATCHES, NUM_STEPS = 3, 8, 2
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory):
     """A Llama whose rows are whole blocks."""
-    return tiny_streamed.write_source(
-        tmp_path_factory.mktemp("source"), intermediate_size=128, num_hidden_layers=NUM_BLOCKS
-    )
+    sizes = {"intermediate_size": 128, "num_hidden_layers": NUM_BLOCKS}
+    return tiny_streamed.write_source(tmp_path_factory.mktemp("source"), **sizes)
 
 
 class CopiesNow:
@@ -79,10 +75,24 @@ class CopiesNow:
         pass
 
 
+class OnHost:
+    """A tensor in pinned memory, copied in the order of all other work."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.device, self.held = tensor.device, torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.held.copy_(tensor, non_blocking=True)
+
+    def fetch(self) -> None:
+        pass
+
+    def take(self) -> Tensor:
+        return self.held.to(self.device, non_blocking=True)
+
+
 class OneStep:
     """A loader of always the same step: two padded rows in each micro-batch, or two rows of two packed examples."""
 
-    def __init__(self, packed: bool) -> None:
+    def __init__(self, packed: bool = False) -> None:
         draw = np.random.default_rng(0)
         examples = [
             TokenizedExample("ab"[number % 2], str(number), draw.integers(1, 90, length), np.arange(length) > 2)
@@ -108,20 +118,6 @@ class OneStep:
         pass
 
 
-class OnHost:
-    """A tensor in pinned memory, copied in the order of all other work."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.device, self.held = tensor.device, torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self.held.copy_(tensor, non_blocking=True)
-
-    def fetch(self) -> None:
-        pass
-
-    def take(self) -> Tensor:
-        return self.held.to(self.device, non_blocking=True)
-
-
 def model_on(
     device: torch.device,
     source: Path,
@@ -131,12 +127,12 @@ def model_on(
     offload: bool = False,
     **adapters: Any,
 ) -> Any:
-    """NF4, DoRA of rank 4 in bf16, blocks that are recomputed, off its start."""
-    placer = HostResidency(None, copies=CopiesNow) if streamed else None
-    options: dict[str, Any] = {"quant": "nf4", "compute_dtype": torch.float32, "placer": placer}
+    """NF4, DoRA of rank 4 in bf16, blocks that are recomputed."""
+    options: dict[str, Any] = {"quant": "nf4", "compute_dtype": torch.float32, "device": device}
+    options["placer"] = HostResidency(None, copies=CopiesNow) if streamed else None
     if host_embedding:
         options["before_reading"] = keep_embedding_on_host
-    model = load_model(resolve(str(source)), device=device, **options)
+    model = load_model(resolve(str(source)), **options)
     generator = torch.Generator().manual_seed(0)
     inject(model, **{"kind": "dora", "rank": 4, "dtype": torch.bfloat16, "generator": generator} | adapters)
     recompute_activations(model)
@@ -182,33 +178,37 @@ def waits(events: list[Event]) -> Counter[str]:
     return Counter(event.line for event in events if event.kind == "wait")
 
 
+def files(lines: Any) -> Counter[str]:
+    return Counter(line.partition(":")[0] for line in lines)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "padded": {},
+    "streamed": {"streamed": True},
     "packed": {"packed": True},
     "dropout": {"dropout": 0.25},
-    "streamed": {"streamed": True},
     "host embedding": {"host_embedding": True},
     "offload": {"offload": True},
+    "lora": {"kind": "lora"},
 }
 FAST = ("padded", "streamed")
-SLOW = (*(case for case in CASES if case not in FAST), "lora")
 ONCE = Counter({"train/passes.py: read = joined.tolist()": 1})
 # Of a micro-batch, beside the one of its inputs: the rows of its tokens, the inputs of two blocks out and back.
 MORE_COPIES = {"host embedding": 1, "offload": 4}
 
 
-@pytest.mark.parametrize("case", [*FAST, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in CASES])
 @on_false_gpu
-def test_the_host_waits_once_in_a_step(gpu: FalseGpu, source: Path, case: str) -> None:
-    options = dict(CASES.get(case, {"kind": case}))
+def test_the_host_waits_once_in_a_step(gpu, source, case):
+    options = dict(CASES[case])
     activation_offload._LEAST_BYTES = 1  # in this process, which is the test's own
     loader = OneStep(packed=options.pop("packed", False))
     model = model_on(gpu.device, source, **options)
     gpu.clear()
-    (_, first), (got, events) = train(model, loader, gpu.device, gpu)
+    (_, first), (found, events) = train(model, loader, gpu.device, gpu)
     # The form of the logits is learnt, and each layer asks once for its norm.
-    more = Counter(line.partition(":")[0] for line in (waits(first) - ONCE).elements())
-    assert more == {"train/output_head.py": 2} | ({} if case == "lora" else {"ops/dora.py": len(adapted_layers(model))})
+    norms = {} if case == "lora" else {"ops/dora.py": len(adapted_layers(model))}
+    assert files((waits(first) - ONCE).elements()) == {"train/output_head.py": 2} | norms
     assert waits(events) == ONCE
     copies = [event.line for event in events if event.kind == "copy" and not event.line.endswith("tolist()")]
     if case != "streamed":
@@ -218,17 +218,14 @@ def test_the_host_waits_once_in_a_step(gpu: FalseGpu, source: Path, case: str) -
         for name in ("streamed", "offload"):
             options.pop(name, None)
         _, (wanted, _) = train(model_on(CPU, source, **options), loader, CPU)
-        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
-        assert got["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert found["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
 
 
 @on_false_gpu
-def test_a_masked_layer_makes_the_host_wait_for_nothing(gpu: FalseGpu) -> None:
-    """Norm, forward and backward pass, each in two blocks of rows."""
-    weight = torch.randn(2048, 64, generator=torch.Generator().manual_seed(0))
-    keep = weight > 0
-    base = FrozenLinear(quantize(weight * keep, "nf4", 64), keep_bits=mask_bits(keep))
-    layer = AdaptedLinear(base, rank=4, masked=True).to(gpu.device)
+def test_masks_and_routings_make_the_host_wait_for_nothing_and_norms_of_a_divided_base_once(gpu):
+    """The masked norm, forward and backward pass, each in two blocks of rows."""
+    layer = make(out=2048, rank=4, masked=True, dtype=torch.float32, quant="nf4 nested").to(gpu.device)
     x = torch.randn(8, 64).to(gpu.device).requires_grad_()
     layer(x).sum().backward()  # the table of NF4 goes to a device once
     layer.parameters_changed()
@@ -236,60 +233,48 @@ def test_a_masked_layer_makes_the_host_wait_for_nothing(gpu: FalseGpu) -> None:
     layer(x).sum().backward()
     assert gpu.lines("wait") == []
 
-
-@pytest.mark.parametrize("removed", [False, True])
-@on_false_gpu
-def test_norms_of_a_divided_base_are_asked_for_once(gpu: FalseGpu, removed: bool) -> None:
-    """Two layers; the adapter of one has nearly removed a row, whose norm is then measured."""
-    layers = [tiny.adapted_linear(in_=64, quant="nf4", seed=seed) for seed in (0, 1)]
-    for layer in layers:
-        tiny.move_all_parameters_(layer)
-    if removed:
-        with torch.no_grad():
-            layers[1].lora_A[0] = layers[1].base.dequantized()[3]
-            layers[1].lora_B[3] = torch.eye(layers[1].rank)[0] * (-0.99 / layers[1].scaling)
-    expected = [layer.gain(torch.float32) for layer in layers]
-    for layer in layers:
-        layer.to(gpu.device)(torch.zeros(1, 64).to(gpu.device))
-        layer.parameters_changed()
-        (layer.base.share,) = shares(layer.base.stored_weight, 1)
     gpu.clear()
-    with patch.object(shared_norms, "gather_runs", lambda parts, _lengths, _group: list(parts)):
-        assert prepare_shared_gains(layers) == len(layers)
-    asked, measured = Counter({"nn/shared_norms.py": 1}), Counter({"ops/dora.py": 1})
-    assert Counter(line.partition(":")[0] for line in gpu.lines("wait")) == (asked + measured if removed else asked)
-    for layer, wanted in zip(layers, expected, strict=True):
-        found = layer.gain(torch.float32)
-        assert found is not None
-        assert wanted is not None
-        torch.testing.assert_close(found.value.cpu(), wanted.value)
-
-
-@on_false_gpu
-def test_a_routing_is_sent_without_a_wait(gpu: FalseGpu) -> None:
     ExpertTokens((7, 0, 9)).on(gpu.device)
     assert (gpu.count("copy"), gpu.count("wait")) == (1, 0)
+
+    for removed in (False, True):  # the adapter of one layer has nearly removed a row, whose norm is then measured
+        layers = [make(quant="nf4", dtype=torch.float32, seed=seed) for seed in (0, 1)]
+        if removed:
+            with torch.no_grad():
+                layers[1].lora_A[0] = layers[1].base.dequantized()[3]
+                layers[1].lora_B[3] = torch.eye(layers[1].rank)[0] * (-0.99 / layers[1].scaling)
+        wanted = [layer.gain(torch.float32).value for layer in layers]
+        for layer in layers:
+            layer.to(gpu.device)(torch.zeros(1, 64).to(gpu.device))
+            layer.parameters_changed()
+            (layer.base.share,) = shares(layer.base.stored_weight, 1)
+        gpu.clear()
+        with patch.object(shared_norms, "gather_runs", lambda parts, _lengths, _group: list(parts)):
+            assert prepare_shared_gains(layers) == len(layers)
+        assert files(gpu.lines("wait")) == {"nn/shared_norms.py": 1} | ({"ops/dora.py": 1} if removed else {})
+        for layer, each in zip(layers, wanted, strict=True):
+            torch.testing.assert_close(layer.gain(torch.float32).value.cpu(), each)
 
 
 @pytest.mark.slow
 @on_false_gpu
-def test_gates_are_read_with_the_rest(gpu: FalseGpu, source: Path) -> None:
+def test_gates_are_read_with_the_rest(gpu, source):
     """The second step removes components, too."""
     gates = GateConfig(mode="hard_concrete", mean_rank=2, warmup=0, anneal=NUM_STEPS, shrink_every=1, lr=0.1)
-    results = []
-    for device, seen in ((gpu.device, gpu), (CPU, None)):
-        results.append(train(model_on(device, source), OneStep(packed=False), device, seen, gates))
-    ranks = []
-    for (got, _), (wanted, _) in zip(*results, strict=True):
-        assert got["gates"] == wanted["gates"]
-        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
-        ranks.append(got["gates"]["mean_rank"])
+    results = [
+        train(model_on(device, source), OneStep(), device, seen, gates)
+        for device, seen in ((gpu.device, gpu), (CPU, None))
+    ]
+    for (found, _), (wanted, _) in zip(*results, strict=True):
+        assert found["gates"] == wanted["gates"]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+    ranks = [found["gates"]["mean_rank"] for found, _ in results[0]]
     assert ranks[0] > ranks[1] == 2
     assert waits(results[0][-1][1]) == ONCE
 
 
 @on_false_gpu
-def test_phases_of_a_step_and_of_what_surrounds_it(gpu: FalseGpu, source: Path) -> None:
+def test_phases_of_a_step_and_of_what_surrounds_it(gpu, source):
     with gpu.phase("load"):
         model = model_on(gpu.device, source)
     assert gpu.count("launch", "load") > 0
@@ -301,16 +286,15 @@ def test_phases_of_a_step_and_of_what_surrounds_it(gpu: FalseGpu, source: Path) 
             step(optimizer, lr)
 
     with patch.object(AdapterOptimizer, "step", labelled), gpu.phase("forward"):
-        _, events = train(model, OneStep(packed=False), gpu.device, gpu)[-1]
+        _, events = train(model, OneStep(), gpu.device, gpu)[-1]
     launches = Counter(event.phase for event in events if event.kind == "launch")
     assert launches.keys() == {"forward", "recompute", "backward", "update"}
     assert launches["recompute"] < launches["forward"]
-    assert Counter(event.phase for event in events if event.kind == "wait").keys() == {"forward"}
+    assert {event.phase for event in events if event.kind == "wait"} == {"forward"}
     model.eval()
     with gpu.phase("evaluate"):
         score_spans(model, [Span((1, 2, 3, 4), 1), Span((5, 6, 7), 1)], max_batch_tokens=64)
-    masked = [line for line in gpu.lines("wait", "evaluate") if line.startswith("transformers/")]
-    assert masked == []
+    assert not any(line.startswith("transformers/") for line in gpu.lines("wait", "evaluate"))
     with gpu.phase("generate"):
         decode_greedily(model, [[1, 2, 3]], max_new_tokens=4, stop_ids=())
     assert gpu.count("launch", "evaluate") > 0
@@ -321,11 +305,11 @@ def test_phases_of_a_step_and_of_what_surrounds_it(gpu: FalseGpu, source: Path) 
 
 @pytest.mark.slow
 @on_false_gpu
-def test_a_step_with_a_wrong_norm_is_computed_again(gpu: FalseGpu, source: Path) -> None:
+def test_a_step_with_a_wrong_norm_is_computed_again(gpu, source):
     """A row that its adapter has nearly removed: its factored norm is rounding noise."""
-    found = []
+    found: list[Any] = []
     for later in (True, False):
-        model, step = model_on(gpu.device, source, dropout=0.25), OneStep(packed=False).step
+        model, step = model_on(gpu.device, source, dropout=0.25), OneStep().step
         step_gradient(model, step, device=gpu.device)  # learns what the first step has to ask
         model.zero_grad()
         layer = next(iter(adapted_layers(model).values()))
@@ -339,12 +323,8 @@ def test_a_step_with_a_wrong_norm_is_computed_again(gpu: FalseGpu, source: Path)
         lines = waits(list(gpu.events))
         assert lines.pop("train/passes.py: read = joined.tolist()") == (2 if later else 1)
         assert all(line.startswith(("nn/prepared_gains.py: answers", "ops/dora.py")) for line in lines)
-        gradients = [each.grad for each in adapter_parameters(model).values()]
-        found.append((numbers, gradients, layer.gain(torch.float32)))
-    (numbers, gradients, gain), (expected, wanted, right) = found
-    assert numbers == expected
-    assert gain is not None
-    assert right is not None
-    assert torch.equal(gain.value, right.value)
-    for got, each in zip(gradients, wanted, strict=True):
-        assert torch.equal(got, each)
+        gain: Any = layer.gain(torch.float32)
+        found.append((numbers, [gain.value, *(each.grad for each in adapter_parameters(model).values())]))
+    assert found[0][0] == found[1][0]
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(one, other)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers, inject, replace_module
+from qdora.model.load import load_model
+from qdora.model.source import resolve
+from qdora.nn.expert_linear import FrozenExperts
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.sparsity import mask_bits
-from tests import tiny_adapted
+from tests import tiny_adapted, tiny_experts
 
 LAYERS = ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj")
 
@@ -161,3 +165,95 @@ def merged_logits(
         return run
 
     return logits_of, start
+
+
+# ------------------------------------------------------------------------------------------------ stacks of experts
+
+EXPERTS = 8
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "moe_intermediate_size": 8,
+    "intermediate_size": 16,
+    "head_dim": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts": EXPERTS,
+}
+STACKS = ("model.layers.0.mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj")
+
+
+def plain_mixture() -> Any:
+    """transformers' own mixture of experts in float64; its router's softmax alone is float32."""
+    model = tiny_experts.make("qwen3_moe", torch.float64, **SIZES)
+    model.set_attn_implementation("sdpa")
+    model.set_experts_implementation("eager")
+    widen_norms(model)
+    return model.requires_grad_(False)
+
+
+def mixture(directory: Path, *, kind: Any, share: Any = "none", masked: bool = False) -> Any:
+    """The same with adapters of rank 2 on `STACKS`, off their start, pruned there if masked."""
+    if not (directory / "config.json").exists():
+        tiny_experts.make("qwen3_moe", torch.float64, **SIZES).save_pretrained(directory)
+    model = load_model(resolve(str(directory)), quant="none", compute_dtype=torch.float64)
+    widen_norms(model)
+    for name in STACKS if masked else ():
+        weight: Any = model.get_submodule(name).weight.detach()
+        keep = keep_mask(weight.shape)
+        replace_module(model, name, FrozenExperts(weight * keep, EXPERTS, None, mask_bits(keep)))
+    layers = inject(
+        model.requires_grad_(False),
+        kind=kind,
+        rank=2,
+        alpha=3.0,
+        targets=list(STACKS),
+        share=share,
+        dtype=torch.float64,
+        masked=masked,
+        generator=torch.Generator().manual_seed(1),
+    )
+    tiny_adapted.move(layers)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------ by whole updates
+
+
+def update_of(layer: Any, **changed: Tensor) -> Tensor:
+    """s B A from the present factors or others, (out, in), or (experts * out, in) of a stack."""
+    a, b = (changed.get(name, layer.get_parameter(name).detach()) for name in ("lora_A", "lora_B"))
+    product = layer.alpha / layer.rank * (b @ a)  # of each expert; a factor that all share is (1, ...)
+    return product.flatten(0, -2)
+
+
+def logits_by_update(model: Any, *, held: bool) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """From s B A of adapted layers (default: the present ones) to the logits of the labelled tokens of all batches.
+
+    The function runs a model without adapters on weights that are merged here.
+    """
+    layers = adapted_layers(model)
+    plain = plain_mixture() if STACKS[0] in layers else base("llama")
+
+    def logits(updates: Mapping[str, Tensor]) -> Tensor:
+        weights = {}
+        for name, layer in layers.items():
+            path = name if name in STACKS else f"{name}.weight"
+            weight = plain.get_parameter(path).detach()
+            magnitude = None if layer.magnitude is None else layer.magnitude.detach().flatten()
+            update = updates[name] if name in updates else update_of(layer)
+            flat = merged(weight.flatten(0, -2), update, magnitude, held=held, masked=layer.masked)
+            weights[path] = flat.view(weight.shape)
+        found = []
+        for batch in batches():
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+            with sdpa_kernel(SDPBackend.MATH):
+                out = functional_call(plain, weights, kwargs=inputs).logits[:, :-1]
+            found.append(out[batch.labels[:, 1:] != -100])
+        return torch.cat(found)
+
+    return logits
+
+
+def all_targets() -> Tensor:
+    """The labelled tokens of all batches."""
+    return torch.cat([targets(batch) for batch in batches()])
