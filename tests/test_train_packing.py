@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -27,18 +26,15 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from qdora.data.batching import Batching, MicroBatch, micro_batches
-from qdora.data.loader import Step
+from qdora.data.batching import Batching, micro_batches
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
-from qdora.model.inject import adapter_parameters, inject
 from qdora.train import packed_attention
 from qdora.train.packed_attention import packed_layout
-from qdora.train.passes import batch_loss, step_gradient
+from qdora.train.passes import batch_loss
 from tests import reference, tiny
-from tests.test_data_batching import examples_of
+from tests.tiny_steps import examples
 
-LENGTHS = (17, 12, 9, 9, 8, 5, 3, 1, 6, 2)
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -89,65 +85,24 @@ def nll_alone(model: nn.Module, example: TokenizedExample) -> float:
     return reference.token_nll(logits[:-1], labels[1:])[0] if len(labels) > 1 else 0.0
 
 
-def loss_of(model: nn.Module, micro: MicroBatch) -> Any:
-    return batch_loss(model, micro.input_ids, micro.attention_mask, micro.labels, packing=micro.packing)
-
-
 @pytest.mark.parametrize("layout", ["rows", "single"])
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_packed_losses_are_those_of_each_example_alone(make: Any, layout: Any) -> None:
-    model, examples = make(), examples_of(LENGTHS)
-    batches = micro_batches(examples, Batching(75, 0, layout, 25), ["a", "b"])
+    """Also of an example without a label."""
+    model, found, seen = make(), examples(), {}
+    found[3] = TokenizedExample("b", "3", found[3].input_ids, np.zeros_like(found[3].loss_mask))
+    batches = micro_batches(found, Batching(75, 0, layout, 25), ["a", "b"])
     assert max(len(micro.input_ids) for micro in batches) == (3 if layout == "rows" else 1)
-    seen = {}
     for micro in batches:
-        loss = loss_of(model, micro)
+        loss = batch_loss(model, micro.input_ids, micro.attention_mask, micro.labels, packing=micro.packing)
         assert float(loss.nll_sum.detach()) == pytest.approx(float(loss.example_nll.sum()), rel=1e-6)
         for name, nll, count in zip(micro.example_ids, loss.example_nll, loss.example_tokens, strict=True):
             seen[name] = (float(nll), int(count))
-    assert len(seen) == len(examples)
-    for example in examples:
+    assert len(seen) == len(found)
+    for example in found:
         nll, count = seen[example.id]
         assert nll == pytest.approx(nll_alone(model, example), rel=1e-5, abs=1e-5)
         assert count == example.loss_mask.sum()
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_packed_step_has_the_gradient_and_the_task_sums_of_the_unpacked_one(checkpointing: bool) -> None:
-    found = []
-    for layout in (None, "rows", "single"):
-        model = tiny.llama()
-        inject(model, rank=2, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
-        tiny.move_all_parameters_(model)
-        if checkpointing:
-            model.train()
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        examples = examples_of(LENGTHS)
-        batches = micro_batches(examples, Batching(75, 0, layout, 25), ["a", "b"])  # type: ignore[arg-type]
-        labels = sum(int(each.loss_mask.sum()) for each in examples)
-        metrics, _ = step_gradient(model, Step(batches, labels, sum(LENGTHS), 10), device=torch.device("cpu"))
-        gradient = torch.cat([p.grad.flatten() for p in adapter_parameters(model).values() if p.grad is not None])
-        assert float(gradient.abs().max()) > 1e-3
-        found.append((metrics, gradient))
-    (plain, expected), *packed = found
-    for metrics, gradient in packed:
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
-        assert metrics["loss"] == pytest.approx(plain["loss"], rel=1e-6)
-        assert metrics["tasks"].keys() == {"a", "b"}
-        for name, task in metrics["tasks"].items():
-            assert task["num_tokens"] == plain["tasks"][name]["num_tokens"]
-            assert task["nll_sum"] == pytest.approx(plain["tasks"][name]["nll_sum"], rel=1e-6)
-
-
-def test_packed_rows_without_a_label_have_a_zero_sum() -> None:
-    bare = [
-        TokenizedExample("a", each.id, each.input_ids, np.zeros_like(each.loss_mask)) for each in examples_of(LENGTHS)
-    ]
-    (micro,) = micro_batches(bare[:3], Batching(75, 0, "rows", 75), ["a"])
-    loss = loss_of(tiny.llama(), micro)
-    assert float(loss.nll_sum.detach()) == 0
-    assert loss.example_nll.tolist() == [0.0] * 3
-    assert loss.example_tokens.tolist() == [0] * 3
 
 
 def mixtral() -> nn.Module:
@@ -163,9 +118,7 @@ def test_models_that_keep_examples_apart_are_found_to_do_so(make: Any, dtype: to
     before = torch.get_rng_state()
     layout, said = packed_layout(model)
     assert layout == "rows"
-    kind = "eager" if make in (eager, gemma2) else "sdpa"
-    assert f"attention by {kind}, a micro-batch is rows with a mask" in said
-    assert re.search(r"change the logits of the next by [\d.e-]+, rounding by up to [\d.e-]+", said)
+    assert f"attention by {'eager' if make in (eager, gemma2) else 'sdpa'}, " in said
     assert ("sliding_attention" in said) == (make is gemma2)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
@@ -253,9 +206,7 @@ def bloom() -> nn.Module:
     return BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)).eval()
 
 
-LEAKS = (
-    r"does not keep packed examples apart: other tokens in a packed example change logits of the next one by [\d.e-]+"
-)
+LEAKS = r"does not keep packed examples apart: other tokens in a packed example change logits of the next one"
 
 
 @pytest.mark.parametrize(
@@ -271,12 +222,10 @@ LEAKS = (
     ids=["without borders", "first row only", "opt", "lfm2", "counting on", "bloom"],
 )
 def test_models_that_do_not_are_refused(make: Any, message: str) -> None:
+    model = make()
     with pytest.raises(UserError, match=message):
-        packed_layout(make())
-
-
-def test_another_attention_is_proposed() -> None:
-    model = without_borders()
-    model.set_attn_implementation("eager")  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"Fix: data\.packing: false, or model\.attention: sdpa if the model has it\."):
-        packed_layout(model)  # type: ignore[arg-type]
+        packed_layout(model)
+    if make is without_borders:
+        model.set_attn_implementation("eager")
+        with pytest.raises(UserError, match=r"Fix: data\.packing: false, or model\.attention: sdpa if"):
+            packed_layout(model)
