@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 from qdora.errors import RunFailure, UserError
 from qdora.memory import sharded_base
@@ -16,24 +15,10 @@ from qdora.model.load import block_list
 from qdora.nn.row_share import span
 from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.train.distributed import Processes
-from tests import launched, tiny_adapted, tiny_experts, tiny_run, tiny_sharded, tiny_tokenizer
+from tests import launched, tiny_run, tiny_sharded
+from tests.tiny_sharded import write
 
 pytestmark = tiny_sharded.needs_division
-
-
-def write(directory: Path, family: str) -> Path:
-    """Llama: tied, blocks of the scales cross the rows of down_proj. Qwen3: a head of its own. Both 64 wide."""
-    if (directory / "config.json").exists():
-        return directory
-    if family == "qwen3_moe":
-        return tiny_experts.write(directory, family)
-    if family == "llama":
-        return tiny_run.write_model(directory)
-    torch.manual_seed(0)
-    sizes = tiny_adapted.SIZES | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    AutoModelForCausalLM.from_config(Qwen3Config(**sizes, tie_word_embeddings=False)).save_pretrained(directory)
-    tiny_tokenizer.make().save_pretrained(directory)
-    return directory
 
 
 def same_as_whole(rank: int, source: Path, loading: dict[str, Any], adapters: dict[str, Any], num_by_rows: int) -> None:
@@ -53,37 +38,30 @@ def same_as_whole(rank: int, source: Path, loading: dict[str, Any], adapters: di
 
 
 DORA: dict[str, Any] = {"kind": "dora"}
-# Of Llama's seven layers a block six are divided by rows: the blocks of down_proj, 48 wide, cross rows.
-CASES = [
-    pytest.param("llama", {}, DORA, 12, id="double"),
-    pytest.param("llama", {"double_quant": False}, DORA, 12, id="plain", marks=pytest.mark.slow),
-    pytest.param("llama", {}, {"kind": "lora"}, 0, id="lora", marks=pytest.mark.slow),
-    pytest.param("llama", {}, DORA | {"gates": True}, 12, id="gated", marks=pytest.mark.slow),
-    pytest.param("llama", {}, DORA | {"checkpointing": False}, 12, id="no-checkpoints", marks=pytest.mark.slow),
-    pytest.param("llama", {"quant": "int8"}, DORA, 14, id="int8", marks=pytest.mark.slow),
-    pytest.param("llama", {"quant": "none"}, DORA, 14, id="dense", marks=pytest.mark.slow),
-    pytest.param("qwen3", {}, DORA, 14, id="qwen3", marks=pytest.mark.slow),
-    pytest.param("qwen3_moe", {}, DORA | {"targets": ["q_proj", "experts"]}, 2, id="experts"),
-]
+EXPERTS = DORA | {"targets": ["q_proj", "experts"]}
+# Of Llama's seven layers a block six are divided by rows: the blocks of down_proj, 48 wide, cross rows. On three
+# processes 64 rows do not divide; on four a process has one micro-batch, another two.
+CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any], int]] = {
+    "double": (2, "llama", {}, DORA, 12),
+    "experts": (2, "qwen3_moe", {}, EXPERTS, 2),
+    "plain": (2, "llama", {"double_quant": False}, DORA, 12),
+    "lora": (2, "llama", {}, {"kind": "lora"}, 0),
+    "gated": (2, "llama", {}, DORA | {"gates": True}, 12),
+    "no-checkpoints": (2, "llama", {}, DORA | {"checkpointing": False}, 12),
+    "int8": (2, "llama", {"quant": "int8"}, DORA, 14),
+    "dense": (2, "llama", {"quant": "none"}, DORA, 14),
+    "qwen3": (2, "qwen3", {}, DORA, 14),
+    "three": (3, "llama", {}, DORA, 12),
+    "three, qwen3": (3, "qwen3", {}, DORA, 14),
+    "four, experts": (4, "qwen3_moe", {}, EXPERTS, 2),
+}
+FAST = ("double", "experts")
 
 
-@pytest.mark.parametrize(("family", "loading", "adapters", "num_by_rows"), CASES)
-def test_two_processes_with_half_a_base_train_as_one(
-    root: Path, family: str, loading: dict[str, Any], adapters: dict[str, Any], num_by_rows: int
-) -> None:
-    source = write(root / family, family)
-    assert launched.run(2, same_as_whole, source, loading, adapters, num_by_rows) == ["", ""]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [3, 4])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
-def test_rows_that_do_not_divide(root: Path, family: str, size: int) -> None:
-    """64 rows on three processes; on four a process has one micro-batch, another two."""
-    source = write(root / family, family)
-    targets = ["q_proj", "experts"] if family == "qwen3_moe" else "all-linear"
-    number = {"llama": 12, "qwen3": 14, "qwen3_moe": 2}[family]
-    assert launched.run(size, same_as_whole, source, {}, DORA | {"targets": targets}, number) == [""] * size
+@pytest.mark.parametrize("case", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+def test_processes_with_a_part_of_a_base_train_as_one(root: Path, case: str) -> None:
+    size, family, *rest = CASES[case]
+    assert launched.run(size, same_as_whole, write(root / family, family), *rest) == [""] * size
 
 
 def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
@@ -123,9 +101,7 @@ def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
     ("family", "size", "double_quant"),
     [("llama", 2, True), pytest.param("qwen3", 3, False, marks=pytest.mark.slow)],
 )
-def test_each_process_holds_its_part_before_and_after_a_step(
-    root: Path, family: str, size: int, double_quant: bool
-) -> None:
+def test_each_process_holds_its_part(root: Path, family: str, size: int, double_quant: bool) -> None:
     source = write(root / family, family)
     assert launched.run(size, parts, source, {"double_quant": double_quant}) == [""] * size
 
@@ -160,7 +136,7 @@ def test_a_block_is_whole_only_while_it_computes(tmp_path: Path) -> None:
 
 
 def own_rows(rank: int, source: Path) -> None:
-    """Each process quantises its rows alone."""
+    """Each process quantises its rows alone. Double quantised, the parts are those of the whole weight all the same."""
     rows: list[int] = []
     real = sharded_base.quantize
 
@@ -168,8 +144,8 @@ def own_rows(rank: int, source: Path) -> None:
         rows.append(weight.shape[0])
         return real(weight, *args, **options)
 
-    with tiny_sharded.launch() as processes, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharded_base, "quantize", counted)
+    sharded_base.quantize = counted
+    with tiny_sharded.launch() as processes:
         model = tiny_sharded.load(source, processes)
         layers = [layer for layer in frozen_layers(model).values() if layer.kind == "nf4"]
         mine = [span(layer.out_features, rank, processes.size) for layer in layers]
@@ -178,7 +154,6 @@ def own_rows(rank: int, source: Path) -> None:
 
 
 def test_a_process_reads_and_quantises_its_rows(root: Path) -> None:
-    """Double quantised: the parts are those of the whole weight all the same, which the test above has."""
     assert launched.run(3, own_rows, write(root / "qwen3", "qwen3")) == ["", "", ""]
 
 
@@ -192,14 +167,12 @@ def test_a_process_without_rows_of_a_small_layer_has_empty_parts() -> None:
 
 
 def test_a_recipe_that_cannot_be_divided_is_refused(root: Path) -> None:
-    def refused(**changes: Any) -> str:
-        with pytest.raises(UserError) as caught:
+    for words, changes in (
+        ("base.residency host", {"base__residency": "host"}),
+        ("adapter.init loftq", {"adapter__init": "loftq"}),
+        ("adapter.also_train", {"adapter__also_train": ["lm_head"], "adapter__also_train_rows": "all"}),
+        ("memory.host_embeddings", {"memory__host_embeddings": True}),
+    ):
+        with pytest.raises(UserError, match=f"train.parallel: must be auto or replicate with {words}"):
             tiny_run.recipe(root, train__parallel="shard", **changes)
-        return str(caught.value)
-
-    text = "train.parallel: must be auto or replicate with"
-    assert f"{text} base.residency host" in refused(base__residency="host")
-    assert f"{text} adapter.init loftq" in refused(adapter__init="loftq")
-    assert f"{text} adapter.also_train" in refused(adapter__also_train=["lm_head"], adapter__also_train_rows="all")
-    assert f"{text} memory.host_embeddings" in refused(memory__host_embeddings=True)
     assert tiny_run.recipe(root, train__parallel="hybrid").train.parallel == "hybrid"

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,7 +30,6 @@ from qdora.data import build_data, token_cache
 from qdora.data.loader import share_of
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import Interrupted, RunFailure, UserError
-from qdora.files.run_directory import open_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run import trainer, writer
@@ -45,7 +42,6 @@ from tests.run_files import assert_close_runs, assert_same_run, in_batches, time
 PACKED = {"train__batch": 9, "data__packing": True}
 GATED = {"adapter__gates": {"mode": "hard_concrete", "mean_rank": 2, "warmup": 1, "anneal": 4, "shrink_every": 2}}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-HERE = str(Path(__file__).parent.parent)
 
 
 def recipe(root: Path, **changes: Any) -> Recipe:
@@ -157,10 +153,10 @@ def with_files_of_its_own(rank: int, settings: list[Recipe], directory: Path, di
     "changed, different",
     [("data/sums.jsonl", "another training data"), ("model/config.json", "another base"), (None, None)],
 )
-def test_all_processes_have_the_same_data_and_base(
+def test_all_have_the_same_data_and_base(
     root: Path, tmp_path: Path, changed: str | None, different: str | None
 ) -> None:
-    """One of them reads its own copies, as on another machine. The first one tokenises, the others read what it kept."""
+    """One of them reads its own copies, as on another machine. The first one tokenises for all."""
     options: dict[str, Any] = {"train__steps": 1, "data__cache": str(tmp_path / "cache")}
     recipe(root)
     shutil.copytree(root / "model", tmp_path / "copy/model")
@@ -324,41 +320,6 @@ def test_processes_share_the_memory_of_their_machine(monkeypatch: pytest.MonkeyP
         dist.destroy_process_group()
 
 
-def recorded(rank: int, folder: Path) -> None:
-    """As torchrun, which names a file for the reason of each process."""
-
-    def run() -> None:
-        with processes_of_launch() as processes:
-            if rank == 1:
-                raise RunFailure("no room")
-            processes.gather(rank)
-
-    os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / f"{rank}.json")
-    with pytest.raises(RunFailure):
-        run()
-
-
-def test_the_launcher_gets_the_reason_of_each_process(tmp_path: Path) -> None:
-    assert launched.run(2, recorded, tmp_path, timeout=60) == ["", ""]
-    told = [json.loads((tmp_path / f"{rank}.json").read_text())["message"] for rank in range(2)]
-    assert told[1]["message"] == "RunFailure: no room"
-    assert "exchange with the other processes failed" in told[0]["message"]
-    assert int(told[1]["extraInfo"]["timestamp"]) <= int(told[0]["extraInfo"]["timestamp"])
-
-
-def works_for_long(rank: int) -> None:
-    """The first process works for longer than a message may take."""
-    with processes_of_launch() as processes:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
-        assert processes.first(lambda: time.sleep(3) or 7) == (7 if rank == 0 else None)
-        assert processes.gather(rank) == [0, 1]
-
-
-@pytest.mark.slow
-def test_the_others_wait_for_the_work_of_the_first_process() -> None:
-    assert launched.run(2, works_for_long, timeout=60) == [""] * 2
-
-
 @given(lengths=st.lists(st.integers(1, 50), max_size=30), size=st.integers(1, 5))
 def test_shares_are_a_fair_partition_in_the_order_of_the_step(lengths: list[int], size: int) -> None:
     ids = [np.zeros(length, dtype=np.int32) for length in lengths]
@@ -479,24 +440,11 @@ def test_an_old_torch_cannot_divide_a_base(monkeypatch: pytest.MonkeyPatch) -> N
 # --- launchers
 
 
-by_each_launcher = pytest.mark.parametrize(
-    "launcher",
-    [
-        [*TORCHRUN, "-m"],
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"),
-            *("--num_machines=1", "--mixed_precision=no", "-m"),
-        ],
-    ],
-    ids=["torchrun", "accelerate"],
-)
-
-
-def trained_by(launcher: list[str], settings: Recipe, directory: Path) -> dict[str, Any]:
-    """Run `qdora train` in two processes of one of these launchers; returns what --json writes."""
+def trained_by_torchrun(settings: Recipe, directory: Path) -> dict[str, Any]:
+    """Run `qdora train` in two processes; returns what --json writes."""
     file = directory.with_suffix(".yaml")
     file.write_text(resolved_yaml(settings))
-    command = [*launcher, "qdora.cli", "train", str(file), "-d", str(directory), "--json"]
+    command = [*TORCHRUN, "-m", "qdora.cli", "train", str(file), "-d", str(directory), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -504,110 +452,6 @@ def trained_by(launcher: list[str], settings: Recipe, directory: Path) -> dict[s
 
 
 @pytest.mark.slow
-@by_each_launcher
-def test_launchers_run_the_command_line(root: Path, one: Path, tmp_path: Path, launcher: list[str]) -> None:
-    assert trained_by(launcher, exact(root), tmp_path / "two")["num_steps"] == 6
+def test_torchrun_runs_the_command_line(root: Path, one: Path, tmp_path: Path) -> None:
+    assert trained_by_torchrun(exact(root), tmp_path / "two")["num_steps"] == 6
     assert_close_runs(one, tmp_path / "two")
-
-
-def until_it_trains(process: subprocess.Popen[str], run: Path) -> None:
-    began = time.monotonic()
-    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0):
-        assert process.poll() is None
-        assert time.monotonic() - began < 200
-        time.sleep(0.1)
-
-
-@pytest.mark.slow
-def test_ctrl_c_under_torchrun_saves_and_goes_on(root: Path, tmp_path: Path) -> None:
-    """The launcher passes the signal on to both processes."""
-    file, run = tmp_path / "recipe.yaml", tmp_path / "run"
-    file.write_text(resolved_yaml(recipe(root, train__steps=5000, train__checkpoint_every=...)))
-    command = [*TORCHRUN, "-m", "qdora.cli", "train", str(file), "-d", str(run)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    until_it_trains(process, run)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=90)
-    assert process.returncode != 0
-    assert errors.count("Continue with --resume") == 1
-    newest = open_run(run).newest_checkpoint()
-    assert newest is not None
-    assert newest.step == len(timeless(run))
-
-
-DISTURBED = """
-import os, signal
-from datetime import timedelta
-from qdora.cli import main
-from qdora.train import distributed, passes
-
-real, calls = passes.batch_loss, []
-
-def disturbed(*args, **options):
-    calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 3 and not os.path.exists("again"):
-        if {how!r} == "fails":
-            raise ValueError("a fault of its own")
-        os.kill(os.getpid(), signal.SIGSTOP if {how!r} == "hangs" else signal.SIGKILL)
-    return real(*args, **options)
-
-passes.batch_loss, distributed._STEP_PATIENCE = disturbed, timedelta(seconds=5)
-main()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "how, told",
-    [
-        ("fails", "ValueError: a fault of its own"),
-        ("killed", "Signal 9 (SIGKILL)"),
-        ("hangs", "Ranks 1 failed to pass monitoredBarrier"),
-    ],
-)
-def test_torchrun_ends_all_and_the_run_goes_on(root: Path, tmp_path: Path, how: str, told: str) -> None:
-    (tmp_path / "disturbed.py").write_text(DISTURBED.format(how=how))
-    (tmp_path / "recipe.yaml").write_text(resolved_yaml(exact(root, train__batch=2, train__checkpoint_every=1)))
-    options: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": HERE}, "timeout": 200}
-    command = [*TORCHRUN, "disturbed.py", "train", "recipe.yaml", "-d", "run"]
-    done = subprocess.run(command, capture_output=True, text=True, **options)
-    assert done.returncode == 1
-    assert told in done.stderr
-    (tmp_path / "again").touch()
-    subprocess.run([*command, "--resume"], check=True, **options)
-    assert [line["step"] for line in timeless(tmp_path / "run")] == list(range(1, 7))
-
-
-@pytest.mark.slow
-def test_the_slurm_script_of_the_guide_saves_requeues_and_resumes(root: Path, tmp_path: Path) -> None:
-    """With programs that stand in for SLURM's, on two CPU processes."""
-    guide = (Path(HERE) / "qdora/guide/several-gpus.md").read_text()
-    script = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", guide, re.DOTALL)[0]
-    programs = {
-        "srun": 'exec "${@:2}"',  # without --cpus-per-task
-        "scontrol": 'if [ $1 = show ]; then echo localhost; else echo "$@" >> requeued; fi',
-        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
-    }
-    for name, text in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "mine.yaml").write_text(resolved_yaml(recipe(root, train__steps=60, train__checkpoint_every=...)))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        (tmp_path / "job.sh").write_text(script.replace("29500", str(free.getsockname()[1])))
-    slurm = {"NNODES": "1", "CPUS_PER_TASK": "1", "GPUS_ON_NODE": "2", "JOB_ID": "7", "JOB_NODELIST": "here"}
-    env = os.environ | {f"SLURM_{name}": value for name, value in slurm.items()} | {"PYTHONPATH": HERE}
-    env["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    run = tmp_path / "runs/mine"
-    job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=env, text=True)
-    until_it_trains(job, run)
-    job.send_signal(signal.SIGUSR1)
-    job.wait(90)
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    newest = open_run(run).newest_checkpoint()
-    assert newest is not None
-    assert 0 < newest.step < 60
-    subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=env, check=True, timeout=280)
-    assert f"Continuing from {newest.path.relative_to(tmp_path)}" in (run / "log.txt").read_text()
-    assert [line["step"] for line in timeless(run)] == list(range(1, 61))
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"

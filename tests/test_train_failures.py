@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -24,7 +25,7 @@ from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
 from qdora.train import flat_group, loop, loss_scale, out_of_memory
 from qdora.train.loss_scale import LossScale
-from tests import launched, tiny_run
+from tests import tiny_run
 from tests.run_files import (
     ADAPTER,
     assert_resumes,
@@ -41,6 +42,8 @@ from tests.tiny_streamed import stream_on_cpu
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
 PINNED = "memory.offload_activations: the system refuses 64 MiB of pinned host memory (CUDA error: out of memory)."
 UNEVALUATED: dict[str, Any] = {"eval__tasks": [], "eval__limit": ...}
+FULL: dict[str, Any] = {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout")}
+FULL |= {"adapter__kind": "full", "base__quant": "none"}
 
 
 def on_cpu() -> BaseException:
@@ -79,15 +82,8 @@ def small_memory(
     return passed
 
 
-@pytest.fixture(scope="module")
-def enough(root: Path) -> Path:
-    """A run of `eights` with enough memory."""
-    train_run(eights(root), root / "enough")
-    return root / "enough"
-
-
 @pytest.mark.parametrize("error, backward", [(on_cuda, False), (on_cpu, True), (MemoryError, False)])
-def test_the_loss_curve_is_that_of_enough_memory(
+def test_losses_are_those_of_enough_memory(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any, backward: bool
 ) -> None:
     """Without dropout, of which micro-batches of another size draw other numbers."""
@@ -111,22 +107,7 @@ def test_the_loss_curve_is_that_of_enough_memory(
     assert said in (tmp_path / "log.txt").read_text()
 
 
-def sizes_of_steps(patch: pytest.MonkeyPatch, sizes: dict[int, int]) -> list[int]:
-    """Let the steps (from 1) have these micro-batches from then on; the size of each attempt comes back."""
-    next_step, seen = StepLoader.next_step, []
-
-    def sized(loader: StepLoader) -> Any:
-        loader.batching.max_tokens = sizes.get(len(seen) + 1, loader.batching.max_tokens)
-        seen.append(loader.batching.max_tokens)
-        return next_step(loader)
-
-    patch.setattr(StepLoader, "next_step", sized)
-    return seen
-
-
-def test_a_retried_step_draws_what_a_first_try_would(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_retried_step_draws_as_a_first_try(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout: the run equals, bit for bit, one whose micro-batches were as small from that step on."""
     with monkeypatch.context() as patch:
         small_memory(patch, 80)
@@ -134,34 +115,18 @@ def test_a_retried_step_draws_what_a_first_try_would(
     lines = timeless(tmp_path / "run")
     sizes = {line["step"]: line["out_of_memory"]["tokens_after"] for line in lines if "lr" not in line}
     assert sizes
-    sizes_of_steps(monkeypatch, sizes)
+    next_step, numbers = StepLoader.next_step, itertools.count(1)
+
+    def sized(loader: StepLoader) -> Any:
+        loader.batching.max_tokens = sizes.get(next(numbers), loader.batching.max_tokens)
+        return next_step(loader)
+
+    monkeypatch.setattr(StepLoader, "next_step", sized)
     train_run(eights(root), tmp_path / "known")
     assert [line for line in lines if "lr" in line] == timeless(tmp_path / "known")
 
 
-def test_a_resumed_run_keeps_the_smaller_size_until_the_recipe_asks_for_another(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings, run = eights(root), tmp_path / "run"
-    with monkeypatch.context() as patch:
-        small_memory(patch, 40)
-        train_run(settings, tmp_path / "whole")
-        train_until(settings, run, 4)
-    state = json.loads((run / "checkpoints/step-4/state.json").read_text())
-    used = state["policies"]["micro_batch_tokens"]["used"]
-    assert used < 96  # below data.max_length, which the recipe itself may not ask for
-    seen = sizes_of_steps(monkeypatch, {})
-    train_run(settings, run, resume=True)
-    assert seen == [used, used]
-    assert_same_run(run, tmp_path / "whole")
-    (run / "checkpoints/step-6").rename(tmp_path / "elsewhere")
-    train_run(eights(root, train__micro_batch_tokens=1024), run, resume=True)
-    assert seen[2:] == [1024, 1024]
-
-
-def test_a_run_grows_back_and_a_resumed_one_at_the_same_step(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_micro_batches_grow_back_also_resumed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is short in the first step only."""
     monkeypatch.setattr(out_of_memory, "_FIRST_WAIT", 2)
 
@@ -184,6 +149,8 @@ def test_a_run_grows_back_and_a_resumed_one_at_the_same_step(
     assert sizes[1] == 2 * sizes[0]
     for stop_at in (1, 3):
         run(tmp_path / f"run-{stop_at}", stop_at)
+        state = json.loads((tmp_path / f"run-{stop_at}/checkpoints/step-{stop_at}/state.json").read_text())
+        assert state["policies"]["micro_batch_tokens"]["used"] == {1: sizes[0] // 2, 3: sizes[0]}[stop_at]
         train_run(eights(root), tmp_path / f"run-{stop_at}", resume=True)
         assert_same_run(tmp_path / f"run-{stop_at}", tmp_path / "whole")
 
@@ -214,35 +181,19 @@ def test_what_no_smaller_micro_batch_helps_stops_with_the_state_before_it(
 NUM_MATRICES = 28
 
 
-def join_fails(patch: pytest.MonkeyPatch, step: int, *, forever: bool) -> list[int]:
-    """Memory runs out in the update of `step`, at its matrices: once, or from there on. The number of calls comes back.
-
-    All matrices are joined in one call, and one after the other where that fails.
-    """
-    real, calls = flat_group.join_float32, [0]
+def joins_fail(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Memory runs out in the update of `step`, at its matrices, which are joined in one call, and then one by one."""
+    real, calls = flat_group.join_float32, itertools.count(1)
 
     def join(*args: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == step or (forever and calls[0] > step):
+        if next(calls) >= step:
             raise on_cuda()
         return real(*args)
 
     patch.setattr(flat_group, "join_float32", join)
-    return calls
 
 
-def test_an_update_that_fits_in_parts_is_that_of_enough_memory(
-    root: Path, enough: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = join_fails(monkeypatch, 3, forever=False)
-    train_run(eights(root), tmp_path)
-    assert calls == [6 + NUM_MATRICES]
-    assert_same_run(tmp_path, enough)
-
-
-def test_an_update_without_memory_keeps_the_state_before_it_or_after_it(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_update_without_memory_keeps_a_state(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The magnitudes of DoRA, stored in float32, need no memory. Such a run can continue from there."""
     lora, dora = eights(root, adapter__kind="lora"), eights(root)
     train_run(lora, tmp_path / "whole")
@@ -250,9 +201,10 @@ def test_an_update_without_memory_keeps_the_state_before_it_or_after_it(
     none = rf"{text}{NUM_MATRICES} trainable tensors, e.g. \S+ \({re.escape(CUDA[:-1])}\)\. Fix: .*--resume.*/step-3\."
     some = rf"{text}42 trainable tensors.*14 others are updated, .*/step-4\."
     for settings, said, run in ((lora, none, tmp_path / "lora"), (dora, some, tmp_path / "dora")):
-        with monkeypatch.context() as patch, pytest.raises(RunFailure, match=said):
-            join_fails(patch, 4, forever=True)
-            train_run(settings, run)
+        with monkeypatch.context() as patch:
+            joins_fail(patch, 4)
+            with pytest.raises(RunFailure, match=said):
+                train_run(settings, run)
         assert train_run(settings, run, resume=True)["num_steps"] == 6
     assert_same_run(tmp_path / "lora", tmp_path / "whole")
 
@@ -372,34 +324,28 @@ def test_a_bad_step_is_skipped_and_changes_nothing(
     document = json.loads((kept / "batch.json").read_text())
     assert document["step"] == BAD
     assert re.fullmatch(reason, document["reason"])
-    assert_kept(kept, document, expected[BAD - 1], bad, factor)
-
-
-def assert_kept(
-    kept: Path, document: dict[str, Any], expected: dict[str, Any], bad: tuple[str, list[int]], factor: float
-) -> None:
-    """The batch's two files agree with each other and with the line of the same step of an undisturbed run."""
-    examples, tensors = document["examples"], load_file(kept / "batch.safetensors")
-    assert len(examples) == expected["num_examples"] == len(tensors["input_ids"])
-    assert int(tensors["attention_mask"].sum()) == expected["num_tokens"]
-    assert int((tensors["labels"] != -100).sum()) == expected["num_label_tokens"]
+    # The batch's two files agree with each other and with the line of the same step of an undisturbed run
+    examples, tensors, line = document["examples"], load_file(kept / "batch.safetensors"), expected[BAD - 1]
+    assert len(examples) == line["num_examples"] == len(tensors["input_ids"])
+    assert int(tensors["attention_mask"].sum()) == line["num_tokens"]
+    assert int((tensors["labels"] != -100).sum()) == line["num_label_tokens"]
     for index, each in enumerate(examples):
         length = len(each["input_ids"])
-        assert tensors["input_ids"][index, :length].tolist() == each["input_ids"]
-        assert tensors["labels"][index, :length].tolist() == each["labels"]
+        for name in ("input_ids", "labels"):
+            assert tensors[name][index, :length].tolist() == each[name]
         assert tensors["attention_mask"][index].sum() == length
         assert each["num_label_tokens"] == sum(label != -100 for label in each["labels"])
         assert ("=" in each["text"]) == (each["task"] == "sums")
     (found,) = [each for each in examples if each["input_ids"] == bad[1]]
     assert found["id"] == bad[0]
-    whole = sum(task["nll_sum"] for task in expected["tasks"].values())
+    whole = sum(task["nll_sum"] for task in line["tasks"].values())
     others = sum(each["nll_sum"] for each in examples if each is not found)
     if math.isnan(factor):
         assert found["nll_sum"] is document["loss"] is None
         assert 0 < others < whole
     else:
         assert others + found["nll_sum"] / factor == pytest.approx(whole, rel=1e-5)
-        assert document["loss"] == pytest.approx((others + found["nll_sum"]) / expected["num_label_tokens"], rel=1e-5)
+        assert document["loss"] == pytest.approx((others + found["nll_sum"]) / line["num_label_tokens"], rel=1e-5)
 
 
 @pytest.mark.parametrize("stop_at", [BAD - 2, BAD])
@@ -450,22 +396,6 @@ def test_too_many_in_a_row_stop_the_run(root: Path, tmp_path: Path, monkeypatch:
     assert (again["num_skipped"], again["num_steps"]) == (2, 6)
 
 
-def in_two(rank: int, settings: Recipe, directory: Path, ids: list[int]) -> None:
-    scale_loss(pytest.MonkeyPatch(), ids, math.nan)
-    train_run(settings, directory)
-
-
-def test_two_processes_skip_together_and_keep_the_whole_batch(root: Path, tmp_path: Path) -> None:
-    """One of them has the bad example."""
-    settings = plain(root, train__on_bad_step="skip", train__steps=3)
-    name, ids = longest_of_step(settings, 2)
-    assert launched.run(2, in_two, settings, tmp_path, ids) == ["", ""]
-    assert ["skipped" in line for line in timeless(tmp_path)] == [False, True, False]
-    examples = json.loads((tmp_path / "bad-steps/step-2/batch.json").read_text())["examples"]
-    assert len(examples) == 4
-    assert [each["id"] for each in examples if each["nll_sum"] is None] == [name]
-
-
 # --- float16
 
 
@@ -473,17 +403,7 @@ def half(root: Path, dtype: str = "float16", **changes: Any) -> Recipe:
     return tiny_run.recipe(root, model__dtype=dtype, **UNEVALUATED, **changes)
 
 
-def test_a_run_in_float16_learns_what_one_in_float32_learns(root: Path, tmp_path: Path) -> None:
-    for dtype in ("float16", "float32"):
-        train_run(half(root, dtype), tmp_path / dtype)
-    for one, other in zip(trained(tmp_path / "float16"), trained(tmp_path / "float32"), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=2e-3)
-        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=2e-2)
-
-
-def test_an_overflow_costs_no_step_and_the_scale_resumes(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_overflow_costs_no_step(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a scale that overflows, the run finds the largest that does not; all steps are those of a run from there."""
     with monkeypatch.context() as patched:
         patched.setattr(loss_scale, "_START", 2.0**40)
@@ -537,26 +457,14 @@ def test_a_matrix_that_gets_no_gradient_is_found_wherever_the_base_is(
     assert found["state"] == "warning"
 
 
-# --- refusals
-
-
 @pytest.mark.parametrize(
     "changes, fault",
     [
-        ({"train__on_bad_step": "skp"}, "train.on_bad_step: .*got 'skp'.*'skip'"),
-        ({"train__spike": 1}, "train.spike: .*got 1"),
         ({"train__max_skips": 3}, "train.max_skips: would be ignored because train.on_bad_step stop skips no step"),
         ({"base__residency": "host"}, "base.residency: got host, must be device .*without a GPU"),
         ({"memory__offload_activations": True}, "memory.offload_activations: got true, must be false .*without a GPU"),
-        (
-            {"memory__offload_activations": True, "memory__checkpointing": False},
-            "offload_activations: would be ignored because memory",
-        ),
-        (
-            {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout")}
-            | {"adapter__kind": "full", "base__quant": "none", "model__dtype": "float16"},
-            "model.dtype: got float16, must be bfloat16 or float32 with adapter.kind full",
-        ),
+        ({"memory__offload_activations": True, "memory__checkpointing": False}, "would be ignored because memory"),
+        (FULL | {"model__dtype": "float16"}, "model.dtype: got float16, must be bfloat16 or float32 with adapter.kind"),
     ],
 )
 def test_what_is_refused(root: Path, tmp_path: Path, changes: dict[str, Any], fault: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from qdora.files.console import bar, duration, plain_console, shows_bars
+from qdora.files.console import duration, shows_bars
 from qdora.run.train import train_run
 from qdora.train.distributed import Processes
 from qdora.train.figures import draw_figures, smooth
@@ -120,27 +120,6 @@ class Screen(io.StringIO):
 
     def isatty(self) -> bool:
         return True
-
-
-@pytest.mark.parametrize(
-    "file, variables, has_bars",
-    [
-        (Screen(), {"TERM": "xterm"}, True),
-        (Screen(), {"TERM": "dumb"}, False),
-        (io.StringIO(), {"TERM": "xterm", "FORCE_COLOR": "1"}, False),
-        (io.StringIO(), {"TERM": "xterm"}, False),
-    ],
-)
-def test_where_no_bar_is_drawn_there_are_lines(file: io.StringIO, variables: dict[str, str], has_bars: bool) -> None:
-    console = plain_console(file=file, width=100, _environ=variables)
-    with bar(console, "loading the base") as update:
-        update(1, 2)
-    with TrainingProgress(1, console=console) as progress:
-        progress.step(METRICS)
-    assert shows_bars(console) == has_bars
-    assert ("━" in file.getvalue()) == has_bars
-    for text in ("loading the base", "step 1/1"):
-        assert text in file.getvalue()
 
 
 def test_a_run_on_a_terminal_shows_a_bar_while_it_trains_and_evaluates(root: Path, tmp_path: Path) -> None:

@@ -63,16 +63,12 @@ def test_hard_concrete_values_slopes_and_probabilities() -> None:
         edge = 1 / (1 + math.exp(log_alpha - (2 / 3) * math.log(1 / 11)))
         assert drawn(log_alpha, edge * (1 - 1e-6)) == 0.0 < drawn(log_alpha, edge * (1 + 1e-6))
         assert float(hard_concrete.probability_on(la)[0]) == pytest.approx(1 - edge, rel=1e-9)
-
-
-def test_the_deterministic_gate_is_exactly_0_and_1_at_its_ends() -> None:
-    on = math.log((1.0 - hard_concrete.GAMMA) / (hard_concrete.ZETA - 1.0))  # from here on the gate is exactly 1
-    off = -on
-    log_alpha = wide([off - 1e-6, off + 1e-3, 0.0, on - 1e-3, on + 1e-6])
-    values = hard_concrete.gate_value(log_alpha).tolist()
-    assert [values[0], values[2], values[4]] == [0.0, pytest.approx(0.5), 1.0]
-    assert 0.0 < values[1] < 1e-3
-    assert 1.0 - 1e-3 < values[3] < 1.0
+    # Without a draw it is exactly 0 and 1 at its ends
+    on = math.log(1.1 / 0.1)
+    ends = hard_concrete.gate_value(wide([-on - 1e-6, -on + 1e-3, 0.0, on - 1e-3, on + 1e-6])).tolist()
+    assert [ends[0], ends[2], ends[4]] == [0.0, pytest.approx(0.5), 1.0]
+    assert 0.0 < ends[1] < 1e-3
+    assert 1.0 - 1e-3 < ends[3] < 1.0
 
 
 def test_the_budget_is_full_in_warm_up_and_falls_to_its_end() -> None:
@@ -90,20 +86,12 @@ CASES = st.lists(
 
 @given(CASES, st.floats(0, 60))
 @settings(max_examples=200, deadline=None)
-def test_surplus_takes_the_lowest_until_the_rest_fits(
-    components: list[tuple[int, float, bool, int]], allowed: float
-) -> None:
+def test_surplus_takes_the_lowest(components: list[tuple[int, float, bool, int]], allowed: float) -> None:
     layer = torch.tensor([each[0] for each in components])
     order, cost = wide([each[1] for each in components]), wide([float(each[3]) for each in components])
     alive = torch.tensor([each[2] for each in components])
     going = gate_rules.surplus(order, cost, layer, alive, allowed)
-    assert not (going & ~alive).any()
-    kept = alive & ~going
-    for number in set(layer.tolist()):
-        living = ((layer == number) & alive).nonzero().squeeze(1).tolist()
-        if living:
-            assert kept[max(living, key=lambda index: float(order[index]))], "the best of a layer stays"
-    # One after the other, from the lowest of those that may go, as long as the rest is too much
+    # One after the other, from the lowest of those that may go, as long as the rest is too much; a layer's best stays
     best = {
         max(((layer == n) & alive).nonzero().squeeze(1).tolist(), key=lambda index: float(order[index]))
         for n in set(layer[alive].tolist())
@@ -215,9 +203,7 @@ def test_a_run_ends_with_its_budget_in_the_adapter(root: Path, uninterrupted: tu
 
 
 @pytest.mark.parametrize("stop_at", [pytest.param(1, marks=pytest.mark.slow), 4, 8])
-def test_resumed_equals_uninterrupted_bit_for_bit(
-    uninterrupted: tuple[Any, Path], tmp_path: Path, stop_at: int
-) -> None:
+def test_resumed_equals_uninterrupted(uninterrupted: tuple[Any, Path], tmp_path: Path, stop_at: int) -> None:
     """In warm-up, between two removals with dead components in place, and after the last."""
     recipe, whole = uninterrupted
     assert_resumes(recipe, whole, tmp_path / "run", stop_at=stop_at, step=9)
@@ -335,30 +321,6 @@ def test_at_the_end_gates_are_folded_into_the_factor_and_its_averages(name: Any,
     step(model, gates, optimizer, 3)
 
 
-def test_a_removal_frees_parameters_states_and_gradients() -> None:
-    model, gates, optimizer = pieces(mean_rank=2)
-
-    def num_bytes() -> int:
-        held = [*optimizer.parameters.values(), *optimizer.state_tensors().values(), *gates.parameters]
-        return sum({id(each): each.nbytes() for each in (tensor.untyped_storage() for tensor in held)}.values())
-
-    for number in range(2):
-        step(model, gates, optimizer, number)
-    before = num_bytes()
-    step(model, gates, optimizer, 2)
-    removed = {layer.in_features + layer.out_features: 0 for layer in gates.layers.values()}
-    for layer in gates.layers.values():
-        removed[layer.in_features + layer.out_features] += 8 - layer.rank
-    assert sum(removed.values()) == 6 * NUM_LAYERS
-    # float32: a factor's entries and their two averages; and all gates
-    factors = sum(4 * count * 3 * size for size, count in removed.items())
-    assert before - num_bytes() == factors + 4 * 8 * NUM_LAYERS
-    backward(model)
-    for key, parameter in optimizer.parameters.items():
-        assert parameter.grad is not None
-        assert parameter.grad.shape == parameter.shape, key
-
-
 @each_mode
 def test_between_steps_gates_are_deterministic_and_a_failed_step_leaves_no_draw(mode: str) -> None:
     model, gates, optimizer = pieces(mode=mode, anneal=5)
@@ -376,20 +338,6 @@ def test_between_steps_gates_are_deterministic_and_a_failed_step_leaves_no_draw(
     assert loss_of(model) == before
     gates.seed = 2**63 - 1
     gates.begin(4)
-
-
-def test_a_gate_that_the_loss_does_not_need_goes_first() -> None:
-    """A component whose B is 0 throughout has no gradient: L1 removes it, and no other with this budget."""
-    model, gates, optimizer = pieces(mode="l1", mean_rank=7, warmup=2, anneal=6, lr=0.05)
-    layers = adapted_layers(model)
-    for number in range(8):
-        with torch.no_grad():
-            for layer in layers.values():
-                if layer.rank == 8:
-                    layer.lora_B[:, 3] = 0.0
-        step(model, gates, optimizer, number)
-    for path, died in gates.died.items():
-        assert [component for component, after in enumerate(died) if after is not None] == [3], path
 
 
 @each_mode
@@ -415,20 +363,6 @@ def test_a_last_step_that_is_left_out_ends_the_anneal_all_the_same(mode: str, nu
     assert before.keys() == optimizer.state_tensors().keys()
 
 
-@settings(deadline=None)
-@given(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_min=True), st.integers(1, 5000))
-def test_shares_that_fit_into_a_run_fit_in_steps(warmup: float, share: float, num_steps: int) -> None:
-    """Also where both are rounded up, as halves of 1,003 steps are."""
-    for first, second in ((warmup, share * (1 - warmup)), (0.5, 0.5)):
-        if 0 < second < 1 and first + second <= 1:
-            asked = GateConfig(mean_rank=2, warmup=first, anneal=second)
-            assert asked.length_fault(num_steps) is None
-            steps = asked.phases(num_steps)
-            assert steps[1] >= 1
-            for phase, exact in zip(steps, (first * num_steps, second * num_steps), strict=True):
-                assert abs(phase - exact) <= 1.5
-
-
 def test_full_budget_faults() -> None:
     for asked, words in (
         ({"mean_rank": 8.0}, r"mean_rank: got 8, must be at least 1 \(one component a layer\) and less than 8"),
@@ -445,44 +379,28 @@ def test_full_budget_faults() -> None:
         pieces(anneal=20)
 
 
-PLANTED = [1, 2, 3, 6]
-
-
-def planted_run(mode: str, seed: int) -> tuple[list[int], float]:
-    """Four layers learn updates of these ranks from rank 8 each, with a budget of as many components: ranks, loss."""
+@pytest.mark.parametrize("seed", [0, 1])
+def test_l1_finds_planted_ranks_exactly(seed: int) -> None:
+    """Four layers learn updates of these ranks from rank 8 each, with a budget of as many components."""
+    planted = [1, 2, 3, 6]
     generator = torch.Generator().manual_seed(seed)
     layers, targets = {}, {}
-    for number, rank in enumerate(PLANTED):
+    for number, rank in enumerate(planted):
         weight = torch.randn(24, 32, generator=generator) * 0.2
         update = torch.randn(24, rank, generator=generator) @ torch.randn(rank, 32, generator=generator) * 0.08
-        name = str(number)
         options: dict[str, Any] = {"rank": 8, "alpha": 8.0, "dtype": torch.float32, "generator": generator}
-        layers[name], targets[name] = AdaptedLinear(FrozenLinear(weight), kind="lora", **options), weight + update
-    settings = GateConfig(mode=mode, mean_rank=sum(PLANTED) / 4, warmup=0.3, anneal=0.5)
-    gates = Gates(layers, settings, num_steps=300, seed=seed)
+        layers[str(number)] = AdaptedLinear(FrozenLinear(weight), kind="lora", **options)
+        targets[str(number)] = weight + update
+    asked = GateConfig(mode="l1", mean_rank=sum(planted) / 4, warmup=0.3, anneal=0.5)
+    gates = Gates(layers, asked, num_steps=300, seed=seed)
     optimizer = AdapterOptimizer(adapter_parameters(nn.ModuleDict(layers)))
     for number in range(300):
         gates.begin(number)
         x = torch.randn(64, 32, generator=generator)
-        losses = [(layer(x) - x @ targets[name].T).square().mean() for name, layer in layers.items()]
-        total = float(sum(each.item() for each in losses))
-        for each in losses:
-            each.backward()
-        del losses, each
+        loss = sum((layer(x) - x @ targets[name].T).square().mean() for name, layer in layers.items())
+        loss.backward()  # type: ignore[union-attr]
         optimizer.step(1e-2)
         optimizer.zero_grad()
         gates.end(number, True, optimizer, Processes())
-    return [layer.rank for layer in layers.values()], total
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_l1_finds_planted_ranks_exactly(seed: int) -> None:
-    ranks, loss = planted_run("l1", seed)
-    assert ranks == PLANTED
-    assert loss < 1e-4
-
-
-def test_hard_concrete_comes_nearer_to_planted_ranks_than_one_rank_everywhere() -> None:
-    found = [planted_run("hard_concrete", seed)[0] for seed in (0, 1)]
-    away = [sum(abs(rank - wanted) for rank, wanted in zip(ranks, PLANTED, strict=True)) for ranks in found]
-    assert max(away) < sum(abs(3 - wanted) for wanted in PLANTED)
+    assert [layer.rank for layer in layers.values()] == planted
+    assert float(loss) < 1e-4

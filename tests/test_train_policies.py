@@ -8,6 +8,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -73,9 +74,7 @@ def test_a_share_of_the_steps_is_that_which_the_recipe_has(num_steps: int) -> No
 
 
 @given(st.lists(st.floats(0.01, 100), max_size=60), st.floats(1.01, 20), st.integers(0, 60))
-def test_a_spike_is_above_a_multiple_of_the_median_of_the_last_applied_steps(
-    losses: list[float], factor: float, cut: int
-) -> None:
+def test_a_spike_is_above_a_multiple_of_the_median(losses: list[float], factor: float, cut: int) -> None:
     train = TrainConfig(steps=1, batch=1, on_bad_step="skip", max_skips=100, spike=factor)
     guard, applied = BadSteps(train), []
     for index, loss in enumerate(losses):
@@ -93,9 +92,7 @@ def test_a_spike_is_above_a_multiple_of_the_median_of_the_last_applied_steps(
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.booleans(), st.integers(1, 5), st.integers(0, 30))
-def test_the_judge_is_a_running_best_and_its_state_can_be_gone_on_with(
-    series: list[float], higher: bool, patience: int, cut: int
-) -> None:
+def test_the_judge_is_a_running_best(series: list[float], higher: bool, patience: int, cut: int) -> None:
     def fresh() -> BestSoFar:
         return BestSoFar({"by": "macro"}, higher=higher, patience=patience)
 
@@ -186,15 +183,10 @@ def test_what_counts_as_out_of_memory(error: BaseException, expected: bool) -> N
 
 
 @pytest.mark.parametrize("free, expected", [(99_999_999, True), (100_000_000, False), (None, False)])
-def test_cublas_without_a_handle_is_out_of_memory_on_a_full_gpu(
-    free: int | None, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def mem_get_info() -> tuple[int, int]:
-        if free is None:
-            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-        return free, 40 << 30
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+def test_cublas_without_a_handle_is_out_of_memory_on_a_full_gpu(free: Any, expected: bool, monkeypatch: Any) -> None:
+    broken = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    answer = Mock(return_value=(free, 40 << 30), side_effect=broken if free is None else None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", answer)
     error = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
     assert is_out_of_memory(error) is expected
 
@@ -202,8 +194,8 @@ def test_cublas_without_a_handle_is_out_of_memory_on_a_full_gpu(
 def test_micro_batches_grow_back_and_wait_longer_after_every_failure() -> None:
     """32 steps before the first growth, 64 after it has failed; never above what was asked; the same after a resume."""
 
-    def fresh() -> tuple[Any, Backoff]:
-        loader: Any = SimpleNamespace(batching=Batching(2048, 0))
+    def fresh(asked: int = 2048) -> tuple[Any, Backoff]:
+        loader: Any = SimpleNamespace(batching=Batching(asked, 0))
         return loader, Backoff(loader)
 
     loader, backoff = fresh()
@@ -220,6 +212,9 @@ def test_micro_batches_grow_back_and_wait_longer_after_every_failure() -> None:
     assert sorted(set(sizes)) == [1000, 2000]
     assert [number for number in range(1, 300) if sizes[number] > sizes[number - 1]] == [31, 31 + 64, 31 + 64 + 128]
     assert backoff.shrink(Shortage(1, 2000, "")) is None  # an example by itself
+    loader, other = fresh(512)
+    restored(backoff, other)  # the recipe asks for another size now
+    assert loader.batching.max_tokens == 512
 
 
 def test_the_scale_halves_and_doubles_and_survives_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:

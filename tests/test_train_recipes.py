@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from qdora.data import stream
 from qdora.data.batching import Batching
@@ -18,8 +16,6 @@ from qdora.data.loader import StepLoader
 from qdora.errors import RunFailure, UserError
 from qdora.model.inject import adapter_parameters
 from qdora.plan.memory_plan import plan
-from qdora.plan.plan_view import plan_run
-from qdora.run import pruned_base
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.interference import agreement, measure
 from qdora.run.train import train_run
@@ -96,21 +92,7 @@ def test_a_run_on_a_stream_resumes_and_says_what_is_not_known(
     assert_same_run(tmp_path / "broken", of_a_stream)
 
 
-def test_a_plan_with_a_stream(tmp_path: Path) -> None:
-    shown = io.StringIO()
-    tiny_run.write_model(tmp_path / "model", num_hidden_layers=1)
-    console = Console(file=shown, width=130)
-    assert plan_run(streamed(tmp_path), "r.yaml", console=console)["mix"]["sources"][0]["num_examples"] is None
-    assert "unknown" in shown.getvalue()
-    plan_run(streamed(tmp_path, train__batch=..., train__tokens_per_step=200), "r.yaml", console=console)
-    assert "6 steps, about " in shown.getvalue()
-    with pytest.raises(UserError, match=r"^sums: data.strategy proportional needs the size of every source"):
-        plan_run(streamed(tmp_path, data__strategy="proportional"), "r.yaml")
-
-
-def test_a_faulty_row_ends_a_run_with_its_work_saved_and_once_mended_it_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_faulty_row_ends_a_run_with_its_work_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both runs take each row once, in one order: mending the row gives the undisturbed result."""
     monkeypatch.setattr(stream, "_SAMPLE", 8)  # the faulty row is not among those that are read beforehand
     file, letters = tiny_run.write_data(tmp_path / "data")
@@ -158,7 +140,7 @@ def test_a_packed_run_has_the_losses_of_an_unpacked_one(
     assert "packed examples stay apart: " in (tmp_path / "packed/log.txt").read_text()
 
 
-def test_a_packed_run_that_was_stopped_goes_on_and_keeps_bad_batches_one_by_one(
+def test_a_packed_run_resumes_and_keeps_bad_batches(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_run.recipe(root, data__packing=True, train__batch=12)  # with dropout
@@ -173,23 +155,6 @@ def test_a_packed_run_that_was_stopped_goes_on_and_keeps_bad_batches_one_by_one(
         pairs = zip(each["input_ids"], each["labels"], strict=True)
         assert any(label != -100 for label in each["labels"])
         assert all(label in (-100, token) for token, label in pairs)
-
-
-def test_a_model_that_leaks_is_refused_before_the_first_step(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load = pruned_base.load_base
-
-    def leaking(*args: Any, **options: Any) -> Any:
-        model = load(*args, **options)
-        real = model.forward
-        model.forward = lambda input_ids, position_ids=None, **options: real(input_ids=input_ids, **options)
-        return model
-
-    monkeypatch.setattr(pruned_base, "load_base", leaking)
-    with pytest.raises(UserError, match=r"^data\.packing: llama .* does not keep packed examples apart"):
-        train_run(tiny_run.recipe(root, data__packing=True), tmp_path)
-    assert not (tmp_path / "metrics.jsonl").exists() or not timeless(tmp_path)
 
 
 # --- generated answers
@@ -241,36 +206,6 @@ def test_sources_that_cannot_be_generated_are_refused_before_anything_is_loaded(
     ):
         with pytest.raises(UserError, match=said):
             evaluate_target(str(target), EvalOptions(**options))
-
-
-def test_a_task_is_trained_and_asked_by_name(root: Path, tmp_path: Path) -> None:
-    rows = [
-        {"question": f"cool {name}", "choices": [f"add {name} ice", "add fire"], "answer": index % 2}
-        for index, name in enumerate("abcdefgh")
-    ]
-    for folder, split, number in (("", "train", 8), ("", "validation", 8), ("others/", "test", 1)):
-        file = tmp_path / f"{folder}piqa/{split}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows[:number]))
-    task = {"task": "piqa", "path": str(tmp_path / "piqa")}
-
-    def asked(**format_: str) -> Any:
-        changes: dict[str, Any] = {"data__mix": [task | format_], "data__max_length": 512, "train__steps": 1}
-        changes |= {"train__batch": 2, "eval__method": "generate", "eval__limit": 2, "eval__at_start": False}
-        return tiny_run.recipe(root, **changes)
-
-    train_run(asked(format="commonsense170k"), tmp_path / "run")
-    counts = read(tmp_path / "run/eval/step-1-generated.json")["tasks"]["piqa"]
-    assert (counts["num_examples"], counts["chance"]) == (2, 0.5)
-    with pytest.raises(UserError, match="piqa', whose example 1 has choices such as 'add a ice'"):
-        train_run(asked(), tmp_path / "other")
-    options = EvalOptions(tasks=["piqa"], data=str(tmp_path), method="generate", limit=2)
-    bare = evaluate_target(str(root / "model"), options)
-    assert bare["generation"]["tasks"]["piqa"]["num_examples"] == 2
-    # With --data its files are read, though the run has a source of this name, without test data
-    options = EvalOptions(tasks=["piqa"], data=str(tmp_path / "others"), split="test", method="loglikelihood")
-    others = evaluate_target(str(tmp_path / "run"), options)
-    assert others["evaluation"]["tasks"]["piqa"]["num_examples"] == 1
 
 
 # --- cosines between the gradients of tasks
@@ -424,21 +359,6 @@ def test_a_run_with_the_loss_of_routers(root: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "refused").exists()
     with pytest.raises(UserError, match="router_aux_loss: must be 0 with"):
         plan(refused)
-
-
-@pytest.mark.slow
-def test_two_processes_train_what_one_does(root: Path, tmp_path: Path) -> None:
-    """Where their micro-batches are the same ones: two examples a step, each its own micro-batch."""
-    routed(root)  # writes the data
-    changes: dict[str, Any] = {"adapter__dropout": 0.0, "adapter__dtype": "float32", "train__batch": 2}
-    changes |= {"data__mix": [{"source": str(root / "qwen3_moe/data/sums.jsonl")}], "data__max_length": 12}
-    asked = routed(root, train__micro_batch_tokens=12, **changes)
-    assert launched.run(2, train, asked, tmp_path / "two") == ["", ""]
-    train_run(asked, tmp_path / "one")
-    assert_close_runs(tmp_path / "one", tmp_path / "two")
-    for one, two in zip(trained(tmp_path / "one"), trained(tmp_path / "two"), strict=True):
-        assert one["num_tokens"] > 12, "both examples fit into a micro-batch"
-        assert one["router_aux_loss"] == pytest.approx(two["router_aux_loss"], rel=1e-5)
 
 
 # --- weights of tasks

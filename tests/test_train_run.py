@@ -13,12 +13,11 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.data.chat_template import prompt_text
@@ -35,7 +34,6 @@ from qdora.run.load_base import load_base
 from qdora.run.load_run import load_run, load_target
 from qdora.run.open_directory import resumed_recipe
 from qdora.run.train import train_run
-from qdora.train.checkpoint import read_state
 from tests import tiny_run, tiny_tokenizer
 from tests.launched import start_command
 from tests.run_files import ADAPTER, assert_resumes, in_batches, same_tensors, timeless, train_until, trained
@@ -93,16 +91,8 @@ def test_a_run_leaves_what_the_design_says(root: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
-    root: Path, whole: Path, tmp_path: Path, stop_at: int
-) -> None:
+def test_resumed_equals_uninterrupted_bit_for_bit(root: Path, whole: Path, tmp_path: Path, stop_at: int) -> None:
     assert_resumes(tiny_run.recipe(root), whole, tmp_path / "run", stop_at=stop_at)
-
-
-def test_a_stopped_run_has_the_figures_of_its_steps(root: Path, tmp_path: Path) -> None:
-    train_until(tiny_run.recipe(root), tmp_path / "run", 2)
-    found = {each.stem for each in (tmp_path / "run/figures").iterdir()}
-    assert found == {"loss_per_task", "steps"}  # the base alone was evaluated
 
 
 def test_rates_of_the_parts_and_the_end_of_the_schedule_reach_the_optimizer(root: Path, tmp_path: Path) -> None:
@@ -144,9 +134,7 @@ def longer(root: Path) -> Path:
 
 
 @pytest.mark.parametrize("stop_at", [None, 1, 3])
-def test_a_run_is_extended_as_if_it_had_been_longer_from_the_start(
-    root: Path, longer: Path, tmp_path: Path, stop_at: int | None
-) -> None:
+def test_extended_as_if_longer_from_the_start(root: Path, longer: Path, tmp_path: Path, stop_at: int | None) -> None:
     """Constant rate, bit for bit. The warm-up, a share of all steps, stays that of the start: 2 steps."""
     run, short = tmp_path / "run", tiny_run.recipe(root, **CONSTANT)
     if stop_at is None:
@@ -162,9 +150,7 @@ def test_a_run_is_extended_as_if_it_had_been_longer_from_the_start(
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_an_extended_run_continues_at_the_rates_of_the_longer_schedule(
-    root: Path, tmp_path: Path, schedule: str
-) -> None:
+def test_an_extended_run_has_the_rates_of_the_longer_one(root: Path, tmp_path: Path, schedule: str) -> None:
     changes = {"train__schedule": schedule, "train__lr_end": 1e-4, **UNEVALUATED}
     train_run(tiny_run.recipe(root, **changes), tmp_path)
     train_run(tiny_run.recipe(root, train__steps=10, **changes), tmp_path, resume=True)
@@ -211,12 +197,7 @@ def test_a_run_is_extended_by_epochs_and_what_began_it_stays(root: Path, whole: 
 @pytest.mark.parametrize(
     ("file", "damage", "fault"),
     [
-        (
-            "state.json",
-            lambda text: text.replace(b'"micro_batch_tokens"', b'"tokens"'),
-            "KeyError: 'micro_batch_tokens'",
-        ),
-        ("state.json", lambda text: text.replace(b'"loader"', b'"reader"'), "KeyError: 'loader'"),
+        ("state.json", lambda text: text.replace(b'"schedule"', b'"schedules"'), "KeyError: 'schedule'"),
         ("state.json", lambda text: text.replace(b'"format": 3', b'"format": 2'), r"format must be 3 \(got 2\)"),
         ("state.json", lambda text: b'{"format": 2, "step": ' + b"[" * 100_000, "it is nested too deeply"),
         ("optimizer.safetensors", lambda content: b"\xff" * 64, "SafetensorError: "),
@@ -237,17 +218,6 @@ def test_a_checkpoint_that_another_program_wrote_is_one_line(
         train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
     assert str(newest.path) in str(raised.value)
     assert len(raised.value.faults) == 1
-
-
-@pytest.mark.parametrize("draws", [True, False])
-def test_another_number_of_processes_is_told_where_steps_draw(
-    whole: Path, caplog: pytest.LogCaptureFixture, draws: bool
-) -> None:
-    newest = open_run(whole).newest_checkpoint()
-    assert newest is not None
-    options: dict[str, Any] = {"processes": Mock(size=4, rank=3), "seed": 1, "draws": draws}
-    read_state(newest.path, optimizer=Mock(), load_loader=Mock(), **options)
-    assert ("from 1 processes, this run has 4: same data, different dropout." in caplog.text) == draws
 
 
 def test_data_that_changed_is_refused_on_resume_and_nothing_is_rewritten(tmp_path: Path) -> None:
@@ -323,15 +293,6 @@ def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path,
     assert f"this run puts it on {tmp_path / 'model'} (quant int8)" in log
 
 
-def test_8_bit_states_on_a_cpu_are_told_to_be_slow(
-    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for name in ("adamw", "paged_adamw_8bit"):
-        train_run(tiny_run.recipe(root, train__steps=1, train__optimizer=name, **UNEVALUATED), tmp_path / name)
-    (said,) = [each for each in caplog.messages if "slow" in each]
-    assert said.startswith("train.optimizer paged_adamw_8bit is slow on a CPU")
-
-
 # --- evaluations and exports of a run
 
 
@@ -362,41 +323,11 @@ def test_eval_uses_the_tasks_of_the_run_and_keeps_what_is_asked_beside_it(root: 
     assert json.loads(file.read_text())["per_example"] == own
     kept = {file.stem.removeprefix("final-validation") for file in (run / "eval").glob("final-*")}
     assert kept == {"-demo-facts-limit-1", "-limit-2", "-sums", ""}
-    asked = []
-    for folder, words in (("one", "the quick brown fox"), ("two", "over the lazy dog")):  # two files with one name
-        (tmp_path / folder).mkdir()
-        text = tmp_path / folder / "a text.txt"
-        text.write_text(words)
-        found = evaluate_target(str(run), EvalOptions(texts=[text]))["perplexity"]
-        asked.append(found | {"step": 1, "texts": [str(text)]})
-    written = [json.loads(each.read_text()) for each in (run / "eval").glob("final-perplexity-a-text.txt-*")]
-    assert len(written) == 2
-    assert all(each in written for each in asked)
-
-
-def test_a_run_that_cannot_be_written_is_evaluated(
-    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run, text = tmp_path / "run", tmp_path / "t.txt"
-    shutil.copytree(whole, run, ignore=shutil.ignore_patterns("eval"))
-    (run / "eval").write_text("in the way")
+    text = tmp_path / "a text.txt"
     text.write_text("the quick brown fox")
-    found = evaluate_target(str(run), EvalOptions(tasks=["letters"], limit=1, texts=[text]))
-    assert found["evaluation"]["tasks"]["letters"]["num_examples"] == 1
-    assert found["perplexity"]["num_tokens"] > 0
-    warnings = [each.message for each in caplog.records if "was not written" in each.message]
-    assert len(warnings) == 2
-    assert f"{run}/eval/final-validation-letters-limit-1.json was not written: " in warnings[0]
-
-
-def test_export_and_other_tasks_work_when_the_data_is_gone(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train_run(tiny_run.recipe(tmp_path, train__steps=1), run)
-    (tmp_path / "data/sums.jsonl").unlink()
-    assert [*evaluate_target(str(run), EvalOptions(tasks=["letters"]))["evaluation"]["tasks"]] == ["letters"]
-    assert export_run(run, tmp_path / "out", ExportOptions(dtype="float32"))["verification"]["passed"]
-    with pytest.raises(UserError, match="is not empty"):
-        export_run(run, tmp_path / "out")
+    found = evaluate_target(str(run), EvalOptions(texts=[text]))["perplexity"]
+    (written,) = (run / "eval").glob("final-perplexity-a-text.txt-*")
+    assert json.loads(written.read_text()) == found | {"step": 1, "texts": [str(text)]}
 
 
 def test_a_model_alone_is_evaluated_on_a_text(
@@ -433,7 +364,7 @@ OF_A_MODEL: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_options_that_would_do_nothing_are_refused_before_a_model_is_loaded(
+def test_options_without_effect_are_refused(
     root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -443,9 +374,7 @@ def test_options_that_would_do_nothing_are_refused_before_a_model_is_loaded(
         evaluate_target(f"{root / 'model'}l")
     for target, table in ((whole, OF_A_RUN), (root / "model", OF_A_MODEL)):
         for options, message in table:
-            with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
-                if "texts" in options:
-                    patch.setattr("qdora.run.evaluate.load_target", lambda *_, **__: pytest.fail("loaded"))
+            with pytest.raises(UserError, match=message):
                 evaluate_target(str(target), EvalOptions(**options))
 
 
@@ -454,58 +383,41 @@ def test_options_that_would_do_nothing_are_refused_before_a_model_is_loaded(
 
 def test_a_run_resumes_with_its_own_settings(root: Path, tmp_path: Path) -> None:
     """The options of the start need not be repeated; where the file differs, a line tells it."""
-    template = tmp_path / "t.jinja"
-    template.write_text(tiny_tokenizer.CHATML)
-    recipe = tiny_run.recipe(root, train__steps=2, data__chat_template=str(template), eval__at_start=False)
+    recipe = tiny_run.recipe(root, train__steps=2, **UNEVALUATED)
     file, run, model = tmp_path / "r.yaml", tmp_path / "run", recipe.model.source
 
-    def command(*words: str, code: int | None = 0) -> Result:
+    def command(*words: str, code: int = 0) -> str:
+        """What it writes on standard error."""
         done = CliRunner().invoke(app, ["train", str(file), "--run-dir", str(run), *words])
-        assert code is None or done.exit_code == code, done.stderr
-        return done
+        assert done.exit_code == code, done.stderr
+        return str(done.stderr)
 
     file.write_text(resolved_yaml(recipe).replace(model, "nobody/nothing"))
     own = ("-s", f"model.source={model}", "-s", "train.lr=0.5", "-s", "train.seed=3")
-    refused = command(*own, "--resume", code=None)  # before the model is looked for
-    assert refused.stderr.startswith(f"{run}: no such directory")
+    assert command(*own, "--resume", code=2).startswith(f"{run}: no such directory")  # before the model is looked for
     command(*own)
     before = (run / "recipe.yaml").read_text()
-    (said, *_) = command("--resume").stderr.splitlines()
+    said = command("--resume").splitlines()[0]
     assert said.startswith(f"{run} continues with its own recipe.yaml, which differs from {file} in model.source (the ")
     assert f"train.lr (the run: 0.5, {file}: 0.001), train.seed (the run: 3, {file}: 0). " in said
     assert (run / "recipe.yaml").read_text() == before
-    assert "differs" not in command(*own, "--resume", "-s", "train.steps=3").stderr
+    assert "differs" not in command(*own, "--resume", "-s", "train.steps=3")
     assert open_run(run).last_step() == 3
-    changed = command("--resume", "-s", "train.seed=4", code=None).stderr
-    assert "train.seed: must be 3, as when the run started" in changed
+    assert "train.seed: must be 3, as when the run started" in command("--resume", "-s", "train.seed=4", code=2)
     # options of the start that another one needs are not given again; a recipe that is not valid alone is not compared
     file.write_text("model: {source: 3}\n")
-    assert (
-        f"{file} is not compared with it: {file}: model.source: " in command("--resume", "-s", "train.steps=3").stderr
-    )
+    assert f"{file} is not compared with it: {file}: model.source: " in command("--resume", "-s", "train.steps=3")
     # a run of a release without a setting resumes with its default, and not with another value
     kept = (run / "recipe.yaml").read_text()
     older = kept.replace("  packing: false\n", "")
     assert older != kept
     (run / "recipe.yaml").write_text(older)
-    assert "packing: must be False, as when" in command("--resume", "-s", "data.packing=true", code=None).stderr
+    assert "packing: must be False, as when" in command("--resume", "-s", "data.packing=true", code=2)
     command("--resume")
     assert (run / "recipe.yaml").read_text() == kept
-
-
-def test_a_run_in_place_of_a_recipe_is_continued(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not runs/<its name>, which may be another run."""
-    shutil.copytree(whole, tmp_path / "elsewhere/one")
-    monkeypatch.chdir(tmp_path)
-    call = ["train", "elsewhere/one", "-s", "train.steps=7"]
-    refused = CliRunner().invoke(app, call)
+    refused = CliRunner().invoke(app, ["train", str(run)])  # a run in place of a recipe
     assert refused.exit_code == 2
-    assert refused.stderr.startswith("elsewhere/one: is a run. Fix: continue it with --resume")
-    done = CliRunner().invoke(app, [*call, "--resume"])
-    assert done.exit_code == 0, done.stderr
-    assert "continues with its own" not in done.stderr
-    assert open_run(tmp_path / "elsewhere/one").last_step() == 7
-    assert not (tmp_path / "runs").exists()
+    assert refused.stderr.startswith(f"{run}: is a run. Fix: continue it with --resume")
 
 
 def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
@@ -526,29 +438,6 @@ def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     newest = open_run(run).newest_checkpoint()
     assert newest is not None
     assert newest.step == len(trained(run))
-
-
-def test_exit_codes_and_json(root: Path, tmp_path: Path) -> None:
-    file = tmp_path / "r.yaml"
-
-    def run_command(*arguments: str) -> tuple[int | None, str, str]:
-        process = start_command(*arguments, output=tmp_path)
-        process.join(120)
-        return process.exitcode, (tmp_path / "stdout").read_text(), (tmp_path / "stderr").read_text()
-
-    good = resolved_yaml(tiny_run.recipe(root, train__steps=1, **UNEVALUATED))
-    file.write_text(good.replace("rank:", "rnak:"))
-    code, _, said = run_command("train", str(file))
-    assert code == 2
-    assert "adapter.rnak: unknown key" in said
-    assert "Did you mean 'rank'?" in said
-    assert "Traceback" not in said
-    for arguments in (("train", "no-such-recipe"), ("export", "nowhere", "out"), ("frobnicate",)):
-        assert run_command(*arguments)[0] == 2
-    file.write_text(good)
-    code, out, _ = run_command("train", str(file), "--json", "-d", str(tmp_path / "run"))
-    assert code == 0
-    assert json.loads(out)["num_steps"] == 1  # one document
 
 
 # --- mistakes
@@ -593,23 +482,26 @@ def test_a_run_whose_base_and_data_were_moved(tmp_path: Path, whole: Path) -> No
     """Each command says where to write the new path, and with it goes on as if nothing had been moved."""
     before, now, run = tmp_path / "before", tmp_path / "now", tmp_path / "run"
     train_until(tiny_run.recipe(before), run, 3)
+    of_steps = {name for name in FIGURES if not name.startswith("validation")}  # the base alone was evaluated
+    assert {each.stem for each in (run / "figures").iterdir()} == of_steps
     shutil.move(before, now)
-    file = run / "recipe.yaml"
-
-    def moved(key: str, path: Path) -> str:
-        fix = f"Fix: if it was moved, write its new path into {file}."
-        return f"{file}: {key}: no such file or directory, got {path}. {fix}"
-
-    base = moved("model.source", before / "model")
-    data = [moved(f"data.mix[{i}].source", before / f"data/{name}.jsonl") for i, name in enumerate(("sums", "letters"))]
-    for command, faults in (
-        (lambda: load_run(run), (base,)),
-        (lambda: export_run(run, tmp_path / "out", ExportOptions()), (base,)),
-        (lambda: resumed_recipe(run, str(file), []), (base, *data)),
+    file, merged = run / "recipe.yaml", tmp_path / "out"
+    for command, number in (
+        (lambda: load_run(run), 1),
+        (lambda: export_run(run, merged, ExportOptions()), 1),
+        (lambda: resumed_recipe(run, str(file), []), 3),
     ):
         with pytest.raises(UserError) as raised:
             command()
-        assert raised.value.faults == faults
+        places = {
+            "model.source": "model",
+            "data.mix[0].source": "data/sums.jsonl",
+            "data.mix[1].source": "data/letters.",
+        }
+        assert len(raised.value.faults) == number
+        for fault, (key, place) in zip(raised.value.faults, places.items(), strict=False):
+            assert fault.startswith(f"{file}: {key}: no such file or directory, got {before / place}")
+            assert fault.endswith(f"Fix: if it was moved, write its new path into {file}.")
     file.write_text(file.read_text().replace(f"{before}/data", f"{now}/data"))
     overrides = [f"model.source={now / 'model'}"]
     with pytest.raises(UserError, match=rf"as when the run started; .* Fix: if it was moved, write .* into {file}\.$"):
@@ -617,7 +509,7 @@ def test_a_run_whose_base_and_data_were_moved(tmp_path: Path, whole: Path) -> No
     file.write_text(file.read_text().replace(str(before), str(now)))
     train_run(resumed_recipe(run, str(file), []), run, resume=True)
     same_tensors(run / ADAPTER, whole / ADAPTER)
-    export_run(run, tmp_path / "out", ExportOptions())
+    export_run(run, merged, ExportOptions())
 
 
 # --- chat templates

@@ -24,7 +24,7 @@ from qdora.train.interrupt import StopRequest
 from qdora.train.shard_check import check_division
 from tests import launched, tiny_run, tiny_sharded
 from tests.run_files import assert_close_runs, in_batches, timeless, train_until
-from tests.test_train_distributed import GATED, PACKED, by_each_launcher, exact, stopped, train, trained_by
+from tests.test_train_distributed import GATED, PACKED, exact, stopped, train, trained_by_torchrun
 
 pytestmark = tiny_sharded.needs_division
 
@@ -58,9 +58,7 @@ def one(root: Path) -> Path:
     ],
     ids=["evaluated", "packed", "gates", "masked", "pruned", "no-example", "cache", "8bit"],
 )
-def test_two_processes_with_half_a_base_write_what_one_does(
-    root: Path, tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_two_with_half_a_base_write_what_one_does(root: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """With evaluations, which all processes take part in."""
     changes = {name: str(tmp_path / value) if value == "cache" else value for name, value in changes.items()}
     runs = [tmp_path / "one", tmp_path / "two"]
@@ -106,9 +104,8 @@ def test_two_machines_of_two_processes_hold_halves_each(root: Path, one: Path, t
 
 
 @pytest.mark.slow
-@by_each_launcher
-def test_launchers_divide_the_base(root: Path, one: Path, tmp_path: Path, launcher: list[str]) -> None:
-    trained_by(launcher, exact(root, **SHARD), tmp_path / "two")
+def test_torchrun_divides_the_base(root: Path, one: Path, tmp_path: Path) -> None:
+    trained_by_torchrun(exact(root, **SHARD), tmp_path / "two")
     assert_close_runs(one, tmp_path / "two")
 
 

@@ -183,9 +183,7 @@ def test_float16_keeps_the_gradients_of_a_step_of_many_tokens(tmp_path: Path) ->
             assert min(cosines) > least
 
 
-def test_a_process_without_an_example_has_no_gradient_or_takes_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_without_an_example_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the base is divided it computes as many passes as the others, of which none counts."""
     step = replace(tiny_steps.step_of(tiny_steps.examples(), Batching(40, 0)), micro_batches=[])
     model = model_of("llama", tmp_path).train()
