@@ -18,6 +18,8 @@ from qdora.run.train import train_run
 from qdora.train import loop, passes
 
 ADAPTER = "adapter/adapter_model.safetensors"
+UNEVALUATED: dict[str, Any] = {"eval__tasks": [], "eval__limit": ...}
+"""Changes of `tiny_run.recipe`."""
 
 
 def timeless(run: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,26 +33,20 @@ class LateHost:
 
     def __call__(self, tensor: Tensor) -> Any:
         self.num_sent += 1
-        return LateTensor(self, self.num_sent - 1, tensor)
+        number, back = self.num_sent - 1, list[Tensor]()
+        self.log.append(("out", number))
 
+        def fetch() -> None:
+            if not back:
+                back.append(torch.full_like(tensor, float("nan")))
+                self.log.append(("fetch", number))
 
-class LateTensor:
-    def __init__(self, host: LateHost, number: int, tensor: Tensor) -> None:
-        self.host, self.number, self.source = host, number, tensor
-        self.back: Tensor | None = None
-        host.log.append(("out", number))
+        def take() -> Tensor:
+            fetch()
+            self.log.append(("take", number))
+            return back[0].copy_(tensor)
 
-    def fetch(self) -> None:
-        if self.back is None:
-            self.back = torch.full_like(self.source, float("nan"))
-            self.host.log.append(("fetch", self.number))
-
-    def take(self) -> Tensor:
-        self.fetch()
-        assert self.back is not None
-        self.back.copy_(self.source)
-        self.host.log.append(("take", self.number))
-        return self.back
+        return SimpleNamespace(fetch=fetch, take=take)
 
 
 @pytest.fixture(scope="module")
@@ -206,18 +201,13 @@ def test_a_pass_that_was_broken_off_gives_its_pages_back(pinned: list[int], cuda
     assert sum(pinned) == 8 << 10
 
 
-# --- glibc's allocator
-
-
-# In an interpreter of its own: the settings hold for the rest of a process, and the heap that a long one leaves behind
-# decides what can be returned. Counted by walking the pages: the counters of /proc/self/statm lag where cores are many.
-_RETURNED = """
+# In an interpreter of its own: the settings hold for the rest of a process. Counted by walking the pages: the counters
+# of /proc/self/statm lag where cores are many.
+RETURNED = """
 from qdora.memory.allocator import keep_freed_memory, return_freed_memory
-
 def resident():
     with open("/proc/self/smaps_rollup") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Rss:"))
-
 keep_freed_memory()
 blocks = [bytearray(4 << 20) for _ in range(32)]
 above = bytearray(1 << 16)
@@ -230,5 +220,5 @@ print(kept - resident())
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="glibc's allocator on Linux")
 def test_freed_memory_is_returned() -> None:
-    process = subprocess.run([sys.executable, "-c", _RETURNED], capture_output=True, text=True, check=True, timeout=60)
+    process = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True, timeout=60)
     assert int(process.stdout) > 100 << 20  # of 128 MiB that were kept

@@ -62,9 +62,6 @@ def on_host(source: Path, num_streamed: int | None = None, reader: Any = None, *
     return load_model(resolved, quant="nf4", compute_dtype=torch.float32, placer=residency, **options)
 
 
-# --- which block is where
-
-
 class Slots:
     """An engine that knows what lies where, and who may still read it."""
 
@@ -154,9 +151,6 @@ def test_a_slot_is_filled_after_its_release_and_read_after_its_copy(monkeypatch:
         assert cuda.read() == [("main", "records", released[slot])]
     assert len({*released, *copied}) == 4
     assert all(bool(slot.all()) for slot in slots)
-
-
-# --- the numbers of a resident base
 
 
 @pytest.mark.parametrize(
@@ -255,9 +249,6 @@ def test_the_4_bit_export_writes_each_block_where_it_belongs(tmp_path: Path, kin
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         expected, found = (load_file(tmp_path / name / file) for name in ("expected", "found"))
         tiny_streamed.assert_equal(found, expected)
-
-
-# --- refusals, and the system's memory
 
 
 def test_gradients_without_checkpointing_are_refused(source: Path) -> None:
@@ -366,9 +357,6 @@ def test_pinned_memory_is_as_large_as_the_packed_base(name: str, monkeypatch: py
     model = empty_model(public_shapes()[name].config(), tiny.source(), torch.bfloat16, "sdpa")
     planned = streamed_blocks(model, Quantization("nf4", 64, True, ("lm_head",)), None)
     assert planned.host_bytes == sum(driver.locked.values())
-
-
-# --- the input embedding
 
 
 def with_embedding_on_host(source: Path, dtype: torch.dtype = torch.float32) -> Any:

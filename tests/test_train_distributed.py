@@ -67,9 +67,6 @@ def stopped(rank: int, settings: Recipe, directory: Path, step: int, asked: tupl
             train_run(settings, directory, resume=resume)
 
 
-# --- what one process does
-
-
 @pytest.fixture(scope="module")
 def one(root: Path) -> Path:
     """A run of `exact` by one process."""
@@ -80,32 +77,29 @@ def one(root: Path) -> Path:
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"train__batch": 5}, marks=pytest.mark.slow),  # as the gated one, but for the gates
-        {"train__batch": ..., "train__tokens_per_step": 90},
+        {"train__batch": ..., "train__tokens_per_step": 90, "weight": 4.0},
         PACKED,
         {"train__batch": 5, **GATED},
         {"train__batch": 1, "train__steps": 3},
         {"train__batch": 1, "train__steps": 3, "data__packing": True},
-        {"loss_weight": 4.0},
     ],
-    ids=["five", "tokens", "packed", "gated", "without an example", "packed without one", "weighted"],
+    ids=["weighted", "packed", "gated", "without an example", "packed without one"],
 )
 def test_two_processes_train_what_one_does(root: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Steps of an odd number of examples, so that the two never have the same number of labels."""
-    weight = changes.get("loss_weight")
-    if weight is not None:
-        sums, letters = ({"source": str(file)} for file in tiny_run.write_data(root / "data"))
-        changes = {"data__mix": [sums | {"loss_weight": weight}, letters]}
-    settings = exact(root, **changes | {"eval__tasks": ["sums"], "eval__limit": 2})
+    sums, letters = ({"source": str(file)} for file in tiny_run.write_data(root / "data"))
+    if "weight" in changes:
+        sums["loss_weight"] = changes["weight"]
+    changes = {name: value for name, value in changes.items() if name != "weight"}
+    settings = exact(root, **changes, data__mix=[sums, letters], eval__tasks=["sums"], eval__limit=2)
     runs = [tmp_path / "one", tmp_path / "two"]
     train_run(settings, runs[0])
     assert launched.run(2, train, settings, runs[1]) == ["", ""]
     assert_close_runs(*runs)
     written = [{file.relative_to(run) for file in run.rglob("*")} for run in runs]
     assert written[0] == written[1]
-    last = settings.train.steps
-    first, second = (json.loads((run / f"eval/step-{last}.json").read_text())["average"] for run in runs)
-    assert second["nll_per_token"] == pytest.approx(first["nll_per_token"], rel=1e-5)
+    last = [json.loads((run / f"eval/step-{settings.train.steps}.json").read_text())["average"] for run in runs]
+    assert last[1]["nll_per_token"] == pytest.approx(last[0]["nll_per_token"], rel=1e-5)
     assert json.loads((runs[1] / "environment.json").read_text())["num_processes"] == 2
 
 
@@ -168,9 +162,6 @@ def test_all_have_the_same_data_and_base(
     if changed is None:
         assert sorted(file.name for file in tmp_path.glob("* by *")) == ["letters by 0", "sums by 0"]
         assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
-# --- failures
 
 
 def broken(rank: int, settings: Recipe, directory: Path) -> None:
@@ -254,9 +245,6 @@ def test_where_one_runs_out_of_memory_both_take_smaller_micro_batches(root: Path
     assert_close_runs(tmp_path / "whole", run)
 
 
-# --- what the processes exchange
-
-
 def exchange(rank: int) -> None:
     """Messages; gradients of three shapes in two dtypes, in messages of at most 10 elements; and the other one ends."""
     distributed._MESSAGE_ELEMENTS = 10
@@ -331,9 +319,6 @@ def test_shares_are_a_fair_partition_in_the_order_of_the_step(lengths: list[int]
     tokens = [sum(map(len, share)) for share in shares]
     assert max(tokens) - min(tokens) <= max(lengths, default=0)
     assert shares == [examples] or size > 1
-
-
-# --- GPUs
 
 
 @contextmanager
@@ -435,9 +420,6 @@ def test_an_old_torch_cannot_divide_a_base(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UserError, match=text):
         distributed.mesh_of(Processes(size=2, shards=True), torch.device("cpu"), "shard")
     assert distributed.mesh_of(Processes(size=2), torch.device("cpu"), "shard") is None
-
-
-# --- launchers
 
 
 def trained_by_torchrun(settings: Recipe, directory: Path) -> dict[str, Any]:

@@ -109,9 +109,6 @@ def test_smoothing_is_a_mean_over_tokens() -> None:
     assert values[1:].tolist() == pytest.approx([2.0, 2.0, (6 / 4 + 10) / (3 / 4 + 1)])
 
 
-# --- progress
-
-
 METRICS = {"step": 1, "loss": 1.0, "lr": 1e-3, "num_tokens": 8, "time": {"step_seconds": 1.0}}
 
 

@@ -36,9 +36,6 @@ QUICK: dict[str, Any] = {"eval__at_start": False, "eval__at_end": False, "eval__
 each_mode = pytest.mark.parametrize("mode", ["l1", "hard_concrete"])
 
 
-# --- the rules
-
-
 def wide(values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
@@ -162,9 +159,6 @@ def test_the_shift_is_the_nearest_distribution_that_keeps_the_budget() -> None:
         assert ends.abs().tolist() == [gate_rules.LARGEST_LOGIT] * 2
 
 
-# --- runs
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("gates")
@@ -209,9 +203,6 @@ def test_resumed_equals_uninterrupted(uninterrupted: tuple[Any, Path], tmp_path:
     assert_resumes(recipe, whole, tmp_path / "run", stop_at=stop_at, step=9)
     first, second = (load_file(run / "checkpoints/step-9/gates.safetensors") for run in (tmp_path / "run", whole))
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-# --- a model and its optimizer
 
 
 def pieces(name: Any = "adamw", quant: str | None = None, dtype: Any = torch.float32, **settings: Any) -> Any:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import pty
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIGHUP, SIGINT, SIGTERM
@@ -189,33 +186,6 @@ def test_signals_that_are_ignored_or_a_launchers_stay_so(monkeypatch: pytest.Mon
                 assert stop.requested
             assert signal.getsignal(ignored) is signal.SIG_IGN
             monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-
-
-CLOSED = """
-import contextlib, sys, time
-from qdora.train.interrupt import stop_on_signal
-with contextlib.suppress(KeyboardInterrupt), stop_on_signal() as stop:
-    print("handlers stand", flush=True)
-    while not stop.requested:
-        time.sleep(0.05)
-    time.sleep(0.5)  # the kernel may send one, too
-print("told", flush=True)
-print("told", file=sys.stderr, flush=True)
-sys.exit(7)
-"""
-
-
-def test_a_closed_terminal_does_not_hide_the_end() -> None:
-    """Each write to it would fail with an error of its own."""
-    terminal, end = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", CLOSED], stdout=end, stderr=end, start_new_session=True)
-    os.close(end)
-    shown = b""
-    while b"handlers stand" not in shown:
-        shown += os.read(terminal, 100)
-    os.close(terminal)
-    process.send_signal(SIGHUP)
-    assert process.wait(50) == 7
 
 
 def test_older_checkpoints_make_room(root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

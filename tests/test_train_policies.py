@@ -38,9 +38,6 @@ def restored(policy: Any, fresh: Any) -> Any:
     return fresh
 
 
-# --- rates
-
-
 def rates(num_steps: int, **settings: Any) -> list[float]:
     train = TrainConfig(epochs=1, batch=1, **settings)
     return [Schedule(train, num_steps).rate(step) for step in range(num_steps)]
@@ -68,9 +65,6 @@ def test_a_share_of_the_steps_is_that_which_the_recipe_has(num_steps: int) -> No
         schedule = Schedule(TrainConfig(steps=num_steps, batch=1, lr=1.0, warmup=percent / 100), num_steps)
         assert next(step for step in range(num_steps) if schedule.rate(step) == 1.0) + 1 == exact, percent
     assert above > 0 or num_steps not in (25, 100)
-
-
-# --- steps that are good or bad
 
 
 @given(st.lists(st.floats(0.01, 100), max_size=60), st.floats(1.01, 20), st.integers(0, 60))
@@ -143,9 +137,6 @@ def test_a_matrix_without_a_gradient_is_named_once_after_three_updates() -> None
     assert found[:2] == [None, None]
     assert found[2] is not None
     assert len(found[2]) == check.num_tensors == 42
-
-
-# --- memory
 
 
 def cpu_allocator() -> BaseException:

@@ -24,6 +24,7 @@ from qdora.train.checkpoint import random_state
 from tests import launched, reference, tiny_adapted, tiny_experts, tiny_run, tiny_steps
 from tests.run_files import (
     ADAPTER,
+    UNEVALUATED,
     assert_close_runs,
     assert_resumes,
     assert_same_run,
@@ -34,8 +35,6 @@ from tests.run_files import (
     trained,
 )
 
-UNEVALUATED: dict[str, Any] = {"eval__tasks": [], "eval__limit": ...}
-
 
 def read(file: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(file.read_text())
@@ -44,9 +43,6 @@ def read(file: Path) -> dict[str, Any]:
 
 def train(rank: int, settings: Any, directory: Path) -> None:
     train_run(settings, directory)
-
-
-# --- a stream
 
 
 def streamed(root: Path, **changes: Any) -> Any:
@@ -121,9 +117,6 @@ def test_a_faulty_row_ends_a_run_with_its_work_saved(tmp_path: Path, monkeypatch
     same_tensors(tmp_path / "whole" / ADAPTER, tmp_path / "mended" / ADAPTER)
 
 
-# --- packed rows
-
-
 @pytest.mark.parametrize("layout", ["rows", "single"])
 def test_a_packed_run_has_the_losses_of_an_unpacked_one(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Any
@@ -155,9 +148,6 @@ def test_a_packed_run_resumes_and_keeps_bad_batches(
         pairs = zip(each["input_ids"], each["labels"], strict=True)
         assert any(label != -100 for label in each["labels"])
         assert all(label in (-100, token) for token, label in pairs)
-
-
-# --- generated answers
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +196,6 @@ def test_sources_that_cannot_be_generated_are_refused_before_anything_is_loaded(
     ):
         with pytest.raises(UserError, match=said):
             evaluate_target(str(target), EvalOptions(**options))
-
-
-# --- cosines between the gradients of tasks
 
 
 def halves(generator: np.random.Generator, true: Any, noise: float, num_tokens: Any) -> list[Any]:
@@ -329,9 +316,6 @@ def test_of_two_processes_the_first_measures(root: Path, tmp_path: Path) -> None
     np.testing.assert_allclose(found["cosines"], expected["cosines"], atol=1e-3)
 
 
-# --- routers
-
-
 def routed(root: Path, name: str = "qwen3_moe", **changes: Any) -> Any:
     folder = root / name
     if not (folder / "model").exists():
@@ -359,9 +343,6 @@ def test_a_run_with_the_loss_of_routers(root: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "refused").exists()
     with pytest.raises(UserError, match="router_aux_loss: must be 0 with"):
         plan(refused)
-
-
-# --- weights of tasks
 
 
 def test_fixed_weights_change_a_run_and_equal_ones_do_not(root: Path, tmp_path: Path) -> None:

@@ -36,10 +36,18 @@ from qdora.run.open_directory import resumed_recipe
 from qdora.run.train import train_run
 from tests import tiny_run, tiny_tokenizer
 from tests.launched import start_command
-from tests.run_files import ADAPTER, assert_resumes, in_batches, same_tensors, timeless, train_until, trained
+from tests.run_files import (
+    ADAPTER,
+    UNEVALUATED,
+    assert_resumes,
+    in_batches,
+    same_tensors,
+    timeless,
+    train_until,
+    trained,
+)
 
 FIGURES = {"loss_per_task", "steps", "validation_nll", "validation_accuracy"}
-UNEVALUATED: dict[str, Any] = {"eval__tasks": [], "eval__limit": ...}
 CONSTANT = {"train__schedule": "constant"}
 FULL: dict[str, Any] = {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout")}
 FULL |= {"adapter__kind": "full", "base__quant": "none", "train__steps": 3}
@@ -123,9 +131,6 @@ def test_the_recipe_says_how_many_tokens_have_logits_at_once(
     assert timeless(tmp_path)[0]["loss"] == pytest.approx(trained(whole)[0]["loss"], rel=1e-6)
 
 
-# --- extended
-
-
 @pytest.fixture(scope="module")
 def longer(root: Path) -> Path:
     """A run of nine steps, two of them with a growing rate."""
@@ -191,9 +196,6 @@ def test_a_run_is_extended_by_epochs_and_what_began_it_stays(root: Path, whole: 
     assert (tmp_path / "copy" / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
 
 
-# --- a checkpoint
-
-
 @pytest.mark.parametrize(
     ("file", "damage", "fault"),
     [
@@ -246,9 +248,6 @@ def test_a_checkpoint_is_evaluated_and_exported_with_its_own_numbers(root: Path,
     assert "| steps | 4 of 4 |" in (run / "README.md").read_text()
 
 
-# --- other recipes
-
-
 @pytest.mark.parametrize("kind", ["lora", "full", "none"])
 def test_other_arms_run_evaluate_and_export(root: Path, tmp_path: Path, kind: str) -> None:
     arms: dict[str, dict[str, Any]] = {"lora": {"adapter__kind": "lora"}, "full": FULL}
@@ -291,9 +290,6 @@ def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path,
     log = (tmp_path / "other/log.txt").read_text()
     assert text in log
     assert f"this run puts it on {tmp_path / 'model'} (quant int8)" in log
-
-
-# --- evaluations and exports of a run
 
 
 def test_export_equals_the_running_model_and_evaluates_alike(whole: Path, tmp_path: Path) -> None:
@@ -378,9 +374,6 @@ def test_options_without_effect_are_refused(
                 evaluate_target(str(target), EvalOptions(**options))
 
 
-# --- the command line
-
-
 def test_a_run_resumes_with_its_own_settings(root: Path, tmp_path: Path) -> None:
     """The options of the start need not be repeated; where the file differs, a line tells it."""
     recipe = tiny_run.recipe(root, train__steps=2, **UNEVALUATED)
@@ -438,9 +431,6 @@ def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     newest = open_run(run).newest_checkpoint()
     assert newest is not None
     assert newest.step == len(trained(run))
-
-
-# --- mistakes
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -510,9 +500,6 @@ def test_a_run_whose_base_and_data_were_moved(tmp_path: Path, whole: Path) -> No
     train_run(resumed_recipe(run, str(file), []), run, resume=True)
     same_tensors(run / ADAPTER, whole / ADAPTER)
     export_run(run, merged, ExportOptions())
-
-
-# --- chat templates
 
 
 def chats(tmp_path: Path, **changes: Any) -> Any:

@@ -91,25 +91,10 @@ def test_a_run_goes_on_with_more_and_fewer_processes(root: Path, one: Path, tmp_
     assert_close_runs(one, tmp_path)
 
 
-def on_two_machines(rank: int, settings: Recipe, directory: Path) -> None:
-    os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank % 2)}
-    train_run(settings, directory)
-
-
-@pytest.mark.slow
-def test_two_machines_of_two_processes_hold_halves_each(root: Path, one: Path, tmp_path: Path) -> None:
-    settings = exact(root, train__parallel="hybrid")
-    assert launched.run(4, on_two_machines, settings, tmp_path) == [""] * 4
-    assert_close_runs(one, tmp_path)
-
-
 @pytest.mark.slow
 def test_torchrun_divides_the_base(root: Path, one: Path, tmp_path: Path) -> None:
     trained_by_torchrun(exact(root, **SHARD), tmp_path / "two")
     assert_close_runs(one, tmp_path / "two")
-
-
-# --- failures
 
 
 def broken(rank: int, settings: Recipe, directory: Path) -> None:
@@ -164,9 +149,6 @@ def test_an_adapted_head_is_refused(tmp_path: Path) -> None:
     tiny_run.write_model(tmp_path / "model", tie_word_embeddings=False)
     settings = exact(tmp_path, **SHARD, adapter__targets=["q_proj", "lm_head"])
     assert launched.run(2, head_refused, settings, tmp_path / "run") == ["", ""]
-
-
-# --- the check before the first step
 
 
 def flip_in_pass(model: Any, number: int, rank: int) -> Any:
