@@ -38,6 +38,7 @@ from qdora.plan.public_shapes import public_shapes
 from qdora.plan.step_time import ASSUMED
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
+from qdora.run import load_base
 from qdora.run.evaluate import evaluate_target
 from qdora.run.interference import measure
 from qdora.run.train import train_run
@@ -417,6 +418,15 @@ def a_recipe(**memory: object) -> Recipe:
             "memory": memory,
         }
     )
+
+
+def test_a_run_on_a_gpu_loads_it_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Mock(return_value=torch.nn.Module())
+    monkeypatch.setattr(load_base, "load_model", load)
+    for device, wanted in (("cuda", keep_embedding_on_host), ("cpu", None)):
+        compute = load_base.Compute(torch.device(device), torch.bfloat16)
+        load_base.load_base(a_recipe(host_embeddings=True, checkpointing=False), tiny.source(), compute)
+        assert load.call_args.kwargs["before_reading"] is wanted
 
 
 CONFIG = LlamaConfig(**SMALL | {"tie_word_embeddings": False, "vocab_size": 4096, "num_hidden_layers": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,21 @@ def test_processes_with_a_part_of_a_base_train_as_one(root: Path, case: str) -> 
 
 
 def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
-    """Each process holds its part, and the parts of all are the weights of a whole base, bit for bit."""
+    """Each process reads, quantises and holds its rows, and the parts of all are the weights of a whole base, bit for
+    bit. A block is whole only while it computes."""
+    rows: list[int] = []
+    real = sharded_base.quantize
+
+    def counted(weight: torch.Tensor, *args: Any, **options: Any) -> PackedWeight:
+        rows.append(weight.shape[0])
+        return real(weight, *args, **options)
+
+    sharded_base.quantize = counted
     with tiny_sharded.launch() as processes:
         whole, sharded = tiny_sharded.load(source, **loading), tiny_sharded.load(source, processes, **loading)
         layers = frozen_layers(sharded)
         assert set(frozen_layers(whole)) <= set(layers)
-        divided = 0
+        divided, mine = 0, []
         for path, layer in frozen_layers(whole).items():
             share, right = layers[path].share, layer.stored_weight
             assert share is not None
@@ -85,76 +95,50 @@ def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
             assert torch.equal(layers[path].squared_row_norm(), layer.squared_row_norm())
             with pytest.raises(RunFailure, match="read outside of its forward pass"):
                 _ = layers[path].stored_weight
+            own = span(layer.out_features, rank, processes.size)
+            mine.append(own.stop - own.start if share.by_rows else layer.out_features)
+        assert sorted(rows) == sorted(mine)
+        assert sum(rows) < sum(layer.out_features for layer in frozen_layers(whole).values())
         head, table = sharded.get_output_embeddings(), whole.get_input_embeddings().weight
         divided += table.nbytes * (1 if head.weight is sharded.get_input_embeddings().weight else 2)
         before = tiny_sharded.num_resident_bytes(sharded)
         replicated = tiny_sharded.num_resident_bytes(whole) - divided
         assert before == pytest.approx(divided / processes.size + replicated, rel=0.03)
         tiny_sharded.adapt(sharded)
+        counts, num_whole = whole_blocks(sharded)
         tiny_sharded.train(sharded, processes, num_steps=1)
+        assert set(counts) <= {1, 2}  # in the backward pass the block before is there until its own is over
+        assert num_whole() == 0
         after = tiny_sharded.num_resident_bytes(sharded) - tiny_sharded.num_adapter_bytes(sharded)
         assert before <= after <= 1.02 * before  # torch pads what a process has less than the first: a row of a tensor
         assert all(layer.base.share is not None for layer in adapted_layers(sharded).values())
-
-
-@pytest.mark.parametrize(
-    ("family", "size", "double_quant"),
-    [("llama", 2, True), pytest.param("qwen3", 3, False, marks=pytest.mark.slow)],
-)
-def test_each_process_holds_its_part(root: Path, family: str, size: int, double_quant: bool) -> None:
-    source = write(root / family, family)
-    assert launched.run(size, parts, source, {"double_quant": double_quant}) == [""] * size
-
-
-def whole_blocks(rank: int, source: Path) -> None:
-    """Counts the blocks whose codes have memory, at the start of each block's passes and after the step."""
-    with tiny_sharded.launch() as processes:
-        model = tiny_sharded.load(source, processes)
-        tiny_sharded.adapt(model)
-        found = block_list(model)
-        assert found is not None
-        blocks, counts = list(found[1]), []
-
-        def num_whole() -> int:
-            codes = [block.self_attn.q_proj.base._buffers["packed"] for block in blocks]
-            return sum(tensor.untyped_storage().nbytes() > 0 for tensor in codes)
-
-        for block in blocks:
-            block.register_forward_pre_hook(lambda *_: counts.append(num_whole()))
-        tiny_sharded.train(model, processes, num_steps=1)
-        assert set(counts) <= {1, 2}  # in the backward pass the block before is there until its own is over
-        assert num_whole() == 0
+        counts.clear()
         with torch.no_grad():
-            model.eval()(input_ids=torch.tensor([[5, 6, 7]]))
-        assert counts[-len(blocks) :] == [1] * len(blocks)
+            sharded.eval()(input_ids=torch.tensor([[5, 6, 7]]))
+        assert set(counts) == {1}
         assert num_whole() == 0
 
 
-def test_a_block_is_whole_only_while_it_computes(tmp_path: Path) -> None:
-    source = tiny_run.write_model(tmp_path / "model", num_hidden_layers=5)
-    assert launched.run(2, whole_blocks, source) == ["", ""]
+def whole_blocks(model: Any) -> tuple[list[int], Callable[[], int]]:
+    """How many blocks have memory for their codes at the start of each block's passes, and how many have it now."""
+    found = block_list(model)
+    assert found is not None
+    blocks, counts = list(found[1]), list[int]()
+
+    def num_whole() -> int:
+        codes = [block.self_attn.q_proj.base._buffers["packed"] for block in blocks]
+        return sum(tensor.untyped_storage().nbytes() > 0 for tensor in codes)
+
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: counts.append(num_whole()))
+    return counts, num_whole
 
 
-def own_rows(rank: int, source: Path) -> None:
-    """Each process quantises its rows alone. Double quantised, the parts are those of the whole weight all the same."""
-    rows: list[int] = []
-    real = sharded_base.quantize
-
-    def counted(weight: torch.Tensor, *args: Any, **options: Any) -> PackedWeight:
-        rows.append(weight.shape[0])
-        return real(weight, *args, **options)
-
-    sharded_base.quantize = counted
-    with tiny_sharded.launch() as processes:
-        model = tiny_sharded.load(source, processes)
-        layers = [layer for layer in frozen_layers(model).values() if layer.kind == "nf4"]
-        mine = [span(layer.out_features, rank, processes.size) for layer in layers]
-        assert rows == [each.stop - each.start for each in mine if each.stop > each.start]
-        assert all(found < layer.out_features for found, layer in zip(rows, layers, strict=False))
-
-
-def test_a_process_reads_and_quantises_its_rows(root: Path) -> None:
-    assert launched.run(3, own_rows, write(root / "qwen3", "qwen3")) == ["", "", ""]
+@pytest.mark.parametrize("size, double_quant", [(2, True), pytest.param(3, False, marks=pytest.mark.slow)])
+def test_each_process_holds_its_part(root: Path, size: int, double_quant: bool) -> None:
+    five = tiny_run.write_model(root / "five", num_hidden_layers=5)
+    source = five if size == 2 else write(root / "qwen3", "qwen3")
+    assert launched.run(size, parts, source, {"double_quant": double_quant}) == [""] * size
 
 
 def test_a_process_without_rows_of_a_small_layer_has_empty_parts() -> None:

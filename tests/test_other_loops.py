@@ -20,7 +20,6 @@ from qdora.data.mix import make_mix
 from qdora.data.tokenize import TokenizedSet
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
-from qdora.nn import adapted_linear
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.hooks import Hooks
@@ -190,21 +189,6 @@ def test_trainer_never_meets_an_old_norm(tmp_path: Path, optim: str) -> None:
     kept, anew = by_trainer(optim, tmp_path / "kept"), by_trainer(optim, tmp_path / "anew", forget=True)
     assert all(math.isfinite(loss) for loss in kept[1])
     assert_same(anew, kept)
-
-
-@pytest.mark.parametrize("loop", ["trainer", "by hand"])
-def test_norms_are_computed_once_a_step_by_loops_that_call_train_in_every_micro_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: str
-) -> None:
-    compute, calls = adapted_linear.row_norm, []
-
-    def counting(*args: Any, **options: Any) -> Tensor:
-        calls.append(1)
-        return compute(*args, **options)
-
-    monkeypatch.setattr(adapted_linear, "row_norm", counting)
-    by_trainer("adamw_torch_fused", tmp_path) if loop == "trainer" else by_hand(adamw(fused=True), train_each=True)
-    assert len(calls) == 14 * STEPS
 
 
 def test_a_trainer_resumes_from_its_own_checkpoint_and_its_adapter_is_saved(tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def test_one_is_asked_to_stop_both_do_and_resumed_equals_uninterrupted_bit_for_b
     random = load_file(whole / "checkpoints/step-6/random.safetensors")
     assert sorted(key for key in random if key.startswith("cpu")) == ["cpu", "cpu.1"]
     assert not torch.equal(random["cpu"], random["cpu.1"])
+    train_run(recipe(root, train__steps=7), run, resume=True)
+    assert "from 2 processes, this run has 1: same data, different dropout" in (run / "log.txt").read_text()
 
 
 def test_a_run_goes_on_with_another_number_of_processes(root: Path, one: Path, tmp_path: Path) -> None:
