@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 from qdora.errors import RunFailure, UserError
 from qdora.memory import sharded_base
@@ -16,24 +16,10 @@ from qdora.model.load import block_list
 from qdora.nn.row_share import span
 from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.train.distributed import Processes
-from tests import launched, tiny_adapted, tiny_experts, tiny_run, tiny_sharded, tiny_tokenizer
+from tests import launched, tiny_run, tiny_sharded
+from tests.tiny_sharded import write
 
 pytestmark = tiny_sharded.needs_division
-
-
-def write(directory: Path, family: str) -> Path:
-    """Llama: tied, blocks of the scales cross the rows of down_proj. Qwen3: a head of its own. Both 64 wide."""
-    if (directory / "config.json").exists():
-        return directory
-    if family == "qwen3_moe":
-        return tiny_experts.write(directory, family)
-    if family == "llama":
-        return tiny_run.write_model(directory)
-    torch.manual_seed(0)
-    sizes = tiny_adapted.SIZES | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    AutoModelForCausalLM.from_config(Qwen3Config(**sizes, tie_word_embeddings=False)).save_pretrained(directory)
-    tiny_tokenizer.make().save_pretrained(directory)
-    return directory
 
 
 def same_as_whole(rank: int, source: Path, loading: dict[str, Any], adapters: dict[str, Any], num_by_rows: int) -> None:
@@ -53,46 +39,48 @@ def same_as_whole(rank: int, source: Path, loading: dict[str, Any], adapters: di
 
 
 DORA: dict[str, Any] = {"kind": "dora"}
-# Of Llama's seven layers a block six are divided by rows: the blocks of down_proj, 48 wide, cross rows.
-CASES = [
-    pytest.param("llama", {}, DORA, 12, id="double"),
-    pytest.param("llama", {"double_quant": False}, DORA, 12, id="plain", marks=pytest.mark.slow),
-    pytest.param("llama", {}, {"kind": "lora"}, 0, id="lora", marks=pytest.mark.slow),
-    pytest.param("llama", {}, DORA | {"gates": True}, 12, id="gated", marks=pytest.mark.slow),
-    pytest.param("llama", {}, DORA | {"checkpointing": False}, 12, id="no-checkpoints", marks=pytest.mark.slow),
-    pytest.param("llama", {"quant": "int8"}, DORA, 14, id="int8", marks=pytest.mark.slow),
-    pytest.param("llama", {"quant": "none"}, DORA, 14, id="dense", marks=pytest.mark.slow),
-    pytest.param("qwen3", {}, DORA, 14, id="qwen3", marks=pytest.mark.slow),
-    pytest.param("qwen3_moe", {}, DORA | {"targets": ["q_proj", "experts"]}, 2, id="experts"),
-]
+EXPERTS = DORA | {"targets": ["q_proj", "experts"]}
+# Of Llama's seven layers a block six are divided by rows: the blocks of down_proj, 48 wide, cross rows. On three
+# processes 64 rows do not divide; on four a process has one micro-batch, another two.
+CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any], int]] = {
+    "double": (2, "llama", {}, DORA, 12),
+    "experts": (2, "qwen3_moe", {}, EXPERTS, 2),
+    "plain": (2, "llama", {"double_quant": False}, DORA, 12),
+    "lora": (2, "llama", {}, {"kind": "lora"}, 0),
+    "gated": (2, "llama", {}, DORA | {"gates": True}, 12),
+    "no-checkpoints": (2, "llama", {}, DORA | {"checkpointing": False}, 12),
+    "int8": (2, "llama", {"quant": "int8"}, DORA, 14),
+    "dense": (2, "llama", {"quant": "none"}, DORA, 14),
+    "qwen3": (2, "qwen3", {}, DORA, 14),
+    "three": (3, "llama", {}, DORA, 12),
+    "three, qwen3": (3, "qwen3", {}, DORA, 14),
+    "four, experts": (4, "qwen3_moe", {}, EXPERTS, 2),
+}
+FAST = ("double", "experts")
 
 
-@pytest.mark.parametrize(("family", "loading", "adapters", "num_by_rows"), CASES)
-def test_two_processes_with_half_a_base_train_as_one(
-    root: Path, family: str, loading: dict[str, Any], adapters: dict[str, Any], num_by_rows: int
-) -> None:
-    source = write(root / family, family)
-    assert launched.run(2, same_as_whole, source, loading, adapters, num_by_rows) == ["", ""]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [3, 4])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
-def test_rows_that_do_not_divide(root: Path, family: str, size: int) -> None:
-    """64 rows on three processes; on four a process has one micro-batch, another two."""
-    source = write(root / family, family)
-    targets = ["q_proj", "experts"] if family == "qwen3_moe" else "all-linear"
-    number = {"llama": 12, "qwen3": 14, "qwen3_moe": 2}[family]
-    assert launched.run(size, same_as_whole, source, {}, DORA | {"targets": targets}, number) == [""] * size
+@pytest.mark.parametrize("case", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+def test_processes_with_a_part_of_a_base_train_as_one(root: Path, case: str) -> None:
+    size, family, *rest = CASES[case]
+    assert launched.run(size, same_as_whole, write(root / family, family), *rest) == [""] * size
 
 
 def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
-    """Each process holds its part, and the parts of all are the weights of a whole base, bit for bit."""
+    """Each process reads, quantises and holds its rows, and the parts of all are the weights of a whole base, bit for
+    bit. A block is whole only while it computes."""
+    rows: list[int] = []
+    real = sharded_base.quantize
+
+    def counted(weight: torch.Tensor, *args: Any, **options: Any) -> PackedWeight:
+        rows.append(weight.shape[0])
+        return real(weight, *args, **options)
+
+    sharded_base.quantize = counted
     with tiny_sharded.launch() as processes:
         whole, sharded = tiny_sharded.load(source, **loading), tiny_sharded.load(source, processes, **loading)
         layers = frozen_layers(sharded)
         assert set(frozen_layers(whole)) <= set(layers)
-        divided = 0
+        divided, mine = 0, []
         for path, layer in frozen_layers(whole).items():
             share, right = layers[path].share, layer.stored_weight
             assert share is not None
@@ -107,79 +95,50 @@ def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
             assert torch.equal(layers[path].squared_row_norm(), layer.squared_row_norm())
             with pytest.raises(RunFailure, match="read outside of its forward pass"):
                 _ = layers[path].stored_weight
+            own = span(layer.out_features, rank, processes.size)
+            mine.append(own.stop - own.start if share.by_rows else layer.out_features)
+        assert sorted(rows) == sorted(mine)
+        assert sum(rows) < sum(layer.out_features for layer in frozen_layers(whole).values())
         head, table = sharded.get_output_embeddings(), whole.get_input_embeddings().weight
         divided += table.nbytes * (1 if head.weight is sharded.get_input_embeddings().weight else 2)
         before = tiny_sharded.num_resident_bytes(sharded)
         replicated = tiny_sharded.num_resident_bytes(whole) - divided
         assert before == pytest.approx(divided / processes.size + replicated, rel=0.03)
         tiny_sharded.adapt(sharded)
+        counts, num_whole = whole_blocks(sharded)
         tiny_sharded.train(sharded, processes, num_steps=1)
+        assert set(counts) <= {1, 2}  # in the backward pass the block before is there until its own is over
+        assert num_whole() == 0
         after = tiny_sharded.num_resident_bytes(sharded) - tiny_sharded.num_adapter_bytes(sharded)
         assert before <= after <= 1.02 * before  # torch pads what a process has less than the first: a row of a tensor
         assert all(layer.base.share is not None for layer in adapted_layers(sharded).values())
-
-
-@pytest.mark.parametrize(
-    ("family", "size", "double_quant"),
-    [("llama", 2, True), pytest.param("qwen3", 3, False, marks=pytest.mark.slow)],
-)
-def test_each_process_holds_its_part_before_and_after_a_step(
-    root: Path, family: str, size: int, double_quant: bool
-) -> None:
-    source = write(root / family, family)
-    assert launched.run(size, parts, source, {"double_quant": double_quant}) == [""] * size
-
-
-def whole_blocks(rank: int, source: Path) -> None:
-    """Counts the blocks whose codes have memory, at the start of each block's passes and after the step."""
-    with tiny_sharded.launch() as processes:
-        model = tiny_sharded.load(source, processes)
-        tiny_sharded.adapt(model)
-        found = block_list(model)
-        assert found is not None
-        blocks, counts = list(found[1]), []
-
-        def num_whole() -> int:
-            codes = [block.self_attn.q_proj.base._buffers["packed"] for block in blocks]
-            return sum(tensor.untyped_storage().nbytes() > 0 for tensor in codes)
-
-        for block in blocks:
-            block.register_forward_pre_hook(lambda *_: counts.append(num_whole()))
-        tiny_sharded.train(model, processes, num_steps=1)
-        assert set(counts) <= {1, 2}  # in the backward pass the block before is there until its own is over
-        assert num_whole() == 0
+        counts.clear()
         with torch.no_grad():
-            model.eval()(input_ids=torch.tensor([[5, 6, 7]]))
-        assert counts[-len(blocks) :] == [1] * len(blocks)
+            sharded.eval()(input_ids=torch.tensor([[5, 6, 7]]))
+        assert set(counts) == {1}
         assert num_whole() == 0
 
 
-def test_a_block_is_whole_only_while_it_computes(tmp_path: Path) -> None:
-    source = tiny_run.write_model(tmp_path / "model", num_hidden_layers=5)
-    assert launched.run(2, whole_blocks, source) == ["", ""]
+def whole_blocks(model: Any) -> tuple[list[int], Callable[[], int]]:
+    """How many blocks have memory for their codes at the start of each block's passes, and how many have it now."""
+    found = block_list(model)
+    assert found is not None
+    blocks, counts = list(found[1]), list[int]()
+
+    def num_whole() -> int:
+        codes = [block.self_attn.q_proj.base._buffers["packed"] for block in blocks]
+        return sum(tensor.untyped_storage().nbytes() > 0 for tensor in codes)
+
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: counts.append(num_whole()))
+    return counts, num_whole
 
 
-def own_rows(rank: int, source: Path) -> None:
-    """Each process quantises its rows alone."""
-    rows: list[int] = []
-    real = sharded_base.quantize
-
-    def counted(weight: torch.Tensor, *args: Any, **options: Any) -> PackedWeight:
-        rows.append(weight.shape[0])
-        return real(weight, *args, **options)
-
-    with tiny_sharded.launch() as processes, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharded_base, "quantize", counted)
-        model = tiny_sharded.load(source, processes)
-        layers = [layer for layer in frozen_layers(model).values() if layer.kind == "nf4"]
-        mine = [span(layer.out_features, rank, processes.size) for layer in layers]
-        assert rows == [each.stop - each.start for each in mine if each.stop > each.start]
-        assert all(found < layer.out_features for found, layer in zip(rows, layers, strict=False))
-
-
-def test_a_process_reads_and_quantises_its_rows(root: Path) -> None:
-    """Double quantised: the parts are those of the whole weight all the same, which the test above has."""
-    assert launched.run(3, own_rows, write(root / "qwen3", "qwen3")) == ["", "", ""]
+@pytest.mark.parametrize("size, double_quant", [(2, True), pytest.param(3, False, marks=pytest.mark.slow)])
+def test_each_process_holds_its_part(root: Path, size: int, double_quant: bool) -> None:
+    five = tiny_run.write_model(root / "five", num_hidden_layers=5)
+    source = five if size == 2 else write(root / "qwen3", "qwen3")
+    assert launched.run(size, parts, source, {"double_quant": double_quant}) == [""] * size
 
 
 def test_a_process_without_rows_of_a_small_layer_has_empty_parts() -> None:
@@ -192,14 +151,12 @@ def test_a_process_without_rows_of_a_small_layer_has_empty_parts() -> None:
 
 
 def test_a_recipe_that_cannot_be_divided_is_refused(root: Path) -> None:
-    def refused(**changes: Any) -> str:
-        with pytest.raises(UserError) as caught:
+    for words, changes in (
+        ("base.residency host", {"base__residency": "host"}),
+        ("adapter.init loftq", {"adapter__init": "loftq"}),
+        ("adapter.also_train", {"adapter__also_train": ["lm_head"], "adapter__also_train_rows": "all"}),
+        ("memory.host_embeddings", {"memory__host_embeddings": True}),
+    ):
+        with pytest.raises(UserError, match=f"train.parallel: must be auto or replicate with {words}"):
             tiny_run.recipe(root, train__parallel="shard", **changes)
-        return str(caught.value)
-
-    text = "train.parallel: must be auto or replicate with"
-    assert f"{text} base.residency host" in refused(base__residency="host")
-    assert f"{text} adapter.init loftq" in refused(adapter__init="loftq")
-    assert f"{text} adapter.also_train" in refused(adapter__also_train=["lm_head"], adapter__also_train_rows="all")
-    assert f"{text} memory.host_embeddings" in refused(memory__host_embeddings=True)
     assert tiny_run.recipe(root, train__parallel="hybrid").train.parallel == "hybrid"

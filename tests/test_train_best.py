@@ -6,37 +6,35 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
 from qdora.cli import app
-from qdora.errors import Interrupted, UserError
-from qdora.evaluation import before_after
+from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run import step_evaluations, writer
+from qdora.run import writer
 from qdora.run.evaluate import evaluate_target
 from qdora.run.run_page import page_of_run
 from qdora.run.step_evaluations import selection_faults
 from qdora.run.train import train_run
-from qdora.train.best import BestSoFar
 from tests import launched, tiny_run
-from tests.run_files import assert_same_run, same_tensors, stop_after, timeless
+from tests.run_files import ADAPTER, assert_same_run, same_tensors, timeless, train_until
 
-ADAPTER = "adapter/adapter_model.safetensors"
 # A rate at which the loss falls, turns and rises again within a few steps
 DIVERGING: dict[str, Any] = {"train__lr": 0.03, "train__schedule": "constant", "train__warmup": 0}
+RISING: dict[str, Any] = {"train__lr": 1e-3, "eval__patience": ...}
+PROBED = {"interference__every": 1, "interference__examples": 2, "data__validation_fraction": 0.2}
 STEPS, PATIENCE = 12, 3
+QUIET = Console(quiet=True)
 
 
 def recipe(root: Path, **changes: Any) -> Recipe:
@@ -46,40 +44,41 @@ def recipe(root: Path, **changes: Any) -> Recipe:
     return tiny_run.recipe(root, **(DIVERGING | best | more | changes))
 
 
-def values(run: Path, task: str | None = None, metric: str = "nll_per_token") -> dict[int, float]:
-    """Step -> the metric of its evaluation file, without the base's."""
+def values(run: Path, task: str | None = None, metric: str = "nll_per_token", after: int = 0) -> dict[int, float]:
+    """Step -> the metric of its evaluation file, of the steps after one."""
     found = {}
     for file in (run / "eval").glob("step-*.json"):
         document = json.loads(file.read_text())
         found[int(file.stem.removeprefix("step-"))] = (document["tasks"][task] if task else document["average"])[metric]
-    return {step: value for step, value in sorted(found.items()) if step > 0}
+    return {step: value for step, value in sorted(found.items()) if step > after}
 
 
 def steps_on_disk(run: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
 
 
-def test_the_last_loss_of_a_run_that_stops_early(root: Path, tmp_path: Path) -> None:
-    """The loss of the last step, whatever steps `train.log_every` leaves out."""
-    summary = train_run(recipe(root, train__log_every=5, eval__every=2, eval__patience=1), tmp_path / "run")
-    assert summary["stopped_early"]
-    assert summary["num_steps"] % 5 != 0
-    lines = {line["step"]: line["loss"] for line in timeless(tmp_path / "run") if "loss" in line}
-    assert summary["final_loss"] == lines[summary["num_steps"]]
+def assert_same_choice(run: Path, other: Path, step: int) -> None:
+    assert_same_run(run, other, step=step)
+    assert (run / "adapter/best.json").read_bytes() == (other / "adapter/best.json").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def stopped_run(root: Path) -> Path:
     """A run that got worse and stopped early; nothing disturbed it."""
-    summary = train_run(recipe(root), root / "stopped", console=Console(quiet=True))
+    summary = train_run(recipe(root), root / "stopped", console=QUIET)
     (root / "summary.json").write_text(json.dumps(summary))
     return root / "stopped"
 
 
-def test_the_best_step_is_kept_and_the_run_stops_when_nothing_better_comes(root: Path, stopped_run: Path) -> None:
+@pytest.fixture(scope="module")
+def best(stopped_run: Path) -> int:
+    """Its best step."""
     found = values(stopped_run)
-    best = min(found, key=lambda step: found[step])
-    last = best + PATIENCE
+    return min(found, key=lambda step: found[step])
+
+
+def test_the_best_step_is_kept_and_the_run_stops(root: Path, stopped_run: Path, best: int, tmp_path: Path) -> None:
+    found, last = values(stopped_run), best + PATIENCE
     assert best > 1, "nothing improved: the run shows nothing"
     assert list(found) == list(range(1, last + 1)), "the run went on, or stopped too soon"
     assert last < STEPS
@@ -94,22 +93,25 @@ def test_the_best_step_is_kept_and_the_run_stops_when_nothing_better_comes(root:
     assert all(line["best"]["value"] == min(list(found.values())[: line["step"]]) for line in lines)
     said = f"step {best}, the best by macro nll_per_token ({found[best]:.4g})"
     log = (stopped_run / "log.txt").read_text()
-    assert (
-        f"Stopped early after step {last} of {STEPS}: the last {PATIENCE} evaluations were not better (eval.patience)."
-        in log
-    )
+    assert f"Stopped early after step {last} of {STEPS}: the last {PATIENCE} evaluations were not better" in log
     assert f"adapter/ is {said}." in log
     card = (stopped_run / "README.md").read_text()
     assert f"{said} of {last} steps, stopped early" in card
     assert f"| steps | {best} of {STEPS} |" in card
-
-
-def test_eval_and_export_take_the_best_step(stopped_run: Path, tmp_path: Path) -> None:
-    found = values(stopped_run)
-    document = evaluate_target(str(stopped_run), console=Console(quiet=True))
-    assert document["evaluation"]["average"]["nll_per_token"] == min(found.values())
-    export_run(stopped_run, tmp_path / "peft", ExportOptions(format_="peft"), console=Console(quiet=True))
+    # eval and export take the best step
+    document = evaluate_target(str(stopped_run), console=QUIET)
+    assert document["evaluation"]["average"]["nll_per_token"] == found[best]
+    export_run(stopped_run, tmp_path / "peft", ExportOptions(format_="peft"), console=QUIET)
     same_tensors(tmp_path / "peft/adapter_model.safetensors", stopped_run / ADAPTER)
+
+
+def test_the_last_loss_of_a_run_that_stops_early(root: Path, tmp_path: Path) -> None:
+    """The loss of the last step, whatever steps `train.log_every` leaves out."""
+    summary = train_run(recipe(root, train__log_every=5, eval__every=2, eval__patience=1), tmp_path)
+    assert summary["stopped_early"]
+    assert summary["num_steps"] % 5 != 0
+    lines = {line["step"]: line["loss"] for line in timeless(tmp_path) if "loss" in line}
+    assert summary["final_loss"] == lines[summary["num_steps"]]
 
 
 def killed_in_checkpoint(settings: Recipe, run: Path, step: int) -> None:
@@ -122,15 +124,11 @@ def killed_in_checkpoint(settings: Recipe, run: Path, step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     writer.write_state = killing
-    train_run(settings, run, resume=run.exists(), console=Console(quiet=True))
+    train_run(settings, run, resume=run.exists(), console=QUIET)
 
 
-def test_killed_at_any_checkpoint_and_resumed_makes_the_same_decisions(
-    root: Path, stopped_run: Path, tmp_path: Path
-) -> None:
+def test_killed_and_resumed_decides_alike(root: Path, stopped_run: Path, best: int, tmp_path: Path) -> None:
     """At one that is the best so far, at one that is due, and at the one that ends the run."""
-    found = values(stopped_run)
-    best = min(found, key=lambda step: found[step])
     settings, run = recipe(root), tmp_path / "run"
     for step in (2, best, best + PATIENCE):
         child = multiprocessing.get_context("fork").Process(target=killed_in_checkpoint, args=(settings, run, step))
@@ -138,29 +136,21 @@ def test_killed_at_any_checkpoint_and_resumed_makes_the_same_decisions(
         child.join(240)
         assert child.exitcode == -signal.SIGKILL
         assert step not in steps_on_disk(run)
-    train_run(settings, run, resume=True, console=Console(quiet=True))
-    assert_same_run(run, stopped_run, step=best + PATIENCE)
-    assert (run / "adapter/best.json").read_bytes() == (stopped_run / "adapter/best.json").read_bytes()
+    train_run(settings, run, resume=True, console=QUIET)
+    assert_same_choice(run, stopped_run, best + PATIENCE)
     assert steps_on_disk(run) == steps_on_disk(stopped_run)
 
 
-def test_a_stop_saves_before_what_is_due_and_the_resumed_run_measures_it(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_saves_before_what_is_due_and_the_resumed_run_measures_it(root: Path, tmp_path: Path) -> None:
     """A launcher kills processes soon after it asks them to stop; an evaluation may take longer."""
-    probed = {"interference__every": 1, "interference__examples": 2, "data__validation_fraction": 0.2}
-    settings, run = recipe(root, train__steps=3, **probed), tmp_path / "run"
-    train_run(settings, tmp_path / "whole", console=Console(quiet=True))
-    stop_after(monkeypatch, 2)
-    with pytest.raises(Interrupted):
-        train_run(settings, run, console=Console(quiet=True))
+    settings, run = recipe(root, train__steps=3, **PROBED), tmp_path / "run"
+    train_run(settings, tmp_path / "whole", console=QUIET)
+    train_until(settings, run, 2)
     assert steps_on_disk(run)[-1] == 2
     assert list(values(run)) == [1]
     assert [line["step"] for line in timeless(run) if "interference" in line] == [1]
-    monkeypatch.undo()
-    train_run(settings, run, resume=True, console=Console(quiet=True))
-    assert_same_run(run, tmp_path / "whole", step=3)
-    assert (run / "adapter/best.json").read_bytes() == (tmp_path / "whole/adapter/best.json").read_bytes()
+    train_run(settings, run, resume=True, console=QUIET)
+    assert_same_choice(run, tmp_path / "whole", 3)
 
 
 def test_a_measurement_that_fails_does_not_end_each_resumed_run(
@@ -170,25 +160,22 @@ def test_a_measurement_that_fails_does_not_end_each_resumed_run(
         raise RuntimeError("no gradient")
 
     monkeypatch.setattr("qdora.run.trainer.measure", fails)
-    probed = {"interference__every": 2, "interference__examples": 2, "data__validation_fraction": 0.2}
-    settings, run = recipe(root, train__steps=3, **probed), tmp_path / "run"
+    settings = recipe(root, train__steps=3, **PROBED | {"interference__every": 2})
     with pytest.raises(RuntimeError, match="no gradient"):
-        train_run(settings, run, console=Console(quiet=True))
-    assert steps_on_disk(run)[-1] == 2
-    assert train_run(settings, run, resume=True, console=Console(quiet=True))["num_steps"] == 3
+        train_run(settings, tmp_path, console=QUIET)
+    assert steps_on_disk(tmp_path)[-1] == 2
+    assert train_run(settings, tmp_path, resume=True, console=QUIET)["num_steps"] == 3
     assert "Step 2 cannot be measured; the run goes on: no gradient" in caplog.text
 
 
-def test_a_finished_run_stays_finished_and_goes_on_with_more_patience(
-    root: Path, stopped_run: Path, tmp_path: Path
-) -> None:
+def test_a_finished_run_goes_on_with_more_patience(root: Path, stopped_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train_run(recipe(root), run, console=Console(quiet=True))
-    again = train_run(recipe(root), run, resume=True, console=Console(quiet=True))
+    shutil.copytree(stopped_run, run)
+    again = train_run(recipe(root), run, resume=True, console=QUIET)
     assert again["stopped_early"]
     assert_same_run(run, stopped_run, step=again["num_steps"])
     # The page proposes the command that trains on
-    commands = [each["command"] for each in page_of_run(run, console=Console(quiet=True))["next"]]
+    commands = [each["command"] for each in page_of_run(run, console=QUIET)["next"]]
     (words,) = [shlex.split(command) for command in commands if "--resume" in command]
     assert words[-2:] == ["-s", "eval.patience=null"]
     found = CliRunner().invoke(app, ["--quiet", *words[1:], "--json"])
@@ -198,77 +185,60 @@ def test_a_finished_run_stays_finished_and_goes_on_with_more_patience(
     assert more["best"]["value"] == min(values(run).values())
 
 
-def test_a_run_that_is_extended_at_its_best_step_chooses_as_one_of_the_new_length(
-    root: Path, stopped_run: Path, tmp_path: Path
-) -> None:
+def test_extended_at_its_best_step_it_chooses_alike(root: Path, stopped_run: Path, best: int, tmp_path: Path) -> None:
     """The evaluation after its last step, which followed the checkpoint, is compared with those that come."""
-    found = values(stopped_run)
-    best = min(found, key=lambda step: found[step])
-    run = tmp_path / "run"
-    train_run(recipe(root, train__steps=best), run, console=Console(quiet=True))
-    train_run(recipe(root), run, resume=True, console=Console(quiet=True))
-    assert_same_run(run, stopped_run, step=best + PATIENCE)
-    assert (run / "adapter/best.json").read_bytes() == (stopped_run / "adapter/best.json").read_bytes()
-    assert steps_on_disk(run) == steps_on_disk(stopped_run) == [best, best + PATIENCE]
+    train_run(recipe(root, train__steps=best), tmp_path, console=QUIET)
+    train_run(recipe(root), tmp_path, resume=True, console=QUIET)
+    assert_same_choice(tmp_path, stopped_run, best + PATIENCE)
+    assert steps_on_disk(tmp_path) == steps_on_disk(stopped_run) == [best, best + PATIENCE]
 
 
 def test_the_last_step_has_a_say_and_a_best_one_that_is_gone_is_said(root: Path, tmp_path: Path) -> None:
     """At a low rate every evaluation is better than the one before, the one after training too."""
-    settings = recipe(root, train__lr=1e-3, train__steps=3, eval__best_by="letters", eval__every=2, eval__patience=...)
-    run = tmp_path / "run"
-    summary = train_run(settings, run, console=Console(quiet=True))
-    found = values(run, "letters")
+    settings = recipe(root, **RISING, train__steps=3, eval__best_by="letters", eval__every=2)
+    summary = train_run(settings, tmp_path, console=QUIET)
+    found = values(tmp_path, "letters")
     assert list(found) == [2, 3]
     assert found[3] < found[2]
     assert (summary["best"]["step"], summary["stopped_early"]) == (3, False)
     assert summary["best"]["question"]["tasks"] == ["letters"]
-    same_tensors(run / ADAPTER, run / f"checkpoints/step-3/{ADAPTER}")
-    (run / "checkpoints/step-2" / ADAPTER).write_bytes(b"")
-    summary = train_run(settings, run, resume=True, console=Console(quiet=True))
+    same_tensors(tmp_path / ADAPTER, tmp_path / f"checkpoints/step-3/{ADAPTER}")
+    (tmp_path / "checkpoints/step-2" / ADAPTER).write_bytes(b"")
+    summary = train_run(settings, tmp_path, resume=True, console=QUIET)
     assert summary["best"]["step"] == 3
-    assert "The best checkpoint, step-2, is not whole" in (run / "log.txt").read_text()
+    assert "The best checkpoint, step-2, is not whole" in (tmp_path / "log.txt").read_text()
 
 
-def test_another_question_is_asked_anew(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = recipe(root, train__lr=1e-3, train__steps=4, eval__every=1, eval__patience=...)
-    stop_after(monkeypatch, 2)
-    with pytest.raises(Interrupted):
-        train_run(settings, tmp_path / "run", console=Console(quiet=True))
-    monkeypatch.undo()
-    changed = recipe(root, train__lr=1e-3, train__steps=4, eval__every=1, eval__patience=..., eval__best_metric="acc")
-    summary = train_run(changed, tmp_path / "run", resume=True, console=Console(quiet=True))
-    assert "The run chose the best step in another way before" in (tmp_path / "run/log.txt").read_text()
-    found = {step: value for step, value in values(tmp_path / "run", metric="acc").items() if step > 1}
-    assert summary["best"]["value"] == max(found.values())
-    assert summary["best"]["step"] == max(found, key=lambda step: found[step])
-
-
-def test_other_validation_examples_choose_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changed", ["metric", "examples"])
+def test_another_question_or_other_validation_examples_choose_anew(tmp_path: Path, changed: str) -> None:
     """The sums are right in the first file and wrong in the second, so values of the two cannot be compared."""
-    changes: dict[str, Any] = {"train__steps": 4, "eval__every": 1, "eval__best_by": "sums", "eval__patience": ...}
-    held = tmp_path / "held.jsonl"
+    held, run = tmp_path / "held.jsonl", tmp_path / "run"
 
-    def settings() -> Recipe:
-        plain = recipe(tmp_path, train__lr=1e-3, **changes)
+    def asked(word: str, **changes: Any) -> Recipe:
+        rows = [{"prompt": f"{n} + 3 =", "completion": f" {word or n + 3}"} for n in range(6)]
+        held.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        plain = recipe(tmp_path, **RISING, train__steps=4, **changes)
         first, *others = plain.data.mix
         return with_settings(plain, data={"mix": (first.model_copy(update={"validation": str(held)}), *others)})
 
-    held.write_text("".join(json.dumps({"prompt": f"{n} + 3 =", "completion": f" {n + 3}"}) + "\n" for n in range(6)))
-    stop_after(monkeypatch, 2)
-    with pytest.raises(Interrupted):
-        train_run(settings(), tmp_path / "run", console=Console(quiet=True))
-    monkeypatch.undo()
-    held.write_text("".join(json.dumps({"prompt": f"{n} + 3 =", "completion": " zebra"}) + "\n" for n in range(6)))
-    summary = train_run(settings(), tmp_path / "run", resume=True, console=Console(quiet=True))
-    text = (tmp_path / "run/log.txt").read_text()
-    assert "The run chose the best step in another way before, or by other examples" in text
-    found = {step: value for step, value in values(tmp_path / "run", "sums").items() if step > 2}
-    assert len(found) == 2
-    assert summary["best"]["value"] == min(found.values())
+    if changed == "metric":
+        before, then, lowest = asked(""), asked("", eval__best_metric="acc"), -1
+    else:
+        before = asked("", eval__best_by="sums")
+    train_until(before, run, 2)
+    if changed == "examples":
+        then, lowest = asked("zebra", eval__best_by="sums"), 1
+    summary = train_run(then, run, resume=True, console=QUIET)
+    assert "The run chose the best step in another way before, or by other examples" in (run / "log.txt").read_text()
+    # A stop comes before its step's evaluation, which is made again
+    found = values(run, "sums", after=1) if lowest > 0 else values(run, metric="acc", after=1)
+    assert list(found) == [2, 3, 4]
+    assert summary["best"]["step"] == min(found, key=lambda step: lowest * found[step])
+    assert summary["best"]["value"] == min(found.values(), key=lambda value: lowest * value)
 
 
 def in_two(rank: int, settings: Recipe, directory: Path) -> None:
-    summary = train_run(settings, directory, console=Console(quiet=True))
+    summary = train_run(settings, directory, console=QUIET)
     assert rank == 1 or summary["stopped_early"]
 
 
@@ -282,97 +252,20 @@ def test_two_processes_decide_alike(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, fault",
+    "changes, words",
     [
-        (
-            {"eval__best_by": "lettres"},
-            "eval.best_by: .*got 'lettres'.*Did you mean 'letters'",
-        ),
-        (
-            {"eval__best_by": "sums", "eval__tasks": ["letters"]},
-            "eval.best_by: .*got 'sums'",
-        ),
+        ({"eval__best_by": "lettres"}, "eval.best_by: .*got 'lettres'.*Did you mean 'letters'"),
+        ({"eval__best_by": "sums", "eval__tasks": ["letters"]}, "eval.best_by: .*got 'sums'"),
         ({"eval__best_by": ...}, "eval.patience: would be ignored because eval.best_by is not set"),
         ({"eval__every": ...}, "eval.patience: would be ignored because eval.every is not set"),
-        ({"eval__best_metric": "accuracy"}, "eval.best_metric: .*nll_per_token.*'accuracy'"),
-        ({"eval__patience": 0}, "eval.patience: .*got 0"),
-    ],
-)
-def test_what_would_choose_nothing_is_a_fault(root: Path, changes: dict[str, Any], fault: str) -> None:
-    with pytest.raises(UserError, match=fault):
-        recipe(root, **changes)
-
-
-@pytest.mark.parametrize(
-    "changes, fault",
-    [
-        (
-            {"eval__best_by": "sums", "eval__best_metric": "acc"},
-            "eval.best_metric: got acc, must be nll_per_token for sums, whose",
-        ),
+        # What only the data show
+        ({"eval__best_by": "sums", "eval__best_metric": "acc"}, "eval.best_metric: got acc, must be nll_per_token"),
         ({"eval__every": STEPS}, "eval.every: got 12, must be less than the run's 12 steps"),
     ],
 )
-def test_what_only_the_data_show_is_said_before_anything_is_written(
-    root: Path, tmp_path: Path, changes: dict[str, Any], fault: str
-) -> None:
-    with pytest.raises(UserError, match=fault):
-        train_run(recipe(root, **changes), tmp_path / "run", console=Console(quiet=True))
+def test_what_would_choose_nothing_is_refused(root: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        train_run(recipe(root, **changes), tmp_path / "run", console=QUIET)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_mix_without_validation_data_chooses_nothing(root: Path) -> None:
     (fault,) = selection_faults(recipe(root), {}, STEPS)
-    assert fault == ("eval.best_by: got macro, but no source has validation data. Fix: set validation in a source.")
-
-
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.booleans(), st.integers(1, 5), st.integers(0, 30))
-def test_the_judge_is_a_running_best_and_its_state_can_be_gone_on_with(
-    series: list[float], higher: bool, patience: int, cut: int
-) -> None:
-    judge = BestSoFar({"by": "macro"}, higher=higher, patience=patience)
-    sign = 1 if higher else -1
-    for index, value in enumerate(series):
-        if index == cut:
-            again = BestSoFar({"by": "macro"}, higher=higher, patience=patience)
-            again.load_state_dict(json.loads(json.dumps(judge.state_dict())))
-            judge = again
-        seen = [sign * each for each in series[: index + 1]]
-        first_best = seen.index(max(seen))
-        assert judge.judge(index, value) == (first_best == index)
-        assert (judge.step, judge.num_since) == (first_best, index - first_best)
-        assert judge.is_over == (index - first_best >= patience)
-
-
-def test_a_task_that_got_worse_than_the_base_is_said_everywhere(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One task's answers are made worse by 1 nat each after training, the other's better by 2."""
-    real = step_evaluations.evaluate
-
-    def shifted(model: Any, *args: Any, **options: Any) -> Any:
-        found = real(model, *args, **options)
-        if not any(bool(p.any()) for name, p in model.named_parameters() if name.endswith("lora_B")):
-            return found
-        for record in found.per_example:
-            record["nll"] += {"sums": 1.0, "letters": -2.0}[record["task"]] * record["num_answer_tokens"]
-        tasks = {
-            task: replace(each, nll_per_token=each.nll_per_token + {"sums": 1.0, "letters": -2.0}[task])
-            for task, each in found.tasks.items()
-        }
-        average = replace(found.average, nll_per_token=sum(each.nll_per_token for each in tasks.values()) / 2)
-        return replace(found, tasks=tasks, average=average)
-
-    monkeypatch.setattr(step_evaluations, "evaluate", shifted)
-    monkeypatch.setattr(before_after, "FEWEST", 2)  # the tasks have few examples
-    settings = tiny_run.recipe(root, train__steps=4, train__lr=1e-6, eval__every=2)
-    train_run(settings, tmp_path, console=Console(quiet=True))
-    lines = [line for line in timeless(tmp_path) if "eval" in line]
-    assert [(line["step"], "worse_than_base" in line) for line in lines] == [(0, False), (2, True), (4, True)]
-    (found,) = lines[-1]["worse_than_base"]
-    assert (found["task"], found["metric"]) == ("sums", "nll_per_token")
-    assert found["now"] == lines[-1]["eval"]["sums"]["nll_per_token"] == pytest.approx(found["base"] + 1, abs=1e-3)
-    said = f"sums is worse than before training: NLL per token {found['now']:.4g} against {found['base']:.4g}"
-    log = (tmp_path / "log.txt").read_text()
-    assert f"Step 2: {said}" in log
-    assert f"Step 4: {said}" in log
+    assert fault.startswith("eval.best_by: got macro, but no source has validation data")

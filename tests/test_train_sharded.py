@@ -11,138 +11,107 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from qdora.errors import DiskFull, Diverged, RunFailure, UserError
-from qdora.export.export_run import export_run
-from qdora.files.run_directory import RunDirectory
+from qdora.errors import Diverged, RunFailure, UserError
+from qdora.model.load import block_list
 from qdora.recipe.settings import Recipe
-from qdora.run import step_evaluations
 from qdora.run.train import train_run
-from qdora.train import loop, passes
+from qdora.train import loop
 from qdora.train.distributed import Processes
 from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
+from qdora.train.shard_check import check_division
 from tests import launched, tiny_run, tiny_sharded
-from tests.test_train_distributed import (
-    GATED,
-    PACKED,
-    assert_close_runs,
-    by_each_launcher,
-    exact,
-    lines,
-    resumed_and_stopped,
-    stop_alone,
-    train,
-    trained_by,
-)
+from tests.run_files import assert_close_runs, in_batches, timeless, train_until
+from tests.test_train_distributed import GATED, PACKED, exact, stopped, train, trained_by_torchrun
 
 pytestmark = tiny_sharded.needs_division
 
-EVALUATED = {"eval__tasks": ["sums", "letters"], "eval__limit": 2, "eval__every": 3}
+SHARD = {"train__parallel": "shard"}
+PRUNED = {"base__prune": {"method": "magnitude", "sparsity": 0.5}}
 
 
-def sharded(root: Path, parallel: str = "shard", **changes: Any) -> Recipe:
-    return exact(root, train__parallel=parallel, **changes)
+@pytest.fixture(scope="module")
+def one(root: Path) -> Path:
+    """A run of `exact` by one process."""
+    train_run(exact(root), root / "one")
+    return root / "one"
 
 
-def evaluations(run: Path) -> dict[str, float]:
-    files = sorted((run / "eval").glob("step-*.json"))
-    return {file.name: json.loads(file.read_text())["average"]["nll_per_token"] for file in files}
-
-
-def test_two_processes_with_half_a_base_write_what_one_does(root: Path, tmp_path: Path) -> None:
-    """With evaluations, which all processes take part in."""
-    changes = {"train__batch": 5, **EVALUATED}
-    train_run(exact(root, **changes), tmp_path / "one")
-    assert launched.run(2, train, sharded(root, **changes), tmp_path / "two") == ["", ""]
-    assert_close_runs(tmp_path / "one", tmp_path / "two")
-    written = [{file.relative_to(run) for file in run.rglob("*")} for run in (tmp_path / "one", tmp_path / "two")]
-    assert written[0] == written[1]
-    found = evaluations(tmp_path / "two")
-    assert sorted(found) == ["step-0.json", "step-3.json", "step-6.json"]
-    assert found == pytest.approx(evaluations(tmp_path / "one"), rel=1e-5)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
-        PACKED,
-        {"train__batch": 5, **GATED},
-        {"base__prune": {"method": "magnitude", "sparsity": 0.5}, "adapter__mask": "keep"},
-        {"base__prune": {"method": "magnitude", "sparsity": 0.5}, "base__quant": "none"},
-        {"train__batch": 1, "train__steps": 3},
-        {"base__cache": "cache"},
-        {"train__optimizer": "paged_adamw_8bit"},
+        {"train__batch": 5, "eval__tasks": ["sums", "letters"], "eval__limit": 2, "eval__every": 3},
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in (
+                PACKED,
+                {"train__batch": 5, **GATED},
+                PRUNED | {"adapter__mask": "keep"},
+                PRUNED | {"base__quant": "none"},
+                {"train__batch": 1, "train__steps": 3},
+                {"base__cache": "cache"},
+                {"train__optimizer": "paged_adamw_8bit"},
+            )
+        ),
     ],
-    ids=["packed", "gates", "masked", "pruned", "no-example", "cache", "8bit"],
+    ids=["evaluated", "packed", "gates", "masked", "pruned", "no-example", "cache", "8bit"],
 )
-def test_other_recipes_on_two_processes(root: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_two_with_half_a_base_write_what_one_does(root: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """With evaluations, which all processes take part in."""
     changes = {name: str(tmp_path / value) if value == "cache" else value for name, value in changes.items()}
-    train_run(exact(root, **changes), tmp_path / "one")
-    assert launched.run(2, train, sharded(root, **changes), tmp_path / "two") == ["", ""]
-    assert_close_runs(tmp_path / "one", tmp_path / "two")
+    runs = [tmp_path / "one", tmp_path / "two"]
+    train_run(exact(root, **changes), runs[0])
+    assert launched.run(2, train, exact(root, **SHARD, **changes), runs[1]) == ["", ""]
+    assert_close_runs(*runs)
+    written = [{file.relative_to(run) for file in run.rglob("*")} for run in runs]
+    assert written[0] == written[1]
+    if "eval__every" in changes:
+        for step in (0, 3, 6):
+            files = [json.loads((run / f"eval/step-{step}.json").read_text())["average"] for run in runs]
+            assert files[1]["nll_per_token"] == pytest.approx(files[0]["nll_per_token"], rel=1e-5)
 
 
-def test_a_run_goes_on_with_a_base_that_is_divided_otherwise(root: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_a_base_that_is_divided_otherwise(root: Path, one: Path, tmp_path: Path) -> None:
     """One process; two with half of the base each; one again."""
-    run = tmp_path / "run"
-    train_run(exact(root), tmp_path / "whole")
-    stop_alone(exact(root), run, 2)
-    assert launched.run(2, resumed_and_stopped, sharded(root), run, 4) == ["", ""]
-    train_run(exact(root), run, resume=True)
-    assert_close_runs(tmp_path / "whole", run)
+    train_until(exact(root), tmp_path, 2)
+    assert launched.run(2, stopped, exact(root, **SHARD), tmp_path, 4, (0, 1), True) == ["", ""]
+    train_run(exact(root), tmp_path, resume=True)
+    assert_close_runs(one, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_more_and_fewer_processes(root: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train_run(exact(root), tmp_path / "whole")
-    stop_alone(exact(root), run, 1)
+def test_a_run_goes_on_with_more_and_fewer_processes(root: Path, one: Path, tmp_path: Path) -> None:
+    train_until(exact(root), tmp_path, 1)
     for size, parallel, stop_at in ((2, "shard", 2), (3, "shard", 3), (4, "hybrid", 4), (2, "replicate", 5)):
-        settings = sharded(root, parallel)
-        assert launched.run(size, resumed_and_stopped, settings, run, stop_at) == [""] * size
-    assert launched.run(3, train, sharded(root), run, True) == ["", "", ""]
-    assert_close_runs(tmp_path / "whole", run)
+        settings = exact(root, train__parallel=parallel)
+        assert launched.run(size, stopped, settings, tmp_path, stop_at, range(size), True) == [""] * size
+    assert launched.run(3, train, exact(root, **SHARD), tmp_path, True) == ["", "", ""]
+    assert_close_runs(one, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_machines_of_two_processes_hold_halves_each(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train_run(exact(root), tmp_path / "one")
-    assert launched.run(4, on_two_machines, sharded(root, "hybrid"), tmp_path / "four") == [""] * 4
-    assert_close_runs(tmp_path / "one", tmp_path / "four")
-
-
-def on_two_machines(rank: int, settings: Recipe, directory: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_WORLD_SIZE", "2")
-        patch.setenv("LOCAL_RANK", str(rank % 2))
-        train_run(settings, directory)
+def test_torchrun_divides_the_base(root: Path, one: Path, tmp_path: Path) -> None:
+    trained_by_torchrun(exact(root, **SHARD), tmp_path / "two")
+    assert_close_runs(one, tmp_path / "two")
 
 
 def broken(rank: int, settings: Recipe, directory: Path) -> None:
-    real, calls = passes.batch_loss, {"n": 0}
-
-    def breaking(*args: Any, **options: Any) -> Any:
-        calls["n"] += 1
-        if rank == 1 and calls["n"] == 3:
+    def fail(number: int, *_: Any) -> None:
+        if rank == 1 and number == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(*args, **options)
 
-    passes.batch_loss = breaking
+    in_batches(pytest.MonkeyPatch(), fail)
     with pytest.raises(RunFailure, match=f"process {rank}: {'out of memory with one example' if rank else '.*'}"):
         train_run(settings, directory)
 
 
 def test_where_one_process_cannot_compute_the_others_end_and_the_run_goes_on(root: Path, tmp_path: Path) -> None:
-    settings = sharded(root, train__batch=2, train__micro_batch_tokens=96, train__checkpoint_every=1)
+    settings = exact(root, **SHARD, train__batch=2, train__micro_batch_tokens=96, train__checkpoint_every=1)
     assert launched.run(2, broken, settings, tmp_path, timeout=60) == ["", ""]
     assert launched.run(2, train, settings, tmp_path, True) == ["", ""]
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in timeless(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -158,46 +127,17 @@ def test_where_one_process_cannot_compute_the_others_end_and_the_run_goes_on(roo
 )
 def test_an_evaluation_that_fails_in_one_process_saves_nothing(shards: bool, error: Exception, saves: bool) -> None:
     saved: list[int] = []
-
-    def save(step: int) -> Path:
-        saved.append(step)
-        return Path()
-
-    evaluate = Mock(side_effect=error)
-    hooks = Hooks(write_metrics=Mock(), save=save, keep_batch=Mock(), evaluate=evaluate, evaluate_every=3)
-    processes = Processes(1, 2, shards=shards)
+    hooks = Hooks(
+        write_metrics=Mock(),
+        save=lambda step: saved.append(step) or Path(),  # type: ignore[func-returns-value]
+        keep_batch=Mock(),
+        evaluate=Mock(side_effect=error),
+        evaluate_every=3,
+    )
+    options: dict[str, Any] = {"num_steps": 6, "checkpoint_every": None, "processes": Processes(1, 2, shards=shards)}
     with pytest.raises(type(error)):
-        loop.after_step(nn.Identity(), 3, hooks, StopRequest(), num_steps=6, checkpoint_every=None, processes=processes)
+        loop.after_step(nn.Identity(), 3, hooks, StopRequest(), **options)
     assert saved == [3] * saves
-
-
-def evaluation_broken(rank: int, settings: Recipe, directory: Path, at: int) -> None:
-    """The second process runs out of memory in a batch, or the first one cannot write the results."""
-    real = RunDirectory.write_json
-
-    def full(run: RunDirectory, name: str, values: Any) -> None:
-        if name == "eval/step-3.json":
-            raise DiskFull("the disk is full")
-        real(run, name, values)
-
-    def hungry(*_args: Any, **_options: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    if rank == at == 0:
-        RunDirectory.write_json = full
-    elif rank == at:
-        step_evaluations.evaluate = hungry
-    why = "the disk is full" if at == 0 else "process 1: a pass through the model cannot be computed: CUDA out of"
-    with pytest.raises(RunFailure, match=why if rank == at else f"process {rank}: "):
-        train_run(settings, directory)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("at", [0, 1], ids=["disk", "memory"])
-def test_who_fails_in_an_evaluation_ends_the_run(root: Path, tmp_path: Path, at: int) -> None:
-    settings = sharded(root, **EVALUATED, eval__at_start=False, train__checkpoint_every=2)
-    assert launched.run(2, evaluation_broken, settings, tmp_path, at, timeout=100) == ["", ""]
-    assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
 
 
 def head_refused(rank: int, settings: Recipe, directory: Path) -> None:
@@ -205,46 +145,57 @@ def head_refused(rank: int, settings: Recipe, directory: Path) -> None:
         train_run(settings, directory)
 
 
-def test_an_adapted_head_is_refused(root: Path, tmp_path: Path) -> None:
-    other = tmp_path / "root"
-    tiny_run.write_model(other / "model", tie_word_embeddings=False)
-    settings = sharded(other, adapter__targets=["q_proj", "lm_head"])
+def test_an_adapted_head_is_refused(tmp_path: Path) -> None:
+    tiny_run.write_model(tmp_path / "model", tie_word_embeddings=False)
+    settings = exact(tmp_path, **SHARD, adapter__targets=["q_proj", "lm_head"])
     assert launched.run(2, head_refused, settings, tmp_path / "run") == ["", ""]
 
 
-@pytest.mark.slow
-def test_exports_are_those_of_one_process(root: Path, tmp_path: Path) -> None:
-    train_run(exact(root), tmp_path / "one")
-    assert launched.run(2, train, sharded(root), tmp_path / "two") == ["", ""]
-    for run in ("one", "two"):
-        export_run(tmp_path / run, tmp_path / f"{run}-merged")
-    first, second = (load_file(tmp_path / f"{run}-merged/model.safetensors") for run in ("one", "two"))
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-3)
+def flip_in_pass(model: Any, number: int, rank: int) -> Any:
+    """After each gathering of a block for a forward pass the second process has other codes in a row."""
+    found = block_list(model)
+    assert found is not None
+    layer = found[1][number].mlp.gate_proj.base
+
+    def flip(*_args: Any) -> None:
+        if rank == 1:
+            layer._parameters["packed_share"].data[3] ^= 0x77
+
+    return found[1][number].register_forward_pre_hook(flip)
 
 
-@pytest.mark.slow
-def test_answers_and_interference_are_measured_by_all(root: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"interference__every": 3, "interference__examples": 2, "data__validation_fraction": 0.2}
-    changes |= {"eval__tasks": ["letters"], "eval__limit": 2, "eval__method": "generate", "eval__every": 3}
-    train_run(exact(root, **changes), tmp_path / "one")
-    assert launched.run(2, train, sharded(root, **changes), tmp_path / "two") == ["", ""]
-    first, second = (
-        [line for line in RunDirectory(tmp_path / run).metrics() if "interference" in line] for run in ("one", "two")
-    )
-    assert [line["step"] for line in first] == [3, 6]
-    for mine, other in zip(first, second, strict=True):
-        cosines = [torch.tensor(line["interference"]["cosines"]) for line in (other, mine)]
-        torch.testing.assert_close(*cosines, rtol=1e-4, atol=1e-4)
-    for name in ("step-0-generated.json", "step-6-generated.json"):
-        answers = [json.loads((tmp_path / run / "eval" / name).read_text())["tasks"] for run in ("one", "two")]
-        assert answers[0] == answers[1]
+def made(source: Path, processes: Processes | None, kind: str) -> Any:
+    model = tiny_sharded.load(source, processes)
+    tiny_sharded.adapt(model, dropout=0.1, kind=kind)
+    return model
 
 
-@pytest.mark.slow
-@by_each_launcher
-def test_launchers_divide_the_base(root: Path, tmp_path: Path, launcher: list[str]) -> None:
-    train_run(exact(root), tmp_path / "one")
-    trained_by(launcher, sharded(root), tmp_path / "two")
-    assert_close_runs(tmp_path / "one", tmp_path / "two")
+def checked(rank: int, source: Path, kind: str) -> None:
+    """Undisturbed it passes and leaves no trace. A wrong row is an error in all processes: in a block that the check
+    gathers whole, and in one that it does not, where the processes differ from each other."""
+    with tiny_sharded.launch() as processes:
+        model = made(source, processes, kind)
+        before = torch.get_rng_state()
+        text = check_division(model, processes)
+        assert text is not None
+        assert "3 whole blocks" in text
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert model.training
+        expected = made(source, None, kind).eval()
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected(input_ids=ids).logits)
+        model.train()
+        for number in (3, 1):
+            hook = flip_in_pass(model, number, rank)
+            with pytest.raises(RunFailure, match="not the same when it is divided: process 1 has a loss of"):
+                check_division(model, processes)
+            hook.remove()
+
+
+@pytest.mark.parametrize("kind", ["dora", pytest.param("lora", marks=pytest.mark.slow)])
+def test_a_divided_base_is_checked_before_the_first_step(tmp_path: Path, kind: str) -> None:
+    source = tiny_run.write_model(tmp_path, num_hidden_layers=4)  # of which three are gathered whole
+    assert launched.run(2, checked, source, kind) == ["", ""]
+    assert check_division(None, Processes()) is None  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.data.loader import Step
@@ -24,7 +24,7 @@ from qdora.train import passes
 from qdora.train.distributed import CAN_DIVIDE, Processes, mesh_of, processes_of_launch
 from qdora.train.even_passes import even_passes
 from qdora.train.passes import step_gradient
-from tests import tiny
+from tests import tiny, tiny_adapted, tiny_experts, tiny_run, tiny_tokenizer
 
 CPU = torch.device("cpu")
 needs_division = pytest.mark.skipif(not CAN_DIVIDE, reason="this torch cannot divide packed weights")
@@ -36,6 +36,21 @@ def launch() -> Iterator[Processes]:
     """Processes that divide the base."""
     with processes_of_launch() as processes:
         yield processes.dividing(base=True)
+
+
+def write(directory: Path, family: str) -> Path:
+    """Llama: tied, blocks of the scales cross the rows of down_proj. Qwen3: a head of its own. Both 64 wide."""
+    if (directory / "config.json").exists():
+        return directory
+    if family == "qwen3_moe":
+        return tiny_experts.write(directory, family)
+    if family == "llama":
+        return tiny_run.write_model(directory)
+    torch.manual_seed(0)
+    sizes = tiny_adapted.SIZES | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    AutoModelForCausalLM.from_config(Qwen3Config(**sizes, tie_word_embeddings=False)).save_pretrained(directory)
+    tiny_tokenizer.make().save_pretrained(directory)
+    return directory
 
 
 def load(source: Path, processes: Processes | None = None, parallel: str = "shard", **options: Any) -> PreTrainedModel:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
+from qdora.memory.host_residency import HostResidency
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import resolve
 from qdora.nn.prepared_gains import prepare_gains
+from qdora.run import load_base, prepare
 from tests import tiny
 from tests.checkpoints import SMALL, checkpoint
 
@@ -23,6 +27,38 @@ CPU = torch.device("cpu")
 WANTED = Quantization("nf4", 64, True, ("lm_head",))
 IDS = torch.randint(0, 97, (3, 2, 12), generator=torch.Generator().manual_seed(5))
 """Three micro-batches of two rows."""
+
+
+class LateCopies:
+    """Destroys a slot when its copy may begin, and copies only when it is waited for."""
+
+    def __init__(self, device: torch.device, slots: Sequence[Tensor]) -> None:
+        self.num_copies = 0
+        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+        self._in_use = [False] * len(slots)
+        for slot in slots:
+            slot.fill_(0xAA)
+
+    def begin(self, source: Tensor, target: Tensor, slot: int) -> None:
+        assert not self._in_use[slot]
+        target.fill_(0xAA)
+        self._pending[slot] = (source, target)
+
+    def wait(self, slot: int) -> None:
+        self._in_use[slot] = True
+        if slot in self._pending:
+            source, target = self._pending.pop(slot)
+            target.copy_(source)
+            self.num_copies += 1
+
+    def release(self, slot: int) -> None:
+        self._in_use[slot] = False
+
+
+def stream_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run with base.residency host compute on a CPU, with late copies."""
+    monkeypatch.setattr(prepare, "_machine_faults", lambda *_: [])
+    monkeypatch.setattr(load_base, "HostResidency", partial(HostResidency, copies=LateCopies))
 
 
 def write_source(directory: Path, **sizes: Any) -> Path:
