@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from datetime import date
 from functools import cache
 from itertools import pairwise
@@ -209,7 +210,6 @@ GIVEN = calling(call_of("the", {"a": 1}))
 @pytest.mark.parametrize(
     "template, turns, expected",
     [
-        (CHATML, CHAT, [(None, "the cat<|im_end|>\nthe dog<|im_end|>\n")]),
         (STRIPS + PROMPT, CHAT, [(1, f"{STUB}the cat<|im_end|>\n"), (3, f"{STUB}the dog<|im_end|>\n")]),
         (STRIPS_OPEN, CHAT, [(1, "\n</think>\n\nthe cat<|im_end|>\n"), (3, "\n</think>\n\nthe dog<|im_end|>\n")]),
         (STRIPS_OPEN, THOUGHT[:2], [(None, "hm\n</think>\n\nthe cat<|im_end|>\n")]),
@@ -225,9 +225,10 @@ GIVEN = calling(call_of("the", {"a": 1}))
         (JOINED, CHAT, [(1, "the cat<|im_end|>\n"), (3, "the dog<|im_end|>\n")]),
         (CHATML, CHAT[:3], [(None, "the cat<|im_end|>\n")]),
         (CHATML, CHAT[1:3], [(None, "the cat<|im_end|>\n")]),  # the assistant begins
-        (CHATML, (HI, Turn("assistant", "the cat", learnt=False), WHY, DOG), [(None, "the dog<|im_end|>\n")]),
+        (CHATML, (HI, replace(CAT, learnt=False), WHY, DOG), [(None, "the dog<|im_end|>\n")]),
         (AS_OBJECT, (HI, calling(call_of("f", {"a": "é"}))), [(None, '{"a": "é"}<|im_end|>\n')]),
         (AS_TEXT, (HI, calling(call_of("f", {"a": "é"}))), [(None, '{"a": "é"}<|im_end|>\n')]),
+        (CHATML, (HI, replace(CAT, in_prompt=True), WHY, DOG), [(None, "the dog<|im_end|>\n")]),
         # a turn of which the template prints nothing
         (CHATML, (HI, calling(call_of("f")), TOOL, CAT), [(None, "the cat<|im_end|>\n")]),
         (CHATML, (HI, calling(call_of("f"))), []),
@@ -427,7 +428,7 @@ def test_end_mark_that_does_not_stop_the_model_is_noted() -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    quiet = Turn("assistant", "the dog", learnt=False)
+    quiet = replace(DOG, learnt=False)
     failing = make(CHATML + "{{ 1 // (messages | length - 2) }}")
     endless = make(CHATML + "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")
     named, none = tiny_tokenizer.make(), tiny_tokenizer.make(chat_template=None)

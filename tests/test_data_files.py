@@ -35,23 +35,26 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def file_of(kind: str, texts: list[tuple[str, str]]) -> tuple[bytes, list[dict[str, str]]]:
+def file_of(kind: str, texts: list[tuple[str, str]], small: int) -> tuple[bytes, list[dict[str, str]]]:
     """(bytes, rows that they stand for)."""
-    rows = [{"a": a, "b": b} for a, b in texts]
+    rows, marked = [{"a": a, "b": b} for a, b in texts], "utf-8-sig" if small % 2 else "utf-8"
+    file, out = io.StringIO(newline=""), io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), out, row_group_size=small)
+        return out.getvalue(), rows
     if kind == "jsonl":
-        return "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode(), rows
+        between = ["\n", "\r\n", "\n  \n\n"][small % 3]
+        return between.join(json.dumps(row, ensure_ascii=False) for row in rows).encode(marked), rows
     if kind == "json":
-        indent = 2 if len(rows) % 2 else None
-        return json.dumps(rows, ensure_ascii=False, indent=indent).encode("utf-8-sig"), rows
+        return json.dumps(rows, ensure_ascii=False, indent=2 if small % 3 else None).encode(marked), rows
     if kind == "txt":
         documents = ["".join(f"{line.strip()}\n" for line in (a, b) if line.strip()) for a, b in texts]
         return "\n \n\n".join(documents).encode(), [{"text": text[:-1]} for text in documents if text]
-    file = io.StringIO(newline="")
     csv.writer(file, delimiter="," if kind == "csv" else "\t").writerows([("a", "b"), *texts])
-    return file.getvalue().encode("utf-8-sig"), rows
+    return file.getvalue().encode(marked), rows
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "txt"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "txt", "parquet"])
 @settings(max_examples=80, deadline=None)
 @given(
     texts=st.lists(st.tuples(WORD, TEXT), min_size=1, max_size=40),
@@ -64,22 +67,27 @@ def test_all_rows_any_rows_and_rows_from_anywhere(
 ) -> None:
     if kind == "txt":  # a document is what has no blank line, so its lines hold no line end of any kind
         texts = [tuple(" ".join(text.split()) for text in pair) for pair in texts]
-    plain, rows = file_of(kind, texts)
+    plain, rows = file_of(kind, texts, small)
+    packed = "" if kind == "parquet" else packed
     file = tmp_path_factory.mktemp("rows") / f"rows.{kind}{packed}"
     file.write_bytes(PACKERS[packed](plain))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(file_records, "_READ_BYTES", small)
         patch.setattr(readers, "_KEPT_EACH", 1 + small % 7)
+        patch.setattr(readers, "_RANGE_BYTES", 3 * small)
+        patch.setattr(readers, "_ROWS_AT_ONCE", 1 + small % 5)
         found = read_rows(file)
         places = [place for place, _ in found]
         assert [row for _, row in found] == rows
         wanted = sorted(data.draw(st.sets(st.integers(0, len(rows) - 1))))
         assert list(found.chosen(wanted)) == [(places[index], rows[index]) for index in wanted]
         shards = local_shards(file, "train")
-        skip = data.draw(st.integers(0, len(rows)))
-        if len(shards.readers) == 1:
-            assert [row for _, row in shards.readers[0](skip)] == rows[skip:]
+        assert len(set(shards.names)) == len(shards.names) == len(shards.readers)
+        assert (shards.num_rows, shards.num_bytes > 0) == ((len(rows), False) if kind == "parquet" else (None, True))
         assert [row for reader in shards.readers for _, row in reader(0)] == rows
+        for reader in shards.readers:
+            whole, skip = list(reader(0)), data.draw(st.integers(0, len(rows)))
+            assert list(reader(skip)) == whole[skip:]
 
 
 SUFFIXES = [".jsonl", ".json", ".parquet", ".csv", ".tsv", ".jsonl.gz", ".jsonl.zst", ".csv.gz", ".tsv.zst", ".json.gz"]

@@ -13,10 +13,8 @@ import yaml
 from qdora.data.example import Example
 from qdora.data.messages import Turn, parse_messages, parse_tools
 from qdora.data.sources import load_source, open_source
-from qdora.data.tokenize import tokenize_all
 from qdora.recipe.data_settings import SourceConfig
-from qdora.recipe.recipe_file import apply_overrides, load_recipe, missing_files, recipe_from, resolved_yaml, settings
-from tests import tiny_tokenizer
+from qdora.recipe.recipe_file import load_recipe, missing_files, recipe_from
 from tests.data_rows import fault_of, says, write
 
 Row = dict[str, Any]
@@ -188,17 +186,6 @@ def test_turns_in_the_forms_that_files_have() -> None:
         assert parse_tools(nothing) == ()
 
 
-def test_of_a_prompt_of_turns_nothing_is_learnt(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer.make()
-    row = {"prompt": ASKED, "completion": [turn("assistant", "d")]}
-    [found] = load_source(SourceConfig(source=write(tmp_path / "rows.jsonl", [row])))
-    for loss_on in ("answer", "last"):
-        [done] = tokenize_all([found], tokenizer, name="x", max_length=99, loss_on=loss_on).examples
-        assert tokenizer.decode(done.input_ids[done.loss_mask]) == "d<|im_end|>\n"
-    [done] = tokenize_all([found], tokenizer, name="x", max_length=99, loss_on="all").examples
-    assert done.loss_mask.sum() == len(done) - 1
-
-
 # What is wrong with a row
 
 
@@ -314,52 +301,42 @@ def test_faulty_rows(tmp_path: Path, row: Row, options: Row, words: str) -> None
 
 
 DIALOG = {"dialog": ASKED[1:3], "sys": "Be brief.", "p": "a", "c": "b"}
+SISTEM = {"prompt": "p", "completion": "c", "sistem": "sys"}
+
+
+def refused(words: str, *rows: Row, **options: Any) -> tuple[str, list[Row], Row]:
+    return words, list(rows), options
+
+
+PROMT = {"promt": "x", "completion": "y"}
+ALL = (
+    "allowed: choices: question, choices, answer; messages: messages; ... completion: prompt, completion; "
+    "commonsense170k: instruction, output, answer; alpaca: ... Did you mean 'conversations'?"
+)
 
 
 @pytest.mark.parametrize(
-    "rows, options, words",
+    "words, rows, options",
     [
-        (
-            [QUESTION],
-            {"columns": {"prompt": "qestion", "completion": "answer"}},
-            "no column 'qestion', there are question, ",
+        refused(
+            "no column 'qestion', there are question, ans", QUESTION, columns={"text": "answer", "task": "qestion"}
         ),
-        (
-            [{"body": "x"}, {"other": "x"}],
-            {"columns": {"text": "body"}},
-            "line 2: columns other; format text needs text.",
+        refused(
+            "line 2: columns other; format text needs text.", {"body": "x"}, {"other": "x"}, columns={"text": "body"}
         ),
-        (
-            [DIALOG],
-            {"columns": {"messages": "dialog", "system": "sys"}, "format": "messages"},
-            "messages reads no 'system'",
+        refused("messages reads no 'sys'", DIALOG, columns={"messages": "dialog", "sys": "p"}, format="messages"),
+        refused("messages reads no 'system' ... sharegpt", DIALOG, columns={"messages": "dialog", "system": "sys"}),
+        refused("reads no 'sistem', it reads prompt, ... Did you mean 'system'?", DIALOG, columns=SISTEM, chat=True),
+        refused("chat: rows of format messages are chats already. Fix: remove chat, or set columns", CHAT, chat=True),
+        refused(
+            "chat: chats are made of the formats completion and alpaca ... not of format t", {"text": "x"}, chat=True
         ),
-        (
-            [DIALOG],
-            {"columns": {"prompt": "p", "completion": "c", "sistem": "sys"}, "chat": True},
-            "columns: format completion reads no 'sistem', it reads prompt, ... Did you mean 'system'?",
-        ),
-        ([CHAT], {"chat": True}, "chat: rows of format messages are chats already. Fix: remove chat, or set columns"),
-        (
-            [{"text": "x"}],
-            {"chat": True},
-            "chat: chats are made of the formats completion and alpaca ... not of format t",
-        ),
-        ([{"promt": "x", "completion": "y"}], {}, "columns promt, completion fit no format ... Did you mean 'prompt'?"),
-        (
-            [{"promt": "x", "completion": "y"}],
-            {"format": "completion"},
-            "line 1: columns promt, ... Did you mean 'promt'?",
-        ),
-        (
-            [{"conversation": [], "kind": 1}],
-            {},
-            "allowed: choices: question, choices, answer; messages: messages; ... completion: prompt, completion; "
-            "commonsense170k: instruction, output, answer; alpaca: ... Did you mean 'conversations'?",
-        ),
+        refused("columns promt, completion fit no format ... Did you mean 'prompt'?", PROMT),
+        refused("line 1: columns promt, completion; ... Did you mean 'promt'?", PROMT, format="completion"),
+        refused(ALL, {"conversation": [], "kind": 1}),
     ],
 )
-def test_columns_that_are_refused(tmp_path: Path, rows: list[Row], options: Row, words: str) -> None:
+def test_columns_that_are_refused(tmp_path: Path, words: str, rows: list[Row], options: Row) -> None:
     file = write(tmp_path / "rows.jsonl", rows)
     assert says(fault_of(load_source, SourceConfig.model_validate({"source": file} | options)), f"{file}: ... {words}")
 
@@ -428,15 +405,6 @@ def test_the_settings_of_a_source(tmp_path: Path) -> None:
         ({"source": "org/name", "data_files": 3}, "data.mix[0].data_files"),
     ):
         assert says(fault_of(recipe_from, document(**given)), words)
-    files = {"train": ["x-*.csv", "y.csv"], "test": "z.csv"}
-    given = {"columns": {"a": "b"}, "template": {"prompt": "{{ a }}\n", "completion": "c"}, "config": "main"}
-    recipe = recipe_from(document(**given, source="org/name", data_files=files, validation="test"))
-    assert recipe_from(settings(recipe)) == recipe
-    assert "    - x-*.csv\n" in resolved_yaml(recipe)
-    changed = apply_overrides(settings(recipe), ["data.mix[0].columns.a=d", "data.mix[0].template.prompt=e"])
-    [source] = recipe_from(changed).data.mix
-    assert source.template is not None
-    assert (source.columns, source.template.prompt) == ({"a": "d"}, "e")
     (tmp_path / "rows").mkdir()
     (tmp_path / "r.yaml").write_text(json.dumps(document(source="rows/*.jsonl")))
     recipe = load_recipe(str(tmp_path / "r.yaml"))
@@ -444,11 +412,11 @@ def test_the_settings_of_a_source(tmp_path: Path) -> None:
     assert len(missing_files(recipe, "r.yaml")) == 1
     (tmp_path / "rows/a.jsonl").touch()
     assert missing_files(recipe, "r.yaml") == []
-    for source_, label in (
+    for source, label in (
         ("/d/chat.jsonl", "chat"),
         ("/d/chats/**/*.jsonl.gz", "chats"),
         ("/d/wiki-*.csv", "wiki"),
         ("/d/[ab].csv", "d"),
         ("org/name", "name"),
     ):
-        assert SourceConfig(source=source_).label == label
+        assert SourceConfig(source=source).label == label

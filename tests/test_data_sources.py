@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from qdora.data.mix_plan import mix_facts, mix_warnings, plan_mix
 from qdora.data.rows import Rows
 from qdora.data.sources import load_source, open_shards, train_and_validation
 from qdora.data.split_examples import SplitExamples, draw, split_off
-from qdora.data.stream import ExampleStream
 from qdora.data.text_notes import TextNotes
 from qdora.data.tokenize import TokenizedSet
 from qdora.errors import HubFailure
@@ -241,47 +238,6 @@ def test_what_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert says(fault_of(load_source, SourceConfig(source="data/chta")), "the data set is empty")
 
 
-class Counted:
-    """A data set on the Hub of many rows, which says how often a row of it was read."""
-
-    num_shards, info, _fingerprint = 1, datasets.DatasetInfo(), "abc"
-
-    def __init__(self, num_rows: int) -> None:
-        self.indices, self.reads = range(num_rows), list[int]()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        return iter(self.select(self.indices))
-
-    def select(self, indices: Iterable[int]) -> Iterable[dict[str, str]]:
-        for index in indices:
-            self.reads.append(int(index))
-            yield {"prompt": f"{index}:", "completion": " yes"}
-
-    def shard(self, *_: int) -> Counted:
-        return self
-
-    def skip(self, num: int) -> Iterable[dict[str, str]]:
-        return self.select(self.indices[num:])
-
-
-@pytest.mark.parametrize("options", [{"limit": 100}, {"stream": True, "shuffle_window": 100}], ids=str)
-def test_few_rows_of_a_large_data_set_are_read(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    """What is drawn, and at the beginning the rows that show the layout and the lengths."""
-    hub = Counted(200_000)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
-    fraction = {} if "stream" in options else {"validation_fraction": 0.0}
-    [found] = mixed(DataConfig(mix=(SourceConfig(source="org/name", **options),), max_length=99, **fraction)).sets
-    if isinstance(found, ExampleStream):
-        assert {int(found.next().id.rpartition(" ")[2]) for _ in range(100)} == set(range(100))
-    else:
-        assert (len(found), len(set(hub.reads[64:]))) == (100, 100)
-        assert max(hub.reads) > 100_000
-    assert len(hub.reads) <= 100 + 2 * 64 + 1
-
-
 def test_a_data_set_of_the_hub_by_datasets_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a folder in the Hub's place that declares two configurations."""
     configs = "".join(f"- {{config_name: {name}, data_files: {name}.jsonl}}\n" for name in ("main", "other"))
@@ -291,7 +247,11 @@ def test_a_data_set_of_the_hub_by_datasets_itself(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(
         datasets, "load_dataset", lambda _, **options: load(str(tmp_path), cache_dir=f"{tmp_path}/cache", **options)
     )
-    for options, number in (({"config": "main"}, 5), ({"config": "other"}, 3), ({"config": "main", "data_files": "main.jsonl"}, 5)):
+    for options, number in (
+        ({"config": "main"}, 5),
+        ({"config": "other"}, 3),
+        ({"config": "main", "data_files": "main.jsonl"}, 5),
+    ):
         assert tuple(map(len, split_up(source="org/name", validation=other, **options))) == (number, 3)
     data = DataConfig(mix=(SourceConfig(source="org/name", validation=other),))
     assert says(fault_of(read_data, data), "data.mix[0]: org/name: ... 'main', 'other' ... name one of these as config")
@@ -417,19 +377,3 @@ def test_what_is_not_kept_and_what_is_removed(
         monkeypatch.setattr(token_cache, "_LEAST_TOKENS", least)
         made(pairs, tmp_path / f"other {is_kept}")
         assert (tmp_path / f"other {is_kept}").exists() == is_kept
-
-
-def _start(file: str, cache: Path) -> None:
-    for length in range(40, 60):
-        made(file, cache, max_length=length)
-
-
-def test_two_processes_at_once(tmp_path: Path, pairs: str) -> None:
-    both = [multiprocessing.get_context("fork").Process(target=_start, args=(pairs, tmp_path / "c")) for _ in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join()
-    assert [process.exitcode for process in both] == [0, 0]
-    assert len(list((tmp_path / "c").iterdir())) == 20
-    assert facts(made(pairs, tmp_path / "c", max_length=50)) == facts(made(pairs, Path("off"), max_length=50))

@@ -19,6 +19,7 @@ from qdora.data.batching import Batching
 from qdora.data.example import Example
 from qdora.data.hub_datasets import hub_shards
 from qdora.data.loader import StepLoader
+from qdora.data.messages import parse_messages
 from qdora.data.mix import make_mix
 from qdora.data.mix_plan import plan_mix
 from qdora.data.readers import Shards, local_shards
@@ -29,11 +30,15 @@ from qdora.recipe.data_settings import DataConfig, SourceConfig
 from tests import tiny_tokenizer
 from tests.data_rows import Rows, fault_of, faults_of, says
 
-TOKENIZER = tiny_tokenizer.make()
+CHATML, TOKENIZER = tiny_tokenizer.CHATML, tiny_tokenizer.make()
 EACH_TURN = tiny_tokenizer.make(
     chat_template="{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
 )
 """Its template prints an earlier answer otherwise, so that each turn of a chat is an example of its own."""
+
+
+def turns(number: int) -> Rows:
+    return [{"role": role, "content": f"{role[0]}{number}"} for _ in range(2) for role in ("user", "assistant")]
 
 
 def row(number: int, length: int = 1) -> dict[str, Any]:
@@ -73,40 +78,6 @@ def numbers_of(one: ExampleStream, count: int) -> list[int]:
     return [int(TOKENIZER.decode(one.next().input_ids).partition(":")[0]) for _ in range(count)]
 
 
-# Shards
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-@pytest.mark.parametrize("num_rows", [1, 3, 40])
-def test_the_shards_of_a_file_are_its_rows_from_any_row_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, num_rows: int
-) -> None:
-    monkeypatch.setattr(readers, "_RANGE_BYTES", 100)
-    monkeypatch.setattr(readers, "_ROWS_AT_ONCE", 4)
-    rows = [row(number, 1 + number * 7 % 12) for number in range(num_rows)]
-    found = local_shards(write(tmp_path, kind, rows, group=9), "train")
-    assert [each for reader in found.readers for _, each in reader(0)] == rows
-    assert found.num_rows == (num_rows if kind == "parquet" else None)
-    assert len(set(found.names)) == len(found.names) == len(found.readers)
-    assert (len(found.readers) > 4) == (num_rows == 40)
-    for reader in found.readers:
-        whole = list(reader(0))
-        for skip in range(len(whole) + 2):
-            assert list(reader(skip)) == whole[skip:]
-
-
-def test_lines_of_any_form_belong_to_one_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blank lines, a byte order mark, \\r\\n, no end of the last line, and ranges that end anywhere."""
-    rows = [{"text": "x" * (number % 5)} for number in range(12)]
-    lines = [json.dumps(each) for each in rows]
-    text = "\n".join([lines[0], "", "  ", *lines[1:6]]) + "\r\n" + "\r\n".join(lines[6:])
-    file = tmp_path / "train.jsonl"
-    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    for size in (*range(1, 60), 1000):
-        monkeypatch.setattr(readers, "_RANGE_BYTES", size)
-        assert [each for reader in local_shards(file, "train").readers for _, each in reader(0)] == rows
-
-
 # The order
 
 
@@ -121,21 +92,25 @@ SHAPE = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(shape=SHAPE, cut=st.integers(0, 150), too_long=st.sampled_from(["drop", "truncate", "split"]))
+@settings(max_examples=70, deadline=None)
+@given(shape=SHAPE, cut=st.integers(0, 150), mode=st.sampled_from(["drop", "truncate", "split", "chats"]))
 def test_every_row_once_a_pass_and_resumed_is_uninterrupted(
-    tmp_path_factory: pytest.TempPathFactory, shape: Any, cut: int, too_long: Any
+    tmp_path_factory: pytest.TempPathFactory, shape: Any, cut: int, mode: Any
 ) -> None:
-    """The examples are those of the file read whole; with split, a resumption may lie inside a row."""
+    """The examples are those of the file read whole. A text that is split, and a chat, gives several."""
     pairs = [(f"{number}:", " yes" * (1 + 9 * (number % 3 == 1))) for number in range(shape["num_rows"])]
     rows: Rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
-    if too_long == "split":
+    if mode == "split":
         pairs = [("", prompt + completion) for prompt, completion in pairs]
         rows = [{"text": text} for _, text in pairs]
-    file = write(tmp_path_factory.mktemp("stream"), shape["kind"], rows, group=7)
-    options = {"window": shape["window"], "seed": shape["seed"], "too_long": too_long, "max_length": 12}
     examples = [Example("s", "", *pair) for pair in pairs]
-    whole = tokenize_all(examples, TOKENIZER, name="s", max_length=12, too_long=too_long).examples
+    if mode == "chats":
+        rows = [{"messages": turns(number)} for number in range(shape["num_rows"])]
+        examples = [Example("s", "", "", "", messages=parse_messages(each["messages"])) for each in rows]
+    file = write(tmp_path_factory.mktemp("stream"), shape["kind"], rows, group=7)
+    limits: dict[str, Any] = {"max_length": 12, "too_long": "drop" if mode == "chats" else mode}
+    options = {"window": shape["window"], "seed": shape["seed"], "tokenizer": EACH_TURN} | limits
+    whole = tokenize_all(examples, EACH_TURN, name="s", **limits).examples
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "_RANGE_BYTES", 90)
         patch.setattr("qdora.data.stream._TOKENIZED_AT_ONCE", shape["at_once"])
@@ -147,7 +122,7 @@ def test_every_row_once_a_pass_and_resumed_is_uninterrupted(
         for _ in range(cut):
             other.next()
         state = json.loads(json.dumps(other.state_dict()))
-        cut_short = sum(len(example) == 12 for example in drawn[:cut]) if too_long == "truncate" else 0
+        cut_short = sum(len(example) == 12 for example in drawn[:cut]) if mode == "truncate" else 0
         assert (state["num_drawn"], state["num_truncated"], state["num_bad"]) == (cut, cut_short, 0)
         resumed = stream(file, **options)
         resumed.load_state_dict(state)
@@ -168,26 +143,11 @@ def test_passes_seeds_and_sources_have_their_own_orders(tmp_path: Path) -> None:
     assert max(abs(place - number) for place, number in enumerate(first[:60])) > 20
 
 
-def test_chats_that_give_several_examples_resume_between_them(tmp_path: Path) -> None:
-    rows: Rows = [
-        {"messages": [{"role": role, "content": f"{role[0]}{n}"} for _ in range(2) for role in ("user", "assistant")]}
-        for n in range(9)
-    ]
-    file = write(tmp_path, "parquet", rows)
-    one = stream(file, tokenizer=EACH_TURN, window=4)
+def test_a_stream_knows_its_chats_and_what_they_give(tmp_path: Path) -> None:
+    one = stream(write(tmp_path, "parquet", [{"messages": turns(n)} for n in range(9)]), tokenizer=EACH_TURN)
     assert (one.num_examples, one.has_chats) == (18, True)
-    assert not stream(write(tmp_path / "pairs", "jsonl", [row(0)])).has_chats
-    states, drawn = [], []
-    for _ in range(40):
-        states.append(one.state_dict())
-        drawn.append(one.next().input_ids.tolist())
-    assert len({tuple(each) for each in drawn[:18]}) == 18
-    assert one.position.num_drawn == 40
-    assert (states[18]["epoch"], states[19]["part"]) == (0, 1)
-    for place, state in enumerate(states[:-2]):
-        resumed = stream(file, tokenizer=EACH_TURN, window=4)
-        resumed.load_state_dict(json.loads(json.dumps(state)))
-        assert [resumed.next().input_ids.tolist() for _ in range(3)] == drawn[place : place + 3]
+    pairs = stream(write(tmp_path / "pairs", "parquet", [row(0)]))
+    assert (pairs.num_examples, pairs.has_chats, pairs.mean_length) == (1, False, len(pairs.first(1)[0]))
 
 
 # In a mix
@@ -201,28 +161,20 @@ def mixed(folder: Path, *, batch: int | None = None, tokens: int | None = None, 
     return mix, StepLoader(sets, mix.order, tokens_per_step=tokens, batch=batch, batching=Batching(200, 0))
 
 
-@settings(max_examples=12, deadline=None)
-@given(cut=st.integers(0, 12), size=st.sampled_from([{"batch": 7}, {"tokens": 60}]))
-def test_steps_of_a_mix_with_a_stream_resume_exactly(
-    tmp_path_factory: pytest.TempPathFactory, cut: int, size: dict[str, Any]
-) -> None:
-    folder = tmp_path_factory.mktemp("mixed")
-
+@pytest.mark.parametrize("size", [{"batch": 7}, {"tokens": 60}], ids=str)
+@pytest.mark.parametrize("cut", [0, 5, 11])
+def test_steps_of_a_mix_with_a_stream_resume_exactly(tmp_path: Path, cut: int, size: dict[str, Any]) -> None:
     def content(step: Any) -> Any:
-        batches = [(each.example_ids, each.input_ids.tolist(), each.labels.tolist()) for each in step.micro_batches]
-        return step.num_examples, batches
+        return [(each.example_ids, each.input_ids.tolist(), each.labels.tolist()) for each in step.micro_batches]
 
-    _, steps = mixed(folder, **size)
+    (_, steps), (_, resumed) = mixed(tmp_path, **size), mixed(tmp_path, **size)
     for _ in range(cut):
         steps.next_step()
     state = json.loads(json.dumps(steps.state_dict()))
     expected = [content(steps.next_step()) for _ in range(15)]
-    _, resumed = mixed(folder, **size)
-    resumed.load_state_dict(state)
-    assert [content(resumed.next_step()) for _ in range(15)] == expected
-    assert resumed.position == steps.position
-    steps.load_state_dict(state)  # back to a position before, as after a step that failed
-    assert content(steps.next_step()) == expected[0]
+    for loader in (resumed, steps):  # and back to a position before, as after a step that failed
+        loader.load_state_dict(state)
+        assert [content(loader.next_step()) for _ in range(15)] == expected
 
 
 def test_shares_sizes_and_caps_with_a_stream(tmp_path: Path) -> None:
@@ -399,20 +351,16 @@ def test_rows_taken_out_of_a_window_that_is_nearly_used_up(tmp_path: Path) -> No
 
 
 def test_rows_that_become_no_example_are_faulty_as_a_whole(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat"}]
-    strict = tiny_tokenizer.make(
-        chat_template="{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tool turns') }}"
-        "{% endif %}{{ m['content'] }}{% endfor %}"
-    )
-    rows: Rows = [{"messages": turns}] * 5 + [{"messages": [{"role": "tool", "content": "x"}, *turns], "topic": "f"}]
-    one = stream(write(tmp_path, "jsonl", rows), tokenizer=strict)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat"}]
+    no_tools = CHATML.replace("{{ m", "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ m", 1)
+    rows: Rows = [{"messages": chat}] * 5 + [{"messages": [{"role": "tool", "content": "x"}, *chat], "topic": "f"}]
+    one = stream(write(tmp_path, "jsonl", rows), tokenizer=tiny_tokenizer.make(chat_template=no_tools))
     for _ in range(11):
         one.next()
-    assert one.position.num_bad >= 2
-    assert one.position.bad_rows[0].endswith(": the chat template refuses it: no tool turns")
-    assert one.unused == {"topic"}
+    assert (one.position.num_bad >= 2, one.unused) == (True, {"topic"})
+    assert one.position.bad_rows[0].endswith(": the chat template refuses it: no tools")
     # a chat of several examples, each of them too long
-    file = write(tmp_path, "jsonl", [{"messages": turns * 3}, *[{"messages": turns}] * 3])
+    file = write(tmp_path, "jsonl", [{"messages": chat * 3}, *[{"messages": chat}] * 3])
     one = stream(file, tokenizer=EACH_TURN, max_length=8, too_long="split", max_bad_rows=1)
     assert len({len(one.next()) for _ in range(7)}) == 1
     assert (one.position.epoch, one.position.num_bad_before) == (2, 2)
@@ -463,10 +411,9 @@ def test_streaming_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [each for _, each in found.readers[1](7)] == rows[17:]
     one, other = (stream_of(hub_shards(hub), shuffle_window=6) for _ in range(2))
     drawn = numbers_of(one, 33)
-    assert sorted(drawn[:20]) == list(range(20))
     numbers_of(other, 9)
     one.load_state_dict(other.state_dict())
-    assert numbers_of(one, 24) == drawn[9:]
+    assert (sorted(drawn[:20]), numbers_of(one, 24)) == (list(range(20)), drawn[9:])
     train, held_out = train_and_validation(hub, DataConfig(mix=(hub,), strategy="equal"))
     assert train is None
     assert held_out is not None

@@ -1,4 +1,4 @@
-"""Answers in the model's own words, and tasks of lm-evaluation-harness: what is read from both, and how it is counted."""
+"""Answers in the model's own words, and tasks of lm-evaluation-harness: what is read from both and how it counts."""
 
 from __future__ import annotations
 
@@ -22,22 +22,15 @@ from transformers import GenerationConfig, LlamaConfig
 
 from qdora.data.demo import examples as demo_examples
 from qdora.data.example import Example
-from qdora.evaluation import harness as module
-from qdora.evaluation.generation import (
-    answer_names,
-    evaluate_generated,
-    first_mention,
-    generation_faults,
-    generation_table,
-)
-from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks, harness_table
-from qdora.export.export_run import export_run
-from qdora.export.options import ExportOptions
+from qdora.evaluation import generation, harness
+from qdora.evaluation.generation import answer_names, evaluate_generated, first_mention
+from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks
 from qdora.model.trained_embeddings import train_embeddings, trained_matrices
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.train import train_run
 from tests import tiny, tiny_adapted, tiny_run, tiny_tokenizer
 from tests.data_rows import fault_of, faults_of, says
+from tests.test_evaluation_spans import naive
 
 NAMES = ("answer1", "answer2", "answer3")
 
@@ -132,7 +125,7 @@ def test_the_first_name_counts(text: str, names: tuple[str, ...], expected: tupl
 
 def test_right_wrong_and_unparsable_are_counted_apart() -> None:
     tokenizer = tiny_tokenizer.make()
-    said = {
+    answers = {
         "Question 0 of a:": "the correct answer is answer2",
         "Question 1 of a:": " answer1! The correct answer is answer3",
         "Question 2 of a:": "the correct answer is blue",
@@ -140,30 +133,23 @@ def test_right_wrong_and_unparsable_are_counted_apart() -> None:
         "Question 0 of b:": "TRUE",
         "Question 1 of b:": "It is untrue, so false",
     }
-    sets = {
-        "a": [question("a", number, gold) for number, gold in enumerate([1, 2, 0, 0])],
-        "b": [replace(question("b", n, gold, ("true", "false")), task="of the row") for n, gold in enumerate([0, 1])],
-    }
-    net = Scripted(tokenizer, said)
+    b = [replace(question("b", number, number, ("true", "false")), task="of the row") for number in range(2)]
+    sets = {"a": [question("a", number, gold) for number, gold in enumerate([1, 2, 0, 0])], "b": b}
+    net = Scripted(tokenizer, answers)
     found = evaluate_generated(net, tokenizer, sets, max_new_tokens=64)
-    first, second, average = *found.tasks.values(), found.average
-    counts = [
-        (each.num_examples, each.num_right, each.num_wrong, each.num_unparsable) for each in (first, second, average)
-    ]
-    assert counts == [(4, 1, 1, 2), (2, 2, 0, 0), (6, 3, 1, 2)]
-    error = math.sqrt(0.25 * 0.75 / 3)  # unparsable ones count as not right
-    assert (first.acc, first.acc_stderr, first.chance) == pytest.approx((0.25, error, 1 / 3))
-    assert (average.acc, average.acc_stderr, average.chance) == pytest.approx(
-        (1.25 / 2, error / 2, (1 / 3 + 1 / 2) / 2)
-    )
+    first, average, error = found.tasks["a"], found.average, math.sqrt(0.25 * 0.75 / 3)
+    counts = [(each.num_right, each.num_wrong, each.num_unparsable) for each in (*found.tasks.values(), average)]
+    assert (counts, average.num_examples) == ([(1, 1, 2), (2, 0, 0), (3, 1, 2)], 6)
+    assert (first.acc, first.acc_stderr, first.chance) == pytest.approx((0.25, error, 1 / 3))  # unparsable: not right
+    expected = (1.25 / 2, error / 2, (1 / 3 + 1 / 2) / 2)
+    assert (average.acc, average.acc_stderr, average.chance) == pytest.approx(expected)
     assert first.unparsable == [{"id": "2", "output": "the correct answer is blue"}, {"id": "3", "output": ""}]
-    document = json.loads(json.dumps(found.to_dict(per_example=True), allow_nan=False))
-    outcomes = ["right", "wrong", "unparsable", "unparsable", "right", "right"]
-    assert [each["outcome"] for each in document["per_example"]] == outcomes
-    assert [each["task"] for each in document["per_example"]] == ["a"] * 4 + ["b"] * 2  # the keys of `tasks`
-    assert document["per_example"][1]["output"] == " answer1!"  # an answer that is decided is not spun out
+    records = json.loads(json.dumps(found.to_dict(per_example=True), allow_nan=False))["per_example"]
+    assert [each["outcome"][0] for each in records] == list("rwuurr")
+    assert [each["task"] for each in records] == list("aaaabb")  # the keys of `tasks`
+    assert records[1]["output"] == " answer1!"  # an answer that is decided is not spun out
     shown = io.StringIO()
-    Console(file=shown, width=120).print(generation_table({"mine": found}))
+    Console(file=shown, width=120).print(generation.generation_table({"mine": found}))
     assert says(shown.getvalue(), "a ... 25.0 ... 1 / 1 / 2 ... 100.0 ... 2 / 0 / 0 ... average ... 3 / 1 / 2")
     assert "±" not in shown.getvalue()  # few examples tell no error
     few = evaluate_generated(net, tokenizer, {"a": [question("a", 2, 1)] * 7}, max_new_tokens=3, limit=6).tasks["a"]
@@ -183,19 +169,15 @@ def test_a_prompt_too_long_for_the_context_loses_its_left() -> None:
     assert found.tasks["a"].num_truncated == 1
     line = fault_of(evaluate_generated, net, tokenizer, sets, max_new_tokens=40)
     assert says(line, "a context longer than the 40 tokens of the answer, got a model with 40")
-    facts, steps = demo_examples("facts", "validation"), demo_examples("next", "validation")
-    faults = generation_faults({"facts": facts, "next": steps, "notes": [Example("notes", "7", "", "Some text.")]})
-    needed = "eval.method: generate needs choices that differ in one word, got task"
-    words = [
-        f"{needed} 'next', whose example ... has choices such as",
-        f"{needed} 'notes', whose example 7 has no choices",
-    ]
-    assert [says(fault, each) for fault, each in zip(faults, words, strict=True)] == [True, True]
+    of_task = {name: demo_examples(name, "validation") for name in ("facts", "next")}
+    of_task["notes"] = [Example("notes", "7", "", "Some text.")]
+    steps, notes = generation.generation_faults(of_task)
+    assert says(steps, "choices that differ in one word, got task 'next', whose example ... has choices such as")
+    assert says(notes, "choices that differ in one word, got task 'notes', whose example 7 has no choices")
 
 
-# lm-evaluation-harness: where it is installed by itself, and the logic with a stand-in
+# lm-evaluation-harness
 
-installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 RESULT = {
     "results": {
         "sums": {"name": "sums", "alias": "sums", "acc,none": 0.25, "acc_stderr,none": "N/A", "sample_len": 4},
@@ -272,7 +254,7 @@ def test_tasks_are_looked_up_and_numbers_become_plain(
     model = {"pretrained": net, "tokenizer": tokenizer, "backend": "causal", "batch_size": 8}
     asked = {"tasks": ["sums", "both"], "task_manager": "the manager", "limit": 4, "log_samples": False}
     assert stand_in == asked | {"model": model}
-    assert list(zip(*(column.cells for column in harness_table(found).columns), strict=True)) == [
+    assert list(zip(*(column.cells for column in harness.harness_table(found).columns), strict=True)) == [
         ("sums", "acc", "4", "0.2500"),
         ("sums", "acc_stderr", "4", "–"),
         ("math", "exact_match,strict", "7", "0.5000"),
@@ -287,7 +269,7 @@ def test_tasks_are_looked_up_and_numbers_become_plain(
     assert as_lm(net, tokenizer)["pretrained"] is net
     assert torch.equal(tiny_adapted.logits(net), before)
     assert "tie_weights" not in vars(net)
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
     for call in (lambda: find_harness_tasks(["math"]), lambda: as_lm(net, tokenizer)):
         assert says(fault_of(call), "--harness: ... not installed. Fix: pip install 'qdora[lm-eval]'")
 
@@ -310,23 +292,17 @@ def test_a_run_keeps_what_the_harness_found(run: Path, stand_in: dict[str, Any],
         assert says(fault_of(evaluate_target, str(run), options), words)
 
 
-@installed
-def test_log_likelihoods_are_those_of_the_adapted_model() -> None:
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+def test_the_harness_itself_scores_an_adapted_model_and_a_local_task_of_a_run(run: Path, tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
 
     net, tokenizer = tiny_adapted.adapted("llama", quant="nf4"), tiny_tokenizer.make()
     pairs = [("the quick", " brown fox"), ("a dog", " runs"), ("one", " two three four")]
     requests = [Instance("loglikelihood", {}, arguments=pair, idx=0) for pair in pairs]
-    found = as_lm(net, tokenizer, batch_size=2).loglikelihood(requests)
-    for (context, answer), (total, _) in zip(pairs, found, strict=True):
+    totals = as_lm(net, tokenizer, batch_size=2).loglikelihood(requests)
+    for (context, answer), (total, _) in zip(pairs, totals, strict=True):
         before, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, context + answer))
-        logits = tiny_adapted.logits(net, torch.tensor([ids])).double()
-        expected = sum(float(logits[place - 1].log_softmax(-1)[ids[place]]) for place in range(len(before), len(ids)))
-        assert total == pytest.approx(expected, rel=1e-4)
-
-
-@installed
-def test_a_local_task_runs_offline_on_a_run_its_merged_model_and_the_base(run: Path, tmp_path: Path) -> None:
+        assert total == pytest.approx(naive(net, ids, len(before)), rel=1e-4)
     task = {
         "task": "own_letters",
         "dataset_path": "json",
@@ -339,13 +315,6 @@ def test_a_local_task_runs_offline_on_a_run_its_merged_model_and_the_base(run: P
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     (tmp_path / "letters.yaml").write_text(yaml.safe_dump(task))
-    options: dict[str, Any] = {"harness": ["own_letters"], "harness_include": tmp_path}
-    adapted = evaluate_target(str(run), EvalOptions(**options, tasks=["letters"], split="train"))
-    found = adapted["harness"]["tasks"]["own_letters"]
+    options = EvalOptions(harness=["own_letters"], harness_include=tmp_path)
+    found = evaluate_target(str(run), options)["harness"]["tasks"]["own_letters"]
     assert (found["num_examples"], found["num_fewshot"], set(found["metrics"])) == (23, 0, {"acc", "acc_stderr"})
-    assert json.loads((run / "eval/final-harness-own_letters.json").read_text())["tasks"]["own_letters"] == found
-    export_run(run, tmp_path / "merged", ExportOptions(dtype="float32"))
-    merged = evaluate_target(str(tmp_path / "merged"), EvalOptions(**options))["harness"]["tasks"]["own_letters"]
-    assert merged["metrics"]["acc"] == pytest.approx(found["metrics"]["acc"], abs=1.5 / 23)  # a near tie may turn
-    line = fault_of(evaluate_target, str(run), EvalOptions(**options | {"harness": ["own_leters"]}))
-    assert says(line, "--harness: must be a task, ... got 'own_leters' ... Did you mean 'own_letters'")
