@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from qdora.recipe.data_settings import DataConfig
 from tests import tiny_tokenizer
 
 Rows = list[dict[str, Any]]
+_tokenizer = cache(tiny_tokenizer.make)
 
 
 def content(suffix: str, rows: Rows) -> bytes:
@@ -77,4 +79,4 @@ def says(text: str, words: str) -> bool:
 def mixed(data: DataConfig, tokenizer: Any = None) -> Mix:
     """The tokenised mix of a recipe that has only this section."""
     recipe: Any = SimpleNamespace(data=data)
-    return tokenized_mix(recipe, tokenizer or tiny_tokenizer.make(), read_data(data)[0])
+    return tokenized_mix(recipe, tokenizer or _tokenizer(), read_data(data)[0])

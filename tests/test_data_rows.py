@@ -275,8 +275,6 @@ IMAGES = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "
             templated("{{ anwser }}"),
             "template.completion: 'anwser' is undefined; the columns are question, an",
         ),
-        (QUESTION, templated("{{ answer + 1 }}"), "template.completion: can only concatenate str"),
-        (QUESTION, templated("{{ 1 // 0 }}"), "template.completion: integer division or modulo by zero"),
         (QUESTION, templated("{{ ''.__class__.__mro__ }}"), "template.completion: access to attribute '__class__'"),
         (
             QUESTION,
@@ -284,8 +282,6 @@ IMAGES = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "
             "template.completion: maximum recursion",
         ),
         (QUESTION, templated("{{ '%c' | format(55296) }}"), "template.completion: \\ud800 is half of a surrogate pair"),
-        (QUESTION, templated("{{ question.append(1) }}"), "template.completion: 'str object' has no attribute"),
-        (QUESTION, templated("{{ range(10**9) | list }}"), "template.completion: Range too big."),
         (QUESTION, templated("{{ note | trim('x') }}"), "completion: must be text that is not empty, got ''"),
     ],
 )
