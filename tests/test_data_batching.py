@@ -95,9 +95,8 @@ def unpacked(micro: MicroBatch) -> list[tuple[str, str, list[int], list[int]]]:
             begins = sorted({0, sum(real)} - {len(real)})
             owners = [row] * sum(real) + [-1] * (len(real) - sum(real))
         else:
-            positions, owners = (
-                each[row].tolist() for each in (micro.packing.position_ids, micro.packing.example_index)
-            )
+            packing = micro.packing
+            positions, owners = (each[row].tolist() for each in (packing.position_ids, packing.example_index))
             begins = [place for place, position in enumerate(positions) if position == 0]
         for start, stop in pairwise([*begins, len(ids)]):
             here = slice(start, stop)

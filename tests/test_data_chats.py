@@ -120,6 +120,7 @@ ONE_OF_BOTH = LOOP + (
     "<|im_start|>{{ m.role }}\n{% if m.tool_calls %}call {{ m.tool_calls[0].function.name }}"
     "{% else %}{{ m.content.split('</think>')[-1].strip() }}{% endif %}<|im_end|>\n{% endfor %}" + PROMPT
 )
+FIRST_WORD = CHATML.replace("m['content']", "m['content'].split()[0]")
 CALLS = "{% for c in m.tool_calls %}{{ ARGUMENTS }}{% endfor %}<|im_end|>\n{% endfor"
 AS_OBJECT, AS_TEXT = (
     CHATML.replace("<|im_end|>\n{% endfor", CALLS.replace("ARGUMENTS", form))
@@ -321,9 +322,7 @@ def test_the_tokens_of_a_whole_chat_are_those_of_its_text(fast: bool) -> None:
         assert begins.decode(done.input_ids[done.loss_mask]) == expected
 
 
-@pytest.mark.parametrize(
-    "named, order", [(("b",), "gf"), (("b", "a"), "gf"), ((), "fg"), (("x",), "fg")], ids=["b", "b a", "none", "x"]
-)
+@pytest.mark.parametrize("named, order", [(("b",), "gf"), (("b", "a"), "gf"), ((), "fg"), (("x",), "fg")], ids=str)
 def test_a_result_gets_the_short_id_of_its_own_call(named: tuple[str, ...], order: str) -> None:
     """The result of call b comes first; without its id it is taken for that of the first call."""
     results = [Turn("tool", f"r{n}", labels={"tool_call_id": f"call-{id}"}) for n, id in enumerate(named)]
@@ -365,13 +364,7 @@ UNLIKE = "before an answer the chat template writes '<|im_start|>assistant\\n<th
             [f"{LOST} {what}" for what in ("reasoning_content", "tool_calls", "tools")],
         ),
         (FIRST_ONLY, {}, (KIND, HI, calling(call_of("f")), TOOL), None, []),
-        (
-            FIRST_ONLY,
-            {},
-            (HI, calling(call_of("f"), call_of("g")), TOOL, CAT),
-            None,
-            [f"{LOST} the tool_calls of a tu"],
-        ),
+        (FIRST_ONLY, {}, (HI, calling(call_of("f"), call_of("g")), TOOL, CAT), None, [f"{LOST} the tool_calls of a"]),
         (FIRST_ONLY, {}, (KIND, KIND, *CHAT[:2]), None, [f"{LOST} a second system turn"]),
         (FIRST_ONLY, {}, (KIND, *CHAT[:2], KIND, *CHAT[:2]), None, [f"{LOST} system turns after other turns"]),
         (EVERYTHING, {}, (KIND, KIND, HI, calling(call_of("f"), call_of("g")), TOOL, KIND, CAT), None, []),
@@ -379,20 +372,14 @@ UNLIKE = "before an answer the chat template writes '<|im_start|>assistant\\n<th
         (ONE_OF_BOTH, {}, (HI, Turn("assistant", "<think>\nHm:\n</think>\n\nthe cat")), None, [f"{CHANGED} reasoning"]),
         (ONE_OF_BOTH, {}, (HI, Turn("assistant", " a \n  dog\n")), None, []),
         (ONE_OF_BOTH, {}, (HI, calling(call_of("f"))), None, []),
-        (
-            CHATML.replace("m['content']", "m['content'].split()[0]"),
-            {},
-            CHAT[:2],
-            None,
-            [f"{CHANGED} the content of an"],
-        ),
+        (FIRST_WORD, {}, CHAT[:2], None, [f"{CHANGED} the content of an answer"]),
         (CHOOSES, {}, CHAT, None, []),
         (CHOOSES, {"thinking": True}, CHAT, None, [f"{UNLIKE} ... set data.template_kwargs (it reads thinking)"]),
         (BEGUN, {}, (CAT,), None, [UNLIKE]),
     ],
 )
 def test_what_the_template_leaves_out_is_noted(
-    template: str, kwargs: Any, turns: tuple[Turn, ...], tools: Any, expected: list[str]
+    template: str, kwargs: Any, turns: Any, tools: Any, expected: list[str]
 ) -> None:
     notes = set[str]()
     encode_chats(make(template, **kwargs), [chat(*turns, tools=tools)], notes=notes)
@@ -442,14 +429,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for call, words in (
         (lambda: tokenized(chat(), by=none), "x: holds chats, but ... has no chat template. Fix: set model.tokenizer"),
         (lambda: tokenized(chat(), by=named), "templates named rag, tool_use, and none named default"),
-        (
-            lambda: tokenized(chat(*CHAT[:2]), by=failing),
-            "x: example 7: the chat template refuses it: integer division",
-        ),
-        (
-            lambda: tokenized(chat(*CHAT[:2]), by=endless),
-            "x: example 7: the chat template refuses it: maximum recursion",
-        ),
+        (lambda: tokenized(chat(*CHAT[:2]), by=failing), "x: example 7: the chat template refuses it: integer div"),
+        (lambda: tokenized(chat(*CHAT[:2]), by=endless), "x: example 7: the chat template refuses it: maximum rec"),
         (lambda: prompt_text(failing, CHAT[:2]), "the chat template refuses it: integer division"),
         (lambda: prompt_text(make(NO_SYSTEM), (HI, KIND)), "the chat template refuses it: no system"),
         (lambda: tokenized(chat(HI, quiet), by=plain, loss_on="all"), "7: messages[1]: weight and train are not used"),

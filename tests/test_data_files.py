@@ -99,9 +99,8 @@ def test_the_same_examples_in_every_kind_of_file(tmp_path: Path, suffix: str) ->
     texts = [(f'Line {n}:\n"what, is\t{n}"? é\u2028', f'the "{n}" cat,\nand ; the dög') for n in range(50)]
     chats = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": g}]} for a, g in texts]
     expected = [(Turn("user", a), Turn("assistant", g)) for a, g in texts]
-    assert [
-        each.messages for each in load_source(SourceConfig(source=write(tmp_path / f"a{suffix}", chats)))
-    ] == expected
+    found = load_source(SourceConfig(source=write(tmp_path / f"a{suffix}", chats)))
+    assert [each.messages for each in found] == expected
     file = write(tmp_path / f"b{suffix}", [{"prompt": a, "completion": g} for a, g in texts])
     assert [(each.prompt, each.answer) for each in load_source(SourceConfig(source=file))] == texts
 
@@ -203,9 +202,8 @@ def test_what_is_wrong_and_where(tmp_path: Path, name: str, text: bytes, words: 
 def test_damaged_parquet(tmp_path: Path) -> None:
     file, sink = tmp_path / "a.parquet", io.BytesIO()
     table = pa.Table.from_pylist([{"text": f"row {index}"} for index in range(20)])
-    pq.write_table(
-        table, sink, write_page_checksum=True, compression="none", use_dictionary=False, write_statistics=False
-    )
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(table, sink, write_page_checksum=True, **plain)
     whole = sink.getvalue()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
     start = whole.index(b"row 0")  # the values; before them is the header of the page
@@ -259,11 +257,7 @@ def test_faults_of_rows_name_their_place_and_are_few(tmp_path: Path) -> None:
     "names, split, expected",
     [
         ("b.jsonl a.jsonl more/c.jsonl README.md .hidden.jsonl", "train", "a.jsonl b.jsonl more/c.jsonl"),
-        (
-            "train-0.csv.gz train-1.csv.gz train/x.jsonl val.jsonl",
-            "train",
-            "train/x.jsonl train-0.csv.gz train-1.csv.gz",
-        ),
+        ("train-0.csv.gz train-1.csv train/x.jsonl val.jsonl", "train", "train/x.jsonl train-0.csv.gz train-1.csv"),
         ("train-0.csv.gz train/x.jsonl val.jsonl", "val", "val.jsonl"),
         ("data/train-0.parquet data/test-0.parquet README.md .cache/train.jsonl", "train", "data/train-0.parquet"),
         ("data/train/train-0.jsonl data/test/test-0.jsonl", "train", "data/train/train-0.jsonl"),
@@ -271,11 +265,7 @@ def test_faults_of_rows_name_their_place_and_are_few(tmp_path: Path) -> None:
         ("a.jsonl b.csv", "train", "holds files of several kinds (.csv, .jsonl) ... such as ... /*.csv."),
         ("test.jsonl more.jsonl", "train", "no file for split 'train', looked for train.*, train-* and ... test, more"),
         ("Validation/a.jsonl b.jsonl", "train", "no file for split 'train' ... there are Validation, a, b"),
-        (
-            "squad_train.jsonl b.jsonl squad_test.jsonl",
-            "train",
-            "there are squad_test, b, ... such as ... squad_train.jsonl.",
-        ),
+        ("a_train.jsonl b.jsonl a_test.jsonl", "train", "there are a_test, a_train, b. ... such as ... a_train.jsonl."),
         ("my.test.jsonl", "train", "there are my.test. Fix: name the files that are meant."),
         ("data/test.v2.jsonl a.jsonl", "train", "there are test.v2, a, data"),
         ("one/train-0.jsonl two/train-0.jsonl", "train", "one, two each hold split 'train'. Fix: "),
@@ -309,12 +299,7 @@ def test_the_files_of_a_pattern_and_splits(tmp_path: Path) -> None:
     ):
         assert [str(file.relative_to(tmp_path)) for file in files_of(tmp_path / pattern, "train")] == expected
     assert says(fault_of(files_of, tmp_path / "*.xyz", "train"), "*.xyz: no data file matches, allowed endings: .parq")
-    for name in (
-        "own/train.jsonl",
-        "own/old/validation.jsonl",
-        "clone/data/train.jsonl",
-        "clone/data/validation.jsonl",
-    ):
+    for name in ("own/train.jsonl", "own/old/validation.jsonl", "clone/data/train.jsonl", "clone/data/validation.csv"):
         touch(tmp_path / name)
     assert not has_split(SourceConfig(source=f"{tmp_path}/own"), "validation")  # old files decide nothing
     assert has_split(SourceConfig(source=f"{tmp_path}/clone"), "validation")

@@ -129,10 +129,8 @@ def test_every_faulty_row_of_every_source_is_gathered(tmp_path: Path) -> None:
         *five, more = faults_of(read_data, data)
         assert [fault.split(": ")[2] for fault in five] == [f"line {line}" for line in range(1, 6)]
         assert more == f"data.mix[0]: {file}: 15 more faulty rows"
-    mix = (
-        SourceConfig(source=good),
-        SourceConfig(source=good, name="d", validation=write(tmp_path / "e.jsonl", [PAIR] * 2)),
-    )
+    held = write(tmp_path / "e.jsonl", [PAIR] * 2)
+    mix = (SourceConfig(source=good), SourceConfig(source=good, name="d", validation=held))
     for names, sizes in ((None, [1, 1]), ({"d"}, [0, 1])):
         train, validation = read_data(DataConfig(mix=mix, validation_fraction=0.0), names)
         assert [len(examples) for examples in train] == sizes
@@ -152,20 +150,16 @@ def test_with_loss_on_last_the_last_turn_alone_is_scored(tmp_path: Path) -> None
 
 def test_unused_columns_are_facts_unless_they_look_meant(tmp_path: Path) -> None:
     columns = ("category", "system", "Tools", "promt", "sample_weight", "rating", "split")
-    files = [
-        write(tmp_path / "pairs.jsonl", [PAIR | dict.fromkeys(columns, "x")] * 3),
-        write(tmp_path / "all.jsonl", [PAIR]),
-    ]
+    rows = {"pairs": [PAIR | dict.fromkeys(columns, "x")] * 3, "all": [PAIR]}
+    files = [write(tmp_path / f"{name}.jsonl", some) for name, some in rows.items()]
     found = mixed(DataConfig(mix=tuple(SourceConfig(source=file) for file in files), validation_fraction=0.0))
     loader = StepLoader(found.sets, found.order, tokens_per_step=None, batch=1, batching=Batching(99, 0))
     plan = plan_mix(found, loader, 1)
     assert [each.unused for each in plan.sources] == [tuple(sorted(columns)), ()]
     ended, glued = TextNotes(num_texts=3, num_ended=2, num_glued=1, glued="'a' + 'b'").in_words()
     plan = replace(plan, sources=(replace(plan.sources[0], notes=(ended, glued)), replace(plan.sources[1], notes=())))
-    assert mix_warnings(plan) == [
-        "pairs: not used for training: Tools, promt, sample_weight, system.",
-        f"pairs: {glued}",
-    ]
+    meant = "pairs: not used for training: Tools, promt, sample_weight, system."
+    assert mix_warnings(plan) == [meant, f"pairs: {glued}"]
     assert mix_facts(plan) == ["pairs: not used for training: category, rating, split.", f"pairs: {ended}"]
 
 
@@ -209,10 +203,7 @@ def test_what_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     not_found = datasets.exceptions.DatasetNotFoundError
     cannot = "data/chta: cannot be read from the Hub ("
     cases: list[tuple[Exception, str]] = [
-        (
-            not_found("Dataset 'data/chta' doesn't exist"),
-            "no such file or directory ... Did you mean 'chat'? If it is pr",
-        ),
+        (not_found("Dataset 'data/chta' doesn't exist"), "no such file or directory ... Did you mean 'chat'? If it"),
         (not_found("'data/chta' is a gated dataset on the Hub."), "is gated. Fix: accept its terms ... hf auth login"),
         (not_found("Revision 'x' doesn't exist for dataset"), cannot),
         (ConnectionError("no\nnetwork"), f"{cannot}ConnectionError: no network). Did you mean 'chat'?"),
@@ -244,15 +235,11 @@ def test_a_data_set_of_the_hub_by_datasets_itself(tmp_path: Path, monkeypatch: p
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     write(tmp_path / "main.jsonl", [PAIR] * 5)
     other, load = write(tmp_path / "other.jsonl", [PAIR] * 3), datasets.load_dataset
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda _, **options: load(str(tmp_path), cache_dir=f"{tmp_path}/cache", **options)
-    )
-    for options, number in (
-        ({"config": "main"}, 5),
-        ({"config": "other"}, 3),
-        ({"config": "main", "data_files": "main.jsonl"}, 5),
-    ):
-        assert tuple(map(len, split_up(source="org/name", validation=other, **options))) == (number, 3)
+    options = {"cache_dir": f"{tmp_path}/cache"}
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, **given: load(str(tmp_path), **options, **given))
+    main = {"config": "main"}
+    for own, number in ((main, 5), ({"config": "other"}, 3), (main | {"data_files": "main.jsonl"}, 5)):
+        assert tuple(map(len, split_up(source="org/name", validation=other, **own))) == (number, 3)
     data = DataConfig(mix=(SourceConfig(source="org/name", validation=other),))
     assert says(fault_of(read_data, data), "data.mix[0]: org/name: ... 'main', 'other' ... name one of these as config")
 
@@ -277,9 +264,7 @@ def facts(found: TokenizedSet) -> Any:
 @pytest.fixture
 def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(token_cache, "_LEAST_TOKENS", 1)
-    rows = [
-        {"prompt": f"{n}:", "completion": " yes" * (1 + n % 9), "task": f"t{n % 2}", "topic": "f"} for n in range(40)
-    ]
+    rows = [{"prompt": f"{n}:", "completion": " yes" * (1 + n % 9), "task": f"t{n % 2}", "x": 1} for n in range(40)]
     return write(tmp_path / "pairs.jsonl", rows)
 
 
@@ -327,10 +312,8 @@ def test_whatever_decides_the_tokens_makes_them_anew(tmp_path: Path, pairs: str,
     Path(pairs).write_text(text.replace("yes", "the"))
     assert facts(made(pairs, cache)) != facts(before)
     # the date counts only for templates that print it
-    for template_, number in (
-        (tiny_tokenizer.CHATML, 1),
-        ("{{ strftime_now('%d %b %Y') }}" + tiny_tokenizer.CHATML, 2),
-    ):
+    dated = "{{ strftime_now('%d %b %Y') }}" + tiny_tokenizer.CHATML
+    for template_, number in ((tiny_tokenizer.CHATML, 1), (dated, 2)):
         del counted[:]
         for day in ("2024-01-31", "2024-02-01", "2024-02-01"):
             tokenizer = tiny_tokenizer.make(chat_template=template_)
@@ -340,9 +323,7 @@ def test_whatever_decides_the_tokens_makes_them_anew(tmp_path: Path, pairs: str,
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no tensors"])
-def test_a_damaged_file_is_made_anew(
-    tmp_path: Path, pairs: str, counted: list[str], caplog: pytest.LogCaptureFixture, damage: str
-) -> None:
+def test_a_damaged_file_is_made_anew(tmp_path: Path, pairs: str, counted: list[str], caplog: Any, damage: str) -> None:
     first = made(pairs, tmp_path / "cache")
     [kept] = (tmp_path / "cache").iterdir()
     whole = bytearray(kept.read_bytes())

@@ -31,9 +31,8 @@ from tests import tiny_tokenizer
 from tests.data_rows import Rows, fault_of, faults_of, says
 
 CHATML, TOKENIZER = tiny_tokenizer.CHATML, tiny_tokenizer.make()
-EACH_TURN = tiny_tokenizer.make(
-    chat_template="{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
-)
+SHOWS = "{{ m.content if loop.last or m.role == 'user' }}"
+EACH_TURN = tiny_tokenizer.make(chat_template="{% for m in messages %}" + SHOWS + "<|im_end|>{% endfor %}")
 """Its template prints an earlier answer otherwise, so that each turn of a chat is an example of its own."""
 
 

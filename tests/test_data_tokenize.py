@@ -59,9 +59,8 @@ def texts(tokenizer: Any, found: TokenizedSet) -> list[tuple[str, str]]:
 def by_hand(tokenizer: Any, prompt: str, answer: str, max_length: int, learns_all: bool) -> tuple[Any, bool]:
     """((ids, mask) cut to `max_length`, whether anything was cut): the front of the prompt goes first, then the end."""
     prefix = [] if tokenizer is PLAIN else [tokenizer.bos_token_id]
-    ids, alone = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt + answer, prompt.rstrip(" "))
-    )
+    both = prompt + answer, prompt.rstrip(" ")
+    ids, alone = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in both)
     start = 0
     while start < min(len(ids), len(alone)) and ids[start] == alone[start]:
         start += 1
@@ -76,17 +75,13 @@ def by_hand(tokenizer: Any, prompt: str, answer: str, max_length: int, learns_al
 
 @settings(max_examples=120, deadline=None)
 @given(
-    pairs=st.lists(
-        st.tuples(st.text(LETTERS, max_size=12), st.text(LETTERS, min_size=1, max_size=8)), min_size=1, max_size=4
-    ),
+    pairs=st.lists(st.tuples(st.text(LETTERS, max_size=12), st.text(LETTERS, min_size=1, max_size=8)), min_size=1),
     tokenizer=st.sampled_from([PLAIN, BOS, BOTH]),
     max_length=st.integers(2, 24),
     too_long=st.sampled_from(["error", "truncate", "drop"]),
     loss_on=st.sampled_from(["answer", "last", "all"]),
 )
-def test_pairs_are_cut_dropped_or_refused_as_in_plain_loops(
-    pairs: Any, tokenizer: Any, max_length: int, too_long: Any, loss_on: Any
-) -> None:
+def test_pairs_cut_dropped_or_refused(pairs: Any, tokenizer: Any, max_length: int, too_long: Any, loss_on: Any) -> None:
     examples = [example(*pair, id=str(number)) for number, pair in enumerate(pairs)]
     made = [by_hand(tokenizer, *pair, max_length, loss_on == "all") for pair in pairs]
     num_cut = sum(is_cut for _, is_cut in made)
@@ -98,10 +93,8 @@ def test_pairs_are_cut_dropped_or_refused_as_in_plain_loops(
         return
     found = tokenised(examples, tokenizer, **options)
     assert facts(found) == kept
-    assert (found.num_truncated, found.num_dropped) == (
-        num_cut * (too_long == "truncate"),
-        num_cut * (too_long == "drop"),
-    )
+    counts = num_cut * (too_long == "truncate"), num_cut * (too_long == "drop")
+    assert (found.num_truncated, found.num_dropped) == counts
     assert {(each.task, each.input_ids.dtype, each.loss_mask.dtype) for each in found.examples} == {
         ("task", np.dtype(np.int32), np.dtype(np.bool_))
     }
@@ -119,10 +112,7 @@ def test_the_prefix_the_end_and_borders_of_a_text() -> None:
     pairs = [("Answer: ", "yes"), ("Answer:", " yes"), ("the ans", "wer")]
     spaced, apart, (ids, start) = encode_pairs(PLAIN, pairs)
     assert spaced == apart
-    assert (ids[start:], PLAIN.decode(ids[:start])) == (
-        PLAIN(" answer")["input_ids"],
-        "the",
-    )  # a token across the border
+    assert (ids[start:], PLAIN.decode(ids[:start])) == (PLAIN(" answer")["input_ids"], "the")  # across the border
     assert encode_pairs(BOS, []) == []
     examples = [example(answer=f" {n}", id=str(n)) for n in range(1500)]
     examples[700] = example(id="700", messages=CHAT)
@@ -133,18 +123,13 @@ def test_a_rendered_chat_as_text_has_its_marks_once() -> None:
     """Users make prompts with apply_chat_template, which writes the beginning and the end of a text."""
     stops = tiny_tokenizer.make(bos=True)
     set_chat_settings(stops, stop_ids=frozenset({stops.eos_token_id, stops.convert_tokens_to_ids("<|im_start|>")}))
-    pairs = [
-        ("<s>Why?", " the cat<|im_end|> \n"),
-        ("Why?", " the cat"),
-        ("", "<s>the cat<|im_start|>"),
-        ("<s>", "the\n"),
-    ]
+    pairs = [("<s>Why?", " the cat<|im_end|> \n"), ("Why?", " the cat"), ("", "<s>the cat<|im_start|>"), ("<s>", "a\n")]
     found = tokenised([example(*pair) for pair in pairs], stops)
     assert texts(stops, found) == [
         ("<s>Why? the cat<|im_end|>", " the cat<|im_end|>"),
         ("<s>Why? the cat<|im_end|>", " the cat<|im_end|>"),
         ("<s>the cat<|im_start|>", "the cat<|im_start|>"),
-        ("<s>the\n<|im_end|>", "the\n<|im_end|>"),
+        ("<s>a\n<|im_end|>", "a\n<|im_end|>"),
     ]
     ended, begun = found.notes
     assert ended.startswith("2 of 4 texts end with a stop token")
@@ -153,19 +138,10 @@ def test_a_rendered_chat_as_text_has_its_marks_once() -> None:
 
 
 def test_borders_without_a_separator_and_inside_a_token_are_noted_once(tmp_path: Any) -> None:
-    apart = [
-        ("Why?", " a"),
-        ("Why?", "\na"),
-        ("", "a"),
-        ("a[/INST]", "b"),
-        ("a>", "b"),
-        ("a", "<b>"),
-        ("？", "b"),
-        ("a", "日"),
-    ]
+    apart = [("Why?", " a"), ("Why?", "\na"), ("", "a"), ("a[/INST]", "b"), ("a>", "b"), ("a", "<b>"), ("？", "b")]
     glued = [("Capital of France?", "Paris"), ("the ans", "wer")]
     [note] = tokenised([example(*pair) for pair in (*apart, *glued)]).notes
-    assert says(note, "2 of 10 texts have no white space ... such as 'l of France?' + 'Paris'. Fix: ")
+    assert says(note, "2 of 9 texts have no white space ... such as 'l of France?' + 'Paris'. Fix: ")
     choices = Example("task", "0", "Why?", "the", choices=("the", "a"), gold=0)  # made by a template of ours
     assert not tokenised([choices, example()]).notes
     joined = [("Why?\n", "\n the cat"), ("Why? ", "the cat"), ("Why?\n", "the cat"), ("Why?", "\n\n the cat")]
@@ -186,11 +162,7 @@ def test_what_cannot_be_learnt_is_refused() -> None:
     only_a = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "<e>": 1}, [])), eos_token="<e>")
     silent = example(id="9", messages=CHAT[:1])
     for examples, tokenizer, words in (
-        (
-            [example("", "\u65e5"), example("a", "a", "1")],
-            only_a,
-            "1 example (0) has no token in the loss: the tokenizer",
-        ),
+        ([example("", "\u65e5"), example("a", "a", "1")], only_a, "1 example (0) has no token in the loss: the tok"),
         ([example("", "\u65e5\n"), example("a", "a", "1")], only_a, "1 example (0) has no token in the loss: the tok"),
         ([silent, example()], PLAIN, "1 example (9) has no token in the loss: the answer is missing, ... this row."),
         ([silent, silent, example()], PLAIN, "2 examples (9, 9) have no token in the loss: ... these rows."),
@@ -253,9 +225,7 @@ def test_a_truncated_chat_ends_with_its_last_answer_that_fits(loss_on: Any) -> N
         return
     # cut before the assistant says anything: dropped, and truncation is offered only where it leaves something
     assert tokenised([chat, example()], max_length=first, too_long="truncate").num_dropped == 1
-    assert says(
-        fault_of(tokenised, [chat], max_length=first), "data.too_long to drop (loses 100 % of the examples, 100 %"
-    )
+    assert says(fault_of(tokenised, [chat], max_length=first), "too_long to drop (loses 100 % of the examples, 100 %")
     long = example("the cat " * 20)
     line = fault_of(tokenised, [chat, long], max_length=first)
     assert says(line, "to truncate (cuts ... the last turns of a chat, the whole of 1 example (0)) or drop (")
@@ -280,9 +250,7 @@ THINKS = tiny_tokenizer.CHATML.replace("{{ m['content'] }}", "{{ m.reasoning_con
         example(messages=(CHAT[0], Turn("assistant", "yes", reasoning=LONG))),
     ],
 )
-def test_a_text_of_megabytes_is_shortened_to_the_same_tokens(
-    one: Example, too_long: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_of_megabytes_is_shortened_to_the_same_tokens(one: Example, too_long: Any, monkeypatch: Any) -> None:
     tokenizer, found = tiny_tokenizer.make(chat_template=THINKS), list[Any]()
     for limit in (1 << 20, 10_000):
         monkeypatch.setattr(tokenize, "_EXCESSIVE", limit)
@@ -302,9 +270,7 @@ def test_a_text_of_megabytes_is_shortened_to_the_same_tokens(
 @pytest.mark.parametrize("tokenizer", [PLAIN, BOS])
 @given(text=st.text(min_size=1, max_size=200).filter(str.strip), max_length=st.integers(3, 30))
 @settings(max_examples=60, deadline=None)
-def test_every_token_of_split_text_is_taught_once_after_the_one_before_it(
-    tokenizer: Any, text: str, max_length: int
-) -> None:
+def test_every_token_of_split_text_is_taught_once(tokenizer: Any, text: str, max_length: int) -> None:
     whole = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     found = tokenised([example("", text, "a")], tokenizer, max_length, too_long="split").examples
     bos = whole[:1] if tokenizer is BOS else []
@@ -345,12 +311,9 @@ def test_long_texts_in_parts_and_what_is_not_split(monkeypatch: pytest.MonkeyPat
     batches = tokenize.text_batches([*[example("abc", "de")] * 4, thought, example("abc", "de")])
     assert [len(batch) for batch in batches] == [2, 2, 1, 1]
     choice = Example("task", "c", "", " no", (" no", " o"), 0)
-    fault = fault_of(
-        tokenised, [example("x", " yes" * 50), example("", WORDS * 9), choice], max_length=20, too_long="split"
-    )
-    assert says(
-        fault, "x: 1 example (0) of 3 is longer ... (20), the longest has 52 tokens ... since split is for plain"
-    )
+    examples = [example("x", " yes" * 50), example("", WORDS * 9), choice]
+    fault = fault_of(tokenised, examples, max_length=20, too_long="split")
+    assert says(fault, "x: 1 example (0) of 3 is longer ... (20), the longest has 52 tokens ... since split is for")
     fault = fault_of(tokenised, [example("", WORDS)], BOS, max_length=2, too_long="split")
     assert says(fault, "data.too_long: split needs data.max_length 3, got 2.")
 

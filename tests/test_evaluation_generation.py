@@ -231,9 +231,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return seen
 
 
-def test_tasks_are_looked_up_and_numbers_become_plain(
-    stand_in: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tasks_are_looked_up_and_numbers_become_plain(stand_in: Any, tmp_path: Path, monkeypatch: Any) -> None:
     assert find_harness_tasks(["sums", "math", "sums"], tmp_path).names == ("sums", "math")
     assert find_harness_tasks(["math"]).names == ("math",)
     first, second = faults_of(find_harness_tasks, ["mahts", "sums"])

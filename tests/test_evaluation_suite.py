@@ -116,10 +116,8 @@ def test_averages_and_the_cells_of_the_table() -> None:
     assert math.isnan(unknown.stderr)
     assert averaged([], "acc") is None
     base, dora = result(0.5, 0.07, 3.0), {"arc": result(0.625, None, 2.0, 40), "text": result(None, None, 1.23456)}
-    both = {
-        "base": EvaluationResult({"arc": base}, base, {}),
-        "dora": EvaluationResult(dora, result(0.625, 0.05, 1.5, 90), {}),
-    }
+    average = result(0.625, 0.05, 1.5, 90)
+    both = {"base": EvaluationResult({"arc": base}, base, {}), "dora": EvaluationResult(dora, average, {})}
     table = compare_table(both)
     assert [column.header for column in table.columns] == [
         *("task", "n", "chance", "majority", "base acc %", "base NLL/token", "dora acc %", "dora NLL/token")
@@ -300,10 +298,7 @@ def test_tasks_that_got_worse_beyond_the_noise_are_named() -> None:
         (before, before),
         (before, {"worse": (wide + noise, flat), "better": (wide, flat)}),
         (before, {"worse": (wide + 1, flat), "better": (wide + 1.5, flat)}),  # the average is worse, too
-        (
-            {"one": ([1.0] * 2, [1, 1]), "b": ([5.0] * 2, [1, 1])},
-            {"one": ([1.1] * 2, [1, 1]), "b": ([1.0] * 2, [1, 1])},
-        ),
+        ({"a": ([1.0] * 2, [1, 1]), "b": ([5.0] * 2, [1, 1])}, {"a": ([1.1] * 2, [1, 1]), "b": ([1.0] * 2, [0, 1])}),
         ({"one": (flat, flat), "b": (wide + 9, flat)}, {"one": (wide[:39], flat[:39]), "b": (wide[:39], flat[:39])}),
     ):
         assert worse_than_before(evaluated(**old), evaluated(**new)) == []

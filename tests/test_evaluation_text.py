@@ -204,12 +204,8 @@ def test_perplexity_by_hand_and_what_is_refused(tmp_path: Path) -> None:
     assert found.perplexity == pytest.approx(400, rel=1e-6)
     # with the beginning of sequence the first token counts
     assert (found.num_tokens, found.window, found.stride) == (len(PLAIN("abcd")["input_ids"]), 128, 64)
-    for name, content in {
-        "good": b"na\xc3\xafve",
-        "bom": b"\xef\xbb\xbfna\xc3\xafve",
-        "latin": b"na\xefve",
-        "empty": b"",
-    }.items():
+    contents = {"good": b"na\xc3\xafve", "bom": b"\xef\xbb\xbfna\xc3\xafve", "latin": b"na\xefve", "empty": b""}
+    for name, content in contents.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
     good = tmp_path / "good.txt"
     assert read_texts([good, tmp_path / "bom.txt"]) == ["naïve", "naïve"]
