@@ -258,6 +258,14 @@ def test_what_is_said_beforehand_is_what_steps_take(lengths, size, most, num_ste
     by_id = {example.id: len(example) for part in sets for example in part.examples}
     tokens = [sum(by_id[id] for id in ids if id.startswith(name)) for name in "ab"]
     assert steps.tokens_of_draws(steps.position).tolist() == tokens
+    plan = plan_mix(make_mix(sets, strategy="equal", max_epochs=most), steps, num_steps)
+    assert (plan.num_steps, plan.num_draws, plan.is_exact) == (num_steps, steps.position, True)
+    for part, each, number in zip(plan.sources, sets, tokens, strict=True):
+        count = sum(id.startswith(part.name) for id in ids)
+        assert (part.num_draws, part.num_tokens_seen, part.share_asked) == (count, number, 0.5)
+        assert (part.epochs, part.share_seen) == (count / len(each), count / max(len(ids), 1))
+        assert (part.num_examples, part.num_tokens) == (len(each), each.num_tokens)
+        assert (part.num_truncated, part.num_dropped) == (1, 2)
 
 
 def test_billions_of_draws_are_counted_by_passes_and_more_are_refused_at_once():
@@ -320,32 +328,6 @@ def test_task_ids_name_tasks_not_sources():
     assert steps.task_names == ["x", "y"]
     found = sorted((task, len(ids)) for _, task, ids, _ in content(steps.next_step()))
     assert found == [("x", 3), ("x", 4), ("x", 6), ("y", 5)]
-
-
-# The plan
-
-
-@pytest.mark.parametrize("size", [{"batch": 6, "tokens_per_step": None}, {"batch": None, "tokens_per_step": 50}])
-def test_the_plan_is_what_the_steps_take(size):
-    sets = [tokenised("a", range(2, 32)), tokenised("b", [30] * 8), tokenised("c", [7] * 50)]
-    mix = make_mix(sets, strategy="weights", weights=[1, 2, 1], max_epochs=[None, 3, None], seed=5)
-    steps = StepLoader(sets, mix.order, **size, batching=Batching(500, 0))
-    plan = plan_mix(mix, steps, 30)
-    examples, tokens = Counter(), Counter()
-    for _ in range(30):
-        for _, task, ids, _ in content(steps.next_step()):
-            examples[task] += 1
-            tokens[task] += len(ids)
-    assert (plan.num_steps, plan.num_draws, plan.is_exact) == (30, steps.position, True)
-    for part, each in zip(plan.sources, sets, strict=True):
-        assert (part.num_draws, part.num_tokens_seen) == (examples[part.name], tokens[part.name])
-        assert part.share_seen == examples[part.name] / steps.position
-        assert part.epochs == examples[part.name] / len(each)
-        assert (part.num_examples, part.num_tokens) == (len(each), sum(len(one) for one in each.examples))
-        assert (part.num_truncated, part.num_dropped) == (1, 2)
-    assert [part.share_asked for part in plan.sources] == [0.25, 0.5, 0.25]
-    assert plan.sources[1].epochs == 3.0  # used up before the end: its share went to the others
-    assert [(part.num_draws, part.share_seen) for part in plan_mix(mix, steps, 0).sources] == [(0, 0.0)] * 3
 
 
 @pytest.mark.parametrize(
