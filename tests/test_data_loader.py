@@ -167,7 +167,7 @@ def content(step):
     return sorted(each for micro in step.micro_batches for each in unpacked(micro))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     first=LENGTHS,
     size=SIZE,
@@ -225,7 +225,7 @@ def test_steps_take_the_draws_in_turn_and_resume_anywhere(first, size, strategy,
         assert max(sums) - min(sums) <= max(len(ids) for _, _, ids, _ in content(expected))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     lengths=LENGTHS,
     size=SIZE,
