@@ -1,21 +1,27 @@
-"""Packed rows: every example once, none too long, best fit; and the micro-batches that are made of them."""
+"""Packed rows, groups of rows and the micro-batches made of them, against plain loops."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.data.batching import ATTENTION_COST, GROUP_COST, IGNORED, Batching, MicroBatch, micro_batches, packed_rows
-from qdora.data.loader import StepLoader
-from qdora.data.mix import make_mix
-from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.data.batching import (
+    ATTENTION_COST,
+    GROUP_COST,
+    IGNORED,
+    Batching,
+    MicroBatch,
+    micro_batches,
+    micro_groups,
+    packed_rows,
+)
+from qdora.data.tokenize import TokenizedExample
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=40)
 PAD = 0
@@ -45,167 +51,120 @@ def best_fit(lengths: list[int], room: int) -> list[list[int]]:
     return rows
 
 
-def fewest_rows(lengths: list[int], room: int) -> int:
-    """Of all ways to pack."""
-    best = len(lengths)
-
-    def place(rest: list[int], rows: list[int]) -> None:
-        nonlocal best
-        if len(rows) >= best:
-            return
-        if not rest:
-            best = len(rows)
-            return
-        for index, used in enumerate(rows):
-            if used + rest[0] <= room:
-                place(rest[1:], [*rows[:index], used + rest[0], *rows[index + 1 :]])
-        place(rest[1:], [*rows, rest[0]])
-
-    place(sorted(lengths, reverse=True), [])
-    return best
-
-
 @settings(max_examples=100, deadline=None)
 @given(lengths=LENGTHS, room=st.integers(1, 60))
 def test_rows_are_those_of_best_fit(lengths: list[int], room: int) -> None:
-    examples = examples_of(lengths)
-    rows = packed_rows(examples, room)
+    rows = packed_rows(examples_of(lengths), room)
     assert [[int(each.id) for each in row.examples] for row in rows] == best_fit(lengths, room)
-    assert sorted(int(each.id) for row in rows for each in row.examples) == list(range(len(lengths)))
-    assert all(len(row) <= room or len(row.examples) == 1 for row in rows)
     assert [len(row) for row in rows] == [sum(lengths[int(each.id)] for each in row.examples) for row in rows]
-    assert packed_rows(examples, room) == rows
-    fullest = sorted(len(row) for row in rows)
-    assert all(one + other > room for one, other in pairwise(fullest))  # no two rows would go into one
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8))
-def test_not_many_more_rows_than_the_fewest(lengths: list[int]) -> None:
-    rows = packed_rows(examples_of(lengths), 20)
-    assert len(rows) <= 3 / 2 * fewest_rows(lengths, 20)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9), max_tokens=st.integers(1, 1500))
+def test_groups_cost_the_least_of_all_ways_to_cut(lengths: list[int], max_tokens: int) -> None:
+    groups = micro_groups(examples_of(lengths), max_tokens)
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])  # equal lengths keep their order
+    assert [int(example.id) for group in groups for example in group] == order
+    ordered = [lengths[number] for number in order]
+
+    def cost(sizes: list[int]) -> float:
+        total, start = 0, 0
+        for size in sizes:
+            width = ordered[start]
+            if size > 1 and size * width > max_tokens:
+                return float("inf")
+            total, start = total + size * width + GROUP_COST, start + size
+        return total
+
+    def ways(rest: int) -> Iterator[list[int]]:
+        if rest == 0:
+            yield []
+        for size in range(1, rest + 1):
+            for more in ways(rest - size):
+                yield [size, *more]
+
+    assert cost([len(group) for group in groups]) == min(map(cost, ways(len(ordered))))
 
 
 def unpacked(micro: MicroBatch) -> list[tuple[str, str, list[int], list[int]]]:
-    """(id, task, ids, labels) of its examples, read off the positions alone: a 0 begins an example."""
-    assert micro.packing is not None
+    """(id, task, ids, labels) of its examples. In packed rows a position of 0 begins an example, or the padding."""
     found: list[tuple[str, str, list[int], list[int]]] = []
-    for row in range(len(micro.input_ids)):
-        begins = (micro.packing.position_ids[row] == 0).nonzero().flatten().tolist()
-        for start, stop in pairwise([*begins, micro.input_ids.shape[1]]):
-            assert micro.packing.position_ids[row, start:stop].tolist() == list(range(stop - start))
-            (index,) = micro.packing.example_index[row, start:stop].unique().tolist()
-            ids, labels = micro.input_ids[row, start:stop].tolist(), micro.labels[row, start:stop].tolist()
-            real = micro.attention_mask[row, start:stop].unique().tolist()
+    rows = zip(micro.input_ids.tolist(), micro.labels.tolist(), micro.attention_mask.tolist(), strict=True)
+    for row, (ids, labels, real) in enumerate(rows):
+        if micro.packing is None:
+            begins = sorted({0, sum(real)} - {len(real)})
+            owners = [row] * sum(real) + [-1] * (len(real) - sum(real))
+        else:
+            packing = micro.packing
+            positions, owners = (each[row].tolist() for each in (packing.position_ids, packing.example_index))
+            begins = [place for place, position in enumerate(positions) if position == 0]
+        for start, stop in pairwise([*begins, len(ids)]):
+            here = slice(start, stop)
+            (index,) = set(owners[here])
+            assert set(real[here]) == {int(index >= 0)}
+            if micro.packing is not None:
+                assert positions[here] == list(range(stop - start))
             if index == -1:
-                assert (ids, labels) == ([PAD] * len(ids), [IGNORED] * len(ids))
-                assert (real, stop) == ([0], micro.input_ids.shape[1])
+                assert (set(ids[here]), set(labels[here]), stop) == ({PAD}, {IGNORED}, len(ids))
                 continue
-            assert real == [1]
-            found.append((micro.example_ids[index], micro.task_names[int(micro.task_ids[index])], ids, labels))
+            task = micro.task_names[int(micro.task_ids[index])]
+            found.append((micro.example_ids[index], task, ids[here], labels[here]))
     return found
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     lengths=LENGTHS,
-    layout=st.sampled_from(["rows", "single"]),
+    layout=st.sampled_from([None, "rows", "single"]),
     room=st.one_of(st.none(), st.integers(1, 80)),
     most=st.integers(1, 200),
 )
-def test_packed_micro_batches_hold_every_example_once(lengths: list[int], layout: Any, room: Any, most: int) -> None:
+def test_micro_batches_hold_every_example_once(lengths: list[int], layout: Any, room: Any, most: int) -> None:
     examples = examples_of(lengths)
     batches = micro_batches(examples, Batching(most, PAD, layout, room), ["a", "b"])
     found = [each for micro in batches for each in unpacked(micro)]
     assert [each[0] for each in found] == [name for micro in batches for name in micro.example_ids]
     assert sorted(found, key=lambda each: int(each[0])) == [
-        (
-            each.id,
-            each.task,
-            each.input_ids.tolist(),
-            [
-                token if wanted else IGNORED
-                for token, wanted in zip(each.input_ids.tolist(), each.loss_mask, strict=True)
-            ],
-        )
+        (each.id, each.task, each.input_ids.tolist(), np.where(each.loss_mask, each.input_ids, IGNORED).tolist())
         for each in examples
     ]
     for micro in batches:
         rows, width = micro.input_ids.shape
         assert rows * width <= most or (rows == 1 and width in lengths)
+        assert width == micro.attention_mask.sum(dim=1).max()
+        assert (micro.packing is None) == (layout is None)
         if layout == "single":
-            assert rows == 1
-            assert bool(micro.attention_mask.all())
-        elif room is not None:
+            assert (rows, int(micro.attention_mask.min())) == (1, 1)
+        elif layout == "rows" and room is not None:
             assert width <= room or width in lengths
+        tensors = [micro.input_ids, micro.attention_mask, micro.labels, micro.task_ids]
+        tensors += [micro.packing.position_ids, micro.packing.example_index] if micro.packing else []
+        assert {tensor.dtype for tensor in tensors} == {torch.int64}
         listed = [(name, ids.tolist(), labels.tolist()) for name, ids, labels in micro.examples()]
         assert listed == [(name, ids, labels) for name, _, ids, labels in unpacked(micro)]
-    assert batches[0].input_ids.shape[1] == max(micro.input_ids.shape[1] for micro in batches)
-
-
-@settings(max_examples=30, deadline=None)
-@given(lengths=LENGTHS)
-def test_examples_of_padded_micro_batches(lengths: list[int]) -> None:
-    examples = {each.id: each for each in examples_of(lengths)}
-    listed = {}
-    for micro in micro_batches(list(examples.values()), Batching(100, PAD), ["a", "b"]):
-        assert micro.packing is None
-        listed |= {name: (ids.tolist(), (labels != IGNORED).tolist()) for name, ids, labels in micro.examples()}
-    assert listed == {name: (each.input_ids.tolist(), each.loss_mask.tolist()) for name, each in examples.items()}
-
-
-def test_a_label_on_a_first_token_is_refused() -> None:
-    first = TokenizedExample("a", "0", np.ones(3, np.int32), np.ones(3, np.bool_))
-    with pytest.raises(AssertionError):
-        micro_batches([first], Batching(100, PAD, "rows", 50), ["a"])
-
-
-@pytest.mark.parametrize("layout", ["rows", "single"])
-def test_a_packed_step_has_the_examples_of_the_unpacked_one_and_goes_on_from_a_state(layout: Any) -> None:
-    rng = np.random.default_rng(0)
-    sets = [TokenizedSet("a", tuple(examples_of(rng.integers(2, 60, 50).tolist())))]
-    order = make_mix(sets, strategy="proportional", seed=0, max_epochs=[None]).order
-
-    def loader(**options: Any) -> StepLoader:
-        return StepLoader(sets, order, tokens_per_step=400, batch=None, batching=Batching(128, PAD, **options))
-
-    plain, packed, resumed = loader(), loader(packed=layout, row_tokens=64), loader(packed=layout, row_tokens=64)
-    for _ in range(3):
-        one, other = plain.next_step(), packed.next_step()
-        assert one.num_label_tokens == other.num_label_tokens
-        assert plain.position == packed.position
-        ids = [sorted(name for micro in step.micro_batches for name in micro.example_ids) for step in (one, other)]
-        assert ids[0] == ids[1]
-    resumed.load_state_dict(plain.state_dict())  # packing belongs to the speed of a step, not to its content
-    mine, theirs = packed.next_step(), resumed.next_step()
-    for first, second in zip(mine.micro_batches, theirs.micro_batches, strict=True):
-        assert first.packing is not None
-        assert second.packing is not None
-        assert torch.equal(first.input_ids, second.input_ids)
-        assert torch.equal(first.labels, second.labels)
-        assert torch.equal(first.packing.position_ids, second.packing.position_ids)
+    widths = [micro.input_ids.shape[1] for micro in batches]
+    assert widths == sorted(widths, reverse=True)
+    assert micro_batches([], Batching(most, PAD, layout, room), ["a", "b"]) == []  # a process without a share
 
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=60), room=st.integers(60, 500))
 def test_rows_are_as_long_as_costs_the_least(lengths: list[int], room: int) -> None:
-    """Padding and groups against attention over whole rows: neither the shortest nor the longest rows are better."""
+    """Padding and groups against attention over whole rows, at lengths of rows that grow by half."""
 
     def cost(shapes: list[tuple[int, int]]) -> float:
         return sum(rows * width * (1 + width / ATTENTION_COST) + GROUP_COST for rows, width in shapes)
 
-    examples = examples_of(lengths)
+    examples, costs, length = examples_of(lengths), [], max(lengths)
+    for each in [*iter_rooms(length, room), room]:
+        groups = micro_groups(packed_rows(examples, each), 1000)
+        costs.append(cost([(len(group), max(map(len, group))) for group in groups]))
     chosen = micro_batches(examples, Batching(1000, PAD, "rows", room), ["a", "b"])
-    for each in (max(lengths), room):
-        one_row_each = [(1, len(row)) for row in packed_rows(examples, each)]
-        assert cost([tuple(micro.input_ids.shape) for micro in chosen]) <= cost(one_row_each)
+    assert cost([tuple(micro.input_ids.shape) for micro in chosen]) == min(costs)
 
 
-def test_equal_lengths_are_not_packed_for_nothing() -> None:
-    (micro,) = micro_batches(examples_of([20] * 12), Batching(1000, PAD, "rows", 512), ["a", "b"])
-    assert micro.input_ids.shape == (12, 20)
-
-
-@pytest.mark.parametrize("layout", [None, "rows", "single"])
-def test_a_process_without_a_share_has_no_micro_batch(layout: Any) -> None:
-    assert micro_batches([], Batching(100, PAD, layout, 50), ["a"]) == []
+def iter_rooms(length: int, most: int) -> Iterator[int]:
+    """17, 26, 39, ... below `most`."""
+    while length < most:
+        yield length
+        length += (length + 1) // 2

@@ -1,440 +1,359 @@
-"""Token ids and label masks, checked by decoding what is learnt back to text."""
+"""Texts -> token ids and labels: every policy for long ones against plain loops; notes; tokens shown to people."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from itertools import accumulate
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from hypothesis import example as tried
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from qdora.data import split_text, tokenize
 from qdora.data.chat_template import set_chat_settings
-from qdora.data.encode_chats import _encode as encode
 from qdora.data.example import Example
 from qdora.data.messages import Turn
+from qdora.data.shown_examples import shown_example, token_pieces
 from qdora.data.sources import load_source
-from qdora.data.tokenize import (
-    TokenizedSet,
-    encode_batch,
-    encode_pairs,
-    special_prefix,
-    tokenize_all,
-)
+from qdora.data.tokenize import TokenizedExample, TokenizedSet, encode_pairs, special_prefix, tokenize_all
 from qdora.errors import UserError
 from qdora.recipe.data_settings import SourceConfig
 from tests import tiny_tokenizer
+from tests.data_rows import fault_of, says
 
-PLAIN = tiny_tokenizer.make()
-BOS = tiny_tokenizer.make(bos=True)
-LINES = tiny_tokenizer.make(more=["a\n\n"] * 9)
+PLAIN, BOS = tiny_tokenizer.make(), tiny_tokenizer.make(bos=True)
 BOTH = tiny_tokenizer.make(bos=True, adds_eos=True)
-THINKS = tiny_tokenizer.make(
-    chat_template=tiny_tokenizer.CHATML.replace("{{ m['content'] }}", "{{ m.reasoning_content }}{{ m.content }}")
-)
+LINES = tiny_tokenizer.make(more=["a\n\n"] * 9)
 CHAT = (Turn("user", "Hi"), Turn("assistant", "the cat"), Turn("user", "Why?"), Turn("assistant", "the dog"))
+WORDS = "the cat sat on the mat, and then the dog sat on the question "
+LETTERS = "aeT hq\né.:"
+PROMPT = "Question: is the sky blue?\nAnswer:"
 
 
-def example(prompt="Question: is the sky blue?\nAnswer:", answer=" yes", id="0", messages=()):
-    return Example("task", id, prompt, answer, messages=messages)
+def example(prompt: str = PROMPT, answer: str = " yes", id: str = "0", messages: Any = ()) -> Example:
+    return Example("task", id, *(("", "") if messages else (prompt, answer)), messages=messages)
 
 
-def tokenize_one(one, tokenizer, **options):
-    [done] = tokenize_all([one], tokenizer, name="x", **options).examples
-    return done
+def tokenised(examples: Any, tokenizer: Any = PLAIN, max_length: int = 10**6, **options: Any) -> TokenizedSet:
+    return tokenize_all(examples, tokenizer, name="x", max_length=max_length, **options)
 
 
-def encode_one(tokenizer, prompt, answer):
-    [pair] = encode_pairs(tokenizer, [(prompt, answer)])
-    return pair
+def facts(found: TokenizedSet) -> Any:
+    return [(each.id, each.input_ids.tolist(), each.loss_mask.tolist()) for each in found.examples]
 
 
-def learnt(tokenizer, done):
-    return tokenizer.decode(done.input_ids[done.loss_mask])
+def texts(tokenizer: Any, found: TokenizedSet) -> list[tuple[str, str]]:
+    """(all of it, what is learnt) of each example."""
+    every = [(each.input_ids, each.input_ids[each.loss_mask]) for each in found.examples]
+    return [(tokenizer.decode(ids), tokenizer.decode(learnt)) for ids, learnt in every]
 
 
-def text(tokenizer, done):
-    return tokenizer.decode(done.input_ids)
+def by_hand(tokenizer: Any, prompt: str, answer: str, max_length: int, learns_all: bool) -> tuple[Any, bool]:
+    """((ids, mask) cut to `max_length`, whether anything was cut): the front of the prompt goes first, then the end."""
+    prefix = [] if tokenizer is PLAIN else [tokenizer.bos_token_id]
+    both = prompt + answer, prompt.rstrip(" ")
+    ids, alone = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in both)
+    start = 0
+    while start < min(len(ids), len(alone)) and ids[start] == alone[start]:
+        start += 1
+    before, behind = prefix + ids[:start], [*ids[start:], tokenizer.eos_token_id]
+    front = max(len(prefix), 1)
+    is_cut = len(before) + len(behind) > max_length
+    while len(before) + len(behind) > max_length and len(before) > front:
+        del before[len(prefix)]
+    done = [*before, *behind][:max_length]
+    return (done, [place > 0 and (learns_all or place >= len(before)) for place in range(len(done))]), is_cut
 
 
-@pytest.mark.parametrize("tokenizer, front", [(PLAIN, ""), (BOS, "<s>"), (BOTH, "<s>")])
-def test_the_answer_and_its_end_are_learnt(tokenizer, front):
-    done = tokenize_one(example(), tokenizer, max_length=100)
-    assert text(tokenizer, done) == front + "Question: is the sky blue?\nAnswer: yes<|im_end|>"
-    assert learnt(tokenizer, done) == " yes<|im_end|>"
-    assert (done.input_ids.dtype, done.loss_mask.dtype) == (np.int32, np.bool_)
-    assert (done.task, done.id, len(done)) == ("task", "0", len(done.loss_mask))
+@settings(max_examples=120, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(st.text(LETTERS, max_size=12), st.text(LETTERS, min_size=1, max_size=8)), min_size=1),
+    tokenizer=st.sampled_from([PLAIN, BOS, BOTH]),
+    max_length=st.integers(2, 24),
+    too_long=st.sampled_from(["error", "truncate", "drop"]),
+    loss_on=st.sampled_from(["answer", "last", "all"]),
+)
+def test_pairs_cut_dropped_or_refused(pairs: Any, tokenizer: Any, max_length: int, too_long: Any, loss_on: Any) -> None:
+    examples = [example(*pair, id=str(number)) for number, pair in enumerate(pairs)]
+    made = [by_hand(tokenizer, *pair, max_length, loss_on == "all") for pair in pairs]
+    num_cut = sum(is_cut for _, is_cut in made)
+    options = {"max_length": max_length, "too_long": too_long, "loss_on": loss_on}
+    kept = [(str(n), *done) for n, (done, is_cut) in enumerate(made) if not is_cut or too_long == "truncate"]
+    if num_cut and (too_long == "error" or not kept):
+        words = f"none of {len(pairs)} examples is left" if too_long == "drop" else f" of {len(pairs)} "
+        assert says(fault_of(tokenised, examples, tokenizer, **options), words)
+        return
+    found = tokenised(examples, tokenizer, **options)
+    assert facts(found) == kept
+    counts = num_cut * (too_long == "truncate"), num_cut * (too_long == "drop")
+    assert (found.num_truncated, found.num_dropped) == counts
+    assert {(each.task, each.input_ids.dtype, each.loss_mask.dtype) for each in found.examples} == {
+        ("task", np.dtype(np.int32), np.dtype(np.bool_))
+    }
+    assert found.num_tokens == sum(len(ids) for _, ids, _ in kept)
+    spans = encode_pairs(tokenizer, pairs)  # as evaluation encodes them: whole, without the end
+    whole = [by_hand(tokenizer, *pair, 10**6, False)[0] for pair in pairs]
+    assert [(ids, max(start, 1)) for ids, start in spans] == [(ids[:-1], mask.index(True)) for ids, mask in whole]
 
 
-@pytest.mark.parametrize("tokenizer", [PLAIN, BOS, BOTH])
-def test_loss_on_all_learns_everything_but_the_first_token(tokenizer):
-    done = tokenize_one(example(), tokenizer, max_length=100, loss_on="all")
-    assert not done.loss_mask[0]
-    assert done.loss_mask[1:].all()
+def test_the_prefix_the_end_and_borders_of_a_text() -> None:
+    assert texts(BOTH, tokenised([example()], BOTH)) == [(f"<s>{PROMPT} yes<|im_end|>", " yes<|im_end|>")]
+    assert [special_prefix(each) for each in (PLAIN, BOS, BOTH)] == [[], [BOS.bos_token_id], [BOTH.bos_token_id]]
+    one = tiny_tokenizer.make(bos=True, eos="<s>")  # beginning and end are one token
+    assert special_prefix(one) == [one.bos_token_id]
+    pairs = [("Answer: ", "yes"), ("Answer:", " yes"), ("the ans", "wer")]
+    spaced, apart, (ids, start) = encode_pairs(PLAIN, pairs)
+    assert spaced == apart
+    assert (ids[start:], PLAIN.decode(ids[:start])) == (PLAIN(" answer")["input_ids"], "the")  # across the border
+    assert encode_pairs(BOS, []) == []
+    examples = [example(answer=f" {n}", id=str(n)) for n in range(1500)]
+    examples[700] = example(id="700", messages=CHAT)
+    assert [each.id for each in tokenised(examples).examples] == [str(n) for n in range(1500)]
 
 
-@pytest.mark.parametrize("tokenizer", [PLAIN, BOS, BOTH])
-def test_plain_text_learns_what_has_something_before_it(tokenizer):
-    done = tokenize_one(example("", "The cat sat."), tokenizer, max_length=100)
-    whole = "The cat sat.<|im_end|>"
-    first = "" if special_prefix(tokenizer) else tokenizer.decode(done.input_ids[:1])
-    assert first + learnt(tokenizer, done) == whole
-
-
-def test_an_end_of_sequence_in_the_data_is_not_doubled():
-    done = tokenize_one(example(answer=" yes<|im_end|>"), PLAIN, max_length=100)
-    assert learnt(PLAIN, done) == " yes<|im_end|>"
-
-
-def test_a_rendered_chat_as_text_has_its_marks_once():
+def test_a_rendered_chat_as_text_has_its_marks_once() -> None:
     """Users make prompts with apply_chat_template, which writes the beginning and the end of a text."""
     stops = tiny_tokenizer.make(bos=True)
     set_chat_settings(stops, stop_ids=frozenset({stops.eos_token_id, stops.convert_tokens_to_ids("<|im_start|>")}))
-    texts = [
-        example("<s>Why?", " the cat<|im_end|> \n"),
-        example("Why?", " the cat"),
-        example("", "<s>the cat<|im_start|>"),
-        example("<s>", "the cat\n"),
+    pairs = [("<s>Why?", " the cat<|im_end|> \n"), ("Why?", " the cat"), ("", "<s>the cat<|im_start|>"), ("<s>", "a\n")]
+    found = tokenised([example(*pair) for pair in pairs], stops)
+    assert texts(stops, found) == [
+        ("<s>Why? the cat<|im_end|>", " the cat<|im_end|>"),
+        ("<s>Why? the cat<|im_end|>", " the cat<|im_end|>"),
+        ("<s>the cat<|im_start|>", "the cat<|im_start|>"),
+        ("<s>a\n<|im_end|>", "a\n<|im_end|>"),
     ]
-    found = tokenize_all(texts, stops, name="x", max_length=100)
-    assert [text(stops, each) for each in found.examples] == [
-        "<s>Why? the cat<|im_end|>",
-        "<s>Why? the cat<|im_end|>",
-        "<s>the cat<|im_start|>",
-        "<s>the cat\n<|im_end|>",
-    ]
-    assert [learnt(stops, each) for each in found.examples] == [
-        " the cat<|im_end|>",
-        " the cat<|im_end|>",
-        "the cat<|im_start|>",
-        "the cat\n<|im_end|>",
-    ]
-    assert [note.partition(":")[0] for note in found.notes] == [
-        "2 of 4 texts end with a stop token",
-        "3 of 4 texts begin with the beginning-of-sequence token that the tokenizer adds to a text",
-    ]
-    assert tokenize_all([texts[1]], stops, name="x", max_length=100).notes == ()
-    # evaluation encodes the same
-    assert encode_pairs(stops, [("<s>Why?", " the cat")]) == encode_pairs(stops, [("Why?", " the cat")])
+    ended, begun = found.notes
+    assert ended.startswith("2 of 4 texts end with a stop token")
+    assert begun.startswith("3 of 4 texts begin with the beginning-of-sequence token")
+    assert tokenised([example(*pairs[1])], stops).notes == ()
 
 
-def test_a_text_without_tokens_is_one_that_cannot_be_learnt():
-    only_a = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE({"a": 0, "<end>": 1}, [])), eos_token="<end>"
-    )
-    for completion in ("\u65e5", "\u65e5\n"):
-        with pytest.raises(UserError, match=r"1 example \(0\) has no token in the loss: the tokenizer makes"):
-            tokenize_all([example("", completion), example("a", "a", id="1")], only_a, name="x", max_length=100)
-
-
-def test_a_missing_separator_is_told_once_with_its_number():
+def test_borders_without_a_separator_and_inside_a_token_are_noted_once(tmp_path: Any) -> None:
+    apart = [("Why?", " a"), ("Why?", "\na"), ("", "a"), ("a[/INST]", "b"), ("a>", "b"), ("a", "<b>"), ("？", "b")]
     glued = [("Capital of France?", "Paris"), ("the ans", "wer")]
-    apart = [
-        ("Why?", " the cat"),
-        ("Why?", "\nthe cat"),
-        ("", "the cat"),
-        ("a[/INST]", "b"),
-        ("a", "<b>"),
-        ("\uff1f", "b"),
-    ]
-    examples = [example(*pair) for pair in (*apart, *glued)]
-    [note] = tokenize_all(examples, PLAIN, name="x", max_length=100).notes
-    assert note == (
-        "2 of 8 texts have no white space between prompt and completion, such as 'l of France?' + 'Paris'. Fix: if a "
-        'separator is missing, set template: {prompt: "{{ prompt }}\\n", completion: "{{ completion }}"} in this '
-        "source, or write it into the template that is there."
-    )
+    [note] = tokenised([example(*pair) for pair in (*apart, *glued)]).notes
+    assert says(note, "2 of 9 texts have no white space ... such as 'l of France?' + 'Paris'. Fix: ")
     choices = Example("task", "0", "Why?", "the", choices=("the", "a"), gold=0)  # made by a template of ours
-    assert not tokenize_all([choices, example()], PLAIN, name="x", max_length=100).notes
-
-
-def test_a_border_inside_a_token_is_told_once_with_its_number():
-    """A server that is given the prompt alone splits it otherwise."""
-    assert len(LINES("\n\n")["input_ids"]) == 1
-    pairs = [("Why?\n", "\n the cat"), ("Why? ", "the cat"), ("Why?\n", "the cat"), ("Why?", "\n\n the cat")]
-    [note] = tokenize_all([example(*pair) for pair in pairs], LINES, name="x", max_length=100).notes
-    assert note.startswith(
-        "2 of 4 texts have a token with the end of the prompt and the beginning of the completion, such as 'Why?\\n' + "
-        "'\\n the cat': a model that is given the prompt alone sees other tokens. Fix: set template: "
-    )
-
-
-def test_the_templates_that_the_notes_propose_end_the_matter(tmp_path):
-    rows = [{"Question": "Capital of France?", "Reply": "Paris"}, {"Question": "Why?\n", "Reply": "\n the cat"}]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-
-    def notes(**more):
-        columns = {"prompt": "Question", "completion": "Reply"}
-        source = SourceConfig.model_validate({"source": str(file), "columns": columns} | more)
-        return tokenize_all(load_source(source), LINES, name="x", max_length=100).notes
-
-    templates = [re.findall(r'template: (\{.*?"\})', note) for note in notes()]
+    assert not tokenised([choices, example()]).notes
+    joined = [("Why?\n", "\n the cat"), ("Why? ", "the cat"), ("Why?\n", "the cat"), ("Why?", "\n\n the cat")]
+    [note] = tokenised([example(*pair) for pair in joined], LINES).notes
+    assert says(note, "2 of 4 texts have a token with the end of the prompt ... such as 'Why?\\n' + '\\n the cat'")
+    # the templates that the notes propose end the matter
+    rows = [{"prompt": "Capital of France?", "completion": "Paris"}, {"prompt": "Why?\n", "completion": "\n the cat"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"source": f"{tmp_path}/rows.jsonl"}
+    notes = tokenised(load_source(SourceConfig.model_validate(source)), LINES).notes
+    templates = [yaml.safe_load(text) for note in notes for text in re.findall(r'template: (\{.*?"\})', note)]
     assert len(templates) == 2
-    for [template] in templates:
-        assert not notes(template=yaml.safe_load(template))
+    for template in templates:
+        assert not tokenised(load_source(SourceConfig.model_validate(source | {"template": template})), LINES).notes
 
 
-@pytest.mark.parametrize("tokenizer, prefix", [(PLAIN, []), (BOS, ["<s>"]), (BOTH, ["<s>"])])
-def test_special_prefix(tokenizer, prefix):
-    assert special_prefix(tokenizer) == tokenizer.convert_tokens_to_ids(prefix)
+def test_what_cannot_be_learnt_is_refused() -> None:
+    only_a = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, "<e>": 1}, [])), eos_token="<e>")
+    silent = example(id="9", messages=CHAT[:1])
+    for examples, tokenizer, words in (
+        ([example("", "\u65e5"), example("a", "a", "1")], only_a, "1 example (0) has no token in the loss: the tok"),
+        ([example("", "\u65e5\n"), example("a", "a", "1")], only_a, "1 example (0) has no token in the loss: the tok"),
+        ([silent, example()], PLAIN, "1 example (9) has no token in the loss: the answer is missing, ... this row."),
+        ([silent, silent, example()], PLAIN, "2 examples (9, 9) have no token in the loss: ... these rows."),
+        ([example()], tiny_tokenizer.make(eos=None), "x: the tokenizer has no end-of-sequence token"),
+    ):
+        assert says(fault_of(tokenised, examples, tokenizer), words)
 
 
-def test_special_prefix_where_beginning_and_end_are_one_token():
-    one = tiny_tokenizer.make(bos=True, eos="<s>")
-    assert special_prefix(one) == [one.bos_token_id]
+# Long examples
 
 
-def test_spaces_at_the_end_of_the_prompt_belong_to_the_answer():
-    assert encode_one(PLAIN, "Answer: ", "yes") == encode_one(PLAIN, "Answer:", " yes")
-
-
-def test_a_token_across_the_border_is_the_answers():
-    """'ans' + 'wer' is one token here; cutting by the length of the prompt's ids would lose the answer."""
-    [token] = PLAIN(" answer")["input_ids"]
-    ids, start = encode_one(PLAIN, "the ans", "wer")
-    assert ids[start:] == [token]
-    assert PLAIN.decode(ids[:start]) == "the"
-
-
-@pytest.mark.parametrize("tokenizer", [PLAIN, BOS, BOTH])
-@settings(max_examples=60, deadline=None)
-@given(prompt=st.text("aeT hq\né.:", max_size=12), answer=st.text("aeT hq\né.:", min_size=1, max_size=8))
-def test_pairs_are_the_text_cut_before_the_answer(tokenizer, prompt, answer):
-    ids, start = encode_one(tokenizer, prompt, answer)
-    whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
-    assert ids == special_prefix(tokenizer) + whole
-    # the answer's part has every byte of the answer: what stands before it is inside the prompt
-    before = tokenizer.decode(ids[len(special_prefix(tokenizer)) : start])
-    assert prompt.encode().startswith(before.encode().rstrip("\ufffd".encode()))
-    assert start <= len(special_prefix(tokenizer)) + len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    assert start < len(ids)
-
-
-def test_many_pairs_are_the_same_as_one_by_one():
-    pairs = [("Answer:", " yes"), ("", "The cat"), ("the ans", "wer"), ("Why? ", "the dog")]
-    assert encode_pairs(BOS, pairs) == [encode_one(BOS, *pair) for pair in pairs]
-    assert encode_pairs(BOS, []) == []
-
-
-def test_no_end_of_sequence_token():
-    with pytest.raises(UserError, match=r"x: the tokenizer has no end-of-sequence token"):
-        tokenize_all([example()], tiny_tokenizer.make(eos=None), name="x", max_length=200)
-
-
-# Length
-
-
-def lengths_of(examples, tokenizer=PLAIN):
-    return [len(tokenize_one(one, tokenizer, max_length=10**6)) for one in examples]
-
-
-def test_too_long_examples_are_counted_then_refused():
+def test_too_long_examples_are_counted_then_refused() -> None:
     examples = [example("the cat " * (20 if n % 2 else 1), id=f"n{n}") for n in range(10)]
-    longest, num_tokens = max(lengths_of(examples)), sum(lengths_of(examples))
-    with pytest.raises(UserError) as error:
-        tokenize_all(examples, PLAIN, name="mine", max_length=longest - 1)
-    assert error.value.faults == (
-        f"mine: 5 examples (n1, n3, n5, ...) of 10 are longer than data.max_length ({longest - 1}), the longest has "
+    found = tokenised(examples)
+    longest, total = max(map(len, found.examples)), found.num_tokens
+    assert fault_of(tokenised, examples, max_length=longest - 1) == (
+        f"x: 5 examples (n1, n3, n5, ...) of 10 are longer than data.max_length ({longest - 1}), the longest has "
         f"{longest} tokens. Fix: raise data.max_length, or set data.too_long to truncate (cuts "
-        f"{100 * 5 / num_tokens:.3g} % of the tokens: the front of a prompt, the last turns of a chat) or drop (loses "
-        f"50 % of the examples, {100 * 5 * longest / num_tokens:.3g} % of the tokens).",
+        f"{100 * 5 / total:.3g} % of the tokens: the front of a prompt, the last turns of a chat) or drop (loses "
+        f"50 % of the examples, {100 * 5 * longest / total:.3g} % of the tokens)."
     )
-    assert len(tokenize_all(examples, PLAIN, name="mine", max_length=longest)) == 10
+    assert len(tokenised(examples, max_length=longest)) == 10
+    each_turn = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
+    chat = example(id="chat", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")))
+    line = fault_of(tokenised, [chat, example()], tiny_tokenizer.make(chat_template=each_turn), max_length=5)
+    assert says(line, "x: 4 examples (chat[1], chat[3], chat[5], ...) of 4 are longer ... drop (loses 100 % of the")
 
 
 @pytest.mark.parametrize("max_length", [5, 11, 20, 30])
-def test_the_shares_that_an_error_names_are_those_that_the_other_choices_lose(max_length):
-    chat = example("", "", messages=CHAT, id="chat")  # its first label is the 12th token: cut shorter, none is left
-    examples = [chat, *(example("the cat " * n, id=f"n{n}") for n in range(1, 9))]
-    num_tokens = sum(lengths_of(examples, BOS))
-    with pytest.raises(UserError) as error:
-        tokenize_all(examples, BOS, name="x", max_length=max_length)
-    kept = {}
+def test_the_shares_that_an_error_names_are_those_that_the_other_choices_lose(max_length: int) -> None:
+    # the first label of the chat is its 12th token: cut shorter, none is left
+    examples = [example(id="chat", messages=CHAT), *(example("the cat " * n, id=f"n{n}") for n in range(1, 9))]
+    total, kept = tokenised(examples, BOS).num_tokens, {}
     for choice in ("truncate", "drop"):
         try:
-            kept[choice] = tokenize_all(examples, BOS, name="x", max_length=max_length, too_long=choice)
+            kept[choice] = tokenised(examples, BOS, max_length, too_long=choice)
         except UserError:  # nothing is left
             kept[choice] = TokenizedSet("x", ())
-    cut, lost = (f"{100 * (1 - each.num_tokens / num_tokens):.3g} %" for each in kept.values())
+    cut, lost = (f"{100 * (1 - each.num_tokens / total):.3g} %" for each in kept.values())
     examples_lost = f"{100 * (1 - len(kept['drop']) / len(examples)):.3g} %"
-    assert f"truncate (cuts {cut} of the tokens" in str(error.value)
-    assert f"drop (loses {examples_lost} of the examples, {lost} of the tokens)" in str(error.value)
-
-
-def test_truncation_is_offered_only_where_it_leaves_something_to_learn():
-    chats = [example("", "", messages=CHAT, id=id) for id in "ab"]
-    first_learnt = int(np.flatnonzero(tokenize_one(chats[0], PLAIN, max_length=1000).loss_mask)[0])
-
-    def told(examples, max_length):
-        with pytest.raises(UserError) as error:
-            tokenize_all(examples, PLAIN, name="x", max_length=max_length)
-        return error.value.faults[0].partition("data.too_long to ")[2]
-
-    assert told(chats, first_learnt) == "drop (loses 100 % of the examples, 100 % of the tokens)."
-    some = told([*chats, example("the cat " * 20)], first_learnt)
-    assert some.startswith("truncate (cuts ")
-    assert ", the last turns of a chat, the whole of 2 examples (a, b)) or drop (" in some
-    assert ", the last turns of a chat) or drop (" in told(chats, first_learnt + 1)
-
-
-def test_of_a_chat_that_gives_several_examples_each_is_counted_once():
-    """The template prints an earlier answer otherwise, so that each turn is an example of its own."""
-    template = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '' }}<|im_end|>{% endfor %}"
-    chat = example("", "", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")), id="chat")
-    with pytest.raises(UserError) as error:
-        tokenize_all([chat, example()], tiny_tokenizer.make(chat_template=template), name="x", max_length=5)
-    assert error.value.faults[0].startswith("x: 4 examples (chat[1], chat[3], chat[5], ...) of 4 are longer")
-    assert "drop (loses 100 % of the examples, 100 % of the tokens)" in error.value.faults[0]
-
-
-def test_drop_counts():
-    examples = [example("the cat " * (20 if n % 2 else 1), id=f"n{n}") for n in range(10)]
-    kept = tokenize_all(examples, PLAIN, name="mine", max_length=20, too_long="drop")
-    assert [one.id for one in kept.examples] == ["n0", "n2", "n4", "n6", "n8"]
-    assert (kept.num_dropped, kept.num_truncated) == (5, 0)
-    with pytest.raises(UserError, match=r"mine: none of 10 examples is left. Fix: raise data.max_length \(2\)"):
-        tokenize_all(examples, PLAIN, name="mine", max_length=2, too_long="drop")
-
-
-@pytest.mark.parametrize("tokenizer, front", [(PLAIN, ""), (BOS, "<s>")])
-def test_truncation_cuts_the_front_of_the_prompt(tokenizer, front):
-    one = example("The dog. Question: is the sky blue?\nAnswer:", " the cat sat")
-    full = tokenize_one(one, tokenizer, max_length=1000)
-    for num_cut in range(1, len(full) - 1):
-        cut = tokenize_all([one], tokenizer, name="x", max_length=len(full) - num_cut, too_long="truncate")
-        [done] = cut.examples
-        assert cut.num_truncated == 1
-        assert len(done) == len(full) - num_cut
-        shown = text(tokenizer, done)
-        assert shown.startswith(front)
-        rest = shown.removeprefix(front)
-        num_before = np.flatnonzero(full.loss_mask)[0] - 1
-        if num_cut <= num_before - len(special_prefix(tokenizer)):
-            assert "The dog. Question: is the sky blue?\nAnswer: the cat sat<|im_end|>".endswith(rest)
-            assert learnt(tokenizer, done) == " the cat sat<|im_end|>"
-        else:  # no prompt is left (but for one token where there is no <s>): the answer loses its end
-            assert " the cat sat<|im_end|>".startswith(learnt(tokenizer, done))
-            assert done.loss_mask[1:].all()
-
-
-@pytest.mark.parametrize("too_long", ["truncate", "drop", "error", "split"])
-@pytest.mark.parametrize("place", ["prompt", "answer", "both", "text", "user", "assistant", "reasoning"])
-def test_a_text_of_megabytes_is_shortened_before_it_is_encoded_to_the_same_tokens(place, too_long, monkeypatch):
-    words = "the cat sat on 12 mats, and so on. " * 800
-    one = {
-        "prompt": example(words, " yes"),
-        "answer": example("Why?", words),
-        "both": example(words, words),
-        "text": example("", words),
-        "user": example("", "", messages=(Turn("user", words), CHAT[1])),
-        "assistant": example("", "", messages=(CHAT[0], Turn("assistant", words), *CHAT[2:])),
-        "reasoning": example("", "", messages=(CHAT[0], Turn("assistant", "yes", reasoning=words))),
-    }[place]
-
-    tokenizer = THINKS if place == "reasoning" else PLAIN
-
-    def tokenized():
-        try:
-            return tokenize_all([one, example()], tokenizer, name="x", max_length=50, too_long=too_long)
-        except UserError as error:
-            return str(error).partition(", the longest has")[0]  # a lower bound of its length is enough
-
-    whole = tokenized()
-    monkeypatch.setattr("qdora.data.tokenize._EXCESSIVE", 10_000)
-    given = []
-    monkeypatch.setattr(
-        "qdora.data.tokenize.encode_batch", lambda _, texts: given.extend(texts) or encode_batch(PLAIN, texts)
-    )
-    monkeypatch.setattr(
-        "qdora.data.encode_chats._encode",
-        lambda _, texts: given.extend(each.text for each in texts) or encode(PLAIN, texts),
-    )
-    short = tokenized()
-    assert max(map(len, given)) < len(words)
-    if isinstance(whole, str):
-        assert short == whole
-        return
-    assert (short.num_truncated, short.num_dropped) == (whole.num_truncated, whole.num_dropped)
-    for ours, theirs in zip(short.examples, whole.examples, strict=True):
-        assert np.array_equal(ours.input_ids, theirs.input_ids)
-        assert np.array_equal(ours.loss_mask, theirs.loss_mask)
-
-
-def test_the_numbers_of_tokens_of_a_shortened_text_are_said_to_be_at_least_so_many(monkeypatch):
-    long, short = example("the cat " * 3000, id="long"), example("the cat " * 100, id="short")
-    num_tokens = len(tokenize_one(long, PLAIN, max_length=10**6).input_ids)
-    monkeypatch.setattr("qdora.data.tokenize._EXCESSIVE", 10_000)
-
-    def told(examples, too_long="error"):
-        with pytest.raises(UserError) as error:
-            tokenize_all(examples, PLAIN, name="x", max_length=20, too_long=too_long)
-        return error.value.faults[0]
-
-    of_both = re.fullmatch(
-        r"x: 2 examples \(long, short\) of 2 are longer than data.max_length \(20\), the longest has at least (\d+) "
-        r"tokens\. Fix: raise data.max_length, or set data.too_long to truncate \(cuts the front of a prompt, the last "
-        r"turns of a chat\) or drop \(loses 100 % of the examples\)\.",
-        told([long, short]),
-    )
-    assert of_both is not None
-    assert 20 < int(of_both[1]) < num_tokens
-    assert "the longest has at least " in told([long, short], "split")
-    exact = f"the longest has {len(tokenize_one(short, PLAIN, max_length=10**6).input_ids)} tokens"
-    assert exact in told([short])
-    # so many tokens are reached by all of the text, and nothing is left out
-    monkeypatch.setattr("qdora.data.tokenize._EXCESSIVE", 500)
-    assert exact in told([short])
+    words = f"truncate (cuts {cut} of the tokens ... drop (loses {examples_lost} of the examples, {lost} of the tokens)"
+    assert says(fault_of(tokenised, examples, BOS, max_length), words)
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "last", "all"])
-def test_a_truncated_chat_ends_with_its_last_answer_that_fits(loss_on):
-    chat = example("", "", messages=(*CHAT, Turn("user", "Hm"), Turn("assistant", "the end")))
-    full = tokenize_one(chat, PLAIN, max_length=1000, loss_on=loss_on)
-    ends = []
+def test_a_truncated_chat_ends_with_its_last_answer_that_fits(loss_on: Any) -> None:
+    chat = example(messages=(*CHAT, Turn("user", "Hm"), Turn("assistant", "the end")))
+    [full] = tokenised([chat], loss_on=loss_on).examples
+    first, ends = int(np.flatnonzero(full.loss_mask)[0]), list[int]()
     if loss_on == "answer":
-        assert learnt(PLAIN, full) == "the cat<|im_end|>\nthe dog<|im_end|>\nthe end<|im_end|>\n"
-        lengths = (len(PLAIN(each + "<|im_end|>\n")["input_ids"]) for each in ("the cat", "the dog", "the end"))
-        places = np.flatnonzero(full.loss_mask) + 1
-        ends = [int(places[number - 1]) for number in accumulate(lengths)]
-        assert ends[-1] == len(full)
-    first = int(np.flatnonzero(full.loss_mask)[0])
+        places = np.flatnonzero(np.diff(full.loss_mask.astype(int), append=0) == -1) + 1
+        ends = places.tolist()
+        assert (len(ends), ends[-1]) == (3, len(full))
     for limit in range(first + 1, len(full) + 1):
-        done = tokenize_one(chat, PLAIN, max_length=limit, loss_on=loss_on, too_long="truncate")
+        [done] = tokenised([chat], max_length=limit, loss_on=loss_on, too_long="truncate").examples
         length = max((end for end in ends if end <= limit), default=limit)
-        assert done.input_ids.tolist() == full.input_ids[:length].tolist(), limit
-        assert done.loss_mask.tolist() == full.loss_mask[:length].tolist(), limit
+        assert done.input_ids.tolist() == full.input_ids[:length].tolist()
+        assert done.loss_mask.tolist() == full.loss_mask[:length].tolist()
+    if loss_on != "answer":
+        return
+    # cut before the assistant says anything: dropped, and truncation is offered only where it leaves something
+    assert tokenised([chat, example()], max_length=first, too_long="truncate").num_dropped == 1
+    assert says(fault_of(tokenised, [chat], max_length=first), "too_long to drop (loses 100 % of the examples, 100 %")
+    long = example("the cat " * 20)
+    line = fault_of(tokenised, [chat, long], max_length=first)
+    assert says(line, "to truncate (cuts ... the last turns of a chat, the whole of 1 example (0)) or drop (")
+    assert says(fault_of(tokenised, [chat], max_length=first + 1), "to truncate (cuts ... of a chat) or drop (")
 
 
-def test_truncated_text_and_chats_lose_their_end():
-    done = tokenize_one(example("", "The cat sat on the mat"), PLAIN, max_length=4, too_long="truncate")
-    assert "The cat sat on the mat".startswith(text(PLAIN, done))
-    chat = example("", "", messages=CHAT)
-    full = tokenize_one(chat, PLAIN, max_length=1000)
-    # cut before the assistant says anything: nothing to learn, so it is dropped
-    cut = tokenize_all([chat, example()], PLAIN, name="x", max_length=20, too_long="truncate")
-    first_learnt = int(np.flatnonzero(full.loss_mask)[0])
-    dropped = tokenize_all([chat, example()], PLAIN, name="x", max_length=first_learnt, too_long="truncate")
-    assert (len(cut) + cut.num_dropped, dropped.num_dropped) == (2, 1)
+LONG = "the cat sat on 12 mats, and so on. " * 800
+THINKS = tiny_tokenizer.CHATML.replace("{{ m['content'] }}", "{{ m.reasoning_content }}{{ m.content }}")
 
 
-def test_an_example_without_a_token_to_learn():
-    chat = example("", "", "9", (Turn("user", "Hi"),))
-    with pytest.raises(
-        UserError, match=r"x: 1 example \(9\) has no token in the loss: the answer is missing, .* Fix: remove this row"
-    ):
-        tokenize_all([chat, example()], PLAIN, name="x", max_length=100)
+@pytest.mark.parametrize("too_long", ["truncate", "drop", "error", "split"])
+@pytest.mark.parametrize(
+    "one",
+    [
+        example(LONG, " yes"),
+        example("Why?", LONG),
+        example(LONG, LONG),
+        example("", LONG),
+        Example("task", "0", "Why?", LONG, choices=(" no", LONG), gold=1),
+        example(messages=(Turn("user", LONG), CHAT[1])),
+        example(messages=(CHAT[0], Turn("assistant", LONG), *CHAT[2:])),
+        example(messages=(CHAT[0], Turn("assistant", "yes", reasoning=LONG))),
+    ],
+)
+def test_a_text_of_megabytes_is_shortened_to_the_same_tokens(one: Example, too_long: Any, monkeypatch: Any) -> None:
+    tokenizer, found = tiny_tokenizer.make(chat_template=THINKS), list[Any]()
+    for limit in (1 << 20, 10_000):
+        monkeypatch.setattr(tokenize, "_EXCESSIVE", limit)
+        try:
+            done = tokenised([one, example()], tokenizer, 50, too_long=too_long)
+            found.append(((facts(done), done.num_truncated, done.num_dropped), ""))
+        except UserError as error:  # a lower bound of its length is enough
+            found.append(tuple(str(error).split(", the longest has")))
+    (whole, told), (short, told_of_short) = found
+    assert short == whole
+    assert (" at least " in told, " at least " in told_of_short) == (False, bool(told))
 
 
-def test_order_and_sums():
-    examples = [example(answer=f" {n}", id=str(n), messages=()) for n in range(1500)]
-    examples[700] = example("", "", "700", CHAT)
-    done = tokenize_all(examples, PLAIN, name="x", max_length=200)
-    assert [one.id for one in done.examples] == [str(n) for n in range(1500)]
-    assert isinstance(done, TokenizedSet)
-    assert done.num_tokens == sum(one.input_ids.size for one in done.examples)
+# Split text
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, BOS])
+@given(text=st.text(min_size=1, max_size=200).filter(str.strip), max_length=st.integers(3, 30))
+@settings(max_examples=60, deadline=None)
+def test_every_token_of_split_text_is_taught_once(tokenizer: Any, text: str, max_length: int) -> None:
+    whole = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    found = tokenised([example("", text, "a")], tokenizer, max_length, too_long="split").examples
+    bos = whole[:1] if tokenizer is BOS else []
+    taught = whole[:1]  # nothing predicts the first token
+    for part in found:
+        ids, mask = part.input_ids.tolist(), part.loss_mask.tolist()
+        assert 2 <= len(ids) <= max_length
+        assert ids[: len(bos)] == bos
+        start = mask.index(True)
+        assert mask == [False] * start + [True] * (len(ids) - start)
+        if part is not found[0]:
+            assert (start, ids[start - 1]) == (len(bos) + 1, taught[-1])
+        taught += ids[start:]
+    assert taught == whole
+    assert [part.id for part in found] == (["a"] if len(found) == 1 else [f"a[{n}]" for n in range(len(found))])
+    assert all(len(part) == max_length for part in found[:-1])
+
+
+@given(text=st.text("ab \n\u2003", max_size=300), size=st.integers(2, 50))
+def test_parts_of_a_text_are_the_text(text: str, size: int) -> None:
+    parts = split_text.text_parts(text, size)
+    assert "".join(parts) == text
+    assert all(0 < len(part) <= size for part in parts[:-1])
+    for left, right in itertools.pairwise(parts):  # cut before white space where there is some
+        assert right[0].isspace() or not any(map(str.isspace, left[size - size // 2 + 1 :]))
+
+
+def test_long_texts_in_parts_and_what_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [example("", WORDS * 300, "a"), example("", "yes no", "b"), example("Answer:", " yes", "c")]
+    expected = facts(tokenised(examples, max_length=40, too_long="split"))
+    assert len(expected) > 100
+    for name, limit in (("_EXCESSIVE", 1000), ("_BATCH_CHARACTERS", 1000)):
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenize, name, limit)
+            assert facts(tokenised(examples, max_length=40, too_long="split")) == expected
+    monkeypatch.setattr(tokenize, "_BATCH_CHARACTERS", 10)
+    thought = example(messages=(Turn("user", "Hi"), Turn("assistant", "yes", reasoning="hm hm")))
+    batches = tokenize.text_batches([*[example("abc", "de")] * 4, thought, example("abc", "de")])
+    assert [len(batch) for batch in batches] == [2, 2, 1, 1]
+    choice = Example("task", "c", "", " no", (" no", " o"), 0)
+    examples = [example("x", " yes" * 50), example("", WORDS * 9), choice]
+    fault = fault_of(tokenised, examples, max_length=20, too_long="split")
+    assert says(fault, "x: 1 example (0) of 3 is longer ... (20), the longest has 52 tokens ... since split is for")
+    fault = fault_of(tokenised, [example("", WORDS)], BOS, max_length=2, too_long="split")
+    assert says(fault, "data.too_long: split needs data.max_length 3, got 2.")
+
+
+# Tokens as text
+
+
+@cache
+def with_byte_fallback() -> Any:
+    """As Llama 2: words begin with a mark for the space, unknown characters are bytes, the first space is stripped."""
+    words = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abchelowrd", "▁h"]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("▁", "h")], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("make", [lambda: PLAIN, with_byte_fallback])
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@tried(text="héllo wörld 👍🏽 한국")
+@tried(text="�� a")
+def test_the_pieces_joined_are_the_text(make: Any, text: str) -> None:
+    tokenizer = make()
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    mask = [index % 3 == 2 for index in range(len(ids))]
+    pieces = token_pieces(tokenizer, ids, mask)
+    assert "".join(piece.text for piece in pieces) == text + tokenizer.eos_token
+    assert [piece.in_loss for piece in pieces] == mask
+    assert [piece.is_special for piece in pieces] == [False] * (len(ids) - 1) + [True]
+
+
+def test_characters_of_several_tokens_and_the_middle_of_a_long_example() -> None:
+    ids = PLAIN("a👍b", add_special_tokens=False)["input_ids"]
+    assert [piece.text for piece in token_pieces(PLAIN, ids, [True] * 6)] == ["a", "", "", "", "👍", "b"]
+    cut = token_pieces(PLAIN, ids[:4], [True] * 4)
+    assert (len(cut), cut[0].text, "�" in cut[-1].text) == (4, "a", True)
+    for length, left_out in ((400, 0), (401, 1), (1001, 601)):
+        one = TokenizedExample("task", "id", np.full(length, 40, dtype=np.int32), np.arange(length) >= length // 2)
+        found = shown_example("s", one, PLAIN)
+        assert (len(found["pieces"]), found["left_out"], found["left_out_behind"]) == (400, left_out, 200)
+        assert (found["num_tokens"], found["num_in_loss"]) == (length, length - length // 2)
+        assert [each["in_loss"] for each in found["pieces"]] == [False] * 200 + [True] * 200

@@ -1,30 +1,33 @@
-"""Whole evaluations, their JSON form and their tables."""
+"""Whole evaluations: metrics, tables, changes by task, and batches that processes share."""
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import math
+from dataclasses import fields
 from itertools import groupby
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import torch
+from scipy import stats
+from torch import nn
 
 from qdora.data.example import Example
 from qdora.errors import RunFailure
+from qdora.evaluation import suite
+from qdora.evaluation.batches import batches_shared, results_of
+from qdora.evaluation.before_after import TaskChange, task_changes, tasks_of_other_examples, worse_than_before
+from qdora.evaluation.generation import GenerationResult, evaluate_generated
 from qdora.evaluation.loglikelihood import ExampleScore, score_examples
-from qdora.evaluation.suite import (
-    EvaluationResult,
-    TaskResult,
-    _record,
-    _task_result,
-    averaged,
-    compare_table,
-    evaluate,
-    spread,
-)
-from tests import tiny, tiny_tokenizer
+from qdora.evaluation.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
+from qdora.evaluation.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
+from qdora.run.step_evaluations import evaluate_together
+from qdora.train.distributed import processes_of_launch
+from tests import launched, tiny, tiny_tokenizer
 
 COLOURS = [" blue", " brown", " quick", " lazy"]
 
@@ -47,71 +50,34 @@ def model() -> Any:
     return tiny.llama(vocab_size=400, initializer_range=0.3)
 
 
-def test_metrics_of_every_task() -> None:
-    net, tokenizer = model(), tiny_tokenizer.make()
-    net.train()
-    sets = {
-        "choices": questions("choices", 12),
-        "free": texts("free", 5),
-        "both": questions("both", 3) + texts("both", 2),
-    }
-    found = evaluate(net, tokenizer, sets)
-    assert net.training
-    assert list(found.tasks) == ["choices", "free", "both"]
-
-    scores = score_examples(net.eval(), tokenizer, sets["choices"])
-    hits = [int(np.argmax(score.loglikelihoods)) == score.gold for score in scores]
-    hits_norm = [int(np.argmax(score.loglikelihoods / score.num_chars)) == score.gold for score in scores]
-    nlls = [-score.loglikelihoods[index % 2] for index, score in enumerate(scores)]
-    task = found.tasks["choices"]
-    assert task.acc == pytest.approx(sum(hits) / 12)
-    assert task.acc_norm == pytest.approx(sum(hits_norm) / 12)
-    assert task.acc_stderr == pytest.approx(math.sqrt(task.acc * (1 - task.acc) / 11))
-    assert task.chance == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
-    assert task.majority == 0.5
-    assert task.nll == pytest.approx(sum(nlls) / 12)
-    num_tokens = sum(score.num_tokens[index % 2] for index, score in enumerate(scores))
-    assert task.nll_per_token == pytest.approx(sum(nlls) / num_tokens)
-
-    answers = score_examples(net, tokenizer, sets["free"])
-    free = found.tasks["free"]
-    assert (free.acc, free.acc_stderr, free.chance, free.majority, free.num_choice_examples) == (None,) * 4 + (0,)
-    assert free.nll == pytest.approx(-sum(float(answer.loglikelihoods[0]) for answer in answers) / 5)
-    assert free.num_answer_tokens == sum(answer.num_tokens[0] for answer in answers)
-    assert (found.tasks["both"].num_examples, found.tasks["both"].num_choice_examples) == (5, 3)
-
-    average = found.average
-    assert average.acc == pytest.approx((task.acc + found.tasks["both"].acc) / 2)
-    assert average.nll == pytest.approx(np.mean([result.nll for result in found.tasks.values()]))
-    assert average.num_examples == 22
-    assert found.settings["shared_prefix"] is True
-    assert found.settings["model_dtype"] == "float32"
+SETS = {"choices": questions("choices", 12), "free": texts("free", 7), "both": texts("both", 2) + questions("both", 3)}
+# So few tokens that there are more batches than processes.
+FEW = {"max_batch_tokens": 48}
 
 
-def test_single_examples_add_up_to_the_metrics() -> None:
-    sets = {"a": questions("a", 7), "b": questions("b", 4) + texts("b", 3)}
-    found = evaluate(model(), tiny_tokenizer.make(), sets)
-    for task, result in found.tasks.items():
-        records = [record for record in found.per_example if record["task"] == task]
-        assert [record["id"] for record in records] == [example.id for example in sets[task]]
-        assert np.mean([record["nll"] for record in records]) == pytest.approx(result.nll)
-        assert sum(record["num_answer_tokens"] for record in records) == result.num_answer_tokens
-        assert np.mean([record["acc"] for record in records if "acc" in record]) == pytest.approx(result.acc)
-        assert np.mean([record["acc_norm"] for record in records if "acc" in record]) == pytest.approx(result.acc_norm)
+# Metrics
 
 
-def test_json_and_back() -> None:
-    found = evaluate(model(), tiny_tokenizer.make(), {"one": questions("one", 1), "two": texts("two", 2)})
-    assert found.tasks["one"].acc_stderr is None  # one example has no standard error, and JSON no nan
-    text = json.dumps(found.to_dict(per_example=True), allow_nan=False)
-    assert EvaluationResult.from_dict(json.loads(text)) == found
-    assert "per_example" not in found.to_dict()
+def test_means_ratios_and_ties_by_hand() -> None:
+    # squared deviations 4 + 1 + 0 + 1 + 4 = 10; s^2 = 10 / 4; se = sqrt(2.5 / 5)
+    assert mean_stderr([1.0, 2.0, 3.0, 4.0, 5.0]) == Estimate(3.0, pytest.approx(math.sqrt(0.5), rel=1e-15))
+    assert mean_stderr([1, 1, 0, 0, 0]).stderr == pytest.approx(math.sqrt(0.4 * 0.6 / 4))
+    # R = 1.5; residuals 2 - 1.5, 6 - 6, 1 - 1.5 = 0.5, 0, -0.5; s^2 = 0.5 / 2; mean tokens 2; se = 0.5 / (2 sqrt 3)
+    assert ratio_stderr([2.0, 6.0, 1.0], [1, 4, 1]) == Estimate(1.5, pytest.approx(0.5 / (2 * math.sqrt(3))))
+    assert ratio_stderr([2.0, 4.0, 10.0], [1, 2, 5]) == Estimate(2.0, 0.0)
+    assert math.isnan(mean_stderr([2.0]).stderr)
+    assert math.isnan(ratio_stderr([2.0], [1]).stderr)
+    for call, words in ((lambda: mean_stderr([]), "no examples"), (lambda: ratio_stderr([1.0], [0]), "positive denom")):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert [tie_credit([-1.0, -1.0, -2.0], gold) for gold in range(3)] == [0.5, 0.5, 0.0]
+    assert tie_credit([-1.0, -2.0], 0) == 1.0
 
 
 def accuracies(loglikelihoods: list[list[float]], num_chars: list[list[int]], gold: list[int]) -> TaskResult:
     each = zip(loglikelihoods, num_chars, gold, strict=True)
     scores = [ExampleScore("0", right, np.array(ll), np.ones(len(ll), int), np.array(n), 0) for ll, n, right in each]
-    return _task_result([_record("t", score) for score in scores])
+    return suite._task_result([suite._record("t", score) for score in scores])
 
 
 def test_accuracies_by_hand() -> None:
@@ -120,127 +86,39 @@ def test_accuracies_by_hand() -> None:
     # 1          -3, -2, -9    3, 4, 30    1             -1, -0.5, -0.3          2      2
     # 2          -1, -5        1, 1        0             -1, -5                  0      0
     # 3          -8, -8.5      8, 17       0             -1, -0.5                1      1
-    found = accuracies(
-        [[-4.0, -6.0], [-3.0, -2.0, -9.0], [-1.0, -5.0], [-8.0, -8.5]],
-        [[2, 6], [3, 4, 30], [1, 1], [8, 17]],
-        [0, 2, 0, 1],
-    )
-    assert found.acc == 2 / 4
-    assert found.acc_stderr == pytest.approx(math.sqrt(0.5 * 0.5 / 3))
-    assert found.acc_norm == 3 / 4
-    assert found.acc_norm_stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    lls = [[-4.0, -6.0], [-3.0, -2.0, -9.0], [-1.0, -5.0], [-8.0, -8.5]]
+    found = accuracies(lls, [[2, 6], [3, 4, 30], [1, 1], [8, 17]], [0, 2, 0, 1])
+    assert (found.acc, found.acc_norm, found.num_ties, found.num_ties_norm) == (2 / 4, 3 / 4, 0, 0)
+    errors = math.sqrt(0.5 * 0.5 / 3), math.sqrt(0.75 * 0.25 / 3)
+    assert (found.acc_stderr, found.acc_norm_stderr) == pytest.approx(errors)
     assert found.chance == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
     assert found.majority == 2 / 4  # gold is 0 twice, 2 and 1 once
-    assert (found.num_ties, found.num_ties_norm) == (0, 0)
+    tied = accuracies([[-3.0] * 4, [-2.0, -4.0]], [[1, 1, 1, 1], [1, 2]], [2, 0])
+    assert (tied.acc, tied.acc_norm) == ((1 / 4 + 1) / 2, (1 / 4 + 1 / 2) / 2)
+    assert (tied.num_ties, tied.num_ties_norm) == (1, 2)
+    constant = accuracies([[-1.0, -1.0]] * 100, [[1, 1]] * 100, [0] * 90 + [1] * 10)  # argmax would look like 90 %
+    assert (constant.acc, constant.chance, constant.majority) == (0.5, 0.5, 0.9)
+    assert accuracies([[-1.0, -3.0]], [[0, 2]], [0]).acc_norm == 1.0  # an empty choice counts as one character
 
 
-def test_ties_count_by_chance() -> None:
-    found = accuracies([[-3.0] * 4, [-2.0, -4.0]], [[1, 1, 1, 1], [1, 2]], [2, 0])
-    assert found.acc == (1 / 4 + 1) / 2
-    assert found.acc_norm == (1 / 4 + 1 / 2) / 2
-    assert (found.num_ties, found.num_ties_norm) == (1, 2)
+def result(acc: float | None, stderr: float | None, nll: float, count: int = 50, **more: Any) -> TaskResult:
+    numbers: dict[str, Any] = {each.name: 0 for each in fields(TaskResult)}
+    numbers |= {"acc": acc, "acc_stderr": stderr, "acc_norm": acc, "acc_norm_stderr": None, "nll_per_token": nll}
+    numbers |= {"chance": acc and 0.25, "majority": acc and 0.3, "num_examples": count}
+    return TaskResult(**numbers | {"num_choice_examples": count if acc is not None else 0} | more)
 
 
-def test_constant_scores_give_chance_not_the_first_index() -> None:
-    gold = [0] * 90 + [1] * 10  # argmax of constant scores would look like 90 %
-    found = accuracies([[-1.0, -1.0]] * 100, [[1, 1]] * 100, gold)
-    assert found.acc == found.chance == 0.5
-    assert found.majority == 0.9
-
-
-def test_empty_choice_counts_as_one_character() -> None:
-    assert accuracies([[-1.0, -3.0]], [[0, 2]], [0]).acc_norm == 1.0
-
-
-def test_the_average_weighs_tasks_equally() -> None:
-    found = averaged([result(0.2, 0.03, 1.0, 10), result(0.6, 0.04, 1.0, 90)], "acc")
-    assert found is not None
-    assert found.value == pytest.approx(0.4)
-    assert found.stderr == pytest.approx(0.05 / 2)
+def test_averages_and_the_cells_of_the_table() -> None:
+    found = averaged([result(0.2, 0.03, 1.0, 10), result(0.6, 0.04, 1.0, 90)], "acc")  # each task counts once
+    assert found == Estimate(pytest.approx(0.4), pytest.approx(0.05 / 2))
     unknown = averaged([result(0.2, 0.03, 1.0), result(0.6, None, 1.0)], "acc")
     assert unknown is not None
     assert math.isnan(unknown.stderr)
     assert averaged([], "acc") is None
-
-
-def test_progress_counts_every_task_to_its_end() -> None:
-    seen: list[tuple[int, int]] = []
-    sets = {"a": questions("a", 6) + texts("a", 3), "b": texts("b", 4)}
-    evaluate(model(), tiny_tokenizer.make(), sets, max_batch_tokens=64, progress=lambda *state: seen.append(state))
-    assert [total for total, _ in groupby(of for _, of in seen)] == [9, 4]
-    for total in (9, 4):
-        counts = [done for done, of in seen if of == total]
-        assert counts == sorted(counts)
-        assert counts[-1] == total
-
-
-def test_blocks_are_disjoint_as_long_as_there_are_enough_and_then_start_again() -> None:
-    examples = questions("choices", 10)
-    blocks = [[int(example.id) for example in spread(examples, 4, block)] for block in range(6)]
-    assert all(block == sorted(block) and len(set(block)) == 4 for block in blocks)
-    assert not set(blocks[0]) & set(blocks[1])
-    assert set(blocks[0]) | set(blocks[1]) | set(blocks[2]) == set(range(10))
-    assert blocks[5] == blocks[0]  # 20 examples are two rounds
-    assert sorted(index for block in blocks[:5] for index in block) == sorted([*range(10)] * 2)
-    assert blocks[0] != [0, 1, 2, 3]  # files are often ordered by origin
-    assert spread(examples, 10, 1) == spread(examples, None, 1) == examples
-    found = evaluate(model(), tiny_tokenizer.make(), {"choices": examples}, limit=4, block=1)
-    assert [row["id"] for row in found.per_example] == [str(index) for index in blocks[1]]
-    assert found.settings["block"] == 1
-
-
-def test_limit_is_spread_over_the_task() -> None:
-    examples = questions("t", 10)
-    assert [example.id for example in spread(examples, 4)] == ["0", "2", "5", "7"]
-    assert spread(examples, 10) == spread(examples, 99) == spread(examples, None) == examples
-    found = evaluate(model(), tiny_tokenizer.make(), {"t": examples}, limit=4)
-    assert found.tasks["t"].num_examples == 4
-    assert found.settings["limit"] == 4
-
-
-def test_faults() -> None:
-    net, tokenizer = model(), tiny_tokenizer.make()
-    with pytest.raises(ValueError, match="no examples"):
-        evaluate(net, tokenizer, {"void": []})
-    with torch.no_grad():
-        net.model.norm.weight.fill_(float("nan"))
-    for examples in (questions("t", 3), texts("t", 3)):
-        with pytest.raises(RunFailure, match=r"task 't': .* not finite in 3 of 3 examples, first in example '0'"):
-            evaluate(net, tokenizer, {"t": examples})
-
-
-def result(acc: float | None, stderr: float | None, nll: float, count: int = 50) -> TaskResult:
-    return TaskResult(
-        num_examples=count,
-        num_choice_examples=count if acc is not None else 0,
-        acc=acc,
-        acc_stderr=stderr,
-        acc_norm=acc,
-        acc_norm_stderr=None,
-        chance=0.25 if acc is not None else None,
-        majority=0.3 if acc is not None else None,
-        num_ties=0,
-        num_ties_norm=0,
-        nll=2 * nll,
-        nll_stderr=0.1,
-        nll_per_token=nll,
-        nll_per_token_stderr=0.05,
-        num_answer_tokens=2 * count,
-        num_truncated=0,
-    )
-
-
-def two_results() -> dict[str, EvaluationResult]:
-    return {
-        "base": EvaluationResult({"arc": result(0.5, 0.07, 3.0)}, result(0.5, 0.07, 3.0), {}),
-        "dora": EvaluationResult(
-            {"arc": result(0.625, None, 2.0, 40), "text": result(None, None, 1.23456)}, result(0.625, 0.05, 1.5, 90), {}
-        ),
-    }
-
-
-def test_the_cells_of_the_table() -> None:
-    table = compare_table(two_results())
+    base, dora = result(0.5, 0.07, 3.0), {"arc": result(0.625, None, 2.0, 40), "text": result(None, None, 1.23456)}
+    average = result(0.625, 0.05, 1.5, 90)
+    both = {"base": EvaluationResult({"arc": base}, base, {}), "dora": EvaluationResult(dora, average, {})}
+    table = compare_table(both)
     assert [column.header for column in table.columns] == [
         *("task", "n", "chance", "majority", "base acc %", "base NLL/token", "dora acc %", "dora NLL/token")
     ]
@@ -249,5 +127,272 @@ def test_the_cells_of_the_table() -> None:
         ("text", "50", "–", "–", "–", "–", "–", "1.235"),
         ("average", "50/90", "25.0", "30.0", "50.0 ± 7.0", "3.000", "62.5 ± 5.0", "1.500"),
     ]
-    few = result(0.0, 0.0, 1.0, 2)  # two wrong answers do not make a standard error of 0
-    assert list(compare_table({"base": EvaluationResult({"a": few}, few, {})}).columns[4].cells) == ["0.0", "0.0"]
+    for count, shown in ((9, "50.0"), (10, "50.0 ± 7.0")):  # two wrong answers do not make a standard error of 0
+        few = result(0.5, 0.07, 1.0, count)
+        assert list(compare_table({"base": EvaluationResult({"a": few}, few, {})}).columns[4].cells) == [shown] * 2
+
+
+# Evaluations
+
+
+def test_metrics_of_every_task() -> None:
+    net, tokenizer, seen = model(), tiny_tokenizer.make(), list[tuple[int, int]]()
+    found = evaluate(net.train(), tokenizer, SETS, max_batch_tokens=64, progress=lambda *now: seen.append(now))
+    assert net.training
+    ends = [list(group)[-1] for _, group in groupby(seen, lambda now: now[1])]
+    assert (ends, len(seen) > 5) == ([(12, 12), (7, 7), (5, 5)], True)
+    assert list(found.tasks) == ["choices", "free", "both"]
+    scores = score_examples(net.eval(), tokenizer, SETS["choices"])
+    hits = [int(np.argmax(score.loglikelihoods)) == score.gold for score in scores]
+    hits_norm = [int(np.argmax(score.loglikelihoods / score.num_chars)) == score.gold for score in scores]
+    nlls = [-score.loglikelihoods[index % 2] for index, score in enumerate(scores)]
+    num_tokens = sum(score.num_tokens[index % 2] for index, score in enumerate(scores))
+    task, free, both = found.tasks.values()
+    assert (task.acc, task.acc_norm) == pytest.approx((sum(hits) / 12, sum(hits_norm) / 12))
+    assert task.acc_stderr == pytest.approx(math.sqrt(task.acc * (1 - task.acc) / 11))
+    assert (task.chance, task.majority) == pytest.approx(((1 / 2 + 1 / 3 + 1 / 4) / 3, 0.5))
+    assert (task.nll, task.nll_per_token) == pytest.approx((sum(nlls) / 12, sum(nlls) / num_tokens))
+    assert (free.acc, free.acc_stderr, free.chance, free.majority, free.num_choice_examples) == (None,) * 4 + (0,)
+    assert (both.num_examples, both.num_choice_examples) == (5, 3)
+    ids = {"choices": [*map(str, range(12))], "free": [*map(str, range(7))], "both": list("01201")}
+    for name, each in found.tasks.items():  # single examples add up; those with choices come first
+        records = [record for record in found.per_example if record["task"] == name]
+        assert [record["id"] for record in records] == ids[name]
+        assert np.mean([record["nll"] for record in records]) == pytest.approx(each.nll)
+        assert sum(record["num_answer_tokens"] for record in records) == each.num_answer_tokens
+        credits = [record["acc_norm"] for record in records if "acc" in record]
+        assert not credits or np.mean(credits) == pytest.approx(each.acc_norm)
+    average = found.average
+    assert average.acc == pytest.approx((task.acc + both.acc) / 2)
+    assert average.chance == pytest.approx((task.chance + both.chance) / 2)
+    assert average.nll == pytest.approx(np.mean([each.nll for each in found.tasks.values()]))
+    assert average.num_examples == 24
+    own = {"limit": None, "block": None, "max_batch_tokens": 64, "shared_prefix": True, "model_dtype": "float32"}
+    assert found.settings == own | {"device": "cpu", "seconds": found.settings["seconds"]}
+    one = evaluate(net, tokenizer, {"one": SETS["choices"][:1]})
+    assert one.tasks["one"].acc_stderr is None  # one example has no standard error, and JSON no nan
+    for each in (found, one):
+        text = json.dumps(each.to_dict(per_example=True), allow_nan=False)
+        assert EvaluationResult.from_dict(json.loads(text)) == each
+    assert "per_example" not in found.to_dict()
+
+
+def test_limits_and_blocks_and_what_is_refused() -> None:
+    examples, net, tokenizer = questions("t", 10), model(), tiny_tokenizer.make()
+    assert [example.id for example in spread(examples, 4)] == ["0", "2", "5", "7"]
+    assert [spread(examples, *each) for each in ((10,), (None,), (10, 1), (None, 1))] == [examples] * 4
+    blocks = [[int(example.id) for example in spread(examples, 4, block)] for block in range(6)]
+    assert all(block == sorted(block) and len(set(block)) == 4 for block in blocks)
+    assert not set(blocks[0]) & set(blocks[1])  # disjoint as long as there are enough
+    assert sorted(index for block in blocks[:5] for index in block) == sorted([*range(10)] * 2)
+    assert blocks[5] == blocks[0]  # 20 examples are two rounds
+    assert blocks[0] != [0, 1, 2, 3]  # files are often ordered by origin
+    found = evaluate(net, tokenizer, {"t": examples}, limit=4, block=1)
+    assert [row["id"] for row in found.per_example] == [str(index) for index in blocks[1]]
+    assert (found.settings["limit"], found.settings["block"], found.tasks["t"].num_examples) == (4, 1, 4)
+    with pytest.raises(ValueError, match="no examples"):
+        evaluate(net, tokenizer, {"void": []})
+    net.model.norm.weight.data.fill_(float("nan"))
+    for some in (questions("t", 3), texts("t", 3)):
+        with pytest.raises(RunFailure, match=r"task 't': .* not finite in 3 of 3 examples, first in example '0'"):
+            evaluate(net, tokenizer, {"t": some})
+
+
+# Before and after
+
+
+def document(**tasks: tuple[Any, Any]) -> dict[str, Any]:
+    """An evaluation with these NLLs and credits of single examples, two answer tokens each; None: not measured."""
+    records, found = [], {}
+    for task, (nlls, accs) in tasks.items():
+        for number, nll in enumerate(nlls):
+            acc = {} if accs is None else {"acc": accs[number]}
+            records.append({"task": task, "id": str(number), "nll": nll, "num_answer_tokens": 2, **acc})
+        means = {"nll_per_token": float(np.mean(nlls)) / 2, "acc": None if accs is None else float(np.mean(accs))}
+        found[task] = {"num_examples": len(nlls), **means}
+    average: dict[str, Any] = {}
+    for name in ("nll_per_token", "acc"):
+        values = [each[name] for each in found.values()]
+        average[name] = None if None in values else float(np.mean(values))
+    return {"tasks": found, "average": average, "per_example": records}
+
+
+def nlls(**tasks: Any) -> dict[str, Any]:
+    return document(**{task: (values, None) for task, values in tasks.items()})
+
+
+def evaluated(**tasks: tuple[Any, Any]) -> EvaluationResult:
+    made = document(**tasks)
+
+    def of(one: dict[str, Any]) -> TaskResult:
+        return result(one["acc"], None, one["nll_per_token"], one.get("num_examples", 0))
+
+    tasks_ = {name: of(one) for name, one in made["tasks"].items()}
+    return EvaluationResult(tasks_, of(made["average"]), {}, made["per_example"])
+
+
+def half_width(gaps: Any) -> float:
+    return float(stats.t.ppf(0.975, len(gaps) - 1) * np.std(gaps, ddof=1) / math.sqrt(len(gaps)))
+
+
+def test_the_average_of_changes_counts_each_task_once() -> None:
+    first = {"a": [float(n) for n in range(12)], "b": [5.0 + n % 3 for n in range(20)]}
+    second = {"a": [n * 0.5 + (n % 2) for n in range(12)], "b": [4.0 + n % 4 for n in range(20)]}
+    *each, average = task_changes(nlls(**first), nlls(**second), "nll_per_token")
+    variance = squares = 0.0
+    for found, task in zip(each, ("a", "b"), strict=True):
+        gaps = (np.array(second[task]) - np.array(first[task])) / 2
+        assert (found.before, found.after) == (np.mean(first[task]) / 2, np.mean(second[task]) / 2)
+        assert found.difference == pytest.approx(gaps.mean())
+        half = half_width(gaps)
+        assert (found.lower, found.upper) == pytest.approx((gaps.mean() - half, gaps.mean() + half))
+        part = gaps.var(ddof=1) / len(gaps) / 4
+        variance, squares = variance + part, squares + part**2 / (len(gaps) - 1)
+    half = stats.t.ppf(0.975, variance**2 / squares) * math.sqrt(variance)  # Satterthwaite's degrees of freedom
+    assert (average.task, average.num_examples) == ("average", 32)
+    assert average.difference == pytest.approx((each[0].difference + each[1].difference) / 2)
+    assert average.upper == pytest.approx(average.difference + half)
+
+
+def test_changes_of_what_was_not_measured_of_few_and_of_other_examples() -> None:
+    measured = nlls(a=[2.0] * 12)
+    assert task_changes({}, measured, "nll_per_token") == [TaskChange("a", 12, None, 1.0, None, None, None)]
+    assert task_changes(measured, {}, "nll_per_token") == [TaskChange("a", 12, 1.0, None, None, None, None)]
+    assert task_changes(measured, measured, "acc") == task_changes({}, {}, "acc") == []
+    [nine] = task_changes(nlls(a=[2.0, 4.0] + [2.0] * 7), nlls(a=[1.0] * 9), "nll_per_token")
+    assert (nine.difference, nine.lower, nine.upper) == (pytest.approx(-11 / 18), None, None)
+    [ten] = task_changes(nlls(a=[2.0, 4.0] + [2.0] * 8), nlls(a=[1.0] * 10), "nll_per_token")
+    assert ten.lower is not None
+    [one] = task_changes(nlls(a=[2.0]), nlls(a=[1.0]), "nll_per_token")
+    assert one.difference is None
+    [found] = task_changes(measured, nlls(a=[4.0] * 14), "nll_per_token")  # only common examples are compared
+    assert (found.difference, found.num_examples) == (1.0, 14)
+    before, after = nlls(a=[2.0] * 20), nlls(a=[4.0 + n % 3 for n in range(10)] + [2.0] * 10)
+    expected = task_changes(before, after, "nll_per_token")
+    for record in before["per_example"] + after["per_example"]:
+        record["id"] = str(int(record["id"]) % 10)  # ids that repeat: two shards, each numbered from 0
+    assert task_changes(before, after, "nll_per_token") == expected
+    assert tasks_of_other_examples(before, after) == []
+    del after["per_example"][-1]
+    assert tasks_of_other_examples(before, after) == ["a"]
+
+
+def test_tasks_that_got_worse_beyond_the_noise_are_named() -> None:
+    rng = np.random.default_rng(0)
+    wide, change, flat = rng.normal(3, 1, 40), rng.normal(0.1, 0.05, 40), [0.5] * 40
+    noise = rng.normal(0, 1, 40)
+    noise -= noise.mean() - 0.05
+    before = {"worse": (wide, flat), "better": (wide + 2, flat)}
+    [found] = worse_than_before(evaluated(**before), evaluated(worse=(wide + change, flat), better=(wide, flat)))
+    assert (found.task, found.metric) == ("worse", "nll_per_token")
+    assert found.lower == pytest.approx((change.mean() - half_width(change)) / 2, rel=1e-9)
+    assert (found.base, found.now) == pytest.approx((wide.mean() / 2, (wide + change).mean() / 2))
+    assert found.average_now < found.average_base
+    assert f"NLL per token {found.now:.4g} against {found.base:.4g}" in found.in_words()
+    best, worst = [1.0] * 30 + [0.0] * 10, [1.0] * 10 + [0.0] * 30
+    accurate = {"worse": (flat, best), "better": (flat, [0.0] * 40)}  # accuracy counts the other way
+    after = {"worse": (flat, worst), "better": (flat, [1.0] * 39 + [0.0])}
+    [found] = worse_than_before(evaluated(**accurate), evaluated(**after))
+    assert (found.task, found.metric, found.base, found.now) == ("worse", "acc", 0.75, 0.25)
+    for old, new in (
+        (before, before),
+        (before, {"worse": (wide + noise, flat), "better": (wide, flat)}),
+        (before, {"worse": (wide + 1, flat), "better": (wide + 1.5, flat)}),  # the average is worse, too
+        ({"a": ([1.0] * 2, [1, 1]), "b": ([5.0] * 2, [1, 1])}, {"a": ([1.1] * 2, [1, 1]), "b": ([1.0] * 2, [0, 1])}),
+        ({"one": (flat, flat), "b": (wide + 9, flat)}, {"one": (wide[:39], flat[:39]), "b": (wide[:39], flat[:39])}),
+    ):
+        assert worse_than_before(evaluated(**old), evaluated(**new)) == []
+
+
+# Several processes
+
+
+class Counted(nn.Module):
+    """Counts the forward passes of a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.num_passes, self.is_broken = model(), tiny_tokenizer.make(), 0, False
+        self.model.register_forward_pre_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.num_passes += 1
+        if self.is_broken:
+            raise ValueError("a fault of its own")
+
+    def evaluated(self) -> EvaluationResult:
+        return evaluate(self.model, self.tokenizer, SETS, **FEW)
+
+    def generated(self) -> GenerationResult:
+        asked = {"choices": SETS["choices"]}
+        return evaluate_generated(self.model, self.tokenizer, asked, max_new_tokens=5, max_batch_tokens=60)
+
+
+def without_times(result: Any) -> dict[str, Any]:
+    found: dict[str, Any] = result.to_dict(per_example=True)
+    del found["settings"]["seconds"]
+    return found
+
+
+def _together(rank: int) -> None:
+    counted, logger, heard = Counted(), logging.getLogger("qdora"), io.StringIO()
+
+    def fails(at: int, what: str, evaluation: Any) -> None:
+        words = what if rank == at else f"process {at} failed: {what}"
+        with pytest.raises((ValueError, OSError, RunFailure), match=words):
+            evaluate_together(processes, evaluation)
+
+    def written() -> EvaluationResult:
+        found = counted.evaluated()
+        if rank == 0:
+            raise OSError("the disk is full")
+        return found
+
+    def warned() -> bool:
+        logger.warning("one prompt was cut")
+        return True
+
+    with processes_of_launch() as processes:
+        for evaluation in (counted.evaluated, counted.generated):
+            counted.num_passes = 0
+            alone = without_times(evaluation())
+            most, counted.num_passes = counted.num_passes, 0
+            assert without_times(evaluate_together(processes, evaluation)) == alone
+            passes = processes.gather(counted.num_passes)
+            assert sum(passes) == most > 3  # nothing is computed twice
+            assert max(passes) < most * 2 / 3
+        counted.is_broken = rank == 1
+        fails(1, "a fault of its own", counted.evaluated)
+        counted.is_broken = False
+        fails(0, "the disk is full", written)
+        fails(0, "the disk is full", lambda: (written(), counted.generated()))
+        assert processes.gather(rank) == [0, 1, 2]  # no message of one is taken for another of the others
+        assert math.isfinite(evaluate_together(processes, counted.evaluated).average.nll)
+        logger.addHandler(logging.StreamHandler(heard))
+        for each in (processes, processes.dividing(base=True)):  # what all find is told once
+            evaluate_together(each, warned)
+        logger.warning("afterwards")
+    assert heard.getvalue().splitlines() == ["one prompt was cut"] * (2 if rank == 0 else 0) + ["afterwards"]
+
+
+def test_processes_share_batches_get_the_scores_of_one_and_fail_together() -> None:
+    assert launched.run(3, _together) == [""] * 3
+
+
+def test_results_of_batches_in_one_process() -> None:
+    done, batches = list[tuple[int, int]](), [[3, 1], [0], [2, 4]]
+    found = results_of(nn.Module(), batches, lambda batch: [10 * item for item in batch], lambda *now: done.append(now))
+    assert found == {item: 10 * item for item in range(5)}
+    assert done == [(2, 5), (3, 5), (5, 5)]
+    with pytest.raises(ZeroDivisionError):
+        results_of(nn.Module(), [[1]], lambda _: [1 // 0])
+    with batches_shared(0, 2, lambda value: [value, []]):
+        assert results_of(nn.Module(), [[1]], lambda batch: batch) == {1: 1}
+        with pytest.raises(RunFailure, match="the processes evaluate different examples"):
+            results_of(nn.Module(), [[1], [2]], lambda batch: batch)
+    assert results_of(nn.Module(), [[1], [2]], lambda batch: batch) == {1: 1, 2: 2}
+    processes = Mock(rank=0, size=2, shards=False)  # a process that stops at once sends no more
+    processes.exchange.side_effect = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_together(processes, lambda: results_of(nn.Module(), [[1]], lambda batch: batch))
+    assert processes.exchange.call_count == 1  # of which the others have a part

@@ -1,0 +1,381 @@
+"""A user's rows -> Examples: every layout, renamed columns, templates, turns and tools; and what is wrong with rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qdora.data.example import Example
+from qdora.data.messages import Turn, parse_messages, parse_tools
+from qdora.data.sources import load_source, open_source
+from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.recipe_file import load_recipe, missing_files, recipe_from
+from tests.data_rows import fault_of, says, write
+
+Row = dict[str, Any]
+BELOW = "Below is an instruction that describes a task"
+ALPACA = f"{BELOW}. Write a response that appropriately completes the request.\n\n### Instruction:\n{{}}\n\n"
+ALPACA += "### Response:\n"
+WITH_INPUT = (
+    f"{BELOW}, paired with an input that provides further context. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n"
+)
+ADD = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+CHOICE = {"question": "Q?", "choices": ["a", " b "], "answer": 1}
+PAIR = {"prompt": "1+1=", "completion": " 2"}
+QUESTION = {"question": "1+1?", "answer": "2", "note": "x"}
+BOOLQ = {"instruction": "True?\n\nAnswer format: true/false", "output": "it is true", "answer": "true"}
+TOOL: Row = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}
+
+
+def turn(role: str, content: Any = "x", **more: Any) -> Row:
+    return {"role": role, "content": content} | more
+
+
+ASKED = [turn("system", "s"), turn("user", "a"), turn("assistant", "b"), turn("user", "c")]
+CHAT = {"messages": ASKED[:3]}
+SAID = (Turn("system", "s"), Turn("user", "a"), Turn("assistant", "b"))
+SHAREGPT = [{"from": "human", "value": "a", "mood": 3}, turn("assistant", "b")]
+CALLS = [
+    {"from": "human", "value": "a"},
+    {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+    {"from": "observation", "value": "12"},
+    {"from": "function_call", "value": '[{"name": "f"}, {"name": "g"}]'},
+    {"from": "gpt", "value": "b"},
+]
+
+
+def call(name: str, **arguments: Any) -> Row:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def pair(prompt: str, answer: str, task: str = "rows", id: str = "1", **more: Any) -> Example:
+    return Example(task, id, prompt, answer, **more)
+
+
+def chat(*turns: Turn, tools: Any = ()) -> Example:
+    return pair("", "", messages=turns, tools=tools)
+
+
+def chosen(prompt: str, task: str = "rows", id: str = "1") -> Example:
+    return pair(prompt, " b", task, id, choices=(" a", " b"), gold=1)
+
+
+TWO = (Turn("system", "Be kind."), Turn("user", "Why?"), Turn("assistant", "the cat"))
+TEMPLATE = {
+    "prompt": "{% if context %}{{ context }}\n{% endif %}Q: {{ question | upper }}\nA:\n",
+    "completion": "{% for part in parts %} {{ part['text'] }}{% endfor %}",
+}
+PARTS = {"context": None, "question": "is it?", "parts": [{"text": "yes"}, {"text": "it is"}], "id": "n7", "left": 1}
+
+
+def case(row: Row, expected: Example, unused: str = "", **options: Any) -> tuple[Row, Row, Example, str]:
+    return row, options, expected, unused
+
+
+AS_QUESTION = {"prompt": "q", "completion": "a", "system": "s"}
+SAID_TRUE = {"choices": ("it is true", "it is false"), "gold": 0}
+S, DONE, TOOLS = {"system": "s"}, turn("assistant", "d"), (TOOL,)
+OLD = [Turn(each["role"], each["content"], in_prompt=True) for each in ASKED]
+ADDED = (Turn("user", "Add.\n\n1 and 2"), Turn("assistant", "3"))
+CALLED = (Turn("assistant", "", (call("f", x=1),)), Turn("tool", "12"), Turn("assistant", "", (call("f"), call("g"))))
+
+
+@pytest.mark.parametrize(
+    "row, options, expected, unused",
+    [
+        case(PAIR, pair("1+1=", " 2")),
+        case(PAIR | {"id": 5, "task": "t", "source": "x"}, pair("1+1=", " 2", "t", "5"), "source"),
+        case(PAIR | {"task": "t", "label": 0}, pair("1+1=", " 2", "n"), "label", name="n"),
+        case(PAIR | {"tools": [TOOL], "empty": "", "": 1}, pair("1+1=", " 2"), "tools|(a column without a name)"),
+        case({"text": "One."}, pair("", "One.")),
+        case(CHOICE, chosen("Question: Q?\nAnswer:")),
+        case(CHOICE | {"choices": '["a", "b"]', "answer": "1"}, chosen("Question: Q?\nAnswer:")),
+        case(CHOICE | {"task": "siqa", "context": "C."}, chosen("Question: C. Q?\nAnswer:", "siqa")),
+        case(CHOICE | {"task": "siqa", "context": "C."}, chosen("Question: C. Q?\nAnswer:", "n"), name="n"),
+        case(CHOICE | {"passage": "P.", "context": "C.", "id": 7}, chosen("P.\nC.\nQuestion: Q?\nAnswer:", id="7")),
+        case(CHOICE | {"passage": float("nan")}, chosen("Question: Q?\nAnswer:")),
+        case(ADD | {"task": "t"}, pair(WITH_INPUT, "3", "t")),
+        case(ADD | {"input": ""}, pair(ALPACA.format("Add."), "3")),
+        case(BOOLQ, pair(ALPACA.format(BOOLQ["instruction"]), "it is true", "boolq", **SAID_TRUE)),
+        case(BOOLQ, pair(ALPACA.format(BOOLQ["instruction"]), "it is true"), "answer", format="alpaca"),
+        case(CHAT, chat(*SAID)),
+        case({"messages": json.dumps(CHAT["messages"])}, chat(*SAID)),
+        case(CHAT | {"tools": [TOOL], "topic": "x"}, chat(*SAID, tools=TOOLS), "topic"),
+        case({"messages": [turn("assistant", "b", rating=5, weight=1)]}, chat(SAID[2]), "messages.rating"),
+        case({"conversations": SHAREGPT, "system": "s", "rating": 2}, chat(*SAID), "conversations.mood|rating"),
+        case({"conversations": CALLS, "tools": json.dumps([TOOL])}, chat(SAID[1], *CALLED, SAID[2], tools=TOOLS)),
+        case({"prompt": ASKED, "completion": [DONE], "tools": [TOOL]}, chat(*OLD, Turn("assistant", "d"), tools=TOOLS)),
+        # renamed columns: the new name wins, and what had it is not read
+        case(QUESTION, pair("1+1?", "2"), "note", columns={"prompt": "question", "completion": "answer"}),
+        case(PAIR, pair(" 2", "1+1="), columns={"prompt": "completion", "completion": "prompt"}),
+        case({"text": "old", "body": "new", "more": 1}, pair("", "new"), "text|more", columns={"text": "body"}),
+        case({"d": SHAREGPT, "s": "s"}, chat(*SAID), "conversations.mood", columns={"conversations": "d"} | S),
+        # templates
+        case(PARTS, pair("Q: IS IT?\nA:\n", " yes it is", id="n7"), "left", template=TEMPLATE),
+        case({"a": "x", "n": None}, pair("", "x!"), template={"prompt": "", "completion": "{{ a }}{{ n }}!"}),
+        case(
+            {"Your Name": "x", "task": "t"},
+            pair("", "x", "t"),
+            columns={"who": "Your Name"},
+            template={"prompt": "", "completion": "{{ who }}"},
+        ),
+        # made to chats
+        case({"prompt": "Why?\n", "completion": " the cat", "system": "Be kind."}, chat(*TWO), chat=True),
+        case({"instruction": "Why?", "output": "the cat", "system": "Be kind.", "input": ""}, chat(*TWO), chat=True),
+        case({"q": "Why?", "a": "the cat", "s": "Be kind."}, chat(*TWO), columns=AS_QUESTION, chat=True),
+        case(
+            {"q": "Why", "a": "the cat", "system": "Be kind."},
+            chat(*TWO),
+            template={"prompt": "{{ q }}?\n", "completion": "{{ a }}"},
+            chat=True,
+        ),
+        case(ADD | {"tools": [TOOL], "topic": "x"}, chat(*ADDED, tools=TOOLS), "topic", chat=True),
+        # without an image, or without its place in the text, the text is a text
+        case(PAIR | {"prompt": "<image> What?", "image": []}, pair("<image> What?", " 2")),
+        case(PAIR | {"image": "a.png"}, pair("1+1=", " 2"), "image"),
+    ],
+)
+def test_every_layout(tmp_path: Path, row: Row, options: Row, expected: Example, unused: str) -> None:
+    file = write(tmp_path / "rows.jsonl", [row])
+    opened = open_source(SourceConfig.model_validate({"source": file} | options))
+    assert list(opened) == [expected]
+    assert opened.unused == set(filter(None, unused.split("|")))
+
+
+def test_turns_in_the_forms_that_files_have() -> None:
+    made = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, null], "b": null}'}}
+    older = {"name": "f", "arguments": '{"a": 1}'}
+    found = parse_messages(
+        [
+            turn("user", [{"type": "text", "text": "a ", "image": None}, "b", {"text": "c"}]),
+            turn("assistant", None, tool_calls=[made], reasoning_content="hm", weight=0),
+            turn("tool", "12", tool_call_id="c1", name="f"),
+            turn("assistant", "the cat", tool_calls=[{"name": "g", "arguments": None}], train=True, weight=1.0),
+            turn("assistant", "the cat", thinking="oh", train=False, weight=None),
+            turn("developer", "Be kind.", function_call={"name": None, "arguments": None}),  # of Parquet
+            {"role": "assistant", "function_call": older},
+            turn("function", "12", name="f"),
+        ]
+    )
+    kept = {"a": [1, None], "b": None}
+    assert found == (
+        Turn("user", "a bc"),
+        Turn("assistant", "", (call("f", **kept) | {"id": "c1"},), reasoning="hm", learnt=False),
+        Turn("tool", "12", labels={"tool_call_id": "c1", "name": "f"}),
+        Turn("assistant", "the cat", (call("g"),)),
+        Turn("assistant", "the cat", reasoning="oh", learnt=False),
+        Turn("system", "Be kind."),
+        Turn("assistant", "", (call("f", a=1),)),
+        Turn("tool", "12", labels={"name": "f"}),
+    )
+    padded = json.loads(json.dumps(TOOL))
+    padded["function"]["parameters"]["properties"]["b"] = None  # of Parquet
+    for tools in ([TOOL], json.dumps([TOOL]), [json.dumps(TOOL)], [TOOL["function"]], [padded]):
+        assert parse_tools(tools) == (TOOL,)
+    for nothing in (None, "", [], "[]"):
+        assert parse_tools(nothing) == ()
+
+
+# What is wrong with a row
+
+
+def assistant(content: Any = "x", **more: Any) -> Row:
+    return {"messages": [turn("assistant", content, **more)]}
+
+
+def asked(**more: Any) -> Row:
+    return {"messages": [turn("user", **more), turn("assistant")]}
+
+
+def templated(completion: str) -> Row:
+    return {"template": {"prompt": "{{ question }}", "completion": completion}}
+
+
+IMAGES = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cat."}]
+
+
+@pytest.mark.parametrize(
+    "row, options, words",
+    [
+        (PAIR | {"prompt": True}, {}, "prompt: must be text, got true"),
+        (PAIR | {"prompt": []}, {}, "prompt: must be text (turns only if both are lists of turns), got []"),
+        (PAIR | {"completion": [turn("assistant")]}, {}, "completion: must be text (turns only if"),
+        (PAIR | {"completion": " "}, {}, "completion: must be text that is not empty, got ' '"),
+        ({"text": None}, {}, "text: must be text that is not empty, got null"),
+        ({"text": ["hf_" + "a1B2" * 8]}, {}, "text: must be text that is not empty, got [hf_***]"),
+        ({"messages": []}, {}, "messages: must be a list of turns {role, content}, got []"),
+        ({"messages": ["Hi"]}, {}, "messages[0]: must be an object with role and content, got 'Hi'"),
+        ({"messages": [turn("user")]}, {}, "messages: no turn of role assistant with content"),
+        ({"messages": '[{"role": "user", "role": "user"}]'}, {}, "has the key 'role' twice in one object"),
+        ({"messages": [{"role": "assistant"}]}, {}, "messages[0]: must be an object with role and content"),
+        (assistant(" "), {}, "messages: no turn of role assistant with content"),
+        (assistant([{"type": "image", "url": "x"}]), {}, "content[0]: a part of type image is not supported"),
+        (assistant(3), {}, "messages[0].content: must be text or a list of parts, got 3"),
+        (assistant(None), {}, "messages[0].content: must be text or a list of parts, got null"),
+        (assistant(weight=0.5), {}, "messages[0].weight: must be 0 or 1, got 0.5"),
+        (assistant(train="no"), {}, "messages[0].train: must be true or false, got 'no'"),
+        (asked(train=True), {}, "messages[0].train: only a turn of role assistant can be learnt, got role user"),
+        (assistant(weight=0), {}, "every turn of role assistant with content has weight 0"),
+        ({"messages": [turn("assistant", weight=0), turn("assistant", "")]}, {}, "has weight 0 or train false"),
+        (assistant(reasoning_content=["x"]), {}, "messages[0].reasoning_content: must be text, got [x]"),
+        (asked(reasoning="x"), {}, "messages[0].reasoning: only a turn of role assistant has it"),
+        (assistant(tool_calls="f"), {}, "messages[0].tool_calls: must be a list of calls, got 'f'"),
+        (assistant(tool_calls=[{"x": 1}]), {}, "tool_calls[0]: must be {type: function, function: {name, arg"),
+        (assistant(tool_calls=[call("f") | {"function": {"name": 1}}]), {}, "tool_calls[0]: must be {type"),
+        (assistant(tool_calls=[{"name": "f", "arguments": "{"}]), {}, "tool_calls[0].arguments: is not JSON ("),
+        (assistant(tool_calls=[{"name": "f", "arguments": [1]}]), {}, "tool_calls[0].arguments: must be an object"),
+        (assistant(function_call={"name": "f", "arguments": "{"}), {}, "function_call[0].arguments: is not JSON"),
+        (asked(tool_calls=[{"name": "f"}]), {}, "messages[0].tool_calls: only a turn of role assistant"),
+        ({"messages": [turn("asistant")]}, {}, "messages[0].role: must be one of ... Did you mean 'assistant'?"),
+        (CHAT | {"tools": "["}, {}, "tools: is not JSON ("),
+        (CHAT | {"tools": {"name": "f"}}, {}, "tools: must be a list of functions, got {name: f}"),
+        (CHAT | {"tools": [{"type": "function"}]}, {}, "tools[0]: must be {type: function, function: {name, ...}}"),
+        ({"conversations": "x"}, {}, "conversations: must be a list of turns {from, value}, got 'x'"),
+        ({"conversations": [{"from": "human"}]}, {}, "conversations[0]: must be an object with from and value"),
+        ({"conversations": [{"from": "humam", "value": "x"}]}, {}, "[0].from: must be ... Did you mean 'human'?"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, {}, "messages: no turn of role assistant"),
+        ({"prompt": [turn("assistant")], "completion": [turn("user")]}, {}, "completion: no turn of role assistant"),
+        ({"instruction": "x", "output": ""}, {}, "output: must be text that is not empty, got ''"),
+        ({"text": "a\ud800b"}, {}, "not JSON (\\ud800 is half of a surrogate pair and no character)"),
+        ({"text": "a", "\udfff": 1}, {}, "not JSON (\\udfff is half of a surrogate pair and no character)"),
+        (CHAT | {"tools": '[{"name": "\\udc00"}]'}, {}, "tools: is not JSON (\\udc00 is half of"),
+        (CHOICE | {"choices": '["a", "\\udc00"]'}, {}, "choices: must be "),
+        (PAIR | {"label": False}, {}, "label: false marks an unwanted answer"),
+        (PAIR | {"label": "False"}, {}, "label: false marks an unwanted answer"),
+        (PAIR | {"label": False}, {"chat": True}, "label: false marks an unwanted answer"),
+        ({"conversations": IMAGES, "images": ["a.png"]}, {}, "images: <image> in the text stands for it"),
+        (PAIR | {"prompt": "<image>\nWhat?", "image": "a.png"}, {}, "image: <image> in the text stands for it"),
+        (QUESTION | {"image": {"path": "a"}, "answer": "<image>"}, templated("{{ answer }}"), "image: <image> in"),
+        ({"prompt": [], "completion": []}, {"chat": True}, "prompt: is a list of turns, and chat: true makes turns"),
+        (PAIR | {"completion": " "}, {"chat": True}, "completion: must be text that is not empty, got ' '"),
+        (QUESTION, templated("{{ anwser }}"), "template.completion: 'anwser' is undefined; the columns are quest"),
+        (QUESTION, templated("{{ ''.__class__.__mro__ }}"), "template.completion: access to attribute '__class__'"),
+        (QUESTION, templated("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "template.completion: maximum rec"),
+        (QUESTION, templated("{{ '%c' | format(55296) }}"), "template.completion: \\ud800 is half of a surrogate pair"),
+        (QUESTION, templated("{{ note | trim('x') }}"), "completion: must be text that is not empty, got ''"),
+    ],
+)
+def test_faulty_rows(tmp_path: Path, row: Row, options: Row, words: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    line = fault_of(load_source, SourceConfig.model_validate({"source": str(file)} | options))
+    assert line.startswith(f"{file}: line 1: ")
+    assert says(line, words)
+
+
+# What is wrong with columns and settings
+
+
+DIALOG = {"dialog": ASKED[1:3], "sys": "Be brief.", "p": "a", "c": "b"}
+SISTEM = {"prompt": "p", "completion": "c", "sistem": "sys"}
+
+
+def refused(words: str, *rows: Row, **options: Any) -> tuple[str, list[Row], Row]:
+    return words, list(rows), options
+
+
+PROMT = {"promt": "x", "completion": "y"}
+ALL = (
+    "allowed: choices: question, choices, answer; messages: messages; ... completion: prompt, completion; "
+    "commonsense170k: instruction, output, answer; alpaca: ... Did you mean 'conversations'?"
+)
+
+
+@pytest.mark.parametrize(
+    "words, rows, options",
+    [
+        refused("no column 'qestion', there are question, ", QUESTION, columns={"text": "answer", "id": "qestion"}),
+        refused("line 2: columns other; format text needs text", {"body": "x"}, {"other": 1}, columns={"text": "body"}),
+        refused("messages reads no 'sys'", DIALOG, columns={"messages": "dialog", "sys": "p"}, format="messages"),
+        refused("messages reads no 'system' ... sharegpt", DIALOG, columns={"messages": "dialog", "system": "sys"}),
+        refused("reads no 'sistem', it reads prompt, ... Did you mean 'system'?", DIALOG, columns=SISTEM, chat=True),
+        refused("chat: rows of format messages are chats already. Fix: remove chat, or set columns", CHAT, chat=True),
+        refused("chat: chats are made of the formats completion and alpaca ... not of form", {"text": "x"}, chat=True),
+        refused("columns promt, completion fit no format ... Did you mean 'prompt'?", PROMT),
+        refused("line 1: columns promt, completion; ... Did you mean 'promt'?", PROMT, format="completion"),
+        refused(ALL, {"conversation": [], "kind": 1}),
+    ],
+)
+def test_columns_that_are_refused(tmp_path: Path, words: str, rows: list[Row], options: Row) -> None:
+    file = write(tmp_path / "rows.jsonl", rows)
+    assert says(fault_of(load_source, SourceConfig.model_validate({"source": file} | options)), f"{file}: ... {words}")
+
+
+def test_a_column_that_only_later_rows_have_is_there(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [{"text": "x"}] * 9 + [{"text": "x", "kind": "y"}])
+    found = load_source(SourceConfig(source=file, columns={"task": "kind"}))
+    assert [each.task for each in found] == ["rows"] * 9 + ["y"]
+
+
+PAIRED = "Pairs of preferences are not trained. Fix: to learn the chosen answers, set columns: "
+
+
+@pytest.mark.parametrize(
+    "columns, hint",
+    [
+        ("question answer", "Fix: columns: {prompt: question, completion: answer} in this source."),
+        ("Question Answer topic", "Fix: columns: {prompt: Question, completion: Answer} in this source."),
+        ("query response type", "Fix: columns: {prompt: query, completion: response} in this source."),
+        ("problem solution answer", "Fix: columns: {prompt: problem, completion: solution} in this source."),
+        ("instruction context response category", "Fix: columns: {output: response, input: context} in this source."),
+        ("instruction input answer", "Fix: columns: {output: answer} in this source."),
+        ("prompt response id", "Fix: columns: {completion: response} in this source."),
+        ("output thing", "Fix: columns: {instruction: thing} in this source."),
+        ("prompt x1 x2", ""),
+        ("question choises answer", "Did you mean 'choices'?"),
+        ("context title", "Did you mean 'text'?"),
+        ("prompt;completion", "The columns seem to be separated by ';'. Fix: a .csv file needs commas."),
+        ("prompt|completion", "The columns seem to be separated by '|'. Fix: a .csv file needs commas."),
+        ("prompt chosen rejected", PAIRED + "{completion: chosen} in this source, or columns: {messages: chosen} if"),
+        ("chosen rejected", PAIRED + "{text: chosen} in this source, or columns: {messages: chosen} if"),
+    ],
+)
+def test_columns_of_usual_data_sets_are_told_what_reads_them(tmp_path: Path, columns: str, hint: str) -> None:
+    row: Row = {name: f"{name}." for name in columns.split()}
+    line = fault_of(load_source, SourceConfig(source=write(tmp_path / "rows.jsonl", [row])))
+    assert f". {hint}" in line if hint else line.endswith("text: text.")
+    for setting in re.findall(r"columns: (\{.*?\})", hint):
+        named = row | {"chosen": CHAT["messages"]} if "messages" in setting else row
+        file = write(tmp_path / "rows.jsonl", [named])
+        assert len(load_source(SourceConfig(source=file, columns=yaml.safe_load(setting)))) == 1
+
+
+@pytest.mark.parametrize("row", [{"prompt": "1 + 1 =", "completion": 2}, PAIR | {"label": False}])
+def test_rows_of_another_kind_are_told_the_template_that_reads_them(tmp_path: Path, row: Row) -> None:
+    file = write(tmp_path / "rows.jsonl", [row])
+    setting = re.search(r"template: (\{.*\}) in this source", fault_of(load_source, SourceConfig(source=file)))
+    assert setting is not None
+    [found] = load_source(SourceConfig.model_validate({"source": file, "template": yaml.safe_load(setting[1])}))
+    assert (found.prompt, found.answer.strip()) == (row["prompt"], str(row["completion"]).strip())
+
+
+def document(**more: Any) -> Row:
+    mix = [{"source": "/x.jsonl"} | more]
+    return {"model": {"source": "builtin"}, "data": {"mix": mix}, "train": {"steps": 1, "batch": 1}}
+
+
+def test_the_settings_of_a_source(tmp_path: Path) -> None:
+    for given, words in (
+        ({"template": {"prompt": "{{ a", "completion": "b"}}, "template.prompt: not a Jinja template (unexpected end"),
+        ({"template": {"prompt": "{{ a | nofilter }}", "completion": "b"}}, "No filter named 'nofilter'"),
+        ({"template": {"prompt": "a"}}, "data.mix[0].template.completion"),
+        ({"columns": {}}, "data.mix[0].columns"),
+        ({"source": "org/name", "data_files": 3}, "data.mix[0].data_files"),
+    ):
+        assert says(fault_of(recipe_from, document(**given)), words)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "r.yaml").write_text(json.dumps(document(source="rows/*.jsonl")))
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    assert recipe.data.mix[0].source == f"{tmp_path}/rows/*.jsonl"
+    assert len(missing_files(recipe, "r.yaml")) == 1
+    (tmp_path / "rows/a.jsonl").touch()
+    assert missing_files(recipe, "r.yaml") == []
+    labels = {"/d/chat.jsonl": "chat", "/d/chats/**/*.jsonl.gz": "chats", "/d/wiki-*.csv": "wiki", "/d/[ab].csv": "d"}
+    for source, label in (labels | {"org/name": "name"}).items():
+        assert SourceConfig(source=source).label == label
