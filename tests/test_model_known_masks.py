@@ -21,7 +21,6 @@ from qdora.data.batching import Packing
 from qdora.model.known_masks import known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.train.passes import batch_loss
 from qdora.train.sent_batch import send_labels
-from tests import tiny
 from tests.false_gpu import FalseGpu, on_false_gpu
 from tests.tiny_sharded import needs_division
 
@@ -58,7 +57,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name 
 @pytest.mark.parametrize("name", [*FAST, *SLOW])
 @on_false_gpu
 @torch.no_grad()
-def test_padding_needs_no_mask(gpu: FalseGpu, name: str) -> None:
+def test_padding_needs_no_mask(gpu, name):
     model, (ids, mask) = family(name), padded()
     model.to(gpu.device)
     inputs = {"input_ids": ids.to(gpu.device), "attention_mask": mask.to(gpu.device), "use_cache": False}
@@ -82,7 +81,7 @@ def packed() -> tuple[Tensor, Packing]:
 @pytest.mark.parametrize("name", FAST[:3])
 @on_false_gpu
 @torch.no_grad()
-def test_packed_examples_see_themselves(gpu: FalseGpu, name: str) -> None:
+def test_packed_examples_see_themselves(gpu, name):
     model, (ids, packing) = family(name), packed()
     model.to(gpu.device)
     inputs = {"input_ids": ids.to(gpu.device), "position_ids": packing.position_ids.to(gpu.device)}
@@ -133,7 +132,7 @@ def flash_on(gpu: FalseGpu, seen: list[Any]) -> Any:
 
 @on_false_gpu
 @torch.no_grad()
-def test_flash_attention_gets_the_lengths_of_packed_examples(gpu: FalseGpu) -> None:
+def test_flash_attention_gets_the_lengths_of_packed_examples(gpu):
     """Without them each layer reads the positions from the GPU."""
     model, (lengths, seen) = family("Llama 3"), ((5, 7, 4), [])
     positions = torch.cat([torch.arange(each) for each in lengths])[None]
@@ -167,7 +166,7 @@ def test_flash_attention_gets_the_lengths_of_packed_examples(gpu: FalseGpu) -> N
 @pytest.mark.parametrize("num_rows", [1, 2])
 @on_false_gpu
 @torch.no_grad()
-def test_flash_attention_of_rows_that_are_not_packed_reads_no_positions(gpu: FalseGpu, num_rows: int) -> None:
+def test_flash_attention_of_rows_that_are_not_packed_reads_no_positions(gpu, num_rows):
     """transformers looks for packed examples in each layer where there is a single row."""
     model, ids, seen = family("Llama 3"), padded()[0][:num_rows], []
     expected = model(input_ids=ids, use_cache=False).logits
@@ -187,36 +186,31 @@ def test_flash_attention_of_rows_that_are_not_packed_reads_no_positions(gpu: Fal
     torch.testing.assert_close(found.cpu(), expected)
 
 
-def test_on_a_cpu_and_after_the_block_masks_are_those_of_transformers() -> None:
-    model, (ids, mask) = tiny.llama(), padded()
-    seen: list[Any] = []
-    model.model.layers[0].register_forward_pre_hook(  # type: ignore[union-attr, operator]
-        lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
-    )
-    with known_masks(model, None, torch.device("cpu")):
-        model(input_ids=ids, attention_mask=mask)
-    with known_masks(model, None, torch.device("meta")):
-        model(input_ids=ids, attention_mask=mask)
-    model(input_ids=ids, attention_mask=mask)
-    assert [each is None for each in seen] == [False, True, False]
-
-
 @needs_division
 @torch.no_grad()
-def test_a_divided_model_makes_no_mask_of_a_state_either() -> None:
-    """torch gives a sharded module a class of its own, in a module of torch."""
+def test_on_a_cpu_and_after_the_block_masks_are_those_of_transformers_of_a_divided_model_too():
+    """Of attention and of a state. torch gives a sharded module a class of its own, in a module of torch."""
     model, (ids, mask) = family("LFM2"), padded()
-    place = model.config.layer_types.index("conv")
-    seen: list[Any] = []
-    model.model.layers[place].register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
-    )
+    seen: list[bool] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["attention_mask"] is None), with_kwargs=True
+        )
+
+    def are_left_out() -> list[bool]:
+        seen.clear()
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return seen[:]
+
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-        with known_masks(model, None, torch.device("meta")):
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        for divide in (lambda: None, lambda: fully_shard(model, mesh=init_device_mesh("cpu", (1,)))):
+            divide()
+            num = len(model.model.layers)
+            assert are_left_out() == [False] * num
+            for device in ("cpu", "meta"):
+                with known_masks(model, None, torch.device(device)):
+                    assert are_left_out() == [device == "meta"] * num
+            assert are_left_out() == [False] * num
     finally:
         dist.destroy_process_group()
-    assert [each is None for each in seen] == [False, True]

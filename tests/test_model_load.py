@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     FalconConfig,
-    Gemma2Config,
+    FalconForCausalLM,
     GenerationConfig,
     GPT2Config,
-    GPTNeoConfig,
     GPTNeoXJapaneseConfig,
-    GptOssConfig,
     Lfm2Config,
-    LlamaConfig,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.core_model_loading import Transpose, WeightConverter
-from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 
 from qdora.errors import UserError
-from qdora.model import build_model
-from qdora.model.attention import with_attention
-from qdora.model.inject import frozen_layers
-from qdora.model.load import place_dense
+from qdora.export.merged import StreamedMerge, open_merge
+from qdora.export.nf4_lora import check_foldable
+from qdora.model.inject import frozen_layers, inject
+from qdora.model.load import Quantization
+from qdora.model.source import resolve
 from qdora.model.stored_tensors import open_safetensors
 from qdora.ops.packed import dequantize, quantize
-from tests import reference
-from tests.checkpoints import CONFIGS, SMALL, checkpoint, load, logits, one_file
+from tests.checkpoints import CONFIGS, checkpoint, load, logits, one_file
+
+UP = "model.layers.0.mlp.up_proj.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -48,84 +47,65 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return checkpoint(tmp_path_factory.mktemp(request.param), CONFIGS[request.param])
 
 
-def test_dense_logits_equal_transformers(saved: Path) -> None:
-    assert len(list(saved.glob("*.safetensors"))) > 1
-    model = load(saved)
+def of_transformers(directory: Path, model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The same model as transformers loads it."""
     attention = model.config._attn_implementation
-    assert attention == ("eager" if model.config.model_type == "gemma2" else "sdpa")
-    reference = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32, attn_implementation=attention)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dense_model_is_that_of_transformers(saved, dtype):
+    assert len(list(saved.glob("*.safetensors"))) > 1
+    model = load(saved, compute_dtype=dtype)
+    assert model.config._attn_implementation == ("eager" if model.config.model_type == "gemma2" else "sdpa")
+    reference = of_transformers(saved, model, dtype)
     assert torch.equal(logits(model), logits(reference))
+    ours, theirs = ({n: t.dtype for n, t in [*m.named_parameters(), *m.named_buffers()]} for m in (model, reference))
+    assert ours == theirs
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    ours = {name: tensor.dtype for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    theirs = {name: tensor.dtype for name, tensor in [*reference.named_parameters(), *reference.named_buffers()]}
-    assert ours == theirs
-
-
-def test_bfloat16_keeps_the_dtypes_of_transformers(saved: Path) -> None:
-    model = load(saved, compute_dtype=torch.bfloat16)
-    reference = AutoModelForCausalLM.from_pretrained(
-        saved, dtype=torch.bfloat16, attn_implementation=model.config._attn_implementation
-    )
-    ours = {name: tensor.dtype for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    theirs = {name: tensor.dtype for name, tensor in [*reference.named_parameters(), *reference.named_buffers()]}
-    assert ours == theirs
-    assert torch.equal(logits(model), logits(reference))
 
 
 @pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
-def test_quantised_logits_equal_transformers_on_dequantised_weights(saved: Path, quant: str) -> None:
+def test_quantised_logits_equal_transformers_on_dequantised_weights(saved, quant):
     model = load(saved, quant=quant)
-    reference = AutoModelForCausalLM.from_pretrained(
-        saved, dtype=torch.float32, attn_implementation=model.config._attn_implementation
-    )
-    replaced = 0
-    for name, module in reference.named_modules():
-        if type(module) is torch.nn.Linear and name != "lm_head":
-            module.weight.data = dequantize(quantize(module.weight.data, quant, 64, True))
-            replaced += 1
-    assert replaced == 14
-    assert set(frozen_layers(model)) == {
-        n for n, m in reference.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"
-    }
+    reference = of_transformers(saved, model)
+    linear = {n: m for n, m in reference.named_modules() if type(m) is nn.Linear and n != "lm_head"}
+    for module in linear.values():
+        module.weight.data = dequantize(quantize(module.weight.data, quant, 64, True))
+    assert len(linear) == 14
+    assert frozen_layers(model).keys() == linear.keys()
     torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-5)
-
-
-def test_tied_embedding_is_one_tensor(saved: Path) -> None:
-    model = load(saved, quant="nf4")
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings
 
 
-def test_weights_are_quantised_from_the_dtype_of_the_file(tmp_path: Path) -> None:
-    directory = checkpoint(tmp_path, CONFIGS["llama"])
-    file_weight = next(
-        load_file(shard)["model.layers.0.mlp.up_proj.weight"]
-        for shard in sorted(directory.glob("*.safetensors"))
-        if "model.layers.0.mlp.up_proj.weight" in load_file(shard)
-    )
-    layer = load(directory, quant="nf4", double_quant=False, compute_dtype=torch.bfloat16).model.layers[0].mlp.up_proj
-    expected = quantize(file_weight, "nf4", 64, False)
+def test_weights_are_quantised_from_the_dtype_of_the_file(tmp_path):
+    weight = one_file(tmp_path)[1][UP]
+    layer = load(tmp_path, quant="nf4", double_quant=False, compute_dtype=torch.bfloat16).model.layers[0].mlp.up_proj
+    expected = quantize(weight, "nf4", 64, False)
     assert torch.equal(layer.packed, expected.packed)
     assert torch.equal(layer.absmax, expected.absmax)
-    assert not torch.equal(expected.absmax, quantize(file_weight.bfloat16(), "nf4", 64, False).absmax)
+    assert not torch.equal(expected.absmax, quantize(weight.bfloat16(), "nf4", 64, False).absmax)
 
 
-def test_loaded_model_does_not_depend_on_the_file(tmp_path: Path) -> None:
-    directory = checkpoint(tmp_path, CONFIGS["qwen2"], shard="1GB")
-    model = load(directory)
-    before = logits(model)
-    file = directory / "model.safetensors"
+def test_loaded_model_does_not_depend_on_the_file_and_counts_its_tensors(tmp_path):
+    seen: list[tuple[int, int]] = []
+    one_file(tmp_path)
+    GenerationConfig(do_sample=True, temperature=0.25).save_pretrained(tmp_path)
+    model = load(tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 21) for done in range(1, 22)]  # 2 layers of 9, embedding, norm, head
+    assert model.generation_config.temperature == 0.25
+    before, file = logits(model), tmp_path / "model.safetensors"
     size = file.stat().st_size
     with file.open("r+b") as stream:  # in place: a mapped view would see it
         stream.seek(size - 40000)
         stream.write(b"\x7f" * 40000)
     assert torch.equal(logits(model), before)
-
-
-def test_progress_counts_every_tensor(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    load(checkpoint(tmp_path, CONFIGS["llama"]), progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, 21) for done in range(1, 22)]  # 2 layers of 9, embedding, norm, head
 
 
 def resident_file_bytes() -> int:
@@ -136,14 +116,14 @@ def resident_file_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_reading_keeps_one_tensor_resident(tmp_path: Path) -> None:
+def test_reading_keeps_one_tensor_resident(tmp_path):
     size = 8 * 2**20
     save_file({f"t{i}": torch.ones(size // 4) for i in range(16)}, tmp_path / "model.safetensors")
     stored = open_safetensors(tmp_path)
     before = most = resident_file_bytes()
     for item in stored.values():
         tensor = item.read()
-        assert isinstance(tensor, torch.Tensor)
+        assert isinstance(tensor, Tensor)
         assert tensor.sum() == size // 4
         most = max(most, resident_file_bytes())
     assert most - before < 3 * size  # of 16: the one in use, the one before, and slack
@@ -152,7 +132,7 @@ def test_reading_keeps_one_tensor_resident(tmp_path: Path) -> None:
 # --- which layers are quantised
 
 
-def test_skip_takes_last_parts_and_patterns(tmp_path: Path) -> None:
+def test_skip_takes_last_parts_and_patterns(tmp_path):
     directory = checkpoint(tmp_path, CONFIGS["llama"])
     model = load(directory, quant="nf4", skip=["lm_head", "up_proj", "model.layers.1.self_attn.*"])
     expected = {f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"}
@@ -161,27 +141,95 @@ def test_skip_takes_last_parts_and_patterns(tmp_path: Path) -> None:
     assert "lm_head" in frozen_layers(load(directory, quant="nf4", skip=[]))
 
 
-def test_unmatched_skip_names_the_nearest(tmp_path: Path) -> None:
-    directory = checkpoint(tmp_path, CONFIGS["llama"])
-    with pytest.raises(UserError, match=r"base\.skip: 'upproj' matches no linear layer.*Did you mean 'up_proj'"):
-        load(directory, quant="nf4", skip=["lm_head", "upproj"])
+def test_other_architectures(tmp_path, caplog):
+    """A head of another name stays dense; a convolution is not called an expert; GPT-2 loads if it is dense."""
+    sizes = {"vocab_size": 97, "hidden_size": 64, "num_attention_heads": 4, "tie_word_embeddings": False}
+    neox = GPTNeoXJapaneseConfig(**sizes, intermediate_multiple_size=2, num_hidden_layers=1, max_position_embeddings=64)
+    names = {name.rpartition(".")[2] for name in frozen_layers(load(checkpoint(tmp_path / "1", neox), quant="nf4"))}
+    assert names == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    layers: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    lfm = Lfm2Config(**sizes, **layers, intermediate_size=64, num_key_value_heads=1)
+    model = load(checkpoint(tmp_path / "2", lfm), quant="nf4")
+    assert any(isinstance(module, nn.Conv1d) for module in model.modules())
+    assert "expert" not in caplog.text
+    gpt2 = checkpoint(tmp_path / "3", GPT2)
+    assert torch.equal(logits(load(gpt2)), logits(AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float32)))
 
 
-def test_tied_head_cannot_be_quantised(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="lm_head shares its weight with the embedding"):
-        load(checkpoint(tmp_path, CONFIGS["qwen2"]), quant="nf4", skip=[])
+def test_layers_of_a_class_of_their_own_are_quantised_and_adapted_but_not_as_bitsandbytes_layers(
+    tmp_path,
+):
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=False)
+    dense = FalconForCausalLM(config).eval()
+    dense.save_pretrained(tmp_path)
+    model = load(tmp_path, quant="nf4")
+    packed = [path for path, layer in frozen_layers(model).items() if layer.packed_weight is not None]
+    leaves = {path.rpartition(".")[2] for path in packed}
+    assert leaves == {"dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"}
+    assert len(packed) == 8
+    assert list(inject(model, rank=2)) == packed
+    before = logits(dense)
+    assert len(inject(dense, rank=2)) == 8
+    torch.testing.assert_close(logits(dense), before, rtol=1e-5, atol=1e-5)
+    said = "transformers does not load 8 layers of this model in 4 bits .*a FalconLinear.*--format merged"
+    with pytest.raises(UserError, match=f"--format nf4-lora: {said}"):
+        check_foldable(model, torch.float32)
+    held = Quantization("nf4", 64, True, ("lm_head",))
+    with pytest.raises(UserError, match=f"--requantize: {said}"):
+        open_merge(StreamedMerge(resolve(str(tmp_path)), None, held, torch.float32, requantize=True))
 
 
-def test_gpt2_is_refused_when_quantised_and_loads_dense(tmp_path: Path) -> None:
-    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1)
-    directory = checkpoint(tmp_path, config)
-    with pytest.raises(UserError, match=r"gpt2 keeps its weights transposed .*Fix: set base\.quant: none"):
-        load(directory, quant="nf4")
-    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    assert torch.equal(logits(load(directory)), logits(reference))
+# --- what is refused
+
+GPT2 = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1)
+NF4 = {"quant": "nf4"}
+# Model, changes of its config.json, settings, and words of each fault.
+REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
+    "skip": (
+        "llama",
+        {},
+        NF4 | {"skip": ["lm_head", "upproj"]},
+        [r"base\.skip: 'upproj' matches no linear layer.*Did you mean 'up_proj'"],
+    ),
+    "tied head": ("qwen2", {}, NF4 | {"skip": []}, ["lm_head shares its weight with the embedding"]),
+    "transposed": (GPT2, {}, NF4, [r"gpt2 keeps its weights transposed .*Fix: set base\.quant: none"]),
+    "settings": (
+        "llama",
+        {},
+        {"quant": "nf5", "attention": "flash", "compute_dtype": torch.int8},
+        [r"^base\.quant:", r"^model\.attention:", r"^model\.dtype:"],
+    ),
+    "blocks": ("llama", {}, {"quant": "fp4", "block_size": 100}, [r"base\.block_size: got 100, must be one of 16, "]),
+    "gptq": ("llama", {"quantization_config": {"quant_method": "gptq"}}, {}, [r"bitsandbytes or .* \(got 'gptq'\)"]),
+    "model type": ("llama", {"model_type": "lama"}, {}, ["its config cannot be used"]),
+    "blocks of a model": (
+        "llama",
+        {"num_hidden_layers": 10**9},
+        {},
+        ["num_hidden_layers: got 1000000000, must be at most 1000"],
+    ),
+    "vocabulary": ("llama", {"vocab_size": 10**13}, {}, ["cannot be built: .*can't allocate memory"]),
+    "head": ("llama", {"head_dim": "x"}, {}, ["config cannot be used: Validation error .*'head_dim': TypeError: "]),
+    "dtype": ("llama", {"dtype": "x" * 1000}, {}, ["config cannot be used: module 'torch' has no attribute 'xxx"]),
+}
 
 
-def test_a_checkpoint_that_permutes_columns_is_refused_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_one_line_for_each_fault(tmp_path, case):
+    config, damage, settings, words = REFUSED[case]
+    checkpoint(tmp_path, CONFIGS.get(config) if isinstance(config, str) else config)
+    change_config(tmp_path, **damage)
+    with pytest.raises(UserError) as raised:
+        load(tmp_path, **settings)
+    assert len(raised.value.faults) == len(words)
+    for fault, each in zip(raised.value.faults, words, strict=True):
+        assert re.search(each, fault), fault
+        assert len(fault) < 500 + len(str(tmp_path))
+
+
+def test_a_checkpoint_that_permutes_columns_is_refused_clearly(tmp_path, monkeypatch):
     checkpoint(tmp_path, CONFIGS["llama"])
     name = "self_attn.o_proj.weight"
     turned = WeightConverter(name, name, [Transpose(0, 1)])
@@ -190,358 +238,132 @@ def test_a_checkpoint_that_permutes_columns_is_refused_clearly(tmp_path: Path, m
         load(tmp_path, quant="nf4")
 
 
-def test_settings_are_gathered(tmp_path: Path) -> None:
-    directory = checkpoint(tmp_path, CONFIGS["llama"])
-    with pytest.raises(UserError) as caught:
-        load(directory, quant="nf5", attention="flash", compute_dtype=torch.int8)
-    assert [fault.split(":")[0] for fault in caught.value.faults] == ["base.quant", "model.attention", "model.dtype"]
-    with pytest.raises(UserError, match=r"base\.block_size: got 100, must be one of 16, "):
-        load(directory, quant="fp4", block_size=100)
+Tensors = dict[str, Tensor]
 
 
-def test_weights_that_are_not_finite_name_the_model(tmp_path: Path) -> None:
-    directory = checkpoint(tmp_path, CONFIGS["llama"], shard="1GB")
-    weights = load_file(directory / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, :2] = math.nan
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    said = rf"^model\.source: {re.escape(str(directory))}: model\.layers\.0\.mlp\.up_proj\.weight: 2 of .*Fix: download"
-    with pytest.raises(UserError, match=said):
-        load(directory, quant="nf4")
+def rewritten(directory: Path, change: Callable[[Tensors], Tensors], config: Any = None) -> Path:
+    """A checkpoint of one file whose tensors `change` has changed."""
+    file, tensors = one_file(directory, config)
+    save_file({name: each.clone() for name, each in change(tensors).items()}, file, metadata={"format": "pt"})
+    return directory
 
 
-def test_a_convolution_is_not_called_an_expert(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = Lfm2Config(**sizes, vocab_size=97, num_key_value_heads=1, layer_types=["conv", "full_attention"])
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = load(tmp_path, quant="nf4")
-    assert any(isinstance(module, torch.nn.Conv1d) for module in model.modules())
-    assert "expert" not in caplog.text
+def misfit(tensors: Tensors) -> Tensors:
+    del tensors[UP], tensors["model.norm.weight"]
+    return tensors | {UP.replace("up_proj", "upp_proj"): torch.zeros(96, 64), HEAD: torch.zeros(98, 64)}
 
 
-def test_attention_is_logged_and_eager_can_be_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    directory = checkpoint(tmp_path, CONFIGS["llama"])
-    with caplog.at_level(logging.DEBUG, "qdora"):
-        assert load(directory).config._attn_implementation == "sdpa"
-    assert "sdpa" in caplog.text
-    assert load(directory, attention="eager").config._attn_implementation == "eager"
-
-
-NEEDS_MORE_THAN_SDPA = {
-    "a soft-cap": (CONFIGS["gemma2"], Gemma2PreTrainedModel, r"soft-caps its scores \(attn_logit_softcapping 2\)"),
-    "sinks": (
-        GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, sliding_window=8),
-        GptOssPreTrainedModel,
-        r"has sinks \(model\.layers\.0\.self_attn\.sinks\)",
+# Changes of the tensors, settings, and words of the faults.
+DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], list[str]]] = {
+    "missing, unexpected, misshapen": (
+        misfit,
+        {},
+        [
+            r"no tensor 'model\.layers\.0\.mlp\.up_proj\.weight'\. Did you mean 'model\.layers\.0\.mlp\.upp_proj",
+            r"no tensor 'model\.norm\.weight'",
+            r"'model\.layers\.0\.mlp\.upp_proj\.weight' has no place in the model",
+            r"'lm_head\.weight' has shape \[98, 64\], config\.json asks for \[97, 64\]",
+        ],
+    ),
+    "integers": (lambda t: t | {UP: t[UP].int()}, {}, [rf"tensor '{UP}' has dtype I32, must be of floating point"]),
+    "not finite": (
+        lambda t: t | {UP: t[UP].index_fill(1, torch.tensor([0]), math.nan)},
+        NF4,
+        [r"^model\.source: .*: model\.layers\.0\.mlp\.up_proj\.weight: 96 of .*Fix: download"],
     ),
 }
 
 
-@pytest.mark.parametrize("need", NEEDS_MORE_THAN_SDPA)
-def test_attention_is_chosen_by_what_the_model_needs(
-    need: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """transformers 5.0 to 5.18 say that Gemma 2 can have sdpa, which drops its soft-cap; later ones do not."""
-    config, family, what = NEEDS_MORE_THAN_SDPA[need]
-
-    def build(choice: str | None) -> PreTrainedModel:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=choice)
-        for name, parameter in model.named_parameters():
-            if name.endswith("sinks"):
-                torch.nn.init.normal_(parameter)
-        return model.eval()
-
-    eager = build("eager")
-    monkeypatch.setattr(family, "_supports_sdpa", True)
-    given = {"name": "it", "device": torch.device("cpu"), "dtype": torch.float32}
-    with caplog.at_level(logging.INFO, "qdora"):
-        model = with_attention(build, config, "auto", **given)
-    assert re.search(rf"Attention of it: eager, since its attention {what}, which sdpa does not compute", caplog.text)
-    assert torch.equal(logits(model), logits(eager))
-    with pytest.raises(UserError, match=rf"model\.attention: got sdpa, but .* {what}.* must be auto or eager"):
-        with_attention(build, config, "sdpa", **given)
-
-
-def built_except(config: PreTrainedConfig, *choices: str | None) -> Callable[[str | None], PreTrainedModel]:
-    """Builds a model, and fails as on a damaged config for some kinds of attention."""
-
-    def build(choice: str | None) -> PreTrainedModel:
-        if choice in choices:
-            raise KeyError("hidden_act")
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-    return build
-
-
-ON_GPU = {"name": "it", "device": torch.device("cuda"), "dtype": torch.bfloat16}
-
-
-def flash_attention_installed(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    """Beside a GPU of this compute capability."""
-    monkeypatch.setattr("qdora.model.attention.is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
-
-
-@pytest.mark.parametrize(
-    ("capability", "takes_flash"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 0), True)]
-)
-def test_auto_takes_flash_attention_only_on_gpus_that_have_its_kernels(monkeypatch, capability, takes_flash):
-    flash_attention_installed(monkeypatch, capability)
-    tried: list[str | None] = []
-
-    def build(choice: str | None) -> PreTrainedModel:
-        tried.append(choice)
-        return AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.bfloat16)
-
-    with_attention(build, CONFIGS["llama"], "auto", **ON_GPU)
-    assert tried == ["flash_attention_2" if takes_flash else None]
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype", "reason"),
-    [
-        ((7, 5), torch.float32, "needs a GPU of compute capability 8.0 or more, and this one has 7.5"),
-        ((8, 0), torch.float32, r"has no kernels for float32 \(model.dtype\)"),
-    ],
-)
-def test_flash_attention_that_cannot_run_is_refused(monkeypatch, capability, dtype, reason):
-    flash_attention_installed(monkeypatch, capability)
-
-    def build(choice: str | None) -> PreTrainedModel:
-        raise AssertionError("nothing is built")
-
-    with pytest.raises(UserError, match=rf"^model\.attention: got flash_attention_2, which {reason}; must be auto, "):
-        with_attention(build, CONFIGS["llama"], "flash_attention_2", **{**ON_GPU, "dtype": dtype})
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (
-            GPTNeoConfig(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
-            "has a class of its own for each attention",
-        ),
-        (
-            FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, alibi=True),
-            "has a class of its own for each attention",
-        ),
-        (LlamaConfig(**SMALL | {"head_dim": 320}), "has heads of 320 features, more than the 256 of flash-attn"),
-    ],
-)
-def test_flash_attention_is_not_taken_where_it_fails_or_computes_something_else(
-    config: PreTrainedConfig, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    flash_attention_installed(monkeypatch, (8, 0))
-    tried: list[str | None] = []
-
-    def build(choice: str | None) -> PreTrainedModel:
-        tried.append(choice)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # flash-attn is not installed here
-
-    with caplog.at_level(logging.INFO, "qdora"):
-        with_attention(build, config, "auto", **ON_GPU)
-    assert tried == ["flash_attention_2", None]
-    assert f"it is not run with flash_attention_2: it {reason}." in caplog.text
-    with pytest.raises(UserError, match=rf"got flash_attention_2, but it {reason}; must be auto or eager\.$"):
-        with_attention(build, config, "flash_attention_2", **ON_GPU)
-
-
-def test_a_model_that_cannot_be_built_is_not_said_to_lack_an_attention(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    flash_attention_installed(monkeypatch, (8, 0))
-    config = CONFIGS["llama"]
-    with caplog.at_level(logging.INFO, "qdora"):
-        with pytest.raises(UserError, match=r"^model: it: cannot be built: 'hidden_act'$"):
-            with_attention(built_except(config, "flash_attention_2", None), config, "auto", **ON_GPU)
-        assert caplog.text == ""
-        with_attention(built_except(config, "flash_attention_2"), config, "auto", **ON_GPU)
-        assert "it has no flash_attention_2 ('hidden_act')." in caplog.text
-
-
-def test_a_model_that_cannot_be_built_with_the_attention_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, family, _ = NEEDS_MORE_THAN_SDPA["sinks"]
-    monkeypatch.setattr(family, "_supports_sdpa", True)
-    with pytest.raises(UserError, match=r"^model: it: cannot be built: 'hidden_act'$"):
-        with_attention(built_except(config, "eager"), config, "auto", **ON_GPU)
-
-
-def test_gemma2_is_loaded_with_eager_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
-    directory = checkpoint(tmp_path, CONFIGS["gemma2"])
-    assert load(directory).config._attn_implementation == "eager"
-    with pytest.raises(UserError, match=r"model\.attention: got sdpa, but the attention of .* soft-caps its scores"):
-        load(directory, attention="sdpa")
-
-
-def test_gemma2_without_a_soft_cap_may_have_sdpa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Gemma2Config(**SMALL, attn_logit_softcapping=None)
-    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
-    assert load(checkpoint(tmp_path, config)).config._attn_implementation == "sdpa"
-
-
-def test_eager_computes_the_soft_cap(tmp_path: Path) -> None:
-    """Against the formula in float64: one layer's attention with large scores."""
-    model = load(checkpoint(tmp_path, CONFIGS["gemma2"]), compute_dtype=torch.float64)
-    seen: dict[str, torch.Tensor] = {}
-    layer = model.model.layers[1].self_attn
-    with torch.no_grad():
-        layer.q_proj.weight.mul_(16)
-    hooks = [
-        layer.register_forward_hook(
-            lambda _, args, kwargs, out: seen.update(x=kwargs["hidden_states"], out=out[0]), with_kwargs=True
-        ),
-        model.model.rotary_emb.register_forward_hook(lambda _, args, out: seen.update(cos=out[0], sin=out[1])),
-    ]
-    logits(model)
-    for hook in hooks:
-        hook.remove()
-    arrays = {name: value.numpy() for name, value in seen.items()}
-    weights = [getattr(layer, f"{name}_proj").weight.detach().numpy() for name in "qkvo"]
-    given = (arrays["x"], *weights, arrays["cos"], arrays["sin"])
-    capped, free = (reference.soft_capped_attention(*given, head_dim=16, scale=16**-0.5, cap=cap) for cap in (2.0, 1e9))
-    # transformers takes this softmax in float32.
-    np.testing.assert_allclose(arrays["out"], capped, rtol=0, atol=1e-6)
-    assert np.abs(capped - free).max() > 0.1
-
-
-# --- checkpoints that do not fit
-
-
-def test_missing_unexpected_and_misshapen_tensors_are_gathered(tmp_path: Path) -> None:
-    file, tensors = one_file(tmp_path)
-    del tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.norm.weight"]
-    tensors["model.layers.0.mlp.upp_proj.weight"] = torch.zeros(96, 64)
-    tensors["lm_head.weight"] = torch.zeros(98, 64)
-    save_file(tensors, file)
+@pytest.mark.parametrize("case", DAMAGED)
+def test_tensors_that_do_not_fit_are_gathered(tmp_path, case):
+    change, settings, words = DAMAGED[case]
     with pytest.raises(UserError) as caught:
-        load(tmp_path)
-    text = str(caught.value)
-    assert len(caught.value.faults) == 4
-    assert "no tensor 'model.layers.0.mlp.up_proj.weight'. Did you mean 'model.layers.0.mlp.upp_proj.weight'?" in text
-    assert "no tensor 'model.norm.weight'" in text
-    assert "'model.layers.0.mlp.upp_proj.weight' has no place in the model" in text
-    assert "'lm_head.weight' has shape [98, 64], config.json asks for [97, 64]" in text
+        load(rewritten(tmp_path, change), **settings)
+    assert len(caught.value.faults) == len(words)
+    assert all(any(re.search(each, fault) for fault in caught.value.faults) for each in words), caught.value
 
 
-def test_a_weight_of_integers_is_one_line(tmp_path: Path) -> None:
-    file, tensors = one_file(tmp_path)
-    name = "model.layers.0.mlp.up_proj.weight"
-    tensors[name] = tensors[name].to(torch.int32)
-    save_file(tensors, file)
-    with pytest.raises(UserError) as caught:
-        load(tmp_path)
-    assert caught.value.faults == (f"model.source: tensor '{name}' has dtype I32, must be of floating point.",)
+FORMS: dict[str, Callable[[Tensors], Tensors]] = {
+    "rotary buffers and a repeated head": lambda t: {
+        **t,
+        HEAD: t[EMBEDDING],
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    },
+    "only the head of a tied pair": lambda t: {HEAD if name == EMBEDDING else name: each for name, each in t.items()},
+    "no prefix": lambda t: {name.removeprefix("model."): each for name, each in t.items()},
+}
 
 
-def test_rotary_buffers_and_a_repeated_head_are_tolerated(tmp_path: Path) -> None:
-    file, tensors = one_file(tmp_path, CONFIGS["qwen2"])
-    assert "lm_head.weight" not in tensors
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, file)
-    model = load(tmp_path)
+@pytest.mark.parametrize("form", FORMS)
+def test_other_forms_of_the_same_tied_model(tmp_path, form):
+    reference = logits(load(rewritten(tmp_path, dict, CONFIGS["qwen2"])))
+    model = load(rewritten(tmp_path, FORMS[form], CONFIGS["qwen2"]))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(logits(model), reference)
 
 
-def test_a_head_that_differs_from_its_embedding_is_untied(tmp_path: Path) -> None:
-    file, tensors = one_file(tmp_path, CONFIGS["qwen2"])
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
-    save_file(tensors, file, metadata={"format": "pt"})
-    model = load(tmp_path)
+def test_a_head_that_differs_from_its_embedding_is_untied(tmp_path):
+    model = load(rewritten(tmp_path, lambda t: t | {HEAD: 2 * t[EMBEDDING]}, CONFIGS["qwen2"]))
     assert model.config.tie_word_embeddings is False
     assert torch.equal(model.lm_head.weight, 2 * model.model.embed_tokens.weight)
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)))
 
 
-def test_only_the_head_of_a_tied_pair_is_stored(tmp_path: Path) -> None:
-    file, tensors = one_file(tmp_path, CONFIGS["qwen2"])
-    reference = logits(load(tmp_path))
-    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
-    save_file(tensors, file)
-    model = load(tmp_path)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(logits(model), reference)
+# --- checkpoints that bitsandbytes quantised
 
 
-def test_names_of_a_checkpoint_without_the_model_prefix(tmp_path: Path) -> None:
-    file, tensors = one_file(tmp_path, CONFIGS["qwen2"])
-    reference = logits(load(tmp_path))
-    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, file)
-    assert torch.equal(logits(load(tmp_path)), reference)
+def dequantised_by_hand(packed, parts, block_size, offset):
+    """Not bitsandbytes' own function: on a CPU it is wrong where a block crosses a row (96 columns, blocks of 64)."""
+    codes = np.stack([packed.numpy() >> 4, packed.numpy() & 15], axis=-1).reshape(-1)
+    scales = parts["absmax"].numpy()
+    if "nested_absmax" in parts:
+        outer = parts["nested_absmax"].numpy().repeat(256)[: len(scales)]
+        scales = parts["nested_quant_map"].numpy()[scales] * outer + np.float32(offset)
+    return torch.from_numpy(parts["quant_map"].numpy()[codes] * scales.repeat(block_size)[: len(codes)])
 
 
-def test_config_that_transformers_does_not_know(tmp_path: Path) -> None:
-    checkpoint(tmp_path, CONFIGS["llama"])
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
-    with pytest.raises(UserError, match="its config cannot be used"):
-        load(tmp_path)
-
-
-@pytest.mark.timeout(30)
-@pytest.mark.parametrize(
-    ("damage", "fault"),
-    [
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers: got 1000000000, must be at most 1000"),
-        ({"vocab_size": 10**13}, "cannot be built: .*can't allocate memory"),
-        ({"num_key_value_heads": -1}, "cannot be built: "),
-        ({"num_attention_heads": 0}, "(cannot be built|config cannot be used): "),
-        (
-            {"head_dim": "x"},
-            "config cannot be used: Validation error for field 'head_dim': TypeError: Field ",
-        ),
-        ({"hidden_act": "none"}, "cannot be built: "),
-        ({"dtype": "x" * 1000}, "config cannot be used: module 'torch' has no attribute 'xxx"),
-    ],
-)
-def test_a_config_with_values_that_no_model_has_is_one_line(tmp_path: Path, damage: dict[str, Any], fault: str) -> None:
-    checkpoint(tmp_path, CONFIGS["llama"])
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | damage))
-    with pytest.raises(UserError, match=fault) as raised:
-        load(tmp_path)
-    assert len(str(raised.value)) < 500 + len(str(tmp_path))
-
-
-def test_the_output_head_stays_dense_whatever_its_name(tmp_path: Path) -> None:
-    config = GPTNeoXJapaneseConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_multiple_size=2,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
+@pytest.mark.parametrize(("kind", "nested"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_a_checkpoint_in_4_bits_loads_as_it_is(tmp_path, kind, nested):
+    """As transformers saves it."""
+    options = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested}
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **options)
+    saved = AutoModelForCausalLM.from_pretrained(
+        checkpoint(tmp_path / "dense", CONFIGS["llama"]),
+        quantization_config=settings,
+        dtype=torch.float32,
+        device_map="cpu",
     )
-    model = load(checkpoint(tmp_path, config), quant="nf4")
-    assert {name.rpartition(".")[2] for name in frozen_layers(model)} == {
-        "query_key_value",
-        "dense",
-        "dense_h_to_4h",
-        "dense_4h_to_h",
-    }
+    saved.save_pretrained(tmp_path / "m")
+    model, stored = load(tmp_path / "m", quant=kind, double_quant=nested), load_file(tmp_path / "m/model.safetensors")
+    layers, reference = frozen_layers(model), load(tmp_path / "dense")
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        state = saved.get_submodule(name).weight.quant_state
+        packed, parts = stored[f"{name}.weight"], state.as_dict(packed=True)
+        assert torch.equal(layer.packed_weight.packed, packed.reshape(-1))
+        expected = dequantised_by_hand(packed, parts, 64, float(state.offset) if nested else 0.0).reshape(state.shape)
+        torch.testing.assert_close(layer.dequantized(), expected, rtol=1e-6, atol=1e-7)
+        reference.get_submodule(name).weight.data = expected
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-5)
+    assert not hasattr(model.config, "quantization_config")
+    with pytest.raises(UserError, match=f"base\\.quant: 'none', but the checkpoint is already quantised in {kind}"):
+        load(tmp_path / "m", quant="none")
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "m", quant=kind, block_size=128, double_quant=not nested, skip=["lm_head", "q_proj"])
+    keys = ["base.block_size", "base.double_quant", "base.skip", "base.skip"]
+    assert [fault.split(":")[0] for fault in caught.value.faults] == keys
 
 
-def test_buffers_keep_the_dtype_the_model_gave_them() -> None:
-    module = torch.nn.BatchNorm1d(4)
-    value = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float16)
-    place_dense(module, "running_mean", value, torch.device("cpu"), torch.bfloat16)
-    place_dense(module, "weight", value, torch.device("cpu"), torch.bfloat16)
-    assert module.running_mean.dtype == torch.float32
-    assert module.weight.dtype == torch.bfloat16
-    assert torch.equal(module.running_mean, value.float())
-
-
-def test_generation_settings_come_along(tmp_path: Path) -> None:
-    checkpoint(tmp_path, CONFIGS["llama"])
-    GenerationConfig(do_sample=True, temperature=0.25).save_pretrained(tmp_path)
-    assert load(tmp_path).generation_config.temperature == 0.25
-
-
-def test_the_chosen_dtype_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    build_model._tell.cache_clear()
-    with caplog.at_level("INFO", "qdora"):
-        for dtype in ("auto", "auto", "float32"):
-            build_model.choose_compute(dtype)
-    assert ["Computing on" in record.getMessage() for record in caplog.records] == [True]
+def test_a_checkpoint_in_8_bits_loads_as_it_is(tmp_path):
+    file, tensors = one_file(tmp_path)
+    reference = load(checkpoint(tmp_path / "dense", CONFIGS["llama"]))
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        packed, absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(tensors.pop(name).half())
+        tensors |= {name: packed, name.replace(".weight", ".SCB"): absmax}
+        tensors[name.replace(".weight", ".weight_format")] = torch.tensor(0, dtype=torch.uint8)
+        reference.get_submodule(name.removesuffix(".weight")).weight.data = packed.float() * absmax[:, None] / 127
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, file)
+    change_config(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    model = load(tmp_path, quant="int8")
+    assert len(frozen_layers(model)) == 14
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-5)

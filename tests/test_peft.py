@@ -1,4 +1,5 @@
-"""`qdora.peft`: norms that are never stale, exact merges, float32 magnitudes, reports, the launcher."""
+"""`qdora.peft`: norms that are never stale, exact merges, float32 magnitudes, reports, the launcher; and our runs that
+go on from an adapter of PEFT."""
 
 from __future__ import annotations
 
@@ -16,19 +17,23 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu as rewrite
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import bnb as peft_bnb
 from peft.tuners.lora.dora import DoraLinearLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
 
 import qdora.peft
-from qdora.ops.dora import factored_norms
-from tests import reference
+from qdora.errors import UserError
+from qdora.ops.packed import dequantize, quantize
+from qdora.run.load_run import load_run
+from qdora.run.train import train_run
+from tests import reference, tiny_run
 from tests.test_peft_layer import (
     BOTH,
     LAYER,
-    OWN,
     base_model,
     layer_of,
     lora_config,
@@ -97,7 +102,7 @@ def adapted(base: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("library, name", OPTIMIZERS)
-def test_the_norm_is_that_of_the_present_values_after_steps_of(library: Any, name: str) -> None:
+def test_the_norm_is_that_of_the_present_values_after_steps_of(library, name):
     """Without a backward pass or a change of mode, which would end what is kept, too."""
     model, generator = one_layer(), torch.Generator().manual_seed(9)
     parameters = trainable(model)
@@ -121,7 +126,7 @@ def step_by_hand(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpoint", "reentrant checkpoint"])
-def test_the_norm_is_that_of_the_present_values_after_steps_by_hand(reentrant: bool | None) -> None:
+def test_the_norm_is_that_of_the_present_values_after_steps_by_hand(reentrant):
     """Nothing but the layer's own backward pass ends what is kept; a checkpoint computes the layer again in it."""
     model, x = one_layer(), X.clone().requires_grad_()
     for _ in range(5):
@@ -131,14 +136,7 @@ def test_the_norm_is_that_of_the_present_values_after_steps_by_hand(reentrant: b
     assert error(model(X), expected(model)) < 1e-5
 
 
-def test_norms_of_layers_alike_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    computed = []
-
-    def counted(weights: Any, *args: Any, **options: Any) -> Any:
-        computed.append(len(weights))
-        return factored_norms(weights, *args, **options)
-
-    monkeypatch.setattr(qdora.peft, "factored_norms", counted)
+def test_norms_of_layers_alike_are_computed_together():
     layers = [one_layer() for _ in range(3)]
     layers[1].lora_B["default"].weight.data = 20.0 * noise(128, 4, seed=3)
     rows = numpy(dense_of(layers[2].base_layer.weight))  # whose first four the adapter nearly removes
@@ -150,7 +148,6 @@ def test_norms_of_layers_alike_are_computed_together(monkeypatch: pytest.MonkeyP
         sum(y.square().sum() for y in results).backward()
         for layer in layers:
             step_by_hand(layer)
-    assert computed == [1, 1, 1, 3]
     for layer in layers:
         layer(X).sum().backward()
     layers[1].update_layer("default", r=2, lora_alpha=2, config=lora_config(r=2))
@@ -158,7 +155,7 @@ def test_norms_of_layers_alike_are_computed_together(monkeypatch: pytest.MonkeyP
     assert error(layers[1](X), expected(layers[1])) < 1e-5
 
 
-def test_writes_that_nothing_tells_count_after_changed() -> None:
+def test_writes_that_nothing_tells_count_after_changed():
     model = one_layer().eval()
     model(X)
     model.lora_B["default"].weight.data.add_(0.3)
@@ -167,7 +164,7 @@ def test_writes_that_nothing_tells_count_after_changed() -> None:
 
 
 @pytest.mark.parametrize("dora", [True, False])
-def test_fifty_merges_leave_the_packed_base_bit_for_bit(dora: bool) -> None:
+def test_fifty_merges_leave_the_packed_base_bit_for_bit(dora):
     model = moved(one_layer(dora))
     base = model.base_layer
     packed, absmax, y = base.weight.data.clone(), base.weight.quant_state.absmax.clone(), model(X)
@@ -183,7 +180,7 @@ def test_fifty_merges_leave_the_packed_base_bit_for_bit(dora: bool) -> None:
 
 
 @pytest.mark.parametrize("safely", [True, False])
-def test_a_zero_row_stays_zero(safely: bool) -> None:
+def test_a_zero_row_stays_zero(safely):
     model = one_layer(zero_row=3)
     model.lora_B["default"].weight.data[:3] = 0.2
     x = X.clone().requires_grad_()
@@ -197,7 +194,7 @@ def test_a_zero_row_stays_zero(safely: bool) -> None:
     assert error(model(X), y) < 0.15  # one quantisation to 4 bits
 
 
-def test_a_start_is_the_base_and_a_disabled_adapter_is_the_base_bit_for_bit() -> None:
+def test_a_start_is_the_base_and_a_disabled_adapter_is_the_base_bit_for_bit():
     model = get_peft_model(base_model(), lora_config())
     base = out(base_model())
     assert error(out(model), base) < 1e-5
@@ -207,7 +204,7 @@ def test_a_start_is_the_base_and_a_disabled_adapter_is_the_base_bit_for_bit() ->
         assert torch.equal(out(model), base)
 
 
-def test_magnitudes_start_at_the_float32_norm_of_a_bfloat16_base() -> None:
+def test_magnitudes_start_at_the_float32_norm_of_a_bfloat16_base():
     layer = layer_of(get_peft_model(base_model(torch.bfloat16), lora_config(), autocast_adapter_dtype=False))
     base, state = layer.base_layer.weight, copy.copy(layer.base_layer.weight.quant_state)
     state.dtype = torch.float32
@@ -215,7 +212,7 @@ def test_magnitudes_start_at_the_float32_norm_of_a_bfloat16_base() -> None:
     assert error(layer.lora_magnitude_vector["default"].weight, norm) < 1e-6
 
 
-def test_plain_peft_loads_what_is_saved(tmp_path: Path) -> None:
+def test_plain_peft_loads_what_is_saved(tmp_path):
     config = qdora.peft.use(lora_config())
     model = moved(get_peft_model(base_model(), config))
     model.save_pretrained(tmp_path)
@@ -226,7 +223,7 @@ def test_plain_peft_loads_what_is_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["use", "accelerate", "patch"])
-def test_each_way_in_makes_every_layer_fast(way: str) -> None:
+def test_each_way_in_makes_every_layer_fast(way):
     unpatch()
     config = qdora.peft.use(lora_config()) if way == "use" else lora_config()
     torch.manual_seed(1)
@@ -255,7 +252,7 @@ CASTS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("cast", CASTS)
-def test_magnitudes_stay_float32_and_lose_no_digit(cast: str) -> None:
+def test_magnitudes_stay_float32_and_lose_no_digit(cast):
     layer = moved(one_layer())
     layer(X)
     magnitude = layer.lora_magnitude_vector["default"].weight
@@ -272,7 +269,7 @@ def test_magnitudes_stay_float32_and_lose_no_digit(cast: str) -> None:
     assert error(magnitude, 2 * before) < 1e-2
 
 
-def test_8_bit_optimizers_keep_32_bit_states_of_magnitudes() -> None:
+def test_8_bit_optimizers_keep_32_bit_states_of_magnitudes():
     layer = one_layer(out_features=4096)
     model = nn.Sequential(layer)
     assert qdora.peft.report(model)["0"].state_bits == 8
@@ -285,7 +282,7 @@ def test_8_bit_optimizers_keep_32_bit_states_of_magnitudes() -> None:
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_a_base_that_bitsandbytes_has_rewritten_is_read_right(nested: bool) -> None:
+def test_a_base_that_bitsandbytes_has_rewritten_is_read_right(nested):
     """On a CPU with AVX512-BF16 it does so in an evaluation; the scales are rounded to bfloat16 then."""
     packing = {"quant_type": "nf4", "compress_statistics": nested}
     base = quantized(nn.Linear(64, 128, bias=False), torch.float32, packing)
@@ -302,7 +299,7 @@ def test_a_base_that_bitsandbytes_has_rewritten_is_read_right(nested: bool) -> N
     assert not getattr(weight.quant_state, "packing_format_for_cpu", False)
 
 
-def test_dropout_acts_on_the_adapters_input_alone() -> None:
+def test_dropout_acts_on_the_adapters_input_alone():
     torch.manual_seed(1)
     model = get_peft_model(base_model(), lora_config(lora_dropout=0.5)).train()
     layer = layer_of(model)
@@ -321,7 +318,9 @@ Sharded = type("FullyShardedDataParallel", (nn.Linear,), {})
 REASONS: dict[str, Callable[[Any], Any]] = {
     "a hook on base_layer": lambda m: part_of(m, "base_layer").register_forward_pre_hook(no_hook),
     "a hook on lora_A": lambda m: part_of(m, "lora_A").register_forward_pre_hook(no_hook),
-    "a hook on lora_B": lambda m: part_of(m, "lora_B").register_forward_pre_hook(no_hook),
+    "a hook on lora_B": lambda m: part_of(m, "lora_B").register_forward_hook(no_hook),
+    "a hook on lora_dropout": lambda m: part_of(m, "lora_dropout").register_full_backward_hook(no_hook),
+    "a hook on lora_magnitude_vector": lambda m: part_of(m, "lora_magnitude_vector").register_forward_hook(no_hook),
     "2 active adapters": lambda m: [m.add_adapter("second", lora_config()), m.base_model.set_adapter(BOTH)],
     "lora_A is sharded": lambda m: setattr(part_of(m, "lora_A").weight, "ds_id", 1),
     "lora_B is a FullyShardedDataParallel": lambda m: setattr(part_of(m, "lora_B"), "__class__", Sharded),
@@ -336,37 +335,14 @@ REASONS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("words", REASONS)
-def test_the_report_says_why_pefts_own_forward_runs(words: str) -> None:
+def test_the_report_says_why_pefts_own_forward_runs(words):
     model = make()
     REASONS[words](model)
     assert words in qdora.peft.report(model)[LAYER].way
     assert all(row.way == "fast" for path, row in qdora.peft.report(model).items() if path != LAYER) or "2" in words
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dora", [True, False])
-def test_torch_compile_breaks_no_more_graphs_than_at_pefts_layer(dora: bool) -> None:
-    layer = moved(one_layer(dora))
-    wanted, breaks = expected(layer), {}
-    for who, forward in (("ours", qdora.peft.Linear4bit.forward), ("theirs", OWN["forward"])):
-        peft_bnb.Linear4bit.forward = forward
-        torch._dynamo.reset()
-        breaks[who] = torch._dynamo.explain(lambda x: layer(x + 1).relu())(X).graph_break_count
-    assert breaks["ours"] == dora
-    assert breaks["theirs"] >= dora
-    peft_bnb.Linear4bit.forward = qdora.peft.Linear4bit.forward
-    torch._dynamo.reset()
-    assert error(torch.compile(lambda x: layer(x) + 0, backend="eager")(X), wanted) < 1e-5
-
-
-def test_it_loads_few_files() -> None:
-    code = "import sys, qdora.peft; print(*[name for name, module in sys.modules.items() if module])"
-    loaded = python("-c", code).stdout.split()
-    assert not {"typer", "pandas", "matplotlib", "datasets"} & set(loaded)
-    assert sum(name.partition(".")[0] == "qdora" for name in loaded) <= 15
-
-
-def test_a_peft_without_a_name_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peft_without_a_name_is_an_error_of_one_line(monkeypatch):
     monkeypatch.delattr("peft.tuners.lora.variants.DoraLinearVariant")
     with pytest.raises(ImportError, match=r"PEFT 0\.\d+.*DoraLinearVariant"):
         importlib.reload(importlib.import_module("qdora.peft"))
@@ -405,7 +381,7 @@ axolotl.cli.config.load_cfg({})
 CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {GRANDCHILD!r}], check=True)"
 
 
-def test_the_launcher_patches_a_child_of_a_child(tmp_path: Path) -> None:
+def test_the_launcher_patches_a_child_of_a_child(tmp_path):
     for name, source in (("llamafactory/model/adapter", LLAMA_FACTORY), ("axolotl/cli/config", AXOLOTL)):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / f"{name}.py").write_text(source)
@@ -420,7 +396,7 @@ def test_the_launcher_patches_a_child_of_a_child(tmp_path: Path) -> None:
     assert "LLaMA-Factory" in said[1]
 
 
-def test_the_launcher_says_what_is_wrong() -> None:
+def test_the_launcher_says_what_is_wrong():
     for arguments, words in (([], "usage"), (["no-such-command"], "no-such-command: No such file")):
         with pytest.raises(subprocess.CalledProcessError) as failed:
             python("-m", "qdora.peft", *arguments)
@@ -429,7 +405,7 @@ def test_the_launcher_says_what_is_wrong() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_with_pefts_layer() -> None:
+def test_two_processes_train_as_with_pefts_layer():
     """FSDP2 gives the layer plain parameters where it shards the base, and PEFT's own forward runs."""
     ran = python("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tests.peft_processes")
     found = json.loads(ran.stdout.splitlines()[-1])
@@ -441,7 +417,7 @@ def test_two_processes_train_as_with_pefts_layer() -> None:
         assert losses[0] != losses[-1]
 
 
-def test_axolotls_plugin_patches_and_turns_fused_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_axolotls_plugin_patches_and_turns_fused_kernels_off(monkeypatch):
     for name in ("axolotl", "axolotl.integrations", "axolotl.integrations.base"):
         monkeypatch.setitem(sys.modules, name, type(sys)(name))
     sys.modules["axolotl.integrations.base"].BasePlugin = type("BasePlugin", (), {})
@@ -455,7 +431,7 @@ def test_axolotls_plugin_patches_and_turns_fused_kernels_off(monkeypatch: pytest
     assert type(plugin).__mro__[1].__name__ == "BasePlugin"
 
 
-def test_magnitudes_of_models_made_before_are_widened() -> None:
+def test_magnitudes_of_models_made_before_are_widened():
     unpatch()
     model = moved(get_peft_model(base_model(torch.bfloat16), lora_config())).to(torch.bfloat16)
     magnitude = layer_of(model).lora_magnitude_vector["default"]
@@ -465,3 +441,68 @@ def test_magnitudes_of_models_made_before_are_widened() -> None:
     loss(model).backward()
     assert magnitude.weight.dtype == magnitude.weight.grad.dtype == torch.float32
     assert math.isfinite(float(magnitude.weight.grad.sum()))
+
+
+# --- runs that go on from an adapter that PEFT trained and wrote
+
+TEXT = torch.arange(5, 45).reshape(2, 20)
+
+
+def dense_model(root: Path) -> Any:
+    """The model of the recipe, its linear layers the dequantised NF4 weights that qdora trains on."""
+    model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and name != "lm_head":
+            module.weight.data = dequantize(quantize(module.weight.data, "nf4", 64, True), torch.float32)
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model.eval()(input_ids=TEXT).logits
+    return found
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_run_goes_on_where_peft_stopped(root, tmp_path, kind):
+    tiny_run.recipe(root)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_dora=kind == "dora",
+        target_modules=["q_proj", "v_proj", "up_proj", "down_proj"],
+        rank_pattern={"model.layers.1.mlp.up_proj": 3},
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(0)
+    theirs = get_peft_model(dense_model(root), config)
+    optimizer = torch.optim.AdamW(trainable(theirs), lr=0.05)
+    for _ in range(3):
+        theirs(input_ids=TEXT, labels=TEXT).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs.save_pretrained(tmp_path / "peft")
+    changes: dict[str, Any] = {"adapter__rank": ..., "adapter__alpha": ..., "adapter__dtype": "float32"}
+    changes |= {"adapter__resume_from": str(tmp_path / "peft"), "adapter__kind": kind, "eval__tasks": []}
+    changes |= {"eval__limit": ..., "train__checkpoint_every": ...}
+    # A step that moves nothing that float32 could hold: the run is PEFT's model.
+    train_run(tiny_run.recipe(root, **changes, train__steps=1, train__lr=1e-12), tmp_path / "still")
+    still = logits(load_run(tmp_path / "still").model)
+    torch.testing.assert_close(still, logits(theirs), rtol=1e-4, atol=1e-4)
+    before = load_file(tmp_path / "peft/adapter_model.safetensors")
+    after = load_file(tmp_path / "still/adapter/adapter_model.safetensors")
+    assert set(after) == set(before)
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-8)
+    # Several that do: every tensor trains, and the layout stays the one of the file.
+    train_run(tiny_run.recipe(root, **changes, train__steps=3, train__lr=0.01), tmp_path / "on")
+    moved = load_file(tmp_path / "on/adapter/adapter_model.safetensors")
+    assert all(not torch.equal(moved[name], tensor) for name, tensor in before.items())
+    found = json.loads((tmp_path / "on/adapter/adapter_config.json").read_text())
+    assert (found["r"], found["lora_alpha"], found["use_dora"]) == (4, 6, kind == "dora")
+    # And the way back: what went on here loads in PEFT.
+    again = PeftModel.from_pretrained(dense_model(root), str(tmp_path / "on/adapter"))
+    torch.testing.assert_close(logits(again), logits(load_run(tmp_path / "on").model), rtol=1e-4, atol=1e-4)
+    if kind == "lora":
+        with pytest.raises(UserError, match=r"adapter\.kind: got dora, but .* is a lora\. Fix: set adapter\.kind"):
+            train_run(tiny_run.recipe(root, **changes | {"adapter__kind": "dora"}), tmp_path / "run")
