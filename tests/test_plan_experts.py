@@ -146,10 +146,8 @@ def test_planned_bytes_are_those_of_a_counted_step(tmp_path: Path) -> None:
 def test_planned_bytes_of_other_mixtures(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
     many = {"qwen3_moe": "num_experts", "gpt_oss": "num_local_experts", "deepseek_v3": "n_routed_experts"}[name]
     wide = "intermediate_size" if name == "gpt_oss" else "moe_intermediate_size"
-    sizes = {"hidden_size": 128, "head_dim": 32, wide: 256, many: 16, "max_position_embeddings": 1024}
-    if name == "deepseek_v3":
-        del sizes["head_dim"]
-    check_bytes(tmp_path, name, 768, sizes, **changes)
+    sizes = {"hidden_size": 128, wide: 256, many: 16, "max_position_embeddings": 1024}
+    check_bytes(tmp_path, name, 768, sizes | ({} if name == "deepseek_v3" else {"head_dim": 32}), **changes)
 
 
 def plan_and_operations(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, **options: Any) -> tuple[Plan, int]:
@@ -221,17 +219,13 @@ def test_a_plan_says_what_routing_decides() -> None:
         Plan(device_kind="cpu", moments=moments, shape=shape, num_micro_batches=1, even_routing_bytes=share * 2**20)
         for share in (2640, 2000)
     )
-    peak = close.peak_bytes
-    assert peak == 2**31 + CONTEXT_BYTES["cpu"]
+    assert close.peak_bytes == 2**31 + CONTEXT_BYTES["cpu"]
     assert (close.depends_on_routing, apart.depends_on_routing) == (False, True)
     assert apart.to_dict()["even_routing_bytes"] == 2000 * 2**20
     (said,) = (line for line in plan_view.plan_lines(apart) if "Experts" in line)
-    assert said == (
-        "Experts: 2.59 GiB if nearly all tokens choose the same ones, which is planned; "
-        "1.95 GiB if tokens divide evenly among them."
-    )
+    assert said.startswith("Experts: 2.59 GiB if nearly all tokens choose the same ones")
+    assert "1.95 GiB if tokens divide evenly" in said
     assert not any("Experts" in line for line in plan_view.plan_lines(close))
-    assert replace(close, even_routing_bytes=None).to_dict()["even_routing_bytes"] is None
 
 
 @pytest.mark.slow
@@ -256,15 +250,13 @@ def test_planned_bytes_of_linear_attention(
     check_bytes(tmp_path, "qwen3_next", 1100, sizes, **changes)
 
 
-def test_fewer_ranks_of_experts_are_proposed() -> None:
-    def proposed(**experts: Any) -> str:
-        return str(_candidates(a_recipe(adapter__experts=experts), "cuda"))
-
-    assert "'adapter.experts.rank=3'" in proposed(rank=6)
-    assert "experts" not in proposed(rank=1) + proposed(share="A")
-
-
-def test_a_token_meets_few_of_the_weights() -> None:
+def test_fewer_ranks_of_experts_are_proposed_and_a_token_meets_few_of_the_weights() -> None:
+    halved, single, shared = (
+        str(_candidates(a_recipe(adapter__experts=experts), "cuda"))
+        for experts in ({"rank": 6}, {"rank": 1}, {"share": "A"})
+    )
+    assert "'adapter.experts.rank=3'" in halved
+    assert "experts" not in single + shared
     rates, shape = Rates("round", 1e12, 1e30), MicroBatchShape(1, 100, 0, masked=False)
     work = Work(num_linear=1000, num_head=0, num_trainable=10, attention_width=0, quantised=True, checkpointing=True)
     dense, mixture = (step_seconds(each, shape, 1, rates) for each in (work, replace(work, share_met=0.25)))

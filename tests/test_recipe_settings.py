@@ -156,7 +156,7 @@ def test_a_recipe_that_cannot_be_read_names_the_nearest(tmp_path: Path, monkeypa
         ("memory.loss_chunk", "0|true", "'auto'"), ("memory.loss_chunk", "auot", "Did you mean 'auto'?"),
         ("memory.budget", "much", "40GiB 'much'"), ("data.max_length", "1", "2"), ("model.sorce", "x", "'source'?"),
         ("adapter.lr", "1", "unknown 'train.lr'?"), ("adapter.frobnicate", "1", "unknown rank alpha"),
-        ("model.source", """7|''|"a\\nb\"""", ""), ("eval.block", "-1", "-1"), ("adapter.gates", "{mean_rank: 0.5}", ""),
+        ("model.source", """7|''|"a\\nb\"""", ""), ("eval.block", "-1", ""), ("adapter.gates", "{mean_rank: 0.5}", ""),
         ("base.prune", "{pattern: unstructered}|{sparsity: 1.0}|{pattern: '2:0'}", ""),
         ("adapter.rank_pattern", "{q_proj: 0}", ""), ("adapter.also_train", "[embed_token]", "'embed_tokens'?"),
         ("interference.examples", "1", "2"), ("data.mix", "[{task: bolq}]|[{source: /x, template: {prompt: a}}]", ""),
@@ -477,9 +477,9 @@ def test_access_tokens_are_refused_and_never_repeated() -> None:
         assert "holds an access token" in line
         assert TOKEN[:12] not in line
     items = (f"adapter.rank_pattern.{TOKEN}=3", f"{TOKEN}=1", TOKEN, f"model.x=[{TOKEN}")
+    calls: list[Callable[[str], Any]] = [load_recipe, recipe_text, partial(read_yaml, where="r.yaml")]
     refused = [faults(changed(), item) for item in items]
-    for call in (load_recipe, recipe_text, partial(read_yaml, where="r.yaml")):
-        refused.append(lines_of(partial(call, f"{TOKEN}: 1\n{TOKEN}: 2")))
+    refused += [lines_of(partial(call, f"{TOKEN}: 1\n{TOKEN}: 2")) for call in calls]
     assert all(refused)
     assert TOKEN not in str(refused)
 
