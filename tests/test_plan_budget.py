@@ -1,4 +1,4 @@
-"""qdora plan and memory.budget: a run over it is refused or changed; mix, time and public shapes without any weights."""
+"""qdora plan and memory.budget: a run over it is refused or changed; mix, time and public shapes without weights."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough() -
     text = parts.over_budget(found)
     for words in (
         "1.00 GiB, but",
-        "about 1.59 GiB in the update (optimizer state 1.00 GiB, context and libraries 600.0",
+        "1.59 GiB in the update (optimizer state 1.00 GiB, context and libraries 600.0",
     ):
         assert words in text
     for peak, is_enough in ((2**30, True), (2**30 + 1, False)):
