@@ -90,9 +90,7 @@ def test_help_shows_the_whole_summary_of_every_verb() -> None:
 
 
 @pytest.mark.parametrize("verb", RESULTS)
-def test_results_alone_go_to_standard_output_and_as_json_they_are_one_document(
-    verb: str, root: Path, tmp_path: Path
-) -> None:
+def test_results_go_to_standard_output(verb: str, root: Path, tmp_path: Path) -> None:
     found = invoke(*arguments_of(verb, root, tmp_path / "a"), "-q")
     assert found.exit_code == 0, found.stderr
     assert RESULTS[verb][1] in found.stdout
@@ -103,9 +101,7 @@ def test_results_alone_go_to_standard_output_and_as_json_they_are_one_document(
     assert json.loads(found.stdout)
 
 
-def test_options_of_all_verbs_stand_before_or_after_the_verb(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shared_options_before_and_after_the_verb(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = arguments_of("eval", root, tmp_path)
     before, after = invoke("--json", *arguments), invoke(*arguments, "--json")
     assert json.loads(before.stdout).keys() == json.loads(after.stdout).keys()
@@ -153,7 +149,7 @@ class Unforeseen(Exception):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_a_failure_is_one_line_and_its_traceback_is_in_the_log(
+def test_a_failure_is_one_line(
     error: BaseException, code: int, text: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -229,7 +225,7 @@ def python(*command: str, stdout: int = subprocess.PIPE, **variables: str) -> su
         (10.0, {"WORLD_SIZE": "2"}, {"TORCH_CPP_LOG_LEVEL": "ERROR"}),
     ],
 )  # fmt: skip
-def test_threads_sleep_on_busy_cores_unless_the_user_has_chosen(
+def test_threads_sleep_on_busy_cores(
     busy: float, given: dict[str, str], added: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psutil.cpu_percent", lambda interval: busy)
@@ -239,9 +235,7 @@ def test_threads_sleep_on_busy_cores_unless_the_user_has_chosen(
 
 
 @pytest.mark.parametrize(("rank", "expected"), [("0", "found\nodd\nhere\n"), ("1", "here\n")])
-def test_the_first_process_of_a_launch_tells_what_all_find_and_lines_of_the_hub_are_shown_once(
-    rank: str, expected: str
-) -> None:
+def test_the_first_process_of_a_launch_tells_what_all_find_once(rank: str, expected: str) -> None:
     code = "import logging, qdora.cli.verb as v; v._set_up_output(); from huggingface_hub import snapshot_download; "
     code += "logging.getLogger('huggingface_hub.utils').warning('Retrying in 1s'); log = logging.getLogger('qdora'); "
     code += "log.info('found'); log.warning('odd'); log.warning('here', extra={'of_this_process': True}); "
@@ -280,9 +274,7 @@ def test_text_on_an_output_that_is_not_utf_8(options: tuple[str, ...], root: Pat
         ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, [{102: 1, 89: 1}], False),
     ],
 )  # fmt: skip
-def test_the_allocator_extends_its_segments_where_the_driver_maps_memory(
-    given: Any, driver: Any, is_set: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_allocator_extends_segments(given: Any, driver: Any, is_set: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_driver.install(monkeypatch, driver)
     environment = dict(given)
     let_segments_grow(environment)
@@ -328,9 +320,7 @@ def _idle_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_idle_gpu")
 @pytest.mark.parametrize("verb", RESULTS)
-def test_what_computes_does_not_take_the_cpu_silently(
-    verb: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cpu_is_not_taken_silently(verb: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = arguments_of(verb, root, tmp_path)
     if VERBS[verb].__name__ not in COMPUTING:
         assert invoke(*arguments).exit_code == 0

@@ -119,7 +119,7 @@ def uninitialised() -> None:
         ("a failed start", "12.8", ("Error 802: system not yet initialized",)),
     ],
 )
-def test_a_gpu_without_use_is_refused_with_its_cause(
+def test_an_unused_gpu_is_refused(
     case: str, cuda: str | None, words: tuple[str, ...], machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.version.cuda", cuda)
@@ -141,9 +141,7 @@ def test_a_gpu_without_use_is_refused_with_its_cause(
         check_gpu()
 
 
-def test_a_gpu_that_torch_uses_and_a_machine_without_one_are_fine(
-    machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_used_gpu_and_a_machine_without_one_are_fine(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: True)
         assert unused_gpu() is None
@@ -170,7 +168,7 @@ def test_the_driver_says_what_a_gpu_can(monkeypatch: pytest.MonkeyPatch) -> None
         (None, "cuda", True),  # a plan on a machine without a driver
     ],
 )  # fmt: skip
-def test_states_are_paged_where_the_driver_lets_the_host_write_them(
+def test_states_are_paged_if_the_host_may_write(
     devices: Any, where: str, pages: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_driver.install(monkeypatch, devices)
@@ -209,9 +207,7 @@ def test_doctor_reports_and_advises(machine: Path) -> None:
                      marks=pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels work")),
     ],
 )  # fmt: skip
-def test_doctor_survives_kernels_that_end_the_process(
-    code: str, error: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_survives_broken_kernels(code: str, error: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(doctor, "_IN_OWN_PROCESS", code)
     found = doctor.kernels()
@@ -226,9 +222,7 @@ def test_doctor_survives_kernels_that_end_the_process(
         (lambda weight, **_: (_ for _ in ()).throw(RuntimeError("no kernel\nmore")), "no kernel"),
     ],
 )
-def test_doctor_does_not_trust_kernels_that_return(
-    monkeypatch: pytest.MonkeyPatch, broken: Callable[..., Any], error: str
-) -> None:
+def test_doctor_checks_the_results(monkeypatch: pytest.MonkeyPatch, broken: Callable[..., Any], error: str) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     monkeypatch.setattr(functional, "quantize_4bit", broken)
     monkeypatch.setattr(functional, "dequantize_4bit", lambda packed, state: torch.zeros_like(packed))
@@ -239,9 +233,7 @@ def test_doctor_does_not_trust_kernels_that_return(
 
 
 @pytest.mark.parametrize("name", ["lr[best]", "runs/[/b]", "qa[hard] :smile:"])
-def test_names_in_brackets_are_printed_as_they_are(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_brackets_are_printed(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qdora.files.console._shown", {"progress": True, "results": True})  # as without --json
     for console in consoles():
         table = Table(name)

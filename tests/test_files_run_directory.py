@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ from tests import tiny_run
 RECIPE = "train:\n  steps: 10\n  lr: 0.1\n  log_every: 1\ndata:\n  mix:\n  - task: boolq\n"
 ENVIRONMENT = {"torch": "2", "devices": ["a"]}
 TOKEN = "hf_" + "a1B2" * 8
-ROOT = str(Path(__file__).parents[1])
 
 
 @pytest.fixture
@@ -73,12 +72,6 @@ def names(path: Path) -> list[str]:
 
 def full_disk(*_: Any, **__: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def child(code: str, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ROOT}, check=False)
 
 
 # --- starting, going on, reading
@@ -112,14 +105,13 @@ def test_a_run_is_created_in_a_place_of_its_own(run: RunDirectory, tmp_path: Pat
     assert set(tree(create_run(other, RECIPE, ENVIRONMENT).path)) == {"recipe.yaml", "environment.json"}
 
 
-@pytest.mark.parametrize("name", ["plan.json", "residency.json", "log.txt"])
-def test_whatever_a_run_wrote_before_its_first_result_it_can_be_started_again(run: RunDirectory, name: str) -> None:
-    (run.path / name).write_text("{}")
+def test_what_a_run_wrote_before_its_first_result_lets_it_start_again(run: RunDirectory) -> None:
+    for name in ("plan.json", "residency.json", "log.txt"):
+        (run.path / name).write_text("{}")
     create_run(run.path, RECIPE.replace("0.1", "0.2"), ENVIRONMENT)
     assert "0.2" in run.recipe_file.read_text()
     assert not (run.path / "plan.json").exists()  # the new recipe may have no memory.budget
     run.environment_file.unlink()  # without it, recipe.yaml may be somebody's own file
-    (run.path / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="must be new or empty"):
         create_run(run.path, RECIPE, ENVIRONMENT)
 
@@ -134,9 +126,7 @@ def test_whatever_a_run_wrote_before_its_first_result_it_can_be_started_again(ru
         (RECIPE, {"steps: 10": "steps: 11", "log_every: 1": "log_every: 5", "lr: 0.1": "lr: 1"}, []),
     ],
 )
-def test_a_resume_needs_the_same_training(
-    run: RunDirectory, old: str, changes: dict[str, str], keys: list[str]
-) -> None:
+def test_a_resume_keeps_the_training(run: RunDirectory, old: str, changes: dict[str, str], keys: list[str]) -> None:
     run.recipe_file.write_text(old)
     new = old
     for before, after in changes.items():
@@ -253,23 +243,27 @@ def test_full_and_read_only_disks_give_one_line(tmp_path: Path, number: int, kin
         raise OSError(number, os.strerror(number))
 
 
+def in_fork(act: Callable[[], Any]) -> int:
+    """Act in a process of its own; returns its exit code, 1 after an error."""
+    process = os.fork()
+    if process == 0:
+        try:
+            act()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
 def test_a_full_disk_leaves_no_half_line(run: RunDirectory) -> None:
-    code = """
-import resource, sys
-from pathlib import Path
-from qdora.files.run_directory import RunDirectory
-from qdora.errors import RunFailure
-run = RunDirectory(Path(sys.argv[1]))
-run.append_metrics({"step": 1, "text": "x" * 500})
-import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # the system cuts the second line in the middle
-try:
-    run.append_metrics({"step": 2, "text": "y" * 20000})
-except RunFailure as error:
-    print(error)
-"""
-    done = child(code, run.path)
-    assert done.stdout == f"{run.path}: metrics.jsonl could not be written: the disk is full.\n"
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # the system cuts the second line in the middle
+        with pytest.raises(RunFailure, match=r"run: metrics\.jsonl could not be written: the disk is full\.$"):
+            run.append_metrics({"step": 2, "text": "y" * 20000})
+
+    run.append_metrics({"step": 1, "text": "x" * 500})
+    assert in_fork(fill) == 0
     assert run.metrics_file.read_bytes() == b'{"step": 1, "text": "' + b"x" * 500 + b'"}\n'
 
 
@@ -280,9 +274,7 @@ def broken_off(run: RunDirectory, error: BaseException, step: int) -> None:
         raise error
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_last_whole_one(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_last_whole_checkpoint(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = save(run, 1, b"old")
     before = tree(run.path)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -319,53 +311,41 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_whole_one(
     assert names(run.checkpoints) == ["step-1"]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from qdora.files import atomic, nvidia_driver
-from qdora.files.run_directory import RunDirectory
-run, calls, when = RunDirectory(Path(sys.argv[1])), [], int(sys.argv[2])
-def die(function):
-    def call(*arguments):
-        calls.append(arguments)
-        if len(calls) == when:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
-    return call
-atomic.os.rename, atomic.os.replace, atomic.os.fsync = map(die, (os.rename, os.replace, os.fsync))
-with run.checkpoint_directory(2) as path:
-    (path / "a.bin").write_bytes(b"new")
-print(len(calls))
-"""
-
-
 def test_killed_at_any_moment_of_writing_there_is_a_whole_checkpoint(run: RunDirectory) -> None:
     """Step 2 is written twice over; the process dies at its first, second, ... flush or rename."""
-    moment = 0
-    for first_time in (True, False):
+
+    def write_until(moment: int) -> None:
+        calls = itertools.count(1)
+
+        def mortal(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *arguments: os._exit(9) if next(calls) == moment else function(*arguments)
+
+        atomic.os.rename, atomic.os.replace, atomic.os.fsync = map(mortal, (os.rename, os.replace, os.fsync))
+        save(run, 2, b"new")
+
+    for old in (None, b"old"):
         save(run, 1)
-        if not first_time:
-            with run.checkpoint_directory(2) as path:
-                (path / "a.bin").write_bytes(b"old")
+        if old is not None:
+            save(run, 2, old)
         for moment in range(1, 30):
-            done = child(KILLED, run.path, str(moment))
-            if done.returncode == 0:
+            code = in_fork(lambda moment=moment: write_until(moment))
+            if code == 0:
                 assert moment > 5
                 break
-            assert done.returncode == -signal.SIGKILL, done.stderr
+            assert code == 9
             resume_run(run.path, RECIPE, ENVIRONMENT, before=RECIPE)  # clears leftovers
             newest = run.newest_checkpoint()
             assert newest is not None
             assert all(not name.startswith(".") for name in names(run.checkpoints))
-            if not first_time:
+            if old is not None:
                 assert newest.step == 2
-                assert (newest.path / "a.bin").read_bytes() in (b"old", b"new")
-        if first_time:
+                assert (newest.path / "adapter.safetensors").read_bytes() in (b"old", b"new")
+        if old is None:
             run.prune_checkpoints(1)
-    assert tree(run.checkpoints / "step-2")["a.bin"] == b"new"
+    assert tree(run.checkpoints / "step-2")["adapter.safetensors"] == b"new"
 
 
-def test_single_files_and_results_are_replaced_whole(
+def test_files_and_results_are_replaced_whole(
     run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "files"
@@ -461,7 +441,11 @@ def test_truncation_keeps_a_whole_last_line_and_drops_garbage(run: RunDirectory)
     assert not run.metrics_file.exists()
     run.metrics_file.write_bytes(b'{"step": 1}\n\x00\x00\x00\n[1]\n{"a": 1}\n{"step": 3}\n\xff\n{"step": 2}')
     assert run.metrics() == [{"step": 1}, {"step": 3}, {"step": 2}]
+    evaluations = [f"step-{name}.json" for name in ("2", "3", "3-generated", "3-validation-limit-2")]
+    for name in evaluations:
+        run.write_json(f"eval/{name}", {})
     run.truncate_metrics(2)
+    assert names(run.path / "eval") == [evaluations[0], evaluations[3]]  # the run's own after step 2 are gone
     assert run.metrics_file.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
     stamp = run.metrics_file.stat().st_mtime_ns
     run.truncate_metrics(2)
@@ -471,9 +455,7 @@ def test_truncation_keeps_a_whole_last_line_and_drops_garbage(run: RunDirectory)
 # --- checkpoints
 
 
-def test_a_checkpoint_appears_whole_after_everything_is_flushed(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_appears_whole_and_flushed(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     with run.checkpoint_directory(3) as path:
         (path / "a.bin").write_bytes(b"123456789")
         assert not (run.checkpoints / "step-3").exists()
@@ -497,7 +479,7 @@ def test_a_checkpoint_appears_whole_after_everything_is_flushed(
     assert flushed[-1] == (".", True)
 
 
-def test_the_newest_is_by_number_and_only_checkpoints_can_be_named(
+def test_the_newest_checkpoint_is_by_number(
     run: RunDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = tiny_run.recipe(tmp_path)
@@ -518,38 +500,26 @@ def test_the_newest_is_by_number_and_only_checkpoints_can_be_named(
         trained_state(run, recipe, 3)
 
 
-def flip(path: Path) -> None:
-    file = path / "adapter.safetensors"
-    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
-
-
-def outside(path: Path) -> None:
-    listed = json.loads((path / "complete.json").read_text())
-    (path.parent.parent / "x").write_bytes(b"")
-    listed["files"]["../../x"] = {"bytes": 0, "crc32": "00000000"}
-    (path / "complete.json").write_text(json.dumps(listed))
-
-
 @pytest.mark.parametrize(
-    "damage, fault",
+    "file, content, fault",
     [
-        (lambda path: (path / "complete.json").unlink(), "complete.json: No such file or directory"),
-        (lambda path: (path / "complete.json").write_text('{"step": 2, "fi'), "complete.json is damaged"),
-        (lambda path: (path / "complete.json").write_text("[]"), "complete.json is damaged"),
-        (lambda path: (path / "complete.json").write_text("[" * 100_000), "complete.json is damaged"),
-        (lambda path: (path / "complete.json").write_text('{"files": {"a": 3}}'), "a: No such file or directory"),
-        (lambda path: (path / "adapter.safetensors").write_bytes(b"weight"), "has 6 bytes, not 7"),
-        (lambda path: (path / "state" / "optimizer.json").unlink(), "optimizer.json: No such file or directory"),
-        (flip, "adapter.safetensors has changed"),
-        (outside, "../../x is outside"),
+        ("complete.json", None, "complete.json: No such file or directory"),
+        *(("complete.json", text, "complete.json is damaged") for text in (b'{"step": 2, "fi', b"[]", b"[" * 100_000)),
+        ("complete.json", b'{"files": {"a": 3}}', "a: No such file or directory"),
+        ("complete.json", b'{"files": {"../../x": {"bytes": 0, "crc32": "00000000"}}}', "../../x is outside"),
+        ("adapter.safetensors", b"weight", "has 6 bytes, not 7"),
+        ("adapter.safetensors", b"weighus", "adapter.safetensors has changed"),
+        ("state/optimizer.json", None, "optimizer.json: No such file or directory"),
     ],
 )
-def test_a_damaged_checkpoint_is_skipped_and_said(
-    run: RunDirectory, damage: Callable[[Path], Any], fault: str, caplog: pytest.LogCaptureFixture
+def test_a_damaged_checkpoint_is_skipped(
+    run: RunDirectory, file: str, content: bytes | None, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(run, 1)
-    damage(save(run, 2))
-    found = checkpoint_fault(run.checkpoints / "step-2")
+    damaged = save(run, 2)
+    (run.path / "x").touch()
+    (damaged / file).unlink() if content is None else (damaged / file).write_bytes(content)
+    found = checkpoint_fault(damaged)
     assert found is not None
     assert fault in found
     newest = run.newest_checkpoint()

@@ -54,10 +54,12 @@ def a_recipe(**changes: Any) -> Recipe:
     }
     for name, value in changes.items():
         section, _, key = name.partition("__")
-        if key:
-            document.setdefault(section, {})[key] = value
-        else:
+        if not key:
             document[section] = value
+        elif value is ...:
+            del document[section][key]
+        else:
+            document.setdefault(section, {})[key] = value
     return recipe_from(document)
 
 
@@ -221,9 +223,7 @@ slow = pytest.mark.slow
         pytest.param({"base__quant": "none", "adapter": {"kind": "full"}}, marks=slow, id="full"),
     ],
 )
-def test_a_shortened_model_is_extrapolated_to_the_whole(
-    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shortened_model_is_extrapolated(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert_extrapolated(a_recipe(**changes), a_config(), "cuda", monkeypatch)
 
 
@@ -233,9 +233,7 @@ def test_a_shortened_model_is_extrapolated_to_the_whole(
     [("sf", {"adapter__targets": ["o_proj"]}), ("fs", {}), ("sssf", KEPT)],
     ids=["one layer", "two", "four, all kept"],
 )
-def test_blocks_of_several_kinds_are_extrapolated_from_a_pair_of_repetitions(
-    kinds: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_of_several_kinds(kinds: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A window that is shorter than the text keeps its mask."""
     types = [{"s": "sliding_attention", "f": "full_attention"}[kind] for kind in kinds * 6]
     sizes = SIZES | {"num_hidden_layers": len(types), "layer_types": types, "sliding_window": 16, "head_dim": 16}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import math
 import re
@@ -17,7 +16,6 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from qdora.data.demo import FAMILIES
-from qdora.data.source_files import files_of
 from qdora.errors import UserError
 from qdora.recipe import recipe_file
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, DEMO_TASKS, is_path
@@ -385,9 +383,7 @@ def test_a_wrong_override_is_named(items: str, words: str) -> None:
 # --- paths
 
 
-def test_paths_start_at_the_file_and_in_overrides_at_the_current_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_start_at_the_file_and_in_overrides_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, here = tmp_path / "recipes", tmp_path / "here"
     (folder / "org" / "local").mkdir(parents=True)
     here.mkdir()
@@ -432,32 +428,6 @@ def test_paths_start_at_the_file_and_in_overrides_at_the_current_directory(
         (tmp_path / "r.yaml").write_text(yaml.safe_dump(changed(data={"mix": [{"source": path}]})))
         [line] = missing_files(load_recipe(tmp_path / "r.yaml"), "r.yaml")
         assert line.endswith(f". Did you mean '{there}'?" if there else f"got {tmp_path / path}.")
-
-
-def test_a_folder_with_marks_of_a_pattern_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "[proj]*"
-    data = folder / "data"
-    data.mkdir(parents=True)
-    for name in ("train.jsonl", "test.jsonl", "[x].jsonl"):
-        (data / name).touch()
-    mix = [
-        {"source": "data/t*.jsonl"},
-        {"source": "./data", "split": "test", "validation": "train"},
-        {"source": "data/train.jsonl", "validation": "data/te?t.jsonl"},
-        {"source": "data/[x].jsonl", "name": "one file"},
-    ]
-    (folder / "r.yaml").write_text(yaml.safe_dump(changed(data={"mix": mix, "cache": "new[1]"})))
-    recipe = load_recipe(folder / "r.yaml")
-    pattern, split, single, one = recipe.data.mix
-    escaped = glob.escape(str(folder))
-    assert (pattern.source, pattern.label) == (f"{escaped}/data/t*.jsonl", "t")
-    assert files_of(Path(str(pattern.source)), "train") == [data / "test.jsonl", data / "train.jsonl"]
-    assert (split.source, split.split) == (str(data), "test")
-    assert (single.source, single.validation) == (str(data / "train.jsonl"), f"{escaped}/data/te?t.jsonl")
-    assert (one.source, recipe.data.cache) == (str(data / "[x].jsonl"), str(folder / "new[1]"))
-    assert missing_files(recipe, "r.yaml") == []
-    monkeypatch.chdir(tmp_path)
-    assert recipe_from(read_yaml(resolved_yaml(recipe), "resolved")) == recipe
 
 
 def test_what_is_a_path() -> None:

@@ -120,9 +120,7 @@ def adapter(model: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_exports_of_an_adapter_of_peft(
-    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
-) -> None:
+def test_exports_of_an_adapter(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     case = ADAPTERS[kind]
     if kind == "lora":  # on a base in float16
         half = shutil.copytree(model, tmp_path / "half")

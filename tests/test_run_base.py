@@ -78,7 +78,7 @@ def move_main(cache: Path, commit: str) -> None:
 
 @pytest.mark.parametrize("revision", [None, "main"])
 @pytest.mark.parametrize("what", ["base", "tokenizer"])
-def test_a_moved_branch_changes_no_run(
+def test_a_moved_branch(
     tmp_path: Path, hub: Path, what: str, revision: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = {"model__source": "org/small", "model__revision": revision}
@@ -195,7 +195,7 @@ COMPRESS = "qdora.run.pruned_base.compress_base"
 
 
 @pytest.mark.parametrize("case", ["stopped", "another recipe before", "not begun"])
-def test_a_run_is_resumed_on_its_own_pruned_base(
+def test_resumed_on_its_own_pruned_base(
     root: Path, pruned: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without another compression, unless an earlier start with another recipe has left its base."""
@@ -311,7 +311,7 @@ def test_weights_that_changed_in_their_place_are_compressed_anew(root: Path, tmp
 
 @pytest.mark.parametrize("trained", ["device", "host"])
 @pytest.mark.parametrize("differentiated", [False, True])
-def test_what_a_machine_has(
+def test_residency_here(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, trained: str, differentiated: bool
 ) -> None:
     recipe = tiny_run.recipe(root, base__residency=trained)
@@ -344,9 +344,7 @@ def test_what_was_chosen_is_kept_until_another_start_chooses(root: Path, tmp_pat
         residency_here(run, given, gpu)
 
 
-def test_a_run_is_loaded_and_resumed_with_what_was_chosen(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_with_what_was_chosen(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_run.recipe(root, train__steps=2, eval__at_start=False, eval__at_end=False, eval__limit=...)
     chosen = ["base.residency=host", "base.streamed_blocks=1"]
     stream_on_cpu(monkeypatch)

@@ -29,7 +29,6 @@ from qdora.errors import UserError
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 from qdora.recipe.recipe_file import load_recipe, resolved_yaml
-from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run import prepare, start_checks, trainer
 from qdora.run import preview as preview_file
@@ -107,18 +106,8 @@ def test_long_examples_of_all_sources_are_found_as_a_run_finds_them(tmp_path: Pa
     assert "lengths of the examples are not checked: there is no tokenizer: model.source: nobody/" in found.stderr
 
 
-@pytest.mark.parametrize("too_long, code", [("truncate", 0), ("drop", 0), ("error", 2)])
-def test_only_too_long_error_reads_more_than_the_first_rows(tmp_path: Path, too_long: str, code: int) -> None:
-    file = recipe_file(tmp_path, tmp_path, data__too_long=too_long, data__validation_fraction=0.01)
-    rows = [json.dumps({"prompt": "1 + 1 =", "completion": " 2"})] * 200
-    (tmp_path / "data/sums.jsonl").write_text("\n".join([*rows[:100], "not json", *rows[100:]]))
-    assert invoke("validate", file).exit_code == code
-
-
 @pytest.mark.parametrize("verb", ["validate", "preview", "plan", "train"])
-def test_a_quantised_model_that_cannot_be_read_is_refused_before_the_data_is_read(
-    tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_is_refused_before_the_data_is_read(tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file, config = recipe_file(tmp_path, tmp_path, data__too_long="truncate"), tmp_path / "model/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
     monkeypatch.setattr("qdora.data.build_data.tokenize_all", lambda *_, **__: pytest.fail("tokenised"))
@@ -249,9 +238,7 @@ def test_templates_of_chats_decide_the_examples_and_their_end(bare: Path, tmp_pa
     assert [example["id"].partition("[")[0] for example in source["examples"]] == ["1", "2"]  # one of each row
 
 
-def test_large_sources_are_sampled_and_streams_begin(
-    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_sources_are_sampled(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preview_file, "_MOST_ROWS", 10)
     text, source = shown(bare, tmp_path, ROWS)
     assert (source["num_rows"], source["num_rows_read"], source["drawn"]) == (30, 10, "sample")
@@ -269,9 +256,7 @@ def test_large_sources_are_sampled_and_streams_begin(
     assert (source["num_rows_read"], source["drawn"], source["examples"]) == (2, "sample", [])
 
 
-def test_mistakes_are_one_line_each_and_colours_stand_for_the_marks(bare: Path, tmp_path: Path) -> None:
-    unknown = invoke("preview", "quickstrt")
-    assert (unknown.exit_code, len(unknown.stderr.splitlines())) == (2, 1)
+def test_mistakes_are_lines_and_colours_stand_for_the_marks(bare: Path, tmp_path: Path) -> None:
     mix = [{"source": write(tmp_path / "own.jsonl", {"prompt": 1}, {"messages": "no"})}]
     faulty = invoke("preview", recipe_file(bare, tmp_path, data__mix=mix), "--json")
     assert (faulty.exit_code, faulty.stdout) == (2, "")
@@ -382,9 +367,7 @@ NO_ADAPTER = {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout")}
         ({"adapter__kind": "none", "train__steps": 0, **NO_ADAPTER}, False),
     ],
 )
-def test_tokens_of_the_chat_template_that_the_base_never_learnt(
-    tmp_path: Path, changes: dict[str, Any], warns: bool
-) -> None:
+def test_tokens_that_the_base_never_learnt(tmp_path: Path, changes: dict[str, Any], warns: bool) -> None:
     model = tiny_run.write_model(tmp_path / "model")
     weights = load_file(model / "model.safetensors")
     ids = tiny_tokenizer.make().convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<s>"])
@@ -462,17 +445,6 @@ def test_validation_examples_that_are_trained_on_are_counted(tmp_path: Path, tok
     assert found == ["one: of 1 validation examples looked up, 1"]
 
 
-def test_a_run_tells_of_validation_examples_that_it_trains_on(root: Path, tmp_path: Path) -> None:
-    recipe = tiny_run.recipe(root, train__steps=1)
-    train_run(recipe, tmp_path / "apart", console=QUIET)
-    assert "training examples, too" not in (tmp_path / "apart/checks.json").read_text()
-    source, held_out = recipe.data.mix[0], tmp_path / "held.jsonl"
-    held_out.write_text("".join(Path(str(source.source)).read_text().splitlines(keepends=True)[:3]))
-    mix = (source.model_copy(update={"validation": str(held_out)}), *recipe.data.mix[1:])
-    train_run(with_settings(recipe, data={"mix": mix}), tmp_path / "copies", console=QUIET)
-    assert f"{source.label}: of 3 validation examples looked up, 3 are" in (tmp_path / "copies/checks.json").read_text()
-
-
 def test_the_checks_change_no_number_and_lose_no_run(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -533,9 +505,7 @@ def test_a_run_tells_both_before_its_model_is_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("evaluates", [True, False])
-def test_validation_data_that_cannot_be_scored_is_refused_before_the_first_step(
-    tmp_path: Path, evaluates: bool
-) -> None:
+def test_validation_data_that_cannot_be_scored_is_refused(tmp_path: Path, evaluates: bool) -> None:
     tiny_tokenizer.make(
         chat_template="{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('never no') }}{% endif %}"
         "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

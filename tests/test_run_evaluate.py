@@ -143,9 +143,7 @@ def test_a_source_of_the_same_content_gives_its_settings(tmp_path: Path, caplog:
     assert warning.endswith("--tasks: a.")
 
 
-def test_splits_of_folders_and_patterns_are_scored(
-    own: Path, of_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_splits_and_patterns(own: Path, of_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "own/test.jsonl", [{"prompt": "1 + 1 =", "completion": " 2"}])
     assert scores(of_two, data=str(tmp_path / "own"), split="test")["own"]["num_examples"] == 1
     assert list((of_two / "eval").glob("final-test-data-own-*.json"))
@@ -156,9 +154,7 @@ def test_splits_of_folders_and_patterns_are_scored(
     assert [each["num_examples"] for each in scores(own, data="h*.jsonl", limit=2).values()] == [2]
 
 
-def test_a_file_of_the_content_of_a_training_file_is_told(
-    own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_copy_of_a_training_file_is_told(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     copy = write(tmp_path / "copy.jsonl", products(3))
     with caplog.at_level(logging.WARNING, "qdora"):
         scores(own, data=str(copy), base_only=True)
@@ -184,9 +180,7 @@ def test_a_file_of_the_content_of_a_training_file_is_told(
         ({"split": "test"}, "--split: sums has no test split, .* Fix: name a file with --data"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_can_be_done(
-    of_two: Path, tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
+def test_what_does_not_fit(of_two: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     write(tmp_path / "test.jsonl", [{"body": "a", "title": "b"}])
     (tmp_path / "tasks/piqa").mkdir(parents=True)
     own = {"data": options["data"].format(tmp=tmp_path)} if "data" in options else {}
@@ -240,9 +234,7 @@ def plain_loop(run: Path, ids: list[int], num: int) -> str:
     return str(loaded.tokenizer.decode(ids[start:], skip_special_tokens=True))
 
 
-def test_the_most_likely_tokens_are_streamed_and_the_norm_is_computed_once(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_most_likely_tokens_are_streamed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = load_target(str(run), verb="test").tokenizer(PROMPT)["input_ids"]
     expected = plain_loop(run, ids, 12)
     calls, real, stream = [], AdaptedLinear._norm, io.StringIO()
@@ -314,9 +306,7 @@ def test_draws_follow_the_seed(run: Path) -> None:
 
 
 @pytest.mark.parametrize("exported", [False, True])
-def test_no_scales_are_kept_where_a_gpu_has_no_room(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: bool
-) -> None:
+def test_no_scales_without_room(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: bool) -> None:
     """Also those of a run whose budget, not its recipe, turned them off. An export says what the run says."""
     target, options = run, {"limit": 4}
     if exported:
@@ -326,15 +316,15 @@ def test_no_scales_are_kept_where_a_gpu_has_no_room(
         found, expected = (answer(each, letters, raw=False) for each in (target, run))
         assert (found["text"], found["label"]) == (expected["text"], "out")
     expected = scores(target, **options)
-    for task, own in scores(run, limit=4).items():
-        assert expected[task]["nll_per_token"] == pytest.approx(own["nll_per_token"], rel=0.02)
+    for task, of_run in scores(run, limit=4).items():
+        assert expected[task]["nll_per_token"] == pytest.approx(of_run["nll_per_token"], rel=0.03)
     monkeypatch.setattr(adapted_linear, "_free_bytes", lambda _device: 0)
     layers = adapted_layers(load_target(str(target), verb="eval").model).values()
     assert [layer.keeps_scales for layer in layers] == [False] * 14
     assert scores(target, **options) == expected
 
 
-def test_a_merged_model_answers_as_the_run_whatever_its_generation_config_says(
+def test_a_merged_model_answers_alike(
     run: Path, merged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With its penalties a token that was there is never the next one. The answer stops where the context is full,

@@ -19,8 +19,6 @@ import pytest
 import torch
 import yaml
 from accelerate.tracking import GeneralTracker
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ByteSize
 from rich.console import Console
 from scipy import stats
@@ -109,9 +107,7 @@ def test_training_leaves_a_page_that_needs_nothing_else(whole: Path) -> None:
     "metric, label, record, factor, digits",
     [("nll_per_token", "NLL, nats a token", "nll", 1, 4), ("acc", "accuracy, %", "acc", 100, 1)],
 )
-def test_before_and_after_with_paired_intervals(
-    whole: Path, metric: str, label: str, record: str, factor: float, digits: int
-) -> None:
+def test_paired_intervals(whole: Path, metric: str, label: str, record: str, factor: float, digits: int) -> None:
     rows = {row[1]: row for row in page(whole).table("data", "task", "metric") if row[2] == label}
     before, after = (read(whole, f"eval/step-{step}.json") for step in (0, 6))
     tasks = [task for task, numbers in after["tasks"].items() if numbers[metric] is not None]
@@ -160,9 +156,7 @@ def test_an_interrupted_and_a_failed_run_say_so(root: Path, tmp_path: Path, monk
     assert f"qdora eval {other} --base" in text
 
 
-def test_an_interrupt_in_the_last_evaluation_of_an_extended_run_leaves_the_right_step(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_in_the_last_evaluation(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -177,18 +171,6 @@ def test_an_interrupt_in_the_last_evaluation_of_an_extended_run_leaves_the_right
     (run / "trained.json").write_text(json.dumps(read(run, "trained.json") | {"step": 2}))
     found = facts(run)["status"]["text"]
     assert found == "Not finished: 4 of 4 steps, the newest checkpoint is of step 4. adapter/ holds step 2."
-
-
-def test_evaluations_of_an_abandoned_branch_are_gone(root: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train(root, run, eval__every=2)
-    evaluate_target(str(run), EvalOptions(limit=2, step=6), console=QUIET)
-    own, other = [f"step-{step}.json" for step in (0, 2, 4, 6)], "step-6-validation-limit-2.json"
-    assert {file.name for file in (run / "eval").iterdir()} == {*own, other}
-    shutil.rmtree(run / "checkpoints/step-6")
-    (run / "eval/step-6-generated.json").write_text("{}")
-    train(root, run, resume=True, eval__at_end=False)
-    assert {file.name for file in (run / "eval").iterdir()} == {*own[:3], other}
 
 
 def test_the_commands_on_a_page_are_accepted(root: Path, whole: Path, tmp_path: Path) -> None:
@@ -270,9 +252,7 @@ def test_other_evaluations_have_rows_of_their_own(whole: Path, tmp_path: Path) -
     assert row[1:] == ["letters", "accuracy, %", "12", "0.0", "75.0", "+75.0", ends]
 
 
-def test_a_page_that_cannot_be_made_does_not_end_the_run(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_that_cannot_be_made_is_a_warning(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise KeyError("strange")
 
@@ -347,9 +327,7 @@ def test_licences_of_bases_are_as_their_own_files_state_them(tmp_path: Path, mon
     assert public_name("org/name") is None
 
 
-def test_the_card_of_a_hub_model_and_of_a_local_one(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cards_of_hub_models_and_local_ones(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run of `tiny_run`, and as if its base and one of its data sets were on the Hub."""
     recipe = load_recipe(str(whole / "recipe.yaml"))
     text = run_card(open_run(whole), recipe, "final")
@@ -420,9 +398,7 @@ class Told(GeneralTracker):
         self._maybe_fail("finish")
 
 
-def test_a_tracker_that_fails_is_told_no_more_and_the_others_go_on(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracker_that_fails_is_told_no_more(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = next(name for name in ("trackio", "mlflow", "wandb") if find_spec(name) is None)
     with pytest.raises(UserError, match=rf"trackers: {missing} is not installed.*pip install 'qdora\[{missing}\]'"):
         tracked(root, tmp_path / "run", missing)
@@ -476,9 +452,7 @@ def test_tensorboard_has_every_number_at_its_step_once(root: Path, tmp_path: Pat
     assert "train.lr: 0.001\n" in settings.read_text()
 
 
-def test_a_resumed_run_keeps_its_id_at_wandb_and_the_environment_names_the_project(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ids_and_projects_of_wandb(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By stand-ins of wandb and trackio, which are not installed here."""
     calls: list[tuple[str, dict[str, Any]]] = []
     config = types.SimpleNamespace(update=lambda *_args, **_options: None)
@@ -511,26 +485,14 @@ def test_a_resumed_run_keeps_its_id_at_wandb_and_the_environment_names_the_proje
         assert calls[-1][1]["id"] == "mine"
 
 
-NUMBERS = st.floats(allow_nan=False) | st.integers(-(2**40), 2**40)
-NESTED = st.recursive(
-    NUMBERS | st.booleans() | st.text() | st.none() | st.lists(NUMBERS),
-    lambda inner: st.dictionaries(st.text("abc", min_size=1), inner, max_size=4),
-)
-
-
-@given(values=st.dictionaries(st.text("abc", min_size=1), NESTED, max_size=5))
-def test_every_number_and_nothing_else_is_flattened(values: dict[str, Any]) -> None:
-    def leaves(node: Any) -> list[Any]:
-        return [leaf for child in node.values() for leaf in leaves(child)] if isinstance(node, dict) else [node]
-
-    numbers = [leaf for leaf in leaves(values) if isinstance(leaf, int | float) and not isinstance(leaf, bool)]
-    flat = flat_numbers(values)
-    assert sorted(flat.values()) == sorted(map(float, numbers))
-    for path, value in flat.items():
-        node: Any = values
-        for key in path.split("/"):
-            node = node[key]
-        assert node == value
+def test_numbers_and_settings_are_flat_and_hold_no_token() -> None:
+    line = {
+        "step": 3,
+        "loss": 0.5,
+        "tasks": {"a": {"acc": 1, "found": True, "name": "x"}, "b": {"nll": [1.0]}},
+        "c": None,
+    }
+    assert flat_numbers(line) == {"loss": 0.5, "tasks/a/acc": 1.0}
     settings = {"model": {"source": f"https://x/?t={TOKEN}", "revision": None}, "data": {"mix": [{"task": TOKEN}]}}
     settings["train"] = {"lr": 1e-3, "betas": [0.9, 0.99], "steps": 4, "log": True}
     assert flat_settings(settings) == {
