@@ -332,18 +332,16 @@ def test_the_cpu_is_not_taken_silently(verb: str, root: Path, tmp_path: Path, mo
         assert words in found.stderr
     assert sorted(root.rglob("*")) == before
     assert [each.name for each in tmp_path.iterdir()] == ["root"]
+    if verb == "eval":  # the user can choose the CPU
+        with monkeypatch.context() as patch:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            assert invoke(*arguments).exit_code == 0
     monkeypatch.setenv("LOCAL_RANK", "1")  # of all processes of a machine one says it
     found = invoke(*arguments)
     if verb == "study":  # a dry run needs no GPU
         assert found.exit_code == 0
     else:
         assert (found.exit_code, found.stderr) == (2, "")
-
-
-@pytest.mark.usefixtures("_idle_gpu")
-def test_the_user_can_choose_the_cpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert invoke("eval", root / "run", "--limit", "1").exit_code == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU")

@@ -25,7 +25,6 @@ from qdora.files.nvidia_driver import check_gpu, device_attribute, driver_versio
 from qdora.files.svg_figure import new_figure, svg_text
 from qdora.model.build_model import choose_compute
 from qdora.run import doctor
-from qdora.train.flat_group import can_page
 from tests import fake_driver
 
 GIB = 2**30
@@ -158,22 +157,6 @@ def test_the_driver_says_what_a_gpu_can(monkeypatch: pytest.MonkeyPatch) -> None
     for devices in ([], None):
         fake_driver.install(monkeypatch, devices)
         assert device_attribute(89) is None
-
-
-@pytest.mark.parametrize(
-    "devices, where, pages",
-    [
-        ([{89: 1}], "cuda", True), ([{89: 0}], "cuda", False), ([{89: 0}, {89: 1}], "cuda:1", True),
-        ([{89: 1}, {89: 0}], "cuda:1", False), ([{89: 1}], "cpu", False),
-        (None, "cuda", True),  # a plan on a machine without a driver
-    ],
-)  # fmt: skip
-def test_states_are_paged_if_the_host_may_write(
-    devices: Any, where: str, pages: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_driver.install(monkeypatch, devices)
-    parameter: Any = SimpleNamespace(device=torch.device(where))
-    assert can_page(parameter) is pages
 
 
 # --- doctor

@@ -168,11 +168,8 @@ def test_a_resume_clears_leftovers_and_restores_what_was_being_replaced(run: Run
         (run.path / folder).mkdir(exist_ok=True)
         (run.path / folder / ".step-1.json.123.partial").write_text("cut off")
     resume_run(run.path, RECIPE, ENVIRONMENT, before=RECIPE)
-    assert (names(run.checkpoints), names(run.path / "eval"), names(run.path / "figures")) == (
-        ["step-7"],
-        ["step-1.json"],
-        [],
-    )
+    for folder, left in (("checkpoints", ["step-7"]), ("eval", ["step-1.json"]), ("figures", [])):
+        assert names(run.path / folder) == left
     assert (old / "adapter.safetensors").read_bytes() == b"old"
     assert names(run.path) == [".git", "checkpoints", "environment.json", "eval", "figures", "recipe.yaml"]
 

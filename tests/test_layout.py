@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import ast
 import os
-import shutil
 import subprocess
 import sys
 import time
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 from tests import conftest
 
@@ -144,32 +141,8 @@ finally:
     assert time.perf_counter() - began < 20  # a busy machine; it takes 0.1 s on an idle one
 
 
-SEES = """
-import os
-import pytest
-
-@pytest.mark.gpu
-def test_sees():
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
-
-def test_sees_none():
-    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["HIP_VISIBLE_DEVICES"]) == ("", "")
-"""
-
-
 def test_only_a_selection_by_the_mark_asks_for_gpus() -> None:
     for expression in ("gpu", "gpu and not slow", "slow and gpu"):
         assert conftest.asks_for_gpu(expression)
     for expression in ("", "not gpu", "not slow and not gpu and not network", "not (gpu or network)", "slow"):
         assert not conftest.asks_for_gpu(expression)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("expression", ["gpu", "not gpu"])
-def test_workers_of_xdist_see_what_their_session_sees(tmp_path: Path, expression: str) -> None:
-    shutil.copy(conftest.__file__, tmp_path / "conftest.py")
-    (tmp_path / "test_it.py").write_text(SEES)
-    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-n", "1", "-m", expression, str(tmp_path)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "0"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "1 passed" in done.stdout, done.stdout

@@ -233,20 +233,6 @@ def test_shorter_examples_come_with_smaller_micro_batches(tmp_path: Path) -> Non
     assert alone == ("data.max_length=1024", "data.too_long=truncate")
 
 
-@pytest.mark.slow
-def test_a_change_that_computes_the_same_is_never_faster(tmp_path: Path) -> None:
-    """With shorter chunks of the loss another micro-batch has the peak."""
-    recipe = one_layer(tmp_path, data__max_length=512, train__tokens_per_step=1024, train__batch=...)
-    shapes = [MicroBatchShape(16, 256, 8, masked=True), MicroBatchShape(1, 256, 255, masked=False)]
-    sizes = {"vocab_size": 32_000, "hidden_size": 64, "intermediate_size": 64}
-    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
-    found = memory_plan.plan(recipe, 1, config=config, device_kind="cpu", workload=lambda _: (shapes, 2))
-    neutral = [change for change in found.changes if change.neutral]
-    assert found.shape == shapes[1]
-    assert any("loss_chunk" in change.setting for change in neutral)
-    assert all(change.step_seconds >= (found.step_seconds or 1e9) for change in neutral)
-
-
 # --- the command
 
 

@@ -174,35 +174,33 @@ def shown(bare: Path, tmp_path: Path, rows: Sequence[dict[str, Any]], *options: 
     return plain.stdout, json.loads(document.stdout)["sources"][0]
 
 
-def own_ids(row: dict[str, str]) -> tuple[int, int]:
-    """(tokens, tokens in the loss) of a row: an end mark follows the completion."""
+@pytest.fixture(scope="module")
+def sizes() -> np.ndarray[Any, Any]:
+    """(rows, 2): tokens, and tokens in the loss; an end mark follows the completion."""
     tokenizer = tiny_tokenizer.make()
-    prompt, whole = (len(tokenizer(text)["input_ids"]) for text in (row["prompt"], row["prompt"] + row["completion"]))
-    return whole + 1, whole + 1 - prompt
+    texts = [(row["prompt"], row["prompt"] + row["completion"]) for row in ROWS]
+    counts = [[len(tokenizer(text)["input_ids"]) for text in pair] for pair in texts]
+    return np.array([(whole + 1, whole + 1 - prompt) for prompt, whole in counts])
 
 
-SIZES = [own_ids(row) for row in ROWS]
-LENGTHS = np.array([whole for whole, _ in SIZES])
-
-
-def test_the_numbers_are_those_of_the_data(bare: Path, tmp_path: Path) -> None:
+def test_the_numbers_are_those_of_the_data(bare: Path, tmp_path: Path, sizes: Any) -> None:
     _, source = shown(bare, tmp_path, ROWS, "-n", "2")
     assert (source["num_rows"], source["num_rows_read"], source["drawn"], source["num_examples"]) == (30, 30, "all", 30)
-    assert (source["num_tokens"], source["num_in_loss"]) == (LENGTHS.sum(), sum(learnt for _, learnt in SIZES))
-    named = source["lengths"]
-    assert [named[each] for each in ("shortest", "median", "longest")] == [*(sorted(LENGTHS)[n] for n in (0, 14, 29))]
+    assert [source["num_tokens"], source["num_in_loss"]] == sizes.sum(axis=0).tolist()
+    lengths, named = sizes[:, 0].tolist(), source["lengths"]
+    assert [named[each] for each in ("shortest", "median", "longest")] == [sorted(lengths)[n] for n in (0, 14, 29)]
     examples = [(example["id"], example["num_tokens"]) for example in source["examples"]]
-    assert examples == [("1", LENGTHS[0]), ("2", LENGTHS[1])]
+    assert examples == [("1", lengths[0]), ("2", lengths[1])]
 
 
 @pytest.mark.parametrize("too_long", ["error", "truncate", "drop"])
-def test_what_becomes_of_long_examples(bare: Path, tmp_path: Path, too_long: str) -> None:
-    limit = int(np.median(LENGTHS))
-    num_long, is_refused = int((limit < LENGTHS).sum()), too_long == "error"
+def test_what_becomes_of_long_examples(bare: Path, tmp_path: Path, sizes: Any, too_long: str) -> None:
+    limit = int(np.median(sizes[:, 0]))
+    num_long, is_refused = int((sizes[:, 0] > limit).sum()), too_long == "error"
     changes = {"data__max_length": limit, "data__too_long": too_long}
     text, source = shown(bare, tmp_path, ROWS, code=int(is_refused), **changes)
     assert source["num_too_long"] == num_long > 0
-    assert source["lengths"]["longest"] == LENGTHS.max()
+    assert source["lengths"]["longest"] == sizes[:, 0].max()
     assert source["num_examples"] == (30 if too_long == "truncate" else 30 - num_long)
     assert source["num_cut"] == (num_long if too_long == "truncate" else 0)
     assert source["num_dropped"] == (num_long if too_long == "drop" else 0)
@@ -238,7 +236,7 @@ def test_templates_of_chats_decide_the_examples_and_their_end(bare: Path, tmp_pa
     assert [example["id"].partition("[")[0] for example in source["examples"]] == ["1", "2"]  # one of each row
 
 
-def test_large_sources_are_sampled(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_sources(bare: Path, tmp_path: Path, sizes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preview_file, "_MOST_ROWS", 10)
     text, source = shown(bare, tmp_path, ROWS)
     assert (source["num_rows"], source["num_rows_read"], source["drawn"]) == (30, 10, "sample")
@@ -248,7 +246,7 @@ def test_large_sources_are_sampled(bare: Path, tmp_path: Path, monkeypatch: pyte
     mix = [{"source": str(own), "stream": True}]
     text, source = shown(bare, tmp_path, ROWS, data__mix=mix, data__too_long="truncate", data__validation_fraction=...)
     assert (source["num_rows_read"], source["num_examples"], source["drawn"]) == (31, 30, "first")
-    assert (source["num_tokens"], source["lengths"]["longest"]) == (LENGTHS.sum(), LENGTHS[-1])
+    assert (source["num_tokens"], source["lengths"]["longest"]) == (sizes[:, 0].sum(), sizes[-1, 0])
     assert (len(source["faults"]), "(skipped)" in text) == (1, True)
     monkeypatch.setattr(preview_file, "_MOST_CHARACTERS", 1)
     rows = [{"text": "a " * 600_000}] * 3  # long texts end the reading

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig
 
-from qdora.data.build_data import run_examples
 from qdora.data.given_data import given_source, trained_on
 from qdora.errors import UserError
 from qdora.evaluation.perplexity import text_perplexity
@@ -193,10 +192,6 @@ def test_without_validation_data_other_data_is_named_in_the_fix(tmp_path: Path) 
     train_run(tiny_run.one_layer_recipe(tmp_path, train__steps=1, **changes), tmp_path / "run", console=QUIET)
     with pytest.raises(UserError, match=r"--split: the run has no validation examples. Fix: .* --data"):
         scores(tmp_path / "run")
-    mix = [{"source": "org/b", "validation": "dev"}]
-    recipe = tiny_run.one_layer_recipe(tmp_path, data__mix=mix, data__validation_fraction=...)
-    with pytest.raises(UserError, match=r"--split: b has no test split, .* --data org/b --split test"):
-        run_examples(recipe, "test")
 
 
 # --- answers

@@ -30,6 +30,7 @@ from qdora.files.run_directory import open_run
 from qdora.model.source import ModelSource, public_name
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import with_settings
+from qdora.recipe.settings import Recipe
 from qdora.run import experiment_trackers, model_card, prepare, run_page
 from qdora.run.adapter_step import adapter_step
 from qdora.run.evaluate import EvalOptions, evaluate_target
@@ -365,9 +366,13 @@ def test_cards_of_hub_models_and_local_ones(whole: Path, tmp_path: Path, monkeyp
 # --- experiment trackers
 
 
-def tracked(root: Path, run: Path, *names: str, resume: bool = False, **changes: Any) -> None:
+def recipe_of(root: Path, *names: str, **changes: Any) -> Recipe:
     recipe = tiny_run.recipe(root, **{"train__steps": 2, "eval__tasks": [], "eval__limit": ...} | changes)
-    train_run(recipe.model_copy(update={"trackers": names}), run, resume=resume, console=QUIET)
+    return recipe.model_copy(update={"trackers": names})
+
+
+def tracked(root: Path, run: Path, *names: str, resume: bool = False, **changes: Any) -> None:
+    train_run(recipe_of(root, *names, **changes), run, resume=resume, console=QUIET)
 
 
 class Told(GeneralTracker):
@@ -425,8 +430,8 @@ def test_a_tracker_that_fails_is_told_no_more(root: Path, tmp_path: Path, monkey
     assert [step for step, _ in made["one"].lines] == [1, 2]
 
 
-def train_tracked(rank: int, root: Path, run: Path) -> None:
-    tracked(root, run, "tensorboard")
+def train_tracked(rank: int, recipe: Recipe, run: Path) -> None:
+    train_run(recipe, run)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -436,7 +441,7 @@ def test_tensorboard_has_every_number_at_its_step_once(root: Path, tmp_path: Pat
     if size == 1:
         tracked(root, run, "tensorboard", eval__every=1, eval__tasks=..., eval__limit=4)
     else:
-        assert launched.run(2, train_tracked, root, run) == ["", ""]
+        assert launched.run(2, train_tracked, recipe_of(root, "tensorboard"), run) == ["", ""]
     (events,) = (run / "tensorboard").glob("events.out.tfevents.*")
     board = accumulator.EventAccumulator(str(events))
     board.Reload()
@@ -486,12 +491,7 @@ def test_ids_and_projects_of_wandb(root: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_numbers_and_settings_are_flat_and_hold_no_token() -> None:
-    line = {
-        "step": 3,
-        "loss": 0.5,
-        "tasks": {"a": {"acc": 1, "found": True, "name": "x"}, "b": {"nll": [1.0]}},
-        "c": None,
-    }
+    line: dict[str, Any] = {"step": 3, "loss": 0.5, "c": None, "tasks": {"a": {"acc": 1, "found": True, "name": "x"}}}
     assert flat_numbers(line) == {"loss": 0.5, "tasks/a/acc": 1.0}
     settings = {"model": {"source": f"https://x/?t={TOKEN}", "revision": None}, "data": {"mix": [{"task": TOKEN}]}}
     settings["train"] = {"lr": 1e-3, "betas": [0.9, 0.99], "steps": 4, "log": True}
