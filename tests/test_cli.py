@@ -127,9 +127,6 @@ def test_guides_and_recipes_are_printed_as_they_stand() -> None:
         assert yaml.safe_load(invoke("recipes", name).stdout)
 
 
-# ------------------------------------------------------------------------------------------------ errors
-
-
 class Unforeseen(Exception):
     """A class that the program does not know."""
 
@@ -205,9 +202,6 @@ def test_mistakes_exit_with_2(arguments: str, words: str, tmp_path: Path, monkey
     found = invoke(*(each.format(tmp=tmp_path / "run") for each in arguments.split()))
     assert found.exit_code == 2
     assert all(word in found.stderr for word in words.split()), found.stderr
-
-
-# ------------------------------------------------------------------------------------------------ the process
 
 
 def python(*command: str, stdout: int = subprocess.PIPE, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -304,9 +298,6 @@ main()
 def test_the_allocator_is_set_before_torch_is_imported_and_only_to_compute(arguments: str, wanted: list[str]) -> None:
     lines = python("-c", WATCHED, *arguments.split()).stdout.splitlines()
     assert [line for line in lines if line.startswith(("driver", "torch "))] == wanted
-
-
-# ------------------------------------------------------------------------------------------------ the CPU or a GPU
 
 
 @pytest.fixture

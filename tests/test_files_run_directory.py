@@ -74,9 +74,6 @@ def full_disk(*_: Any, **__: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-# --- starting, going on, reading
-
-
 def test_a_run_is_created_in_a_place_of_its_own(run: RunDirectory, tmp_path: Path) -> None:
     assert tree(run.path) == {
         "recipe.yaml": RECIPE.encode(),
@@ -216,9 +213,6 @@ def test_no_path_leaves_the_run(run: RunDirectory, tmp_path: Path) -> None:
         run.adapter.unlink(missing_ok=True)
         run.adapter.symlink_to(tmp_path / "store" if is_absolute else "../store")
         assert RunDirectory(run.path).adapter == (tmp_path / "store" if is_absolute else run.path / "../store")
-
-
-# --- failures of the disk
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOENT])
@@ -377,9 +371,6 @@ def test_leftovers_are_told_from_other_files(tmp_path: Path) -> None:
     assert names(tmp_path) == [".partial-thoughts", "b", "x.partial"]
 
 
-# --- JSON, metrics and the log
-
-
 def test_json_is_strict() -> None:
     values = {"a": np.float32(0.5), "b": torch.tensor(3), "c": (1, True, None), "d": Path("x/y"), "é": np.bool_(True)}
     assert json_text(values) == '{"a": 0.5, "b": 3, "c": [1, true, null], "d": "x/y", "é": true}'
@@ -447,9 +438,6 @@ def test_truncation_keeps_a_whole_last_line_and_drops_garbage(run: RunDirectory)
     stamp = run.metrics_file.stat().st_mtime_ns
     run.truncate_metrics(2)
     assert run.metrics_file.stat().st_mtime_ns == stamp  # nothing to do, nothing written
-
-
-# --- checkpoints
 
 
 def test_a_checkpoint_appears_whole_and_flushed(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

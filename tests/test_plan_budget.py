@@ -56,9 +56,6 @@ def shown(recipe: Recipe, **options: Any) -> tuple[dict[str, Any], str]:
     return found, console.file.getvalue()  # type: ignore[attr-defined]
 
 
-# --- a budget
-
-
 def test_over_budget_does_not_start_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -189,9 +186,6 @@ def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough() -
         assert ("--force" in text, "starts all the same" in forced) == (True, True)
 
 
-# --- proposed changes
-
-
 def proposed(recipe: Recipe) -> list[str]:
     """All changes that are proposed if each saves a little and none is enough."""
     options: dict[str, Any] = {"num_micro_batches": 1, "block_bytes": 1000, "num_blocks": 4, "budget_bytes": 1}
@@ -231,9 +225,6 @@ def test_shorter_examples_come_with_smaller_micro_batches(tmp_path: Path) -> Non
     small = override(recipe, ["train.batch=null", "train.tokens_per_step=1000"])
     [alone] = [each for each in _candidates(small, "cuda")[1] if "data.max_length=1024" in each]
     assert alone == ("data.max_length=1024", "data.too_long=truncate")
-
-
-# --- the command
 
 
 def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,9 +317,6 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
     assert (done.exit_code, "data.mix[0].source: no such file" in done.stderr) == (2, True)
 
 
-# --- times and sizes
-
-
 def test_time_of_a_step_by_hand() -> None:
     options: dict[str, Any] = {"attention_width": 0, "quantised": True}
     work = step_time.Work(num_linear=1000, num_head=500, num_trainable=10, checkpointing=True, **options)
@@ -364,8 +352,6 @@ def test_sizes() -> None:
             parse_size(text)
     assert [size_text(n) for n in (2048, 2**20, 3 * 2**20, 2**30)] == ["2 KiB", "1.0 MiB", "3.0 MiB", "1.00 GiB"]
 
-
-# --- public shapes
 
 PUBLISHED: dict[str, int] = yaml.safe_load(Path(__file__).with_name("published_parameters.yaml").read_text())
 ROUNDED = dict.fromkeys(["deepseek-ai/DeepSeek-V3", "Qwen/Qwen3-Next-80B-A3B-Instruct"], 1_000_000_000)

@@ -67,9 +67,6 @@ def a_config(**changes: Any) -> PreTrainedConfig:
     return LlamaConfig(**(SIZES | {"num_hidden_layers": 10} | changes))
 
 
-# --- live bytes
-
-
 @pytest.fixture(params=["real", "fake"])
 def live(request: pytest.FixtureRequest) -> Iterator[LiveBytes]:
     """A counter that is active, on tensors of both kinds."""
@@ -185,9 +182,6 @@ def test_packed_tensors_and_real_inputs_of_a_fake_operation() -> None:
         assert live.live_bytes == packed.num_bytes == 4096 + 128 + 4 + 1024 + 4
 
 
-# --- a shortened model
-
-
 def assert_extrapolated(
     recipe: Recipe, config: PreTrainedConfig, device_kind: DeviceKind, monkeypatch: pytest.MonkeyPatch
 ) -> Plan:
@@ -264,9 +258,6 @@ def test_a_pattern_is_found_where_it_saves_something() -> None:
         extrapolated(short, longer[:1], BlockPattern(0, 1, 10, 0))
 
 
-# --- components
-
-
 def test_components_are_those_of_the_formats() -> None:
     recipe = a_recipe(train__optimizer="adamw")
     config = a_config(num_hidden_layers=3, tie_word_embeddings=False)
@@ -334,9 +325,6 @@ def test_decoded_scales_are_given_up_before_anything_costs_time() -> None:
     assert saved == 4 * 10 * sum(out * in_ for out, in_ in SHAPES) // 64
     for base in ({"base__quant": "none"}, {"base__residency": "host"}):
         assert not any("keep_scales" in change.setting for change in plan(a_recipe(**base), 1, config=config).changes)
-
-
-# --- micro-batches
 
 
 def test_assumed_micro_batches_and_their_gradients() -> None:

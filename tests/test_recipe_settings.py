@@ -91,9 +91,6 @@ def test_every_shipped_recipe_is_read_and_its_resolved_form_is_the_same_recipe()
     assert [source.task for source in load_recipe("quickstart").data.mix] == list(DEMO_TASKS)
 
 
-# --- YAML
-
-
 @pytest.mark.parametrize(
     "text, value",
     [
@@ -136,9 +133,6 @@ def test_a_recipe_that_cannot_be_read_names_the_nearest(tmp_path: Path, monkeypa
         check(lines, f"{name}: ")
         assert lines[0].endswith(end)
     check(lines_of(lambda: recipe_text("quikstart")), "quikstart: ", "'quickstart'?")
-
-
-# --- single settings
 
 
 @pytest.mark.parametrize(
@@ -198,8 +192,6 @@ lr: 1e-4
     assert read("adapter=null; base={block_size: null, prune: null}; memory={budget: null}") == read()
     check(faults(changed("train=null")), "r.yaml: train: ")
 
-
-# --- settings beside each other
 
 FULL, NONE = "adapter.kind=full; base.quant=none", "adapter.kind=none; train.steps=0"
 STREAM, NEVER = "data.mix=[{source: /a, stream: true}]", "eval.at_start=false; eval.at_end=false"
@@ -336,9 +328,6 @@ def test_defaults_that_depend_on_others() -> None:
     assert [halves.phases(num_steps) for num_steps in (7, 3, 1)] == [(4, 3), (2, 1), (0, 1)]
 
 
-# --- overrides
-
-
 @pytest.mark.parametrize(
     "before, overrides, after",
     [
@@ -378,9 +367,6 @@ def test_overrides(before: str, overrides: str, after: str) -> None:
 def test_a_wrong_override_is_named(items: str, words: str) -> None:
     check(faults(changed(), *items.split("; ")), "-s", words)
     check(faults(changed("train.lr_ratio_B=-1"), "train.lr=1e-3"), "r.yaml: train.lr_ratio_B: ")
-
-
-# --- paths
 
 
 def test_paths_start_at_the_file_and_in_overrides_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,9 +422,6 @@ def test_what_is_a_path() -> None:
     assert [each for each in (*paths, *names) if is_path(each)] == [*paths]
 
 
-# --- secrets, old recipes and the schema
-
-
 def test_access_tokens_are_refused_and_never_repeated() -> None:
     for changes in (f"model.source={TOKEN}", f"model.hf_token={TOKEN}", f"model.{TOKEN}=1",
                     f"data.mix=[{{source: x.jsonl, name: a {TOKEN} b}}]", f"adapter.targets=[q_proj, {TOKEN}]",
@@ -476,8 +459,6 @@ def test_every_field_is_described_in_the_schema() -> None:
         assert content.get("description") or "$ref" in content, f"{name}.{field}"
     assert schema["additionalProperties"] is False
 
-
-# --- properties
 
 names_ = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12) | (
     st.sampled_from(["1e4", "1e-4", "0100", "2:4", "off", "null", "1.5", "~", "2024-05-01", "a\u2028b", "=", "x: y"])

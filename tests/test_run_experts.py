@@ -294,9 +294,6 @@ def test_a_merged_run_of_each_family_runs_in_transformers(root: Path, tmp_path: 
     torch.testing.assert_close(logits(library), wanted, rtol=0, atol=1e-4 * float(wanted.std()))
 
 
-# --- how tokens divide among experts
-
-
 @pytest.mark.parametrize("padded", [False, True])
 def test_shares_are_those_of_the_router(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
     monkeypatch.setattr(experts, "needs_padding", lambda *_: padded)

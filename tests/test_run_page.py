@@ -9,16 +9,15 @@ import re
 import shlex
 import shutil
 import sys
-import types
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
-from accelerate.tracking import GeneralTracker
 from pydantic import ByteSize
 from rich.console import Console
 from scipy import stats
@@ -375,32 +374,17 @@ def tracked(root: Path, run: Path, *names: str, resume: bool = False, **changes:
     train_run(recipe_of(root, *names, **changes), run, resume=resume, console=QUIET)
 
 
-class Told(GeneralTracker):
+def told(fail: str = "") -> Mock:
     """A tracker that remembers, and fails where it is asked to."""
+    tracker = Mock()
+    if fail:
+        getattr(tracker, fail).side_effect = KeyError(f"no {fail} with {TOKEN}\nsecond line")
+    return tracker
 
-    name, requires_logging_directory, tracker = "told", False, None
 
-    def __init__(self, fail: str = "") -> None:
-        super().__init__()
-        self.fail, self.lines, self.finished = fail, [], 0
-
-    def _maybe_fail(self, where: str) -> None:
-        if self.fail == where:
-            raise KeyError(f"no {where} with {TOKEN}\nsecond line")
-
-    def start(self) -> None:
-        self._maybe_fail("start")
-
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        pass
-
-    def log(self, values: dict[str, Any], step: int | None, **_rest: Any) -> None:
-        self._maybe_fail("log")
-        self.lines.append((step, values))
-
-    def finish(self) -> None:
-        self.finished += 1
-        self._maybe_fail("finish")
+def logged(tracker: Mock) -> dict[int, dict[str, Any]]:
+    """Step -> the numbers that a tracker was told."""
+    return {call.kwargs["step"]: call.args[0] for call in tracker.log.call_args_list}
 
 
 def test_a_tracker_that_fails_is_told_no_more(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,26 +392,26 @@ def test_a_tracker_that_fails_is_told_no_more(root: Path, tmp_path: Path, monkey
     with pytest.raises(UserError, match=rf"trackers: {missing} is not installed.*pip install 'qdora\[{missing}\]'"):
         tracked(root, tmp_path / "run", missing)
     assert not (tmp_path / "run").exists()
-    made = {"one": Told(), "bad": Told("log"), "broken": Told("start"), "last": Told("finish")}
+    made = {"one": told(), "bad": told("log"), "broken": told("start"), "last": told("finish")}
     monkeypatch.setattr(experiment_trackers, "_MAKE", {name: lambda run, name=name: made[name] for name in made})
     monkeypatch.setattr(prepare, "find_spec", lambda name: name)
     tracked(root, tmp_path / "run", "bad", "one", "last")
-    assert [step for step, _ in made["one"].lines] == [1, 2]
-    assert made["one"].lines == made["last"].lines
-    assert made["one"].lines[0][1]["loss"] == lines(tmp_path / "run")[0]["loss"]
-    assert [made[name].finished for name in ("bad", "one", "last")] == [0, 1, 1]
+    assert [*logged(made["one"])] == [1, 2]
+    assert logged(made["one"]) == logged(made["last"])
+    assert logged(made["one"])[1]["loss"] == lines(tmp_path / "run")[0]["loss"]
+    assert [made[name].finish.call_count for name in ("bad", "one", "last")] == [0, 1, 1]
     log = (tmp_path / "run/log.txt").read_text()
     assert log.count("trackers: bad failed and gets no more metrics: KeyError: 'no log with hf_***") == 1
     assert log.count("trackers: last failed") == 1
     assert TOKEN not in log
-    made["one"] = Told()
+    made["one"] = told()
     with pytest.raises(UserError, match=r"broken did not start: KeyError: 'no start with hf_\*\*\*") as caught:
         tracked(root, tmp_path / "other", "one", "broken")
     assert len(str(caught.value).splitlines()) == 1
-    assert (made["one"].finished, made["one"].lines) == (1, [])
+    assert (made["one"].finish.call_count, logged(made["one"])) == (1, {})
     (tmp_path / "other/tensorboard").mkdir()  # as one that has started before would leave
     tracked(root, tmp_path / "other", "one")
-    assert [step for step, _ in made["one"].lines] == [1, 2]
+    assert [*logged(made["one"])] == [1, 2]
 
 
 def train_tracked(rank: int, recipe: Recipe, run: Path) -> None:
@@ -459,35 +443,33 @@ def test_tensorboard_has_every_number_at_its_step_once(root: Path, tmp_path: Pat
 
 def test_ids_and_projects_of_wandb(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By stand-ins of wandb and trackio, which are not installed here."""
-    calls: list[tuple[str, dict[str, Any]]] = []
-    config = types.SimpleNamespace(update=lambda *_args, **_options: None)
-    logged = types.SimpleNamespace(log=lambda *_args, **_options: None, finish=lambda: None)
-    for name in ("wandb", "trackio"):
-        init = lambda name=name, **options: (calls.append((name, options)), logged)[1]  # noqa: E731
-        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(init=init, config=config))
+    wandb, trackio = Mock(), Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
     for variable in ("WANDB_PROJECT", "WANDB_RUN_ID"):
         monkeypatch.delenv(variable, raising=False)
     mine = tmp_path / "mine"
     mine.mkdir()
     with tracking(["wandb", "trackio"], mine, {}, cpu=True) as tell:
         tell({"step": 1, "loss": 2.0})
-    own = {"dir": str(mine), "id": (mine / "wandb_id.txt").read_text().strip(), "resume": "allow"}
     project = {"project": "qdora", "name": "mine"}
-    assert calls == [("wandb", project | own), ("trackio", project)]
-    calls.clear()
+    own = {"dir": str(mine), "id": (mine / "wandb_id.txt").read_text().strip(), "resume": "allow"}
+    wandb.init.assert_called_once_with(**project, **own)
+    trackio.init.assert_called_once_with(**project)
+    wandb.reset_mock()
     monkeypatch.setattr(prepare, "find_spec", lambda name: name)
     monkeypatch.setenv("WANDB_PROJECT", "papers")
     tracked(root, tmp_path / "run", "wandb")
     tracked(root, tmp_path / "run", "wandb", resume=True, train__steps=3)
     tracked(root, tmp_path / "other", "wandb")
-    first, resumed, other = (options for _, options in calls)
+    first, resumed, other = (call.kwargs for call in wandb.init.call_args_list)
     assert first == resumed
     assert first["project"] == "papers"
     assert re.fullmatch("[A-Za-z0-9_-]{8,64}", first["id"])
     assert other["id"] != first["id"]
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     with tracking(["wandb"], tmp_path / "run", {}, cpu=True):
-        assert calls[-1][1]["id"] == "mine"
+        assert wandb.init.call_args.kwargs["id"] == "mine"
 
 
 def test_numbers_and_settings_are_flat_and_hold_no_token() -> None:

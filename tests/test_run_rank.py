@@ -218,9 +218,6 @@ def test_a_masked_run(root: Path) -> None:
         assert all(layer["energies"][0] > 0 for layer in document["layers"].values())
 
 
-# --- gates
-
-
 @pytest.fixture(scope="module", params=["l1", "hard_concrete"])
 def gated(root: Path, request: pytest.FixtureRequest) -> Path:
     changes: dict[str, Any] = {"adapter__gates": {**GATES, "mode": request.param}, "train__steps": 8}
