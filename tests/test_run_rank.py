@@ -160,7 +160,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "svd", "budget": "50%", "norm": "held"}, "--norm: only --method curvature, got"),
     ({"method": "svd", "budget": "50%", "examples": 3}, "--examples: only --method curvature or gradient, got"),
     ({"method": "gradient", "eigenvalues": 4}, "--eigenvalues: only --method curvature, got"),
-    ({"method": "gradient", "draws": 4}, "--draws: only --method curvature, got"),
+    ({"method": "gradient", "draws": 8}, "--draws: only --method curvature, got"),
     ({"method": "gates", "budget": "50%"}, "--budget: only --method curvature or svd or gradient, got"),
     ({"method": "gates", "norm": "held"}, "--norm: only --method curvature, got"),
     ({"draws": 7}, "--draws: got 7, 0 (exact) 8"), ({"draws": -1}, "--draws: got -1, 0 (exact) 8"),
