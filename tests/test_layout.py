@@ -1,16 +1,22 @@
-"""The shape of the code: imports point down, files and functions stay short, nothing happens at import."""
+"""The shape of the code: imports point down, files and functions stay short, nothing happens at import.
+
+And of the tests: they run without the machine's GPUs unless `-m gpu` asks for them.
+"""
 
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import time
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+from tests import conftest
+
 PACKAGE = Path(__file__).parent.parent / "qdora"
-FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import itself and the rooms below it. Rooms on one line do not import each other.
 ROOMS = [
@@ -30,6 +36,16 @@ ROOMS = [
 MOST_LINES_OF_A_FILE = 600
 MOST_LINES_OF_A_FUNCTION = 130
 MOST_POSITIONAL_ARGUMENTS = 7
+
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    return {file: ast.parse(file.read_text()) for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def nodes() -> list[tuple[Path, ast.AST]]:
+    return [(file, node) for file, tree in trees().items() for node in ast.walk(tree)]
 
 
 def room_of(file: Path) -> str:
@@ -52,41 +68,30 @@ def imported_modules(tree: ast.AST) -> set[str]:
     return {name for name in found if name.startswith("qdora.")} - {"qdora.__version__"}
 
 
-def test_imports_point_down() -> None:
-    assert len(FILES) > 40
-    offenders = []
-    for file in FILES:
-        for name in imported_modules(ast.parse(file.read_text())):
+def test_imports_point_down_without_cycles() -> None:
+    assert len(trees()) > 40
+    modules = {".".join(("qdora", *file.relative_to(PACKAGE).with_suffix("").parts)): file for file in trees()}
+    offenders, graph = [], {}
+    for module, file in modules.items():
+        names = imported_modules(trees()[file])
+        graph[module] = {name if name in modules else name.rpartition(".")[0] for name in names} & set(modules)
+        for name in names:
             imported = name.split(".")[1]
             if file == PACKAGE / "__init__.py":
                 offenders.append(f"qdora/__init__.py imports {name}")
             elif imported != room_of(file) and level_of(imported) <= level_of(room_of(file)):
                 offenders.append(f"{file.relative_to(PACKAGE)} imports {name}, which is not below it")
     assert not offenders, "\n".join(offenders)
-
-
-def test_no_import_cycles() -> None:
-    modules = {".".join(("qdora", *file.relative_to(PACKAGE).with_suffix("").parts)): file for file in FILES}
-    graph = {}
-    for module, file in modules.items():
-        names = imported_modules(ast.parse(file.read_text()))
-        graph[module] = {name if name in modules else name.rpartition(".")[0] for name in names} & set(modules)
     assert any(graph.values())
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
 def test_files_and_functions_are_short() -> None:
-    offenders = []
-    for file in FILES:
-        text = file.read_text()
-        if len(text.splitlines()) > MOST_LINES_OF_A_FILE:
-            offenders.append(f"{file.relative_to(PACKAGE)}: {len(text.splitlines())} lines")
-        offenders += [
-            f"{file.relative_to(PACKAGE)}:{node.lineno} {node.name}"
-            for node in ast.walk(ast.parse(text))
-            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= MOST_LINES_OF_A_FUNCTION
-        ]
-    assert not offenders, "\n".join(offenders)
+    lengths = {file: len(file.read_text().splitlines()) for file in trees()}
+    assert not {file: length for file, length in lengths.items() if length > MOST_LINES_OF_A_FILE}
+    functions = [(file, node) for file, node in nodes() if isinstance(node, ast.FunctionDef)]
+    long = [(file, f) for file, f in functions if (f.end_lineno or 0) - f.lineno >= MOST_LINES_OF_A_FUNCTION]
+    assert not [f"{file.relative_to(PACKAGE)}:{function.lineno} {function.name}" for file, function in long]
 
 
 def called_name(call: ast.Call) -> str:
@@ -97,11 +102,8 @@ def called_name(call: ast.Call) -> str:
 
 def test_calls_of_our_functions_have_few_positional_arguments() -> None:
     """torch fixes the arguments of an autograd function's `apply` and of an operator."""
-    trees = {file: ast.parse(file.read_text()) for file in FILES}
-    nodes = [(file, node) for file, tree in trees.items() for node in ast.walk(tree)]
-    defined = [node for _, node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    own = {node.name for node in defined} - {"apply"}
-    every = [(file, node) for file, node in nodes if isinstance(node, ast.Call) and called_name(node) in own]
+    own = {node.name for _, node in nodes() if isinstance(node, ast.FunctionDef | ast.ClassDef)} - {"apply"}
+    every = [(file, node) for file, node in nodes() if isinstance(node, ast.Call) and called_name(node) in own]
     calls = [(file, call) for file, call in every if not ast.unparse(call.func).startswith("torch.ops.")]
     assert len(calls) > 1000
     offenders = [
@@ -113,25 +115,34 @@ def test_calls_of_our_functions_have_few_positional_arguments() -> None:
 
 
 def test_no_pickle_is_ever_read() -> None:
-    for file in FILES:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute):
-                called = f"{getattr(node.value, 'id', '')}.{node.attr}"
-                assert called not in ("torch.load", "torch.save", "pickle.load", "pickle.loads"), f"{file}: {called}"
+    for file, node in nodes():
+        if isinstance(node, ast.Attribute):
+            called = f"{getattr(node.value, 'id', '')}.{node.attr}"
+            assert called not in ("torch.load", "torch.save", "pickle.load", "pickle.loads"), f"{file}: {called}"
 
 
-def test_help_starts_fast_and_without_torch() -> None:
+def test_help_and_recipes_start_fast_and_without_torch() -> None:
     began = time.perf_counter()
     code = """
 import sys
 sys.argv = ["qdora", "--help"]
-import qdora.cli
+import qdora.cli, qdora.files.run_directory, qdora.recipe.recipe_file, qdora.run.doctor
+qdora.recipe.recipe_file.load_recipe("quickstart")
 try:
     qdora.cli.main()
 finally:
-    print("torch" in sys.modules)
+    print([name for name in ("torch", "transformers", "bitsandbytes", "datasets", "numpy") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.rstrip().endswith("False")
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment)
+    assert done.stdout.rstrip().endswith("[]")
     assert "train" in done.stdout
     assert time.perf_counter() - began < 20  # a busy machine; it takes 0.1 s on an idle one
+
+
+def test_only_a_selection_by_the_mark_asks_for_gpus() -> None:
+    for expression in ("gpu", "gpu and not slow", "slow and gpu"):
+        assert conftest.asks_for_gpu(expression)
+    for expression in ("", "not gpu", "not slow and not gpu and not network", "not (gpu or network)", "slow"):
+        assert not conftest.asks_for_gpu(expression)

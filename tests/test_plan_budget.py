@@ -1,4 +1,4 @@
-"""A budget: a run over it does not start unless forced, or changes what leaves its numbers alone."""
+"""qdora plan and memory.budget: a run over it is refused or changed; mix, time and public shapes without weights."""
 
 from __future__ import annotations
 
@@ -12,80 +12,90 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from huggingface_hub.errors import GatedRepoError
 from rich.console import Console
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
 
+import qdora
+from qdora.cli import app
 from qdora.data.build_data import read_data, tokenized_mix
-from qdora.errors import UserError
+from qdora.errors import HubFailure, UserError
+from qdora.files.atomic import json_text
+from qdora.model import source as model_source
 from qdora.model.build_model import Compute, find_model
-from qdora.plan import budget, memory_plan, plan_view, step_time
+from qdora.plan import budget, memory_plan, plan_view, public_shapes, step_time
 from qdora.plan import plan_contents as parts
 from qdora.plan.changes_to_fit import _candidates, with_changes
 from qdora.plan.plan_contents import Change, MicroBatchShape, Moment, Plan
 from qdora.plan.plan_view import plan_run
 from qdora.plan.workload import assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
-from qdora.recipe.recipe_file import override
+from qdora.recipe.recipe_file import load_recipe, override, recipe_names, resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run import load_base
 from qdora.run.train import train_run
 from qdora.train.distributed import Processes, processes_of_launch
 from tests import launched, tiny_run, tiny_sharded
+from tests.run_files import trained
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+QUIET = Console(quiet=True)
+SHAPE = MicroBatchShape(1, 64, 63, masked=False)
+
+
+def one_layer(root: Path, **changes: Any) -> Recipe:
+    return tiny_run.one_layer_recipe(root, **{"eval__at_start": False} | changes)
+
+
+def shown(recipe: Recipe, **options: Any) -> tuple[dict[str, Any], str]:
+    """What a plan returns and prints."""
+    console = Console(file=io.StringIO(), width=200)
+    found = plan_run(recipe, "r.yaml", console=console, **options)
+    return found, console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_over_budget_does_not_start_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    no_evaluation = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
-    recipe = tiny_run.one_layer_recipe(tmp_path, memory__budget="100MiB", train__steps=1, **no_evaluation)
-    with monkeypatch.context() as patched:
-        patched.setattr(load_base, "load_model", None)  # nothing may call it
-        with pytest.raises(UserError, match=r"^memory.budget: 100.0 MiB, but the run needs about 60\d"):
-            train_run(recipe, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    train_run(recipe, tmp_path / "run", force=True)
-    kept = json.loads((tmp_path / "run/plan.json").read_text())
-    assert kept["fits"] is False
-    assert kept["device"] == "cpu"
-
-
-def test_a_run_killed_after_its_plan_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    recipe = tiny_run.one_layer_recipe(tmp_path, memory__budget="10GiB", train__steps=1, eval__at_start=False)
+    few: dict[str, Any] = {"train__steps": 1, "eval__at_end": False, "eval__limit": ...}
+    recipe, run = one_layer(tmp_path, memory__budget="100MiB", **few), tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(load_base, "load_model", None)  # nothing may call it
+        with pytest.raises(UserError, match=r"^memory.budget: 100.0 MiB, but the run needs about 60\d"):
+            train_run(recipe, run)
+    assert not run.exists()
     with monkeypatch.context() as patched:
         patched.setattr("qdora.run.train.base_of_run", killed)
         with pytest.raises(KeyboardInterrupt):
-            train_run(recipe, tmp_path / "run")
-    assert (tmp_path / "run/plan.json").is_file()
-    assert train_run(recipe, tmp_path / "run")["num_steps"] == 1
+            train_run(recipe, run, force=True)
+    kept = json.loads((run / "plan.json").read_text())
+    assert (kept["fits"], kept["device"]) == (False, "cpu")
+    assert train_run(recipe, run, force=True)["num_steps"] == 1  # it can be started again
 
 
 def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny_run.one_layer_recipe(
-        tmp_path, memory__budget="auto", memory__checkpointing=False, train__batch=24, train__steps=1
-    )
-    compute = Compute(torch.device("cpu"), torch.float32)
+    recipe = one_layer(tmp_path, memory__budget="auto", memory__checkpointing=False, train__batch=24, train__steps=1)
 
-    def within(free: int):  # type: ignore[no-untyped-def]
+    def within(free: int) -> tuple[Recipe, Plan]:
         monkeypatch.setattr(budget, "available_memory_bytes", lambda: free)
         monkeypatch.setattr(budget, "held_memory_bytes", lambda: 0)
         _, tokenizer = find_model(recipe)
-        train, _ = read_data(recipe.data)
-        mix = tokenized_mix(recipe, tokenizer, train)
-        return budget.within_budget(recipe, compute, workload_of_data(recipe, mix, tokenizer))
+        mix = tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0])
+        changed, plan = budget.within_budget(recipe, CPU, workload_of_data(recipe, mix, tokenizer))
+        assert plan is not None
+        return changed, plan
 
     changed, plan = within(10 * 2**30)
-    assert changed == recipe
-    assert plan is not None
-    assert plan.fits
+    assert (changed, plan.fits) == (recipe, True)
     changed, tight = within(plan.peak_bytes - 1000)
-    assert tight is not None
     # The plan is that of the changed recipe, which runs
     assert (tight.fits, tight.changes) == (True, ())
     assert tight.peak_bytes < plan.peak_bytes
     assert changed != recipe
-    assert changed.adapter == recipe.adapter
-    assert changed.train.optimizer == recipe.train.optimizer
+    assert (changed.adapter, changed.train.optimizer) == (recipe.adapter, recipe.train.optimizer)
     with pytest.raises(UserError, match="Fix: change, cheapest first"):
         within(plan.peak_bytes // 2)
 
@@ -93,9 +103,9 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
 def test_a_gpu_without_bfloat16_is_planned_in_float32(tmp_path: Path) -> None:
     peaks = {}
     for asked in ("auto", "bfloat16", "float32"):
-        recipe = tiny_run.one_layer_recipe(tmp_path, memory__budget="10GiB", model__dtype=asked)
-        dtype = torch.bfloat16 if asked == "bfloat16" else torch.float32
-        same, plan = budget.within_budget(recipe, Compute(torch.device("cuda"), dtype), assumed_workload)
+        recipe = one_layer(tmp_path, memory__budget="10GiB", model__dtype=asked)
+        compute = Compute(torch.device("cuda"), torch.bfloat16 if asked == "bfloat16" else torch.float32)
+        same, plan = budget.within_budget(recipe, compute, assumed_workload)
         assert plan is not None
         assert same == recipe
         peaks[asked] = plan.peak_bytes
@@ -107,18 +117,16 @@ def test_a_gpu_without_bfloat16_is_planned_in_float32(tmp_path: Path) -> None:
 def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
     """Eight blocks: divided among four, a process holds two, and three while they are gathered."""
     tiny_run.write_model(tmp_path / "model", num_hidden_layers=8, tie_word_embeddings=False)
-    compute = Compute(torch.device("cpu"), torch.float32)
 
     def within(num_bytes: int, num_processes: int = 4, **changes: Any) -> tuple[Recipe, Plan]:
         given = tiny_run.recipe(tmp_path, memory__budget=f"{num_bytes}B", adapter__targets=["q_proj"], **changes)
-        found, plan = budget.within_budget(given, compute, assumed_workload, processes=Processes(size=num_processes))
+        found, plan = budget.within_budget(given, CPU, assumed_workload, processes=Processes(size=num_processes))
         assert plan is not None
         return found, plan
 
     same, whole = within(2**30)
-    assert same.train.parallel == "auto"
     changed, plan = within(whole.peak_bytes - 1)
-    assert changed.train.parallel == "shard"
+    assert (same.train.parallel, changed.train.parallel) == ("auto", "shard")
     assert plan.peak_bytes < whole.peak_bytes
     assert parts.GATHERED in plan.components
     assert within(plan.peak_bytes, train__parallel="shard")[1].fits
@@ -129,7 +137,7 @@ def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
         within(plan.peak_bytes - 1, train__parallel="shard")
 
 
-def test_what_the_process_holds_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_process_and_nccl_hold_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan has the whole process in it, but the system's available memory has not what it holds already."""
     monkeypatch.setattr(budget, "available_memory_bytes", lambda: 2**30)
     before = budget.held_memory_bytes()
@@ -138,10 +146,6 @@ def test_what_the_process_holds_counts_as_free(monkeypatch: pytest.MonkeyPatch) 
     for held, counted in ((5, 5), (2**33, parts.CONTEXT_BYTES["cpu"])):
         monkeypatch.setattr(budget, "held_memory_bytes", lambda held=held: held)
         assert budget.free_bytes(torch.device("cpu")) == 2**30 + counted
-
-
-def test_buffers_that_nccl_has_taken_count_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan of several processes has them in it, and the free memory has not."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (5 * 2**30, 8 * 2**30))
     assert [budget.free_bytes(torch.device("cuda"), count) // 2**30 for count in (1, 2)] == [5, 6]
 
@@ -156,65 +160,36 @@ def first_has_less(rank: int, recipe: Recipe) -> None:
     with processes_of_launch() as processes, pytest.MonkeyPatch.context() as patch:
         patch.setattr(budget, "free_bytes", lambda _device, num_processes: 1000 * num_processes + rank)
         patch.setattr(budget, "fit_recipe", fit_recipe)
-        compute = Compute(torch.device("cpu"), torch.float32)
-        budget.within_budget(recipe, compute, assumed_workload, processes=processes)
+        budget.within_budget(recipe, CPU, assumed_workload, processes=processes)
     assert asked == [(2000, 2)]
 
 
 def test_budget_auto_is_the_same_for_all_processes(tmp_path: Path) -> None:
     """Else one could divide the base that another one holds whole, and wait for it for ever."""
-    recipe = tiny_run.recipe(tmp_path, memory__budget="auto")
-    assert launched.run(2, first_has_less, recipe) == ["", ""]
+    assert launched.run(2, first_has_less, tiny_run.recipe(tmp_path, memory__budget="auto")) == ["", ""]
 
 
 def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough() -> None:
-    shape, moments = MicroBatchShape(1, 64, 63, masked=False), [Moment("update", None, {parts.OPTIMIZER: 2**30})]
-    options: dict[str, Any] = {"shape": shape, "num_micro_batches": 1, "budget_bytes": 2**30}
-    found = Plan(device_kind="cpu", moments=moments, **options)
-    size = "the run needs about 1.59 GiB in the update (optimizer state 1.00 GiB, context and libraries 600.0 MiB)"
-    assert parts.over_budget(found) == f"memory.budget: 1.00 GiB, but {size}. Fix: start anyway with --force."
-    for peak, verdict in ((2**30, ""), (2**30 + 1, " (even all of these are not enough)")):
+    moments = [Moment("update", None, {parts.OPTIMIZER: 2**30})]
+    found = Plan(device_kind="cpu", moments=moments, shape=SHAPE, num_micro_batches=1, budget_bytes=2**30)
+    text = parts.over_budget(found)
+    for words in (
+        "1.00 GiB, but",
+        "1.59 GiB in the update (optimizer state 1.00 GiB, context and libraries 600.0",
+    ):
+        assert words in text
+    for peak, is_enough in ((2**30, True), (2**30 + 1, False)):
         changes = [Change("a.b=1", 2**31, 1.0, neutral=True), Change("c.d=2, e.f=3", peak, 1.0, neutral=False)]
-        fix = f"Fix: change, cheapest first: a.b=1; c.d=2, e.f=3{verdict}; or start anyway with --force."
-        assert parts.over_budget(replace(found, changes=changes)).endswith(fix)
-        forced = fix.replace("; or start anyway with --force", "") + " It starts all the same (--force)."
-        assert parts.over_budget(replace(found, changes=changes), forced=True).endswith(forced)
-
-
-def test_a_plan_is_shown(tmp_path: Path) -> None:
-    recipe = tiny_run.one_layer_recipe(tmp_path, train__steps=2, train__batch=24)
-    shown = io.StringIO()
-    console = Console(file=shown, width=130)
-    found = plan_run(recipe, "r.yaml", budget="1GiB", console=console)["memory"]
-    for part in ("packed base", "total", "fits in 1.00 GiB", "Estimated time: ", "A100 40GB (assumed)"):
-        assert part in shown.getvalue()
-    assert sum(found["components"].values()) == found["peak_bytes"]
-    shown.truncate(0)
-    tight = plan_run(recipe, "r.yaml", budget="1MiB", console=console)["memory"]
-    assert tight["fits"] is False
-    assert tight["changes"]
-    for part in ("does not fit in 1.0 MiB", "cheapest first", "Even with all of these it does not fit"):
-        assert part in shown.getvalue()
-    with pytest.raises(UserError, match=r"^--budget: must be a size .*, got 'much'"):
-        plan_run(recipe, "r.yaml", budget="much")
-
-
-def test_proposed_changes_are_options_of_the_command_line(tmp_path: Path) -> None:
-    recipe, shown = tiny_run.one_layer_recipe(tmp_path, adapter__rank=16), io.StringIO()
-    plan_run(recipe, "r.yaml", budget="1MiB", console=Console(file=shown))
-    proposed = [line.partition(": ")[0] for line in shown.getvalue().splitlines() if line.startswith("  -s ")]
-    [rank] = [line for line in proposed if "adapter.rank" in line]
-    words = rank.split()
-    assert words[::2] == ["-s", "-s"]
-    adapter = override(recipe, words[1::2]).adapter
-    assert (adapter.rank, adapter.alpha) == (8, recipe.adapter.alpha / 2)
+        text, forced = (parts.over_budget(replace(found, changes=changes), forced=each) for each in (False, True))
+        assert "cheapest first: a.b=1; c.d=2, e.f=3" in text
+        assert ("even all of these are not enough" not in text) is is_enough
+        assert ("--force" in text, "starts all the same" in forced) == (True, True)
 
 
 def proposed(recipe: Recipe) -> list[str]:
     """All changes that are proposed if each saves a little and none is enough."""
-    shape = MicroBatchShape(1, 64, 63, masked=False)
-    options: dict[str, Any] = {"shape": shape, "num_micro_batches": 1, "block_bytes": 1000, "num_blocks": 4}
-    first = Plan(device_kind="cuda", moments=[], budget_bytes=1, **options)
+    options: dict[str, Any] = {"num_micro_batches": 1, "block_bytes": 1000, "num_blocks": 4, "budget_bytes": 1}
+    first = Plan(device_kind="cuda", moments=[], shape=SHAPE, **options)
     sizes = (round(1e9 * 0.9**count) for count in itertools.count())
 
     def plan_of(_recipe: Recipe) -> Plan:
@@ -232,22 +207,18 @@ def test_only_changes_that_go_together_are_proposed(tmp_path: Path) -> None:
     assert ranks(7.5) == ["adapter.rank=8, adapter.alpha=4"]
     assert ranks(8) == []
     # Either may be halved, since the gates have more components to remove in the other layers, but not both.
-    assert len(ranks(7.5, adapter__experts={"rank": 16})) == 2
-    assert len(ranks(8, adapter__experts={"rank": 16})) == 1
-
-    def streamed(**changes: Any) -> bool:
-        return any("residency" in setting for setting in proposed(tiny_run.recipe(tmp_path, **changes)))
-
+    assert [len(ranks(mean_rank, adapter__experts={"rank": 16})) for mean_rank in (7.5, 8)] == [2, 1]
     whole = {"adapter__also_train": ["embed_tokens"], "adapter__also_train_rows": "all"}
-    assert streamed()
-    assert streamed(**whole)
-    assert not streamed(train__parallel="shard")
+    for changes, streams in (({}, True), (whole, True), ({"train__parallel": "shard"}, False)):
+        settings = proposed(tiny_run.recipe(tmp_path, **changes))
+        assert any("residency" in setting for setting in settings) is streams
+        assert any("host_embeddings" in setting for setting in settings) is (changes == {})
 
 
 def test_shorter_examples_come_with_smaller_micro_batches(tmp_path: Path) -> None:
     """Else a micro-batch of 2,048 tokens would have two rows in place of one, and a mask."""
     config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
-    recipe = tiny_run.one_layer_recipe(tmp_path, data__max_length=2048, train__batch=2)
+    recipe = one_layer(tmp_path, data__max_length=2048, train__batch=2)
     found = memory_plan.plan(recipe, 1, config=config)
     [shorter] = [change.setting for change in found.changes if "max_length" in change.setting]
     assert shorter == "data.max_length=1024, train.micro_batch_tokens=1024, data.too_long=truncate"
@@ -256,90 +227,214 @@ def test_shorter_examples_come_with_smaller_micro_batches(tmp_path: Path) -> Non
     assert alone == ("data.max_length=1024", "data.too_long=truncate")
 
 
-def test_a_plan_does_without_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = one_layer(tmp_path, train__steps=12, data__strategy="equal")
+    train_run(recipe, tmp_path / "run", console=QUIET)
+    monkeypatch.setattr(load_base, "load_model", None)  # nothing may call it
+    found, text = shown(recipe, budget="1GiB")
+    mix, memory = found["mix"], found["memory"]
+    assert json.loads(json_text(mix)) == json.loads((tmp_path / "run/mix.json").read_text())
+    assert [part["num_draws"] for part in mix["sources"]] == [24, 24]
+    assert [part["num_examples"] for part in mix["sources"]] == [28, 22]  # without those held out
+    steps = trained(tmp_path / "run")
+    assert sum(line["num_tokens"] for line in steps) == sum(part["num_tokens_seen"] for part in mix["sources"])
+    for words in ("12 steps, 48 examples", "sums", "letters", "50.0%", "1.09", "packed base", "total",
+                  "fits in 1.00 GiB", "Estimated time: ", "A100 40GB (assumed)"):  # fmt: skip
+        assert words in text
+    assert "letters: examples 22, tokens " in (tmp_path / "run/log.txt").read_text()
+    assert sum(memory["components"].values()) == memory["peak_bytes"]
+    found, text = shown(override(recipe, ["adapter.rank=16"]), budget="1MiB")
+    assert found["memory"]["fits"] is False
+    for words in ("does not fit in 1.0 MiB", "cheapest first", "Even with all of these it does not fit"):
+        assert words in text
+    [rank] = [line.partition(": ")[0].split() for line in text.splitlines() if "adapter.rank" in line]
+    assert rank[::2] == ["-s", "-s"]  # as on the command line
+    adapter = override(recipe, rank[1::2]).adapter
+    assert (adapter.rank, adapter.alpha) == (8, recipe.adapter.alpha / 2)
+    with pytest.raises(UserError, match=r"^--budget: must be a size .*, got 'much'"):
+        plan_run(recipe, "r.yaml", budget="much")
+
+
+def test_a_plan_refuses_what_a_run_refuses_or_assumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def assumed(**changes: Any) -> tuple[list[str], Any]:
+        found, _ = shown(one_layer(tmp_path, **changes))
+        return found["memory"]["assumptions"], found
+
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    recipe = tiny_run.one_layer_recipe(tmp_path, data__mix=[{"source": "nobody/has-this"}])
-    found = plan_run(recipe, "r.yaml", console=Console(file=io.StringIO()))
-    assert found["mix"] is None
-    assert found["memory"]["micro_batch"]["length"] == recipe.data.max_length
-    assert "cannot be read" in found["memory"]["assumptions"][0]
-
-
-def test_a_plan_says_that_it_looked_at_the_first_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(plan_view, "MOST_STEPS", 3)
-    for steps, expected in ((3, []), (4, ["no micro-batch is larger than the largest of the first 3 steps"])):
-        recipe = tiny_run.one_layer_recipe(tmp_path, train__steps=steps)
-        found = plan_run(recipe, "r.yaml", console=Console(file=io.StringIO()))
-        assert found["memory"]["assumptions"] == expected
+    assert assumed(train__steps=3)[0] == []
+    assert "largest of the first 3 steps" in assumed(train__steps=4)[0][0]
+    (text,), found = assumed(data__mix=[{"source": "nobody/has-this"}])
+    assert "the data cannot be read: data.mix[0]: nobody/has-this: " in text
+    assert (found["mix"], found["memory"]["micro_batch"]["length"]) == (None, 96)
+    with pytest.raises(UserError, match=r"data\.template_kwargs: the chat template does not read .*nonsense"):
+        assumed(data__template_kwargs={"nonsense": True})
+    recipe = one_layer(tmp_path)
+    with (tmp_path / "data/sums.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    with pytest.raises(UserError, match=r"^data\.mix\[0\]: .*sums\.jsonl: line \d+: not JSON"):
+        plan_run(recipe, "r.yaml")
+    for tokenizer in (tmp_path / "model").glob("tokenizer*"):
+        tokenizer.unlink()
+    assert "there is no tokenizer: model.tokenizer: " in assumed()[0][0]
+
+
+def test_a_run_longer_than_its_data_is_refused_beforehand(tmp_path: Path) -> None:
+    mix = [{"source": part.source, "max_epochs": 0.5} for part in one_layer(tmp_path).data.mix]
+    short = one_layer(tmp_path, train__steps=12, data__mix=mix)
+    for call in (lambda: plan_run(short, "r.yaml"), lambda: train_run(short, tmp_path / "run")):
+        with pytest.raises(UserError, match=r"^train.steps: must be at most .* max_epochs .* leaves 25 .* got 12"):
+            call()
+    assert not (tmp_path / "run").exists()
+    train_run(one_layer(tmp_path, train__steps=7, data__mix=mix), tmp_path / "run", console=QUIET)
+    assert [line["num_examples"] for line in trained(tmp_path / "run")] == [4, 4, 4, 4, 4, 4, 1]
+
+
+def test_a_step_that_repeats_the_data_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """train.epochs: 1 is one step that fills itself with the same examples again and again."""
+    plan_run(one_layer(tmp_path), "r.yaml", console=QUIET)
+    assert not [each for each in caplog.records if each.levelname == "WARNING"]
+    size: dict[str, Any] = {"train__steps": ..., "train__batch": ..., "train__checkpoint_every": ...}
+    recipe = one_layer(tmp_path, **size, train__epochs=1, train__tokens_per_step=2500)
+    plan_run(recipe, "r.yaml", console=QUIET)
+    (warning,) = [each.getMessage() for each in caplog.records if "each step repeats the data" in each.getMessage()]
+    train_run(recipe, tmp_path / "run", console=QUIET)
+    assert (tmp_path / "run/log.txt").read_text().count(warning) == 1
+    (step,) = trained(tmp_path / "run")
+    assert f"An optimizer step takes {step['num_examples']} examples, but the training data" in warning
+
+
+def test_plan_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(resolved_yaml(one_layer(tmp_path)))
+    for options, code in (((), 0), (("--budget", "1MiB"), 1)):
+        done = CliRunner().invoke(app, ["plan", str(file), "--json", "-s", "train.steps=3", *options])
+        assert done.exit_code == code, done.stderr
+        found = json.loads(done.stdout)
+        assert (found["mix"]["num_steps"], found["memory"]["fits"]) == (3, False if options else None)
+    done = CliRunner().invoke(app, ["plan", str(file), "-s", "data.mix[0].source=nowhere.jsonl"])
+    assert (done.exit_code, "data.mix[0].source: no such file" in done.stderr) == (2, True)
 
 
 def test_time_of_a_step_by_hand() -> None:
-    work = step_time.Work(
-        num_linear=1000, num_head=500, num_trainable=10, attention_width=0, quantised=True, checkpointing=True
-    )
+    options: dict[str, Any] = {"attention_width": 0, "quantised": True}
+    work = step_time.Work(num_linear=1000, num_head=500, num_trainable=10, checkpointing=True, **options)
     rates = step_time.Rates("x", flops=1e3, bytes=1e6, link=1e3)
     shape = MicroBatchShape(2, 5, 8, masked=False)
     # Three passes over the base, four over the adapters; the head twice forward and backward.
     flops = 10 * 2 * (3 * 1000 + 4 * 10) + 4 * 500 * 8
-    num_bytes = 3 * 4.6 * 1000
-    expected = 3 * (flops / 1e3 + num_bytes / 1e6) + 300 / 1e6
-    assert step_time.step_seconds(work, shape, 3, rates) == pytest.approx(expected, rel=1e-12)
+    seconds = step_time.step_seconds(work, shape, 3, rates)
+    assert seconds == pytest.approx(3 * (flops / 1e3 + 3 * 4.6 * 1000 / 1e6) + 300 / 1e6, rel=1e-12)
+    # Causal attention: half of 4 * length a feature and token, again in the recomputation, and 2.5 times that backward
+    wide = step_time.step_seconds(replace(work, attention_width=7), shape, 3, rates)
+    assert wide - seconds == pytest.approx(3 * 10 * 2 * 5 * 7 * (1 + 1 + 2.5) / 1e3, rel=1e-9)
     # Each of the two passes over the blocks takes as long as its computing or its copies: 30 s are hidden by the
     # backward pass (two forward passes of 20 s and what decodes), not by the forward pass.
     forward = 10 * 2 * 1000 / 1e3 + 4.6 * 1000 / 1e6
     assert step_time.forward_seconds(work, shape, rates) == pytest.approx(forward, rel=1e-12)
-    away = replace(work, streamed_bytes=30_000)
-    waiting = step_time.step_seconds(away, shape, 3, rates) - step_time.step_seconds(work, shape, 3, rates)
-    assert waiting == pytest.approx(3 * (30 - forward), rel=1e-9)
-    away = replace(work, streamed_bytes=100_000)
-    waiting = step_time.step_seconds(away, shape, 3, rates) - step_time.step_seconds(work, shape, 3, rates)
-    assert waiting == pytest.approx(3 * (100 - forward + 100 - 2 * forward), rel=1e-9)
-
-
-def test_short_chunks_of_the_loss_read_the_head_more_often() -> None:
-    work = step_time.Work(
-        num_linear=0, num_head=10**6, num_trainable=0, attention_width=0, quantised=True, checkpointing=False
-    )
+    for link, waiting in ((30, 30 - forward), (100, 100 - forward + 100 - 2 * forward)):
+        away = step_time.step_seconds(replace(work, streamed_bytes=link * 1000), shape, 3, rates)
+        assert away - seconds == pytest.approx(3 * waiting, rel=1e-9)
+    # Short chunks of the loss read the head more often: two products of 2 * 10^6 FLOPs a token take 4 ms; two
+    # readings of 2 * 10^6 bytes take 0.4 s, as 100 tokens do.
+    work = step_time.Work(num_linear=0, num_head=10**6, num_trainable=0, checkpointing=False, **options)
     rates, shape = step_time.Rates("x", flops=1e9, bytes=1e7), MicroBatchShape(1, 1001, 1000, masked=False)
+    for chunk, expected in ((None, 4.0), (100, 4.0), (250, 4.0), (300, 4.0), (64, 16 * 0.4)):
+        assert step_time.step_seconds(replace(work, head_chunk=chunk), shape, 1, rates) == pytest.approx(expected)
 
-    def seconds(chunk: int | None) -> float:
-        return step_time.step_seconds(replace(work, head_chunk=chunk), shape, 1, rates)
 
-    # Two products of 2 * 10^6 FLOPs a token take 4 ms; two readings of 2 * 10^6 bytes take 0.4 s, as 100 tokens do.
-    assert [seconds(None), seconds(100), seconds(250)] == pytest.approx([4.0, 4.0, 4.0])
-    assert seconds(64) == pytest.approx(16 * 0.4)
-    assert seconds(300) == pytest.approx(4.0)
+def test_sizes() -> None:
+    sizes = {"40GiB": 40 * 2**30, "1.5 gb": 1_500_000_000, "512 MiB": 2**29, "2TB": 2 * 10**12}
+    assert {text: parse_size(text) for text in sizes} == sizes
+    for text in ("", "GiB", "-1GiB", "1 XB", "nan", "1e999"):
+        with pytest.raises(ValueError, match="must be a size such as 40GiB"):
+            parse_size(text)
+    assert [size_text(n) for n in (2048, 2**20, 3 * 2**20, 2**30)] == ["2 KiB", "1.0 MiB", "3.0 MiB", "1.00 GiB"]
+
+
+PUBLISHED: dict[str, int] = yaml.safe_load(Path(__file__).with_name("published_parameters.yaml").read_text())
+ROUNDED = dict.fromkeys(["deepseek-ai/DeepSeek-V3", "Qwen/Qwen3-Next-80B-A3B-Instruct"], 1_000_000_000)
+GATED = "meta-llama/Llama-3.2-1B-Instruct"
+# Keys that configs take although their defaults do not have them, in all releases of transformers or in older ones.
+OPTIONAL = {"partial_rotary_factor", "head_dim", "vision_use_head"}
+
+
+def test_every_shape_has_the_published_number_of_parameters() -> None:
+    shapes, wrong = public_shapes.public_shapes(), {}
+    for name, published in PUBLISHED.items():
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(shapes[name].config())
+        count, unit = sum(parameter.numel() for parameter in model.parameters()), ROUNDED.get(name, 1)
+        if round(count / unit) * unit != published:
+            wrong[name] = (count, published)
+    assert not wrong
+    assert {id(shape) for shape in shapes.values()} == {id(shapes[name]) for name in PUBLISHED}
+    sources = {load_recipe(name).model.source for name in recipe_names()}
+    on_the_hub = {name for name in sources if name.count("/") == 1}
+    assert "meta-llama/Llama-3.3-70B-Instruct" in on_the_hub
+    assert on_the_hub <= shapes.keys()
+
+
+def test_the_file_names_each_model_once_and_only_keys_that_its_config_has() -> None:
+    models = yaml.safe_load(Path(public_shapes.__file__).with_suffix(".yaml").read_text())["models"]
+    names = [name for model in models for name in model["names"]]
+    assert f"For {len(models)} public models" in (Path(qdora.__file__).parent / "guide/memory.md").read_text()
+    assert len(names) == len({name.lower() for name in names})
+    assert all(name.count("/") == 1 for name in names)
+    assert all(shape.source.startswith("https://") for shape in public_shapes.public_shapes().values())
+    for model in models:
+        config = model["config"]
+        for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+            known = AutoConfig.for_model(part["model_type"])
+            assert not [key for key in part.keys() - OPTIONAL if not hasattr(known, key)], model["names"]
+
+
+def test_windows_and_rotary_shares_arrive_in_the_config() -> None:
+    """Sizes that no number of parameters shows; s is a sliding window, f full attention."""
+    config = {name: public_shapes.public_shapes()[name].config().get_text_config() for name in PUBLISHED}
+    layers = {"google/gemma-3-4b-it": "sssssfs", "google/gemma-2-9b": "sfs", "openai/gpt-oss-20b": "sf",
+              "allenai/Olmo-3-1025-7B": "sssf"}  # fmt: skip
+    for name, kinds in layers.items():
+        assert "".join(kind[0] for kind in config[name].layer_types).startswith(kinds)
+    assert config["mistralai/Mistral-7B-v0.1"].sliding_window == 4096
+    assert config["mistralai/Mistral-7B-v0.3"].sliding_window is None
+    assert config["microsoft/Phi-4-mini-instruct"].rope_parameters["partial_rotary_factor"] == 0.75
+    assert config["zai-org/GLM-4-9B-0414"].rope_parameters["partial_rotary_factor"] == 0.5
+
+
+def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        answer: Any = SimpleNamespace(headers={}, request=None)
+        raise GatedRepoError("403", response=answer)
+
+    def gated(name: str) -> Recipe:
+        return one_layer(tmp_path, model__source=name, model__tokenizer=None, train__steps=1)
+
+    monkeypatch.setattr(model_source, "snapshot_download", refuse)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 100, "num_hidden_layers": 2, "tie_word_embeddings": True}
+    tiny = public_shapes.PublicShape({"model_type": "llama", **sizes}, "https://example.org/tiny")
+    own = one_layer(tmp_path)
+    monkeypatch.setattr(memory_plan, "public_shapes", lambda: {GATED: tiny, own.model.source: tiny})
+    found, text = shown(gated(GATED))
+    assert found["memory"]["stored_shape"] == "https://example.org/tiny"
+    # Embedding, which is the head too, q and o, k and v, the three matrices of the MLP, and the norms
+    num_weights = 100 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64) + 64
+    assert found["memory"]["num_weights"] == num_weights
+    assert "the shape stored in qdora, from https://example.org/tiny" in text
+    assert f"there is no tokenizer: model.source: {GATED}: the model is gated." in text
+    with pytest.raises(UserError, match=r"the model is gated\. Fix: accept its terms"):
+        train_run(gated(GATED), tmp_path / "run")
+    with pytest.raises(HubFailure, match="the model is gated"):
+        shown(gated("someone/unlisted"))
+    found = memory_plan.plan(own, device_kind="cpu").to_dict()  # a model at hand has its own config
+    assert (found["stored_shape"], found["num_weights"] != num_weights) == (None, True)
 
 
 @pytest.mark.slow
-def test_a_change_that_computes_the_same_is_never_faster(tmp_path: Path) -> None:
-    """With shorter chunks of the loss another micro-batch has the peak."""
-    recipe = tiny_run.one_layer_recipe(tmp_path, data__max_length=512, train__tokens_per_step=1024, train__batch=...)
-    shapes = [MicroBatchShape(16, 256, 8, masked=True), MicroBatchShape(1, 256, 255, masked=False)]
-    sizes = {"vocab_size": 32_000, "hidden_size": 64, "intermediate_size": 64}
-    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
-    found = memory_plan.plan(recipe, 1, config=config, device_kind="cpu", workload=lambda _: (shapes, 2))
-    assert found.shape == shapes[1]
-    neutral = [change for change in found.changes if change.neutral]
-    assert found.step_seconds is not None
-    assert any("loss_chunk" in change.setting for change in neutral)
-    assert all(change.step_seconds >= found.step_seconds for change in neutral)
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [("40GiB", 40 * 2**30), ("1.5 gb", 1_500_000_000), ("512 MiB", 2**29), ("2TB", 2 * 10**12)],
-)
-def test_sizes(text: str, expected: int) -> None:
-    assert parse_size(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1 XB", "nan", "1e999"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ValueError, match="must be a size such as 40GiB"):
-        parse_size(text)
-
-
-def test_sizes_are_shown() -> None:
-    assert [size_text(n) for n in (2048, 3 * 2**20, 5 * 2**30)] == ["2 KiB", "3.0 MiB", "5.00 GiB"]
+def test_the_recipe_for_70b_is_planned_offline() -> None:
+    found = shown(load_recipe("llama-70b-40gb"))[0]["memory"]
+    assert found["stored_shape"].startswith("https://")
+    assert found["num_weights"] == PUBLISHED["meta-llama/Llama-3.3-70B-Instruct"]
+    assert found["fits"]

@@ -1,4 +1,4 @@
-"""Plans for several processes: bytes as processes hold and send them, and times by hand."""
+"""Plans of a base that is not whole on the device: divided among processes, or with blocks streamed from the host."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 from typer.testing import CliRunner
 
 from qdora.cli import app
+from qdora.errors import UserError
+from qdora.memory import activation_offload
+from qdora.memory.activation_offload import PinnedPages, pages_bytes
+from qdora.memory.host_residency import HostResidency
 from qdora.model.build_model import keeps_scales
-from qdora.model.load import Quantization
+from qdora.model.inject import adapted_layers
+from qdora.model.load import Quantization, load_model
+from qdora.model.source import resolve
 from qdora.plan import plan_contents as parts
+from qdora.plan.changes_to_fit import with_changes
 from qdora.plan.division import (
     ACROSS,
     ProcessPlan,
@@ -33,25 +40,40 @@ from qdora.plan.division import (
     whole_plans,
 )
 from qdora.plan.fake_step import empty_model
-from qdora.plan.memory_plan import plan
+from qdora.plan.live_bytes import LiveBytes
+from qdora.plan.memory_plan import StreamedBlocks, plan, streamed_blocks, with_offloaded, with_streamed
 from qdora.plan.plan_contents import CONTEXT_BYTES, NCCL_BYTES, SLACK_SHARE, Division, MicroBatchShape, Moment, Plan
 from qdora.plan.plan_view import plan_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes
-from tests import launched, tiny, tiny_run, tiny_sharded
+from tests import launched, tiny, tiny_run, tiny_sharded, tiny_streamed
+from tests.test_memory_host_residency import LateCopies
 from tests.test_memory_sharded_base import write
+from tests.test_plan_memory import SHAPES, SIZES, a_recipe
+
+GIB = 2**30
+NF4 = Quantization("nf4", 64, True, ("lm_head",))
+NUM_BLOCKS = 10
+CONFIG = LlamaConfig(**(SIZES | {"num_hidden_layers": NUM_BLOCKS}))
+CODES = sum(out * in_ for out, in_ in SHAPES) // 2
+# Double quantisation: a byte for 64 weights, a float32 for 256 of those, the code book and the offset.
+SCALES = sum(out * in_ // 64 + 4 * -(-out * in_ // 64 // 256) + 4 * 256 + 4 for out, in_ in SHAPES)
+SMALL: dict[str, Any] = {"adapter__targets": ["q_proj"], "memory__loss_chunk": 64}
+SMALL |= {"train__batch": 1, "train__micro_batch_tokens": 64}
 
 
-def planned(source: Path) -> Division:
-    model = empty_model(AutoConfig.from_pretrained(source), tiny.source(), torch.float32, "sdpa")
-    found = division_of(model, Quantization("nf4", 64, True, ("lm_head",)), torch.float32, pruned=False)
-    assert found is not None
-    return found
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+# --- divided among processes
 
 
 def as_planned(rank: int, source: Path) -> None:
-    division = planned(source)
+    model = empty_model(AutoConfig.from_pretrained(source), tiny.source(), torch.float32, "sdpa")
+    division = division_of(model, NF4, torch.float32, pruned=False)
+    assert division is not None
     with tiny_sharded.launch() as processes:
         whole, sharded = tiny_sharded.load(source), tiny_sharded.load(source, processes)
         small = tiny_sharded.num_resident_bytes(whole) - sum(division.held(1).values())
@@ -95,16 +117,15 @@ def test_what_is_divided_is_in_the_plan(tmp_path: Path, base: dict[str, Any]) ->
     division, held = found.division, found.moments[-1].by_component
     assert division is not None
     whole = division.held(1)
-    assert whole[parts.BASE] == held[parts.BASE]
-    assert whole.get(parts.MASKS, 0) == held.get(parts.MASKS, 0)
+    for part in (parts.BASE, parts.MASKS):
+        assert whole.get(part, 0) == held.get(part, 0)
     assert 0 < whole[parts.DENSE] < held[parts.DENSE]
     assert held[parts.DENSE] - whole[parts.DENSE] < 0.05 * held[parts.DENSE]  # norms, and the rotary frequencies
 
 
-def a_plan() -> Plan:
+def a_plan(**changes: Any) -> Plan:
     """Two blocks of 1,000 divided bytes each, a table and a head of 100 rows of 4 bytes."""
     cuts = {(parts.BASE, 100, 16): 1, (parts.SCALES, 100, 4): 1, (parts.DENSE, 100, 4): 2}
-    division = Division(cuts, 1000, 2000, 400, 400, tied=False)
     resident = {parts.BASE: 1600, parts.SCALES: 400, parts.DENSE: 850}
     moments = [
         Moment("forward", 0, resident | {parts.FORWARD: 70}),
@@ -112,83 +133,59 @@ def a_plan() -> Plan:
         Moment("backward", 1, resident | {parts.BACKWARD: 600}),
         Moment("update", None, resident),
     ]
-    shape = MicroBatchShape(1, 8, 7, masked=False)
-    return Plan(
-        device_kind="cuda",
-        moments=moments,
-        shape=shape,
-        num_micro_batches=6,
-        num_blocks=2,
-        num_trainable=1000,
-        step_seconds=36.0,
-        forward_seconds=2.0,
-        division=division,
-    )
+    options: dict[str, Any] = {"num_micro_batches": 6, "num_blocks": 2, "num_trainable": 1000, "step_seconds": 36.0}
+    options |= {"division": Division(cuts, 1000, 2000, 400, 400, tied=False), "forward_seconds": 2.0}
+    options |= {"shape": MicroBatchShape(1, 8, 7, masked=False), "moments": moments}
+    return Plan(device_kind="cuda", **options | changes)
 
 
 def test_a_divided_card_holds_its_rows_and_what_is_gathered() -> None:
     found = divided(a_plan(), 3).moments
     assert [moment.phase for moment in found] == ["forward", "forward", "loss", "loss", "backward", "update"]
-    assert [moment.by_component.get(parts.GATHERED, 0) for moment in found] == [
-        2 * 400,  # the table, and what it is gathered into
-        3 * 1000,
-        1000 + 2 * 400,  # the head, and what it is gathered into
-        400,
-        3 * 1000,
-        0,
-    ]
+    # The table, and what it is gathered into; three blocks; a block, the head and what it is gathered into; the head
+    gathered = [2 * 400, 3 * 1000, 1000 + 2 * 400, 400, 3 * 1000, 0]
+    assert [moment.by_component.get(parts.GATHERED, 0) for moment in found] == gathered
     kept = {parts.BASE: 34 * 16, parts.SCALES: 34 * 4, parts.DENSE: 50 + 2 * 34 * 4}
-    for moment in found:
-        assert kept.items() <= moment.by_component.items()
+    assert all(kept.items() <= moment.by_component.items() for moment in found)
     assert found[2].by_component.get(parts.LOSS) is None
     assert (found[3].by_component[parts.LOSS], found[4].by_component[parts.BACKWARD]) == (500, 600)
+    assert divided(a_plan(), 1) == a_plan()
 
 
-def test_each_of_several_gpus_has_buffers_of_nccl(tmp_path: Path) -> None:
+def test_each_of_several_gpus_has_buffers_of_nccl() -> None:
     """A GiB for each group: of all, and with hybrid of a machine and across machines."""
     alone = a_plan()
-    assert of_card(alone, 1, 2).components == {**alone.components, "NCCL buffers": 2**30}
+    assert of_card(alone, 1, 2).components == {**alone.components, "NCCL buffers": GIB}
     assert of_card(alone, 1, 1) == alone
     on_cpus = replace(alone, device_kind="cpu")
     assert of_card(on_cpus, 1, 2).components == on_cpus.components
     ways = process_plans(WholePlans(alone, alone), 4, num_hosts=2)
     bytes_of = {"replicate": alone, "shard": divided(alone, 4), "hybrid": divided(alone, 2)}
-    groups = {each.way: (each.peak_bytes - bytes_of[each.way].peak_bytes) / 2**30 for each in ways}
+    groups = {each.way: (each.peak_bytes - bytes_of[each.way].peak_bytes) / GIB for each in ways}
     assert groups == {"replicate": 1, "shard": 1, "hybrid": 3}
-    recipe, console = tiny_run.one_layer_recipe(tmp_path), Console(file=io.StringIO())
-    one, two = (plan_run(recipe, "r.yaml", console=console, num_processes=count)["memory"] for count in (1, 2))
-    assert two["peak_bytes"] == one["peak_bytes"] + 2**30
 
 
 def test_bytes_and_times_by_hand() -> None:
-    given = replace(a_plan(), budget_bytes=10**12)
-    replicate, shard, hybrid = process_plans(WholePlans(given, given), 4, num_hosts=2)
-    assert [each.way for each in (replicate, shard, hybrid)] == ["replicate", "shard", "hybrid"]
+    given = a_plan(budget_bytes=10**12)
+    found = process_plans(WholePlans(given, given), 4, num_hosts=2)
+    assert [each.way for each in found] == ["replicate", "shard", "hybrid"]
     gradients = 2 * 4 * 1000 * 3 // 4
-    assert replicate.wire_bytes == gradients
     # Six micro-batches on four cards: two for some. Each gathers the blocks twice, the table and the head once.
-    assert shard.wire_bytes == gradients + 2 * 3 * (2 * 2000 + 400 + 400) // 4
-    assert hybrid.wire_bytes == gradients + 2 * 1 * (2 * 2000 + 400 + 400) // 2
-    slow = ACROSS["25 Gb/s"]
-    assert replicate.step_seconds["NVLink + 25 Gb/s"] == pytest.approx(2 * 6.0 + gradients / slow)
-    assert shard.step_seconds["NVLink + 25 Gb/s"] == pytest.approx(12.0, rel=1e-4)  # a thousand bytes take no time
+    more = [0, 2 * 3 * (2 * 2000 + 400 + 400) // 4, 2 * 1 * (2 * 2000 + 400 + 400) // 2]
+    assert [each.wire_bytes for each in found] == [gradients + each for each in more]
+    slow = "NVLink + 25 Gb/s"
+    assert found[0].step_seconds[slow] == pytest.approx(2 * 6.0 + gradients / ACROSS["25 Gb/s"])
+    assert found[1].step_seconds[slow] == pytest.approx(12.0, rel=1e-4)  # a thousand bytes take no time
     assert process_plans(WholePlans(given, given), 4)[1].step_seconds.keys() == {"NVLink", "PCIe 4"}
-    assert "  Fastest that fits: " in process_lines([replicate, shard, hybrid], 4, 2)[-1]
-
-
-def test_blocks_that_take_longer_to_gather_than_to_compute_are_waited_for() -> None:
-    """A hundred seconds to gather all, of which the forward pass hides 20 and the backward pass 40."""
+    assert "  Fastest that fits: " in process_lines(found, 4, 2)[-1]
+    # A hundred seconds to gather all, of which the forward pass hides 20 and the backward pass 40
     blocks = round(100.0 * 2 * ACROSS["25 Gb/s"])  # half of it is received
-    division = Division({}, blocks // 20, blocks, 0, 0, tied=False)
     sizes: dict[str, Any] = {"num_blocks": 20, "num_micro_batches": 2, "step_seconds": 120.0, "num_trainable": 0}
-    sizes["forward_seconds"] = 20.0
-    given = replace(a_plan(), division=division, **sizes)
-    found = process_plans(WholePlans(given, given), 2, num_hosts=2)[1].step_seconds
-    assert found["PCIe 4 + 25 Gb/s"] == pytest.approx(60 + (100 - 20) + (100 - 40))
-    assert found["PCIe 4 + 100 Gb/s"] == pytest.approx(60 + (25 - 20))
-
-
-GIB = 2**30
+    division = Division({}, blocks // 20, blocks, 0, 0, tied=False)
+    given = a_plan(division=division, forward_seconds=20.0, **sizes)
+    seconds = process_plans(WholePlans(given, given), 2, num_hosts=2)[1].step_seconds
+    assert seconds["PCIe 4 + 25 Gb/s"] == pytest.approx(60 + (100 - 20) + (100 - 40))
+    assert seconds["PCIe 4 + 100 Gb/s"] == pytest.approx(60 + (25 - 20))
 
 
 def streaming(recipe: Recipe) -> Plan:
@@ -199,10 +196,10 @@ def streaming(recipe: Recipe) -> Plan:
     moments = [Moment("update", None, {parts.BASE: (8 - streamed + beside) * GIB})]
     limit = CONTEXT_BYTES["cuda"] + NCCL_BYTES + round(5.5 * GIB * (1 + SLACK_SHARE["cuda"]))
     sizes: dict[str, Any] = {"num_blocks": 8, "block_bytes": GIB, "budget_bytes": limit, "num_groups": 1}
-    return replace(a_plan(), moments=moments, step_seconds=36.0 + streamed, **sizes)
+    return a_plan(moments=moments, step_seconds=36.0 + streamed, **sizes)
 
 
-def test_as_few_blocks_are_streamed_as_make_it_fit(tmp_path: Path) -> None:
+def test_as_few_blocks_are_streamed_as_make_it_fit_or_as_the_recipe_says(tmp_path: Path) -> None:
     asked: list[Recipe] = []
 
     def plan_of(recipe: Recipe) -> Plan:
@@ -220,6 +217,9 @@ def test_as_few_blocks_are_streamed_as_make_it_fit(tmp_path: Path) -> None:
     ]
     assert found[2].step_seconds["NVLink"] == pytest.approx(3 * (36.0 + 5) / 6, rel=1e-4)
     assert "  Fastest that fits: stream over NVLink, stream over PCIe 4." in process_lines(found, 2, 1)
+    base: dict[str, Any] = {"base__quant": "nf4", "base__residency": "host", "base__streamed_blocks": 7}
+    plans = whole_plans(tiny_run.one_layer_recipe(tmp_path, **base), streaming)
+    assert (plans.num_streamed, plans.replicate.tensor_bytes) == (7, 10 * GIB)
 
 
 def test_of_ways_that_are_as_fast_the_first_is_named() -> None:
@@ -236,34 +236,127 @@ def test_of_ways_that_are_as_fast_the_first_is_named() -> None:
     assert fastest_way(found[:1], "NVLink") is None
 
 
-def test_the_blocks_that_a_recipe_streams_stay_streamed(tmp_path: Path) -> None:
-    base: dict[str, Any] = {"base__quant": "nf4", "base__residency": "host", "base__streamed_blocks": 7}
-    recipe = tiny_run.one_layer_recipe(tmp_path, **base)
-    plans = whole_plans(recipe, streaming)
-    assert plans.num_streamed == 7
-    assert plans.replicate.tensor_bytes == 10 * GIB
-
-
-def test_a_recipe_that_divides_its_base_is_planned_divided(tmp_path: Path) -> None:
-    """As one whose ways are compared, without the block scales that a card with a whole base keeps."""
-    options: dict[str, Any] = {"device_kind": "cpu", "console": Console(file=io.StringIO()), "num_processes": 2}
-    sharded = plan_run(tiny_run.one_layer_recipe(tmp_path, train__parallel="shard"), "r.yaml", **options)
-    either = plan_run(tiny_run.one_layer_recipe(tmp_path), "r.yaml", **options)
-    assert [each["way"] for each in either["processes"]] == ["replicate", "shard"]
-    assert sharded["memory"]["peak_bytes"] == either["processes"][1]["peak_bytes"]
-    assert sharded["processes"] == either["processes"]
-    assert either["memory"]["peak_bytes"] == either["processes"][0]["peak_bytes"]
-
-
 def test_the_command_plans_for_several_cards(tmp_path: Path) -> None:
+    """A recipe that divides its base is planned divided, without the scales that a card with a whole base keeps."""
+    recipe, options = tiny_run.one_layer_recipe(tmp_path), {"console": quiet(), "num_processes": 2}
+    one, two = (plan_run(recipe, "r.yaml", console=quiet(), num_processes=count)["memory"] for count in (1, 2))
+    assert two["peak_bytes"] == one["peak_bytes"] + GIB
+    divides = tiny_run.one_layer_recipe(tmp_path, train__parallel="shard")
+    either, sharded = (plan_run(each, "r.yaml", device_kind="cpu", **options) for each in (recipe, divides))  # type: ignore[arg-type]
+    assert [each["way"] for each in either["processes"]] == ["replicate", "shard"]
+    peaks = [each["memory"]["peak_bytes"] for each in (either, sharded)]
+    assert peaks == [each["peak_bytes"] for each in either["processes"]]
+    assert sharded["processes"] == either["processes"]
     file = tmp_path / "recipe.yaml"
-    file.write_text(resolved_yaml(tiny_run.one_layer_recipe(tmp_path)))
-    runner = CliRunner()
-    done = runner.invoke(app, ["plan", str(file), "--device", "cpu", "--processes", "4", "--hosts", "2", "--json"])
+    file.write_text(resolved_yaml(recipe))
+    command = ["plan", str(file), "--device", "cpu", "--processes", "4", "--json", "--hosts"]
+    done = CliRunner().invoke(app, [*command, "2"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)["processes"]
     assert [each["way"] for each in found] == ["replicate", "shard", "hybrid"]
     assert found[0]["base_bytes"] > found[2]["base_bytes"] > found[1]["base_bytes"]
-    done = runner.invoke(app, ["plan", str(file), "--device", "cpu", "--processes", "4", "--hosts", "3"])
-    assert done.exit_code == 2
-    assert "--hosts: got 3, must divide --processes (4)." in done.output
+    done = CliRunner().invoke(app, [*command, "3"])
+    assert (done.exit_code, "--hosts: got 3, must divide --processes (4)." in done.output) == (2, True)
+
+
+# --- streamed from the host
+
+
+def blocks(count: int | None) -> StreamedBlocks:
+    return streamed_blocks(empty_model(CONFIG, tiny.source(), torch.bfloat16, "sdpa"), NF4, count)
+
+
+@pytest.mark.parametrize("count", [1, 3, None])
+def test_sizes_are_those_of_the_formats(count: int | None) -> None:
+    found, number = blocks(count), count or NUM_BLOCKS
+    assert (found.num_streamed, found.codes, found.scales) == (number, number * CODES, number * SCALES)
+    # A piece starts each tensor at a multiple of 256 bytes.
+    assert CODES + SCALES <= found.block_bytes < CODES + SCALES + 7 * 5 * 256
+    assert found.block_bytes % 256 == 0
+    assert found.host_bytes == number * found.block_bytes
+    with pytest.raises(UserError, match=r"base\.streamed_blocks: must be at most the model's 10 blocks, got 11"):
+        blocks(NUM_BLOCKS + 1)
+
+
+def test_a_plan_has_the_streamed_blocks_in_their_slots_alone() -> None:
+    away = {"base__residency": "host", "base__streamed_blocks": 7}
+    whole, streamed = (plan(a_recipe(**SMALL, **more), config=CONFIG) for more in ({}, away))
+    assert (whole.host_bytes, streamed.host_bytes) == (0, blocks(7).host_bytes)
+    expected = dict(whole.components)
+    # No layer keeps decoded scales: of the ten that are adapted, four bytes for 64 weights.
+    expected[parts.KEPT] -= NUM_BLOCKS * 4 * (64 * 64 // 64)
+    expected[parts.BASE] -= 7 * CODES
+    expected[parts.SCALES] -= 7 * SCALES
+    expected[parts.STREAMING] = 2 * whole.block_bytes
+    found = dict(streamed.components)
+    assert found.pop(parts.SLACK) < expected.pop(parts.SLACK)
+    assert found == expected
+    assert (streamed.step_seconds or 0) >= (whole.step_seconds or 1)
+
+
+def test_a_counted_run_saves_what_the_plan_says(tmp_path: Path) -> None:
+    source = tiny_streamed.write_source(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64)
+    peaks = []
+    for placer in (None, HostResidency(4, copies=LateCopies)):
+        with LiveBytes() as live:
+            model = load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.float32, placer=placer)
+            tiny_streamed.adapt(model)
+            for layer in adapted_layers(model).values():
+                layer.keeps_scales = False  # as in a run with a streamed base
+            live.reset_peak()
+            tiny_streamed.gradients(model)
+            peaks.append(live.peak_bytes)
+    sizes = streamed_blocks(empty_model(model.config, tiny.source(), torch.float32, "sdpa"), tiny_streamed.WANTED, 4)
+    # The layers of a base that has just been quantised share one code book of 1 KiB; a piece holds one for each.
+    assert peaks[0] - peaks[1] == sizes.codes + sizes.scales - 2 * sizes.block_bytes - 4 * 7 * 1024
+
+
+def test_checkpoints_on_the_host_leave_three_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    keeps = [Moment("forward", block, {parts.CHECKPOINTS: (block + 1) * 3000, parts.BASE: 7}) for block in range(5)]
+    found, host = with_offloaded([*keeps, Moment("update", None, {parts.BASE: 7})], 5)
+    assert [moment.by_component.get(parts.CHECKPOINTS, 0) for moment in found] == [3000, 6000, 9000, 9000, 9000, 0]
+    assert all(moment.by_component[parts.BASE] == 7 for moment in found)
+    assert host == 16 << 20  # 4 pages of 2 MiB, which are taken 8 at a time
+    for num_bytes, count in ((3000, 4), (16 << 20, 31), (17_203_200, 31), ((16 << 20) + 1, 3), (1, 0)):
+        taken: list[int] = []
+
+        def pinned(size: int, taken: list[int] = taken) -> torch.Tensor:
+            taken.append(size)
+            return torch.empty(size, dtype=torch.uint8, device="meta")
+
+        monkeypatch.setattr(activation_offload, "_pinned", pinned)
+        pages = PinnedPages()
+        for _ in range(count):
+            pages.take(num_bytes)
+        assert pages_bytes(num_bytes, count) == sum(taken)
+
+
+@pytest.mark.parametrize("others", [0, 10**9])
+def test_as_many_blocks_are_proposed_as_it_takes_or_all(others: int) -> None:
+    """For a model of the real sizes of its blocks and `others` bytes of other things."""
+    context, asked = CONTEXT_BYTES["cuda"], list[Recipe]()
+    budget = context + (5 * (CODES + SCALES) + 100_000 if others == 0 else 0)
+    sizes = blocks(None)
+    before = {parts.BASE: sizes.codes, parts.SCALES: sizes.scales, parts.OTHER: others}
+    options: dict[str, Any] = {"block_bytes": sizes.block_bytes, "num_blocks": NUM_BLOCKS, "step_seconds": 1.0}
+    first = a_plan(moments=[Moment("forward", 0, before)], budget_bytes=budget, num_micro_batches=1, **options)
+
+    def plan_of(recipe: Recipe) -> Plan:
+        asked.append(recipe)
+        if recipe.base.residency == "device":
+            return first
+        return replace(first, moments=with_streamed(first.moments, blocks(recipe.base.streamed_blocks)))
+
+    changed, found = with_changes(a_recipe(**SMALL), first, plan_of, lambda _recipe: 1.0)
+    (change,) = [each for each in found.changes if "residency" in each.setting]
+    count = changed.base.streamed_blocks
+    assert count is not None
+    assert change.setting == f"base.residency=host, base.streamed_blocks={count}"
+    assert change.neutral
+    if others:
+        assert (count, change.peak_bytes > budget, len(asked) < 12) == (NUM_BLOCKS, True, True)
+        return
+    assert change.peak_bytes <= budget
+    # The slots take two blocks, so seven away are what five in all leave room for, and the next ones for the rest.
+    left = (NUM_BLOCKS - count + 1) * (CODES + SCALES) + 2 * blocks(count - 1).block_bytes
+    assert left * (1 + SLACK_SHARE["cuda"]) > budget - context

@@ -13,6 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -31,14 +32,18 @@ IDS = torch.arange(5, 45).reshape(2, 20)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def bnb_base(model: Path, **settings: Any) -> Any:
-    """A model that bitsandbytes quantises, computing in float32; its CPU kernel for AVX512-BF16 is wrong."""
-    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **settings)
-    loaded = AutoModelForCausalLM.from_pretrained(model, quantization_config=quant, dtype=torch.float32)
-    for module in loaded.modules():
+def ready(model: Any) -> Any:
+    """bitsandbytes' CPU kernel for AVX512-BF16 is wrong."""
+    for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
-    return loaded
+    return model
+
+
+def bnb_base(model: Path, **settings: Any) -> Any:
+    """A model that bitsandbytes quantises, computing in float32."""
+    quant = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **settings)
+    return ready(AutoModelForCausalLM.from_pretrained(model, quantization_config=quant, dtype=torch.float32))
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -77,25 +82,18 @@ def trained(model: Path, out: Path, case: dict[str, Any]) -> Path:
 
 def expected_logits(model: Path, adapter: Path, case: dict[str, Any]) -> Tensor:
     """Logits in float64: each layer g (W + s B A) by the plain loops, W what bitsandbytes dequantises."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    packed, dense = (
-        bnb_base(model, **case["settings"]),
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64),
-    )
+    packed = bnb_base(model, **case["settings"])
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     factors = {n: t.double().numpy() for n, t in load_file(adapter / WEIGHTS).items()}
     for path, module in packed.named_modules():
         if type(module).__name__ != "Linear4bit":
             continue
         weight = dequantize_4bit(module.weight.data, module.weight.quant_state).double().numpy()
-        a, b, m = (
-            factors.get(f"base_model.model.{path}.{name}")
-            for name in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-        )
+        names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        a, b, m = (factors.get(f"base_model.model.{path}.{name}") for name in names)
         if a is not None and b is not None:
-            rank = len(a)
-            scaling = case["peft"]["lora_alpha"] / (np.sqrt(rank) if case["peft"].get("use_rslora") else rank)
-            weight = reference.merged_weight(weight, a, b, scaling, m)
+            divisor = np.sqrt(len(a)) if case["peft"].get("use_rslora") else len(a)
+            weight = reference.merged_weight(weight, a, b, case["peft"]["lora_alpha"] / divisor, m)
         dense.get_submodule(path).weight.data = torch.from_numpy(weight)
     return logits(dense)
 
@@ -111,16 +109,8 @@ def content(directory: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.write_model(tmp_path_factory.mktemp("adopted") / "model", intermediate_size=128)
-
-
-@pytest.fixture(scope="module")
-def half(model: Path) -> Path:
-    """The model in float16."""
-    out = Path(shutil.copytree(model, model.with_name("half")))
-    AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16).save_pretrained(out)
-    return out
+def model(root: Path) -> Path:
+    return tiny_run.write_model(root / "model", intermediate_size=128)
 
 
 @pytest.fixture(scope="module")
@@ -130,22 +120,24 @@ def adapter(model: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_exports_of_an_adapter_of_peft(
-    model: Path, half: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
-) -> None:
+def test_exports_of_an_adapter(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
     case = ADAPTERS[kind]
-    model = half if kind == "lora" else model
+    if kind == "lora":  # on a base in float16
+        half = shutil.copytree(model, tmp_path / "half")
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16).save_pretrained(half)
+        model = half
     adapter = trained(model, tmp_path / "theirs", case)
     before, expected = content(adapter), expected_logits(model, adapter, case)
     # The adapter does something, and PEFT agrees with the float64 formula.
     assert (expected - logits(bnb_base(model, **case["settings"]))).abs().max() > 0.1
-    theirs = logits(peft.PeftModel.from_pretrained(bnb_base(model, **case["settings"]), str(adapter)))
-    torch.testing.assert_close(theirs, expected, rtol=0, atol=2e-5)
     loaders: dict[str, Callable[[Path], Any]] = {
         "merged": AutoModelForCausalLM.from_pretrained,
-        "nf4-lora": lambda out: peft.PeftModel.from_pretrained(bnb_as_stored(out), str(out / "adapter")),
+        "nf4-lora": lambda out: peft.PeftModel.from_pretrained(
+            ready(AutoModelForCausalLM.from_pretrained(out)), str(out / "adapter")
+        ),
         "peft": lambda out: peft.PeftModel.from_pretrained(bnb_base(model, **case["settings"]), str(out)),
     }
+    torch.testing.assert_close(logits(loaders["peft"](adapter)), expected, rtol=0, atol=2e-5)
     caplog.set_level("INFO", "qdora")
     for form, load in loaders.items():
         dtype = None if form == "peft" else "float32"
@@ -165,61 +157,33 @@ def test_exports_of_an_adapter_of_peft(
     assert content(adapter) == before
 
 
-def bnb_as_stored(directory: Path) -> Any:
-    """A checkpoint in 4 bits, as its own config says."""
-    loaded = AutoModelForCausalLM.from_pretrained(directory)
-    for module in loaded.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
-    return loaded
-
-
 def changed(adapter: Path, out: Path, **settings: Any) -> Path:
-    """The adapter with other settings."""
+    """The adapter with other settings; without magnitudes if `magnitudes` is False."""
     shutil.copytree(adapter, out)
+    if not settings.pop("magnitudes", True):
+        tensors = load_file(out / WEIGHTS)
+        save_file({name: tensor for name, tensor in tensors.items() if "magnitude" not in name}, out / WEIGHTS)
     config = json.loads((out / CONFIG).read_text())
     (out / CONFIG).write_text(json.dumps(config | settings))
     return out
 
 
-def without_magnitudes(adapter: Path, out: Path) -> Path:
-    shutil.copytree(adapter, out)
-    tensors = load_file(out / WEIGHTS)
-    save_file({name: tensor for name, tensor in tensors.items() if "magnitude" not in name}, out / WEIGHTS)
-    return out
-
-
-def in_4_bits(adapter: Path, out: Path) -> Path:
-    """An adapter with a tokenizer of its own, whose base is stored in 4 bits and has none."""
-    base = json.loads((adapter / CONFIG).read_text())["base_model_name_or_path"]
-    bnb_base(Path(base), bnb_4bit_quant_type="nf4").save_pretrained(out / "base")
-    changed(adapter, out / "adapter", base_model_name_or_path=str(out / "base"))
-    tiny_tokenizer.make().save_pretrained(out / "adapter")
-    return out / "adapter"
-
-
-REFUSED: list[tuple[str, Callable[[Path, Path], Path], dict[str, Any], str]] = [
-    ("another task", lambda a, out: changed(a, out, task_type="SEQ_CLS"), {}, "task_type: must be 'CAUSAL_LM'"),
-    ("magnitudes missing", without_magnitudes, {}, "the magnitudes of DoRA are missing"),
-    ("no base", lambda a, out: changed(a, out, base_model_name_or_path=None), {}, "is not set.*--base-model"),
-    (
-        "a base of another machine",
-        lambda a, out: changed(a, out, base_model_name_or_path="/x/llama"),
-        {},
-        "/x/llama is not on this machine.*--base-model",
-    ),
-    ("no such base", lambda a, _: a, {"base_model": "./nothing"}, "--base-model: ./nothing does not exist"),
-    ("no such form", lambda a, _: a, {"quant": "nf8"}, "--quant: got 'nf8'"),
-    ("stored otherwise", in_4_bits, {"quant": "nf4"}, "--quant: .* is quantised already"),
-    ("a step", lambda a, _: a, {"step": 2}, "--step.*used only with a run"),
-]
-
-
-@pytest.mark.parametrize(("make", "options", "words"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+@pytest.mark.parametrize(
+    "settings, options, words",
+    [
+        ({"task_type": "SEQ_CLS"}, {}, "task_type: must be 'CAUSAL_LM'"),
+        ({"magnitudes": False}, {}, "the magnitudes of DoRA are missing"),
+        ({"base_model_name_or_path": None}, {}, "is not set.*--base-model"),
+        ({"base_model_name_or_path": "/x/llama"}, {}, "/x/llama is not on this machine.*--base-model"),
+        ({}, {"base_model": "./nothing"}, "--base-model: ./nothing does not exist"),
+        ({}, {"quant": "nf8"}, "--quant: got 'nf8'"),
+        ({}, {"step": 2}, "--step.*used only with a run"),
+    ],
+)
 def test_what_is_refused(
-    adapter: Path, tmp_path: Path, make: Callable[[Path, Path], Path], options: dict[str, Any], words: str
+    adapter: Path, tmp_path: Path, settings: dict[str, Any], options: dict[str, Any], words: str
 ) -> None:
-    given = make(adapter, tmp_path / "given")
+    given = changed(adapter, tmp_path / "given", **settings)
     with pytest.raises(UserError, match=words):
         export_run(given, tmp_path / "out", ExportOptions(**options))
     with pytest.raises(UserError, match=words):
@@ -236,15 +200,18 @@ def test_options_of_adapters_are_refused_elsewhere(model: Path, adapter: Path, t
         evaluate_target(str(adapter))
 
 
-def test_a_base_that_is_stored_in_4_bits_stays_so(adapter: Path, tmp_path: Path) -> None:
-    """No double quantisation there, so the default would be another base."""
-    given = in_4_bits(adapter, tmp_path)
+def test_a_base_that_is_stored_in_4_bits_stays_so(model: Path, adapter: Path, tmp_path: Path) -> None:
+    """No double quantisation there, so the default would be another base; with a tokenizer beside the adapter alone."""
+    bnb_base(model, bnb_4bit_quant_type="nf4").save_pretrained(tmp_path / "base")
+    given = changed(adapter, tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    tiny_tokenizer.make().save_pretrained(given)
+    with pytest.raises(UserError, match=r"--quant: .* is quantised already"):
+        export_run(given, tmp_path / "out", ExportOptions(quant="nf4"))
     written = export_run(given, tmp_path / "out", ExportOptions(dtype="float32"))
     assert written["adopted"]["known"] == "as the base is stored"
     case = ADAPTERS["dora"] | {"settings": {"bnb_4bit_quant_type": "nf4"}}
-    base = Path(json.loads((adapter / CONFIG).read_text())["base_model_name_or_path"])
     exported = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
-    torch.testing.assert_close(exported, expected_logits(base, adapter, case), rtol=0, atol=2e-5)
+    torch.testing.assert_close(exported, expected_logits(model, adapter, case), rtol=0, atol=2e-5)
 
 
 def test_eval_and_generate(model: Path, adapter: Path, tmp_path: Path) -> None:

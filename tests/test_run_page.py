@@ -1,17 +1,23 @@
-"""The page of a run: it says how far the run came, shows the numbers of its files, loads nothing and escapes all."""
+"""What a run tells others: its page, its model card, its experiment trackers; it loads nothing and escapes all."""
 
 from __future__ import annotations
 
 import base64
 import json
 import math
+import re
 import shlex
 import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
+import yaml
 from pydantic import ByteSize
 from rich.console import Console
 from scipy import stats
@@ -20,24 +26,27 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.errors import Diverged, Interrupted, UserError
 from qdora.files.run_directory import open_run
-from qdora.run import run_page
+from qdora.model.source import ModelSource, public_name
+from qdora.recipe.recipe_file import load_recipe
+from qdora.recipe.section import with_settings
+from qdora.recipe.settings import Recipe
+from qdora.run import experiment_trackers, model_card, prepare, run_page
 from qdora.run.adapter_step import adapter_step
 from qdora.run.evaluate import EvalOptions, evaluate_target
+from qdora.run.experiment_trackers import flat_numbers, flat_settings, tracking
+from qdora.run.model_card import _licence, _licence_files, run_card
 from qdora.run.run_page import page_of_run, write_page
 from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
-from tests import tiny_run
+from qdora.run.trained_layers import layer_facts
+from tests import launched, tiny, tiny_run
 from tests.page_parser import Page
 from tests.run_files import make_gradients_nan, same_tensors, stop_after
 
 QUIET = Console(quiet=True)
 UNEVALUATED = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
 EVIL = "</pre><script>alert('x')</script><img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("page")
+TOKEN = "hf_" + "a1B2" * 8
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +55,10 @@ def whole(root: Path) -> Path:
     recipe = tiny_run.recipe(root, eval__limit=..., data__validation_fraction=0.5, memory__budget="20GiB")
     train_run(recipe, root / "whole", console=QUIET)
     return root / "whole"
+
+
+def train(root: Path, run: Path, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
+    return train_run(tiny_run.recipe(root, **changes), run, resume=resume, console=QUIET)
 
 
 def page(run: Path) -> Page:
@@ -68,39 +81,39 @@ def facts(run: Path) -> dict[str, Any]:
     return page_of_run(run, console=QUIET)
 
 
+# --- the page
+
+
 def test_training_leaves_a_page_that_needs_nothing_else(whole: Path) -> None:
-    found = page(whole)
+    found, steps = page(whole), [line for line in lines(whole) if "loss" in line]
     assert not found.loads
     assert not found.faults
     assert not {"script", "link", "iframe", "object", "form"} & set(found.tags)
     assert len(found.images) == 4
-    for image in found.images:
-        assert "<svg" in base64.b64decode(image.partition(",")[2]).decode()
-
-
-def test_a_finished_run_says_so_what_comes_next_and_its_recipe(whole: Path) -> None:
-    found = page(whole)
-    assert "Finished: 6 of 6 steps." in found.text
-    assert f"qdora export {whole} {whole}-merged" in found.text
-    assert f"--run-dir {whole} --resume -s train.steps=12" in found.text
-    assert (whole / "recipe.yaml").read_text() in found.text
+    assert all("<svg" in base64.b64decode(image.partition(",")[2]).decode() for image in found.images)
+    seconds = median(line["time"]["step_seconds"] for line in steps)
+    rate = median(line["num_tokens"] / line["time"]["step_seconds"] for line in steps)
+    planned = ByteSize(sum(read(whole, "plan.json")["components"].values())).human_readable()
+    for words in ("Finished: 6 of 6 steps.", f"qdora export {whole} {whole}-merged", "dora, rank 4, alpha 8", planned,
+                  f"--run-dir {whole} --resume -s train.steps=12", (whole / "recipe.yaml").read_text(),
+                  f"{rate:,.0f} tokens/s, {seconds:.3g} s a step",
+                  f"{steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f} nats a token"):  # fmt: skip
+        assert words in found.text
+    assert facts(whole)["numbers"]["planned peak"] == planned
+    assert "Warnings" not in found.text
 
 
 @pytest.mark.parametrize(
     "metric, label, record, factor, digits",
     [("nll_per_token", "NLL, nats a token", "nll", 1, 4), ("acc", "accuracy, %", "acc", 100, 1)],
 )
-def test_before_and_after_with_paired_intervals(
-    whole: Path, metric: str, label: str, record: str, factor: float, digits: int
-) -> None:
+def test_paired_intervals(whole: Path, metric: str, label: str, record: str, factor: float, digits: int) -> None:
     rows = {row[1]: row for row in page(whole).table("data", "task", "metric") if row[2] == label}
     before, after = (read(whole, f"eval/step-{step}.json") for step in (0, 6))
     tasks = [task for task, numbers in after["tasks"].items() if numbers[metric] is not None]
     assert set(rows) == {*tasks, "average"} if len(tasks) > 1 else set(tasks)
     for task in tasks:
-        old, new = (
-            {each["id"]: each for each in every["per_example"] if each["task"] == task} for every in (before, after)
-        )
+        old, new = ({e["id"]: e for e in every["per_example"] if e["task"] == task} for every in (before, after))
         number = len(old)
         assert number >= 10
         weights = [each["num_answer_tokens"] if metric == "nll_per_token" else 1 for each in new.values()]
@@ -108,8 +121,7 @@ def test_before_and_after_with_paired_intervals(
         change = sum(gaps) / sum(weights)
         residuals = [gap - change * weight for gap, weight in zip(gaps, weights, strict=True)]
         deviation = math.sqrt(sum((each - sum(residuals) / number) ** 2 for each in residuals) / (number - 1))
-        error = deviation / math.sqrt(number) / (sum(weights) / number)
-        half = stats.t.ppf(0.975, number - 1) * error
+        half = stats.t.ppf(0.975, number - 1) * deviation / math.sqrt(number) / (sum(weights) / number)
         row = rows[task]
         assert (row[0], row[3]) == ("validation, step 6", str(number))
         assert row[4:6] == [f"{factor * every['tasks'][task][metric]:.{digits}f}" for every in (before, after)]
@@ -118,112 +130,82 @@ def test_before_and_after_with_paired_intervals(
         assert ends == pytest.approx([factor * (change - half), factor * (change + half)], abs=0.51 * 10**-digits)
 
 
-def test_the_headline_numbers_are_those_of_the_files(whole: Path) -> None:
-    found = page(whole)
-    trained = [line for line in lines(whole) if "loss" in line]
-    seconds = [line["time"]["step_seconds"] for line in trained]
-    rate = median(line["num_tokens"] / line["time"]["step_seconds"] for line in trained)
-    assert f"{rate:,.0f} tokens/s, {median(seconds):.3g} s a step" in found.text
-    assert f"{trained[0]['loss']:.4f} to {trained[-1]['loss']:.4f} nats a token" in found.text
-    planned = sum(read(whole, "plan.json")["components"].values())
-    assert facts(whole)["numbers"]["planned peak"] == ByteSize(planned).human_readable()
-    assert "dora, rank 4, alpha 8" in found.text
-
-
-def test_an_interrupted_run_leaves_a_page(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_and_a_failed_run_say_so(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
     stop_after(monkeypatch, 3)
     with pytest.raises(Interrupted):
-        train_run(tiny_run.recipe(root), tmp_path / "run", console=QUIET)
-    found = page(tmp_path / "run")
-    assert "Not finished: 3 of 6 steps, the newest checkpoint is of step 3." in found.text
-    assert "validation, only before training" in found.text
-    assert f"qdora train {tmp_path}/run/recipe.yaml --run-dir {tmp_path}/run --resume" in found.text
+        train(root, run)
     monkeypatch.undo()
-    train_run(tiny_run.recipe(root), tmp_path / "run", resume=True, console=QUIET)
-    assert "Finished: 6 of 6 steps." in page(tmp_path / "run").text
-
-
-def test_a_failed_run_says_so_on_its_page(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = page(run).text
+    for words in ("Not finished: 3 of 6 steps, the newest checkpoint is of step 3.", "validation, only before training",
+                  f"qdora train {run}/recipe.yaml --run-dir {run} --resume"):  # fmt: skip
+        assert words in text
+    train(root, run, resume=True)
+    assert "Finished: 6 of 6 steps." in page(run).text
     make_gradients_nan(monkeypatch)
     with pytest.raises(Diverged):
-        train_run(tiny_run.recipe(root, **UNEVALUATED), tmp_path / "run", console=QUIET)
+        train(root, other, **UNEVALUATED)
     monkeypatch.undo()
-    assert "Not finished: 0 of 6 steps" in page(tmp_path / "run").text
-    assert "The last start failed: step 1: gradient norm nan is not finite" in page(tmp_path / "run").text
-    train_run(tiny_run.recipe(root, **UNEVALUATED), tmp_path / "run", resume=True, console=QUIET)
-    found = page(tmp_path / "run").text
-    assert "The last start failed" not in found
-    assert "The run was not evaluated." in found
-    assert f"qdora eval {tmp_path}/run --base" in found
+    text = page(other).text
+    assert "Not finished: 0 of 6 steps" in text
+    assert "The last start failed: step 1: gradient norm nan is not finite" in text
+    train(root, other, resume=True, **UNEVALUATED)
+    text = page(other).text
+    assert "The last start failed" not in text
+    assert "The run was not evaluated." in text
+    assert f"qdora eval {other} --base" in text
 
 
-def test_evaluations_of_other_data_stand_beside_those_of_the_base(whole: Path, tmp_path: Path) -> None:
-    run = copy_of(whole, tmp_path)
-    for options in (EvalOptions(tasks=["letters"], limit=2), EvalOptions(tasks=["letters"], limit=2, base_only=True)):
-        evaluate_target(str(run), options, console=QUIET)
-    found = {each["data"]: each for each in facts(run)["evaluations"]}
-    (loss,) = found["validation-letters-limit-2"]["nll_per_token"]
-    scores = [read(run, f"eval/{name}-validation-letters-limit-2.json") for name in ("base", "final")]
-    values = [each["tasks"]["letters"]["nll_per_token"] for each in scores]
-    assert [loss["before"], loss["after"], loss["num_examples"]] == [*values, 2]
-
-
-def test_an_interrupt_in_the_last_evaluation_of_an_extended_run_leaves_the_right_step(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_in_the_last_evaluation(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     run = tmp_path / "run"
-    train_run(tiny_run.recipe(root, train__steps=2), run, console=QUIET)
+    train(root, run, train__steps=2)
     monkeypatch.setattr(StepEvaluations, "measure", interrupt)
     with pytest.raises(Interrupted):
-        train_run(tiny_run.recipe(root, train__steps=4), run, resume=True, console=QUIET)
-    same_tensors(
-        run / "adapter/adapter_model.safetensors", run / "checkpoints/step-4/adapter/adapter_model.safetensors"
-    )
+        train(root, run, resume=True, train__steps=4)
+    weights = "adapter/adapter_model.safetensors"
+    same_tensors(run / weights, run / "checkpoints/step-4" / weights)
     assert (adapter_step(open_run(run)), facts(run)["status"]["adapter_step"]) == (4, 4)
     (run / "trained.json").write_text(json.dumps(read(run, "trained.json") | {"step": 2}))
     found = facts(run)["status"]["text"]
     assert found == "Not finished: 4 of 4 steps, the newest checkpoint is of step 4. adapter/ holds step 2."
 
 
-def test_evaluations_of_an_abandoned_branch_are_gone(root: Path, tmp_path: Path) -> None:
+def test_the_commands_on_a_page_are_accepted(root: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train_run(tiny_run.recipe(root, eval__every=2), run, console=QUIET)
-    evaluate_target(str(run), EvalOptions(limit=2, step=6), console=QUIET)
-    own = ["step-0.json", "step-2.json", "step-4.json", "step-6.json"]
-    assert sorted(file.name for file in (run / "eval").iterdir()) == sorted([*own, "step-6-validation-limit-2.json"])
-    shutil.rmtree(run / "checkpoints/step-6")
-    (run / "eval/step-6-generated.json").write_text("{}")
-    train_run(tiny_run.recipe(root, eval__at_end=False), run, resume=True, console=QUIET)
-    assert sorted(file.name for file in (run / "eval").iterdir()) == [*own[:3], "step-6-validation-limit-2.json"]
-
-
-def test_the_command_that_trains_on_is_accepted(root: Path, tmp_path: Path) -> None:
-    recipe = tiny_run.recipe(root, train__steps=..., train__epochs=0.2, **UNEVALUATED)
-    train_run(recipe, tmp_path / "run", console=QUIET)
-    (words,) = [
-        shlex.split(each["command"]) for each in facts(tmp_path / "run")["next"] if "--resume" in each["command"]
-    ]
+    train(root, run, train__steps=..., train__epochs=0.2, **UNEVALUATED)
+    (words,) = [shlex.split(each["command"]) for each in facts(run)["next"] if "--resume" in each["command"]]
     found = CliRunner().invoke(app, ["--quiet", *words[1:]])
     assert found.exit_code == 0, found.output
     assert "train.epochs=0.4" in words
-    assert "Finished: 5 of 5 steps." in page(tmp_path / "run").text
-
-
-def test_a_page_for_which_there_is_no_place(whole: Path, tmp_path: Path) -> None:
+    assert "Finished: 5 of 5 steps." in page(run).text
+    found = CliRunner().invoke(app, ["report", str(whole), "--out", str(tmp_path / "out"), "--json"])
+    assert found.exit_code == 0, found.output
+    document = json.loads(found.stdout)
+    assert (document["page"], document["status"]["state"]) == (str(tmp_path / "out/report.html"), "finished")
+    assert (tmp_path / "out/report.html").is_file()
+    found = CliRunner().invoke(app, ["report", str(tmp_path / "rnu")])
+    assert (found.exit_code, "Did you mean 'run'?" in found.output) == (2, True)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file: .* --out"):
         page_of_run(whole, tmp_path / "file", console=QUIET)
 
 
-def test_a_run_that_wrote_nothing_yet_has_a_page(whole: Path, tmp_path: Path) -> None:
+def test_a_run_that_wrote_nothing_yet_has_a_page_and_a_damaged_file_is_named(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
     for name in ("recipe.yaml", "environment.json"):
-        shutil.copy(whole / name, tmp_path / name)
-    assert facts(tmp_path)["status"]["state"] == "unfinished"
-    assert "Not finished: 0 steps, no checkpoint yet." in page(tmp_path).text
-    assert not page(tmp_path).tables
+        shutil.copy(whole / name, tmp_path / "new" / name)
+    assert facts(tmp_path / "new")["status"]["state"] == "unfinished"
+    found = page(tmp_path / "new")
+    assert ("Not finished: 0 steps, no checkpoint yet." in found.text, found.tables) == (True, [])
+    run = copy_of(whole, tmp_path)
+    for text, words in (('{"tasks": ', r"eval/step-6\.json: cannot be read as JSON"),
+                        ('{"tasks": {"x": 1}, "per_example": [{}]}', "does not hold what a run writes")):  # fmt: skip
+        (run / "eval/step-6.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            facts(run)
 
 
 def test_everything_from_the_files_is_escaped(whole: Path, tmp_path: Path) -> None:
@@ -232,35 +214,35 @@ def test_everything_from_the_files_is_escaped(whole: Path, tmp_path: Path) -> No
         document = (run / f"eval/step-{step}.json").read_text().replace('"sums"', json.dumps(f"sums{EVIL}"))
         (run / f"eval/step-{step}.json").write_text(document)
     with (run / "log.txt").open("a") as log:
-        log.write(f"2026-01-01T00:00:00Z WARNING {EVIL}\n")
+        log.write(f"2026-01-01T00:00:00Z WARNING {EVIL}\n2026-01-01T00:00:01Z harmless\n" * 2)
         log.write(f"Traceback\nRuntimeError: {EVIL}\n2026-01-01T00:00:00Z FAILURE train: RuntimeError: {EVIL}\n")
     with (run / "recipe.yaml").open("a") as recipe:
         recipe.write(f"# {EVIL}\n")
     (run / "figures/steps.svg").write_text(f"<svg xmlns='http://www.w3.org/2000/svg'><script/>{EVIL}</svg>")
-    write_page(open_run(run), tmp_path / "report.html")
+    assert write_page(open_run(run), tmp_path / "report.html")["warnings"] == [f"{EVIL} (2 times)"]
     found = page(tmp_path)
     assert not found.faults
     assert not found.loads
     assert "script" not in found.tags
+    assert "harmless" not in found.text
     assert found.text.count("alert('x')") == 4  # the task, the warning, the failure, the recipe
     assert f"The last start failed: RuntimeError: {EVIL}" in found.text
 
 
-def test_warnings_of_the_log_are_on_the_page_once(whole: Path, tmp_path: Path) -> None:
+def test_other_evaluations_have_rows_of_their_own(whole: Path, tmp_path: Path) -> None:
     run = copy_of(whole, tmp_path)
-    assert "Warnings" not in page(run).text
-    with (run / "log.txt").open("a") as log:
-        log.write("2026-01-01T00:00:00Z WARNING first\n2026-01-01T00:00:01Z harmless\n" * 2)
-    assert facts(run)["warnings"] == ["first (2 times)"]
-    assert "harmless" not in page(run).text
-
-
-def test_answers_in_words_are_an_evaluation_of_their_own(whole: Path, tmp_path: Path) -> None:
-    run = copy_of(whole, tmp_path)
-    outcomes = {0: ["wrong"] * 8 + ["unparsable"] * 4, 6: ["right"] * 9 + ["wrong"] * 3}
-    for step, found in outcomes.items():
-        records = [{"task": "letters", "id": str(n), "outcome": outcome} for n, outcome in enumerate(found)]
-        numbers = {"num_examples": 12, "acc": found.count("right") / 12}
+    for base_only in (False, True):
+        asked = EvalOptions(tasks=["letters"], limit=2, base_only=base_only)
+        evaluate_target(str(run), asked, console=QUIET)
+    found = {each["data"]: each for each in facts(run)["evaluations"]}
+    (loss,) = found["validation-letters-limit-2"]["nll_per_token"]
+    scores = [read(run, f"eval/{name}-validation-letters-limit-2.json") for name in ("base", "final")]
+    values = [each["tasks"]["letters"]["nll_per_token"] for each in scores]
+    assert [loss["before"], loss["after"], loss["num_examples"]] == [*values, 2]
+    outcomes = {0: ["wrong"] * 8 + ["unparsable"] * 4, 6: ["right"] * 9 + ["wrong"] * 3}  # answers in words
+    for step, answers in outcomes.items():
+        records = [{"task": "letters", "id": str(n), "outcome": outcome} for n, outcome in enumerate(answers)]
+        numbers = {"num_examples": 12, "acc": answers.count("right") / 12}
         document = {"tasks": {"letters": numbers}, "average": numbers, "settings": {}, "per_example": records}
         (run / f"eval/step-{step}-generated.json").write_text(json.dumps(document))
     facts(run)
@@ -270,36 +252,236 @@ def test_answers_in_words_are_an_evaluation_of_their_own(whole: Path, tmp_path: 
     assert row[1:] == ["letters", "accuracy, %", "12", "0.0", "75.0", "+75.0", ends]
 
 
-def test_a_damaged_file_is_named(whole: Path, tmp_path: Path) -> None:
-    run = copy_of(whole, tmp_path)
-    (run / "eval/step-6.json").write_text('{"tasks": ')
-    with pytest.raises(UserError, match=r"eval/step-6\.json: cannot be read as JSON"):
-        facts(run)
-    (run / "eval/step-6.json").write_text('{"tasks": {"x": 1}, "per_example": [{}]}')
-    with pytest.raises(UserError, match="does not hold what a run writes"):
-        facts(run)
-
-
-def test_a_page_that_cannot_be_made_does_not_end_the_run(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_that_cannot_be_made_is_a_warning(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise KeyError("strange")
 
     monkeypatch.setattr(run_page, "write_page", fail)
-    recipe = tiny_run.recipe(root, train__steps=1, **UNEVALUATED)
-    assert train_run(recipe, tmp_path / "run", console=QUIET)["num_steps"] == 1
+    assert train(root, tmp_path / "run", train__steps=1, **UNEVALUATED)["num_steps"] == 1
     assert "WARNING report.html was not written: KeyError: 'strange'" in (tmp_path / "run/log.txt").read_text()
 
 
-def test_the_command(whole: Path, tmp_path: Path) -> None:
-    found = CliRunner().invoke(app, ["report", str(whole), "--out", str(tmp_path / "out"), "--json"])
-    assert found.exit_code == 0, found.output
-    document = json.loads(found.stdout)
-    assert document["page"] == str(tmp_path / "out/report.html")
-    assert (tmp_path / "out/report.html").is_file()
-    assert document["status"]["state"] == "finished"
-    (tmp_path / "whole").mkdir()
-    found = CliRunner().invoke(app, ["report", str(tmp_path / "whale")])
-    assert found.exit_code == 2
-    assert "Did you mean 'whole'?" in found.output
+# --- trained.json
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_moved_magnitudes_and_the_size_of_the_update(gated: bool) -> None:
+    layer = tiny.adapted_linear(out=24, in_=64, quant="nf4", dtype=torch.float32, alpha=7.0)
+    assert layer_facts(layer) == {"rank": 3, "magnitude_moved": 0.0, "magnitude_moved_most": 0.0, "update": 0.0}
+    tiny.move_all_parameters_(layer)
+    gate = torch.tensor([0.5, 2.0, 0.0]) if gated else torch.ones(3)
+    if gated:
+        layer.add_gate()
+        assert layer.gate is not None
+        layer.gate.data.copy_(gate)
+    assert layer.magnitude is not None
+    weight = layer.base.dequantized().double()
+    moved = (layer.magnitude.detach().double() / weight.norm(dim=1) - 1).abs()
+    update = 7 / 3 * layer.lora_B.detach().double() @ gate.double().diag() @ layer.lora_A.detach().double()
+    expected = {"magnitude_moved": moved.mean().item(), "magnitude_moved_most": moved.max().item()}
+    expected |= {"rank": 3, "update": (update.norm() / weight.norm()).item()}
+    assert layer_facts(layer) == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_of_zeros_and_lora_have_no_moved_magnitude() -> None:
+    layer = tiny.adapted_linear(out=4, in_=64, dtype=torch.float32)
+    assert layer.base_squared is not None
+    assert layer.magnitude is not None
+    with torch.no_grad():
+        layer.base.get_buffer("weight")[1:] = 0
+        layer.base_squared[1:] = 0
+        layer.magnitude[0] *= 1.5
+        layer.magnitude[1:] = 9.0
+    assert layer_facts(layer)["magnitude_moved_most"] == pytest.approx(0.5, rel=1e-5)
+    lora = tiny.adapted_linear(kind="lora", dtype=torch.float32)
+    assert layer_facts(lora) == {"rank": 3, "magnitude_moved": None, "magnitude_moved_most": None, "update": None}
+
+
+# --- the model card
+
+LLAMA = "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\ntags: [a]\n---\n# A model\n"
+LICENCE = {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}
+
+
+def test_licences_of_bases_are_as_their_own_files_state_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ModelSource("directory", tmp_path, "x")
+    assert _licence(source) == {}
+    for card, expected in (
+        ("---\nlicense: apache-2.0\n---\ntext", {"license": "apache-2.0"}), (LLAMA, LICENCE), ("", {}),
+        *((f"---\n{front}\n---\n", {}) for front in ("license: [mit, x]", "tags: [a]", ": {", "- license: mit")),
+        ("# A model\n---\nlicense: mit\n---\n", {}),
+    ):  # fmt: skip
+        (tmp_path / "README.md").write_text(card)
+        assert _licence(source) == expected
+    (tmp_path / "README.md").write_text(LLAMA)
+    link = "https://huggingface.co/org/name/blob/abc/LICENSE"
+    assert _licence(ModelSource("hub", tmp_path, "org/name", "abc")) == LICENCE | {"license_link": link}
+    for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "other.txt", "LICENSE.huge"):
+        (tmp_path / name).write_text(name * (200_000 if name.endswith("huge") else 1))
+    (tmp_path / "LICENSES").mkdir()
+    assert _licence_files(source) == {name: name for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md")}
+    names = ("org/name", "builtin", str(tmp_path), "./model", "~/model", "model.gguf")
+    assert [public_name(name) for name in names] == ["org/name", *[None] * 5]
+    (tmp_path / "org/name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert public_name("org/name") is None
+
+
+def test_cards_of_hub_models_and_local_ones(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run of `tiny_run`, and as if its base and one of its data sets were on the Hub."""
+    recipe = load_recipe(str(whole / "recipe.yaml"))
+    text = run_card(open_run(whole), recipe, "final")
+    assert "base_model" not in text.split("---\n")[1]
+    for words in (str(whole.parent), "## Verification"):
+        assert words not in text
+    assert "No licence of the base was found." in text
+    (tmp_path / "README.md").write_text(LLAMA)
+    (tmp_path / "LICENSE").write_text("the text")
+    monkeypatch.setattr(model_card, "find_source", lambda *_, **__: ModelSource("hub", tmp_path, "org/base", "abc"))
+    monkeypatch.setattr(model_card, "_data_id", lambda source: {"sums": "org/sums"}.get(source.label))
+    recipe = with_settings(recipe, model={"source": "org/base"})
+    numbers = {"max_logit_difference": 0.03619, "kl_mean": 1.6e-6, "argmax_agreement": 1.0}
+    check: dict[str, Any] = {"passed": True, "num_positions": 85, "exported_vs_reference": numbers}
+    text = run_card(open_run(whole), recipe, "final", check, form="merged")
+    link = "https://huggingface.co/org/base/blob/abc/LICENSE"
+    assert yaml.safe_load(text.split("---\n")[1]) == {
+        "base_model": "org/base",
+        "base_model_relation": "finetune",
+        "datasets": ["org/sums"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["qdora"],
+        **LICENCE,
+        "license_link": link,
+    }
+    for words in ("Fine-tuned from `org/base` at revision `abc` with qdora ", "largest logit difference 0.0362",
+                  "- sums: [org/sums](https://huggingface.co/datasets/org/sums) (", "passed on 85 tokens.",
+                  "mean KL 1.6e-06", f"[`llama3`]({link})", "beside this card: `LICENSE`."):  # fmt: skip
+        assert words in text
+    headings = [text.index(f"\n\n## {each}\n\n") for each in ("Training", "Data", "Results", "Verification", "Licence")]
+    assert headings[2] < text.index("| data | task | metric |") < headings[3]
+
+
+# --- experiment trackers
+
+
+def recipe_of(root: Path, *names: str, **changes: Any) -> Recipe:
+    recipe = tiny_run.recipe(root, **{"train__steps": 2, "eval__tasks": [], "eval__limit": ...} | changes)
+    return recipe.model_copy(update={"trackers": names})
+
+
+def tracked(root: Path, run: Path, *names: str, resume: bool = False, **changes: Any) -> None:
+    train_run(recipe_of(root, *names, **changes), run, resume=resume, console=QUIET)
+
+
+def told(fail: str = "") -> Mock:
+    """A tracker that remembers, and fails where it is asked to."""
+    tracker = Mock()
+    if fail:
+        getattr(tracker, fail).side_effect = KeyError(f"no {fail} with {TOKEN}\nsecond line")
+    return tracker
+
+
+def logged(tracker: Mock) -> dict[int, dict[str, Any]]:
+    """Step -> the numbers that a tracker was told."""
+    return {call.kwargs["step"]: call.args[0] for call in tracker.log.call_args_list}
+
+
+def test_a_tracker_that_fails_is_told_no_more(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = next(name for name in ("trackio", "mlflow", "wandb") if find_spec(name) is None)
+    with pytest.raises(UserError, match=rf"trackers: {missing} is not installed.*pip install 'qdora\[{missing}\]'"):
+        tracked(root, tmp_path / "run", missing)
+    assert not (tmp_path / "run").exists()
+    made = {"one": told(), "bad": told("log"), "broken": told("start"), "last": told("finish")}
+    monkeypatch.setattr(experiment_trackers, "_MAKE", {name: lambda run, name=name: made[name] for name in made})
+    monkeypatch.setattr(prepare, "find_spec", lambda name: name)
+    tracked(root, tmp_path / "run", "bad", "one", "last")
+    assert [*logged(made["one"])] == [1, 2]
+    assert logged(made["one"]) == logged(made["last"])
+    assert logged(made["one"])[1]["loss"] == lines(tmp_path / "run")[0]["loss"]
+    assert [made[name].finish.call_count for name in ("bad", "one", "last")] == [0, 1, 1]
+    log = (tmp_path / "run/log.txt").read_text()
+    assert log.count("trackers: bad failed and gets no more metrics: KeyError: 'no log with hf_***") == 1
+    assert log.count("trackers: last failed") == 1
+    assert TOKEN not in log
+    made["one"] = told()
+    with pytest.raises(UserError, match=r"broken did not start: KeyError: 'no start with hf_\*\*\*") as caught:
+        tracked(root, tmp_path / "other", "one", "broken")
+    assert len(str(caught.value).splitlines()) == 1
+    assert (made["one"].finish.call_count, logged(made["one"])) == (1, {})
+    (tmp_path / "other/tensorboard").mkdir()  # as one that has started before would leave
+    tracked(root, tmp_path / "other", "one")
+    assert [*logged(made["one"])] == [1, 2]
+
+
+def train_tracked(rank: int, recipe: Recipe, run: Path) -> None:
+    train_run(recipe, run)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_tensorboard_has_every_number_at_its_step_once(root: Path, tmp_path: Path, size: int) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    if size == 1:
+        tracked(root, run, "tensorboard", eval__every=1, eval__tasks=..., eval__limit=4)
+    else:
+        assert launched.run(2, train_tracked, recipe_of(root, "tensorboard"), run) == ["", ""]
+    (events,) = (run / "tensorboard").glob("events.out.tfevents.*")
+    board = accumulator.EventAccumulator(str(events))
+    board.Reload()
+    expected: dict[str, dict[int, float]] = {}
+    for line in lines(run):
+        for name, value in flat_numbers(line).items():
+            expected.setdefault(name, {})[line["step"]] = value
+    assert {"loss", "lr", "gradient_norm", "time/step_seconds"} <= expected.keys()
+    assert set(board.Tags()["scalars"]) == expected.keys()
+    for name, values in expected.items():
+        assert {event.step: event.value for event in board.Scalars(name)} == pytest.approx(values, rel=1e-6), name
+    (settings,) = (run / "tensorboard").rglob("hparams.yml")
+    assert "train.lr: 0.001\n" in settings.read_text()
+
+
+def test_ids_and_projects_of_wandb(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stand-ins of wandb and trackio, which are not installed here."""
+    wandb, trackio = Mock(), Mock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    for variable in ("WANDB_PROJECT", "WANDB_RUN_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with tracking(["wandb", "trackio"], mine, {}, cpu=True) as tell:
+        tell({"step": 1, "loss": 2.0})
+    project = {"project": "qdora", "name": "mine"}
+    own = {"dir": str(mine), "id": (mine / "wandb_id.txt").read_text().strip(), "resume": "allow"}
+    wandb.init.assert_called_once_with(**project, **own)
+    trackio.init.assert_called_once_with(**project)
+    wandb.reset_mock()
+    monkeypatch.setattr(prepare, "find_spec", lambda name: name)
+    monkeypatch.setenv("WANDB_PROJECT", "papers")
+    tracked(root, tmp_path / "run", "wandb")
+    tracked(root, tmp_path / "run", "wandb", resume=True, train__steps=3)
+    tracked(root, tmp_path / "other", "wandb")
+    first, resumed, other = (call.kwargs for call in wandb.init.call_args_list)
+    assert first == resumed
+    assert first["project"] == "papers"
+    assert re.fullmatch("[A-Za-z0-9_-]{8,64}", first["id"])
+    assert other["id"] != first["id"]
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    with tracking(["wandb"], tmp_path / "run", {}, cpu=True):
+        assert wandb.init.call_args.kwargs["id"] == "mine"
+
+
+def test_numbers_and_settings_are_flat_and_hold_no_token() -> None:
+    line: dict[str, Any] = {"step": 3, "loss": 0.5, "c": None, "tasks": {"a": {"acc": 1, "found": True, "name": "x"}}}
+    assert flat_numbers(line) == {"loss": 0.5, "tasks/a/acc": 1.0}
+    settings = {"model": {"source": f"https://x/?t={TOKEN}", "revision": None}, "data": {"mix": [{"task": TOKEN}]}}
+    settings["train"] = {"lr": 1e-3, "betas": [0.9, 0.99], "steps": 4, "log": True}
+    assert flat_settings(settings) == {
+        "model.source": "https://x/?t=hf_***",
+        "train.lr": 1e-3,
+        "train.betas": "[0.9, 0.99]",
+        "train.steps": 4,
+        "train.log": True,
+        "data.mix": "[{'task': 'hf_***'}]",
+    }

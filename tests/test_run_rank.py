@@ -1,8 +1,7 @@
-"""qdora rank: spectra of a run's layers against matrices formed in the test, and recipes that train."""
+"""qdora rank: spectra of a run's layers against matrices formed in the test, ranks of gates, and recipes that train."""
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,38 +9,57 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
 from qdora.cli import app
 from qdora.errors import UserError
+from qdora.export.export_run import export_run
+from qdora.export.options import ExportOptions
+from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapted_layers
+from qdora.plan.memory_plan import plan
+from qdora.plan.plan_view import plan_run
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import load_run
-from qdora.run.rank import RankSettings, rank_run
+from qdora.run.rank import RankSettings, rank_faults, rank_run, ranks_of_gates
 from qdora.run.train import train_run
-from tests import tiny_curvature, tiny_run
+from tests import tiny_adapted, tiny_curvature, tiny_run
 from tests.tiny_curvature import LAYERS
 
+QUIET = Console(quiet=True)
+GATES = {"mean_rank": 2.0, "warmup": 2, "anneal": 4, "shrink_every": 2, "lr": 0.05}
+SHORT: dict[str, Any] = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
 
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=130)
+
+def retrained(document: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The layers of a run of the recipe that was written."""
+    recipe = load_recipe(document["recipe"])
+    assert recipe.adapter.rank_pattern == document["fragment"]["adapter.rank_pattern"]
+    train_run(recipe, directory, console=QUIET)
+    return adapted_layers(load_run(directory).model)
+
+
+@pytest.fixture(scope="module")
+def lora(root: Path) -> Path:
+    train_run(tiny_run.recipe(root, adapter__kind="lora", train__steps=1), root / "lora", console=QUIET)
+    return root / "lora"
 
 
 @pytest.mark.figures
 def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
     patterns = ("model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj")
     asked = RankSettings(layers=patterns, budget="60%", max_rank=6, examples=2, eigenvalues=10)
-    document = rank_run(whole, asked, console=quiet())
+    document = rank_run(whole, asked, console=QUIET)
     assert json.loads((whole / "rank/curvature.json").read_text())["layers"] == document["layers"]
-    assert (document["norm"], document["num_examples"]) == ("attached", 2)
-    assert len(document["layers"]) == 2
+    assert (document["norm"], document["num_examples"], len(document["layers"])) == ("attached", 2, 2)
     for layer in document["layers"].values():
         spectrum, found = layer["spectrum"], layer["components"]
         assert (spectrum["curvature"], spectrum["norm"], layer["rank_of_run"]) == ("hessian", "attached", 4)
-        assert len(spectrum["eigenvalues"]) == 10
-        assert spectrum["size"] == 4 * layer["parameters_per_rank"]
+        assert (len(spectrum["eigenvalues"]), spectrum["size"]) == (10, 4 * layer["parameters_per_rank"])
         assert max(spectrum["residuals"]) < 1e-2 * abs(spectrum["eigenvalues"][0])
         assert spectrum["num_matvecs"] > 10 + 10  # the search and the residuals
         assert layer["energies"] == sorted(found["worths"], reverse=True)[:6]
@@ -52,24 +70,22 @@ def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
     used = sum(rank * document["layers"][name]["parameters_per_rank"] for name, rank in ranks.items())
     assert used == document["num_parameters"] <= document["budget"]
     assert document["budget"] == document["num_parameters_of_run"] * 6 // 10
+    layers = retrained(document, root / "reranked")
     recipe = load_recipe(document["recipe"])
-    assert recipe.adapter.rank_pattern == document["fragment"]["adapter.rank_pattern"]
     assert recipe.adapter.same_scaling
     assert recipe.model.dtype == load_recipe(whole / "recipe.yaml").model.dtype
-    train_run(recipe, root / "reranked", console=quiet())
-    layers = adapted_layers(load_run(root / "reranked").model)
     assert {name: layer.rank for name, layer in layers.items()} == dict.fromkeys(layers, 4) | ranks
     assert {layer.scaling for layer in layers.values()} == {2.0}
     assert len(document["figures"]) == 3
-    for figure in document["figures"]:
-        assert Path(figure).read_text().startswith("<?xml")
-    map_ = Path(document["figures"][1]).read_text()
-    assert "mlp.down_proj" in map_
+    assert all(Path(figure).read_text().startswith("<?xml") for figure in document["figures"])
+    assert "mlp.down_proj" in Path(document["figures"][1]).read_text()
+    model: Any = load_run(whole, widened=True).model
+    assert model.get_input_embeddings().weight.dtype == torch.float32
 
 
 def test_draws_come_near_the_exact_curvature(whole: Path) -> None:
     exact, drawn = (
-        rank_run(whole, RankSettings(layers=["down_proj"], max_rank=3, examples=4, draws=draws), console=quiet())
+        rank_run(whole, RankSettings(layers=["down_proj"], max_rank=3, examples=4, draws=draws), console=QUIET)
         for draws in (0, 64)
     )
     assert (exact["draws"], drawn["draws"]) == (0, 64)
@@ -84,11 +100,10 @@ def test_draws_come_near_the_exact_curvature(whole: Path) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_update_and_the_gradient_are_those_of_the_formed_matrices(masked: bool) -> None:
     model = tiny_curvature.adapted(masked=masked)
-    layers = adapted_layers(model)
     batches = tiny_curvature.batches()
     found = gradient_spectra(model, list(LAYERS), batches, 5, norm="held")
     weights = {}
-    for name, layer in layers.items():
+    for name, layer in adapted_layers(model).items():
         base = layer.base.dequantized(torch.float64)
         product = (layer.alpha / layer.rank) * layer.lora_B.detach() @ layer.lora_A.detach()
         keep = tiny_curvature.keep_mask(product.shape) if masked else torch.ones(product.shape, dtype=torch.bool)
@@ -103,17 +118,15 @@ def test_the_update_and_the_gradient_are_those_of_the_formed_matrices(masked: bo
             np.testing.assert_allclose(update_spectrum(layer).energies, expected, rtol=1e-9)
         weights[name] = (base + product, gain, keep)
     plain = tiny_curvature.base("llama")
-    total = torch.zeros((), dtype=torch.float64)
+    total, count = torch.zeros((), dtype=torch.float64), 0
     moved = {name: weight.clone().requires_grad_(True) for name, (weight, *_) in weights.items()}
     patched = {f"{name}.weight": weights[name][1][:, None] * moved[name] for name in moved}
-    count = 0
     for batch in batches:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        logits = torch.func.functional_call(plain, patched, kwargs=inputs).logits[:, :-1]
-        total = total + torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum"
-        )
-        count += int((batch.labels[:, 1:] != -100).sum())
+        logits = torch.func.functional_call(plain, patched, kwargs=inputs).logits[:, :-1].flatten(0, 1)
+        labels = batch.labels[:, 1:].flatten()
+        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        count += int((labels != -100).sum())
     gradients = torch.autograd.grad(total / count, list(moved.values()))
     for name, gradient in zip(moved, gradients, strict=True):
         values = torch.linalg.svdvals(gradient * weights[name][2]).square().numpy()
@@ -122,96 +135,71 @@ def test_the_update_and_the_gradient_are_those_of_the_formed_matrices(masked: bo
         assert found[name].cost == sum(gradient.shape)
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        RankSettings(method="svd", budget="50%"),
-        RankSettings(method="svd", threshold=0.5),
-        RankSettings(method="gradient", max_rank=9, examples=4),
-    ],
-    ids=["svd", "threshold", "gradient"],
-)
-def test_rivals_keep_to_what_was_asked(whole: Path, asked: RankSettings) -> None:
-    document = rank_run(whole, asked, console=quiet())
-    assert load_recipe(document["recipe"]).adapter.rank_pattern == document["fragment"]["adapter.rank_pattern"]
-    ranks = [layer["rank"] for layer in document["layers"].values()]
-    if asked.threshold is not None:
-        assert ranks == [layer["effective_rank"] for layer in document["layers"].values()]
-        return
-    own = document["num_parameters_of_run"]
-    assert document["num_parameters"] <= document["budget"] == (own // 2 if asked.method == "svd" else own)
-    assert document["num_parameters"] > 0.97 * document["budget"]
-    assert min(ranks) >= 1
-    assert max(ranks) <= (4 if asked.method == "svd" else 9)
+def test_rivals_keep_to_what_was_asked(whole: Path) -> None:
+    found = rank_run(whole, RankSettings(method="svd", threshold=0.5), console=QUIET)
+    assert all(layer["rank"] == layer["effective_rank"] for layer in found["layers"].values())
+    for asked, budget, most in (
+        (RankSettings(method="svd", budget="50%"), 0.5, 4),
+        (RankSettings(method="gradient", max_rank=9, examples=4), 1, 9),
+    ):
+        found = rank_run(whole, asked, console=QUIET)
+        assert found["budget"] == int(budget * found["num_parameters_of_run"])
+        assert 0.97 * found["budget"] < found["num_parameters"] <= found["budget"]
+        assert {layer["rank"] for layer in found["layers"].values()} <= set(range(1, most + 1))
+    done = CliRunner().invoke(app, ["rank", str(whole), "--method", "svd", "--budget", "60%", "--json"])
+    assert json.loads(done.stdout)["method"] == "svd", done.output
+    assert CliRunner().invoke(app, ["rank", str(whole), "--method", "svd"]).exit_code == 2
 
 
-def test_faults(whole: Path, root: Path) -> None:
-    for asked, message in [
-        (
-            RankSettings(method="curvatur"),
-            r"--method: got 'curvatur', must be one of curvature, svd, gradient, gates\. .*curvature",
-        ),
-        (RankSettings(curvature="fisher"), "--curvature: got 'fisher', must be one of hessian, gauss_newton"),
-        (RankSettings(norm="none"), "--norm: got 'none', must be one of attached, held"),
-        (
-            RankSettings(method="svd", budget="50%", norm="held"),
-            "--norm: is used only with --method curvature, got --method svd",
-        ),
-        (
-            RankSettings(method="svd", budget="50%", examples=3),
-            "--examples: is used only with --method curvature or gradient, got --method svd",
-        ),
-        (
-            RankSettings(method="gradient", eigenvalues=4),
-            "--eigenvalues: is used only with --method curvature, got --method gradient",
-        ),
-        (RankSettings(curvature="hessian"), "--curvature: is used only with --eigenvalues"),
-        (RankSettings(eigenvalues=0, curvature="hessian"), "--curvature: is used only with --eigenvalues"),
-        (
-            RankSettings(method="gradient", draws=4),
-            "--draws: is used only with --method curvature, got --method gradient",
-        ),
-        (RankSettings(draws=7), r"--draws: got 7, must be 0 \(exact\) or at least 8"),
-        (RankSettings(draws=-1), r"--draws: got -1, must be 0 \(exact\) or at least 8"),
-        (RankSettings(method="svd"), r"--budget: got 100% \(default\), must be less than 100%"),
-        (
-            RankSettings(method="gates", budget="50%"),
-            "--budget: is used only with --method curvature or svd or gradient, got --method gates",
-        ),
-        (RankSettings(method="gates", norm="held"), "--norm: is used only with --method curvature, got --method gates"),
-        (RankSettings(method="gates"), r"has no gates\. Fix: name a run with adapter\.gates"),
-        (RankSettings(budget="50%", threshold=0.5), "--threshold: is not used with --budget"),
-        (RankSettings(threshold=1.5), "--threshold: got 1.5, must be above 0 and at most 1"),
-        (RankSettings(budget="half"), "--budget: got 'half', must be a number of parameters"),
-        (RankSettings(budget="inf%"), "--budget: got 'inf%', must be a number of parameters"),
-        (RankSettings(method="svd", budget="1"), "must be at least 1,568 parameters for rank 1 everywhere"),
-        (RankSettings(layers=["q_prj"]), r"--layers: 'q_prj' matches no adapted layer; must be .*q_proj"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            rank_run(whole, asked, console=quiet())
-    train_run(tiny_run.recipe(root, adapter__kind="lora", train__steps=1), root / "lora", console=quiet())
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"method": "curvatur"}, "--method: got 'curvatur' curvature, svd, gradient, gates"),
+    ({"curvature": "fisher", "eigenvalues": 3}, "--curvature: 'fisher' hessian, gauss_newton"),
+    ({"norm": "none"}, "--norm: 'none' attached, held"),
+    ({"curvature": "hessian"}, "--curvature: --eigenvalues"),
+    ({"eigenvalues": 0, "curvature": "hessian"}, "--curvature: --eigenvalues"),
+    ({"method": "svd", "budget": "50%", "norm": "held"}, "--norm: only --method curvature, got"),
+    ({"method": "svd", "budget": "50%", "examples": 3}, "--examples: only --method curvature or gradient, got"),
+    ({"method": "gradient", "eigenvalues": 4}, "--eigenvalues: only --method curvature, got"),
+    ({"method": "gradient", "draws": 8}, "--draws: only --method curvature, got"),
+    ({"method": "gates", "budget": "50%"}, "--budget: only --method curvature or svd or gradient, got"),
+    ({"method": "gates", "norm": "held"}, "--norm: only --method curvature, got"),
+    ({"draws": 7}, "--draws: got 7, 0 (exact) 8"), ({"draws": -1}, "--draws: got -1, 0 (exact) 8"),
+    ({"method": "svd"}, "--budget: got 100% less than 100%"), ({"method": "gates"}, "no gates adapter.gates"),
+    ({"method": "svd", "budget": "100%"}, "--budget: got 100% less than 100%"),
+    ({"budget": "50%", "threshold": 0.5}, "--threshold: --budget"),
+    ({"threshold": 1.5}, "--threshold: 1.5 above 0 at most 1"), ({"threshold": 0.0}, "--threshold: above 0"),
+    ({"budget": "half"}, "--budget: 'half'"), ({"budget": "inf%"}, "--budget: 'inf%'"),
+    ({"method": "svd", "budget": "1"}, "at least 1,568 parameters rank 1"),
+    ({"layers": ["q_prj"]}, "--layers: 'q_prj' q_proj"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("asked, words", REFUSED)
+def test_what_cannot_be_asked_is_refused(whole: Path, asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        rank_run(whole, RankSettings(**asked), console=QUIET)
+    assert len(error.value.faults) == 1
+    assert all(word in str(error.value) for word in words.split()), error.value
+
+
+def test_lora_has_no_norm(lora: Path) -> None:
     with pytest.raises(UserError, match="--norm: is not used with LoRA, which has no norm"):
-        rank_run(root / "lora", RankSettings(norm="held"), console=quiet())
-    found = rank_run(
-        root / "lora", RankSettings(layers=["k_proj"], max_rank=2, examples=2, eigenvalues=3), console=quiet()
-    )
-    asked = RankSettings(layers=["v_proj"], max_rank=2, examples=2)
-    short = rank_run(root / "lora", asked, console=quiet())
+        rank_run(lora, RankSettings(norm="held"), console=QUIET)
+    found = rank_run(lora, RankSettings(layers=["k_proj"], max_rank=2, examples=2, eigenvalues=3), console=QUIET)
     assert {layer["spectrum"]["norm"] for layer in found["layers"].values()} == {"none"}
+    short = rank_run(lora, RankSettings(layers=["v_proj"], max_rank=2, examples=2), console=QUIET)
     assert all("spectrum" not in layer for layer in short["layers"].values())
 
 
 def test_layers_left_out_keep_their_scaling(root: Path) -> None:
     """Those of a rank_pattern without same_scaling have alpha / their own rank."""
     run = root / "patterned"
-    recipe = tiny_run.recipe(root, adapter__rank_pattern={"k_proj": 2}, train__steps=1)
-    train_run(recipe, run, console=quiet())
+    train_run(tiny_run.recipe(root, adapter__rank_pattern={"k_proj": 2}, train__steps=1), run, console=QUIET)
     before = {name: (layer.rank, layer.alpha) for name, layer in adapted_layers(load_run(run).model).items()}
     asked = RankSettings(method="gradient", layers=["v_proj", "down_proj"], max_rank=9, examples=2)
-    document = rank_run(run, asked, console=quiet())
+    document = rank_run(run, asked, console=QUIET)
     assert any(layer["rank"] != layer["rank_of_run"] for layer in document["layers"].values())
-    train_run(load_recipe(document["recipe"]), root / "patterned-again", console=quiet())
-    after = adapted_layers(load_run(root / "patterned-again").model)
+    after = retrained(document, root / "patterned-again")
     left_out = set(before) - set(document["layers"])
     assert len(left_out) == 10
     assert {name: (after[name].rank, after[name].alpha) for name in left_out} == {n: before[n] for n in left_out}
@@ -220,24 +208,100 @@ def test_layers_left_out_keep_their_scaling(root: Path) -> None:
 def test_a_masked_run(root: Path) -> None:
     prune = {"method": "magnitude", "pattern": "unstructured", "sparsity": 0.5}
     run = root / "masked"
-    train_run(tiny_run.recipe(root, base__prune=prune, adapter__mask="keep", train__steps=2), run, console=quiet())
+    train_run(tiny_run.recipe(root, base__prune=prune, adapter__mask="keep", train__steps=2), run, console=QUIET)
     with pytest.raises(UserError, match=r"--method svd: with adapter\.mask keep"):
-        rank_run(run, RankSettings(method="svd", budget="50%"), console=quiet())
+        rank_run(run, RankSettings(method="svd", budget="50%"), console=QUIET)
     for method in ("gradient", "curvature"):
         asked = RankSettings(method=method, layers=["k_proj"], max_rank=4, examples=2)
-        document = rank_run(run, asked, console=quiet())
+        document = rank_run(run, asked, console=QUIET)
         assert load_recipe(document["recipe"]).adapter.mask == "keep"
         assert all(layer["energies"][0] > 0 for layer in document["layers"].values())
 
 
-def test_the_command_prints_one_document(whole: Path) -> None:
-    done = CliRunner().invoke(app, ["rank", str(whole), "--method", "svd", "--budget", "60%", "--json"])
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["method"] == "svd"
-    wrong = CliRunner().invoke(app, ["rank", str(whole), "--method", "svd"])
-    assert wrong.exit_code == 2
+@pytest.fixture(scope="module", params=["l1", "hard_concrete"])
+def gated(root: Path, request: pytest.FixtureRequest) -> Path:
+    changes: dict[str, Any] = {"adapter__gates": {**GATES, "mode": request.param}, "train__steps": 8}
+    changes |= SHORT | {"adapter__rank": 6, "base__block_size": 16}
+    train_run(tiny_run.recipe(root, **changes), root / request.param, console=QUIET)
+    return root / request.param
 
 
-def test_the_loaded_run_is_float32(whole: Path) -> None:
-    model: Any = load_run(whole, widened=True).model
-    assert model.get_input_embeddings().weight.dtype == torch.float32
+def test_exports_of_a_gated_run_compute_the_same(gated: Path, root: Path, tmp_path: Path) -> None:
+    merged = export_run(gated, tmp_path / "merged", ExportOptions(dtype="float32"))["verification"]
+    assert merged["passed"]
+    assert merged["exported_vs_running"]["max_logit_difference"] < 1e-4
+    assert export_run(gated, tmp_path / "nf4", ExportOptions(format_="nf4-lora"))["verification"]["passed"]
+    export_run(gated, tmp_path / "peft", ExportOptions(format_="peft"))
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    original = load_run(gated, original=True).model
+    layers = adapted_layers(original)
+    assert len({layer.rank for layer in layers.values()}) > 1
+    assert config["rank_pattern"]
+    assert config["alpha_pattern"]
+    base = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    for path, layer in layers.items():
+        module = theirs.base_model.model.get_submodule(path)
+        assert module.r["default"] == layer.rank
+        assert module.scaling["default"] == pytest.approx(8.0 / 6, rel=1e-12)
+    ids = tiny_adapted.IDS % 300
+    torch.testing.assert_close(tiny_adapted.logits(theirs, ids), tiny_adapted.logits(original, ids), atol=2e-4, rtol=0)
+
+
+@pytest.mark.figures
+def test_ranks_of_gates_as_a_recipe_that_trains_and_a_map(gated: Path, tmp_path: Path) -> None:
+    layers = adapted_layers(load_run(gated).model)
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    document = rank_run(gated, RankSettings(method="gates"), console=QUIET)
+    assert json.loads((gated / "rank/gates.json").read_text()) == json.loads(json.dumps(document))
+    assert {name: layer["rank"] for name, layer in document["layers"].items()} == ranks
+    for layer in document["layers"].values():
+        gone = [step for step in layer["removed_after"] if step is not None]
+        assert len(layer["removed_after"]) == layer["rank_of_run"] == 6
+        assert len(gone) == 6 - layer["rank"]
+        assert all(2 < step <= 6 for step in gone)
+    sizes = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
+    assert document["num_parameters"] == sum(rank * sizes[name] for name, rank in ranks.items())
+    assert load_recipe(document["recipe"]).adapter.gates is None
+    again = retrained(document, tmp_path / "again")
+    assert {name: layer.rank for name, layer in again.items()} == ranks
+    assert [layer.scaling for layer in again.values()] == pytest.approx([8.0 / 6] * len(again), rel=1e-12)
+    assert Path(document["figures"][0]).read_text().startswith("<?xml")
+    half = rank_run(gated, RankSettings(method="gates"), step=6, console=QUIET)
+    assert half["num_parameters"] == document["num_parameters"], "after the anneal nothing changes"
+
+
+def test_layers_of_different_scalings_are_no_recipe(gated: Path, root: Path) -> None:
+    """A recipe has one alpha: a layer that has shrunk from rank 4 to 2 would be retrained with twice its scaling."""
+    pattern: dict[str, Any] = {"adapter__gates": GATES, "adapter__rank": 6, "adapter__rank_pattern": {"q_proj": 4}}
+    (fault,) = rank_faults(gated, tiny_run.recipe(root, **pattern), RankSettings(method="gates"))
+    assert "adapter.rank_pattern without adapter.same_scaling" in fault
+    same = tiny_run.recipe(root, **pattern, adapter__same_scaling=True)
+    assert not rank_faults(gated, same, RankSettings(method="gates"))
+    assert ranks_of_gates(RunDirectory(gated), same, None)["fragment"]["adapter.same_scaling"]
+
+
+def test_a_run_goes_on_from_a_shrunk_adapter_with_gates_of_its_own(gated: Path, root: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = SHORT | {"adapter__rank": ..., "adapter__alpha": ...}
+    changes |= {"adapter__resume_from": str(gated / "adapter")}
+    recipe = tiny_run.recipe(root, **changes, adapter__gates={**GATES, "mean_rank": 1.5})
+    summary = train_run(recipe, tmp_path / "next", console=QUIET)
+    layers = adapted_layers(load_run(tmp_path / "next").model).values()
+    left = sum(layer.rank * (layer.in_features + layer.out_features) + layer.out_features for layer in layers)
+    assert summary["num_trainable"] == left, "of the adapter that has been saved"
+    assert sum(layer.rank for layer in layers) == 1.5 * len(layers)
+    assert [layer.scaling for layer in layers] == pytest.approx([8.0 / 6] * len(layers), rel=1e-12)
+    with pytest.raises(UserError, match=r"adapter\.gates\.mean_rank: got 2, must be at least 1 .* less than 2 "):
+        train_run(tiny_run.recipe(root, **changes, adapter__gates=GATES), tmp_path / "none", console=QUIET)
+
+
+def test_a_plan_counts_the_gates(tmp_path: Path) -> None:
+    asked, without = (
+        tiny_run.one_layer_recipe(tmp_path, train__steps=8, adapter__rank=6, **more)
+        for more in ({"adapter__gates": GATES}, {})
+    )
+    gated, plain = plan(asked), plan(without)
+    assert gated.num_trainable == plain.num_trainable
+    assert 0 < gated.tensor_bytes - plain.tensor_bytes < 0.05 * plain.tensor_bytes
+    said = plan_run(asked, "r.yaml", console=QUIET)["memory"]["assumptions"]
+    assert "the gates have removed no component yet" in said

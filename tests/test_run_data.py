@@ -1,0 +1,520 @@
+"""What is said of a run's data before it trains: validate and preview, checks of the start, limits of the model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import unicodedata
+from collections.abc import Callable, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, MambaConfig
+from typer.testing import CliRunner, Result
+
+from qdora.cli import app
+from qdora.data.build_data import read_data, tokenized_sources
+from qdora.data.chat_template import set_chat_settings
+from qdora.data.mix_plan import MixPlan, SourcePlan
+from qdora.data.sources import load_source
+from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.errors import UserError
+from qdora.files.run_directory import RunDirectory
+from qdora.recipe.data_settings import DataConfig, SourceConfig
+from qdora.recipe.recipe_file import load_recipe, resolved_yaml
+from qdora.recipe.settings import Recipe
+from qdora.run import prepare, start_checks, trainer
+from qdora.run import preview as preview_file
+from qdora.run.model_limits import context_warnings, vocabulary_faults
+from qdora.run.open_directory import newest_checkpoint
+from qdora.run.preview import preview, show_preview, visible
+from qdora.run.start_checks import data_checks, repeated_checks
+from qdora.run.train import train_run
+from qdora.train.distributed import Processes
+from tests import tiny_run, tiny_tokenizer
+from tests.page_parser import Page
+from tests.run_files import timeless
+
+QUIET = Console(quiet=True)
+UNEVALUATED: dict[str, Any] = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+# Only the last answer keeps its thinking, so that a chat of two answers gives two examples.
+FORGETTING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if loop.last and m['reasoning_content'] %}<think>{{ m['reasoning_content'] }}</think>{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write(path: Path, *rows: dict[str, Any]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def chat(*turns: str, **more: Any) -> dict[str, Any]:
+    """Turns of the user and of the assistant, which have `more`."""
+    kinds: list[dict[str, Any]] = [{"role": "user"}, {"role": "assistant", **more}]
+    return {"messages": [kinds[number % 2] | {"content": text} for number, text in enumerate(turns)]}
+
+
+def recipe_file(root: Path, tmp_path: Path, **changes: Any) -> Path:
+    file = tmp_path / "r.yaml"
+    file.write_text(resolved_yaml(tiny_run.recipe(root, **changes)))
+    return file
+
+
+def invoke(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+def train(root: Path, run: Path, *, resume: bool = False, **changes: Any) -> str:
+    """Train, and return the log."""
+    train_run(tiny_run.recipe(root, **changes), run, resume=resume, console=QUIET)
+    return (run / "log.txt").read_text()
+
+
+def refusal(recipe: Recipe, run: Path) -> list[str]:
+    with pytest.raises(UserError) as error:
+        train_run(recipe, run, console=QUIET)
+    assert not run.exists()
+    return list(error.value.faults)
+
+
+# --- validate
+
+
+def test_long_examples_of_all_sources_are_found_as_a_run_finds_them(tmp_path: Path) -> None:
+    found = invoke("validate", recipe_file(tmp_path, tmp_path, data__max_length=8))
+    assert (found.exit_code, found.stdout) == (2, "")
+    faults = refusal(tiny_run.recipe(tmp_path, data__max_length=8), tmp_path / "run")
+    assert found.stderr.splitlines() == faults
+    assert [fault.split(": ")[:2] for fault in faults] == [["data.mix[0]", "sums"], ["data.mix[1]", "letters"]]
+    assert all("data.too_long to truncate (cuts " in fault for fault in faults)
+    _, letters = tiny_run.write_data(tmp_path / "data")
+    mix = [{"source": "nobody/nothing"}, {"task": "demo/facts"}, {"source": str(letters)}]
+    found = invoke("validate", recipe_file(tmp_path, tmp_path, data__max_length=8, data__mix=mix))
+    assert [line.partition(":")[0] for line in found.stderr.splitlines()] == ["data.mix[2]"]  # not those on the Hub
+    found = invoke("validate", recipe_file(tmp_path, tmp_path, data__max_length=8, model__source="nobody/nothing"))
+    assert found.exit_code == 0
+    assert "lengths of the examples are not checked: there is no tokenizer: model.source: nobody/" in found.stderr
+
+
+@pytest.mark.parametrize("verb", ["validate", "preview", "plan", "train"])
+def test_a_model_is_refused_before_the_data_is_read(tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, config = recipe_file(tmp_path, tmp_path, data__too_long="truncate"), tmp_path / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
+    monkeypatch.setattr("qdora.data.build_data.tokenize_all", lambda *_, **__: pytest.fail("tokenised"))
+    found = invoke(verb, file, *(["-d", tmp_path / "run"] if verb == "train" else []))
+    assert found.exit_code == 2
+    assert "model.source: the checkpoint must be quantised by bitsandbytes or in mxfp4" in found.stderr
+    assert "(got 'awq')" in found.stderr
+
+
+DAMAGE: dict[str, Callable[[int, str], str]] = {
+    "not JSON": lambda index, line: line + "}" if index % 4 == 0 else line,
+    "other columns": lambda _, line: line.replace("completion", "reply"),
+    "other content": lambda _, line: line.replace('": " ', '": 1, "x": "'),
+}
+
+
+def damage(file: Path, kind: str) -> None:
+    file.write_text("\n".join(DAMAGE[kind](*each) for each in enumerate(file.read_text().splitlines())))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("too_long", ["truncate", "error"])
+def test_faulty_rows_are_told_as_a_run_tells_them(tmp_path: Path, kind: str, too_long: str) -> None:
+    file = recipe_file(tmp_path, tmp_path, data__too_long=too_long, data__validation_fraction=0.2)
+    damage(tmp_path / "data/sums.jsonl", kind)
+    found = invoke("validate", file)
+    assert (found.exit_code, found.stderr.splitlines()) == (2, refusal(load_recipe(file), tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kind", ["other columns", "other content"])
+def test_the_first_rows_of_a_stream_are_checked_without_a_tokenizer(tmp_path: Path, kind: str) -> None:
+    sums, _ = tiny_run.write_data(tmp_path / "data")
+    changes: dict[str, Any] = {"data__mix": [{"source": str(sums), "stream": True}], "data__too_long": "truncate"}
+    file = recipe_file(tmp_path, tmp_path, **changes, model__source="nobody/nothing")
+    assert invoke("validate", file).exit_code == 0
+    damage(sums, kind)
+    found = invoke("validate", file)
+    assert (found.exit_code, found.stderr.startswith("data.mix[0]: "), str(sums) in found.stderr) == (2, True, True)
+
+
+# --- preview
+
+EVIL = "<script>alert('x')</script>"
+CHAT = chat("Is the sky blue?", "yes", "no\u200b", EVIL)["messages"]
+CHAT[1]["train"] = False
+ROWS = [{"prompt": f"{number}:", "completion": " yes" * number} for number in range(1, 31)]
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model without weights."""
+    root = tmp_path_factory.mktemp("preview")
+    for weights in tiny_run.write_model(root / "model").glob("*.safetensors"):
+        weights.unlink()
+    return root
+
+
+def shown(bare: Path, tmp_path: Path, rows: Sequence[dict[str, Any]], *options: str, code: int = 0, **changes: Any):  # type: ignore[no-untyped-def]
+    """What preview prints of one source of these rows, and its document of the source."""
+    changes = {"data__mix": [{"source": write(tmp_path / "own.jsonl", *rows)}]} | changes
+    file = recipe_file(bare, tmp_path, **{"data__validation_fraction": 0.0} | changes)
+    plain, document = invoke("preview", file, *options), invoke("preview", file, *options, "--json")
+    assert plain.exit_code == document.exit_code == code, document.stderr
+    return plain.stdout, json.loads(document.stdout)["sources"][0]
+
+
+@pytest.fixture(scope="module")
+def sizes() -> np.ndarray[Any, Any]:
+    """(rows, 2): tokens, and tokens in the loss; an end mark follows the completion."""
+    tokenizer = tiny_tokenizer.make()
+    texts = [(row["prompt"], row["prompt"] + row["completion"]) for row in ROWS]
+    counts = [[len(tokenizer(text)["input_ids"]) for text in pair] for pair in texts]
+    return np.array([(whole + 1, whole + 1 - prompt) for prompt, whole in counts])
+
+
+def test_the_numbers_are_those_of_the_data(bare: Path, tmp_path: Path, sizes: Any) -> None:
+    _, source = shown(bare, tmp_path, ROWS, "-n", "2")
+    assert (source["num_rows"], source["num_rows_read"], source["drawn"], source["num_examples"]) == (30, 30, "all", 30)
+    assert [source["num_tokens"], source["num_in_loss"]] == sizes.sum(axis=0).tolist()
+    lengths, named = sizes[:, 0].tolist(), source["lengths"]
+    assert [named[each] for each in ("shortest", "median", "longest")] == [sorted(lengths)[n] for n in (0, 14, 29)]
+    examples = [(example["id"], example["num_tokens"]) for example in source["examples"]]
+    assert examples == [("1", lengths[0]), ("2", lengths[1])]
+
+
+@pytest.mark.parametrize("too_long", ["error", "truncate", "drop"])
+def test_what_becomes_of_long_examples(bare: Path, tmp_path: Path, sizes: Any, too_long: str) -> None:
+    limit = int(np.median(sizes[:, 0]))
+    num_long, is_refused = int((sizes[:, 0] > limit).sum()), too_long == "error"
+    changes = {"data__max_length": limit, "data__too_long": too_long}
+    text, source = shown(bare, tmp_path, ROWS, code=int(is_refused), **changes)
+    assert source["num_too_long"] == num_long > 0
+    assert source["lengths"]["longest"] == sizes[:, 0].max()
+    assert source["num_examples"] == (30 if too_long == "truncate" else 30 - num_long)
+    assert source["num_cut"] == (num_long if too_long == "truncate" else 0)
+    assert source["num_dropped"] == (num_long if too_long == "drop" else 0)
+    assert f"{num_long} longer than data.max_length" in text
+    assert ("A run with this data is refused." in text) == bool(source["faults"]) == is_refused
+    shown(bare, tmp_path, ROWS, code=1, data__max_length=2, data__too_long="drop")  # nothing is left
+
+
+def test_a_chat_with_a_turn_that_is_not_learnt(bare: Path, tmp_path: Path) -> None:
+    shown_text, source = shown(bare, tmp_path, [{"messages": CHAT, "id": EVIL, "more": 1}])
+    pieces = source["examples"][0]["pieces"]
+    text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in CHAT)
+    assert "".join(piece["text"] for piece in pieces) == text
+    learnt = "".join(piece["text"] for piece in pieces if piece["in_loss"])
+    assert learnt.rstrip("\n") == f"{EVIL}<|im_end|>"
+    assert {piece["text"] for piece in pieces if piece["is_special"]} == {"<|im_start|>", "<|im_end|>"}
+    assert source["warnings"][-1] == "not used for training: more."
+    for words in ("⟦<│", "«<|im_end|>»", "\\u200b", "not used for training: more."):
+        assert words in shown_text
+    assert not {"\u200b", "\x1b"} & set(shown_text)
+
+
+def test_templates_of_chats_decide_the_examples_and_their_end(bare: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<s>{% endfor %}")
+    text, source = shown(bare, tmp_path, [{"messages": CHAT}], data__chat_template=str(template))
+    note = next(text for text in source["warnings"] if "<s>" in text and "the model may not stop" in text)
+    assert note in " ".join(text.split())
+    template.write_text(FORGETTING)
+    rows = [chat(*["Why?", "yes"] * number, reasoning_content="the cat") for number in (2, 1)]
+    _, source = shown(bare, tmp_path, rows, "-n", "2", data__chat_template=str(template))
+    assert source["num_examples"] == 3
+    assert [example["id"].partition("[")[0] for example in source["examples"]] == ["1", "2"]  # one of each row
+
+
+def test_large_sources(bare: Path, tmp_path: Path, sizes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preview_file, "_MOST_ROWS", 10)
+    text, source = shown(bare, tmp_path, ROWS)
+    assert (source["num_rows"], source["num_rows_read"], source["drawn"]) == (30, 10, "sample")
+    assert "sample rows: 10 of 30; " in text
+    own = tmp_path / "streamed.jsonl"
+    own.write_text("not json\n" + (tmp_path / "own.jsonl").read_text())
+    mix = [{"source": str(own), "stream": True}]
+    text, source = shown(bare, tmp_path, ROWS, data__mix=mix, data__too_long="truncate", data__validation_fraction=...)
+    assert (source["num_rows_read"], source["num_examples"], source["drawn"]) == (31, 30, "first")
+    assert (source["num_tokens"], source["lengths"]["longest"]) == (sizes[:, 0].sum(), sizes[-1, 0])
+    assert (len(source["faults"]), "(skipped)" in text) == (1, True)
+    monkeypatch.setattr(preview_file, "_MOST_CHARACTERS", 1)
+    rows = [{"text": "a " * 600_000}] * 3  # long texts end the reading
+    _, source = shown(bare, tmp_path, rows, "-n", "0", data__too_long="truncate")
+    assert (source["num_rows_read"], source["drawn"], source["examples"]) == (2, "sample", [])
+
+
+def test_mistakes_are_lines_and_colours_stand_for_the_marks(bare: Path, tmp_path: Path) -> None:
+    mix = [{"source": write(tmp_path / "own.jsonl", {"prompt": 1}, {"messages": "no"})}]
+    faulty = invoke("preview", recipe_file(bare, tmp_path, data__mix=mix), "--json")
+    assert (faulty.exit_code, faulty.stdout) == (2, "")
+    assert all(line.startswith("data.mix[0]: ") for line in faulty.stderr.splitlines())
+    recipe, screen = tiny_run.recipe(bare, data__mix=[{"source": write(tmp_path / "own.jsonl", *ROWS)}]), StringIO()
+    console = Console(file=screen, force_terminal=True, color_system="standard", width=80)
+    show_preview(preview(recipe, "r.yaml", 1), console)
+    assert "\x1b[4;32m yes\x1b[0m" in screen.getvalue()
+    assert "⟦" not in screen.getvalue()
+
+
+@given(st.text())
+def test_no_character_of_a_visible_text_hides(text: str) -> None:
+    for character in visible(text):
+        assert character in " \n\t" or unicodedata.category(character)[0] not in "CZ"
+    assert visible(text).count("⏎\n") >= text.count("\n")
+    assert visible("a b\n\té") == "a b⏎\n⇥\té"
+    assert visible("\u202eabc\u200b\x00\ud800\U000e0001\xa0") == "\\u202eabc\\u200b\\x00\\ud800\\U000e0001\\xa0"
+
+
+# --- checks of the start
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    made = tiny_tokenizer.make(more=["<think>"] * 50)
+    set_chat_settings(made, stop_ids=frozenset({made.eos_token_id}))
+    return made
+
+
+def said(tokenizer: Any, *examples: str, cut: int = 0, notes: tuple[str, ...] = (), **data: Any) -> list[str]:
+    """state: text of the checks of one source. Every second part of an example is learnt; # is the end of a turn."""
+    made = []
+    for example in examples:
+        ids: list[int] = []
+        mask: list[bool] = []
+        for number, text in enumerate(example.replace("#", "<|im_end|>").split("^")):
+            ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+            mask += [number % 2 == 1] * (len(ids) - len(mask))
+        made.append(TokenizedExample("t", "0", np.array(ids, dtype=np.int32), np.array(mask, dtype=np.bool_)))
+    sizes = {"num_examples": 9, "num_tokens": 90, "num_truncated": 0, "num_dropped": 0, "num_draws": 9}
+    source = SourcePlan(name="s", share_asked=1.0, share_seen=1.0, num_tokens_seen=90, epochs=1.0, **sizes)
+    part = TokenizedSet("s", tuple(made), num_truncated=cut, notes=notes)
+    config = DataConfig.model_validate({"mix": [{"source": "x.jsonl"}], **data})
+    checks = data_checks([part], MixPlan(1, 1, True, (source,)), tokenizer, config)
+    return [f"{check.state}: {check.text}" for check in checks]
+
+
+def test_answers_that_end_and_say_something(tokenizer: Any) -> None:
+    why, ends, cut = "Why did the dog sit?^", "Why?^the three answers#", "Why?^the three answers"
+    two = f"{why}yes#\n^{why}a long answer#"
+    assert said(tokenizer, ends, two) == [
+        "passed: s: all 3 answers looked at end with a stop token (<|im_end|>).",
+        "passed: s: 0 of 2 examples have no token in the loss.",
+    ]
+    few = "passed: s: 1 of 3 answers do not end with a stop token (<|im_end|>) in the loss."
+    assert few in said(tokenizer, ends, ends, cut)
+    early, asked = f"{why}no#and then the dog sat on the cat", "Why#^the cat"
+    most = "warning: s: 3 of 4 answers do not end with a stop token (<|im_end|>) in the loss; 2 examples are cut"
+    assert said(tokenizer, ends, cut, early, asked, cut=2)[0].startswith(most)
+    # The note of the template says more, and plain text may end anywhere
+    plain = "^the cat sat on the mat"
+    for found in (said(tokenizer, cut, notes=("x: the model may not stop. Fix: y",)), said(tokenizer, plain)):
+        assert not [text for text in found if "stop token" in text]
+    assert said(tokenizer, plain, loss_on="all")[0].startswith("warning: s: 1 of 1 answers do not end")
+    assert "warning: s: 2 of 3 examples have no token in the loss." in said(tokenizer, "Why?", ends, "Why?")
+    first, *others = said(tiny_tokenizer.make(), cut)
+    assert first.startswith("warning: neither the model nor the tokenizer")
+    assert not [text for text in others if "stop token" in text]
+
+
+def test_a_run_tells_and_keeps_what_it_checked_once(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def kept() -> list[tuple[str, str]]:
+        groups = json.loads((run / "checks.json").read_text())
+        return [(each["state"], each["text"]) for group in groups.values() for each in group]
+
+    changes: dict[str, Any] = {"data__packing": True, "train__batch": 100}
+    lines = train(root, run, train__steps=1, **changes).splitlines()
+    logged = [line[21:].removeprefix("Checked: ") for line in lines if " Checked: " in line]
+    about = ("sums: all", "sums: 0 of", "letters: all", "letters: 0 of", "packed examples stay apart")
+    assert all(line.startswith(text) for line, text in zip(logged, about, strict=True)), logged
+    assert set(logged) <= {text for _, text in kept()}
+    assert [text.partition(": ")[0] for state, text in kept() if state == "open"] == [
+        "whether every trainable tensor gets a gradient"
+    ]
+    repeats = "An optimizer step takes 100 examples"
+    assert Page((run / "report.html").read_text()).text.count(repeats) == 1
+    train(root, run, resume=True, train__steps=4, **changes)
+    assert any("in 3 updates each of the 42 trainable tensors had a gradient" in text for _, text in kept())
+    assert [state for state, _ in kept()].count("open") == 0
+    assert sum("packed examples stay apart" in text for _, text in kept()) == 1
+    assert [text.startswith(repeats) for state, text in kept() if state == "warning"] == [True]
+    again = Page((run / "report.html").read_text()).text
+    assert again.count(repeats) == 1
+    assert "the training data has only 50: each step repeats the data 2.0 times. Fix: lower" in again
+
+
+NO_ADAPTER = {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout")}
+
+
+@pytest.mark.parametrize(
+    "changes, warns",
+    [
+        ({}, True),
+        ({"adapter__also_train": ["embed_tokens"], "adapter__also_train_rows": "all"}, False),
+        ({"adapter__kind": "none", "train__steps": 0, **NO_ADAPTER}, False),
+    ],
+)
+def test_tokens_that_the_base_never_learnt(tmp_path: Path, changes: dict[str, Any], warns: bool) -> None:
+    model = tiny_run.write_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    ids = tiny_tokenizer.make().convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<s>"])
+    weights["model.embed_tokens.weight"][ids] = 0.0
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    data = {"data__mix": [{"source": write(tmp_path / "c.jsonl", chat("2 + 2?", "4"))}], "data__validation_fraction": 0}
+    train(tmp_path, tmp_path / "run", **data | UNEVALUATED | {"train__steps": 1} | changes)
+    told = json.loads((tmp_path / "run/checks.json").read_text())["tokens"]
+    text = "the training data has tokens that the base never learnt: <|im_start|>, <|im_end|>. Their rows"
+    assert [check["text"].startswith(text) for check in told] == [True] * warns
+
+
+def test_a_run_that_evaluates_nothing_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    def told(**changes: Any) -> list[str]:
+        recipe = tiny_run.one_layer_recipe(tmp_path, data__validation_fraction=0, **changes)
+        found = prepare.prepare(recipe, tmp_path / "run", Processes(), where="r.yaml", force=False)
+        caplog.clear()
+        checks = prepare._evaluation_checks(found)
+        return [*(each.text for each in checks if each.state == "warning"), *caplog.messages]
+
+    (warning,) = told()
+    assert warning.startswith("no source has validation data, so nothing is evaluated. Fix: ")
+    assert told(eval__tasks=[], eval__limit=...) == []
+    with pytest.raises(UserError, match=r"^eval\.every: got 2, but no source has validation data\. Fix: set valid"):
+        told(eval__every=2)
+    sums, letters = tiny_run.write_data(tmp_path / "data")
+    mix = [{"source": str(sums), "validation": str(letters)}, {"source": str(sums), "name": "again"}]
+    assert told(data__mix=mix, eval__every=2) == ["Not evaluated, since there is no validation data: again."]
+
+
+def repeated(
+    folder: Path, tokenizer: Any, trained: list[Any], held: dict[str, list[Any]], look_up: Any = None, **data: Any
+) -> list[str]:
+    """Each row of `trained` is a source; which sources of `held` have how many copies of them, "name: n of m"."""
+
+    def sources(where: str, rows: list[Any]) -> list[SourceConfig]:
+        files = (write(folder / where / f"{number}.jsonl", row) for number, row in enumerate(rows))
+        return [SourceConfig(source=file) for file in files]
+
+    config = DataConfig.model_validate(
+        {"mix": sources("trained", trained), "validation_fraction": 0.0, "cache": "off", **data}
+    )
+    sets = tokenized_sources(config, tokenizer, read_data(config)[0])
+    scored = {name: [each for s in sources(name, rows) for each in load_source(s)] for name, rows in held.items()}
+    checks = repeated_checks(sets, scored, look_up or tokenizer, config)
+    assert all(check.state == "warning" for check in checks)
+    return [check.text.partition(" are")[0] for check in checks]
+
+
+def test_validation_examples_that_are_trained_on_are_counted(tmp_path: Path, tokenizer: Any) -> None:
+    """Whichever source trains on them. What is cut or cannot be encoded is no copy; a chat in parts is if all are."""
+    texts = [{"prompt": f"the dog {word}", "completion": " sat"} for word in ("a", "b", "c")]
+    chats = [chat(word, "sat") for word in ("a", "b", "c")]
+    choices = [{"question": "the dog?", "choices": ["sat", "b"], "answer": right} for right in (0, 1)]
+    held = {
+        "texts": [*texts[1:], texts[0], {"prompt": "the dog b", "completion": " ran"}],
+        "chats": chats[2:],
+        "choices": [choices[0], choices[0], chats[0], choices[1]],
+    }
+    found = repeated(tmp_path / "a", tokenizer, [*texts[1:], *chats[:2], choices[0]], held)
+    looked = "of 4 validation examples looked up"
+    assert found == [f"texts: {looked}, 2", f"choices: {looked}, 3"]
+    long, short, cut = "the dog " * 20, {"text": "the dog"}, {"max_length": 16, "too_long": "truncate"}
+    trained = [{"text": f"{long}sat"}, short]
+    assert repeated(tmp_path / "b", tokenizer, trained, {"texts": [{"text": f"{long}ran"}]}, **cut) == []
+    plain = tiny_tokenizer.make(chat_template=None, more=["<think>"] * 50)
+    held = {"chats": [chat("a", "b")], "short": [short]}
+    found = repeated(tmp_path / "c", tokenizer, trained, held, look_up=plain, **cut)
+    assert found == ["short: of 1 validation examples looked up, 1"]
+    one, two = (chat("a", "b", *more, reasoning_content="c") for more in ((), ("d", "e")))
+    made = tiny_tokenizer.make(chat_template=FORGETTING)
+    found = repeated(tmp_path / "d", made, [one], {"one": [one], "two": [two]})
+    assert found == ["one: of 1 validation examples looked up, 1"]
+
+
+def test_the_checks_change_no_number_and_lose_no_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("full")
+
+    recipe = tiny_run.recipe(root, train__steps=4, data__packing=True)
+    train_run(recipe, tmp_path / "with", console=QUIET)
+    for place, name in ((prepare, "data_checks"), (prepare, "begin_checks"), (start_checks, "tell_checks")):
+        monkeypatch.setattr(place, name, full)
+    monkeypatch.setattr(trainer.Trainer, "_updated", lambda *_: None)
+    train_run(recipe, tmp_path / "without", console=QUIET)
+    assert not (tmp_path / "without/checks.json").exists()
+    assert timeless(tmp_path / "with") == timeless(tmp_path / "without")
+    (tmp_path / "checkpoints").mkdir()
+    caplog.clear()
+    assert newest_checkpoint(RunDirectory(tmp_path), Processes()) is None
+    (text,) = caplog.messages
+    assert text == f"{tmp_path} has no whole checkpoint: the run begins again at its first step."
+
+
+# --- limits of the model
+
+
+def tokens(name: str, *examples: list[int]) -> TokenizedSet:
+    made = [TokenizedExample(name, "0", np.array(ids, np.int32), np.ones(len(ids), np.bool_)) for ids in examples]
+    return TokenizedSet(name, tuple(made))
+
+
+def test_rows_of_the_embedding_and_positions_are_limits() -> None:
+    sources = [tokens("fits", [0, 9]), tokens("beyond", [1], [10, 2]), tokens("empty")]
+    config = LlamaConfig(vocab_size=10)
+    (fault,) = vocabulary_faults(sources, config, 0)
+    assert fault.startswith("model.tokenizer: source 'beyond' has token id 10, and the model's embedding has 10 rows.")
+    assert vocabulary_faults(sources, config, 1) == []  # a token of model.add_tokens
+    sources = [tokens("fits", [0] * 8), tokens("long", [0] * 9, [0] * 12, [0])]
+    (text,) = context_warnings(sources, LlamaConfig(max_position_embeddings=8))
+    assert text.startswith("long: 2 of 3 examples are longer than the model has positions (up to 12 tokens, ")
+    assert context_warnings(sources, LlamaConfig(max_position_embeddings=12)) == []
+    assert context_warnings(sources, MambaConfig()) == []  # no limit
+
+
+def test_a_run_tells_both_before_its_model_is_loaded(tmp_path: Path) -> None:
+    tiny_run.write_model(tmp_path / "model", max_position_embeddings=16)
+    source = write(tmp_path / "long.jsonl", *[{"prompt": f"{n} " * 20, "completion": " yes"} for n in range(20)])
+    log = train(tmp_path, tmp_path / "run", data__mix=[{"source": source}], train__steps=1)
+    assert "WARNING long: 19 of 19 examples are longer than the model has positions" in log
+    assert log.index("has positions") < log.index("Training ")
+    tiny_run.write_model(tmp_path / "small/model", vocab_size=100)
+    (fault,) = refusal(tiny_run.recipe(tmp_path / "small", data__mix=[{"source": source}]), tmp_path / "small/run")
+    assert "source 'long' has token id" in fault
+    epochs: dict[str, Any] = UNEVALUATED | {"train__steps": ..., "train__epochs": 1}
+    (fault,) = refusal(tiny_run.recipe(tmp_path, **epochs, train__warmup=1000), tmp_path / "other")
+    num_steps = int(fault.partition("at most the ")[2].split()[0])
+    assert fault.startswith("train.warmup: must be at most the ")
+    assert "got 1,000" in fault
+    train(tmp_path, tmp_path / "longest", **epochs, train__warmup=num_steps)
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_validation_data_that_cannot_be_scored_is_refused(tmp_path: Path, evaluates: bool) -> None:
+    tiny_tokenizer.make(
+        chat_template="{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('never no') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ).save_pretrained(tiny_run.write_model(tmp_path / "model"))
+    source = write(tmp_path / "chat.jsonl", *[chat("Hi", "yes")] * 8)
+    held = write(tmp_path / "held.jsonl", chat("Hi", "yes"), chat("Hi", "no"))
+    when = {"eval__every": 2, "eval__at_start": False} if evaluates else UNEVALUATED
+    changes = {"data__mix": [{"source": source, "validation": held}], "train__steps": 2, **when, "eval__limit": None}
+    if evaluates:
+        text = f"validation data ({held}): chat: example 2: the chat template refuses it: never no"
+        assert refusal(tiny_run.recipe(tmp_path, **changes), tmp_path / "run") == [text]
+    else:
+        train(tmp_path, tmp_path / "run", **changes)
