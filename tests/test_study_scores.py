@@ -32,6 +32,7 @@ PRIMARY: dict[str, Any] = {
     "over all": {"over": {"base.quant": ["int8", "nf4", "fp4"]}},
     "beyond 16 bits": {"arm": "dora", "over": {"base.quant": ["nf4"]}, "minus": {"base.quant": "none"}},
 }
+PRIMARY["beyond 16 bits"]["family"] = "later"
 AGAIN = {"base.quant": ["nf4"], "adapter": ["dora"]}
 STAGES: list[dict[str, Any]] = [
     {"name": "main"},
