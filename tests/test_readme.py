@@ -115,7 +115,8 @@ def test_every_extra_setting_and_recipe_named_exists() -> None:
     sections = {key: each.annotation.model_fields for key, each in Recipe.model_fields.items() if key != "trackers"}
     named = re.findall(rf"`({'|'.join(sections)})\.(\w+)", text)
     assert len(named) >= 40
-    assert {key for section, key in named if key not in sections[section]} == {"jsonl"}  # of a file train.jsonl
+    files = {"jsonl", "json", "md", "py"}  # as in train.jsonl
+    assert not [each for each in named if each[1] not in sections[each[0]] and each[1] not in files]
     pattern = r"`((?:commonsense-|paper-|own-|chat-|llama-|qwen-)[a-z0-9-]*)`"
     recipes = set(re.findall(pattern, text)) - {page.stem for page in GUIDES}
     recipes = {name for name in recipes if not name.startswith(("llama-cpp", "llama-quantize"))}
@@ -171,9 +172,6 @@ def test_tables_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -
         assert module.wanted(page) == page.read_text(), f"{name_of(page)}: run python benchmarks/readme_tables.py"
     assert "Llama 3" in module.MODELS.read_text()
     assert "- `rank` (`16`)" in module.SETTINGS.read_text()
-    for table in module.TABLES.values():  # memory is in GiB as in the plan, and only cards are named in GB
-        sizes = set(re.findall(r"(?:[\d.]+ ?)?\bGB\b(?!/s| of rows)", table()))  # rates, and the size of a file
-        assert sizes <= {"8 GB", "24 GB", "40 GB", "80 GB"}
 
 
 def anchors(page: Path) -> set[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import random
@@ -11,15 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from qdora.cli import app
 from qdora.errors import UserError
 from qdora.recipe.recipe_file import override, recipe_from, settings
 from qdora.recipe.settings import Recipe
@@ -384,27 +380,15 @@ def test_a_study_file_finds_the_recipe_beside_it(tmp_path: Path, monkeypatch: py
 
 SECONDS = {("meta-llama/Meta-Llama-3-8B", "none"): 1.0, ("meta-llama/Meta-Llama-3-8B", "nf4"): 2.0}
 SECONDS |= {("Qwen/Qwen3-4B-Base", "none"): 3.0, ("Qwen/Qwen3-4B-Base", "nf4"): 4.0}
+# Models, bases, adapters, seeds
+LARGE = {"bases": 2 * 6, "main": 2 * 6 * 2 * 3, "transplants": 2 * 5 * 2 * 3}
+RANKS = {"bases": 2, "rates": 2 * 3 * 3, "main": 2 * 3 * 4}
 
 
-def dry_run(name: str, folder: Path) -> dict[str, tuple[int, float]]:
-    """Stage -> cells and seconds by `qdora study --dry-run` of a grid, on three examples of each task."""
-    document = yaml.safe_load((ROOT / f"benchmarks/grids/{name}.yaml").read_text())
-    assert cannot_decide(study_from(document)) == []
-    rows = pd.DataFrame([{"question": f"q{index}", "choices": ["a", "b"], "answer": 0} for index in range(3)])
-    for source in document["settings"]["data.mix"]:
-        key = "path" if "path" in source else "source"
-        source[key] = str(folder / source[key])
-        Path(source[key]).mkdir(parents=True)
-        for split in ("train", "validation", "test"):
-            rows.to_parquet(f"{source[key]}/{split}.parquet")
-    (folder / "grid.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
-    found = CliRunner().invoke(app, ["study", f"{folder}/grid.yaml", "--dir", f"{folder}/runs", "--dry-run", "--json"])
-    assert found.exit_code == 0, found.output
-    assert not (folder / "runs").exists()
-    return {each["stage"]: (each["num_cells"], each["seconds"]) for each in json.loads(found.stdout)["stages"]}
-
-
-def test_the_grid_of_large_models_takes_the_hours_of_its_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name, cells", [("8b", LARGE), ("rank_curve", RANKS)])
+def test_the_grids_of_the_benchmarks_have_their_cells_and_the_hours_of_their_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, cells: dict[str, int]
+) -> None:
     """With made-up plans, one of each model with and without quantisation."""
     asked: list[tuple[str, str]] = []
 
@@ -414,15 +398,17 @@ def test_the_grid_of_large_models_takes_the_hours_of_its_plans(tmp_path: Path, m
         return SimpleNamespace(step_seconds=SECONDS[asked[-1]])
 
     monkeypatch.setattr(outlook, "plan", made_up)
-    stages = dry_run("8b", tmp_path)
-    assert sorted(asked) == sorted(SECONDS)
-    # Models, bases, adapters, seeds; three of the six bases have 16 bits
-    hours = sum(6 * 3 * (300 + 400 * each) for each in SECONDS.values())
-    assert stages["main"] == (2 * 6 * 2 * 3, pytest.approx(hours))
-    assert stages["transplants"] == (2 * 5 * 2 * 3, pytest.approx(60 * 300))
-    assert stages["bases"][0] == 2 * 6
-
-
-def test_the_grid_of_ranks_compares_each_with_the_largest(tmp_path: Path) -> None:
-    stages = {name: number for name, (number, _) in dry_run("rank_curve", tmp_path).items()}
-    assert stages == {"bases": 2, "rates": 2 * 3 * 3, "main": 2 * 3 * 4}  # adapters, ranks, rates or seeds
+    study = load_study(ROOT / f"benchmarks/grids/{name}.yaml")
+    assert cannot_decide(study) == []
+    planned = outlook.planned_cells(Expander(study), None)
+    assert planned.num_waiting == {}
+    times = outlook.stage_times(planned.cells, Results(StudyDirectory(tmp_path, makes=False), study))
+    found = {each.stage: each for each in times}
+    assert {stage: found[stage].num_cells for stage in cells} == cells
+    if name == "8b":
+        assert sorted(asked) == sorted(SECONDS)
+        # Three of the six bases have 16 bits
+        seconds = sum(6 * 3 * (300 + 400 * each) for each in SECONDS.values())
+        assert found["main"].seconds == pytest.approx(seconds)
+        assert found["transplants"].seconds == pytest.approx(60 * 300)
+        assert outlook.times_in_words(times)[-1].startswith("In all ")

@@ -171,23 +171,21 @@ def test_a_cell_that_takes_its_process_down_is_given_up_in_the_end(tmp_path: Pat
     assert store.is_given_up(key)
 
 
-def test_of_many_that_find_a_dead_claim_one_gets_it(tmp_path: Path) -> None:
-    (tmp_path / "claims").mkdir()
-    for name in map(str, range(20)):
-        (tmp_path / f"claims/{name}.json").write_text(json.dumps({"host": "x", "pid": 1}))
-        got: list[bool] = []
-        begin, end = threading.Barrier(8), threading.Barrier(8)
+@pytest.mark.parametrize("name", map(str, range(20)))  # it is a matter of chance
+def test_of_many_that_find_a_dead_claim_one_gets_it(tmp_path: Path, name: str) -> None:
+    store, got = StudyDirectory(tmp_path), list[bool]()
+    (tmp_path / f"claims/{name}.json").write_text(json.dumps({"host": "x", "pid": 1}))
+    begin, end = threading.Barrier(8), threading.Barrier(8)
 
-        def take(name: str = name, begin: Any = begin, end: Any = end, got: list[bool] = got) -> None:
-            store = StudyDirectory(tmp_path)
-            begin.wait()
-            with store.claimed(name) as mine:
-                got.append(mine)
-                end.wait()
+    def take() -> None:
+        begin.wait()
+        with StudyDirectory(tmp_path).claimed(name) as mine:
+            got.append(mine)
+            end.wait()
 
-        together(*[take] * 8)
-        assert sorted(got) == [False] * 7 + [True]
-        assert len(StudyDirectory(tmp_path).failures(name)) == 1
+    together(*[take] * 8)
+    assert sorted(got) == [False] * 7 + [True]
+    assert len(store.failures(name)) == 1
 
 
 def test_a_base_that_diverges_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
