@@ -1,8 +1,17 @@
-"""A study whose cells are made up: scores with a truth that is known, written as runs write theirs."""
+"""Studies whose cells are made up: scores with a truth that is known, written as runs write theirs, or trivial work.
+
+    python -m tests.fake_study DIRECTORY NUM_CELLS SECONDS_A_CELL
+
+runs cells with trivial work; tests start it and may kill it. Every start of a cell is a line in DIRECTORY/started.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,38 +19,50 @@ from typing import Any
 import numpy as np
 import yaml
 
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.settings import Recipe
 from qdora.study.cells import Cell, Expander
 from qdora.study.compare import Results
 from qdora.study.grid import load_study
 from qdora.study.page import Report
 from qdora.study.runner import Work, run_cells
 from qdora.study.scores import half_of
-from qdora.study.study_directory import StudyDirectory
+from qdora.study.study_directory import StudyDirectory, read_index
 from qdora.study.upcoming import cells_now
-from tests import study_worker
 
+RECIPE: dict[str, Any] = {
+    "model": {"source": "org/model"},
+    "data": {"mix": [{"source": "org/data"}]},
+    "train": {"steps": 1, "batch": 7},
+}
+"""A valid recipe that is never run."""
 STEPS = 40
 NUM_EXAMPLES = {"piqa": 120, "sums": 80}
-BITS = {"none": 16.0, "int8": 8.1, "nf4": 4.1, "fp4": 4.2, "nf3": 3.1, "nf2": 2.1}
+BITS = {"none": 16.0, "int8": 8.1, "nf4": 4.1, "fp4": 4.2}
 LOST = {"none": 0.0, "int8": 0.01, "nf4": 0.1, "fp4": 0.4}
 """NLL per token that compressing costs after training. A transplanted adapter loses twice as much."""
 
+ADAPTERS = {"lora": {"adapter.kind": "lora"}, "dora": {"adapter.kind": "dora"}}
 DOCUMENT: dict[str, Any] = {
     "recipe": "recipe.yaml",
-    "product": {
-        "base.quant": ["none", "int8", "nf4", "fp4"],
-        "adapter": {"lora": {"adapter.kind": "lora"}, "dora": {"adapter.kind": "dora"}},
-    },
+    "product": {"base.quant": [*LOST], "adapter": ADAPTERS},
     "seeds": [0, 1, 2, 3],
     "rates": {"values": [1e-4, 2e-4, 4e-4]},
     "compare": {"reference": "lora"},
     "retries": 0,
 }
-ARMS = 8
-SEARCH = 3 * 2 * ARMS
-"""Runs of the search: three rates, two seeds."""
 Truth = Callable[[Cell], float]
 """NLL per token of a cell, but for noise."""
+
+
+def recipe(**train: Any) -> Recipe:
+    """The recipe with other settings of the training."""
+    return recipe_from(RECIPE | {"train": RECIPE["train"] | train})
+
+
+def product(*quants: str) -> dict[str, Any]:
+    """LoRA and DoRA on these bases."""
+    return {"base.quant": [*quants], "adapter": ADAPTERS}
 
 
 def truth(cell: Cell) -> float:
@@ -60,13 +81,11 @@ def truth(cell: Cell) -> float:
 def make(folder: Path, *, nll: Truth = truth, generated: bool = False, fail: str | None = None, **changes: Any) -> Path:
     """Run the made-up study; returns its directory. A cell whose truth is NaN has diverged.
 
-    Args:
-        nll: The truth.
-        generated: Also answers: DoRA names a choice in all of them, the others in half.
-        fail: Label that makes a cell fail.
+    With `generated` there are also answers: DoRA names a choice in all of them, the others in half. A cell with the
+    label `fail` fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(study_worker.DOCUMENT))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     (folder / "study.yaml").write_text(yaml.safe_dump(DOCUMENT | changes, sort_keys=False))
     study = load_study(folder / "study.yaml")
     store = StudyDirectory(folder / "study", retries=study.retries)
@@ -77,6 +96,18 @@ def make(folder: Path, *, nll: Truth = truth, generated: bool = False, fail: str
         num_cells = len(cells)
         run_cells(cells, store, work_of(nll, generated=generated, fail=fail))
     return folder / "study"
+
+
+def diverging(*labels: str, kinds: tuple[str, ...] = ("trained",), nll: Truth = truth) -> Truth:
+    """The truth, but cells of these kinds that have all these labels have diverged."""
+    return lambda cell: math.nan if cell.kind in kinds and {*labels} <= {*cell.labels.values()} else nll(cell)
+
+
+def forget(made: Path, *labels: str, kind: str = "trained") -> None:
+    """Remove the results of the cells of a kind that have all these labels."""
+    for cell in read_index(made)["cells"]:
+        if cell["kind"] == kind and {*labels} <= {*cell["labels"].values()}:
+            (made / "results" / f"{cell['key']}.json").unlink()
 
 
 def work_of(nll: Truth = truth, *, generated: bool = False, fail: str | None = None) -> Work:
@@ -100,12 +131,13 @@ def work_of(nll: Truth = truth, *, generated: bool = False, fail: str | None = N
 
 
 def _measured_by_layer(cell: Cell) -> dict[str, Any]:
-    """Two blocks of two layers; the second block matters more."""
+    """Two blocks of two layers, of which the second matters more, and a head."""
     is_compressed = cell.recipe.base.quant != "none"
     errors = {"error_undone": 0.1, "error_undone_best": 0.3, "error_cosine": 0.2}
     change = {"direction": 0.01, "magnitude": 0.001, "length": 0.002}
     change |= errors if is_compressed and not cell.steps else {}
     layers = {f"layers.{block}.{name}": change for block in (0, 1) for name in ("q_proj", "o_proj")}
+    layers["lm_head"] = change
     steps = {"checkpoints": [{"step": step, "nll": 2.0, "changes": layers} for step in cell.steps]}
     return (steps if cell.steps else {}) | {
         "num_steps": 0,
@@ -149,14 +181,14 @@ def _work(cell: Cell, directory: Path, nll: float, generated: bool) -> dict[str,
     size = {"num_linear_weights": 2**20, "num_linear_bytes": int(bits * 2**17), "num_base_bytes": int(bits * 2**17)}
     layers = {f"layers.{n}.q_proj": {"relative_error": 0.01 * n, "sparsity": 0.0} for n in range(3)}
     hidden = {"perplexity": 20.0, "hidden_errors": [0.1, 0.2], "hidden_error": 0.2} if cell.kind == "base" else {}
-    is_compressed_base = cell.kind == "base" and cell.recipe.base.quant == "nf4"
+    compression: dict[str, Any] = {"base": {"sparsity": 0.0, "layers": layers}, "trained": {"sparsity": 0.25}}
     return hidden | {
         "num_steps": 1,
         "final_loss": nll,
         "num_trainable": 10,
         "size": size | {"num_base_bytes": int(bits * 2**17) + 4096, "num_adapter_bytes": 2048 * cell.is_trained},
         "files": files,
-        "compression": {"sparsity": 0.0, "layers": layers} if is_compressed_base else None,
+        "compression": compression.get(cell.kind) if cell.recipe.base.quant == "nf4" else None,
     }
 
 
@@ -176,3 +208,25 @@ def nll_of(made: Path, cell: dict[str, Any], half: str) -> float:
     scored = json.loads((made / "cells" / cell["key"] / "eval/step-1.json").read_text())["per_example"]
     kept = [row for row in scored if half_of(f"{row['id']}#1") == half]
     return float(sum(row["nll"] for row in kept) / sum(row["num_answer_tokens"] for row in kept))
+
+
+def numbered(number: int) -> list[Cell]:
+    """Cells with keys of their own and one recipe."""
+    shared = recipe()
+    return [Cell(f"{index:016x}", {"train.seed": str(index)}, shared) for index in range(number)]
+
+
+def run_numbered(directory: Path, number: int, seconds: float) -> None:
+    """Run them: the result of each is the square of its number."""
+
+    def work(cell: Cell, path: Path) -> dict[str, Any]:
+        with (directory / "started").open("a") as stream:
+            stream.write(f"{cell.key} {os.getpid()}\n")
+        time.sleep(seconds)
+        return {"value": int(cell.key, 16) ** 2}
+
+    run_cells(numbered(number), StudyDirectory(directory), work)
+
+
+if __name__ == "__main__":
+    run_numbered(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

@@ -1,4 +1,5 @@
-"""The report of a made-up study: it finds the truth, claims no more, and shows no number that its data have not."""
+"""The report of a made-up study: it finds the truth and claims no more, least of all where cells are missing, wait or
+have diverged."""
 
 from __future__ import annotations
 
@@ -6,12 +7,10 @@ import html
 import json
 import math
 import re
-import shutil
 import statistics
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,24 +24,25 @@ from qdora.cli import app
 from qdora.errors import UserError
 from qdora.model.pruning import PrunedLayer
 from qdora.study import figures
-from qdora.study.compare import Results
-from qdora.study.grid import COLUMNS, study_from
+from qdora.study.cells import Cell
+from qdora.study.compare import Arm, Results, named_comparisons
+from qdora.study.grid import COLUMNS, load_study, study_from
 from qdora.study.page import Report, write_report
-from qdora.study.report import _TableRows, read_report, report_run
+from qdora.study.report import read_report, report_run
 from qdora.study.scores import half_of
 from qdora.study.study_directory import StudyDirectory, read_index
 from tests import fake_study
-from tests.fake_study import compared, nll_of, rows
+from tests.fake_study import ADAPTERS, DOCUMENT, LOST, compared, diverging, forget, nll_of, product, rows
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")
-
-
 STAGES = [
     {"name": "main"},
     {"name": "moved", "cells": {"base.quant": ["nf4", "fp4"]}, "kind": "transplant"},
+    {"name": "back", "cells": {"base.quant": "nf4", "adapter": "dora"}, "kind": "set_back"},
     {"name": "by layer", "cells": {"base.quant": ["none", "nf4"], "seed": [0, 1]}, "kind": "by_layer"},
     {"name": "by step", "cells": {"base.quant": "nf4", "seed": 2}, "kind": "by_layer", "steps": [1, 2]},
 ]
+ODD = {"base.quant": ["none", "nf4"], "adapter": ADAPTERS | {"odd": {"adapter.kind": "dora", "adapter.rank": 8}}}
 GUESSES = {"uniform": math.log(1000), "unigram": 5.0}
 
 
@@ -60,59 +60,55 @@ def report(made: Path) -> Report:
     return read_report(made)
 
 
-def test_each_arm_has_the_rate_of_its_search(report: Report) -> None:
+def test_arms_have_the_rates_of_their_searches_and_sizes(report: Report) -> None:
     trained = rows(report, "arms", kind="trained")
     assert len(trained) == 8
-    found = {(row["base.quant"], row["adapter"]): row for row in report.tables["rates"]}
+    searches = {(row["base.quant"], row["adapter"]): row for row in report.tables["rates"]}
     for row in trained:
-        searched = found[row["base.quant"], row["adapter"]]
+        searched = searches[row["base.quant"], row["adapter"]]
         assert float(row["rate"]) == pytest.approx(2e-4, rel=0.1)
-        assert row["rate"] == searched["rate"]
-        assert row["rate_is_interior"]
-        assert row["num_seeds"] == 4
+        assert (row["rate"], row["rate_is_interior"], row["num_seeds"]) == (searched["rate"], True, 4)
         assert (searched["num_runs"], searched["num_diverged"]) == (6, 0)
+        assert row["bits_per_weight"] == pytest.approx(fake_study.BITS[row["base.quant"]], rel=1e-5)
+        assert row["total_mib"] == pytest.approx(row["bits_per_weight"] / 8 + (4096 + 2048) / 2**20)
+        assert row["adapter_mib"] == 2048 / 2**20
+    # The run whose magnitudes were set back knows how its base was pruned
+    assert {row["sparsity"] for row in rows(report, "arms", **{"base.quant": "nf4", "adapter": "dora"})} == {0.25, 0.0}
+    assert [row["sparsity"] for row in rows(report, "arms", kind="set_back")] == [0.25]
 
 
 def test_the_base_of_a_recipe_is_not_the_uncompressed_one(tmp_path: Path) -> None:
     """In a study without an axis of bases neither of the two has a label."""
-    product = {"adapter": fake_study.DOCUMENT["product"]["adapter"]}
-    made = fake_study.make(tmp_path, product=product, settings={"base.quant": "nf4"}, seeds=[0, 1])
+    made = fake_study.make(tmp_path, product={"adapter": ADAPTERS}, settings={"base.quant": "nf4"}, seeds=[0, 1])
     report = read_report(made)
     bases = {row["is_dense"]: row for row in rows(report, "arms", kind="base")}
     bits = {is_dense: row["bits_per_weight"] for is_dense, row in bases.items()}
     assert bits == pytest.approx({True: 16.0, False: 4.1}, rel=1e-5)
     assert bases[False]["nll_per_token"] - bases[True]["nll_per_token"] == pytest.approx(0.3, abs=0.02)
-    trained = rows(report, "arms", kind="trained")
-    assert [row["is_dense"] for row in trained] == [False, False]
+    assert [row["is_dense"] for row in rows(report, "arms", kind="trained")] == [False, False]
     (damaged,) = (row for row in report.tables["repair"] if "damage_choice" in row)
     assert damaged["damage_choice"] > 0
 
 
 @pytest.mark.parametrize("search", [True, False])
 def test_the_examples_that_find_rates_do_not_compare(tmp_path: Path, search: bool) -> None:
-    """A cell of the search and one of the comparison, whose examples of each half are worth 1 and 2."""
+    """Examples of each half are worth 1 and 2."""
     changes: dict[str, Any] = {} if search else {"rates": None, "settings": {"train.lr": 2e-4}}
-    made = fake_study.make(tmp_path, product=fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}, **changes)
+    made = fake_study.make(tmp_path, product=product("nf4"), **changes)
     for cell in read_index(made)["cells"]:
         file = made / "cells" / cell["key"] / "eval/step-1.json"
         scored = json.loads(file.read_text())["per_example"]
         for row in scored:
             row |= {"nll": 1.0 if half_of(f"{row['id']}#1") == "choose" else 2.0, "num_answer_tokens": 1}
         file.write_text(json.dumps({"per_example": scored}))
-    report = read_report(made)
-    numbers = {row["nll_per_token"] for row in rows(report, "arms", kind="trained")}
-    assert len(numbers) == 1
-    assert numbers.pop() == pytest.approx(2.0 if search else 1.5, abs=0.0 if search else 0.1)
-    results = Results(StudyDirectory(made), study_from(fake_study.DOCUMENT | changes | {"recipe": "demo"}))
+    (number,) = {row["nll_per_token"] for row in rows(read_report(made), "arms", kind="trained")}
+    assert number == pytest.approx(2.0 if search else 1.5, abs=0.0 if search else 0.1)
+    results = Results(StudyDirectory(made), study_from(DOCUMENT | changes | {"recipe": "demo"}))
     losses = [results.loss(cell["key"]) for cell in read_index(made)["cells"] if cell["kind"] == "rate"]
     assert set(losses) == ({1.0} if search else set())
-
-
-@pytest.mark.parametrize("number", [1, 2, 5, 200])
-def test_halves_are_disjoint_and_do_not_depend_on_what_else_is_evaluated(number: int) -> None:
-    halves = [half_of(f"{index}#1") for index in range(number)]
-    assert halves == [half_of(f"{index}#2") for index in range(number)]  # a repeated id stays in its half
-    assert abs(halves.count("choose") - number / 2) <= 3 * math.sqrt(number) / 2
+    halves = [half_of(f"{index}#1") for index in range(200)]
+    assert halves == [half_of(f"{index}#2") for index in range(200)]  # a repeated id stays in its half
+    assert abs(halves.count("choose") - 100) <= 3 * math.sqrt(200) / 2
 
 
 def test_better_equivalent_and_not_decided(report: Report) -> None:
@@ -120,193 +116,115 @@ def test_better_equivalent_and_not_decided(report: Report) -> None:
     assert (row["winner"], row["verdict"]) == ("dora", "dora is better")
     assert 0 < row["lower"] < 0.05 < row["upper"]
     assert row["p_holm"] < 0.05 < row["p_equivalent_holm"]
-    verdicts = {quant: compared(report, quant)["verdict"] for quant in ("none", "int8", "fp4")}
-    assert set(verdicts.values()) <= {"no difference above 0.02", "not decided"}
-    for quant, said in verdicts.items():
-        other = compared(report, quant)
-        assert other["winner"] == ""
-        assert (other["p_equivalent_holm"] < 0.05) == (said != "not decided")
-        assert max(abs(other["lower"]), abs(other["upper"])) < 0.02 or said == "not decided"
-        assert other["smallest_detectable"] > other["half_width"] > 0
-    assert list(verdicts.values()).count("not decided") < 3
+    others = [compared(report, quant) for quant in ("none", "int8", "fp4")]
+    assert {row["winner"] for row in others} == {""}
+    for row in others:
+        assert row["verdict"] == ("no difference above 0.02" if row["p_equivalent_holm"] < 0.05 else "not decided")
+        assert max(abs(row["lower"]), abs(row["upper"])) < 0.02 or row["verdict"] == "not decided"
+        assert row["smallest_detectable"] > row["half_width"] > 0
+    assert [row["verdict"] for row in others].count("not decided") < 3
+    assert len(report.answer) == 4
+    for row, text in zip(rows(report, "comparisons", role="primary"), report.answer, strict=True):
+        said = f"base.quant {row['base.quant']}, dora against lora: {row['verdict']}, improvement of dora over lora"
+        interval = f" {row['improvement']:.4f} (95 % interval {row['lower']:.4f} to {row['upper']:.4f}; 4 seeds; "
+        assert text.startswith(said)
+        assert interval in text
+        p = row["p_holm"] if row["winner"] else row["p_equivalent_holm"]
+        unseen = f"differences below {row['smallest_detectable']:.2g} could"
+        assert (unseen if row["verdict"] == "not decided" else f" = {p:.4f}, corrected for 4).") in text
 
 
-def test_a_verdict_needs_a_small_p_after_the_correction(made: Path, tmp_path: Path) -> None:
-    shutil.copytree(made, tmp_path / "study")
-    index = json.loads((made / "study.json").read_text())
-    row = compared(read_report(made), "nf4")
-    raw = max(row["p_seeds"], row["p_examples"])
-    assert row["p_holm"] == pytest.approx(4 * raw)
-    index["study"]["compare"]["alpha"] = 2 * raw  # small enough by itself, not among so many comparisons
-    (tmp_path / "study/study.json").write_text(json.dumps(index))
-    row = compared(read_report(tmp_path / "study"), "nf4")
-    assert (row["winner"], row["verdict"], row["reason"]) == ("", "not decided", "")
-
-
-PRIMARY: dict[str, dict[str, Any]] = {
-    "over all": {"over": {"base.quant": ["int8", "nf4", "fp4"]}},
-    "beyond 16 bits": {"arm": "dora", "over": {"base.quant": ["nf4"]}, "minus": {"base.quant": "none"}},
-}
-
-
-def test_primary_comparisons_are_averages_and_differences_over_bases_seed_by_seed(tmp_path: Path) -> None:
-    report = read_report(fake_study.make(tmp_path, compare={"reference": "lora", "primary": PRIMARY}))
-    by_seed = {
-        row["comparison"] if row["role"] == "primary" else row["base.quant"]: [
-            float(text.partition(": ")[2]) for text in row["seed_improvements"].split("; ")
-        ]
-        for row in report.tables["comparisons"]
-        if row["measure"] == "nll_per_token"
+def test_a_later_comparison_has_its_own_seeds_reference_and_family(tmp_path: Path) -> None:
+    later = {"arm": "odd", "reference": "dora", "over": {"base.quant": "nf4"}, "seeds": [4, 5, 6], "family": "later"}
+    made = fake_study.make(
+        tmp_path,
+        product={"base.quant": ["nf4"], "adapter": ODD["adapter"]},
+        stages=[{"name": "main"}, {"name": "more", "cells": {"adapter": ["dora", "odd"], "seed": [4, 5, 6]}}],
+        compare={"reference": "lora", "primary": {"all": {"arm": "dora"}, "odd": later}, "spread": 0.03},
+        bases=False,
+    )
+    report = read_report(made)
+    assert [text.partition(":")[0] for text in report.answer] == ["all", "odd"]
+    both = rows(report, "comparisons", role="primary")
+    assert [(row["num_seeds"], row["num_tests"], row["reference"]) for row in both] == [(4, 1, "lora"), (3, 1, "dora")]
+    assert both[1]["half_width_planned"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.03 / math.sqrt(3))
+    others = rows(report, "comparisons", role="exploratory", measure="nll_per_token")
+    assert {(row["comparison"], row["verdict"], row["winner"]) for row in others} == {
+        ("dora against lora", "exploratory", ""),
+        ("odd against lora", "exploratory", ""),
     }
-    for seed in range(4):
-        over = sum(by_seed[quant][seed] for quant in ("int8", "nf4", "fp4")) / 3
-        assert by_seed["over all"][seed] == pytest.approx(over, abs=1e-8)
-        assert by_seed["beyond 16 bits"][seed] == pytest.approx(by_seed["nf4"][seed] - by_seed["none"][seed], abs=1e-8)
-    roles = {row["comparison"]: row["role"] for row in rows(report, "comparisons", measure="nll_per_token")}
-    assert roles == {"over all": "primary", "beyond 16 bits": "primary", "dora against lora": "exploratory"}
-    assert {row["verdict"] for row in rows(report, "comparisons", role="exploratory")} == {"exploratory"}
-    assert {row["winner"] for row in rows(report, "comparisons", role="exploratory")} == {""}
-    (row,) = rows(report, "comparisons", comparison="beyond 16 bits", role="primary")
-    assert row["p_holm"] <= 2 * max(row["p_seeds"], row["p_examples"])  # two primary ones, however many there are
+    forget(made, "odd", "5")
+    (row,) = rows(read_report(made), "comparisons", comparison="odd", role="primary")
+    assert (row["num_seeds"], row["num_missing"], row["verdict"]) == (2, 1, "not decided")
 
 
-def test_what_is_left_and_what_is_repaired(report: Report) -> None:
-    assert not rows(report, "repair", **{"base.quant": "none", "adapter": "dora"})
-    for quant, lost in fake_study.LOST.items():
-        for arm in ("lora", "dora") if quant != "none" else ():
-            (row,) = rows(report, "repair", **{"base.quant": quant, "adapter": arm})
-            lost -= 0.05 if (quant, arm) == ("nf4", "dora") else 0.0
-            assert row["left"] == pytest.approx(lost, abs=0.02)
-            assert row["left_lower"] < row["left"] < row["left_upper"]
-            if quant == "int8":  # no adapter was transplanted
-                assert not {"transplant", "repaired", "repaired_share"} & set(row)
-                continue
-            moved = 2 * fake_study.LOST[quant]
-            assert row["transplant"] == pytest.approx(moved, abs=0.02)
-            assert row["repaired"] == pytest.approx(moved - lost, abs=0.02)
-            assert row["repaired_share"] == pytest.approx((moved - lost) / moved, abs=0.1)
-            assert row["repaired_share_lower"] < row["repaired_share"] < row["repaired_share_upper"]
-
-
-def test_damage_is_of_the_choices_without_training(report: Report) -> None:
+def test_what_is_damaged_left_and_repaired(report: Report) -> None:
     damage = {row["base.quant"]: row for row in rows(report, "repair", adapter="no adapter")}
     assert list(damage) == ["none", "int8", "nf4", "fp4"]
     assert "damage_choice" not in damage["none"]
     assert damage["int8"]["damage_choice"] < damage["nf4"]["damage_choice"] < damage["fp4"]["damage_choice"]
     assert damage["fp4"]["damage_choice_lower"] > 0
     assert damage["nf4"]["weight_error"] == pytest.approx(0.01)  # the mean of the layers: 0, 0.01, 0.02
+    assert not rows(report, "repair", **{"base.quant": "none", "adapter": "dora"})
+    for quant, arm in ((quant, arm) for quant in ("int8", "nf4", "fp4") for arm in ADAPTERS):
+        (row,) = rows(report, "repair", **{"base.quant": quant, "adapter": arm})
+        lost, moved = LOST[quant] - (0.05 if (quant, arm) == ("nf4", "dora") else 0.0), 2 * LOST[quant]
+        assert row["left"] == pytest.approx(lost, abs=0.02)
+        assert ("magnitudes" in row) == ((quant, arm) == ("nf4", "dora"))
+        if quant == "int8":  # no adapter was transplanted
+            assert not {"transplant", "repaired", "repaired_share"} & set(row)
+            continue
+        assert (row["transplant"], row["repaired"]) == pytest.approx((moved, moved - lost), abs=0.02)
+        assert row["repaired_share"] == pytest.approx((moved - lost) / moved, abs=0.1)
+        assert row["repaired_share_lower"] < row["repaired_share"] < row["repaired_share_upper"]
 
 
-def test_an_answer_without_format_is_not_a_wrong_one(report: Report) -> None:
-    (lora,) = rows(report, "arms", **{"base.quant": "nf4", "adapter": "lora", "kind": "trained"})
-    (dora,) = rows(report, "arms", **{"base.quant": "nf4", "adapter": "dora", "kind": "trained"})
-    assert lora["unparsable"] == pytest.approx(0.5, abs=0.15)
-    assert dora["unparsable"] == 0
-    assert lora["right"] == dora["right"] == pytest.approx(0.25, abs=0.1)  # what is right is right in both
-    assert compared(report, "nf4", "unparsable")["improvement"] == pytest.approx(0.5, abs=0.15)
-    assert compared(report, "nf4", "unparsable")["verdict"] == "exploratory"
-
-
-def test_the_answer_is_a_sentence_for_each_primary_comparison(report: Report, tmp_path: Path) -> None:
-    assert len(report.answer) == 4
-    for row, text in zip(rows(report, "comparisons", role="primary"), report.answer, strict=True):
-        assert text.startswith(
-            f"base.quant {row['base.quant']}, dora against lora: {row['verdict']}, improvement of dora"
-        )
-        assert f" {row['improvement']:.4f} (95 % interval {row['lower']:.4f} to {row['upper']:.4f}; 4 seeds; " in text
-        if row["verdict"] != "not decided":
-            p = row["p_holm"] if row["winner"] else row["p_equivalent_holm"]
-            assert text.endswith(f" = {p:.4f}, corrected for 4).")
-        else:
-            assert f"differences below {row['smallest_detectable']:.2g} " in text
-    families = {name: each | ({"family": "later"} if "beyond" in name else {}) for name, each in PRIMARY.items()}
-    compare = {"reference": "lora", "primary": families, "spread": 0.03}
-    primary = read_report(fake_study.make(tmp_path, compare=compare, seeds=[0, 1, 2]))
-    assert [text.partition(":")[0] for text in primary.answer] == ["over all", "beyond 16 bits"]
-    for row in rows(primary, "comparisons", role="primary"):
-        assert (row["num_tests"], row["p_holm"]) == (1, max(row["p_seeds"], row["p_examples"]))  # of its own family
-        assert row["half_width_planned"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.03 / math.sqrt(3))
-
-
-def test_a_later_comparison_has_its_own_seeds_and_reference(tmp_path: Path) -> None:
-    adapters = fake_study.DOCUMENT["product"]["adapter"] | {"odd": {"adapter.kind": "dora", "adapter.rank": 8}}
-    later = {"arm": "odd", "reference": "dora", "over": {"base.quant": "nf4"}, "seeds": [4, 5, 6], "family": "later"}
-    made = fake_study.make(
-        tmp_path,
-        product={"base.quant": ["nf4"], "adapter": adapters},
-        stages=[{"name": "main"}, {"name": "more", "cells": {"adapter": ["dora", "odd"], "seed": [4, 5, 6]}}],
-        compare={"reference": "lora", "primary": {"over all": {"arm": "dora"}, "odd": later}, "zone": 0.2},
-        bases=False,
-    )
-    (row,) = rows(read_report(made), "comparisons", comparison="odd", role="primary")
-    cells = {(cell["labels"]["adapter"], cell["labels"]["seed"]): cell for cell in read_index(made)["cells"][18:]}
-    gains = [
-        nll_of(made, cells["dora", seed], "compare") - nll_of(made, cells["odd", seed], "compare") for seed in "456"
-    ]
-    half = stats.t.ppf(0.975, 2) * statistics.stdev(gains) / math.sqrt(3)
-    found = (row["improvement"], row["half_width"], row["num_seeds"], row["reference"])
-    assert found == (pytest.approx(statistics.mean(gains)), pytest.approx(half), 3, "dora")
-    (made / "results" / f"{cells['odd', '5']['key']}.json").unlink()
-    (row,) = rows(read_report(made), "comparisons", comparison="odd", role="primary")
-    assert (row["num_missing"], row["verdict"]) == (1, "not decided")
-
-
-def test_a_primary_comparison_is_told_in_accuracy_and_on_each_task(made: Path, report: Report) -> None:
-    row, by_task = compared(report, "nf4", "acc"), compared(report, "nf4", "nll_by_task")
-    assert (row["zone"], by_task["zone"]) == (0.01, 0.02)
+def test_answers_choices_and_tasks(report: Report) -> None:
+    arms = {row["adapter"]: row for row in rows(report, "arms", kind="trained", **{"base.quant": "nf4"})}
+    assert arms["lora"]["unparsable"] == pytest.approx(0.5, abs=0.15)
+    assert arms["dora"]["unparsable"] == 0
+    # What is right is right in both: an answer without format is not a wrong one
+    assert arms["lora"]["right"] == arms["dora"]["right"] == pytest.approx(0.25, abs=0.1)
+    unparsable, acc, by_task = (compared(report, "nf4", name) for name in ("unparsable", "acc", "nll_by_task"))
+    assert (unparsable["improvement"], unparsable["verdict"]) == (pytest.approx(0.5, abs=0.15), "exploratory")
+    assert (acc["zone"], by_task["zone"]) == (0.01, 0.02)
     found = rows(report, "tasks", **{"base.quant": "nf4", "measure": "nll_per_token"})
-    assert {each["task"] for each in found} == set(fake_study.NUM_EXAMPLES)
-    assert by_task["improvement"] == pytest.approx(statistics.mean(each["improvement"] for each in found))
-    whole = sum(each["weight"] * each["improvement"] for each in found)
+    assert {row["task"] for row in found} == set(fake_study.NUM_EXAMPLES)
+    assert by_task["improvement"] == pytest.approx(statistics.mean(row["improvement"] for row in found))
+    whole = sum(row["weight"] * row["improvement"] for row in found)
     assert compared(report, "nf4")["improvement"] == pytest.approx(whole, abs=2e-3)  # the weights differ by seed
     (choices,) = rows(report, "tasks", **{"base.quant": "nf4", "measure": "acc"})  # one task has choices
-    assert choices["improvement"] == row["improvement"]
-
-
-def test_a_cell_that_evaluates_another_run_has_the_sparsity_of_that_run() -> None:
-    size = {"num_linear_bytes": 16, "num_linear_weights": 8, "num_base_bytes": 2**20, "num_adapter_bytes": 0}
-    known = {
-        "run": {"size": size, "compression": {"sparsity": 0.5}},
-        "set back": {"size": size, "compression": None},
-        "plain": {"size": size, "compression": None},
-    }
-    results: Any = SimpleNamespace(result=known.get)
-    table = _TableRows(results, [], {"set back": "run"})
-    found = {key: table.sizes(key)["sparsity"] for key in known}
-    assert found == {"run": 0.5, "set back": 0.5, "plain": 0.0}
+    assert choices["improvement"] == acc["improvement"]
 
 
 def test_curves_are_means_over_the_seeds(made: Path, report: Report) -> None:
-    found = rows(report, "curves", **{"base.quant": "nf4", "adapter": "dora"})
-    cells = [cell for cell in read_index(made)["cells"] if cell["kind"] == "trained"]
-    own = [c for c in cells if (c["labels"]["base.quant"], c["labels"]["adapter"]) == ("nf4", "dora")]
     losses: dict[int, list[float]] = {}
-    for cell in own:
-        for text in (made / "cells" / cell["key"] / "metrics.jsonl").read_text().splitlines():
-            line = json.loads(text)
-            losses.setdefault(line["step"], []).append(line["loss"])
-    assert [row["step"] for row in found] == [*range(2, 41, 2)]  # 40 steps in at most 32 points
-    for row in found:
-        both = losses[row["step"] - 1] + losses[row["step"]]
-        assert row["training_loss"] == pytest.approx(statistics.mean(both), rel=1e-12)
+    for cell in read_index(made)["cells"]:
+        if cell["kind"] == "trained" and {"nf4", "dora"} <= {*cell["labels"].values()}:
+            for text in (made / "cells" / cell["key"] / "metrics.jsonl").read_text().splitlines():
+                losses.setdefault(json.loads(text)["step"], []).append(json.loads(text)["loss"])
+    found = {row["step"]: row for row in rows(report, "curves", **{"base.quant": "nf4", "adapter": "dora"})}
+    assert list(found) == [*range(2, 41, 2)]  # 40 steps in at most 32 points
+    means = {step: statistics.mean(losses[step - 1] + losses[step]) for step in found}
+    assert {step: row["training_loss"] for step, row in found.items()} == pytest.approx(means, rel=1e-12)
+    assert {row["num_seeds"] for row in found.values()} == {4}
 
 
-def test_guesses_blocks_and_layers_are_told(report: Report) -> None:
+def test_guesses_blocks_and_layers(report: Report) -> None:
     guesses = {row["guess"]: row.get("nll", row.get("acc")) for row in report.tables["guesses"]}
     assert guesses == GUESSES | {"choice": 0.5}  # piqa's two choices
-    off = [row for row in report.tables["blocks"] if "block_off" in row]
-    assert {(row["base.quant"], row["adapter"], row["seed"]) for row in off} == {
-        (quant, kind, seed) for quant in ("none", "nf4") for kind in ("lora", "dora") for seed in "01"
-    }
-    undone = [row for row in report.tables["changes"] if "error_undone" in row]
-    assert {row["base.quant"] for row in undone} == {"nf4"}
-    assert {(row["layer"], row["block"]) for row in undone} == {
-        (f"layers.{block}.{name}", block) for block in (0, 1) for name in ("q_proj", "o_proj")
-    }
-
-
-def numbers_of(text: str) -> set[str]:
-    return set(NUMBER.findall(text))
+    off = {(row["base.quant"], row["adapter"], row["seed"]) for row in report.tables["blocks"] if "block_off" in row}
+    assert off == {(quant, kind, seed) for quant in ("none", "nf4") for kind in ADAPTERS for seed in "01"}
+    changes = [row for row in report.tables["changes"] if "error_undone" in row]
+    assert {row["base.quant"] for row in changes} == {"nf4"}
+    layers = {(f"layers.{block}.{name}", block) for block in (0, 1) for name in ("q_proj", "o_proj")}
+    assert {(row["layer"], row["block"]) for row in changes} == layers | {("lm_head", None)}
+    assert {(row["direction_change"], row["magnitude_change"]) for row in changes} == {(0.01, 0.001)}
+    (steps,) = {tuple(row["step"] for row in rows(report, "checkpoints", adapter=kind)[::5]) for kind in ADAPTERS}
+    assert steps == (1, 2)
+    assert {(row["nll"], row["length_change"]) for row in report.tables["checkpoints"]} == {(2.0, 0.002)}
+    errors = rows(report, "blocks", block=1, **{"base.quant": "fp4"})
+    assert [row["relative_error"] for row in errors] == [0.2]
 
 
 def test_every_number_of_the_page_is_in_the_data_beside_it(report: Report, tmp_path: Path) -> None:
@@ -316,30 +234,28 @@ def test_every_number_of_the_page_is_in_the_data_beside_it(report: Report, tmp_p
     texts = "a study"
     frames = [pd.read_csv(file, dtype={"train.lr": str}) for file in sorted(tmp_path.glob("*.csv"))]
     assert len(frames) == 13
-    for frame in frames:
-        for column in frame:
-            if frame[column].dtype == object or str(frame[column].dtype) in ("str", "string"):
-                texts += " " + " ".join(map(str, frame[column].dropna()))
-            known += pd.to_numeric(frame[column], errors="coerce").dropna().astype(float).tolist()
-    in_texts = numbers_of(texts)
-    page = (tmp_path / "index.html").read_text()
-    body = re.sub(r"<head>.*?</head>", " ", page, flags=re.DOTALL)
-    body = html.unescape(re.sub(r"<[^>]*>", " ", body))
-    markdown = (tmp_path / "report.md").read_text()
-    for text in (body, markdown):
-        found = numbers_of(text)
+    for column in (frame[name] for frame in frames for name in frame):
+        if column.dtype == object or str(column.dtype) in ("str", "string"):
+            texts += " " + " ".join(map(str, column.dropna()))
+        known += pd.to_numeric(column, errors="coerce").dropna().astype(float).tolist()
+    body = re.sub(r"<head>.*?</head>", " ", (tmp_path / "index.html").read_text(), flags=re.DOTALL)
+    for text in (html.unescape(re.sub(r"<[^>]*>", " ", body)), (tmp_path / "report.md").read_text()):
+        found = set(NUMBER.findall(text))
         assert len(found) > 100
-        for token in found - in_texts:
+        for token in found - set(NUMBER.findall(texts)):
             digits = len(token.partition(".")[2])
             assert any(f"{value:.{digits}f}" == token for value in known), token
 
 
 @pytest.mark.figures
-def test_the_page_needs_nothing_beside_it(report: Report, tmp_path: Path) -> None:
-    page = write_report(report, tmp_path, "a <study> & more")[0].read_text()
+def test_the_page_needs_nothing_beside_it_and_is_always_the_same(made: Path, report: Report, tmp_path: Path) -> None:
+    first = write_report(report, tmp_path / "a", "a <study> & more")
+    page = first[0].read_text()
     assert "<title>a &lt;study&gt; &amp; more</title>" in page
     assert page.count('src="data:image/svg+xml;base64,') == 3
     assert not re.search(r"<script|(?:src|href)=[\"'](?!data:image/svg)|@import|url\(", page)
+    second = write_report(read_report(made), tmp_path / "b", "a <study> & more")
+    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
 
 
 def test_the_figures_show_the_tables(report: Report) -> None:
@@ -349,7 +265,7 @@ def test_the_figures_show_the_tables(report: Report) -> None:
     for face, column in (({"white"}, "transplant"), (set(figures._COLORS), "left")):
         xs = {np.asarray(line.get_xdata())[0] for line in points if line.get_markerfacecolor() in face}
         assert xs == {row[column] for row in left}
-    pairs = [dict(compared(report, quant)) for quant in fake_study.LOST]
+    pairs = [dict(compared(report, quant)) for quant in LOST]
     pairs[0] |= {"lower": -9.0, "upper": 9.0, "num_seeds": 2}  # too few seeds for a verdict
     (axis,) = figures._differences(pairs, report.axes, report.compare).axes
     low, high = axis.get_xlim()
@@ -358,30 +274,12 @@ def test_the_figures_show_the_tables(report: Report) -> None:
     assert -1 < low < min(row["lower"] for row in pairs[1:])
     assert max(row["upper"] for row in pairs[1:]) < high < 1
     panels = figures._curves(report.tables["curves"], report.axes, report.compare).axes
-    assert [axis.get_title() for axis in panels if axis.get_visible()] == list(fake_study.LOST)
+    assert [axis.get_title() for axis in panels if axis.get_visible()] == list(LOST)
     lines = {np.asarray(line.get_ydata())[-1] for axis in panels for line in axis.lines}
     assert lines == {row["training_loss"] for row in report.tables["curves"] if row["step"] == fake_study.STEPS}
 
 
-def test_a_layer_outside_of_the_blocks_has_no_block(made: Path, tmp_path: Path) -> None:
-    """Such as an adapted head."""
-    shutil.copytree(made, tmp_path / "study")
-    (key, *_) = [cell["key"] for cell in read_index(made)["cells"] if cell["kind"] == "by_layer"]
-    file = tmp_path / "study/results" / f"{key}.json"
-    result = json.loads(file.read_text())
-    result["changes"]["lm_head"] = result["changes"]["layers.0.q_proj"]
-    file.write_text(json.dumps(result))
-    changes = read_report(tmp_path / "study").tables["changes"]
-    assert [row["layer"] for row in changes if row["block"] is None] == ["lm_head"]
-
-
-@pytest.mark.slow
-def test_the_same_study_gives_the_same_files(made: Path, tmp_path: Path) -> None:
-    first, second = (write_report(read_report(made), tmp_path / name, "study") for name in "ab")
-    assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
-
-
-def test_the_command(made: Path, tmp_path: Path) -> None:
+def test_the_command_and_what_has_no_report(made: Path, tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["report", str(made), "--out", str(tmp_path / "out"), "--json"])
     assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
@@ -389,21 +287,217 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     assert len(document["answer"]) == 4
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert found.exit_code == 2
-    assert "is not a run (it has no recipe.yaml) or a study (no study.json). Fix: name a directory" in found.output
+    assert "is not a run (it has no recipe.yaml) or a study (no study.json)" in found.output
+    empty = fake_study.make(tmp_path / "empty", product=product("nf4"), rates=None)
+    for file in (empty / "results").glob("*.json"):
+        file.unlink()
+    with pytest.raises(UserError, match="no cell has scores"):
+        report_run(empty, console=Console(quiet=True))
 
 
 def test_no_column_can_be_an_axis_too(report: Report) -> None:
     """Every column that is not an axis is refused as the name of one."""
-    axes = set(fake_study.DOCUMENT["product"])
     columns = {column for table in report.tables.values() for row in table for column in row}
-    assert columns - axes - {"prompt", "output"} <= COLUMNS
-    layer = {field.name for field in fields(PrunedLayer)} | {"sparsity"}
-    assert layer <= COLUMNS
+    columns |= {field.name for field in fields(PrunedLayer)} | {"sparsity"}
+    assert columns - set(DOCUMENT["product"]) - {"prompt", "output"} <= COLUMNS
 
 
-def test_a_study_without_results_has_no_report(tmp_path: Path) -> None:
-    made = fake_study.make(tmp_path)
-    for file in (made / "results").glob("*.json"):
-        file.unlink()
-    with pytest.raises(UserError, match=r"no cell has scores\. Fix: run 'qdora study'"):
-        report_run(made, console=Console(quiet=True))
+NF4 = {"product": product("nf4")}
+NO_WINNER = {"winner": "", "verdict": "not decided"}
+DORA = {"winner": "dora", "verdict": "dora is better"}
+OVER_BOTH = {"over both": {"arm": "dora", "over": {"base.quant": ["nf4", "fp4"]}}}
+ON_TEST = {"reference": "lora", "split": "test"}
+
+
+def gains(*of_seeds: float) -> dict[str, Any]:
+    """A study on nf4 in which dora gains so much with each seed."""
+
+    def nll(cell: Cell) -> float:
+        gain = of_seeds[cell.recipe.train.seed] if cell.kind == "trained" and cell.recipe.adapter.kind == "dora" else 0
+        return 2.0 - gain + 0.04 * abs(math.log2(cell.recipe.train.lr / 2e-4))
+
+    return NF4 | {"nll": nll, "seeds": [*range(len(of_seeds))]}
+
+
+ONE_SEED = dict.fromkeys(("lower", "p_seeds", "p_equivalent"), math.nan)
+BOTH_DIVERGED = {"improvement": 0.0, "num_diverged": 8, "p_equivalent": math.nan}
+AT_EDGE = "the best learning rate of dora (base.quant=nf4), lora (base.quant=nf4) is the smallest or largest"
+TWO_BASES = {"product": product("none", "nf4", "fp4"), "compare": {"reference": "lora", "primary": OVER_BOTH}}
+CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
+    # 3 rates with 2 seeds and 4 seeds of each arm, the base and the uncompressed one
+    ("edge", NF4 | {"rates": {"values": [1e-5, 2e-5, 4e-5], "extend": 0}}, NO_WINNER, AT_EDGE, "22 cells: 22 done"),
+    ("two seeds", NF4 | {"seeds": [0, 1]}, NO_WINNER, "there are 2 seeds, but at least 3", ""),
+    ("one seed", NF4 | {"seeds": [0]}, NO_WINNER | ONE_SEED, "there is 1 seed, but at least 3", ""),
+    ("no search", NF4 | {"rates": None}, NO_WINNER, "the learning rates were not searched", ""),
+    ("a base lacks", TWO_BASES | {"forget": ("fp4", "dora")}, NO_WINNER, "no result for base.quant=fp4", ""),
+    ("one example", NF4 | {"compare": ON_TEST, "num_sums": 1}, NO_WINNER | {"p_examples": math.nan}, "example", ""),
+    ("both diverged", NF4 | {"nll": diverging()}, NO_WINNER | BOTH_DIVERGED, "", "8 diverged"),
+    ("diverged", NF4 | {"nll": diverging("dora", "1")}, NO_WINNER | {"num_diverged": 1}, "", "1 diverged"),
+    ("failed", NF4 | {"fail": "3"}, NO_WINNER | {"num_missing": 2}, "2 cells have no result", "20 done, 2 failed"),
+    ("signs agree", gains(0.02, 0.4, 0.05, 1.5), NO_WINNER | {"num_seeds": 4}, "", ""),
+    ("a seed disagrees", gains(0.4, 0.5, 0.45, 0.5, 0.4, 0.45, 0.5, -0.05), DORA | {"num_seeds": 8}, "", ""),
+    ("rate diverged", NF4 | {"nll": diverging("0.0004", "1001", kinds=("rate",))}, DORA, "", "2 diverged"),
+]
+
+
+@pytest.mark.parametrize("changes, expected, reason, status", [case[1:] for case in CASES], ids=[c[0] for c in CASES])
+def test_what_a_comparison_says(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    expected: dict[str, Any],
+    reason: str,
+    status: str,
+) -> None:
+    monkeypatch.setitem(fake_study.NUM_EXAMPLES, "sums", changes.get("num_sums", 80))
+    made = fake_study.make(tmp_path, **{key: changes[key] for key in changes if key not in ("num_sums", "forget")})
+    if "forget" in changes:
+        forget(made, *changes["forget"])
+    report = read_report(made)
+    (row,) = rows(report, "comparisons", role="primary")
+    assert {name: row[name] for name in expected} == pytest.approx(expected, nan_ok=True)
+    assert reason in row["reason"]
+    assert bool(reason) == bool(row["reason"])
+    assert status in report.status
+    assert row["winner"] == "" or row["p_holm"] < 0.05 < row["p_equivalent_holm"]
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_p_values_are_corrected_for_all_primary_comparisons_also_for_those_without_a_result(
+    tmp_path: Path, is_named: bool
+) -> None:
+    primary = {quant: {"arm": "dora", "over": {"base.quant": [quant]}} for quant in ("nf4", "fp4")}
+    compare = {"reference": "lora", "primary": primary if is_named else None}
+    made = fake_study.make(tmp_path, product=product("nf4", "fp4"), compare=compare, bases=False)
+    late = {name: rows(read_report(made), "comparisons", role="primary")[0][name] for name in ("p_seeds", "p_holm")}
+    forget(made, "fp4", "dora")
+    (row,) = rows(read_report(made), "comparisons", role="primary")
+    larger = max(row["p_seeds"], row["p_examples"])
+    assert {name: row[name] for name in late} == late
+    assert (row["num_tests"], row["p_holm"]) == (2, pytest.approx(2 * larger))
+    assert row["winner"] == "dora"
+    index = json.loads((made / "study.json").read_text())
+    index["study"]["compare"]["alpha"] = 1.5 * larger  # small enough by itself, not among two
+    (made / "study.json").write_text(json.dumps(index))
+    (row,) = rows(read_report(made), "comparisons", role="primary")
+    assert (row["winner"], row["verdict"], row["reason"]) == ("", "not decided", "")
+
+
+@pytest.mark.parametrize(
+    "asked, lacking",
+    [
+        ({"over": {}}, ["base.quant=fp4"]),  # where the stages train both arms: not int8
+        ({"over": {"base.quant": ["nf4"]}}, []),
+        ({"over": {"base.quant": ["nf4", "int8"]}}, ["base.quant=int8"]),
+        ({"over": {"base.quant": "nf4"}, "minus": {}}, ["base.quant=fp4"]),
+        ({"over": {"base.quant": "nf4"}, "minus": {"base.quant": ["fp4", "none"]}}, ["base.quant=fp4"]),
+    ],
+)
+def test_contexts_that_a_primary_comparison_lacks(asked: dict[str, Any], lacking: list[str]) -> None:
+    stages = [{"name": "main", "cells": {"base.quant": ["none", "nf4", "fp4"]}}]
+    stages.append({"name": "map", "cells": {"base.quant": "int8", "adapter": "lora"}})
+    study = study_from(DOCUMENT | {"stages": stages, "compare": {"reference": "lora", "primary": {"it": asked}}})
+    trained: dict[str, Any] = {"kind": "trained", "rate": "", "is_interior": True, "seeds": {"0": "key"}}
+    trained |= {"num_missing": 0, "base_key": None, "dense_key": None}
+    arms = [Arm(context={"base.quant": quant}, name=name, **trained) for quant in ("none", "nf4") for name in ADAPTERS]
+    assert [each.lacking for each in named_comparisons(arms, study, []) if each.family] == [lacking]
+
+
+@pytest.mark.parametrize("lost", [["none"], ["none", "fp4"], ["fp4"]])
+def test_what_is_left_needs_a_measured_run_on_the_uncompressed_base(tmp_path: Path, lost: list[str]) -> None:
+    nll = diverging("dora", lost[0], nll=diverging("dora", lost[-1]))
+    report = read_report(fake_study.make(tmp_path, nll=nll, product=product("none", "fp4")))
+    left = [row["left"] for row in rows(report, "repair", adapter="dora", **{"base.quant": "fp4"})]
+    assert (left == []) == ("none" in lost)
+    assert all(each > 4 for each in left)  # a uniform guess among 1,000 tokens
+
+
+NOTHING = "There is nothing to compare"
+
+
+@pytest.mark.parametrize(
+    "changes, trained, searches, words",
+    [
+        # Three rates, and two below them
+        (
+            NF4 | {"nll": diverging("dora", kinds=("rate", "trained"))},
+            {"lora"},
+            {("lora", True, True, 0), ("dora", True, False, 5)},
+            NOTHING,
+        ),
+        (
+            NF4
+            | {"nll": diverging("0.0004", "1000", kinds=("rate",)), "fail": "1001"}
+            | {"rates": DOCUMENT["rates"] | {"steps": 1}},
+            set(),
+            {("lora", False, False, 1), ("dora", False, False, 1)},
+            "; 8 more wait",
+        ),
+        # The reference is that of the study file, not the first arm with a result
+        (
+            {"nll": diverging("lora", kinds=("rate", "trained")), "product": ODD, "compare": {}},
+            {"dora", "odd"},
+            {("lora", True, False, 5), ("dora", True, True, 0), ("odd", True, True, 0)},
+            NOTHING,
+        ),
+    ],
+    ids=["diverged", "unfinished", "reference"],
+)
+def test_arms_without_a_rate_are_not_compared(
+    tmp_path: Path, changes: dict[str, Any], trained: set[str], searches: set[tuple[Any, ...]], words: str
+) -> None:
+    report = read_report(fake_study.make(tmp_path, **changes))
+    assert {row["adapter"] for row in rows(report, "arms", kind="trained")} == trained
+    assert report.tables["comparisons"] == []
+    told = {
+        (row["adapter"], row["is_done"], row["rate"] is not None, row["num_diverged"]) for row in report.tables["rates"]
+    }
+    assert told == searches
+    assert words in " ".join([*report.answer, report.status])
+
+
+def test_seeds_that_only_a_stage_names_narrow_an_interval_by_the_spread_of_the_first_ones(tmp_path: Path) -> None:
+    def nll(cell: Cell) -> float:
+        wobbles = cell.kind == "trained" and cell.recipe.adapter.kind == "dora" and cell.recipe.base.quant == "fp4"
+        return fake_study.truth(cell) + (0.1 * (-1) ** cell.recipe.train.seed if wobbles else 0.0)
+
+    stages = [{"name": "main"}, {"name": "more", "cells": {"base.quant": "fp4", "seed": [4, 5]}}]
+    made = fake_study.make(tmp_path, nll=nll, stages=stages, product=product("nf4", "fp4"))
+    report = read_report(made)
+    assert {quant: compared(report, quant)["num_seeds"] for quant in ("nf4", "fp4")} == {"nf4": 4, "fp4": 6}
+    wide = compared(report, "fp4")
+    found = [float(text.partition(": ")[2]) for text in wide["seed_improvements"].split("; ")]
+    of_first = statistics.stdev(found[:4]) / math.sqrt(6)  # Stein's two-stage procedure
+    assert wide["half_width"] == pytest.approx(stats.t.ppf(0.975, 3) * of_first, rel=1e-6)
+    # Levels have the same seeds in all arms
+    assert {row["num_seeds"] for row in rows(report, "arms", kind="trained")} == {4}
+    (arm,) = rows(report, "arms", **{"base.quant": "fp4", "adapter": "lora", "kind": "trained"})
+    cells = [cell for cell in read_index(made)["cells"] if cell["kind"] == "trained"]
+    cells = [cell for cell in cells if {"fp4", "lora"} <= set(cell["labels"].values())]
+    first = [nll_of(made, cell, "compare") for cell in cells if cell["labels"]["seed"] in "0123"]
+    assert (len(cells), arm["nll_per_token"]) == (6, pytest.approx(statistics.mean(first), rel=1e-12))
+    forget(made, "4")
+    forget(made, "5")
+    row = compared(read_report(made), "fp4")  # while they are open
+    assert (row["num_seeds"], row["num_missing"], row["reason"]) == (4, 0, "")
+
+
+def test_the_best_rate_of_an_accuracy_is_that_of_the_highest_on_the_half_that_chooses(tmp_path: Path) -> None:
+    """1e-4 answers the most questions, 4e-4 the fewest."""
+    made = fake_study.make(
+        tmp_path,
+        nll=lambda cell: 2.0 + 0.4 * abs(math.log2(cell.recipe.train.lr / 1e-4)) if cell.is_trained else 2.0,
+        product=product("nf4"),
+        rates={"values": [5e-5, 1e-4, 2e-4, 4e-4]},
+        compare={"metric": "acc", "reference": "lora"},
+    )
+    report = read_report(made)
+    assert {row["rate"] for row in report.tables["rates"]} == {"0.0001"}
+    assert {row["rate"] for row in rows(report, "arms", kind="trained")} == {"0.0001"}
+    results = Results(StudyDirectory(made), load_study(tmp_path / "study.yaml"))
+    searched = [cell["key"] for cell in read_index(made)["cells"] if cell["kind"] == "rate"]
+    assert len(searched) == 4 * 2 * 2
+    for key in searched:
+        scored = json.loads((made / "cells" / key / "eval/step-1.json").read_text())["per_example"]
+        right = [row["acc"] for row in scored if "acc" in row and half_of(f"{row['id']}#1") == "choose"]
+        assert results.loss(key) == pytest.approx(-sum(right) / len(right), rel=1e-12)

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -18,33 +18,30 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
-from transformers import LlamaConfig
+from typer.testing import CliRunner
 
+from qdora.cli import app
 from qdora.errors import Diverged, Interrupted, UserError
+from qdora.study import runner
 from qdora.study.cells import Cell, Expander
-from qdora.study.cluster_jobs import submit_jobs, submit_study
+from qdora.study.cluster_jobs import submit_jobs
 from qdora.study.compare import Results
 from qdora.study.grid import load_study
-from qdora.study.runner import (
-    _run_all,
-    cell_work,
-    cells_bar,
-    once,
-    run_cells,
-    shard_of,
-    tally,
-)
+from qdora.study.runner import cells_bar, once, run_cells, shard_of, tally
 from qdora.study.study_directory import MAX_DEATHS, StudyDirectory
 from qdora.study.upcoming import cells_now
-from tests import fake_study, study_worker
+from tests import fake_study
+from tests.fake_study import numbered
 
 ROOT = Path(__file__).parent.parent
 
 
 def start(directory: Path, number: int, seconds: float) -> ForkProcess:
     """A process that runs the cells; forked, so that it does not import torch again."""
-    process = multiprocessing.get_context("fork").Process(target=study_worker.main, args=(directory, number, seconds))
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=fake_study.run_numbered, args=(directory, number, seconds))
     process.start()
     return process
 
@@ -55,6 +52,22 @@ def exit_code(process: ForkProcess) -> int | None:
     return process.exitcode
 
 
+def together(*calls: Callable[[], Any]) -> None:
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def write(folder: Path) -> Path:
+    """A study of both adapters on nf4, whose recipe is never run."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(fake_study.RECIPE))
+    document = fake_study.DOCUMENT | {"product": fake_study.product("nf4"), "bases": False}
+    (folder / "study.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    return folder / "study.yaml"
+
+
 def started(directory: Path) -> list[str]:
     """Keys of the cells in the order in which their work began."""
     file = directory / "started"
@@ -62,11 +75,11 @@ def started(directory: Path) -> list[str]:
 
 
 def values(store: StudyDirectory, number: int) -> list[Any]:
-    return [(store.result(cell.key) or {}).get("value") for cell in study_worker.cells(number)]
+    return [(store.result(cell.key) or {}).get("value") for cell in numbered(number)]
 
 
-def wait_for(condition: Any, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.02)
@@ -75,37 +88,31 @@ def wait_for(condition: Any, seconds: float = 120.0) -> None:
 def test_two_processes_do_every_cell_once_between_them(tmp_path: Path) -> None:
     pair = [start(tmp_path, 60, 0.02) for _ in range(2)]
     assert [exit_code(process) for process in pair] == [0, 0]
-    assert sorted(started(tmp_path)) == [cell.key for cell in study_worker.cells(60)]
+    assert sorted(started(tmp_path)) == [cell.key for cell in numbered(60)]
     assert values(StudyDirectory(tmp_path), 60) == [index**2 for index in range(60)]
     assert not list((tmp_path / "claims").glob("*.json"))
 
 
 def test_killed_in_the_middle_and_started_again_gives_the_same_results(tmp_path: Path) -> None:
-    process = start(tmp_path, 6, 0.3)
+    process, cells = start(tmp_path, 6, 0.3), numbered(6)
     wait_for(lambda: len(started(tmp_path)) == 3)
+    key = cells[2].key
+    store = StudyDirectory(tmp_path)
+    os.kill(process.pid or 0, signal.SIGSTOP)  # paused is not dead
+    with store.claimed(key) as mine:
+        assert not mine
+    assert store.is_at_work()
     process.kill()
     assert exit_code(process) == -signal.SIGKILL
-    store = StudyDirectory(tmp_path)
-    assert store.num_done({cell.key for cell in study_worker.cells(6)}) == 2
+    assert not store.is_at_work()
+    assert (store.num_done({cell.key for cell in cells}), store.num_working_here()) == (2, 1)
     assert exit_code(start(tmp_path, 6, 0.0)) == 0
     assert values(store, 6) == [index**2 for index in range(6)]
     began = started(tmp_path)
-    assert sorted(set(began)) == [cell.key for cell in study_worker.cells(6)]
-    assert [key for key in set(began) if began.count(key) > 1] == [f"{2:016x}"]  # the one that was killed
-    (died,) = store.failures(f"{2:016x}")
+    assert sorted(began) == sorted([*(cell.key for cell in cells), key])  # only the one that was killed again
+    (died,) = store.failures(key)
     assert died["kind"] == "died"
     assert str(process.pid) in died["reason"]
-
-
-def test_results_are_not_computed_again(tmp_path: Path) -> None:
-    cells = study_worker.cells(3)
-    run_cells(cells[:2], StudyDirectory(tmp_path), lambda cell, path: {"value": 1})
-    calls = []
-    store = StudyDirectory(tmp_path)
-    run_cells(cells, store, lambda cell, path: calls.append(cell.key) or {"value": 2})
-    done = tally(cells, store)
-    assert calls == [cells[2].key]
-    assert (done.num_cells, done.num_done, done.num_elsewhere, done.failed) == (3, 3, 0, {})
 
 
 def test_a_failure_is_recorded_retried_after_the_others_and_given_up(tmp_path: Path) -> None:
@@ -115,18 +122,20 @@ def test_a_failure_is_recorded_retried_after_the_others_and_given_up(tmp_path: P
         calls.append(cell.key)
         if cell.key.endswith("0") or (cell.key.endswith("1") and calls.count(cell.key) == 1):
             raise RuntimeError(f"no memory for {cell.key}\nand more")
+        if cell.key.endswith("3"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return {}
 
     events: list[tuple[str, str]] = []
-    cells, store = study_worker.cells(3), StudyDirectory(tmp_path, retries=2)
+    cells, store = numbered(3), StudyDirectory(tmp_path, retries=2)
     run_cells(cells, store, work, lambda cell, event, seconds: events.append((cell.key, event)))
-    found = tally(cells, store)
     zero, one, two = (cell.key for cell in cells)
     assert calls == [zero, one, two, zero, one, zero]
     first = [(zero, "failed"), (one, "failed"), (two, "done")]
     assert events == [*first, (zero, "failed"), (one, "done"), (zero, "failed")]
+    found = tally(cells, store)
+    assert (found.num_cells, found.num_done, found.num_elsewhere) == (3, 2, 0)
     assert found.failed == {zero: f"RuntimeError: no memory for {zero}"}
-    assert found.num_done == 2
     assert [attempt["reason"] for attempt in store.failures(one)] == [f"RuntimeError: no memory for {one}"]
     assert any("no memory" in line for line in store.failures(zero)[0]["traceback"])
     run_cells(cells, store, work)
@@ -136,17 +145,9 @@ def test_a_failure_is_recorded_retried_after_the_others_and_given_up(tmp_path: P
     assert [bool(store.failures(key)) for key in (zero, one, two)] == [False, True, False]
     run_cells(cells, store, lambda cell, path: {})
     assert tally(cells, store).num_done == 3
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
-def test_a_cell_on_a_full_disk_says_so(tmp_path: Path, number: int) -> None:
-    def work(cell: Cell, directory: Path) -> dict[str, Any]:
-        raise OSError(number, os.strerror(number))
-
-    store = StudyDirectory(tmp_path, retries=0)
-    cell = study_worker.cells(1)[0]
-    run_cells([cell], store, work)
-    assert "cannot be written: the disk is full" in store.failures(cell.key)[-1]["reason"]
+    full = numbered(4)[3:]
+    run_cells(full, store, work)
+    assert "cannot be written: the disk is full" in tally(full, store).failed[full[0].key]
 
 
 def test_an_interrupt_gives_the_claim_back_and_is_no_failure(tmp_path: Path) -> None:
@@ -156,86 +157,47 @@ def test_an_interrupt_gives_the_claim_back_and_is_no_failure(tmp_path: Path) -> 
         raise Interrupted(3, None)
 
     with pytest.raises(Interrupted):
-        run_cells(study_worker.cells(2), store, work)
+        run_cells(numbered(2), store, work)
     assert not list((tmp_path / "claims").glob("*.json"))
-    assert store.failures(study_worker.cells(1)[0].key) == []
-    assert tally(study_worker.cells(2), store).num_elsewhere == 2
+    assert store.failures(numbered(1)[0].key) == []
+    assert tally(numbered(2), store).num_elsewhere == 2
 
 
 def test_a_cell_that_takes_its_process_down_is_given_up_in_the_end(tmp_path: Path) -> None:
-    store, key = StudyDirectory(tmp_path), study_worker.cells(1)[0].key
+    store, key = StudyDirectory(tmp_path), numbered(1)[0].key
     for number in range(MAX_DEATHS + 1):
         assert not store.is_given_up(key), number
         store.add_failure(key, {"kind": "died", "reason": "killed"})
     assert store.is_given_up(key)
 
 
-def test_a_cell_is_claimed_by_one(tmp_path: Path) -> None:
-    first, second, key = StudyDirectory(tmp_path), StudyDirectory(tmp_path), f"{0:016x}"
-    with first.claimed(key) as mine, second.claimed(key) as theirs:
-        assert (mine, theirs) == (True, False)
-        assert first.is_at_work()
-    with second.claimed(key) as again:
-        assert again
-    assert not second.is_at_work()
-    assert second.failures(key) == []
+@pytest.mark.parametrize("name", map(str, range(20)))  # it is a matter of chance
+def test_of_many_that_find_a_dead_claim_one_gets_it(tmp_path: Path, name: str) -> None:
+    store, got = StudyDirectory(tmp_path), list[bool]()
+    (tmp_path / f"claims/{name}.json").write_text(json.dumps({"host": "x", "pid": 1}))
+    begin, end = threading.Barrier(8), threading.Barrier(8)
+
+    def take() -> None:
+        begin.wait()
+        with StudyDirectory(tmp_path).claimed(name) as mine:
+            got.append(mine)
+            end.wait()
+
+    together(*[take] * 8)
+    assert sorted(got) == [False] * 7 + [True]
+    assert len(store.failures(name)) == 1
 
 
-def test_a_claim_lasts_as_long_as_its_process(tmp_path: Path) -> None:
-    process, key = start(tmp_path, 1, 600.0), f"{0:016x}"
-    wait_for(lambda: started(tmp_path))
-    store = StudyDirectory(tmp_path)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGSTOP)  # paused is not dead
-    with store.claimed(key) as mine:
-        assert not mine
-    process.kill()
-    process.join()
-    assert not store.is_at_work()
-    with store.claimed(key) as mine:
-        assert mine
-    assert [each["kind"] for each in store.failures(key)] == ["died"]
+def test_a_base_that_diverges_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no rate to blame."""
 
+    def diverge(*_: Any, **__: Any) -> None:
+        raise Diverged("eval: the model's log-likelihood is not finite")
 
-def test_of_many_that_find_a_dead_claim_one_gets_it(tmp_path: Path) -> None:
-    for round_ in range(20):
-        (tmp_path / "claims").mkdir(exist_ok=True)
-        (tmp_path / f"claims/{round_}.json").write_text(json.dumps({"host": "x", "pid": 1}))
-        got: list[bool] = []
-        begin, end = threading.Barrier(8), threading.Barrier(8)
-
-        def take(name: str = str(round_), begin: Any = begin, end: Any = end, got: list[bool] = got) -> None:
-            store = StudyDirectory(tmp_path)
-            begin.wait()
-            with store.claimed(name) as mine:
-                got.append(mine)
-                end.wait()
-
-        threads = [threading.Thread(target=take) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sorted(got) == [False] * 7 + [True]
-        assert len(StudyDirectory(tmp_path).failures(str(round_))) == 1
-
-
-def test_a_diverged_cell_is_done_with_the_worst_score_and_not_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def diverge(*_: Any) -> None:
-        raise Diverged("step 3: loss nan is not finite")
-
-    monkeypatch.setattr("qdora.study.runner._run", diverge)
-    store, (cell, other) = StudyDirectory(tmp_path, retries=0), study_worker.cells(2)
-    base = replace(other, kind="base")
-    monkeypatch.setattr("qdora.study.runner.find_model", lambda _: (None, None))
-    monkeypatch.setattr("qdora.study.runner.load_config", lambda _: LlamaConfig(vocab_size=77))
-    run_cells([cell, base], store, cell_work(store))
-    found = tally([cell, base], store)
-    assert (found.num_done, list(found.failed)) == (1, [base.key])  # a base that is broken has no rate to blame
-    result = store.result(cell.key) or {}
-    assert (result["diverged"], result["num_vocabulary"]) == ("Diverged: step 3: loss nan is not finite", 77)
+    monkeypatch.setattr(runner, "train_run", diverge)
+    store, base = StudyDirectory(tmp_path, retries=0), replace(numbered(1)[0], kind="base")
+    run_cells([base], store, runner.cell_work(store))
+    assert list(tally([base], store).failed) == [base.key]
 
 
 @pytest.mark.parametrize("chosen, expected", [(None, 2), ("6", 6)])
@@ -245,40 +207,51 @@ def test_processes_of_one_machine_divide_its_cores_unless_the_user_chose(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if chosen is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
-    monkeypatch.setattr("qdora.study.runner._run", lambda *_: {"threads": torch.get_num_threads()})
+    monkeypatch.setattr(runner, "_run", lambda *_: {"threads": torch.get_num_threads()})
     before, store = torch.get_num_threads(), StudyDirectory(tmp_path)
     (tmp_path / "claims/far.json").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
     try:
         torch.set_num_threads(6)
         with store.claimed("a"), store.claimed("b"), store.claimed("c"):
-            found = cell_work(store)(study_worker.cells(1)[0], tmp_path)
+            found = runner.cell_work(store)(numbered(1)[0], tmp_path)
     finally:
         torch.set_num_threads(before)
     assert found["threads"] == expected
 
 
 @pytest.mark.parametrize(
-    "cluster, options, fault",
+    "options, words",
     [
-        ("slrum", [], "--cluster: got 'slrum', must be one of slurm, local. Did you mean 'slurm'?"),
-        ("local", ["timeout_min"], "--job-option: must be key=value"),
-        ("local", {"timeout_mn": 5}, "--job-option: "),
-        ("local", {"timeout_min": "five"}, "--job-option: "),
-        ("slurm", {}, "--cluster slurm: Could not detect"),
+        (["--shard", "4/3"], ["--shard", "I/N", "4/3"]),
+        (["--jobs", "2", "--shard", "1/2"], ["--jobs: is not used with --shard"]),
+        (["--cluster", "local"], ["are used only with --jobs"]),
+        (["--jobs", "1", "--cluster", "slrum"], ["--cluster", "'slrum'", "'slurm'?"]),
+        (["--jobs", "1", "--job-option", "timeout_min"], ["--job-option", "key=value"]),
+        (["--jobs", "1", "--cluster", "local", "--job-option", "timeout_mn=5"], ["--job-option: "]),
+        (["--jobs", "1", "--cluster", "local", "--job-option", "timeout_min=five"], ["--job-option: "]),
+        (["--jobs", "1"], ["--cluster slurm", "Could not detect"]),
     ],
 )
-def test_a_fault_of_a_job_names_its_own_option(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: str, options: Any, fault: str
+def test_a_fault_names_its_own_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: list[str]
 ) -> None:
-    if isinstance(options, list):  # needs no submitit
-        with pytest.raises(UserError) as caught:
-            submit_study(tmp_path / "study.yaml", tmp_path, 1, cluster, options)
-    else:
+    if "--jobs" in options:
         pytest.importorskip("submitit")
-        monkeypatch.setenv("PATH", "")  # no srun
-        with pytest.raises(UserError) as caught:
-            submit_jobs(["true"], tmp_path, 1, cluster=cluster, parameters=options)
-    assert str(caught.value).startswith(fault)
+    monkeypatch.setenv("PATH", "")  # no srun
+    found = CliRunner().invoke(app, ["study", str(write(tmp_path)), "--dir", str(tmp_path / "study"), *options])
+    assert found.exit_code == 2
+    text = " ".join(found.output.split())
+    assert [word for word in words if word not in text] == []
+
+
+def test_jobs_of_submitit_share_a_study(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    command = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "tests.fake_study", str(tmp_path), "8", "0.05"]
+    jobs = submit_jobs(command, tmp_path, 2, cluster="local", parameters={"timeout_min": 5})
+    for job in jobs:
+        job.result()
+    assert len(jobs) == 2
+    assert sorted(started(tmp_path)) == [cell.key for cell in numbered(8)]
 
 
 def test_what_cells_share_is_made_once(tmp_path: Path) -> None:
@@ -291,11 +264,7 @@ def test_what_cells_share_is_made_once(tmp_path: Path) -> None:
 
     found: list[Path] = []
     stores = [StudyDirectory(tmp_path) for _ in range(3)]
-    threads = [threading.Thread(target=lambda s=s: found.append(once(s, "base", "abc", make))) for s in stores]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(*(lambda store=store: found.append(once(store, "base", "abc", make)) for store in stores))
     assert calls == [1]
     assert {(path / "weights").read_text() for path in found} == {"w"}
     with pytest.raises(ZeroDivisionError):
@@ -303,52 +272,57 @@ def test_what_cells_share_is_made_once(tmp_path: Path) -> None:
     assert once(stores[0], "base", "other", make).is_dir()
 
 
-def test_a_process_waits_for_cells_that_others_work_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_share_the_cells_out() -> None:
+    cells = numbered(7)
+    parts = [shard_of(cells, f"{index}/3") for index in (1, 2, 3)]
+    assert sorted(cell.key for part in parts for cell in part) == [cell.key for cell in cells]
+    assert [len(part) for part in parts] == [3, 2, 2]
+    assert shard_of(cells, None) == cells
+    for wrong in ("4/3", "0/3"):
+        with pytest.raises(UserError, match=wrong):
+            shard_of(cells, wrong)
+
+
+@pytest.fixture
+def expander(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Expander:
+    """A study on nf4, of which nothing has run."""
+    monkeypatch.setattr(runner, "_IDLE_SECONDS", 0.02)
+    return Expander(load_study(write(tmp_path)))
+
+
+def run_shard(expander: Expander, store: StudyDirectory, shard: str, seconds: float = 0.0) -> Sequence[Cell]:
+    made_up = fake_study.work_of()
+
+    def work(cell: Cell, directory: Path) -> Mapping[str, Any]:
+        time.sleep(seconds)
+        return made_up(cell, directory)
+
+    with cells_bar(Console(quiet=True), store) as bar:
+        return runner._run_all(expander, Results(store, expander.study), shard, work, bar)
+
+
+def test_a_process_waits_for_cells_that_others_work_on(expander: Expander, tmp_path: Path) -> None:
     """Two shards at once. One has done its part of the search long before the other, whose rates it needs."""
-    monkeypatch.setattr("qdora.study.runner._IDLE_SECONDS", 0.02)
-    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
-    fake_study.make(tmp_path, fail="1000", product=product)  # writes the files; the search fails
-    study = load_study(tmp_path / "study.yaml")
     stores = [StudyDirectory(tmp_path / "both") for _ in range(2)]
-    found: list[list[Cell]] = []
-
-    def run(store: StudyDirectory, shard: str, seconds: float) -> None:
-        made_up = fake_study.work_of()
-
-        def work(cell: Cell, directory: Path) -> Mapping[str, Any]:
-            time.sleep(seconds)
-            return made_up(cell, directory)
-
-        with cells_bar(Console(quiet=True), store) as bar:
-            expander = Expander(study)
-            found.append(_run_all(expander, Results(store, expander.study), shard, work, bar))
-
-    threads = [
-        threading.Thread(target=run, args=(store, f"{part}/2", seconds))
-        for store, part, seconds in zip(stores, (1, 2), (0.0, 0.3), strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    trained = [cell for cells in found for cell in cells if cell.kind == "trained"]
+    found: list[Cell] = []
+    study = load_study(tmp_path / "study.yaml")
+    together(
+        lambda: found.extend(run_shard(expander, stores[0], "1/2")),
+        lambda: found.extend(run_shard(Expander(study), stores[1], "2/2", 0.3)),
+    )
+    trained = [cell for cell in found if cell.kind == "trained"]
     assert len(trained) == 8  # both arms with four seeds, in both shards
     assert all(stores[0].is_done(cell.key) for cell in trained)
 
 
-def test_a_process_does_not_wait_for_one_that_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_does_not_wait_for_one_that_died(
+    expander: Expander, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other shard was killed in a run of the search whose rate this one needs."""
-    monkeypatch.setattr("qdora.study.runner._IDLE_SECONDS", 0.0)
-    product = fake_study.DOCUMENT["product"] | {"base.quant": ["nf4"]}
-    fake_study.make(tmp_path, fail="1000", product=product, bases=False)  # writes the files
-    study = load_study(tmp_path / "study.yaml")
     store = StudyDirectory(tmp_path / "shard")
-    expander = Expander(study)
     results = Results(store, expander.study)
     (other, *_) = shard_of(cells_now(expander, results).cells, "2/2")
-    with store.claimed(other.key):
-        assert store.is_at_work()
-    (tmp_path / f"shard/claims/{other.key}.json").write_text(json.dumps({"host": "x", "pid": 1}))  # as after a kill
+    (tmp_path / f"shard/claims/{other.key}.json").write_text(json.dumps({"host": "x", "pid": 1}))
     looks = iter(range(20))
 
     def look(_: StudyDirectory, real: Any = StudyDirectory.is_at_work) -> bool:
@@ -356,36 +330,5 @@ def test_a_process_does_not_wait_for_one_that_died(tmp_path: Path, monkeypatch: 
         return bool(real(store))
 
     monkeypatch.setattr(StudyDirectory, "is_at_work", look)
-    with cells_bar(Console(quiet=True), store) as bar:
-        _run_all(expander, results, "1/2", fake_study.work_of(), bar)
+    run_shard(expander, store, "1/2")
     assert cells_now(expander, results).num_waiting["main"] > 0
-
-
-def test_shards_share_the_cells_out() -> None:
-    cells = study_worker.cells(7)
-    parts = [shard_of(cells, f"{index}/3") for index in (1, 2, 3)]
-    assert sorted(cell.key for part in parts for cell in part) == [cell.key for cell in cells]
-    assert [len(part) for part in parts] == [3, 2, 2]
-    with pytest.raises(UserError, match="4/3"):
-        shard_of(cells, "4/3")
-
-
-def test_jobs_of_submitit_share_a_study(tmp_path: Path) -> None:
-    pytest.importorskip("submitit")
-    command = [sys.executable, "-m", "tests.study_worker", str(tmp_path / "study"), "8", "0.05"]
-    (tmp_path / "study").mkdir()
-    jobs = submit_jobs(
-        ["env", f"PYTHONPATH={ROOT}", *command], tmp_path / "study", 2, cluster="local", parameters={"timeout_min": 5}
-    )
-    for job in jobs:
-        job.result()
-    assert sorted(started(tmp_path / "study")) == [cell.key for cell in study_worker.cells(8)]
-
-
-@pytest.mark.slow
-def test_a_thousand_trivial_cells_take_under_a_minute(tmp_path: Path) -> None:
-    began = time.perf_counter()
-    process = start(tmp_path, 1000, 0.0)
-    assert exit_code(process) == 0
-    assert time.perf_counter() - began < 60
-    assert values(StudyDirectory(tmp_path), 1000) == [index**2 for index in range(1000)]

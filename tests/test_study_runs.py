@@ -1,0 +1,431 @@
+"""qdora study on a tiny model: cells are whole runs, done once, continued, and evaluated once a base."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from torch import nn
+from typer.testing import CliRunner
+
+from qdora.cli import app
+from qdora.data.build_data import run_examples
+from qdora.errors import RunFailure, UserError
+from qdora.evaluation.loglikelihood import score_examples
+from qdora.evaluation.suite import evaluate, spread
+from qdora.model.adapter_file import load_adapter
+from qdora.model.inject import adapted_layers, inject
+from qdora.model.model_size import model_size
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.packed import quantize
+from qdora.ops.tiles import dense_weight
+from qdora.recipe.recipe_file import settings
+from qdora.recipe.settings import AdapterConfig
+from qdora.run.load_run import load_run
+from qdora.study import cluster_jobs, runner
+from qdora.study.report import read_report
+from qdora.study.runner import study_run
+from qdora.study.study_directory import StudyDirectory, read_index
+from tests import reference, tiny_run
+
+DORA, LORA = {"dora": {"adapter.kind": "dora"}}, {"lora": {"adapter.kind": "lora"}}
+FULL = dict.fromkeys(f"adapter.{name}" for name in AdapterConfig.model_fields) | {"adapter.kind": "full"}
+OF_NF4 = {"cells": {"base.quant": "nf4"}}
+WHOLE: dict[str, Any] = {
+    "settings": {"data.validation_fraction": 0.5, "eval.limit": 10},
+    "rates": {"values": [1e-4, 1e-3, 1e-2], "steps": 1, "seeds": [100], "extend": 0},
+    "product": {"base.quant": ["none", "nf4"], "adapter": DORA},
+    "stages": [
+        {"name": "main"},
+        *({"name": kind, "kind": kind, **OF_NF4} for kind in ("transplant", "rescaled", "set_back")),
+        {"name": "by_layer", "kind": "by_layer"},
+        {"name": "steps", "kind": "by_layer", "steps": [1, 2], "cells": {"base.quant": "none"}},
+    ],
+    "time": {"start": 7200, "step": 1800},
+}
+ONE: dict[str, Any] = {"product": {"base.quant": ["nf4"], "adapter": DORA}, "bases": False}
+
+
+def write_study(root: Path, name: str, **document: Any) -> Path:
+    """A study of two steps on the tiny model."""
+    recipe = tiny_run.recipe(root, train__steps=2, train__checkpoint_every=1, eval__limit=4, eval__at_start=...)
+    plain = settings(recipe)
+    for key in ("block_size", "double_quant", "skip"):
+        del plain["base"][key]
+    (root / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    file = root / f"{name}.yaml"
+    file.write_text(yaml.safe_dump({"recipe": "recipe.yaml", "seeds": [0]} | document))
+    return file
+
+
+def run(file: Path, directory: Path, **options: Any) -> dict[str, Any]:
+    return study_run(file, directory, console=Console(file=io.StringIO()), **options)
+
+
+@pytest.fixture(scope="module")
+def done(root: Path) -> Path:
+    """A study with every kind of cell that has run."""
+    found = run(write_study(root, "whole", **WHOLE), root / "study")
+    assert (found["num_waiting"], found["num_done"]) == (0, found["num_cells"])
+    return root / "study"
+
+
+def cells_of(directory: Path, kind: str) -> dict[str, dict[str, Any]]:
+    """Label of the base -> record of the only cell of a kind in the stage of that name, with its result."""
+    stage = {"trained": "main", "base": "bases"}.get(kind, kind)
+    found = [cell for cell in read_index(directory)["cells"] if (cell["kind"], cell["stage"]) == (kind, stage)]
+    return {cell["labels"].get("base.quant", "none"): cell | result_of(directory, cell["key"]) for cell in found}
+
+
+def result_of(directory: Path, key: str) -> dict[str, Any]:
+    found = StudyDirectory(directory).result(key)
+    assert found is not None
+    return found
+
+
+def nll_of(directory: Path, cell: dict[str, Any]) -> list[float]:
+    """Scores of a cell, example by example."""
+    file = directory / "cells" / cell["key"] / cell["files"]["scores"]
+    return [row["nll"] for row in json.loads(file.read_text())["per_example"]]
+
+
+def train_section(place: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((place / "recipe.yaml").read_text())["train"]
+    return found
+
+
+def evaluated(found: Any) -> Any:
+    """Scores of a model that was changed here."""
+    examples = run_examples(found.recipe, "validation")
+    rows = evaluate(found.model, found.tokenizer, examples, limit=10, block=0).per_example
+    return pytest.approx([row["nll"] for row in rows], rel=1e-6)
+
+
+def row_norm(layer: Any) -> torch.Tensor:
+    return dense_weight(layer.base.stored_weight, torch.float64).square().sum(dim=1).sqrt()
+
+
+def test_a_dry_run_tells_cells_and_hours_and_writes_nothing(root: Path, tmp_path: Path) -> None:
+    file = str(write_study(root, "whole", **WHOLE))
+    found = CliRunner().invoke(app, ["study", file, "--dir", str(tmp_path / "none"), "--dry-run", "--json"])
+    assert found.exit_code == 0, found.output
+    shown = json.loads(found.stdout)
+    assert [
+        (each["stage"], each["num_cells"], each["num_done"], each["seconds"] / 3600) for each in shown["stages"]
+    ] == [
+        ("bases", 2, 0, 2 * 2),
+        ("rates, short runs", 6, 0, 6 * 2.5),
+        ("rates", 6, 0, 6 * 3),
+        ("main", 2, 0, 2 * 3),
+        ("transplant", 1, 0, 2),
+        ("rescaled", 1, 0, 2),
+        ("set_back", 1, 0, 2),
+        ("by_layer", 2, 0, 2 * 2),
+        ("steps", 1, 0, 2),
+    ]
+    assert len(shown["cells"]) == shown["num_cells"] == 22
+    (note,) = shown["notes"]
+    assert "cannot have a verdict: there are only 1 of 3 (compare.min_seeds) seeds" in note
+    assert "cannot have a verdict" in found.stderr
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"settings": {"model.source": "./nowhere"}}, "no such file or directory"),
+        ({"compare": {"split": "test"}}, r"compare\.split: sums has no test split"),
+    ],
+)
+def test_what_a_study_lacks_is_told_before_it_runs(root: Path, tmp_path: Path, changes: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        run(write_study(root, "lacking", **ONE | changes), tmp_path)
+
+
+def test_jobs_are_started_with_the_same_study(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(cluster_jobs, "submit_jobs", lambda *a, **k: started.append((a, k)) or [])
+    file = str(write_study(root, "one", **ONE))
+    options = ["--dir", str(tmp_path), "--jobs", "3", "--job-option", "timeout_min=9"]
+    found = CliRunner().invoke(app, ["study", file, *options])
+    assert found.exit_code == 0, found.output
+    ((command, directory, count), parameters) = started[0]
+    assert command[1:] == ["-m", "qdora.cli", "study", file, "--dir", str(tmp_path)]
+    assert (directory, count) == (tmp_path, 3)
+    assert parameters == {"cluster": "slurm", "parameters": {"timeout_min": 9}}
+
+
+def test_every_cell_is_a_run_and_has_a_result(done: Path) -> None:
+    bases, trained = cells_of(done, "base"), cells_of(done, "trained")
+    for cell in read_index(done)["cells"]:
+        place, result = done / "cells" / cell["key"], result_of(done, cell["key"])
+        if cell["kind"] in ("base", "rate", "trained"):
+            assert len(nll_of(done, cell | result)) == 2 * 10
+            steps = {"base": 0, "rate": 1 if "short" in cell["stage"] else 2, "trained": 2}[cell["kind"]]
+            assert result["num_steps"] == train_section(place)["steps"] == steps
+            assert (place / "adapter").exists() == (cell["kind"] != "base")
+            assert (place / "checkpoints").exists() == (cell["kind"] == "trained")  # nothing reads those of rates
+    assert not list((done / "claims").glob("*.json"))
+    assert bases["none"]["compression"] is None
+    layers = bases["nf4"]["compression"]["layers"]
+    assert len(layers) == 14
+    assert all(0.05 < layer["relative_error"] < 0.15 for layer in layers.values())
+    sizes = {quant: bases[quant]["size"] for quant in ("none", "nf4")}
+    assert sizes["none"]["num_linear_bytes"] == 2 * sizes["none"]["num_linear_weights"]
+    assert 4.1 < 8 * sizes["nf4"]["num_linear_bytes"] / sizes["nf4"]["num_linear_weights"] < 8
+    assert sizes["nf4"]["num_adapter_bytes"] == 0 < trained["nf4"]["size"]["num_adapter_bytes"]
+    assert trained["nf4"]["size"]["num_base_bytes"] == sizes["nf4"]["num_base_bytes"]
+    rates = {row["base.quant"]: float(row["rate"]) for row in read_index(done)["rates"]}
+    for quant, cell in trained.items():
+        assert train_section(done / "cells" / cell["key"])["lr"] == rates[quant]
+
+
+def test_a_base_has_its_perplexity_and_the_errors_of_its_hidden_states(done: Path) -> None:
+    bases = cells_of(done, "base")
+    nf4 = bases["nf4"]
+    assert "hidden_errors" not in bases["none"]
+    assert len(nf4["hidden_errors"]) == 2
+    assert all(0.01 < error < 0.3 for error in nf4["hidden_errors"])
+    base = load_run(done / "cells" / nf4["key"])
+    nll = num_tokens = 0.0
+    for examples in run_examples(base.recipe, "validation").values():
+        for example in examples:
+            ids = torch.tensor([base.tokenizer(example.prompt + example.answer)["input_ids"]])
+            logits = base.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+            nll -= float(logits.gather(1, ids[0, 1:, None]).sum())
+            num_tokens += ids.shape[1] - 1
+    assert nf4["perplexity"] == pytest.approx(math.exp(nll / num_tokens), rel=1e-5)
+    tables = read_report(done).tables
+    assert [row["relative_error"] for row in tables["blocks"] if "relative_error" in row] == nf4["hidden_errors"]
+    (row,) = [row for row in tables["repair"] if row["adapter"] == "no adapter" and row["base.quant"] == "nf4"]
+    assert (row["perplexity"], row["hidden_error"]) == (nf4["perplexity"], nf4["hidden_errors"][-1])
+
+
+def test_guesses_are_left_for_the_report(done: Path) -> None:
+    """Counted here from the run of the uncompressed base."""
+    dense = cells_of(done, "base")["none"]["key"]
+    found = json.loads((done / "shared/guesses" / dense / "guesses.json").read_text())
+    base = load_run(done / "cells" / dense)
+    vocabulary = base.model.config.vocab_size
+    answers: dict[str, list[int]] = {"train": [], "validation": []}
+    for split, tokens in answers.items():
+        for examples in run_examples(base.recipe, split).values():
+            for each in spread(examples, 10 if split == "validation" else None):
+                ids = base.tokenizer(each.prompt + each.answer)["input_ids"]
+                tokens += ids[len(base.tokenizer(each.prompt.rstrip())["input_ids"]) :]
+    counts, total = Counter(answers["train"]), len(answers["train"])
+    nll = [-math.log(0.99 * counts[token] / total + 0.01 / vocabulary) for token in answers["validation"]]
+    expected = {"uniform": math.log(vocabulary), "unigram": sum(nll) / len(nll)}
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert {row["guess"]: row["nll"] for row in read_report(done).tables["guesses"] if "nll" in row} == found
+
+
+def test_adapters_are_evaluated_with_other_bases_and_magnitudes(done: Path) -> None:
+    """Against the trained runs, whose adapters and magnitudes are changed here."""
+    trained = cells_of(done, "trained")
+    moved, rescaled, back = (cells_of(done, kind)["nf4"] for kind in ("transplant", "rescaled", "set_back"))
+    keys = (trained["none"]["key"], moved["key"], trained["nf4"]["key"])
+    assert (moved["adapter_key"], rescaled["adapter_key"], back["adapter_key"]) == keys
+    base = load_run(done / "cells" / trained["nf4"]["key"], base_only=True)
+    load_adapter(base.model, done / "cells" / moved["adapter_key"] / "adapter")
+    base.model.eval()
+    assert nll_of(done, moved) == evaluated(base)
+    dense = load_run(done / "cells" / trained["none"]["key"], base_only=True).model
+    found = load_run(done / "cells" / moved["key"])
+    for path, layer in adapted_layers(found.model).items():
+        layer.magnitude.data *= (row_norm(layer) / dense.get_submodule(path).weight.double().norm(dim=1)).float()
+        layer.parameters_changed()
+    assert nll_of(done, rescaled) == evaluated(found)
+    assert nll_of(done, rescaled) != pytest.approx(nll_of(done, moved), rel=1e-5)
+    found = load_run(done / "cells" / trained["nf4"]["key"])
+    for layer in adapted_layers(found.model).values():
+        layer.magnitude.data = row_norm(layer).float()
+        layer.parameters_changed()
+    assert nll_of(done, back) == evaluated(found)
+    (row,) = [row for row in read_report(done).tables["repair"] if "magnitudes" in row]
+    assert row["base.quant"] == "nf4"
+
+
+def test_an_adapter_is_measured_layer_by_layer(done: Path) -> None:
+    """Against the trained runs: a model whose one block is that of the base, and loops over a layer's weights."""
+    found = cells_of(done, "by_layer")
+    assert not any("error_undone" in change for change in found["none"]["changes"].values())
+    trained = cells_of(done, "trained")
+    ours = load_run(done / "cells" / trained["nf4"]["key"])
+    layers = adapted_layers(ours.model)
+    told = Counter((row["base.quant"], row["layer"]) for row in read_report(done).tables["changes"])
+    assert told == Counter((quant, path) for quant in ("none", "nf4") for path in layers)
+    groups = run_examples(ours.recipe, "validation").values()
+    examples = [replace(each, choices=(), gold=None) for some in groups for each in spread(some, 15, 0)]
+
+    def nll() -> float:
+        scores = score_examples(ours.model, ours.tokenizer, examples)
+        return sum(each.nll for each in scores) / sum(each.num_answer_tokens for each in scores)
+
+    whole = nll()
+    assert found["nf4"]["nll"] == pytest.approx(whole, rel=1e-6)
+    path, layer = next(iter(layers.items()))
+    dense = load_run(done / "cells" / trained["none"]["key"], base_only=True).model
+    weights = [layer.merged_weight(torch.float64), dense_weight(layer.base.stored_weight, torch.float64)]
+    weights.append(dense.get_submodule(path).weight.double())
+    change = found["nf4"]["changes"][path]
+    names = ("error_undone", "error_undone_best", "error_cosine")
+    expected = reference.error_undone(*(each.detach().numpy() for each in weights), layer.rank)
+    assert [change[name] for name in names] == pytest.approx(expected, rel=1e-2, abs=1e-5)
+    assert change["error_undone_best"] == pytest.approx(expected[1], rel=1e-4)
+    for layer in (layer for path, layer in layers.items() if ".0." in path):
+        layer.lora_B.data.zero_()
+        layer.magnitude.data = row_norm(layer).float()
+        layer.parameters_changed()
+    blocks = {each["block"]: each["rise"] for each in found["nf4"]["blocks"]}
+    assert blocks[0] == pytest.approx(nll() - whole, abs=1e-6)
+    assert max(map(abs, blocks.values())) > 1e-5
+
+
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_checkpoints_are_measured(done: Path, root: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "full":
+        stages = [{"name": "main"}, {"name": "steps", "kind": "by_layer", "steps": [1, 2]}]
+        product = {"base.quant": ["none"], "adapter": {"full": FULL}}
+        run(write_study(root, kind, product=product, stages=stages, settings={"train.lr": 0.01}), tmp_path)
+    directory = tmp_path if kind == "full" else done
+    rows = read_report(directory).tables["checkpoints"]
+    assert {(row["adapter"], row["step"]) for row in rows} == {(kind, 1), (kind, 2)}
+    cell = cells_of(directory, "trained")["none"]
+    place = directory / "cells" / cell["key"]
+    scored = json.loads((place / "eval/step-2.json").read_text())["per_example"]
+    nll = sum(row["nll"] for row in scored) / sum(row["num_answer_tokens"] for row in scored)
+    assert {round(row["nll"] / nll, 6) for row in rows if row["step"] == 2} == {1.0}
+    last = {row["layer"]: row for row in rows if row["step"] == 2}
+    path = next(iter(last))
+    w, trained = (load_run(place, base_only=only).model.get_submodule(path) for only in (True, False))
+    w, v = w.weight.double(), (trained.merged_weight(torch.float64) if kind == "dora" else trained.weight.double())
+    cosines = nn.functional.cosine_similarity(v, w, dim=1)
+    assert last[path]["direction_change"] == pytest.approx(float((1 - cosines).mean()), rel=1e-2)
+    assert last[path]["length_change"] == pytest.approx(float((v.norm(dim=1) - w.norm(dim=1)).abs().mean()), rel=1e-2)
+
+
+def test_a_finished_study_trains_nothing_and_writes_pages_that_lack(
+    done: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "train_run", None)
+    page = next((done / "cells").glob("*/report.html"))
+    page.unlink()
+    log = (page.parent / "log.txt").read_bytes()
+    (page.parent / "log.txt").unlink()  # as in results that were kept without their run
+    found = run(root / "whole.yaml", done)
+    assert found["num_cells"] == found["num_done"] == len(read_index(done)["cells"])
+    assert not page.exists()
+    (page.parent / "log.txt").write_bytes(log)
+    run(root / "whole.yaml", done)
+    assert "</html>" in page.read_text(encoding="utf-8")
+
+
+def test_a_cell_that_fails_is_given_up_and_one_that_was_cut_off_continues_from_its_checkpoint(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_study(root, "budget", **ONE, settings={"memory.budget": "10GiB"})
+    real, calls = runner.train_run, []
+
+    def stop(error: BaseException) -> Any:
+        def broken(*_: Any, **__: Any) -> None:
+            raise error
+
+        return broken
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "train_run", stop(RuntimeError("no room")))
+        for _ in range(2):  # the second start does not try again
+            with pytest.raises(RunFailure, match=r"1 of 1 cells failed; .*RuntimeError: no room\. .*--retry-failed"):
+                run(file, tmp_path / "whole")
+        patch.setattr(runner, "train_run", full)
+        patch.setattr(StudyDirectory, "add_failure", full)
+        with pytest.raises(RunFailure, match=r"cannot be written: the disk is full"):
+            run(file, tmp_path / "full")
+    assert run(file, tmp_path / "whole", retry_failed=True)["num_done"] == 1
+
+    def cut(recipe: Any, directory: Path, **options: Any) -> Any:
+        calls.append(options["resume"])
+        with monkeypatch.context() as patch:
+            if len(calls) == 1:  # killed after the plan: it begins again
+                patch.setattr("qdora.run.train.base_of_run", stop(KeyboardInterrupt()))
+            if len(calls) == 2:
+                patch.setattr("qdora.run.step_evaluations.evaluate", stop(RuntimeError("cut")))
+            return real(recipe, directory, **options)
+
+    monkeypatch.setattr(runner, "train_run", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(file, tmp_path / "cut")
+    assert not list((tmp_path / "cut/failures").iterdir())
+    assert run(file, tmp_path / "cut")["num_done"] == 1
+    assert calls == [False, False, True]
+    whole, continued = (cells_of(tmp_path / name, "trained")["nf4"] for name in ("whole", "cut"))
+    assert nll_of(tmp_path / "whole", whole) == nll_of(tmp_path / "cut", continued)
+    (failure,) = StudyDirectory(tmp_path / "cut").failures(continued["key"])
+    assert (failure["kind"], failure["reason"]) == ("error", "RuntimeError: cut")
+
+
+def test_cells_share_their_pruned_base_and_one_that_diverges_is_done(root: Path, tmp_path: Path) -> None:
+    half = {"base.quant": "nf4", "base.prune.method": "magnitude", "base.prune.sparsity": 0.5}
+    lost = {"lost": {"adapter.kind": "lora", "train.lr": 1e30}}
+    run(write_study(root, "pruned", product={"base": {"half": half}, "adapter": DORA | lost}), tmp_path)
+    (made,) = (tmp_path / "shared/bases").glob("*/base/model.safetensors")
+    cells = list((tmp_path / "cells").glob("*/base/model.safetensors"))
+    assert len(cells) == 3  # both adapters, and the base by itself
+    assert all(cell.samefile(made) for cell in cells)
+    results = {
+        cell["labels"].get("adapter"): result_of(tmp_path, cell["key"]) for cell in read_index(tmp_path)["cells"]
+    }
+    assert results["dora"]["compression"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert results["lost"]["num_vocabulary"] == 400
+    assert results["lost"]["diverged"].startswith("Diverged: ")
+    report = read_report(tmp_path)
+    assert [row["adapter"] for row in report.tables["cells"] if row["status"] == "diverged"] == ["lost"]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 6), nn.Linear(6, 10, bias=False)
+        self.head.weight = self.embed.weight
+        self.q_proj, self.norm = nn.Linear(6, 8), nn.LayerNorm(6)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def test_bytes_against_a_count_by_hand() -> None:
+    def counted(model: nn.Module) -> tuple[int, int, int, int]:
+        size = model_size(model)
+        return size.num_linear_weights, size.num_linear_bytes, size.num_base_bytes, size.num_adapter_bytes
+
+    model, others = Tied(), 2 * (60 + 48 + 8 + 12)  # the head is the embedding, and no linear layer
+    assert counted(model) == (48, 96, others, 0)
+    inject(model, kind="dora", rank=2, alpha=2.0, targets=["q_proj"], dtype=torch.bfloat16)
+    assert counted(model) == (48, 96, others, 2 * (2 * 6 + 8 * 2) + 4 * 8)
+    model = Tied()
+    inject(model, kind="lora", rank=2, alpha=2.0, targets=["head", "q_proj"], dtype=torch.bfloat16)
+    adapters = 2 * (2 * 6 + 10 * 2) + 2 * (2 * 6 + 8 * 2)
+    assert counted(model) == (48, 96, others, adapters)
+    weight = quantize(torch.randn(128, 64), "nf4", block_size=64, double_quant=False)
+    model.head = FrozenLinear(weight, torch.zeros(128), torch.zeros(128 * 64 // 8, dtype=torch.uint8))
+    # Codes of 4 bits, a float32 scale for every 64 weights, and a bias; no layer's mask counts
+    of_head = 128 * 64 // 2 + 128 * 4 + 2 * 128
+    assert counted(model)[:3] == (48, 96, others + of_head)
+    # 2 bits a code and a float32 scale for every 64 weights, though the codes are held in 4 bits
+    simulated = FrozenLinear(quantize(torch.randn(64, 64), "nf2", block_size=64, double_quant=False))
+    assert counted(nn.ModuleDict({"q_proj": simulated}))[1] == 64 * 64 * 2 // 8 + 64 * 4

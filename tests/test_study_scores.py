@@ -1,0 +1,159 @@
+"""The kept scores of a study: it continues from them with the same report, and a second program finds its numbers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from qdora.errors import UserError
+from qdora.study.cells import Cell, Expander
+from qdora.study.compare import Results
+from qdora.study.grid import load_study
+from qdora.study.page import write_report
+from qdora.study.report import read_report
+from qdora.study.runner import run_cells
+from qdora.study.study_directory import StudyDirectory, read_index
+from qdora.study.upcoming import cells_now
+from tests import fake_study
+from tests.fake_study import ADAPTERS, diverging, forget, product
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks/recompute_study.py"
+LOST = diverging("fp4", "dora", "2")
+PRIMARY: dict[str, Any] = {
+    "over all": {"over": {"base.quant": ["int8", "nf4", "fp4"]}},
+    "beyond 16 bits": {"arm": "dora", "over": {"base.quant": ["nf4"]}, "minus": {"base.quant": "none"}},
+}
+PRIMARY["beyond 16 bits"]["family"] = "later"
+AGAIN = {"base.quant": ["nf4"], "adapter": ["dora"]}
+STAGES: list[dict[str, Any]] = [
+    {"name": "main"},
+    {"name": "moved", "cells": {"base.quant": ["nf4", "fp4"]}, "kind": "transplant"},
+    *({"name": kind, "cells": AGAIN, "kind": kind} for kind in ("rescaled", "set_back", "by_layer")),
+    {"name": "steps", "cells": AGAIN, "kind": "by_layer", "steps": [1, 2]},
+]
+WHOLE = {"compare": {"reference": "lora", "primary": PRIMARY}, "stages": STAGES, "nll": LOST}
+
+
+@pytest.fixture
+def archive(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("study_archive")
+
+
+def recomputed(folder: Path) -> tuple[int, str]:
+    """Exit code and output of the second program, without this project on the path: it needs numpy alone."""
+    run = subprocess.run([sys.executable, "-I", str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=200)
+    return run.returncode, run.stdout + run.stderr
+
+
+def assert_same_tables(one: Path, other: Path, *names: str) -> None:
+    """To the 1e-7 that rounded scores leave; texts with all digits are left out."""
+    found, expected = read_report(one).tables, read_report(other).tables
+    for name in names or expected:
+        frames = (pd.DataFrame(each[name]) for each in (found, expected))
+        frames = (frame.drop(columns="seed_improvements", errors="ignore") for frame in frames)
+        pd.testing.assert_frame_equal(*frames, rtol=0, atol=1e-7)
+
+
+def test_a_study_continues_from_its_scores_and_only_what_lacks_runs(archive: Any, tmp_path: Path) -> None:
+    made, study = fake_study.make(tmp_path, **WHOLE), tmp_path / "study.yaml"
+    cells, packed = read_index(made)["cells"], archive.pack(made)
+    assert archive.unpack(packed, study, tmp_path / "whole") == len(cells)
+    assert_same_tables(tmp_path / "whole", made)
+    assert archive.pack(tmp_path / "whole") == packed
+    with pytest.raises(UserError, match="must have no results yet"):
+        archive.unpack(packed, study, made)
+    shutil.copytree(made, tmp_path / "unfinished")
+    forget(tmp_path / "unfinished", "3", kind="rescaled")
+    archive.unpack(archive.pack(tmp_path / "unfinished"), study, tmp_path / "continued")
+    store, expander, ran = StudyDirectory(tmp_path / "continued"), Expander(load_study(study)), set()
+
+    def work(cell: Cell, directory: Path) -> dict[str, Any]:
+        ran.add(cell.key)
+        return dict(fake_study.work_of(LOST)(cell, directory))
+
+    for _ in range(3):
+        run_cells(cells_now(expander, Results(store, expander.study)).cells, store, work)
+    # Adapters are not kept, so what leaves one for a cell that lacks runs again
+    by_key = {cell["key"]: cell for cell in cells}
+    (lost,) = [cell for cell in cells if cell["kind"] == "rescaled" and cell["labels"]["seed"] == "3"]
+    assert ran == {lost["key"], lost["adapter_key"], by_key[lost["adapter_key"]]["adapter_key"]}
+    assert_same_tables(tmp_path / "continued", made, "comparisons", "repair")
+
+
+TWO_BASES = {"product": product("none", "nf4")}
+THREE = {name: {"base.quant": "nf4" if name == "same" else name} for name in ("nf4", "same", "fp4")}
+THREE["same"]["base.block_size"] = 64  # the default: `same` has no cells of its own, so nothing is compared on it alone
+SHARED = {
+    name: {"over": over}
+    for name, over in {"all": {}, "two": {"base": ["nf4", "same"]}, "one": {"base": "same"}}.items()
+}
+OWN_SEEDS = {"own": {"arm": "dora", "over": {"base.quant": "nf4"}, "seeds": [4, 5], "family": "later"}}
+MORE = {"stages": [{"name": "main"}, {"name": "more", "cells": {"seed": [0, 1, 2, 3, 4, 5]}}]}
+
+
+@pytest.mark.parametrize(
+    "changes, num_primary",
+    [
+        (WHOLE, 2),
+        (TWO_BASES | {"compare": {"reference": "lora", "tasks": "equal"}}, 2),
+        (TWO_BASES | {"compare": {"reference": "lora", "metric": "acc_norm"}}, 2),
+        (TWO_BASES | MORE | {"compare": {"reference": "lora", "metric": "acc", "primary": OWN_SEEDS, "zone": 0.1}}, 1),
+        ({"product": {"base": THREE, "adapter": ADAPTERS}, "compare": {"reference": "lora", "primary": SHARED}}, 2),
+    ],
+    ids=["whole", "equal", "acc_norm", "later seeds", "shared cells"],
+)
+def test_a_second_program_finds_every_number_and_any_that_was_changed(
+    archive: Any, tmp_path: Path, changes: dict[str, Any], num_primary: int
+) -> None:
+    made = fake_study.make(tmp_path / "made", **changes)
+    report = read_report(made)
+    write_report(report, tmp_path, "a study")
+    (tmp_path / "scores.json.xz").write_bytes(archive.pack(made))
+    code, output = recomputed(tmp_path)
+    assert code == 0, output
+    primary = [row for row in report.tables["comparisons"] if row["role"] == "primary"]
+    assert len(primary) == num_primary
+    assert all("no result" not in row["reason"] for row in primary)
+    columns = [
+        "improvement",
+        "lower",
+        "upper",
+        "p_seeds",
+        "p_examples",
+        "p_equivalent",
+        "p_holm",
+        "smallest_detectable",
+    ]
+    told = pd.DataFrame(report.tables["comparisons"])[columns].notna().sum().sum()
+    assert json.loads(output.splitlines()[-1])["numbers"] >= told
+    for file, column, new in (
+        ("comparisons", "upper", 3e-6),
+        ("comparisons", "verdict", "none"),
+        ("repair", "left", 3e-6),
+    ):
+        rows = pd.read_csv(tmp_path / f"{file}.csv")
+        if column not in rows:
+            continue  # no arm was trained on the uncompressed base
+        kept = (tmp_path / f"{file}.csv").read_text()
+        row = rows[column].first_valid_index()
+        rows.loc[row, column] = new if isinstance(new, str) else rows.loc[row, column] + new
+        rows.to_csv(tmp_path / f"{file}.csv", index=False)
+        code, output = recomputed(tmp_path)
+        assert (code, f"{column} is" in output) == (1, True)
+        (tmp_path / f"{file}.csv").write_text(kept)
+
+
+def test_the_pages_say_what_the_committed_scores_do() -> None:
+    code, output = recomputed(ROOT / "benchmarks/results/study")
+    assert code == 0, output
+    assert json.loads(output.splitlines()[-1])["numbers"] > 1600
