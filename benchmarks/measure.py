@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import json
 import os
 import re
@@ -163,6 +165,20 @@ def fresh(script: str, *arguments: str, variables: Mapping[str, str] | None = No
     return json.loads(printed(script, *arguments, environment=environment, errors=errors).splitlines()[-1])
 
 
+def alone(function: Callable[..., Any], *arguments: Any, variables: Mapping[str, str] | None = None) -> Any:
+    """What a function of a module returns in a process of its own; its arguments and its result go through JSON.
+
+    Args:
+        variables: Of the environment, in addition.
+    """
+    file = Path(inspect.getsourcefile(function) or "")
+    module = ".".join(file.resolve().relative_to(RESULTS.parent).with_suffix("").parts)
+    given = json.dumps(arguments, default=str)
+    environment = {**os.environ, **(variables or {})}
+    output = printed(__file__, module, function.__name__, given, environment=environment)
+    return json.loads(output.splitlines()[-1])
+
+
 def printed(*arguments: str, environment: Mapping[str, str] | None = None, errors: Any = PIPE) -> str:
     """Standard output of Python with these arguments, in a process of its own.
 
@@ -206,3 +222,7 @@ def status_bytes(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"this system has no {name} in /proc/self/status")
+
+
+if __name__ == "__main__":  # `alone`
+    print(json.dumps(getattr(importlib.import_module(sys.argv[1]), sys.argv[2])(*json.loads(sys.argv[3]))))

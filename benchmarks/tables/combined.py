@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from frame import table
+
 from tables.table import compared, interval, markdown, read
 
 KINDS = {"lora": "QLoRA", "dora": "QDoRA"}
 _WHOLE, _SIDES = "all tasks", ("alone", "combined")
 
 
+@table()
 def combined_vs_solo() -> str:
     """NLL and accuracy of both on each task, and what the combined adapter gains."""
     document = read("combined_vs_solo/run")

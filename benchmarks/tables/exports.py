@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from frame import table
+
 from qdora.recipe.byte_size import size_text
-from tables.table import markdown, quartiles, read
+from tables.table import markdown, read
 
 _FORMS = {
     "reference": "the reference itself",
@@ -16,6 +18,7 @@ _FORMS = {
 }
 
 
+@table()
 def export_exactness() -> str:
     """Logits and NLL of every form against an independent float32 merge, in both dtypes."""
     document = read("export_exactness")
@@ -38,6 +41,7 @@ def export_exactness() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def gguf_logits() -> str:
     """Every GGUF type in llama.cpp, against the adapter in float32 and against transformers with the same values."""
     document = read("gguf_logits")
@@ -77,20 +81,7 @@ def _distance(tensors: dict[str, float]) -> str:
     return f"{tensors['dense_error']:g}"
 
 
-def decode_speed() -> str:
-    """Tokens a second at batch 1, and the ratios of the same round."""
-    document = read("decode_speed")
-    names = {"base": "NF4 base", "lora": "LoRA on it", "dora": "DoRA on it", "merged": "merged, 16 bits"}
-    rates = document["tokens_per_second"]
-    row = [quartiles(rates[kind], ".1f") for kind in names]
-    share = document["dora / lora"]
-    note = (
-        f"\n{document['new_tokens']} new tokens after a prompt of {document['prompt_tokens']}, median and quartiles. "
-        f"DoRA / LoRA of the same round: {quartiles(share, '.3f')}, target: at least {document['asked']}.\n"
-    )
-    return markdown(["tokens/s at batch 1", *names.values()], [["SmolLM2-135M", *row]]) + note
-
-
+@table()
 def merge_streamed() -> str:
     """Peak memory and speed of a streamed merge."""
     document = read("merge_streamed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from frame import table
+
 from tables.combined import pcgrad_did_not_help
 from tables.ranks import ranks_that_did_not_help
 from tables.table import markdown, read
@@ -15,11 +17,13 @@ _SHORT = {
 """Beginnings of the rows that a user of a recipe may ask about -> what they mean."""
 
 
+@table()
 def failed() -> str:
     """A row for each idea: what was tried, what is in use instead, and the figure that decided."""
     return markdown(["tried", "in use instead", "measured"], _rows())
 
 
+@table()
 def failed_short() -> str:
     """A list item for each idea that a user may ask about."""
     rows = _rows()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from frame import table
+
 from tables.table import MIB, interval, markdown, read
 
 _MODES = {"l1": "L1", "hard_concrete": "hard-concrete"}
 
 
+@table()
 def gates() -> str:
     """A row for each run; below it the bytes and the time of a step."""
     document = read("gates")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from frame import table
+
 from tables.compressed import primary_rows, worths
 from tables.table import gib, markdown, read
 
 _PAGE = "benchmarks/README.md"
 
 
+@table()
 def headline() -> str:
     """One row for each result."""
     rows = [_magnitudes(), _time(), _memory(), _export(), _study(), _plan(), _resume()]

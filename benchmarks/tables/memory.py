@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from frame import table
+
 from tables.table import CONTENDERS, GIB, MIB, gib, markdown, read
 
 
+@table()
 def layer_memory() -> str:
     """What each layer holds after forward, and its workspace in the first call and in later ones."""
     document = read("layer_memory")
@@ -36,6 +39,7 @@ def _large_header(large: dict[str, Any]) -> list[str]:
     return [f"{shape}, r {rank}" for rank in large["ranks"]]
 
 
+@table()
 def step_memory() -> str:
     """Peaks of whole steps, with the distance from weights and unavoidable activations, and the targets."""
     document = read("step_memory")
@@ -52,6 +56,7 @@ def step_memory() -> str:
     return markdown(["GiB at the peak (above the first line)", *cases], rows) + note
 
 
+@table()
 def sharded_memory() -> str:
     """What each process holds of a divided base, and the largest that loading took in one of them."""
     document = read("sharded_memory")
@@ -78,6 +83,7 @@ def sharded_memory() -> str:
     return markdown([f"{header[0]}; GiB of each", *header[1:]], rows) + note
 
 
+@table()
 def chunked_loss() -> str:
     """Bytes and gradients of the chunked and the plain loss, and the ratio of their times."""
     document = read("chunked_loss")
@@ -101,6 +107,7 @@ def chunked_loss() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def load_memory() -> str:
     """Bytes of the checkpoint, of the packed model, of the largest tensor, and the peak."""
     documents = {"Llama": read("load_memory"), "mixture of experts": read("load_memory_experts")}

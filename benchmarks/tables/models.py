@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from frame import table
+
 from tables.table import markdown, read
 
 FIGURES = ("evaluated", "merged", "nf4_lora", "gradients")
@@ -12,12 +14,14 @@ _TITLES = {"evaluated": "NLL", "nf4_lora": "nf4-lora"}
 HEADER = ("resumed", "answer", "NLL", "merged", "nf4-lora", "gradients", "packing")
 
 
+@table()
 def architectures() -> str:
     """A row for each family of dense models: what its tiny model measured, or that it is refused; below, why."""
     dense = {name: row for name, row in read("architectures")["families"].items() if not row.get("mixture")}
     return _families(dense, {})
 
 
+@table()
 def mixtures() -> str:
     """The same of mixtures of experts, with what PEFT computes."""
     mixed = {name: row for name, row in read("architectures")["families"].items() if row.get("mixture")}

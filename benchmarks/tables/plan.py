@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from frame import table
+
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import recipe_names
 from tables.table import GIB, MIB, gib, markdown, read
 
 
+@table()
 def plan_recipes() -> str:
     """Components of the plans of the recipes that are named for a card, and what they leave to the host."""
     plans = read("plan_recipes")["plans"]
@@ -26,6 +29,7 @@ def plan_recipes() -> str:
     return markdown(["GiB at the peak", *plans], rows)
 
 
+@table()
 def several_cards() -> str:
     """The ways to hold the base of each machine, with the time of a step over each of its links."""
     document = read("several_cards")
@@ -59,6 +63,7 @@ def several_cards() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def machines() -> str:
     """The share of a step that computes on 1 to 64 machines, and a step of a fixed number of tokens."""
     document = read("several_cards")
@@ -80,6 +85,7 @@ def machines() -> str:
     return markdown(header, rows)
 
 
+@table()
 def expert_plans() -> str:
     """What each mixture needs, and what makes it fit on each card."""
     shapes = read("expert_plans")["shapes"]
@@ -111,6 +117,7 @@ def _streamed(shape: dict[str, Any], card: str) -> str:
     return text if found["fits"] else f"{text}: does not fit"
 
 
+@table()
 def cards() -> str:
     """A row for each shipped recipe that is planned for a card: its peak, and how much of the card that is."""
     plans = {name: each for name, each in read("plan_recipes")["plans"].items() if name in recipe_names()}
@@ -150,6 +157,7 @@ def _step_tokens(found: dict[str, Any]) -> int:
     return tokens
 
 
+@table()
 def plan_accuracy() -> str:
     """Planned and measured bytes of each run, and their ratios."""
     document = read("plan_accuracy")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from frame import table
+
 from tables.table import compared, improvement, markdown, of_metric, read, report_rows, trained, with_band
 
 _METHODS = {
@@ -16,6 +18,7 @@ _METHODS = {
 }
 
 
+@table()
 def curvature() -> str:
     """Eigenvalues, what they may miss, and what they cost."""
     document = read("curvature")
@@ -31,6 +34,7 @@ def curvature() -> str:
     return markdown(header, rows)
 
 
+@table()
 def curvature_draws() -> str:
     """The error of estimated curvatures, and what both ways cost."""
     document = read("curvature_draws")
@@ -60,6 +64,7 @@ def curvature_draws() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def rank_methods() -> str:
     """Each way to choose ranks at equal trainable parameters: quality, the difference from uniform, and its cost."""
     arms, pairs, cells = (report_rows("rank_methods", name) for name in ("arms", "comparisons", "cells"))

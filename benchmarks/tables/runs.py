@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from frame import table
+
 from tables.table import MIB, markdown, quartiles, read
 
 EVENTS = {
@@ -19,6 +21,7 @@ EVENTS = {
 """What happens to a life, in the words of the table."""
 
 
+@table()
 def moments() -> str:
     """For each event: lives, how many it ended, and how many reached the undisturbed result when started again."""
     rows, table = [], read("moments")["moments"]
@@ -29,6 +32,7 @@ def moments() -> str:
     return markdown(["event, then the same command again", "jobs", "ended by it", "bit for bit equal"], rows)
 
 
+@table()
 def hostile() -> str:
     """For each kind of damaged input: how many ended in one clear line, in the right result, or not noticeably."""
     keys = ("tried", "clear_lines", "right_results", "undetectable", "new_faults", "num_mended")
@@ -38,6 +42,7 @@ def hostile() -> str:
     return markdown([*header, "faults mended"], rows)
 
 
+@table()
 def out_of_memory() -> str:
     """How much the losses of a run change whose allocator failed."""
     document = read("out_of_memory")
@@ -56,6 +61,7 @@ def out_of_memory() -> str:
     return markdown(header, rows) + f"\n{document['num_steps']} steps of SmolLM2-135M on the eight tasks.\n"
 
 
+@table()
 def chat_templates() -> str:
     """For each chat template: turns whose answer, prompt and marks are right."""
     document = read("chat_templates")
@@ -87,6 +93,7 @@ def chat_templates() -> str:
     return markdown(header, rows) + note + (f" Reason of refusals: {'; '.join(reasons)}\n" if reasons else "\n")
 
 
+@table()
 def chat_model() -> str:
     """How many questions the model answers in the trained manner, and stops by itself, before and after training."""
     document = read("chat_model")
@@ -104,6 +111,7 @@ def chat_model() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def data_loading() -> str:
     """Time to the first step by its parts, and what of a step is lost to loading."""
     document = read("data_loading")
@@ -126,6 +134,7 @@ def data_loading() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def file_formats() -> str:
     """For each kind of file: memory to draw a hundred rows, and seconds of a first and of a later start."""
     document = read("file_formats")
@@ -148,6 +157,7 @@ def file_formats() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def mixing() -> str:
     """Differences of the shares from the asked ones, and resumes; the memory of streams below."""
     document = read("mixing")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from frame import table
+
 from tables.table import compared, interval, markdown, of_metric, read, report_rows, trained, with_band
 
 Row = Mapping[str, str]
 
 
+@table()
 def pruning() -> str:
     """Perplexity by method and pattern, dense below."""
     document = read("pruning")
@@ -31,6 +34,7 @@ def pruning() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def error_adapters() -> str:
     """Perplexity of each base alone, and with an untrained adapter that approximates its error."""
     document = read("error_adapters")
@@ -56,6 +60,7 @@ def error_adapters() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def study_nulls() -> str:
     """How many intervals hold the truth, what is called falsely, and what is found by the number of seeds."""
     document = read("study_nulls")
@@ -87,6 +92,7 @@ def study_nulls() -> str:
     return markdown(header, rows) + note + "\n" + more
 
 
+@table()
 def study() -> str:
     """Per base and length the damage without training, then for each adapter what is left and what was repaired."""
     arms, pairs = report_rows("study", "arms"), report_rows("study", "comparisons")
@@ -127,6 +133,7 @@ def study() -> str:
     return markdown(header, lines) + note
 
 
+@table()
 def study_changes() -> str:
     """Per base and adapter what training moved, and how much of the compression error it took back."""
     found: dict[tuple[str, str], list[Row]] = {}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from frame import table
+
 from tables.table import CONTENDERS, GIB, MIB, gib, markdown, percent, quartiles, read
 
 
+@table()
 def layer_time() -> str:
     """Ratios of one layer's time; medians over rounds, and the share of what was asked that is so."""
     document = read("layer_time")
@@ -40,6 +43,7 @@ def layer_time() -> str:
     return markdown(["layer, rank, tokens", *columns], rows) + f"\nTargets met: {'; '.join(counts)}.\n"
 
 
+@table()
 def peft_time() -> str:
     """Time and bytes of DoRA and LoRA on PEFT's interface, relative to PEFT's LoRA."""
     document = read("peft_time")
@@ -59,6 +63,7 @@ def peft_time() -> str:
     return f"{markdown(header, times)}{between}{markdown(header, sizes)}\n{text}"
 
 
+@table()
 def expert_cost() -> str:
     """Ratios of the time of a block's experts, bytes held for backward, growth of the peak."""
     document = read("expert_cost")
@@ -85,6 +90,7 @@ def expert_cost() -> str:
     return markdown(head, rows) + text
 
 
+@table()
 def expert_launches() -> str:
     """Launches and bytes of a block's experts on a GPU without a grouped product, before and after."""
     document, rows = read("expert_launches"), []
@@ -104,6 +110,7 @@ def expert_launches() -> str:
     return markdown(["tokens, routing", "tokens of an expert", *head, "waits"], rows)
 
 
+@table()
 def packing() -> str:
     """Padding, real tokens a second and time of each way to make micro-batches, and the losses' differences."""
     document = read("packing")
@@ -133,6 +140,7 @@ def packing() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def roofline() -> str:
     """Launches, bytes and estimated time of a layer of ours and of PEFT's, on a GPU that is not there."""
     document = read("roofline")
@@ -162,6 +170,7 @@ def roofline() -> str:
     return markdown([*header, "QDoRA / PEFT QLoRA", "target: at most"], rows) + note
 
 
+@table()
 def step_time() -> str:
     """Tokens a second, own QDoRA's time relative to each contender, and peaks, by checkpointing; pairs below."""
     document = read("step_time")
@@ -190,6 +199,7 @@ def step_time() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def host_time() -> str:
     """Microseconds that the host takes to call a layer, and own QDoRA's time relative to each contender."""
     document = read("host_time")
@@ -212,6 +222,7 @@ def host_time() -> str:
 _STEP_COLUMNS = ("tokens/s", "time of qdora DoRA / of this one")
 
 
+@table()
 def one_micro_batch() -> str:
     """Tokens a second where each step is one micro-batch, and own QDoRA's time relative to each contender."""
     document = read("one_micro_batch")

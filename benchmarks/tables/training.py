@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from frame import table
+
 from tables.table import markdown, percent, read
 
 
+@table()
 def quickstart() -> str:
     """Base, adapter and merged side by side."""
     document = read("quickstart")
@@ -32,6 +35,7 @@ def quickstart() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def real_data() -> str:
     """Validation and test NLL and accuracy of both arms, mean over seeds."""
     document = read("real_data")
@@ -75,6 +79,7 @@ def _mean(arms: list[dict[str, Any]], kind: str, path: tuple[str, str, str], *, 
     return percent(mean, error) if accuracy else f"{mean:.3f} ± {error:.3f}"
 
 
+@table()
 def magnitudes() -> str:
     """Share of entries that moved, and the distance of the loss curve from float32 storage."""
     header = ["storage (compute)", "magnitudes moved", "lora_A", "lora_B", "largest gap to float32 storage", "mean gap"]
@@ -87,6 +92,7 @@ def magnitudes() -> str:
     return markdown(header, rows)
 
 
+@table()
 def router_loss() -> str:
     """NLL, load and moved tokens for each factor of the routers' auxiliary loss, means over the seeds."""
     header = ["factor", "validation NLL per byte", "load, first steps", "load, last steps", "tokens moved"]
@@ -110,6 +116,7 @@ def router_loss() -> str:
     )
 
 
+@table()
 def peft_interop() -> str:
     """Largest logit differences in float32, and the bf16 means beside them."""
     header = [
@@ -130,6 +137,7 @@ def peft_interop() -> str:
     return markdown(header, rows)
 
 
+@table()
 def peft_trainers() -> str:
     """The layer inside TRL's trainers: the largest of its three ways in, by version; a resumed run and a cast one."""
     document, older = read("peft_trainers"), read("peft_trainers_trl_1_14")
@@ -162,6 +170,7 @@ def peft_trainers() -> str:
     return table + note + markdown(["exported form", "against the trained model", "against PEFT, float32"], rows)
 
 
+@table()
 def foreign_trainers() -> str:
     """The layer inside other programs, by the way in."""
     rows = []
@@ -179,6 +188,7 @@ def foreign_trainers() -> str:
     return markdown(["trainer", "way in", "loss, qdora against PEFT", "fast layers", "magnitudes moved"], rows)
 
 
+@table()
 def loss_curve() -> str:
     """Distances of loss curves, and what accumulation changes."""
     document = read("loss_curve")

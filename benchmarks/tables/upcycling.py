@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from frame import table
+
 from tables.table import interval, markdown, read
 
 MODELS = {
@@ -14,6 +16,7 @@ MODELS = {
 }
 
 
+@table()
 def upcycled_mixture() -> str:
     """NLL of text of the dense model and of the mixture on its way, and how evenly its experts are used."""
     document = read("expert_upcycling")
@@ -35,6 +38,7 @@ def upcycled_mixture() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def expert_upcycling() -> str:
     """Answer NLL of each arm and task, and the differences between the arms."""
     document = read("expert_upcycling")
