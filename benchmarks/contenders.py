@@ -25,7 +25,7 @@ from qdora.model.experts import is_transposed, library_names, stacks
 from qdora.model.inject import frozen_layers, inject, replace_module
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
-from qdora.ops.packed import PackedWeight, quantize
+from qdora.ops.packed import PackedWeight, dequantize, quantize
 from qdora.ops.tiles import Weight
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -69,6 +69,36 @@ CONTENDERS = {
     "peft_dora_defaults": Contender("peft", "dora", dropout=0.05, adapter_dtype=torch.float32),
 }
 """By the name that result files use. "defaults": float32 adapters, and the dropout of 0.05 that most recipes take."""
+NEW_NORM = "_new_norm"
+"""Ending of a name: the norm is computed in each call."""
+
+TITLES = {
+    "own_lora": "qdora LoRA",
+    "own_dora": "qdora DoRA",
+    "own_lora_dropout": "qdora LoRA, dropout",
+    "own_dora_dropout": "qdora DoRA, dropout",
+    "peft_lora": "PEFT LoRA",
+    "peft_dora": "PEFT DoRA",
+    "peft_dora_addmm": "PEFT DoRA, norm by one addmm",
+    "qdora_peft_lora": "qdora.peft LoRA",
+    "qdora_peft_dora": "qdora.peft DoRA",
+    "axolotl_dora": "axolotl's DoRA algorithm",
+    "axolotl_dora_uncached": "the same without its cache",
+    "frozen": "frozen NF4 model, no adapter",
+    "dense": "frozen 16-bit model, no adapter",
+    "own_lora_8bit": "qdora LoRA, 8-bit AdamW",
+    "own_dora_8bit": "qdora DoRA, 8-bit AdamW",
+    "peft_lora_8bit": "PEFT LoRA, 8-bit AdamW",
+    "peft_dora_8bit": "PEFT DoRA, 8-bit AdamW",
+    "peft_lora_bf16_adam": "PEFT LoRA, AdamW in bf16",
+    "peft_dora_bf16_adam": "PEFT DoRA, AdamW in bf16",
+    "peft_lora_defaults": "PEFT LoRA, float32, dropout",
+    "peft_dora_defaults": "PEFT DoRA, float32, dropout",
+    "peft_lora_prepared": "PEFT LoRA, float32, dropout, head float32",
+    "peft_dora_prepared": "PEFT DoRA, float32, dropout, head float32",
+    "peft_lora_same_loop": "PEFT LoRA in qdora's loop",
+}
+"""What they are called in the tables, those with another optimizer or loop too."""
 
 
 class AddmmNormDora(DoraLinearLayer):
@@ -96,19 +126,42 @@ class AddmmNormDora(DoraLinearLayer):
         return (gain - 1) * base_result + gain * lora_B(lora_A(x)) * scaling
 
 
-def random_base(in_features: int, out_features: int) -> PackedWeight:
-    """Weights N(0, 0.02^2) in NF4, blocks of 64, scales quantised too; the same for one shape."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out_features, in_features, generator=generator).mul_(0.02).bfloat16()
+def random_base(in_features: int, out_features: int, device: torch.device | str = "cpu") -> PackedWeight:
+    """Weights N(0, 0.02^2) in NF4, blocks of 64, scales quantised too; the same for one shape and device."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator, device=device).mul_(0.02).bfloat16()
     return quantize(weight, "nf4", 64, double_quant=True)
 
 
 def random_input(base: PackedWeight, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """x (tokens, in), which asks for its gradient, and dy (tokens, out) in bf16; the same for one shape."""
-    out_features, in_features = base.shape
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(num_tokens, in_features, generator=generator).bfloat16().requires_grad_()
-    return x, torch.randn(num_tokens, out_features, generator=generator).bfloat16()
+    """x (tokens, in), which asks for its gradient, and dy (tokens, out) in bf16; the same for one shape and device."""
+    device, (out_features, in_features) = base.device, base.shape
+    generator = torch.Generator(device).manual_seed(1)
+    x = torch.randn(num_tokens, in_features, generator=generator, device=device).bfloat16().requires_grad_()
+    return x, torch.randn(num_tokens, out_features, generator=generator, device=device).bfloat16()
+
+
+class LayerCall:
+    """A layer of a contender, whose name may end in `NEW_NORM`, and what it is called with."""
+
+    def __init__(self, name: str, base: PackedWeight, rank: int, num_tokens: int) -> None:
+        contender, self.new_norm = CONTENDERS[name.removesuffix(NEW_NORM)], name.endswith(NEW_NORM)
+        weight = dequantize(base, torch.bfloat16) if contender.engine == "dense" else base
+        self.layer: Any = layer_on(weight, contender, rank)
+        self.x, self.dy = random_input(base, num_tokens)
+
+    def clear(self) -> None:
+        """Drop the gradients of an earlier call, and the norm, as after an optimizer step."""
+        self.x.grad = None
+        for parameter in self.layer.parameters():
+            parameter.grad = None
+        if self.new_norm:
+            self.layer.parameters_changed()
+
+    def step(self) -> None:
+        """Forward and backward, from no gradients."""
+        self.clear()
+        self.layer(self.x).backward(self.dy)
 
 
 def layer_on(base: Weight, contender: Contender, rank: int, *, seed: int = 0) -> nn.Module:

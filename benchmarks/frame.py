@@ -219,11 +219,15 @@ def cell(column: Column, row: Any) -> str:
     return _CELLS.vformat(column, row if isinstance(row, tuple) else (), row if isinstance(row, Mapping) else {})
 
 
+def quartiles(found: Mapping[str, float], form: str = ".3f", of_ends: str = ".2f") -> str:
+    """1.034 (1.02–1.05)."""
+    return f"{found['median']:{form}} ({found['lower']:{of_ends}}–{found['upper']:{of_ends}})"
+
+
 class _Cells(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         if isinstance(value, Mapping):
-            median, lower, upper = (format(value[key], format_spec) for key in ("median", "lower", "upper"))
-            return f"{median} ({lower}–{upper})"
+            return quartiles(value, format_spec, format_spec)
         for unit, size in (("MiB", MIB), ("GiB", GIB)):
             if format_spec.endswith(unit):
                 return format(value / size, format_spec.removesuffix(unit))

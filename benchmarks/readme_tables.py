@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and benchmarks/README.md and two guides, from benchmarks/results/ and the recipe.
+"""Writes the tables of README.md, of the pages of benchmarks/ and of two guides, from result files and the recipe.
 
     python benchmarks/readme_tables.py [--check]
 
@@ -20,7 +20,7 @@ from tables.settings import settings
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
+PAGES = (ROOT / "README.md", *(HERE / f"{name}.md" for name in ("README", "time", "memory", "correctness")))
 MODELS = ROOT / "qdora/guide/models.md"
 SETTINGS = ROOT / "qdora/guide/settings.md"
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from frame import table
 
-from qdora.recipe.byte_size import size_text
 from tables.table import markdown, read
 
 _FORMS = {
@@ -79,16 +78,3 @@ def _distance(tensors: dict[str, float]) -> str:
     if tensors["q8_0_error"]:
         return f"{tensors['q8_0_error']:.2f} of half a step"
     return f"{tensors['dense_error']:g}"
-
-
-@table()
-def merge_streamed() -> str:
-    """Peak memory and speed of a streamed merge."""
-    document = read("merge_streamed")
-    header = ["checkpoint", "largest tensor", "peak of the process", "limit", "merge", "plain copy"]
-    row = [
-        *(size_text(document[f"{name}_bytes"]) for name in ("checkpoint", "largest_tensor", "peak", "asked")),
-        f"{document['gigabytes_per_second']:.3f} GB/s",
-        f"{document['copy_gigabytes_per_second']:.2f} GB/s",
-    ]
-    return markdown(header, [row])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from frame import table
 
-from tables.table import MIB, markdown, quartiles, read
+from tables.table import MIB, markdown, read
 
 EVENTS = {
     "kill": "SIGKILL",
@@ -40,25 +40,6 @@ def hostile() -> str:
     rows = [[name, *(f"{part[key]}" for key in keys)] for name, part in parts.items()]
     header = ["input", "tried", "one clear line", "right result", "the format cannot notice it", "open faults"]
     return markdown([*header, "faults mended"], rows)
-
-
-@table()
-def out_of_memory() -> str:
-    """How much the losses of a run change whose allocator failed."""
-    document = read("out_of_memory")
-    rows = []
-    for dtype, run in document["runs"].items():
-        sizes = [run["backoffs"][0]["tokens_before"], *(each["tokens_after"] for each in run["backoffs"])]
-        rows.append(
-            [
-                dtype,
-                " → ".join(f"{size:,}" for size in sizes),
-                "yes" if run["same_tokens"] else "no",
-                f"{run['largest_relative_difference']:.1e}",
-            ]
-        )
-    header = ["compute", "tokens of a micro-batch", "same tokens in each step", "loss differs at most by (relative)"]
-    return markdown(header, rows) + f"\n{document['num_steps']} steps of SmolLM2-135M on the eight tasks.\n"
 
 
 @table()
@@ -107,52 +88,6 @@ def chat_model() -> str:
     note = (
         f"\nSmolLM2-135M-Instruct, {document['num_chats']} conversations, {passes}, {document['num_steps']} steps; "
         f"at most {document['max_new_tokens']} new tokens.\n"
-    )
-    return markdown(header, rows) + note
-
-
-@table()
-def data_loading() -> str:
-    """Time to the first step by its parts, and what of a step is lost to loading."""
-    document = read("data_loading")
-    names = {"grouped": "in memory, grouped by length", "packed": "in memory, packed", "streamed": "streamed"}
-    parts = list(document["ways"]["grouped"]["seconds_to_first_step"])
-    rows = []
-    for way, found in document["ways"].items():
-        lost, seconds = found["share_lost"], found["seconds_to_first_step"]
-        row = [names[way], *(f"{seconds[part]:.1f}" for part in parts), f"{found['total_seconds_to_first_step']:.1f}"]
-        rows.append([*row, quartiles(lost, ".3%")])
-    header = [
-        "examples",
-        *(f"{part}, s" for part in parts),
-        "to the end of the first step, s",
-        "share of a step lost to loading",
-    ]
-    note = (
-        f"\nSteps of {document['step_tokens']:,} tokens; median and quartiles of {document['num_steps'] - 1} steps.\n"
-    )
-    return markdown(header, rows) + note
-
-
-@table()
-def file_formats() -> str:
-    """For each kind of file: memory to draw a hundred rows, and seconds of a first and of a later start."""
-    document = read("file_formats")
-    rows = [
-        [
-            kind,
-            f"{found['limit']['added_bytes'] / 1e6:.0f}",
-            f"{found['limit']['seconds']:.1f}",
-            f"{found['first']['seconds']:.0f}",
-            f"{found['again']['seconds']:.1f}",
-        ]
-        for kind, found in document["kinds"].items()
-    ]
-    header = ["file", "memory added, MB", "with limit 100, s", "first start, s", "later start, s"]
-    tokens = next(iter(document["kinds"].values()))["first"]["num_tokens"]
-    note = (
-        f"\nMemory and `limit: 100`: a file with {document['num_bytes'] / 1e9:.0f} GB of rows. Starts: "
-        f"{document['num_rows']:,} rows ({tokens / 1e6:.0f} million tokens).\n"
     )
     return markdown(header, rows) + note
 

@@ -10,32 +10,6 @@ from tables.table import markdown, percent, read
 
 
 @table()
-def quickstart() -> str:
-    """Base, adapter and merged side by side."""
-    document = read("quickstart")
-    columns = document["evaluations"]
-    tasks = list(columns["base"]["tasks"])
-    header = ["task", "n", "chance", *(f"{label} {what}" for label in columns for what in ("acc %", "NLL"))]
-    rows = []
-    for task in [*tasks, "average"]:
-        found = [each["average"] if task == "average" else each["tasks"][task] for each in columns.values()]
-        numbers = [
-            text for row in found for text in (percent(row["acc"], row["acc_stderr"]), f"{row['nll_per_token']:.3f}")
-        ]
-        rows.append([task, str(found[0]["num_examples"]), percent(found[0]["chance"]), *numbers])
-    check = document["export"]["verification"]
-    exact, running = check["exported_vs_reference"], check["exported_vs_running"]
-    note = (
-        f"\nThe merged fp16 model against the adapter in float32 arithmetic, on {check['num_positions']:,} held-out "
-        f"tokens: largest logit difference {exact['max_logit_difference']:.2g}, mean KL {exact['kl_mean']:.1g} nats, "
-        f"same next token {exact['argmax_agreement']:.2%}. (The largest logit difference of the adapter in "
-        f"{check['running_dtype']} from both is {running['max_logit_difference']:.2g}.) The run took "
-        f"{document['run_seconds'] / 60:.1f} minutes after set-up on {document['num_cpus']} shared cores.\n"
-    )
-    return markdown(header, rows) + note
-
-
-@table()
 def real_data() -> str:
     """Validation and test NLL and accuracy of both arms, mean over seeds."""
     document = read("real_data")

@@ -1,0 +1,350 @@
+"""Time to the first step of a run, what a step loses to its loader, and the cost of every kind of data file."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd  # noqa: F401  # pyarrow imports it to make rows, and imports are not counted
+import pyarrow as pa
+import pyarrow.parquet as pq
+from byte_tokenizer import write_model, write_sums
+from frame import bench, main, markdown, quartiles, table, tabulated
+from measure import alone, peak_rss_bytes, reset_peak_rss, spread
+from mixed_data import fitted
+
+from qdora.data.build_data import make_loader, read_data, tokenized_mix
+from qdora.data.loader import Step, StepLoader
+from qdora.memory.allocator import keep_freed_memory
+from qdora.model.build_model import choose_compute, find_model, put_adapters
+from qdora.model.inject import adapter_parameters
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
+from qdora.recipe.recipe_file import recipe_from
+from qdora.recipe.train_settings import TrainConfig
+from qdora.run.load_base import load_base
+from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.packed_attention import packed_layout
+
+WAYS = {"grouped": "in memory, grouped by length", "packed": "in memory, packed", "streamed": "streamed"}
+STEP_TOKENS, BAR = 4096, 0.02
+
+
+@bench(smoke={"steps": 3, "limit": 20})
+def data_loading(data: Path | None, steps: int = 12, limit: int = 400) -> dict[str, Any]:
+    """Time to the first step of a run, and the share of a step's time in which the model waits for its data.
+
+    QDoRA of rank 16 on SmolLM2-135M in NF4, the eight commonsense tasks in equal shares, steps of 4,096 tokens. DATA
+    holds <task>/<split>.parquet; --limit: training examples of a task that is not streamed. Each way to load is a
+    process of its own that does what `qdora train` does, in its order:
+
+        grouped    examples in memory, padded and grouped by length
+        packed     examples in memory, packed
+        streamed   rows are read, tokenised and shuffled while the run goes on; padded and grouped by length
+
+    The parts of the time to the first step follow each other, imports from the start of the process. In the steps after
+    it, all that the loop asks of its loader is timed (the next step's micro-batches, and the state in case the step
+    fails), against the whole step. Nothing is loaded ahead, so what the loader takes is lost. The bar: 2 % of a step.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if data is None:
+            write_model(Path(folder, "model"))
+            for name in ("first", "second"):
+                write_sums(Path(folder, f"{name}.jsonl"))
+        place = folder if data is None else str(data.resolve())
+        ways = {way: alone(one_way, way, place, steps, limit, data is None) for way in WAYS}
+    limits = {way: each["share_lost"]["median"] < BAR for way, each in ways.items()}
+    sizes = {"step_tokens": STEP_TOKENS, "num_steps": steps, "limit": limit}
+    return {**sizes, "ways": ways, "bar": BAR, "passes": limits}
+
+
+def one_way(way: str, data: str, num_steps: int, limit: int, smoke: bool) -> dict[str, Any]:
+    """Seconds of each part until the first step is done, and of the loader and the whole in the steps after it."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    since_start = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    parts = {"imports": since_start}  # by the kernel's clock, in steps of a clock tick
+
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        parts[name] = time.perf_counter() - began
+
+    if smoke:
+        sources = [{"source": f"{data}/{name}.jsonl"} for name in ("first", "second")]
+    elif way == "streamed":
+        sources = [{"source": f"{data}/{task}"} for task in COMMONSENSE_TASKS]
+    else:
+        sources = [{"task": task, "path": f"{data}/{task}"} for task in COMMONSENSE_TASKS]
+    more = {"stream": True} if way == "streamed" else {"limit": limit}
+    mix_settings = {"mix": [source | more for source in sources], "strategy": "equal", "packing": way == "packed"}
+    recipe = recipe_from(
+        {
+            "model": {"source": f"{data}/model" if smoke else "builtin"},
+            "data": {**mix_settings, "max_length": 512, "too_long": "drop"},
+            "train": {"steps": num_steps, "tokens_per_step": 128 if smoke else STEP_TOKENS, "optimizer": "adamw"},
+        }
+    )
+    keep_freed_memory()
+    with part("tokenizer"):
+        source, tokenizer = find_model(recipe)
+    with part("data"):
+        train, _ = read_data(recipe.data)
+    with part("tokenise"):
+        mix = tokenized_mix(recipe, tokenizer, train)
+        loader = make_loader(recipe, mix, tokenizer)
+        _ = loader.fingerprint
+    with part("load base"):
+        model = load_base(recipe, source, choose_compute("auto"))
+    with part("adapters"):
+        put_adapters(model, recipe)
+        optimizer = AdapterOptimizer(adapter_parameters(model))
+        if recipe.data.packing:
+            loader.batching.packed = packed_layout(model)[0]
+    timed = TimedLoader(loader)
+    settings = TrainConfig(steps=num_steps, batch=1, lr=1e-4, schedule="constant", warmup=0)
+    first, *later = fitted(model, optimizer, timed, settings)
+    parts["first step"] = first["time"]["step_seconds"]
+    steps, waits = [line["time"]["step_seconds"] for line in later], timed.seconds[1:num_steps]
+    return {
+        "num_examples": None if loader.streams else sum(map(len, train)),
+        "seconds_to_first_step": parts,
+        "total_seconds_to_first_step": sum(parts.values()),
+        "step_seconds": steps,
+        "loader_seconds": waits,
+        "share_lost": spread([wait / step for wait, step in zip(waits, steps, strict=True)]),
+        "share_of_all": sum(waits) / sum(steps),
+        "examples_per_step": statistics.mean(line["num_examples"] for line in later),
+    }
+
+
+class TimedLoader:
+    """A loader for the loop that keeps the seconds spent in it: of each step, with the state since the one before."""
+
+    def __init__(self, loader: StepLoader) -> None:
+        self.loader, self.batching = loader, loader.batching  # memory is never short here, so nothing changes it
+        self.seconds: list[float] = []
+        self._of_states = 0.0
+
+    def next_step(self) -> Step:
+        """The next step's micro-batches."""
+        began = time.perf_counter()
+        step = self.loader.next_step()
+        self.seconds.append(self._of_states + time.perf_counter() - began)
+        self._of_states = 0.0
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in case the step fails."""
+        began = time.perf_counter()
+        state = self.loader.state_dict()
+        self._of_states += time.perf_counter() - began
+        return state
+
+
+@table("data_loading")
+def data_loading_table(result: Any) -> str:
+    """Time to the first step by its parts, and what of a step is lost to loading."""
+    parts = list(result["ways"]["grouped"]["seconds_to_first_step"])
+    rows = []
+    for way, found in result["ways"].items():
+        seconds = [*found["seconds_to_first_step"].values(), found["total_seconds_to_first_step"]]
+        lost = quartiles(found["share_lost"], ".3%", ".3%")
+        rows.append([WAYS[way], *(f"{each:.1f}" for each in seconds), lost])
+    header = ["examples", *(f"{part}, s" for part in parts), "to the end of the first step, s"]
+    note = f"\nSteps of {result['step_tokens']:,} tokens; median and quartiles of {result['num_steps'] - 1} steps.\n"
+    return markdown([*header, "share of a step lost to loading"], rows) + note
+
+
+KINDS = ("jsonl", "json", "csv", "tsv", "txt", "parquet", "jsonl.gz", "jsonl.zst", "csv.gz", "folder")
+MEMORY_BAR_BYTES, SECONDS_BAR = 150e6, 5.0
+_GROUP_ROWS, _NUM_COMPLETIONS = 100_000, 20_000
+
+
+def file_limits(kinds: dict[str, Any]) -> dict[str, Any]:
+    """Whether each kind keeps to the bars."""
+    passes = {
+        kind: found["limit"]["added_bytes"] < MEMORY_BAR_BYTES and found["again"]["seconds"] < SECONDS_BAR
+        for kind, found in kinds.items()
+    }
+    return {"bars": {"memory_bytes": int(MEMORY_BAR_BYTES), "seconds": SECONDS_BAR}, "passes": passes}
+
+
+@bench(smoke={"num_bytes": 2e6, "rows": 700}, rows="kinds", keep=True, judge=file_limits)
+def file_formats(
+    kinds: tuple[str, ...] = KINDS, num_bytes: float = 1e9, rows: int = 200_000, *, smoke: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Data files of every kind: memory to draw 100 rows of a gigabyte, and time to start a run of 200,000 rows again.
+
+    A row has a prompt and a completion of made-up words, about 600 bytes; a text file holds the same as documents, a
+    folder eight JSON-lines files. Each measurement is a process of its own that reads and tokenises as `qdora train`
+    does, with SmolLM2's tokenizer and the default 5 % of validation data:
+
+        limit: 100   rows of --num-bytes, before compression. Peak of resident memory above that after the imports and
+                     with the tokenizer. The bar: 150 MB.
+        again        --rows rows, whose tokens an earlier start has kept. Seconds until they are in memory, imports and
+                     tokenizer not counted. The bar: 5 s.
+    """
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            if smoke:
+                write_model(folder / "model")
+            num_rows = write_rows(folder / "large", kind, most_bytes=num_bytes)
+            limit = alone(one_start, f"{name}/large", 100, smoke)
+            limit |= {
+                "num_rows": num_rows,
+                "file_bytes": sum(file.stat().st_size for file in (folder / "large").iterdir()),
+            }
+            for file in (folder / "large").iterdir():
+                file.unlink()
+            write_rows(folder / "rows", kind, most_rows=rows)
+            first, again = (alone(one_start, f"{name}/rows", None, smoke) for _ in range(2))
+            assert first["num_tokens"] == again["num_tokens"]
+        yield kind, {"limit": limit, "first": first, "again": again}
+    return {"num_bytes": int(num_bytes), "num_rows": rows}
+
+
+def one_start(directory: str, limit: int | None, smoke: bool) -> dict[str, Any]:
+    """Seconds to the tokens of the only file in a folder, or of its files, and the memory that it takes."""
+    data = Path(directory)
+    files = list(data.iterdir())
+    source = {"source": str(files[0] if len(files) == 1 else data)} | ({} if limit is None else {"limit": limit})
+    recipe = recipe_from(
+        {
+            "model": {"source": str(data.parent / "model") if smoke else "builtin"},
+            "data": {"mix": [source], "max_length": 2048, "cache": str(data.parent / "cache")},
+            "train": {"steps": 1, "batch": 1},
+        }
+    )
+    _, tokenizer = find_model(recipe, weights=False)
+    before, began = reset_peak_rss(), time.perf_counter()
+    train, validation = read_data(recipe.data)
+    mix = tokenized_mix(recipe, tokenizer, train)
+    seconds = time.perf_counter() - began
+    return {
+        "seconds": seconds,
+        "added_bytes": peak_rss_bytes() - before,
+        "num_tokens": sum(part.num_tokens for part in mix.sets),
+        "num_examples": sum(map(len, mix.sets)),
+        "num_validation": sum(map(len, validation.values())),
+    }
+
+
+def rows_of_words() -> Iterator[dict[str, str]]:
+    """Prompts and completions without end; each completion comes again after 20,000 rows."""
+    random = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlucmfwypvbgk"))
+    words = ["".join(letters[random.integers(0, 22, size)]) for size in random.integers(2, 10, 5000)]
+    chosen = random.integers(0, 5000, (_NUM_COMPLETIONS, 85))
+    completions = [" ".join(words[index] for index in row) for row in chosen.tolist()]
+    number = 0
+    while True:
+        yield {
+            "prompt": f"Question {number}: what is it?\n",
+            "completion": f" {completions[number % len(completions)]}.",
+        }
+        number += 1
+
+
+def write_rows(folder: Path, kind: str, *, most_bytes: float = float("inf"), most_rows: float = float("inf")) -> int:
+    """Write files of a kind until one of the bounds is reached; the number of rows."""
+    folder.mkdir()
+    num_rows, num_bytes = 0, 0
+    with ExitStack() as stack:
+        add = _parquet_writer(folder, stack) if kind == "parquet" else _text_writer(folder, kind, stack)
+        for row in rows_of_words():
+            if num_bytes >= most_bytes or num_rows >= most_rows:
+                break
+            num_bytes += add(row)
+            num_rows += 1
+    return num_rows
+
+
+def _parquet_writer(folder: Path, stack: ExitStack) -> Callable[[dict[str, str]], int]:
+    schema = pa.schema({"prompt": pa.string(), "completion": pa.string()})
+    file = stack.enter_context(pq.ParquetWriter(folder / "rows.parquet", schema))
+    group: list[dict[str, str]] = []
+
+    def flush() -> None:
+        file.write_table(pa.Table.from_pylist(group, schema))
+        group.clear()
+
+    def add(row: dict[str, str]) -> int:
+        group.append(row)
+        if len(group) == _GROUP_ROWS:
+            flush()
+        return sum(map(len, row.values()))
+
+    stack.callback(flush)
+    return add
+
+
+def _text_writer(folder: Path, kind: str, stack: ExitStack) -> Callable[[dict[str, str]], int]:
+    """A function that writes a row in turn to the files of a kind, compressed if its ending says so, and returns its
+    bytes."""
+    form, _, packed = kind.partition(".")
+    paths = [folder / f"part-{number}.jsonl" for number in range(8)] if kind == "folder" else [folder / f"rows.{kind}"]
+
+    def opened(path: Path) -> Any:
+        if packed == "gz":
+            return gzip.open(path, "wb", compresslevel=1)
+        return pa.output_stream(path, compression="zstd") if packed == "zst" else path.open("wb")
+
+    files = [stack.enter_context(opened(path)) for path in paths]
+    number = 0
+
+    def delimited(row: dict[str, str]) -> str:
+        text = io.StringIO(newline="")
+        lines = csv.writer(text, delimiter="," if form == "csv" else "\t")
+        lines.writerows([row.keys()] * (number == 0) + [row.values()])
+        return text.getvalue()
+
+    def add(row: dict[str, str]) -> int:
+        nonlocal number
+        if form in ("csv", "tsv"):
+            text = delimited(row)
+        elif form == "txt":
+            text = f"{row['prompt']}{row['completion']}\n\n"
+        else:
+            start = "" if form != "json" else "[" if number == 0 else ","
+            text = f"{start}{json.dumps(row)}\n"
+        files[number % len(files)].write(text.encode())
+        number += 1
+        return len(text.encode())
+
+    if form == "json":
+        stack.callback(files[0].write, b"]")
+    return add
+
+
+@table("file_formats")
+def file_formats_table(result: Any) -> str:
+    """For each kind of file: memory to draw a hundred rows, and seconds of a first and of a later start."""
+    columns = {
+        "file": "{0}",
+        "memory added, MB": lambda item: f"{item[1]['limit']['added_bytes'] / 1e6:.0f}",
+        "with limit 100, s": "{1[limit][seconds]:.1f}",
+        "first start, s": "{1[first][seconds]:.0f}",
+        "later start, s": "{1[again][seconds]:.1f}",
+    }
+    tokens = next(iter(result["kinds"].values()))["first"]["num_tokens"]
+    note = (
+        f"\nMemory and `limit: 100`: a file with {result['num_bytes'] / 1e9:.0f} GB of rows. Starts: "
+        f"{result['num_rows']:,} rows ({tokens / 1e6:.0f} million tokens).\n"
+    )
+    return tabulated(result["kinds"].items(), columns) + note
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,519 @@
+"""Time of whole training steps of SmolLM2-135M: against LoRA and PEFT, of one micro-batch, of packed rows.
+
+Run with two threads (OMP_NUM_THREADS=2). NF4 in blocks of 64, rank 16 on all linear layers, bf16. qdora trains in its
+own loop. PEFT stands on bitsandbytes' Linear4bit with the same packed bytes and trains as its users do: the step's
+examples padded to one batch, `model(...).loss`. All have torch's fused AdamW, clipping, and the allocator that qdora
+sets. Contenders take turns on the same examples; a ratio is the median of the ratios of the same round.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from contenders import CONTENDERS, TITLES, adapt, move_parameters_, on_linear4bit
+from frame import bench, cell, main, markdown, quartiles, table, tabulated
+from measure import alone, alternating, in_turns, peak_rss_bytes, ratio, reset_peak_rss, spread
+from mixed_data import (
+    FixedSteps,
+    base_model,
+    fitted,
+    in_one_batch,
+    random_step,
+    real_steps,
+    recipe,
+    smoke_model,
+    smoke_steps,
+)
+from rich.console import Console
+
+from qdora.data import batching
+from qdora.data.batching import Batching, MicroBatch, micro_batches
+from qdora.data.build_data import read_data, tokenized_mix
+from qdora.data.loader import Step
+from qdora.data.tokenize import TokenizedExample
+from qdora.memory.allocator import keep_freed_memory, return_freed_memory
+from qdora.model.build_model import find_model, recompute_activations
+from qdora.model.inject import adapter_parameters
+from qdora.ops import adapted_product
+from qdora.recipe.train_settings import TrainConfig
+from qdora.train import passes
+from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.packed_attention import packed_layout
+from qdora.train.passes import batch_loss
+
+RANK, LR, CLIP = 16, 1e-4, 1.0
+SAME_LOOP = "_same_loop"
+NAMES = ("own_lora", "own_dora", "peft_lora", "peft_dora", "peft_lora_defaults", "peft_dora_defaults")
+NAMES += (f"peft_lora{SAME_LOOP}",)
+RATIOS = (
+    ("own_dora", "own_lora"),
+    *(("own_dora", name) for name in NAMES[2:]),
+    ("own_lora", "peft_lora_same_loop"),
+    ("peft_dora", "peft_lora"),
+    ("peft_dora_defaults", "peft_lora_defaults"),
+)
+PARTS, PEAK_STEPS = ("time", "pairs", "peaks"), 4
+
+
+@bench(smoke={"rounds": 2})
+def step_time(
+    data: Path | None,
+    parts: tuple[str, ...] = PARTS,
+    checkpointing: tuple[str, ...] = ("off", "on"),
+    batch: int = 32,
+    rounds: int = 10,
+    seconds: float = 240.0,
+    *,
+    smoke: bool,
+    out: Path,
+) -> dict[str, Any]:
+    """QDoRA against QLoRA, qdora's against PEFT's; the other parts and modes of the result file stay.
+
+    DATA holds <task>/<split>.parquet: real steps of the eight tasks with their real lengths. `peft_lora_same_loop` is
+    PEFT's model in qdora's loop: what of the difference is the layer's. Time: all contenders. Pairs: own QDoRA and own
+    QLoRA alone, at any --batch. Peaks: the resident set while training, each in a process of its own. No round begins
+    after so many --seconds, loading included.
+    """
+    before = json.loads(out.read_text()) if out.exists() and not smoke else {}
+    result: dict[str, Any] = {part: before.get(part, {}) for part in PARTS}
+    for mode in checkpointing:
+        if "time" in parts:
+            result["time"][mode] = _rounds(NAMES, mode, data, batch, rounds, seconds)
+        if "pairs" in parts:
+            pairs = _rounds(NAMES[:2], mode, data, batch, rounds, seconds)
+            result["pairs"].setdefault(mode, {})[str(batch)] = pairs
+        if "peaks" in parts:
+            names = NAMES[:1] if smoke else NAMES
+            result["peaks"][mode] = {name: alone(step_peak, name, mode, data, batch) for name in names}
+    used = batch if "time" in parts else before.get("batch", batch)
+    return {"rank": RANK, "batch": used, **result, "passes": {} if smoke else _step_limits(result)}
+
+
+def _steps_of(data: Path | str | None, batch: int, num_steps: int) -> list[Step]:
+    if data is None:
+        return smoke_steps(num_steps)
+    return real_steps(recipe(Path(data).resolve(), batch=batch, checkpointing=False), num_steps)
+
+
+def model_of(name: str, mode: str, *, smoke: bool) -> Any:
+    """A contender's model, adapters on it, in training mode; checkpointing is "on" or "off" by `mode`."""
+    base = smoke_model() if smoke else base_model(recipe(Path(), batch=1, checkpointing=False))
+    contender = CONTENDERS[name.removesuffix(SAME_LOOP)]
+    model = on_linear4bit(base, torch.bfloat16) if contender.engine == "peft" else base
+    if mode == "on":
+        recompute_activations(model)
+    return adapt(model, contender, RANK).train()
+
+
+def trainer(name: str, model: Any) -> Callable[[Step], object]:
+    """What makes one optimizer step of a contender."""
+    if CONTENDERS[name.removesuffix(SAME_LOOP)].engine == "own" or name.endswith(SAME_LOOP):
+        return functools.partial(own_step, model, AdapterOptimizer(adapter_parameters(model)))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=LR, weight_decay=0.0, fused=True)
+
+    def peer_step(step: Step) -> None:  # as transformers' trainer makes it
+        (batch,) = in_one_batch(step).micro_batches
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+        model(**inputs, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return peer_step
+
+
+def own_step(model: Any, optimizer: AdapterOptimizer, step: Step) -> float:
+    """A run of one step of `qdora train`. Returns its loss."""
+    settings = TrainConfig(steps=1, batch=1, lr=LR, schedule="constant", warmup=0, clip=CLIP)
+    lines = fitted(model, optimizer, FixedSteps([step]), settings, console=Console(quiet=True))
+    return float(lines[0]["loss"])
+
+
+def _rounds(
+    names: tuple[str, ...], mode: str, data: Path | None, batch: int, rounds: int, most_seconds: float
+) -> dict[str, Any]:
+    keep_freed_memory()
+    began = time.perf_counter()
+    steps = _steps_of(data, batch, rounds)
+    trainers = {name: trainer(name, model_of(name, mode, smoke=data is None)) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    tokens, padded = [], []
+    for number, step in enumerate(steps):
+        if time.perf_counter() - began > most_seconds:
+            break
+        turns = {name: functools.partial(each, step) for name, each in trainers.items()}
+        for name, each in in_turns(turns, 1, warmup=int(number == 0), start=number).items():
+            seconds[name] += each
+        tokens.append(step.num_tokens)
+        padded.append(in_one_batch(step).micro_batches[0].input_ids.numel())
+    pairs = [(first, second) for first, second in RATIOS if first in names and second in names]
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "padded_tokens": padded,
+        "tokens_per_second": {name: spread(_over(tokens, each)) for name, each in seconds.items()},
+        "ratios": {f"{first} / {second}": ratio(seconds[first], seconds[second]) for first, second in pairs},
+    }
+
+
+def _over(counts: list[int], seconds: list[float]) -> list[float]:
+    return [count / taken for count, taken in zip(counts, seconds, strict=True)]
+
+
+def step_peak(name: str, mode: str, data: str | None, batch: int) -> dict[str, int]:
+    """In a process of its own: resident bytes of a contender, after loading, and at most while it trains."""
+    steps = _steps_of(data, batch, PEAK_STEPS)
+    make_step = trainer(name, model_of(name, mode, smoke=data is None))
+    gc.collect()
+    return_freed_memory()
+    keep_freed_memory()
+    loaded = reset_peak_rss()  # loading may peak higher than training: PEFT's model is made from ours
+    for step in steps:
+        make_step(step)
+    return {"loaded_bytes": loaded, "peak_bytes": peak_rss_bytes(), "added_bytes": peak_rss_bytes() - loaded}
+
+
+def _step_limits(result: dict[str, Any]) -> dict[str, bool]:
+    """Own QDoRA within 5 % of own QLoRA, and ahead of PEFT's QLoRA, in time and in memory."""
+    limits = {}
+    for mode, found in result["time"].items():
+        faster = found["ratios"]["own_dora / peft_lora"]["median"] < 1.0
+        limits[f"faster than PEFT QLoRA, checkpointing {mode}"] = faster
+    for mode, batches in result["pairs"].items():
+        for batch, found in batches.items():
+            median = found["ratios"]["own_dora / own_lora"]["median"]
+            limits[f"time as QLoRA, checkpointing {mode}, {batch} examples a step"] = median <= 1.05
+    for mode, found in result["peaks"].items():
+        own, lora, peer = (found[name]["peak_bytes"] for name in ("own_dora", "own_lora", "peft_lora"))
+        limits[f"memory as QLoRA, checkpointing {mode}"] = own <= 1.05 * lora
+        limits[f"less memory than PEFT QLoRA, checkpointing {mode}"] = own < peer
+    return limits
+
+
+@table("step_time")
+def step_time_table(result: Any) -> str:
+    """Tokens a second, own QDoRA's time relative to each contender, and peaks, by checkpointing; pairs below."""
+    modes, peaks = result["time"], result.get("peaks", {})
+    header = ["", *(f"{what}, checkpointing {mode}" for mode in modes for what in _STEP_COLUMNS)]
+    header += [f"peak GiB, checkpointing {mode}" for mode in peaks]
+    rows = []
+    names = next(iter(modes.values()))["tokens_per_second"]
+    for name in ("own_dora", *(name for name in names if name != "own_dora")):
+        row = [TITLES[name]]
+        for found in modes.values():
+            times = found["ratios"].get(f"own_dora / {name}")
+            row += [f"{found['tokens_per_second'][name]['median']:.0f}", quartiles(times) if times else "1"]
+        row += [cell("{peak_bytes:.2fGiB}", found[name]) if name in found else "–" for found in peaks.values()]
+        rows.append(row)
+    pairs = "; ".join(
+        f"checkpointing {mode}, {batch} examples ({sum(found['tokens']) / len(found['tokens']):,.0f} tokens) a step: "
+        f"{quartiles(found['ratios']['own_dora / own_lora'])} in {len(found['tokens'])} rounds"
+        for mode, batches in result["pairs"].items()
+        for batch, found in batches.items()
+    )
+    rounds = ", ".join(f"{len(found['tokens'])} rounds with checkpointing {mode}" for mode, found in modes.items())
+    alone = f"Time of qdora DoRA / qdora LoRA, without the others: {pairs}."
+    return markdown(header, rows) + f"\n{result['batch']} examples a step; {rounds}. {alone}\n"
+
+
+_STEP_COLUMNS = ("tokens/s", "time of qdora DoRA / of this one")
+
+MICRO_NAMES = ("own_dora", "own_lora", "peft_lora", "peft_dora", "frozen", "dense")
+MICRO_RATIOS = (
+    ("own_dora", "own_lora"),
+    ("own_dora", "peft_lora"),
+    ("peft_dora", "peft_lora"),
+    ("own_dora", "peft_dora"),
+    ("own_dora", "frozen"),
+    ("own_dora", "dense"),
+)
+BARS = {"own_dora / own_lora": 1.05, "own_dora / peft_lora": 1.0}
+# The functions that a part of qdora's step runs in; none calls another.
+STEP_PARTS = {"norms and operands": (passes, "prepare_gains"), "gradient of m": (adapted_product, "column_dot")}
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step, and those of them that each of `STEP_PARTS` took."""
+
+    whole: float
+    parts: dict[str, float]
+
+
+@bench(smoke={"rounds": 2, "rows": 2, "length": 8})
+def one_micro_batch(rounds: int = 15, rows: int = 4, length: int = 128, *, smoke: bool) -> dict[str, Any]:
+    """The price of DoRA where it is highest: steps of one micro-batch, each of which pays for the norms alone.
+
+    No checkpointing, every token labelled: forward, backward, clipping and update. The floors are forward and backward
+    of the frozen NF4 model and of the 16-bit one, with the gradient of their input embeddings and without adapters. Of
+    qdora's own steps the parts are timed that DoRA has and LoRA has not, or has less of: norms and operands before the
+    first micro-batch, and the gradient of the magnitudes. What is left of the difference is in no single part.
+    """
+    keep_freed_memory()
+    step = random_step([[length] * rows], torch.Generator().manual_seed(0))
+    turns = {name: functools.partial(_timed_parts, _micro_step(name, smoke), step) for name in MICRO_NAMES}
+    times = alternating(turns, rounds, warmup=2)
+    seconds = {name: [each.whole for each in found] for name, found in times.items()}
+    parts = {
+        part: {name: [each.parts[part] for each in times[name]] for name in MICRO_NAMES[:2]} for part in STEP_PARTS
+    }
+    ratios = {f"{first} / {second}": ratio(seconds[first], seconds[second]) for first, second in MICRO_RATIOS}
+    # What each part adds to own QDoRA over own QLoRA, and what none of them explains, in shares of QLoRA's step.
+    dora, lora = (np.array(seconds[name]) for name in MICRO_NAMES[:2])
+    added = {part: np.array(each["own_dora"]) - np.array(each["own_lora"]) for part, each in parts.items()}
+    added["the rest"] = dora - lora - sum(added.values())
+    return {
+        "rank": RANK,
+        "rows": rows,
+        "length": length,
+        "seconds": seconds,
+        "tokens_per_second": {name: spread(_over([rows * length] * rounds, each)) for name, each in seconds.items()},
+        "ratios": ratios,
+        "parts": parts,
+        "of_own_lora": {part: spread((each / lora).tolist()) for part, each in added.items()},
+        "bars": BARS,
+        "passes": {name: ratios[name]["median"] <= bar for name, bar in BARS.items()},
+    }
+
+
+def _micro_step(name: str, smoke: bool) -> Callable[[Step], object]:
+    contender = CONTENDERS[name]
+    if contender.kind is not None:
+        return trainer(name, model_of(name, "off", smoke=smoke))
+    quant = "none" if contender.engine == "dense" else "nf4"
+    model = smoke_model() if smoke else base_model(recipe(Path(), batch=1, checkpointing=False, quant=quant))
+    model.train()
+
+    def floor_step(step: Step) -> None:
+        (batch,) = step.micro_batches
+        embedded = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
+        model(inputs_embeds=embedded, labels=batch.labels, use_cache=False).loss.backward()
+
+    return floor_step
+
+
+def _timed_parts(make_step: Callable[[Step], object], step: Step) -> StepTime:
+    spent = dict.fromkeys(STEP_PARTS, 0.0)
+
+    def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*given)
+            finally:
+                spent[part] += time.perf_counter() - began
+
+        return call
+
+    with ExitStack() as stack:
+        for part, (module, name) in STEP_PARTS.items():
+            stack.enter_context(mock.patch.object(module, name, watched(part, getattr(module, name))))
+        began = time.perf_counter()
+        make_step(step)
+        return StepTime(time.perf_counter() - began, spent)
+
+
+@table("one_micro_batch")
+def one_micro_batch_table(result: Any) -> str:
+    """Tokens a second where each step is one micro-batch, and own QDoRA's time relative to each contender."""
+    rows = []
+    for name, speed in result["tokens_per_second"].items():
+        times = result["ratios"].get(f"own_dora / {name}")
+        rows.append([TITLES[name], f"{speed['median']:.0f}", quartiles(times) if times else "1"])
+    targets = [
+        f"at most {most:g} times that of {TITLES[name.removeprefix('own_dora / ')]} "
+        f"({'met' if result['passes'][name] else 'missed'})"
+        for name, most in result["bars"].items()
+    ]
+    parts = ", ".join(f"{part} {100 * share['median']:.1f} %" for part, share in result["of_own_lora"].items())
+    note = (
+        f"\n{result['rows']} rows of {result['length']} tokens, {result['num_threads']} threads, "
+        f"{len(result['seconds']['own_dora'])} rounds. PEFT DoRA / PEFT LoRA: "
+        f"{quartiles(result['ratios']['peft_dora / peft_lora'])}. Targets for the time of qdora DoRA: "
+        f"{', '.join(targets)}. Time that qdora DoRA adds to a step of qdora LoRA (medians): {parts}.\n"
+    )
+    return markdown(["", *_STEP_COLUMNS], rows) + note
+
+
+STEP_TOKENS, MICRO_TOKENS, ROW_TOKENS, LOSS_STEPS = 4096, 2048, 512, 2
+WAYS = {
+    "arrival": "padded, in order of arrival",
+    "grouped": "padded, grouped by length",
+    "packed": "packed",
+    "packed_to_max_length": f"packed, rows always {ROW_TOKENS} long",
+}
+
+
+@bench(smoke={"rounds": 2})
+def packing(data: Path | None, rounds: int = 12, seconds: float = 400.0) -> dict[str, Any]:
+    """Packed rows against padded ones: losses of every example, and the time of training steps.
+
+    DATA holds <task>/<split>.parquet. Steps of 4,096 real tokens of the eight commonsense tasks in equal shares, in
+    micro-batches of at most 2,048 tokens, padding counted. Losses: in float32, each example alone, grouped by length,
+    and packed. Time: in bf16, whole steps of the same examples in turns; no round begins after so many --seconds.
+    """
+    keep_freed_memory()
+    began, num_steps = time.perf_counter(), LOSS_STEPS + rounds + 1
+    steps = _random_examples(num_steps) if data is None else _real_examples(data.resolve(), num_steps)
+    losses = _losses(_packing_model(data, torch.float32), [each for step in steps[:LOSS_STEPS] for each in step])
+    times = _packing_times(_packing_model(data, torch.bfloat16), steps[LOSS_STEPS:], began + seconds)
+    ratios = {name: each["median"] for name, each in times["ratios"].items()}
+    sizes = {"rank": RANK, "step_tokens": STEP_TOKENS, "micro_batch_tokens": MICRO_TOKENS, "max_length": ROW_TOKENS}
+    same = losses["packed"]["max_relative_difference"] < 1e-5
+    limits = {
+        "packed loss of every example as alone (1e-5 relative)": same,
+        "faster than padding in order of arrival": ratios["arrival / packed"] > 1.0,
+        "faster than grouping by length": ratios["grouped / packed"] > 1.0,
+    }
+    return {**sizes, "losses": losses, "time": times, "passes": limits}
+
+
+def _real_examples(data: Path, num_steps: int) -> list[list[TokenizedExample]]:
+    """The examples of the first steps of a run, in the order in which they come."""
+    settings = recipe(data, batch=1, checkpointing=False)
+    mix = tokenized_mix(settings, find_model(settings)[1], read_data(settings.data)[0])
+    steps: list[list[TokenizedExample]] = [[]]
+    for source, index in zip(*mix.order.draws(0, num_steps * STEP_TOKENS), strict=True):
+        if sum(map(len, steps[-1])) >= STEP_TOKENS:
+            if len(steps) == num_steps:
+                break
+            steps.append([])
+        steps[-1].append(mix.sets[source].examples[index])  # type: ignore[union-attr]
+    return steps
+
+
+def _random_examples(num_steps: int) -> list[list[TokenizedExample]]:
+    """Steps of twelve examples of random tokens."""
+    rng = np.random.default_rng(0)
+
+    def example(name: str, length: int) -> TokenizedExample:
+        return TokenizedExample("smoke", name, rng.integers(1, 128, length).astype(np.int32), np.arange(length) >= 3)
+
+    return [[example(str(n), each) for n, each in enumerate(rng.integers(4, 60, 12))] for _ in range(num_steps)]
+
+
+def _packing_model(data: Path | None, dtype: torch.dtype) -> Any:
+    """The model with QDoRA adapters, moved off their start, in training mode."""
+    base = smoke_model(dtype) if data is None else base_model(recipe(data, batch=1, checkpointing=False), dtype)
+    model = adapt(base, CONTENDERS["own_dora"], RANK).train()
+    move_parameters_(model)
+    return model
+
+
+def _batches(way: str, examples: list[TokenizedExample]) -> list[MicroBatch]:
+    """The examples as micro-batches: one of WAYS, or "alone"."""
+    names = sorted({each.task for each in examples})
+    if way in ("alone", "arrival"):
+        groups = [[each] for each in examples] if way == "alone" else _in_arrival_order(examples)
+        wide = [micro_batches(group, Batching(MICRO_TOKENS * len(group), 0), names) for group in groups]
+        return [batch for group in wide for batch in group]
+    packed = None if way == "grouped" else "rows"
+    cost = math.inf if way == "packed_to_max_length" else batching.ATTENTION_COST
+    with mock.patch.object(batching, "ATTENTION_COST", cost):
+        return micro_batches(examples, Batching(MICRO_TOKENS, 0, packed, ROW_TOKENS), names)  # type: ignore[arg-type]
+
+
+def _in_arrival_order(examples: list[TokenizedExample]) -> list[list[TokenizedExample]]:
+    """Groups filled one after the other, as long as they keep MICRO_TOKENS with their padding."""
+    groups: list[list[TokenizedExample]] = [[]]
+    for each in examples:
+        longest = max(map(len, [*groups[-1], each]))
+        if groups[-1] and longest * (len(groups[-1]) + 1) > MICRO_TOKENS:
+            groups.append([])
+        groups[-1].append(each)
+    return groups
+
+
+@torch.no_grad()
+def _losses(model: Any, examples: list[TokenizedExample]) -> dict[str, Any]:
+    """Largest differences of the NLL of an example, in nats, from that of the example alone."""
+    assert packed_layout(model)[0] == "rows"
+    nll = {}
+    for way in ("alone", "grouped", "packed"):
+        found = []
+        for batch in _batches(way, examples):
+            loss = batch_loss(model, batch.input_ids, batch.attention_mask, batch.labels, packing=batch.packing)
+            found += list(zip(batch.example_ids, loss.example_nll.tolist(), strict=True))
+        nll[way] = np.array([value for _, value in sorted(found)])
+    alone = nll["alone"]
+    result: dict[str, Any] = {"num_examples": len(alone), "mean_nll": float(alone.mean())}
+    for way in ("grouped", "packed"):
+        gaps = np.abs(nll[way] - alone)
+        relative = float((gaps / alone).max())
+        result[way] = {"max_difference": float(gaps.max()), "max_relative_difference": relative}
+    return result
+
+
+def _packing_times(model: Any, steps: list[list[TokenizedExample]], deadline: float) -> dict[str, Any]:
+    """Seconds of every step in every way; the first step is the warm-up."""
+    optimizer = AdapterOptimizer(adapter_parameters(model))
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    positions, groups = dict.fromkeys(WAYS, 0), dict.fromkeys(WAYS, 0)
+    tokens: list[int] = []
+    for number, examples in enumerate(steps):
+        if time.perf_counter() > deadline:
+            break
+        made = {way: _step_of(_batches(way, examples)) for way in WAYS}
+        turns = {way: functools.partial(own_step, model, optimizer, step) for way, step in made.items()}
+        readings = in_turns(turns, 1, warmup=0, start=number)
+        if number == 0:
+            continue
+        tokens.append(sum(map(len, examples)))
+        for way in WAYS:
+            seconds[way] += readings[way]
+            positions[way] += sum(batch.input_ids.numel() for batch in made[way].micro_batches)
+            groups[way] += len(made[way].micro_batches)
+    return {
+        "num_steps": len(tokens),
+        "seconds": seconds,
+        "tokens": tokens,
+        "micro_batches_per_step": {way: groups[way] / len(tokens) for way in WAYS},
+        "padding_share": {way: 1 - sum(tokens) / positions[way] for way in WAYS},
+        "tokens_per_second": {way: spread(_over(tokens, seconds[way])) for way in WAYS},
+        "ratios": {f"{way} / packed": ratio(seconds[way], seconds["packed"]) for way in WAYS if way != "packed"},
+        "positions_ratios": {f"{way} / packed": positions[way] / positions["packed"] for way in [*WAYS][:2]},
+    }
+
+
+def _step_of(batches: list[MicroBatch]) -> Step:
+    labels = sum(int((batch.labels != batching.IGNORED).sum()) for batch in batches)
+    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+    return Step(batches, labels, tokens, sum(len(batch.example_ids) for batch in batches))
+
+
+@table("packing")
+def packing_table(result: Any) -> str:
+    """Padding, real tokens a second and time of each way to make micro-batches, and the losses' differences."""
+    found, losses = result["time"], result["losses"]
+    columns = {
+        "micro-batches": lambda way: WAYS[way],
+        "padding %": lambda way: f"{100 * found['padding_share'][way]:.1f}",
+        "micro-batches a step": lambda way: f"{found['micro_batches_per_step'][way]:.1f}",
+        "real tokens/s": lambda way: quartiles(found["tokens_per_second"][way], ".0f", ".0f"),
+        "time, packed = 1": lambda way: (
+            "1" if way == "packed" else quartiles(found["ratios"][f"{way} / packed"], ".2f")
+        ),
+    }
+    note = (
+        f"\n{found['num_steps']} steps of {result['step_tokens']:,} tokens in turns, median and quartiles. Largest "
+        "difference between an example's NLL in its micro-batch and alone (float32, "
+        f"{losses['num_examples']} examples): packed {losses['packed']['max_difference']:.1e} nats (relative "
+        f"{losses['packed']['max_relative_difference']:.1e}), grouped by length "
+        f"{losses['grouped']['max_difference']:.1e} ({losses['grouped']['max_relative_difference']:.1e}).\n"
+    )
+    return tabulated(WAYS, columns) + note
+
+
+if __name__ == "__main__":
+    main()
