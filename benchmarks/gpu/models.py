@@ -24,16 +24,28 @@ QUANTIZATION = Quantization("nf4", 64, True, ("lm_head",))
 _NUM_ROWS = 512  # of a table that differ: a billion normal numbers take a CPU a minute
 
 
-class RandomWeights:
-    """Makes the weights of a model on the device; every one has memory of its own."""
+class Weights:
+    """The weights of a model by their paths, made when they are asked for and then kept, to be shared by models."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._generator = torch.Generator(device).manual_seed(0)
+        self.device, self._generator = device, torch.Generator(device).manual_seed(0)
         self._first: dict[tuple[int, int], PackedWeight] = {}
+        self._made: dict[str, Any] = {}
 
-    def packed(self, shape: tuple[int, int], number: int) -> PackedWeight:
-        """`QUANTIZATION`'s form of a weight (out, in), its codes rolled by `number`: no two blocks compute the same."""
+    def packed(self, path: str, shape: tuple[int, int]) -> PackedWeight:
+        """`QUANTIZATION`'s form of a weight (out, in), its codes rolled: no two blocks compute the same."""
+        if path not in self._made:
+            self._made[path] = self.new_packed(shape, len(self._made))
+        return self._made[path]
+
+    def dense(self, path: str, shape: tuple[int, ...]) -> Tensor:
+        """bf16: an embedding, a head or a norm."""
+        if path not in self._made:
+            self._made[path] = self.new_dense(shape)
+        return self._made[path]
+
+    def new_packed(self, shape: tuple[int, int], number: int) -> PackedWeight:
+        """One that is not kept, rolled by `number`."""
         first = self._first.get(shape)
         if first is None:
             first = self._first[shape] = quantize(self._normal(shape), "nf4", 64, double_quant=True)
@@ -41,8 +53,8 @@ class RandomWeights:
         tensors = {name: tensor.clone() for name, tensor in first.tensors().items() if name != "packed"}
         return from_tensors("nf4", shape, 64, tensors | {"packed": first.packed.roll(number)})
 
-    def dense(self, shape: tuple[int, ...]) -> Tensor:
-        """bf16: the ones of a norm, or an embedding or a head N(0, 0.02^2)."""
+    def new_dense(self, shape: tuple[int, ...]) -> Tensor:
+        """The ones of a norm, or N(0, 0.02^2)."""
         if len(shape) == 1:
             return torch.ones(shape, device=self.device, dtype=torch.bfloat16)
         rows = self._normal((_NUM_ROWS, *shape[1:]))
@@ -55,36 +67,15 @@ class RandomWeights:
 
 def random_checkpoint(model: Any, device: torch.device) -> dict[str, Stored]:
     """Name -> tensor of a quantised checkpoint of the model, each made when it is read."""
-    weights, layers = RandomWeights(device), layers_to_quantize(model, QUANTIZATION)
+    weights, layers = Weights(device), layers_to_quantize(model, QUANTIZATION)
     stored: dict[str, Stored] = {}
     for number, (name, parameter) in enumerate(model.named_parameters()):
         shape = tuple(parameter.shape)
         if name.removesuffix(".weight") in layers:
-            stored[name] = StoredPacked(name, shape, "nf4", 64, True, partial(weights.packed, shape, number))
+            stored[name] = StoredPacked(name, shape, "nf4", 64, True, partial(weights.new_packed, shape, number))
         else:
-            stored[name] = StoredTensor(name, shape, partial(weights.dense, shape))
+            stored[name] = StoredTensor(name, shape, partial(weights.new_dense, shape))
     return stored
-
-
-class Weights:
-    """The weights of a model by their paths, made when they are asked for and then kept, to be shared by models."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self._random = device, RandomWeights(device)
-        self._packed: dict[str, PackedWeight] = {}
-        self._dense: dict[str, Tensor] = {}
-
-    def packed(self, path: str, shape: tuple[int, int]) -> PackedWeight:
-        """NF4 with double quantisation, (out, in)."""
-        if path not in self._packed:
-            self._packed[path] = self._random.packed(shape, len(self._packed))
-        return self._packed[path]
-
-    def dense(self, path: str, shape: tuple[int, ...]) -> Tensor:
-        """bf16: an embedding, a head or a norm."""
-        if path not in self._dense:
-            self._dense[path] = self._random.dense(shape)
-        return self._dense[path]
 
 
 def build(settings: dict[str, Any], weights: Any, engine: str) -> Any:

@@ -1,4 +1,4 @@
-"""Training steps of whole models through qdora's own loop: chunked loss, checkpointing, one optimizer for everyone."""
+"""What does a training step cost? Whole models in qdora's own loop: chunked loss, checkpointing, one optimizer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from gpu import device as on
-from gpu.part import Part
-from gpu.plan import Plan
-from gpu.shaped_model import Weights, build
+from gpu.models import Weights, build
+from gpu.plan import Part, Plan
 from qdora.data.batching import MicroBatch
 from qdora.data.loader import Step
 from qdora.model.build_model import recompute_activations
@@ -113,12 +112,8 @@ def peak_and_time(step: Any, num_tokens: int, number: int, device: torch.device)
     on.free(device)
     losses = step(2)  # the second one has the optimizer's states from the start
     seconds = on.timed(device, lambda: losses.extend(step(number))).seconds / number
-    return {
-        "bytes": on.memory(device),
-        "step_seconds": seconds,
-        "tokens_per_second": num_tokens / seconds,
-        "losses": losses,
-    }
+    speed = {"step_seconds": seconds, "tokens_per_second": num_tokens / seconds}
+    return {"bytes": on.memory(device), **speed, "losses": losses}
 
 
 def planned(settings: dict[str, Any], num_tokens: int, rank: int, num_streamed: int = 0) -> dict[str, Any]:
