@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
-import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd  # noqa: F401  # pyarrow imports it to make rows, and imports are not counted
+import pandas as pd  # pyarrow imports it to make rows, and imports are not counted
 import pyarrow as pa
-import pyarrow.parquet as pq
 from byte_tokenizer import write_model, write_sums
 from frame import bench, main, markdown, quartiles, table, tabulated
 from measure import alone, peak_rss_bytes, reset_peak_rss, spread
@@ -168,7 +164,7 @@ def data_loading_table(result: Any) -> str:
 
 KINDS = ("jsonl", "json", "csv", "tsv", "txt", "parquet", "jsonl.gz", "jsonl.zst", "csv.gz", "folder")
 MEMORY_BAR_BYTES, SECONDS_BAR = 150e6, 5.0
-_GROUP_ROWS, _NUM_COMPLETIONS = 100_000, 20_000
+_BLOCK_ROWS, _NUM_COMPLETIONS, _ROW_BYTES = 50_000, 20_000, 600
 
 
 def file_limits(kinds: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +196,8 @@ def file_formats(
             folder = Path(name)
             if smoke:
                 write_model(folder / "model")
-            num_rows = write_rows(folder / "large", kind, most_bytes=num_bytes)
+            num_rows = int(num_bytes / _ROW_BYTES)
+            write_rows(folder / "large", kind, num_rows)
             limit = alone(one_start, f"{name}/large", 100, smoke)
             limit |= {
                 "num_rows": num_rows,
@@ -208,7 +205,7 @@ def file_formats(
             }
             for file in (folder / "large").iterdir():
                 file.unlink()
-            write_rows(folder / "rows", kind, most_rows=rows)
+            write_rows(folder / "rows", kind, rows)
             first, again = (alone(one_start, f"{name}/rows", None, smoke) for _ in range(2))
             assert first["num_tokens"] == again["num_tokens"]
         yield kind, {"limit": limit, "first": first, "again": again}
@@ -241,91 +238,39 @@ def one_start(directory: str, limit: int | None, smoke: bool) -> dict[str, Any]:
     }
 
 
-def rows_of_words() -> Iterator[dict[str, str]]:
-    """Prompts and completions without end; each completion comes again after 20,000 rows."""
+def write_rows(folder: Path, kind: str, num_rows: int) -> None:
+    """Write so many rows as files of a kind; each completion comes again after 20,000 rows."""
+    folder.mkdir()
     random = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlucmfwypvbgk"))
     words = ["".join(letters[random.integers(0, 22, size)]) for size in random.integers(2, 10, 5000)]
-    chosen = random.integers(0, 5000, (_NUM_COMPLETIONS, 85))
-    completions = [" ".join(words[index] for index in row) for row in chosen.tolist()]
-    number = 0
-    while True:
-        yield {
-            "prompt": f"Question {number}: what is it?\n",
-            "completion": f" {completions[number % len(completions)]}.",
-        }
-        number += 1
+    chosen = random.integers(0, 5000, (_NUM_COMPLETIONS, 85)).tolist()
+    completions = [f" {' '.join(words[index] for index in row)}." for row in chosen]
+    prompts = [f"Question {number}: what is it?\n" for number in range(num_rows)]
+    rows = pd.DataFrame({"prompt": prompts, "completion": [completions[n % len(completions)] for n in range(num_rows)]})
+    form, path = kind.partition(".")[0], folder / f"rows.{kind}"
+    if kind == "folder":
+        for number in range(8):
+            rows[number::8].to_json(folder / f"part-{number}.jsonl", orient="records", lines=True)
+    elif kind == "parquet":
+        rows.to_parquet(path, row_group_size=100_000)
+    else:
+        with gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else pa.output_stream(path) as file:
+            for start in range(0, num_rows, _BLOCK_ROWS):
+                file.write(_text(rows[start : start + _BLOCK_ROWS], form, start, num_rows).encode())
 
 
-def write_rows(folder: Path, kind: str, *, most_bytes: float = float("inf"), most_rows: float = float("inf")) -> int:
-    """Write files of a kind until one of the bounds is reached; the number of rows."""
-    folder.mkdir()
-    num_rows, num_bytes = 0, 0
-    with ExitStack() as stack:
-        add = _parquet_writer(folder, stack) if kind == "parquet" else _text_writer(folder, kind, stack)
-        for row in rows_of_words():
-            if num_bytes >= most_bytes or num_rows >= most_rows:
-                break
-            num_bytes += add(row)
-            num_rows += 1
-    return num_rows
-
-
-def _parquet_writer(folder: Path, stack: ExitStack) -> Callable[[dict[str, str]], int]:
-    schema = pa.schema({"prompt": pa.string(), "completion": pa.string()})
-    file = stack.enter_context(pq.ParquetWriter(folder / "rows.parquet", schema))
-    group: list[dict[str, str]] = []
-
-    def flush() -> None:
-        file.write_table(pa.Table.from_pylist(group, schema))
-        group.clear()
-
-    def add(row: dict[str, str]) -> int:
-        group.append(row)
-        if len(group) == _GROUP_ROWS:
-            flush()
-        return sum(map(len, row.values()))
-
-    stack.callback(flush)
-    return add
-
-
-def _text_writer(folder: Path, kind: str, stack: ExitStack) -> Callable[[dict[str, str]], int]:
-    """A function that writes a row in turn to the files of a kind, compressed if its ending says so, and returns its
-    bytes."""
-    form, _, packed = kind.partition(".")
-    paths = [folder / f"part-{number}.jsonl" for number in range(8)] if kind == "folder" else [folder / f"rows.{kind}"]
-
-    def opened(path: Path) -> Any:
-        if packed == "gz":
-            return gzip.open(path, "wb", compresslevel=1)
-        return pa.output_stream(path, compression="zstd") if packed == "zst" else path.open("wb")
-
-    files = [stack.enter_context(opened(path)) for path in paths]
-    number = 0
-
-    def delimited(row: dict[str, str]) -> str:
-        text = io.StringIO(newline="")
-        lines = csv.writer(text, delimiter="," if form == "csv" else "\t")
-        lines.writerows([row.keys()] * (number == 0) + [row.values()])
-        return text.getvalue()
-
-    def add(row: dict[str, str]) -> int:
-        nonlocal number
-        if form in ("csv", "tsv"):
-            text = delimited(row)
-        elif form == "txt":
-            text = f"{row['prompt']}{row['completion']}\n\n"
-        else:
-            start = "" if form != "json" else "[" if number == 0 else ","
-            text = f"{start}{json.dumps(row)}\n"
-        files[number % len(files)].write(text.encode())
-        number += 1
-        return len(text.encode())
-
-    if form == "json":
-        stack.callback(files[0].write, b"]")
-    return add
+def _text(rows: pd.DataFrame, form: str, start: int, num_rows: int) -> str:
+    """Some of the rows in a form; the first and the last ones open and close a file."""
+    if form in ("csv", "tsv"):
+        return str(rows.to_csv(sep="," if form == "csv" else "\t", index=False, header=start == 0))
+    if form == "txt":
+        return "".join(rows["prompt"] + rows["completion"] + "\n\n")
+    lines = rows.to_json(orient="records", lines=True)
+    if form == "jsonl":
+        return lines
+    end = "]" if start + len(rows) == num_rows else ","
+    return ("[" if start == 0 else "") + ",\n".join(lines.splitlines()) + end
 
 
 @table("file_formats")

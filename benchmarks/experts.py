@@ -1,12 +1,10 @@
-"""The experts of one block: their cost against LoRA and PEFT, and what a GPU without a grouped product is sent."""
+"""The cost of the experts of one block, against LoRA and PEFT."""
 
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +12,14 @@ from frame import Column, bench, main, table, tabulated
 from measure import alone, in_turns, peak_rss_bytes, ratio, reset_peak_rss, spread
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the false GPU of the tests
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.inject import adapted_layer, frozen_like, replace_module
 from qdora.nn.expert_linear import AdaptedExperts
-from qdora.ops.packed import PackedWeight, dequantize, empty_packed, quantize
-from tests.false_gpu import FalseGpu
+from qdora.ops.packed import PackedWeight, dequantize, quantize
 
 Sizes = dict[str, int]
 SHAPES: dict[str, Sizes] = {
@@ -200,102 +195,6 @@ def expert_cost_table(result: Any) -> str:
     bar = result["bar"]
     within = f"Target met: QDoRA at most {bar['limit']} times QLoRA in {bar['within']} of {bar['of']} cases."
     return tabulated(result["cases"], columns) + f"\nMedians of rounds; bytes in MiB. {within}\n"
-
-
-PHASES = ("forward", "recompute", "backward")
-
-
-class WithoutValues(FalseGpu):
-    """A false GPU that does not compute products and dequantised weights."""
-
-    def kernel(self, func: Any) -> Callable[..., Any]:
-        """What makes the result of an operation, whose values may be any."""
-        name = func._schema.name
-        if name in ("aten::mm", "aten::bmm"):
-            return lambda a, b, *_, out=None: a.new_empty(*a.shape[:-1], b.shape[-1]) if out is None else out
-        if name == "bitsandbytes::dequantize_4bit":
-            return lambda codes, absmax, block, quant, shape, dtype: codes.new_zeros(shape, dtype=dtype)
-        return super().kernel(func)
-
-
-@bench(smoke={"shape": "tiny", "tokens": 64})
-def expert_launches(shape: str = "Qwen3-30B-A3B", tokens: int = 2048) -> dict[str, Any]:
-    """Launches, waits and bytes of the experts of a block on a GPU for which torch has no grouped product.
-
-    Such are an A100, an RTX 4090 and an RTX 5090. A later micro-batch of a step with checkpointing, forward, recompute
-    and backward, QDoRA of rank 8, on the false GPU of the tests: which operations a GPU would be sent, and the bytes of
-    all tensors that they read or write. Large products and dequantised weights have no values. Tokens choose 8 experts:
-    evenly, or with weights 1 / rank (Zipf), ranks in random order.
-    """
-    after = [counted(shape, tokens, routing) for routing in ("even", "zipf")]
-    return {"shape": shape, "rank": RANK, "choices": CHOICES, "after": after}
-
-
-def counted(shape: str, num_tokens: int, routing: str) -> dict[str, Any]:
-    """Launches and bytes by phase, waits and the peak of live bytes of one micro-batch."""
-    sizes, generator = SHAPES[shape], torch.Generator().manual_seed(1)
-    num_experts = sizes["num_experts"]
-    weights = torch.ones(num_experts)
-    if routing == "zipf":
-        weights = 1 / torch.arange(1.0, num_experts + 1)[torch.randperm(num_experts, generator=generator)]
-    choices = min(CHOICES, num_experts)
-    index = torch.multinomial(weights.expand(num_tokens, -1), choices, generator=generator)
-    with WithoutValues() as gpu:
-
-        def filled(rows: tuple[int, int]) -> Any:
-            packed = empty_packed("nf4", rows, device=gpu.device)
-            for tensor in packed.tensors().values():
-                tensor.fill_(1)
-            return packed
-
-        holder = adapted_experts(shape, "own_dora", filled).to(gpu.device)
-        x = torch.zeros(num_tokens, sizes["hidden_size"], dtype=torch.bfloat16, device=gpu.device).requires_grad_()
-        share = torch.zeros(num_tokens, choices, dtype=torch.bfloat16, device=gpu.device)
-        where = index.to(gpu.device)
-        for _ in range(2):  # the first computes the norms, which the micro-batches of a step share
-            gpu.clear()
-            with gpu.phase("forward"):
-                made: Any = checkpoint(holder["experts"], x, where, share, use_reentrant=False)
-            made.backward(torch.zeros_like(made))
-        counts = torch.bincount(index.reshape(-1), minlength=num_experts)
-        launched = [event for event in gpu.events if event.kind == "launch"]
-        return {
-            "tokens": num_tokens,
-            "routing": routing,
-            "most_tokens": int(counts.max()),
-            "fewest_tokens": int(counts.min()),
-            "launches": {phase: gpu.count("launch", phase) for phase in PHASES},
-            "bytes": {phase: sum(each.num_bytes for each in launched if each.phase == phase) for phase in PHASES},
-            "waits": gpu.count("wait"),
-            "peak_bytes": gpu.peak_bytes,
-        }
-
-
-@table("expert_launches")
-def expert_launches_table(result: Any) -> str:
-    """Launches and bytes of a block's experts on a GPU without a grouped product, before and after."""
-    sides = [when for when in ("before", "after") if when in result]  # `before` is of an earlier commit
-
-    def each(text: Callable[[Any], str]) -> list[Column]:
-        return [lambda row, when=when: text(row[when]) for when in sides]  # type: ignore[misc]
-
-    names = ("launches, {}", "GiB moved, {}", "peak, MiB, {}")
-    header = [
-        "tokens, routing",
-        "tokens of an expert",
-        *(name.format(when) for name in names for when in sides),
-        "waits",
-    ]
-    columns: list[Column] = [
-        "{after[tokens]:,}, {after[routing]}",
-        "{after[fewest_tokens]:,} to {after[most_tokens]:,}",
-        *each(lambda found: f"{sum(found['launches'].values()):,}"),
-        *each(lambda found: f"{sum(found['bytes'].values()) / 2**30:.1f}"),
-        *each(lambda found: f"{found['peak_bytes'] / 2**20:,.0f}"),
-        lambda row: " / ".join(str(found["waits"]) for found in row.values()),
-    ]
-    rows = [dict(zip(sides, row, strict=True)) for row in zip(*(result[when] for when in sides), strict=True)]
-    return tabulated(rows, dict(zip(header, columns, strict=True)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Bytes of a layer, of a whole training step and of the loss, and a run whose memory is too small."""
+"""Bytes of a layer, of a whole training step and of the loss."""
 
 from __future__ import annotations
 
 import functools
 import gc
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,18 +13,15 @@ from unittest import mock
 import bitsandbytes as bnb
 import peft
 import torch
-from byte_tokenizer import write_model
 from contenders import CONTENDERS, TITLES, LayerCall, adapt, random_base
 from frame import GIB, MIB, Column, bench, cell, main, markdown, table, tabulated
 from gpu.models import build
 from gpu.plan import FULL, SMOKE
 from measure import in_turns, ratio, spread
-from rich.console import Console
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 
-from qdora.files.run_directory import RunDirectory
 from qdora.files.svg_figure import svg_file
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import recompute_activations
@@ -33,17 +29,12 @@ from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.ops.loss import auto_chunk, chunked_nll
 from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.plan.live_bytes import LiveBytes
-from qdora.recipe.data_settings import COMMONSENSE_TASKS
-from qdora.recipe.recipe_file import recipe_from
-from qdora.run.train import train_run
-from qdora.train import passes
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.output_head import LogitForm, head_nll, tapped
 
 OWN = ("own_lora", "own_dora", "own_lora_dropout", "own_dora_dropout")
 LAYER_NAMES = (*OWN, "peft_lora", "peft_dora", "peft_dora_addmm", "peft_lora_defaults", "peft_dora_defaults")
 LAYER_RANKS = (16, 64, 256, 512)  # of the larger shape; PEFT at the first one only
-TRANSIENT_BAR, LARGE_TRANSIENT_BAR, HELD_BAR_PER_TOKEN = 25 * MIB, 100 * MIB, 64
 _PASSES = ("forward_transient_bytes", "backward_transient_bytes")
 
 
@@ -72,22 +63,7 @@ def layer_memory(tokens: int = 1024, *, smoke: bool) -> dict[str, Any]:
     small, large = ((128, 192), (192, 256)) if smoke else ((4096, 11_008), (8192, 28_672))
     of_rank = {rank: LAYER_NAMES if rank == 16 else OWN for rank in LAYER_RANKS}
     first, second = _shape_bytes(small, tokens, {16: LAYER_NAMES}), _shape_bytes(large, tokens, of_rank)
-    found = first["ranks"]["16"]
-    beyond = {
-        what: found["own_dora"]["later"][f"{what}_bytes"] - found["own_lora"]["later"][f"{what}_bytes"]
-        for what in ("held", "saved")
-    }
-    per_token = HELD_BAR_PER_TOKEN * tokens
-    limits = {
-        "held beyond QLoRA, output held by its reader": beyond["held"] <= per_token,
-        "held beyond QLoRA, output held by nobody else": beyond["saved"] <= first["output_bytes"] + per_token,
-        "transient": _transient(found["own_dora"]) <= TRANSIENT_BAR,
-        "transient with dropout": _transient(found["own_dora_dropout"]) <= TRANSIENT_BAR,
-        "transient of the large layer at any rank": all(
-            _transient(each["own_dora"]) < LARGE_TRANSIENT_BAR for each in second["ranks"].values()
-        ),
-    }
-    return {"num_tokens": tokens, "layer": first, "large_layer": second, "passes": limits}
+    return {"num_tokens": tokens, "layer": first, "large_layer": second}
 
 
 def _shape_bytes(shape: tuple[int, int], num_tokens: int, names: dict[int, tuple[str, ...]]) -> dict[str, Any]:
@@ -409,26 +385,22 @@ LOSSES: dict[str, Loss] = {
     "chunked": lambda hidden, head, labels: chunked_nll(hidden, head, labels).mean(),
     "plain": lambda hidden, head, labels: cross_entropy((hidden @ head.T).float(), labels),
 }
-REFERENCE_TOKENS = 512
-"""Tokens of a slice of the float32 reference; each token's loss is its own."""
 
 
 @bench(smoke={"repeats": 2})
 def chunked_loss(repeats: int = 7, *, smoke: bool) -> dict[str, Any]:
-    """The loss of a 128k vocabulary without its logits: bytes, gradients and time, chunked against plain.
+    """The loss of a 128k vocabulary without its logits: bytes and time, chunked against plain.
 
     4,096 labelled tokens, a vocabulary of 128,256, bf16, a frozen head, loss = mean NLL. Plain is what transformers
     does: all logits, widened to float32, then torch's cross-entropy. Bytes are those that a step needs beside hidden
     states, head and labels, gradient of the hidden states included: peaks of forward and backward by `LiveBytes`, on
-    fake tensors for a hidden size of 4,096 and on real ones for 1,024. Gradients: the largest difference from the plain
-    loss in float32 on the same values, in units of the largest gradient, for the chunked and the plain loss in bf16 and
-    for the chunked one in float32. Time: forward and backward in turns, hidden size 1,024.
+    fake tensors for a hidden size of 4,096 and on real ones for 1,024. Time: both passes in turns, hidden size 1,024.
     """
     torch.set_num_threads(2)
     keep_freed_memory()
     vocabulary, tokens, wide, hidden = (4000, 20_000, 16, 16) if smoke else (128_256, 4096, 4096, 1024)
     given = _loss_inputs(tokens, hidden, vocabulary)
-    real, gradients = _loss_bytes(given), _loss_gradients(given)
+    real = _loss_bytes(given)
     with FakeTensorMode():
         fake = _loss_bytes(_loss_inputs(tokens, wide, vocabulary))
     calls = {name: functools.partial(_loss_step, loss, given) for name, loss in LOSSES.items()}
@@ -439,7 +411,6 @@ def chunked_loss(repeats: int = 7, *, smoke: bool) -> dict[str, Any]:
         "num_tokens": tokens,
         "chunk": auto_chunk(vocabulary, 2),
         "bytes": {"fake": {"hidden": wide, **fake}, "real": {"hidden": hidden, **real}},
-        "gradients": {"hidden": hidden, **gradients},
         "time": {
             "hidden": hidden,
             "seconds": times,
@@ -475,37 +446,14 @@ def _loss_bytes(given: Inputs) -> dict[str, Any]:
     return {"peak_bytes": peaks, "plain / chunked": peaks["plain"] / peaks["chunked"]}
 
 
-def _loss_gradients(given: Inputs) -> dict[str, float]:
-    """Largest difference of each gradient from the float32 reference, over the reference's largest entry."""
-    hidden, head, labels = given
-    wide = (hidden.detach().float(), head.float(), labels)
-    expected = torch.empty_like(wide[0])
-    for start in range(0, len(labels), REFERENCE_TOKENS):
-        rows = slice(start, start + REFERENCE_TOKENS)
-        part = wide[0][rows].clone().requires_grad_()
-        cross_entropy(part @ wide[1].T, labels[rows], reduction="sum").backward()  # type: ignore[no-untyped-call]
-        assert part.grad is not None
-        expected[rows] = part.grad / len(labels)
-
-    def difference(name: str, values: Inputs) -> float:
-        _loss_step(LOSSES[name], values)
-        assert values[0].grad is not None
-        return float((values[0].grad.float() - expected).abs().max() / expected.abs().max())
-
-    found = {f"{name}, bfloat16": difference(name, given) for name in LOSSES}
-    return {**found, "chunked, float32": difference("chunked", (wide[0].requires_grad_(), *wide[1:]))}
-
-
 @table("chunked_loss")
 def chunked_loss_table(result: Any) -> str:
-    """Bytes and gradients of the chunked and the plain loss, and the ratio of their times."""
-    fake, real, gradients = result["bytes"]["fake"], result["bytes"]["real"], result["gradients"]
+    """Bytes of the chunked and the plain loss, and the ratio of their times."""
+    fake, real = result["bytes"]["fake"], result["bytes"]["real"]
     columns: dict[str, Column] = {"loss": lambda name: name}
     for each in (fake, real):
         peak = each["peak_bytes"]
         columns[f"peak, hidden {each['hidden']}"] = lambda name, peak=peak: f"{peak[name] / MIB:,.0f} MiB"
-    columns["gradient error, bf16"] = lambda name: f"{gradients[f'{name}, bfloat16']:.1e}"
-    columns["float32"] = lambda name: "reference" if name == "plain" else f"{gradients[f'{name}, float32']:.1e}"
     time = result["time"]["chunked / plain"]
     note = (
         f"\n{result['num_tokens']:,} tokens, vocabulary {result['vocabulary']:,}, {result['chunk']} tokens a "
@@ -513,89 +461,6 @@ def chunked_loss_table(result: Any) -> str:
         f"{time['lower']:.2f} to {time['upper']:.2f}).\n"
     )
     return tabulated(("plain", "chunked"), columns) + note
-
-
-@bench(smoke={"steps": 2, "batch": 8, "room": 400})
-def out_of_memory(data: Path | None, steps: int = 10, batch: int = 16, room: int = 300) -> dict[str, Any]:
-    """A run whose allocator fails goes on with smaller micro-batches: does it train the same?
-
-    DATA holds <task>/<split>.parquet. QDoRA on SmolLM2-135M in NF4 without dropout, the eight tasks in equal shares.
-    Each run is done twice: with memory enough, and with an allocator that fails in the backward pass of each
-    micro-batch of more tokens than --room. The losses of the same steps are compared: in float32 they differ by the
-    order of sums, in bf16 by its rounding.
-    """
-    runs: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        mix: list[dict[str, Any]] = [{"task": "demo/facts"}, {"task": "demo/odd"}]
-        if data is not None:
-            mix = [{"task": task, "path": str(data.resolve() / task), "limit": 200} for task in COMMONSENSE_TASKS]
-        source = write_model(root / "model") if data is None else "builtin"
-        for dtype in ("float32", "bfloat16"):
-            recipe = recipe_from(
-                {
-                    "model": {"source": source, "dtype": dtype},
-                    "adapter": {"kind": "dora", "rank": 16, "alpha": 32.0},
-                    "data": {"mix": mix, "strategy": "equal", "max_length": 256, "too_long": "drop"},
-                    "train": {"steps": steps, "batch": batch, "lr": 1e-3, "optimizer": "adamw"},
-                    "eval": {"at_start": False, "at_end": False},
-                    "memory": {"checkpointing": False},
-                }
-            )
-            whole, short = root / f"{dtype}-whole", root / f"{dtype}-short"
-            train_run(recipe, whole, console=Console(quiet=True))
-            with _little_memory(room):
-                train_run(recipe, short, console=Console(quiet=True))
-            lines = [[line for line in RunDirectory(run).metrics() if "loss" in line] for run in (whole, short)]
-            losses, tokens = ([[line[key] for line in each] for each in lines] for key in ("loss", "num_tokens"))
-            metrics = RunDirectory(short).metrics()
-            runs[dtype] = {
-                "losses": losses[0],
-                "losses_with_little_memory": losses[1],
-                "largest_relative_difference": max(abs(a - b) / a for a, b in zip(*losses, strict=True)),
-                "same_tokens": tokens[0] == tokens[1],
-                "backoffs": [line["out_of_memory"] for line in metrics if "out_of_memory" in line],
-            }
-    return {"num_steps": steps, "room_tokens": room, "runs": runs}
-
-
-@contextmanager
-def _little_memory(room: int) -> Iterator[None]:
-    """While active, the backward pass of a micro-batch of more than `room` tokens fails as CUDA's allocator does."""
-    real = passes.batch_loss
-
-    def fail(_gradient: Tensor) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    def hungry(model: Any, input_ids: Tensor, *rest: Any, **options: Any) -> Any:
-        result = real(model, input_ids, *rest, **options)
-        if input_ids.numel() > room:
-            result.nll_sum.register_hook(fail)
-        return result
-
-    with mock.patch.object(passes, "batch_loss", hungry):
-        yield
-
-
-@table("out_of_memory")
-def out_of_memory_table(result: Any) -> str:
-    """How much the losses of a run change whose allocator failed."""
-
-    def sizes(item: Any) -> str:
-        found = item[1]["backoffs"]
-        return " → ".join(
-            f"{size:,}" for size in (found[0]["tokens_before"], *(each["tokens_after"] for each in found))
-        )
-
-    columns: dict[str, Column] = {
-        "compute": "{0}",
-        "tokens of a micro-batch": sizes,
-        "same tokens in each step": lambda item: "yes" if item[1]["same_tokens"] else "no",
-        "loss differs at most by (relative)": "{1[largest_relative_difference]:.1e}",
-    }
-    return tabulated(result["runs"].items(), columns) + cell(
-        "\n{num_steps} steps of SmolLM2-135M on the eight tasks.\n", result
-    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Memory plans: against real runs, of the shipped recipes, and of mixtures of experts."""
+"""Memory plans: against real runs, and of the shipped recipes."""
 
 from __future__ import annotations
 
 import gc
 import json
-import math
 import random
 import tempfile
 import time
@@ -345,93 +344,6 @@ def _card(found: dict[str, Any]) -> str:
 
 def _is_divided(found: dict[str, Any]) -> bool:
     return bool(found["num_cards"] > 1 and found["parallel"] == "shard")
-
-
-NUM_TOKENS, RANK, EXPERT_RANK, BAR_SECONDS = 2048, 16, 4, 120
-SHAPES = ("Qwen/Qwen3-30B-A3B", "openai/gpt-oss-20b", "mistralai/Mixtral-8x7B-v0.1")
-SHAPES += ("Qwen/Qwen3-Next-80B-A3B-Instruct",)
-TINY_MIXTURE = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
-TINY_MIXTURE |= {"intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 512}
-
-
-@bench(rows="shapes", keep=True)
-def expert_plans(only: tuple[str, ...] = SHAPES, *, smoke: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Plans of mixtures of experts from their stored shapes: what fits on cards of 24 and 40 GB.
-
-    QDoRA on every linear layer but the routers, of rank 4 on the experts and 16 elsewhere, NF4 in blocks of 64 with
-    double quantisation, bf16 adapters, 8-bit AdamW, checkpointing, micro-batches of 2,048 labelled tokens, 16 to a
-    step. A plan is for the worse of two routings: nearly all tokens to the same experts, or tokens that divide evenly
-    (`even_routing_bytes`). Blocks are moved to host memory until the plan fits. `cpu_seconds` is the time of the first
-    plan on one core; bar: 120 s. The linear attention of Qwen3-Next is planned as transformers computes it without
-    flash-linear-attention.
-    """
-    for name in ("random/tiny",) if smoke else only:
-        config: Any = MixtralConfig(**TINY_MIXTURE) if smoke else public_shapes()[name].config()
-        began = time.process_time()
-        whole = plan(_mixture_recipe(name, 0), config=config).to_dict()
-        seconds = time.process_time() - began
-        fits = {card: _fitted(name, config, whole, card) for card in (("630MiB",) if smoke else ("24 GB", "40 GB"))}
-        yield name.rpartition("/")[2], {**whole, "cpu_seconds": seconds, "cards": fits}
-    return {"num_tokens": NUM_TOKENS, "rank": RANK, "expert_rank": EXPERT_RANK}
-
-
-def _mixture_recipe(name: str, num_streamed: int) -> Recipe:
-    base: dict[str, Any] = {"residency": "host", "streamed_blocks": num_streamed} if num_streamed else {}
-    return recipe_from(
-        {
-            "model": {"source": name, "dtype": "bfloat16"},
-            "base": base,
-            "adapter": {"rank": RANK, "experts": {"rank": EXPERT_RANK}},
-            "data": {"mix": [{"source": "some/data"}], "max_length": NUM_TOKENS},
-            "train": {"steps": 1, "tokens_per_step": 16 * NUM_TOKENS, "micro_batch_tokens": NUM_TOKENS},
-        }
-    )
-
-
-def _fitted(name: str, config: PreTrainedConfig, whole: dict[str, Any], card: str) -> dict[str, Any]:
-    """The plan with the fewest blocks in host memory that fits a card, or with all of them there if none does."""
-    found, streamed, limit = whole, 0, parse_size(card)
-    while found["peak_bytes"] > limit and streamed < whole["num_blocks"]:
-        more = math.ceil((found["peak_bytes"] - limit) / whole["block_bytes"])
-        # Two blocks' bytes stay on the card, as the slots.
-        streamed = min(whole["num_blocks"], streamed + max(1, more + (0 if streamed else 2)))
-        found = plan(_mixture_recipe(name, streamed), config=config).to_dict()
-    names = ("peak_bytes", "even_routing_bytes", "host_bytes", "step_seconds", "components", "peak_in")
-    return {"fits": found["peak_bytes"] <= limit, "num_streamed": streamed, **{each: found[each] for each in names}}
-
-
-@table("expert_plans")
-def expert_plans_table(result: Any) -> str:
-    """What each mixture needs, and what makes it fit on each card."""
-    shapes = result["shapes"]
-
-    def line(title: str, column: Column) -> list[str]:
-        return [title, *(cell(column, each) for each in shapes.values())]
-
-    def group(names: tuple[str, ...], each: Any) -> str:
-        return f"{sum(each['components'].get(name, 0) for name in names) / GIB:.2f}"
-
-    def blocks(card: str, each: Any) -> str:
-        found = each["cards"][card]
-        return f"{found['num_streamed']} of {each['num_blocks']}{'' if found['fits'] else ': does not fit'}"
-
-    adapters = ("adapters", "kept norms and scales", "gradients", "optimizer state")
-    weights = ("packed base", "block scales", "embeddings, head, norms")
-    rows = [
-        line("trainable, millions", lambda each: f"{each['num_trainable'] / 1e6:,.0f}"),
-        line("weights of the base, GiB", partial(group, weights)),
-        line("adapters, gradients, optimizer, GiB", partial(group, adapters)),
-        line("**peak, all on the card, GiB**", "**{peak_bytes:.2fGiB}**"),
-        line("if tokens divide evenly among the experts", "{even_routing_bytes:.2fGiB}"),
-    ]
-    for card in next(iter(shapes.values()))["cards"]:
-        rows += [
-            line(f"{card}: blocks in host memory", partial(blocks, card)),
-            line(f"{card}: peak, GiB", f"{{cards[{card}][peak_bytes]:.2fGiB}}"),
-            line(f"{card}: pinned host memory, GiB", f"{{cards[{card}][host_bytes]:.1fGiB}}"),
-            line(f"{card}: s a step, estimated", f"{{cards[{card}][step_seconds]:.0f}}"),
-        ]
-    return markdown(["", *shapes], [*rows, line("seconds to plan, one core", "{cpu_seconds:.0f}")])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time of whole training steps of SmolLM2-135M: against LoRA and PEFT, of one micro-batch, of packed rows.
+"""Time of training steps and of decoding of SmolLM2-135M: against LoRA and PEFT, of one micro-batch, of packed rows.
 
 Run with two threads (OMP_NUM_THREADS=2). NF4 in blocks of 64, rank 16 on all linear layers, bf16. qdora trains in its
 own loop. PEFT stands on bitsandbytes' Linear4bit with the same packed bytes and trains as its users do: the step's
@@ -14,9 +14,8 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -43,14 +42,16 @@ from qdora.data.build_data import read_data, tokenized_mix
 from qdora.data.loader import Step
 from qdora.data.tokenize import TokenizedExample
 from qdora.memory.allocator import keep_freed_memory, return_freed_memory
-from qdora.model.build_model import find_model, recompute_activations
-from qdora.model.inject import adapter_parameters
-from qdora.ops import adapted_product
+from qdora.model.build_model import choose_compute, find_model, recompute_activations
+from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
+from qdora.model.load import load_model
+from qdora.model.source import resolve
+from qdora.nn.adapted_linear import drop_scales_without_room
+from qdora.nn.frozen_linear import FrozenLinear
+from qdora.ops.frozen_product import decoding
 from qdora.recipe.train_settings import TrainConfig
-from qdora.train import passes
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
-from qdora.train.passes import batch_loss
 
 RANK, LR, CLIP = 16, 1e-4, 1.0
 SAME_LOOP = "_same_loop"
@@ -97,7 +98,7 @@ def step_time(
             names = NAMES[:1] if smoke else NAMES
             result["peaks"][mode] = {name: alone(step_peak, name, mode, data, batch) for name in names}
     used = batch if "time" in parts else before.get("batch", batch)
-    return {"rank": RANK, "batch": used, **result, "passes": {} if smoke else _step_limits(result)}
+    return {"rank": RANK, "batch": used, **result}
 
 
 def _steps_of(data: Path | str | None, batch: int, num_steps: int) -> list[Step]:
@@ -185,23 +186,6 @@ def step_peak(name: str, mode: str, data: str | None, batch: int) -> dict[str, i
     return {"loaded_bytes": loaded, "peak_bytes": peak_rss_bytes(), "added_bytes": peak_rss_bytes() - loaded}
 
 
-def _step_limits(result: dict[str, Any]) -> dict[str, bool]:
-    """Own QDoRA within 5 % of own QLoRA, and ahead of PEFT's QLoRA, in time and in memory."""
-    limits = {}
-    for mode, found in result["time"].items():
-        faster = found["ratios"]["own_dora / peft_lora"]["median"] < 1.0
-        limits[f"faster than PEFT QLoRA, checkpointing {mode}"] = faster
-    for mode, batches in result["pairs"].items():
-        for batch, found in batches.items():
-            median = found["ratios"]["own_dora / own_lora"]["median"]
-            limits[f"time as QLoRA, checkpointing {mode}, {batch} examples a step"] = median <= 1.05
-    for mode, found in result["peaks"].items():
-        own, lora, peer = (found[name]["peak_bytes"] for name in ("own_dora", "own_lora", "peft_lora"))
-        limits[f"memory as QLoRA, checkpointing {mode}"] = own <= 1.05 * lora
-        limits[f"less memory than PEFT QLoRA, checkpointing {mode}"] = own < peer
-    return limits
-
-
 @table("step_time")
 def step_time_table(result: Any) -> str:
     """Tokens a second, own QDoRA's time relative to each contender, and peaks, by checkpointing; pairs below."""
@@ -240,15 +224,6 @@ MICRO_RATIOS = (
     ("own_dora", "dense"),
 )
 BARS = {"own_dora / own_lora": 1.05, "own_dora / peft_lora": 1.0}
-# The functions that a part of qdora's step runs in; none calls another.
-STEP_PARTS = {"norms and operands": (passes, "prepare_gains"), "gradient of m": (adapted_product, "column_dot")}
-
-
-class StepTime(NamedTuple):
-    """Seconds of a step, and those of them that each of `STEP_PARTS` took."""
-
-    whole: float
-    parts: dict[str, float]
 
 
 @bench(smoke={"rounds": 2, "rows": 2, "length": 8})
@@ -256,23 +231,13 @@ def one_micro_batch(rounds: int = 15, rows: int = 4, length: int = 128, *, smoke
     """The price of DoRA where it is highest: steps of one micro-batch, each of which pays for the norms alone.
 
     No checkpointing, every token labelled: forward, backward, clipping and update. The floors are forward and backward
-    of the frozen NF4 model and of the 16-bit one, with the gradient of their input embeddings and without adapters. Of
-    qdora's own steps the parts are timed that DoRA has and LoRA has not, or has less of: norms and operands before the
-    first micro-batch, and the gradient of the magnitudes. What is left of the difference is in no single part.
+    of the frozen NF4 model and of the 16-bit one, with the gradient of their input embeddings and without adapters.
     """
     keep_freed_memory()
     step = random_step([[length] * rows], torch.Generator().manual_seed(0))
-    turns = {name: functools.partial(_timed_parts, _micro_step(name, smoke), step) for name in MICRO_NAMES}
-    times = alternating(turns, rounds, warmup=2)
-    seconds = {name: [each.whole for each in found] for name, found in times.items()}
-    parts = {
-        part: {name: [each.parts[part] for each in times[name]] for name in MICRO_NAMES[:2]} for part in STEP_PARTS
-    }
+    turns = {name: functools.partial(_micro_step(name, smoke), step) for name in MICRO_NAMES}
+    seconds = in_turns(turns, rounds, warmup=2)
     ratios = {f"{first} / {second}": ratio(seconds[first], seconds[second]) for first, second in MICRO_RATIOS}
-    # What each part adds to own QDoRA over own QLoRA, and what none of them explains, in shares of QLoRA's step.
-    dora, lora = (np.array(seconds[name]) for name in MICRO_NAMES[:2])
-    added = {part: np.array(each["own_dora"]) - np.array(each["own_lora"]) for part, each in parts.items()}
-    added["the rest"] = dora - lora - sum(added.values())
     return {
         "rank": RANK,
         "rows": rows,
@@ -280,8 +245,6 @@ def one_micro_batch(rounds: int = 15, rows: int = 4, length: int = 128, *, smoke
         "seconds": seconds,
         "tokens_per_second": {name: spread(_over([rows * length] * rounds, each)) for name, each in seconds.items()},
         "ratios": ratios,
-        "parts": parts,
-        "of_own_lora": {part: spread((each / lora).tolist()) for part, each in added.items()},
         "bars": BARS,
         "passes": {name: ratios[name]["median"] <= bar for name, bar in BARS.items()},
     }
@@ -303,27 +266,6 @@ def _micro_step(name: str, smoke: bool) -> Callable[[Step], object]:
     return floor_step
 
 
-def _timed_parts(make_step: Callable[[Step], object], step: Step) -> StepTime:
-    spent = dict.fromkeys(STEP_PARTS, 0.0)
-
-    def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return function(*given)
-            finally:
-                spent[part] += time.perf_counter() - began
-
-        return call
-
-    with ExitStack() as stack:
-        for part, (module, name) in STEP_PARTS.items():
-            stack.enter_context(mock.patch.object(module, name, watched(part, getattr(module, name))))
-        began = time.perf_counter()
-        make_step(step)
-        return StepTime(time.perf_counter() - began, spent)
-
-
 @table("one_micro_batch")
 def one_micro_batch_table(result: Any) -> str:
     """Tokens a second where each step is one micro-batch, and own QDoRA's time relative to each contender."""
@@ -336,17 +278,16 @@ def one_micro_batch_table(result: Any) -> str:
         f"({'met' if result['passes'][name] else 'missed'})"
         for name, most in result["bars"].items()
     ]
-    parts = ", ".join(f"{part} {100 * share['median']:.1f} %" for part, share in result["of_own_lora"].items())
     note = (
         f"\n{result['rows']} rows of {result['length']} tokens, {result['num_threads']} threads, "
         f"{len(result['seconds']['own_dora'])} rounds. PEFT DoRA / PEFT LoRA: "
         f"{quartiles(result['ratios']['peft_dora / peft_lora'])}. Targets for the time of qdora DoRA: "
-        f"{', '.join(targets)}. Time that qdora DoRA adds to a step of qdora LoRA (medians): {parts}.\n"
+        f"{', '.join(targets)}.\n"
     )
     return markdown(["", *_STEP_COLUMNS], rows) + note
 
 
-STEP_TOKENS, MICRO_TOKENS, ROW_TOKENS, LOSS_STEPS = 4096, 2048, 512, 2
+STEP_TOKENS, MICRO_TOKENS, ROW_TOKENS = 4096, 2048, 512
 WAYS = {
     "arrival": "padded, in order of arrival",
     "grouped": "padded, grouped by length",
@@ -357,26 +298,20 @@ WAYS = {
 
 @bench(smoke={"rounds": 2})
 def packing(data: Path | None, rounds: int = 12, seconds: float = 400.0) -> dict[str, Any]:
-    """Packed rows against padded ones: losses of every example, and the time of training steps.
+    """Packed rows against padded ones: the time of training steps.
 
     DATA holds <task>/<split>.parquet. Steps of 4,096 real tokens of the eight commonsense tasks in equal shares, in
-    micro-batches of at most 2,048 tokens, padding counted. Losses: in float32, each example alone, grouped by length,
-    and packed. Time: in bf16, whole steps of the same examples in turns; no round begins after so many --seconds.
+    micro-batches of at most 2,048 tokens, padding counted, of the same examples in turns; the first step is the
+    warm-up, and no round begins after so many --seconds. Tests compare the losses.
     """
     keep_freed_memory()
-    began, num_steps = time.perf_counter(), LOSS_STEPS + rounds + 1
-    steps = _random_examples(num_steps) if data is None else _real_examples(data.resolve(), num_steps)
-    losses = _losses(_packing_model(data, torch.float32), [each for step in steps[:LOSS_STEPS] for each in step])
-    times = _packing_times(_packing_model(data, torch.bfloat16), steps[LOSS_STEPS:], began + seconds)
-    ratios = {name: each["median"] for name, each in times["ratios"].items()}
+    deadline = time.perf_counter() + seconds
+    steps = _random_examples(rounds + 1) if data is None else _real_examples(data.resolve(), rounds + 1)
+    base = smoke_model() if data is None else base_model(recipe(data, batch=1, checkpointing=False))
+    model = adapt(base, CONTENDERS["own_dora"], RANK).train()
+    assert packed_layout(model)[0] == "rows"
     sizes = {"rank": RANK, "step_tokens": STEP_TOKENS, "micro_batch_tokens": MICRO_TOKENS, "max_length": ROW_TOKENS}
-    same = losses["packed"]["max_relative_difference"] < 1e-5
-    limits = {
-        "packed loss of every example as alone (1e-5 relative)": same,
-        "faster than padding in order of arrival": ratios["arrival / packed"] > 1.0,
-        "faster than grouping by length": ratios["grouped / packed"] > 1.0,
-    }
-    return {**sizes, "losses": losses, "time": times, "passes": limits}
+    return {**sizes, "time": _packing_times(model, steps, deadline)}
 
 
 def _real_examples(data: Path, num_steps: int) -> list[list[TokenizedExample]]:
@@ -403,19 +338,16 @@ def _random_examples(num_steps: int) -> list[list[TokenizedExample]]:
     return [[example(str(n), each) for n, each in enumerate(rng.integers(4, 60, 12))] for _ in range(num_steps)]
 
 
-def _packing_model(data: Path | None, dtype: torch.dtype) -> Any:
-    """The model with QDoRA adapters, moved off their start, in training mode."""
-    base = smoke_model(dtype) if data is None else base_model(recipe(data, batch=1, checkpointing=False), dtype)
-    model = adapt(base, CONTENDERS["own_dora"], RANK).train()
-    move_parameters_(model)
-    return model
-
-
 def _batches(way: str, examples: list[TokenizedExample]) -> list[MicroBatch]:
-    """The examples as micro-batches: one of WAYS, or "alone"."""
+    """The examples as micro-batches in one of WAYS."""
     names = sorted({each.task for each in examples})
-    if way in ("alone", "arrival"):
-        groups = [[each] for each in examples] if way == "alone" else _in_arrival_order(examples)
+    if way == "arrival":  # groups filled one after the other, as long as they keep MICRO_TOKENS with their padding
+        groups: list[list[TokenizedExample]] = [[]]
+        for each in examples:
+            longest = max(map(len, [*groups[-1], each]))
+            if groups[-1] and longest * (len(groups[-1]) + 1) > MICRO_TOKENS:
+                groups.append([])
+            groups[-1].append(each)
         wide = [micro_batches(group, Batching(MICRO_TOKENS * len(group), 0), names) for group in groups]
         return [batch for group in wide for batch in group]
     packed = None if way == "grouped" else "rows"
@@ -424,39 +356,8 @@ def _batches(way: str, examples: list[TokenizedExample]) -> list[MicroBatch]:
         return micro_batches(examples, Batching(MICRO_TOKENS, 0, packed, ROW_TOKENS), names)  # type: ignore[arg-type]
 
 
-def _in_arrival_order(examples: list[TokenizedExample]) -> list[list[TokenizedExample]]:
-    """Groups filled one after the other, as long as they keep MICRO_TOKENS with their padding."""
-    groups: list[list[TokenizedExample]] = [[]]
-    for each in examples:
-        longest = max(map(len, [*groups[-1], each]))
-        if groups[-1] and longest * (len(groups[-1]) + 1) > MICRO_TOKENS:
-            groups.append([])
-        groups[-1].append(each)
-    return groups
-
-
-@torch.no_grad()
-def _losses(model: Any, examples: list[TokenizedExample]) -> dict[str, Any]:
-    """Largest differences of the NLL of an example, in nats, from that of the example alone."""
-    assert packed_layout(model)[0] == "rows"
-    nll = {}
-    for way in ("alone", "grouped", "packed"):
-        found = []
-        for batch in _batches(way, examples):
-            loss = batch_loss(model, batch.input_ids, batch.attention_mask, batch.labels, packing=batch.packing)
-            found += list(zip(batch.example_ids, loss.example_nll.tolist(), strict=True))
-        nll[way] = np.array([value for _, value in sorted(found)])
-    alone = nll["alone"]
-    result: dict[str, Any] = {"num_examples": len(alone), "mean_nll": float(alone.mean())}
-    for way in ("grouped", "packed"):
-        gaps = np.abs(nll[way] - alone)
-        relative = float((gaps / alone).max())
-        result[way] = {"max_difference": float(gaps.max()), "max_relative_difference": relative}
-    return result
-
-
 def _packing_times(model: Any, steps: list[list[TokenizedExample]], deadline: float) -> dict[str, Any]:
-    """Seconds of every step in every way; the first step is the warm-up."""
+    """Seconds of every step in every way."""
     optimizer = AdapterOptimizer(adapter_parameters(model))
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     positions, groups = dict.fromkeys(WAYS, 0), dict.fromkeys(WAYS, 0)
@@ -495,7 +396,7 @@ def _step_of(batches: list[MicroBatch]) -> Step:
 @table("packing")
 def packing_table(result: Any) -> str:
     """Padding, real tokens a second and time of each way to make micro-batches, and the losses' differences."""
-    found, losses = result["time"], result["losses"]
+    found = result["time"]
     columns = {
         "micro-batches": lambda way: WAYS[way],
         "padding %": lambda way: f"{100 * found['padding_share'][way]:.1f}",
@@ -505,14 +406,83 @@ def packing_table(result: Any) -> str:
             "1" if way == "packed" else quartiles(found["ratios"][f"{way} / packed"], ".2f")
         ),
     }
-    note = (
-        f"\n{found['num_steps']} steps of {result['step_tokens']:,} tokens in turns, median and quartiles. Largest "
-        "difference between an example's NLL in its micro-batch and alone (float32, "
-        f"{losses['num_examples']} examples): packed {losses['packed']['max_difference']:.1e} nats (relative "
-        f"{losses['packed']['max_relative_difference']:.1e}), grouped by length "
-        f"{losses['grouped']['max_difference']:.1e} ({losses['grouped']['max_relative_difference']:.1e}).\n"
-    )
+    note = f"\n{found['num_steps']} steps of {result['step_tokens']:,} tokens in turns, median and quartiles.\n"
     return tabulated(WAYS, columns) + note
+
+
+@bench(smoke={"tokens": 4, "rounds": 2})
+def decode_speed(tokens: int = 48, rounds: int = 7, *, smoke: bool) -> dict[str, Any]:
+    """Tokens a second at batch 1: the quantised base, LoRA and DoRA on it, and the merged model.
+
+    Every adapter parameter is off its start. Greedy decoding with the key-value cache of transformers, the end mark
+    ignored. DoRA keeps the norm of its rows while the parameters do not change; both keep the block scales of their
+    base decoded, as `qdora generate` has them, DoRA's times the gain, so the two do the same work for each token.
+    Asked: DoRA at least 0.97 of LoRA.
+    """
+    keep_freed_memory()
+    models = {kind: contender(kind, smoke) for kind in ("base", "lora", "dora", "merged")}
+    prompt = torch.arange(5, 37).unsqueeze(0)
+    found = alternating(
+        {kind: functools.partial(rate, model, prompt, tokens) for kind, model in models.items()}, rounds
+    )
+    share = ratio(found["dora"], found["lora"])
+    return {
+        "prompt_tokens": prompt.shape[1],
+        "new_tokens": tokens,
+        "tokens_per_second": {kind: spread(values) for kind, values in found.items()},
+        "dora / lora": share,
+        "lora / base": ratio(found["lora"], found["base"]),
+        "dora / merged": ratio(found["dora"], found["merged"]),
+        "asked": 0.97,
+        "passes": share["median"] >= 0.97,
+    }
+
+
+@table("decode_speed")
+def decode_speed_table(result: Any) -> str:
+    """Tokens a second at batch 1, and the ratios of the same round."""
+    columns = {
+        "tokens/s at batch 1": lambda _: "SmolLM2-135M",
+        "NF4 base": "{base:.1f}",
+        "LoRA on it": "{lora:.1f}",
+        "DoRA on it": "{dora:.1f}",
+        "merged, 16 bits": "{merged:.1f}",
+    }
+    note = (
+        "\n{new_tokens} new tokens after a prompt of {prompt_tokens}, median and quartiles. "
+        "DoRA / LoRA of the same round: {dora / lora:.3f}, target: at least {asked}.\n"
+    )
+    return tabulated([result["tokens_per_second"]], columns) + cell(note, result)
+
+
+def contender(kind: str, smoke: bool) -> Any:
+    """A model in eval mode; `merged` holds dense weights in the compute dtype."""
+    quantised = {"quant": "nf4", "compute_dtype": choose_compute("auto").dtype}
+    model = smoke_model().eval() if smoke else load_model(resolve("builtin"), **quantised)
+    if kind == "base":
+        return model
+    adapt(model, CONTENDERS["own_lora" if kind == "lora" else "own_dora"], 16)
+    move_parameters_(model)
+    if kind == "merged":
+        for path, layer in adapted_layers(model).items():
+            replace_module(model, path, FrozenLinear(layer.merged_weight(model.dtype), layer.base.bias))
+    drop_scales_without_room(adapted_layers(model).values())
+    return model.eval()
+
+
+@decoding()
+@torch.inference_mode()
+def rate(model: Any, prompt: torch.Tensor, num_tokens: int) -> float:
+    """New tokens a second, the prompt's own pass left out."""
+    cache = None
+    ids = prompt
+    began = 0.0
+    for step in range(num_tokens + 1):
+        if step == 1:
+            began = time.perf_counter()
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, ids = out.past_key_values, out.logits[:, -1].argmax(dim=-1, keepdim=True)
+    return num_tokens / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":
