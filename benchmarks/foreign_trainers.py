@@ -12,6 +12,7 @@ wrong behind it. Sections of other trainers stay in the result file.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import write_model, write_sums
-from measure import OFFLINE, ONE_THREAD, facts, parser_of, write
+from frame import table, tabulated
+from measure import OFFLINE, ONE_THREAD, RESULTS, facts, save
 
 LOSS_TOLERANCE = 5e-3
 HOOK = """
@@ -175,15 +177,41 @@ def section(name: str, python: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "foreign_trainers")
+    """Measure one trainer; sections of others stay in the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trainer", choices=TRAINERS)
     parser.add_argument("python", type=Path, help="the Python of an environment in which the trainer is installed")
+    parser.add_argument("--out", type=Path, default=RESULTS / "foreign_trainers.json")
     args = parser.parse_args()
     found = json.loads(args.out.read_text())["trainers"] if args.out.exists() else {}
     found[args.trainer] = section(args.trainer, args.python)
     trainers = {name: found[name] for name in TRAINERS if name in found}
     head = facts("python benchmarks/foreign_trainers.py TRAINER PYTHON")
-    write(args.out, {**head, "tolerance": LOSS_TOLERANCE, "trainers": trainers})
+    save(args.out, {**head, "tolerance": LOSS_TOLERANCE, "trainers": trainers})
+
+
+@table("foreign_trainers")
+def foreign_trainers_table(result: Any) -> str:
+    """The layer inside other programs, by the way in; the largest differences over the processes."""
+    rows = [
+        (name, found["versions"], way, processes)
+        for name, found in result["trainers"].items()
+        for way, processes in found["processes"].items()
+        if not way.startswith("peft")
+    ]
+
+    def magnitudes(row: Any) -> str:
+        dtypes = sorted({dtype.removeprefix("torch.") for each in row[3] for dtype in each["magnitude_dtypes"]})
+        return f"{min(each['share_of_magnitudes_moved'] for each in row[3]):.0%}, {', '.join(dtypes)}"
+
+    columns = {
+        "trainer": lambda row: f"{row[0]} {row[1][row[0]]}, PEFT {row[1]['peft']}",
+        "way in": "{2}",
+        "loss, qdora against PEFT": lambda row: f"{max(each['largest_difference_of_loss'] for each in row[3]):.1e}",
+        "fast layers": lambda row: " + ".join(f"{each['num_fast']} of {each['num_layers']}" for each in row[3]),
+        "magnitudes moved": magnitudes,
+    }
+    return tabulated(rows, columns)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """How often a study says something false, and how often it finds what is there: its own code on simulated scores.
 
-    python benchmarks/study_nulls.py [--studies 1000]
-
 Every study is drawn anew: its examples, what the arms differ by on each of them, and the noise of each seed and run.
 Arms, intervals, verdicts and repair come from the code of `qdora report`. Counted are
 
@@ -22,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from measure import facts, parser_of, write
+from frame import bench, main, markdown, table
 
 from qdora.evaluation.example_intervals import Array, Spread, TaskScores
 from qdora.recipe.section import with_settings
@@ -38,6 +36,7 @@ DENSE = "16 bits"
 LOST, TRANSPLANTED = 0.3, 0.8
 """Nats per token that compression costs a trained arm, and a transplanted adapter."""
 INTERVALS = ("difference", "primary", "score", "left", "transplant", "repaired", "repaired_share", "damage_choice")
+FALSE = ("winner", "equivalent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,53 +89,35 @@ SEEDS = (3, 4, 5, 6, 8, 10)
 EFFECTS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06)
 
 
-def main() -> None:
+@bench(smoke={"studies": 4})
+def study_nulls(*, studies: int = 1000) -> dict[str, Any]:
     """All scenarios, without a difference and with one as large as the zone, then the power."""
-    parser = parser_of(__doc__, "study_nulls", smoke="a few studies")
-    parser.add_argument("--studies", type=int, default=1000, help="of each scenario")
-    args = parser.parse_args()
-    number = 4 if args.smoke else args.studies
-    head = facts(f"python benchmarks/study_nulls.py --studies {number}")
-    scenarios = {}
+    scenarios, power, promised = {}, [], []
     for name, each in SCENARIOS.items():
-        found = shares(each, number)
-        at_zone = shares(replace(each, effect=ZONE), number, seed=1, judged_alone=True)
-        found["equivalent"] = at_zone["any_equivalent"]
+        found = shares(each, studies)
+        found["equivalent"] = shares(replace(each, effect=ZONE), studies, seed=1, judged_alone=True)["any_equivalent"]
         scenarios[name] = asdict(each) | {"shares": found}
         print(name, found, flush=True)
-    power = [power_of(seeds, effect, number // 4) for seeds in SEEDS for effect in EFFECTS]
-    promised = [detected(seeds, number) for seeds in SEEDS]
-    allowed = 0.05 + 3 * math.sqrt(0.05 * 0.95 / number)
-    covered = [each["shares"][what] for each in scenarios.values() for what in INTERVALS if what in each["shares"]]
-    false = {what: [each["shares"][what] for each in scenarios.values()] for what in ("winner", "equivalent")}
+    for seeds in SEEDS:
+        for effect in EFFECTS:
+            found = shares(Scenario(seeds=seeds, effect=effect), studies // 4, seed=2, judged_alone=True)
+            judged = {"better": found["better"], "equivalent": found["equivalent"]}
+            power.append({"seeds": seeds, "effect": effect} | judged)
+        of_seed = 0.02  # how often a difference of the size that is promised to be detected is found
+        effect = Spread(of_seed / math.sqrt(seeds), seeds - 1).detectable(0.05, 0.8)
+        alone = Scenario(seeds=seeds, bases=1, effect=effect, of_seed=of_seed, of_example=0.0, of_run=1e-4)
+        better = shares(alone, studies, seed=3, judged_alone=True)["better"]
+        promised.append({"seeds": seeds, "effect": effect, "found": better})
+    allowed = 0.05 + 3 * math.sqrt(0.05 * 0.95 / studies)
+    found = {name: [each["shares"].get(name) for each in scenarios.values()] for name in (*INTERVALS, *FALSE)}
+    covered = [share for name in INTERVALS for share in found[name] if share is not None]
     passes = {
         "coverage": COVERAGE[0] <= min(covered) and max(covered) <= COVERAGE[1],
-        **{what: max(found) <= allowed for what, found in false.items()},
+        **{name: max(found[name]) <= allowed for name in FALSE},
         "promised power": all(abs(each["found"] - 0.8) < 0.03 for each in promised),
     }
-    largest = {what: max(found) for what, found in false.items()}
-    ends = {"coverage": [min(covered), max(covered)], "largest": largest, "allowed": allowed, "passes": passes}
-    write(
-        args.out,
-        head
-        | {"studies": number, "zone": ZONE, "scenarios": scenarios, "power": power}
-        | {"promised": promised}
-        | ends,
-    )
-
-
-def power_of(seeds: int, effect: float, number: int) -> dict[str, Any]:
-    """Share of the comparisons of a study with this many seeds that have a right winner, or are called equivalent."""
-    found = shares(Scenario(seeds=seeds, effect=effect), number, seed=2, judged_alone=True)
-    return {"seeds": seeds, "effect": effect, "better": found["better"], "equivalent": found["equivalent"]}
-
-
-def detected(seeds: int, number: int) -> dict[str, Any]:
-    """How often a difference of the size that is promised to be detected is found; one comparison, seeds alone."""
-    of_seed = 0.02
-    effect = Spread(of_seed / math.sqrt(seeds), seeds - 1).detectable(0.05, 0.8)
-    alone = Scenario(seeds=seeds, bases=1, effect=effect, of_seed=of_seed, of_example=0.0, of_run=1e-4)
-    return {"seeds": seeds, "effect": effect, "found": shares(alone, number, seed=3, judged_alone=True)["better"]}
+    simulated = {"studies": studies, "zone": ZONE, "scenarios": scenarios, "power": power, "promised": promised}
+    return simulated | {"coverage": [min(covered), max(covered)], "allowed": allowed, "passes": passes}
 
 
 def shares(scenario: Scenario, number: int, *, seed: int = 0, judged_alone: bool = False) -> dict[str, float]:
@@ -346,6 +327,36 @@ class _Simulated:
         self.results._scores[key, "all"] = {measure: scores}
         names = {"base_key": f"base {base}", "dense_key": f"base {DENSE}", "is_interior": True}
         self.cells.append({"key": key, "labels": labels, "kind": kind, **names})
+
+
+@table("study_nulls")
+def study_nulls_table(result: Any) -> str:
+    """How many intervals hold the truth, what is called falsely, and what is found by the number of seeds."""
+    names = {"difference": "difference", "primary": "mean of bases", "score": "score"}
+    names |= {"left": "left", "repaired": "repaired", "repaired_share": "share", "damage_choice": "damage"}
+    rows = []
+    for name, each in result["scenarios"].items():
+        found = each["shares"]
+        number = f"{each['seeds']}, {each['bases']}, {each['tasks']} × {each['examples']}"
+        covered = [f"{found[what]:.1%}" if what in found else "–" for what in names]
+        rows.append([name, number, *covered, *(f"{found[what]:.1%}" for what in FALSE)])
+    header = ["simulated study", "seeds, bases, tasks × examples", *names.values(), "a winner", "an equivalence"]
+    note = (
+        f"\n{result['studies']:,} studies per row. From the third column: intervals that contain the true value "
+        "(nominal: 95 %). Last two columns: studies without a difference that report a winner, and studies whose arms "
+        f"differ by exactly {result['zone']:g} (the zone) that report equivalence (nominal: at most 5 %). "
+        f"`{result['command']}`\n"
+    )
+    better = {(each["seeds"], each["effect"]): each for each in result["power"]}
+    effects = sorted({effect for _, effect in better if effect})
+    power = []
+    for each in result["promised"]:
+        own = [f"{better[each['seeds'], effect]['better']:.0%}" for effect in effects]
+        own.append(f"{better[each['seeds'], 0.0]['equivalent']:.0%}")
+        power.append([str(each["seeds"]), *own, f"{each['effect']:.3f}: {each['found']:.0%}"])
+    columns = ["seeds", *(f"better by {effect:g}" for effect in effects), "equivalent at 0"]
+    more = markdown([*columns, "predicted detectable with 80 %: found"], power)
+    return markdown(header, rows) + note + "\n" + more
 
 
 if __name__ == "__main__":

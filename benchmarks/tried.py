@@ -1,7 +1,5 @@
-"""What was tried and did not help, measured against what is in use, both in one run.
-
-python benchmarks/tried.py --out benchmarks/results/tried.json
-"""
+"""What was tried and did not help, measured against what is in use, both in one run. A function makes a row: what was
+tried, what is in use instead, and the figure."""
 
 from __future__ import annotations
 
@@ -12,7 +10,8 @@ from unittest import mock
 import torch
 from bitsandbytes import functional as bnb_functional
 from contenders import random_base
-from measure import facts, in_turns, parser_of, ratio, write
+from frame import bench, main
+from measure import in_turns, ratio
 from torch import nn
 
 from qdora.memory.allocator import keep_freed_memory
@@ -23,6 +22,8 @@ from qdora.ops.frozen_product import frozen_linear
 from qdora.ops.packed import quantize
 from qdora.train.optimizer import AdapterOptimizer
 
+Row = tuple[str, str, str]
+
 
 def time_ratio(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> float:
     """Median time of `first` over that of `second`."""
@@ -30,7 +31,7 @@ def time_ratio(first: Callable[[], Any], second: Callable[[], Any], repeats: int
     return ratio(seconds["first"], seconds["second"])["of_medians"]
 
 
-def quantiser() -> dict[str, str]:
+def quantiser() -> Row:
     """bitsandbytes' NF4 quantiser on CPU against the plain torch one."""
     weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
     times = time_ratio(
@@ -38,14 +39,14 @@ def quantiser() -> dict[str, str]:
         lambda: quantize(weight, "nf4", 64),
         7,
     )
-    return {
-        "tried": "bitsandbytes' NF4 quantiser on CPU",
-        "instead": "the plain torch definition (same codes, bit for bit)",
-        "figure": f"{times:.1f} times as long for 2048 x 2048",
-    }
+    return (
+        "bitsandbytes' NF4 quantiser on CPU",
+        "the plain torch definition (same codes, bit for bit)",
+        f"{times:.1f} times as long for 2048 x 2048",
+    )
 
 
-def eight_bit_states() -> dict[str, str]:
+def eight_bit_states() -> Row:
     """8-bit AdamW on CPU against torch's fused one, both on bf16 storage."""
 
     def make(name: Any) -> AdapterOptimizer:
@@ -61,14 +62,14 @@ def eight_bit_states() -> dict[str, str]:
 
     eight, fused = make("paged_adamw_8bit"), make("adamw")
     times = time_ratio(lambda: eight.step(1e-4), lambda: fused.step(1e-4), 11)
-    return {
-        "tried": "8-bit AdamW states on CPU",
-        "instead": "torch's fused AdamW (`optimizer: adamw`); 8-bit states are for CUDA",
-        "figure": f"{times:.1f} times as long a step for {16 * 2 * 16 * 4096:,} parameters",
-    }
+    return (
+        "8-bit AdamW states on CPU",
+        "torch's fused AdamW (`optimizer: adamw`); 8-bit states are for CUDA",
+        f"{times:.1f} times as long a step for {16 * 2 * 16 * 4096:,} parameters",
+    )
 
 
-def gain_form() -> dict[str, str]:
+def gain_form() -> Row:
     """The gain rounded to bf16, and g - 1 rounded to bf16, against the gain in float32: error of a bf16 output."""
     generator = torch.Generator().manual_seed(0)
     low = torch.randn(2048, 1024, generator=generator).bfloat16()
@@ -81,14 +82,14 @@ def gain_form() -> dict[str, str]:
 
     near = errors(1 + 0.05 * (2 * torch.rand(1024, generator=generator, dtype=torch.float64) - 1))
     small = errors(torch.full((1024,), 0.02, dtype=torch.float64) + 0.01 * torch.rand(1024, dtype=torch.float64))
-    return {
-        "tried": "the gain, or g - 1, rounded to bf16",
-        "instead": "the gain in float32, the product rounded once",
-        "figure": f"{near[0] / near[2]:.2f} times the error near g = 1, {small[1] / small[2]:.0f} times near g = 0.025",
-    }
+    return (
+        "the gain, or g - 1, rounded to bf16",
+        "the gain in float32, the product rounded once",
+        f"{near[0] / near[2]:.2f} times the error near g = 1, {small[1] / small[2]:.0f} times near g = 0.025",
+    )
 
 
-def magnitude_gradient() -> dict[str, str]:
+def magnitude_gradient() -> Row:
     """Three ways to write the sums over tokens of dy * y against one pass."""
     dy, y = torch.randn(2, 1024, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
     factor = torch.ones(4096)
@@ -100,14 +101,14 @@ def magnitude_gradient() -> dict[str, str]:
     }
     seconds = in_turns(ways, 15)
     figures = [f"{name} {ratio(found, seconds['own'])['of_medians']:.1f}" for name, found in seconds.items()][1:]
-    return {
-        "tried": "the gradient of the magnitude by torch's reductions",
-        "instead": "the kernel of batch normalisation's weight gradient, which sums in float32",
-        "figure": f"{', '.join(figures)} times as long, 1,024 tokens of 4,096",
-    }
+    return (
+        "the gradient of the magnitude by torch's reductions",
+        "the kernel of batch normalisation's weight gradient, which sums in float32",
+        f"{', '.join(figures)} times as long, 1,024 tokens of 4,096",
+    )
 
 
-def bernoulli_mask() -> dict[str, str]:
+def bernoulli_mask() -> Row:
     """A random number for each element against one for each zero."""
     x = torch.randn(1024, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
     generator = torch.Generator().manual_seed(0)
@@ -119,14 +120,14 @@ def bernoulli_mask() -> dict[str, str]:
         for tokens, positions in dropped_slices(x, 0.05, 0):
             zeroed_(x[tokens].clone(), positions)
 
-    return {
-        "tried": "a Bernoulli mask for dropout",
-        "instead": "drawing the positions of the zeros",
-        "figure": f"{time_ratio(masked, drawn, 9):.1f} times as long at p = 0.05",
-    }
+    return (
+        "a Bernoulli mask for dropout",
+        "drawing the positions of the zeros",
+        f"{time_ratio(masked, drawn, 9):.1f} times as long at p = 0.05",
+    )
 
 
-def large_tiles() -> dict[str, str]:
+def large_tiles() -> Row:
     """A layer whose weight is read in two tiles against four."""
     base = random_base(4096, 4096)
     x = torch.randn(256, 4096, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
@@ -136,20 +137,20 @@ def large_tiles() -> dict[str, str]:
             frozen_linear(x, base).sum().backward()
 
     figure = time_ratio(lambda: step(16 << 20), lambda: step(8 << 20), 21)
-    return {
-        "tried": "dense tiles of 16 MiB on a CPU",
-        "instead": "tiles of 8 MiB, multiplied with while in the cache",
-        "figure": f"{figure:.3f} times as long for a frozen 4096 x 4096 layer at 256 tokens",
-    }
+    return (
+        "dense tiles of 16 MiB on a CPU",
+        "tiles of 8 MiB, multiplied with while in the cache",
+        f"{figure:.3f} times as long for a frozen 4096 x 4096 layer at 256 tokens",
+    )
 
 
-def main() -> None:
-    """Measure all, write one file."""
-    args = parser_of(__doc__, "tried").parse_args()
+@bench()
+def tried() -> dict[str, Any]:
+    """All rows, with one thread."""
     torch.set_num_threads(1)
     keep_freed_memory()
     parts = (quantiser, eight_bit_states, gain_form, magnitude_gradient, bernoulli_mask, large_tiles)
-    write(args.out, {**facts("python benchmarks/tried.py"), "rows": [part() for part in parts]})
+    return {"rows": [dict(zip(("tried", "instead", "figure"), part(), strict=True)) for part in parts]}
 
 
 if __name__ == "__main__":
