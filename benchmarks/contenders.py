@@ -72,32 +72,25 @@ CONTENDERS = {
 NEW_NORM = "_new_norm"
 """Ending of a name: the norm is computed in each call."""
 
-TITLES = {
-    "own_lora": "qdora LoRA",
-    "own_dora": "qdora DoRA",
-    "own_lora_dropout": "qdora LoRA, dropout",
-    "own_dora_dropout": "qdora DoRA, dropout",
-    "peft_lora": "PEFT LoRA",
-    "peft_dora": "PEFT DoRA",
-    "peft_dora_addmm": "PEFT DoRA, norm by one addmm",
-    "qdora_peft_lora": "qdora.peft LoRA",
-    "qdora_peft_dora": "qdora.peft DoRA",
-    "axolotl_dora": "axolotl's DoRA algorithm",
-    "axolotl_dora_uncached": "the same without its cache",
-    "frozen": "frozen NF4 model, no adapter",
-    "dense": "frozen 16-bit model, no adapter",
-    "own_lora_8bit": "qdora LoRA, 8-bit AdamW",
-    "own_dora_8bit": "qdora DoRA, 8-bit AdamW",
-    "peft_lora_8bit": "PEFT LoRA, 8-bit AdamW",
-    "peft_dora_8bit": "PEFT DoRA, 8-bit AdamW",
-    "peft_lora_bf16_adam": "PEFT LoRA, AdamW in bf16",
-    "peft_dora_bf16_adam": "PEFT DoRA, AdamW in bf16",
-    "peft_lora_defaults": "PEFT LoRA, float32, dropout",
-    "peft_dora_defaults": "PEFT DoRA, float32, dropout",
-    "peft_lora_prepared": "PEFT LoRA, float32, dropout, head float32",
-    "peft_dora_prepared": "PEFT DoRA, float32, dropout, head float32",
-    "peft_lora_same_loop": "PEFT LoRA in qdora's loop",
+_ENDINGS = {
+    "": "",
+    "_dropout": ", dropout",
+    "_8bit": ", 8-bit AdamW",
+    "_bf16_adam": ", AdamW in bf16",
+    "_defaults": ", float32, dropout",
+    "_prepared": ", float32, dropout, head float32",
+    "_same_loop": " in qdora's loop",
+    "_addmm": ", norm by one addmm",
 }
+_ENGINES = {"own": "qdora", "peft": "PEFT", "qdora_peft": "qdora.peft"}
+TITLES = {
+    f"{engine}_{kind}{ending}": f"{name} {kind[0].upper()}oRA{said}"
+    for engine, name in _ENGINES.items()
+    for kind in ("lora", "dora")
+    for ending, said in _ENDINGS.items()
+}
+TITLES |= {"axolotl_dora": "axolotl's DoRA algorithm", "axolotl_dora_uncached": "the same without its cache"}
+TITLES |= {"frozen": "frozen NF4 model, no adapter", "dense": "frozen 16-bit model, no adapter"}
 """What they are called in the tables, those with another optimizer or loop too."""
 
 

@@ -152,19 +152,10 @@ CASES = {
 }
 BARS = {"7B, checkpointing": 4.95, "8B, checkpointing": 6.75, "7B, no checkpointing": 17.0}
 """GiB, of own_dora."""
-LABELS = {name: name for name in ("packed base", "embeddings, head, norms", "adapters", "optimizer", "gradients")}
-LABELS |= {"block inputs": "inputs of blocks", "forward": "made in the forward pass"}
-LABELS |= {"backward": "made in the backward pass, recompute included", "other": "other"}
-"""Labels of `LiveBytes` in the order of the figure, and their names there."""
-DRAWN = {
-    "own_lora": "qdora QLoRA",
-    "own_dora": "qdora QDoRA",
-    f"own_dora{EIGHT_BIT}": "qdora QDoRA, 8-bit AdamW",
-    "peft_lora": "PEFT QLoRA, lean",
-    "peft_dora": "PEFT QDoRA, lean",
-    "peft_lora_defaults": "PEFT QLoRA, usual",
-    "peft_dora_defaults": "PEFT QDoRA, usual",
-}
+LABELS = ("packed base", "embeddings, head, norms", "adapters", "optimizer", "gradients", "block inputs")
+LABELS += ("forward", "backward", "other")
+"""Labels of `LiveBytes` in the order of the figure."""
+DRAWN = ("own_lora", "own_dora", f"own_dora{EIGHT_BIT}", *PEFT, *(f"{name}{DEFAULTS}" for name in PEFT))
 
 
 class EmptyWeights:
@@ -222,9 +213,9 @@ def step_memory(tokens: int = STEP_TOKENS, *, smoke: bool, out: Path) -> dict[st
         axes = figure.subplots(1, len(cases), sharey=True)
         for axis, (name, case) in zip(axes, cases.items(), strict=True):
             left = [0.0] * len(DRAWN)
-            for label, shown in LABELS.items():
+            for label in LABELS:
                 widths = [case["arms"][arm]["peak_by_label"].get(label, 0) / GIB for arm in DRAWN]
-                axis.barh(list(DRAWN.values()), widths, left=left, label=shown)
+                axis.barh([TITLES[arm] for arm in DRAWN], widths, left=left, label=label)
                 left = [start + width for start, width in zip(left, widths, strict=True)]
             for row, total in enumerate(left):
                 axis.text(total, row, f" {total:.1f}", va="center", fontsize=8)

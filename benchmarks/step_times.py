@@ -11,15 +11,14 @@ from __future__ import annotations
 import functools
 import gc
 import json
-import math
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
+from byte_tokenizer import write_model
 from contenders import CONTENDERS, TITLES, adapt, move_parameters_, on_linear4bit
 from frame import bench, cell, main, markdown, quartiles, table, tabulated
 from measure import alone, alternating, in_turns, peak_rss_bytes, ratio, reset_peak_rss, spread
@@ -36,20 +35,20 @@ from mixed_data import (
 )
 from rich.console import Console
 
-from qdora.data import batching
-from qdora.data.batching import Batching, MicroBatch, micro_batches
-from qdora.data.build_data import read_data, tokenized_mix
+from qdora.data.build_data import make_loader, read_data, tokenized_mix
 from qdora.data.loader import Step
-from qdora.data.tokenize import TokenizedExample
 from qdora.memory.allocator import keep_freed_memory, return_freed_memory
-from qdora.model.build_model import choose_compute, find_model, recompute_activations
+from qdora.model.build_model import choose_compute, find_model, put_adapters, recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.frozen_product import decoding
+from qdora.recipe.data_settings import COMMONSENSE_TASKS
+from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.train_settings import TrainConfig
+from qdora.run.load_base import load_base
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.packed_attention import packed_layout
 
@@ -289,108 +288,65 @@ def one_micro_batch_table(result: Any) -> str:
 
 STEP_TOKENS, MICRO_TOKENS, ROW_TOKENS = 4096, 2048, 512
 WAYS = {
-    "arrival": "padded, in order of arrival",
+    "arrival": "padded, in order of arrival",  # of results of an earlier version
     "grouped": "padded, grouped by length",
     "packed": "packed",
-    "packed_to_max_length": f"packed, rows always {ROW_TOKENS} long",
+    "packed_to_max_length": f"packed, rows always {ROW_TOKENS} long",  # of results of an earlier version
 }
 
 
 @bench(smoke={"rounds": 2})
-def packing(data: Path | None, rounds: int = 12, seconds: float = 400.0) -> dict[str, Any]:
-    """Packed rows against padded ones: the time of training steps.
+def packing(data: Path | None, rounds: int = 12) -> dict[str, Any]:
+    """Packed rows against padded ones: the time of training steps on the same examples. Tests compare the losses.
 
     DATA holds <task>/<split>.parquet. Steps of 4,096 real tokens of the eight commonsense tasks in equal shares, in
-    micro-batches of at most 2,048 tokens, padding counted, of the same examples in turns; the first step is the
-    warm-up, and no round begins after so many --seconds. Tests compare the losses.
+    micro-batches of at most 2,048 tokens, padding counted.
     """
     keep_freed_memory()
-    deadline = time.perf_counter() + seconds
-    steps = _random_examples(rounds + 1) if data is None else _real_examples(data.resolve(), rounds + 1)
-    base = smoke_model() if data is None else base_model(recipe(data, batch=1, checkpointing=False))
-    model = adapt(base, CONTENDERS["own_dora"], RANK).train()
+    steps: dict[str, list[Step]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        mix: list[dict[str, Any]] = [{"task": "demo/facts"}, {"task": "demo/odd"}]
+        if data is not None:
+            mix = [{"task": task, "path": str(data.resolve() / task), "limit": 400} for task in COMMONSENSE_TASKS]
+        document: dict[str, Any] = {
+            "model": {"source": write_model(Path(folder, "model")) if data is None else "builtin"},
+            "data": {"mix": mix, "strategy": "equal", "max_length": ROW_TOKENS, "too_long": "drop"},
+            "train": {"steps": 1, "tokens_per_step": STEP_TOKENS, "micro_batch_tokens": MICRO_TOKENS},
+            "memory": {"checkpointing": False},
+        }
+        for way in ("grouped", "packed"):
+            settings = recipe_from(document | {"data": {**document["data"], "packing": way == "packed"}})
+            source, tokenizer = find_model(settings)
+            loader = make_loader(settings, tokenized_mix(settings, tokenizer, read_data(settings.data)[0]), tokenizer)
+            loader.batching.packed = "rows" if way == "packed" else None
+            steps[way] = [loader.next_step() for _ in range(rounds + 1)]
+        model = load_base(settings, source, choose_compute("auto"))
+        put_adapters(model, settings)
     assert packed_layout(model)[0] == "rows"
-    sizes = {"rank": RANK, "step_tokens": STEP_TOKENS, "micro_batch_tokens": MICRO_TOKENS, "max_length": ROW_TOKENS}
-    return {**sizes, "time": _packing_times(model, steps, deadline)}
-
-
-def _real_examples(data: Path, num_steps: int) -> list[list[TokenizedExample]]:
-    """The examples of the first steps of a run, in the order in which they come."""
-    settings = recipe(data, batch=1, checkpointing=False)
-    mix = tokenized_mix(settings, find_model(settings)[1], read_data(settings.data)[0])
-    steps: list[list[TokenizedExample]] = [[]]
-    for source, index in zip(*mix.order.draws(0, num_steps * STEP_TOKENS), strict=True):
-        if sum(map(len, steps[-1])) >= STEP_TOKENS:
-            if len(steps) == num_steps:
-                break
-            steps.append([])
-        steps[-1].append(mix.sets[source].examples[index])  # type: ignore[union-attr]
-    return steps
-
-
-def _random_examples(num_steps: int) -> list[list[TokenizedExample]]:
-    """Steps of twelve examples of random tokens."""
-    rng = np.random.default_rng(0)
-
-    def example(name: str, length: int) -> TokenizedExample:
-        return TokenizedExample("smoke", name, rng.integers(1, 128, length).astype(np.int32), np.arange(length) >= 3)
-
-    return [[example(str(n), each) for n, each in enumerate(rng.integers(4, 60, 12))] for _ in range(num_steps)]
-
-
-def _batches(way: str, examples: list[TokenizedExample]) -> list[MicroBatch]:
-    """The examples as micro-batches in one of WAYS."""
-    names = sorted({each.task for each in examples})
-    if way == "arrival":  # groups filled one after the other, as long as they keep MICRO_TOKENS with their padding
-        groups: list[list[TokenizedExample]] = [[]]
-        for each in examples:
-            longest = max(map(len, [*groups[-1], each]))
-            if groups[-1] and longest * (len(groups[-1]) + 1) > MICRO_TOKENS:
-                groups.append([])
-            groups[-1].append(each)
-        wide = [micro_batches(group, Batching(MICRO_TOKENS * len(group), 0), names) for group in groups]
-        return [batch for group in wide for batch in group]
-    packed = None if way == "grouped" else "rows"
-    cost = math.inf if way == "packed_to_max_length" else batching.ATTENTION_COST
-    with mock.patch.object(batching, "ATTENTION_COST", cost):
-        return micro_batches(examples, Batching(MICRO_TOKENS, 0, packed, ROW_TOKENS), names)  # type: ignore[arg-type]
-
-
-def _packing_times(model: Any, steps: list[list[TokenizedExample]], deadline: float) -> dict[str, Any]:
-    """Seconds of every step in every way."""
     optimizer = AdapterOptimizer(adapter_parameters(model))
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    positions, groups = dict.fromkeys(WAYS, 0), dict.fromkeys(WAYS, 0)
-    tokens: list[int] = []
-    for number, examples in enumerate(steps):
-        if time.perf_counter() > deadline:
-            break
-        made = {way: _step_of(_batches(way, examples)) for way in WAYS}
-        turns = {way: functools.partial(own_step, model, optimizer, step) for way, step in made.items()}
-        readings = in_turns(turns, 1, warmup=0, start=number)
-        if number == 0:
-            continue
-        tokens.append(sum(map(len, examples)))
-        for way in WAYS:
-            seconds[way] += readings[way]
-            positions[way] += sum(batch.input_ids.numel() for batch in made[way].micro_batches)
-            groups[way] += len(made[way].micro_batches)
-    return {
+    seconds: dict[str, list[float]] = {way: [] for way in steps}
+    for number, pair in enumerate(zip(*steps.values(), strict=True)):
+        turns = {
+            way: functools.partial(own_step, model, optimizer, step) for way, step in zip(steps, pair, strict=True)
+        }
+        for way, found in in_turns(turns, 1, warmup=int(number == 0), start=number).items():
+            seconds[way] += found
+    tokens = [step.num_tokens for step in steps["packed"]]
+    assert tokens == [step.num_tokens for step in steps["grouped"]]
+    positions = {
+        way: sum(b.input_ids.numel() for step in found for b in step.micro_batches) for way, found in steps.items()
+    }
+    counts = {way: sum(len(step.micro_batches) for step in found) / len(tokens) for way, found in steps.items()}
+    time = {
         "num_steps": len(tokens),
         "seconds": seconds,
         "tokens": tokens,
-        "micro_batches_per_step": {way: groups[way] / len(tokens) for way in WAYS},
-        "padding_share": {way: 1 - sum(tokens) / positions[way] for way in WAYS},
-        "tokens_per_second": {way: spread(_over(tokens, seconds[way])) for way in WAYS},
-        "ratios": {f"{way} / packed": ratio(seconds[way], seconds["packed"]) for way in WAYS if way != "packed"},
-        "positions_ratios": {f"{way} / packed": positions[way] / positions["packed"] for way in [*WAYS][:2]},
+        "micro_batches_per_step": counts,
+        "padding_share": {way: 1 - sum(tokens) / number for way, number in positions.items()},
+        "tokens_per_second": {way: spread(_over(tokens, found)) for way, found in seconds.items()},
+        "ratios": {"grouped / packed": ratio(seconds["grouped"], seconds["packed"])},
     }
-
-
-def _step_of(batches: list[MicroBatch]) -> Step:
-    labels = sum(int((batch.labels != batching.IGNORED).sum()) for batch in batches)
-    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    return Step(batches, labels, tokens, sum(len(batch.example_ids) for batch in batches))
+    return {"rank": settings.adapter.rank, "step_tokens": STEP_TOKENS, "max_length": ROW_TOKENS, "time": time}
 
 
 @table("packing")
@@ -407,7 +363,7 @@ def packing_table(result: Any) -> str:
         ),
     }
     note = f"\n{found['num_steps']} steps of {result['step_tokens']:,} tokens in turns, median and quartiles.\n"
-    return tabulated(WAYS, columns) + note
+    return tabulated(found["padding_share"], columns) + note
 
 
 @bench(smoke={"tokens": 4, "rounds": 2})

@@ -1,4 +1,4 @@
-"""What does a training step cost? Whole models in qdora's own loop: chunked loss, checkpointing, one optimizer."""
+"""What does a training step cost? Whole models in qdora's own loop, their waits, kernels and optimizers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, adapt
+from contenders import CONTENDERS, NEW_NORM, LayerCall, adapt, random_base
 from measure import alternating, ratio
 from mixed_data import FixedSteps, fitted
 from rich.console import Console
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from gpu import device as on
-from gpu.models import Weights, build
+from gpu.models import Weights, build, linear_shapes
 from gpu.plan import Part, Plan
 from qdora.data.batching import MicroBatch
 from qdora.data.loader import Step
@@ -129,3 +131,113 @@ def planned(settings: dict[str, Any], num_tokens: int, rank: int, num_streamed: 
     )
     found = memory_plan(recipe, config=LlamaConfig(**settings | {"tie_word_embeddings": False})).to_dict()
     return {key: found[key] for key in ("peak_bytes", "tensor_bytes", "components", "host_bytes", "step_seconds")}
+
+
+_NO_WAIT = ("own_lora", "own_dora", "own_dora_dropout")
+LAYERS = (*_NO_WAIT, f"own_dora{NEW_NORM}", "peft_lora", "peft_dora")
+
+
+def waits(part: Part, plan: Plan, device: torch.device) -> None:
+    """Waits by the line that waits: of one pass of a layer, which should be none, and of the third step of a model of
+    two layers through the training loop, in one micro-batch."""
+
+    def of_layer(name: str) -> dict[str, Any]:
+        call = LayerCall(name, base, plan.ranks[0], plan.tokens[0])
+        call.step()
+        with on.host_waits(device) as lines:
+            call.step()
+        number = sum(lines.values())
+        return {"waits": number, "lines": dict(lines)} | ({"ok": number == 0} if name in _NO_WAIT else {})
+
+    def of_step(name: str) -> dict[str, Any]:
+        small = plan.middle | {"num_hidden_layers": 2, "vocab_size": 512}
+        step = make_step(make_model(small, name, device, rank=plan.ranks[0]), "adamw", plan.step_tokens[0], device)
+        step(2)
+        with on.host_waits(device) as lines:
+            step(1)
+        return {"waits": sum(lines.values()), "lines": dict(lines.most_common(30))}
+
+    base = random_base(*plan.shapes[-1], device)
+    for name in LAYERS:
+        part.attempt(name, of_layer, name)
+    for name in ("own_dora", "peft_dora"):
+        part.attempt(f"training step of {name}", of_step, name)
+
+
+def profiles(part: Part, plan: Plan, device: torch.device) -> None:
+    """torch's own tables: a layer at the first length, then a step of a model of two layers, optimizer included."""
+    base, tokens = random_base(*plan.shapes[0], device), plan.tokens[0]
+    for name in LAYERS:
+        part.attempt(name, longest_kernels, LayerCall(name, base, plan.ranks[0], tokens).step, device)
+    small = plan.middle | {"num_hidden_layers": 2}
+    for name in ("own_dora", "peft_lora"):
+        step = make_step(make_model(small, name, device, rank=plan.ranks[0]), "adamw", plan.step_tokens[0], device)
+        part.attempt(f"step of two layers, {name}", longest_kernels, lambda s=step: s(1), device)
+
+
+def longest_kernels(function: Callable[[], Any], device: torch.device) -> list[str]:
+    """Lines of the table for one call; the time of an annotation is that of its kernels once more."""
+    on.timed(device, function, 2)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as found:
+        on.timed(device, function)
+    text = found.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25, max_name_column_width=90)
+    return [" ".join(line.split()) for line in text.splitlines() if not line.startswith("-")]
+
+
+OPTIMIZERS = ("paged_adamw_8bit", "adamw", "paged_adamw_32bit", "lion", "paged_lion_8bit")
+
+
+def optimizers(part: Part, plan: Plan, device: torch.device) -> None:
+    """Each optimizer on bf16 adapters, and torch's own fused AdamW as the floor."""
+
+    def parameters() -> dict[str, nn.Parameter]:
+        made = {name: torch.randn(shape, device=device).mul_(0.01) for name, shape in shapes.items()}
+        return {name: nn.Parameter(value if value.dim() == 1 else value.bfloat16()) for name, value in made.items()}
+
+    shapes = {
+        f"layers.{index}.{name}.{key}": shape
+        for index in range(plan.middle["num_hidden_layers"])
+        for name, (out, in_) in linear_shapes(plan.middle).items()
+        for key, shape in (("lora_A", (plan.ranks[0], in_)), ("lora_B", (out, plan.ranks[0])), ("magnitude", (out,)))
+    }
+    part.put("num_elements", sum(torch.Size(shape).numel() for shape in shapes.values()))
+    for name in OPTIMIZERS:
+        part.attempt(name, lambda name=name: of_optimizer(name, parameters(), device))
+    part.attempt("torch AdamW, fused", lambda: of_torch(list(parameters().values()), device))
+
+
+def of_optimizer(name: Any, parameters: dict[str, nn.Parameter], device: torch.device) -> dict[str, Any]:
+    """Seconds of a step after two that make the states, the host's waits, and the bytes that the states take.
+
+    Pages are managed memory, which torch does not count: paged states take few of its bytes.
+    """
+    on.free(device)
+    before = on.memory(device)["held"]
+    optimizer = AdapterOptimizer(parameters, name=name)
+    held = on.memory(device)["held"] - before
+    for parameter in parameters.values():
+        parameter.grad = torch.randn(parameter.shape, device=device)
+    kept = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+    for _ in range(2):
+        optimizer.step(1e-2)
+    unmoved = [key for key, parameter in parameters.items() if torch.equal(kept[key], parameter.detach())]
+    sample = on.timed(device, lambda: optimizer.step(1e-4), 3)
+    with on.host_waits(device) as waits:
+        optimizer.step(1e-4)
+    finite = all(bool(parameter.isfinite().all()) for parameter in parameters.values())
+    return {
+        **sample._asdict(),
+        "waits": dict(waits.most_common(10)),
+        "state_bytes_of_torch": held,
+        "moved": {"unmoved": unmoved[:5], "ok": finite and not unmoved},
+    }
+
+
+def of_torch(parameters: list[nn.Parameter], device: torch.device) -> dict[str, Any]:
+    """A fused update of bf16 parameters in bf16: the least work, and updates lost to rounding."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    on.timed(device, optimizer.step, 2)
+    return on.timed(device, optimizer.step, 3)._asdict()
