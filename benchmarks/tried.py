@@ -39,11 +39,8 @@ def quantiser() -> Row:
         lambda: quantize(weight, "nf4", 64),
         7,
     )
-    return (
-        "bitsandbytes' NF4 quantiser on CPU",
-        "the plain torch definition (same codes, bit for bit)",
-        f"{times:.1f} times as long for 2048 x 2048",
-    )
+    figure = f"{times:.1f} times as long for 2048 x 2048"
+    return "bitsandbytes' NF4 quantiser on CPU", "the plain torch definition (same codes, bit for bit)", figure
 
 
 def eight_bit_states() -> Row:
@@ -62,11 +59,8 @@ def eight_bit_states() -> Row:
 
     eight, fused = make("paged_adamw_8bit"), make("adamw")
     times = time_ratio(lambda: eight.step(1e-4), lambda: fused.step(1e-4), 11)
-    return (
-        "8-bit AdamW states on CPU",
-        "torch's fused AdamW (`optimizer: adamw`); 8-bit states are for CUDA",
-        f"{times:.1f} times as long a step for {16 * 2 * 16 * 4096:,} parameters",
-    )
+    figure = f"{times:.1f} times as long a step for {16 * 2 * 16 * 4096:,} parameters"
+    return "8-bit AdamW states on CPU", "torch's fused AdamW (`optimizer: adamw`); 8-bit states are for CUDA", figure
 
 
 def gain_form() -> Row:
@@ -82,11 +76,8 @@ def gain_form() -> Row:
 
     near = errors(1 + 0.05 * (2 * torch.rand(1024, generator=generator, dtype=torch.float64) - 1))
     small = errors(torch.full((1024,), 0.02, dtype=torch.float64) + 0.01 * torch.rand(1024, dtype=torch.float64))
-    return (
-        "the gain, or g - 1, rounded to bf16",
-        "the gain in float32, the product rounded once",
-        f"{near[0] / near[2]:.2f} times the error near g = 1, {small[1] / small[2]:.0f} times near g = 0.025",
-    )
+    figure = f"{near[0] / near[2]:.2f} times the error near g = 1, {small[1] / small[2]:.0f} times near g = 0.025"
+    return "the gain, or g - 1, rounded to bf16", "the gain in float32, the product rounded once", figure
 
 
 def magnitude_gradient() -> Row:
@@ -101,10 +92,11 @@ def magnitude_gradient() -> Row:
     }
     seconds = in_turns(ways, 15)
     figures = [f"{name} {ratio(found, seconds['own'])['of_medians']:.1f}" for name, found in seconds.items()][1:]
+    figure = f"{', '.join(figures)} times as long, 1,024 tokens of 4,096"
     return (
         "the gradient of the magnitude by torch's reductions",
         "the kernel of batch normalisation's weight gradient, which sums in float32",
-        f"{', '.join(figures)} times as long, 1,024 tokens of 4,096",
+        figure,
     )
 
 
@@ -120,11 +112,8 @@ def bernoulli_mask() -> Row:
         for tokens, positions in dropped_slices(x, 0.05, 0):
             zeroed_(x[tokens].clone(), positions)
 
-    return (
-        "a Bernoulli mask for dropout",
-        "drawing the positions of the zeros",
-        f"{time_ratio(masked, drawn, 9):.1f} times as long at p = 0.05",
-    )
+    figure = f"{time_ratio(masked, drawn, 9):.1f} times as long at p = 0.05"
+    return "a Bernoulli mask for dropout", "drawing the positions of the zeros", figure
 
 
 def large_tiles() -> Row:
@@ -136,12 +125,9 @@ def large_tiles() -> Row:
         with mock.patch.object(tiles, "_CPU_CUT_BYTES", cut_bytes):
             frozen_linear(x, base).sum().backward()
 
-    figure = time_ratio(lambda: step(16 << 20), lambda: step(8 << 20), 21)
-    return (
-        "dense tiles of 16 MiB on a CPU",
-        "tiles of 8 MiB, multiplied with while in the cache",
-        f"{figure:.3f} times as long for a frozen 4096 x 4096 layer at 256 tokens",
-    )
+    times = time_ratio(lambda: step(16 << 20), lambda: step(8 << 20), 21)
+    figure = f"{times:.3f} times as long for a frozen 4096 x 4096 layer at 256 tokens"
+    return "dense tiles of 16 MiB on a CPU", "tiles of 8 MiB, multiplied with while in the cache", figure
 
 
 @bench()
