@@ -1,4 +1,4 @@
-"""qdora's layer inside axolotl, ms-swift and LLaMA-Factory, beside PEFT's own: the same losses, magnitudes that move.
+"""qdora's layer inside TRL, axolotl, ms-swift and LLaMA-Factory, beside PEFT's own: equal losses, magnitudes that move.
 
     python -m venv ax && ax/bin/pip install axolotl
     python benchmarks/foreign_trainers.py axolotl ax/bin/python [--out benchmarks/results/foreign_trainers.json]
@@ -100,10 +100,40 @@ from llamafactory.train.tuner import run_exp
 adapter.QuantizationMethod = SimpleNamespace(BNB="bitsandbytes")  # what the launcher mends in version 0.9.5
 run_exp()
 """
+TRL = """
+import sys
+import qdora.peft, torch, trl
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+name, way = sys.argv[1:]
+if way == "patch":
+    qdora.peft.patch()
+quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+model = AutoModelForCausalLM.from_pretrained("model", quantization_config=quantization, dtype=torch.float32)
+config = LoraConfig(use_dora=True, r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+rows = [{"prompt": f"{a} + {b} =", "chosen": f" {a + b}", "rejected": f" {a * b}"} for a in range(6) for b in range(5)]
+rows = rows if name == "DPO" else [{"text": row["prompt"] + row["chosen"]} for row in rows]
+settings = getattr(trl, f"{name}Config")(
+    "out", max_steps=10, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1, save_strategy="no",
+    report_to="none", use_cpu=True, bf16=False, seed=0)
+getattr(trl, f"{name}Trainer")(
+    model, args=settings, train_dataset=Dataset.from_list(rows), peft_config=qdora.peft.use(config)
+    if way == "use" else config, processing_class=AutoTokenizer.from_pretrained("model")).train()
+"""
 LAUNCHER = "python -m qdora.peft"
 TWO, TORCHRUN = "env NPROC_PER_NODE=2 FORCE_TORCHRUN=1", "python -m torch.distributed.run --nproc_per_node 2"
 # For each distribution: the files that its commands need, and its commands.
-TRAINERS = {
+TRAINERS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "trl": (
+        {"train.py": TRL},
+        {
+            f"{way}{name}": f"python train.py {name[2:] or 'SFT'} {way}"
+            for name in ("", ", DPO")
+            for way in ("peft", "use", "patch")
+        },
+    ),
     "axolotl": (
         {
             "peft.yaml": f"{{{AXOLOTL}, {KERNELS_OFF}}}",
@@ -163,7 +193,7 @@ def section(name: str, python: Path) -> dict[str, Any]:
             found[way] = [json.loads(file.read_text()) for file in sorted(reports.iterdir())]
     versions = [report.pop("versions") for processes in found.values() for report in processes]
     for way, processes in found.items():
-        control = found["peft, two processes" if "two" in way else "peft"]
+        control = found["peft" + "".join(way.partition(",")[1:])]
         assert len(processes) == (2 if "two" in way else 1)
         if processes is control:
             continue
