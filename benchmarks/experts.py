@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from frame import Column, bench, main, table, tabulated
-from measure import alone, in_turns, peak_rss_bytes, ratio, reset_peak_rss, spread
+from measure import alone, in_turns, peak_rss_bytes, ratios, reset_peak_rss, spread
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -29,7 +29,7 @@ SHAPES: dict[str, Sizes] = {
 }
 CHOICES, RANK = 8, 8
 CONTENDERS = ("own_dora", "own_lora", "frozen", "peft_lora")
-RATIOS = (("own_dora", "own_lora"), ("own_dora", "frozen"), ("own_dora", "peft_lora"))
+RATIOS = ("own_dora / own_lora", "own_dora / frozen", "own_dora / peft_lora")
 BAR = 1.05
 
 
@@ -63,7 +63,7 @@ def expert_cost(
                     "reached": int((steps["own_dora"].counts > 0).sum()),
                     "most_tokens": int(steps["own_dora"].counts.max()),
                     "seconds": {each: spread(values) for each, values in times.items()},
-                    "ratios": {f"{a} / {b}": ratio(times[a], times[b]) for a, b in RATIOS},
+                    "ratios": ratios(times, RATIOS),
                     "norms": spread(in_turns({"norms": steps["own_dora"].norms}, repeats)["norms"]),
                     "held": {each: step.held() for each, step in steps.items()},
                 }

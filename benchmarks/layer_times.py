@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from contenders import CONTENDERS, NEW_NORM, TITLES, LayerCall, adapt, layer_on, on_linear4bit, random_base
 from frame import bench, main, markdown, quartiles, table, tabulated
-from gpu.models import Weights, build
-from measure import alone, commit, in_turns, ratio, spread
+from measure import alone, commit, in_turns, ratio, ratios, spread
 from mixed_data import base_model, recipe, smoke_model
 from torch import Tensor, nn
 
@@ -32,26 +31,12 @@ OWN_NEW_NORM = f"own_dora{NEW_NORM}"
 FAST = ("frozen", "own_lora", "own_dora", OWN_NEW_NORM, "own_lora_dropout", "own_dora_dropout")
 FAST += ("peft_lora", "peft_lora_defaults", "peft_dora_addmm")
 SLOW = ("peft_lora", "peft_dora", "peft_dora_defaults", "own_dora", "own_dora_dropout")
-FAST_RATIOS = (
-    ("own_dora", "own_lora"),
-    ("own_dora", "peft_lora"),
-    (OWN_NEW_NORM, "own_lora"),
-    (OWN_NEW_NORM, "peft_lora"),
-    ("own_dora_dropout", "own_dora"),
-    ("own_dora_dropout", "own_lora_dropout"),
-    ("own_dora_dropout", "peft_lora_defaults"),
-    ("own_dora", "peft_dora_addmm"),
-    ("own_lora", "peft_lora"),
-    ("own_dora", "frozen"),
-    ("peft_lora", "frozen"),
-    ("peft_dora_addmm", "peft_lora"),
-)
-SLOW_RATIOS = (
-    ("peft_dora", "peft_lora"),
-    ("peft_dora", "own_dora"),
-    ("peft_dora_defaults", "peft_lora"),
-    ("peft_dora_defaults", "own_dora_dropout"),
-)
+FAST_RATIOS = ("own_dora / own_lora", "own_dora / peft_lora", "own_dora_new_norm / own_lora")
+FAST_RATIOS += ("own_dora_new_norm / peft_lora", "own_dora_dropout / own_dora", "own_dora_dropout / own_lora_dropout")
+FAST_RATIOS += ("own_dora_dropout / peft_lora_defaults", "own_dora / peft_dora_addmm", "own_lora / peft_lora")
+FAST_RATIOS += ("own_dora / frozen", "peft_lora / frozen", "peft_dora_addmm / peft_lora")
+SLOW_RATIOS = ("peft_dora / peft_lora", "peft_dora / own_dora", "peft_dora_defaults / peft_lora")
+SLOW_RATIOS += ("peft_dora_defaults / own_dora_dropout",)
 # The more a call takes, the less its median wants.
 REPEATS, FEW_REPEATS, SLOW_REPEATS = {256: 41, 1024: 21}, 11, 5
 
@@ -101,8 +86,7 @@ def layer_case(shape: str, rank: int, num_tokens: int, smoke: bool) -> dict[str,
         "commit": commit(),
         "repeats": repeats,
         "seconds": {name: spread(each) for name, each in (slow | fast).items()},
-        "ratios": {f"{a} / {b}": ratio(fast[a], fast[b]) for a, b in FAST_RATIOS}
-        | {f"{a} / {b}": ratio(slow[a], slow[b]) for a, b in SLOW_RATIOS},
+        "ratios": ratios(fast, FAST_RATIOS) | ratios(slow, SLOW_RATIOS),
     }
 
 
@@ -114,7 +98,7 @@ def layer_time_table(result: Any) -> str:
         text = "{in_features} → {out_features}, r {rank}, {tokens}".format_map(case)
         return text if case["allocator"] == "tuned" else f"{text}, default allocator"
 
-    ratios = {
+    names = {
         "QDoRA / QLoRA": "own_dora / own_lora",
         "norm computed": "own_dora_new_norm / own_lora",
         "dropout / none": "own_dora_dropout / own_dora",
@@ -124,7 +108,7 @@ def layer_time_table(result: Any) -> str:
         "norm by addmm": "peft_dora_addmm / peft_lora",
         "its defaults": "peft_dora_defaults / peft_lora",
     }
-    columns = {title: f"{{ratios[{name}][median]:.3f}}" for title, name in ratios.items()}
+    columns = {title: f"{{ratios[{name}][median]:.3f}}" for title, name in names.items()}
     asked: dict[str, tuple[str, Callable[[Any], float]]] = {
         "QDoRA at most 1.03 times QLoRA in": ("own_dora / own_lora", lambda _: 1.03),
         "QDoRA at most PEFT's QLoRA (1.03 times at 256 tokens) in": (
@@ -193,8 +177,7 @@ def layer_cost(
 
 
 HOST_NAMES = ("frozen", "own_lora", "own_dora", "peft_lora", "peft_dora")
-HOST_RATIOS = (("own_dora", "own_lora"), ("own_dora", "peft_lora"), ("own_lora", "peft_lora"))
-HOST_RATIOS += (("peft_dora", "peft_lora"),)
+HOST_RATIOS = ("own_dora / own_lora", "own_dora / peft_lora", "own_lora / peft_lora", "peft_dora / peft_lora")
 HOST_BAR, HOST_SIZE = {"own_dora / peft_lora": 1.0}, 64
 
 
@@ -229,7 +212,7 @@ def host_time(rounds: int = 25, calls: int = 200) -> dict[str, Any]:
         seconds = {each: [whole / calls for whole in found] for each, found in taken.items()}
         passes[name] = {
             "seconds": {each: spread(found) for each, found in seconds.items()},
-            "ratios": {f"{a} / {b}": ratio(seconds[a], seconds[b]) for a, b in HOST_RATIOS},
+            "ratios": ratios(seconds, HOST_RATIOS),
         }
     (bar, most), *_ = HOST_BAR.items()
     within = {name: each["ratios"][bar]["median"] <= most for name, each in passes.items()}
@@ -243,9 +226,9 @@ def host_time_table(result: Any) -> str:
     passes = result["passes"]
     rows = []
     for layer in passes["forward"]["seconds"]:
-        ratios = [each["ratios"].get(f"own_dora / {layer}") for each in passes.values()]
+        shares = [each["ratios"].get(f"own_dora / {layer}") for each in passes.values()]
         times = [f"{1e6 * each['seconds'][layer]['median']:.0f}" for each in passes.values()]
-        rows.append([TITLES[layer], *times, *(quartiles(each) if each else "–" for each in ratios)])
+        rows.append([TITLES[layer], *times, *(quartiles(each) if each else "–" for each in shares)])
     verdicts = ", ".join(f"{name} {'met' if within else 'missed'}" for name, within in result["within"].items())
     note = (
         f"\n{result['size']} x {result['size']}, rank {result['rank']}, one token, {result['num_threads']} "
@@ -259,16 +242,11 @@ def host_time_table(result: Any) -> str:
 PEFT_ROUNDS, REFERENCE = 21, "peft_lora"
 PEFT_NAMES = (REFERENCE, "peft_dora", "qdora_peft_lora", "qdora_peft_dora", "axolotl_dora", "axolotl_dora_uncached")
 PEFT_SHAPES, PEFT_TOKENS, LAYER_SECONDS = ((4096, 4096), (4096, 11_008), (576, 1536)), (512, 2048), 20.0
-SMOLLM2, SIX = "SmolLM2", "six blocks"
-# Name -> model, checkpointing, micro-batches, rows, tokens of a row; seconds.
+# Name -> checkpointing, micro-batches, rows, tokens of a row; seconds.
 STEPS = {
-    f"{SMOLLM2}, checkpointing, 2 x 2 x 512": (SMOLLM2, True, 2, 2, 512, 150.0),
-    f"{SMOLLM2}, 4 x 128": (SMOLLM2, False, 1, 4, 128, 60.0),
-    f"{SIX}, checkpointing, 4 x 512": (SIX, True, 1, 4, 512, 40.0),
-    f"{SIX}, 4 x 128": (SIX, False, 1, 4, 128, 30.0),
+    "SmolLM2, checkpointing, 2 x 2 x 512": (True, 2, 2, 512, 150.0),
+    "SmolLM2, 4 x 128": (False, 1, 4, 128, 60.0),
 }
-_SIX_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SIX_BLOCKS = {"vocab_size": 512, **dict(zip(_SIX_KEYS, (576, 1536, 6, 9, 3), strict=True))}
 Run = Callable[[Callable[[], None]], None]
 """A call of a contender, from no gradients to none. It calls its argument after the first forward pass."""
 
@@ -278,8 +256,8 @@ def peft_time(*, smoke: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """PEFT's LoRA against DoRA on PEFT's interface: PEFT's own, qdora.peft's, axolotl's algorithm; time and bytes.
 
     One layer, and a step of a model: forward, backward, clipping and torch's fused AdamW, rank 16, adapters in bf16
-    (qdora's magnitudes are float32 always), every token labelled, the model's own loss. "Six blocks" have SmolLM2's
-    shapes and a small head. Each case has its seconds, after which no round begins.
+    (qdora's magnitudes are float32 always), every token labelled, the model's own loss. Each case has its seconds,
+    after which no round begins.
 
     Bytes are counted by `LiveBytes` on real tensors in the second call; weights, adapters and inputs are there before.
     "kept": what the first call left alive (optimizer states, and what a layer keeps); "held": alive after the (first)
@@ -329,16 +307,15 @@ def _layer_run(call: LayerCall, after_forward: Callable[[], None]) -> None:
 
 def _peft_steps(smoke: bool) -> Iterator[tuple[str, dict[str, Run], float]]:
     builtin = smoke_model() if smoke else base_model(recipe(Path(), batch=1, checkpointing=False))
-    weights = Weights(torch.device("cpu"))
-    models: dict[str, Callable[[], Any]] = {
-        SMOLLM2: functools.partial(on_linear4bit, builtin, torch.bfloat16),
-        SIX: functools.partial(build, SIX_BLOCKS | ({"num_hidden_layers": 1} if smoke else {}), weights, "peft"),
-    }
-    for name, (model, checkpointing, num_micro_batches, rows, length, most_seconds) in STEPS.items():
+    for name, (checkpointing, num_micro_batches, rows, length, most_seconds) in STEPS.items():
         shape = (num_micro_batches, rows, 8 if smoke else length)
         ids = torch.randint(100, shape, generator=torch.Generator().manual_seed(0))
-        runs = {each: _step_run(CONTENDERS[each], models[model](), checkpointing, ids) for each in PEFT_NAMES}
-        yield name, runs, most_seconds
+        models = {each: on_linear4bit(builtin, torch.bfloat16) for each in PEFT_NAMES}
+        yield (
+            name,
+            {each: _step_run(CONTENDERS[each], models[each], checkpointing, ids) for each in models},
+            most_seconds,
+        )
 
 
 def _step_run(contender: Any, base: Any, checkpointing: bool, micro_batches: Tensor) -> Run:

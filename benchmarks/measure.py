@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -74,6 +74,12 @@ def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
     """Spread of the ratios of the same round, `of_medians` beside it."""
     rounds = spread([first / second for first, second in zip(numerator, denominator, strict=True)])
     return {**rounds, "of_medians": statistics.median(numerator) / statistics.median(denominator)}
+
+
+def ratios(readings: Mapping[str, list[float]], names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """`ratio` by names such as "dora / lora", of those whose sides were measured."""
+    pairs = {name: name.split(" / ") for name in names}
+    return {name: ratio(readings[a], readings[b]) for name, (a, b) in pairs.items() if {a, b} <= set(readings)}
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:

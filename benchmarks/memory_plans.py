@@ -32,7 +32,7 @@ from qdora.plan.memory_plan import plan
 from qdora.plan.public_shapes import public_shapes
 from qdora.plan.workload import workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
-from qdora.recipe.recipe_file import load_recipe, recipe_from, recipe_names
+from qdora.recipe.recipe_file import apply_overrides, load_recipe, recipe_from, recipe_names
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
 from qdora.run.load_base import load_base
@@ -49,35 +49,30 @@ SIZES = {
     "wide": (2048, 5632, 3, 32_768),
     "tiny": (64, 128, 2, 512),
 }
-_LORA, _ALL = {"adapter.kind": "lora"}, {"memory.checkpointing": False}
-_FULL = {"base.quant": "none", "adapter.kind": "full", "train.optimizer": "adamw"}
-_MASKED = {"base.prune": {"method": "magnitude", "pattern": "2:4"}, "adapter.mask": "keep"}
-_HALF = {"base.quant": "none", "base.prune": {"method": "magnitude", "sparsity": 0.5}}
-_PLAIN_SCALES = {"adapter.targets": ["q_proj", "v_proj"], "base.double_quant": False}
-# Name -> size, and the settings of the recipe that differ from `_case_recipe`.
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "small, r16": ("small", {}),
-    "middle, r16": ("middle", {}),
-    "middle, r64, dropout": ("middle", {"adapter.rank": 64, "adapter.dropout": 0.05}),
-    "middle, LoRA, 32-bit AdamW": ("middle", _LORA | {"train.optimizer": "adamw"}),
-    "deep, r16": ("deep", {}),
-    "deep, all activations": ("deep", _ALL),
-    "small, LoRA, all activations": ("small", _LORA | _ALL),
-    "wide, r16": ("wide", {}),
-    "wide, 2,048 tokens": ("wide", {"data.max_length": 512, "train.micro_batch_tokens": 2048}),
-    "wide, 512 tokens, one micro-batch": ("wide", {"train.micro_batch_tokens": 512, "train.batch": 2}),
-    "middle, packed": ("middle", {"data.packing": True}),
-    "middle, Qwen2 with biases": ("middle", {}),
-    "small, int8": ("small", {"base.quant": "int8"}),
-    "small, 16-bit base, Lion": ("small", {"base.quant": "none", "train.optimizer": "lion"}),
-    "middle, q and v, plain scales": ("middle", _PLAIN_SCALES),
-    "small, all of it trained": ("small", _FULL),
-    "middle, pruned to 2:4, masked": ("middle", _MASKED),
-    "small, 16-bit base, pruned to a half": ("small", _HALF),
-    "wide, float32": ("wide", {"model.dtype": "float32", "train.micro_batch_tokens": 512}),
-    "tiny, packed, all activations": ("tiny", _ALL | {"data.packing": True}),
-}
 _TINY = "tiny, packed, all activations"
+CASES = {
+    "small, r16": "",
+    "middle, r16": "",
+    "middle, r64, dropout": "adapter.rank=64 adapter.dropout=0.05",
+    "middle, LoRA, 32-bit AdamW": "adapter.kind=lora train.optimizer=adamw",
+    "deep, r16": "",
+    "deep, all activations": "memory.checkpointing=false",
+    "small, LoRA, all activations": "adapter.kind=lora memory.checkpointing=false",
+    "wide, r16": "",
+    "wide, 2,048 tokens": "data.max_length=512 train.micro_batch_tokens=2048",
+    "wide, 512 tokens, one micro-batch": "train.micro_batch_tokens=512 train.batch=2",
+    "middle, packed": "data.packing=true",
+    "middle, Qwen2 with biases": "",
+    "small, int8": "base.quant=int8",
+    "small, 16-bit base, Lion": "base.quant=none train.optimizer=lion",
+    "middle, q and v, plain scales": "adapter.targets=[q_proj,v_proj] base.double_quant=false",
+    "small, all of it trained": "base.quant=none adapter.kind=full train.optimizer=adamw",
+    "middle, pruned to 2:4, masked": "base.prune.method=magnitude base.prune.pattern=2:4 adapter.mask=keep",
+    "small, 16-bit base, pruned to a half": "base.quant=none base.prune.method=magnitude base.prune.sparsity=0.5",
+    "wide, float32": "model.dtype=float32 train.micro_batch_tokens=512",
+    _TINY: "data.packing=true memory.checkpointing=false",
+}
+"""The first word is a size; the settings of the recipe that differ from `_case_recipe`."""
 
 
 def accuracy_limits(cases: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +126,7 @@ def plan_accuracy(only: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, A
 def _write_case(folder: Path, name: str) -> None:
     """A random checkpoint in bf16 with a tokenizer of bytes, and prompts and answers of random letters, of very
     different lengths; the first row is as long as may be."""
-    sizes = dict(zip(_KEYS, SIZES[CASES[name][0]], strict=True))
+    sizes = dict(zip(_KEYS, SIZES[name.partition(",")[0]], strict=True))
     heads = sizes["hidden_size"] // 64
     sizes |= {"num_attention_heads": max(heads, 2), "num_key_value_heads": max(heads // 4, 1)}
     family = "qwen2" if "Qwen2" in name else "llama"
@@ -161,10 +156,7 @@ def _case_recipe(folder: Path, name: str) -> Recipe:
         "train": train,
         "memory": {},
     }
-    for key, value in CASES[name][1].items():
-        section, _, setting = key.partition(".")
-        document[section][setting] = value
-    return recipe_from(document)
+    return recipe_from(apply_overrides(document, CASES[name].split()))
 
 
 def _case_data(recipe: Recipe) -> tuple[Any, Any, Any]:

@@ -21,7 +21,7 @@ import torch
 from byte_tokenizer import write_model
 from contenders import CONTENDERS, TITLES, adapt, move_parameters_, on_linear4bit
 from frame import bench, cell, main, markdown, quartiles, table, tabulated
-from measure import alone, alternating, in_turns, peak_rss_bytes, ratio, reset_peak_rss, spread
+from measure import alone, alternating, in_turns, peak_rss_bytes, ratios, reset_peak_rss, spread
 from mixed_data import (
     FixedSteps,
     base_model,
@@ -56,13 +56,8 @@ RANK, LR, CLIP = 16, 1e-4, 1.0
 SAME_LOOP = "_same_loop"
 NAMES = ("own_lora", "own_dora", "peft_lora", "peft_dora", "peft_lora_defaults", "peft_dora_defaults")
 NAMES += (f"peft_lora{SAME_LOOP}",)
-RATIOS = (
-    ("own_dora", "own_lora"),
-    *(("own_dora", name) for name in NAMES[2:]),
-    ("own_lora", "peft_lora_same_loop"),
-    ("peft_dora", "peft_lora"),
-    ("peft_dora_defaults", "peft_lora_defaults"),
-)
+RATIOS = ("own_dora / own_lora", *(f"own_dora / {name}" for name in NAMES[2:]), "own_lora / peft_lora_same_loop")
+RATIOS += ("peft_dora / peft_lora", "peft_dora_defaults / peft_lora_defaults")
 PARTS, PEAK_STEPS = ("time", "pairs", "peaks"), 4
 
 
@@ -158,13 +153,12 @@ def _rounds(
             seconds[name] += each
         tokens.append(step.num_tokens)
         padded.append(in_one_batch(step).micro_batches[0].input_ids.numel())
-    pairs = [(first, second) for first, second in RATIOS if first in names and second in names]
     return {
         "seconds": seconds,
         "tokens": tokens,
         "padded_tokens": padded,
         "tokens_per_second": {name: spread(_over(tokens, each)) for name, each in seconds.items()},
-        "ratios": {f"{first} / {second}": ratio(seconds[first], seconds[second]) for first, second in pairs},
+        "ratios": ratios(seconds, RATIOS),
     }
 
 
@@ -214,14 +208,8 @@ def step_time_table(result: Any) -> str:
 _STEP_COLUMNS = ("tokens/s", "time of qdora DoRA / of this one")
 
 MICRO_NAMES = ("own_dora", "own_lora", "peft_lora", "peft_dora", "frozen", "dense")
-MICRO_RATIOS = (
-    ("own_dora", "own_lora"),
-    ("own_dora", "peft_lora"),
-    ("peft_dora", "peft_lora"),
-    ("own_dora", "peft_dora"),
-    ("own_dora", "frozen"),
-    ("own_dora", "dense"),
-)
+MICRO_RATIOS = ("own_dora / own_lora", "own_dora / peft_lora", "peft_dora / peft_lora", "own_dora / peft_dora")
+MICRO_RATIOS += ("own_dora / frozen", "own_dora / dense")
 BARS = {"own_dora / own_lora": 1.05, "own_dora / peft_lora": 1.0}
 
 
@@ -236,16 +224,16 @@ def one_micro_batch(rounds: int = 15, rows: int = 4, length: int = 128, *, smoke
     step = random_step([[length] * rows], torch.Generator().manual_seed(0))
     turns = {name: functools.partial(_micro_step(name, smoke), step) for name in MICRO_NAMES}
     seconds = in_turns(turns, rounds, warmup=2)
-    ratios = {f"{first} / {second}": ratio(seconds[first], seconds[second]) for first, second in MICRO_RATIOS}
+    found = ratios(seconds, MICRO_RATIOS)
     return {
         "rank": RANK,
         "rows": rows,
         "length": length,
         "seconds": seconds,
         "tokens_per_second": {name: spread(_over([rows * length] * rounds, each)) for name, each in seconds.items()},
-        "ratios": ratios,
+        "ratios": found,
         "bars": BARS,
-        "passes": {name: ratios[name]["median"] <= bar for name, bar in BARS.items()},
+        "passes": {name: found[name]["median"] <= bar for name, bar in BARS.items()},
     }
 
 
@@ -344,7 +332,7 @@ def packing(data: Path | None, rounds: int = 12) -> dict[str, Any]:
         "micro_batches_per_step": counts,
         "padding_share": {way: 1 - sum(tokens) / number for way, number in positions.items()},
         "tokens_per_second": {way: spread(_over(tokens, found)) for way, found in seconds.items()},
-        "ratios": {"grouped / packed": ratio(seconds["grouped"], seconds["packed"])},
+        "ratios": ratios(seconds, ["grouped / packed"]),
     }
     return {"rank": settings.adapter.rank, "step_tokens": STEP_TOKENS, "max_length": ROW_TOKENS, "time": time}
 
@@ -381,16 +369,14 @@ def decode_speed(tokens: int = 48, rounds: int = 7, *, smoke: bool) -> dict[str,
     found = alternating(
         {kind: functools.partial(rate, model, prompt, tokens) for kind, model in models.items()}, rounds
     )
-    share = ratio(found["dora"], found["lora"])
+    shares = ratios(found, ("dora / lora", "lora / base", "dora / merged"))
     return {
         "prompt_tokens": prompt.shape[1],
         "new_tokens": tokens,
         "tokens_per_second": {kind: spread(values) for kind, values in found.items()},
-        "dora / lora": share,
-        "lora / base": ratio(found["lora"], found["base"]),
-        "dora / merged": ratio(found["dora"], found["merged"]),
+        **shares,
         "asked": 0.97,
-        "passes": share["median"] >= 0.97,
+        "passes": shares["dora / lora"]["median"] >= 0.97,
     }
 
 

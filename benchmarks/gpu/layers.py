@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 from contenders import NEW_NORM, LayerCall, random_base
-from measure import ratio
+from measure import ratios
 
 from gpu import device as on
 from gpu.plan import Part, Plan
@@ -20,8 +20,8 @@ TIMED = ("dense", "frozen", "own_lora", "own_dora", f"own_dora{NEW_NORM}", "own_
 TIMED += ("peft_lora", "peft_dora", "peft_dora_addmm", "peft_dora_defaults")
 """`own_dora_new_norm` computes its norm in every call: a step of one micro-batch without checkpointing. The others of
 ours find it computed, as all later micro-batches and every recompute do."""
-RATIOS = [(name, "peft_lora") for name in (*TIMED[2:6], "peft_dora")]
-RATIOS += [("own_dora", "own_lora"), ("own_lora", "frozen"), ("frozen", "dense")]
+RATIOS = [f"{name} / peft_lora" for name in (*TIMED[2:6], "peft_dora")]
+RATIOS += ["own_dora / own_lora", "own_lora / frozen", "frozen / dense"]
 
 
 def run(part: Part, plan: Plan, device: torch.device, index: int) -> None:
@@ -55,7 +55,7 @@ def case(plan: Plan, base: PackedWeight, rank: int, num_tokens: int) -> dict[str
         "seconds": spreads,
         "bytes": num_bytes,
         "tflops_of_the_two_large_products": {n: products / each["median"] / 1e12 for n, each in spreads.items()},
-        "ratios": {f"{a} / {b}": ratio(seconds[a], seconds[b]) for a, b in RATIOS if a in seconds and b in seconds},
+        "ratios": ratios(seconds, RATIOS),
         "errors": errors,
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from contenders import CONTENDERS, NEW_NORM, LayerCall, adapt, random_base
-from measure import alternating, ratio
+from measure import alternating, ratios
 from mixed_data import FixedSteps, fitted
 from rich.console import Console
 from torch import nn
@@ -27,7 +27,7 @@ from qdora.recipe.train_settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer
 
 MODELS = ("own_lora", "own_dora", "peft_lora", "peft_dora")
-RATIOS = (("own_dora", "own_lora"), ("own_dora", "peft_lora"), ("own_lora", "peft_lora"), ("peft_dora", "peft_lora"))
+RATIOS = ("own_dora / own_lora", "own_dora / peft_lora", "own_lora / peft_lora", "peft_dora / peft_lora")
 
 
 def make_model(
@@ -85,8 +85,7 @@ def in_turns(part: Part, plan: Plan, device: torch.device, index: int) -> None:
     readings = {n: lambda s=step: on.timed(device, lambda: s(number)).seconds / number for n, step in steps.items()}
     samples = alternating(readings, 3, warmup=0)
     part.put("step_seconds", samples)
-    pairs = [(a, b) for a, b in RATIOS if a in samples and b in samples]
-    part.put("ratios", {f"{a} / {b}": ratio(samples[a], samples[b]) for a, b in pairs})
+    part.put("ratios", ratios(samples, RATIOS))
 
 
 def on_40gb(part: Part, plan: Plan, device: torch.device, name: str, index: int) -> None:
