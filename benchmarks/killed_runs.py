@@ -5,8 +5,7 @@ with evaluation, checkpoints, best step), export (merged and nf4-lora), study (f
 report). A moment is an operation on files. What happens there:
 
     kill, term, int    the signal; of the latter sometimes a second one a few operations later, which stops at once
-    full               ENOSPC once, or at every write from then on, or no file can grow beyond some bytes
-    read_only          nothing in the directory can be changed any more; for the restart it can
+    full, read_only    ENOSPC once, or at every write from then on, or beyond some bytes of a file; EROFS at all changes
 
 A disturbed life must end by itself, with one clear line if it could say one. The same commands again (train: --resume)
 must then reach the undisturbed life's files bit for bit, but for times and places; a run removes older checkpoints to
@@ -46,7 +45,7 @@ from qdora.files.atomic import is_leftover
 from qdora.files.run_directory import RunDirectory
 from qdora.train import interrupt
 
-STEPS, MOST_SECONDS = 6, 120
+MOST_SECONDS = 120
 LIVES, EVENTS = ("train", "export", "study"), ("kill", "term", "int", "full", "read_only")
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 REASONS = {"full": "the disk is full", "read_only": os.strerror(errno.EROFS)}
@@ -195,14 +194,14 @@ def prepare(root: Path) -> None:
         "model": {"source": str(root / "model"), "dtype": "float32"},
         "adapter": {"rank": 2, "alpha": 4.0, "dropout": 0.1, "targets": ["q_proj", "v_proj"]},
         "data": {"mix": sources, "max_length": 64},
-        "train": {"steps": STEPS, "batch": 4, "lr": 0.5, "optimizer": "adamw", "checkpoint_every": 1},
+        "train": {"steps": 6, "batch": 4, "lr": 0.5, "optimizer": "adamw", "checkpoint_every": 1},
         "eval": {"limit": 3, "every": 2, "best_by": "macro"},
         "memory": {"budget": "4GiB"},
     }
-    settings = {"train.steps": 2, "eval.every": None, "eval.best_by": None}
+    pruned = {"base.prune.method": "magnitude", "base.prune.sparsity": 0.5}
     study = {
         "recipe": str(root / "recipe.yaml"),
-        "settings": settings | {"base.prune.method": "magnitude", "base.prune.sparsity": 0.5},
+        "settings": pruned | {"train.steps": 2, "eval.every": None, "eval.best_by": None},
         "product": {"adapter": {kind: {"adapter.kind": kind} for kind in ("lora", "dora")}},
         "seeds": [0],
         "compare": {"reference": "lora"},
@@ -247,22 +246,13 @@ class Lives:
         at = 1 + int(moment.share * self.whole[life][1].counts[OPERATIONS]) if moment is not None else 0
         return lived(words[num_done:], place, moment, at)
 
-    def faults(self, life: str, place: Path, event: str) -> list[str]:
-        """How a life's end differs from that of the undisturbed one."""
-        ours, theirs = outcome(life, place), outcome(life, self.whole[life][0])
-        names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
-        if event == "full":
-            names = [name for name in names if name in ours or not is_older_checkpoint(name, ours)]
-        return [f"{name} {'differs' if name in ours and name in theirs else 'is missing or new'}" for name in names[:6]]
-
     def disturbed(self, moment: Moment, name: str) -> tuple[End, list[str]]:
         """Disturb a life, start it again, and compare it with the undisturbed one: its end, and what is wrong."""
         place = self.place(moment.life, name)
         end = self.run(moment.life, place, moment)
         last = next((each for each in end.text.splitlines()[::-1] if each.strip()), "")
-        faults = [
-            f"prints {each!r}" for each in ("Traceback", "Logging error", "Exception ignored") if each in end.text
-        ]
+        signs = ("Traceback", "Logging error", "Exception ignored")
+        faults = [f"prints {sign!r}" for sign in signs if sign in end.text]
         if end.status < 0 and -end.status != SIGNALS.get(moment.event):
             faults.append(f"dies of {signal.Signals(-end.status).name}")
         if end.status > 0 and (REASONS.get(moment.event, "") not in last or "--debug shows" in last):
@@ -270,7 +260,11 @@ class Lives:
         again = self.run(moment.life, place, num_done=end.counts[NUM_COMMANDS]) if end.status else end
         if end.status and again.status:
             faults.append(f"the restart ends with {again.status}: {again.text[-600:]}")
-        return end, faults + self.faults(moment.life, place, moment.event)
+        ours, theirs = outcome(moment.life, place), outcome(moment.life, self.whole[moment.life][0])
+        names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+        if moment.event == "full":
+            names = [name for name in names if name in ours or not is_older_checkpoint(name, ours)]
+        return end, faults + [f"other than undisturbed: {name}" for name in names]
 
 
 def outcome(life: str, place: Path) -> dict[str, Any]:
