@@ -57,7 +57,6 @@ TOPICS = {
 }
 LEAST_COMMANDS = {README: 8, **dict.fromkeys(GUIDES, 1)}
 OPTIONS_OF_OTHERS = {"--no-deps", "--nproc-per-node", "--smoke", "--help", "--external"}  # --external_plugins
-MEASURED_BY_EARLIER_VERSIONS = {"study.py"}
 """Benchmarks whose options have changed since, as the page says."""
 REST = {
     "model": {"source": "builtin"},
@@ -145,45 +144,6 @@ def test_every_script_named_exists_and_can_be_run() -> None:
     for script in scripts:
         assert (ROOT / script).stat().st_mode & 0o111
         subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
-
-
-def test_every_benchmark_is_explained_with_options_that_it_has() -> None:
-    lines = [line for block in blocks(BENCHMARKS, "bash") for line in block.splitlines()]
-    found = [shlex.split(re.sub(r"^\w+=\w+ ", "", line), comments=True) for line in lines]
-    assert len(found) >= 30
-    for program, script, *options in found:
-        assert program == "python"
-        text = (ROOT / script).read_text()
-        for source, function in (("measure.py", "parser_of("), ("shared_study.py", "study_parser(")):
-            text += (ROOT / "benchmarks" / source).read_text() if function in text else ""
-        missing = [option for option in options if option.startswith("--") and f'"{option}"' not in text]
-        assert not missing, script
-    programs = {
-        f"benchmarks/{file.name}" for file in (ROOT / "benchmarks").glob("*.py") if "\ndef main" in file.read_text()
-    }
-    assert len(programs) >= 30
-    assert programs <= {words[1] for words in found}
-
-
-def test_the_command_above_a_table_is_that_of_its_result_file() -> None:
-    """But for the number of threads, and for options that say where files are."""
-
-    def plain(command: str) -> list[str]:
-        return shlex.split(re.sub(r"OMP_NUM_THREADS=\d |--(out|work|llama-cpp) \S+", "", command), comments=True)
-
-    results, checked = ROOT / "benchmarks/results", []
-    for section in BENCHMARKS.read_text().split("\n## "):
-        if "<!-- table" not in section:
-            continue
-        for line in "".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL)).splitlines():
-            script = next(Path(word) for word in plain(line) if word.endswith(".py"))
-            out = re.search(r"--out (\S+)", line)
-            files = [ROOT / out[1]] if out else [results / f"{script.stem}.json", results / script.stem / "run.json"]
-            (document,) = (json.loads(file.read_text()) for file in files if file.exists())
-            if script.name not in MEASURED_BY_EARLIER_VERSIONS:
-                assert plain(line) == plain(document["command"])
-                checked.append(script)
-    assert len(checked) >= 45
 
 
 def test_the_page_says_which_result_files_lack_their_commit_or_come_from_another_machine() -> None:
@@ -322,50 +282,6 @@ def load_recipe_schema() -> dict[str, Any]:
 
     definitions: dict[str, Any] = json_schema()["$defs"]
     return definitions
-
-
-def readme_tables(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks/readme_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_tables_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = readme_tables(monkeypatch)
-    assert list(module.PAGES) == [README, BENCHMARKS]
-    marks = [mark for page in module.PAGES for mark in re.findall(r"<!-- table: (\w+) -->", page.read_text())]
-    assert sorted(marks) == sorted(module.TABLES)
-    assert len(marks) >= 36
-    for page in module.PAGES:
-        text = page.read_text()
-        assert module.filled(text) == text, f"{name_of(page)}: run python benchmarks/readme_tables.py"
-    for guide, content in ((module.MODELS, "Llama 3"), (module.SETTINGS, "- `rank` (`16`)")):
-        assert module.wanted(guide) == guide.read_text(), f"{name_of(guide)}: run python benchmarks/readme_tables.py"
-        assert content in guide.read_text()
-
-
-def test_memory_is_in_gib_as_in_the_plan_and_only_cards_are_named_in_gb(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = readme_tables(monkeypatch).TABLES
-    for name, table in tables.items():
-        sizes = set(re.findall(r"(?:[\d.]+ ?)?\bGB\b(?!/s| of rows)", table()))  # rates, and the size of a file
-        assert sizes <= {"8 GB", "24 GB", "40 GB", "80 GB"}, name
-    plans = json.loads((ROOT / "benchmarks/results/plan_recipes.json").read_text())["plans"]
-    rows = {row.split(" | ")[0].strip("| `"): row.split(" | ")[2:4] for row in tables["cards"]().splitlines()[2:]}
-    assert len(rows) >= 9
-    for name, (card, peak) in rows.items():
-        assert peak == f"{plans[name]['peak_bytes'] / 2**30:.2f} GiB"
-        stated = re.findall(r"(\d+) GB", card)[0]
-        assert f"({int(stated) * 1e9 / 2**30:.2f} GiB)" in card
-
-
-def test_seven_results_lead_to_their_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = readme_tables(monkeypatch).TABLES["headline"]().splitlines()[2:]
-    assert len(rows) == 7
-    assert all(re.search(r"\d.*\(benchmarks/README\.md#[a-z0-9-]+\)", row) for row in rows)
 
 
 def anchors(page: Path) -> set[str]:
