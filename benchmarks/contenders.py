@@ -97,16 +97,8 @@ TITLES |= {"frozen": "frozen NF4 model, no adapter", "dense": "frozen 16-bit mod
 class AddmmNormDora(DoraLinearLayer):
     """PEFT's DoRA with ||W + s B A|| from one addmm, in the dtype that PEFT takes."""
 
-    def forward(  # PEFT's own signature
-        self,
-        x: Tensor,
-        *,
-        lora_A: nn.Module,
-        lora_B: nn.Module,
-        scaling: float,
-        base_layer: nn.Module,
-        base_result: Tensor,
-        adapter_name: str = "default",
+    def forward(
+        self, x: Tensor, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, base_result: Tensor, **_: Any
     ) -> Tensor:
         """What is added to the base layer's output."""
         weight = peft.utils.integrations.dequantize_module_weight(base_layer).to(x.dtype)

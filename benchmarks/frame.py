@@ -105,7 +105,9 @@ def main(arguments: Sequence[str] | None = None, module: str = "__main__") -> No
         commands = parser.add_subparsers(dest="bench", required=True)
         for name, each in benches.items():
             doc = each.run.__doc__ or ""
-            command = commands.add_parser(name, help=doc.partition("\n")[0], description=doc, formatter_class=_RAW)
+            command = commands.add_parser(
+                name, help=doc.partition("\n")[0].replace("%", "%%"), description=doc, formatter_class=_RAW
+            )
             _add_options(command, each)
     given = vars(parser.parse_args(arguments))
     if len(benches) > 1:

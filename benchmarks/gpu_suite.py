@@ -79,7 +79,6 @@ SECTIONS = FIRST | {
     "streamed_40gb": Section("host_copies:streamed", 270, _40GB),
     "offloaded": Section("host_copies:offloaded", 150),
     "layer_3": Section("layers:run", 120, {"index": 2}),
-    "tile_sizes": Section("layers:tile_sizes", 90),
 }
 
 

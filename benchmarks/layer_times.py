@@ -1,4 +1,4 @@
-"""Time of one adapted layer: against LoRA and PEFT, against rank and tokens, on the host, on PEFT's interface.
+"""Time of one adapted layer: against LoRA and PEFT, of the host alone, and on PEFT's interface.
 
 Run with two threads (OMP_NUM_THREADS=2), host_time with one. Contenders take turns, each round begins with another one,
 and a ratio is the median of the ratios of the same round. All work on the same NF4 bytes in bf16.
@@ -21,7 +21,6 @@ from measure import alone, commit, in_turns, ratio, ratios, spread
 from mixed_data import base_model, recipe, smoke_model
 from torch import Tensor, nn
 
-from qdora.files.svg_figure import svg_file
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import recompute_activations
 from qdora.plan.live_bytes import LiveBytes
@@ -128,54 +127,7 @@ def layer_time_table(result: Any) -> str:
     return tabulated(result["cases"], {"layer, rank, tokens": label, **columns}) + note
 
 
-COST_LABELS = {
-    "frozen": "frozen NF4 layer",
-    "own_lora": "qdora QLoRA",
-    "own_dora": "qdora QDoRA",
-    OWN_NEW_NORM: "qdora QDoRA, norm computed",
-    "peft_lora": "PEFT QLoRA",
-    "peft_dora_addmm": "PEFT QDoRA, norm by addmm",
-}
-RANK, COST_TOKENS = 16, 1024
-
-
-@bench(smoke={"features": 32, "repeats": 2, "ranks": (8, 16), "tokens": (1024, 2048)})
-def layer_cost(
-    features: int = 2048,
-    repeats: int = 9,
-    ranks: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512),
-    tokens: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192),
-    *,
-    out: Path,
-) -> dict[str, Any]:
-    """Both passes of a square layer against the rank (1,024 tokens) and the tokens (rank 16), and a figure of them."""
-    keep_freed_memory()
-    base = random_base(features, features)
-
-    def row(value: int, rank: int, num_tokens: int) -> dict[str, Any]:
-        found = in_turns({name: LayerCall(name, base, rank, num_tokens).step for name in COST_LABELS}, repeats)
-        return {"value": value, "seconds": {name: spread(each) for name, each in found.items()}}
-
-    by_rank = [row(rank, rank, COST_TOKENS) for rank in ranks]
-    by_tokens = [row(num, RANK, num) for num in tokens]
-    with svg_file(out.with_suffix(".svg"), 10, 4) as figure:
-        panels = ((by_rank, "rank", f"{COST_TOKENS:,} tokens"), (by_tokens, "tokens", f"rank {RANK}"))
-        for axis, (rows, what, title) in zip(figure.subplots(1, 2), panels, strict=True):
-            axis.set_xscale("log", base=2)
-            values = [each["value"] for each in rows]
-            for name, label in COST_LABELS.items():
-                times = [1e3 * each["seconds"][name]["median"] for each in rows]
-                axis.plot(values, times, "o-", ms=3, label=label)
-            axis.set(xlabel=what, ylabel="ms, forward and backward", title=title)
-            axis.set_xticks(values, [f"{value:,}" for value in values], minor=False)
-            axis.grid(alpha=0.3)
-        figure.axes[0].set_ylim(bottom=0)
-        figure.axes[1].set_yscale("log", base=2)
-        figure.axes[0].legend(fontsize=8)
-        figure.suptitle(f"One {features} x {features} layer, NF4, bf16, {torch.get_num_threads()} threads")
-    return {"features": features, "repeats": repeats, "by_rank": by_rank, "by_tokens": by_tokens}
-
-
+RANK = 16
 HOST_NAMES = ("frozen", "own_lora", "own_dora", "peft_lora", "peft_dora")
 HOST_RATIOS = ("own_dora / own_lora", "own_dora / peft_lora", "own_lora / peft_lora", "peft_dora / peft_lora")
 HOST_BAR, HOST_SIZE = {"own_dora / peft_lora": 1.0}, 64

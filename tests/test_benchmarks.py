@@ -172,14 +172,6 @@ def data_loading(result: Any) -> bool:
     return list(result["ways"]) == ["grouped", "packed", "streamed"]
 
 
-def file_formats(result: Any) -> bool:
-    for found in result["kinds"].values():
-        assert found["limit"]["num_examples"] == 100
-        assert found["first"]["num_tokens"] == found["again"]["num_tokens"] > 2**18
-        assert 0 < found["again"]["seconds"] < found["first"]["seconds"]
-    return len(result["kinds"]) == 10 and all(result["passes"].values())
-
-
 def architectures(result: Any) -> bool:
     llama, falcon, mixture = result["families"].values()
     assert llama["refused"] == llama["failed"] == falcon["failed"] == mixture["failed"] == {}
@@ -219,7 +211,6 @@ def export_exactness(result: Any) -> bool:
 
 
 CHECKS: dict[str, Callable[[Any], bool]] = {
-    "layer_times.py layer_cost": lambda found: [row["value"] for row in found["by_rank"]] == [8, 16],
     "layer_times.py host_time": host_time,
     "layer_times.py peft_time": peft_time,
     "step_times.py step_time --checkpointing on": step_time,
@@ -236,8 +227,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "memory_plans.py plan_accuracy": plan_accuracy,
     "memory_plans.py plan_recipes": plan_recipes,
     "experts.py expert_cost": expert_cost,
-    "data_times.py data_loading": data_loading,
-    "data_times.py file_formats": file_formats,
+    "data_loading.py": data_loading,
     "architectures.py": architectures,
     "loss_curve.py": lambda found: {len(each["losses"]) for each in found["curves"]} == {3},
     "pruning.py": pruning,
@@ -251,7 +241,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
 def test_a_smoke_run_measures_what_it_should(command: str, tmp_path: Path) -> None:
     more = ["--work", str(tmp_path)] if "sharded" in command else []
     assert CHECKS[command](smoke(tmp_path, command, *more))
-    if "layer_cost" in command or "step_memory" in command:
+    if "step_memory" in command:
         assert (tmp_path / "result.svg").read_text().startswith("<?xml")
 
 

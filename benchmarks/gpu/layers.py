@@ -1,11 +1,9 @@
-"""What does a layer cost? Time and memory of both passes, everyone on the same packed bytes; and the size of tiles."""
+"""What does a layer cost? Time and memory of forward and backward, everyone on the same packed bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from contenders import NEW_NORM, LayerCall, random_base
@@ -13,7 +11,6 @@ from measure import ratios
 
 from gpu import device as on
 from gpu.plan import Part, Plan
-from qdora.ops import tiles
 from qdora.ops.packed import PackedWeight
 
 TIMED = ("dense", "frozen", "own_lora", "own_dora", f"own_dora{NEW_NORM}", "own_dora_dropout")
@@ -72,27 +69,3 @@ def bytes_of(call: LayerCall, device: torch.device) -> dict[str, int]:
     out.backward(call.dy)
     call.clear()
     return {"held_after_forward": held, "forward_peak": forward, "backward_peak": on.memory(device)["peak"] - before}
-
-
-def tile_sizes(part: Part, plan: Plan, device: torch.device) -> None:
-    """A choice that was made without a GPU: the DoRA layer with tiles of 16 MiB to the whole weight."""
-
-    def with_tiles(call: LayerCall, num_bytes: int) -> None:
-        with mock.patch.multiple(tiles, _GPU_TILE_BYTES=num_bytes, _CPU_TILE_BYTES=num_bytes):
-            call.step()
-
-    def of_shape(base: PackedWeight, tokens: int) -> dict[str, Any]:
-        call = LayerCall("own_dora", base, plan.ranks[0], tokens)
-        functions = {f"{size} MiB": partial(with_tiles, call, size << 20) for size in (16, 64, 128, 256)}
-        peaks = {}
-        for name, function in functions.items():
-            on.free(device)
-            function()
-            peaks[name] = on.memory(device)["peak"]
-        seconds = on.spreads(on.in_turns(device, functions, max(plan.repeats // 2, 2), plan.sample_seconds))
-        return {"seconds": seconds, "peak_bytes": peaks, "in use": tiles._GPU_TILE_BYTES}
-
-    for shape in plan.shapes[:2]:
-        base = random_base(*shape, device)
-        for tokens in plan.tokens[:2]:
-            part.attempt(f"{shape[0]}x{shape[1]}, {tokens} tokens", of_shape, base, tokens)

@@ -1,8 +1,7 @@
-"""Time to the first step of a run, what a step loses to its loader, and the cost of every kind of data file."""
+"""Time to the first step of a run, and what a step loses to its loader."""
 
 from __future__ import annotations
 
-import gzip
 import os
 import statistics
 import tempfile
@@ -12,12 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd  # pyarrow imports it to make rows, and imports are not counted
-import pyarrow as pa
 from byte_tokenizer import write_model, write_sums
-from frame import bench, main, markdown, quartiles, table, tabulated
-from measure import alone, peak_rss_bytes, reset_peak_rss, spread
+from frame import bench, main, markdown, quartiles, table
+from measure import alone, spread
 from mixed_data import fitted
 
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
@@ -160,135 +156,6 @@ def data_loading_table(result: Any) -> str:
     header = ["examples", *(f"{part}, s" for part in parts), "to the end of the first step, s"]
     note = f"\nSteps of {result['step_tokens']:,} tokens; median and quartiles of {result['num_steps'] - 1} steps.\n"
     return markdown([*header, "share of a step lost to loading"], rows) + note
-
-
-KINDS = ("jsonl", "json", "csv", "tsv", "txt", "parquet", "jsonl.gz", "jsonl.zst", "csv.gz", "folder")
-MEMORY_BAR_BYTES, SECONDS_BAR = 150e6, 5.0
-_BLOCK_ROWS, _NUM_COMPLETIONS, _ROW_BYTES = 50_000, 20_000, 600
-
-
-def file_limits(kinds: dict[str, Any]) -> dict[str, Any]:
-    """Whether each kind keeps to the bars."""
-    passes = {
-        kind: found["limit"]["added_bytes"] < MEMORY_BAR_BYTES and found["again"]["seconds"] < SECONDS_BAR
-        for kind, found in kinds.items()
-    }
-    return {"bars": {"memory_bytes": int(MEMORY_BAR_BYTES), "seconds": SECONDS_BAR}, "passes": passes}
-
-
-@bench(smoke={"num_bytes": 2e6, "rows": 700}, rows="kinds", keep=True, judge=file_limits)
-def file_formats(
-    kinds: tuple[str, ...] = KINDS, num_bytes: float = 1e9, rows: int = 200_000, *, smoke: bool
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Data files of every kind: memory to draw 100 rows of a gigabyte, and time to start a run of 200,000 rows again.
-
-    A row has a prompt and a completion of made-up words, about 600 bytes; a text file holds the same as documents, a
-    folder eight JSON-lines files. Each measurement is a process of its own that reads and tokenises as `qdora train`
-    does, with SmolLM2's tokenizer and the default 5 % of validation data:
-
-        limit: 100   rows of --num-bytes, before compression. Peak of resident memory above that after the imports and
-                     with the tokenizer. The bar: 150 MB.
-        again        --rows rows, whose tokens an earlier start has kept. Seconds until they are in memory, imports and
-                     tokenizer not counted. The bar: 5 s.
-    """
-    for kind in kinds:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            if smoke:
-                write_model(folder / "model")
-            num_rows = int(num_bytes / _ROW_BYTES)
-            write_rows(folder / "large", kind, num_rows)
-            limit = alone(one_start, f"{name}/large", 100, smoke)
-            limit |= {
-                "num_rows": num_rows,
-                "file_bytes": sum(file.stat().st_size for file in (folder / "large").iterdir()),
-            }
-            for file in (folder / "large").iterdir():
-                file.unlink()
-            write_rows(folder / "rows", kind, rows)
-            first, again = (alone(one_start, f"{name}/rows", None, smoke) for _ in range(2))
-            assert first["num_tokens"] == again["num_tokens"]
-        yield kind, {"limit": limit, "first": first, "again": again}
-    return {"num_bytes": int(num_bytes), "num_rows": rows}
-
-
-def one_start(directory: str, limit: int | None, smoke: bool) -> dict[str, Any]:
-    """Seconds to the tokens of the only file in a folder, or of its files, and the memory that it takes."""
-    data = Path(directory)
-    files = list(data.iterdir())
-    source = {"source": str(files[0] if len(files) == 1 else data)} | ({} if limit is None else {"limit": limit})
-    recipe = recipe_from(
-        {
-            "model": {"source": str(data.parent / "model") if smoke else "builtin"},
-            "data": {"mix": [source], "max_length": 2048, "cache": str(data.parent / "cache")},
-            "train": {"steps": 1, "batch": 1},
-        }
-    )
-    _, tokenizer = find_model(recipe, weights=False)
-    before, began = reset_peak_rss(), time.perf_counter()
-    train, validation = read_data(recipe.data)
-    mix = tokenized_mix(recipe, tokenizer, train)
-    seconds = time.perf_counter() - began
-    return {
-        "seconds": seconds,
-        "added_bytes": peak_rss_bytes() - before,
-        "num_tokens": sum(part.num_tokens for part in mix.sets),
-        "num_examples": sum(map(len, mix.sets)),
-        "num_validation": sum(map(len, validation.values())),
-    }
-
-
-def write_rows(folder: Path, kind: str, num_rows: int) -> None:
-    """Write so many rows as files of a kind; each completion comes again after 20,000 rows."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    letters = np.array(list("etaoinshrdlucmfwypvbgk"))
-    words = ["".join(letters[random.integers(0, 22, size)]) for size in random.integers(2, 10, 5000)]
-    chosen = random.integers(0, 5000, (_NUM_COMPLETIONS, 85)).tolist()
-    completions = [f" {' '.join(words[index] for index in row)}." for row in chosen]
-    prompts = [f"Question {number}: what is it?\n" for number in range(num_rows)]
-    rows = pd.DataFrame({"prompt": prompts, "completion": [completions[n % len(completions)] for n in range(num_rows)]})
-    form, path = kind.partition(".")[0], folder / f"rows.{kind}"
-    if kind == "folder":
-        for number in range(8):
-            rows[number::8].to_json(folder / f"part-{number}.jsonl", orient="records", lines=True)
-    elif kind == "parquet":
-        rows.to_parquet(path, row_group_size=100_000)
-    else:
-        with gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else pa.output_stream(path) as file:
-            for start in range(0, num_rows, _BLOCK_ROWS):
-                file.write(_text(rows[start : start + _BLOCK_ROWS], form, start, num_rows).encode())
-
-
-def _text(rows: pd.DataFrame, form: str, start: int, num_rows: int) -> str:
-    """Some of the rows in a form; the first and the last ones open and close a file."""
-    if form in ("csv", "tsv"):
-        return str(rows.to_csv(sep="," if form == "csv" else "\t", index=False, header=start == 0))
-    if form == "txt":
-        return "".join(rows["prompt"] + rows["completion"] + "\n\n")
-    lines = rows.to_json(orient="records", lines=True)
-    if form == "jsonl":
-        return lines
-    end = "]" if start + len(rows) == num_rows else ","
-    return ("[" if start == 0 else "") + ",\n".join(lines.splitlines()) + end
-
-
-@table("file_formats")
-def file_formats_table(result: Any) -> str:
-    """For each kind of file: memory to draw a hundred rows, and seconds of a first and of a later start."""
-    columns = {
-        "file": "{0}",
-        "memory added, MB": lambda item: f"{item[1]['limit']['added_bytes'] / 1e6:.0f}",
-        "with limit 100, s": "{1[limit][seconds]:.1f}",
-        "first start, s": "{1[first][seconds]:.0f}",
-        "later start, s": "{1[again][seconds]:.1f}",
-    }
-    tokens = next(iter(result["kinds"].values()))["first"]["num_tokens"]
-    note = (
-        f"\nMemory and `limit: 100`: a file with {result['num_bytes'] / 1e9:.0f} GB of rows. Starts: "
-        f"{result['num_rows']:,} rows ({tokens / 1e6:.0f} million tokens).\n"
-    )
-    return tabulated(result["kinds"].items(), columns) + note
 
 
 if __name__ == "__main__":
