@@ -92,7 +92,10 @@ def trained(document: dict[str, Any], run: str | None, folder: Path) -> Path:
 def compared(run: Path, folder: Path) -> dict[str, Any]:
     """All forms against the reference, in both dtypes; exports are written to `folder`."""
     loaded = load_run(run, base_only=True)
-    base, (_, tokens) = loaded.model, validation_texts(loaded)
+    base = loaded.model
+    texts = texts_of(validation_examples(loaded.recipe))
+    ids = [loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
+    tokens = [each for each in ids if each.shape[1] > 1]
     weights = bnb_weights(base)
     merged = merged_by_numpy(weights, run / "adapter")
     reference = logits(dense(base, merged), tokens)
@@ -125,13 +128,6 @@ def compared(run: Path, folder: Path) -> dict[str, Any]:
         "reference_nll_per_token": nll(reference, tokens),
         "forms": forms,
     }
-
-
-def validation_texts(run: Any) -> tuple[list[str], list[Tensor]]:
-    """Texts of a loaded run's validation examples, and the ids (1, length) of those with more than one token."""
-    texts = texts_of(validation_examples(run.recipe))
-    ids = [run.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
-    return texts, [each for each in ids if each.shape[1] > 1]
 
 
 def on_bnb(directory: Path) -> Any:
