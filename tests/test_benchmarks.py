@@ -88,38 +88,30 @@ def chunked_loss(result: Any) -> bool:
 
 
 def layer_memory(result: Any) -> bool:
-    tokens, out, rank = 64, 192, 16
-    later = {name: found["later"] for name, found in result["layer"]["ranks"]["16"].items()}
-    assert len(later) == 9
+    tokens, in_, out, rank = 64, 128, 192, 16
+    ranks = result["layer"]["ranks"]["16"]
+    lora, dora, first = ranks["own_lora"]["later"], ranks["own_dora"]["later"], ranks["own_dora"]["first"]
     # What a layer of ours holds by the design: its output and x A^T, for DoRA the same output.
-    assert later["own_lora"]["held_bytes"] == later["own_dora"]["held_bytes"] == tokens * (out + rank) * 2
-    assert later["own_lora"]["saved_bytes"] == tokens * rank * 2
-    assert later["own_dora"]["saved_bytes"] == tokens * (out + rank) * 2
+    assert lora["held_bytes"] == dora["held_bytes"] == tokens * (out + rank) * 2
+    assert (lora["saved_bytes"], dora["saved_bytes"]) == (tokens * rank * 2, tokens * (out + rank) * 2)
     # Norm, gain, 1 / m and s g of each row, s g B, and a decoded scale of each block are made once and stay.
-    first, kept = result["layer"]["ranks"]["16"]["own_dora"]["first"], 16 * out + 2 * rank * out + 4 * 128 * out // 64
-    assert first["held_bytes"] - later["own_dora"]["held_bytes"] == first["kept_by_layer_bytes"] == kept
+    kept = 16 * out + 2 * rank * out + 4 * in_ * out // 64
+    assert first["held_bytes"] - dora["held_bytes"] == first["kept_by_layer_bytes"] == kept
     # In bf16 x's gradient; in float32 those of A, B and m.
-    assert later["own_dora"]["gradient_bytes"] == 2 * tokens * 128 + 4 * (rank * (128 + out) + out)
-    assert later["peft_dora"]["saved_bytes"] > later["own_dora"]["saved_bytes"]
-    return {*result["large_layer"]["ranks"]} == {"16", "64", "256", "512"}
+    assert dora["gradient_bytes"] == 2 * tokens * in_ + 4 * (rank * (in_ + out) + out)
+    return len(ranks) == 9 and ranks["peft_dora"]["later"]["saved_bytes"] > dora["saved_bytes"]
 
 
 def step_memory(result: Any) -> bool:
     vocabulary, hidden, inner, layers, tokens, rank = 512, 64, 128, 2, 32, 16
     shapes = [(hidden, hidden)] * 2 + [(hidden // 2, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)]
-    weights = layers * sum(out * in_ for out, in_ in shapes)
     lora = layers * rank * sum(out + in_ for out, in_ in shapes)
     magnitudes = layers * sum(out for out, _ in shapes)
     for case in result["cases"].values():
-        assert len(case["arms"]) == 14
-        own, dora = (case["arms"][name] for name in ("own_lora", "own_dora"))
-        # 4 bits a weight, 8 a block of 64, a float32 for each 256 of those, and two small tensors a layer.
-        least = weights * (1 / 2 + 1 / 64)
-        assert least < own["peak_by_label"]["packed base"] < least + layers * 7 * 258 * 4 + weights / 64 / 16
-        assert own["peak_by_label"]["embeddings, head, norms"] == 2 * (2 * vocabulary + 2 * layers + 1) * hidden
+        own, dora = (case["arms"][name]["peak_by_label"] for name in ("own_lora", "own_dora"))
+        assert own["embeddings, head, norms"] == 2 * (2 * vocabulary + 2 * layers + 1) * hidden
         # Magnitude, squared norm of the base; norm, gain, 1 / m.
-        assert own["peak_by_label"]["adapters"] == 2 * lora == dora["peak_by_label"]["adapters"] - 20 * magnitudes
-        assert (own["num_trainable"], dora["num_trainable"]) == (lora, lora + magnitudes)
+        assert own["adapters"] == 2 * lora == dora["adapters"] - 20 * magnitudes
         for arm in case["arms"].values():
             assert sum(arm["peak_by_label"].values()) == arm["peak_bytes"] == max(arm["phase_peak_bytes"].values())
             assert arm["peak_bytes"] == case["floor"]["total_bytes"] + arm["above_floor_bytes"]
