@@ -1,7 +1,7 @@
 """Every export of one trained adapter against an independent float32 reference, beside PEFT's merge of the same file.
 
 SmolLM2-135M-Instruct (`builtin`) in NF4, block size 64, double quantisation; DoRA r16 trained on PIQA and ARC-Easy in
-DATA (<task>/<split>.parquet), or before, by the same recipe, in RUN. With --smoke: a random model and made-up data.
+DATA (<task>/<split>.parquet). With --smoke: a random model and made-up data.
 
 Reference: plain transformers in float32 with weights merged by numpy in float64 from the adapter file and bitsandbytes'
 own dequantisation. Every form is loaded by stock transformers, bitsandbytes and PEFT and computed in float32 and in
@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import LogitDifference, texts_of, validation_examples
 from qdora.export.options import ExportOptions
-from qdora.recipe.recipe_file import load_recipe, recipe_from
+from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
 
@@ -53,39 +53,26 @@ FORMS = {
 
 
 @bench(smoke={"steps": 3})
-def export_exactness(data: Path | None, *, steps: int = 60, run: str | None = None) -> dict[str, Any]:
-    """All forms against the reference, in both dtypes."""
+def export_exactness(data: Path | None, *, steps: int = 60) -> dict[str, Any]:
+    """Train an adapter; all forms against the reference, in both dtypes."""
+    warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name:
-        folder, document = Path(name), recipe(data, steps)
+        folder = Path(name)
         if data is None:
             write_sums(folder / "sums.jsonl")
-            document["model"] = {"source": write_model(folder / "model")}
-            document["data"] = {"mix": [{"source": str(folder / "sums.jsonl")}], "max_length": 64}
-        return {"steps": steps, **compared(trained(document, run, folder), folder)}
-
-
-def recipe(data: Path | None, steps: int) -> dict[str, Any]:
-    """A short run on real data, or on a demo task."""
-    tasks = [{"task": task, "path": str(data.resolve() / task)} for task in ("piqa", "arc_e")] if data else []
-    mix = tasks or [{"task": "demo/facts", "limit": 16}]
-    return {
-        "model": {"source": "builtin"},
-        "adapter": {"kind": "dora", "rank": 16, "alpha": 32.0},
-        "data": {"mix": mix, "max_length": 256, "too_long": "drop"},
-        "train": {"steps": steps, "batch": 8, "lr": 5e-4, "optimizer": "adamw", "checkpoint_every": steps},
-        "eval": {"at_start": False, "at_end": False},
-    }
-
-
-def trained(document: dict[str, Any], run: str | None, folder: Path) -> Path:
-    """A run of the recipe: the given one, which must be of it, or a new one in `folder`."""
-    warnings.simplefilter("ignore")
-    if run is None:
-        train_run(recipe_from(document), folder / "run")
-        return folder / "run"
-    if load_recipe(Path(run) / "recipe.yaml") != recipe_from(document):
-        raise SystemExit(f"{run} is a run of another recipe")
-    return Path(run)
+            source, mix = write_model(folder / "model"), [{"source": str(folder / "sums.jsonl")}]
+        else:
+            source = "builtin"
+            mix = [{"task": task, "path": str(data.resolve() / task)} for task in ("piqa", "arc_e")]
+        recipe = {
+            "model": {"source": source},
+            "adapter": {"kind": "dora", "rank": 16, "alpha": 32.0},
+            "data": {"mix": mix, "max_length": 256, "too_long": "drop"},
+            "train": {"steps": steps, "batch": 8, "lr": 5e-4, "optimizer": "adamw", "checkpoint_every": steps},
+            "eval": {"at_start": False, "at_end": False},
+        }
+        train_run(recipe_from(recipe), folder / "run")
+        return {"steps": steps, **compared(folder / "run", folder)}
 
 
 @torch.no_grad()

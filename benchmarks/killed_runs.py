@@ -63,16 +63,15 @@ WORDS = {
 }
 HEAVY = ("qdora.cli.train", "qdora.run.train", "qdora.export.export_run", "qdora.study.runner", "qdora.study.report")
 HEAVY += ("transformers.models.llama.modeling_llama", "pyarrow.parquet")
-OPERATIONS, CAME, NUM_COMMANDS = range(3)
-"""What a life counts."""
+OPERATIONS, NUM_COMMANDS = range(2)  # what a life counts
 _CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.utime", "shutil.rmtree")
 _TAKES_ROOM = ("open", "os.mkdir", "os.link", "os.rename")
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When something happens to a life, and what: at a share of its operations. `again`: operations until a second
-    signal; `full`: once, always, or the most bytes of a file."""
+    """What happens to a life at a share of its operations. `again`: operations until a second signal; `full`: once,
+    always, or the most bytes of a file."""
 
     life: str
     event: str
@@ -110,7 +109,6 @@ class Watch:
         try:
             self.counts[OPERATIONS] += 1
             if self.moment is not None and self.counts[OPERATIONS] == self.at:
-                self.counts[CAME] = 1
                 self._disturb(self.moment)
             elif self.moment is not None and self.counts[OPERATIONS] == self.second_signal:
                 os.kill(os.getpid(), SIGNALS[self.moment.event])
@@ -142,7 +140,7 @@ def lived(words: Sequence[Sequence[str]], root: Path, moment: Moment | None, at:
     """
     from qdora.cli import app
 
-    counts, (ours, theirs) = multiprocessing.RawArray("q", 3), os.pipe()
+    counts, (ours, theirs) = multiprocessing.RawArray("q", 2), os.pipe()
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -225,11 +223,10 @@ class Lives:
 
     def place(self, life: str, name: str) -> Path:
         """A directory in which the life can start: empty, or with the finished run that is exported."""
-        place = self.root / name
-        place.mkdir()
-        for part in ("run", "cache") if life == "export" else ():
-            shutil.copytree(self.whole["train"][0] / part, place / part)
-        return place
+        if life == "export":
+            return Path(shutil.copytree(self.whole["train"][0], self.root / name))
+        (self.root / name).mkdir()
+        return self.root / name
 
     def run(self, life: str, place: Path, moment: Moment | None = None, num_done: int = 0) -> End:
         """What a user types to start a life in a directory, or to start it again after `num_done` commands."""
@@ -349,7 +346,7 @@ def moments(*, count: int = 200, seed: int = 0, smoke: bool) -> dict[str, Any]:
             end, faults = lives.disturbed(moment, f"life-{index}")
             print(f"{index}: {moment}: {end.status} {'; '.join(faults)}", file=sys.stderr, flush=True)
             row = rows.setdefault(f"{moment.life}, {moment.event}", Counter())
-            row.update(tried=1, came=end.counts[CAME], stopped=int(bool(end.status)), right=int(not faults))
+            row.update(tried=1, stopped=int(bool(end.status)), right=int(not faults))
             wrong += [[str(moment), *faults]] if faults else []
             shutil.rmtree(lives.root / f"life-{index}")
     number = sum(row["tried"] for row in rows.values())
