@@ -1,4 +1,4 @@
-"""Time of training steps and of decoding of SmolLM2-135M: against LoRA and PEFT, of one micro-batch, of packed rows.
+"""Time of training steps and of decoding of SmolLM2-135M, against LoRA and PEFT.
 
 Run with two threads (OMP_NUM_THREADS=2). NF4 in blocks of 64, rank 16 on all linear layers, bf16. qdora trains in its
 own loop. PEFT stands on bitsandbytes' Linear4bit with the same packed bytes and trains as its users do: the step's
@@ -11,14 +11,12 @@ from __future__ import annotations
 import functools
 import gc
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from byte_tokenizer import write_model
 from contenders import CONTENDERS, TITLES, adapt, move_parameters_, on_linear4bit
 from frame import bench, cell, main, markdown, quartiles, table, tabulated
 from measure import alone, alternating, in_turns, peak_rss_bytes, ratios, reset_peak_rss, spread
@@ -35,22 +33,17 @@ from mixed_data import (
 )
 from rich.console import Console
 
-from qdora.data.build_data import make_loader, read_data, tokenized_mix
 from qdora.data.loader import Step
 from qdora.memory.allocator import keep_freed_memory, return_freed_memory
-from qdora.model.build_model import choose_compute, find_model, put_adapters, recompute_activations
+from qdora.model.build_model import choose_compute, recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.frozen_product import decoding
-from qdora.recipe.data_settings import COMMONSENSE_TASKS
-from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.train_settings import TrainConfig
-from qdora.run.load_base import load_base
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.packed_attention import packed_layout
 
 RANK, LR, CLIP = 16, 1e-4, 1.0
 SAME_LOOP = "_same_loop"
@@ -272,86 +265,6 @@ def one_micro_batch_table(result: Any) -> str:
         f"{', '.join(targets)}.\n"
     )
     return markdown(["", *_STEP_COLUMNS], rows) + note
-
-
-STEP_TOKENS, MICRO_TOKENS, ROW_TOKENS = 4096, 2048, 512
-WAYS = {
-    "arrival": "padded, in order of arrival",  # of results of an earlier version
-    "grouped": "padded, grouped by length",
-    "packed": "packed",
-    "packed_to_max_length": f"packed, rows always {ROW_TOKENS} long",  # of results of an earlier version
-}
-
-
-@bench(smoke={"rounds": 2})
-def packing(data: Path | None, rounds: int = 12) -> dict[str, Any]:
-    """Packed rows against padded ones: the time of training steps on the same examples. Tests compare the losses.
-
-    DATA holds <task>/<split>.parquet. Steps of 4,096 real tokens of the eight commonsense tasks in equal shares, in
-    micro-batches of at most 2,048 tokens, padding counted.
-    """
-    keep_freed_memory()
-    steps: dict[str, list[Step]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        mix: list[dict[str, Any]] = [{"task": "demo/facts"}, {"task": "demo/odd"}]
-        if data is not None:
-            mix = [{"task": task, "path": str(data.resolve() / task), "limit": 400} for task in COMMONSENSE_TASKS]
-        document: dict[str, Any] = {
-            "model": {"source": write_model(Path(folder, "model")) if data is None else "builtin"},
-            "data": {"mix": mix, "strategy": "equal", "max_length": ROW_TOKENS, "too_long": "drop"},
-            "train": {"steps": 1, "tokens_per_step": STEP_TOKENS, "micro_batch_tokens": MICRO_TOKENS},
-            "memory": {"checkpointing": False},
-        }
-        for way in ("grouped", "packed"):
-            settings = recipe_from(document | {"data": {**document["data"], "packing": way == "packed"}})
-            source, tokenizer = find_model(settings)
-            loader = make_loader(settings, tokenized_mix(settings, tokenizer, read_data(settings.data)[0]), tokenizer)
-            loader.batching.packed = "rows" if way == "packed" else None
-            steps[way] = [loader.next_step() for _ in range(rounds + 1)]
-        model = load_base(settings, source, choose_compute("auto"))
-        put_adapters(model, settings)
-    assert packed_layout(model)[0] == "rows"
-    optimizer = AdapterOptimizer(adapter_parameters(model))
-    seconds: dict[str, list[float]] = {way: [] for way in steps}
-    for number, pair in enumerate(zip(*steps.values(), strict=True)):
-        turns = {
-            way: functools.partial(own_step, model, optimizer, step) for way, step in zip(steps, pair, strict=True)
-        }
-        for way, found in in_turns(turns, 1, warmup=int(number == 0), start=number).items():
-            seconds[way] += found
-    tokens = [step.num_tokens for step in steps["packed"]]
-    assert tokens == [step.num_tokens for step in steps["grouped"]]
-    positions = {
-        way: sum(b.input_ids.numel() for step in found for b in step.micro_batches) for way, found in steps.items()
-    }
-    counts = {way: sum(len(step.micro_batches) for step in found) / len(tokens) for way, found in steps.items()}
-    time = {
-        "num_steps": len(tokens),
-        "seconds": seconds,
-        "tokens": tokens,
-        "micro_batches_per_step": counts,
-        "padding_share": {way: 1 - sum(tokens) / number for way, number in positions.items()},
-        "tokens_per_second": {way: spread(_over(tokens, found)) for way, found in seconds.items()},
-        "ratios": ratios(seconds, ["grouped / packed"]),
-    }
-    return {"rank": settings.adapter.rank, "step_tokens": STEP_TOKENS, "max_length": ROW_TOKENS, "time": time}
-
-
-@table("packing")
-def packing_table(result: Any) -> str:
-    """Padding, real tokens a second and time of each way to make micro-batches, and the losses' differences."""
-    found = result["time"]
-    columns = {
-        "micro-batches": lambda way: WAYS[way],
-        "padding %": lambda way: f"{100 * found['padding_share'][way]:.1f}",
-        "micro-batches a step": lambda way: f"{found['micro_batches_per_step'][way]:.1f}",
-        "real tokens/s": lambda way: quartiles(found["tokens_per_second"][way], ".0f", ".0f"),
-        "time, packed = 1": lambda way: (
-            "1" if way == "packed" else quartiles(found["ratios"][f"{way} / packed"], ".2f")
-        ),
-    }
-    note = f"\n{found['num_steps']} steps of {result['step_tokens']:,} tokens in turns, median and quartiles.\n"
-    return tabulated(found["padding_share"], columns) + note
 
 
 @bench(smoke={"tokens": 4, "rounds": 2})
