@@ -153,11 +153,12 @@ def adapted_experts(shape: str, contender: str, weight_of: Callable[[tuple[int, 
                 kind: Any = contender.removeprefix("own_")
                 layer = adapted_layer(layer, kind=kind, rank=RANK, alpha=2.0 * RANK, dtype=torch.bfloat16)
             replace_module(holder, path, layer)
-    for name, parameter in holder.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(compute_dtype()) if is_peft else parameter.data
-            if "lora_B" in name:
-                parameter.data.normal_(0, 0.01)
+    with torch.no_grad():
+        for name, parameter in holder.named_parameters():
+            if parameter.requires_grad and "lora_B" in name:
+                parameter.normal_(0, 0.01)
+            if parameter.requires_grad and is_peft:
+                parameter.data = parameter.data.to(compute_dtype())
     return holder
 
 
