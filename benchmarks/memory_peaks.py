@@ -51,13 +51,10 @@ def layer_memory(tokens: int = 1024, *, smoke: bool) -> dict[str, Any]:
         gradients   of x, A, B and m: alive after backward
         transient   forward: peak - held; backward: peak - (held + gradients), at least 0
 
-    A layer of ours computes what follows from its parameters in the first call after a change of them and keeps it:
-    norm, gain, 1 / m and s g (16 bytes per output row), s g B, and decoded block scales (4 bytes a block). `first` is
-    that call, `later` the next one, as in further micro-batches and in a checkpoint's recompute. PEFT does the same
-    work in both. Gradients of bf16 parameters of ours are float32, as in training.
-
-    Not seen, for anyone: what a kernel allocates within one operation. Seen only here: under the counter, autograd sums
-    two gradients of one tensor into a third; where PEFT's branches meet in x this adds up to one x.
+    `first` is the first call after a change of the parameters, in which a layer of ours computes norm, gain, 1 / m and
+    s g (16 bytes per output row), s g B and decoded block scales (4 bytes a block), which it keeps for each `later` one;
+    PEFT does the same work in both. Gradients of bf16 parameters of ours are float32, as in training. Under the counter
+    autograd sums two gradients of one tensor into a third: where PEFT's branches meet in x, one x more.
     """
     torch.set_num_threads(2)
     small, large = ((128, 192), (192, 256)) if smoke else ((4096, 11_008), (8192, 28_672))
@@ -196,10 +193,9 @@ def step_memory(tokens: int = STEP_TOKENS, *, smoke: bool, out: Path) -> dict[st
     The floor of a mode: all weights and what `frozen` holds after its forward pass. With checkpointing that is the
     inputs of the blocks; without, what the model's own operations save.
 
-    As on a GPU but for: the tiles and loss slices of a CPU (8 to 16 MiB in place of 128, 4 in place of 32), an
-    attention kernel that saves the same tensors, no context, workspaces or fragmentation. Within one operation nothing
-    is seen: bitsandbytes' product with a packed weight dequantises inside its kernel on a CPU. Under the counter
-    autograd sums two gradients of one tensor into a third: up to one block input (16 MiB) more, for everyone.
+    As on a GPU but for the tiles and loss slices of a CPU (8 to 16 MiB in place of 128, 4 in place of 32); no context,
+    workspaces or fragmentation. What a kernel allocates within one operation is not seen, and under the counter autograd
+    sums two gradients of one tensor into a third: up to one block input (16 MiB) more, for everyone.
     """
     cases = {}
     for name, (settings, checkpointing) in CASES.items():
