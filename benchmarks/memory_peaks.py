@@ -52,7 +52,7 @@ def layer_memory(tokens: int = 1024, *, smoke: bool) -> dict[str, Any]:
         transient   forward: peak - held; backward: peak - (held + gradients), at least 0
 
     `first` is the first call after a change of the parameters, in which a layer of ours computes norm, gain, 1 / m and
-    s g (16 bytes per output row), s g B and decoded block scales (4 bytes a block), which it keeps for each `later` one;
+    s g (16 bytes per output row), s g B and decoded block scales (4 bytes a block), kept for each `later` one;
     PEFT does the same work in both. Gradients of bf16 parameters of ours are float32, as in training. Under the counter
     autograd sums two gradients of one tensor into a third: where PEFT's branches meet in x, one x more.
     """
@@ -194,7 +194,7 @@ def step_memory(tokens: int = STEP_TOKENS, *, smoke: bool, out: Path) -> dict[st
     inputs of the blocks; without, what the model's own operations save.
 
     As on a GPU but for the tiles and loss slices of a CPU (8 to 16 MiB in place of 128, 4 in place of 32); no context,
-    workspaces or fragmentation. What a kernel allocates within one operation is not seen, and under the counter autograd
+    workspaces or fragmentation. What a kernel allocates in one operation is not seen, and under the counter autograd
     sums two gradients of one tensor into a third: up to one block input (16 MiB) more, for everyone.
     """
     cases = {}
