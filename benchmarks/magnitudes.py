@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from frame import bench, main, table, tabulated
+from loss_curve import gap
 from measure import OFFLINE, ONE_THREAD, alone
 from mixed_data import fitted
 
@@ -109,12 +110,6 @@ def run_arm(compute: str, arm: str, mix: list[dict[str, str]], steps: int, batch
         changed = sum(int((parameters[name] != start[name]).sum()) for name in names)
         moved[leaf] = changed / sum(start[name].numel() for name in names)
     return {"compute": compute, "storage": arm, "losses": [line["loss"] for line in lines], "share_moved": moved}
-
-
-def gap(losses: list[float], others: list[float]) -> dict[str, float]:
-    """Distance of two curves step by step, in nats."""
-    differences = [abs(a - b) for a, b in zip(losses, others, strict=True)]
-    return {"mean_nats": sum(differences) / len(differences), "largest_nats": max(differences)}
 
 
 @table("magnitudes")

@@ -1,0 +1,275 @@
+"""What chats teach through the chat templates of a directory, compared with variants that mark what is generated.
+
+    python benchmarks/chat_templates.py DIRECTORY [--out FILE]
+
+DIRECTORY holds `<name>.jinja` and, where there is one, `<name>_training.jinja`, whose `{% generation %}` marks say what
+the assistant writes. Every template renders chats of 1, 2 and 5 turns, with and without a system prompt, tools (the
+first turn calls one) and reasoning, 24 in all. Each word says whose it is, and the tokenizer has a token for each byte
+and for each mark of the template, so that texts are equal where tokens are. Of every turn that is learnt it is counted
+
+- whether its answer and an end mark are learnt, and nothing that anyone else said;
+- whether its tokens follow those that transformers makes of the chat before it, with the generation prompt;
+- whether the tokens are those of the marked variant, without what the generation prompt gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import jinja2
+from byte_tokenizer import byte_tokenizer
+from frame import table, tabulated
+from measure import RESULTS, facts, save
+
+from qdora.data.encode_chats import encode_chats
+from qdora.data.example import Example
+from qdora.data.messages import parse_messages, parse_tools
+
+TURNS = (1, 2, 5)
+_MARKS = re.compile(
+    r"<\|[^\s<>|'\"{}]+\|>|<｜[^\s<>｜'\"{}]+｜>|</?(?:s|sop|bos|eos|think|start_of_\w+|end_of_\w+|tool_\w+)>"
+    r"|\[/?[A-Z_]{2,}\]|\[gMASK\]"
+)
+"""The spellings of special tokens."""
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "tooltool",
+        "description": "toolfacts",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string", "description": "toolplace"}}},
+    },
+}
+
+FUNCTION = {"name": "tooltool", "arguments": {"place": "argword"}}
+
+
+Chat = list[dict[str, Any]]
+
+
+def chat_of(turns: int, *, system: bool = False, tools: bool = False, reasoning: bool = False) -> Chat:
+    """The words of the user are u..., those of the system s..., of the tool r..., of the assistant a... and t..."""
+
+    def said(message: dict[str, Any], name: str) -> dict[str, Any]:
+        thought = {"reasoning_content": f"thoughtword{name}"} if reasoning else {}
+        return {"role": "assistant", **message, **thought}
+
+    found: Chat = [{"role": "system", "content": "sysword"}] if system else []
+    for number in range(turns):
+        found.append({"role": "user", "content": f"userword{number}"})
+        if tools and number == 0:
+            call = {"id": "callcall1", "type": "function", "function": FUNCTION}
+            found.append(said({"content": "", "tool_calls": [call]}, "first"))
+            found.append({"role": "tool", "tool_call_id": "callcall1", "content": "resultword"})
+        found.append(said({"content": f"answerword{number}"}, str(number)))
+    return found
+
+
+def tokenizer_of(*templates: str) -> Any:
+    """A token for each byte and for each mark in the templates; the first is the tokenizer's own."""
+    tokenizer = byte_tokenizer()
+    marks = sorted({mark for text in templates for mark in _MARKS.findall(text)} | {"<begin>"})
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.bos_token = "<begin>"
+    tokenizer.chat_template = templates[0]
+    return tokenizer
+
+
+def in_forms(messages: Chat) -> list[Chat]:
+    """The chat with plain texts, with lists of parts, with the arguments of calls as JSON text, and with the system
+    prompt in the first turn of the user."""
+
+    def parts(message: dict[str, Any]) -> dict[str, Any]:
+        return message | {"content": [{"type": "text", "text": message["content"]}]}
+
+    def texts(message: dict[str, Any]) -> dict[str, Any]:
+        calls = json.loads(json.dumps(message.get("tool_calls", [])))
+        for call in calls:
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+        return message | ({"tool_calls": calls} if calls else {})
+
+    folded = messages
+    if messages[0]["role"] == "system":
+        folded = [messages[1] | {"content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}, *messages[2:]]
+    return [messages, [parts(each) for each in messages], [texts(each) for each in messages], folded]
+
+
+def served(tokenizer: Any, messages: Chat, tools: Any, form: int, **options: Any) -> Any:
+    """transformers' own rendering in one form."""
+    chat = in_forms(messages)[form]
+    return tokenizer.apply_chat_template(chat, tools=tools, **{"tokenize": False} | options)
+
+
+def form_of(tokenizer: Any, messages: Chat, tools: Any) -> int | str:
+    """The first form in which the template prints the last answer, or why it takes none."""
+    reasons = []
+    for form in range(4):
+        try:
+            if messages[-1]["content"] in served(tokenizer, messages, tools, form):
+                return form
+        except (jinja2.TemplateError, TypeError) as error:
+            reasons.append(str(error))
+    return reasons[0] if reasons else "prints no answer"
+
+
+def runs(mask: Sequence[int | bool]) -> list[tuple[int, int]]:
+    """(start, end) of each run of learnt tokens."""
+    found, place = [], 0
+    for learnt, group in itertools.groupby(map(bool, mask)):
+        length = len(list(group))
+        if learnt:
+            found.append((place, place + length))
+        place += length
+    return found
+
+
+def marked_turns(tokenizer: Any, messages: Chat, tools: Any, form: int) -> list[set[str]]:
+    """What the marked variant says that each turn writes, without what its generation prompt gives.
+
+    Two readings of a turn count: in the whole chat, and at the end of the chat up to it, where some templates write
+    another end mark.
+    """
+
+    def turn(whole: Chat, index: int) -> str:
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        found = served(tokenizer, whole, tools, form, **options)
+        number = sum(each["role"] == "assistant" for each in messages[:index])
+        before = served(tokenizer, messages[:index], tools, form, add_generation_prompt=True)
+        spans = runs(found["assistant_masks"])
+        start, end = spans[number][0], spans[number][1] if number + 1 < len(spans) else len(found["input_ids"])
+        prompt = tokenizer(before, add_special_tokens=False)["input_ids"]
+        pairs = zip(prompt, found["input_ids"], strict=False)
+        given = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        header = before.removeprefix(served(tokenizer, messages[:index], tools, form))
+        return str(tokenizer.decode(found["input_ids"][max(start, given) : end])).removeprefix(header)
+
+    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return [{turn(messages, index), turn(messages[: index + 1], index)} for index in said]
+
+
+def counted(tokenizer: Any, variant: Any, messages: Chat, counts: Counter[str], notes: set[str]) -> str | None:
+    """Count the turns of a chat that pass each check; or why the template does not take the chat."""
+    tools = [TOOL] if any("tool_calls" in message for message in messages) else None
+    example = Example("t", "0", "", "", messages=parse_messages(messages), tools=parse_tools(tools))
+    [found] = encode_chats(tokenizer, [example], notes=notes)
+    form = form_of(tokenizer, messages, tools)
+    if isinstance(found, str) or isinstance(form, str):
+        assert isinstance(found, str) == isinstance(form, str), (found, form)
+        return str(form)
+    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [(part.ids, start, end) for part in found for start, end in runs(part.mask)]
+    counts["texts"] += len(found)
+    counts["turns"] += len(said)
+    marked = []
+    if variant is not None:
+        theirs = form_of(variant, messages, tools)
+        assert isinstance(theirs, int), theirs
+        marked = marked_turns(variant, messages, tools, theirs)
+    marks = tuple(tokenizer.get_added_vocab())
+    for number, (index, (ids, start, end)) in enumerate(zip(said, turns, strict=True)):
+        text, shown = tokenizer.decode(ids[start:end]), served(tokenizer, messages[:index], tools, form, **PROMPT)
+        prompt = tokenizer(shown, add_special_tokens=False)["input_ids"]
+        printed = messages[index]["content"] in text and text.rstrip().endswith(marks)
+        counts["answer_and_end"] += printed
+        counts["others"] += any(word in text for word in ("sysword", "userword", "resultword"))
+        counts["served"] += start <= len(prompt) and ids[: len(prompt)] == prompt
+        if marked:
+            counts["marked"] += 1
+            counts["as_marked"] += text in marked[number]
+    return None
+
+
+PROMPT = {"add_generation_prompt": True}
+
+
+def measure(template: Path) -> dict[str, Any]:
+    """All chats through one template."""
+    beside = template.with_name(f"{template.stem}_training.jinja")
+    texts = [each.read_text(encoding="utf-8") for each in (template, beside) if each.exists()]
+    tokenizer, variant = tokenizer_of(*texts), tokenizer_of(*texts[::-1]) if len(texts) > 1 else None
+    counts: Counter[str] = Counter()
+    notes: set[str] = set()
+    options = itertools.product(TURNS, (False, True), (False, True), (False, True))
+    chats = [chat_of(turns, system=system, tools=tools, reasoning=thinks) for turns, system, tools, thinks in options]
+    refusals = [reason for chat in chats if (reason := counted(tokenizer, variant, chat, counts, notes)) is not None]
+    names = ("texts", "turns", "answer_and_end", "others", "served", "marked", "as_marked")
+    return {
+        "chats": len(chats),
+        "refused": dict(Counter(refusals)),
+        **{name: counts[name] for name in names},
+        "notes": sorted(notes),
+    }
+
+
+def encodings(tokenizer: Any) -> dict[str, float]:
+    """Characters that are encoded for a chat of ten turns, as a multiple of its text; seconds of a chat."""
+    messages = chat_of(10, system=True)
+    examples = [Example("t", str(n), "", "", messages=parse_messages(messages)) for n in range(200)]
+    given: list[str] = []
+    call = type(tokenizer).__call__
+
+    def counting(self: Any, texts: Any, **options: Any) -> Any:
+        given.extend([texts] if isinstance(texts, str) else texts)
+        return call(self, texts, **options)
+
+    encode_chats(tokenizer, examples[:1])
+    began = time.perf_counter()
+    encode_chats(tokenizer, examples)
+    seconds = (time.perf_counter() - began) / len(examples)
+    with patch.object(type(tokenizer), "__call__", counting):
+        encode_chats(tokenizer, examples)
+    text = served(tokenizer, messages, None, 0)
+    return {"encoded": sum(map(len, given)) / len(examples) / len(text), "seconds": seconds}
+
+
+def main() -> None:
+    """Measure every template of the directory and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS / "chat_templates.json")
+    options = parser.parse_args()
+    files = [each for each in sorted(options.directory.glob("*.jinja")) if not each.stem.endswith("_training")]
+    plain = tokenizer_of("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}")
+    found = {"ten_turns": encodings(plain), "templates": {file.stem: measure(file) for file in files}}
+    save(options.out, facts("python benchmarks/chat_templates.py DIRECTORY") | {"turns": list(TURNS)} | found)
+
+
+@table("chat_templates", "chat_model")
+def chat_templates_table(result: Any, chat_model: Any) -> str:
+    """For each chat template: turns whose answer, prompt and marks are right; below, a model that was trained."""
+
+    def marked(row: Any) -> str:
+        return f"{row[1]['as_marked']} of {row[1]['marked']}" if row[1]["marked"] else "no variant"
+
+    columns = {
+        "template": "{0}",
+        "chats": "{1[chats]}",
+        "refused by it": lambda row: f"{sum(row[1]['refused'].values())}",
+        "examples": "{1[texts]}",
+        "turns": "{1[turns]}",
+        "answer and end mark learnt": "{1[answer_and_end]}",
+        "words of others learnt": "{1[others]}",
+        "as a server shows it": "{1[served]}",
+        "learnt as in the marked variant": marked,
+    }
+    reasons = sorted({reason for found in result["templates"].values() for reason in found["refused"]})
+    ten, num, arms = result["ten_turns"], chat_model["num_questions"], chat_model["arms"]
+    return tabulated(result["templates"].items(), columns) + (
+        f"\nA chat of ten turns takes {1e3 * ten['seconds']:.1f} ms; {ten['encoded']:.2f} times its characters are "
+        f"encoded. Reason of refusals: {'; '.join(reasons)}\n\nAn earlier script trained SmolLM2-135M-Instruct on "
+        f"{chat_model['num_chats']} made-up conversations with tools and asked it {num} new questions: "
+        f"{arms['trained']['in_manner']} answers had the trained form ({arms['base']['in_manner']} before), "
+        f"{arms['trained']['equal']} were equal to the expected one ({arms['base']['equal']} before).\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
