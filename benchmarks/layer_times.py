@@ -94,7 +94,7 @@ def layer_time_table(result: Any) -> str:
     """Ratios of one layer's time; medians over rounds, and the share of what was asked that is so."""
 
     def label(case: Any) -> str:
-        text = "{in_features} → {out_features}, r {rank}, {tokens}".format_map(case)
+        text = "{in_features} → {out_features}, r {rank}, {tokens:,}".format_map(case)
         return text if case["allocator"] == "tuned" else f"{text}, default allocator"
 
     names = {

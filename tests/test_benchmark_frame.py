@@ -180,10 +180,11 @@ def test_tables_are_those_of_the_result_files(pages: Any) -> None:
         assert sizes <= {"8 GB", "24 GB", "40 GB", "80 GB"}, name
 
 
-def commands(pages: Any) -> Iterator[tuple[str, str | None, list[str]]]:
-    """Script, benchmark and options of every command on the pages of the benchmarks."""
-    for page in pages.PAGES[1:]:
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+def commands(pages: Any, mark: str = "") -> Iterator[tuple[str, str | None, list[str]]]:
+    """Script, benchmark and options of every command on the pages of the benchmarks, in sections with a mark."""
+    sections = [part for page in pages.PAGES[1:] for part in page.read_text().split("\n## ") if mark in part]
+    for section in sections:
+        for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL):
             for line in re.sub(r"^\w+=\w+ ", "", block, flags=re.MULTILINE).replace(" && ", "\n").splitlines():
                 program, script, *options = shlex.split(line, comments=True)
                 assert program == "python"
@@ -212,7 +213,7 @@ def test_the_command_above_a_table_is_that_of_its_result_file(pages: Any) -> Non
         return re.sub(r"--(out|work|llama-cpp) \S+", "", " ".join(words)).replace(",", " ").split()
 
     checked = set()
-    for _, name, options in commands(pages):
+    for _, name, options in commands(pages, "<!-- table"):
         out = options[options.index("--out") + 1] if "--out" in options else f"benchmarks/results/{name}.json"
         if name is not None and (ROOT / out).is_file() and "--smoke" not in options:
             command = re.sub(r"^\w+=\w+ ", "", json.loads((ROOT / out).read_text())["command"])

@@ -218,7 +218,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "host_memory.py merge_streamed": lambda found: found["num_bytes"] == found["checkpoint_bytes"],
     "memory_plans.py plan_accuracy": plan_accuracy,
     "memory_plans.py plan_recipes": plan_recipes,
-    "experts.py expert_cost": expert_cost,
+    "expert_cost.py": expert_cost,
     "data_loading.py data_loading": data_loading,
     "architectures.py": architectures,
     "loss_curve.py": lambda found: {len(each["losses"]) for each in found["curves"]} == {3},
