@@ -18,12 +18,10 @@ import argparse
 import itertools
 import json
 import re
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import jinja2
 from byte_tokenizer import byte_tokenizer
@@ -167,14 +165,16 @@ def counted(tokenizer: Any, variant: Any, messages: Chat, counts: Counter[str], 
     said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     turns = [(part.ids, start, end) for part in found for start, end in runs(part.mask)]
     counts["texts"] += len(found)
-    counts["turns"] += len(said)
-    marked = []
+    marked: dict[int, set[str]] = {}
     if variant is not None:
         theirs = form_of(variant, messages, tools)
         assert isinstance(theirs, int), theirs
-        marked = marked_turns(variant, messages, tools, theirs)
+        marked = dict(zip(said, marked_turns(variant, messages, tools, theirs), strict=True))
+    if len(turns) < len(said):  # a call that the template does not print is no turn
+        said = [index for index in said if messages[index]["content"]]
+    counts["turns"] += len(said)
     marks = tuple(tokenizer.get_added_vocab())
-    for number, (index, (ids, start, end)) in enumerate(zip(said, turns, strict=True)):
+    for index, (ids, start, end) in zip(said, turns, strict=True):
         text, shown = tokenizer.decode(ids[start:end]), served(tokenizer, messages[:index], tools, form, **PROMPT)
         prompt = tokenizer(shown, add_special_tokens=False)["input_ids"]
         printed = messages[index]["content"] in text and text.rstrip().endswith(marks)
@@ -183,7 +183,7 @@ def counted(tokenizer: Any, variant: Any, messages: Chat, counts: Counter[str], 
         counts["served"] += start <= len(prompt) and ids[: len(prompt)] == prompt
         if marked:
             counts["marked"] += 1
-            counts["as_marked"] += text in marked[number]
+            counts["as_marked"] += text in marked[index]
     return None
 
 
@@ -209,27 +209,6 @@ def measure(template: Path) -> dict[str, Any]:
     }
 
 
-def encodings(tokenizer: Any) -> dict[str, float]:
-    """Characters that are encoded for a chat of ten turns, as a multiple of its text; seconds of a chat."""
-    messages = chat_of(10, system=True)
-    examples = [Example("t", str(n), "", "", messages=parse_messages(messages)) for n in range(200)]
-    given: list[str] = []
-    call = type(tokenizer).__call__
-
-    def counting(self: Any, texts: Any, **options: Any) -> Any:
-        given.extend([texts] if isinstance(texts, str) else texts)
-        return call(self, texts, **options)
-
-    encode_chats(tokenizer, examples[:1])
-    began = time.perf_counter()
-    encode_chats(tokenizer, examples)
-    seconds = (time.perf_counter() - began) / len(examples)
-    with patch.object(type(tokenizer), "__call__", counting):
-        encode_chats(tokenizer, examples)
-    text = served(tokenizer, messages, None, 0)
-    return {"encoded": sum(map(len, given)) / len(examples) / len(text), "seconds": seconds}
-
-
 def main() -> None:
     """Measure every template of the directory and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -237,9 +216,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "chat_templates.json")
     options = parser.parse_args()
     files = [each for each in sorted(options.directory.glob("*.jinja")) if not each.stem.endswith("_training")]
-    plain = tokenizer_of("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}")
-    found = {"ten_turns": encodings(plain), "templates": {file.stem: measure(file) for file in files}}
-    save(options.out, facts("python benchmarks/chat_templates.py DIRECTORY") | {"turns": list(TURNS)} | found)
+    found = {"turns": list(TURNS), "templates": {file.stem: measure(file) for file in files}}
+    save(options.out, facts("python benchmarks/chat_templates.py DIRECTORY") | found)
 
 
 @table("chat_templates", "chat_model")
@@ -261,10 +239,9 @@ def chat_templates_table(result: Any, chat_model: Any) -> str:
         "learnt as in the marked variant": marked,
     }
     reasons = sorted({reason for found in result["templates"].values() for reason in found["refused"]})
-    ten, num, arms = result["ten_turns"], chat_model["num_questions"], chat_model["arms"]
+    num, arms = chat_model["num_questions"], chat_model["arms"]
     return tabulated(result["templates"].items(), columns) + (
-        f"\nA chat of ten turns takes {1e3 * ten['seconds']:.1f} ms; {ten['encoded']:.2f} times its characters are "
-        f"encoded. Reason of refusals: {'; '.join(reasons)}\n\nAn earlier script trained SmolLM2-135M-Instruct on "
+        f"\nReason of refusals: {'; '.join(reasons)}\n\nAn earlier script trained SmolLM2-135M-Instruct on "
         f"{chat_model['num_chats']} made-up conversations with tools and asked it {num} new questions: "
         f"{arms['trained']['in_manner']} answers had the trained form ({arms['base']['in_manner']} before), "
         f"{arms['trained']['equal']} were equal to the expected one ({arms['base']['equal']} before).\n"
