@@ -1,34 +1,14 @@
 """Every family of models through the command line: train, kill, resume, evaluate, answer, export, reload.
 
-    python benchmarks/architectures.py [--families 'NAME;NAME'] [--out benchmarks/results/architectures.json]
-
 The models are tiny and random (tiny_families.py), the base NF4 with double quantisation, the adapter DoRA on all linear
 layers and stacks of experts, computed in float32. A row of the result has what each check measured, or the line with
-which it was refused or failed:
-
-    resumed     the run is killed (SIGKILL) in step 2 and resumed: are the adapter files those of an undisturbed run?
-    evaluated   `qdora eval`: relative difference of its NLL from that of the merged weights, one text at a time
-    answered    `qdora generate`: the same answer as by transformers' `generate` with the merged weights?
-    merged      `qdora export`, loaded by plain transformers: largest difference of its logits from those of the
-                adapter in PEFT on bitsandbytes' Linear4bit, in units of their standard deviation; for a mixture of
-                experts, whose DoRA PEFT does not compute, from those of plain transformers with the merged weights
-    nf4_lora    the same for `qdora export --format nf4-lora`, loaded by transformers, bitsandbytes and PEFT
-    nf4_skip    of a mixture, trained with base.skip: [lm_head, experts]: nf4_lora with stacks that stay dense, from the
-                logits of the run
-    peft        of a mixture, trained with LoRA: the same for `qdora export --format peft`, loaded by PEFT on plain
-                transformers with the dequantised weights, from the logits of the run
-    peft_again  that adapter, saved by PEFT and loaded by qdora, in the same way
-    gradients   largest difference of a gradient (A, B, magnitude of every layer) from that of the plain formula in
-                float64, over the largest entry of that gradient; the step is checkpointed and padded
-    packing     training with packed rows: relative difference of the first loss from that of rows of their own
-
-The merged weights are made by numpy in float64 from the adapter file and bitsandbytes' own dequantisation, or
-transformers' of MXFP4. A later call with --families replaces those rows and keeps the others.
+which it was refused or failed; correctness.md says what they measure. The merged weights are made by numpy in float64
+from the adapter file and bitsandbytes' own dequantisation, or transformers' of MXFP4. For a mixture of experts, whose
+DoRA PEFT does not compute, they take the place of PEFT. A later call with --families 'NAME;NAME' replaces those rows.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -38,6 +18,7 @@ import tempfile
 import textwrap
 import time
 import warnings
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,10 +27,9 @@ from unittest.mock import patch
 import torch
 from byte_tokenizer import byte_tokenizer
 from contenders import on_linear4bit, packed_layers, plain, put_weight_
-from export_exactness import on_bnb
-from measure import facts, parser_of, write
+from export_exactness import bnb_weights, dense, merged_by_numpy, on_bnb, with_peft
+from frame import bench, main
 from peft import PeftModel
-from peft_interop import bnb_weights, dense, merged_by_numpy, with_peft
 from tiny_families import MIXTURES, MODEL_TYPES, MXFP4, NUM_SUMS, write_family, write_random_sums
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -84,33 +64,26 @@ ASKED = {
 PROMPT = "3 + 8 ="
 
 
-def main() -> None:
-    """Check the families one after the other, and write after each."""
-    parser = parser_of(__doc__, "architectures", smoke="three families")
-    parser.add_argument("--families", help="Names, separated by semicolons; default: all.")
-    settings = parser.parse_args()
+@bench(
+    smoke={"families": "Llama 3;Falcon 7B;Qwen2-MoE"}, rows="families", keep=True, judge=lambda _rows: {"asked": ASKED}
+)
+def architectures(families: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """A row for each family; by default all."""
     warnings.simplefilter("ignore")
     transformers_logging.disable_progress_bar()
-    names = ["Llama 3", "Falcon 7B", "Qwen2-MoE"] if settings.smoke else list(MODEL_TYPES)
-    if settings.families:
-        names = settings.families.split(";")
-    known = json.loads(settings.out.read_text())["families"] if settings.out.is_file() else {}
-    for name in names:
-        known[name] = checked(name)
-        rows = {name: known[name] for name in MODEL_TYPES if name in known}
-        write(settings.out, {**facts("python benchmarks/architectures.py"), "asked": ASKED, "families": rows})
+    for name in families.split(";") if families else MODEL_TYPES:
+        yield name, checked(name)
 
 
 def checked(name: str) -> dict[str, Any]:
     """The row of a family."""
     began = time.perf_counter()
-    is_mixture = name in MIXTURES
-    row: dict[str, Any] = {"model_type": MODEL_TYPES[name], "mixture": is_mixture, "refused": {}, "failed": {}}
+    row: dict[str, Any] = {"model_type": MODEL_TYPES[name], "mixture": name in MIXTURES, "refused": {}, "failed": {}}
     checks = [resumed, shape, evaluated, answered, merged, nf4_lora, gradients, packing]
     with tempfile.TemporaryDirectory() as folder:
         case = Case(Path(folder), is_mxfp4=name == MXFP4)
         write_family(name, case.model)
-        for check in [*checks, nf4_skip, peft] if is_mixture else checks:
+        for check in [*checks, nf4_skip, peft] if name in MIXTURES else checks:
             try:
                 row |= check(case)
             except Refused as error:
@@ -211,24 +184,8 @@ def train(case: Case, run: Path, *words: str) -> list[dict[str, Any]]:
     return RunDirectory(run).metrics()
 
 
-def resumed(case: Case) -> dict[str, Any]:
-    """Kill a run in its second step and resume it."""
-    child = multiprocessing.get_context("fork").Process(target=_killed_in_step_2, args=(case,))
-    child.start()
-    child.join()
-    if child.exitcode != -signal.SIGKILL:
-        command("train", case.recipe, "--run-dir", case.folder / "again")  # says why
-        raise RuntimeError(f"the run ended with {child.exitcode} before it was killed")
-    assert (case.run / "checkpoints/step-1").is_dir()
-    assert not (case.run / "adapter").exists()
-    train(case, case.run, "--resume")
-    train(case, case.folder / "whole")
-    if digest(case.run / "adapter") != digest(case.folder / "whole/adapter"):
-        raise RuntimeError("the resumed run has another adapter than an undisturbed one")
-    return {"resumed": True}
-
-
-def _killed_in_step_2(case: Case) -> None:
+def killed_in_step_2(case: Case) -> None:
+    """Train and be killed."""
     real, calls = passes.batch_loss, []
 
     def killing(*args: Any, **options: Any) -> Any:
@@ -241,9 +198,22 @@ def _killed_in_step_2(case: Case) -> None:
         command("train", case.recipe, "--run-dir", case.run)
 
 
-def digest(directory: Path) -> str:
-    """Of the weights of an adapter."""
-    return hashlib.sha256((directory / "adapter_model.safetensors").read_bytes()).hexdigest()
+def resumed(case: Case) -> dict[str, Any]:
+    """Kill a run in its second step and resume it."""
+    child = multiprocessing.get_context("fork").Process(target=killed_in_step_2, args=(case,))
+    child.start()
+    child.join()
+    if child.exitcode != -signal.SIGKILL:
+        command("train", case.recipe, "--run-dir", case.folder / "again")  # says why
+        raise RuntimeError(f"the run ended with {child.exitcode} before it was killed")
+    assert (case.run / "checkpoints/step-1").is_dir()
+    assert not (case.run / "adapter").exists()
+    train(case, case.run, "--resume")
+    train(case, case.folder / "whole")
+    files = [folder / "adapter/adapter_model.safetensors" for folder in (case.run, case.folder / "whole")]
+    if files[0].read_bytes() != files[1].read_bytes():
+        raise RuntimeError("the resumed run has another adapter than an undisturbed one")
+    return {"resumed": True}
 
 
 def shape(case: Case) -> dict[str, Any]:
@@ -293,21 +263,24 @@ def merged(case: Case) -> dict[str, Any]:
     return {"merged": distance(case.logits_of(AutoModelForCausalLM.from_pretrained(out)), case.logits)}
 
 
+def in_4_bits(case: Case, run: Path, *words: str) -> list[Tensor]:
+    """Logits of the 4-bit export of a run in transformers, bitsandbytes and PEFT."""
+    out = case.folder / f"nf4-of-{run.name}"
+    command("export", run, out, "--format", "nf4-lora", *words)
+    return case.logits_of(PeftModel.from_pretrained(on_bnb(out), str(out / "adapter")).eval())
+
+
 def nf4_lora(case: Case) -> dict[str, Any]:
-    """The 4-bit export in transformers, bitsandbytes and PEFT."""
-    out = case.folder / "nf4-lora"
-    command("export", case.run, out, "--format", "nf4-lora")
-    model = PeftModel.from_pretrained(on_bnb(out), str(out / "adapter")).eval()
-    return {"nf4_lora": distance(case.logits_of(model), case.logits)}
+    """The 4-bit export."""
+    return {"nf4_lora": distance(in_4_bits(case, case.run), case.logits)}
 
 
 def nf4_skip(case: Case) -> dict[str, Any]:
     """The 4-bit export of a run on dense experts."""
-    run, out = case.folder / "skip", case.folder / "nf4-skip"
+    run = case.folder / "skip"
     train(case, run, "-s", "base.skip=[lm_head,experts]")
-    command("export", run, out, "--format", "nf4-lora", "--dtype", "float32")
-    model = PeftModel.from_pretrained(on_bnb(out), str(out / "adapter")).eval()
-    return {"nf4_skip": distance(case.logits_of(model), case.logits_of(load_run(run).model))}
+    found = in_4_bits(case, run, "--dtype", "float32")
+    return {"nf4_skip": distance(found, case.logits_of(load_run(run).model))}
 
 
 def peft(case: Case) -> dict[str, Any]:

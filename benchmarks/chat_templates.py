@@ -14,20 +14,19 @@ and for each mark of the template, so that texts are equal where tokens are. Of 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import re
-import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import jinja2
 from byte_tokenizer import byte_tokenizer
-from measure import facts, parser_of, write
+from frame import table, tabulated
+from measure import RESULTS, facts, save
 
 from qdora.data.encode_chats import encode_chats
 from qdora.data.example import Example
@@ -51,33 +50,25 @@ TOOL = {
 FUNCTION = {"name": "tooltool", "arguments": {"place": "argword"}}
 
 
-@dataclass(frozen=True)
-class Case:
-    """One chat: its kind, and its messages as a data set holds them."""
+Chat = list[dict[str, Any]]
 
-    turns: int
-    system: bool
-    tools: bool
-    reasoning: bool
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The words of the user are u..., those of the system s..., of the tool t..., of the assistant a..."""
-        found: list[dict[str, Any]] = [{"role": "system", "content": "sysword"}] if self.system else []
-        for number in range(self.turns):
-            found.append({"role": "user", "content": f"userword{number}"})
-            if self.tools and number == 0:
-                call = {"id": "callcall1", "type": "function", "function": FUNCTION}
-                found.append(self._said({"content": "", "tool_calls": [call]}, "first"))
-                found.append({"role": "tool", "tool_call_id": "callcall1", "content": "resultword"})
-            found.append(self._said({"content": f"answerword{number}"}, str(number)))
-        return found
+def chat_of(turns: int, *, system: bool = False, tools: bool = False, reasoning: bool = False) -> Chat:
+    """The words of the user are u..., those of the system s..., of the tool r..., of the assistant a... and t..."""
 
-    def _said(self, message: dict[str, Any], name: str) -> dict[str, Any]:
-        thought = {"reasoning_content": f"thoughtword{name}"} if self.reasoning else {}
+    def said(message: dict[str, Any], name: str) -> dict[str, Any]:
+        thought = {"reasoning_content": f"thoughtword{name}"} if reasoning else {}
         return {"role": "assistant", **message, **thought}
 
-
-CASES = [Case(*each) for each in itertools.product(TURNS, (False, True), (False, True), (False, True))]
+    found: Chat = [{"role": "system", "content": "sysword"}] if system else []
+    for number in range(turns):
+        found.append({"role": "user", "content": f"userword{number}"})
+        if tools and number == 0:
+            call = {"id": "callcall1", "type": "function", "function": FUNCTION}
+            found.append(said({"content": "", "tool_calls": [call]}, "first"))
+            found.append({"role": "tool", "tool_call_id": "callcall1", "content": "resultword"})
+        found.append(said({"content": f"answerword{number}"}, str(number)))
+    return found
 
 
 def tokenizer_of(*templates: str) -> Any:
@@ -90,7 +81,7 @@ def tokenizer_of(*templates: str) -> Any:
     return tokenizer
 
 
-def in_forms(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def in_forms(messages: Chat) -> list[Chat]:
     """The chat with plain texts, with lists of parts, with the arguments of calls as JSON text, and with the system
     prompt in the first turn of the user."""
 
@@ -109,13 +100,13 @@ def in_forms(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [messages, [parts(each) for each in messages], [texts(each) for each in messages], folded]
 
 
-def served(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, form: int, **options: Any) -> Any:
+def served(tokenizer: Any, messages: Chat, tools: Any, form: int, **options: Any) -> Any:
     """transformers' own rendering in one form."""
     chat = in_forms(messages)[form]
     return tokenizer.apply_chat_template(chat, tools=tools, **{"tokenize": False} | options)
 
 
-def form_of(tokenizer: Any, messages: list[dict[str, Any]], tools: Any) -> int | str:
+def form_of(tokenizer: Any, messages: Chat, tools: Any) -> int | str:
     """The first form in which the template prints the last answer, or why it takes none."""
     reasons = []
     for form in range(4):
@@ -138,14 +129,14 @@ def runs(mask: Sequence[int | bool]) -> list[tuple[int, int]]:
     return found
 
 
-def marked_turns(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, form: int) -> list[set[str]]:
+def marked_turns(tokenizer: Any, messages: Chat, tools: Any, form: int) -> list[set[str]]:
     """What the marked variant says that each turn writes, without what its generation prompt gives.
 
     Two readings of a turn count: in the whole chat, and at the end of the chat up to it, where some templates write
     another end mark.
     """
 
-    def turn(whole: list[dict[str, Any]], index: int) -> str:
+    def turn(whole: Chat, index: int) -> str:
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         found = served(tokenizer, whole, tools, form, **options)
         number = sum(each["role"] == "assistant" for each in messages[:index])
@@ -162,9 +153,9 @@ def marked_turns(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, for
     return [{turn(messages, index), turn(messages[: index + 1], index)} for index in said]
 
 
-def counted(tokenizer: Any, variant: Any, case: Case, counts: Counter[str], notes: set[str]) -> str | None:
+def counted(tokenizer: Any, variant: Any, messages: Chat, counts: Counter[str], notes: set[str]) -> str | None:
     """Count the turns of a chat that pass each check; or why the template does not take the chat."""
-    messages, tools = case.messages(), [TOOL] if case.tools else None
+    tools = [TOOL] if any("tool_calls" in message for message in messages) else None
     example = Example("t", "0", "", "", messages=parse_messages(messages), tools=parse_tools(tools))
     [found] = encode_chats(tokenizer, [example], notes=notes)
     form = form_of(tokenizer, messages, tools)
@@ -174,14 +165,16 @@ def counted(tokenizer: Any, variant: Any, case: Case, counts: Counter[str], note
     said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     turns = [(part.ids, start, end) for part in found for start, end in runs(part.mask)]
     counts["texts"] += len(found)
-    counts["turns"] += len(said)
-    marked = []
+    marked: dict[int, set[str]] = {}
     if variant is not None:
         theirs = form_of(variant, messages, tools)
         assert isinstance(theirs, int), theirs
-        marked = marked_turns(variant, messages, tools, theirs)
+        marked = dict(zip(said, marked_turns(variant, messages, tools, theirs), strict=True))
+    if len(turns) < len(said):  # a call that the template does not print is no turn
+        said = [index for index in said if messages[index]["content"]]
+    counts["turns"] += len(said)
     marks = tuple(tokenizer.get_added_vocab())
-    for number, (index, (ids, start, end)) in enumerate(zip(said, turns, strict=True)):
+    for index, (ids, start, end) in zip(said, turns, strict=True):
         text, shown = tokenizer.decode(ids[start:end]), served(tokenizer, messages[:index], tools, form, **PROMPT)
         prompt = tokenizer(shown, add_special_tokens=False)["input_ids"]
         printed = messages[index]["content"] in text and text.rstrip().endswith(marks)
@@ -190,7 +183,7 @@ def counted(tokenizer: Any, variant: Any, case: Case, counts: Counter[str], note
         counts["served"] += start <= len(prompt) and ids[: len(prompt)] == prompt
         if marked:
             counts["marked"] += 1
-            counts["as_marked"] += text in marked[number]
+            counts["as_marked"] += text in marked[index]
     return None
 
 
@@ -204,55 +197,54 @@ def measure(template: Path) -> dict[str, Any]:
     tokenizer, variant = tokenizer_of(*texts), tokenizer_of(*texts[::-1]) if len(texts) > 1 else None
     counts: Counter[str] = Counter()
     notes: set[str] = set()
-    refusals = [reason for case in CASES if (reason := counted(tokenizer, variant, case, counts, notes)) is not None]
+    options = itertools.product(TURNS, (False, True), (False, True), (False, True))
+    chats = [chat_of(turns, system=system, tools=tools, reasoning=thinks) for turns, system, tools, thinks in options]
+    refusals = [reason for chat in chats if (reason := counted(tokenizer, variant, chat, counts, notes)) is not None]
     names = ("texts", "turns", "answer_and_end", "others", "served", "marked", "as_marked")
     return {
-        "chats": len(CASES),
+        "chats": len(chats),
         "refused": dict(Counter(refusals)),
         **{name: counts[name] for name in names},
         "notes": sorted(notes),
     }
 
 
-def encodings(tokenizer: Any) -> dict[str, float]:
-    """Characters that are encoded for a chat of ten turns, as a multiple of its text; seconds of a chat."""
-    messages = Case(10, True, False, False).messages()
-    examples = [Example("t", str(n), "", "", messages=parse_messages(messages)) for n in range(200)]
-    given: list[str] = []
-    call = type(tokenizer).__call__
-
-    def counting(self: Any, texts: Any, **options: Any) -> Any:
-        given.extend([texts] if isinstance(texts, str) else texts)
-        return call(self, texts, **options)
-
-    encode_chats(tokenizer, examples[:1])
-    began = time.perf_counter()
-    encode_chats(tokenizer, examples)
-    seconds = (time.perf_counter() - began) / len(examples)
-    with patch.object(type(tokenizer), "__call__", counting):
-        encode_chats(tokenizer, examples)
-    text = served(tokenizer, messages, None, 0)
-    return {"encoded": sum(map(len, given)) / len(examples) / len(text), "seconds": seconds}
-
-
 def main() -> None:
     """Measure every template of the directory and write the result."""
-    parser = parser_of(__doc__, "chat_templates")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS / "chat_templates.json")
     options = parser.parse_args()
     files = [each for each in sorted(options.directory.glob("*.jinja")) if not each.stem.endswith("_training")]
-    if not files:
-        parser.error(f"{options.directory}: holds no *.jinja")
-    found = {file.stem: measure(file) for file in files}
-    plain = tokenizer_of("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}")
-    write(
-        options.out,
-        {
-            **facts("python benchmarks/chat_templates.py DIRECTORY"),
-            "turns": list(TURNS),
-            "ten_turns": encodings(plain),
-            "templates": found,
-        },
+    found = {"turns": list(TURNS), "templates": {file.stem: measure(file) for file in files}}
+    save(options.out, facts("python benchmarks/chat_templates.py DIRECTORY") | found)
+
+
+@table("chat_templates", "chat_model")
+def chat_templates_table(result: Any, chat_model: Any) -> str:
+    """For each chat template: turns whose answer, prompt and marks are right; below, a model that was trained."""
+
+    def marked(row: Any) -> str:
+        return f"{row[1]['as_marked']} of {row[1]['marked']}" if row[1]["marked"] else "no variant"
+
+    columns = {
+        "template": "{0}",
+        "chats": "{1[chats]}",
+        "refused by it": lambda row: f"{sum(row[1]['refused'].values())}",
+        "examples": "{1[texts]}",
+        "turns": "{1[turns]}",
+        "answer and end mark learnt": "{1[answer_and_end]}",
+        "words of others learnt": "{1[others]}",
+        "as a server shows it": "{1[served]}",
+        "learnt as in the marked variant": marked,
+    }
+    reasons = sorted({reason for found in result["templates"].values() for reason in found["refused"]})
+    num, arms = chat_model["num_questions"], chat_model["arms"]
+    return tabulated(result["templates"].items(), columns) + (
+        f"\nReason of refusals: {'; '.join(reasons)}\n\nAn earlier script trained SmolLM2-135M-Instruct on "
+        f"{chat_model['num_chats']} made-up conversations with tools and asked it {num} new questions: "
+        f"{arms['trained']['in_manner']} answers had the trained form ({arms['base']['in_manner']} before), "
+        f"{arms['trained']['equal']} were equal to the expected one ({arms['base']['equal']} before).\n"
     )
 
 

@@ -25,7 +25,7 @@ from qdora.model.experts import is_transposed, library_names, stacks
 from qdora.model.inject import frozen_layers, inject, replace_module
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.codebooks import NESTED_BLOCK_SIZE
-from qdora.ops.packed import PackedWeight, quantize
+from qdora.ops.packed import PackedWeight, dequantize, quantize
 from qdora.ops.tiles import Weight
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -69,21 +69,36 @@ CONTENDERS = {
     "peft_dora_defaults": Contender("peft", "dora", dropout=0.05, adapter_dtype=torch.float32),
 }
 """By the name that result files use. "defaults": float32 adapters, and the dropout of 0.05 that most recipes take."""
+NEW_NORM = "_new_norm"
+"""Ending of a name: the norm is computed in each call."""
+
+_ENDINGS = {
+    "": "",
+    "_dropout": ", dropout",
+    "_8bit": ", 8-bit AdamW",
+    "_bf16_adam": ", AdamW in bf16",
+    "_defaults": ", float32, dropout",
+    "_prepared": ", float32, dropout, head float32",
+    "_same_loop": " in qdora's loop",
+    "_addmm": ", norm by one addmm",
+}
+_ENGINES = {"own": "qdora", "peft": "PEFT", "qdora_peft": "qdora.peft"}
+TITLES = {
+    f"{engine}_{kind}{ending}": f"{name} {kind[0].upper()}oRA{said}"
+    for engine, name in _ENGINES.items()
+    for kind in ("lora", "dora")
+    for ending, said in _ENDINGS.items()
+}
+TITLES |= {"axolotl_dora": "axolotl's DoRA algorithm", "axolotl_dora_uncached": "the same without its cache"}
+TITLES |= {"frozen": "frozen NF4 model, no adapter", "dense": "frozen 16-bit model, no adapter"}
+"""What they are called in the tables, those with another optimizer or loop too."""
 
 
 class AddmmNormDora(DoraLinearLayer):
     """PEFT's DoRA with ||W + s B A|| from one addmm, in the dtype that PEFT takes."""
 
-    def forward(  # PEFT's own signature
-        self,
-        x: Tensor,
-        *,
-        lora_A: nn.Module,
-        lora_B: nn.Module,
-        scaling: float,
-        base_layer: nn.Module,
-        base_result: Tensor,
-        adapter_name: str = "default",
+    def forward(
+        self, x: Tensor, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any, base_result: Tensor, **_: Any
     ) -> Tensor:
         """What is added to the base layer's output."""
         weight = peft.utils.integrations.dequantize_module_weight(base_layer).to(x.dtype)
@@ -96,19 +111,42 @@ class AddmmNormDora(DoraLinearLayer):
         return (gain - 1) * base_result + gain * lora_B(lora_A(x)) * scaling
 
 
-def random_base(in_features: int, out_features: int) -> PackedWeight:
-    """Weights N(0, 0.02^2) in NF4, blocks of 64, scales quantised too; the same for one shape."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out_features, in_features, generator=generator).mul_(0.02).bfloat16()
+def random_base(in_features: int, out_features: int, device: torch.device | str = "cpu") -> PackedWeight:
+    """Weights N(0, 0.02^2) in NF4, blocks of 64, scales quantised too; the same for one shape and device."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator, device=device).mul_(0.02).bfloat16()
     return quantize(weight, "nf4", 64, double_quant=True)
 
 
 def random_input(base: PackedWeight, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """x (tokens, in), which asks for its gradient, and dy (tokens, out) in bf16; the same for one shape."""
-    out_features, in_features = base.shape
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(num_tokens, in_features, generator=generator).bfloat16().requires_grad_()
-    return x, torch.randn(num_tokens, out_features, generator=generator).bfloat16()
+    """x (tokens, in), which asks for its gradient, and dy (tokens, out) in bf16; the same for one shape and device."""
+    device, (out_features, in_features) = base.device, base.shape
+    generator = torch.Generator(device).manual_seed(1)
+    x = torch.randn(num_tokens, in_features, generator=generator, device=device).bfloat16().requires_grad_()
+    return x, torch.randn(num_tokens, out_features, generator=generator, device=device).bfloat16()
+
+
+class LayerCall:
+    """A layer of a contender, whose name may end in `NEW_NORM`, and what it is called with."""
+
+    def __init__(self, name: str, base: PackedWeight, rank: int, num_tokens: int) -> None:
+        contender, self.new_norm = CONTENDERS[name.removesuffix(NEW_NORM)], name.endswith(NEW_NORM)
+        weight = dequantize(base, torch.bfloat16) if contender.engine == "dense" else base
+        self.layer: Any = layer_on(weight, contender, rank)
+        self.x, self.dy = random_input(base, num_tokens)
+
+    def clear(self) -> None:
+        """Drop the gradients of an earlier call, and the norm, as after an optimizer step."""
+        self.x.grad = None
+        for parameter in self.layer.parameters():
+            parameter.grad = None
+        if self.new_norm:
+            self.layer.parameters_changed()
+
+    def step(self) -> None:
+        """Forward and backward, from no gradients."""
+        self.clear()
+        self.layer(self.x).backward(self.dy)
 
 
 def layer_on(base: Weight, contender: Contender, rank: int, *, seed: int = 0) -> nn.Module:

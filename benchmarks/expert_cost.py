@@ -1,28 +1,15 @@
-"""Cost of the experts of one block: own QDoRA against own QLoRA on NF4, and against LoRA by PEFT on dense experts.
-
-    OMP_NUM_THREADS=2 python benchmarks/expert_cost.py [--tokens 1024,4096] [--repeats 5] [--out FILE] [--smoke]
-
-Both projections of all experts, forward and backward, in turns, in the shapes of OLMoE-1B-7B (64 experts) and
-Qwen3-30B-A3B (128), for 1,024 and 4,096 tokens whose 8 experts each are drawn evenly, or so that a tenth of the experts
-gets most of them. PEFT adapts the same dequantised weights, dense, by `target_parameters`, which has no DoRA; its
-experts run as transformers runs them. QDoRA uses the norms of its step; `norms` is the time of computing them all.
-
-    held        bytes that autograd keeps after the forward pass, without parameters and the base
-    peak        growth of the largest resident set over that before the step, each contender in a process of its own
-"""
+"""The cost of the experts of one block, against LoRA and PEFT."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import warnings
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import facts, fresh, in_turns, parser_of, peak_rss_bytes, ratio, reset_peak_rss, spread, write
+from frame import Column, bench, main, table, tabulated
+from measure import alone, in_turns, peak_rss_bytes, ratios, reset_peak_rss, spread
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -34,52 +21,58 @@ from qdora.model.inject import adapted_layer, frozen_like, replace_module
 from qdora.nn.expert_linear import AdaptedExperts
 from qdora.ops.packed import PackedWeight, dequantize, quantize
 
-SHAPES = {
+Sizes = dict[str, int]
+SHAPES: dict[str, Sizes] = {
     "OLMoE-1B-7B": {"num_experts": 64, "hidden_size": 2048, "moe_intermediate_size": 1024},
     "Qwen3-30B-A3B": {"num_experts": 128, "hidden_size": 2048, "moe_intermediate_size": 768},
+    "tiny": {"num_experts": 4, "hidden_size": 64, "moe_intermediate_size": 64},
 }
-TINY = {"num_experts": 4, "hidden_size": 64, "moe_intermediate_size": 64}
 CHOICES, RANK = 8, 8
 CONTENDERS = ("own_dora", "own_lora", "frozen", "peft_lora")
-RATIOS = (("own_dora", "own_lora"), ("own_dora", "frozen"), ("own_dora", "peft_lora"))
+RATIOS = ("own_dora / own_lora", "own_dora / frozen", "own_dora / peft_lora")
 BAR = 1.05
 
 
-def main() -> None:
-    """Times in turns, bytes in processes of their own."""
-    parser = parser_of(__doc__, "expert_cost", smoke="four tiny experts")
-    parser.add_argument("--tokens", type=lambda text: [int(each) for each in text.split(",")], default=[1024, 4096])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peak", nargs=3, metavar=("SHAPE", "CONTENDER", "TOKENS"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+@bench(smoke={"shapes": ("tiny",), "tokens": (64,), "repeats": 2})
+def expert_cost(
+    shapes: tuple[str, ...] = ("OLMoE-1B-7B", "Qwen3-30B-A3B"), tokens: tuple[int, ...] = (1024, 4096), repeats: int = 5
+) -> dict[str, Any]:
+    """Own QDoRA against own QLoRA on NF4, and against LoRA by PEFT on dense experts.
+
+    Both projections of all experts, forward and backward, in turns (OMP_NUM_THREADS=2), for tokens whose 8 experts each
+    are drawn evenly, or so that a tenth of the experts gets most of them. PEFT adapts the same dequantised weights,
+    dense, by `target_parameters`, which has no DoRA; its experts run as transformers runs them. QDoRA uses the norms of
+    its step; `norms` is the time of computing them all.
+
+        held        bytes that autograd keeps after the forward pass, without parameters and the base
+        peak        growth of the largest resident set over that before the step, each in a process of its own
+    """
     keep_freed_memory()
-    if args.peak:
-        shape, contender, tokens = args.peak
-        write(args.out, {"bytes": peak_of_step(sizes_of(shape), contender, int(tokens))})
-        return
-    names = ("tiny",) if args.smoke else tuple(SHAPES)
-    counts = [64] if args.smoke else args.tokens
-    dtype = compute_dtype()
-    shown = ",".join(map(str, args.tokens))
-    command = f"python benchmarks/expert_cost.py --tokens {shown} --repeats {args.repeats}"
-    result = facts(command) | {"dtype": str(dtype).removeprefix("torch."), "rank": RANK}
     cases: list[dict[str, Any]] = []
-    for name in names:
+    for shape in shapes:
         weight_of = functools.cache(random_stack)  # packing takes longer than all else
-        holders = {each: adapted_experts(sizes_of(name), each, weight_of) for each in CONTENDERS}
-        for tokens in counts:
-            cases += [
-                case(name, holders, tokens, skewed, 2 if args.smoke else args.repeats) for skewed in (False, True)
-            ]
-    within = [row["ratios"]["own_dora / own_lora"]["median"] <= BAR for row in cases]
-    found = result | {"cases": cases, "bar": {"limit": BAR, "within": sum(within), "of": len(within)}}
-    write(args.out, found)  # the peaks, which depend on no other load, take long
-    for row in cases:
-        if not row["skewed"]:
-            peak = partial(fresh, str(Path(__file__)), "--out", str(args.out.with_suffix(".peak.json")), "--peak")
-            row["peak"] = {each: peak(row["shape"], each, str(row["tokens"]))["bytes"] for each in CONTENDERS}
-    args.out.with_suffix(".peak.json").unlink(missing_ok=True)
-    write(args.out, found)
+        holders = {each: adapted_experts(shape, each, weight_of) for each in CONTENDERS}
+        for num_tokens in tokens:
+            for skewed in (False, True):
+                steps = {each: Step(holder, SHAPES[shape], num_tokens, skewed) for each, holder in holders.items()}
+                times = in_turns({each: step.run for each, step in steps.items()}, repeats)
+                case = {
+                    "shape": shape,
+                    "tokens": num_tokens,
+                    "skewed": skewed,
+                    "reached": int((steps["own_dora"].counts > 0).sum()),
+                    "most_tokens": int(steps["own_dora"].counts.max()),
+                    "seconds": {each: spread(values) for each, values in times.items()},
+                    "ratios": ratios(times, RATIOS),
+                    "norms": spread(in_turns({"norms": steps["own_dora"].norms}, repeats)["norms"]),
+                    "held": {each: step.held() for each, step in steps.items()},
+                }
+                if not skewed:
+                    case["peak"] = {each: alone(peak_of_step, shape, each, num_tokens) for each in CONTENDERS}
+                cases.append(case)
+    within = [case["ratios"]["own_dora / own_lora"]["median"] <= BAR for case in cases]
+    bar = {"limit": BAR, "within": sum(within), "of": len(within)}
+    return {"dtype": str(compute_dtype()).removeprefix("torch."), "rank": RANK, "cases": cases, "bar": bar}
 
 
 def compute_dtype() -> torch.dtype:
@@ -87,48 +80,31 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def sizes_of(name: str) -> dict[str, int]:
-    """The sizes of a shape by its name."""
-    return TINY if name == "tiny" else SHAPES[name]
-
-
-def case(name: str, holders: dict[str, nn.ModuleDict], tokens: int, skewed: bool, repeats: int) -> dict[str, Any]:
-    """One shape, number of tokens and routing."""
-    sizes = sizes_of(name)
-    steps = {each: make_step(holder, sizes, tokens, skewed=skewed) for each, holder in holders.items()}
-    times = in_turns({each: step.run for each, step in steps.items()}, repeats)
-    return {
-        "shape": name,
-        "tokens": tokens,
-        "skewed": skewed,
-        "reached": steps["own_dora"].reached,
-        "most_tokens": steps["own_dora"].most,
-        "seconds": {each: spread(values) for each, values in times.items()},
-        "ratios": {f"{a} / {b}": ratio(times[a], times[b]) for a, b in RATIOS},
-        "norms": spread(in_turns({"norms": steps["own_dora"].norms}, repeats)["norms"]),
-        "held": {each: step.held() for each, step in steps.items()},
-    }
+def random_stack(shape: tuple[int, int]) -> PackedWeight:
+    """A random stack of experts in NF4."""
+    return quantize(torch.randn(shape) * 0.02, "nf4")
 
 
 class Step:
-    """Forward and backward of the experts of a block."""
+    """Forward and backward of the experts of a block, with random tokens."""
 
-    def __init__(self, holder: nn.Module, x: Tensor, index: Tensor, share: Tensor, dy: Tensor) -> None:
-        self.holder, self.inputs, self.dy = holder, (x, index, share), dy
-        counts = torch.bincount(index.reshape(-1))
-        self.reached, self.most = int((counts > 0).sum()), int(counts.max())
-
-    def forward(self) -> Tensor:
-        """The output of all tokens."""
-        x, index, share = self.inputs
-        out: Tensor = self.holder.experts(x, index, share)  # type: ignore[operator]
-        return out
+    def __init__(self, holder: Any, sizes: Sizes, num_tokens: int, skewed: bool) -> None:
+        dtype, generator = compute_dtype(), torch.Generator().manual_seed(1)
+        x = torch.randn(num_tokens, sizes["hidden_size"], generator=generator).to(dtype).requires_grad_()
+        weights = torch.ones(sizes["num_experts"])
+        if skewed:
+            weights[: max(1, sizes["num_experts"] // 10)] = 100.0
+        choices = min(CHOICES, sizes["num_experts"])
+        index = torch.multinomial(weights.expand(num_tokens, -1), choices, generator=generator)
+        share = torch.rand(num_tokens, choices, generator=generator).to(dtype)
+        self.holder, self.inputs, self.counts = holder, (x, index, share), torch.bincount(index.reshape(-1))
+        self.dy = torch.randn(x.shape, generator=generator).to(dtype)
 
     def run(self) -> None:
         """One micro-batch; the gradients of earlier ones are dropped."""
         self.holder.zero_grad()
         self.inputs[0].grad = None
-        self.forward().backward(self.dy)
+        self.holder.experts(*self.inputs).backward(self.dy)
 
     def norms(self) -> None:
         """The row norms of all experts, computed anew."""
@@ -147,91 +123,79 @@ class Step:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            self.forward()
+            self.holder.experts(*self.inputs)
         return sum(size for address, size in kept.items() if address not in own)
 
 
-def random_stack(shape: tuple[int, int]) -> PackedWeight:
-    """A random stack of experts in NF4."""
-    return quantize(torch.randn(shape) * 0.02, "nf4")
-
-
-def adapted_experts(
-    sizes: dict[str, int], contender: str, weight_of: Callable[[tuple[int, int]], PackedWeight]
-) -> nn.ModuleDict:
-    """Experts with a contender's adapters."""
-    holder = nn.ModuleDict({"experts": bare_experts(sizes)})
-    if contender == "peft_lora":
-        put_dense_(holder, compute_dtype(), weight_of)
-    else:
-        put_packed_(holder, contender, weight_of)
-    return holder
-
-
-def make_step(holder: nn.ModuleDict, sizes: dict[str, int], tokens: int, *, skewed: bool) -> Step:
-    """Random tokens for the experts of a holder."""
-    dtype, generator = compute_dtype(), torch.Generator().manual_seed(1)
-    x = torch.randn(tokens, sizes["hidden_size"], generator=generator).to(dtype).requires_grad_()
-    weights = torch.ones(sizes["num_experts"])
-    if skewed:
-        weights[: max(1, sizes["num_experts"] // 10)] = 100.0
-    choices = min(CHOICES, sizes["num_experts"])
-    index = torch.multinomial(weights.expand(tokens, -1), choices, generator=generator)
-    share = torch.rand(tokens, choices, generator=generator).to(dtype)
-    return Step(holder, x, index, share, torch.randn(x.shape, generator=generator).to(dtype))
-
-
-def bare_experts(sizes: dict[str, int]) -> nn.Module:
-    """transformers' experts without memory."""
-    config = AutoConfig.for_model("qwen3_moe", **sizes)
+def adapted_experts(shape: str, contender: str, weight_of: Callable[[tuple[int, int]], PackedWeight]) -> Any:
+    """transformers' experts with a contender's adapters: in NF4, or dense with LoRA by PEFT. The adapters are off their
+    start, where half of their products would be by zeros."""
+    config = AutoConfig.for_model("qwen3_moe", **SHAPES[shape])
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
-        return Qwen3MoeExperts(config)
-
-
-def put_dense_(holder: nn.ModuleDict, dtype: torch.dtype, weight_of: Callable[[tuple[int, int]], PackedWeight]) -> None:
-    """Dense weights of the NF4 values, and LoRA by PEFT."""
-    experts: Any = holder["experts"]
-    for name in ("gate_up_proj", "down_proj"):
-        shape = getattr(experts, name).shape
-        packed = weight_of((shape[0] * shape[1], shape[2]))
-        setattr(experts, name, nn.Parameter(dequantize(packed, dtype).view(shape), requires_grad=False))
-    names = [f"experts.{name}" for name in ("gate_up_proj", "down_proj")]
-    settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[], target_parameters=names)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        inject_adapter_in_model(settings, holder)
-    move_(holder, dtype)
-
-
-def put_packed_(holder: nn.ModuleDict, contender: str, weight_of: Callable[[tuple[int, int]], PackedWeight]) -> None:
-    """NF4 experts, frozen or adapted."""
-    use_expert_layers_(holder)  # type: ignore[arg-type]
-    for path, stack in stacks(holder).items():
-        layer: nn.Module = frozen_like(stack, weight_of((stack.out_features, stack.in_features)), None)
-        if contender != "frozen":
-            kind: Any = contender.removeprefix("own_")
-            layer = adapted_layer(layer, kind=kind, rank=RANK, alpha=2.0 * RANK, dtype=torch.bfloat16)
-        replace_module(holder, path, layer)
-    move_(holder, None)
-
-
-def move_(holder: nn.Module, dtype: torch.dtype | None) -> None:
-    """Put the adapters off their start, where half of their products would be by zeros."""
+        experts: Any = Qwen3MoeExperts(config)
+    holder, is_peft = nn.ModuleDict({"experts": experts}), contender == "peft_lora"
+    if is_peft:
+        for name in ("gate_up_proj", "down_proj"):
+            size = getattr(experts, name).shape
+            weight = dequantize(weight_of((size[0] * size[1], size[2])), compute_dtype()).view(size)
+            setattr(experts, name, nn.Parameter(weight, requires_grad=False))
+        names = ["experts.gate_up_proj", "experts.down_proj"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[], target_parameters=names)
+            inject_adapter_in_model(settings, holder)
+    else:
+        use_expert_layers_(holder)  # type: ignore[arg-type]
+        for path, stack in stacks(holder).items():
+            layer: nn.Module = frozen_like(stack, weight_of((stack.out_features, stack.in_features)), None)
+            if contender != "frozen":
+                kind: Any = contender.removeprefix("own_")
+                layer = adapted_layer(layer, kind=kind, rank=RANK, alpha=2.0 * RANK, dtype=torch.bfloat16)
+            replace_module(holder, path, layer)
     with torch.no_grad():
         for name, parameter in holder.named_parameters():
             if parameter.requires_grad and "lora_B" in name:
                 parameter.normal_(0, 0.01)
-            if parameter.requires_grad and dtype is not None:
-                parameter.data = parameter.data.to(dtype)
+            if parameter.requires_grad and is_peft:
+                parameter.data = parameter.data.to(compute_dtype())
+    return holder
 
 
-def peak_of_step(sizes: dict[str, int], contender: str, tokens: int) -> int:
-    """Growth of the peak over what is held before the first step."""
-    step = make_step(adapted_experts(sizes, contender, random_stack), sizes, tokens, skewed=False)
+def peak_of_step(shape: str, contender: str, num_tokens: int) -> int:
+    """In a process of its own: growth of the peak over what is held before the first step."""
+    keep_freed_memory()
+    step = Step(adapted_experts(shape, contender, random_stack), SHAPES[shape], num_tokens, skewed=False)
     before = reset_peak_rss()
     step.run()
     return peak_rss_bytes() - before
+
+
+@table("expert_cost")
+def expert_cost_table(result: Any) -> str:
+    """Ratios of the time of a block's experts, bytes held for backward, growth of the peak."""
+
+    def label(case: Any) -> str:
+        routing = f"skewed, {case['reached']} reached" if case["skewed"] else "even"
+        return f"{case['shape']}, {case['tokens']:,}, {routing}"
+
+    def peaks(case: Any) -> str:
+        names = ("own_dora", "own_lora", "peft_lora")
+        return " / ".join(f"{case['peak'][name] / 2**20:,.0f}" for name in names) if case.get("peak") else ""
+
+    columns: dict[str, Column] = {
+        "shape, tokens, routing": label,
+        "QDoRA / QLoRA": "{ratios[own_dora / own_lora][median]:.3f}",
+        "QDoRA / frozen": "{ratios[own_dora / frozen][median]:.3f}",
+        "QDoRA / PEFT LoRA": "{ratios[own_dora / peft_lora][median]:.3f}",
+        "held, QDoRA": "{held[own_dora]:,.0fMiB}",
+        "QLoRA": "{held[own_lora]:,.0fMiB}",
+        "PEFT LoRA": "{held[peft_lora]:,.0fMiB}",
+        "peak: QDoRA / QLoRA / PEFT LoRA": peaks,
+    }
+    bar = result["bar"]
+    within = f"Target met: QDoRA at most {bar['limit']} times QLoRA in {bar['within']} of {bar['of']} cases."
+    return tabulated(result["cases"], columns) + f"\nMedians of rounds; bytes in MiB. {within}\n"
 
 
 if __name__ == "__main__":

@@ -1,146 +1,82 @@
 """Every export of one trained adapter against an independent float32 reference, beside PEFT's merge of the same file.
 
-    python benchmarks/export_exactness.py DATA [--steps 60] [--run RUN] [--out benchmarks/results/export_exactness.json]
-
 SmolLM2-135M-Instruct (`builtin`) in NF4, block size 64, double quantisation; DoRA r16 trained on PIQA and ARC-Easy in
-DATA (<task>/<split>.parquet), or before, by the same recipe, in RUN. With --smoke: a random model and made-up data.
+DATA (<task>/<split>.parquet). With --smoke: a random model and made-up data.
 
 Reference: plain transformers in float32 with weights merged by numpy in float64 from the adapter file and bitsandbytes'
 own dequantisation. Every form is loaded by stock transformers, bitsandbytes and PEFT and computed in float32 and in
 bfloat16 on the same validation text: differences of logits, KL, NLL per token. Floor: float32 sums in another order,
 and in bfloat16 the rounding of the reference itself, computed in bfloat16.
-
-    merged           `qdora export`, in the dtype that it is computed in
-    nf4-lora         `qdora export --format nf4-lora`
-    requantised      `qdora export --requantize`: what merging and quantising again costs
-    PEFT running     PEFT's DoRA on Linear4bit
-    PEFT merged      its merge_and_unload on Linear4bit, which quantises again
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import json
 import tempfile
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
+import numpy as np
 import peft
 import torch
 from byte_tokenizer import write_model, write_sums
-from contenders import on_linear4bit
-from measure import facts, parsed, parser_of, write
-from peft_interop import bnb_weights, dense, merged_by_numpy, with_peft
+from contenders import on_linear4bit, packed_layers, plain, put_weight_, quant_state
+from frame import bench, main, markdown, table
 from rich.console import Console
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import LogitDifference, texts_of, validation_examples
 from qdora.export.options import ExportOptions
-from qdora.recipe.recipe_file import load_recipe, recipe_from
+from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
 
-TASKS = ("piqa", "arc_e")
+QUIET = Console(quiet=True)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FORMS = {
+    "reference": "the reference itself",
+    "base": "base, no adapter",
+    "merged": "`--format merged`",
+    "nf4-lora": "`--format nf4-lora`",
+    "requantised": "`--requantize` (merged, then NF4 again)",
+    "PEFT running": "PEFT's DoRA on Linear4bit",
+    "PEFT merged": "PEFT's `merge_and_unload`",
+}
 
 
-def main() -> None:
-    """Train, export, compare, write the figures."""
-    parser = parser_of(__doc__, "export_exactness", smoke="a random model and made-up data", data=True)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--run", type=Path, help="A run of this recipe; one is made if left out.")
-    settings = parsed(parser)
-    warnings.simplefilter("ignore")
+@bench(smoke={"steps": 3})
+def export_exactness(data: Path | None, *, steps: int = 60) -> dict[str, Any]:
+    """Train an adapter; all forms against the reference, in both dtypes."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        document = smoke_recipe(folder) if settings.smoke else recipe(settings.data.resolve(), settings.steps)
-        run = trained(document, settings.run, folder)
-        result = {
-            **facts(f"python benchmarks/export_exactness.py {'--smoke' if settings.smoke else 'DATA'}"),
-            "model": document["model"]["source"] if settings.smoke is False else "random",
-            "steps": document["train"]["steps"],
-            **compare(run, folder),
-        }
-    write(settings.out, result)
+        return {"steps": steps, **compared(trained(data, steps, Path(name)), Path(name))}
 
 
-def trained(document: dict[str, Any], run: Path | None, folder: Path) -> Path:
-    """A run of the recipe: the given one, which must be of it, or a new one in `folder`."""
-    if run is None:
-        train_run(recipe_from(document), folder / "run")
-        return folder / "run"
-    if load_recipe(run / "recipe.yaml") != recipe_from(document):
-        raise SystemExit(f"{run} is a run of another recipe")
-    return run
-
-
-def recipe(data: Path, steps: int) -> dict[str, Any]:
-    """A short run on real data."""
-    return {
-        "model": {"source": "builtin"},
+def trained(data: Path | None, steps: int, folder: Path, demo: str = "") -> Path:
+    """A short run; without data of a random model, or of the builtin model on a demo task."""
+    warnings.simplefilter("ignore")
+    mix: list[dict[str, Any]] = [{"task": demo, "limit": 16}]
+    if data is not None:
+        mix = [{"task": task, "path": str(data.resolve() / task)} for task in ("piqa", "arc_e")]
+    elif not demo:
+        write_sums(folder / "sums.jsonl")
+        mix = [{"source": str(folder / "sums.jsonl")}]
+    recipe = {
+        "model": {"source": "builtin" if data or demo else write_model(folder / "model")},
         "adapter": {"kind": "dora", "rank": 16, "alpha": 32.0},
-        "data": {
-            "mix": [{"task": task, "path": str(data / task)} for task in TASKS],
-            "max_length": 256,
-            "too_long": "drop",
-        },
+        "data": {"mix": mix, "max_length": 256, "too_long": "drop"},
         "train": {"steps": steps, "batch": 8, "lr": 5e-4, "optimizer": "adamw", "checkpoint_every": steps},
         "eval": {"at_start": False, "at_end": False},
     }
-
-
-def smoke_recipe(folder: Path) -> dict[str, Any]:
-    """A random model, a byte tokenizer and sums."""
-    write_sums(folder / "sums.jsonl")
-    return {
-        "model": {"source": write_model(folder / "model")},
-        "adapter": {"kind": "dora", "rank": 4, "alpha": 8.0},
-        "data": {"mix": [{"source": str(folder / "sums.jsonl")}], "max_length": 64},
-        "train": {"steps": 3, "batch": 4, "lr": 1e-2, "optimizer": "adamw", "checkpoint_every": 3},
-        "eval": {"at_start": False, "at_end": False},
-    }
-
-
-@torch.no_grad()
-def compare(run: Path, folder: Path) -> dict[str, Any]:
-    """All forms against the reference, in both dtypes; exports are written to `folder`."""
-    quiet = Console(quiet=True)
-    loaded = load_run(run, base_only=True)
-    base = loaded.model
-    _, tokens = validation_texts(loaded)
-    weights = bnb_weights(base)
-    merged = merged_by_numpy(weights, run / "adapter")
-    reference = logits(dense(base, merged), tokens)
-    spread = torch.cat([each.std(dim=-1) for each in reference]).mean()
-    forms: dict[str, Any] = {}
-    for name, dtype in DTYPES.items():
-        export_run(run, folder / f"merged-{name}", ExportOptions(dtype=name), console=quiet)
-        plain = {"reference": lambda: dense(base, merged), "base": lambda: dense(base, weights)}
-        loaders = {
-            **{form: lambda make=make, dtype=dtype: make().to(dtype) for form, make in plain.items()},
-            "merged": lambda name=name, dtype=dtype: AutoModelForCausalLM.from_pretrained(
-                folder / f"merged-{name}", dtype=dtype
-            ),
-            "nf4-lora": lambda name=name: with_lora(folder / f"nf4-lora-{name}", run, name, quiet),
-            "requantised": lambda name=name: requantised(folder / f"requantised-{name}", run, name, quiet),
-            "PEFT running": lambda dtype=dtype: with_peft(on_linear4bit(base, dtype).eval(), run / "adapter"),
-            "PEFT merged": lambda dtype=dtype: peft_merged(base, run / "adapter", dtype),
-        }
-        forms[name] = {}
-        for form, load in loaders.items():
-            found = logits(load(), tokens)
-            forms[name][form] = against(found, reference, tokens)
-            gc.collect()
-    return {
-        "num_texts": len(tokens),
-        "num_positions": sum(each.shape[1] for each in tokens),
-        "logit_spread": float(spread),
-        "reference_nll_per_token": nll(reference, tokens),
-        "forms": forms,
-    }
+    train_run(recipe_from(recipe), folder / "run")
+    return folder / "run"
 
 
 def validation_texts(run: Any) -> tuple[list[str], list[Tensor]]:
@@ -150,16 +86,43 @@ def validation_texts(run: Any) -> tuple[list[str], list[Tensor]]:
     return texts, [each for each in ids if each.shape[1] > 1]
 
 
-def with_lora(directory: Path, run: Path, dtype: str, quiet: Console) -> Any:
-    """The nf4-lora export through transformers, bitsandbytes and PEFT."""
-    export_run(run, directory, ExportOptions(format_="nf4-lora", dtype=dtype), console=quiet)
-    return peft.PeftModel.from_pretrained(on_bnb(directory), str(directory / "adapter")).eval()
+@torch.no_grad()
+def compared(run: Path, folder: Path) -> dict[str, Any]:
+    """All forms against the reference, in both dtypes; exports are written to `folder`."""
+    loaded = load_run(run, base_only=True)
+    base, (_, tokens) = loaded.model, validation_texts(loaded)
+    weights = bnb_weights(base)
+    merged = merged_by_numpy(weights, run / "adapter")
+    reference = logits(dense(base, merged), tokens)
 
+    def load(form: str, name: str) -> Any:
+        if form in ("reference", "base"):
+            return dense(base, merged if form == "reference" else weights).to(DTYPES[name])
+        if form == "PEFT running":
+            return with_peft(on_linear4bit(base, DTYPES[name]).eval(), run / "adapter")
+        if form == "PEFT merged":
+            bare = copy.deepcopy(on_linear4bit(base, DTYPES[name]))
+            return never_repacked(peft.PeftModel.from_pretrained(bare, str(run / "adapter")).merge_and_unload())
+        options: dict[str, Any] = {"nf4-lora": {"format_": "nf4-lora"}, "requantised": {"requantize": True}}
+        out = folder / f"{form}-{name}"
+        export_run(run, out, ExportOptions(dtype=name, **options.get(form, {})), console=QUIET)
+        if form == "merged":
+            return AutoModelForCausalLM.from_pretrained(out, dtype=DTYPES[name])
+        return peft.PeftModel.from_pretrained(on_bnb(out), str(out / "adapter")) if form == "nf4-lora" else on_bnb(out)
 
-def requantised(directory: Path, run: Path, dtype: str, quiet: Console) -> Any:
-    """The merge in 4 bits again."""
-    export_run(run, directory, ExportOptions(requantize=True, dtype=dtype), console=quiet)
-    return on_bnb(directory)
+    forms: dict[str, Any] = {}
+    for name in DTYPES:
+        forms[name] = {}
+        for form in FORMS:
+            forms[name][form] = against(logits(load(form, name), tokens), reference, tokens)
+            gc.collect()
+    return {
+        "num_texts": len(tokens),
+        "num_positions": sum(each.shape[1] for each in tokens),
+        "logit_spread": float(torch.cat([each.std(dim=-1) for each in reference]).mean()),
+        "reference_nll_per_token": nll(reference, tokens),
+        "forms": forms,
+    }
 
 
 def on_bnb(directory: Path) -> Any:
@@ -175,12 +138,6 @@ def never_repacked(model: Any) -> Any:
     return model
 
 
-def peft_merged(base: Any, adapter: Path, dtype: torch.dtype) -> Any:
-    """PEFT's own merge on 4-bit layers."""
-    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(on_linear4bit(base, dtype)), str(adapter))
-    return never_repacked(adapted.merge_and_unload())
-
-
 def logits(model: Any, tokens: list[Tensor]) -> list[Tensor]:
     """Of each text, (positions, vocabulary) float32."""
     model.eval()
@@ -189,10 +146,8 @@ def logits(model: Any, tokens: list[Tensor]) -> list[Tensor]:
 
 def nll(found: list[Tensor], tokens: list[Tensor]) -> float:
     """Per token of all texts, nats; the first token of a text has none."""
-    total = sum(
-        float(torch.nn.functional.cross_entropy(each[:-1].double(), ids[0, 1:], reduction="sum"))
-        for each, ids in zip(found, tokens, strict=True)
-    )
+    pairs = [(each[:-1].double(), ids[0, 1:]) for each, ids in zip(found, tokens, strict=True)]
+    total = sum(float(nn.functional.cross_entropy(*pair, reduction="sum")) for pair in pairs)
     return total / sum(ids.shape[1] - 1 for ids in tokens)
 
 
@@ -202,6 +157,90 @@ def against(found: list[Tensor], reference: list[Tensor], tokens: list[Tensor]) 
     for expected, other in zip(reference, found, strict=True):
         difference.add(expected, other)
     return {**difference.to_dict(), "nll_per_token": nll(found, tokens)}
+
+
+def bnb_weights(base: Any) -> dict[str, Tensor]:
+    """Path -> dequantised weight (out, in) float32, by bitsandbytes."""
+    result = {}
+    for path, layer in packed_layers(base).items():
+        packed = layer.packed_weight
+        state = quant_state(packed, torch.float32)
+        # As one row: on a CPU, bitsandbytes 0.50 gives blocks that cross rows the scales of others.
+        state.shape = torch.Size((1, packed.shape[0] * packed.shape[1]))
+        flat = bnb.functional.dequantize_4bit(packed.packed.view(-1, 1), quant_state=state)
+        result[path] = flat.view(packed.shape)
+    return result
+
+
+def dense(base: Any, weights: dict[str, Tensor]) -> Any:
+    """`plain` in float32 with the given linear weights."""
+    model = plain(base, torch.float32)
+    for path, weight in weights.items():
+        put_weight_(model, base, path, weight)
+    return model.eval()
+
+
+def with_peft(model: nn.Module, directory: Path) -> Any:
+    """The adapter loaded by PEFT, which must use every tensor of the file."""
+    adapted = peft.PeftModel.from_pretrained(model, str(directory)).eval()
+    stored = load_file(directory / "adapter_model.safetensors")
+    held = peft.get_peft_model_state_dict(adapted)
+    assert held.keys() == stored.keys(), held.keys() ^ stored.keys()
+    return adapted
+
+
+def merged_by_numpy(weights: dict[str, Tensor], directory: Path, swapped: Collection[str] = ()) -> dict[str, Tensor]:
+    """The merge by the formula in float64, from the files alone: g (W + s B A), s = alpha / rank.
+
+    A stack of experts is (experts * out, in). PEFT has its tensors at the module of the experts, those of the first of
+    two stacks one level further in: A (experts * rank, in), B (out, rank * experts) with the expert last. Where PEFT
+    takes inputs for outputs, in the stacks `swapped`, they are those of the transposed update.
+    """
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    assert not config["use_rslora"]
+    assert not config["alpha_pattern"]
+    tensors = load_file(directory / "adapter_model.safetensors")
+    stored = {name: tensor.double().numpy() for name, tensor in tensors.items()}
+    experts, merged = config.get("target_parameters") or [], {}
+    for path, weight in weights.items():
+        start = f"base_model.model.{path}"
+        if path in experts:
+            owner, _, name = path.rpartition(".")
+            start = f"base_model.model.{owner}"
+            if name != "down_proj" and f"{owner}.down_proj" in experts:
+                start += ".base_layer"
+        a, b = stored[f"{start}.lora_A.weight"], stored[f"{start}.lora_B.weight"]
+        num_experts = weight.shape[0] // (a.shape[1] if path in swapped else b.shape[0])
+        a = a.reshape(num_experts, -1, a.shape[1])
+        b = b.reshape(b.shape[0], -1, num_experts).transpose(2, 0, 1)
+        update = config["lora_alpha"] / a.shape[1] * (b @ a)
+        update = update.transpose(0, 2, 1) if path in swapped else update
+        total = weight.double().numpy() + update.reshape(weight.shape)
+        if config["use_dora"]:
+            gain = stored[f"{start}.lora_magnitude_vector"].reshape(-1) / np.sqrt((total**2).sum(axis=1))
+            total = total * gain[:, None]
+        merged[path] = torch.from_numpy(total).float()
+    return merged
+
+
+@table("export_exactness")
+def export_exactness_table(result: Any) -> str:
+    """Logits and NLL of every form against the reference, in both dtypes."""
+    columns = ("largest difference", "mean", "mean KL", "same argmax", "NLL")
+    rows = []
+    for form, label in FORMS.items():
+        row = [label]
+        for forms in result["forms"].values():
+            found = forms[form]
+            row += [f"{found[key]:.1e}" for key in ("max_logit_difference", "mean_logit_difference", "kl_mean")]
+            row += [f"{found['argmax_agreement']:.1%}", f"{found['nll_per_token']:.4f}"]
+        rows.append(row)
+    note = (
+        f"\nSmolLM2-135M, {result['steps']} steps on PIQA and ARC-Easy; {result['num_positions']:,} tokens of "
+        f"held-out text. The standard deviation of the logits is {result['logit_spread']:.1f}; the NLL of the "
+        f"reference is {result['reference_nll_per_token']:.4f}.\n"
+    )
+    return markdown(["form", *(f"{dtype}: {column}" for dtype in result["forms"] for column in columns)], rows) + note
 
 
 if __name__ == "__main__":

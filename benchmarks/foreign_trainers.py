@@ -1,4 +1,4 @@
-"""qdora's layer inside axolotl, ms-swift and LLaMA-Factory, beside PEFT's own: the same losses, magnitudes that move.
+"""qdora's layer inside TRL, axolotl, ms-swift and LLaMA-Factory, beside PEFT's own: equal losses, magnitudes that move.
 
     python -m venv ax && ax/bin/pip install axolotl
     python benchmarks/foreign_trainers.py axolotl ax/bin/python [--out benchmarks/results/foreign_trainers.json]
@@ -12,6 +12,7 @@ wrong behind it. Sections of other trainers stay in the result file.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import write_model, write_sums
-from measure import OFFLINE, ONE_THREAD, facts, parser_of, write
+from frame import markdown, table, tabulated
+from measure import OFFLINE, ONE_THREAD, RESULTS, facts, save
 
 LOSS_TOLERANCE = 5e-3
 HOOK = """
@@ -98,10 +100,40 @@ from llamafactory.train.tuner import run_exp
 adapter.QuantizationMethod = SimpleNamespace(BNB="bitsandbytes")  # what the launcher mends in version 0.9.5
 run_exp()
 """
+TRL = """
+import sys
+import qdora.peft, torch, trl
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+name, way = sys.argv[1:]
+if way == "patch":
+    qdora.peft.patch()
+quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+model = AutoModelForCausalLM.from_pretrained("model", quantization_config=quantization, dtype=torch.float32)
+config = LoraConfig(use_dora=True, r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+rows = [{"prompt": f"{a} + {b} =", "chosen": f" {a + b}", "rejected": f" {a * b}"} for a in range(6) for b in range(5)]
+rows = rows if name == "DPO" else [{"text": row["prompt"] + row["chosen"]} for row in rows]
+settings = getattr(trl, f"{name}Config")(
+    "out", max_steps=10, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1, save_strategy="no",
+    report_to="none", use_cpu=True, bf16=False, seed=0)
+getattr(trl, f"{name}Trainer")(
+    model, args=settings, train_dataset=Dataset.from_list(rows), peft_config=qdora.peft.use(config)
+    if way == "use" else config, processing_class=AutoTokenizer.from_pretrained("model")).train()
+"""
 LAUNCHER = "python -m qdora.peft"
 TWO, TORCHRUN = "env NPROC_PER_NODE=2 FORCE_TORCHRUN=1", "python -m torch.distributed.run --nproc_per_node 2"
 # For each distribution: the files that its commands need, and its commands.
-TRAINERS = {
+TRAINERS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "trl": (
+        {"train.py": TRL},
+        {
+            f"{way}{name}": f"python train.py {name[2:] or 'SFT'} {way}"
+            for name in ("", ", DPO")
+            for way in ("peft", "use", "patch")
+        },
+    ),
     "axolotl": (
         {
             "peft.yaml": f"{{{AXOLOTL}, {KERNELS_OFF}}}",
@@ -161,7 +193,7 @@ def section(name: str, python: Path) -> dict[str, Any]:
             found[way] = [json.loads(file.read_text()) for file in sorted(reports.iterdir())]
     versions = [report.pop("versions") for processes in found.values() for report in processes]
     for way, processes in found.items():
-        control = found["peft, two processes" if "two" in way else "peft"]
+        control = found["peft" + "".join(way.partition(",")[1:])]
         assert len(processes) == (2 if "two" in way else 1)
         if processes is control:
             continue
@@ -175,15 +207,58 @@ def section(name: str, python: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "foreign_trainers")
+    """Measure one trainer; sections of others stay in the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trainer", choices=TRAINERS)
     parser.add_argument("python", type=Path, help="the Python of an environment in which the trainer is installed")
+    parser.add_argument("--out", type=Path, default=RESULTS / "foreign_trainers.json")
     args = parser.parse_args()
     found = json.loads(args.out.read_text())["trainers"] if args.out.exists() else {}
     found[args.trainer] = section(args.trainer, args.python)
     trainers = {name: found[name] for name in TRAINERS if name in found}
     head = facts("python benchmarks/foreign_trainers.py TRAINER PYTHON")
-    write(args.out, {**head, "tolerance": LOSS_TOLERANCE, "trainers": trainers})
+    save(args.out, {**head, "tolerance": LOSS_TOLERANCE, "trainers": trainers})
+
+
+@table("foreign_trainers")
+def foreign_trainers_table(result: Any) -> str:
+    """The layer inside other programs, by the way in; the largest differences over the processes."""
+    rows = [
+        (name, found["versions"], way, processes)
+        for name, found in result["trainers"].items()
+        for way, processes in found["processes"].items()
+        if not way.startswith("peft")
+    ]
+
+    def magnitudes(row: Any) -> str:
+        dtypes = sorted({dtype.removeprefix("torch.") for each in row[3] for dtype in each["magnitude_dtypes"]})
+        return f"{min(each['share_of_magnitudes_moved'] for each in row[3]):.0%}, {', '.join(dtypes)}"
+
+    columns = {
+        "trainer": lambda row: f"{row[0]} {row[1][row[0]]}, PEFT {row[1]['peft']}",
+        "way in": "{2}",
+        "loss, qdora against PEFT": lambda row: f"{max(each['largest_difference_of_loss'] for each in row[3]):.1e}",
+        "fast layers": lambda row: " + ".join(f"{each['num_fast']} of {each['num_layers']}" for each in row[3]),
+        "magnitudes moved": magnitudes,
+    }
+    return tabulated(rows, columns)
+
+
+@table("peft_trainers", "peft_trainers_trl_1_14")
+def peft_trainers_table(*versions: Any) -> str:
+    """TRL's trainers by an earlier script: the largest difference of three ways in, by version."""
+
+    def runs(name: str) -> list[list[dict[str, Any]]]:
+        return [[each["trainers"][name][way] for way in ("use", "patch", "accelerate")] for each in versions]
+
+    rows = []
+    for name in versions[0]["trainers"]:
+        flat = [each for of_version in runs(name) for each in of_version]
+        row = [f"{max(each['largest_difference_of_loss'] for each in found):.1e}" for found in runs(name)]
+        row.append(", ".join(sorted({f"{each['num_fast']} of {each['num_layers']}" for each in flat})))
+        rows.append([name, *row, f"{min(each['share_of_magnitudes_moved'] for each in flat):.0%}"])
+    losses = [f"loss, TRL {each['peers']['trl']}" for each in versions]
+    return markdown(["trainer", *losses, "fast layers", "magnitudes moved"], rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Do bf16-stored adapters train as float32-stored ones do, and do the magnitudes move at a small learning rate?
 
-    python benchmarks/magnitudes.py DATA --out benchmarks/results/magnitudes.json
-
 DATA holds <task>/<split>.parquet. SmolLM2-135M in NF4, DoRA rank 16 on all linear layers, lr 1e-4, the same seed, start
 and data order for all arms of a compute dtype. In float32 compute the gap between the curves is what storage does; in
 bf16 compute every difference in the last bit grows to the noise of bf16 arithmetic, and a float32-stored arm whose
@@ -11,16 +9,14 @@ included: the set-up in which they do not move. Two arms run at once, a thread e
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from frame import bench, main, table, tabulated
 from loss_curve import gap
-from measure import OFFLINE, ONE_THREAD, facts, fresh, parser_of, write
+from measure import OFFLINE, ONE_THREAD, alone
 from mixed_data import fitted
 
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
@@ -31,6 +27,17 @@ from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.train_settings import TrainConfig
 from qdora.run.load_base import load_base
 from qdora.train.optimizer import AdapterOptimizer
+
+TASKS = ("obqa", "arc_e", "winogrande", "siqa")
+ARMS = (
+    ("float32", "bfloat16"),
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "float32"),
+    ("bfloat16", "float32, other micro-batches"),
+    ("bfloat16", "plain bf16"),
+)
+"""Compute dtype, storage."""
 
 
 class PlainBf16AdamW:
@@ -51,38 +58,34 @@ class PlainBf16AdamW:
     scale_gradients_ = AdapterOptimizer.scale_gradients_
 
 
-ARMS = (
-    ("float32", "bfloat16"),
-    ("float32", "float32"),
-    ("bfloat16", "bfloat16"),
-    ("bfloat16", "float32"),
-    ("bfloat16", "float32, other micro-batches"),
-    ("bfloat16", "plain bf16"),
-)
-"""Compute dtype, storage."""
+@bench(smoke={"steps": 2, "batch": 2})
+def magnitudes(data: Path | None, *, steps: int = 200, batch: int = 8) -> dict[str, Any]:
+    """Train the arms, two at a time, and compare their curves."""
+    mix = [{"task": task, "path": str(data.resolve() / task)} for task in TASKS] if data else [{"task": "demo/facts"}]
+
+    def run(arm: tuple[str, str]) -> Any:
+        return alone(run_arm, *arm, mix, steps, batch, variables=ONE_THREAD | OFFLINE)
+
+    with ThreadPoolExecutor(2) as pool:
+        arms = list(pool.map(run, ARMS))
+    for arm in arms:
+        reference = next(other for other in arms if (other["compute"], other["storage"]) == (arm["compute"], "float32"))
+        arm["gap_to_float32_storage"] = None if arm is reference else gap(arm["losses"], reference["losses"])
+    return {"learning_rate": 1e-4, "arms": arms}
 
 
-def run_arm(compute: str, arm: str, data: Path, steps: int, batch: int) -> dict[str, Any]:
+def run_arm(compute: str, arm: str, mix: list[dict[str, str]], steps: int, batch: int) -> dict[str, Any]:
     """Train one arm; its losses and the share of entries that differ from their start."""
+    keep_freed_memory()
     storage = "float32" if arm.startswith("float32") else "bfloat16"
+    micro_batch = 256 if arm.endswith("micro-batches") else 2048
+    train = {"steps": steps, "batch": batch, "lr": 1e-4, "warmup": min(10, steps), "micro_batch_tokens": micro_batch}
     recipe = recipe_from(
         {
             "model": {"source": "builtin"},
             "adapter": {"kind": "dora", "rank": 16, "dtype": storage},
-            "data": {
-                "mix": [{"task": task, "path": str(data / task)} for task in ("obqa", "arc_e", "winogrande", "siqa")],
-                "strategy": "equal",
-                "max_length": 256,
-                "too_long": "drop",
-            },
-            "train": {
-                "steps": steps,
-                "batch": batch,
-                "lr": 1e-4,
-                "warmup": 10,
-                "optimizer": "adamw",
-                "micro_batch_tokens": 256 if arm.endswith("micro-batches") else 2048,
-            },
+            "data": {"mix": mix, "strategy": "equal", "max_length": 256, "too_long": "drop"},
+            "train": train | {"optimizer": "adamw"},
             "memory": {"checkpointing": False},
         }
     )
@@ -93,12 +96,11 @@ def run_arm(compute: str, arm: str, data: Path, steps: int, batch: int) -> dict[
     put_adapters(model, recipe)
     for layer in adapted_layers(model).values():
         layer.lora_A.data = layer.lora_A.data.bfloat16().to(layer.lora_A.dtype)  # the same start for every storage
-    if arm == "plain bf16":
-        for layer in adapted_layers(model).values():
+        if arm == "plain bf16":
             assert layer.magnitude is not None
             layer.magnitude.data = layer.magnitude.data.bfloat16()
-    start = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     parameters = adapter_parameters(model)
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer: Any = PlainBf16AdamW(parameters) if arm == "plain bf16" else AdapterOptimizer(parameters)
     settings = TrainConfig(steps=steps, batch=1, lr=1e-4, schedule="linear", warmup=min(10, steps))
     lines = fitted(model, optimizer, loader, settings)
@@ -110,30 +112,22 @@ def run_arm(compute: str, arm: str, data: Path, steps: int, batch: int) -> dict[
     return {"compute": compute, "storage": arm, "losses": [line["loss"] for line in lines], "share_moved": moved}
 
 
-def main() -> None:
-    """Run the arms, two at a time, and compare their curves."""
-    parser = parser_of(__doc__, "magnitudes")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker is not None:
-        keep_freed_memory()
-        print(json.dumps(run_arm(*ARMS[args.worker], args.data.resolve(), args.steps, args.batch)))
-        return
+@table("magnitudes")
+def magnitudes_table(result: Any) -> str:
+    """Share of entries that moved, and the distance of the loss curve from float32 storage."""
 
-    def start(index: int) -> Any:
-        options = (*sys.argv[1:], "--worker", str(index))
-        return fresh(__file__, *options, variables=ONE_THREAD | OFFLINE, errors=None)
+    def distance(name: str) -> Any:
+        return lambda arm: f"{gaps[name]:.1e}" if (gaps := arm["gap_to_float32_storage"]) else "–"
 
-    with ThreadPoolExecutor(2) as pool:
-        arms = list(pool.map(start, range(len(ARMS))))
-    for arm in arms:
-        reference = next(other for other in arms if (other["compute"], other["storage"]) == (arm["compute"], "float32"))
-        arm["gap_to_float32_storage"] = None if arm is reference else gap(arm["losses"], reference["losses"])
-    command = f"python benchmarks/magnitudes.py DATA --steps {args.steps} --batch {args.batch}"
-    write(args.out, {**facts(command), "learning_rate": 1e-4, "arms": arms})
+    columns = {
+        "storage (compute)": "{storage} ({compute})",
+        "magnitudes moved": "{share_moved[magnitude]:.2%}",
+        "lora_A": "{share_moved[lora_A]:.2%}",
+        "lora_B": "{share_moved[lora_B]:.2%}",
+        "largest gap to float32 storage": distance("largest_nats"),
+        "mean gap": distance("mean_nats"),
+    }
+    return tabulated(result["arms"], columns)
 
 
 if __name__ == "__main__":

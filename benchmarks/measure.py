@@ -1,8 +1,10 @@
-"""What the benchmarks share: options, timing in turns, peaks in fresh processes, and how a result file is written."""
+"""What the benchmarks measure with: timing in turns, peaks, fresh processes, facts about the machine, result files."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import json
 import os
 import re
@@ -10,13 +12,11 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from subprocess import PIPE
 from typing import Any, TypeVar
 
 import torch
@@ -49,10 +49,7 @@ def alternating(
     readings: Mapping[str, Callable[[], Reading]], repeats: int, *, warmup: int = 1, start: int = 0
 ) -> dict[str, list[Reading]]:
     """What each function returned in each repeat. They alternate, each round beginning one later: whatever slows the
-    machine for a while slows all of them, and none always follows the same other.
-
-    Args:
-        start: Number of the first round, where a call has only some of them.
+    machine for a while slows all of them, and none always follows the same other. `start`: number of the first round.
     """
     names = list(readings)
     found: dict[str, list[Reading]] = {name: [] for name in names}
@@ -79,35 +76,10 @@ def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
     return {**rounds, "of_medians": statistics.median(numerator) / statistics.median(denominator)}
 
 
-def parser_of(doc: str | None, name: str, *, smoke: str | None = None, data: bool = False) -> argparse.ArgumentParser:
-    """The options that most scripts have: --out, by default results/<name>.json, with --smoke a temporary file.
-
-    Args:
-        doc: The script's docstring.
-        smoke: What --smoke takes; None without it.
-        data: Whether the folder DATA is the first argument; `parsed` says if it is missing.
-    """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if data:
-        parser.add_argument("data", type=Path, nargs="?", help="not needed with --smoke")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
-    if smoke is not None:
-        parser.add_argument("--smoke", action=_Smoke, nargs=0, default=False, help=f"{smoke}: shows that it runs")
-    return parser
-
-
-class _Smoke(argparse.Action):
-    """--smoke: its numbers go to a temporary file unless --out names another one, never among the results."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
-        namespace.smoke = True
-        if namespace.out == parser.get_default("out"):
-            namespace.out = smoke_place(namespace.out.name)
-
-
-def smoke_place(name: str) -> Path:
-    """Where results of --smoke go by default."""
-    return Path(tempfile.gettempdir()) / f"smoke-{name}"
+def ratios(readings: Mapping[str, list[float]], names: Iterable[str]) -> dict[str, dict[str, float]]:
+    """`ratio` by names such as "dora / lora", of those whose sides were measured."""
+    pairs = {name: name.split(" / ") for name in names}
+    return {name: ratio(readings[a], readings[b]) for name, (a, b) in pairs.items() if {a, b} <= set(readings)}
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -139,12 +111,6 @@ def commit() -> str | None:
     return run.stdout.strip()
 
 
-def write(out: Path, result: Mapping[str, Any]) -> None:
-    """`save` the file, and print the result as the last line."""
-    save(out, result)
-    print(json.dumps(result))
-
-
 def save(out: Path, result: Mapping[str, Any]) -> None:
     """Write the file, indented; a list of numbers or strings is one line."""
     lists = re.compile(r"\[\n([^][{}]*)\n *\]")
@@ -153,30 +119,17 @@ def save(out: Path, result: Mapping[str, Any]) -> None:
     out.write_text(text + "\n", encoding="utf-8")
 
 
-def fresh(script: str, *arguments: str, variables: Mapping[str, str] | None = None, errors: Any = PIPE) -> Any:
-    """The JSON on the last line that a script prints in a process of its own; see `printed`.
-
-    Args:
-        variables: Of the environment, in addition.
-    """
+def alone(function: Callable[..., Any], *arguments: Any, variables: Mapping[str, str] | None = None) -> Any:
+    """What a function of a module returns in a process of its own with more environment variables; its arguments and
+    its result go through JSON."""
+    file = Path(inspect.getsourcefile(function) or "")
+    module = ".".join(file.resolve().relative_to(RESULTS.parent).with_suffix("").parts)
+    call = [sys.executable, __file__, module, function.__name__, json.dumps(arguments, default=str)]
     environment = {**os.environ, **(variables or {})}
-    return json.loads(printed(script, *arguments, environment=environment, errors=errors).splitlines()[-1])
-
-
-def printed(*arguments: str, environment: Mapping[str, str] | None = None, errors: Any = PIPE) -> str:
-    """Standard output of Python with these arguments, in a process of its own.
-
-    Args:
-        environment: All of it; by default that of this process.
-        errors: The file for its standard error; None: that of this process.
-    Raises:
-        RuntimeError: If it fails, with what it said.
-    """
-    call = [sys.executable, *arguments]
-    run = subprocess.run(call, stdout=PIPE, stderr=errors, text=True, check=False, env=environment)
+    run = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
     if run.returncode != 0:
-        raise RuntimeError(f"{' '.join(arguments)}: exit {run.returncode}\n{(run.stderr or '')[-4000:]}")
-    return run.stdout
+        raise RuntimeError(f"{' '.join(call[2:])}: exit {run.returncode}\n{run.stderr[-4000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def launch_variables(size: int) -> list[dict[str, str]]:
@@ -206,3 +159,7 @@ def status_bytes(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"this system has no {name} in /proc/self/status")
+
+
+if __name__ == "__main__":  # `alone`
+    print(json.dumps(getattr(importlib.import_module(sys.argv[1]), sys.argv[2])(*json.loads(sys.argv[3]))))

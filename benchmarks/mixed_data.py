@@ -27,8 +27,6 @@ from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
 from qdora.run.load_base import load_base
-from qdora.train.distributed import Processes
-from qdora.train.gates import Gates
 from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
 from qdora.train.loop import fit
@@ -38,11 +36,7 @@ from qdora.train.progress import TrainingProgress
 def recipe(data: Path, *, batch: int, checkpointing: bool, seed: int = 0, quant: str = "nf4") -> Recipe:
     """The eight commonsense tasks in equal shares on SmolLM2-135M.
 
-    Args:
-        data: Holds <task>/<split>.parquet in the schema of `qdora guide own-data`. Any path if only the model is read.
-        batch: Examples of a step.
-        seed: Of the order.
-        quant: Format of the base.
+    `data` holds <task>/<split>.parquet in the schema of `qdora guide own-data`; any path if only the model is read.
     """
     return recipe_from(
         {
@@ -93,25 +87,6 @@ def in_one_batch(step: Step) -> Step:
     return replace(step, micro_batches=[whole])
 
 
-def one_by_one(step: Step) -> Step:
-    """The same examples, each a micro-batch of its own and without padding."""
-    alone = []
-    for part in step.micro_batches:
-        for row, length in enumerate(part.attention_mask.sum(dim=1).tolist()):
-            only = slice(row, row + 1)
-            alone.append(
-                MicroBatch(
-                    input_ids=part.input_ids[only, :length],
-                    attention_mask=part.attention_mask[only, :length],
-                    labels=part.labels[only, :length],
-                    task_ids=part.task_ids[only],
-                    task_names=part.task_names,
-                    example_ids=part.example_ids[only],
-                )
-            )
-    return replace(step, micro_batches=alone)
-
-
 class FixedSteps:
     """Steps that are there already, one after the other, for `qdora.train.loop.fit`."""
 
@@ -142,17 +117,8 @@ def fitted(
     *,
     device: torch.device | None = None,
     console: Console | None = None,
-    gates: Gates | None = None,
 ) -> list[dict[str, Any]]:
-    """qdora's training loop without a run directory; its lines of metrics.
-
-    Args:
-        loader: A `StepLoader`, or what takes its place (`FixedSteps`).
-        train: Steps and schedule.
-        device: Of the micro-batches; by default that of the model's first parameter.
-        console: Where progress is shown; standard error by default.
-        gates: Of the model's adapters.
-    """
+    """qdora's training loop without a run directory; its lines of metrics. `loader` may be `FixedSteps`."""
     assert train.steps is not None
     lines: list[dict[str, Any]] = []
     with TrainingProgress(train.steps, console=console) as progress:
@@ -165,8 +131,6 @@ def fitted(
                 write_metrics=lines.append,
                 save=lambda _step: Path(tempfile.gettempdir()),
                 keep_batch=lambda _bad: Path(tempfile.gettempdir()),
-                begin_step=(lambda _step: None) if gates is None else gates.begin,
-                end_step=None if gates is None else lambda step, done: gates.end(step, done, optimizer, Processes()),
             ),
             num_steps=train.steps,
             device=device or next(model.parameters()).device,

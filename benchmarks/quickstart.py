@@ -1,13 +1,10 @@
 """Times ./scripts/quickstart in a fresh clone with a venv of its own and keeps what it showed.
 
-    python benchmarks/quickstart.py --out benchmarks/results/quickstart.json
-
 Set-up (venv, downloads) and the run itself are timed apart.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,44 +13,56 @@ import time
 from pathlib import Path
 from typing import Any
 
+from frame import bench, main, markdown, table
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def timed(command: list[str], cwd: Path) -> float:
-    """Seconds of a command that must succeed."""
-    began = time.perf_counter()
-    subprocess.run(command, cwd=cwd, check=True)
-    return time.perf_counter() - began
-
-
-def main() -> None:
+@bench()
+def quickstart() -> dict[str, Any]:
     """Clone, set up, run, gather."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quickstart.json")
-    args = parser.parse_args()
+
+    def seconds_of(command: list[str], cwd: str | Path) -> float:
+        began = time.perf_counter()
+        subprocess.run(command, cwd=cwd, check=True)
+        return round(time.perf_counter() - began, 1)
+
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "qdora"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        setup = timed(["./scripts/setup", "gguf", "--with-model"], clone)
-        run = timed([str(clone / "scripts/quickstart")], Path(folder))  # from another folder, as anyone may
-        made = clone / "runs/quickstart"
-        side = json.loads((made / "side_by_side.json").read_text())
-        export = json.loads((made / "merged/export.json").read_text())
-        environment = json.loads((made / "environment.json").read_text())
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=clone, capture_output=True, text=True, check=True)
-    document: dict[str, Any] = {
-        "command": "python benchmarks/quickstart.py",
-        "commit": commit.stdout.strip(),
-        "setup_seconds": round(setup, 1),
-        "run_seconds": round(run, 1),
-        "num_cpus": len(os.sched_getaffinity(0)),
-        "evaluations": {**side["beside"], "merged": side["evaluation"]},
-        "export": export,
-        "environment": environment,
-    }
-    # The temporary clone's path says nothing to a reader.
-    args.out.write_text(json.dumps(document, indent=1).replace(str(clone), ".") + "\n")
-    print(json.dumps({key: document[key] for key in ("commit", "setup_seconds", "run_seconds")}))
+        seconds = {"setup_seconds": seconds_of(["./scripts/setup", "gguf", "--with-model"], clone)}
+        seconds["run_seconds"] = seconds_of([str(clone / "scripts/quickstart")], folder)  # from any folder
+        names = ("side_by_side", "merged/export", "environment")
+        # The temporary clone's path says nothing to a reader.
+        texts = [(clone / f"runs/quickstart/{name}.json").read_text().replace(str(clone), ".") for name in names]
+    side, export, environment = map(json.loads, texts)
+    evaluations = {**side["beside"], "merged": side["evaluation"]}
+    cpus = {"num_cpus": len(os.sched_getaffinity(0))}
+    return {**seconds, **cpus, "evaluations": evaluations, "export": export, "environment": environment}
+
+
+@table("quickstart")
+def quickstart_table(result: Any) -> str:
+    """Base, adapter and merged side by side."""
+    columns = result["evaluations"]
+    header = ["task", "n", "chance", *(f"{label} {what}" for label in columns for what in ("acc %", "NLL"))]
+    rows = []
+    for task in [*columns["base"]["tasks"], "average"]:
+        found = [each["average"] if task == "average" else each["tasks"][task] for each in columns.values()]
+        row = [task, str(found[0]["num_examples"]), f"{100 * found[0]['chance']:.1f}"]
+        for each in found:
+            row += [f"{100 * each['acc']:.1f} ± {100 * each['acc_stderr']:.1f}", f"{each['nll_per_token']:.3f}"]
+        rows.append(row)
+    check = result["export"]["verification"]
+    exact, running = check["exported_vs_reference"], check["exported_vs_running"]
+    note = (
+        f"\nThe merged fp16 model against the adapter in float32 arithmetic, on {check['num_positions']:,} held-out "
+        f"tokens: largest logit difference {exact['max_logit_difference']:.2g}, mean KL {exact['kl_mean']:.1g} nats, "
+        f"same next token {exact['argmax_agreement']:.2%}. (The largest logit difference of the adapter in "
+        f"{check['running_dtype']} from both is {running['max_logit_difference']:.2g}.) The run took "
+        f"{result['run_seconds'] / 60:.1f} minutes after set-up on {result['num_cpus']} shared cores.\n"
+    )
+    return markdown(header, rows) + note
 
 
 if __name__ == "__main__":

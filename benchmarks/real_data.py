@@ -1,129 +1,132 @@
 """LoRA and DoRA on the combined commonsense data with SmolLM2-135M in NF4: answer NLL and accuracy before and after.
 
-    python benchmarks/real_data.py DATA --out benchmarks/results/real_data.json [--arms lora,dora] [--seeds 0]
-
-DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. Arms and seeds run in processes of
-one thread each, as many at once as there are cores. Nothing is chosen by a score: learning rate and length of the runs
-are fixed beforehand, validation is shown, and test is scored once, after the last step.
+DATA holds <task>/<split>.parquet in the schema of `qdora guide own-data`. Arms and seeds run in processes of one thread
+each, as many at once as there are cores. Nothing is chosen by a score: learning rate and length of the runs are fixed
+beforehand, validation is shown, and test is scored once, after the last step.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from measure import OFFLINE, ONE_THREAD, facts, fresh, parser_of, write
+from byte_tokenizer import write_model
+from frame import bench, main, markdown, table
+from measure import OFFLINE, ONE_THREAD, alone
+from tables.table import percent
 
 from qdora.recipe.data_settings import COMMONSENSE_TASKS
+from qdora.recipe.recipe_file import recipe_from
+from qdora.run.evaluate import EvalOptions, evaluate_target
+from qdora.run.train import train_run
+
+KEPT = ("num_examples", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "chance", "majority", "nll", "nll_stderr")
+KEPT += ("nll_per_token", "nll_per_token_stderr", "num_answer_tokens")
 
 
-def recipe(data: Path, kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One arm; the two arms differ in adapter.kind only."""
-    return {
-        "model": {"source": "builtin"},
+@bench(smoke={"steps": 2, "batch": 4, "limit": 4, "test_limit": 4})
+def real_data(
+    data: Path | None,
+    *,
+    runs: str = "runs/real_data",
+    arms: str = "lora,dora",
+    seeds: str = "0",
+    steps: int = 200,
+    batch: int = 16,
+    lr: float = 5e-4,
+    limit: int = 100,
+    test_limit: int = 250,
+) -> dict[str, Any]:
+    """A run for each arm and seed; one that was interrupted resumes."""
+    folder = Path(runs) if data else Path(tempfile.mkdtemp())
+    source = "builtin" if data else write_model(folder / "model")
+    mix = [{"task": task, "path": str(data.resolve() / task)} for task in COMMONSENSE_TASKS] if data else []
+    document = {
+        "model": {"source": source},
         "base": {"quant": "nf4"},
-        "adapter": {"kind": kind, "rank": 16, "alpha": 32.0},
-        "data": {
-            "mix": [{"task": task, "path": str(data / task)} for task in COMMONSENSE_TASKS],
-            "strategy": "equal",
-            "max_length": 512,
-            "too_long": "drop",
-            "seed": seed,
-        },
-        "train": {
-            "steps": args.steps,
-            "batch": args.batch,
-            "lr": args.lr,
-            "schedule": "linear",
-            "warmup": 10,
-            "optimizer": "adamw",
-            "seed": seed,
-            "checkpoint_every": 25,
-        },
-        "eval": {"limit": args.limit},
+        "adapter": {"kind": "lora|dora", "rank": 16, "alpha": 32.0},
+        "data": {"mix": mix or [{"task": "demo/facts"}], "strategy": "equal", "max_length": 512, "too_long": "drop"},
+        "train": {"steps": steps, "batch": batch, "lr": lr, "schedule": "linear", "warmup": min(10, steps)},
+        "eval": {"limit": limit},
         "memory": {"checkpointing": False},
     }
+    document["train"] |= {"optimizer": "adamw", "checkpoint_every": 25}
+
+    def run(job: tuple[str, str]) -> Any:
+        return alone(run_arm, document, *job, str(folder), test_limit, variables=ONE_THREAD | OFFLINE)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        found = list(pool.map(run, [(kind, seed) for seed in seeds.split(",") for kind in arms.split(",")]))
+    document["data"]["mix"] = [source | {"path": "DATA"} for source in mix]
+    return {"num_training_examples": steps * batch, "settings": document, "arms": found}
 
 
-def run_arm(data: Path, kind: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def run_arm(document: dict[str, Any], kind: str, seed: str, folder: str, test_limit: int) -> dict[str, Any]:
     """Train one arm in this process, then score the test split once, base and adapter."""
-    from qdora.recipe.recipe_file import recipe_from
-    from qdora.run.evaluate import EvalOptions, evaluate_target
-    from qdora.run.train import train_run
-
-    directory = Path(args.runs) / f"{kind}-seed{seed}"
+    directory = Path(folder) / f"{kind}-seed{seed}"
+    document["adapter"]["kind"] = kind
+    for section in ("data", "train"):
+        document[section]["seed"] = int(seed)
     started = time.perf_counter()
-    resume = (directory / "recipe.yaml").exists()
-    summary = train_run(recipe_from(recipe(data, kind, seed, args)), directory, resume=resume)
+    summary = train_run(recipe_from(document), directory, resume=(directory / "recipe.yaml").exists())
     seconds = time.perf_counter() - started
-    after = evaluate_target(str(directory), EvalOptions(split="test", limit=args.test_limit))
-    result = {
+
+    def short(evaluation: dict[str, Any]) -> dict[str, Any]:
+        rows = {**evaluation["tasks"], "average": evaluation["average"]}
+        return {task: {name: row[name] for name in KEPT} for task, row in rows.items()}
+
+    def tested(*, base_only: bool) -> dict[str, Any]:
+        options = EvalOptions(split="test", limit=test_limit, base_only=base_only)
+        return short(evaluate_target(str(directory), options)["evaluation"])
+
+    test = {"adapter": tested(base_only=False)}
+    return {
         "kind": kind,
-        "seed": seed,
+        "seed": int(seed),
         "train_seconds": seconds,
         "final_loss": summary["final_loss"],
         "num_trainable": summary["num_trainable"],
-        "validation": {label: _short(document) for label, document in summary["evaluations"].items()},
-        "test": {"adapter": _short(after["evaluation"])},
+        "validation": {label: short(found) for label, found in summary["evaluations"].items()},
+        "test": test | ({"base": tested(base_only=True)} if (kind, seed) == ("lora", "0") else {}),  # the same for all
     }
-    if kind == "lora" and seed == 0:  # the base is the same for all
-        before = evaluate_target(str(directory), EvalOptions(split="test", limit=args.test_limit, base_only=True))
-        result["test"]["base"] = _short(before["evaluation"])
-    return result
 
 
-def _short(document: dict[str, Any]) -> dict[str, Any]:
-    keep = ("num_examples", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "chance", "majority", "nll")
-    keep += ("nll_stderr", "nll_per_token", "nll_per_token_stderr", "num_answer_tokens")
-    rows = {**document["tasks"], "average": document["average"]}
-    return {task: {name: row[name] for name in keep} for task, row in rows.items()}
+@table("real_data")
+def real_data_table(result: Any) -> str:
+    """Validation and test NLL and accuracy of both arms, mean over seeds."""
+    arms = result["arms"]
+    kinds = list(dict.fromkeys(arm["kind"] for arm in arms))
+    test = next(arm["test"]["base"] for arm in arms if "base" in arm["test"])
+    validation = arms[0]["validation"]["base"]
+    names = ["val NLL base", *(f"val {kind}" for kind in kinds), "test NLL base", *(f"test {kind}" for kind in kinds)]
+    names += ["test acc % base", *(f"acc {kind}" for kind in kinds), "chance"]
+    rows = []
+    for task, base in test.items():
+        row = [task, f"{validation[task]['nll_per_token']:.3f}"]
+        row += [_mean([arm["validation"]["adapter"][task] for arm in arms if arm["kind"] == kind]) for kind in kinds]
+        row.append(f"{base['nll_per_token']:.3f}")
+        own = [[arm["test"]["adapter"][task] for arm in arms if arm["kind"] == kind] for kind in kinds]
+        row += [*map(_mean, own), percent(base["acc"], base["acc_stderr"]), *(_mean(each, "acc") for each in own)]
+        rows.append([*row, percent(base["chance"])])
+    seeds = sorted({arm["seed"] for arm in arms})
+    note = (
+        f"\n{result['num_training_examples']:,} training examples per run, seeds {', '.join(map(str, seeds))}; "
+        "± is the standard error over examples for one seed, and over examples and seeds in the mean of several.\n"
+    )
+    return markdown(["task", *names], rows) + note
 
 
-def main() -> None:
-    """Start one process per arm and seed, gather their results."""
-    parser = parser_of(__doc__, "real_data")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--runs", type=Path, default=Path("runs/real_data"))
-    parser.add_argument("--arms", default="lora,dora")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--limit", type=int, default=100)
-    parser.add_argument("--test-limit", type=int, default=250)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    data = args.data.resolve()
-    if args.worker:
-        kind, seed = args.worker.split(":")
-        print(json.dumps(run_arm(data, kind, int(seed), args)))
-        return
-    jobs = [f"{kind}:{seed}" for seed in args.seeds.split(",") for kind in args.arms.split(",")]
-
-    def start(job: str) -> Any:
-        log = args.runs / f"{job.replace(':', '-seed')}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as errors:
-            options = (*sys.argv[1:], "--worker", job)
-            return fresh(__file__, *options, variables=ONE_THREAD | OFFLINE, errors=errors)
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = list(pool.map(start, jobs))
-    command = f"python benchmarks/real_data.py DATA --steps {args.steps} --batch {args.batch} --lr {args.lr} "
-    command += f"--limit {args.limit} --test-limit {args.test_limit} --arms {args.arms} --seeds {args.seeds}"
-    document = {
-        **facts(command),
-        "num_training_examples": args.steps * args.batch,
-        "settings": recipe(Path("DATA"), "lora|dora", 0, args),
-        "arms": results,
-    }
-    write(args.out, document)
+def _mean(rows: list[dict[str, Any]], name: str = "nll_per_token") -> str:
+    """Mean over the seeds of an arm, with sqrt(examples' variance + variance between seeds / seeds)."""
+    values = [row[name] for row in rows]
+    mean = sum(values) / len(values)
+    between = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1) / len(values)
+    error = (sum(row[f"{name}_stderr"] ** 2 for row in rows) / len(rows) + between) ** 0.5
+    return percent(mean, error) if name == "acc" else f"{mean:.3f} ± {error:.3f}"
 
 
 if __name__ == "__main__":

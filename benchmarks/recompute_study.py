@@ -8,12 +8,11 @@ over the seeds, p-values over seeds and examples, equivalence, Holm's correction
 the verdict), and of every arm and base the damage, what is left of it, that of a transplant, the share that training
 repaired, and what magnitudes contribute. Of results/study also every number that README.md and benchmarks/README.md
 say of it. Ends with 1 if a number differs from the report's by more than 1e-6, or from a page's by more than it was
-rounded, or if a verdict is another one.
+rounded, or if a verdict is another one. Only one is not recomputed: "not decided" for a reason that the report gives.
 """
 
 from __future__ import annotations
 
-import copy
 import csv
 import hashlib
 import itertools
@@ -23,6 +22,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,13 @@ MEASURES = ("nll_per_token", "nll_by_task", "acc", "acc_norm")
 ZONE_OF_SHARES = 0.01
 COMPARED = ("improvement", "lower", "upper", "p_seeds", "p_examples", "p_equivalent", "p_holm", "p_equivalent_holm")
 COMPARED += ("smallest_detectable",)
+ENDS = ("", "_lower", "_upper")
 NAMES_OF_REPAIR = ("left", "transplant", "repaired", "repaired_share", "magnitudes", "damage_choice")
-REPAIRED = tuple(name + end for name in NAMES_OF_REPAIR for end in ("", "_lower", "_upper"))
+REPAIRED = tuple(name + end for name in NAMES_OF_REPAIR for end in ENDS)
 OF_TASK = ("weight", "improvement", "lower", "upper")
 Numbers = dict[str, float]
 Key = tuple[str, ...]
+Cell = Mapping[str, Any]
 
 
 class Tally:
@@ -51,8 +53,11 @@ class Tally:
         self.number, self.worst, self.faults = 0, 0.0, 0
 
     def add(self, where: str, told: float, own: float, allowed: float = TOLERANCE) -> None:
-        """Compare a number that is told with the one that was recomputed."""
-        difference = distance(own, told)
+        """Compare a number that is told with the one that was recomputed; neither may be known."""
+        if math.isnan(own) or math.isnan(told):
+            difference = 0.0 if math.isnan(own) and math.isnan(told) else math.inf
+        else:
+            difference = abs(own - told)
         self.number += 1
         if allowed == TOLERANCE:  # others were rounded
             self.worst = max(self.worst, difference)
@@ -79,7 +84,10 @@ def main() -> None:
             compare_table(tally, folder / "tasks.csv", other.tasks(), OF_TASK, (*keys, "task"), measure)
         verdicts = other.verdicts(compared) if other.is_metric else {}
         for key, row in rows_of(folder / "comparisons.csv", keys, measure):
-            if row["role"] == "primary" and row["verdict"] != verdicts.get(key):
+            is_careful = (
+                row["verdict"] == "not decided" and row["reason"]
+            )  # contexts without results are not looked for
+            if row["role"] == "primary" and row["verdict"] != verdicts.get(key) and not is_careful:
                 who = ", ".join(filter(None, key))
                 tally.fault(f"{who}: the verdict is {row['verdict']!r}, recomputed {verdicts.get(key)!r}")
     if folder.resolve() == HERE / "results/study":
@@ -93,101 +101,83 @@ def compare_table(
     tally: Tally, file: Path, own: Mapping[Key, Numbers], columns: Sequence[str], keys: Sequence[str], measure: str = ""
 ) -> None:
     """Compare the columns of a data file that were recomputed; its rows with any of them must be the same."""
-    told = {
-        key: {column: float(row.get(column) or "nan") for column in columns}
-        for key, row in rows_of(file, keys, measure)
-        if any(row.get(column) for column in columns)
-    }
+    told = {key: row for key, row in rows_of(file, keys, measure) if any(row.get(column) for column in columns)}
     if set(told) != set(own):
         raise SystemExit(f"{file.name}: other rows than recomputed: {sorted(set(told) ^ set(own))[:4]}")
     for key, numbers in own.items():
         for column, value in numbers.items():
-            tally.add(f"{file.name}: {', '.join(filter(None, key))}: {column}", told[key][column], value)
+            where = f"{file.name}: {', '.join(filter(None, key))}: {column}"
+            tally.add(where, float(told[key].get(column) or "nan"), value)
 
 
 def rows_of(file: Path, keys: Sequence[str], measure: str = "") -> Iterator[tuple[Key, dict[str, str]]]:
     """(labels, row) of a table, of one measure if it has several. A report has no file for a table without rows."""
-    if not file.is_file():
-        return
-    with file.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            if not measure or row["measure"] == measure:
-                yield tuple(row.get(key, "") for key in keys), row
+    if file.is_file():
+        with file.open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                if not measure or row["measure"] == measure:
+                    yield tuple(row.get(key, "") for key in keys), row
 
 
-def distance(one: float, other: float) -> float:
-    """Their difference; 0 if neither is known, infinite if one is."""
-    if math.isnan(one) or math.isnan(other):
-        return 0.0 if math.isnan(one) and math.isnan(other) else math.inf
-    return abs(one - other)
-
-
+@dataclass
 class Arm:
     """Cells of one value of the compared axis in one context, by their seeds; `num_missing` first seeds have none."""
 
-    def __init__(self, name: str, context: Mapping[str, str], cell: Mapping[str, Any]) -> None:
-        self.name, self.context, self.is_interior = name, dict(context), cell["is_interior"]
-        self.is_dense = cell["base_key"] == cell["dense_key"]
-        self.cells: dict[str, Mapping[str, Any]] = {}
-        self.planned: list[str] = []
-        self.num_missing = 0
+    name: str
+    context: dict[str, str]
+    is_interior: bool
+    is_dense: bool
+    cells: dict[str, Cell] = field(default_factory=dict)
+    planned: list[str] = field(default_factory=list)
+    num_missing: int = 0
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """A name of its context, and its own."""
+        return json.dumps(self.context), self.name
 
     def with_seeds(self, seeds: Sequence[str]) -> Arm:
         """The arm with these seeds alone."""
-        found = copy.copy(self)
-        found.cells = {seed: self.cells[seed] for seed in seeds if seed in self.cells}
-        found.num_missing = len(seeds) - len(found.cells)
-        return found
+        cells = {seed: self.cells[seed] for seed in seeds if seed in self.cells}
+        return replace(self, cells=cells, num_missing=len(seeds) - len(cells))
 
 
 Term = tuple[float, Arm, Arm]
 
 
 class KeptStudy:
-    """What scores.json.xz holds."""
+    """What scores.json.xz holds, in one measure."""
 
     def __init__(self, document: Mapping[str, Any], measure: str = "") -> None:
         self.document, self.study = document, document["study"]
-        self.compare = DEFAULT | {
-            name: value for name, value in self.study.get("compare", {}).items() if value is not None
-        }
+        given = {name: value for name, value in self.study.get("compare", {}).items() if value is not None}
+        self.compare = DEFAULT | given
         self.is_metric = measure in ("", self.compare["metric"])
         self.metric, self.arm_axis = measure or self.compare["metric"], self.compare["arm"]
+        self.reference = self.compare["reference"]
+        self.sign = -1.0 if self.metric.startswith("nll") else 1.0  # of what is better
         is_same = self.metric[:3] == self.compare["metric"][:3]  # an NLL, or an accuracy
         self.zone = self.compare["zone"] if is_same else ZONE_OF_SHARES
-        self.weighting = self.compare["tasks"] if self.metric == "nll_per_token" else "equal"
+        self.by_tokens = self.metric == "nll_per_token" and self.compare["tasks"] == "tokens"
         self.axes = [axis for axis in self.study["product"] if axis != self.arm_axis]
-        self.searched = self.study.get("rates") is not None
-        self.halves = self.searched and self.compare["split"] == "halves"
+        self.halves = self.study.get("rates") is not None and self.compare["split"] == "halves"
         self.first = set(map(str, self.study.get("seeds", (0, 1, 2))))
-        self.arms = self._arms(document["cells"], "trained")
-        self.transplants = self._arms(document["cells"], "transplant")
-        self.set_back = self._arms(document["cells"], "set_back")
-        self.reference = self.compare["reference"]
+        self.of_kind = {kind: self._arms(kind) for kind in ("trained", "transplant", "set_back")}
+        self.arms = self.of_kind["trained"]
         self.primary: dict[Key, list[Term]] = {}
-        self.lacking: dict[Key, bool] = {}
         self.tests: dict[Key, int] = {}
-        self.shared = self._shared([each["cell"] for each in document["cells"] if each["cell"]["kind"] == "trained"])
         self._kept: dict[int, dict[str, dict[str, tuple[float, float]]]] = {}
         self._values: dict[tuple[int, str], float] = {}
 
-    def _place(self, labels: Mapping[str, str]) -> tuple[str, str]:
-        return json.dumps({axis: labels[axis] for axis in self.axes}), labels[self.arm_axis]
-
-    def _shared(self, cells: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[str, str]]:
-        """(context, arm) without a cell of its own -> the one whose cell it shares, since its recipe is the same."""
-        own = {self._place(cell["labels"]) for cell in cells}
-        pairs = [(self._place(other), self._place(cell["labels"])) for cell in cells for other in cell.get("equal", ())]
-        return {other: place for other, place in pairs if other not in own}
-
-    def _arms(self, cells: Sequence[Mapping[str, Any]], kind: str) -> list[Arm]:
+    def _arms(self, kind: str) -> list[Arm]:
         found: dict[tuple[str, str], Arm] = {}
-        for each in cells:
+        for each in self.document["cells"]:
             cell, labels = each["cell"], each["cell"]["labels"]
             if cell["kind"] == kind:
                 context = {axis: labels[axis] for axis in self.axes if axis in labels}
-                key = (labels[self.arm_axis], json.dumps(context))
-                arm = found.setdefault(key, Arm(labels[self.arm_axis], context, cell))
+                is_dense = cell["base_key"] == cell["dense_key"]
+                arm = Arm(labels[self.arm_axis], context, cell["is_interior"], is_dense)
+                arm = found.setdefault(arm.place, arm)
                 arm.planned.append(labels["seed"])
                 if each["result"] is not None:
                     arm.cells[labels["seed"]] = each
@@ -195,7 +185,16 @@ class KeptStudy:
             arm.num_missing = sum(seed not in arm.cells for seed in self.first_of(arm.planned))
         return [arm for arm in found.values() if arm.cells]
 
-    def examples(self, cell: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
+    def first_of(self, seeds: Iterable[str]) -> list[str]:
+        """Those of these seeds that are not later ones: they alone tell the spread (Stein, 1945)."""
+        every = list(seeds)
+        return [seed for seed in every if seed in self.first] or every
+
+    def in_order(self, seeds: Iterable[str]) -> list[str]:
+        """Later seeds last."""
+        return sorted(seeds, key=lambda seed: seed not in self.first)
+
+    def examples(self, cell: Cell) -> dict[str, dict[str, tuple[float, float]]]:
         """Task -> example -> (value, weight) in the metric, of the examples that compare."""
         if id(cell) not in self._kept:
             scores, tasks, seen = cell["scores"] or {"task": [], "id": []}, {}, {}  # none if it diverged
@@ -203,33 +202,26 @@ class KeptStudy:
                 seen[task, name] = seen.get((task, name), 0) + 1
                 if self.halves and hashlib.sha256(str(name).encode()).digest()[0] % 2:
                     continue  # this half found the rates
-                pair = self._score(scores, index)
-                if pair is not None:
-                    tasks.setdefault(task, {})[f"{name}#{seen[task, name]}"] = pair
+                if self.sign < 0:
+                    pair = scores["nll"][index], float(scores["num_answer_tokens"][index])
+                elif scores["loglikelihoods"][index] is None:
+                    continue
+                else:
+                    pair = float(scores[self.metric][index]), 1.0
+                tasks.setdefault(task, {})[f"{name}#{seen[task, name]}"] = pair
             self._kept[id(cell)] = tasks
         return self._kept[id(cell)]
 
-    def _score(self, scores: Mapping[str, Any], index: int) -> tuple[float, float] | None:
-        if self.metric.startswith("nll"):
-            return scores["nll"][index], float(scores["num_answer_tokens"][index])
-        if scores["loglikelihoods"][index] is None:
-            return None
-        return float(scores[self.metric][index]), 1.0
-
-    def value(self, cell: Mapping[str, Any], only: str = "") -> float:
+    def value(self, cell: Cell, only: str = "") -> float:
         """The metric of a run, of all tasks or one; the worst score if it diverged."""
         if "diverged" in cell["result"]:
-            return math.log(cell["result"]["num_vocabulary"]) if self.metric.startswith("nll") else 0.0
-        which = (id(cell), only)
-        if which not in self._values:
-            self._values[which] = self._mean(cell, only)
-        return self._values[which]
-
-    def _mean(self, cell: Mapping[str, Any], only: str) -> float:
-        tasks = [np.array(list(each.values())) for name, each in self.examples(cell).items() if only in ("", name)]
-        if self.weighting == "tokens":
-            return float(np.concatenate(tasks)[:, 0].sum() / np.concatenate(tasks)[:, 1].sum())
-        return float(np.mean([each[:, 0].sum() / each[:, 1].sum() for each in tasks]))
+            return math.log(cell["result"]["num_vocabulary"]) if self.sign < 0 else 0.0
+        if (id(cell), only) not in self._values:
+            tasks = [np.array(list(each.values())) for name, each in self.examples(cell).items() if only in ("", name)]
+            sums = np.array([each.sum(axis=0) for each in tasks])
+            sums = sums.sum(axis=0, keepdims=True) if self.by_tokens else sums
+            self._values[id(cell), only] = float(np.mean(sums[:, 0] / sums[:, 1]))
+        return self._values[id(cell), only]
 
     def comparisons(self) -> dict[Key, Numbers]:
         """(name, labels, arm) -> numbers of every comparison."""
@@ -238,28 +230,27 @@ class KeptStudy:
         families: dict[Key, str] = {}
         for name, entry in asked.items():
             arms = [arm.with_seeds(list(map(str, entry["seeds"]))) if entry.get("seeds") else arm for arm in self.arms]
-            terms = self._terms(entry, pairs_of(arms, entry.get("reference") or self.reference))
+            terms = terms_of(entry, pairs_of(arms, entry.get("reference") or self.reference))
             if terms and shared_seeds(terms):
                 key = (name, *("" for _ in self.axes), terms[0][1].name)
                 contrasts[key] = self.primary[key] = terms
-                self.lacking[key] = self._lacks_any(entry, terms)
                 families[key] = entry.get("family") or "primary"
         for arm, other in pairs_of(self.arms, self.reference):
             key = (f"{arm.name} against {other.name}", *(arm.context.get(axis, "") for axis in self.axes), arm.name)
             if shared_seeds([(1.0, arm, other)]):
                 contrasts[key] = [(1.0, arm, other)]
                 self.primary |= {} if asked else {key: contrasts[key]}
-        alpha, tests = self.compare["alpha"], dict.fromkeys(contrasts, 1)
+        self.tests = dict.fromkeys(contrasts, 1)
+        named = [each.get("family") or "primary" for each in asked.values()]
         for key in self.primary if self.is_metric else ():
-            named = [each.get("family") or "primary" for each in asked.values()]
-            tests[key] = named.count(families[key]) if asked else max(len(self.primary), self._num_pairs())
-        self.tests = tests
-        found = {key: self._numbers(terms, alpha / tests[key]) for key, terms in contrasts.items()}
+            self.tests[key] = named.count(families[key]) if asked else len(self.primary)
+        alpha = self.compare["alpha"]
+        found = {key: self._numbers(terms, alpha / self.tests[key]) for key, terms in contrasts.items()}
         for family in set(families.values()) or {""} if self.is_metric else ():
             keys = [key for key in self.primary if families.get(key, "") == family]
-            larger = [np.nanmax([found[key]["p_seeds"], found[key]["p_examples"]]) for key in keys]
+            number = self.tests[keys[0]] if keys else 1
+            larger = [float(np.nanmax([found[key]["p_seeds"], found[key]["p_examples"]])) for key in keys]
             equivalent = [found[key]["p_equivalent"] for key in keys]
-            number = tests[keys[0]] if keys else 1
             for key, p, p_equivalent in zip(keys, holm(larger, number), holm(equivalent, number), strict=True):
                 found[key] |= {"p_holm": p, "p_equivalent_holm": p_equivalent}
         return found
@@ -268,35 +259,34 @@ class KeptStudy:
         """(name, labels, arm, task) -> numbers of a primary comparison on one task, after `comparisons`."""
         found, of_metric = {}, self if self.is_metric else KeptStudy(self.document)
         for key, terms in self.primary.items():
-            seeds = sorted(shared_seeds(terms), key=lambda seed: seed not in self.first)
+            seeds = self.in_order(shared_seeds(terms))
             weights: dict[str, float] = {}
-            for cell in (terms[0][1].cells[seed] for seed in seeds):
-                sums = {task: sum(w for _, w in each.values()) for task, each in of_metric.examples(cell).items()}
+            for seed in seeds:
+                examples = of_metric.examples(terms[0][1].cells[seed])
+                sums = {task: sum(weight for _, weight in each.values()) for task, each in examples.items()}
                 for task, each in sums.items():
                     weights[task] = weights.get(task, 0.0) + each / sum(sums.values()) / len(seeds)
             cells = [arm.cells[seed] for _, *pair in terms for arm in pair for seed in seeds]
             scored = [self.examples(cell) for cell in cells if "diverged" not in cell["result"]]
             for task in (name for name in weights if all(name in each for each in scored)):
-                mean, half, *_ = t_interval(self._improvements(terms, seeds, task), self.num_first(seeds))
-                numbers = {"improvement": mean, "lower": mean - half, "upper": mean + half}
+                improvements = self._improvements(terms, seeds, task)
+                numbers = dict(zip(OF_TASK[1:], three(improvements, len(self.first_of(seeds))), strict=True))
                 found[*key, task] = numbers | {"weight": weights[task]}
         return found
 
     def _improvements(self, terms: Sequence[Term], seeds: Sequence[str], task: str = "") -> list[float]:
-        sign = -1.0 if self.metric.startswith("nll") else 1.0
-        parts = [(sign * s * f, arm) for f, *pair in terms for s, arm in zip((1.0, -1.0), pair, strict=True)]
-        return [sum(factor * self.value(arm.cells[seed], task) for factor, arm in parts) for seed in seeds]
+        signed = [(self.sign * factor, arm) for factor, arm in signed_arms(terms)]
+        return [sum(factor * self.value(arm.cells[seed], task) for factor, arm in signed) for seed in seeds]
 
     def verdicts(self, found: Mapping[Key, Numbers]) -> dict[Key, str]:
         """What each primary comparison may say, by the numbers of `comparisons`."""
-        said = {}
-        zone = f"{self.zone:g}"
+        said, zone = {}, f"{self.zone:g}"
         for key, terms in self.primary.items():
             arms = [arm for _, *pair in terms for arm in pair]
-            may_be = all(arm.is_interior and not arm.num_missing for arm in arms) and not self.lacking.get(key)
+            may_be = all(arm.is_interior and not arm.num_missing for arm in arms)
             may_be = may_be and len(shared_seeds(terms)) >= self.compare["min_seeds"]
             # Without a diverged run, a task of a single example
-            may_be = may_be and (self._has_diverged(terms) or not math.isnan(found[key]["p_examples"]))
+            may_be = may_be and (has_diverged(terms) or not math.isnan(found[key]["p_examples"]))
             better, equivalent = (may_be and found[key][p] < self.compare["alpha"] for p in COMPARED[6:8])
             winner = terms[0][1 if found[key]["improvement"] > 0 else 2].name
             said[key] = f"no difference above {zone}" if equivalent else "not decided"
@@ -304,97 +294,26 @@ class KeptStudy:
                 said[key] = f"{winner} is better" + (f", by less than {zone}" if equivalent else "")
         return said
 
-    def _terms(self, entry: Mapping[str, Any], pairs: Sequence[tuple[Arm, Arm]]) -> list[Term]:
-        terms: list[Term] = []
-        for sign, wanted in parts_of(entry):
-            own = [p for p in pairs if entry.get("arm") in (None, p[0].name) and has_labels(p[0].context, wanted)]
-            if not own:
-                return []
-            terms += [(sign / len(own), *pair) for pair in own]
-        return terms
-
-    def _lacks_any(self, entry: Mapping[str, Any], terms: Sequence[Term]) -> bool:
-        """Whether the study asks for a context, in which it trains both arms, or for a label that no term has.
-
-        A combination without a cell of its own is not trained: it has the recipe of another one, whose cell it shares.
-        """
-        trained = self._trained()
-        both = {terms[0][1].name, terms[0][2].name}
-        compared = [arm.context for _, arm, _ in terms]
-        there = {(json.dumps(arm.context), arm.name) for _, *pair in terms for arm in pair}
-        of_equal = {context for context, _ in self.shared}
-        compared += [
-            json.loads(each)
-            for each in of_equal
-            if all(self.shared.get((each, name), (each, name)) in there for name in both)
-        ]
-        for _, wanted in parts_of(entry):
-            contexts = [json.loads(text) for text, names in trained.items() if names >= both]
-            if any(has_labels(context, wanted) and context not in compared for context in contexts):
-                return True
-            for axis, value in wanted.items():
-                every = value if isinstance(value, list) else [value]
-                if set(map(text_of, every)) - {context[axis] for context in compared if has_labels(context, wanted)}:
-                    return True
-        return False
-
-    def _num_pairs(self) -> int:
-        """How many arms the study trains beside the reference of their context."""
-        return sum(len(names) - 1 for names in self._trained().values() if self.reference in names)
-
-    def _trained(self) -> dict[str, set[str]]:
-        """Context -> the arms that the study trains in it, but for those that share the cell of another place."""
-        trained: dict[str, set[str]] = {}
-        product = {axis: list(map(text_of, values)) for axis, values in self.study["product"].items()}
-        for stage in self.study.get("stages") or [{}]:
-            for combination in itertools.product(*product.values()):
-                labels = dict(zip(product, combination, strict=True))
-                wanted = {axis: value for axis, value in stage.get("cells", {}).items() if axis != "seed"}
-                is_left_out = any(has_labels(labels, each) for each in self.study.get("exclude", ()))
-                if stage.get("kind", "train") == "train" and has_labels(labels, wanted) and not is_left_out:
-                    context, name = self._place(labels)
-                    if (context, name) not in self.shared:
-                        trained.setdefault(context, set()).add(name)
-        return trained
-
     def _numbers(self, terms: Sequence[Term], alpha: float) -> Numbers:
-        shared = sorted(shared_seeds(terms), key=lambda seed: seed not in self.first)
-        mean, half, stderr, free = t_interval(self._improvements(terms, shared), self.num_first(shared))
-        numbers = {"improvement": mean, "lower": mean - half, "upper": mean + half}
-        error, degrees = self._over_examples(terms, shared)
-        numbers["p_seeds"] = both_tails(mean, stderr, free)
-        numbers["p_examples"] = both_tails(mean, error, degrees)
+        seeds = self.in_order(shared_seeds(terms))
+        mean, half, stderr, free = t_interval(self._improvements(terms, seeds), len(self.first_of(seeds)))
+        error, degrees, is_lost = math.nan, math.nan, has_diverged(terms)
+        if not is_lost:
+            signed = [[(factor, arm.cells[seed]) for factor, arm in signed_arms(terms)] for seed in seeds]
+            error, degrees = self.spread_over_examples(signed)
         equivalent = [tail(abs(mean) - self.zone, each, df) for each, df in ((stderr, free), (error, degrees))]
-        # A run that diverged has no measured score, and one seed no spread: nothing is known to be equivalent
-        numbers["p_equivalent"] = (
-            math.nan if self._has_diverged(terms) or len(shared) < 2 else float(np.nanmax(equivalent))
-        )
-        numbers["smallest_detectable"] = stderr * detectable(free, alpha, self.compare["power"]) if stderr else 0.0
-        return numbers
+        return {
+            "improvement": mean,
+            "lower": mean - half,
+            "upper": mean + half,
+            "p_seeds": both_tails(mean, stderr, free),
+            "p_examples": both_tails(mean, error, degrees),
+            # A run that diverged has no measured score, and one seed no spread: nothing is known to be equivalent
+            "p_equivalent": math.nan if is_lost or len(seeds) < 2 else float(np.nanmax(equivalent)),
+            "smallest_detectable": stderr * detectable(free, alpha, self.compare["power"]) if stderr else 0.0,
+        }
 
-    def _has_diverged(self, terms: Sequence[Term]) -> bool:
-        seeds = shared_seeds(terms)
-        return any("diverged" in arm.cells[seed]["result"] for _, *pair in terms for arm in pair for seed in seeds)
-
-    def num_first(self, seeds: Iterable[str]) -> int:
-        """How many of these seeds are not later ones: they alone tell the spread (Stein, 1945)."""
-        return len(self.first_of(seeds))
-
-    def first_of(self, seeds: Iterable[str]) -> list[str]:
-        every = list(seeds)
-        return [seed for seed in every if seed in self.first] or every
-
-    def _over_examples(self, terms: Sequence[Term], seeds: Sequence[str]) -> tuple[float, float]:
-        """`spread_over_examples` of a contrast; nan if a run diverged."""
-        of_seeds = [
-            [(s * f, arm.cells[seed]) for f, *pair in terms for s, arm in zip((1.0, -1.0), pair, strict=True)]
-            for seed in seeds
-        ]
-        if any("diverged" in cell["result"] for cells in of_seeds for _, cell in cells):
-            return math.nan, math.nan
-        return self.spread_over_examples(of_seeds)
-
-    def spread_over_examples(self, of_seeds: Sequence[Sequence[tuple[float, Any]]]) -> tuple[float, float]:
+    def spread_over_examples(self, of_seeds: Sequence[Sequence[tuple[float, Cell]]]) -> tuple[float, float]:
         """Standard error over the examples alone, stratified by task, and Satterthwaite's degrees of freedom.
 
         Of each seed: (factor, cell) of the cells whose sum is told.
@@ -402,20 +321,21 @@ class KeptStudy:
         parts: dict[str, dict[str, float]] = {}
         for cells in of_seeds:
             first = self.examples(cells[0][1])
-            names = {task: list(found) for task, found in first.items()}
-            weights = {task: np.array([first[task][name][1] for name in own]) for task, own in names.items()}
-            sums = {task: np.zeros(len(own)) for task, own in names.items()}
-            for factor, cell in cells:
-                for task, own in names.items():
-                    sums[task] += factor * np.array([self.examples(cell)[task][name][0] for name in own])
+            weights = {task: np.array([weight for _, weight in each.values()]) for task, each in first.items()}
+            sums = {
+                task: sum(
+                    factor * np.array([self.examples(cell)[task][name][0] for name in each]) for factor, cell in cells
+                )
+                for task, each in first.items()
+            }
             total = sum(each.sum() for each in weights.values())
             pooled = sum(each.sum() for each in sums.values()) / total
-            for task, own in names.items():
+            for task, each in first.items():
                 weight = weights[task].sum()
-                by_tokens = self.weighting == "tokens"
-                ratio, scale = (pooled, total) if by_tokens else (sums[task].sum() / weight, weight * len(names))
+                ratio, scale = (pooled, total) if self.by_tokens else (sums[task].sum() / weight, weight * len(first))
+                values = (sums[task] - ratio * weights[task]) / scale / len(of_seeds)
                 known = parts.setdefault(task, {})
-                for name, value in zip(own, (sums[task] - ratio * weights[task]) / scale / len(of_seeds), strict=True):
+                for name, value in zip(each, values, strict=True):
                     known[name] = known.get(name, 0.0) + float(value)
         strata = [(len(known), len(known) * np.var(list(known.values()), ddof=1)) for known in parts.values()]
         variance = sum(part for _, part in strata)
@@ -426,13 +346,11 @@ class KeptStudy:
         """(labels, arm) -> the columns of repair.csv: of trained arms, and of bases that are only evaluated."""
         found = {}
         for arm in self.arms:
-            key = (*(arm.context.get(axis, "") for axis in self.axes), arm.name)
-            backs = [each for each in self.set_back if (each.name, each.context) == (arm.name, arm.context)]
-            lost = self._losses(backs[0], arm) if backs else {}
-            numbers = ends("magnitudes", list(lost.values()), self.num_first(lost)) if lost else {}
-            numbers |= self._left(arm)
+            backs = [each for each in self.of_kind["set_back"] if each.place == arm.place]
+            numbers = self._ends("magnitudes", self._losses(backs[0], arm)) if backs else {}
+            numbers = (numbers if not math.isnan(numbers.get("magnitudes", math.nan)) else {}) | self._left(arm)
             if numbers:
-                found[key] = numbers
+                found[*(arm.context.get(axis, "") for axis in self.axes), arm.name] = numbers
         right = KeptStudy(self.document, "acc_norm")
         bases = [each for each in self.document["cells"] if each["cell"]["kind"] == "base" and each["scores"]]
         scored = {each["cell"]["key"]: each for each in bases}
@@ -440,16 +358,10 @@ class KeptStudy:
             labels, dense = each["cell"]["labels"], scored.get(each["cell"]["dense_key"])
             if dense is None or dense is each or not right.examples(each):
                 continue
-            signed = [(1.0, dense), (-1.0, each)]
-            error, free = right.spread_over_examples([signed])
-            half = -solved(lambda t, free=free: student(t, free) - 0.025, -1e4, 0.0) * error
-            mean = sum(sign * right.value(cell) for sign, cell in signed)
+            error, free = right.spread_over_examples([[(1.0, dense), (-1.0, each)]])
+            mean, half = right.value(dense) - right.value(each), quantile(free) * error
             key = (*(labels.get(axis, "") for axis in self.axes), labels.get(self.arm_axis, "no adapter"))
-            found[key] = {
-                "damage_choice": mean,
-                "damage_choice_lower": mean - half,
-                "damage_choice_upper": mean + half,
-            }
+            found[key] = named_ends("damage_choice", (mean, mean - half, mean + half))
         return found
 
     def _left(self, arm: Arm) -> Numbers:
@@ -460,58 +372,50 @@ class KeptStudy:
         """
         of_base = {axis for axis, values in self.study["product"].items() if changes_base(axis, values)}
         like = (self.study.get("rates") or {}).get("like", {}).get(self.arm_axis, {})
-        kept = {axis: label for axis, label in arm.context.items() if axis not in of_base}
-        twins = [
-            other
-            for name in (arm.name, like.get(arm.name, arm.name))
-            for other in self.arms
-            if other.is_dense
-            and other.name == name
-            and {axis: label for axis, label in other.context.items() if axis not in of_base} == kept
-        ]
-        if arm.is_dense or not twins or any("diverged" in each["result"] for each in shared_cells(twins[0], arm)):
+        names, kept = (arm.name, like.get(arm.name, arm.name)), without(arm.context, of_base)
+        twins = [each for each in self.arms if each.is_dense and without(each.context, of_base) == kept]
+        twins = [each for name in names for each in twins if each.name == name]
+        if arm.is_dense or not twins or has_diverged([(1.0, twins[0], arm)], only_first=True):
             return {}
-        lost = self._losses(arm, twins[0])
-        if not lost:
+        losses = {"left": self._losses(arm, twins[0]), "transplant": {}, "repaired": {}}
+        if not losses["left"]:
             return {}
-        moved = [each for each in self.transplants if (each.name, each.context) == (arm.name, arm.context)]
-        damages, repairs = {}, {}
-        if moved:
-            damages, repairs = self._losses(moved[0], twins[0]), self._losses(moved[0], arm)
-        if not damages or not repairs:
-            damages = repairs = {}
+        for moved in [each for each in self.of_kind["transplant"] if each.place == arm.place][:1]:
+            damages, repairs = self._losses(moved, twins[0]), self._losses(moved, arm)
+            losses |= {"transplant": damages, "repaired": repairs} if damages and repairs else {}
         numbers: Numbers = {}
-        for name, losses in (("left", lost), ("transplant", damages), ("repaired", repairs)):
-            numbers |= ends(name, list(losses.values()), self.num_first(losses))
+        for name, each in losses.items():
+            numbers |= self._ends(name, each)
+        damages, repairs = losses["transplant"], losses["repaired"]
         shared = [seed for seed in damages if seed in repairs and numbers["transplant_lower"] > 0]
-        pairs = [[losses[each] for each in shared] for losses in (repairs, damages)]
-        return numbers | share(*pairs, self.num_first(shared))
+        pairs = [[each[seed] for seed in shared] for each in (repairs, damages)]
+        return numbers | share(*pairs, len(self.first_of(shared)))
 
     def _losses(self, arm: Arm, other: Arm) -> dict[str, float]:
         """Seed -> how much worse one arm is than another; later seeds come last."""
-        sign = 1.0 if self.metric.startswith("nll") else -1.0
-        shared = sorted((seed for seed in arm.cells if seed in other.cells), key=lambda seed: seed not in self.first)
-        return {seed: sign * (self.value(arm.cells[seed]) - self.value(other.cells[seed])) for seed in shared}
+        shared = self.in_order(seed for seed in arm.cells if seed in other.cells)
+        return {seed: self.sign * (self.value(other.cells[seed]) - self.value(arm.cells[seed])) for seed in shared}
+
+    def _ends(self, name: str, losses: Mapping[str, float]) -> Numbers:
+        """Mean and t interval as columns; nan without values."""
+        values = list(losses.values())
+        return named_ends(name, three(values, len(self.first_of(losses))) if values else [math.nan] * 3)
+
+
+def named_ends(name: str, numbers: Sequence[float]) -> Numbers:
+    return {name + end: number for end, number in zip(ENDS, numbers, strict=True)}
+
+
+def without(context: Mapping[str, str], axes: Iterable[str]) -> dict[str, str]:
+    return {axis: label for axis, label in context.items() if axis not in axes}
 
 
 def pairs_of(arms: Sequence[Arm], reference: str) -> list[tuple[Arm, Arm]]:
     """Every arm beside the reference of its context."""
+    pairs = itertools.product(arms, arms)
     return [
-        (arm, other)
-        for arm in arms
-        for other in arms
-        if arm.name != reference == other.name and arm.context == other.context
+        (arm, other) for arm, other in pairs if arm.name != reference == other.name and arm.context == other.context
     ]
-
-
-def shared_seeds(terms: Sequence[Term]) -> list[str]:
-    """The seeds that all arms have."""
-    return [seed for seed in terms[0][1].cells if all(seed in arm.cells for _, *pair in terms for arm in pair)]
-
-
-def shared_cells(arm: Arm, other: Arm) -> list[Mapping[str, Any]]:
-    """The arm's cells of the seeds that the other one has, too."""
-    return [cell for seed, cell in arm.cells.items() if seed in other.cells]
 
 
 def parts_of(entry: Mapping[str, Any]) -> list[tuple[float, Mapping[str, Any]]]:
@@ -519,10 +423,31 @@ def parts_of(entry: Mapping[str, Any]) -> list[tuple[float, Mapping[str, Any]]]:
     return [(1.0, entry.get("over") or {})] + ([] if entry.get("minus") is None else [(-1.0, entry["minus"])])
 
 
-def ends(name: str, values: Sequence[float], num_first: int) -> Numbers:
-    """Mean and t interval as columns; nan without values."""
-    mean, half = t_interval(values, num_first)[:2] if values else (math.nan, math.nan)
-    return {name: mean, f"{name}_lower": mean - half, f"{name}_upper": mean + half}
+def terms_of(entry: Mapping[str, Any], pairs: Sequence[tuple[Arm, Arm]]) -> list[Term]:
+    """(factor, arm, reference) of a primary comparison; none if one of its parts has no pair."""
+    terms: list[Term] = []
+    for sign, wanted in parts_of(entry):
+        own = [p for p in pairs if entry.get("arm") in (None, p[0].name) and has_labels(p[0].context, wanted)]
+        if not own:
+            return []
+        terms += [(sign / len(own), *pair) for pair in own]
+    return terms
+
+
+def signed_arms(terms: Sequence[Term]) -> list[tuple[float, Arm]]:
+    """(factor, arm) of both arms of all terms."""
+    return [(sign * factor, arm) for factor, *pair in terms for sign, arm in zip((1.0, -1.0), pair, strict=True)]
+
+
+def shared_seeds(terms: Sequence[Term]) -> list[str]:
+    """The seeds that all arms have."""
+    return [seed for seed in terms[0][1].cells if all(seed in arm.cells for _, *pair in terms for arm in pair)]
+
+
+def has_diverged(terms: Sequence[Term], *, only_first: bool = False) -> bool:
+    """Whether a run of the shared seeds did, of any arm or of the first."""
+    arms = [terms[0][1]] if only_first else [arm for _, *pair in terms for arm in pair]
+    return any("diverged" in arm.cells[seed]["result"] for arm in arms for seed in shared_seeds(terms))
 
 
 def share(repairs: Sequence[float], damages: Sequence[float], num_first: int) -> Numbers:
@@ -530,19 +455,16 @@ def share(repairs: Sequence[float], damages: Sequence[float], num_first: int) ->
     value, low, high = math.nan, math.nan, math.nan
     if repairs:
         value = float(np.mean(repairs) / np.mean(damages))
-
-        def outside(ratio: float) -> float:
-            """A quadratic in the ratio, above 0 where the interval leaves 0 out."""
+        at = []  # a quadratic in the ratio, above 0 where the interval leaves 0 out
+        for ratio in (-1.0, 0.0, 1.0):
             left = [one - ratio * other for one, other in zip(repairs, damages, strict=True)]
             mean, half, *_ = t_interval(left, num_first)
-            return mean**2 - half**2
-
-        at = [outside(ratio) for ratio in (-1.0, 0.0, 1.0)]
+            at.append(mean**2 - half**2)
         square, slope = (at[2] + at[0]) / 2 - at[1], (at[2] - at[0]) / 2
         inside = slope**2 - 4 * square * at[1]
         if square > 0 and inside >= 0:
             low, high = ((-slope + sign * math.sqrt(inside)) / 2 / square for sign in (-1.0, 1.0))
-    return {"repaired_share": value, "repaired_share_lower": low, "repaired_share_upper": high}
+    return named_ends("repaired_share", (value, low, high))
 
 
 def changes_base(axis: str, values: Any) -> bool:
@@ -553,10 +475,8 @@ def changes_base(axis: str, values: Any) -> bool:
 
 def has_labels(context: Mapping[str, str], wanted: Mapping[str, Any]) -> bool:
     """Whether a context has one of the wanted labels on each axis."""
-    for axis, value in wanted.items():
-        if context.get(axis) not in map(text_of, value if isinstance(value, list) else [value]):
-            return False
-    return True
+    every = {axis: value if isinstance(value, list) else [value] for axis, value in wanted.items()}
+    return all(context.get(axis) in map(text_of, values) for axis, values in every.items())
 
 
 def text_of(value: Any) -> str:
@@ -571,7 +491,18 @@ def t_interval(values: Sequence[float], num_first: int) -> tuple[float, float, f
     if num_first < 2:
         return float(np.mean(values)), math.nan, math.nan, math.nan
     stderr, free = float(np.std(values[:num_first], ddof=1)) / math.sqrt(len(values)), float(num_first - 1)
-    return float(np.mean(values)), -solved(lambda t: student(t, free) - 0.025, -1e4, 0.0) * stderr, stderr, free
+    return float(np.mean(values)), quantile(free) * stderr, stderr, free
+
+
+def three(values: Sequence[float], num_first: int) -> list[float]:
+    """Mean and the ends of its t interval."""
+    mean, half, *_ = t_interval(values, num_first)
+    return [mean, mean - half, mean + half]
+
+
+def quantile(free: float, level: float = 0.05) -> float:
+    """The value that |T| exceeds with a probability of `level`."""
+    return -solved(lambda t: student(t, free) - level / 2, -1e4, 0.0)
 
 
 def solved(rising: Callable[[float], float], low: float, high: float) -> float:
@@ -600,8 +531,7 @@ def detectable(free: float, alpha: float, power: float) -> float:
     """
     if math.isnan(free):
         return math.nan
-    critical = -solved(lambda t: student(t, free) - alpha / 2, -1e4, 0.0)
-    highest = math.sqrt(1 + 90 / free)  # beyond it the density is below 1e-18
+    critical, highest = quantile(free, alpha), math.sqrt(1 + 90 / free)  # beyond it the density is below 1e-18
     nodes, weights = np.polynomial.legendre.leggauss(16)
     starts = np.linspace(0.0, highest, 201)[:-1, None]
     seen, width = (starts + (nodes + 1) * highest / 400).ravel(), np.tile(weights, 200) * highest / 400
@@ -610,8 +540,7 @@ def detectable(free: float, alpha: float, power: float) -> float:
 
     def missing(ratio: float) -> float:
         limits = np.concatenate([critical * seen - ratio, critical * seen + ratio]) / math.sqrt(2)
-        found = [math.erfc(limit) / 2 for limit in limits]
-        return float(np.dot(np.tile(width, 2), found)) - power
+        return float(np.dot(np.tile(width, 2), [math.erfc(limit) / 2 for limit in limits])) - power
 
     return solved(missing, 0.0, 10 * critical + 10)
 
@@ -904,12 +833,6 @@ def students() -> list[Row]:
         numbers += [100 * each[name] for each in ours for name in ("acc", "acc_stderr")]
         rows.append((task, [*numbers, 100 * (ours[1]["acc"] - ours[0]["acc"]), 100 * ours[0]["chance"]]))
     return rows
-
-
-def three(values: Sequence[float], num_first: int) -> list[float]:
-    """Mean and the ends of its t interval."""
-    mean, half, *_ = t_interval(values, num_first)
-    return [mean, mean - half, mean + half]
 
 
 def bits_and_zeros(cell: Mapping[str, Any]) -> tuple[float, float]:

@@ -3,21 +3,16 @@
     python benchmarks/same_results.py run CHECKOUT FOLDER [--python PY] [--only CASE ...]     -> FOLDER/results.json
     python benchmarks/same_results.py compare BEFORE/results.json AFTER/results.json
 
-Five runs of six steps are planned, trained, evaluated, ranked and exported; `lora` trains the builtin model, the others
-small random ones. Thirty more take two steps, one for each thing that a rebuilt room could lose. One CPU thread, a
-process for each verb. Both sides must read the same models and data, which the first call makes in FOLDER/../inputs.
+The cases are in same_results.yaml. Five runs of six steps are planned, trained, evaluated, ranked and exported; `lora`
+trains the builtin model, the others small random ones. Thirty more take two steps, one for each thing that a rebuilt
+room could lose. One CPU thread, a process for each verb. Both sides read the same models and data, which the first call
+makes in FOLDER/../inputs.
 
-Compared are, for each case:
-    training     the numbers of metrics.jsonl but those of evaluations, times and memory: equal
-    tensors      of adapters, checkpoints and exports, by name: dtype, shape and bytes equal
-    evaluation   of metrics.jsonl, `qdora eval`, `rank` and studies: within 1e-6, accuracies with it
-    plan         the peak, within 1 %
-    text         what `qdora generate` answers: equal
-A key that only one side has is listed as left or new and counts only among tensors; a case whose first command exits
-with 2 is listed as left, since its setting is gone. The exit code is 1 if anything differs.
-
-Bits depend on the processor and on versions: `compare` refuses results of two machines. This script needs the standard
-library; only making the inputs imports torch, and qdora of CHECKOUT for the tokenizer.
+Equal must be the numbers of metrics.jsonl but times and memory, what `qdora generate` answers, and dtype, shape and
+bytes of all tensors of adapters, checkpoints and exports; evaluations, ranks and studies within 1e-6, the peak of the
+plan within 1 %. A key that only one side has is listed as left or new and counts only among tensors; a case whose first
+command exits with 2 is listed as left, since its setting is gone. The exit code is 1 if anything differs. Bits depend
+on the processor and on versions: `compare` refuses results of two machines.
 """
 
 from __future__ import annotations
@@ -28,82 +23,17 @@ import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-LLAMA, MIXTURE, CHATS = "{inputs}/llama", "{inputs}/mixture", "{inputs}/chats.jsonl"
-TEXTS, CHOICES = "{inputs}/texts.jsonl", "{inputs}/choices.jsonl"
-SMALL = {"model.source": LLAMA, "adapter.rank": 8, "adapter.alpha": 16, "adapter.targets": "all-linear"}
-LONG = {"train.steps": 6, "train.checkpoint_every": 2, "train.keep_checkpoints": 9, "eval.every": 3}
-SVD = ("--method", "svd", "--budget", "50%")
-CALIBRATION = "calibration: {sequences: 4, length: 64}"
+import yaml
 
-LONG_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # case -> settings, {rank options, export formats}
-    "lora": ({"adapter.kind": "lora", "base.cache": "auto"}, {"formats": ("merged", "nf4-lora", "peft")}),
-    "dora": (
-        SMALL
-        | {"adapter.dropout": 0.1, "data.packing": True, "train.optimizer": "paged_adamw_8bit", "eval.best_by": "macro"}
-        | {"interference.every": 3, "interference.examples": 2},
-        {"rank": ("--method", "curvature", "--budget", "50%", "--examples", "8")},
-    ),
-    "masked": (
-        SMALL | {"adapter.mask": "keep", "base.prune": f"{{method: wanda, pattern: '2:4', {CALIBRATION}}}"},
-        {"formats": ("merged",), "rank": ("--method", "gradient", "--examples", "8")},
-    ),
-    "gated": (
-        SMALL | {"adapter.gates": "{mode: l1, mean_rank: 3, warmup: 1, anneal: 4, shrink_every: 1}"},
-        {"rank": SVD},
-    ),
-    "streamed": (
-        SMALL | {"train.optimizer": "lion", "data.strategy": "equal"},
-        {"rank": SVD},
-    ),
-}
-SHORT_CASES: dict[str, dict[str, Any]] = {
-    "lora on nf4": SMALL | {"adapter.kind": "lora", "adapter.rank_stabilized": True},
-    "magnitude on nf4": {"model.source": LLAMA, "adapter": "{kind: magnitude, targets: all-linear}"},
-    "full": {"model.source": LLAMA, "adapter": "{kind: full}", "base": "{quant: none}"},
-    **{f"dora on {quant}": SMALL | {"base.quant": quant} for quant in ("fp4", "int4", "nf3", "nf2")},
-    "dora on int8": SMALL | {"base": "{quant: int8}"},
-    "dora on 16 bits": SMALL | {"base": "{quant: none}"},
-    "experts on nf4": SMALL | {"model.source": MIXTURE, "adapter.experts": "{rank: 2}"},
-    "experts on mxfp4": SMALL | {"model.source": "{inputs}/mxfp4", "base": "{quant: mxfp4}"},
-    "adamw 32 bits": SMALL | {"train.optimizer": "paged_adamw_32bit"},
-    "lion 8 bits": SMALL | {"train.optimizer": "paged_lion_8bit"},
-    "float16": SMALL | {"model.dtype": "float16"},
-    "float32": SMALL | {"model.dtype": "float32"},
-    "temperature": SMALL | {"data.strategy": "temperature", "data.temperature": 2.0, "data.mix[0].limit": 7},
-    "caps": SMALL | {"data.mix[0].max_epochs": 1},
-    "loss on all": SMALL | {"data.loss_on": "all"},
-    "loss in chunks": SMALL | {"memory.loss_chunk": 16},
-    "chats": SMALL | {"data.mix": f"[{{source: {CHATS}, format: messages}}]"},
-    "stream": SMALL | {"data.mix": f"[{{source: {TEXTS}, format: completion, stream: true, size: 40}}]"},
-    "new tokens": SMALL | {"model.add_tokens": "['<a>', '<b>']", "adapter.also_train": "[embed_tokens, lm_head]"},
-    "no checkpointing": SMALL | {"memory.checkpointing": False},
-    "magnitude pruning": SMALL | {"base.prune": "{method: magnitude, sparsity: 0.5}"},
-    "sparsegpt": SMALL | {"base.prune": f"{{method: sparsegpt, pattern: '2:4', {CALIBRATION}}}"},
-    "hard concrete": SMALL | {"adapter.gates": "{mode: hard_concrete, mean_rank: 3, warmup: 0, anneal: 1}"},
-    "loftq": SMALL | {"adapter.init": "loftq"},
-    "trained rows": SMALL | {"adapter.also_train": "[embed_tokens]", "adapter.also_train_rows": "all"},
-    "generated answers": SMALL | {"data.mix": f"[{{source: {CHOICES}, format: choices}}]", "eval.method": "generate"},
-    "two processes": SMALL,
-    "shard": SMALL | {"train.parallel": "shard"},
-    "hybrid": SMALL | {"train.parallel": "hybrid"},
-}
-STUDY = """
-recipe: tiny
-settings: {{model.source: {inputs}/llama, adapter.targets: all-linear, train.steps: 2}}
-product:
-  adapter:
-    lora: {{adapter.kind: lora}}
-    dora: {{adapter.kind: dora}}
-seeds: [0, 1]
-compare: {{reference: lora}}
-"""
+CASES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+ALL = [*CASES["long"], *CASES["short"], "study"]
+LONG = {"train.steps": 6, "train.checkpoint_every": 2, "train.keep_checkpoints": 9, "eval.every": 3}
 MAKE_INPUTS = """
 import json, sys, torch
 from pathlib import Path
@@ -159,6 +89,7 @@ class Side:
         self.checkout, self.folder, self.python = checkout.resolve(), folder.resolve(), python
         self.inputs = self.folder.parent / "inputs"
         self.results: Results = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run the interpreter on the checkout: one thread, no GPU, no network, caches of this side only."""
@@ -168,14 +99,8 @@ class Side:
         caches = {"XDG_CACHE_HOME": str(cache), "HF_HOME": str(cache / "hub"), "MPLCONFIGDIR": str(cache / "figures")}
         own = {"PYTHONPATH": str(self.checkout), "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
         own |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return subprocess.run(
-            [self.python, *arguments],
-            cwd=self.folder,
-            env=kept | threads | caches | own,
-            capture_output=True,
-            text=True,
-        )
+        call, environment = [self.python, *arguments], kept | threads | caches | own
+        return subprocess.run(call, cwd=self.folder, env=environment, capture_output=True, text=True)
 
     def make_inputs(self) -> None:
         """The models and data, unless an earlier call has made them."""
@@ -191,52 +116,47 @@ class Side:
 
     def qdora(self, case: str, *arguments: str, module: tuple[str, ...] = ("-m", "qdora.cli")) -> Any:
         """What a verb prints with --json; None if it failed, which the results of the case note."""
-        texts = [argument.replace("{inputs}", str(self.inputs)) for argument in arguments]
-        done = self.start(*module, *texts, "--json")
-        print(f"{case}: {' '.join(arguments[:1])}: {done.returncode}", file=sys.stderr, flush=True)
+        done = self.start(*module, *(each.replace("{inputs}", str(self.inputs)) for each in arguments), "--json")
+        print(f"{case}: {arguments[0]}: {done.returncode}", file=sys.stderr, flush=True)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or [""]
             self.results[case].setdefault("failed", {})[arguments[0]] = [done.returncode, last[0]]
             return None
         return json.loads(done.stdout)
 
-    def recipe(self, settings: dict[str, Any]) -> list[str]:
-        """The recipe `tiny` with settings, as arguments of a verb."""
-        texts = [f"{key}={_yaml(value)}" for key, value in ({"train.steps": 2} | settings).items()]
-        return ["tiny", *(part for text in texts for part in ("-s", text))]
-
-    def run(self, case: str, settings: dict[str, Any]) -> Path | None:
-        """Train a run and keep its numbers; None if it failed."""
+    def train(self, case: str, settings: dict[str, Any], *options: str) -> Path | None:
+        """Train a run of the recipe `tiny` with settings, or go on with it; None if it failed."""
         directory = self.folder / "runs" / case.replace(" ", "_")
-        shutil.rmtree(directory, ignore_errors=True)
-        self.results[case] = {kind: {} for kind in KINDS}
         module: tuple[str, ...] = ("-m", "qdora.cli")
         if case in ("two processes", "shard", "hybrid"):
             module = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", self.python, *module)
         if case == "streamed":
             module = ("-m", "tests.host_streaming")  # host memory without a GPU, by the tests' copies
-        if self.qdora(case, "train", *self.recipe(settings), "--run-dir", str(directory), module=module) is None:
-            return None
-        result = self.results[case]
+        words = [*recipe(settings), "--run-dir", str(directory), *options]
+        return None if self.qdora(case, "train", *words, module=module) is None else directory
+
+    def run(self, case: str) -> None:
+        """A short case, or a long one with its plan, evaluation, answer, ranks and exports."""
+        is_long = case in CASES["long"]
+        options = CASES["long"].get(case, {})
+        settings = LONG | options["settings"] if is_long else {"train.steps": 2} | CASES["short"][case]
+        result = self.results[case] = {kind: {} for kind in KINDS}
+        shutil.rmtree(self.folder / "runs" / case.replace(" ", "_"), ignore_errors=True)
+        directory = self.train(case, settings)
+        plan = self.qdora(case, "plan", *recipe(settings)) if is_long else None
+        if plan is not None:
+            result["plan"]["peak"] = plan["memory"]["peak_bytes"]
+        if directory is None:
+            return
         for line in (directory / "metrics.jsonl").read_text().splitlines():
             record = json.loads(line)
             step = f"{record.pop('step')}{' eval' if 'eval' in record else ''}"
             kind = "evaluation" if "eval" in record else "training"
             result[kind] |= {f"metrics {step} {key}": value for key, value in numbers(record)}
         result["tensors"] |= tensors(directory, self.folder / "runs")
-        return directory
-
-    def long_case(self, case: str, settings: dict[str, Any], options: dict[str, Any]) -> None:
-        """A run with its plan, evaluation, answer, ranks and exports."""
-        directory = self.run(case, LONG | settings)
-        result = self.results[case]
-        plan = self.qdora(case, "plan", *self.recipe(LONG | settings))
-        if plan is not None:
-            result["plan"]["peak"] = plan["memory"]["peak_bytes"]
-        if directory is None:
+        if not is_long:
             return
-        verbs: dict[str, tuple[str, ...]] = {"eval": (), "rank": options.get("rank", SVD)}
-        for verb, more in verbs.items():
+        for verb, more in (("eval", ()), ("rank", options.get("rank", ("--method", "svd", "--budget", "50%")))):
             printed = self.qdora(case, verb, str(directory), *more)
             result["evaluation"] |= {f"{verb} {key}": value for key, value in numbers(printed)}
         answer = self.qdora(case, "generate", str(directory), "--prompt", "Name a bird.", "--max-new-tokens", "8")
@@ -248,23 +168,24 @@ class Side:
                 result["tensors"] |= tensors(out, self.folder)
         if case == "dora":  # what a resumed run does once more must be what it did
             shutil.rmtree(directory / "checkpoints/step-6")
-            if self.qdora(case, "train", *self.recipe(LONG | settings), "--run-dir", str(directory), "--resume"):
+            if self.train(case, settings, "--resume"):
                 again = tensors(directory / "checkpoints/step-6", self.folder / "runs")
                 result["tensors"] |= {f"resumed {key}": value for key, value in again.items()}
 
     def study(self) -> None:
         """Four cells of two steps, and their scores."""
-        case, file = "study", self.folder / "study.yaml"
+        case, file, directory = "study", self.folder / "study.yaml", str(self.folder / "study")
         self.results[case] = {kind: {} for kind in KINDS}
-        file.write_text(STUDY.format(inputs=self.inputs))
-        shutil.rmtree(self.folder / "study", ignore_errors=True)
-        printed = self.qdora(case, "study", str(file), "--dir", str(self.folder / "study"))
-        if printed is not None:
-            self.results[case]["evaluation"] = dict(numbers(self.qdora(case, "report", str(self.folder / "study"))))
+        file.write_text(json.dumps(CASES["study"]).replace("{inputs}", str(self.inputs)))  # JSON is YAML
+        shutil.rmtree(directory, ignore_errors=True)
+        if self.qdora(case, "study", str(file), "--dir", directory) is not None:
+            self.results[case]["evaluation"] = dict(numbers(self.qdora(case, "report", directory)))
 
 
-def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def recipe(settings: dict[str, Any]) -> list[str]:
+    """The recipe `tiny` with settings, as arguments of a verb."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return ["tiny", *(word for key, text in texts.items() for word in ("-s", f"{key}={text}"))]
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -286,14 +207,12 @@ def tensors(folder: Path, above: Path) -> dict[str, str]:
     """Place and name of each tensor in the safetensors files below a folder -> dtype, shape and SHA-256."""
     found = {}
     for file in sorted(folder.rglob("*.safetensors")):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
+        content = file.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        for name, entry in json.loads(content[8:start]).items():
+            if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                stream.seek(8 + length + begin)
-                digest = hashlib.sha256(stream.read(end - begin)).hexdigest()
+                digest = hashlib.sha256(content[start + begin : start + end]).hexdigest()
                 key = f"{file.parent.relative_to(above).as_posix()}: {name}"
                 found[key] = f"{entry['dtype']} {entry['shape']} {digest}"
     return found
@@ -334,10 +253,9 @@ def compared(before: Results, after: Results) -> dict[str, Any]:
 
 def machine(side: Side) -> dict[str, Any]:
     """What bits depend on beside the code."""
-    text = (
-        "import json, torch, transformers as t, bitsandbytes as b; print(json.dumps([torch.__version__, t.__version__,"
-    )
-    done = side.start("-c", f"{text} b.__version__, torch.backends.cpu.get_cpu_capability()]))")
+    modules = "import json, torch, transformers as t, bitsandbytes as b"
+    versions = "[torch.__version__, t.__version__, b.__version__, torch.backends.cpu.get_cpu_capability()]"
+    done = side.start("-c", f"{modules}; print(json.dumps({versions}))")
     cpu = re.findall(r"^(?:model name|flags)\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[:2]
     flags = [flag for flag in cpu[1].split() if flag.startswith(("avx", "amx"))]
     return {"versions": json.loads(done.stdout), "cpu": cpu[0], "flags": flags}
@@ -347,14 +265,13 @@ def main() -> int:
     """0 if nothing differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    run = verbs.add_parser("run")
+    run, compare = verbs.add_parser("run"), verbs.add_parser("compare")
     run.add_argument("checkout", type=Path)
     run.add_argument("folder", type=Path)
     run.add_argument("--python", default=sys.executable)
-    run.add_argument("--only", nargs="+", choices=(*LONG_CASES, *SHORT_CASES, "study"))
-    compare = verbs.add_parser("compare")
-    compare.add_argument("before", type=Path)
-    compare.add_argument("after", type=Path)
+    run.add_argument("--only", nargs="+", choices=ALL)
+    for name in ("before", "after"):
+        compare.add_argument(name, type=Path)
     args = parser.parse_args()
     if args.verb == "compare":
         before, after = (json.loads(file.read_text()) for file in (args.before, args.after))
@@ -367,14 +284,8 @@ def main() -> int:
         return 1 if num_different else 0
     side = Side(args.checkout, args.folder, args.python)
     side.make_inputs()
-    chosen = args.only or [*LONG_CASES, *SHORT_CASES, "study"]
-    for case in chosen:
-        if case in LONG_CASES:
-            side.long_case(case, *LONG_CASES[case])
-        elif case in SHORT_CASES:
-            side.run(case, SHORT_CASES[case])
-        else:
-            side.study()
+    for case in args.only or ALL:
+        side.study() if case == "study" else side.run(case)
         results = {"checkout": str(args.checkout), "machine": machine(side), "cases": side.results}
         (side.folder / "results.json").write_text(json.dumps(results, indent=1))
     return 0

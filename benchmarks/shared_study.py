@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 from byte_tokenizer import write_model
-from measure import RESULTS, smoke_place
+from frame import smoke_place
+from measure import RESULTS
 from study_archive import SCORES_FILE, hide_places, pack, unpack
 
 from qdora.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text

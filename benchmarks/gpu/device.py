@@ -10,10 +10,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from measure import alternating, spread
@@ -22,8 +21,7 @@ from measure import alternating, spread
 CARD_40GB_BYTES, CARD_8GB_BYTES = int(38.9 * 2**30), int(7.2 * 2**30)
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Seconds of one call: until the device is done, and until the host has queued its work."""
 
     seconds: float
@@ -42,18 +40,15 @@ def timed(device: torch.device, function: Callable[[], Any], calls: int = 1) -> 
     return Sample((time.perf_counter() - began) / calls, host / calls)
 
 
-def calls_for(device: torch.device, function: Callable[[], Any], seconds: float) -> int:
-    """Calls that make a sample of about `seconds`, 1 to 100; warms up as a side effect."""
-    timed(device, function, 2)
-    return max(1, min(100, round(seconds / max(timed(device, function, 2).seconds, 1e-9))))
-
-
 def in_turns(
     device: torch.device, functions: Mapping[str, Callable[[], Any]], rounds: int, seconds: float
 ) -> dict[str, list[Sample]]:
-    """Samples of about `seconds` each (0: of one call) of all functions, which alternate."""
-    calls = {name: calls_for(device, function, seconds) for name, function in functions.items()}
-    readings = {name: lambda f=function, n=calls[name]: timed(device, f, n) for name, function in functions.items()}
+    """Samples of about `seconds` each, 1 to 100 calls (0: of one call), of all functions, which alternate."""
+    readings = {}
+    for name, function in functions.items():
+        timed(device, function, 2)
+        calls = max(1, min(100, round(seconds / max(timed(device, function, 2).seconds, 1e-9))))
+        readings[name] = partial(timed, device, function, calls)
     return alternating(readings, rounds, warmup=0)
 
 
@@ -80,11 +75,8 @@ def memory(device: torch.device) -> dict[str, int]:
     if device.type != "cuda":
         return dict.fromkeys(("held", "peak", "reserved"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     cuda = torch.cuda
-    return {
-        "held": cuda.memory_allocated(device),
-        "peak": cuda.max_memory_allocated(device),
-        "reserved": cuda.max_memory_reserved(device),
-    }
+    most = {"peak": cuda.max_memory_allocated(device), "reserved": cuda.max_memory_reserved(device)}
+    return {"held": cuda.memory_allocated(device)} | most
 
 
 def limit_memory(device: torch.device, num_bytes: int) -> float | None:
@@ -106,10 +98,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def host_waits(device: torch.device) -> Iterator[Counter[str]]:
-    """Counts, by the line of Python that caused them, the times the host waits for the GPU.
+    """Counts, by the line of Python that caused them, the times the host waits for the GPU; nothing on a CPU.
 
-    On a CPU nothing is counted. torch's mode is experimental and does not see every wait; calls of
-    `torch.cuda.synchronize`, which it leaves out, are counted here.
+    torch's mode is experimental and does not see every wait; calls of `torch.cuda.synchronize`, which it leaves out,
+    are counted here.
     """
     found: Counter[str] = Counter()
     if device.type != "cuda":
@@ -117,9 +109,12 @@ def host_waits(device: torch.device) -> Iterator[Counter[str]]:
         return
     wait = torch.cuda.synchronize
 
+    def place(file: str, line: int) -> str:
+        return f"{Path(file).parent.name}/{Path(file).name}:{line}"
+
     def counted(*args: Any) -> None:
         caller = sys._getframe(1)
-        found[_place(caller.f_code.co_filename, caller.f_lineno)] += 1
+        found[place(caller.f_code.co_filename, caller.f_lineno)] += 1
         wait(*args)
 
     with warnings.catch_warnings(record=True) as caught:
@@ -133,8 +128,4 @@ def host_waits(device: torch.device) -> Iterator[Counter[str]]:
             torch.cuda.set_sync_debug_mode("default")
     for each in caught:  # a first one only says that the mode is a prototype
         if "called a synchronizing" in str(each.message):
-            found[_place(each.filename, each.lineno)] += 1
-
-
-def _place(file: str, line: int) -> str:
-    return f"{Path(file).parent.name}/{Path(file).name}:{line}"
+            found[place(each.filename, each.lineno)] += 1

@@ -1,18 +1,26 @@
-"""How large everything is: the full suite, and the dry run on a CPU."""
+"""How large everything is, in the full suite and in the dry run on a CPU; and the file of what a section has found."""
 
 from __future__ import annotations
 
+import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-Shape = tuple[int, int]  # (in, out) of a linear layer
+import torch
+
+from qdora.files.atomic import atomic_write_json
+
+ERROR_LINES = 15  # that are kept
 
 
 @dataclass(frozen=True)
 class Plan:
     """Sizes of the suite."""
 
-    shapes: tuple[Shape, ...]  # of the timed layers, the most telling first
+    shapes: tuple[tuple[int, int], ...]  # (in, out) of the timed layers, the most telling first
     ranks: tuple[int, ...]  # the first one is measured at every number of tokens
     tokens: tuple[int, ...]  # of a layer's input
     repeats: int  # samples of each timed function
@@ -27,8 +35,6 @@ class Plan:
 # Meta-Llama-3-8B and -70B, config.json of the checkpoints.
 _LLAMA3 = {"vocab_size": 128_256, "max_position_embeddings": 8192, "rope_theta": 500_000.0, "rms_norm_eps": 1e-5}
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-_8B = _LLAMA3 | dict(zip(_KEYS, (4096, 14_336, 32, 32, 8), strict=True))
-_70B = _LLAMA3 | dict(zip(_KEYS, (8192, 28_672, 80, 64, 8), strict=True))
 _TINY = dict(zip(_KEYS, (64, 128, 2, 4, 2), strict=True)) | {"vocab_size": 512, "max_position_embeddings": 128}
 # One token, primes, blocks that cross rows (in_features no multiple of 64), and real layers.
 _ODD = ((1, 64, 64, 1), (37, 192, 200, 5), (67, 101, 130, 8))
@@ -41,8 +47,8 @@ FULL = Plan(
     sample_seconds=0.01,
     step_tokens=(2048, 8192),
     num_steps=1,
-    middle=_8B,
-    large=_70B,
+    middle=_LLAMA3 | dict(zip(_KEYS, (4096, 14_336, 32, 32, 8), strict=True)),
+    large=_LLAMA3 | dict(zip(_KEYS, (8192, 28_672, 80, 64, 8), strict=True)),
     check_shapes=(*_ODD, (513, 1024, 768, 16), (2048, 4096, 4096, 16), (1000, 4096, 11008, 64)),
 )
 SMOKE = Plan(
@@ -59,6 +65,32 @@ SMOKE = Plan(
 )
 
 
-def shape_name(shape: Shape) -> str:
-    """in x out, as in 4096x11008."""
-    return f"{shape[0]}x{shape[1]}"
+class Part:
+    """The entries of one section, a file that is rewritten after every one, so that a crash loses nothing.
+
+    Args:
+        path: JSON file, or None to keep them in memory.
+        seconds: After these no case is begun.
+    """
+
+    def __init__(self, path: Path | None, seconds: float) -> None:
+        self.path, self.entries = path, dict[str, Any]()
+        self._end = time.monotonic() + seconds
+
+    def put(self, key: str, value: Any) -> None:
+        """Add or replace an entry, and write."""
+        self.entries[key] = value
+        if self.path is not None:
+            atomic_write_json(self.path, self.entries)
+
+    def attempt(self, key: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        """Put what the call returns, or the end of its error: one failed case must not cost the others."""
+        if time.monotonic() > self._end:
+            self.put("skipped", [*self.entries.get("skipped", []), key])
+            return
+        try:
+            self.put(key, function(*arguments, **options))
+        except Exception:
+            self.put(key, {"error": traceback.format_exc().strip().splitlines()[-ERROR_LINES:]})
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

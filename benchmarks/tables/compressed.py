@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from frame import table
+
 from qdora.evaluation.example_intervals import Interval
 from qdora.study.statistics import t_interval
 from tables.table import interval, markdown, percent, read, report_rows
@@ -23,6 +25,7 @@ Cells = tuple[str, str, str, str]
 """Kind, base, adapter and length of the cells of an arm."""
 
 
+@table()
 def study_primary() -> str:
     """The primary comparisons in every measure, with the test that the arms are closer than the zone."""
     rows = []
@@ -37,6 +40,7 @@ def study_primary() -> str:
     return markdown(header, rows) + note
 
 
+@table()
 def study_units() -> str:
     """What the gain and the zone are worth in bits per weight and in zeros."""
     rows = [
@@ -70,6 +74,7 @@ def primary_rows() -> dict[str, dict[str, str]]:
     return {row["measure"]: row for row in rows if row["comparison"] == rows[0]["comparison"]}
 
 
+@table()
 def study_tasks() -> str:
     """The first primary comparison on each task."""
     rows = report_rows("study", "tasks")
@@ -86,6 +91,7 @@ def study_tasks() -> str:
     return markdown(header, lines)
 
 
+@table()
 def study_transplants() -> str:
     """What adapters of the uncompressed base lose on each compressed one, and how much more with DoRA."""
     pairs = {(row["base"], row["adapter"]): row for row in report_rows("study", "repair") if row.get("transplant")}
@@ -104,6 +110,7 @@ def study_transplants() -> str:
     return markdown(["base", "LoRA loses", "DoRA loses", "DoRA minus LoRA on this base"], rows) + note
 
 
+@table()
 def study_controls() -> str:
     """Differences that the same design finds, or fails to find, at this size."""
     rows = []
@@ -113,6 +120,7 @@ def study_controls() -> str:
     return markdown(["better, than", "seeds", "NLL lower by"], rows)
 
 
+@table()
 def study_students() -> str:
     """Accuracies of a rerun of the paper's task by students, beside ours on the same tasks."""
     students, arms = read("student_rerun")["accuracy"], read("real_data")["arms"]

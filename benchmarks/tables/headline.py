@@ -1,22 +1,52 @@
-"""The table at the top of README.md: seven results, each from its result file, with a link to its whole table."""
+"""The table at the top of README.md, seven results with links to their tables, and the answers that begin the pages."""
 
 from __future__ import annotations
+
+from frame import table
 
 from tables.compressed import primary_rows, worths
 from tables.table import gib, markdown, read
 
-_PAGE = "benchmarks/README.md"
 
-
+@table()
 def headline() -> str:
     """One row for each result."""
-    rows = [_magnitudes(), _time(), _memory(), _export(), _study(), _plan(), _resume()]
-    table = [[question, answer, f"[{title}]({_PAGE}#{_anchor(title)})"] for question, answer, title in rows]
-    return markdown(["question", "measured on a CPU", "full table"], table).replace("---:", "---")
+    pages = {_magnitudes: "correctness", _time: "time", _memory: "memory", _export: "correctness", _study: "README"}
+    rows = []
+    for result, page in (pages | {_plan: "memory", _resume: "correctness"}).items():
+        question, answer, title = result()
+        anchor = title.lower().replace(":", "").replace(" ", "-")
+        rows.append([question, answer, f"[{title}](benchmarks/{page}.md#{anchor})"])
+    return markdown(["question", "measured on a CPU", "full table"], rows).replace("---:", "---")
 
 
-def _anchor(title: str) -> str:
-    return title.lower().replace(":", "").replace(" ", "-")
+@table()
+def answer_quality() -> str:
+    """The first sentences of the page about quality."""
+    return f"**LoRA or DoRA?** {_study()[1]}.\n"
+
+
+@table()
+def answer_time() -> str:
+    """Of the page about time."""
+    return f"**A QDoRA step takes** {_time()[1]}.\n"
+
+
+@table()
+def answer_memory() -> str:
+    """Of the page about memory."""
+    return f"**A step of an 8B model needs** {_memory()[1]}. `qdora plan` errs by {_plan()[1]}.\n"
+
+
+@table()
+def answer_correctness() -> str:
+    """Of the page about correctness."""
+    families = [row for row in read("architectures")["families"].values() if "merged" in row]
+    worst = max(row["merged"] for row in families)
+    return (
+        f"**Does the exported model equal the trained one?** Y{_export()[1][1:]}. Over {len(families)} families "
+        f"of models its logits differ by at most {worst:.0e} of their spread. {_resume()[1]}.\n"
+    )
 
 
 def _magnitudes() -> tuple[str, str, str]:

@@ -4,43 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables.table import markdown, read
+from frame import markdown, read, table
 
-FIGURES = ("evaluated", "merged", "nf4_lora", "gradients")
-_TITLES = {"evaluated": "NLL", "nf4_lora": "nf4-lora"}
-"""Key of a figure -> its column, where the two differ."""
-HEADER = ("resumed", "answer", "NLL", "merged", "nf4-lora", "gradients", "packing")
+FIGURES = {
+    "resumed": "resumed",
+    "answered": "answer",
+    "evaluated": "NLL",
+    "merged": "merged",
+    "nf4_lora": "nf4-lora",
+    "gradients": "gradients",
+    "packing": "packing",
+}
+"""Check -> its column."""
+OF_MIXTURES = {"nf4_skip": "nf4-lora, dense", "peft": "in PEFT", "peft_again": "from PEFT"}
 
 
+@table()
 def architectures() -> str:
-    """A row for each family of dense models: what its tiny model measured, or that it is refused; below, why."""
-    dense = {name: row for name, row in read("architectures")["families"].items() if not row.get("mixture")}
-    return _families(dense, {})
+    """A row for each family of dense models; below, which are refused and why."""
+    return _families(FIGURES, is_mixture=False)
 
 
+@table()
 def mixtures() -> str:
     """The same of mixtures of experts, with what PEFT computes."""
-    mixed = {name: row for name, row in read("architectures")["families"].items() if row.get("mixture")}
-    return _families(mixed, {"nf4-lora, dense": "nf4_skip", "in PEFT": "peft", "from PEFT": "peft_again"})
+    return _families(FIGURES | OF_MIXTURES, is_mixture=True)
 
 
-def _families(families: dict[str, Any], more: dict[str, str]) -> str:
-    """A row for each family; `more` is header -> key of further figures."""
+def _families(columns: dict[str, str], *, is_mixture: bool) -> str:
+    document = read("architectures")
+    families = {name: row for name, row in document["families"].items() if bool(row.get("mixture")) == is_mixture}
     rows, reasons = [], dict[str, list[str]]()
     for name, row in families.items():
-        cells = [_cell(row, key) for key in ("resumed", "answered", *FIGURES, "packing", *more.values())]
-        adapted = f"{row['num_adapted']}" if "num_adapted" in row else "–"
-        rows.append([name, f"`{row['model_type']}`", adapted, *cells, f"{row['seconds']:.0f}"])
         refused = [text for key, text in row["refused"].items() if key != "packing"]  # the page says why
         for text in dict.fromkeys([*refused, *row["failed"].values()]):
             reasons.setdefault(text, []).append(name)
-    allowed = read("architectures")["asked"]
-    keys = [key for key in allowed if key in (*FIGURES, "packing", *more.values())]
-    titles = {key: key for key in keys} | _TITLES | {key: title for title, key in more.items()}
-    asked = "; ".join(f"{titles[key]} {allowed[key]:.0e}" for key in keys)
+        if "num_adapted" in row:
+            cells = [_cell(row, key) for key in columns]
+            rows.append([name, f"`{row['model_type']}`", str(row["num_adapted"]), *cells, f"{row['seconds']:.0f}"])
+    asked = "; ".join(f"{columns[key]} {most:.0e}" for key, most in document["asked"].items() if key in columns)
+    header = ["family", "model type", "adapted layers", *columns.values(), "s"]
     notes = "".join(f"- {', '.join(names)}: {text}\n" for text, names in reasons.items())
-    table = markdown(["family", "model type", "adapted layers", *HEADER, *more, "s"], rows)
-    return f"{table}\nLargest difference allowed: {asked}.\n\n{notes}"
+    return f"{markdown(header, rows)}\nLargest difference allowed: {asked}.\n\n{notes}"
 
 
 def models_short() -> str:

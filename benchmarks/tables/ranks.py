@@ -1,8 +1,10 @@
-"""Tables of ranks: the curvatures that may say how large one must be, and what choosing it for each layer gives."""
+"""Table of ranks: what choosing one for each layer gives."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+
+from frame import table
 
 from tables.table import compared, improvement, markdown, of_metric, read, report_rows, trained, with_band
 
@@ -16,50 +18,7 @@ _METHODS = {
 }
 
 
-def curvature() -> str:
-    """Eigenvalues, what they may miss, and what they cost."""
-    document = read("curvature")
-    header = ["layer", "norm", "size", "largest", "last of those listed", "next, across them", "largest residual"]
-    header += ["searches", "products", "CPU minutes"]
-    rows = []
-    for layer in document["layers"]:
-        values = layer["eigenvalues"]
-        row = [layer["layer"].removeprefix("model.layers."), layer["norm"], f"{layer['size']:,}"]
-        row += [f"{values[0]:+.3g}", f"{values[-1]:+.3g} (no. {len(values)})", f"{layer['next_magnitude']:.3g}"]
-        row += [f"{max(layer['residuals']) / abs(values[0]):.1e} × largest", str(layer["num_rounds"])]
-        rows.append([*row, str(layer["num_matvecs"]), f"{layer['cpu_seconds'] / 60:.1f}"])
-    return markdown(header, rows)
-
-
-def curvature_draws() -> str:
-    """The error of estimated curvatures, and what both ways cost."""
-    document = read("curvature_draws")
-    header = [
-        "layer",
-        "components",
-        "error, median",
-        "largest",
-        "reported standard error",
-        "RMS of error / reported error",
-    ]
-    header += ["summed worth, exact = 1", "rank, drawn and exact", "exact: CPU seconds"]
-    rows = []
-    for layer in document["layers"]:
-        off = layer["relative_error"]
-        row = [layer["layer"].removeprefix("model.layers."), str(layer["num_components"]), f"{off['median']:.1%}"]
-        row += [f"{off['largest']:.0%}", f"{layer['own_error']:.1%}"]
-        row += [f"{layer['root_mean_square_in_own_errors']:.2f}", f"{layer['summed_worth_drawn_by_exact']:.2f}"]
-        rows.append([*row, f"{layer['drawn_rank']}, {layer['exact_rank']}", f"{layer['exact_cpu_seconds']:.0f}"])
-    drawn = document["directions_cpu_seconds"] + document["drawn_cpu_seconds"]
-    note = (
-        f"\nWith {document['draws']} label samples, all {document['num_layers']} layers, "
-        f"{document['num_components']:,} components, took {drawn:.0f} CPU seconds, gradients included. *Rank*: chosen "
-        f"for these layers at half of their parameters. One seed, {document['num_label_tokens']} labelled "
-        f"tokens. `{document['command']}`\n"
-    )
-    return markdown(header, rows) + note
-
-
+@table()
 def rank_methods() -> str:
     """Each way to choose ranks at equal trainable parameters: quality, the difference from uniform, and its cost."""
     arms, pairs, cells = (report_rows("rank_methods", name) for name in ("arms", "comparisons", "cells"))

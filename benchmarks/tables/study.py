@@ -5,88 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from frame import table
+
 from tables.table import compared, interval, markdown, of_metric, read, report_rows, trained, with_band
 
 Row = Mapping[str, str]
 
 
-def pruning() -> str:
-    """Perplexity by method and pattern, dense below."""
-    document = read("pruning")
-    cases = {(case["method"], case["pattern"]): case for case in document["cases"]}
-    patterns = list(dict.fromkeys(case["pattern"] for case in document["cases"] if case["pattern"]))
-    methods = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
-    rows = []
-    for method, label in methods.items():
-        found = [cases[method, pattern] for pattern in patterns]
-        rows.append([label, *(f"{case['perplexity']:,.1f}" for case in found)])
-    header = ["perplexity", *(pattern if ":" in pattern else f"{pattern} %" for pattern in patterns)]
-    dense, size = cases["dense", ""], document["calibration"]
-    off = [pattern for pattern, ordered in document["ordered"].items() if not ordered]
-    order = "SparseGPT ≤ Wanda ≤ magnitude in every column" if not off else f"the usual order fails at {', '.join(off)}"
-    note = (
-        f"\nDense: {dense['perplexity']:.1f}, on {dense['num_tokens']:,} tokens of validation examples; inputs "
-        f"measured on {size['sequences']} pieces of {size['length']} tokens of training examples; {order}.\n"
-    )
-    return markdown(header, rows) + note
-
-
-def error_adapters() -> str:
-    """Perplexity of each base alone, and with an untrained adapter that approximates its error."""
-    document = read("error_adapters")
-    dense = document["dense"]["perplexity"]
-    names = {"none": "16 bits", "nf4": "NF4"}
-    ranks = list(document["cases"][0]["ranks"])
-    rows = []
-    for case in document["cases"]:
-        row = [f"{names[case['quant']]}, {case['pattern']}", f"{case['perplexity']:,.1f}"]
-        for rank in ranks:
-            found = case["ranks"][rank]
-            row.append(f"{found['perplexity']:,.1f}")
-            row.append(interval(found["gained"], found["lower"], found["upper"]))
-            row.append(f"{found['gained'] / math.log(case['perplexity'] / dense):.0%}")
-        rows.append(row)
-    header = ["base", "alone"]
-    for rank in ranks:
-        header += [f"with rank {rank}", "nats per token gained", "share of the damage"]
-    note = (
-        f"\nPerplexity. Without compression: {dense:.1f}. Intervals: 95 %, over "
-        f"{document['num_texts']} texts. `{document['command']}`\n"
-    )
-    return markdown(header, rows) + note
-
-
-def study_nulls() -> str:
-    """How many intervals hold the truth, what is called falsely, and what is found by the number of seeds."""
-    document = read("study_nulls")
-    names = {"difference": "difference", "primary": "mean of bases", "score": "score"}
-    names |= {"left": "left", "repaired": "repaired", "repaired_share": "share", "damage_choice": "damage"}
-    rows = []
-    for name, each in document["scenarios"].items():
-        shares = each["shares"]
-        number = f"{each['seeds']}, {each['bases']}, {each['tasks']} × {each['examples']}"
-        covered = [f"{shares[what]:.1%}" if what in shares else "–" for what in names]
-        rows.append([name, number, *covered, f"{shares['winner']:.1%}", f"{shares['equivalent']:.1%}"])
-    header = ["simulated study", "seeds, bases, tasks × examples", *names.values(), "a winner", "an equivalence"]
-    note = (
-        f"\n{document['studies']:,} studies per row. From the third column: intervals that contain the true value "
-        "(nominal: 95 %). Last two columns: studies without a difference that report a winner, and studies whose arms "
-        f"differ by exactly {document['zone']:g} (the zone) that report equivalence (nominal: at most 5 %). "
-        f"`{document['command']}`\n"
-    )
-    effects = list(dict.fromkeys(each["effect"] for each in document["power"]))
-    power = []
-    for seeds in dict.fromkeys(each["seeds"] for each in document["power"]):
-        own = {each["effect"]: each for each in document["power"] if each["seeds"] == seeds}
-        found = [f"{own[effect]['better']:.0%}" for effect in effects if effect]
-        promised = next(each for each in document["promised"] if each["seeds"] == seeds)
-        reached = f"{promised['effect']:.3f}: {promised['found']:.0%}"
-        power.append([str(seeds), *found, f"{own[0.0]['equivalent']:.0%}", reached])
-    told = [f"better by {effect:g}" for effect in effects if effect]
-    more = markdown(["seeds", *told, "equivalent at 0", "predicted detectable with 80 %: found"], power)
-    return markdown(header, rows) + note + "\n" + more
-
-
+@table()
 def study() -> str:
     """Per base and length the damage without training, then for each adapter what is left and what was repaired."""
     arms, pairs = report_rows("study", "arms"), report_rows("study", "comparisons")
@@ -127,6 +53,7 @@ def study() -> str:
     return markdown(header, lines) + note
 
 
+@table()
 def study_changes() -> str:
     """Per base and adapter what training moved, and how much of the compression error it took back."""
     found: dict[tuple[str, str], list[Row]] = {}

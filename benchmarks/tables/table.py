@@ -3,43 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from qdora.files.markdown_table import markdown_table
+from frame import GIB, MIB, markdown, read
+from measure import RESULTS
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
-MIB, GIB = 2**20, 2**30
-
-CONTENDERS = {
-    "own_lora": "qdora LoRA",
-    "own_dora": "qdora DoRA",
-    "own_lora_dropout": "qdora LoRA, dropout",
-    "own_dora_dropout": "qdora DoRA, dropout",
-    "peft_lora": "PEFT LoRA",
-    "peft_dora": "PEFT DoRA",
-    "peft_dora_addmm": "PEFT DoRA, norm by one addmm",
-    "qdora_peft_lora": "qdora.peft LoRA",
-    "qdora_peft_dora": "qdora.peft DoRA",
-    "axolotl_dora": "axolotl's DoRA algorithm",
-    "axolotl_dora_uncached": "the same without its cache",
-    "frozen": "frozen NF4 model, no adapter",
-    "dense": "frozen 16-bit model, no adapter",
-    "own_lora_8bit": "qdora LoRA, 8-bit AdamW",
-    "own_dora_8bit": "qdora DoRA, 8-bit AdamW",
-    "peft_lora_8bit": "PEFT LoRA, 8-bit AdamW",
-    "peft_dora_8bit": "PEFT DoRA, 8-bit AdamW",
-    "peft_lora_bf16_adam": "PEFT LoRA, AdamW in bf16",
-    "peft_dora_bf16_adam": "PEFT DoRA, AdamW in bf16",
-    "peft_lora_defaults": "PEFT LoRA, float32, dropout",
-    "peft_dora_defaults": "PEFT DoRA, float32, dropout",
-    "peft_lora_prepared": "PEFT LoRA, float32, dropout, head float32",
-    "peft_dora_prepared": "PEFT DoRA, float32, dropout, head float32",
-    "peft_lora_same_loop": "PEFT LoRA in qdora's loop",
-}
-"""What the arms of the benchmarks against PEFT are called in the tables."""
+__all__ = ["GIB", "MIB", "compared", "gib", "improvement", "interval", "markdown", "of_metric", "percent", "read"]
+__all__ += ["report_rows", "trained", "with_band"]
 
 
 def gib(num_bytes: int) -> str:
@@ -47,25 +18,10 @@ def gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, all columns but the first to the right."""
-    return markdown_table(header, rows, right=[False] + [True] * (len(header) - 1)) + "\n"
-
-
-def read(name: str) -> Any:
-    """benchmarks/results/<name>.json."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
 def report_rows(study: str, name: str) -> list[dict[str, str]]:
     """A data file of a study's report: benchmarks/results/<study>/<name>.csv."""
     with (RESULTS / study / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def quartiles(found: Mapping[str, float], form: str) -> str:
-    """Median and quartiles: 1.03 (1.02–1.05)."""
-    return f"{found['median']:{form}} ({found['lower']:{form}}–{found['upper']:{form}})"
 
 
 def interval(value: float, lower: float, upper: float, form: str = "+.3f") -> str:

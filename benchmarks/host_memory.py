@@ -1,0 +1,362 @@
+"""Host memory of loading a 16-bit checkpoint into NF4, of a base divided among processes, and of the streamed merge.
+
+Random checkpoints of published shapes, each measurement in a process of its own. Peak: VmHWM, which counts the pages of
+mapped files: a reader that keeps its files mapped would show the whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes  # noqa: F401  (the kernels import it at their first use; the baseline must have it, too)
+import torch
+from accelerate import init_empty_weights
+from frame import bench, cell, main, markdown, table, tabulated
+from gpu.plan import FULL
+from measure import ONE_THREAD, alone, launch_variables, peak_rss_bytes, reset_peak_rss, status_bytes
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qdora.export.merged import StreamedMerge, export_merged
+from qdora.memory.allocator import keep_freed_memory, return_freed_memory
+from qdora.memory.sharded_base import ShardedBase
+from qdora.model.load import Quantization, load_model
+from qdora.model.source import resolve
+from qdora.ops.packed import quantize
+from qdora.plan.division import WholePlans, process_plans
+from qdora.plan.memory_plan import plan
+from qdora.plan.public_shapes import public_shapes
+from qdora.recipe.byte_size import size_text
+from qdora.recipe.recipe_file import recipe_from
+from qdora.train.distributed import mesh_of, processes_of_launch
+
+ALLOWANCE_BYTES, SHARD_BYTES = 300 * 10**6, 500 * 10**6
+BASE = "nf4, block size 64, double quantisation, head and embedding in bfloat16"
+_COMMON = {"vocab_size": 32_768, "max_position_embeddings": 4096, "num_attention_heads": 32}
+_COMMON |= {"tie_word_embeddings": False}
+# Llama-2-7B's layer and Mistral's vocabulary; untied, so that embedding and head are both there in 16 bits.
+DENSE = _COMMON | {"hidden_size": 4096, "intermediate_size": 11_008, "num_key_value_heads": 32}
+# Qwen3-30B-A3B's blocks, with Mistral's vocabulary: with its own, the embedding would dwarf the experts.
+EXPERTS = _COMMON | {"hidden_size": 2048, "intermediate_size": 6144, "num_key_value_heads": 4, "head_dim": 128}
+EXPERTS |= {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+
+
+def write_checkpoint(directory: Path, shape: dict[str, Any], family: str = "llama") -> tuple[int, int, int]:
+    """Random bf16 weights in shards, a tensor at a time; returns (bytes, bytes of the largest tensor, shards).
+
+    Stacked experts, (experts, out, in), are a tensor for each expert and projection, as they are published.
+    """
+    config = AutoConfig.for_model(family, **shape, dtype="bfloat16")
+    config.save_pretrained(directory)
+    with init_empty_weights():
+        parameters = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in parameters.items():
+        if parameter.ndim < 3:
+            shapes[name] = tuple(parameter.shape)
+            continue
+        owner, _, last = name.rpartition(".")
+        count, rows, columns = parameter.shape
+        names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+        for expert in range(count):
+            shapes |= {f"{owner}.{expert}.{each}.weight": (rows // len(names), columns) for each in names}
+    generator = torch.Generator().manual_seed(0)
+    shard: dict[str, torch.Tensor] = {}
+    weight_map: dict[str, str] = {}
+    total = largest = held = count = 0
+    for position, (name, size) in enumerate(shapes.items(), start=1):
+        shard[name] = torch.randn(size, generator=generator, dtype=torch.float32).mul_(0.02).to(torch.bfloat16)
+        num_bytes = shard[name].nbytes
+        total, held, largest = total + num_bytes, held + num_bytes, max(largest, num_bytes)
+        if held >= SHARD_BYTES or position == len(shapes):
+            count += 1
+            file = f"model-{count:05d}.safetensors"
+            save_file(shard, directory / file)
+            weight_map |= dict.fromkeys(shard, file)
+            shard, held = {}, 0
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total, largest, count
+
+
+@bench(smoke={"layers": 1})
+def load_memory(layers: int = 4, experts: bool = False, *, smoke: bool) -> dict[str, Any]:
+    """Peak of loading; with --experts, --layers 3 and --out .../load_memory_experts.json blocks of a mixture.
+
+    Floor: the packed model itself. Allowed: packed bytes + twice the largest tensor of the checkpoint + 300 MB over a
+    process that only imports.
+    """
+    shape = (EXPERTS if experts else DENSE) | {"num_hidden_layers": layers}
+    if smoke:
+        shape |= {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 64, "vocab_size": 512}
+    with tempfile.TemporaryDirectory() as folder:
+        total, largest, num_shards = write_checkpoint(Path(folder), shape, "qwen3_moe" if experts else "llama")
+        baseline, loaded = (alone(_loaded, source, variables=ONE_THREAD) for source in (None, folder))
+    allowed, used = loaded["held"] + 2 * largest + ALLOWANCE_BYTES, loaded["peak"] - baseline["peak"]
+    return {
+        "shape": shape,
+        "checkpoint_dtype": "bfloat16",
+        "base": BASE,
+        "num_shards": num_shards,
+        "checkpoint_bytes": total,
+        "packed_model_bytes": loaded["held"],
+        "largest_tensor_bytes": largest,
+        "baseline_peak_bytes": baseline["peak"],
+        "load_peak_bytes": loaded["peak"],
+        "used_bytes": used,
+        "allowed_bytes": allowed,
+        "passes": used <= allowed,
+    }
+
+
+def _loaded(directory: str | None) -> dict[str, int]:
+    """Load `directory`, or nothing."""
+    quantize(torch.zeros(64, 64), "nf4")
+    model = nn.Module() if directory is None else load_model(resolve(directory), quant="nf4")
+    return {"peak": peak_rss_bytes(), "held": _held_bytes(model)}
+
+
+def _held_bytes(model: Any) -> int:
+    """Bytes of all parameters and buffers, each memory once; of a divided one this process's share."""
+    seen: dict[int, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        memory = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        seen[memory._cdata] = memory.nbytes()
+    return sum(seen.values())
+
+
+@table("load_memory", "load_memory_experts")
+def load_memory_table(dense: Any, experts: Any) -> str:
+    """Bytes of the checkpoint, of the packed model, of the largest tensor, and the peak."""
+    columns = {
+        "model": "{0}",
+        "checkpoint": "{1[checkpoint_bytes]:.3fGiB} GiB",
+        "packed model": "{1[packed_model_bytes]:.3fGiB} GiB",
+        "largest tensor": "{1[largest_tensor_bytes]:.3fGiB} GiB",
+        "peak over an empty process": "{1[used_bytes]:.3fGiB} GiB",
+        "limit": "{1[allowed_bytes]:.3fGiB} GiB",
+    }
+    return tabulated([("Llama", dense), ("mixture of experts", experts)], columns)
+
+
+MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
+SMALL = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 4096, "num_attention_heads": 8}
+SMALL |= {"num_hidden_layers": 2}
+SHARE_BAR = 0.03
+RECORD = "checkpoint.json"
+"""Says what a checkpoint is made of, beside it: written last, so it is there only if the checkpoint is whole."""
+
+
+@bench(smoke={"processes": (1, 2)})
+def sharded_memory(
+    work: str = "work/sharded_memory", layers: int = 32, processes: tuple[int, ...] = (1, 2, 4), *, smoke: bool
+) -> dict[str, Any]:
+    """What each process of a launch holds of a divided base, and took to load it, over gloo on the CPU.
+
+    Writes a random 16-bit checkpoint of the shape of Llama-3-8B to --work (16 GB), or reads the one there, and loads it
+    as a run with train.parallel: shard does.
+
+        counted    bytes of all parameters and buffers of a process
+        resident   resident set behind loading, over that of a process that has connected the same
+        peak       the largest resident set while loading, over the same
+
+    Every process first loads a small model in the same way and frees it, so that what Python imports and torch sets up
+    with the first one is not taken for memory of the base. Bars: what each process holds is within 3 % of the plan,
+    which is base / N + what is not divided; its resident set, too; and loading takes at most its share, twice the
+    largest tensor of the checkpoint, and 300 MB.
+    """
+    base = Path(work)
+    shape = {name: value for name, value in public_shapes()[MODEL].values.items() if name != "model_type"}
+    shape |= SMALL if smoke else {"num_hidden_layers": layers}
+    total, largest, _ = _checkpoint(base, shape)
+    _checkpoint(base / "small", shape | SMALL)
+    found: dict[str, Any] = {}
+    for size in processes:
+        idle, began = _launched(size, str(base / "small")), time.perf_counter()
+        pairs = list(zip(_launched(size, str(base / "small"), work), idle, strict=True))
+        held = [each["held"] for each, _ in pairs]
+        found[str(size)] = {
+            "held_bytes": held,
+            "resident_bytes": [each["resident"] - before["resident"] for each, before in pairs],
+            "peak_bytes": [each["peak"] - before["peak"] for each, before in pairs],
+            "idle_peak_bytes": [each["peak"] for each in idle],
+            "seconds": time.perf_counter() - began,
+            "planned_bytes": _planned_bytes(base, size),
+            "allowed_peak_bytes": max(held) + 2 * largest + ALLOWANCE_BYTES,
+        }
+
+    def near(what: str) -> bool:
+        divided = [each for size, each in found.items() if size != "1"]
+        return all(abs(held / each["planned_bytes"] - 1) <= SHARE_BAR for each in divided for held in each[what])
+
+    loading = all(max(each["peak_bytes"]) <= each["allowed_peak_bytes"] for each in found.values())
+    limits = {"counted": near("held_bytes"), "resident": near("resident_bytes"), "loading": loading}
+    sizes = {"checkpoint_bytes": total, "largest_tensor_bytes": largest, "bar": SHARE_BAR}
+    return {"model": MODEL, "shape": shape, "base": BASE, **sizes, "processes": found, "passes": limits}
+
+
+def _checkpoint(directory: Path, shape: dict[str, Any]) -> tuple[int, int, int]:
+    """As `write_checkpoint`, if it is not there."""
+    record = directory / RECORD
+    if not record.is_file() or json.loads(record.read_text())["shape"] != shape:
+        directory.mkdir(parents=True, exist_ok=True)
+        made = write_checkpoint(directory, shape)
+        record.write_text(json.dumps({"shape": shape, "made": made}))
+    total, largest, num_files = json.loads(record.read_text())["made"]
+    return total, largest, num_files
+
+
+def _launched(size: int, *directories: str) -> list[dict[str, int]]:
+    """What `_share` returns in each of `size` processes, which are connected as torchrun's are."""
+    with ThreadPoolExecutor(size) as threads:
+        calls = [
+            threads.submit(alone, _share, *directories, variables=ONE_THREAD | variables)
+            for variables in launch_variables(size)
+        ]
+        return [call.result() for call in calls]
+
+
+def _share(small: str, directory: str | None = None) -> dict[str, int]:
+    """Load this process's share of a small model and free it, then that of a base, if it is given."""
+    with processes_of_launch() as processes:
+        processes = processes.dividing(base=True)
+        mesh = mesh_of(processes, torch.device("cpu"), "shard")
+
+        def loaded(source: str) -> nn.Module:
+            placer = None if mesh is None else ShardedBase(mesh)
+            return load_model(resolve(source), quant="nf4", compute_dtype=torch.bfloat16, placer=placer)
+
+        loaded(small)
+        gc.collect()
+        return_freed_memory()
+        reset_peak_rss()
+        model = nn.Module() if directory is None else loaded(directory)
+        processes.gather(None)  # all have loaded
+        return {"held": _held_bytes(model), "peak": peak_rss_bytes(), "resident": status_bytes("VmRSS")}
+
+
+def _planned_bytes(directory: Path, size: int) -> int:
+    """What the plan says that a process holds of the base from step to step."""
+    train = {"steps": 1, "batch": 1, "parallel": "shard", "checkpoint_every": None}
+    data = {"mix": [{"task": "demo/howto"}], "max_length": 64}
+    model = {"source": str(directory), "tokenizer": "builtin", "dtype": "bfloat16"}
+    found = plan(recipe_from({"model": model, "data": data, "train": train}), device_kind="cpu")
+    return next(way.base_bytes for way in process_plans(WholePlans(found, found), size) if way.num_sharing == size)
+
+
+@table("sharded_memory")
+def sharded_memory_table(result: Any) -> str:
+    """What each process holds of a divided base, and the largest that loading took in one of them."""
+
+    def beside_plan(what: str, each: Any) -> str:
+        most = max(each[what])
+        return cell("{0:.3fGiB}", (most,)) + f" ({most / each['planned_bytes'] - 1:+.1%})"
+
+    columns = {
+        "processes; GiB of each": "{0}",
+        "planned": "{1[planned_bytes]:.3fGiB}",
+        "counted": lambda item: beside_plan("held_bytes", item[1]),
+        "resident after loading": lambda item: beside_plan("resident_bytes", item[1]),
+        "peak while loading": lambda item: cell("{0:.2fGiB}", (max(item[1]["peak_bytes"]),)),
+        "limit": "{1[allowed_peak_bytes]:.2fGiB}",
+    }
+    more = [
+        (resident - held) / 1e6
+        for each in result["processes"].values()
+        for resident, held in zip(each["resident_bytes"], each["held_bytes"], strict=True)
+    ]
+    note = f"\nResident minus counted: {min(more):.0f} to {max(more):.0f} MB. Tolerance: {result['bar']:.0%}.\n"
+    return tabulated(result["processes"].items(), columns) + note
+
+
+MERGE_BAR_BYTES, RANK = 2_500_000_000, 16
+_MERGE_SMALL = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+_MERGE_SMALL |= {"num_key_value_heads": 2}
+
+
+@bench(smoke={"layers": 2})
+def merge_streamed(layers: int = 4, *, smoke: bool) -> dict[str, Any]:
+    """Memory and speed of the streamed merge at the shapes of an 8B model.
+
+    A random bf16 checkpoint with the vocabulary, widths and untied head of Llama-3-8B and a DoRA adapter of rank 16 on
+    every linear layer, merged to fp16 on the NF4 base; memory does not depend on the number of layers, so four stand
+    for thirty-two. Asked: a peak under 2.5 GB. The speed is set beside a plain copy of the checkpoint's files on the
+    same disk. The temporary directory takes 8 GB.
+    """
+    shape = FULL.middle | {"tie_word_embeddings": False, "num_hidden_layers": layers} | (_MERGE_SMALL if smoke else {})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        total, largest, _ = write_checkpoint(folder / "base", shape)
+        _write_adapter(folder / "base", folder / "adapter")
+        whole = alone(_merge, name, 200_000 if smoke else 10**9)
+        began = time.perf_counter()
+        shutil.copytree(folder / "base", folder / "copy")
+        for path in (folder / "copy").iterdir():  # until they are on the disk, as an export's are
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        copy_seconds = time.perf_counter() - began
+    return {
+        "shape": shape,
+        "checkpoint_bytes": total,
+        "largest_tensor_bytes": largest,
+        **whole,
+        "asked_bytes": MERGE_BAR_BYTES,
+        "gigabytes_per_second": whole["num_bytes"] / whole["seconds"] / 1e9,
+        "copy_gigabytes_per_second": total / copy_seconds / 1e9,
+        "passes": whole["peak_bytes"] < MERGE_BAR_BYTES,
+    }
+
+
+def _write_adapter(base: Path, adapter: Path) -> None:
+    """A DoRA adapter with every parameter off its start."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for path, module in model.named_modules():
+        if type(module) is nn.Linear and path != "lm_head":
+            out, in_ = module.weight.shape
+            start = f"base_model.model.{path}"
+            tensors[f"{start}.lora_A.weight"] = (torch.randn(RANK, in_, generator=generator) * in_**-0.5).bfloat16()
+            tensors[f"{start}.lora_B.weight"] = (torch.randn(out, RANK, generator=generator) * 0.02).bfloat16()
+            factor = 0.9 + 0.2 * torch.rand(out, generator=generator)
+            tensors[f"{start}.lora_magnitude_vector"] = factor * 0.02 * in_**0.5
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "use_dora": True}
+    config |= {"target_modules": "all-linear", "base_model_name_or_path": "base"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _merge(folder: str, shard_bytes: int) -> dict[str, Any]:
+    keep_freed_memory()
+    held = Quantization("nf4", 64, True, ("lm_head",))
+    merge = StreamedMerge(resolve(f"{folder}/base"), Path(folder, "adapter"), held, torch.bfloat16)
+    began = time.perf_counter()
+    made = export_merged(merge, None, Path(folder, "whole"), max_shard_bytes=shard_bytes)
+    seconds = time.perf_counter() - began
+    sizes = {"num_bytes": made["num_bytes"], "num_files": len(made["files"])}
+    return sizes | {"peak_bytes": peak_rss_bytes(), "seconds": seconds}
+
+
+@table("merge_streamed")
+def merge_streamed_table(result: Any) -> str:
+    """Peak memory and speed of a streamed merge."""
+    header = ["checkpoint", "largest tensor", "peak of the process", "limit", "merge", "plain copy"]
+    sizes = [size_text(result[f"{name}_bytes"]) for name in ("checkpoint", "largest_tensor", "peak", "asked")]
+    speeds = cell("{gigabytes_per_second:.3f} GB/s", result), cell("{copy_gigabytes_per_second:.2f} GB/s", result)
+    return markdown(header, [[*sizes, *speeds]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""Hostile inputs: seeded mutations of recipes, data files and stored files, judged in processes of their own."""

@@ -1,0 +1,342 @@
+"""Memory plans: against real runs, and of the shipped recipes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from byte_tokenizer import byte_tokenizer
+from frame import GIB, Column, bench, cell, main, markdown, table, tabulated
+from measure import ONE_THREAD, alone, peak_rss_bytes
+from mixed_data import fitted
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
+
+from qdora.data.build_data import make_loader, read_data, tokenized_mix
+from qdora.memory.allocator import keep_freed_memory
+from qdora.model.build_model import Compute, find_model, put_adapters
+from qdora.model.inject import adapter_parameters
+from qdora.model.packed_base import PrunedBase
+from qdora.plan.division import num_sharing, process_plans, whole_plans
+from qdora.plan.live_bytes import LiveBytes
+from qdora.plan.memory_plan import plan
+from qdora.plan.public_shapes import public_shapes
+from qdora.plan.workload import workload_of_data
+from qdora.recipe.byte_size import parse_size, size_text
+from qdora.recipe.recipe_file import apply_overrides, load_recipe, recipe_from, recipe_names
+from qdora.recipe.settings import Recipe
+from qdora.recipe.train_settings import TrainConfig
+from qdora.run.load_base import load_base
+from qdora.run.pruned_base import compress_base, compression_key
+from qdora.train.optimizer import AdapterOptimizer
+from qdora.train.packed_attention import packed_layout
+
+NUM_STEPS, BARS = 3, {"tensor": 0.03, "rss": 0.10}
+_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+SIZES = {
+    "small": (512, 1408, 8, 8192),
+    "middle": (1024, 2816, 8, 16_384),
+    "deep": (512, 1408, 24, 8192),
+    "wide": (2048, 5632, 3, 32_768),
+    "tiny": (64, 128, 2, 512),
+}
+_TINY = "tiny, packed, all activations"
+CASES = {
+    "small, r16": "",
+    "middle, r16": "",
+    "middle, r64, dropout": "adapter.rank=64 adapter.dropout=0.05",
+    "middle, LoRA, 32-bit AdamW": "adapter.kind=lora train.optimizer=adamw",
+    "deep, r16": "",
+    "deep, all activations": "memory.checkpointing=false",
+    "small, LoRA, all activations": "adapter.kind=lora memory.checkpointing=false",
+    "wide, r16": "",
+    "wide, 2,048 tokens": "data.max_length=512 train.micro_batch_tokens=2048",
+    "wide, 512 tokens, one micro-batch": "train.micro_batch_tokens=512 train.batch=2",
+    "middle, packed": "data.packing=true",
+    "middle, Qwen2 with biases": "",
+    "small, int8": "base.quant=int8",
+    "small, 16-bit base, Lion": "base.quant=none train.optimizer=lion",
+    "middle, q and v, plain scales": "adapter.targets=[q_proj,v_proj] base.double_quant=false",
+    "small, all of it trained": "base.quant=none adapter.kind=full train.optimizer=adamw",
+    "middle, pruned to 2:4, masked": "base.prune.method=magnitude base.prune.pattern=2:4 adapter.mask=keep",
+    "small, 16-bit base, pruned to a half": "base.quant=none base.prune.method=magnitude base.prune.sparsity=0.5",
+    "wide, float32": "model.dtype=float32 train.micro_batch_tokens=512",
+    _TINY: "data.packing=true memory.checkpointing=false",
+}
+"""The first word is a size; the settings of the recipe that differ from `_case_recipe`."""
+
+
+def accuracy_limits(cases: dict[str, Any]) -> dict[str, Any]:
+    """How far off the worst case is."""
+    errors = {what: [abs(each[f"{what}_ratio"] - 1) for each in cases.values()] for what in BARS}
+    return {
+        "num_steps": NUM_STEPS,
+        "num_measured": {what: len(found) for what, found in errors.items()},
+        "largest_error": {what: max(found) for what, found in errors.items()},
+        "bars": BARS,
+        "passes": {what: max(found) <= BARS[what] for what, found in errors.items()},
+    }
+
+
+@bench(smoke={"only": (_TINY,)}, keep=True, judge=accuracy_limits)
+def plan_accuracy(only: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The plan of real runs on a CPU against what they take: live tensors by the counter, and the resident set.
+
+    Random models of 25 to 190 million weights, made from a config and written as a checkpoint; their data is random
+    text. Every run is planned from the recipe, the config and the tokenised data, then run twice, three steps each:
+    once with `LiveBytes` active from before the load on, and once without it in a process of its own, for the largest
+    resident set (VmHWM). Planned resident set: the plan's tensors and its constant for a process
+    (`CONTEXT_BYTES["cpu"]`), which every run here also measures, before it loads its model. --only: cases by name.
+
+    Bars: planned / measured tensor bytes within 3 % for each run, planned / measured resident set within 10 %, the
+    constant included in both.
+    """
+    for name in only or [name for name in CASES if name != _TINY]:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_case(Path(folder), name)
+            recipe = _case_recipe(Path(folder), name)
+            _, mix, tokenizer = _case_data(recipe)
+            planned = plan(recipe, device_kind="cpu", workload=workload_of_data(recipe, mix, tokenizer)).to_dict()
+            tensors, most = planned["tensor_bytes"], _run_case(folder, name, counting=True)["peak_bytes"]
+            resident = alone(_run_case, folder, name, False, variables=ONE_THREAD)
+        row = {
+            "micro_batch": planned["micro_batch"],
+            "planned_tensor_bytes": tensors,
+            "measured_tensor_bytes": most,
+            "tensor_ratio": tensors / most,
+            "planned_rss_bytes": planned["peak_bytes"],
+            "planned_components": planned["components"],
+            "planned_peak_in": planned["peak_in"],
+            "measured_rss_bytes": resident["rss_bytes"],
+            "process_bytes": resident["process_bytes"],
+            "rss_ratio": planned["peak_bytes"] / resident["rss_bytes"],
+        }
+        yield name, row
+
+
+def _write_case(folder: Path, name: str) -> None:
+    """A random checkpoint in bf16 with a tokenizer of bytes, and prompts and answers of random letters, of very
+    different lengths; the first row is as long as may be."""
+    sizes = dict(zip(_KEYS, SIZES[name.partition(",")[0]], strict=True))
+    heads = sizes["hidden_size"] // 64
+    sizes |= {"num_attention_heads": max(heads, 2), "num_key_value_heads": max(heads // 4, 1)}
+    family = "qwen2" if "Qwen2" in name else "llama"
+    config = AutoConfig.for_model(family, **sizes, max_position_embeddings=2048, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    letters, longest = random.Random(0), 48 if name == _TINY else 240
+
+    def text(length: int) -> str:
+        return "".join(letters.choices("abcdefghij ", k=length))
+
+    lengths = [longest, *(letters.randint(longest // 8, longest) for _ in range(63))]
+    rows = [{"prompt": text(n // 2), "completion": text(n - n // 2 - 2)} for n in lengths]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _case_recipe(folder: Path, name: str) -> Recipe:
+    """DoRA of rank 16 on every linear layer of an NF4 base in bf16, 8-bit AdamW, 1,024 tokens a micro-batch."""
+    longest = 64 if name == _TINY else 256
+    train = {"steps": NUM_STEPS, "batch": 8, "micro_batch_tokens": 4 * longest, "checkpoint_every": None}
+    document: dict[str, dict[str, Any]] = {
+        "model": {"source": str(folder / "model"), "dtype": "bfloat16"},
+        "adapter": {},
+        "base": {},
+        "data": {"mix": [{"source": str(folder / "data.jsonl")}], "max_length": longest},
+        "train": train,
+        "memory": {},
+    }
+    return recipe_from(apply_overrides(document, CASES[name].split()))
+
+
+def _case_data(recipe: Recipe) -> tuple[Any, Any, Any]:
+    """The model's source, the tokenised data and the tokenizer."""
+    source, tokenizer = find_model(recipe)
+    return source, tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0]), tokenizer
+
+
+def _run_case(folder: str, name: str, counting: bool) -> dict[str, Any]:
+    """Load, train, and say what was the most that was alive, or resident."""
+    keep_freed_memory()
+    recipe = _case_recipe(Path(folder), name)
+    source, mix, tokenizer = _case_data(recipe)
+    loader = make_loader(recipe, mix, tokenizer)
+    found: dict[str, Any] = {"process_bytes": peak_rss_bytes()}
+    with LiveBytes() if counting else nullcontext() as live:
+        compute = Compute(torch.device("cpu"), getattr(torch, recipe.model.dtype))
+        placer = None
+        if recipe.base.prune is not None:
+            pruned = Path(folder, "base")
+            compress_base(recipe, source, compute, None, pruned, key=compression_key(recipe, source, compute, None))
+            placer = PrunedBase(pruned)
+        model = load_base(recipe, source, compute, placer=placer)
+        put_adapters(model, recipe)
+        if recipe.data.packing:
+            loader.batching.packed = packed_layout(model)[0]
+        optimizer = AdapterOptimizer(adapter_parameters(model), name=recipe.train.optimizer)
+        gc.collect()
+        if live is not None:
+            live.reset_peak()
+        train = TrainConfig(steps=NUM_STEPS, batch=1, lr=1e-4, schedule="constant", warmup=0)
+        fitted(model, optimizer, loader, train, console=Console(quiet=True))
+        if live is not None:
+            found["peak_bytes"] = live.peak_bytes
+    return found | {"rss_bytes": peak_rss_bytes()}
+
+
+@table("plan_accuracy")
+def plan_accuracy_table(result: Any) -> str:
+    """Planned and measured bytes of each run, and their ratios."""
+
+    def resident(template: str) -> Column:
+        return lambda item: cell(template, item) if "rss_ratio" in item[1] else "–"
+
+    header = ["run", "micro-batch", "tensors planned, MiB", "counted", "ratio", "resident planned", "measured", "ratio"]
+    columns: list[Column] = [
+        "{0}",
+        "{1[micro_batch][rows]} × {1[micro_batch][length]}",
+        "{1[planned_tensor_bytes]:,.1fMiB}",
+        "{1[measured_tensor_bytes]:,.1fMiB}",
+        "{1[tensor_ratio]:.4f}",
+        "{1[planned_rss_bytes]:,.0fMiB}",
+        resident("{1[measured_rss_bytes]:,.0fMiB}"),
+        resident("{1[rss_ratio]:.3f}"),
+    ]
+    rows = [[cell(column, item) for column in columns] for item in result["cases"].items()]
+    worst, bars, counts = result["largest_error"], result["bars"], result["num_measured"]
+    parts = [
+        f"{text} {worst[what]:.2%} in {counts[what]} runs (limit: {bars[what]:.0%})"
+        for what, text in {"tensor": "tensors", "rss": "resident"}.items()
+        if counts[what]
+    ]
+    return markdown(header, rows) + f"\nLargest error: {'; '.join(parts)}.\n"
+
+
+CARD = "40GB"
+"""Budget of the recipes that state none."""
+MIXTURES = ("qwen3-30b-a3b-24gb", "gpt-oss-20b-24gb", "qwen3-30b-a3b-8gb")
+STREAMED = ("llama-8b-8gb", "qwen-32b-24gb", "llama-70b-40gb")
+RECIPES = ("commonsense-8b-40gb", "commonsense-13b-40gb", *MIXTURES, *STREAMED)
+SEVERAL = {"llama-70b-2x24gb": 2, "llama-405b-8x80gb": 8}
+"""Cards of the recipes for several, which are one machine."""
+LARGEST = "Llama-3.1-405B"
+
+
+@bench()
+def plan_recipes(*, smoke: bool) -> dict[str, Any]:
+    """Plans of the recipes that are named for a card, from the stored shapes of their models.
+
+    Each recipe as it ships, against the budget that it states, or 40 GB; `ways` are the ways to hold the base on
+    several cards. Then Llama-3.1-405B by the recipe of the 70B model with all of its blocks in host memory.
+    `cpu_seconds` is the time of a plan on one core. Bars: every recipe fits in the card that it is named for; the 70B
+    plan below 40 GiB and in less than 60 s of one core.
+    """
+    configs = {name: public_shapes()[load_recipe(name).model.source].config() for name in (*RECIPES, *SEVERAL)}
+    if smoke:
+        small = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 128, "vocab_size": 512}
+        of = {name: MixtralConfig if name in MIXTURES else LlamaConfig for name in configs}
+        configs = {name: of[name](**small, num_hidden_layers=48) for name in configs}
+    plans = {name: _planned(load_recipe(name), configs[name]) for name in RECIPES}
+    if not smoke:
+        source = f"meta-llama/{LARGEST}-Instruct"
+        every = [f"model.source={source}", "base.streamed_blocks=null"]
+        plans[LARGEST] = _planned(load_recipe("llama-70b-40gb", every), public_shapes()[source].config())
+    # Behind another model, whose plan they cannot take their steps from
+    plans |= {name: _planned(load_recipe(name), configs[name], num_cards) for name, num_cards in SEVERAL.items()}
+    largest = plans["llama-70b-40gb"]
+    limits = {
+        "all fit": all(each["fits"] for each in plans.values()),
+        "70B below 40 GiB": largest["peak_bytes"] < 40 * GIB,
+        "70B in 60 s": largest["cpu_seconds"] < 60,
+    }
+    return {"plans": plans, "passes": limits}
+
+
+def _planned(recipe: Recipe, config: PreTrainedConfig, num_cards: int = 1) -> dict[str, Any]:
+    """The plan of a recipe on each of its cards, what it streams, and how long planning took."""
+    began = time.process_time()
+    budget = recipe.memory.budget or CARD
+    plan_of = partial(plan, budget=budget, config=config, num_processes=num_cards)
+    found = plan_of(recipe, num_sharing=num_sharing(recipe, num_cards, num_cards)).to_dict()
+    streams = recipe.base.residency == "host"
+    ways = process_plans(whole_plans(recipe, partial(plan_of, may_change=False)), num_cards) if num_cards > 1 else []
+    return {
+        **found,
+        "num_cards": num_cards,
+        "parallel": recipe.train.parallel,
+        "ways": [each.to_dict() for each in ways],
+        "model": recipe.model.source,
+        "budget": budget,
+        "residency": recipe.base.residency,
+        "num_streamed": (recipe.base.streamed_blocks or config.num_hidden_layers) if streams else 0,
+        "cpu_seconds": time.process_time() - began,
+    }
+
+
+@table("plan_recipes")
+def plan_recipes_table(result: Any) -> str:
+    """Components of the plans of the recipes that are named for a card, and what they leave to the host."""
+    plans = result["plans"]
+
+    def line(title: str, column: Column) -> list[str]:
+        return [title, *(cell(column, each) for each in plans.values())]
+
+    def component(name: str, each: Any) -> str:
+        return f"{each['components'].get(name, 0) / GIB:.2f}"
+
+    def seconds(each: Any) -> str:  # on all cards, over PCIe 4 if they are several
+        used = "shard" if _is_divided(each) else "stream"
+        times = [way["step_seconds"]["PCIe 4"] for way in each["ways"] if way["way"] == used]
+        return f"{times[0] if times else each['step_seconds']:.0f}"
+
+    names = dict.fromkeys(name for each in plans.values() for name in each["components"])
+    rows = [line(name, partial(component, name)) for name in names]
+    rows += [
+        line("**total**", "**{peak_bytes:.2fGiB}**"),
+        line("fits in", lambda each: f"{_card(each)}{'' if each['fits'] else ': no'}"),
+        line("base", lambda each: "sharded" if _is_divided(each) else "whole"),
+        line("blocks in host memory", "{num_streamed} of {num_blocks}"),
+        line("pinned host memory, GiB", "{host_bytes:.1fGiB}"),
+        line("s a step, estimated", seconds),
+        line("tokens a step", lambda each: f"{each['num_micro_batches'] * each['micro_batch']['num_tokens']:,}"),
+        line("seconds to plan, one core", "{cpu_seconds:.0f}"),
+    ]
+    return markdown(["GiB at the peak", *plans], rows)
+
+
+@table("plan_recipes")
+def cards(result: Any) -> str:
+    """A row for each shipped recipe that is planned for a card: its peak, and how much of the card that is."""
+    columns: dict[str, Column] = {
+        "recipe": "`{0}`",
+        "model": lambda item: item[1]["model"].partition("/")[2],
+        "card": lambda item: _card(item[1]),
+        "planned peak": lambda item: size_text(item[1]["peak_bytes"]),
+        "blocks in host memory": "{1[num_streamed]} of {1[num_blocks]}",
+    }
+    return tabulated([item for item in result["plans"].items() if item[0] in recipe_names()], columns)
+
+
+def _card(found: dict[str, Any]) -> str:
+    """40 GB (37.25 GiB), or 8 × 80 GB (74.51 GiB)."""
+    count, budget = found["num_cards"], str(found["budget"])
+    card = f"{budget.replace('GB', ' GB')} ({size_text(parse_size(budget))})"
+    return f"{count} × {card}" if count > 1 else card
+
+
+def _is_divided(found: dict[str, Any]) -> bool:
+    return bool(found["num_cards"] > 1 and found["parallel"] == "shard")
+
+
+if __name__ == "__main__":
+    main()
