@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tables.combined import combined_vs_solo
 from tables.compressed import (
+    study_checkpoints,
     study_controls,
     study_primary,
     study_students,
@@ -127,6 +128,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study_units": study_units,
     "study_tasks": study_tasks,
     "study_transplants": study_transplants,
+    "study_checkpoints": study_checkpoints,
     "study_controls": study_controls,
     "study_students": study_students,
     "study_changes": study_changes,
