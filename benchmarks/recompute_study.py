@@ -591,7 +591,6 @@ TITLES = {
     "acc_norm": "accuracy by likelihood per character, points",
 }
 PRUNED = ("Wanda 50 %", "Wanda 2:4", "nf4, Wanda 2:4")
-FASTER = "DoRA, magnitudes {} times"
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
 Row = tuple[str, list[float]]
 
@@ -656,7 +655,8 @@ class Pages:
 
     def tables(self) -> dict[str, tuple[list[Row], list[float]]]:
         """Name of a table -> its rows, and the numbers of the note below it."""
-        return {
+        runs = self.arm("by_layer", "16 bits", "full")  # only of the second round
+        return ({"study_checkpoints": (self.checkpoints(), [])} if runs else {}) | {
             "study_primary": (self.primary(), self.answers()),
             "study_units": (self.units(), []),
             "study_tasks": (self.tasks(), []),
@@ -768,9 +768,7 @@ class Pages:
         pairs = {"LoRA with LoftQ's start, LoRA; nf3": (trained("nf3", "LoRA, LoftQ"), trained("nf3"))}
         for base in ("nf3", "Wanda 2:4"):
             name = f"DoRA, magnitudes trained 100 times as fast; {base}"
-            pairs[name] = trained(base, "DoRA"), trained(base, FASTER.format(100))
-        name = "DoRA with magnitudes 10 times as fast, DoRA; Wanda 2:4"
-        pairs[name] = trained("Wanda 2:4", FASTER.format(10)), trained("Wanda 2:4", "DoRA")
+            pairs[name] = trained(base, "DoRA"), trained(base, "DoRA, magnitudes 100 times")
         for size in ("50 %", "70 %", "2:4"):
             pairs[f"SparseGPT, Wanda; LoRA, {size}"] = trained(f"SparseGPT {size}"), trained(f"Wanda {size}")
         pairs["DoRA, LoRA; Wanda 2:4"] = trained("Wanda 2:4", "DoRA"), trained("Wanda 2:4")
@@ -781,24 +779,63 @@ class Pages:
         return [(name, [len(values), *three(values, 3)]) for name, values in found.items()]
 
     def transplants(self) -> tuple[list[Row], list[float]]:
-        rows, pruned = [], []
-        for base in ("nf4", "nf3", *PRUNED):
-            more = self.lower_by(self.arm("transplant", base, "LoRA"), self.arm("transplant", base, "DoRA"))
-            pruned += [more] if base in PRUNED else []
+        rows, note = [], []
+        for seeds in (("0", "1", "2"), ("3", "4", "5")):
+            plain, rescaled, told = [], [], f"seeds {seeds[0]} to {seeds[-1]}"
+            for base in ("nf4", "nf3", *PRUNED):
+                moved = {arm: self.values("transplant", base, arm) for arm in ("LoRA", "DoRA")}
+                if seeds[0] not in moved["DoRA"]:
+                    continue
+                numbers = []
+                for arm, values in moved.items():
+                    home = self.values("trained", "16 bits", arm)
+                    numbers += three([values[seed] - home[seed] for seed in seeds], 3)
+                more = [moved["DoRA"][seed] - moved["LoRA"][seed] for seed in seeds]
+                numbers += three(more, 3)
+                plain += [more] if base in PRUNED else []
+                mended = self.values("rescaled", base, "DoRA")
+                if seeds[0] in mended:
+                    rescaled.append([mended[seed] - moved["LoRA"][seed] for seed in seeds])
+                    numbers += three(rescaled[-1], 3)
+                rows.append((f"{base}, {told}", numbers))
+            if not plain:
+                continue
+            means = [np.mean(each, axis=0) for each in (plain, rescaled) if each]
+            rows.append((f"mean of the pruned bases, {told}", [end for each in means for end in three(each, 3)]))
+            note += [float(seeds[0]), float(seeds[-1]), float(np.sum(np.array(plain) > 0)), float(np.size(plain))]
+            note += [100 * (1 - np.sum(means[1]) / np.sum(means[0]))] if rescaled else []
+        return rows, note
+
+    def values(self, kind: str, base: str, adapter: str) -> dict[str, float]:
+        """Seed -> NLL, of 128 steps."""
+        return {seed: self.nll.value(cell) for seed, cell in self.arm(kind, base, adapter).items()}
+
+    def checkpoints(self) -> list[Row]:
+        """Losses at the checkpoints, and Pearson's correlations of the changes of length and direction."""
+        rows = []
+        for arm, paper in (("full", -0.62), ("LoRA", 0.83), ("DoRA", -0.31)):
+            runs = [cell["result"].get("checkpoints", []) for cell in self.arm("by_layer", "16 bits", arm).values()]
+            runs = [run for run in runs if run]
             numbers = []
-            for name in ("LoRA", "DoRA"):
-                numbers += [
-                    self.repair[base, "128 steps", name][f"transplant{end}"] for end in ("", "_lower", "_upper")
-                ]
-            rows.append((base, [*numbers, *three(more, 3)]))
-        rows.append(("mean of the pruned bases", three(np.mean(pruned, axis=0).tolist(), 3)))
-        worse = sum(value > 0 for values in pruned for value in values)
-        return rows, [sum(map(len, pruned)), worse]
+            for losses in np.array([[checkpoint["nll"] for checkpoint in run] for run in runs]).T:
+                numbers += [losses.mean(), losses.std(ddof=1)]
+            for ending in ("q_proj", ""):
+                found = []
+                for run in runs:
+                    changes = [
+                        each for point in run for path, each in point["changes"].items() if path.endswith(ending)
+                    ]
+                    points = np.array([[each["length"], each["direction"]] for each in changes])
+                    found.append(np.corrcoef(points.T)[0, 1])
+                numbers += [np.mean(found), min(found), max(found)]
+            rows.append((arm, [*map(float, numbers), paper]))
+        return rows
 
     def changes(self) -> list[Row]:
         rows = []
         for base, adapter in itertools.product(("16 bits", "nf3", "Wanda 2:4"), ("LoRA", "DoRA")):
             cells = self.arm("by_layer", base, adapter)
+            cells = {seed: cell for seed, cell in cells.items() if "changes" in cell["result"]}
             layers = [each for cell in cells.values() for each in cell["result"]["changes"].values()]
 
             def mean(name: str, layers: Sequence[Mapping[str, float]] = layers) -> list[float]:

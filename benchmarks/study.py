@@ -20,6 +20,8 @@ import yaml
 from byte_tokenizer import write_model
 from measure import facts, parsed
 from shared_study import SMOKE_MIX, SMOKE_RATES, dry_run, run_and_keep, study_parser
+from tables.compressed import draw_checkpoints
+from tables.table import RESULTS
 
 GRIDS = Path(__file__).resolve().parent / "grids"
 NAME = "study"
@@ -46,6 +48,8 @@ def main() -> None:
     if args.report and args.resume_from is not None:  # nothing runs: the scores are of the machine that made them
         head = json.loads((args.resume_from / "run.json").read_text()) | {"command": command}
     run_and_keep(args, document, head, NAME)
+    if (RESULTS / NAME / "checkpoints.csv").is_file():
+        draw_checkpoints(RESULTS / NAME / "checkpoints.svg")
 
 
 def with_data(document: dict[str, Any], data: Path) -> dict[str, Any]:

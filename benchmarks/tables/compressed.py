@@ -5,11 +5,14 @@ Every number comes from the data files of the report; recompute_study.py compute
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import correlation, mean, stdev
 
 from frame import table
 
 from qdora.evaluation.example_intervals import Interval
+from qdora.files.svg_figure import svg_file
 from qdora.study.statistics import t_interval
 from tables.table import interval, markdown, percent, read, report_rows
 
@@ -20,7 +23,13 @@ MEASURES = {
     "acc_norm": "accuracy by likelihood per character, points",
 }
 PRUNED = ("Wanda 50 %", "Wanda 2:4", "nf4, Wanda 2:4")
+BASES = ("nf4", "nf3", *PRUNED)
 SHORT = "128 steps"
+ROUNDS = ((("0", "1", "2"), "seeds 0 to 2"), (("3", "4", "5"), "seeds 3 to 5"))
+"""Seeds of the first round, which suggested that DoRA loses more, and of the second, which decides."""
+QUERY = "self_attn.q_proj"
+PAPER = {"full": -0.62, "LoRA": 0.83, "DoRA": -0.31}
+"""Correlations of the changes of magnitude and direction of query weights: DoRA, arXiv 2402.09353, sec. 3.2 and 4.2."""
 Cells = tuple[str, str, str, str]
 """Kind, base, adapter and length of the cells of an arm."""
 
@@ -35,7 +44,7 @@ def study_primary() -> str:
         zone = f"{float(pair['zone']):g}" if pair["measure"].startswith("nll") else "1 point"
         row = [pair["comparison"], MEASURES[pair["measure"]], _told(pair, pair["measure"])]
         rows.append([*row, zone, (f"{float(p):.4f}" if p else "–") + (" (corrected)" if is_primary else "")])
-    header = ["comparison", "measure", "DoRA better by", "zone", "p of a difference of the zone or more"]
+    header = ["comparison", "measure", "better by", "zone", "p of a difference of the zone or more"]
     note = f"\n{' '.join(read('study/run')['answer'])}\n"
     return markdown(header, rows) + note
 
@@ -93,21 +102,79 @@ def study_tasks() -> str:
 
 @table()
 def study_transplants() -> str:
-    """What adapters of the uncompressed base lose on each compressed one, and how much more with DoRA."""
-    pairs = {(row["base"], row["adapter"]): row for row in report_rows("study", "repair") if row.get("transplant")}
-    rows, of_pruned, num_worse = [], [], 0
-    for base in dict.fromkeys(base for base, _ in pairs):
-        more = _differences(("transplant", base, "DoRA", SHORT), ("transplant", base, "LoRA", SHORT))
-        if base in PRUNED:
-            of_pruned.append(more)
-            num_worse += sum(value > 0 for value in more)
-        losses = (_of_columns(pairs[base, arm], "transplant") for arm in ("LoRA", "DoRA"))
-        rows.append([base, *(_shown(each, "+.3f") for each in losses), _shown(t_interval(more), "+.3f")])
-    mean = t_interval([sum(of_seed) / len(of_seed) for of_seed in zip(*of_pruned, strict=True)])
-    rows.append(["mean of the pruned bases", "–", "–", _shown(mean, "+.3f")])
-    number = sum(map(len, of_pruned))
-    note = f"\nOf {number} pairs of a seed and a pruned base, DoRA is worse in {num_worse}.\n"
-    return markdown(["base", "LoRA loses", "DoRA loses", "DoRA minus LoRA on this base"], rows) + note
+    """What adapters of the uncompressed base lose on each compressed one, and how much more with DoRA, by round."""
+    rows, notes = [], []
+    for seeds, title in ROUNDS:
+        means: dict[str, list[list[float]]] = {"transplant": [], "rescaled": []}
+        for base in BASES:
+            moved = {arm: _nll(("transplant", base, arm, SHORT)) for arm in ("LoRA", "DoRA")}
+            if not moved["DoRA"].keys() & seeds:
+                continue
+            row = [f"{base}, {title}"]
+            for arm, values in moved.items():
+                at_home = _nll(("trained", "16 bits", arm, SHORT))
+                row.append(_shown(t_interval([values[seed] - at_home[seed] for seed in seeds]), "+.3f"))
+            for kind, of_bases in means.items():
+                dora = _nll((kind, base, "DoRA", SHORT))
+                more = [dora[seed] - moved["LoRA"][seed] for seed in seeds if seed in dora]
+                row.append(_shown(t_interval(more), "+.3f") if more else "–")
+                if base in PRUNED and more:
+                    of_bases.append(more)
+            rows.append(row)
+        if not means["transplant"]:  # the round has not begun
+            continue
+        of_seeds = [_of_each_seed(of_bases) for of_bases in means.values()]
+        told = (_shown(t_interval(values), "+.3f") if values else "–" for values in of_seeds)
+        rows.append([f"mean of the pruned bases, {title}", "–", "–", *told])
+        pairs = [value for of_base in means["transplant"] for value in of_base]
+        notes.append(f"With {title}, DoRA is worse in {sum(value > 0 for value in pairs)} of {len(pairs)} pairs.")
+        if of_seeds[1]:
+            share = 1 - sum(of_seeds[1]) / sum(of_seeds[0])
+            notes.append(f"Rescaled magnitudes take back {share:.0%} of the mean difference.")
+    header = ["base", "LoRA loses", "DoRA loses", "DoRA minus LoRA", "DoRA, magnitudes rescaled, minus LoRA"]
+    return markdown(header, rows) + f"\n{' '.join(notes)}\n"
+
+
+@table()
+def study_checkpoints() -> str:
+    """The NLL after 16 to 128 steps, and how the changes of magnitude and of direction go together."""
+    rows, checkpoints = [], report_rows("study", "checkpoints")
+    steps = sorted({int(row["step"]) for row in checkpoints})
+    for arm, paper in PAPER.items():
+        own = [row for row in checkpoints if row["adapter"] == arm]
+        line = [arm]
+        for step in steps:
+            values = list({row["seed"]: float(row["nll"]) for row in own if int(row["step"]) == step}.values())
+            line.append(f"{mean(values):.3f} ± {stdev(values):.3f}")
+        for names in (QUERY, ""):
+            found = correlations([row for row in own if row["layer"].endswith(names)])
+            line.append(f"{mean(found):+.2f} ({min(found):+.2f} to {max(found):+.2f})")
+        rows.append([*line, f"{paper:+.2f}"])
+    header = ["trained", *(f"NLL at step {step}" for step in steps), "query weights: correlation", "all weights"]
+    return markdown([*header, "the paper's, query weights"], rows)
+
+
+def correlations(rows: Sequence[Mapping[str, str]]) -> list[float]:
+    """Pearson's, of the change of length and of direction over layers and checkpoints, of each seed."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        found.setdefault(row["seed"], []).append((float(row["length_change"]), float(row["direction_change"])))
+    return [correlation(*zip(*points, strict=True)) for points in found.values()]
+
+
+def draw_checkpoints(out: Path) -> None:
+    """A panel for full fine-tuning, LoRA and DoRA: change of length over that of direction of the query weights."""
+    checkpoints = [row for row in report_rows("study", "checkpoints") if row["layer"].endswith(QUERY)]
+    with svg_file(out, 9.6, 3.4) as figure:
+        for axis, arm in zip(figure.subplots(1, len(PAPER)), PAPER, strict=True):
+            for step in sorted({int(row["step"]) for row in checkpoints}):
+                own = [row for row in checkpoints if row["adapter"] == arm and int(row["step"]) == step]
+                turned, changed = ([float(row[f"{name}_change"]) for row in own] for name in ("direction", "length"))
+                axis.plot(turned, changed, "o", ms=3, alpha=0.6, label=f"step {step}")
+            axis.set(title=arm, xlabel="direction: 1 - cosine", xscale="log", yscale="log")
+            axis.grid(alpha=0.3)
+        figure.axes[0].set_ylabel("magnitude: change of the row's length")
+        figure.axes[-1].legend(fontsize=8)
 
 
 @table()
@@ -149,11 +216,6 @@ _CONTROLS: Sequence[tuple[str, Cells, Cells]] = (
         ("trained", "Wanda 2:4", "DoRA", SHORT),
         ("trained", "Wanda 2:4", "DoRA, magnitudes 100 times", SHORT),
     ),
-    (
-        "DoRA with magnitudes 10 times as fast, DoRA; Wanda 2:4",
-        ("trained", "Wanda 2:4", "DoRA, magnitudes 10 times", SHORT),
-        ("trained", "Wanda 2:4", "DoRA", SHORT),
-    ),
     *(
         (
             f"SparseGPT, Wanda; LoRA, {size}",
@@ -184,17 +246,19 @@ def _differences(cells: Cells, other: Cells) -> list[float]:
 def _nll(cells: Cells) -> dict[str, float]:
     rows = report_rows("study", "cells")
     names = ("kind", "base", "adapter", "length")
-    return {row["seed"]: float(row["nll_per_token"]) for row in rows if tuple(row[name] for name in names) == cells}
+    own = (row for row in rows if row["nll_per_token"] and tuple(row[name] for name in names) == cells)
+    return {row["seed"]: float(row["nll_per_token"]) for row in own}
+
+
+def _of_each_seed(of_bases: Sequence[Sequence[float]]) -> list[float]:
+    """The mean over the bases of each seed."""
+    return [mean(of_seed) for of_seed in zip(*of_bases, strict=True)]
 
 
 def _told(row: dict[str, str], measure: str) -> str:
     """An improvement with its interval: nats, or points of accuracy."""
     scale, form = (100, "+.2f") if measure.startswith("acc") else (1, "+.4f")
     return interval(*(scale * float(row[name]) for name in ("improvement", "lower", "upper")), form=form)
-
-
-def _of_columns(row: dict[str, str], name: str) -> Interval:
-    return Interval(*(float(row[f"{name}{end}"]) for end in ("", "_lower", "_upper")))
 
 
 def _shown(found: Interval, form: str) -> str:

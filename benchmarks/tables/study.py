@@ -20,7 +20,7 @@ def study() -> str:
     repairs = report_rows("study", "repair")
     damage = {row["base"]: row for row in repairs if row["adapter"] == "no adapter"}
     reference = next(row["value"] for row in report_rows("study", "facts") if row["fact"] == "compare.reference")
-    adapters = list(dict.fromkeys(row["adapter"] for row in trained(arms)))
+    adapters = list(dict.fromkeys(row["adapter"] for row in repairs if row.get("left")))
     contexts = list(dict.fromkeys(tuple(row[axis] for axis in axes) for row in trained(arms)))
     lines = []
     for context in contexts:
