@@ -152,7 +152,7 @@ def with_files_of_its_own(rank: int, settings: list[Recipe], directory: Path, di
 def test_all_have_the_same_data_and_base(
     root: Path, tmp_path: Path, changed: str | None, different: str | None
 ) -> None:
-    """One of them reads its own copies, as on another machine. The first one tokenises for all."""
+    """One of them reads its own copies, as on another machine. Of the same files the first one tokenises for all."""
     options: dict[str, Any] = {"train__steps": 1, "data__cache": str(tmp_path / "cache")}
     recipe(root)
     shutil.copytree(root / "model", tmp_path / "copy/model")
@@ -162,8 +162,11 @@ def test_all_have_the_same_data_and_base(
         file.write_text(file.read_text().replace("1 + 2 =", "1 + 3 =") + "\n")
     assert launched.run(2, with_files_of_its_own, settings, tmp_path / "run", different) == ["", ""]
     if changed is None:
-        assert sorted(file.name for file in tmp_path.glob("* by *")) == ["letters by 0", "sums by 0"]
-        assert len(list((tmp_path / "cache").iterdir())) == 2
+        one = recipe(root, train__steps=1, data__cache=str(tmp_path / "one/cache"))
+        (tmp_path / "one").mkdir()
+        assert launched.run(2, with_files_of_its_own, [one, one], tmp_path / "one/run", None) == ["", ""]
+        assert sorted(file.name for file in (tmp_path / "one").glob("* by *")) == ["letters by 0", "sums by 0"]
+        assert len(list((tmp_path / "one/cache").iterdir())) == 2
 
 
 def broken(rank: int, settings: Recipe, directory: Path) -> None:
