@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from tests import fake_study
 from tests.fake_study import numbered
 
 ROOT = Path(__file__).parent.parent
+LOCAL = ["--cluster", "local", "--job-option"]
+needs_submitit = pytest.mark.skipif(find_spec("submitit") is None, reason="submitit is not installed")
 
 
 def start(directory: Path, number: int, seconds: float) -> ForkProcess:
@@ -227,16 +230,14 @@ def test_processes_of_one_machine_divide_its_cores_unless_the_user_chose(
         (["--cluster", "local"], ["are used only with --jobs"]),
         (["--jobs", "1", "--cluster", "slrum"], ["--cluster", "'slrum'", "'slurm'?"]),
         (["--jobs", "1", "--job-option", "timeout_min"], ["--job-option", "key=value"]),
-        (["--jobs", "1", "--cluster", "local", "--job-option", "timeout_mn=5"], ["--job-option: "]),
-        (["--jobs", "1", "--cluster", "local", "--job-option", "timeout_min=five"], ["--job-option: "]),
-        (["--jobs", "1"], ["--cluster slurm", "Could not detect"]),
+        pytest.param(["--jobs", "1", *LOCAL, "timeout_mn=5"], ["--job-option: "], marks=needs_submitit),
+        pytest.param(["--jobs", "1", *LOCAL, "timeout_min=five"], ["--job-option: "], marks=needs_submitit),
+        pytest.param(["--jobs", "1"], ["--cluster slurm", "Could not detect"], marks=needs_submitit),
     ],
 )
 def test_a_fault_names_its_own_option(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: list[str]
 ) -> None:
-    if "--jobs" in options:
-        pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", "")  # no srun
     found = CliRunner().invoke(app, ["study", str(write(tmp_path)), "--dir", str(tmp_path / "study"), *options])
     assert found.exit_code == 2
@@ -244,8 +245,8 @@ def test_a_fault_names_its_own_option(
     assert [word for word in words if word not in text] == []
 
 
+@needs_submitit
 def test_jobs_of_submitit_share_a_study(tmp_path: Path) -> None:
-    pytest.importorskip("submitit")
     command = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "tests.fake_study", str(tmp_path), "8", "0.05"]
     jobs = submit_jobs(command, tmp_path, 2, cluster="local", parameters={"timeout_min": 5})
     for job in jobs:

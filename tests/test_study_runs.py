@@ -50,7 +50,6 @@ WHOLE: dict[str, Any] = {
         {"name": "main"},
         *({"name": kind, "kind": kind, **OF_NF4} for kind in ("transplant", "rescaled", "set_back")),
         {"name": "by_layer", "kind": "by_layer"},
-        {"name": "steps", "kind": "by_layer", "steps": [1, 2], "cells": {"base.quant": "none"}},
     ],
     "time": {"start": 7200, "step": 1800},
 }
@@ -132,9 +131,8 @@ def test_a_dry_run_tells_cells_and_hours_and_writes_nothing(root: Path, tmp_path
         ("rescaled", 1, 0, 2),
         ("set_back", 1, 0, 2),
         ("by_layer", 2, 0, 2 * 2),
-        ("steps", 1, 0, 2),
     ]
-    assert len(shown["cells"]) == shown["num_cells"] == 22
+    assert len(shown["cells"]) == shown["num_cells"] == 21
     (note,) = shown["notes"]
     assert "cannot have a verdict: there are only 1 of 3 (compare.min_seeds) seeds" in note
     assert "cannot have a verdict" in found.stderr
@@ -203,7 +201,7 @@ def test_a_base_has_its_perplexity_and_the_errors_of_its_hidden_states(done: Pat
         for example in examples:
             ids = torch.tensor([base.tokenizer(example.prompt + example.answer)["input_ids"]])
             logits = base.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-            nll -= float(logits.gather(1, ids[0, 1:, None]).sum())
+            nll -= logits.gather(1, ids[0, 1:, None]).sum().item()
             num_tokens += ids.shape[1] - 1
     assert nf4["perplexity"] == pytest.approx(math.exp(nll / num_tokens), rel=1e-5)
     tables = read_report(done).tables
@@ -293,27 +291,28 @@ def test_an_adapter_is_measured_layer_by_layer(done: Path) -> None:
     assert max(map(abs, blocks.values())) > 1e-5
 
 
-@pytest.mark.parametrize("kind", ["dora", "full"])
-def test_checkpoints_are_measured(done: Path, root: Path, tmp_path: Path, kind: str) -> None:
-    if kind == "full":
-        stages = [{"name": "main"}, {"name": "steps", "kind": "by_layer", "steps": [1, 2]}]
-        product = {"base.quant": ["none"], "adapter": {"full": FULL}}
-        run(write_study(root, kind, product=product, stages=stages, settings={"train.lr": 0.01}), tmp_path)
-    directory = tmp_path if kind == "full" else done
-    rows = read_report(directory).tables["checkpoints"]
-    assert {(row["adapter"], row["step"]) for row in rows} == {(kind, 1), (kind, 2)}
-    cell = cells_of(directory, "trained")["none"]
-    place = directory / "cells" / cell["key"]
-    scored = json.loads((place / "eval/step-2.json").read_text())["per_example"]
-    nll = sum(row["nll"] for row in scored) / sum(row["num_answer_tokens"] for row in scored)
-    assert {round(row["nll"] / nll, 6) for row in rows if row["step"] == 2} == {1.0}
-    last = {row["layer"]: row for row in rows if row["step"] == 2}
-    path = next(iter(last))
-    w, trained = (load_run(place, base_only=only).model.get_submodule(path) for only in (True, False))
-    w, v = w.weight.double(), (trained.merged_weight(torch.float64) if kind == "dora" else trained.weight.double())
-    cosines = nn.functional.cosine_similarity(v, w, dim=1)
-    assert last[path]["direction_change"] == pytest.approx(float((1 - cosines).mean()), rel=1e-2)
-    assert last[path]["length_change"] == pytest.approx(float((v.norm(dim=1) - w.norm(dim=1)).abs().mean()), rel=1e-2)
+def test_checkpoints_of_an_adapter_and_of_full_fine_tuning_are_measured(root: Path, tmp_path: Path) -> None:
+    stages = [{"name": "main"}, {"name": "steps", "kind": "by_layer", "steps": [1, 2]}]
+    product = {"base.quant": ["none"], "adapter": DORA | {"full": FULL}}
+    changes = {"product": product, "stages": stages, "settings": {"train.lr": 0.01}, "bases": False}
+    run(write_study(root, "checkpoints", **changes), tmp_path)
+    rows = read_report(tmp_path).tables["checkpoints"]
+    assert {(row["adapter"], row["step"]) for row in rows} == {
+        (kind, step) for kind in product["adapter"] for step in (1, 2)
+    }
+    for cell in (cell for cell in read_index(tmp_path)["cells"] if cell["kind"] == "trained"):
+        place, kind = tmp_path / "cells" / cell["key"], cell["labels"]["adapter"]
+        scored = json.loads((place / "eval/step-2.json").read_text())["per_example"]
+        nll = sum(row["nll"] for row in scored) / sum(row["num_answer_tokens"] for row in scored)
+        last = {row["layer"]: row for row in rows if (row["adapter"], row["step"]) == (kind, 2)}
+        assert {round(row["nll"] / nll, 6) for row in last.values()} == {1.0}
+        path = next(iter(last))
+        w, trained = (load_run(place, base_only=only).model.get_submodule(path) for only in (True, False))
+        w, v = w.weight.double(), (trained.merged_weight(torch.float64) if kind == "dora" else trained.weight.double())
+        turned = (1 - nn.functional.cosine_similarity(v, w, dim=1)).mean()
+        longer = (v.norm(dim=1) - w.norm(dim=1)).abs().mean()
+        assert last[path]["direction_change"] == pytest.approx(turned.item(), rel=1e-2)
+        assert last[path]["length_change"] == pytest.approx(longer.item(), rel=1e-2)
 
 
 def test_a_finished_study_trains_nothing_and_writes_pages_that_lack(
