@@ -54,7 +54,7 @@ def result_of(call: Callable[[], Any], *codes: int) -> Any:
         lines = text.split("\n")
         assert code in codes, text
         assert not [words for words in ("--debug shows", "Traceback") if words in text], text
-        assert all(line.strip() and len(line) <= 900 and line.isprintable() for line in lines), text
+        assert all(line.strip() and len(line) <= 2000 and line.isprintable() for line in lines), text
         assert len(lines) <= 12
         return None
 
