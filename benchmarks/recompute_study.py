@@ -656,7 +656,8 @@ class Pages:
     def tables(self) -> dict[str, tuple[list[Row], list[float]]]:
         """Name of a table -> its rows, and the numbers of the note below it."""
         runs = self.arm("by_layer", "16 bits", "full")  # only of the second round
-        return ({"study_checkpoints": (self.checkpoints(), [])} if runs else {}) | {
+        return {
+            "study_checkpoints": (self.checkpoints() if runs else [], []),
             "study_primary": (self.primary(), self.answers()),
             "study_units": (self.units(), []),
             "study_tasks": (self.tasks(), []),

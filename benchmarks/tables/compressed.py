@@ -14,7 +14,7 @@ from frame import table
 from qdora.evaluation.example_intervals import Interval
 from qdora.files.svg_figure import svg_file
 from qdora.study.statistics import t_interval
-from tables.table import interval, markdown, percent, read, report_rows
+from tables.table import RESULTS, interval, markdown, percent, read, report_rows
 
 MEASURES = {
     "nll_per_token": "NLL, nats per token",
@@ -138,6 +138,8 @@ def study_transplants() -> str:
 @table()
 def study_checkpoints() -> str:
     """The NLL after 16 to 128 steps, and how the changes of magnitude and of direction go together."""
+    if not (RESULTS / "study" / "checkpoints.csv").is_file():
+        return "The checkpoints of the second round are not measured yet.\n"
     rows, checkpoints = [], report_rows("study", "checkpoints")
     steps = sorted({int(row["step"]) for row in checkpoints})
     for arm, paper in PAPER.items():
