@@ -348,14 +348,15 @@ def fake_gpus(num_gpus: int = 2) -> Iterator[None]:
         yield
 
 
-def on_few_gpus(rank: int) -> None:
-    """Processes that see one GPU each take it; and where the network has no way that is told at the start."""
+def the_only_gpu(rank: int) -> None:
     taken: list[int] = []
     with fake_gpus(num_gpus=1):
         torch.cuda.set_device = taken.append
         with processes_of_launch() as processes:
             assert processes.gather(taken) == [[0], [0]]
 
+
+def network_without_a_way(rank: int) -> None:
     def fails(_tensor: torch.Tensor, group: Any) -> None:
         raise dist.DistBackendError("NCCL error in: a.cpp:1, remote error\nLast error:\nsocketStartConnect: refused")
 
@@ -368,8 +369,13 @@ def on_few_gpus(rank: int) -> None:
         start()
 
 
-def test_processes_take_their_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launched.run(2, on_few_gpus, timeout=60) == ["", ""]
+@pytest.mark.parametrize("action", [the_only_gpu, network_without_a_way])
+def test_processes_take_their_gpus(action: Any) -> None:
+    """Also where each sees one alone; and GPUs that cannot reach each other are told at the start."""
+    assert launched.run(2, action, timeout=60) == ["", ""]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     said = r"one process for each GPU \(got 4 on 2 GPUs\)\. Fix: start with torchrun --nproc-per-node 2\."
     with fake_gpus(), pytest.raises(UserError, match=said), processes_of_launch():
