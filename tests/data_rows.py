@@ -32,7 +32,7 @@ def content(suffix: str, rows: Rows) -> bytes:
     """Rows as a file of this ending."""
     plain, _, packed = suffix.rpartition(".")
     if packed == "gz":
-        return gzip.compress(content(plain, rows))
+        return gzip.compress(content(plain, rows), mtime=0)
     if packed == "zst":
         return bytes(pa.compress(content(plain, rows), codec="zstd", asbytes=True))
     if suffix == ".jsonl":
