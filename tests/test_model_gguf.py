@@ -208,6 +208,9 @@ def test_a_file_gives_the_model_that_it_was_made_from(tmp_path, name, fused):
     assert len(stacks(model)) == 4
     assert_same_logits(model, wanted)
     assert model.config.model_type == wanted.config.model_type
+    if fused:
+        tokenizer = load_tokenizer(resolve(str(tmp_path / "file.gguf")))
+        assert (tokenizer.chat_template, tokenizer.eos_token) == (tiny_tokenizer.CHATML, "<|im_end|>")
 
 
 @pytest.mark.parametrize("name", DEFAULT_WIDTHS)
