@@ -85,7 +85,7 @@ def test_every_launcher_script_and_benchmark_is_shown() -> None:
         assert any(commands(page, launcher) for page in PAGES)
     scripts = {words[0] for page in PAGES for words in commands(page, "./scripts/")}
     assert scripts == {"./scripts/quickstart", "./scripts/test", "./scripts/test_bounds"}
-    programs = {name_of(file) for file in (ROOT / "benchmarks").glob("*.py") if "__main__" in file.read_text()}
+    programs = {name_of(file) for file in (ROOT / "benchmarks").glob("*.py") if "\nif __name__ ==" in file.read_text()}
     assert programs <= {words[1] for page in BENCHMARKS for words in commands(page, "python ")}
 
 
