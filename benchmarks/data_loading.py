@@ -79,12 +79,12 @@ def recipe_of(way: str, data: str, num_steps: int, limit: int, smoke: bool) -> R
         sources = [{"task": task, "path": f"{data}/{task}"} for task in COMMONSENSE_TASKS]
     more = {"stream": True} if way == "streamed" else {"limit": limit}
     mix = {"mix": [source | more for source in sources], "strategy": "equal", "packing": way == "packed"}
-    tokens = {"tokens_per_step": 256, "micro_batch_tokens": 128} if smoke else {"tokens_per_step": STEP_TOKENS}
+    tokens = 128 if smoke else STEP_TOKENS
     return recipe_from(
         {
             "model": {"source": f"{data}/model" if smoke else "builtin"},
             "data": {**mix, "max_length": ROW_TOKENS, "too_long": "drop"},
-            "train": {"steps": num_steps, **tokens, "optimizer": "adamw"},
+            "train": {"steps": num_steps, "tokens_per_step": tokens, "optimizer": "adamw"},
         }
     )
 
