@@ -14,14 +14,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests import tiny_experts
+from tests import support
 
 Settings = dict[str, Any]
 FILE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 FAMILIES: dict[str, tuple[str, Settings]] = {name: tuple(each) for name, each in FILE["families"].items()}
 """Name -> model type of transformers, and what its config gets beside tokens and vocabulary."""
 MIXTURES: dict[str, str] = FILE["mixtures"]
-"""Name -> model type, of mixtures of experts; tests/tiny_experts.py has their configs."""
+"""Name -> model type, of mixtures of experts; tests/support.py has their configs."""
 MXFP4 = "GPT-OSS (MXFP4)"
 """A family whose checkpoint holds its experts in 4 bits, as the published ones do."""
 MODEL_TYPES = {name: kind for name, (kind, _) in FAMILIES.items()} | MIXTURES
@@ -34,12 +34,12 @@ def write_family(name: str, directory: Path) -> None:
     tokenizer = byte_tokenizer()
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "vocab_size": len(tokenizer)}
     if name == MXFP4:
-        tiny_experts.write_mxfp4(directory, **tokens)
+        support.write_mxfp4(directory, **tokens)
         tokenizer.save_pretrained(directory)
         return
     kind = MODEL_TYPES[name]
     if name in MIXTURES:
-        settings = tiny_experts.SIZES | tiny_experts.MODELS[kind] | tokens
+        settings = support.EXPERT_SIZES | support.MIXTURES[kind] | tokens
     else:
         settings = tokens | FAMILIES[name][1]
     torch.manual_seed(0)

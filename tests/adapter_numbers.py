@@ -15,7 +15,7 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops import masked_update, tiles
 from qdora.ops.packed import quantize
 from qdora.ops.sparsity import mask_bits
-from tests import reference, tiny
+from tests import reference, support
 
 GATE = (0.7, 0.0, -1.3, 0.4, 1.1)
 
@@ -66,7 +66,7 @@ def make(
     if gated:
         layer.add_gate()
     if moved:
-        tiny.move_all_parameters_(layer)
+        support.move_all_parameters_(layer)
         if gated:
             layer.gate.data.copy_(torch.tensor(GATE[:rank]))
     return layer

@@ -90,9 +90,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(root: Path) -> Path:
     """A run of the tiny recipe that nothing disturbed."""
     from qdora.run.train import train_run  # most tests do not need it
-    from tests import tiny_run
+    from tests import support
 
-    train_run(tiny_run.recipe(root), root / "whole")
+    train_run(support.tiny_recipe(root), root / "whole")
     return root / "whole"
 
 
@@ -103,16 +103,16 @@ def dora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from qdora.run.train import train_run
-    from tests import tiny_adapted, tiny_run, tiny_tokenizer
+    from tests import support
 
     root = tmp_path_factory.mktemp("dora")
     torch.manual_seed(0)
-    sizes = tiny_adapted.SIZES | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 400}
+    sizes = support.LM_SIZES | {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 400}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=True, rope_theta=50000.0))
     for name, parameter in model.named_parameters():
         if name.endswith("proj.weight"):
             parameter.data *= 5
     model.save_pretrained(root / "model")
-    tiny_tokenizer.make().save_pretrained(root / "model")
-    train_run(tiny_run.recipe(root, train__steps=3, train__lr=0.02), root / "run")
+    support.tokenizer().save_pretrained(root / "model")
+    train_run(support.tiny_recipe(root, train__steps=3, train__lr=0.02), root / "run")
     return root / "run"

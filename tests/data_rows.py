@@ -22,10 +22,10 @@ from qdora.data.mix import Mix
 from qdora.data.rows import RowFault
 from qdora.errors import UserError
 from qdora.recipe.data_settings import DataConfig
-from tests import tiny_tokenizer
+from tests import support
 
 Rows = list[dict[str, Any]]
-_tokenizer = cache(tiny_tokenizer.make)
+_tokenizer = cache(support.tokenizer)
 
 
 def content(suffix: str, rows: Rows) -> bytes:

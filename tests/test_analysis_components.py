@@ -28,8 +28,8 @@ from qdora.analysis.components import (
 )
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers, inject
-from tests import tiny_adapted, tiny_curvature, tiny_experts
-from tests.tiny_curvature import EXPERTS, LAYERS, STACKS, update_of
+from tests import support
+from tests.support import CURVED_LAYERS, EXPERTS, STACKS, update_of
 
 CPU = torch.device("cpu")
 
@@ -99,7 +99,7 @@ def test_the_worth_of_a_stack_is_the_sum_over_its_parts():
 
 
 def test_held_components_are_the_singular_directions_of_the_update():
-    layer = adapted_layers(tiny_adapted.adapted(dtype=torch.float64))["model.layers.0.mlp.up_proj"]
+    layer = adapted_layers(support.adapted_model(dtype=torch.float64))["model.layers.0.mlp.up_proj"]
     with torch.no_grad():
         layer.lora_B[:, 2] = layer.lora_B[:, 0]  # rank 2 of 3 ...
         layer.lora_A[2] = layer.lora_A[0]
@@ -150,19 +150,19 @@ def stacked(part: int, matrix: Tensor, share: str | None, rows: int) -> Tensor:
 def test_of_a_model_against_the_definition(directory, case, draws):
     kind, norm, masked, moved, share = case
     if share is None:
-        name, num_new, tolerance = LAYERS[0], 6, 1e-6
-        model = tiny_curvature.adapted(kind=kind, moved=moved, masked=masked)
+        name, num_new, tolerance = CURVED_LAYERS[0], 6, 1e-6
+        model = support.float64_adapted(kind=kind, moved=moved, masked=masked)
     else:
         name, num_new, tolerance = STACKS[0], 2, 1e-4
-        model = tiny_curvature.mixture(directory, kind=kind, share=share, masked=bool(masked))
-    batches, rank = tiny_curvature.batches(), 2 if moved else 0
+        model = support.curved_mixture(directory, kind=kind, share=share, masked=bool(masked))
+    batches, rank = support.curved_batches(), 2 if moved else 0
     own = layer_directions(model, {name: num_new}, batches, norm=norm)
     exact = exact_curvatures(model, own, batches, norm=norm)[name]
     assert not exact.errors.any()
-    logits = tiny_curvature.logits_by_update(model, held=norm == "held")
+    logits = support.logits_by_update(model, held=norm == "held")
     update = update_of(adapted_layers(model)[name])
     here = update.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(cross_entropy(logits({name: here}), tiny_curvature.all_targets()), here)
+    (gradient,) = torch.autograd.grad(cross_entropy(logits({name: here}), support.all_targets()), here)
     p = torch.softmax(logits({}), -1)
 
     def form(direction: Tensor) -> float:
@@ -170,7 +170,7 @@ def test_of_a_model_against_the_definition(directory, case, draws):
         _, along = torch.autograd.functional.jvp(lambda value: logits({name: value}), update, direction)
         return float(((p * along.square()).sum(-1) - (p * along).sum(-1).square()).mean())
 
-    parts = [[each] if share is None else tiny_experts.parts_of(each, EXPERTS, share) for each in (update, gradient)]
+    parts = [[each] if share is None else support.parts_of_experts(each, EXPERTS, share) for each in (update, gradient)]
     found, num_compared, all_forms = own[name], 0, []
     sizes_of, slopes_of, curvatures_of = map(np.atleast_2d, (found.sizes, found.slopes, exact.curvatures))
     for part, (mine, slope) in enumerate(zip(*parts, strict=True)):
@@ -228,19 +228,19 @@ VARIANTS = ["llama", "masked", "qwen2", "gated", "dead rows", "head", *WRAPPERS]
 def a_model(kind: Any, variant: str) -> Any:
     """Adapters with dropout on `LAYERS`, or on others where the architecture or the layers are the point."""
     if variant == "masked":
-        return tiny_curvature.adapted(kind=kind, masked=True)
-    model = tiny_curvature.base("qwen2" if variant == "qwen2" else "llama")
-    for name in LAYERS if variant == "dead rows" else ():
+        return support.float64_adapted(kind=kind, masked=True)
+    model = support.float64_model("qwen2" if variant == "qwen2" else "llama")
+    for name in CURVED_LAYERS if variant == "dead rows" else ():
         model.get_submodule(name).weight[3] = 0.0
     if variant in WRAPPERS:
         attention = model.model.layers[0].self_attn
         attention.v_proj = WRAPPERS[variant](attention.v_proj)
-    biased = ["model.layers.0.self_attn.q_proj", *LAYERS]
-    targets: Any = {"qwen2": biased, "head": [*LAYERS, "lm_head"]} | {each: ["linear"] for each in WRAPPERS}
+    biased = ["model.layers.0.self_attn.q_proj", *CURVED_LAYERS]
+    targets: Any = {"qwen2": biased, "head": [*CURVED_LAYERS, "lm_head"]} | {each: ["linear"] for each in WRAPPERS}
     options: dict[str, Any] = {"rank": 2, "alpha": 3.0, "dtype": torch.float64, "dropout": 0.5}
     generator = torch.Generator().manual_seed(1)
-    layers = inject(model, kind=kind, targets=targets.get(variant, list(LAYERS)), generator=generator, **options)
-    tiny_adapted.move(layers)
+    layers = inject(model, kind=kind, targets=targets.get(variant, list(CURVED_LAYERS)), generator=generator, **options)
+    support.move_adapters_(layers)
     for layer in layers.values():
         if variant == "dead rows":
             layer.lora_B.data[3] = 0.0
@@ -264,11 +264,11 @@ def test_drawing_every_label_once_by_its_chance_is_exact(directory, kind, norm, 
     """Of one labelled token: the sum over all labels of p times the squared slope is the form itself."""
     is_stack, num_new = share is not None, 3 if share is None else 2
     model = (
-        tiny_curvature.mixture(directory, kind=kind, share=share, masked=masked) if is_stack else a_model(kind, variant)
+        support.curved_mixture(directory, kind=kind, share=share, masked=masked) if is_stack else a_model(kind, variant)
     )
-    layers, batch = adapted_layers(model), tiny_curvature.batches()[0]
+    layers, batch = adapted_layers(model), support.curved_batches()[0]
     batch.labels[:, :-1] = -100
-    found = layer_directions(model, dict.fromkeys(layers, num_new), tiny_curvature.batches(), norm=norm)
+    found = layer_directions(model, dict.fromkeys(layers, num_new), support.curved_batches(), norm=norm)
     exact = exact_curvatures(model, found, [batch], norm=norm)
     probes = {name: probe_of(layers[name], each, norm) for name, each in found.items()}
     chances: list[Tensor] = []
@@ -298,7 +298,7 @@ def test_of_a_layer_without_rows_the_mean_is_right():
     labels = ids.clone()
     labels[:, 0] = -100
     square = MicroBatch(ids, torch.ones_like(ids), labels, torch.zeros(4, dtype=torch.int64), ["task"], list("abcd"))
-    for batches in (tiny_curvature.batches(), [square]):
+    for batches in (support.curved_batches(), [square]):
         found = layer_directions(model, dict.fromkeys(adapted_layers(model), 3), batches, norm="attached")
         exact = exact_curvatures(model, found, batches, norm="attached")
         drawn = drawn_curvatures(model, found, batches, norm="attached", draws=800)
@@ -307,9 +307,9 @@ def test_of_a_layer_without_rows_the_mean_is_right():
 
 
 def test_micro_batches_get_labels_of_their_own(monkeypatch):
-    model = tiny_curvature.adapted(kind="lora")
-    batch = tiny_curvature.batches()[0]
-    found = layer_directions(model, dict.fromkeys(LAYERS, 3), [batch], norm="none")
+    model = support.float64_adapted(kind="lora")
+    batch = support.curved_batches()[0]
+    found = layer_directions(model, dict.fromkeys(CURVED_LAYERS, 3), [batch], norm="none")
     seen: list[Tensor] = []
     real = component_curvature.drawn_labels
     monkeypatch.setattr(component_curvature, "drawn_labels", lambda *a, **k: (seen.append(real(*a, **k)), seen[-1])[1])
@@ -320,7 +320,7 @@ def test_micro_batches_get_labels_of_their_own(monkeypatch):
     probes = {name: probe_of(layers[name], each, "none") for name, each in found.items()}
     values = [squared_slopes(model, probes, batch, lambda _, each=each: each, device=CPU) for each in seen[:2]]
     num_tokens = 2 * int((batch.labels[:, 1:] != -100).sum())
-    for name in LAYERS:
+    for name in CURVED_LAYERS:
         each = ((values[0][name] + values[1][name]) / num_tokens).numpy()
         np.testing.assert_allclose(drawn[name].curvatures, each.mean(axis=0), rtol=1e-12)
         np.testing.assert_allclose(drawn[name].errors, each.std(axis=0, ddof=1) / np.sqrt(8), rtol=1e-12)
@@ -338,14 +338,14 @@ def test_labels_are_drawn_by_their_chances():
 
 
 def test_what_they_cannot_take():
-    model, batches = tiny_curvature.adapted(), tiny_curvature.batches()
-    found = layer_directions(model, {LAYERS[0]: 3}, batches, norm="held")
-    silent = tiny_curvature.batches()[0]
+    model, batches = support.float64_adapted(), support.curved_batches()
+    found = layer_directions(model, {CURVED_LAYERS[0]: 3}, batches, norm="held")
+    silent = support.curved_batches()[0]
     silent.labels[:] = -100
     with pytest.raises(ValueError, match="8 or more, got 7"):
         drawn_curvatures(model, found, batches, norm="held", draws=7)
     calls: list[Any] = [
-        lambda norm, given: layer_directions(model, {LAYERS[0]: 3}, given, norm=norm),
+        lambda norm, given: layer_directions(model, {CURVED_LAYERS[0]: 3}, given, norm=norm),
         lambda norm, given: drawn_curvatures(model, found, given, norm=norm, draws=8),
     ]
     for call in calls:

@@ -15,8 +15,8 @@ from qdora.analysis.curvature import CURVATURES, curvature_of, labelled_logits, 
 from qdora.analysis.differentiable import FACTORS, PARTS, plain_model
 from qdora.data.batching import MicroBatch
 from qdora.model.inject import adapted_layers, inject
-from tests import tiny_adapted, tiny_curvature
-from tests.tiny_curvature import LAYERS, STACKS, update_of
+from tests import support
+from tests.support import CURVED_LAYERS, STACKS, update_of
 
 CASES = [("lora", "none", FACTORS), ("dora", "attached", PARTS), ("dora", "held", PARTS)]
 
@@ -36,9 +36,9 @@ SLOW = [(*CASES[0], "hessian"), (*CASES[2], "gauss_newton")]
     [*MASKED, *((*each, False) for each in PLAIN), *(pytest.param(*e, False, marks=pytest.mark.slow) for e in SLOW)],
 )
 def test_products_and_eigenvalues_are_those_of_the_dense_matrix(kind, norm, parts, curvature, masked):
-    model, batches = tiny_curvature.adapted(kind=kind, masked=masked), tiny_curvature.batches()
-    expected = tiny_curvature.dense("llama", model, LAYERS, parts, curvature=curvature, held=norm == "held")
-    with curvature_of(model, LAYERS, batches, curvature=curvature, norm=norm, parts=parts) as operator:
+    model, batches = support.float64_adapted(kind=kind, masked=masked), support.curved_batches()
+    expected = support.dense_curvature("llama", model, CURVED_LAYERS, parts, curvature=curvature, held=norm == "held")
+    with curvature_of(model, CURVED_LAYERS, batches, curvature=curvature, norm=norm, parts=parts) as operator:
         for vector in normal(3, operator.size):
             np.testing.assert_allclose(operator.product(vector), expected @ vector.numpy(), rtol=1e-8, atol=1e-10)
         assert operator.num_matvecs == 3
@@ -59,9 +59,9 @@ def test_products_and_eigenvalues_are_those_of_the_dense_matrix(kind, norm, part
     [("qwen2", 1e-9), ("gemma2", 1e-6)],  # biases; capped logits, and attention whose softmax is float32
 )
 def test_other_architectures(architecture, tolerance, curvature):
-    model, layer = tiny_curvature.adapted(architecture), LAYERS[:1]
-    expected = tiny_curvature.dense(architecture, model, layer, FACTORS, curvature=curvature, held=False)
-    with curvature_of(model, layer, tiny_curvature.batches(), curvature=curvature, norm="attached") as operator:
+    model, layer = support.float64_adapted(architecture), CURVED_LAYERS[:1]
+    expected = support.dense_curvature(architecture, model, layer, FACTORS, curvature=curvature, held=False)
+    with curvature_of(model, layer, support.curved_batches(), curvature=curvature, norm="attached") as operator:
         vector = normal(operator.size)
         product = expected @ vector.numpy()
         np.testing.assert_allclose(operator.product(vector), product, rtol=0, atol=tolerance * np.abs(product).max())
@@ -83,22 +83,22 @@ FAST = [("dora", "attached", "none", False), ("lora", "none", "B", False), ("dor
 )
 @pytest.mark.parametrize("curvature", CURVATURES)
 def test_products_of_stacks_of_experts_are_those_of_autograd(directory, curvature, kind, norm, share, masked):
-    model = tiny_curvature.mixture(directory, kind=kind, share=share, masked=masked)
-    layers, by_update = adapted_layers(model), tiny_curvature.logits_by_update(model, held=norm == "held")
+    model = support.curved_mixture(directory, kind=kind, share=share, masked=masked)
+    layers, by_update = adapted_layers(model), support.logits_by_update(model, held=norm == "held")
     start = tuple(layers[name].get_parameter(part).detach() for name in STACKS for part in FACTORS)
 
     def logits(*values: Tensor) -> Tensor:
         pairs = zip(STACKS, values[::2], values[1::2], strict=True)
         return by_update({name: update_of(layers[name], lora_A=a, lora_B=b) for name, a, b in pairs})
 
-    with curvature_of(model, STACKS, tiny_curvature.batches(), curvature=curvature, norm=norm) as operator:
+    with curvature_of(model, STACKS, support.curved_batches(), curvature=curvature, norm=norm) as operator:
         sizes = [each.numel() for each in start]
         assert operator.size == sum(sizes)
         for vector in normal(2, operator.size):
             along = tuple(part.view_as(leaf) for part, leaf in zip(torch.split(vector, sizes), start, strict=True))
             if curvature == "hessian":
                 _, image = torch.autograd.functional.hvp(
-                    lambda *values: cross_entropy(logits(*values), tiny_curvature.all_targets()), start, along
+                    lambda *values: cross_entropy(logits(*values), support.all_targets()), start, along
                 )
             else:
                 out, change = torch.autograd.functional.jvp(logits, start, along)
@@ -110,11 +110,11 @@ def test_products_of_stacks_of_experts_are_those_of_autograd(directory, curvatur
 
 
 def test_one_micro_batch_keeps_its_graph_and_attached_and_held_differ_by_far_more_than_rounding():
-    model, batch = tiny_curvature.adapted(), tiny_curvature.batches()[:1]
+    model, batch = support.float64_adapted(), support.curved_batches()[:1]
     products: dict[Any, Tensor] = {}
     for curvature in CURVATURES:
         for norm, given in (("attached", batch), ("attached", batch * 2), ("held", batch)):
-            with curvature_of(model, LAYERS, given, curvature=curvature, norm=norm) as operator:
+            with curvature_of(model, CURVED_LAYERS, given, curvature=curvature, norm=norm) as operator:
                 vector = torch.ones(operator.size, dtype=torch.float64)
                 products[norm, len(given)] = operator.product(vector)
                 assert torch.equal(operator.product(vector), products[norm, len(given)])
@@ -129,8 +129,8 @@ def test_at_zero_b_the_inertia_is_that_of_the_gradient(kind, norm):
 
     G is the gradient by the adapted weight; with the norm attached, of its part across the weight's rows.
     """
-    rank, name = 2, LAYERS[0]
-    model = tiny_curvature.adapted(kind=kind, moved=False, rank=rank)
+    rank, name = 2, CURVED_LAYERS[0]
+    model = support.float64_adapted(kind=kind, moved=False, rank=rank)
     layer = adapted_layers(model)[name]
     out, in_ = layer.out_features, layer.in_features
     ids = torch.randint(0, 336, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -139,7 +139,7 @@ def test_at_zero_b_the_inertia_is_that_of_the_gradient(kind, norm):
         columns = [operator.product(unit) for unit in torch.eye(operator.size, dtype=torch.float64)]
         hessian = torch.stack(columns, dim=1).numpy()
     # Of a model without adapters, by autograd.
-    plain = tiny_curvature.base("llama")
+    plain = support.float64_model("llama")
     weight = plain.get_submodule(name).weight.requires_grad_(True)
     loss = cross_entropy(plain(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     (gradient,) = torch.autograd.grad(loss, weight)
@@ -159,11 +159,11 @@ def test_at_zero_b_the_inertia_is_that_of_the_gradient(kind, norm):
 
 @pytest.mark.parametrize("kind, quant", [("lora", "nf4"), ("lora", None), ("dora", "nf4"), ("dora", "int8")])
 def test_the_plain_model_is_the_model(kind, quant):
-    model = tiny_adapted.adapted("qwen2", quant=quant, kind=kind, dropout=0.5)
+    model = support.adapted_model("qwen2", quant=quant, kind=kind, dropout=0.5)
     model.train()
     modes = {name: module.training for name, module in model.named_modules()}
     names = list(adapted_layers(model))
-    batch = tiny_curvature.batches()[1]
+    batch = support.curved_batches()[1]
     with plain_model(model, names, norm="attached" if kind == "dora" else "none") as leaves:
         logits, targets = labelled_logits(model, batch, torch.device("cpu"))
         assert [leaf.dtype for leaf in leaves.values()] == [torch.float32] * 2 * len(names)
@@ -173,31 +173,31 @@ def test_the_plain_model_is_the_model(kind, quant):
     with torch.no_grad():
         whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
     torch.testing.assert_close(logits, whole[batch.labels[:, 1:] != -100], rtol=1e-4, atol=1e-5)
-    assert torch.equal(targets, tiny_curvature.targets(batch))
+    assert torch.equal(targets, support.labelled_tokens(batch))
 
 
 @pytest.mark.parametrize("norm", ["attached", "held"])
 def test_rows_of_zeros_stay_zero_and_finite(norm):
-    model, name = tiny_adapted.base(dtype=torch.float64), LAYERS[1]
+    model, name = support.base_model(dtype=torch.float64), CURVED_LAYERS[1]
     model.get_submodule(name).weight.data[3] = 0.0
     inject(model, rank=2, targets=[name], dtype=torch.float64)
     options: dict[str, Any] = {"curvature": "hessian", "norm": norm, "parts": PARTS}
-    with curvature_of(model, [name], tiny_curvature.batches(), **options) as operator:
+    with curvature_of(model, [name], support.curved_batches(), **options) as operator:
         assert operator.product(torch.ones(operator.size, dtype=torch.float64)).isfinite().all()
 
 
 def test_faults():
-    model = tiny_curvature.adapted()
-    options: dict[str, Any] = {"layers": LAYERS, "batches": tiny_curvature.batches(), "norm": "attached"}
+    model = support.float64_adapted()
+    options: dict[str, Any] = {"layers": CURVED_LAYERS, "batches": support.curved_batches(), "norm": "attached"}
     options |= {"curvature": "hessian", "model": model}
-    narrow, lora = tiny_adapted.adapted(dtype=torch.bfloat16), tiny_curvature.adapted(kind="lora")
+    narrow, lora = support.adapted_model(dtype=torch.bfloat16), support.float64_adapted(kind="lora")
     faults: list[tuple[dict[str, Any], str]] = [
         ({"layers": ["nowhere"]}, "no adapted layers"),
         ({"norm": "none"}, r"'none' .*attached, held"),
         ({"parts": ("bias",)}, r"bias.*lora_A"),
         ({"batches": []}, "no labelled token"),
         ({"model": lora, "norm": "none", "parts": PARTS}, r"'magnitude' .*LoRA"),
-        ({"model": narrow, "layers": LAYERS[:1]}, "float32"),
+        ({"model": narrow, "layers": CURVED_LAYERS[:1]}, "float32"),
     ]
     for changes, message in faults:
         with pytest.raises(ValueError, match=message), curvature_of(**options | changes):

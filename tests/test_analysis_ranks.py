@@ -16,7 +16,7 @@ from qdora.analysis.error_undone import error_undone
 from qdora.analysis.weight_changes import set_magnitude_back_, weight_changes
 from qdora.errors import UserError
 from qdora.model.inject import adapted_layers
-from tests import reference, tiny_adapted
+from tests import reference, support
 
 
 def spectrum(energies, cost=1, total=None):
@@ -141,13 +141,13 @@ def test_the_best_matrix_of_a_rank_undoes_what_it_is_said_to():
 
 @pytest.mark.parametrize("kind", ["dora", "lora"])
 def test_changes_of_rows_against_loops_and_magnitudes_set_back(kind):
-    layers = adapted_layers(tiny_adapted.adapted(quant="nf4", kind=kind))
+    layers = adapted_layers(support.adapted_model(quant="nf4", kind=kind))
     name = next(iter(layers))
     before = weight_changes(layers)
     assert set(before) == set(layers)
     directions, magnitudes, lengths = [], [], []
     base = layers[name].base.dequantized(torch.float64).tolist()
-    for w, v in zip(base, tiny_adapted.expected_weight(layers[name]).tolist(), strict=True):
+    for w, v in zip(base, support.expected_weight(layers[name]).tolist(), strict=True):
         norms = [math.sqrt(sum(value**2 for value in row)) for row in (w, v)]
         directions.append(1 - sum(a * b for a, b in zip(w, v, strict=True)) / norms[0] / norms[1])
         magnitudes.append(abs(norms[1] / norms[0] - 1))

@@ -24,7 +24,7 @@ from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.files import nvidia_driver
 from qdora.files.console import show_only
 from qdora.recipe.recipe_file import recipe_names, resolved_yaml
-from tests import fake_driver, tiny_run
+from tests import fakes, support
 
 PACKAGE_ROOT = Path(qdora.__file__).parents[1]
 
@@ -39,7 +39,7 @@ def _consoles_as_before() -> Iterator[None]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """recipe.yaml, run/ trained from it, and grid.yaml, a study of it."""
     root = tmp_path_factory.mktemp("cli")
-    (root / "recipe.yaml").write_text(resolved_yaml(tiny_run.recipe(root, train__steps=2, adapter__dropout=0.0)))
+    (root / "recipe.yaml").write_text(resolved_yaml(support.tiny_recipe(root, train__steps=2, adapter__dropout=0.0)))
     trained = invoke("train", root / "recipe.yaml", "--run-dir", root / "run")
     assert trained.exit_code == 0, trained.stderr
     assert "loss" in trained.stderr
@@ -269,7 +269,7 @@ def test_text_on_an_output_that_is_not_utf_8(options: tuple[str, ...], root: Pat
     ],
 )  # fmt: skip
 def test_the_allocator_extends_segments(given: Any, driver: Any, is_set: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_driver.install(monkeypatch, driver)
+    fakes.install_driver(monkeypatch, driver)
     environment = dict(given)
     let_segments_grow(environment)
     assert environment == given | ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if is_set else {})
@@ -277,14 +277,14 @@ def test_the_allocator_extends_segments(given: Any, driver: Any, is_set: bool, m
 
 WATCHED = """
 import os, sys
-from tests import fake_driver
+from tests import fakes
 class Watch:
     def find_spec(self, name, *_):
         if name == "torch":
             print("torch", os.environ.get("PYTORCH_ALLOC_CONF"))
             sys.exit()
 sys.meta_path.insert(0, Watch())
-fake_driver.install(None, [{102: 1, 89: 1}], called=lambda: print("driver"))
+fakes.install_driver(None, [{102: 1, 89: 1}], called=lambda: print("driver"))
 from qdora.cli import main
 main()
 """
@@ -303,7 +303,7 @@ def test_the_allocator_is_set_before_torch_is_imported_and_only_to_compute(argum
 @pytest.fixture
 def _idle_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU that torch cannot use."""
-    monkeypatch.setattr(nvidia_driver, "ROOT", fake_driver.files(tmp_path / "root", "535.104.05"))
+    monkeypatch.setattr(nvidia_driver, "ROOT", fakes.driver_files(tmp_path / "root", "535.104.05"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -339,7 +339,7 @@ def test_the_cpu_is_not_taken_silently(verb: str, root: Path, tmp_path: Path, mo
 def test_the_quick_start_takes_the_cpu_and_says_why(tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     (tmp_path / ".venv/bin").mkdir(parents=True)
-    root, out = fake_driver.files(tmp_path / "root", "535.104.05"), tmp_path / "out"
+    root, out = fakes.driver_files(tmp_path / "root", "535.104.05"), tmp_path / "out"
     here = f"import pathlib, qdora.files.nvidia_driver as driver; driver.ROOT = pathlib.Path('{root}')"
     scripts = {
         "scripts/setup": "",

@@ -28,10 +28,10 @@ from qdora.data.example import Example
 from qdora.data.messages import Turn, parse_tools
 from qdora.data.tokenize import tokenize_all
 from qdora.recipe.data_settings import DataConfig
-from tests import tiny_tokenizer
+from tests import support
 from tests.data_rows import fault_of, faults_of, says
 
-CHATML, LOOP = tiny_tokenizer.CHATML, "{% for m in messages %}"
+CHATML, LOOP = support.CHATML, "{% for m in messages %}"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 STRIPS = (
     "{% set last = messages | map(attribute='role') | list %}{% set ns = namespace(user=-1) %}"
@@ -173,7 +173,7 @@ class _Slow:
 
 
 def make(template: str, *, fast: bool = True, **kwargs: Any) -> Any:
-    tokenizer = tiny_tokenizer.make(chat_template=template, more=["\n\n", "a \n", " a"] * 9)
+    tokenizer = support.tokenizer(chat_template=template, more=["\n\n", "a \n", " a"] * 9)
     tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
     set_chat_settings(tokenizer, template_kwargs=kwargs)
     return tokenizer if fast else _Slow(tokenizer)
@@ -311,7 +311,7 @@ def test_the_tokens_of_a_whole_chat_are_those_of_its_text(fast: bool) -> None:
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     [part] = encoded(tokenizer)
     assert part.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    begins = tiny_tokenizer.make(bos=True)  # the template decides: no <s>
+    begins = support.tokenizer(bos=True)  # the template decides: no <s>
     for loss_on, expected in (
         ("answer", "the cat<|im_end|>\nthe dog<|im_end|>\n"),
         ("last", "the dog<|im_end|>\n"),
@@ -418,7 +418,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     quiet = replace(DOG, learnt=False)
     failing = make(CHATML + "{{ 1 // (messages | length - 2) }}")
     endless = make(CHATML + "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")
-    named, none = tiny_tokenizer.make(), tiny_tokenizer.make(chat_template=None)
+    named, none = support.tokenizer(), support.tokenizer(chat_template=None)
     named.chat_template = {"tool_use": CHATML, "rag": CHATML}
 
     def tokenized(*examples: Example, by: Any, **options: Any) -> Any:
@@ -451,7 +451,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 def use(template: str | None, **options: Any) -> Any:
     """A tokenizer with this template and these settings of `data`."""
-    tokenizer = tiny_tokenizer.make(chat_template=template)
+    tokenizer = support.tokenizer(chat_template=template)
     use_data_settings(tokenizer, DataConfig.model_validate({"mix": [{"source": "x.jsonl"}]} | options))
     return tokenizer
 

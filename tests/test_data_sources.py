@@ -25,7 +25,7 @@ from qdora.data.text_notes import TextNotes
 from qdora.data.tokenize import TokenizedSet
 from qdora.errors import HubFailure
 from qdora.recipe.data_settings import DataConfig, SourceConfig
-from tests import tiny_tokenizer
+from tests import support
 from tests.data_rows import fault_of, faults_of, mixed, says, write
 
 CHOICE = {"question": "Q?", "choices": ["a", "b"], "answer": 1}
@@ -299,7 +299,7 @@ def test_whatever_decides_the_tokens_makes_them_anew(tmp_path: Path, pairs: str,
         {"source": {"template": template}},
         {"source": {"template": template | {"prompt": "{{ prompt }}?"}}},
         {"source": {"template": template | {"prompt": ""}}, "too_long": "split", "max_length": 4},
-        {"tokenizer": tiny_tokenizer.make(bos=True)},
+        {"tokenizer": support.tokenizer(bos=True)},
     ]
     for way in ways:
         plain = made(pairs, Path("off"), **way)
@@ -312,11 +312,11 @@ def test_whatever_decides_the_tokens_makes_them_anew(tmp_path: Path, pairs: str,
     Path(pairs).write_text(text.replace("yes", "the"))
     assert facts(made(pairs, cache)) != facts(before)
     # the date counts only for templates that print it
-    dated = "{{ strftime_now('%d %b %Y') }}" + tiny_tokenizer.CHATML
-    for template_, number in ((tiny_tokenizer.CHATML, 1), (dated, 2)):
+    dated = "{{ strftime_now('%d %b %Y') }}" + support.CHATML
+    for template_, number in ((support.CHATML, 1), (dated, 2)):
         del counted[:]
         for day in ("2024-01-31", "2024-02-01", "2024-02-01"):
-            tokenizer = tiny_tokenizer.make(chat_template=template_)
+            tokenizer = support.tokenizer(chat_template=template_)
             set_chat_date(tokenizer, day)
             made(pairs, cache, tokenizer, source={"chat": True})
         assert len(counted) == number

@@ -27,12 +27,12 @@ from qdora.data.sources import train_and_validation
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import tokenize_all
 from qdora.recipe.data_settings import DataConfig, SourceConfig
-from tests import tiny_tokenizer
+from tests import support
 from tests.data_rows import Rows, fault_of, faults_of, says
 
-CHATML, TOKENIZER = tiny_tokenizer.CHATML, tiny_tokenizer.make()
+CHATML, TOKENIZER = support.CHATML, support.tokenizer()
 SHOWS = "{{ m.content if loop.last or m.role == 'user' }}"
-EACH_TURN = tiny_tokenizer.make(chat_template="{% for m in messages %}" + SHOWS + "<|im_end|>{% endfor %}")
+EACH_TURN = support.tokenizer(chat_template="{% for m in messages %}" + SHOWS + "<|im_end|>{% endfor %}")
 """Its template prints an earlier answer otherwise, so that each turn of a chat is an example of its own."""
 
 
@@ -227,7 +227,7 @@ def test_a_changed_stream_is_refused_on_resume(tmp_path: Path) -> None:
             {"window": 7},
             {"seed": 1},
             {"loss_on": "all"},
-            {"tokenizer": tiny_tokenizer.make(bos=True)},
+            {"tokenizer": support.tokenizer(bos=True)},
             {"columns": {"prompt": "completion", "completion": "prompt"}},
             {"template": template},
             {"template": template | {"prompt": "{{ prompt }} "}},
@@ -353,7 +353,7 @@ def test_rows_that_become_no_example_are_faulty_as_a_whole(tmp_path: Path) -> No
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat"}]
     no_tools = CHATML.replace("{{ m", "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ m", 1)
     rows: Rows = [{"messages": chat}] * 5 + [{"messages": [{"role": "tool", "content": "x"}, *chat], "topic": "f"}]
-    one = stream(write(tmp_path, "jsonl", rows), tokenizer=tiny_tokenizer.make(chat_template=no_tools))
+    one = stream(write(tmp_path, "jsonl", rows), tokenizer=support.tokenizer(chat_template=no_tools))
     for _ in range(11):
         one.next()
     assert (one.position.num_bad >= 2, one.unused) == (True, {"topic"})

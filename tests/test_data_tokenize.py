@@ -26,12 +26,12 @@ from qdora.data.sources import load_source
 from qdora.data.tokenize import TokenizedExample, TokenizedSet, encode_pairs, special_prefix, tokenize_all
 from qdora.errors import UserError
 from qdora.recipe.data_settings import SourceConfig
-from tests import tiny_tokenizer
+from tests import support
 from tests.data_rows import fault_of, says
 
-PLAIN, BOS = tiny_tokenizer.make(), tiny_tokenizer.make(bos=True)
-BOTH = tiny_tokenizer.make(bos=True, adds_eos=True)
-LINES = tiny_tokenizer.make(more=["a\n\n"] * 9)
+PLAIN, BOS = support.tokenizer(), support.tokenizer(bos=True)
+BOTH = support.tokenizer(bos=True, adds_eos=True)
+LINES = support.tokenizer(more=["a\n\n"] * 9)
 CHAT = (Turn("user", "Hi"), Turn("assistant", "the cat"), Turn("user", "Why?"), Turn("assistant", "the dog"))
 WORDS = "the cat sat on the mat, and then the dog sat on the question "
 LETTERS = "aeT hq\né.:"
@@ -107,7 +107,7 @@ def test_pairs_cut_dropped_or_refused(pairs: Any, tokenizer: Any, max_length: in
 def test_the_prefix_the_end_and_borders_of_a_text() -> None:
     assert texts(BOTH, tokenised([example()], BOTH)) == [(f"<s>{PROMPT} yes<|im_end|>", " yes<|im_end|>")]
     assert [special_prefix(each) for each in (PLAIN, BOS, BOTH)] == [[], [BOS.bos_token_id], [BOTH.bos_token_id]]
-    one = tiny_tokenizer.make(bos=True, eos="<s>")  # beginning and end are one token
+    one = support.tokenizer(bos=True, eos="<s>")  # beginning and end are one token
     assert special_prefix(one) == [one.bos_token_id]
     pairs = [("Answer: ", "yes"), ("Answer:", " yes"), ("the ans", "wer")]
     spaced, apart, (ids, start) = encode_pairs(PLAIN, pairs)
@@ -121,7 +121,7 @@ def test_the_prefix_the_end_and_borders_of_a_text() -> None:
 
 def test_a_rendered_chat_as_text_has_its_marks_once() -> None:
     """Users make prompts with apply_chat_template, which writes the beginning and the end of a text."""
-    stops = tiny_tokenizer.make(bos=True)
+    stops = support.tokenizer(bos=True)
     set_chat_settings(stops, stop_ids=frozenset({stops.eos_token_id, stops.convert_tokens_to_ids("<|im_start|>")}))
     pairs = [("<s>Why?", " the cat<|im_end|> \n"), ("Why?", " the cat"), ("", "<s>the cat<|im_start|>"), ("<s>", "a\n")]
     found = tokenised([example(*pair) for pair in pairs], stops)
@@ -166,7 +166,7 @@ def test_what_cannot_be_learnt_is_refused() -> None:
         ([example("", "\u65e5\n"), example("a", "a", "1")], only_a, "1 example (0) has no token in the loss: the tok"),
         ([silent, example()], PLAIN, "1 example (9) has no token in the loss: the answer is missing, ... this row."),
         ([silent, silent, example()], PLAIN, "2 examples (9, 9) have no token in the loss: ... these rows."),
-        ([example()], tiny_tokenizer.make(eos=None), "x: the tokenizer has no end-of-sequence token"),
+        ([example()], support.tokenizer(eos=None), "x: the tokenizer has no end-of-sequence token"),
     ):
         assert says(fault_of(tokenised, examples, tokenizer), words)
 
@@ -187,7 +187,7 @@ def test_too_long_examples_are_counted_then_refused() -> None:
     assert len(tokenised(examples, max_length=longest)) == 10
     each_turn = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
     chat = example(id="chat", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")))
-    line = fault_of(tokenised, [chat, example()], tiny_tokenizer.make(chat_template=each_turn), max_length=5)
+    line = fault_of(tokenised, [chat, example()], support.tokenizer(chat_template=each_turn), max_length=5)
     assert says(line, "x: 4 examples (chat[1], chat[3], chat[5], ...) of 4 are longer ... drop (loses 100 % of the")
 
 
@@ -233,7 +233,7 @@ def test_a_truncated_chat_ends_with_its_last_answer_that_fits(loss_on: Any) -> N
 
 
 LONG = "the cat sat on 12 mats, and so on. " * 800
-THINKS = tiny_tokenizer.CHATML.replace("{{ m['content'] }}", "{{ m.reasoning_content }}{{ m.content }}")
+THINKS = support.CHATML.replace("{{ m['content'] }}", "{{ m.reasoning_content }}{{ m.content }}")
 
 
 @pytest.mark.parametrize("too_long", ["truncate", "drop", "error", "split"])
@@ -251,7 +251,7 @@ THINKS = tiny_tokenizer.CHATML.replace("{{ m['content'] }}", "{{ m.reasoning_con
     ],
 )
 def test_a_text_of_megabytes_is_shortened_to_the_same_tokens(one: Example, too_long: Any, monkeypatch: Any) -> None:
-    tokenizer, found = tiny_tokenizer.make(chat_template=THINKS), list[Any]()
+    tokenizer, found = support.tokenizer(chat_template=THINKS), list[Any]()
     for limit in (1 << 20, 10_000):
         monkeypatch.setattr(tokenize, "_EXCESSIVE", limit)
         try:

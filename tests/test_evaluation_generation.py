@@ -27,7 +27,7 @@ from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find
 from qdora.model.trained_embeddings import train_embeddings, trained_matrices
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.train import train_run
-from tests import tiny, tiny_adapted, tiny_run, tiny_tokenizer
+from tests import support
 from tests.data_rows import fault_of, faults_of, says
 from tests.test_evaluation_spans import naive
 
@@ -123,7 +123,7 @@ def test_the_first_name_counts(text: str, names: tuple[str, ...], expected: tupl
 
 
 def test_right_wrong_and_unparsable_are_counted_apart() -> None:
-    tokenizer = tiny_tokenizer.make()
+    tokenizer = support.tokenizer()
     answers = {
         "Question 0 of a:": "the correct answer is answer2",
         "Question 1 of a:": " answer1! The correct answer is answer3",
@@ -156,8 +156,8 @@ def test_right_wrong_and_unparsable_are_counted_apart() -> None:
 
 
 def test_a_prompt_too_long_for_the_context_loses_its_left() -> None:
-    tokenizer = tiny_tokenizer.make(bos=True)
-    net = tiny.llama(vocab_size=400, max_position_embeddings=40, initializer_range=0.3)
+    tokenizer = support.tokenizer(bos=True)
+    net = support.llama(vocab_size=400, max_position_embeddings=40, initializer_range=0.3)
     fed: list[list[int]] = []
     net.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["input_ids"][0].tolist()), with_kwargs=True)
     sets = {"a": [Example("a", "0", "w " * 60 + "Answer:", " yes", (" yes", " no"), 0)]}
@@ -191,7 +191,7 @@ RESULT = {
 @pytest.fixture(scope="module")
 def run(root: Path) -> Path:
     """A trained run, the model and data beside it."""
-    recipe = tiny_run.recipe(root, train__lr=0.02, eval__at_start=False, eval__at_end=False, eval__limit=...)
+    recipe = support.tiny_recipe(root, train__lr=0.02, eval__at_start=False, eval__at_end=False, eval__limit=...)
     train_run(recipe, root / "run")
     return root / "run"
 
@@ -237,7 +237,7 @@ def test_tasks_are_looked_up_and_numbers_become_plain(stand_in: Any, tmp_path: P
     assert says(first, "--harness: must be a task, group or tag ... got 'mahts'. Did you mean 'math'?")
     assert says(second, "got 'sums'.")
     assert says(fault_of(find_harness_tasks, ["sums"], tmp_path / "no"), "--harness-include: ... no must be a folder")
-    net, tokenizer = tiny_adapted.base(), tiny_tokenizer.make()
+    net, tokenizer = support.base_model(), support.tokenizer()
     found = evaluate_harness(net, tokenizer, HarnessTasks(("sums", "both"), manager="the manager"), limit=4)
     strict = {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1}
     assert found == {
@@ -262,9 +262,9 @@ def test_tasks_are_looked_up_and_numbers_become_plain(stand_in: Any, tmp_path: P
     # transformers' own `tie_weights`, which the harness calls, would look for the parameter of a trained embedding
     train_embeddings(net, ("embed_tokens", "lm_head"), (3, 5))
     next(iter(trained_matrices(net).values())).values.data *= 2
-    before = tiny_adapted.logits(net)
+    before = support.logits_of(net)
     assert as_lm(net, tokenizer)["pretrained"] is net
-    assert torch.equal(tiny_adapted.logits(net), before)
+    assert torch.equal(support.logits_of(net), before)
     assert "tie_weights" not in vars(net)
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     for call in (lambda: find_harness_tasks(["math"]), lambda: as_lm(net, tokenizer)):
@@ -293,7 +293,7 @@ def test_a_run_keeps_what_the_harness_found(run: Path, stand_in: dict[str, Any],
 def test_the_harness_itself_scores_an_adapted_model_as_one_sequence_at_a_time() -> None:
     from lm_eval.api.instance import Instance
 
-    net, tokenizer = tiny_adapted.adapted("llama", quant="nf4"), tiny_tokenizer.make()
+    net, tokenizer = support.adapted_model("llama", quant="nf4"), support.tokenizer()
     pairs = [("the quick", " brown fox"), ("a dog", " runs"), ("one", " two three four")]
     requests = [Instance("loglikelihood", {}, arguments=pair, idx=0) for pair in pairs]
     totals = as_lm(net, tokenizer, batch_size=2).loglikelihood(requests)

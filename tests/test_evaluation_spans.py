@@ -30,7 +30,7 @@ from qdora.evaluation import batches, token_scores
 from qdora.evaluation.forward_path import pads_left, scoring, shares_prefix
 from qdora.evaluation.generation import decode_greedily
 from qdora.evaluation.token_scores import Span, score_groups, score_spans
-from tests import reference, tiny_adapted, tiny_experts
+from tests import reference, support
 
 VOCABULARY = 97
 SHAPE: dict[str, Any] = {
@@ -61,7 +61,7 @@ CONFIGS: dict[str, Any] = {
 def tiny_model(family: str, **changes: Any) -> Any:
     """A randomly initialised two-to-three-layer model of the family, float32, eval mode."""
     if family == "qwen3_next":  # linear and full attention, experts
-        return tiny_experts.make(family, vocab_size=VOCABULARY)
+        return support.mixture(family, vocab_size=VOCABULARY)
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(CONFIGS[family](**changes), dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
@@ -250,7 +250,7 @@ def test_a_long_span_never_makes_more_logits_than_fit(family: str, monkeypatch: 
 
 def test_modes_come_back_and_scoring_leaves_nothing_in_training() -> None:
     """DoRA on NF4: what scoring leaves behind in the layers must not enter, or break, the next backward pass."""
-    model, batch = tiny_adapted.adapted("llama", quant="nf4").train(), torch.arange(1, 9)[None]
+    model, batch = support.adapted_model("llama", quant="nf4").train(), torch.arange(1, 9)[None]
     model.model.layers[1].eval()
     before = [module.training for module in model.modules()]
 
@@ -354,5 +354,5 @@ def test_rows_end_alone_and_settings_of_the_model_are_set_aside(caplog: pytest.L
     assert decode_greedily(model, PROMPTS, max_new_tokens=6, stop_ids=()) == [new[:6] for new in free]
     assert max(map(len, sizes)) == len(LENGTHS)
     assert sum("out of memory" in message for message in caplog.messages) == 1
-    adapted = tiny_adapted.adapted("llama", quant="nf4")
+    adapted = support.adapted_model("llama", quant="nf4")
     assert decode_greedily(adapted, PROMPTS, max_new_tokens=6, stop_ids=()) == decoded(adapted, 6)

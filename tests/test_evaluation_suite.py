@@ -27,7 +27,7 @@ from qdora.evaluation.metrics import Estimate, mean_stderr, ratio_stderr, tie_cr
 from qdora.evaluation.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
 from qdora.run.step_evaluations import evaluate_together
 from qdora.train.distributed import processes_of_launch
-from tests import launched, tiny, tiny_tokenizer
+from tests import support
 
 COLOURS = [" blue", " brown", " quick", " lazy"]
 
@@ -47,7 +47,7 @@ def texts(task: str, count: int) -> list[Example]:
 
 
 def model() -> Any:
-    return tiny.llama(vocab_size=400, initializer_range=0.3)
+    return support.llama(vocab_size=400, initializer_range=0.3)
 
 
 SETS = {"choices": questions("choices", 12), "free": texts("free", 7), "both": texts("both", 2) + questions("both", 3)}
@@ -136,7 +136,7 @@ def test_averages_and_the_cells_of_the_table() -> None:
 
 
 def test_metrics_of_every_task() -> None:
-    net, tokenizer, seen = model(), tiny_tokenizer.make(), list[tuple[int, int]]()
+    net, tokenizer, seen = model(), support.tokenizer(), list[tuple[int, int]]()
     found = evaluate(net.train(), tokenizer, SETS, max_batch_tokens=64, progress=lambda *now: seen.append(now))
     assert net.training
     ends = [list(group)[-1] for _, group in groupby(seen, lambda now: now[1])]
@@ -178,7 +178,7 @@ def test_metrics_of_every_task() -> None:
 
 
 def test_limits_and_blocks_and_what_is_refused() -> None:
-    examples, net, tokenizer = questions("t", 10), model(), tiny_tokenizer.make()
+    examples, net, tokenizer = questions("t", 10), model(), support.tokenizer()
     assert [example.id for example in spread(examples, 4)] == ["0", "2", "5", "7"]
     assert [spread(examples, *each) for each in ((10,), (None,), (10, 1), (None, 1))] == [examples] * 4
     blocks = [[int(example.id) for example in spread(examples, 4, block)] for block in range(6)]
@@ -312,7 +312,7 @@ class Counted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.num_passes, self.is_broken = model(), tiny_tokenizer.make(), 0, False
+        self.model, self.tokenizer, self.num_passes, self.is_broken = model(), support.tokenizer(), 0, False
         self.model.register_forward_pre_hook(self._count)
 
     def _count(self, *_: Any) -> None:
@@ -376,7 +376,7 @@ def _together(rank: int) -> None:
 
 
 def test_processes_share_batches_get_the_scores_of_one_and_fail_together() -> None:
-    assert launched.run(3, _together) == [""] * 3
+    assert support.run_processes(3, _together) == [""] * 3
 
 
 def test_results_of_batches_in_one_process() -> None:

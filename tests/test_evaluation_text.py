@@ -22,7 +22,7 @@ from qdora.evaluation.hidden_states import hidden_state_errors
 from qdora.evaluation.loglikelihood import score_examples, scoring_faults
 from qdora.evaluation.perplexity import read_texts, text_perplexity
 from qdora.evaluation.token_scores import strided_spans
-from tests import tiny, tiny_tokenizer
+from tests import support
 from tests.data_rows import fault_of, faults_of, says
 from tests.test_evaluation_spans import naive
 
@@ -35,7 +35,7 @@ EXAMPLES = [
 ]
 MOO = Example("t", "chat", "", "", messages=(Turn("user", "moo?"), Turn("assistant", "a cow")))
 TEXT = Example("t", "text", "", "the lazy dog")
-PLAIN = tiny_tokenizer.make()
+PLAIN = support.tokenizer()
 
 
 def answer_of(example: Example) -> Example:
@@ -43,7 +43,7 @@ def answer_of(example: Example) -> Example:
 
 
 def model(**changes: Any) -> Any:
-    return tiny.llama(vocab_size=400, initializer_range=0.3, **changes)
+    return support.llama(vocab_size=400, initializer_range=0.3, **changes)
 
 
 def border(tokenizer: Any, prompt: str, choice: str) -> tuple[list[int], int]:
@@ -57,7 +57,7 @@ def border(tokenizer: Any, prompt: str, choice: str) -> tuple[list[int], int]:
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_choices_and_answers_equal_one_sequence_at_a_time(bos: bool) -> None:
-    net, tokenizer = model(), tiny_tokenizer.make(bos=bos)
+    net, tokenizer = model(), support.tokenizer(bos=bos)
     found = score_examples(net, tokenizer, EXAMPLES, max_batch_tokens=100)
     answers = score_examples(net, tokenizer, [answer_of(example) for example in EXAMPLES])
     borders_that_merge = 0
@@ -78,7 +78,7 @@ def test_choices_and_answers_equal_one_sequence_at_a_time(bos: bool) -> None:
 
 
 def test_prompts_longer_than_the_context_lose_their_left_end(caplog: pytest.LogCaptureFixture) -> None:
-    net, tokenizer = model(max_position_embeddings=24), tiny_tokenizer.make(bos=True)
+    net, tokenizer = model(max_position_embeddings=24), support.tokenizer(bos=True)
     prompt = "xyzzy plugh " * 5
     example = Example("t", "long", prompt, " one", (" one", " two words"), 0)
     with caplog.at_level(logging.WARNING):
@@ -150,7 +150,7 @@ def test_examples_that_cannot_be_scored_are_refused_together() -> None:
     fits = Example("t", "fits", "moo", " x", (" x", " " + "q" * 14), 0)
     ids, start = border(PLAIN, "moo", fits.choices[1])  # with the last token of its prompt, and without the last of all
     assert [len(scoring_faults(PLAIN, [fits], len(ids) - start - less)) for less in (0, 1)] == [0, 1]
-    assert says(fault_of(score_examples, net, tiny_tokenizer.make(chat_template=None), [MOO]), "no chat template")
+    assert says(fault_of(score_examples, net, support.tokenizer(chat_template=None), [MOO]), "no chat template")
     *ten, more = faults_of(score_examples, net, PLAIN, [replace(faulty[0], id=str(number)) for number in range(30)])
     assert (len(ten), more) == (10, "20 more examples that cannot be scored")
 
@@ -198,9 +198,9 @@ def test_perplexity_equals_one_token_at_a_time(window: int, stride: int) -> None
 
 
 def test_perplexity_by_hand_and_what_is_refused(tmp_path: Path) -> None:
-    net = tiny.llama(vocab_size=400, tie_word_embeddings=False)
+    net = support.llama(vocab_size=400, tie_word_embeddings=False)
     torch.nn.init.zeros_(net.lm_head.weight)  # uniform
-    found = text_perplexity(net, tiny_tokenizer.make(bos=True), ["abcd"])
+    found = text_perplexity(net, support.tokenizer(bos=True), ["abcd"])
     assert found.perplexity == pytest.approx(400, rel=1e-6)
     # with the beginning of sequence the first token counts
     assert (found.num_tokens, found.window, found.stride) == (len(PLAIN("abcd")["input_ids"]), 128, 64)
@@ -220,7 +220,7 @@ def test_perplexity_by_hand_and_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stride 0"):
         strided_spans([1, 2], 4, 0)
     for factor in (math.nan, 1e5):
-        net = tiny.llama(vocab_size=400)
+        net = support.llama(vocab_size=400)
         net.lm_head.weight.data *= factor
         with pytest.raises(Diverged, match="perplexity: it is not finite"):
             text_perplexity(net, PLAIN, ["Pack my box"])
@@ -245,7 +245,7 @@ def captured(net: Any, ids: list[int]) -> list[Any]:
 
 
 def test_errors_of_every_block_over_all_positions_and_texts() -> None:
-    net, other, texts = tiny.llama(), tiny.llama(), [[1, 5, 9, 2], [7, 3], [*range(60)] * 3]
+    net, other, texts = support.llama(), support.llama(), [[1, 5, 9, 2], [7, 3], [*range(60)] * 3]
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))

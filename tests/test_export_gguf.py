@@ -38,14 +38,13 @@ from qdora.export.options import ExportOptions
 from qdora.model.gguf_file import check_gguf, read_header
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from tests import tiny_experts, tiny_run, tiny_tokenizer
+from tests import fakes, support
+from tests.fakes import Values, finish, interleaved, name_of
 
 gguf = pytest.importorskip("gguf")
 
-from tests import fake_converter  # noqa: E402
-from tests.fake_converter import Values, finish, interleaved, name_of  # noqa: E402
 
-CONVERTER = Path(__file__).with_name("fake_converter.py")
+CONVERTER = Path(__file__).with_name("fakes.py")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def merged(dora_run: Path) -> Path:
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixture")
-    return tiny_experts.write(folder, "qwen3_moe")
+    return support.write_mixture(folder, "qwen3_moe")
 
 
 @pytest.fixture(autouse=True)
@@ -226,14 +225,14 @@ def test_where_the_programs_are_looked_for(tmp_path, with_quantizer, monkeypatch
 
 
 def compared(model: Path, file: Path, type_: str) -> tuple[dict[str, Any], list[str]]:
-    fake_converter.convert(model, file, type_)
+    fakes.convert_to_gguf(model, file, type_)
     return compare_tensors(read_header(file), model)
 
 
 @pytest.mark.parametrize("type_, least, most", [("q8_0", 0.8, 1.0), ("q4_0", 0.05, 0.15), ("q2_k", 0.3, 0.6)])
 def test_errors_of_a_right_file(merged, mixture, tmp_path, type_, least, most):
     if type_ == "q2_k":  # has blocks of 256
-        merged = tiny_run.write_model(tmp_path / "model", num_hidden_layers=1, hidden_size=256, intermediate_size=256)
+        merged = support.write_llama(tmp_path / "model", num_hidden_layers=1, hidden_size=256, intermediate_size=256)
     measure = "q8_0_error" if type_ == "q8_0" else "lossy_error"
     found, faults = compared(merged, tmp_path / "file.gguf", type_)
     assert faults == []
@@ -260,7 +259,7 @@ def test_errors_of_a_right_file(merged, mixture, tmp_path, type_, least, most):
     ],
 )
 def test_a_fault_is_seen(merged, mixture, tmp_path, monkeypatch, fault, type_, message):
-    monkeypatch.setattr(fake_converter, "FAULT", fault)
+    monkeypatch.setattr(fakes, "FAULT", fault)
     model = mixture if fault in ("experts", "halves", "gone") else merged
     faults = compared(model, tmp_path / "file.gguf", type_)[1]
     assert any(re.search(message, each) for each in faults), faults
@@ -269,8 +268,8 @@ def test_a_fault_is_seen(merged, mixture, tmp_path, monkeypatch, fault, type_, m
 def test_one_wrong_expert_of_many_is_seen_in_few_bits(tmp_path):
     """Two of 64 that change places are 0.25 of the norm of all, less than four bits may lose."""
     sizes = {"num_experts": 64, "moe_intermediate_size": 32, "hidden_size": 64, "num_hidden_layers": 1}
-    tiny_experts.make("qwen3_moe", **sizes).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.make().save_pretrained(tmp_path / "model")
+    support.mixture("qwen3_moe", **sizes).save_pretrained(tmp_path / "model")
+    support.tokenizer().save_pretrained(tmp_path / "model")
     file = tmp_path / "file.gguf"
     assert compared(tmp_path / "model", file, "q4_0")[1] == []
     with file.open("r+b") as stream:
@@ -394,10 +393,10 @@ def test_an_unknown_layout_is_not_compared_and_a_scale_is_in_no_file(tmp_path):
         check_gguf(file)
 
 
-@pytest.mark.parametrize("name", [name for name in fake_converter.ARCHITECTURES if name != "llama"])
+@pytest.mark.parametrize("name", [name for name in fakes.ARCHITECTURES if name != "llama"])
 def test_mixtures_are_compared_expert_by_expert(tmp_path, name):
-    tiny_experts.make(name, tie_word_embeddings=name == "lfm2_moe").save_pretrained(tmp_path / "model")
-    tiny_tokenizer.make().save_pretrained(tmp_path / "model")
+    support.mixture(name, tie_word_embeddings=name == "lfm2_moe").save_pretrained(tmp_path / "model")
+    support.tokenizer().save_pretrained(tmp_path / "model")
     right, faults = compared(tmp_path / "model", tmp_path / "file.gguf", "q8_0")
     assert (faults, right["num_unchecked"]) == ([], 0)
     assert 0.5 < right["q8_0_error"] <= 1

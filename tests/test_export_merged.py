@@ -43,8 +43,8 @@ from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import resolve
-from tests import reference, tiny_adapted, tiny_experts, tiny_tokenizer
-from tests.checkpoints import SMALL, checkpoint
+from tests import reference, support
+from tests.support import CHECKPOINT_SIZES, checkpoint
 
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.norm.weight"
@@ -72,8 +72,8 @@ def reload(directory: Path) -> Any:
 
 
 def assert_reloads(directory: Path, model: Any) -> None:
-    expected = tiny_adapted.logits(model)
-    torch.testing.assert_close(tiny_adapted.logits(reload(directory)), expected, rtol=1e-5, atol=2e-5)
+    expected = support.logits_of(model)
+    torch.testing.assert_close(support.logits_of(reload(directory)), expected, rtol=1e-5, atol=2e-5)
 
 
 # --- values
@@ -83,13 +83,13 @@ def assert_reloads(directory: Path, model: Any) -> None:
 @pytest.mark.parametrize("quant", [None, "nf4", "int8"])
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_merged_weights_are_the_float64_formula_rounded_once(tmp_path, quant, kind, dtype):
-    model = tiny_adapted.adapted("qwen2", quant=quant, kind=kind, targets=["q_proj", "down_proj"])
+    model = support.adapted_model("qwen2", quant=quant, kind=kind, targets=["q_proj", "down_proj"])
     result = export_merged(model, None, tmp_path / "out", dtype=dtype)
     tensors, layers = stored(tmp_path / "out"), adapted_layers(model)
     assert len(layers) == result["num_merged_layers"] == 4
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     for path, layer in layers.items():
-        expected = tiny_adapted.expected_weight(layer)
+        expected = support.expected_weight(layer)
         found = tensors[f"{path}.weight"].double().numpy()
         # half a step of the dtype, and what the float32 merge may be off by before the cast
         allowed = ROUNDING[dtype] * np.abs(expected) + 1e-6 * np.abs(expected).max() + 2.0**-25
@@ -97,7 +97,7 @@ def test_merged_weights_are_the_float64_formula_rounded_once(tmp_path, quant, ki
 
 
 def test_exporting_changes_nothing_in_the_model(tmp_path):
-    model = tiny_adapted.adapted(quant="nf4", dtype=torch.bfloat16)
+    model = support.adapted_model(quant="nf4", dtype=torch.bfloat16)
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     export_merged(model, None, tmp_path / "out")
@@ -110,13 +110,13 @@ def test_exporting_changes_nothing_in_the_model(tmp_path):
 
 def test_an_adapted_head_is_untied_and_stacked_experts_keep_names_that_transformers_reads(tmp_path):
     torch.manual_seed(0)
-    config = MixtralConfig(**tiny_adapted.SIZES, num_local_experts=2, num_experts_per_tok=2)
+    config = MixtralConfig(**support.LM_SIZES, num_local_experts=2, num_experts_per_tok=2)
     mixture = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     for model, name, targets in (
-        (tiny_adapted.base("llama"), "head", ["lm_head", "q_proj"]),
+        (support.base_model("llama"), "head", ["lm_head", "q_proj"]),
         (mixture, "mixture", ["q_proj"]),
     ):
-        tiny_adapted.move(inject(model, targets=targets, rank=3, alpha=6.0))
+        support.move_adapters_(inject(model, targets=targets, rank=3, alpha=6.0))
         export_merged(model, None, tmp_path / name, dtype=torch.float32)
         assert_reloads(tmp_path / name, model)
     assert "lm_head.weight" in stored(tmp_path / "head")
@@ -125,12 +125,12 @@ def test_an_adapted_head_is_untied_and_stacked_experts_keep_names_that_transform
 
 def test_what_training_keeps_in_float32_stays_so(tmp_path):
     """Experts are chosen by differences between biases that bf16 cannot hold."""
-    model = tiny_experts.make("deepseek_v3", torch.bfloat16)
+    model = support.mixture("deepseek_v3", torch.bfloat16)
     biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
     assert biases
     for bias in biases.values():
         bias.data = 7.0 + torch.randn(bias.shape) * 2e-3
-    tiny_adapted.move(inject(model, rank=2, alpha=4.0, targets=["o_proj"]))
+    support.move_adapters_(inject(model, rank=2, alpha=4.0, targets=["o_proj"]))
     export_merged(model, None, tmp_path / "out", dtype=torch.bfloat16)
     tensors = stored(tmp_path / "out")
     for name, bias in biases.items():
@@ -143,7 +143,7 @@ def test_what_training_keeps_in_float32_stays_so(tmp_path):
 
 
 def test_shards_index_config_and_tokenizer(tmp_path):
-    model = tiny_adapted.adapted("llama", quant="nf4")
+    model = support.adapted_model("llama", quant="nf4")
     model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     # as the publisher has it and save_pretrained refuses it: a temperature without sampling
     model.generation_config.temperature = 0.5
@@ -151,7 +151,7 @@ def test_shards_index_config_and_tokenizer(tmp_path):
     steps: list[tuple[int, int]] = []
     result = export_merged(
         model,
-        tiny_tokenizer.make(),
+        support.tokenizer(),
         tmp_path / "out",
         max_shard_bytes=20_000,
         progress=lambda done, total: steps.append((done, total)),
@@ -179,8 +179,8 @@ def test_shards_index_config_and_tokenizer(tmp_path):
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5
     assert (out / "README.md").read_text() == "a card"
     tokenizer = AutoTokenizer.from_pretrained(str(out))
-    assert tokenizer.chat_template == tiny_tokenizer.CHATML
-    assert tokenizer("the answer")["input_ids"] == tiny_tokenizer.make()("the answer")["input_ids"]
+    assert tokenizer.chat_template == support.CHATML
+    assert tokenizer("the answer")["input_ids"] == support.tokenizer()("the answer")["input_ids"]
     largest = max(tensors, key=lambda name: tensors[name].abs().max())
     assert result["max_abs_tensor"] == largest
     assert result["max_abs"] == pytest.approx(float(tensors[largest].abs().max()), rel=1e-3)
@@ -190,7 +190,7 @@ def test_shards_index_config_and_tokenizer(tmp_path):
 def test_one_file_needs_no_index_and_equal_models_give_equal_bytes(tmp_path):
     (tmp_path / "second").mkdir()  # an empty directory may be there
     for name in ("first", "second"):
-        export_merged(tiny_adapted.adapted(), None, tmp_path / name)
+        export_merged(support.adapted_model(), None, tmp_path / name)
     first = bytes_of(tmp_path / "first")
     assert sorted(first) == ["config.json", "generation_config.json", "model.safetensors"]
     assert first == bytes_of(tmp_path / "second")
@@ -199,7 +199,7 @@ def test_one_file_needs_no_index_and_equal_models_give_equal_bytes(tmp_path):
 @pytest.mark.parametrize(("named", "expected"), [(0, [0, 3]), ([0, 3], [0, 3]), (3, 3), (None, 3)])
 def test_an_export_stops_where_its_run_stops(tmp_path, named, expected):
     """The tokenizer may be of another model, with another end."""
-    model, tokenizer = tiny_adapted.adapted("llama"), tiny_tokenizer.make(eos="<|im_end|>")
+    model, tokenizer = support.adapted_model("llama"), support.tokenizer(eos="<|im_end|>")
     assert tokenizer.eos_token_id == 3
     model.generation_config.eos_token_id = named
     export_merged(model, tokenizer, tmp_path / "out", dtype=torch.float32)
@@ -222,7 +222,7 @@ def test_only_one_merged_tensor_is_alive_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint_writer, "cast_parts", watched)
     monkeypatch.setattr(checkpoint_writer, "_SLICE", 1000)
-    export_merged(tiny_adapted.adapted(), None, tmp_path / "out")
+    export_merged(support.adapted_model(), None, tmp_path / "out")
     assert len(alive) > 28
     assert most == 1
 
@@ -231,7 +231,7 @@ def test_only_one_merged_tensor_is_alive_at_a_time(tmp_path, monkeypatch):
 
 
 def test_weights_outside_float16_are_named_and_nothing_is_left(tmp_path):
-    model = tiny_adapted.adapted(quant="nf4")
+    model = support.adapted_model(quant="nf4")
     model.model.norm.weight.data[:2] = torch.tensor([-65504.0, 1e-9])
     result = export_merged(model, None, tmp_path / "largest")
     assert (result["max_abs"], result["num_underflowed"]) == (65504.0, 1)
@@ -250,7 +250,7 @@ def test_weights_outside_float16_are_named_and_nothing_is_left(tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broken_weight_is_a_failure_in_every_dtype(tmp_path, value):
-    model = tiny_adapted.adapted()
+    model = support.adapted_model()
     adapted_layers(model)["model.layers.0.mlp.gate_proj"].lora_B.data[3, 1] = value
     with pytest.raises(RunFailure, match=r"gate_proj.weight: 32 of 1536 values are NaN or infinite"):
         export_merged(model, None, tmp_path / "out", dtype=torch.float32)
@@ -263,7 +263,7 @@ def test_occupied_names_and_paths_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "full")
     before = sorted(tmp_path.iterdir())
-    model = tiny_adapted.adapted()
+    model = support.adapted_model()
     for name in ("full", "file", "link"):
         with pytest.raises(UserError, match="must be a new or empty directory"):
             export_merged(model, None, tmp_path / name)
@@ -284,19 +284,19 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(checkpoint_writer, "write_safetensors", failing)
     with pytest.raises(RunFailure if isinstance(error, OSError) else KeyboardInterrupt):
-        export_merged(tiny_adapted.adapted(), None, tmp_path / "out", max_shard_bytes=20_000)
+        export_merged(support.adapted_model(), None, tmp_path / "out", max_shard_bytes=20_000)
     monkeypatch.undo()
     monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(RunFailure, match=r"out: needs 0\.0 GiB, and 0\.0 GiB are free on this disk\. Fix: free"):
-        export_merged(tiny_adapted.adapted(), None, tmp_path / "out")
+        export_merged(support.adapted_model(), None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 # --- the merge that streams: the bytes of the merge of a loaded model, and on other bases
 
 CONFIGS = {
-    "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=False),
+    "llama": LlamaConfig(**CHECKPOINT_SIZES, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**CHECKPOINT_SIZES, tie_word_embeddings=False),
 }
 
 
@@ -307,7 +307,9 @@ def prepare(
     checkpoint(folder / "base", CONFIGS[config], dtype=torch.bfloat16)
     source = resolve(str(folder / "base"))
     model, again = (load_model(source, quant=quant, compute_dtype=torch.float32) for _ in range(2))
-    tiny_adapted.move(inject(model, rank=3, alpha=6.0, targets=targets, generator=torch.Generator().manual_seed(1)))
+    support.move_adapters_(
+        inject(model, rank=3, alpha=6.0, targets=targets, generator=torch.Generator().manual_seed(1))
+    )
     save_adapter(model, folder / "adapter", base_name_or_path="base", revision=None, base_quant={"quant": quant})
     load_adapter(again, folder / "adapter")
     held = Quantization(quant, 64, True, ("lm_head",))
@@ -402,11 +404,11 @@ def test_bases_without_16_bit_weights_are_refused(tmp_path):
 
 @pytest.fixture
 def running() -> Any:
-    return tiny_adapted.adapted("llama", quant="nf4", dtype=torch.bfloat16)
+    return support.adapted_model("llama", quant="nf4", dtype=torch.bfloat16)
 
 
 def verify(model: Any, directory: Path) -> dict[str, Any]:
-    return verify_merged(model, directory, ComparisonText([tiny_adapted.IDS[0].tolist(), [5, 6, 7]]))
+    return verify_merged(model, directory, ComparisonText([support.LM_IDS[0].tolist(), [5, 6, 7]]))
 
 
 def damage(directory: Path, name: str, change: Callable[[Tensor], Tensor] | None) -> None:
@@ -421,7 +423,7 @@ def damage(directory: Path, name: str, change: Callable[[Tensor], Tensor] | None
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
 def test_a_right_merge_passes_and_reloads(tmp_path, architecture, dtype, compute):
     kind = "lora" if dtype == torch.bfloat16 else "dora"
-    model = tiny_adapted.adapted(architecture, quant="nf4", dtype=compute, kind=kind)
+    model = support.adapted_model(architecture, quant="nf4", dtype=compute, kind=kind)
     export_merged(model, None, tmp_path / "out", dtype=dtype)
     found = verify(model, tmp_path / "out")
     assert found["passed"], found["faults"]
@@ -432,8 +434,8 @@ def test_a_right_merge_passes_and_reloads(tmp_path, architecture, dtype, compute
     assert found["exported_vs_reference"]["argmax_agreement"] > 0.9
     merged = reload(tmp_path / "out")
     assert merged.config.tie_word_embeddings == (architecture != "qwen2")
-    bare = tiny_adapted.logits(tiny_adapted.base(architecture, quant="nf4"))
-    assert (tiny_adapted.logits(merged) - bare).abs().max() > 0.05
+    bare = support.logits_of(support.base_model(architecture, quant="nf4"))
+    assert (support.logits_of(merged) - bare).abs().max() > 0.05
     if compute == dtype == torch.float32:
         assert_reloads(tmp_path / "out", model)
 
@@ -497,7 +499,7 @@ LOGITS = "the logits of the export differ from those of the trained model by "
     ],
 )
 def test_a_wrong_tensor_fails(tmp_path, compute, name, change, fault):
-    model = tiny_adapted.adapted("llama", quant="nf4", dtype=compute)
+    model = support.adapted_model("llama", quant="nf4", dtype=compute)
     export_merged(model, None, tmp_path / "out")
     damage(tmp_path / "out", name, change)
     found = verify(model, tmp_path / "out")
@@ -512,13 +514,13 @@ def test_a_wrong_tensor_fails(tmp_path, compute, name, change, fault):
 
 
 def test_another_tokenizer_fails(tmp_path, running):
-    export_merged(running, tiny_tokenizer.make(), tmp_path / "out")
-    more = tiny_tokenizer.make()
+    export_merged(running, support.tokenizer(), tmp_path / "out")
+    more = support.tokenizer()
     more.add_tokens(["<tool>"])  # the text has none
     for tokenizer, faults in (
-        (tiny_tokenizer.make(), []),
-        (tiny_tokenizer.make(bos=True), ["the reloaded tokenizer gives other ids"]),
-        (tiny_tokenizer.make(chat_template=None), ["the reloaded tokenizer has another chat template"]),
+        (support.tokenizer(), []),
+        (support.tokenizer(bos=True), ["the reloaded tokenizer gives other ids"]),
+        (support.tokenizer(chat_template=None), ["the reloaded tokenizer has another chat template"]),
         (more, ["the reloaded tokenizer has other added tokens"]),
     ):
         text = "the brown cow"
@@ -614,7 +616,7 @@ def test_any_other_position_does(error, noise, dtypes):
 
 
 def test_lengths_are_bounded():
-    tokenizer = tiny_tokenizer.make()
+    tokenizer = support.tokenizer()
     long = "the brown cow " * 10
     found = comparison_text(tokenizer, {"task": [Example("task", "0", "", long)] * 3}, max_length=8, max_tokens=12)
     ids = tokenizer(long)["input_ids"]
@@ -627,10 +629,10 @@ def test_lengths_are_bounded():
 
 @pytest.mark.parametrize("quant", [None, "nf4"])
 def test_float32_arithmetic_is_exact_and_undone(quant):
-    running = tiny_adapted.adapted("qwen2", quant=quant, dtype=torch.bfloat16).train()
+    running = support.adapted_model("qwen2", quant=quant, dtype=torch.bfloat16).train()
     running.model.register_buffer("scale", torch.ones(1, dtype=torch.bfloat16))
     before = {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in running.state_dict().items()}
-    wide = tiny_adapted.adapted("qwen2", quant=quant)
+    wide = support.adapted_model("qwen2", quant=quant)
     values = dict(running.named_parameters())
     for name, parameter in wide.named_parameters():
         parameter.data = values[name].data.to(parameter.dtype)
@@ -639,10 +641,10 @@ def test_float32_arithmetic_is_exact_and_undone(quant):
         if layer.base_squared is not None:
             layer.base_squared.copy_(adapted_layers(running)[path].base_squared)
     with float32_arithmetic(running):
-        inside = tiny_adapted.logits(running)
+        inside = support.logits_of(running)
         assert running.model.scale.dtype == torch.float32
-    assert torch.equal(inside, tiny_adapted.logits(wide))
-    assert tiny_adapted.logits(running).dtype == torch.bfloat16
+    assert torch.equal(inside, support.logits_of(wide))
+    assert support.logits_of(running).dtype == torch.bfloat16
     assert before == {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in running.state_dict().items()}
     assert running.training
 

@@ -25,18 +25,18 @@ from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_target
-from tests import reference_quant, tiny_adapted, tiny_tokenizer
+from tests import reference_quant, support
 
 # Rows of whole blocks of 64.
-SIZES = tiny_adapted.SIZES | {"hidden_size": 64, "intermediate_size": 128}
-TEXT = ComparisonText([tiny_adapted.IDS[0].tolist(), [5, 6, 7]])
+SIZES = support.LM_SIZES | {"hidden_size": 64, "intermediate_size": 128}
+TEXT = ComparisonText([support.LM_IDS[0].tolist(), [5, 6, 7]])
 BASE, ADAPTER = "model.safetensors", "adapter/adapter_model.safetensors"
 
 
 @pytest.fixture(autouse=True)
 def whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tiny_adapted.CONFIGS, "llama", lambda: LlamaConfig(**SIZES, tie_word_embeddings=True))
-    monkeypatch.setitem(tiny_adapted.CONFIGS, "qwen2", lambda: Qwen2Config(**SIZES, tie_word_embeddings=False))
+    monkeypatch.setitem(support.LM_CONFIGS, "llama", lambda: LlamaConfig(**SIZES, tie_word_embeddings=True))
+    monkeypatch.setitem(support.LM_CONFIGS, "qwen2", lambda: Qwen2Config(**SIZES, tie_word_embeddings=False))
 
 
 def with_peft(directory: Path) -> Any:
@@ -64,8 +64,8 @@ def with_qdora(directory: Path) -> Any:
 
 
 def adapted_head(architecture: str, **options: Any) -> Any:
-    model = tiny_adapted.base(architecture, quant="nf4", **options)
-    tiny_adapted.move(inject(model, targets=["lm_head", "q_proj"], rank=3, alpha=6.0))
+    model = support.base_model(architecture, quant="nf4", **options)
+    support.move_adapters_(inject(model, targets=["lm_head", "q_proj"], rank=3, alpha=6.0))
     return model
 
 
@@ -75,7 +75,7 @@ def adapted_head(architecture: str, **options: Any) -> Any:
 def test_transformers_bitsandbytes_and_peft_give_the_running_logits(
     tmp_path, monkeypatch, architecture, kind, dtype, loader
 ):
-    model = tiny_adapted.adapted(architecture, quant="nf4", kind=kind, dtype=dtype)
+    model = support.adapted_model(architecture, quant="nf4", kind=kind, dtype=dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = export_nf4_lora(model, None, tmp_path / "out")
     assert result["num_adapted_layers"] == 14
@@ -83,11 +83,11 @@ def test_transformers_bitsandbytes_and_peft_give_the_running_logits(
     assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
     assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["use_dora"] is False
     with float32_arithmetic(model):
-        expected = tiny_adapted.logits(model)
-        bare = tiny_adapted.logits(tiny_adapted.base(architecture, quant="nf4"))
+        expected = support.logits_of(model)
+        bare = support.logits_of(support.base_model(architecture, quant="nf4"))
     assert (expected - bare).abs().max() > 0.05
     for load in (with_peft, with_qdora):
-        torch.testing.assert_close(tiny_adapted.logits(load(tmp_path / "out")), expected, rtol=1e-5, atol=5e-6)
+        torch.testing.assert_close(support.logits_of(load(tmp_path / "out")), expected, rtol=1e-5, atol=5e-6)
     if loader == OWN_LOADER:
         real = importlib.util.find_spec
         monkeypatch.setattr(
@@ -102,7 +102,7 @@ def test_transformers_bitsandbytes_and_peft_give_the_running_logits(
 
 @pytest.mark.parametrize("quant", ["nf4", "fp4"])
 def test_the_files_are_the_float64_formula(tmp_path, quant):
-    model = tiny_adapted.adapted(quant=quant)
+    model = support.adapted_model(quant=quant)
     layers = adapted_layers(model)
     layers["model.layers.0.mlp.up_proj"].magnitude.data[2] = 0.0
     result = export_nf4_lora(model, None, tmp_path / "out")
@@ -117,7 +117,7 @@ def test_the_files_are_the_float64_formula(tmp_path, quant):
         values = np.array(reference_quant.VALUES[quant], dtype=np.float64)[nibbles]
         weight = (values * base[f"{path}.weight.absmax"].double().numpy()[:, None]).reshape(packed.shape)
         a, b = (adapter[f"base_model.model.{path}.lora_{name}.weight"].double().numpy() for name in "AB")
-        expected = tiny_adapted.expected_weight(layer)
+        expected = support.expected_weight(layer)
         assert np.abs(weight + 2.0 * b @ a - expected).max() < 1e-6 * np.abs(expected).max()
     assert "model.embed_tokens.weight" in base
     # What storing the scales in 8 bits again would lose.
@@ -134,11 +134,11 @@ def test_the_files_are_the_float64_formula(tmp_path, quant):
 
 
 def test_files_config_and_tokenizer(tmp_path):
-    model = tiny_adapted.base("llama", quant="nf4", dtype=torch.bfloat16)
-    tiny_adapted.move(inject(model, rank=3, alpha=6.0, rank_pattern={"q_proj": 2}, targets=["q_proj", "v_proj"]))
+    model = support.base_model("llama", quant="nf4", dtype=torch.bfloat16)
+    support.move_adapters_(inject(model, rank=3, alpha=6.0, rank_pattern={"q_proj": 2}, targets=["q_proj", "v_proj"]))
     out = tmp_path / "out"
     files = {"README.md": "a card"}
-    export_nf4_lora(model, tiny_tokenizer.make(), out, max_shard_bytes=20_000, extra_files=files)
+    export_nf4_lora(model, support.tokenizer(), out, max_shard_bytes=20_000, extra_files=files)
     config = json.loads((out / "config.json").read_text())
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False}
     settings |= {"bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["lm_head"]}
@@ -146,7 +146,7 @@ def test_files_config_and_tokenizer(tmp_path):
     assert config["dtype"] == "bfloat16"
     assert len(list(out.glob("*.safetensors"))) > 2
     assert (out / "README.md").read_text() == "a card"
-    assert AutoTokenizer.from_pretrained(str(out)).chat_template == tiny_tokenizer.CHATML
+    assert AutoTokenizer.from_pretrained(str(out)).chat_template == support.CHATML
     names = sorted(path.name for path in (out / "adapter").iterdir())
     assert names == ["adapter_config.json", "adapter_model.safetensors"]
     adapter = json.loads((out / "adapter" / "adapter_config.json").read_text())
@@ -163,9 +163,9 @@ def test_an_adapted_head_in_float32_and_an_export_in_a_narrower_dtype_than_the_m
     model = adapted_head("llama")
     export_nf4_lora(model, None, tmp_path / "head")
     assert json.loads((tmp_path / "head" / "config.json").read_text())["tie_word_embeddings"] is False
-    found = tiny_adapted.logits(with_peft(tmp_path / "head"))
-    torch.testing.assert_close(found, tiny_adapted.logits(model), rtol=1e-5, atol=5e-6)
-    model = tiny_adapted.adapted("llama", quant="nf4")
+    found = support.logits_of(with_peft(tmp_path / "head"))
+    torch.testing.assert_close(found, support.logits_of(model), rtol=1e-5, atol=5e-6)
+    model = support.adapted_model("llama", quant="nf4")
     export_nf4_lora(model, None, tmp_path / "out", dtype=torch.bfloat16)
     check = verify_nf4_lora(model, tmp_path / "out", TEXT)
     assert check["passed"], check["faults"]
@@ -182,16 +182,16 @@ def test_what_it_cannot_hold_is_refused_with_the_format_to_use_instead(tmp_path,
         return list(raised.value.faults)
 
     for model, words in (
-        (tiny_adapted.base(quant="nf4"), "no LoRA or DoRA adapter"),
-        (tiny_adapted.adapted(quant="int8"), "the base must be in nf4 or fp4 (got int8"),
-        (tiny_adapted.adapted(), "(got full precision)"),
+        (support.base_model(quant="nf4"), "no LoRA or DoRA adapter"),
+        (support.adapted_model(quant="int8"), "the base must be in nf4 or fp4 (got int8"),
+        (support.adapted_model(), "(got full precision)"),
         (adapted_head("qwen2", dtype=torch.bfloat16), "lm_head is a DoRA layer on a dense weight"),
     ):
         (fault,) = faults_of(model)
         assert words in fault
     crossing = LlamaConfig(**SIZES | {"intermediate_size": 96}, tie_word_embeddings=True)
-    monkeypatch.setitem(tiny_adapted.CONFIGS, "llama", lambda: crossing)
-    faults = faults_of(tiny_adapted.adapted(quant="nf4"))
+    monkeypatch.setitem(support.LM_CONFIGS, "llama", lambda: crossing)
+    faults = faults_of(support.adapted_model(quant="nf4"))
     assert len(faults) == 2
     assert "model.layers.0.mlp.down_proj: in_features 96 is no multiple of the block size 64" in faults[0]
 
@@ -205,7 +205,7 @@ PLACE = "model.layers.1.self_attn.v_proj"
 def test_wrong_files_fail_beside_the_model_and_where_there_is_no_room_for_logits(
     tmp_path, monkeypatch, caplog, has_room
 ):
-    model, out = tiny_adapted.adapted("llama", quant="nf4", dtype=torch.bfloat16), tmp_path / "out"
+    model, out = support.adapted_model("llama", quant="nf4", dtype=torch.bfloat16), tmp_path / "out"
     export_nf4_lora(model, None, out)
     needed = (out / BASE).stat().st_size
     monkeypatch.setattr("qdora.export.verify.get_max_memory", lambda: {"cpu": 10 * needed if has_room else needed})
@@ -237,13 +237,13 @@ def test_wrong_files_fail_beside_the_model_and_where_there_is_no_room_for_logits
 
 
 def test_its_adapter_is_not_left_out(tmp_path, monkeypatch):
-    model, commit = tiny_adapted.adapted("llama", quant="nf4"), "a" * 40
-    export_nf4_lora(model, tiny_tokenizer.make(), tmp_path / commit)
+    model, commit = support.adapted_model("llama", quant="nf4"), "a" * 40
+    export_nf4_lora(model, support.tokenizer(), tmp_path / commit)
     monkeypatch.setattr("qdora.model.source.snapshot_download", lambda *_, **__: str(tmp_path / commit))
     for name in (str(tmp_path / commit), "org/name"):
         loaded = load_target(name, verb="generate")
-        expected = tiny_adapted.logits(model)
-        torch.testing.assert_close(tiny_adapted.logits(loaded.model).float(), expected, rtol=0, atol=0.05)
+        expected = support.logits_of(model)
+        torch.testing.assert_close(support.logits_of(loaded.model).float(), expected, rtol=0, atol=0.05)
         recipe: dict[str, Any] = {"model": {"source": name}, "data": {"mix": [{"task": "demo/facts"}]}}
         recipe["train"] = {"steps": 1, "batch": 1, "lr": 1e-4}
         with pytest.raises(UserError, match=r"is a 4-bit base whose adapter, in adapter/, would be left out"):

@@ -39,7 +39,7 @@ from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.run.load_run import load_run, load_target
 from qdora.run.train import train_run
-from tests import tiny_adapted, tiny_run, tiny_tokenizer
+from tests import support
 
 IDS = torch.tensor([[1, 17, 30, 5, 44, 26, 9, 120, 3, 3, 77]])
 PEFT = ExportOptions(format_="peft")
@@ -90,7 +90,7 @@ def with_adapter(directory: Path) -> Tensor:
     for module in base.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
-    return tiny_adapted.logits(peft.PeftModel.from_pretrained(base, str(directory / "adapter")).eval(), IDS)
+    return support.logits_of(peft.PeftModel.from_pretrained(base, str(directory / "adapter")).eval(), IDS)
 
 
 # --- every format
@@ -135,14 +135,14 @@ def test_the_adapter_alone(dora_run, tmp_path):
 
 @pytest.mark.parametrize("setting", ["data__chat_template", "model__tokenizer"])
 def test_an_adapter_has_the_tokenizer_if_it_is_not_that_of_the_base(tmp_path, setting):
-    template = tiny_tokenizer.CHATML + "{# own #}"
+    template = support.CHATML + "{# own #}"
     (tmp_path / "own.jinja").write_text(template)
-    tiny_tokenizer.make(chat_template=template).save_pretrained(tmp_path / "own")
+    support.tokenizer(chat_template=template).save_pretrained(tmp_path / "own")
     chat = {"messages": [{"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"}]}
     (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 8)
     values = {"data__chat_template": str(tmp_path / "own.jinja"), "model__tokenizer": str(tmp_path / "own")}
     mix = [{"source": str(tmp_path / "chats.jsonl"), "format": "messages"}]
-    train_run(tiny_run.recipe(tmp_path, **ONE_STEP, data__mix=mix, **{setting: values[setting]}), tmp_path / "run")
+    train_run(support.tiny_recipe(tmp_path, **ONE_STEP, data__mix=mix, **{setting: values[setting]}), tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out", PEFT)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
 
@@ -191,20 +191,20 @@ def test_each_form_with_its_card_is_the_form_in_memory_that_the_audit_compares(
     if form == "nf4-lora":
         load_adapter(reloaded, out / "adapter")
     running = load_run(dora_run).model
-    before = tiny_adapted.logits(running, IDS)
+    before = support.logits_of(running, IDS)
     held = export_forms(running, opened(dora_run), torch.float16)[form]
     with float32_arithmetic(running), in_form(running, held):
-        found = tiny_adapted.logits(running, IDS)
+        found = support.logits_of(running, IDS)
     # fp16 also rounds the embeddings of the files
-    assert (found - tiny_adapted.logits(reloaded, IDS)).abs().max() < (5e-3 if is_dense else 2e-5)
-    assert torch.equal(tiny_adapted.logits(running, IDS), before)
+    assert (found - support.logits_of(reloaded, IDS)).abs().max() < (5e-3 if is_dense else 2e-5)
+    assert torch.equal(support.logits_of(running, IDS), before)
 
 
 def test_a_model_that_overflows_in_float16_is_merged_in_bfloat16(tmp_path, caplog):
-    sizes = tiny_adapted.SIZES | {"hidden_size": 64, "vocab_size": 400, "head_dim": 16, "num_hidden_layers": 1}
+    sizes = support.LM_SIZES | {"hidden_size": 64, "vocab_size": 400, "head_dim": 16, "num_hidden_layers": 1}
     AutoModelForCausalLM.from_config(Gemma2Config(**sizes)).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.make().save_pretrained(tmp_path / "model")
-    train_run(tiny_run.recipe(tmp_path, **ONE_STEP), tmp_path / "run")
+    support.tokenizer().save_pretrained(tmp_path / "model")
+    train_run(support.tiny_recipe(tmp_path, **ONE_STEP), tmp_path / "run")
     for dtype, written in ((None, "bfloat16"), ("float16", "float16")):
         shown, out = Console(file=io.StringIO(), width=200), tmp_path / written
         assert export_run(tmp_path / "run", out, ExportOptions(dtype=dtype), console=shown)["dtype"] == written
@@ -224,7 +224,7 @@ def test_an_export_that_does_not_fit_beside_the_model_is_not_compared_by_logits(
 
 
 def test_zero_rows_are_refused_for_peft_which_would_compute_nan():
-    model = tiny_adapted.adapted()
+    model = support.adapted_model()
     check_servable(model)
     layer = adapted_layers(model)["model.layers.1.mlp.up_proj"]
     layer.base.stored_weight[3] = layer.lora_B.data[3] = layer.base_squared[3] = 0.0
@@ -233,7 +233,7 @@ def test_zero_rows_are_refused_for_peft_which_would_compute_nan():
 
 
 def test_a_tokenizer_keeps_what_llama_cpp_needs(tmp_path):
-    tiny_tokenizer.make().save_pretrained(tmp_path / "source")
+    support.tokenizer().save_pretrained(tmp_path / "source")
     (tmp_path / "source/tokenizer.model").write_bytes(b"pieces")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "source")
     tokenizer.add_tokens(["<new>"])

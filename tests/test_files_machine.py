@@ -25,7 +25,7 @@ from qdora.files.nvidia_driver import check_gpu, device_attribute, driver_versio
 from qdora.files.svg_figure import new_figure, svg_text
 from qdora.model.build_model import choose_compute
 from qdora.run import doctor
-from tests import fake_driver
+from tests import fakes
 
 GIB = 2**30
 TOKEN = "hf_" + "a1B2" * 8
@@ -83,7 +83,7 @@ def test_the_environment_names_no_person_no_host_and_no_secret(monkeypatch: pyte
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The root directory of a machine with a GPU, driver 535 and a torch for CUDA 13 that sees nothing."""
-    root = fake_driver.files(tmp_path, "535.104.05")
+    root = fakes.driver_files(tmp_path, "535.104.05")
     monkeypatch.setattr(nvidia_driver, "ROOT", root)
     monkeypatch.setenv("PATH", str(root / "bin"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -152,10 +152,10 @@ def test_a_used_gpu_and_a_machine_without_one_are_fine(machine: Path, monkeypatc
 
 
 def test_the_driver_says_what_a_gpu_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_driver.install(monkeypatch, [{89: 0}, {89: 1}])
+    fakes.install_driver(monkeypatch, [{89: 0}, {89: 1}])
     assert [device_attribute(*each) for each in ((89, 0), (89, 1), (89, 2), (102, 0))] == [0, 1, None, None]
     for devices in ([], None):
-        fake_driver.install(monkeypatch, devices)
+        fakes.install_driver(monkeypatch, devices)
         assert device_attribute(89) is None
 
 

@@ -40,7 +40,7 @@ from qdora.files.run_directory import (
     resume_run,
 )
 from qdora.run.load_run import trained_state
-from tests import tiny_run
+from tests import support
 
 RECIPE = "train:\n  steps: 10\n  lr: 0.1\n  log_every: 1\ndata:\n  mix:\n  - task: boolq\n"
 ENVIRONMENT = {"torch": "2", "devices": ["a"]}
@@ -469,7 +469,7 @@ def test_a_checkpoint_appears_whole_and_flushed(run: RunDirectory, monkeypatch: 
 def test_the_newest_checkpoint_is_by_number(
     run: RunDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe = tiny_run.recipe(tmp_path)
+    recipe = support.tiny_recipe(tmp_path)
     assert run.checkpoint_steps() == []
     with pytest.raises(UserError, match=r"^--step: got 3, but .*/run has no checkpoint\. Fix: remove --step\.$"):
         trained_state(run, recipe, 3)

@@ -18,7 +18,7 @@ from qdora.ops import bnb_kernels
 from qdora.run import load_base, prepare
 from qdora.train import optimizer
 from qdora.train.checkpoint import random_state, set_random_state
-from tests import tiny, tiny_run
+from tests import support
 
 CUDA = torch.device("cuda")
 CARD = SimpleNamespace(name="A100", major=8, minor=0, total_memory=40 << 30, uuid="GPU-1")
@@ -57,7 +57,7 @@ def test_freed_memory_leaves_the_allocator(calls, tmp_path, monkeypatch):
     free_memory()
     monkeypatch.setattr(load, "tie_and_move_buffers", lambda model, device: None)  # a CPU holds none for a GPU
     source: Any = SimpleNamespace(path=tmp_path, name="tiny", is_gguf=False)
-    load._finish(tiny.llama(), source, CUDA)
+    load._finish(support.llama(), source, CUDA)
     assert calls == ["empty_cache", "empty_cache"]
 
 
@@ -74,10 +74,10 @@ def test_a_base_goes_where_the_recipe_says(tmp_path, monkeypatch):
     monkeypatch.setattr(load_base, "recompute_activations", lambda model: None)
     monkeypatch.setattr(load_base, "ActivationOffload", offloaded.append)
     options: dict[str, Any] = {"base__residency": "host", "base__streamed_blocks": 1, "memory__host_embeddings": True}
-    recipe = tiny_run.recipe(tmp_path, **options, memory__offload_activations=True, memory__checkpointing=True)
+    recipe = support.tiny_recipe(tmp_path, **options, memory__offload_activations=True, memory__checkpointing=True)
     compute = build_model.Compute(CUDA, torch.bfloat16)
     assert prepare._machine_faults(recipe, compute) == []
-    load_base.load_base(recipe, tiny.source(), compute)
+    load_base.load_base(recipe, support.config_source(), compute)
     (placer,) = placers
     assert isinstance(placer, HostResidency)
     assert placer.num_streamed == 1

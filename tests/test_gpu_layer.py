@@ -26,7 +26,7 @@ from qdora.ops import blockwise, bnb_kernels, tiles
 from qdora.ops.loss import chunked_nll
 from qdora.ops.packed import PackedWeight, dequantize, quantize
 from qdora.train.optimizer import AdapterOptimizer
-from tests import reference, tiny_streamed
+from tests import reference, support
 from tests.adapter_numbers import expected, expected_norm, make, results, to_numpy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -167,13 +167,13 @@ LOADED: dict[str, Any] = {"quant": "nf4", "compute_dtype": torch.float32, "devic
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return tiny_streamed.write_source(tmp_path_factory.mktemp("source"), **SIZES)
+    return support.write_source(tmp_path_factory.mktemp("source"), **SIZES)
 
 
 @pytest.fixture(scope="module")
 def resident(source):
     """Gradients and logits of a base on the device."""
-    return tiny_streamed.gradients(tiny_streamed.adapt(load_model(resolve(str(source)), **LOADED)))
+    return support.streamed_gradients(support.adapt_streamed(load_model(resolve(str(source)), **LOADED)))
 
 
 def held_by(source: Any, **options: Any) -> tuple[int, Any]:
@@ -187,7 +187,7 @@ def held_by(source: Any, **options: Any) -> tuple[int, Any]:
 def assert_gradients(model: Any, wanted: Any) -> None:
     """Three times, as a buffer that is overwritten too early shows later."""
     for _ in range(3):
-        tiny_streamed.assert_equal(tiny_streamed.gradients(model), wanted)
+        support.assert_equal_tensors(support.streamed_gradients(model), wanted)
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -199,12 +199,12 @@ def test_a_streamed_base_and_an_embedding_on_the_host_give_the_same_with_less_on
     for num_streamed in (None, 4):
         held, model = held_by(source, placer=HostResidency(num_streamed))
         assert whole - held > (6 if num_streamed is None else 1) * block  # nine blocks against two
-        assert_gradients(tiny_streamed.adapt(model), resident)
+        assert_gradients(support.adapt_streamed(model), resident)
     held, model = held_by(source, before_reading=keep_embedding_on_host)
     table = model.get_input_embeddings().weight
     assert table.device.type == "cpu"
     assert whole - held >= table.nbytes // 2
-    assert_gradients(tiny_streamed.adapt(model), resident)
+    assert_gradients(support.adapt_streamed(model), resident)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -223,6 +223,6 @@ def test_gradients_with_checkpoints_on_the_host(source, resident, streamed, monk
             torch.cuda._sleep(10_000_000)
         return away
 
-    ActivationOffload(tiny_streamed.adapt(model), send)
+    ActivationOffload(support.adapt_streamed(model), send)
     assert_gradients(model, resident)
     assert len(sent) == 3 * 3 * (SIZES["num_hidden_layers"] - 1)

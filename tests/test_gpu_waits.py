@@ -43,7 +43,7 @@ from qdora.train.loop import fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.passes import step_gradient
 from qdora.train.progress import TrainingProgress
-from tests import tiny_streamed
+from tests import support
 from tests.adapter_numbers import make
 from tests.false_gpu import Event, FalseGpu, on_false_gpu
 from tests.test_nn_adapted_linear import shares
@@ -56,7 +56,7 @@ CPU = torch.device("cpu")
 def source(tmp_path_factory):
     """A Llama whose rows are whole blocks."""
     sizes = {"intermediate_size": 128, "num_hidden_layers": NUM_BLOCKS}
-    return tiny_streamed.write_source(tmp_path_factory.mktemp("source"), **sizes)
+    return support.write_source(tmp_path_factory.mktemp("source"), **sizes)
 
 
 class CopiesNow:

@@ -36,7 +36,7 @@ from qdora.recipe import recipe_file
 from qdora.recipe.recipe_file import load_recipe, recipe_from, resolved_yaml
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
-from tests import tiny_run
+from tests import support
 
 QUIET = Console(quiet=True)
 SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -130,7 +130,7 @@ def recipes(draw: Any, texts: list[str]) -> tuple[str, bytes, list[str], bool]:
 
 @pytest.mark.parametrize("number", [40, pytest.param(1000, marks=SLOW)])
 def test_a_changed_recipe_is_refused_or_what_it_says(root: Path, tmp_path: Path, number: int) -> None:
-    own = resolved_yaml(tiny_run.recipe(root))
+    own = resolved_yaml(support.tiny_recipe(root))
     texts = [own, own, *map(recipe_file.recipe_text, recipe_file.recipe_names())]
     file, other = tmp_path / "recipe.yaml", tmp_path / "other.yaml"
 
@@ -257,7 +257,7 @@ def damaged(draw: Any, file: Path) -> tuple[bytes, bool]:
 def read(kind: str, root: Path, folder: Path) -> Any:
     """Hashes of the tensors that a stored thing gives, as a run reads it."""
     if kind == "checkpoint":  # of a stopped run, which goes on from it
-        train_run(tiny_run.recipe(root, train__keep_checkpoints=9), folder, resume=True, console=QUIET)
+        train_run(support.tiny_recipe(root, train__keep_checkpoints=9), folder, resume=True, console=QUIET)
         return hashlib.sha1((folder / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
     nf4 = Quantization("nf4", 64, True, ("lm_head",))
     reader = {"reader": BaseCache(folder, nf4, torch.device("cpu"))} if kind == "cache" else {}
@@ -278,7 +278,7 @@ def stored(root: Path, whole: Path) -> Path:
     for kind, made in {"run": whole, "adapter": whole / "adapter", "model": root / "model"}.items():
         shutil.copytree(made, folder / kind)
     read("cache", root, folder / "cache")
-    train_run(tiny_run.recipe(root, train__keep_checkpoints=9), folder / "checkpoint", console=QUIET)
+    train_run(support.tiny_recipe(root, train__keep_checkpoints=9), folder / "checkpoint", console=QUIET)
     for name in ("adapter", "checkpoints/step-6"):
         shutil.rmtree(folder / "checkpoint" / name)
     return folder

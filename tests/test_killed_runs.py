@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import frame
 import killed_runs
 
-from tests.launched import start_main
+from tests.support import start_main
 
 
 @pytest.mark.parametrize(

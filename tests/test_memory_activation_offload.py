@@ -19,9 +19,9 @@ from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.host_residency import HostResidency
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from tests import tiny_streamed
-from tests.fake_cuda import FakeCuda
-from tests.tiny_streamed import LateCopies
+from tests import support
+from tests.false_gpu import FakeCuda
+from tests.support import LateCopies
 
 
 class LateHost:
@@ -51,7 +51,7 @@ class LateHost:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_streamed.write_source(tmp_path_factory.mktemp("source"))
+    return support.write_source(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(autouse=True)
@@ -61,24 +61,24 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_gradients_are_the_same(source: Path, streamed: bool) -> None:
-    expected = tiny_streamed.gradients(tiny_streamed.adapt(tiny_streamed.resident(source)))
+    expected = support.streamed_gradients(support.adapt_streamed(support.resident_model(source)))
     placer = HostResidency(copies=LateCopies) if streamed else None
     model = load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.float32, placer=placer)
     host = LateHost()
-    ActivationOffload(tiny_streamed.adapt(model), host)
-    tiny_streamed.assert_equal(tiny_streamed.gradients(model), expected)
+    ActivationOffload(support.adapt_streamed(model), host)
+    support.assert_equal_tensors(support.streamed_gradients(model), expected)
     # Three micro-batches, every block but the last; nothing in the evaluation.
-    assert host.num_sent == 3 * (tiny_streamed.NUM_BLOCKS - 1)
+    assert host.num_sent == 3 * (support.NUM_BLOCKS - 1)
 
 
 def test_each_input_is_fetched_while_the_block_behind_it_computes(source: Path) -> None:
     host = LateHost()
-    model = tiny_streamed.adapt(tiny_streamed.resident(source))
+    model = support.adapt_streamed(support.resident_model(source))
     ActivationOffload(model, host)
     model.train()
-    ids = tiny_streamed.IDS[0]
+    ids = support.STREAMED_IDS[0]
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    last = tiny_streamed.NUM_BLOCKS - 2
+    last = support.NUM_BLOCKS - 2
     expected: list[tuple[str, int]] = [("out", number) for number in range(last + 1)]
     expected.append(("fetch", last))
     for number in range(last, -1, -1):
@@ -89,14 +89,14 @@ def test_each_input_is_fetched_while_the_block_behind_it_computes(source: Path) 
 
 
 def test_a_step_that_was_broken_off_leaves_nothing_behind_and_a_graph_has_one_backward_pass(source: Path) -> None:
-    expected = tiny_streamed.gradients(tiny_streamed.adapt(tiny_streamed.resident(source)))
-    model = tiny_streamed.adapt(tiny_streamed.resident(source))
+    expected = support.streamed_gradients(support.adapt_streamed(support.resident_model(source)))
+    model = support.adapt_streamed(support.resident_model(source))
     ActivationOffload(model, LateHost())
     model.train()
-    model(input_ids=tiny_streamed.IDS[1])  # no backward pass
-    tiny_streamed.assert_equal(tiny_streamed.gradients(model), expected)
+    model(input_ids=support.STREAMED_IDS[1])  # no backward pass
+    support.assert_equal_tensors(support.streamed_gradients(model), expected)
     model.train()
-    ids = tiny_streamed.IDS[0]
+    ids = support.STREAMED_IDS[0]
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RunFailure, match="a graph allows only one backward pass"):

@@ -42,18 +42,16 @@ from qdora.run import load_base
 from qdora.run.evaluate import evaluate_target
 from qdora.run.interference import measure
 from qdora.run.train import train_run
-from tests import tiny, tiny_experts, tiny_run, tiny_steps, tiny_streamed
-from tests.checkpoints import SMALL
-from tests.fake_cuda import FakeCuda, FakeCudart, is_mapped
-from tests.run_files import assert_same_run
-from tests.tiny_streamed import LateCopies, stream_on_cpu
+from tests import support
+from tests.false_gpu import FakeCuda, FakeCudart, is_mapped
+from tests.support import CHECKPOINT_SIZES, LateCopies, assert_same_run, stream_on_cpu
 
 ALL = "all-linear"
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_streamed.write_source(tmp_path_factory.mktemp("source"))
+    return support.write_source(tmp_path_factory.mktemp("source"))
 
 
 def on_host(source: Path, num_streamed: int | None = None, reader: Any = None, **settings: Any) -> PreTrainedModel:
@@ -170,23 +168,23 @@ def test_a_slot_is_filled_after_its_release_and_read_after_its_copy(monkeypatch:
 def test_gradients_are_those_of_a_resident_base(
     source: Path, num_streamed: int | None, kind: str, targets: Any
 ) -> None:
-    expected = tiny_streamed.of_resident_base(source, kind, targets)
+    expected = support.of_resident_base(source, kind, targets)
     model = on_host(source, num_streamed)
     assert sum(layer.residency is not None for layer in frozen_layers(model).values()) == 7 * (num_streamed or 5)
     given = targets if targets == ALL else list(targets)
-    tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model, kind, given)), expected)
+    support.assert_equal_tensors(support.streamed_gradients(support.adapt_streamed(model, kind, given)), expected)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("num_streamed", [None, 1])
 @pytest.mark.parametrize("targets", [ALL, ["q_proj"]], ids=str)
 def test_stacks_of_experts_come_and_go(tmp_path: Path, name: str, num_streamed: int | None, targets: Any) -> None:
-    source = tiny_experts.write(tmp_path, name)
-    expected = tiny_streamed.gradients(tiny_streamed.adapt(tiny_streamed.resident(source), targets=targets))
+    source = support.write_mixture(tmp_path, name)
+    expected = support.streamed_gradients(support.adapt_streamed(support.resident_model(source), targets=targets))
     model = on_host(source, num_streamed)
     streamed = [path for path, layer in frozen_layers(model).items() if layer.residency is not None]
     assert sum("experts" in path for path in streamed) == 2 * (num_streamed or 2)
-    tiny_streamed.assert_equal(tiny_streamed.gradients(tiny_streamed.adapt(model, targets=targets)), expected)
+    support.assert_equal_tensors(support.streamed_gradients(support.adapt_streamed(model, targets=targets)), expected)
 
 
 def test_a_run_is_that_of_a_resident_base(
@@ -196,7 +194,7 @@ def test_a_run_is_that_of_a_resident_base(
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         stream_on_cpu(patch)
-        train_run(tiny_run.recipe(root, base__residency="host"), run)
+        train_run(support.tiny_recipe(root, base__residency="host"), run)
     assert_same_run(run, whole)
     ours, theirs = (evaluate_target(str(each))["evaluation"]["tasks"] for each in (run, whole))
     assert ours == theirs
@@ -207,10 +205,10 @@ def test_a_run_is_that_of_a_resident_base(
 
 
 def test_several_steps_evaluations_in_between_and_cosines_of_tasks(source: Path) -> None:
-    models = [tiny_streamed.adapt(tiny_streamed.resident(source)), tiny_streamed.adapt(on_host(source))]
+    models = [support.adapt_streamed(support.resident_model(source)), support.adapt_streamed(on_host(source))]
     for _ in range(2):
-        resident, streamed = (tiny_streamed.gradients(model) for model in models)
-        tiny_streamed.assert_equal(streamed, resident)
+        resident, streamed = (support.streamed_gradients(model) for model in models)
+        support.assert_equal_tensors(streamed, resident)
         for model in models:
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -218,20 +216,20 @@ def test_several_steps_evaluations_in_between_and_cosines_of_tasks(source: Path)
                         parameter -= 0.1 * parameter.grad
                         parameter.grad = None
             with torch.inference_mode():
-                model(input_ids=tiny_streamed.IDS[1])
-    said = [model.generate(tiny_streamed.IDS[0], max_new_tokens=6, do_sample=False) for model in models]
+                model(input_ids=support.STREAMED_IDS[1])
+    said = [model.generate(support.STREAMED_IDS[0], max_new_tokens=6, do_sample=False) for model in models]
     assert torch.equal(*said)
-    half = tiny_steps.step_of(tiny_steps.examples(), Batching(40, 0)).micro_batches
+    half = support.step_of(support.examples(), Batching(40, 0)).micro_batches
     halves = {"one": (half[:1], half[1:]), "two": (half[1:], half[:2])}
-    reports = [measure(model, halves, adapter_parameters(model), device=tiny_streamed.CPU) for model in models]
+    reports = [measure(model, halves, adapter_parameters(model), device=support.CPU) for model in models]
     for key in ("cosines", "norms"):
         assert reports[1][key] == reports[0][key]
 
 
 def test_every_weight_is_read_from_its_slot_outside_of_a_pass_too(source: Path, tmp_path: Path) -> None:
     """Also from a cached base, and after the rest of the model was cast."""
-    expected = frozen_layers(tiny_streamed.resident(source))
-    cache = BaseCache(tmp_path, tiny_streamed.WANTED, tiny_streamed.CPU)
+    expected = frozen_layers(support.resident_model(source))
+    cache = BaseCache(tmp_path, support.STREAMED_QUANTIZATION, support.CPU)
     models = [on_host(source), on_host(source), on_host(source, 2, cache), on_host(source, 2, cache)]
     models[1].to(torch.bfloat16)
     assert models[1].get_input_embeddings().weight.dtype == torch.bfloat16
@@ -244,22 +242,22 @@ def test_every_weight_is_read_from_its_slot_outside_of_a_pass_too(source: Path, 
 
 @pytest.mark.parametrize("kind", ["dora", "lora"])
 def test_the_4_bit_export_writes_each_block_where_it_belongs(tmp_path: Path, kind: str) -> None:
-    whole_blocks = tiny_streamed.write_source(tmp_path / "source", intermediate_size=128)
-    for name, model in (("expected", tiny_streamed.resident(whole_blocks)), ("found", on_host(whole_blocks))):
-        export_nf4_lora(tiny_streamed.adapt(model, kind).eval(), None, tmp_path / name)
+    whole_blocks = support.write_source(tmp_path / "source", intermediate_size=128)
+    for name, model in (("expected", support.resident_model(whole_blocks)), ("found", on_host(whole_blocks))):
+        export_nf4_lora(support.adapt_streamed(model, kind).eval(), None, tmp_path / name)
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         expected, found = (load_file(tmp_path / name / file) for name in ("expected", "found"))
-        tiny_streamed.assert_equal(found, expected)
+        support.assert_equal_tensors(found, expected)
 
 
 def test_gradients_without_checkpointing_are_refused(source: Path) -> None:
     model = on_host(source)
-    tiny_streamed.adapt(model)
+    support.adapt_streamed(model)
     model.eval()
     with pytest.raises(RunFailure, match="gradients without checkpointing"):
-        model(input_ids=tiny_streamed.IDS[0])
+        model(input_ids=support.STREAMED_IDS[0])
     with torch.no_grad():
-        model(input_ids=tiny_streamed.IDS[0])
+        model(input_ids=support.STREAMED_IDS[0])
 
 
 HOST = {"base__residency": "host"}
@@ -286,7 +284,7 @@ HOST = {"base__residency": "host"}
 )
 def test_settings_that_do_not_go_together(root: Path, tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
     with pytest.raises(UserError, match=fault):
-        train_run(tiny_run.recipe(root, **changes), tmp_path / "run")
+        train_run(support.tiny_recipe(root, **changes), tmp_path / "run")
 
 
 def pieces_of(*weights: tuple[int, int], num_blocks: int) -> list[Piece]:
@@ -355,7 +353,7 @@ def test_pinned_memory_is_as_large_as_the_packed_base(name: str, monkeypatch: py
     num_weights = num_blocks * sum(rows * columns for rows, columns in weights)
     packed = num_weights // 2 + num_weights // 64 + num_weights // 64 // 64
     assert packed <= sum(driver.locked.values()) <= 1.01 * packed
-    model = empty_model(public_shapes()[name].config(), tiny.source(), torch.bfloat16, "sdpa")
+    model = empty_model(public_shapes()[name].config(), support.config_source(), torch.bfloat16, "sdpa")
     planned = streamed_blocks(model, Quantization("nf4", 64, True, ("lm_head",)), None)
     assert planned.host_bytes == sum(driver.locked.values())
 
@@ -365,10 +363,10 @@ def with_embedding_on_host(source: Path, dtype: torch.dtype = torch.float32) -> 
 
 
 def test_an_embedding_on_the_host_changes_no_number(source: Path) -> None:
-    models = [tiny_streamed.adapt(make(source)) for make in (tiny_streamed.resident, with_embedding_on_host)]
+    models = [support.adapt_streamed(make(source)) for make in (support.resident_model, with_embedding_on_host)]
     assert isinstance(models[1].get_input_embeddings(), HostEmbedding)
-    expected, found = (tiny_streamed.gradients(model) for model in models)
-    tiny_streamed.assert_equal(found, expected)
+    expected, found = (support.streamed_gradients(model) for model in models)
+    support.assert_equal_tensors(found, expected)
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
     assert "model.embed_tokens.weight" in models[1]._ddp_params_and_buffers_to_ignore  # wrappers do not send it
     # float32 arithmetic widens it and gives it back
@@ -377,7 +375,7 @@ def test_an_embedding_on_the_host_changes_no_number(source: Path) -> None:
     table = model.get_input_embeddings().weight
     assert table.dtype == torch.bfloat16
     with torch.no_grad(), float32_arithmetic(model), float32_arithmetic(other):
-        found, expected = (each(input_ids=tiny_streamed.IDS[0]).logits for each in (model, other))
+        found, expected = (each(input_ids=support.STREAMED_IDS[0]).logits for each in (model, other))
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
     assert model.get_input_embeddings().weight is table
@@ -425,18 +423,20 @@ def test_a_run_on_a_gpu_loads_it_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_base, "load_model", load)
     for device, wanted in (("cuda", keep_embedding_on_host), ("cpu", None)):
         compute = load_base.Compute(torch.device(device), torch.bfloat16)
-        load_base.load_base(a_recipe(host_embeddings=True, checkpointing=False), tiny.source(), compute)
+        load_base.load_base(a_recipe(host_embeddings=True, checkpointing=False), support.config_source(), compute)
         assert load.call_args.kwargs["before_reading"] is wanted
 
 
-CONFIG = LlamaConfig(**SMALL | {"tie_word_embeddings": False, "vocab_size": 4096, "num_hidden_layers": 1})
-TIED = LlamaConfig(**SMALL | {"tie_word_embeddings": True, "vocab_size": 4096, "num_hidden_layers": 1})
+CONFIG = LlamaConfig(**CHECKPOINT_SIZES | {"tie_word_embeddings": False, "vocab_size": 4096, "num_hidden_layers": 1})
+TIED = LlamaConfig(**CHECKPOINT_SIZES | {"tie_word_embeddings": True, "vocab_size": 4096, "num_hidden_layers": 1})
 
 
 def test_a_shared_or_computing_embedding_is_refused() -> None:
     with torch.device("meta"):
         tied = LlamaForCausalLM(TIED)
-        scaled = Gemma3ForCausalLM(Gemma3TextConfig(**SMALL | {"tie_word_embeddings": False, "head_dim": 16}))
+        scaled = Gemma3ForCausalLM(
+            Gemma3TextConfig(**CHECKPOINT_SIZES | {"tie_word_embeddings": False, "head_dim": 16})
+        )
     with pytest.raises(UserError, match=r"host_embeddings: must be false, .*embedding of llama is its output head"):
         check_host_embedding(tied)
     with pytest.raises(UserError, match=r"gemma3_text does more than look up rows \(Gemma3TextScaledWordEmbedding\)"):

@@ -16,21 +16,21 @@ from qdora.model.load import block_list
 from qdora.nn.row_share import span
 from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.train.distributed import Processes
-from tests import launched, tiny_run, tiny_sharded
-from tests.tiny_sharded import write
+from tests import support
+from tests.support import write
 
-pytestmark = tiny_sharded.needs_division
+pytestmark = support.needs_division
 
 
 def same_as_whole(rank: int, source: Path, loading: dict[str, Any], adapters: dict[str, Any], num_by_rows: int) -> None:
     """Three steps of descent; the second and third take the norms from the rows of each process."""
-    with tiny_sharded.launch() as processes:
-        whole, sharded = tiny_sharded.load(source, **loading), tiny_sharded.load(source, processes, **loading)
+    with support.dividing_processes() as processes:
+        whole, sharded = support.load_sharded(source, **loading), support.load_sharded(source, processes, **loading)
         for model in (whole, sharded):
-            tiny_sharded.adapt(model, **adapters)
-        expected = tiny_sharded.train(whole, Processes())
-        counts, found = tiny_sharded.norm_counts(processes, sharded)
-        tiny_sharded.assert_same(found, expected)
+            support.adapt_sharded(model, **adapters)
+        expected = support.train_plainly(whole, Processes())
+        counts, found = support.norm_counts(processes, sharded)
+        support.assert_same_steps(found, expected)
         assert counts == [0, num_by_rows, num_by_rows]
         ids = torch.tensor([[5, 6, 7, 8]])
         with torch.no_grad():
@@ -62,7 +62,7 @@ FAST = ("double", "experts")
 @pytest.mark.parametrize("case", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_processes_with_a_part_of_a_base_train_as_one(root: Path, case: str) -> None:
     size, family, *rest = CASES[case]
-    assert launched.run(size, same_as_whole, write(root / family, family), *rest) == [""] * size
+    assert support.run_processes(size, same_as_whole, write(root / family, family), *rest) == [""] * size
 
 
 def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
@@ -76,8 +76,8 @@ def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
         return real(weight, *args, **options)
 
     sharded_base.quantize = counted
-    with tiny_sharded.launch() as processes:
-        whole, sharded = tiny_sharded.load(source, **loading), tiny_sharded.load(source, processes, **loading)
+    with support.dividing_processes() as processes:
+        whole, sharded = support.load_sharded(source, **loading), support.load_sharded(source, processes, **loading)
         layers = frozen_layers(sharded)
         assert set(frozen_layers(whole)) <= set(layers)
         divided, mine = 0, []
@@ -101,15 +101,15 @@ def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
         assert sum(rows) < sum(layer.out_features for layer in frozen_layers(whole).values())
         head, table = sharded.get_output_embeddings(), whole.get_input_embeddings().weight
         divided += table.nbytes * (1 if head.weight is sharded.get_input_embeddings().weight else 2)
-        before = tiny_sharded.num_resident_bytes(sharded)
-        replicated = tiny_sharded.num_resident_bytes(whole) - divided
+        before = support.num_resident_bytes(sharded)
+        replicated = support.num_resident_bytes(whole) - divided
         assert before == pytest.approx(divided / processes.size + replicated, rel=0.03)
-        tiny_sharded.adapt(sharded)
+        support.adapt_sharded(sharded)
         counts, num_whole = whole_blocks(sharded)
-        tiny_sharded.train(sharded, processes, num_steps=1)
+        support.train_plainly(sharded, processes, num_steps=1)
         assert set(counts) <= {1, 2}  # in the backward pass the block before is there until its own is over
         assert num_whole() == 0
-        after = tiny_sharded.num_resident_bytes(sharded) - tiny_sharded.num_adapter_bytes(sharded)
+        after = support.num_resident_bytes(sharded) - support.num_adapter_bytes(sharded)
         assert before <= after <= 1.02 * before  # torch pads what a process has less than the first: a row of a tensor
         assert all(layer.base.share is not None for layer in adapted_layers(sharded).values())
         counts.clear()
@@ -136,9 +136,9 @@ def whole_blocks(model: Any) -> tuple[list[int], Callable[[], int]]:
 
 @pytest.mark.parametrize("size, double_quant", [(2, True), pytest.param(3, False, marks=pytest.mark.slow)])
 def test_each_process_holds_its_part(root: Path, size: int, double_quant: bool) -> None:
-    five = tiny_run.write_model(root / "five", num_hidden_layers=5)
+    five = support.write_llama(root / "five", num_hidden_layers=5)
     source = five if size == 2 else write(root / "qwen3", "qwen3")
-    assert launched.run(size, parts, source, {"double_quant": double_quant}) == [""] * size
+    assert support.run_processes(size, parts, source, {"double_quant": double_quant}) == [""] * size
 
 
 def test_a_process_without_rows_of_a_small_layer_has_empty_parts() -> None:
@@ -158,5 +158,5 @@ def test_a_recipe_that_cannot_be_divided_is_refused(root: Path) -> None:
         ("memory.host_embeddings", {"memory__host_embeddings": True}),
     ):
         with pytest.raises(UserError, match=f"train.parallel: must be auto or replicate with {words}"):
-            tiny_run.recipe(root, train__parallel="shard", **changes)
-    assert tiny_run.recipe(root, train__parallel="hybrid").train.parallel == "hybrid"
+            support.tiny_recipe(root, train__parallel="shard", **changes)
+    assert support.tiny_recipe(root, train__parallel="hybrid").train.parallel == "hybrid"

@@ -21,7 +21,7 @@ from qdora.errors import UserError
 from qdora.files.tensor_file import TensorSpec, plan_shards, write_safetensors
 from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
 from qdora.model.inject import adapted_layers
-from tests import tiny_adapted
+from tests import support
 
 QUANT = {"quant": "nf4", "block_size": 64, "double_quant": True}
 KINDS = ["lora", "dora"]
@@ -56,9 +56,9 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
 def test_saved_and_loaded_is_the_same_adapter(tmp_path, architecture, kind):
     ranks = {"model.layers.1.*.q_proj": 5, "v_proj": 2}
-    model = tiny_adapted.adapted(architecture, quant="nf4", kind=kind, rank_pattern=ranks, alpha=8.0)
+    model = support.adapted_model(architecture, quant="nf4", kind=kind, rank_pattern=ranks, alpha=8.0)
     save(model, tmp_path / "adapter")
-    again = tiny_adapted.base(architecture, quant="nf4")
+    again = support.base_model(architecture, quant="nf4")
     before = torch.get_rng_state()
     loaded = load_adapter(again, tmp_path / "adapter")
     assert torch.equal(before, torch.get_rng_state())
@@ -73,7 +73,7 @@ def test_saved_and_loaded_is_the_same_adapter(tmp_path, architecture, kind):
         assert (layer.rank, layer.scaling, layer.kind) == (original[path].rank, original[path].scaling, kind)
         if kind == "dora":
             assert torch.equal(layer.magnitude, original[path].magnitude)  # type: ignore[arg-type]
-    assert torch.equal(tiny_adapted.logits(again), tiny_adapted.logits(model))
+    assert torch.equal(support.logits_of(again), support.logits_of(model))
     trainable = {name.rpartition(".")[2] for name, p in again.named_parameters() if p.requires_grad}
     assert trainable == ({"lora_A", "lora_B", "magnitude"} if kind == "dora" else {"lora_A", "lora_B"})
     # PEFT writes alpha as an integer where it can; a resumed run must not write it in another way than a fresh one.
@@ -87,7 +87,7 @@ def test_saved_and_loaded_is_the_same_adapter(tmp_path, architecture, kind):
 
 
 def test_names_dtypes_and_settings_of_the_file(tmp_path):
-    model = tiny_adapted.adapted("qwen2", targets=["q_proj", "down_proj"], alpha=6.0, dropout=0.05)
+    model = support.adapted_model("qwen2", targets=["q_proj", "down_proj"], alpha=6.0, dropout=0.05)
     save(model, tmp_path / "adapter", revision="0" * 40, extra={"step": 7})
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
     found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items() if ".layers.1." in name}
@@ -113,15 +113,15 @@ def test_names_dtypes_and_settings_of_the_file(tmp_path):
 
 def test_a_target_that_a_short_name_would_widen_is_a_path_and_the_dtype_can_be_chosen(tmp_path):
     path = "model.layers.1.self_attn.q_proj"
-    save(tiny_adapted.adapted(targets=[path], dtype=torch.bfloat16), tmp_path / "adapter")
+    save(support.adapted_model(targets=[path], dtype=torch.bfloat16), tmp_path / "adapter")
     assert config_of(tmp_path / "adapter")["target_modules"] == [path]
-    loaded = load_adapter(tiny_adapted.base(dtype=torch.bfloat16), tmp_path / "adapter", dtype=torch.float32)
+    loaded = load_adapter(support.base_model(dtype=torch.bfloat16), tmp_path / "adapter", dtype=torch.float32)
     assert list(loaded) == [path]
     assert {parameter.dtype for parameter in loaded[path].parameters()} == {torch.float32}
 
 
 def test_a_save_that_fails_leaves_what_is_there(tmp_path, monkeypatch):
-    model = tiny_adapted.adapted()
+    model = support.adapted_model()
     directory = save(model, tmp_path / "adapter")
     before = contents(directory)
 
@@ -133,7 +133,7 @@ def test_a_save_that_fails_leaves_what_is_there(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             save(model, directory)
     with pytest.raises(ValueError, match="no adapters to save"):
-        save(tiny_adapted.base(), directory)
+        save(support.base_model(), directory)
     with pytest.raises(UserError, match="is not empty and holds no adapter"):
         save(model, tmp_path)
     next(iter(adapted_layers(model).values())).dropout = 0.5
@@ -151,13 +151,13 @@ def test_a_save_that_fails_leaves_what_is_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
 def test_peft_computes_our_logits(tmp_path, architecture, kind, rank_stabilized):
     ranks = {"v_proj": 2, "model.layers.0.mlp.*": 5, "model.layers.1.self_attn.q_proj": 1}
-    model = tiny_adapted.adapted(architecture, kind=kind, rank_stabilized=rank_stabilized, rank_pattern=ranks)
+    model = support.adapted_model(architecture, kind=kind, rank_stabilized=rank_stabilized, rank_pattern=ranks)
     save(model, tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(tiny_adapted.base(architecture), str(tmp_path / "adapter")).eval()
-    ours = tiny_adapted.logits(model)
-    bare = tiny_adapted.logits(tiny_adapted.base(architecture))
+    theirs = peft.PeftModel.from_pretrained(support.base_model(architecture), str(tmp_path / "adapter")).eval()
+    ours = support.logits_of(model)
+    bare = support.logits_of(support.base_model(architecture))
     assert (ours - bare).abs().max() > 0.05  # the adapter does something
-    torch.testing.assert_close(tiny_adapted.logits(theirs), ours, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(support.logits_of(theirs), ours, rtol=1e-5, atol=2e-5)
 
 
 PEFT_SETTINGS: dict[str, dict[str, Any]] = {
@@ -184,19 +184,19 @@ def test_an_adapter_of_peft_gives_its_logits_here(tmp_path, case, use_dora):
     config = peft.LoraConfig(
         r=4, lora_alpha=10, task_type="CAUSAL_LM", use_dora=use_dora, lora_dropout=0.1, **PEFT_SETTINGS[case]
     )
-    theirs = peft.get_peft_model(tiny_adapted.base("qwen2"), config)
+    theirs = peft.get_peft_model(support.base_model("qwen2"), config)
     torch.manual_seed(3)
     for name, parameter in theirs.named_parameters():
         if parameter.requires_grad:
             scale = 0.05 * parameter.abs().mean() if "magnitude" in name else 0.1
             parameter.data += scale * torch.randn_like(parameter)
     theirs.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
-    ours = tiny_adapted.base("qwen2")
+    ours = support.base_model("qwen2")
     loaded = load_adapter(ours, tmp_path / "adapter")
     adapted = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
     assert set(loaded) == adapted
     assert all(layer.dropout == 0.1 for layer in loaded.values())
-    torch.testing.assert_close(tiny_adapted.logits(ours), tiny_adapted.logits(theirs.eval()), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(support.logits_of(ours), support.logits_of(theirs.eval()), rtol=1e-5, atol=2e-5)
 
 
 # --- settings
@@ -204,7 +204,7 @@ def test_an_adapter_of_peft_gives_its_logits_here(tmp_path, case, use_dora):
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    return save(tiny_adapted.adapted(), tmp_path / "adapter")
+    return save(support.adapted_model(), tmp_path / "adapter")
 
 
 def test_settings_that_are_not_supported_are_named_all_at_once(directory):
@@ -213,7 +213,7 @@ def test_settings_that_are_not_supported_are_named_all_at_once(directory):
     wrong |= {"future_1": {"on": True}, "future_2": 0, "r": 0, "lora_alpha": float("nan"), "lora_dropout": 1.0}
     wrong |= {"rank_pattern": {"q_proj": 0}, "alpha_pattern": [1], "layers_to_transform": ["1"], "target_modules": None}
     change_config(directory, **wrong)
-    model = tiny_adapted.base()
+    model = support.base_model()
     with pytest.raises(UserError) as raised:
         load_adapter(model, directory)
     named = [fault.partition("adapter_config.json: ")[2].partition(":")[0] for fault in raised.value.faults]
@@ -239,9 +239,9 @@ PARAMETERS = [f"model.layers.{index}.{part}.weight" for index in (0, 1) for part
 )
 def test_settings_that_leave_the_base_alone_are_tolerated(directory, changes):
     change_config(directory, **changes)
-    model = tiny_adapted.base()
+    model = support.base_model()
     assert len(load_adapter(model, directory)) == 14
-    assert torch.equal(tiny_adapted.logits(model), tiny_adapted.logits(tiny_adapted.adapted()))
+    assert torch.equal(support.logits_of(model), support.logits_of(support.adapted_model()))
 
 
 # --- what is refused
@@ -333,7 +333,7 @@ REFUSED: dict[str, tuple[Damage, list[str]]] = {
 def test_what_does_not_fit_is_named_and_leaves_the_model_alone(directory, case):
     damage, words = REFUSED[case]
     damage(directory)
-    model = tiny_adapted.base()
+    model = support.base_model()
     with pytest.raises(UserError) as raised:
         load_adapter(model, directory)
     faults = raised.value.faults
@@ -345,9 +345,9 @@ def test_what_does_not_fit_is_named_and_leaves_the_model_alone(directory, case):
 def test_magnitudes_may_carry_the_name_of_peft_s_modules(directory):
     tensors = load_file(directory / WEIGHTS)
     save_file({f"{n}.weight" if n.endswith("vector") else n: t for n, t in tensors.items()}, directory / WEIGHTS)
-    model = tiny_adapted.base()
+    model = support.base_model()
     load_adapter(model, directory)
-    assert torch.equal(tiny_adapted.logits(model), tiny_adapted.logits(tiny_adapted.adapted()))
+    assert torch.equal(support.logits_of(model), support.logits_of(support.adapted_model()))
 
 
 # --- the file format

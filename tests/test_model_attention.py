@@ -31,13 +31,17 @@ from qdora.model.attention import with_attention
 from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.known_masks import known_masks
 from qdora.ops.planned_device import planned_on
-from tests import tiny
-from tests.checkpoints import CONFIGS, SMALL, checkpoint, load, logits
+from tests import support
+from tests.support import CHECKPOINT_CONFIGS, CHECKPOINT_SIZES, checkpoint, checkpoint_logits, load_checkpoint
 
 NEEDS_MORE_THAN_SDPA = {
-    "a soft-cap": (CONFIGS["gemma2"], Gemma2PreTrainedModel, r"soft-caps its scores \(attn_logit_softcapping 2\)"),
+    "a soft-cap": (
+        CHECKPOINT_CONFIGS["gemma2"],
+        Gemma2PreTrainedModel,
+        r"soft-caps its scores \(attn_logit_softcapping 2\)",
+    ),
     "sinks": (
-        GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, sliding_window=8),
+        GptOssConfig(**CHECKPOINT_SIZES, num_local_experts=2, num_experts_per_tok=1, sliding_window=8),
         GptOssPreTrainedModel,
         r"has sinks \(model\.layers\.0\.self_attn\.sinks\)",
     ),
@@ -63,19 +67,19 @@ def test_attention_is_chosen_by_what_the_model_needs(need, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "qdora"):
         model = with_attention(build, config, "auto", **where)
     assert re.search(rf"Attention of it: eager, since its attention {what}", caplog.text)
-    assert torch.equal(logits(model), logits(eager))
+    assert torch.equal(checkpoint_logits(model), checkpoint_logits(eager))
     with pytest.raises(UserError, match=rf"model\.attention: got sdpa, but .* {what}.* must be auto or eager"):
         with_attention(build, config, "sdpa", **where)
 
 
 def test_other_models_get_sdpa_unless_eager_is_asked_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
-    for config in (Gemma2Config(**SMALL, attn_logit_softcapping=None), CONFIGS["llama"]):
+    for config in (Gemma2Config(**CHECKPOINT_SIZES, attn_logit_softcapping=None), CHECKPOINT_CONFIGS["llama"]):
         directory = checkpoint(tmp_path / config.model_type, config)
         with caplog.at_level(logging.DEBUG, "qdora"):
-            assert load(directory).config._attn_implementation == "sdpa"
+            assert load_checkpoint(directory).config._attn_implementation == "sdpa"
         assert "sdpa" in caplog.text
-        assert load(directory, attention="eager").config._attn_implementation == "eager"
+        assert load_checkpoint(directory, attention="eager").config._attn_implementation == "eager"
 
 
 # --- flash attention
@@ -118,14 +122,14 @@ def flash_attention(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int
 def test_flash_attention_needs_a_gpu_and_dtype_that_have_its_kernels(flash_attention, capability, dtype, refused):
     flash_attention(capability)
     tried: list[str | None] = []
-    build, where = building(CONFIGS["llama"], tried), ON_GPU | {"dtype": dtype}
-    with_attention(build, CONFIGS["llama"], "auto", **where)
+    build, where = building(CHECKPOINT_CONFIGS["llama"], tried), ON_GPU | {"dtype": dtype}
+    with_attention(build, CHECKPOINT_CONFIGS["llama"], "auto", **where)
     assert tried == [None if refused else "flash_attention_2"]
     if refused:
         with pytest.raises(
             UserError, match=rf"^model\.attention: got flash_attention_2, which {refused}; must be auto"
         ):
-            with_attention(build, CONFIGS["llama"], "flash_attention_2", **where)
+            with_attention(build, CHECKPOINT_CONFIGS["llama"], "flash_attention_2", **where)
         assert len(tried) == 1
 
 
@@ -136,7 +140,7 @@ UNFIT: list[tuple[PreTrainedConfig, str]] = [
         OWN_CLASSES,
     ),
     (FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, alibi=True), OWN_CLASSES),
-    (LlamaConfig(**SMALL | {"head_dim": 320}), "has heads of 320 features, more than the 256 of flash-attn"),
+    (LlamaConfig(**CHECKPOINT_SIZES | {"head_dim": 320}), "has heads of 320 features, more than the 256 of flash-attn"),
 ]
 
 
@@ -156,7 +160,7 @@ def test_flash_attention_is_not_taken_where_it_fails_or_computes_something_else(
 
 def test_a_model_that_cannot_be_built_is_not_said_to_lack_an_attention(flash_attention, monkeypatch, caplog):
     flash_attention((8, 0))
-    llama, (sinks, family, _) = CONFIGS["llama"], NEEDS_MORE_THAN_SDPA["sinks"]
+    llama, (sinks, family, _) = CHECKPOINT_CONFIGS["llama"], NEEDS_MORE_THAN_SDPA["sinks"]
     monkeypatch.setattr(family, "_supports_sdpa", True)
     with caplog.at_level(logging.INFO, "qdora"):
         for config, fails in ((llama, ("flash_attention_2", None)), (sinks, ("eager",))):
@@ -210,5 +214,5 @@ def test_keys_are_repeated_where_there_is_no_flash_kernel(monkeypatch, capabilit
 
 @pytest.mark.parametrize("block", [lambda model: known_masks(model, None, torch.device("meta")), scoring])
 def test_training_and_scoring_repeat_keys(monkeypatch, block):
-    with planned_on("cuda"), block(tiny.llama()):
+    with planned_on("cuda"), block(support.llama()):
         assert num_key_heads(monkeypatch, torch.float32) == 8

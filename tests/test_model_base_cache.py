@@ -20,14 +20,14 @@ from qdora.errors import DiskFull, UserError
 from qdora.model import packed_base
 from qdora.model.load import Quantization
 from qdora.model.packed_base import CACHE_RECORD_FILE, BaseCache, open_cached_base
-from tests.checkpoints import CONFIGS, checkpoint, load, logits, one_file
+from tests.support import CHECKPOINT_CONFIGS, checkpoint, checkpoint_logits, load_checkpoint, one_file_checkpoint
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("source"), CONFIGS["llama-tied-biased"])
+    return checkpoint(tmp_path_factory.mktemp("source"), CHECKPOINT_CONFIGS["llama-tied-biased"])
 
 
 def cached(
@@ -35,7 +35,7 @@ def cached(
 ) -> tuple[PreTrainedModel, Path]:
     """A model by way of the cache in `root`, and the directory of its base."""
     cache = BaseCache(root, Quantization(quant, block_size, double_quant, ("lm_head",)), torch.device("cpu"))
-    model = load(source, quant=quant, block_size=block_size, double_quant=double_quant, reader=cache)
+    model = load_checkpoint(source, quant=quant, block_size=block_size, double_quant=double_quant, reader=cache)
     assert cache.base is not None
     return model, cache.base.directory
 
@@ -66,8 +66,8 @@ def disk(monkeypatch: pytest.MonkeyPatch, free: Any) -> None:
     + [("llama-tied-biased", "nf4", False), ("qwen2", "nf4", True), ("gemma3", "nf4", True)],
 )
 def test_second_start_reads_no_weight_of_the_source(tmp_path, config, quant, double_quant, monkeypatch):
-    source = checkpoint(tmp_path / "source", CONFIGS[config])
-    plain = load(source, quant=quant, double_quant=double_quant)
+    source = checkpoint(tmp_path / "source", CHECKPOINT_CONFIGS[config])
+    plain = load_checkpoint(source, quant=quant, double_quant=double_quant)
     first, directory = cached(source, tmp_path, quant, double_quant=double_quant)
     assert same(first, plain)
     monkeypatch.setattr(packed_base, "tensors_of_source", None)
@@ -75,7 +75,7 @@ def test_second_start_reads_no_weight_of_the_source(tmp_path, config, quant, dou
     assert again == directory
     assert same(second, plain)
     shutil.rmtree(directory)  # what is loaded holds no mapping of the files
-    assert torch.equal(logits(second), logits(plain))
+    assert torch.equal(checkpoint_logits(second), checkpoint_logits(plain))
 
 
 def test_files_are_cut_and_all_read(source, tmp_path, monkeypatch):
@@ -84,13 +84,13 @@ def test_files_are_cut_and_all_read(source, tmp_path, monkeypatch):
     files = open_cached_base(directory)[0].files
     assert len(files) > 3
     assert sorted(file.name for file in directory.iterdir()) == [*sorted(files), "base.json"]
-    assert same(model, load(source, quant="nf4"))
+    assert same(model, load_checkpoint(source, quant="nf4"))
 
 
 def test_other_settings_and_other_weights_have_a_place_of_their_own(source, tmp_path):
     settings: list[dict[str, Any]] = [{}, {"block_size": 32}, {"double_quant": False}, {"quant": "fp4"}]
     found = {cached(source, tmp_path, **each)[1] for each in settings}
-    file, tensors = one_file(tmp_path / "changed", CONFIGS["llama-tied-biased"])
+    file, tensors = one_file_checkpoint(tmp_path / "changed", CHECKPOINT_CONFIGS["llama-tied-biased"])
     found.add(cached(tmp_path / "changed", tmp_path)[1])  # the same weights in one file
     times = file.stat()
     save_file({**tensors, UP: tensors[UP] + 1}, file, metadata={"format": "pt"})
@@ -98,7 +98,7 @@ def test_other_settings_and_other_weights_have_a_place_of_their_own(source, tmp_
     model, directory = cached(tmp_path / "changed", tmp_path)
     found.add(directory)
     assert len(found) == 6
-    assert same(model, load(tmp_path / "changed", quant="nf4"))
+    assert same(model, load_checkpoint(tmp_path / "changed", quant="nf4"))
 
 
 def damage(directory: Path, how: str) -> None:
@@ -161,7 +161,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(source, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_room_asked_for_is_what_is_taken(tmp_path, dtype, monkeypatch):
-    model = checkpoint(tmp_path / "source", CONFIGS["llama-tied-biased"], dtype=dtype)
+    model = checkpoint(tmp_path / "source", CHECKPOINT_CONFIGS["llama-tied-biased"], dtype=dtype)
     _, directory = cached(model, tmp_path / "one")
     files = [load_file(file) for file in directory.glob("*.safetensors")]
     taken = sum(tensor.nbytes for tensors in files for tensor in tensors.values())

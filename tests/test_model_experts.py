@@ -36,9 +36,9 @@ from qdora.nn.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, Fr
 from qdora.ops import expert_product, expert_tokens
 from qdora.ops.packed import PackedWeight, dequantize, empty_packed, quantize
 from qdora.ops.sparsity import mask_bits
-from tests import reference, tiny_adapted, tiny_experts
-from tests.checkpoints import load
+from tests import reference, support
 from tests.reference import Array
+from tests.support import load_checkpoint
 
 IDS = torch.randint(3, 400, (2, 12), generator=torch.Generator().manual_seed(7))
 TURNED = ("gpt_oss", "llama4_text")  # transformers keeps their weights transposed
@@ -59,18 +59,18 @@ def saved(model: Any, directory: Path, quant: str) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", tiny_experts.MODELS)
+@pytest.mark.parametrize("name", support.MIXTURES)
 def test_a_published_checkpoint_gives_the_logits_of_transformers(tmp_path, name):
     """Experts are quantised as they are read; the result is as if the stack had been quantised at once."""
-    tiny_experts.write(tmp_path, name)
+    support.write_mixture(tmp_path, name)
     library = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    model = load(tmp_path)
+    model = load_checkpoint(tmp_path)
     if name == "granitemoe" and not stacks(model):
         pytest.skip("this release of transformers has no interface for Granite's experts")
     assert len(stacks(model)) >= 2
     assert_close(logits(model), logits(library))
     if name in ("qwen3_moe", "granitemoe", *TURNED):
-        for path, stack in stacks(load(tmp_path, quant="nf4")).items():
+        for path, stack in stacks(load_checkpoint(tmp_path, quant="nf4")).items():
             assert isinstance(stack, FrozenExperts)
             weight = library.get_parameter(path).detach()
             matrix = (weight.mT if name in TURNED else weight).flatten(0, 1)
@@ -85,7 +85,7 @@ def test_padding_for_cards_without_a_grouped_product_changes_no_number(tmp_path,
     """Outputs and gradients, in float64."""
     options = dict(options)
     gated = options.pop("gated", False)
-    model, layers = tiny_experts.adapted(tmp_path, name, **options)
+    model, layers = support.adapted_mixture(tmp_path, name, **options)
     for layer in layers.values() if gated else ():
         layer.add_gate()
         nn.init.uniform_(layer.gate, 0.5, 1.5)
@@ -120,8 +120,8 @@ def test_rows_of_padding_are_zeros_in_every_derivative():
 
 
 def test_routers_and_gates_of_shared_experts_stay_as_they_are(tmp_path):
-    tiny_experts.write(tmp_path, "qwen2_moe", torch.bfloat16)
-    model = load(tmp_path, quant="nf4", compute_dtype=torch.bfloat16)
+    support.write_mixture(tmp_path, "qwen2_moe", torch.bfloat16)
+    model = load_checkpoint(tmp_path, quant="nf4", compute_dtype=torch.bfloat16)
     inject(model, rank=2)
     assert routers(model) == {f"model.layers.{index}.mlp.shared_expert_gate" for index in range(2)}
     for block in model.model.layers:
@@ -136,12 +136,12 @@ def test_routers_and_gates_of_shared_experts_stay_as_they_are(tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("share", ["none", "A", "B"])
 def test_an_adapter_file_holds_the_layers(tmp_path, kind, share):
-    tiny_experts.write(tmp_path / "model", "mixtral")
-    model = load(tmp_path / "model", quant="nf4")
+    support.write_mixture(tmp_path / "model", "mixtral")
+    model = load_checkpoint(tmp_path / "model", quant="nf4")
     layers = inject(model, kind=kind, rank=4, expert_rank=2, share=share, targets=["q_proj", "experts"])
     assert sum(isinstance(layer, AdaptedExperts) for layer in layers.values()) == 4
-    tiny_adapted.move(layers)
-    again, directory = load(tmp_path / "model", quant="nf4"), saved(model, tmp_path / "adapter", "nf4")
+    support.move_adapters_(layers)
+    again, directory = load_checkpoint(tmp_path / "model", quant="nf4"), saved(model, tmp_path / "adapter", "nf4")
     read = load_adapter(again, directory)
     assert {path: layer.lora_A.shape for path, layer in read.items()} == {
         path: layer.lora_A.shape for path, layer in layers.items()
@@ -156,40 +156,40 @@ FAST = ("mixtral", "gpt_oss", "deepseek_v3", "qwen3_next")
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in tiny_experts.MODELS]
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in support.MIXTURES]
 )
 def test_peft_computes_the_logits_of_lora_on_all_layers(tmp_path, name):
     """Dense layers whose names are those of single experts are there, too, and have ranks and scalings of their own."""
-    tiny_experts.write(tmp_path / "model", name)
-    model = load(tmp_path / "model")
+    support.write_mixture(tmp_path / "model", name)
+    model = load_checkpoint(tmp_path / "model")
     layers = inject(model, kind="lora", rank=4, expert_rank=2, rank_pattern={"down_proj": 3})
-    tiny_adapted.move(layers)
+    support.move_adapters_(layers)
     directory = saved(model, tmp_path / "adapter", "none")
     library = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     before, wanted = logits(library), logits(model)
     adapted = PeftModel.from_pretrained(library, str(directory))
     assert float((before - wanted).abs().max()) > 0.1 * float(wanted.std())
     assert_close(logits(adapted), wanted, 1e-4)
-    again = load(tmp_path / "model")
+    again = load_checkpoint(tmp_path / "model")
     read = load_adapter(again, directory)
     assert {path: layer.rank for path, layer in read.items()} == {path: layer.rank for path, layer in layers.items()}
     assert torch.equal(logits(again), wanted)
 
 
 def test_ranks_of_experts(tmp_path):
-    tiny_experts.write(tmp_path, "mixtral")
-    layers = inject(load(tmp_path, quant="nf4"), rank=4, rank_pattern={"down_proj": 3}, expert_rank=2)
+    support.write_mixture(tmp_path, "mixtral")
+    layers = inject(load_checkpoint(tmp_path, quant="nf4"), rank=4, rank_pattern={"down_proj": 3}, expert_rank=2)
     ranks = {path.rpartition(".")[2]: layer.rank for path, layer in layers.items()}
     assert ranks == {"gate_up_proj": 2, "down_proj": 3} | dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 4)
-    assert adapted_layers(load(tmp_path)) == {}
+    assert adapted_layers(load_checkpoint(tmp_path)) == {}
     with pytest.raises(UserError, match=r"adapter\.experts: no target is an expert"):
-        inject(load(tmp_path, quant="nf4"), rank=4, expert_rank=2, targets=["q_proj"])
+        inject(load_checkpoint(tmp_path, quant="nf4"), rank=4, expert_rank=2, targets=["q_proj"])
     with pytest.raises(UserError, match=r"v_proj, experts, all-linear, a path, .* Did you mean 'experts'\?"):
-        inject(load(tmp_path, quant="nf4"), rank=4, targets=["expert"])
+        inject(load_checkpoint(tmp_path, quant="nf4"), rank=4, targets=["expert"])
 
 
 def test_masks_of_experts_are_whole_bytes():
-    model = tiny_experts.make("qwen3_moe", hidden_size=62, moe_intermediate_size=62)
+    model = support.mixture("qwen3_moe", hidden_size=62, moe_intermediate_size=62)
     use_expert_layers_(model)
     layers = {path: each for path, each in linear_layers(model).items() if isinstance(each, BareExperts)}
     for path, stack in layers.items():
@@ -201,10 +201,10 @@ def test_masks_of_experts_are_whole_bytes():
     assert len(raised.value.faults) == 1
 
 
-@pytest.mark.parametrize("name", tiny_experts.MODELS)
+@pytest.mark.parametrize("name", support.MIXTURES)
 def test_dense_layers_that_peft_takes_for_experts(name):
     """By PEFT's own change of a config that names each of them by its path."""
-    model, ours = tiny_experts.make(name), tiny_experts.make(name)
+    model, ours = support.mixture(name), support.mixture(name)
     use_expert_layers_(ours)
     ends = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
     dense = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and path.endswith(ends)]
@@ -224,9 +224,9 @@ def test_llama_4_computes_under_autocast_and_is_not_written_in_4_bits(tmp_path, 
         return copy(tensor, dim, index, source)
 
     monkeypatch.setattr(Tensor, "index_copy", seen)
-    tiny_experts.write(tmp_path, "llama4_text")
-    model = load(tmp_path, quant="nf4")
-    tiny_adapted.move(inject(model, rank=2, targets="experts"))
+    support.write_mixture(tmp_path, "llama4_text")
+    model = load_checkpoint(tmp_path, quant="nf4")
+    support.move_adapters_(inject(model, rank=2, targets="experts"))
     wanted = logits(model)
     copied.clear()
     with torch.autocast("cpu", torch.bfloat16):
@@ -234,7 +234,7 @@ def test_llama_4_computes_under_autocast_and_is_not_written_in_4_bits(tmp_path, 
     assert len(copied) == 2
     assert all(one == other for one, other in copied)
     assert float((found.float() - wanted).square().mean()) < 0.01 * float(wanted.var())
-    model = load(tmp_path, quant="nf4", skip=("lm_head", "experts"))
+    model = load_checkpoint(tmp_path, quant="nf4", skip=("lm_head", "experts"))
     inject(model, kind="lora", rank=2, targets=["o_proj"])
     with pytest.raises(UserError, match=r"does not load 4 layers .*gate_up_proj, a stack of experts\)\.") as raised:
         check_foldable(model, torch.float32)
@@ -246,9 +246,13 @@ def test_llama_4_computes_under_autocast_and_is_not_written_in_4_bits(tmp_path, 
 
 def test_mxfp4_is_kept_bit_for_bit_or_quantised_again(tmp_path):
     """transformers dequantises the experts on a machine without a GPU."""
-    tiny_experts.write_mxfp4(tmp_path)
+    support.write_mxfp4(tmp_path)
     library = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).float()
-    kept, again, dense = load(tmp_path, quant="mxfp4"), load(tmp_path, quant="nf4"), load(tmp_path)
+    kept, again, dense = (
+        load_checkpoint(tmp_path, quant="mxfp4"),
+        load_checkpoint(tmp_path, quant="nf4"),
+        load_checkpoint(tmp_path),
+    )
     for path, stack in stacks(kept).items():
         assert isinstance(stack, FrozenExperts)
         assert stack.kind == "mxfp4"
@@ -259,7 +263,7 @@ def test_mxfp4_is_kept_bit_for_bit_or_quantised_again(tmp_path):
         assert torch.equal(again.get_submodule(path).dequantized(), dequantize(quantize(weight, "nf4")))
     assert type(kept.model.layers[0].self_attn.q_proj) is nn.Linear
     assert_close(logits(kept), logits(library))
-    tiny_adapted.move(inject(kept, rank=2, targets="experts"))
+    support.move_adapters_(inject(kept, rank=2, targets="experts"))
     assert torch.isfinite(logits(kept)).all()
 
 
@@ -322,16 +326,16 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Tensor]], None], dict[str, Any
 def test_experts_that_do_not_fit_are_named(tmp_path, case):
     name, change, config, quant, words = REFUSED[case]
     if name == "mxfp4":
-        tiny_experts.write_mxfp4(tmp_path)
+        support.write_mxfp4(tmp_path)
     else:
-        tiny_experts.make(name).save_pretrained(tmp_path)
+        support.mixture(name).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     with pytest.raises(UserError) as raised:
-        load(tmp_path, quant=quant)
+        load_checkpoint(tmp_path, quant=quant)
     assert len(raised.value.faults) == len(words)
     assert all(any(re.search(each, fault) for fault in raised.value.faults) for each in words), raised.value
 

@@ -34,12 +34,11 @@ from qdora.model.load import load_config
 from qdora.model.source import BUILTIN_FILE, ModelSource, load_tokenizer, resolve
 from qdora.nn.expert_linear import FrozenExperts
 from qdora.ops.packed import dequantize, quantize
-from tests import tiny_experts, tiny_tokenizer
-from tests.checkpoints import SMALL, load, logits
+from tests import support
+from tests.fakes import Values, add_settings, convert_to_gguf, finish, interleaved, name_of
+from tests.support import CHECKPOINT_SIZES, checkpoint_logits, load_checkpoint
 
 gguf = pytest.importorskip("gguf")
-
-from tests.fake_converter import Values, add_settings, convert, finish, interleaved, name_of  # noqa: E402
 
 
 def random_model(config: Any) -> PreTrainedModel:
@@ -78,33 +77,35 @@ def write_gguf(path: Path, model: PreTrainedModel, architecture: str, **extra: V
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    return write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**SMALL)), "llama")
+    return write_gguf(tmp_path / "m.gguf", random_model(LlamaConfig(**CHECKPOINT_SIZES)), "llama")
 
 
 def test_layouts_are_put_back(tmp_path, llama):
-    assert torch.equal(logits(load(llama)), logits(random_model(LlamaConfig(**SMALL))))
-    gemma = random_model(Gemma2Config(**SMALL))
+    assert torch.equal(
+        checkpoint_logits(load_checkpoint(llama)), checkpoint_logits(random_model(LlamaConfig(**CHECKPOINT_SIZES)))
+    )
+    gemma = random_model(Gemma2Config(**CHECKPOINT_SIZES))
     # The ones that its norms are stored with cost their last digits.
-    found = logits(load(write_gguf(tmp_path / "g.gguf", gemma, "gemma2")))
-    torch.testing.assert_close(found, logits(gemma), rtol=1e-4, atol=1e-5)
-    qwen = random_model(Qwen2Config(**SMALL, tie_word_embeddings=True))  # has biases
-    loaded = load(write_gguf(tmp_path / "q.gguf", qwen, "qwen2"), quant="nf4")
+    found = checkpoint_logits(load_checkpoint(write_gguf(tmp_path / "g.gguf", gemma, "gemma2")))
+    torch.testing.assert_close(found, checkpoint_logits(gemma), rtol=1e-4, atol=1e-5)
+    qwen = random_model(Qwen2Config(**CHECKPOINT_SIZES, tie_word_embeddings=True))  # has biases
+    loaded = load_checkpoint(write_gguf(tmp_path / "q.gguf", qwen, "qwen2"), quant="nf4")
     assert len(frozen_layers(loaded)) == 14
     for name, module in qwen.named_modules():
         if type(module) is torch.nn.Linear and name != "lm_head":
             module.weight.data = dequantize(quantize(module.weight.data, "nf4", 64, True))
-    torch.testing.assert_close(logits(loaded), logits(qwen), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(checkpoint_logits(loaded), checkpoint_logits(qwen), rtol=1e-5, atol=1e-5)
 
 
 def test_a_repeated_embedding_is_tied_again(tmp_path):
-    model = random_model(Qwen2Config(**SMALL, tie_word_embeddings=True))
+    model = random_model(Qwen2Config(**CHECKPOINT_SIZES, tie_word_embeddings=True))
     head = model.lm_head.weight.detach().numpy().copy()
-    loaded = load(write_gguf(tmp_path / "m.gguf", model, "qwen2", **{"output.weight": head}))
+    loaded = load_checkpoint(write_gguf(tmp_path / "m.gguf", model, "qwen2", **{"output.weight": head}))
     assert loaded.config.tie_word_embeddings
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(checkpoint_logits(loaded), checkpoint_logits(model))
     head[3, 4] += 1
-    loaded = load(write_gguf(tmp_path / "n.gguf", model, "qwen2", **{"output.weight": head}))
+    loaded = load_checkpoint(write_gguf(tmp_path / "n.gguf", model, "qwen2", **{"output.weight": head}))
     assert not loaded.config.tie_word_embeddings
     assert torch.equal(loaded.lm_head.weight, torch.from_numpy(head))
 
@@ -113,17 +114,17 @@ def test_a_repeated_embedding_is_tied_again(tmp_path):
 
 
 def test_unknown_tensors_and_architectures(tmp_path):
-    model = random_model(LlamaConfig(**SMALL))
+    model = random_model(LlamaConfig(**CHECKPOINT_SIZES))
     extra = {"blk.0.surprise.weight": np.zeros((2, 2), dtype=np.float32)}
     with pytest.raises(UserError, match=r"tensor 'blk\.0\.surprise\.weight' has no place"):
-        load(write_gguf(tmp_path / "m.gguf", model, "llama", **extra))
+        load_checkpoint(write_gguf(tmp_path / "m.gguf", model, "llama", **extra))
     for name in ("nosuch", "deepseek2", "gpt-oss", "qwen35moe"):
         writer = gguf.GGUFWriter(str(tmp_path / "file.gguf"), name)
         writer.add_block_count(2)
         writer.add_tensor("blk.0.ffn_gate_exps.weight", np.zeros((4, 64, 64), dtype=np.float32))
         finish(writer)
         with pytest.raises(UserError, match=f"the layout of '{name}' in GGUF files is not known") as raised:
-            load(tmp_path / "file.gguf")
+            load_checkpoint(tmp_path / "file.gguf")
         assert len(str(raised.value).splitlines()) == 1
 
 
@@ -164,7 +165,7 @@ BROKEN = "header is broken or cut short"
 def test_a_damaged_file_is_one_line_and_takes_no_memory(llama, damage, fault):
     llama.write_bytes(damage(llama.read_bytes()))
     with pytest.raises(UserError, match=fault) as raised:
-        load(llama)
+        load_checkpoint(llama)
     assert len(raised.value.faults) <= 2
     assert len(str(raised.value)) < 500
 
@@ -182,10 +183,10 @@ DEFAULT_WIDTHS = {
 
 def mixture(folder: Path, name: str, type_: str = "f32", *, fused: bool = False, **changes: Any) -> Path:
     """file.gguf in `folder`, made from the checkpoint beside it."""
-    model = tiny_experts.make(name, **(FIXED.get(name, {}) | changes))
+    model = support.mixture(name, **(FIXED.get(name, {}) | changes))
     model.save_pretrained(folder / "model")
-    tiny_tokenizer.make().save_pretrained(folder / "model")
-    convert(folder / "model", folder / "file.gguf", type_, fused=fused)
+    support.tokenizer().save_pretrained(folder / "model")
+    convert_to_gguf(folder / "model", folder / "file.gguf", type_, fused=fused)
     return folder / "file.gguf"
 
 
@@ -204,25 +205,25 @@ def assert_same_logits(model: Any, other: Any) -> None:
     [("mixtral", False), ("qwen2_moe", False), ("qwen3_moe", False), ("qwen3_moe", True), ("minimax_m2", False)],
 )
 def test_a_file_gives_the_model_that_it_was_made_from(tmp_path, name, fused):
-    model, wanted = load(mixture(tmp_path, name, fused=fused)), library(tmp_path / "model")
+    model, wanted = load_checkpoint(mixture(tmp_path, name, fused=fused)), library(tmp_path / "model")
     assert len(stacks(model)) == 4
     assert_same_logits(model, wanted)
     assert model.config.model_type == wanted.config.model_type
     if fused:
         tokenizer = load_tokenizer(resolve(str(tmp_path / "file.gguf")))
-        assert (tokenizer.chat_template, tokenizer.eos_token) == (tiny_tokenizer.CHATML, "<|im_end|>")
+        assert (tokenizer.chat_template, tokenizer.eos_token) == (support.CHATML, "<|im_end|>")
 
 
 @pytest.mark.parametrize("name", DEFAULT_WIDTHS)
 def test_transformers_reads_the_same_where_it_knows_the_widths(tmp_path, name):
     """It takes the defaults of the family for the widths of experts."""
     path = mixture(tmp_path, name, "q4_0", **DEFAULT_WIDTHS[name])
-    assert_same_logits(load(path), library(tmp_path, gguf_file=path.name))
+    assert_same_logits(load_checkpoint(path), library(tmp_path, gguf_file=path.name))
 
 
 def test_the_codes_are_those_of_the_whole_stack(tmp_path):
     path = mixture(tmp_path, "qwen3_moe", "q8_0")
-    dense, model = load(path), load(path, quant="nf4")
+    dense, model = load_checkpoint(path), load_checkpoint(path, quant="nf4")
     for place, stack in stacks(model).items():
         assert isinstance(stack, FrozenExperts)
         weight = dense.get_submodule(place).weight.detach()
@@ -251,7 +252,7 @@ def test_experts_that_do_not_fit_are_named(tmp_path, name, rows, fault):
             writer.add_tensor(tensor.name, tensor.data[:rows].copy())
     finish(writer)
     with pytest.raises(UserError, match=fault):
-        load(tmp_path / "changed.gguf")
+        load_checkpoint(tmp_path / "changed.gguf")
 
 
 # --- the tokenizer, which is read from the header once
@@ -320,7 +321,7 @@ def test_builtin_equals_transformers_and_can_be_saved(builtin, tmp_path):
     assert tokenizer.pad_token_id is not None
     assert "hello" in tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
     tokens = tokenizer("The capital of France is", return_tensors="pt")
-    model = load(builtin.path)
+    model = load_checkpoint(builtin.path)
     ours = final(model)
     assert torch.equal(ours, final(library(builtin.path.parent, gguf_file=builtin.path.name)))
     assert tokenizer.decode(ours[0, -1].argmax()).strip() == "Paris"

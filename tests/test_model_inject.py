@@ -35,13 +35,13 @@ from qdora.model.pruning import Pruner
 from qdora.model.source import resolve
 from qdora.recipe.settings import AdapterConfig, PruneConfig
 from qdora.run.train import train_run
-from tests import checkpoints, tiny, tiny_experts, tiny_run
+from tests import support
 
 BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def test_all_linear_is_every_linear_layer_but_the_head_and_changes_nothing():
-    model, ids = tiny.llama(), torch.arange(20).reshape(2, 10)
+    model, ids = support.llama(), torch.arange(20).reshape(2, 10)
     before = model(ids).logits
     layers = inject(model, rank=2)
     assert {layer.lora_A.dtype for layer in layers.values()} == {torch.float32}  # else a plain optimizer loses updates
@@ -57,7 +57,7 @@ def test_all_linear_is_every_linear_layer_but_the_head_and_changes_nothing():
 
 
 def test_targets_by_last_part_path_and_pattern_and_a_head_of_another_name():
-    layers = inject(tiny.llama(), rank=2, targets=["q_proj", "model.layers.1.mlp.up_proj", "*.0.*.down_proj"])
+    layers = inject(support.llama(), rank=2, targets=["q_proj", "model.layers.1.mlp.up_proj", "*.0.*.down_proj"])
     assert list(layers) == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.mlp.down_proj",
@@ -65,7 +65,7 @@ def test_targets_by_last_part_path_and_pattern_and_a_head_of_another_name():
         "model.layers.1.mlp.up_proj",
     ]
     assert not matches("model.layers.0.self_attn.q_proj", "proj")
-    assert inject(tiny.llama(), rank=2, targets="lm_head", kind="lora").keys() == {"lm_head"}
+    assert inject(support.llama(), rank=2, targets="lm_head", kind="lora").keys() == {"lm_head"}
     neox = GPTNeoXForCausalLM(GPTNeoXConfig(**HEADS | {"num_hidden_layers": 1}, intermediate_size=48))
     head = next(name for name, module in neox.named_modules() if module is neox.get_output_embeddings())
     assert head not in inject(neox, rank=2)
@@ -76,7 +76,7 @@ def test_targets_by_last_part_path_and_pattern_and_a_head_of_another_name():
 def test_the_longest_matching_rank_wins_and_scalings_are_alpha_by_rank_or_its_root(stabilized):
     pattern = {"q_proj": 3, "model.layers.1.self_attn.q_proj": 5, "*.mlp.*": 1}
     options: dict[str, Any] = {"rank": 4, "alpha": 8.0, "rank_pattern": pattern, "rank_stabilized": stabilized}
-    layers = inject(tiny.llama(), **options)
+    layers = inject(support.llama(), **options)
     ranks = {name.removeprefix("model.layers."): layer.rank for name, layer in layers.items()}
     assert ranks["0.self_attn.q_proj"] == 3
     assert ranks["1.self_attn.q_proj"] == 5
@@ -84,14 +84,14 @@ def test_the_longest_matching_rank_wins_and_scalings_are_alpha_by_rank_or_its_ro
     assert ranks["1.self_attn.v_proj"] == 4
     for layer in layers.values():
         assert layer.scaling == pytest.approx(8.0 / (layer.rank**0.5 if stabilized else layer.rank))
-    same = inject(tiny.llama(), same_scaling=True, **options)
+    same = inject(support.llama(), same_scaling=True, **options)
     assert {layer.rank for layer in same.values()} == {1, 3, 4, 5}
     assert [layer.scaling for layer in same.values()] == pytest.approx([4.0 if stabilized else 2.0] * len(same))
 
 
 def test_starts_of_the_factors():
     def start(**options: Any) -> list[Any]:
-        model = tiny.llama(hidden_size=64, intermediate_size=96)
+        model = support.llama(hidden_size=64, intermediate_size=96)
         return list(inject(model, rank=16, dtype=torch.float32, **options).values())
 
     values = torch.cat([layer.lora_A.detach().flatten() for layer in start(init="gaussian")])
@@ -106,7 +106,7 @@ def test_starts_of_the_factors():
 
 @pytest.mark.parametrize("changes", [{}, {"dtype": "float32"}, {"kind": "lora"}, {"kind": "magnitude"}], ids=str)
 def test_a_run_stores_the_factors_as_its_recipe_says(tmp_path, changes):
-    recipe, model = tiny_run.recipe(tmp_path), tiny.llama()
+    recipe, model = support.tiny_recipe(tmp_path), support.llama()
     put_adapters(model, recipe.model_copy(update={"adapter": AdapterConfig(**changes)}))
     layers = adapted_layers(model).values()
     assert {str(layer.lora_A.dtype) for layer in layers} == {f"torch.{changes.get('dtype', 'bfloat16')}"}
@@ -115,11 +115,11 @@ def test_a_run_stores_the_factors_as_its_recipe_says(tmp_path, changes):
 @pytest.mark.parametrize("how", ["injected", "loaded"])
 def test_data_parallel_training_does_not_send_the_base(how, tmp_path):
     """DistributedDataParallel broadcasts buffers before each forward pass: the packed base is not among them."""
-    model = tiny.llama()
+    model = support.llama()
     inject(model, rank=2)
     if how == "loaded":
         save_adapter(model, tmp_path / "adapter", base_name_or_path="base", revision=None, base_quant={})
-        model = tiny.llama()
+        model = support.llama()
         load_adapter(model, tmp_path / "adapter")
     store = torch.distributed.FileStore(str(tmp_path / "s"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -134,11 +134,11 @@ def test_data_parallel_training_does_not_send_the_base(how, tmp_path):
 
 def test_all_faults_are_told_at_once():
     with pytest.raises(UserError) as caught:
-        inject(tiny.llama(), targets=["q_porj", "v_proj", "nothing_like_it"])
+        inject(support.llama(), targets=["q_porj", "v_proj", "nothing_like_it"])
     assert len(caught.value.faults) == 2
     assert "Did you mean 'q_proj'?" in caught.value.faults[0]
     with pytest.raises(UserError) as caught:
-        inject(tiny.llama(), rank=40, rank_pattern={"up_porj": 2, "down_proj": 33})
+        inject(support.llama(), rank=40, rank_pattern={"up_porj": 2, "down_proj": 33})
     text = str(caught.value)
     assert "rank_pattern: 'up_porj' matches no adapted layer" in text
     # The smallest of the 12 other layers: 2 blocks of q, k, v, o, gate and up, of which k and v have 16 rows.
@@ -169,10 +169,10 @@ def test_nearest_low_rank(rows, columns, rank, seed):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["dora", "lora"])
 def test_the_start_is_nearer_to_the_source(tmp_path, kind, masked):
-    checkpoints.checkpoint(tmp_path, checkpoints.CONFIGS["llama-tied-biased"])
+    support.checkpoint(tmp_path, support.CHECKPOINT_CONFIGS["llama-tied-biased"])
     placer = Pruner(PruneConfig(method="magnitude", pattern="2:4"))
-    model = checkpoints.load(tmp_path, quant="nf2", placer=placer)
-    original = checkpoints.load(tmp_path)
+    model = support.load_checkpoint(tmp_path, quant="nf2", placer=placer)
+    original = support.load_checkpoint(tmp_path)
     layers = inject(model, kind=kind, rank=8, alpha=8.0, dtype=torch.float32, masked=masked)
     left = start_from_error_(model, resolve(str(tmp_path)))
     assert left.keys() == layers.keys()
@@ -193,15 +193,15 @@ def test_the_start_is_nearer_to_the_source(tmp_path, kind, masked):
 @pytest.mark.parametrize("share", ["none", "A", "B"])
 def test_each_expert_has_a_start_of_its_own(tmp_path, share):
     """Experts that share a factor have the nearest of all together."""
-    tiny_experts.write(tmp_path, "gpt_oss")
-    model, original = checkpoints.load(tmp_path, quant="nf2"), checkpoints.load(tmp_path)
+    support.write_mixture(tmp_path, "gpt_oss")
+    model, original = support.load_checkpoint(tmp_path, quant="nf2"), support.load_checkpoint(tmp_path)
     layers = inject(model, rank=3, alpha=6.0, dtype=torch.float32, targets="experts", share=share)
     left = start_from_error_(model, resolve(str(tmp_path)))
     assert len(layers) == 4
     for path, layer in layers.items():
         weight, base = original.get_submodule(path).weight.double().numpy(), layer.base.dequantized().double().numpy()
         error = weight - base
-        parts = tiny_experts.parts_of(torch.from_numpy(error), 4, share)
+        parts = support.parts_of_experts(torch.from_numpy(error), 4, share)
         squares = [np.linalg.svd(part.numpy(), compute_uv=False)[3:] ** 2 for part in parts]
         assert left[path] == pytest.approx(np.sqrt(np.sum(squares)) / np.linalg.norm(error), abs=1e-4)
         update = 2.0 * (layer.lora_B @ layer.lora_A).detach().numpy().reshape(base.shape)
@@ -211,11 +211,11 @@ def test_each_expert_has_a_start_of_its_own(tmp_path, share):
 
 def test_a_run_starts_from_it_where_its_recipe_says_and_a_tied_head_has_no_error(tmp_path):
     """The checkpoint holds the weight of the head once, by the name of the embedding; the base has it dense."""
-    recipe = tiny_run.recipe(tmp_path, base__quant="nf3", adapter__init="loftq", train__steps=1)
+    recipe = support.tiny_recipe(tmp_path, base__quant="nf3", adapter__init="loftq", train__steps=1)
     source = resolve(recipe.model.source)
-    model = checkpoints.load(source.path, quant="nf4")
+    model = support.load_checkpoint(source.path, quant="nf4")
     inject(model, rank=2, targets=["lm_head", "q_proj"], dtype=torch.float32)
-    start_adapters(model, tiny_run.recipe(tmp_path), source)
+    start_adapters(model, support.tiny_recipe(tmp_path), source)
     assert not any(layer.lora_B.any() for layer in adapted_layers(model).values())
     start_adapters(model, recipe, source)
     assert [bool(layer.lora_B.any()) for layer in adapted_layers(model).values()] == [True, True, False]
@@ -247,7 +247,7 @@ def falcon() -> Any:
 WRITTEN = {
     "olmo": (olmo, {"q_proj", "k_proj", "v_proj"}),
     "falcon": (falcon, {"dense_4h_to_h"}),
-    "llama": (tiny.llama, set()),
+    "llama": (support.llama, set()),
 }
 
 
@@ -255,7 +255,7 @@ def adapted(make: Any, kind: Any = "dora") -> Any:
     torch.manual_seed(0)
     model = make().eval()
     inject(model, kind=kind, rank=2, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
-    tiny.move_all_parameters_(model)
+    support.move_all_parameters_(model)
     return model
 
 
@@ -316,7 +316,7 @@ def test_only_the_written_layers_keep_a_copy(name):
 
 def reading(*, in_training_alone: bool) -> Any:
     """A Llama whose first MLP multiplies by the weight of its down_proj instead of calling the layer."""
-    model = tiny.llama()
+    model = support.llama()
     mlp = model.model.layers[0].mlp
 
     def forward(x: Tensor) -> Tensor:

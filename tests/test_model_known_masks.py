@@ -22,7 +22,7 @@ from qdora.model.known_masks import known_masks, packed_mask_is_known, takes_fla
 from qdora.train.passes import batch_loss
 from qdora.train.sent_batch import send_labels
 from tests.false_gpu import FalseGpu, on_false_gpu
-from tests.tiny_sharded import needs_division
+from tests.support import needs_division
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from tiny_families import FAMILIES, spread_

@@ -36,15 +36,15 @@ from qdora.model.load import Quantization
 from qdora.model.source import resolve
 from qdora.model.stored_tensors import open_safetensors
 from qdora.ops.packed import dequantize, quantize
-from tests.checkpoints import CONFIGS, checkpoint, load, logits, one_file
+from tests.support import CHECKPOINT_CONFIGS, checkpoint, checkpoint_logits, load_checkpoint, one_file_checkpoint
 
 UP = "model.layers.0.mlp.up_proj.weight"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=CHECKPOINT_CONFIGS)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp(request.param), CONFIGS[request.param])
+    return checkpoint(tmp_path_factory.mktemp(request.param), CHECKPOINT_CONFIGS[request.param])
 
 
 def of_transformers(directory: Path, model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -61,10 +61,10 @@ def change_config(directory: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_dense_model_is_that_of_transformers(saved, dtype):
     assert len(list(saved.glob("*.safetensors"))) > 1
-    model = load(saved, compute_dtype=dtype)
+    model = load_checkpoint(saved, compute_dtype=dtype)
     assert model.config._attn_implementation == ("eager" if model.config.model_type == "gemma2" else "sdpa")
     reference = of_transformers(saved, model, dtype)
-    assert torch.equal(logits(model), logits(reference))
+    assert torch.equal(checkpoint_logits(model), checkpoint_logits(reference))
     ours, theirs = ({n: t.dtype for n, t in [*m.named_parameters(), *m.named_buffers()]} for m in (model, reference))
     assert ours == theirs
     assert not model.training
@@ -73,20 +73,24 @@ def test_a_dense_model_is_that_of_transformers(saved, dtype):
 
 @pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
 def test_quantised_logits_equal_transformers_on_dequantised_weights(saved, quant):
-    model = load(saved, quant=quant)
+    model = load_checkpoint(saved, quant=quant)
     reference = of_transformers(saved, model)
     linear = {n: m for n, m in reference.named_modules() if type(m) is nn.Linear and n != "lm_head"}
     for module in linear.values():
         module.weight.data = dequantize(quantize(module.weight.data, quant, 64, True))
     assert len(linear) == 14
     assert frozen_layers(model).keys() == linear.keys()
-    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(checkpoint_logits(model), checkpoint_logits(reference), rtol=1e-5, atol=1e-5)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings
 
 
 def test_weights_are_quantised_from_the_dtype_of_the_file(tmp_path):
-    weight = one_file(tmp_path)[1][UP]
-    layer = load(tmp_path, quant="nf4", double_quant=False, compute_dtype=torch.bfloat16).model.layers[0].mlp.up_proj
+    weight = one_file_checkpoint(tmp_path)[1][UP]
+    layer = (
+        load_checkpoint(tmp_path, quant="nf4", double_quant=False, compute_dtype=torch.bfloat16)
+        .model.layers[0]
+        .mlp.up_proj
+    )
     expected = quantize(weight, "nf4", 64, False)
     assert torch.equal(layer.packed, expected.packed)
     assert torch.equal(layer.absmax, expected.absmax)
@@ -95,17 +99,17 @@ def test_weights_are_quantised_from_the_dtype_of_the_file(tmp_path):
 
 def test_loaded_model_does_not_depend_on_the_file_and_counts_its_tensors(tmp_path):
     seen: list[tuple[int, int]] = []
-    one_file(tmp_path)
+    one_file_checkpoint(tmp_path)
     GenerationConfig(do_sample=True, temperature=0.25).save_pretrained(tmp_path)
-    model = load(tmp_path, progress=lambda done, total: seen.append((done, total)))
+    model = load_checkpoint(tmp_path, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(done, 21) for done in range(1, 22)]  # 2 layers of 9, embedding, norm, head
     assert model.generation_config.temperature == 0.25
-    before, file = logits(model), tmp_path / "model.safetensors"
+    before, file = checkpoint_logits(model), tmp_path / "model.safetensors"
     size = file.stat().st_size
     with file.open("r+b") as stream:  # in place: a mapped view would see it
         stream.seek(size - 40000)
         stream.write(b"\x7f" * 40000)
-    assert torch.equal(logits(model), before)
+    assert torch.equal(checkpoint_logits(model), before)
 
 
 def resident_file_bytes() -> int:
@@ -133,27 +137,33 @@ def test_reading_keeps_one_tensor_resident(tmp_path):
 
 
 def test_skip_takes_last_parts_and_patterns(tmp_path):
-    directory = checkpoint(tmp_path, CONFIGS["llama"])
-    model = load(directory, quant="nf4", skip=["lm_head", "up_proj", "model.layers.1.self_attn.*"])
+    directory = checkpoint(tmp_path, CHECKPOINT_CONFIGS["llama"])
+    model = load_checkpoint(directory, quant="nf4", skip=["lm_head", "up_proj", "model.layers.1.self_attn.*"])
     expected = {f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"}
     expected |= {f"model.layers.{layer}.mlp.{part}_proj" for layer in (0, 1) for part in ("gate", "down")}
     assert set(frozen_layers(model)) == expected
-    assert "lm_head" in frozen_layers(load(directory, quant="nf4", skip=[]))
+    assert "lm_head" in frozen_layers(load_checkpoint(directory, quant="nf4", skip=[]))
 
 
 def test_other_architectures(tmp_path, caplog):
     """A head of another name stays dense; a convolution is not called an expert; GPT-2 loads if it is dense."""
     sizes = {"vocab_size": 97, "hidden_size": 64, "num_attention_heads": 4, "tie_word_embeddings": False}
     neox = GPTNeoXJapaneseConfig(**sizes, intermediate_multiple_size=2, num_hidden_layers=1, max_position_embeddings=64)
-    names = {name.rpartition(".")[2] for name in frozen_layers(load(checkpoint(tmp_path / "1", neox), quant="nf4"))}
+    names = {
+        name.rpartition(".")[2]
+        for name in frozen_layers(load_checkpoint(checkpoint(tmp_path / "1", neox), quant="nf4"))
+    }
     assert names == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
     layers: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
     lfm = Lfm2Config(**sizes, **layers, intermediate_size=64, num_key_value_heads=1)
-    model = load(checkpoint(tmp_path / "2", lfm), quant="nf4")
+    model = load_checkpoint(checkpoint(tmp_path / "2", lfm), quant="nf4")
     assert any(isinstance(module, nn.Conv1d) for module in model.modules())
     assert "expert" not in caplog.text
     gpt2 = checkpoint(tmp_path / "3", GPT2)
-    assert torch.equal(logits(load(gpt2)), logits(AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float32)))
+    assert torch.equal(
+        checkpoint_logits(load_checkpoint(gpt2)),
+        checkpoint_logits(AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float32)),
+    )
 
 
 def test_layers_of_a_class_of_their_own_are_quantised_and_adapted_but_not_as_bitsandbytes_layers(
@@ -163,15 +173,15 @@ def test_layers_of_a_class_of_their_own_are_quantised_and_adapted_but_not_as_bit
     config = FalconConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=False)
     dense = FalconForCausalLM(config).eval()
     dense.save_pretrained(tmp_path)
-    model = load(tmp_path, quant="nf4")
+    model = load_checkpoint(tmp_path, quant="nf4")
     packed = [path for path, layer in frozen_layers(model).items() if layer.packed_weight is not None]
     leaves = {path.rpartition(".")[2] for path in packed}
     assert leaves == {"dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"}
     assert len(packed) == 8
     assert list(inject(model, rank=2)) == packed
-    before = logits(dense)
+    before = checkpoint_logits(dense)
     assert len(inject(dense, rank=2)) == 8
-    torch.testing.assert_close(logits(dense), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(checkpoint_logits(dense), before, rtol=1e-5, atol=1e-5)
     said = "transformers does not load 8 layers of this model in 4 bits .*a FalconLinear.*--format merged"
     with pytest.raises(UserError, match=f"--format nf4-lora: {said}"):
         check_foldable(model, torch.float32)
@@ -219,10 +229,10 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_one_line_for_each_fault(tmp_path, case):
     config, damage, settings, words = REFUSED[case]
-    checkpoint(tmp_path, CONFIGS.get(config) if isinstance(config, str) else config)
+    checkpoint(tmp_path, CHECKPOINT_CONFIGS.get(config) if isinstance(config, str) else config)
     change_config(tmp_path, **damage)
     with pytest.raises(UserError) as raised:
-        load(tmp_path, **settings)
+        load_checkpoint(tmp_path, **settings)
     assert len(raised.value.faults) == len(words)
     for fault, each in zip(raised.value.faults, words, strict=True):
         assert re.search(each, fault), fault
@@ -230,12 +240,12 @@ def test_what_does_not_fit_is_one_line_for_each_fault(tmp_path, case):
 
 
 def test_a_checkpoint_that_permutes_columns_is_refused_clearly(tmp_path, monkeypatch):
-    checkpoint(tmp_path, CONFIGS["llama"])
+    checkpoint(tmp_path, CHECKPOINT_CONFIGS["llama"])
     name = "self_attn.o_proj.weight"
     turned = WeightConverter(name, name, [Transpose(0, 1)])
     monkeypatch.setattr("qdora.model.weight_conversion.get_model_conversion_mapping", lambda model: [turned])
     with pytest.raises(UserError, match=r"llama checkpoints hold tensors that must be cut or permuted \(model\.layers"):
-        load(tmp_path, quant="nf4")
+        load_checkpoint(tmp_path, quant="nf4")
 
 
 Tensors = dict[str, Tensor]
@@ -243,7 +253,7 @@ Tensors = dict[str, Tensor]
 
 def rewritten(directory: Path, change: Callable[[Tensors], Tensors], config: Any = None) -> Path:
     """A checkpoint of one file whose tensors `change` has changed."""
-    file, tensors = one_file(directory, config)
+    file, tensors = one_file_checkpoint(directory, config)
     save_file({name: each.clone() for name, each in change(tensors).items()}, file, metadata={"format": "pt"})
     return directory
 
@@ -278,7 +288,7 @@ DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], list[str]
 def test_tensors_that_do_not_fit_are_gathered(tmp_path, case):
     change, settings, words = DAMAGED[case]
     with pytest.raises(UserError) as caught:
-        load(rewritten(tmp_path, change), **settings)
+        load_checkpoint(rewritten(tmp_path, change), **settings)
     assert len(caught.value.faults) == len(words)
     assert all(any(re.search(each, fault) for fault in caught.value.faults) for each in words), caught.value
 
@@ -296,17 +306,19 @@ FORMS: dict[str, Callable[[Tensors], Tensors]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_other_forms_of_the_same_tied_model(tmp_path, form):
-    reference = logits(load(rewritten(tmp_path, dict, CONFIGS["qwen2"])))
-    model = load(rewritten(tmp_path, FORMS[form], CONFIGS["qwen2"]))
+    reference = checkpoint_logits(load_checkpoint(rewritten(tmp_path, dict, CHECKPOINT_CONFIGS["qwen2"])))
+    model = load_checkpoint(rewritten(tmp_path, FORMS[form], CHECKPOINT_CONFIGS["qwen2"]))
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(logits(model), reference)
+    assert torch.equal(checkpoint_logits(model), reference)
 
 
 def test_a_head_that_differs_from_its_embedding_is_untied(tmp_path):
-    model = load(rewritten(tmp_path, lambda t: t | {HEAD: 2 * t[EMBEDDING]}, CONFIGS["qwen2"]))
+    model = load_checkpoint(rewritten(tmp_path, lambda t: t | {HEAD: 2 * t[EMBEDDING]}, CHECKPOINT_CONFIGS["qwen2"]))
     assert model.config.tie_word_embeddings is False
     assert torch.equal(model.lm_head.weight, 2 * model.model.embed_tokens.weight)
-    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)))
+    assert torch.equal(
+        checkpoint_logits(model), checkpoint_logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+    )
 
 
 # --- checkpoints that bitsandbytes quantised
@@ -328,14 +340,17 @@ def test_a_checkpoint_in_4_bits_loads_as_it_is(tmp_path, kind, nested):
     options = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested}
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **options)
     saved = AutoModelForCausalLM.from_pretrained(
-        checkpoint(tmp_path / "dense", CONFIGS["llama"]),
+        checkpoint(tmp_path / "dense", CHECKPOINT_CONFIGS["llama"]),
         quantization_config=settings,
         dtype=torch.float32,
         device_map="cpu",
     )
     saved.save_pretrained(tmp_path / "m")
-    model, stored = load(tmp_path / "m", quant=kind, double_quant=nested), load_file(tmp_path / "m/model.safetensors")
-    layers, reference = frozen_layers(model), load(tmp_path / "dense")
+    model, stored = (
+        load_checkpoint(tmp_path / "m", quant=kind, double_quant=nested),
+        load_file(tmp_path / "m/model.safetensors"),
+    )
+    layers, reference = frozen_layers(model), load_checkpoint(tmp_path / "dense")
     assert len(layers) == 14
     for name, layer in layers.items():
         state = saved.get_submodule(name).weight.quant_state
@@ -344,19 +359,19 @@ def test_a_checkpoint_in_4_bits_loads_as_it_is(tmp_path, kind, nested):
         expected = dequantised_by_hand(packed, parts, 64, float(state.offset) if nested else 0.0).reshape(state.shape)
         torch.testing.assert_close(layer.dequantized(), expected, rtol=1e-6, atol=1e-7)
         reference.get_submodule(name).weight.data = expected
-    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(checkpoint_logits(model), checkpoint_logits(reference), rtol=1e-5, atol=1e-5)
     assert not hasattr(model.config, "quantization_config")
     with pytest.raises(UserError, match=f"base\\.quant: 'none', but the checkpoint is already quantised in {kind}"):
-        load(tmp_path / "m", quant="none")
+        load_checkpoint(tmp_path / "m", quant="none")
     with pytest.raises(UserError) as caught:
-        load(tmp_path / "m", quant=kind, block_size=128, double_quant=not nested, skip=["lm_head", "q_proj"])
+        load_checkpoint(tmp_path / "m", quant=kind, block_size=128, double_quant=not nested, skip=["lm_head", "q_proj"])
     keys = ["base.block_size", "base.double_quant", "base.skip", "base.skip"]
     assert [fault.split(":")[0] for fault in caught.value.faults] == keys
 
 
 def test_a_checkpoint_in_8_bits_loads_as_it_is(tmp_path):
-    file, tensors = one_file(tmp_path)
-    reference = load(checkpoint(tmp_path / "dense", CONFIGS["llama"]))
+    file, tensors = one_file_checkpoint(tmp_path)
+    reference = load_checkpoint(checkpoint(tmp_path / "dense", CHECKPOINT_CONFIGS["llama"]))
     for name in [n for n in tensors if n.endswith("_proj.weight")]:
         packed, absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(tensors.pop(name).half())
         tensors |= {name: packed, name.replace(".weight", ".SCB"): absmax}
@@ -364,6 +379,6 @@ def test_a_checkpoint_in_8_bits_loads_as_it_is(tmp_path):
         reference.get_submodule(name.removesuffix(".weight")).weight.data = packed.float() * absmax[:, None] / 127
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, file)
     change_config(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    model = load(tmp_path, quant="int8")
+    model = load_checkpoint(tmp_path, quant="int8")
     assert len(frozen_layers(model)) == 14
-    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(checkpoint_logits(model), checkpoint_logits(reference), rtol=1e-5, atol=1e-5)

@@ -28,8 +28,8 @@ from qdora.model.packed_base import BaseCache
 from qdora.model.source import load_tokenizer, resolve
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.train.packed_attention import packed_layout
-from tests import tiny, tiny_multimodal, tiny_run
-from tests.checkpoints import load
+from tests import support
+from tests.support import load_checkpoint
 
 LANGUAGE = ("model.language_model.", "lm_head.")
 NF4 = Quantization("nf4", 64, True, DEFAULT_SKIP)
@@ -57,10 +57,10 @@ def is_text(name: str) -> bool:
 
 
 @pytest.mark.parametrize("published", [True, False])
-@pytest.mark.parametrize("family", tiny_multimodal.FAMILIES)
+@pytest.mark.parametrize("family", support.FAMILIES)
 def test_a_text_gets_the_logits_of_the_whole_model(family, published, tmp_path):
-    stored = tiny_multimodal.write_model(tmp_path, family, published=published)
-    whole, model = whole_model(tmp_path), load(tmp_path)
+    stored = support.write_multimodal(tmp_path, family, published=published)
+    whole, model = whole_model(tmp_path), load_checkpoint(tmp_path)
     expected = logits(whole)
     assert type(model) is type(whole)
     assert model.config.tie_word_embeddings == (family in ("gemma3", "qwen3_vl", "qwen3_5"))
@@ -85,16 +85,16 @@ def test_a_text_gets_the_logits_of_the_whole_model(family, published, tmp_path):
 
 def adapted(directory: Path, quant: str) -> Any:
     """A model with an adapter off its start, which is saved beside it."""
-    model = load(directory / "model", quant=quant)
+    model = load_checkpoint(directory / "model", quant=quant)
     inject(model, rank=4, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
-    tiny.move_all_parameters_(model)
+    support.move_all_parameters_(model)
     save_adapter(model, directory / "adapter", base_name_or_path=None, revision=None, base_quant={"quant": quant})
     return model
 
 
 def test_an_adapter_fits_the_whole_model_in_peft(tmp_path):
     """Gemma 3's vision tower has layers with the names of its text layers; they must stay without an adapter."""
-    tiny_multimodal.write_model(tmp_path / "model", "gemma3")
+    support.write_multimodal(tmp_path / "model", "gemma3")
     model, whole = adapted(tmp_path, "none"), whole_model(tmp_path / "model")
     plain = logits(whole)
     theirs: Any = peft.PeftModel.from_pretrained(whole, str(tmp_path / "adapter")).eval()
@@ -120,7 +120,7 @@ def check_files(directory: Path, stored: dict[str, Tensor]) -> None:
 
 
 def test_a_merged_export_is_the_whole_model(tmp_path):
-    stored = tiny_multimodal.write_model(tmp_path / "model", "qwen2_5_vl")
+    stored = support.write_multimodal(tmp_path / "model", "qwen2_5_vl")
     model = adapted(tmp_path, "nf4")
     merge = StreamedMerge(resolve(str(tmp_path / "model")), tmp_path / "adapter", NF4, torch.float32)
     export_merged(merge, None, tmp_path / "merged", dtype=torch.float32)
@@ -132,17 +132,17 @@ def test_a_merged_export_is_the_whole_model(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny_multimodal.FAMILIES)
+@pytest.mark.parametrize("family", support.FAMILIES)
 def test_a_run_from_start_to_exports(family, tmp_path):
     def invoke(*arguments: Any) -> Any:
         result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
         assert result.exit_code == 0, result.stderr
         return json.loads(result.stdout)
 
-    stored, run = tiny_multimodal.write_model(tmp_path / "model", family), tmp_path / "run"
+    stored, run = support.write_multimodal(tmp_path / "model", family), tmp_path / "run"
     settings: dict[str, Any] = {"train__checkpoint_every": 1, "train__lr": 0.02}
     for steps, resume in ((1, []), (2, ["--resume"])):
-        recipe = tiny_run.recipe(tmp_path, train__steps=steps, **settings)
+        recipe = support.tiny_recipe(tmp_path, train__steps=steps, **settings)
         (tmp_path / "recipe.yaml").write_text(resolved_yaml(recipe))
         planned = invoke("plan", tmp_path / "recipe.yaml", "--device", "cpu")
         assert planned["memory"]["num_weights"] == sum(each.numel() for name, each in stored.items() if is_text(name))
@@ -169,12 +169,12 @@ def test_a_run_from_start_to_exports(family, tmp_path):
 
 def test_exports_need_no_second_reading_of_the_weights(tmp_path, caplog):
     """A base from the cache still knows what an export copies."""
-    stored = tiny_multimodal.write_model(tmp_path / "model", "qwen3_vl")
+    stored = support.write_multimodal(tmp_path / "model", "qwen3_vl")
     cache = BaseCache(tmp_path / "cache", NF4, torch.device("cpu"))
     for words in ("Writing the packed base", "Reading the packed base"):
         caplog.clear()
         with caplog.at_level(logging.INFO, "qdora"):
-            model = load(tmp_path / "model", quant="nf4", reader=cache)
+            model = load_checkpoint(tmp_path / "model", quant="nf4", reader=cache)
         assert words in caplog.text
         assert carried(model).keys() == {name for name in stored if name.startswith("model.visual.")}
         assert in_words(model) in caplog.text
@@ -185,8 +185,8 @@ def test_other_families_are_refused_and_a_chat_template_may_be_the_processors(tm
     save_file({"weight": torch.zeros(1)}, tmp_path / "llava/model.safetensors")
     match = r"the language part of a multimodal model can be trained for gemma3, .*qwen3_5 \(got llava\)\."
     with pytest.raises(UserError, match=match):
-        load(tmp_path / "llava")
-    tiny_multimodal.write_model(tmp_path, "qwen3_vl")
+        load_checkpoint(tmp_path / "llava")
+    support.write_multimodal(tmp_path, "qwen3_vl")
     (tmp_path / "chat_template.jinja").unlink()
     assert load_tokenizer(resolve(str(tmp_path))).chat_template is None
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))

@@ -26,7 +26,7 @@ from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.expert_tokens import padded_tokens
 from qdora.ops.packed import dequantize, quantize
 from qdora.recipe.settings import PruneConfig
-from tests import checkpoints, reference_prune, reference_quant, tiny_experts
+from tests import reference_prune, reference_quant, support
 
 IDS = torch.randint(3, 97, (5, 16), generator=torch.Generator().manual_seed(3))
 PAIR = ("gate_up", "down")
@@ -34,9 +34,9 @@ Array = np.ndarray[Any, Any]
 
 
 def write(directory: Path, name: str) -> Path:
-    if name in checkpoints.CONFIGS:
-        return checkpoints.checkpoint(directory, checkpoints.CONFIGS[name])
-    return tiny_experts.write(directory, name)
+    if name in support.CHECKPOINT_CONFIGS:
+        return support.checkpoint(directory, support.CHECKPOINT_CONFIGS[name])
+    return support.write_mixture(directory, name)
 
 
 def pruned(
@@ -50,7 +50,7 @@ def pruned(
     share = None if ":" in pattern else sparsity
     settings = PruneConfig(method=method, pattern=pattern, sparsity=share, order=order)
     pruner = Pruner(settings, None if method == "magnitude" else IDS)
-    return checkpoints.load(directory, placer=pruner, **load), pruner
+    return support.load_checkpoint(directory, placer=pruner, **load), pruner
 
 
 # --- against float64 on transformers' own model
@@ -185,7 +185,7 @@ def test_rows_of_padding_are_no_inputs():
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_an_expert_without_tokens_is_pruned_by_magnitude(tmp_path, method, caplog):
-    source = tiny_experts.make("gpt_oss")
+    source = support.mixture("gpt_oss")
     source.model.layers[0].mlp.router.bias.data[2] = -100.0
     source.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, logger="qdora"):
@@ -209,7 +209,7 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(tmp_path, method, caplo
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_pruning_what_was_quantised_keeps_its_scales_and_codes(tmp_path, kind):
     write(tmp_path, "llama")
-    plain = frozen_layers(checkpoints.load(tmp_path, quant=kind))
+    plain = frozen_layers(support.load_checkpoint(tmp_path, quant=kind))
     after = frozen_layers(pruned(tmp_path, "magnitude", order="quantize_first", quant=kind)[0])
     for name, layer in plain.items():
         assert torch.equal(layer.packed_weight.absmax, after[name].packed_weight.absmax)  # type: ignore[union-attr]
@@ -255,7 +255,7 @@ def test_skipped_layers_stay_dense_and_whole_and_a_cast_leaves_masks_alone(tmp_p
 
 
 def reloaded(root: Path, **load: Any) -> Any:
-    return checkpoints.load(root / "model", placer=PrunedBase(root / "base"), **{"quant": "nf4", **load})
+    return support.load_checkpoint(root / "model", placer=PrunedBase(root / "base"), **{"quant": "nf4", **load})
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_a_pruned_base_comes_back_bit_for_bit(tmp_path, monkeypatch, name, metho
     assert before.keys() == after.keys()
     assert any(name.endswith("keep_bits") for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(checkpoints.logits(model), checkpoints.logits(again))
+    assert torch.equal(support.checkpoint_logits(model), support.checkpoint_logits(again))
     files = sorted((tmp_path / "base").glob("*.safetensors"))
     if file_bytes is None:
         assert [file.name for file in files] == ["model.safetensors"]

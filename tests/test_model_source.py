@@ -22,7 +22,7 @@ from qdora.errors import HubFailure, UserError
 from qdora.model.build_model import find_model
 from qdora.model.source import BUILTIN_FILE, ModelSource, load_tokenizer, resolve
 from qdora.model.stored_tensors import open_safetensors, shard_files
-from tests import tiny_run, tiny_tokenizer
+from tests import support
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 INDEX = "model.safetensors.index.json"
@@ -288,16 +288,16 @@ def test_tokenizers_that_cannot_be_used_are_one_line(tmp_path):
 
 
 def test_a_recipe_may_name_another_tokenizer(tmp_path):
-    recipe = tiny_run.recipe(tmp_path, model__tokenizer=str(tmp_path / "tokenizer"))
-    tiny_tokenizer.make(chat_template="only here").save_pretrained(tmp_path / "tokenizer")
+    recipe = support.tiny_recipe(tmp_path, model__tokenizer=str(tmp_path / "tokenizer"))
+    support.tokenizer(chat_template="only here").save_pretrained(tmp_path / "tokenizer")
     assert not (tmp_path / "tokenizer/config.json").exists()
     assert find_model(recipe)[1].chat_template == "only here"
     put(tmp_path / "empty", {})
     refused = {"empty": "has no tokenizer, expected one of", "nowhere": "does not exist"}
     for name, words in refused.items():
         with pytest.raises(UserError, match=rf"^model\.tokenizer: .*{name} {words}"):
-            find_model(tiny_run.recipe(tmp_path, model__tokenizer=str(tmp_path / name)))
+            find_model(support.tiny_recipe(tmp_path, model__tokenizer=str(tmp_path / name)))
     put(tmp_path / "model", {"generation_config.json": "{bad"})
     with pytest.raises(UserError, match=r"its generation_config\.json cannot be used: ") as caught:
-        find_model(tiny_run.recipe(tmp_path))
+        find_model(support.tiny_recipe(tmp_path))
     assert len(str(caught.value).splitlines()) == 1

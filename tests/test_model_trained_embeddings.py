@@ -28,7 +28,7 @@ from qdora.model.trained_embeddings import (
 from qdora.nn.host_embedding import HostEmbedding
 from qdora.nn.trained_rows import RowEmbedding, RowHead, TrainedRows
 from qdora.train.passes import batch_loss
-from tests import reference, tiny, tiny_adapted, tiny_tokenizer
+from tests import reference, support
 
 BOTH = ("embed_tokens", "lm_head")
 NEW = (336, 337, 338)
@@ -89,7 +89,7 @@ def test_trained_rows_are_not_narrowed_by_a_cast_of_the_model():
 def test_logits_and_gradients_are_those_of_the_formula(tied, rows):
     model: Any = Bag(tied)
     train_embeddings(model, BOTH if not tied else BOTH[:1], rows)
-    tiny.move_all_parameters_(model)
+    support.move_all_parameters_(model)
     ids = torch.tensor([[3, 0, 9, 3, 10, 4, 3]])
     gradient = torch.randn(1, 7, 11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     logits = model.head(model.embed(ids))
@@ -110,14 +110,14 @@ def test_logits_and_gradients_are_those_of_the_formula(tied, rows):
 
 
 def grown(architecture: str = "llama", *, quant: str | None = "nf4", ids: tuple[int, ...] = NEW, **options: Any) -> Any:
-    model = tiny_adapted.base(architecture, quant=quant, **options)
+    model = support.base_model(architecture, quant=quant, **options)
     extend_vocabulary(model, ids)
     return model
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_new_rows_start_at_the_mean_and_old_rows_stay(architecture):
-    before, model = tiny_adapted.base(architecture), grown(architecture, quant=None, ids=(334, 335, 336, 337))
+    before, model = support.base_model(architecture), grown(architecture, quant=None, ids=(334, 335, 336, 337))
     for old, new in zip(*((m.get_input_embeddings(), m.get_output_embeddings()) for m in (before, model)), strict=True):
         assert new.weight.shape == (338, 32)
         assert torch.equal(new.weight[:334], old.weight[:334])
@@ -125,7 +125,7 @@ def test_new_rows_start_at_the_mean_and_old_rows_stay(architecture):
         torch.testing.assert_close(new.weight[334:].double(), mean, rtol=1e-5, atol=1e-7)
     assert model.config.vocab_size == model.vocab_size == 338
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (architecture != "qwen2")
-    assert tiny_adapted.logits(model).shape[-1] == 338
+    assert support.logits_of(model).shape[-1] == 338
 
 
 @pytest.mark.parametrize("rows", [NEW, None])
@@ -165,7 +165,7 @@ def saved(model: Any, directory: Path) -> Path:
 
 def trained(architecture: str, rows: tuple[int, ...] | None, **options: Any) -> Any:
     model = grown(architecture, quant=None, **options)
-    tiny_adapted.move(inject(model, dtype=torch.float32, rank=3, alpha=6.0))
+    support.move_adapters_(inject(model, dtype=torch.float32, rank=3, alpha=6.0))
     train_embeddings(model, BOTH, rows)
     generator = torch.Generator().manual_seed(3)
     for found in trained_matrices(model).values():
@@ -177,19 +177,19 @@ def trained(architecture: str, rows: tuple[int, ...] | None, **options: Any) -> 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_saved_and_loaded_is_the_same_model_here_and_in_peft(tmp_path, architecture, rows):
     model = trained(architecture, rows)
-    expected = tiny_adapted.logits(model, IDS)
+    expected = support.logits_of(model, IDS)
     directory = saved(model, tmp_path / "adapter")
     again = grown(architecture, quant=None)
     load_adapter(again, directory)
-    assert torch.equal(tiny_adapted.logits(again, IDS), expected)
+    assert torch.equal(support.logits_of(again, IDS), expected)
     assert (
         saved(again, tmp_path / "again").joinpath("adapter_model.safetensors").read_bytes()
         == (directory / "adapter_model.safetensors").read_bytes()
     )
-    base = tiny_adapted.base(architecture)
+    base = support.base_model(architecture)
     base.resize_token_embeddings(339)
     theirs = peft.PeftModel.from_pretrained(base, str(directory)).eval()
-    torch.testing.assert_close(tiny_adapted.logits(theirs, IDS), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(support.logits_of(theirs, IDS), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [(338, 336, 337), None])
@@ -201,12 +201,12 @@ def test_an_adapter_of_peft_loads(tmp_path, architecture, rows):
         how = {"trainable_token_indices": {name: list(rows) for name in names}}
     config = peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM", **how)
     theirs = peft.get_peft_model(grown(architecture, quant=None), config)
-    tiny.move_all_parameters_(theirs)
+    support.move_all_parameters_(theirs)
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     ours = grown(architecture, quant=None)
     load_adapter(ours, tmp_path)
     torch.testing.assert_close(
-        tiny_adapted.logits(ours, IDS), tiny_adapted.logits(theirs.eval(), IDS), rtol=1e-4, atol=1e-4
+        support.logits_of(ours, IDS), support.logits_of(theirs.eval(), IDS), rtol=1e-4, atol=1e-4
     )
 
 
@@ -234,7 +234,7 @@ def test_what_cannot_be_trained_is_refused(architecture, targets, names, rows, o
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
-    theirs = peft.get_peft_model(tiny_adapted.base(), config)
+    theirs = peft.get_peft_model(support.base_model(), config)
     theirs.save_pretrained(tmp_path / "untied", save_embedding_layers=False)
     saved(trained("llama", NEW), tmp_path / "rows")
     for name, fault in (
@@ -242,14 +242,14 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         ("rows", r"trainable_token_indices: the model has 336 rows, got token 338\. Fix"),
     ):
         with pytest.raises(UserError, match=fault):
-            load_adapter(tiny_adapted.base(), tmp_path / name)
+            load_adapter(support.base_model(), tmp_path / name)
 
 
 def test_an_adapter_on_the_head_beside_a_trained_embedding_is_loaded_again(tmp_path):
-    model, again = tiny_adapted.base("qwen2"), tiny_adapted.base("qwen2")
+    model, again = support.base_model("qwen2"), support.base_model("qwen2")
     inject(model, targets=["q_proj", "lm_head"], rank=2)
     train_embeddings(model, BOTH[:1], None)
-    tiny.move_all_parameters_(model)
+    support.move_all_parameters_(model)
     load_adapter(again, saved(model, tmp_path / "adapter"))
     ids = torch.tensor([[1, 7, 17, 5, 60]])
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -269,7 +269,7 @@ def test_rows_are_float32_and_no_bfloat16_update_is_lost():
 
 
 def test_added_tokens_get_the_next_ids_and_are_never_split(tmp_path):
-    tokenizer = tiny_tokenizer.make()
+    tokenizer = support.tokenizer()
     size = len(tokenizer)
     tokens = ("<tool>", "ab cd", "</tool>")
     add_tokens(tokenizer, tokens)
@@ -287,7 +287,7 @@ def test_added_tokens_get_the_next_ids_and_are_never_split(tmp_path):
 
 
 def test_an_embedding_on_the_host_takes_trained_rows(tmp_path):
-    tiny_adapted.base("qwen2").save_pretrained(tmp_path)
+    support.base_model("qwen2").save_pretrained(tmp_path)
     source = resolve(str(tmp_path))
     options: dict[str, Any] = {"quant": "nf4", "compute_dtype": torch.float32}
     found = []
@@ -296,7 +296,7 @@ def test_an_embedding_on_the_host_takes_trained_rows(tmp_path):
         extend_vocabulary(model, NEW)
         inject(model, dtype=torch.float32, rank=2, generator=torch.Generator().manual_seed(0))
         train_embeddings(model, BOTH, NEW)
-        tiny.move_all_parameters_(model)
+        support.move_all_parameters_(model)
         loss = batch_loss(model, IDS, torch.ones_like(IDS), IDS.clone())
         loss.nll_sum.backward()
         found.append((model, loss.nll_sum, [p.grad for p in adapter_parameters(model).values()]))

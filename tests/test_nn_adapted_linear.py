@@ -25,7 +25,7 @@ from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.packed import dequantize, quantize
 from qdora.ops.sparsity import mask_bits, mask_from_bits
 from qdora.plan.live_bytes import LiveBytes
-from tests import reference, tiny
+from tests import reference, support
 from tests.adapter_numbers import assert_close, expected, make, results, to_numpy
 
 
@@ -112,7 +112,7 @@ def test_one_tile_at_a_time(kind, monkeypatch):
     layer: Any = FrozenLinear(quantize(torch.randn(WIDE, WIDE, generator=generator), "int8"))
     if kind is not None:
         layer = AdaptedLinear(layer, kind=kind, rank=1, dtype=torch.float32)
-        tiny.move_all_parameters_(layer)
+        support.move_all_parameters_(layer)
     x = torch.ones(1, WIDE, requires_grad=True)
     layer(x)  # the norm
     peaks = []
@@ -141,7 +141,7 @@ def test_under_a_checkpoint_what_was_read_is_let_go(dropout, most):
     tokens, out, in_ = 512, 256, 256
     weight = torch.ones(out, in_)  # its own tile: nothing is made of it
     layer = AdaptedLinear(FrozenLinear(weight), rank=1, dropout=dropout, dtype=torch.float32)
-    tiny.move_all_parameters_(layer)
+    support.move_all_parameters_(layer)
 
     def block(z: Tensor) -> Tensor:
         y: Tensor = layer(z.expand(tokens, in_).contiguous())

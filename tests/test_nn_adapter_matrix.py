@@ -21,7 +21,7 @@ from qdora.ops.dropout import draw_seed, dropped
 from qdora.ops.expert_tokens import ExpertTokens
 from qdora.ops.packed import quantize
 from qdora.train.optimizer import AdapterOptimizer
-from tests import reference, tiny
+from tests import reference, support
 from tests.adapter_numbers import (
     arrays,
     assert_close,
@@ -182,8 +182,8 @@ def test_dropout_zeroes_the_same_elements_in_both_directions_and_in_a_recompute(
 
 @pytest.mark.parametrize(("bias", "gain"), [(10.0, 0), (300.0, 0), (0, 1e-3), (0, 0.02), (0, 0.1), (0, 3.0)])
 def test_no_digits_drown_in_a_large_bias_or_in_small_and_large_gains(bias: float, gain: float) -> None:
-    layer = tiny.adapted_linear(out=48, in_=128, rank=4, bias=bool(bias), dtype=torch.bfloat16, quant="nf4")
-    tiny.move_all_parameters_(layer, scale=0.05)
+    layer = support.adapted_linear(out=48, in_=128, rank=4, bias=bool(bias), dtype=torch.bfloat16, quant="nf4")
+    support.move_all_parameters_(layer, scale=0.05)
     assert layer.magnitude is not None
     if layer.base.bias is not None:
         layer.base.bias *= bias / 0.1
@@ -223,7 +223,7 @@ def test_zero_rows_of_an_nf4_base_train_and_merge_by_the_formula() -> None:
     weight = torch.randn(12, 64, generator=generator)
     weight[[1, 7]] = 0
     layer = AdaptedLinear(FrozenLinear(quantize(weight, "nf4", 64, double_quant=True)), rank=2, dtype=torch.float32)
-    tiny.move_all_parameters_(layer)
+    support.move_all_parameters_(layer)
     assert layer.magnitude is not None
     with torch.no_grad():
         layer.lora_B[1], layer.magnitude[1], layer.magnitude[3] = 0, 0, 0

@@ -24,14 +24,14 @@ from qdora.ops.prune import prune_weight
 from qdora.ops.sparsity import mask_bits, mask_from_bits, pattern_from
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
-from tests import tiny_adapted, tiny_run
+from tests import support
 
 BASE: dict[str, Any] = {"base_name_or_path": "x", "revision": None, "base_quant": {"quant": "none"}}
 
 
 def masked_model() -> nn.Module:
     """A tiny Llama whose linear layers but the head are pruned to 2:4."""
-    model: nn.Module = tiny_adapted.base()
+    model: nn.Module = support.base_model()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name != "lm_head":
             pruned = prune_weight(module.weight.data, "magnitude", pattern_from("2:4"))
@@ -41,11 +41,11 @@ def masked_model() -> nn.Module:
 
 def test_masked_adapters_are_saved_and_refused_by_peft(tmp_path: Path) -> None:
     model, again = masked_model(), masked_model()
-    tiny_adapted.move(inject(model, rank=2, masked=True, generator=torch.Generator().manual_seed(0)))
+    support.move_adapters_(inject(model, rank=2, masked=True, generator=torch.Generator().manual_seed(0)))
     save_adapter(model, tmp_path / "a", **BASE)
     loaded = load_adapter(again, tmp_path / "a")
     assert all(layer.masked for layer in loaded.values())
-    assert torch.equal(tiny_adapted.logits(model), tiny_adapted.logits(again))
+    assert torch.equal(support.logits_of(model), support.logits_of(again))
     with pytest.raises((KeyError, ValueError), match="MASKED"):
         PeftConfig.from_pretrained(str(tmp_path / "a"))
     for call in (
@@ -53,24 +53,24 @@ def test_masked_adapters_are_saved_and_refused_by_peft(tmp_path: Path) -> None:
         lambda model: inject(model, rank=2, masked=True),
     ):
         with pytest.raises(UserError, match=r"keep.* 14 adapted layers were not pruned"):
-            call(tiny_adapted.base())
+            call(support.base_model())
 
 
 def test_files_and_analyses_take_the_gated_factor(tmp_path: Path) -> None:
     """An adapter that is written with gates is read without them, and computes the same."""
-    model = tiny_adapted.adapted("llama", quant="nf4")
+    model = support.adapted_model("llama", quant="nf4")
     for number, layer in enumerate(adapted_layers(model).values()):
         layer.add_gate()
         layer.gate.data.copy_(torch.tensor([0.5 + 0.01 * number, 0.0, 1.25]))  # type: ignore[union-attr]
-    before = tiny_adapted.logits(model)
+    before = support.logits_of(model)
     save_adapter(model, tmp_path / "adapter", **BASE | {"base_quant": {"quant": "nf4"}})
-    again = tiny_adapted.base("llama", quant="nf4")
+    again = support.base_model("llama", quant="nf4")
     load_adapter(again, tmp_path / "adapter")
-    assert torch.equal(tiny_adapted.logits(again), before)
+    assert torch.equal(support.logits_of(again), before)
     for first, second in zip(adapted_layers(model).values(), adapted_layers(again).values(), strict=True):
         assert np.array_equal(update_spectrum(first).energies, update_spectrum(second).energies)
     with plain_model(model, ["model.layers.0.self_attn.q_proj"], norm="held"):
-        torch.testing.assert_close(tiny_adapted.logits(model), before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(support.logits_of(model), before, rtol=1e-4, atol=1e-4)
 
 
 RUNS = [("dora", "nf4", "2:4"), ("dora", "none", "unstructured"), ("lora", "int8", "2:4")]
@@ -92,7 +92,9 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(
     if kind == "magnitude":
         adapter = {"adapter__kind": kind} | {f"adapter__{each}": ... for each in ("rank", "alpha", "dropout")}
     options: dict[str, Any] = {"eval__tasks": [], "eval__limit": ..., "train__checkpoint_every": ..., "train__lr": 1e-2}
-    train_run(tiny_run.recipe(tmp_path, base__prune=prune, base__quant=quant, **options, **adapter), tmp_path / "run")
+    train_run(
+        support.tiny_recipe(tmp_path, base__prune=prune, base__quant=quant, **options, **adapter), tmp_path / "run"
+    )
     is_audited = (kind, quant, pattern) == RUNS[0]
     result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32", audit=is_audited))
     assert result["verification"]["passed"]
@@ -131,7 +133,7 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(
 
 def test_an_adapter_that_ignores_the_mask_merges_dense_and_says_so(tmp_path: Path) -> None:
     prune = {"method": "magnitude", "pattern": "2:4"}
-    recipe = tiny_run.recipe(tmp_path, base__prune=prune, train__steps=2, eval__tasks=[], eval__limit=...)
+    recipe = support.tiny_recipe(tmp_path, base__prune=prune, train__steps=2, eval__tasks=[], eval__limit=...)
     train_run(recipe, tmp_path / "run")
     result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32", audit=True))
     assert result["zeros"]["kept"] < 0.01 * result["zeros"]["pruned"]

@@ -27,7 +27,7 @@ from qdora.train.interrupt import StopRequest
 from qdora.train.loop import fit
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.progress import TrainingProgress
-from tests import tiny_adapted, tiny_steps
+from tests import support
 
 LR, STEPS, BATCH, MICRO = 0.02, 5, 4, 2
 Trained = tuple[Any, list[float]]
@@ -35,14 +35,14 @@ Trained = tuple[Any, list[float]]
 
 def model() -> Any:
     """NF4, DoRA of rank 3 at its start: float32 adapters, since a plain optimizer loses updates of bf16 ones."""
-    base = tiny_adapted.base("llama", quant="nf4")
+    base = support.base_model("llama", quant="nf4")
     inject(base, rank=3, alpha=6.0, dtype=torch.float32, generator=torch.Generator().manual_seed(1))
     return base.train()
 
 
 def loader() -> StepLoader:
     lengths = {"a": [5, 9, 7, 12, 6, 8, 11], "b": [20, 26, 17, 30, 23]}
-    sets = [TokenizedSet(name, tuple(tiny_steps.examples(each, tasks=name))) for name, each in lengths.items()]
+    sets = [TokenizedSet(name, tuple(support.examples(each, tasks=name))) for name, each in lengths.items()]
     order = make_mix(sets, strategy="proportional", seed=0).order
     return StepLoader(sets, order, tokens_per_step=None, batch=BATCH, batching=Batching(64, 0))
 
@@ -141,7 +141,7 @@ def assert_norms_are_fresh(trained: Any) -> None:
     assert len(layers) == 14
     for name, layer in layers.items():
         x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
-        expected = x.double() @ torch.from_numpy(tiny_adapted.expected_weight(layer)).T
+        expected = x.double() @ torch.from_numpy(support.expected_weight(layer)).T
         torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4, msg=name)
 
 
@@ -196,7 +196,7 @@ def test_a_trainer_resumes_from_its_own_checkpoint_and_its_adapter_is_saved(tmp_
     whole = by_trainer("adamw_torch_fused", tmp_path, save_steps=2)
     assert_same(whole, by_trainer("adamw_torch_fused", tmp_path, resume=tmp_path / "checkpoint-2"))
     save_adapter(whole[0], tmp_path / "adapter", base_name_or_path="tiny", revision=None, base_quant={"quant": "nf4"})
-    again = tiny_adapted.base("llama", quant="nf4")
+    again = support.base_model("llama", quant="nf4")
     load_adapter(again, tmp_path / "adapter")
-    assert torch.equal(tiny_adapted.logits(again), tiny_adapted.logits(whole[0].eval()))
-    assert not torch.equal(tiny_adapted.logits(again), tiny_adapted.logits(tiny_adapted.base("llama", quant="nf4")))
+    assert torch.equal(support.logits_of(again), support.logits_of(whole[0].eval()))
+    assert not torch.equal(support.logits_of(again), support.logits_of(support.base_model("llama", quant="nf4")))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.run.train import train_run
-from tests import tiny_run
+from tests import support
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -42,7 +42,7 @@ MAP = {"AutoConfig": "configuration_toy.ToyConfig", "AutoModelForCausalLM": "mod
 
 
 def test_an_export_has_the_code_that_the_run_trained_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = tiny_run.write_model(tmp_path / COMMIT, intermediate_size=128)
+    snapshot = support.write_llama(tmp_path / COMMIT, intermediate_size=128)
     config = json.loads((snapshot / "config.json").read_text())
     changes = {"model_type": "toy_of_a_test", "architectures": ["ToyForCausalLM"], "auto_map": MAP}
     (snapshot / "config.json").write_text(json.dumps(config | changes))
@@ -52,7 +52,7 @@ def test_an_export_has_the_code_that_the_run_trained_with(tmp_path: Path, monkey
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     model = {"model__source": "org/toy", "model__revision": COMMIT, "model__trust_remote_code": True}
-    train_run(tiny_run.recipe(tmp_path, train__steps=2, **model), tmp_path / "run")
+    train_run(support.tiny_recipe(tmp_path, train__steps=2, **model), tmp_path / "run")
     for kind in ("merged", "nf4-lora"):
         out = tmp_path / kind
         check = export_run(tmp_path / "run", out, ExportOptions(format_=kind))["verification"]

@@ -30,7 +30,7 @@ from qdora.errors import UserError
 from qdora.ops.packed import dequantize, quantize
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
-from tests import reference, tiny_run
+from tests import reference, support
 from tests.test_peft_layer import (
     BOTH,
     LAYER,
@@ -465,7 +465,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_a_run_goes_on_where_peft_stopped(root, tmp_path, kind):
-    tiny_run.recipe(root)
+    support.tiny_recipe(root)
     config = LoraConfig(
         r=4,
         lora_alpha=6,
@@ -486,7 +486,7 @@ def test_a_run_goes_on_where_peft_stopped(root, tmp_path, kind):
     changes |= {"adapter__resume_from": str(tmp_path / "peft"), "adapter__kind": kind, "eval__tasks": []}
     changes |= {"eval__limit": ..., "train__checkpoint_every": ...}
     # A step that moves nothing that float32 could hold: the run is PEFT's model.
-    train_run(tiny_run.recipe(root, **changes, train__steps=1, train__lr=1e-12), tmp_path / "still")
+    train_run(support.tiny_recipe(root, **changes, train__steps=1, train__lr=1e-12), tmp_path / "still")
     still = logits(load_run(tmp_path / "still").model)
     torch.testing.assert_close(still, logits(theirs), rtol=1e-4, atol=1e-4)
     before = load_file(tmp_path / "peft/adapter_model.safetensors")
@@ -495,7 +495,7 @@ def test_a_run_goes_on_where_peft_stopped(root, tmp_path, kind):
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-8)
     # Several that do: every tensor trains, and the layout stays the one of the file.
-    train_run(tiny_run.recipe(root, **changes, train__steps=3, train__lr=0.01), tmp_path / "on")
+    train_run(support.tiny_recipe(root, **changes, train__steps=3, train__lr=0.01), tmp_path / "on")
     moved = load_file(tmp_path / "on/adapter/adapter_model.safetensors")
     assert all(not torch.equal(moved[name], tensor) for name, tensor in before.items())
     found = json.loads((tmp_path / "on/adapter/adapter_config.json").read_text())
@@ -505,4 +505,4 @@ def test_a_run_goes_on_where_peft_stopped(root, tmp_path, kind):
     torch.testing.assert_close(logits(again), logits(load_run(tmp_path / "on").model), rtol=1e-4, atol=1e-4)
     if kind == "lora":
         with pytest.raises(UserError, match=r"adapter\.kind: got dora, but .* is a lora\. Fix: set adapter\.kind"):
-            train_run(tiny_run.recipe(root, **changes | {"adapter__kind": "dora"}), tmp_path / "run")
+            train_run(support.tiny_recipe(root, **changes | {"adapter__kind": "dora"}), tmp_path / "run")

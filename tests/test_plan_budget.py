@@ -37,8 +37,8 @@ from qdora.recipe.settings import Recipe
 from qdora.run import load_base
 from qdora.run.train import train_run
 from qdora.train.distributed import Processes, processes_of_launch
-from tests import launched, tiny_run, tiny_sharded
-from tests.run_files import trained
+from tests import support
+from tests.support import training_lines
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 QUIET = Console(quiet=True)
@@ -46,7 +46,7 @@ SHAPE = MicroBatchShape(1, 64, 63, masked=False)
 
 
 def one_layer(root: Path, **changes: Any) -> Recipe:
-    return tiny_run.one_layer_recipe(root, **{"eval__at_start": False} | changes)
+    return support.one_layer_recipe(root, **{"eval__at_start": False} | changes)
 
 
 def shown(recipe: Recipe, **options: Any) -> tuple[dict[str, Any], str]:
@@ -112,14 +112,14 @@ def test_a_gpu_without_bfloat16_is_planned_in_float32(tmp_path: Path) -> None:
     assert peaks["auto"] == peaks["float32"] > peaks["bfloat16"]
 
 
-@tiny_sharded.needs_division
+@support.needs_division
 @pytest.mark.slow
 def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
     """Eight blocks: divided among four, a process holds two, and three while they are gathered."""
-    tiny_run.write_model(tmp_path / "model", num_hidden_layers=8, tie_word_embeddings=False)
+    support.write_llama(tmp_path / "model", num_hidden_layers=8, tie_word_embeddings=False)
 
     def within(num_bytes: int, num_processes: int = 4, **changes: Any) -> tuple[Recipe, Plan]:
-        given = tiny_run.recipe(tmp_path, memory__budget=f"{num_bytes}B", adapter__targets=["q_proj"], **changes)
+        given = support.tiny_recipe(tmp_path, memory__budget=f"{num_bytes}B", adapter__targets=["q_proj"], **changes)
         found, plan = budget.within_budget(given, CPU, assumed_workload, processes=Processes(size=num_processes))
         assert plan is not None
         return found, plan
@@ -166,7 +166,7 @@ def first_has_less(rank: int, recipe: Recipe) -> None:
 
 def test_budget_auto_is_the_same_for_all_processes(tmp_path: Path) -> None:
     """Else one could divide the base that another one holds whole, and wait for it for ever."""
-    assert launched.run(2, first_has_less, tiny_run.recipe(tmp_path, memory__budget="auto")) == ["", ""]
+    assert support.run_processes(2, first_has_less, support.tiny_recipe(tmp_path, memory__budget="auto")) == ["", ""]
 
 
 def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough() -> None:
@@ -201,7 +201,7 @@ def proposed(recipe: Recipe) -> list[str]:
 
 def test_only_changes_that_go_together_are_proposed(tmp_path: Path) -> None:
     def ranks(mean_rank: float, **adapter: Any) -> list[str]:
-        recipe = tiny_run.recipe(tmp_path, adapter__rank=16, adapter__gates={"mean_rank": mean_rank}, **adapter)
+        recipe = support.tiny_recipe(tmp_path, adapter__rank=16, adapter__gates={"mean_rank": mean_rank}, **adapter)
         return [setting for setting in proposed(recipe) if "rank" in setting]
 
     assert ranks(7.5) == ["adapter.rank=8, adapter.alpha=4"]
@@ -210,7 +210,7 @@ def test_only_changes_that_go_together_are_proposed(tmp_path: Path) -> None:
     assert [len(ranks(mean_rank, adapter__experts={"rank": 16})) for mean_rank in (7.5, 8)] == [2, 1]
     whole = {"adapter__also_train": ["embed_tokens"], "adapter__also_train_rows": "all"}
     for changes, streams in (({}, True), (whole, True), ({"train__parallel": "shard"}, False)):
-        settings = proposed(tiny_run.recipe(tmp_path, **changes))
+        settings = proposed(support.tiny_recipe(tmp_path, **changes))
         assert any("residency" in setting for setting in settings) is streams
         assert any("host_embeddings" in setting for setting in settings) is (changes == {})
 
@@ -236,7 +236,7 @@ def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert json.loads(json_text(mix)) == json.loads((tmp_path / "run/mix.json").read_text())
     assert [part["num_draws"] for part in mix["sources"]] == [24, 24]
     assert [part["num_examples"] for part in mix["sources"]] == [28, 22]  # without those held out
-    steps = trained(tmp_path / "run")
+    steps = training_lines(tmp_path / "run")
     assert sum(line["num_tokens"] for line in steps) == sum(part["num_tokens_seen"] for part in mix["sources"])
     for words in ("12 steps, 48 examples", "sums", "letters", "50.0%", "1.09", "packed base", "total",
                   "fits in 1.00 GiB", "Estimated time: ", "A100 40GB (assumed)"):  # fmt: skip
@@ -288,7 +288,7 @@ def test_a_run_longer_than_its_data_is_refused_beforehand(tmp_path: Path) -> Non
             call()
     assert not (tmp_path / "run").exists()
     train_run(one_layer(tmp_path, train__steps=7, data__mix=mix), tmp_path / "run", console=QUIET)
-    assert [line["num_examples"] for line in trained(tmp_path / "run")] == [4, 4, 4, 4, 4, 4, 1]
+    assert [line["num_examples"] for line in training_lines(tmp_path / "run")] == [4, 4, 4, 4, 4, 4, 1]
 
 
 def test_plan_on_the_command_line(tmp_path: Path) -> None:

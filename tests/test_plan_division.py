@@ -47,7 +47,7 @@ from qdora.plan.plan_view import plan_run
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes
-from tests import launched, tiny, tiny_run, tiny_sharded, tiny_streamed
+from tests import support
 from tests.test_memory_host_residency import LateCopies
 from tests.test_memory_sharded_base import write
 from tests.test_plan_memory import SHAPES, SIZES, a_recipe
@@ -71,15 +71,15 @@ def quiet() -> Console:
 
 
 def as_planned(rank: int, source: Path) -> None:
-    model = empty_model(AutoConfig.from_pretrained(source), tiny.source(), torch.float32, "sdpa")
+    model = empty_model(AutoConfig.from_pretrained(source), support.config_source(), torch.float32, "sdpa")
     division = division_of(model, NF4, torch.float32, pruned=False)
     assert division is not None
-    with tiny_sharded.launch() as processes:
-        whole, sharded = tiny_sharded.load(source), tiny_sharded.load(source, processes)
-        small = tiny_sharded.num_resident_bytes(whole) - sum(division.held(1).values())
-        tiny_sharded.adapt(sharded)
+    with support.dividing_processes() as processes:
+        whole, sharded = support.load_sharded(source), support.load_sharded(source, processes)
+        small = support.num_resident_bytes(whole) - sum(division.held(1).values())
+        support.adapt_sharded(sharded)
         received = bytes_received(sharded, processes)
-        held = tiny_sharded.num_resident_bytes(sharded) - tiny_sharded.num_adapter_bytes(sharded)
+        held = support.num_resident_bytes(sharded) - support.num_adapter_bytes(sharded)
         assert held == small + sum(division.held(processes.size).values())
         wanted = 2 * division.blocks_bytes + division.table_bytes + division.head_bytes
         assert received == pytest.approx((processes.size - 1) / processes.size * wanted, rel=0.03)  # and padding
@@ -87,7 +87,7 @@ def as_planned(rank: int, source: Path) -> None:
 
 def bytes_received(model: Any, processes: Processes) -> float:
     """By torch's gathering, in the two passes of a micro-batch."""
-    tiny_sharded.train(model, processes, num_steps=1)
+    support.train_plainly(model, processes, num_steps=1)
     counts: list[float] = []
     real = dist.all_gather_single
 
@@ -97,22 +97,22 @@ def bytes_received(model: Any, processes: Processes) -> float:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_gather_single", counted)
-        patch.setattr(tiny_sharded, "LENGTHS", (7,) * processes.size)
-        tiny_sharded.train(model, processes, num_steps=1)
+        patch.setattr(support, "LENGTHS", (7,) * processes.size)
+        support.train_plainly(model, processes, num_steps=1)
     return sum(counts)
 
 
-@tiny_sharded.needs_division
+@support.needs_division
 @pytest.mark.parametrize(("family", "size"), [("qwen3", 3), pytest.param("llama", 2, marks=pytest.mark.slow)])
 def test_processes_hold_and_receive_what_is_planned(root: Path, family: str, size: int) -> None:
     """To the byte what each holds, with torch's padding."""
-    assert launched.run(size, as_planned, write(root / family, family)) == [""] * size
+    assert support.run_processes(size, as_planned, write(root / family, family)) == [""] * size
 
 
 @pytest.mark.parametrize("base", [{}, {"quant": "none"}, {"prune": {"method": "magnitude", "pattern": "2:4"}}])
 def test_what_is_divided_is_in_the_plan(tmp_path: Path, base: dict[str, Any]) -> None:
     """Component by component: what a card holds in the plan, and what of it is cut."""
-    recipe = tiny_run.one_layer_recipe(tmp_path, **{f"base__{name}": value for name, value in base.items()})
+    recipe = support.one_layer_recipe(tmp_path, **{f"base__{name}": value for name, value in base.items()})
     found = plan(recipe, device_kind="cpu")
     division, held = found.division, found.moments[-1].by_component
     assert division is not None
@@ -206,7 +206,7 @@ def test_as_few_blocks_are_streamed_as_make_it_fit_or_as_the_recipe_says(tmp_pat
         asked.append(recipe)
         return streaming(recipe)
 
-    plans = whole_plans(tiny_run.one_layer_recipe(tmp_path), plan_of)
+    plans = whole_plans(support.one_layer_recipe(tmp_path), plan_of)
     assert (plans.replicate.fits, plans.num_streamed) == (False, 5)  # five leave three blocks and two slots
     assert [each.train.parallel for each in asked] == ["replicate"] * 3 + ["shard"]
     found = process_plans(plans, 2)
@@ -218,7 +218,7 @@ def test_as_few_blocks_are_streamed_as_make_it_fit_or_as_the_recipe_says(tmp_pat
     assert found[2].step_seconds["NVLink"] == pytest.approx(3 * (36.0 + 5) / 6, rel=1e-4)
     assert "  Fastest that fits: stream over NVLink, stream over PCIe 4." in process_lines(found, 2, 1)
     base: dict[str, Any] = {"base__quant": "nf4", "base__residency": "host", "base__streamed_blocks": 7}
-    plans = whole_plans(tiny_run.one_layer_recipe(tmp_path, **base), streaming)
+    plans = whole_plans(support.one_layer_recipe(tmp_path, **base), streaming)
     assert (plans.num_streamed, plans.replicate.tensor_bytes) == (7, 10 * GIB)
 
 
@@ -238,10 +238,10 @@ def test_of_ways_that_are_as_fast_the_first_is_named() -> None:
 
 def test_the_command_plans_for_several_cards(tmp_path: Path) -> None:
     """A recipe that divides its base is planned divided, without the scales that a card with a whole base keeps."""
-    recipe, options = tiny_run.one_layer_recipe(tmp_path), {"console": quiet(), "num_processes": 2}
+    recipe, options = support.one_layer_recipe(tmp_path), {"console": quiet(), "num_processes": 2}
     one, two = (plan_run(recipe, "r.yaml", console=quiet(), num_processes=count)["memory"] for count in (1, 2))
     assert two["peak_bytes"] == one["peak_bytes"] + GIB
-    divides = tiny_run.one_layer_recipe(tmp_path, train__parallel="shard")
+    divides = support.one_layer_recipe(tmp_path, train__parallel="shard")
     either, sharded = (plan_run(each, "r.yaml", device_kind="cpu", **options) for each in (recipe, divides))  # type: ignore[arg-type]
     assert [each["way"] for each in either["processes"]] == ["replicate", "shard"]
     peaks = [each["memory"]["peak_bytes"] for each in (either, sharded)]
@@ -263,7 +263,7 @@ def test_the_command_plans_for_several_cards(tmp_path: Path) -> None:
 
 
 def blocks(count: int | None) -> StreamedBlocks:
-    return streamed_blocks(empty_model(CONFIG, tiny.source(), torch.bfloat16, "sdpa"), NF4, count)
+    return streamed_blocks(empty_model(CONFIG, support.config_source(), torch.bfloat16, "sdpa"), NF4, count)
 
 
 @pytest.mark.parametrize("count", [1, 3, None])
@@ -295,18 +295,20 @@ def test_a_plan_has_the_streamed_blocks_in_their_slots_alone() -> None:
 
 
 def test_a_counted_run_saves_what_the_plan_says(tmp_path: Path) -> None:
-    source = tiny_streamed.write_source(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64)
+    source = support.write_source(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64)
     peaks = []
     for placer in (None, HostResidency(4, copies=LateCopies)):
         with LiveBytes() as live:
             model = load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.float32, placer=placer)
-            tiny_streamed.adapt(model)
+            support.adapt_streamed(model)
             for layer in adapted_layers(model).values():
                 layer.keeps_scales = False  # as in a run with a streamed base
             live.reset_peak()
-            tiny_streamed.gradients(model)
+            support.streamed_gradients(model)
             peaks.append(live.peak_bytes)
-    sizes = streamed_blocks(empty_model(model.config, tiny.source(), torch.float32, "sdpa"), tiny_streamed.WANTED, 4)
+    sizes = streamed_blocks(
+        empty_model(model.config, support.config_source(), torch.float32, "sdpa"), support.STREAMED_QUANTIZATION, 4
+    )
     # The layers of a base that has just been quantised share one code book of 1 KiB; a piece holds one for each.
     assert peaks[0] - peaks[1] == sizes.codes + sizes.scales - 2 * sizes.block_bytes - 4 * 7 * 1024
 

@@ -33,7 +33,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.passes import batch_loss
-from tests import tiny_experts
+from tests import support
 from tests.test_plan_memory import a_recipe as dense_recipe
 
 
@@ -44,7 +44,7 @@ def a_recipe(source: str = "org/model", **changes: Any) -> Recipe:
 
 
 def a_config(name: str, **changes: Any) -> PreTrainedConfig:
-    return AutoConfig.for_model(name, **(tiny_experts.SIZES | tiny_experts.MODELS[name] | changes))
+    return AutoConfig.for_model(name, **(support.EXPERT_SIZES | support.MIXTURES[name] | changes))
 
 
 def force_routing(model: Any, choose: Any) -> None:
@@ -96,7 +96,7 @@ def counted_step(recipe: Recipe, choose: Any, length: int) -> int:
 
 def check_bytes(directory: Path, name: str, length: int, sizes: dict[str, Any], **changes: Any) -> Plan:
     """Compare planned with counted bytes, evenly routed and skewed; returns the plan."""
-    tiny_experts.make(name, torch.bfloat16, **sizes).save_pretrained(directory)
+    support.mixture(name, torch.bfloat16, **sizes).save_pretrained(directory)
     recipe = a_recipe(str(directory), **changes)
     shape = MicroBatchShape(1, length, length - 1, masked=False, accumulated=True)
     found = plan(recipe, device_kind="cpu", workload=lambda _recipe: ([shape], 2))
@@ -229,7 +229,7 @@ def test_a_plan_has_the_adapters_of_experts_that_a_run_goes_on_from(tmp_path: Pa
     """They need what fresh ones of the same ranks need."""
     config = a_config("qwen3_moe", num_hidden_layers=1)
     fresh = a_recipe(adapter__experts={"rank": 2, "share": share}, base__quant="nf4")
-    model = tiny_experts.make("qwen3_moe", num_hidden_layers=1)
+    model = support.mixture("qwen3_moe", num_hidden_layers=1)
     use_expert_layers_(model)
     put_adapters(model, fresh)
     save_adapter(model, tmp_path / "adapter", base_name_or_path="x", revision=None, base_quant={"quant": "nf4"})

@@ -31,7 +31,7 @@ from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.plan.workload import assumed_workload, largest_shapes, not_exceeded, workload_of_data
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
-from tests import tiny_tokenizer
+from tests import support
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -366,7 +366,7 @@ def test_the_longest_example_of_a_long_run_is_planned(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = {"mix": [{"source": f"{tmp_path}/x.jsonl"}], "max_length": 2048}
     recipe = a_recipe(data=data, train={"epochs": 1, "batch": 2})
-    tokenizer = tiny_tokenizer.make()
+    tokenizer = support.tokenizer()
     mix = tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0])
     shapes, _ = workload_of_data(recipe, mix, tokenizer)(recipe)
     loader = make_loader(recipe, mix, tokenizer)

@@ -30,7 +30,7 @@ from qdora.recipe.settings import Recipe
 from qdora.study.cells import Expander
 from qdora.study.grid import study_from
 from qdora.study.outlook import planned_cells
-from tests import tiny_adapted
+from tests import support
 
 ROOT = Path(__file__).parent.parent
 README, GUIDES = ROOT / "README.md", sorted((ROOT / "qdora/guide").glob("*.md"))
@@ -197,13 +197,13 @@ def test_python_blocks_parse_and_that_of_a_trainer_runs(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     ids = [{"input_ids": [1, 5, 9, 7], "labels": [-100, 5, 9, 7]}] * 8
-    names = {"model": tiny_adapted.base(quant="nf4"), "dataset": ids}
+    names = {"model": support.base_model(quant="nf4"), "dataset": ids}
     names |= {"inject": inject, "save_adapter": save_adapter, "Path": Path}
     _, example, _ = blocks(PYTHON, "python")
     exec(example, names)
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
     magnitudes = [layer.magnitude for layer in adapted_layers(names["model"]).values()]
-    fresh = [layer.magnitude for layer in inject(tiny_adapted.base(quant="nf4")).values()]
+    fresh = [layer.magnitude for layer in inject(support.base_model(quant="nf4")).values()]
     assert all(not torch.equal(new, old) for new, old in zip(magnitudes, fresh, strict=True))
 
 

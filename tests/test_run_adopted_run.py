@@ -26,7 +26,7 @@ from qdora.export.options import ExportOptions
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, generate_from
 from qdora.run.load_run import load_target
-from tests import reference, tiny_run, tiny_tokenizer
+from tests import reference, support
 
 IDS = torch.arange(5, 45).reshape(2, 20)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -110,7 +110,7 @@ def content(directory: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def model(root: Path) -> Path:
-    return tiny_run.write_model(root / "model", intermediate_size=128)
+    return support.write_llama(root / "model", intermediate_size=128)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_a_base_that_is_stored_in_4_bits_stays_so(model: Path, adapter: Path, tm
     """No double quantisation there, so the default would be another base; with a tokenizer beside the adapter alone."""
     bnb_base(model, bnb_4bit_quant_type="nf4").save_pretrained(tmp_path / "base")
     given = changed(adapter, tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
-    tiny_tokenizer.make().save_pretrained(given)
+    support.tokenizer().save_pretrained(given)
     with pytest.raises(UserError, match=r"--quant: .* is quantised already"):
         export_run(given, tmp_path / "out", ExportOptions(quant="nf4"))
     written = export_run(given, tmp_path / "out", ExportOptions(dtype="float32"))

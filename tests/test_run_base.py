@@ -30,8 +30,8 @@ from qdora.run.load_run import load_run
 from qdora.run.open_directory import resumed_recipe
 from qdora.run.residency_choice import FILE, keep_residency, residency_here
 from qdora.run.train import train_run
-from tests import tiny_run, tiny_tokenizer
-from tests.run_files import assert_same_run, stop_after
+from tests import support
+from tests.support import assert_same_run, stop_after
 from tests.test_memory_host_residency import stream_on_cpu
 
 QUIET = Console(quiet=True)
@@ -59,8 +59,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer, with other ids."""
     cache = tmp_path / "cache"
     for commit in (OLD, NEW):
-        tiny_run.write_model(cache / "models--org--small/snapshots" / commit)
-        tokenizer = tiny_tokenizer.make()
+        support.write_llama(cache / "models--org--small/snapshots" / commit)
+        tokenizer = support.tokenizer()
         if commit == NEW:
             change_weights_(cache / "models--org--small/snapshots" / commit)
             tokenizer.add_tokens(["+", "follows"])
@@ -84,7 +84,7 @@ def test_a_moved_branch(
     names = {"model__source": "org/small", "model__revision": revision}
     if what == "tokenizer":
         names = {"model__tokenizer": "org/words", "model__tokenizer_revision": revision}
-    recipe, run = tiny_run.recipe(tmp_path, **names, train__steps=2, eval__at_start=False), tmp_path / "run"
+    recipe, run = support.tiny_recipe(tmp_path, **names, train__steps=2, eval__at_start=False), tmp_path / "run"
 
     def kept() -> str | None:
         model = load_recipe(run / "recipe.yaml").model
@@ -120,7 +120,7 @@ def test_a_moved_branch(
 
 
 def test_a_run_of_an_older_version_goes_on_and_a_changed_base_is_refused(tmp_path: Path, hub: Path) -> None:
-    recipe = tiny_run.recipe(tmp_path, model__source="org/small", train__steps=2, eval__at_start=False)
+    recipe = support.tiny_recipe(tmp_path, model__source="org/small", train__steps=2, eval__at_start=False)
     run, out = tmp_path / "run", tmp_path / "out"
     train_run(recipe, run, console=QUIET)
     own = (run / "recipe.yaml").read_text()
@@ -156,7 +156,7 @@ PRUNE = {"method": "wanda", "pattern": "2:4", "calibration": {"sequences": 4, "l
 
 
 def pruned_recipe(root: Path, prune: dict[str, Any] = PRUNE, **changes: Any) -> Recipe:
-    return tiny_run.recipe(root, base__prune=prune, train__steps=3, **changes)
+    return support.tiny_recipe(root, base__prune=prune, train__steps=3, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +291,7 @@ def test_runs_that_share_a_base_compress_it_once(root: Path, pruned: Path, monke
 
 
 def test_weights_that_changed_in_their_place_are_compressed_anew(root: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_run.write_model(tmp_path / "first"), tmp_path / "model"))
+    folder = Path(shutil.copytree(support.write_llama(tmp_path / "first"), tmp_path / "model"))
 
     def key() -> str:
         return pruned_base.compression_key(pruned_recipe(root), resolve(str(folder)), choose_compute("float32"), None)
@@ -314,7 +314,7 @@ def test_weights_that_changed_in_their_place_are_compressed_anew(root: Path, tmp
 def test_residency_here(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, trained: str, differentiated: bool
 ) -> None:
-    recipe = tiny_run.recipe(root, base__residency=trained)
+    recipe = support.tiny_recipe(root, base__residency=trained)
     for device, expected in (("cpu", "device"), ("cuda", "device" if differentiated else trained)):
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="qdora"):
@@ -326,7 +326,7 @@ def test_residency_here(
 
 
 def test_what_was_chosen_is_kept_until_another_start_chooses(root: Path, tmp_path: Path) -> None:
-    run, gpu, given = RunDirectory(tmp_path), torch.device("cuda"), tiny_run.recipe(root)
+    run, gpu, given = RunDirectory(tmp_path), torch.device("cuda"), support.tiny_recipe(root)
     chosen = override(given, ["base.residency=host", "base.streamed_blocks=1", "memory.host_embeddings=true"])
     divided = divided_recipe(chosen)
     assert divided is not None
@@ -345,7 +345,7 @@ def test_what_was_chosen_is_kept_until_another_start_chooses(root: Path, tmp_pat
 
 
 def test_a_run_goes_on_with_what_was_chosen(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny_run.recipe(root, train__steps=2, eval__at_start=False, eval__at_end=False, eval__limit=...)
+    recipe = support.tiny_recipe(root, train__steps=2, eval__at_start=False, eval__at_end=False, eval__limit=...)
     chosen = ["base.residency=host", "base.streamed_blocks=1"]
     stream_on_cpu(monkeypatch)
     monkeypatch.setattr(prepare, "within_budget", lambda given, *_, **__: (override(given, chosen), None))

@@ -38,9 +38,9 @@ from qdora.run.preview import preview, show_preview, visible
 from qdora.run.start_checks import data_checks, repeated_checks
 from qdora.run.train import train_run
 from qdora.train.distributed import Processes
-from tests import tiny_run, tiny_tokenizer
+from tests import support
 from tests.page_parser import Page
-from tests.run_files import timeless
+from tests.support import timeless
 
 QUIET = Console(quiet=True)
 UNEVALUATED: dict[str, Any] = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
@@ -66,7 +66,7 @@ def chat(*turns: str, **more: Any) -> dict[str, Any]:
 
 def recipe_file(root: Path, tmp_path: Path, **changes: Any) -> Path:
     file = tmp_path / "r.yaml"
-    file.write_text(resolved_yaml(tiny_run.recipe(root, **changes)))
+    file.write_text(resolved_yaml(support.tiny_recipe(root, **changes)))
     return file
 
 
@@ -76,7 +76,7 @@ def invoke(*arguments: Any) -> Result:
 
 def train(root: Path, run: Path, *, resume: bool = False, **changes: Any) -> str:
     """Train, and return the log."""
-    train_run(tiny_run.recipe(root, **changes), run, resume=resume, console=QUIET)
+    train_run(support.tiny_recipe(root, **changes), run, resume=resume, console=QUIET)
     return (run / "log.txt").read_text()
 
 
@@ -93,11 +93,11 @@ def refusal(recipe: Recipe, run: Path) -> list[str]:
 def test_long_examples_of_all_sources_are_found_as_a_run_finds_them(tmp_path: Path) -> None:
     found = invoke("validate", recipe_file(tmp_path, tmp_path, data__max_length=8))
     assert (found.exit_code, found.stdout) == (2, "")
-    faults = refusal(tiny_run.recipe(tmp_path, data__max_length=8), tmp_path / "run")
+    faults = refusal(support.tiny_recipe(tmp_path, data__max_length=8), tmp_path / "run")
     assert found.stderr.splitlines() == faults
     assert [fault.split(": ")[:2] for fault in faults] == [["data.mix[0]", "sums"], ["data.mix[1]", "letters"]]
     assert all("data.too_long to truncate (cuts " in fault for fault in faults)
-    _, letters = tiny_run.write_data(tmp_path / "data")
+    _, letters = support.write_data(tmp_path / "data")
     mix = [{"source": "nobody/nothing"}, {"task": "demo/facts"}, {"source": str(letters)}]
     found = invoke("validate", recipe_file(tmp_path, tmp_path, data__max_length=8, data__mix=mix))
     assert [line.partition(":")[0] for line in found.stderr.splitlines()] == ["data.mix[2]"]  # not those on the Hub
@@ -139,7 +139,7 @@ def test_faulty_rows_are_told_as_a_run_tells_them(tmp_path: Path, kind: str, too
 
 @pytest.mark.parametrize("kind", ["other columns", "other content"])
 def test_the_first_rows_of_a_stream_are_checked_without_a_tokenizer(tmp_path: Path, kind: str) -> None:
-    sums, _ = tiny_run.write_data(tmp_path / "data")
+    sums, _ = support.write_data(tmp_path / "data")
     changes: dict[str, Any] = {"data__mix": [{"source": str(sums), "stream": True}], "data__too_long": "truncate"}
     file = recipe_file(tmp_path, tmp_path, **changes, model__source="nobody/nothing")
     assert invoke("validate", file).exit_code == 0
@@ -160,7 +160,7 @@ ROWS = [{"prompt": f"{number}:", "completion": " yes" * number} for number in ra
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model without weights."""
     root = tmp_path_factory.mktemp("preview")
-    for weights in tiny_run.write_model(root / "model").glob("*.safetensors"):
+    for weights in support.write_llama(root / "model").glob("*.safetensors"):
         weights.unlink()
     return root
 
@@ -177,7 +177,7 @@ def shown(bare: Path, tmp_path: Path, rows: Sequence[dict[str, Any]], *options: 
 @pytest.fixture(scope="module")
 def sizes() -> np.ndarray[Any, Any]:
     """(rows, 2): tokens, and tokens in the loss; an end mark follows the completion."""
-    tokenizer = tiny_tokenizer.make()
+    tokenizer = support.tokenizer()
     texts = [(row["prompt"], row["prompt"] + row["completion"]) for row in ROWS]
     counts = [[len(tokenizer(text)["input_ids"]) for text in pair] for pair in texts]
     return np.array([(whole + 1, whole + 1 - prompt) for prompt, whole in counts])
@@ -259,7 +259,7 @@ def test_mistakes_are_lines_and_colours_stand_for_the_marks(bare: Path, tmp_path
     faulty = invoke("preview", recipe_file(bare, tmp_path, data__mix=mix), "--json")
     assert (faulty.exit_code, faulty.stdout) == (2, "")
     assert all(line.startswith("data.mix[0]: ") for line in faulty.stderr.splitlines())
-    recipe, screen = tiny_run.recipe(bare, data__mix=[{"source": write(tmp_path / "own.jsonl", *ROWS)}]), StringIO()
+    recipe, screen = support.tiny_recipe(bare, data__mix=[{"source": write(tmp_path / "own.jsonl", *ROWS)}]), StringIO()
     console = Console(file=screen, force_terminal=True, color_system="standard", width=80)
     show_preview(preview(recipe, "r.yaml", 1), console)
     assert "\x1b[4;32m yes\x1b[0m" in screen.getvalue()
@@ -280,7 +280,7 @@ def test_no_character_of_a_visible_text_hides(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    made = tiny_tokenizer.make(more=["<think>"] * 50)
+    made = support.tokenizer(more=["<think>"] * 50)
     set_chat_settings(made, stop_ids=frozenset({made.eos_token_id}))
     return made
 
@@ -321,7 +321,7 @@ def test_answers_that_end_and_say_something(tokenizer: Any) -> None:
         assert not [text for text in found if "stop token" in text]
     assert said(tokenizer, plain, loss_on="all")[0].startswith("warning: s: 1 of 1 answers do not end")
     assert "warning: s: 2 of 3 examples have no token in the loss." in said(tokenizer, "Why?", ends, "Why?")
-    first, *others = said(tiny_tokenizer.make(), cut)
+    first, *others = said(support.tokenizer(), cut)
     assert first.startswith("warning: neither the model nor the tokenizer")
     assert not [text for text in others if "stop token" in text]
 
@@ -366,9 +366,9 @@ NO_ADAPTER = {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout")}
     ],
 )
 def test_tokens_that_the_base_never_learnt(tmp_path: Path, changes: dict[str, Any], warns: bool) -> None:
-    model = tiny_run.write_model(tmp_path / "model")
+    model = support.write_llama(tmp_path / "model")
     weights = load_file(model / "model.safetensors")
-    ids = tiny_tokenizer.make().convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<s>"])
+    ids = support.tokenizer().convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<s>"])
     weights["model.embed_tokens.weight"][ids] = 0.0
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     data = {"data__mix": [{"source": write(tmp_path / "c.jsonl", chat("2 + 2?", "4"))}], "data__validation_fraction": 0}
@@ -382,7 +382,7 @@ def test_a_run_that_evaluates_nothing_says_so(tmp_path: Path, caplog: pytest.Log
     caplog.set_level(logging.INFO)
 
     def told(**changes: Any) -> list[str]:
-        recipe = tiny_run.one_layer_recipe(tmp_path, data__validation_fraction=0, **changes)
+        recipe = support.one_layer_recipe(tmp_path, data__validation_fraction=0, **changes)
         found = prepare.prepare(recipe, tmp_path / "run", Processes(), where="r.yaml", force=False)
         caplog.clear()
         checks = prepare._evaluation_checks(found)
@@ -393,7 +393,7 @@ def test_a_run_that_evaluates_nothing_says_so(tmp_path: Path, caplog: pytest.Log
     assert told(eval__tasks=[], eval__limit=...) == []
     with pytest.raises(UserError, match=r"^eval\.every: got 2, but no source has validation data\. Fix: set valid"):
         told(eval__every=2)
-    sums, letters = tiny_run.write_data(tmp_path / "data")
+    sums, letters = support.write_data(tmp_path / "data")
     mix = [{"source": str(sums), "validation": str(letters)}, {"source": str(sums), "name": "again"}]
     assert told(data__mix=mix, eval__every=2) == ["Not evaluated, since there is no validation data: again."]
 
@@ -433,12 +433,12 @@ def test_validation_examples_that_are_trained_on_are_counted(tmp_path: Path, tok
     long, short, cut = "the dog " * 20, {"text": "the dog"}, {"max_length": 16, "too_long": "truncate"}
     trained = [{"text": f"{long}sat"}, short]
     assert repeated(tmp_path / "b", tokenizer, trained, {"texts": [{"text": f"{long}ran"}]}, **cut) == []
-    plain = tiny_tokenizer.make(chat_template=None, more=["<think>"] * 50)
+    plain = support.tokenizer(chat_template=None, more=["<think>"] * 50)
     held = {"chats": [chat("a", "b")], "short": [short]}
     found = repeated(tmp_path / "c", tokenizer, trained, held, look_up=plain, **cut)
     assert found == ["short: of 1 validation examples looked up, 1"]
     one, two = (chat("a", "b", *more, reasoning_content="c") for more in ((), ("d", "e")))
-    made = tiny_tokenizer.make(chat_template=FORGETTING)
+    made = support.tokenizer(chat_template=FORGETTING)
     found = repeated(tmp_path / "d", made, [one], {"one": [one], "two": [two]})
     assert found == ["one: of 1 validation examples looked up, 1"]
 
@@ -449,7 +449,7 @@ def test_the_checks_change_no_number_and_lose_no_run(
     def full(*_: Any, **__: Any) -> None:
         raise OSError("full")
 
-    recipe = tiny_run.recipe(root, train__steps=4, data__packing=True)
+    recipe = support.tiny_recipe(root, train__steps=4, data__packing=True)
     train_run(recipe, tmp_path / "with", console=QUIET)
     for place, name in ((prepare, "data_checks"), (prepare, "begin_checks"), (start_checks, "tell_checks")):
         monkeypatch.setattr(place, name, full)
@@ -486,16 +486,16 @@ def test_rows_of_the_embedding_and_positions_are_limits() -> None:
 
 
 def test_a_run_tells_both_before_its_model_is_loaded(tmp_path: Path) -> None:
-    tiny_run.write_model(tmp_path / "model", max_position_embeddings=16)
+    support.write_llama(tmp_path / "model", max_position_embeddings=16)
     source = write(tmp_path / "long.jsonl", *[{"prompt": f"{n} " * 20, "completion": " yes"} for n in range(20)])
     log = train(tmp_path, tmp_path / "run", data__mix=[{"source": source}], train__steps=1)
     assert "WARNING long: 19 of 19 examples are longer than the model has positions" in log
     assert log.index("has positions") < log.index("Training ")
-    tiny_run.write_model(tmp_path / "small/model", vocab_size=100)
-    (fault,) = refusal(tiny_run.recipe(tmp_path / "small", data__mix=[{"source": source}]), tmp_path / "small/run")
+    support.write_llama(tmp_path / "small/model", vocab_size=100)
+    (fault,) = refusal(support.tiny_recipe(tmp_path / "small", data__mix=[{"source": source}]), tmp_path / "small/run")
     assert "source 'long' has token id" in fault
     epochs: dict[str, Any] = UNEVALUATED | {"train__steps": ..., "train__epochs": 1}
-    (fault,) = refusal(tiny_run.recipe(tmp_path, **epochs, train__warmup=1000), tmp_path / "other")
+    (fault,) = refusal(support.tiny_recipe(tmp_path, **epochs, train__warmup=1000), tmp_path / "other")
     num_steps = int(fault.partition("at most the ")[2].split()[0])
     assert fault.startswith("train.warmup: must be at most the ")
     assert "got 1,000" in fault
@@ -504,17 +504,17 @@ def test_a_run_tells_both_before_its_model_is_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("evaluates", [True, False])
 def test_validation_data_that_cannot_be_scored_is_refused(tmp_path: Path, evaluates: bool) -> None:
-    tiny_tokenizer.make(
+    support.tokenizer(
         chat_template="{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('never no') }}{% endif %}"
         "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ).save_pretrained(tiny_run.write_model(tmp_path / "model"))
+    ).save_pretrained(support.write_llama(tmp_path / "model"))
     source = write(tmp_path / "chat.jsonl", *[chat("Hi", "yes")] * 8)
     held = write(tmp_path / "held.jsonl", chat("Hi", "yes"), chat("Hi", "no"))
     when = {"eval__every": 2, "eval__at_start": False} if evaluates else UNEVALUATED
     changes = {"data__mix": [{"source": source, "validation": held}], "train__steps": 2, **when, "eval__limit": None}
     if evaluates:
         text = f"validation data ({held}): chat: example 2: the chat template refuses it: never no"
-        assert refusal(tiny_run.recipe(tmp_path, **changes), tmp_path / "run") == [text]
+        assert refusal(support.tiny_recipe(tmp_path, **changes), tmp_path / "run") == [text]
     else:
         train(tmp_path, tmp_path / "run", **changes)

@@ -33,7 +33,7 @@ from qdora.run.generate import Sampling, answer_chats, generate_from, prompt_ids
 from qdora.run.load_run import load_target
 from qdora.run.run_page import page_of_run, run_facts
 from qdora.run.train import train_run
-from tests import tiny_run, tiny_tokenizer
+from tests import support
 
 QUIET = Console(quiet=True)
 
@@ -67,7 +67,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name": "times",
     }
     changes: dict[str, Any] = {"data__mix": [source], "train__steps": 2, "train__checkpoint_every": ...}
-    train_run(tiny_run.one_layer_recipe(root, **changes), root / "run", console=QUIET)
+    train_run(support.one_layer_recipe(root, **changes), root / "run", console=QUIET)
     return root / "run"
 
 
@@ -75,7 +75,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two sources."""
     root = tmp_path_factory.mktemp("two")
-    recipe = tiny_run.one_layer_recipe(root, train__steps=1, train__checkpoint_every=...)
+    recipe = support.one_layer_recipe(root, train__steps=1, train__checkpoint_every=...)
     train_run(recipe, root / "run", console=QUIET)
     return root / "run"
 
@@ -189,7 +189,7 @@ def test_what_does_not_fit(of_two: Path, tmp_path: Path, options: dict[str, Any]
 
 def test_without_validation_data_other_data_is_named_in_the_fix(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"data__validation_fraction": 0, "eval__limit": ..., "train__checkpoint_every": ...}
-    train_run(tiny_run.one_layer_recipe(tmp_path, train__steps=1, **changes), tmp_path / "run", console=QUIET)
+    train_run(support.one_layer_recipe(tmp_path, train__steps=1, **changes), tmp_path / "run", console=QUIET)
     with pytest.raises(UserError, match=r"--split: the run has no validation examples. Fix: .* --data"):
         scores(tmp_path / "run")
 
@@ -202,8 +202,8 @@ PROMPT = "3 + 4 ="
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("generate")
-    tiny_run.write_model(root / "model", intermediate_size=128)
-    train_run(tiny_run.recipe(root, train__steps=2, train__lr=0.002), root / "run", console=QUIET)
+    support.write_llama(root / "model", intermediate_size=128)
+    train_run(support.tiny_recipe(root, train__steps=2, train__lr=0.002), root / "run", console=QUIET)
     return root / "run"
 
 
@@ -275,7 +275,7 @@ def test_only_text_is_written_by_the_fused_product(run: Path, monkeypatch: pytes
 
 
 def test_prompts_get_the_chat_template_where_there_is_one() -> None:
-    tokenizer: Any = tiny_tokenizer.make()
+    tokenizer: Any = support.tokenizer()
     text = tokenizer.decode(prompt_ids(tokenizer, "a question", "be kind", raw=False))
     assert 0 <= text.index("be kind") < text.index("a question") < text.index("assistant")
     raw = tokenizer("a question")["input_ids"]
@@ -284,7 +284,7 @@ def test_prompts_get_the_chat_template_where_there_is_one() -> None:
     assert prompt_ids(tokenizer, "a question", None, raw=False) == raw
     with pytest.raises(UserError, match="no chat template"):
         prompt_ids(tokenizer, "a question", "be kind", raw=False)
-    tokenizer = tiny_tokenizer.make(bos=True, adds_eos=True)  # the beginning once, and no end
+    tokenizer = support.tokenizer(bos=True, adds_eos=True)  # the beginning once, and no end
     ids = [tokenizer.bos_token_id, *tokenizer("the cat", add_special_tokens=False)["input_ids"]]
     assert [prompt_ids(tokenizer, text, None, raw=True) for text in ("the cat", "<s>the cat")] == [ids, ids]
 

@@ -34,8 +34,8 @@ from qdora.run.expert_load import FILE, ExpertLoad
 from qdora.run.load_run import load_run
 from qdora.run.rank import RankSettings, rank_run
 from qdora.run.train import train_run
-from tests import launched, tiny_curvature, tiny_experts, tiny_run, tiny_tokenizer
-from tests.run_files import assert_same_run, stop_after
+from tests import support
+from tests.support import assert_same_run, stop_after
 from tests.test_train_distributed import assert_close_runs
 
 QUIET = Console(quiet=True)
@@ -50,8 +50,8 @@ def recipe(root: Path, name: str = "qwen3_moe", **changes: Any) -> Any:
     """Experts of rank 2 beside attention of rank 4."""
     folder = root / name
     if not (folder / "model").exists():
-        tiny_experts.write(folder / "model", name)
-    return tiny_run.recipe(folder, **({"adapter__experts": {"rank": 2}} | SHORT | changes))
+        support.write_mixture(folder / "model", name)
+    return support.tiny_recipe(folder, **({"adapter__experts": {"rank": 2}} | SHORT | changes))
 
 
 def exported(run: Path, out: Path, **options: Any) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def test_curvature_gives_ranks_of_experts(run: Path) -> None:
 @pytest.mark.parametrize("share", ["none", "A", "B"])
 @pytest.mark.parametrize("kind, norm", [("lora", "none"), ("dora", "held")])
 def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path: Path, kind: Any, norm: Any, share: Any) -> None:
-    model, layers = tiny_experts.adapted(tmp_path, kind=kind, share=share)
+    model, layers = support.adapted_mixture(tmp_path, kind=kind, share=share)
     plain = load_model(resolve(str(tmp_path)), quant="none", compute_dtype=torch.float64)
     gains = {}
     for name, layer in layers.items():
@@ -203,9 +203,9 @@ def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path: Path, kind
         plain.get_submodule(name).weight = torch.nn.Parameter(gains[name][:, None] * (base + update))
         if isinstance(layer, AdaptedExperts):
             shown = update if share == "B" else gains[name][:, None] * update
-            values = [torch.linalg.svdvals(part).square()[:3] for part in tiny_experts.parts_of(shown, 4, share)]
+            values = [torch.linalg.svdvals(part).square()[:3] for part in support.parts_of_experts(shown, 4, share)]
             np.testing.assert_allclose(update_spectrum(layer).energies, torch.stack(values).sum(0).numpy(), rtol=1e-8)
-    batches = tiny_curvature.batches()
+    batches = support.curved_batches()
     found = gradient_spectra(model, list(layers), batches, 5, norm=norm)
     total, count = torch.zeros(()), 0
     for batch in batches:
@@ -217,7 +217,7 @@ def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path: Path, kind
     for name, gradient in zip(layers, torch.autograd.grad(total / count, weights), strict=True):
         gradient = gains[name][:, None] * gradient
         is_stack = isinstance(layers[name], AdaptedExperts)
-        parts = tiny_experts.parts_of(gradient, 4, share) if is_stack else [gradient]
+        parts = support.parts_of_experts(gradient, 4, share) if is_stack else [gradient]
         values = torch.stack([torch.linalg.svdvals(part).square() for part in parts]).sum(0)
         np.testing.assert_allclose(found[name].energies, values[:5].numpy(), rtol=1e-4, atol=1e-9 * float(values[0]))
         assert found[name].cost * 3 == layers[name].lora_A.numel() + layers[name].lora_B.numel()
@@ -243,12 +243,12 @@ HARD = {"adapter__gates": {**GATES, "mode": "hard_concrete"}}
 @pytest.mark.parametrize("gates", [{}, pytest.param(HARD, marks=pytest.mark.slow)], ids=["plain", "gates"])
 def test_two_processes_train_what_one_does(tmp_path: Path, gates: dict[str, Any]) -> None:
     """Also where an expert is reached by the tokens of one process only."""
-    tiny_experts.make("qwen3_moe", num_experts=16).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.make().save_pretrained(tmp_path / "model")
+    support.mixture("qwen3_moe", num_experts=16).save_pretrained(tmp_path / "model")
+    support.tokenizer().save_pretrained(tmp_path / "model")
     exact = {"adapter__dropout": 0.0, "adapter__dtype": "float32", "train__batch": 2}
-    settings = tiny_run.recipe(tmp_path, **SHORT | exact | gates, adapter__experts={"rank": 2})
+    settings = support.tiny_recipe(tmp_path, **SHORT | exact | gates, adapter__experts={"rank": 2})
     train_run(settings, tmp_path / "one", console=QUIET)
-    assert launched.run(2, reached_and_trained, settings, tmp_path / "two") == ["", ""]
+    assert support.run_processes(2, reached_and_trained, settings, tmp_path / "two") == ["", ""]
     assert_close_runs(tmp_path / "one", tmp_path / "two")
     first, second = (json.loads((tmp_path / f"reached-{rank}.json").read_text()) for rank in (0, 1))
     assert any(set(one) != set(other) for one, other in zip(first, second, strict=False))
@@ -282,7 +282,7 @@ def test_dense_experts_leave_with_a_base_in_4_bits(root: Path, tmp_path: Path) -
     "name",
     [
         name if name in ("gpt_oss", "deepseek_v3") else pytest.param(name, marks=pytest.mark.slow)
-        for name in tiny_experts.MODELS
+        for name in support.MIXTURES
     ],
 )
 def test_a_merged_run_of_each_family_runs_in_transformers(root: Path, tmp_path: Path, name: str) -> None:
@@ -298,7 +298,7 @@ def test_a_merged_run_of_each_family_runs_in_transformers(root: Path, tmp_path: 
 def test_shares_are_those_of_the_router(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
     monkeypatch.setattr(experts, "needs_padding", lambda *_: padded)
     monkeypatch.setattr(expert_tokens, "_MOST_PADDING", 1.0)
-    model = tiny_experts.make("olmoe")
+    model = support.mixture("olmoe")
     wanted: list[np.ndarray] = []
     for block in model.model.layers:
         block.mlp.gate.register_forward_hook(

@@ -26,8 +26,8 @@ from qdora.run.generate import Sampling, generate_from
 from qdora.run.load_base import load_base
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
-from tests import tiny_run
-from tests.run_files import assert_same_run, stop_after
+from tests import support
+from tests.support import assert_same_run, stop_after
 from tests.test_plan_memory import a_config, a_recipe
 
 QUIET = Console(quiet=True)
@@ -39,7 +39,7 @@ TEXT = "<sum>3 + 4 = 7<end>"
 
 def recipe(root: Path, **changes: Any) -> Recipe:
     """The tiny recipe on sums whose text has the new tokens."""
-    found, sums = tiny_run.recipe(root, **changes), root / "marked.jsonl"
+    found, sums = support.tiny_recipe(root, **changes), root / "marked.jsonl"
     rows = [{"prompt": f"<sum>{a} + {b} =", "completion": f" {a + b}<end>"} for a in range(6) for b in range(5)]
     sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = found.data.mix[0].model_copy(update={"source": str(sums)})
@@ -49,7 +49,7 @@ def recipe(root: Path, **changes: Any) -> Recipe:
 @pytest.fixture(scope="module")
 def place(root: Path) -> Path:
     """With a model whose rows are whole blocks of 64."""
-    tiny_run.write_model(root / "model", intermediate_size=128)
+    support.write_llama(root / "model", intermediate_size=128)
     return root
 
 

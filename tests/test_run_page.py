@@ -39,9 +39,9 @@ from qdora.run.run_page import page_of_run, write_page
 from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
 from qdora.run.trained_layers import layer_facts
-from tests import launched, tiny, tiny_run
+from tests import support
 from tests.page_parser import Page
-from tests.run_files import make_gradients_nan, same_tensors, stop_after
+from tests.support import make_gradients_nan, same_tensors, stop_after
 
 QUIET = Console(quiet=True)
 UNEVALUATED = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
@@ -52,13 +52,13 @@ TOKEN = "hf_" + "a1B2" * 8
 @pytest.fixture(scope="module")
 def whole(root: Path) -> Path:
     """A finished run with a plan and enough validation examples for intervals."""
-    recipe = tiny_run.recipe(root, eval__limit=..., data__validation_fraction=0.5, memory__budget="20GiB")
+    recipe = support.tiny_recipe(root, eval__limit=..., data__validation_fraction=0.5, memory__budget="20GiB")
     train_run(recipe, root / "whole", console=QUIET)
     return root / "whole"
 
 
 def train(root: Path, run: Path, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
-    return train_run(tiny_run.recipe(root, **changes), run, resume=resume, console=QUIET)
+    return train_run(support.tiny_recipe(root, **changes), run, resume=resume, console=QUIET)
 
 
 def page(run: Path) -> Page:
@@ -266,9 +266,9 @@ def test_a_page_that_cannot_be_made_is_a_warning(root: Path, tmp_path: Path, mon
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_moved_magnitudes_and_the_size_of_the_update(gated: bool) -> None:
-    layer = tiny.adapted_linear(out=24, in_=64, quant="nf4", dtype=torch.float32, alpha=7.0)
+    layer = support.adapted_linear(out=24, in_=64, quant="nf4", dtype=torch.float32, alpha=7.0)
     assert layer_facts(layer) == {"rank": 3, "magnitude_moved": 0.0, "magnitude_moved_most": 0.0, "update": 0.0}
-    tiny.move_all_parameters_(layer)
+    support.move_all_parameters_(layer)
     gate = torch.tensor([0.5, 2.0, 0.0]) if gated else torch.ones(3)
     if gated:
         layer.add_gate()
@@ -284,7 +284,7 @@ def test_moved_magnitudes_and_the_size_of_the_update(gated: bool) -> None:
 
 
 def test_rows_of_zeros_and_lora_have_no_moved_magnitude() -> None:
-    layer = tiny.adapted_linear(out=4, in_=64, dtype=torch.float32)
+    layer = support.adapted_linear(out=4, in_=64, dtype=torch.float32)
     assert layer.base_squared is not None
     assert layer.magnitude is not None
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_rows_of_zeros_and_lora_have_no_moved_magnitude() -> None:
         layer.magnitude[0] *= 1.5
         layer.magnitude[1:] = 9.0
     assert layer_facts(layer)["magnitude_moved_most"] == pytest.approx(0.5, rel=1e-5)
-    lora = tiny.adapted_linear(kind="lora", dtype=torch.float32)
+    lora = support.adapted_linear(kind="lora", dtype=torch.float32)
     assert layer_facts(lora) == {"rank": 3, "magnitude_moved": None, "magnitude_moved_most": None, "update": None}
 
 
@@ -366,7 +366,7 @@ def test_cards_of_hub_models_and_local_ones(whole: Path, tmp_path: Path, monkeyp
 
 
 def recipe_of(root: Path, *names: str, **changes: Any) -> Recipe:
-    recipe = tiny_run.recipe(root, **{"train__steps": 2, "eval__tasks": [], "eval__limit": ...} | changes)
+    recipe = support.tiny_recipe(root, **{"train__steps": 2, "eval__tasks": [], "eval__limit": ...} | changes)
     return recipe.model_copy(update={"trackers": names})
 
 
@@ -425,7 +425,7 @@ def test_tensorboard_has_every_number_at_its_step_once(root: Path, tmp_path: Pat
     if size == 1:
         tracked(root, run, "tensorboard", eval__every=1, eval__tasks=..., eval__limit=4)
     else:
-        assert launched.run(2, train_tracked, recipe_of(root, "tensorboard"), run) == ["", ""]
+        assert support.run_processes(2, train_tracked, recipe_of(root, "tensorboard"), run) == ["", ""]
     (events,) = (run / "tensorboard").glob("events.out.tfevents.*")
     board = accumulator.EventAccumulator(str(events))
     board.Reload()

@@ -27,8 +27,8 @@ from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import load_run
 from qdora.run.rank import RankSettings, rank_faults, rank_run, ranks_of_gates
 from qdora.run.train import train_run
-from tests import tiny_adapted, tiny_curvature, tiny_run
-from tests.tiny_curvature import LAYERS
+from tests import support
+from tests.support import CURVED_LAYERS
 
 QUIET = Console(quiet=True)
 GATES = {"mean_rank": 2.0, "warmup": 2, "anneal": 4, "shrink_every": 2, "lr": 0.05}
@@ -45,7 +45,7 @@ def retrained(document: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def lora(root: Path) -> Path:
-    train_run(tiny_run.recipe(root, adapter__kind="lora", train__steps=1), root / "lora", console=QUIET)
+    train_run(support.tiny_recipe(root, adapter__kind="lora", train__steps=1), root / "lora", console=QUIET)
     return root / "lora"
 
 
@@ -99,14 +99,14 @@ def test_draws_come_near_the_exact_curvature(whole: Path) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_update_and_the_gradient_are_those_of_the_formed_matrices(masked: bool) -> None:
-    model = tiny_curvature.adapted(masked=masked)
-    batches = tiny_curvature.batches()
-    found = gradient_spectra(model, list(LAYERS), batches, 5, norm="held")
+    model = support.float64_adapted(masked=masked)
+    batches = support.curved_batches()
+    found = gradient_spectra(model, list(CURVED_LAYERS), batches, 5, norm="held")
     weights = {}
     for name, layer in adapted_layers(model).items():
         base = layer.base.dequantized(torch.float64)
         product = (layer.alpha / layer.rank) * layer.lora_B.detach() @ layer.lora_A.detach()
-        keep = tiny_curvature.keep_mask(product.shape) if masked else torch.ones(product.shape, dtype=torch.bool)
+        keep = support.keep_mask(product.shape) if masked else torch.ones(product.shape, dtype=torch.bool)
         product = product * keep
         assert layer.magnitude is not None
         gain = layer.magnitude.detach() / (base + product).square().sum(1).sqrt()
@@ -117,7 +117,7 @@ def test_the_update_and_the_gradient_are_those_of_the_formed_matrices(masked: bo
         else:
             np.testing.assert_allclose(update_spectrum(layer).energies, expected, rtol=1e-9)
         weights[name] = (base + product, gain, keep)
-    plain = tiny_curvature.base("llama")
+    plain = support.float64_model("llama")
     total, count = torch.zeros((), dtype=torch.float64), 0
     moved = {name: weight.clone().requires_grad_(True) for name, (weight, *_) in weights.items()}
     patched = {f"{name}.weight": weights[name][1][:, None] * moved[name] for name in moved}
@@ -194,7 +194,7 @@ def test_lora_has_no_norm(lora: Path) -> None:
 def test_layers_left_out_keep_their_scaling(root: Path) -> None:
     """Those of a rank_pattern without same_scaling have alpha / their own rank."""
     run = root / "patterned"
-    train_run(tiny_run.recipe(root, adapter__rank_pattern={"k_proj": 2}, train__steps=1), run, console=QUIET)
+    train_run(support.tiny_recipe(root, adapter__rank_pattern={"k_proj": 2}, train__steps=1), run, console=QUIET)
     before = {name: (layer.rank, layer.alpha) for name, layer in adapted_layers(load_run(run).model).items()}
     asked = RankSettings(method="gradient", layers=["v_proj", "down_proj"], max_rank=9, examples=2)
     document = rank_run(run, asked, console=QUIET)
@@ -208,7 +208,7 @@ def test_layers_left_out_keep_their_scaling(root: Path) -> None:
 def test_a_masked_run(root: Path) -> None:
     prune = {"method": "magnitude", "pattern": "unstructured", "sparsity": 0.5}
     run = root / "masked"
-    train_run(tiny_run.recipe(root, base__prune=prune, adapter__mask="keep", train__steps=2), run, console=QUIET)
+    train_run(support.tiny_recipe(root, base__prune=prune, adapter__mask="keep", train__steps=2), run, console=QUIET)
     with pytest.raises(UserError, match=r"--method svd: with adapter\.mask keep"):
         rank_run(run, RankSettings(method="svd", budget="50%"), console=QUIET)
     for method in ("gradient", "curvature"):
@@ -222,7 +222,7 @@ def test_a_masked_run(root: Path) -> None:
 def gated(root: Path, request: pytest.FixtureRequest) -> Path:
     changes: dict[str, Any] = {"adapter__gates": {**GATES, "mode": request.param}, "train__steps": 8}
     changes |= SHORT | {"adapter__rank": 6, "base__block_size": 16}
-    train_run(tiny_run.recipe(root, **changes), root / request.param, console=QUIET)
+    train_run(support.tiny_recipe(root, **changes), root / request.param, console=QUIET)
     return root / request.param
 
 
@@ -244,8 +244,8 @@ def test_exports_of_a_gated_run_compute_the_same(gated: Path, root: Path, tmp_pa
         module = theirs.base_model.model.get_submodule(path)
         assert module.r["default"] == layer.rank
         assert module.scaling["default"] == pytest.approx(8.0 / 6, rel=1e-12)
-    ids = tiny_adapted.IDS % 300
-    torch.testing.assert_close(tiny_adapted.logits(theirs, ids), tiny_adapted.logits(original, ids), atol=2e-4, rtol=0)
+    ids = support.LM_IDS % 300
+    torch.testing.assert_close(support.logits_of(theirs, ids), support.logits_of(original, ids), atol=2e-4, rtol=0)
 
 
 @pytest.mark.figures
@@ -274,9 +274,9 @@ def test_ranks_of_gates_as_a_recipe_that_trains_and_a_map(gated: Path, tmp_path:
 def test_layers_of_different_scalings_are_no_recipe(gated: Path, root: Path) -> None:
     """A recipe has one alpha: a layer that has shrunk from rank 4 to 2 would be retrained with twice its scaling."""
     pattern: dict[str, Any] = {"adapter__gates": GATES, "adapter__rank": 6, "adapter__rank_pattern": {"q_proj": 4}}
-    (fault,) = rank_faults(gated, tiny_run.recipe(root, **pattern), RankSettings(method="gates"))
+    (fault,) = rank_faults(gated, support.tiny_recipe(root, **pattern), RankSettings(method="gates"))
     assert "adapter.rank_pattern without adapter.same_scaling" in fault
-    same = tiny_run.recipe(root, **pattern, adapter__same_scaling=True)
+    same = support.tiny_recipe(root, **pattern, adapter__same_scaling=True)
     assert not rank_faults(gated, same, RankSettings(method="gates"))
     assert ranks_of_gates(RunDirectory(gated), same, None)["fragment"]["adapter.same_scaling"]
 
@@ -284,7 +284,7 @@ def test_layers_of_different_scalings_are_no_recipe(gated: Path, root: Path) -> 
 def test_a_run_goes_on_from_a_shrunk_adapter_with_gates_of_its_own(gated: Path, root: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = SHORT | {"adapter__rank": ..., "adapter__alpha": ...}
     changes |= {"adapter__resume_from": str(gated / "adapter")}
-    recipe = tiny_run.recipe(root, **changes, adapter__gates={**GATES, "mean_rank": 1.5})
+    recipe = support.tiny_recipe(root, **changes, adapter__gates={**GATES, "mean_rank": 1.5})
     summary = train_run(recipe, tmp_path / "next", console=QUIET)
     layers = adapted_layers(load_run(tmp_path / "next").model).values()
     left = sum(layer.rank * (layer.in_features + layer.out_features) + layer.out_features for layer in layers)
@@ -292,12 +292,12 @@ def test_a_run_goes_on_from_a_shrunk_adapter_with_gates_of_its_own(gated: Path, 
     assert sum(layer.rank for layer in layers) == 1.5 * len(layers)
     assert [layer.scaling for layer in layers] == pytest.approx([8.0 / 6] * len(layers), rel=1e-12)
     with pytest.raises(UserError, match=r"adapter\.gates\.mean_rank: got 2, must be at least 1 .* less than 2 "):
-        train_run(tiny_run.recipe(root, **changes, adapter__gates=GATES), tmp_path / "none", console=QUIET)
+        train_run(support.tiny_recipe(root, **changes, adapter__gates=GATES), tmp_path / "none", console=QUIET)
 
 
 def test_a_plan_counts_the_gates(tmp_path: Path) -> None:
     asked, without = (
-        tiny_run.one_layer_recipe(tmp_path, train__steps=8, adapter__rank=6, **more)
+        support.one_layer_recipe(tmp_path, train__steps=8, adapter__rank=6, **more)
         for more in ({"adapter__gates": GATES}, {})
     )
     gated, plain = plan(asked), plan(without)

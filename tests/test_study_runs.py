@@ -37,7 +37,7 @@ from qdora.study import cluster_jobs, runner
 from qdora.study.report import read_report
 from qdora.study.runner import study_run
 from qdora.study.study_directory import StudyDirectory, read_index
-from tests import reference, tiny_run
+from tests import reference, support
 
 DORA, LORA = {"dora": {"adapter.kind": "dora"}}, {"lora": {"adapter.kind": "lora"}}
 FULL = dict.fromkeys(f"adapter.{name}" for name in AdapterConfig.model_fields) | {"adapter.kind": "full"}
@@ -58,7 +58,7 @@ ONE: dict[str, Any] = {"product": {"base.quant": ["nf4"], "adapter": DORA}, "bas
 
 def write_study(root: Path, name: str, **document: Any) -> Path:
     """A study of two steps on the tiny model."""
-    recipe = tiny_run.recipe(root, train__steps=2, train__checkpoint_every=1, eval__limit=4, eval__at_start=...)
+    recipe = support.tiny_recipe(root, train__steps=2, train__checkpoint_every=1, eval__limit=4, eval__at_start=...)
     plain = settings(recipe)
     for key in ("block_size", "double_quant", "skip"):
         del plain["base"][key]

@@ -26,8 +26,8 @@ from qdora.run.evaluate import evaluate_target
 from qdora.run.run_page import page_of_run
 from qdora.run.step_evaluations import selection_faults
 from qdora.run.train import train_run
-from tests import launched, tiny_run
-from tests.run_files import ADAPTER, assert_same_run, same_tensors, timeless, train_until
+from tests import support
+from tests.support import ADAPTER, assert_same_run, same_tensors, timeless, train_until
 
 # A rate at which the loss falls, turns and rises again within a few steps
 DIVERGING: dict[str, Any] = {"train__lr": 0.03, "train__schedule": "constant", "train__warmup": 0}
@@ -41,7 +41,7 @@ def recipe(root: Path, **changes: Any) -> Recipe:
     """An evaluation after every step, and checkpoints that do not fall together with the best of them."""
     best = {"eval__every": 1, "eval__best_by": "macro", "eval__patience": PATIENCE}
     more = {"train__steps": STEPS, "train__checkpoint_every": 5, "train__keep_checkpoints": 1}
-    return tiny_run.recipe(root, **(DIVERGING | best | more | changes))
+    return support.tiny_recipe(root, **(DIVERGING | best | more | changes))
 
 
 def values(run: Path, task: str | None = None, metric: str = "nll_per_token", after: int = 0) -> dict[int, float]:
@@ -244,7 +244,7 @@ def in_two(rank: int, settings: Recipe, directory: Path) -> None:
 
 def test_two_processes_decide_alike(root: Path, tmp_path: Path) -> None:
     settings = recipe(root, adapter__dropout=0.0)
-    assert launched.run(2, in_two, settings, tmp_path / "two") == ["", ""]
+    assert support.run_processes(2, in_two, settings, tmp_path / "two") == ["", ""]
     found = values(tmp_path / "two")
     best = min(found, key=lambda step: found[step])
     assert steps_on_disk(tmp_path / "two") == [best, best + PATIENCE]

@@ -36,8 +36,8 @@ from qdora.run import trainer, writer
 from qdora.run.train import train_run
 from qdora.train import distributed, passes
 from qdora.train.distributed import OtherProcessFailed, Processes, free_host_bytes, processes_of_launch, seed_of
-from tests import launched, tiny_run, tiny_sharded
-from tests.run_files import assert_close_runs, assert_same_run, in_batches, timeless, train_until, trained
+from tests import support
+from tests.support import assert_close_runs, assert_same_run, in_batches, timeless, train_until, training_lines
 
 PACKED = {"train__batch": 9, "data__packing": True}
 GATED = {"adapter__gates": {"mode": "hard_concrete", "mean_rank": 2, "warmup": 1, "anneal": 4, "shrink_every": 2}}
@@ -46,7 +46,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def recipe(root: Path, **changes: Any) -> Recipe:
     """No evaluations; with dropout, as tiny_run's."""
-    return tiny_run.recipe(root, **({"eval__tasks": [], "eval__limit": ...} | changes))
+    return support.tiny_recipe(root, **({"eval__tasks": [], "eval__limit": ...} | changes))
 
 
 def exact(root: Path, **changes: Any) -> Recipe:
@@ -87,14 +87,14 @@ def one(root: Path) -> Path:
 )
 def test_two_processes_train_what_one_does(root: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Steps of an odd number of examples, so that the two never have the same number of labels."""
-    sums, letters = ({"source": str(file)} for file in tiny_run.write_data(root / "data"))
+    sums, letters = ({"source": str(file)} for file in support.write_data(root / "data"))
     if "weight" in changes:
         sums["loss_weight"] = changes["weight"]
     changes = {name: value for name, value in changes.items() if name != "weight"}
     settings = exact(root, **changes, data__mix=[sums, letters], eval__tasks=["sums"], eval__limit=2)
     runs = [tmp_path / "one", tmp_path / "two"]
     train_run(settings, runs[0])
-    assert launched.run(2, train, settings, runs[1]) == ["", ""]
+    assert support.run_processes(2, train, settings, runs[1]) == ["", ""]
     assert_close_runs(*runs)
     written = [{file.relative_to(run) for file in run.rglob("*")} for run in runs]
     assert written[0] == written[1]
@@ -106,10 +106,10 @@ def test_two_processes_train_what_one_does(root: Path, tmp_path: Path, changes: 
 def test_one_is_asked_to_stop_both_do_and_resumed_equals_uninterrupted_bit_for_bit(root: Path, tmp_path: Path) -> None:
     settings = recipe(root)  # with dropout: each process has random numbers of its own
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert launched.run(2, train, settings, whole) == ["", ""]
-    assert launched.run(2, stopped, settings, run, 3, (1,), False) == ["", ""]
+    assert support.run_processes(2, train, settings, whole) == ["", ""]
+    assert support.run_processes(2, stopped, settings, run, 3, (1,), False) == ["", ""]
     assert len(timeless(run)) == 3
-    assert launched.run(2, train, settings, run, True) == ["", ""]
+    assert support.run_processes(2, train, settings, run, True) == ["", ""]
     assert_same_run(run, whole)
     random = load_file(whole / "checkpoints/step-6/random.safetensors")
     assert sorted(key for key in random if key.startswith("cpu")) == ["cpu", "cpu.1"]
@@ -121,7 +121,7 @@ def test_one_is_asked_to_stop_both_do_and_resumed_equals_uninterrupted_bit_for_b
 def test_a_run_goes_on_with_another_number_of_processes(root: Path, one: Path, tmp_path: Path) -> None:
     """One process, then two, then one again."""
     train_until(exact(root), tmp_path, 2)
-    assert launched.run(2, stopped, exact(root), tmp_path, 4, (0, 1), True) == ["", ""]
+    assert support.run_processes(2, stopped, exact(root), tmp_path, 4, (0, 1), True) == ["", ""]
     train_run(exact(root), tmp_path, resume=True)
     assert_close_runs(one, tmp_path)
     assert "same data, different dropout" not in (tmp_path / "log.txt").read_text()  # there is none
@@ -160,11 +160,11 @@ def test_all_have_the_same_data_and_base(
     if changed is not None:
         file = tmp_path / "copy" / changed
         file.write_text(file.read_text().replace("1 + 2 =", "1 + 3 =") + "\n")
-    assert launched.run(2, with_files_of_its_own, settings, tmp_path / "run", different) == ["", ""]
+    assert support.run_processes(2, with_files_of_its_own, settings, tmp_path / "run", different) == ["", ""]
     if changed is None:
         one = recipe(root, train__steps=1, data__cache=str(tmp_path / "one/cache"))
         (tmp_path / "one").mkdir()
-        assert launched.run(2, with_files_of_its_own, [one, one], tmp_path / "one/run", None) == ["", ""]
+        assert support.run_processes(2, with_files_of_its_own, [one, one], tmp_path / "one/run", None) == ["", ""]
         assert sorted(file.name for file in (tmp_path / "one").glob("* by *")) == ["letters by 0", "sums by 0"]
         assert len(list((tmp_path / "one/cache").iterdir())) == 2
 
@@ -219,14 +219,14 @@ def ended_by_the_launcher(rank: int, settings: Recipe, directory: Path) -> None:
 @pytest.mark.parametrize("fails", [broken, hanging, full_disk, ended_by_the_launcher])
 def test_where_one_process_fails_all_stop_and_the_run_goes_on(root: Path, tmp_path: Path, fails: Any) -> None:
     settings = exact(root, train__batch=2, train__checkpoint_every=1)
-    assert launched.run(2, fails, settings, tmp_path, timeout=100) == ["", ""]
+    assert support.run_processes(2, fails, settings, tmp_path, timeout=100) == ["", ""]
     if fails is broken:
         kept = json.loads((tmp_path / "bad-steps/step-3/batch.json").read_text())
         assert len(kept["examples"]) == 2  # of both
-    assert launched.run(2, train, settings, tmp_path, True) == ["", ""]
+    assert support.run_processes(2, train, settings, tmp_path, True) == ["", ""]
     assert [line["step"] for line in timeless(tmp_path)] == [1, 2, 3, 4, 5, 6]
     if fails is broken:  # a mistake that only the first can see
-        assert launched.run(2, user_mistake, settings, tmp_path) == ["", ""]
+        assert support.run_processes(2, user_mistake, settings, tmp_path) == ["", ""]
 
 
 def out_of_memory(rank: int, settings: Recipe, directory: Path) -> None:
@@ -243,10 +243,10 @@ def out_of_memory(rank: int, settings: Recipe, directory: Path) -> None:
 def test_where_one_runs_out_of_memory_both_take_smaller_micro_batches(root: Path, tmp_path: Path) -> None:
     settings, run = exact(root, train__batch=8), tmp_path / "run"
     train_run(settings, tmp_path / "whole")
-    assert launched.run(2, out_of_memory, settings, run) == ["", ""]
+    assert support.run_processes(2, out_of_memory, settings, run) == ["", ""]
     shrunk = [line["out_of_memory"] for line in timeless(run) if "out_of_memory" in line]
     assert shrunk[-1]["tokens_after"] < 96
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in trained(run)))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in training_lines(run)))
     assert_close_runs(tmp_path / "whole", run)
 
 
@@ -294,7 +294,7 @@ def exchange(rank: int) -> None:
 
 
 def test_what_the_processes_tell_each_other() -> None:
-    assert launched.run(2, exchange) == ["", ""]
+    assert support.run_processes(2, exchange) == ["", ""]
     alone = Processes()
     assert alone.gather(3) == [3]
     assert alone.first(lambda: 4) == 4
@@ -372,7 +372,7 @@ def network_without_a_way(rank: int) -> None:
 @pytest.mark.parametrize("action", [the_only_gpu, network_without_a_way])
 def test_processes_take_their_gpus(action: Any) -> None:
     """Also where each sees one alone; and GPUs that cannot reach each other are told at the start."""
-    assert launched.run(2, action, timeout=60) == ["", ""]
+    assert support.run_processes(2, action, timeout=60) == ["", ""]
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,10 +419,10 @@ def unequal_machines(rank: int) -> None:
         distributed.mesh_of(processes.dividing(base=True), torch.device("cpu"), "hybrid")
 
 
-@tiny_sharded.needs_division
+@support.needs_division
 def test_gpus_gather_a_divided_base_by_nccl_and_machines_of_unequal_size_cannot_repeat_it() -> None:
-    assert launched.run(4, mesh_on_gpus) == [""] * 4
-    assert launched.run(3, unequal_machines) == [""] * 3
+    assert support.run_processes(4, mesh_on_gpus) == [""] * 4
+    assert support.run_processes(3, unequal_machines) == [""] * 3
 
 
 def test_an_old_torch_cannot_divide_a_base(monkeypatch: pytest.MonkeyPatch) -> None:

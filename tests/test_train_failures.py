@@ -25,8 +25,8 @@ from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
 from qdora.train import flat_group, loop, loss_scale, out_of_memory
 from qdora.train.loss_scale import LossScale
-from tests import tiny_run
-from tests.run_files import (
+from tests import support
+from tests.support import (
     ADAPTER,
     UNEVALUATED,
     assert_resumes,
@@ -34,11 +34,11 @@ from tests.run_files import (
     in_batches,
     make_gradients_nan,
     same_tensors,
+    stream_on_cpu,
     timeless,
     train_until,
-    trained,
+    training_lines,
 )
-from tests.tiny_streamed import stream_on_cpu
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
 PINNED = "memory.offload_activations: the system refuses 64 MiB of pinned host memory (CUDA error: out of memory)."
@@ -55,7 +55,7 @@ def on_cuda() -> BaseException:
 
 
 def eights(root: Path, **changes: Any) -> Recipe:
-    return tiny_run.recipe(root, train__batch=8, **UNEVALUATED, **changes)
+    return support.tiny_recipe(root, train__batch=8, **UNEVALUATED, **changes)
 
 
 def small_memory(
@@ -94,8 +94,8 @@ def test_losses_are_those_of_enough_memory(
     assert all(each["tokens_after"] < each["tokens_before"] for each in shrunk)
     assert [each["tokens_before"] for each in shrunk[1:]] == [each["tokens_after"] for each in shrunk[:-1]]
     assert max(passed) <= 40
-    assert len(trained(tmp_path)) == 6
-    for one, other in zip(trained(tmp_path), trained(whole), strict=True):
+    assert len(training_lines(tmp_path)) == 6
+    for one, other in zip(training_lines(tmp_path), training_lines(whole), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-6)
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
         for key in ("num_tokens", "num_label_tokens", "num_examples", "lr"):
@@ -228,12 +228,12 @@ def test_after_a_sticky_error_the_first_one_is_reported_with_the_batch_that_caus
     if broken == "evaluation":
         monkeypatch.setattr(StepEvaluations, "measure", first)
         with pytest.raises(RuntimeError, match=f"^{STICKY}$"):
-            train_run(tiny_run.recipe(root, eval__every=3, eval__at_start=False), tmp_path)
+            train_run(support.tiny_recipe(root, eval__every=3, eval__at_start=False), tmp_path)
         assert f"Step 3 is not saved either ({SECOND}) after: {STICKY}" in caplog.text
     else:
         in_batches(monkeypatch, first)
         with pytest.raises(RunFailure, match=said):
-            train_run(tiny_run.recipe(root, **UNEVALUATED), tmp_path)
+            train_run(support.tiny_recipe(root, **UNEVALUATED), tmp_path)
         assert (tmp_path / "bad-steps/step-1/batch.json").is_file()
 
 
@@ -246,7 +246,9 @@ CASES: dict[str, tuple[float, dict[str, Any], str]] = {
 
 def plain(root: Path, **changes: Any) -> Recipe:
     """A checkpoint at the end only."""
-    return tiny_run.recipe(root, **(UNEVALUATED | {"train__checkpoint_every": None, "train__steps": STEPS} | changes))
+    return support.tiny_recipe(
+        root, **(UNEVALUATED | {"train__checkpoint_every": None, "train__steps": STEPS} | changes)
+    )
 
 
 def longest_of_step(settings: Recipe, step: int) -> tuple[str, list[int]]:
@@ -388,7 +390,7 @@ def test_too_many_in_a_row_stop_the_run(root: Path, tmp_path: Path, monkeypatch:
 
 
 def half(root: Path, dtype: str = "float16", **changes: Any) -> Recipe:
-    return tiny_run.recipe(root, model__dtype=dtype, **UNEVALUATED, **changes)
+    return support.tiny_recipe(root, model__dtype=dtype, **UNEVALUATED, **changes)
 
 
 def test_an_overflow_costs_no_step(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,12 +401,12 @@ def test_an_overflow_costs_no_step(root: Path, tmp_path: Path, monkeypatch: pyte
         train_until(half(root), tmp_path / "resumed", 3)
     train_run(half(root), tmp_path / "resumed", resume=True)
     assert_same_run(tmp_path / "resumed", tmp_path / "high")
-    lines = trained(tmp_path / "high")
+    lines = training_lines(tmp_path / "high")
     assert len(lines) == 6
     assert max(line["loss_scale"] for line in lines) < 2.0**40
     monkeypatch.setattr(loss_scale, "_START", lines[0]["loss_scale"])
     train_run(half(root), tmp_path / "found")
-    assert trained(tmp_path / "found") == lines
+    assert training_lines(tmp_path / "found") == lines
 
 
 def test_a_bad_batch_leaves_the_scale_as_it_was(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,7 +431,7 @@ def test_a_matrix_that_gets_no_gradient_is_found_wherever_the_base_is(
         return state
 
     monkeypatch.setattr(trainer, "fresh_state", cut_off)
-    recipe = tiny_run.recipe(root, **UNEVALUATED, train__steps=5, base__residency=residency)
+    recipe = support.tiny_recipe(root, **UNEVALUATED, train__steps=5, base__residency=residency)
     said = "in 3 updates 2 of 42 trainable tensors had no gradient, e.g. model.layers.1.mlp.up_proj.lora_"
     if residency == "host":
         stream_on_cpu(monkeypatch)
@@ -454,5 +456,5 @@ def test_a_matrix_that_gets_no_gradient_is_found_wherever_the_base_is(
 )
 def test_what_is_refused(root: Path, tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
     with pytest.raises(UserError, match=fault):
-        train_run(tiny_run.recipe(root, **changes), tmp_path / "run")
+        train_run(support.tiny_recipe(root, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()

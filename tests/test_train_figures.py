@@ -19,7 +19,7 @@ from qdora.train.distributed import Processes
 from qdora.train.figures import draw_figures, smooth
 from qdora.train.loop import _peaks
 from qdora.train.progress import TrainingProgress
-from tests import tiny_run
+from tests import support
 
 GRADIENT_NORMS = [0.5, 3.0, 1.0, 40.0]
 RATES = [1e-4, 3e-4, 2e-4, 0.0]
@@ -121,7 +121,7 @@ class Screen(io.StringIO):
 
 def test_a_run_on_a_terminal_shows_a_bar_while_it_trains_and_evaluates(root: Path, tmp_path: Path) -> None:
     console = Console(force_terminal=True, width=120, file=Screen(), _environ={"TERM": "xterm"})
-    train_run(tiny_run.recipe(root, train__steps=2, eval__every=1), tmp_path / "run", console=console)
+    train_run(support.tiny_recipe(root, train__steps=2, eval__every=1), tmp_path / "run", console=console)
     assert shows_bars(console)
     assert "step 2/2" in console.file.getvalue()  # type: ignore[attr-defined]
 

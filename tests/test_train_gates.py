@@ -27,8 +27,8 @@ from qdora.train import gates as gate_rules
 from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
 from qdora.train.optimizer import AdapterOptimizer
-from tests import tiny_adapted, tiny_run
-from tests.run_files import ADAPTER, assert_resumes, trained
+from tests import support
+from tests.support import ADAPTER, assert_resumes, training_lines
 
 RANK = 6
 NUM_LAYERS = 14
@@ -167,14 +167,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["l1", "hard_concrete"])
 def uninterrupted(root: Path, request: pytest.FixtureRequest) -> tuple[Any, Path]:
     gates = {"mode": request.param, "mean_rank": 2, "warmup": 2, "anneal": 5, "shrink_every": 3}
-    recipe = tiny_run.recipe(root, **QUICK, train__steps=9, adapter__gates=gates)
+    recipe = support.tiny_recipe(root, **QUICK, train__steps=9, adapter__gates=gates)
     train_run(recipe, root / request.param)
     return recipe, root / request.param
 
 
 def test_a_run_ends_with_its_budget_in_the_adapter(root: Path, uninterrupted: tuple[Any, Path], tmp_path: Path) -> None:
     _, run = uninterrupted
-    ranks = [line["gates"]["mean_rank"] for line in trained(run)]
+    ranks = [line["gates"]["mean_rank"] for line in training_lines(run)]
     assert ranks[:2] == [RANK] * 2, "nothing is removed in warm-up"
     assert ranks == sorted(ranks, reverse=True)
     assert ranks[6:] == [2.0] * 3
@@ -185,14 +185,14 @@ def test_a_run_ends_with_its_budget_in_the_adapter(root: Path, uninterrupted: tu
     assert min(found) >= 1
     assert len(set(found)) > 1, "layers differ"
     parameters = sum(t.numel() for name, t in tensors.items() if ".lora_A" in name or ".lora_B" in name)
-    assert parameters == trained(run)[-1]["gates"]["num_parameters"]
+    assert parameters == training_lines(run)[-1]["gates"]["num_parameters"]
     # The scaling of every layer is still that of the recipe
     scalings = describe_adapter(run / "adapter").scalings
     assert scalings is not None
     assert list(scalings.values()) == pytest.approx([8.0 / RANK] * NUM_LAYERS)
     # Without surplus it starts like an ungated run; gates are not in the norm
-    train_run(tiny_run.recipe(root, **QUICK, train__steps=1), tmp_path / "plain")
-    plain, first = trained(tmp_path / "plain")[0], trained(run)[0]
+    train_run(support.tiny_recipe(root, **QUICK, train__steps=1), tmp_path / "plain")
+    plain, first = training_lines(tmp_path / "plain")[0], training_lines(run)[0]
     assert (first["loss"], first["gradient_norm"]) == (plain["loss"], plain["gradient_norm"])
 
 
@@ -207,7 +207,7 @@ def test_resumed_equals_uninterrupted(uninterrupted: tuple[Any, Path], tmp_path:
 
 def pieces(name: Any = "adamw", quant: str | None = None, dtype: Any = torch.float32, **settings: Any) -> Any:
     """A tiny model with gates and an optimizer that has made steps."""
-    model = tiny_adapted.adapted("llama", quant=quant, rank=8, dtype=dtype)
+    model = support.adapted_model("llama", quant=quant, rank=8, dtype=dtype)
     asked = GateConfig(**{"mean_rank": 3, "warmup": 1, "anneal": 2, "shrink_every": 3, **settings})
     gates = Gates(adapted_layers(model), asked, num_steps=10, seed=0)
     optimizer = AdapterOptimizer(adapter_parameters(model), name=name)
@@ -215,14 +215,14 @@ def pieces(name: Any = "adamw", quant: str | None = None, dtype: Any = torch.flo
 
 
 def backward(model: Any) -> torch.Tensor:
-    loss = model(input_ids=tiny_adapted.IDS, labels=tiny_adapted.IDS, use_cache=False).loss
+    loss = model(input_ids=support.LM_IDS, labels=support.LM_IDS, use_cache=False).loss
     loss.backward()
     return loss.detach()
 
 
 def loss_of(model: Any) -> float:
     with torch.no_grad():
-        return float(model(input_ids=tiny_adapted.IDS, labels=tiny_adapted.IDS, use_cache=False).loss)
+        return float(model(input_ids=support.LM_IDS, labels=support.LM_IDS, use_cache=False).loss)
 
 
 def step(model: Any, gates: Gates, optimizer: AdapterOptimizer, number: int) -> None:
@@ -292,10 +292,10 @@ def test_at_the_end_gates_are_folded_into_the_factor_and_its_averages(name: Any,
     model, gates, optimizer = pieces(name, dtype=getattr(torch, dtype), anneal=5)
     for number in range(3):
         step(model, gates, optimizer, number)
-    logits, (values, _, states) = tiny_adapted.logits(model), state_of(gates, optimizer)
+    logits, (values, _, states) = support.logits_of(model), state_of(gates, optimizer)
     gates._fold(optimizer)
     assert gates.is_over
-    assert torch.equal(tiny_adapted.logits(model), logits)
+    assert torch.equal(support.logits_of(model), logits)
     after, checked = optimizer.state_tensors(), 0
     moments = {"exp_avg": 1, "exp_avg_sq": 2, "state1": 1, "state2": 2}
     for key, before in states.items():

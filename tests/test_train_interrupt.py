@@ -21,8 +21,8 @@ from qdora.run.run_page import run_facts
 from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
 from qdora.train import interrupt
-from tests import tiny_run
-from tests.run_files import assert_same_run, in_batches, trained
+from tests import support
+from tests.support import assert_same_run, in_batches, training_lines
 
 STOPPING = [SIGINT, SIGTERM, SIGHUP]
 
@@ -91,12 +91,12 @@ def test_a_signal_finishes_the_step_saves_and_gives_130(
     with monkeypatch.context() as patch:
         in_step(patch, step, send(number, SIGTERM))  # a launcher passes it on at once: still one request
         with pytest.raises(Interrupted, match=rf"stopped after step {step}; saved to .*step-{step}") as raised:
-            train_run(tiny_run.recipe(root), tmp_path)
+            train_run(support.tiny_recipe(root), tmp_path)
     assert explain(raised.value)[1] == 130
     assert "A second signal stops at once" in capfd.readouterr().err
     assert [signal.getsignal(each) for each in STOPPING] == before
-    assert [line["step"] for line in trained(tmp_path)] == list(range(1, step + 1))
-    train_run(tiny_run.recipe(root), tmp_path, resume=True)
+    assert [line["step"] for line in training_lines(tmp_path)] == list(range(1, step + 1))
+    train_run(support.tiny_recipe(root), tmp_path, resume=True)
     assert_same_run(tmp_path, whole)
 
 
@@ -144,23 +144,23 @@ def test_what_is_whole_is_kept_and_gone_on_with(
         patch.setattr(interrupt, "SAME_REQUEST_SECONDS", 0.0)
         disturb(patch)
         with pytest.raises(error, match=said) as raised:
-            train_run(tiny_run.recipe(root), tmp_path)
+            train_run(support.tiny_recipe(root), tmp_path)
     assert (explain(raised.value)[1] == 130) == (error is Interrupted)
     names = os.listdir(tmp_path / "checkpoints") if (tmp_path / "checkpoints").exists() else []
     assert sorted(names) == [f"step-{step}" for step in checkpoints]
     assert not [line for line in RunDirectory(tmp_path).metrics() if "eval" in line and line["step"] == 6]
     assert (tmp_path / "report.html").is_file()
-    train_run(tiny_run.recipe(root), tmp_path, resume=True)
+    train_run(support.tiny_recipe(root), tmp_path, resume=True)
     assert_same_run(tmp_path, whole)
 
 
 def test_stopped_in_its_last_step_it_is_not_finished(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_run(tiny_run.recipe(root, train__steps=4), tmp_path)
+    train_run(support.tiny_recipe(root, train__steps=4), tmp_path)
     in_step(monkeypatch, 2, send(SIGTERM))
     with pytest.raises(Interrupted, match="stopped after step 6"):
-        train_run(tiny_run.recipe(root, train__steps=6), tmp_path, resume=True)
+        train_run(support.tiny_recipe(root, train__steps=6), tmp_path, resume=True)
     status = run_facts(RunDirectory(tmp_path))["status"]
     assert (status["state"], status["num_done"], status["adapter_step"]) == ("unfinished", 6, 4)
 
@@ -197,7 +197,7 @@ def test_older_checkpoints_make_room(root: Path, whole: Path, tmp_path: Path, mo
             full()
 
     in_save(monkeypatch, 6, too_small)
-    train_run(tiny_run.recipe(root, train__keep_checkpoints=3), tmp_path)
+    train_run(support.tiny_recipe(root, train__keep_checkpoints=3), tmp_path)
     assert sorted(os.listdir(folder)) == ["step-4", "step-6"]
     assert "The disk is full: removed 1 older checkpoint to continue" in (tmp_path / "log.txt").read_text()
     assert_same_run(tmp_path, whole)
@@ -214,7 +214,7 @@ def test_a_full_disk_for_metrics_stops_the_run(root: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(RunDirectory, "append_metrics", small)
     with pytest.raises(RunFailure, match=r"metrics.jsonl could not be written: the disk is full.*on disk: .*step-4"):
-        train_run(tiny_run.recipe(root), tmp_path)
+        train_run(support.tiny_recipe(root), tmp_path)
     assert os.listdir(tmp_path / "checkpoints") == ["step-4"]
 
 
@@ -228,16 +228,16 @@ def test_a_second_process_is_refused_and_a_damaged_checkpoint_skipped(
         assert (tmp_path / "checkpoints/.step-4.partial") in {file.parent.parent for file in before}
         for resume in (True, False):
             with pytest.raises(UserError, match="another process works on it"):
-                train_run(tiny_run.recipe(root), tmp_path, resume=resume)
+                train_run(support.tiny_recipe(root), tmp_path, resume=resume)
         assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
     with monkeypatch.context() as patch:
         in_save(patch, 4, second)
-        train_run(tiny_run.recipe(root), tmp_path)
+        train_run(support.tiny_recipe(root), tmp_path)
     assert_same_run(tmp_path, whole)
     file = tmp_path / "checkpoints/step-6/optimizer.safetensors"
     os.truncate(file, file.stat().st_size // 2)
-    train_run(tiny_run.recipe(root), tmp_path, resume=True)
+    train_run(support.tiny_recipe(root), tmp_path, resume=True)
     log = (tmp_path / "log.txt").read_text()
     assert "Skipped a damaged checkpoint: step-6: optimizer.safetensors has " in log
     assert "Continuing from" in log

@@ -19,7 +19,7 @@ from qdora.ops.packed import quantize
 from qdora.train import output_head
 from qdora.train.output_head import LogitForm
 from qdora.train.passes import batch_loss
-from tests import reference, tiny
+from tests import reference, support
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {
@@ -59,13 +59,13 @@ def of(config: Any) -> nn.Module:
 def adapted(model: nn.Module, **options: Any) -> Any:
     """The model with adapters off their start, the same ones for the same model."""
     inject(model, rank=2, dtype=torch.float32, generator=torch.Generator().manual_seed(0), **options)
-    tiny.move_all_parameters_(model)
+    support.move_all_parameters_(model)
     return model
 
 
 def liar() -> nn.Module:
     """A config that names a softcap and a scale to which the model pays no heed."""
-    model = tiny.llama()
+    model = support.llama()
     model.config.final_logit_softcapping = 0.5
     model.config.logit_scale = 3.0
     return model
@@ -100,14 +100,14 @@ def made(kind: Any, **fields: Any) -> Any:
 
 
 def quantised_head() -> nn.Module:
-    model = tiny.llama(tie_word_embeddings=False, hidden_size=64)
+    model = support.llama(tie_word_embeddings=False, hidden_size=64)
     replace_module(model, "lm_head", FrozenLinear(quantize(model.lm_head.weight.detach(), "nf4", 64)))
     return model
 
 
 KNOWN: dict[str, tuple[Callable[[], nn.Module], LogitForm]] = {
-    "llama, tied": (tiny.llama, LogitForm()),
-    "llama, head of its own": (lambda: tiny.llama(tie_word_embeddings=False), LogitForm()),
+    "llama, tied": (support.llama, LogitForm()),
+    "llama, head of its own": (lambda: support.llama(tie_word_embeddings=False), LogitForm()),
     "gemma2, softcap": (
         lambda: of(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.5)),
         LogitForm(softcap=0.5),
@@ -183,7 +183,7 @@ def adapted_head(name: str) -> Any:
 
 
 def recomputed() -> Any:
-    model = adapted(tiny.llama()).train()
+    model = adapted(support.llama()).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
@@ -194,8 +194,8 @@ def recomputed() -> Any:
         lambda: adapted_head("gemma2, softcap"),
         lambda: adapted_head("granite, divided"),
         lambda: adapted_head("llama, head of its own"),
-        lambda: tiny.llama(tie_word_embeddings=True),
-        lambda: tiny.llama(tie_word_embeddings=False),
+        lambda: support.llama(tie_word_embeddings=True),
+        lambda: support.llama(tie_word_embeddings=False),
         recomputed,
     ],
     ids=["adapted, capped", "adapted, divided", "adapted", "trained, tied", "trained", "recomputed blocks"],
@@ -211,7 +211,7 @@ def test_a_trained_head_gets_its_gradient_a_chunk_at_a_time(make: Callable[[], A
 def test_an_adapted_head_under_dropout_repeats_its_mask_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = []
     for kept in (False, True):
-        model = adapted(tiny.llama(tie_word_embeddings=False), targets=["lm_head"], dropout=0.5).train()
+        model = adapted(support.llama(tie_word_embeddings=False), targets=["lm_head"], dropout=0.5).train()
         if kept:  # no recompute
             monkeypatch.setattr(output_head, "checkpoint", lambda function, *args, use_reentrant: function(*args))
         torch.manual_seed(3)
@@ -250,7 +250,7 @@ def test_what_is_not_known_is_said_once_and_done_by_the_model(targets: Any, capl
 
 
 def test_a_head_that_does_not_do_what_its_weight_says_is_left_to_the_model(caplog: pytest.LogCaptureFixture) -> None:
-    model, twin = adapted(tiny.llama()), adapted(tiny.llama())
+    model, twin = adapted(support.llama()), adapted(support.llama())
     for each in (model, twin):
         each.lm_head.register_forward_hook(lambda _m, _a, out: out + 5.0 * torch.arange(VOCABULARY) / VOCABULARY)
     assert_equal_to_plain(model, twin)

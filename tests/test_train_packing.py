@@ -18,8 +18,8 @@ from qdora.errors import UserError
 from qdora.train import packed_attention
 from qdora.train.packed_attention import packed_layout
 from qdora.train.passes import batch_loss
-from tests import reference, tiny
-from tests.tiny_steps import examples
+from tests import reference, support
+from tests.support import examples
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -40,7 +40,7 @@ def of(kind: str, sizes: dict[str, Any] = SIZES, attention: str | None = None, *
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "llama": tiny.llama,
+    "llama": support.llama,
     "eager": partial(of, "llama", attention="eager"),
     # Every other layer sees four tokens; logits are capped
     "gemma2": partial(of, "gemma2", attention="eager", head_dim=8, sliding_window=4, final_logit_softcapping=0.5),
@@ -106,7 +106,7 @@ def test_rounding_of_float32_is_no_leak(noise: float, is_refused: bool, monkeypa
     monkeypatch.setattr(packed_attention, "_probe_outputs", noisy)
     refused: Any = pytest.raises(UserError, match="does not keep packed examples apart")
     with refused if is_refused else nullcontext():
-        packed_layout(tiny.llama())  # type: ignore[arg-type]
+        packed_layout(support.llama())  # type: ignore[arg-type]
 
 
 def instead(model: Any, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
@@ -127,7 +127,7 @@ def test_kernels_for_variable_lengths_get_one_row(monkeypatch: pytest.MonkeyPatc
     assert [packed_attention.layout_for(name) for name in names] == ["rows"] * 3 + ["single"] * 2
     monkeypatch.setattr(packed_attention, "layout_for", lambda attention: "single")
     shapes: list[Any] = []
-    model = instead(tiny.llama(), lambda positions: shapes.append(tuple(positions.shape)) or positions)
+    model = instead(support.llama(), lambda positions: shapes.append(tuple(positions.shape)) or positions)
     assert packed_layout(model)[0] == "single"
     assert shapes == [(1, 22), (1, 19), (1, 22), (1, 19)]
 
@@ -153,7 +153,7 @@ LEAKS = "does not keep packed examples apart: other tokens in a packed example c
     [
         (without_borders, rf"^data.packing: llama \(attention by sdpa\) {LEAKS}.*Fix: data\.packing: false\.$"),
         (partial(without_borders, "eager"), rf"{LEAKS}.*Fix: data\.packing: false, or model\.attention: sdpa if"),
-        (lambda: instead(tiny.llama(), lambda p: p[:1].expand(p.shape)), LEAKS),  # the first row only
+        (lambda: instead(support.llama(), lambda p: p[:1].expand(p.shape)), LEAKS),  # the first row only
         (partial(of, "opt", OPT), rf"opt .*{LEAKS}"),
         (partial(of, "lfm2", layer_types=["conv", "full_attention"]), rf"lfm2 .*{LEAKS}"),
         (counting_on, r"gpt2 .*logits of a packed example differ from those of the example alone by 0"),

@@ -29,7 +29,7 @@ from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.out_of_memory import Backoff, Shortage
 from qdora.train.schedule import Schedule
 from qdora.train.step_checks import BadSteps, MissingGradientCheck
-from tests import tiny_adapted
+from tests import support
 
 
 def restored(policy: Any, fresh: Any) -> Any:
@@ -105,7 +105,7 @@ def missing(
     frozen: str | None, rate: Callable[[int], float] = lambda _: 1e-5, *, num_updates: int = 3, magnitude: float = 1.0
 ) -> list[list[str]]:
     """What the check finds in updates of which one matrix gets no gradient."""
-    parameters = adapter_parameters(tiny_adapted.adapted("llama", quant="nf4", dtype=torch.float32))
+    parameters = adapter_parameters(support.adapted_model("llama", quant="nf4", dtype=torch.float32))
     for name, parameter in parameters.items():
         if name.endswith("magnitude"):
             parameter.data.fill_(magnitude)
@@ -132,7 +132,7 @@ def test_a_matrix_without_a_gradient_is_named_once_after_three_updates() -> None
 
     assert missing(name, warm, num_updates=3) == []
     assert missing(name, warm, num_updates=4) == [[name]]
-    check = MissingGradientCheck(AdapterOptimizer(adapter_parameters(tiny_adapted.adapted()), name="adamw"))
+    check = MissingGradientCheck(AdapterOptimizer(adapter_parameters(support.adapted_model()), name="adamw"))
     found = [check.updated(1e-5) for _ in range(3)]  # no gradient at all
     assert found[:2] == [None, None]
     assert found[2] is not None

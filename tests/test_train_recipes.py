@@ -21,8 +21,8 @@ from qdora.run.interference import agreement, measure
 from qdora.run.train import train_run
 from qdora.train import packed_attention
 from qdora.train.checkpoint import random_state
-from tests import launched, reference, tiny_adapted, tiny_experts, tiny_run, tiny_steps
-from tests.run_files import (
+from tests import reference, support
+from tests.support import (
     ADAPTER,
     UNEVALUATED,
     assert_close_runs,
@@ -32,7 +32,7 @@ from tests.run_files import (
     make_gradients_nan,
     same_tensors,
     timeless,
-    trained,
+    training_lines,
 )
 
 
@@ -47,10 +47,10 @@ def train(rank: int, settings: Any, directory: Path) -> None:
 
 def streamed(root: Path, **changes: Any) -> Any:
     """sums is streamed, in windows of 5 rows; letters is not."""
-    sums, letters = tiny_run.write_data(root / "data")
+    sums, letters = support.write_data(root / "data")
     mix = [{"source": str(sums), "stream": True, "shuffle_window": 5}, {"source": str(letters)}]
     own = {"data__mix": mix, "data__strategy": "equal", "data__too_long": "drop"}
-    return tiny_run.recipe(root, **own | changes)
+    return support.tiny_recipe(root, **own | changes)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_run_on_a_stream_resumes_and_says_what_is_not_known(
 def test_a_faulty_row_ends_a_run_with_its_work_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both runs take each row once, in one order: mending the row gives the undisturbed result."""
     monkeypatch.setattr(stream, "_SAMPLE", 8)  # the faulty row is not among those that are read beforehand
-    file, letters = tiny_run.write_data(tmp_path / "data")
+    file, letters = support.write_data(tmp_path / "data")
     mix = [{"source": str(file), "stream": True, "shuffle_window": 5, "weight": 1.0}]
     mix.append({"source": str(letters), "weight": 1e-6})
     asked, more = (
@@ -122,11 +122,11 @@ def test_a_packed_run_has_the_losses_of_an_unpacked_one(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Any
 ) -> None:
     plain = {"adapter__dropout": 0.0, "adapter__dtype": "float32", "train__batch": 12, **UNEVALUATED}
-    train_run(tiny_run.recipe(root, **plain), tmp_path / "plain")
+    train_run(support.tiny_recipe(root, **plain), tmp_path / "plain")
     monkeypatch.setattr(packed_attention, "layout_for", lambda attention: layout)
     seen: list[Any] = []
     in_batches(monkeypatch, lambda _number, _loss, _ids, options: seen.append(options["packing"]))
-    train_run(tiny_run.recipe(root, **plain, data__packing=True), tmp_path / "packed")
+    train_run(support.tiny_recipe(root, **plain, data__packing=True), tmp_path / "packed")
     assert {packing.example_index.shape[0] > 1 for packing in seen} == {layout == "rows"}
     assert any((packing.position_ids == 0).sum(dim=1).max() > 1 for packing in seen)
     assert_close_runs(tmp_path / "plain", tmp_path / "packed")
@@ -136,7 +136,7 @@ def test_a_packed_run_has_the_losses_of_an_unpacked_one(
 def test_a_packed_run_resumes_and_keeps_bad_batches(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tiny_run.recipe(root, data__packing=True, train__batch=12)  # with dropout
+    recipe = support.tiny_recipe(root, data__packing=True, train__batch=12)  # with dropout
     train_run(recipe, tmp_path / "whole")
     assert_resumes(recipe, tmp_path / "whole", tmp_path / "run", stop_at=3)
     make_gradients_nan(monkeypatch)
@@ -153,7 +153,7 @@ def test_a_packed_run_resumes_and_keeps_bad_batches(
 @pytest.fixture(scope="module")
 def generated(root: Path) -> Path:
     """Evaluated by generation on the source whose choices are single letters."""
-    recipe = tiny_run.recipe(root, eval__method="generate", eval__tasks=["letters"], eval__every=4)
+    recipe = support.tiny_recipe(root, eval__method="generate", eval__tasks=["letters"], eval__every=4)
     train_run(recipe, root / "generated")
     return root / "generated"
 
@@ -186,7 +186,7 @@ def test_sources_that_cannot_be_generated_are_refused_before_anything_is_loaded(
     for place in ("qdora.run.pruned_base.load_base", "qdora.run.evaluate.load_target"):
         monkeypatch.setattr(place, lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match="got task 'sums', whose example 29 has no choices"):
-        train_run(tiny_run.recipe(root, eval__method="generate"), tmp_path / "run")
+        train_run(support.tiny_recipe(root, eval__method="generate"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     (tmp_path / "a.txt").write_text("text")
     for target, options, said in (
@@ -251,11 +251,11 @@ def test_the_noise_is_that_of_a_new_draw_of_examples(noise: float, most: float) 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_a_models_gradients_are_those_of_the_mean_loss(kind: str) -> None:
     """Against autograd on the model's own logits, example by example, in one float64 sum."""
-    model = tiny_adapted.adapted(kind=kind, quant="nf4", dropout=0.5)
+    model = support.adapted_model(kind=kind, quant="nf4", dropout=0.5)
     parameters = adapter_parameters(model)
-    sets = {name: tiny_steps.examples([6, 9, 7, 5], tasks=name, seed=seed) for seed, name in enumerate("ab")}
+    sets = {name: support.examples([6, 9, 7, 5], tasks=name, seed=seed) for seed, name in enumerate("ab")}
     batches = {
-        name: tuple(tiny_steps.step_of(found[half::2], Batching(20, 0)).micro_batches for half in (0, 1))
+        name: tuple(support.step_of(found[half::2], Batching(20, 0)).micro_batches for half in (0, 1))
         for name, found in sets.items()
     }
     before = random_state()["cpu"]
@@ -287,8 +287,8 @@ PROBED: dict[str, Any] = {"interference__every": 2, "interference__examples": 2,
 
 def test_a_run_with_a_probe_trains_as_one_without_and_resumes(root: Path, tmp_path: Path) -> None:
     run, plain = tmp_path / "run", tmp_path / "plain"
-    train_run(tiny_run.recipe(root, data__validation_fraction=0.2, eval__every=2), plain)
-    recipe = tiny_run.recipe(root, **PROBED, eval__every=2)
+    train_run(support.tiny_recipe(root, data__validation_fraction=0.2, eval__every=2), plain)
+    recipe = support.tiny_recipe(root, **PROBED, eval__every=2)
     train_run(recipe, run)
     lines = timeless(run)
     measured = [line for line in lines if "interference" in line]
@@ -305,8 +305,8 @@ def test_a_run_with_a_probe_trains_as_one_without_and_resumes(root: Path, tmp_pa
 
 def test_of_two_processes_the_first_measures(root: Path, tmp_path: Path) -> None:
     """No dropout: then two processes train as one does, but for the order of sums."""
-    settings = tiny_run.recipe(root, **PROBED, eval__every=2, adapter__dropout=0.0, train__steps=2)
-    assert launched.run(2, train, settings, tmp_path / "two") == ["", ""]
+    settings = support.tiny_recipe(root, **PROBED, eval__every=2, adapter__dropout=0.0, train__steps=2)
+    assert support.run_processes(2, train, settings, tmp_path / "two") == ["", ""]
     train_run(settings, tmp_path / "one")
     (found,), (expected,) = (
         [line["interference"] for line in timeless(tmp_path / name) if "interference" in line]
@@ -319,22 +319,22 @@ def test_of_two_processes_the_first_measures(root: Path, tmp_path: Path) -> None
 def routed(root: Path, name: str = "qwen3_moe", **changes: Any) -> Any:
     folder = root / name
     if not (folder / "model").exists():
-        tiny_experts.write(folder / "model", name)
+        support.write_mixture(folder / "model", name)
     own = {"adapter__experts": {"rank": 2}, "train__router_aux_loss": 0.05, "train__steps": 4, **UNEVALUATED}
-    return tiny_run.recipe(folder, **own | changes)
+    return support.tiny_recipe(folder, **own | changes)
 
 
 def test_a_run_with_the_loss_of_routers(root: Path, tmp_path: Path) -> None:
     recipe, whole = routed(root, data__packing=True), tmp_path / "whole"
     train_run(recipe, whole)
     assert_resumes(recipe, whole, tmp_path / "run", stop_at=2, step=4)
-    lines = trained(whole)
+    lines = training_lines(whole)
     for line in lines:
         assert 0.5 < line["router_aux_loss"] < 4.0
         nll = sum(task["nll_sum"] for task in line["tasks"].values()) / line["num_label_tokens"]
         assert line["loss"] == pytest.approx(nll)
     train_run(routed(root, data__packing=True, train__router_aux_loss=0.0), tmp_path / "off")
-    off = trained(tmp_path / "off")
+    off = training_lines(tmp_path / "off")
     assert not any("router_aux_loss" in line for line in off)
     assert (off[0]["loss"] == lines[0]["loss"], off[-1]["loss"] == lines[-1]["loss"]) == (True, False)
     refused = routed(root, "lfm2_moe")
@@ -346,11 +346,11 @@ def test_a_run_with_the_loss_of_routers(root: Path, tmp_path: Path) -> None:
 
 
 def test_fixed_weights_change_a_run_and_equal_ones_do_not(root: Path, tmp_path: Path) -> None:
-    sums, letters = ({"source": str(file)} for file in tiny_run.write_data(root / "data"))
+    sums, letters = ({"source": str(file)} for file in support.write_data(root / "data"))
     losses = []
     for number, weight in enumerate(({}, {"loss_weight": 1.0}, {"loss_weight": 4.0})):
         run = tmp_path / str(number)
-        train_run(tiny_run.recipe(root, train__steps=2, **UNEVALUATED, data__mix=[sums | weight, letters]), run)
+        train_run(support.tiny_recipe(root, train__steps=2, **UNEVALUATED, data__mix=[sums | weight, letters]), run)
         losses.append([line["loss"] for line in timeless(run)])
     assert losses[1] == pytest.approx(losses[0])
     assert losses[2][0] == pytest.approx(losses[0][0])  # the first step's loss is told without weights
@@ -358,7 +358,7 @@ def test_fixed_weights_change_a_run_and_equal_ones_do_not(root: Path, tmp_path: 
 
 
 def test_what_cannot_be_measured_or_weighted_is_refused(root: Path, tmp_path: Path) -> None:
-    sums, letters = map(str, tiny_run.write_data(root / "data"))
+    sums, letters = map(str, support.write_data(root / "data"))
     more = tmp_path / "more.jsonl"  # rows of the task of the first source
     row = {"task": "sums", "question": "1 + 1?", "choices": ["2", "3"], "answer": 0}
     more.write_text("".join(json.dumps({**row, "id": str(n)}) + "\n" for n in range(30)))
@@ -374,6 +374,6 @@ def test_what_cannot_be_measured_or_weighted_is_refused(root: Path, tmp_path: Pa
         ({"data__mix": [weighted, {"source": str(more)}]}, "task sums is in sums with loss_weight 2 and in more with"),
     ):
         with pytest.raises(UserError) as error:
-            train_run(tiny_run.recipe(root, **changes), tmp_path / "run")
+            train_run(support.tiny_recipe(root, **changes), tmp_path / "run")
         assert words in str(error.value)
         assert not (tmp_path / "run").exists()

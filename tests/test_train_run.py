@@ -34,17 +34,17 @@ from qdora.run.load_base import load_base
 from qdora.run.load_run import load_run, load_target
 from qdora.run.open_directory import resumed_recipe
 from qdora.run.train import train_run
-from tests import tiny_run, tiny_tokenizer
-from tests.launched import start_command
-from tests.run_files import (
+from tests import support
+from tests.support import (
     ADAPTER,
     UNEVALUATED,
     assert_resumes,
     in_batches,
     same_tensors,
+    start_command,
     timeless,
     train_until,
-    trained,
+    training_lines,
 )
 
 FIGURES = {"loss_per_task", "steps", "validation_nll", "validation_accuracy"}
@@ -55,7 +55,7 @@ FULL |= {"adapter__kind": "full", "base__quant": "none", "train__steps": 3}
 
 def start_magnitudes(root: Path) -> dict[str, torch.Tensor]:
     """The magnitudes before the first step, by their name in an adapter file."""
-    recipe = tiny_run.recipe(root)
+    recipe = support.tiny_recipe(root)
     base = load_base(recipe, find_model(recipe)[0], choose_compute("float32"))
     put_adapters(base, recipe)
     return {
@@ -77,7 +77,7 @@ def test_a_run_leaves_what_the_design_says(root: Path, whole: Path) -> None:
     assert sorted(each.name for each in (whole / "checkpoints").iterdir()) == ["step-4", "step-6"]
     steps = [(step, False) for step in range(1, 7)]
     assert [(line["step"], "eval" in line) for line in timeless(whole)] == [(0, True), *steps, (6, True)]
-    for line in trained(whole):
+    for line in training_lines(whole):
         assert set(line["tasks"]) <= {"sums", "letters"}
         total = sum(task["nll_sum"] for task in line["tasks"].values())
         assert line["loss"] == pytest.approx(total / line["num_label_tokens"], rel=1e-9)
@@ -100,14 +100,14 @@ def test_a_run_leaves_what_the_design_says(root: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4])
 def test_resumed_equals_uninterrupted_bit_for_bit(root: Path, whole: Path, tmp_path: Path, stop_at: int) -> None:
-    assert_resumes(tiny_run.recipe(root), whole, tmp_path / "run", stop_at=stop_at)
+    assert_resumes(support.tiny_recipe(root), whole, tmp_path / "run", stop_at=stop_at)
 
 
 def test_rates_of_the_parts_and_the_end_of_the_schedule_reach_the_optimizer(root: Path, tmp_path: Path) -> None:
     """Two steps of Lion, each of which moves an entry by its rate, up or down, or not at all."""
     rates = {"lr": 1e-3, "lr_end": 5e-4, "warmup": 0, "lr_ratio_B": 4.0, "lr_ratio_magnitude": 0.5}
     changes = {f"train__{key}": value for key, value in rates.items()}
-    train_run(tiny_run.recipe(root, **changes, **UNEVALUATED, train__steps=2, train__optimizer="lion"), tmp_path)
+    train_run(support.tiny_recipe(root, **changes, **UNEVALUATED, train__steps=2, train__optimizer="lion"), tmp_path)
     assert [line["lr"] for line in timeless(tmp_path)] == pytest.approx([1e-3, 7.5e-4])
     adapter, magnitudes = load_file(tmp_path / ADAPTER), start_magnitudes(root)
     for part, ratio, atol in (("lora_B.weight", 4.0, 7e-3 / 2**8), ("lora_magnitude_vector", 0.5, 1e-6)):  # B in bf16
@@ -126,28 +126,28 @@ def test_the_recipe_says_how_many_tokens_have_logits_at_once(
 ) -> None:
     chunks: list[Any] = []
     in_batches(monkeypatch, lambda _number, _loss, _ids, options: chunks.append(options["chunk"]))
-    train_run(tiny_run.recipe(root, memory__loss_chunk=setting, train__steps=2, **UNEVALUATED), tmp_path)
+    train_run(support.tiny_recipe(root, memory__loss_chunk=setting, train__steps=2, **UNEVALUATED), tmp_path)
     assert chunks == [chunk] * 2
-    assert timeless(tmp_path)[0]["loss"] == pytest.approx(trained(whole)[0]["loss"], rel=1e-6)
+    assert timeless(tmp_path)[0]["loss"] == pytest.approx(training_lines(whole)[0]["loss"], rel=1e-6)
 
 
 @pytest.fixture(scope="module")
 def longer(root: Path) -> Path:
     """A run of nine steps, two of them with a growing rate."""
-    train_run(tiny_run.recipe(root, train__steps=9, train__warmup=2, **CONSTANT), root / "longer")
+    train_run(support.tiny_recipe(root, train__steps=9, train__warmup=2, **CONSTANT), root / "longer")
     return root / "longer"
 
 
 @pytest.mark.parametrize("stop_at", [None, 1, 3])
 def test_extended_as_if_longer_from_the_start(root: Path, longer: Path, tmp_path: Path, stop_at: int | None) -> None:
     """Constant rate, bit for bit. The warm-up, a share of all steps, stays that of the start: 2 steps."""
-    run, short = tmp_path / "run", tiny_run.recipe(root, **CONSTANT)
+    run, short = tmp_path / "run", support.tiny_recipe(root, **CONSTANT)
     if stop_at is None:
         train_run(short, run)
     else:
         train_until(short, run, stop_at)
-    assert train_run(tiny_run.recipe(root, train__steps=9, **CONSTANT), run, resume=True)["num_steps"] == 9
-    assert trained(run) == trained(longer)
+    assert train_run(support.tiny_recipe(root, train__steps=9, **CONSTANT), run, resume=True)["num_steps"] == 9
+    assert training_lines(run) == training_lines(longer)
     same_tensors(run / ADAPTER, longer / ADAPTER)
     states = [(each / "checkpoints/step-9/state.json").read_text() for each in (run, longer)]
     assert states[0] == states[1]
@@ -157,15 +157,15 @@ def test_extended_as_if_longer_from_the_start(root: Path, longer: Path, tmp_path
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_an_extended_run_has_the_rates_of_the_longer_one(root: Path, tmp_path: Path, schedule: str) -> None:
     changes = {"train__schedule": schedule, "train__lr_end": 1e-4, **UNEVALUATED}
-    train_run(tiny_run.recipe(root, **changes), tmp_path)
-    train_run(tiny_run.recipe(root, train__steps=10, **changes), tmp_path, resume=True)
+    train_run(support.tiny_recipe(root, **changes), tmp_path)
+    train_run(support.tiny_recipe(root, train__steps=10, **changes), tmp_path, resume=True)
 
     def rate(step: int, num_steps: int) -> float:  # warm-up over steps 0 and 1
         done = (step - 2) / (num_steps - 2)
         share = 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
         return (0.5e-3, 1e-3)[step] if step < 2 else 1e-4 + 9e-4 * share
 
-    rates = [line["lr"] for line in trained(tmp_path)]
+    rates = [line["lr"] for line in training_lines(tmp_path)]
     assert rates == pytest.approx([rate(step, 6 if step < 6 else 10) for step in range(10)])
     log = (tmp_path / "log.txt").read_text()
     assert f"The run has 10 steps now, 6 before: from step 7 on the learning rate is that of a {schedule}" in log
@@ -174,25 +174,25 @@ def test_an_extended_run_has_the_rates_of_the_longer_one(root: Path, tmp_path: P
 
 def test_a_run_is_extended_by_epochs_and_what_began_it_stays(root: Path, whole: Path, tmp_path: Path) -> None:
     changes = {"train__steps": ..., "train__batch": 26, **UNEVALUATED}
-    assert train_run(tiny_run.recipe(root, train__epochs=1, **changes), tmp_path)["evaluations"] == {}
+    assert train_run(support.tiny_recipe(root, train__epochs=1, **changes), tmp_path)["evaluations"] == {}
     assert not (tmp_path / "eval").exists()
-    before = trained(tmp_path)
-    train_run(tiny_run.recipe(root, train__epochs=2, **changes), tmp_path, resume=True)
-    lines = trained(tmp_path)
+    before = training_lines(tmp_path)
+    train_run(support.tiny_recipe(root, train__epochs=2, **changes), tmp_path, resume=True)
+    lines = training_lines(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]  # of 50 examples, 28 sums and 22 letters
     assert lines[:2] == before
     assert "epochs: 2" in (tmp_path / "recipe.yaml").read_text()
     for recipe, run, said in (
-        (tiny_run.recipe(root, train__epochs=1, **changes), tmp_path, r"epochs: must be 2\.0 or more.*got 1\.0"),
-        (tiny_run.recipe(root, train__steps=5), whole, r"steps: must be 6 or more.*\(got 5\)"),
-        (tiny_run.recipe(root, train__seed=5), whole, r"seed: must be 0, as when the run started.*\(got 5\)"),
+        (support.tiny_recipe(root, train__epochs=1, **changes), tmp_path, r"epochs: must be 2\.0 or more.*got 1\.0"),
+        (support.tiny_recipe(root, train__steps=5), whole, r"steps: must be 6 or more.*\(got 5\)"),
+        (support.tiny_recipe(root, train__seed=5), whole, r"seed: must be 0, as when the run started.*\(got 5\)"),
     ):
         with pytest.raises(UserError, match=rf"train\.{said}"):
             train_run(recipe, run, resume=True)
     # A finished run stays as it is, whatever may change
     shutil.copytree(whole, tmp_path / "copy")
     for setting in ("auto", "eager"):
-        train_run(tiny_run.recipe(root, model__attention=setting), tmp_path / "copy", resume=True)
+        train_run(support.tiny_recipe(root, model__attention=setting), tmp_path / "copy", resume=True)
     assert (tmp_path / "copy" / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
 
 
@@ -217,7 +217,7 @@ def test_a_checkpoint_that_another_program_wrote_is_one_line(
     (newest.path / "complete.json").unlink()
     write_complete(newest.path, newest.step)
     with pytest.raises(UserError, match=fault) as raised:
-        train_run(tiny_run.recipe(root), tmp_path / "run", resume=True)
+        train_run(support.tiny_recipe(root), tmp_path / "run", resume=True)
     assert str(newest.path) in str(raised.value)
     assert len(raised.value.faults) == 1
 
@@ -226,7 +226,7 @@ def test_data_that_changed_is_refused_on_resume_and_nothing_is_rewritten(tmp_pat
     def written() -> list[bytes]:
         return [(tmp_path / "run" / name).read_bytes() for name in ("recipe.yaml", "mix.json", "environment.json")]
 
-    longer, recipe = (tiny_run.recipe(tmp_path, train__steps=steps, **UNEVALUATED) for steps in (4, 2))
+    longer, recipe = (support.tiny_recipe(tmp_path, train__steps=steps, **UNEVALUATED) for steps in (4, 2))
     train_run(recipe, tmp_path / "run")
     sums, before = tmp_path / "data/sums.jsonl", written()
     sums.write_text(sums.read_text() + '{"prompt": "9 + 9 =", "completion": " 18"}\n')
@@ -237,7 +237,7 @@ def test_data_that_changed_is_refused_on_resume_and_nothing_is_rewritten(tmp_pat
 
 def test_a_checkpoint_is_evaluated_and_exported_with_its_own_numbers(root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train_run(tiny_run.recipe(root, train__steps=4, eval__every=2), run)
+    train_run(support.tiny_recipe(root, train__steps=4, eval__every=2), run)
     assert evaluate_target(str(run), EvalOptions(step=2))["label"] == "step-2"
     assert export_run(run, tmp_path / "out", ExportOptions(dtype="float32", step=2))["state"] == "step-2"
     card = (tmp_path / "out/README.md").read_text()
@@ -253,7 +253,7 @@ def test_other_arms_run_evaluate_and_export(root: Path, tmp_path: Path, kind: st
     arms: dict[str, dict[str, Any]] = {"lora": {"adapter__kind": "lora"}, "full": FULL}
     arms["none"] = FULL | {"adapter__kind": "none", "base__quant": "nf4", "train__steps": 0}
     changes = arms[kind] | ({"train__checkpoint_every": ...} if kind == "none" else {})
-    train_run(tiny_run.recipe(root, **changes), tmp_path / "run")
+    train_run(support.tiny_recipe(root, **changes), tmp_path / "run")
     document = evaluate_target(str(tmp_path / "run"))
     assert document["label"] == ("base" if kind == "none" else "final")
     exported = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32"))
@@ -264,7 +264,7 @@ def test_other_arms_run_evaluate_and_export(root: Path, tmp_path: Path, kind: st
 
 
 def test_full_fine_tuning_resumes_bit_for_bit(root: Path, tmp_path: Path) -> None:
-    recipe = tiny_run.recipe(root, **FULL, **UNEVALUATED, train__checkpoint_every=1, model__dtype="bfloat16")
+    recipe = support.tiny_recipe(root, **FULL, **UNEVALUATED, train__checkpoint_every=1, model__dtype="bfloat16")
     runs = [tmp_path / "whole", tmp_path / "run"]
     train_run(recipe, runs[0])
     train_until(recipe, runs[1], 2)
@@ -277,7 +277,7 @@ def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path,
     changes: dict[str, Any] = {f"adapter__{key}": ... for key in ("rank", "alpha")}
     changes |= {"adapter__resume_from": str(whole / "adapter"), "train__steps": 1}
     run = tmp_path / "run"
-    assert list(train_run(tiny_run.recipe(root, **changes), run)["evaluations"]) == ["start", "adapter"]
+    assert list(train_run(support.tiny_recipe(root, **changes), run)["evaluations"]) == ["start", "adapter"]
     assert "| starts from | an earlier adapter |" in (run / "README.md").read_text()
     assert "<dt>starts from</dt><dd>an earlier adapter</dd>" in (run / "report.html").read_text()
     assert "starts from" not in (whole / "README.md").read_text()
@@ -285,7 +285,7 @@ def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path,
     assert "was trained on" not in (run / "log.txt").read_text()
     # On another base that is warned of
     changes |= {"base__quant": "int8", "base__double_quant": ..., **UNEVALUATED}
-    train_run(tiny_run.recipe(tmp_path, **changes), tmp_path / "other")
+    train_run(support.tiny_recipe(tmp_path, **changes), tmp_path / "other")
     text = f"the adapter in {whole / 'adapter'} was trained on {root / 'model'} (quant nf4, block_size 64, double_quant"
     log = (tmp_path / "other/log.txt").read_text()
     assert text in log
@@ -309,7 +309,7 @@ def test_eval_uses_the_tasks_of_the_run_and_keeps_what_is_asked_beside_it(root: 
     """`block` decides which examples a limit takes."""
     changes: dict[str, Any] = {"eval__tasks": ["letters"], "eval__block": 1, "data__validation_fraction": 0.5}
     run = tmp_path / "run"
-    train_run(tiny_run.recipe(root, **changes, train__steps=1), run)
+    train_run(support.tiny_recipe(root, **changes, train__steps=1), run)
     assert evaluate_target(str(run))["evaluation"]["tasks"].keys() == {"letters"}
     file = run / "eval/final-validation.json"
     own = json.loads(file.read_text())["per_example"]
@@ -376,7 +376,7 @@ def test_options_without_effect_are_refused(
 
 def test_a_run_resumes_with_its_own_settings(root: Path, tmp_path: Path) -> None:
     """The options of the start need not be repeated; where the file differs, a line tells it."""
-    recipe = tiny_run.recipe(root, train__steps=2, **UNEVALUATED)
+    recipe = support.tiny_recipe(root, train__steps=2, **UNEVALUATED)
     file, run, model = tmp_path / "r.yaml", tmp_path / "run", recipe.model.source
 
     def command(*words: str, code: int = 0) -> str:
@@ -415,10 +415,10 @@ def test_a_run_resumes_with_its_own_settings(root: Path, tmp_path: Path) -> None
 
 def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     file, run = tmp_path / "long.yaml", tmp_path / "run"
-    file.write_text(resolved_yaml(tiny_run.recipe(root, train__steps=5000, train__checkpoint_every=...)))
+    file.write_text(resolved_yaml(support.tiny_recipe(root, train__steps=5000, train__checkpoint_every=...)))
     changes = ("-s", "train.lr=1e-3", "-s", "data.mix[0].limit=20")
     process = start_command("train", str(file), "-d", str(run), *changes, output=tmp_path)
-    while process.is_alive() and not ((run / "metrics.jsonl").exists() and trained(run)):
+    while process.is_alive() and not ((run / "metrics.jsonl").exists() and training_lines(run)):
         time.sleep(0.01)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
@@ -430,7 +430,7 @@ def test_ctrl_c_saves_and_exits_with_130(root: Path, tmp_path: Path) -> None:
     assert "Traceback" not in errors
     newest = open_run(run).newest_checkpoint()
     assert newest is not None
-    assert newest.step == len(trained(run))
+    assert newest.step == len(training_lines(run))
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -447,31 +447,31 @@ def test_bad_input_is_one_clear_line(root: Path, tmp_path: Path) -> None:
     """A mistake that shows late does not block the corrected start."""
     for changes, message in BAD:
         with pytest.raises(UserError, match=message) as caught:
-            train_run(tiny_run.recipe(root, **changes), tmp_path / "run")
+            train_run(support.tiny_recipe(root, **changes), tmp_path / "run")
         assert all("\n" not in fault for fault in caught.value.faults)
-    train_run(tiny_run.recipe(root, adapter__targets=["q_proj"], train__steps=1, **UNEVALUATED), tmp_path / "run")
+    train_run(support.tiny_recipe(root, adapter__targets=["q_proj"], train__steps=1, **UNEVALUATED), tmp_path / "run")
     unnamed = tmp_path / os.fsdecode(b"run\xff")
     with pytest.raises(UserError, match=r"run .*: the name is not UTF-8 text"):
-        train_run(tiny_run.recipe(root), unnamed)
+        train_run(support.tiny_recipe(root), unnamed)
     assert not unnamed.exists()
 
 
 def test_model_without_tokenizer_and_empty_data(tmp_path: Path) -> None:
-    recipe = tiny_run.recipe(tmp_path)
+    recipe = support.tiny_recipe(tmp_path)
     (tmp_path / "data/sums.jsonl").write_text("")
     with pytest.raises(UserError, match=r"data\.mix\[0\]: .*sums\.jsonl"):
         train_run(recipe, tmp_path / "run")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / file).unlink()
     with pytest.raises(UserError, match=r"model\.tokenizer: .* has no tokenizer"):
-        train_run(tiny_run.recipe(tmp_path), tmp_path / "run")
+        train_run(support.tiny_recipe(tmp_path), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_whose_base_and_data_were_moved(tmp_path: Path, whole: Path) -> None:
     """Each command says where to write the new path, and with it goes on as if nothing had been moved."""
     before, now, run = tmp_path / "before", tmp_path / "now", tmp_path / "run"
-    train_until(tiny_run.recipe(before), run, 3)
+    train_until(support.tiny_recipe(before), run, 3)
     of_steps = {name for name in FIGURES if not name.startswith("validation")}  # the base alone was evaluated
     assert {each.stem for each in (run / "figures").iterdir()} == of_steps
     shutil.move(before, now)
@@ -506,7 +506,7 @@ def chats(tmp_path: Path, **changes: Any) -> Any:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat"}]
     (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 30)
     mix = [{"source": str(tmp_path / "chats.jsonl")}]
-    return tiny_run.recipe(tmp_path, data__mix=mix, data__template_kwargs={"loud": True}, train__steps=2, **changes)
+    return support.tiny_recipe(tmp_path, data__mix=mix, data__template_kwargs={"loud": True}, train__steps=2, **changes)
 
 
 LOUD = "{% if loud is defined and loud %}LOUD{% endif %}"
@@ -515,12 +515,12 @@ LOUD = "{% if loud is defined and loud %}LOUD{% endif %}"
 def test_a_run_keeps_its_chat_template(tmp_path: Path) -> None:
     """data.chat_template and template_kwargs reach training, the loaded run and its exports; the file may change."""
     file = tmp_path / "mine.jinja"
-    file.write_text(LOUD + tiny_tokenizer.CHATML)
+    file.write_text(LOUD + support.CHATML)
     recipe = chats(tmp_path, data__chat_template=str(file))
     train_until(recipe, tmp_path / "run", 1)
     assert json.loads((tmp_path / "run/environment.json").read_text())["has_chats"] is True
     before = file.read_text()
-    file.write_text(tiny_tokenizer.CHATML + "{% if loud is defined %}{% endif %}")
+    file.write_text(support.CHATML + "{% if loud is defined %}{% endif %}")
     with pytest.raises(UserError, match=r"data.chat_template differs from .*run/chat_template.jinja, with which the r"):
         train_run(recipe, tmp_path / "run", resume=True)
     file.write_text(before)
@@ -534,9 +534,9 @@ def test_a_run_keeps_its_chat_template(tmp_path: Path) -> None:
 
 def test_a_run_keeps_the_date_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chat template that prints the date: resumed and evaluated on another day, the run reads what it learnt from."""
-    model, run = tiny_run.write_model(tmp_path / "model"), tmp_path / "run"
-    dated = "{{ strftime_now('%d %b %Y') }}" + LOUD + tiny_tokenizer.CHATML
-    tiny_tokenizer.make(chat_template=dated).save_pretrained(model)
+    model, run = support.write_llama(tmp_path / "model"), tmp_path / "run"
+    dated = "{{ strftime_now('%d %b %Y') }}" + LOUD + support.CHATML
+    support.tokenizer(chat_template=dated).save_pretrained(model)
     recipe = chats(tmp_path)
 
     class Calendar(date):

@@ -22,11 +22,11 @@ from qdora.train.distributed import Processes
 from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest
 from qdora.train.shard_check import check_division
-from tests import launched, tiny_run, tiny_sharded
-from tests.run_files import assert_close_runs, in_batches, timeless, train_until
+from tests import support
+from tests.support import assert_close_runs, in_batches, timeless, train_until
 from tests.test_train_distributed import GATED, PACKED, exact, stopped, train, trained_by_torchrun
 
-pytestmark = tiny_sharded.needs_division
+pytestmark = support.needs_division
 
 SHARD = {"train__parallel": "shard"}
 PRUNED = {"base__prune": {"method": "magnitude", "sparsity": 0.5}}
@@ -63,7 +63,7 @@ def test_two_with_half_a_base_write_what_one_does(root: Path, tmp_path: Path, ch
     changes = {name: str(tmp_path / value) if value == "cache" else value for name, value in changes.items()}
     runs = [tmp_path / "one", tmp_path / "two"]
     train_run(exact(root, **changes), runs[0])
-    assert launched.run(2, train, exact(root, **SHARD, **changes), runs[1]) == ["", ""]
+    assert support.run_processes(2, train, exact(root, **SHARD, **changes), runs[1]) == ["", ""]
     assert_close_runs(*runs)
     written = [{file.relative_to(run) for file in run.rglob("*")} for run in runs]
     assert written[0] == written[1]
@@ -76,7 +76,7 @@ def test_two_with_half_a_base_write_what_one_does(root: Path, tmp_path: Path, ch
 def test_a_run_goes_on_with_a_base_that_is_divided_otherwise(root: Path, one: Path, tmp_path: Path) -> None:
     """One process; two with half of the base each; one again."""
     train_until(exact(root), tmp_path, 2)
-    assert launched.run(2, stopped, exact(root, **SHARD), tmp_path, 4, (0, 1), True) == ["", ""]
+    assert support.run_processes(2, stopped, exact(root, **SHARD), tmp_path, 4, (0, 1), True) == ["", ""]
     train_run(exact(root), tmp_path, resume=True)
     assert_close_runs(one, tmp_path)
 
@@ -86,8 +86,8 @@ def test_a_run_goes_on_with_more_and_fewer_processes(root: Path, one: Path, tmp_
     train_until(exact(root), tmp_path, 1)
     for size, parallel, stop_at in ((2, "shard", 2), (3, "shard", 3), (4, "hybrid", 4), (2, "replicate", 5)):
         settings = exact(root, train__parallel=parallel)
-        assert launched.run(size, stopped, settings, tmp_path, stop_at, range(size), True) == [""] * size
-    assert launched.run(3, train, exact(root, **SHARD), tmp_path, True) == ["", "", ""]
+        assert support.run_processes(size, stopped, settings, tmp_path, stop_at, range(size), True) == [""] * size
+    assert support.run_processes(3, train, exact(root, **SHARD), tmp_path, True) == ["", "", ""]
     assert_close_runs(one, tmp_path)
 
 
@@ -109,8 +109,8 @@ def broken(rank: int, settings: Recipe, directory: Path) -> None:
 
 def test_where_one_process_cannot_compute_the_others_end_and_the_run_goes_on(root: Path, tmp_path: Path) -> None:
     settings = exact(root, **SHARD, train__batch=2, train__micro_batch_tokens=96, train__checkpoint_every=1)
-    assert launched.run(2, broken, settings, tmp_path, timeout=60) == ["", ""]
-    assert launched.run(2, train, settings, tmp_path, True) == ["", ""]
+    assert support.run_processes(2, broken, settings, tmp_path, timeout=60) == ["", ""]
+    assert support.run_processes(2, train, settings, tmp_path, True) == ["", ""]
     assert [line["step"] for line in timeless(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -146,9 +146,9 @@ def head_refused(rank: int, settings: Recipe, directory: Path) -> None:
 
 
 def test_an_adapted_head_is_refused(tmp_path: Path) -> None:
-    tiny_run.write_model(tmp_path / "model", tie_word_embeddings=False)
+    support.write_llama(tmp_path / "model", tie_word_embeddings=False)
     settings = exact(tmp_path, **SHARD, adapter__targets=["q_proj", "lm_head"])
-    assert launched.run(2, head_refused, settings, tmp_path / "run") == ["", ""]
+    assert support.run_processes(2, head_refused, settings, tmp_path / "run") == ["", ""]
 
 
 def flip_in_pass(model: Any, number: int, rank: int) -> Any:
@@ -165,15 +165,15 @@ def flip_in_pass(model: Any, number: int, rank: int) -> Any:
 
 
 def made(source: Path, processes: Processes | None, kind: str) -> Any:
-    model = tiny_sharded.load(source, processes)
-    tiny_sharded.adapt(model, dropout=0.1, kind=kind)
+    model = support.load_sharded(source, processes)
+    support.adapt_sharded(model, dropout=0.1, kind=kind)
     return model
 
 
 def checked(rank: int, source: Path, kind: str) -> None:
     """Undisturbed it passes and leaves no trace. A wrong row is an error in all processes: in a block that the check
     gathers whole, and in one that it does not, where the processes differ from each other."""
-    with tiny_sharded.launch() as processes:
+    with support.dividing_processes() as processes:
         model = made(source, processes, kind)
         before = torch.get_rng_state()
         text = check_division(model, processes)
@@ -196,6 +196,6 @@ def checked(rank: int, source: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["dora", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_divided_base_is_checked_before_the_first_step(tmp_path: Path, kind: str) -> None:
-    source = tiny_run.write_model(tmp_path, num_hidden_layers=4)  # of which three are gathered whole
-    assert launched.run(2, checked, source, kind) == ["", ""]
+    source = support.write_llama(tmp_path, num_hidden_layers=4)  # of which three are gathered whole
+    assert support.run_processes(2, checked, source, kind) == ["", ""]
     assert check_division(None, Processes()) is None  # type: ignore[arg-type]

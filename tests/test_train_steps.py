@@ -27,7 +27,7 @@ from qdora.train.even_passes import even_passes
 from qdora.train.loss_scale import LossScale
 from qdora.train.passes import batch_loss, step_gradient
 from qdora.train.router_loss import check_router_loss
-from tests import reference, tiny_adapted, tiny_experts, tiny_multimodal, tiny_run, tiny_steps
+from tests import reference, support
 
 CPU = torch.device("cpu")
 WITH_LOSS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "qwen3_5_moe_text", "qwen3_next")
@@ -36,11 +36,11 @@ WITH_LOSS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemo
 def model_of(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """With adapters off their start; in float64 for what is expected."""
     if name != "llama":
-        return tiny_experts.adapted(directory, name, dtype)[0]
-    made = tiny_adapted.base("llama", dtype=dtype)
+        return support.adapted_mixture(directory, name, dtype)[0]
+    made = support.base_model("llama", dtype=dtype)
     adapter = torch.float64 if dtype == torch.float64 else torch.float32
     layers = inject(made, rank=3, alpha=6.0, dtype=adapter, generator=torch.Generator().manual_seed(1))
-    tiny_adapted.move(layers)
+    support.move_adapters_(layers)
     return made
 
 
@@ -134,8 +134,8 @@ SLOW = ("recomputed routers", "routers with a bias")
 @pytest.mark.parametrize("case", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
 def test_a_step_is_a_ratio_of_sums_over_its_examples(tmp_path: Path, case: str) -> None:
     name, batching, checkpointing, scaled, settings = CASES[case]
-    examples = tiny_steps.examples()
-    step = tiny_steps.step_of(examples, batching)
+    examples = support.examples()
+    step = support.step_of(examples, batching)
     assert len(step.micro_batches) > 1 or case == "one micro-batch"
     wanted = expected(model_of(name, tmp_path, torch.float64), step, examples, **settings)
     model = model_of(name, tmp_path).train()
@@ -162,8 +162,8 @@ def test_a_step_is_a_ratio_of_sums_over_its_examples(tmp_path: Path, case: str) 
 
 def test_float16_keeps_the_gradients_of_a_step_of_many_tokens(tmp_path: Path) -> None:
     """This process holds a share of the step's 32,768 labelled tokens."""
-    examples = tiny_steps.examples([40, 33, 37, 28], tasks="a")
-    step = tiny_steps.step_of(examples, Batching(96, 0))
+    examples = support.examples([40, 33, 37, 28], tasks="a")
+    step = support.step_of(examples, Batching(96, 0))
     step = replace(step, num_label_tokens=32_768, task_label_tokens={"a": 32_768})
     wanted = expected(model_of("llama", tmp_path, torch.float64), step, examples)["gradients"]
     assert len(wanted) == 42
@@ -185,7 +185,7 @@ def test_float16_keeps_the_gradients_of_a_step_of_many_tokens(tmp_path: Path) ->
 
 def test_a_process_without_an_example_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the base is divided it computes as many passes as the others, of which none counts."""
-    step = replace(tiny_steps.step_of(tiny_steps.examples(), Batching(40, 0)), micro_batches=[])
+    step = replace(support.step_of(support.examples(), Batching(40, 0)), micro_batches=[])
     model = model_of("llama", tmp_path).train()
     metrics, example_nll = step_gradient(model, step, device=CPU, loss_scale=LossScale())
     assert (metrics["loss"], metrics["tasks"], example_nll) == (0, {}, [])
@@ -233,7 +233,7 @@ def ids_and_mask(rows: int = 3, length: int = 9) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", WITH_LOSS)
 def test_it_is_the_loss_of_transformers(tmp_path: Path, name: str) -> None:
-    model, _ = tiny_experts.adapted(tmp_path, name, torch.float32, targets=["o_proj"])
+    model, _ = support.adapted_mixture(tmp_path, name, torch.float32, targets=["o_proj"])
     if name == "granitemoe" and not stacks(model):
         pytest.skip("this release of transformers has no interface for Granite's experts")
     ids, mask = ids_and_mask()
@@ -247,22 +247,22 @@ def test_it_is_the_loss_of_transformers(tmp_path: Path, name: str) -> None:
 
 
 def test_a_mixture_of_images_and_texts_has_the_loss_of_its_family_or_of_its_text_model(root: Path) -> None:
-    recipe = tiny_run.recipe(root, train__router_aux_loss=0.05)
+    recipe = support.tiny_recipe(root, train__router_aux_loss=0.05)
     for name in ("Qwen3VLMoeConfig", "Qwen3_5MoeConfig", "Glm4vMoeConfig"):
         check_router_loss(recipe, getattr(transformers, name)())
-    text = tiny_multimodal.TEXT | {"model_type": "mixtral", "head_dim": 16, "sliding_window": None}
+    text = support.TEXT | {"model_type": "mixtral", "head_dim": 16, "sliding_window": None}
     text |= {"num_local_experts": 4, "num_experts_per_tok": 2}
-    vision = tiny_multimodal.TOWER | {"model_type": "pixtral", "head_dim": 16}
+    vision = support.TOWER | {"model_type": "pixtral", "head_dim": 16}
     config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_id=396)
     check_router_loss(recipe, config)
 
 
 def test_a_model_without_one_is_refused(root: Path) -> None:
-    recipe = tiny_run.recipe(root, train__router_aux_loss=0.05)
+    recipe = support.tiny_recipe(root, train__router_aux_loss=0.05)
     for name in ("llama4_text", "deepseek_v3", "lfm2_moe"):
         with pytest.raises(UserError, match=f"train.router_aux_loss: must be 0 with {name}, got 0.05"):
-            check_router_loss(recipe, tiny_experts.make(name).config)
-    model = tiny_experts.make("qwen3_moe", mlp_only_layers=[0, 1])
+            check_router_loss(recipe, support.mixture(name).config)
+    model = support.mixture("qwen3_moe", mlp_only_layers=[0, 1])
     ids, mask = ids_and_mask(2, 7)
     with pytest.raises(UserError, match=r"router_aux_loss: must be 0 with this model: .* no logits of routers"):
         batch_loss(model, ids, mask, ids.clone(), routers=True)

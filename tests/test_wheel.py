@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests import tiny_run
+from tests import support
 
 ROOT = Path(__file__).parent.parent
 BEFORE = """
@@ -61,7 +61,7 @@ def test_the_readmes_lines_run_with_a_wheel(tmp_path: Path) -> None:
         short = r'\1, max_steps=2, use_cpu=True, bf16=False, report_to="none"'
         block, num_configs = re.subn(r'(Config\("\w+")', short, block)
         assert num_configs == 2
-    model = tiny_run.write_model(tmp_path / "model", intermediate_size=128)
+    model = support.write_llama(tmp_path / "model", intermediate_size=128)
     elsewhere = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(site)}}
     found = json.loads(python("-c", BEFORE + block + AFTER, model, **elsewhere).splitlines()[-1])
     assert Path(found["file"]) == site / "qdora/peft.py"

@@ -1,7 +1,9 @@
-"""A stand-in for llama.cpp's converter and quantiser: the same arguments, the package `gguf`, few models
+"""Stand-ins for what this machine lacks: NVIDIA's driver, and llama.cpp's converter. Nothing imports torch.
+
+A stand-in for llama.cpp's converter and quantiser: the same arguments, the package `gguf`, few models
 (`ARCHITECTURES`).
 
-    fake_converter.py MODEL --outfile FILE --outtype f16      fake_converter.py IN OUT Q4_0
+    fakes.py MODEL --outfile FILE --outtype f16      fakes.py IN OUT Q4_0
 
 The package writes no type of 256 weights a block. For those of K the stand-in takes the type that llama.cpp has for
 other rows (`SMALL_BLOCKS`), but makes Q2_K itself where the rows fit.
@@ -12,18 +14,74 @@ change places), halves (gate and up do), gone (up is not there).
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
+
+CDLL = ctypes.CDLL
+
+
+def driver_files(root: Path, version: str) -> Path:
+    """A root directory with a device node and the version in /proc."""
+    for folder in ("dev", "proc/driver/nvidia"):
+        (root / folder).mkdir(parents=True)
+    (root / "dev/nvidia0").touch()
+    module = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {version}  Sat Aug 19 01:15:15 UTC 2023"
+    (root / "proc/driver/nvidia/version").write_text(f"{module}\nGCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n")
+    return root
+
+
+class CudaLibrary:
+    """libcuda with the given attributes of each device; CUDA's errors for what it does not have."""
+
+    def __init__(self, devices: Sequence[Mapping[int, int]], called: Callable[[], Any]) -> None:
+        self.devices, self.called = devices, called
+
+    def cuInit(self, flags: int) -> int:
+        self.called()
+        return 0 if self.devices else 100  # CUDA_ERROR_NO_DEVICE
+
+    def cuDeviceGet(self, handle: Any, ordinal: int) -> int:
+        handle._obj.value = ordinal + 7  # a handle is no ordinal
+        return 0 if ordinal < len(self.devices) else 101  # CUDA_ERROR_INVALID_DEVICE
+
+    def cuDeviceGetAttribute(self, value: Any, number: int, handle: Any) -> int:
+        found = self.devices[handle.value - 7].get(number)
+        value._obj.value = found or 0
+        return 1 if found is None else 0  # CUDA_ERROR_INVALID_VALUE
+
+
+def install_driver(
+    monkeypatch: pytest.MonkeyPatch | None,
+    devices: Sequence[Mapping[int, int]] | None,
+    called: Callable[[], Any] = lambda: None,
+) -> None:
+    """Let ctypes load the library, or fail if `devices` is None; without monkeypatch for good."""
+
+    def load(name: Any, *arguments: Any, **options: Any) -> Any:
+        if name != "libcuda.so.1":
+            return CDLL(name, *arguments, **options)
+        if devices is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return CudaLibrary(devices, called)
+
+    if monkeypatch is None:
+        ctypes.CDLL = load  # type: ignore[misc,assignment]
+    else:
+        monkeypatch.setattr(ctypes, "CDLL", load)
+
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -122,7 +180,7 @@ def add_settings(writer: Any, config: dict[str, Any]) -> None:
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
 
 
-def convert(model: Path, out: Path, type_: str, *, fused: bool = False) -> None:
+def convert_to_gguf(model: Path, out: Path, type_: str, *, fused: bool = False) -> None:
     """Write the checkpoint as one file; `fused` keeps gate and up of experts together."""
     config = json.loads((model / "config.json").read_text())
     architecture = ARCHITECTURES[config["model_type"]]
@@ -152,7 +210,7 @@ def convert(model: Path, out: Path, type_: str, *, fused: bool = False) -> None:
             halves = [experts.pop(f"blk.{layer}.ffn_{part}_exps.weight") for part in ("gate", "up")]
             experts[f"blk.{layer}.ffn_gate_up_exps.weight"] = np.concatenate(halves, axis=1)
     for name, values in experts.items():
-        add(writer, name, np.ascontiguousarray(values, np.float32), type_)
+        add_tensor(writer, name, np.ascontiguousarray(values, np.float32), type_)
     for name, values in checkpoint.items():
         part = name.split(".")[-2]
         if FAULT == "drop" and name.endswith("layers.1.mlp.up_proj.weight"):
@@ -162,7 +220,7 @@ def convert(model: Path, out: Path, type_: str, *, fused: bool = False) -> None:
         values = values.astype(np.float32).squeeze()  # convolutions, and the gates of shared experts
         if FAULT == "step" and part == "down_proj":
             values[0, 0] = -values[0, 0] - 0.01
-        add(writer, name_of(name, architecture), values, type_)
+        add_tensor(writer, name_of(name, architecture), values, type_)
     finish(writer)
 
 
@@ -173,7 +231,7 @@ def finish(writer: Any) -> None:
     writer.close()
 
 
-def add(writer: Any, name: str, values: Values, type_: str) -> None:
+def add_tensor(writer: Any, name: str, values: Values, type_: str) -> None:
     """Norms, routers, biases and convolutions stay in float32, as llama.cpp has them."""
     if type_ == "f32" or values.ndim == 1 or values.shape[-1] % 32 or "ffn_gate_inp" in name:
         writer.add_tensor(name, values)
@@ -207,7 +265,7 @@ def q2_k(values: Values) -> Values:
     return np.concatenate(packed, axis=1).reshape(len(values), -1)
 
 
-def quantize(source: Path, out: Path, type_: str) -> None:
+def quantize_gguf(source: Path, out: Path, type_: str) -> None:
     """Copy a file, its matrices in `type_`."""
     reader = gguf.GGUFReader(str(source))
     architecture = reader.get_field("general.architecture").contents()
@@ -219,7 +277,7 @@ def quantize(source: Path, out: Path, type_: str) -> None:
     writer.add_token_list(reader.get_field("tokenizer.ggml.tokens").contents())
     writer.add_chat_template(reader.get_field("tokenizer.chat_template").contents())
     for tensor in reader.tensors:
-        add(writer, tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32), type_)
+        add_tensor(writer, tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32), type_)
     finish(writer)
 
 
@@ -230,6 +288,6 @@ if __name__ == "__main__":
         sys.exit("NotImplementedError: BPE pre-tokenizer was not recognized")
     given = sys.argv[1:]
     if "--outfile" in given:
-        convert(Path(given[0]), Path(given[given.index("--outfile") + 1]), given[given.index("--outtype") + 1])
+        convert_to_gguf(Path(given[0]), Path(given[given.index("--outfile") + 1]), given[given.index("--outtype") + 1])
     else:
-        quantize(Path(given[0]), Path(given[1]), given[2].lower())
+        quantize_gguf(Path(given[0]), Path(given[1]), given[2].lower())
