@@ -22,7 +22,7 @@ from qdora.errors import UserError
 from qdora.export.gguf import find_llama_cpp
 from qdora.model.source import builtin_file
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
 
 
@@ -39,7 +39,7 @@ def run_smoke(command: str, *options: str) -> str:
     file, *words = command.split()
     call = [sys.executable, str(ROOT / "benchmarks" / file), *words, "--smoke", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    run = subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=850)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 
