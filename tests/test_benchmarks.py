@@ -22,7 +22,7 @@ from qdora.errors import UserError
 from qdora.export.gguf import find_llama_cpp
 from qdora.model.source import builtin_file
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent
 
 
@@ -39,7 +39,7 @@ def run_smoke(command: str, *options: str) -> str:
     file, *words = command.split()
     call = [sys.executable, str(ROOT / "benchmarks" / file), *words, "--smoke", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    run = subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=850)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 
@@ -196,12 +196,6 @@ def curvature_draws(result: Any) -> bool:
     return (result["num_layers"], result["num_components"], len(result["layers"])) == (14, 14 * 32, 2)
 
 
-def export_exactness(result: Any) -> bool:
-    forms = {name: form["max_logit_difference"] for name, form in result["forms"]["float32"].items()}
-    assert {name for name, most in forms.items() if most < 1e-4} >= {"reference", "merged", "nf4-lora", "PEFT running"}
-    return forms["requantised"] > 1e-4 and result["forms"]["bfloat16"].keys() == forms.keys()
-
-
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "layer_times.py host_time": host_time,
     "layer_times.py peft_time": peft_time,
@@ -225,7 +219,6 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "pruning.py": pruning,
     "real_data.py": lambda found: [arm["kind"] for arm in found["arms"]] == ["lora", "dora"],
     "curvature_draws.py": curvature_draws,
-    "export_exactness.py": export_exactness,
 }
 
 
