@@ -134,7 +134,9 @@ def test_a_resume_keeps_the_training(run: RunDirectory, old: str, changes: dict[
     except UserError as error:
         faults = error.faults
     assert [fault.split(": ")[1] for fault in faults] == keys
-    assert all("start another --run-dir" in fault or "Fix: raise train." in fault for fault in faults)
+    assert all("start another --run-dir (got " in fault or "Fix: raise train." in fault for fault in faults)
+    assert not any("moved" in fault for fault in faults)
+    assert all(("must be 10 or more" in fault) == ("got 9" in fault) for fault in faults)
     assert run.recipe_file.read_text() == (old if keys else new)
 
 

@@ -291,20 +291,6 @@ def test_a_run_longer_than_its_data_is_refused_beforehand(tmp_path: Path) -> Non
     assert [line["num_examples"] for line in trained(tmp_path / "run")] == [4, 4, 4, 4, 4, 4, 1]
 
 
-def test_a_step_that_repeats_the_data_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """train.epochs: 1 is one step that fills itself with the same examples again and again."""
-    plan_run(one_layer(tmp_path), "r.yaml", console=QUIET)
-    assert not [each for each in caplog.records if each.levelname == "WARNING"]
-    size: dict[str, Any] = {"train__steps": ..., "train__batch": ..., "train__checkpoint_every": ...}
-    recipe = one_layer(tmp_path, **size, train__epochs=1, train__tokens_per_step=2500)
-    plan_run(recipe, "r.yaml", console=QUIET)
-    (warning,) = [each.getMessage() for each in caplog.records if "each step repeats the data" in each.getMessage()]
-    train_run(recipe, tmp_path / "run", console=QUIET)
-    assert (tmp_path / "run/log.txt").read_text().count(warning) == 1
-    (step,) = trained(tmp_path / "run")
-    assert f"An optimizer step takes {step['num_examples']} examples, but the training data" in warning
-
-
 def test_plan_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(resolved_yaml(one_layer(tmp_path)))
