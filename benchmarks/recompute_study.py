@@ -584,12 +584,6 @@ def holm(p_values: Sequence[float], number: int) -> list[float]:
 # What the pages say of benchmarks/results/study
 
 SECTION, NEXT_SECTION = "## Compressed bases: LoRA against DoRA", "## A study recomputed"
-TITLES = {
-    "nll_per_token": "NLL, nats per token",
-    "nll_by_task": "NLL, each task counting once",
-    "acc": "accuracy, points",
-    "acc_norm": "accuracy by likelihood per character, points",
-}
 PRUNED = ("Wanda 50 %", "Wanda 2:4", "nf4, Wanda 2:4")
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
 Row = tuple[str, list[float]]

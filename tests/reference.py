@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Array = NDArray[np.float64]
 
@@ -189,41 +188,6 @@ def head_nll(
     return nll, gradient
 
 
-def paired(
-    tasks: list[tuple[list[list[float]], list[list[float]], list[float]]],
-) -> tuple[float, float, float]:
-    """Macro average of first - second per unit of weight, its standard error and half the 95 % interval, sum by sum.
-
-    Each task is (first[seed][example], second[seed][example], weight[example]). The variance over examples is that of a
-    ratio estimate (Cochran 1977, eq. 6.13), that over seeds the one of the seeds' macro averages; the quantile
-    is that of t for each part, weighted by the variances (Cochran and Cox).
-    """
-    num_seeds = len(tasks[0][0])
-    of_seed = [0.0] * num_seeds
-    parts = []
-    for first, second, weight in tasks:
-        count, total = len(weight), sum(weight)
-        ratio = 0.0
-        for s in range(num_seeds):
-            summed = sum(first[s][e] - second[s][e] for e in range(count))
-            of_seed[s] += summed / total / len(tasks)
-            ratio += summed / total / num_seeds
-        residuals = []
-        for e in range(count):
-            mean = sum(first[s][e] - second[s][e] for s in range(num_seeds)) / num_seeds
-            residuals.append((mean - ratio * weight[e]) * count / total)
-        middle = sum(residuals) / count
-        variance = sum((each - middle) ** 2 for each in residuals) / (count - 1) / count
-        parts.append((variance / len(tasks) ** 2, count - 1))
-    value = sum(of_seed) / num_seeds
-    if num_seeds > 1:
-        spread = sum((each - value) ** 2 for each in of_seed) / (num_seeds - 1)
-        parts.append((spread / num_seeds, num_seeds - 1))
-    variance = sum(part for part, _ in parts)
-    quantile = sum(part * float(stats.t(free).ppf(0.975)) for part, free in parts) / variance
-    return value, math.sqrt(variance), quantile * math.sqrt(variance)
-
-
 def cosine(first: Array, second: Array) -> float:
     """<a, b> / |a| |b|."""
     product = sum(float(a) * float(b) for a, b in zip(first, second, strict=True))
@@ -248,48 +212,6 @@ def gate_gradients(d_gated: Array, lora_b: Array, gate: Array) -> tuple[Array, A
             d_b[i, k] = d_gated[i, k] * gate[k]
             d_gate[k] += d_gated[i, k] * lora_b[i, k]
     return d_b, d_gate
-
-
-def soft_capped_attention(
-    x: Array,
-    w_q: Array,
-    w_k: Array,
-    w_v: Array,
-    w_o: Array,
-    cos: Array,
-    sin: Array,
-    *,
-    head_dim: int,
-    scale: float,
-    cap: float,
-) -> Array:
-    """Causal attention of Gemma 2, a position at a time: softmax(cap tanh(scale q . k / cap)).
-
-    Source: arXiv 2408.00118, sec. 2.
-
-    x: (B, T, hidden); w: (heads * head_dim, hidden), w_o the other way round; cos, sin: (1 or B, T, head_dim).
-    """
-    batch, length, _ = x.shape
-    half = head_dim // 2
-
-    def heads(weight: Array) -> Array:
-        return (x @ weight.T).reshape(batch, length, -1, head_dim)  # (B, T, H, D)
-
-    def turned(each: Array) -> Array:
-        rotated = np.concatenate([-each[..., half:], each[..., :half]], axis=-1)
-        return each * cos[:, :, None] + rotated * sin[:, :, None]
-
-    q, k, v = turned(heads(w_q)), turned(heads(w_k)), heads(w_v)
-    out = np.zeros_like(q)
-    for b in range(batch):
-        for t in range(length):
-            for h in range(q.shape[2]):
-                own = h // (q.shape[2] // k.shape[2])
-                scores = [cap * math.tanh(scale * float(q[b, t, h] @ k[b, s, own]) / cap) for s in range(t + 1)]
-                weights = np.exp(np.array(scores) - max(scores))
-                out[b, t, h] = (weights / weights.sum()) @ v[b, : t + 1, own]
-    result: Array = out.reshape(batch, length, -1) @ w_o.T
-    return result
 
 
 def bag_of_tokens(ids: NDArray[np.int64], embedding: Array, head: Array, dz: Array) -> tuple[Array, Array, Array]:

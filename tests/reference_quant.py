@@ -48,11 +48,6 @@ def quantize_4bit(weights, kind, block_size):
     return codes, absmax
 
 
-def pack(codes):
-    """Two codes a byte, the first in the high nibble. The spare nibble of an odd count holds the code of 0 below."""
-    return [16 * codes[i] + codes[i + 1] for i in range(0, len(codes) - 1, 2)]
-
-
 def dynamic_map():
     """256 values in float64: 0, 1, and per decade e = 0..6 the midpoints of 2^e parts of [0.1, 1] times 10^(e-6)."""
     values = [0.0, 1.0]

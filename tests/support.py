@@ -158,16 +158,7 @@ def llama(**overrides: Any) -> nn.Module:
     """A random Llama-type causal LM of a few thousand parameters, float32, eval mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings: dict[str, Any] = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-    }
+    settings = LM_SIZES | {"vocab_size": 97, "tie_word_embeddings": True}
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
 
