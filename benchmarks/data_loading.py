@@ -8,15 +8,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import write_model, write_sums
-from frame import Column, bench, main, markdown, quartiles, table, tabulated
-from measure import alone, in_turns, ratios, spread
-from mixed_data import FixedSteps, fitted
-from rich.console import Console
+from frame import bench, main, markdown, quartiles, table
+from measure import alone, spread
+from mixed_data import fitted
 
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
 from qdora.data.loader import Step, StepLoader
@@ -171,75 +169,6 @@ def data_loading_table(result: Any) -> str:
     header = ["examples", *(f"{part}, s" for part in parts), "to the end of the first step, s"]
     note = f"\nSteps of {result['step_tokens']:,} tokens; median and quartiles of {result['num_steps'] - 1} steps.\n"
     return markdown([*header, "share of a step lost to loading"], rows) + note
-
-
-TITLES = {
-    "arrival": "padded, in order of arrival",  # of results of an earlier version
-    "grouped": "padded, grouped by length",
-    "packed": "packed",
-    "packed_to_max_length": f"packed, rows always {ROW_TOKENS} long",  # of results of an earlier version
-}
-
-
-@bench(smoke={"rounds": 2})
-def packing(data: Path | None, rounds: int = 12) -> dict[str, Any]:
-    """Packed rows against padded ones: the time of training steps on the same examples. Tests compare the losses.
-
-    As `data_loading`, in turns. DATA holds <task>/<split>.parquet; OMP_NUM_THREADS=2.
-    """
-    keep_freed_memory()
-    steps: dict[str, list[Step]] = {}
-    with place_of(data) as place:
-        for way in ("grouped", "packed"):
-            recipe = recipe_of(way, place, 1, 400, data is None)
-            source, tokenizer = find_model(recipe)
-            loader = make_loader(recipe, tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0]), tokenizer)
-            loader.batching.packed = "rows" if way == "packed" else None
-            steps[way] = [loader.next_step() for _ in range(rounds)]
-        model = load_base(recipe, source, choose_compute("auto"))
-    put_adapters(model, recipe)
-    assert packed_layout(model)[0] == "rows"
-    optimizer = AdapterOptimizer(adapter_parameters(model))
-    settings, quiet = TrainConfig(steps=1, batch=1, lr=1e-4, schedule="constant", warmup=0), Console(quiet=True)
-    seconds: dict[str, list[float]] = {way: [] for way in steps}
-    for number in range(rounds):
-        loaders = {way: FixedSteps([found[number]]) for way, found in steps.items()}
-        turns = {way: partial(fitted, model, optimizer, each, settings, console=quiet) for way, each in loaders.items()}
-        for way, found in in_turns(turns, 1, warmup=int(number == 0), start=number).items():
-            seconds[way] += found
-    tokens = [step.num_tokens for step in steps["packed"]]
-    assert tokens == [step.num_tokens for step in steps["grouped"]]
-    batches = {way: [batch for step in found for batch in step.micro_batches] for way, found in steps.items()}
-    speeds = {way: [n / s for n, s in zip(tokens, found, strict=True)] for way, found in seconds.items()}
-    time = {
-        "num_steps": rounds,
-        "seconds": seconds,
-        "tokens": tokens,
-        "micro_batches_per_step": {way: len(found) / rounds for way, found in batches.items()},
-        "padding_share": {
-            way: 1 - sum(tokens) / sum(batch.input_ids.numel() for batch in found) for way, found in batches.items()
-        },
-        "tokens_per_second": {way: spread(found) for way, found in speeds.items()},
-        "ratios": ratios(seconds, ["grouped / packed"]),
-    }
-    return {"step_tokens": STEP_TOKENS, "max_length": ROW_TOKENS, "time": time}
-
-
-@table("packing")
-def packing_table(result: Any) -> str:
-    """Padding, real tokens a second and time of each way to make micro-batches."""
-    found = result["time"]
-    columns: dict[str, Column] = {
-        "micro-batches": lambda way: TITLES[way],
-        "padding %": lambda way: f"{100 * found['padding_share'][way]:.1f}",
-        "micro-batches a step": lambda way: f"{found['micro_batches_per_step'][way]:.1f}",
-        "real tokens/s": lambda way: quartiles(found["tokens_per_second"][way], ".0f", ".0f"),
-        "time, packed = 1": lambda way: (
-            "1" if way == "packed" else quartiles(found["ratios"][f"{way} / packed"], ".2f")
-        ),
-    }
-    note = f"\n{found['num_steps']} steps of {result['step_tokens']:,} tokens in turns, median and quartiles.\n"
-    return tabulated(found["padding_share"], columns) + note
 
 
 if __name__ == "__main__":

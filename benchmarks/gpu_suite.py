@@ -73,7 +73,6 @@ SECTIONS = FIRST | {
     "step_in_turns_long": Section("steps:in_turns", 300, {"index": 1}),
     "layer_1": Section("layers:run", 120, {"index": 0}),
     **{f"alone_{name}": Section("steps:on_40gb", 180, {"name": name, "index": 1}) for name in _MODELS},
-    "profile": Section("steps:profiles", 90),
     "layer_2": Section("layers:run", 180, {"index": 1}),
     "streamed_8gb": Section("host_copies:streamed", 150, _8GB),
     "streamed_40gb": Section("host_copies:streamed", 270, _40GB),

@@ -18,7 +18,6 @@ from byte_tokenizer import byte_tokenizer
 from frame import GIB, Column, bench, cell, main, markdown, table, tabulated
 from measure import ONE_THREAD, alone, peak_rss_bytes
 from mixed_data import fitted
-from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
@@ -188,7 +187,7 @@ def _run_case(folder: str, name: str, counting: bool) -> dict[str, Any]:
         if live is not None:
             live.reset_peak()
         train = TrainConfig(steps=NUM_STEPS, batch=1, lr=1e-4, schedule="constant", warmup=0)
-        fitted(model, optimizer, loader, train, console=Console(quiet=True))
+        fitted(model, optimizer, loader, train, quiet=True)
         if live is not None:
             found["peak_bytes"] = live.peak_bytes
     return found | {"rss_bytes": peak_rss_bytes()}
