@@ -173,10 +173,8 @@ def adapt(model: Any, contender: Contender, rank: int, *, targets: tuple[str, ..
 
 @torch.no_grad()
 def move_parameters_(module: nn.Module, seed: int = 0) -> None:
-    """A from N(0, 1 / in), B from N(0, 0.02^2), magnitudes times 0.9 to 1.1; the same under every engine.
-
-    At their start, many a wrong formula gives the right numbers.
-    """
+    """A from N(0, 1 / in), B from N(0, 0.02^2), magnitudes times 0.9 to 1.1; the same under every engine. At its start
+    many a wrong formula gives the right numbers."""
     generator = torch.Generator().manual_seed(seed + 1)
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
@@ -208,10 +206,7 @@ def quant_state(packed: PackedWeight, dtype: torch.dtype) -> Any:
 
 
 def linear4bit(packed: PackedWeight, dtype: torch.dtype, bias: Tensor | None = None, *, copy: bool = True) -> Any:
-    """bitsandbytes' layer on a copy of the packed bytes, or on the bytes themselves, computing in `dtype`.
-
-    On fake tensors, too: bytes of a step that is not run.
-    """
+    """bitsandbytes' layer on a copy of the packed bytes, or on the bytes themselves, which may be fake."""
     rows, columns = packed.shape
     options: dict[str, Any] = {"compute_dtype": dtype, "quant_type": packed.kind, "device": "meta"}
     with unset_fake_temporarily():

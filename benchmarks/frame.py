@@ -40,7 +40,7 @@ import string
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import isgenerator, signature
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,14 +60,14 @@ _RAW = argparse.RawDescriptionHelpFormatter
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark; `bench` has the meaning of the fields."""
+    """A benchmark; the module's docstring has the meaning of the fields."""
 
     run: Callable[..., Any]
-    smoke: Mapping[str, Any]
-    rows: str
-    by: tuple[str, ...]
-    keep: bool
-    judge: Callable[[Any], Mapping[str, Any]]
+    smoke: Mapping[str, Any] = field(default_factory=dict)
+    rows: str = "cases"
+    by: tuple[str, ...] = ()
+    keep: bool = False
+    judge: Callable[[Any], Mapping[str, Any]] = lambda _rows: {}
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -76,18 +76,11 @@ class Bench:
         return {name: each.default for name, each in signature(self.run).parameters.items() if name not in special}
 
 
-def bench(
-    smoke: Mapping[str, Any] | None = None,
-    *,
-    rows: str = "cases",
-    by: tuple[str, ...] = (),
-    keep: bool = False,
-    judge: Callable[[Any], Mapping[str, Any]] = lambda _rows: {},
-) -> Callable[[Function], Function]:
-    """Make the function a command of its file; the module's docstring describes the arguments."""
+def bench(**options: Any) -> Callable[[Function], Function]:
+    """Make the function a command of its file, with the options of `Bench`."""
 
     def register(function: Function) -> Function:
-        BENCHES[function.__name__] = Bench(function, smoke or {}, rows, by, keep, judge)
+        BENCHES[function.__name__] = Bench(function, **options)
         return function
 
     return register
@@ -174,13 +167,11 @@ def _flag(option: str) -> str:
 
 def _words(given: Mapping[str, Any]) -> list[str]:
     """The options as they were given."""
-    words = []
+    words = ["DATA"] if given.get("data") else []
     for option, value in given.items():
-        if option == "data":
-            words += ["DATA"] if value else []
-            continue
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        words += [_flag(option), *map(str, values)]
+        if option != "data":
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [_flag(option), *map(str, values)]
     return words
 
 

@@ -1,4 +1,4 @@
-"""Host memory of loading a 16-bit checkpoint into NF4, of a base divided among processes, and of the streamed merge.
+"""Host memory of loading a 16-bit checkpoint into NF4, and of a base divided among processes.
 
 Random checkpoints of published shapes, each measurement in a process of its own. Peak: VmHWM, which counts the pages of
 mapped files: a reader that keeps its files mapped would show the whole checkpoint.
@@ -100,7 +100,6 @@ def load_memory(layers: int = 4, experts: bool = False, *, smoke: bool) -> dict[
     allowed, used = loaded["held"] + 2 * largest + ALLOWANCE_BYTES, loaded["peak"] - baseline["peak"]
     return {
         "shape": shape,
-        "checkpoint_dtype": "bfloat16",
         "base": BASE,
         "num_shards": num_shards,
         "checkpoint_bytes": total,
@@ -133,23 +132,16 @@ def _held_bytes(model: Any) -> int:
 @table("load_memory", "load_memory_experts")
 def load_memory_table(dense: Any, experts: Any) -> str:
     """Bytes of the checkpoint, of the packed model, of the largest tensor, and the peak."""
-    columns = {
-        "model": "{0}",
-        "checkpoint": "{1[checkpoint_bytes]:.3fGiB} GiB",
-        "packed model": "{1[packed_model_bytes]:.3fGiB} GiB",
-        "largest tensor": "{1[largest_tensor_bytes]:.3fGiB} GiB",
-        "peak over an empty process": "{1[used_bytes]:.3fGiB} GiB",
-        "limit": "{1[allowed_bytes]:.3fGiB} GiB",
-    }
-    return tabulated([("Llama", dense), ("mixture of experts", experts)], columns)
+    names = {"checkpoint": "checkpoint", "packed model": "packed_model", "largest tensor": "largest_tensor"}
+    names |= {"peak over an empty process": "used", "limit": "allowed"}
+    columns = {title: f"{{1[{name}_bytes]:.3fGiB}} GiB" for title, name in names.items()}
+    return tabulated([("Llama", dense), ("mixture of experts", experts)], {"model": "{0}", **columns})
 
 
 MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 SMALL = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 4096, "num_attention_heads": 8}
 SMALL |= {"num_hidden_layers": 2}
 SHARE_BAR = 0.03
-RECORD = "checkpoint.json"
-"""Says what a checkpoint is made of, beside it: written last, so it is there only if the checkpoint is whole."""
 
 
 @bench(smoke={"processes": (1, 2)})
@@ -184,7 +176,6 @@ def sharded_memory(
             "held_bytes": held,
             "resident_bytes": [each["resident"] - before["resident"] for each, before in pairs],
             "peak_bytes": [each["peak"] - before["peak"] for each, before in pairs],
-            "idle_peak_bytes": [each["peak"] for each in idle],
             "seconds": time.perf_counter() - began,
             "planned_bytes": _planned_bytes(base, size),
             "allowed_peak_bytes": max(held) + 2 * largest + ALLOWANCE_BYTES,
@@ -201,8 +192,8 @@ def sharded_memory(
 
 
 def _checkpoint(directory: Path, shape: dict[str, Any]) -> tuple[int, int, int]:
-    """As `write_checkpoint`, if it is not there."""
-    record = directory / RECORD
+    """As `write_checkpoint`, if it is not there as a whole: its record is written last."""
+    record = directory / "checkpoint.json"
     if not record.is_file() or json.loads(record.read_text())["shape"] != shape:
         directory.mkdir(parents=True, exist_ok=True)
         made = write_checkpoint(directory, shape)
@@ -214,10 +205,8 @@ def _checkpoint(directory: Path, shape: dict[str, Any]) -> tuple[int, int, int]:
 def _launched(size: int, *directories: str) -> list[dict[str, int]]:
     """What `_share` returns in each of `size` processes, which are connected as torchrun's are."""
     with ThreadPoolExecutor(size) as threads:
-        calls = [
-            threads.submit(alone, _share, *directories, variables=ONE_THREAD | variables)
-            for variables in launch_variables(size)
-        ]
+        each_variables = [ONE_THREAD | variables for variables in launch_variables(size)]
+        calls = [threads.submit(alone, _share, *directories, variables=variables) for variables in each_variables]
         return [call.result() for call in calls]
 
 
@@ -265,11 +254,8 @@ def sharded_memory_table(result: Any) -> str:
         "peak while loading": lambda item: cell("{0:.2fGiB}", (max(item[1]["peak_bytes"]),)),
         "limit": "{1[allowed_peak_bytes]:.2fGiB}",
     }
-    more = [
-        (resident - held) / 1e6
-        for each in result["processes"].values()
-        for resident, held in zip(each["resident_bytes"], each["held_bytes"], strict=True)
-    ]
+    pairs = [(each["resident_bytes"], each["held_bytes"]) for each in result["processes"].values()]
+    more = [(one - other) / 1e6 for pair in pairs for one, other in zip(*pair, strict=True)]
     note = f"\nResident minus counted: {min(more):.0f} to {max(more):.0f} MB. Tolerance: {result['bar']:.0%}.\n"
     return tabulated(result["processes"].items(), columns) + note
 

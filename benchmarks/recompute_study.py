@@ -367,7 +367,10 @@ class KeptStudy:
         Left: the metric less that of the same arm trained on the uncompressed base. The transplant is that arm on the
         compressed base.
         """
-        of_base = {axis for axis, values in self.study["product"].items() if changes_base(axis, values)}
+        of_base = set()  # the axes that change nothing but the base
+        for axis, values in self.study["product"].items():
+            keys = itertools.chain(*values.values()) if isinstance(values, dict) else [axis]
+            of_base |= {axis} if all(key.startswith("base.") for key in keys) else set()
 
         def kept(context: Mapping[str, str]) -> dict[str, str]:
             return {axis: label for axis, label in context.items() if axis not in of_base}
@@ -403,7 +406,7 @@ class KeptStudy:
 
 
 def named_ends(name: str, numbers: Sequence[float]) -> Numbers:
-    return {name + end: number for end, number in zip(ENDS, numbers, strict=True)}
+    return dict(zip((name + end for end in ENDS), numbers, strict=True))
 
 
 def pairs_of(arms: Sequence[Arm], reference: str) -> list[tuple[Arm, Arm]]:
@@ -454,12 +457,6 @@ def share(repairs: Sequence[float], damages: Sequence[float], num_first: int) ->
         if square > 0 and inside >= 0:
             low, high = ((-slope + sign * math.sqrt(inside)) / 2 / square for sign in (-1.0, 1.0))
     return named_ends("repaired_share", (value, low, high))
-
-
-def changes_base(axis: str, values: Any) -> bool:
-    """Whether an axis changes nothing but the base."""
-    keys = [key for group in values.values() for key in group] if isinstance(values, dict) else [axis]
-    return all(key.startswith("base.") for key in keys)
 
 
 def has_labels(context: Mapping[str, str], wanted: Mapping[str, Any]) -> bool:

@@ -40,10 +40,8 @@ def make_model(
 
 
 def make_step(model: Any, name: Any, num_tokens: int) -> Callable[[int], list[float]]:
-    """A function that trains for some steps on one sequence of random tokens and returns their losses.
-
-    All tokens are labelled; padding would bring in another attention kernel. The name is an optimizer's.
-    """
+    """A function that trains for some steps on one sequence of random labelled tokens and returns their losses. Padding
+    would bring in another attention kernel. The name is an optimizer's."""
     optimizer = AdapterOptimizer(adapter_parameters(model), name=name)
     ids = torch.randint(0, model.config.vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(0))
     micro = MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros(1, dtype=torch.int64), ["random"], ["0"])
@@ -183,10 +181,8 @@ def optimizers(part: Part, plan: Plan, device: torch.device) -> None:
 
 
 def of_optimizer(name: Any, parameters: dict[str, nn.Parameter], device: torch.device) -> dict[str, Any]:
-    """Seconds of a step after two that make the states, the host's waits, and the bytes that the states take.
-
-    Pages are managed memory, which torch does not count: paged states take few of its bytes.
-    """
+    """Seconds of a step after two that make the states, the host's waits, and the bytes that the states take but for
+    paged ones: torch does not count managed memory."""
     on.free(device)
     before = on.memory(device)["held"]
     optimizer = AdapterOptimizer(parameters, name=name)
