@@ -71,7 +71,7 @@ def checked(name: str) -> dict[str, Any]:
     """The row of a family."""
     began = time.perf_counter()
     row: dict[str, Any] = {"model_type": MODEL_TYPES[name], "mixture": name in MIXTURES, "refused": {}, "failed": {}}
-    checks = [resumed, shape, evaluated, answered, merged, nf4_lora, gradients, packing]
+    checks = [resumed, evaluated, answered, merged, nf4_lora, gradients, packing]
     with tempfile.TemporaryDirectory() as folder:
         case = Case(Path(folder), is_mxfp4=name == MXFP4)
         write_family(name, case.model)
@@ -201,13 +201,9 @@ def resumed(case: Case) -> dict[str, Any]:
     files = [folder / "adapter/adapter_model.safetensors" for folder in (case.run, case.folder / "whole")]
     if files[0].read_bytes() != files[1].read_bytes():
         raise RuntimeError("the resumed run has another adapter than an undisturbed one")
-    return {"resumed": True}
-
-
-def shape(case: Case) -> dict[str, Any]:
-    """What was adapted."""
     paths = adapted_layers(load_run(case.run).model)
-    return {"num_adapted": len(paths), "targets": sorted({path.rpartition(".")[2] for path in paths})}
+    targets = sorted({path.rpartition(".")[2] for path in paths})
+    return {"resumed": True, "num_adapted": len(paths), "targets": targets}
 
 
 def evaluated(case: Case) -> dict[str, Any]:

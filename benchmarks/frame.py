@@ -24,8 +24,6 @@ the other under the key `rows`: `yield row` makes a list, `yield name, row` a ma
 added. With `keep` the rows that an earlier call left in the file stay unless they come again: named ones, or those that
 differ in a field of `by`, by which the list is sorted. `judge` makes further entries from all rows.
 
-**Fresh processes.** `alone(function, *arguments)` of measure.py calls a function of any module in a new process.
-
 **Tables.** `readme_tables.py` finds every `@table`. The table has the function's name without `_table`; the function
 gets the named result files. A column of `tabulated` is a function of the row, or a format string that may look into it:
 "{ratios[dora / lora][median]:.3f}". There are three more formats: `{ratio:.3f}` of a mapping with median and quartiles,

@@ -9,8 +9,7 @@ report). A moment is an operation on files. What happens there:
 
 A disturbed life must end by itself, with one clear line if it could say one. The same commands again (train: --resume)
 must then reach the undisturbed life's files bit for bit, but for times and places; a run removes older checkpoints to
-go on with a full disk, so those may be missing. Every life is forked from this process. Linux only. (An earlier version
-knew more lives and events, which stand in the committed result.)
+go on with a full disk, so those may be missing. Every life is forked from this process. Linux only.
 """
 
 from __future__ import annotations
@@ -55,11 +54,6 @@ WORDS = {
     "int": "SIGINT, sometimes twice",
     "full": "the disk is full, once or from then on",
     "read_only": "the directory becomes read-only",
-    "clock": "the clock is set back a week, then SIGKILL",
-    "cache removed": "the base cache is removed",
-    "cache replaced": "another base takes the cache's place",
-    "second": "a second process is started on the same directory",
-    "cut": "a file of the newest checkpoint is cut short",
 }
 HEAVY = ("qdora.cli.train", "qdora.run.train", "qdora.export.export_run", "qdora.study.runner", "qdora.study.report")
 HEAVY += ("transformers.models.llama.modeling_llama", "pyarrow.parquet")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -23,12 +22,9 @@ from qdora.plan.live_bytes import LiveBytes
 FAST = ("frozen", "own_lora", "own_dora", f"own_dora{NEW_NORM}", "own_lora_dropout", "own_dora_dropout")
 FAST += ("peft_lora", "peft_lora_defaults", "peft_dora_addmm")
 SLOW = ("peft_lora", "peft_dora", "peft_dora_defaults", "own_dora", "own_dora_dropout")
-FAST_RATIOS = ("own_dora / own_lora", "own_dora / peft_lora", "own_dora_new_norm / own_lora")
-FAST_RATIOS += ("own_dora_new_norm / peft_lora", "own_dora_dropout / own_dora", "own_dora_dropout / own_lora_dropout")
-FAST_RATIOS += ("own_dora_dropout / peft_lora_defaults", "own_dora / peft_dora_addmm", "own_lora / peft_lora")
-FAST_RATIOS += ("own_dora / frozen", "peft_lora / frozen", "peft_dora_addmm / peft_lora")
+FAST_RATIOS = ("own_dora / own_lora", "own_dora / peft_lora", "own_dora_new_norm / own_lora", "own_lora / peft_lora")
+FAST_RATIOS += ("own_dora_dropout / own_dora", "own_dora / frozen", "peft_dora_addmm / peft_lora")
 SLOW_RATIOS = ("peft_dora / peft_lora", "peft_dora / own_dora", "peft_dora_defaults / peft_lora")
-SLOW_RATIOS += ("peft_dora_defaults / own_dora_dropout",)
 # The more a call takes, the less its median wants.
 REPEATS, FEW_REPEATS, SLOW_REPEATS = {256: 41, 1024: 21}, 11, 5
 
@@ -118,14 +114,11 @@ def layer_time_table(result: Any) -> str:
     return tabulated(shown, {"layer, rank, tokens": label, **columns}) + note
 
 
-PEFT_ROUNDS, RANK, REFERENCE = 21, 16, "peft_lora"
+RANK, REFERENCE = 16, "peft_lora"
 PEFT_NAMES = (REFERENCE, "peft_dora", "qdora_peft_lora", "qdora_peft_dora")
-PEFT_SHAPES, PEFT_TOKENS, LAYER_SECONDS = ((4096, 4096), (4096, 11_008), (576, 1536)), (512, 2048), 20.0
-# Name -> checkpointing, micro-batches, rows, tokens of a row; seconds.
-STEPS = {
-    "SmolLM2, checkpointing, 2 x 2 x 512": (True, 2, 2, 512, 150.0),
-    "SmolLM2, 4 x 128": (False, 1, 4, 128, 60.0),
-}
+PEFT_SHAPES, PEFT_TOKENS, PEFT_ROUNDS = ((4096, 4096), (4096, 11_008), (576, 1536)), (512, 2048), 11
+# Name -> checkpointing, micro-batches, rows, tokens of a row.
+STEPS = {"SmolLM2, checkpointing, 2 x 2 x 512": (True, 2, 2, 512), "SmolLM2, 4 x 128": (False, 1, 4, 128)}
 Run = Callable[[Callable[[], None]], None]
 """A call of a contender, from no gradients to none. It calls its argument after the first forward pass."""
 
@@ -135,29 +128,22 @@ def peft_time(*, smoke: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """PEFT's LoRA against DoRA on PEFT's interface, PEFT's own and qdora.peft's: time and bytes.
 
     One layer, and a step of a model: forward, backward, clipping and torch's fused AdamW, rank 16, adapters in bf16
-    (qdora's magnitudes are float32 always), every token labelled, the model's own loss. Each case has its seconds,
-    after which no round begins.
+    (qdora's magnitudes are float32 always), every token labelled, the model's own loss.
 
     Bytes are counted by `LiveBytes` on real tensors in the second call; weights, adapters and inputs are there before.
     "kept": what the first call left alive (optimizer states, and what a layer keeps); "held": alive after the (first)
     forward, "peak": the most, "kept" among both.
     """
     keep_freed_memory()
-    for name, runs, most_seconds in chain(_peft_layers(smoke), _peft_steps(smoke)):
+    for name, runs in chain(_peft_layers(smoke), _peft_steps(smoke)):
         memory = {each: _bytes_of(run) for each, run in runs.items()}
         turns = {each: functools.partial(run, lambda: None) for each, run in runs.items()}
-        seconds: dict[str, list[float]] = {each: [] for each in runs}
-        began, number = time.monotonic(), 0
-        while number < (2 if smoke else PEFT_ROUNDS) and (number == 0 or time.monotonic() - began < most_seconds):
-            for each, found in in_turns(turns, 1, warmup=0, start=number).items():
-                seconds[each] += found
-            number += 1
+        seconds = in_turns(turns, 2 if smoke else PEFT_ROUNDS, warmup=0)
         shares = {
             each: {what: found[what] / memory[REFERENCE][what] for what in ("held", "peak")}
             for each, found in memory.items()
         }
         row = {
-            "rounds": number,
             "seconds": {each: spread(found) for each, found in seconds.items()},
             "ratios": {each: ratio(found, seconds[REFERENCE]) for each, found in seconds.items()},
             "bytes": memory,
@@ -166,7 +152,7 @@ def peft_time(*, smoke: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, row
 
 
-def _peft_layers(smoke: bool) -> Iterator[tuple[str, dict[str, Run], float]]:
+def _peft_layers(smoke: bool) -> Iterator[tuple[str, dict[str, Run]]]:
     def run(call: LayerCall, after_forward: Callable[[], None]) -> None:
         y = call.layer(call.x)
         after_forward()
@@ -179,16 +165,16 @@ def _peft_layers(smoke: bool) -> Iterator[tuple[str, dict[str, Run], float]]:
             runs: dict[str, Run] = {
                 name: functools.partial(run, LayerCall(name, base, RANK, tokens)) for name in PEFT_NAMES
             }
-            yield f"layer {shape[0]} -> {shape[1]}, {tokens}", runs, LAYER_SECONDS
+            yield f"layer {shape[0]} -> {shape[1]}, {tokens}", runs
 
 
-def _peft_steps(smoke: bool) -> Iterator[tuple[str, dict[str, Run], float]]:
+def _peft_steps(smoke: bool) -> Iterator[tuple[str, dict[str, Run]]]:
     builtin = base_model(smoke=smoke)
-    for name, (checkpointing, num_micro_batches, rows, length, most_seconds) in STEPS.items():
+    for name, (checkpointing, num_micro_batches, rows, length) in STEPS.items():
         shape = (num_micro_batches, rows, 8 if smoke else length)
         ids = torch.randint(100, shape, generator=torch.Generator().manual_seed(0))
         models = {each: on_linear4bit(builtin, torch.bfloat16) for each in PEFT_NAMES}
-        yield name, {each: _step_run(each, model, checkpointing, ids) for each, model in models.items()}, most_seconds
+        yield name, {each: _step_run(each, model, checkpointing, ids) for each, model in models.items()}
 
 
 def _step_run(name: str, base: Any, checkpointing: bool, micro_batches: Tensor) -> Run:

@@ -28,14 +28,8 @@ from qdora.train.optimizer import AdapterOptimizer
 
 TASKS = ("obqa", "arc_e", "winogrande", "siqa")
 # Compute dtype, storage.
-ARMS = (
-    ("float32", "bfloat16"),
-    ("float32", "float32"),
-    ("bfloat16", "bfloat16"),
-    ("bfloat16", "float32"),
-    ("bfloat16", "float32, other micro-batches"),
-    ("bfloat16", "plain bf16"),
-)
+ARMS = [("float32", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+ARMS += [("bfloat16", "float32, other micro-batches"), ("bfloat16", "plain bf16")]
 
 
 class PlainBf16AdamW:

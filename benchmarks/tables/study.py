@@ -51,7 +51,6 @@ CONTROLS = {
 METHODS = {
     "uniform": "the same rank everywhere",
     "l1": "gates, L1",
-    "hard_concrete": "gates, hard-concrete",
     "svd": "SVD of a trained update",
     "gradient": "gradient",
     "curvature": "curvature",
