@@ -1,13 +1,13 @@
 """The frame of the benchmarks: a function becomes a command with a result file, and a table of a page.
 
     @bench(smoke={"rounds": 2})                        # what --smoke takes instead of the defaults
-    def host_time(rounds: int = 25) -> dict[str, Any]:
-        '''Host time of one layer. (This docstring is what --help says.)'''
+    def one_layer(rounds: int = 25) -> dict[str, Any]:
+        '''Time of one layer. (This docstring is what --help says.)'''
         turns = in_turns({"lora": ..., "dora": ...}, rounds)       # measure.py: alternating, spread, ratio
         return {"seconds": ..., "dora / lora": ratio(turns["dora"], turns["lora"])}
 
-    @table("host_time")                                # the block <!-- table: host_time --> of a page
-    def host_time_table(result: Any) -> str:
+    @table("one_layer")                                # the block <!-- table: one_layer --> of a page
+    def one_layer_table(result: Any) -> str:
         return tabulated(result["layers"].items(), {"layer": "{0}", "µs": lambda row: f"{1e6 * row[1]['median']:.0f}"})
 
     if __name__ == "__main__":
@@ -16,7 +16,7 @@
 **Options.** Each parameter is one, of the type of its default: `--rounds N`. A tuple takes several values, False is a
 flag, None takes a text. Three names are special: `data`, the first argument DATA, a Path (None with --smoke); `smoke`,
 whether --smoke is given; `out`, the Path of the result file. A file with one benchmark runs it, a file with several
-takes its name first: `python benchmarks/memory.py load_memory --layers 4 --smoke`.
+takes its name first: `python benchmarks/host_memory.py load_memory --layers 4 --smoke`.
 
 **Result.** benchmarks/results/NAME.json, or --out, or a temporary file with --smoke: command, commit, machine and
 versions, then what the function returns, which is also printed as the last line. A generator's rows are saved one after
