@@ -26,7 +26,7 @@ from unittest.mock import patch
 
 import torch
 from byte_tokenizer import byte_tokenizer
-from contenders import on_linear4bit, packed_layers, plain, put_weight_
+from contenders import on_linear4bit, plain, put_weight_
 from export_exactness import bnb_weights, dense, merged_by_numpy, on_bnb, with_peft
 from frame import bench, main
 from peft import PeftModel
@@ -50,16 +50,8 @@ from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.run.load_run import load_run
 from qdora.train import passes
 
-ASKED = {
-    "evaluated": 1e-5,
-    "merged": 1e-4,
-    "nf4_lora": 1e-4,
-    "gradients": 1e-4,
-    "packing": 1e-5,
-    "nf4_skip": 1e-4,
-    "peft": 1e-4,
-    "peft_again": 1e-4,
-}
+ASKED = dict.fromkeys(("evaluated", "packing"), 1e-5)
+ASKED |= dict.fromkeys(("merged", "nf4_lora", "gradients", "nf4_skip", "peft", "peft_again"), 1e-4)
 """The most that a figure may be."""
 PROMPT = "3 + 8 ="
 
@@ -79,7 +71,7 @@ def checked(name: str) -> dict[str, Any]:
     """The row of a family."""
     began = time.perf_counter()
     row: dict[str, Any] = {"model_type": MODEL_TYPES[name], "mixture": name in MIXTURES, "refused": {}, "failed": {}}
-    checks = [resumed, shape, evaluated, answered, merged, nf4_lora, gradients, packing]
+    checks = [resumed, evaluated, answered, merged, nf4_lora, gradients, packing]
     with tempfile.TemporaryDirectory() as folder:
         case = Case(Path(folder), is_mxfp4=name == MXFP4)
         write_family(name, case.model)
@@ -107,8 +99,7 @@ class Case:
 
     def __init__(self, folder: Path, *, is_mxfp4: bool) -> None:
         self.folder, self.model, self.run = folder, folder / "model", folder / "run"
-        self.is_mxfp4 = is_mxfp4
-        self.recipe = folder / "recipe.yaml"
+        self.is_mxfp4, self.recipe = is_mxfp4, folder / "recipe.yaml"
         train, self.validation = folder / "train.jsonl", folder / "validation.jsonl"
         write_random_sums(train, 0)
         write_random_sums(self.validation, 1)
@@ -184,8 +175,8 @@ def train(case: Case, run: Path, *words: str) -> list[dict[str, Any]]:
     return RunDirectory(run).metrics()
 
 
-def killed_in_step_2(case: Case) -> None:
-    """Train and be killed."""
+def resumed(case: Case) -> dict[str, Any]:
+    """Kill a run in its second step and resume it."""
     real, calls = passes.batch_loss, []
 
     def killing(*args: Any, **options: Any) -> Any:
@@ -194,40 +185,25 @@ def killed_in_step_2(case: Case) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **options)
 
-    with patch.object(passes, "batch_loss", killing):
+    def killed() -> None:
+        passes.batch_loss = killing
         command("train", case.recipe, "--run-dir", case.run)
 
-
-def resumed(case: Case) -> dict[str, Any]:
-    """Kill a run in its second step and resume it."""
-    child = multiprocessing.get_context("fork").Process(target=killed_in_step_2, args=(case,))
+    child = multiprocessing.get_context("fork").Process(target=killed)
     child.start()
     child.join()
     if child.exitcode != -signal.SIGKILL:
         command("train", case.recipe, "--run-dir", case.folder / "again")  # says why
         raise RuntimeError(f"the run ended with {child.exitcode} before it was killed")
     assert (case.run / "checkpoints/step-1").is_dir()
-    assert not (case.run / "adapter").exists()
     train(case, case.run, "--resume")
     train(case, case.folder / "whole")
     files = [folder / "adapter/adapter_model.safetensors" for folder in (case.run, case.folder / "whole")]
     if files[0].read_bytes() != files[1].read_bytes():
         raise RuntimeError("the resumed run has another adapter than an undisturbed one")
-    return {"resumed": True}
-
-
-def shape(case: Case) -> dict[str, Any]:
-    """What was adapted, and which layers of the blocks hold no packed weight."""
-    base, model = case.base, load_run(case.run).model
-    return {
-        "num_parameters": sum(
-            parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(case.model).parameters()
-        ),
-        "num_adapted": len(adapted_layers(model)),
-        "num_quantised": len(packed_layers(base)),
-        "targets": sorted({path.rpartition(".")[2] for path in adapted_layers(model)}),
-        "attention": str(model.config._attn_implementation),
-    }
+    paths = adapted_layers(load_run(case.run).model)
+    targets = sorted({path.rpartition(".")[2] for path in paths})
+    return {"resumed": True, "num_adapted": len(paths), "targets": targets}
 
 
 def evaluated(case: Case) -> dict[str, Any]:
@@ -323,26 +299,18 @@ class DoraWeight(nn.Module):
         return merged.mT if self.transposed else merged
 
 
-def plain_dora(case: Case, layers: dict[str, AdaptedLinear]) -> tuple[Any, dict[str, DoraWeight]]:
-    """Plain transformers in float64 with adapters by the plain formula, and these by their paths."""
-    model, adapters = plain(case.base, torch.float64), {}
-    for path, weight in case.weights.items():
-        put_weight_(model, case.base, path, weight.double())  # those that are not adapted, too
-    for path, layer in layers.items():
-        adapters[path] = DoraWeight(layer, transposed=is_transposed(case.base, path))
-        owner, _, name = path.rpartition(".") if path in stacks(case.base) else (path, "", "weight")
-        parametrize.register_parametrization(model.get_submodule(owner), name, adapters[path])
-    return model.eval(), adapters
-
-
 def gradients(case: Case) -> dict[str, Any]:
-    """A padded micro-batch of the first texts, against the plain formula on one text after the other."""
-    pairs = case.pairs[:4]
-    model = load_run(case.run).model
-    layers = adapted_layers(model)
-    reference, adapters = plain_dora(case, layers)
+    """A padded micro-batch of the first texts, against the plain formula in float64 on one text after the other."""
+    pairs, model = case.pairs[:4], load_run(case.run).model
+    layers, reference = adapted_layers(model), plain(case.base, torch.float64)
+    for path, weight in case.weights.items():
+        put_weight_(reference, case.base, path, weight.double())  # those that are not adapted, too
+    adapters = {path: DoraWeight(layer, transposed=is_transposed(case.base, path)) for path, layer in layers.items()}
+    for path, adapter in adapters.items():
+        owner, _, name = path.rpartition(".") if path in stacks(case.base) else (path, "", "weight")
+        parametrize.register_parametrization(reference.get_submodule(owner), name, adapter)
     with parametrize.cached():
-        sum(nll(reference, *pair) for pair in pairs).backward()  # type: ignore[union-attr]
+        sum(nll(reference.eval(), *pair) for pair in pairs).backward()  # type: ignore[union-attr]
 
     length = max(ids.shape[1] for ids, _ in pairs)
     tokens, mask = torch.zeros(2, len(pairs), length, dtype=torch.int64)

@@ -1,8 +1,8 @@
 """What chats teach through the chat templates of a directory, compared with variants that mark what is generated.
 
-    python benchmarks/chat_templates.py DIRECTORY [--out FILE]
+    python benchmarks/chat_templates.py DATA
 
-DIRECTORY holds `<name>.jinja` and, where there is one, `<name>_training.jinja`, whose `{% generation %}` marks say what
+DATA holds `<name>.jinja` and, where there is one, `<name>_training.jinja`, whose `{% generation %}` marks say what
 the assistant writes. Every template renders chats of 1, 2 and 5 turns, with and without a system prompt, tools (the
 first turn calls one) and reasoning, 24 in all. Each word says whose it is, and the tokenizer has a token for each byte
 and for each mark of the template, so that texts are equal where tokens are. Of every turn that is learnt it is counted
@@ -14,10 +14,10 @@ and for each mark of the template, so that texts are equal where tokens are. Of 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,31 +25,28 @@ from typing import Any
 
 import jinja2
 from byte_tokenizer import byte_tokenizer
-from frame import table, tabulated
-from measure import RESULTS, facts, save
+from frame import bench, main, table, tabulated
 
 from qdora.data.encode_chats import encode_chats
 from qdora.data.example import Example
 from qdora.data.messages import parse_messages, parse_tools
 
 TURNS = (1, 2, 5)
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 _MARKS = re.compile(
     r"<\|[^\s<>|'\"{}]+\|>|<｜[^\s<>｜'\"{}]+｜>|</?(?:s|sop|bos|eos|think|start_of_\w+|end_of_\w+|tool_\w+)>"
     r"|\[/?[A-Z_]{2,}\]|\[gMASK\]"
 )
 """The spellings of special tokens."""
+PARAMETERS = {"type": "object", "properties": {"place": {"type": "string", "description": "toolplace"}}}
 TOOL = {
     "type": "function",
-    "function": {
-        "name": "tooltool",
-        "description": "toolfacts",
-        "parameters": {"type": "object", "properties": {"place": {"type": "string", "description": "toolplace"}}},
-    },
+    "function": {"name": "tooltool", "description": "toolfacts", "parameters": PARAMETERS},
 }
-
 FUNCTION = {"name": "tooltool", "arguments": {"place": "argword"}}
-
-
 Chat = list[dict[str, Any]]
 
 
@@ -76,8 +73,7 @@ def tokenizer_of(*templates: str) -> Any:
     tokenizer = byte_tokenizer()
     marks = sorted({mark for text in templates for mark in _MARKS.findall(text)} | {"<begin>"})
     tokenizer.add_special_tokens({"additional_special_tokens": marks})
-    tokenizer.bos_token = "<begin>"
-    tokenizer.chat_template = templates[0]
+    tokenizer.bos_token, tokenizer.chat_template = "<begin>", templates[0]
     return tokenizer
 
 
@@ -130,11 +126,8 @@ def runs(mask: Sequence[int | bool]) -> list[tuple[int, int]]:
 
 
 def marked_turns(tokenizer: Any, messages: Chat, tools: Any, form: int) -> list[set[str]]:
-    """What the marked variant says that each turn writes, without what its generation prompt gives.
-
-    Two readings of a turn count: in the whole chat, and at the end of the chat up to it, where some templates write
-    another end mark.
-    """
+    """What the marked variant says that each turn writes, without what its generation prompt gives: in the whole chat,
+    and at the end of the chat up to it, where some templates write another end mark."""
 
     def turn(whole: Chat, index: int) -> str:
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
@@ -175,7 +168,8 @@ def counted(tokenizer: Any, variant: Any, messages: Chat, counts: Counter[str], 
     counts["turns"] += len(said)
     marks = tuple(tokenizer.get_added_vocab())
     for index, (ids, start, end) in zip(said, turns, strict=True):
-        text, shown = tokenizer.decode(ids[start:end]), served(tokenizer, messages[:index], tools, form, **PROMPT)
+        text = tokenizer.decode(ids[start:end])
+        shown = served(tokenizer, messages[:index], tools, form, add_generation_prompt=True)
         prompt = tokenizer(shown, add_special_tokens=False)["input_ids"]
         printed = messages[index]["content"] in text and text.rstrip().endswith(marks)
         counts["answer_and_end"] += printed
@@ -187,9 +181,6 @@ def counted(tokenizer: Any, variant: Any, messages: Chat, counts: Counter[str], 
     return None
 
 
-PROMPT = {"add_generation_prompt": True}
-
-
 def measure(template: Path) -> dict[str, Any]:
     """All chats through one template."""
     beside = template.with_name(f"{template.stem}_training.jinja")
@@ -197,32 +188,27 @@ def measure(template: Path) -> dict[str, Any]:
     tokenizer, variant = tokenizer_of(*texts), tokenizer_of(*texts[::-1]) if len(texts) > 1 else None
     counts: Counter[str] = Counter()
     notes: set[str] = set()
-    options = itertools.product(TURNS, (False, True), (False, True), (False, True))
+    options = itertools.product(TURNS, *3 * [(False, True)])
     chats = [chat_of(turns, system=system, tools=tools, reasoning=thinks) for turns, system, tools, thinks in options]
     refusals = [reason for chat in chats if (reason := counted(tokenizer, variant, chat, counts, notes)) is not None]
     names = ("texts", "turns", "answer_and_end", "others", "served", "marked", "as_marked")
-    return {
-        "chats": len(chats),
-        "refused": dict(Counter(refusals)),
-        **{name: counts[name] for name in names},
-        "notes": sorted(notes),
-    }
+    found = {"chats": len(chats), "refused": dict(Counter(refusals))}
+    return found | {name: counts[name] for name in names} | {"notes": sorted(notes)}
 
 
-def main() -> None:
-    """Measure every template of the directory and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--out", type=Path, default=RESULTS / "chat_templates.json")
-    options = parser.parse_args()
-    files = [each for each in sorted(options.directory.glob("*.jinja")) if not each.stem.endswith("_training")]
-    found = {"turns": list(TURNS), "templates": {file.stem: measure(file) for file in files}}
-    save(options.out, facts("python benchmarks/chat_templates.py DIRECTORY") | found)
+@bench()
+def chat_templates(data: Path | None) -> dict[str, Any]:
+    """Measure every template of the directory; with --smoke one of a few lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "chatml.jinja").write_text(CHATML)
+        files = sorted((data or Path(folder)).glob("*.jinja"))
+        found = {file.stem: measure(file) for file in files if not file.stem.endswith("_training")}
+    return {"turns": list(TURNS), "templates": found}
 
 
-@table("chat_templates", "chat_model")
-def chat_templates_table(result: Any, chat_model: Any) -> str:
-    """For each chat template: turns whose answer, prompt and marks are right; below, a model that was trained."""
+@table("chat_templates")
+def chat_templates_table(result: Any) -> str:
+    """For each chat template: turns whose answer, prompt and marks are right."""
 
     def marked(row: Any) -> str:
         return f"{row[1]['as_marked']} of {row[1]['marked']}" if row[1]["marked"] else "no variant"
@@ -239,13 +225,7 @@ def chat_templates_table(result: Any, chat_model: Any) -> str:
         "learnt as in the marked variant": marked,
     }
     reasons = sorted({reason for found in result["templates"].values() for reason in found["refused"]})
-    num, arms = chat_model["num_questions"], chat_model["arms"]
-    return tabulated(result["templates"].items(), columns) + (
-        f"\nReason of refusals: {'; '.join(reasons)}\n\nAn earlier script trained SmolLM2-135M-Instruct on "
-        f"{chat_model['num_chats']} made-up conversations with tools and asked it {num} new questions: "
-        f"{arms['trained']['in_manner']} answers had the trained form ({arms['base']['in_manner']} before), "
-        f"{arms['trained']['equal']} were equal to the expected one ({arms['base']['equal']} before).\n"
-    )
+    return tabulated(result["templates"].items(), columns) + f"\nReason of refusals: {'; '.join(reasons)}\n"
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from typing import Any, Literal
 import bitsandbytes as bnb
 import peft
 import torch
-from axolotl_dora import use_axolotl_dora
-from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -33,22 +31,17 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to train a linear layer.
+    """One way to train a linear layer, with PEFT's adapter on bitsandbytes' Linear4bit or our own.
 
-    Attributes:
-        engine: "own", "peft" (bitsandbytes' Linear4bit under PEFT's adapter), or "dense": a frozen 16-bit nn.Linear.
-        kind: "lora", "dora", or None: the frozen layer alone.
-        dropout: On the adapter's input.
-        adapter_dtype: Storage of A and B, and of PEFT's magnitude (ours is always float32).
-        variant: Of PEFT's layer. "addmm": its norm with one addmm in place of a sum over a transposed view, its
-            strongest form; "qdora": `qdora.peft.accelerate`; "axolotl", "axolotl_uncached": see axolotl_dora.py.
+    The variant is of PEFT's layer. "addmm": its norm with one addmm in place of a sum over a transposed view, its
+    strongest form; "qdora": `qdora.peft.accelerate`.
     """
 
-    engine: Literal["own", "peft", "dense"]
-    kind: Literal["lora", "dora"] | None
+    engine: Literal["own", "peft", "dense"]  # dense: a frozen 16-bit nn.Linear
+    kind: Literal["lora", "dora"] | None  # None: the frozen layer alone
     dropout: float = 0.0
-    adapter_dtype: torch.dtype = torch.bfloat16
-    variant: Literal["addmm", "qdora", "axolotl", "axolotl_uncached"] | None = None
+    adapter_dtype: torch.dtype = torch.bfloat16  # of A and B, and of PEFT's magnitude (ours is always float32)
+    variant: Literal["addmm", "qdora"] | None = None
 
 
 CONTENDERS = {
@@ -63,8 +56,6 @@ CONTENDERS = {
     "peft_dora_addmm": Contender("peft", "dora", variant="addmm"),
     "qdora_peft_lora": Contender("peft", "lora", variant="qdora"),
     "qdora_peft_dora": Contender("peft", "dora", variant="qdora"),
-    "axolotl_dora": Contender("peft", "dora", variant="axolotl"),
-    "axolotl_dora_uncached": Contender("peft", "dora", variant="axolotl_uncached"),
     "peft_lora_defaults": Contender("peft", "lora", dropout=0.05, adapter_dtype=torch.float32),
     "peft_dora_defaults": Contender("peft", "dora", dropout=0.05, adapter_dtype=torch.float32),
 }
@@ -74,23 +65,18 @@ NEW_NORM = "_new_norm"
 
 _ENDINGS = {
     "": "",
-    "_dropout": ", dropout",
     "_8bit": ", 8-bit AdamW",
     "_bf16_adam": ", AdamW in bf16",
     "_defaults": ", float32, dropout",
     "_prepared": ", float32, dropout, head float32",
     "_same_loop": " in qdora's loop",
-    "_addmm": ", norm by one addmm",
 }
-_ENGINES = {"own": "qdora", "peft": "PEFT", "qdora_peft": "qdora.peft"}
 TITLES = {
     f"{engine}_{kind}{ending}": f"{name} {kind[0].upper()}oRA{said}"
-    for engine, name in _ENGINES.items()
+    for engine, name in (("own", "qdora"), ("peft", "PEFT"), ("qdora_peft", "qdora.peft"))
     for kind in ("lora", "dora")
     for ending, said in _ENDINGS.items()
-}
-TITLES |= {"axolotl_dora": "axolotl's DoRA algorithm", "axolotl_dora_uncached": "the same without its cache"}
-TITLES |= {"frozen": "frozen NF4 model, no adapter", "dense": "frozen 16-bit model, no adapter"}
+} | {"frozen": "frozen NF4 model, no adapter", "dense": "frozen 16-bit model, no adapter"}
 """What they are called in the tables, those with another optimizer or loop too."""
 
 
@@ -150,67 +136,30 @@ class LayerCall:
 
 
 def layer_on(base: Weight, contender: Contender, rank: int, *, seed: int = 0) -> nn.Module:
-    """One layer of a contender in training mode, on a base of its own kind; every parameter moved off its start (B
-    random, magnitudes off by up to 10 %).
-
-    Args:
-        base: (out, in), packed, or dense for the "dense" contender. PEFT takes a copy of its packed bytes.
-    """
+    """One layer of a contender in training mode, on a base (out, in) of its own kind, `move_parameters_` applied."""
     if contender.kind is None:
         return FrozenLinear(base).train()
     assert isinstance(base, PackedWeight)
-    out_features, in_features = base.shape
-    model: Any = nn.ModuleDict({"proj": nn.Linear(in_features, out_features, bias=False, device="meta")})
-    if contender.engine == "own":
-        model["proj"] = FrozenLinear(base)
-        adapt(model, contender, rank, targets=("proj",))
-        adapted: nn.Module = model["proj"]
-    else:
-        model["proj"] = linear4bit(base, torch.bfloat16)
-        adapted = adapt(model, contender, rank, targets=("proj",)).base_model.model["proj"]
+    is_own = contender.engine == "own"
+    model: Any = nn.ModuleDict({"proj": FrozenLinear(base) if is_own else linear4bit(base, torch.bfloat16)})
+    model = adapt(model, contender, rank, targets=("proj",))
+    adapted: nn.Module = (model if is_own else model.base_model.model)["proj"]
     move_parameters_(adapted, seed)
     return adapted.train()
 
 
-def adapt(
-    model: Any,
-    contender: Contender,
-    rank: int,
-    *,
-    alpha: float | None = None,
-    targets: tuple[str, ...] = TARGETS,
-    seed: int = 0,
-) -> Any:
-    """Put the contender's adapter on a model that has its base layers; returns the model to call (PEFT wraps it).
-
-    Args:
-        model: With FrozenLinear ("own") or Linear4bit ("peft") layers.
-        alpha: None: twice the rank.
-    """
-    alpha = 2.0 * rank if alpha is None else alpha
+def adapt(model: Any, contender: Contender, rank: int, *, targets: tuple[str, ...] = TARGETS, seed: int = 0) -> Any:
+    """Put the contender's adapter on a model that has its base layers; returns the model to call (PEFT wraps it)."""
     assert contender.kind is not None
     if contender.engine == "own":
-        inject(
-            model,
-            kind=contender.kind,
-            rank=rank,
-            alpha=alpha,
-            dropout=contender.dropout,
-            targets=targets,
-            dtype=contender.adapter_dtype,
-            generator=torch.Generator().manual_seed(seed),
-        )
+        options: dict[str, Any] = {"kind": contender.kind, "dropout": contender.dropout, "targets": targets}
+        options |= {"dtype": contender.adapter_dtype, "generator": torch.Generator().manual_seed(seed)}
+        inject(model, rank=rank, alpha=2.0 * rank, **options)
         return model
     torch.manual_seed(seed)
     model.is_loaded_in_4bit = True
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # a float is taken as it is
-        lora_dropout=contender.dropout,
-        use_dora=contender.kind == "dora",
-        target_modules=list(targets),
-    )
-    adapted = peft.get_peft_model(model, config)
+    options = {"lora_dropout": contender.dropout, "use_dora": contender.kind == "dora", "target_modules": list(targets)}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2.0 * rank, **options))
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(contender.adapter_dtype)
@@ -219,17 +168,13 @@ def adapt(
     for module in adapted.modules():
         if contender.variant == "addmm" and type(module) is DoraLinearLayer:
             module.__class__ = AddmmNormDora
-        elif contender.variant in ("axolotl", "axolotl_uncached") and type(module) is Linear4bit:
-            use_axolotl_dora(module, cached=contender.variant == "axolotl")
     return adapted
 
 
 @torch.no_grad()
 def move_parameters_(module: nn.Module, seed: int = 0) -> None:
-    """A from N(0, 1 / in), B from N(0, 0.02^2), magnitudes times 0.9 to 1.1; the same under every engine.
-
-    At their start, many a wrong formula gives the right numbers.
-    """
+    """A from N(0, 1 / in), B from N(0, 0.02^2), magnitudes times 0.9 to 1.1; the same under every engine. At its start
+    many a wrong formula gives the right numbers."""
     generator = torch.Generator().manual_seed(seed + 1)
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
@@ -244,13 +189,11 @@ def move_parameters_(module: nn.Module, seed: int = 0) -> None:
 
 def quant_state(packed: PackedWeight, dtype: torch.dtype) -> Any:
     """bitsandbytes' description of the same packed bytes, dequantised to `dtype`."""
-    nested = packed.nested
+    nested, make = packed.nested, bnb.functional.QuantState
     state2 = None
     if nested is not None:
-        state2 = bnb.functional.QuantState(
-            absmax=nested.absmax, code=nested.code, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32
-        )
-    return bnb.functional.QuantState(
+        state2 = make(absmax=nested.absmax, code=nested.code, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32)
+    return make(
         absmax=packed.absmax,
         shape=torch.Size(packed.shape),
         code=bnb.functional.get_4bit_type(packed.kind, device=packed.device),
@@ -263,15 +206,11 @@ def quant_state(packed: PackedWeight, dtype: torch.dtype) -> Any:
 
 
 def linear4bit(packed: PackedWeight, dtype: torch.dtype, bias: Tensor | None = None, *, copy: bool = True) -> Any:
-    """bitsandbytes' layer on a copy of the packed bytes, or on the bytes themselves, computing in `dtype`.
-
-    On fake tensors, too: bytes of a step that is not run.
-    """
+    """bitsandbytes' layer on a copy of the packed bytes, or on the bytes themselves, which may be fake."""
     rows, columns = packed.shape
+    options: dict[str, Any] = {"compute_dtype": dtype, "quant_type": packed.kind, "device": "meta"}
     with unset_fake_temporarily():
-        new = bnb.nn.Linear4bit(
-            columns, rows, bias=bias is not None, compute_dtype=dtype, quant_type=packed.kind, device="meta"
-        )
+        new = bnb.nn.Linear4bit(columns, rows, bias=bias is not None, **options)
     state = quant_state(packed, dtype)
     codes = (packed.packed.clone() if copy else packed.packed).view(-1, 1)
     if isinstance(codes, FakeTensor):

@@ -59,17 +59,16 @@ def export_exactness(data: Path | None, *, steps: int = 60) -> dict[str, Any]:
         return {"steps": steps, **compared(trained(data, steps, Path(name)), Path(name))}
 
 
-def trained(data: Path | None, steps: int, folder: Path, demo: str = "") -> Path:
-    """A short run; without data of a random model, or of the builtin model on a demo task."""
+def trained(data: Path | None, steps: int, folder: Path) -> Path:
+    """A short run; without data of a random model."""
     warnings.simplefilter("ignore")
-    mix: list[dict[str, Any]] = [{"task": demo, "limit": 16}]
     if data is not None:
         mix = [{"task": task, "path": str(data.resolve() / task)} for task in ("piqa", "arc_e")]
-    elif not demo:
+    else:
         write_sums(folder / "sums.jsonl")
         mix = [{"source": str(folder / "sums.jsonl")}]
     recipe = {
-        "model": {"source": "builtin" if data or demo else write_model(folder / "model")},
+        "model": {"source": "builtin" if data else write_model(folder / "model")},
         "adapter": {"kind": "dora", "rank": 16, "alpha": 32.0},
         "data": {"mix": mix, "max_length": 256, "too_long": "drop"},
         "train": {"steps": steps, "batch": 8, "lr": 5e-4, "optimizer": "adamw", "checkpoint_every": steps},
@@ -79,18 +78,13 @@ def trained(data: Path | None, steps: int, folder: Path, demo: str = "") -> Path
     return folder / "run"
 
 
-def validation_texts(run: Any) -> tuple[list[str], list[Tensor]]:
-    """Texts of a loaded run's validation examples, and the ids (1, length) of those with more than one token."""
-    texts = texts_of(validation_examples(run.recipe))
-    ids = [run.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
-    return texts, [each for each in ids if each.shape[1] > 1]
-
-
 @torch.no_grad()
 def compared(run: Path, folder: Path) -> dict[str, Any]:
     """All forms against the reference, in both dtypes; exports are written to `folder`."""
     loaded = load_run(run, base_only=True)
-    base, (_, tokens) = loaded.model, validation_texts(loaded)
+    base, texts = loaded.model, texts_of(validation_examples(loaded.recipe))
+    ids = [loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, :256] for text in texts]
+    tokens = [each for each in ids if each.shape[1] > 1]
     weights = bnb_weights(base)
     merged = merged_by_numpy(weights, run / "adapter")
     reference = logits(dense(base, merged), tokens)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from byte_tokenizer import write_model, write_sums
-from frame import markdown, table, tabulated
+from frame import table, tabulated
 from measure import OFFLINE, ONE_THREAD, RESULTS, facts, save
 
 LOSS_TOLERANCE = 5e-3
@@ -207,7 +207,7 @@ def section(name: str, python: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure one trainer; sections of others stay in the result file."""
+    """Measure one trainer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trainer", choices=TRAINERS)
     parser.add_argument("python", type=Path, help="the Python of an environment in which the trainer is installed")
@@ -242,23 +242,6 @@ def foreign_trainers_table(result: Any) -> str:
         "magnitudes moved": magnitudes,
     }
     return tabulated(rows, columns)
-
-
-@table("peft_trainers", "peft_trainers_trl_1_14")
-def peft_trainers_table(*versions: Any) -> str:
-    """TRL's trainers by an earlier script: the largest difference of three ways in, by version."""
-
-    def runs(name: str) -> list[list[dict[str, Any]]]:
-        return [[each["trainers"][name][way] for way in ("use", "patch", "accelerate")] for each in versions]
-
-    rows = []
-    for name in versions[0]["trainers"]:
-        flat = [each for of_version in runs(name) for each in of_version]
-        row = [f"{max(each['largest_difference_of_loss'] for each in found):.1e}" for found in runs(name)]
-        row.append(", ".join(sorted({f"{each['num_fast']} of {each['num_layers']}" for each in flat})))
-        rows.append([name, *row, f"{min(each['share_of_magnitudes_moved'] for each in flat):.0%}"])
-    losses = [f"loss, TRL {each['peers']['trl']}" for each in versions]
-    return markdown(["trainer", *losses, "fast layers", "magnitudes moved"], rows)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """The frame of the benchmarks: a function becomes a command with a result file, and a table of a page.
 
     @bench(smoke={"rounds": 2})                        # what --smoke takes instead of the defaults
-    def host_time(rounds: int = 25) -> dict[str, Any]:
-        '''Host time of one layer. (This docstring is what --help says.)'''
+    def one_layer(rounds: int = 25) -> dict[str, Any]:
+        '''Time of one layer. (This docstring is what --help says.)'''
         turns = in_turns({"lora": ..., "dora": ...}, rounds)       # measure.py: alternating, spread, ratio
         return {"seconds": ..., "dora / lora": ratio(turns["dora"], turns["lora"])}
 
-    @table("host_time")                                # the block <!-- table: host_time --> of a page
-    def host_time_table(result: Any) -> str:
+    @table("one_layer")                                # the block <!-- table: one_layer --> of a page
+    def one_layer_table(result: Any) -> str:
         return tabulated(result["layers"].items(), {"layer": "{0}", "µs": lambda row: f"{1e6 * row[1]['median']:.0f}"})
 
     if __name__ == "__main__":
@@ -16,15 +16,13 @@
 **Options.** Each parameter is one, of the type of its default: `--rounds N`. A tuple takes several values, False is a
 flag, None takes a text. Three names are special: `data`, the first argument DATA, a Path (None with --smoke); `smoke`,
 whether --smoke is given; `out`, the Path of the result file. A file with one benchmark runs it, a file with several
-takes its name first: `python benchmarks/memory.py load_memory --layers 4 --smoke`.
+takes its name first: `python benchmarks/host_memory.py load_memory --layers 4 --smoke`.
 
 **Result.** benchmarks/results/NAME.json, or --out, or a temporary file with --smoke: command, commit, machine and
 versions, then what the function returns, which is also printed as the last line. A generator's rows are saved one after
 the other under the key `rows`: `yield row` makes a list, `yield name, row` a mapping; what it returns at the end is
 added. With `keep` the rows that an earlier call left in the file stay unless they come again: named ones, or those that
 differ in a field of `by`, by which the list is sorted. `judge` makes further entries from all rows.
-
-**Fresh processes.** `alone(function, *arguments)` of measure.py calls a function of any module in a new process.
 
 **Tables.** `readme_tables.py` finds every `@table`. The table has the function's name without `_table`; the function
 gets the named result files. A column of `tabulated` is a function of the row, or a format string that may look into it:
@@ -40,7 +38,7 @@ import string
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import isgenerator, signature
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,14 +58,14 @@ _RAW = argparse.RawDescriptionHelpFormatter
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark; `bench` has the meaning of the fields."""
+    """A benchmark; the module's docstring has the meaning of the fields."""
 
     run: Callable[..., Any]
-    smoke: Mapping[str, Any]
-    rows: str
-    by: tuple[str, ...]
-    keep: bool
-    judge: Callable[[Any], Mapping[str, Any]]
+    smoke: Mapping[str, Any] = field(default_factory=dict)
+    rows: str = "cases"
+    by: tuple[str, ...] = ()
+    keep: bool = False
+    judge: Callable[[Any], Mapping[str, Any]] = lambda _rows: {}
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -76,18 +74,11 @@ class Bench:
         return {name: each.default for name, each in signature(self.run).parameters.items() if name not in special}
 
 
-def bench(
-    smoke: Mapping[str, Any] | None = None,
-    *,
-    rows: str = "cases",
-    by: tuple[str, ...] = (),
-    keep: bool = False,
-    judge: Callable[[Any], Mapping[str, Any]] = lambda _rows: {},
-) -> Callable[[Function], Function]:
-    """Make the function a command of its file; the module's docstring describes the arguments."""
+def bench(**options: Any) -> Callable[[Function], Function]:
+    """Make the function a command of its file, with the options of `Bench`."""
 
     def register(function: Function) -> Function:
-        BENCHES[function.__name__] = Bench(function, smoke or {}, rows, by, keep, judge)
+        BENCHES[function.__name__] = Bench(function, **options)
         return function
 
     return register
@@ -174,13 +165,11 @@ def _flag(option: str) -> str:
 
 def _words(given: Mapping[str, Any]) -> list[str]:
     """The options as they were given."""
-    words = []
+    words = ["DATA"] if given.get("data") else []
     for option, value in given.items():
-        if option == "data":
-            words += ["DATA"] if value else []
-            continue
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        words += [_flag(option), *map(str, values)]
+        if option != "data":
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [_flag(option), *map(str, values)]
     return words
 
 

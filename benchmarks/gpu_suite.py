@@ -41,17 +41,11 @@ from qdora.files.environment import package_versions
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the suite.
+    """One part of the suite."""
 
-    Attributes:
-        place: "module:function" under gpu, imported in the section's process: a missing package costs it alone.
-        seconds: After these its process is ended. After two thirds it begins no new case.
-        arguments: Of the function, after (part, plan, device).
-    """
-
-    place: str
-    seconds: int
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    place: str  # "module:function" under gpu, imported in the section's process: a missing package costs it alone
+    seconds: int  # after these its process is ended; after two thirds it begins no new case
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the function, after (part, plan, device)
 
 
 FIRST = {
@@ -73,7 +67,6 @@ SECTIONS = FIRST | {
     "step_in_turns_long": Section("steps:in_turns", 300, {"index": 1}),
     "layer_1": Section("layers:run", 120, {"index": 0}),
     **{f"alone_{name}": Section("steps:on_40gb", 180, {"name": name, "index": 1}) for name in _MODELS},
-    "profile": Section("steps:profiles", 90),
     "layer_2": Section("layers:run", 180, {"index": 1}),
     "streamed_8gb": Section("host_copies:streamed", 150, _8GB),
     "streamed_40gb": Section("host_copies:streamed", 270, _40GB),
@@ -154,13 +147,8 @@ def run_here(name: str, path: Path, seconds: float, *, smoke: bool) -> None:
 
 
 def run_one(name: str, command: Sequence[str], folder: Path, patience: float = 1.0) -> dict[str, Any]:
-    """A section in a process of its own: status, seconds, what it found up to its end or death, and its last lines.
-
-    Args:
-        command: Starts the process when the section's name, the path of its file and its seconds follow.
-        folder: For the file and the log.
-        patience: Times the section's seconds.
-    """
+    """A section in a process of its own: status, seconds, what it found up to its end or death, and its last lines. The
+    command is followed by the section's name, the path of its file and its seconds, which `patience` multiplies."""
     path, log = folder / f"{name}.json", folder / f"{name}.log"
     seconds, began = patience * SECTIONS[name].seconds, time.monotonic()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

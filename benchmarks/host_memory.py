@@ -1,4 +1,4 @@
-"""Host memory of loading a 16-bit checkpoint into NF4, of a base divided among processes, and of the streamed merge.
+"""Host memory of loading a 16-bit checkpoint into NF4, and of a base divided among processes.
 
 Random checkpoints of published shapes, each measurement in a process of its own. Peak: VmHWM, which counts the pages of
 mapped files: a reader that keeps its files mapped would show the whole checkpoint.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,24 +17,21 @@ from typing import Any
 import bitsandbytes  # noqa: F401  (the kernels import it at their first use; the baseline must have it, too)
 import torch
 from accelerate import init_empty_weights
-from frame import bench, cell, main, markdown, table, tabulated
-from gpu.plan import FULL
+from frame import bench, cell, main, table, tabulated
 from measure import ONE_THREAD, alone, launch_variables, peak_rss_bytes, reset_peak_rss, status_bytes
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qdora.export.merged import StreamedMerge, export_merged
-from qdora.memory.allocator import keep_freed_memory, return_freed_memory
+from qdora.memory.allocator import return_freed_memory
 from qdora.memory.sharded_base import ShardedBase
-from qdora.model.load import Quantization, load_model
+from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.ops.packed import quantize
 from qdora.plan.division import WholePlans, process_plans
 from qdora.plan.memory_plan import plan
 from qdora.plan.public_shapes import public_shapes
-from qdora.recipe.byte_size import size_text
 from qdora.recipe.recipe_file import recipe_from
 from qdora.train.distributed import mesh_of, processes_of_launch
 
@@ -105,7 +100,6 @@ def load_memory(layers: int = 4, experts: bool = False, *, smoke: bool) -> dict[
     allowed, used = loaded["held"] + 2 * largest + ALLOWANCE_BYTES, loaded["peak"] - baseline["peak"]
     return {
         "shape": shape,
-        "checkpoint_dtype": "bfloat16",
         "base": BASE,
         "num_shards": num_shards,
         "checkpoint_bytes": total,
@@ -138,23 +132,16 @@ def _held_bytes(model: Any) -> int:
 @table("load_memory", "load_memory_experts")
 def load_memory_table(dense: Any, experts: Any) -> str:
     """Bytes of the checkpoint, of the packed model, of the largest tensor, and the peak."""
-    columns = {
-        "model": "{0}",
-        "checkpoint": "{1[checkpoint_bytes]:.3fGiB} GiB",
-        "packed model": "{1[packed_model_bytes]:.3fGiB} GiB",
-        "largest tensor": "{1[largest_tensor_bytes]:.3fGiB} GiB",
-        "peak over an empty process": "{1[used_bytes]:.3fGiB} GiB",
-        "limit": "{1[allowed_bytes]:.3fGiB} GiB",
-    }
-    return tabulated([("Llama", dense), ("mixture of experts", experts)], columns)
+    names = {"checkpoint": "checkpoint", "packed model": "packed_model", "largest tensor": "largest_tensor"}
+    names |= {"peak over an empty process": "used", "limit": "allowed"}
+    columns = {title: f"{{1[{name}_bytes]:.3fGiB}} GiB" for title, name in names.items()}
+    return tabulated([("Llama", dense), ("mixture of experts", experts)], {"model": "{0}", **columns})
 
 
 MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"
 SMALL = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 4096, "num_attention_heads": 8}
 SMALL |= {"num_hidden_layers": 2}
 SHARE_BAR = 0.03
-RECORD = "checkpoint.json"
-"""Says what a checkpoint is made of, beside it: written last, so it is there only if the checkpoint is whole."""
 
 
 @bench(smoke={"processes": (1, 2)})
@@ -189,7 +176,6 @@ def sharded_memory(
             "held_bytes": held,
             "resident_bytes": [each["resident"] - before["resident"] for each, before in pairs],
             "peak_bytes": [each["peak"] - before["peak"] for each, before in pairs],
-            "idle_peak_bytes": [each["peak"] for each in idle],
             "seconds": time.perf_counter() - began,
             "planned_bytes": _planned_bytes(base, size),
             "allowed_peak_bytes": max(held) + 2 * largest + ALLOWANCE_BYTES,
@@ -206,8 +192,8 @@ def sharded_memory(
 
 
 def _checkpoint(directory: Path, shape: dict[str, Any]) -> tuple[int, int, int]:
-    """As `write_checkpoint`, if it is not there."""
-    record = directory / RECORD
+    """As `write_checkpoint`, if it is not there as a whole: its record is written last."""
+    record = directory / "checkpoint.json"
     if not record.is_file() or json.loads(record.read_text())["shape"] != shape:
         directory.mkdir(parents=True, exist_ok=True)
         made = write_checkpoint(directory, shape)
@@ -219,10 +205,8 @@ def _checkpoint(directory: Path, shape: dict[str, Any]) -> tuple[int, int, int]:
 def _launched(size: int, *directories: str) -> list[dict[str, int]]:
     """What `_share` returns in each of `size` processes, which are connected as torchrun's are."""
     with ThreadPoolExecutor(size) as threads:
-        calls = [
-            threads.submit(alone, _share, *directories, variables=ONE_THREAD | variables)
-            for variables in launch_variables(size)
-        ]
+        each_variables = [ONE_THREAD | variables for variables in launch_variables(size)]
+        calls = [threads.submit(alone, _share, *directories, variables=variables) for variables in each_variables]
         return [call.result() for call in calls]
 
 
@@ -270,92 +254,10 @@ def sharded_memory_table(result: Any) -> str:
         "peak while loading": lambda item: cell("{0:.2fGiB}", (max(item[1]["peak_bytes"]),)),
         "limit": "{1[allowed_peak_bytes]:.2fGiB}",
     }
-    more = [
-        (resident - held) / 1e6
-        for each in result["processes"].values()
-        for resident, held in zip(each["resident_bytes"], each["held_bytes"], strict=True)
-    ]
+    pairs = [(each["resident_bytes"], each["held_bytes"]) for each in result["processes"].values()]
+    more = [(one - other) / 1e6 for pair in pairs for one, other in zip(*pair, strict=True)]
     note = f"\nResident minus counted: {min(more):.0f} to {max(more):.0f} MB. Tolerance: {result['bar']:.0%}.\n"
     return tabulated(result["processes"].items(), columns) + note
-
-
-MERGE_BAR_BYTES, RANK = 2_500_000_000, 16
-_MERGE_SMALL = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
-_MERGE_SMALL |= {"num_key_value_heads": 2}
-
-
-@bench(smoke={"layers": 2})
-def merge_streamed(layers: int = 4, *, smoke: bool) -> dict[str, Any]:
-    """Memory and speed of the streamed merge at the shapes of an 8B model.
-
-    A random bf16 checkpoint with the vocabulary, widths and untied head of Llama-3-8B and a DoRA adapter of rank 16 on
-    every linear layer, merged to fp16 on the NF4 base; memory does not depend on the number of layers, so four stand
-    for thirty-two. Asked: a peak under 2.5 GB. The speed is set beside a plain copy of the checkpoint's files on the
-    same disk. The temporary directory takes 8 GB.
-    """
-    shape = FULL.middle | {"tie_word_embeddings": False, "num_hidden_layers": layers} | (_MERGE_SMALL if smoke else {})
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        total, largest, _ = write_checkpoint(folder / "base", shape)
-        _write_adapter(folder / "base", folder / "adapter")
-        whole = alone(_merge, name, 200_000 if smoke else 10**9)
-        began = time.perf_counter()
-        shutil.copytree(folder / "base", folder / "copy")
-        for path in (folder / "copy").iterdir():  # until they are on the disk, as an export's are
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        copy_seconds = time.perf_counter() - began
-    return {
-        "shape": shape,
-        "checkpoint_bytes": total,
-        "largest_tensor_bytes": largest,
-        **whole,
-        "asked_bytes": MERGE_BAR_BYTES,
-        "gigabytes_per_second": whole["num_bytes"] / whole["seconds"] / 1e9,
-        "copy_gigabytes_per_second": total / copy_seconds / 1e9,
-        "passes": whole["peak_bytes"] < MERGE_BAR_BYTES,
-    }
-
-
-def _write_adapter(base: Path, adapter: Path) -> None:
-    """A DoRA adapter with every parameter off its start."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for path, module in model.named_modules():
-        if type(module) is nn.Linear and path != "lm_head":
-            out, in_ = module.weight.shape
-            start = f"base_model.model.{path}"
-            tensors[f"{start}.lora_A.weight"] = (torch.randn(RANK, in_, generator=generator) * in_**-0.5).bfloat16()
-            tensors[f"{start}.lora_B.weight"] = (torch.randn(out, RANK, generator=generator) * 0.02).bfloat16()
-            factor = 0.9 + 0.2 * torch.rand(out, generator=generator)
-            tensors[f"{start}.lora_magnitude_vector"] = factor * 0.02 * in_**0.5
-    adapter.mkdir()
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "use_dora": True}
-    config |= {"target_modules": "all-linear", "base_model_name_or_path": "base"}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-
-
-def _merge(folder: str, shard_bytes: int) -> dict[str, Any]:
-    keep_freed_memory()
-    held = Quantization("nf4", 64, True, ("lm_head",))
-    merge = StreamedMerge(resolve(f"{folder}/base"), Path(folder, "adapter"), held, torch.bfloat16)
-    began = time.perf_counter()
-    made = export_merged(merge, None, Path(folder, "whole"), max_shard_bytes=shard_bytes)
-    seconds = time.perf_counter() - began
-    sizes = {"num_bytes": made["num_bytes"], "num_files": len(made["files"])}
-    return sizes | {"peak_bytes": peak_rss_bytes(), "seconds": seconds}
-
-
-@table("merge_streamed")
-def merge_streamed_table(result: Any) -> str:
-    """Peak memory and speed of a streamed merge."""
-    header = ["checkpoint", "largest tensor", "peak of the process", "limit", "merge", "plain copy"]
-    sizes = [size_text(result[f"{name}_bytes"]) for name in ("checkpoint", "largest_tensor", "peak", "asked")]
-    speeds = cell("{gigabytes_per_second:.3f} GB/s", result), cell("{copy_gigabytes_per_second:.2f} GB/s", result)
-    return markdown(header, [[*sizes, *speeds]])
 
 
 if __name__ == "__main__":

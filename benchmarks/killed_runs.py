@@ -9,8 +9,7 @@ report). A moment is an operation on files. What happens there:
 
 A disturbed life must end by itself, with one clear line if it could say one. The same commands again (train: --resume)
 must then reach the undisturbed life's files bit for bit, but for times and places; a run removes older checkpoints to
-go on with a full disk, so those may be missing. Every life is forked from this process. Linux only. (An earlier version
-knew more lives and events, which stand in the committed result.)
+go on with a full disk, so those may be missing. Every life is forked from this process. Linux only.
 """
 
 from __future__ import annotations
@@ -55,11 +54,6 @@ WORDS = {
     "int": "SIGINT, sometimes twice",
     "full": "the disk is full, once or from then on",
     "read_only": "the directory becomes read-only",
-    "clock": "the clock is set back a week, then SIGKILL",
-    "cache removed": "the base cache is removed",
-    "cache replaced": "another base takes the cache's place",
-    "second": "a second process is started on the same directory",
-    "cut": "a file of the newest checkpoint is cut short",
 }
 HEAVY = ("qdora.cli.train", "qdora.run.train", "qdora.export.export_run", "qdora.study.runner", "qdora.study.report")
 HEAVY += ("transformers.models.llama.modeling_llama", "pyarrow.parquet")
@@ -81,9 +75,9 @@ class Moment:
 
 
 class End(NamedTuple):
-    """How a life ended: exit code or the negative number of a signal, what it printed, and its counts."""
+    """How a life ended."""
 
-    status: int
+    status: int  # exit code, or the negative number of a signal
     text: str
     counts: Sequence[int]
 
@@ -182,10 +176,8 @@ def prepare(root: Path) -> None:
     write_model(root / "model")
     letters, sources = "abcdefghijklmnopqrstuvwxyz", []
     for name, step in (("next", 1), ("after", 2)):
-        rows = [
-            {"question": f"{name} of {each}?", "choices": [letters[(i + step) % 26], each], "answer": 0}
-            for i, each in enumerate(letters)
-        ]
+        pairs = zip(letters, letters[step:] + letters[:step], strict=True)
+        rows = [{"question": f"{name} of {a}?", "choices": [b, a], "answer": 0} for a, b in pairs]
         sources.append({"source": str(root / f"{name}.jsonl")})
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
@@ -224,8 +216,8 @@ class Lives:
     def place(self, life: str, name: str) -> Path:
         """A directory in which the life can start: empty, or with the finished run that is exported."""
         if life == "export":
-            return Path(shutil.copytree(self.whole["train"][0], self.root / name))
-        (self.root / name).mkdir()
+            shutil.copytree(self.whole["train"][0], self.root / name)
+        (self.root / name).mkdir(exist_ok=True)
         return self.root / name
 
     def run(self, life: str, place: Path, moment: Moment | None = None, num_done: int = 0) -> End:
@@ -247,7 +239,7 @@ class Lives:
         """Disturb a life, start it again, and compare it with the undisturbed one: its end, and what is wrong."""
         place = self.place(moment.life, name)
         end = self.run(moment.life, place, moment)
-        last = next((each for each in end.text.splitlines()[::-1] if each.strip()), "")
+        last = (end.text.strip().splitlines() or [""])[-1]
         signs = ("Traceback", "Logging error", "Exception ignored")
         faults = [f"prints {sign!r}" for sign in signs if sign in end.text]
         if end.status < 0 and -end.status != SIGNALS.get(moment.event):
@@ -257,7 +249,7 @@ class Lives:
         again = self.run(moment.life, place, num_done=end.counts[NUM_COMMANDS]) if end.status else end
         if end.status and again.status:
             faults.append(f"the restart ends with {again.status}: {again.text[-600:]}")
-        ours, theirs = outcome(moment.life, place), outcome(moment.life, self.whole[moment.life][0])
+        ours, theirs = (outcome(moment.life, each) for each in (place, self.whole[moment.life][0]))
         names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
         if moment.event == "full":
             names = [name for name in names if name in ours or not is_older_checkpoint(name, ours)]

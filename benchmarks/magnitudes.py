@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from frame import bench, main, table, tabulated
-from loss_curve import gap
 from measure import OFFLINE, ONE_THREAD, alone
 from mixed_data import fitted
 
@@ -24,20 +23,13 @@ from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import choose_compute, find_model, put_adapters
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.recipe.recipe_file import recipe_from
-from qdora.recipe.train_settings import TrainConfig
 from qdora.run.load_base import load_base
 from qdora.train.optimizer import AdapterOptimizer
 
 TASKS = ("obqa", "arc_e", "winogrande", "siqa")
-ARMS = (
-    ("float32", "bfloat16"),
-    ("float32", "float32"),
-    ("bfloat16", "bfloat16"),
-    ("bfloat16", "float32"),
-    ("bfloat16", "float32, other micro-batches"),
-    ("bfloat16", "plain bf16"),
-)
-"""Compute dtype, storage."""
+# Compute dtype, storage.
+ARMS = [("float32", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+ARMS += [("bfloat16", "float32, other micro-batches"), ("bfloat16", "plain bf16")]
 
 
 class PlainBf16AdamW:
@@ -48,7 +40,6 @@ class PlainBf16AdamW:
         self.inner = torch.optim.AdamW(list(parameters.values()), weight_decay=0.0)
 
     def step(self, lr: float) -> None:
-        """One update."""
         for group in self.inner.param_groups:
             group["lr"] = lr
         self.inner.step()
@@ -70,22 +61,23 @@ def magnitudes(data: Path | None, *, steps: int = 200, batch: int = 8) -> dict[s
         arms = list(pool.map(run, ARMS))
     for arm in arms:
         reference = next(other for other in arms if (other["compute"], other["storage"]) == (arm["compute"], "float32"))
-        arm["gap_to_float32_storage"] = None if arm is reference else gap(arm["losses"], reference["losses"])
+        gaps = [abs(a - b) for a, b in zip(arm["losses"], reference["losses"], strict=True)]
+        known = {"mean_nats": sum(gaps) / len(gaps), "largest_nats": max(gaps)}
+        arm["gap_to_float32_storage"] = None if arm is reference else known
     return {"learning_rate": 1e-4, "arms": arms}
 
 
 def run_arm(compute: str, arm: str, mix: list[dict[str, str]], steps: int, batch: int) -> dict[str, Any]:
     """Train one arm; its losses and the share of entries that differ from their start."""
     keep_freed_memory()
-    storage = "float32" if arm.startswith("float32") else "bfloat16"
     micro_batch = 256 if arm.endswith("micro-batches") else 2048
-    train = {"steps": steps, "batch": batch, "lr": 1e-4, "warmup": min(10, steps), "micro_batch_tokens": micro_batch}
+    train = {"steps": steps, "batch": batch, "lr": 1e-4, "schedule": "linear", "warmup": min(10, steps)}
     recipe = recipe_from(
         {
             "model": {"source": "builtin"},
-            "adapter": {"kind": "dora", "rank": 16, "dtype": storage},
+            "adapter": {"kind": "dora", "rank": 16, "dtype": "float32" if arm.startswith("float32") else "bfloat16"},
             "data": {"mix": mix, "strategy": "equal", "max_length": 256, "too_long": "drop"},
-            "train": train | {"optimizer": "adamw"},
+            "train": train | {"micro_batch_tokens": micro_batch, "optimizer": "adamw"},
             "memory": {"checkpointing": False},
         }
     )
@@ -102,14 +94,13 @@ def run_arm(compute: str, arm: str, mix: list[dict[str, str]], steps: int, batch
     parameters = adapter_parameters(model)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer: Any = PlainBf16AdamW(parameters) if arm == "plain bf16" else AdapterOptimizer(parameters)
-    settings = TrainConfig(steps=steps, batch=1, lr=1e-4, schedule="linear", warmup=min(10, steps))
-    lines = fitted(model, optimizer, loader, settings)
+    losses = [line["loss"] for line in fitted(model, optimizer, loader, recipe.train)]
     moved = {}
     for leaf in ("magnitude", "lora_A", "lora_B"):
         names = [name for name in start if name.endswith(leaf)]
         changed = sum(int((parameters[name] != start[name]).sum()) for name in names)
         moved[leaf] = changed / sum(start[name].numel() for name in names)
-    return {"compute": compute, "storage": arm, "losses": [line["loss"] for line in lines], "share_moved": moved}
+    return {"compute": compute, "storage": arm, "losses": losses, "share_moved": moved}
 
 
 @table("magnitudes")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import json
@@ -31,26 +30,22 @@ Reading = TypeVar("Reading")
 PACKAGES = ("qdora", "torch", "transformers", "bitsandbytes", "peft")
 
 
-def in_turns(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, *, warmup: int = 1, start: int = 0
-) -> dict[str, list[float]]:
-    """Seconds of each repeat of each function on the CPU, `alternating`."""
+def in_turns(functions: Mapping[str, Callable[[], Any]], repeats: int, **options: int) -> dict[str, list[float]]:
+    """Seconds of each repeat of each function on the CPU; the options are those of `alternating`."""
 
     def seconds_of(function: Callable[[], Any]) -> float:
         began = time.perf_counter()
         function()
         return time.perf_counter() - began
 
-    readings = {name: partial(seconds_of, each) for name, each in functions.items()}
-    return alternating(readings, repeats, warmup=warmup, start=start)
+    return alternating({name: partial(seconds_of, each) for name, each in functions.items()}, repeats, **options)
 
 
 def alternating(
     readings: Mapping[str, Callable[[], Reading]], repeats: int, *, warmup: int = 1, start: int = 0
 ) -> dict[str, list[Reading]]:
-    """What each function returned in each repeat. They alternate, each round beginning one later: whatever slows the
-    machine for a while slows all of them, and none always follows the same other. `start`: number of the first round.
-    """
+    """What each function returned in each repeat, from round `start` on. They alternate, each round beginning one
+    later: whatever slows the machine for a while slows all, and none always follows the same other."""
     names = list(readings)
     found: dict[str, list[Reading]] = {name: [] for name in names}
     for turn in range(start - warmup, start + repeats):
@@ -80,14 +75,6 @@ def ratios(readings: Mapping[str, list[float]], names: Iterable[str]) -> dict[st
     """`ratio` by names such as "dora / lora", of those whose sides were measured."""
     pairs = {name: name.split(" / ") for name in names}
     return {name: ratio(readings[a], readings[b]) for name, (a, b) in pairs.items() if {a, b} <= set(readings)}
-
-
-def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments of a script that needs DATA unless --smoke is given."""
-    args = parser.parse_args()
-    if not args.smoke and args.data is None:
-        parser.error("DATA is missing")
-    return args
 
 
 def facts(command: str) -> dict[str, Any]:
@@ -143,12 +130,12 @@ def launch_variables(size: int) -> list[dict[str, str]]:
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident set that this process ever had."""
+    """The largest resident set that this process has had, since `reset_peak_rss` if it was called."""
     return status_bytes("VmHWM")
 
 
 def reset_peak_rss() -> int:
-    """From here on `peak_rss_bytes` is the largest resident set; returns the present one."""
+    """Let the peak begin anew; returns the present resident set."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak_rss_bytes()
 

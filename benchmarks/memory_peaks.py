@@ -1,8 +1,7 @@
-"""Bytes of a layer, of a whole training step and of the loss."""
+"""Bytes of a whole training step."""
 
 from __future__ import annotations
 
-import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,125 +12,20 @@ from unittest import mock
 import bitsandbytes as bnb
 import peft
 import torch
-from contenders import CONTENDERS, TITLES, LayerCall, adapt, random_base
-from frame import GIB, MIB, Column, bench, cell, main, markdown, table, tabulated
+from contenders import CONTENDERS, TITLES, adapt
+from frame import GIB, bench, cell, main, markdown, table
 from gpu.models import build
 from gpu.plan import FULL, SMOKE
-from measure import in_turns, ratio, spread
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import cross_entropy
 
 from qdora.files.svg_figure import svg_file
-from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters
-from qdora.ops.loss import auto_chunk, chunked_nll
 from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.plan.live_bytes import LiveBytes
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.output_head import LogitForm, head_nll, tapped
-
-OWN = ("own_lora", "own_dora", "own_lora_dropout", "own_dora_dropout")
-LAYER_NAMES = (*OWN, "peft_lora", "peft_dora", "peft_dora_addmm", "peft_lora_defaults", "peft_dora_defaults")
-LAYER_RANKS = (16, 64, 256, 512)  # of the larger shape; PEFT at the first one only
-_PASSES = ("forward_transient_bytes", "backward_transient_bytes")
-
-
-@bench(smoke={"tokens": 64})
-def layer_memory(tokens: int = 1024, *, smoke: bool) -> dict[str, Any]:
-    """Bytes of one adapted layer: what it holds after forward, and what it needs for a moment in forward and backward.
-
-    Counted by `LiveBytes` on real tensors: NF4 in blocks of 64 with double quantisation, bf16, training mode. Weights,
-    adapters, the input x (whose gradient is asked for) and the gradient of the output are there before and are not
-    counted.
-
-        held        alive after forward, the output among it
-        saved       alive until backward if the reader of the output does not hold it; less what the layer keeps anyway
-        gradients   of x, A, B and m: alive after backward
-        transient   forward: peak - held; backward: peak - (held + gradients), at least 0
-
-    `first` is the first call after a change of the parameters, in which a layer of ours computes norm, gain, 1 / m and
-    s g (16 bytes per output row), s g B and decoded block scales (4 bytes a block), kept for each `later` one;
-    PEFT does the same work in both. Gradients of bf16 parameters of ours are float32, as in training. Under the counter
-    autograd sums two gradients of one tensor into a third: where PEFT's branches meet in x, one x more.
-    """
-    torch.set_num_threads(2)
-    small, large = ((128, 192), (192, 256)) if smoke else ((4096, 11_008), (8192, 28_672))
-    of_rank = {rank: LAYER_NAMES if rank == 16 else OWN for rank in LAYER_RANKS}
-    first, second = _shape_bytes(small, tokens, {16: LAYER_NAMES}), _shape_bytes(large, tokens, of_rank)
-    return {"num_tokens": tokens, "layer": first, "large_layer": second}
-
-
-def _shape_bytes(shape: tuple[int, int], num_tokens: int, names: dict[int, tuple[str, ...]]) -> dict[str, Any]:
-    """Of each rank (at most in) and contender, on the same packed bytes; shape (in, out)."""
-    base = random_base(*shape)
-    ranks = {
-        str(rank): {name: _layer_bytes(name, base, min(rank, shape[0]), num_tokens) for name in contenders}
-        for rank, contenders in names.items()
-    }
-    sizes = {"in_features": shape[0], "out_features": shape[1], "packed_bytes": base.num_bytes}
-    return {**sizes, "output_bytes": num_tokens * shape[1] * 2, "ranks": ranks}
-
-
-def _layer_bytes(name: str, base: PackedWeight, rank: int, num_tokens: int) -> dict[str, dict[str, int]]:
-    """`first` and `later` call of a new layer, each from no gradients to none."""
-    call = LayerCall(name, base, rank, num_tokens)
-    if CONTENDERS[name].engine == "own":
-        for parameter in call.layer.parameters():
-            parameter.grad_dtype = torch.float32
-    leaves = [call.x, *(parameter for parameter in call.layer.parameters() if parameter.requires_grad)]
-    found = {}
-    for number in ("first", "later"):
-        gc.collect()
-        with LiveBytes() as live:
-            out = call.layer(call.x)
-            held, forward_peak = live.live_bytes, live.peak_bytes
-            live.reset_peak()
-            out.backward(call.dy)
-            gradients = sum(leaf.grad.untyped_storage().nbytes() for leaf in leaves if leaf.grad is not None)
-            backward_peak = live.peak_bytes
-            del out
-            call.clear()
-            kept = live.live_bytes
-            # `sum` saves nothing but its input's shape.
-            total = call.layer(call.x).sum()
-            saved = live.live_bytes - total.element_size() - kept
-            del total
-        found[number] = {
-            "held_bytes": held,
-            "saved_bytes": saved,
-            "kept_by_layer_bytes": kept,
-            "gradient_bytes": gradients,
-            "forward_transient_bytes": forward_peak - held,
-            "backward_transient_bytes": max(backward_peak - held - gradients, 0),
-        }
-    return found
-
-
-def _transient(found: dict[str, dict[str, int]]) -> int:
-    return max(call[which] for call in found.values() for which in _PASSES)
-
-
-@table("layer_memory")
-def layer_memory_table(result: Any) -> str:
-    """What each layer holds after forward, and its workspace in the first call and in later ones."""
-    small, large = result["layer"], result["large_layer"]
-    shape = f"{large['in_features']} → {large['out_features']}"
-    header = ["MiB", "held", "held without its output", "workspace forward", "backward"]
-    header += [f"{shape}, r {rank}" for rank in large["ranks"]]
-    rows = []
-    for name, found in small["ranks"]["16"].items():
-        row = [TITLES[name], *(f"{found['later'][what] / MIB:.1f}" for what in ("held_bytes", "saved_bytes"))]
-        row += [f"{max(call[what] for call in found.values()) / MIB:.0f}" for what in _PASSES]
-        row += [f"{_transient(each[name]) / MIB:.0f}" if name in each else "–" for each in large["ranks"].values()]
-        rows.append(row)
-    note = (
-        f"\n{result['num_tokens']:,} tokens. First four columns: {small['in_features']} → {small['out_features']}, "
-        "rank 16. Last columns: largest workspace of a pass.\n"
-    )
-    return markdown(header, rows) + note
-
 
 RANK, STEP_TOKENS = 16, 2048
 LEAN = ("own_lora", "own_dora", "peft_lora", "peft_dora")
@@ -164,12 +58,10 @@ class EmptyWeights:
         self.live = live
 
     def packed(self, _path: str, shape: tuple[int, int]) -> PackedWeight:
-        """NF4 with double quantisation, (out, in)."""
         with self.live.label("packed base"):
             return empty_packed("nf4", shape)
 
     def dense(self, _path: str, shape: tuple[int, ...]) -> Tensor:
-        """bf16."""
         with self.live.label("embeddings, head, norms"):
             return torch.empty(shape, dtype=torch.bfloat16)
 
@@ -205,7 +97,13 @@ def step_memory(tokens: int = STEP_TOKENS, *, smoke: bool, out: Path) -> dict[st
         for each in arms.values():
             each["above_floor_bytes"] = each["peak_bytes"] - floor["total_bytes"]
         cases[name] = {"checkpointing": checkpointing, "floor": floor, "arms": arms}
-    with svg_file(out.with_suffix(".svg"), 4.6 * len(cases), 4.2) as figure:
+    _draw(cases, tokens, out.with_suffix(".svg"))
+    limits = {name: cases[name]["arms"]["own_dora"]["peak_bytes"] <= bar * GIB for name, bar in BARS.items()}
+    return {"num_tokens": tokens, "rank": RANK, "cases": cases, "bars_gib": BARS, "passes": limits}
+
+
+def _draw(cases: dict[str, Any], tokens: int, out: Path) -> None:
+    with svg_file(out, 4.6 * len(cases), 4.2) as figure:
         axes = figure.subplots(1, len(cases), sharey=True)
         for axis, (name, case) in zip(axes, cases.items(), strict=True):
             left = [0.0] * len(DRAWN)
@@ -219,8 +117,6 @@ def step_memory(tokens: int = STEP_TOKENS, *, smoke: bool, out: Path) -> dict[st
             axis.set(xlabel="GiB at the peak", title=f"{name}, {tokens:,} tokens", xlim=(0, 1.12 * max(left)))
         axes[0].invert_yaxis()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
-    limits = {name: cases[name]["arms"]["own_dora"]["peak_bytes"] <= bar * GIB for name, bar in BARS.items()}
-    return {"num_tokens": tokens, "rank": RANK, "cases": cases, "bars_gib": BARS, "passes": limits}
 
 
 def _floor(settings: dict[str, Any], num_tokens: int, checkpointing: bool) -> dict[str, Any]:
@@ -251,7 +147,9 @@ def _arm(name: str, settings: dict[str, Any], num_tokens: int, checkpointing: bo
                 module.register_forward_pre_hook(lambda _module, args: live.register(args[0], "block inputs"))
         optimizer = _arm_optimizer(name, parameters)
         ids = torch.zeros(1, num_tokens, dtype=torch.int64)
-        loss_of = _model_loss if name.endswith((DEFAULTS, PREPARED)) else _head_loss
+        loss_of = _head_loss
+        if name.endswith((DEFAULTS, PREPARED)):  # as transformers' trainer takes it
+            loss_of = lambda model, ids: model(input_ids=ids, labels=ids, use_cache=False).loss  # noqa: E731
         _train(model, ids, loss_of, optimizer, live)
         if isinstance(optimizer, AdapterOptimizer):
             states = list(optimizer.state_tensors().values())
@@ -294,7 +192,6 @@ def _arm_model(name: str, settings: dict[str, Any], live: LiveBytes, checkpointi
 
 
 def _arm_optimizer(name: str, parameters: dict[str, nn.Parameter]) -> Any:
-    """qdora's own, or torch's AdamW in the adapters' dtype."""
     if name.endswith(EIGHT_BIT):
         # The code book of the states is computed from its own values, which a fake tensor has not.
         with mock.patch.object(bnb.functional, "create_dynamic_map", side_effect=lambda *_, **__: torch.empty(256)):
@@ -343,12 +240,6 @@ def _head_loss(model: Any, ids: Tensor) -> Tensor:
     return head_nll(head, tap.hidden, ids[0, 1:], LogitForm(), None).sum() / len(columns)
 
 
-def _model_loss(model: Any, ids: Tensor) -> Tensor:
-    """As transformers' trainer takes it."""
-    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-    return loss
-
-
 @table("step_memory")
 def step_memory_table(result: Any) -> str:
     """Peaks of whole steps, with the distance from weights and unavoidable activations, and the targets."""
@@ -364,90 +255,6 @@ def step_memory_table(result: Any) -> str:
     ]
     note = f"\nTargets for {TITLES['own_dora']}: {'; '.join(targets)}.\n"
     return markdown(["GiB at the peak (above the first line)", *cases], rows) + note
-
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-Inputs = tuple[Tensor, Tensor, Tensor]
-LOSSES: dict[str, Loss] = {
-    "chunked": lambda hidden, head, labels: chunked_nll(hidden, head, labels).mean(),
-    "plain": lambda hidden, head, labels: cross_entropy((hidden @ head.T).float(), labels),
-}
-
-
-@bench(smoke={"repeats": 2})
-def chunked_loss(repeats: int = 7, *, smoke: bool) -> dict[str, Any]:
-    """The loss of a 128k vocabulary without its logits: bytes and time, chunked against plain.
-
-    4,096 labelled tokens, a vocabulary of 128,256, bf16, a frozen head, loss = mean NLL. Plain is what transformers
-    does: all logits, widened to float32, then torch's cross-entropy. Bytes are those that a step needs beside hidden
-    states, head and labels, gradient of the hidden states included: peaks of forward and backward by `LiveBytes`, on
-    fake tensors for a hidden size of 4,096 and on real ones for 1,024. Time: both passes in turns, hidden size 1,024.
-    """
-    torch.set_num_threads(2)
-    keep_freed_memory()
-    vocabulary, tokens, wide, hidden = (4000, 20_000, 16, 16) if smoke else (128_256, 4096, 4096, 1024)
-    given = _loss_inputs(tokens, hidden, vocabulary)
-    real = _loss_bytes(given)
-    with FakeTensorMode():
-        fake = _loss_bytes(_loss_inputs(tokens, wide, vocabulary))
-    calls = {name: functools.partial(_loss_step, loss, given) for name, loss in LOSSES.items()}
-    seconds = in_turns(calls, repeats)
-    times = {name: spread(found) for name, found in seconds.items()}
-    return {
-        "vocabulary": vocabulary,
-        "num_tokens": tokens,
-        "chunk": auto_chunk(vocabulary, 2),
-        "bytes": {"fake": {"hidden": wide, **fake}, "real": {"hidden": hidden, **real}},
-        "time": {
-            "hidden": hidden,
-            "seconds": times,
-            "chunked / plain": ratio(seconds["chunked"], seconds["plain"]),
-        },
-    }
-
-
-def _loss_inputs(num_tokens: int, hidden: int, vocabulary: int) -> Inputs:
-    """Hidden states (tokens, hidden) that want a gradient and head (vocabulary, hidden) in bf16, labels (tokens,).
-
-    Logits from N(0, 3^2): far from uniform, as those of a model are.
-    """
-    torch.manual_seed(0)
-    states = torch.empty(num_tokens, hidden, dtype=torch.bfloat16).normal_()
-    head = torch.empty(vocabulary, hidden, dtype=torch.bfloat16).normal_(0.0, 3.0 * hidden**-0.5)
-    return states.requires_grad_(), head, torch.randint(vocabulary, (num_tokens,))
-
-
-def _loss_step(loss: Loss, given: Inputs) -> None:
-    given[0].grad = None
-    loss(*given).backward()  # type: ignore[no-untyped-call]
-
-
-def _loss_bytes(given: Inputs) -> dict[str, Any]:
-    peaks = {}
-    for name, loss in LOSSES.items():
-        given[0].grad = None
-        gc.collect()
-        with LiveBytes() as live:
-            _loss_step(loss, given)
-            peaks[name] = live.peak_bytes
-    return {"peak_bytes": peaks, "plain / chunked": peaks["plain"] / peaks["chunked"]}
-
-
-@table("chunked_loss")
-def chunked_loss_table(result: Any) -> str:
-    """Bytes of the chunked and the plain loss, and the ratio of their times."""
-    fake, real = result["bytes"]["fake"], result["bytes"]["real"]
-    columns: dict[str, Column] = {"loss": lambda name: name}
-    for each in (fake, real):
-        peak = each["peak_bytes"]
-        columns[f"peak, hidden {each['hidden']}"] = lambda name, peak=peak: f"{peak[name] / MIB:,.0f} MiB"
-    time = result["time"]["chunked / plain"]
-    note = (
-        f"\n{result['num_tokens']:,} tokens, vocabulary {result['vocabulary']:,}, {result['chunk']} tokens a "
-        f"chunk. Time of chunked over plain, hidden {result['time']['hidden']}: {time['median']:.2f} (quartiles "
-        f"{time['lower']:.2f} to {time['upper']:.2f}).\n"
-    )
-    return tabulated(("plain", "chunked"), columns) + note
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from byte_tokenizer import byte_tokenizer
 from frame import GIB, Column, bench, cell, main, markdown, table, tabulated
 from measure import ONE_THREAD, alone, peak_rss_bytes
 from mixed_data import fitted
-from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
@@ -106,7 +105,7 @@ def plan_accuracy(only: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, A
             recipe = _case_recipe(Path(folder), name)
             _, mix, tokenizer = _case_data(recipe)
             planned = plan(recipe, device_kind="cpu", workload=workload_of_data(recipe, mix, tokenizer)).to_dict()
-            tensors, most = planned["tensor_bytes"], _run_case(folder, name, counting=True)["peak_bytes"]
+            tensors, most = planned["tensor_bytes"], _run_case(folder, name, True)["peak_bytes"]
             resident = alone(_run_case, folder, name, False, variables=ONE_THREAD)
         row = {
             "micro_batch": planned["micro_batch"],
@@ -124,8 +123,8 @@ def plan_accuracy(only: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, A
 
 
 def _write_case(folder: Path, name: str) -> None:
-    """A random checkpoint in bf16 with a tokenizer of bytes, and prompts and answers of random letters, of very
-    different lengths; the first row is as long as may be."""
+    """A random bf16 checkpoint with a tokenizer of bytes; rows of random letters and very different lengths, the first
+    as long as may be."""
     sizes = dict(zip(_KEYS, SIZES[name.partition(",")[0]], strict=True))
     heads = sizes["hidden_size"] // 64
     sizes |= {"num_attention_heads": max(heads, 2), "num_key_value_heads": max(heads // 4, 1)}
@@ -135,26 +134,19 @@ def _write_case(folder: Path, name: str) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
     letters, longest = random.Random(0), 48 if name == _TINY else 240
-
-    def text(length: int) -> str:
-        return "".join(letters.choices("abcdefghij ", k=length))
-
     lengths = [longest, *(letters.randint(longest // 8, longest) for _ in range(63))]
-    rows = [{"prompt": text(n // 2), "completion": text(n - n // 2 - 2)} for n in lengths]
+    texts = ["".join(letters.choices("abcdefghij ", k=n - 2)) for n in lengths]
+    rows = [{"prompt": text[: len(text) // 2], "completion": text[len(text) // 2 :]} for text in texts]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _case_recipe(folder: Path, name: str) -> Recipe:
     """DoRA of rank 16 on every linear layer of an NF4 base in bf16, 8-bit AdamW, 1,024 tokens a micro-batch."""
     longest = 64 if name == _TINY else 256
-    train = {"steps": NUM_STEPS, "batch": 8, "micro_batch_tokens": 4 * longest, "checkpoint_every": None}
     document: dict[str, dict[str, Any]] = {
         "model": {"source": str(folder / "model"), "dtype": "bfloat16"},
-        "adapter": {},
-        "base": {},
         "data": {"mix": [{"source": str(folder / "data.jsonl")}], "max_length": longest},
-        "train": train,
-        "memory": {},
+        "train": {"steps": NUM_STEPS, "batch": 8, "micro_batch_tokens": 4 * longest, "checkpoint_every": None},
     }
     return recipe_from(apply_overrides(document, CASES[name].split()))
 
@@ -188,7 +180,7 @@ def _run_case(folder: str, name: str, counting: bool) -> dict[str, Any]:
         if live is not None:
             live.reset_peak()
         train = TrainConfig(steps=NUM_STEPS, batch=1, lr=1e-4, schedule="constant", warmup=0)
-        fitted(model, optimizer, loader, train, console=Console(quiet=True))
+        fitted(model, optimizer, loader, train, quiet=True)
         if live is not None:
             found["peak_bytes"] = live.peak_bytes
     return found | {"rss_bytes": peak_rss_bytes()}
@@ -197,29 +189,22 @@ def _run_case(folder: str, name: str, counting: bool) -> dict[str, Any]:
 @table("plan_accuracy")
 def plan_accuracy_table(result: Any) -> str:
     """Planned and measured bytes of each run, and their ratios."""
-
-    def resident(template: str) -> Column:
-        return lambda item: cell(template, item) if "rss_ratio" in item[1] else "–"
-
-    header = ["run", "micro-batch", "tensors planned, MiB", "counted", "ratio", "resident planned", "measured", "ratio"]
-    columns: list[Column] = [
-        "{0}",
-        "{1[micro_batch][rows]} × {1[micro_batch][length]}",
-        "{1[planned_tensor_bytes]:,.1fMiB}",
-        "{1[measured_tensor_bytes]:,.1fMiB}",
-        "{1[tensor_ratio]:.4f}",
-        "{1[planned_rss_bytes]:,.0fMiB}",
-        resident("{1[measured_rss_bytes]:,.0fMiB}"),
-        resident("{1[rss_ratio]:.3f}"),
-    ]
-    rows = [[cell(column, item) for column in columns] for item in result["cases"].items()]
+    columns: dict[str, Column] = {
+        "run": "{0}",
+        "micro-batch": "{1[micro_batch][rows]} × {1[micro_batch][length]}",
+        "tensors planned, MiB": "{1[planned_tensor_bytes]:,.1fMiB}",
+        "counted": "{1[measured_tensor_bytes]:,.1fMiB}",
+        "planned / counted": "{1[tensor_ratio]:.4f}",
+        "resident planned": "{1[planned_rss_bytes]:,.0fMiB}",
+        "measured": "{1[measured_rss_bytes]:,.0fMiB}",
+        "planned / measured": "{1[rss_ratio]:.3f}",
+    }
     worst, bars, counts = result["largest_error"], result["bars"], result["num_measured"]
     parts = [
         f"{text} {worst[what]:.2%} in {counts[what]} runs (limit: {bars[what]:.0%})"
         for what, text in {"tensor": "tensors", "rss": "resident"}.items()
-        if counts[what]
     ]
-    return markdown(header, rows) + f"\nLargest error: {'; '.join(parts)}.\n"
+    return tabulated(result["cases"].items(), columns) + f"\nLargest error: {'; '.join(parts)}.\n"
 
 
 CARD = "40GB"
@@ -299,7 +284,7 @@ def plan_recipes_table(result: Any) -> str:
         times = [way["step_seconds"]["PCIe 4"] for way in each["ways"] if way["way"] == used]
         return f"{times[0] if times else each['step_seconds']:.0f}"
 
-    names = dict.fromkeys(name for each in plans.values() for name in each["components"])
+    names = dict.fromkeys(name for each in plans.values() for name, size in each["components"].items() if size > 2**22)
     rows = [line(name, partial(component, name)) for name in names]
     rows += [
         line("**total**", "**{peak_bytes:.2fGiB}**"),

@@ -33,36 +33,39 @@ from qdora.train.loop import fit
 from qdora.train.progress import TrainingProgress
 
 
-def recipe(data: Path, *, batch: int, checkpointing: bool, seed: int = 0, quant: str = "nf4") -> Recipe:
-    """The eight commonsense tasks in equal shares on SmolLM2-135M.
-
-    `data` holds <task>/<split>.parquet in the schema of `qdora guide own-data`; any path if only the model is read.
-    """
+def recipe(data: Path, *, batch: int = 1, quant: str = "nf4") -> Recipe:
+    """The eight commonsense tasks in equal shares on SmolLM2-135M; `data` holds <task>/<split>.parquet."""
+    mix = [{"task": task, "path": str(data / task), "limit": 400} for task in COMMONSENSE_TASKS]
     return recipe_from(
         {
             "model": {"source": "builtin"},
             "base": {"quant": quant},
-            "data": {
-                "mix": [{"task": task, "path": str(data / task), "limit": 400} for task in COMMONSENSE_TASKS],
-                "strategy": "equal",
-                "max_length": 512,
-                "too_long": "drop",
-                "seed": seed,
-            },
+            "data": {"mix": mix, "strategy": "equal", "max_length": 512, "too_long": "drop"},
             "train": {"steps": 1, "batch": batch},
-            "memory": {"checkpointing": checkpointing},
+            "memory": {"checkpointing": False},
         }
     )
 
 
-def base_model(settings: Recipe, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The frozen base of the recipe, computing in `dtype`."""
-    source, _ = find_model(settings)
-    return load_base(settings, source, choose_compute(str(dtype).removeprefix("torch.")))
+def base_model(*, smoke: bool, quant: str = "nf4") -> Any:
+    """The frozen builtin model in bf16; with `smoke` a random Llama of two small blocks in NF4."""
+    if not smoke:
+        settings = recipe(Path(), quant=quant)
+        return load_base(settings, find_model(settings)[0], choose_compute("bfloat16"))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(128), dtype=torch.bfloat16)
+    for path, module in list(model.named_modules()):
+        if path.endswith("_proj"):
+            replace_module(model, path, FrozenLinear(quantize(module.weight.detach(), "nf4", 64, double_quant=True)))
+    return model.requires_grad_(False)
 
 
-def real_steps(settings: Recipe, num_steps: int) -> list[Step]:
-    """The first steps of a run of the recipe."""
+def first_steps(data: Path | str | None, batch: int, num_steps: int) -> list[Step]:
+    """The first steps of a run of the recipe; without data, steps of eight examples of 5 to 12 random tokens each."""
+    if data is None:
+        generator = torch.Generator().manual_seed(0)
+        return [random_step(((12, 11, 9), (8, 7, 7, 6, 5)), generator, num_prompt=4) for _ in range(num_steps)]
+    settings = recipe(Path(data).resolve(), batch=batch)
     _, tokenizer = find_model(settings)
     loader = make_loader(settings, tokenized_mix(settings, tokenizer, read_data(settings.data)[0]), tokenizer)
     return [loader.next_step() for _ in range(num_steps)]
@@ -88,7 +91,7 @@ def in_one_batch(step: Step) -> Step:
 
 
 class FixedSteps:
-    """Steps that are there already, one after the other, for `qdora.train.loop.fit`."""
+    """Steps that are there already, one after the other and then from the first again, for `fitted`."""
 
     batching = Batching(1, pad_id=0)  # a shortage of memory ends the benchmark: its steps cannot be cut smaller
 
@@ -96,73 +99,31 @@ class FixedSteps:
         self.steps, self.position = steps, 0
 
     def next_step(self) -> Step:
-        """The next one; after the last one the first again."""
         self.position += 1
         return self.steps[(self.position - 1) % len(self.steps)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Back to a position."""
         self.position = state["position"]
 
 
-def fitted(
-    model: Any,
-    optimizer: Any,
-    loader: Any,
-    train: TrainConfig,
-    *,
-    device: torch.device | None = None,
-    console: Console | None = None,
-) -> list[dict[str, Any]]:
+def fitted(model: Any, optimizer: Any, loader: Any, train: TrainConfig, *, quiet: bool = False) -> list[dict[str, Any]]:
     """qdora's training loop without a run directory; its lines of metrics. `loader` may be `FixedSteps`."""
     assert train.steps is not None
     lines: list[dict[str, Any]] = []
-    with TrainingProgress(train.steps, console=console) as progress:
-        fit(
-            model,
-            optimizer,
-            loader,
-            train,
-            Hooks(
-                write_metrics=lines.append,
-                save=lambda _step: Path(tempfile.gettempdir()),
-                keep_batch=lambda _bad: Path(tempfile.gettempdir()),
-            ),
-            num_steps=train.steps,
-            device=device or next(model.parameters()).device,
-            progress=progress,
-            stop=StopRequest(),
-        )
+    with TrainingProgress(train.steps, console=Console(quiet=True) if quiet else None) as progress:
+        place = Path(tempfile.gettempdir())
+        hooks = Hooks(write_metrics=lines.append, save=lambda _step: place, keep_batch=lambda _bad: place)
+        options: dict[str, Any] = {"num_steps": train.steps, "device": next(model.parameters()).device}
+        fit(model, optimizer, loader, train, hooks, progress=progress, stop=StopRequest(), **options)
     return lines
 
 
-def smoke_model(dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A random Llama of two small blocks in NF4, in place of the builtin model."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(128), dtype=dtype)
-    for path, module in list(model.named_modules()):
-        if path.endswith("_proj"):
-            replace_module(model, path, FrozenLinear(quantize(module.weight.detach(), "nf4", 64, double_quant=True)))
-    return model.requires_grad_(False)
-
-
-def smoke_steps(num_steps: int) -> list[Step]:
-    """Steps of eight examples of random tokens, of 5 to 12 tokens each, in two micro-batches."""
-    generator = torch.Generator().manual_seed(0)
-    return [random_step(((12, 11, 9), (8, 7, 7, 6, 5)), generator, num_prompt=4) for _ in range(num_steps)]
-
-
 def random_step(lengths: Sequence[Sequence[int]], generator: torch.Generator, *, num_prompt: int = 1) -> Step:
-    """A step of random tokens, right-padded.
-
-    Args:
-        lengths: Of the rows of each micro-batch, the longest first.
-        num_prompt: Tokens at the start of each row that are not labelled.
-    """
+    """Random tokens, right-padded: the lengths of the rows of each micro-batch, the longest first; the first
+    `num_prompt` tokens of a row are not labelled."""
     parts = []
     for rows in lengths:
         ids = torch.randint(1, 128, (len(rows), rows[0]), generator=generator)

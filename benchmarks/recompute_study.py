@@ -33,14 +33,13 @@ HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-6
 DEFAULT = {"arm": "adapter", "metric": "nll_per_token", "tasks": "tokens", "split": "halves", "zone": 0.02}
 DEFAULT |= {"alpha": 0.05, "power": 0.8, "min_seeds": 3}
-MEASURES = ("nll_per_token", "nll_by_task", "acc", "acc_norm")
+NLL, MEASURES = "nll_per_token", ("nll_per_token", "nll_by_task", "acc", "acc_norm")
 ZONE_OF_SHARES = 0.01
-COMPARED = ("improvement", "lower", "upper", "p_seeds", "p_examples", "p_equivalent", "p_holm", "p_equivalent_holm")
-COMPARED += ("smallest_detectable",)
-ENDS = ("", "_lower", "_upper")
+THREE = ("improvement", "lower", "upper")
+COMPARED = (*THREE, "p_seeds", "p_examples", "p_equivalent", "p_holm", "p_equivalent_holm", "smallest_detectable")
+OF_TASK, ENDS = ("weight", *THREE), ("", "_lower", "_upper")
 NAMES_OF_REPAIR = ("left", "transplant", "repaired", "repaired_share", "magnitudes", "damage_choice")
 REPAIRED = tuple(name + end for name in NAMES_OF_REPAIR for end in ENDS)
-OF_TASK = ("weight", "improvement", "lower", "upper")
 Numbers = dict[str, float]
 Key = tuple[str, ...]
 Cell = Mapping[str, Any]
@@ -68,46 +67,43 @@ class Tally:
         self.faults += 1
         print(text)
 
+    def table(self, file: Path, own: Mapping[Key, Numbers], columns: Key, keys: Key, measure: str = "") -> None:
+        """Compare the columns of a data file that were recomputed; its rows with any of them must be the same."""
+        told = {key: row for key, row in rows_of(file, keys, measure) if any(row.get(column) for column in columns)}
+        if set(told) != set(own):
+            raise SystemExit(f"{file.name}: other rows than recomputed: {sorted(set(told) ^ set(own))[:4]}")
+        for key, numbers in own.items():
+            for column, value in numbers.items():
+                where = f"{file.name}: {', '.join(filter(None, key))}: {column}"
+                self.add(where, float(told[key].get(column) or "nan"), value)
+
 
 def main() -> None:
     """Recompute, compare, and print the largest difference as JSON."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results/study"
     document = json.loads(lzma.decompress((folder / "scores.json.xz").read_bytes()))
     study, tally = KeptStudy(document), Tally()
-    compare_table(tally, folder / "repair.csv", study.damage(), REPAIRED, (*study.axes, study.arm_axis))
-    told = {row["measure"] for _, row in rows_of(folder / "comparisons.csv", ())}
+    tally.table(folder / "repair.csv", study.damage(), REPAIRED, (*study.axes, study.arm_axis))
+    keys, file = ("comparison", *study.axes, "arm"), folder / "comparisons.csv"
+    told = {row["measure"] for _, row in rows_of(file, ())}
     for measure in [study.metric, *(each for each in MEASURES if each in told and each != study.metric)]:
         other = study if measure == study.metric else KeptStudy(document, measure)
-        keys, compared = ("comparison", *study.axes, "arm"), other.comparisons()
-        compare_table(tally, folder / "comparisons.csv", compared, COMPARED, keys, measure)
+        compared = other.comparisons()
+        tally.table(file, compared, COMPARED, keys, measure)
         if (folder / "tasks.csv").is_file() and measure != "nll_by_task":
-            compare_table(tally, folder / "tasks.csv", other.tasks(), OF_TASK, (*keys, "task"), measure)
+            tally.table(folder / "tasks.csv", other.tasks(), OF_TASK, (*keys, "task"), measure)
         verdicts = other.verdicts(compared) if other.is_metric else {}
-        for key, row in rows_of(folder / "comparisons.csv", keys, measure):
-            is_careful = (
-                row["verdict"] == "not decided" and row["reason"]
-            )  # contexts without results are not looked for
+        for key, row in rows_of(file, keys, measure):
+            # Contexts without results are not looked for
+            is_careful = row["verdict"] == "not decided" and row["reason"]
             if row["role"] == "primary" and row["verdict"] != verdicts.get(key) and not is_careful:
                 who = ", ".join(filter(None, key))
                 tally.fault(f"{who}: the verdict is {row['verdict']!r}, recomputed {verdicts.get(key)!r}")
     if folder.resolve() == HERE / "results/study":
-        check_pages(tally, document)
+        Pages(document, tally).check()
     print(json.dumps({"numbers": tally.number, "largest_difference": tally.worst, "faults": tally.faults}))
     if tally.faults or not tally.number:
         raise SystemExit(1)
-
-
-def compare_table(
-    tally: Tally, file: Path, own: Mapping[Key, Numbers], columns: Sequence[str], keys: Sequence[str], measure: str = ""
-) -> None:
-    """Compare the columns of a data file that were recomputed; its rows with any of them must be the same."""
-    told = {key: row for key, row in rows_of(file, keys, measure) if any(row.get(column) for column in columns)}
-    if set(told) != set(own):
-        raise SystemExit(f"{file.name}: other rows than recomputed: {sorted(set(told) ^ set(own))[:4]}")
-    for key, numbers in own.items():
-        for column, value in numbers.items():
-            where = f"{file.name}: {', '.join(filter(None, key))}: {column}"
-            tally.add(where, float(told[key].get(column) or "nan"), value)
 
 
 def rows_of(file: Path, keys: Sequence[str], measure: str = "") -> Iterator[tuple[Key, dict[str, str]]]:
@@ -131,11 +127,6 @@ class Arm:
     planned: list[str] = field(default_factory=list)
     num_missing: int = 0
 
-    @property
-    def place(self) -> tuple[str, str]:
-        """A name of its context, and its own."""
-        return json.dumps(self.context), self.name
-
     def with_seeds(self, seeds: Sequence[str]) -> Arm:
         """The arm with these seeds alone."""
         cells = {seed: self.cells[seed] for seed in seeds if seed in self.cells}
@@ -158,8 +149,8 @@ class KeptStudy:
         self.sign = -1.0 if self.metric.startswith("nll") else 1.0  # of what is better
         is_same = self.metric[:3] == self.compare["metric"][:3]  # an NLL, or an accuracy
         self.zone = self.compare["zone"] if is_same else ZONE_OF_SHARES
-        self.by_tokens = self.metric == "nll_per_token" and self.compare["tasks"] == "tokens"
-        self.axes = [axis for axis in self.study["product"] if axis != self.arm_axis]
+        self.by_tokens = self.metric == NLL and self.compare["tasks"] == "tokens"
+        self.axes = tuple(axis for axis in self.study["product"] if axis != self.arm_axis)
         self.halves = self.study.get("rates") is not None and self.compare["split"] == "halves"
         self.first = set(map(str, self.study.get("seeds", (0, 1, 2))))
         self.of_kind = {kind: self._arms(kind) for kind in ("trained", "transplant", "set_back")}
@@ -177,13 +168,21 @@ class KeptStudy:
                 context = {axis: labels[axis] for axis in self.axes if axis in labels}
                 is_dense = cell["base_key"] == cell["dense_key"]
                 arm = Arm(labels[self.arm_axis], context, cell["is_interior"], is_dense)
-                arm = found.setdefault(arm.place, arm)
+                arm = found.setdefault((json.dumps(context), arm.name), arm)
                 arm.planned.append(labels["seed"])
                 if each["result"] is not None:
                     arm.cells[labels["seed"]] = each
         for arm in found.values():
             arm.num_missing = sum(seed not in arm.cells for seed in self.first_of(arm.planned))
         return [arm for arm in found.values() if arm.cells]
+
+    def of_same(self, kind: str, arm: Arm) -> list[Arm]:
+        """The arm of another kind of cells, or none."""
+        return [each for each in self.of_kind[kind] if (each.name, each.context) == (arm.name, arm.context)]
+
+    def key(self, arm: Arm) -> Key:
+        """The labels of its context."""
+        return tuple(arm.context.get(axis, "") for axis in self.axes)
 
     def first_of(self, seeds: Iterable[str]) -> list[str]:
         """Those of these seeds that are not later ones: they alone tell the spread (Stein, 1945)."""
@@ -236,7 +235,7 @@ class KeptStudy:
                 contrasts[key] = self.primary[key] = terms
                 families[key] = entry.get("family") or "primary"
         for arm, other in pairs_of(self.arms, self.reference):
-            key = (f"{arm.name} against {other.name}", *(arm.context.get(axis, "") for axis in self.axes), arm.name)
+            key = (f"{arm.name} against {other.name}", *self.key(arm), arm.name)
             if shared_seeds([(1.0, arm, other)]):
                 contrasts[key] = [(1.0, arm, other)]
                 self.primary |= {} if asked else {key: contrasts[key]}
@@ -244,8 +243,7 @@ class KeptStudy:
         named = [each.get("family") or "primary" for each in asked.values()]
         for key in self.primary if self.is_metric else ():
             self.tests[key] = named.count(families[key]) if asked else len(self.primary)
-        alpha = self.compare["alpha"]
-        found = {key: self._numbers(terms, alpha / self.tests[key]) for key, terms in contrasts.items()}
+        found = {key: self._numbers(terms, self.compare["alpha"] / self.tests[key]) for key, terms in contrasts.items()}
         for family in set(families.values()) or {""} if self.is_metric else ():
             keys = [key for key in self.primary if families.get(key, "") == family]
             number = self.tests[keys[0]] if keys else 1
@@ -270,7 +268,7 @@ class KeptStudy:
             scored = [self.examples(cell) for cell in cells if "diverged" not in cell["result"]]
             for task in (name for name in weights if all(name in each for each in scored)):
                 improvements = self._improvements(terms, seeds, task)
-                numbers = dict(zip(OF_TASK[1:], three(improvements, len(self.first_of(seeds))), strict=True))
+                numbers = dict(zip(THREE, three(improvements, len(self.first_of(seeds))), strict=True))
                 found[*key, task] = numbers | {"weight": weights[task]}
         return found
 
@@ -282,8 +280,7 @@ class KeptStudy:
         """What each primary comparison may say, by the numbers of `comparisons`."""
         said, zone = {}, f"{self.zone:g}"
         for key, terms in self.primary.items():
-            arms = [arm for _, *pair in terms for arm in pair]
-            may_be = all(arm.is_interior and not arm.num_missing for arm in arms)
+            may_be = all(arm.is_interior and not arm.num_missing for _, *pair in terms for arm in pair)
             may_be = may_be and len(shared_seeds(terms)) >= self.compare["min_seeds"]
             # Without a diverged run, a task of a single example
             may_be = may_be and (has_diverged(terms) or not math.isnan(found[key]["p_examples"]))
@@ -346,11 +343,11 @@ class KeptStudy:
         """(labels, arm) -> the columns of repair.csv: of trained arms, and of bases that are only evaluated."""
         found = {}
         for arm in self.arms:
-            backs = [each for each in self.of_kind["set_back"] if each.place == arm.place]
+            backs = self.of_same("set_back", arm)
             numbers = self._ends("magnitudes", self._losses(backs[0], arm)) if backs else {}
             numbers = (numbers if not math.isnan(numbers.get("magnitudes", math.nan)) else {}) | self._left(arm)
             if numbers:
-                found[*(arm.context.get(axis, "") for axis in self.axes), arm.name] = numbers
+                found[*self.key(arm), arm.name] = numbers
         right = KeptStudy(self.document, "acc_norm")
         bases = [each for each in self.document["cells"] if each["cell"]["kind"] == "base" and each["scores"]]
         scored = {each["cell"]["key"]: each for each in bases}
@@ -370,17 +367,23 @@ class KeptStudy:
         Left: the metric less that of the same arm trained on the uncompressed base. The transplant is that arm on the
         compressed base.
         """
-        of_base = {axis for axis, values in self.study["product"].items() if changes_base(axis, values)}
+        of_base = set()  # the axes that change nothing but the base
+        for axis, values in self.study["product"].items():
+            keys = itertools.chain(*values.values()) if isinstance(values, dict) else [axis]
+            of_base |= {axis} if all(key.startswith("base.") for key in keys) else set()
+
+        def kept(context: Mapping[str, str]) -> dict[str, str]:
+            return {axis: label for axis, label in context.items() if axis not in of_base}
+
         like = (self.study.get("rates") or {}).get("like", {}).get(self.arm_axis, {})
-        names, kept = (arm.name, like.get(arm.name, arm.name)), without(arm.context, of_base)
-        twins = [each for each in self.arms if each.is_dense and without(each.context, of_base) == kept]
-        twins = [each for name in names for each in twins if each.name == name]
+        twins = [each for each in self.arms if each.is_dense and kept(each.context) == kept(arm.context)]
+        twins = [each for name in (arm.name, like.get(arm.name)) for each in twins if each.name == name]
         if arm.is_dense or not twins or has_diverged([(1.0, twins[0], arm)], only_first=True):
             return {}
         losses = {"left": self._losses(arm, twins[0]), "transplant": {}, "repaired": {}}
         if not losses["left"]:
             return {}
-        for moved in [each for each in self.of_kind["transplant"] if each.place == arm.place][:1]:
+        for moved in self.of_same("transplant", arm)[:1]:
             damages, repairs = self._losses(moved, twins[0]), self._losses(moved, arm)
             losses |= {"transplant": damages, "repaired": repairs} if damages and repairs else {}
         numbers: Numbers = {}
@@ -403,30 +406,20 @@ class KeptStudy:
 
 
 def named_ends(name: str, numbers: Sequence[float]) -> Numbers:
-    return {name + end: number for end, number in zip(ENDS, numbers, strict=True)}
-
-
-def without(context: Mapping[str, str], axes: Iterable[str]) -> dict[str, str]:
-    return {axis: label for axis, label in context.items() if axis not in axes}
+    return dict(zip((name + end for end in ENDS), numbers, strict=True))
 
 
 def pairs_of(arms: Sequence[Arm], reference: str) -> list[tuple[Arm, Arm]]:
     """Every arm beside the reference of its context."""
     pairs = itertools.product(arms, arms)
-    return [
-        (arm, other) for arm, other in pairs if arm.name != reference == other.name and arm.context == other.context
-    ]
-
-
-def parts_of(entry: Mapping[str, Any]) -> list[tuple[float, Mapping[str, Any]]]:
-    """(sign, labels) of what a primary comparison averages, and of what it subtracts."""
-    return [(1.0, entry.get("over") or {})] + ([] if entry.get("minus") is None else [(-1.0, entry["minus"])])
+    return [(a, b) for a, b in pairs if a.name != reference == b.name and a.context == b.context]
 
 
 def terms_of(entry: Mapping[str, Any], pairs: Sequence[tuple[Arm, Arm]]) -> list[Term]:
-    """(factor, arm, reference) of a primary comparison; none if one of its parts has no pair."""
+    """(factor, arm, reference) of what a primary comparison averages and subtracts; none if a part has no pair."""
     terms: list[Term] = []
-    for sign, wanted in parts_of(entry):
+    parts = [(1.0, entry.get("over") or {})] + ([] if entry.get("minus") is None else [(-1.0, entry["minus"])])
+    for sign, wanted in parts:
         own = [p for p in pairs if entry.get("arm") in (None, p[0].name) and has_labels(p[0].context, wanted)]
         if not own:
             return []
@@ -457,20 +450,13 @@ def share(repairs: Sequence[float], damages: Sequence[float], num_first: int) ->
         value = float(np.mean(repairs) / np.mean(damages))
         at = []  # a quadratic in the ratio, above 0 where the interval leaves 0 out
         for ratio in (-1.0, 0.0, 1.0):
-            left = [one - ratio * other for one, other in zip(repairs, damages, strict=True)]
-            mean, half, *_ = t_interval(left, num_first)
+            mean, half, *_ = t_interval(list(np.array(repairs) - ratio * np.array(damages)), num_first)
             at.append(mean**2 - half**2)
         square, slope = (at[2] + at[0]) / 2 - at[1], (at[2] - at[0]) / 2
         inside = slope**2 - 4 * square * at[1]
         if square > 0 and inside >= 0:
             low, high = ((-slope + sign * math.sqrt(inside)) / 2 / square for sign in (-1.0, 1.0))
     return named_ends("repaired_share", (value, low, high))
-
-
-def changes_base(axis: str, values: Any) -> bool:
-    """Whether an axis changes nothing but the base."""
-    keys = [key for group in values.values() for key in group] if isinstance(values, dict) else [axis]
-    return all(key.startswith("base.") for key in keys)
 
 
 def has_labels(context: Mapping[str, str], wanted: Mapping[str, Any]) -> bool:
@@ -494,7 +480,7 @@ def t_interval(values: Sequence[float], num_first: int) -> tuple[float, float, f
     return float(np.mean(values)), quantile(free) * stderr, stderr, free
 
 
-def three(values: Sequence[float], num_first: int) -> list[float]:
+def three(values: Sequence[float], num_first: int = 3) -> list[float]:
     """Mean and the ends of its t interval."""
     mean, half, *_ = t_interval(values, num_first)
     return [mean, mean - half, mean + half]
@@ -584,101 +570,116 @@ def holm(p_values: Sequence[float], number: int) -> list[float]:
 # What the pages say of benchmarks/results/study
 
 SECTION, NEXT_SECTION = "## Compressed bases: LoRA against DoRA", "## A study recomputed"
-PRUNED = ("Wanda 50 %", "Wanda 2:4", "nf4, Wanda 2:4")
+SHORT, PRUNED = "128 steps", ("Wanda 50 %", "Wanda 2:4", "nf4, Wanda 2:4")
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w)")
-Row = tuple[str, list[float]]
-
-
-def check_pages(tally: Tally, document: Mapping[str, Any]) -> None:
-    """Compare every number of the tables of benchmarks/README.md and of README.md's row; the text around has none."""
-    said = Pages(document)
-    page = (HERE / "README.md").read_text(encoding="utf-8")
-    section = page.partition(SECTION)[2].partition(NEXT_SECTION)[0]
-    for name, (rows, note) in said.tables().items():
-        before, start, rest = section.partition(f"<!-- table: {name} -->\n")
-        block, end, after = rest.partition("<!-- end -->")
-        if not start or not end:
-            raise SystemExit(f"benchmarks/README.md: the table {name} is missing")
-        section = before + after
-        lines = [line.strip("| ") for line in block.splitlines() if line.startswith("|")][2:]
-        told = [line.split(" | ", 1) for line in lines]
-        if [label for label, _ in told] != [label for label, _ in rows]:
-            raise SystemExit(f"{name}: other rows than recomputed")
-        for (label, text), (_, own) in zip(told, rows, strict=True):
-            said.check(tally, f"{name}: {label}", text, own)
-        said.check(tally, f"{name}: note", " ".join(each for each in block.splitlines() if each[:1] != "|"), note)
-    if "<!-- table" in section:
-        raise SystemExit("benchmarks/README.md: a table of the study is not recomputed")
-    said.check(
-        tally, "benchmarks/README.md, text", re.sub(r"```.*?```|\(http\S*|arXiv \S*", "", section, flags=re.S), []
-    )
-    (row,) = [
-        line for line in (HERE.parent / "README.md").read_text().splitlines() if line.startswith("| LoRA or DoRA?")
-    ]
-    said.check(tally, "README.md", row, said.headline())
+# Name -> base and adapter of the cells that are better, of those that are worse, and the kind of the better ones.
+CONTROLS = {
+    "LoRA with LoftQ's start, LoRA; nf3": ("nf3", "LoRA, LoftQ", "nf3", "LoRA"),
+    **{
+        f"DoRA, magnitudes trained 100 times as fast; {base}": (base, "DoRA", base, "DoRA, magnitudes 100 times")
+        for base in ("nf3", "Wanda 2:4")
+    },
+    **{
+        f"SparseGPT, Wanda; LoRA, {size}": (f"SparseGPT {size}", "LoRA", f"Wanda {size}", "LoRA")
+        for size in ("50 %", "70 %", "2:4")
+    },
+    "DoRA, LoRA; Wanda 2:4": ("Wanda 2:4", "DoRA", "Wanda 2:4", "LoRA"),
+    **{
+        f"DoRA with its magnitudes set back, DoRA; {base}": (base, "DoRA", base, "DoRA", "set_back")
+        for base in ("16 bits", "nf3", "Wanda 2:4")
+    },
+}
+Rows = list[tuple[str, list[float]]]
 
 
 class Pages:
-    """The numbers of the pages, in their order and units, from the scores."""
+    """The numbers of the tables of benchmarks/README.md and of README.md's row, in their order and units."""
 
-    def __init__(self, document: Mapping[str, Any]) -> None:
+    def __init__(self, document: Mapping[str, Any], tally: Tally) -> None:
+        self.tally = tally
         self.studies = {measure: KeptStudy(document, measure) for measure in MEASURES}
         self.cells = [each for each in document["cells"] if each["result"] is not None]
-        self.nll = self.studies["nll_per_token"]
+        self.nll = self.studies[NLL]
         self.compared = {measure: study.comparisons() for measure, study in self.studies.items()}
-        self.repair = self.nll.damage()
-        self.keys = list(self.nll.primary)
-        product = self.nll.study["product"]
+        self.repair, self.keys = self.nll.damage(), list(self.nll.primary)
         self.adapters = list(dict.fromkeys(arm.name for arm in self.nll.arms))
-        zeros = [f"{share} %" for share in (30, 50, 70)]
-        self.labels = [label for axis in product.values() for label in axis] + [key[0] for key in self.keys]
-        self.labels += [*zeros, "2:4", "4-bit", *(f"{name}:" for name in self.labels)]
+        labels = [label for axis in self.nll.study["product"].values() for label in axis]
+        labels += [key[0] for key in self.keys]
+        self.labels = [*labels, "30 %", "50 %", "70 %", "2:4", "4-bit", *(f"{name}:" for name in labels)]
 
-    def check(self, tally: Tally, where: str, text: str, own: Sequence[float]) -> None:
+    def check(self) -> None:
+        """Compare every number of the tables; the text around them has none."""
+        page = (HERE / "README.md").read_text(encoding="utf-8")
+        section = page.partition(SECTION)[2].partition(NEXT_SECTION)[0]
+        for name, (rows, note) in self.tables().items():
+            before, start, rest = section.partition(f"<!-- table: {name} -->\n")
+            block, end, after = rest.partition("<!-- end -->")
+            if not start or not end:
+                raise SystemExit(f"benchmarks/README.md: the table {name} is missing")
+            section = before + after
+            lines = [line.strip("| ") for line in block.splitlines() if line.startswith("|")][2:]
+            told = [line.split(" | ", 1) for line in lines]
+            if [label for label, _ in told] != [label for label, _ in rows]:
+                raise SystemExit(f"{name}: other rows than recomputed")
+            for (label, text), (_, own) in zip(told, rows, strict=True):
+                self.check_text(f"{name}: {label}", text, own)
+            self.check_text(f"{name}: note", " ".join(each for each in block.splitlines() if each[:1] != "|"), note)
+        if "<!-- table" in section:
+            raise SystemExit("benchmarks/README.md: a table of the study is not recomputed")
+        text = re.sub(r"```.*?```|\(http\S*|arXiv \S*", "", section, flags=re.DOTALL)
+        self.check_text("benchmarks/README.md, text", text, [])
+        readme = (HERE.parent / "README.md").read_text(encoding="utf-8").splitlines()
+        (row,) = [line for line in readme if line.startswith("| LoRA or DoRA?")]
+        self.check_text("README.md", row, self.headline())
+
+    def check_text(self, where: str, text: str, own: Sequence[float]) -> None:
         """Compare the numbers of a text, without those in labels of the study, as far as they are rounded."""
         for label in sorted(self.labels, key=len, reverse=True):
             text = text.replace(label, " ")
         found = NUMBER.findall(text)
         if len(found) != len(own):
-            tally.fault(f"{where} has the numbers {found}, recomputed {list(own)}")
+            self.tally.fault(f"{where} has the numbers {found}, recomputed {list(own)}")
             return
         for number, value in zip(found, own, strict=True):
             mantissa, _, exponent = number.replace(",", "").partition("e")
             rounded = 0.5 * 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
-            tally.add(where, float(number.replace(",", "")), value, 1.0001 * rounded)
+            self.tally.add(where, float(number.replace(",", "")), value, 1.0001 * rounded)
 
-    def tables(self) -> dict[str, tuple[list[Row], list[float]]]:
+    def tables(self) -> dict[str, tuple[Rows, list[float]]]:
         """Name of a table -> its rows, and the numbers of the note below it."""
         runs = self.arm("by_layer", "16 bits", "full")  # only of the second round
+        lower_by = {name: self.lower_by(*cells) for name, cells in CONTROLS.items()}
         return {
             "study_checkpoints": (self.checkpoints() if runs else [], []),
             "study_primary": (self.primary(), self.answers()),
             "study_units": (self.units(), []),
             "study_tasks": (self.tasks(), []),
             "study": (self.contexts(), [95.0]),
-            "study_controls": (self.controls(), []),
+            "study_controls": ([(name, [len(each), *three(each)]) for name, each in lower_by.items()], []),
             "study_transplants": self.transplants(),
             "study_changes": (self.changes(), [1.0, 95.0, 0.0]),
-            "study_students": (students(), []),
         }
 
-    def scaled(self, measure: str, numbers: Numbers) -> list[float]:
-        """Improvement and interval: nats, or points of accuracy."""
-        return [(1 if measure[:3] == "nll" else 100) * numbers[name] for name in ("improvement", "lower", "upper")]
+    def gain(self, measure: str, key: Key) -> list[float]:
+        """Improvement and interval of a comparison: nats, or points of accuracy."""
+        return self.scaled(measure, self.compared[measure][key])
 
-    def primary(self) -> list[Row]:
+    def scaled(self, measure: str, numbers: Numbers) -> list[float]:
+        return [(1 if measure[:3] == "nll" else 100) * numbers[name] for name in THREE]
+
+    def primary(self) -> Rows:
         rows = []
         for key, measure in itertools.product(self.keys, MEASURES):
-            numbers, zone = self.compared[measure][key], self.studies[measure].zone
-            p = numbers["p_equivalent_holm" if measure == "nll_per_token" else "p_equivalent"]
-            rows.append((key[0], [*self.scaled(measure, numbers), zone if measure[:3] == "nll" else 100 * zone, p]))
+            zone = self.studies[measure].zone * (1 if measure[:3] == "nll" else 100)
+            p = self.compared[measure][key]["p_equivalent_holm" if measure == NLL else "p_equivalent"]
+            rows.append((key[0], [*self.gain(measure, key), zone, p]))
         return rows
 
     def answers(self) -> list[float]:
-        found, verdicts = [], self.nll.verdicts(self.compared["nll_per_token"])
+        found, verdicts = [], self.nll.verdicts(self.compared[NLL])
         for key in self.keys:
-            numbers, zone, verdict = self.compared["nll_per_token"][key], self.nll.zone, verdicts[key]
-            gain, lower, upper = self.scaled("nll_per_token", numbers)
+            numbers, zone, verdict = self.compared[NLL][key], self.nll.zone, verdicts[key]
+            gain, lower, upper = self.gain(NLL, key)
             found += [zone] * verdict.count(f"{zone:g}")
             found += [gain, 95.0, lower, upper, len(shared_seeds(self.nll.primary[key]))]
             if "is better" in verdict:
@@ -691,89 +692,60 @@ class Pages:
 
     def worths(self) -> list[float]:
         """Nats that a bit per weight, and a percentage point of zeros, are worth to LoRA."""
+        worths = []
+        for mild, strong, index, scale in (("nf4", "nf3", 0, -1), ("Wanda 30 %", "Wanda 50 %", 1, 100)):
+            left, other = (self.repair[base, SHORT, "LoRA"]["left"] for base in (mild, strong))
+            size, less = (bits_and_zeros(self.arm("trained", base, "LoRA")["0"])[index] for base in (mild, strong))
+            worths.append((other - left) / (scale * (less - size)))
+        return worths
 
-        def sizes(base: str) -> tuple[float, float]:
-            cell = self.arm("trained", base, "LoRA")["0"]
-            return bits_and_zeros(cell)
-
-        def left(base: str) -> float:
-            return self.repair[base, "128 steps", "LoRA"]["left"]
-
-        bits, zeros = sizes("nf4")[0] - sizes("nf3")[0], sizes("Wanda 50 %")[1] - sizes("Wanda 30 %")[1]
-        return [(left("nf3") - left("nf4")) / bits, (left("Wanda 50 %") - left("Wanda 30 %")) / (100 * zeros)]
-
-    def units(self) -> list[Row]:
-        gain, _, upper = self.scaled("nll_per_token", self.compared["nll_per_token"][self.keys[0]])
+    def units(self) -> Rows:
+        gain, _, upper = self.gain(NLL, self.keys[0])
         names = ("bit per weight", "percentage point of zeros")
-        return [
-            (name, [worth, gain / worth, upper / worth, self.nll.zone / worth])
-            for name, worth in zip(names, self.worths(), strict=True)
-        ]
+        pairs = zip(names, self.worths(), strict=True)
+        return [(name, [worth, gain / worth, upper / worth, self.nll.zone / worth]) for name, worth in pairs]
 
-    def tasks(self) -> list[Row]:
-        key = self.keys[0]
-        measures = ("nll_per_token", "acc", "acc_norm")
-        found = {measure: self.studies[measure].tasks() for measure in measures}
+    def tasks(self) -> Rows:
+        found = {measure: self.studies[measure].tasks() for measure in (NLL, "acc", "acc_norm")}
         rows = []
-        for *start, task in found["acc"]:
-            if tuple(start) == key:
-                numbers = [100 * found["acc"][*key, task]["weight"]]
-                for measure in measures:
-                    numbers += self.scaled(measure, found[measure][*key, task])
-                rows.append((task, numbers))
+        for key in found["acc"]:
+            if key[:-1] == self.keys[0]:
+                numbers = [number for measure in found for number in self.scaled(measure, found[measure][key])]
+                rows.append((key[-1], [100 * found["acc"][key]["weight"], *numbers]))
         return rows
 
-    def contexts(self) -> list[Row]:
+    def contexts(self) -> Rows:
         rows = []
         for context in dict.fromkeys((arm.context["base"], arm.context["length"]) for arm in self.nll.arms):
             own = [arm for arm in self.nll.arms if (arm.context["base"], arm.context["length"]) == context]
             bits, zeros = bits_and_zeros(next(iter(own[0].cells.values())))
-            numbers = [bits, 100 * zeros]
             damage = self.repair.get((context[0], "", "no adapter"), {})
-            numbers += [100 * value for value in damage.values()]
+            numbers = [bits, 100 * zeros, *(100 * value for value in damage.values())]
             of_arms = {name: self.repair.get((*context, name), {}) for name in self.adapters}
             for name in self.adapters:
-                numbers += [of_arms[name][f"left{end}"] for end in ("", "_lower", "_upper") if "left" in of_arms[name]]
-            share = [of_arms["LoRA"].get(f"repaired_share{end}", math.nan) for end in ("", "_lower", "_upper")]
-            numbers += [value for value in share if not math.isnan(value)]
-            for name in self.adapters[1:]:
-                key = (f"{name} against LoRA", *context, name)
-                if key in self.compared["nll_per_token"]:
-                    numbers += self.scaled("nll_per_token", self.compared["nll_per_token"][key])
+                numbers += ends(of_arms[name], "left")
+            numbers += [value for value in ends(of_arms["LoRA"], "repaired_share") if not math.isnan(value)]
+            for key in ((f"{name} against LoRA", *context, name) for name in self.adapters[1:]):
+                numbers += self.gain(NLL, key) if key in self.compared[NLL] else []
             rows.append((", ".join(context), numbers))
         return rows
 
     def arm(self, kind: str, base: str, adapter: str) -> dict[str, Mapping[str, Any]]:
         """Seed -> cell, of 128 steps."""
-        wanted = {"base": base, "adapter": adapter, "length": "128 steps"}.items()
+        wanted = {"base": base, "adapter": adapter, "length": SHORT}.items()
         cells = [each for each in self.cells if each["cell"]["kind"] == kind]
         return {each["cell"]["labels"]["seed"]: each for each in cells if wanted <= each["cell"]["labels"].items()}
 
-    def lower_by(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> list[float]:
-        """By how much the NLL of the first arm is lower than that of the other, of each seed that both have."""
-        seeds = sorted(one.keys() & other.keys(), key=int)
-        return [self.nll.value(other[seed]) - self.nll.value(one[seed]) for seed in seeds]
+    def values(self, kind: str, base: str, adapter: str) -> dict[str, float]:
+        """Seed -> NLL, of 128 steps."""
+        return {seed: self.nll.value(cell) for seed, cell in self.arm(kind, base, adapter).items()}
 
-    def controls(self) -> list[Row]:
-        """Better arm, worse arm."""
+    def lower_by(self, base: str, adapter: str, other: str, worse: str, kind: str = "trained") -> list[float]:
+        """By how much the NLL of the first cells is lower than that of the others, of each seed that both have."""
+        one, two = self.values(kind, base, adapter), self.values("trained", other, worse)
+        return [two[seed] - one[seed] for seed in sorted(one.keys() & two.keys(), key=int)]
 
-        def trained(base: str, adapter: str = "LoRA") -> dict[str, Mapping[str, Any]]:
-            return self.arm("trained", base, adapter)
-
-        pairs = {"LoRA with LoftQ's start, LoRA; nf3": (trained("nf3", "LoRA, LoftQ"), trained("nf3"))}
-        for base in ("nf3", "Wanda 2:4"):
-            name = f"DoRA, magnitudes trained 100 times as fast; {base}"
-            pairs[name] = trained(base, "DoRA"), trained(base, "DoRA, magnitudes 100 times")
-        for size in ("50 %", "70 %", "2:4"):
-            pairs[f"SparseGPT, Wanda; LoRA, {size}"] = trained(f"SparseGPT {size}"), trained(f"Wanda {size}")
-        pairs["DoRA, LoRA; Wanda 2:4"] = trained("Wanda 2:4", "DoRA"), trained("Wanda 2:4")
-        for base in ("16 bits", "nf3", "Wanda 2:4"):
-            name = f"DoRA with its magnitudes set back, DoRA; {base}"
-            pairs[name] = self.arm("set_back", base, "DoRA"), trained(base, "DoRA")
-        found = {name: self.lower_by(*pair) for name, pair in pairs.items()}
-        return [(name, [len(values), *three(values, 3)]) for name, values in found.items()]
-
-    def transplants(self) -> tuple[list[Row], list[float]]:
+    def transplants(self) -> tuple[Rows, list[float]]:
         rows, note = [], []
         for seeds in (("0", "1", "2"), ("3", "4", "5")):
             plain, rescaled, told = [], [], f"seeds {seeds[0]} to {seeds[-1]}"
@@ -784,87 +756,63 @@ class Pages:
                 numbers = []
                 for arm, values in moved.items():
                     home = self.values("trained", "16 bits", arm)
-                    numbers += three([values[seed] - home[seed] for seed in seeds], 3)
+                    numbers += three([values[seed] - home[seed] for seed in seeds])
                 more = [moved["DoRA"][seed] - moved["LoRA"][seed] for seed in seeds]
-                numbers += three(more, 3)
+                numbers += three(more)
                 plain += [more] if base in PRUNED else []
                 mended = self.values("rescaled", base, "DoRA")
                 if seeds[0] in mended:
                     rescaled.append([mended[seed] - moved["LoRA"][seed] for seed in seeds])
-                    numbers += three(rescaled[-1], 3)
+                    numbers += three(rescaled[-1])
                 rows.append((f"{base}, {told}", numbers))
             if not plain:
                 continue
             means = [np.mean(each, axis=0) for each in (plain, rescaled) if each]
-            rows.append((f"mean of the pruned bases, {told}", [end for each in means for end in three(each, 3)]))
+            rows.append((f"mean of the pruned bases, {told}", [end for each in means for end in three(each)]))
             note += [float(seeds[0]), float(seeds[-1]), float(np.sum(np.array(plain) > 0)), float(np.size(plain))]
             note += [100 * (1 - np.sum(means[1]) / np.sum(means[0]))] if rescaled else []
         return rows, note
 
-    def values(self, kind: str, base: str, adapter: str) -> dict[str, float]:
-        """Seed -> NLL, of 128 steps."""
-        return {seed: self.nll.value(cell) for seed, cell in self.arm(kind, base, adapter).items()}
-
-    def checkpoints(self) -> list[Row]:
+    def checkpoints(self) -> Rows:
         """Losses at the checkpoints, and Pearson's correlations of the changes of length and direction."""
         rows = []
         for arm, paper in (("full", -0.62), ("LoRA", 0.83), ("DoRA", -0.31)):
             runs = [cell["result"].get("checkpoints", []) for cell in self.arm("by_layer", "16 bits", arm).values()]
             runs = [run for run in runs if run]
-            numbers = []
-            for losses in np.array([[checkpoint["nll"] for checkpoint in run] for run in runs]).T:
-                numbers += [losses.mean(), losses.std(ddof=1)]
+            losses = np.array([[checkpoint["nll"] for checkpoint in run] for run in runs])
+            numbers = [number for at in losses.T for number in (at.mean(), at.std(ddof=1))]
             for ending in ("q_proj", ""):
                 found = []
                 for run in runs:
-                    changes = [
-                        each for point in run for path, each in point["changes"].items() if path.endswith(ending)
-                    ]
+                    changes = [each for at in run for path, each in at["changes"].items() if path.endswith(ending)]
                     points = np.array([[each["length"], each["direction"]] for each in changes])
                     found.append(np.corrcoef(points.T)[0, 1])
                 numbers += [np.mean(found), min(found), max(found)]
             rows.append((arm, [*map(float, numbers), paper]))
         return rows
 
-    def changes(self) -> list[Row]:
+    def changes(self) -> Rows:
+        columns = {"direction": 1, "magnitude": 100, "error_undone": 100, "error_undone_best": 100, "error_cosine": 1}
         rows = []
         for base, adapter in itertools.product(("16 bits", "nf3", "Wanda 2:4"), ("LoRA", "DoRA")):
-            cells = self.arm("by_layer", base, adapter)
-            cells = {seed: cell for seed, cell in cells.items() if "changes" in cell["result"]}
-            layers = [each for cell in cells.values() for each in cell["result"]["changes"].values()]
-
-            def mean(name: str, layers: Sequence[Mapping[str, float]] = layers) -> list[float]:
-                known = [each[name] for each in layers if name in each]
-                return [float(np.mean(known))] if known else []
-
-            numbers = [len(cells), *mean("direction"), 100 * mean("magnitude")[0]]
-            numbers += [100 * each for name in ("error_undone", "error_undone_best") for each in mean(name)]
-            numbers += mean("error_cosine")
-            back = self.repair.get((base, "128 steps", adapter), {})
-            numbers += [back[f"magnitudes{end}"] for end in ("", "_lower", "_upper") if "magnitudes" in back]
+            results = [cell["result"] for cell in self.arm("by_layer", base, adapter).values()]
+            layers = [list(each["changes"].values()) for each in results if "changes" in each]
+            numbers: list[float] = [len(layers)]
+            for name, scale in columns.items():
+                known = [each[name] for of_seed in layers for each in of_seed if name in each]
+                numbers += [scale * float(np.mean(known))] if known else []
+            numbers += ends(self.repair.get((base, SHORT, adapter), {}), "magnitudes")
             rows.append((f"{base}, {adapter}", numbers))
         return rows
 
     def headline(self) -> list[float]:
-        gain, points = (
-            self.scaled(measure, self.compared[measure][self.keys[0]]) for measure in ("nll_per_token", "acc")
-        )
-        bit, zero = (gain[2] / worth for worth in self.worths())
-        return [gain[0], 95.0, *gain[1:], self.nll.zone, bit, zero, *points]
+        gain, points = (self.gain(measure, self.keys[0]) for measure in (NLL, "acc"))
+        return [gain[0], 95.0, *gain[1:], self.nll.zone, *(gain[2] / worth for worth in self.worths()), *points]
 
 
-def students() -> list[Row]:
-    """Accuracies in percent with standard errors, as far as they are known, and the differences."""
-    read = {name: json.loads((HERE / f"results/{name}.json").read_text()) for name in ("student_rerun", "real_data")}
-    theirs = read["student_rerun"]["accuracy"]
-    own = {arm["kind"]: arm["test"]["adapter"] for arm in read["real_data"]["arms"]}
-    rows = []
-    for task in theirs["lora"]:
-        pair, ours = [theirs[kind][task] for kind in ("lora", "dora")], [own[kind][task] for kind in ("lora", "dora")]
-        numbers = [*pair, pair[1] - pair[0]]
-        numbers += [100 * each[name] for each in ours for name in ("acc", "acc_stderr")]
-        rows.append((task, [*numbers, 100 * (ours[1]["acc"] - ours[0]["acc"]), 100 * ours[0]["chance"]]))
-    return rows
+def ends(numbers: Numbers, name: str) -> list[float]:
+    """A column and its interval, if it is there."""
+    return [numbers[name + end] for end in ENDS if name in numbers]
 
 
 def bits_and_zeros(cell: Mapping[str, Any]) -> tuple[float, float]:

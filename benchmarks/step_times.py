@@ -1,4 +1,4 @@
-"""Time of training steps and of decoding of SmolLM2-135M, against LoRA and PEFT.
+"""Time of training steps of SmolLM2-135M, against LoRA and PEFT.
 
 Run with two threads (OMP_NUM_THREADS=2). NF4 in blocks of 64, rank 16 on all linear layers, bf16. qdora trains in its
 own loop. PEFT stands on bitsandbytes' Linear4bit with the same packed bytes and trains as its users do: the step's
@@ -17,31 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, TITLES, adapt, move_parameters_, on_linear4bit
-from frame import bench, cell, main, markdown, quartiles, table, tabulated
-from measure import alone, alternating, in_turns, peak_rss_bytes, ratios, reset_peak_rss, spread
-from mixed_data import (
-    FixedSteps,
-    base_model,
-    fitted,
-    in_one_batch,
-    random_step,
-    real_steps,
-    recipe,
-    smoke_model,
-    smoke_steps,
-)
-from rich.console import Console
+from contenders import CONTENDERS, TITLES, adapt, on_linear4bit
+from frame import bench, cell, main, markdown, quartiles, table
+from measure import alone, in_turns, peak_rss_bytes, ratios, reset_peak_rss, spread
+from mixed_data import FixedSteps, base_model, first_steps, fitted, in_one_batch, random_step
 
 from qdora.data.loader import Step
 from qdora.memory.allocator import keep_freed_memory, return_freed_memory
-from qdora.model.build_model import choose_compute, recompute_activations
-from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
-from qdora.model.load import load_model
-from qdora.model.source import resolve
-from qdora.nn.adapted_linear import drop_scales_without_room
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.frozen_product import decoding
+from qdora.model.build_model import recompute_activations
+from qdora.model.inject import adapter_parameters
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer
 
@@ -88,45 +72,31 @@ def step_time(
     return {"rank": RANK, "batch": used, **result}
 
 
-def _steps_of(data: Path | str | None, batch: int, num_steps: int) -> list[Step]:
-    if data is None:
-        return smoke_steps(num_steps)
-    return real_steps(recipe(Path(data).resolve(), batch=batch, checkpointing=False), num_steps)
-
-
-def model_of(name: str, mode: str, *, smoke: bool) -> Any:
-    """A contender's model, adapters on it, in training mode; checkpointing is "on" or "off" by `mode`."""
-    base = smoke_model() if smoke else base_model(recipe(Path(), batch=1, checkpointing=False))
+def trainer(name: str, mode: str, *, smoke: bool) -> Callable[[Step], object]:
+    """What makes one optimizer step of a contender; checkpointing is "on" or "off" by `mode`."""
+    model = base_model(smoke=smoke)
     contender = CONTENDERS[name.removesuffix(SAME_LOOP)]
-    model = on_linear4bit(base, torch.bfloat16) if contender.engine == "peft" else base
+    if contender.engine == "peft":
+        model = on_linear4bit(model, torch.bfloat16)
     if mode == "on":
         recompute_activations(model)
-    return adapt(model, contender, RANK).train()
-
-
-def trainer(name: str, model: Any) -> Callable[[Step], object]:
-    """What makes one optimizer step of a contender."""
-    if CONTENDERS[name.removesuffix(SAME_LOOP)].engine == "own" or name.endswith(SAME_LOOP):
-        return functools.partial(own_step, model, AdapterOptimizer(adapter_parameters(model)))
+    model = adapt(model, contender, RANK).train()
+    if contender.engine == "own" or name.endswith(SAME_LOOP):
+        optimizer = AdapterOptimizer(adapter_parameters(model))
+        settings = TrainConfig(steps=1, batch=1, lr=LR, schedule="constant", warmup=0, clip=CLIP)
+        return lambda step: fitted(model, optimizer, FixedSteps([step]), settings, quiet=True)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=LR, weight_decay=0.0, fused=True)
+    adamw = torch.optim.AdamW(trainable, lr=LR, weight_decay=0.0, fused=True)
 
     def peer_step(step: Step) -> None:  # as transformers' trainer makes it
         (batch,) = in_one_batch(step).micro_batches
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
         model(**inputs, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
+        adamw.step()
+        adamw.zero_grad()
 
     return peer_step
-
-
-def own_step(model: Any, optimizer: AdapterOptimizer, step: Step) -> float:
-    """A run of one step of `qdora train`. Returns its loss."""
-    settings = TrainConfig(steps=1, batch=1, lr=LR, schedule="constant", warmup=0, clip=CLIP)
-    lines = fitted(model, optimizer, FixedSteps([step]), settings, console=Console(quiet=True))
-    return float(lines[0]["loss"])
 
 
 def _rounds(
@@ -134,8 +104,8 @@ def _rounds(
 ) -> dict[str, Any]:
     keep_freed_memory()
     began = time.perf_counter()
-    steps = _steps_of(data, batch, rounds)
-    trainers = {name: trainer(name, model_of(name, mode, smoke=data is None)) for name in names}
+    steps = first_steps(data, batch, rounds)
+    trainers = {name: trainer(name, mode, smoke=data is None) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     tokens, padded = [], []
     for number, step in enumerate(steps):
@@ -150,19 +120,19 @@ def _rounds(
         "seconds": seconds,
         "tokens": tokens,
         "padded_tokens": padded,
-        "tokens_per_second": {name: spread(_over(tokens, each)) for name, each in seconds.items()},
+        "tokens_per_second": _speeds(tokens, seconds),
         "ratios": ratios(seconds, RATIOS),
     }
 
 
-def _over(counts: list[int], seconds: list[float]) -> list[float]:
-    return [count / taken for count, taken in zip(counts, seconds, strict=True)]
+def _speeds(tokens: list[int], seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    return {name: spread([n / s for n, s in zip(tokens, each, strict=True)]) for name, each in seconds.items()}
 
 
 def step_peak(name: str, mode: str, data: str | None, batch: int) -> dict[str, int]:
     """In a process of its own: resident bytes of a contender, after loading, and at most while it trains."""
-    steps = _steps_of(data, batch, PEAK_STEPS)
-    make_step = trainer(name, model_of(name, mode, smoke=data is None))
+    steps = first_steps(data, batch, PEAK_STEPS)
+    make_step = trainer(name, mode, smoke=data is None)
     gc.collect()
     return_freed_memory()
     keep_freed_memory()
@@ -172,19 +142,24 @@ def step_peak(name: str, mode: str, data: str | None, batch: int) -> dict[str, i
     return {"loaded_bytes": loaded, "peak_bytes": peak_rss_bytes(), "added_bytes": peak_rss_bytes() - loaded}
 
 
+def _speed_and_share(found: Any, name: str) -> list[str]:
+    """Tokens a second, and the time of own QDoRA relative to a contender."""
+    times = found["ratios"].get(f"own_dora / {name}")
+    return [f"{found['tokens_per_second'][name]['median']:.0f}", quartiles(times) if times else "1"]
+
+
+_STEP_COLUMNS = ("tokens/s", "time of qdora DoRA / of this one")
+
+
 @table("step_time")
 def step_time_table(result: Any) -> str:
     """Tokens a second, own QDoRA's time relative to each contender, and peaks, by checkpointing; pairs below."""
     modes, peaks = result["time"], result.get("peaks", {})
     header = ["", *(f"{what}, checkpointing {mode}" for mode in modes for what in _STEP_COLUMNS)]
     header += [f"peak GiB, checkpointing {mode}" for mode in peaks]
-    rows = []
-    names = next(iter(modes.values()))["tokens_per_second"]
+    names, rows = next(iter(modes.values()))["tokens_per_second"], []
     for name in ("own_dora", *(name for name in names if name != "own_dora")):
-        row = [TITLES[name]]
-        for found in modes.values():
-            times = found["ratios"].get(f"own_dora / {name}")
-            row += [f"{found['tokens_per_second'][name]['median']:.0f}", quartiles(times) if times else "1"]
+        row = [TITLES[name], *(text for found in modes.values() for text in _speed_and_share(found, name))]
         row += [cell("{peak_bytes:.2fGiB}", found[name]) if name in found else "–" for found in peaks.values()]
         rows.append(row)
     pairs = "; ".join(
@@ -197,8 +172,6 @@ def step_time_table(result: Any) -> str:
     alone = f"Time of qdora DoRA / qdora LoRA, without the others: {pairs}."
     return markdown(header, rows) + f"\n{result['batch']} examples a step; {rounds}. {alone}\n"
 
-
-_STEP_COLUMNS = ("tokens/s", "time of qdora DoRA / of this one")
 
 MICRO_NAMES = ("own_dora", "own_lora", "peft_lora", "peft_dora", "frozen", "dense")
 MICRO_RATIOS = ("own_dora / own_lora", "own_dora / peft_lora", "peft_dora / peft_lora", "own_dora / peft_dora")
@@ -223,7 +196,7 @@ def one_micro_batch(rounds: int = 15, rows: int = 4, length: int = 128, *, smoke
         "rows": rows,
         "length": length,
         "seconds": seconds,
-        "tokens_per_second": {name: spread(_over([rows * length] * rounds, each)) for name, each in seconds.items()},
+        "tokens_per_second": _speeds([rows * length] * rounds, seconds),
         "ratios": found,
         "bars": BARS,
         "passes": {name: found[name]["median"] <= bar for name, bar in BARS.items()},
@@ -231,11 +204,10 @@ def one_micro_batch(rounds: int = 15, rows: int = 4, length: int = 128, *, smoke
 
 
 def _micro_step(name: str, smoke: bool) -> Callable[[Step], object]:
-    contender = CONTENDERS[name]
-    if contender.kind is not None:
-        return trainer(name, model_of(name, "off", smoke=smoke))
-    quant = "none" if contender.engine == "dense" else "nf4"
-    model = smoke_model() if smoke else base_model(recipe(Path(), batch=1, checkpointing=False, quant=quant))
+    if CONTENDERS[name].kind is not None:
+        return trainer(name, "off", smoke=smoke)
+    quant = "none" if CONTENDERS[name].engine == "dense" else "nf4"
+    model = base_model(smoke=smoke, quant=quant)
     model.train()
 
     def floor_step(step: Step) -> None:
@@ -249,10 +221,7 @@ def _micro_step(name: str, smoke: bool) -> Callable[[Step], object]:
 @table("one_micro_batch")
 def one_micro_batch_table(result: Any) -> str:
     """Tokens a second where each step is one micro-batch, and own QDoRA's time relative to each contender."""
-    rows = []
-    for name, speed in result["tokens_per_second"].items():
-        times = result["ratios"].get(f"own_dora / {name}")
-        rows.append([TITLES[name], f"{speed['median']:.0f}", quartiles(times) if times else "1"])
+    rows = [[TITLES[name], *_speed_and_share(result, name)] for name in result["tokens_per_second"]]
     targets = [
         f"at most {most:g} times that of {TITLES[name.removeprefix('own_dora / ')]} "
         f"({'met' if result['passes'][name] else 'missed'})"
@@ -265,79 +234,6 @@ def one_micro_batch_table(result: Any) -> str:
         f"{', '.join(targets)}.\n"
     )
     return markdown(["", *_STEP_COLUMNS], rows) + note
-
-
-@bench(smoke={"tokens": 4, "rounds": 2})
-def decode_speed(tokens: int = 48, rounds: int = 7, *, smoke: bool) -> dict[str, Any]:
-    """Tokens a second at batch 1: the quantised base, LoRA and DoRA on it, and the merged model.
-
-    Every adapter parameter is off its start. Greedy decoding with the key-value cache of transformers, the end mark
-    ignored. DoRA keeps the norm of its rows while the parameters do not change; both keep the block scales of their
-    base decoded, as `qdora generate` has them, DoRA's times the gain, so the two do the same work for each token.
-    Asked: DoRA at least 0.97 of LoRA.
-    """
-    keep_freed_memory()
-    models = {kind: contender(kind, smoke) for kind in ("base", "lora", "dora", "merged")}
-    prompt = torch.arange(5, 37).unsqueeze(0)
-    found = alternating(
-        {kind: functools.partial(rate, model, prompt, tokens) for kind, model in models.items()}, rounds
-    )
-    shares = ratios(found, ("dora / lora", "lora / base", "dora / merged"))
-    return {
-        "prompt_tokens": prompt.shape[1],
-        "new_tokens": tokens,
-        "tokens_per_second": {kind: spread(values) for kind, values in found.items()},
-        **shares,
-        "asked": 0.97,
-        "passes": shares["dora / lora"]["median"] >= 0.97,
-    }
-
-
-@table("decode_speed")
-def decode_speed_table(result: Any) -> str:
-    """Tokens a second at batch 1, and the ratios of the same round."""
-    columns = {
-        "tokens/s at batch 1": lambda _: "SmolLM2-135M",
-        "NF4 base": "{base:.1f}",
-        "LoRA on it": "{lora:.1f}",
-        "DoRA on it": "{dora:.1f}",
-        "merged, 16 bits": "{merged:.1f}",
-    }
-    note = (
-        "\n{new_tokens} new tokens after a prompt of {prompt_tokens}, median and quartiles. "
-        "DoRA / LoRA of the same round: {dora / lora:.3f}, target: at least {asked}.\n"
-    )
-    return tabulated([result["tokens_per_second"]], columns) + cell(note, result)
-
-
-def contender(kind: str, smoke: bool) -> Any:
-    """A model in eval mode; `merged` holds dense weights in the compute dtype."""
-    quantised = {"quant": "nf4", "compute_dtype": choose_compute("auto").dtype}
-    model = smoke_model().eval() if smoke else load_model(resolve("builtin"), **quantised)
-    if kind == "base":
-        return model
-    adapt(model, CONTENDERS["own_lora" if kind == "lora" else "own_dora"], 16)
-    move_parameters_(model)
-    if kind == "merged":
-        for path, layer in adapted_layers(model).items():
-            replace_module(model, path, FrozenLinear(layer.merged_weight(model.dtype), layer.base.bias))
-    drop_scales_without_room(adapted_layers(model).values())
-    return model.eval()
-
-
-@decoding()
-@torch.inference_mode()
-def rate(model: Any, prompt: torch.Tensor, num_tokens: int) -> float:
-    """New tokens a second, the prompt's own pass left out."""
-    cache = None
-    ids = prompt
-    began = 0.0
-    for step in range(num_tokens + 1):
-        if step == 1:
-            began = time.perf_counter()
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, ids = out.past_key_values, out.logits[:, -1].argmax(dim=-1, keepdim=True)
-    return num_tokens / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

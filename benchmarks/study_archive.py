@@ -27,11 +27,8 @@ _KEPT = ("task", "id", "nll", "num_answer_tokens", "acc", "acc_norm", "gold", "l
 
 
 def pack(directory: Path) -> bytes:
-    """The content of scores.json.xz of a study's directory: study, guesses, cells.
-
-    Each cell has its record, its result, its scores (name -> value of each example), and of a trained one the loss of
-    each step that was logged ([step, loss]).
-    """
+    """The content of scores.json.xz of a study's directory: study, guesses, and of each cell its record, its result,
+    its scores (name -> value of each example), and of a trained one [step, loss] of each step that was logged."""
     store, index, cells = StudyDirectory(directory, makes=False), read_index(directory), []
     for cell in index["cells"]:
         result = store.result(cell["key"])
@@ -69,12 +66,8 @@ def hide_places(study: dict[str, Any]) -> None:
 def unpack(packed: bytes, grid: Path, directory: Path) -> int:
     """Fill a new study's directory with the finished cells of scores.json.xz, and return how many there are.
 
-    Adapters are not in it, so a cell whose adapter an unfinished one reads is left out, and runs again.
-
-    Args:
-        grid: The study file, with the data at the paths that it had: they are part of the names of the cells.
-
-    UserError: the directory has results; no cell of the archive is one of the study's.
+    Adapters are not in it, so a cell whose adapter an unfinished one reads is left out, and runs again. In the study
+    file the data must be at the paths that it had: they are part of the names of the cells.
     """
     expander, store = Expander(load_study(grid), str(grid)), StudyDirectory(directory)
     if any((directory / "results").glob("*.json")):
@@ -105,16 +98,13 @@ def _write_cell(each: dict[str, Any], directory: Path) -> None:
         file = directory / each["result"]["files"]["scores"]
         file.parent.mkdir(parents=True, exist_ok=True)
         columns = {name: each["scores"][name] for name in _KEPT}
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        atomic_write_json(file, {"per_example": [_without_none(row) for row in rows]})
+        rows = [zip(columns, row, strict=True) for row in zip(*columns.values(), strict=True)]
+        # Scores without choices have no accuracies
+        without_none = [{name: value for name, value in row if value is not None} for row in rows]
+        atomic_write_json(file, {"per_example": without_none})
     if each["losses"]:
         lines = "".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in each["losses"])
         atomic_write_text(RunDirectory(directory).metrics_file, lines)
-
-
-def _without_none(row: dict[str, Any]) -> dict[str, Any]:
-    """Scores without choices have no accuracies."""
-    return {name: value for name, value in row.items() if value is not None}
 
 
 def _rounded(value: Any) -> Any:

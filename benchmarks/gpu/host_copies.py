@@ -73,7 +73,7 @@ def streamed(part: Part, plan: Plan, device: torch.device, size: str, limit: int
     part.put("num_streamed", number)
     part.put("held_bytes", on.memory(device)["held"])
     part.attempt("planned", planned, settings, tokens, plan.ranks[0], number)
-    step = make_step(model, "paged_adamw_8bit", tokens, device)
+    step = make_step(model, "paged_adamw_8bit", tokens)
     part.attempt(f"{tokens} tokens", peak_and_time, step, tokens, plan.num_steps, device)
     part.attempt("hidden", hidden, step, residency.sample, made[0], plan.num_steps, device)
 
@@ -116,7 +116,7 @@ def offloaded(part: Part, plan: Plan, device: torch.device) -> None:
             # The dry run has no other memory.
             stays = lambda tensor: SimpleNamespace(fetch=lambda: None, take=lambda: tensor)  # noqa: E731
             ActivationOffload(model, None if device.type == "cuda" else stays)
-        return peak_and_time(make_step(model, "adamw", tokens, device), tokens, plan.num_steps, device)
+        return peak_and_time(make_step(model, "adamw", tokens), tokens, plan.num_steps, device)
 
     part.attempt("plain", steps, False)
     part.attempt("offloaded", steps, True)

@@ -79,12 +79,8 @@ def random_checkpoint(model: Any, device: torch.device) -> dict[str, Stored]:
 
 
 def build(settings: dict[str, Any], weights: Any, engine: str) -> Any:
-    """A frozen causal LM on the device: FrozenLinear ("own") or bitsandbytes' Linear4bit ("peft") on one set of bytes.
-
-    Args:
-        settings: Of a LlamaConfig.
-        weights: `Weights`, or what takes its place.
-    """
+    """A frozen Llama with FrozenLinear ("own") or bitsandbytes' Linear4bit ("peft") on one set of bytes, of `Weights`
+    or what takes its place."""
     config = LlamaConfig(**settings, tie_word_embeddings=False, use_cache=False)
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")

@@ -66,12 +66,8 @@ SMOKE = Plan(
 
 
 class Part:
-    """The entries of one section, a file that is rewritten after every one, so that a crash loses nothing.
-
-    Args:
-        path: JSON file, or None to keep them in memory.
-        seconds: After these no case is begun.
-    """
+    """The entries of one section: a JSON file (None: in memory) that is rewritten after each, so that a crash loses
+    nothing. After `seconds` no case is begun."""
 
     def __init__(self, path: Path | None, seconds: float) -> None:
         self.path, self.entries = path, dict[str, Any]()

@@ -1,4 +1,4 @@
-"""What does a training step cost? Whole models in qdora's own loop, their waits, kernels and optimizers."""
+"""What does a training step cost? Whole models in qdora's own loop, their waits and optimizers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import torch
 from contenders import CONTENDERS, NEW_NORM, LayerCall, adapt, random_base
 from measure import alternating, ratios
 from mixed_data import FixedSteps, fitted
-from rich.console import Console
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from gpu import device as on
@@ -41,11 +39,9 @@ def make_model(
     return adapted if contender.engine == "own" else adapted.base_model.model
 
 
-def make_step(model: Any, name: Any, num_tokens: int, device: torch.device) -> Callable[[int], list[float]]:
-    """A function that trains for some steps on one sequence of random tokens, all labelled, and returns their losses.
-
-    Padding would bring in another attention kernel. The name is an optimizer's.
-    """
+def make_step(model: Any, name: Any, num_tokens: int) -> Callable[[int], list[float]]:
+    """A function that trains for some steps on one sequence of random labelled tokens and returns their losses. Padding
+    would bring in another attention kernel. The name is an optimizer's."""
     optimizer = AdapterOptimizer(adapter_parameters(model), name=name)
     ids = torch.randint(0, model.config.vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(0))
     micro = MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros(1, dtype=torch.int64), ["random"], ["0"])
@@ -53,8 +49,7 @@ def make_step(model: Any, name: Any, num_tokens: int, device: torch.device) -> C
 
     def train(num_steps: int) -> list[float]:
         settings = TrainConfig(steps=num_steps, batch=1, lr=1e-4, schedule="constant", warmup=0)
-        lines = fitted(model, optimizer, loader, settings, console=Console(quiet=True), device=device)
-        return [line["loss"] for line in lines]
+        return [line["loss"] for line in fitted(model, optimizer, loader, settings, quiet=True)]
 
     return train
 
@@ -67,7 +62,7 @@ def in_turns(part: Part, plan: Plan, device: torch.device, index: int) -> None:
     for name in MODELS:
         try:
             model = make_model(plan.middle, name, device, rank=plan.ranks[0], weights=weights)
-            step = make_step(model, "adamw", tokens, device)
+            step = make_step(model, "adamw", tokens)
             losses[name] = step(2)
             part.put("losses", losses)
             steps[name] = step
@@ -89,7 +84,7 @@ def in_turns(part: Part, plan: Plan, device: torch.device, index: int) -> None:
 
 
 def on_40gb(part: Part, plan: Plan, device: torch.device, name: str, index: int) -> None:
-    """20 steps of a contender's middle model under what a 40 GB card has. A smaller card may be too small."""
+    """20 steps of a contender's middle model under what a 40 GB card has; a smaller card may be too small."""
     tokens = plan.step_tokens[index]
     part.put("limit_share", on.limit_memory(device, on.CARD_40GB_BYTES))
     if name == "own_dora":
@@ -97,7 +92,7 @@ def on_40gb(part: Part, plan: Plan, device: torch.device, name: str, index: int)
     try:
         model = make_model(plan.middle, name, device, rank=plan.ranks[0])
         part.put("held_bytes", on.memory(device)["held"])
-        step = make_step(model, "paged_adamw_8bit", tokens, device)
+        step = make_step(model, "paged_adamw_8bit", tokens)
         found = peak_and_time(step, tokens, 18, device)
     except RuntimeError as error:
         if not on.is_out_of_memory(error) or part.entries["limit_share"] != 1.0:
@@ -150,7 +145,7 @@ def waits(part: Part, plan: Plan, device: torch.device) -> None:
 
     def of_step(name: str) -> dict[str, Any]:
         small = plan.middle | {"num_hidden_layers": 2, "vocab_size": 512}
-        step = make_step(make_model(small, name, device, rank=plan.ranks[0]), "adamw", plan.step_tokens[0], device)
+        step = make_step(make_model(small, name, device, rank=plan.ranks[0]), "adamw", plan.step_tokens[0])
         step(2)
         with on.host_waits(device) as lines:
             step(1)
@@ -161,27 +156,6 @@ def waits(part: Part, plan: Plan, device: torch.device) -> None:
         part.attempt(name, of_layer, name)
     for name in ("own_dora", "peft_dora"):
         part.attempt(f"training step of {name}", of_step, name)
-
-
-def profiles(part: Part, plan: Plan, device: torch.device) -> None:
-    """torch's own tables: a layer at the first length, then a step of a model of two layers, optimizer included."""
-    base, tokens = random_base(*plan.shapes[0], device), plan.tokens[0]
-    for name in LAYERS:
-        part.attempt(name, longest_kernels, LayerCall(name, base, plan.ranks[0], tokens).step, device)
-    small = plan.middle | {"num_hidden_layers": 2}
-    for name in ("own_dora", "peft_lora"):
-        step = make_step(make_model(small, name, device, rank=plan.ranks[0]), "adamw", plan.step_tokens[0], device)
-        part.attempt(f"step of two layers, {name}", longest_kernels, lambda s=step: s(1), device)
-
-
-def longest_kernels(function: Callable[[], Any], device: torch.device) -> list[str]:
-    """Lines of the table for one call; the time of an annotation is that of its kernels once more."""
-    on.timed(device, function, 2)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities) as found:
-        on.timed(device, function)
-    text = found.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25, max_name_column_width=90)
-    return [" ".join(line.split()) for line in text.splitlines() if not line.startswith("-")]
 
 
 OPTIMIZERS = ("paged_adamw_8bit", "adamw", "paged_adamw_32bit", "lion", "paged_lion_8bit")
@@ -207,10 +181,8 @@ def optimizers(part: Part, plan: Plan, device: torch.device) -> None:
 
 
 def of_optimizer(name: Any, parameters: dict[str, nn.Parameter], device: torch.device) -> dict[str, Any]:
-    """Seconds of a step after two that make the states, the host's waits, and the bytes that the states take.
-
-    Pages are managed memory, which torch does not count: paged states take few of its bytes.
-    """
+    """Seconds of a step after two that make the states, the host's waits, and the bytes that the states take but for
+    paged ones: torch does not count managed memory."""
     on.free(device)
     before = on.memory(device)["held"]
     optimizer = AdapterOptimizer(parameters, name=name)

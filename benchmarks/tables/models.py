@@ -1,12 +1,10 @@
-"""Tables of the families of models: which work, and how each was checked."""
+"""Tables of the families of models: how each was checked, and which work."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from frame import markdown, read, table
 
-FIGURES = {
+CHECKS = {
     "resumed": "resumed",
     "answered": "answer",
     "evaluated": "NLL",
@@ -14,38 +12,48 @@ FIGURES = {
     "nf4_lora": "nf4-lora",
     "gradients": "gradients",
     "packing": "packing",
+    "nf4_skip": "nf4-lora, dense",
+    "peft": "in PEFT",
+    "peft_again": "from PEFT",
 }
-"""Check -> its column."""
-OF_MIXTURES = {"nf4_skip": "nf4-lora, dense", "peft": "in PEFT", "peft_again": "from PEFT"}
+"""Check -> its name on the page; the last three are of mixtures of experts."""
 
 
 @table()
 def architectures() -> str:
-    """A row for each family of dense models; below, which are refused and why."""
-    return _families(FIGURES, is_mixture=False)
+    """A row for each check of the families of dense models; below, which are refused and why."""
+    return _checks(is_mixture=False)
 
 
 @table()
 def mixtures() -> str:
-    """The same of mixtures of experts, with what PEFT computes."""
-    return _families(FIGURES | OF_MIXTURES, is_mixture=True)
+    """The same of mixtures of experts."""
+    return _checks(is_mixture=True)
 
 
-def _families(columns: dict[str, str], *, is_mixture: bool) -> str:
+def _checks(*, is_mixture: bool) -> str:
     document = read("architectures")
     families = {name: row for name, row in document["families"].items() if bool(row.get("mixture")) == is_mixture}
+    trained = {name: row for name, row in families.items() if "num_adapted" in row}
     rows, reasons = [], dict[str, list[str]]()
+    for check, title in CHECKS.items():
+        values = {name: row[check] for name, row in trained.items() if check in row and check not in row["failed"]}
+        counts = [sum(check in row[what] for row in trained.values()) for what in ("refused", "failed")]
+        if not any([values, *counts]):
+            continue
+        figures, asked = ["–", "–", "–"], document["asked"].get(check)
+        if values and asked is not None:
+            worst = max(values, key=lambda name: values[name])
+            figures = [f"{values[worst]:.0e}", worst, f"{asked:.0e}"]
+        rows.append([title, str(len(values)), *map(str, counts), *figures])
     for name, row in families.items():
         refused = [text for key, text in row["refused"].items() if key != "packing"]  # the page says why
         for text in dict.fromkeys([*refused, *row["failed"].values()]):
             reasons.setdefault(text, []).append(name)
-        if "num_adapted" in row:
-            cells = [_cell(row, key) for key in columns]
-            rows.append([name, f"`{row['model_type']}`", str(row["num_adapted"]), *cells, f"{row['seconds']:.0f}"])
-    asked = "; ".join(f"{columns[key]} {most:.0e}" for key, most in document["asked"].items() if key in columns)
-    header = ["family", "model type", "adapted layers", *columns.values(), "s"]
+    header = ["check", "families", "refused", "failed", "largest difference", "in", "allowed"]
     notes = "".join(f"- {', '.join(names)}: {text}\n" for text, names in reasons.items())
-    return f"{markdown(header, rows)}\nLargest difference allowed: {asked}.\n\n{notes}"
+    told = (f"{name} (`{row['model_type']}`, {row['num_adapted']})" for name, row in trained.items())
+    return f"{markdown(header, rows)}\nFamilies, with their adapted layers: {', '.join(told)}.\n\n{notes}"
 
 
 def models_short() -> str:
@@ -59,12 +67,3 @@ def models_short() -> str:
         groups.setdefault((packing, four_bit) if works else ("not supported",) * 2, []).append(name)
     rows = [[", ".join(names), *forms] for forms, names in groups.items()]
     return markdown(["families", "`data.packing`", "`--format nf4-lora`"], rows)
-
-
-def _cell(row: dict[str, Any], key: str) -> str:
-    if key in row["failed"]:
-        return "**fails**"
-    if key in row["refused"]:
-        return "refused"
-    value = row.get(key, "–")
-    return "yes" if value is True else f"{value:.0e}" if value and isinstance(value, float) else str(value or 0)

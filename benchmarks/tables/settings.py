@@ -40,7 +40,8 @@ def _sections(schema: dict[str, Any], path: str, section: dict[str, Any]) -> Ite
         if found:
             inner = schema["$defs"][found]
             here = f"{path}.{name}".lstrip(".") + ("[]" if field.get("type") == "array" else "")
-            entries = [_entry(key, each, inner) for key, each in inner["properties"].items() if not _is_plain(each)]
+            # A section that is always there has a heading of its own
+            entries = [_entry(key, each, inner) for key, each in inner["properties"].items() if "$ref" not in each]
             yield f"## {here}\n\n{_wrapped(inner['description'])}\n\n" + "\n".join(entries)
             yield from _sections(schema, here, inner)
 
@@ -51,30 +52,17 @@ def _section(field: dict[str, Any]) -> str | None:
     return next((each["$ref"].rpartition("/")[2] for each in options if "$ref" in each), None)
 
 
-def _is_plain(field: dict[str, Any]) -> bool:
-    """Whether a field is a section that is always there, of which its own heading says all."""
-    return "$ref" in field
-
-
 def _entry(name: str, field: dict[str, Any], section: dict[str, Any] | None = None) -> str:
-    required = section is not None and name in section.get("required", ())
-    default = "required" if required else f"`{_value(field.get('default', {}))}`"
+    value = field.get("default", {})  # as YAML writes it
+    default = f"`{value if isinstance(value, str) else json.dumps(value)}`"
+    if section is not None and name in section.get("required", ()):
+        default = "required"
     text = f"- `{name}` ({default}): {field['description']}"
-    allowed = [str(each) for each in _choices(field)]
-    missing = [each for each in allowed if each not in field["description"]]
-    if missing:
+    # The names or numbers of which the field, or each item of it, must be one
+    allowed = [str(each) for each in field.get("enum") or field.get("items", {}).get("enum") or []]
+    if any(each not in field["description"] for each in allowed):
         text += f" One of: {', '.join(allowed)}."
     return _wrapped(text, "  ")
-
-
-def _choices(field: dict[str, Any]) -> list[Any]:
-    """The names or numbers of which a field, or each item of it, must be one."""
-    return field.get("enum") or field.get("items", {}).get("enum") or []
-
-
-def _value(value: Any) -> str:
-    """A default as YAML writes it."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _wrapped(text: str, indent: str = "") -> str:

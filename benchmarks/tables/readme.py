@@ -1,16 +1,17 @@
-"""The table at the top of README.md, seven results with links to their tables, and the answers that begin the pages."""
+"""The table at the top of README.md, the answers that begin the pages, and what was tried and did not help."""
 
 from __future__ import annotations
 
-from frame import table
+from collections.abc import Iterator
 
-from tables.compressed import primary_rows, worths
-from tables.table import gib, markdown, read
+from frame import GIB, markdown, read, table
+
+from tables.study import interval, primary_rows, ranks_that_did_not_help, worths
 
 
 @table()
 def headline() -> str:
-    """One row for each result."""
+    """Seven results with links to their tables."""
     pages = {_magnitudes: "correctness", _time: "time", _memory: "memory", _export: "correctness", _study: "README"}
     rows = []
     for result, page in (pages | {_plan: "memory", _resume: "correctness"}).items():
@@ -74,10 +75,10 @@ def _time() -> tuple[str, str, str]:
 
 def _memory() -> tuple[str, str, str]:
     arms = read("step_memory")["cases"]["8B, checkpointing"]["arms"]
-    peaks = [gib(arms[name]["peak_bytes"]) for name in ("own_dora_8bit", "own_lora_8bit", "peft_dora_8bit")]
+    peaks = [arms[name]["peak_bytes"] / GIB for name in ("own_dora_8bit", "own_lora_8bit", "peft_dora_8bit")]
     answer = (
-        f"{peaks[0]} GiB with QDoRA, {peaks[1]} with QLoRA, {peaks[2]} with PEFT's QDoRA (tensors, counted without a "
-        "GPU)"
+        f"{peaks[0]:.2f} GiB with QDoRA, {peaks[1]:.2f} with QLoRA, {peaks[2]:.2f} with PEFT's QDoRA (tensors, counted "
+        "without a GPU)"
     )
     return "How much memory does a step of an 8B model need?", answer, "memory of a training step"
 
@@ -124,3 +125,50 @@ def _resume() -> tuple[str, str, str]:
         "again, end with the same bytes as undisturbed ones"
     )
     return "Does a killed run lose anything?", answer, "killed runs"
+
+
+# Beginnings of the rows of `failed` that a user of a recipe may ask about -> what they mean.
+_SHORT = {
+    "PCGrad": "Projecting conflicting gradients of tasks (PCGrad) does not measurably lower the average loss",
+    "a rank for each layer": "None of four ways to choose a rank for each layer lowers the loss measurably",
+    "blocks compiled": "Compiling the blocks (`torch.compile`) saves little on a CPU, and nothing is known of GPUs",
+    "8-bit AdamW states on CPU": "8-bit optimizer states slow a CPU down; `train.optimizer: adamw` is faster there",
+}
+
+
+@table()
+def failed() -> str:
+    """A row for each idea: what was tried, what is in use instead, and the figure that decided."""
+    return markdown(["tried", "in use instead", "measured"], list(_failures()))
+
+
+@table()
+def failed_short() -> str:
+    """A list item for each idea that a user may ask about."""
+    rows = list(_failures())
+    found = [(said, figure) for start, said in _SHORT.items() for tried, _, figure in rows if tried.startswith(start)]
+    return "".join(f"- {said}. Measured: {figure}.\n" for said, figure in found)
+
+
+def _failures() -> Iterator[list[str]]:
+    for row in (*read("tried")["rows"], *read("compiled_blocks")["rows"]):
+        yield [row["tried"], row["instead"], row["figure"]]
+    # The NLL of the combined run without PCGrad minus that with it: lower is better.
+    found = {kind: each["nll"]["average"] for kind, each in read("pcgrad")["kinds"].items()}
+    if all(each["lower"] <= 0 for each in found.values()):
+        names = {"lora": "QLoRA", "dora": "QDoRA"}
+        ends = {names[kind]: interval(-each["value"], -each["upper"], -each["lower"]) for kind, each in found.items()}
+        figures = ", ".join(f"{name} {figure}" for name, figure in ends.items())
+        figure = f"change of the average NLL: {figures} nats a token"
+        yield ["PCGrad on the adapter's gradients", "the plain mix of tasks", figure]
+    yield from filter(None, [ranks_that_did_not_help()])
+    gaps = read("expert_upcycling")["differences"]
+    averages = [gaps[f"experts - {other}"]["average"] for other in ("attention", "both")]
+    against = [interval(each["value"], each["lower"], each["upper"]) for each in averages]
+    figure = f"against attention alone {against[0]}, against both {against[1]} nats a token"
+    figure = f"NLL of a mixture made from SmolLM2-135M: {figure}"
+    yield ["adapters on the experts alone", "adapters on attention, too", figure]
+    runs = {run["factor"]: run for run in read("router_loss")["runs"]}
+    load = ", ".join(f"{runs[factor]['load']['last']:.3f} with {factor:g}" for factor in sorted(runs))
+    figure = f"sum of squared shares of a small mixture's experts, times their number: {load}; one seed"
+    yield ["the auxiliary loss of frozen routers", "none (`train.router_aux_loss`)", figure]
