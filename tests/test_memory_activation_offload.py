@@ -61,46 +61,27 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_gradients_are_the_same(source: Path, streamed: bool) -> None:
+    """Each input is fetched while the block behind it computes; a pass that was broken off leaves nothing behind."""
     expected = support.streamed_gradients(support.adapt_streamed(support.resident_model(source)))
     placer = HostResidency(copies=LateCopies) if streamed else None
     model = load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.float32, placer=placer)
-    host = LateHost()
+    host, last = LateHost(), support.NUM_BLOCKS - 2  # every block but the last
     ActivationOffload(support.adapt_streamed(model), host)
-    support.assert_equal_tensors(support.streamed_gradients(model), expected)
-    # Three micro-batches, every block but the last; nothing in the evaluation.
-    assert host.num_sent == 3 * (support.NUM_BLOCKS - 1)
-
-
-def test_each_input_is_fetched_while_the_block_behind_it_computes(source: Path) -> None:
-    host = LateHost()
-    model = support.adapt_streamed(support.resident_model(source))
-    ActivationOffload(model, host)
-    model.train()
-    ids = support.STREAMED_IDS[0]
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    last = support.NUM_BLOCKS - 2
-    expected: list[tuple[str, int]] = [("out", number) for number in range(last + 1)]
-    expected.append(("fetch", last))
-    for number in range(last, -1, -1):
-        expected.append(("take", number))
-        if number > 0:
-            expected.append(("fetch", number - 1))
-    assert host.log == expected
-
-
-def test_a_step_that_was_broken_off_leaves_nothing_behind_and_a_graph_has_one_backward_pass(source: Path) -> None:
-    expected = support.streamed_gradients(support.adapt_streamed(support.resident_model(source)))
-    model = support.adapt_streamed(support.resident_model(source))
-    ActivationOffload(model, LateHost())
-    model.train()
-    model(input_ids=support.STREAMED_IDS[1])  # no backward pass
-    support.assert_equal_tensors(support.streamed_gradients(model), expected)
     model.train()
     ids = support.STREAMED_IDS[0]
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward(retain_graph=True)
+    backward = [
+        ("take", number) if is_take else ("fetch", number - 1) for number in range(last, -1, -1) for is_take in (1, 0)
+    ]
+    assert host.log == [*(("out", number) for number in range(last + 1)), ("fetch", last), *backward[:-1]]
     with pytest.raises(RunFailure, match="a graph allows only one backward pass"):
         loss.backward()
+    model.zero_grad()
+    model(input_ids=support.STREAMED_IDS[1])  # no backward pass
+    before = host.num_sent
+    support.assert_equal_tensors(support.streamed_gradients(model), expected)
+    assert host.num_sent - before == 3 * (last + 1)  # three micro-batches, and nothing in the evaluation
 
 
 @pytest.mark.parametrize("free, reason", [(1 << 20, "too little is free"), (1 << 40, "CUDA error: out of memory")])

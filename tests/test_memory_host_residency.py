@@ -37,8 +37,6 @@ from qdora.plan.plan_contents import DENSE, Plan
 from qdora.plan.public_shapes import public_shapes
 from qdora.plan.step_time import ASSUMED
 from qdora.recipe.recipe_file import recipe_from
-from qdora.recipe.settings import Recipe
-from qdora.run import load_base
 from qdora.run.evaluate import evaluate_target
 from qdora.run.interference import measure
 from qdora.run.train import train_run
@@ -157,10 +155,8 @@ def test_a_slot_is_filled_after_its_release_and_read_after_its_copy(monkeypatch:
     [
         (None, "dora", ALL),
         (1, "dora", ALL),
-        (3, "dora", ALL),
         (2, "lora", ("q_proj", "v_proj")),  # layers without an adapter read their own block in the backward pass
-        (None, "lora", ("q_proj", "k_proj", "v_proj", "o_proj")),
-        (2, "dora", ("gate_proj", "up_proj")),
+        (3, "dora", ("gate_proj", "up_proj")),
         (None, "lora", ("down_proj",)),
     ],
     ids=str,
@@ -173,11 +169,18 @@ def test_gradients_are_those_of_a_resident_base(
     assert sum(layer.residency is not None for layer in frozen_layers(model).values()) == 7 * (num_streamed or 5)
     given = targets if targets == ALL else list(targets)
     support.assert_equal_tensors(support.streamed_gradients(support.adapt_streamed(model, kind, given)), expected)
+    model.eval()  # without checkpointing
+    with pytest.raises(RunFailure, match="gradients without checkpointing"):
+        model(input_ids=support.STREAMED_IDS[0])
+    with torch.no_grad():
+        model(input_ids=support.STREAMED_IDS[0])
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("num_streamed", [None, 1])
-@pytest.mark.parametrize("targets", [ALL, ["q_proj"]], ids=str)
+@pytest.mark.parametrize(
+    "name, num_streamed, targets",
+    [("qwen3_moe", None, ["q_proj"]), ("qwen3_moe", 1, ALL), ("gpt_oss", None, ALL), ("gpt_oss", 1, ["q_proj"])],
+    ids=str,
+)
 def test_stacks_of_experts_come_and_go(tmp_path: Path, name: str, num_streamed: int | None, targets: Any) -> None:
     source = support.write_mixture(tmp_path, name)
     expected = support.streamed_gradients(support.adapt_streamed(support.resident_model(source), targets=targets))
@@ -240,24 +243,13 @@ def test_every_weight_is_read_from_its_slot_outside_of_a_pass_too(source: Path, 
             assert torch.equal(found[name].dequantized(), expected[name].dequantized()), name
 
 
-@pytest.mark.parametrize("kind", ["dora", "lora"])
-def test_the_4_bit_export_writes_each_block_where_it_belongs(tmp_path: Path, kind: str) -> None:
+def test_the_4_bit_export_writes_each_block_where_it_belongs(tmp_path: Path) -> None:
     whole_blocks = support.write_source(tmp_path / "source", intermediate_size=128)
     for name, model in (("expected", support.resident_model(whole_blocks)), ("found", on_host(whole_blocks))):
-        export_nf4_lora(support.adapt_streamed(model, kind).eval(), None, tmp_path / name)
+        export_nf4_lora(support.adapt_streamed(model).eval(), None, tmp_path / name)
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         expected, found = (load_file(tmp_path / name / file) for name in ("expected", "found"))
         support.assert_equal_tensors(found, expected)
-
-
-def test_gradients_without_checkpointing_are_refused(source: Path) -> None:
-    model = on_host(source)
-    support.adapt_streamed(model)
-    model.eval()
-    with pytest.raises(RunFailure, match="gradients without checkpointing"):
-        model(input_ids=support.STREAMED_IDS[0])
-    with torch.no_grad():
-        model(input_ids=support.STREAMED_IDS[0])
 
 
 HOST = {"base__residency": "host"}
@@ -266,20 +258,11 @@ HOST = {"base__residency": "host"}
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"base__residency": "disk"}, "base.residency"),
         (HOST | {"base__quant": "none"}, "base.residency: must be device with quant none"),
-        (
-            HOST | {"base__prune": {"method": "magnitude", "sparsity": 0.5}},
-            "base.residency: must be device with a pruned",
-        ),
+        (HOST | {"base__prune": {"method": "magnitude", "sparsity": 0.5}}, "residency: must be device with a pruned"),
         (HOST | {"memory__checkpointing": False}, "memory.checkpointing: must be true"),
         ({"base__streamed_blocks": 1}, "base.streamed_blocks: would be ignored"),
         ({"memory__host_embeddings": True}, "memory.host_embeddings: .*must be false on a machine without a GPU"),
-        (
-            {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout")}
-            | {"adapter__kind": "full", "base__quant": "none", "memory__host_embeddings": True},
-            "memory.host_embeddings: must be false with adapter.kind full",
-        ),
     ],
 )
 def test_settings_that_do_not_go_together(root: Path, tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
@@ -297,10 +280,9 @@ def pieces_of(*weights: tuple[int, int], num_blocks: int) -> list[Piece]:
 
 def test_too_little_host_memory_is_one_line(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is read; and where the driver refuses, its answer, which CUDA repeats to the next kernel."""
-    needed = r"base\.residency: host: 5 blocks need 0\.0 GiB .* 0\.0 GiB are free for this process"
-    with pytest.raises(UserError, match=rf"{needed}\. Fix:"):
+    with pytest.raises(UserError, match=r"base\.residency: host: 5 blocks need .* GiB are free"):
         on_host(source, free_bytes=lambda: 1000)
-    with pytest.raises(UserError, match=rf"{needed} beside the 0\.0 GiB of the embedding\. Fix: lower"):
+    with pytest.raises(UserError, match=r"5 blocks need .* beside the 0\.0 GiB of the embedding"):
         load_model(
             resolve(str(source)),
             quant="nf4",
@@ -331,29 +313,18 @@ def test_memory_is_locked_as_long_as_a_view_of_it_lives(monkeypatch: pytest.Monk
     assert not is_mapped(address)
 
 
-# Width, inner width, width of the queries, of keys and values, number of blocks
-SHAPES = {
-    "meta-llama/Llama-3.1-8B-Instruct": (4096, 14336, 4096, 1024, 32),
-    "Qwen/Qwen2.5-32B-Instruct": (5120, 27648, 5120, 1024, 64),
-    "meta-llama/Llama-3.3-70B-Instruct": (8192, 28672, 8192, 1024, 80),
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_pinned_memory_is_as_large_as_the_packed_base(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinned_memory_is_as_large_as_the_packed_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own pinned memory, in powers of two, is up to 1.9 times as large. No page of it is touched here."""
     driver = FakeCudart().put_in(monkeypatch)
     monkeypatch.setattr(mmap, "MAP_PRIVATE", mmap.MAP_PRIVATE | 0x4000)  # MAP_NORESERVE: more than the machine has
-    width, inner, queries, keys, num_blocks = SHAPES[name]
-    weights = [(queries, width), (keys, width), (keys, width), (width, queries)]
-    weights += [(inner, width), (inner, width), (width, inner)]
-    pieces = pieces_of(*weights, num_blocks=num_blocks)
-    host_residency._pin(pieces, torch.device("cuda"), 1 << 40, 0)
+    weights = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
+    host_residency._pin(pieces_of(*weights, num_blocks=32), torch.device("cuda"), 1 << 40, 0)
     # Half a byte a weight, a byte for 64 of them, and a float32 for 256 of those
-    num_weights = num_blocks * sum(rows * columns for rows, columns in weights)
+    num_weights = 32 * sum(rows * columns for rows, columns in weights)
     packed = num_weights // 2 + num_weights // 64 + num_weights // 64 // 64
     assert packed <= sum(driver.locked.values()) <= 1.01 * packed
-    model = empty_model(public_shapes()[name].config(), support.config_source(), torch.bfloat16, "sdpa")
+    config = public_shapes()["meta-llama/Llama-3.1-8B-Instruct"].config()
+    model = empty_model(config, support.config_source(), torch.bfloat16, "sdpa")
     planned = streamed_blocks(model, Quantization("nf4", 64, True, ("lm_head",)), None)
     assert planned.host_bytes == sum(driver.locked.values())
 
@@ -406,63 +377,50 @@ def test_rows_go_to_the_device_and_the_table_stays(source: Path) -> None:
     assert next(loaded.parameters()).device == loaded.device == torch.device("meta")
 
 
-def a_recipe(**memory: object) -> Recipe:
-    return recipe_from(
-        {
-            "model": {"source": "somewhere/model", "dtype": "bfloat16"},
-            "adapter": {"targets": ["q_proj"]},
-            "data": {"mix": [{"task": "demo/facts"}], "max_length": 64},
-            "train": {"steps": 3, "batch": 2},
-            "memory": memory,
-        }
-    )
+def plan_of(*budget: int, config: LlamaConfig, device_kind: Any = "cuda", **memory: object) -> Plan:
+    document = {
+        "model": {"source": "somewhere/model", "dtype": "bfloat16"},
+        "adapter": {"targets": ["q_proj"]},
+        "data": {"mix": [{"task": "demo/facts"}], "max_length": 64},
+        "train": {"steps": 3, "batch": 2},
+        "memory": memory,
+    }
+    return plan(recipe_from(document), *budget, config=config, device_kind=device_kind)
 
 
-def test_a_run_on_a_gpu_loads_it_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = Mock(return_value=torch.nn.Module())
-    monkeypatch.setattr(load_base, "load_model", load)
-    for device, wanted in (("cuda", keep_embedding_on_host), ("cpu", None)):
-        compute = load_base.Compute(torch.device(device), torch.bfloat16)
-        load_base.load_base(a_recipe(host_embeddings=True, checkpointing=False), support.config_source(), compute)
-        assert load.call_args.kwargs["before_reading"] is wanted
-
-
-CONFIG = LlamaConfig(**CHECKPOINT_SIZES | {"tie_word_embeddings": False, "vocab_size": 4096, "num_hidden_layers": 1})
-TIED = LlamaConfig(**CHECKPOINT_SIZES | {"tie_word_embeddings": True, "vocab_size": 4096, "num_hidden_layers": 1})
+def one_block(**sizes: Any) -> LlamaConfig:
+    small = {"tie_word_embeddings": False, "vocab_size": 4096, "num_hidden_layers": 1}
+    return LlamaConfig(**CHECKPOINT_SIZES | small | sizes)
 
 
 def test_a_shared_or_computing_embedding_is_refused() -> None:
+    tied = one_block(tie_word_embeddings=True)
+    sizes = CHECKPOINT_SIZES | {"tie_word_embeddings": False, "head_dim": 16}
     with torch.device("meta"):
-        tied = LlamaForCausalLM(TIED)
-        scaled = Gemma3ForCausalLM(
-            Gemma3TextConfig(**CHECKPOINT_SIZES | {"tie_word_embeddings": False, "head_dim": 16})
-        )
-    with pytest.raises(UserError, match=r"host_embeddings: must be false, .*embedding of llama is its output head"):
-        check_host_embedding(tied)
-    with pytest.raises(UserError, match=r"gemma3_text does more than look up rows \(Gemma3TextScaledWordEmbedding\)"):
-        check_host_embedding(scaled)
+        models = LlamaForCausalLM(tied), Gemma3ForCausalLM(Gemma3TextConfig(**sizes))
+    said = r"host_embeddings: must be false, .*embedding of llama is its output head", "gemma3_text does more than look"
+    for model, words in zip(models, said, strict=True):
+        with pytest.raises(UserError, match=words):
+            check_host_embedding(model)
     with pytest.raises(UserError, match="output head as well"):
-        plan(a_recipe(host_embeddings=True), config=TIED)
+        plan_of(config=tied, host_embeddings=True)
 
 
 def test_a_plan_has_it_on_the_host_and_proposes_it_on_a_gpu_alone() -> None:
-    there, here = (plan(a_recipe(**memory), config=CONFIG) for memory in ({"host_embeddings": True}, {}))
-    table = CONFIG.vocab_size * CONFIG.hidden_size * 2
+    config = one_block()
+    there, here = (plan_of(config=config, **memory) for memory in ({"host_embeddings": True}, {}))
+    table = config.vocab_size * config.hidden_size * 2
     assert (there.embedding_bytes, here.embedding_bytes) == (table, 0)
     assert here.components[DENSE] - there.components[DENSE] == table
-    assert there.to_dict()["embedding_bytes"] == table
     # Rows of a micro-batch, in torch's pinned memory: a power of two, and as much for all shorter ones
     pinned = there.host_bytes // 2
     assert pinned & (pinned - 1) == here.host_bytes == 0
-    assert pinned / 2 < there.shape.num_tokens * CONFIG.hidden_size * 2 <= pinned
+    assert pinned / 2 < there.shape.num_tokens * config.hidden_size * 2 <= pinned
     assert there.step_seconds is not None
     assert here.step_seconds is not None
-    rows = there.shape.num_tokens * there.num_micro_batches * CONFIG.hidden_size * 2
+    rows = there.shape.num_tokens * there.num_micro_batches * config.hidden_size * 2
     assert there.step_seconds - here.step_seconds == pytest.approx(rows / ASSUMED["cuda"].link, rel=1e-6)
-
-    def settings(found: Plan) -> str:
-        return " ".join(change.setting for change in found.changes)
-
-    assert "memory.host_embeddings=true" in settings(plan(a_recipe(), 1, config=CONFIG))
-    assert "host_embeddings" not in settings(plan(a_recipe(), 1, config=CONFIG, device_kind="cpu"))
-    assert "host_embeddings" not in settings(plan(a_recipe(), 1, config=TIED))
+    tied = one_block(tie_word_embeddings=True)
+    for asked, kind, is_proposed in ((config, "cuda", True), (config, "cpu", False), (tied, "cuda", False)):
+        settings = " ".join(change.setting for change in plan_of(1, config=asked, device_kind=kind).changes)
+        assert ("memory.host_embeddings=true" in settings) == is_proposed

@@ -23,7 +23,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run import trainer
 from qdora.run.step_evaluations import StepEvaluations
 from qdora.run.train import train_run
-from qdora.train import flat_group, loop, loss_scale, out_of_memory
+from qdora.train import flat_group, loss_scale, out_of_memory
 from qdora.train.loss_scale import LossScale
 from tests import support
 from tests.support import (
@@ -41,7 +41,8 @@ from tests.support import (
 )
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
-PINNED = "memory.offload_activations: the system refuses 64 MiB of pinned host memory (CUDA error: out of memory)."
+
+
 FULL: dict[str, Any] = {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout")}
 FULL |= {"adapter__kind": "full", "base__quant": "none"}
 
@@ -79,7 +80,7 @@ def small_memory(
     return passed
 
 
-@pytest.mark.parametrize("error, backward", [(on_cuda, False), (on_cpu, True), (MemoryError, False)])
+@pytest.mark.parametrize("error, backward", [(on_cuda, False), (on_cpu, True)])
 def test_losses_are_those_of_enough_memory(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any, backward: bool
 ) -> None:
@@ -100,8 +101,6 @@ def test_losses_are_those_of_enough_memory(
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
         for key in ("num_tokens", "num_label_tokens", "num_examples", "lr"):
             assert one[key] == other[key]
-    said = f"Step 1: out of memory. Micro-batches shrink from 2048 to {shrunk[0]['tokens_after']} tokens"
-    assert said in (tmp_path / "log.txt").read_text()
 
 
 def test_a_retried_step_draws_as_a_first_try(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,30 +125,26 @@ def test_a_retried_step_draws_as_a_first_try(root: Path, tmp_path: Path, monkeyp
 def test_micro_batches_grow_back_also_resumed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is short in the first step only."""
     monkeypatch.setattr(out_of_memory, "_FIRST_WAIT", 2)
+    whole, run = tmp_path / "whole", tmp_path / "run"
 
     def short(number: int, *_: Any) -> None:
         if number <= 2:
             raise on_cuda()
 
-    def run(directory: Path, stop_at: int | None = None) -> None:
-        with monkeypatch.context() as patched:
-            in_batches(patched, short)
-            if stop_at is None:
-                train_run(eights(root), directory)
-            else:
-                train_until(eights(root), directory, stop_at)
-
-    run(tmp_path / "whole")
-    lines = [line for line in timeless(tmp_path / "whole") if "micro_batches_grow" in line]
+    with monkeypatch.context() as patched:
+        in_batches(patched, short)
+        train_run(eights(root), whole)
+    lines = [line for line in timeless(whole) if "micro_batches_grow" in line]
     assert [line["step"] for line in lines] == [2, 4, 6][: len(lines)]
     sizes = [line["micro_batches_grow"]["tokens_after"] for line in lines]
     assert sizes[1] == 2 * sizes[0]
-    for stop_at in (1, 3):
-        run(tmp_path / f"run-{stop_at}", stop_at)
-        state = json.loads((tmp_path / f"run-{stop_at}/checkpoints/step-{stop_at}/state.json").read_text())
-        assert state["policies"]["micro_batch_tokens"]["used"] == {1: sizes[0] // 2, 3: sizes[0]}[stop_at]
-        train_run(eights(root), tmp_path / f"run-{stop_at}", resume=True)
-        assert_same_run(tmp_path / f"run-{stop_at}", tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        in_batches(patched, short)
+        train_until(eights(root), run, 3)
+    state = json.loads((run / "checkpoints/step-3/state.json").read_text())
+    assert state["policies"]["micro_batch_tokens"]["used"] == sizes[0]
+    train_run(eights(root), run, resume=True)
+    assert_same_run(run, whole)
 
 
 @pytest.mark.parametrize(
@@ -157,17 +152,15 @@ def test_micro_batches_grow_back_also_resumed(root: Path, tmp_path: Path, monkey
     [
         (on_cpu(), r"out of memory with one example of \d+ tokens"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "cannot be computed: mat1 and mat2"),
-        (RunFailure(PINNED), "cannot be computed: memory.offload_activations: the system refuses 64 MiB of pinned"),
     ],
-    ids=["one example", "shapes", "pinned"],
+    ids=["one example", "shapes"],
 )
 def test_what_no_smaller_micro_batch_helps_stops_with_the_state_before_it(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, said: str
 ) -> None:
-    train_until(eights(root), tmp_path, 3)
     small_memory(monkeypatch, 3, lambda: error)
-    with pytest.raises(RunFailure, match=rf"step 4: {said}.*Safe on disk: .*step-3"):
-        train_run(eights(root), tmp_path, resume=True)
+    with pytest.raises(RunFailure, match=rf"step 1: {said}.*Safe on disk: .*step-0"):
+        train_run(eights(root), tmp_path)
     shrunk = any("out_of_memory" in line for line in timeless(tmp_path))
     assert shrunk == ("one example" in said)
 
@@ -206,35 +199,30 @@ def test_an_update_without_memory_keeps_a_state(root: Path, tmp_path: Path, monk
     assert_same_run(tmp_path / "lora", tmp_path / "whole")
 
 
-STICKY = "CUDA error: device-side assert triggered"
-SECOND = RuntimeError("CUDA error: the second one, which every call raises from then on")
-
-
-@pytest.mark.parametrize("broken", ["generators", "checkpoint", "evaluation"])
+@pytest.mark.parametrize("broken", ["step", "evaluation"])
 def test_after_a_sticky_error_the_first_one_is_reported_with_the_batch_that_caused_it(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
+    """After some CUDA errors every later call fails, too."""
+
     def fail(*_args: Any, **_options: Any) -> Any:
-        raise SECOND
+        raise RuntimeError("CUDA error: the second one")
 
     def first(*_args: Any, **_options: Any) -> Any:
-        if broken == "generators":
-            monkeypatch.setattr(loop, "set_random_state", fail)
-        else:
-            monkeypatch.setattr(RunDirectory, "checkpoint_directory", fail)
-        raise RuntimeError(STICKY)
+        monkeypatch.setattr(RunDirectory, "checkpoint_directory", fail)
+        raise RuntimeError("CUDA error: device-side assert triggered")
 
-    said = rf"^step 1: cannot be computed: {STICKY}.*could not be saved \(CUDA error: the second.*bad-steps/step-1\.$"
     if broken == "evaluation":
         monkeypatch.setattr(StepEvaluations, "measure", first)
-        with pytest.raises(RuntimeError, match=f"^{STICKY}$"):
+        with pytest.raises(RuntimeError, match="^CUDA error: device-side assert triggered$"):
             train_run(support.tiny_recipe(root, eval__every=3, eval__at_start=False), tmp_path)
-        assert f"Step 3 is not saved either ({SECOND}) after: {STICKY}" in caplog.text
-    else:
-        in_batches(monkeypatch, first)
-        with pytest.raises(RunFailure, match=said):
-            train_run(support.tiny_recipe(root, **UNEVALUATED), tmp_path)
-        assert (tmp_path / "bad-steps/step-1/batch.json").is_file()
+        assert "Step 3 is not saved either (CUDA error: the second one)" in caplog.text
+        return
+    in_batches(monkeypatch, first)
+    said = r"^step 1: cannot be computed: .*device-side.*could not be saved \(CUDA error: the second.*bad-steps/step-1"
+    with pytest.raises(RunFailure, match=said):
+        train_run(support.tiny_recipe(root, **UNEVALUATED), tmp_path)
+    assert (tmp_path / "bad-steps/step-1/batch.json").is_file()
 
 
 STEPS, BAD = 11, 10
@@ -309,10 +297,8 @@ def test_a_bad_step_is_skipped_and_changes_nothing(
     expected, lines = timeless(undisturbed), timeless(run)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[: BAD - 1] == expected[: BAD - 1]
-    assert lines[-1]["tasks"].keys() == expected[-1]["tasks"].keys()
     assert (lines[-1]["num_tokens"], lines[-1]["lr"]) == (expected[-1]["num_tokens"], expected[-1]["lr"])
     assert set(lines[BAD - 1]) == {"step", "skipped"}
-    assert f"Step {BAD} is skipped: loss" in (run / "log.txt").read_text()
     (kept,) = (run / "bad-steps").iterdir()
     document = json.loads((kept / "batch.json").read_text())
     assert document["step"] == BAD
@@ -329,8 +315,8 @@ def test_a_bad_step_is_skipped_and_changes_nothing(
         assert tensors["attention_mask"][index].sum() == length
         assert each["num_label_tokens"] == sum(label != -100 for label in each["labels"])
         assert ("=" in each["text"]) == (each["task"] == "sums")
-    (found,) = [each for each in examples if each["input_ids"] == bad[1]]
-    assert found["id"] == bad[0]
+    (found,) = [each for each in examples if each["id"] == bad[0]]
+    assert found["input_ids"] == bad[1]
     whole = sum(task["nll_sum"] for task in line["tasks"].values())
     others = sum(each["nll_sum"] for each in examples if each is not found)
     if math.isnan(factor):
@@ -341,35 +327,31 @@ def test_a_bad_step_is_skipped_and_changes_nothing(
         assert document["loss"] == pytest.approx((others + found["nll_sum"]) / line["num_label_tokens"], rel=1e-5)
 
 
-@pytest.mark.parametrize("stop_at", [BAD - 2, BAD])
 def test_interrupted_and_resumed_decides_alike(
     root: Path,
     skipping: dict[str, Path],
     bad: tuple[str, list[int]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    stop_at: int,
 ) -> None:
     scale_loss(monkeypatch, bad[1], 60.0)
     settings = plain(root, train__on_bad_step="skip", train__spike=3)
-    assert_resumes(settings, skipping["spike"], tmp_path, stop_at=stop_at, step=STEPS)
+    assert_resumes(settings, skipping["spike"], tmp_path, stop_at=BAD - 2, step=STEPS)
 
 
 def test_a_bad_step_stops_the_run_with_the_state_before_it(
     root: Path, undisturbed: Path, skipping: dict[str, Path], bad: tuple[str, list[int]], tmp_path: Path
 ) -> None:
     """A spike may be skipped on a resume; a NaN of the machine may be gone."""
-    advice = rf"batch in bad-steps/step-{BAD}, .* -s train.on_bad_step=skip.*step-{BAD - 1}, .*step-{BAD}"
     for case, change, whole in (("spike", {"train__on_bad_step": "skip"}, skipping["spike"]), ("nan", {}, undisturbed)):
         factor, changes, reason = CASES[case]
         with pytest.MonkeyPatch.context() as patch:
             scale_loss(patch, bad[1], factor)
-            with pytest.raises(RunFailure, match=rf"step {BAD}: {reason}.*{advice}"):
+            with pytest.raises(RunFailure, match=rf"step {BAD}: {reason}.*step-{BAD - 1}, .*bad-steps/step-{BAD}"):
                 train_run(plain(root, **changes), tmp_path / case)
-            if change:
-                train_run(plain(root, **changes, **change), tmp_path / case, resume=True)
-        if not change:
-            train_run(plain(root, **changes), tmp_path / case, resume=True)
+            if not change:
+                patch.undo()
+            train_run(plain(root, **changes, **change), tmp_path / case, resume=True)
         assert_same_run(tmp_path / case, whole, step=STEPS)
 
 

@@ -1,33 +1,39 @@
-"""The best step of a run: kept, taken for adapter/, the same after a kill; and the end of a run that gets no better."""
+"""How runs end: at the best step, by a signal, on a full disk; what is finished stays, and a resume is exact."""
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import shlex
 import shutil
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from signal import SIGHUP, SIGINT, SIGTERM
 from typing import Any
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from qdora.cli import app
-from qdora.errors import UserError
+from qdora.cli import app, verb
+from qdora.cli.verb import end_as_by_ctrl_c, explain
+from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
+from qdora.files.run_directory import RunDirectory
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run import writer
 from qdora.run.evaluate import evaluate_target
-from qdora.run.run_page import page_of_run
-from qdora.run.step_evaluations import selection_faults
+from qdora.run.run_page import page_of_run, run_facts
+from qdora.run.step_evaluations import StepEvaluations, selection_faults
 from qdora.run.train import train_run
+from qdora.train import interrupt
 from tests import support
-from tests.support import ADAPTER, assert_same_run, same_tensors, timeless, train_until
+from tests.support import ADAPTER, assert_same_run, in_batches, same_tensors, timeless, train_until, training_lines
 
 # A rate at which the loss falls, turns and rises again within a few steps
 DIVERGING: dict[str, Any] = {"train__lr": 0.03, "train__schedule": "constant", "train__warmup": 0}
@@ -40,7 +46,7 @@ QUIET = Console(quiet=True)
 def recipe(root: Path, **changes: Any) -> Recipe:
     """An evaluation after every step, and checkpoints that do not fall together with the best of them."""
     best = {"eval__every": 1, "eval__best_by": "macro", "eval__patience": PATIENCE}
-    more = {"train__steps": STEPS, "train__checkpoint_every": 5, "train__keep_checkpoints": 1}
+    more = {"train__steps": STEPS, "train__checkpoint_every": 5, "train__keep_checkpoints": 1, "train__log_every": 5}
     return support.tiny_recipe(root, **(DIVERGING | best | more | changes))
 
 
@@ -63,11 +69,14 @@ def assert_same_choice(run: Path, other: Path, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def stopped_run(root: Path) -> Path:
-    """A run that got worse and stopped early; nothing disturbed it."""
-    summary = train_run(recipe(root), root / "stopped", console=QUIET)
-    (root / "summary.json").write_text(json.dumps(summary))
-    return root / "stopped"
+def stopped(root: Path) -> dict[str, Any]:
+    """The summary of a run that got worse and stopped early; nothing disturbed it."""
+    return train_run(recipe(root), root / "stopped", console=QUIET)
+
+
+@pytest.fixture(scope="module")
+def stopped_run(stopped: dict[str, Any]) -> Path:
+    return Path(stopped["run"])
 
 
 @pytest.fixture(scope="module")
@@ -77,41 +86,33 @@ def best(stopped_run: Path) -> int:
     return min(found, key=lambda step: found[step])
 
 
-def test_the_best_step_is_kept_and_the_run_stops(root: Path, stopped_run: Path, best: int, tmp_path: Path) -> None:
+def test_the_best_step_is_kept_and_the_run_stops(
+    stopped: dict[str, Any], stopped_run: Path, best: int, tmp_path: Path
+) -> None:
     found, last = values(stopped_run), best + PATIENCE
     assert best > 1, "nothing improved: the run shows nothing"
     assert list(found) == list(range(1, last + 1)), "the run went on, or stopped too soon"
     assert last < STEPS
     assert steps_on_disk(stopped_run) == [best, last]
     same_tensors(stopped_run / ADAPTER, stopped_run / f"checkpoints/step-{best}" / ADAPTER)
-    summary = json.loads((root / "summary.json").read_text())
-    assert (summary["stopped_early"], summary["num_steps"]) == (True, last)
-    assert (summary["best"]["step"], summary["best"]["value"]) == (best, found[best])
-    assert summary["evaluations"]["adapter"]["average"]["nll_per_token"] == found[best]
+    assert (stopped["stopped_early"], stopped["num_steps"]) == (True, last)
+    assert (stopped["best"]["step"], stopped["best"]["value"]) == (best, found[best])
+    assert stopped["evaluations"]["adapter"]["average"]["nll_per_token"] == found[best]
+    # The loss of each step with an evaluation is there, whatever steps train.log_every leaves out
+    losses = {line["step"]: line["loss"] for line in training_lines(stopped_run)}
+    assert list(losses) == list(found)
+    assert stopped["final_loss"] == losses[last]
     lines = [line for line in timeless(stopped_run) if "best" in line]
     assert [line["best"]["num_since"] for line in lines][-PATIENCE:] == [1, 2, 3]
     assert all(line["best"]["value"] == min(list(found.values())[: line["step"]]) for line in lines)
-    said = f"step {best}, the best by macro nll_per_token ({found[best]:.4g})"
-    log = (stopped_run / "log.txt").read_text()
-    assert f"Stopped early after step {last} of {STEPS}: the last {PATIENCE} evaluations were not better" in log
-    assert f"adapter/ is {said}." in log
-    card = (stopped_run / "README.md").read_text()
-    assert f"{said} of {last} steps, stopped early" in card
-    assert f"| steps | {best} of {STEPS} |" in card
+    log, card = ((stopped_run / name).read_text() for name in ("log.txt", "README.md"))
+    assert f"Stopped early after step {last} of {STEPS}" in log
+    assert f"step {best}, the best by macro nll_per_token ({found[best]:.4g}) of {last} steps, stopped early" in card
     # eval and export take the best step
     document = evaluate_target(str(stopped_run), console=QUIET)
     assert document["evaluation"]["average"]["nll_per_token"] == found[best]
     export_run(stopped_run, tmp_path / "peft", ExportOptions(format_="peft"), console=QUIET)
     same_tensors(tmp_path / "peft/adapter_model.safetensors", stopped_run / ADAPTER)
-
-
-def test_the_last_loss_of_a_run_that_stops_early(root: Path, tmp_path: Path) -> None:
-    """The loss of the last step, whatever steps `train.log_every` leaves out."""
-    summary = train_run(recipe(root, train__log_every=5, eval__every=2, eval__patience=1), tmp_path)
-    assert summary["stopped_early"]
-    assert summary["num_steps"] % 5 != 0
-    lines = {line["step"]: line["loss"] for line in timeless(tmp_path) if "loss" in line}
-    assert summary["final_loss"] == lines[summary["num_steps"]]
 
 
 def killed_in_checkpoint(settings: Recipe, run: Path, step: int) -> None:
@@ -151,21 +152,6 @@ def test_a_stop_saves_before_what_is_due_and_the_resumed_run_measures_it(root: P
     assert [line["step"] for line in timeless(run) if "interference" in line] == [1]
     train_run(settings, run, resume=True, console=QUIET)
     assert_same_choice(run, tmp_path / "whole", 3)
-
-
-def test_a_measurement_that_fails_does_not_end_each_resumed_run(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fails(*_: object, **__: object) -> None:
-        raise RuntimeError("no gradient")
-
-    monkeypatch.setattr("qdora.run.trainer.measure", fails)
-    settings = recipe(root, train__steps=3, **PROBED | {"interference__every": 2})
-    with pytest.raises(RuntimeError, match="no gradient"):
-        train_run(settings, tmp_path, console=QUIET)
-    assert steps_on_disk(tmp_path)[-1] == 2
-    assert train_run(settings, tmp_path, resume=True, console=QUIET)["num_steps"] == 3
-    assert "Step 2 cannot be measured; the run goes on: no gradient" in caplog.text
 
 
 def test_a_finished_run_goes_on_with_more_patience(root: Path, stopped_run: Path, tmp_path: Path) -> None:
@@ -257,7 +243,6 @@ def test_two_processes_decide_alike(root: Path, tmp_path: Path) -> None:
         ({"eval__best_by": "lettres"}, "eval.best_by: .*got 'lettres'.*Did you mean 'letters'"),
         ({"eval__best_by": "sums", "eval__tasks": ["letters"]}, "eval.best_by: .*got 'sums'"),
         ({"eval__best_by": ...}, "eval.patience: would be ignored because eval.best_by is not set"),
-        ({"eval__every": ...}, "eval.patience: would be ignored because eval.every is not set"),
         # What only the data show
         ({"eval__best_by": "sums", "eval__best_metric": "acc"}, "eval.best_metric: got acc, must be nll_per_token"),
         ({"eval__every": STEPS}, "eval.every: got 12, must be less than the run's 12 steps"),
@@ -269,3 +254,186 @@ def test_what_would_choose_nothing_is_refused(root: Path, tmp_path: Path, change
     assert not (tmp_path / "run").exists()
     (fault,) = selection_faults(recipe(root), {}, STEPS)
     assert fault.startswith("eval.best_by: got macro, but no source has validation data")
+
+
+STOPPING = [SIGINT, SIGTERM, SIGHUP]
+
+
+@pytest.fixture(autouse=True)
+def _heeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A shell may have started the tests with some of them ignored, and shows their output on a terminal."""
+    for module in (verb, interrupt):
+        monkeypatch.setattr(module, "leave_closed_terminal", lambda number: None)
+    handlers = {SIGINT: signal.default_int_handler, SIGTERM: signal.SIG_DFL, SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(*numbers: int) -> Callable[[], None]:
+    return lambda: [os.kill(os.getpid(), number) for number in numbers] and None
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def in_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+    """Do something in the middle of a step: its only batch is computed, its update is not made."""
+    in_batches(patch, lambda number, *_: action() if number == step else None)
+
+
+def in_save(patch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+    """Do something in the middle of writing the checkpoint of `step`: the adapter is there, the rest is not."""
+    real = writer.write_state
+
+    def acting(directory: Path, **state: Any) -> None:
+        if state["step"] == step:
+            action()
+        real(directory, **state)
+
+    patch.setattr(writer, "write_state", acting)
+
+
+def in_evaluation(patch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+    real = StepEvaluations.measure
+
+    def acting(evaluations: StepEvaluations, at: int, label: str = "adapter") -> Any:
+        if at == step:
+            action()
+        return real(evaluations, at, label)
+
+    patch.setattr(StepEvaluations, "measure", acting)
+
+
+@pytest.mark.parametrize(("number", "step"), [(SIGINT, 3), (SIGTERM, 6)], ids=["INT", "TERM in the last step"])
+def test_a_signal_finishes_the_step_saves_and_gives_130(
+    root: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    step: int,
+) -> None:
+    before = [signal.getsignal(each) for each in STOPPING]
+    with monkeypatch.context() as patch:
+        in_step(patch, step, send(number, SIGTERM))  # a launcher passes it on at once: still one request
+        with pytest.raises(Interrupted, match=rf"stopped after step {step}; saved to .*step-{step}") as raised:
+            train_run(support.tiny_recipe(root), tmp_path)
+    assert explain(raised.value)[1] == 130
+    assert "A second signal stops at once" in capfd.readouterr().err
+    assert [signal.getsignal(each) for each in STOPPING] == before
+    assert [line["step"] for line in training_lines(tmp_path)] == list(range(1, step + 1))
+    status = run_facts(RunDirectory(tmp_path))["status"]
+    assert (status["state"], status["num_done"], status["adapter_step"]) == ("unfinished", step, None)
+    train_run(support.tiny_recipe(root), tmp_path, resume=True)
+    assert_same_run(tmp_path, whole)
+
+
+def in_both(patch: pytest.MonkeyPatch) -> None:
+    in_step(patch, 4, send(SIGTERM))
+    in_save(patch, 4, send(SIGTERM))
+
+
+@pytest.mark.parametrize(
+    ("disturb", "error", "said", "checkpoints"),
+    [
+        (lambda p: in_save(p, 6, send(SIGTERM)), Interrupted, r"stopped after step 6; saved to .*step-6", [4, 6]),
+        (lambda p: in_evaluation(p, 0, send(SIGINT)), Interrupted, "at once.*no checkpoint was written", []),
+        (lambda p: in_evaluation(p, 6, send(SIGHUP)), Interrupted, r"at once.*Safe on disk: .*step-6", [4, 6]),
+        (lambda p: in_step(p, 4, send(SIGINT, SIGINT)), Interrupted, r"at once.*disk: .*step-2 \(step 2\)", [2]),
+        (in_both, Interrupted, r"at once.*disk: .*step-2 \(step 2\)", [2]),
+        (lambda p: in_save(p, 4, full), RunFailure, r"checkpoint of step 4 could not be .*on disk: .*step-2", [2]),
+    ],
+    ids=["last save", "base", "last evaluation", "twice", "twice in a save", "full disk"],
+)
+def test_what_is_whole_is_kept_and_gone_on_with(
+    root: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    disturb: Callable[[pytest.MonkeyPatch], None],
+    error: type[Exception],
+    said: str,
+    checkpoints: list[int],
+) -> None:
+    """An evaluation, which has no step to be finished, and a second signal end at once."""
+    end_as_by_ctrl_c({})
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt, "SAME_REQUEST_SECONDS", 0.0)
+        disturb(patch)
+        with pytest.raises(error, match=said) as raised:
+            train_run(support.tiny_recipe(root), tmp_path)
+    assert (explain(raised.value)[1] == 130) == (error is Interrupted)
+    names = os.listdir(tmp_path / "checkpoints") if (tmp_path / "checkpoints").exists() else []
+    assert sorted(names) == [f"step-{step}" for step in checkpoints]
+    assert not [line for line in RunDirectory(tmp_path).metrics() if "eval" in line and line["step"] == 6]
+    assert (tmp_path / "report.html").is_file()
+    train_run(support.tiny_recipe(root), tmp_path, resume=True)
+    assert_same_run(tmp_path, whole)
+
+
+def test_signals_that_are_ignored_or_a_launchers_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(SIGHUP, signal.SIG_IGN)
+    end_as_by_ctrl_c({"WORLD_SIZE": "2"})
+    assert [signal.getsignal(each) for each in (SIGTERM, SIGHUP)] == [signal.SIG_DFL, signal.SIG_IGN]
+    end_as_by_ctrl_c({})
+    assert signal.getsignal(SIGHUP) is signal.SIG_IGN
+    with pytest.raises(KeyboardInterrupt):
+        send(SIGTERM)()
+    send(SIGTERM)()  # a launcher repeats it: the first one's clean-up goes on
+    for ignored in (SIGHUP, SIGINT):  # as under nohup, and in the background
+        for launched in (False, True):
+            signal.signal(ignored, signal.SIG_IGN)
+            if launched:
+                monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
+            with interrupt.stop_on_signal() as stop:
+                send(ignored)()
+                assert stop.requested == launched
+                send(SIGTERM)()
+                assert stop.requested
+            assert signal.getsignal(ignored) is signal.SIG_IGN
+            monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+
+
+def test_older_checkpoints_make_room(root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for two checkpoints where three are asked for: the run goes on with those that fit."""
+    folder = tmp_path / "checkpoints"
+
+    def too_small() -> None:
+        if len([each for each in folder.iterdir() if each.name.startswith("step-")]) == 2:
+            full()
+
+    in_save(monkeypatch, 6, too_small)
+    train_run(support.tiny_recipe(root, train__keep_checkpoints=3), tmp_path)
+    assert sorted(os.listdir(folder)) == ["step-4", "step-6"]
+    assert "The disk is full: removed 1 older checkpoint to continue" in (tmp_path / "log.txt").read_text()
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_second_process_is_refused_and_a_damaged_checkpoint_skipped(
+    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second --resume would remove the checkpoint that the first is writing, and write metrics of its own."""
+
+    def second() -> None:
+        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        assert (tmp_path / "checkpoints/.step-4.partial") in {file.parent.parent for file in before}
+        for resume in (True, False):
+            with pytest.raises(UserError, match="another process works on it"):
+                train_run(support.tiny_recipe(root), tmp_path, resume=resume)
+        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+    with monkeypatch.context() as patch:
+        in_save(patch, 4, second)
+        train_run(support.tiny_recipe(root), tmp_path)
+    assert_same_run(tmp_path, whole)
+    file = tmp_path / "checkpoints/step-6/optimizer.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    train_run(support.tiny_recipe(root), tmp_path, resume=True)
+    log = (tmp_path / "log.txt").read_text()
+    assert "Skipped a damaged checkpoint: step-6: optimizer.safetensors has " in log
+    assert "Continuing from" in log
+    assert_same_run(tmp_path, whole)
