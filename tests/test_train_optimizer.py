@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any, get_args
+from unittest.mock import Mock
 
 import bitsandbytes as bnb
 import numpy as np
@@ -176,19 +177,19 @@ def test_parameters_updated_one_by_one_are_those_updated_together(name: Any, mon
 def test_a_parameter_in_another_memory_layout_is_updated_alike(name: Any, dtype: torch.dtype) -> None:
     """Alone in its group, of a size that no zeros need to fill up: nothing is joined, and the layout is all it has."""
     plain = torch.randn(64, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradient = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
     found = []
     for value in (plain, plain.t().contiguous().t()):
         optimizer = AdapterOptimizer({"layer.lora_A": nn.Parameter(value.clone())}, name=name)
         (parameter,) = optimizer.parameters.values()
         assert parameter.is_contiguous() == value.is_contiguous()
-        gradient = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
         for _ in range(2):
             parameter.grad = gradient.clone()
             optimizer.step(1e-2)
             assert torch.equal(parameter.grad, gradient)
         found.append(optimizer.master("layer.lora_A"))
-        assert not torch.equal(parameter.detach(), value)
     assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], plain.float())
 
 
 def test_gradients_accumulate_in_float32_and_are_measured_and_scaled_together() -> None:
@@ -233,11 +234,7 @@ def assert_same(one: AdapterOptimizer, two: AdapterOptimizer) -> None:
 
 @each_name
 @each_dtype
-@pytest.mark.parametrize(
-    "unreached",
-    [[], ["up.lora_A"], ["down.lora_B"], ["up.magnitude"], [*parameters()]],
-    ids=lambda keys: "+".join(keys),
-)
+@pytest.mark.parametrize("unreached", [[], ["up.lora_A"], [*parameters()]], ids=["none", "one", "all"])
 def test_a_state_survives_a_resume(name: Any, dtype: torch.dtype, unreached: list[str]) -> None:
     """An expert that no token has reached yet, an unused branch; the last case was saved before its first step."""
     whole, first = (AdapterOptimizer(parameters(dtype), name=name) for _ in range(2))
@@ -253,6 +250,10 @@ def test_a_state_survives_a_resume(name: Any, dtype: torch.dtype, unreached: lis
         alone = AdapterOptimizer({"up.lora_A": parameters(dtype)["up.lora_A"]}, name=name)
         train(alone, first=3, steps=2)
         assert torch.equal(second.master("up.lora_A"), alone.master("up.lora_A"))
+
+
+def is_page(state: Any) -> bool:
+    return getattr(state, "is_paged", False)
 
 
 @pytest.fixture
@@ -271,16 +272,12 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         assert tensor.is_paged
         seen["moved"].append(tensor.data_ptr())
 
-    monkeypatch.setattr(flat_group, "can_page", lambda parameter: True)
-    monkeypatch.setattr(optimizer_module, "can_page", lambda parameter: True)
+    for module in (flat_group, optimizer_module):
+        monkeypatch.setattr(module, "can_page", lambda parameter: True)
     monkeypatch.setattr(flat_group, "_FREE_PAGES", [])
     monkeypatch.setattr(bnb.functional, "get_paged", get_paged)
     monkeypatch.setattr(bnb.functional, "prefetch_tensor", prefetch_tensor)
     return seen
-
-
-def is_page(state: Any) -> bool:
-    return getattr(state, "is_paged", False)
 
 
 @each_paged
@@ -379,27 +376,20 @@ def test_what_fits_no_parameter_or_no_memory_is_refused(monkeypatch: pytest.Monk
         AdapterOptimizer(parameters(), lr_ratios={"lora_C": 2.0, "lora_B": 2.0})
     with pytest.raises(ValueError, match=r"x is stored in .*float16"):
         AdapterOptimizer({"x": nn.Parameter(torch.zeros(2, 2, dtype=torch.float16))})
-    other = AdapterOptimizer(parameters(), name="paged_lion_8bit")
-    with pytest.raises(ValueError, match=r"exp_avg is missing; .*exp_avg_sq is missing; .*state1 is unknown"):
-        AdapterOptimizer(parameters()).load_state_tensors(saved(other))
-
-    def fail(*_args: Any, **_options: Any) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
-
-    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", fail)
-    with pytest.raises(RunFailure, match=r"^out of memory .* lion for 17,020 parameters \(CUDA .* 2.00 GiB.\). Fix: "):
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", Mock(side_effect=torch.OutOfMemoryError("2.00 GiB.\nMore.")))
+    with pytest.raises(RunFailure, match=r"^out of memory .* lion for 17,020 parameters \(2.00 GiB.\). Fix: "):
         AdapterOptimizer(parameters(), name="lion")
 
 
-@pytest.mark.parametrize("name, moment", [("adamw", "exp_avg"), ("paged_adamw_8bit", "state1"), ("lion", "state1")])
+@pytest.mark.parametrize("name, moment", [("adamw", "exp_avg"), ("paged_lion_8bit", "state1")])
 def test_a_missing_mis_shaped_or_foreign_state_is_refused(name: Any, moment: str) -> None:
     whole = saved(AdapterOptimizer(parameters(), name=name))
-    place = f"state/up.lora_A/{moment}"
-    dtype = str(whole[place].dtype).removeprefix("torch.")
+    key = f"state/up.lora_A/{moment}"
+    dtype = str(whole[key].dtype).removeprefix("torch.")
     for changed, fault in (
-        ({key: t for key, t in whole.items() if key != place}, f"{place} is missing"),
-        (whole | {place: torch.zeros(2, 2, dtype=whole[place].dtype)}, rf"{place} is \(2, 2\) {dtype}, not \(4, 1500"),
-        (whole | {place: whole[place].to(torch.int16)}, rf"{place} is \(4, 1500\) int16, not \(4, 1500\) {dtype}"),
+        ({each: t for each, t in whole.items() if each != key}, f"{key} is missing"),
+        (whole | {key: torch.zeros(2, 2, dtype=whole[key].dtype)}, rf"{key} is \(2, 2\) {dtype}, not \(4, 1500"),
+        (whole | {key: whole[key].to(torch.int16)}, rf"{key} is \(4, 1500\) int16, not \(4, 1500\) {dtype}"),
         (whole | {"state/up.lora_A/absmax3": torch.zeros(2)}, "state/up.lora_A/absmax3 is unknown$"),
         (whole | {"residual/up.lora_A": torch.zeros(2, 2)}, r"residual/up.lora_A is \(2, 2\) float32, not .* int16"),
     ):

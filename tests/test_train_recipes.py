@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 
 from qdora.data import stream
 from qdora.data.batching import Batching
-from qdora.data.loader import StepLoader
 from qdora.errors import RunFailure, UserError
 from qdora.model.inject import adapter_parameters
 from qdora.plan.memory_plan import plan
@@ -27,7 +27,6 @@ from tests.support import (
     UNEVALUATED,
     assert_close_runs,
     assert_resumes,
-    assert_same_run,
     in_batches,
     make_gradients_nan,
     same_tensors,
@@ -39,10 +38,6 @@ from tests.support import (
 def read(file: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(file.read_text())
     return document
-
-
-def train(rank: int, settings: Any, directory: Path) -> None:
-    train_run(settings, directory)
 
 
 def streamed(root: Path, **changes: Any) -> Any:
@@ -59,9 +54,7 @@ def of_a_stream(root: Path) -> Path:
     return root / "stream"
 
 
-def test_a_run_on_a_stream_resumes_and_says_what_is_not_known(
-    root: Path, of_a_stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_a_stream_resumes_and_says_what_is_not_known(root: Path, of_a_stream: Path, tmp_path: Path) -> None:
     assert_resumes(streamed(root), of_a_stream, tmp_path / "run", stop_at=3)
     loader = read(of_a_stream / "checkpoints/step-6/state.json")["loader"]
     assert loader["streams"]["sums"]["num_drawn"] == 12
@@ -71,21 +64,6 @@ def test_a_run_on_a_stream_resumes_and_says_what_is_not_known(
     assert sorted(read(of_a_stream / "eval/step-6.json")["tasks"]) == ["letters"]
     with pytest.raises(UserError, match=r"--split: a stream \(sums\) has only the splits validation, test"):
         evaluate_target(str(of_a_stream), EvalOptions(split="train"))
-    # Whatever reading raises, the work is saved
-    next_step = StepLoader.next_step
-
-    def fails(self: StepLoader) -> Any:
-        step = next_step(self)  # the streams have moved on
-        if self.position > 12:
-            raise KeyError("gone")
-        return step
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StepLoader, "next_step", fails)
-        with pytest.raises(RunFailure, match=r"^step 4: KeyError\('gone'\)\. Fix: resume .* Safe on disk: .*step-3"):
-            train_run(streamed(root), tmp_path / "broken")
-    train_run(streamed(root), tmp_path / "broken", resume=True)
-    assert_same_run(tmp_path / "broken", of_a_stream)
 
 
 def test_a_faulty_row_ends_a_run_with_its_work_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,34 +81,34 @@ def test_a_faulty_row_ends_a_run_with_its_work_saved(tmp_path: Path, monkeypatch
     file.write_text("".join([*lines[:20], lines[20][:9] + "\n", *lines[21:]]))
     place = sum(map(len, lines[:20]))
     said = rf"^step 6: sums: 1 faulty row, .*sums\.jsonl: byte {place}: not JSON.* Safe on disk: .*checkpoints/step-5"
-    for run, resume in (("run", False), ("run", True), ("mended", False)):  # not mended yet: nothing is lost
+    run = tmp_path / "run"
+    for resume in (False, True):  # not mended yet: nothing is lost
         with pytest.raises(RunFailure, match=said):
-            train_run(asked, tmp_path / run, resume=resume)
-    assert "data.max_bad_rows" in (tmp_path / "run/log.txt").read_text()
-    assert train_run(more, tmp_path / "run", resume=True)["num_steps"] == 6
-    seen = read(tmp_path / "run/mix.json")["seen"]["sums"]
+            train_run(asked, run, resume=resume)
+    shutil.copytree(run, tmp_path / "mended")
+    assert train_run(more, run, resume=True)["num_steps"] == 6
+    seen = read(run / "mix.json")["seen"]["sums"]
     assert (seen["num_bad_rows"], seen["num_examples"]) == (1, 24)
     assert seen["bad_rows"][0].startswith(f"{file}: byte {place}: not JSON")
-    assert "sums: 1 faulty rows were skipped" in (tmp_path / "run/log.txt").read_text()
     file.write_text(good)
     train_run(asked, tmp_path / "mended", resume=True)
     same_tensors(tmp_path / "whole" / ADAPTER, tmp_path / "mended" / ADAPTER)
 
 
-@pytest.mark.parametrize("layout", ["rows", "single"])
 def test_a_packed_run_has_the_losses_of_an_unpacked_one(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Any
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = {"adapter__dropout": 0.0, "adapter__dtype": "float32", "train__batch": 12, **UNEVALUATED}
     train_run(support.tiny_recipe(root, **plain), tmp_path / "plain")
-    monkeypatch.setattr(packed_attention, "layout_for", lambda attention: layout)
-    seen: list[Any] = []
-    in_batches(monkeypatch, lambda _number, _loss, _ids, options: seen.append(options["packing"]))
-    train_run(support.tiny_recipe(root, **plain, data__packing=True), tmp_path / "packed")
-    assert {packing.example_index.shape[0] > 1 for packing in seen} == {layout == "rows"}
-    assert any((packing.position_ids == 0).sum(dim=1).max() > 1 for packing in seen)
-    assert_close_runs(tmp_path / "plain", tmp_path / "packed")
-    assert "packed examples stay apart: " in (tmp_path / "packed/log.txt").read_text()
+    for layout in ("rows", "single"):
+        seen: list[Any] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(packed_attention, "layout_for", lambda attention, layout=layout: layout)
+            in_batches(patch, lambda _number, _loss, _ids, options, seen=seen: seen.append(options["packing"]))
+            train_run(support.tiny_recipe(root, **plain, data__packing=True), tmp_path / layout)
+        assert {packing.example_index.shape[0] > 1 for packing in seen} == {layout == "rows"}
+        assert any((packing.position_ids == 0).sum(dim=1).max() > 1 for packing in seen)
+        assert_close_runs(tmp_path / "plain", tmp_path / layout)
 
 
 def test_a_packed_run_resumes_and_keeps_bad_batches(
@@ -145,9 +123,9 @@ def test_a_packed_run_resumes_and_keeps_bad_batches(
     kept = read(tmp_path / "bad/bad-steps/step-1/batch.json")["examples"]
     assert len({(each["task"], each["id"]) for each in kept}) == 12
     for each in kept:
-        pairs = zip(each["input_ids"], each["labels"], strict=True)
-        assert any(label != -100 for label in each["labels"])
-        assert all(label in (-100, token) for token, label in pairs)
+        labels = {*zip(each["input_ids"], each["labels"], strict=True)}
+        assert any(label != -100 for _, label in labels)
+        assert all(label in (-100, token) for token, label in labels)
 
 
 @pytest.fixture(scope="module")
@@ -165,34 +143,27 @@ def test_a_run_keeps_generated_answers_beside_the_log_likelihoods(generated: Pat
         counts = found["tasks"]["letters"]
         assert counts["num_examples"] == scored["tasks"]["letters"]["num_examples"] == len(found["per_example"])
         assert counts["num_right"] + counts["num_wrong"] + counts["num_unparsable"] == counts["num_examples"]
-        assert found["settings"]["max_new_tokens"] == 32
     _, evaluated, _ = [line["eval"]["letters"] for line in timeless(generated) if "eval" in line]
     counts = read(generated / "eval/step-4-generated.json")["tasks"]["letters"]
     assert evaluated["generated"] == {key: value for key, value in counts.items() if key != "unparsable"}
-    assert evaluated["nll_per_token"] > 0
     # eval takes the method of the run, or another
     own = evaluate_target(str(generated), EvalOptions(tasks=["letters"]))
     assert own["generation"]["tasks"] == read(generated / "eval/step-6-generated.json")["tasks"]
-    assert read(generated / "eval/final-validation-generated.json")["tasks"] == own["generation"]["tasks"]
-    assert read(generated / "eval/final-validation.json")["tasks"] == own["evaluation"]["tasks"]
+    for end, part in (("-generated", "generation"), ("", "evaluation")):
+        assert read(generated / f"eval/final-validation{end}.json")["tasks"] == own[part]["tasks"]
     other = evaluate_target(str(generated), EvalOptions(tasks=["letters"], method="loglikelihood"))
     assert "generation" not in other
     assert other["evaluation"]["tasks"] == own["evaluation"]["tasks"]
 
 
-def test_sources_that_cannot_be_generated_are_refused_before_anything_is_loaded(
-    root: Path, generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for place in ("qdora.run.pruned_base.load_base", "qdora.run.evaluate.load_target"):
-        monkeypatch.setattr(place, lambda *_, **__: pytest.fail("the model was loaded"))
+def test_sources_that_cannot_be_generated_are_refused(root: Path, generated: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="got task 'sums', whose example 29 has no choices"):
         train_run(support.tiny_recipe(root, eval__method="generate"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    (tmp_path / "a.txt").write_text("text")
     for target, options, said in (
         (generated, {"tasks": ["sums"]}, "got task 'sums'"),
         (generated, {"method": "generation"}, "--method: got 'generation', must be one of loglikelihood, generate"),
-        (root / "model", {"texts": [tmp_path / "a.txt"], "method": "generate"}, "--method: .*got only --text"),
+        (root / "model", {"texts": [Path(__file__)], "method": "generate"}, "--method: .*got only --text"),
     ):
         with pytest.raises(UserError, match=said):
             evaluate_target(str(target), EvalOptions(**options))
@@ -303,19 +274,6 @@ def test_a_run_with_a_probe_trains_as_one_without_and_resumes(root: Path, tmp_pa
     assert_resumes(recipe, run, tmp_path / "again", stop_at=3)
 
 
-def test_of_two_processes_the_first_measures(root: Path, tmp_path: Path) -> None:
-    """No dropout: then two processes train as one does, but for the order of sums."""
-    settings = support.tiny_recipe(root, **PROBED, eval__every=2, adapter__dropout=0.0, train__steps=2)
-    assert support.run_processes(2, train, settings, tmp_path / "two") == ["", ""]
-    train_run(settings, tmp_path / "one")
-    (found,), (expected,) = (
-        [line["interference"] for line in timeless(tmp_path / name) if "interference" in line]
-        for name in ("two", "one")
-    )
-    assert (found["tasks"], found["num_examples"]) == (expected["tasks"], expected["num_examples"])
-    np.testing.assert_allclose(found["cosines"], expected["cosines"], atol=1e-3)
-
-
 def routed(root: Path, name: str = "qwen3_moe", **changes: Any) -> Any:
     folder = root / name
     if not (folder / "model").exists():
@@ -338,11 +296,10 @@ def test_a_run_with_the_loss_of_routers(root: Path, tmp_path: Path) -> None:
     assert not any("router_aux_loss" in line for line in off)
     assert (off[0]["loss"] == lines[0]["loss"], off[-1]["loss"] == lines[-1]["loss"]) == (True, False)
     refused = routed(root, "lfm2_moe")
-    with pytest.raises(UserError, match=r"router_aux_loss: must be 0 with lfm2_moe, got 0\.05"):
-        train_run(refused, tmp_path / "refused")
+    for action in (lambda: train_run(refused, tmp_path / "refused"), lambda: plan(refused)):
+        with pytest.raises(UserError, match="router_aux_loss: must be 0 with lfm2_moe"):
+            action()
     assert not (tmp_path / "refused").exists()
-    with pytest.raises(UserError, match="router_aux_loss: must be 0 with"):
-        plan(refused)
 
 
 def test_fixed_weights_change_a_run_and_equal_ones_do_not(root: Path, tmp_path: Path) -> None:
@@ -367,13 +324,11 @@ def test_what_cannot_be_measured_or_weighted_is_refused(root: Path, tmp_path: Pa
     for changes, words in (
         (every | {"eval__every": 2, "data__validation_fraction": 0.01}, "every: sums has 1 validation example"),
         (every | {"data__mix": [{"source": letters}]}, "needs at least two sources in data.mix, got 1"),
-        (every, "interference.every: must be a multiple of eval.every"),
         (every | {"eval__every": 4}, "interference.every: must be a multiple of eval.every"),
         ({"interference__examples": 4}, "interference.examples: would be ignored because interference.every"),
         ({"data__mix": [weighted]}, "loss_weight: would be ignored because there is no other source"),
         ({"data__mix": [weighted, {"source": str(more)}]}, "task sums is in sums with loss_weight 2 and in more with"),
     ):
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError, match=words):
             train_run(support.tiny_recipe(root, **changes), tmp_path / "run")
-        assert words in str(error.value)
         assert not (tmp_path / "run").exists()
