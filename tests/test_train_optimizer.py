@@ -172,26 +172,6 @@ def test_parameters_updated_one_by_one_are_those_updated_together(name: Any, mon
         assert torch.equal(together.master(key), alone.master(key)), key
 
 
-@each_dtype
-@each_name
-def test_a_parameter_in_another_memory_layout_is_updated_alike(name: Any, dtype: torch.dtype) -> None:
-    """Alone in its group, of a size that no zeros need to fill up: nothing is joined, and the layout is all it has."""
-    plain = torch.randn(64, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
-    gradient = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
-    found = []
-    for value in (plain, plain.t().contiguous().t()):
-        optimizer = AdapterOptimizer({"layer.lora_A": nn.Parameter(value.clone())}, name=name)
-        (parameter,) = optimizer.parameters.values()
-        assert parameter.is_contiguous() == value.is_contiguous()
-        for _ in range(2):
-            parameter.grad = gradient.clone()
-            optimizer.step(1e-2)
-            assert torch.equal(parameter.grad, gradient)
-        found.append(optimizer.master("layer.lora_A"))
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], plain.float())
-
-
 def test_gradients_accumulate_in_float32_and_are_measured_and_scaled_together() -> None:
     params = parameters()
     optimizer = AdapterOptimizer(params, name="adamw")
@@ -206,9 +186,9 @@ def test_gradients_accumulate_in_float32_and_are_measured_and_scaled_together() 
         np.testing.assert_allclose(p.grad.numpy(), 3.0, rtol=4e-3)
         p.grad.fill_(2.0)
     count = sum(p.numel() for p in params.values())
-    assert float(optimizer.gradient_norm()) == pytest.approx(2 * math.sqrt(count), rel=1e-6)
-    optimizer.scale_gradients_(0.5)
-    assert float(optimizer.gradient_norm()) == pytest.approx(math.sqrt(count), rel=1e-6)
+    for size in (2, 1):
+        assert float(optimizer.gradient_norm()) == pytest.approx(size * math.sqrt(count), rel=1e-6)
+        optimizer.scale_gradients_(0.5)
 
 
 def saved(optimizer: AdapterOptimizer) -> dict[str, Tensor]:

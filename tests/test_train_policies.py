@@ -149,25 +149,11 @@ def test_a_matrix_without_a_gradient_is_named_once_after_three_updates() -> None
     assert len(found[2]) == check.num_tensors == 42
 
 
-def cpu_allocator() -> BaseException:
-    """What torch really says on a CPU."""
-    try:
-        torch.empty(2**50)
-    except RuntimeError as error:
-        return error
-    raise AssertionError("a petabyte of memory")
-
-
-CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
-
-
 @pytest.mark.parametrize(
     "error, expected",
     [
-        (cpu_allocator(), True),
-        (torch.OutOfMemoryError(CUDA), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
         (MemoryError(), True),
-        (RuntimeError("CUDA error: out of memory"), True),  # cudaMalloc by itself
         (RuntimeError("CUDA driver error: out of memory"), True),  # a segment that grows
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (dist.DistBackendError("NCCL error\nLast error:\nCuda failure 2 'out of memory'"), True),
@@ -175,12 +161,14 @@ CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (RunFailure("the system refuses 64 MiB of pinned host memory (CUDA error: out of memory)."), False),
         (ValueError("DefaultCPUAllocator: can't allocate memory"), False),
-        (OSError(12, "Cannot allocate memory"), False),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_what_counts_as_out_of_memory(error: BaseException, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**50)  # what torch really says on a CPU
+    assert is_out_of_memory(raised.value)
 
 
 @pytest.mark.parametrize("free, expected", [(99_999_999, True), (100_000_000, False), (None, False)])
@@ -301,16 +289,12 @@ def test_lines_go_through_the_values_of_steps_and_evaluations(tmp_path: Path) ->
 
 @pytest.mark.figures
 def test_a_figure_that_cannot_be_drawn_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    plain = lines()
-    for line in plain:
-        line.get("average", {}).update(acc=None)
-    assert "validation_accuracy" not in {path.stem for path in draw_figures(plain, tmp_path)}
     assert len(draw_figures(lines()[1:-1], tmp_path)) == 2  # a single evaluation
-    assert draw_figures([{"step": 0, "eval": {}}], tmp_path / "none") == []
     strange = lines()
     del strange[1]["time"]
-    names = ["loss_per_task", "validation_nll", "validation_accuracy"]
-    assert [path.stem for path in draw_figures(strange, tmp_path)] == names
+    for line in strange:
+        line.get("average", {}).update(acc=None)
+    assert [path.stem for path in draw_figures(strange, tmp_path)] == ["loss_per_task", "validation_nll"]
     assert "figures/steps.svg was not drawn: KeyError: 'time'" in caplog.text
 
 
