@@ -122,15 +122,6 @@ def test_one_is_asked_to_stop_both_do_and_resumed_equals_uninterrupted_bit_for_b
     assert "from 2 processes, this run has 1: same data, different dropout" in (run / "log.txt").read_text()
 
 
-def test_a_run_goes_on_with_another_number_of_processes(root: Path, one: Path, tmp_path: Path) -> None:
-    """One process, then two, then one again."""
-    train_until(exact(root), tmp_path, 2)
-    assert support.run_processes(2, stopped, exact(root), tmp_path, 4, (0, 1), True) == ["", ""]
-    train_run(exact(root), tmp_path, resume=True)
-    assert_close_runs(one, tmp_path)
-    assert "same data, different dropout" not in (tmp_path / "log.txt").read_text()  # there is none
-
-
 def with_files_of_its_own(rank: int, settings: list[Recipe], directory: Path) -> None:
     """Train, and leave a file for each source that this process tokenises."""
     tokenize_all = build_data.tokenize_all
@@ -395,14 +386,6 @@ def unequal_machines(rank: int) -> None:
 def test_gpus_gather_a_divided_base_by_nccl_and_machines_of_unequal_size_cannot_repeat_it() -> None:
     assert support.run_processes(4, mesh_on_gpus) == [""] * 4
     assert support.run_processes(3, unequal_machines) == [""] * 3
-
-
-def test_an_old_torch_cannot_divide_a_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "CAN_DIVIDE", False)
-    text = r"train.parallel: must be auto or replicate with torch .* \(shard and hybrid need torch 2.12\), got shard"
-    with pytest.raises(UserError, match=text):
-        distributed.mesh_of(Processes(size=2, shards=True), torch.device("cpu"), "shard")
-    assert distributed.mesh_of(Processes(size=2), torch.device("cpu"), "shard") is None
 
 
 @pytest.mark.slow

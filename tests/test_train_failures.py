@@ -29,7 +29,6 @@ from tests import support
 from tests.support import (
     ADAPTER,
     UNEVALUATED,
-    assert_resumes,
     assert_same_run,
     in_batches,
     make_gradients_nan,
@@ -217,26 +216,15 @@ def test_after_a_sticky_error_the_first_one_is_reported_with_the_batch_that_caus
 
 
 STEPS, BAD = 11, 10
-CASES: dict[str, tuple[float, dict[str, Any], str]] = {
-    "nan": (math.nan, {}, "loss nan is not finite"),
-    "spike": (60.0, {"train__spike": 3}, "loss .* is more than 3 times .*, the median of the last 9 steps"),
-}
+
+
+SPIKE = "loss .* is more than 3 times .*, the median of the last 9 steps"
 
 
 def plain(root: Path, **changes: Any) -> Recipe:
     """A checkpoint at the end only."""
-    return support.tiny_recipe(
-        root, **(UNEVALUATED | {"train__checkpoint_every": None, "train__steps": STEPS} | changes)
-    )
-
-
-def longest_of_step(settings: Recipe, step: int) -> tuple[str, list[int]]:
-    """(id, token ids) of an example that the step takes and no other one of the run."""
-    _, tokenizer = find_model(settings)
-    loader = make_loader(settings, tokenized_mix(settings, tokenizer, read_data(settings.data)[0]), tokenizer)
-    batch = [loader.next_step() for _ in range(step)][-1]
-    name, ids, _ = max(batch.micro_batches[0].examples(), key=lambda example: len(example[1]))
-    return name, ids.tolist()
+    own = UNEVALUATED | {"train__checkpoint_every": None, "train__steps": STEPS, "train__spike": 3}
+    return support.tiny_recipe(root, **(own | changes))
 
 
 def scale_loss(patch: pytest.MonkeyPatch, wanted: list[int], factor: float) -> None:
@@ -253,8 +241,12 @@ def scale_loss(patch: pytest.MonkeyPatch, wanted: list[int], factor: float) -> N
 
 @pytest.fixture(scope="module")
 def bad(root: Path) -> tuple[str, list[int]]:
-    """An example of step `BAD`."""
-    return longest_of_step(plain(root), BAD)
+    """(id, token ids) of an example that step `BAD` takes and no other one of the run."""
+    _, tokenizer = find_model(plain(root))
+    loader = make_loader(plain(root), tokenized_mix(plain(root), tokenizer, read_data(plain(root).data)[0]), tokenizer)
+    batch = [loader.next_step() for _ in range(BAD)][-1]
+    name, ids, _ = max(batch.micro_batches[0].examples(), key=lambda example: len(example[1]))
+    return name, ids.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -264,36 +256,30 @@ def undisturbed(root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def skipping(root: Path, bad: tuple[str, list[int]]) -> dict[str, Path]:
-    """Case -> a run that skipped step `BAD`, with a checkpoint of every step."""
+def skipping(root: Path, bad: tuple[str, list[int]]) -> Path:
+    """A run that skipped step `BAD`, with a checkpoint of every step."""
     every = {"train__checkpoint_every": 1, "train__keep_checkpoints": 20, "train__on_bad_step": "skip"}
-    for case, (factor, changes, _) in CASES.items():
-        with pytest.MonkeyPatch.context() as patch:
-            scale_loss(patch, bad[1], factor)
-            summary = train_run(plain(root, **every, **changes), root / case)
-        assert (summary["num_skipped"], summary["num_steps"]) == (1, STEPS)
-    return {case: root / case for case in CASES}
+    with pytest.MonkeyPatch.context() as patch:
+        scale_loss(patch, bad[1], 60.0)
+        summary = train_run(plain(root, **every), root / "skipping")
+    assert (summary["num_skipped"], summary["num_steps"]) == (1, STEPS)
+    return root / "skipping"
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_bad_step_is_skipped_and_changes_nothing(
-    undisturbed: Path, skipping: dict[str, Path], bad: tuple[str, list[int]], case: str
-) -> None:
-    factor, _, reason = CASES[case]
-    run = skipping[case]
+def test_a_bad_step_is_skipped_and_changes_nothing(undisturbed: Path, skipping: Path, bad: Any) -> None:
     for file in (ADAPTER, "optimizer.safetensors"):
-        same_tensors(run / f"checkpoints/step-{BAD}" / file, run / f"checkpoints/step-{BAD - 1}" / file)
-    after = [load_file(run / f"checkpoints/step-{step}" / ADAPTER) for step in (BAD, STEPS)]
+        same_tensors(skipping / f"checkpoints/step-{BAD}" / file, skipping / f"checkpoints/step-{BAD - 1}" / file)
+    after = [load_file(skipping / f"checkpoints/step-{step}" / ADAPTER) for step in (BAD, STEPS)]
     assert any(not torch.equal(after[0][name], after[1][name]) for name in after[0]), "the run did not go on"
-    expected, lines = timeless(undisturbed), timeless(run)
+    expected, lines = timeless(undisturbed), timeless(skipping)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[: BAD - 1] == expected[: BAD - 1]
     assert (lines[-1]["num_tokens"], lines[-1]["lr"]) == (expected[-1]["num_tokens"], expected[-1]["lr"])
     assert set(lines[BAD - 1]) == {"step", "skipped"}
-    (kept,) = (run / "bad-steps").iterdir()
+    (kept,) = (skipping / "bad-steps").iterdir()
     document = json.loads((kept / "batch.json").read_text())
     assert document["step"] == BAD
-    assert re.fullmatch(reason, document["reason"])
+    assert re.fullmatch(SPIKE, document["reason"])
     # The batch's two files agree with each other and with the line of the same step of an undisturbed run
     examples, tensors, line = document["examples"], load_file(kept / "batch.safetensors"), expected[BAD - 1]
     assert len(examples) == line["num_examples"] == len(tensors["input_ids"])
@@ -308,42 +294,30 @@ def test_a_bad_step_is_skipped_and_changes_nothing(
         assert ("=" in each["text"]) == (each["task"] == "sums")
     (found,) = [each for each in examples if each["id"] == bad[0]]
     assert found["input_ids"] == bad[1]
-    whole = sum(task["nll_sum"] for task in line["tasks"].values())
     others = sum(each["nll_sum"] for each in examples if each is not found)
-    if math.isnan(factor):
-        assert found["nll_sum"] is document["loss"] is None
-        assert 0 < others < whole
-    else:
-        assert others + found["nll_sum"] / factor == pytest.approx(whole, rel=1e-5)
-        assert document["loss"] == pytest.approx((others + found["nll_sum"]) / line["num_label_tokens"], rel=1e-5)
-
-
-def test_interrupted_and_resumed_decides_alike(
-    root: Path,
-    skipping: dict[str, Path],
-    bad: tuple[str, list[int]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    scale_loss(monkeypatch, bad[1], 60.0)
-    settings = plain(root, train__on_bad_step="skip", train__spike=3)
-    assert_resumes(settings, skipping["spike"], tmp_path, stop_at=BAD - 2, step=STEPS)
+    whole = sum(task["nll_sum"] for task in line["tasks"].values())
+    assert others + found["nll_sum"] / 60 == pytest.approx(whole, rel=1e-5)
+    assert document["loss"] == pytest.approx((others + found["nll_sum"]) / line["num_label_tokens"], rel=1e-5)
 
 
 def test_a_bad_step_stops_the_run_with_the_state_before_it(
-    root: Path, undisturbed: Path, skipping: dict[str, Path], bad: tuple[str, list[int]], tmp_path: Path
+    root: Path, undisturbed: Path, skipping: Path, bad: Any, tmp_path: Path
 ) -> None:
     """A spike may be skipped on a resume; a NaN of the machine may be gone."""
-    for case, change, whole in (("spike", {"train__on_bad_step": "skip"}, skipping["spike"]), ("nan", {}, undisturbed)):
-        factor, changes, reason = CASES[case]
+    run = tmp_path / "nan"
+    for factor, reason, directory in ((60.0, SPIKE, tmp_path / "spike"), (math.nan, "loss nan is not finite", run)):
         with pytest.MonkeyPatch.context() as patch:
             scale_loss(patch, bad[1], factor)
             with pytest.raises(RunFailure, match=rf"step {BAD}: {reason}.*step-{BAD - 1}, .*bad-steps/step-{BAD}"):
-                train_run(plain(root, **changes), tmp_path / case)
-            if not change:
-                patch.undo()
-            train_run(plain(root, **changes, **change), tmp_path / case, resume=True)
-        assert_same_run(tmp_path / case, whole, step=STEPS)
+                train_run(plain(root), directory)
+            if directory is not run:
+                train_run(plain(root, train__on_bad_step="skip"), directory, resume=True)
+    document = json.loads((run / f"bad-steps/step-{BAD}/batch.json").read_text())
+    assert document["loss"] is None
+    assert [each["id"] for each in document["examples"] if each["nll_sum"] is None] == [bad[0]]
+    train_run(plain(root), run, resume=True)
+    assert_same_run(run, undisturbed, step=STEPS)
+    assert_same_run(tmp_path / "spike", skipping, step=STEPS)
 
 
 def test_too_many_in_a_row_stop_the_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,20 +87,29 @@ def expected(name: str, start: Tensor, grads: list[np.ndarray], **settings: Any)
 
 
 @each_name
-def test_follows_the_paper_in_float64_whatever_the_storage(name: Any) -> None:
-    """With a rate for each kind of parameter. Masters of bf16 storage are those of float32 storage, bit for bit."""
-    short, long = parameters(torch.bfloat16), parameters(torch.float32)
+def test_follows_the_paper_in_float64_whatever_the_storage(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a rate for each kind of parameter. Masters of bf16 storage are those of float32 storage, bit for bit; those
+    of parameters that are updated one by one are those of parameters updated together."""
+    short, long, other = parameters(), parameters(torch.float32), parameters()
     with torch.no_grad():
         for key in short:
             long[key].copy_(short[key].float())
     start = {key: p.detach().clone() for key, p in short.items()}
     ratios = {"lora_B": 4.0, "magnitude": 0.5}
-    optimizers = [AdapterOptimizer(p, name=name, weight_decay=0.1, lr_ratios=ratios) for p in (short, long)]
-    for optimizer in optimizers:
+    settings: dict[str, Any] = {"name": name, "weight_decay": 0.1, "lr_ratios": ratios}
+    together, wide = (AdapterOptimizer(p, **settings) for p in (short, long))
+    monkeypatch.setattr(flat_group, "_GROUP_ELEMENTS", 6000)
+    alone = AdapterOptimizer(other, **settings)
+    small = [["down.lora_B"]] if "8bit" in name else []
+    matrices = ["up.lora_A", "up.lora_B", *([] if small else ["down.lora_B"])]
+    assert sorted(list(group.parameters) for group in together._groups) == sorted([matrices, *small, ["up.magnitude"]])
+    assert [list(group.parameters) for group in alone._groups] == [[key] for key in alone.parameters]
+    for optimizer in (together, wide, alone):
         grads = train(optimizer, steps=60, lr=5e-5)
     for key, p in short.items():
-        master = optimizers[0].master(key)
-        assert torch.equal(master, optimizers[1].master(key))
+        master = together.master(key)
+        assert torch.equal(master, wide.master(key))
+        assert torch.equal(master, alone.master(key))
         assert torch.equal(long[key].detach(), master)
         assert torch.equal(p.detach(), master if key == "up.magnitude" else nearest_bfloat16(master))
         rate = 5e-5 * ratios.get(key.rpartition(".")[2], 1.0)
@@ -111,7 +120,7 @@ def test_follows_the_paper_in_float64_whatever_the_storage(name: Any) -> None:
         else:
             assert error < 4e-6, key
     before = {key: (p._version, p.detach().clone()) for key, p in short.items()}
-    train(optimizers[0], first=60, steps=1, without=["up.lora_A"])
+    train(together, first=60, steps=1, without=["up.lora_A"])
     for key, p in short.items():  # a row norm is kept until the version changes
         version, value = before[key]
         assert (p._version > version) == (key != "up.lora_A")
@@ -155,21 +164,6 @@ def test_what_decays_and_what_has_coarse_states(name: Any) -> None:
     assert {key.split("/")[1] for key in before} == shapes.keys()
     coarse = {key.split("/")[1] for key, (_, dtype) in before.items() if dtype == torch.uint8}
     assert coarse == ({"head.weight", "up.lora_A"} if "8bit" in name else set())  # 64 x 64 = 4,096; 63 x 65 is less
-
-
-@each_name
-def test_parameters_updated_one_by_one_are_those_updated_together(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = AdapterOptimizer(parameters(), name=name, weight_decay=0.1)
-    monkeypatch.setattr(flat_group, "_GROUP_ELEMENTS", 6000)
-    alone = AdapterOptimizer(parameters(), name=name, weight_decay=0.1)
-    small = [["down.lora_B"]] if "8bit" in name else []
-    matrices = ["up.lora_A", "up.lora_B", *([] if small else ["down.lora_B"])]
-    assert sorted(list(group.parameters) for group in together._groups) == sorted([matrices, *small, ["up.magnitude"]])
-    assert [list(group.parameters) for group in alone._groups] == [[key] for key in alone.parameters]
-    for optimizer in (together, alone):
-        train(optimizer, steps=3)
-    for key in together.parameters:
-        assert torch.equal(together.master(key), alone.master(key)), key
 
 
 def test_gradients_accumulate_in_float32_and_are_measured_and_scaled_together() -> None:

@@ -345,8 +345,3 @@ def test_with_a_gpu_reserved_memory_stands_beside_what_is_in_use(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peaks.update(now))
     assert "memory 1.50 (reserved 1.75) GiB" in shown()
     assert _peaks(Processes()) == {"peak_memory_bytes": 3 << 29, "peak_reserved_bytes": 7 << 28}
-
-
-def test_durations() -> None:
-    for seconds, text in ((5, "5s"), (59.6, "1m00s"), (200, "3m20s"), (3599.7, "1h00m"), (7500, "2h05m")):
-        assert duration(seconds) == text

@@ -95,22 +95,6 @@ def test_a_faulty_row_ends_a_run_with_its_work_saved(tmp_path: Path, monkeypatch
     same_tensors(tmp_path / "whole" / ADAPTER, tmp_path / "mended" / ADAPTER)
 
 
-def test_a_packed_run_has_the_losses_of_an_unpacked_one(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = {"adapter__dropout": 0.0, "adapter__dtype": "float32", "train__batch": 12, **UNEVALUATED}
-    train_run(support.tiny_recipe(root, **plain), tmp_path / "plain")
-    for layout in ("rows", "single"):
-        seen: list[Any] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(packed_attention, "layout_for", lambda attention, layout=layout: layout)
-            in_batches(patch, lambda _number, _loss, _ids, options, seen=seen: seen.append(options["packing"]))
-            train_run(support.tiny_recipe(root, **plain, data__packing=True), tmp_path / layout)
-        assert {packing.example_index.shape[0] > 1 for packing in seen} == {layout == "rows"}
-        assert any((packing.position_ids == 0).sum(dim=1).max() > 1 for packing in seen)
-        assert_close_runs(tmp_path / "plain", tmp_path / layout)
-
-
 def test_a_packed_run_resumes_and_keeps_bad_batches(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,19 +138,6 @@ def test_a_run_keeps_generated_answers_beside_the_log_likelihoods(generated: Pat
     other = evaluate_target(str(generated), EvalOptions(tasks=["letters"], method="loglikelihood"))
     assert "generation" not in other
     assert other["evaluation"]["tasks"] == own["evaluation"]["tasks"]
-
-
-def test_sources_that_cannot_be_generated_are_refused(root: Path, generated: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="got task 'sums', whose example 29 has no choices"):
-        train_run(support.tiny_recipe(root, eval__method="generate"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    for target, options, said in (
-        (generated, {"tasks": ["sums"]}, "got task 'sums'"),
-        (generated, {"method": "generation"}, "--method: got 'generation', must be one of loglikelihood, generate"),
-        (root / "model", {"texts": [Path(__file__)], "method": "generate"}, "--method: .*got only --text"),
-    ):
-        with pytest.raises(UserError, match=said):
-            evaluate_target(str(target), EvalOptions(**options))
 
 
 def halves(generator: np.random.Generator, true: Any, noise: float, num_tokens: Any) -> list[Any]:
