@@ -52,9 +52,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return support.write_source(tmp_path_factory.mktemp("source"))
 
 
-def on_host(source: Path, num_streamed: int | None = None, reader: Any = None, **settings: Any) -> PreTrainedModel:
-    residency = HostResidency(num_streamed, copies=LateCopies, **settings)
-    options: dict[str, Any] = {} if reader is None else {"reader": reader}
+def on_host(source: Path, num_streamed: int | None = None, free_bytes: Any = None, **options: Any) -> PreTrainedModel:
+    given = {} if free_bytes is None else {"free_bytes": free_bytes}
+    residency = HostResidency(num_streamed, copies=LateCopies, **given)
     resolved = resolve(str(source))
     return load_model(resolved, quant="nf4", compute_dtype=torch.float32, placer=residency, **options)
 
@@ -129,13 +129,12 @@ def test_interleaved_blocks_are_spread_evenly(num_blocks: int, share: float) -> 
 
 
 def test_a_slot_is_filled_after_its_release_and_read_after_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, cpu = FakeCuda(monkeypatch), torch.device("cpu")
+    cuda, side = FakeCuda(monkeypatch), "stream 0"
     slots = [torch.zeros(4), torch.zeros(4)]
-    copies, side = CudaCopies(cpu, slots), "stream 0"
+    copies = CudaCopies(torch.device("cpu"), slots)
     log = cuda.read()
     released = [event for stream, _, event in log if stream == "main"]
-    for_a_slot = [[("main", "records", event), (side, "uses the memory", "")] for event in released]
-    assert log == for_a_slot[0] + for_a_slot[1]
+    assert log == [each for event in released for each in (("main", "records", event), (side, "uses the memory", ""))]
     copied = []
     for slot in (1, 0):
         copies.begin(torch.ones(4), slots[slot], slot)
@@ -143,9 +142,8 @@ def test_a_slot_is_filled_after_its_release_and_read_after_its_copy(monkeypatch:
         copied.append(log[-1][2])
         assert log == [(side, "waits for", released[slot]), (side, "copies", ""), (side, "records", copied[-1])]
         copies.wait(slot)
-        assert cuda.read() == [("main", "waits for", copied[-1])]
         copies.release(slot)
-        assert cuda.read() == [("main", "records", released[slot])]
+        assert cuda.read() == [("main", "waits for", copied[-1]), ("main", "records", released[slot])]
     assert len({*released, *copied}) == 4
     assert all(bool(slot.all()) for slot in slots)
 
@@ -213,11 +211,9 @@ def test_several_steps_evaluations_in_between_and_cosines_of_tasks(source: Path)
         resident, streamed = (support.streamed_gradients(model) for model in models)
         support.assert_equal_tensors(streamed, resident)
         for model in models:
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.grad is not None:
-                        parameter -= 0.1 * parameter.grad
-                        parameter.grad = None
+            for parameter in adapter_parameters(model).values():
+                parameter.data -= 0.1 * parameter.grad
+                parameter.grad = None
             with torch.inference_mode():
                 model(input_ids=support.STREAMED_IDS[1])
     said = [model.generate(support.STREAMED_IDS[0], max_new_tokens=6, do_sample=False) for model in models]
@@ -225,17 +221,16 @@ def test_several_steps_evaluations_in_between_and_cosines_of_tasks(source: Path)
     half = support.step_of(support.examples(), Batching(40, 0)).micro_batches
     halves = {"one": (half[:1], half[1:]), "two": (half[1:], half[:2])}
     reports = [measure(model, halves, adapter_parameters(model), device=support.CPU) for model in models]
-    for key in ("cosines", "norms"):
-        assert reports[1][key] == reports[0][key]
+    assert all(reports[1][key] == reports[0][key] for key in ("cosines", "norms"))
 
 
 def test_every_weight_is_read_from_its_slot_outside_of_a_pass_too(source: Path, tmp_path: Path) -> None:
     """Also from a cached base, and after the rest of the model was cast."""
     expected = frozen_layers(support.resident_model(source))
     cache = BaseCache(tmp_path, support.STREAMED_QUANTIZATION, support.CPU)
-    models = [on_host(source), on_host(source), on_host(source, 2, cache), on_host(source, 2, cache)]
-    models[1].to(torch.bfloat16)
-    assert models[1].get_input_embeddings().weight.dtype == torch.bfloat16
+    models = [on_host(source), *(on_host(source, 2, reader=cache) for _ in range(2))]
+    models[0].to(torch.bfloat16)
+    assert models[0].get_input_embeddings().weight.dtype == torch.bfloat16
     for model in models:
         found = frozen_layers(model)
         assert len(found) == len(expected) == 35
@@ -252,24 +247,6 @@ def test_the_4_bit_export_writes_each_block_where_it_belongs(tmp_path: Path) -> 
         support.assert_equal_tensors(found, expected)
 
 
-HOST = {"base__residency": "host"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "fault"),
-    [
-        (HOST | {"base__quant": "none"}, "base.residency: must be device with quant none"),
-        (HOST | {"base__prune": {"method": "magnitude", "sparsity": 0.5}}, "residency: must be device with a pruned"),
-        (HOST | {"memory__checkpointing": False}, "memory.checkpointing: must be true"),
-        ({"base__streamed_blocks": 1}, "base.streamed_blocks: would be ignored"),
-        ({"memory__host_embeddings": True}, "memory.host_embeddings: .*must be false on a machine without a GPU"),
-    ],
-)
-def test_settings_that_do_not_go_together(root: Path, tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
-    with pytest.raises(UserError, match=fault):
-        train_run(support.tiny_recipe(root, **changes), tmp_path / "run")
-
-
 def pieces_of(*weights: tuple[int, int], num_blocks: int) -> list[Piece]:
     pieces = [Piece() for _ in range(num_blocks)]
     for piece in pieces:
@@ -283,12 +260,7 @@ def test_too_little_host_memory_is_one_line(source: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"base\.residency: host: 5 blocks need .* GiB are free"):
         on_host(source, free_bytes=lambda: 1000)
     with pytest.raises(UserError, match=r"5 blocks need .* beside the 0\.0 GiB of the embedding"):
-        load_model(
-            resolve(str(source)),
-            quant="nf4",
-            before_reading=keep_embedding_on_host,
-            placer=HostResidency(free_bytes=lambda: 0, copies=LateCopies),
-        )
+        on_host(source, free_bytes=lambda: 0, before_reading=keep_embedding_on_host)
     driver = FakeCudart(most=1 << 20).put_in(monkeypatch)
     monkeypatch.setattr(torch, "ones", Mock(side_effect=torch.AcceleratorError("CUDA error: out of memory")))
     with pytest.raises(UserError, match=r"the system refuses them \(out of memory \(2\)\)\. Fix: lower"):
@@ -329,35 +301,35 @@ def test_pinned_memory_is_as_large_as_the_packed_base(monkeypatch: pytest.Monkey
     assert planned.host_bytes == sum(driver.locked.values())
 
 
-def with_embedding_on_host(source: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return load_model(resolve(str(source)), quant="nf4", compute_dtype=dtype, before_reading=keep_embedding_on_host)
-
-
 def test_an_embedding_on_the_host_changes_no_number(source: Path) -> None:
-    models = [support.adapt_streamed(make(source)) for make in (support.resident_model, with_embedding_on_host)]
-    assert isinstance(models[1].get_input_embeddings(), HostEmbedding)
+    options: dict[str, Any] = {"quant": "nf4", "before_reading": keep_embedding_on_host}
+    there = load_model(resolve(str(source)), compute_dtype=torch.float32, **options)
+    models = [support.adapt_streamed(model) for model in (support.resident_model(source), there)]
+    assert isinstance(there.get_input_embeddings(), HostEmbedding)
     expected, found = (support.streamed_gradients(model) for model in models)
     support.assert_equal_tensors(found, expected)
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
     assert "model.embed_tokens.weight" in models[1]._ddp_params_and_buffers_to_ignore  # wrappers do not send it
     # float32 arithmetic widens it and gives it back
-    model = with_embedding_on_host(source, torch.bfloat16)
+    model = load_model(resolve(str(source)), compute_dtype=torch.bfloat16, **options)
     other = load_model(resolve(str(source)), quant="nf4", compute_dtype=torch.bfloat16)
     table = model.get_input_embeddings().weight
-    assert table.dtype == torch.bfloat16
     with torch.no_grad(), float32_arithmetic(model), float32_arithmetic(other):
         found, expected = (each(input_ids=support.STREAMED_IDS[0]).logits for each in (model, other))
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
     assert model.get_input_embeddings().weight is table
+    assert table.dtype == torch.bfloat16
+    # Token ids go where the rows go
+    there.get_input_embeddings().to("meta")
+    assert next(there.parameters()).device == there.device == torch.device("meta")
 
 
-def test_rows_go_to_the_device_and_the_table_stays(source: Path) -> None:
+def test_rows_go_to_the_device_and_the_table_stays() -> None:
     """ "meta" is any device that is not the CPU."""
     table = torch.randn(7, 4, dtype=torch.bfloat16)
     embedding = HostEmbedding(table, torch.device("cpu"))
-    model = torch.nn.Sequential(embedding, torch.nn.Linear(4, 2))
-    model.to("meta")
+    model = torch.nn.Sequential(embedding, torch.nn.Linear(4, 2)).to("meta")
     assert embedding.weight is table
     assert {parameter.device.type for parameter in model.parameters()} == {embedding.device.type} == {"meta"}
     rows: Tensor = embedding(torch.tensor([[1, 2, 3]]))
@@ -370,11 +342,6 @@ def test_rows_go_to_the_device_and_the_table_stays(source: Path) -> None:
     assert torch.equal(embedding.weight, table.float() + 1)
     with pytest.raises(RuntimeError, match="Missing key"):
         embedding.load_state_dict({})
-    # Token ids go where the rows go
-    loaded = with_embedding_on_host(source)
-    assert next(loaded.parameters()).device == torch.device("cpu")
-    loaded.get_input_embeddings().to("meta")
-    assert next(loaded.parameters()).device == loaded.device == torch.device("meta")
 
 
 def plan_of(*budget: int, config: LlamaConfig, device_kind: Any = "cuda", **memory: object) -> Plan:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 

@@ -24,7 +24,6 @@ from rich.console import Console
 
 from qdora.data.batching import Batching
 from qdora.errors import RunFailure
-from qdora.files.console import duration
 from qdora.memory.failed_allocation import is_out_of_memory
 from qdora.model.inject import adapter_parameters
 from qdora.recipe.train_settings import TrainConfig

@@ -19,15 +19,12 @@ from qdora.plan.memory_plan import plan
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.interference import agreement, measure
 from qdora.run.train import train_run
-from qdora.train import packed_attention
 from qdora.train.checkpoint import random_state
 from tests import reference, support
 from tests.support import (
     ADAPTER,
     UNEVALUATED,
-    assert_close_runs,
     assert_resumes,
-    in_batches,
     make_gradients_nan,
     same_tensors,
     timeless,
@@ -290,15 +287,13 @@ def test_what_cannot_be_measured_or_weighted_is_refused(root: Path, tmp_path: Pa
     more = tmp_path / "more.jsonl"  # rows of the task of the first source
     row = {"task": "sums", "question": "1 + 1?", "choices": ["2", "3"], "answer": 0}
     more.write_text("".join(json.dumps({**row, "id": str(n)}) + "\n" for n in range(30)))
-    weighted = {"source": sums, "loss_weight": 2.0}
-    every = {"interference__every": 2}
+    mix = [{"source": sums, "loss_weight": 2.0}, {"source": str(more)}]
+    every: dict[str, Any] = {"interference__every": 2, "eval__every": 2}
     for changes, words in (
-        (every | {"eval__every": 2, "data__validation_fraction": 0.01}, "every: sums has 1 validation example"),
+        (every | {"data__validation_fraction": 0.01}, "every: sums has 1 validation example"),
         (every | {"data__mix": [{"source": letters}]}, "needs at least two sources in data.mix, got 1"),
         (every | {"eval__every": 4}, "interference.every: must be a multiple of eval.every"),
-        ({"interference__examples": 4}, "interference.examples: would be ignored because interference.every"),
-        ({"data__mix": [weighted]}, "loss_weight: would be ignored because there is no other source"),
-        ({"data__mix": [weighted, {"source": str(more)}]}, "task sums is in sums with loss_weight 2 and in more with"),
+        ({"data__mix": mix}, "task sums is in sums with loss_weight 2 and in more with"),
     ):
         with pytest.raises(UserError, match=words):
             train_run(support.tiny_recipe(root, **changes), tmp_path / "run")
