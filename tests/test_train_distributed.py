@@ -122,19 +122,6 @@ def test_one_is_asked_to_stop_both_do_and_resumed_equals_uninterrupted_bit_for_b
     assert "from 2 processes, this run has 1: same data, different dropout" in (run / "log.txt").read_text()
 
 
-def with_files_of_its_own(rank: int, settings: list[Recipe], directory: Path) -> None:
-    """Train, and leave a file for each source that this process tokenises."""
-    tokenize_all = build_data.tokenize_all
-
-    def noted(*args: Any, **options: Any) -> TokenizedSet:
-        (directory.parent / f"{options['name']} by {rank}").touch(exist_ok=False)
-        return tokenize_all(*args, **options)
-
-    build_data.tokenize_all = noted
-    token_cache._LEAST_TOKENS = 0
-    train_run(settings[rank], directory)
-
-
 @pytest.mark.parametrize(
     ("changed", "different"), [("data/sums.jsonl", "another training data"), ("model/config.json", "another base")]
 )
@@ -146,49 +133,42 @@ def test_all_have_the_same_data_and_base(root: Path, tmp_path: Path, changed: st
     file = tmp_path / "copy" / changed
     file.write_text(file.read_text().replace("1 + 2 =", "1 + 3 =") + "\n")
     text = rf"process 1 on \S+ has {different} than process 0 on \S+\. Fix: give all machines the same files"
-    for error in support.run_processes(2, with_files_of_its_own, settings, tmp_path / "run"):
+    for error in support.run_processes(2, lambda rank: train(rank, settings[rank], tmp_path / "run")):
         assert re.search(text, error)
 
 
 def test_of_the_same_files_the_first_one_tokenises_for_all(root: Path, tmp_path: Path) -> None:
     settings = recipe(root, train__steps=1, data__cache=str(tmp_path / "cache"))
-    assert support.run_processes(2, with_files_of_its_own, [settings, settings], tmp_path / "run") == ["", ""]
+    tokenize_all = build_data.tokenize_all
+
+    def noted(rank: int) -> None:
+        def tokenize(*args: Any, **options: Any) -> TokenizedSet:
+            (tmp_path / f"{options['name']} by {rank}").touch(exist_ok=False)
+            return tokenize_all(*args, **options)
+
+        build_data.tokenize_all = tokenize
+        token_cache._LEAST_TOKENS = 0
+        train_run(settings, tmp_path / "run")
+
+    assert support.run_processes(2, noted) == ["", ""]
     assert sorted(file.name for file in tmp_path.glob("* by *")) == ["letters by 0", "sums by 0"]
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def broken(rank: int, settings: Recipe, directory: Path) -> None:
+def test_where_one_process_fails_all_stop_and_the_run_goes_on(root: Path, tmp_path: Path) -> None:
+    settings = exact(root, train__batch=2, train__checkpoint_every=1)
+
     def fail(number: int, *_: Any) -> None:
-        if rank == 1 and number == 3:
+        if number == 3:
             raise RuntimeError("CUDA error: device-side assert triggered")
 
-    in_batches(pytest.MonkeyPatch(), fail)
-    with pytest.raises(RunFailure, match=r"step 3: process 1: cannot be computed: CUDA error: device-side.*step-2"):
-        train_run(settings, directory)
+    def broken(rank: int) -> None:
+        if rank == 1:
+            in_batches(pytest.MonkeyPatch(), fail)
+        with pytest.raises(RunFailure, match=r"step 3: process 1: cannot be computed: CUDA error: device-side.*step-2"):
+            train_run(settings, tmp_path)
 
-
-def hanging(rank: int, settings: Recipe, directory: Path) -> None:
-    """The second process stands still for longer than the others wait for its pass."""
-    in_batches(pytest.MonkeyPatch(), lambda number, *_: time.sleep(4) if rank == 1 and number == 3 else None)
-    distributed._STEP_PATIENCE = timedelta(seconds=1)
-    named = "process 1: the exchange" if rank else "process 0: .*Ranks 1 failed to pass monitoredBarrier"
-    with pytest.raises(OtherProcessFailed, match=named):
-        train_run(settings, directory)
-
-
-def full_disk(rank: int, settings: Recipe, directory: Path) -> None:
-    writer.write_state = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    expected = (RunFailure, "the disk is full") if rank == 0 else (OtherProcessFailed, "process 1: .*process 0 failed")
-    with pytest.raises(expected[0], match=expected[1]):
-        train_run(settings, directory)
-
-
-@pytest.mark.parametrize("fails", [broken, hanging, full_disk])
-def test_where_one_process_fails_all_stop_and_the_run_goes_on(root: Path, tmp_path: Path, fails: Any) -> None:
-    settings = exact(root, train__batch=2, train__checkpoint_every=1)
-    assert support.run_processes(2, fails, settings, tmp_path, timeout=100) == ["", ""]
-    if fails is not broken:
-        return
+    assert support.run_processes(2, broken) == ["", ""]
     kept = json.loads((tmp_path / "bad-steps/step-3/batch.json").read_text())
     assert len(kept["examples"]) == 2  # of both
     assert support.run_processes(2, train, settings, tmp_path, True) == ["", ""]
@@ -199,21 +179,41 @@ def test_where_one_process_fails_all_stop_and_the_run_goes_on(root: Path, tmp_pa
     assert "process 0 failed" in errors[1]
 
 
-def out_of_memory(rank: int, settings: Recipe, directory: Path) -> None:
-    """The second process has less memory."""
+def test_a_process_that_hangs_or_has_a_full_disk_ends_the_others(root: Path, tmp_path: Path) -> None:
+    settings = exact(root, train__batch=2, train__checkpoint_every=1)
 
-    def hungry(_number: int, _loss: Any, ids: torch.Tensor, _options: Any) -> None:
-        if rank == 1 and ids.numel() > 40:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    def hanging(rank: int) -> None:
+        """The second process stands still for longer than the others wait for its pass."""
+        in_batches(pytest.MonkeyPatch(), lambda number, *_: time.sleep(4) if rank == 1 and number == 3 else None)
+        distributed._STEP_PATIENCE = timedelta(seconds=1)
+        train_run(settings, tmp_path / "hanging")
 
-    in_batches(pytest.MonkeyPatch(), hungry)
-    train_run(settings, directory)
+    def full_disk(_rank: int) -> None:
+        writer.write_state = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        train_run(settings, tmp_path / "full")
+
+    first, second = support.run_processes(2, hanging, timeout=100)
+    assert re.search("OtherProcessFailed: process 0: .*Ranks 1 failed to pass monitoredBarrier", first)
+    assert "OtherProcessFailed: process 1: the exchange" in second
+    first, second = support.run_processes(2, full_disk, timeout=100)
+    assert re.search("RunFailure: .*the disk is full", first)
+    assert re.search("OtherProcessFailed: process 1: .*process 0 failed", second)
 
 
 def test_where_one_runs_out_of_memory_both_take_smaller_micro_batches(root: Path, tmp_path: Path) -> None:
     settings, run = exact(root, train__batch=8), tmp_path / "run"
+
+    def hungry(_number: int, _loss: Any, ids: torch.Tensor, _options: Any) -> None:
+        if ids.numel() > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def short(rank: int) -> None:
+        if rank == 1:
+            in_batches(pytest.MonkeyPatch(), hungry)
+        train_run(settings, run)
+
     train_run(settings, tmp_path / "whole")
-    assert support.run_processes(2, out_of_memory, settings, run) == ["", ""]
+    assert support.run_processes(2, short) == ["", ""]
     shrunk = [line["out_of_memory"] for line in timeless(run) if "out_of_memory" in line]
     assert shrunk[-1]["tokens_after"] < 96
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in training_lines(run)))
@@ -314,28 +314,24 @@ def fake_gpus(num_gpus: int = 2) -> Iterator[None]:
         yield
 
 
-def gpus(rank: int) -> None:
-    """Also where each sees one alone; and GPUs that cannot reach each other are told at the start."""
-    taken: list[int] = []
-    with fake_gpus(num_gpus=1):
-        torch.cuda.set_device = taken.append
-        with processes_of_launch() as processes:
-            assert processes.gather(taken) == [[0], [0]]
+def test_processes_take_their_gpus() -> None:
+    """Also where each sees one alone; GPUs that cannot reach each other are told at the start."""
 
+    def alone(_rank: int) -> None:
+        taken: list[int] = []
+        with fake_gpus(num_gpus=1):
+            torch.cuda.set_device = taken.append
+            with processes_of_launch() as processes:
+                assert processes.gather(taken) == [[0], [0]]
 
-def network_without_a_way(rank: int) -> None:
-    dist.all_reduce = Mock(side_effect=dist.DistBackendError("NCCL error in: a.cpp:1, remote error\nLast error:\nno"))
-    with (
-        fake_gpus(),
-        pytest.raises(RunFailure, match=r"process .: .* NCCL error in: a.cpp:1, remote error"),
-        processes_of_launch(),
-    ):
-        pass
+    def without_a_way(_rank: int) -> None:
+        dist.all_reduce = Mock(side_effect=dist.DistBackendError("NCCL error in: a.cpp:1, remote\nLast error:\nno"))
+        with fake_gpus(), processes_of_launch():
+            pass
 
-
-@pytest.mark.parametrize("action", [gpus, network_without_a_way])
-def test_processes_take_their_gpus(action: Any) -> None:
-    assert support.run_processes(2, action, timeout=60) == ["", ""]
+    assert support.run_processes(2, alone, timeout=60) == ["", ""]
+    for error in support.run_processes(2, without_a_way, timeout=60):
+        assert re.search(r"RunFailure: process .: .* NCCL error in: a.cpp:1, remote", error)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,8 +355,6 @@ def mesh_on_gpus(rank: int) -> None:
 
         for module in (dist, dist.distributed_c10d):
             module.new_group = noted
-        reduce, joined = dist.all_reduce, []
-        dist.all_reduce = lambda tensor, group: joined.append((group, tensor.numel())) or reduce(tensor, group=group)
         here = [0, 1] if rank < 2 else [2, 3]
         expected = {"shard": [[0, 1, 2, 3]], "hybrid": [[rank % 2, rank % 2 + 2], here]}
         with processes_of_launch() as processes:
@@ -370,22 +364,20 @@ def mesh_on_gpus(rank: int) -> None:
                 groups = mesh.get_all_groups()
                 assert [dist.get_process_group_ranks(group) for group in groups] == members
                 assert [made.get(group.group_name) for group in groups] == ["nccl"] * len(groups)
-                assert joined == [(group, num) for group in groups for num in (1, 100)]
-                joined.clear()
-
-
-def unequal_machines(rank: int) -> None:
-    """A machine of two processes, and one of one."""
-    os.environ["LOCAL_WORLD_SIZE"] = "2" if rank < 2 else "1"
-    text = r"must be shard or replicate unless each machine has equally many processes, got hybrid with 1 and 2 of them"
-    with processes_of_launch() as processes, pytest.raises(UserError, match=text):
-        distributed.mesh_of(processes.dividing(base=True), torch.device("cpu"), "hybrid")
 
 
 @support.needs_division
 def test_gpus_gather_a_divided_base_by_nccl_and_machines_of_unequal_size_cannot_repeat_it() -> None:
     assert support.run_processes(4, mesh_on_gpus) == [""] * 4
-    assert support.run_processes(3, unequal_machines) == [""] * 3
+
+    def unequal(rank: int) -> None:
+        """A machine of two processes, and one of one."""
+        os.environ["LOCAL_WORLD_SIZE"] = "2" if rank < 2 else "1"
+        with processes_of_launch() as processes:
+            distributed.mesh_of(processes.dividing(base=True), torch.device("cpu"), "hybrid")
+
+    for error in support.run_processes(3, unequal):
+        assert "unless each machine has equally many processes, got hybrid with 1 and 2 of them" in error
 
 
 @pytest.mark.slow

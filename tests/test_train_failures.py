@@ -42,8 +42,6 @@ from tests.support import (
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
-
-
 def on_cpu() -> BaseException:
     return RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")
 
