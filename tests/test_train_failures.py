@@ -26,18 +26,7 @@ from qdora.run.train import train_run
 from qdora.train import flat_group, loss_scale, out_of_memory
 from qdora.train.loss_scale import LossScale
 from tests import support
-from tests.support import (
-    ADAPTER,
-    UNEVALUATED,
-    assert_same_run,
-    in_batches,
-    make_gradients_nan,
-    same_tensors,
-    stream_on_cpu,
-    timeless,
-    train_until,
-    training_lines,
-)
+from tests.support import ADAPTER, UNEVALUATED, assert_same_run, in_batches, same_tensors, timeless, training_lines
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
@@ -128,7 +117,7 @@ def test_micro_batches_grow_back_also_resumed(root: Path, tmp_path: Path, monkey
     assert sizes[1] == 2 * sizes[0]
     with monkeypatch.context() as patched:
         in_batches(patched, short)
-        train_until(eights(root), run, 3)
+        support.train_until(eights(root), run, 3)
     state = json.loads((run / "checkpoints/step-3/state.json").read_text())
     assert state["policies"]["micro_batch_tokens"]["used"] == sizes[0]
     train_run(eights(root), run, resume=True)
@@ -313,7 +302,7 @@ def test_too_many_in_a_row_stop_the_run(root: Path, tmp_path: Path, monkeypatch:
     changes: dict[str, Any] = {"train__on_bad_step": "skip", "train__max_skips": 2, "train__steps": 6}
     said = r"step 3: gradient norm nan is not finite.*The 2 steps before it were skipped.*step-2, .*bad-steps/step-3"
     with monkeypatch.context() as patch:
-        make_gradients_nan(patch)
+        support.make_gradients_nan(patch)
         for resume in (False, True):
             with pytest.raises(RunFailure, match=said):
                 train_run(plain(root, **changes), tmp_path, resume=resume)
@@ -334,7 +323,7 @@ def test_an_overflow_costs_no_step(root: Path, tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patched:
         patched.setattr(loss_scale, "_START", 2.0**40)
         train_run(half(root), tmp_path / "high")
-        train_until(half(root), tmp_path / "resumed", 3)
+        support.train_until(half(root), tmp_path / "resumed", 3)
     train_run(half(root), tmp_path / "resumed", resume=True)
     assert_same_run(tmp_path / "resumed", tmp_path / "high")
     lines = training_lines(tmp_path / "high")
@@ -347,7 +336,7 @@ def test_an_overflow_costs_no_step(root: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_a_bad_batch_leaves_the_scale_as_it_was(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gradient is NaN with any scale; it is skipped, and the next step starts with the scale of the one before."""
-    make_gradients_nan(monkeypatch)
+    support.make_gradients_nan(monkeypatch)
     with pytest.raises(RunFailure, match="step 6: gradient norm nan is not finite"):
         train_run(half(root, train__on_bad_step="skip", train__checkpoint_every=1), tmp_path)
     state = json.loads((tmp_path / "checkpoints/step-5/state.json").read_text())
@@ -370,7 +359,7 @@ def test_a_matrix_that_gets_no_gradient_is_found_wherever_the_base_is(
     recipe = support.tiny_recipe(root, **UNEVALUATED, train__steps=5, base__residency=residency)
     said = "in 3 updates 2 of 42 trainable tensors had no gradient, e.g. model.layers.1.mlp.up_proj.lora_"
     if residency == "host":
-        stream_on_cpu(monkeypatch)
+        support.stream_on_cpu(monkeypatch)
         with pytest.raises(RunFailure, match=rf"step 3: {said}.*on disk: .*step-3"):
             train_run(recipe, tmp_path)
         return

@@ -21,15 +21,7 @@ from qdora.run.interference import agreement, measure
 from qdora.run.train import train_run
 from qdora.train.checkpoint import random_state
 from tests import reference, support
-from tests.support import (
-    ADAPTER,
-    UNEVALUATED,
-    assert_resumes,
-    make_gradients_nan,
-    same_tensors,
-    timeless,
-    training_lines,
-)
+from tests.support import ADAPTER, UNEVALUATED, assert_resumes, same_tensors, timeless, training_lines
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -93,7 +85,7 @@ def test_a_faulty_row_ends_a_run_with_its_work_saved(tmp_path: Path, monkeypatch
 
 
 def test_a_packed_run_keeps_bad_batches(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_gradients_nan(monkeypatch)
+    support.make_gradients_nan(monkeypatch)
     with pytest.raises(RunFailure, match="is not finite"):
         train_run(support.tiny_recipe(root, data__packing=True, train__batch=12, **UNEVALUATED), tmp_path)
     kept = read(tmp_path / "bad-steps/step-1/batch.json")["examples"]
