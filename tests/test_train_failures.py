@@ -69,14 +69,13 @@ def test_losses_are_those_of_enough_memory(
     small_memory(monkeypatch, 40, error, backward=backward)
     train_run(settings, tmp_path)
     shrunk = [line["out_of_memory"] for line in timeless(tmp_path) if "out_of_memory" in line]
-    assert shrunk[0]["tokens_before"] == 2048
-    assert all(each["tokens_after"] < each["tokens_before"] for each in shrunk)
-    assert [each["tokens_before"] for each in shrunk[1:]] == [each["tokens_after"] for each in shrunk[:-1]]
-    assert len(training_lines(tmp_path)) == 6
+    sizes = [2048, *(each["tokens_after"] for each in shrunk)]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert [each["tokens_before"] for each in shrunk] == sizes[:-1]
     for one, other in zip(training_lines(tmp_path), training_lines(whole), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-6)
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
-        for key in ("num_tokens", "num_label_tokens", "num_examples", "lr"):
+        for key in ("step", "num_tokens", "num_label_tokens", "num_examples", "lr"):
             assert one[key] == other[key]
 
 
@@ -124,22 +123,14 @@ def test_micro_batches_grow_back_also_resumed(root: Path, tmp_path: Path, monkey
     assert_same_run(run, whole)
 
 
-@pytest.mark.parametrize(
-    "error, said",
-    [
-        (on_cpu(), r"out of memory with one example of \d+ tokens"),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "cannot be computed: mat1 and mat2"),
-    ],
-    ids=["one example", "shapes"],
-)
-def test_what_no_smaller_micro_batch_helps_stops_with_the_state_before_it(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, said: str
+def test_an_example_that_does_not_fit_stops_the_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_memory(monkeypatch, 3, lambda: error)
-    with pytest.raises(RunFailure, match=rf"step 1: {said}.*Safe on disk: .*step-0"):
+    small_memory(monkeypatch, 3, on_cpu)
+    said = r"step 1: out of memory with one example of \d+ tokens.*Safe on disk: .*step-0"
+    with pytest.raises(RunFailure, match=said):
         train_run(eights(root), tmp_path)
-    shrunk = any("out_of_memory" in line for line in timeless(tmp_path))
-    assert shrunk == ("one example" in said)
+    assert any("out_of_memory" in line for line in timeless(tmp_path))
 
 
 def joins_fail(patch: pytest.MonkeyPatch, step: int, *, once: bool) -> None:
@@ -176,9 +167,7 @@ def test_an_update_without_memory_keeps_a_state(root: Path, tmp_path: Path, monk
     assert_same_run(tmp_path / "lora", tmp_path / "whole")
 
 
-def test_after_a_sticky_error_the_first_one_is_reported_with_the_batch_that_caused_it(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_sticky_error_the_first_one_is_reported(root: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """After some CUDA errors every later call fails, too."""
 
     def first(*_: Any) -> None:
@@ -344,9 +333,7 @@ def test_a_bad_batch_leaves_the_scale_as_it_was(root: Path, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("residency", ["device", "host"])
-def test_a_matrix_that_gets_no_gradient_is_found_wherever_the_base_is(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, residency: str
-) -> None:
+def test_a_matrix_that_gets_no_gradient_is_found(root: Path, tmp_path: Path, monkeypatch: Any, residency: str) -> None:
     """With a streamed base it ends the run, whose backward pass may read wrong bytes."""
     real = trainer.fresh_state
 
@@ -364,7 +351,6 @@ def test_a_matrix_that_gets_no_gradient_is_found_wherever_the_base_is(
             train_run(recipe, tmp_path)
         return
     assert train_run(recipe, tmp_path)["num_steps"] == 5
-    assert f"WARNING {said}" in (tmp_path / "log.txt").read_text()
     (found,) = json.loads((tmp_path / "checks.json").read_text())["gradients"]
     assert found["state"] == "warning"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -218,7 +219,8 @@ def test_a_checkpoint_is_evaluated_and_exported_with_its_own_numbers(root: Path,
 def test_other_arms_run_resume_evaluate_and_export(root: Path, tmp_path: Path, kind: str) -> None:
     arms: dict[str, dict[str, Any]] = {"lora": {"adapter__kind": "lora"}, "full": FULL}
     arms["none"] = FULL | {"adapter__kind": "none", "base__quant": "nf4", "train__steps": 0}
-    changes = arms[kind] | ({"train__checkpoint_every": ...} if kind == "none" else {"model__dtype": "bfloat16"})
+    more = {"none": {"train__checkpoint_every": ...}, "full": {"model__dtype": "bfloat16"}, "lora": {}}
+    changes = arms[kind] | more[kind]
     recipe, run = support.tiny_recipe(root, **changes), tmp_path / "run"
     train_run(recipe, run)
     document = evaluate_target(str(run))
@@ -246,11 +248,8 @@ def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path,
     # On another base that is warned of
     changes |= {"base__quant": "int8", "base__double_quant": ..., **UNEVALUATED}
     train_run(support.tiny_recipe(tmp_path, **changes), tmp_path / "other")
-    log = (tmp_path / "other/log.txt").read_text()
-    assert (
-        f"the adapter in {whole / 'adapter'} was trained on {root / 'model'} (quant nf4, block_size 64, double" in log
-    )
-    assert f"this run puts it on {tmp_path / 'model'} (quant int8)" in log
+    said = rf"was trained on {root / 'model'} \(quant nf4, .* this run puts it on {tmp_path / 'model'} \(quant int8\)"
+    assert re.search(said, (tmp_path / "other/log.txt").read_text())
 
 
 def test_eval_uses_the_tasks_of_the_run_and_keeps_what_is_asked_beside_it(root: Path, tmp_path: Path) -> None:
@@ -273,7 +272,6 @@ def test_eval_uses_the_tasks_of_the_run_and_keeps_what_is_asked_beside_it(root: 
     assert json.loads(written.read_text()) == found | {"step": 1, "texts": [str(text)]}
     # A model alone
     found = evaluate_target(str(root / "model"), EvalOptions(texts=[text]))["perplexity"]
-    assert found["num_tokens"] > 3
     assert found["perplexity"] == pytest.approx(math.exp(found["nll_sum"] / found["num_tokens"]))
     assert found["nll_per_byte"] == pytest.approx(found["nll_sum"] / len(text.read_bytes()))
     shown = evaluate_target(str(run), EvalOptions(split="train", limit=3))["evaluation"]["tasks"]

@@ -345,29 +345,3 @@ def test_signals_that_are_ignored_or_a_launchers_stay_so(monkeypatch: pytest.Mon
                 assert stop.requested
             assert signal.getsignal(ignored) is signal.SIG_IGN
             monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-
-
-def test_a_second_process_is_refused_and_a_damaged_checkpoint_skipped(
-    root: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A second --resume would remove the checkpoint that the first is writing, and write metrics of its own."""
-
-    def second() -> None:
-        before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-        assert (tmp_path / "checkpoints/.step-4.partial") in {file.parent.parent for file in before}
-        for resume in (True, False):
-            with pytest.raises(UserError, match="another process works on it"):
-                train_run(support.tiny_recipe(root), tmp_path, resume=resume)
-        assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
-
-    with monkeypatch.context() as patch:
-        in_save(patch, 4, second)
-        train_run(support.tiny_recipe(root), tmp_path)
-    assert_same_run(tmp_path, whole)
-    file = tmp_path / "checkpoints/step-6/optimizer.safetensors"
-    os.truncate(file, file.stat().st_size // 2)
-    train_run(support.tiny_recipe(root), tmp_path, resume=True)
-    log = (tmp_path / "log.txt").read_text()
-    assert "Skipped a damaged checkpoint: step-6: optimizer.safetensors has " in log
-    assert "Continuing from" in log
-    assert_same_run(tmp_path, whole)
