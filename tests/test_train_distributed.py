@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +28,6 @@ from qdora.data import build_data, token_cache
 from qdora.data.loader import share_of
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import Interrupted, RunFailure, UserError
-from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.run import writer
 from qdora.run.train import train_run
@@ -64,13 +61,6 @@ def stopped(rank: int, settings: Recipe, directory: Path, step: int, asked: tupl
     else:
         with pytest.raises(Interrupted, match=f"after step {step}; saved to .*step-{step}"):
             train_run(settings, directory, resume=resume)
-
-
-@pytest.fixture(scope="module")
-def one(root: Path) -> Path:
-    """A run of `exact` by one process."""
-    train_run(exact(root), root / "one")
-    return root / "one"
 
 
 def assert_same_files(one: Path, two: Path) -> None:
@@ -378,15 +368,3 @@ def test_gpus_gather_a_divided_base_by_nccl_and_machines_of_unequal_size_cannot_
 
     for error in support.run_processes(3, unequal):
         assert "unless each machine has equally many processes, got hybrid with 1 and 2 of them" in error
-
-
-@pytest.mark.slow
-def test_torchrun_runs_the_command_line(root: Path, one: Path, tmp_path: Path) -> None:
-    file, run = tmp_path / "two.yaml", tmp_path / "two"
-    file.write_text(resolved_yaml(exact(root)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "qdora.cli", "train", str(file), "-d", str(run), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["num_steps"] == 6
-    assert_close_runs(one, run)
