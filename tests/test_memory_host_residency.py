@@ -351,7 +351,7 @@ def test_rows_go_to_the_device_and_the_table_stays() -> None:
         embedding.load_state_dict({})
 
 
-def plan_of(*budget: int, config: LlamaConfig, device_kind: Any = "cuda", **memory: object) -> Plan:
+def plan_of(config: LlamaConfig, **memory: object) -> Plan:
     document = {
         "model": {"source": "somewhere/model", "dtype": "bfloat16"},
         "adapter": {"targets": ["q_proj"]},
@@ -359,7 +359,7 @@ def plan_of(*budget: int, config: LlamaConfig, device_kind: Any = "cuda", **memo
         "train": {"steps": 3, "batch": 2},
         "memory": memory,
     }
-    return plan(recipe_from(document), *budget, config=config, device_kind=device_kind)
+    return plan(recipe_from(document), config=config)
 
 
 def one_block(**sizes: Any) -> LlamaConfig:
@@ -377,12 +377,12 @@ def test_a_shared_or_computing_embedding_is_refused() -> None:
         with pytest.raises(UserError, match=words):
             check_host_embedding(model)
     with pytest.raises(UserError, match="output head as well"):
-        plan_of(config=tied, host_embeddings=True)
+        plan_of(tied, host_embeddings=True)
 
 
-def test_a_plan_has_it_on_the_host_and_proposes_it_on_a_gpu_alone() -> None:
+def test_a_plan_has_the_embedding_on_the_host() -> None:
     config = one_block()
-    there, here = (plan_of(config=config, **memory) for memory in ({"host_embeddings": True}, {}))
+    there, here = plan_of(config, host_embeddings=True), plan_of(config)
     table = config.vocab_size * config.hidden_size * 2
     assert (there.embedding_bytes, here.embedding_bytes) == (table, 0)
     assert here.components[DENSE] - there.components[DENSE] == table
@@ -394,9 +394,6 @@ def test_a_plan_has_it_on_the_host_and_proposes_it_on_a_gpu_alone() -> None:
     assert here.step_seconds is not None
     rows = there.shape.num_tokens * there.num_micro_batches * config.hidden_size * 2
     assert there.step_seconds - here.step_seconds == pytest.approx(rows / ASSUMED["cuda"].link, rel=1e-6)
-    for kind in ("cuda", "cpu"):
-        settings = " ".join(change.setting for change in plan_of(1, config=config, device_kind=kind).changes)
-        assert ("memory.host_embeddings=true" in settings) == (kind == "cuda")
 
 
 class LateHost:

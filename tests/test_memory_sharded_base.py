@@ -18,7 +18,6 @@ from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
 from qdora.nn.row_share import span
 from qdora.ops.packed import PackedWeight, empty_packed
-from qdora.recipe.settings import Recipe
 from qdora.run.train import train_run
 from qdora.train import loop
 from qdora.train.distributed import Processes
@@ -152,13 +151,6 @@ def test_a_process_without_rows_of_a_small_layer_has_empty_parts() -> None:
 SHARD = {"train__parallel": "shard"}
 
 
-@pytest.fixture(scope="module")
-def one(root: Path) -> Path:
-    """A run of `exact` by one process."""
-    train_run(exact(root), root / "one")
-    return root / "one"
-
-
 MASKED = {"base__prune": {"method": "magnitude", "sparsity": 0.5}, "adapter__mask": "keep"}
 SLOW = [{"train__batch": 9, "data__packing": True}, GATED, MASKED, {"train__optimizer": "paged_adamw_8bit"}]
 
@@ -180,54 +172,58 @@ def test_two_with_half_a_base_write_what_one_does(root: Path, tmp_path: Path, ch
     assert_same_files(*runs)
 
 
-def test_a_run_goes_on_with_a_base_that_is_divided_otherwise(root: Path, one: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_a_base_that_is_divided_otherwise(root: Path, tmp_path: Path) -> None:
     """One process; two with half of the base each; one again."""
-    train_until(exact(root), tmp_path, 2)
-    assert support.run_processes(2, stopped, exact(root, **SHARD), tmp_path, 4, (0, 1), True) == ["", ""]
-    train_run(exact(root), tmp_path, resume=True)
-    assert_close_runs(one, tmp_path)
-
-
-def broken(rank: int, settings: Recipe, head: Recipe, directory: Path) -> None:
-    def fail(number: int, *_: Any) -> None:
-        if rank == 1 and number == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    with pytest.raises(UserError, match=r"adapter\.targets: must not have the output head with train\.parallel shard"):
-        train_run(head, directory / "head")
-    in_batches(pytest.MonkeyPatch(), fail)
-    with pytest.raises(RunFailure, match=f"process {rank}: {'out of memory with one example' if rank else '.*'}"):
-        train_run(settings, directory / "run")
+    one, run = tmp_path / "one", tmp_path / "run"
+    train_run(exact(root), one)
+    train_until(exact(root), run, 2)
+    assert support.run_processes(2, stopped, exact(root, **SHARD), run, 4, (0, 1), True) == ["", ""]
+    train_run(exact(root), run, resume=True)
+    assert_close_runs(one, run)
 
 
 def test_where_one_process_cannot_compute_the_others_end_and_the_run_goes_on(root: Path, tmp_path: Path) -> None:
-    """And a head with an adapter is refused in both."""
-    settings = exact(root, **SHARD, train__batch=2, train__micro_batch_tokens=96, train__checkpoint_every=1)
+    settings, run = (
+        exact(root, **SHARD, train__batch=2, train__micro_batch_tokens=96, train__checkpoint_every=1),
+        tmp_path,
+    )
+
+    def fail(number: int, *_: Any) -> None:
+        if number == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def broken(rank: int) -> None:
+        if rank == 1:
+            in_batches(pytest.MonkeyPatch(), fail)
+        with pytest.raises(RunFailure, match=f"process {rank}: {'out of memory with one example' if rank else '.*'}"):
+            train_run(settings, run)
+
+    assert support.run_processes(2, broken, timeout=60) == ["", ""]
+    assert support.run_processes(2, train, settings, run, True) == ["", ""]
+    assert [line["step"] for line in timeless(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_adapted_head_is_refused(tmp_path: Path) -> None:
     support.write_llama(tmp_path / "model", tie_word_embeddings=False)
-    head = exact(tmp_path, **SHARD, adapter__targets=["q_proj", "lm_head"])
-    assert support.run_processes(2, broken, settings, head, tmp_path, timeout=60) == ["", ""]
-    assert support.run_processes(2, train, settings, tmp_path / "run", True) == ["", ""]
-    assert [line["step"] for line in timeless(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    settings = exact(tmp_path, **SHARD, adapter__targets=["q_proj", "lm_head"])
+    for error in support.run_processes(2, train, settings, tmp_path / "run"):
+        assert "adapter.targets: must not have the output head with train.parallel shard" in error
 
 
-@pytest.mark.parametrize(
-    "shards, error, saves",
-    [
+def test_an_evaluation_that_fails_in_one_process_saves_nothing() -> None:
+    for shards, error, saves in (
         (True, torch.OutOfMemoryError("CUDA out of memory."), False),
         (True, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False),
         (True, Diverged("eval: not finite"), True),  # in all, which compute the same
         (True, UserError("sums: has an empty choice"), True),
         (False, torch.OutOfMemoryError("CUDA out of memory."), True),  # all are told
-    ],
-    ids=["memory", "disk", "diverged", "data", "replicate"],
-)
-def test_an_evaluation_that_fails_in_one_process_saves_nothing(shards: bool, error: Exception, saves: bool) -> None:
-    saved = Mock()
-    hooks = Hooks(Mock(), saved, keep_batch=Mock(), evaluate=Mock(side_effect=error), evaluate_every=3)
-    options: dict[str, Any] = {"num_steps": 6, "checkpoint_every": None, "processes": Processes(1, 2, shards=shards)}
-    with pytest.raises(type(error)):
-        loop.after_step(nn.Identity(), 3, hooks, StopRequest(), **options)
-    assert saved.call_args_list == [((3,),)] * saves
+    ):
+        saved, processes = Mock(), Processes(1, 2, shards=shards)
+        hooks = Hooks(Mock(), saved, keep_batch=Mock(), evaluate=Mock(side_effect=error), evaluate_every=3)
+        options: dict[str, Any] = {"num_steps": 6, "checkpoint_every": None, "processes": processes}
+        with pytest.raises(type(error)):
+            loop.after_step(nn.Identity(), 3, hooks, StopRequest(), **options)
+        assert saved.call_args_list == [((3,),)] * saves
 
 
 def checked(rank: int, source: Path, kind: str) -> None:

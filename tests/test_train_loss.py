@@ -261,7 +261,7 @@ def nll_alone(model: Any, example: TokenizedExample) -> float:
 @pytest.mark.parametrize("layout", [None, "rows", "single"])
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_are_those_of_each_example_alone(name: str, layout: Any) -> None:
-    """Padded or packed, also of an example without a label."""
+    """Padded or packed, also of an example without a label; and the model is found to keep packed examples apart."""
     model, found, seen = MODELS[name](), examples(), {}
     found[3] = TokenizedExample("b", "3", found[3].input_ids, np.zeros_like(found[3].loss_mask))
     batches = micro_batches(found, Batching(75, 0, layout, 25) if layout else Batching(75, 0), ["a", "b"])
@@ -276,12 +276,7 @@ def test_losses_are_those_of_each_example_alone(name: str, layout: Any) -> None:
         nll, count = seen[example.id]
         assert nll == pytest.approx(nll_alone(model, example), rel=1e-5, abs=1e-5)
         assert count == example.loss_mask.sum()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MODELS)
-def test_models_that_keep_examples_apart_are_found_to_do_so(name: str, dtype: torch.dtype) -> None:
-    model = MODELS[name]().to(dtype).train()
+    model.to(torch.bfloat16 if layout == "single" else torch.float32).train()
     frozen = next(model.children()).eval()
     before = torch.get_rng_state()
     layout, said = packed_layout(model)

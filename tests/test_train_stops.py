@@ -209,16 +209,13 @@ def test_other_validation_examples_choose_anew(tmp_path: Path) -> None:
     assert summary["best"]["value"] == min(found.values())
 
 
-def trained(_rank: int, settings: Recipe, directory: Path) -> None:
-    train_run(settings, directory, console=QUIET)
-
-
 def test_two_processes_decide_alike(root: Path, tmp_path: Path) -> None:
-    assert support.run_processes(2, trained, recipe(root, adapter__dropout=0.0), tmp_path / "two") == ["", ""]
-    found = values(tmp_path / "two")
+    settings = recipe(root, adapter__dropout=0.0)
+    assert support.run_processes(2, lambda _rank: train_run(settings, tmp_path, console=QUIET)) == ["", ""]
+    found = values(tmp_path)
     best = min(found, key=lambda step: found[step])
-    assert steps_on_disk(tmp_path / "two") == [best, best + PATIENCE]
-    assert json.loads((tmp_path / "two/adapter/best.json").read_text())["step"] == best
+    assert steps_on_disk(tmp_path) == [best, best + PATIENCE]
+    assert json.loads((tmp_path / "adapter/best.json").read_text())["step"] == best
 
 
 def test_what_would_choose_nothing_is_refused(root: Path, tmp_path: Path) -> None:
