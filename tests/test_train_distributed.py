@@ -300,8 +300,8 @@ def fake_gpus(num_gpus: int = 2) -> Iterator[None]:
         yield
 
 
-def test_processes_take_their_gpus() -> None:
-    """Also where each sees one alone; GPUs that cannot reach each other are told at the start."""
+def test_processes_take_their_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where each sees one alone; GPUs that are too few or cannot reach each other are told at the start."""
 
     def alone(_rank: int) -> None:
         taken: list[int] = []
@@ -318,9 +318,6 @@ def test_processes_take_their_gpus() -> None:
     assert support.run_processes(2, alone, timeout=60) == ["", ""]
     for error in support.run_processes(2, without_a_way, timeout=60):
         assert re.search(r"RunFailure: process .: .* NCCL error in: a.cpp:1, remote", error)
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     said = r"one process for each GPU \(got 4 on 2 GPUs\)\. Fix: start with torchrun --nproc-per-node 2\."
     with fake_gpus(), pytest.raises(UserError, match=said), processes_of_launch():

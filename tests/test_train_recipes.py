@@ -62,32 +62,28 @@ def test_a_faulty_row_ends_a_run_with_its_work_saved(tmp_path: Path, monkeypatch
     same_tensors(tmp_path / "whole" / ADAPTER, tmp_path / "mended" / ADAPTER)
 
 
-@pytest.fixture(scope="module")
-def generated(root: Path) -> Path:
+def test_a_run_keeps_generated_answers_beside_the_log_likelihoods(root: Path, tmp_path: Path) -> None:
     """Evaluated by generation on the source whose choices are single letters."""
-    recipe = support.tiny_recipe(root, eval__method="generate", eval__tasks=["letters"], eval__every=4)
-    train_run(recipe, root / "generated")
-    return root / "generated"
-
-
-def test_a_run_keeps_generated_answers_beside_the_log_likelihoods(generated: Path) -> None:
+    train_run(support.tiny_recipe(root, eval__method="generate", eval__tasks=["letters"], eval__every=4), tmp_path)
     for step in (0, 4, 6):
-        scored, found = (read(generated / f"eval/step-{step}{end}.json") for end in ("", "-generated"))
+        scored, found = (read(tmp_path / f"eval/step-{step}{end}.json") for end in ("", "-generated"))
         assert list(scored["tasks"]) == list(found["tasks"]) == ["letters"]
         counts = found["tasks"]["letters"]
         assert counts["num_examples"] == scored["tasks"]["letters"]["num_examples"] == len(found["per_example"])
         assert counts["num_right"] + counts["num_wrong"] + counts["num_unparsable"] == counts["num_examples"]
-    _, evaluated, _ = [line["eval"]["letters"] for line in timeless(generated) if "eval" in line]
-    counts = read(generated / "eval/step-4-generated.json")["tasks"]["letters"]
+    _, evaluated, _ = [line["eval"]["letters"] for line in timeless(tmp_path) if "eval" in line]
+    counts = read(tmp_path / "eval/step-4-generated.json")["tasks"]["letters"]
     assert evaluated["generated"] == {key: value for key, value in counts.items() if key != "unparsable"}
     # eval takes the method of the run, or another
-    own = evaluate_target(str(generated), EvalOptions(tasks=["letters"]))
-    assert own["generation"]["tasks"] == read(generated / "eval/step-6-generated.json")["tasks"]
+    own = evaluate_target(str(tmp_path), EvalOptions(tasks=["letters"]))
+    assert own["generation"]["tasks"] == read(tmp_path / "eval/step-6-generated.json")["tasks"]
     for end, part in (("-generated", "generation"), ("", "evaluation")):
-        assert read(generated / f"eval/final-validation{end}.json")["tasks"] == own[part]["tasks"]
-    other = evaluate_target(str(generated), EvalOptions(tasks=["letters"], method="loglikelihood"))
+        assert read(tmp_path / f"eval/final-validation{end}.json")["tasks"] == own[part]["tasks"]
+    other = evaluate_target(str(tmp_path), EvalOptions(tasks=["letters"], method="loglikelihood"))
     assert "generation" not in other
     assert other["evaluation"]["tasks"] == own["evaluation"]["tasks"]
+    with pytest.raises(UserError, match="got task 'sums', whose example 29 has no choices"):
+        train_run(support.tiny_recipe(root, eval__method="generate"), tmp_path / "run")
 
 
 def halves(generator: np.random.Generator, true: Any, noise: float, num_tokens: Any) -> list[Any]:
@@ -178,16 +174,14 @@ def test_a_run_with_a_probe_trains_as_one_without_and_resumes(root: Path, tmp_pa
     assert_resumes(recipe, run, tmp_path / "again", stop_at=3)
 
 
-def routed(root: Path, name: str = "qwen3_moe", **changes: Any) -> Any:
-    folder = root / name
-    if not (folder / "model").exists():
-        support.write_mixture(folder / "model", name)
-    own = {"adapter__experts": {"rank": 2}, "train__router_aux_loss": 0.05, "train__steps": 4, **UNEVALUATED}
-    return support.tiny_recipe(folder, **own | changes)
-
-
 def test_a_run_with_the_loss_of_routers(root: Path, tmp_path: Path) -> None:
-    recipe, whole = routed(root, data__packing=True), tmp_path / "whole"
+    def routed(name: str, coefficient: float) -> Any:
+        if not (root / name / "model").exists():
+            support.write_mixture(root / name / "model", name)
+        own = {"adapter__experts": {"rank": 2}, "train__steps": 4, "data__packing": name == "qwen3_moe", **UNEVALUATED}
+        return support.tiny_recipe(root / name, **own, train__router_aux_loss=coefficient)
+
+    recipe, whole = routed("qwen3_moe", 0.05), tmp_path / "whole"
     train_run(recipe, whole)
     assert_resumes(recipe, whole, tmp_path / "run", stop_at=2, step=4)
     lines = training_lines(whole)
@@ -195,15 +189,14 @@ def test_a_run_with_the_loss_of_routers(root: Path, tmp_path: Path) -> None:
         assert 0.5 < line["router_aux_loss"] < 4.0
         nll = sum(task["nll_sum"] for task in line["tasks"].values()) / line["num_label_tokens"]
         assert line["loss"] == pytest.approx(nll)
-    train_run(routed(root, data__packing=True, train__router_aux_loss=0.0), tmp_path / "off")
+    train_run(routed("qwen3_moe", 0.0), tmp_path / "off")
     off = training_lines(tmp_path / "off")
     assert not any("router_aux_loss" in line for line in off)
     assert (off[0]["loss"] == lines[0]["loss"], off[-1]["loss"] == lines[-1]["loss"]) == (True, False)
-    refused = routed(root, "lfm2_moe")
+    refused = routed("lfm2_moe", 0.05)
     for action in (lambda: train_run(refused, tmp_path / "refused"), lambda: plan(refused)):
         with pytest.raises(UserError, match="router_aux_loss: must be 0 with lfm2_moe"):
             action()
-    assert not (tmp_path / "refused").exists()
 
 
 def test_fixed_weights_change_a_run_and_equal_ones_do_not(root: Path, tmp_path: Path) -> None:
