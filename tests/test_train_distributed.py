@@ -24,9 +24,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from qdora.data import build_data, token_cache
 from qdora.data.loader import share_of
-from qdora.data.tokenize import TokenizedExample, TokenizedSet
+from qdora.data.tokenize import TokenizedExample
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.recipe.settings import Recipe
 from qdora.run import writer
@@ -125,24 +124,6 @@ def test_all_have_the_same_data_and_base(root: Path, tmp_path: Path, changed: st
     text = rf"process 1 on \S+ has {different} than process 0 on \S+\. Fix: give all machines the same files"
     for error in support.run_processes(2, lambda rank: train(rank, settings[rank], tmp_path / "run")):
         assert re.search(text, error)
-
-
-def test_of_the_same_files_the_first_one_tokenises_for_all(root: Path, tmp_path: Path) -> None:
-    settings = recipe(root, train__steps=1, data__cache=str(tmp_path / "cache"))
-    tokenize_all = build_data.tokenize_all
-
-    def noted(rank: int) -> None:
-        def tokenize(*args: Any, **options: Any) -> TokenizedSet:
-            (tmp_path / f"{options['name']} by {rank}").touch(exist_ok=False)
-            return tokenize_all(*args, **options)
-
-        build_data.tokenize_all = tokenize
-        token_cache._LEAST_TOKENS = 0
-        train_run(settings, tmp_path / "run")
-
-    assert support.run_processes(2, noted) == ["", ""]
-    assert sorted(file.name for file in tmp_path.glob("* by *")) == ["letters by 0", "sums by 0"]
-    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_where_one_process_fails_all_stop_and_the_run_goes_on(root: Path, tmp_path: Path) -> None:

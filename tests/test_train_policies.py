@@ -132,7 +132,6 @@ def test_a_matrix_without_a_gradient_is_named_once_after_three_updates(frozen: s
         (RuntimeError("CUDA driver error: out of memory"), True),  # a segment that grows
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (dist.DistBackendError("NCCL error\nLast error:\nCuda failure 2 'out of memory'"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), False),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (RunFailure("the system refuses 64 MiB of pinned host memory (CUDA error: out of memory)."), False),
         (ValueError("DefaultCPUAllocator: can't allocate memory"), False),
@@ -141,18 +140,18 @@ def test_a_matrix_without_a_gradient_is_named_once_after_three_updates(frozen: s
 )
 def test_what_counts_as_out_of_memory(error: BaseException, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+def test_other_errors_are_out_of_memory_by_what_the_allocator_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS without a handle is out of memory on a full GPU."""
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**50)  # what torch really says on a CPU
     assert is_out_of_memory(raised.value)
-
-
-@pytest.mark.parametrize("free, expected", [(99_999_999, True), (100_000_000, False), (None, False)])
-def test_cublas_without_a_handle_is_out_of_memory_on_a_full_gpu(free: Any, expected: bool, monkeypatch: Any) -> None:
-    broken = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    answer = Mock(return_value=(free, 40 << 30), side_effect=broken if free is None else None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", answer)
     error = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
-    assert is_out_of_memory(error) is expected
+    for answer, expected in ((99_999_999, True), (100_000_000, False), (torch.AcceleratorError("CUDA error"), False)):
+        broken = answer if isinstance(answer, Exception) else None
+        monkeypatch.setattr(torch.cuda, "mem_get_info", Mock(return_value=(answer, 40 << 30), side_effect=broken))
+        assert is_out_of_memory(error) is expected
 
 
 def test_micro_batches_grow_back_and_wait_longer_after_every_failure() -> None:
@@ -258,17 +257,6 @@ def test_lines_go_through_the_values_of_steps_and_evaluations(tmp_path: Path) ->
         assert np.corrcoef(-line[:, 1], values)[0, 1] == pytest.approx(1.0, abs=1e-9), name
 
 
-@pytest.mark.figures
-def test_a_figure_that_cannot_be_drawn_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert len(draw_figures(lines()[1:-1], tmp_path)) == 2  # a single evaluation
-    strange = lines()
-    del strange[1]["time"]
-    for line in strange:
-        line.get("average", {}).update(acc=None)
-    assert [path.stem for path in draw_figures(strange, tmp_path)] == ["loss_per_task", "validation_nll"]
-    assert "figures/steps.svg was not drawn: KeyError: 'time'" in caplog.text
-
-
 def test_smoothing_is_a_mean_over_tokens() -> None:
     values = smooth(np.array([0.0, 6.0, 0.0, 10.0]), np.array([0.0, 3.0, 0.0, 1.0]), half_life=1.0)
     assert np.isnan(values[0])
@@ -276,20 +264,12 @@ def test_smoothing_is_a_mean_over_tokens() -> None:
 
 
 def shown() -> str:
-    """The lines of the second of three steps and of the last."""
     text = io.StringIO()
     with TrainingProgress(3, start=1, console=Console(file=text, width=200)) as progress:
         for step, seconds in ((2, 5.0), (3, 4.0)):
             numbers = {"loss": 1.5, "lr": 1e-3, "num_tokens": 8000}
             progress.step({"step": step, "time": {"step_seconds": seconds}} | numbers)
     return text.getvalue()
-
-
-def test_progress_in_lines() -> None:
-    first, last = shown().splitlines()
-    assert first.startswith("step 2/3  loss 1.5000  lr 1.00e-03  1,600 tok/s  memory ")
-    assert first.endswith("left 5s")
-    assert last.startswith("step 3/3  loss 1.5000  lr 1.00e-03  2,000 tok/s")
 
 
 def test_with_a_gpu_reserved_memory_stands_beside_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
