@@ -54,10 +54,8 @@ EXPERTS = DORA | {"targets": ["q_proj", "experts"]}
 CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any], int]] = {
     "double": (2, "llama", {}, DORA, 12),
     "experts": (2, "qwen3_moe", {}, EXPERTS, 2),
-    "plain": (2, "llama", {"double_quant": False}, DORA, 12),
     "lora": (2, "llama", {}, {"kind": "lora"}, 0),
     "gated": (2, "llama", {}, DORA | {"gates": True}, 12),
-    "no-checkpoints": (2, "llama", {}, DORA | {"checkpointing": False}, 12),
     "int8": (2, "llama", {"quant": "int8"}, DORA, 14),
     "dense": (2, "llama", {"quant": "none"}, DORA, 14),
     "three, qwen3": (3, "qwen3", {}, DORA, 14),

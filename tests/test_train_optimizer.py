@@ -350,22 +350,16 @@ def test_what_fits_no_parameter_or_no_memory_is_refused(monkeypatch: pytest.Monk
         AdapterOptimizer(parameters(), lr_ratios={"lora_C": 2.0, "lora_B": 2.0})
     with pytest.raises(ValueError, match=r"x is stored in .*float16"):
         AdapterOptimizer({"x": nn.Parameter(torch.zeros(2, 2, dtype=torch.float16))})
-    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", Mock(side_effect=torch.OutOfMemoryError("2.00 GiB.\nMore.")))
-    with pytest.raises(RunFailure, match=r"^out of memory .* lion for 17,020 parameters \(2.00 GiB.\). Fix: "):
-        AdapterOptimizer(parameters(), name="lion")
-
-
-@pytest.mark.parametrize("name, moment", [("adamw", "exp_avg"), ("paged_lion_8bit", "state1")])
-def test_a_missing_mis_shaped_or_foreign_state_is_refused(name: Any, moment: str) -> None:
-    whole = saved(AdapterOptimizer(parameters(), name=name))
-    key = f"state/up.lora_A/{moment}"
-    dtype = str(whole[key].dtype).removeprefix("torch.")
+    whole, key = saved(AdapterOptimizer(parameters(), name="lion")), "state/up.lora_A/state1"
     for changed, fault in (
         ({each: t for each, t in whole.items() if each != key}, f"{key} is missing"),
-        (whole | {key: torch.zeros(2, 2, dtype=whole[key].dtype)}, rf"{key} is \(2, 2\) {dtype}, not \(4, 1500"),
-        (whole | {key: whole[key].to(torch.int16)}, rf"{key} is \(4, 1500\) int16, not \(4, 1500\) {dtype}"),
+        (whole | {key: torch.zeros(2, 2)}, rf"{key} is \(2, 2\) float32, not \(4, 1500\) float32"),
+        (whole | {key: whole[key].to(torch.int16)}, rf"{key} is \(4, 1500\) int16, not \(4, 1500\) float32"),
         (whole | {"state/up.lora_A/absmax3": torch.zeros(2)}, "state/up.lora_A/absmax3 is unknown$"),
         (whole | {"residual/up.lora_A": torch.zeros(2, 2)}, r"residual/up.lora_A is \(2, 2\) float32, not .* int16"),
     ):
         with pytest.raises(ValueError, match=f"optimizer state does not fit these parameters: {fault}"):
-            AdapterOptimizer(parameters(), name=name).load_state_tensors(changed)
+            AdapterOptimizer(parameters(), name="lion").load_state_tensors(changed)
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", Mock(side_effect=torch.OutOfMemoryError("2.00 GiB.\nMore.")))
+    with pytest.raises(RunFailure, match=r"^out of memory .* lion for 17,020 parameters \(2.00 GiB.\). Fix: "):
+        AdapterOptimizer(parameters(), name="lion")
