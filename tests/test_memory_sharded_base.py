@@ -162,7 +162,6 @@ SLOW = [{"train__batch": 9, "data__packing": True}, GATED, MASKED, {"train__opti
     ids=["evaluated", "packed", "gates", "masked", "8bit"],
 )
 def test_two_with_half_a_base_write_what_one_does(root: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """With evaluations, which all processes take part in."""
     runs = [tmp_path / "one", tmp_path / "two"]
     train_run(exact(root, **changes), runs[0])
     assert support.run_processes(2, train, exact(root, **SHARD, **changes), runs[1]) == ["", ""]

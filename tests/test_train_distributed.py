@@ -63,7 +63,6 @@ def stopped(rank: int, settings: Recipe, directory: Path, step: int, asked: tupl
 
 
 def assert_same_files(one: Path, two: Path) -> None:
-    """And alike evaluations and cosines."""
     written = [{file.relative_to(run) for file in run.rglob("*")} for run in (one, two)]
     assert written[0] == written[1]
     for file in (one / "eval").glob("step-*.json"):

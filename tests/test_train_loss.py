@@ -42,10 +42,9 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "pad_token_id": 0,
 }
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def batch(seed: int = 0) -> Batch:
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Three padded examples with 5, 1 and no labelled tokens."""
     ids = torch.randint(1, 90, (3, 11), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)

@@ -29,10 +29,9 @@ from tests import reference
 
 NAMES = get_args(OptimizerName)
 PAGED = [name for name in NAMES if name.startswith("paged")]
-DTYPES = (torch.bfloat16, torch.float32)
 FINITE = st.floats(-(2.0**127), 2.0**127, width=32, allow_nan=False)
 each_name = pytest.mark.parametrize("name", NAMES)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 each_paged = pytest.mark.parametrize("name", PAGED)
 
 

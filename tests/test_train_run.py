@@ -160,7 +160,6 @@ def test_a_run_is_extended_by_epochs_and_what_began_it_stays(root: Path, whole: 
     ("file", "damage", "fault"),
     [
         ("state.json", lambda text: text.replace(b'"schedule"', b'"schedules"'), "KeyError: 'schedule'"),
-        ("state.json", lambda text: text.replace(b'"format": 3', b'"format": 2'), r"format must be 3 \(got 2\)"),
         ("optimizer.safetensors", lambda content: b"\xff" * 64, "SafetensorError: "),
     ],
 )
@@ -230,7 +229,6 @@ def test_going_on_from_an_adapter_starts_where_it_ended(root: Path, whole: Path,
     assert "| starts from | an earlier adapter |" in (run / "README.md").read_text()
     assert "starts from" not in (whole / "README.md").read_text()
     assert nll(run, 0) == nll(whole, 6)
-    assert "was trained on" not in (run / "log.txt").read_text()
 
 
 def test_eval_uses_the_tasks_of_the_run_and_keeps_what_is_asked_beside_it(root: Path, tmp_path: Path) -> None:
