@@ -216,7 +216,8 @@ def test_an_evaluation_that_fails_in_one_process_saves_nothing() -> None:
         (False, torch.OutOfMemoryError("CUDA out of memory."), True),  # all are told
     ):
         saved, processes = Mock(), Processes(1, 2, shards=shards)
-        hooks = Hooks(Mock(), saved, keep_batch=Mock(), evaluate=Mock(side_effect=error), evaluate_every=3)
+        writes: dict[str, Any] = {"write_metrics": Mock(), "save": saved, "keep_batch": Mock()}
+        hooks = Hooks(**writes, evaluate=Mock(side_effect=error), evaluate_every=3)
         options: dict[str, Any] = {"num_steps": 6, "checkpoint_every": None, "processes": processes}
         with pytest.raises(type(error)):
             loop.after_step(nn.Identity(), 3, hooks, StopRequest(), **options)

@@ -125,7 +125,7 @@ CASES: dict[str, tuple[str, Batching, bool, bool, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", [*CASES][:-1] + [pytest.param([*CASES][-1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", [*[*CASES][:-1], pytest.param([*CASES][-1], marks=pytest.mark.slow)])
 def test_a_step_is_a_ratio_of_sums_over_its_examples(tmp_path: Path, case: str) -> None:
     name, batching, checkpointing, scaled, settings = CASES[case]
     examples = support.examples()
