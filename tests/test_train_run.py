@@ -263,6 +263,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("run", {"texts": [Path("nowhere.txt")]}, r"nowhere\.txt: No such file"),
     ("run", {"split": "tset"}, "--split: got 'tset', must be one of validation, test, train.*Did you mean 'test'"),
     ("run", {"split": "test"}, "--split: sums has no test split"),
+    ("run", {"method": "generation"}, "--method: got 'generation', must be one of loglikelihood, generate"),
+    ("model", {"texts": [Path("t.txt")], "method": "generate"}, "--method: .*got only --text"),
     ("model", {"texts": [Path("t.txt")], "limit": 3}, "--limit: counts examples of tasks, got only --text"),
     ("model", {}, "is not a run .*Fix: add --tasks, --data, --text, --harness or --like RUN"),
     ("model", {"texts": [Path("t.txt")], "step": 2}, "--step and --base are used only with a run"),
