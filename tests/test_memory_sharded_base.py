@@ -215,7 +215,7 @@ def test_an_evaluation_that_fails_in_one_process_saves_nothing() -> None:
         (True, UserError("sums: has an empty choice"), True),
         (False, torch.OutOfMemoryError("CUDA out of memory."), True),  # all are told
     ):
-        saved, processes = Mock(), Processes(1, 2, shards=shards)
+        saved, processes = Mock(side_effect=OSError("a second one")), Processes(1, 2, shards=shards)
         writes: dict[str, Any] = {"write_metrics": Mock(), "save": saved, "keep_batch": Mock()}
         hooks = Hooks(**writes, evaluate=Mock(side_effect=error), evaluate_every=3)
         options: dict[str, Any] = {"num_steps": 6, "checkpoint_every": None, "processes": processes}

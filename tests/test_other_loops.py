@@ -119,7 +119,6 @@ def test_trainer_trains_what_our_loop_trains(ours: Trained, tmp_path: Path, opti
     assert losses == pytest.approx(ours[1], rel=2e-5)
     assert losses[-1] < losses[0] - 0.05
     expected = adapter_parameters(ours[0])
-    assert any(name.endswith("magnitude") for name in expected)
     for path, parameter in adapter_parameters(trained).items():
         torch.testing.assert_close(parameter, expected[path], rtol=1e-3, atol=2e-4, msg=path)
     assert_norms_are_fresh(trained)

@@ -297,8 +297,6 @@ def test_between_steps_gates_are_deterministic_and_a_failed_step_leaves_no_draw(
     assert before == loss_of(model)
     assert first == again
     assert (first != before) == (other != first) == (mode == "hard_concrete")
-    gates.seed = 2**63 - 1
-    gates.begin(4)
 
 
 def test_full_budget_faults() -> None:

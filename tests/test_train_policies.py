@@ -235,6 +235,10 @@ def test_lines_go_through_the_values_of_steps_and_evaluations(tmp_path: Path) ->
     again = draw_figures(lines(), tmp_path / "b")
     assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
 
+    strange = lines()
+    del strange[1]["time"]  # what cannot be drawn is left out, and ends no run
+    assert [path.stem for path in draw_figures(strange, tmp_path / "c")] == [files[n].stem for n in (0, 2, 3)]
+
     def points(figure: str, name: str) -> NDArray[np.float64]:
         """(points, 2) of a line in the coordinates of the picture, where y goes down."""
         path = re.search(rf'<g id="{name}">\s*<path d="([^"]*)"', (tmp_path / f"a/{figure}.svg").read_text())
@@ -263,16 +267,18 @@ def test_smoothing_is_a_mean_over_tokens() -> None:
     assert values[1:].tolist() == pytest.approx([2.0, 2.0, (6 / 4 + 10) / (3 / 4 + 1)])
 
 
-def shown() -> str:
+def shown(seconds: float = 5.0) -> str:
     text = io.StringIO()
-    with TrainingProgress(1, console=Console(file=text, width=200)) as progress:
-        progress.step({"step": 1, "loss": 1.5, "lr": 1e-3, "num_tokens": 8000, "time": {"step_seconds": 5.0}})
+    with TrainingProgress(2, console=Console(file=text, width=200)) as progress:
+        progress.step({"step": 1, "loss": 1.5, "lr": 1e-3, "num_tokens": 8000, "time": {"step_seconds": seconds}})
     return text.getvalue()
 
 
 def test_with_a_gpu_reserved_memory_stands_beside_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds, left in ((5, "5s"), (59.6, "1m00s"), (200, "3m20s"), (3599.7, "1h00m"), (7500, "2h05m")):
+        assert shown(seconds).endswith(f"left {left}\n")
     if not torch.cuda.is_available():
-        assert shown().startswith("step 1/1  loss 1.5000  lr 1.00e-03  1,600 tok/s  memory ")
+        assert shown().startswith("step 1/2  loss 1.5000  lr 1.00e-03  1,600 tok/s  memory ")
         assert list(_peaks(Processes())) == ["peak_memory_bytes"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     peaks = {"allocated": 9 << 30, "reserved": 9 << 30}  # of a larger run before

@@ -210,7 +210,6 @@ def test_value_and_gradient_of_router_logits(dtype: torch.dtype) -> None:
     # A gradient in bf16 is rounded once.
     most = 5e-3 if dtype == torch.bfloat16 else tolerance
     assert reference.relative_error(found[:, kept].double().numpy(), np.stack(gradients)) < most
-    assert float(load_balancing_loss([torch.zeros(4, 8)], 2, torch.ones(4))) == pytest.approx(2.0)
     alike = torch.tensor([[40.0, 0.0, 0.0, 0.0]]).expand(5, 4)
     assert float(load_balancing_loss([alike], 1, torch.ones(5))) == pytest.approx(4.0)
 
@@ -238,10 +237,6 @@ def test_which_models_have_one(root: Path) -> None:
     recipe = support.tiny_recipe(root, train__router_aux_loss=0.05)
     for name in ("Qwen3VLMoeConfig", "Glm4vMoeConfig"):  # images and texts: the loss of the family
         check_router_loss(recipe, getattr(transformers, name)())
-    text = support.TEXT | {"model_type": "mixtral", "head_dim": 16, "sliding_window": None}
-    text |= {"num_local_experts": 4, "num_experts_per_tok": 2}
-    vision = support.TOWER | {"model_type": "pixtral", "head_dim": 16}
-    check_router_loss(recipe, transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_id=396))
     for name in ("llama4_text", "deepseek_v3"):
         with pytest.raises(UserError, match=f"train.router_aux_loss: must be 0 with {name}, got 0.05"):
             check_router_loss(recipe, support.mixture(name).config)
