@@ -50,13 +50,13 @@ def recipe(root: Path, **changes: Any) -> Recipe:
 
 
 def values(run: Path, task: str | None = None) -> dict[int, float]:
-    """Step -> NLL per token of its evaluation file."""
+    """Step -> NLL per token of its evaluation file, but for the base."""
     found = {}
     for file in (run / "eval").glob("step-*.json"):
         document = json.loads(file.read_text())
         numbers = document["tasks"][task] if task else document["average"]
         found[int(file.stem.removeprefix("step-"))] = numbers["nll_per_token"]
-    return dict(sorted(found.items()))
+    return {step: value for step, value in sorted(found.items()) if step > 0}
 
 
 def steps_on_disk(run: Path) -> list[int]:
