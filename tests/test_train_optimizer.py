@@ -94,7 +94,7 @@ def test_follows_the_paper_in_float64_whatever_the_storage(name: Any, monkeypatc
         for key in short:
             long[key].copy_(short[key].float())
     start = {key: p.detach().clone() for key, p in short.items()}
-    ratios = {"lora_B": 4.0, "magnitude": 0.5}
+    ratios = {"magnitude": 0.5}
     settings: dict[str, Any] = {"name": name, "weight_decay": 0.1, "lr_ratios": ratios}
     together, wide = (AdapterOptimizer(p, **settings) for p in (short, long))
     monkeypatch.setattr(flat_group, "_GROUP_ELEMENTS", 6000)
