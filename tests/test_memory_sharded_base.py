@@ -1,23 +1,32 @@
-"""A base that torch divides among processes over gloo: losses, gradients, bytes and norms, against a whole base."""
+"""A base that torch divides among processes over gloo: gradients, bytes, norms and runs against a whole base."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import nn
 
-from qdora.errors import RunFailure, UserError
+from qdora.errors import Diverged, RunFailure, UserError
 from qdora.memory import sharded_base
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
 from qdora.nn.row_share import span
 from qdora.ops.packed import PackedWeight, empty_packed
+from qdora.run.train import train_run
+from qdora.train import loop
 from qdora.train.distributed import Processes
+from qdora.train.hooks import Hooks
+from qdora.train.interrupt import StopRequest
+from qdora.train.shard_check import check_division
 from tests import support
-from tests.support import write
+from tests.support import assert_close_runs, in_batches, timeless, train_until, write
+from tests.test_train_distributed import GATED, assert_same_files, exact, stopped, train
 
 pytestmark = support.needs_division
 
@@ -45,14 +54,10 @@ EXPERTS = DORA | {"targets": ["q_proj", "experts"]}
 CASES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any], int]] = {
     "double": (2, "llama", {}, DORA, 12),
     "experts": (2, "qwen3_moe", {}, EXPERTS, 2),
-    "plain": (2, "llama", {"double_quant": False}, DORA, 12),
     "lora": (2, "llama", {}, {"kind": "lora"}, 0),
     "gated": (2, "llama", {}, DORA | {"gates": True}, 12),
-    "no-checkpoints": (2, "llama", {}, DORA | {"checkpointing": False}, 12),
     "int8": (2, "llama", {"quant": "int8"}, DORA, 14),
     "dense": (2, "llama", {"quant": "none"}, DORA, 14),
-    "qwen3": (2, "qwen3", {}, DORA, 14),
-    "three": (3, "llama", {}, DORA, 12),
     "three, qwen3": (3, "qwen3", {}, DORA, 14),
     "four, experts": (4, "qwen3_moe", {}, EXPERTS, 2),
 }
@@ -68,7 +73,7 @@ def test_processes_with_a_part_of_a_base_train_as_one(root: Path, case: str) -> 
 def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
     """Each process reads, quantises and holds its rows, and the parts of all are the weights of a whole base, bit for
     bit. A block is whole only while it computes."""
-    rows: list[int] = []
+    rows, counts = list[int](), list[int]()
     real = sharded_base.quantize
 
     def counted(weight: torch.Tensor, *args: Any, **options: Any) -> PackedWeight:
@@ -79,19 +84,16 @@ def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
     with support.dividing_processes() as processes:
         whole, sharded = support.load_sharded(source, **loading), support.load_sharded(source, processes, **loading)
         layers = frozen_layers(sharded)
-        assert set(frozen_layers(whole)) <= set(layers)
         divided, mine = 0, []
         for path, layer in frozen_layers(whole).items():
             share, right = layers[path].share, layer.stored_weight
             assert share is not None
-            found, bits = share.whole()
-            assert bits is None
+            found, _ = share.whole()
             assert isinstance(found, PackedWeight)
             assert isinstance(right, PackedWeight)
             for name, tensor in found.tensors().items():
                 assert torch.equal(tensor, right.tensors()[name]), (path, name)
-            for name in ("packed", "absmax"):
-                divided += right.tensors()[name].nbytes
+            divided += sum(right.tensors()[name].nbytes for name in ("packed", "absmax"))
             assert torch.equal(layers[path].squared_row_norm(), layer.squared_row_norm())
             with pytest.raises(RunFailure, match="read outside of its forward pass"):
                 _ = layers[path].stored_weight
@@ -105,33 +107,27 @@ def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
         replicated = support.num_resident_bytes(whole) - divided
         assert before == pytest.approx(divided / processes.size + replicated, rel=0.03)
         support.adapt_sharded(sharded)
-        counts, num_whole = whole_blocks(sharded)
+        listed = block_list(sharded)
+        assert listed is not None
+
+        def count(*_: Any) -> None:
+            """Blocks that have memory for their codes."""
+            codes = [block.self_attn.q_proj.base._buffers["packed"] for block in listed[1]]
+            counts.append(sum(tensor.untyped_storage().nbytes() > 0 for tensor in codes))
+
+        for block in listed[1]:
+            block.register_forward_pre_hook(count)
         support.train_plainly(sharded, processes, num_steps=1)
         assert set(counts) <= {1, 2}  # in the backward pass the block before is there until its own is over
-        assert num_whole() == 0
         after = support.num_resident_bytes(sharded) - support.num_adapter_bytes(sharded)
         assert before <= after <= 1.02 * before  # torch pads what a process has less than the first: a row of a tensor
-        assert all(layer.base.share is not None for layer in adapted_layers(sharded).values())
         counts.clear()
         with torch.no_grad():
             sharded.eval()(input_ids=torch.tensor([[5, 6, 7]]))
         assert set(counts) == {1}
-        assert num_whole() == 0
-
-
-def whole_blocks(model: Any) -> tuple[list[int], Callable[[], int]]:
-    """How many blocks have memory for their codes at the start of each block's passes, and how many have it now."""
-    found = block_list(model)
-    assert found is not None
-    blocks, counts = list(found[1]), list[int]()
-
-    def num_whole() -> int:
-        codes = [block.self_attn.q_proj.base._buffers["packed"] for block in blocks]
-        return sum(tensor.untyped_storage().nbytes() > 0 for tensor in codes)
-
-    for block in blocks:
-        block.register_forward_pre_hook(lambda *_: counts.append(num_whole()))
-    return counts, num_whole
+        count()
+        assert counts[-1] == 0
+        assert all(layer.base.share is not None for layer in adapted_layers(sharded).values())
 
 
 @pytest.mark.parametrize("size, double_quant", [(2, True), pytest.param(3, False, marks=pytest.mark.slow)])
@@ -150,13 +146,119 @@ def test_a_process_without_rows_of_a_small_layer_has_empty_parts() -> None:
     }
 
 
-def test_a_recipe_that_cannot_be_divided_is_refused(root: Path) -> None:
-    for words, changes in (
-        ("base.residency host", {"base__residency": "host"}),
-        ("adapter.init loftq", {"adapter__init": "loftq"}),
-        ("adapter.also_train", {"adapter__also_train": ["lm_head"], "adapter__also_train_rows": "all"}),
-        ("memory.host_embeddings", {"memory__host_embeddings": True}),
+SHARD = {"train__parallel": "shard"}
+
+
+MASKED = {"base__prune": {"method": "magnitude", "sparsity": 0.5}, "adapter__mask": "keep"}
+SLOW = [{"train__batch": 9, "data__packing": True}, GATED, MASKED, {"train__optimizer": "paged_adamw_8bit"}]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__batch": 5, "eval__tasks": ["sums", "letters"], "eval__limit": 2, "eval__every": 3},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW),
+    ],
+    ids=["evaluated", "packed", "gates", "masked", "8bit"],
+)
+def test_two_with_half_a_base_write_what_one_does(root: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    runs = [tmp_path / "one", tmp_path / "two"]
+    train_run(exact(root, **changes), runs[0])
+    assert support.run_processes(2, train, exact(root, **SHARD, **changes), runs[1]) == ["", ""]
+    assert_close_runs(*runs)
+    assert_same_files(*runs)
+
+
+def test_a_run_goes_on_with_a_base_that_is_divided_otherwise(root: Path, tmp_path: Path) -> None:
+    """One process; two with half of the base each; one again."""
+    one, run = tmp_path / "one", tmp_path / "run"
+    train_run(exact(root), one)
+    train_until(exact(root), run, 2)
+    assert support.run_processes(2, stopped, exact(root, **SHARD), run, 4, (0, 1), True) == ["", ""]
+    train_run(exact(root), run, resume=True)
+    assert_close_runs(one, run)
+
+
+def test_where_one_process_cannot_compute_the_others_end_and_the_run_goes_on(root: Path, tmp_path: Path) -> None:
+    settings, run = (
+        exact(root, **SHARD, train__batch=2, train__micro_batch_tokens=96, train__checkpoint_every=1),
+        tmp_path,
+    )
+
+    def fail(number: int, *_: Any) -> None:
+        if number == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def broken(rank: int) -> None:
+        if rank == 1:
+            in_batches(pytest.MonkeyPatch(), fail)
+        with pytest.raises(RunFailure, match=f"process {rank}: {'out of memory with one example' if rank else '.*'}"):
+            train_run(settings, run)
+
+    assert support.run_processes(2, broken, timeout=60) == ["", ""]
+    assert support.run_processes(2, train, settings, run, True) == ["", ""]
+    assert [line["step"] for line in timeless(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_adapted_head_is_refused(tmp_path: Path) -> None:
+    support.write_llama(tmp_path / "model", tie_word_embeddings=False)
+    settings = exact(tmp_path, **SHARD, adapter__targets=["q_proj", "lm_head"])
+    for error in support.run_processes(2, train, settings, tmp_path / "run"):
+        assert "adapter.targets: must not have the output head with train.parallel shard" in error
+
+
+def test_an_evaluation_that_fails_in_one_process_saves_nothing() -> None:
+    for shards, error, saves in (
+        (True, torch.OutOfMemoryError("CUDA out of memory."), False),
+        (True, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), False),
+        (True, Diverged("eval: not finite"), True),  # in all, which compute the same
+        (True, UserError("sums: has an empty choice"), True),
+        (False, torch.OutOfMemoryError("CUDA out of memory."), True),  # all are told
     ):
-        with pytest.raises(UserError, match=f"train.parallel: must be auto or replicate with {words}"):
-            support.tiny_recipe(root, train__parallel="shard", **changes)
-    assert support.tiny_recipe(root, train__parallel="hybrid").train.parallel == "hybrid"
+        saved, processes = Mock(side_effect=OSError("a second one")), Processes(1, 2, shards=shards)
+        writes: dict[str, Any] = {"write_metrics": Mock(), "save": saved, "keep_batch": Mock()}
+        hooks = Hooks(**writes, evaluate=Mock(side_effect=error), evaluate_every=3)
+        options: dict[str, Any] = {"num_steps": 6, "checkpoint_every": None, "processes": processes}
+        with pytest.raises(type(error)):
+            loop.after_step(nn.Identity(), 3, hooks, StopRequest(), **options)
+        assert saved.call_args_list == [((3,),)] * saves
+
+
+def checked(rank: int, source: Path, kind: str) -> None:
+    """Undisturbed it passes and leaves no trace. A wrong row is an error in all processes: in a block that the check
+    gathers whole, and in one that it does not, where the processes differ from each other."""
+    with support.dividing_processes() as processes:
+        model = support.load_sharded(source, processes)
+        support.adapt_sharded(model, dropout=0.1, kind=kind)
+        before = torch.get_rng_state()
+        assert "3 whole blocks" in str(check_division(model, processes))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert model.training
+        expected = support.load_sharded(source)
+        support.adapt_sharded(expected, dropout=0.1, kind=kind)
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected.eval()(input_ids=ids).logits)
+        model.train()
+        found = block_list(model)
+        assert found is not None
+        for number in (3, 1):
+            layer = found[1][number].mlp.gate_proj.base
+
+            def flip(*_args: Any, layer: Any = layer) -> None:
+                """After each gathering of the block the second process has other codes in a row."""
+                if rank == 1:
+                    layer._parameters["packed_share"].data[3] ^= 0x77
+
+            hook = found[1][number].register_forward_pre_hook(flip)
+            with pytest.raises(RunFailure, match="not the same when it is divided: process 1 has a loss of"):
+                check_division(model, processes)
+            hook.remove()
+
+
+@pytest.mark.parametrize("kind", ["dora", pytest.param("lora", marks=pytest.mark.slow)])
+def test_a_divided_base_is_checked_before_the_first_step(tmp_path: Path, kind: str) -> None:
+    source = support.write_llama(tmp_path, num_hidden_layers=4)  # of which three are gathered whole
+    assert support.run_processes(2, checked, source, kind) == ["", ""]
+    assert check_division(None, Processes()) is None  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize_scalar
 from torch import nn
 
 from qdora.errors import UserError
@@ -28,11 +28,10 @@ from qdora.train.distributed import Processes
 from qdora.train.gates import Gates
 from qdora.train.optimizer import AdapterOptimizer
 from tests import support
-from tests.support import ADAPTER, assert_resumes, training_lines
+from tests.support import ADAPTER, UNEVALUATED, assert_resumes, same_tensors, training_lines
 
-RANK = 6
-NUM_LAYERS = 14
-QUICK: dict[str, Any] = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ..., "adapter__rank": RANK}
+RANK, NUM_LAYERS = 6, 14
+QUICK: dict[str, Any] = {**UNEVALUATED, "adapter__rank": RANK}
 each_mode = pytest.mark.parametrize("mode", ["l1", "hard_concrete"])
 
 
@@ -103,12 +102,15 @@ def test_surplus_takes_the_lowest(components: list[tuple[int, float, bool, int]]
 
 
 def test_the_proximal_step_is_the_minimum_in_adams_metric() -> None:
+    """And a component dies at its penalty, no earlier."""
     generator = np.random.default_rng(1)
     values, sizes = generator.normal(size=30), generator.uniform(0.01, 2.0, 30)
     cost = generator.uniform(0.5, 3.0, 30)
     penalty = 0.4
     chosen = torch.arange(30) % 3 != 0
-    got = gate_rules.proximal_step(torch.tensor(values), torch.tensor(sizes), torch.tensor(cost), penalty, chosen)
+    given = torch.tensor(values), torch.tensor(sizes), torch.tensor(cost)
+    got = gate_rules.proximal_step(*given, penalty, chosen)
+    deaths = gate_rules.death_penalty(*given)
     for index in range(30):
         c, p, w = values[index], sizes[index], cost[index]
 
@@ -119,39 +121,21 @@ def test_the_proximal_step_is_the_minimum_in_adams_metric() -> None:
         expected = minimize_scalar(objective, bounds=ends, method="bounded", options={"xatol": 1e-10}).x
         best = 0.0 if objective(0.0) <= objective(expected) else expected
         assert float(got[index]) == pytest.approx(best if chosen[index] else c, abs=1e-6)
-
-
-def test_a_component_dies_at_its_penalty_and_no_earlier() -> None:
-    values, sizes, cost = wide([0.5, -2.0, 1.0]), wide([0.1, 0.2, 3.0]), wide([1.0, 2.0, 1.0])
-    deaths = gate_rules.death_penalty(values, sizes, cost)
-    everything = torch.ones(3, dtype=torch.bool)
-    for index, penalty in enumerate(deaths.tolist()):
-        assert gate_rules.proximal_step(values, sizes, cost, penalty * (1 + 1e-9), everything)[index] == 0
-        assert gate_rules.proximal_step(values, sizes, cost, penalty * (1 - 1e-6), everything)[index] != 0
-    # A gate divided by t has a gradient t times as large, so Adam's sqrt(v) is, too: the worth stays
-    shared = [gate_rules.death_penalty(wide([0.8 / t]), wide([0.01 / (0.03 * t)]), wide([1.0])) for t in (1.0, 1e-3)]
-    assert shared[0].item() == pytest.approx(shared[1].item())
+        everything, death = torch.ones(30, dtype=torch.bool), float(deaths[index])
+        assert gate_rules.proximal_step(*given, death * (1 + 1e-9), everything)[index] == 0
+        assert gate_rules.proximal_step(*given, death * (1 - 1e-6), everything)[index] != 0
 
 
 def test_the_shift_is_the_nearest_distribution_that_keeps_the_budget() -> None:
-    """Against a constrained minimisation of the KL divergence between the on-probabilities."""
+    """Of all q with sum(q w) = budget the KL divergence to p is least where logit(q) = logit(p) + t w, with one t."""
     log_alpha, cost = wide([-1.0, 0.5, 2.0, -0.2]), wide([1.0, 2.0, 1.5, 0.5])
     alive = torch.tensor([True, True, True, False])
-    p = hard_concrete.probability_on(log_alpha)[:3].numpy()
-    w = cost[:3].numpy()
-    allowed = 1.7
-    found = gate_rules.shifted_to_budget(log_alpha, cost, alive, allowed)
-    q = hard_concrete.probability_on(found)[:3].numpy()
-    assert float((q * w).sum()) == pytest.approx(allowed, abs=1e-9)
+    found = gate_rules.shifted_to_budget(log_alpha, cost, alive, 1.7)
     assert found[3] == log_alpha[3]
-
-    def divergence(x: np.ndarray) -> float:
-        return float((x * np.log(x / p) + (1 - x) * np.log((1 - x) / (1 - p))).sum())
-
-    best = minimize(
-        divergence, p, bounds=[(1e-6, 1 - 1e-6)] * 3, constraints={"type": "eq", "fun": lambda x: x @ w - allowed}
-    )
-    np.testing.assert_allclose(q, best.x, atol=1e-3)
+    p, q = (hard_concrete.probability_on(each)[:3].numpy() for each in (log_alpha, found))
+    assert float((q * cost[:3].numpy()).sum()) == pytest.approx(1.7, abs=1e-9)
+    shift = (np.log(q / (1 - q)) - np.log(p / (1 - p))) / cost[:3].numpy()
+    np.testing.assert_allclose(shift, shift[0], rtol=1e-9)
     for unreachable in (0.0, 100.0):
         ends = gate_rules.shifted_to_budget(
             wide([0.3, -2.0]), wide([1.0, 1.0]), torch.tensor([True, True]), unreachable
@@ -159,21 +143,12 @@ def test_the_shift_is_the_nearest_distribution_that_keeps_the_budget() -> None:
         assert ends.abs().tolist() == [gate_rules.LARGEST_LOGIT] * 2
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("gates")
-
-
-@pytest.fixture(scope="module", params=["l1", "hard_concrete"])
-def uninterrupted(root: Path, request: pytest.FixtureRequest) -> tuple[Any, Path]:
-    gates = {"mode": request.param, "mean_rank": 2, "warmup": 2, "anneal": 5, "shrink_every": 3}
+@each_mode
+def test_a_run_ends_with_its_budget_in_the_adapter_and_resumes(root: Path, tmp_path: Path, mode: str) -> None:
+    run = tmp_path / "whole"
+    gates = {"mode": mode, "mean_rank": 2, "warmup": 2, "anneal": 5, "shrink_every": 3}
     recipe = support.tiny_recipe(root, **QUICK, train__steps=9, adapter__gates=gates)
-    train_run(recipe, root / request.param)
-    return recipe, root / request.param
-
-
-def test_a_run_ends_with_its_budget_in_the_adapter(root: Path, uninterrupted: tuple[Any, Path], tmp_path: Path) -> None:
-    _, run = uninterrupted
+    train_run(recipe, run)
     ranks = [line["gates"]["mean_rank"] for line in training_lines(run)]
     assert ranks[:2] == [RANK] * 2, "nothing is removed in warm-up"
     assert ranks == sorted(ranks, reverse=True)
@@ -194,15 +169,9 @@ def test_a_run_ends_with_its_budget_in_the_adapter(root: Path, uninterrupted: tu
     train_run(support.tiny_recipe(root, **QUICK, train__steps=1), tmp_path / "plain")
     plain, first = training_lines(tmp_path / "plain")[0], training_lines(run)[0]
     assert (first["loss"], first["gradient_norm"]) == (plain["loss"], plain["gradient_norm"])
-
-
-@pytest.mark.parametrize("stop_at", [pytest.param(1, marks=pytest.mark.slow), 4, 8])
-def test_resumed_equals_uninterrupted(uninterrupted: tuple[Any, Path], tmp_path: Path, stop_at: int) -> None:
-    """In warm-up, between two removals with dead components in place, and after the last."""
-    recipe, whole = uninterrupted
-    assert_resumes(recipe, whole, tmp_path / "run", stop_at=stop_at, step=9)
-    first, second = (load_file(run / "checkpoints/step-9/gates.safetensors") for run in (tmp_path / "run", whole))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    # Stopped between two removals, with dead components in place
+    assert_resumes(recipe, run, tmp_path / "run", stop_at=4, step=9)
+    same_tensors(*(each / "checkpoints/step-9/gates.safetensors" for each in (run, tmp_path / "run")))
 
 
 def pieces(name: Any = "adamw", quant: str | None = None, dtype: Any = torch.float32, **settings: Any) -> Any:
@@ -214,12 +183,6 @@ def pieces(name: Any = "adamw", quant: str | None = None, dtype: Any = torch.flo
     return model, gates, optimizer
 
 
-def backward(model: Any) -> torch.Tensor:
-    loss = model(input_ids=support.LM_IDS, labels=support.LM_IDS, use_cache=False).loss
-    loss.backward()
-    return loss.detach()
-
-
 def loss_of(model: Any) -> float:
     with torch.no_grad():
         return float(model(input_ids=support.LM_IDS, labels=support.LM_IDS, use_cache=False).loss)
@@ -227,18 +190,33 @@ def loss_of(model: Any) -> float:
 
 def step(model: Any, gates: Gates, optimizer: AdapterOptimizer, number: int) -> None:
     gates.begin(number)
-    backward(model)
+    model(input_ids=support.LM_IDS, labels=support.LM_IDS, use_cache=False).loss.backward()
     optimizer.step(1e-3)
     optimizer.zero_grad()
     gates.end(number, True, optimizer, Processes())
 
 
 @each_mode
-@pytest.mark.parametrize("budget", [{"mean_rank": 1.5}, {"mean_rank": 3.9}, {"mean_rank": None, "parameters": 4900}])
-def test_the_budget_is_reached_within_2_percent(mode: str, budget: dict[str, Any]) -> None:
-    model, gates, optimizer = pieces(mode=mode, **budget, warmup=2, anneal=6, shrink_every=1)
+@pytest.mark.parametrize(
+    ("budget", "num_applied"),
+    [
+        ({"mean_rank": 1.5, "shrink_every": 1}, 10),
+        ({"mean_rank": 3.9}, 10),
+        ({"mean_rank": None, "parameters": 4900, "shrink_every": 1}, 10),
+        ({"mean_rank": 3, "anneal": 9, "warmup": 1}, 9),
+        ({"mean_rank": 3, "anneal": 9, "warmup": 1}, 0),
+    ],
+)
+def test_the_budget_is_reached_within_2_percent(mode: str, budget: dict[str, Any], num_applied: int) -> None:
+    """Also where the last steps are left out, or all of them."""
+    model, gates, optimizer = pieces(**{"mode": mode, "warmup": 2, "anneal": 6} | budget)
+    before = optimizer.state_tensors()
     for number in range(10):
-        step(model, gates, optimizer, number)
+        if number < num_applied:
+            step(model, gates, optimizer, number)
+        else:
+            gates.begin(number)
+            gates.end(number, False, optimizer, Processes())
     layers = adapted_layers(model).values()
     if "parameters" in budget:
         wanted, reached = 4900, sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers)
@@ -248,6 +226,8 @@ def test_the_budget_is_reached_within_2_percent(mode: str, budget: dict[str, Any
     assert min(layer.rank for layer in layers) >= 1
     assert gates.parameters == []
     assert all(layer.gate is None for layer in layers), "what is left is an ordinary adapter"
+    assert np.isfinite(loss_of(model))
+    assert before.keys() == optimizer.state_tensors().keys()
 
 
 def state_of(gates: Gates, optimizer: AdapterOptimizer) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -257,14 +237,16 @@ def state_of(gates: Gates, optimizer: AdapterOptimizer) -> tuple[dict[str, Any],
     return values, {key: optimizer.master(key) for key in optimizer.parameters}, states
 
 
-@pytest.mark.parametrize("name", ["adamw", "paged_adamw_8bit", "paged_adamw_32bit", "lion", "paged_lion_8bit"])
-def test_removal_keeps_the_loss_and_the_states_of_what_stays(name: Any) -> None:
-    model, gates, optimizer = pieces(name, anneal=5, shrink_every=99)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adamw", "paged_adamw_8bit", "lion"])
+def test_removal_and_folding_keep_the_loss_and_the_states_of_what_stays(name: Any, dtype: torch.dtype) -> None:
+    """Folded: averages of the gradient by B diag(c) are the old ones over c, and over c^2."""
+    model, gates, optimizer = pieces(name, dtype=dtype, anneal=5, shrink_every=99)
     for number in range(3):
         step(model, gates, optimizer, number)
     loss, (values, masters, states) = loss_of(model), state_of(gates, optimizer)
     gates.remove_dead(optimizer)
-    assert loss_of(model) == pytest.approx(loss, rel=1e-6)
+    assert loss_of(model) == pytest.approx(loss, rel=1e-6 if dtype == torch.float32 else 1e-2)
     num_cut = 0
     for path, layer in adapted_layers(model).items():
         keep = values[path] != 0
@@ -273,25 +255,13 @@ def test_removal_keeps_the_loss_and_the_states_of_what_stays(name: Any) -> None:
             key, index = f"{path}.{part}", keep.nonzero().squeeze(1)
             assert torch.equal(optimizer.master(key), masters[key].index_select(dim, index))
             for state, tensor in optimizer.state_tensors().items():
-                if (
-                    state.startswith(f"state/{key}/")
-                    and tensor.shape == layer.get_parameter(part).shape
-                    and tensor.dtype == torch.float32
-                ):
+                of_factor = state.startswith(f"state/{key}/") and tensor.shape == layer.get_parameter(part).shape
+                if of_factor and tensor.dtype == torch.float32:
                     assert torch.equal(tensor, states[state].index_select(dim, index)), state
         assert torch.equal(optimizer.master(f"{path}.magnitude"), masters[f"{path}.magnitude"])
     assert 0 < num_cut == NUM_LAYERS * (8 - gates.mean_rank)
     step(model, gates, optimizer, 3)  # training goes on
-    assert np.isfinite(loss_of(model))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["adamw", "paged_adamw_8bit", "lion"])
-def test_at_the_end_gates_are_folded_into_the_factor_and_its_averages(name: Any, dtype: str) -> None:
-    """Bit for bit the same function; averages of the gradient by B diag(c): the old ones over c, and over c^2."""
-    model, gates, optimizer = pieces(name, dtype=getattr(torch, dtype), anneal=5)
-    for number in range(3):
-        step(model, gates, optimizer, number)
+    gates.remove_dead(optimizer)
     logits, (values, _, states) = support.logits_of(model), state_of(gates, optimizer)
     gates._fold(optimizer)
     assert gates.is_over
@@ -309,7 +279,8 @@ def test_at_the_end_gates_are_folded_into_the_factor_and_its_averages(name: Any,
             assert torch.equal(after[key], before), key
     assert checked >= NUM_LAYERS
     assert any((gate != 1).any() for gate in values.values())
-    step(model, gates, optimizer, 3)
+    step(model, gates, optimizer, 4)
+    assert np.isfinite(loss_of(model))
 
 
 @each_mode
@@ -317,41 +288,15 @@ def test_between_steps_gates_are_deterministic_and_a_failed_step_leaves_no_draw(
     model, gates, optimizer = pieces(mode=mode, anneal=5)
     for number in range(3):
         step(model, gates, optimizer, number)
-    before = loss_of(model)
-    gates.begin(3)
-    drawn = loss_of(model)
-    assert (drawn != before) == (mode == "hard_concrete")
-    gates.begin(3)
-    assert loss_of(model) == drawn, "another attempt at the same step draws the same"
-    gates.begin(4)
-    assert (loss_of(model) != drawn) == (mode == "hard_concrete")
+    losses = [loss_of(model)]
+    for number in (3, 3, 4):  # another attempt at the same step draws the same
+        gates.begin(number)
+        losses.append(loss_of(model))
     gates.end(4, False, optimizer, Processes())
-    assert loss_of(model) == before
-    gates.seed = 2**63 - 1
-    gates.begin(4)
-
-
-@each_mode
-@pytest.mark.parametrize("num_applied", [0, 9])
-def test_a_last_step_that_is_left_out_ends_the_anneal_all_the_same(mode: str, num_applied: int) -> None:
-    model, gates, optimizer = pieces(mode=mode, anneal=9)
-    for number in range(9):
-        if number < num_applied:
-            step(model, gates, optimizer, number)
-        else:
-            gates.begin(number)
-            gates.end(number, False, optimizer, Processes())
-    before = optimizer.state_tensors()
-    gates.begin(9)
-    found = gates.end(9, False, optimizer, Processes())
-    layers = adapted_layers(model).values()
-    assert gates.is_over
-    assert all(layer.gate is None for layer in layers), "what is left is an ordinary adapter"
-    assert sum(layer.rank for layer in layers) == 3 * NUM_LAYERS
-    assert min(layer.rank for layer in layers) >= 1
-    assert found["gates"]["mean_rank"] == 3
-    assert np.isfinite(loss_of(model))
-    assert before.keys() == optimizer.state_tensors().keys()
+    before, first, again, other = losses
+    assert before == loss_of(model)
+    assert first == again
+    assert (first != before) == (other != first) == (mode == "hard_concrete")
 
 
 def test_full_budget_faults() -> None:
@@ -360,21 +305,16 @@ def test_full_budget_faults() -> None:
         ({"mean_rank": None, "parameters": 5}, "parameters: got 5, must be at least"),
         ({"mean_rank": None, "parameters": 10**9}, "parameters: got 1,000,000,000, must be at least"),
     ):
-        _, gates, _ = pieces(**asked)
         with pytest.raises(UserError, match=words):
-            gates.check_budget()
-    with pytest.raises(
-        UserError,
-        match=r"adapter\.gates\.anneal: warmup and anneal together must be at most the \d+ steps .*got 1 \+ 20\.",
-    ):
+            pieces(**asked)[1].check_budget()
+    with pytest.raises(UserError, match=r"gates\.anneal: warmup and anneal together must be at most .*got 1 \+ 20\."):
         pieces(anneal=20)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_l1_finds_planted_ranks_exactly(seed: int) -> None:
+def test_l1_finds_planted_ranks_exactly() -> None:
     """Four layers learn updates of these ranks from rank 8 each, with a budget of as many components."""
     planted = [1, 2, 3, 6]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     layers, targets = {}, {}
     for number, rank in enumerate(planted):
         weight = torch.randn(24, 32, generator=generator) * 0.2
@@ -382,14 +322,13 @@ def test_l1_finds_planted_ranks_exactly(seed: int) -> None:
         options: dict[str, Any] = {"rank": 8, "alpha": 8.0, "dtype": torch.float32, "generator": generator}
         layers[str(number)] = AdaptedLinear(FrozenLinear(weight), kind="lora", **options)
         targets[str(number)] = weight + update
-    asked = GateConfig(mode="l1", mean_rank=sum(planted) / 4, warmup=0.3, anneal=0.5)
-    gates = Gates(layers, asked, num_steps=300, seed=seed)
+    gates = Gates(layers, GateConfig(mode="l1", mean_rank=3, warmup=0.3, anneal=0.5), num_steps=300, seed=0)
     optimizer = AdapterOptimizer(adapter_parameters(nn.ModuleDict(layers)))
     for number in range(300):
         gates.begin(number)
         x = torch.randn(64, 32, generator=generator)
-        loss = sum((layer(x) - x @ targets[name].T).square().mean() for name, layer in layers.items())
-        loss.backward()  # type: ignore[union-attr]
+        loss: Any = sum((layer(x) - x @ targets[name].T).square().mean() for name, layer in layers.items())
+        loss.backward()
         value = float(loss.detach())
         del loss  # and its graph, before parameters shrink
         optimizer.step(1e-2)

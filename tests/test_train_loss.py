@@ -1,25 +1,35 @@
-"""The loss of a micro-batch without the model's logits: that of the plain formula, for every head and what follows."""
+"""The loss of a micro-batch without the model's logits, for every head; and of packed examples, each as if alone."""
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+from qdora.data.batching import Batching, micro_batches
+from qdora.data.tokenize import TokenizedExample
+from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters, inject, replace_module
-from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.packed import quantize
-from qdora.train import output_head
+from qdora.train import output_head, packed_attention
 from qdora.train.output_head import LogitForm
+from qdora.train.packed_attention import packed_layout
 from qdora.train.passes import batch_loss
 from tests import reference, support
+from tests.support import examples
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {
@@ -31,10 +41,9 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "pad_token_id": 0,
 }
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def batch(seed: int = 0) -> Batch:
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Three padded examples with 5, 1 and no labelled tokens."""
     ids = torch.randint(1, 90, (3, 11), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
@@ -45,14 +54,16 @@ def batch(seed: int = 0) -> Batch:
     return ids * mask, mask, labels
 
 
-def of(config: Any) -> nn.Module:
-    """A model whose logits are of the order of 1, so that what follows the head shows in the loss."""
+def of(
+    kind: str, sizes: dict[str, Any] = SIZES, attention: str | None = None, loud: bool = False, **fields: Any
+) -> Any:
+    """A model; a loud one has logits of the order of 1, so that what follows the head shows in the loss."""
     torch.manual_seed(0)
-    model: nn.Module = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5.0)
+    config = AutoConfig.for_model(kind, **{"vocab_size": VOCABULARY} | sizes | fields)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    for parameter in model.parameters():
+        if loud and parameter.ndim == 2:
+            parameter.data *= 5.0
     return model
 
 
@@ -107,15 +118,12 @@ def quantised_head() -> nn.Module:
 
 KNOWN: dict[str, tuple[Callable[[], nn.Module], LogitForm]] = {
     "llama, tied": (support.llama, LogitForm()),
-    "llama, head of its own": (lambda: support.llama(tie_word_embeddings=False), LogitForm()),
-    "gemma2, softcap": (
-        lambda: of(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.5)),
-        LogitForm(softcap=0.5),
-    ),
-    "gemma2, a softcap far above its logits": (lambda: of(Gemma2Config(**SIZES, head_dim=8)), LogitForm(softcap=30.0)),
-    "granite, divided": (lambda: of(GraniteConfig(**SIZES, logits_scaling=4.0)), LogitForm(scale=0.25)),
-    "cohere, multiplied": (lambda: of(CohereConfig(**SIZES, logit_scale=0.0625)), LogitForm(scale=0.0625)),
-    "multiplied by logits_scaling": (lambda: made(Multiplied, logits_scaling=0.25), LogitForm(scale=0.25)),
+    "llama, head of its own": (partial(support.llama, tie_word_embeddings=False), LogitForm()),
+    "softcap": (partial(of, "gemma2", loud=True, head_dim=8, final_logit_softcapping=0.5), LogitForm(softcap=0.5)),
+    "softcap far above its logits": (partial(of, "gemma2", loud=True, head_dim=8), LogitForm(softcap=30.0)),
+    "granite, divided": (partial(of, "granite", loud=True, logits_scaling=4.0), LogitForm(scale=0.25)),
+    "cohere, multiplied": (partial(of, "cohere", loud=True, logit_scale=0.0625), LogitForm(scale=0.0625)),
+    "multiplied by logits_scaling": (partial(made, Multiplied, logits_scaling=0.25), LogitForm(scale=0.25)),
     "a config that is not followed": (liar, LogitForm()),
     "quantised head": (quantised_head, LogitForm()),
 }
@@ -142,69 +150,40 @@ def assert_equal_to_plain(model: nn.Module, twin: nn.Module, chunk: int | None =
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 4])
 @pytest.mark.parametrize("name", KNOWN)
-def test_adapters_get_the_gradient_of_the_full_logits(name: str, chunk: int | None) -> None:
+def test_adapters_get_the_gradient_of_the_full_logits(name: str) -> None:
     make, form = KNOWN[name]
-    model, twin = adapted(make()), adapted(make())
-    assert_equal_to_plain(model, twin, chunk)
-    assert output_head._FORMS[model] == form  # the chunked loss, not the way back
-    assert model(input_ids=batch()[0]).logits.shape == (3, 11, VOCABULARY)  # the selection is gone afterwards
-
-
-@pytest.mark.parametrize("name", KNOWN)
-def test_the_form_is_learnt_in_bf16_too(name: str) -> None:
-    make, form = KNOWN[name]
-    model = make().to(torch.bfloat16)
+    for chunk in (None, 1, 4):
+        model, twin = adapted(make()), adapted(make())
+        assert_equal_to_plain(model, twin, chunk)
+        assert output_head._FORMS[model] == form  # the chunked loss, not the way back
+        assert model(input_ids=batch()[0]).logits.shape == (3, 11, VOCABULARY)  # the selection is gone afterwards
+    # Learnt in bf16, too
+    half = make().to(torch.bfloat16)
     with torch.no_grad():
-        loss = batch_loss(model, *batch()).nll_sum
-        assert output_head._FORMS[model] == form
-        assert float(loss) == pytest.approx(float(from_logits(model.float(), *batch())), rel=0.02)
-
-
-@pytest.mark.parametrize("name", ["llama, tied", "gemma2, softcap"])
-def test_losses_are_those_of_each_sequence_alone_in_float64(name: str) -> None:
-    model = KNOWN[name][0]()
-    ids, mask, labels = batch()
-    loss = batch_loss(model, ids, mask, labels)
-    for row, length in enumerate((11, 7, 11)):
-        with torch.no_grad():
-            logits = model(input_ids=ids[row : row + 1, :length]).logits[0].double().numpy()
-        nll, count = reference.token_nll(logits[:-1], labels[row, 1:length].numpy())
-        assert float(loss.example_nll[row]) == pytest.approx(nll, rel=1e-5)
-        assert int(loss.example_tokens[row]) == count == (5, 1, 0)[row]
-    assert float(loss.nll_sum.detach()) == pytest.approx(float(loss.example_nll.sum()), rel=1e-6)
-
-
-def adapted_head(name: str) -> Any:
-    model = adapted(KNOWN[name][0](), targets=["q_proj", "lm_head"])
-    assert isinstance(model.get_output_embeddings(), AdaptedLinear)
-    return model
-
-
-def recomputed() -> Any:
-    model = adapted(support.llama()).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
+        loss = batch_loss(half, *batch()).nll_sum
+        assert output_head._FORMS[half] == form
+        assert float(loss) == pytest.approx(float(from_logits(half.float(), *batch())), rel=0.02)
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("name", "targets"),
     [
-        lambda: adapted_head("gemma2, softcap"),
-        lambda: adapted_head("granite, divided"),
-        lambda: adapted_head("llama, head of its own"),
-        lambda: support.llama(tie_word_embeddings=True),
-        lambda: support.llama(tie_word_embeddings=False),
-        recomputed,
+        *((name, ["q_proj", "lm_head"]) for name in ("llama, head of its own", "softcap", "granite, divided")),
+        ("llama, tied", None),
+        ("llama, head of its own", None),
     ],
-    ids=["adapted, capped", "adapted, divided", "adapted", "trained, tied", "trained", "recomputed blocks"],
+    ids=str,
 )
-def test_a_trained_head_gets_its_gradient_a_chunk_at_a_time(make: Callable[[], Any]) -> None:
-    model = make()
-    assert_equal_to_plain(model, make())
-    assert output_head._FORMS[model] is not None
+def test_a_trained_head_gets_its_gradient_a_chunk_at_a_time(name: str, targets: Any) -> None:
+    """Also where blocks are computed again."""
+    make, form = KNOWN[name]
+    model, twin = (adapted(make(), targets=targets) if targets else make() for _ in range(2))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_equal_to_plain(model.train(), twin)
+    assert output_head._FORMS[model] == form
     head = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
+    assert head
     assert all(p.grad is not None for p in head)
 
 
@@ -221,16 +200,6 @@ def test_an_adapted_head_under_dropout_repeats_its_mask_in_the_backward_pass(mon
     assert torch.equal(*gradients)
 
 
-def test_the_models_head_sees_a_dozen_rows_once_and_then_one() -> None:
-    model: Any = KNOWN["gemma2, softcap"][0]()
-    model.requires_grad_(False)
-    rows: list[int] = []
-    model.lm_head.register_forward_hook(lambda _m, _a, out: rows.append(out.shape[1]))
-    for seed in (0, 1, 2):
-        batch_loss(model, *batch(seed))
-    assert rows == [12, 1, 1]
-
-
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]], ids=["frozen head", "adapted head"])
 def test_what_is_not_known_is_said_once_and_done_by_the_model(targets: Any, caplog: pytest.LogCaptureFixture) -> None:
     model, twin = (adapted(made(Odd), targets=targets) for _ in range(2))
@@ -245,20 +214,11 @@ def test_what_is_not_known_is_said_once_and_done_by_the_model(targets: Any, capl
         assert_equal_to_plain(model, twin)
     assert model.num_calls == 4
     (record,) = caplog.records
-    for words in ("llama: ", "memory.loss_chunk has no effect", "about 0.00 GiB for the 6 of this micro-batch"):
-        assert words in record.getMessage()
+    assert "memory.loss_chunk has no effect" in record.getMessage()
 
 
-def test_a_head_that_does_not_do_what_its_weight_says_is_left_to_the_model(caplog: pytest.LogCaptureFixture) -> None:
-    model, twin = adapted(support.llama()), adapted(support.llama())
-    for each in (model, twin):
-        each.lm_head.register_forward_hook(lambda _m, _a, out: out + 5.0 * torch.arange(VOCABULARY) / VOCABULARY)
-    assert_equal_to_plain(model, twin)
-    assert len(caplog.records) == 1
-
-
-def test_the_first_batch_may_have_no_labels_and_a_model_is_not_kept_alive() -> None:
-    model = adapted(KNOWN["gemma2, softcap"][0]())
+def test_the_first_batch_may_have_no_labels() -> None:
+    model = adapted(KNOWN["softcap"][0]())
     ids, mask, labels = batch()
     empty = batch_loss(model, ids, mask, torch.full_like(labels, -100))
     empty.nll_sum.backward()
@@ -267,7 +227,111 @@ def test_the_first_batch_may_have_no_labels_and_a_model_is_not_kept_alive() -> N
     assert model not in output_head._FORMS
     loss = batch_loss(model, ids, mask, labels)
     torch.testing.assert_close(loss.nll_sum, from_logits(model, ids, mask, labels), rtol=1e-5, atol=1e-5)
-    before = len(output_head._FORMS)
-    del model, empty, loss
-    gc.collect()
-    assert len(output_head._FORMS) < before
+
+
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": support.llama,
+    "eager": partial(of, "llama", attention="eager"),
+    # Every other layer sees four tokens; logits are capped
+    "gemma2": partial(of, "gemma2", attention="eager", head_dim=8, sliding_window=4, final_logit_softcapping=0.5),
+    "mistral": partial(of, "mistral", sliding_window=4),
+    "gpt2": partial(of, "gpt2", GPT2),  # learnt positions
+    "mixtral": partial(of, "mixtral", num_local_experts=4),
+}
+
+
+def nll_alone(model: Any, example: TokenizedExample) -> float:
+    """Of the example as a batch of one, from the model's own logits in float64."""
+    ids = torch.from_numpy(example.input_ids).long()[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0].double().numpy()
+    labels = np.where(example.loss_mask, example.input_ids, -100)
+    return reference.token_nll(logits[:-1], labels[1:])[0] if len(labels) > 1 else 0.0
+
+
+@pytest.mark.parametrize("layout", [None, "rows", "single"])
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_are_those_of_each_example_alone(name: str, layout: Any) -> None:
+    """Padded or packed, also of an example without a label; and the model is found to keep packed examples apart."""
+    model, found, seen = MODELS[name](), examples(), {}
+    found[3] = TokenizedExample("b", "3", found[3].input_ids, np.zeros_like(found[3].loss_mask))
+    batches = micro_batches(found, Batching(75, 0, layout, 25) if layout else Batching(75, 0), ["a", "b"])
+    assert (max(len(micro.input_ids) for micro in batches) > 1) == (layout != "single")
+    for micro in batches:
+        loss = batch_loss(model, micro.input_ids, micro.attention_mask, micro.labels, packing=micro.packing)
+        assert float(loss.nll_sum.detach()) == pytest.approx(float(loss.example_nll.sum()), rel=1e-6)
+        for each, nll, count in zip(micro.example_ids, loss.example_nll, loss.example_tokens, strict=True):
+            seen[each] = (float(nll), int(count))
+    assert len(seen) == len(found)
+    for example in found:
+        nll, count = seen[example.id]
+        assert nll == pytest.approx(nll_alone(model, example), rel=1e-5, abs=1e-5)
+        assert count == example.loss_mask.sum()
+    model.to(torch.bfloat16 if layout == "single" else torch.float32).train()
+    frozen = next(model.children()).eval()
+    before = torch.get_rng_state()
+    layout, said = packed_layout(model)
+    assert layout == "rows"
+    assert f"attention by {'eager' if name in ('eager', 'gemma2') else 'sdpa'}, " in said
+    assert ("sliding_attention" in said) == (name == "gemma2")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (model.training, frozen.training) == (True, False)
+
+
+def instead(model: Any, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
+    """The model takes other positions than it is given."""
+    real = model.forward
+
+    def forward(input_ids: Any, position_ids: Any = None, **options: Any) -> Any:
+        changed = None if position_ids is None else change(position_ids)
+        return real(input_ids=input_ids, position_ids=changed, **options)
+
+    model.forward = forward
+    return model
+
+
+def test_kernels_for_variable_lengths_get_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash_attention_2 itself cannot run here; sdpa takes a single row as well."""
+    names = ("sdpa", "eager", "flex_attention", "flash_attention_2", "kernels-community/flash-attn2")
+    assert [packed_attention.layout_for(name) for name in names] == ["rows"] * 3 + ["single"] * 2
+    monkeypatch.setattr(packed_attention, "layout_for", lambda attention: "single")
+    shapes: list[Any] = []
+    model = instead(support.llama(), lambda positions: shapes.append(tuple(positions.shape)) or positions)
+    assert packed_layout(model)[0] == "single"
+    assert shapes == [(1, 22), (1, 19), (1, 22), (1, 19)]
+
+
+def without_borders(attention: str = "sdpa") -> Any:
+    model = of("llama", attention=attention)
+    return instead(model, lambda positions: torch.arange(positions.shape[1]).expand(positions.shape))
+
+
+def counting_on() -> Any:
+    """Attention inside each example, but learnt positions that go on through the row."""
+    model = of("gpt2", GPT2)
+    table = model.transformer.wpe
+    table.forward = lambda ids: table.weight[: ids.shape[1]].expand(*ids.shape, -1)
+    return model
+
+
+LEAKS = "does not keep packed examples apart: other tokens in a packed example change logits of the next one"
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (without_borders, rf"^data.packing: llama \(attention by sdpa\) {LEAKS}.*Fix: data\.packing: false"),
+        (partial(without_borders, "eager"), rf"{LEAKS}.*or model\.attention: sdpa if"),
+        (lambda: instead(support.llama(), lambda p: p[:1].expand(p.shape)), LEAKS),  # the first row only
+        (partial(of, "lfm2", layer_types=["conv", "full_attention"]), rf"lfm2 .*{LEAKS}"),
+        (counting_on, r"gpt2 .*logits of a packed example differ from those of the example alone by 0"),
+        (partial(of, "bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4}), "bloom, which takes no position_ids"),
+    ],
+    ids=["without borders", "eager", "first row only", "lfm2", "counting on", "bloom"],
+)
+def test_models_that_do_not_are_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        packed_layout(make())

@@ -1,11 +1,13 @@
-"""What a run decides from its steps: rates, spikes, the best step, smaller micro-batches, loss scales."""
+"""What a run makes of its steps: rates, spikes, the best, smaller micro-batches, loss scales; figures, progress."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Callable
+import re
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -16,6 +18,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from rich.console import Console
 
 from qdora.data.batching import Batching
 from qdora.errors import RunFailure
@@ -24,9 +28,13 @@ from qdora.model.inject import adapter_parameters
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train import loss_scale
 from qdora.train.best import BestSoFar
+from qdora.train.distributed import Processes
+from qdora.train.figures import draw_figures, smooth
+from qdora.train.loop import _peaks
 from qdora.train.loss_scale import LossScale
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.out_of_memory import Backoff, Shortage
+from qdora.train.progress import TrainingProgress
 from qdora.train.schedule import Schedule
 from qdora.train.step_checks import BadSteps, MissingGradientCheck
 from tests import support
@@ -53,18 +61,13 @@ def test_learning_rates_by_hand() -> None:
     assert rates(4, lr=1.0, schedule="linear", warmup=0, lr_end=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4])
     cosine = [1.0, 1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5)]
     assert rates(5, lr=1.0, schedule="cosine", warmup=1, lr_end=0.2) == pytest.approx(cosine)
-
-
-@pytest.mark.parametrize("num_steps", [1, 7, 25, 100, 1000])
-def test_a_share_of_the_steps_is_that_which_the_recipe_has(num_steps: int) -> None:
-    """The smallest whole number of steps that is the share or more, also where the floating product is above it."""
+    # The smallest whole number of steps that is the share or more, also where the floating product is above it
     above = 0
     for percent in range(1, 100):
-        exact = math.ceil(Fraction(percent, 100) * num_steps)
-        above += math.ceil(percent / 100 * num_steps) > exact
-        schedule = Schedule(TrainConfig(steps=num_steps, batch=1, lr=1.0, warmup=percent / 100), num_steps)
-        assert next(step for step in range(num_steps) if schedule.rate(step) == 1.0) + 1 == exact, percent
-    assert above > 0 or num_steps not in (25, 100)
+        exact = math.ceil(Fraction(percent, 100) * 25)
+        above += math.ceil(percent / 100 * 25) > exact
+        assert rates(25, lr=1.0, warmup=percent / 100).index(1.0) + 1 == exact, percent
+    assert above > 0
 
 
 @given(st.lists(st.floats(0.01, 100), max_size=60), st.floats(1.01, 20), st.integers(0, 60))
@@ -101,71 +104,37 @@ def test_the_judge_is_a_running_best(series: list[float], higher: bool, patience
         assert judge.is_over == (index - first_best >= patience)
 
 
-def missing(
-    frozen: str | None, rate: Callable[[int], float] = lambda _: 1e-5, *, num_updates: int = 3, magnitude: float = 1.0
-) -> list[list[str]]:
-    """What the check finds in updates of which one matrix gets no gradient."""
+@pytest.mark.parametrize("frozen", ["none", "lora_A", "lora_B", "magnitude", "all"])
+def test_a_matrix_without_a_gradient_is_named_once_after_three_updates(frozen: str) -> None:
+    """An update of rate 0 does not count; others are smaller than the parameters show."""
     parameters = adapter_parameters(support.adapted_model("llama", quant="nf4", dtype=torch.float32))
-    for name, parameter in parameters.items():
-        if name.endswith("magnitude"):
-            parameter.data.fill_(magnitude)
+    names = {"none": [], "all": [*parameters]}.get(frozen, [f"model.layers.1.mlp.up_proj.{frozen}"])
     optimizer = AdapterOptimizer(parameters, name="adamw", weight_decay=0.1)
     check, generator, found = MissingGradientCheck(optimizer), torch.Generator().manual_seed(0), []
-    for step in range(num_updates):
+    for step in range(6):
         for name, parameter in parameters.items():
-            gradient = torch.randn(parameter.shape, generator=generator)
-            parameter.grad = gradient * (0.0 if name == frozen else 1.0)
-        optimizer.step(rate(step))
-        found.append(check.updated(rate(step)))
-    return [each for each in found if each is not None]
-
-
-def test_a_matrix_without_a_gradient_is_named_once_after_three_updates() -> None:
-    for rate in (1e-5, 1e-12):  # smaller than the parameters show
-        assert missing(None, lambda _, rate=rate: rate, num_updates=5, magnitude=100.0) == [[]]
-    for part in ("lora_A", "lora_B", "magnitude"):
-        name = f"model.layers.1.mlp.up_proj.{part}"
-        assert missing(name, num_updates=5) == [[name]]
-
-    def warm(step: int) -> float:  # an update of rate 0 does not count
-        return 1e-5 if step else 0.0
-
-    assert missing(name, warm, num_updates=3) == []
-    assert missing(name, warm, num_updates=4) == [[name]]
-    check = MissingGradientCheck(AdapterOptimizer(adapter_parameters(support.adapted_model()), name="adamw"))
-    found = [check.updated(1e-5) for _ in range(3)]  # no gradient at all
-    assert found[:2] == [None, None]
-    assert found[2] is not None
-    assert len(found[2]) == check.num_tensors == 42
-
-
-def cpu_allocator() -> BaseException:
-    """What torch really says on a CPU."""
-    try:
-        torch.empty(2**50)
-    except RuntimeError as error:
-        return error
-    raise AssertionError("a petabyte of memory")
-
-
-CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB."
+            if name.endswith("magnitude") and step == 0:
+                parameter.data.fill_(100.0)
+            gradient = torch.randn(parameter.shape, generator=generator) * (name not in names)
+            parameter.grad = None if frozen == "all" else gradient
+        rate = 1e-12 if step else 0.0
+        optimizer.step(rate)
+        found.append(check.updated(rate))
+    assert found == [None, None, None, names, None, None]
+    assert check.num_tensors == 42
 
 
 @pytest.mark.parametrize(
     "error, expected",
     [
-        (cpu_allocator(), True),
-        (torch.OutOfMemoryError(CUDA), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
         (MemoryError(), True),
-        (RuntimeError("CUDA error: out of memory"), True),  # cudaMalloc by itself
         (RuntimeError("CUDA driver error: out of memory"), True),  # a segment that grows
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (dist.DistBackendError("NCCL error\nLast error:\nCuda failure 2 'out of memory'"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)"), False),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (RunFailure("the system refuses 64 MiB of pinned host memory (CUDA error: out of memory)."), False),
         (ValueError("DefaultCPUAllocator: can't allocate memory"), False),
-        (OSError(12, "Cannot allocate memory"), False),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
@@ -173,13 +142,16 @@ def test_what_counts_as_out_of_memory(error: BaseException, expected: bool) -> N
     assert is_out_of_memory(error) is expected
 
 
-@pytest.mark.parametrize("free, expected", [(99_999_999, True), (100_000_000, False), (None, False)])
-def test_cublas_without_a_handle_is_out_of_memory_on_a_full_gpu(free: Any, expected: bool, monkeypatch: Any) -> None:
-    broken = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    answer = Mock(return_value=(free, 40 << 30), side_effect=broken if free is None else None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", answer)
+def test_other_errors_are_out_of_memory_by_what_the_allocator_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS without a handle is out of memory on a full GPU."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**50)  # what torch really says on a CPU
+    assert is_out_of_memory(raised.value)
     error = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
-    assert is_out_of_memory(error) is expected
+    for answer, expected in ((99_999_999, True), (100_000_000, False), (torch.AcceleratorError("CUDA error"), False)):
+        broken = answer if isinstance(answer, Exception) else None
+        monkeypatch.setattr(torch.cuda, "mem_get_info", Mock(return_value=(answer, 40 << 30), side_effect=broken))
+        assert is_out_of_memory(error) is expected
 
 
 def test_micro_batches_grow_back_and_wait_longer_after_every_failure() -> None:
@@ -226,3 +198,93 @@ def test_the_scale_halves_and_doubles_and_survives_a_checkpoint(monkeypatch: pyt
     for _ in range(100):
         scale.applied()
     assert scale.value == 2.0**15
+
+
+GRADIENT_NORMS = [0.5, 3.0, 1.0, 40.0]
+RATES = [1e-4, 3e-4, 2e-4, 0.0]
+SECONDS = [2.0, 0.5, 1.0, 4.0]
+GIBS = [1, 2, 5, 6]
+
+
+def lines() -> list[dict[str, Any]]:
+    """Four steps of 100 tokens and an evaluation between them."""
+    found: list[dict[str, Any]] = [
+        {
+            "step": index + 1,
+            "lr": RATES[index],
+            "gradient_norm": GRADIENT_NORMS[index],
+            "loss": 2.0 - index / 4,
+            "num_tokens": 100,
+            "num_label_tokens": 10,
+            "tasks": {"sums": {"nll_sum": 12.0 - index, "num_tokens": 10}},
+            "time": {"step_seconds": SECONDS[index], "peak_memory_bytes": GIBS[index] * 2**30},
+        }
+        for index in range(4)
+    ]
+    evaluated = []
+    for step, nll, acc in ((0, 4.0, 0.25), (2, 1.0, 0.75), (4, 2.0, 0.5)):
+        scores = {"sums": {"nll_per_token": nll, "acc": None}, "letters": {"nll_per_token": 2 * nll, "acc": acc}}
+        evaluated.append({"step": step, "eval": scores, "average": {"nll_per_token": 1.5 * nll, "acc": acc}})
+    return [evaluated[0], *found[:2], evaluated[1], *found[2:], evaluated[2]]
+
+
+@pytest.mark.figures
+def test_lines_go_through_the_values_of_steps_and_evaluations(tmp_path: Path) -> None:
+    files = draw_figures(lines(), tmp_path / "a")
+    assert [file.stem for file in files] == ["loss_per_task", "steps", "validation_nll", "validation_accuracy"]
+    again = draw_figures(lines(), tmp_path / "b")
+    assert [path.read_bytes() for path in files] == [path.read_bytes() for path in again]
+
+    strange = lines()
+    del strange[1]["time"]  # what cannot be drawn is left out, and ends no run
+    assert [path.stem for path in draw_figures(strange, tmp_path / "c")] == [files[n].stem for n in (0, 2, 3)]
+
+    def points(figure: str, name: str) -> NDArray[np.float64]:
+        """(points, 2) of a line in the coordinates of the picture, where y goes down."""
+        path = re.search(rf'<g id="{name}">\s*<path d="([^"]*)"', (tmp_path / f"a/{figure}.svg").read_text())
+        assert path is not None
+        return np.array(re.findall(r"[ML] (\S+) (\S+)", path[1]), dtype=float)
+
+    for figure, name, steps, values in (
+        ("steps", "learning rate", [1, 2, 3, 4], RATES),
+        ("steps", "peak memory, GiB", [1, 2, 3, 4], GIBS),
+        ("steps", "tokens per second", [1, 2, 3, 4], [50.0, 200.0, 100.0, 25.0]),
+        ("steps", "gradient norm", [1, 2, 3, 4], list(np.log(GRADIENT_NORMS))),
+        ("validation_nll", "sums", [0, 2, 4], [4.0, 1.0, 2.0]),
+        ("validation_nll", "letters", [0, 2, 4], [8.0, 2.0, 4.0]),
+        ("validation_nll", "all", [0, 2, 4], [6.0, 1.5, 3.0]),
+        ("validation_accuracy", "letters", [0, 2, 4], [0.25, 0.75, 0.5]),
+    ):
+        line = points(figure, name)
+        assert len(line) == len(steps)
+        assert np.corrcoef(line[:, 0], steps)[0, 1] == pytest.approx(1.0, abs=1e-9), name
+        assert np.corrcoef(-line[:, 1], values)[0, 1] == pytest.approx(1.0, abs=1e-9), name
+
+
+def test_smoothing_is_a_mean_over_tokens() -> None:
+    values = smooth(np.array([0.0, 6.0, 0.0, 10.0]), np.array([0.0, 3.0, 0.0, 1.0]), half_life=1.0)
+    assert np.isnan(values[0])
+    assert values[1:].tolist() == pytest.approx([2.0, 2.0, (6 / 4 + 10) / (3 / 4 + 1)])
+
+
+def shown(seconds: float = 5.0) -> str:
+    text = io.StringIO()
+    with TrainingProgress(2, console=Console(file=text, width=200)) as progress:
+        progress.step({"step": 1, "loss": 1.5, "lr": 1e-3, "num_tokens": 8000, "time": {"step_seconds": seconds}})
+    return text.getvalue()
+
+
+def test_with_a_gpu_reserved_memory_stands_beside_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds, left in ((5, "5s"), (59.6, "1m00s"), (200, "3m20s"), (3599.7, "1h00m"), (7500, "2h05m")):
+        assert shown(seconds).endswith(f"left {left}\n")
+    if not torch.cuda.is_available():
+        assert shown().startswith("step 1/2  loss 1.5000  lr 1.00e-03  1,600 tok/s  memory ")
+        assert list(_peaks(Processes())) == ["peak_memory_bytes"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    peaks = {"allocated": 9 << 30, "reserved": 9 << 30}  # of a larger run before
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peaks["allocated"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: peaks["reserved"])
+    now = {"allocated": 3 << 29, "reserved": 7 << 28}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peaks.update(now))
+    assert "memory 1.50 (reserved 1.75) GiB" in shown()
+    assert _peaks(Processes()) == {"peak_memory_bytes": 3 << 29, "peak_reserved_bytes": 7 << 28}

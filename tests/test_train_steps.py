@@ -19,7 +19,6 @@ from qdora.data.loader import Step
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
 from qdora.model.build_model import recompute_activations
-from qdora.model.experts import stacks
 from qdora.model.inject import adapter_parameters, inject
 from qdora.ops.load_balance import load_balancing_loss
 from qdora.train.distributed import Processes
@@ -30,7 +29,7 @@ from qdora.train.router_loss import check_router_loss
 from tests import reference, support
 
 CPU = torch.device("cpu")
-WITH_LOSS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "qwen3_5_moe_text", "qwen3_next")
+WITH_LOSS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "qwen3_5_moe_text", "qwen3_next")
 
 
 def model_of(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -79,7 +78,6 @@ def expected(
     gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
     nll = dict.fromkeys(step.task_label_tokens, 0.0)
     aux = 0.0
-    of_routers: Any = 0.0
 
     def add(found: Any) -> None:
         for gradient, each in zip(gradients.values(), found, strict=True):
@@ -101,10 +99,8 @@ def expected(
         aux += share * value
         given = [torch.from_numpy(each) * (share * coefficient) for each in upstream]
         options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-        found = torch.autograd.grad(layers, [*parameters.values()], given, **options)
-        of_routers += sum(float(each.square().sum()) for each in found)
-        add(found)
-    return {"nll": nll, "aux": aux, "gradients": gradients, "of_routers": of_routers}
+        add(torch.autograd.grad(layers, [*parameters.values()], given, **options))
+    return {"nll": nll, "aux": aux, "gradients": gradients}
 
 
 def flat(gradients: Any) -> Any:
@@ -125,13 +121,11 @@ CASES: dict[str, tuple[str, Batching, bool, bool, dict[str, Any]]] = {
     "one packed row": ("llama", Batching(50, 0, "single"), False, False, {}),
     "routers": ("qwen3_moe", Batching(40, 0), False, False, ROUTED),
     "packed routers": ("mixtral", Batching(40, 0, "rows", 20), True, True, ROUTED | {"weights": WEIGHTS}),
-    "recomputed routers": ("mixtral", Batching(40, 0), True, False, ROUTED),
     "routers with a bias": ("gpt_oss", Batching(40, 0), True, False, ROUTED),
 }
-SLOW = ("recomputed routers", "routers with a bias")
 
 
-@pytest.mark.parametrize("case", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
+@pytest.mark.parametrize("case", [*[*CASES][:-1], pytest.param([*CASES][-1], marks=pytest.mark.slow)])
 def test_a_step_is_a_ratio_of_sums_over_its_examples(tmp_path: Path, case: str) -> None:
     name, batching, checkpointing, scaled, settings = CASES[case]
     examples = support.examples()
@@ -157,30 +151,28 @@ def test_a_step_is_a_ratio_of_sums_over_its_examples(tmp_path: Path, case: str) 
     assert ("router_aux_loss" in metrics) == bool(coefficient)
     if coefficient:
         assert metrics["router_aux_loss"] == pytest.approx(wanted["aux"], rel=1e-5)
-        assert wanted["of_routers"] ** 0.5 > 0.02 * np.linalg.norm(gradient), "the loss of the routers does not show"
+        plain = expected(model_of(name, tmp_path, torch.float64), step, examples, settings.get("weights"))
+        plain = flat(plain["gradients"].values())
+        assert reference.relative_error(plain, gradient) > 0.02, "the loss of the routers does not show"
 
 
 def test_float16_keeps_the_gradients_of_a_step_of_many_tokens(tmp_path: Path) -> None:
-    """This process holds a share of the step's 32,768 labelled tokens."""
+    """This process holds a share of the step's 32,768 labelled tokens; without a loss scale the gradients underflow."""
     examples = support.examples([40, 33, 37, 28], tasks="a")
     step = support.step_of(examples, Batching(96, 0))
     step = replace(step, num_label_tokens=32_768, task_label_tokens={"a": 32_768})
     wanted = expected(model_of("llama", tmp_path, torch.float64), step, examples)["gradients"]
     assert len(wanted) == 42
-    for scale, least in ((LossScale(), 0.9999), (None, None)):
-        model = model_of("llama", tmp_path, torch.float16)
+    for scale in (LossScale(), None):
+        model, worst = model_of("llama", tmp_path, torch.float16), 1.0
         step_gradient(model, step, device=CPU, loss_scale=scale)
-        cosines = []
         for name, parameter in adapter_parameters(model).items():
             assert parameter.grad is not None
             assert parameter.grad.dtype == torch.float32
             one, other = parameter.grad.double().flatten(), wanted[name].flatten()
-            cosines.append(float(functional.cosine_similarity(one, other, dim=0)))
-            assert least is None or float(one.norm() / other.norm()) == pytest.approx(1, abs=5e-3)
-        if least is None:
-            assert min(cosines) < 0.99, "this step does not need a loss scale"
-        else:
-            assert min(cosines) > least
+            worst = min(worst, float(functional.cosine_similarity(one, other, dim=0)))
+            assert scale is None or float(one.norm() / other.norm()) == pytest.approx(1, abs=5e-3)
+        assert worst > 0.9999 if scale else worst < 0.99
 
 
 def test_a_process_without_an_example_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +210,6 @@ def test_value_and_gradient_of_router_logits(dtype: torch.dtype) -> None:
     # A gradient in bf16 is rounded once.
     most = 5e-3 if dtype == torch.bfloat16 else tolerance
     assert reference.relative_error(found[:, kept].double().numpy(), np.stack(gradients)) < most
-    assert float(load_balancing_loss([torch.zeros(4, 8)], 2, torch.ones(4))) == pytest.approx(2.0)
     alike = torch.tensor([[40.0, 0.0, 0.0, 0.0]]).expand(5, 4)
     assert float(load_balancing_loss([alike], 1, torch.ones(5))) == pytest.approx(4.0)
 
@@ -234,35 +225,21 @@ def ids_and_mask(rows: int = 3, length: int = 9) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", WITH_LOSS)
 def test_it_is_the_loss_of_transformers(tmp_path: Path, name: str) -> None:
     model, _ = support.adapted_mixture(tmp_path, name, torch.float32, targets=["o_proj"])
-    if name == "granitemoe" and not stacks(model):
-        pytest.skip("this release of transformers has no interface for Granite's experts")
     ids, mask = ids_and_mask()
     library = model(ids, attention_mask=mask, output_router_logits=True)
-    if name == "granitemoe" and not library.router_logits:
-        pytest.skip("this release of transformers gives no logits of Granite's routers")
     found = batch_loss(model, ids, mask, ids.clone(), routers=True)
     assert found.router_loss is not None
     torch.testing.assert_close(found.router_loss, library.aux_loss, rtol=1e-5, atol=1e-6)
     assert batch_loss(model, ids, mask, ids.clone()).router_loss is None
 
 
-def test_a_mixture_of_images_and_texts_has_the_loss_of_its_family_or_of_its_text_model(root: Path) -> None:
+def test_which_models_have_one(root: Path) -> None:
     recipe = support.tiny_recipe(root, train__router_aux_loss=0.05)
-    for name in ("Qwen3VLMoeConfig", "Qwen3_5MoeConfig", "Glm4vMoeConfig"):
+    for name in ("Qwen3VLMoeConfig", "Glm4vMoeConfig"):  # images and texts: the loss of the family
         check_router_loss(recipe, getattr(transformers, name)())
-    text = support.TEXT | {"model_type": "mixtral", "head_dim": 16, "sliding_window": None}
-    text |= {"num_local_experts": 4, "num_experts_per_tok": 2}
-    vision = support.TOWER | {"model_type": "pixtral", "head_dim": 16}
-    config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_id=396)
-    check_router_loss(recipe, config)
-
-
-def test_a_model_without_one_is_refused(root: Path) -> None:
-    recipe = support.tiny_recipe(root, train__router_aux_loss=0.05)
-    for name in ("llama4_text", "deepseek_v3", "lfm2_moe"):
+    for name in ("llama4_text", "deepseek_v3"):
         with pytest.raises(UserError, match=f"train.router_aux_loss: must be 0 with {name}, got 0.05"):
             check_router_loss(recipe, support.mixture(name).config)
-    model = support.mixture("qwen3_moe", mlp_only_layers=[0, 1])
     ids, mask = ids_and_mask(2, 7)
     with pytest.raises(UserError, match=r"router_aux_loss: must be 0 with this model: .* no logits of routers"):
-        batch_loss(model, ids, mask, ids.clone(), routers=True)
+        batch_loss(support.mixture("qwen3_moe", mlp_only_layers=[0, 1]), ids, mask, ids.clone(), routers=True)
