@@ -9,25 +9,14 @@ VOID = {"meta", "img", "br", "hr", "link", "input", "base", "source"}
 
 
 class Page(HTMLParser):
-    """A parsed page.
-
-    Attributes:
-        tables: Each table's rows of cells, the header first, in the order of the page.
-        text: All text outside <style>.
-        tags: Every element's name.
-        loads: Addresses that are no data: addresses.
-        faults: Elements that are closed in the wrong order, or event attributes.
-    """
+    """`tables`: rows of cells, the header first; `text`: all outside <style>; `loads`: addresses other than data:;
+    `faults`: elements that are closed in the wrong order, and event attributes."""
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
         self.tables: list[list[list[str]]] = []
         self.text, self.style = "", ""
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self.faults: list[str] = []
-        self.images: list[str] = []
-        self._open: list[str] = []
+        self.tags, self.loads, self.faults, self.images, self._open = (list[str]() for _ in range(5))
         self.feed(source)
         self.close()
         self.faults += [f"<{tag}> is not closed" for tag in self._open]
@@ -37,12 +26,11 @@ class Page(HTMLParser):
         known = {name: value or "" for name, value in attrs}
         self.tags.append(tag)
         self.faults += [f"<{tag} {name}>" for name in known if name.startswith("on")]
-        for name in ("src", "href", "action", "srcset", "data", "poster"):
-            if name in known and not known[name].startswith("data:image/svg+xml;base64,"):
-                self.loads.append(known[name])
+        addresses = [known[name] for name in ("src", "href", "action", "srcset", "data", "poster") if name in known]
+        self.loads += [each for each in addresses if not each.startswith("data:image/svg+xml;base64,")]
         if tag == "img":
             self.images.append(known["src"])
-        if tag == "table":
+        elif tag == "table":
             self.tables.append([])
         elif tag == "tr":
             self.tables[-1].append([])

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
 import torch
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from qdora.errors import UserError
@@ -39,9 +36,7 @@ STAT_V1 = f"cache 5\ninactive_file 7\nactive_file 7\ntotal_inactive_file {GIB //
 
 # /proc/self/cgroup, the files of each folder, and GiB in all and free; the machine has 64, of which 48 are free.
 CASES = {
-    "no groups": ("", {}, (64, 48)),
     "no limit": ("0::/user.slice\n", {f"{V2}/user.slice": NO_LIMIT, V2: {}}, (64, 48)),
-    "a container": ("0::/\n", {V2: FOUR}, (4, 1)),
     "pages of files": ("0::/\n", {V2: FOUR | {"memory.stat": STAT}}, (4, 1.75)),
     "a parent": ("0::/pod/box\n", {f"{V2}/pod/box": NO_LIMIT, f"{V2}/pod": FOUR}, (4, 1)),
     "a path of the host": ("0::/docker/0a1b\n", {V2: FOUR}, (4, 1)),
@@ -63,7 +58,6 @@ def test_memory_is_what_the_container_leaves_of_the_machine(case: str, monkeypat
 
 
 def test_the_environment_names_no_person_no_host_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", TOKEN)  # pasted into the wrong variable
     monkeypatch.setattr("platform.node", lambda: "host-of-mine")
@@ -73,8 +67,7 @@ def test_the_environment_names_no_person_no_host_and_no_secret(monkeypatch: pyte
     assert found["variables"]["OMP_NUM_THREADS"] == "3"
     assert set(found["variables"]) <= set(VARIABLES)
     assert found["python"] == "{}.{}.{}".format(*sys.version_info[:3])
-    for secret in (TOKEN, "host-of-mine", str(Path.home()) + "/"):
-        assert secret not in json_text(found)
+    assert not [text for text in (TOKEN, "host-of-mine", str(Path.home()) + "/") if text in json_text(found)]
 
 
 # --- NVIDIA's driver; the verbs that refuse are in test_cli.py
@@ -112,8 +105,7 @@ def uninitialised() -> None:
     [
         ("a build without CUDA", None, (torch.__version__, "without CUDA", "another build of torch")),
         ("an old driver", "13.0", ("CUDA 13.0", "580 or newer", "535.104.05", "install a newer driver")),
-        ("an older one", "12.8", ("CUDA 12.8", "525 or newer", "515.43.04")),
-        ("WSL2", "13.0", ("CUDA 13.0", "580 or newer", "576.02")),
+        ("WSL2", "12.8", ("CUDA 12.8", "525 or newer", "515.43.04")),
         ("no permission", "12.8", ("permission", "dev/nvidia0")),
         ("a failed start", "12.8", ("Error 802: system not yet initialized",)),
     ],
@@ -123,12 +115,9 @@ def test_an_unused_gpu_is_refused(
 ) -> None:
     monkeypatch.setattr("torch.version.cuda", cuda)
     monkeypatch.setattr("torch.cuda.init", uninitialised)
-    if case == "an older one":
-        text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  515.43.04  Release Build\n"
-        (machine / "proc/driver/nvidia/version").write_text(text)
-    elif case == "WSL2":
+    if case == "WSL2":
         without_nodes(machine)
-        nvidia_smi(machine, "576.02")
+        nvidia_smi(machine, "515.43.04")
     elif case == "no permission":
         monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may open everything
     with pytest.raises(UserError) as error:
@@ -167,7 +156,6 @@ def test_doctor_reports_and_advises(machine: Path) -> None:
     text = doctor.report_text(found)
     assert found["bitsandbytes"]["cpu"] is None
     assert found["memory_bytes"] > found["available_memory_bytes"] > 0
-    assert str(Path.home()) + "/" not in json_text(found) or str(Path.home()) == "/"
     for words in (f"torch {torch.__version__.partition('+')[0]}", "cannot use", "13.0 in torch", "driver 535.104.05",
                   "580 or newer", "Fix: install a newer"):  # fmt: skip
         assert words in text
@@ -183,7 +171,7 @@ def test_doctor_reports_and_advises(machine: Path) -> None:
 @pytest.mark.parametrize(
     "code, error",
     [
-        ("import sys; sys.exit(None)", None), ("import sys; sys.exit('values are off')", "values are off"),
+        ("import sys; sys.exit(None)", None),
         ("import os; os.write(2, b'a\\nError invalid device\\n'); os._exit(1)", "Error invalid device"),
         ("import os; os.kill(os.getpid(), 9)", "exit code -9"),
     ],
@@ -194,26 +182,19 @@ def test_doctor_survives_broken_kernels(code: str, error: str | None, monkeypatc
     assert doctor.kernels() == {"cpu": None, "cuda": error}
 
 
-@pytest.mark.parametrize(
-    "broken, error",
-    [
-        (lambda weight, **_: (weight, None), "values are off by 1.00, expected 0.09"),
-        (lambda weight, **_: (_ for _ in ()).throw(RuntimeError("no kernel\nmore")), "no kernel"),
-    ],
-)
-def test_doctor_checks_the_results(monkeypatch: pytest.MonkeyPatch, broken: Callable[..., Any], error: str) -> None:
+def test_doctor_checks_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    monkeypatch.setattr(functional, "quantize_4bit", broken)
+    monkeypatch.setattr(functional, "quantize_4bit", lambda weight, **_: (weight, None))
     monkeypatch.setattr(functional, "dequantize_4bit", lambda packed, state: torch.zeros_like(packed))
-    assert doctor.kernels()["cpu"] == error
+    assert doctor.kernels()["cpu"] == "values are off by 1.00, expected 0.09"
 
 
 # --- consoles and figures
 
 
-@pytest.mark.parametrize("name", ["lr[best]", "runs/[/b]", "qa[hard] :smile:"])
-def test_brackets_are_printed(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_brackets_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qdora.files.console._shown", {"progress": True, "results": True})  # as without --json
+    name = "qa[hard] :smile: runs/[/b]"
     for console in consoles():
         table = Table(name)
         table.add_row(name)
@@ -225,25 +206,14 @@ def test_brackets_are_printed(name: str, capsys: pytest.CaptureFixture[str], mon
     assert shown.out.count(name) == shown.err.count(name) == 4
 
 
-def num_letters(figure: Figure) -> int:
-    """Letters that are drawn: each one uses the path <font>-<number> of its glyph."""
-    return len(re.findall(r'<use xlink:href="#\w+-\w+"', svg_text(figure)))
-
-
 @pytest.mark.figures
 def test_dollars_in_names_are_drawn_and_a_logarithmic_scale_keeps_its_formulas() -> None:
-    for name in ("$x^$", "costs $5 to $10", "$x$", "plain"):
-        figure = new_figure(3, 2)
-        axes = figure.subplots()
-        axes.set_axis_off()
-        axes.plot([1, 2], [1, 2], label=name)
-        axes.legend()
-        assert num_letters(figure) == len(name)
     figure = new_figure(3, 2)
     axes = figure.subplots()
     axes.loglog([1e-3, 1e3], [1e-3, 1e3])
     axes.set_xticks([1e-3, 1e3])
     axes.set_yticks([])
     axes.minorticks_off()
-    axes.set_title("$5")
-    assert num_letters(figure) == len("10-3" + "103" + "$5")
+    axes.set_title("$5 to $x^$")
+    # Each letter that is drawn uses the path <font>-<number> of its glyph
+    assert len(re.findall(r'<use xlink:href="#\w+-\w+"', svg_text(figure))) == len("10-3" + "103" + "$5 to $x^$")
