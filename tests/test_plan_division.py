@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -48,11 +47,12 @@ from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes
 from tests import support
-from tests.test_memory_host_residency import LateCopies
+from tests.support import LateCopies
 from tests.test_memory_sharded_base import write
 from tests.test_plan_memory import SHAPES, SIZES, a_recipe
 
 GIB = 2**30
+QUIET = Console(quiet=True)
 NF4 = Quantization("nf4", 64, True, ("lm_head",))
 NUM_BLOCKS = 10
 CONFIG = LlamaConfig(**(SIZES | {"num_hidden_layers": NUM_BLOCKS}))
@@ -61,10 +61,6 @@ CODES = sum(out * in_ for out, in_ in SHAPES) // 2
 SCALES = sum(out * in_ // 64 + 4 * -(-out * in_ // 64 // 256) + 4 * 256 + 4 for out, in_ in SHAPES)
 SMALL: dict[str, Any] = {"adapter__targets": ["q_proj"], "memory__loss_chunk": 64}
 SMALL |= {"train__batch": 1, "train__micro_batch_tokens": 64}
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO())
 
 
 # --- divided among processes
@@ -200,21 +196,11 @@ def streaming(recipe: Recipe) -> Plan:
 
 
 def test_as_few_blocks_are_streamed_as_make_it_fit_or_as_the_recipe_says(tmp_path: Path) -> None:
-    asked: list[Recipe] = []
-
-    def plan_of(recipe: Recipe) -> Plan:
-        asked.append(recipe)
-        return streaming(recipe)
-
-    plans = whole_plans(support.one_layer_recipe(tmp_path), plan_of)
+    plans = whole_plans(support.one_layer_recipe(tmp_path), streaming)
     assert (plans.replicate.fits, plans.num_streamed) == (False, 5)  # five leave three blocks and two slots
-    assert [each.train.parallel for each in asked] == ["replicate"] * 3 + ["shard"]
     found = process_plans(plans, 2)
-    assert [(each.way, each.fits, each.num_streamed) for each in found] == [
-        ("replicate", False, 0),
-        ("shard", False, 0),
-        ("stream", True, 5),
-    ]
+    ways = [("replicate", False, 0), ("shard", False, 0), ("stream", True, 5)]
+    assert [(each.way, each.fits, each.num_streamed) for each in found] == ways
     assert found[2].step_seconds["NVLink"] == pytest.approx(3 * (36.0 + 5) / 6, rel=1e-4)
     assert "  Fastest that fits: stream over NVLink, stream over PCIe 4." in process_lines(found, 2, 1)
     base: dict[str, Any] = {"base__quant": "nf4", "base__residency": "host", "base__streamed_blocks": 7}
@@ -225,24 +211,24 @@ def test_as_few_blocks_are_streamed_as_make_it_fit_or_as_the_recipe_says(tmp_pat
 def test_of_ways_that_are_as_fast_the_first_is_named() -> None:
     """The times are predictions, and streaming needs memory of the host."""
     cards = {"num_sharing": 1, "peak_bytes": 1, "base_bytes": 1, "wire_bytes": 0}
-    seconds: dict[Way, float] = {"replicate": 1.0, "shard": 5.04, "stream": 5.0}
-    found = [
-        ProcessPlan(way=way, fits=way != "replicate", step_seconds={"NVLink": each}, **cards)
-        for way, each in seconds.items()
-    ]
-    assert fastest_way(found, "NVLink") == "shard"
-    slower = replace(found[1], step_seconds={"NVLink": 5.06})
-    assert fastest_way([found[0], slower, found[2]], "NVLink") == "stream"
-    assert fastest_way(found[:1], "NVLink") is None
+
+    def fastest(**seconds: float) -> Way | None:
+        ways: Any = seconds.items()
+        found = [ProcessPlan(way=way, fits=way != "replicate", step_seconds={"P": each}, **cards) for way, each in ways]
+        return fastest_way(found, "P")
+
+    assert fastest(replicate=1.0, shard=5.04, stream=5.0) == "shard"
+    assert fastest(replicate=1.0, shard=5.06, stream=5.0) == "stream"
+    assert fastest(replicate=1.0) is None
 
 
 def test_the_command_plans_for_several_cards(tmp_path: Path) -> None:
     """A recipe that divides its base is planned divided, without the scales that a card with a whole base keeps."""
-    recipe, options = support.one_layer_recipe(tmp_path), {"console": quiet(), "num_processes": 2}
-    one, two = (plan_run(recipe, "r.yaml", console=quiet(), num_processes=count)["memory"] for count in (1, 2))
+    recipe, divides = (support.one_layer_recipe(tmp_path, train__parallel=way) for way in ("auto", "shard"))
+    one, two = (plan_run(recipe, "r.yaml", console=QUIET, num_processes=count)["memory"] for count in (1, 2))
     assert two["peak_bytes"] == one["peak_bytes"] + GIB
-    divides = support.one_layer_recipe(tmp_path, train__parallel="shard")
-    either, sharded = (plan_run(each, "r.yaml", device_kind="cpu", **options) for each in (recipe, divides))  # type: ignore[arg-type]
+    options: dict[str, Any] = {"console": QUIET, "num_processes": 2, "device_kind": "cpu"}
+    either, sharded = (plan_run(each, "r.yaml", **options) for each in (recipe, divides))
     assert [each["way"] for each in either["processes"]] == ["replicate", "shard"]
     peaks = [each["memory"]["peak_bytes"] for each in (either, sharded)]
     assert peaks == [each["peak_bytes"] for each in either["processes"]]
@@ -252,9 +238,8 @@ def test_the_command_plans_for_several_cards(tmp_path: Path) -> None:
     command = ["plan", str(file), "--device", "cpu", "--processes", "4", "--json", "--hosts"]
     done = CliRunner().invoke(app, [*command, "2"])
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)["processes"]
-    assert [each["way"] for each in found] == ["replicate", "shard", "hybrid"]
-    assert found[0]["base_bytes"] > found[2]["base_bytes"] > found[1]["base_bytes"]
+    found = {each["way"]: each["base_bytes"] for each in json.loads(done.stdout)["processes"]}
+    assert found["replicate"] > found["hybrid"] > found["shard"]
     done = CliRunner().invoke(app, [*command, "3"])
     assert (done.exit_code, "--hosts: got 3, must divide --processes (4)." in done.output) == (2, True)
 
@@ -272,8 +257,7 @@ def test_sizes_are_those_of_the_formats(count: int | None) -> None:
     assert (found.num_streamed, found.codes, found.scales) == (number, number * CODES, number * SCALES)
     # A piece starts each tensor at a multiple of 256 bytes.
     assert CODES + SCALES <= found.block_bytes < CODES + SCALES + 7 * 5 * 256
-    assert found.block_bytes % 256 == 0
-    assert found.host_bytes == number * found.block_bytes
+    assert (found.block_bytes % 256, found.host_bytes) == (0, number * found.block_bytes)
     with pytest.raises(UserError, match=r"base\.streamed_blocks: must be at most the model's 10 blocks, got 11"):
         blocks(NUM_BLOCKS + 1)
 

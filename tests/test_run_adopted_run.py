@@ -181,23 +181,21 @@ def changed(adapter: Path, out: Path, **settings: Any) -> Path:
     ],
 )
 def test_what_is_refused(
-    adapter: Path, tmp_path: Path, settings: dict[str, Any], options: dict[str, Any], words: str
+    model: Path, adapter: Path, tmp_path: Path, settings: dict[str, Any], options: dict[str, Any], words: str
 ) -> None:
-    given = changed(adapter, tmp_path / "given", **settings)
+    given, target = changed(adapter, tmp_path / "given", **settings), tmp_path / "out"
     with pytest.raises(UserError, match=words):
-        export_run(given, tmp_path / "out", ExportOptions(**options))
+        export_run(given, target, ExportOptions(**options))
     with pytest.raises(UserError, match=words):
         evaluate_target(str(given), EvalOptions(tasks=["demo/facts"], **options))
-    assert not (tmp_path / "out").exists()
-
-
-def test_options_of_adapters_are_refused_elsewhere(model: Path, adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--base-model: used only with an adapter"):
-        export_run(model, tmp_path / "out", ExportOptions(base_model=str(model)))
-    with pytest.raises(UserError, match=r"--base-model: .* only with an adapter"):
-        load_target(str(model), base_model=str(model), verb="eval")
-    with pytest.raises(UserError, match=r"eval: .* has no data"):
-        evaluate_target(str(adapter))
+    for call, fault in (
+        (lambda: export_run(model, target, ExportOptions(base_model=str(model))), "--base-model: used only with an"),
+        (lambda: load_target(str(model), base_model=str(model), verb="eval"), "--base-model: .* only with an adapter"),
+        (lambda: evaluate_target(str(adapter)), "eval: .* has no data"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            call()
+    assert not target.exists()
 
 
 def test_a_base_that_is_stored_in_4_bits_stays_so(model: Path, adapter: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
-from qdora.errors import Interrupted, UserError
+from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import comparison_text
 from qdora.export.options import ExportOptions
@@ -35,8 +35,7 @@ from qdora.run.load_run import load_run
 from qdora.run.rank import RankSettings, rank_run
 from qdora.run.train import train_run
 from tests import support
-from tests.support import assert_same_run, stop_after
-from tests.test_train_distributed import assert_close_runs
+from tests.support import assert_close_runs, assert_same_run
 
 QUIET = Console(quiet=True)
 IDS = torch.randint(3, 327, (2, 12), generator=torch.Generator().manual_seed(7))
@@ -72,50 +71,39 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "gates": {"adapter__gates": GATES, "adapter__experts": {"rank": 3}},
-    "pruned": {"base__prune": PRUNE, "adapter__mask": "keep"},
-    "full": {"adapter__kind": "full", "base__quant": "none", **NO_FACTORS},
-}
-
-
 @pytest.mark.parametrize(
-    "changes",
-    [pytest.param(each, id=name, marks=[pytest.mark.slow] * (name == "pruned")) for name, each in CASES.items()],
+    ("name", "changes"),
+    [
+        ("qwen3_moe", {"adapter__gates": GATES, "adapter__experts": {"rank": 3}}),
+        pytest.param("qwen3_moe", {"base__prune": PRUNE, "adapter__mask": "keep"}, marks=pytest.mark.slow),
+        ("gpt_oss", {"adapter__kind": "full", "base__quant": "none", **NO_FACTORS}),
+    ],
+    ids=["gates", "pruned", "full"],
 )
-def test_resumed_and_exported(
-    root: Path, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = recipe(root, "gpt_oss" if "adapter__kind" in changes else "qwen3_moe", **changes)
+def test_resumed_and_exported(root: Path, tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    asked, run = recipe(root, name, **changes), tmp_path / "run"
     train_run(asked, tmp_path / "whole", console=QUIET)
-    stop_after(monkeypatch, 2)
-    with pytest.raises(Interrupted):
-        train_run(asked, tmp_path / "run", console=QUIET)
-    monkeypatch.undo()
-    train_run(asked, tmp_path / "run", resume=True, console=QUIET)
+    support.train_until(asked, run, 2)
+    train_run(asked, run, resume=True, console=QUIET)
     if asked.adapter.kind == "full":
-        first, second = (load_file(tmp_path / each / "adapter/parameters.safetensors") for each in ("whole", "run"))
-        assert first.keys() == second.keys()
-        assert any("experts.down_proj.bias" in name for name in first)
-        assert all(torch.equal(first[name], second[name]) for name in first)
+        support.same_tensors(*(each / "adapter/parameters.safetensors" for each in (tmp_path / "whole", run)))
+        assert any("experts.down_proj.bias" in name for name in load_file(run / "adapter/parameters.safetensors"))
     else:
-        assert_same_run(tmp_path / "whole", tmp_path / "run", step=4)
-        assert (tmp_path / "whole" / FILE).read_text() == (tmp_path / "run" / FILE).read_text()
-    found = exported(tmp_path / "run", tmp_path / "out")
+        assert_same_run(tmp_path / "whole", run, step=4)
+        assert (tmp_path / "whole" / FILE).read_text() == (run / FILE).read_text()
+    found = exported(run, tmp_path / "out")
     if asked.adapter.mask == "keep":
         assert found["zeros"]["kept"] == found["zeros"]["pruned"] > 0
     if asked.adapter.gates is not None:
-        layers = adapted_layers(load_run(tmp_path / "run").model)
+        layers = adapted_layers(load_run(run).model)
         assert sum(layer.rank for layer in layers.values()) == 1.5 * len(layers)
         assert {layer.rank for layer in layers.values() if isinstance(layer, AdaptedExperts)} <= {1, 2, 3}
 
 
-@pytest.mark.parametrize("kind", ["magnitude", "none"])
-def test_other_kinds_are_exported_as_they_run(root: Path, tmp_path: Path, kind: str) -> None:
-    steps = {"train__steps": 0} if kind == "none" else {}
-    train_run(recipe(root, adapter__kind=kind, **NO_FACTORS, **steps), tmp_path / "run", console=QUIET)
+def test_trained_magnitudes_alone_are_exported_as_they_run(root: Path, tmp_path: Path) -> None:
+    train_run(recipe(root, adapter__kind="magnitude", **NO_FACTORS), tmp_path / "run", console=QUIET)
     layers = adapted_layers(load_run(tmp_path / "run").model)
-    assert len(layers) == (12 if kind == "magnitude" else 0)
+    assert len(layers) == 12
     for layer in layers.values():
         assert not layer.lora_B.any()
         assert not torch.equal(layer.magnitude.square(), layer.base_squared)
@@ -151,10 +139,10 @@ def test_the_export_is_audited_and_runs_elsewhere(run: Path, tmp_path: Path) -> 
     assert not check["passed"]
 
 
-@pytest.mark.parametrize("options", [{"format_": "nf4-lora"}, {"requantize": True}], ids=str)
-def test_forms_in_4_bits_are_refused(run: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"does not load 4 layers .* a stack of experts\)\. Fix: use --format merged"):
-        export_run(run, tmp_path / "out", ExportOptions(**options), console=QUIET)
+def test_forms_in_4_bits_are_refused(run: Path, tmp_path: Path) -> None:
+    for options in ({"format_": "nf4-lora"}, {"requantize": True}):
+        with pytest.raises(UserError, match=r"does not load 4 layers .* a stack of experts\)\. Fix: use --format merged"):
+            export_run(run, tmp_path / "out", ExportOptions(**options), console=QUIET)
     assert not (tmp_path / "out").exists()
 
 
@@ -299,43 +287,40 @@ def test_shares_are_those_of_the_router(monkeypatch: pytest.MonkeyPatch, padded:
     monkeypatch.setattr(experts, "needs_padding", lambda *_: padded)
     monkeypatch.setattr(expert_tokens, "_MOST_PADDING", 1.0)
     model = support.mixture("olmoe")
-    wanted: list[np.ndarray] = []
+    routed: list[np.ndarray] = []  # tokens of each expert, block by block
     for block in model.model.layers:
         block.mlp.gate.register_forward_hook(
-            lambda _module, _inputs, out: wanted.append(np.bincount(out[2].reshape(-1), minlength=4))
+            lambda _module, _inputs, out: routed.append(np.bincount(out[2].reshape(-1), minlength=4))
         )
     use_expert_layers_(model)
     load = ExpertLoad(model)
     model(torch.arange(3, 43).view(2, 20))  # evaluation does not count
-    wanted.clear()
     model.train()
-    batches = [torch.arange(3, 43).view(2, 20), torch.arange(50, 90).view(2, 20)]
-    for batch in (batches[0], *batches):  # the first step is computed twice, as after a lack of memory
+    first, second = torch.arange(3, 43).view(2, 20), torch.arange(50, 90).view(2, 20)
+    for batch, counts in ((first, False), (first, True), (second, True)):  # once again, as after a lack of memory
         load.begin()
         model(batch)
-        if len(wanted) > 2:
+        if counts:
             load.step()
-    wanted = wanted[2:]
-    record = load.record()
+    record, counted = load.record(), routed[4:]
     assert (record["num_steps"], record["window"]) == (2, 1)
-    first, second = record["blocks"].values()
-    assert first["first"] == pytest.approx(wanted[0] / wanted[0].sum())
-    assert second["last"] == pytest.approx(wanted[3] / wanted[3].sum())
-    assert first["moved"] == pytest.approx(np.abs(wanted[2] - wanted[0]).sum() / 2 / wanted[0].sum())
-    assert first["noise"] is None, "a single step has no spread"
+    one, two = record["blocks"].values()
+    assert one["first"] == pytest.approx(counted[0] / counted[0].sum())
+    assert two["last"] == pytest.approx(counted[3] / counted[3].sum())
+    assert one["moved"] == pytest.approx(np.abs(counted[2] - counted[0]).sum() / 2 / counted[0].sum())
+    assert one["noise"] is None, "a single step has no spread"
 
 
 def counted(*divisions: tuple[float, ...], steps: int = 10, seed: int | None = None) -> dict[str, Any]:
     """The record of `steps` steps with each division of the tokens, drawn for 200 tokens if there is a seed."""
-    load = ExpertLoad(torch.nn.Module())
+    load, block = ExpertLoad(torch.nn.Module()), "mlp.experts"
     random = None if seed is None else np.random.default_rng(seed)
-    load._now = {"mlp.experts": np.zeros(len(divisions[0]), np.int64)}
-    for division in divisions:
-        for _ in range(steps):
-            load._now["mlp.experts"][:] = division if random is None else random.multinomial(200, division)
-            load.step()
+    load._now = {block: np.zeros(len(divisions[0]), np.int64)}
+    for division in (division for division in divisions for _ in range(steps)):
+        load._now[block][:] = division if random is None else random.multinomial(200, division)
+        load.step()
     record = load.record()
-    return {"window": record["window"], **record["blocks"]["mlp.experts"]}
+    return {"window": record["window"], **record["blocks"][block]}
 
 
 def test_moved_is_what_went_elsewhere_and_noise_what_moves_by_chance(tmp_path: Path) -> None:
