@@ -42,7 +42,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "recipe.yaml").write_text(resolved_yaml(support.tiny_recipe(root, train__steps=2, adapter__dropout=0.0)))
     trained = invoke("train", root / "recipe.yaml", "--run-dir", root / "run")
     assert trained.exit_code == 0, trained.stderr
-    assert ("loss" in trained.stderr, "loss" in trained.stdout, "slow on a CPU" in trained.stderr) == (True, False, False)
+    assert ("loss" in trained.stderr, "loss" in trained.stdout, "slow on a CPU" in trained.stderr) == (
+        True,
+        False,
+        False,
+    )
     arms = {kind: {"adapter.kind": kind} for kind in ("lora", "dora")}
     grid = {"recipe": "recipe.yaml", "product": {"adapter": arms}, "seeds": [0], "compare": {"arm": "adapter"}}
     (root / "grid.yaml").write_text(yaml.safe_dump(grid))

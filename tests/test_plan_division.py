@@ -48,7 +48,7 @@ from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes
 from tests import support
 from tests.support import LateCopies
-from tests.test_memory_sharded_base import write
+from tests.support import write
 from tests.test_plan_memory import SHAPES, SIZES, a_recipe
 
 GIB = 2**30
