@@ -42,11 +42,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "recipe.yaml").write_text(resolved_yaml(support.tiny_recipe(root, train__steps=2, adapter__dropout=0.0)))
     trained = invoke("train", root / "recipe.yaml", "--run-dir", root / "run")
     assert trained.exit_code == 0, trained.stderr
-    assert ("loss" in trained.stderr, "loss" in trained.stdout, "slow on a CPU" in trained.stderr) == (
-        True,
-        False,
-        False,
-    )
+    assert "loss" in trained.stderr
+    assert ("loss" in trained.stdout, "slow on a CPU.\n" in trained.stderr) == (False, False)
     arms = {kind: {"adapter.kind": kind} for kind in ("lora", "dora")}
     grid = {"recipe": "recipe.yaml", "product": {"adapter": arms}, "seeds": [0], "compare": {"arm": "adapter"}}
     (root / "grid.yaml").write_text(yaml.safe_dump(grid))
@@ -280,17 +277,14 @@ def test_the_allocator_is_set_before_torch_is_imported_and_only_to_compute(argum
     assert [line for line in lines if line.startswith(("driver", "torch "))] == wanted
 
 
-@pytest.mark.parametrize("verb", RESULTS)
+@pytest.mark.parametrize("verb", [verb for verb in RESULTS if VERBS[verb].__name__ in COMPUTING])
 def test_the_cpu_is_not_taken_silently(verb: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia_driver, "ROOT", fakes.driver_files(tmp_path / "root", "535.104.05"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    arguments = arguments_of(verb, root, tmp_path)
-    if VERBS[verb].__name__ not in COMPUTING:
-        assert invoke(*arguments).exit_code == 0
-        return
-    before, more = sorted(root.rglob("*")), ("-t", "nowhere") if verb == "eval" else ()  # refused before it reads data
+    arguments, before = arguments_of(verb, root, tmp_path), sorted(root.rglob("*"))
+    more = ("-t", "nowhere") if verb == "eval" else ()  # refused before it reads data
     found = invoke(*(each for each in (*arguments, *more) if each != "--dry-run"))
     assert (found.exit_code, found.stderr.count("\n"), found.stdout) == (2, 1, "")
     assert all(words in found.stderr for words in ("cannot use the NVIDIA GPU", "535.104.05", "CUDA_VISIBLE_DEVICES= "))

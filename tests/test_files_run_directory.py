@@ -129,7 +129,7 @@ def test_a_resume_keeps_the_training(run: RunDirectory, old: str, changes: dict[
 def test_a_resume_needs_a_run_and_says_where_it_may_be(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such directory\. Did you mean 'run'\?"):
         resume_run(tmp_path / "rnu", RECIPE, ENVIRONMENT, before=RECIPE)
-    with pytest.raises(UserError, match="recipe.yaml"):
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
         resume_run(tmp_path, RECIPE, ENVIRONMENT, before=RECIPE)
     moved = [RECIPE.replace("task: boolq", f"source: {path}") for path in ("/old/a.jsonl", "/new/a.jsonl")]
     with pytest.raises(UserError, match=r"data\.mix: .* Fix: if it was moved, write its new path into .*recipe\.yaml"):
@@ -190,19 +190,6 @@ def test_only_one_process_works_in_a_run(tmp_path: Path) -> None:
         (path / "eval").symlink_to(tmp_path)
     with pytest.raises(UserError, match=r"run: eval is not inside .* Fix: put it"), only_process(path, resume=True):
         pass
-
-
-def test_no_path_leaves_the_run(run: RunDirectory, tmp_path: Path) -> None:
-    (run.path / "link").symlink_to(tmp_path)
-    for parts in (("..", "x"), ("/etc/passwd",), ("eval", "..", "..", "x"), ("link", "x"), (".",)):
-        with pytest.raises(ValueError, match="not inside the run directory"):
-            run.inside(*parts)
-    with pytest.raises(ValueError, match="not inside"):
-        run.write_json("../x.json", {})
-    run.write_json("eval/demo/facts.json", {"acc": np.float64(0.5)})
-    assert (run.path / "eval/demo/facts.json").read_text() == '{\n  "acc": 0.5\n}\n'
-    run.adapter.symlink_to("../store")  # messages name the place of a linked adapter
-    assert RunDirectory(run.path).adapter == run.path / "../store"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT])
@@ -320,9 +307,10 @@ def test_killed_at_any_moment_of_writing_there_is_a_whole_checkpoint(run: RunDir
 def test_files_and_results_are_replaced_whole(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     run.write_json("eval/a.json", {"a": 1})
     for function in ("fsync", "replace"):
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        with monkeypatch.context() as patch:
             patch.setattr(atomic.os, function, full_disk)
-            atomic_write_bytes(run.path / "eval/a.json", b"new")
+            with pytest.raises(OSError, match="No space left"):
+                atomic_write_bytes(run.path / "eval/a.json", b"new")
         assert tree(run.path / "eval") == {"a.json": b'{\n  "a": 1\n}\n'}
     for content in ("one", "two"):
         with run.result_directory("adapter") as path:
@@ -425,20 +413,14 @@ def test_a_checkpoint_appears_whole_and_flushed(run: RunDirectory, monkeypatch: 
     assert flushed[-1] == (".", True)
 
 
-def test_the_newest_checkpoint_is_by_number(
-    run: RunDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_newest_checkpoint_is_by_number(run: RunDirectory, tmp_path: Path) -> None:
     recipe = support.tiny_recipe(tmp_path)
     with pytest.raises(UserError, match=r"^--step: got 3, but .*/run has no checkpoint\. Fix: remove --step\.$"):
         trained_state(run, recipe, 3)
-    for step in (9, 10, 100):
-        save(run, step)
+    saved = [save(run, step) for step in (9, 10, 100)]
     for name in ("step-200", ".step-300.partial", "step-x", "step-4000.old"):
         (run.checkpoints / name).mkdir()
-    newest = run.newest_checkpoint()
-    assert newest is not None
-    assert newest.step == 100
-    assert "step-200: complete.json: No such file or directory" in caplog.text
+    assert run.newest_checkpoint() == Checkpoint(100, saved[-1])
     assert run.checkpoint_steps() == [9, 10, 100, 200]
     with pytest.raises(UserError, match=r"--step: got 3, must be one of 9, 10, 100, 200 in "):
         trained_state(run, recipe, 3)
@@ -448,7 +430,8 @@ def test_the_newest_checkpoint_is_by_number(
     "file, content, fault",
     [
         ("complete.json", None, "complete.json: No such file or directory"),
-        *(("complete.json", text, "complete.json is damaged") for text in (b'{"step": 2, "fi', b"[]")),
+        ("complete.json", b'{"step": 2, "fi', "complete.json is damaged"),
+        ("complete.json", b"[]", "complete.json is damaged"),
         ("complete.json", b'{"files": {"a": 3}}', "a: No such file or directory"),
         ("complete.json", b'{"files": {"../../x": {"bytes": 0, "crc32": "00000000"}}}', "../../x is outside"),
         ("adapter.safetensors", b"weight", "has 6 bytes, not 7"),
@@ -459,19 +442,16 @@ def test_the_newest_checkpoint_is_by_number(
 def test_a_damaged_checkpoint_is_skipped(
     run: RunDirectory, file: str, content: bytes | None, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save(run, 1)
-    damaged = save(run, 2)
+    first, damaged = save(run, 1), save(run, 2)
     (run.path / "x").touch()
     (damaged / file).unlink() if content is None else (damaged / file).write_bytes(content)
     found = checkpoint_fault(damaged)
     assert found is not None
     assert fault in found
-    newest = run.newest_checkpoint()
-    assert newest is not None
-    assert newest.step == 1
+    assert run.newest_checkpoint() == Checkpoint(1, first)
     assert f"Skipped a damaged checkpoint: step-2: {found}. Using {run.checkpoints}" in caplog.text
     # with the older one gone as well, going on from nothing is refused
-    (run.checkpoints / "step-1" / "complete.json").unlink()
+    (first / "complete.json").unlink()
     with pytest.raises(RunFailure, match=r"damaged \(step-2: .*; step-1: complete.json: No such file"):
         run.newest_checkpoint()
 

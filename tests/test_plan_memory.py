@@ -159,22 +159,21 @@ def test_registered_tensors_and_labels_tell_what_is_alive_at_the_peak(live: Live
         assert other.live_by_label == {"base": 56, "adapter": 16}
     del frozen
     assert (other.live_bytes, other.live_by_label) == (0, {})
+    tensors = []
     with live.label("base"):
-        base = torch.empty(100)
+        tensors.append(torch.empty(100))
         with live.label("adapter"):
-            adapter = torch.empty(10)
-        base2 = torch.empty(1)
-    kept, large = torch.empty(3), []
+            tensors.append(torch.empty(10))
+        tensors.append(torch.empty(1))
     with contextlib.suppress(ValueError), live.label("workspace"):
-        large.append(torch.empty(50))
+        large = torch.empty(50)
         raise ValueError
-    peak = {"base": 404, "adapter": 40, "other": 12, "workspace": 200}
+    peak = {"base": 404, "adapter": 40, "workspace": 200}
     assert live.peak_by_label == peak
     del large
-    after = torch.empty(2)  # a label ends with its block, also by an error
-    assert live.live_by_label == {"base": 404, "adapter": 40, "other": 20}
+    tensors.append(torch.empty(2))  # a label ends with its block, also by an error
+    assert live.live_by_label == {"base": 404, "adapter": 40, "other": 8}
     assert live.peak_by_label == peak
-    del base, base2, adapter, kept, after
 
 
 def test_packed_tensors_and_real_inputs_of_a_fake_operation() -> None:
@@ -453,14 +452,11 @@ def test_planned_bytes_are_those_of_a_counted_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("qwen3_moe", {}),
         ("qwen3_moe", {"adapter__dropout": 0.1, "memory__checkpointing": False}),
         ("qwen3_moe", {"adapter__experts": {"rank": 2, "share": "B"}, "base__quant": "int8"}),
-        ("qwen3_moe", {"adapter__targets": ["q_proj", "v_proj"], "base__double_quant": False}),
         ("gpt_oss", {"adapter__kind": "lora"}),
         ("deepseek_v3", {"adapter__experts": {"rank": 4, "share": "A"}}),
         ("qwen3_next", {}),  # linear attention
-        ("qwen3_next", {"memory__checkpointing": False, "adapter__kind": "lora"}),
     ],
 )
 def test_planned_bytes_of_other_mixtures(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
@@ -473,7 +469,7 @@ def test_planned_bytes_of_other_mixtures(tmp_path: Path, name: str, changes: dic
 
 
 def test_a_changed_recipe_is_planned_for_the_worse_routing_too() -> None:
-    """Here tokens that divide evenly need more: a change judged by the other routing seems to save what it does not."""
+    """Here tokens that divide evenly need more: a change judged by the other routing seems to save some."""
     config = mixture_config("qwen3_moe", num_hidden_layers=1, num_experts=16, num_experts_per_tok=8)
     recipe = mixture_recipe(
         memory__keep_scales=False, train__batch=1, data__max_length=256, train__micro_batch_tokens=256
@@ -509,10 +505,8 @@ def test_a_plan_says_what_routing_decides() -> None:
     assert close.peak_bytes == 2**31 + CONTEXT_BYTES["cpu"]
     assert (close.depends_on_routing, apart.depends_on_routing) == (False, True)
     assert apart.to_dict()["even_routing_bytes"] == 2000 * 2**20
-    (said,) = (line for line in plan_view.plan_lines(apart) if "Experts" in line)
-    assert said.startswith("Experts: 2.59 GiB if nearly all tokens choose the same ones")
-    assert "1.95 GiB if tokens divide evenly" in said
-    assert not any("Experts" in line for line in plan_view.plan_lines(close))
+    texts = ["\n".join(plan_view.plan_lines(each)) for each in (close, apart)]
+    assert ["Experts: 2.59 GiB if nearly" in text and "1.95 GiB if tokens" in text for text in texts] == [False, True]
 
 
 def test_fewer_ranks_of_experts_are_proposed_and_a_token_meets_few_of_the_weights() -> None:
@@ -535,18 +529,3 @@ def test_recipes_fit_their_card(name: str) -> None:
     found = plan(recipe, config=public_shapes()[recipe.model.source].config())
     assert found.budget_bytes == int(name.split("-")[-1].removesuffix("gb")) * 10**9
     assert found.peak_bytes < (0.95 if "b-a3b" in name or "oss" in name else 1) * found.budget_bytes
-
-
-@pytest.mark.parametrize("share", ["none", pytest.param("A", marks=slow)])
-def test_a_plan_has_the_adapters_of_experts_that_a_run_goes_on_from(tmp_path: Path, share: str) -> None:
-    """They need what fresh ones of the same ranks need."""
-    config = mixture_config("qwen3_moe", num_hidden_layers=1)
-    fresh = mixture_recipe(adapter__experts={"rank": 2, "share": share}, base__quant="nf4")
-    model = support.mixture("qwen3_moe", num_hidden_layers=1)
-    use_expert_layers_(model)
-    put_adapters(model, fresh)
-    save_adapter(model, tmp_path / "adapter", base_name_or_path="x", revision=None, base_quant={"quant": "nf4"})
-    again = mixture_recipe(base__quant="nf4", adapter__resume_from=str(tmp_path / "adapter"), adapter__rank=...)
-    wanted, found = (plan(recipe, config=config, device_kind="cpu") for recipe in (fresh, again))
-    assert found.num_trainable == wanted.num_trainable == sum(p.numel() for p in adapter_parameters(model).values())
-    assert found.moments == wanted.moments

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ from qdora.model.source import ModelSource, public_name
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
-from qdora.run import experiment_trackers, model_card, prepare
+from qdora.run import experiment_trackers, model_card
 from qdora.run.adapter_step import adapter_step
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.experiment_trackers import flat_numbers, flat_settings, tracking
@@ -223,6 +223,8 @@ def test_other_evaluations_have_rows_of_their_own(whole: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_moved_magnitudes_and_the_size_of_the_update(gated: bool) -> None:
+    lora = layer_facts(support.adapted_linear(kind="lora", dtype=torch.float32))
+    assert lora == {"rank": 3, "magnitude_moved": None, "magnitude_moved_most": None, "update": None}
     layer = support.adapted_linear(out=24, in_=64, quant="nf4", dtype=torch.float32, alpha=7.0)
     assert layer_facts(layer) == {"rank": 3, "magnitude_moved": 0.0, "magnitude_moved_most": 0.0, "update": 0.0}
     support.move_all_parameters_(layer)
@@ -238,20 +240,9 @@ def test_moved_magnitudes_and_the_size_of_the_update(gated: bool) -> None:
     expected = {"magnitude_moved": moved.mean().item(), "magnitude_moved_most": moved.max().item()}
     expected |= {"rank": 3, "update": (update.norm() / weight.norm()).item()}
     assert layer_facts(layer) == pytest.approx(expected, rel=1e-4)
-
-
-def test_rows_of_zeros_and_lora_have_no_moved_magnitude() -> None:
-    layer = support.adapted_linear(out=4, in_=64, dtype=torch.float32)
     assert layer.base_squared is not None
-    assert layer.magnitude is not None
-    with torch.no_grad():
-        layer.base.get_buffer("weight")[1:] = 0
-        layer.base_squared[1:] = 0
-        layer.magnitude[0] *= 1.5
-        layer.magnitude[1:] = 9.0
-    assert layer_facts(layer)["magnitude_moved_most"] == pytest.approx(0.5, rel=1e-5)
-    lora = layer_facts(support.adapted_linear(kind="lora", dtype=torch.float32))
-    assert lora == {"rank": 3, "magnitude_moved": None, "magnitude_moved_most": None, "update": None}
+    layer.base_squared[1:] = 0  # a row of zeros has no magnitude to move from
+    assert layer_facts(layer)["magnitude_moved_most"] == pytest.approx(moved[0].item(), rel=1e-4)
 
 
 # --- the model card
@@ -308,15 +299,6 @@ def test_cards_of_hub_models_and_local_ones(whole: Path, tmp_path: Path, monkeyp
 # --- experiment trackers
 
 
-def recipe_of(root: Path, *names: str, **changes: Any) -> Recipe:
-    recipe = support.tiny_recipe(root, **{"train__steps": 2, "eval__tasks": [], "eval__limit": ...} | changes)
-    return recipe.model_copy(update={"trackers": names})
-
-
-def tracked(root: Path, run: Path, *names: str, resume: bool = False, **changes: Any) -> None:
-    train_run(recipe_of(root, *names, **changes), run, resume=resume, console=QUIET)
-
-
 def tracker(fail: str = "") -> Mock:
     """A tracker that fails where it is asked to."""
     made = Mock()
@@ -325,44 +307,44 @@ def tracker(fail: str = "") -> Mock:
     return made
 
 
-def logged(tracker: Mock) -> dict[int, dict[str, Any]]:
-    """Step -> its numbers."""
-    return {call.kwargs["step"]: call.args[0] for call in tracker.log.call_args_list}
-
-
-def test_a_tracker_that_fails_is_told_no_more(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_fails_is_told_no_more(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     missing = next(name for name in ("trackio", "mlflow", "wandb") if find_spec(name) is None)
+    recipe = support.tiny_recipe(root, **UNEVALUATED).model_copy(update={"trackers": (missing,)})
     with pytest.raises(UserError, match=rf"trackers: {missing} is not installed.*pip install 'qdora\[{missing}\]'"):
-        tracked(root, tmp_path / "run", missing)
+        train_run(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     made = {"one": tracker(), "bad": tracker("log"), "broken": tracker("start"), "last": tracker("finish")}
     monkeypatch.setattr(experiment_trackers, "_MAKE", {name: lambda run, name=name: made[name] for name in made})
-    monkeypatch.setattr(prepare, "find_spec", lambda name: name)
-    tracked(root, tmp_path / "run", "bad", "one", "last")
-    assert [*logged(made["one"])] == [1, 2]
-    assert logged(made["one"]) == logged(made["last"])
-    assert logged(made["one"])[1]["loss"] == lines(tmp_path / "run")[0]["loss"]
+    with tracking(["bad", "one", "last"], tmp_path, {}, cpu=True) as tell:
+        for step in (1, 2):
+            tell({"step": step, "loss": 0.5})
+    expected = [call({"loss": 0.5}, step=1), call({"loss": 0.5}, step=2)]
+    assert made["one"].log.call_args_list == made["last"].log.call_args_list == expected
+    assert [made[name].log.call_count for name in ("bad", "one", "last")] == [1, 2, 2]
     assert [made[name].finish.call_count for name in ("bad", "one", "last")] == [0, 1, 1]
-    log = (tmp_path / "run/log.txt").read_text()
-    assert log.count("trackers: bad failed and gets no more metrics: KeyError: 'no log with hf_***") == 1
-    assert log.count("trackers: last failed") == 1
-    assert TOKEN not in log
+    assert caplog.text.count("trackers: bad failed and gets no more metrics: KeyError: 'no log with hf_***") == 1
+    assert caplog.text.count("trackers: last failed") == 1
+    assert TOKEN not in caplog.text
     made["one"] = tracker()
-    with pytest.raises(UserError, match=r"broken did not start: KeyError: 'no start with hf_\*\*\*"):
-        tracked(root, tmp_path / "other", "one", "broken")
-    assert (made["one"].finish.call_count, logged(made["one"])) == (1, {})
-    tracked(root, tmp_path / "other", "one")
-    assert [*logged(made["one"])] == [1, 2]
+    with (
+        pytest.raises(UserError, match=r"broken did not start: KeyError: 'no start with hf_\*\*\*"),
+        tracking(["one", "broken"], tmp_path, {}, cpu=True),
+    ):
+        pass
+    assert made["one"].finish.call_count == 1
 
 
-def train_tracked(rank: int, recipe: Recipe, run: Path) -> None:
+def train_of_rank(rank: int, recipe: Recipe, run: Path) -> None:
     train_run(recipe, run)
 
 
 def test_tensorboard_has_every_number_of_two_processes_at_its_step_once(root: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run, recipe = tmp_path / "run", recipe_of(root, "tensorboard", eval__every=1, eval__tasks=..., eval__limit=4)
-    assert support.run_processes(2, train_tracked, recipe, run) == ["", ""]
+    run, recipe = tmp_path / "run", support.tiny_recipe(root, train__steps=2, eval__every=1)
+    recipe = recipe.model_copy(update={"trackers": ("tensorboard",)})
+    assert support.run_processes(2, train_of_rank, recipe, run) == ["", ""]
     (events,) = (run / "tensorboard").glob("events.out.tfevents.*")
     board = accumulator.EventAccumulator(str(events))
     board.Reload()
@@ -378,28 +360,29 @@ def test_tensorboard_has_every_number_of_two_processes_at_its_step_once(root: Pa
     assert "train.lr: 0.001\n" in settings.read_text()
 
 
-def test_ids_and_projects_of_wandb(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_and_projects_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By stand-ins of wandb and trackio, which are not installed here."""
     wandb, trackio = Mock(), Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setitem(sys.modules, "trackio", trackio)
-    monkeypatch.setattr(prepare, "find_spec", lambda name: name)
     for variable in ("WANDB_PROJECT", "WANDB_RUN_ID"):
         monkeypatch.delenv(variable, raising=False)
-    run = tmp_path / "run"
-    tracked(root, run, "wandb", "trackio")
+
+    def ids(name: str) -> dict[str, Any]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        with tracking(["wandb", "trackio"], tmp_path / name, {}, cpu=True):
+            found: dict[str, Any] = wandb.init.call_args.kwargs
+        return found
+
+    first = ids("run")
     trackio.init.assert_called_once_with(project="qdora", name="run")
-    monkeypatch.setenv("WANDB_PROJECT", "papers")
-    tracked(root, run, "wandb", resume=True, train__steps=3)
-    tracked(root, tmp_path / "other", "wandb")
-    first, resumed, other = (call.kwargs for call in wandb.init.call_args_list)
-    own = {"name": "run", "dir": str(run), "id": (run / "wandb_id.txt").read_text().strip(), "resume": "allow"}
-    assert (first, resumed) == ({"project": "qdora", **own}, {"project": "papers", **own})
+    own = {"name": "run", "dir": str(tmp_path / "run"), "id": first["id"], "resume": "allow"}
     assert re.fullmatch("[A-Za-z0-9_-]{8,64}", first["id"])
-    assert other["id"] != first["id"]
+    assert ids("other")["id"] != first["id"]
+    monkeypatch.setenv("WANDB_PROJECT", "papers")
+    assert (first, ids("run")) == ({"project": "qdora", **own}, {"project": "papers", **own})
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
-    with tracking(["wandb"], run, {}, cpu=True):
-        assert wandb.init.call_args.kwargs["id"] == "mine"
+    assert ids("run")["id"] == "mine"
 
 
 def test_numbers_and_settings_are_flat_and_hold_no_token() -> None:

@@ -166,8 +166,7 @@ def test_layers_left_out_keep_their_scaling(root: Path) -> None:
     asked = RankSettings(method="gradient", layers=["v_proj", "down_proj"], max_rank=9, examples=2)
     document = rank_run(run, asked, console=QUIET)
     assert any(layer["rank"] != layer["rank_of_run"] for layer in document["layers"].values())
-    after = retrained(document, root / "patterned-again")
-    left_out = set(before) - set(document["layers"])
+    after, left_out = retrained(document, root / "patterned-again"), set(before) - set(document["layers"])
     assert len(left_out) == 10
     assert {name: (after[name].rank, after[name].alpha) for name in left_out} == {n: before[n] for n in left_out}
 
@@ -185,12 +184,11 @@ def test_a_masked_run(root: Path) -> None:
         assert all(layer["energies"][0] > 0 for layer in document["layers"].values())
 
 
-@pytest.fixture(scope="module", params=["l1", "hard_concrete"])
-def gated(root: Path, request: pytest.FixtureRequest) -> Path:
-    changes: dict[str, Any] = {"adapter__gates": {**GATES, "mode": request.param}, "train__steps": 8}
-    changes |= SHORT | {"adapter__rank": 6, "base__block_size": 16}
-    train_run(support.tiny_recipe(root, **changes), root / request.param, console=QUIET)
-    return root / request.param
+@pytest.fixture(scope="module")
+def gated(root: Path) -> Path:
+    changes: dict[str, Any] = SHORT | {"adapter__rank": 6, "base__block_size": 16, "train__steps": 8}
+    train_run(support.tiny_recipe(root, **changes, adapter__gates=GATES), root / "gated", console=QUIET)
+    return root / "gated"
 
 
 def test_exports_of_a_gated_run_compute_the_same(gated: Path, root: Path, tmp_path: Path) -> None:
