@@ -9,28 +9,25 @@ VOID = {"meta", "img", "br", "hr", "link", "input", "base", "source"}
 
 
 class Page(HTMLParser):
-    """`tables`: rows of cells, the header first; `text`: all outside <style>; `loads`: addresses other than data:;
-    `faults`: elements that are closed in the wrong order, and event attributes."""
+    """`tables`: rows of cells, the header first; `text`: all outside <style>; `attributes`: (name, value) of all tags.
+
+    Elements must be closed in their order.
+    """
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
         self.tables: list[list[list[str]]] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.tags, self._open = list[str](), list[str]()
         self.text, self.style = "", ""
-        self.tags, self.loads, self.faults, self.images, self._open = (list[str]() for _ in range(5))
         self.feed(source)
         self.close()
-        self.faults += [f"<{tag}> is not closed" for tag in self._open]
-        self.loads += re.findall(r"url\(|@import|@font-face", self.style)
+        assert not self._open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        known = {name: value or "" for name, value in attrs}
         self.tags.append(tag)
-        self.faults += [f"<{tag} {name}>" for name in known if name.startswith("on")]
-        addresses = [known[name] for name in ("src", "href", "action", "srcset", "data", "poster") if name in known]
-        self.loads += [each for each in addresses if not each.startswith("data:image/svg+xml;base64,")]
-        if tag == "img":
-            self.images.append(known["src"])
-        elif tag == "table":
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag == "table":
             self.tables.append([])
         elif tag == "tr":
             self.tables[-1].append([])
@@ -40,9 +37,7 @@ class Page(HTMLParser):
             self._open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        last = self._open.pop() if self._open else "nothing"
-        if last != tag:
-            self.faults.append(f"</{tag}> closes <{last}>")
+        assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
         tag = self._open[-1] if self._open else ""
@@ -52,6 +47,13 @@ class Page(HTMLParser):
         self.text += data
         if tag in ("td", "th"):
             self.tables[-1][-1][-1] += data
+
+    def loads(self) -> list[str]:
+        """What the page would load or run: addresses that are no images in themselves, and event attributes."""
+        names = ("src", "href", "action", "srcset", "data", "poster")
+        found = [value for name, value in self.attributes if name in names and not value.startswith("data:image/svg")]
+        events = [name for name, _ in self.attributes if name.startswith("on")]
+        return found + events + re.findall(r"url\(|@import|@font-face", self.style)
 
     def table(self, *columns: str) -> list[list[str]]:
         """The rows of the only table whose header begins with these columns, without the header."""

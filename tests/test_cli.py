@@ -162,21 +162,6 @@ def test_a_failure_is_one_line(
         assert all(words in logged for words in ("Traceback", type(error).__name__, "in fail", "Z FAILURE eval: "))
 
 
-def test_failures_name_what_was_being_done(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdora.run.train.fit", partial(fail, Unforeseen("in the loop")))
-    monkeypatch.setattr("qdora.run.trainer.LARGE", 10**4)
-    found = invoke("train", root / "recipe.yaml", "--run-dir", tmp_path / "run")
-    assert (found.exit_code, "slow on a CPU.\n" in found.stderr) == (1, True)
-    log = (tmp_path / "run/log.txt").read_text()
-    assert log.count("Traceback") == 1
-    assert log.endswith("Z FAILURE train: Unforeseen: in the loop\n")
-    stopped = Interrupted(3, Path("cells/a/checkpoints/step-3"))
-    monkeypatch.setattr("qdora.study.runner.study_run", partial(fail, stopped))
-    found = invoke("study", "my grid.yaml", "--dir", "d", "--shard", "1/2")
-    assert found.exit_code == 130
-    assert found.stderr.endswith("Continue with: qdora study 'my grid.yaml' --dir d --shard 1/2\n")
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

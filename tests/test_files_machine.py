@@ -1,9 +1,8 @@
-"""What is said of the machine: memory in a container, the driver, the environment, doctor; consoles and figures."""
+"""What is said of the machine: memory in a container, the driver, the environment, doctor; consoles."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ from qdora.files.atomic import json_text
 from qdora.files.console import bar, consoles
 from qdora.files.environment import VARIABLES, available_memory_bytes, machine_memory_bytes
 from qdora.files.nvidia_driver import check_gpu, device_attribute, driver_version, unused_gpu
-from qdora.files.svg_figure import new_figure, svg_text
 from qdora.model.build_model import choose_compute
 from qdora.run import doctor
 from tests import fakes
@@ -189,7 +187,7 @@ def test_doctor_checks_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.kernels()["cpu"] == "values are off by 1.00, expected 0.09"
 
 
-# --- consoles and figures
+# --- consoles
 
 
 def test_brackets_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,12 +202,3 @@ def test_brackets_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: p
             pass
     shown = capsys.readouterr()
     assert shown.out.count(name) == shown.err.count(name) == 4
-
-
-@pytest.mark.figures
-def test_dollars_in_names_are_drawn() -> None:
-    figure = new_figure(3, 2)
-    axes = figure.subplots()
-    axes.set_axis_off()
-    axes.set_title("$5 to $x^$")
-    assert len(re.findall(r'<use xlink:href="#\w+-\w+"', svg_text(figure))) == len("$5 to $x^$")  # one for each glyph

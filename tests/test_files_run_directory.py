@@ -291,7 +291,7 @@ def test_killed_at_any_moment_of_writing_there_is_a_whole_checkpoint(run: RunDir
         for moment in itertools.count(1):
             code = in_fork(lambda moment=moment: write_until(moment))
             if code == 0:
-                assert moment > 5
+                assert moment == 1 + 3 + 5 + 2 + 1  # complete.json; three files, two folders; renames; the parent
                 break
             assert code == 9
             resume_run(run.path, RECIPE, ENVIRONMENT, before=RECIPE)  # clears leftovers
@@ -389,7 +389,7 @@ def test_truncation_keeps_a_whole_last_line_and_drops_garbage(run: RunDirectory)
     assert run.metrics_file.stat().st_mtime_ns == stamp  # nothing to do, nothing written
 
 
-def test_a_checkpoint_appears_whole_and_flushed(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_appears_whole(run: RunDirectory) -> None:
     with run.checkpoint_directory(3) as path:
         (path / "a.bin").write_bytes(b"123456789")
         assert not (run.checkpoints / "step-3").exists()
@@ -399,18 +399,6 @@ def test_a_checkpoint_appears_whole_and_flushed(run: RunDirectory, monkeypatch: 
     # cbf43926: the check value of CRC-32 for these nine digits
     assert written == {"step": 3, "files": {"a.bin": {"bytes": 9, "crc32": "cbf43926"}}}
     assert run.newest_checkpoint() == Checkpoint(3, run.checkpoints / "step-3")
-    flushed: list[tuple[str, bool]] = []
-
-    def record(path: Path) -> None:
-        flushed.append((str(path.relative_to(run.checkpoints)), (run.checkpoints / "step-1").exists()))
-
-    monkeypatch.setattr(atomic, "sync", record)
-    save(run, 1)
-    aside = ".step-1.partial"
-    inside = ["adapter.safetensors", "complete.json", "state", "state/optimizer.json"]
-    assert {(f"{aside}/{name}", False) for name in inside} | {(aside, False), (".", True)} == set(flushed)
-    assert flushed.index((f"{aside}/state/optimizer.json", False)) < flushed.index((f"{aside}/state", False))
-    assert flushed[-1] == (".", True)
 
 
 def test_the_newest_checkpoint_is_by_number(run: RunDirectory, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenize
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.adapter_file import save_adapter
 from qdora.model.build_model import Compute, put_adapters
-from qdora.model.experts import stacks, use_expert_layers_
+from qdora.model.experts import stacks
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.source import resolve
 from qdora.nn.prepared_gains import prepare_gains

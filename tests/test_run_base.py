@@ -384,7 +384,7 @@ def test_exports_have_the_rows_and_the_tokens(run: Path, tmp_path: Path) -> None
     tensors["model.embed_tokens.weight"][ids[0, 0]] *= 1.0001
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     check = verify_merged(loaded.model, out, comparison_text(loaded.tokenizer, {}))
-    assert ["its trained rows are not those of the run" in fault for fault in check["faults"]] == [True]
+    assert any("its trained rows are not those of the run" in fault for fault in check["faults"])
 
 
 def test_an_adapter_with_rows_is_continued_only_with_the_same_rows(root: Path, rows_run: Path, tmp_path: Path) -> None:

@@ -31,7 +31,6 @@ from qdora.nn.expert_linear import AdaptedExperts
 from qdora.ops import expert_tokens
 from qdora.run.expert_load import FILE, ExpertLoad
 from qdora.run.load_run import load_run
-from qdora.run.rank import RankSettings, rank_run
 from qdora.run.train import train_run
 from tests import support
 from tests.support import assert_close_runs, assert_same_run
@@ -142,18 +141,6 @@ def test_what_a_run_leaves_names_the_experts(run: Path, tmp_path: Path) -> None:
     assert "PEFT has no DoRA for experts, so only qdora loads this adapter." in console.file.getvalue()
     with pytest.raises(UserError, match=r"does not load 4 layers .* a stack of experts\)\. Fix: use --format merged"):
         export_run(run, tmp_path / "out", ExportOptions(format_="nf4-lora"), console=QUIET)
-
-
-def test_curvature_gives_ranks_of_experts(run: Path) -> None:
-    name = "model.layers.0.mlp.experts.down_proj"
-    asked = RankSettings(layers=[name], examples=2, max_rank=3, draws=8, eigenvalues=2)
-    layer = rank_run(run, asked, console=QUIET)["layers"][name]
-    found = layer["components"]
-    assert np.shape(found["worths"]) == np.shape(found["curvature_errors"]) == (4, 2 + 3)
-    worths = np.sort(found["worths"], axis=1)[:, ::-1].sum(axis=0)
-    np.testing.assert_allclose(layer["energies"], worths[:3])
-    assert layer["spectrum"]["size"] == 2 * layer["parameters_per_rank"]
-    assert np.shape(layer["spectrum"]["eigenvalues"]) == (2,)
 
 
 @pytest.mark.parametrize("share", ["none", "A", "B"])

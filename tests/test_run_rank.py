@@ -124,7 +124,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "curvatur"}, "--method: got 'curvatur' curvature, svd, gradient, gates"),
     ({"curvature": "fisher", "eigenvalues": 3}, "--curvature: 'fisher' hessian, gauss_newton"),
     ({"norm": "none"}, "--norm: 'none' attached, held"),
-    ({"curvature": "hessian"}, "--curvature: --eigenvalues"),
     ({"eigenvalues": 0, "curvature": "hessian"}, "--curvature: --eigenvalues"),
     ({"method": "svd", "budget": "50%", "norm": "held"}, "--norm: only --method curvature, got"),
     ({"method": "svd", "budget": "50%", "examples": 3}, "--examples: only --method curvature or gradient, got"),
