@@ -187,6 +187,9 @@ def test_only_changes_that_go_together_are_proposed(tmp_path: Path) -> None:
     assert ranks(8) == []
     # Either may be halved, since the gates have more components to remove in the other layers, but not both.
     assert [len(ranks(mean_rank, adapter__experts={"rank": 16})) for mean_rank in (7.5, 8)] == [2, 1]
+    assert "adapter.experts.rank=3" in proposed(support.tiny_recipe(tmp_path, adapter__experts={"rank": 6}))
+    for experts in ({"rank": 1}, {"share": "A"}):
+        assert "experts" not in str(proposed(support.tiny_recipe(tmp_path, adapter__experts=experts)))
     whole = {"adapter__also_train": ["embed_tokens"], "adapter__also_train_rows": "all"}
     for changes, streams in (({}, True), (whole, True), ({"train__parallel": "shard"}, False)):
         settings = proposed(support.tiny_recipe(tmp_path, **changes))
@@ -285,6 +288,8 @@ def test_time_of_a_step_by_hand() -> None:
     flops = 10 * 2 * (3 * 1000 + 4 * 10) + 4 * 500 * 8
     seconds = step_time.step_seconds(work, shape, 3, rates)
     assert seconds == pytest.approx(3 * (flops / 1e3 + 3 * 4.6 * 1000 / 1e6) + 300 / 1e6, rel=1e-12)
+    few = step_time.step_seconds(replace(work, share_met=0.25), shape, 3, rates)  # of the experts a token meets few
+    assert seconds - few == pytest.approx(3 * 0.75 * 10 * 2 * (3 * 1000 + 4 * 10) / 1e3, rel=1e-9)
     # Causal attention: half of 4 * length a feature and token, again in the recomputation, and 2.5 times that backward
     wide = step_time.step_seconds(replace(work, attention_width=7), shape, 3, rates)
     assert wide - seconds == pytest.approx(3 * 10 * 2 * 5 * 7 * (1 + 1 + 2.5) / 1e3, rel=1e-9)

@@ -31,12 +31,10 @@ from qdora.ops.planned_device import planned_counts, planned_on
 from qdora.plan import memory_plan, plan_view
 from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern
-from qdora.plan.changes_to_fit import _candidates
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.memory_plan import fit_recipe, plan
 from qdora.plan.plan_contents import CONTEXT_BYTES, DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.plan.public_shapes import public_shapes
-from qdora.plan.step_time import Rates, Work, step_seconds
 from qdora.plan.workload import assumed_workload, largest_shapes, not_exceeded, workload_of_data
 from qdora.recipe.recipe_file import load_recipe, recipe_from
 from qdora.recipe.settings import Recipe
@@ -507,19 +505,6 @@ def test_a_plan_says_what_routing_decides() -> None:
     assert apart.to_dict()["even_routing_bytes"] == 2000 * 2**20
     texts = ["\n".join(plan_view.plan_lines(each)) for each in (close, apart)]
     assert ["Experts: 2.59 GiB if nearly" in text and "1.95 GiB if tokens" in text for text in texts] == [False, True]
-
-
-def test_fewer_ranks_of_experts_are_proposed_and_a_token_meets_few_of_the_weights() -> None:
-    halved, single, shared = (
-        str(_candidates(mixture_recipe(adapter__experts=experts), "cuda"))
-        for experts in ({"rank": 6}, {"rank": 1}, {"share": "A"})
-    )
-    assert "'adapter.experts.rank=3'" in halved
-    assert "experts" not in single + shared
-    rates, shape = Rates("round", 1e12, 1e30), MicroBatchShape(1, 100, 0, masked=False)
-    work = Work(num_linear=1000, num_head=0, num_trainable=10, attention_width=0, quantised=True, checkpointing=True)
-    dense, mixture = (step_seconds(each, shape, 1, rates) for each in (work, replace(work, share_met=0.25)))
-    assert mixture == pytest.approx(dense / 4)
 
 
 @slow
