@@ -12,16 +12,14 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
-from qdora.export.logit_comparison import comparison_text
 from qdora.export.options import ExportOptions
-from qdora.export.verify import verify_merged
 from qdora.model import experts
 from qdora.model.experts import use_expert_layers_
 from qdora.model.inject import adapted_layers
@@ -115,13 +113,6 @@ def test_the_export_is_audited_and_runs_elsewhere(run: Path, tmp_path: Path) -> 
     said = [model.generate(IDS, **options) for model in (loaded.model, library)]
     assert torch.equal(*said)
     assert said[0].shape[1] == IDS.shape[1] + 6
-    (file,) = out.glob("*.safetensors")  # a wrong expert in it is noticed
-    tensors = load_file(file)
-    tensors["model.layers.1.mlp.experts.2.up_proj.weight"] *= 1.0001
-    save_file(tensors, file, {"format": "pt"})
-    check = verify_merged(loaded.model, out, comparison_text(loaded.tokenizer, {}))
-    assert check["weights"]["worst_layer"] == "model.layers.1.mlp.experts.gate_up_proj"
-    assert not check["passed"]
 
 
 def test_what_a_run_leaves_names_the_experts(run: Path, tmp_path: Path) -> None:

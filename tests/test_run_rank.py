@@ -123,18 +123,16 @@ def test_rivals_keep_to_what_was_asked(whole: Path) -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "curvatur"}, "--method: got 'curvatur' curvature, svd, gradient, gates"),
     ({"curvature": "fisher", "eigenvalues": 3}, "--curvature: 'fisher' hessian, gauss_newton"),
-    ({"norm": "none"}, "--norm: 'none' attached, held"),
     ({"eigenvalues": 0, "curvature": "hessian"}, "--curvature: --eigenvalues"),
     ({"method": "svd", "budget": "50%", "norm": "held"}, "--norm: only --method curvature, got"),
     ({"method": "svd", "budget": "50%", "examples": 3}, "--examples: only --method curvature or gradient, got"),
     ({"method": "gates", "budget": "50%"}, "--budget: only --method curvature or svd or gradient, got"),
     ({"draws": 7}, "--draws: got 7, 0 (exact) 8"), ({"draws": -1}, "--draws: got -1, 0 (exact) 8"),
     ({"method": "svd"}, "--budget: got 100% less than 100%"), ({"method": "gates"}, "no gates adapter.gates"),
-    ({"budget": "50%", "threshold": 0.5}, "--threshold: --budget"),
     ({"threshold": 1.5}, "--threshold: 1.5 above 0 at most 1"), ({"threshold": 0.0}, "--threshold: above 0"),
+    ({"budget": "50%", "threshold": 0.5}, "--threshold: --budget"), ({"layers": ["q_prj"]}, "--layers: 'q_prj' q_proj"),
     ({"budget": "half"}, "--budget: 'half'"), ({"budget": "inf%"}, "--budget: 'inf%'"),
     ({"method": "svd", "budget": "1"}, "at least 1,568 parameters rank 1"),
-    ({"layers": ["q_prj"]}, "--layers: 'q_prj' q_proj"),
 ]  # fmt: skip
 
 
