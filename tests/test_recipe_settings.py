@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from qdora.data.demo import FAMILIES
 from qdora.errors import UserError
@@ -395,40 +393,20 @@ def test_every_field_is_described_in_the_schema() -> None:
     assert schema["additionalProperties"] is False
 
 
-names_ = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12) | (
-    st.sampled_from(["1e4", "1e-4", "0100", "2:4", "off", "null", "1.5", "~", "2024-05-01", "a\u2028b", "=", "x: y"])
-)
-positive = st.floats(min_value=1e-300, max_value=1e300, allow_nan=False)
-whole = st.integers(min_value=1, max_value=10**6)
-share = st.floats(min_value=0, max_value=1, exclude_max=True)
-VALUES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-    "base": {"quant": st.sampled_from(["fp4", "nf4"]), "skip": st.lists(names_, max_size=3)},
-    "adapter": {"alpha": positive, "rank_pattern": st.dictionaries(names_, whole, max_size=3)},
-    "train": {
-        "steps": st.just(10), "batch": whole, "lr": positive, "warmup": st.integers(0, 10) | share,
-        "betas": st.tuples(share, share).map(list), "clip": st.none() | positive, "checkpoint_every": whole | st.none(),
-    },
-    "memory": {"budget": st.sampled_from(["auto", "40GiB"]), "loss_chunk": st.just("auto") | whole},
-    "data": {
-        "mix": st.lists(names_, min_size=1, max_size=3, unique=True).map(
-            lambda names: [{"source": f"/{name}", "name": name, "columns": {name: name}} for name in names]
-        )
-    },
-}  # fmt: skip
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.fixed_dictionaries({}, optional={name: st.fixed_dictionaries(each) for name, each in VALUES.items()}))
-def test_a_resolved_recipe_is_read_back_exactly(sections: dict[str, Any]) -> None:
-    document = changed(**sections)
-    assume(not faults(document))
+def test_a_resolved_recipe_is_read_back_exactly() -> None:
+    """To the last bit of a float, and names that YAML 1.1 or 1.2 reads as something else."""
+    names = ["1e4", "1e-4", "0100", "2:4", "off", "null", "1.5", "~", "2024-05-01", "a\u2028b", "=", "x: y", "#", "- é"]
+    mix = [{"source": f"/{name}", "name": name, "columns": {name: name}} for name in names]
+    adapter = {"alpha": 0.1 + 0.2, "rank_pattern": dict.fromkeys(names, 3)}
+    train = {"steps": 10, "batch": 10**6, "lr": 1e-300, "lr_end": 0.0, "betas": [0.9, 1 - 2**-53], "clip": 1e300}
+    document = changed(base={"skip": names}, adapter=adapter, train=train, data={"mix": mix})
     recipe = recipe_from(document)
     text = resolved_yaml(recipe)
     again = recipe_from(read_yaml(text, "resolved"), "resolved")
     assert again == recipe == override(recipe, [])
     assert resolved_yaml(again) == text
-    for section, values in sections.items():  # what was given is what is held, to the last bit
-        for key, value in values.items():
-            if not isinstance(value, dict | list):
-                found = getattr(getattr(again, section), key)
-                assert (found, type(found)) == (value, type(value))
+    for section in ("base", "adapter", "train"):
+        for key, value in document[section].items():
+            found = getattr(getattr(again, section), key)
+            found = list(found) if isinstance(found, tuple) else found
+            assert (found, type(found)) == (value, type(value))
