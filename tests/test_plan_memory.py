@@ -424,6 +424,8 @@ def counted_step(recipe: Recipe, choose: Any, length: int) -> int:
 
 
 WIDE = {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 256, "num_experts": 16}
+LATENT = {"hidden_size": 128, "moe_intermediate_size": 256, "n_routed_experts": 16}
+SHARED_B = {"adapter__experts": {"rank": 2, "share": "B"}}
 OSS = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "num_local_experts": 16}
 
 
@@ -432,9 +434,9 @@ OSS = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "num_local_
     [
         ("mixtral", 512, {"num_local_experts": 8, "intermediate_size": 256, "num_hidden_layers": 1}, {}),
         pytest.param("qwen3_moe", 768, WIDE, {"adapter__dropout": 0.1, "memory__checkpointing": False}, marks=slow),
-        pytest.param("qwen3_moe", 768, WIDE, {"adapter__experts": {"share": "B"}, "base__quant": "int8"}, marks=slow),
+        pytest.param("qwen3_moe", 768, WIDE, {"base__quant": "int8", **SHARED_B}, marks=slow),
         pytest.param("gpt_oss", 768, OSS, {"adapter__kind": "lora"}, marks=slow),
-        pytest.param("deepseek_v3", 768, {"moe_intermediate_size": 256, "n_routed_experts": 16}, {}, marks=slow),
+        pytest.param("deepseek_v3", 768, LATENT, {"adapter__experts": {"rank": 4, "share": "A"}}, marks=slow),
         # Linear attention
         pytest.param("qwen3_next", 1100, {"moe_intermediate_size": 256, "num_experts": 16}, {}, marks=slow),
     ],
