@@ -96,7 +96,7 @@ def arguments_of(verb: str, root: Path, tmp_path: Path) -> list[str]:
     return [verb, *(each.format(root=root, tmp=tmp_path) for each in RESULTS[verb][0])]
 
 
-def test_help_shows_the_whole_summary_of_every_verb() -> None:
+def test_help_shows_the_whole_summary_of_every_verb():
     listed = invoke("--help").stdout.partition("Commands:")[2].split("\n")
     summaries = dict(line.split(maxsplit=1) for line in listed if line)
     assert list(summaries) == list(VERBS)
@@ -107,7 +107,7 @@ def test_help_shows_the_whole_summary_of_every_verb() -> None:
 
 
 @pytest.mark.parametrize("verb", RESULTS)
-def test_results_go_to_standard_output(verb: str, root: Path, tmp_path: Path) -> None:
+def test_results_go_to_standard_output(verb, root, tmp_path):
     found = invoke(*arguments_of(verb, root, tmp_path / "a"), "-q")
     assert found.exit_code == 0, found.stderr
     assert RESULTS[verb][1] in found.stdout
@@ -118,7 +118,7 @@ def test_results_go_to_standard_output(verb: str, root: Path, tmp_path: Path) ->
     assert json.loads(found.stdout)
 
 
-def test_shared_options_before_and_after_the_verb(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_options_before_and_after_the_verb(root, tmp_path, monkeypatch):
     arguments = arguments_of("eval", root, tmp_path)
     before = invoke("--json", *arguments)
     assert json.loads(before.stdout).keys() == json.loads(invoke(*arguments, "--json").stdout).keys()
@@ -129,7 +129,7 @@ def test_shared_options_before_and_after_the_verb(root: Path, tmp_path: Path, mo
         assert isinstance(invoke(*command).exception, Unforeseen)
 
 
-def test_guides_and_recipes_are_printed_as_they_stand() -> None:
+def test_guides_and_recipes_are_printed_as_they_stand():
     listed = json.loads(invoke("guide", "--json").stdout)["guides"]
     assert {"own-data", "memory", "exports"} <= set(listed)
     for topic, title in listed.items():
@@ -155,9 +155,7 @@ def test_guides_and_recipes_are_printed_as_they_stand() -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_a_failure_is_one_line(
-    error: BaseException, code: int, text: str, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_is_one_line(error, code, text, root, monkeypatch):
     log = root / "run/log.txt"
     before = log.read_text()
     monkeypatch.setattr("qdora.run.evaluate.load_target", partial(fail, error))
@@ -182,7 +180,7 @@ def test_a_failure_is_one_line(
         ("generate a --chats b.jsonl --raw --system x", "--raw: --system: --chats Fix: remove"),
     ],
 )  # fmt: skip
-def test_mistakes_exit_with_2(arguments: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_exit_with_2(arguments, words, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     found = invoke(*(each.format(tmp=tmp_path / "run") for each in arguments.split()))
     assert found.exit_code == 2
@@ -196,7 +194,7 @@ def python(*command: str, stdout: int = subprocess.PIPE, **variables: str) -> su
 
 
 @pytest.mark.parametrize(("rank", "expected"), [("0", "found\nodd\nhere\n"), ("1", "here\n")])
-def test_the_first_process_of_a_launch_tells_what_all_find_once(rank: str, expected: str) -> None:
+def test_the_first_process_of_a_launch_tells_what_all_find_once(rank, expected):
     code = "import logging, qdora.cli.verb as v; v._set_up_output(); from huggingface_hub import snapshot_download; "
     code += "logging.getLogger('huggingface_hub.utils').warning('Retrying in 1s'); log = logging.getLogger('qdora'); "
     code += "log.info('found'); log.warning('odd'); log.warning('here', extra={'of_this_process': True}); "
@@ -204,7 +202,7 @@ def test_the_first_process_of_a_launch_tells_what_all_find_once(rank: str, expec
     assert python("-c", code, RANK=rank).stderr == f"Retrying in 1s\n{expected}"
 
 
-def test_a_reader_that_stops_ends_a_verb_without_a_word() -> None:
+def test_a_reader_that_stops_ends_a_verb_without_a_word():
     read, write = os.pipe()
     os.close(read)
     done = python("-m", "qdora.cli", "recipes", "tiny", stdout=write)
@@ -212,7 +210,7 @@ def test_a_reader_that_stops_ends_a_verb_without_a_word() -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_text_on_an_output_that_is_not_utf_8(root: Path, tmp_path: Path) -> None:
+def test_text_on_an_output_that_is_not_utf_8(root, tmp_path):
     run = shutil.copytree(root / "run", tmp_path / "Läufe 😀")
     for command in (["eval", str(run), "--limit", "2", "--json"], ["report", str(run)]):
         found = CliRunner(charset="ascii").invoke(app, command)
@@ -235,9 +233,7 @@ GROWS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
         ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, 0.0, {102: 1, 89: 1}, {}),
     ],
 )  # fmt: skip
-def test_threads_sleep_on_busy_cores_and_the_allocator_extends_segments(
-    given: dict[str, str], busy: float, driver: Any, added: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_sleep_on_busy_cores_and_the_allocator_extends_segments(given, busy, driver, added, monkeypatch):
     monkeypatch.setattr("psutil.cpu_percent", lambda interval: busy)
     fakes.install_driver(monkeypatch, driver and [driver])
     variables = dict(given)
@@ -266,7 +262,7 @@ main()
     "arguments, wanted",
     [("generate nowhere -p a", ["driver", "driver", "torch expandable_segments:True"]), ("validate tiny", [])],
 )
-def test_the_allocator_is_set_before_torch_is_imported_and_only_to_compute(arguments: str, wanted: list[str]) -> None:
+def test_the_allocator_is_set_before_torch_is_imported_and_only_to_compute(arguments, wanted):
     lines = python("-c", WATCHED, *arguments.split()).stdout.splitlines()
     assert [line for line in lines if line.startswith(("driver", "torch "))] == wanted
 
@@ -296,7 +292,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_memory_is_what_the_container_leaves_of_the_machine(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_what_the_container_leaves_of_the_machine(case, monkeypatch):
     groups, folders, (total, free) = CASES[case]
     texts = {f"{folder}/{name}": text for folder, files in folders.items() for name, text in files.items()}
     texts["/proc/self/cgroup"] = groups
@@ -305,7 +301,7 @@ def test_memory_is_what_the_container_leaves_of_the_machine(case: str, monkeypat
     assert (machine_memory_bytes(), available_memory_bytes()) == (total * GIB, free * GIB)
 
 
-def test_the_environment_names_no_person_no_host_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_no_person_no_host_and_no_secret(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", TOKEN)  # pasted into the wrong variable
     monkeypatch.setattr("platform.node", lambda: "host-of-mine")
@@ -358,9 +354,7 @@ def uninitialised() -> None:
         ("a failed start", "12.8", ("Error 802: system not yet initialized",)),
     ],
 )
-def test_an_unused_gpu_is_refused(
-    case: str, cuda: str | None, words: tuple[str, ...], machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unused_gpu_is_refused(case, cuda, words, machine, monkeypatch):
     monkeypatch.setattr("torch.version.cuda", cuda)
     monkeypatch.setattr("torch.cuda.init", uninitialised)
     if case == "WSL2":
@@ -377,7 +371,7 @@ def test_an_unused_gpu_is_refused(
         check_gpu()
 
 
-def test_a_used_gpu_and_a_machine_without_one_are_fine(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_used_gpu_and_a_machine_without_one_are_fine(machine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: True)
         assert unused_gpu() is None
@@ -388,7 +382,7 @@ def test_a_used_gpu_and_a_machine_without_one_are_fine(machine: Path, monkeypatc
     assert driver_version() is None
 
 
-def test_the_driver_says_what_a_gpu_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_says_what_a_gpu_can(monkeypatch):
     fakes.install_driver(monkeypatch, [{89: 0}, {89: 1}])
     assert [device_attribute(*each) for each in ((89, 0), (89, 1), (89, 2), (102, 0))] == [0, 1, None, None]
     for devices in ([], None):
@@ -397,9 +391,7 @@ def test_the_driver_says_what_a_gpu_can(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("verb", [verb for verb in RESULTS if VERBS[verb].__name__ in COMPUTING])
-def test_the_cpu_is_not_taken_silently(
-    verb: str, root: Path, machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cpu_is_not_taken_silently(verb, root, machine, tmp_path, monkeypatch):
     arguments = arguments_of(verb, root, tmp_path)
     before = [*sorted(root.rglob("*")), *sorted(tmp_path.rglob("*"))]
     more = ("-t", "nowhere") if verb == "eval" else ()  # refused before it reads data
@@ -419,7 +411,7 @@ def test_the_cpu_is_not_taken_silently(
 # --- doctor
 
 
-def test_doctor_reports_and_advises(machine: Path) -> None:
+def test_doctor_reports_and_advises(machine):
     found = doctor.report()
     text = doctor.report_text(found)
     assert found["bitsandbytes"]["cpu"] is None
@@ -444,13 +436,13 @@ def test_doctor_reports_and_advises(machine: Path) -> None:
         ("import os; os.kill(os.getpid(), 9)", "exit code -9"),
     ],
 )  # fmt: skip
-def test_doctor_survives_broken_kernels(code: str, error: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_survives_broken_kernels(code, error, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(doctor, "_IN_OWN_PROCESS", code)
     assert doctor.kernels() == {"cpu": None, "cuda": error}
 
 
-def test_doctor_checks_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_checks_the_results(monkeypatch):
     functional = pytest.importorskip("bitsandbytes.functional")
     monkeypatch.setattr(functional, "quantize_4bit", lambda weight, **_: (weight, None))
     monkeypatch.setattr(functional, "dequantize_4bit", lambda packed, state: torch.zeros_like(packed))
@@ -460,7 +452,7 @@ def test_doctor_checks_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- consoles
 
 
-def test_brackets_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_brackets_are_printed(capsys, monkeypatch):
     monkeypatch.setattr("qdora.files.console._shown", {"progress": True, "results": True})  # as without --json
     name = "qa[hard] :smile: runs/[/b]"
     for console in consoles():

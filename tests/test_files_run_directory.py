@@ -72,7 +72,7 @@ def full_disk(*_: Any, **__: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_run_is_created_in_a_place_of_its_own(run: RunDirectory, tmp_path: Path) -> None:
+def test_a_run_is_created_in_a_place_of_its_own(run, tmp_path):
     assert tree(run.path) == {
         "recipe.yaml": RECIPE.encode(),
         "environment.json": b'{\n  "torch": "2",\n  "devices": [\n    "a"\n  ]\n}\n',
@@ -113,7 +113,7 @@ def test_a_run_is_created_in_a_place_of_its_own(run: RunDirectory, tmp_path: Pat
         (RECIPE, {"steps: 10": "steps: 11", "log_every: 1": "log_every: 5", "lr: 0.1": "lr: 1"}, []),
     ],
 )
-def test_a_resume_keeps_the_training(run: RunDirectory, old: str, changes: dict[str, str], keys: list[str]) -> None:
+def test_a_resume_keeps_the_training(run, old, changes, keys):
     run.recipe_file.write_text(old)
     new = reduce(lambda text, change: text.replace(*change), changes.items(), old)
     faults: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ def test_a_resume_keeps_the_training(run: RunDirectory, old: str, changes: dict[
     assert run.recipe_file.read_text() == (old if keys else new)
 
 
-def test_a_resume_needs_a_run_and_says_where_it_may_be(run: RunDirectory, tmp_path: Path) -> None:
+def test_a_resume_needs_a_run_and_says_where_it_may_be(run, tmp_path):
     with pytest.raises(UserError, match=r"no such directory\. Did you mean 'run'\?"):
         resume_run(tmp_path / "rnu", RECIPE, ENVIRONMENT, before=RECIPE)
     with pytest.raises(UserError, match=r"recipe\.yaml"):
@@ -144,7 +144,7 @@ def test_a_resume_needs_a_run_and_says_where_it_may_be(run: RunDirectory, tmp_pa
         resume_run(run.path, RECIPE, ENVIRONMENT, before=RECIPE)
 
 
-def test_a_resume_clears_leftovers_and_restores_what_was_being_replaced(run: RunDirectory) -> None:
+def test_a_resume_clears_leftovers_and_restores_what_was_being_replaced(run):
     old = save(run, 7, b"old")
     os.rename(old, run.checkpoints / ".step-7.replaced")  # killed between the two renames
     (run.checkpoints / ".step-7.partial").mkdir()
@@ -165,7 +165,7 @@ def test_a_resume_clears_leftovers_and_restores_what_was_being_replaced(run: Run
     assert names(run.path) == sorted([*others, "checkpoints", "environment.json", "eval", "figures", "recipe.yaml"])
 
 
-def test_only_one_process_works_in_a_run(tmp_path: Path) -> None:
+def test_only_one_process_works_in_a_run(tmp_path):
     path, told = tmp_path / "run", os.pipe()
     child = os.fork()
     if child == 0:
@@ -194,7 +194,7 @@ def test_only_one_process_works_in_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT])
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
-def test_full_and_read_only_disks_give_one_line(tmp_path: Path, number: int, kind: type[Exception]) -> None:
+def test_full_and_read_only_disks_give_one_line(tmp_path, number, kind):
     """Rust code raises an error of its own, which has the system's words in it."""
     error = OSError(number, os.strerror(number)) if kind is OSError else kind(f"I/O error: {os.strerror(number)}")
     with pytest.raises(Exception) as raised, disk_failures(tmp_path / "study"):
@@ -223,7 +223,7 @@ def in_fork(act: Callable[[], Any]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def test_a_full_disk_leaves_no_half_line(run: RunDirectory) -> None:
+def test_a_full_disk_leaves_no_half_line(run):
     def fill() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # the system cuts the second line in the middle
@@ -242,7 +242,7 @@ def broken_off(run: RunDirectory, error: BaseException, step: int) -> None:
         raise error
 
 
-def test_a_failed_write_leaves_the_last_whole_checkpoint(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_last_whole_checkpoint(run, monkeypatch):
     kept = save(run, 1, b"old")
     before = tree(run.path)
     rust = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -273,7 +273,7 @@ def test_a_failed_write_leaves_the_last_whole_checkpoint(run: RunDirectory, monk
     assert names(run.checkpoints) == ["step-1"]
 
 
-def test_killed_at_any_moment_of_writing_there_is_a_whole_checkpoint(run: RunDirectory) -> None:
+def test_killed_at_any_moment_of_writing_there_is_a_whole_checkpoint(run):
     """Step 2 is written twice over; the process dies at its first, second, ... flush or rename."""
 
     def write_until(moment: int) -> None:
@@ -297,7 +297,6 @@ def test_killed_at_any_moment_of_writing_there_is_a_whole_checkpoint(run: RunDir
             assert code == 9
             resume_run(run.path, RECIPE, ENVIRONMENT, before=RECIPE)  # clears leftovers
             newest = run.newest_checkpoint()
-            assert newest is not None
             assert not [name for name in names(run.checkpoints) if name.startswith(".")]
             if old is not None:
                 assert newest.step == 2
@@ -305,7 +304,7 @@ def test_killed_at_any_moment_of_writing_there_is_a_whole_checkpoint(run: RunDir
     assert tree(run.checkpoints / "step-2")["adapter.safetensors"] == b"new"
 
 
-def test_files_and_results_are_replaced_whole(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_and_results_are_replaced_whole(run, monkeypatch):
     run.write_json("eval/a.json", {"a": 1})
     for function in ("fsync", "replace"):
         with monkeypatch.context() as patch:
@@ -322,7 +321,7 @@ def test_files_and_results_are_replaced_whole(run: RunDirectory, monkeypatch: py
     assert tree(run.adapter) == {"adapter.txt": b"two"}
 
 
-def test_json_is_strict() -> None:
+def test_json_is_strict():
     values = {"a": np.float32(0.5), "b": torch.tensor(3), "c": (1, True, None), "d": Path("x/y"), "é": np.bool_(True)}
     assert json_text(values) == '{"a": 0.5, "b": 3, "c": [1, true, null], "d": "x/y", "é": true}'
     assert json_text([float("nan"), float("inf"), np.float32("nan")]) == "[null, null, null]"
@@ -331,7 +330,7 @@ def test_json_is_strict() -> None:
             json_text(value)
 
 
-def test_metrics_and_the_log_are_whole_lines(run: RunDirectory) -> None:
+def test_metrics_and_the_log_are_whole_lines(run):
     run.append_metrics({"step": 2, "loss": float("nan"), "tasks": {"a": np.int64(3)}})
     assert run.metrics_file.read_bytes() == b'{"step": 2, "loss": null, "tasks": {"a": 3}}\n'
     run.append_metrics({"step": 3, "text": "a\ud800\u2028b"})  # half a surrogate pair is written as its escape
@@ -353,9 +352,7 @@ def test_metrics_and_the_log_are_whole_lines(run: RunDirectory) -> None:
     st.booleans(),
     st.data(),
 )
-def test_truncated_metrics_are_those_up_to_the_checkpoint(
-    tmp_path: Path, lines: list[tuple[int, Any, bool]], after_step: int, again: bool, data: st.DataObject
-) -> None:
+def test_truncated_metrics_are_those_up_to_the_checkpoint(tmp_path, lines, after_step, again, data):
     """Without the evaluation that is made again, and the line that a kill -9 has cut off."""
     run = RunDirectory(tmp_path)
     run.metrics_file.write_bytes(b"")
@@ -374,7 +371,7 @@ def test_truncated_metrics_are_those_up_to_the_checkpoint(
     assert run.metrics_file.read_bytes() == b"".join(expected) + b'{"step": 9}\n'
 
 
-def test_truncation_keeps_a_whole_last_line_and_drops_garbage(run: RunDirectory) -> None:
+def test_truncation_keeps_a_whole_last_line_and_drops_garbage(run):
     run.truncate_metrics(5)
     assert not run.metrics_file.exists()
     run.metrics_file.write_bytes(b'{"step": 1}\n\x00\x00\x00\n[1]\n{"a": 1}\n{"step": 3}\n\xff\n{"step": 2}')
@@ -390,7 +387,7 @@ def test_truncation_keeps_a_whole_last_line_and_drops_garbage(run: RunDirectory)
     assert run.metrics_file.stat().st_mtime_ns == stamp  # nothing to do, nothing written
 
 
-def test_a_checkpoint_appears_whole(run: RunDirectory) -> None:
+def test_a_checkpoint_appears_whole(run):
     with run.checkpoint_directory(3) as path:
         (path / "a.bin").write_bytes(b"123456789")
         assert not (run.checkpoints / "step-3").exists()
@@ -402,7 +399,7 @@ def test_a_checkpoint_appears_whole(run: RunDirectory) -> None:
     assert run.newest_checkpoint() == Checkpoint(3, run.checkpoints / "step-3")
 
 
-def test_the_newest_checkpoint_is_by_number(run: RunDirectory, tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_by_number(run, tmp_path):
     recipe = support.tiny_recipe(tmp_path)
     with pytest.raises(UserError, match=r"^--step: got 3, but .*/run has no checkpoint\. Fix: remove --step\.$"):
         trained_state(run, recipe, 3)
@@ -428,14 +425,11 @@ def test_the_newest_checkpoint_is_by_number(run: RunDirectory, tmp_path: Path) -
         ("state/optimizer.json", None, "optimizer.json: No such file or directory"),
     ],
 )
-def test_a_damaged_checkpoint_is_skipped(
-    run: RunDirectory, file: str, content: bytes | None, fault: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_checkpoint_is_skipped(run, file, content, fault, caplog):
     first, damaged = save(run, 1), save(run, 2)
     (run.path / "x").touch()
     (damaged / file).unlink() if content is None else (damaged / file).write_bytes(content)
     found = checkpoint_fault(damaged)
-    assert found is not None
     assert fault in found
     assert run.newest_checkpoint() == Checkpoint(1, first)
     assert f"Skipped a damaged checkpoint: step-2: {found}. Using {run.checkpoints}" in caplog.text
@@ -445,7 +439,7 @@ def test_a_damaged_checkpoint_is_skipped(
         run.newest_checkpoint()
 
 
-def test_prune_keeps_the_newest_whole_ones_and_what_they_need(run: RunDirectory) -> None:
+def test_prune_keeps_the_newest_whole_ones_and_what_they_need(run):
     for step in (1, 2, 3, 10, 20):
         save(run, step)
     needs = {"step-20": 2, "step-10": 1, "step-2": 3}

@@ -54,7 +54,7 @@ def shown(recipe: Recipe, **options: Any) -> tuple[dict[str, Any], str]:
     return found, console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_over_budget_does_not_start_unless_forced(tmp_path: Path) -> None:
+def test_over_budget_does_not_start_unless_forced(tmp_path):
     few: dict[str, Any] = {"train__steps": 1, "eval__at_end": False, "eval__limit": ...}
     recipe, run = one_layer(tmp_path, memory__budget="100MiB", **few), tmp_path / "run"
     with pytest.raises(UserError, match=r"^memory.budget: 100.0 MiB, but the run needs about 60\d"):
@@ -65,7 +65,7 @@ def test_over_budget_does_not_start_unless_forced(tmp_path: Path) -> None:
     assert (kept["fits"], kept["device"]) == (False, "cpu")
 
 
-def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_changes_what_leaves_the_numbers_alone(tmp_path, monkeypatch):
     recipe = one_layer(tmp_path, memory__budget="auto", memory__checkpointing=False, train__batch=24, train__steps=1)
 
     def within(free: int) -> tuple[Recipe, Plan]:
@@ -74,7 +74,6 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
         _, tokenizer = find_model(recipe)
         mix = tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0])
         changed, plan = budget.within_budget(recipe, CPU, workload_of_data(recipe, mix, tokenizer))
-        assert plan is not None
         return changed, plan
 
     changed, plan = within(10 * 2**30)
@@ -89,13 +88,12 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
         within(plan.peak_bytes // 2)
 
 
-def test_a_gpu_without_bfloat16_is_planned_in_float32(tmp_path: Path) -> None:
+def test_a_gpu_without_bfloat16_is_planned_in_float32(tmp_path):
     peaks = {}
     for asked in ("auto", "bfloat16", "float32"):
         recipe = one_layer(tmp_path, memory__budget="10GiB", model__dtype=asked)
         compute = Compute(torch.device("cuda"), torch.bfloat16 if asked == "bfloat16" else torch.float32)
         same, plan = budget.within_budget(recipe, compute, assumed_workload)
-        assert plan is not None
         assert same == recipe
         peaks[asked] = plan.peak_bytes
     assert peaks["auto"] == peaks["float32"] > peaks["bfloat16"]
@@ -103,7 +101,7 @@ def test_a_gpu_without_bfloat16_is_planned_in_float32(tmp_path: Path) -> None:
 
 @support.needs_division
 @pytest.mark.slow
-def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
+def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path):
     """Eight blocks: divided among four, a process holds two, and three while they are gathered."""
     support.write_llama(tmp_path / "model", num_hidden_layers=8, tie_word_embeddings=False)
 
@@ -112,9 +110,7 @@ def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
         return budget.within_budget(given, CPU, assumed_workload, processes=Processes(size=num_processes))
 
     same, whole = within(2**30)
-    assert whole is not None
     changed, plan = within(whole.peak_bytes - 1)
-    assert plan is not None
     assert (same.train.parallel, changed.train.parallel) == ("auto", "shard")
     assert plan.peak_bytes < whole.peak_bytes
     assert parts.GATHERED in plan.components
@@ -126,7 +122,7 @@ def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
         within(plan.peak_bytes - 1, train__parallel="shard")
 
 
-def test_what_the_process_and_nccl_hold_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_process_and_nccl_hold_counts_as_free(monkeypatch):
     """A plan has the whole process in it, but the system's available memory has not what it holds already."""
     monkeypatch.setattr(budget, "available_memory_bytes", lambda: 2**30)
     before, kept = budget.held_memory_bytes(), torch.ones(2**24)
@@ -143,16 +139,15 @@ def first_has_less(rank: int, recipe: Recipe) -> None:
         patch.setattr(budget, "available_memory_bytes", lambda: (10 + rank) * 2**30)
         patch.setattr(budget, "held_memory_bytes", lambda: 0)
         _, plan = budget.within_budget(recipe, CPU, assumed_workload, processes=processes)
-    assert plan is not None
     assert plan.budget_bytes == 10 * 2**30
 
 
-def test_budget_auto_is_the_same_for_all_processes(tmp_path: Path) -> None:
+def test_budget_auto_is_the_same_for_all_processes(tmp_path):
     """Else one could divide the base that another one holds whole, and wait for it for ever."""
     assert support.run_processes(2, first_has_less, one_layer(tmp_path, memory__budget="auto")) == ["", ""]
 
 
-def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough() -> None:
+def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough():
     moments = [Moment("update", None, {parts.OPTIMIZER: 2**30})]
     found = Plan(device_kind="cpu", moments=moments, shape=SHAPE, num_micro_batches=1, budget_bytes=2**30)
     assert "1.00 GiB, but" in parts.over_budget(found)
@@ -178,7 +173,7 @@ def proposed(recipe: Recipe) -> list[str]:
     return [change.setting for change in found.changes]
 
 
-def test_all_changes_that_go_together_are_proposed(tmp_path: Path) -> None:
+def test_all_changes_that_go_together_are_proposed(tmp_path):
     def of(**changes: Any) -> list[str]:
         return proposed(support.tiny_recipe(tmp_path, **changes))
 
@@ -203,7 +198,7 @@ def test_all_changes_that_go_together_are_proposed(tmp_path: Path) -> None:
         assert not any("host_embeddings" in setting for setting in settings)
 
 
-def test_plan_and_run_say_the_same(tmp_path: Path) -> None:
+def test_plan_and_run_say_the_same(tmp_path):
     recipe = one_layer(tmp_path, train__steps=12, data__strategy="equal")
     train_run(recipe, tmp_path / "run", console=QUIET)
     found, text = shown(recipe, budget="1GiB")
@@ -230,7 +225,7 @@ def test_plan_and_run_say_the_same(tmp_path: Path) -> None:
         plan_run(recipe, "r.yaml", budget="much")
 
 
-def test_a_plan_refuses_what_a_run_refuses_or_assumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_refuses_what_a_run_refuses_or_assumes(tmp_path, monkeypatch):
     def assumed(**changes: Any) -> tuple[list[str], Any]:
         found, _ = shown(one_layer(tmp_path, **changes))
         return found["memory"]["assumptions"], found
@@ -263,7 +258,7 @@ def test_a_plan_refuses_what_a_run_refuses_or_assumes(tmp_path: Path, monkeypatc
     assert "there is no tokenizer: model.tokenizer: " in assumed()[0][0]
 
 
-def test_plan_on_the_command_line(tmp_path: Path) -> None:
+def test_plan_on_the_command_line(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(resolved_yaml(one_layer(tmp_path)))
     for options, code in (((), 0), (("--budget", "1MiB"), 1)):
@@ -273,7 +268,7 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
         assert (found["mix"]["num_steps"], found["memory"]["fits"]) == (3, False if options else None)
 
 
-def test_time_of_a_step_by_hand() -> None:
+def test_time_of_a_step_by_hand():
     options: dict[str, Any] = {"attention_width": 0, "quantised": True}
     work = step_time.Work(num_linear=1000, num_head=500, num_trainable=10, checkpointing=True, **options)
     rates = step_time.Rates("x", flops=1e3, bytes=1e6, link=1e3)
@@ -302,7 +297,7 @@ def test_time_of_a_step_by_hand() -> None:
         assert step_time.step_seconds(replace(work, head_chunk=chunk), shape, 1, rates) == pytest.approx(expected)
 
 
-def test_sizes() -> None:
+def test_sizes():
     sizes = {"40GiB": 40 * 2**30, "1.5 gb": 1_500_000_000, "512 MiB": 2**29, "2TB": 2 * 10**12}
     assert {text: parse_size(text) for text in sizes} == sizes
     for text in ("", "-1GiB", "1 XB", "nan", "1e999"):
@@ -316,7 +311,7 @@ ROUNDED = dict.fromkeys(["deepseek-ai/DeepSeek-V3", "Qwen/Qwen3-Next-80B-A3B-Ins
 GATED = "meta-llama/Llama-3.2-1B-Instruct"
 
 
-def test_every_shape_has_the_published_number_of_parameters() -> None:
+def test_every_shape_has_the_published_number_of_parameters():
     shapes, wrong, config = public_shapes.public_shapes(), {}, {}
     for name, published in PUBLISHED.items():
         with torch.device("meta"):
@@ -340,7 +335,7 @@ def test_every_shape_has_the_published_number_of_parameters() -> None:
     assert config["zai-org/GLM-4-9B-0414"].rope_parameters["partial_rotary_factor"] == 0.5
 
 
-def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path, monkeypatch):
     def refuse(*_: Any, **__: Any) -> str:
         answer: Any = SimpleNamespace(headers={}, request=None)
         raise GatedRepoError("403", response=answer)

@@ -68,7 +68,6 @@ SMALL |= {"train__batch": 1, "train__micro_batch_tokens": 64}
 def as_planned(rank: int, source: Path) -> None:
     model = empty_model(AutoConfig.from_pretrained(source), support.config_source(), torch.float32, "sdpa")
     division = division_of(model, NF4, torch.float32, pruned=False)
-    assert division is not None
     with support.dividing_processes() as processes:
         whole, sharded = support.load_sharded(source), support.load_sharded(source, processes)
         small = support.num_resident_bytes(whole) - sum(division.held(1).values())
@@ -99,18 +98,17 @@ def bytes_received(model: Any, processes: Processes) -> float:
 
 @support.needs_division
 @pytest.mark.parametrize(("family", "size"), [("qwen3", 3), pytest.param("llama", 2, marks=pytest.mark.slow)])
-def test_processes_hold_and_receive_what_is_planned(root: Path, family: str, size: int) -> None:
+def test_processes_hold_and_receive_what_is_planned(root, family, size):
     """To the byte what each holds, with torch's padding."""
     assert support.run_processes(size, as_planned, write(root / family, family)) == [""] * size
 
 
 @pytest.mark.parametrize("base", [{}, {"quant": "none"}, {"prune": {"method": "magnitude", "pattern": "2:4"}}])
-def test_what_is_divided_is_in_the_plan(tmp_path: Path, base: dict[str, Any]) -> None:
+def test_what_is_divided_is_in_the_plan(tmp_path, base):
     """Component by component: what a card holds in the plan, and what of it is cut."""
     recipe = support.one_layer_recipe(tmp_path, **{f"base__{name}": value for name, value in base.items()})
     found = plan(recipe, device_kind="cpu")
     division, held = found.division, found.moments[-1].by_component
-    assert division is not None
     whole = division.held(1)
     for part in (parts.BASE, parts.MASKS):
         assert whole.get(part, 0) == held.get(part, 0)
@@ -134,7 +132,7 @@ def a_plan(**changes: Any) -> Plan:
     return Plan(device_kind="cuda", **options | changes)
 
 
-def test_a_divided_card_holds_its_rows_and_what_is_gathered() -> None:
+def test_a_divided_card_holds_its_rows_and_what_is_gathered():
     found = divided(a_plan(), 3).moments
     assert [moment.phase for moment in found] == ["forward", "forward", "loss", "loss", "backward", "update"]
     # The table, and what it is gathered into; three blocks; a block, the head and what it is gathered into; the head
@@ -147,7 +145,7 @@ def test_a_divided_card_holds_its_rows_and_what_is_gathered() -> None:
     assert divided(a_plan(), 1) == a_plan()
 
 
-def test_each_of_several_gpus_has_buffers_of_nccl() -> None:
+def test_each_of_several_gpus_has_buffers_of_nccl():
     """A GiB for each group: of all, and with hybrid of a machine and across machines."""
     alone = a_plan()
     assert of_card(alone, 1, 2).components == {**alone.components, "NCCL buffers": GIB}
@@ -160,7 +158,7 @@ def test_each_of_several_gpus_has_buffers_of_nccl() -> None:
     assert groups == {"replicate": 1, "shard": 1, "hybrid": 3}
 
 
-def test_bytes_and_times_by_hand() -> None:
+def test_bytes_and_times_by_hand():
     given = a_plan(budget_bytes=10**12)
     found = process_plans(WholePlans(given, given), 4, num_hosts=2)
     gradients = 2 * 4 * 1000 * 3 // 4
@@ -193,7 +191,7 @@ def streaming(recipe: Recipe) -> Plan:
     return a_plan(moments=moments, step_seconds=36.0 + streamed, **sizes)
 
 
-def test_as_few_blocks_are_streamed_as_make_it_fit_or_as_the_recipe_says(tmp_path: Path) -> None:
+def test_as_few_blocks_are_streamed_as_make_it_fit_or_as_the_recipe_says(tmp_path):
     plans = whole_plans(support.one_layer_recipe(tmp_path), streaming)
     assert (plans.replicate.fits, plans.num_streamed) == (False, 5)  # five leave three blocks and two slots
     found = process_plans(plans, 2)
@@ -206,7 +204,7 @@ def test_as_few_blocks_are_streamed_as_make_it_fit_or_as_the_recipe_says(tmp_pat
     assert (plans.num_streamed, plans.replicate.tensor_bytes) == (7, 10 * GIB)
 
 
-def test_of_ways_that_are_as_fast_the_first_is_named() -> None:
+def test_of_ways_that_are_as_fast_the_first_is_named():
     """The times are predictions, and streaming needs memory of the host."""
     cards = {"num_sharing": 1, "peak_bytes": 1, "base_bytes": 1, "wire_bytes": 0}
 
@@ -220,7 +218,7 @@ def test_of_ways_that_are_as_fast_the_first_is_named() -> None:
     assert fastest(replicate=1.0) is None
 
 
-def test_the_command_plans_for_several_cards(tmp_path: Path) -> None:
+def test_the_command_plans_for_several_cards(tmp_path):
     """A recipe that divides its base is planned divided, without the scales that a card with a whole base keeps."""
     recipe, divides = (support.one_layer_recipe(tmp_path, train__parallel=way) for way in ("auto", "shard"))
     one, two = (plan_run(recipe, "r.yaml", console=QUIET, num_processes=count)["memory"] for count in (1, 2))
@@ -250,7 +248,7 @@ def blocks(count: int | None) -> StreamedBlocks:
 
 
 @pytest.mark.parametrize("count", [1, 3, None])
-def test_sizes_are_those_of_the_formats(count: int | None) -> None:
+def test_sizes_are_those_of_the_formats(count):
     found, number = blocks(count), count or NUM_BLOCKS
     assert (found.num_streamed, found.codes, found.scales) == (number, number * CODES, number * SCALES)
     # A piece starts each tensor at a multiple of 256 bytes.
@@ -260,7 +258,7 @@ def test_sizes_are_those_of_the_formats(count: int | None) -> None:
         blocks(NUM_BLOCKS + 1)
 
 
-def test_a_plan_has_the_streamed_blocks_in_their_slots_alone() -> None:
+def test_a_plan_has_the_streamed_blocks_in_their_slots_alone():
     away = {"base__residency": "host", "base__streamed_blocks": 7}
     whole, streamed = (plan(a_recipe(**SMALL, **more), config=CONFIG) for more in ({}, away))
     assert (whole.host_bytes, streamed.host_bytes) == (0, blocks(7).host_bytes)
@@ -276,7 +274,7 @@ def test_a_plan_has_the_streamed_blocks_in_their_slots_alone() -> None:
     assert (streamed.step_seconds or 0) >= (whole.step_seconds or 1)
 
 
-def test_a_counted_run_saves_what_the_plan_says(tmp_path: Path) -> None:
+def test_a_counted_run_saves_what_the_plan_says(tmp_path):
     source = support.write_source(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64)
     peaks = []
     for placer in (None, HostResidency(4, copies=LateCopies)):
@@ -295,7 +293,7 @@ def test_a_counted_run_saves_what_the_plan_says(tmp_path: Path) -> None:
     assert peaks[0] - peaks[1] == sizes.codes + sizes.scales - 2 * sizes.block_bytes - 4 * 7 * 1024
 
 
-def test_checkpoints_on_the_host_leave_three_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_on_the_host_leave_three_on_the_device(monkeypatch):
     keeps = [Moment("forward", block, {parts.CHECKPOINTS: (block + 1) * 3000, parts.BASE: 7}) for block in range(5)]
     found, host = with_offloaded([*keeps, Moment("update", None, {parts.BASE: 7})], 5)
     assert [moment.by_component.get(parts.CHECKPOINTS, 0) for moment in found] == [3000, 6000, 9000, 9000, 9000, 0]
@@ -316,7 +314,7 @@ def test_checkpoints_on_the_host_leave_three_on_the_device(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("others", [0, 10**9])
-def test_as_many_blocks_are_proposed_as_it_takes_or_all(others: int) -> None:
+def test_as_many_blocks_are_proposed_as_it_takes_or_all(others):
     """For a model of the real sizes of its blocks and `others` bytes of other things."""
     context, asked, sizes = CONTEXT_BYTES["cuda"], list[Recipe](), blocks(None)
     budget = context + (5 * (CODES + SCALES) + 100_000 if others == 0 else 0)

@@ -6,7 +6,6 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,7 +83,7 @@ def live(request: pytest.FixtureRequest) -> Iterator[LiveBytes]:
         yield counter
 
 
-def test_a_storage_counts_once_with_its_size_until_its_last_view_dies(live: LiveBytes) -> None:
+def test_a_storage_counts_once_with_its_size_until_its_last_view_dies(live):
     first = torch.empty(100)
     alias = first.view(10, 10)[3:].detach()
     del first
@@ -128,7 +127,7 @@ class _Workspace(torch.autograd.Function):
         return 2 * grads[0]
 
 
-def test_what_autograd_saves_lives_until_the_backward_pass(live: LiveBytes) -> None:
+def test_what_autograd_saves_lives_until_the_backward_pass(live):
     x = torch.ones(25, requires_grad=True)  # 100 bytes
     y = _Workspace.apply(x)  # type: ignore[no-untyped-call]
     assert (live.peak_bytes, live.live_bytes) == (100 + 500, 100 + 300 + 100)
@@ -144,7 +143,7 @@ def test_what_autograd_saves_lives_until_the_backward_pass(live: LiveBytes) -> N
     del kept
 
 
-def test_registered_tensors_and_labels_tell_what_is_alive_at_the_peak(live: LiveBytes) -> None:
+def test_registered_tensors_and_labels_tell_what_is_alive_at_the_peak(live):
     with live.label("ignored"):
         frozen = nn.BatchNorm1d(4).requires_grad_(False)  # 16 float32 and one int64
     other = LiveBytes()
@@ -174,7 +173,7 @@ def test_registered_tensors_and_labels_tell_what_is_alive_at_the_peak(live: Live
     assert live.peak_by_label == peak
 
 
-def test_packed_tensors_and_real_inputs_of_a_fake_operation() -> None:
+def test_packed_tensors_and_real_inputs_of_a_fake_operation():
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = torch.empty(100)
     with LiveBytes() as live:
@@ -227,13 +226,11 @@ SEVERAL_KINDS = AutoConfig.for_model(
         pytest.param(SEVERAL_KINDS, KEPT, marks=slow, id="windows, all kept"),
     ],
 )
-def test_a_shortened_model_is_extrapolated(
-    config: PreTrainedConfig, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shortened_model_is_extrapolated(config, changes, monkeypatch):
     assert_extrapolated(a_recipe(**changes), config, "cuda", monkeypatch)
 
 
-def test_an_adapter_to_go_on_from_has_its_own_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_to_go_on_from_has_its_own_ranks(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(a_config())
     inject(model, rank=4, targets=["q_proj", "up_proj"], rank_pattern={"up_proj": 8})
@@ -243,7 +240,7 @@ def test_an_adapter_to_go_on_from_has_its_own_ranks(tmp_path: Path, monkeypatch:
     assert drawn.num_trainable == 10 * (4 * 128 + 64 + 8 * (64 + 128) + 128)
 
 
-def test_a_pattern_is_found_where_it_saves_something() -> None:
+def test_a_pattern_is_found_where_it_saves_something():
     assert find_pattern(["a"] * 9) is None
     assert find_pattern([str(index) for index in range(60)]) is None
     assert find_pattern(["a"] * 80) == BlockPattern(0, 1, 80, 0)
@@ -261,7 +258,7 @@ def test_a_pattern_is_found_where_it_saves_something() -> None:
         extrapolated(short, longer[:1], BlockPattern(0, 1, 10, 0))
 
 
-def test_components_are_those_of_the_formats() -> None:
+def test_components_are_those_of_the_formats():
     recipe = a_recipe(train__optimizer="adamw")
     config = a_config(num_hidden_layers=3, tie_word_embeddings=False)
     found = plan(recipe, config=config).components
@@ -288,7 +285,7 @@ def test_components_are_those_of_the_formats() -> None:
 
 
 @pytest.mark.parametrize("quant", ["nf4", "none"])
-def test_a_pruned_base_has_a_bit_for_each_weight_and_stays_where_it_is(quant: str) -> None:
+def test_a_pruned_base_has_a_bit_for_each_weight_and_stays_where_it_is(quant):
     half = {"base__prune": {"method": "magnitude", "sparsity": 0.5}}
     base, one = {"base__quant": quant, "adapter__targets": ["q_proj"]}, a_config(num_hidden_layers=1)
     whole, pruned, masked = (
@@ -301,7 +298,7 @@ def test_a_pruned_base_has_a_bit_for_each_weight_and_stays_where_it_is(quant: st
     assert not any("residency" in change.setting for change in changes)
 
 
-def test_a_plan_says_what_to_change_cheapest_first() -> None:
+def test_a_plan_says_what_to_change_cheapest_first():
     changes: dict[str, Any] = KEPT | {"train__micro_batch_tokens": 256, "train__optimizer": "adamw"}
     recipe, config = a_recipe(**changes, adapter__targets=["q_proj"]), a_config(vocab_size=32000, num_hidden_layers=2)
     first = plan(recipe, config=config)
@@ -316,7 +313,7 @@ def test_a_plan_says_what_to_change_cheapest_first() -> None:
     assert peaks == sorted(peaks, reverse=True)
 
 
-def test_assumed_micro_batches_and_their_gradients() -> None:
+def test_assumed_micro_batches_and_their_gradients():
     (shape,), count = assumed_workload(a_recipe())
     assert (shape, count) == (MicroBatchShape(2, 64, 126, masked=True, accumulated=True), 2)
     (shape,), count = assumed_workload(a_recipe(train__micro_batch_tokens=64))
@@ -333,7 +330,7 @@ def test_assumed_micro_batches_and_their_gradients() -> None:
     assert not_exceeded([padded, replace(long, length=700, num_labels=690)]) == [padded]
 
 
-def test_gradients_of_earlier_micro_batches_are_there_in_the_later_ones_of_a_step() -> None:
+def test_gradients_of_earlier_micro_batches_are_there_in_the_later_ones_of_a_step():
     def a_batch(rows: int, length: int) -> MicroBatch:
         ids = torch.zeros(rows, length, dtype=torch.int64)
         return MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros(rows, dtype=torch.int64), ["mix"], ["0"] * rows)
@@ -349,7 +346,7 @@ def test_gradients_of_earlier_micro_batches_are_there_in_the_later_ones_of_a_ste
     ]
 
 
-def test_the_longest_example_of_a_long_run_is_planned(tmp_path: Path) -> None:
+def test_the_longest_example_of_a_long_run_is_planned(tmp_path):
     lines = [{"prompt": f"{index} + 1 =", "completion": f" {index + 1}"} for index in range(1500)]
     lines[700] = {"prompt": "a b " * 200, "completion": " c d" * 20}
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -441,9 +438,7 @@ OSS = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256, "num_local_
         pytest.param("qwen3_next", 1100, {"moe_intermediate_size": 256, "num_experts": 16}, {}, marks=slow),
     ],
 )
-def test_planned_bytes_are_those_of_a_counted_step(
-    tmp_path: Path, name: str, length: int, sizes: dict[str, Any], changes: dict[str, Any]
-) -> None:
+def test_planned_bytes_are_those_of_a_counted_step(tmp_path, name, length, sizes, changes):
     """Half of the bytes are tensors of tokens, so that routing makes a difference of more than the tolerance."""
     support.mixture(name, torch.bfloat16, **sizes, max_position_embeddings=2048).save_pretrained(tmp_path)
     recipe = mixture_recipe(str(tmp_path), **changes)
@@ -457,7 +452,7 @@ def test_planned_bytes_are_those_of_a_counted_step(
         assert replace(found, budget_bytes=(even + found.peak_bytes) // 2).fits is False
 
 
-def test_a_changed_recipe_is_planned_for_the_worse_routing_too() -> None:
+def test_a_changed_recipe_is_planned_for_the_worse_routing_too():
     """Here tokens that divide evenly need more: a change judged by the other routing seems to save some."""
     config = mixture_config("qwen3_moe", num_hidden_layers=1, num_experts=16, num_experts_per_tok=8)
     recipe = mixture_recipe(
@@ -471,7 +466,7 @@ def test_a_changed_recipe_is_planned_for_the_worse_routing_too() -> None:
     assert found.changes[-1].peak_bytes == after.peak_bytes == after.even_routing_bytes
 
 
-def test_tokens_are_divided_evenly_or_nearly_all_alike() -> None:
+def test_tokens_are_divided_evenly_or_nearly_all_alike():
     with planned_on("cuda"):
         assert planned_counts(10, 2, 6) == [4, 4, 3, 3, 3, 3]
     with planned_on("cuda", "skewed"):
@@ -485,7 +480,7 @@ def test_tokens_are_divided_evenly_or_nearly_all_alike() -> None:
     assert (sum(counts), max(counts)) == (4096 * 8, 256)
 
 
-def test_a_plan_says_what_routing_decides() -> None:
+def test_a_plan_says_what_routing_decides():
     shape, moments = MicroBatchShape(1, 64, 63, masked=False), [Moment("forward", 0, {"activations": 2**31})]
     close, apart = (
         Plan(device_kind="cpu", moments=moments, shape=shape, num_micro_batches=1, even_routing_bytes=share * 2**20)
@@ -500,7 +495,7 @@ def test_a_plan_says_what_routing_decides() -> None:
 
 @slow
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b-24gb", "gpt-oss-20b-24gb", "qwen3-30b-a3b-8gb", "llama-70b-40gb"])
-def test_recipes_fit_their_card(name: str) -> None:
+def test_recipes_fit_their_card(name):
     recipe = load_recipe(name)
     found = plan(recipe, config=public_shapes()[recipe.model.source].config())
     assert found.budget_bytes == int(name.split("-")[-1].removesuffix("gb")) * 10**9

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial, reduce
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,7 +65,7 @@ def check(lines: list[str], start: str, words: str = "") -> None:
     assert all(word in line for word in words.split()), line
 
 
-def test_every_shipped_recipe_is_read_and_its_resolved_form_is_the_same_recipe() -> None:
+def test_every_shipped_recipe_is_read_and_its_resolved_form_is_the_same_recipe():
     for name in recipe_names():
         recipe = load_recipe(name)
         again = recipe_from(read_yaml(resolved_yaml(recipe), name), name)
@@ -94,12 +93,12 @@ def test_every_shipped_recipe_is_read_and_its_resolved_form_is_the_same_recipe()
         ("", None), ("2024-05-01", "2024-05-01"), ("1e", "1e"), ("{<<: {b: 1, c: 2}, b: 3}", {"b": 3, "c": 2}),
     ],
 )  # fmt: skip
-def test_values_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+def test_values_are_those_of_yaml_1_2(text, value):
     found = read_yaml(f"a: {text}", "r.yaml")["a"]
     assert (found, type(found)) == (value, type(value))
 
 
-def test_yaml_that_cannot_be_read_is_one_line() -> None:
+def test_yaml_that_cannot_be_read_is_one_line():
     for text, words in (
         ("model:\n  source: [a\nbase: 1\n", "line 3"), ("a: b: c\n", "line 1"), ("a: 1\n---\nb: 2\n", "line 2"),
         ("train:\n  lr: 1\n  lr: 2\n", "line 3 'lr' twice"), ("- a\n- b\n", "got [a, b]"), ("", "got null"),
@@ -108,7 +107,7 @@ def test_yaml_that_cannot_be_read_is_one_line() -> None:
         check(lines_of(partial(read_yaml, text, "r.yaml")), "r.yaml: ", words)
 
 
-def test_a_recipe_that_cannot_be_read_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_that_cannot_be_read_names_the_nearest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("x: 1")
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
@@ -137,7 +136,7 @@ def test_a_recipe_that_cannot_be_read_names_the_nearest(tmp_path: Path, monkeypa
         ("data.mix", "[{task: bolq}]|[{source: /x, template: {prompt: a}}]", ""),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_named_with_what_is_allowed(setting: str, values: str, words: str) -> None:
+def test_a_wrong_value_is_named_with_what_is_allowed(setting, values, words):
     for value in values.split("|"):
         check(faults(changed(f"{setting}={value}")), f"r.yaml: {setting}", words)
 
@@ -185,7 +184,7 @@ UNUSED = [  # a recipe, and settings that have no effect in it
 
 
 @pytest.mark.parametrize("changes, settings", UNUSED)
-def test_a_setting_without_effect_is_refused(changes: str, settings: str) -> None:
+def test_a_setting_without_effect_is_refused(changes, settings):
     plain = recipe_file.settings(read(changes))
     assert recipe_from(plain) == read(changes)
     for item in settings.split("; "):
@@ -241,7 +240,7 @@ def test_a_setting_without_effect_is_refused(changes: str, settings: str) -> Non
         (f"model.dtype=float16; {MATRICES}", "model.dtype float16"),
     ],
 )  # fmt: skip
-def test_settings_that_contradict_each_other_are_refused(changes: str, words: str) -> None:
+def test_settings_that_contradict_each_other_are_refused(changes, words):
     setting, _, others = words.partition(" ")
     check(faults(changed(changes)), f"r.yaml: {setting}: ", others)
 
@@ -259,15 +258,14 @@ def test_settings_that_contradict_each_other_are_refused(changes: str, words: st
         f"train.warmup=0.5; train.seed={2**63 - 1}; train.clip=null; train.checkpoint_every=null; train.spike=1.01",
     ],
 )  # fmt: skip
-def test_what_looks_odd_or_is_the_end_of_a_range_is_right(changes: str) -> None:
+def test_what_looks_odd_or_is_the_end_of_a_range_is_right(changes):
     assert recipe_from(recipe_file.settings(read(changes))) == read(changes)
 
 
-def test_defaults_that_depend_on_others() -> None:
+def test_defaults_that_depend_on_others():
     asked = (STREAM, f"{STREAM}; data.too_long=drop", "")
     assert [read(each).data.too_long for each in asked] == ["truncate", "drop", "error"]
     gates = read("adapter.gates={mean_rank: 2, warmup: 7, anneal: 0.25}").adapter.gates
-    assert gates is not None
     assert (gates.phases(200), gates.length_fault(12)) == ((7, 50), None)
     assert "at most the 8 steps of the run, got 7 + 2." in (gates.length_fault(8) or "")
     halves = gates.model_copy(update={"warmup": 0.5, "anneal": 0.5})
@@ -290,7 +288,7 @@ def test_defaults_that_depend_on_others() -> None:
          "{data: {mix: [{source: o/n, data_files: {train: a, test: [b, c]}}]}}"),
     ],
 )  # fmt: skip
-def test_overrides(before: str, overrides: str, after: str) -> None:
+def test_overrides(before, overrides, after):
     document = changed(before)
     recipe = recipe_from(apply_overrides(document, overrides.split("; ")))
     assert document == changed(before)
@@ -310,13 +308,13 @@ def test_overrides(before: str, overrides: str, after: str) -> None:
         ("data={mix: [{task: boolq, limit: 0}]}", "-s: data.mix[0].limit 0"),
     ],
 )  # fmt: skip
-def test_a_wrong_override_is_named(items: str, words: str) -> None:
+def test_a_wrong_override_is_named(items, words):
     check(faults(changed(), *items.split("; ")), "-s", words)
     check(faults(changed("train.lr_ratio_B=-1"), "train.lr=1e-3"), "r.yaml: train.lr_ratio_B: ")
     assert len(faults(changed("model.sorce=x; eval.limit=0; lr=1e-4; trackers=[wandbb]"))) == 4  # all together
 
 
-def test_paths_start_at_the_file_and_in_overrides_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_start_at_the_file_and_in_overrides_here(tmp_path, monkeypatch):
     folder, here = tmp_path / "recipes", tmp_path / "here"
     (folder / "org/local").mkdir(parents=True)
     here.mkdir()
@@ -356,13 +354,13 @@ def test_paths_start_at_the_file_and_in_overrides_here(tmp_path: Path, monkeypat
         assert line.endswith(f". Did you mean '{there}'?" if there else f"got {tmp_path / path}.")
 
 
-def test_what_is_a_path() -> None:
+def test_what_is_a_path():
     paths = ("/x", "./x", "../x", "~/x", ".", "x.jsonl", "a/b.gguf", "a/b/c", "with blank")
     names = ("gpt2", "org/name", "Qwen/Qwen2.5-7B", "meta-llama/Llama-2-7b-hf")
     assert [each for each in (*paths, *names) if is_path(each)] == [*paths]
 
 
-def test_access_tokens_are_refused_and_never_repeated() -> None:
+def test_access_tokens_are_refused_and_never_repeated():
     for changes in (f"model.source={TOKEN}", f"model.{TOKEN}=1", f"adapter.targets=[q_proj, a {TOKEN} b]"):
         (line,) = faults(changed(changes))
         assert "holds an access token" in line
@@ -374,7 +372,7 @@ def test_access_tokens_are_refused_and_never_repeated() -> None:
     assert TOKEN not in str(refused)
 
 
-def test_recipes_of_old_runs_are_read_where_what_left_changed_nothing(tmp_path: Path) -> None:
+def test_recipes_of_old_runs_are_read_where_what_left_changed_nothing(tmp_path):
     file = tmp_path / "recipe.yaml"
     old = "train.compile=false; base={residency: disk, streamed_blocks: 1}"
     file.write_text(yaml.safe_dump(changed(old)))
@@ -385,7 +383,7 @@ def test_recipes_of_old_runs_are_read_where_what_left_changed_nothing(tmp_path: 
             load_recipe(file)
 
 
-def test_every_field_is_described_in_the_schema() -> None:
+def test_every_field_is_described_in_the_schema():
     schema = json_schema()
     fields = [field for each in (schema, *schema["$defs"].values()) for field in each["properties"].items()]
     assert len(fields) > 60
@@ -393,7 +391,7 @@ def test_every_field_is_described_in_the_schema() -> None:
     assert schema["additionalProperties"] is False
 
 
-def test_a_resolved_recipe_is_read_back_exactly() -> None:
+def test_a_resolved_recipe_is_read_back_exactly():
     """To the last bit of a float, and names that YAML 1.1 or 1.2 reads as something else."""
     names = ["1e4", "1e-4", "0100", "2:4", "off", "null", "1.5", "~", "2024-05-01", "a\u2028b", "=", "x: y", "#", "- é"]
     mix = [{"source": f"/{name}", "name": name, "columns": {name: name}} for name in names]

@@ -91,9 +91,7 @@ def move_main(cache: Path, commit: str) -> None:
 
 
 @pytest.mark.parametrize(("what", "revision"), [("base", None), ("tokenizer", "main")])
-def test_a_moved_branch(
-    tmp_path: Path, hub: Path, what: str, revision: str | None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_moved_branch(tmp_path, hub, what, revision, caplog):
     names = {"model__source": "org/small", "model__revision": revision}
     if what == "tokenizer":
         names = {"model__tokenizer": "org/words", "model__tokenizer_revision": revision}
@@ -131,7 +129,7 @@ def test_a_moved_branch(
             load_run(run)
 
 
-def test_a_base_that_has_changed_in_its_place_is_refused(tmp_path: Path) -> None:
+def test_a_base_that_has_changed_in_its_place_is_refused(tmp_path):
     recipe, run, out = support.tiny_recipe(tmp_path, train__steps=2), tmp_path / "run", tmp_path / "out"
     train_run(recipe, run, console=QUIET)
     longer = load_recipe(run / "recipe.yaml", ["train.steps=4"])
@@ -162,7 +160,7 @@ def pruned(root: Path) -> Path:
     return root / "pruned"
 
 
-def test_evaluation_and_export_take_the_pruned_base_that_was_trained_on(pruned: Path, tmp_path: Path) -> None:
+def test_evaluation_and_export_take_the_pruned_base_that_was_trained_on(pruned, tmp_path):
     record = json.loads((pruned / "base/compressed.json").read_text())
     assert (record["sparsity"], record["settings"]["prune"]["pattern"], len(record["layers"])) == (0.5, "2:4", 14)
     assert all((layer["sparsity"], layer["kind"]) == (0.5, "nf4") for layer in record["layers"].values())
@@ -173,7 +171,6 @@ def test_evaluation_and_export_take_the_pruned_base_that_was_trained_on(pruned: 
     stored = load_file(pruned / "base/model.safetensors")
     for path, layer in adapted_layers(load_run(pruned).model).items():
         packed = layer.base.packed_weight
-        assert packed is not None
         assert torch.equal(packed.packed, stored[f"{path}.packed"])
         assert not layer.base.dequantized()[~layer.base.keep_mask()].any()
     evaluated = evaluate_target(str(pruned), EvalOptions(split="validation"), console=QUIET)["evaluation"]
@@ -192,9 +189,7 @@ def interrupt(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize("case", ["stopped", "another recipe before"])
-def test_resumed_on_its_own_pruned_base(
-    root: Path, pruned: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_on_its_own_pruned_base(root, pruned, tmp_path, case, monkeypatch):
     """Without another compression, unless an earlier start with another recipe has left its base."""
     run = tmp_path / "run"
     if case == "stopped":
@@ -211,7 +206,7 @@ def test_resumed_on_its_own_pruned_base(
     assert_same_run(run, pruned, step=3)
 
 
-def test_sparsegpt_by_a_text_on_a_dense_base(root: Path, tmp_path: Path) -> None:
+def test_sparsegpt_by_a_text_on_a_dense_base(root, tmp_path):
     (tmp_path / "text.txt").write_text("a sum of numbers and letters. " * 60)
     prune: dict[str, Any] = {"method": "sparsegpt", "sparsity": 0.6}
     prune |= {"calibration": {"sequences": 3, "length": 32, "text": str(tmp_path / "text.txt")}}
@@ -223,7 +218,7 @@ def test_sparsegpt_by_a_text_on_a_dense_base(root: Path, tmp_path: Path) -> None
     assert not any(layer.base.dequantized()[~layer.base.keep_mask()].any() for layer in layers)
 
 
-def test_calibration_takes_pieces_of_the_text(root: Path, tmp_path: Path) -> None:
+def test_calibration_takes_pieces_of_the_text(root, tmp_path):
     settings, ids = CalibrationConfig(sequences=50, length=5, seed=1), list(range(10, 30))
     found = calibration.pieces(ids, [1], settings)
     assert found.shape == (50, 5)
@@ -239,7 +234,7 @@ def test_calibration_takes_pieces_of_the_text(root: Path, tmp_path: Path) -> Non
         train_run(pruned_recipe(root, long), tmp_path / "run")
 
 
-def test_runs_that_share_a_base_compress_it_once(root: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_share_a_base_compress_it_once(root, pruned, monkeypatch):
     made: list[str] = []
 
     def shared(key: str, make: Any) -> Path:
@@ -268,7 +263,7 @@ def test_runs_that_share_a_base_compress_it_once(root: Path, pruned: Path, monke
     assert (root / "copied").read_bytes() == (pruned / "base/model.safetensors").read_bytes()
 
 
-def test_weights_that_changed_in_their_place_are_compressed_anew(root: Path, tmp_path: Path) -> None:
+def test_weights_that_changed_in_their_place_are_compressed_anew(root, tmp_path):
     folder = support.write_llama(tmp_path / "model")
 
     def key() -> str:
@@ -283,13 +278,10 @@ def test_weights_that_changed_in_their_place_are_compressed_anew(root: Path, tmp
 # --- streamed
 
 
-def test_what_was_chosen_is_kept_until_another_start_chooses(
-    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_was_chosen_is_kept_until_another_start_chooses(root, tmp_path, caplog):
     run, gpu, given = RunDirectory(tmp_path), torch.device("cuda"), support.tiny_recipe(root)
     chosen = override(given, ["base.residency=host", "base.streamed_blocks=1", "memory.host_embeddings=true"])
     divided = divided_recipe(chosen)
-    assert divided is not None
     keep_residency(run, given, given)
     assert not (tmp_path / FILE).exists()
     # The whole of a divided base may not fit on the one device of a later command
@@ -335,7 +327,7 @@ def run(root: Path, rows_run: Path, request: pytest.FixtureRequest) -> Path:
     return root / "whole"
 
 
-def test_new_rows_move_and_all_others_stay_bit_for_bit(root: Path, rows_run: Path) -> None:
+def test_new_rows_move_and_all_others_stay_bit_for_bit(root, rows_run):
     asked = token_recipe(root, **NEW_ROWS)
     source, tokenizer = find_model(asked)
     model: Any = load_base(asked, source, choose_compute("float32"))
@@ -360,12 +352,12 @@ def test_new_rows_move_and_all_others_stay_bit_for_bit(root: Path, rows_run: Pat
     assert bare.model(**bare.tokenizer(TEXT, return_tensors="pt")).logits.isfinite().all()
 
 
-def test_resumed_equals_uninterrupted(root: Path, run: Path, tmp_path: Path) -> None:
+def test_resumed_equals_uninterrupted(root, run, tmp_path):
     asked = token_recipe(root, **(NEW_ROWS if run.name == "rows" else WHOLE))
     support.assert_resumes(asked, run, tmp_path / "run", stop_at=3)
 
 
-def test_exports_have_the_rows_and_the_tokens(run: Path, tmp_path: Path) -> None:
+def test_exports_have_the_rows_and_the_tokens(run, tmp_path):
     loaded, out = load_run(run), tmp_path / "merged"
     ids = loaded.tokenizer(TEXT, return_tensors="pt")["input_ids"]
     options: dict[str, Any] = {"merged": {"dtype": "float32", "audit": run.name == "rows"}, "nf4-lora": {}}
@@ -387,7 +379,7 @@ def test_exports_have_the_rows_and_the_tokens(run: Path, tmp_path: Path) -> None
     assert any("its trained rows are not those of the run" in fault for fault in check["faults"])
 
 
-def test_an_adapter_with_rows_is_continued_only_with_the_same_rows(root: Path, rows_run: Path, tmp_path: Path) -> None:
+def test_an_adapter_with_rows_is_continued_only_with_the_same_rows(root, rows_run, tmp_path):
     again = {"adapter__resume_from": str(rows_run / "adapter"), "adapter__rank": ..., "adapter__alpha": ...}
     train_run(token_recipe(root, **NEW_ROWS, **again, train__steps=1), tmp_path / "run", console=QUIET)
     assert trained_matrices(load_run(tmp_path / "run").model)
@@ -400,7 +392,7 @@ def test_an_adapter_with_rows_is_continued_only_with_the_same_rows(root: Path, r
             train_run(token_recipe(root, **changes, **again), tmp_path / "other")
 
 
-def test_full_fine_tuning_takes_new_tokens_and_unseen_ones_are_a_warning(root: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_takes_new_tokens_and_unseen_ones_are_a_warning(root, tmp_path):
     no_adapter = {"adapter__rank": ..., "adapter__alpha": ..., "adapter__dropout": ..., "adapter__kind": "full"}
     tokens = ["<sum>", "<other>"]
     full = token_recipe(root, model__add_tokens=tokens, base__quant="none", train__steps=2, **no_adapter)
@@ -411,7 +403,7 @@ def test_full_fine_tuning_takes_new_tokens_and_unseen_ones_are_a_warning(root: P
     assert exported["verification"]["passed"], exported["verification"]
 
 
-def test_a_plan_counts_rows_and_whole_matrices() -> None:
+def test_a_plan_counts_rows_and_whole_matrices():
     config = a_config(num_hidden_layers=1, tie_word_embeddings=False)
     rows, whole = (plan(a_recipe(train__optimizer="adamw", **changes), config=config) for changes in (NEW_ROWS, WHOLE))
     few, all_ = (found.moments[-1].by_component for found in (rows, whole))  # in the update

@@ -76,7 +76,7 @@ def logits(model: Any) -> Tensor:
     ],
     ids=["gates", "pruned", "full"],
 )
-def test_resumed_and_exported(root: Path, tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+def test_resumed_and_exported(root, tmp_path, name, changes):
     asked, run = recipe(root, name, **changes), tmp_path / "run"
     train_run(asked, tmp_path / "whole", console=QUIET)
     support.train_until(asked, run, 2)
@@ -96,7 +96,7 @@ def test_resumed_and_exported(root: Path, tmp_path: Path, name: str, changes: di
         assert {layer.rank for layer in layers.values() if isinstance(layer, AdaptedExperts)} <= {1, 2, 3}
 
 
-def test_the_export_is_audited_and_runs_elsewhere(run: Path, tmp_path: Path) -> None:
+def test_the_export_is_audited_and_runs_elsewhere(run, tmp_path):
     out = tmp_path / "out"
     found = exported(run, out, audit=True)
     weights, forms = found["verification"]["weights"], found["audit"]["forms"]
@@ -115,7 +115,7 @@ def test_the_export_is_audited_and_runs_elsewhere(run: Path, tmp_path: Path) -> 
     assert said[0].shape[1] == IDS.shape[1] + 6
 
 
-def test_what_a_run_leaves_names_the_experts(run: Path, tmp_path: Path) -> None:
+def test_what_a_run_leaves_names_the_experts(run, tmp_path):
     checks = json.loads((run / "checks.json").read_text())
     assert {check["state"] for group in checks.values() for check in group} == {"passed"}
     layers = {each["path"]: each for each in json.loads((run / "trained.json").read_text())["layers"]}
@@ -136,7 +136,7 @@ def test_what_a_run_leaves_names_the_experts(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", ["none", "A", "B"])
 @pytest.mark.parametrize("kind, norm", [("lora", "none"), ("dora", "held")])
-def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path: Path, kind: Any, norm: Any, share: Any) -> None:
+def test_spectra_of_stacks_are_those_of_the_formed_matrices(tmp_path, kind, norm, share):
     model, layers = support.adapted_mixture(tmp_path, kind=kind, share=share)
     plain = load_model(resolve(str(tmp_path)), quant="none", compute_dtype=torch.float64)
     gains = {}
@@ -177,7 +177,7 @@ HARD = {"adapter__gates": {**GATES, "mode": "hard_concrete"}}
 
 
 @pytest.mark.parametrize("gates", [{}, pytest.param(HARD, marks=pytest.mark.slow)], ids=["plain", "gates"])
-def test_two_processes_train_what_one_does(tmp_path: Path, gates: dict[str, Any]) -> None:
+def test_two_processes_train_what_one_does(tmp_path, gates):
     """With so many experts that some are reached by the tokens of one process only."""
     support.mixture("qwen3_moe", num_experts=16).save_pretrained(tmp_path / "model")
     support.tokenizer().save_pretrained(tmp_path / "model")
@@ -188,7 +188,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, gates: dict[str, Any]
     assert_close_runs(tmp_path / "one", tmp_path / "two")
 
 
-def test_dense_experts_leave_with_a_base_in_4_bits(root: Path, tmp_path: Path) -> None:
+def test_dense_experts_leave_with_a_base_in_4_bits(root, tmp_path):
     """As LoRA that PEFT reads: the gain is in the dense weights, too, and float32 loses nothing of it.
 
     Beside a linear layer that weighs the shared expert, which stays dense where others are quantised again.
@@ -216,7 +216,7 @@ def test_dense_experts_leave_with_a_base_in_4_bits(root: Path, tmp_path: Path) -
         for name in support.MIXTURES
     ],
 )
-def test_a_merged_run_of_each_family_runs_in_transformers(root: Path, tmp_path: Path, name: str) -> None:
+def test_a_merged_run_of_each_family_runs_in_transformers(root, tmp_path, name):
     train_run(recipe(root, name, train__lr=0.03), tmp_path / "run", console=QUIET)
     export_run(tmp_path / "run", tmp_path / "out", ExportOptions(dtype="float32"), console=QUIET)
     library = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
@@ -226,7 +226,7 @@ def test_a_merged_run_of_each_family_runs_in_transformers(root: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_shares_are_those_of_the_router(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
+def test_shares_are_those_of_the_router(monkeypatch, padded):
     monkeypatch.setattr(experts, "needs_padding", lambda *_: padded)
     monkeypatch.setattr(expert_tokens, "_MOST_PADDING", 1.0)
     model = support.mixture("olmoe")
@@ -266,7 +266,7 @@ def counted(*divisions: tuple[float, ...], steps: int = 10, seed: int | None = N
     return {"window": record["window"], **record["blocks"][block]}
 
 
-def test_moved_is_what_went_elsewhere_and_noise_what_moves_by_chance() -> None:
+def test_moved_is_what_went_elsewhere_and_noise_what_moves_by_chance():
     none = pytest.approx(0, abs=1e-15)
     found = counted((9, 1), (5, 5), steps=3)
     assert found == {"window": 3, "first": [0.9, 0.1], "last": [0.5, 0.5], "moved": pytest.approx(0.4), "noise": none}

@@ -82,7 +82,7 @@ def facts(run: Path) -> dict[str, Any]:
 # --- the page
 
 
-def test_training_leaves_a_page_that_needs_nothing_else(whole: Path) -> None:
+def test_training_leaves_a_page_that_needs_nothing_else(whole):
     found, steps = page(whole), [line for line in lines(whole) if "loss" in line]
     assert not found.loads()
     assert not {"script", "link", "iframe", "object", "form"} & set(found.tags)
@@ -100,7 +100,7 @@ def test_training_leaves_a_page_that_needs_nothing_else(whole: Path) -> None:
     assert "Warnings" not in found.text
 
 
-def test_rows_of_the_page_are_evaluations_before_and_after(whole: Path) -> None:
+def test_rows_of_the_page_are_evaluations_before_and_after(whole):
     rows = {(row[1], row[2]): row for row in page(whole).table("data", "task", "metric")}
     nll, accuracy = "NLL, nats a token", "accuracy, %"
     assert rows.keys() == {("sums", nll), ("letters", nll), ("average", nll), ("letters", accuracy)}
@@ -116,7 +116,7 @@ def test_rows_of_the_page_are_evaluations_before_and_after(whole: Path) -> None:
         assert (low + high) / 2 == pytest.approx(new - old, abs=1.01 * 10**-digits)
 
 
-def test_an_interrupted_and_a_failed_run_say_so(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_and_a_failed_run_say_so(root, tmp_path, monkeypatch):
     run, other = tmp_path / "run", tmp_path / "other"
     support.train_until(support.tiny_recipe(root), run, 3)
     text = page(run).text
@@ -142,7 +142,7 @@ def test_an_interrupted_and_a_failed_run_say_so(root: Path, tmp_path: Path, monk
     assert f"qdora eval {other} --base" in text
 
 
-def test_the_commands_on_a_page_are_accepted(root: Path, whole: Path, tmp_path: Path) -> None:
+def test_the_commands_on_a_page_are_accepted(root, whole, tmp_path):
     run, invoke = tmp_path / "run", CliRunner().invoke
     train(root, run, train__steps=..., train__epochs=0.2, **UNEVALUATED)
     (words,) = [shlex.split(each["command"]) for each in facts(run)["next"] if "--resume" in each["command"]]
@@ -162,7 +162,7 @@ def test_the_commands_on_a_page_are_accepted(root: Path, whole: Path, tmp_path: 
         page_of_run(whole, tmp_path / "file", console=QUIET)
 
 
-def test_a_run_that_wrote_nothing_yet_has_a_page_and_a_damaged_file_is_named(whole: Path, tmp_path: Path) -> None:
+def test_a_run_that_wrote_nothing_yet_has_a_page_and_a_damaged_file_is_named(whole, tmp_path):
     (tmp_path / "new").mkdir()
     for name in ("recipe.yaml", "environment.json"):
         shutil.copy(whole / name, tmp_path / "new" / name)
@@ -175,7 +175,7 @@ def test_a_run_that_wrote_nothing_yet_has_a_page_and_a_damaged_file_is_named(who
         facts(run)
 
 
-def test_everything_from_the_files_is_escaped(whole: Path, tmp_path: Path) -> None:
+def test_everything_from_the_files_is_escaped(whole, tmp_path):
     run = copy_of(whole, tmp_path)
     for step in (0, 6):
         document = (run / f"eval/step-{step}.json").read_text().replace('"sums"', json.dumps(f"sums{EVIL}"))
@@ -193,7 +193,7 @@ def test_everything_from_the_files_is_escaped(whole: Path, tmp_path: Path) -> No
     assert f"The last start failed: RuntimeError: {EVIL}" in found.text
 
 
-def test_other_evaluations_have_rows_of_their_own(whole: Path, tmp_path: Path) -> None:
+def test_other_evaluations_have_rows_of_their_own(whole, tmp_path):
     run = copy_of(whole, tmp_path)
     for base_only in (False, True):
         asked = EvalOptions(tasks=["letters"], limit=2, base_only=base_only)
@@ -220,7 +220,7 @@ def test_other_evaluations_have_rows_of_their_own(whole: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_moved_magnitudes_and_the_size_of_the_update(gated: bool) -> None:
+def test_moved_magnitudes_and_the_size_of_the_update(gated):
     lora = layer_facts(support.adapted_linear(kind="lora", dtype=torch.float32))
     assert lora == {"rank": 3, "magnitude_moved": None, "magnitude_moved_most": None, "update": None}
     layer = support.adapted_linear(out=24, in_=64, quant="nf4", dtype=torch.float32, alpha=7.0)
@@ -229,16 +229,13 @@ def test_moved_magnitudes_and_the_size_of_the_update(gated: bool) -> None:
     gate = torch.tensor([0.5, 2.0, 0.0]) if gated else torch.ones(3)
     if gated:
         layer.add_gate()
-        assert layer.gate is not None
         layer.gate.data.copy_(gate)
-    assert layer.magnitude is not None
     weight = layer.base.dequantized().double()
     moved = (layer.magnitude.detach().double() / weight.norm(dim=1) - 1).abs()
     update = 7 / 3 * layer.lora_B.detach().double() @ gate.double().diag() @ layer.lora_A.detach().double()
     expected = {"magnitude_moved": moved.mean().item(), "magnitude_moved_most": moved.max().item()}
     expected |= {"rank": 3, "update": (update.norm() / weight.norm()).item()}
     assert layer_facts(layer) == pytest.approx(expected, rel=1e-4)
-    assert layer.base_squared is not None
     layer.base_squared[1:] = 0  # a row of zeros has no magnitude to move from
     assert layer_facts(layer)["magnitude_moved_most"] == pytest.approx(moved[0].item(), rel=1e-4)
 
@@ -249,7 +246,7 @@ LLAMA = "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\ntags:
 LICENCE = {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}
 
 
-def test_licences_of_bases_are_as_their_own_files_state_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_licences_of_bases_are_as_their_own_files_state_them(tmp_path, monkeypatch):
     source, card = ModelSource("directory", tmp_path, "x"), tmp_path / "README.md"
     assert _licence(source) == {}
     for text, expected in (("---\nlicense: mit\n---\ntext", {"license": "mit"}), ("---\nlicense: [mit, x]\n---\n", {}),
@@ -267,7 +264,7 @@ def test_licences_of_bases_are_as_their_own_files_state_them(tmp_path: Path, mon
     assert [public_name(name) for name in names] == ["org/name", *[None] * 6]
 
 
-def test_cards_of_hub_models_and_local_ones(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cards_of_hub_models_and_local_ones(whole, tmp_path, monkeypatch):
     """A run on a local base, and as if its base and one of its data sets were on the Hub."""
     recipe = load_recipe(str(whole / "recipe.yaml"))
     text = run_card(open_run(whole), recipe, "final")
@@ -305,9 +302,7 @@ def tracker(fail: str = "") -> Mock:
     return made
 
 
-def test_a_tracker_that_fails_is_told_no_more(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_tracker_that_fails_is_told_no_more(root, tmp_path, monkeypatch, caplog):
     missing = next(name for name in ("trackio", "mlflow", "wandb") if find_spec(name) is None)
     recipe = support.tiny_recipe(root, **UNEVALUATED).model_copy(update={"trackers": (missing,)})
     with pytest.raises(UserError, match=rf"trackers: {missing} is not installed.*pip install 'qdora\[{missing}\]'"):
@@ -338,7 +333,7 @@ def train_of_rank(rank: int, recipe: Recipe, run: Path) -> None:
     train_run(recipe, run)
 
 
-def test_tensorboard_has_every_number_of_two_processes_at_its_step_once(root: Path, tmp_path: Path) -> None:
+def test_tensorboard_has_every_number_of_two_processes_at_its_step_once(root, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run, recipe = tmp_path / "run", support.tiny_recipe(root, train__steps=2, eval__every=1)
     recipe = recipe.model_copy(update={"trackers": ("tensorboard",)})
@@ -358,7 +353,7 @@ def test_tensorboard_has_every_number_of_two_processes_at_its_step_once(root: Pa
     assert "train.lr: 0.001\n" in settings.read_text()
 
 
-def test_ids_and_projects_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_and_projects_of_wandb(tmp_path, monkeypatch):
     """By stand-ins of wandb and trackio, which are not installed here."""
     wandb, trackio = Mock(), Mock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -383,7 +378,7 @@ def test_ids_and_projects_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert ids("run")["id"] == "mine"
 
 
-def test_numbers_and_settings_are_flat_and_hold_no_token() -> None:
+def test_numbers_and_settings_are_flat_and_hold_no_token():
     line = {"step": 3, "loss": 0.5, "c": None, "tasks": {"a": {"acc": 1, "found": True, "name": "x"}}}
     assert flat_numbers(line) == {"loss": 0.5, "tasks/a/acc": 1.0}
     settings = {"model": {"source": f"https://x/?t={TOKEN}", "revision": None}, "train": {"betas": [1, 2], "log": True}}

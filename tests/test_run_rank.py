@@ -42,7 +42,7 @@ def retrained(document: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 @pytest.mark.figures
-def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
+def test_curvature_gives_a_recipe_that_trains(whole, root):
     patterns = ("model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj")
     asked = RankSettings(layers=patterns, budget="60%", max_rank=6, examples=2, eigenvalues=10)
     document = rank_run(whole, asked, console=QUIET)
@@ -73,7 +73,7 @@ def test_curvature_gives_a_recipe_that_trains(whole: Path, root: Path) -> None:
     assert model.get_input_embeddings().weight.dtype == torch.float32
 
 
-def test_the_gradient_of_a_masked_layer_is_that_of_the_formed_matrix() -> None:
+def test_the_gradient_of_a_masked_layer_is_that_of_the_formed_matrix():
     """Layers without a mask: `test_spectra_of_stacks_are_those_of_the_formed_matrices`."""
     model, batches = support.float64_adapted(masked=True), support.curved_batches()
     found = gradient_spectra(model, list(CURVED_LAYERS), batches, 5, norm="held")
@@ -82,7 +82,6 @@ def test_the_gradient_of_a_masked_layer_is_that_of_the_formed_matrix() -> None:
         base = layer.base.dequantized(torch.float64)
         keeps[name] = support.keep_mask(base.shape)
         product = keeps[name] * ((layer.alpha / layer.rank) * layer.lora_B.detach() @ layer.lora_A.detach())
-        assert layer.magnitude is not None
         gains[name] = layer.magnitude.detach() / (base + product).square().sum(1).sqrt()
         moved[name] = (base + product).requires_grad_(True)
         with pytest.raises(ValueError, match="an adapter without a mask"):
@@ -104,7 +103,7 @@ def test_the_gradient_of_a_masked_layer_is_that_of_the_formed_matrix() -> None:
         assert found[name].cost == sum(gradient.shape)
 
 
-def test_rivals_keep_to_what_was_asked(whole: Path) -> None:
+def test_rivals_keep_to_what_was_asked(whole):
     found = rank_run(whole, RankSettings(method="svd", threshold=0.5), console=QUIET)
     assert all(layer["rank"] == layer["effective_rank"] for layer in found["layers"].values())
     for asked, budget, most in (
@@ -137,14 +136,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("asked, words", REFUSED)
-def test_what_cannot_be_asked_is_refused(whole: Path, asked: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_asked_is_refused(whole, asked, words):
     with pytest.raises(UserError) as error:
         rank_run(whole, RankSettings(**asked), console=QUIET)
     assert len(error.value.faults) == 1
     assert all(word in str(error.value) for word in words.split()), error.value
 
 
-def test_lora_has_no_norm(root: Path) -> None:
+def test_lora_has_no_norm(root):
     run = root / "lora"
     train_run(support.tiny_recipe(root, adapter__kind="lora", train__steps=1), run, console=QUIET)
     with pytest.raises(UserError, match="--norm: is not used with LoRA, which has no norm"):
@@ -155,7 +154,7 @@ def test_lora_has_no_norm(root: Path) -> None:
         assert [layer.get("spectrum", {}).get("norm") for layer in found] == ["none" if eigenvalues else None] * 2
 
 
-def test_layers_left_out_keep_their_scaling(root: Path) -> None:
+def test_layers_left_out_keep_their_scaling(root):
     """Those of a rank_pattern without same_scaling have alpha / their own rank."""
     run = root / "patterned"
     train_run(support.tiny_recipe(root, adapter__rank_pattern={"k_proj": 2}, train__steps=1), run, console=QUIET)
@@ -168,7 +167,7 @@ def test_layers_left_out_keep_their_scaling(root: Path) -> None:
     assert {name: (after[name].rank, after[name].alpha) for name in left_out} == {n: before[n] for n in left_out}
 
 
-def test_a_masked_run(root: Path) -> None:
+def test_a_masked_run(root):
     prune = {"method": "magnitude", "pattern": "unstructured", "sparsity": 0.5}
     run = root / "masked"
     train_run(support.tiny_recipe(root, base__prune=prune, adapter__mask="keep", train__steps=2), run, console=QUIET)
@@ -188,7 +187,7 @@ def gated(root: Path) -> Path:
     return root / "gated"
 
 
-def test_exports_of_a_gated_run_compute_the_same(gated: Path, root: Path, tmp_path: Path) -> None:
+def test_exports_of_a_gated_run_compute_the_same(gated, root, tmp_path):
     merged = export_run(gated, tmp_path / "merged", ExportOptions(dtype="float32"))["verification"]
     assert merged["passed"]
     assert merged["exported_vs_running"]["max_logit_difference"] < 1e-4
@@ -211,7 +210,7 @@ def test_exports_of_a_gated_run_compute_the_same(gated: Path, root: Path, tmp_pa
 
 
 @pytest.mark.figures
-def test_ranks_of_gates_as_a_recipe_that_trains_and_a_map(gated: Path, tmp_path: Path) -> None:
+def test_ranks_of_gates_as_a_recipe_that_trains_and_a_map(gated, tmp_path):
     layers = adapted_layers(load_run(gated).model)
     ranks = {name: layer.rank for name, layer in layers.items()}
     document = rank_run(gated, RankSettings(method="gates"), console=QUIET)
@@ -233,7 +232,7 @@ def test_ranks_of_gates_as_a_recipe_that_trains_and_a_map(gated: Path, tmp_path:
     assert half["num_parameters"] == document["num_parameters"], "after the anneal nothing changes"
 
 
-def test_layers_of_different_scalings_are_no_recipe(gated: Path, root: Path) -> None:
+def test_layers_of_different_scalings_are_no_recipe(gated, root):
     """A recipe has one alpha: a layer that has shrunk from rank 4 to 2 would be retrained with twice its scaling."""
     pattern: dict[str, Any] = {"adapter__gates": GATES, "adapter__rank": 6, "adapter__rank_pattern": {"q_proj": 4}}
     (fault,) = rank_faults(gated, support.tiny_recipe(root, **pattern), RankSettings(method="gates"))
@@ -243,7 +242,7 @@ def test_layers_of_different_scalings_are_no_recipe(gated: Path, root: Path) -> 
     assert ranks_of_gates(RunDirectory(gated), same, None)["fragment"]["adapter.same_scaling"]
 
 
-def test_a_run_goes_on_from_a_shrunk_adapter_with_gates_of_its_own(gated: Path, root: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_a_shrunk_adapter_with_gates_of_its_own(gated, root, tmp_path):
     changes: dict[str, Any] = SHORT | {"adapter__rank": ..., "adapter__alpha": ...}
     changes |= {"adapter__resume_from": str(gated / "adapter")}
     recipe = support.tiny_recipe(root, **changes, adapter__gates={**GATES, "mean_rank": 1.5})
