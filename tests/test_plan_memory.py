@@ -25,7 +25,6 @@ from qdora.model.experts import stacks
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.source import resolve
 from qdora.nn.prepared_gains import prepare_gains
-from qdora.ops.packed import empty_packed
 from qdora.ops.planned_device import planned_counts, planned_on
 from qdora.plan import memory_plan, plan_view
 from qdora.plan import plan_contents as parts
@@ -171,19 +170,6 @@ def test_registered_tensors_and_labels_tell_what_is_alive_at_the_peak(live):
     tensors.append(torch.empty(2))  # a label ends with its block, also by an error
     assert live.live_by_label == {"base": 404, "adapter": 40, "other": 8}
     assert live.peak_by_label == peak
-
-
-def test_packed_tensors_and_real_inputs_of_a_fake_operation():
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = torch.empty(100)
-    with LiveBytes() as live:
-        picked = fake[torch.arange(10)]  # 40 bytes, fake
-        assert (live.live_bytes, picked.nbytes) == (40, 40)
-        live.register(torch.ones(2, 2).to_sparse(), "passed over")
-    with FakeTensorMode(), LiveBytes() as live:
-        packed = empty_packed("nf4", (64, 128))
-        # Half a byte a weight; a byte for each of 128 blocks, one nested scale, 256 of the code book, one offset.
-        assert live.live_bytes == packed.num_bytes == 4096 + 128 + 4 + 1024 + 4
 
 
 def assert_extrapolated(
