@@ -119,8 +119,8 @@ def test_a_moved_branch(tmp_path, hub, what, revision, caplog):
     with pytest.raises(UserError, match=fault):
         train_run(override(again, ["train.steps=4", f"{setting}={NEW}"]), run, resume=True)
     if what == "base":
-        names = ("adapter_config.json", "qdora.json")
-        adapter, own = (json.loads((run / "adapter" / name).read_text()) for name in names)
+        files = ("adapter_config.json", "qdora.json")
+        adapter, own = (json.loads((run / "adapter" / name).read_text()) for name in files)
         assert adapter["revision"] == own["base"]["revision"] == OLD
         assert export_run(run, tmp_path / "out", console=QUIET)["verification"]["passed"]
         shutil.rmtree(hub / "models--org--small/snapshots" / OLD)
