@@ -21,6 +21,7 @@ from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapted_layers
+from qdora.plan.memory_plan import plan
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import load_run
 from qdora.run.rank import RankSettings, rank_faults, rank_run, ranks_of_gates
@@ -143,15 +144,16 @@ def test_what_cannot_be_asked_is_refused(whole, asked, words):
     assert all(word in str(error.value) for word in words.split()), error.value
 
 
-def test_lora_has_no_norm(root):
+def test_lora_has_no_norm_and_without_draws_the_curvature_is_exact(root):
     run = root / "lora"
     train_run(support.tiny_recipe(root, adapter__kind="lora", train__steps=1), run, console=QUIET)
     with pytest.raises(UserError, match="--norm: is not used with LoRA, which has no norm"):
         rank_run(run, RankSettings(norm="held"), console=QUIET)
     for eigenvalues in (3, 0):
-        asked = RankSettings(layers=["k_proj"], max_rank=2, examples=2, eigenvalues=eigenvalues)
+        asked = RankSettings(layers=["k_proj"], max_rank=2, examples=2, eigenvalues=eigenvalues, draws=0)
         found = rank_run(run, asked, console=QUIET)["layers"].values()
         assert [layer.get("spectrum", {}).get("norm") for layer in found] == ["none" if eigenvalues else None] * 2
+        assert not any(any(layer["components"]["curvature_errors"]) for layer in found)
 
 
 def test_layers_left_out_keep_their_scaling(root):
@@ -242,15 +244,10 @@ def test_layers_of_different_scalings_are_no_recipe(gated, root):
     assert ranks_of_gates(RunDirectory(gated), same, None)["fragment"]["adapter.same_scaling"]
 
 
-def test_a_run_goes_on_from_a_shrunk_adapter_with_gates_of_its_own(gated, root, tmp_path):
-    changes: dict[str, Any] = SHORT | {"adapter__rank": ..., "adapter__alpha": ...}
-    changes |= {"adapter__resume_from": str(gated / "adapter")}
-    recipe = support.tiny_recipe(root, **changes, adapter__gates={**GATES, "mean_rank": 1.5})
-    summary = train_run(recipe, tmp_path / "next", console=QUIET)
-    layers = adapted_layers(load_run(tmp_path / "next").model).values()
-    left = sum(layer.rank * (layer.in_features + layer.out_features) + layer.out_features for layer in layers)
-    assert summary["num_trainable"] == left, "of the adapter that has been saved"
-    assert sum(layer.rank for layer in layers) == 1.5 * len(layers)
-    assert [layer.scaling for layer in layers] == pytest.approx([8.0 / 6] * len(layers), rel=1e-12)
-    with pytest.raises(UserError, match=r"adapter\.gates\.mean_rank: got 2, must be at least 1 .* less than 2 "):
-        train_run(support.tiny_recipe(root, **changes, adapter__gates=GATES), tmp_path / "none", console=QUIET)
+def test_a_plan_counts_the_gates(tmp_path):
+    gated, plain = (
+        plan(support.one_layer_recipe(tmp_path, train__steps=8, adapter__rank=6, **more))
+        for more in ({"adapter__gates": GATES}, {})
+    )
+    assert gated.num_trainable == plain.num_trainable
+    assert 0 < gated.tensor_bytes - plain.tensor_bytes < 0.05 * plain.tensor_bytes
