@@ -258,6 +258,23 @@ def test_sizes_are_those_of_the_formats(count):
         blocks(NUM_BLOCKS + 1)
 
 
+def test_a_plan_has_the_streamed_blocks_in_their_slots_alone():
+    away = {"base__residency": "host", "base__streamed_blocks": 3}
+    config = LlamaConfig(**SIZES, num_hidden_layers=4)
+    whole, streamed = (plan(a_recipe(**SMALL, **more), config=config) for more in ({}, away))
+    assert (whole.host_bytes, streamed.host_bytes) == (0, blocks(3).host_bytes)
+    expected = dict(whole.components)
+    # No layer keeps decoded scales: of the four that are adapted, four bytes for 64 weights.
+    expected[parts.KEPT] -= 4 * 4 * (64 * 64 // 64)
+    expected[parts.BASE] -= 3 * CODES
+    expected[parts.SCALES] -= 3 * SCALES
+    expected[parts.STREAMING] = 2 * whole.block_bytes
+    found = dict(streamed.components)
+    assert found.pop(parts.SLACK) < expected.pop(parts.SLACK)
+    assert found == expected
+    assert (streamed.step_seconds or 0) >= (whole.step_seconds or 1)
+
+
 def test_a_counted_run_saves_what_the_plan_says(tmp_path):
     source = support.write_source(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64)
     peaks = []
