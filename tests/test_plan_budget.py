@@ -344,11 +344,15 @@ def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path, monkeypatch):
         return one_layer(tmp_path, model__source=name, model__tokenizer=None, train__steps=1)
 
     monkeypatch.setattr(model_source, "snapshot_download", refuse)
-    own, public = one_layer(tmp_path), public_shapes.public_shapes()[GATED]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 100, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    public = public_shapes.PublicShape({"model_type": "llama", **sizes}, "https://example.org/tiny")
+    # Embedding, which is the head too, q and o, k and v, the three matrices of the MLP, and the norms
+    num_weights = 100 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 3 * 64
+    own = one_layer(tmp_path)
     monkeypatch.setattr(memory_plan, "public_shapes", lambda: {GATED: public, own.model.source: public})
     found, text = shown(gated(GATED))
-    assert found["memory"]["stored_shape"] == public.source
-    assert found["memory"]["num_weights"] == PUBLISHED[GATED.removesuffix("-Instruct")]
+    assert (found["memory"]["stored_shape"], found["memory"]["num_weights"]) == (public.source, num_weights)
     assert f"the shape stored in qdora, from {public.source}" in text
     assert f"there is no tokenizer: model.source: {GATED}: the model is gated." in text
     with pytest.raises(UserError, match=r"the model is gated\. Fix: accept its terms"):
