@@ -9,39 +9,24 @@ VOID = {"meta", "img", "br", "hr", "link", "input", "base", "source"}
 
 
 class Page(HTMLParser):
-    """A parsed page.
+    """`tables`: rows of cells, the header first; `text`: all outside <style>; `attributes`: (name, value) of all tags.
 
-    Attributes:
-        tables: Each table's rows of cells, the header first, in the order of the page.
-        text: All text outside <style>.
-        tags: Every element's name.
-        loads: Addresses that are no data: addresses.
-        faults: Elements that are closed in the wrong order, or event attributes.
+    Elements must be closed in their order.
     """
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
         self.tables: list[list[list[str]]] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.tags, self._open = list[str](), list[str]()
         self.text, self.style = "", ""
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self.faults: list[str] = []
-        self.images: list[str] = []
-        self._open: list[str] = []
         self.feed(source)
         self.close()
-        self.faults += [f"<{tag}> is not closed" for tag in self._open]
-        self.loads += re.findall(r"url\(|@import|@font-face", self.style)
+        assert not self._open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        known = {name: value or "" for name, value in attrs}
         self.tags.append(tag)
-        self.faults += [f"<{tag} {name}>" for name in known if name.startswith("on")]
-        for name in ("src", "href", "action", "srcset", "data", "poster"):
-            if name in known and not known[name].startswith("data:image/svg+xml;base64,"):
-                self.loads.append(known[name])
-        if tag == "img":
-            self.images.append(known["src"])
+        self.attributes += [(name, value or "") for name, value in attrs]
         if tag == "table":
             self.tables.append([])
         elif tag == "tr":
@@ -52,9 +37,7 @@ class Page(HTMLParser):
             self._open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        last = self._open.pop() if self._open else "nothing"
-        if last != tag:
-            self.faults.append(f"</{tag}> closes <{last}>")
+        assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
         tag = self._open[-1] if self._open else ""
@@ -64,6 +47,13 @@ class Page(HTMLParser):
         self.text += data
         if tag in ("td", "th"):
             self.tables[-1][-1][-1] += data
+
+    def loads(self) -> list[str]:
+        """What the page would load or run: addresses that are no images in themselves, and event attributes."""
+        names = ("src", "href", "action", "srcset", "data", "poster")
+        found = [value for name, value in self.attributes if name in names and not value.startswith("data:image/svg")]
+        events = [name for name, _ in self.attributes if name.startswith("on")]
+        return found + events + re.findall(r"url\(|@import|@font-face", self.style)
 
     def table(self, *columns: str) -> list[list[str]]:
         """The rows of the only table whose header begins with these columns, without the header."""

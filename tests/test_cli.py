@@ -1,4 +1,4 @@
-"""The command line: what stands on standard output and on standard error, exit codes, and the options of every verb."""
+"""The command line: outputs, exit codes, options; and what it says of the machine: memory, driver, doctor, consoles."""
 
 from __future__ import annotations
 
@@ -9,24 +9,34 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
+from rich.table import Table
 from typer.testing import CliRunner, Result
 
 import qdora
 from qdora.cli import VERBS, app, set_up
 from qdora.cli.verb import COMPUTING, let_segments_grow
 from qdora.errors import Interrupted, RunFailure, UserError
-from qdora.files import nvidia_driver
-from qdora.files.console import show_only
+from qdora.files import environment, nvidia_driver
+from qdora.files.atomic import json_text
+from qdora.files.console import bar, consoles, show_only
+from qdora.files.environment import VARIABLES, available_memory_bytes, machine_memory_bytes
+from qdora.files.nvidia_driver import check_gpu, device_attribute, driver_version, unused_gpu
+from qdora.model.build_model import choose_compute
 from qdora.recipe.recipe_file import recipe_names, resolved_yaml
+from qdora.run import doctor
 from tests import fakes, support
 
 PACKAGE_ROOT = Path(qdora.__file__).parents[1]
+TOKEN = "hf_" + "a1B2" * 8
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +53,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained = invoke("train", root / "recipe.yaml", "--run-dir", root / "run")
     assert trained.exit_code == 0, trained.stderr
     assert "loss" in trained.stderr
-    assert "loss" not in trained.stdout
-    assert "slow on a CPU.\n" not in trained.stderr
+    assert ("loss" in trained.stdout, "slow on a CPU.\n" in trained.stderr) == (False, False)
     arms = {kind: {"adapter.kind": kind} for kind in ("lora", "dora")}
     grid = {"recipe": "recipe.yaml", "product": {"adapter": arms}, "seeds": [0], "compare": {"arm": "adapter"}}
     (root / "grid.yaml").write_text(yaml.safe_dump(grid))
@@ -53,6 +62,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def invoke(*arguments: Any) -> Result:
     return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+class Unforeseen(Exception):
+    """A class that the program does not know."""
+
+
+def fail(error: BaseException, *_: Any, **__: Any) -> None:
+    raise error
 
 
 RESULTS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -79,7 +96,7 @@ def arguments_of(verb: str, root: Path, tmp_path: Path) -> list[str]:
     return [verb, *(each.format(root=root, tmp=tmp_path) for each in RESULTS[verb][0])]
 
 
-def test_help_shows_the_whole_summary_of_every_verb() -> None:
+def test_help_shows_the_whole_summary_of_every_verb():
     listed = invoke("--help").stdout.partition("Commands:")[2].split("\n")
     summaries = dict(line.split(maxsplit=1) for line in listed if line)
     assert list(summaries) == list(VERBS)
@@ -90,7 +107,7 @@ def test_help_shows_the_whole_summary_of_every_verb() -> None:
 
 
 @pytest.mark.parametrize("verb", RESULTS)
-def test_results_go_to_standard_output(verb: str, root: Path, tmp_path: Path) -> None:
+def test_results_go_to_standard_output(verb, root, tmp_path):
     found = invoke(*arguments_of(verb, root, tmp_path / "a"), "-q")
     assert found.exit_code == 0, found.stderr
     assert RESULTS[verb][1] in found.stdout
@@ -101,34 +118,26 @@ def test_results_go_to_standard_output(verb: str, root: Path, tmp_path: Path) ->
     assert json.loads(found.stdout)
 
 
-def test_shared_options_before_and_after_the_verb(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_options_before_and_after_the_verb(root, tmp_path, monkeypatch):
     arguments = arguments_of("eval", root, tmp_path)
-    before, after = invoke("--json", *arguments), invoke(*arguments, "--json")
-    assert json.loads(before.stdout).keys() == json.loads(after.stdout).keys()
+    before = invoke("--json", *arguments)
+    assert json.loads(before.stdout).keys() == json.loads(invoke(*arguments, "--json").stdout).keys()
     assert before.stderr != ""
     assert invoke("--quiet", *arguments).stderr == ""
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise Unforeseen("here")
-
-    monkeypatch.setattr("qdora.run.evaluate.load_target", fail)
+    monkeypatch.setattr("qdora.run.evaluate.load_target", partial(fail, Unforeseen("here")))
     for command in (["--debug", *arguments], [*arguments, "--debug"]):
         assert isinstance(invoke(*command).exception, Unforeseen)
 
 
-def test_guides_and_recipes_are_printed_as_they_stand() -> None:
+def test_guides_and_recipes_are_printed_as_they_stand():
     listed = json.loads(invoke("guide", "--json").stdout)["guides"]
-    assert {"own-data", "chats", "memory", "ranks", "studies", "exports", "python", "pruned-bases"} <= set(listed)
+    assert {"own-data", "memory", "exports"} <= set(listed)
     for topic, title in listed.items():
         assert " ".join(title.split()) in " ".join(invoke("guide", topic).stdout.split())
     wrong = invoke("guide", "memroy")
     assert (wrong.exit_code, "'memory'?" in wrong.stderr) == (2, True)
     for name in recipe_names():
         assert yaml.safe_load(invoke("recipes", name).stdout)
-
-
-class Unforeseen(Exception):
-    """A class that the program does not know."""
 
 
 @pytest.mark.parametrize(
@@ -146,15 +155,10 @@ class Unforeseen(Exception):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_a_failure_is_one_line(
-    error: BaseException, code: int, text: str, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
+def test_a_failure_is_one_line(error, code, text, root, monkeypatch):
     log = root / "run/log.txt"
     before = log.read_text()
-    monkeypatch.setattr("qdora.run.evaluate.load_target", fail)
+    monkeypatch.setattr("qdora.run.evaluate.load_target", partial(fail, error))
     found = invoke("--quiet", "eval", root / "run")
     assert found.exit_code == code
     assert found.stderr.startswith(text)
@@ -166,21 +170,9 @@ def test_a_failure_is_one_line(
         assert all(words in logged for words in ("Traceback", type(error).__name__, "in fail", "Z FAILURE eval: "))
 
 
-def test_failures_name_what_was_being_done(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise Unforeseen("in the loop")
-
-    def stop(*_: Any, **__: Any) -> None:
-        raise Interrupted(3, Path("cells/a/checkpoints/step-3"))
-
-    monkeypatch.setattr("qdora.run.train.fit", fail)
-    monkeypatch.setattr("qdora.run.trainer.LARGE", 10**4)
-    found = invoke("train", root / "recipe.yaml", "--run-dir", tmp_path / "run")
-    assert (found.exit_code, "slow on a CPU.\n" in found.stderr) == (1, True)
-    log = (tmp_path / "run/log.txt").read_text()
-    assert log.count("Traceback") == 1
-    assert log.endswith("Z FAILURE train: Unforeseen: in the loop\n")
-    monkeypatch.setattr("qdora.study.runner.study_run", stop)
+def test_an_interrupted_study_says_how_to_continue(monkeypatch):
+    stopped = Interrupted(3, Path("cells/a/checkpoints/step-3"))
+    monkeypatch.setattr("qdora.study.runner.study_run", partial(fail, stopped))
     found = invoke("study", "my grid.yaml", "--dir", "d", "--shard", "1/2")
     assert found.exit_code == 130
     assert found.stderr.endswith("Continue with: qdora study 'my grid.yaml' --dir d --shard 1/2\n")
@@ -189,47 +181,28 @@ def test_failures_name_what_was_being_done(root: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("frobnicate", "frobnicate"), ("train quickstart --frobnicate", "--frobnicate"),
-        ("train no-such-recipe", "no-such-recipe: "), ("eval runs/paper --method generate -t boolq", "runs/paper"),
+        ("frobnicate", "frobnicate"), ("train no-such-recipe", "no-such-recipe: "),
         ("train own-data -s model.source=builtin --run-dir {tmp}", "own-data: data.mix[0].source: no such file"),
         ("generate runs/paper -p ?", "generate: runs/paper: "), ("generate a", "exactly one of --prompt neither"),
         ("generate a --prompt a --chats b.jsonl", "exactly one of --prompt both"),
         ("generate a --chats b.jsonl --raw --system x", "--raw: --system: --chats Fix: remove"),
     ],
 )  # fmt: skip
-def test_mistakes_exit_with_2(arguments: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_exit_with_2(arguments, words, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     found = invoke(*(each.format(tmp=tmp_path / "run") for each in arguments.split()))
     assert found.exit_code == 2
     assert all(word in found.stderr for word in words.split()), found.stderr
 
 
-def python(*command: str, stdout: int = subprocess.PIPE, **variables: str) -> subprocess.CompletedProcess[str]:
+def python(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     own = {name: value for name, value in os.environ.items() if name not in ("PYTORCH_ALLOC_CONF", "RANK")}
-    environment = own | {"PYTHONPATH": str(PACKAGE_ROOT)} | variables
-    command = (sys.executable, *command)
-    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-@pytest.mark.parametrize(
-    "busy, given, added",
-    [
-        (50.0, {}, {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}), (49.0, {}, {}),
-        (90.0, {"OMP_WAIT_POLICY": "ACTIVE"}, {}), (90.0, {"GOMP_SPINCOUNT": "9"}, {}),
-        (10.0, {"WORLD_SIZE": "2"}, {"TORCH_CPP_LOG_LEVEL": "ERROR"}),
-    ],
-)  # fmt: skip
-def test_threads_sleep_on_busy_cores(
-    busy: float, given: dict[str, str], added: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("psutil.cpu_percent", lambda interval: busy)
-    environment = dict(given)
-    set_up(environment)
-    assert environment == given | added
+    own |= {"PYTHONPATH": str(PACKAGE_ROOT)} | variables
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=own)
 
 
 @pytest.mark.parametrize(("rank", "expected"), [("0", "found\nodd\nhere\n"), ("1", "here\n")])
-def test_the_first_process_of_a_launch_tells_what_all_find_once(rank: str, expected: str) -> None:
+def test_the_first_process_of_a_launch_tells_what_all_find_once(rank, expected):
     code = "import logging, qdora.cli.verb as v; v._set_up_output(); from huggingface_hub import snapshot_download; "
     code += "logging.getLogger('huggingface_hub.utils').warning('Retrying in 1s'); log = logging.getLogger('qdora'); "
     code += "log.info('found'); log.warning('odd'); log.warning('here', extra={'of_this_process': True}); "
@@ -237,42 +210,36 @@ def test_the_first_process_of_a_launch_tells_what_all_find_once(rank: str, expec
     assert python("-c", code, RANK=rank).stderr == f"Retrying in 1s\n{expected}"
 
 
-def test_a_reader_that_stops_ends_a_verb_without_a_word() -> None:
-    read, write = os.pipe()
-    os.close(read)
-    done = python("-m", "qdora.cli", "recipes", "tiny", stdout=write)
-    os.close(write)
-    assert (done.returncode, done.stderr) == (1, "")
+def test_text_on_an_output_that_is_not_utf_8(root, tmp_path):
+    run = shutil.copytree(root / "run", tmp_path / "Läufe 😀")
+    for command in (["eval", str(run), "--limit", "2", "--json"], ["report", str(run)]):
+        found = CliRunner(charset="ascii").invoke(app, command)
+        assert (found.exit_code, found.stdout_bytes.isascii()) == (0, True), found.output
+        assert "--json" not in command or json.loads(found.stdout_bytes)["target"] == str(run)
 
 
-@pytest.mark.parametrize("options", [("--json",), ()])
-def test_text_on_an_output_that_is_not_utf_8(options: tuple[str, ...], root: Path, tmp_path: Path) -> None:
-    run = tmp_path / "Läufe 😀"
-    shutil.copytree(root / "run", run)
-    text = tmp_path / "é.txt"
-    text.write_text("Grüße")
-    found = CliRunner(charset="ascii").invoke(app, [*options, "eval", str(run), "--text", str(text)])
-    assert found.exit_code == 0, found.output
-    assert found.stdout_bytes.isascii()
-    assert not options or json.loads(found.stdout_bytes)["target"] == str(run)
-    found = CliRunner(charset="ascii").invoke(app, [*options, "report", str(run)])
-    assert (found.exit_code, found.stdout_bytes.isascii()) == (0, True), found.output
+GROWS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 @pytest.mark.parametrize(
-    "given, driver, is_set",
+    "given, busy, driver, added",
     [
-        ({}, [{102: 1, 89: 1}], True), ({}, [{102: 0, 89: 1}], False), ({}, None, False),
-        ({}, [{102: 1, 89: 0}], False),  # WSL2, a Jetson
-        ({"PYTORCH_ALLOC_CONF": ""}, [{102: 1, 89: 1}], False),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, [{102: 1, 89: 1}], False),
+        ({}, 50.0, None, {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}), ({}, 49.0, None, {}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, 90.0, None, {}), ({"GOMP_SPINCOUNT": "9"}, 90.0, None, {}),
+        ({"WORLD_SIZE": "2"}, 10.0, None, {"TORCH_CPP_LOG_LEVEL": "ERROR"}),
+        ({}, 0.0, {102: 1, 89: 1}, GROWS), ({}, 0.0, {102: 0, 89: 1}, {}),
+        ({}, 0.0, {102: 1, 89: 0}, {}),  # WSL2, a Jetson
+        ({"PYTORCH_ALLOC_CONF": ""}, 0.0, {102: 1, 89: 1}, {}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, 0.0, {102: 1, 89: 1}, {}),
     ],
 )  # fmt: skip
-def test_the_allocator_extends_segments(given: Any, driver: Any, is_set: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    fakes.install_driver(monkeypatch, driver)
-    environment = dict(given)
-    let_segments_grow(environment)
-    assert environment == given | ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if is_set else {})
+def test_threads_sleep_on_busy_cores_and_the_allocator_extends_segments(given, busy, driver, added, monkeypatch):
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: busy)
+    fakes.install_driver(monkeypatch, driver and [driver])
+    variables = dict(given)
+    set_up(variables)
+    let_segments_grow(variables)
+    assert variables == given | added
 
 
 WATCHED = """
@@ -295,68 +262,205 @@ main()
     "arguments, wanted",
     [("generate nowhere -p a", ["driver", "driver", "torch expandable_segments:True"]), ("validate tiny", [])],
 )
-def test_the_allocator_is_set_before_torch_is_imported_and_only_to_compute(arguments: str, wanted: list[str]) -> None:
+def test_the_allocator_is_set_before_torch_is_imported_and_only_to_compute(arguments, wanted):
     lines = python("-c", WATCHED, *arguments.split()).stdout.splitlines()
     assert [line for line in lines if line.startswith(("driver", "torch "))] == wanted
 
 
+# --- the memory of the machine
+
+GIB = 2**30
+V1, V2 = "/sys/fs/cgroup/memory", "/sys/fs/cgroup"
+NO_LIMIT = {"memory.max": "max\n", "memory.current": f"{9 * GIB}\n"}
+FOUR = {"memory.max": f"{4 * GIB}\n", "memory.current": f"{3 * GIB}\n"}
+NO_LIMIT_V1 = {"memory.limit_in_bytes": "9223372036854771712\n", "memory.usage_in_bytes": f"{9 * GIB}\n"}
+FOUR_V1 = {"memory.limit_in_bytes": f"{4 * GIB}\n", "memory.usage_in_bytes": f"{3 * GIB}\n"}
+STAT = f"anon {GIB}\nfile {2 * GIB}\nshmem {GIB}\ninactive_file {GIB // 2}\nactive_file {GIB // 4}\n"
+STAT_V1 = f"cache 5\ninactive_file 7\nactive_file 7\ntotal_inactive_file {GIB // 2}\ntotal_active_file {GIB // 4}\n"
+
+# /proc/self/cgroup, the files of each folder, and GiB in all and free; the machine has 64, of which 48 are free.
+CASES = {
+    "no limit": ("0::/user.slice\n", {f"{V2}/user.slice": NO_LIMIT, V2: {}}, (64, 48)),
+    "pages of files": ("0::/\n", {V2: FOUR | {"memory.stat": STAT}}, (4, 1.75)),
+    "a parent": ("0::/pod/box\n", {f"{V2}/pod/box": NO_LIMIT, f"{V2}/pod": FOUR}, (4, 1)),
+    "a path of the host": ("0::/docker/0a1b\n", {V2: FOUR}, (4, 1)),
+    "full": ("0::/\n", {V2: FOUR | {"memory.current": f"{5 * GIB}\n"}}, (4, 0)),
+    "larger than the machine": ("0::/\n", {V2: {"memory.max": f"{99 * GIB}", "memory.current": "0"}}, (64, 48)),
+    "v1": ("5:cpu:/x\n4:memory:/docker/0a1b\n", {V1: FOUR_V1 | {"memory.stat": STAT_V1}}, (4, 1.75)),
+    "v1 and v2": ("4:memory:/a\n0::/\n", {f"{V1}/a": FOUR_V1, V1: NO_LIMIT_V1}, (4, 1)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_memory_is_what_the_container_leaves_of_the_machine(case, monkeypatch):
+    groups, folders, (total, free) = CASES[case]
+    texts = {f"{folder}/{name}": text for folder, files in folders.items() for name, text in files.items()}
+    texts["/proc/self/cgroup"] = groups
+    monkeypatch.setattr(environment, "_system_text", lambda path: texts.get(path.replace("/./", "/"), ""))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=48 * GIB))
+    assert (machine_memory_bytes(), available_memory_bytes()) == (total * GIB, free * GIB)
+
+
+def test_the_environment_names_no_person_no_host_and_no_secret(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", TOKEN)  # pasted into the wrong variable
+    monkeypatch.setattr("platform.node", lambda: "host-of-mine")
+    found = environment.environment()
+    # A wheel's own version has no "+cu132", torch.__version__ has
+    assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert found["variables"]["OMP_NUM_THREADS"] == "3"
+    assert set(found["variables"]) <= set(VARIABLES)
+    assert found["python"] == "{}.{}.{}".format(*sys.version_info[:3])
+    assert not [text for text in (TOKEN, "host-of-mine", str(Path.home()) + "/") if text in json_text(found)]
+
+
+# --- NVIDIA's driver
+
+
 @pytest.fixture
-def _idle_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with a GPU that torch cannot use."""
-    monkeypatch.setattr(nvidia_driver, "ROOT", fakes.driver_files(tmp_path / "root", "535.104.05"))
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root directory of a machine with a GPU, driver 535 and a torch for CUDA 13 that sees nothing."""
+    root = fakes.driver_files(tmp_path, "535.104.05")
+    monkeypatch.setattr(nvidia_driver, "ROOT", root)
+    monkeypatch.setenv("PATH", str(root / "bin"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.version.cuda", "13.0")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return root
 
 
-@pytest.mark.usefixtures("_idle_gpu")
-@pytest.mark.parametrize("verb", RESULTS)
-def test_the_cpu_is_not_taken_silently(verb: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def nvidia_smi(root: Path, text: str, code: int = 0) -> None:
+    (root / "bin").mkdir()
+    (root / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho '{text}'\nexit {code}\n")
+    (root / "bin/nvidia-smi").chmod(0o755)
+
+
+def without_nodes(root: Path) -> None:
+    (root / "dev/nvidia0").rename(root / "dev/nvidiactl")
+    (root / "proc/driver/nvidia/version").unlink()
+
+
+def uninitialised() -> None:
+    raise RuntimeError("Error 802: system not yet initialized\nmore")
+
+
+@pytest.mark.parametrize(
+    "case, cuda, words",
+    [
+        ("a build without CUDA", None, (torch.__version__, "without CUDA", "another build of torch")),
+        ("an old driver", "13.0", ("CUDA 13.0", "580 or newer", "535.104.05", "install a newer driver")),
+        ("WSL2", "12.8", ("CUDA 12.8", "525 or newer", "515.43.04")),
+        ("no permission", "12.8", ("permission", "dev/nvidia0")),
+        ("a failed start", "12.8", ("Error 802: system not yet initialized",)),
+    ],
+)
+def test_an_unused_gpu_is_refused(case, cuda, words, machine, monkeypatch):
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("torch.cuda.init", uninitialised)
+    if case == "WSL2":
+        without_nodes(machine)
+        nvidia_smi(machine, "515.43.04")
+    elif case == "no permission":
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may open everything
+    with pytest.raises(UserError) as error:
+        choose_compute("float32")
+    (line,) = error.value.faults
+    assert all(word in line for word in (*words, "Fix: ", "CUDA_VISIBLE_DEVICES= ")), line
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        check_gpu()
+
+
+def test_a_used_gpu_and_a_machine_without_one_are_fine(machine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: True)
+        assert unused_gpu() is None
+    without_nodes(machine)
+    assert unused_gpu() is None
+    nvidia_smi(machine, "NVIDIA-SMI has failed", code=9)
+    assert unused_gpu() is None
+    assert driver_version() is None
+
+
+def test_the_driver_says_what_a_gpu_can(monkeypatch):
+    fakes.install_driver(monkeypatch, [{89: 0}, {89: 1}])
+    assert [device_attribute(*each) for each in ((89, 0), (89, 1), (89, 2), (102, 0))] == [0, 1, None, None]
+    for devices in ([], None):
+        fakes.install_driver(monkeypatch, devices)
+        assert device_attribute(89) is None
+
+
+@pytest.mark.parametrize("verb", [verb for verb in RESULTS if VERBS[verb].__name__ in COMPUTING])
+def test_the_cpu_is_not_taken_silently(verb, root, machine, tmp_path, monkeypatch):
     arguments = arguments_of(verb, root, tmp_path)
-    if VERBS[verb].__name__ not in COMPUTING:
-        assert invoke(*arguments).exit_code == 0
-        return
-    before, more = sorted(root.rglob("*")), ("-t", "nowhere") if verb == "eval" else ()  # refused before it reads data
+    before = [*sorted(root.rglob("*")), *sorted(tmp_path.rglob("*"))]
+    more = ("-t", "nowhere") if verb == "eval" else ()  # refused before it reads data
     found = invoke(*(each for each in (*arguments, *more) if each != "--dry-run"))
     assert (found.exit_code, found.stderr.count("\n"), found.stdout) == (2, 1, "")
-    for words in ("cannot use the NVIDIA GPU", "CUDA 13.0", "580", "535.104.05", "CUDA_VISIBLE_DEVICES= "):
-        assert words in found.stderr
-    assert sorted(root.rglob("*")) == before
-    assert [each.name for each in tmp_path.iterdir()] == ["root"]
+    assert all(words in found.stderr for words in ("cannot use the NVIDIA GPU", "535.104.05", "CUDA_VISIBLE_DEVICES= "))
+    assert [*sorted(root.rglob("*")), *sorted(tmp_path.rglob("*"))] == before
     if verb == "eval":  # the user can choose the CPU
         with monkeypatch.context() as patch:
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
             assert invoke(*arguments).exit_code == 0
-    monkeypatch.setenv("LOCAL_RANK", "1")  # of all processes of a machine one says it
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of all processes of a machine one says it; a dry run needs no GPU
     found = invoke(*arguments)
-    if verb == "study":  # a dry run needs no GPU
-        assert found.exit_code == 0
-    else:
-        assert (found.exit_code, found.stderr) == (2, "")
+    assert found.exit_code == 0 if verb == "study" else (found.exit_code, found.stderr) == (2, "")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU")
-def test_the_quick_start_takes_the_cpu_and_says_why(tmp_path: Path) -> None:
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    root, out = fakes.driver_files(tmp_path / "root", "535.104.05"), tmp_path / "out"
-    here = f"import pathlib, qdora.files.nvidia_driver as driver; driver.ROOT = pathlib.Path('{root}')"
-    scripts = {
-        "scripts/setup": "",
-        ".venv/bin/python": f'exec {sys.executable} -c "{here}; $2"',
-        ".venv/bin/qdora": f'mkdir -p {out} {out}-merged.tmp; echo "[${{CUDA_VISIBLE_DEVICES-no}}]" >> {tmp_path}/log',
-    }
-    for name, text in scripts.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    script = shutil.copy(PACKAGE_ROOT / "scripts/quickstart", tmp_path / "scripts")
-    for hidden, wanted in ((None, "[]"), ("-1", "[-1]")):
-        environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-        environment |= {"PYTHONPATH": str(PACKAGE_ROOT)}
-        environment |= {} if hidden is None else {"CUDA_VISIBLE_DEVICES": hidden}
-        done = subprocess.run([script, str(out)], env=environment, capture_output=True, text=True, check=True)
-        assert done.stderr.count("on the CPU, since torch cannot use the NVIDIA GPU: ") == (hidden is None)
-        calls = (tmp_path / "log").read_text().splitlines()
-        assert len(calls) == 3
-        assert all(call.endswith(wanted) for call in calls)
-        (tmp_path / "log").unlink()
+# --- doctor
+
+
+def test_doctor_reports_and_advises(machine):
+    found = doctor.report()
+    text = doctor.report_text(found)
+    assert found["bitsandbytes"]["cpu"] is None
+    assert found["memory_bytes"] > found["available_memory_bytes"] > 0
+    for words in (f"torch {torch.__version__.partition('+')[0]}", "cannot use", "13.0 in torch", "driver 535.104.05",
+                  "580 or newer", "Fix: install a newer"):  # fmt: skip
+        assert words in text
+    assert "no problems" not in text
+    gpu = {"name": "Tesla T4", "capability": "7.5", "memory_bytes": 16 << 30}
+    problem = {"problem": "bitsandbytes does not work on cuda: no kernel", "advice": "pip install -U bitsandbytes"}
+    ill = {**found, "devices": [gpu], "cuda": "12.8", "driver": "575.1", "problems": [problem]}
+    for words in ("16.0 GiB, compute capability 7.5\n", "driver 575.1\n", "no kernel. Fix: pip install -U bitsandb"):
+        assert words in doctor.report_text(ill)
+    assert doctor.report_text({**ill, "problems": []}).endswith("\nno problems found\n")
+
+
+@pytest.mark.parametrize(
+    "code, error",
+    [
+        ("import sys; sys.exit(None)", None),
+        ("import os; os.write(2, b'a\\nError invalid device\\n'); os._exit(1)", "Error invalid device"),
+        ("import os; os.kill(os.getpid(), 9)", "exit code -9"),
+    ],
+)  # fmt: skip
+def test_doctor_survives_broken_kernels(code, error, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(doctor, "_IN_OWN_PROCESS", code)
+    assert doctor.kernels() == {"cpu": None, "cuda": error}
+
+
+def test_doctor_checks_the_results(monkeypatch):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    monkeypatch.setattr(functional, "quantize_4bit", lambda weight, **_: (weight, None))
+    monkeypatch.setattr(functional, "dequantize_4bit", lambda packed, state: torch.zeros_like(packed))
+    assert doctor.kernels()["cpu"] == "values are off by 1.00, expected 0.09"
+
+
+# --- consoles
+
+
+def test_brackets_are_printed(capsys, monkeypatch):
+    monkeypatch.setattr("qdora.files.console._shown", {"progress": True, "results": True})  # as without --json
+    name = "qa[hard] :smile: runs/[/b]"
+    for console in consoles():
+        table = Table(name)
+        table.add_row(name)
+        console.print(table)
+        console.print(f"run: {name}", soft_wrap=True)
+        with bar(console, name):
+            pass
+    shown = capsys.readouterr()
+    assert shown.out.count(name) == shown.err.count(name) == 4

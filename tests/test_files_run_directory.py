@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,10 @@ from safetensors import SafetensorError
 from qdora.errors import RunFailure, UserError
 from qdora.files import atomic
 from qdora.files.atomic import (
-    atomic_directory,
     atomic_write_bytes,
-    atomic_write_json,
     disk_failures,
     json_text,
     place_failures,
-    remove_leftovers,
 )
 from qdora.files.run_directory import (
     Checkpoint,
@@ -74,43 +72,35 @@ def full_disk(*_: Any, **__: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_run_is_created_in_a_place_of_its_own(run: RunDirectory, tmp_path: Path) -> None:
+def test_a_run_is_created_in_a_place_of_its_own(run, tmp_path):
     assert tree(run.path) == {
         "recipe.yaml": RECIPE.encode(),
         "environment.json": b'{\n  "torch": "2",\n  "devices": [\n    "a"\n  ]\n}\n',
     }
     assert open_run(run.path).path == run.path
     assert (run.newest_checkpoint(), run.metrics(), run.last_step()) == (None, [], None)
-    run.append_metrics({"step": 1})
-    assert run.last_step() == 1
-    other = tmp_path / "home"
-    other.mkdir()
-    (other / "thesis.tex").write_text("mine")
-    before = tree(tmp_path)
-    for path, words in (
-        (run.path, r"run: holds a run\. Fix: resume it with --resume"),
-        (other, r"home: must be new or empty \(got thesis\.tex in it\)"),
-        (other / "thesis.tex", r"thesis\.tex: .* Fix: choose another --run-dir"),
-        (other / "thesis.tex" / "run", r"run: .* Fix: choose another --run-dir"),
-    ):
-        with pytest.raises(UserError, match=words):
-            create_run(path, RECIPE, ENVIRONMENT)
-    assert tree(tmp_path) == before
-    (other / "thesis.tex").unlink()
-    (other / ".recipe.yaml.123.partial").write_text("cut off")  # of a start that was killed
-    (other / "environment.json").write_text("{}")  # between the first two files
-    assert set(tree(create_run(other, RECIPE, ENVIRONMENT).path)) == {"recipe.yaml", "environment.json"}
-
-
-def test_what_a_run_wrote_before_its_first_result_lets_it_start_again(run: RunDirectory) -> None:
-    for name in ("plan.json", "residency.json", "log.txt"):
+    for name in ("plan.json", "log.txt"):  # before its first result a run can start again
         (run.path / name).write_text("{}")
     create_run(run.path, RECIPE.replace("0.1", "0.2"), ENVIRONMENT)
     assert "0.2" in run.recipe_file.read_text()
     assert not (run.path / "plan.json").exists()  # the new recipe may have no memory.budget
-    run.environment_file.unlink()  # without it, recipe.yaml may be somebody's own file
-    with pytest.raises(UserError, match="must be new or empty"):
-        create_run(run.path, RECIPE, ENVIRONMENT)
+    run.append_metrics({"step": 1})
+    assert run.last_step() == 1
+    other = tmp_path / "home"
+    other.mkdir()
+    (other / "recipe.yaml").write_text("mine")  # without environment.json it may be somebody's own file
+    before = tree(tmp_path)
+    for path, words in (
+        (run.path, r"run: holds a run\. Fix: resume it with --resume"),
+        (other, r"home: must be new or empty \(got recipe\.yaml in it\)"),
+        (other / "recipe.yaml" / "run", r"run: .* Fix: choose another --run-dir"),
+    ):
+        with pytest.raises(UserError, match=words):
+            create_run(path, RECIPE, ENVIRONMENT)
+    assert tree(tmp_path) == before
+    (other / "recipe.yaml").rename(other / ".recipe.yaml.123.partial")  # of a start that was killed
+    (other / "environment.json").write_text("{}")  # between the first two files
+    assert set(tree(create_run(other, RECIPE, ENVIRONMENT).path)) == {"recipe.yaml", "environment.json"}
 
 
 @pytest.mark.parametrize(
@@ -123,27 +113,24 @@ def test_what_a_run_wrote_before_its_first_result_lets_it_start_again(run: RunDi
         (RECIPE, {"steps: 10": "steps: 11", "log_every: 1": "log_every: 5", "lr: 0.1": "lr: 1"}, []),
     ],
 )
-def test_a_resume_keeps_the_training(run: RunDirectory, old: str, changes: dict[str, str], keys: list[str]) -> None:
+def test_a_resume_keeps_the_training(run, old, changes, keys):
     run.recipe_file.write_text(old)
-    new = old
-    for before, after in changes.items():
-        new = new.replace(before, after)
+    new = reduce(lambda text, change: text.replace(*change), changes.items(), old)
     faults: tuple[str, ...] = ()
     try:
         resume_run(run.path, new, ENVIRONMENT, before=old)
     except UserError as error:
         faults = error.faults
     assert [fault.split(": ")[1] for fault in faults] == keys
-    assert all("start another --run-dir (got " in fault or "Fix: raise train." in fault for fault in faults)
-    assert not any("moved" in fault for fault in faults)
     assert all(("must be 10 or more" in fault) == ("got 9" in fault) for fault in faults)
     assert run.recipe_file.read_text() == (old if keys else new)
 
 
-def test_a_resume_needs_a_run_and_says_where_it_may_be(run: RunDirectory, tmp_path: Path) -> None:
-    for path, words in ((tmp_path / "rnu", r"no such directory\. Did you mean 'run'\?"), (tmp_path, "recipe.yaml")):
-        with pytest.raises(UserError, match=words):
-            resume_run(path, RECIPE, ENVIRONMENT, before=RECIPE)
+def test_a_resume_needs_a_run_and_says_where_it_may_be(run, tmp_path):
+    with pytest.raises(UserError, match=r"no such directory\. Did you mean 'run'\?"):
+        resume_run(tmp_path / "rnu", RECIPE, ENVIRONMENT, before=RECIPE)
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        resume_run(tmp_path, RECIPE, ENVIRONMENT, before=RECIPE)
     moved = [RECIPE.replace("task: boolq", f"source: {path}") for path in ("/old/a.jsonl", "/new/a.jsonl")]
     with pytest.raises(UserError, match=r"data\.mix: .* Fix: if it was moved, write its new path into .*recipe\.yaml"):
         resume_run(run.path, moved[1], ENVIRONMENT, before=moved[0])
@@ -157,23 +144,28 @@ def test_a_resume_needs_a_run_and_says_where_it_may_be(run: RunDirectory, tmp_pa
         resume_run(run.path, RECIPE, ENVIRONMENT, before=RECIPE)
 
 
-def test_a_resume_clears_leftovers_and_restores_what_was_being_replaced(run: RunDirectory) -> None:
+def test_a_resume_clears_leftovers_and_restores_what_was_being_replaced(run):
     old = save(run, 7, b"old")
     os.rename(old, run.checkpoints / ".step-7.replaced")  # killed between the two renames
     (run.checkpoints / ".step-7.partial").mkdir()
-    (run.path / ".git").mkdir()  # the user's own
+    save(run, 8)
+    (run.checkpoints / ".step-8.replaced").mkdir()  # killed after both
+    others = [".git", ".partial-thoughts", "x.partial"]  # the user's own
+    for name in others:
+        (run.path / name).mkdir()
     run.write_json("eval/step-1.json", {})
     for folder in ("", "checkpoints", "eval", "figures"):
         (run.path / folder).mkdir(exist_ok=True)
         (run.path / folder / ".step-1.json.123.partial").write_text("cut off")
     resume_run(run.path, RECIPE, ENVIRONMENT, before=RECIPE)
-    for folder, left in (("checkpoints", ["step-7"]), ("eval", ["step-1.json"]), ("figures", [])):
+    for folder, left in (("checkpoints", ["step-7", "step-8"]), ("eval", ["step-1.json"]), ("figures", [])):
         assert names(run.path / folder) == left
     assert (old / "adapter.safetensors").read_bytes() == b"old"
-    assert names(run.path) == [".git", "checkpoints", "environment.json", "eval", "figures", "recipe.yaml"]
+    assert (run.checkpoints / "step-8/complete.json").is_file()
+    assert names(run.path) == sorted([*others, "checkpoints", "environment.json", "eval", "figures", "recipe.yaml"])
 
 
-def test_only_one_process_works_in_a_run(tmp_path: Path) -> None:
+def test_only_one_process_works_in_a_run(tmp_path):
     path, told = tmp_path / "run", os.pipe()
     child = os.fork()
     if child == 0:
@@ -181,9 +173,8 @@ def test_only_one_process_works_in_a_run(tmp_path: Path) -> None:
             os.write(told[1], b"x")
             signal.pause()
     os.read(told[0], 1)
-    for resume in (False, True):
-        with pytest.raises(UserError, match="run: another process works on it"), only_process(path, resume=resume):
-            pass
+    with pytest.raises(UserError, match="run: another process works on it"), only_process(path, resume=True):
+        pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert names(path) == [".lock"]  # the kill has left it, and nobody holds it
@@ -196,30 +187,14 @@ def test_only_one_process_works_in_a_run(tmp_path: Path) -> None:
     (path / "notes").mkdir()
     (path / "inner").symlink_to("notes")
     with only_process(path, resume=True):
-        pass
-    (path / "eval").symlink_to(tmp_path)
+        (path / "eval").symlink_to(tmp_path)
     with pytest.raises(UserError, match=r"run: eval is not inside .* Fix: put it"), only_process(path, resume=True):
         pass
 
 
-def test_no_path_leaves_the_run(run: RunDirectory, tmp_path: Path) -> None:
-    (run.path / "link").symlink_to(tmp_path)
-    for parts in (("..", "x"), ("/etc/passwd",), ("eval", "..", "..", "x"), ("link", "x"), (), (".",)):
-        with pytest.raises(ValueError, match="not inside the run directory"):
-            run.inside(*parts)
-    with pytest.raises(ValueError, match="not inside"):
-        run.write_json("../x.json", {})
-    run.write_json("eval/demo/facts.json", {"acc": np.float64(0.5)})
-    assert (run.path / "eval/demo/facts.json").read_text() == '{\n  "acc": 0.5\n}\n'
-    for is_absolute in (True, False):  # messages name the place of a linked adapter
-        run.adapter.unlink(missing_ok=True)
-        run.adapter.symlink_to(tmp_path / "store" if is_absolute else "../store")
-        assert RunDirectory(run.path).adapter == (tmp_path / "store" if is_absolute else run.path / "../store")
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOENT])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT])
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
-def test_full_and_read_only_disks_give_one_line(tmp_path: Path, number: int, kind: type[Exception]) -> None:
+def test_full_and_read_only_disks_give_one_line(tmp_path, number, kind):
     """Rust code raises an error of its own, which has the system's words in it."""
     error = OSError(number, os.strerror(number)) if kind is OSError else kind(f"I/O error: {os.strerror(number)}")
     with pytest.raises(Exception) as raised, disk_failures(tmp_path / "study"):
@@ -229,8 +204,8 @@ def test_full_and_read_only_disks_give_one_line(tmp_path: Path, number: int, kin
         return
     reason = "Read-only file system" if number == errno.EROFS else "the disk is full"
     assert isinstance(raised.value, RunFailure)
-    assert reason in str(raised.value)
     assert str(raised.value).startswith(f"{tmp_path / 'study'}: cannot be written: ")
+    assert reason in str(raised.value)
     place = UserError if number == errno.EROFS else RunFailure  # a forbidden place is a mistake of the user
     with pytest.raises(place, match=r"^x: cannot be .*written"), place_failures(Path("x"), "choose another"):
         raise OSError(number, os.strerror(number))
@@ -248,7 +223,7 @@ def in_fork(act: Callable[[], Any]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def test_a_full_disk_leaves_no_half_line(run: RunDirectory) -> None:
+def test_a_full_disk_leaves_no_half_line(run):
     def fill() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # the system cuts the second line in the middle
@@ -267,27 +242,21 @@ def broken_off(run: RunDirectory, error: BaseException, step: int) -> None:
         raise error
 
 
-def test_a_failed_write_leaves_the_last_whole_checkpoint(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_last_whole_checkpoint(run, monkeypatch):
     kept = save(run, 1, b"old")
     before = tree(run.path)
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     rust = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
     text = f"{run.path}: the checkpoint of step 2 could not be written: the disk is full. Safe on disk: {kept}."
-    for error in (full, rust, KeyboardInterrupt(), ValueError("a bug"), RuntimeError("CUDA error")):
-        is_full = error in (full, rust)
-        with pytest.raises(RunFailure if is_full else type(error)) as raised:
+    for error in (rust, KeyboardInterrupt(), RuntimeError("CUDA error")):
+        with pytest.raises(RunFailure if error is rust else type(error)) as raised:
             broken_off(run, error, 2)
-        assert not is_full or str(raised.value) == text
+        assert error is not rust or str(raised.value) == text
         assert tree(run.path) == before
         assert names(run.checkpoints) == ["step-1"]
-    calls: list[Any] = []
     real = os.rename
 
     def second_fails(source: Any, target: Any) -> None:  # while step 1 is being replaced
-        calls.append(target)
-        if len(calls) == 2:
-            full_disk()
-        real(source, target)
+        full_disk() if Path(source).name == ".step-1.partial" else real(source, target)
 
     for function, broken, step in (("fsync", full_disk, 2), ("rename", full_disk, 2), ("rename", second_fails, 1)):
         with monkeypatch.context() as patch:
@@ -304,7 +273,7 @@ def test_a_failed_write_leaves_the_last_whole_checkpoint(run: RunDirectory, monk
     assert names(run.checkpoints) == ["step-1"]
 
 
-def test_killed_at_any_moment_of_writing_there_is_a_whole_checkpoint(run: RunDirectory) -> None:
+def test_killed_at_any_moment_of_writing_there_is_a_whole_checkpoint(run):
     """Step 2 is written twice over; the process dies at its first, second, ... flush or rename."""
 
     def write_until(moment: int) -> None:
@@ -316,42 +285,33 @@ def test_killed_at_any_moment_of_writing_there_is_a_whole_checkpoint(run: RunDir
         atomic.os.rename, atomic.os.replace, atomic.os.fsync = map(mortal, (os.rename, os.replace, os.fsync))
         save(run, 2, b"new")
 
+    save(run, 1)
     for old in (None, b"old"):
-        save(run, 1)
         if old is not None:
             save(run, 2, old)
-        for moment in range(1, 30):
+        for moment in itertools.count(1):
             code = in_fork(lambda moment=moment: write_until(moment))
             if code == 0:
-                assert moment > 5
+                assert moment == 1 + 3 + 5 + 2 + 1  # complete.json; three files, two folders; renames; the parent
                 break
             assert code == 9
             resume_run(run.path, RECIPE, ENVIRONMENT, before=RECIPE)  # clears leftovers
             newest = run.newest_checkpoint()
-            assert newest is not None
-            assert all(not name.startswith(".") for name in names(run.checkpoints))
+            assert not [name for name in names(run.checkpoints) if name.startswith(".")]
             if old is not None:
                 assert newest.step == 2
                 assert (newest.path / "adapter.safetensors").read_bytes() in (b"old", b"new")
-        if old is None:
-            run.prune_checkpoints(1)
     assert tree(run.checkpoints / "step-2")["adapter.safetensors"] == b"new"
 
 
-def test_files_and_results_are_replaced_whole(
-    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "files"
-    folder.mkdir()
-    atomic_write_json(folder / "a.json", {"a": 1})
+def test_files_and_results_are_replaced_whole(run, monkeypatch):
+    run.write_json("eval/a.json", {"a": 1})
     for function in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(atomic.os, function, full_disk)
             with pytest.raises(OSError, match="No space left"):
-                atomic_write_bytes(folder / "a.json", b"new")
-        assert tree(folder) == {"a.json": b'{\n  "a": 1\n}\n'}
-    with pytest.raises(FileNotFoundError):
-        atomic_write_bytes(folder / "no" / "a", b"")
+                atomic_write_bytes(run.path / "eval/a.json", b"new")
+        assert tree(run.path / "eval") == {"a.json": b'{\n  "a": 1\n}\n'}
     for content in ("one", "two"):
         with run.result_directory("adapter") as path:
             (path / "adapter.txt").write_text(content)
@@ -361,34 +321,21 @@ def test_files_and_results_are_replaced_whole(
     assert tree(run.adapter) == {"adapter.txt": b"two"}
 
 
-def test_leftovers_are_told_from_other_files(tmp_path: Path) -> None:
-    (tmp_path / "x.partial").write_text("not ours: no dot")
-    (tmp_path / ".partial-thoughts").write_text("not ours: another ending")
-    (tmp_path / ".a.1.partial").symlink_to(tmp_path / "x.partial")
-    (tmp_path / ".b.replaced").mkdir()
-    with atomic_directory(tmp_path / "b"):
-        pass
-    remove_leftovers(tmp_path)
-    remove_leftovers(tmp_path / "none")
-    assert names(tmp_path) == [".partial-thoughts", "b", "x.partial"]
-
-
-def test_json_is_strict() -> None:
+def test_json_is_strict():
     values = {"a": np.float32(0.5), "b": torch.tensor(3), "c": (1, True, None), "d": Path("x/y"), "é": np.bool_(True)}
     assert json_text(values) == '{"a": 0.5, "b": 3, "c": [1, true, null], "d": "x/y", "é": true}'
-    assert json_text([float("nan"), float("inf"), -float("inf"), np.float32("nan")]) == "[null, null, null, null]"
-    for value in ({1: 2}, {"a": {None: 1}}, object(), {1, 2}, b"x", np.zeros(3), torch.zeros(1)):
+    assert json_text([float("nan"), float("inf"), np.float32("nan")]) == "[null, null, null]"
+    for value in ({1: 2}, {"a": {None: 1}}, {1, 2}, b"x", np.zeros(3), torch.zeros(1)):
         with pytest.raises(TypeError, match="JSON"):
             json_text(value)
 
 
-def test_metrics_and_the_log_are_whole_lines(run: RunDirectory) -> None:
-    run.append_metrics({"step": 1, "loss": 0.5})
+def test_metrics_and_the_log_are_whole_lines(run):
     run.append_metrics({"step": 2, "loss": float("nan"), "tasks": {"a": np.int64(3)}})
-    assert run.metrics_file.read_bytes() == b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": null, "tasks": {"a": 3}}\n'
+    assert run.metrics_file.read_bytes() == b'{"step": 2, "loss": null, "tasks": {"a": 3}}\n'
     run.append_metrics({"step": 3, "text": "a\ud800\u2028b"})  # half a surrogate pair is written as its escape
-    assert run.metrics()[2] == {"step": 3, "text": "a\ud800\u2028b"}
-    for values in ({}, {"step": "1"}, {"step": True}, {"step": 1.0}):
+    assert run.metrics()[1] == {"step": 3, "text": "a\ud800\u2028b"}
+    for values in ({}, {"step": "1"}, {"step": True}):
         with pytest.raises(ValueError, match="needs an int 'step'"):
             run.append_metrics(values)
     run.log(f"first\nsecond {TOKEN}")
@@ -405,9 +352,7 @@ def test_metrics_and_the_log_are_whole_lines(run: RunDirectory) -> None:
     st.booleans(),
     st.data(),
 )
-def test_truncated_metrics_are_those_up_to_the_checkpoint(
-    tmp_path: Path, lines: list[tuple[int, Any, bool]], after_step: int, again: bool, data: st.DataObject
-) -> None:
+def test_truncated_metrics_are_those_up_to_the_checkpoint(tmp_path, lines, after_step, again, data):
     """Without the evaluation that is made again, and the line that a kill -9 has cut off."""
     run = RunDirectory(tmp_path)
     run.metrics_file.write_bytes(b"")
@@ -426,7 +371,7 @@ def test_truncated_metrics_are_those_up_to_the_checkpoint(
     assert run.metrics_file.read_bytes() == b"".join(expected) + b'{"step": 9}\n'
 
 
-def test_truncation_keeps_a_whole_last_line_and_drops_garbage(run: RunDirectory) -> None:
+def test_truncation_keeps_a_whole_last_line_and_drops_garbage(run):
     run.truncate_metrics(5)
     assert not run.metrics_file.exists()
     run.metrics_file.write_bytes(b'{"step": 1}\n\x00\x00\x00\n[1]\n{"a": 1}\n{"step": 3}\n\xff\n{"step": 2}')
@@ -442,7 +387,7 @@ def test_truncation_keeps_a_whole_last_line_and_drops_garbage(run: RunDirectory)
     assert run.metrics_file.stat().st_mtime_ns == stamp  # nothing to do, nothing written
 
 
-def test_a_checkpoint_appears_whole_and_flushed(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_appears_whole(run):
     with run.checkpoint_directory(3) as path:
         (path / "a.bin").write_bytes(b"123456789")
         assert not (run.checkpoints / "step-3").exists()
@@ -452,36 +397,16 @@ def test_a_checkpoint_appears_whole_and_flushed(run: RunDirectory, monkeypatch: 
     # cbf43926: the check value of CRC-32 for these nine digits
     assert written == {"step": 3, "files": {"a.bin": {"bytes": 9, "crc32": "cbf43926"}}}
     assert run.newest_checkpoint() == Checkpoint(3, run.checkpoints / "step-3")
-    flushed: list[tuple[str, bool]] = []
-
-    def record(path: Path) -> None:
-        flushed.append((str(path.relative_to(run.checkpoints)), (run.checkpoints / "step-1").exists()))
-
-    monkeypatch.setattr(atomic, "sync", record)
-    save(run, 1)
-    aside = ".step-1.partial"
-    inside = ["adapter.safetensors", "complete.json", "state", "state/optimizer.json"]
-    assert {(f"{aside}/{name}", False) for name in inside} | {(aside, False), (".", True)} == set(flushed)
-    assert flushed.index((f"{aside}/state/optimizer.json", False)) < flushed.index((f"{aside}/state", False))
-    assert flushed[-1] == (".", True)
 
 
-def test_the_newest_checkpoint_is_by_number(
-    run: RunDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_newest_checkpoint_is_by_number(run, tmp_path):
     recipe = support.tiny_recipe(tmp_path)
-    assert run.checkpoint_steps() == []
     with pytest.raises(UserError, match=r"^--step: got 3, but .*/run has no checkpoint\. Fix: remove --step\.$"):
         trained_state(run, recipe, 3)
-    for step in (9, 10, 100):
-        save(run, step)
+    saved = [save(run, step) for step in (9, 10, 100)]
     for name in ("step-200", ".step-300.partial", "step-x", "step-4000.old"):
         (run.checkpoints / name).mkdir()
-    (run.checkpoints / "step-500").write_text("a file")
-    newest = run.newest_checkpoint()
-    assert newest is not None
-    assert newest.step == 100
-    assert "step-200: complete.json: No such file or directory" in caplog.text
+    assert run.newest_checkpoint() == Checkpoint(100, saved[-1])
     assert run.checkpoint_steps() == [9, 10, 100, 200]
     with pytest.raises(UserError, match=r"--step: got 3, must be one of 9, 10, 100, 200 in "):
         trained_state(run, recipe, 3)
@@ -491,7 +416,8 @@ def test_the_newest_checkpoint_is_by_number(
     "file, content, fault",
     [
         ("complete.json", None, "complete.json: No such file or directory"),
-        *(("complete.json", text, "complete.json is damaged") for text in (b'{"step": 2, "fi', b"[]", b"[" * 100_000)),
+        ("complete.json", b'{"step": 2, "fi', "complete.json is damaged"),
+        ("complete.json", b"[]", "complete.json is damaged"),
         ("complete.json", b'{"files": {"a": 3}}', "a: No such file or directory"),
         ("complete.json", b'{"files": {"../../x": {"bytes": 0, "crc32": "00000000"}}}', "../../x is outside"),
         ("adapter.safetensors", b"weight", "has 6 bytes, not 7"),
@@ -499,27 +425,21 @@ def test_the_newest_checkpoint_is_by_number(
         ("state/optimizer.json", None, "optimizer.json: No such file or directory"),
     ],
 )
-def test_a_damaged_checkpoint_is_skipped(
-    run: RunDirectory, file: str, content: bytes | None, fault: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    save(run, 1)
-    damaged = save(run, 2)
+def test_a_damaged_checkpoint_is_skipped(run, file, content, fault, caplog):
+    first, damaged = save(run, 1), save(run, 2)
     (run.path / "x").touch()
     (damaged / file).unlink() if content is None else (damaged / file).write_bytes(content)
     found = checkpoint_fault(damaged)
-    assert found is not None
     assert fault in found
-    newest = run.newest_checkpoint()
-    assert newest is not None
-    assert newest.step == 1
+    assert run.newest_checkpoint() == Checkpoint(1, first)
     assert f"Skipped a damaged checkpoint: step-2: {found}. Using {run.checkpoints}" in caplog.text
     # with the older one gone as well, going on from nothing is refused
-    (run.checkpoints / "step-1" / "complete.json").unlink()
+    (first / "complete.json").unlink()
     with pytest.raises(RunFailure, match=r"damaged \(step-2: .*; step-1: complete.json: No such file"):
         run.newest_checkpoint()
 
 
-def test_prune_keeps_the_newest_whole_ones_and_what_they_need(run: RunDirectory) -> None:
+def test_prune_keeps_the_newest_whole_ones_and_what_they_need(run):
     for step in (1, 2, 3, 10, 20):
         save(run, step)
     needs = {"step-20": 2, "step-10": 1, "step-2": 3}

@@ -15,10 +15,9 @@ import torch
 import yaml
 from huggingface_hub.errors import GatedRepoError
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-import qdora
 from qdora.cli import app
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.errors import HubFailure, UserError
@@ -27,14 +26,13 @@ from qdora.model import source as model_source
 from qdora.model.build_model import Compute, find_model
 from qdora.plan import budget, memory_plan, plan_view, public_shapes, step_time
 from qdora.plan import plan_contents as parts
-from qdora.plan.changes_to_fit import _candidates, with_changes
+from qdora.plan.changes_to_fit import with_changes
 from qdora.plan.plan_contents import Change, MicroBatchShape, Moment, Plan
 from qdora.plan.plan_view import plan_run
 from qdora.plan.workload import assumed_workload, workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import load_recipe, override, recipe_names, resolved_yaml
 from qdora.recipe.settings import Recipe
-from qdora.run import load_base
 from qdora.run.train import train_run
 from qdora.train.distributed import Processes, processes_of_launch
 from tests import support
@@ -56,27 +54,18 @@ def shown(recipe: Recipe, **options: Any) -> tuple[dict[str, Any], str]:
     return found, console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_over_budget_does_not_start_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
+def test_over_budget_does_not_start_unless_forced(tmp_path):
     few: dict[str, Any] = {"train__steps": 1, "eval__at_end": False, "eval__limit": ...}
     recipe, run = one_layer(tmp_path, memory__budget="100MiB", **few), tmp_path / "run"
-    with monkeypatch.context() as patched:
-        patched.setattr(load_base, "load_model", None)  # nothing may call it
-        with pytest.raises(UserError, match=r"^memory.budget: 100.0 MiB, but the run needs about 60\d"):
-            train_run(recipe, run)
+    with pytest.raises(UserError, match=r"^memory.budget: 100.0 MiB, but the run needs about 60\d"):
+        train_run(recipe, run)
     assert not run.exists()
-    with monkeypatch.context() as patched:
-        patched.setattr("qdora.run.train.base_of_run", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(recipe, run, force=True)
+    assert train_run(recipe, run, force=True)["num_steps"] == 1
     kept = json.loads((run / "plan.json").read_text())
     assert (kept["fits"], kept["device"]) == (False, "cpu")
-    assert train_run(recipe, run, force=True)["num_steps"] == 1  # it can be started again
 
 
-def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_changes_what_leaves_the_numbers_alone(tmp_path, monkeypatch):
     recipe = one_layer(tmp_path, memory__budget="auto", memory__checkpointing=False, train__batch=24, train__steps=1)
 
     def within(free: int) -> tuple[Recipe, Plan]:
@@ -85,7 +74,6 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
         _, tokenizer = find_model(recipe)
         mix = tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0])
         changed, plan = budget.within_budget(recipe, CPU, workload_of_data(recipe, mix, tokenizer))
-        assert plan is not None
         return changed, plan
 
     changed, plan = within(10 * 2**30)
@@ -100,13 +88,12 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path: Path, monkeypatch:
         within(plan.peak_bytes // 2)
 
 
-def test_a_gpu_without_bfloat16_is_planned_in_float32(tmp_path: Path) -> None:
+def test_a_gpu_without_bfloat16_is_planned_in_float32(tmp_path):
     peaks = {}
     for asked in ("auto", "bfloat16", "float32"):
         recipe = one_layer(tmp_path, memory__budget="10GiB", model__dtype=asked)
         compute = Compute(torch.device("cuda"), torch.bfloat16 if asked == "bfloat16" else torch.float32)
         same, plan = budget.within_budget(recipe, compute, assumed_workload)
-        assert plan is not None
         assert same == recipe
         peaks[asked] = plan.peak_bytes
     assert peaks["auto"] == peaks["float32"] > peaks["bfloat16"]
@@ -114,22 +101,20 @@ def test_a_gpu_without_bfloat16_is_planned_in_float32(tmp_path: Path) -> None:
 
 @support.needs_division
 @pytest.mark.slow
-def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
+def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path):
     """Eight blocks: divided among four, a process holds two, and three while they are gathered."""
     support.write_llama(tmp_path / "model", num_hidden_layers=8, tie_word_embeddings=False)
 
-    def within(num_bytes: int, num_processes: int = 4, **changes: Any) -> tuple[Recipe, Plan]:
+    def within(num_bytes: int, num_processes: int = 4, **changes: Any) -> tuple[Recipe, Plan | None]:
         given = support.tiny_recipe(tmp_path, memory__budget=f"{num_bytes}B", adapter__targets=["q_proj"], **changes)
-        found, plan = budget.within_budget(given, CPU, assumed_workload, processes=Processes(size=num_processes))
-        assert plan is not None
-        return found, plan
+        return budget.within_budget(given, CPU, assumed_workload, processes=Processes(size=num_processes))
 
     same, whole = within(2**30)
     changed, plan = within(whole.peak_bytes - 1)
     assert (same.train.parallel, changed.train.parallel) == ("auto", "shard")
     assert plan.peak_bytes < whole.peak_bytes
     assert parts.GATHERED in plan.components
-    assert within(plan.peak_bytes, train__parallel="shard")[1].fits
+    assert within(plan.peak_bytes, train__parallel="shard")[1] is not None
     for refused in ({"train__parallel": "replicate"}, {"adapter__init": "loftq"}, {"num_processes": 1}):
         with pytest.raises(UserError, match=r"memory\.budget"):
             within(whole.peak_bytes - 1, **refused)  # type: ignore[arg-type]
@@ -137,11 +122,10 @@ def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path: Path) -> None:
         within(plan.peak_bytes - 1, train__parallel="shard")
 
 
-def test_what_the_process_and_nccl_hold_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_process_and_nccl_hold_counts_as_free(monkeypatch):
     """A plan has the whole process in it, but the system's available memory has not what it holds already."""
     monkeypatch.setattr(budget, "available_memory_bytes", lambda: 2**30)
-    before = budget.held_memory_bytes()
-    kept = torch.ones(2**24)
+    before, kept = budget.held_memory_bytes(), torch.ones(2**24)
     assert budget.held_memory_bytes() - before == pytest.approx(kept.nbytes, rel=0.1)
     for held, counted in ((5, 5), (2**33, parts.CONTEXT_BYTES["cpu"])):
         monkeypatch.setattr(budget, "held_memory_bytes", lambda held=held: held)
@@ -151,33 +135,23 @@ def test_what_the_process_and_nccl_hold_counts_as_free(monkeypatch: pytest.Monke
 
 
 def first_has_less(rank: int, recipe: Recipe) -> None:
-    asked: list[tuple[int, int]] = []
-
-    def fit_recipe(given: Recipe, num_bytes: int, *, num_processes: int, **_: Any) -> tuple[Recipe, Any]:
-        asked.append((num_bytes, num_processes))
-        return given, SimpleNamespace(fits=True)
-
     with processes_of_launch() as processes, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "free_bytes", lambda _device, num_processes: 1000 * num_processes + rank)
-        patch.setattr(budget, "fit_recipe", fit_recipe)
-        budget.within_budget(recipe, CPU, assumed_workload, processes=processes)
-    assert asked == [(2000, 2)]
+        patch.setattr(budget, "available_memory_bytes", lambda: (10 + rank) * 2**30)
+        patch.setattr(budget, "held_memory_bytes", lambda: 0)
+        _, plan = budget.within_budget(recipe, CPU, assumed_workload, processes=processes)
+    assert plan.budget_bytes == 10 * 2**30
 
 
-def test_budget_auto_is_the_same_for_all_processes(tmp_path: Path) -> None:
+def test_budget_auto_is_the_same_for_all_processes(tmp_path):
     """Else one could divide the base that another one holds whole, and wait for it for ever."""
-    assert support.run_processes(2, first_has_less, support.tiny_recipe(tmp_path, memory__budget="auto")) == ["", ""]
+    assert support.run_processes(2, first_has_less, one_layer(tmp_path, memory__budget="auto")) == ["", ""]
 
 
-def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough() -> None:
+def test_a_refusal_says_where_the_peak_is_and_whether_the_changes_are_enough():
     moments = [Moment("update", None, {parts.OPTIMIZER: 2**30})]
     found = Plan(device_kind="cpu", moments=moments, shape=SHAPE, num_micro_batches=1, budget_bytes=2**30)
-    text = parts.over_budget(found)
-    for words in (
-        "1.00 GiB, but",
-        "1.59 GiB in the update (optimizer state 1.00 GiB, context and libraries 600.0",
-    ):
-        assert words in text
+    assert "1.00 GiB, but" in parts.over_budget(found)
+    assert "1.59 GiB in the update (optimizer state 1.00 GiB, context and libraries 600.0" in parts.over_budget(found)
     for peak, is_enough in ((2**30, True), (2**30 + 1, False)):
         changes = [Change("a.b=1", 2**31, 1.0, neutral=True), Change("c.d=2, e.f=3", peak, 1.0, neutral=False)]
         text, forced = (parts.over_budget(replace(found, changes=changes), forced=each) for each in (False, True))
@@ -199,38 +173,34 @@ def proposed(recipe: Recipe) -> list[str]:
     return [change.setting for change in found.changes]
 
 
-def test_only_changes_that_go_together_are_proposed(tmp_path: Path) -> None:
-    def ranks(mean_rank: float, **adapter: Any) -> list[str]:
-        recipe = support.tiny_recipe(tmp_path, adapter__rank=16, adapter__gates={"mean_rank": mean_rank}, **adapter)
-        return [setting for setting in proposed(recipe) if "rank" in setting]
+def test_all_changes_that_go_together_are_proposed(tmp_path):
+    def of(**changes: Any) -> list[str]:
+        return proposed(support.tiny_recipe(tmp_path, **changes))
 
-    assert ranks(7.5) == ["adapter.rank=8, adapter.alpha=4"]
-    assert ranks(8) == []
-    # Either may be halved, since the gates have more components to remove in the other layers, but not both.
-    assert [len(ranks(mean_rank, adapter__experts={"rank": 16})) for mean_rank in (7.5, 8)] == [2, 1]
+    assert of(data__max_length=1024, adapter__rank=16, adapter__experts={"rank": 6}, memory__checkpointing=False) == [
+        "train.micro_batch_tokens=1024", "memory.keep_scales=false", "memory.loss_chunk=64",
+        "memory.checkpointing=true", "memory.checkpointing=true, memory.offload_activations=true",
+        "memory.host_embeddings=true", "base.residency=host, base.streamed_blocks=4",
+        "train.optimizer=paged_adamw_8bit", "adapter.rank=8, adapter.alpha=4", "adapter.experts.rank=3",
+        "data.max_length=512, train.micro_batch_tokens=512, data.too_long=truncate",
+    ]  # fmt: skip
+    # Else a micro-batch could have more of the shorter rows, but it is never longer than a step
+    shorter = of(data__max_length=2048, train__batch=..., train__tokens_per_step=1000)[-1]
+    assert shorter == "data.max_length=1024, data.too_long=truncate"
+    # Either rank may be halved, since the gates have more components to remove in the other layers, but not both.
+    for mean_rank, experts, count in ((7.5, {}, 1), (8, {}, 0), (7.5, {"rank": 16}, 2), (8, {"rank": 16}, 1)):
+        found = of(adapter__rank=16, adapter__gates={"mean_rank": mean_rank}, adapter__experts=experts)
+        assert len([setting for setting in found if "rank" in setting]) == count
     whole = {"adapter__also_train": ["embed_tokens"], "adapter__also_train_rows": "all"}
-    for changes, streams in (({}, True), (whole, True), ({"train__parallel": "shard"}, False)):
-        settings = proposed(support.tiny_recipe(tmp_path, **changes))
+    for changes, streams in ((whole, True), ({"train__parallel": "shard"}, False)):
+        settings = of(**changes)
         assert any("residency" in setting for setting in settings) is streams
-        assert any("host_embeddings" in setting for setting in settings) is (changes == {})
+        assert not any("host_embeddings" in setting for setting in settings)
 
 
-def test_shorter_examples_come_with_smaller_micro_batches(tmp_path: Path) -> None:
-    """Else a micro-batch of 2,048 tokens would have two rows in place of one, and a mask."""
-    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
-    recipe = one_layer(tmp_path, data__max_length=2048, train__batch=2)
-    found = memory_plan.plan(recipe, 1, config=config)
-    [shorter] = [change.setting for change in found.changes if "max_length" in change.setting]
-    assert shorter == "data.max_length=1024, train.micro_batch_tokens=1024, data.too_long=truncate"
-    small = override(recipe, ["train.batch=null", "train.tokens_per_step=1000"])
-    [alone] = [each for each in _candidates(small, "cuda")[1] if "data.max_length=1024" in each]
-    assert alone == ("data.max_length=1024", "data.too_long=truncate")
-
-
-def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_and_run_say_the_same(tmp_path):
     recipe = one_layer(tmp_path, train__steps=12, data__strategy="equal")
     train_run(recipe, tmp_path / "run", console=QUIET)
-    monkeypatch.setattr(load_base, "load_model", None)  # nothing may call it
     found, text = shown(recipe, budget="1GiB")
     mix, memory = found["mix"], found["memory"]
     assert json.loads(json_text(mix)) == json.loads((tmp_path / "run/mix.json").read_text())
@@ -255,7 +225,7 @@ def test_plan_and_run_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         plan_run(recipe, "r.yaml", budget="much")
 
 
-def test_a_plan_refuses_what_a_run_refuses_or_assumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_refuses_what_a_run_refuses_or_assumes(tmp_path, monkeypatch):
     def assumed(**changes: Any) -> tuple[list[str], Any]:
         found, _ = shown(one_layer(tmp_path, **changes))
         return found["memory"]["assumptions"], found
@@ -270,6 +240,14 @@ def test_a_plan_refuses_what_a_run_refuses_or_assumes(tmp_path: Path, monkeypatc
     assert (found["mix"], found["memory"]["micro_batch"]["length"]) == (None, 96)
     with pytest.raises(UserError, match=r"data\.template_kwargs: the chat template does not read .*nonsense"):
         assumed(data__template_kwargs={"nonsense": True})
+    mix = [{"source": part.source, "max_epochs": 0.5} for part in one_layer(tmp_path).data.mix]
+    short = one_layer(tmp_path, train__steps=12, data__mix=mix)
+    for call in (lambda: plan_run(short, "r.yaml"), lambda: train_run(short, tmp_path / "run")):
+        with pytest.raises(UserError, match=r"^train.steps: must be at most .* max_epochs .* leaves 25 .* got 12"):
+            call()
+    assert not (tmp_path / "run").exists()
+    train_run(one_layer(tmp_path, train__steps=7, data__mix=mix), tmp_path / "run", console=QUIET)
+    assert [line["num_examples"] for line in training_lines(tmp_path / "run")] == [4, 4, 4, 4, 4, 4, 1]
     recipe = one_layer(tmp_path)
     with (tmp_path / "data/sums.jsonl").open("a") as file:
         file.write("no JSON\n")
@@ -280,18 +258,7 @@ def test_a_plan_refuses_what_a_run_refuses_or_assumes(tmp_path: Path, monkeypatc
     assert "there is no tokenizer: model.tokenizer: " in assumed()[0][0]
 
 
-def test_a_run_longer_than_its_data_is_refused_beforehand(tmp_path: Path) -> None:
-    mix = [{"source": part.source, "max_epochs": 0.5} for part in one_layer(tmp_path).data.mix]
-    short = one_layer(tmp_path, train__steps=12, data__mix=mix)
-    for call in (lambda: plan_run(short, "r.yaml"), lambda: train_run(short, tmp_path / "run")):
-        with pytest.raises(UserError, match=r"^train.steps: must be at most .* max_epochs .* leaves 25 .* got 12"):
-            call()
-    assert not (tmp_path / "run").exists()
-    train_run(one_layer(tmp_path, train__steps=7, data__mix=mix), tmp_path / "run", console=QUIET)
-    assert [line["num_examples"] for line in training_lines(tmp_path / "run")] == [4, 4, 4, 4, 4, 4, 1]
-
-
-def test_plan_on_the_command_line(tmp_path: Path) -> None:
+def test_plan_on_the_command_line(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(resolved_yaml(one_layer(tmp_path)))
     for options, code in (((), 0), (("--budget", "1MiB"), 1)):
@@ -299,11 +266,9 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
         assert done.exit_code == code, done.stderr
         found = json.loads(done.stdout)
         assert (found["mix"]["num_steps"], found["memory"]["fits"]) == (3, False if options else None)
-    done = CliRunner().invoke(app, ["plan", str(file), "-s", "data.mix[0].source=nowhere.jsonl"])
-    assert (done.exit_code, "data.mix[0].source: no such file" in done.stderr) == (2, True)
 
 
-def test_time_of_a_step_by_hand() -> None:
+def test_time_of_a_step_by_hand():
     options: dict[str, Any] = {"attention_width": 0, "quantised": True}
     work = step_time.Work(num_linear=1000, num_head=500, num_trainable=10, checkpointing=True, **options)
     rates = step_time.Rates("x", flops=1e3, bytes=1e6, link=1e3)
@@ -312,6 +277,8 @@ def test_time_of_a_step_by_hand() -> None:
     flops = 10 * 2 * (3 * 1000 + 4 * 10) + 4 * 500 * 8
     seconds = step_time.step_seconds(work, shape, 3, rates)
     assert seconds == pytest.approx(3 * (flops / 1e3 + 3 * 4.6 * 1000 / 1e6) + 300 / 1e6, rel=1e-12)
+    few = step_time.step_seconds(replace(work, share_met=0.25), shape, 3, rates)  # of the experts a token meets few
+    assert seconds - few == pytest.approx(3 * 0.75 * 10 * 2 * (3 * 1000 + 4 * 10) / 1e3, rel=1e-9)
     # Causal attention: half of 4 * length a feature and token, again in the recomputation, and 2.5 times that backward
     wide = step_time.step_seconds(replace(work, attention_width=7), shape, 3, rates)
     assert wide - seconds == pytest.approx(3 * 10 * 2 * 5 * 7 * (1 + 1 + 2.5) / 1e3, rel=1e-9)
@@ -330,10 +297,10 @@ def test_time_of_a_step_by_hand() -> None:
         assert step_time.step_seconds(replace(work, head_chunk=chunk), shape, 1, rates) == pytest.approx(expected)
 
 
-def test_sizes() -> None:
+def test_sizes():
     sizes = {"40GiB": 40 * 2**30, "1.5 gb": 1_500_000_000, "512 MiB": 2**29, "2TB": 2 * 10**12}
     assert {text: parse_size(text) for text in sizes} == sizes
-    for text in ("", "GiB", "-1GiB", "1 XB", "nan", "1e999"):
+    for text in ("", "-1GiB", "1 XB", "nan", "1e999"):
         with pytest.raises(ValueError, match="must be a size such as 40GiB"):
             parse_size(text)
     assert [size_text(n) for n in (2048, 2**20, 3 * 2**20, 2**30)] == ["2 KiB", "1.0 MiB", "3.0 MiB", "1.00 GiB"]
@@ -342,43 +309,22 @@ def test_sizes() -> None:
 PUBLISHED: dict[str, int] = yaml.safe_load(Path(__file__).with_name("published_parameters.yaml").read_text())
 ROUNDED = dict.fromkeys(["deepseek-ai/DeepSeek-V3", "Qwen/Qwen3-Next-80B-A3B-Instruct"], 1_000_000_000)
 GATED = "meta-llama/Llama-3.2-1B-Instruct"
-# Keys that configs take although their defaults do not have them, in all releases of transformers or in older ones.
-OPTIONAL = {"partial_rotary_factor", "head_dim", "vision_use_head"}
 
 
-def test_every_shape_has_the_published_number_of_parameters() -> None:
-    shapes, wrong = public_shapes.public_shapes(), {}
+def test_every_shape_has_the_published_number_of_parameters():
+    shapes, wrong, config = public_shapes.public_shapes(), {}, {}
     for name, published in PUBLISHED.items():
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(shapes[name].config())
         count, unit = sum(parameter.numel() for parameter in model.parameters()), ROUNDED.get(name, 1)
         if round(count / unit) * unit != published:
             wrong[name] = (count, published)
+        config[name] = model.config.get_text_config()
     assert not wrong
     assert {id(shape) for shape in shapes.values()} == {id(shapes[name]) for name in PUBLISHED}
-    sources = {load_recipe(name).model.source for name in recipe_names()}
-    on_the_hub = {name for name in sources if name.count("/") == 1}
-    assert "meta-llama/Llama-3.3-70B-Instruct" in on_the_hub
-    assert on_the_hub <= shapes.keys()
-
-
-def test_the_file_names_each_model_once_and_only_keys_that_its_config_has() -> None:
-    models = yaml.safe_load(Path(public_shapes.__file__).with_suffix(".yaml").read_text())["models"]
-    names = [name for model in models for name in model["names"]]
-    assert f"For {len(models)} public models" in (Path(qdora.__file__).parent / "guide/memory.md").read_text()
-    assert len(names) == len({name.lower() for name in names})
-    assert all(name.count("/") == 1 for name in names)
-    assert all(shape.source.startswith("https://") for shape in public_shapes.public_shapes().values())
-    for model in models:
-        config = model["config"]
-        for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
-            known = AutoConfig.for_model(part["model_type"])
-            assert not [key for key in part.keys() - OPTIONAL if not hasattr(known, key)], model["names"]
-
-
-def test_windows_and_rotary_shares_arrive_in_the_config() -> None:
-    """Sizes that no number of parameters shows; s is a sliding window, f full attention."""
-    config = {name: public_shapes.public_shapes()[name].config().get_text_config() for name in PUBLISHED}
+    on_the_hub = {name for name in (load_recipe(each).model.source for each in recipe_names()) if name.count("/") == 1}
+    assert {"meta-llama/Llama-3.3-70B-Instruct"} <= on_the_hub <= shapes.keys()
+    # Sizes that no number of parameters shows; s is a sliding window, f full attention
     layers = {"google/gemma-3-4b-it": "sssssfs", "google/gemma-2-9b": "sfs", "openai/gpt-oss-20b": "sf",
               "allenai/Olmo-3-1025-7B": "sssf"}  # fmt: skip
     for name, kinds in layers.items():
@@ -389,7 +335,7 @@ def test_windows_and_rotary_shares_arrive_in_the_config() -> None:
     assert config["zai-org/GLM-4-9B-0414"].rope_parameters["partial_rotary_factor"] == 0.5
 
 
-def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path, monkeypatch):
     def refuse(*_: Any, **__: Any) -> str:
         answer: Any = SimpleNamespace(headers={}, request=None)
         raise GatedRepoError("403", response=answer)
@@ -399,28 +345,19 @@ def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(model_source, "snapshot_download", refuse)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"vocab_size": 100, "num_hidden_layers": 2, "tie_word_embeddings": True}
-    tiny = public_shapes.PublicShape({"model_type": "llama", **sizes}, "https://example.org/tiny")
-    own = one_layer(tmp_path)
-    monkeypatch.setattr(memory_plan, "public_shapes", lambda: {GATED: tiny, own.model.source: tiny})
-    found, text = shown(gated(GATED))
-    assert found["memory"]["stored_shape"] == "https://example.org/tiny"
+    sizes |= {"vocab_size": 100, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    public = public_shapes.PublicShape({"model_type": "llama", **sizes}, "https://example.org/tiny")
     # Embedding, which is the head too, q and o, k and v, the three matrices of the MLP, and the norms
-    num_weights = 100 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64) + 64
-    assert found["memory"]["num_weights"] == num_weights
-    assert "the shape stored in qdora, from https://example.org/tiny" in text
+    num_weights = 100 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 3 * 64
+    own = one_layer(tmp_path)
+    monkeypatch.setattr(memory_plan, "public_shapes", lambda: {GATED: public, own.model.source: public})
+    found, text = shown(gated(GATED))
+    assert (found["memory"]["stored_shape"], found["memory"]["num_weights"]) == (public.source, num_weights)
+    assert f"the shape stored in qdora, from {public.source}" in text
     assert f"there is no tokenizer: model.source: {GATED}: the model is gated." in text
     with pytest.raises(UserError, match=r"the model is gated\. Fix: accept its terms"):
         train_run(gated(GATED), tmp_path / "run")
     with pytest.raises(HubFailure, match="the model is gated"):
         shown(gated("someone/unlisted"))
-    found = memory_plan.plan(own, device_kind="cpu").to_dict()  # a model at hand has its own config
-    assert (found["stored_shape"], found["num_weights"] != num_weights) == (None, True)
-
-
-@pytest.mark.slow
-def test_the_recipe_for_70b_is_planned_offline() -> None:
-    found = shown(load_recipe("llama-70b-40gb"))[0]["memory"]
-    assert found["stored_shape"].startswith("https://")
-    assert found["num_weights"] == PUBLISHED["meta-llama/Llama-3.3-70B-Instruct"]
-    assert found["fits"]
+    # A model at hand has its own config
+    assert memory_plan.plan(own, device_kind="cpu").to_dict()["stored_shape"] is None

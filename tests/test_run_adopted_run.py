@@ -120,7 +120,7 @@ def adapter(model: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_exports_of_an_adapter(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+def test_exports_of_an_adapter(model, tmp_path, caplog, kind):
     case = ADAPTERS[kind]
     if kind == "lora":  # on a base in float16
         half = shutil.copytree(model, tmp_path / "half")
@@ -180,27 +180,23 @@ def changed(adapter: Path, out: Path, **settings: Any) -> Path:
         ({}, {"step": 2}, "--step.*used only with a run"),
     ],
 )
-def test_what_is_refused(
-    adapter: Path, tmp_path: Path, settings: dict[str, Any], options: dict[str, Any], words: str
-) -> None:
-    given = changed(adapter, tmp_path / "given", **settings)
+def test_what_is_refused(model, adapter, tmp_path, settings, options, words):
+    given, target = changed(adapter, tmp_path / "given", **settings), tmp_path / "out"
     with pytest.raises(UserError, match=words):
-        export_run(given, tmp_path / "out", ExportOptions(**options))
+        export_run(given, target, ExportOptions(**options))
     with pytest.raises(UserError, match=words):
         evaluate_target(str(given), EvalOptions(tasks=["demo/facts"], **options))
-    assert not (tmp_path / "out").exists()
+    for call, fault in (
+        (lambda: export_run(model, target, ExportOptions(base_model=str(model))), "--base-model: used only with an"),
+        (lambda: load_target(str(model), base_model=str(model), verb="eval"), "--base-model: .* only with an adapter"),
+        (lambda: evaluate_target(str(adapter)), "eval: .* has no data"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            call()
+    assert not target.exists()
 
 
-def test_options_of_adapters_are_refused_elsewhere(model: Path, adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--base-model: used only with an adapter"):
-        export_run(model, tmp_path / "out", ExportOptions(base_model=str(model)))
-    with pytest.raises(UserError, match=r"--base-model: .* only with an adapter"):
-        load_target(str(model), base_model=str(model), verb="eval")
-    with pytest.raises(UserError, match=r"eval: .* has no data"):
-        evaluate_target(str(adapter))
-
-
-def test_a_base_that_is_stored_in_4_bits_stays_so(model: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_base_that_is_stored_in_4_bits_stays_so(model, adapter, tmp_path):
     """No double quantisation there, so the default would be another base; with a tokenizer beside the adapter alone."""
     bnb_base(model, bnb_4bit_quant_type="nf4").save_pretrained(tmp_path / "base")
     given = changed(adapter, tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
@@ -214,7 +210,7 @@ def test_a_base_that_is_stored_in_4_bits_stays_so(model: Path, adapter: Path, tm
     torch.testing.assert_close(exported, expected_logits(model, adapter, case), rtol=0, atol=2e-5)
 
 
-def test_eval_and_generate(model: Path, adapter: Path, tmp_path: Path) -> None:
+def test_eval_and_generate(model, adapter, tmp_path):
     moved = changed(adapter, tmp_path / "moved", base_model_name_or_path="/x/llama")
     before, text = content(moved), tmp_path / "text"
     text.write_text("Question: is the sky blue?\nAnswer: yes no yes no")

@@ -1,10 +1,9 @@
-"""The base of a run: recorded, pruned once, or streamed; the same one in training, evaluation, export and resume."""
+"""The base of a run: recorded, pruned once, streamed, or with new tokens; the same one in all that follows."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,34 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qdora.errors import Interrupted, UserError
+from qdora.errors import UserError
 from qdora.export.export_run import export_run
+from qdora.export.logit_comparison import comparison_text
 from qdora.export.options import ExportOptions
+from qdora.export.verify import verify_merged
 from qdora.files.run_directory import RunDirectory
-from qdora.model.build_model import choose_compute
-from qdora.model.inject import adapted_layers, frozen_layers
-from qdora.model.source import resolve
+from qdora.model.build_model import choose_compute, find_model, token_ids
+from qdora.model.inject import adapted_layers
+from qdora.model.trained_embeddings import extend_vocabulary, trained_matrices
+from qdora.plan import plan_contents as parts
 from qdora.plan.division import divided_recipe
+from qdora.plan.memory_plan import plan
 from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
+from qdora.recipe.section import with_settings
 from qdora.recipe.settings import CalibrationConfig, Recipe
-from qdora.run import calibration, prepare, pruned_base
+from qdora.run import calibration, pruned_base
 from qdora.run.evaluate import EvalOptions, evaluate_target
+from qdora.run.generate import Sampling, generate_from
+from qdora.run.load_base import load_base
 from qdora.run.load_run import load_run
 from qdora.run.open_directory import resumed_recipe
 from qdora.run.residency_choice import FILE, keep_residency, residency_here
 from qdora.run.train import train_run
 from tests import support
-from tests.support import assert_same_run, stop_after
-from tests.test_memory_host_residency import stream_on_cpu
+from tests.support import assert_same_run
+from tests.test_plan_memory import a_config, a_recipe
 
 QUIET = Console(quiet=True)
 OLD, NEW = "a" * 40, "b" * 40
@@ -48,6 +55,12 @@ def change_weights_(directory: Path) -> None:
     torch.manual_seed(1)
     changed = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in load_file(file).items()}
     save_file(changed, file, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _model(root: Path) -> None:
+    """Its rows are whole blocks of 64."""
+    support.write_llama(root / "model", intermediate_size=128)
 
 
 # --- recorded
@@ -76,11 +89,8 @@ def move_main(cache: Path, commit: str) -> None:
         (repository / "refs/main").write_text(commit)
 
 
-@pytest.mark.parametrize("revision", [None, "main"])
-@pytest.mark.parametrize("what", ["base", "tokenizer"])
-def test_a_moved_branch(
-    tmp_path: Path, hub: Path, what: str, revision: str | None, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize(("what", "revision"), [("base", None), ("tokenizer", "main")])
+def test_a_moved_branch(tmp_path, hub, what, revision, caplog):
     names = {"model__source": "org/small", "model__revision": revision}
     if what == "tokenizer":
         names = {"model__tokenizer": "org/words", "model__tokenizer_revision": revision}
@@ -100,9 +110,8 @@ def test_a_moved_branch(
     with caplog.at_level(logging.WARNING, "qdora"):
         again = resumed_recipe(run, str(given), ["train.steps=3"])
     assert "revision" not in caplog.text
-    train_run(again, run, resume=True, console=QUIET)
-    if revision is None:  # as a study resumes its cells, which have no revision
-        train_run(override(recipe, ["train.steps=4"]), run, resume=True, console=QUIET)
+    # With no revision as a study resumes its cells, which have none
+    train_run(override(recipe, ["train.steps=3"]) if revision is None else again, run, resume=True, console=QUIET)
     assert kept() == OLD
     setting, fault = "model.revision", "org/small is not the base that was trained on"
     if what == "tokenizer":
@@ -110,43 +119,28 @@ def test_a_moved_branch(
     with pytest.raises(UserError, match=fault):
         train_run(override(again, ["train.steps=4", f"{setting}={NEW}"]), run, resume=True)
     if what == "base":
-        for file, place in (("adapter_config.json", ()), ("qdora.json", ("base",))):
-            found = json.loads((run / "adapter" / file).read_text())
-            assert (found[place[0]] if place else found)["revision"] == OLD
+        files = ("adapter_config.json", "qdora.json")
+        adapter, own = (json.loads((run / "adapter" / name).read_text()) for name in files)
+        assert adapter["revision"] == own["base"]["revision"] == OLD
         assert export_run(run, tmp_path / "out", console=QUIET)["verification"]["passed"]
         shutil.rmtree(hub / "models--org--small/snapshots" / OLD)
         with pytest.raises(UserError, match=f"org/small: its revision '{OLD}' is not in the Hub's cache"):
             load_run(run)
 
 
-def test_a_run_of_an_older_version_goes_on_and_a_changed_base_is_refused(tmp_path: Path, hub: Path) -> None:
-    recipe = support.tiny_recipe(tmp_path, model__source="org/small", train__steps=2, eval__at_start=False)
-    run, out = tmp_path / "run", tmp_path / "out"
+def test_a_base_that_has_changed_in_its_place_is_refused(tmp_path):
+    recipe, run, out = support.tiny_recipe(tmp_path, train__steps=2), tmp_path / "run", tmp_path / "out"
     train_run(recipe, run, console=QUIET)
-    own = (run / "recipe.yaml").read_text()
-    assert f"  revision: {OLD}\n" in own
-    (run / "recipe.yaml").write_text(own.replace(f"  revision: {OLD}\n", ""))
-    record = json.loads((run / "environment.json").read_text())
-    del record["base"]
-    (run / "environment.json").write_text(json.dumps(record))
-    assert nll(run) > 0
-    train_run(load_recipe(run / "recipe.yaml", ["train.steps=3"]), run, resume=True, console=QUIET)
-    assert load_recipe(run / "recipe.yaml").model.revision == OLD  # from now on it is known
-    snapshot = hub / "models--org--small/snapshots" / OLD
-    moved = Path(shutil.copytree(snapshot, tmp_path / "base", copy_function=shutil.copyfile))  # other times, same files
-    text = (run / "recipe.yaml").read_text().replace(f"  revision: {OLD}\n", "").replace("org/small", str(moved))
-    (run / "recipe.yaml").write_text(text)
-    assert nll(run) > 0
     longer = load_recipe(run / "recipe.yaml", ["train.steps=4"])
-    change_weights_(moved)
+    change_weights_(tmp_path / "model")
     for call in (
         lambda: nll(run),
         lambda: export_run(run, out, console=QUIET),
         lambda: train_run(longer, run, resume=True),
     ):
-        with pytest.raises(UserError, match=r"base is not the base that was trained on: model\.safetensors differs\."):
+        with pytest.raises(UserError, match=r"model is not the base that was trained on: model\.safetensors differs\."):
             call()
-    assert load_recipe(run / "recipe.yaml").train.steps == 3
+    assert load_recipe(run / "recipe.yaml").train.steps == 2
     assert not out.exists()
 
 
@@ -165,19 +159,17 @@ def pruned(root: Path) -> Path:
     return root / "pruned"
 
 
-def test_evaluation_and_export_take_the_pruned_base_that_was_trained_on(pruned: Path, tmp_path: Path) -> None:
+def test_evaluation_and_export_take_the_pruned_base_that_was_trained_on(pruned, tmp_path):
     record = json.loads((pruned / "base/compressed.json").read_text())
     assert (record["sparsity"], record["settings"]["prune"]["pattern"], len(record["layers"])) == (0.5, "2:4", 14)
-    for name, layer in record["layers"].items():
-        assert (layer["sparsity"], layer["kind"]) == (0.5, "nf4"), name
-        assert 0.1 < layer["relative_error"] < 1
+    assert all((layer["sparsity"], layer["kind"]) == (0.5, "nf4") for layer in record["layers"].values())
+    assert all(0.1 < layer["relative_error"] < 1 for layer in record["layers"].values())
     adapter = json.loads((pruned / "adapter/qdora.json").read_text())
     assert adapter["base"]["quant"]["prune"]["method"] == "wanda"
     assert "Pruned 14 layers by wanda: 50.00 %" in (pruned / "log.txt").read_text()
     stored = load_file(pruned / "base/model.safetensors")
     for path, layer in adapted_layers(load_run(pruned).model).items():
         packed = layer.base.packed_weight
-        assert packed is not None
         assert torch.equal(packed.packed, stored[f"{path}.packed"])
         assert not layer.base.dequantized()[~layer.base.keep_mask()].any()
     evaluated = evaluate_target(str(pruned), EvalOptions(split="validation"), console=QUIET)["evaluation"]
@@ -187,58 +179,45 @@ def test_evaluation_and_export_take_the_pruned_base_that_was_trained_on(pruned: 
     assert found["verification"]["passed"]
 
 
+def no_links(*_: Any, **__: Any) -> None:
+    raise OSError
+
+
 def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-COMPRESS = "qdora.run.pruned_base.compress_base"
-
-
-@pytest.mark.parametrize("case", ["stopped", "another recipe before", "not begun"])
-def test_resumed_on_its_own_pruned_base(
-    root: Path, pruned: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("case", ["stopped", "another recipe before"])
+def test_resumed_on_its_own_pruned_base(root, pruned, tmp_path, case, monkeypatch):
     """Without another compression, unless an earlier start with another recipe has left its base."""
-
-    def start(until: str, **prune: Any) -> None:
-        """A start that is interrupted where it calls `until`."""
-        with monkeypatch.context() as patch:
-            patch.setattr(until, interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                train_run(pruned_recipe(root, {**PRUNE, **prune}), tmp_path / "run", console=QUIET)
-
+    run = tmp_path / "run"
     if case == "stopped":
-        with monkeypatch.context() as patch:
-            stop_after(patch, 2)
-            with pytest.raises(Interrupted):
-                train_run(pruned_recipe(root), tmp_path / "run", console=QUIET)
-    elif case == "not begun":
-        start("qdora.run.train.adapt")
+        support.train_until(pruned_recipe(root), run, 2)
+        monkeypatch.setattr("qdora.run.pruned_base.compress_base", interrupt)
     else:
-        start("qdora.run.train.adapt", pattern="6:8")
-        start(COMPRESS)
-        assert json.loads((tmp_path / "run/base/compressed.json").read_text())["sparsity"] == 0.25
-    if case != "another recipe before":
-        monkeypatch.setattr(COMPRESS, interrupt)
-    train_run(pruned_recipe(root), tmp_path / "run", resume=True, console=QUIET)
-    assert_same_run(tmp_path / "run", pruned, step=3)
+        for until, pattern in (("qdora.run.train.adapt", "6:8"), ("qdora.run.pruned_base.compress_base", "2:4")):
+            with monkeypatch.context() as patch:
+                patch.setattr(until, interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    train_run(pruned_recipe(root, {**PRUNE, "pattern": pattern}), run, console=QUIET)
+        assert json.loads((run / "base/compressed.json").read_text())["sparsity"] == 0.25
+    train_run(pruned_recipe(root), run, resume=True, console=QUIET)
+    assert_same_run(run, pruned, step=3)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
-def test_other_rules_and_a_dense_base(root: Path, tmp_path: Path, method: str) -> None:
-    prune: dict[str, Any] = {"method": method, "sparsity": 0.6}
-    if method != "magnitude":
-        (tmp_path / "text.txt").write_text("a sum of numbers and letters. " * 60)
-        prune["calibration"] = {"sequences": 3, "length": 32, "text": str(tmp_path / "text.txt")}
-    result = train_run(pruned_recipe(root, prune, base__quant="none"), tmp_path / "run", console=QUIET)
-    assert result["num_layers"] == 14
+def test_sparsegpt_by_a_text_on_a_dense_base(root, tmp_path):
+    (tmp_path / "text.txt").write_text("a sum of numbers and letters. " * 60)
+    prune: dict[str, Any] = {"method": "sparsegpt", "sparsity": 0.6}
+    prune |= {"calibration": {"sequences": 3, "length": 32, "text": str(tmp_path / "text.txt")}}
+    train_run(pruned_recipe(root, prune, base__quant="none"), tmp_path / "run", console=QUIET)
     record = json.loads((tmp_path / "run/base/compressed.json").read_text())
     assert record["sparsity"] == pytest.approx(0.6, abs=0.001)
-    for layer in adapted_layers(load_run(tmp_path / "run").model).values():
-        assert not layer.base.dequantized()[~layer.base.keep_mask()].any()
+    layers = adapted_layers(load_run(tmp_path / "run").model).values()
+    assert len(layers) == 14
+    assert not any(layer.base.dequantized()[~layer.base.keep_mask()].any() for layer in layers)
 
 
-def test_calibration_takes_pieces_of_the_text(root: Path, tmp_path: Path) -> None:
+def test_calibration_takes_pieces_of_the_text(root, tmp_path):
     settings, ids = CalibrationConfig(sequences=50, length=5, seed=1), list(range(10, 30))
     found = calibration.pieces(ids, [1], settings)
     assert found.shape == (50, 5)
@@ -254,7 +233,7 @@ def test_calibration_takes_pieces_of_the_text(root: Path, tmp_path: Path) -> Non
         train_run(pruned_recipe(root, long), tmp_path / "run")
 
 
-def test_runs_that_share_a_base_compress_it_once(root: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_share_a_base_compress_it_once(root, pruned, monkeypatch):
     made: list[str] = []
 
     def shared(key: str, make: Any) -> Path:
@@ -276,82 +255,150 @@ def test_runs_that_share_a_base_compress_it_once(root: Path, pruned: Path, monke
     assert len(made) == 3
     files = {name: root / name / "base/model.safetensors" for name in arms}
     assert [files["dora"].samefile(files[name]) for name in ("lora", "denser", "other text")] == [True, False, False]
-    assert files["dora"].read_bytes() == (pruned / "base/model.safetensors").read_bytes()
     assert_same_run(root / "dora", pruned, step=3)
     load_run(root / "lora")  # it is whole by itself
-
-    def refuse(*_: Any) -> None:
-        raise OSError("no links here")
-
-    monkeypatch.setattr(pruned_base.os, "link", refuse)  # without links the files are copied
-    train_run(pruned_recipe(root), root / "copied", shared_bases=lambda _key, _make: pruned, console=QUIET)
-    copied = root / "copied/base/model.safetensors"
-    assert copied.read_bytes() == files["dora"].read_bytes()
-    assert not copied.samefile(pruned / "base/model.safetensors")
-
-
-def test_weights_that_changed_in_their_place_are_compressed_anew(root: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(support.write_llama(tmp_path / "first"), tmp_path / "model"))
-
-    def key() -> str:
-        return pruned_base.compression_key(pruned_recipe(root), resolve(str(folder)), choose_compute("float32"), None)
-
-    before = key()
-    assert key() == before
-    file = folder / "model.safetensors"
-    content, time = bytearray(file.read_bytes()), file.stat().st_mtime_ns
-    content[-1] ^= 1
-    file.write_bytes(content)
-    os.utime(file, ns=(time + 1, time + 1))
-    assert key() != before
+    monkeypatch.setattr(pruned_base.os, "link", no_links)  # without links the files are copied
+    pruned_base._link_or_copy(str(files["dora"]), str(root / "copied"))
+    assert (root / "copied").read_bytes() == (pruned / "base/model.safetensors").read_bytes()
 
 
 # --- streamed
 
 
-@pytest.mark.parametrize("trained", ["device", "host"])
-@pytest.mark.parametrize("differentiated", [False, True])
-def test_residency_here(
-    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, trained: str, differentiated: bool
-) -> None:
-    recipe = support.tiny_recipe(root, base__residency=trained)
-    for device, expected in (("cpu", "device"), ("cuda", "device" if differentiated else trained)):
-        caplog.clear()
-        with caplog.at_level(logging.INFO, logger="qdora"):
-            found = residency_here(RunDirectory(tmp_path), recipe, torch.device(device), differentiated=differentiated)
-        assert found.base.residency == expected
-        told = [record.getMessage() for record in caplog.records]
-        assert len(told) == (expected != trained)
-        assert all(expected in each and trained in each for each in told)
-
-
-def test_what_was_chosen_is_kept_until_another_start_chooses(root: Path, tmp_path: Path) -> None:
+def test_what_was_chosen_is_kept_until_another_start_chooses(root, tmp_path, caplog):
     run, gpu, given = RunDirectory(tmp_path), torch.device("cuda"), support.tiny_recipe(root)
     chosen = override(given, ["base.residency=host", "base.streamed_blocks=1", "memory.host_embeddings=true"])
     divided = divided_recipe(chosen)
-    assert divided is not None
-    assert divided.train.divides_base
     keep_residency(run, given, given)
     assert not (tmp_path / FILE).exists()
     # The whole of a divided base may not fit on the one device of a later command
     for first, second, expected in ((given, chosen, chosen), (given, given, given), (chosen, divided, chosen)):
         keep_residency(run, first, second)
         assert residency_here(run, first, gpu) == expected
+    assert residency_here(run, chosen, gpu, differentiated=True).base.residency == "device"
+    with caplog.at_level(logging.INFO, logger="qdora"):
+        assert residency_here(run, chosen, torch.device("cpu")).base.residency == "device"
+    assert "using device instead of host, because this machine computes on cpu" in caplog.text
     (tmp_path / FILE).write_text('{"residency": "disk", "streamed_blocks": 2}')  # as an older version wrote it
     assert residency_here(run, chosen, gpu) == given
-    (tmp_path / FILE).write_text('{"residency": "attic", "streamed_blocks": null}')
-    with pytest.raises(UserError, match=r"residency\.json: is damaged: residency: Input should be"):
-        residency_here(run, given, gpu)
 
 
-def test_a_run_goes_on_with_what_was_chosen(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = support.tiny_recipe(root, train__steps=2, eval__at_start=False, eval__at_end=False, eval__limit=...)
-    chosen = ["base.residency=host", "base.streamed_blocks=1"]
-    stream_on_cpu(monkeypatch)
-    monkeypatch.setattr(prepare, "within_budget", lambda given, *_, **__: (override(given, chosen), None))
-    run = tmp_path / "run"
-    for resume in (False, True):
-        train_run(recipe, run, resume=resume, console=QUIET)
-        assert load_recipe(run / "recipe.yaml").base.residency == "device"
-        assert json.loads((run / FILE).read_text())["streamed_blocks"] == 1
-    assert all(layer.residency is None for layer in frozen_layers(load_run(run).model).values())  # without a GPU
+# --- with new tokens
+
+TOKENS = ["<sum>", "<end>"]
+NEW_ROWS = {"model__add_tokens": TOKENS, "adapter__also_train": ["embed_tokens", "lm_head"]}
+WHOLE = NEW_ROWS | {"adapter__also_train_rows": "all"}
+TEXT = "<sum>3 + 4 = 7<end>"
+
+
+def token_recipe(root: Path, **changes: Any) -> Recipe:
+    """The tiny recipe on sums whose text has the new tokens."""
+    found, sums = support.tiny_recipe(root, **changes), root / "marked.jsonl"
+    rows = [{"prompt": f"<sum>{a} + {b} =", "completion": f" {a + b}<end>"} for a in range(6) for b in range(5)]
+    sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = found.data.mix[0].model_copy(update={"source": str(sums)})
+    return with_settings(found, data={"mix": (source,)})
+
+
+@pytest.fixture(scope="module")
+def rows_run(root: Path) -> Path:
+    train_run(token_recipe(root, **NEW_ROWS), root / "rows", console=QUIET)
+    return root / "rows"
+
+
+@pytest.fixture(scope="module", params=["rows", "whole"])
+def run(root: Path, rows_run: Path, request: pytest.FixtureRequest) -> Path:
+    if request.param == "rows":
+        return rows_run
+    train_run(token_recipe(root, **WHOLE), root / "whole", console=QUIET)
+    return root / "whole"
+
+
+def test_new_rows_move_and_all_others_stay_bit_for_bit(root, rows_run):
+    asked = token_recipe(root, **NEW_ROWS)
+    source, tokenizer = find_model(asked)
+    model: Any = load_base(asked, source, choose_compute("float32"))
+    extend_vocabulary(model, token_ids(asked, tokenizer))
+    start, loaded = model.get_input_embeddings().weight.detach(), load_run(rows_run)
+    ids = loaded.tokenizer.convert_tokens_to_ids(TOKENS)
+    assert loaded.tokenizer("<sum>1 + 1 =")["input_ids"][0] == ids[0]
+    matrix = loaded.model.get_input_embeddings().weight
+    others = [row for row in range(len(start)) if row not in ids]
+    assert torch.equal(matrix[others], start[others])
+    assert (matrix[ids] != start[ids]).float().mean() > 0.9
+    held = load_file(rows_run / "adapter/adapter_model.safetensors")
+    names = [name for name in held if "embed_tokens" in name or "lm_head" in name]
+    assert names == ["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    config = json.loads((rows_run / "adapter/adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == {"model.embed_tokens": ids}
+    assert "| also trained | embed_tokens, lm_head (rows of the new tokens) |" in (rows_run / "README.md").read_text()
+    answer = generate_from(str(rows_run), "<sum>1 + 1 =", Sampling(max_new_tokens=2), raw=True)
+    assert answer["num_new_tokens"] == 2
+    bare = load_run(rows_run, base_only=True)  # the base of a run has rows for its tokens
+    assert not trained_matrices(bare.model)
+    assert bare.model(**bare.tokenizer(TEXT, return_tensors="pt")).logits.isfinite().all()
+
+
+def test_resumed_equals_uninterrupted(root, run, tmp_path):
+    asked = token_recipe(root, **(NEW_ROWS if run.name == "rows" else WHOLE))
+    support.assert_resumes(asked, run, tmp_path / "run", stop_at=3)
+
+
+def test_exports_have_the_rows_and_the_tokens(run, tmp_path):
+    loaded, out = load_run(run), tmp_path / "merged"
+    ids = loaded.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    options: dict[str, Any] = {"merged": {"dtype": "float32", "audit": run.name == "rows"}, "nf4-lora": {}}
+    options |= {"peft": {}} if run.name == "rows" else {}
+    for form, own in options.items():
+        exported = export_run(run, tmp_path / form, ExportOptions(format_=form, **own), console=QUIET)
+        assert form == "peft" or exported["verification"]["passed"], exported["verification"]
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / form)
+        assert torch.equal(tokenizer(TEXT, return_tensors="pt")["input_ids"], ids)
+        assert len(tokenizer) == len(loaded.tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.tie_word_embeddings
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, loaded.model(ids).logits, rtol=1e-4, atol=1e-4)
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.embed_tokens.weight"][ids[0, 0]] *= 1.0001
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    check = verify_merged(loaded.model, out, comparison_text(loaded.tokenizer, {}))
+    assert any("its trained rows are not those of the run" in fault for fault in check["faults"])
+
+
+def test_an_adapter_with_rows_is_continued_only_with_the_same_rows(root, rows_run, tmp_path):
+    again = {"adapter__resume_from": str(rows_run / "adapter"), "adapter__rank": ..., "adapter__alpha": ...}
+    train_run(token_recipe(root, **NEW_ROWS, **again, train__steps=1), tmp_path / "run", console=QUIET)
+    assert trained_matrices(load_run(tmp_path / "run").model)
+    turned = {"model__add_tokens": list(reversed(TOKENS))}
+    for changes, words in (
+        (WHOLE, r"adapter.also_train: must be \[embed_tokens.*\] with adapter.also_train_rows new, .* got .* with all"),
+        (NEW_ROWS | turned, r"model.add_tokens: must be \[.*\] as in the adapter in .*, got \["),
+    ):
+        with pytest.raises(UserError, match=words):
+            train_run(token_recipe(root, **changes, **again), tmp_path / "other")
+
+
+def test_full_fine_tuning_takes_new_tokens_and_unseen_ones_are_a_warning(root, tmp_path):
+    no_adapter = {"adapter__rank": ..., "adapter__alpha": ..., "adapter__dropout": ..., "adapter__kind": "full"}
+    tokens = ["<sum>", "<other>"]
+    full = token_recipe(root, model__add_tokens=tokens, base__quant="none", train__steps=2, **no_adapter)
+    train_run(full, tmp_path / "run", console=QUIET)
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "model.add_tokens: the training data does not have '<other>', so" in log
+    exported = export_run(tmp_path / "run", tmp_path / "out", ExportOptions(dtype="float32"), console=QUIET)
+    assert exported["verification"]["passed"], exported["verification"]
+
+
+def test_a_plan_counts_rows_and_whole_matrices():
+    config = a_config(num_hidden_layers=1, tie_word_embeddings=False)
+    rows, whole = (plan(a_recipe(train__optimizer="adamw", **changes), config=config) for changes in (NEW_ROWS, WHOLE))
+    few, all_ = (found.moments[-1].by_component for found in (rows, whole))  # in the update
+    num_new, num_whole, num_adapters = 2 * 2 * 64, 2 * 514 * 64, 4 * 1024 + 512
+    assert (rows.num_trainable, whole.num_trainable) == (num_adapters + num_new, num_adapters + num_whole)
+    assert abs(few[parts.DENSE] - 2 * (num_whole + 3 * 64)) <= 2 * 4 * 16  # and rotary tables
+    more = {part: all_.get(part, 0) - few[part] for part in few}
+    assert more[parts.DENSE] == 0
+    assert more[parts.ADAPTERS] == -(4 * num_new + 2 * 2 * 8)  # rows are float32 beside the matrices; and their ids
+    assert more[parts.GRADIENTS] == 4 * (num_whole - num_new)
+    assert more[parts.OPTIMIZER] == (8 + 2) * num_whole - 8 * num_new  # two states, and the low bits of bf16
