@@ -37,7 +37,7 @@ def loops(hidden, weight, bias, labels, **form):
     return reference.head_nll(*as_numpy, labels.numpy(), None if bias is None else bias.double().numpy(), **form)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     num_tokens=st.integers(0, 13),
     vocabulary=st.integers(1, 40),
@@ -47,18 +47,21 @@ def loops(hidden, weight, bias, labels, **form):
     bias=st.booleans(),
     form=st.sampled_from(FORMS),
     dtype=st.sampled_from([torch.float64, torch.float32]),
+    quant=st.sampled_from([None, None, "nf4", "int8"]),
     seed=st.integers(0, 99),
 )
 def test_values_and_gradients_of_any_shape_chunk_and_slice(
-    num_tokens, vocabulary, width, chunk, per_slice, bias, form, dtype, seed
+    num_tokens, vocabulary, width, chunk, per_slice, bias, form, dtype, quant, seed
 ):
     hidden, weight, offset, labels, upstream = head(num_tokens, vocabulary, width, bias=bias, seed=seed)
     hidden = hidden.T.contiguous().T.to(dtype)  # columns first in memory
-    weight, offset = weight.to(dtype), None if offset is None else offset.to(dtype)
+    given_weight = weight.to(dtype) if quant is None else quantize(weight.float(), quant, 64)
+    weight = given_weight if isinstance(given_weight, torch.Tensor) else dequantize(given_weight, dtype)
+    offset = None if offset is None else offset.to(dtype)
     hidden.requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "_CPU_SLICE_LOGITS", per_slice)
-        nll = chunked_nll(hidden, weight, labels, bias=offset, chunk=chunk, **form)
+        nll = chunked_nll(hidden, given_weight, labels, bias=offset, chunk=chunk, **form)
     nll.backward(upstream.to(dtype))
     expected, rows = loops(hidden, weight, offset, labels, **form)
     tolerance = 1e-11 if dtype == torch.float64 else 2e-5
@@ -67,13 +70,6 @@ def test_values_and_gradients_of_any_shape_chunk_and_slice(
     assert hidden.grad is not None
     wanted = upstream.numpy()[:, None] * rows
     np.testing.assert_allclose(hidden.grad.numpy(), wanted, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_the_references_gradient_is_that_of_finite_differences(form):
-    hidden, weight, offset, labels, _ = head(5, 11, 4, bias=True)
-    hidden.requires_grad_()
-    assert torch.autograd.gradcheck(lambda h: chunked_nll(h, weight, labels, bias=offset, chunk=2, **form), (hidden,))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -110,19 +106,6 @@ def test_large_logits_and_impossible_labels():
     np.testing.assert_allclose(nll.detach().numpy(), [2e4, 0.0, np.log(3)], rtol=1e-6)
     assert hidden.grad is not None
     np.testing.assert_allclose(hidden.grad.numpy(), [[2.0], [0.0], [0.0]], atol=1e-6)
-
-
-@pytest.mark.parametrize("quant", ["nf4", "int8"])
-def test_a_packed_head_is_its_dequantised_weight(quant):
-    hidden, weight, _, labels, upstream = head(6, 20, 64)
-    packed = quantize(weight.float(), quant, 64)
-    single = hidden.float().requires_grad_()
-    nll = chunked_nll(single, packed, labels, chunk=4)
-    nll.backward(upstream.float())
-    expected, rows = loops(single, dequantize(packed), None, labels)
-    np.testing.assert_allclose(nll.detach().numpy(), expected, rtol=1e-5)
-    assert single.grad is not None
-    np.testing.assert_allclose(single.grad.numpy(), upstream.numpy()[:, None] * rows, rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_gradient_nothing_is_kept_and_nothing_is_changed():
