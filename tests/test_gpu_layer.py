@@ -22,12 +22,13 @@ from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn.prepared_gains import prepare_gains
-from qdora.ops import blockwise, bnb_kernels, tiles
+from qdora.ops import bnb_kernels, tiles
 from qdora.ops.loss import chunked_nll
-from qdora.ops.packed import PackedWeight, dequantize, quantize
+from qdora.ops.packed import quantize
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, support
 from tests.adapter_numbers import expected, expected_norm, make, results, to_numpy
+from tests.test_ops_quantize import by_backends
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICE = torch.device("cuda", 0)
@@ -41,18 +42,6 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> T
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def by_definition(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """`dequantize` in plain torch, whatever kernels the device has."""
-    if weight.kind == "int8":
-        return blockwise.dequantize_rows(weight.packed, weight.absmax, dtype)
-    scales, nested = weight.absmax, weight.nested
-    if nested is not None:
-        scales = blockwise.dequantize_scales(scales, nested.absmax, nested.code, nested.offset)
-    return blockwise.dequantize_4bit(
-        weight.packed, scales, weight.kind, weight.block_size, shape=weight.shape, dtype=dtype
-    )
-
-
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int4"])
 @pytest.mark.parametrize("shape", [(128, 256), (33, 96), (7, 101)])
 def test_a_base_does_not_depend_on_where_it_was_quantised_and_the_kernels_decode_it(kind, shape):
@@ -63,9 +52,8 @@ def test_a_base_does_not_depend_on_where_it_was_quantised_and_the_kernels_decode
     for name, tensor in here.tensors().items():
         assert torch.equal(tensor, there.tensors()[name].cpu()), name
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        wanted = by_definition(here, dtype)
-        assert torch.equal(dequantize(there, dtype).cpu(), wanted)
-        assert torch.equal(by_definition(there, dtype).cpu(), wanted)
+        wanted = by_backends(here, dtype)["torch"]
+        assert all(torch.equal(dense.cpu(), wanted) for dense in by_backends(there, dtype).values())
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

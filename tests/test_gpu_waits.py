@@ -274,12 +274,8 @@ def test_gates_are_read_with_the_rest(gpu, source):
 
 
 @on_false_gpu
-def test_phases_of_a_step_and_of_what_surrounds_it(gpu, source):
-    with gpu.phase("load"):
-        model = model_on(gpu.device, source)
-    assert gpu.count("launch", "load") > 0
-    assert gpu.count("copy", "load") >= len(list(model.parameters()))
-    step = AdapterOptimizer.step
+def test_phases_of_a_step_and_of_what_follows_it(gpu, source):
+    model, step = model_on(gpu.device, source), AdapterOptimizer.step
 
     def labelled(optimizer: AdapterOptimizer, lr: float) -> None:
         with gpu.phase("update"):
@@ -290,14 +286,12 @@ def test_phases_of_a_step_and_of_what_surrounds_it(gpu, source):
     launches = Counter(event.phase for event in events if event.kind == "launch")
     assert launches.keys() == {"forward", "recompute", "backward", "update"}
     assert launches["recompute"] < launches["forward"]
-    assert {event.phase for event in events if event.kind == "wait"} == {"forward"}
     model.eval()
     with gpu.phase("evaluate"):
         score_spans(model, [Span((1, 2, 3, 4), 1), Span((5, 6, 7), 1)], max_batch_tokens=64)
     assert not any(line.startswith("transformers/") for line in gpu.lines("wait", "evaluate"))
     with gpu.phase("generate"):
         decode_greedily(model, [[1, 2, 3]], max_new_tokens=4, stop_ids=())
-    assert gpu.count("launch", "evaluate") > 0
     assert gpu.count("wait", "generate") >= 4  # each token is read
     # Both read a handful of tokens. The fused product rounds otherwise than tiles, which longer batches take.
     assert {event.phase for event in gpu.events if event.operation == "gemm_4bit"} == {"generate"}

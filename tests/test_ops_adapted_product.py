@@ -17,7 +17,7 @@ from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops import dropout, expert_product, tiles
 from qdora.ops.adapted_product import column_dot
-from qdora.ops.dora import merged_weight, row_norm, squared_row_norm
+from qdora.ops.dora import row_norm, squared_row_norm
 from qdora.ops.dropout import draw_seed, drop_, dropped_slices, tokens_per_slice, zeroed, zeroed_
 from qdora.ops.frozen_product import frozen_linear
 from qdora.ops.packed import quantize

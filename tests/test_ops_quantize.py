@@ -203,7 +203,7 @@ def test_in_research_formats_every_weight_takes_the_nearest_value(kind, shape, b
 
 
 def test_the_offset_of_double_quantisation_depends_neither_on_the_order_of_the_scales_nor_on_the_threads():
-    """It is the float64 mean, rounded once. A float32 sum of more than 32,768 numbers is made in pieces, one a thread."""
+    """It is the float64 mean, rounded once. A float32 sum of many numbers is made in pieces, one a thread."""
     num_blocks = 70_001
     scales = torch.rand(num_blocks, generator=torch.Generator().manual_seed(0)) * 0.02 + 1e-4
     expected = np.float32(math.fsum(scales.tolist()) / num_blocks)  # fsum is exact
