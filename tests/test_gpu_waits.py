@@ -190,6 +190,7 @@ CASES: dict[str, dict[str, Any]] = {
     "host embedding": {"host_embedding": True},
     "offload": {"offload": True},
     "lora": {"kind": "lora"},
+    "gates": {"gates": GateConfig(mode="hard_concrete", mean_rank=2, warmup=0, anneal=2, shrink_every=1, lr=0.1)},
 }
 FAST = ("padded", "streamed")
 ONCE = Counter({"train/passes.py: read = joined.tolist()": 1})
@@ -202,10 +203,10 @@ MORE_COPIES = {"host embedding": 1, "offload": 4}
 def test_the_host_waits_once_in_a_step(gpu, source, case):
     options = dict(CASES[case])
     activation_offload._LEAST_BYTES = 1  # in this process, which is the test's own
-    loader = OneStep(packed=options.pop("packed", False))
+    loader, gates = OneStep(packed=options.pop("packed", False)), options.pop("gates", None)
     model = model_on(gpu.device, source, **options)
     gpu.clear()
-    (_, first), (found, events) = train(model, loader, gpu.device, gpu)
+    (_, first), (found, events) = train(model, loader, gpu.device, gpu, gates)
     # The form of the logits is learnt, and each layer asks once for its norm.
     norms = {} if case == "lora" else {"ops/dora.py": len(adapted_layers(model))}
     assert files((waits(first) - ONCE).elements()) == {"train/output_head.py": 2} | norms
@@ -217,7 +218,8 @@ def test_the_host_waits_once_in_a_step(gpu, source, case):
     if case != "dropout":  # other positions are drawn for a GPU
         for name in ("streamed", "offload"):
             options.pop(name, None)
-        _, (wanted, _) = train(model_on(CPU, source, **options), loader, CPU)
+        _, (wanted, _) = train(model_on(CPU, source, **options), loader, CPU, gates=gates)
+        assert found.get("gates") == wanted.get("gates")
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
         assert found["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
 
@@ -256,44 +258,16 @@ def test_masks_and_routings_make_the_host_wait_for_nothing_and_norms_of_a_divide
             torch.testing.assert_close(layer.gain(torch.float32).value.cpu(), each)
 
 
-@pytest.mark.slow
 @on_false_gpu
-def test_gates_are_read_with_the_rest(gpu, source):
-    """The second step removes components, too."""
-    gates = GateConfig(mode="hard_concrete", mean_rank=2, warmup=0, anneal=NUM_STEPS, shrink_every=1, lr=0.1)
-    results = [
-        train(model_on(device, source), OneStep(), device, seen, gates)
-        for device, seen in ((gpu.device, gpu), (CPU, None))
-    ]
-    for (found, _), (wanted, _) in zip(*results, strict=True):
-        assert found["gates"] == wanted["gates"]
-        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
-    ranks = [found["gates"]["mean_rank"] for found, _ in results[0]]
-    assert ranks[0] > ranks[1] == 2
-    assert waits(results[0][-1][1]) == ONCE
-
-
-@on_false_gpu
-def test_phases_of_a_step_and_of_what_follows_it(gpu, source):
-    model, step = model_on(gpu.device, source), AdapterOptimizer.step
-
-    def labelled(optimizer: AdapterOptimizer, lr: float) -> None:
-        with gpu.phase("update"):
-            step(optimizer, lr)
-
-    with patch.object(AdapterOptimizer, "step", labelled), gpu.phase("forward"):
-        _, events = train(model, OneStep(), gpu.device, gpu)[-1]
-    launches = Counter(event.phase for event in events if event.kind == "launch")
-    assert launches.keys() == {"forward", "recompute", "backward", "update"}
-    assert launches["recompute"] < launches["forward"]
-    model.eval()
+def test_a_batch_of_short_texts_takes_tiles_and_a_single_token_the_fused_product(gpu, source):
+    model = model_on(gpu.device, source).eval()
+    gpu.clear()
     with gpu.phase("evaluate"):
         score_spans(model, [Span((1, 2, 3, 4), 1), Span((5, 6, 7), 1)], max_batch_tokens=64)
     assert not any(line.startswith("transformers/") for line in gpu.lines("wait", "evaluate"))
     with gpu.phase("generate"):
         decode_greedily(model, [[1, 2, 3]], max_new_tokens=4, stop_ids=())
     assert gpu.count("wait", "generate") >= 4  # each token is read
-    # Both read a handful of tokens. The fused product rounds otherwise than tiles, which longer batches take.
     assert {event.phase for event in gpu.events if event.operation == "gemm_4bit"} == {"generate"}
 
 
