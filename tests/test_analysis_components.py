@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qdora.analysis import components as component_curvature
 from qdora.analysis.allocate import LayerSpectrum, allocate, effective_rank
 from qdora.analysis.components import (
     Components,
@@ -296,38 +296,35 @@ def test_drawing_every_label_once_by_its_chance_is_exact(directory, kind, norm, 
 
 
 def test_of_a_layer_without_rows_the_mean_is_right():
-    """Also where there are as many rows as positions, so that its input looks as if it had rows."""
+    """As many rows as positions, so that its input looks as if it had rows."""
     model = a_model("dora", "sequence first")
     ids = torch.tensor([[1, 17, 300, 5], [9, 120, 3, 30], [8, 2, 91, 44], [60, 7, 7, 250]])
     labels = ids.clone()
     labels[:, 0] = -100
     square = MicroBatch(ids, torch.ones_like(ids), labels, torch.zeros(4, dtype=torch.int64), ["task"], list("abcd"))
-    for batches in (support.curved_batches(), [square]):
-        found = layer_directions(model, dict.fromkeys(adapted_layers(model), 3), batches, norm="attached")
-        exact = exact_curvatures(model, found, batches, norm="attached")
-        drawn = drawn_curvatures(model, found, batches, norm="attached", draws=800)
-        for name in found:
-            assert np.abs((drawn[name].curvatures - exact[name].curvatures) / drawn[name].errors).max() < 4.5
+    found = layer_directions(model, dict.fromkeys(adapted_layers(model), 3), [square], norm="attached")
+    exact = exact_curvatures(model, found, [square], norm="attached")
+    drawn = drawn_curvatures(model, found, [square], norm="attached", draws=800)
+    for name in found:
+        assert np.abs((drawn[name].curvatures - exact[name].curvatures) / drawn[name].errors).max() < 4.5
 
 
-def test_micro_batches_get_labels_of_their_own(monkeypatch):
-    model = support.float64_adapted(kind="lora")
-    batch = support.curved_batches()[0]
+def test_micro_batches_get_labels_of_their_own_and_errors_are_those_of_a_mean():
+    model, batch = support.float64_adapted(kind="lora"), support.curved_batches()[0]
     found = layer_directions(model, dict.fromkeys(CURVED_LAYERS, 3), [batch], norm="none")
-    seen: list[Tensor] = []
-    real = component_curvature.drawn_labels
-    monkeypatch.setattr(component_curvature, "drawn_labels", lambda *a, **k: (seen.append(real(*a, **k)), seen[-1])[1])
-    drawn = drawn_curvatures(model, found, [batch, batch], norm="none", draws=8)
-    drawn_curvatures(model, found, [batch, batch], norm="none", draws=8, seed=1)
-    assert len({tuple(each.flatten().tolist()) for each in seen}) == 4
+    drawn, other = (drawn_curvatures(model, found, [batch, batch], norm="none", draws=8, seed=seed) for seed in (0, 1))
     layers = adapted_layers(model)
     probes = {name: probe_of(layers[name], each, "none") for name, each in found.items()}
-    values = [squared_slopes(model, probes, batch, lambda _, each=each: each, device=CPU) for each in seen[:2]]
+    values = []
+    for number in range(2):
+        draw = partial(drawn_labels, draws=8, generator=torch.Generator().manual_seed(number))
+        values.append(squared_slopes(model, probes, batch, draw, device=CPU))
     num_tokens = 2 * int((batch.labels[:, 1:] != -100).sum())
     for name in CURVED_LAYERS:
         each = ((values[0][name] + values[1][name]) / num_tokens).numpy()
         np.testing.assert_allclose(drawn[name].curvatures, each.mean(axis=0), rtol=1e-12)
         np.testing.assert_allclose(drawn[name].errors, each.std(axis=0, ddof=1) / np.sqrt(8), rtol=1e-12)
+        assert not np.allclose(other[name].curvatures, drawn[name].curvatures)
 
 
 def test_labels_are_drawn_by_their_chances():

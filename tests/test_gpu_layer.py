@@ -23,7 +23,6 @@ from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.nn.prepared_gains import prepare_gains
 from qdora.ops import bnb_kernels, tiles
-from qdora.ops.loss import chunked_nll
 from qdora.ops.packed import quantize
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, support
@@ -134,17 +133,6 @@ def test_after_a_step_the_norm_is_the_new_one(name):
     norm = (layer.base.dequantized().double() + layer.scaling * low).norm(dim=1)
     gain = layer.gain(torch.bfloat16).value.double()
     torch.testing.assert_close(gain, layer.magnitude.detach().double() / norm, rtol=1e-2, atol=1e-6)
-
-
-@pytest.mark.parametrize("softcap", [None, 20.0])
-def test_chunked_loss_and_its_gradient(softcap):
-    hidden, head = random(50, 32, seed=1).to(DEVICE).requires_grad_(), random(300, 32, seed=2).to(DEVICE)
-    labels = torch.randint(0, 300, (50,), generator=torch.Generator().manual_seed(3))
-    loss = chunked_nll(hidden, head, labels.to(DEVICE), softcap=softcap, chunk=16)
-    loss.sum().backward()
-    nll, gradient = reference.head_nll(to_numpy(hidden), to_numpy(head), labels.numpy(), softcap=softcap)
-    assert reference.relative_error(to_numpy(loss), nll) < 2e-2
-    assert reference.relative_error(to_numpy(hidden.grad), gradient) < 2e-2
 
 
 # ------------------------------------------------------------------------------------------------ in host memory

@@ -66,19 +66,14 @@ def test_the_file_is_written_after_each_section_whatever_becomes_of_it(
         gpu_suite.started(out, {"name": "B"})
 
 
-def no_memory(*_: Any, **__: Any) -> Any:
-    raise torch.OutOfMemoryError("CUDA out of memory.")
-
-
 def test_a_part_is_written_at_once_keeps_errors_and_stops_in_time(tmp_path: Path) -> None:
     part = Part(tmp_path / "part.json", 60)
     part.attempt("good", int, "3")
     assert json.loads((tmp_path / "part.json").read_text()) == {"good": 3}
-    part.attempt("bad", no_memory)
+    part.attempt("bad", int, "three")
     part._end = 0
     part.attempt("late", int, "4")
     assert part.entries["skipped"] == ["late"]
-    assert part.entries["bad"]["error"][-1].endswith("CUDA out of memory.")
     found = {"s": {"result": part.entries | {"b": {"c": {"ok": False}, "d": {"ok": True}}}}}
     assert gpu_suite.failed_checks(found) == ["s / bad", "s / b / c"]
 

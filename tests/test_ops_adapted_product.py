@@ -1,4 +1,5 @@
-"""Parts of the adapted product, each against its definition: norms, sums over tokens, precision, dropout, tiles."""
+"""Parts of the adapted product, each against its definition: norms, sums over tokens, precision, dropout, tiles; and
+the loss of an output head in chunks."""
 
 from __future__ import annotations
 
@@ -12,15 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops import dropout, expert_product, tiles
+from qdora.ops import dropout, expert_product, loss, tiles
 from qdora.ops.adapted_product import column_dot
 from qdora.ops.dora import row_norm, squared_row_norm
-from qdora.ops.dropout import draw_seed, drop_, dropped_slices, tokens_per_slice, zeroed, zeroed_
+from qdora.ops.dropout import drop_, dropped_slices, tokens_per_slice, zeroed, zeroed_
 from qdora.ops.frozen_product import frozen_linear
-from qdora.ops.packed import quantize
+from qdora.ops.loss import CHUNK_BYTES, auto_chunk, chunked_nll
+from qdora.ops.packed import dequantize, quantize
 from qdora.ops.tiles import column_tiles, dense_weight, is_one_tile, own_scales, row_tiles, spans, with_scales
 from tests import reference
 from tests.adapter_numbers import cut_tiles, make, to_numpy
@@ -218,18 +221,6 @@ def test_positions_are_inside_and_a_gpu_gets_few_slices():
     assert tokens_per_slice(1 << 30, "cuda") == 1
 
 
-def test_a_seed_comes_from_the_generator_that_a_checkpoint_restores_whatever_the_default_device():
-    state = torch.manual_seed(3).get_state()
-    first, second, x = draw_seed(), draw_seed(), torch.ones(4, 8)
-    assert first != second
-    (_, wanted) = next(dropped_slices(x, 0.5, first))
-    torch.set_rng_state(state)
-    with torch.device("meta"):
-        assert draw_seed() == first
-        (_, found) = next(dropped_slices(x, 0.5, first))
-    assert torch.equal(found, wanted)
-
-
 # ------------------------------------------------------------------------------------------------ tiles
 
 
@@ -280,25 +271,6 @@ def test_tiles_put_together_are_the_scaled_weight_also_those_by_scales_of_its_ow
     assert torch.equal(dense_weight(weight, torch.float32), before)
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    total=st.integers(1, 200_000),
-    other=st.integers(1, 40_000),
-    itemsize=st.sampled_from([2, 4, 8]),
-    device=st.sampled_from(["cpu", "cuda"]),
-    align=st.sampled_from([1, 2, 16, 64, 128, 4096]),
-)
-def test_spans_cover_the_dimension_once_in_aligned_runs(total, other, itemsize, device, align):
-    runs = spans(total, other, itemsize, device, align)
-    assert runs[0].start == 0
-    assert runs[-1].stop == total
-    assert all(left.stop == right.start for left, right in itertools.pairwise(runs))
-    assert all(run.start < run.stop and run.start % align == 0 for run in runs)
-    budget = tiles._CPU_TILE_BYTES if device == "cpu" else tiles._GPU_TILE_BYTES
-    longest = max(run.stop - run.start for run in runs)
-    assert longest * other * itemsize <= budget or longest <= max(256, align)
-
-
 @pytest.mark.parametrize(
     ("device", "total", "other", "align", "lengths"),
     [
@@ -307,6 +279,9 @@ def test_spans_cover_the_dimension_once_in_aligned_runs(total, other, itemsize, 
         ("cpu", 4097, 2048, 1, [2048, 2048, 1]),
         ("cpu", 2048, 8192, 1, [1024] * 2),  # 1,024 rows of 8192 columns are 16 MiB
         ("cpu", 4096, 11008, 64, [256] * 16),
+        ("cpu", 600, 1 << 20, 16, [256, 256, 88]),  # no run fits: short ones
+        ("cpu", 9000, 4096, 96, [1056] * 8 + [288] + [264]),
+        ("cuda", 300, 1 << 20, 16, [64] * 4 + [44]),
         # On a GPU no product is left with a sliver.
         ("cuda", 11008, 4096, 1, [11008]),  # 16,384 rows of 8 KiB fit
         ("cuda", 4096, 11008, 64, [4096]),  # 6,096 columns of 22,016 bytes fit
@@ -344,3 +319,129 @@ def test_the_frozen_product_is_differentiable_twice(quant):
     short = x[0, :1].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda each: frozen_linear(each, weight), (short,))
     assert torch.autograd.gradgradcheck(lambda each: frozen_linear(each, weight).tanh(), (short,))
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+FORMS: list[dict[str, Any]] = [{}, {"scale": 0.3}, {"softcap": 1.5}, {"scale": 2.5, "softcap": 0.7}]
+
+
+def a_head(num_tokens, vocabulary, width, *, bias=False, seed=0, size=1.0):
+    """hidden, weight, bias, labels, and an upstream gradient per token; float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    labels = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
+    hidden, weight = normal(num_tokens, width) * size, normal(vocabulary, width) * 0.5
+    return hidden, weight, normal(vocabulary) if bias else None, labels, normal(num_tokens)
+
+
+def loops(hidden, weight, bias, labels, **form):
+    as_numpy = [each.detach().double().numpy() for each in (hidden, weight)]
+    return reference.head_nll(*as_numpy, labels.numpy(), None if bias is None else bias.double().numpy(), **form)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    num_tokens=st.integers(0, 13),
+    vocabulary=st.integers(1, 40),
+    width=st.integers(1, 9),
+    chunk=st.one_of(st.none(), st.integers(1, 16)),
+    per_slice=st.integers(1, 100),
+    bias=st.booleans(),
+    form=st.sampled_from(FORMS),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    quant=st.sampled_from([None, None, "nf4", "int8"]),
+    seed=st.integers(0, 99),
+)
+def test_values_and_gradients_of_any_shape_chunk_and_slice(
+    num_tokens, vocabulary, width, chunk, per_slice, bias, form, dtype, quant, seed
+):
+    hidden, weight, offset, labels, upstream = a_head(num_tokens, vocabulary, width, bias=bias, seed=seed)
+    hidden = hidden.T.contiguous().T.to(dtype)  # columns first in memory
+    given_weight = weight.to(dtype) if quant is None else quantize(weight.float(), quant, 64)
+    weight = given_weight if isinstance(given_weight, torch.Tensor) else dequantize(given_weight, dtype)
+    offset = None if offset is None else offset.to(dtype)
+    hidden.requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "_CPU_SLICE_LOGITS", per_slice)
+        nll = chunked_nll(hidden, given_weight, labels, bias=offset, chunk=chunk, **form)
+    nll.backward(upstream.to(dtype))
+    expected, rows = loops(hidden, weight, offset, labels, **form)
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+    assert nll.dtype == dtype
+    np.testing.assert_allclose(nll.detach().numpy(), expected, rtol=tolerance, atol=tolerance)
+    assert hidden.grad is not None
+    wanted = upstream.numpy()[:, None] * rows
+    np.testing.assert_allclose(hidden.grad.numpy(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_bf16_errs_at_most_twice_as_much_as_the_plain_formula(form):
+    hidden, weight, offset, labels, upstream = a_head(64, 300, 48, bias=True, size=0.5)
+    low, low_weight, low_bias = hidden.bfloat16(), weight.bfloat16(), offset.bfloat16()
+    upstream = upstream / 1000
+    expected, rows = loops(low, low_weight, low_bias, labels, **form)
+
+    def plain(h):
+        logits = torch.nn.functional.linear(h, low_weight, low_bias) * form.get("scale", 1.0)
+        cap = form.get("softcap")
+        logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+    def errors(nll_of):
+        leaf = low.clone().requires_grad_()
+        nll = nll_of(leaf)
+        assert nll.dtype == torch.float32
+        nll.backward(upstream.float())
+        found = (nll, expected), (leaf.grad, upstream.numpy()[:, None] * rows)
+        return [reference.relative_error(got.detach().double().numpy(), wanted) for got, wanted in found]
+
+    ours = errors(lambda h: chunked_nll(h, low_weight, labels, bias=low_bias, chunk=10, **form))
+    for own, other in zip(ours, errors(plain), strict=True):
+        assert 0 < own <= 2 * other
+
+
+def test_large_logits_and_impossible_labels():
+    weight = torch.tensor([[1.0], [-1.0], [0.0]])
+    hidden = torch.tensor([[1e4], [1e4], [0.0]], requires_grad=True)
+    nll = chunked_nll(hidden, weight, torch.tensor([1, 0, 2]))
+    nll.sum().backward()
+    np.testing.assert_allclose(nll.detach().numpy(), [2e4, 0.0, np.log(3)], rtol=1e-6)
+    assert hidden.grad is not None
+    np.testing.assert_allclose(hidden.grad.numpy(), [[2.0], [0.0], [0.0]], atol=1e-6)
+    with torch.no_grad():
+        assert not chunked_nll(hidden, weight, torch.tensor([1, 0, 2])).requires_grad
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements that a tensor made by any operation has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, *(each.numel() for each in tree_leaves(out) if isinstance(each, torch.Tensor)), 0)
+        return out
+
+
+def test_no_tensor_is_larger_than_the_logits_of_a_chunk_and_automatic_chunks_fill_their_bytes():
+    hidden, weight, _, labels, upstream = a_head(50, 400, 3)
+    with _Largest() as largest:
+        chunked_nll(hidden.bfloat16().requires_grad_(), weight.bfloat16(), labels, chunk=6).backward(upstream.float())
+    assert largest.numel == 6 * 400
+    assert auto_chunk(128256, 2) == 523
+    assert CHUNK_BYTES - 128256 * 2 < 523 * 128256 * 2 <= CHUNK_BYTES
+    assert auto_chunk(10**8, 2) == 16
+
+
+def test_chunks_and_derivatives_that_are_refused():
+    hidden, weight, _, labels, _ = a_head(3, 5, 2)
+    with pytest.raises(ValueError, match="got 0"):
+        chunked_nll(hidden, weight, labels, chunk=0)
+    with pytest.raises(RuntimeError, match="no second derivative"):  # else curvature would be wrong without a word
+        torch.autograd.grad(chunked_nll(hidden.requires_grad_(), weight, labels).sum(), hidden, create_graph=True)
+    with pytest.raises(AssertionError, match="trainable head"):
+        chunked_nll(hidden.requires_grad_(), weight.requires_grad_(), labels)
