@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import gpu_suite
 from gpu import models, numerics, plan
-from gpu.plan import Part
 from gpu_suite import SECTIONS, Section
 
 CPU = torch.device("cpu")
@@ -64,18 +63,6 @@ def test_the_file_is_written_after_each_section_whatever_becomes_of_it(
     out.write_text(json.dumps(json.loads(out.read_text()) | {"card": {"name": "A"}}))
     with pytest.raises(SystemExit, match="another card"):
         gpu_suite.started(out, {"name": "B"})
-
-
-def test_a_part_is_written_at_once_keeps_errors_and_stops_in_time(tmp_path: Path) -> None:
-    part = Part(tmp_path / "part.json", 60)
-    part.attempt("good", int, "3")
-    assert json.loads((tmp_path / "part.json").read_text()) == {"good": 3}
-    part.attempt("bad", int, "three")
-    part._end = 0
-    part.attempt("late", int, "4")
-    assert part.entries["skipped"] == ["late"]
-    found = {"s": {"result": part.entries | {"b": {"c": {"ok": False}, "d": {"ok": True}}}}}
-    assert gpu_suite.failed_checks(found) == ["s / bad", "s / b / c"]
 
 
 def test_a_wrong_layer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

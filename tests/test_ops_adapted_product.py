@@ -124,8 +124,8 @@ CALLERS = {
 def test_norms_and_merges_use_float32_in_full_whatever_the_caller_lets_torch_do(monkeypatch, caller):
     monkeypatch.setattr(expert_product, "device_kind", lambda _device: "cuda")  # several experts a run
     backends: Any = torch.backends
-    monkeypatch.setattr(backends.cuda.matmul, "fp32_precision", backends.cuda.matmul.fp32_precision)
-    monkeypatch.setattr(backends.mkldnn.matmul, "fp32_precision", backends.mkldnn.matmul.fp32_precision)
+    backends = backends.cuda.matmul, backends.mkldnn.matmul
+    own = [each.fp32_precision for each in backends]
     layers = [make(dtype=torch.float32, **form) for form in ({}, {"masked": True}, {"num_experts": 3})]
     try:
         CALLERS[caller]()
@@ -138,6 +138,8 @@ def test_norms_and_merges_use_float32_in_full_whatever_the_caller_lets_torch_do(
             assert precisions() == before
     finally:
         torch.set_float32_matmul_precision("highest")
+        for backend, precision in zip(backends, own, strict=True):
+            backend.fp32_precision = precision
 
 
 # ------------------------------------------------------------------------------------------------ sums over tokens
