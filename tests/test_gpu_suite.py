@@ -43,9 +43,7 @@ if name == "hangs": time.sleep(60)
 """
 
 
-def test_the_file_is_written_after_each_section_whatever_becomes_of_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_is_written_after_each_section_whatever_becomes_of_it(monkeypatch, tmp_path, capsys):
     out, script = tmp_path / "out.json", tmp_path / "script.py"
     script.write_text(f"OUT = {str(out)!r}\n{SCRIPT}")
     monkeypatch.setattr(gpu_suite, "__file__", str(script))

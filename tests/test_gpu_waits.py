@@ -45,7 +45,7 @@ from qdora.train.passes import step_gradient
 from qdora.train.progress import TrainingProgress
 from tests import support
 from tests.adapter_numbers import make
-from tests.false_gpu import Event, FalseGpu, on_false_gpu
+from tests.false_gpu import Event, on_false_gpu
 from tests.test_nn_adapted_linear import shares
 
 NUM_BLOCKS, NUM_MICRO_BATCHES, NUM_STEPS = 3, 8, 2
@@ -118,15 +118,7 @@ class OneStep:
         pass
 
 
-def model_on(
-    device: torch.device,
-    source: Path,
-    *,
-    streamed: bool = False,
-    host_embedding: bool = False,
-    offload: bool = False,
-    **adapters: Any,
-) -> Any:
+def model_on(device, source, *, streamed=False, host_embedding=False, offload=False, **adapters):
     """NF4, DoRA of rank 4 in bf16, blocks that are recomputed."""
     options: dict[str, Any] = {"quant": "nf4", "compute_dtype": torch.float32, "device": device}
     options["placer"] = HostResidency(None, copies=CopiesNow) if streamed else None
@@ -141,9 +133,7 @@ def model_on(
     return model
 
 
-def train(
-    model: Any, loader: Any, device: torch.device, gpu: FalseGpu | None = None, gates: GateConfig | None = None
-) -> list[tuple[Any, list[Event]]]:
+def train(model, loader, device, gpu=None, gates=None):
     """The metrics of each step, and what was asked of the false GPU in it."""
     torch.manual_seed(1)
     optimizer = AdapterOptimizer(adapter_parameters(model), name="adamw")

@@ -42,10 +42,7 @@ def saved_storages(run: Any) -> tuple[Any, dict[int, Tensor]]:
 
 
 def layer_of(kind: str = "dora", **options: Any) -> AdaptedLinear:
-    layer: AdaptedLinear = make(
-        kind=kind, **{"rank": 2, "bias": False, "dtype": torch.bfloat16, "quant": "nf4"} | options
-    )
-    return layer
+    return make(kind=kind, **{"rank": 2, "bias": False, "dtype": torch.bfloat16, "quant": "nf4"} | options)
 
 
 # ------------------------------------------------------------------------------------------------ what is kept
@@ -132,15 +129,11 @@ def test_under_a_checkpoint_what_was_read_is_let_go(dropout, most):
     layer = AdaptedLinear(FrozenLinear(weight), rank=1, dropout=dropout, dtype=torch.float32)
     support.move_all_parameters_(layer)
 
-    def block(z: Tensor) -> Tensor:
-        y: Tensor = layer(z.expand(tokens, in_).contiguous())
-        return y
-
     z = torch.ones(tokens, 1, requires_grad=True)
     wide = tokens * in_ * 4  # x, the output, and the gradients of both
     layer(torch.ones(1, in_))  # the norm
     with LiveBytes() as live:
-        y = checkpoint(block, z, use_reentrant=False)
+        y = checkpoint(lambda z: layer(z.expand(tokens, in_).contiguous()), z, use_reentrant=False)
         dy = torch.ones_like(y)
         live.reset_peak()
         y.backward(dy)
@@ -203,26 +196,22 @@ def test_autocast_sets_the_dtype_of_the_products_as_for_a_linear_layer(kind):
     y.float().square().sum().backward()
     twin = x.detach().bfloat16().requires_grad_()
     layer(twin).float().square().sum().backward()
-    assert x.grad is not None
-    assert twin.grad is not None
     assert torch.equal(x.grad, twin.grad.float())
 
 
 def test_a_cast_of_the_model_leaves_scales_magnitudes_and_gates_in_float32():
     layer = layer_of(dtype=torch.float32, quant="nf4 nested", gated=True)
-    before = layer.base.dequantized().clone(), layer.magnitude.detach().clone()
+    dense, kept = layer.base.dequantized(), {"magnitude": layer.magnitude.detach().clone()}
     layer.gate.data.fill_(0.123456789)
-    squared = layer.base_squared
-    assert squared is not None
+    kept |= {"gate": torch.full((2,), 0.123456789), "base_squared": layer.base_squared}
     layer(torch.ones(1, 64))
     layer.to(torch.bfloat16)
     assert layer.lora_A.dtype == torch.bfloat16
-    kept = {"magnitude": before[1], "gate": torch.full((2,), 0.123456789), "base_squared": squared}
     for name, wanted in kept.items():
         found = getattr(layer, name)
         assert found.dtype == torch.float32, name
         assert torch.equal(found, wanted), name
-    assert torch.equal(layer.base.dequantized(), before[0])
+    assert torch.equal(layer.base.dequantized(), dense)
     layer.double()
     assert (layer.magnitude.dtype, layer.gate.dtype) == (torch.float64, torch.float64)
     x, dy = torch.randn(3, 64, dtype=torch.float64), torch.randn(3, 24, dtype=torch.float64)
@@ -243,9 +232,7 @@ def test_kept_scales_give_the_same_bits_and_follow_the_parameters(kind, quant):
         for keeps in (False, True):
             layer.keeps_scales = keeps
             found[keeps] = results(layer, x, dy)
-            operands = layer.operands(torch.bfloat16)
-            assert operands is not None
-            assert (operands.scales is not None) == (keeps and quant is not None)
+            assert (layer.operands(torch.bfloat16).scales is not None) == (keeps and quant is not None)
             with torch.inference_mode():
                 assert torch.equal(layer(x), found[keeps]["y"])
         assert all(torch.equal(found[True][name], each) for name, each in found[False].items())
@@ -253,9 +240,7 @@ def test_kept_scales_give_the_same_bits_and_follow_the_parameters(kind, quant):
         assert reference.relative_error(to_numpy(found[True]["y"]), wanted) < 1e-2
     if quant is not None:
         layer.base.residency = SimpleNamespace(use=lambda _layer: None)  # a weight that comes and goes is not kept
-        operands = layer.operands(torch.bfloat16)
-        assert operands is not None
-        assert operands.scales is None
+        assert layer.operands(torch.bfloat16).scales is None
 
 
 def test_scales_are_dropped_where_a_gpu_has_no_room_for_them(monkeypatch):

@@ -81,9 +81,7 @@ def inputs(layer: Any, dtype: torch.dtype, share: Any) -> tuple[torch.Tensor, to
 
 
 @pytest.mark.parametrize(("kind", "masked", "gated", "share", "quant", "dtype"), MATRIX)
-def test_all_numbers_are_those_of_the_definition(
-    kind: str, masked: bool, gated: bool, share: Any, quant: str | None, dtype: torch.dtype, monkeypatch: Any
-) -> None:
+def test_all_numbers_are_those_of_the_definition(kind, masked, gated, share, quant, dtype, monkeypatch):
     if dtype == torch.float32:
         cut_tiles(monkeypatch)
     layer = layer_of(kind, masked, gated, share, quant=quant, dtype=dtype)
@@ -176,9 +174,7 @@ def test_the_references_gradients_are_those_of_finite_differences_with_the_norm_
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_dropout_zeroes_the_same_elements_in_both_directions_and_in_a_recompute(
-    kind: str, masked: bool, device: str, monkeypatch: Any
-) -> None:
+def test_dropout_zeroes_the_same_elements_in_both_directions_and_in_a_recompute(kind, masked, device, monkeypatch):
     """In slices of four tokens, drawn as on a CPU and as on a GPU."""
     monkeypatch.setattr(dropout, "device_kind", lambda _device: device)
     for name in ("_ELEMENTS_PER_SLICE", "_GPU_ELEMENTS_PER_SLICE"):
@@ -205,7 +201,6 @@ def test_dropout_zeroes_the_same_elements_in_both_directions_and_in_a_recompute(
 def test_no_digits_drown_in_a_large_bias_or_in_small_and_large_gains(bias: float, gain: float) -> None:
     layer = support.adapted_linear(out=48, in_=128, rank=4, bias=bool(bias), dtype=torch.bfloat16, quant="nf4")
     support.move_all_parameters_(layer, scale=0.05)
-    assert layer.magnitude is not None
     if layer.base.bias is not None:
         layer.base.bias *= bias / 0.1
     else:
@@ -342,9 +337,7 @@ RUNS = [("dora", "nf4", "2:4"), ("lora", "int8", "unstructured"), ("magnitude", 
 
 
 @pytest.mark.parametrize("kind, quant, pattern", [*RUNS, pytest.param("dora", "none", "2:4", marks=pytest.mark.slow)])
-def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(
-    tmp_path: Path, kind: str, quant: str, pattern: str
-) -> None:
+def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(tmp_path, kind, quant, pattern):
     prune: dict[str, Any] = {"method": "magnitude", "pattern": pattern}
     if pattern == "unstructured":
         prune["sparsity"] = 0.6
@@ -364,7 +357,6 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(
     assert len(layers) == 14
     for path, layer in layers.items():
         zeros, bits, start = merged[f"{path}.weight"] == 0, layer.base.keep_bits, layer.base.dequantized()
-        assert bits is not None
         assert not torch.equal(layer.merged_weight(), start), path
         if kind == "magnitude":
             # Only rows are scaled: every zero of the base is there, those of its quantisation, too.

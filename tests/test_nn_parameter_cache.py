@@ -29,8 +29,7 @@ X = torch.randn(6, 64, generator=torch.Generator().manual_seed(9))
 
 
 def layer_of(kind: str = "dora", dtype: torch.dtype = torch.float32, **options: Any) -> AdaptedLinear:
-    layer: AdaptedLinear = make(kind=kind, dtype=dtype, bias=False, **options)
-    return layer
+    return make(kind=kind, dtype=dtype, bias=False, **options)
 
 
 def assert_fresh(layer: AdaptedLinear) -> None:
@@ -49,7 +48,6 @@ def in_place(layer: AdaptedLinear) -> None:
 def the_gate(layer: AdaptedLinear) -> None:
     layer.add_gate()
     layer(X.to(layer.lora_A.dtype))
-    assert layer.gate is not None
     layer.gate.detach().add_(torch.tensor([0.5, -2.0, 0.0]))
 
 
@@ -165,7 +163,6 @@ def test_dropout_changes_the_factor_of_training_alone():
     for training in (False, True, False):
         layer.training = training  # no call of train(), which would forget everything
         operands = layer.operands(torch.float32)
-        assert operands is not None
         wanted = layer.lora_B.detach().double() * layer.alpha / layer.rank * (2.0 if training else 1.0)
         torch.testing.assert_close(operands.scaled_b.double(), wanted, rtol=1e-6, atol=0.0)
 
@@ -241,9 +238,7 @@ def nearly_removed() -> tuple[list[AdaptedLinear], Any]:
 
 
 def gain_of(layer: AdaptedLinear) -> Any:
-    gain = layer.gain(torch.bfloat16)
-    assert gain is not None
-    return to_numpy(gain.value)
+    return to_numpy(layer.gain(torch.bfloat16).value)
 
 
 def test_a_row_that_cancels_is_measured_again_at_once_or_forgotten_when_it_is_checked_later():
