@@ -8,18 +8,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from qdora.data.batching import Batching, MicroBatch, micro_batches
+from qdora.data.batching import Batching, micro_batches
 from qdora.data.loader import Step
-from qdora.data.tokenize import TokenizedExample
 from qdora.evaluation.generation import decode_greedily
 from qdora.evaluation.token_scores import Span, score_spans
 from qdora.memory import activation_offload
@@ -89,33 +88,17 @@ class OnHost:
         return self.held.to(self.device, non_blocking=True)
 
 
-class OneStep:
+def one_step(packed=False):
     """A loader of always the same step: two padded rows in each micro-batch, or two rows of two packed examples."""
-
-    def __init__(self, packed: bool = False) -> None:
-        draw = np.random.default_rng(0)
-        examples = [
-            TokenizedExample("ab"[number % 2], str(number), draw.integers(1, 90, length), np.arange(length) > 2)
-            for number, length in enumerate([11, 9] * NUM_MICRO_BATCHES * (2 if packed else 1))
-        ]
-        each = len(examples) // NUM_MICRO_BATCHES
-        self.batching = Batching(48, pad_id=0, packed="rows" if packed else None, row_tokens=24)
-        parts: list[MicroBatch] = []
-        for start in range(0, len(examples), each):
-            parts += micro_batches(examples[start : start + each], self.batching, ["a", "b"])
-        assert len(parts) == NUM_MICRO_BATCHES
-        assert all((part.input_ids.shape[0] == 2 and not part.attention_mask.all()) or packed for part in parts)
-        labels = sum(int(example.loss_mask.sum()) for example in examples)
-        self.step = Step(parts, labels, sum(map(len, examples)), len(examples))
-
-    def next_step(self) -> Step:
-        return self.step
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+    examples = support.examples([11, 9] * NUM_MICRO_BATCHES * (2 if packed else 1))
+    batching = Batching(48, pad_id=0, packed="rows" if packed else None, row_tokens=24)
+    each, parts = len(examples) // NUM_MICRO_BATCHES, []
+    for start in range(0, len(examples), each):
+        parts += micro_batches(examples[start : start + each], batching, ["a", "b"])
+    assert len(parts) == NUM_MICRO_BATCHES
+    assert all((part.input_ids.shape[0] == 2 and not part.attention_mask.all()) or packed for part in parts)
+    step = Step(parts, sum(int(each.loss_mask.sum()) for each in examples), sum(map(len, examples)), len(examples))
+    return SimpleNamespace(batching=batching, step=step, next_step=lambda: step, state_dict=dict)
 
 
 def model_on(device, source, *, streamed=False, host_embedding=False, offload=False, **adapters):
@@ -193,7 +176,7 @@ MORE_COPIES = {"host embedding": 1, "offload": 4}
 def test_the_host_waits_once_in_a_step(gpu, source, case):
     options = dict(CASES[case])
     activation_offload._LEAST_BYTES = 1  # in this process, which is the test's own
-    loader, gates = OneStep(packed=options.pop("packed", False)), options.pop("gates", None)
+    loader, gates = one_step(options.pop("packed", False)), options.pop("gates", None)
     model = model_on(gpu.device, source, **options)
     gpu.clear()
     (_, first), (found, events) = train(model, loader, gpu.device, gpu, gates)
@@ -267,7 +250,7 @@ def test_a_step_with_a_wrong_norm_is_computed_again(gpu, source):
     """A row that its adapter has nearly removed: its factored norm is rounding noise."""
     found: list[Any] = []
     for later in (True, False):
-        model, step = model_on(gpu.device, source, dropout=0.25), OneStep().step
+        model, step = model_on(gpu.device, source, dropout=0.25), one_step().step
         step_gradient(model, step, device=gpu.device)  # learns what the first step has to ask
         model.zero_grad()
         layer = next(iter(adapted_layers(model).values()))

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig
 from safetensors.torch import load_file
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qdora.analysis.differentiable import plain_model
@@ -23,12 +22,10 @@ from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.model.adapter_file import load_adapter, save_adapter
-from qdora.model.inject import adapted_layers, inject, replace_module
-from qdora.nn.frozen_linear import FrozenLinear
+from qdora.model.inject import adapted_layers, inject
 from qdora.ops import dropout
 from qdora.ops.expert_tokens import ExpertTokens
-from qdora.ops.prune import prune_weight
-from qdora.ops.sparsity import mask_bits, mask_from_bits, pattern_from
+from qdora.ops.sparsity import mask_bits, mask_from_bits
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
 from tests import reference, support
@@ -286,35 +283,6 @@ def test_without_its_dead_components_a_layer_is_the_same(kind: str, share: Any, 
 
 # ------------------------------------------------------------------------------------------------ files and whole runs
 
-BASE: dict[str, Any] = {"base_name_or_path": "x", "revision": None, "base_quant": {"quant": "none"}}
-
-
-def masked_model() -> nn.Module:
-    """A tiny Llama whose linear layers but the head are pruned to 2:4."""
-    model: nn.Module = support.base_model()
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":
-            pruned = prune_weight(module.weight.data, "magnitude", pattern_from("2:4"))
-            replace_module(model, name, FrozenLinear(pruned.weight, None, mask_bits(pruned.keep_mask)))
-    return model
-
-
-def test_masked_adapters_are_saved_and_refused_by_peft(tmp_path: Path) -> None:
-    model, again = masked_model(), masked_model()
-    support.move_adapters_(inject(model, rank=2, masked=True, generator=torch.Generator().manual_seed(0)))
-    save_adapter(model, tmp_path / "a", **BASE)
-    loaded = load_adapter(again, tmp_path / "a")
-    assert all(layer.masked for layer in loaded.values())
-    assert torch.equal(support.logits_of(model), support.logits_of(again))
-    with pytest.raises((KeyError, ValueError), match="MASKED"):
-        PeftConfig.from_pretrained(str(tmp_path / "a"))
-    for call in (
-        lambda model: load_adapter(model, tmp_path / "a"),
-        lambda model: inject(model, rank=2, masked=True),
-    ):
-        with pytest.raises(UserError, match=r"keep.* 14 adapted layers were not pruned"):
-            call(support.base_model())
-
 
 def test_files_and_analyses_take_the_gated_factor(tmp_path: Path) -> None:
     """An adapter that is written with gates is read without them, and computes the same."""
@@ -323,7 +291,7 @@ def test_files_and_analyses_take_the_gated_factor(tmp_path: Path) -> None:
         layer.add_gate()
         layer.gate.data.copy_(torch.tensor([0.5 + 0.01 * number, 0.0, 1.25]))  # type: ignore[union-attr]
     before = support.logits_of(model)
-    save_adapter(model, tmp_path / "adapter", **BASE | {"base_quant": {"quant": "nf4"}})
+    save_adapter(model, tmp_path / "adapter", base_name_or_path="x", revision=None, base_quant={"quant": "nf4"})
     again = support.base_model("llama", quant="nf4")
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(support.logits_of(again), before)
@@ -336,7 +304,7 @@ def test_files_and_analyses_take_the_gated_factor(tmp_path: Path) -> None:
 RUNS = [("dora", "nf4", "2:4"), ("lora", "int8", "unstructured"), ("magnitude", "nf4", "unstructured")]
 
 
-@pytest.mark.parametrize("kind, quant, pattern", [*RUNS, pytest.param("dora", "none", "2:4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind, quant, pattern", RUNS)
 def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(tmp_path, kind, quant, pattern):
     prune: dict[str, Any] = {"method": "magnitude", "pattern": pattern}
     if pattern == "unstructured":
@@ -345,9 +313,8 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(tmp_path, kin
     if kind == "magnitude":
         adapter = {"adapter__kind": kind} | {f"adapter__{each}": ... for each in ("rank", "alpha", "dropout")}
     options: dict[str, Any] = {"eval__tasks": [], "eval__limit": ..., "train__checkpoint_every": ..., "train__lr": 1e-2}
-    train_run(
-        support.tiny_recipe(tmp_path, base__prune=prune, base__quant=quant, **options, **adapter), tmp_path / "run"
-    )
+    options |= {"base__prune": prune, "base__quant": quant} | adapter
+    train_run(support.tiny_recipe(tmp_path, **options), tmp_path / "run")
     is_audited = (kind, quant, pattern) == RUNS[0]
     result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32", audit=is_audited))
     assert result["verification"]["passed"]
@@ -355,6 +322,7 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(tmp_path, kin
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     layers = adapted_layers(load_run(tmp_path / "run").model)
     assert len(layers) == 14
+    assert all(layer.masked == (kind != "magnitude") for layer in layers.values())
     for path, layer in layers.items():
         zeros, bits, start = merged[f"{path}.weight"] == 0, layer.base.keep_bits, layer.base.dequantized()
         assert not torch.equal(layer.merged_weight(), start), path
@@ -375,10 +343,17 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(tmp_path, kin
     assert forms["merged"]["logits"]["kl_mean"] < 1e-8 < 1e-6 < forms["base"]["logits"]["kl_mean"]
     assert "pruned" in forms["original"]["why_not"]
     assert "cannot mask B A" in forms["nf4-lora"]["why_not"]
-    refused: Any
     for refused in ("peft", "nf4-lora"):
         with pytest.raises(UserError, match="cannot mask B A"):
             export_run(tmp_path / "run", tmp_path / refused, ExportOptions(format_=refused))
+    with pytest.raises((KeyError, ValueError), match="MASKED"):
+        PeftConfig.from_pretrained(str(tmp_path / "run" / "adapter"))
+    for call in (
+        lambda model: load_adapter(model, tmp_path / "run" / "adapter"),
+        lambda model: inject(model, rank=2, masked=True),
+    ):
+        with pytest.raises(UserError, match=r"keep.* 14 adapted layers were not pruned"):
+            call(support.base_model())
 
 
 def test_an_adapter_that_ignores_the_mask_merges_dense_and_says_so(tmp_path: Path) -> None:
