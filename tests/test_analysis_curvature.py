@@ -35,7 +35,7 @@ def test_products_and_eigenvalues_are_those_of_the_dense_matrix(kind, norm, part
         for vector in normal(3, operator.size):
             np.testing.assert_allclose(operator.product(vector), expected @ vector.numpy(), rtol=1e-8, atol=1e-10)
         assert operator.num_matvecs == 3
-        if masked:
+        if masked or norm != "attached":
             return
         product = lambda vector: operator.product(torch.from_numpy(vector)).numpy()  # noqa: E731
         found = top_eigenpairs(product, operator.size, 8, tolerance=0.0)

@@ -353,7 +353,7 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(tmp_path, kin
         lambda model: inject(model, rank=2, masked=True),
     ):
         with pytest.raises(UserError, match=r"keep.* 14 adapted layers were not pruned"):
-            call(support.base_model())
+            call(support.resident_model(tmp_path / "model"))
 
 
 def test_an_adapter_that_ignores_the_mask_merges_dense_and_says_so(tmp_path: Path) -> None:
