@@ -154,19 +154,6 @@ def test_decoding_reads_codes_where_a_kernel_does(gpu):
 
 
 @on_false_gpu
-def test_tables_of_codes_stay_on_the_gpu(gpu):
-    """Those of research formats, and of NF4 where blocks of 64 cross rows and plain torch decodes."""
-    for quant, in_features in (("nf3", 256), ("nf2", 256), ("int4", 256), ("nf4", 96)):
-        layer = layer_on(gpu, in_features, 64, quant)
-        for _ in range(2):
-            x = ones(gpu, NUM_TOKENS, in_features).requires_grad_()
-            gpu.clear()
-            layer(x).sum().backward()
-        assert gpu.lines("copy") == []
-        assert gpu.lines("wait") == []
-
-
-@on_false_gpu
 def test_launches_of_an_update_do_not_grow_with_the_number_of_layers(gpu):
     """Of 224 layers: once 4,482 launches in 8 bits, and 448 waits within bitsandbytes. Clipping took 672."""
     waits: list[Tensor] = []
