@@ -18,7 +18,7 @@ from gpu_suite import SECTIONS, Section
 
 CPU = torch.device("cpu")
 # They start programs, or differ from others in their sizes.
-SLOW = {"tests", "quickstart", "layer_2", "layer_3", "streamed_40gb", "step_in_turns_long"}
+SLOW = {"tests", "quickstart", "layer_2", "layer_3", "streamed_40gb", "step_in_turns_long", "step_8b_40gb"}
 SLOW |= {name for name in SECTIONS if name.startswith("alone")}
 
 

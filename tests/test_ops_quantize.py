@@ -418,6 +418,7 @@ BROKEN = {
     "short": ({"weight": torch.zeros(2300, 1, dtype=torch.uint8)}, (r"'packed' .*\(2300,\)",)),
     "no weight": ({"weight": None}, ("'weight' .*weight.absmax",)),
     "no state": ({STATE: None}, ("got 0",)),
+    "no JSON": ({STATE: quant_state("not json")}, ("not JSON",)),
     "no object": ({STATE: quant_state("[1]")}, ("got a list",)),
     "nothing in it": ({STATE: quant_state("{}")}, ("'shape'", "'blocksize'", "'nested_offset'", "256, got None")),
     "another kind": ({STATE: OTHER_KIND}, ("'fp4'.* 'nf4'", r"\[2\]", "256, got None")),
