@@ -23,7 +23,7 @@ VALUES = {"nf4": [f32(v) for v in NF4], "fp4": [f32(v) for v in FP4]}
 
 def ascending_codes(kind):
     """Codes by value; FP4's code 0 before its second zero, code 8."""
-    return sorted(range(16), key=lambda code: (VALUES[kind][code], code))
+    return sorted(range(len(VALUES[kind])), key=lambda code: (VALUES[kind][code], code))
 
 
 def bounds(kind):

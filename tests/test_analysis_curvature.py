@@ -1,5 +1,4 @@
-"""Curvature products against the dense matrices of autograd in float64, eigenvalues of known matrices, and what theory
-says at B = 0."""
+"""Curvature products against the dense matrices of autograd in float64, and eigenvalues of known matrices."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from qdora.analysis.curvature import CURVATURES, curvature_of, labelled_logits, top_eigenpairs
 from qdora.analysis.differentiable import FACTORS, PARTS, plain_model
-from qdora.data.batching import MicroBatch
-from qdora.model.inject import adapted_layers, inject
+from qdora.model.inject import adapted_layers
 from tests import support
 from tests.support import CURVED_LAYERS, STACKS, update_of
 
@@ -27,14 +25,9 @@ def normal(*size: int) -> Tensor:
 
 MASKED = [(*case, "hessian", True) for case in CASES]
 PLAIN = [(*CASES[0], "gauss_newton"), (*CASES[1], "gauss_newton"), (*CASES[1], "hessian"), (*CASES[2], "hessian")]
-# What these two share with the others is fast above.
-SLOW = [(*CASES[0], "hessian"), (*CASES[2], "gauss_newton")]
 
 
-@pytest.mark.parametrize(
-    "kind, norm, parts, curvature, masked",
-    [*MASKED, *((*each, False) for each in PLAIN), *(pytest.param(*e, False, marks=pytest.mark.slow) for e in SLOW)],
-)
+@pytest.mark.parametrize("kind, norm, parts, curvature, masked", [*MASKED, *((*each, False) for each in PLAIN)])
 def test_products_and_eigenvalues_are_those_of_the_dense_matrix(kind, norm, parts, curvature, masked):
     model, batches = support.float64_adapted(kind=kind, masked=masked), support.curved_batches()
     expected = support.dense_curvature("llama", model, CURVED_LAYERS, parts, curvature=curvature, held=norm == "held")
@@ -42,7 +35,7 @@ def test_products_and_eigenvalues_are_those_of_the_dense_matrix(kind, norm, part
         for vector in normal(3, operator.size):
             np.testing.assert_allclose(operator.product(vector), expected @ vector.numpy(), rtol=1e-8, atol=1e-10)
         assert operator.num_matvecs == 3
-        if masked:
+        if masked or norm != "attached":
             return
         product = lambda vector: operator.product(torch.from_numpy(vector)).numpy()  # noqa: E731
         found = top_eigenpairs(product, operator.size, 8, tolerance=0.0)
@@ -53,33 +46,14 @@ def test_products_and_eigenvalues_are_those_of_the_dense_matrix(kind, norm, part
     np.testing.assert_allclose(expected @ found.vectors, found.vectors * found.values, atol=1e-8 * abs(largest[0]))
 
 
-@pytest.mark.parametrize("curvature", CURVATURES)
-@pytest.mark.parametrize(
-    "architecture, tolerance",
-    [("qwen2", 1e-9), ("gemma2", 1e-6)],  # biases; capped logits, and attention whose softmax is float32
-)
-def test_other_architectures(architecture, tolerance, curvature):
-    model, layer = support.float64_adapted(architecture), CURVED_LAYERS[:1]
-    expected = support.dense_curvature(architecture, model, layer, FACTORS, curvature=curvature, held=False)
-    with curvature_of(model, layer, support.curved_batches(), curvature=curvature, norm="attached") as operator:
-        vector = normal(operator.size)
-        product = expected @ vector.numpy()
-        np.testing.assert_allclose(operator.product(vector), product, rtol=0, atol=tolerance * np.abs(product).max())
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("mixture")
 
 
-# (kind, norm, share, masked)
-STACK_CASES = [(*case[:2], share, masked) for case in CASES for share in ("none", "A", "B") for masked in (False, True)]
-FAST = [("dora", "attached", "none", False), ("lora", "none", "B", False), ("dora", "held", "A", True)]
-
-
 @pytest.mark.parametrize(
     "kind, norm, share, masked",
-    [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in STACK_CASES],
+    [("dora", "attached", "none", False), ("lora", "none", "B", False), ("dora", "held", "A", True)],
 )
 @pytest.mark.parametrize("curvature", CURVATURES)
 def test_products_of_stacks_of_experts_are_those_of_autograd(directory, curvature, kind, norm, share, masked):
@@ -109,52 +83,19 @@ def test_products_of_stacks_of_experts_are_those_of_autograd(directory, curvatur
             assert float((operator.product(vector) - expected).norm() / expected.norm()) < 1e-5
 
 
-def test_one_micro_batch_keeps_its_graph_and_attached_and_held_differ_by_far_more_than_rounding():
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_one_micro_batch_keeps_its_graph_and_attached_and_held_differ_by_far_more_than_rounding(curvature):
     model, batch = support.float64_adapted(), support.curved_batches()[:1]
-    products: dict[Any, Tensor] = {}
-    for curvature in CURVATURES:
-        for norm, given in (("attached", batch), ("attached", batch * 2), ("held", batch)):
-            with curvature_of(model, CURVED_LAYERS, given, curvature=curvature, norm=norm) as operator:
-                vector = torch.ones(operator.size, dtype=torch.float64)
-                products[norm, len(given)] = operator.product(vector)
-                assert torch.equal(operator.product(vector), products[norm, len(given)])
-        attached, twice, held = products.values()
-        torch.testing.assert_close(twice, attached, rtol=1e-12, atol=1e-14)  # the same batch twice is the same mean
-        assert (attached - held).norm() > 1e-3 * attached.norm()
-
-
-@pytest.mark.parametrize("kind, norm", [case[:2] for case in CASES])
-def test_at_zero_b_the_inertia_is_that_of_the_gradient(kind, norm):
-    """H_AA = 0 and H_AB = s G_k for each component, so a G of full row rank gives rank * out eigenvalues below zero.
-
-    G is the gradient by the adapted weight; with the norm attached, of its part across the weight's rows.
-    """
-    rank, name = 2, CURVED_LAYERS[0]
-    model = support.float64_adapted(kind=kind, moved=False, rank=rank)
-    layer = adapted_layers(model)[name]
-    out, in_ = layer.out_features, layer.in_features
-    ids = torch.randint(0, 336, (3, 11), generator=torch.Generator().manual_seed(0))
-    batch = MicroBatch(ids, torch.ones_like(ids), ids, torch.zeros(3, dtype=torch.int64), ["task"], ["a", "b", "c"])
-    with curvature_of(model, [name], [batch], curvature="hessian", norm=norm) as operator:
-        columns = [operator.product(unit) for unit in torch.eye(operator.size, dtype=torch.float64)]
-        hessian = torch.stack(columns, dim=1).numpy()
-    # Of a model without adapters, by autograd.
-    plain = support.float64_model("llama")
-    weight = plain.get_submodule(name).weight.requires_grad_(True)
-    loss = cross_entropy(plain(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    (gradient,) = torch.autograd.grad(loss, weight)
-    if norm == "attached":
-        base = layer.base.dequantized(torch.float64)
-        gradient = gradient - (gradient * base).sum(1, keepdim=True) / base.square().sum(1, keepdim=True) * base
-    size_a = rank * in_
-    assert np.abs(hessian[:size_a, :size_a]).max() == 0.0
-    mixed = hessian[:size_a, size_a:].reshape(rank, in_, out, rank)
-    for first, second in np.ndindex(rank, rank):
-        expected = (layer.scaling * gradient.T).numpy() if first == second else np.zeros((in_, out))
-        np.testing.assert_allclose(mixed[first, :, :, second], expected, rtol=1e-9, atol=1e-13)
-    assert int(torch.linalg.matrix_rank(gradient, rtol=1e-9)) == out  # else directions of B alone have their say
-    values = np.linalg.eigvalsh((hessian + hessian.T) / 2)
-    assert (values < -1e-9 * np.abs(values).max()).sum() == rank * out
+    cases: list[tuple[Any, Any]] = [("attached", batch), ("attached", batch * 2), ("held", batch)]
+    products = []
+    for norm, given in cases:
+        with curvature_of(model, CURVED_LAYERS, given, curvature=curvature, norm=norm) as operator:
+            vector = torch.ones(operator.size, dtype=torch.float64)
+            products.append(operator.product(vector))
+            assert torch.equal(operator.product(vector), products[-1])
+    attached, twice, held = products
+    torch.testing.assert_close(twice, attached, rtol=1e-12, atol=1e-14)  # the same batch twice is the same mean
+    assert (attached - held).norm() > 1e-3 * attached.norm()
 
 
 @pytest.mark.parametrize("kind, quant", [("lora", "nf4"), ("lora", None), ("dora", "nf4"), ("dora", "int8")])
@@ -174,16 +115,6 @@ def test_the_plain_model_is_the_model(kind, quant):
         whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
     torch.testing.assert_close(logits, whole[batch.labels[:, 1:] != -100], rtol=1e-4, atol=1e-5)
     assert torch.equal(targets, support.labelled_tokens(batch))
-
-
-@pytest.mark.parametrize("norm", ["attached", "held"])
-def test_rows_of_zeros_stay_zero_and_finite(norm):
-    model, name = support.base_model(dtype=torch.float64), CURVED_LAYERS[1]
-    model.get_submodule(name).weight.data[3] = 0.0
-    inject(model, rank=2, targets=[name], dtype=torch.float64)
-    options: dict[str, Any] = {"curvature": "hessian", "norm": norm, "parts": PARTS}
-    with curvature_of(model, [name], support.curved_batches(), **options) as operator:
-        assert operator.product(torch.ones(operator.size, dtype=torch.float64)).isfinite().all()
 
 
 def test_faults():

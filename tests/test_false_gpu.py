@@ -1,8 +1,11 @@
-"""The false GPU sees what a GPU would be asked, and computes what the CPU computes."""
+"""The false GPU sees what a GPU would be asked, and computes what the CPU computes; and choices that a run makes where
+torch has a GPU, with torch's answers faked."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qdora.files.environment import environment
+from qdora.memory.failed_allocation import free_memory
+from qdora.memory.host_residency import HostResidency
+from qdora.model import build_model
+from qdora.nn import adapted_linear
+from qdora.ops import bnb_kernels
+from qdora.run import load_base, prepare
+from qdora.train import optimizer
+from qdora.train.checkpoint import random_state, set_random_state
+from tests import support
 from tests.adapter_numbers import make, results
 from tests.false_gpu import TYPE, on_false_gpu
 
@@ -75,17 +88,13 @@ def test_values_and_gradients_are_those_of_the_cpu_and_phases_are_told_apart(gpu
 
 WAITS: list[tuple[Callable[[Tensor], Any], str]] = [
     (lambda x: float(x.sum()), "_local_scalar_dense"),
-    (lambda x: bool((x > 100).any()), "_local_scalar_dense"),
     (lambda x: x.tolist(), "_to_copy"),
-    (lambda x: x.cpu(), "_to_copy"),
-    (lambda x: x.to("cpu").numpy(), "_to_copy"),
     (lambda x: (x > 0).nonzero(), "nonzero"),
     (lambda x: x[x > 0], "index"),
     (lambda x: x.masked_select(x > 0), "masked_select"),
     (lambda x: torch.equal(x, x), "equal"),
     (lambda x: x.repeat_interleave(torch.ones(8, dtype=torch.int64, device=x.device), dim=1), "repeat_interleave"),
     (lambda x: torch.tensor([1.0, 2.0], device=x.device), "_to_copy"),
-    (lambda x: X.to(x.device), "_to_copy"),
     (lambda x: X.to(x.device, non_blocking=True), "_to_copy"),  # not pinned
     (lambda x: X.pin_memory().to(x.device), "_to_copy"),  # pinned, but blocking
     (lambda x: x.copy_(X), "copy_"),
@@ -125,13 +134,60 @@ def test_what_needs_no_wait(gpu):
         x + X
 
 
-@on_false_gpu
-def test_bytes_live_until_the_last_view_dies(gpu):
-    before = gpu.live_bytes
-    x = torch.zeros(100, device=gpu.device)
-    view = x[10:].detach()
-    del x
-    assert gpu.live_bytes == before + 400
-    del view
-    assert gpu.live_bytes == before
-    assert gpu.peak_bytes >= before + 400
+# ------------------------------------------------------------------------------------------------ torch's answers
+
+CUDA = torch.device("cuda")
+CARD = SimpleNamespace(name="A100", major=8, minor=0, total_memory=40 << 30, uuid="GPU-1")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A card in the place of torch's; what was asked of it to do."""
+    made: list[str] = []
+    answers = {"device_count": 1, "get_device_properties": CARD, "current_device": 0, "mem_get_info": (5, 9)}
+    answers |= {"is_available": True, "get_rng_state": torch.tensor([7], dtype=torch.uint8)}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: made.append("empty_cache"))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: made.append(f"set_rng_state {int(state)}"))
+    return made
+
+
+def test_a_run_computes_on_the_gpu_and_its_checkpoints_have_its_generator(calls, caplog, monkeypatch):
+    for is_native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, answer=is_native: answer)
+        assert build_model.choose_compute("auto") == build_model.Compute(CUDA, dtype)
+    assert environment()["devices"] == [{"name": "A100", "capability": "8.0", "memory_bytes": 40 << 30}]
+    assert adapted_linear._free_bytes(CUDA) == 5
+    assert adapted_linear._free_bytes(torch.device("cpu")) is None
+    states = random_state()
+    assert int(states["cuda"]) == 7
+    set_random_state(states)
+    free_memory()
+    assert calls == ["set_rng_state 7", "empty_cache"]
+    caplog.set_level(logging.INFO)
+    optimizer.AdapterOptimizer({"x": torch.nn.Parameter(torch.zeros(4, 4))}, name="paged_adamw_8bit")
+    assert "cannot page" in caplog.text
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_kernels_of_bitsandbytes_need_a_library_for_cuda(monkeypatch, compiled):
+    monkeypatch.setattr("bitsandbytes.cextension.lib", SimpleNamespace(compiled_with_cuda=compiled))
+    assert bnb_kernels.is_available.__wrapped__("cuda") is compiled
+
+
+def test_a_base_goes_where_the_recipe_says(tmp_path, monkeypatch):
+    placers: list[Any] = []
+    offloaded: list[Any] = []
+    monkeypatch.setattr(load_base, "load_model", lambda *_, placer, **__: placers.append(placer) or torch.nn.Module())
+    monkeypatch.setattr(load_base, "recompute_activations", lambda model: None)
+    monkeypatch.setattr(load_base, "ActivationOffload", offloaded.append)
+    options: dict[str, Any] = {"base__residency": "host", "base__streamed_blocks": 1, "memory__host_embeddings": True}
+    recipe = support.tiny_recipe(tmp_path, **options, memory__offload_activations=True, memory__checkpointing=True)
+    compute = build_model.Compute(CUDA, torch.bfloat16)
+    assert prepare._machine_faults(recipe, compute) == []
+    load_base.load_base(recipe, support.config_source(), compute)
+    (placer,) = placers
+    assert isinstance(placer, HostResidency)
+    assert placer.num_streamed == 1
+    assert len(offloaded) == 1

@@ -84,23 +84,6 @@ def test_launches_of_a_layer(gpu):
 
 
 @on_false_gpu
-def test_what_follows_from_the_parameters_is_made_once_a_step(gpu):
-    """The first micro-batch after an update makes norm, gain, s g B and scales; others and the evaluation read them."""
-    layer = layer_on(gpu, 256, 256)
-    optimizer = AdapterOptimizer(dict(layer.named_parameters()), name="adamw")
-    num_once = len(launches(gpu, layer)["forward"])
-    gpu.clear()
-    optimizer.step(1e-3)
-    assert gpu.count("launch") > 0
-    x = ones(gpu, NUM_TOKENS, 256)
-    for phase in ("first", "later"):
-        with gpu.phase(phase):
-            layer(x)
-    assert gpu.count("launch", "first") > 2 * num_once
-    assert gpu.count("launch", "later") == num_once
-
-
-@on_false_gpu
 def test_gradients_of_16_bit_products_are_summed_in_float32(gpu):
     """A sum of 257 equal terms needs nine bits; one that was rounded to bfloat16 on its way has eight."""
     layer = layer_on(gpu, 64, 64, "nf4", kind="lora")
@@ -109,7 +92,6 @@ def test_gradients_of_16_bit_products_are_summed_in_float32(gpu):
         layer.lora_B.fill_(1.0)
     layer(ones(gpu, 257, 64)).backward(ones(gpu, 257, 64))
     for gradient in (layer.lora_A.grad, layer.lora_B.grad):
-        assert gradient is not None
         assert gradient.dtype == torch.float32
         assert torch.equal(gradient.cpu(), torch.full(gradient.shape, 257.0 * 64 * layer.scaling))
 
@@ -169,19 +151,6 @@ def test_decoding_reads_codes_where_a_kernel_does(gpu):
             out = layer(there).detach()
         assert [event.operation for event in gpu.events] == wanted, options
         assert reference.relative_error(to_numpy(out.cpu()), expected) < 2**-7, options
-
-
-@on_false_gpu
-def test_tables_of_codes_stay_on_the_gpu(gpu):
-    """Those of research formats, and of NF4 where blocks of 64 cross rows and plain torch decodes."""
-    for quant, in_features in (("nf3", 256), ("nf2", 256), ("int4", 256), ("nf4", 96)):
-        layer = layer_on(gpu, in_features, 64, quant)
-        for _ in range(2):
-            x = ones(gpu, NUM_TOKENS, in_features).requires_grad_()
-            gpu.clear()
-            layer(x).sum().backward()
-        assert gpu.lines("copy") == []
-        assert gpu.lines("wait") == []
 
 
 @on_false_gpu

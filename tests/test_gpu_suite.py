@@ -12,15 +12,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import contenders
 import gpu_suite
-from gpu import layers, models, numerics, plan, steps
-from gpu.plan import Part
-from gpu_suite import FIRST, SECTIONS, Section
+from gpu import numerics
+from gpu_suite import SECTIONS, Section
 
 CPU = torch.device("cpu")
 # They start programs, or differ from others in their sizes.
-SLOW = {"tests", "quickstart", "layer_2", "layer_3", "streamed_40gb", "step_in_turns_long"}
+SLOW = {"tests", "quickstart", "layer_2", "layer_3", "streamed_40gb", "step_in_turns_long", "step_8b_40gb"}
 SLOW |= {name for name in SECTIONS if name.startswith("alone")}
 
 
@@ -34,11 +32,6 @@ def test_a_section_runs_on_a_cpu_and_no_check_fails(name: str, tmp_path: Path) -
     assert gpu_suite.failed_checks({name: {"result": written}}) == []
 
 
-def test_the_first_sections_take_ten_minutes_at_most() -> None:
-    assert gpu_suite.minutes(list(FIRST)) <= 10
-    assert list(SECTIONS)[: len(FIRST)] == list(FIRST)
-
-
 # In place of the suite: a section's process writes what it has, then does what its name says.
 SCRIPT = """
 import json, os, sys, time
@@ -50,9 +43,7 @@ if name == "hangs": time.sleep(60)
 """
 
 
-def test_the_file_is_written_after_each_section_whatever_becomes_of_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_is_written_after_each_section_whatever_becomes_of_it(monkeypatch, tmp_path, capsys):
     out, script = tmp_path / "out.json", tmp_path / "script.py"
     script.write_text(f"OUT = {str(out)!r}\n{SCRIPT}")
     monkeypatch.setattr(gpu_suite, "__file__", str(script))
@@ -64,39 +55,12 @@ def test_the_file_is_written_after_each_section_whatever_becomes_of_it(
     assert [entry["status"] for entry in found.values()] == ["failed: exit 1", "timed out", "done"]
     assert [entry["result"].get("sections", []) for entry in found.values()] == [[], names[:1], names[:2]]
     assert found["crashes"]["last_lines"][-1] == "RuntimeError: CUDA error: an illegal memory access"
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["not_done"] == names[:2]
+    capsys.readouterr()
     gpu_suite.main(["--smoke", "--out", str(out), "--continue", "--sections", "crashes", "works"])
     assert "works ..." not in capsys.readouterr().out
-    document = json.loads(out.read_text())
-    out.write_text(json.dumps(document | {"card": {"name": "A"}}))
-    assert gpu_suite.started(out, {"name": "A"})["sections"] == document["sections"]
+    out.write_text(json.dumps(json.loads(out.read_text()) | {"card": {"name": "A"}}))
     with pytest.raises(SystemExit, match="another card"):
         gpu_suite.started(out, {"name": "B"})
-
-
-def no_memory(*_: Any, **__: Any) -> Any:
-    raise torch.OutOfMemoryError("CUDA out of memory.")
-
-
-def test_a_part_is_written_at_once_keeps_errors_and_stops_in_time(tmp_path: Path) -> None:
-    part = Part(tmp_path / "part.json", 60)
-    part.attempt("good", int, "3")
-    assert json.loads((tmp_path / "part.json").read_text()) == {"good": 3}
-    part.attempt("bad", no_memory)
-    part._end = 0
-    part.attempt("late", int, "4")
-    assert part.entries["skipped"] == ["late"]
-    assert part.entries["bad"]["error"][-1].endswith("CUDA out of memory.")
-    found = {"s": {"result": part.entries | {"b": {"c": {"ok": False}, "d": {"ok": True}}}}}
-    assert gpu_suite.failed_checks(found) == ["s / bad", "s / b / c"]
-
-
-def test_without_a_gpu_the_full_suite_says_so_and_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_suite.main(["--out", str(tmp_path / "out.json")]) == 2
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_layer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,59 +76,3 @@ def test_a_wrong_layer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = numerics.layer("dora", (37, 192, 200, 5), CPU)
     assert [name for name, entry in checks.items() if not entry["ok"]] == ["dB"]
     assert not numerics.check(float("nan"), 1.0)["ok"]
-
-
-@pytest.mark.parametrize("share", [1.0, 0.5])
-def test_only_a_card_below_40_gb_may_be_too_small(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    monkeypatch.setattr(steps.on, "limit_memory", lambda *_: share)
-    monkeypatch.setattr("qdora.train.passes.batch_loss", no_memory)
-    part = Part(None, 60)
-    if share < 1:
-        with pytest.raises(RuntimeError, match="out of memory"):
-            steps.on_40gb(part, plan.SMOKE, CPU, "peft_lora", 0)
-        return
-    steps.on_40gb(part, plan.SMOKE, CPU, "peft_lora", 0)
-    assert set(part.entries) == {"limit_share", "held_bytes", "too small"}
-
-
-def test_a_contender_without_room_is_named_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Call(contenders.LayerCall):
-        def __init__(self, name: str, *rest: Any) -> None:
-            super().__init__(no_memory() if name == "peft_dora_defaults" else name, *rest)
-
-    def model(settings: Any, name: str, *args: Any, **options: Any) -> Any:
-        return no_memory() if name == "peft_dora" else right(settings, name, *args, **options)
-
-    right = steps.make_model
-    monkeypatch.setattr(layers, "LayerCall", Call)
-    monkeypatch.setattr(steps, "make_model", model)
-    found = layers.case(plan.SMOKE, contenders.random_base(64, 64), 2, 8)
-    assert found["errors"] == {"peft_dora_defaults": "out of memory"}
-    assert "own_dora / peft_lora" in found["ratios"]
-    part = Part(None, 60)
-    steps.in_turns(part, plan.SMOKE, CPU, 0)
-    assert "out of memory" in part.entries["peft_dora"]["error"]
-    assert set(part.entries["ratios"]) == {"own_dora / own_lora", "own_dora / peft_lora", "own_lora / peft_lora"}
-
-
-def test_models_have_the_shapes_of_published_ones_share_bytes_and_differ_by_layer() -> None:
-    """Llama-3-8B and -70B: 8,030,261,248 and 70,553,706,496 parameters, as their model cards' files have it."""
-    for settings, published in ((plan.FULL.middle, 8_030_261_248), (plan.FULL.large, 70_553_706_496)):
-        layer = sum(out * in_ for out, in_ in models.linear_shapes(settings).values())
-        hidden, number = settings["hidden_size"], settings["num_hidden_layers"]
-        assert number * (layer + 2 * hidden) + hidden + 2 * settings["vocab_size"] * hidden == published
-    weights = models.Weights(CPU)
-    own, peft = (models.build(plan.SMOKE.middle, weights, engine) for engine in ("own", "peft"))
-    first, second = (own.model.layers[i].mlp.up_proj.packed for i in (0, 1))
-    assert peft.model.layers[0].mlp.up_proj.weight.data_ptr() == first.data_ptr() != second.data_ptr()
-    assert peft.lm_head.weight.data_ptr() == own.lm_head.weight.data_ptr()
-    ids = torch.arange(12).unsqueeze(0)
-    torch.testing.assert_close(own(input_ids=ids).logits, peft(input_ids=ids).logits, rtol=0.05, atol=0.02)
-
-
-def test_a_call_leaves_no_gradients_of_the_one_before() -> None:
-    call = contenders.LayerCall("own_dora", contenders.random_base(64, 64), 2, 8)
-    call.step()
-    first = [parameter.grad.clone() for parameter in call.layer.parameters()]
-    call.step()
-    assert all(torch.equal(a, b.grad) for a, b in zip(first, call.layer.parameters(), strict=True))

@@ -1,4 +1,5 @@
-"""Parts of the adapted product, each against its definition: norms, sums over tokens, precision, dropout, tiles."""
+"""Parts of the adapted product, each against its definition: norms, sums over tokens, precision, dropout, tiles; and
+the loss of an output head in chunks."""
 
 from __future__ import annotations
 
@@ -12,18 +13,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops import dropout, expert_product, tiles
+from qdora.ops import dropout, expert_product, loss, tiles
 from qdora.ops.adapted_product import column_dot
-from qdora.ops.dora import merged_weight, row_norm, squared_row_norm
-from qdora.ops.dropout import draw_seed, drop_, dropped_slices, tokens_per_slice, zeroed, zeroed_
+from qdora.ops.dora import row_norm, squared_row_norm
+from qdora.ops.dropout import drop_, dropped_slices, tokens_per_slice, zeroed, zeroed_
 from qdora.ops.frozen_product import frozen_linear
-from qdora.ops.packed import quantize
+from qdora.ops.loss import CHUNK_BYTES, auto_chunk, chunked_nll
+from qdora.ops.packed import dequantize, quantize
 from qdora.ops.tiles import column_tiles, dense_weight, is_one_tile, own_scales, row_tiles, spans, with_scales
 from tests import reference
-from tests.adapter_numbers import cut_tiles, expected_norm, expected_weight, make, to_numpy
+from tests.adapter_numbers import cut_tiles, make, to_numpy
 from tests.test_ops_quantize import by_backends
 
 # ------------------------------------------------------------------------------------------------ row norms and merge
@@ -64,18 +67,10 @@ def test_row_norm_where_the_adapter_cancels_the_row(left):
 def test_row_norm_of_bf16_weights_where_the_adapter_shortens_the_row():
     """W A^T runs in bf16: a row left with 0.05 to 1 of its length is off by no more than bf16's own rounding."""
     rng = np.random.default_rng(0)
-    b, a = rng.normal(size=(400, 2)), rng.normal(size=(2, 64))
-    left = np.linspace(0.05, 0.99, 400)[:, None]
+    b, a, left = rng.normal(size=(400, 2)), rng.normal(size=(2, 64)), np.linspace(0.05, 0.99, 400)[:, None]
     w, a, b = (torch.tensor(each).bfloat16() for each in (-(b @ a) / (1 - left), a, b))
     wanted = reference.row_norm(*map(to_numpy, (w, a, b)), 1.0)
     assert np.max(np.abs(to_numpy(norm_of(w, a, b, 1.0)) / wanted - 1)) < 2**-8 * 2
-
-
-def test_a_merge_makes_a_new_tensor():
-    weight = torch.randn(3, 4)
-    before = weight.clone()
-    merged_weight(weight, torch.randn(2, 4), torch.randn(3, 2), 2.0, torch.rand(3))
-    assert torch.equal(weight, before)
 
 
 def test_what_is_refused():
@@ -102,7 +97,7 @@ def precisions() -> tuple[str, ...]:
         older = torch.get_float32_matmul_precision()
     except RuntimeError:  # the older flags and torch.backends disagree
         older = "mixed"
-    return backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision, older, backends.fp32_precision
+    return backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision, older
 
 
 class Products(TorchDispatchMode):
@@ -114,46 +109,37 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.name().partition(".")[0] in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"):
-            self.seen.append(precisions()[:3])
+            self.seen.append(precisions())
         return func(*args, **(kwargs or {}))
 
 
 CALLERS = {
     "untouched": lambda: None,
-    "high": lambda: torch.set_float32_matmul_precision("high"),
     "medium": lambda: torch.set_float32_matmul_precision("medium"),
-    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
     "backends": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
 }
 
 
-@pytest.fixture(params=CALLERS)
-def _caller(request):
-    backends: Any = torch.backends
-    before = backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
-    CALLERS[request.param]()
-    yield
-    torch.set_float32_matmul_precision("highest")
-    backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision = before
-
-
-@pytest.mark.usefixtures("_caller")
-def test_norms_and_merges_use_float32_in_full_whatever_the_caller_lets_torch_do(monkeypatch):
+@pytest.mark.parametrize("caller", CALLERS)
+def test_norms_and_merges_use_float32_in_full_whatever_the_caller_lets_torch_do(monkeypatch, caller):
     monkeypatch.setattr(expert_product, "device_kind", lambda _device: "cuda")  # several experts a run
-    before = precisions()
-    # Of the first: W A^T, A A^T and their sum, and twice B A.
-    for form, num_products in (({"in_": 512}, 5), ({"masked": True}, None), ({"num_experts": 3}, None)):
-        layer = make(dtype=torch.float32, **form)
-        with Products() as products:
-            norm, merged, gain = layer.row_norm(), layer.merged_weight(), layer.merged_gain()
-        assert len(products.seen) == num_products or (num_products is None and products.seen)
-        assert set(products.seen) == {("ieee", "ieee", "highest")}
-        assert precisions() == before
-        wanted = expected_norm(layer)
-        assert reference.relative_error(to_numpy(norm).ravel(), wanted) < 1e-6
-        assert reference.relative_error(to_numpy(merged), expected_weight(layer)) < 1e-6
-        gains = reference.gain(to_numpy(layer.magnitude).ravel(), wanted)
-        assert reference.relative_error(to_numpy(gain).ravel(), gains) < 1e-6
+    backends: Any = torch.backends
+    backends = backends.cuda.matmul, backends.mkldnn.matmul
+    own = [each.fp32_precision for each in backends]
+    layers = [make(dtype=torch.float32, **form) for form in ({}, {"masked": True}, {"num_experts": 3})]
+    try:
+        CALLERS[caller]()
+        before = precisions()
+        for layer in layers:
+            with Products() as products:
+                for number in (layer.row_norm, layer.merged_weight, layer.merged_gain):
+                    number()
+            assert set(products.seen) == {("ieee", "ieee", "highest")}
+            assert precisions() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for backend, precision in zip(backends, own, strict=True):
+            backend.fp32_precision = precision
 
 
 # ------------------------------------------------------------------------------------------------ sums over tokens
@@ -224,142 +210,67 @@ def test_share_rows_columns_and_pairs_are_those_of_independent_zeros(probability
     assert float((other != again).float().mean()) == pytest.approx(2 * std**2, rel=0.05)
 
 
-def test_positions_are_inside_for_every_size_and_none_are_drawn_without_dropout():
+def test_positions_are_inside_and_a_gpu_gets_few_slices():
+    """4,096 tokens of 14336 features are 57 slices on a CPU and 2 on a GPU."""
     for shape in ((1, 1), (1, 7), (3, 5), (0, 4)):
         for seed in range(20):
             for tokens, positions in dropped_slices(torch.ones(shape), 0.6, seed):
                 size = (tokens.stop - tokens.start) * shape[1]
                 assert bool(((positions >= 0) & (positions < size)).all())
     assert drop_(torch.ones(4, 4), 0.0, 1).all()
-
-
-def test_a_seed_comes_from_the_generator_that_a_checkpoint_restores_whatever_the_default_device():
-    state = torch.manual_seed(3).get_state()
-    first, second, x = draw_seed(), draw_seed(), torch.ones(4, 8)
-    assert first != second
-    (_, wanted) = next(dropped_slices(x, 0.5, first))
-    torch.set_rng_state(state)
-    with torch.device("meta"):
-        assert draw_seed() == first
-        (_, found) = next(dropped_slices(x, 0.5, first))
-    assert torch.equal(found, wanted)
-
-
-def test_a_gpu_gets_few_slices():
-    """4,096 tokens of 14336 features are 57 slices on a CPU and 2 on a GPU."""
     assert -(-4096 // tokens_per_slice(14336, "cpu")) == 57
     assert -(-4096 // tokens_per_slice(14336, "cuda")) == 2
     assert tokens_per_slice(1 << 30, "cuda") == 1
 
 
-@pytest.mark.usefixtures("_device_kind")
-def test_a_layer_drops_the_same_in_both_directions_slice_by_slice():
-    """The layer is linear in x, with the same zeros in y = J x and dx = J^T dy; of dA the zeros are those of x."""
-    layer = make(kind="lora", bias=False, in_=400, rank=2, dropout=0.4)
-    x = torch.randn(250, 400, dtype=torch.float64, requires_grad=True)  # three slices
-    dy = torch.randn(250, layer.out_features, dtype=torch.float64)
-    out = layer(x)
-    out.backward(dy)
-    assert float((dy * out).sum()) == pytest.approx(float((x.grad * x).sum()), rel=1e-9)
-    of_a, of_b = ((each.grad * each).sum() for each in (layer.lora_A, layer.lora_B))
-    assert float(of_a) == pytest.approx(float(of_b), rel=1e-9)
-    assert not torch.allclose(layer.eval()(x), out)
-
-
 # ------------------------------------------------------------------------------------------------ tiles
 
-FORMATS = ("nf4", "fp4", "int8", "int4", "nf3", "nf2", "dense")
 
-
-@pytest.fixture
-def _small_tiles(monkeypatch):
-    cut_tiles(monkeypatch, 2048)
-
-
-def stored(kind: str, shape: tuple[int, int], *, block_size: int = 64, double_quant: bool = True) -> tiles.Weight:
+def stored(kind: str, shape: tuple[int, int], *, double_quant: bool = True) -> tiles.Weight:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 0.1
-    return weight if kind == "dense" else quantize(weight, kind, block_size, double_quant)
+    return weight if kind == "dense" else quantize(weight, kind, 64, double_quant)
 
 
 def whole(weight: tiles.Weight, row_factor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """diag(row_factor) W in float64, rounded once: the definition."""
     dense = weight if isinstance(weight, torch.Tensor) else by_backends(weight, torch.float32)["torch"]
-    dense = dense.double()
-    if row_factor is not None:
-        dense = dense * row_factor.double()[:, None]
-    return dense.to(dtype)
+    factor = torch.ones(dense.shape[0]) if row_factor is None else row_factor
+    return (dense.double() * factor.double()[:, None]).to(dtype)
 
 
-def factor_of(rows: int) -> torch.Tensor:
-    return torch.rand(rows, generator=torch.Generator().manual_seed(1)) * 2
-
-
-@pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "int4", "nf3", "nf2", "dense"])
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("with_factor", [False, True])
-@pytest.mark.parametrize("shape", [(20, 192), (33, 64), (40, 96), (7, 131), (1, 640), (130, 1)])
-def test_tiles_put_together_are_the_scaled_weight(kind, double_quant, with_factor, shape):
-    weight = stored(kind, shape, double_quant=double_quant)
-    factor = factor_of(shape[0]) if with_factor else None
-    for dtype in (torch.float32, torch.bfloat16):
-        expected = whole(weight, factor, dtype).double()
-        by_rows = [(rows, tile.clone()) for rows, tile in row_tiles(weight, dtype, factor)]
-        assert [rows.start for rows, _ in by_rows] == [0, *[rows.stop for rows, _ in by_rows[:-1]]]
-        by_columns = [(columns, tile.clone()) for columns, tile in column_tiles(weight, dtype, factor)]
-        # float32 products of code, scale and factor, each rounded, in another order than the definition's.
-        tolerance = 0.0 if factor is None else 4e-7 if dtype == torch.float32 else 2**-8
-        for found in (torch.cat([tile for _, tile in by_rows]), torch.cat([tile for _, tile in by_columns], dim=1)):
-            assert (found.dtype, found.shape) == (dtype, shape)
-            off = (found.double() - expected).abs() / (expected.abs() + 1e-30)
-            assert float(off.max()) <= tolerance
-
-
-@pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_scales_of_its_own_give_a_weight_the_same_tiles_and_leave_it_alone(kind, double_quant):
-    weight, factor = stored(kind, (64, 256), double_quant=double_quant), factor_of(64)
+@pytest.mark.parametrize("shape", [(20, 192), (64, 256), (40, 96), (7, 131), (1, 640), (130, 1)])
+def test_tiles_put_together_are_the_scaled_weight_also_those_by_scales_of_its_own(
+    kind, double_quant, shape, monkeypatch
+):
+    cut_tiles(monkeypatch, 2048)
+    weight, factor = stored(kind, shape, double_quant=double_quant), torch.linspace(0.1, 2, shape[0])
     before = dense_weight(weight, torch.float32).clone()
     for dtype, some in itertools.product((torch.float32, torch.bfloat16), (None, factor)):
-        scales = own_scales(weight, some)
-        for cut in (row_tiles, column_tiles):
+        expected, scales = whole(weight, some, dtype).double(), own_scales(weight, some)
+        crosses = shape[1] % 64 > 0 and kind != "int8"
+        assert (scales is None) == (crosses or kind == "dense")
+        # float32 products of code, scale and factor, each rounded, in another order than the definition's.
+        tolerance = 0.0 if some is None else 4e-7 if dtype == torch.float32 else 2**-8
+        for dim, cut in enumerate((row_tiles, column_tiles)):
             found = [(run, tile.clone()) for run, tile in cut(weight, dtype, some)]
-            if some is not None and dtype == torch.bfloat16:
+            assert [run.start for run, _ in found] == [0, *(run.stop for run, _ in found[:-1])]
+            joined = torch.cat([tile for _, tile in found], dim)
+            assert (joined.dtype, joined.shape) == (dtype, shape)
+            off = (joined.double() - expected).abs() / (expected.abs() + 1e-30)
+            assert float(off.max()) <= tolerance
+            if shape == (64, 256) and some is not None and dtype == torch.bfloat16:
                 assert len(found) >= 4
                 # A column tile is at least one block wide.
                 assert all(tile.nbytes <= 2048 or tile.shape[1] <= 64 for _, tile in found)
-            if kind == "dense":
-                assert scales is None
-                continue
-            assert scales is not None
-            own = with_scales(weight, scales)
-            assert own.packed is weight.packed
-            assert own.nested is None
-            pairs = zip(cut(own, dtype), found, strict=True)
-            assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
+            if scales is not None:
+                own = with_scales(weight, scales)
+                assert own.packed is weight.packed
+                assert own.nested is None
+                pairs = zip(cut(own, dtype), found, strict=True)
+                assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
     assert torch.equal(dense_weight(weight, torch.float32), before)
-    crossing = stored(kind, (7, 131), double_quant=double_quant)
-    assert (own_scales(crossing, torch.ones(7)) is None) == (kind != "int8")
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    total=st.integers(1, 200_000),
-    other=st.integers(1, 40_000),
-    itemsize=st.sampled_from([2, 4, 8]),
-    device=st.sampled_from(["cpu", "cuda"]),
-    align=st.sampled_from([1, 2, 16, 64, 128, 4096]),
-)
-def test_spans_cover_the_dimension_once_in_aligned_runs(total, other, itemsize, device, align):
-    runs = spans(total, other, itemsize, device, align)
-    assert runs[0].start == 0
-    assert runs[-1].stop == total
-    assert all(left.stop == right.start for left, right in itertools.pairwise(runs))
-    assert all(run.start < run.stop and run.start % align == 0 for run in runs)
-    budget = tiles._CPU_TILE_BYTES if device == "cpu" else tiles._GPU_TILE_BYTES
-    longest = max(run.stop - run.start for run in runs)
-    assert longest * other * itemsize <= budget or longest <= max(256, align)
 
 
 @pytest.mark.parametrize(
@@ -368,14 +279,14 @@ def test_spans_cover_the_dimension_once_in_aligned_runs(total, other, itemsize, 
         ("cpu", 11008, 4096, 1, [1024] * 10 + [256] * 3),  # 8 MiB of 4096 columns in 16 bits are 1,024 rows
         ("cpu", 4096, 2048, 1, [4096]),  # 16 MiB are not cut
         ("cpu", 4097, 2048, 1, [2048, 2048, 1]),
-        ("cpu", 8192, 2048, 1, [2048] * 4),  # rows half as wide: twice as many of them
         ("cpu", 2048, 8192, 1, [1024] * 2),  # 1,024 rows of 8192 columns are 16 MiB
         ("cpu", 4096, 11008, 64, [256] * 16),
+        ("cpu", 600, 1 << 20, 16, [256, 256, 88]),  # no run fits: short ones
+        ("cpu", 9000, 4096, 96, [1056] * 8 + [288] + [264]),
+        ("cuda", 300, 1 << 20, 16, [64] * 4 + [44]),
         # On a GPU no product is left with a sliver.
-        ("cuda", 4096, 4096, 1, [4096]),
         ("cuda", 11008, 4096, 1, [11008]),  # 16,384 rows of 8 KiB fit
         ("cuda", 4096, 11008, 64, [4096]),  # 6,096 columns of 22,016 bytes fit
-        ("cuda", 11008, 4096, 64, [11008]),
         ("cuda", 14336, 4096, 64, [14336]),
         ("cuda", 28672, 8192, 1, [7168] * 4),  # 8,192 rows of 16 KiB fit
         ("cuda", 8192, 28672, 64, [2048] * 4),  # 2,340 columns fit
@@ -410,3 +321,127 @@ def test_the_frozen_product_is_differentiable_twice(quant):
     short = x[0, :1].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda each: frozen_linear(each, weight), (short,))
     assert torch.autograd.gradgradcheck(lambda each: frozen_linear(each, weight).tanh(), (short,))
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+FORMS: list[dict[str, Any]] = [{}, {"scale": 0.3}, {"softcap": 1.5}, {"scale": 2.5, "softcap": 0.7}]
+
+
+def a_head(num_tokens, vocabulary, width, *, bias=False, seed=0, size=1.0):
+    """hidden, weight, bias, labels, and an upstream gradient per token; float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    labels = torch.randint(0, vocabulary, (num_tokens,), generator=generator)
+    hidden, weight = normal(num_tokens, width) * size, normal(vocabulary, width) * 0.5
+    return hidden, weight, normal(vocabulary) if bias else None, labels, normal(num_tokens)
+
+
+def loops(hidden, weight, bias, labels, **form):
+    as_numpy = [each.detach().double().numpy() for each in (hidden, weight)]
+    return reference.head_nll(*as_numpy, labels.numpy(), None if bias is None else bias.double().numpy(), **form)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    num_tokens=st.integers(0, 13),
+    vocabulary=st.integers(1, 40),
+    width=st.integers(1, 9),
+    chunk=st.one_of(st.none(), st.integers(1, 16)),
+    per_slice=st.integers(1, 100),
+    bias=st.booleans(),
+    form=st.sampled_from(FORMS),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    quant=st.sampled_from([None, None, "nf4", "int8"]),
+    seed=st.integers(0, 99),
+)
+def test_values_and_gradients_of_any_shape_chunk_and_slice(
+    num_tokens, vocabulary, width, chunk, per_slice, bias, form, dtype, quant, seed
+):
+    hidden, weight, offset, labels, upstream = a_head(num_tokens, vocabulary, width, bias=bias, seed=seed)
+    hidden = hidden.T.contiguous().T.to(dtype)  # columns first in memory
+    given_weight = weight.to(dtype) if quant is None else quantize(weight.float(), quant, 64)
+    weight = given_weight if isinstance(given_weight, torch.Tensor) else dequantize(given_weight, dtype)
+    offset = None if offset is None else offset.to(dtype)
+    hidden.requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "_CPU_SLICE_LOGITS", per_slice)
+        nll = chunked_nll(hidden, given_weight, labels, bias=offset, chunk=chunk, **form)
+    nll.backward(upstream.to(dtype))
+    expected, rows = loops(hidden, weight, offset, labels, **form)
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+    assert nll.dtype == dtype
+    np.testing.assert_allclose(nll.detach().numpy(), expected, rtol=tolerance, atol=tolerance)
+    wanted = upstream.numpy()[:, None] * rows
+    np.testing.assert_allclose(hidden.grad.numpy(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_bf16_errs_at_most_twice_as_much_as_the_plain_formula(form):
+    hidden, weight, offset, labels, upstream = a_head(64, 300, 48, bias=True, size=0.5)
+    low, low_weight, low_bias = hidden.bfloat16(), weight.bfloat16(), offset.bfloat16()
+    upstream = upstream / 1000
+    expected, rows = loops(low, low_weight, low_bias, labels, **form)
+
+    def plain(h):
+        logits = torch.nn.functional.linear(h, low_weight, low_bias) * form.get("scale", 1.0)
+        cap = form.get("softcap")
+        logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+    def errors(nll_of):
+        leaf = low.clone().requires_grad_()
+        nll = nll_of(leaf)
+        assert nll.dtype == torch.float32
+        nll.backward(upstream.float())
+        found = (nll, expected), (leaf.grad, upstream.numpy()[:, None] * rows)
+        return [reference.relative_error(got.detach().double().numpy(), wanted) for got, wanted in found]
+
+    ours = errors(lambda h: chunked_nll(h, low_weight, labels, bias=low_bias, chunk=10, **form))
+    for own, other in zip(ours, errors(plain), strict=True):
+        assert 0 < own <= 2 * other
+
+
+def test_large_logits_and_impossible_labels():
+    weight = torch.tensor([[1.0], [-1.0], [0.0]])
+    hidden = torch.tensor([[1e4], [1e4], [0.0]], requires_grad=True)
+    nll = chunked_nll(hidden, weight, torch.tensor([1, 0, 2]))
+    nll.sum().backward()
+    np.testing.assert_allclose(nll.detach().numpy(), [2e4, 0.0, np.log(3)], rtol=1e-6)
+    np.testing.assert_allclose(hidden.grad.numpy(), [[2.0], [0.0], [0.0]], atol=1e-6)
+    with torch.no_grad():
+        assert not chunked_nll(hidden, weight, torch.tensor([1, 0, 2])).requires_grad
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements that a tensor made by any operation has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, *(each.numel() for each in tree_leaves(out) if isinstance(each, torch.Tensor)), 0)
+        return out
+
+
+def test_no_tensor_is_larger_than_the_logits_of_a_chunk_and_automatic_chunks_fill_their_bytes():
+    hidden, weight, _, labels, upstream = a_head(50, 400, 3)
+    with _Largest() as largest:
+        chunked_nll(hidden.bfloat16().requires_grad_(), weight.bfloat16(), labels, chunk=6).backward(upstream.float())
+    assert largest.numel == 6 * 400
+    assert auto_chunk(128256, 2) == 523
+    assert CHUNK_BYTES - 128256 * 2 < 523 * 128256 * 2 <= CHUNK_BYTES
+    assert auto_chunk(10**8, 2) == 16
+
+
+def test_chunks_and_derivatives_that_are_refused():
+    hidden, weight, _, labels, _ = a_head(3, 5, 2)
+    with pytest.raises(ValueError, match="got 0"):
+        chunked_nll(hidden, weight, labels, chunk=0)
+    with pytest.raises(RuntimeError, match="no second derivative"):  # else curvature would be wrong without a word
+        torch.autograd.grad(chunked_nll(hidden.requires_grad_(), weight, labels).sum(), hidden, create_graph=True)
+    with pytest.raises(AssertionError, match="trainable head"):
+        chunked_nll(hidden.requires_grad_(), weight.requires_grad_(), labels)

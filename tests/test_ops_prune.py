@@ -60,7 +60,7 @@ def pruned_by(method, weight, x, pattern, **options):
     columns=st.integers(1, 33),
     of=st.integers(2, 9),
     sparsity=st.floats(0, 0.99),
-    group=st.sampled_from(["tensor", "row", "n:m"]),
+    group=st.sampled_from(["tensor", "row", "n:m", "rows", "columns"]),
     seed=st.integers(0, 5),
     levels=st.integers(1, 4),
     data=st.data(),
@@ -72,22 +72,17 @@ def test_counts_are_exact_and_ties_go_to_the_first(rows, columns, of, sparsity, 
         keep = data.draw(st.integers(1, of - 1))
         name, wanted, group = f"{keep}:{of}", (keep, of), "row"
     scores = np.random.default_rng(seed).integers(0, levels, (rows, columns)).astype(np.float64)
+    if group in ("rows", "columns"):
+        name, group, dim = group, "row", int(group == "rows")
+        costs = list(scores.sum(dim))
+        pruned = reference.prune_lowest(costs, round(sparsity * len(costs)))
+        line = np.array([index not in pruned for index in range(len(costs))])
+        expected = np.broadcast_to(np.expand_dims(line, dim), scores.shape)
+    else:
+        expected = reference.keep_mask(scores, wanted, sparsity)
     pattern = pattern_of(name, sparsity)
-    expected = reference.keep_mask(scores, wanted, sparsity)
     for given_scores in (torch.from_numpy(scores), torch.from_numpy(scores).T.contiguous().T.bfloat16()):
         assert np.array_equal(keep_mask(given_scores, pattern, group).numpy(), expected)
-
-
-@pytest.mark.parametrize("kind", ["rows", "columns"])
-def test_structured_patterns_take_whole_rows_or_columns_of_least_cost(kind):
-    scores = torch.from_numpy(matrix(9, 14)).square()
-    found = keep_mask(scores, pattern_from(kind, 0.4))
-    dim = 1 if kind == "rows" else 0
-    costs = scores.numpy().sum(dim)
-    pruned = reference.prune_lowest(list(costs), round(0.4 * len(costs)))
-    expected = np.array([index not in pruned for index in range(len(costs))])
-    assert np.array_equal(found.all(dim).numpy(), expected)
-    assert np.array_equal(found.any(dim).numpy(), expected)
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 21), seed=st.integers(0, 9), data=st.data())
@@ -118,8 +113,8 @@ def test_magnitude_compares_the_tensor_and_wanda_rows_unless_told(method, name, 
     assert np.array_equal(pruned.weight.numpy(), np.where(keep, weight, 0.0))
 
 
-SPARSEGPT = [({"sparsity": sparsity}, block) for sparsity in (0.0, 0.37, 0.7) for block in (1, 5, 24, 128)]
-SPARSEGPT += [({"n_of_m": n_of_m}, block) for n_of_m in ((2, 4), (4, 8), (1, 3)) for block in (4, 7, 128)]
+SPARSEGPT = [({"sparsity": sparsity}, block) for sparsity in (0.0, 0.37) for block in (1, 5, 128)]
+SPARSEGPT += [({"n_of_m": n_of_m}, block) for n_of_m in ((2, 4), (1, 3)) for block in (4, 7, 128)]
 
 
 @pytest.mark.parametrize(("share", "block"), SPARSEGPT)
@@ -169,17 +164,6 @@ def test_dead_columns_go_first_and_receive_no_error():
         keep = reference.keep_mask(np.abs(weight), group, 0.5)
         assert np.array_equal(found.keep_mask.numpy(), keep)
         assert np.array_equal(found.weight.numpy(), np.where(keep, weight, 0.0))
-
-
-def test_float32_finds_the_float64_solution():
-    weight, x = matrix(24, 96), correlated(2000, 96)
-    statistics = InputStatistics(96, "sparsegpt", "cpu")
-    for part in torch.from_numpy(x).float().split(300):
-        statistics.add(part.view(1, *part.shape))
-    found, keep = sparsegpt(torch.from_numpy(weight).float(), statistics.sums, pattern_of("unstructured"))
-    expected = reference.obs_with_mask(weight, keep.numpy(), x.T @ x, 0.01)
-    # The damped H has a condition number of up to 96 / 0.01. Over 20 seeds 1.60e-5 with a deviation of 0.23e-5.
-    assert np.linalg.norm(found.double().numpy() - expected) < 2.8e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])

@@ -1,11 +1,10 @@
-"""Every form of an adapter against float64: kind x quant x dtype x masked x gated x experts.
-
-Forward, every gradient, row norm, gain and merged weight, with all parameters off their start.
-"""
+"""Every form of an adapter: numbers against float64 by kind x quant x dtype x masked x gated x experts, with all
+parameters off their start; masks and gates in files; whole runs on a pruned base."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftConfig
+from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.dropout import draw_seed, dropped
+from qdora.analysis.differentiable import plain_model
+from qdora.analysis.update_gradient import update_spectrum
+from qdora.errors import UserError
+from qdora.export.export_run import export_run
+from qdora.export.options import ExportOptions
+from qdora.model.adapter_file import load_adapter, save_adapter
+from qdora.model.inject import adapted_layers, inject
+from qdora.ops import dropout
 from qdora.ops.expert_tokens import ExpertTokens
-from qdora.ops.packed import quantize
-from qdora.train.optimizer import AdapterOptimizer
+from qdora.ops.sparsity import mask_bits, mask_from_bits
+from qdora.run.load_run import load_run
+from qdora.run.train import train_run
 from tests import reference, support
 from tests.adapter_numbers import (
     arrays,
@@ -71,12 +78,15 @@ def inputs(layer: Any, dtype: torch.dtype, share: Any) -> tuple[torch.Tensor, to
 
 
 @pytest.mark.parametrize(("kind", "masked", "gated", "share", "quant", "dtype"), MATRIX)
-def test_all_numbers_are_those_of_the_definition(
-    kind: str, masked: bool, gated: bool, share: Any, quant: str | None, dtype: torch.dtype, monkeypatch: Any
-) -> None:
+def test_all_numbers_are_those_of_the_definition(kind, masked, gated, share, quant, dtype, monkeypatch):
     if dtype == torch.float32:
         cut_tiles(monkeypatch)
     layer = layer_of(kind, masked, gated, share, quant=quant, dtype=dtype)
+    with torch.no_grad():
+        layer.lora_B[..., 1, :] = 0.0  # row 1 of the base is zero, so g = 0; not where m = 0
+        if layer.magnitude is not None:
+            layer.magnitude[..., 3] = 0.0
+    layer.parameters_changed()
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     x, dy, tokens, counts = inputs(layer, dtype, share)
     assert not x.is_contiguous()
@@ -154,18 +164,22 @@ def test_the_references_gradients_are_those_of_finite_differences_with_the_norm_
             assert off / 2e-6 == pytest.approx(wanted[name][index], rel=1e-6, abs=1e-8)
     merged = reference.merged_weight(**numbers)
     np.testing.assert_allclose(reference.forward(x, bias=bias, **numbers), x @ merged.T + bias, rtol=1e-12, atol=1e-14)
+    given = torch.tensor(x), torch.tensor(dy)
+    assert_close(plain_results(layer, *given), expected(layer, *given), 1e-10)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_dropout_zeroes_the_same_elements_in_both_directions_and_in_a_recompute(
-    kind: str, masked: bool, gated: bool
-) -> None:
-    layer = make(kind=kind, masked=masked, gated=gated, dropout=0.3)
+def test_dropout_zeroes_the_same_elements_in_both_directions_and_in_a_recompute(kind, masked, device, monkeypatch):
+    """In slices of four tokens, drawn as on a CPU and as on a GPU."""
+    monkeypatch.setattr(dropout, "device_kind", lambda _device: device)
+    for name in ("_ELEMENTS_PER_SLICE", "_GPU_ELEMENTS_PER_SLICE"):
+        monkeypatch.setattr(dropout, name, 300)
+    layer = make(kind=kind, masked=masked, gated=device == "cpu", dropout=0.3)
     x, dy, _, _ = inputs(layer, torch.float64, None)
     torch.manual_seed(3)
-    keep = to_numpy(dropped(torch.ones(14, 64, dtype=torch.float64), 0.3, draw_seed())) / 0.7
+    keep = to_numpy(dropout.dropped(torch.ones(14, 64, dtype=torch.float64), 0.3, dropout.draw_seed())) / 0.7
     assert 0.2 < (keep == 0).mean() < 0.4
     torch.manual_seed(3)
     found = results(layer, x, dy)
@@ -184,7 +198,6 @@ def test_dropout_zeroes_the_same_elements_in_both_directions_and_in_a_recompute(
 def test_no_digits_drown_in_a_large_bias_or_in_small_and_large_gains(bias: float, gain: float) -> None:
     layer = support.adapted_linear(out=48, in_=128, rank=4, bias=bool(bias), dtype=torch.bfloat16, quant="nf4")
     support.move_all_parameters_(layer, scale=0.05)
-    assert layer.magnitude is not None
     if layer.base.bias is not None:
         layer.base.bias *= bias / 0.1
     else:
@@ -217,35 +230,6 @@ def test_in_bf16_errors_are_at_most_twice_those_of_the_plain_formula(out, in_, r
         assert error <= 2 * max(plain, 2.0**-9), (name, error, plain)
 
 
-def test_zero_rows_of_an_nf4_base_train_and_merge_by_the_formula() -> None:
-    """g = 0 in a zero row of W + s B A (row 1, which stays so), not where B moved (row 7) or where m = 0 (row 3)."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(12, 64, generator=generator)
-    weight[[1, 7]] = 0
-    layer = AdaptedLinear(FrozenLinear(quantize(weight, "nf4", 64, double_quant=True)), rank=2, dtype=torch.float32)
-    support.move_all_parameters_(layer)
-    assert layer.magnitude is not None
-    with torch.no_grad():
-        layer.lora_B[1], layer.magnitude[1], layer.magnitude[3] = 0, 0, 0
-    assert not layer.base.dequantized()[[1, 7]].any()
-    x, dy = (torch.randn(4, size, generator=generator) for size in (64, 12))
-    start = {name: to_numpy(each) for name, each in layer.named_parameters()}
-    gradients: dict[str, list[Any]] = {name: [] for name in start}
-    optimizer = AdapterOptimizer(dict(layer.named_parameters()), name="adamw")
-    for step in range(3):
-        wanted = expected(layer, x, dy)
-        assert_close(results(layer, x, dy), wanted, 1e-4)
-        optimizer.step(0.01)
-        for name, each in layer.named_parameters():
-            gradients[name].append(wanted[name])
-            after = reference.adamw(start[name], gradients[name], 0.01)
-            np.testing.assert_allclose(to_numpy(each), after, rtol=1e-3, atol=3e-4, err_msg=f"{name}, {step}")
-    merged = to_numpy(layer.merged_weight())
-    np.testing.assert_allclose(merged, expected_weight(layer), rtol=1e-5, atol=1e-6)
-    assert [row for row in range(12) if not merged[row].any()] == [1]
-    assert layer.magnitude[3] != 0
-
-
 def test_a_live_row_of_magnitude_zero_has_its_gradient_in_bf16_too() -> None:
     """What stands in for a magnitude of 0 must not be lost in the products' dtype, nor in the row factor of lora_B."""
     layer = make(out=6, rank=2, bias=False, dtype=torch.bfloat16)
@@ -260,12 +244,10 @@ def test_a_live_row_of_magnitude_zero_has_its_gradient_in_bf16_too() -> None:
 def test_in_bf16_the_gates_products_norm_and_merge_have_the_same_numbers() -> None:
     """B diag(gate) is rounded to bf16 once: a layer whose B holds that is the same, bit for bit."""
     layer = make(gated=True, dtype=torch.bfloat16, quant="nf4")
-    folded = make(dtype=torch.bfloat16, quant="nf4", moved=False)
+    folded = make(dtype=torch.bfloat16, quant="nf4")
     with torch.no_grad():
-        folded.lora_A.copy_(layer.lora_A)
         folded.lora_B.copy_(layer.gated_B())
-        folded.magnitude.copy_(layer.magnitude)
-    assert torch.equal(folded.lora_B.float(), layer.gated_B())
+    folded.parameters_changed()
     assert torch.equal(folded.lora_B, layer.stored_B())
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.bfloat16, torch.float32):
@@ -299,13 +281,86 @@ def test_without_its_dead_components_a_layer_is_the_same(kind: str, share: Any, 
     torch.testing.assert_close(layer.merged_weight(torch.float64), merged, rtol=1e-12, atol=1e-13)
 
 
-def test_a_mask_of_ones_changes_nothing() -> None:
-    layer = make(masked=True)
-    layer.base.keep_bits = torch.full_like(layer.base.keep_bits, 255)
-    x, dy, _, _ = inputs(layer, torch.float64, None)
-    masked = results(layer, x, dy)
-    layer.masked = False
-    layer.parameters_changed()
-    for name, each in results(layer, x, dy).items():
-        torch.testing.assert_close(each, masked[name], rtol=1e-10, atol=1e-12)
-    assert_close(plain_results(layer, x, dy), expected(layer, x, dy), 1e-10)
+# ------------------------------------------------------------------------------------------------ files and whole runs
+
+
+def test_files_and_analyses_take_the_gated_factor(tmp_path: Path) -> None:
+    """An adapter that is written with gates is read without them, and computes the same."""
+    model = support.adapted_model("llama", quant="nf4")
+    for number, layer in enumerate(adapted_layers(model).values()):
+        layer.add_gate()
+        layer.gate.data.copy_(torch.tensor([0.5 + 0.01 * number, 0.0, 1.25]))  # type: ignore[union-attr]
+    before = support.logits_of(model)
+    save_adapter(model, tmp_path / "adapter", base_name_or_path="x", revision=None, base_quant={"quant": "nf4"})
+    again = support.base_model("llama", quant="nf4")
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(support.logits_of(again), before)
+    for first, second in zip(adapted_layers(model).values(), adapted_layers(again).values(), strict=True):
+        assert np.array_equal(update_spectrum(first).energies, update_spectrum(second).energies)
+    with plain_model(model, ["model.layers.0.self_attn.q_proj"], norm="held"):
+        torch.testing.assert_close(support.logits_of(model), before, rtol=1e-4, atol=1e-4)
+
+
+RUNS = [("dora", "nf4", "2:4"), ("lora", "int8", "unstructured"), ("magnitude", "nf4", "unstructured")]
+
+
+@pytest.mark.parametrize("kind, quant, pattern", RUNS)
+def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(tmp_path, kind, quant, pattern):
+    prune: dict[str, Any] = {"method": "magnitude", "pattern": pattern}
+    if pattern == "unstructured":
+        prune["sparsity"] = 0.6
+    adapter: dict[str, Any] = {"adapter__kind": kind, "adapter__mask": "keep"}
+    if kind == "magnitude":
+        adapter = {"adapter__kind": kind} | {f"adapter__{each}": ... for each in ("rank", "alpha", "dropout")}
+    options: dict[str, Any] = {"eval__tasks": [], "eval__limit": ..., "train__checkpoint_every": ..., "train__lr": 1e-2}
+    options |= {"base__prune": prune, "base__quant": quant} | adapter
+    train_run(support.tiny_recipe(tmp_path, **options), tmp_path / "run")
+    is_audited = (kind, quant, pattern) == RUNS[0]
+    result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32", audit=is_audited))
+    assert result["verification"]["passed"]
+    assert result["zeros"] == {"pruned": result["zeros"]["pruned"], "kept": result["zeros"]["pruned"]}
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    layers = adapted_layers(load_run(tmp_path / "run").model)
+    assert len(layers) == 14
+    assert all(layer.masked == (kind != "magnitude") for layer in layers.values())
+    for path, layer in layers.items():
+        zeros, bits, start = merged[f"{path}.weight"] == 0, layer.base.keep_bits, layer.base.dequantized()
+        assert not torch.equal(layer.merged_weight(), start), path
+        if kind == "magnitude":
+            # Only rows are scaled: every zero of the base is there, those of its quantisation, too.
+            assert torch.equal(zeros, start == 0)
+            assert not layer.lora_B.any()
+        else:
+            assert torch.equal(mask_bits(~zeros), bits), path
+        keep = mask_from_bits(bits, (start.shape[0], start.shape[1]))
+        assert bool(zeros[~keep].all())
+        if pattern == "2:4":
+            assert int((~zeros).view(-1, 4).sum(1).max()) <= 2
+    if not is_audited:
+        return
+    # The merge is the model; there is no source to merge on, and no plain LoRA that masks.
+    forms = result["audit"]["forms"]
+    assert forms["merged"]["logits"]["kl_mean"] < 1e-8 < 1e-6 < forms["base"]["logits"]["kl_mean"]
+    assert "pruned" in forms["original"]["why_not"]
+    assert "cannot mask B A" in forms["nf4-lora"]["why_not"]
+    for refused in ("peft", "nf4-lora"):
+        with pytest.raises(UserError, match="cannot mask B A"):
+            export_run(tmp_path / "run", tmp_path / refused, ExportOptions(format_=refused))
+    with pytest.raises((KeyError, ValueError), match="MASKED"):
+        PeftConfig.from_pretrained(str(tmp_path / "run" / "adapter"))
+    for call in (
+        lambda model: load_adapter(model, tmp_path / "run" / "adapter"),
+        lambda model: inject(model, rank=2, masked=True),
+    ):
+        with pytest.raises(UserError, match=r"keep.* 14 adapted layers were not pruned"):
+            call(support.resident_model(tmp_path / "model"))
+
+
+def test_an_adapter_that_ignores_the_mask_merges_dense_and_says_so(tmp_path: Path) -> None:
+    prune = {"method": "magnitude", "pattern": "2:4"}
+    recipe = support.tiny_recipe(tmp_path, base__prune=prune, train__steps=2, eval__tasks=[], eval__limit=...)
+    train_run(recipe, tmp_path / "run")
+    result = export_run(tmp_path / "run", tmp_path / "merged", ExportOptions(dtype="float32"))
+    assert result["zeros"]["kept"] < 0.01 * result["zeros"]["pruned"]
+    with pytest.raises(UserError, match=r"--requantize: .*pruned.* remove --requantize"):
+        export_run(tmp_path / "run", tmp_path / "again", ExportOptions(requantize=True))
