@@ -1,6 +1,34 @@
-"""Sources of a mix: training and validation examples, data sets on the Hub, unused columns, and kept tokens."""
+"""Data files a row at a time, folders and patterns, training and validation examples, and data sets on the Hub."""
 
 from __future__ import annotations
+
+
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qdora.data import file_records, readers
+from qdora.data.build_data import read_data
+from qdora.data.example import Example
+from qdora.data.messages import Turn
+from qdora.data.readers import local_shards, read_rows, rows_of_split
+from qdora.data.source_files import files_of
+from qdora.data.sources import has_split, load_source, open_shards
+from qdora.recipe.data_settings import DataConfig, SourceConfig
+from tests.data_rows import content, fault_of, faults_of, mixed, says, write
+
+
 
 import os
 import time
@@ -27,6 +55,292 @@ from qdora.errors import HubFailure
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 from tests import support
 from tests.data_rows import fault_of, faults_of, mixed, says, write
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=20)
+WORD = TEXT.filter(str.strip)
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": lambda some: bytes(pa.compress(some, codec="zstd", asbytes=True)),
+}
+
+
+def file_of(kind: str, texts: list[tuple[str, str]], small: int) -> tuple[bytes, list[dict[str, str]]]:
+    """(bytes, rows that they stand for)."""
+    rows, marked = [{"a": a, "b": b} for a, b in texts], "utf-8-sig" if small % 2 else "utf-8"
+    file, out = io.StringIO(newline=""), io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), out, row_group_size=small)
+        return out.getvalue(), rows
+    if kind == "jsonl":
+        between = ["\n", "\r\n", "\n  \n\n"][small % 3]
+        return between.join(json.dumps(row, ensure_ascii=False) for row in rows).encode(marked), rows
+    if kind == "json":
+        return json.dumps(rows, ensure_ascii=False, indent=2 if small % 3 else None).encode(marked), rows
+    if kind == "txt":
+        documents = ["".join(f"{line.strip()}\n" for line in (a, b) if line.strip()) for a, b in texts]
+        return "\n \n\n".join(documents).encode(), [{"text": text[:-1]} for text in documents if text]
+    csv.writer(file, delimiter="," if kind == "csv" else "\t").writerows([("a", "b"), *texts])
+    return file.getvalue().encode(marked), rows
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "txt", "parquet"])
+@settings(max_examples=80, deadline=None)
+@given(
+    texts=st.lists(st.tuples(WORD, TEXT), min_size=1, max_size=40),
+    packed=st.sampled_from(list(PACKERS)),
+    small=st.integers(1, 50),
+    data=st.data(),
+)
+def test_all_rows_any_rows_and_rows_from_anywhere(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, texts: Any, packed: str, small: int, data: st.DataObject
+) -> None:
+    if kind == "txt":  # a document is what has no blank line, so its lines hold no line end of any kind
+        texts = [tuple(" ".join(text.split()) for text in pair) for pair in texts]
+    plain, rows = file_of(kind, texts, small)
+    packed = "" if kind == "parquet" else packed
+    file = tmp_path_factory.mktemp("rows") / f"rows.{kind}{packed}"
+    file.write_bytes(PACKERS[packed](plain))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file_records, "_READ_BYTES", small)
+        patch.setattr(readers, "_KEPT_EACH", 1 + small % 7)
+        patch.setattr(readers, "_RANGE_BYTES", 3 * small)
+        patch.setattr(readers, "_ROWS_AT_ONCE", 1 + small % 5)
+        found = read_rows(file)
+        places = [place for place, _ in found]
+        assert [row for _, row in found] == rows
+        wanted = sorted(data.draw(st.sets(st.integers(0, len(rows) - 1))))
+        assert list(found.chosen(wanted)) == [(places[index], rows[index]) for index in wanted]
+        shards = local_shards(file, "train")
+        assert len(set(shards.names)) == len(shards.names) == len(shards.readers)
+        assert (shards.num_rows, shards.num_bytes > 0) == ((len(rows), False) if kind == "parquet" else (None, True))
+        assert [row for reader in shards.readers for _, row in reader(0)] == rows
+        for reader in shards.readers:
+            whole, skip = list(reader(0)), data.draw(st.integers(0, len(rows)))
+            assert list(reader(skip)) == whole[skip:]
+
+
+SUFFIXES = [".jsonl", ".json", ".parquet", ".csv", ".tsv", ".jsonl.gz", ".jsonl.zst", ".csv.gz", ".tsv.zst", ".json.gz"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_same_examples_in_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
+    """Lists are text in CSV; quotes, line ends, tabs and U+2028 are characters."""
+    texts = [(f'Line {n}:\n"what, is\t{n}"? é\u2028', f'the "{n}" cat,\nand ; the dög') for n in range(50)]
+    chats = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": g}]} for a, g in texts]
+    expected = [(Turn("user", a), Turn("assistant", g)) for a, g in texts]
+    found = load_source(SourceConfig(source=write(tmp_path / f"a{suffix}", chats)))
+    assert [each.messages for each in found] == expected
+    file = write(tmp_path / f"b{suffix}", [{"prompt": a, "completion": g} for a, g in texts])
+    assert [(each.prompt, each.answer) for each in load_source(SourceConfig(source=file))] == texts
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("a.json", '\ufeff{"text": "x"}\n\n{"text": "y"}\n', ["1 x", "3 y"]),  # lines under the wrong ending
+        ("a.jsonl", '[{"text": "x"}, {"text": "y"}]\n\n', ["0 x", "1 y"]),  # and a list
+        ("a.jsonl", '\ufeff\n[\n{"text": "x"},\n{"text": "y"}]', ["0 x", "1 y"]),
+        ("a.json", '{\n "text": "x"\n}\n', ["0 x"]),
+        ("a.json", '\ufeff \n[{"text": "x"}]', ["0 x"]),
+        ("a.jsonl", '{"text": "x\u2028y\x85z \\ud83d\\ude00 \\\\ud800"}', ["1 x\u2028y\x85z \U0001f600 \\ud800"]),
+        ("a.txt", "\n\nOne.\r\nStill.\r\n \t\r\nTwo.\n\n\n\nThree.", ["3 One.\nStill.", "6 Two.", "10 Three."]),
+        # in UTF-8 this letter is EF BB BB, the byte order mark being EF BB BF
+        ("a.txt", "one\n\ufefb\ntwo\n \ufeff \nthree\n", ["1 one\n\ufefb\ntwo", "5 three"]),
+        ("a.csv", 'text,id\n5" pipe,\n"a ""b""\nc",\n\né,\n', ['2 5" pipe', '3 a "b"\nc', "6 é"]),
+    ],
+)
+def test_rows_and_their_places(tmp_path: Path, name: str, text: str, expected: list[str]) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    found = load_source(SourceConfig(source=f"{tmp_path}/{name}"))
+    assert [f"{each.id} {each.answer}" for each in found] == expected
+
+
+def test_a_long_cell_of_csv_leaves_the_limit_of_the_process_alone(tmp_path: Path) -> None:
+    long = "x" * 200_000  # above the standard library's limit of 131,072
+    file = write(tmp_path / "a.csv", [{"text": long}])
+    assert [each.answer for each in load_source(SourceConfig(source=file))] == [long]
+    assert csv.field_size_limit() == 131_072
+
+
+# What is wrong with a file
+
+DEEP, UTF16 = b"[" * 100_000, '\ufeff{"text": "x"}'.encode("utf-16-le")
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("a.csv", b'text,b\n1,"x\ny"\n2\n\n3,"z"\n', "line 4: has 1 cells, the first line names 2 columns"),
+        ("a.csv", b'text,b\n1,2\n3,"z\n4,5\n', "line 3: a quotation mark opens here and is never closed."),
+        ("a.csv", b'text,b\n"x" y,1\n2,3\n', "line 2: not CSV (',' expected after '\"')"),
+        ("a.csv", b"text,b\n\xff,1\n2,3\n", "line 2: not UTF-8 text (byte 0 of the row)"),
+        ("a.tsv", b"text\tb\n1\t2\t3\nx\ty\n", "line 2: has 3 cells, the first line names 2 columns"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "line 1: names the column 'a' twice"),
+        ("a.csv", b'\n"a,b\n', "line 2: a quotation mark opens here and is never closed."),
+        ("a.csv", b"text\n", "the data set is empty"),
+        ("a.json", b'[{"text": "x"},\n 3]', "row 1: must be an object {column: value}, got 3"),
+        ("a.json", b'[{"text": "x"},\n{"text": "\xff"}]', "row 1: not UTF-8 text (byte 10 of the row)"),
+        ("a.json", b'[{"a": "x\ty"}]', "row 0: not JSON (column 9: Invalid control character at)"),
+        ("a.json", b'[{"a": 1},\n]', "line 2: not JSON (column 1: Expecting value)"),
+        ("a.json", b'\n[{"a": 1}\n  {"a": 2}]', "line 3: not JSON (column 3: Expecting ',' delimiter)"),
+        ("a.json", b'[{"a": 1},\n {"a": [2}]', "line 2: not JSON (column 10: Expecting ',' delimiter)"),
+        ("a.json", b'[{"a": 1}', "line 1: not JSON (column 10: Expecting ',' delimiter)"),
+        ("a.json", b'[{"a": 1}] []', "line 1: not JSON (column 12: Extra data)"),
+        ("a.json", b'{"a": 1,\n2}', "line 2: not JSON (column 1: Expecting property name"),
+        ("a.json", b'{"messages": [1]}', "must be a list of objects, got a single object that holds a list, {mess"),
+        ("a.json", b"3", "must be a list of objects, or one object a line, got 3"),
+        ("a.json", b"[]", "the data set is empty, must have at least one row"),
+        ("a.json", b"", "the data set is empty"),
+        ("a.json", '\ufefb[{"a": 1}]'.encode(), "line 1: not JSON (column 1: Expecting value)"),
+        ("a.json", b'[{"text": ' + DEEP, "a.json: not JSON (it is nested too deeply"),
+        ("a.json", b'[{"text": ' + b"9" * 5000 + b"}]", "row 0: not JSON (Exceeds the limit (4300 digits)"),
+        ("a.json", b'[{"text": "x"},\n{"a": [{"b": 1, "b": 2}]}]', "row 1: has the key 'b' twice in one object"),
+        ("a.jsonl", b'{"text": "x", "b": 2, "text": 1}\n', "line 1: has the key 'text' twice in one object"),
+        ("a.jsonl", b'[{"text": "x"}]\n{"text": "x"}\n', "line 1: must be an object {column: value}, got ["),
+        ("a.jsonl", b'{"text": "\xff"}', "line 1: not UTF-8 text (byte 10 of the row)"),
+        ("a.jsonl", b'{"text": ' + DEEP + b"\n", "line 1: not JSON (it is nested too deeply)"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", "line 1: not JSON (Exceeds the limit (4300 digits)"),
+        ("a.jsonl", b"\n", "the data set is empty"),
+        ("a.txt", b"one\n\n\xfftwo\n", "line 3: not UTF-8 text (byte 0 of the document)"),
+        ("a.txt", "two words".encode("utf-16-be"), "line 1: holds null bytes, so it is not UTF-8 text. Fix: convert"),
+        *(
+            (f"a.{kind}", UTF16, f"a.{kind}: must be UTF-8 text, got UTF-16. Fix: convert")
+            for kind in ("jsonl", "csv", "txt")
+        ),
+        ("a.json", b"\xfe\xff" + UTF16[2:], "must be UTF-8 text, got UTF-16"),
+        ("a.txt", b" \n", "the data set is empty"),
+        ("a.txt.gz", b"not gzip", "damaged (Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"One.", mtime=0)[:-9], "damaged ("),
+        ("a.txt.zst", PACKERS[".zst"](b"One.")[:-1], "damaged ("),
+        ("a.txt.zst", b"no frame at all", "damaged ("),
+        # a window of 2 GiB, as `zstd --long=31` writes: magic number, descriptor, window
+        ("a.txt.zst", b"\x28\xb5\x2f\xfd\x00\xa8\x01\x00\x00", "Fix: unpack it, zstd -d --long=31 a.txt.zst"),
+        ("a.xls", b"x", "unknown ending '.xls', allowed: .parquet, .jsonl, .json, .csv, .tsv, .txt, .md, .jsonl.gz, "),
+        ("a.parquet", b"nonsense", "not a Parquet file ("),
+    ],
+)
+def test_what_is_wrong_and_where(tmp_path: Path, name: str, text: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(text)
+    line = fault_of(load_source, SourceConfig(source=f"{tmp_path}/{name}"))
+    assert line.startswith(f"{tmp_path}/{name}: ")
+    assert says(line, words)
+    if text == UTF16:
+        assert fault_of(open_shards, SourceConfig(source=f"{tmp_path}/{name}", stream=True)) == line
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    file, sink = tmp_path / "a.parquet", io.BytesIO()
+    table = pa.Table.from_pylist([{"text": f"row {index}"} for index in range(20)])
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(table, sink, write_page_checksum=True, **plain)
+    whole = sink.getvalue()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    start = whole.index(b"row 0")  # the values; before them is the header of the page
+    assert footer - start > 100
+
+    def fault(place: int, some: bytes, **options: Any) -> str:
+        file.write_bytes(whole[:place] + some + whole[place + len(some) :])
+        source = SourceConfig(source=str(file), **options)
+        return fault_of(open_shards if source.stream else load_source, source)
+
+    for place in range(start, footer, 7):  # every flipped bit in the pages is noticed
+        assert fault(place, bytes([whole[place] ^ 1])).startswith(f"{file}: row group 0: damaged (")
+    line = fault(footer, b"\x0f" * (len(whole) - 8 - footer))
+    assert line.startswith(f"{file}: not a Parquet file (")
+    assert line.isprintable()
+    for options in ({}, {"stream": True}):  # a name that is no text
+        assert says(fault(whole.index(b"text", footer), b"\xff", **options), "not a Parquet file ('utf-8' codec can't")
+    pq.write_table(table.slice(0, 0), file)
+    assert says(fault_of(load_source, SourceConfig(source=str(file))), "the data set is empty")
+
+
+def test_faults_of_rows_name_their_place_and_are_few(tmp_path: Path) -> None:
+    faults = faults_of(load_source, SourceConfig(source=write(tmp_path / "a.jsonl", [{"text": ""}] * 1000)))
+    assert (len(faults), faults[-1]) == (6, f"{tmp_path}/a.jsonl: 995 more faulty rows")
+    rows = tmp_path / "rows"
+    write(rows / "a.jsonl", [{"text": "x"}] * 30)
+    write(rows / "b.jsonl", [{"text": "y"}, {"text": 3}])
+    line = f"{rows}/b.jsonl: line 2: text: must be text that is not empty, got 3"
+    assert fault_of(load_source, SourceConfig(source=str(rows))) == line
+    write(rows / "b.jsonl", [{"text": "y"}])
+    examples = load_source(SourceConfig(source=f"{rows}/*.jsonl"))
+    assert [each.id for each in examples[-2:]] == ["a.jsonl: line 30", "b.jsonl: line 1"]
+    found = rows_of_split(rows, "train")
+    assert found.num_rows == 31
+    write(rows / "b.jsonl", [{"text": "z"}])
+    assert rows_of_split(rows, "train").identity != found.identity
+    file = tmp_path / "rows.csv.gz"
+    file.write_bytes(gzip.compress(b'text\n"a\nb"\nx,y\n"c"\n', mtime=0))
+    data = DataConfig(mix=(SourceConfig(source=str(file), stream=True),), max_length=99)
+    [stream] = mixed(data).sets
+    for _ in range(3):
+        stream.next()
+    assert stream.position.bad_rows == (f"{file}: line 4: has 2 cells, the first line names 1 columns",)
+    assert read_data(data) == ([()], {})
+
+
+# Folders and patterns
+
+
+@pytest.mark.parametrize(
+    "names, split, expected",
+    [
+        ("b.jsonl a.jsonl more/c.jsonl README.md .hidden.jsonl", "train", "a.jsonl b.jsonl more/c.jsonl"),
+        ("train-0.csv.gz train-1.csv train/x.jsonl val.jsonl", "train", "train/x.jsonl train-0.csv.gz train-1.csv"),
+        ("train-0.csv.gz train/x.jsonl val.jsonl", "val", "val.jsonl"),
+        ("data/train-0.parquet data/test-0.parquet README.md .cache/train.jsonl", "train", "data/train-0.parquet"),
+        ("data/train/train-0.jsonl data/test/test-0.jsonl", "train", "data/train/train-0.jsonl"),
+        ("train_001.jsonl train_002.jsonl more.jsonl", "train", "more.jsonl train_001.jsonl train_002.jsonl"),
+        ("a.jsonl b.csv", "train", "holds files of several kinds (.csv, .jsonl) ... such as ... /*.csv."),
+        ("test.jsonl more.jsonl", "train", "no file for split 'train', looked for train.*, train-* and ... test, more"),
+        ("Validation/a.jsonl b.jsonl", "train", "no file for split 'train' ... there are Validation, a, b"),
+        ("a_train.jsonl b.jsonl a_test.jsonl", "train", "there are a_test, a_train, b. ... such as ... a_train.jsonl."),
+        ("my.test.jsonl", "train", "there are my.test. Fix: name the files that are meant."),
+        ("data/test.v2.jsonl a.jsonl", "train", "there are test.v2, a, data"),
+        ("one/train-0.jsonl two/train-0.jsonl", "train", "one, two each hold split 'train'. Fix: "),
+        ("README.md", "train", "there is no data file at all"),
+        ("train.jsonl test.parquet", "tests", "looked for tests.*, ... there are test, train. Did you mean 'test'?"),
+        ("train.jsonl train.json", "train", "train.jsonl, train.json all hold split 'train'. Fix: name one file"),
+    ],
+)
+def test_the_files_of_folders(tmp_path: Path, names: str, split: str, expected: str) -> None:
+    for name in names.split():
+        write(tmp_path / name, [{"text": "x"}]) if name.endswith("jsonl") else touch(tmp_path / name)
+    if expected.split()[0] in names.split():
+        found = [str(file.relative_to(tmp_path)) for file in files_of(tmp_path, split)]
+        assert found == expected.split()
+    else:
+        assert says(fault_of(files_of, tmp_path, split), f"{tmp_path}: ... {expected}")
+
+
+def touch(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def test_the_files_of_a_pattern_and_splits(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c.txt", "deep/d.jsonl", "[x].jsonl", "note.xyz"):
+        touch(tmp_path / name)
+    for pattern, expected in (
+        ("*.jsonl", ["[x].jsonl", "a.jsonl", "b.jsonl"]),
+        ("**/[a-d].jsonl", ["a.jsonl", "b.jsonl", "deep/d.jsonl"]),
+        ("[x].jsonl", ["[x].jsonl"]),  # a file of this name comes before the pattern
+    ):
+        assert [str(file.relative_to(tmp_path)) for file in files_of(tmp_path / pattern, "train")] == expected
+    assert says(fault_of(files_of, tmp_path / "*.xyz", "train"), "*.xyz: no data file matches, allowed endings: .parq")
+    for name in ("own/train.jsonl", "own/old/validation.jsonl", "clone/data/train.jsonl", "clone/data/validation.csv"):
+        touch(tmp_path / name)
+    assert not has_split(SourceConfig(source=f"{tmp_path}/own"), "validation")  # old files decide nothing
+    assert has_split(SourceConfig(source=f"{tmp_path}/clone"), "validation")
+    (tmp_path / "quiz.jsonl").write_bytes(content(".jsonl", [{"text": "x"}]))
+    assert load_source(SourceConfig(source=f"{tmp_path}/quiz.jsonl")) == [Example("quiz", "1", "", "x")]
+    for name, words in (("quizz.jsonl", "no such file. Did you mean 'quiz.jsonl'?"), ("no/such/dir", "no such file.")):
+        assert fault_of(load_source, SourceConfig(source=f"{tmp_path}/{name}")) == f"{tmp_path}/{name}: {words}"
+
+
+
 
 CHOICE = {"question": "Q?", "choices": ["a", "b"], "answer": 1}
 PAIR = {"prompt": "1+1=", "completion": " 2"}
