@@ -2,60 +2,39 @@
 
 from __future__ import annotations
 
-
-
 import csv
 import gzip
 import io
 import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from qdora.data import file_records, readers
-from qdora.data.build_data import read_data
-from qdora.data.example import Example
-from qdora.data.messages import Turn
-from qdora.data.readers import local_shards, read_rows, rows_of_split
-from qdora.data.source_files import files_of
-from qdora.data.sources import has_split, load_source, open_shards
-from qdora.recipe.data_settings import DataConfig, SourceConfig
-from tests.data_rows import content, fault_of, faults_of, mixed, says, write
-
-
-
-import os
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qdora.data import build_data, demo, token_cache
+from qdora.data import demo, file_records, readers
 from qdora.data.batching import Batching
 from qdora.data.build_data import read_data
-from qdora.data.chat_template import set_chat_date
+from qdora.data.example import Example
 from qdora.data.loader import StepLoader
+from qdora.data.messages import Turn
 from qdora.data.mix_plan import mix_facts, mix_warnings, plan_mix
+from qdora.data.readers import local_shards, read_rows, rows_of_split
 from qdora.data.rows import Rows
-from qdora.data.sources import load_source, open_shards, train_and_validation
+from qdora.data.source_files import files_of
+from qdora.data.sources import has_split, load_source, open_shards, train_and_validation
 from qdora.data.split_examples import SplitExamples, draw, split_off
 from qdora.data.text_notes import TextNotes
-from qdora.data.tokenize import TokenizedSet
 from qdora.errors import HubFailure
 from qdora.recipe.data_settings import DataConfig, SourceConfig
-from tests import support
-from tests.data_rows import fault_of, faults_of, mixed, says, write
-
+from tests.data_rows import content, fault_of, faults_of, mixed, says, write
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=20)
 WORD = TEXT.filter(str.strip)
@@ -176,45 +155,32 @@ DEEP, UTF16 = b"[" * 100_000, '\ufeff{"text": "x"}'.encode("utf-16-le")
         ("a.csv", b'text,b\n1,2\n3,"z\n4,5\n', "line 3: a quotation mark opens here and is never closed."),
         ("a.csv", b'text,b\n"x" y,1\n2,3\n', "line 2: not CSV (',' expected after '\"')"),
         ("a.csv", b"text,b\n\xff,1\n2,3\n", "line 2: not UTF-8 text (byte 0 of the row)"),
-        ("a.tsv", b"text\tb\n1\t2\t3\nx\ty\n", "line 2: has 3 cells, the first line names 2 columns"),
         ("a.csv", b"a,b,a\n1,2,3\n", "line 1: names the column 'a' twice"),
-        ("a.csv", b'\n"a,b\n', "line 2: a quotation mark opens here and is never closed."),
         ("a.csv", b"text\n", "the data set is empty"),
         ("a.json", b'[{"text": "x"},\n 3]', "row 1: must be an object {column: value}, got 3"),
         ("a.json", b'[{"text": "x"},\n{"text": "\xff"}]', "row 1: not UTF-8 text (byte 10 of the row)"),
         ("a.json", b'[{"a": "x\ty"}]', "row 0: not JSON (column 9: Invalid control character at)"),
-        ("a.json", b'[{"a": 1},\n]', "line 2: not JSON (column 1: Expecting value)"),
         ("a.json", b'\n[{"a": 1}\n  {"a": 2}]', "line 3: not JSON (column 3: Expecting ',' delimiter)"),
-        ("a.json", b'[{"a": 1},\n {"a": [2}]', "line 2: not JSON (column 10: Expecting ',' delimiter)"),
         ("a.json", b'[{"a": 1}', "line 1: not JSON (column 10: Expecting ',' delimiter)"),
         ("a.json", b'[{"a": 1}] []', "line 1: not JSON (column 12: Extra data)"),
         ("a.json", b'{"a": 1,\n2}', "line 2: not JSON (column 1: Expecting property name"),
         ("a.json", b'{"messages": [1]}', "must be a list of objects, got a single object that holds a list, {mess"),
         ("a.json", b"3", "must be a list of objects, or one object a line, got 3"),
         ("a.json", b"[]", "the data set is empty, must have at least one row"),
-        ("a.json", b"", "the data set is empty"),
         ("a.json", '\ufefb[{"a": 1}]'.encode(), "line 1: not JSON (column 1: Expecting value)"),
         ("a.json", b'[{"text": ' + DEEP, "a.json: not JSON (it is nested too deeply"),
         ("a.json", b'[{"text": ' + b"9" * 5000 + b"}]", "row 0: not JSON (Exceeds the limit (4300 digits)"),
         ("a.json", b'[{"text": "x"},\n{"a": [{"b": 1, "b": 2}]}]', "row 1: has the key 'b' twice in one object"),
-        ("a.jsonl", b'{"text": "x", "b": 2, "text": 1}\n', "line 1: has the key 'text' twice in one object"),
         ("a.jsonl", b'[{"text": "x"}]\n{"text": "x"}\n', "line 1: must be an object {column: value}, got ["),
-        ("a.jsonl", b'{"text": "\xff"}', "line 1: not UTF-8 text (byte 10 of the row)"),
         ("a.jsonl", b'{"text": ' + DEEP + b"\n", "line 1: not JSON (it is nested too deeply)"),
-        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", "line 1: not JSON (Exceeds the limit (4300 digits)"),
-        ("a.jsonl", b"\n", "the data set is empty"),
         ("a.txt", b"one\n\n\xfftwo\n", "line 3: not UTF-8 text (byte 0 of the document)"),
         ("a.txt", "two words".encode("utf-16-be"), "line 1: holds null bytes, so it is not UTF-8 text. Fix: convert"),
-        *(
-            (f"a.{kind}", UTF16, f"a.{kind}: must be UTF-8 text, got UTF-16. Fix: convert")
-            for kind in ("jsonl", "csv", "txt")
-        ),
-        ("a.json", b"\xfe\xff" + UTF16[2:], "must be UTF-8 text, got UTF-16"),
+        ("a.csv", UTF16, "a.csv: must be UTF-8 text, got UTF-16. Fix: convert"),
+        ("a.jsonl", b"\xfe\xff" + UTF16[2:], "must be UTF-8 text, got UTF-16"),
         ("a.txt", b" \n", "the data set is empty"),
         ("a.txt.gz", b"not gzip", "damaged (Not a gzipped file"),
         ("a.txt.gz", gzip.compress(b"One.", mtime=0)[:-9], "damaged ("),
         ("a.txt.zst", PACKERS[".zst"](b"One.")[:-1], "damaged ("),
-        ("a.txt.zst", b"no frame at all", "damaged ("),
         # a window of 2 GiB, as `zstd --long=31` writes: magic number, descriptor, window
         ("a.txt.zst", b"\x28\xb5\x2f\xfd\x00\xa8\x01\x00\x00", "Fix: unpack it, zstd -d --long=31 a.txt.zst"),
         ("a.xls", b"x", "unknown ending '.xls', allowed: .parquet, .jsonl, .json, .csv, .tsv, .txt, .md, .jsonl.gz, "),
@@ -226,7 +192,7 @@ def test_what_is_wrong_and_where(tmp_path: Path, name: str, text: bytes, words: 
     line = fault_of(load_source, SourceConfig(source=f"{tmp_path}/{name}"))
     assert line.startswith(f"{tmp_path}/{name}: ")
     assert says(line, words)
-    if text == UTF16:
+    if "UTF-16. " in words:
         assert fault_of(open_shards, SourceConfig(source=f"{tmp_path}/{name}", stream=True)) == line
 
 
@@ -237,15 +203,13 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     pq.write_table(table, sink, write_page_checksum=True, **plain)
     whole = sink.getvalue()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
-    start = whole.index(b"row 0")  # the values; before them is the header of the page
-    assert footer - start > 100
 
     def fault(place: int, some: bytes, **options: Any) -> str:
         file.write_bytes(whole[:place] + some + whole[place + len(some) :])
         source = SourceConfig(source=str(file), **options)
         return fault_of(open_shards if source.stream else load_source, source)
 
-    for place in range(start, footer, 7):  # every flipped bit in the pages is noticed
+    for place in range(whole.index(b"row 0"), footer, 7):  # every flipped bit in the values is noticed
         assert fault(place, bytes([whole[place] ^ 1])).startswith(f"{file}: row group 0: damaged (")
     line = fault(footer, b"\x0f" * (len(whole) - 8 - footer))
     assert line.startswith(f"{file}: not a Parquet file (")
@@ -289,15 +253,11 @@ def test_faults_of_rows_name_their_place_and_are_few(tmp_path: Path) -> None:
     [
         ("b.jsonl a.jsonl more/c.jsonl README.md .hidden.jsonl", "train", "a.jsonl b.jsonl more/c.jsonl"),
         ("train-0.csv.gz train-1.csv train/x.jsonl val.jsonl", "train", "train/x.jsonl train-0.csv.gz train-1.csv"),
-        ("train-0.csv.gz train/x.jsonl val.jsonl", "val", "val.jsonl"),
-        ("data/train-0.parquet data/test-0.parquet README.md .cache/train.jsonl", "train", "data/train-0.parquet"),
-        ("data/train/train-0.jsonl data/test/test-0.jsonl", "train", "data/train/train-0.jsonl"),
+        ("data/train/train-0.jsonl data/test/test-0.jsonl README.md", "train", "data/train/train-0.jsonl"),
         ("train_001.jsonl train_002.jsonl more.jsonl", "train", "more.jsonl train_001.jsonl train_002.jsonl"),
         ("a.jsonl b.csv", "train", "holds files of several kinds (.csv, .jsonl) ... such as ... /*.csv."),
         ("test.jsonl more.jsonl", "train", "no file for split 'train', looked for train.*, train-* and ... test, more"),
-        ("Validation/a.jsonl b.jsonl", "train", "no file for split 'train' ... there are Validation, a, b"),
         ("a_train.jsonl b.jsonl a_test.jsonl", "train", "there are a_test, a_train, b. ... such as ... a_train.jsonl."),
-        ("my.test.jsonl", "train", "there are my.test. Fix: name the files that are meant."),
         ("data/test.v2.jsonl a.jsonl", "train", "there are test.v2, a, data"),
         ("one/train-0.jsonl two/train-0.jsonl", "train", "one, two each hold split 'train'. Fix: "),
         ("README.md", "train", "there is no data file at all"),
@@ -338,8 +298,6 @@ def test_the_files_of_a_pattern_and_splits(tmp_path: Path) -> None:
     assert load_source(SourceConfig(source=f"{tmp_path}/quiz.jsonl")) == [Example("quiz", "1", "", "x")]
     for name, words in (("quizz.jsonl", "no such file. Did you mean 'quiz.jsonl'?"), ("no/such/dir", "no such file.")):
         assert fault_of(load_source, SourceConfig(source=f"{tmp_path}/{name}")) == f"{tmp_path}/{name}: {words}"
-
-
 
 
 CHOICE = {"question": "Q?", "choices": ["a", "b"], "answer": 1}
@@ -556,119 +514,3 @@ def test_a_data_set_of_the_hub_by_datasets_itself(tmp_path: Path, monkeypatch: p
         assert tuple(map(len, split_up(source="org/name", validation=other, **own))) == (number, 3)
     data = DataConfig(mix=(SourceConfig(source="org/name", validation=other),))
     assert says(fault_of(read_data, data), "data.mix[0]: org/name: ... 'main', 'other' ... name one of these as config")
-
-
-# Kept tokens
-
-
-def made(file: str, cache: Path, tokenizer: Any = None, **data: Any) -> TokenizedSet:
-    """The tokens of a source of a recipe; `source` has more of its settings."""
-    source = {"source": file} | data.pop("source", {})
-    settings = DataConfig.model_validate({"mix": [source], "cache": str(cache)} | data)
-    [found] = mixed(settings, tokenizer).sets
-    assert isinstance(found, TokenizedSet)
-    return found
-
-
-def facts(found: TokenizedSet) -> Any:
-    examples = [(each.task, each.id, each.input_ids.tolist(), each.loss_mask.tolist()) for each in found.examples]
-    return examples, found.name, found.num_truncated, found.num_dropped, found.unused, found.notes
-
-
-@pytest.fixture
-def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(token_cache, "_LEAST_TOKENS", 1)
-    rows = [{"prompt": f"{n}:", "completion": " yes" * (1 + n % 9), "task": f"t{n % 2}", "x": 1} for n in range(40)]
-    return write(tmp_path / "pairs.jsonl", rows)
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the sources that were tokenised."""
-    names: list[str] = []
-    tokenize_all = build_data.tokenize_all
-
-    def counting(*args: Any, **options: Any) -> TokenizedSet:
-        names.append(options["name"])
-        return tokenize_all(*args, **options)
-
-    monkeypatch.setattr(build_data, "tokenize_all", counting)
-    return names
-
-
-def test_whatever_decides_the_tokens_makes_them_anew(tmp_path: Path, pairs: str, counted: list[str]) -> None:
-    cache = tmp_path / "cache"
-    template = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
-    ways: list[dict[str, Any]] = [
-        {},
-        {"max_length": 12, "too_long": "truncate"},
-        {"loss_on": "all"},
-        {"too_long": "drop"},
-        {"validation_fraction": 0.2},
-        {"source": {"limit": 9}},
-        {"source": {"limit": 9}, "seed": 1},
-        {"source": {"name": "x"}},
-        {"source": {"columns": {"prompt": "completion", "completion": "prompt"}}},
-        {"source": {"chat": True}},
-        {"source": {"template": template}},
-        {"source": {"template": template | {"prompt": "{{ prompt }}?"}}},
-        {"source": {"template": template | {"prompt": ""}}, "too_long": "split", "max_length": 4},
-        {"tokenizer": support.tokenizer(bos=True)},
-    ]
-    for way in ways:
-        plain = made(pairs, Path("off"), **way)
-        del counted[:]
-        assert [facts(made(pairs, cache, **way)) for _ in range(3)] == [facts(plain)] * 3
-        assert len(counted) == 1, way
-    assert len(list(cache.iterdir())) == len(ways)
-    before, text = made(pairs, cache, seed=3), Path(pairs).read_text()  # the seed decides nothing without a limit
-    assert len(counted) == 1
-    Path(pairs).write_text(text.replace("yes", "the"))
-    assert facts(made(pairs, cache)) != facts(before)
-    # the date counts only for templates that print it
-    dated = "{{ strftime_now('%d %b %Y') }}" + support.CHATML
-    for template_, number in ((support.CHATML, 1), (dated, 2)):
-        del counted[:]
-        for day in ("2024-01-31", "2024-02-01", "2024-02-01"):
-            tokenizer = support.tokenizer(chat_template=template_)
-            set_chat_date(tokenizer, day)
-            made(pairs, cache, tokenizer, source={"chat": True})
-        assert len(counted) == number
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no tensors"])
-def test_a_damaged_file_is_made_anew(tmp_path: Path, pairs: str, counted: list[str], caplog: Any, damage: str) -> None:
-    first = made(pairs, tmp_path / "cache")
-    [kept] = (tmp_path / "cache").iterdir()
-    whole = bytearray(kept.read_bytes())
-    whole[-100] ^= 4
-    empty = (2).to_bytes(8, "little") + b"{}"
-    kept.write_bytes({"cut": whole[:-7], "flipped": whole, "empty": b"", "no tensors": empty}[damage])
-    assert [facts(made(pairs, tmp_path / "cache")) for _ in range(2)] == [facts(first)] * 2
-    assert len(counted) == 2
-    assert [says(line, "is damaged ... made anew") for line in caplog.messages if "is damaged" in line] == [True]
-
-
-def test_what_is_not_kept_and_what_is_removed(
-    tmp_path: Path, pairs: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    cache, month = tmp_path / "cache", 31 * 24 * 3600
-    made(pairs, cache, max_length=99)
-    found = made(pairs, cache)
-    old, young = sorted(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    foreign = [cache / name for name in ("model-00001.safetensors", "model.safetensors.index.json", "notes.txt")]
-    for path in foreign:
-        path.touch()
-    for path in (old, young, *foreign):
-        os.utime(path, (time.time() - month, time.time() - month))
-    made(pairs, cache)  # used again
-    made(pairs, cache, max_length=98)
-    assert (young.exists(), old.exists()) == (True, False)
-    assert all(path.exists() for path in foreign)
-    (tmp_path / "a file").write_text("")  # a disk that takes nothing costs only time
-    assert facts(made(pairs, tmp_path / "a file")) == facts(found)
-    assert "the tokens of pairs cannot be kept" in caplog.text
-    for least, is_kept in ((found.num_tokens, True), (found.num_tokens + 1, False)):
-        monkeypatch.setattr(token_cache, "_LEAST_TOKENS", least)
-        made(pairs, tmp_path / f"other {is_kept}")
-        assert (tmp_path / f"other {is_kept}").exists() == is_kept

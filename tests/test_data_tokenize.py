@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import time
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +20,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from qdora.data import split_text, tokenize
-from qdora.data.chat_template import set_chat_settings
+from qdora.data import build_data, split_text, token_cache, tokenize
+from qdora.data.chat_template import set_chat_date, set_chat_settings
 from qdora.data.example import Example
 from qdora.data.messages import Turn
 from qdora.data.shown_examples import shown_example, token_pieces
 from qdora.data.sources import load_source
 from qdora.data.tokenize import TokenizedExample, TokenizedSet, encode_pairs, special_prefix, tokenize_all
 from qdora.errors import UserError
-from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.data_settings import DataConfig, SourceConfig
 from tests import support
-from tests.data_rows import fault_of, says
+from tests.data_rows import fault_of, mixed, says, write
 
 PLAIN, BOS = support.tokenizer(), support.tokenizer(bos=True)
 BOTH = support.tokenizer(bos=True, adds_eos=True)
@@ -357,3 +360,118 @@ def test_characters_of_several_tokens_and_the_middle_of_a_long_example() -> None
         assert (len(found["pieces"]), found["left_out"], found["left_out_behind"]) == (400, left_out, 200)
         assert (found["num_tokens"], found["num_in_loss"]) == (length, length - length // 2)
         assert [each["in_loss"] for each in found["pieces"]] == [False] * 200 + [True] * 200
+
+
+# Kept tokens
+
+
+def made(file: str, cache: Path, tokenizer: Any = None, **data: Any) -> TokenizedSet:
+    """The tokens of a source of a recipe; `source` has more of its settings."""
+    source = {"source": file} | data.pop("source", {})
+    settings = DataConfig.model_validate({"mix": [source], "cache": str(cache)} | data)
+    [found] = mixed(settings, tokenizer).sets
+    assert isinstance(found, TokenizedSet)
+    return found
+
+
+def all_of(found: TokenizedSet) -> Any:
+    return facts(found), found.task_names, found.name, found.num_truncated, found.num_dropped, found.unused, found.notes
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(token_cache, "_LEAST_TOKENS", 1)
+    rows = [{"prompt": f"{n}:", "completion": " yes" * (1 + n % 9), "task": f"t{n % 2}", "x": 1} for n in range(40)]
+    return write(tmp_path / "pairs.jsonl", rows)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the sources that were tokenised."""
+    names: list[str] = []
+    tokenize_all = build_data.tokenize_all
+
+    def counting(*args: Any, **options: Any) -> TokenizedSet:
+        names.append(options["name"])
+        return tokenize_all(*args, **options)
+
+    monkeypatch.setattr(build_data, "tokenize_all", counting)
+    return names
+
+
+def test_whatever_decides_the_tokens_makes_them_anew(tmp_path: Path, pairs: str, counted: list[str]) -> None:
+    cache = tmp_path / "cache"
+    template = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
+    ways: list[dict[str, Any]] = [
+        {},
+        {"max_length": 12, "too_long": "truncate"},
+        {"loss_on": "all"},
+        {"too_long": "drop"},
+        {"validation_fraction": 0.2},
+        {"source": {"limit": 9}},
+        {"source": {"limit": 9}, "seed": 1},
+        {"source": {"name": "x"}},
+        {"source": {"columns": {"prompt": "completion", "completion": "prompt"}}},
+        {"source": {"chat": True}},
+        {"source": {"template": template}},
+        {"source": {"template": template | {"prompt": "{{ prompt }}?"}}},
+        {"source": {"template": template | {"prompt": ""}}, "too_long": "split", "max_length": 4},
+        {"tokenizer": support.tokenizer(bos=True)},
+    ]
+    for way in ways:
+        plain = made(pairs, Path("off"), **way)
+        del counted[:]
+        assert [all_of(made(pairs, cache, **way)) for _ in range(3)] == [all_of(plain)] * 3
+        assert len(counted) == 1, way
+    assert len(list(cache.iterdir())) == len(ways)
+    before, text = made(pairs, cache, seed=3), Path(pairs).read_text()  # the seed decides nothing without a limit
+    assert len(counted) == 1
+    Path(pairs).write_text(text.replace("yes", "the"))
+    assert all_of(made(pairs, cache)) != all_of(before)
+    # the date counts only for templates that print it
+    dated = "{{ strftime_now('%d %b %Y') }}" + support.CHATML
+    for template_, number in ((support.CHATML, 1), (dated, 2)):
+        del counted[:]
+        for day in ("2024-01-31", "2024-02-01", "2024-02-01"):
+            tokenizer = support.tokenizer(chat_template=template_)
+            set_chat_date(tokenizer, day)
+            made(pairs, cache, tokenizer, source={"chat": True})
+        assert len(counted) == number
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no tensors"])
+def test_a_damaged_file_is_made_anew(tmp_path: Path, pairs: str, counted: list[str], caplog: Any, damage: str) -> None:
+    first = made(pairs, tmp_path / "cache")
+    [kept] = (tmp_path / "cache").iterdir()
+    whole = bytearray(kept.read_bytes())
+    whole[-100] ^= 4
+    empty = (2).to_bytes(8, "little") + b"{}"
+    kept.write_bytes({"cut": whole[:-7], "flipped": whole, "empty": b"", "no tensors": empty}[damage])
+    assert [all_of(made(pairs, tmp_path / "cache")) for _ in range(2)] == [all_of(first)] * 2
+    assert len(counted) == 2
+    assert [says(line, "is damaged ... made anew") for line in caplog.messages if "is damaged" in line] == [True]
+
+
+def test_what_is_not_kept_and_what_is_removed(
+    tmp_path: Path, pairs: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, month = tmp_path / "cache", 31 * 24 * 3600
+    made(pairs, cache, max_length=99)
+    found = made(pairs, cache)
+    old, young = sorted(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    foreign = [cache / name for name in ("model-00001.safetensors", "model.safetensors.index.json", "notes.txt")]
+    for path in foreign:
+        path.touch()
+    for path in (old, young, *foreign):
+        os.utime(path, (time.time() - month, time.time() - month))
+    made(pairs, cache)  # used again
+    made(pairs, cache, max_length=98)
+    assert (young.exists(), old.exists()) == (True, False)
+    assert all(path.exists() for path in foreign)
+    (tmp_path / "a file").write_text("")  # a disk that takes nothing costs only time
+    assert all_of(made(pairs, tmp_path / "a file")) == all_of(found)
+    assert "the tokens of pairs cannot be kept" in caplog.text
+    for least, is_kept in ((found.num_tokens, True), (found.num_tokens + 1, False)):
+        monkeypatch.setattr(token_cache, "_LEAST_TOKENS", least)
+        made(pairs, tmp_path / f"other {is_kept}")
+        assert (tmp_path / f"other {is_kept}").exists() == is_kept

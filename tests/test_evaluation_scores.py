@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-
-
+import logging
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,37 +30,19 @@ from transformers import (
     Qwen2Config,
 )
 
-from qdora.evaluation import batches, token_scores
-from qdora.evaluation.forward_path import pads_left, scoring, shares_prefix
-from qdora.evaluation.generation import decode_greedily
-from qdora.evaluation.token_scores import Span, score_groups, score_spans
-from tests import reference, support
-
-
-
-import logging
-import math
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
 from qdora.data.example import Example
 from qdora.data.messages import Turn
 from qdora.data.tokenize import tokenize_all
 from qdora.errors import Diverged
+from qdora.evaluation import batches, token_scores
+from qdora.evaluation.forward_path import pads_left, scoring, shares_prefix
+from qdora.evaluation.generation import decode_greedily
 from qdora.evaluation.hidden_states import hidden_state_errors
 from qdora.evaluation.loglikelihood import score_examples, scoring_faults
 from qdora.evaluation.perplexity import read_texts, text_perplexity
-from qdora.evaluation.token_scores import strided_spans
-from tests import support
+from qdora.evaluation.token_scores import Span, score_groups, score_spans, strided_spans
+from tests import reference, support
 from tests.data_rows import fault_of, faults_of, says
-
 
 VOCABULARY = 97
 SHAPE: dict[str, Any] = {
@@ -143,20 +127,17 @@ def assert_close(found: list[Any], expected: list[list[float]]) -> None:
 
 
 SHARING = ("llama", "qwen2", "gemma", "gpt2")
-WHOLE = ("mistral", "gemma2", "bloom", "lfm2", "qwen3_next", "mamba2")
 
 
-FULL = [(name, "eager") for name in SHARING]
-
-
-@pytest.mark.parametrize("family, attention", [*FULL, *((name, "sdpa") for name in (*SHARING, *WHOLE))])
-def test_scores_equal_one_sequence_at_a_time(family: str, attention: str) -> None:
-    model = tiny_model(family)
-    if family in SHARING:
-        model.set_attn_implementation(attention)
+@pytest.mark.parametrize("family", [*SHARING, "mistral", "gemma2", "bloom", "lfm2", "qwen3_next", "mamba2"])
+def test_scores_equal_one_sequence_at_a_time(family: str) -> None:
+    model, groups = tiny_model(family), random_groups(seed=1) + HARD
     assert shares_prefix(model) == (family in SHARING)
-    groups = random_groups(seed=1) + HARD
-    assert_close(score_groups(model, groups), naive_groups(model, groups))
+    expected = naive_groups(model, groups)
+    for attention in ("sdpa", "eager") if family in SHARING else ("",):
+        if attention:
+            model.set_attn_implementation(attention)
+        assert_close(score_groups(model, groups), expected)
 
 
 @settings(max_examples=25, deadline=None)
@@ -386,8 +367,6 @@ def test_rows_end_alone_and_settings_of_the_model_are_set_aside(caplog: pytest.L
     assert decode_greedily(adapted, PROMPTS, max_new_tokens=6, stop_ids=()) == decoded(adapted, 6)
 
 
-
-
 EXAMPLES = [
     Example("t", "0", "Question: what colour is the sky?\nAnswer:", " blue", (" blue", " green", " a cow"), 0),
     Example("t", "1", "Question: which animal gives milk?\nAnswer:", " a cow", (" a dog", " a cow"), 1),
@@ -505,8 +484,11 @@ def test_examples_that_cannot_be_scored_are_refused_together() -> None:
         Example("t", "huge", "moo", " x", (" x", " " + "q" * 60), 0),
         Example("t", "one", "", "a"),
     ]
-    faults = faults_of(score_examples, net, PLAIN, faulty)
-    assert [says(line, words) for line, words in zip(faults, FAULTS, strict=True)] == [True] * 4
+    empty, alone, huge, one = faults = faults_of(score_examples, net, PLAIN, faulty)
+    assert says(empty, "t: example empty: choices[1] has no token to score")
+    assert says(alone, "t: example alone: choices[0] has no token to score")
+    assert says(huge, "t: example huge: a choice does not fit the model's context of 16 tokens")
+    assert says(one, "t: example one: the answer has no token to score")
     assert scoring_faults(PLAIN, [TEXT] * 1500 + faulty, 16) == list(faults)
     assert scoring_faults(PLAIN, [TEXT], 16) == []
     fits = Example("t", "fits", "moo", " x", (" x", " " + "q" * 14), 0)
@@ -515,14 +497,6 @@ def test_examples_that_cannot_be_scored_are_refused_together() -> None:
     assert says(fault_of(score_examples, net, support.tokenizer(chat_template=None), [MOO]), "no chat template")
     *ten, more = faults_of(score_examples, net, PLAIN, [replace(faulty[0], id=str(number)) for number in range(30)])
     assert (len(ten), more) == (10, "20 more examples that cannot be scored")
-
-
-FAULTS = [
-    "t: example empty: choices[1] has no token to score",
-    "t: example alone: choices[0] has no token to score",
-    "t: example huge: a choice does not fit the model's context of 16 tokens",
-    "t: example one: the answer has no token to score",
-]
 
 
 # Perplexity

@@ -2,65 +2,46 @@
 
 from __future__ import annotations
 
-
-
-import io
-import json
-import logging
-import math
-from dataclasses import fields
-from itertools import groupby
-from typing import Any
-from unittest.mock import Mock
-
-import numpy as np
-import pytest
-from scipy import stats
-from torch import nn
-
-from qdora.data.example import Example
-from qdora.errors import RunFailure
-from qdora.evaluation import suite
-from qdora.evaluation.batches import batches_shared, results_of
-from qdora.evaluation.before_after import TaskChange, task_changes, tasks_of_other_examples, worse_than_before
-from qdora.evaluation.generation import GenerationResult, evaluate_generated
-from qdora.evaluation.loglikelihood import ExampleScore, score_examples
-from qdora.evaluation.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
-from qdora.evaluation.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
-from qdora.run.step_evaluations import evaluate_together
-from qdora.train.distributed import processes_of_launch
-from tests import support
-
-
-
 import importlib.machinery
 import importlib.util
 import io
 import json
+import logging
 import math
 import sys
 import types
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from scipy import stats
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig
 
 from qdora.data.demo import examples as demo_examples
 from qdora.data.example import Example
-from qdora.evaluation import generation, harness
-from qdora.evaluation.generation import answer_names, evaluate_generated, first_mention
+from qdora.errors import RunFailure
+from qdora.evaluation import generation, harness, suite
+from qdora.evaluation.batches import batches_shared, results_of
+from qdora.evaluation.before_after import TaskChange, task_changes, tasks_of_other_examples, worse_than_before
+from qdora.evaluation.generation import GenerationResult, answer_names, evaluate_generated, first_mention
 from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks
+from qdora.evaluation.loglikelihood import ExampleScore, score_examples
+from qdora.evaluation.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
+from qdora.evaluation.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
 from qdora.model.trained_embeddings import train_embeddings, trained_matrices
 from qdora.run.evaluate import EvalOptions, evaluate_target
+from qdora.run.step_evaluations import evaluate_together
 from qdora.run.train import train_run
+from qdora.train.distributed import processes_of_launch
 from tests import support
 from tests.data_rows import fault_of, faults_of, says
-
+from tests.test_evaluation_scores import naive
 
 COLOURS = [" blue", " brown", " quick", " lazy"]
 
@@ -84,8 +65,6 @@ def model() -> Any:
 
 
 SETS = {"choices": questions("choices", 12), "free": texts("free", 7), "both": texts("both", 2) + questions("both", 3)}
-# So few tokens that there are more batches than processes.
-FEW = {"max_batch_tokens": 48}
 
 
 # Metrics
@@ -340,27 +319,6 @@ def test_tasks_that_got_worse_beyond_the_noise_are_named() -> None:
 # Several processes
 
 
-class Counted(nn.Module):
-    """Counts the forward passes of a model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model, self.tokenizer, self.num_passes, self.is_broken = model(), support.tokenizer(), 0, False
-        self.model.register_forward_pre_hook(self._count)
-
-    def _count(self, *_: Any) -> None:
-        self.num_passes += 1
-        if self.is_broken:
-            raise ValueError("a fault of its own")
-
-    def evaluated(self) -> EvaluationResult:
-        return evaluate(self.model, self.tokenizer, SETS, **FEW)
-
-    def generated(self) -> GenerationResult:
-        asked = {"choices": SETS["choices"]}
-        return evaluate_generated(self.model, self.tokenizer, asked, max_new_tokens=5, max_batch_tokens=60)
-
-
 def without_times(result: Any) -> dict[str, Any]:
     found: dict[str, Any] = result.to_dict(per_example=True)
     del found["settings"]["seconds"]
@@ -368,7 +326,22 @@ def without_times(result: Any) -> dict[str, Any]:
 
 
 def _together(rank: int) -> None:
-    counted, logger, heard = Counted(), logging.getLogger("qdora"), io.StringIO()
+    net, tokenizer, logger, heard = model(), support.tokenizer(), logging.getLogger("qdora"), io.StringIO()
+    passes, is_broken = list[int](), False
+
+    def count(*_: Any) -> None:
+        passes.append(1)
+        if is_broken:
+            raise ValueError("a fault of its own")
+
+    net.register_forward_pre_hook(count)
+
+    def evaluated() -> EvaluationResult:  # so few tokens that there are more batches than processes
+        return evaluate(net, tokenizer, SETS, max_batch_tokens=48)
+
+    def generated() -> GenerationResult:
+        asked = {"choices": SETS["choices"]}
+        return evaluate_generated(net, tokenizer, asked, max_new_tokens=5, max_batch_tokens=60)
 
     def fails(at: int, what: str, evaluation: Any) -> None:
         words = what if rank == at else f"process {at} failed: {what}"
@@ -376,34 +349,30 @@ def _together(rank: int) -> None:
             evaluate_together(processes, evaluation)
 
     def written() -> EvaluationResult:
-        found = counted.evaluated()
+        found = evaluated()
         if rank == 0:
             raise OSError("the disk is full")
         return found
 
-    def warned() -> bool:
-        logger.warning("one prompt was cut")
-        return True
-
     with processes_of_launch() as processes:
-        for evaluation in (counted.evaluated, counted.generated):
-            counted.num_passes = 0
-            alone = without_times(evaluation())
-            most, counted.num_passes = counted.num_passes, 0
+        for evaluation in (evaluated, generated):
+            passes.clear()
+            alone, most = without_times(evaluation()), len(passes)
+            passes.clear()
             assert without_times(evaluate_together(processes, evaluation)) == alone
-            passes = processes.gather(counted.num_passes)
-            assert sum(passes) == most > 3  # nothing is computed twice
-            assert max(passes) < most * 2 / 3
-        counted.is_broken = rank == 1
-        fails(1, "a fault of its own", counted.evaluated)
-        counted.is_broken = False
+            shares = processes.gather(len(passes))
+            assert sum(shares) == most > 3  # nothing is computed twice
+            assert max(shares) < most * 2 / 3
+        is_broken = rank == 1
+        fails(1, "a fault of its own", evaluated)
+        is_broken = False
         fails(0, "the disk is full", written)
-        fails(0, "the disk is full", lambda: (written(), counted.generated()))
+        fails(0, "the disk is full", lambda: (written(), generated()))
         assert processes.gather(rank) == [0, 1, 2]  # no message of one is taken for another of the others
-        assert math.isfinite(evaluate_together(processes, counted.evaluated).average.nll)
+        assert math.isfinite(evaluate_together(processes, evaluated).average.nll)
         logger.addHandler(logging.StreamHandler(heard))
         for each in (processes, processes.dividing(base=True)):  # what all find is told once
-            evaluate_together(each, warned)
+            evaluate_together(each, lambda: [logger.warning("one prompt was cut")])
         logger.warning("afterwards")
     assert heard.getvalue().splitlines() == ["one prompt was cut"] * (2 if rank == 0 else 0) + ["afterwards"]
 
@@ -424,13 +393,6 @@ def test_results_of_batches_in_one_process() -> None:
         with pytest.raises(RunFailure, match="the processes evaluate different examples"):
             results_of(nn.Module(), [[1], [2]], lambda batch: batch)
     assert results_of(nn.Module(), [[1], [2]], lambda batch: batch) == {1: 1, 2: 2}
-    processes = Mock(rank=0, size=2, shards=False)  # a process that stops at once sends no more
-    processes.exchange.side_effect = KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_together(processes, lambda: results_of(nn.Module(), [[1]], lambda batch: batch))
-    assert processes.exchange.call_count == 1  # of which the others have a part
-
-
 
 
 NAMES = ("answer1", "answer2", "answer3")
