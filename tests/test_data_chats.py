@@ -230,18 +230,13 @@ def test_what_each_kind_of_template_teaches(template: str, turns: Any, expected:
 
 
 def test_texts_that_change_between_turns_are_those_that_the_model_sees() -> None:
-    last, forgets = kept(LAST_SYSTEM), kept(FORGETS)
-    assert [last.decode(part.ids) for part in encoded(last, KIND, *CHAT)] == [
-        "<|user|>Be kind. Hi<|assistant|> the cat<|im_end|>",
-        "<|user|>Hi<|assistant|> the cat<|im_end|><|user|>Be kind. Why?<|assistant|> the dog<|im_end|>",
-    ]
-    [part] = encoded(forgets, HI, calling(call_of("f"), reasoning="hm"), TOOL, CAT)
+    forgets, other, call = kept(FORGETS), kept(OTHER_HEADER), calling(call_of("f"))
+    [part] = encoded(forgets, HI, replace(call, reasoning="hm"), TOOL, CAT)
     assert learnt(forgets, part) == "<think>hm</think>f<|im_end|>the cat<|im_end|>"
     assert forgets.decode(part.ids) == (
         "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\n<think>hm</think>f<|im_end|><|im_start|>tool\n12<|im_end|>"
         "<|im_start|>assistant\nthe cat<|im_end|>"
     )
-    call, other = calling(call_of("f")), kept(OTHER_HEADER)
     [part] = encoded(other, HI, call, TOOL, CAT, WHY, call, Turn("tool", "34"), call, Turn("tool", "5"), DOG)
     said = ["call f<|eos|>", "the cat<|eos|>", "call f<|eos|>", "\ncall f<|eos|>", "the dog<|eos|>"]
     assert (learnt(other, part), len(runs(part))) == ("".join(said), len(said))
@@ -398,28 +393,37 @@ def test_end_mark_that_does_not_stop_the_model_is_noted() -> None:
     assert says(notes[0], f"ends with '<|im_end|>' ({end}), which is not among ... ({other}): the model may not stop")
 
 
-# What is refused, and settings
+# Settings, and what is refused
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
-    quiet = replace(DOG, learnt=False)
-    failing = make(CHATML + "{{ 1 // (messages | length - 2) }}")
+def use(template: str | None, **options: Any) -> Any:
+    """A tokenizer with this template and these settings of `data`."""
+    tokenizer = support.tokenizer(chat_template=template)
+    use_data_settings(tokenizer, DataConfig.model_validate({"mix": [{"source": "x.jsonl"}]} | options))
+    return tokenizer
+
+
+def test_settings_of_the_template_and_what_is_refused(tmp_path: Path) -> None:
+    assert template_options(CHOOSES) == ["thinking"]
+    thinking = use(CHOOSES, template_kwargs={"thinking": True})
+    assert prompt_text(thinking, CHAT[:1]).endswith("<|im_start|>assistant\n<think>\n")
+    file = tmp_path / "mine.jinja"
+    file.write_text(MARKED, encoding="utf-8-sig")  # as some editors on Windows do
+    assert use(None, chat_template=str(file)).chat_template == MARKED
+    file.write_text("{% if %}")
     endless = make(CHATML + "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")
+    plain, quiet, no_system = make(CHATML), replace(DOG, learnt=False), make(NO_SYSTEM)
     named, none = support.tokenizer(), support.tokenizer(chat_template=None)
     named.chat_template = {"tool_use": CHATML, "rag": CHATML}
 
     def tokenized(*examples: Example, by: Any, **options: Any) -> Any:
         return tokenize_all(examples, by, name="x", max_length=200, **options)
 
-    plain, file = make(CHATML), tmp_path / "mine.jinja"
-    file.write_text("{% if %}")
     for call, words in (
         (lambda: tokenized(chat(), by=none), "x: holds chats, but ... has no chat template. Fix: set model.tokenizer"),
         (lambda: tokenized(chat(), by=named), "templates named rag, tool_use, and none named default"),
-        (lambda: tokenized(chat(*CHAT[:2]), by=failing), "x: example 7: the chat template refuses it: integer div"),
         (lambda: tokenized(chat(*CHAT[:2]), by=endless), "x: example 7: the chat template refuses it: maximum rec"),
-        (lambda: prompt_text(failing, CHAT[:2]), "the chat template refuses it: integer division"),
-        (lambda: prompt_text(make(NO_SYSTEM), (HI, KIND)), "the chat template refuses it: no system"),
+        (lambda: prompt_text(no_system, (HI, KIND)), "the chat template refuses it: no system"),
         (lambda: tokenized(chat(HI, quiet), by=plain, loss_on="all"), "7: messages[1]: weight and train are not used"),
         (lambda: tokenized(chat(*CHAT[:3], quiet), chat(), by=plain, loss_on="last"), "x: 1 example (7) has no token"),
         (lambda: use(CHOOSES, template_kwargs={"thinkin": 1}), "'thinkin', it reads thinking. Did you mean 'thinking'"),
@@ -431,25 +435,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         assert says(fault_of(call), words), words
     assert len(tokenized(chat(tools=[{"name": "f"}]), by=named)) == 1
     refused = [Example("t", str(n), "", "", messages=(HI, KIND, CAT)) for n in range(5)]
-    *three, more = faults_of(tokenized, *refused, by=make(NO_SYSTEM))
+    *three, more = faults_of(tokenized, *refused, by=no_system)
     assert [fault.partition(": the")[0] for fault in three] == [f"x: example {n}" for n in range(3)]
     assert more == "x: 2 more chats that do not fit the template"
-
-
-def use(template: str | None, **options: Any) -> Any:
-    """A tokenizer with this template and these settings of `data`."""
-    tokenizer = support.tokenizer(chat_template=template)
-    use_data_settings(tokenizer, DataConfig.model_validate({"mix": [{"source": "x.jsonl"}]} | options))
-    return tokenizer
-
-
-def test_settings_of_the_template(tmp_path: Path) -> None:
-    assert template_options(CHOOSES) == ["thinking"]
-    thinking = use(CHOOSES, template_kwargs={"thinking": True})
-    assert prompt_text(thinking, CHAT[:1]).endswith("<|im_start|>assistant\n<think>\n")
-    file = tmp_path / "mine.jinja"
-    file.write_text(MARKED, encoding="utf-8-sig")  # as some editors on Windows do
-    assert use(None, chat_template=str(file)).chat_template == MARKED
 
 
 DATED = (

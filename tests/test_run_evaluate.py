@@ -166,7 +166,7 @@ def test_what_does_not_fit(of_two: Path, tmp_path: Path) -> None:
         ({"data": f"{tmp_path}/tasks"}, "--data: ... a folder for each task. Fix: add --tasks with one of piqa"),
         ({"split": "test"}, "--split: sums has no test split, ... Fix: name a file with --data"),
     ):
-        assert says(fault_of(scores, of_two, **options), words), words
+        assert says("\n".join(faults_of(scores, of_two, **options)), words), words
     bare = shutil.copytree(of_two, tmp_path / "run")
     recipe = yaml.safe_load((bare / "recipe.yaml").read_text())
     recipe["data"]["validation_fraction"] = 0
@@ -253,10 +253,10 @@ def test_prompts_get_the_chat_template_where_there_is_one() -> None:
 
 def test_draws_follow_the_seed(run: Path) -> None:
     def text(**settings: Any) -> str:
-        return str(answer(run, temperature=1.0, **settings)["text"])
+        return str(answer(run, temperature=1.0, max_new_tokens=6, **settings)["text"])
 
     state = torch.random.get_rng_state()
-    first, greedy = text(seed=1), answer(run)["text"]
+    first, greedy = text(seed=1), answer(run, max_new_tokens=6)["text"]
     assert torch.equal(torch.random.get_rng_state(), state)
     assert text(seed=1) == first != text(seed=2)
     assert text(seed=1, top_k=1) == text(seed=1, top_p=1e-6) == greedy
