@@ -198,7 +198,7 @@ def assistant(content: Any = "x", **more: Any) -> Row:
     return {"messages": [turn("assistant", content, **more)]}
 
 
-def asked(**more: Any) -> Row:
+def by_user(**more: Any) -> Row:
     return {"messages": [turn("user", **more), turn("assistant")]}
 
 
@@ -227,17 +227,17 @@ IMAGES = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "
         (assistant(None), {}, "messages[0].content: must be text or a list of parts, got null"),
         (assistant(weight=0.5), {}, "messages[0].weight: must be 0 or 1, got 0.5"),
         (assistant(train="no"), {}, "messages[0].train: must be true or false, got 'no'"),
-        (asked(train=True), {}, "messages[0].train: only a turn of role assistant can be learnt, got role user"),
+        (by_user(train=True), {}, "messages[0].train: only a turn of role assistant can be learnt, got role user"),
         (assistant(weight=0), {}, "every turn of role assistant with content has weight 0"),
         ({"messages": [turn("assistant", weight=0), turn("assistant", "")]}, {}, "has weight 0 or train false"),
         (assistant(reasoning_content=["x"]), {}, "messages[0].reasoning_content: must be text, got [x]"),
-        (asked(reasoning="x"), {}, "messages[0].reasoning: only a turn of role assistant has it"),
+        (by_user(reasoning="x"), {}, "messages[0].reasoning: only a turn of role assistant has it"),
         (assistant(tool_calls="f"), {}, "messages[0].tool_calls: must be a list of calls, got 'f'"),
         (assistant(tool_calls=[{"x": 1}]), {}, "tool_calls[0]: must be {type: function, function: {name, arg"),
         (assistant(tool_calls=[call("f") | {"function": {"name": 1}}]), {}, "tool_calls[0]: must be {type"),
         (assistant(tool_calls=[{"name": "f", "arguments": "{"}]), {}, "tool_calls[0].arguments: is not JSON ("),
         (assistant(tool_calls=[{"name": "f", "arguments": [1]}]), {}, "tool_calls[0].arguments: must be an object"),
-        (asked(tool_calls=[{"name": "f"}]), {}, "messages[0].tool_calls: only a turn of role assistant"),
+        (by_user(tool_calls=[{"name": "f"}]), {}, "messages[0].tool_calls: only a turn of role assistant"),
         ({"messages": [turn("asistant")]}, {}, "messages[0].role: must be one of ... Did you mean 'assistant'?"),
         (CHAT | {"tools": "["}, {}, "tools: is not JSON ("),
         (CHAT | {"tools": {"name": "f"}}, {}, "tools: must be a list of functions, got {name: f}"),
@@ -314,17 +314,13 @@ PAIRED = "Pairs of preferences are not trained. Fix: to learn the chosen answers
     [
         ("question answer", "Fix: columns: {prompt: question, completion: answer} in this source."),
         ("Question Answer topic", "Fix: columns: {prompt: Question, completion: Answer} in this source."),
-        ("query response type", "Fix: columns: {prompt: query, completion: response} in this source."),
         ("problem solution answer", "Fix: columns: {prompt: problem, completion: solution} in this source."),
         ("instruction context response category", "Fix: columns: {output: response, input: context} in this source."),
-        ("instruction input answer", "Fix: columns: {output: answer} in this source."),
         ("prompt response id", "Fix: columns: {completion: response} in this source."),
         ("output thing", "Fix: columns: {instruction: thing} in this source."),
         ("prompt x1 x2", ""),
         ("question choises answer", "Did you mean 'choices'?"),
-        ("context title", "Did you mean 'text'?"),
         ("prompt;completion", "The columns seem to be separated by ';'. Fix: a .csv file needs commas."),
-        ("prompt|completion", "The columns seem to be separated by '|'. Fix: a .csv file needs commas."),
         ("prompt chosen rejected", PAIRED + "{completion: chosen} in this source, or columns: {messages: chosen} if"),
         ("chosen rejected", PAIRED + "{text: chosen} in this source, or columns: {messages: chosen} if"),
     ],
@@ -371,7 +367,21 @@ def test_the_settings_of_a_source(tmp_path: Path) -> None:
         assert SourceConfig(source=source).label == label
 
 
-FOUR = "Please choose the correct answer to the question: What melts?\n\nAnswer1: ice Answer2: air Answer3: fire "
+def asked(question: str, gold: int, *texts: str) -> tuple[str, list[str], int, str]:
+    """Of the tasks whose choices are answers: as a cloze question, and the instruction as published."""
+    listed = " ".join(f"Answer{number}: {text}" for number, text in enumerate(texts, 1))
+    names = "/".join(f"answer{number}" for number in range(1, len(texts) + 1))
+    instruction = f"Please choose the correct answer to the question: {question}\n\n{listed}\n\nAnswer format: {names}"
+    return f"Question: {question}\nAnswer:", list(texts), gold, instruction
+
+
+def lettered(letters: str, *texts: str) -> Row:
+    return {"text": [*(texts or letters.lower())], "label": [*letters]}
+
+
+SOCIAL = {"context": "Ann fell.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3\n"}
+SKI = {"ind": 4, "activity_label": "Ski", "ctx": "[header] How to ski", "endings": ["a", "b [step] c"], "label": "0"}
+MELTS = ("ice", "air", "fire", "light")
 TASKS: dict[str, tuple[dict[str, Any], str, list[str], int, str]] = {
     # task: (row of the Hub, prompt and choices as a cloze question, gold, instruction as published)
     "boolq": (
@@ -389,16 +399,9 @@ TASKS: dict[str, tuple[dict[str, Any], str, list[str], int, str]] = {
         "Please choose the correct solution to the question: cool a drink\n\nSolution1: add fire\n\n"
         "Solution2: add ice\n\nAnswer format: solution1/solution2",
     ),
-    "siqa": (
-        {"context": "Ann fell.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3\n"},
-        "Question: Ann fell. Why?\nAnswer:",
-        ["a", "b", "c"],
-        2,
-        "Please choose the correct answer to the question: Ann fell. Why?\n\nAnswer1: a Answer2: b Answer3: c\n\n"
-        "Answer format: answer1/answer2/answer3",
-    ),
+    "siqa": (SOCIAL, *asked("Ann fell. Why?", 2, "a", "b", "c")),
     "hellaswag": (
-        {"ind": 4, "activity_label": "Ski", "ctx": "[header] How to ski", "endings": ["a", "b [step] c"], "label": "0"},
+        SKI,
         "Ski: How to ski",
         ["a", "b c"],
         0,
@@ -414,33 +417,14 @@ TASKS: dict[str, tuple[dict[str, Any], str, list[str], int, str]] = {
         "Option1: Jo Option2: Al Answer format: option1/option2",
     ),
     "arc_e": (
-        {
-            "id": "M1",
-            "question": "What melts?",
-            "choices": {"text": ["ice", "air", "fire", "light"], "label": ["1", "2", "3", "4"]},
-            "answerKey": "1",
-        },
-        "Question: What melts?\nAnswer:",
-        ["ice", "air", "fire", "light"],
-        0,
-        FOUR + "Answer4: light\n\nAnswer format: answer1/answer2/answer3/answer4",
+        {"id": "M1", "question": "What melts?", "choices": lettered("1234", *MELTS), "answerKey": "1"},
+        *asked("What melts?", 0, *MELTS),
     ),
     "arc_c": (
-        {"id": "M2", "question": "Q?", "choices": {"text": list("abcde"), "label": list("ABCDE")}, "answerKey": "E"},
-        "Question: Q?\nAnswer:",
-        list("abcde"),
-        4,
-        "Please choose the correct answer to the question: Q?\n\nAnswer1: a Answer2: b Answer3: c Answer4: d "
-        "Answer5: e\n\nAnswer format: answer1/answer2/answer3/answer4/answer5",
+        {"id": "M2", "question": "Q?", "choices": lettered("ABCDE"), "answerKey": "E"},
+        *asked("Q?", 4, *"abcde"),
     ),
-    "obqa": (
-        {"id": "7", "question_stem": "Q", "choices": {"text": list("abcd"), "label": list("ABCD")}, "answerKey": "B"},
-        "Question: Q\nAnswer:",
-        list("abcd"),
-        1,
-        "Please choose the correct answer to the question: Q\n\nAnswer1: a Answer2: b Answer3: c Answer4: d\n\n"
-        "Answer format: answer1/answer2/answer3/answer4",
-    ),
+    "obqa": ({"id": "7", "question_stem": "Q", "choices": lettered("ABCD"), "answerKey": "B"}, *asked("Q", 1, *"abcd")),
 }
 SECRET = ("boolq", "piqa", "siqa", "hellaswag", "winogrande")
 """Tasks whose official test split has no labels."""

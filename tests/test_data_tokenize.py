@@ -7,7 +7,6 @@ import json
 import os
 import re
 import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import yaml
 from hypothesis import example as tried
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from qdora.data import build_data, split_text, token_cache, tokenize
@@ -177,37 +176,28 @@ def test_what_cannot_be_learnt_is_refused() -> None:
 # Long examples
 
 
-def test_too_long_examples_are_counted_then_refused() -> None:
-    examples = [example("the cat " * (20 if n % 2 else 1), id=f"n{n}") for n in range(10)]
-    found = tokenised(examples)
-    longest, total = max(map(len, found.examples)), found.num_tokens
-    assert fault_of(tokenised, examples, max_length=longest - 1) == (
-        f"x: 5 examples (n1, n3, n5, ...) of 10 are longer than data.max_length ({longest - 1}), the longest has "
-        f"{longest} tokens. Fix: raise data.max_length, or set data.too_long to truncate (cuts "
-        f"{100 * 5 / total:.3g} % of the tokens: the front of a prompt, the last turns of a chat) or drop (loses "
-        f"50 % of the examples, {100 * 5 * longest / total:.3g} % of the tokens)."
-    )
-    assert len(tokenised(examples, max_length=longest)) == 10
-    each_turn = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
-    chat = example(id="chat", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")))
-    line = fault_of(tokenised, [chat, example()], support.tokenizer(chat_template=each_turn), max_length=5)
-    assert says(line, "x: 4 examples (chat[1], chat[3], chat[5], ...) of 4 are longer ... drop (loses 100 % of the")
-
-
 @pytest.mark.parametrize("max_length", [5, 11, 20, 30])
-def test_the_shares_that_an_error_names_are_those_that_the_other_choices_lose(max_length: int) -> None:
+def test_too_long_examples_are_refused_with_what_the_other_choices_lose(max_length: int) -> None:
     # the first label of the chat is its 12th token: cut shorter, none is left
     examples = [example(id="chat", messages=CHAT), *(example("the cat " * n, id=f"n{n}") for n in range(1, 9))]
-    total, kept = tokenised(examples, BOS).num_tokens, {}
+    whole, kept = tokenised(examples, BOS), {}
     for choice in ("truncate", "drop"):
         try:
             kept[choice] = tokenised(examples, BOS, max_length, too_long=choice)
         except UserError:  # nothing is left
             kept[choice] = TokenizedSet("x", ())
-    cut, lost = (f"{100 * (1 - each.num_tokens / total):.3g} %" for each in kept.values())
-    examples_lost = f"{100 * (1 - len(kept['drop']) / len(examples)):.3g} %"
-    words = f"truncate (cuts {cut} of the tokens ... drop (loses {examples_lost} of the examples, {lost} of the tokens)"
-    assert says(fault_of(tokenised, examples, BOS, max_length), words)
+    cut, lost = (f"{100 * (1 - each.num_tokens / whole.num_tokens):.3g} %" for each in kept.values())
+    num_long, longest = len(examples) - len(kept["drop"]), max(map(len, whole.examples))
+    words = f"x: {num_long} example ... of 9 ... longer than data.max_length ({max_length}), the longest has {longest} "
+    words += (
+        f"tokens ... truncate (cuts {cut} of the tokens ... drop (loses {100 * num_long / 9:.3g} % of the examples, "
+    )
+    assert says(fault_of(tokenised, examples, BOS, max_length), f"{words}{lost} of the tokens)")
+    assert len(tokenised(examples, BOS, longest)) == 9
+    each_turn = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
+    chat = example(id="chat", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")))
+    line = fault_of(tokenised, [chat, example()], support.tokenizer(chat_template=each_turn), max_length=5)
+    assert says(line, "x: 4 examples (chat[1], chat[3], chat[5], ...) of 4 are longer ... drop (loses 100 % of the")
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "last", "all"])
@@ -324,27 +314,14 @@ def test_long_texts_in_parts_and_what_is_not_split(monkeypatch: pytest.MonkeyPat
 # Tokens as text
 
 
-@cache
-def with_byte_fallback() -> Any:
-    """As Llama 2: words begin with a mark for the space, unknown characters are bytes, the first space is stripped."""
-    words = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abchelowrd", "▁h"]
-    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("▁", "h")], byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(parts)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-@pytest.mark.parametrize("make", [lambda: PLAIN, with_byte_fallback])
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @tried(text="héllo wörld 👍🏽 한국")
 @tried(text="�� a")
-def test_the_pieces_joined_are_the_text(make: Any, text: str) -> None:
-    tokenizer = make()
-    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+def test_the_pieces_joined_are_the_text(text: str) -> None:
+    ids = [*PLAIN(text, add_special_tokens=False)["input_ids"], PLAIN.eos_token_id]
     mask = [index % 3 == 2 for index in range(len(ids))]
-    pieces = token_pieces(tokenizer, ids, mask)
-    assert "".join(piece.text for piece in pieces) == text + tokenizer.eos_token
+    pieces = token_pieces(PLAIN, ids, mask)
+    assert "".join(piece.text for piece in pieces) == text + PLAIN.eos_token
     assert [piece.in_loss for piece in pieces] == mask
     assert [piece.is_special for piece in pieces] == [False] * (len(ids) - 1) + [True]
 

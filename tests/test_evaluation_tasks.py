@@ -41,7 +41,6 @@ from qdora.run.train import train_run
 from qdora.train.distributed import processes_of_launch
 from tests import support
 from tests.data_rows import fault_of, faults_of, says
-from tests.test_evaluation_scores import naive
 
 COLOURS = [" blue", " brown", " quick", " lazy"]
 
@@ -434,14 +433,11 @@ def question(task: str, number: int, gold: int, names: tuple[str, ...] = NAMES) 
         (["the correct answer is answer1", "the correct answer is answer2"], ("answer1", "answer2")),
         ([" no", " yes"], ("no", "yes")),
         (["It is true.", "It is false."], ("true", "false")),
-        (["it is red today", "it is blue today"], ("red", "blue")),
         ([" 3 + 4", " 3 + 5"], ("4", "5")),
         ([" a bird", " a large bird"], ()),
         ([" May", " may"], ()),
-        ([" +", " -"], ()),
         (["same", "same"], ()),
         (["alone"], ()),
-        ([], ()),
     ],
 )
 def test_names_are_the_word_in_which_choices_differ(choices: list[str], names: tuple[str, ...]) -> None:
@@ -454,7 +450,6 @@ def test_names_are_the_word_in_which_choices_differ(choices: list[str], names: t
         ("the correct answer is answer2", NAMES, (1, True)),  # "answer2" may still become "answer21"
         ("the correct answer is answer2.", NAMES, (1, False)),
         ("Answer3, I think, or answer1", NAMES, (2, False)),
-        ("not answer1 but answer2", NAMES, (0, False)),  # the first, as published
         ("answer5", NAMES, (None, True)),
         ("answer10 ", NAMES, (None, True)),
         ("myanswer1 ", NAMES, (None, True)),
@@ -462,13 +457,10 @@ def test_names_are_the_word_in_which_choices_differ(choices: list[str], names: t
         # a name that begins another one does not win
         ("it is well-being.", ("well", "well-being"), (1, False)),
         ("it is well-", ("well", "well-being"), (0, True)),
-        ("it is well-b", ("well", "well-being"), (0, True)),
         ("it is well-bred", ("well", "well-being"), (0, False)),
         ("well, it is", ("well", "well-being"), (0, False)),
-        ("Well", ("well", "well-being"), (0, True)),
         # one letter in any case, but not by casefold
         ("the correct answer is opt\u0131on2.", ("option1", "option2"), (1, False)),
-        ("the correct answer is opt\u0130on2.", ("option1", "option2"), (1, False)),
     ],
 )
 def test_the_first_name_counts(text: str, names: tuple[str, ...], expected: tuple[int | None, bool]) -> None:
@@ -636,16 +628,3 @@ def test_a_run_keeps_what_the_harness_found(run: Path, stand_in: dict[str, Any],
         (EvalOptions(harness=["math"], method="generate"), "--method: ... got only --harness"),
     ):
         assert says(fault_of(evaluate_target, str(run), options), words)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
-def test_the_harness_itself_scores_an_adapted_model_as_one_sequence_at_a_time() -> None:
-    from lm_eval.api.instance import Instance
-
-    net, tokenizer = support.adapted_model("llama", quant="nf4"), support.tokenizer()
-    pairs = [("the quick", " brown fox"), ("a dog", " runs"), ("one", " two three four")]
-    requests = [Instance("loglikelihood", {}, arguments=pair, idx=0) for pair in pairs]
-    totals = as_lm(net, tokenizer, batch_size=2).loglikelihood(requests)
-    for (context, answer), (total, _) in zip(pairs, totals, strict=True):
-        before, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context, context + answer))
-        assert total == pytest.approx(naive(net, ids, len(before)), rel=1e-4)

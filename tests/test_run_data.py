@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -38,7 +38,7 @@ from qdora.run.start_checks import data_checks, repeated_checks
 from qdora.run.train import train_run
 from qdora.train.distributed import Processes
 from tests import support
-from tests.data_rows import says, write
+from tests.data_rows import fault_of, says, write
 from tests.page_parser import Page
 
 QUIET = Console(quiet=True)
@@ -241,6 +241,7 @@ def test_mistakes_are_lines_and_colours_stand_for_the_marks(bare: Path, tmp_path
     assert "⟦" not in screen.getvalue()
 
 
+@settings(max_examples=40)
 @given(st.text())
 def test_no_character_of_a_visible_text_hides(text: str) -> None:
     for character in visible(text):
@@ -325,18 +326,7 @@ def test_a_run_tells_and_keeps_what_it_checked_once(root: Path, tmp_path: Path) 
     assert "the training data has only 50: each step repeats the data 2.0 times. Fix: lower" in page
 
 
-NO_ADAPTER = {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout")}
-
-
-@pytest.mark.parametrize(
-    "changes, warns",
-    [
-        ({}, True),
-        ({"adapter__also_train": ["embed_tokens"], "adapter__also_train_rows": "all"}, False),
-        ({"adapter__kind": "none", "train__steps": 0, **NO_ADAPTER}, False),
-    ],
-)
-def test_tokens_that_the_base_never_learnt(tmp_path: Path, changes: dict[str, Any], warns: bool) -> None:
+def test_tokens_that_the_base_never_learnt(tmp_path: Path) -> None:
     model = support.write_llama(tmp_path / "model")
     weights = load_file(model / "model.safetensors")
     ids = support.tokenizer().convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<s>"])
@@ -344,10 +334,10 @@ def test_tokens_that_the_base_never_learnt(tmp_path: Path, changes: dict[str, An
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     source = write(tmp_path / "c.jsonl", [chat("2 + 2?", "4")])
     data = {"data__mix": [{"source": source}], "data__validation_fraction": 0, "train__steps": 1}
-    train(tmp_path, tmp_path / "run", **data | NOT_EVALUATED | changes)
-    told = json.loads((tmp_path / "run/checks.json").read_text())["tokens"]
+    train(tmp_path, tmp_path / "run", **data | NOT_EVALUATED)
+    [told] = json.loads((tmp_path / "run/checks.json").read_text())["tokens"]
     text = "the training data has tokens that the base never learnt: <|im_start|>, <|im_end|>. Their rows"
-    assert [check["text"].startswith(text) for check in told] == [True] * warns
+    assert told["text"].startswith(text)
 
 
 def test_a_run_that_evaluates_nothing_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -357,14 +347,12 @@ def test_a_run_that_evaluates_nothing_says_so(tmp_path: Path, caplog: pytest.Log
         recipe = support.one_layer_recipe(tmp_path, data__validation_fraction=0, **changes)
         found = prepare.prepare(recipe, tmp_path / "run", Processes(), where="r.yaml", force=False)
         caplog.clear()
-        checks = prepare._evaluation_checks(found)
-        return [*(each.text for each in checks if each.state == "warning"), *caplog.messages]
+        return [*(each.text for each in prepare._evaluation_checks(found)), *caplog.messages]
 
-    (warning,) = told()
+    [warning] = told()
     assert warning.startswith("no source has validation data, so nothing is evaluated. Fix: ")
     assert told(eval__tasks=[], eval__limit=...) == []
-    with pytest.raises(UserError, match=r"^eval\.every: got 2, but no source has validation data\. Fix: set valid"):
-        told(eval__every=2)
+    assert fault_of(told, eval__every=2).startswith("eval.every: got 2, but no source has validation data. Fix: set v")
     sums, letters = support.write_data(tmp_path / "data")
     mix = [{"source": str(sums), "validation": str(letters)}, {"source": str(sums), "name": "again"}]
     assert told(data__mix=mix, eval__every=2) == ["Not evaluated, since there is no validation data: again."]
@@ -402,13 +390,11 @@ def test_validation_examples_that_are_trained_on_are_counted(tmp_path: Path, tok
     found = repeated(tmp_path / "a", tokenizer, [*texts[1:], *chats[:2], choices[0]], held)
     looked = "of 4 validation examples looked up"
     assert found == [f"texts: {looked}, 2", f"choices: {looked}, 3"]
-    long, short, cut = "the dog " * 20, {"text": "the dog"}, {"max_length": 16, "too_long": "truncate"}
-    trained = [{"text": f"{long}sat"}, short]
-    assert repeated(tmp_path / "b", tokenizer, trained, {"texts": [{"text": f"{long}ran"}]}, **cut) == []
+    long, cut = "the dog " * 20, {"max_length": 16, "too_long": "truncate"}
+    trained = [{"text": f"{long}sat"}, chat("a", "b")]
+    held = {"texts": [{"text": f"{long}ran"}], "chats": [chat("a", "b")]}
     plain = support.tokenizer(chat_template=None, more=["<think>"] * 50)
-    held = {"chats": [chat("a", "b")], "short": [short]}
-    found = repeated(tmp_path / "c", tokenizer, trained, held, look_up=plain, **cut)
-    assert found == ["short: of 1 validation examples looked up, 1"]
+    assert repeated(tmp_path / "b", tokenizer, trained, held, look_up=plain, **cut) == []
     one, two = (chat("a", "b", *more, reasoning_content="c") for more in ((), ("d", "e")))
     made = support.tokenizer(chat_template=FORGETTING)
     found = repeated(tmp_path / "d", made, [one], {"one": [one], "two": [two]})
