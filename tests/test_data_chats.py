@@ -77,12 +77,6 @@ BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if 
 BARE += "{% endif %}"
 JOINED = CHATML.replace("}}\n{{", "}}\n\n{{").replace("assistant\n", "assistant\n\n")
 """The prompt ends in two line ends: one token alone, two before a word."""
-FORGETS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls and m.reasoning_content and "
-    "(messages | last).role != 'assistant' or loop.last and m.tool_calls %}<think>{{ m.reasoning_content }}</think>"
-    "{% endif %}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
-) + PROMPT
-"""The thought before a call is there while the model answers its result, and gone when the answer is (gpt-oss)."""
 LAST_SYSTEM = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}"
     "{% for m in messages %}{% if m.role == 'user' %}<|user|>{% if loop.last and system is defined %}{{ system }}. "
@@ -229,17 +223,11 @@ def test_what_each_kind_of_template_teaches(template: str, turns: Any, expected:
     assert [(part.turn, learnt(tokenizer, part)) for part in encoded(tokenizer, *turns)] == expected
 
 
-def test_texts_that_change_between_turns_are_those_that_the_model_sees() -> None:
-    forgets, other, call = kept(FORGETS), kept(OTHER_HEADER), calling(call_of("f"))
-    [part] = encoded(forgets, HI, replace(call, reasoning="hm"), TOOL, CAT)
-    assert learnt(forgets, part) == "<think>hm</think>f<|im_end|>the cat<|im_end|>"
-    assert forgets.decode(part.ids) == (
-        "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\n<think>hm</think>f<|im_end|><|im_start|>tool\n12<|im_end|>"
-        "<|im_start|>assistant\nthe cat<|im_end|>"
-    )
-    [part] = encoded(other, HI, call, TOOL, CAT, WHY, call, Turn("tool", "34"), call, Turn("tool", "5"), DOG)
+def test_answers_behind_another_header_than_that_of_the_prompt() -> None:
+    tokenizer, call = kept(OTHER_HEADER), calling(call_of("f"))
+    [part] = encoded(tokenizer, HI, call, TOOL, CAT, WHY, call, Turn("tool", "34"), call, Turn("tool", "5"), DOG)
     said = ["call f<|eos|>", "the cat<|eos|>", "call f<|eos|>", "\ncall f<|eos|>", "the dog<|eos|>"]
-    assert (learnt(other, part), len(runs(part))) == ("".join(said), len(said))
+    assert (learnt(tokenizer, part), len(runs(part))) == ("".join(said), len(said))
 
 
 SAYS = {"user": "uvw \n", "system": "xyz ", "assistant": "abc \n"}

@@ -335,14 +335,6 @@ def test_columns_of_usual_data_sets_are_told_what_reads_them(tmp_path: Path, col
         assert len(load_source(SourceConfig(source=file, columns=yaml.safe_load(setting)))) == 1
 
 
-def test_rows_of_another_kind_are_told_the_template_that_reads_them(tmp_path: Path) -> None:
-    for row in ({"prompt": "1 + 1 =", "completion": 2}, PAIR | {"label": False}):
-        file = write(tmp_path / "rows.jsonl", [row])
-        [setting] = re.findall(r"template: (\{.*\}) in this source", fault_of(load_source, SourceConfig(source=file)))
-        [found] = load_source(SourceConfig.model_validate({"source": file, "template": yaml.safe_load(setting)}))
-        assert (found.prompt, found.answer.strip()) == (row["prompt"], str(row["completion"]).strip())
-
-
 def document(**more: Any) -> Row:
     mix = [{"source": "/x.jsonl"} | more]
     return {"model": {"source": "builtin"}, "data": {"mix": mix}, "train": {"steps": 1, "batch": 1}}
@@ -507,10 +499,9 @@ def test_the_hub_refuses_what_it_does_not_have(hub, monkeypatch):
         load_source(SourceConfig(task="boolq"))
 
 
-@pytest.mark.parametrize("choices", [[False, True], ["False", "True"], ["no", "yes"]])
-def test_boolq_spellings(choices):
-    for question in ("is ice cold", "is ice cold?", "is ice cold ? "):
-        row = {"question": question, "choices": choices, "answer": 0}
+def test_boolq_spellings():
+    for choices in ([False, True], ["False", "True"], ["no", "yes"]):
+        row = {"question": "is ice cold ? ", "choices": choices, "answer": 0}
         example = example_of_row(row, task="boolq", label="b", id="0")
         assert (example.prompt, example.answer) == ("Question: is ice cold?\nAnswer:", " no")
         found = instruction_row(row | {"choices": choices[::-1]}, "boolq")

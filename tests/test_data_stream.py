@@ -408,12 +408,8 @@ def test_streaming_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [(each.prompt, each.task) for each in held_out] == [(f"{number}:", "v") for number in range(5)]
     assert [each.prompt for each in held_out[1:3]] == ["1:", "2:"]
     assert not list(cache.rglob("*.arrow"))  # where `datasets` does not stream, it prepares every split
-    monkeypatch.chdir(tmp_path)
     bad = hub.model_copy(update={"split": "trian"})
-    reason = "org/name: cannot be read from the Hub (ValueError: Bad split: trian)."
-    assert fault_of(hub_shards, bad) == reason
-    (tmp_path / "org" / "name").mkdir(parents=True)
-    assert fault_of(hub_shards, bad) == reason + " Fix: for the folder on this machine write ./org/name"
+    assert fault_of(hub_shards, bad) == "org/name: cannot be read from the Hub (ValueError: Bad split: trian)."
 
 
 def test_a_lost_connection_is_opened_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -424,12 +420,8 @@ def test_a_lost_connection_is_opened_again(monkeypatch: pytest.MonkeyPatch, capl
 
         def __init__(self, lost: dict[int, int], first: int = 0) -> None:
             self.lost, self.first = lost, first
-
-        def shard(self, *_: int) -> Shard:
-            return self
-
-        def skip(self, num_rows: int) -> Shard:
-            return Shard(self.lost, num_rows)
+            self.shard = lambda *_: self
+            self.skip = lambda num_rows: Shard(lost, num_rows)
 
         def __iter__(self) -> Any:
             for number in range(self.first, 6):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import re
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import example as tried
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,10 +21,9 @@ from qdora.data.chat_template import set_chat_date, set_chat_settings
 from qdora.data.example import Example
 from qdora.data.messages import Turn
 from qdora.data.shown_examples import shown_example, token_pieces
-from qdora.data.sources import load_source
 from qdora.data.tokenize import TokenizedExample, TokenizedSet, encode_pairs, special_prefix, tokenize_all
 from qdora.errors import UserError
-from qdora.recipe.data_settings import DataConfig, SourceConfig
+from qdora.recipe.data_settings import DataConfig
 from tests import support
 from tests.data_rows import fault_of, mixed, says, write
 
@@ -139,7 +135,7 @@ def test_a_rendered_chat_as_text_has_its_marks_once() -> None:
     assert tokenised([example(*pairs[1])], stops).notes == ()
 
 
-def test_borders_without_a_separator_and_inside_a_token_are_noted_once(tmp_path: Any) -> None:
+def test_borders_without_a_separator_and_inside_a_token_are_noted_once() -> None:
     apart = [("Why?", " a"), ("Why?", "\na"), ("", "a"), ("a[/INST]", "b"), ("a>", "b"), ("a", "<b>"), ("？", "b")]
     glued = [("Capital of France?", "Paris"), ("the ans", "wer")]
     [note] = tokenised([example(*pair) for pair in (*apart, *glued)]).notes
@@ -149,15 +145,6 @@ def test_borders_without_a_separator_and_inside_a_token_are_noted_once(tmp_path:
     joined = [("Why?\n", "\n the cat"), ("Why? ", "the cat"), ("Why?\n", "the cat"), ("Why?", "\n\n the cat")]
     [note] = tokenised([example(*pair) for pair in joined], LINES).notes
     assert says(note, "2 of 4 texts have a token with the end of the prompt ... such as 'Why?\\n' + '\\n the cat'")
-    # the templates that the notes propose end the matter
-    rows = [{"prompt": "Capital of France?", "completion": "Paris"}, {"prompt": "Why?\n", "completion": "\n the cat"}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = {"source": f"{tmp_path}/rows.jsonl"}
-    notes = tokenised(load_source(SourceConfig.model_validate(source)), LINES).notes
-    templates = [yaml.safe_load(text) for note in notes for text in re.findall(r'template: (\{.*?"\})', note)]
-    assert len(templates) == 2
-    for template in templates:
-        assert not tokenised(load_source(SourceConfig.model_validate(source | {"template": template})), LINES).notes
 
 
 def test_what_cannot_be_learnt_is_refused() -> None:
@@ -188,11 +175,13 @@ def test_too_long_examples_are_refused_with_what_the_other_choices_lose(max_leng
             kept[choice] = TokenizedSet("x", ())
     cut, lost = (f"{100 * (1 - each.num_tokens / whole.num_tokens):.3g} %" for each in kept.values())
     num_long, longest = len(examples) - len(kept["drop"]), max(map(len, whole.examples))
-    words = f"x: {num_long} example ... of 9 ... longer than data.max_length ({max_length}), the longest has {longest} "
-    words += (
-        f"tokens ... truncate (cuts {cut} of the tokens ... drop (loses {100 * num_long / 9:.3g} % of the examples, "
+    line, dropped = fault_of(tokenised, examples, BOS, max_length), f"{100 * num_long / 9:.3g} %"
+    assert says(
+        line, f"x: {num_long} example ... of 9 ... data.max_length ({max_length}), the longest has {longest} tok"
     )
-    assert says(fault_of(tokenised, examples, BOS, max_length), f"{words}{lost} of the tokens)")
+    assert says(
+        line, f"truncate (cuts {cut} of the tokens ... drop (loses {dropped} of the examples, {lost} of the tok"
+    )
     assert len(tokenised(examples, BOS, longest)) == 9
     each_turn = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
     chat = example(id="chat", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")))
@@ -437,15 +426,13 @@ def test_what_is_not_kept_and_what_is_removed(
     made(pairs, cache, max_length=99)
     found = made(pairs, cache)
     old, young = sorted(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    foreign = [cache / name for name in ("model-00001.safetensors", "model.safetensors.index.json", "notes.txt")]
-    for path in foreign:
-        path.touch()
-    for path in (old, young, *foreign):
+    foreign = cache / "model-00001.safetensors"
+    foreign.touch()
+    for path in (old, young, foreign):
         os.utime(path, (time.time() - month, time.time() - month))
     made(pairs, cache)  # used again
     made(pairs, cache, max_length=98)
-    assert (young.exists(), old.exists()) == (True, False)
-    assert all(path.exists() for path in foreign)
+    assert (young.exists(), old.exists(), foreign.exists()) == (True, False, True)
     (tmp_path / "a file").write_text("")  # a disk that takes nothing costs only time
     assert all_of(made(pairs, tmp_path / "a file")) == all_of(found)
     assert "the tokens of pairs cannot be kept" in caplog.text

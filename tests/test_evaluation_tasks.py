@@ -6,7 +6,6 @@ import importlib.machinery
 import importlib.util
 import io
 import json
-import logging
 import math
 import sys
 import types
@@ -78,9 +77,6 @@ def test_means_ratios_and_ties_by_hand() -> None:
     assert ratio_stderr([2.0, 4.0, 10.0], [1, 2, 5]) == Estimate(2.0, 0.0)
     assert math.isnan(mean_stderr([2.0]).stderr)
     assert math.isnan(ratio_stderr([2.0], [1]).stderr)
-    for call, words in ((lambda: mean_stderr([]), "no examples"), (lambda: ratio_stderr([1.0], [0]), "positive denom")):
-        with pytest.raises(ValueError, match=words):
-            call()
     assert [tie_credit([-1.0, -1.0, -2.0], gold) for gold in range(3)] == [0.5, 0.5, 0.0]
     assert tie_credit([-1.0, -2.0], 0) == 1.0
 
@@ -325,8 +321,7 @@ def without_times(result: Any) -> dict[str, Any]:
 
 
 def _together(rank: int) -> None:
-    net, tokenizer, logger, heard = model(), support.tokenizer(), logging.getLogger("qdora"), io.StringIO()
-    passes, is_broken = list[int](), False
+    net, tokenizer, passes, is_broken = model(), support.tokenizer(), list[int](), False
 
     def count(*_: Any) -> None:
         passes.append(1)
@@ -369,11 +364,6 @@ def _together(rank: int) -> None:
         fails(0, "the disk is full", lambda: (written(), generated()))
         assert processes.gather(rank) == [0, 1, 2]  # no message of one is taken for another of the others
         assert math.isfinite(evaluate_together(processes, evaluated).average.nll)
-        logger.addHandler(logging.StreamHandler(heard))
-        for each in (processes, processes.dividing(base=True)):  # what all find is told once
-            evaluate_together(each, lambda: [logger.warning("one prompt was cut")])
-        logger.warning("afterwards")
-    assert heard.getvalue().splitlines() == ["one prompt was cut"] * (2 if rank == 0 else 0) + ["afterwards"]
 
 
 def test_processes_share_batches_get_the_scores_of_one_and_fail_together() -> None:

@@ -30,7 +30,7 @@ from qdora.run import generate
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, answer_chats, generate_from, prompt_ids
 from qdora.run.load_run import load_target
-from qdora.run.run_page import page_of_run, run_facts
+from qdora.run.run_page import run_facts
 from qdora.run.train import train_run
 from tests import support
 from tests.data_rows import fault_of, faults_of, says, write
@@ -352,16 +352,3 @@ def test_sharegpt_rows_are_asked_as_messages_are_and_others_are_named_before_loa
     answered, bare = faults_of(answer_chats, "nowhere", str(file))
     assert answered.startswith(f"{file}: line 1: messages: the last turn is")
     assert bare.startswith(f"{file}: line 2: messages: must be a list of turns")
-
-
-def test_a_run_without_chats_advises_raw_prompts(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert json.loads((run / "environment.json").read_text())["has_chats"] is False
-    commands = [each["command"] for each in page_of_run(run, console=QUIET)["next"]]
-    assert f"qdora generate {run} --raw --prompt '...'" in commands
-    of_chats = shutil.copytree(run, tmp_path / "run")
-    (of_chats / "environment.json").write_text('{"resumed": [{"has_chats": true}], "has_chats": false}')
-    with caplog.at_level("INFO", logger="qdora"):
-        for path, raw, advises in ((run, False, True), (run, True, False), (of_chats, False, False)):
-            caplog.clear()
-            answer(path, raw=raw, max_new_tokens=1)
-            assert ("The run has trained no chats" in caplog.text) == advises
