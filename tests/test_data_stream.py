@@ -22,7 +22,7 @@ from qdora.data.loader import StepLoader
 from qdora.data.messages import parse_messages
 from qdora.data.mix import make_mix
 from qdora.data.mix_plan import plan_mix
-from qdora.data.readers import Shards, local_shards
+from qdora.data.readers import local_shards
 from qdora.data.sources import train_and_validation
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import tokenize_all
@@ -55,18 +55,13 @@ def write(folder: Path, kind: str, rows: Rows, group: int = 3) -> Path:
     return file
 
 
-def stream_of(shards: Shards, *, tokenizer: Any = TOKENIZER, number: int = 0, data: Any = (), **source: Any) -> Any:
-    """Source `number` of a mix, which is called s; `data` are settings of the section."""
-    own = {"source": "rows.jsonl", "stream": True, "name": "s"} | source
+def stream(source: Any, *, tokenizer: Any = TOKENIZER, number: int = 0, window: int = 4096, **data: Any) -> Any:
+    """Source `number` of a mix, which is called s: a file, or shards. `data` are settings of it and of the section."""
+    shards = local_shards(source, "train") if isinstance(source, Path) else source
+    own = {"source": "rows.jsonl", "stream": True, "name": "s", "shuffle_window": window}
+    own |= {name: data.pop(name) for name in ("size", "columns", "template") if name in data}
     mix = [own | {"name": f"other {each}"} for each in range(number)] + [own]
-    config = DataConfig.model_validate({"mix": mix, "strategy": "equal"} | dict(data))
-    return ExampleStream(shards, config, number, tokenizer)
-
-
-def stream(source: Path, *, tokenizer: Any = TOKENIZER, number: int = 0, window: int = 4096, **data: Any) -> Any:
-    shards = local_shards(source, "train")
-    own = {name: data.pop(name) for name in ("size", "columns", "template") if name in data}
-    return stream_of(shards, tokenizer=tokenizer, number=number, data=data, shuffle_window=window, **own)
+    return ExampleStream(shards, DataConfig.model_validate({"mix": mix, "strategy": "equal"} | data), number, tokenizer)
 
 
 def tokens(examples: Any) -> list[tuple[list[int], list[bool]]]:
@@ -397,7 +392,7 @@ def test_streaming_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [each for reader in found.readers for _, each in reader(0)] == rows
     assert len(found.readers) == 2
     assert [each for _, each in found.readers[1](7)] == rows[17:]
-    one, other = (stream_of(hub_shards(hub), shuffle_window=6) for _ in range(2))
+    one, other = (stream(hub_shards(hub), window=6) for _ in range(2))
     drawn = numbers_of(one, 33)
     numbers_of(other, 9)
     one.load_state_dict(other.state_dict())

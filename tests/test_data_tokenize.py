@@ -176,12 +176,8 @@ def test_too_long_examples_are_refused_with_what_the_other_choices_lose(max_leng
     cut, lost = (f"{100 * (1 - each.num_tokens / whole.num_tokens):.3g} %" for each in kept.values())
     num_long, longest = len(examples) - len(kept["drop"]), max(map(len, whole.examples))
     line, dropped = fault_of(tokenised, examples, BOS, max_length), f"{100 * num_long / 9:.3g} %"
-    assert says(
-        line, f"x: {num_long} example ... of 9 ... data.max_length ({max_length}), the longest has {longest} tok"
-    )
-    assert says(
-        line, f"truncate (cuts {cut} of the tokens ... drop (loses {dropped} of the examples, {lost} of the tok"
-    )
+    assert says(line, f"x: {num_long} example ... of 9 ... data.max_length ({max_length}), the longest has {longest} ")
+    assert says(line, f"truncate (cuts {cut} of the tokens ... drop (loses {dropped} of the examples, {lost} of")
     assert len(tokenised(examples, BOS, longest)) == 9
     each_turn = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
     chat = example(id="chat", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")))
