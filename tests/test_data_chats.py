@@ -364,11 +364,9 @@ def test_an_answer_that_begins_like_the_prompt_goes_on_is_learnt_whole(answer: s
     assert learnt(tokenizer, part) == f"{answer}<|im_end|>\n"
     [part] = encoded(tokenizer, HI, calling(call_of("think")))
     assert learnt(tokenizer, part) == "<think<|im_end|>\n"
-    marked = MARKED.replace("assistant\n", "assistant\n<think>\n")
-    for template, expected in ((BEGUN, "the cat<|im_end|>\n"), (marked, "the cat<|im_end|>")):
-        [part] = encoded(kept(template), CAT)
-        assert part.ids == kept(template)(f"<|im_start|>assistant\n{expected}", add_special_tokens=False)["input_ids"]
-        assert learnt(kept(template), part) == expected
+    [part] = encoded(kept(BEGUN), CAT)
+    assert part.ids == kept(BEGUN)("<|im_start|>assistant\nthe cat<|im_end|>\n", add_special_tokens=False)["input_ids"]
+    assert learnt(kept(BEGUN), part) == "the cat<|im_end|>\n"
 
 
 def test_end_mark_that_does_not_stop_the_model_is_noted() -> None:

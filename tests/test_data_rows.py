@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from qdora.data.row_formats import commonsense_task
 from qdora.data.sources import has_split, load_source, open_source
 from qdora.errors import HubFailure
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, SourceConfig
-from qdora.recipe.recipe_file import load_recipe, missing_files, recipe_from
+from qdora.recipe.recipe_file import recipe_from
 from tests.data_rows import fault_of, faults_of, says, write
 
 Row = dict[str, Any]
@@ -213,13 +212,10 @@ IMAGES = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "
     "row, options, words",
     [
         (PAIR | {"prompt": True}, {}, "prompt: must be text, got true"),
-        (PAIR | {"prompt": []}, {}, "prompt: must be text (turns only if both are lists of turns), got []"),
         (PAIR | {"completion": [turn("assistant")]}, {}, "completion: must be text (turns only if"),
         (PAIR | {"completion": " "}, {}, "completion: must be text that is not empty, got ' '"),
-        ({"text": None}, {}, "text: must be text that is not empty, got null"),
         ({"text": ["hf_" + "a1B2" * 8]}, {}, "text: must be text that is not empty, got [hf_***]"),
         ({"messages": []}, {}, "messages: must be a list of turns {role, content}, got []"),
-        ({"messages": ["Hi"]}, {}, "messages[0]: must be an object with role and content, got 'Hi'"),
         ({"messages": '[{"role": "user", "role": "user"}]'}, {}, "has the key 'role' twice in one object"),
         ({"messages": [{"role": "assistant"}]}, {}, "messages[0]: must be an object with role and content"),
         (assistant(" "), {}, "messages: no turn of role assistant with content"),
@@ -229,17 +225,14 @@ IMAGES = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "
         (assistant(train="no"), {}, "messages[0].train: must be true or false, got 'no'"),
         (by_user(train=True), {}, "messages[0].train: only a turn of role assistant can be learnt, got role user"),
         (assistant(weight=0), {}, "every turn of role assistant with content has weight 0"),
-        ({"messages": [turn("assistant", weight=0), turn("assistant", "")]}, {}, "has weight 0 or train false"),
         (assistant(reasoning_content=["x"]), {}, "messages[0].reasoning_content: must be text, got [x]"),
         (by_user(reasoning="x"), {}, "messages[0].reasoning: only a turn of role assistant has it"),
         (assistant(tool_calls="f"), {}, "messages[0].tool_calls: must be a list of calls, got 'f'"),
-        (assistant(tool_calls=[{"x": 1}]), {}, "tool_calls[0]: must be {type: function, function: {name, arg"),
         (assistant(tool_calls=[call("f") | {"function": {"name": 1}}]), {}, "tool_calls[0]: must be {type"),
         (assistant(tool_calls=[{"name": "f", "arguments": "{"}]), {}, "tool_calls[0].arguments: is not JSON ("),
         (assistant(tool_calls=[{"name": "f", "arguments": [1]}]), {}, "tool_calls[0].arguments: must be an object"),
         (by_user(tool_calls=[{"name": "f"}]), {}, "messages[0].tool_calls: only a turn of role assistant"),
         ({"messages": [turn("asistant")]}, {}, "messages[0].role: must be one of ... Did you mean 'assistant'?"),
-        (CHAT | {"tools": "["}, {}, "tools: is not JSON ("),
         (CHAT | {"tools": {"name": "f"}}, {}, "tools: must be a list of functions, got {name: f}"),
         (CHAT | {"tools": [{"type": "function"}]}, {}, "tools[0]: must be {type: function, function: {name, ...}}"),
         ({"conversations": "x"}, {}, "conversations: must be a list of turns {from, value}, got 'x'"),
@@ -250,13 +243,11 @@ IMAGES = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "
         (CHAT | {"tools": '[{"name": "\\udc00"}]'}, {}, "tools: is not JSON (\\udc00 is half of"),
         (CHOICE | {"choices": '["a", "\\udc00"]'}, {}, "choices: must be "),
         (PAIR | {"label": False}, {}, "label: false marks an unwanted answer"),
-        (PAIR | {"label": "False"}, {}, "label: false marks an unwanted answer"),
         ({"conversations": IMAGES, "images": ["a.png"]}, {}, "images: <image> in the text stands for it"),
         (QUESTION | {"image": {"path": "a"}, "answer": "<image>"}, templated("{{ answer }}"), "image: <image> in"),
         ({"prompt": [], "completion": []}, {"chat": True}, "prompt: is a list of turns, and chat: true makes turns"),
         (QUESTION, templated("{{ anwser }}"), "template.completion: 'anwser' is undefined; the columns are quest"),
         (QUESTION, templated("{{ ''.__class__.__mro__ }}"), "template.completion: access to attribute '__class__'"),
-        (QUESTION, templated("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "template.completion: maximum rec"),
         (QUESTION, templated("{{ note | trim('x') }}"), "completion: must be text that is not empty, got ''"),
     ],
 )
@@ -295,7 +286,6 @@ ALL = (
         refused("messages reads no 'system' ... sharegpt", DIALOG, columns={"messages": "dialog", "system": "sys"}),
         refused("reads no 'sistem', it reads prompt, ... Did you mean 'system'?", DIALOG, columns=SISTEM, chat=True),
         refused("chat: rows of format messages are chats already. Fix: remove chat, or set columns", CHAT, chat=True),
-        refused("chat: chats are made of the formats completion and alpaca ... not of form", {"text": "x"}, chat=True),
         refused("columns promt, completion fit no format ... Did you mean 'prompt'?", PROMT),
         refused("line 1: columns promt, completion; ... Did you mean 'promt'?", PROMT, format="completion"),
         refused(ALL, {"conversation": [], "kind": 1}),
@@ -335,25 +325,15 @@ def test_columns_of_usual_data_sets_are_told_what_reads_them(tmp_path: Path, col
         assert len(load_source(SourceConfig(source=file, columns=yaml.safe_load(setting)))) == 1
 
 
-def document(**more: Any) -> Row:
-    mix = [{"source": "/x.jsonl"} | more]
-    return {"model": {"source": "builtin"}, "data": {"mix": mix}, "train": {"steps": 1, "batch": 1}}
+def test_the_settings_of_a_source() -> None:
+    def recipe_of(**more: Any) -> Any:
+        mix = [{"source": "/x.jsonl"} | more]
+        return recipe_from({"model": {"source": "builtin"}, "data": {"mix": mix}, "train": {"steps": 1, "batch": 1}})
 
-
-def test_the_settings_of_a_source(tmp_path: Path) -> None:
-    for given, words in (
-        ({"template": {"prompt": "{{ a", "completion": "b"}}, "template.prompt: not a Jinja template (unexpected end"),
-        ({"template": {"prompt": "{{ a | nofilter }}", "completion": "b"}}, "No filter named 'nofilter'"),
-        ({"columns": {}}, "data.mix[0].columns"),
-    ):
-        assert says(fault_of(recipe_from, document(**given)), words)
-    (tmp_path / "rows").mkdir()
-    (tmp_path / "r.yaml").write_text(json.dumps(document(source="rows/*.jsonl")))
-    recipe = load_recipe(str(tmp_path / "r.yaml"))
-    assert recipe.data.mix[0].source == f"{tmp_path}/rows/*.jsonl"
-    assert len(missing_files(recipe, "r.yaml")) == 1
-    (tmp_path / "rows/a.jsonl").touch()
-    assert missing_files(recipe, "r.yaml") == []
+    unclosed, unknown = ({"prompt": text, "completion": "b"} for text in ("{{ a", "{{ a | nofilter }}"))
+    words = "template.prompt: not a Jinja template (unexpected end"
+    assert says(fault_of(recipe_of, template=unclosed), words)
+    assert says(fault_of(recipe_of, template=unknown), "No filter named 'nofilter'")
     labels = {"/d/chat.jsonl": "chat", "/d/chats/**/*.jsonl.gz": "chats", "/d/wiki-*.csv": "wiki", "/d/[ab].csv": "d"}
     for source, label in (labels | {"org/name": "name"}).items():
         assert SourceConfig(source=source).label == label
@@ -480,8 +460,6 @@ def test_the_hub_refuses_what_it_does_not_have(hub, monkeypatch):
     for task, change, words in (
         ("boolq", {"answer": "yes"}, "answer: must be true or false, got 'yes'"),
         ("hellaswag", {"endings": "a"}, "endings: must be a list of texts, got 'a'"),
-        ("siqa", {"label": "0"}, "label: must be 1 to 3"),
-        ("arc_c", {"choices": "a"}, "choices: must hold the lists text and label, got 'a'"),
         ("arc_c", {"answerKey": "F"}, "answerKey: must be one of A, B, C, D, E, got 'F'"),
     ):
         hub(task, "train", [TASKS[task][0] | change])
@@ -511,11 +489,8 @@ def test_boolq_spellings():
 @pytest.mark.parametrize(
     "task, change, words",
     [
-        ("obqa", {"question": None}, "question: must be text that is not empty, got null"),
-        ("obqa", {"choices": "ab"}, "choices: must be a list of two or more texts, got 'ab'"),
         ("obqa", {"choices": ["a"]}, "choices: must be a list of two or more texts, got [a]"),
         ("obqa", {"choices": ["a", " "]}, "choices[1]: must be text that is not empty, got ' '"),
-        ("obqa", {"choices": ["a", 3]}, "choices[1]: must be text that is not empty, got 3"),
         ("obqa", {"answer": 2}, "answer: must be the index of the right choice, 0 to 1, got 2"),
         ("obqa", {"answer": -1}, "answer: must be ... got -1"),
         ("obqa", {"answer": True}, "answer: must be ... got true"),
@@ -531,13 +506,10 @@ def test_faulty_rows_of_tasks(task, change, words):
 
 
 def test_names_of_answers():
-    many = "/".join("a" * 5000)
     assert commonsense_task("Answer format: option1/option2 \n") == "winogrande"
-    wrong = ["/option1/option2", "option1", "option1/option1", "red/green", "option1/option2\n\nmore"]
-    for text in (*wrong, f"{many} x", f"{many}/"):
-        start = time.process_time()
-        assert commonsense_task(f"Answer format: {text}") == ""
-        assert time.process_time() - start < 2
+    many = "/".join("a" * 5000)
+    wrong = ["/option1/option2", "option1", "option1/option1", "red/green", "option1/option2\n\nmore", f"{many} x"]
+    assert [commonsense_task(f"Answer format: {text}") for text in wrong] == [""] * len(wrong)
 
 
 def test_wikihow_marks():

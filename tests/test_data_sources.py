@@ -152,11 +152,9 @@ DEEP, UTF16 = b"[" * 100_000, '\ufeff{"text": "x"}'.encode("utf-16-le")
         ("a.csv", b'text,b\n"x" y,1\n2,3\n', "line 2: not CSV (',' expected after '\"')"),
         ("a.csv", b"text,b\n\xff,1\n2,3\n", "line 2: not UTF-8 text (byte 0 of the row)"),
         ("a.csv", b"a,b,a\n1,2,3\n", "line 1: names the column 'a' twice"),
-        ("a.csv", b"text\n", "the data set is empty"),
         ("a.json", b'[{"text": "x"},\n 3]', "row 1: must be an object {column: value}, got 3"),
         ("a.json", b'[{"text": "x"},\n{"text": "\xff"}]', "row 1: not UTF-8 text (byte 10 of the row)"),
         ("a.json", b'[{"a": "x\ty"}]', "row 0: not JSON (column 9: Invalid control character at)"),
-        ("a.json", b'\n[{"a": 1}\n  {"a": 2}]', "line 3: not JSON (column 3: Expecting ',' delimiter)"),
         ("a.json", b'[{"a": 1}', "line 1: not JSON (column 10: Expecting ',' delimiter)"),
         ("a.json", b'[{"a": 1}] []', "line 1: not JSON (column 12: Extra data)"),
         ("a.json", b'{"a": 1,\n2}', "line 2: not JSON (column 1: Expecting property name"),
@@ -165,16 +163,13 @@ DEEP, UTF16 = b"[" * 100_000, '\ufeff{"text": "x"}'.encode("utf-16-le")
         ("a.json", b"[]", "the data set is empty, must have at least one row"),
         ("a.json", '\ufefb[{"a": 1}]'.encode(), "line 1: not JSON (column 1: Expecting value)"),
         ("a.json", b'[{"text": ' + DEEP, "a.json: not JSON (it is nested too deeply"),
-        ("a.json", b'[{"text": ' + b"9" * 5000 + b"}]", "row 0: not JSON (Exceeds the limit (4300 digits)"),
         ("a.json", b'[{"text": "x"},\n{"a": [{"b": 1, "b": 2}]}]', "row 1: has the key 'b' twice in one object"),
         ("a.jsonl", b'[{"text": "x"}]\n{"text": "x"}\n', "line 1: must be an object {column: value}, got ["),
-        ("a.jsonl", b'{"text": ' + DEEP + b"\n", "line 1: not JSON (it is nested too deeply)"),
         ("a.txt", b"one\n\n\xfftwo\n", "line 3: not UTF-8 text (byte 0 of the document)"),
         ("a.txt", "two words".encode("utf-16-be"), "line 1: holds null bytes, so it is not UTF-8 text. Fix: convert"),
         ("a.csv", UTF16, "a.csv: must be UTF-8 text, got UTF-16. Fix: convert"),
         ("a.jsonl", b"\xfe\xff" + UTF16[2:], "must be UTF-8 text, got UTF-16"),
         ("a.txt", b" \n", "the data set is empty"),
-        ("a.txt.gz", b"not gzip", "damaged (Not a gzipped file"),
         ("a.txt.gz", gzip.compress(b"One.", mtime=0)[:-9], "damaged ("),
         ("a.txt.zst", PACKERS[".zst"](b"One.")[:-1], "damaged ("),
         # a window of 2 GiB, as `zstd --long=31` writes: magic number, descriptor, window
@@ -397,9 +392,12 @@ def test_every_faulty_row_of_every_source_is_gathered(tmp_path: Path) -> None:
         *five, more = faults_of(read_data, data)
         assert [fault.split(": ")[2] for fault in five] == [f"line {line}" for line in range(1, 6)]
         assert more == f"data.mix[0]: {file}: 15 more faulty rows"
-    held = write(tmp_path / "e.jsonl", [PAIR] * 2)
+
+
+def test_sources_that_are_not_named_are_not_read_for_training(tmp_path: Path) -> None:
+    good, held = (write(tmp_path / f"{name}.jsonl", [PAIR] * 2) for name in "ce")
     mix = (SourceConfig(source=good), SourceConfig(source=good, name="d", validation=held))
-    for names, sizes in ((None, [1, 1]), ({"d"}, [0, 1])):
+    for names, sizes in ((None, [2, 2]), ({"d"}, [0, 2])):
         train, validation = read_data(DataConfig(mix=mix, validation_fraction=0.0), names)
         assert [len(examples) for examples in train] == sizes
         assert {name: len(examples) for name, examples in validation.items()} == {"d": 2}

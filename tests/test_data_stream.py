@@ -326,20 +326,6 @@ def test_a_mended_row_is_no_change(tmp_path: Path, taken_out: bool) -> None:
     assert stream(file, window=16).change_since(mark) == "its first rows"
 
 
-def test_rows_taken_out_of_a_window_that_is_nearly_used_up(tmp_path: Path) -> None:
-    """The window is then shorter than the place in it: the next pass begins."""
-    file, bad = tmp_path / "train.jsonl", range(0, 200, 5)
-    file.write_text(faulty_lines(bad, 200))
-    one = stream(file, max_bad_rows=40)
-    while one.position.taken < 175:
-        one.next()
-    file.write_text("".join(line for n, line in enumerate(faulty_lines([], 200).splitlines(True)) if n not in bad))
-    two = stream(file, max_bad_rows=40)
-    two.load_state_dict(one.state_dict())
-    assert sorted(numbers_of(two, 160)) == [n for n in range(200) if n not in bad]
-    assert (two.position.epoch, two.position.taken) == (1, 160)
-
-
 def test_rows_that_become_no_example_are_faulty_as_a_whole(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the cat"}]
     no_tools = CHATML.replace("{{ m", "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ m", 1)

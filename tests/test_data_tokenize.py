@@ -204,10 +204,8 @@ def test_a_truncated_chat_ends_with_its_last_answer_that_fits(loss_on: Any) -> N
     # cut before the assistant says anything: dropped, and truncation is offered only where it leaves something
     assert tokenised([chat, example()], max_length=first, too_long="truncate").num_dropped == 1
     assert says(fault_of(tokenised, [chat], max_length=first), "too_long to drop (loses 100 % of the examples, 100 %")
-    long = example("the cat " * 20)
-    line = fault_of(tokenised, [chat, long], max_length=first)
+    line = fault_of(tokenised, [chat, example("the cat " * 20)], max_length=first)
     assert says(line, "to truncate (cuts ... the last turns of a chat, the whole of 1 example (0)) or drop (")
-    assert says(fault_of(tokenised, [chat], max_length=first + 1), "to truncate (cuts ... of a chat) or drop (")
 
 
 LONG = "the cat sat on 12 mats, and so on. " * 800
@@ -314,8 +312,6 @@ def test_the_pieces_joined_are_the_text(text: str) -> None:
 def test_characters_of_several_tokens_and_the_middle_of_a_long_example() -> None:
     ids = PLAIN("a👍b", add_special_tokens=False)["input_ids"]
     assert [piece.text for piece in token_pieces(PLAIN, ids, [True] * 6)] == ["a", "", "", "", "👍", "b"]
-    cut = token_pieces(PLAIN, ids[:4], [True] * 4)
-    assert (len(cut), cut[0].text, "�" in cut[-1].text) == (4, "a", True)
     for length, left_out in ((400, 0), (401, 1), (1001, 601)):
         one = TokenizedExample("task", "id", np.full(length, 40, dtype=np.int32), np.arange(length) >= length // 2)
         found = shown_example("s", one, PLAIN)

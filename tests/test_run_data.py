@@ -7,7 +7,6 @@ import logging
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from qdora.recipe.settings import Recipe
 from qdora.run import prepare
 from qdora.run import preview as preview_file
 from qdora.run.model_limits import context_warnings, vocabulary_faults
-from qdora.run.preview import preview, show_preview, visible
+from qdora.run.preview import visible
 from qdora.run.start_checks import data_checks, repeated_checks
 from qdora.run.train import train_run
 from qdora.train.distributed import Processes
@@ -182,6 +181,10 @@ def test_the_numbers_are_those_of_the_data(bare: Path, tmp_path: Path) -> None:
         assert f"{num_long} longer than data.max_length" in text
         assert ("A run with this data is refused." in text) == bool(source["faults"]) == is_refused
     shown(bare, tmp_path, ROWS, code=1, data__max_length=2, data__too_long="drop")  # nothing is left
+    mix = [{"source": write(tmp_path / "own.jsonl", [{"prompt": 1}, {"messages": "no"}])}]
+    faulty = invoke("preview", recipe_file(bare, tmp_path, data__mix=mix), "--json")
+    assert (faulty.exit_code, faulty.stdout) == (2, "")
+    assert all(line.startswith("data.mix[0]: ") for line in faulty.stderr.splitlines())
 
 
 def test_a_chat_with_a_turn_that_is_not_learnt(bare: Path, tmp_path: Path) -> None:
@@ -198,19 +201,6 @@ def test_a_chat_with_a_turn_that_is_not_learnt(bare: Path, tmp_path: Path) -> No
     assert not {"\u200b", "\x1b"} & set(shown_text)
 
 
-def test_templates_of_chats_decide_the_examples_and_their_end(bare: Path, tmp_path: Path) -> None:
-    template = tmp_path / "chat.jinja"
-    template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<s>{% endfor %}")
-    text, source = shown(bare, tmp_path, [{"messages": CHAT}], data__chat_template=str(template))
-    note = next(text for text in source["warnings"] if "<s>" in text and "the model may not stop" in text)
-    assert note in " ".join(text.split())
-    template.write_text(FORGETTING)
-    rows = [chat(*["Why?", "yes"] * number, reasoning_content="the cat") for number in (2, 1)]
-    _, source = shown(bare, tmp_path, rows, "-n", "2", data__chat_template=str(template))
-    assert source["num_examples"] == 3
-    assert [example["id"].partition("[")[0] for example in source["examples"]] == ["1", "2"]  # one of each row
-
-
 def test_large_sources(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preview_file, "_MOST_ROWS", 10)
     text, source = shown(bare, tmp_path, ROWS)
@@ -223,22 +213,15 @@ def test_large_sources(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (source["num_rows_read"], source["num_examples"], source["drawn"]) == (31, 30, "first")
     assert (source["num_tokens"], source["lengths"]["longest"]) == (sizes()[:, 0].sum(), sizes()[-1, 0])
     assert (len(source["faults"]), "(skipped)" in text) == (1, True)
+    (tmp_path / "chat.jinja").write_text(FORGETTING)  # of two answers it makes two examples, of which one is shown
+    rows = [chat(*["Why?", "yes"] * number, reasoning_content="the cat") for number in (2, 1)]
+    _, source = shown(bare, tmp_path, rows, "-n", "2", data__chat_template=f"{tmp_path}/chat.jinja")
+    assert source["num_examples"] == 3
+    assert [example["id"].partition("[")[0] for example in source["examples"]] == ["1", "2"]
     monkeypatch.setattr(preview_file, "_MOST_CHARACTERS", 1)
     rows = [{"text": "a " * 600_000}] * 3  # long texts end the reading
     _, source = shown(bare, tmp_path, rows, "-n", "0", data__too_long="truncate")
     assert (source["num_rows_read"], source["drawn"], source["examples"]) == (2, "sample", [])
-
-
-def test_mistakes_are_lines_and_colours_stand_for_the_marks(bare: Path, tmp_path: Path) -> None:
-    mix = [{"source": write(tmp_path / "own.jsonl", [{"prompt": 1}, {"messages": "no"}])}]
-    faulty = invoke("preview", recipe_file(bare, tmp_path, data__mix=mix), "--json")
-    assert (faulty.exit_code, faulty.stdout) == (2, "")
-    assert all(line.startswith("data.mix[0]: ") for line in faulty.stderr.splitlines())
-    recipe, screen = support.tiny_recipe(bare, data__mix=[{"source": write(tmp_path / "own.jsonl", ROWS)}]), StringIO()
-    console = Console(file=screen, force_terminal=True, color_system="standard", width=80)
-    show_preview(preview(recipe, "r.yaml", 1), console)
-    assert "\x1b[4;32m yes\x1b[0m" in screen.getvalue()
-    assert "⟦" not in screen.getvalue()
 
 
 @settings(max_examples=40)
