@@ -482,18 +482,3 @@ def test_what_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert says(fault_of(load_source, SourceConfig(source="data/chta")), "write ./data/chta")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([]))
     assert says(fault_of(load_source, SourceConfig(source="data/chta")), "the data set is empty")
-
-
-def test_a_data_set_of_the_hub_by_datasets_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a folder in the Hub's place that declares two configurations."""
-    configs = "".join(f"- {{config_name: {name}, data_files: {name}.jsonl}}\n" for name in ("main", "other"))
-    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    write(tmp_path / "main.jsonl", [PAIR] * 5)
-    other, load = write(tmp_path / "other.jsonl", [PAIR] * 3), datasets.load_dataset
-    options = {"cache_dir": f"{tmp_path}/cache"}
-    monkeypatch.setattr(datasets, "load_dataset", lambda _, **given: load(str(tmp_path), **options, **given))
-    main = {"config": "main"}
-    for own, number in ((main, 5), ({"config": "other"}, 3), (main | {"data_files": "main.jsonl"}, 5)):
-        assert tuple(map(len, split_up(source="org/name", validation=other, **own))) == (number, 3)
-    data = DataConfig(mix=(SourceConfig(source="org/name", validation=other),))
-    assert says(fault_of(read_data, data), "data.mix[0]: org/name: ... 'main', 'other' ... name one of these as config")

@@ -415,20 +415,16 @@ def test_a_run_tells_both_before_its_model_is_loaded(tmp_path: Path) -> None:
     (fault,) = refusal(support.tiny_recipe(tmp_path / "small", data__mix=[{"source": source}]), tmp_path / "small/run")
     assert "source 'long' has token id" in fault
     epochs: dict[str, Any] = NOT_EVALUATED | {"train__steps": ..., "train__epochs": 1}
-    (fault,) = refusal(support.tiny_recipe(tmp_path, **epochs, train__warmup=1000), tmp_path / "other")
-    num_steps = int(fault.partition("at most the ")[2].split()[0])
-    assert fault.startswith("train.warmup: must be at most the ")
-    assert "got 1,000" in fault
-    train(tmp_path, tmp_path / "longest", **epochs, train__warmup=num_steps)
+    (fault,) = refusal(support.tiny_recipe(tmp_path, **epochs, train__warmup=14), tmp_path / "other")
+    assert says(fault, "train.warmup: must be at most the 13 steps ... got 14")  # 50 examples, 4 at a time
+    train(tmp_path, tmp_path / "longest", **epochs, train__warmup=13)
 
 
 @pytest.mark.parametrize("evaluates", [True, False])
 def test_validation_data_that_cannot_be_scored_is_refused(tmp_path: Path, evaluates: bool) -> None:
-    support.tokenizer(
-        chat_template="{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('never no') }}{% endif %}"
-        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ).save_pretrained(support.write_llama(tmp_path / "model"))
+    never = "{% for m in messages if m.content == 'no' %}{{ raise_exception('never no') }}{% endfor %}"
+    tokenizer = support.tokenizer(chat_template=never + support.CHATML)
+    tokenizer.save_pretrained(support.write_llama(tmp_path / "model"))
     source = write(tmp_path / "chat.jsonl", [chat("Hi", "yes")] * 8)
     held = write(tmp_path / "held.jsonl", [chat("Hi", "yes"), chat("Hi", "no")])
     when = {"eval__every": 2, "eval__at_start": False} if evaluates else NOT_EVALUATED
