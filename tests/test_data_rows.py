@@ -302,17 +302,14 @@ PAIRED = "Pairs of preferences are not trained. Fix: to learn the chosen answers
 @pytest.mark.parametrize(
     "columns, hint",
     [
-        ("question answer", "Fix: columns: {prompt: question, completion: answer} in this source."),
         ("Question Answer topic", "Fix: columns: {prompt: Question, completion: Answer} in this source."),
         ("problem solution answer", "Fix: columns: {prompt: problem, completion: solution} in this source."),
         ("instruction context response category", "Fix: columns: {output: response, input: context} in this source."),
-        ("prompt response id", "Fix: columns: {completion: response} in this source."),
         ("output thing", "Fix: columns: {instruction: thing} in this source."),
         ("prompt x1 x2", ""),
         ("question choises answer", "Did you mean 'choices'?"),
         ("prompt;completion", "The columns seem to be separated by ';'. Fix: a .csv file needs commas."),
         ("prompt chosen rejected", PAIRED + "{completion: chosen} in this source, or columns: {messages: chosen} if"),
-        ("chosen rejected", PAIRED + "{text: chosen} in this source, or columns: {messages: chosen} if"),
     ],
 )
 def test_columns_of_usual_data_sets_are_told_what_reads_them(tmp_path: Path, columns: str, hint: str) -> None:

@@ -102,13 +102,11 @@ def test_pairs_cut_dropped_or_refused(pairs: Any, tokenizer: Any, max_length: in
     assert [(ids, max(start, 1)) for ids, start in spans] == [(ids[:-1], mask.index(True)) for ids, mask in whole]
 
 
-def test_the_prefix_the_end_and_borders_of_a_text() -> None:
-    assert texts(BOTH, tokenised([example()], BOTH)) == [(f"<s>{PROMPT} yes<|im_end|>", " yes<|im_end|>")]
-    assert [special_prefix(each) for each in (PLAIN, BOS, BOTH)] == [[], [BOS.bos_token_id], [BOTH.bos_token_id]]
+def test_prefixes_borders_and_the_order_of_batches() -> None:
     one = support.tokenizer(bos=True, eos="<s>")  # beginning and end are one token
-    assert special_prefix(one) == [one.bos_token_id]
-    pairs = [("Answer: ", "yes"), ("Answer:", " yes"), ("the ans", "wer")]
-    spaced, apart, (ids, start) = encode_pairs(PLAIN, pairs)
+    prefixes = [special_prefix(each) for each in (PLAIN, BOS, BOTH, one)]
+    assert prefixes == [[], [BOS.bos_token_id], [BOTH.bos_token_id], [one.bos_token_id]]
+    spaced, apart, (ids, start) = encode_pairs(PLAIN, [("Answer: ", "yes"), ("Answer:", " yes"), ("the ans", "wer")])
     assert spaced == apart
     assert (ids[start:], PLAIN.decode(ids[:start])) == (PLAIN(" answer")["input_ids"], "the")  # across the border
     assert encode_pairs(BOS, []) == []
