@@ -66,11 +66,10 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two sources."""
-    root = tmp_path_factory.mktemp("two")
-    recipe = support.one_layer_recipe(root, train__steps=1, train__checkpoint_every=...)
-    train_run(recipe, root / "run", console=QUIET)
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("generate")
+    support.write_llama(root / "model", intermediate_size=128)
+    train_run(support.tiny_recipe(root, train__steps=2, train__lr=0.002), root / "run", console=QUIET)
     return root / "run"
 
 
@@ -96,10 +95,10 @@ def test_a_file_is_scored_as_the_validation_data_of_the_source_and_stands_on_the
     assert (like["evaluation"]["tasks"].keys(), like["beside"]) == ({"held"}, {})
 
 
-def test_of_several_sources_tasks_names_the_one_that_it_is_read_like(of_two: Path) -> None:
+def test_of_several_sources_tasks_names_the_one_that_it_is_read_like(run: Path) -> None:
     """Without it the format is that of the columns."""
-    rows = [json.loads(line) for line in (of_two.parent / "data/letters.jsonl").read_text().splitlines()[:3]]
-    found = scores(of_two, data=write(of_two.parent / "more/test.jsonl", rows))["test"]
+    rows = [json.loads(line) for line in (run.parent / "data/letters.jsonl").read_text().splitlines()[:3]]
+    found = scores(run, data=write(run.parent / "more/test.jsonl", rows))["test"]
     assert (found["num_examples"], found["chance"]) == (3, 0.5)
     mix = [
         SourceConfig.model_validate({"source": "a.jsonl", "template": {"prompt": "", "completion": "{{ text }}"}}),
@@ -130,10 +129,10 @@ def test_a_source_of_the_same_content_gives_its_settings(tmp_path: Path, caplog:
     assert says("\n".join(caplog.messages), f"{new} is read by the names of its columns alone ... --tasks: a.")
 
 
-def test_splits_and_patterns(own: Path, of_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_and_patterns(own: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "own/test.jsonl", [{"prompt": "1 + 1 =", "completion": " 2"}])
-    assert scores(of_two, data=str(tmp_path / "own"), split="test")["own"]["num_examples"] == 1
-    assert list((of_two / "eval").glob("final-test-data-own-*.json"))
+    assert scores(run, data=str(tmp_path / "own"), split="test")["own"]["num_examples"] == 1
+    assert list((run / "eval").glob("final-test-data-own-*.json"))
     write(tmp_path / "a[1]/held.jsonl", products(4))
     monkeypatch.chdir(tmp_path / "a[1]")
     assert [each["num_examples"] for each in scores(own, data="h*.jsonl", limit=2).values()] == [2]
@@ -152,7 +151,7 @@ def test_a_copy_of_a_training_file_is_told(own: Path, tmp_path: Path, caplog: py
     assert (trained_on(hub, "train", [hub]), trained_on(hub, "test", [hub])) == (["b"], [])
 
 
-def test_what_does_not_fit(of_two: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit(run: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "test.jsonl", [{"body": "a", "title": "b"}])
     (tmp_path / "tasks/piqa").mkdir(parents=True)
     for options, words in (
@@ -166,8 +165,8 @@ def test_what_does_not_fit(of_two: Path, tmp_path: Path) -> None:
         ({"data": f"{tmp_path}/tasks"}, "--data: ... a folder for each task. Fix: add --tasks with one of piqa"),
         ({"split": "test"}, "--split: sums has no test split, ... Fix: name a file with --data"),
     ):
-        assert says("\n".join(faults_of(scores, of_two, **options)), words), words
-    bare = shutil.copytree(of_two, tmp_path / "run")
+        assert says("\n".join(faults_of(scores, run, **options)), words), words
+    bare = shutil.copytree(run, tmp_path / "run")
     recipe = yaml.safe_load((bare / "recipe.yaml").read_text())
     recipe["data"]["validation_fraction"] = 0
     (bare / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -177,14 +176,6 @@ def test_what_does_not_fit(of_two: Path, tmp_path: Path) -> None:
 # --- answers
 
 PROMPT = "3 + 4 ="
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("generate")
-    support.write_llama(root / "model", intermediate_size=128)
-    train_run(support.tiny_recipe(root, train__steps=2, train__lr=0.002), root / "run", console=QUIET)
-    return root / "run"
 
 
 @pytest.fixture(scope="module")
