@@ -190,7 +190,7 @@ def test_turns_in_the_forms_that_files_have() -> None:
         assert parse_tools(nothing) == ()
 
 
-# What is wrong with a row
+# What is wrong with rows and columns
 
 
 def assistant(content: Any = "x", **more: Any) -> Row:
@@ -205,13 +205,25 @@ def templated(completion: str) -> Row:
     return {"template": {"prompt": "{{ question }}", "completion": completion}}
 
 
+def named(columns: str) -> Row:
+    return {name: f"{name}." for name in columns.split()}
+
+
+DIALOG = {"dialog": ASKED[1:3], "sys": "Be brief.", "p": "a", "c": "b"}
+SISTEM = {"prompt": "p", "completion": "c", "sistem": "sys"}
+PROMT = {"promt": "x", "completion": "y"}
+ALL = (
+    "allowed: choices: question, choices, answer; messages: messages; ... completion: prompt, completion; "
+    "commonsense170k: instruction, output, answer; alpaca: ... Did you mean 'conversations'?"
+)
+PAIRED = "Pairs of preferences are not trained. Fix: to learn the chosen answers, set columns: "
 IMAGES = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cat."}]
 
 
 @pytest.mark.parametrize(
     "row, options, words",
     [
-        (PAIR | {"prompt": True}, {}, "prompt: must be text, got true"),
+        (PAIR | {"prompt": True}, {}, "line 1: prompt: must be text, got true"),
         (PAIR | {"completion": [turn("assistant")]}, {}, "completion: must be text (turns only if"),
         (PAIR | {"completion": " "}, {}, "completion: must be text that is not empty, got ' '"),
         ({"text": ["hf_" + "a1B2" * 8]}, {}, "text: must be text that is not empty, got [hf_***]"),
@@ -249,77 +261,43 @@ IMAGES = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "
         (QUESTION, templated("{{ anwser }}"), "template.completion: 'anwser' is undefined; the columns are quest"),
         (QUESTION, templated("{{ ''.__class__.__mro__ }}"), "template.completion: access to attribute '__class__'"),
         (QUESTION, templated("{{ note | trim('x') }}"), "completion: must be text that is not empty, got ''"),
+        # columns and settings
+        (QUESTION, {"columns": {"text": "answer", "id": "qestion"}}, "no column 'qestion', there are question, "),
+        ([{"body": "x"}, {"other": 1}], {"columns": {"text": "body"}}, "line 2: columns other; format text needs text"),
+        (DIALOG, {"columns": {"messages": "dialog", "sys": "p"}, "format": "messages"}, "messages reads no 'sys'"),
+        (DIALOG, {"columns": {"messages": "dialog", "system": "sys"}}, "messages reads no 'system' ... sharegpt"),
+        (DIALOG, {"columns": SISTEM, "chat": True}, "reads no 'sistem', it reads prompt, ... Did you mean 'system'?"),
+        (CHAT, {"chat": True}, "chat: rows of format messages are chats already. Fix: remove chat, or set columns"),
+        (PROMT, {}, "columns promt, completion fit no format ... Did you mean 'prompt'?"),
+        (PROMT, {"format": "completion"}, "line 1: columns promt, completion; ... Did you mean 'promt'?"),
+        ({"conversation": [], "kind": 1}, {}, ALL),
+        (named("Question Answer topic"), {}, ". Fix: columns: {prompt: Question, completion: Answer} in this source."),
+        (
+            named("problem solution answer"),
+            {},
+            ". Fix: columns: {prompt: problem, completion: solution} in",
+        ),
+        (named("instruction context response"), {}, ". Fix: columns: {output: response, input: context} in this"),
+        (named("output thing"), {}, ". Fix: columns: {instruction: thing} in this source."),
+        (named("question choises answer"), {}, "Did you mean 'choices'?"),
+        (named("prompt;completion"), {}, "The columns seem to be separated by ';'. Fix: a .csv file needs commas."),
+        (
+            named("prompt chosen rejected"),
+            {},
+            f"{PAIRED}{{completion: chosen}} ... columns: {{messages: chosen}} if",
+        ),
     ],
 )
-def test_faulty_rows(tmp_path: Path, row: Row, options: Row, words: str) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(row) + "\n")
-    line = fault_of(load_source, SourceConfig.model_validate({"source": str(file)} | options))
-    assert line.startswith(f"{file}: line 1: ")
-    assert says(line, words)
+def test_what_is_wrong(tmp_path: Path, row: Any, options: Row, words: str) -> None:
+    def loaded(rows: list[Row], **options: Any) -> Any:
+        file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+        return load_source(SourceConfig.model_validate({"source": str(file)} | options))
 
-
-# What is wrong with columns and settings
-
-
-DIALOG = {"dialog": ASKED[1:3], "sys": "Be brief.", "p": "a", "c": "b"}
-SISTEM = {"prompt": "p", "completion": "c", "sistem": "sys"}
-
-
-def refused(words: str, *rows: Row, **options: Any) -> tuple[str, list[Row], Row]:
-    return words, list(rows), options
-
-
-PROMT = {"promt": "x", "completion": "y"}
-ALL = (
-    "allowed: choices: question, choices, answer; messages: messages; ... completion: prompt, completion; "
-    "commonsense170k: instruction, output, answer; alpaca: ... Did you mean 'conversations'?"
-)
-
-
-@pytest.mark.parametrize(
-    "words, rows, options",
-    [
-        refused("no column 'qestion', there are question, ", QUESTION, columns={"text": "answer", "id": "qestion"}),
-        refused("line 2: columns other; format text needs text", {"body": "x"}, {"other": 1}, columns={"text": "body"}),
-        refused("messages reads no 'sys'", DIALOG, columns={"messages": "dialog", "sys": "p"}, format="messages"),
-        refused("messages reads no 'system' ... sharegpt", DIALOG, columns={"messages": "dialog", "system": "sys"}),
-        refused("reads no 'sistem', it reads prompt, ... Did you mean 'system'?", DIALOG, columns=SISTEM, chat=True),
-        refused("chat: rows of format messages are chats already. Fix: remove chat, or set columns", CHAT, chat=True),
-        refused("columns promt, completion fit no format ... Did you mean 'prompt'?", PROMT),
-        refused("line 1: columns promt, completion; ... Did you mean 'promt'?", PROMT, format="completion"),
-        refused(ALL, {"conversation": [], "kind": 1}),
-    ],
-)
-def test_columns_that_are_refused(tmp_path: Path, words: str, rows: list[Row], options: Row) -> None:
-    file = write(tmp_path / "rows.jsonl", rows)
-    assert says(fault_of(load_source, SourceConfig.model_validate({"source": file} | options)), f"{file}: ... {words}")
-
-
-PAIRED = "Pairs of preferences are not trained. Fix: to learn the chosen answers, set columns: "
-
-
-@pytest.mark.parametrize(
-    "columns, hint",
-    [
-        ("Question Answer topic", "Fix: columns: {prompt: Question, completion: Answer} in this source."),
-        ("problem solution answer", "Fix: columns: {prompt: problem, completion: solution} in this source."),
-        ("instruction context response category", "Fix: columns: {output: response, input: context} in this source."),
-        ("output thing", "Fix: columns: {instruction: thing} in this source."),
-        ("prompt x1 x2", ""),
-        ("question choises answer", "Did you mean 'choices'?"),
-        ("prompt;completion", "The columns seem to be separated by ';'. Fix: a .csv file needs commas."),
-        ("prompt chosen rejected", PAIRED + "{completion: chosen} in this source, or columns: {messages: chosen} if"),
-    ],
-)
-def test_columns_of_usual_data_sets_are_told_what_reads_them(tmp_path: Path, columns: str, hint: str) -> None:
-    row: Row = {name: f"{name}." for name in columns.split()}
-    line = fault_of(load_source, SourceConfig(source=write(tmp_path / "rows.jsonl", [row])))
-    assert f". {hint}" in line if hint else line.endswith("text: text.")
-    for setting in re.findall(r"columns: (\{.*?\})", hint):
-        named = row | {"chosen": CHAT["messages"]} if "messages" in setting else row
-        file = write(tmp_path / "rows.jsonl", [named])
-        assert len(load_source(SourceConfig(source=file, columns=yaml.safe_load(setting)))) == 1
+    file, rows = tmp_path / "rows.jsonl", row if isinstance(row, list) else [row]
+    assert says(fault_of(loaded, rows, **options), f"{file}: ... {words}")
+    for setting in re.findall(r"columns: (\{.*?\})", words):  # what the hint says reads the row
+        chats = {"chosen": CHAT["messages"]} if "messages" in setting else {}
+        assert len(loaded([row | chats], columns=yaml.safe_load(setting))) == 1
 
 
 def test_the_settings_of_a_source() -> None:
