@@ -168,7 +168,7 @@ DEEP, UTF16 = b"[" * 100_000, '\ufeff{"text": "x"}'.encode("utf-16-le")
         ("a.txt", b"one\n\n\xfftwo\n", "line 3: not UTF-8 text (byte 0 of the document)"),
         ("a.txt", "two words".encode("utf-16-be"), "line 1: holds null bytes, so it is not UTF-8 text. Fix: convert"),
         ("a.csv", UTF16, "a.csv: must be UTF-8 text, got UTF-16. Fix: convert"),
-        ("a.jsonl", b"\xfe\xff" + UTF16[2:], "must be UTF-8 text, got UTF-16"),
+        ("a.jsonl", b"\xfe\xff" + UTF16[2:], "must be UTF-8 text, got UTF-16. Fix"),
         ("a.txt", b" \n", "the data set is empty"),
         ("a.txt.gz", gzip.compress(b"One.", mtime=0)[:-9], "damaged ("),
         ("a.txt.zst", PACKERS[".zst"](b"One.")[:-1], "damaged ("),

@@ -52,15 +52,16 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 128,
     "initializer_range": 0.3,  # at 0.02 every logit is nearly 0 and wrong masks would hardly show
 }
-OTHER: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "initializer_range": 0.3}
+OLDER: dict[str, Any] = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+MAMBA: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}
 CONFIGS: dict[str, Any] = {
     "llama": lambda **changes: LlamaConfig(**SHAPE | changes),
     "gemma2": lambda: Gemma2Config(head_dim=8, sliding_window=6, **SHAPE),
     "mistral": lambda: MistralConfig(sliding_window=6, **SHAPE),
     "lfm2": lambda: Lfm2Config(layer_types=["conv", "full_attention", "conv"], **SHAPE),
-    "mamba2": lambda: Mamba2Config(num_hidden_layers=2, state_size=8, num_heads=4, head_dim=16, n_groups=1, **OTHER),
-    "bloom": lambda: BloomConfig(n_layer=2, n_head=4, **OTHER),
-    "gpt2": lambda: GPT2Config(n_layer=2, n_head=4, n_positions=128, **OTHER),
+    "mamba2": lambda: Mamba2Config(**MAMBA, state_size=8, num_heads=4, head_dim=16, n_groups=1),
+    "bloom": lambda: BloomConfig(hidden_size=32, **OLDER),
+    "gpt2": lambda: GPT2Config(n_embd=32, n_positions=128, **OLDER),
 }
 
 

@@ -373,11 +373,12 @@ def test_validation_examples_that_are_trained_on_are_counted(tmp_path: Path, tok
     found = repeated(tmp_path / "a", tokenizer, [*texts[1:], *chats[:2], choices[0]], held)
     looked = "of 4 validation examples looked up"
     assert found == [f"texts: {looked}, 2", f"choices: {looked}, 3"]
-    long, cut = "the dog " * 20, {"max_length": 16, "too_long": "truncate"}
-    trained = [{"text": f"{long}sat"}, chat("a", "b")]
-    held = {"texts": [{"text": f"{long}ran"}], "chats": [chat("a", "b")]}
+    long, short, cut = "the dog " * 20, {"text": "the dog"}, {"max_length": 16, "too_long": "truncate"}
+    trained = [{"text": f"{long}sat"}, short]
+    held = {"texts": [{"text": f"{long}ran"}], "chats": [chat("a", "b")], "short": [short]}
     plain = support.tokenizer(chat_template=None, more=["<think>"] * 50)
-    assert repeated(tmp_path / "b", tokenizer, trained, held, look_up=plain, **cut) == []
+    found = repeated(tmp_path / "b", tokenizer, trained, held, look_up=plain, **cut)
+    assert found == ["short: of 1 validation examples looked up, 1"]
     one, two = (chat("a", "b", *more, reasoning_content="c") for more in ((), ("d", "e")))
     made = support.tokenizer(chat_template=FORGETTING)
     found = repeated(tmp_path / "d", made, [one], {"one": [one], "two": [two]})
