@@ -77,12 +77,6 @@ BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if 
 BARE += "{% endif %}"
 JOINED = CHATML.replace("}}\n{{", "}}\n\n{{").replace("assistant\n", "assistant\n\n")
 """The prompt ends in two line ends: one token alone, two before a word."""
-FORGETS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls and m.reasoning_content and "
-    "(messages | last).role != 'assistant' or loop.last and m.tool_calls %}<think>{{ m.reasoning_content }}</think>"
-    "{% endif %}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}{{ m.content }}<|im_end|>{% endfor %}"
-) + PROMPT
-"""The thought before a call is there while the model answers its result, and gone when the answer is (gpt-oss)."""
 LAST_SYSTEM = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}"
     "{% for m in messages %}{% if m.role == 'user' %}<|user|>{% if loop.last and system is defined %}{{ system }}. "
@@ -90,12 +84,10 @@ LAST_SYSTEM = (
     "{% endfor %}"
 )
 """The system prompt stands before the last question, and nowhere once that is answered; no generation prompt."""
-SHORT_IDS = (
-    "{% for m in messages %}{{ m.role }}{% for c in m.tool_calls or [] %}"
-    "{% if c.id is not defined or c.id|length != 9 %}{{ raise_exception('nine') }}{% endif %}"
-    "[{{ c.function.name }} {{ c.id }}]{% endfor %}"
-    "{% if m.role == 'tool' %}{% if m.tool_call_id is not defined or m.tool_call_id|length != 9 %}"
-    "{{ raise_exception('nine') }}{% endif %}[{{ m.content }} {{ m.tool_call_id }}]"
+SHORT_IDS = LOOP + (
+    "{{ m.role }}{% for c in m.tool_calls or [] %}{{ c.id|length == 9 or raise_exception('nine') }}"
+    "[{{ c.function.name }} {{ c.id }}]{% endfor %}{% if m.role == 'tool' %}"
+    "{{ m.tool_call_id|length == 9 or raise_exception('nine') }}[{{ m.content }} {{ m.tool_call_id }}]"
     "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
 )
 """As Mistral's: it wants ids of nine letters."""
@@ -127,21 +119,8 @@ AS_OBJECT, AS_TEXT = (
     for form in ("c.function.arguments | tojson", "'' + c.function.arguments")
 )
 NAMES_CALL = CHOOSES.replace("<|im_end|>", "{% for c in m.tool_calls %}<{{ c.function.name }}{% endfor %}<|im_end|>")
-TEMPLATES = {
-    "chatml": CHATML,
-    "strips": STRIPS + PROMPT,
-    "strips, open prompt": STRIPS_OPEN,
-    "next role": NEXT_ROLE,
-    "trailer": TRAILER,
-    "returns": RETURNS,
-    "parts": PARTS,
-    "no system": NO_SYSTEM,
-    "drops system": DROPS_SYSTEM,
-    "marked": MARKED,
-    "bare": BARE,
-    "last system": LAST_SYSTEM,
-    "joined": JOINED,
-}
+TEMPLATES = [CHATML, STRIPS + PROMPT, STRIPS_OPEN, NEXT_ROLE, TRAILER, RETURNS, PARTS]
+TEMPLATES += [NO_SYSTEM, DROPS_SYSTEM, MARKED, BARE, LAST_SYSTEM, JOINED]
 MARKS = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|return|>", "<|eos|>", "<think>", "</think>"]
 CHAT = (Turn("user", "Hi"), Turn("assistant", "the cat"), Turn("user", "Why?"), Turn("assistant", "the dog"))
 HI, CAT, WHY, DOG = CHAT
@@ -156,27 +135,13 @@ def calling(*calls: dict[str, Any], content: str = "", reasoning: str = "") -> T
     return Turn("assistant", content, calls, reasoning=reasoning)
 
 
-class _Slow:
-    """A tokenizer that does not say where its tokens stand."""
-
-    is_fast = False
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_tokenizer"], name)
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        assert "return_offsets_mapping" not in options
-        return self._tokenizer(*args, **options)
-
-
 def make(template: str, *, fast: bool = True, **kwargs: Any) -> Any:
     tokenizer = support.tokenizer(chat_template=template, more=["\n\n", "a \n", " a"] * 9)
     tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
     set_chat_settings(tokenizer, template_kwargs=kwargs)
-    return tokenizer if fast else _Slow(tokenizer)
+    if not fast:  # such a tokenizer does not say where its tokens stand
+        tokenizer.__class__ = type("Slow", (type(tokenizer),), {"is_fast": False})
+    return tokenizer
 
 
 kept = cache(make)
@@ -242,22 +207,11 @@ def test_what_each_kind_of_template_teaches(template: str, turns: Any, expected:
     assert [(part.turn, learnt(tokenizer, part)) for part in encoded(tokenizer, *turns)] == expected
 
 
-def test_texts_that_change_between_turns_are_those_that_the_model_sees() -> None:
-    last, forgets = kept(LAST_SYSTEM), kept(FORGETS)
-    assert [last.decode(part.ids) for part in encoded(last, KIND, *CHAT)] == [
-        "<|user|>Be kind. Hi<|assistant|> the cat<|im_end|>",
-        "<|user|>Hi<|assistant|> the cat<|im_end|><|user|>Be kind. Why?<|assistant|> the dog<|im_end|>",
-    ]
-    [part] = encoded(forgets, HI, calling(call_of("f"), reasoning="hm"), TOOL, CAT)
-    assert learnt(forgets, part) == "<think>hm</think>f<|im_end|>the cat<|im_end|>"
-    assert forgets.decode(part.ids) == (
-        "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\n<think>hm</think>f<|im_end|><|im_start|>tool\n12<|im_end|>"
-        "<|im_start|>assistant\nthe cat<|im_end|>"
-    )
-    call, other = calling(call_of("f")), kept(OTHER_HEADER)
-    [part] = encoded(other, HI, call, TOOL, CAT, WHY, call, Turn("tool", "34"), call, Turn("tool", "5"), DOG)
+def test_answers_behind_another_header_than_that_of_the_prompt() -> None:
+    tokenizer, call = kept(OTHER_HEADER), calling(call_of("f"))
+    [part] = encoded(tokenizer, HI, call, TOOL, CAT, WHY, call, Turn("tool", "34"), call, Turn("tool", "5"), DOG)
     said = ["call f<|eos|>", "the cat<|eos|>", "call f<|eos|>", "\ncall f<|eos|>", "the dog<|eos|>"]
-    assert (learnt(other, part), len(runs(part))) == ("".join(said), len(said))
+    assert (learnt(tokenizer, part), len(runs(part))) == ("".join(said), len(said))
 
 
 SAYS = {"user": "uvw \n", "system": "xyz ", "assistant": "abc \n"}
@@ -279,14 +233,14 @@ def chats(draw: st.DrawFn) -> tuple[Turn, ...]:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: str(TEMPLATES.index(template)))
 @settings(max_examples=25, deadline=None)
 @given(turns=chats())
-def test_model_sees_before_each_turn_what_a_server_gives_it(name: str, fast: bool, turns: tuple[Turn, ...]) -> None:
+def test_model_sees_before_each_turn_what_a_server_gives_it(template: str, fast: bool, turns: tuple[Turn, ...]) -> None:
     """The expectation is transformers' own rendering of the chat before the turn, encoded as a text of its own."""
-    tokenizer = kept(TEMPLATES[name], fast=fast)
+    tokenizer = kept(template, fast=fast)
     messages = [
-        {"role": turn.role, "content": [{"type": "text", "text": turn.content}] if name == "parts" else turn.content}
+        {"role": turn.role, "content": [{"type": "text", "text": turn.content}] if template == PARTS else turn.content}
         | ({"reasoning_content": turn.reasoning} if turn.reasoning else {})
         for turn in chat_template_of(tokenizer).fitted(turns)
     ]
@@ -334,9 +288,9 @@ def test_a_result_gets_the_short_id_of_its_own_call(named: tuple[str, ...], orde
     assert of_call["f"] != of_call["g"]
 
 
-@pytest.mark.parametrize("name", ["no system", "drops system"])
-def test_system_prompt_goes_into_the_first_turn(name: str) -> None:
-    tokenizer, notes = kept(TEMPLATES[name]), set[str]()
+@pytest.mark.parametrize("template", [NO_SYSTEM, DROPS_SYSTEM], ids=["no", "drops"])
+def test_system_prompt_goes_into_the_first_turn(template: str) -> None:
+    tokenizer, notes = kept(template), set[str]()
     [part] = encoded(tokenizer, KIND, *CHAT, notes=notes)
     start = "<|im_start|>user\nBe kind\n\nHi<|im_end|>\n"
     assert tokenizer.decode(part.ids).startswith(start)
@@ -349,6 +303,7 @@ def test_system_prompt_goes_into_the_first_turn(name: str) -> None:
 
 
 LOST, CHANGED = "the chat template does not print", "the chat template leaves out or changes"
+UNPRINTED = [f"{LOST} {what}" for what in ("reasoning_content", "tool_calls", "tools")]
 UNLIKE = "before an answer the chat template writes '<|im_start|>assistant\\n<think>\\n', but answers"
 
 
@@ -356,13 +311,7 @@ UNLIKE = "before an answer the chat template writes '<|im_start|>assistant\\n<th
     "template, kwargs, turns, tools, expected",
     [
         (CHATML, {}, CHAT, None, []),
-        (
-            CHATML,
-            {},
-            (HI, calling(call_of("f"), reasoning="hm"), TOOL, CAT),
-            [{"name": "f", "description": "d"}],
-            [f"{LOST} {what}" for what in ("reasoning_content", "tool_calls", "tools")],
-        ),
+        (CHATML, {}, (HI, calling(call_of("f"), reasoning="hm"), TOOL, CAT), [{"name": "f"}], UNPRINTED),
         (FIRST_ONLY, {}, (KIND, HI, calling(call_of("f")), TOOL), None, []),
         (FIRST_ONLY, {}, (HI, calling(call_of("f"), call_of("g")), TOOL, CAT), None, [f"{LOST} the tool_calls of a"]),
         (FIRST_ONLY, {}, (KIND, KIND, *CHAT[:2]), None, [f"{LOST} a second system turn"]),
@@ -394,11 +343,9 @@ def test_an_answer_that_begins_like_the_prompt_goes_on_is_learnt_whole(answer: s
     assert learnt(tokenizer, part) == f"{answer}<|im_end|>\n"
     [part] = encoded(tokenizer, HI, calling(call_of("think")))
     assert learnt(tokenizer, part) == "<think<|im_end|>\n"
-    marked = MARKED.replace("assistant\n", "assistant\n<think>\n")
-    for template, expected in ((BEGUN, "the cat<|im_end|>\n"), (marked, "the cat<|im_end|>")):
-        [part] = encoded(kept(template), CAT)
-        assert part.ids == kept(template)(f"<|im_start|>assistant\n{expected}", add_special_tokens=False)["input_ids"]
-        assert learnt(kept(template), part) == expected
+    [part] = encoded(kept(BEGUN), CAT)
+    assert part.ids == kept(BEGUN)("<|im_start|>assistant\nthe cat<|im_end|>\n", add_special_tokens=False)["input_ids"]
+    assert learnt(kept(BEGUN), part) == "the cat<|im_end|>\n"
 
 
 def test_end_mark_that_does_not_stop_the_model_is_noted() -> None:
@@ -411,28 +358,37 @@ def test_end_mark_that_does_not_stop_the_model_is_noted() -> None:
     assert says(notes[0], f"ends with '<|im_end|>' ({end}), which is not among ... ({other}): the model may not stop")
 
 
-# What is refused, and settings
+# Settings, and what is refused
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
-    quiet = replace(DOG, learnt=False)
-    failing = make(CHATML + "{{ 1 // (messages | length - 2) }}")
+def use(template: str | None, **options: Any) -> Any:
+    """A tokenizer with this template and these settings of `data`."""
+    tokenizer = support.tokenizer(chat_template=template)
+    use_data_settings(tokenizer, DataConfig.model_validate({"mix": [{"source": "x.jsonl"}]} | options))
+    return tokenizer
+
+
+def test_settings_of_the_template_and_what_is_refused(tmp_path: Path) -> None:
+    assert template_options(CHOOSES) == ["thinking"]
+    thinking = use(CHOOSES, template_kwargs={"thinking": True})
+    assert prompt_text(thinking, CHAT[:1]).endswith("<|im_start|>assistant\n<think>\n")
+    file = tmp_path / "mine.jinja"
+    file.write_text(MARKED, encoding="utf-8-sig")  # as some editors on Windows do
+    assert use(None, chat_template=str(file)).chat_template == MARKED
+    file.write_text("{% if %}")
     endless = make(CHATML + "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")
+    plain, quiet, no_system = make(CHATML), replace(DOG, learnt=False), make(NO_SYSTEM)
     named, none = support.tokenizer(), support.tokenizer(chat_template=None)
     named.chat_template = {"tool_use": CHATML, "rag": CHATML}
 
     def tokenized(*examples: Example, by: Any, **options: Any) -> Any:
         return tokenize_all(examples, by, name="x", max_length=200, **options)
 
-    plain, file = make(CHATML), tmp_path / "mine.jinja"
-    file.write_text("{% if %}")
     for call, words in (
         (lambda: tokenized(chat(), by=none), "x: holds chats, but ... has no chat template. Fix: set model.tokenizer"),
         (lambda: tokenized(chat(), by=named), "templates named rag, tool_use, and none named default"),
-        (lambda: tokenized(chat(*CHAT[:2]), by=failing), "x: example 7: the chat template refuses it: integer div"),
         (lambda: tokenized(chat(*CHAT[:2]), by=endless), "x: example 7: the chat template refuses it: maximum rec"),
-        (lambda: prompt_text(failing, CHAT[:2]), "the chat template refuses it: integer division"),
-        (lambda: prompt_text(make(NO_SYSTEM), (HI, KIND)), "the chat template refuses it: no system"),
+        (lambda: prompt_text(no_system, (HI, KIND)), "the chat template refuses it: no system"),
         (lambda: tokenized(chat(HI, quiet), by=plain, loss_on="all"), "7: messages[1]: weight and train are not used"),
         (lambda: tokenized(chat(*CHAT[:3], quiet), chat(), by=plain, loss_on="last"), "x: 1 example (7) has no token"),
         (lambda: use(CHOOSES, template_kwargs={"thinkin": 1}), "'thinkin', it reads thinking. Did you mean 'thinking'"),
@@ -444,25 +400,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         assert says(fault_of(call), words), words
     assert len(tokenized(chat(tools=[{"name": "f"}]), by=named)) == 1
     refused = [Example("t", str(n), "", "", messages=(HI, KIND, CAT)) for n in range(5)]
-    *three, more = faults_of(tokenized, *refused, by=make(NO_SYSTEM))
+    *three, more = faults_of(tokenized, *refused, by=no_system)
     assert [fault.partition(": the")[0] for fault in three] == [f"x: example {n}" for n in range(3)]
     assert more == "x: 2 more chats that do not fit the template"
-
-
-def use(template: str | None, **options: Any) -> Any:
-    """A tokenizer with this template and these settings of `data`."""
-    tokenizer = support.tokenizer(chat_template=template)
-    use_data_settings(tokenizer, DataConfig.model_validate({"mix": [{"source": "x.jsonl"}]} | options))
-    return tokenizer
-
-
-def test_settings_of_the_template(tmp_path: Path) -> None:
-    assert template_options(CHOOSES) == ["thinking"]
-    thinking = use(CHOOSES, template_kwargs={"thinking": True})
-    assert prompt_text(thinking, CHAT[:1]).endswith("<|im_start|>assistant\n<think>\n")
-    file = tmp_path / "mine.jinja"
-    file.write_text(MARKED, encoding="utf-8-sig")  # as some editors on Windows do
-    assert use(None, chat_template=str(file)).chat_template == MARKED
 
 
 DATED = (

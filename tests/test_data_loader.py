@@ -1,9 +1,12 @@
-"""The mix, optimizer steps, resuming, and what is said of them beforehand: all against drawing one by one."""
+"""Packed rows, micro-batches, the mix, optimizer steps and resuming, against plain loops and drawing one by one."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,27 +15,169 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdora.data import mix as mix_module
-from qdora.data.batching import Batching
+from qdora.data.batching import (
+    ATTENTION_COST,
+    GROUP_COST,
+    IGNORED,
+    Batching,
+    MicroBatch,
+    micro_batches,
+    micro_groups,
+    packed_rows,
+)
 from qdora.data.loader import StepLoader
 from qdora.data.mix import MixOrder, make_mix, mix_shares, most_draws
 from qdora.data.mix_plan import large_step_warning, plan_mix
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from tests.data_rows import fault_of, faults_of, says
-from tests.test_data_batching import unpacked
 
 PAD = 0
 SEEDS = st.integers(0, 2**32 - 1)
+LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=40)
 
 
-def tokenised(name, lengths, seed=0):
-    """Random ids (never PAD) and label masks with at least one label."""
+def examples_of(lengths: Sequence[int], tasks: Sequence[str] = "ab", prefix: str = "", seed: int = 0) -> Any:
+    """Random ids (never PAD), labels anywhere but on the first token and always on the last; the tasks in turn."""
     rng = np.random.default_rng([seed, len(lengths)])
-    examples = []
+    found = []
     for number, length in enumerate(lengths):
-        mask = rng.random(length) < 0.4
-        mask[0], mask[-1] = False, True
+        mask = rng.random(length) < 0.5
+        mask[0], mask[-1] = False, length > 1
         ids = rng.integers(1, 50, length).astype(np.int32)
-        examples.append(TokenizedExample(name, f"{name}-{number}", ids, mask))
+        found.append(TokenizedExample(tasks[number % len(tasks)], f"{prefix}{number}", ids, mask))
+    return found
+
+
+def best_fit(lengths: list[int], room: int) -> list[list[int]]:
+    """The rule in plain loops: by falling length, into the row with the least room that is enough, else a new one."""
+    rows: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        fitting = [row for row in rows if sum(lengths[each] for each in row) + lengths[number] <= room]
+        if fitting:
+            max(fitting, key=lambda row: sum(lengths[each] for each in row)).append(number)
+        else:
+            rows.append([number])
+    return rows
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=LENGTHS, room=st.integers(1, 60))
+def test_rows_are_those_of_best_fit(lengths: list[int], room: int) -> None:
+    rows = packed_rows(examples_of(lengths), room)
+    assert [[int(each.id) for each in row.examples] for row in rows] == best_fit(lengths, room)
+    assert [len(row) for row in rows] == [sum(lengths[int(each.id)] for each in row.examples) for row in rows]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=9), max_tokens=st.integers(1, 1500))
+def test_groups_cost_the_least_of_all_ways_to_cut(lengths: list[int], max_tokens: int) -> None:
+    groups = micro_groups(examples_of(lengths), max_tokens)
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])  # equal lengths keep their order
+    assert [int(example.id) for group in groups for example in group] == order
+    ordered = [lengths[number] for number in order]
+
+    def cost(sizes: list[int]) -> float:
+        total, start = 0, 0
+        for size in sizes:
+            width = ordered[start]
+            if size > 1 and size * width > max_tokens:
+                return float("inf")
+            total, start = total + size * width + GROUP_COST, start + size
+        return total
+
+    def ways(rest: int) -> Iterator[list[int]]:
+        if rest == 0:
+            yield []
+        for size in range(1, rest + 1):
+            for more in ways(rest - size):
+                yield [size, *more]
+
+    assert cost([len(group) for group in groups]) == min(map(cost, ways(len(ordered))))
+
+
+def unpacked(micro: MicroBatch) -> list[tuple[str, str, list[int], list[int]]]:
+    """(id, task, ids, labels) of its examples. In packed rows a position of 0 begins an example, or the padding."""
+    found: list[tuple[str, str, list[int], list[int]]] = []
+    rows = zip(micro.input_ids.tolist(), micro.labels.tolist(), micro.attention_mask.tolist(), strict=True)
+    for row, (ids, labels, real) in enumerate(rows):
+        if micro.packing is None:
+            begins = sorted({0, sum(real)} - {len(real)})
+            owners = [row] * sum(real) + [-1] * (len(real) - sum(real))
+        else:
+            packing = micro.packing
+            positions, owners = (each[row].tolist() for each in (packing.position_ids, packing.example_index))
+            begins = [place for place, position in enumerate(positions) if position == 0]
+        for start, stop in pairwise([*begins, len(ids)]):
+            here = slice(start, stop)
+            (index,) = set(owners[here])
+            assert set(real[here]) == {int(index >= 0)}
+            if micro.packing is not None:
+                assert positions[here] == list(range(stop - start))
+            if index == -1:
+                assert (set(ids[here]), set(labels[here]), stop) == ({PAD}, {IGNORED}, len(ids))
+                continue
+            task = micro.task_names[int(micro.task_ids[index])]
+            found.append((micro.example_ids[index], task, ids[here], labels[here]))
+    return found
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    lengths=LENGTHS,
+    layout=st.sampled_from([None, "rows", "single"]),
+    room=st.one_of(st.none(), st.integers(1, 80)),
+    most=st.integers(1, 200),
+)
+def test_micro_batches_hold_every_example_once(lengths: list[int], layout: Any, room: Any, most: int) -> None:
+    examples = examples_of(lengths)
+    batches = micro_batches(examples, Batching(most, PAD, layout, room), ["a", "b"])
+    found = [each for micro in batches for each in unpacked(micro)]
+    assert [each[0] for each in found] == [name for micro in batches for name in micro.example_ids]
+    assert sorted(found, key=lambda each: int(each[0])) == [
+        (each.id, each.task, each.input_ids.tolist(), np.where(each.loss_mask, each.input_ids, IGNORED).tolist())
+        for each in examples
+    ]
+    for micro in batches:
+        rows, width = micro.input_ids.shape
+        assert rows * width <= most or (rows == 1 and width in lengths)
+        assert width == micro.attention_mask.sum(dim=1).max()
+        assert (micro.packing is None) == (layout is None)
+        if layout == "single":
+            assert (rows, int(micro.attention_mask.min())) == (1, 1)
+        elif layout == "rows" and room is not None:
+            assert width <= room or width in lengths
+        tensors = [micro.input_ids, micro.attention_mask, micro.labels, micro.task_ids]
+        tensors += [micro.packing.position_ids, micro.packing.example_index] if micro.packing else []
+        assert {tensor.dtype for tensor in tensors} == {torch.int64}
+        listed = [(name, ids.tolist(), labels.tolist()) for name, ids, labels in micro.examples()]
+        assert listed == [(name, ids, labels) for name, _, ids, labels in unpacked(micro)]
+    widths = [micro.input_ids.shape[1] for micro in batches]
+    assert widths == sorted(widths, reverse=True)
+    assert micro_batches([], Batching(most, PAD, layout, room), ["a", "b"]) == []  # a process without a share
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=60), room=st.integers(60, 500))
+def test_rows_are_as_long_as_costs_the_least(lengths: list[int], room: int) -> None:
+    """Padding and groups against attention over whole rows, at lengths of rows that grow by half."""
+
+    def cost(shapes: list[tuple[int, int]]) -> float:
+        return sum(rows * width * (1 + width / ATTENTION_COST) + GROUP_COST for rows, width in shapes)
+
+    examples, costs, each = examples_of(lengths), [], max(lengths)
+    rooms = [room]
+    while each < room:  # such as 17, 26, 39
+        rooms.append(each)
+        each += (each + 1) // 2
+    for each in rooms:
+        groups = micro_groups(packed_rows(examples, each), 1000)
+        costs.append(cost([(len(group), max(map(len, group))) for group in groups]))
+    chosen = micro_batches(examples, Batching(1000, PAD, "rows", room), ["a", "b"])
+    assert cost([tuple(micro.input_ids.shape) for micro in chosen]) == min(costs)
+
+
+def tokenised(name, lengths, seed=0, tasks=None):
+    examples = examples_of(lengths, tasks or [name], f"{name}-", seed)
     return TokenizedSet(name, tuple(examples), num_truncated=1, num_dropped=2)
 
 
@@ -116,11 +261,12 @@ def test_every_example_once_an_epoch(sizes, seed, epoch):
 
 
 def test_epochs_seeds_and_sources_have_their_own_shuffles():
-    first = pairs(MixOrder([250, 250], [1, 1], 0), 0, 500)
-    assert first == pairs(MixOrder([250, 250], [1, 1], 0), 0, 500)
-    others = [pairs(MixOrder([250, 250], [1, 1], 0), 500, 1000), pairs(MixOrder([250, 250], [1, 1], 1), 0, 500)]
-    orders = [[index for source, index in drawn if source == which] for drawn in (first, *others) for which in (0, 1)]
+    drawn = [
+        pairs(MixOrder([250, 250], [1, 1], seed), start, start + 500) for seed, start in ((0, 0), (0, 500), (1, 0))
+    ]
+    orders = [[index for source, index in each if source == which] for each in drawn for which in (0, 1)]
     assert len({tuple(order) for order in [*orders, range(250)]}) == 7
+    assert pairs(MixOrder([250, 250], [1, 1], 0), 0, 500) == drawn[0]
 
 
 def test_shares_caps_and_far_positions_by_hand():
@@ -158,7 +304,6 @@ def test_shares_caps_and_far_positions_by_hand():
 
 # Steps
 
-LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=30)
 SIZE = st.one_of(st.tuples(st.integers(1, 150), st.none()), st.tuples(st.none(), st.integers(1, 20)))
 
 
@@ -178,7 +323,8 @@ def content(step):
     seed=st.integers(0, 999),
 )
 def test_steps_take_the_draws_in_turn_and_resume_anywhere(first, size, strategy, cut, packed, num_processes, seed):
-    sets = [tokenised("a", first), tokenised("b", [5, 9, 7], seed=1)]
+    # a source may hold several tasks, and two sources the same one
+    sets = [tokenised("a", first), tokenised("b", [5, 9, 7], seed=1, tasks="ba")]
     options = {"tokens": size[0], "batch": size[1], "strategy": strategy, "seed": seed}
     steps, taken = loader(sets, **options), []
     for number in range(cut + 4):
@@ -276,21 +422,16 @@ def test_billions_of_draws_are_counted_by_passes_and_more_are_refused_at_once():
     counts = steps.order.counts(8 * 10**9 // 63 * 63).tolist()
     assert steps.tokens_of_draws(8 * 10**9 // 63 * 63).tolist() == [6 * counts[0], 9 * counts[1]]
     assert fault_of(steps.draws_for_steps, 25 * 10**8 + 1).startswith("train: the run would take more than 10,000,000,")
-    for most in (None, 1e300):
-        for num_steps, size in ((10**23, 4), (4, 10**23), (10**12, 1), (1, 10**400), (2**63, 2**63)):
-            for options in ({"batch": size}, {"tokens": 9 * size}):
-                steps = loader(sets, max_epochs=[most] * 2, **options)
-                fault = fault_of(steps.draws_for_steps, num_steps)
-                assert fault.startswith(("train: the run would take", "train.steps: must be at most"))
-                for epochs in (1e15, 1e300, 1.7e308):
-                    assert fault_of(steps.steps_for_epochs, epochs).startswith("train: the run would take more than")
-
-
-def test_more_epochs_than_the_caps_leave_are_refused():
-    steps = loader([tokenised("a", [5] * 20), tokenised("b", [7] * 3, seed=1)], batch=4, max_epochs=[1.5, 1.5])
-    assert steps.steps_for_epochs(1.5) == 9  # 30 + 4 examples, not 34.5
-    fault = fault_of(steps.steps_for_epochs, 2)
-    assert says(fault, "train.epochs: 2 of 23 examples are 46 ... max_epochs ... leaves 34")
+    for most, num_steps, size in ((None, 10**23, 4), (1e300, 4, 10**23), (None, 2**63, 2**63), (1e300, 1, 10**400)):
+        for options in ({"batch": size}, {"tokens": 9 * size}):
+            steps = loader(sets, max_epochs=[most] * 2, **options)
+            fault = fault_of(steps.draws_for_steps, num_steps)
+            assert fault.startswith(("train: the run would take", "train.steps: must be at most"))
+            assert fault_of(steps.steps_for_epochs, 1.7e308).startswith("train: the run would take more than")
+    steps = loader(sets, batch=2, max_epochs=[0.5, 1.5])
+    assert steps.steps_for_epochs(0.556) == 17  # 35 of 63, and the caps leave 30 + 4
+    fault = fault_of(steps.steps_for_epochs, 1)
+    assert says(fault, "train.epochs: 1 of 63 examples are 63 ... max_epochs ... leaves 34")
 
 
 def test_other_data_mix_or_step_size_is_refused():
@@ -321,28 +462,15 @@ def test_other_data_mix_or_step_size_is_refused():
     assert fault_of(loader(other_b, batch=4).load_state_dict, state).startswith("--resume: a source differs from")
 
 
-def test_task_ids_name_tasks_not_sources():
-    """A source may hold several tasks, and two sources the same one."""
-    mixed = TokenizedSet("mixed", (*tokenised("x", [3, 4]).examples, *tokenised("y", [5]).examples))
-    steps = loader([mixed, tokenised("x", [6], seed=2)], batch=4)
-    assert steps.task_names == ["x", "y"]
-    found = sorted((task, len(ids)) for _, task, ids, _ in content(steps.next_step()))
-    assert found == [("x", 3), ("x", 4), ("x", 6), ("y", 5)]
-
-
-@pytest.mark.parametrize(
-    "batch, tokens, max_epochs, words",
-    [
+def test_a_step_larger_than_the_data_is_warned_of():
+    sets = [tokenised("a", [2] * 30), tokenised("b", [3] * 10)]
+    for batch, tokens, max_epochs, words in (
         (40, None, None, None),
         (100, None, None, "takes 100 examples ... only 40: each step repeats the data 2.5 times. Fix: lower train."),
         (100, None, [1.0, 1.0], None),  # the step ends with the data
         (None, 90, None, None),
         (None, 270, None, "takes 120 examples ... only 40: each step repeats the data 3.0 times"),
-    ],
-)
-def test_a_step_larger_than_the_data_is_warned_of(batch, tokens, max_epochs, words):
-    sets = [tokenised("a", [2] * 30), tokenised("b", [3] * 10)]
-    steps = loader(sets, batch=batch, tokens=tokens, max_epochs=max_epochs)
-    mix = make_mix(sets, max_epochs=max_epochs)
-    warning = large_step_warning(plan_mix(mix, steps, 1))
-    assert warning is None if words is None else says(warning, words)
+    ):
+        steps = loader(sets, batch=batch, tokens=tokens, max_epochs=max_epochs)
+        warning = large_step_warning(plan_mix(make_mix(sets, max_epochs=max_epochs), steps, 1))
+        assert warning is None if words is None else says(warning, words)

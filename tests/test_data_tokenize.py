@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import json
-import re
-from functools import cache
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import example as tried
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from qdora.data import split_text, tokenize
-from qdora.data.chat_template import set_chat_settings
+from qdora.data import build_data, split_text, token_cache, tokenize
+from qdora.data.chat_template import set_chat_date, set_chat_settings
 from qdora.data.example import Example
 from qdora.data.messages import Turn
 from qdora.data.shown_examples import shown_example, token_pieces
-from qdora.data.sources import load_source
 from qdora.data.tokenize import TokenizedExample, TokenizedSet, encode_pairs, special_prefix, tokenize_all
 from qdora.errors import UserError
-from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.data_settings import DataConfig
 from tests import support
-from tests.data_rows import fault_of, says
+from tests.data_rows import fault_of, mixed, says, write
 
 PLAIN, BOS = support.tokenizer(), support.tokenizer(bos=True)
 BOTH = support.tokenizer(bos=True, adds_eos=True)
@@ -104,13 +102,11 @@ def test_pairs_cut_dropped_or_refused(pairs: Any, tokenizer: Any, max_length: in
     assert [(ids, max(start, 1)) for ids, start in spans] == [(ids[:-1], mask.index(True)) for ids, mask in whole]
 
 
-def test_the_prefix_the_end_and_borders_of_a_text() -> None:
-    assert texts(BOTH, tokenised([example()], BOTH)) == [(f"<s>{PROMPT} yes<|im_end|>", " yes<|im_end|>")]
-    assert [special_prefix(each) for each in (PLAIN, BOS, BOTH)] == [[], [BOS.bos_token_id], [BOTH.bos_token_id]]
+def test_prefixes_borders_and_the_order_of_batches() -> None:
     one = support.tokenizer(bos=True, eos="<s>")  # beginning and end are one token
-    assert special_prefix(one) == [one.bos_token_id]
-    pairs = [("Answer: ", "yes"), ("Answer:", " yes"), ("the ans", "wer")]
-    spaced, apart, (ids, start) = encode_pairs(PLAIN, pairs)
+    prefixes = [special_prefix(each) for each in (PLAIN, BOS, BOTH, one)]
+    assert prefixes == [[], [BOS.bos_token_id], [BOTH.bos_token_id], [one.bos_token_id]]
+    spaced, apart, (ids, start) = encode_pairs(PLAIN, [("Answer: ", "yes"), ("Answer:", " yes"), ("the ans", "wer")])
     assert spaced == apart
     assert (ids[start:], PLAIN.decode(ids[:start])) == (PLAIN(" answer")["input_ids"], "the")  # across the border
     assert encode_pairs(BOS, []) == []
@@ -137,7 +133,7 @@ def test_a_rendered_chat_as_text_has_its_marks_once() -> None:
     assert tokenised([example(*pairs[1])], stops).notes == ()
 
 
-def test_borders_without_a_separator_and_inside_a_token_are_noted_once(tmp_path: Any) -> None:
+def test_borders_without_a_separator_and_inside_a_token_are_noted_once() -> None:
     apart = [("Why?", " a"), ("Why?", "\na"), ("", "a"), ("a[/INST]", "b"), ("a>", "b"), ("a", "<b>"), ("？", "b")]
     glued = [("Capital of France?", "Paris"), ("the ans", "wer")]
     [note] = tokenised([example(*pair) for pair in (*apart, *glued)]).notes
@@ -147,15 +143,6 @@ def test_borders_without_a_separator_and_inside_a_token_are_noted_once(tmp_path:
     joined = [("Why?\n", "\n the cat"), ("Why? ", "the cat"), ("Why?\n", "the cat"), ("Why?", "\n\n the cat")]
     [note] = tokenised([example(*pair) for pair in joined], LINES).notes
     assert says(note, "2 of 4 texts have a token with the end of the prompt ... such as 'Why?\\n' + '\\n the cat'")
-    # the templates that the notes propose end the matter
-    rows = [{"prompt": "Capital of France?", "completion": "Paris"}, {"prompt": "Why?\n", "completion": "\n the cat"}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    source = {"source": f"{tmp_path}/rows.jsonl"}
-    notes = tokenised(load_source(SourceConfig.model_validate(source)), LINES).notes
-    templates = [yaml.safe_load(text) for note in notes for text in re.findall(r'template: (\{.*?"\})', note)]
-    assert len(templates) == 2
-    for template in templates:
-        assert not tokenised(load_source(SourceConfig.model_validate(source | {"template": template})), LINES).notes
 
 
 def test_what_cannot_be_learnt_is_refused() -> None:
@@ -174,37 +161,26 @@ def test_what_cannot_be_learnt_is_refused() -> None:
 # Long examples
 
 
-def test_too_long_examples_are_counted_then_refused() -> None:
-    examples = [example("the cat " * (20 if n % 2 else 1), id=f"n{n}") for n in range(10)]
-    found = tokenised(examples)
-    longest, total = max(map(len, found.examples)), found.num_tokens
-    assert fault_of(tokenised, examples, max_length=longest - 1) == (
-        f"x: 5 examples (n1, n3, n5, ...) of 10 are longer than data.max_length ({longest - 1}), the longest has "
-        f"{longest} tokens. Fix: raise data.max_length, or set data.too_long to truncate (cuts "
-        f"{100 * 5 / total:.3g} % of the tokens: the front of a prompt, the last turns of a chat) or drop (loses "
-        f"50 % of the examples, {100 * 5 * longest / total:.3g} % of the tokens)."
-    )
-    assert len(tokenised(examples, max_length=longest)) == 10
-    each_turn = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
-    chat = example(id="chat", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")))
-    line = fault_of(tokenised, [chat, example()], support.tokenizer(chat_template=each_turn), max_length=5)
-    assert says(line, "x: 4 examples (chat[1], chat[3], chat[5], ...) of 4 are longer ... drop (loses 100 % of the")
-
-
 @pytest.mark.parametrize("max_length", [5, 11, 20, 30])
-def test_the_shares_that_an_error_names_are_those_that_the_other_choices_lose(max_length: int) -> None:
+def test_too_long_examples_are_refused_with_what_the_other_choices_lose(max_length: int) -> None:
     # the first label of the chat is its 12th token: cut shorter, none is left
     examples = [example(id="chat", messages=CHAT), *(example("the cat " * n, id=f"n{n}") for n in range(1, 9))]
-    total, kept = tokenised(examples, BOS).num_tokens, {}
+    whole, kept = tokenised(examples, BOS), {}
     for choice in ("truncate", "drop"):
         try:
             kept[choice] = tokenised(examples, BOS, max_length, too_long=choice)
         except UserError:  # nothing is left
             kept[choice] = TokenizedSet("x", ())
-    cut, lost = (f"{100 * (1 - each.num_tokens / total):.3g} %" for each in kept.values())
-    examples_lost = f"{100 * (1 - len(kept['drop']) / len(examples)):.3g} %"
-    words = f"truncate (cuts {cut} of the tokens ... drop (loses {examples_lost} of the examples, {lost} of the tokens)"
-    assert says(fault_of(tokenised, examples, BOS, max_length), words)
+    cut, lost = (f"{100 * (1 - each.num_tokens / whole.num_tokens):.3g} %" for each in kept.values())
+    num_long, longest = len(examples) - len(kept["drop"]), max(map(len, whole.examples))
+    line, dropped = fault_of(tokenised, examples, BOS, max_length), f"{100 * num_long / 9:.3g} %"
+    assert says(line, f"x: {num_long} example ... of 9 ... data.max_length ({max_length}), the longest has {longest} ")
+    assert says(line, f"truncate (cuts {cut} of the tokens ... drop (loses {dropped} of the examples, {lost} of")
+    assert len(tokenised(examples, BOS, longest)) == 9
+    each_turn = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
+    chat = example(id="chat", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")))
+    line = fault_of(tokenised, [chat, example()], support.tokenizer(chat_template=each_turn), max_length=5)
+    assert says(line, "x: 4 examples (chat[1], chat[3], chat[5], ...) of 4 are longer ... drop (loses 100 % of the")
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "last", "all"])
@@ -226,10 +202,8 @@ def test_a_truncated_chat_ends_with_its_last_answer_that_fits(loss_on: Any) -> N
     # cut before the assistant says anything: dropped, and truncation is offered only where it leaves something
     assert tokenised([chat, example()], max_length=first, too_long="truncate").num_dropped == 1
     assert says(fault_of(tokenised, [chat], max_length=first), "too_long to drop (loses 100 % of the examples, 100 %")
-    long = example("the cat " * 20)
-    line = fault_of(tokenised, [chat, long], max_length=first)
+    line = fault_of(tokenised, [chat, example("the cat " * 20)], max_length=first)
     assert says(line, "to truncate (cuts ... the last turns of a chat, the whole of 1 example (0)) or drop (")
-    assert says(fault_of(tokenised, [chat], max_length=first + 1), "to truncate (cuts ... of a chat) or drop (")
 
 
 LONG = "the cat sat on 12 mats, and so on. " * 800
@@ -321,27 +295,14 @@ def test_long_texts_in_parts_and_what_is_not_split(monkeypatch: pytest.MonkeyPat
 # Tokens as text
 
 
-@cache
-def with_byte_fallback() -> Any:
-    """As Llama 2: words begin with a mark for the space, unknown characters are bytes, the first space is stripped."""
-    words = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abchelowrd", "▁h"]
-    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("▁", "h")], byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    backend.decoder = decoders.Sequence(parts)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-@pytest.mark.parametrize("make", [lambda: PLAIN, with_byte_fallback])
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @tried(text="héllo wörld 👍🏽 한국")
 @tried(text="�� a")
-def test_the_pieces_joined_are_the_text(make: Any, text: str) -> None:
-    tokenizer = make()
-    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+def test_the_pieces_joined_are_the_text(text: str) -> None:
+    ids = [*PLAIN(text, add_special_tokens=False)["input_ids"], PLAIN.eos_token_id]
     mask = [index % 3 == 2 for index in range(len(ids))]
-    pieces = token_pieces(tokenizer, ids, mask)
-    assert "".join(piece.text for piece in pieces) == text + tokenizer.eos_token
+    pieces = token_pieces(PLAIN, ids, mask)
+    assert "".join(piece.text for piece in pieces) == text + PLAIN.eos_token
     assert [piece.in_loss for piece in pieces] == mask
     assert [piece.is_special for piece in pieces] == [False] * (len(ids) - 1) + [True]
 
@@ -349,11 +310,123 @@ def test_the_pieces_joined_are_the_text(make: Any, text: str) -> None:
 def test_characters_of_several_tokens_and_the_middle_of_a_long_example() -> None:
     ids = PLAIN("a👍b", add_special_tokens=False)["input_ids"]
     assert [piece.text for piece in token_pieces(PLAIN, ids, [True] * 6)] == ["a", "", "", "", "👍", "b"]
-    cut = token_pieces(PLAIN, ids[:4], [True] * 4)
-    assert (len(cut), cut[0].text, "�" in cut[-1].text) == (4, "a", True)
     for length, left_out in ((400, 0), (401, 1), (1001, 601)):
         one = TokenizedExample("task", "id", np.full(length, 40, dtype=np.int32), np.arange(length) >= length // 2)
         found = shown_example("s", one, PLAIN)
         assert (len(found["pieces"]), found["left_out"], found["left_out_behind"]) == (400, left_out, 200)
         assert (found["num_tokens"], found["num_in_loss"]) == (length, length - length // 2)
         assert [each["in_loss"] for each in found["pieces"]] == [False] * 200 + [True] * 200
+
+
+# Kept tokens
+
+
+def made(file: str, cache: Path, tokenizer: Any = None, **data: Any) -> TokenizedSet:
+    """The tokens of a source of a recipe; `source` has more of its settings."""
+    source = {"source": file} | data.pop("source", {})
+    settings = DataConfig.model_validate({"mix": [source], "cache": str(cache)} | data)
+    [found] = mixed(settings, tokenizer).sets
+    assert isinstance(found, TokenizedSet)
+    return found
+
+
+def all_of(found: TokenizedSet) -> Any:
+    return facts(found), found.task_names, found.name, found.num_truncated, found.num_dropped, found.unused, found.notes
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(token_cache, "_LEAST_TOKENS", 1)
+    rows = [{"prompt": f"{n}:", "completion": " yes" * (1 + n % 9), "task": f"t{n % 2}", "x": 1} for n in range(40)]
+    return write(tmp_path / "pairs.jsonl", rows)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the sources that were tokenised."""
+    names: list[str] = []
+    tokenize_all = build_data.tokenize_all
+
+    def counting(*args: Any, **options: Any) -> TokenizedSet:
+        names.append(options["name"])
+        return tokenize_all(*args, **options)
+
+    monkeypatch.setattr(build_data, "tokenize_all", counting)
+    return names
+
+
+def test_whatever_decides_the_tokens_makes_them_anew(tmp_path: Path, pairs: str, counted: list[str]) -> None:
+    cache = tmp_path / "cache"
+    template = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
+    ways: list[dict[str, Any]] = [
+        {},
+        {"max_length": 12, "too_long": "truncate"},
+        {"loss_on": "all"},
+        {"too_long": "drop"},
+        {"validation_fraction": 0.2},
+        {"source": {"limit": 9}},
+        {"source": {"limit": 9}, "seed": 1},
+        {"source": {"name": "x"}},
+        {"source": {"columns": {"prompt": "completion", "completion": "prompt"}}},
+        {"source": {"chat": True}},
+        {"source": {"template": template}},
+        {"source": {"template": template | {"prompt": "{{ prompt }}?"}}},
+        {"source": {"template": template | {"prompt": ""}}, "too_long": "split", "max_length": 4},
+        {"tokenizer": support.tokenizer(bos=True)},
+    ]
+    for way in ways:
+        plain = made(pairs, Path("off"), **way)
+        del counted[:]
+        assert [all_of(made(pairs, cache, **way)) for _ in range(3)] == [all_of(plain)] * 3
+        assert len(counted) == 1, way
+    assert len(list(cache.iterdir())) == len(ways)
+    before, text = made(pairs, cache, seed=3), Path(pairs).read_text()  # the seed decides nothing without a limit
+    assert len(counted) == 1
+    Path(pairs).write_text(text.replace("yes", "the"))
+    assert all_of(made(pairs, cache)) != all_of(before)
+    # the date counts only for templates that print it
+    dated = "{{ strftime_now('%d %b %Y') }}" + support.CHATML
+    for template_, number in ((support.CHATML, 1), (dated, 2)):
+        del counted[:]
+        for day in ("2024-01-31", "2024-02-01", "2024-02-01"):
+            tokenizer = support.tokenizer(chat_template=template_)
+            set_chat_date(tokenizer, day)
+            made(pairs, cache, tokenizer, source={"chat": True})
+        assert len(counted) == number
+
+
+def test_a_damaged_file_is_made_anew(tmp_path: Path, pairs: str, counted: list[str], caplog: Any) -> None:
+    first = made(pairs, tmp_path / "cache")
+    [kept] = (tmp_path / "cache").iterdir()
+    whole = kept.read_bytes()
+    flipped = whole[:-100] + bytes([whole[-100] ^ 4]) + whole[-99:]
+    for damaged in (whole[:-7], flipped, b"", (2).to_bytes(8, "little") + b"{}"):
+        kept.write_bytes(damaged)
+        counted.clear()
+        caplog.clear()
+        assert [all_of(made(pairs, tmp_path / "cache")) for _ in range(2)] == [all_of(first)] * 2
+        assert len(counted) == 1
+        assert [says(line, "is damaged ... made anew") for line in caplog.messages if "is damaged" in line] == [True]
+
+
+def test_what_is_not_kept_and_what_is_removed(
+    tmp_path: Path, pairs: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, month = tmp_path / "cache", 31 * 24 * 3600
+    made(pairs, cache, max_length=99)
+    found = made(pairs, cache)
+    old, young = sorted(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    foreign = cache / "model-00001.safetensors"
+    foreign.touch()
+    for path in (old, young, foreign):
+        os.utime(path, (time.time() - month, time.time() - month))
+    made(pairs, cache)  # used again
+    made(pairs, cache, max_length=98)
+    assert (young.exists(), old.exists(), foreign.exists()) == (True, False, True)
+    (tmp_path / "a file").write_text("")  # a disk that takes nothing costs only time
+    assert all_of(made(pairs, tmp_path / "a file")) == all_of(found)
+    assert "the tokens of pairs cannot be kept" in caplog.text
+    for least, is_kept in ((found.num_tokens, True), (found.num_tokens + 1, False)):
+        monkeypatch.setattr(token_cache, "_LEAST_TOKENS", least)
+        made(pairs, tmp_path / f"other {is_kept}")
+        assert (tmp_path / f"other {is_kept}").exists() == is_kept

@@ -6,13 +6,13 @@ import json
 import logging
 import unicodedata
 from collections.abc import Callable, Sequence
-from io import StringIO
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -26,36 +26,28 @@ from qdora.data.mix_plan import MixPlan, SourcePlan
 from qdora.data.sources import load_source
 from qdora.data.tokenize import TokenizedExample, TokenizedSet
 from qdora.errors import UserError
-from qdora.files.run_directory import RunDirectory
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 from qdora.recipe.recipe_file import load_recipe, resolved_yaml
 from qdora.recipe.settings import Recipe
-from qdora.run import prepare, start_checks, trainer
+from qdora.run import prepare
 from qdora.run import preview as preview_file
 from qdora.run.model_limits import context_warnings, vocabulary_faults
-from qdora.run.open_directory import newest_checkpoint
-from qdora.run.preview import preview, show_preview, visible
+from qdora.run.preview import visible
 from qdora.run.start_checks import data_checks, repeated_checks
 from qdora.run.train import train_run
 from qdora.train.distributed import Processes
 from tests import support
+from tests.data_rows import fault_of, says, write
 from tests.page_parser import Page
-from tests.support import timeless
 
 QUIET = Console(quiet=True)
-UNEVALUATED: dict[str, Any] = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
+NOT_EVALUATED: dict[str, Any] = {"eval__at_start": False, "eval__at_end": False, "eval__limit": ...}
 # Only the last answer keeps its thinking, so that a chat of two answers gives two examples.
 FORGETTING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if loop.last and m['reasoning_content'] %}<think>{{ m['reasoning_content'] }}</think>{% endif %}"
     "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def write(path: Path, *rows: dict[str, Any]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def chat(*turns: str, **more: Any) -> dict[str, Any]:
@@ -90,62 +82,45 @@ def refusal(recipe: Recipe, run: Path) -> list[str]:
 # --- validate
 
 
-def test_long_examples_of_all_sources_are_found_as_a_run_finds_them(tmp_path: Path) -> None:
-    found = invoke("validate", recipe_file(tmp_path, tmp_path, data__max_length=8))
-    assert (found.exit_code, found.stdout) == (2, "")
-    faults = refusal(support.tiny_recipe(tmp_path, data__max_length=8), tmp_path / "run")
-    assert found.stderr.splitlines() == faults
-    assert [fault.split(": ")[:2] for fault in faults] == [["data.mix[0]", "sums"], ["data.mix[1]", "letters"]]
-    assert all("data.too_long to truncate (cuts " in fault for fault in faults)
-    _, letters = support.write_data(tmp_path / "data")
-    mix = [{"source": "nobody/nothing"}, {"task": "demo/facts"}, {"source": str(letters)}]
-    found = invoke("validate", recipe_file(tmp_path, tmp_path, data__max_length=8, data__mix=mix))
-    assert [line.partition(":")[0] for line in found.stderr.splitlines()] == ["data.mix[2]"]  # not those on the Hub
-    found = invoke("validate", recipe_file(tmp_path, tmp_path, data__max_length=8, model__source="nobody/nothing"))
-    assert found.exit_code == 0
-    assert "lengths of the examples are not checked: there is no tokenizer: model.source: nobody/" in found.stderr
-
-
-@pytest.mark.parametrize("verb", ["validate", "preview", "plan", "train"])
-def test_a_model_is_refused_before_the_data_is_read(tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, config = recipe_file(tmp_path, tmp_path, data__too_long="truncate"), tmp_path / "model/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
-    monkeypatch.setattr("qdora.data.build_data.tokenize_all", lambda *_, **__: pytest.fail("tokenised"))
-    found = invoke(verb, file, *(["-d", tmp_path / "run"] if verb == "train" else []))
-    assert found.exit_code == 2
-    assert "model.source: the checkpoint must be quantised by bitsandbytes or in mxfp4" in found.stderr
-    assert "(got 'awq')" in found.stderr
-
-
 DAMAGE: dict[str, Callable[[int, str], str]] = {
     "not JSON": lambda index, line: line + "}" if index % 4 == 0 else line,
     "other columns": lambda _, line: line.replace("completion", "reply"),
     "other content": lambda _, line: line.replace('": " ', '": 1, "x": "'),
+    "too long": lambda _, line: line,
 }
 
 
-def damage(file: Path, kind: str) -> None:
-    file.write_text("\n".join(DAMAGE[kind](*each) for each in enumerate(file.read_text().splitlines())))
-
-
 @pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("too_long", ["truncate", "error"])
-def test_faulty_rows_are_told_as_a_run_tells_them(tmp_path: Path, kind: str, too_long: str) -> None:
-    file = recipe_file(tmp_path, tmp_path, data__too_long=too_long, data__validation_fraction=0.2)
-    damage(tmp_path / "data/sums.jsonl", kind)
-    found = invoke("validate", file)
-    assert (found.exit_code, found.stderr.splitlines()) == (2, refusal(load_recipe(file), tmp_path / "run"))
+def test_faulty_and_long_rows_are_found_as_a_run_finds_them(tmp_path: Path, kind: str) -> None:
+    changes: dict[str, Any] = {"data__max_length": 8} if kind == "too long" else {"data__validation_fraction": 0.2}
+    file, sums = recipe_file(tmp_path, tmp_path, **changes), tmp_path / "data/sums.jsonl"
+    sums.write_text("\n".join(DAMAGE[kind](*each) for each in enumerate(sums.read_text().splitlines())))
+    found, faults = invoke("validate", file), refusal(load_recipe(file), tmp_path / "run")
+    assert (found.exit_code, found.stdout, found.stderr.splitlines()) == (2, "", faults)
+    if kind == "too long":
+        assert [fault.split(": ")[:2] for fault in faults] == [["data.mix[0]", "sums"], ["data.mix[1]", "letters"]]
+        mix = [{"source": "nobody/nothing"}, {"task": "demo/facts"}, {"source": str(tmp_path / "data/letters.jsonl")}]
+        found = invoke("validate", recipe_file(tmp_path, tmp_path, **changes, data__mix=mix))
+        assert [line.partition(":")[0] for line in found.stderr.splitlines()] == ["data.mix[2]"]  # not those on the Hub
+        found = invoke("validate", recipe_file(tmp_path, tmp_path, **changes, model__source="nobody/nothing"))
+        assert found.exit_code == 0
+        assert "lengths of the examples are not checked: there is no tokenizer: model.source: nobody/" in found.stderr
+    elif kind != "not JSON":  # the first rows of a stream, without a tokenizer
+        changes = {"data__mix": [{"source": str(sums), "stream": True}], "data__too_long": "truncate"}
+        streamed = resolved_yaml(support.tiny_recipe(tmp_path / "other", **changes, model__source="nobody/nothing"))
+        file.write_text(streamed)
+        found = invoke("validate", file)
+        assert (found.exit_code, found.stderr.startswith("data.mix[0]: "), str(sums) in found.stderr) == (2, True, True)
 
 
-@pytest.mark.parametrize("kind", ["other columns", "other content"])
-def test_the_first_rows_of_a_stream_are_checked_without_a_tokenizer(tmp_path: Path, kind: str) -> None:
-    sums, _ = support.write_data(tmp_path / "data")
-    changes: dict[str, Any] = {"data__mix": [{"source": str(sums), "stream": True}], "data__too_long": "truncate"}
-    file = recipe_file(tmp_path, tmp_path, **changes, model__source="nobody/nothing")
-    assert invoke("validate", file).exit_code == 0
-    damage(sums, kind)
-    found = invoke("validate", file)
-    assert (found.exit_code, found.stderr.startswith("data.mix[0]: "), str(sums) in found.stderr) == (2, True, True)
+@pytest.mark.parametrize("verb", ["validate", "preview", "plan", "train"])
+def test_a_model_is_refused_before_the_data_is_read(tmp_path: Path, verb: str) -> None:
+    file, config = recipe_file(tmp_path, tmp_path, data__max_length=8), tmp_path / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
+    found = invoke(verb, file, *(["-d", tmp_path / "run"] if verb == "train" else []))
+    assert (found.exit_code, "data.max_length" in found.stderr) == (2, False)
+    words = "model.source: the checkpoint must be quantised by bitsandbytes or in mxfp4 ... (got 'awq')"
+    assert says(found.stderr, words)
 
 
 # --- preview
@@ -167,46 +142,49 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shown(bare: Path, tmp_path: Path, rows: Sequence[dict[str, Any]], *options: str, code: int = 0, **changes: Any):  # type: ignore[no-untyped-def]
     """What preview prints of one source of these rows, and its document of the source."""
-    changes = {"data__mix": [{"source": write(tmp_path / "own.jsonl", *rows)}]} | changes
+    changes = {"data__mix": [{"source": write(tmp_path / "own.jsonl", list(rows))}]} | changes
     file = recipe_file(bare, tmp_path, **{"data__validation_fraction": 0.0} | changes)
     plain, document = invoke("preview", file, *options), invoke("preview", file, *options, "--json")
     assert plain.exit_code == document.exit_code == code, document.stderr
     return plain.stdout, json.loads(document.stdout)["sources"][0]
 
 
-@pytest.fixture(scope="module")
+@cache
 def sizes() -> np.ndarray[Any, Any]:
-    """(rows, 2): tokens, and tokens in the loss; an end mark follows the completion."""
+    """(rows, 2): tokens of ROWS, and tokens in the loss; an end mark follows the completion."""
     tokenizer = support.tokenizer()
     texts = [(row["prompt"], row["prompt"] + row["completion"]) for row in ROWS]
     counts = [[len(tokenizer(text)["input_ids"]) for text in pair] for pair in texts]
     return np.array([(whole + 1, whole + 1 - prompt) for prompt, whole in counts])
 
 
-def test_the_numbers_are_those_of_the_data(bare: Path, tmp_path: Path, sizes: Any) -> None:
+def test_the_numbers_are_those_of_the_data(bare: Path, tmp_path: Path) -> None:
     _, source = shown(bare, tmp_path, ROWS, "-n", "2")
     assert (source["num_rows"], source["num_rows_read"], source["drawn"], source["num_examples"]) == (30, 30, "all", 30)
-    assert [source["num_tokens"], source["num_in_loss"]] == sizes.sum(axis=0).tolist()
-    lengths, named = sizes[:, 0].tolist(), source["lengths"]
+    assert [source["num_tokens"], source["num_in_loss"]] == sizes().sum(axis=0).tolist()
+    lengths, named = sizes()[:, 0].tolist(), source["lengths"]
     assert [named[each] for each in ("shortest", "median", "longest")] == [sorted(lengths)[n] for n in (0, 14, 29)]
     examples = [(example["id"], example["num_tokens"]) for example in source["examples"]]
     assert examples == [("1", lengths[0]), ("2", lengths[1])]
-
-
-@pytest.mark.parametrize("too_long", ["error", "truncate", "drop"])
-def test_what_becomes_of_long_examples(bare: Path, tmp_path: Path, sizes: Any, too_long: str) -> None:
-    limit = int(np.median(sizes[:, 0]))
-    num_long, is_refused = int((sizes[:, 0] > limit).sum()), too_long == "error"
-    changes = {"data__max_length": limit, "data__too_long": too_long}
-    text, source = shown(bare, tmp_path, ROWS, code=int(is_refused), **changes)
-    assert source["num_too_long"] == num_long > 0
-    assert source["lengths"]["longest"] == sizes[:, 0].max()
-    assert source["num_examples"] == (30 if too_long == "truncate" else 30 - num_long)
-    assert source["num_cut"] == (num_long if too_long == "truncate" else 0)
-    assert source["num_dropped"] == (num_long if too_long == "drop" else 0)
-    assert f"{num_long} longer than data.max_length" in text
-    assert ("A run with this data is refused." in text) == bool(source["faults"]) == is_refused
+    limit = int(np.median(lengths))
+    num_long = int((sizes()[:, 0] > limit).sum())
+    for too_long, num_examples, num_cut, num_dropped in (
+        ("error", 30 - num_long, 0, 0),
+        ("truncate", 30, num_long, 0),
+        ("drop", 30 - num_long, 0, num_long),
+    ):
+        changes, is_refused = {"data__max_length": limit, "data__too_long": too_long}, too_long == "error"
+        text, source = shown(bare, tmp_path, ROWS, code=int(is_refused), **changes)
+        assert (source["num_too_long"], source["lengths"]["longest"]) == (num_long, max(lengths))
+        counts = source["num_examples"], source["num_cut"], source["num_dropped"]
+        assert counts == (num_examples, num_cut, num_dropped)
+        assert f"{num_long} longer than data.max_length" in text
+        assert ("A run with this data is refused." in text) == bool(source["faults"]) == is_refused
     shown(bare, tmp_path, ROWS, code=1, data__max_length=2, data__too_long="drop")  # nothing is left
+    mix = [{"source": write(tmp_path / "own.jsonl", [{"prompt": 1}, {"messages": "no"}])}]
+    faulty = invoke("preview", recipe_file(bare, tmp_path, data__mix=mix), "--json")
+    assert (faulty.exit_code, faulty.stdout) == (2, "")
+    assert all(line.startswith("data.mix[0]: ") for line in faulty.stderr.splitlines())
 
 
 def test_a_chat_with_a_turn_that_is_not_learnt(bare: Path, tmp_path: Path) -> None:
@@ -223,20 +201,7 @@ def test_a_chat_with_a_turn_that_is_not_learnt(bare: Path, tmp_path: Path) -> No
     assert not {"\u200b", "\x1b"} & set(shown_text)
 
 
-def test_templates_of_chats_decide_the_examples_and_their_end(bare: Path, tmp_path: Path) -> None:
-    template = tmp_path / "chat.jinja"
-    template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<s>{% endfor %}")
-    text, source = shown(bare, tmp_path, [{"messages": CHAT}], data__chat_template=str(template))
-    note = next(text for text in source["warnings"] if "<s>" in text and "the model may not stop" in text)
-    assert note in " ".join(text.split())
-    template.write_text(FORGETTING)
-    rows = [chat(*["Why?", "yes"] * number, reasoning_content="the cat") for number in (2, 1)]
-    _, source = shown(bare, tmp_path, rows, "-n", "2", data__chat_template=str(template))
-    assert source["num_examples"] == 3
-    assert [example["id"].partition("[")[0] for example in source["examples"]] == ["1", "2"]  # one of each row
-
-
-def test_large_sources(bare: Path, tmp_path: Path, sizes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_sources(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preview_file, "_MOST_ROWS", 10)
     text, source = shown(bare, tmp_path, ROWS)
     assert (source["num_rows"], source["num_rows_read"], source["drawn"]) == (30, 10, "sample")
@@ -246,26 +211,20 @@ def test_large_sources(bare: Path, tmp_path: Path, sizes: Any, monkeypatch: pyte
     mix = [{"source": str(own), "stream": True}]
     text, source = shown(bare, tmp_path, ROWS, data__mix=mix, data__too_long="truncate", data__validation_fraction=...)
     assert (source["num_rows_read"], source["num_examples"], source["drawn"]) == (31, 30, "first")
-    assert (source["num_tokens"], source["lengths"]["longest"]) == (sizes[:, 0].sum(), sizes[-1, 0])
+    assert (source["num_tokens"], source["lengths"]["longest"]) == (sizes()[:, 0].sum(), sizes()[-1, 0])
     assert (len(source["faults"]), "(skipped)" in text) == (1, True)
+    (tmp_path / "chat.jinja").write_text(FORGETTING)  # of two answers it makes two examples, of which one is shown
+    rows = [chat(*["Why?", "yes"] * number, reasoning_content="the cat") for number in (2, 1)]
+    _, source = shown(bare, tmp_path, rows, "-n", "2", data__chat_template=f"{tmp_path}/chat.jinja")
+    assert source["num_examples"] == 3
+    assert [example["id"].partition("[")[0] for example in source["examples"]] == ["1", "2"]
     monkeypatch.setattr(preview_file, "_MOST_CHARACTERS", 1)
     rows = [{"text": "a " * 600_000}] * 3  # long texts end the reading
     _, source = shown(bare, tmp_path, rows, "-n", "0", data__too_long="truncate")
     assert (source["num_rows_read"], source["drawn"], source["examples"]) == (2, "sample", [])
 
 
-def test_mistakes_are_lines_and_colours_stand_for_the_marks(bare: Path, tmp_path: Path) -> None:
-    mix = [{"source": write(tmp_path / "own.jsonl", {"prompt": 1}, {"messages": "no"})}]
-    faulty = invoke("preview", recipe_file(bare, tmp_path, data__mix=mix), "--json")
-    assert (faulty.exit_code, faulty.stdout) == (2, "")
-    assert all(line.startswith("data.mix[0]: ") for line in faulty.stderr.splitlines())
-    recipe, screen = support.tiny_recipe(bare, data__mix=[{"source": write(tmp_path / "own.jsonl", *ROWS)}]), StringIO()
-    console = Console(file=screen, force_terminal=True, color_system="standard", width=80)
-    show_preview(preview(recipe, "r.yaml", 1), console)
-    assert "\x1b[4;32m yes\x1b[0m" in screen.getvalue()
-    assert "⟦" not in screen.getvalue()
-
-
+@settings(max_examples=40)
 @given(st.text())
 def test_no_character_of_a_visible_text_hides(text: str) -> None:
     for character in visible(text):
@@ -334,48 +293,34 @@ def test_a_run_tells_and_keeps_what_it_checked_once(root: Path, tmp_path: Path) 
         return [(each["state"], each["text"]) for group in groups.values() for each in group]
 
     changes: dict[str, Any] = {"data__packing": True, "train__batch": 100}
-    lines = train(root, run, train__steps=1, **changes).splitlines()
-    logged = [line[21:].removeprefix("Checked: ") for line in lines if " Checked: " in line]
-    about = ("sums: all", "sums: 0 of", "letters: all", "letters: 0 of", "packed examples stay apart")
-    assert all(line.startswith(text) for line, text in zip(logged, about, strict=True)), logged
-    assert set(logged) <= {text for _, text in kept()}
-    assert [text.partition(": ")[0] for state, text in kept() if state == "open"] == [
-        "whether every trainable tensor gets a gradient"
-    ]
-    repeats = "An optimizer step takes 100 examples"
-    assert Page((run / "report.html").read_text()).text.count(repeats) == 1
+    log, repeats = train(root, run, train__steps=1, **changes), "An optimizer step takes 100 examples"
+    found = kept()
+    starts = ("sums: all", "sums: 0 of", "letters: all", "letters: 0 of", "packed examples stay apart")
+    assert all(log.count(f" Checked: {start}") == 1 for start in starts)
+    assert [text.startswith(repeats) for state, text in found if state == "warning"] == [True]
+    gradients = [text for state, text in found if state == "open"]
+    assert gradients == ["whether every trainable tensor gets a gradient: known after 3 updates."]
     train(root, run, resume=True, train__steps=4, **changes)
+    assert len(kept()) == len(found)
+    assert [text for state, text in kept() if state == "open"] == []
     assert any("in 3 updates each of the 42 trainable tensors had a gradient" in text for _, text in kept())
-    assert [state for state, _ in kept()].count("open") == 0
-    assert sum("packed examples stay apart" in text for _, text in kept()) == 1
-    assert [text.startswith(repeats) for state, text in kept() if state == "warning"] == [True]
-    again = Page((run / "report.html").read_text()).text
-    assert again.count(repeats) == 1
-    assert "the training data has only 50: each step repeats the data 2.0 times. Fix: lower" in again
+    page = Page((run / "report.html").read_text()).text
+    assert page.count(repeats) == 1
+    assert "the training data has only 50: each step repeats the data 2.0 times. Fix: lower" in page
 
 
-NO_ADAPTER = {f"adapter__{key}": ... for key in ("rank", "alpha", "dropout")}
-
-
-@pytest.mark.parametrize(
-    "changes, warns",
-    [
-        ({}, True),
-        ({"adapter__also_train": ["embed_tokens"], "adapter__also_train_rows": "all"}, False),
-        ({"adapter__kind": "none", "train__steps": 0, **NO_ADAPTER}, False),
-    ],
-)
-def test_tokens_that_the_base_never_learnt(tmp_path: Path, changes: dict[str, Any], warns: bool) -> None:
+def test_tokens_that_the_base_never_learnt(tmp_path: Path) -> None:
     model = support.write_llama(tmp_path / "model")
     weights = load_file(model / "model.safetensors")
     ids = support.tokenizer().convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<s>"])
     weights["model.embed_tokens.weight"][ids] = 0.0
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    data = {"data__mix": [{"source": write(tmp_path / "c.jsonl", chat("2 + 2?", "4"))}], "data__validation_fraction": 0}
-    train(tmp_path, tmp_path / "run", **data | UNEVALUATED | {"train__steps": 1} | changes)
-    told = json.loads((tmp_path / "run/checks.json").read_text())["tokens"]
+    source = write(tmp_path / "c.jsonl", [chat("2 + 2?", "4")])
+    data = {"data__mix": [{"source": source}], "data__validation_fraction": 0, "train__steps": 1}
+    train(tmp_path, tmp_path / "run", **data | NOT_EVALUATED)
+    [told] = json.loads((tmp_path / "run/checks.json").read_text())["tokens"]
     text = "the training data has tokens that the base never learnt: <|im_start|>, <|im_end|>. Their rows"
-    assert [check["text"].startswith(text) for check in told] == [True] * warns
+    assert told["text"].startswith(text)
 
 
 def test_a_run_that_evaluates_nothing_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -385,14 +330,12 @@ def test_a_run_that_evaluates_nothing_says_so(tmp_path: Path, caplog: pytest.Log
         recipe = support.one_layer_recipe(tmp_path, data__validation_fraction=0, **changes)
         found = prepare.prepare(recipe, tmp_path / "run", Processes(), where="r.yaml", force=False)
         caplog.clear()
-        checks = prepare._evaluation_checks(found)
-        return [*(each.text for each in checks if each.state == "warning"), *caplog.messages]
+        return [*(each.text for each in prepare._evaluation_checks(found)), *caplog.messages]
 
-    (warning,) = told()
+    [warning] = told()
     assert warning.startswith("no source has validation data, so nothing is evaluated. Fix: ")
     assert told(eval__tasks=[], eval__limit=...) == []
-    with pytest.raises(UserError, match=r"^eval\.every: got 2, but no source has validation data\. Fix: set valid"):
-        told(eval__every=2)
+    assert fault_of(told, eval__every=2).startswith("eval.every: got 2, but no source has validation data. Fix: set v")
     sums, letters = support.write_data(tmp_path / "data")
     mix = [{"source": str(sums), "validation": str(letters)}, {"source": str(sums), "name": "again"}]
     assert told(data__mix=mix, eval__every=2) == ["Not evaluated, since there is no validation data: again."]
@@ -404,7 +347,7 @@ def repeated(
     """Each row of `trained` is a source; which sources of `held` have how many copies of them, "name: n of m"."""
 
     def sources(where: str, rows: list[Any]) -> list[SourceConfig]:
-        files = (write(folder / where / f"{number}.jsonl", row) for number, row in enumerate(rows))
+        files = (write(folder / where / f"{number}.jsonl", [row]) for number, row in enumerate(rows))
         return [SourceConfig(source=file) for file in files]
 
     config = DataConfig.model_validate(
@@ -432,36 +375,14 @@ def test_validation_examples_that_are_trained_on_are_counted(tmp_path: Path, tok
     assert found == [f"texts: {looked}, 2", f"choices: {looked}, 3"]
     long, short, cut = "the dog " * 20, {"text": "the dog"}, {"max_length": 16, "too_long": "truncate"}
     trained = [{"text": f"{long}sat"}, short]
-    assert repeated(tmp_path / "b", tokenizer, trained, {"texts": [{"text": f"{long}ran"}]}, **cut) == []
+    held = {"texts": [{"text": f"{long}ran"}], "chats": [chat("a", "b")], "short": [short]}
     plain = support.tokenizer(chat_template=None, more=["<think>"] * 50)
-    held = {"chats": [chat("a", "b")], "short": [short]}
-    found = repeated(tmp_path / "c", tokenizer, trained, held, look_up=plain, **cut)
+    found = repeated(tmp_path / "b", tokenizer, trained, held, look_up=plain, **cut)
     assert found == ["short: of 1 validation examples looked up, 1"]
     one, two = (chat("a", "b", *more, reasoning_content="c") for more in ((), ("d", "e")))
     made = support.tokenizer(chat_template=FORGETTING)
     found = repeated(tmp_path / "d", made, [one], {"one": [one], "two": [two]})
     assert found == ["one: of 1 validation examples looked up, 1"]
-
-
-def test_the_checks_change_no_number_and_lose_no_run(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError("full")
-
-    recipe = support.tiny_recipe(root, train__steps=4, data__packing=True)
-    train_run(recipe, tmp_path / "with", console=QUIET)
-    for place, name in ((prepare, "data_checks"), (prepare, "begin_checks"), (start_checks, "tell_checks")):
-        monkeypatch.setattr(place, name, full)
-    monkeypatch.setattr(trainer.Trainer, "_updated", lambda *_: None)
-    train_run(recipe, tmp_path / "without", console=QUIET)
-    assert not (tmp_path / "without/checks.json").exists()
-    assert timeless(tmp_path / "with") == timeless(tmp_path / "without")
-    (tmp_path / "checkpoints").mkdir()
-    caplog.clear()
-    assert newest_checkpoint(RunDirectory(tmp_path), Processes()) is None
-    (text,) = caplog.messages
-    assert text == f"{tmp_path} has no whole checkpoint: the run begins again at its first step."
 
 
 # --- limits of the model
@@ -487,31 +408,27 @@ def test_rows_of_the_embedding_and_positions_are_limits() -> None:
 
 def test_a_run_tells_both_before_its_model_is_loaded(tmp_path: Path) -> None:
     support.write_llama(tmp_path / "model", max_position_embeddings=16)
-    source = write(tmp_path / "long.jsonl", *[{"prompt": f"{n} " * 20, "completion": " yes"} for n in range(20)])
+    source = write(tmp_path / "long.jsonl", [{"prompt": f"{n} " * 20, "completion": " yes"} for n in range(20)])
     log = train(tmp_path, tmp_path / "run", data__mix=[{"source": source}], train__steps=1)
     assert "WARNING long: 19 of 19 examples are longer than the model has positions" in log
     assert log.index("has positions") < log.index("Training ")
     support.write_llama(tmp_path / "small/model", vocab_size=100)
     (fault,) = refusal(support.tiny_recipe(tmp_path / "small", data__mix=[{"source": source}]), tmp_path / "small/run")
     assert "source 'long' has token id" in fault
-    epochs: dict[str, Any] = UNEVALUATED | {"train__steps": ..., "train__epochs": 1}
-    (fault,) = refusal(support.tiny_recipe(tmp_path, **epochs, train__warmup=1000), tmp_path / "other")
-    num_steps = int(fault.partition("at most the ")[2].split()[0])
-    assert fault.startswith("train.warmup: must be at most the ")
-    assert "got 1,000" in fault
-    train(tmp_path, tmp_path / "longest", **epochs, train__warmup=num_steps)
+    epochs: dict[str, Any] = NOT_EVALUATED | {"train__steps": ..., "train__epochs": 1}
+    (fault,) = refusal(support.tiny_recipe(tmp_path, **epochs, train__warmup=14), tmp_path / "other")
+    assert says(fault, "train.warmup: must be at most the 13 steps ... got 14")  # 50 examples, 4 at a time
+    train(tmp_path, tmp_path / "longest", **epochs, train__warmup=13)
 
 
 @pytest.mark.parametrize("evaluates", [True, False])
 def test_validation_data_that_cannot_be_scored_is_refused(tmp_path: Path, evaluates: bool) -> None:
-    support.tokenizer(
-        chat_template="{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('never no') }}{% endif %}"
-        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ).save_pretrained(support.write_llama(tmp_path / "model"))
-    source = write(tmp_path / "chat.jsonl", *[chat("Hi", "yes")] * 8)
-    held = write(tmp_path / "held.jsonl", chat("Hi", "yes"), chat("Hi", "no"))
-    when = {"eval__every": 2, "eval__at_start": False} if evaluates else UNEVALUATED
+    never = "{% for m in messages if m.content == 'no' %}{{ raise_exception('never no') }}{% endfor %}"
+    tokenizer = support.tokenizer(chat_template=never + support.CHATML)
+    tokenizer.save_pretrained(support.write_llama(tmp_path / "model"))
+    source = write(tmp_path / "chat.jsonl", [chat("Hi", "yes")] * 8)
+    held = write(tmp_path / "held.jsonl", [chat("Hi", "yes"), chat("Hi", "no")])
+    when = {"eval__every": 2, "eval__at_start": False} if evaluates else NOT_EVALUATED
     changes = {"data__mix": [{"source": source, "validation": held}], "train__steps": 2, **when, "eval__limit": None}
     if evaluates:
         text = f"validation data ({held}): chat: example 2: the chat template refuses it: never no"

@@ -1,33 +1,45 @@
-"""Whole evaluations: metrics, tables, changes by task, and batches that processes share."""
+"""Whole evaluations: metrics, tables, changes by task, answers in the model's words, lm-evaluation-harness."""
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import io
 import json
-import logging
 import math
-from dataclasses import fields
+import sys
+import types
+from dataclasses import fields, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
 from scipy import stats
-from torch import nn
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaConfig
 
+from qdora.data.demo import examples as demo_examples
 from qdora.data.example import Example
 from qdora.errors import RunFailure
-from qdora.evaluation import suite
+from qdora.evaluation import generation, harness, suite
 from qdora.evaluation.batches import batches_shared, results_of
 from qdora.evaluation.before_after import TaskChange, task_changes, tasks_of_other_examples, worse_than_before
-from qdora.evaluation.generation import GenerationResult, evaluate_generated
+from qdora.evaluation.generation import GenerationResult, answer_names, evaluate_generated, first_mention
+from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks
 from qdora.evaluation.loglikelihood import ExampleScore, score_examples
 from qdora.evaluation.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
 from qdora.evaluation.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
+from qdora.model.trained_embeddings import train_embeddings, trained_matrices
+from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.step_evaluations import evaluate_together
+from qdora.run.train import train_run
 from qdora.train.distributed import processes_of_launch
 from tests import support
+from tests.data_rows import fault_of, faults_of, says
 
 COLOURS = [" blue", " brown", " quick", " lazy"]
 
@@ -51,8 +63,6 @@ def model() -> Any:
 
 
 SETS = {"choices": questions("choices", 12), "free": texts("free", 7), "both": texts("both", 2) + questions("both", 3)}
-# So few tokens that there are more batches than processes.
-FEW = {"max_batch_tokens": 48}
 
 
 # Metrics
@@ -67,9 +77,6 @@ def test_means_ratios_and_ties_by_hand() -> None:
     assert ratio_stderr([2.0, 4.0, 10.0], [1, 2, 5]) == Estimate(2.0, 0.0)
     assert math.isnan(mean_stderr([2.0]).stderr)
     assert math.isnan(ratio_stderr([2.0], [1]).stderr)
-    for call, words in ((lambda: mean_stderr([]), "no examples"), (lambda: ratio_stderr([1.0], [0]), "positive denom")):
-        with pytest.raises(ValueError, match=words):
-            call()
     assert [tie_credit([-1.0, -1.0, -2.0], gold) for gold in range(3)] == [0.5, 0.5, 0.0]
     assert tie_credit([-1.0, -2.0], 0) == 1.0
 
@@ -144,13 +151,10 @@ def test_metrics_of_every_task() -> None:
     assert list(found.tasks) == ["choices", "free", "both"]
     scores = score_examples(net.eval(), tokenizer, SETS["choices"])
     hits = [int(np.argmax(score.loglikelihoods)) == score.gold for score in scores]
-    hits_norm = [int(np.argmax(score.loglikelihoods / score.num_chars)) == score.gold for score in scores]
     nlls = [-score.loglikelihoods[index % 2] for index, score in enumerate(scores)]
     num_tokens = sum(score.num_tokens[index % 2] for index, score in enumerate(scores))
     task, free, both = found.tasks.values()
-    assert (task.acc, task.acc_norm) == pytest.approx((sum(hits) / 12, sum(hits_norm) / 12))
-    assert task.acc_stderr == pytest.approx(math.sqrt(task.acc * (1 - task.acc) / 11))
-    assert (task.chance, task.majority) == pytest.approx(((1 / 2 + 1 / 3 + 1 / 4) / 3, 0.5))
+    assert task.acc == pytest.approx(sum(hits) / 12)
     assert (task.nll, task.nll_per_token) == pytest.approx((sum(nlls) / 12, sum(nlls) / num_tokens))
     assert (free.acc, free.acc_stderr, free.chance, free.majority, free.num_choice_examples) == (None,) * 4 + (0,)
     assert (both.num_examples, both.num_choice_examples) == (5, 3)
@@ -307,27 +311,6 @@ def test_tasks_that_got_worse_beyond_the_noise_are_named() -> None:
 # Several processes
 
 
-class Counted(nn.Module):
-    """Counts the forward passes of a model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model, self.tokenizer, self.num_passes, self.is_broken = model(), support.tokenizer(), 0, False
-        self.model.register_forward_pre_hook(self._count)
-
-    def _count(self, *_: Any) -> None:
-        self.num_passes += 1
-        if self.is_broken:
-            raise ValueError("a fault of its own")
-
-    def evaluated(self) -> EvaluationResult:
-        return evaluate(self.model, self.tokenizer, SETS, **FEW)
-
-    def generated(self) -> GenerationResult:
-        asked = {"choices": SETS["choices"]}
-        return evaluate_generated(self.model, self.tokenizer, asked, max_new_tokens=5, max_batch_tokens=60)
-
-
 def without_times(result: Any) -> dict[str, Any]:
     found: dict[str, Any] = result.to_dict(per_example=True)
     del found["settings"]["seconds"]
@@ -335,7 +318,21 @@ def without_times(result: Any) -> dict[str, Any]:
 
 
 def _together(rank: int) -> None:
-    counted, logger, heard = Counted(), logging.getLogger("qdora"), io.StringIO()
+    net, tokenizer, passes, is_broken = model(), support.tokenizer(), list[int](), False
+
+    def count(*_: Any) -> None:
+        passes.append(1)
+        if is_broken:
+            raise ValueError("a fault of its own")
+
+    net.register_forward_pre_hook(count)
+
+    def evaluated() -> EvaluationResult:  # so few tokens that there are more batches than processes
+        return evaluate(net, tokenizer, SETS, max_batch_tokens=48)
+
+    def generated() -> GenerationResult:
+        asked = {"choices": SETS["choices"]}
+        return evaluate_generated(net, tokenizer, asked, max_new_tokens=5, max_batch_tokens=60)
 
     def fails(at: int, what: str, evaluation: Any) -> None:
         words = what if rank == at else f"process {at} failed: {what}"
@@ -343,36 +340,27 @@ def _together(rank: int) -> None:
             evaluate_together(processes, evaluation)
 
     def written() -> EvaluationResult:
-        found = counted.evaluated()
+        found = evaluated()
         if rank == 0:
             raise OSError("the disk is full")
         return found
 
-    def warned() -> bool:
-        logger.warning("one prompt was cut")
-        return True
-
     with processes_of_launch() as processes:
-        for evaluation in (counted.evaluated, counted.generated):
-            counted.num_passes = 0
-            alone = without_times(evaluation())
-            most, counted.num_passes = counted.num_passes, 0
+        for evaluation in (evaluated, generated):
+            passes.clear()
+            alone, most = without_times(evaluation()), len(passes)
+            passes.clear()
             assert without_times(evaluate_together(processes, evaluation)) == alone
-            passes = processes.gather(counted.num_passes)
-            assert sum(passes) == most > 3  # nothing is computed twice
-            assert max(passes) < most * 2 / 3
-        counted.is_broken = rank == 1
-        fails(1, "a fault of its own", counted.evaluated)
-        counted.is_broken = False
+            shares = processes.gather(len(passes))
+            assert sum(shares) == most > 3  # nothing is computed twice
+            assert max(shares) < most * 2 / 3
+        is_broken = rank == 1
+        fails(1, "a fault of its own", evaluated)
+        is_broken = False
         fails(0, "the disk is full", written)
-        fails(0, "the disk is full", lambda: (written(), counted.generated()))
+        fails(0, "the disk is full", lambda: (written(), generated()))
         assert processes.gather(rank) == [0, 1, 2]  # no message of one is taken for another of the others
-        assert math.isfinite(evaluate_together(processes, counted.evaluated).average.nll)
-        logger.addHandler(logging.StreamHandler(heard))
-        for each in (processes, processes.dividing(base=True)):  # what all find is told once
-            evaluate_together(each, warned)
-        logger.warning("afterwards")
-    assert heard.getvalue().splitlines() == ["one prompt was cut"] * (2 if rank == 0 else 0) + ["afterwards"]
+        assert math.isfinite(evaluate_together(processes, evaluated).average.nll)
 
 
 def test_processes_share_batches_get_the_scores_of_one_and_fail_together() -> None:
@@ -391,8 +379,239 @@ def test_results_of_batches_in_one_process() -> None:
         with pytest.raises(RunFailure, match="the processes evaluate different examples"):
             results_of(nn.Module(), [[1], [2]], lambda batch: batch)
     assert results_of(nn.Module(), [[1], [2]], lambda batch: batch) == {1: 1, 2: 2}
-    processes = Mock(rank=0, size=2, shards=False)  # a process that stops at once sends no more
-    processes.exchange.side_effect = KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_together(processes, lambda: results_of(nn.Module(), [[1]], lambda batch: batch))
-    assert processes.exchange.call_count == 1  # of which the others have a part
+
+
+NAMES = ("answer1", "answer2", "answer3")
+
+
+class Scripted(nn.Module):
+    """Says, behind a prompt that ends in one of the keys, the text that belongs to it, and then the end of sequence."""
+
+    def __init__(self, tokenizer: Any, says: dict[str, str]) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 1)
+        self.tokenizer, self.says = tokenizer, says
+        self.config, self.generation_config = LlamaConfig(), GenerationConfig()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def generate(self, ids: Tensor, *, stopping_criteria: Any, **settings: Any) -> Tensor:
+        """In place of transformers' own; a row that is done gets more ends of sequence."""
+        assert not settings["do_sample"]
+        keys = [next(key for key in self.says if key in self.tokenizer.decode(row)) for row in ids.tolist()]
+        said = [self.tokenizer(self.says[key], add_special_tokens=False)["input_ids"] for key in keys]
+        done = torch.zeros(len(ids), dtype=torch.bool)
+        while not done.all():
+            new = torch.tensor([[row.pop(0) if row else self.tokenizer.eos_token_id] for row in said])
+            ids = torch.cat([ids, new], dim=1)
+            done = done | stopping_criteria(ids, None)
+        return ids
+
+
+def question(task: str, number: int, gold: int, names: tuple[str, ...] = NAMES) -> Example:
+    choices = tuple(f"the correct answer is {name}" for name in names)
+    return Example(task, str(number), f"Question {number} of {task}:", choices[gold], choices, gold)
+
+
+@pytest.mark.parametrize(
+    "choices, names",
+    [
+        (["the correct answer is answer1", "the correct answer is answer2"], ("answer1", "answer2")),
+        ([" no", " yes"], ("no", "yes")),
+        (["It is true.", "It is false."], ("true", "false")),
+        ([" 3 + 4", " 3 + 5"], ("4", "5")),
+        ([" a bird", " a large bird"], ()),
+        ([" May", " may"], ()),
+        (["same", "same"], ()),
+        (["alone"], ()),
+    ],
+)
+def test_names_are_the_word_in_which_choices_differ(choices: list[str], names: tuple[str, ...]) -> None:
+    assert answer_names(choices) == names
+
+
+@pytest.mark.parametrize(
+    "text, names, expected",
+    [
+        ("the correct answer is answer2", NAMES, (1, True)),  # "answer2" may still become "answer21"
+        ("the correct answer is answer2.", NAMES, (1, False)),
+        ("Answer3, I think, or answer1", NAMES, (2, False)),
+        ("answer5", NAMES, (None, True)),
+        ("answer10 ", NAMES, (None, True)),
+        ("myanswer1 ", NAMES, (None, True)),
+        ("", NAMES, (None, True)),
+        # a name that begins another one does not win
+        ("it is well-being.", ("well", "well-being"), (1, False)),
+        ("it is well-", ("well", "well-being"), (0, True)),
+        ("it is well-bred", ("well", "well-being"), (0, False)),
+        ("well, it is", ("well", "well-being"), (0, False)),
+        # one letter in any case, but not by casefold
+        ("the correct answer is opt\u0131on2.", ("option1", "option2"), (1, False)),
+    ],
+)
+def test_the_first_name_counts(text: str, names: tuple[str, ...], expected: tuple[int | None, bool]) -> None:
+    assert first_mention(text, names) == expected
+
+
+def test_right_wrong_and_unparsable_are_counted_apart() -> None:
+    tokenizer = support.tokenizer()
+    answers = {
+        "Question 0 of a:": "the correct answer is answer2",
+        "Question 1 of a:": " answer1! The correct answer is answer3",
+        "Question 2 of a:": "the correct answer is blue",
+        "Question 3 of a:": "",
+        "Question 0 of b:": "TRUE",
+        "Question 1 of b:": "It is untrue, so false",
+    }
+    b = [replace(question("b", number, number, ("true", "false")), task="of the row") for number in range(2)]
+    sets = {"a": [question("a", number, gold) for number, gold in enumerate([1, 2, 0, 0])], "b": b}
+    net = Scripted(tokenizer, answers)
+    found = evaluate_generated(net, tokenizer, sets, max_new_tokens=64)
+    first, average, error = found.tasks["a"], found.average, math.sqrt(0.25 * 0.75 / 3)
+    counts = [(each.num_right, each.num_wrong, each.num_unparsable) for each in (*found.tasks.values(), average)]
+    assert (counts, average.num_examples) == ([(1, 1, 2), (2, 0, 0), (3, 1, 2)], 6)
+    assert (first.acc, first.acc_stderr, first.chance) == pytest.approx((0.25, error, 1 / 3))  # unparsable: not right
+    expected = (1.25 / 2, error / 2, (1 / 3 + 1 / 2) / 2)
+    assert (average.acc, average.acc_stderr, average.chance) == pytest.approx(expected)
+    assert first.unparsable == [{"id": "2", "output": "the correct answer is blue"}, {"id": "3", "output": ""}]
+    records = json.loads(json.dumps(found.to_dict(per_example=True), allow_nan=False))["per_example"]
+    assert [each["outcome"][0] for each in records] == list("rwuurr")
+    assert [each["task"] for each in records] == list("aaaabb")  # the keys of `tasks`
+    assert records[1]["output"] == " answer1!"  # an answer that is decided is not spun out
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(generation.generation_table({"mine": found}))
+    assert says(shown.getvalue(), "a ... 25.0 ... 1 / 1 / 2 ... 100.0 ... 2 / 0 / 0 ... average ... 3 / 1 / 2")
+    assert "±" not in shown.getvalue()  # few examples tell no error
+    few = evaluate_generated(net, tokenizer, {"a": [question("a", 2, 1)] * 7}, max_new_tokens=3, limit=6).tasks["a"]
+    assert (few.num_unparsable, few.num_new_tokens, len(few.unparsable)) == (6, 18, 5)
+
+
+def test_a_prompt_too_long_for_the_context_loses_its_left() -> None:
+    tokenizer = support.tokenizer(bos=True)
+    net = support.llama(vocab_size=400, max_position_embeddings=40, initializer_range=0.3)
+    fed: list[list[int]] = []
+    net.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["input_ids"][0].tolist()), with_kwargs=True)
+    sets = {"a": [Example("a", "0", "w " * 60 + "Answer:", " yes", (" yes", " no"), 0)]}
+    found = evaluate_generated(net, tokenizer, sets, max_new_tokens=32)
+    # 40 positions: beginning of sequence, 8 tokens of the prompt, 31 of the answer (the last is never fed)
+    own = tokenizer(sets["a"][0].prompt, add_special_tokens=False)["input_ids"]
+    assert fed[0] == [tokenizer.bos_token_id, *own[-8:]]
+    assert found.tasks["a"].num_truncated == 1
+    line = fault_of(evaluate_generated, net, tokenizer, sets, max_new_tokens=40)
+    assert says(line, "a context longer than the 40 tokens of the answer, got a model with 40")
+    of_task = {name: demo_examples(name, "validation") for name in ("facts", "next")}
+    of_task["notes"] = [Example("notes", "7", "", "Some text.")]
+    steps, notes = generation.generation_faults(of_task)
+    assert says(steps, "choices that differ in one word, got task 'next', whose example ... has choices such as")
+    assert says(notes, "choices that differ in one word, got task 'notes', whose example 7 has no choices")
+
+
+# lm-evaluation-harness
+
+RESULT = {
+    "results": {
+        "sums": {"name": "sums", "alias": "sums", "acc,none": 0.25, "acc_stderr,none": "N/A", "sample_len": 4},
+        "math": {"alias": "math", "exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1},
+    },
+    "n-shot": {"math": 5},
+    "n-samples": {"math": {"original": 7, "effective": 7}},
+}
+
+
+@pytest.fixture(scope="module")
+def run(root: Path) -> Path:
+    """A trained run, the model and data beside it."""
+    recipe = support.tiny_recipe(root, train__lr=0.02, eval__at_start=False, eval__at_end=False, eval__limit=...)
+    train_run(recipe, root / "run")
+    return root / "run"
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """In place of lm_eval: its task manager knows three names, its evaluation gives RESULT."""
+    seen: dict[str, Any] = {}
+
+    class TaskManager:
+        def __init__(self, include_path: str | None = None) -> None:
+            self.task_index = dict.fromkeys([*(["sums"] if include_path else []), "math"])
+
+        def match_tasks(self, names: list[str]) -> list[str]:
+            return [known for known in self.task_index for name in names if known == name]
+
+    def language_model(**options: Any) -> dict[str, Any]:
+        options["pretrained"].tie_weights()
+        return options
+
+    def simple_evaluate(**options: Any) -> dict[str, Any]:
+        seen.update(options)
+        return RESULT
+
+    parts: dict[str, dict[str, Any]] = {
+        "lm_eval": {"simple_evaluate": simple_evaluate, "__version__": "9.9"},
+        "lm_eval.tasks": {"TaskManager": TaskManager},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": language_model},
+    }
+    for name, content in parts.items():
+        made = types.ModuleType(name)
+        made.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(made).update(content)
+        monkeypatch.setitem(sys.modules, name, made)
+    return seen
+
+
+def test_tasks_are_looked_up_and_numbers_become_plain(stand_in: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    assert find_harness_tasks(["sums", "math", "sums"], tmp_path).names == ("sums", "math")
+    assert find_harness_tasks(["math"]).names == ("math",)
+    first, second = faults_of(find_harness_tasks, ["mahts", "sums"])
+    assert says(first, "--harness: must be a task, group or tag ... got 'mahts'. Did you mean 'math'?")
+    assert says(second, "got 'sums'.")
+    assert says(fault_of(find_harness_tasks, ["sums"], tmp_path / "no"), "--harness-include: ... no must be a folder")
+    net, tokenizer = support.base_model(), support.tokenizer()
+    found = evaluate_harness(net, tokenizer, HarnessTasks(("sums", "math"), manager="the manager"), limit=4)
+    strict = {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1}
+    assert found == {
+        "lm_eval": "9.9",
+        "tasks": {
+            "sums": {"metrics": {"acc": 0.25, "acc_stderr": None}, "num_examples": None, "num_fewshot": None},
+            "math": {"metrics": strict, "num_examples": 7, "num_fewshot": 5},
+        },
+    }
+    model = {"pretrained": net, "tokenizer": tokenizer, "backend": "causal", "batch_size": 8}
+    asked = {"tasks": ["sums", "math"], "task_manager": "the manager", "limit": 4, "log_samples": False}
+    assert stand_in == asked | {"model": model}
+    assert list(zip(*(column.cells for column in harness.harness_table(found).columns), strict=True)) == [
+        ("sums", "acc", "–", "0.2500"),
+        ("sums", "acc_stderr", "–", "–"),
+        ("math", "exact_match,strict", "7", "0.5000"),
+        ("math", "exact_match_stderr,strict", "7", "0.1000"),
+    ]
+    # transformers' own `tie_weights`, which the harness calls, would look for the parameter of a trained embedding
+    train_embeddings(net, ("embed_tokens", "lm_head"), (3, 5))
+    next(iter(trained_matrices(net).values())).values.data *= 2
+    before = support.logits_of(net)
+    assert as_lm(net, tokenizer)["pretrained"] is net
+    assert torch.equal(support.logits_of(net), before)
+    assert "tie_weights" not in vars(net)
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    for call in (lambda: find_harness_tasks(["math"]), lambda: as_lm(net, tokenizer)):
+        assert says(fault_of(call), "--harness: ... not installed. Fix: pip install 'qdora[lm-eval]'")
+
+
+def test_a_run_keeps_what_the_harness_found(run: Path, stand_in: dict[str, Any], tmp_path: Path) -> None:
+    document = evaluate_target(str(run), EvalOptions(harness=["sums"], harness_include=tmp_path, limit=4))
+    assert "evaluation" not in document
+    kept = json.loads((run / "eval/final-harness-sums-limit-4.json").read_text())
+    assert kept == document["harness"] | {"limit": 4, "step": 6}
+    bare = evaluate_target(str(run.parent / "model"), EvalOptions(harness=["math"]))
+    assert bare["harness"]["tasks"]["math"]["metrics"]["exact_match,strict"] == 0.5
+    both = evaluate_target(str(run), EvalOptions(harness=["math"], tasks=["sums"], limit=1))
+    assert "evaluation" in both
+    names = ["final-harness-math-limit-1.json", "final-harness-sums-limit-4.json"]
+    assert sorted(file.name for file in (run / "eval").glob("final-harness*")) == names, "one replaced the other"
+    for options, words in (
+        (EvalOptions(harness_include=tmp_path), "--harness-include: is used only with --harness"),
+        (EvalOptions(harness=["math"], method="generate"), "--method: ... got only --harness"),
+    ):
+        assert says(fault_of(evaluate_target, str(run), options), words)

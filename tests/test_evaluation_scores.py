@@ -1,9 +1,12 @@
-"""Scores of token spans and greedy decoding, in batches with caches, against one sequence at a time without any."""
+"""Spans, examples and texts scored, greedy decoding, hidden states: against one sequence at a time in float64."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,21 +19,27 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
-    GemmaConfig,
     GenerationConfig,
     GPT2Config,
     Lfm2Config,
     LlamaConfig,
     Mamba2Config,
     MistralConfig,
-    Qwen2Config,
 )
 
+from qdora.data.example import Example
+from qdora.data.messages import Turn
+from qdora.data.tokenize import tokenize_all
+from qdora.errors import Diverged
 from qdora.evaluation import batches, token_scores
 from qdora.evaluation.forward_path import pads_left, scoring, shares_prefix
 from qdora.evaluation.generation import decode_greedily
-from qdora.evaluation.token_scores import Span, score_groups, score_spans
+from qdora.evaluation.hidden_states import hidden_state_errors
+from qdora.evaluation.loglikelihood import score_examples, scoring_faults
+from qdora.evaluation.perplexity import read_texts, text_perplexity
+from qdora.evaluation.token_scores import Span, score_groups, score_spans, strided_spans
 from tests import reference, support
+from tests.data_rows import fault_of, faults_of, says
 
 VOCABULARY = 97
 SHAPE: dict[str, Any] = {
@@ -47,8 +56,6 @@ OLDER: dict[str, Any] = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 4, "i
 MAMBA: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}
 CONFIGS: dict[str, Any] = {
     "llama": lambda **changes: LlamaConfig(**SHAPE | changes),
-    "qwen2": lambda: Qwen2Config(**SHAPE),
-    "gemma": lambda: GemmaConfig(head_dim=8, **SHAPE),
     "gemma2": lambda: Gemma2Config(head_dim=8, sliding_window=6, **SHAPE),
     "mistral": lambda: MistralConfig(sliding_window=6, **SHAPE),
     "lfm2": lambda: Lfm2Config(layer_types=["conv", "full_attention", "conv"], **SHAPE),
@@ -60,14 +67,8 @@ CONFIGS: dict[str, Any] = {
 
 def tiny_model(family: str, **changes: Any) -> Any:
     """A randomly initialised two-to-three-layer model of the family, float32, eval mode."""
-    if family == "qwen3_next":  # linear and full attention, experts
-        return support.mixture(family, vocab_size=VOCABULARY)
     torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](**changes), dtype=torch.float32).eval()
-    for name, parameter in model.named_parameters():
-        if family == "qwen2" and name.endswith("proj.bias"):  # biases start at zero
-            nn.init.normal_(parameter, std=0.3)
-    return model
+    return AutoModelForCausalLM.from_config(CONFIGS[family](**changes), dtype=torch.float32).eval()
 
 
 kept = cache(tiny_model)
@@ -114,21 +115,24 @@ def assert_close(found: list[Any], expected: list[list[float]]) -> None:
         np.testing.assert_allclose(scores, naive_scores, rtol=1e-6, atol=2e-5)
 
 
-SHARING = ("llama", "qwen2", "gemma", "gpt2")
-WHOLE = ("mistral", "gemma2", "bloom", "lfm2", "qwen3_next", "mamba2")
+def head_inputs(model: Any) -> list[bool]:
+    """Whether each input of the output head lies flat in memory: else torch reads the head's weight once a row."""
+    seen: list[bool] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
+    return seen
 
 
-FULL = [(name, "eager") for name in SHARING]
-
-
-@pytest.mark.parametrize("family, attention", [*FULL, *((name, "sdpa") for name in (*SHARING, *WHOLE))])
-def test_scores_equal_one_sequence_at_a_time(family: str, attention: str) -> None:
-    model = tiny_model(family)
-    if family in SHARING:
-        model.set_attn_implementation(attention)
-    assert shares_prefix(model) == (family in SHARING)
-    groups = random_groups(seed=1) + HARD
-    assert_close(score_groups(model, groups), naive_groups(model, groups))
+@pytest.mark.parametrize("family", CONFIGS)
+def test_scores_equal_one_sequence_at_a_time(family: str) -> None:
+    model, groups = tiny_model(family), random_groups(seed=1) + HARD
+    inputs = head_inputs(model)
+    assert shares_prefix(model) == (family in ("llama", "gpt2"))
+    expected = naive_groups(model, groups)
+    for attention in ("sdpa", "eager") if shares_prefix(model) else ("",):
+        if attention:
+            model.set_attn_implementation(attention)
+        assert_close(score_groups(model, groups), expected)
+    assert all(inputs)
 
 
 @settings(max_examples=25, deadline=None)
@@ -237,7 +241,7 @@ def test_shared_tokens_run_once_and_scored_ones_alone_make_logits(groups: Any, f
     assert (seen, made) == (fed, [(1, number, VOCABULARY) for number in logits])
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_long_span_never_makes_more_logits_than_fit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_scores, "_MAX_LOGITS", 8 * VOCABULARY + 5)
     model, ids = tiny_model(family), tuple(np.random.default_rng(3).integers(0, VOCABULARY, 61).tolist())
@@ -275,31 +279,10 @@ def test_modes_come_back_and_scoring_leaves_nothing_in_training() -> None:
     assert_close(found, naive_groups(model.eval(), groups))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_the_head_takes_a_flat_input_so_that_its_weight_is_read_once(family: str, monkeypatch: Any) -> None:
-    """torch makes one product of all rows only where the strides are those of a new tensor."""
-    model = tiny_model(family)
-    head, seen = model.get_output_embeddings(), list[Any]()
-    forward = head.forward
-
-    def watched(hidden: Tensor) -> Tensor:
-        seen.append((tuple(hidden.shape), hidden.stride()))
-        return forward(hidden)
-
-    monkeypatch.setattr(head, "forward", watched)
-    score_spans(model, [Span(tuple(range(1, 12 + row)), 7) for row in range(4)])
-    score_groups(model, [[Span((*range(1, 9), 3 + choice, 5), 8) for choice in range(3)] for _ in range(2)])
-    decode_greedily(model, [[1, 2, 3], [4, 5]], max_new_tokens=2, stop_ids=())
-    assert all(max(each) > 1 for each in zip(*(shape[:2] for shape, _ in seen), strict=True))
-    assert all(strides == (shape[1] * shape[2], shape[2], 1) for shape, strides in seen), seen
-    assert not head._forward_pre_hooks
-
-
 # Greedy decoding
 
 LENGTHS = [9, 1, 14, 3, 14, 6, 2, 11]
 PROMPTS = [np.random.default_rng([3, length]).integers(0, VOCABULARY, length).tolist() for length in LENGTHS]
-PADDED = ("llama", "qwen2", "gemma2", "mistral", "gpt2")
 
 
 def decoded(model: nn.Module, count: int, stops: Sequence[int] = ()) -> list[list[int]]:
@@ -318,16 +301,17 @@ def decoded(model: nn.Module, count: int, stops: Sequence[int] = ()) -> list[lis
     return found
 
 
-@pytest.mark.parametrize("family", [*PADDED, "bloom", "lfm2", "qwen3_next", "mamba2"])
+@pytest.mark.parametrize("family", CONFIGS)
 def test_batches_equal_one_at_a_time(family: str) -> None:
-    model = kept(family)
+    model = tiny_model(family)
     # bloom takes no positions; the windows of gemma2 and mistral (6) are shorter than most prompts
-    assert pads_left(model) == (family in PADDED)
-    expected = decoded(model, 10)
+    assert pads_left(model) == (family in ("llama", "gemma2", "mistral", "gpt2"))
+    expected, inputs = decoded(model, 10), head_inputs(model)
     assert len({tuple(each) for each in expected}) > 4
     for budget in (1, 60, 4096):
         found = decode_greedily(model, PROMPTS, max_new_tokens=10, stop_ids=(), max_batch_tokens=budget)
         assert found == expected, budget
+    assert all(inputs)
 
 
 def test_rows_end_alone_and_settings_of_the_model_are_set_aside(caplog: pytest.LogCaptureFixture) -> None:
@@ -356,3 +340,213 @@ def test_rows_end_alone_and_settings_of_the_model_are_set_aside(caplog: pytest.L
     assert sum("out of memory" in message for message in caplog.messages) == 1
     adapted = support.adapted_model("llama", quant="nf4")
     assert decode_greedily(adapted, PROMPTS, max_new_tokens=6, stop_ids=()) == decoded(adapted, 6)
+
+
+EXAMPLES = [
+    Example("t", "0", "Question: what colour is the sky?\nAnswer:", " blue", (" blue", " green", " a cow"), 0),
+    Example("t", "1", "Question: which animal gives milk?\nAnswer:", " a cow", (" a dog", " a cow"), 1),
+    Example("t", "2", "the quick brown fox", " jumps over the lazy dog", (" jumps", " jumps over the lazy dog"), 1),
+    Example("t", "3", "Question: what is the an", "swer", ("swer", "d", "t"), 0),  # no space: tokens span the border
+    Example("t", "4", "the sky is ", "blue", ("blue", "a"), 0),  # a space at the end of the prompt
+]
+MOO = Example("t", "chat", "", "", messages=(Turn("user", "moo?"), Turn("assistant", "a cow")))
+TEXT = Example("t", "text", "", "the lazy dog")
+PLAIN = support.tokenizer()
+
+
+def answer_of(example: Example) -> Example:
+    return replace(example, choices=(), gold=None)
+
+
+def model(**changes: Any) -> Any:
+    return support.llama(vocab_size=400, initializer_range=0.3, **changes)
+
+
+def border(tokenizer: Any, prompt: str, choice: str) -> tuple[list[int], int]:
+    """Ids of prompt + choice and the first that the prompt alone does not have, spelled out."""
+    ids, alone = tokenizer(prompt + choice)["input_ids"], tokenizer(prompt.rstrip(" "))["input_ids"]
+    start = 0
+    while start < min(len(ids), len(alone)) and ids[start] == alone[start]:
+        start += 1
+    return ids, start
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_choices_and_answers_equal_one_sequence_at_a_time(bos: bool) -> None:
+    net, tokenizer = model(), support.tokenizer(bos=bos)
+    found = score_examples(net, tokenizer, EXAMPLES, max_batch_tokens=100)
+    answers = score_examples(net, tokenizer, [answer_of(example) for example in EXAMPLES])
+    borders_that_merge = 0
+    for example, scores, answer in zip(EXAMPLES, found, answers, strict=True):
+        assert (scores.id, scores.gold, scores.num_truncated) == (example.id, example.gold, 0)
+        for c, choice in enumerate(example.choices):
+            ids, start = border(tokenizer, example.prompt, choice)
+            assert scores.loglikelihoods[c] == pytest.approx(naive(net, ids, start), abs=2e-5)
+            assert (scores.num_tokens[c], scores.num_chars[c]) == (len(ids) - start, len(choice.strip()))
+            borders_that_merge += tokenizer.decode(ids[start:]) != choice
+        # the tokens are those of training, without the end
+        [trained] = tokenize_all([example], tokenizer, name="t", max_length=128).examples
+        start = int(np.flatnonzero(trained.loss_mask)[0])
+        for each in (scores, answer):
+            assert each.nll == pytest.approx(-naive(net, trained.input_ids[:-1].tolist(), start), abs=2e-5)
+            assert each.num_answer_tokens == trained.loss_mask.sum() - 1
+    assert borders_that_merge >= 2
+
+
+def test_prompts_longer_than_the_context_lose_their_left_end() -> None:
+    net, tokenizer = model(max_position_embeddings=24), support.tokenizer(bos=True)
+    prompt = "xyzzy plugh " * 5
+    example = Example("t", "long", prompt, " one", (" one", " two words"), 0)
+    [found] = score_examples(net, tokenizer, [example])
+    [answer] = score_examples(net, tokenizer, [answer_of(example)])
+    pairs = [border(tokenizer, prompt, choice) for choice in example.choices]
+    cut, own_cut = max(len(ids) for ids, _ in pairs) - 1 - 24, len(pairs[0][0]) - 1 - 24
+    assert (found.num_truncated, answer.num_truncated) == (cut, own_cut)
+    assert cut > own_cut > 0
+    expected = [naive(net, ids[:1] + ids[1 + cut :], start - cut) for ids, start in pairs]
+    assert found.loglikelihoods.tolist() == pytest.approx(expected, abs=2e-5)
+    ids, start = pairs[0]
+    assert answer.nll == pytest.approx(-naive(net, ids[:1] + ids[1 + own_cut :], start - own_cut), abs=2e-5)
+
+
+def test_long_answers_are_scored_in_windows_each_token_once() -> None:
+    net, text = model(max_position_embeddings=16), "the quick brown fox jumps over the lazy dog " * 4
+    [found] = score_examples(net, PLAIN, [Example("t", "text", "", text)])
+    ids = PLAIN(text)["input_ids"]
+    expected = naive(net, ids[:17], 1)
+    for end in range(17, len(ids), 8):
+        last = min(end + 8, len(ids))
+        expected += naive(net, ids[last - 17 : last], 17 - (last - end))
+    assert found.nll == pytest.approx(-expected, abs=5e-5)
+    assert (found.num_answer_tokens, found.num_truncated) == (len(ids) - 1, 0)
+    example = Example("t", "a", "z" * 30, " " + "q" * 40)  # keeps half a window of its prompt
+    [found] = score_examples(net, PLAIN, [example])
+    ids, start = border(PLAIN, example.prompt, example.answer)
+    assert (found.num_answer_tokens, found.num_truncated) == (len(ids) - start, start - 9)
+
+
+def test_chats_are_scored_on_the_assistants_turns_and_kinds_keep_their_order() -> None:
+    net, encode = model(), PLAIN.encode
+    turns = (Turn("user", "moo?"), Turn("assistant", "a cow"), Turn("user", "sure?"), Turn("assistant", "yes"))
+    [found] = score_examples(net, PLAIN, [replace(MOO, messages=turns)])
+    first = encode("<|im_start|>user\nmoo?<|im_end|>\n<|im_start|>assistant\n")
+    second = encode("a cow<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n")
+    said = [encode("a cow<|im_end|>\n"), encode("yes<|im_end|>\n")]
+    expected = naive(net, first + said[0], len(first)) + naive(net, first + second + said[1], len(first + second))
+    assert found.nll == pytest.approx(-expected, abs=2e-5)
+    assert found.num_answer_tokens == len(said[0]) + len(said[1])
+    examples, seen = [TEXT, MOO, EXAMPLES[0], answer_of(EXAMPLES[1]), MOO], list[Any]()
+    together = score_examples(net, PLAIN, examples, progress=lambda *now: seen.append(now))
+    assert seen[-1] == (5, 5)
+    for score, example in zip(together, examples, strict=True):
+        [alone] = score_examples(net, PLAIN, [example])
+        assert score.id == example.id
+        np.testing.assert_allclose(score.loglikelihoods, alone.loglikelihoods, atol=2e-5)
+
+
+def test_examples_that_cannot_be_scored_are_refused_together() -> None:
+    net = model(max_position_embeddings=16)
+    faulty = [
+        Example("t", "empty", "moo", " x", (" x", ""), 0),
+        Example("t", "alone", "", "a", ("a", "b"), 0),
+        Example("t", "huge", "moo", " x", (" x", " " + "q" * 60), 0),
+        Example("t", "one", "", "a"),
+    ]
+    empty, alone, huge, one = faults = faults_of(score_examples, net, PLAIN, faulty)
+    assert says(empty, "t: example empty: choices[1] has no token to score")
+    assert says(alone, "t: example alone: choices[0] has no token to score")
+    assert says(huge, "t: example huge: a choice does not fit the model's context of 16 tokens")
+    assert says(one, "t: example one: the answer has no token to score")
+    assert scoring_faults(PLAIN, [TEXT] * 1500 + faulty, 16) == list(faults)
+    assert scoring_faults(PLAIN, [TEXT], 16) == []
+    fits = Example("t", "fits", "moo", " x", (" x", " " + "q" * 14), 0)
+    ids, start = border(PLAIN, "moo", fits.choices[1])  # with the last token of its prompt, and without the last of all
+    assert [len(scoring_faults(PLAIN, [fits], len(ids) - start - less)) for less in (0, 1)] == [0, 1]
+    assert says(fault_of(score_examples, net, support.tokenizer(chat_template=None), [MOO]), "no chat template")
+    *ten, more = faults_of(score_examples, net, PLAIN, [replace(faulty[0], id=str(number)) for number in range(30)])
+    assert (len(ten), more) == (10, "20 more examples that cannot be scored")
+
+
+# Perplexity
+
+
+@pytest.mark.parametrize("window, stride", [(16, 16), (16, 5), (7, 1), (128, 64)])
+def test_perplexity_equals_one_token_at_a_time(window: int, stride: int) -> None:
+    net, texts = model(), ["Pack my box with five dozen liquor jugs now", "Ça va?", "x"]
+    found = text_perplexity(net, PLAIN, texts, window=window, stride=stride, max_batch_tokens=64)
+    expected, count = 0.0, 0
+    for ids in (PLAIN(text)["input_ids"] for text in texts):
+        for t in range(1, len(ids)):
+            begin = 0
+            if t > window:
+                block = (t - 1 - window) // stride
+                begin = min(1 + window + (block + 1) * stride, len(ids)) - 1 - window
+            expected, count = expected - naive(net, ids[begin : t + 1], t - begin), count + 1
+    assert (found.num_tokens, found.num_bytes, found.num_texts) == (count, 43 + 7 + 1, 3)
+    assert found.nll_sum == pytest.approx(expected, abs=1e-4)
+    assert found.perplexity == pytest.approx(math.exp(expected / count), rel=1e-5)
+    assert found.nll_per_byte == pytest.approx(expected / 51, rel=1e-6)
+    assert found.to_dict()["perplexity"] == found.perplexity
+
+
+def test_perplexity_by_hand_and_what_is_refused(tmp_path: Path) -> None:
+    net = support.llama(vocab_size=400, tie_word_embeddings=False)
+    torch.nn.init.zeros_(net.lm_head.weight)  # uniform
+    found = text_perplexity(net, support.tokenizer(bos=True), ["abcd"])
+    assert found.perplexity == pytest.approx(400, rel=1e-6)
+    # with the beginning of sequence the first token counts
+    assert (found.num_tokens, found.window, found.stride) == (len(PLAIN("abcd")["input_ids"]), 128, 64)
+    contents = {"good": b"na\xc3\xafve", "bom": b"\xef\xbb\xbfna\xc3\xafve", "latin": b"na\xefve", "empty": b""}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    good = tmp_path / "good.txt"
+    assert read_texts([good, tmp_path / "bom.txt"]) == ["naïve", "naïve"]
+    for call, words in (
+        (lambda: text_perplexity(net, PLAIN, ["text"], window=129), "window: ... context, 128 tokens, got 129"),
+        (lambda: text_perplexity(net, PLAIN, ["", "a"]), "no token can be scored in 2 texts with 1 bytes"),
+        (lambda: read_texts([good, tmp_path / "latin.txt"]), "latin.txt: not UTF-8 text (byte 2)"),
+        (lambda: read_texts([good, tmp_path / "missing.txt"]), "missing.txt: No such file"),
+        (lambda: read_texts([good, tmp_path / "empty.txt"]), "empty.txt: the file is empty"),
+    ):
+        assert says(fault_of(call), words)
+    with pytest.raises(ValueError, match="stride 0"):
+        strided_spans([1, 2], 4, 0)
+    for factor in (math.nan, 1e5):
+        net = support.llama(vocab_size=400)
+        net.lm_head.weight.data *= factor
+        with pytest.raises(Diverged, match="perplexity: it is not finite"):
+            text_perplexity(net, PLAIN, ["Pack my box"])
+
+
+# Hidden states
+
+
+def captured(net: Any, ids: list[int]) -> list[Any]:
+    """Hidden states after each block but the last, and after the final norm, (positions, width) each."""
+    states: list[Any] = []
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        states.append((output[0] if isinstance(output, tuple) else output).double().numpy().reshape(-1, 32))
+
+    hooks = [module.register_forward_hook(keep) for module in (*net.model.layers[:-1], net.model.norm)]
+    with torch.no_grad():
+        net(input_ids=torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
+def test_errors_of_every_block_over_all_positions_and_texts() -> None:
+    net, other, texts = support.llama(), support.llama(), [[1, 5, 9, 2], [7, 3], [*range(60)] * 3]
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    found = hidden_state_errors(net.train(), other, texts)
+    assert net.training
+    assert len(found) == net.config.num_hidden_layers >= 2
+    errors: list[list[float]] = [[] for _ in found]
+    for ids in (text[:128] for text in texts):  # what is beyond the context is left out
+        for own, mine, wanted in zip(errors, captured(net.eval(), ids), captured(other, ids), strict=True):
+            own += [math.sqrt(((a - b) ** 2).sum() / (b**2).sum()) for a, b in zip(mine, wanted, strict=True)]
+    assert found == pytest.approx([sum(each) / len(each) for each in errors], rel=1e-5)
+    assert hidden_state_errors(other, other, texts) == [0.0] * len(found)
