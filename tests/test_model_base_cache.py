@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,40 +52,27 @@ def change_record(directory: Path, **changes: Any) -> None:
     record.write_text(json.dumps(json.loads(record.read_text()) | changes))
 
 
-def num_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def disk(monkeypatch: pytest.MonkeyPatch, free: Any) -> None:
-    """A disk with `free()` bytes."""
-    monkeypatch.setattr(packed_base.shutil, "disk_usage", lambda _: SimpleNamespace(free=free()))
-
-
 @pytest.mark.parametrize(
     ("config", "quant", "double_quant"),
     [("llama-tied-biased", quant, True) for quant in ("nf4", "fp4", "int8", "nf3")]
-    + [("llama-tied-biased", "nf4", False), ("qwen2", "nf4", True), ("gemma3", "nf4", True)],
+    + [("qwen2", "nf4", False), ("gemma3", "nf4", True)],
 )
 def test_second_start_reads_no_weight_of_the_source(tmp_path, config, quant, double_quant, monkeypatch):
     source = checkpoint(tmp_path / "source", CHECKPOINT_CONFIGS[config])
     plain = load_checkpoint(source, quant=quant, double_quant=double_quant)
+    if config == "gemma3":
+        monkeypatch.setattr(packed_base, "_FILE_BYTES", 20_000)
     first, directory = cached(source, tmp_path, quant, double_quant=double_quant)
     assert same(first, plain)
+    files = open_cached_base(directory)[0].files
+    assert (len(files) > 3) == (config == "gemma3")
+    assert sorted(file.name for file in directory.iterdir()) == [*sorted(files), "base.json"]
     monkeypatch.setattr(packed_base, "tensors_of_source", None)
     second, again = cached(source, tmp_path, quant, double_quant=double_quant)
     assert again == directory
     assert same(second, plain)
     shutil.rmtree(directory)  # what is loaded holds no mapping of the files
     assert torch.equal(checkpoint_logits(second), checkpoint_logits(plain))
-
-
-def test_files_are_cut_and_all_read(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(packed_base, "_FILE_BYTES", 20_000)
-    model, directory = cached(source, tmp_path)
-    files = open_cached_base(directory)[0].files
-    assert len(files) > 3
-    assert sorted(file.name for file in directory.iterdir()) == [*sorted(files), "base.json"]
-    assert same(model, load_checkpoint(source, quant="nf4"))
 
 
 def test_other_settings_and_other_weights_have_a_place_of_their_own(source, tmp_path):
@@ -101,83 +89,74 @@ def test_other_settings_and_other_weights_have_a_place_of_their_own(source, tmp_
     assert same(model, load_checkpoint(tmp_path / "changed", quant="nf4"))
 
 
-def damage(directory: Path, how: str) -> None:
-    file, record = directory / "00000.safetensors", directory / CACHE_RECORD_FILE
-    if how == "cut":
-        file.write_bytes(file.read_bytes()[:-1])
-    elif how == "missing":
-        file.unlink()
-    elif how == "header":
-        file.write_bytes(b"\xff" * file.stat().st_size)
-    elif how == "no record":
-        record.unlink()
-    elif how == "no JSON":
-        record.write_text("{")
-    else:
-        changes: dict[str, Any] = {"unknown key": {"extra": 1}, "format": {"format": 99}}
-        change_record(directory, **changes.get(how, {"files": {"../00000.safetensors": 1}}))
+FILE = "00000.safetensors"
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut": lambda base: (base / FILE).write_bytes((base / FILE).read_bytes()[:-1]),
+    "missing": lambda base: (base / FILE).unlink(),
+    "header": lambda base: (base / FILE).write_bytes(b"\xff" * (base / FILE).stat().st_size),
+    "no record": lambda base: (base / CACHE_RECORD_FILE).unlink(),
+    "no JSON": lambda base: (base / CACHE_RECORD_FILE).write_text("{"),
+    "unknown key": lambda base: change_record(base, extra=1),
+    "format": lambda base: change_record(base, format=99),
+    "outside": lambda base: change_record(base, files={f"../{FILE}": 1}),
+}
 
 
-@pytest.mark.parametrize(
-    "how", ["cut", "missing", "header", "no record", "no JSON", "unknown key", "format", "outside"]
-)
+@pytest.mark.parametrize("how", DAMAGE)
 def test_damaged_base_is_reported_and_made_again(source, tmp_path, how, caplog):
     model, directory = cached(source, tmp_path)
-    damage(directory, how)
+    DAMAGE[how](directory)
     with caplog.at_level(logging.WARNING, "qdora"):
         again, _ = cached(source, tmp_path)
     assert same(again, model)
     (said,) = [record.getMessage() for record in caplog.records if "quantised again" in record.getMessage()]
     assert str(directory) in said
-    assert len(said.splitlines()) == 1
 
 
-def test_bases_and_places_that_do_not_fit_are_one_line(source, tmp_path):
+def test_bases_and_places_that_do_not_fit_are_refused(source, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"base\.cache: .*file"):
         cached(source, tmp_path / "file")
     own, other = cached(source, tmp_path)[1], cached(source, tmp_path, block_size=32)[1]
     shutil.rmtree(own)
     shutil.copytree(other, own)
-    with pytest.raises(UserError, match=r"holds the packed base of .* not the one that belongs here") as caught:
+    with pytest.raises(UserError, match=r"holds the packed base of .* not the one that belongs here"):
         cached(source, tmp_path)
-    assert len(caught.value.faults) == 1
     weights = json.loads((other / CACHE_RECORD_FILE).read_text())["weights"]
     change_record(other, weights=weights | {UP: weights[UP] | {"kind": "int8"}})
-    with pytest.raises(UserError, match=rf"{UP}: cannot be read") as caught:
+    with pytest.raises(UserError, match=rf"{UP}: cannot be read"):
         open_cached_base(other)[1].stored()[UP].read()
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_full_disk_is_one_line_and_leaves_nothing(source, tmp_path, monkeypatch):
-    def no_room(*_: Any, **__: Any) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(packed_base, "write_tensors", no_room)
-    with pytest.raises(DiskFull, match=r"base\.cache: .* cannot be written: the disk is full"):
-        cached(source, tmp_path / "cache")
-    assert [file.name for file in (tmp_path / "cache").iterdir() if not file.name.endswith(".lock")] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_room_asked_for_is_what_is_taken(tmp_path, dtype, monkeypatch):
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     model = checkpoint(tmp_path / "source", CHECKPOINT_CONFIGS["llama-tied-biased"], dtype=dtype)
     _, directory = cached(model, tmp_path / "one")
     files = [load_file(file) for file in directory.glob("*.safetensors")]
     taken = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
-    free = [taken - 1, taken]
-    disk(monkeypatch, lambda: free[0])
+    free = [taken - 1, taken, taken]
+    monkeypatch.setattr(packed_base.shutil, "disk_usage", lambda _: SimpleNamespace(free=free.pop(0)))
     with pytest.raises(UserError, match=r"the disk is full: 0\.0 GiB are free, the packed base needs"):
         cached(model, tmp_path / "two")
-    free.pop(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_base, "write_tensors", full)
+        with pytest.raises(DiskFull, match=r"base\.cache: .* cannot be written: the disk is full"):
+            cached(model, tmp_path / "two")
+    assert [file.name for file in (tmp_path / "two").iterdir() if not file.name.endswith(".lock")] == []
     cached(model, tmp_path / "two")
 
 
 def test_what_a_killed_write_left_does_not_count(source, tmp_path, monkeypatch):
+    def num_bytes() -> int:
+        return sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+
     made = cached(source, tmp_path)[1]
-    total = int(1.3 * num_bytes(made))
+    total = int(1.3 * num_bytes())
     made.rename(tmp_path / f".{made.name}.partial")
-    disk(monkeypatch, lambda: total - num_bytes(tmp_path))
+    monkeypatch.setattr(packed_base.shutil, "disk_usage", lambda _: SimpleNamespace(free=total - num_bytes()))
     cached(source, tmp_path)
     assert made.is_dir()
 

@@ -105,13 +105,10 @@ def quantised(weight: Tensor, quant: str) -> Tensor:
     "name, method, pattern, quant, order",
     [
         ("llama", "magnitude", "unstructured", "nf4", "prune_first"),
-        ("llama", "wanda", "unstructured", "none", "prune_first"),
-        ("qwen2", "wanda", "unstructured", "nf4", "prune_first"),
+        ("qwen2", "wanda", "unstructured", "none", "prune_first"),
         ("gemma2", "wanda", "unstructured", "nf4", "quantize_first"),
         ("gemma3", "wanda", "2:4", "nf4", "prune_first"),
-        ("llama-tied-biased", "wanda", "unstructured", "nf4", "quantize_first"),
-        ("llama", "sparsegpt", "unstructured", "none", "prune_first"),
-        ("qwen3_moe", "magnitude", "unstructured", "nf4", "prune_first"),
+        ("llama-tied-biased", "sparsegpt", "unstructured", "none", "prune_first"),
         ("qwen3_moe", "wanda", "unstructured", "none", "prune_first"),
         ("qwen3_moe", "wanda", "2:4", "nf4", "prune_first"),
         ("qwen3_moe", "wanda", "unstructured", "nf4", "quantize_first"),
@@ -207,22 +204,16 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(tmp_path, method, caplo
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-def test_pruning_what_was_quantised_keeps_its_scales_and_codes(tmp_path, kind):
+def test_pruning_what_was_quantised_keeps_its_codes_and_quantising_alone_has_errors(tmp_path, kind):
     write(tmp_path, "llama")
-    plain = frozen_layers(support.load_checkpoint(tmp_path, quant=kind))
     after = frozen_layers(pruned(tmp_path, "magnitude", order="quantize_first", quant=kind)[0])
-    for name, layer in plain.items():
+    for name, layer in frozen_layers(support.load_checkpoint(tmp_path, quant=kind)).items():
         assert torch.equal(layer.packed_weight.absmax, after[name].packed_weight.absmax)  # type: ignore[union-attr]
         assert torch.equal(after[name].dequantized(), layer.dequantized() * after[name].keep_mask())
-
-
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-def test_errors_of_quantising_alone(tmp_path, kind):
-    write(tmp_path, "llama")
     found = quantized_layers(resolve(str(tmp_path)), Quantization(kind, 32, False, ("lm_head", "down_proj")))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert len(found) == 12
-    for path, layer in found.items():
+    for path, row in found.items():
         weight = model.get_submodule(path).weight.detach().numpy().astype(np.float32)
         if kind == "int8":
             codes, scales = map(np.array, reference_quant.quantize_int8(weight))
@@ -231,8 +222,8 @@ def test_errors_of_quantising_alone(tmp_path, kind):
             codes, scales = reference_quant.quantize_4bit(weight.ravel(), kind, 32)
             dense = np.array(reference_quant.dequantize_4bit(codes, scales, kind, 32)).reshape(weight.shape)
         error = np.linalg.norm(dense - weight) / np.linalg.norm(weight)
-        assert layer["relative_error"] == pytest.approx(error, rel=1e-5)
-        assert (layer["kind"], layer["shape"], layer["num_pruned"]) == (kind, list(weight.shape), 0)
+        assert row["relative_error"] == pytest.approx(error, rel=1e-5)
+        assert (row["kind"], row["shape"], row["num_pruned"]) == (kind, list(weight.shape), 0)
     assert quantized_layers(resolve(str(tmp_path)), Quantization("none", 64, False, ())) == {}
 
 
@@ -242,9 +233,9 @@ def test_skipped_layers_stay_dense_and_whole_and_a_cast_leaves_masks_alone(tmp_p
     for quant in ("none", "nf4"):
         model, pruner = pruned(tmp_path, "wanda", quant=quant, skip=("lm_head", "down_proj"))
         assert len(pruner.layers) == 12
-        for name in ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"):
-            assert type(model.get_submodule(name)) is nn.Linear
-            assert torch.equal(model.get_submodule(name).weight, stored.get_submodule(name).weight)
+        dense = model.get_submodule("model.layers.1.mlp.down_proj")
+        assert type(dense) is nn.Linear
+        assert torch.equal(dense.weight, stored.get_submodule("model.layers.1.mlp.down_proj").weight)
     bits = torch.arange(6, dtype=torch.uint8)
     layer = FrozenLinear(torch.randn(3, 16), None, bits).to(torch.bfloat16)
     assert torch.equal(layer.keep_bits, bits)
@@ -309,12 +300,11 @@ def test_what_is_wrong_is_named(tmp_path):
     file, name = tmp_path / "base/compressed.json", "model.layers.0.self_attn.q_proj"
     good = json.loads(file.read_text())
     layers = good["layers"] | {name: good["layers"][name] | {"block_size": 128}}
-    for text, words in (
-        (json.dumps(good | {"format": 9}), r"is damaged: format: Input should be 1 \(got '9'\)"),
-        (json.dumps(good | {"layers": layers}), rf"{name}\.weight: cannot be read"),
-        ("{", "is damaged"),
+    for changes, words in (
+        ({"format": 9}, r"is damaged: format: Input should be 1 \(got '9'\)"),
+        ({"layers": layers}, rf"{name}\.weight: cannot be read"),
     ):
-        file.write_text(text)
+        file.write_text(json.dumps(good | changes))
         with pytest.raises(UserError, match=words):
             reloaded(tmp_path)
     file.write_text(json.dumps(good))
