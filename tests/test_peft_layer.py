@@ -1,8 +1,12 @@
-"""Operations of PEFT on one tiny 4-bit model, each by PEFT's own layer and by qdora's: the same results."""
+"""Operations of PEFT on one tiny 4-bit model, each by PEFT's own layer and by qdora's: the same results.
+
+Run by torchrun in two processes: DDP and FSDP2, each with PEFT's layer and with qdora's; the losses on stdout.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +22,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import bnb as peft_bnb
 from peft.utils.hotswap import hotswap_adapter
-from torch import Tensor, nn
-from torch.nn.utils import stateless
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qdora.peft
@@ -191,12 +196,6 @@ def under_autocast(model: Any) -> list[Any]:
     return [value, *gradients(model)]
 
 
-def backward_hooked(model: Any) -> list[Any]:
-    seen: list[Any] = []
-    layer_of(model).register_full_backward_hook(lambda _, dx, dy: seen.extend([*dx, *dy]))
-    return [grads(model), seen]
-
-
 def new_base(model: Any, quantize: bool) -> None:
     linear = nn.Linear(64, 128, bias=False).requires_grad_(False)
     linear.weight.data = noise(128, 64)
@@ -215,21 +214,12 @@ def in_threads(model: Any) -> list[Tensor]:
         return list(pool.map(run, range(8)))
 
 
-def functional_call(model: Any) -> Tensor:
-    values = {name: 1.1 * p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return stateless._functional_call(model, values, (), {"input_ids": IDS}).logits
-
-
 def second_anew(model: Any) -> None:
     model.delete_adapter("second")
     torch.manual_seed(4)
     model.add_adapter("second", lora_config(r=2))
     model.set_adapter("second")
     moved(model, 8)
-
-
-def other_state() -> dict[str, Tensor]:
-    return {name: value for name, value in moved(make(), 9).state_dict().items() if "lora_" in name}
 
 
 def saved(path: Path, **options: Any) -> str:
@@ -336,7 +326,6 @@ OPERATIONS: dict[str, Operation] = {
     "accumulated": on(lambda m: [loss(m, ids[None]).backward() for ids in IDS], gradients),
     "two_forwards_one_backward": on(lambda m: (loss(m) + loss(m, IDS[:, :5])).backward(), gradients),
     "backward_twice": on(lambda m: [(v := loss(m)).backward(retain_graph=True), v.backward()], gradients),
-    "functional_call": on(functional_call),
     "disabled": on(disabled, out),
     "disabled_while_merged": on(merge, disabled),
     "unmerged_then_trained": on(merge, unmerge, grads),
@@ -360,7 +349,6 @@ OPERATIONS: dict[str, Operation] = {
     "adapter_state_set": on(
         out, lambda m: peft.set_peft_model_state_dict(m, peft.get_peft_model_state_dict(moved(make(), 9))), out
     ),
-    "state_assigned": on(out, lambda m: m.load_state_dict(other_state(), strict=False, assign=True), out),
     "copied_into": on(out, write(lambda _, p: p.copy_(1.3 * p)), out),
     "data_written_between_modes": on(out, write(lambda _, p: p.data.mul_(1.3)), call("train"), out),
     "deep_copied": on(out, lambda m: trained(copy.deepcopy(m), lambda p: torch.optim.SGD(p, 0.1)), out),
@@ -369,10 +357,8 @@ OPERATIONS: dict[str, Operation] = {
     "base_weight_replaced": on(out, new_base_weight, out),
     "base_written": on(out, lambda m: layer_of(m).base_layer.weight.data[:100].fill_(0x5A), qdora.peft.changed, out),
     "base_in_16_bits": on(lambda m: new_base(m, False), grads),
-    "backward_hooked": on(backward_hooked),
     "inputs_not_contiguous": on(through(64, 5, transposed=True)),
     "zero_magnitude": on(lambda m: part_of(m, "lora_magnitude_vector").weight.data[3].zero_(), grads),
-    "pefts_own_cache": on(within(lambda _: peft.helpers.DoraCaching(), lambda m: [out(m), out(m)])),
     "input_dtype_not_cast": on(within(peft.helpers.disable_input_dtype_casting, out)),
     "to_bfloat16_and_back": on(lambda m: grads(m.to(BF16).to(FLOAT))),
     "cast_to_bfloat16": on(lambda m: out(m.to(BF16))),
@@ -427,3 +413,40 @@ def close(name: str, ours: list[Tensor], theirs: list[Tensor]) -> bool:
     tolerance = 5e-2 if any(word in name for word in NARROW) else 2e-3
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if b.numel()]
     return all(float((a - b).abs().max()) <= tolerance * float(b.abs().max()) for a, b in pairs)
+
+
+def trained_in_processes(wrap: str) -> tuple[list[float], list[str]]:
+    """Mean losses of both processes over four steps, and the ways of the layers."""
+    model: Any = make({"quant_storage": torch.float32}).train()
+    wrapped = model
+    if wrap == "ddp":
+        wrapped = DistributedDataParallel(model)
+    else:
+        frozen = {p for p in model.parameters() if not p.requires_grad} if wrap == "base ignored" else None
+        for part in (*model.base_model.model.model.layers, model):
+            fully_shard(part, ignored_params=frozen)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    generator, losses = torch.Generator().manual_seed(1), []
+    for _ in range(4):
+        ids = torch.randint(0, 97, (2, 2, 12), generator=generator)[distributed.get_rank()]
+        optimizer.zero_grad()
+        value = wrapped(input_ids=ids, labels=ids).loss
+        value.backward()
+        optimizer.step()
+        mean = value.detach().clone()
+        distributed.all_reduce(mean)
+        losses.append(float(mean) / 2)
+    return losses, sorted({row.way for row in qdora.peft.report(model).values()})
+
+
+if __name__ == "__main__":
+    distributed.init_process_group("gloo")
+    found = {}
+    for wrap in ("ddp", "base ignored", "base sharded"):
+        found[f"{wrap}, peft"] = trained_in_processes(wrap)
+        qdora.peft.patch()
+        found[f"{wrap}, qdora"] = trained_in_processes(wrap)
+        unpatch()
+    if distributed.get_rank() == 0:
+        print(json.dumps(found))
+    distributed.destroy_process_group()
