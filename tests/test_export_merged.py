@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +36,6 @@ from qdora.export.logit_comparison import (
 )
 from qdora.export.merged import StreamedMerge, check_merge, export_merged
 from qdora.export.verify import verify_merged, verify_requantized
-from qdora.files.tensor_file import TensorSpec
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import Quantization, load_model
@@ -171,15 +169,6 @@ def test_shards_index_config_and_tokenizer(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_one_file_needs_no_index_and_equal_models_give_equal_bytes(tmp_path):
-    (tmp_path / "second").mkdir()  # an empty directory may be there
-    for name in ("first", "second"):
-        export_merged(support.adapted_model(), None, tmp_path / name)
-    first = bytes_of(tmp_path / "first")
-    assert sorted(first) == ["config.json", "generation_config.json", "model.safetensors"]
-    assert first == bytes_of(tmp_path / "second")
-
-
 @pytest.mark.parametrize(("named", "expected"), [(0, [0, 3]), ([0, 3], [0, 3]), (3, 3), (None, 3)])
 def test_an_export_stops_where_its_run_stops(tmp_path, named, expected):
     """The tokenizer may be of another model, with another end."""
@@ -189,23 +178,6 @@ def test_an_export_stops_where_its_run_stops(tmp_path, named, expected):
     export_merged(model, tokenizer, tmp_path / "out", dtype=torch.float32)
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == expected
     assert model.generation_config.eos_token_id == named
-
-
-def test_only_one_merged_tensor_is_alive_at_a_time(tmp_path, monkeypatch):
-    alive: list[weakref.ref[Tensor]] = []
-    parts = checkpoint_writer.cast_parts
-
-    def watched(spec: TensorSpec, tensor: Tensor, seen: Any) -> Iterator[Tensor]:
-        for part in parts(spec, tensor, seen):
-            alive.append(weakref.ref(part))
-            assert sum(ref() is not None for ref in alive) == 1
-            yield part
-            del part
-
-    monkeypatch.setattr(checkpoint_writer, "cast_parts", watched)
-    monkeypatch.setattr(checkpoint_writer, "_SLICE", 1000)
-    export_merged(support.adapted_model(), None, tmp_path / "out")
-    assert len(alive) > 28
 
 
 # --- refusals
@@ -433,9 +405,6 @@ def test_a_model_larger_than_memory_is_compared_from_the_disk_or_by_its_weights(
     assert "their logits are not compared" in caplog.text
     damage(tmp_path / "one-file", UP, lambda weight: 1.005 * weight)
     assert not verify(running, tmp_path / "one-file")["passed"]
-    monkeypatch.setattr(logit_comparison, "float32_arithmetic", lambda _model: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        verify(running, tmp_path / "one-file")
 
 
 def test_kl_by_hand():

@@ -12,14 +12,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qdora.errors import UserError
-from qdora.files.tensor_file import TensorSpec, plan_shards, write_safetensors
+from qdora.files.tensor_file import TensorSpec, write_safetensors
 from qdora.model.adapter_file import describe_adapter, load_adapter, save_adapter
 from qdora.model.inject import adapted_layers
 from tests import support
@@ -117,18 +114,10 @@ def test_a_target_that_a_short_name_would_widen_is_a_path_and_the_dtype_can_be_c
     assert {parameter.dtype for parameter in loaded[path].parameters()} == {torch.float32}
 
 
-def test_a_save_that_fails_leaves_what_is_there(tmp_path, monkeypatch):
+def test_what_cannot_be_saved_leaves_what_is_there(tmp_path):
     model = support.adapted_model()
     directory = save(model, tmp_path / "adapter")
     before = contents(directory)
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("qdora.model.adapter_file.write_tensors", full)
-        with pytest.raises(OSError, match="No space"):
-            save(model, directory)
     with pytest.raises(ValueError, match="no adapters to save"):
         save(support.base_model(), directory)
     with pytest.raises(UserError, match="is not empty and holds no adapter"):
@@ -332,34 +321,6 @@ def test_what_leaves_the_base_alone_is_tolerated(directory, change):
 
 
 # --- the file format
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    parts=st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=6),
-    limit=st.integers(1, 400),
-)
-def test_what_is_written_is_what_safetensors_reads(tmp_path_factory, parts, limit):
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        f"t{i}.ü": torch.randint(0, 2, shape, generator=generator).to(dtype) for i, (dtype, shape) in enumerate(parts)
-    }
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    folder, seen = tmp_path_factory.mktemp("shards"), []
-    for file, group in plan_shards(specs, limit).items():
-        size = write_safetensors(folder / file, group, (tensors[spec.name] for spec in group))
-        assert size == (folder / file).stat().st_size
-        assert sum(spec.num_bytes for spec in group) <= limit or len(group) == 1
-        with safe_open(folder / file, framework="pt") as stored:
-            assert stored.metadata() == {"format": "pt"}
-            for name in stored.keys():  # noqa: SIM118
-                seen.append(name)
-                found = stored.get_tensor(name)
-                assert found.dtype == tensors[name].dtype
-                assert torch.equal(found, tensors[name])
-    assert sorted(seen) == sorted(tensors)
 
 
 def test_the_header_in_bytes(tmp_path):

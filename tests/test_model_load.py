@@ -34,7 +34,6 @@ from qdora.export.nf4_lora import check_foldable
 from qdora.model.inject import frozen_layers, inject
 from qdora.model.load import Quantization
 from qdora.model.source import resolve
-from qdora.model.stored_tensors import open_safetensors
 from qdora.ops.packed import dequantize, quantize
 from tests.support import CHECKPOINT_CONFIGS, checkpoint, checkpoint_logits, load_checkpoint, one_file_checkpoint
 
@@ -107,23 +106,6 @@ def test_loaded_model_does_not_depend_on_the_file_and_counts_its_tensors(tmp_pat
         stream.seek(size - 40000)
         stream.write(b"\x7f" * 40000)
     assert torch.equal(checkpoint_logits(model), before)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_reading_keeps_one_tensor_resident(tmp_path):
-    def resident_file_bytes() -> int:
-        return int(Path("/proc/self/status").read_text().partition("RssFile:")[2].split()[0]) * 1024
-
-    size = 8 * 2**20
-    save_file({f"t{i}": torch.ones(size // 4) for i in range(16)}, tmp_path / "model.safetensors")
-    stored = open_safetensors(tmp_path)
-    before = most = resident_file_bytes()
-    for item in stored.values():
-        tensor = item.read()
-        assert isinstance(tensor, Tensor)
-        assert tensor.sum() == size // 4
-        most = max(most, resident_file_bytes())
-    assert most - before < 3 * size  # of 16: the one in use, the one before, and slack
 
 
 # --- which layers are quantised

@@ -1,41 +1,43 @@
-"""Mixtures of experts: loading, adapter files and MXFP4 of many architectures, and their forward pass against loops."""
+"""Mixtures of experts and multimodal models: published files, adapters, exports, and what they compute."""
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
+import logging
 import re
-import weakref
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.integrations.moe import use_experts_implementation
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig
+from typer.testing import CliRunner
 
+from qdora.cli import app
 from qdora.errors import UserError
+from qdora.export.merged import StreamedMerge, export_merged
+from qdora.export.verify import load_with_transformers
 from qdora.model import experts
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.experts import routers, stacks, use_expert_layers_
-from qdora.model.inject import adapted_layer, adapted_layers, inject, replace_module
-from qdora.model.load import Quantization, settle_stored
-from qdora.model.stored_tensors import StoredPacked, StoredTensor, stored_rows
+from qdora.model.inject import adapted_layers, inject
+from qdora.model.language_part import carried, in_words
+from qdora.model.load import DEFAULT_SKIP, Quantization
+from qdora.model.packed_base import BaseCache
+from qdora.model.source import load_tokenizer, resolve
 from qdora.model.weight_conversion import taken_for_experts
-from qdora.nn.expert_linear import AdaptedExperts, ExpertLinear, FrozenExperts
+from qdora.nn.expert_linear import AdaptedExperts, FrozenExperts
 from qdora.ops import expert_product, expert_tokens
-from qdora.ops.packed import PackedWeight, dequantize, empty_packed, quantize
-from tests import reference, support
-from tests.reference import Array
+from qdora.ops.packed import dequantize, quantize
+from qdora.recipe.recipe_file import resolved_yaml
+from qdora.train.packed_attention import packed_layout
+from tests import support
 from tests.support import load_checkpoint
 
 IDS = torch.randint(3, 400, (2, 12), generator=torch.Generator().manual_seed(7))
@@ -46,6 +48,13 @@ TURNED = ("gpt_oss", "llama4_text")  # transformers keeps their weights transpos
 def logits(model: Any) -> Tensor:
     found: Tensor = model.eval()(IDS).logits
     return found
+
+
+def results(model: Any) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of their squares with respect to the inputs: through routers and experts."""
+    x = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    out = model.eval()(inputs_embeds=x).logits
+    return out.detach(), torch.autograd.grad(out.square().mean(), x)[0]
 
 
 def assert_close(found: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
@@ -66,7 +75,9 @@ def test_a_published_checkpoint_gives_the_logits_of_transformers(tmp_path, name)
     if name == "granitemoe" and not stacks(model):
         pytest.skip("this release of transformers has no interface for Granite's experts")
     assert len(stacks(model)) >= 2
-    assert_close(logits(model), logits(library))
+    library.requires_grad_(False)
+    for found, wanted in zip(results(model), results(library), strict=True):
+        assert_close(found, wanted, 1e-4)
     if name in ("qwen3_moe", "granitemoe", *TURNED):
         for path, stack in stacks(load_checkpoint(tmp_path, quant="nf4")).items():
             assert isinstance(stack, FrozenExperts)
@@ -218,8 +229,9 @@ def test_llama_4_computes_under_autocast(tmp_path, monkeypatch):
 # --- MXFP4, and checkpoints that do not fit
 
 
-def test_mxfp4_is_kept_bit_for_bit_or_quantised_again(tmp_path):
+def test_mxfp4_is_kept_bit_for_bit_or_quantised_again(tmp_path, monkeypatch):
     """transformers dequantises the experts on a machine without a GPU."""
+    monkeypatch.setattr("qdora.model.load._DENSE_PART_ELEMENTS", 24 * 64)  # parts that cross experts
     support.write_mxfp4(tmp_path)
     library = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).float()
     kept, again, dense = (load_checkpoint(tmp_path, quant=quant) for quant in ("mxfp4", "nf4", "none"))
@@ -233,33 +245,6 @@ def test_mxfp4_is_kept_bit_for_bit_or_quantised_again(tmp_path):
         assert torch.equal(again.get_submodule(path).dequantized(), dequantize(quantize(weight, "nf4")))
     assert type(kept.model.layers[0].self_attn.q_proj) is nn.Linear
     assert_close(logits(kept), logits(library))
-
-
-def test_of_mxfp4_weights_that_are_read_in_part_one_is_in_memory(monkeypatch):
-    """A process of `train.parallel: shard` reads its own rows alone, which may not be the last ones."""
-    monkeypatch.setattr("qdora.model.load._DENSE_PART_ELEMENTS", 4 * 32)
-    forms = [empty_packed("mxfp4", (16, 32)) for _ in range(3)]
-    for form in forms:
-        form.packed.random_(generator=torch.Generator().manual_seed(0))
-        form.absmax.random_(120, 125, generator=torch.Generator().manual_seed(1))
-    made: list[weakref.ref[PackedWeight]] = []
-
-    def read(form: PackedWeight) -> PackedWeight:
-        copy = replace(form)
-        made.append(weakref.ref(copy))
-        return copy
-
-    packed = {
-        name: StoredPacked(name, form.shape, "mxfp4", 32, double_quant=False, read=partial(read, form))
-        for name, form in zip("abc", forms, strict=True)
-    }
-    stored, _ = settle_stored(packed, "mxfp4", Quantization("nf4", 64, double_quant=True, skip=()), set())
-    for item, form in zip(stored.values(), forms, strict=True):
-        assert isinstance(item, StoredTensor)
-        assert torch.equal(stored_rows(item, slice(2, 9)), dequantize(form, torch.bfloat16)[2:9])
-        assert sum(each() is not None for each in made) == 1
-    assert torch.equal(item.read(), dequantize(form, torch.bfloat16))
-    assert [each() for each in made] == [None] * 3
 
 
 SCALES = "model.layers.1.mlp.experts.down_proj_scales"
@@ -299,93 +284,160 @@ def test_experts_that_do_not_fit_are_named(tmp_path, case):
     assert all(any(re.search(each, fault) for fault in raised.value.faults) for each in words), raised.value
 
 
-# --- the forward pass of every kind of expert module that transformers' interface knows
+# --- multimodal checkpoints: the language part alone is loaded and trained, the rest is copied into exports
 
-EXPERTS, HIDDEN, INNER, TOKENS = 4, 6, 5, 7
-KINDS: dict[str, dict[str, bool]] = {
-    "gate": {},
-    "bias": {"has_bias": True},
-    "interleaved": {"is_concatenated": False, "is_transposed": True, "has_bias": True},
-    "norm of each expert": {"has_post_expert_norm": True},
-    "no gate, transposed, bias": {"has_gate": False, "is_transposed": True, "has_bias": True},
-}
-# Early releases of transformers do not know all of them.
-_KNOWN = inspect.signature(use_experts_implementation).parameters
-KINDS = {name: flags for name, flags in KINDS.items() if flags.keys() <= {*_KNOWN}}
+LANGUAGE = ("model.language_model.", "lm_head.")
+NF4 = Quantization("nf4", 64, True, DEFAULT_SKIP)
+TEXTS = torch.randint(4, 396, (2, 40), generator=torch.Generator().manual_seed(0))
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-class Halved(nn.Module):
-    """A norm that is easily computed by hand: x / (1 + |x|) / 2."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x / (1 + x.abs()) / 2
-
-
-def make(**flags: bool) -> Any:
-    """A random module in float64."""
-    gated, turned = flags.get("has_gate", True), flags.get("is_transposed", False)
-    first = "gate_up_proj" if gated else "up_proj"
-
-    class Experts(nn.Module):
-        def __init__(self, config: Any) -> None:
-            super().__init__()
-            self.act_fn = nn.SiLU()
-            self.post_expert_norm = Halved()
-            for name, rows, columns in ((first, INNER * (1 + gated), HIDDEN), ("down_proj", HIDDEN, INNER)):
-                size = (columns, rows) if turned else (rows, columns)
-                weight = torch.randn(EXPERTS, *size, dtype=torch.float64) / math.sqrt(columns)
-                self.register_parameter(name, nn.Parameter(weight))
-                if flags.get("has_bias"):
-                    self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(EXPERTS, rows).double()))
-
-        def forward(self, *_: Any) -> Tensor:
-            raise NotImplementedError
-
-    if not flags.get("is_concatenated", True):
-        Experts._apply_gate = lambda _self, x: x[..., ::2].tanh() * x[..., 1::2]  # type: ignore[attr-defined]
-    torch.manual_seed(0)
-    return use_experts_implementation(**flags)(Experts)(SimpleNamespace(_experts_implementation=None))
+def whole_model(directory: Path) -> Any:
+    """The model as a stranger loads it, in float32."""
+    model, info = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model.eval()
 
 
-def array(tensor: Tensor) -> Array:
-    return tensor.detach().double().numpy().copy()
+@torch.no_grad()
+def text_logits(model: Any, ids: Tensor = TEXTS, **inputs: Any) -> Tensor:
+    found: Tensor = model(input_ids=ids, use_cache=False, **inputs).logits
+    return found
 
 
-def routing() -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, their experts (expert 1 gets none, expert 3 one) and weights."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64, requires_grad=True)
-    index = torch.tensor([[0, 2], [2, 0], [0, 2], [2, 0], [0, 3], [2, 0], [0, 2]])
-    return x, index, torch.rand(index.shape, generator=generator, dtype=torch.float64, requires_grad=True)
+def is_text(name: str) -> bool:
+    """Whether a tensor of a checkpoint, under any of its names, belongs to the language part."""
+    return not any(part in name for part in ("visual.", "vision_tower.", "multi_modal_projector."))
 
 
-@pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("adapted", [None, "lora", "dora"])
-def test_outputs_and_gradients_are_those_of_the_merged_weights_in_transformers(flags, adapted):
-    """In float64; transformers multiplies each token by copies of its experts' weights."""
-    module, theirs = make(**flags), make(**flags)
-    holder = nn.ModuleList([module])
-    use_expert_layers_(holder)  # type: ignore[arg-type]
-    paths = [path for path, each in holder.named_modules() if isinstance(each, ExpertLinear)]
-    assert len(paths) == 2
-    for path in paths if adapted else ():
-        layer: Any = adapted_layer(holder.get_submodule(path), kind=adapted, rank=2, alpha=3.0).double()
-        replace_module(holder, path, layer)
-        nn.init.normal_(layer.lora_B, 0, 0.5)
-        if layer.magnitude is not None:
-            layer.magnitude.data.mul_(1.3)
-        for expert, weight in enumerate(getattr(theirs, path.rpartition(".")[2]).data):
-            turned = weight.T if flags.get("is_transposed") else weight
-            magnitude = None if layer.magnitude is None else array(layer.magnitude[expert])
-            factors = array(layer.lora_A[expert]), array(layer.lora_B[expert])
-            merged = reference.merged_weight(array(turned), *factors, layer.scaling, magnitude)
-            turned.copy_(torch.from_numpy(merged))
-    theirs.config._experts_implementation = "batched_mm"
-    results = []
-    for each in (module, theirs):
-        x, index, share = routing()
-        out = each(x, index, share)
-        results.append([out, *torch.autograd.grad(out.square().sum(), (x, share))])
-    for found, wanted in zip(*results, strict=True):
-        # The norms of a float32 magnitude are float32.
-        assert reference.relative_error(array(found), array(wanted)) < (1e-6 if adapted == "dora" else 1e-12)
+@pytest.mark.parametrize("published", [True, False])
+@pytest.mark.parametrize("family", support.FAMILIES)
+def test_a_text_gets_the_logits_of_the_whole_model(family, published, tmp_path):
+    stored = support.write_multimodal(tmp_path, family, published=published)
+    whole, model = whole_model(tmp_path), load_checkpoint(tmp_path)
+    expected = text_logits(whole)
+    assert type(model) is type(whole)
+    assert model.config.tie_word_embeddings == (family in ("gemma3", "qwen3_vl", "qwen3_5"))
+    assert all(name.startswith(LANGUAGE) for name, _ in (*model.named_parameters(), *model.named_buffers()))
+    torch.testing.assert_close(text_logits(model), expected, rtol=0, atol=1e-6)
+    # Padding on the left, and two examples in a row.
+    mask = torch.ones_like(TEXTS)
+    mask[0, :9] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    padded = text_logits(model, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(padded[:1, 9:], text_logits(whole, TEXTS[:1, 9:]), **CLOSE)
+    torch.testing.assert_close(text_logits(model.train()), expected, **CLOSE)
+    assert carried(model).keys() == {name for name in stored if not is_text(name)}
+    if family != "qwen3_5":  # its linear attention does not keep packed examples apart, and the check says so
+        packed = text_logits(model.eval(), TEXTS.reshape(1, -1), position_ids=torch.arange(40).repeat(2)[None])
+        torch.testing.assert_close(packed.view(2, 40, -1), expected, **CLOSE)
+        packed_layout(model)
+    if family == "gemma3":
+        with pytest.raises(UserError, match="images are not supported: only the language part of the model is loaded"):
+            model(input_ids=TEXTS, pixel_values=torch.zeros(1, 3, 28, 28))
+
+
+def adapted(directory: Path, quant: str) -> Any:
+    """A model with an adapter off its start, which is saved beside it."""
+    model = load_checkpoint(directory / "model", quant=quant)
+    inject(model, rank=4, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    support.move_all_parameters_(model)
+    save_adapter(model, directory / "adapter", base_name_or_path=None, revision=None, base_quant={"quant": quant})
+    return model
+
+
+def test_an_adapter_fits_the_whole_model_in_peft(tmp_path):
+    """Gemma 3's vision tower has layers with the names of its text layers; they must stay without an adapter."""
+    support.write_multimodal(tmp_path / "model", "gemma3")
+    model, whole = adapted(tmp_path, "none"), whole_model(tmp_path / "model")
+    plain = text_logits(whole)
+    theirs: Any = peft.PeftModel.from_pretrained(whole, str(tmp_path / "adapter")).eval()
+    trained = [name for name, _ in theirs.named_modules() if name.endswith(".lora_A.default")]
+    assert ["vision_tower" in name for name in trained] == [False] * 14
+    assert float((text_logits(theirs) - plain).abs().max()) > 0.01
+    torch.testing.assert_close(text_logits(theirs), text_logits(model), **CLOSE)
+
+
+def check_files(directory: Path, stored: dict[str, Tensor]) -> None:
+    """An export has all names of its source, and what is not of the language part is equal in every bit."""
+    files = load_file(directory / "model.safetensors")
+    others = [name for name in stored if not is_text(name)]
+    assert len(others) > 20
+    for name in others:
+        assert files[name].dtype == torch.bfloat16
+        assert torch.equal(files[name], stored[name]), name
+    text = [name for name in stored if name.endswith("q_proj.weight") and name not in others]
+    assert not any(torch.equal(files[name].float(), stored[name].float()) for name in text)
+    names = {re.sub(r"(\.weight)\.(absmax|quant_|nested_).*", r"\1", name) for name in files}
+    assert names == stored.keys()
+
+
+def test_a_merged_export_is_the_whole_model(tmp_path):
+    stored = support.write_multimodal(tmp_path / "model", "qwen2_5_vl")
+    model = adapted(tmp_path, "nf4")
+    merge = StreamedMerge(resolve(str(tmp_path / "model")), tmp_path / "adapter", NF4, torch.float32)
+    export_merged(merge, None, tmp_path / "merged", dtype=torch.float32)
+    check_files(tmp_path / "merged", stored)
+    torch.testing.assert_close(text_logits(whole_model(tmp_path / "merged")), text_logits(model), **CLOSE)
+    reloaded, faults = load_with_transformers(tmp_path / "merged", model)  # as an export's own check does
+    assert not faults
+    torch.testing.assert_close(text_logits(reloaded), text_logits(model), **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", support.FAMILIES)
+def test_a_run_from_start_to_exports(family, tmp_path):
+    def invoke(*arguments: Any) -> Any:
+        result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    stored, run = support.write_multimodal(tmp_path / "model", family), tmp_path / "run"
+    settings: dict[str, Any] = {"train__checkpoint_every": 1, "train__lr": 0.02}
+    for steps, resume in ((1, []), (2, ["--resume"])):
+        recipe = support.tiny_recipe(tmp_path, train__steps=steps, **settings)
+        (tmp_path / "recipe.yaml").write_text(resolved_yaml(recipe))
+        planned = invoke("plan", tmp_path / "recipe.yaml", "--device", "cpu")
+        assert planned["memory"]["num_weights"] == sum(each.numel() for name, each in stored.items() if is_text(name))
+        invoke("train", tmp_path / "recipe.yaml", "--run-dir", run, *resume)
+    assert "only its language part is loaded and trained." in (run / "log.txt").read_text()
+    assert "| trained part | the language part;" in (run / "README.md").read_text()
+    invoke("eval", run, "--limit", "2")
+    assert invoke("generate", run, "--prompt", "1 + 1 =", "--raw", "--max-new-tokens", "3")["num_new_tokens"] > 0
+    for name, options in (("merged", []), ("4bit", ["--format", "nf4-lora"]), ("again", ["--requantize"])):
+        verification = invoke("export", run, tmp_path / name, *options)["verification"]
+        assert verification["passed"], verification["faults"]
+        check_files(tmp_path / name, stored)
+    assert "\npipeline_tag: image-text-to-text\n" in (tmp_path / "merged/README.md").read_text()
+    assert "AutoModelForImageTextToText" in (tmp_path / "4bit/README.md").read_text()
+    assert (tmp_path / "merged/preprocessor_config.json").read_text() == '{"image_processor_type": "of a test"}\n'
+    source, reloaded = AutoConfig.from_pretrained(tmp_path / "model"), whole_model(tmp_path / "merged").config
+    assert reloaded.architectures == source.architectures
+    found, wanted = (each.text_config.rope_parameters for each in (reloaded, source))
+    assert found.pop("type", None) in (None, "mrope")  # the name of transformers 4, which not every source has
+    wanted.pop("type", None)
+    assert found == wanted
+
+
+def test_other_families_a_processors_chat_template_and_a_base_from_the_cache(tmp_path, caplog):
+    LlavaConfig().save_pretrained(tmp_path / "llava")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "llava/model.safetensors")
+    match = r"the language part of a multimodal model can be trained for gemma3, .*qwen3_5 \(got llava\)\."
+    with pytest.raises(UserError, match=match):
+        load_checkpoint(tmp_path / "llava")
+    stored = support.write_multimodal(tmp_path / "model", "qwen3_vl")
+    (tmp_path / "model/chat_template.jinja").unlink()
+    source = resolve(str(tmp_path / "model"))
+    assert load_tokenizer(source).chat_template is None
+    (source.path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert load_tokenizer(source).chat_template == "{{ messages }}"
+    cache = BaseCache(tmp_path / "cache", NF4, torch.device("cpu"))
+    for words in ("Writing the packed base", "Reading the packed base"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "qdora"):
+            model = load_checkpoint(source.path, quant="nf4", reader=cache)
+        assert words in caplog.text
+        assert in_words(model) in caplog.text
+        # It still knows what an export copies.
+        assert carried(model).keys() == {name for name in stored if name.startswith("model.visual.")}
