@@ -18,11 +18,8 @@ from qdora.errors import UserError
 from qdora.export.logit_comparison import ComparisonText, float32_arithmetic
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.verify import OWN_LOADER, PEFT_LOADER, verify_nf4_lora
-from qdora.model.adapter_file import load_adapter
 from qdora.model.build_model import find_source
 from qdora.model.inject import adapted_layers, inject
-from qdora.model.load import load_model
-from qdora.model.source import resolve
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_target
 from tests import reference_quant, support
@@ -55,14 +52,6 @@ def with_peft(directory: Path) -> Any:
     return peft.PeftModel.from_pretrained(base, str(directory / "adapter")).eval()
 
 
-def with_qdora(directory: Path) -> Any:
-    """The directory is a base like any other: LoRA goes on from its adapter."""
-    options: dict[str, Any] = {"quant": "nf4", "double_quant": False, "attention": "eager"}
-    model = load_model(resolve(str(directory)), compute_dtype=torch.float32, **options)
-    load_adapter(model, directory / "adapter")
-    return model
-
-
 def adapted_head(architecture: str, **options: Any) -> Any:
     model = support.base_model(architecture, quant="nf4", **options)
     support.move_adapters_(inject(model, targets=["lm_head", "q_proj"], rank=3, alpha=6.0))
@@ -92,8 +81,7 @@ def test_transformers_bitsandbytes_and_peft_give_the_running_logits(
         expected = support.logits_of(model)
         bare = support.logits_of(support.base_model(architecture, quant="nf4"))
     assert (expected - bare).abs().max() > 0.05
-    for load in (with_peft, with_qdora):
-        torch.testing.assert_close(support.logits_of(load(tmp_path / "out")), expected, rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(support.logits_of(with_peft(tmp_path / "out")), expected, rtol=1e-5, atol=5e-6)
     if loader == OWN_LOADER:
         real = importlib.util.find_spec
         monkeypatch.setattr(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +32,7 @@ from transformers import (
     modeling_flash_attention_utils,
 )
 from transformers.integrations import sdpa_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 
@@ -42,9 +44,8 @@ from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.known_masks import known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.ops.planned_device import planned_on
 from qdora.train.passes import batch_loss
-from qdora.train.sent_batch import send_labels
 from tests import support
-from tests.false_gpu import FalseGpu, on_false_gpu
+from tests.false_gpu import on_false_gpu
 from tests.support import (
     CHECKPOINT_CONFIGS,
     CHECKPOINT_SIZES,
@@ -297,72 +298,40 @@ def test_packed_examples_see_themselves(gpu, name):
     assert torch.equal(found.cpu(), expected)
 
 
-def flash_on(gpu: FalseGpu, seen: list[Any]) -> Any:
-    """transformers' table of flash attention's functions, by sdpa: packed examples see themselves."""
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-
-    def varlen(
-        q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **lengths: Any
-    ) -> Tensor:
-        seen.append((cu_seqlens_q, cu_seqlens_k, lengths))
-        place = torch.arange(len(q), device=gpu.device)
-        example = (place[:, None] >= cu_seqlens_q[1:]).sum(1)
-        mask = (example[:, None] == example) & (place[:, None] >= place)
-        k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
-        q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
-        return sdpa(q, k, v, attn_mask=mask)[0].transpose(0, 1)
-
-    class Lengths:
-        """transformers calls it; later releases take it from a pair."""
-
-        def __call__(self, max_seqlen_q: Any = None, max_seqlen_k: Any = None, **_: Any) -> dict[str, Any]:
-            return {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-
-        def __iter__(self) -> Iterator[Any]:
-            return iter((self, None))
-
-    return (None, varlen, None, None, None), Lengths()
-
-
-@contextmanager
-def with_flash(model: Any, packing: Any, gpu: FalseGpu, seen: list[Any]) -> Iterator[None]:
-    """flash attention, which is not installed here, in a model with known masks."""
-    name, found = "lazy_import_flash_attention", flash_on(gpu, seen)
-    with (
-        patch.object(modeling_flash_attention_utils, name, lambda _name: found),
-        known_masks(model, packing, gpu.device),
-    ):
-        yield
-
-
-@on_false_gpu
 @torch.no_grad()
-def test_flash_attention_gets_the_lengths_of_packed_examples(gpu):
+def test_flash_attention_gets_the_lengths_of_packed_examples():
     """Without them each layer reads the positions from the GPU."""
-    model, (lengths, seen) = family("Llama 3"), ((5, 7, 4), [])
+    model, lengths, seen = support.llama(), (5, 7, 4), []
     positions = torch.cat([torch.arange(each) for each in lengths])[None]
     ids = torch.randint(3, 90, positions.shape, generator=torch.Generator().manual_seed(0))
-    alone = [model(input_ids=part, use_cache=False).logits[0] for part in ids.split(list(lengths), dim=1)]
-    model.to(gpu.device)
+    parts = ids.split(list(lengths), dim=1)
+    alone = [model(input_ids=part, use_cache=False).logits[0] for part in parts]
+
+    def attend(_layer: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, cu_seq_lens_q: Tensor, **options: Any) -> Any:
+        """Each example by itself, as flash attention has it."""
+        seen.append((mask, cu_seq_lens_q, options))
+        cuts = [slice(*each) for each in pairwise(cu_seq_lens_q.tolist())]
+        sdpa = partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        found = [sdpa(*(each[:, :, cut] for each in (q, k, v))) for cut in cuts]
+        return torch.cat(found, dim=2).transpose(1, 2), None
+
     model.config._attn_implementation_internal = "flash_attention_2"
     assert takes_flash_lengths(model)
-    labels = torch.where(positions == 0, -100, ids)
-    owner = torch.tensor([[0] * 5 + [1] * 7 + [2] * 4])
-    gpu.clear()
-    sent = send_labels(labels, Packing(positions, owner), None, gpu.device)
-    mask, there = torch.ones_like(sent.packing.position_ids), ids.pin_memory().to(gpu.device, non_blocking=True)
-    with with_flash(model, sent.packing, gpu, seen):
-        loss = batch_loss(model, there, mask, labels, packing=Packing(positions, owner), sent=sent)
-    waits = [line for line in gpu.lines("wait") if not line.startswith("train/output_head.py")]
-    assert waits == []
+    packing = Packing(positions, torch.tensor([[0] * 5 + [1] * 7 + [2] * 4]))
+    labels, device = torch.where(positions == 0, -100, ids), torch.device("meta")
+    with (
+        patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, flash_attention_2=attend),
+        known_masks(model, packing, device),
+    ):
+        loss = batch_loss(model, ids, torch.ones_like(ids), labels, packing=packing)
     assert len(seen) % len(model.model.layers) == 0
-    for starts, same, longest in seen:
+    for mask, starts, options in seen:
+        assert mask is None
         assert starts.dtype == torch.int32
-        assert starts.tolist() == same.tolist() == [0, 5, 12, 16]
-        assert longest == {"max_seqlen_q": 7, "max_seqlen_k": 7}
-    parts = zip(alone, ids[0].split(list(lengths)), strict=True)
-    wanted = sum(float(cross_entropy(logits[:-1], part[1:], reduction="sum")) for logits, part in parts)
-    assert float(loss.nll_sum) == pytest.approx(wanted, rel=1e-5)
+        assert starts.tolist() == options["cu_seq_lens_k"].tolist() == [0, 5, 12, 16]
+        assert options["max_length_q"] == options["max_length_k"] == 7
+    wanted = sum(cross_entropy(out[:-1], part[0, 1:], reduction="sum") for out, part in zip(alone, parts, strict=True))
+    torch.testing.assert_close(loss.nll_sum, wanted, rtol=1e-5, atol=0)
 
 
 def test_flash_attention_of_rows_that_are_not_packed_reads_no_positions():

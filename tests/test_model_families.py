@@ -26,7 +26,7 @@ from qdora.export.verify import load_with_transformers
 from qdora.model import experts
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.experts import routers, stacks, use_expert_layers_
-from qdora.model.inject import adapted_layers, inject
+from qdora.model.inject import inject
 from qdora.model.language_part import carried, in_words
 from qdora.model.load import DEFAULT_SKIP, Quantization
 from qdora.model.packed_base import BaseCache
@@ -111,47 +111,27 @@ def test_padding_for_cards_without_a_grouped_product_changes_no_number(tmp_path,
     for one, other in zip(plain, results(), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-12)
     assert spread
-
-
-def test_rows_of_padding_are_zeros_in_every_derivative():
+    monkeypatch.undo()
     order, inverse = torch.tensor([1, -1, 0, 3, 2, -1]), torch.tensor([2, 0, 4, 3])
     x = torch.randn(2, 3, dtype=torch.float64).requires_grad_()
-    assert not experts._Spread.apply(x, order, inverse, 2)[[1, 5]].any()
-    for through in (
-        lambda x: experts._Spread.apply(x, order, inverse, 2).tanh(),
-        lambda x: experts._Spread.apply(experts._Spread.apply(x, order, inverse, 2).tanh(), inverse, order, 1),
-    ):
-        assert torch.autograd.gradcheck(through, (x,))
-        assert torch.autograd.gradgradcheck(through, (x,))
-
-
-def test_routers_and_gates_of_shared_experts_stay_as_they_are(tmp_path):
-    support.write_mixture(tmp_path, "qwen2_moe", torch.bfloat16)
-    model = load_checkpoint(tmp_path, quant="nf4", compute_dtype=torch.bfloat16)
-    inject(model, rank=2)
-    assert routers(model) == {f"model.layers.{index}.mlp.shared_expert_gate" for index in range(2)}
-    for block in model.model.layers:
-        assert type(block.mlp.shared_expert_gate) is nn.Linear
-        assert block.mlp.gate.weight.dtype == torch.bfloat16
-        assert not block.mlp.gate.weight.requires_grad
+    assert not apply(x, order, inverse, 2)[[1, 5]].any()
+    assert torch.autograd.gradcheck(lambda x: apply(x, order, inverse, 2).tanh(), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: apply(apply(x, order, inverse, 2).tanh(), inverse, order, 1), (x,))
 
 
 # --- adapters
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("share", ["none", "A", "B"])
+@pytest.mark.parametrize(("kind", "share"), [("dora", "none"), ("lora", "A"), ("dora", "B")])
 def test_an_adapter_file_holds_the_layers(tmp_path, kind, share):
     support.write_mixture(tmp_path / "model", "mixtral")
-    model = load_checkpoint(tmp_path / "model", quant="nf4")
+    model, again = (load_checkpoint(tmp_path / "model", quant="nf4") for _ in range(2))
     layers = inject(model, kind=kind, rank=4, expert_rank=2, share=share, targets=["q_proj", "experts"])
     assert sum(isinstance(layer, AdaptedExperts) for layer in layers.values()) == 4
     support.move_adapters_(layers)
-    again, directory = load_checkpoint(tmp_path / "model", quant="nf4"), saved(model, tmp_path / "adapter", "nf4")
-    read = load_adapter(again, directory)
-    assert {path: layer.lora_A.shape for path, layer in read.items()} == {
-        path: layer.lora_A.shape for path, layer in layers.items()
-    }
+    directory = saved(model, tmp_path / "adapter", "nf4")
+    shapes = {path: layer.lora_A.shape for path, layer in load_adapter(again, directory).items()}
+    assert shapes == {path: layer.lora_A.shape for path, layer in layers.items()}
     assert torch.equal(logits(again), logits(model))
     name = "base_model.model.model.layers.0.mlp.experts.lora_magnitude_vector"
     tensors = load_file(directory / "adapter_model.safetensors")
@@ -182,16 +162,26 @@ def test_peft_computes_the_logits_of_lora_on_all_layers(tmp_path, name):
     assert torch.equal(logits(again), wanted)
 
 
-def test_ranks_of_experts(tmp_path):
-    support.write_mixture(tmp_path, "mixtral")
-    layers = inject(load_checkpoint(tmp_path, quant="nf4"), rank=4, rank_pattern={"down_proj": 3}, expert_rank=2)
-    ranks = {path.rpartition(".")[2]: layer.rank for path, layer in layers.items()}
-    assert ranks == {"gate_up_proj": 2, "down_proj": 3} | dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 4)
-    assert adapted_layers(load_checkpoint(tmp_path)) == {}
+def test_ranks_of_experts_and_routers_that_stay_as_they_are(tmp_path):
+    support.write_mixture(tmp_path, "qwen2_moe", torch.bfloat16)
+
+    def adapted(**options: Any) -> tuple[Any, dict[str, Any]]:
+        model = load_checkpoint(tmp_path, quant="nf4", compute_dtype=torch.bfloat16)
+        return model, inject(model, rank=4, **options)
+
+    model, layers = adapted(rank_pattern={"down_proj": 3}, expert_rank=2)
+    ranks = {path.rpartition(".mlp.")[2]: layer.rank for path, layer in layers.items() if ".mlp." in path}
+    shared = {"shared_expert.gate_proj": 4, "shared_expert.up_proj": 4, "shared_expert.down_proj": 3}
+    assert ranks == {"experts.gate_up_proj": 2, "experts.down_proj": 3} | shared
+    assert routers(model) == {f"model.layers.{index}.mlp.shared_expert_gate" for index in range(2)}
+    for block in model.model.layers:
+        assert type(block.mlp.shared_expert_gate) is nn.Linear
+        assert block.mlp.gate.weight.dtype == torch.bfloat16
+        assert not block.mlp.gate.weight.requires_grad
     with pytest.raises(UserError, match=r"adapter\.experts: no target is an expert"):
-        inject(load_checkpoint(tmp_path, quant="nf4"), rank=4, expert_rank=2, targets=["q_proj"])
-    with pytest.raises(UserError, match=r"v_proj, experts, all-linear, a path, .* Did you mean 'experts'\?"):
-        inject(load_checkpoint(tmp_path, quant="nf4"), rank=4, targets=["expert"])
+        adapted(expert_rank=2, targets=["q_proj"])
+    with pytest.raises(UserError, match=r"v_proj, .*experts, all-linear, a path, .* Did you mean 'experts'\?"):
+        adapted(targets=["expert"])
 
 
 @pytest.mark.parametrize("name", support.MIXTURES)
@@ -256,13 +246,7 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], dict[str, A
     "config": ("gpt_oss", dict, MXFP4, "mxfp4", [r"config\.json says .* mxfp4, but .* dense\. Fix: remove quant"]),
     "dense": ("gpt_oss", dict, {}, "mxfp4", [r"base\.quant: mxfp4 is read from checkpoints that hold it"]),
     "one lost": ("qwen3_moe", lambda t: t.pop(LOST[1]), {}, "nf4", [f"the checkpoint has no tensor '{LOST[1]}'"]),
-    "expert lost": (
-        "qwen3_moe",
-        lambda t: [t.pop(name) for name in LOST],
-        {},
-        "nf4",
-        LOST,
-    ),
+    "expert lost": ("qwen3_moe", lambda t: [t.pop(name) for name in LOST], {}, "nf4", LOST),
 }
 
 

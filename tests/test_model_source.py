@@ -157,20 +157,18 @@ def test_hub_snapshot(tmp_path, monkeypatch):
             resolve("org/name", revision, trust_remote_code=True)
 
 
-@pytest.mark.parametrize(
-    ("file", "classes"),
-    [
-        ("config.json", {"AutoConfig": "config.C", "AutoModelForCausalLM": "org/other--model.M"}),
-        ("tokenizer_config.json", {"AutoTokenizer": [None, "org/other--token.T"]}),
-    ],
-)
-def test_code_of_another_repository_is_refused_since_no_commit_fixes_it(tmp_path, monkeypatch, file, classes):
+def test_code_of_another_repository_is_refused_since_no_commit_fixes_it(tmp_path, monkeypatch):
     Hub(monkeypatch, model_directory(tmp_path / COMMIT))
-    assert resolve("org/name", COMMIT, trust_remote_code=True).trust_remote_code
-    put(tmp_path / COMMIT, {file: json.dumps({"auto_map": classes})})
-    resolve("org/name", COMMIT)  # runs no code
-    with pytest.raises(UserError, match=rf"trust_remote_code: org/name: {file} takes code from org/other on the Hub"):
-        resolve("org/name", COMMIT, trust_remote_code=True)
+    for file, classes in (
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "org/other--token.T"]}),
+        ("config.json", {"AutoConfig": "config.C", "AutoModelForCausalLM": "org/other--model.M"}),
+    ):
+        put(tmp_path / COMMIT, {file: json.dumps({"auto_map": classes})})
+        resolve("org/name", COMMIT)  # runs no code
+        fault = rf"trust_remote_code: org/name: {file} takes code from org/other on the Hub"
+        with pytest.raises(UserError, match=fault):
+            resolve("org/name", COMMIT, trust_remote_code=True)
+        put(tmp_path / COMMIT, {file: "{}"})
 
 
 class ProxyError(Exception):

@@ -19,7 +19,9 @@ from bitsandbytes.functional import _convert_weight_packed_for_cpu as rewrite
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import bnb as peft_bnb
 from peft.tuners.lora.dora import DoraLinearLayer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -381,17 +383,43 @@ def test_the_launcher_says_what_is_wrong():
         assert "Traceback" not in failed.value.stderr
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_with_pefts_layer():
+def losses_of_two(rank: int, wrap: str) -> tuple[list[float], set[str]]:
+    """Mean losses of both processes over four steps, and the ways of the layers."""
+    model: Any = make({"quant_storage": torch.float32}).train()
+    wrapped = DistributedDataParallel(model) if wrap == "ddp" else model
+    frozen = {p for p in model.parameters() if not p.requires_grad} if wrap == "base ignored" else None
+    for part in () if wrap == "ddp" else (*model.base_model.model.model.layers, model):
+        fully_shard(part, ignored_params=frozen)
+    optimizer, losses = torch.optim.AdamW(trainable(model), lr=1e-2), []
+    for step in range(4):
+        ids = torch.randint(0, 97, (2, 2, 12), generator=torch.Generator().manual_seed(step))[rank]
+        optimizer.zero_grad()
+        value = wrapped(input_ids=ids, labels=ids).loss
+        value.backward()
+        optimizer.step()
+        distributed.all_reduce(mean := value.detach() / 2)
+        losses.append(float(mean))
+    return losses, {row.way for row in qdora.peft.report(model).values()}
+
+
+def train_with_both(rank: int, wrap: str, way: str) -> None:
+    distributed.init_process_group("gloo")
+    unpatch()
+    theirs, _ = losses_of_two(rank, wrap)
+    qdora.peft.patch()
+    ours, ways = losses_of_two(rank, wrap)
+    assert len(ways) == 1
+    assert way in ways.pop()
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert len(set(ours)) > 1
+
+
+@pytest.mark.parametrize(
+    ("wrap", "way"), [("ddp", "fast"), ("base ignored", "fast"), ("base sharded", "no quant_state")]
+)
+def test_two_processes_train_as_with_pefts_layer(wrap, way):
     """FSDP2 gives the layer plain parameters where it shards the base, and PEFT's own forward runs."""
-    ran = python("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tests.test_peft_layer")
-    found = json.loads(ran.stdout.splitlines()[-1])
-    for wrap, way in (("ddp", "fast"), ("base ignored", "fast"), ("base sharded", "no quant_state")):
-        losses, ways = found[f"{wrap}, qdora"]
-        assert len(ways) == 1
-        assert way in ways[0]
-        assert losses == pytest.approx(found[f"{wrap}, peft"][0], abs=1e-4)
-        assert losses[0] != losses[-1]
+    assert support.run_processes(2, train_with_both, wrap, way) == ["", ""]
 
 
 def test_axolotls_plugin_patches_and_turns_fused_kernels_off(monkeypatch):

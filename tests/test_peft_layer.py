@@ -1,12 +1,8 @@
-"""Operations of PEFT on one tiny 4-bit model, each by PEFT's own layer and by qdora's: the same results.
-
-Run by torchrun in two processes: DDP and FSDP2, each with PEFT's layer and with qdora's; the losses on stdout.
-"""
+"""Operations of PEFT on one tiny 4-bit model, each by PEFT's own layer and by qdora's: the same results."""
 
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import bnb as peft_bnb
 from peft.utils.hotswap import hotswap_adapter
-from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qdora.peft
@@ -413,40 +407,3 @@ def close(name: str, ours: list[Tensor], theirs: list[Tensor]) -> bool:
     tolerance = 5e-2 if any(word in name for word in NARROW) else 2e-3
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if b.numel()]
     return all(float((a - b).abs().max()) <= tolerance * float(b.abs().max()) for a, b in pairs)
-
-
-def trained_in_processes(wrap: str) -> tuple[list[float], list[str]]:
-    """Mean losses of both processes over four steps, and the ways of the layers."""
-    model: Any = make({"quant_storage": torch.float32}).train()
-    wrapped = model
-    if wrap == "ddp":
-        wrapped = DistributedDataParallel(model)
-    else:
-        frozen = {p for p in model.parameters() if not p.requires_grad} if wrap == "base ignored" else None
-        for part in (*model.base_model.model.model.layers, model):
-            fully_shard(part, ignored_params=frozen)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    generator, losses = torch.Generator().manual_seed(1), []
-    for _ in range(4):
-        ids = torch.randint(0, 97, (2, 2, 12), generator=generator)[distributed.get_rank()]
-        optimizer.zero_grad()
-        value = wrapped(input_ids=ids, labels=ids).loss
-        value.backward()
-        optimizer.step()
-        mean = value.detach().clone()
-        distributed.all_reduce(mean)
-        losses.append(float(mean) / 2)
-    return losses, sorted({row.way for row in qdora.peft.report(model).values()})
-
-
-if __name__ == "__main__":
-    distributed.init_process_group("gloo")
-    found = {}
-    for wrap in ("ddp", "base ignored", "base sharded"):
-        found[f"{wrap}, peft"] = trained_in_processes(wrap)
-        qdora.peft.patch()
-        found[f"{wrap}, qdora"] = trained_in_processes(wrap)
-        unpatch()
-    if distributed.get_rank() == 0:
-        print(json.dumps(found))
-    distributed.destroy_process_group()
