@@ -25,13 +25,13 @@ from transformers import (
 
 from qdora.errors import UserError
 from qdora.model.adapter_file import load_adapter, save_adapter
-from qdora.model.build_model import put_adapters, recompute_activations
+from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers, inject, matches
 from qdora.model.inplace_outputs import keep_inplace_outputs_, weights_unread
 from qdora.model.loftq import nearest_low_rank, start_adapters, start_from_error_
 from qdora.model.pruning import Pruner
 from qdora.model.source import resolve
-from qdora.recipe.settings import AdapterConfig, PruneConfig
+from qdora.recipe.settings import PruneConfig
 from tests import support
 
 BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -99,14 +99,6 @@ def test_starts_of_the_factors():
         assert not layer.lora_B.any()
     first, second = (start(generator=torch.Generator().manual_seed(7)) for _ in range(2))
     assert all(torch.equal(one.lora_A, two.lora_A) for one, two in zip(first, second, strict=True))
-
-
-def test_a_run_stores_the_factors_as_its_recipe_says(tmp_path):
-    recipe = support.tiny_recipe(tmp_path)
-    for kind, changes in (("bfloat16", {}), ("float32", {"dtype": "float32"}), ("bfloat16", {"kind": "magnitude"})):
-        model = support.llama()
-        put_adapters(model, recipe.model_copy(update={"adapter": AdapterConfig(**changes)}))
-        assert {str(layer.lora_A.dtype) for layer in adapted_layers(model).values()} == {f"torch.{kind}"}
 
 
 @pytest.mark.parametrize("is_loaded", [False, True])

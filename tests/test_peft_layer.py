@@ -294,9 +294,7 @@ OPERATIONS: dict[str, Operation] = {
     **each("three_steps", lambda c: on(lambda m: trained(m, c)), OPTIMIZERS),
     **each("merged", lambda c: on(call("merge_adapter", safe_merge=c), out), {"unsafely": False, "safely": True}),
     **each(
-        "hook_on_the_layer",
-        lambda c: on(in_layer("register_forward_hook", lambda *given: c(given[-1])), grads),
-        HOOKS,
+        "hook_on_the_layer", lambda c: on(in_layer("register_forward_hook", lambda *given: c(given[-1])), grads), HOOKS
     ),
     **each(
         "frozen",
