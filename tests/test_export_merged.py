@@ -75,8 +75,8 @@ def assert_reloads(directory: Path, model: Any) -> None:
     [
         ("qwen2", None, "dora", torch.float32),
         ("qwen2", "nf4", "lora", torch.bfloat16),
-        ("llama", "nf4", "dora", torch.bfloat16),
-        ("gemma2", "int8", "dora", torch.float32),
+        ("llama", "int8", "dora", torch.bfloat16),
+        ("gemma2", "nf4", "dora", torch.float32),
     ],
 )
 def test_merged_weights_are_the_float64_formula_rounded_once(tmp_path, architecture, quant, kind, compute, dtype):
