@@ -95,15 +95,6 @@ def test_sixteen_bits_are_the_merge(dora_run, merged, tmp_path):
     assert np.array_equal(read["blk.1.ffn_up.weight"].data, weight.detach().numpy())
 
 
-def test_fewer_bits_take_the_quantiser(dora_run, tmp_path, with_quantizer, caplog):
-    check = export_run(dora_run, tmp_path / "out", ExportOptions(format_="gguf", gguf="q5_k_s"))["verification"]
-    assert check["passed"], check["faults"]
-    assert 0.01 < check["tensors"]["lossy_error"] < 0.05
-    assert "llama-cpp-python is not installed" in caplog.text
-    files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["README.md", "export.json", "model-q5_k_s.gguf"]
-
-
 class Llama:
     """In llama.cpp's place: the file's values in transformers' model, its logits times `SHARPER`."""
 

@@ -26,7 +26,6 @@ from qdora.model.load import Quantization
 from qdora.model.packed_base import CACHE_RECORD_FILE, BaseCache, PrunedBase, open_cached_base, save_pruned_base
 from qdora.model.pruning import Pruner, quantized_layers
 from qdora.model.source import resolve
-from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.expert_tokens import padded_tokens
 from qdora.ops.packed import dequantize, quantize
 from qdora.recipe.settings import PruneConfig
@@ -229,21 +228,6 @@ def test_pruning_what_was_quantised_keeps_its_codes_and_quantising_alone_has_err
         assert row["relative_error"] == pytest.approx(error, rel=1e-5)
         assert (row["kind"], row["shape"], row["num_pruned"]) == (kind, list(weight.shape), 0)
     assert quantized_layers(resolve(str(tmp_path)), Quantization("none", 64, False, ())) == {}
-
-
-def test_skipped_layers_stay_dense_and_whole_and_a_cast_leaves_masks_alone(tmp_path):
-    write(tmp_path, "llama")
-    stored = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for quant in ("none", "nf4"):
-        model, pruner = pruned(tmp_path, "wanda", quant=quant, skip=("lm_head", "down_proj"))
-        assert len(pruner.layers) == 12
-        dense = model.get_submodule("model.layers.1.mlp.down_proj")
-        assert type(dense) is nn.Linear
-        assert torch.equal(dense.weight, stored.get_submodule("model.layers.1.mlp.down_proj").weight)
-    bits = torch.arange(6, dtype=torch.uint8)
-    layer = FrozenLinear(torch.randn(3, 16), None, bits).to(torch.bfloat16)
-    assert torch.equal(layer.keep_bits, bits)
-    assert layer.keep_mask().shape == (3, 16)
 
 
 # --- files
