@@ -292,10 +292,10 @@ def is_text(name: str) -> bool:
     return not any(part in name for part in ("visual.", "vision_tower.", "multi_modal_projector."))
 
 
-@pytest.mark.parametrize(
-    ("family", "published"),
-    [*((family, True) for family in support.FAMILIES), ("gemma3", False), ("qwen2_5_vl", False)],
-)
+PUBLISHED = [(family, True) for family in support.FAMILIES] + [("gemma3", False), ("qwen2_5_vl", False)]
+
+
+@pytest.mark.parametrize(("family", "published"), PUBLISHED)
 def test_a_text_gets_the_logits_of_the_whole_model(family, published, tmp_path):
     stored = support.write_multimodal(tmp_path, family, published=published)
     whole, model = whole_model(tmp_path), load_checkpoint(tmp_path)
