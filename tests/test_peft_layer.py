@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from operator import methodcaller as call
 from pathlib import Path
@@ -201,21 +200,6 @@ def new_base_weight(model: Any) -> None:
     layer_of(model).base_layer.weight = weight.to("cpu")
 
 
-def in_threads(model: Any) -> list[Tensor]:
-    model.eval()  # `out` would change the mode in each thread
-    run = torch.no_grad()(lambda index: model(input_ids=(IDS + index) % 97).logits.clone())
-    with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(run, range(8)))
-
-
-def second_anew(model: Any) -> None:
-    model.delete_adapter("second")
-    torch.manual_seed(4)
-    model.add_adapter("second", lora_config(r=2))
-    model.set_adapter("second")
-    moved(model, 8)
-
-
 def saved(path: Path, **options: Any) -> str:
     moved(make(**options), 9).save_pretrained(path / "other")
     return str(path / "other")
@@ -254,21 +238,15 @@ mixed_batch = within(lambda m: nullcontext(m.eval()), lambda m: m(input_ids=IDS,
 GRADIENTS: dict[str, dict[str, Any]] = KINDS | {
     "rslora": {"use_rslora": True},
     "rank_pattern": {"rank_pattern": {"q_proj": 2, "up_proj": 8}, "alpha_pattern": {"up_proj": 3}},
-    "random": {"init_lora_weights": False},
     "head": {"modules_to_save": ["lm_head"]},
-    "bias_all": {"bias": "all"},
     "lora_bias": LORA | {"lora_bias": True},
 }
 BASES: dict[str, dict[str, Any]] = {
     "fp4": {"quant_type": "fp4"},
     "plain_scales": {"compress_statistics": False},
     "blocks_of_128": {"blocksize": 128, "hidden_size": 128},
-    "blocks_of_32": {"blocksize": 32},
-    "two_blocks": {"num_hidden_layers": 2},
-    "stored_as_bfloat16": {"quant_storage": BF16},
     "stored_as_float32": {"quant_storage": FLOAT},
     "bfloat16": {"dtype": BF16},
-    "bfloat16_products": {"compute": BF16},
     "bfloat16_in_float32_products": {"dtype": BF16, "compute": FLOAT},
     "float16": {"dtype": torch.float16},
     "mlp_bias": {"mlp_bias": True},
@@ -330,10 +308,8 @@ OPERATIONS: dict[str, Operation] = {
     "scaled": on(
         out, in_layer("scale_layer", 3.0), out, in_layer("unscale_layer"), in_layer("set_scale", "default", 0.5), out
     ),
-    "rescaled_for_a_while": on(within(lambda m: peft.helpers.rescale_adapter_scale(m, 0.3), out), out),
     "switched": on(out, to_second, grads, to_first, grads, to_second, grads, second=LORA | {"r": 8}),
     "deleted": on(to_second, call("delete_adapter", "default"), grads, second={}),
-    "deleted_and_added": on(out, second_anew, out, second={}),
     "mixed_batch": on(mixed_batch, second=LORA, **LORA),
     "mixed_batch_of_dora": on(mixed_batch, second={}),
     "activated_lora": on(alora_invocation_tokens=[int(IDS[0, 5])], **LORA),
@@ -344,7 +320,6 @@ OPERATIONS: dict[str, Operation] = {
     "copied_into": on(out, write(lambda _, p: p.copy_(1.3 * p)), out),
     "data_written_between_modes": on(out, write(lambda _, p: p.data.mul_(1.3)), call("train"), out),
     "deep_copied": on(out, lambda m: trained(copy.deepcopy(m), lambda p: torch.optim.SGD(p, 0.1)), out),
-    "in_threads": on(in_threads),
     "base_replaced": on(out, lambda m: new_base(m, True), out),
     "base_weight_replaced": on(out, new_base_weight, out),
     "base_written": on(out, lambda m: layer_of(m).base_layer.weight.data[:100].fill_(0x5A), qdora.peft.changed, out),
