@@ -175,7 +175,7 @@ def is_mapped(address: int) -> bool:
 
 TYPE = "false_gpu"
 # Imported once for all processes: they need what these import, which takes seconds.
-_PRELOADED = ("tests.test_false_gpu", "tests.test_gpu_launches", "tests.test_gpu_waits", "tests.test_model_known_masks")
+_PRELOADED = ("tests.test_false_gpu", "tests.test_gpu_launches", "tests.test_gpu_waits", "tests.test_model_attention")
 Kind = Literal["launch", "copy", "wait"]
 aten = torch.ops.aten
 _CREATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}

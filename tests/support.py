@@ -49,7 +49,7 @@ from transformers import (
 from qdora.data.batching import IGNORED, Batching, MicroBatch, micro_batches
 from qdora.data.loader import Step
 from qdora.data.tokenize import TokenizedExample
-from qdora.errors import Interrupted
+from qdora.errors import Interrupted, UserError
 from qdora.memory.host_residency import HostResidency
 from qdora.memory.sharded_base import ShardedBase
 from qdora.model.build_model import recompute_activations
@@ -223,6 +223,16 @@ def move_adapters_(layers: dict[str, AdaptedLinear]) -> None:
             layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.2)
             if layer.magnitude is not None:
                 layer.magnitude *= 0.9 + 0.2 * torch.rand(layer.magnitude.shape, generator=generator)
+
+
+def assert_refused(words: Sequence[str], call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """A call is refused with as many faults as `words`, and each of these patterns is found in one."""
+    with pytest.raises(UserError) as raised:
+        call(*arguments, **options)
+    faults = raised.value.faults
+    assert len(faults) == len(words), faults
+    assert all(any(re.search(each, fault) for fault in faults) for each in words), faults
+    assert not [fault for fault in faults if "\n" in fault or len(fault) > 1000]
 
 
 def logits_of(model: Any, ids: torch.Tensor = LM_IDS) -> torch.Tensor:

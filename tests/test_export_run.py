@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,6 @@ import peft
 import pytest
 import torch
 from huggingface_hub.errors import HTTPError
-from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
@@ -37,19 +34,15 @@ from qdora.model.adapter_file import load_adapter
 from qdora.model.inject import adapted_layers
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.run.load_run import load_run, load_target
+from qdora.run.load_run import load_run
 from qdora.run.train import train_run
 from tests import support
 
 IDS = torch.tensor([[1, 17, 30, 5, 44, 26, 9, 120, 3, 3, 77]])
-PEFT = ExportOptions(format_="peft")
-ONE_STEP: dict[str, Any] = {
-    "train__steps": 1,
-    "train__checkpoint_every": ...,
-    "eval__at_start": False,
-    "eval__at_end": False,
-    "eval__limit": ...,
-}
+PEFT, NF4 = ExportOptions(format_="peft"), ExportOptions(format_="nf4-lora")
+ADAPTER_CONFIG = "adapter/adapter_config.json"
+ONE_STEP: dict[str, Any] = {"train__steps": 1, "train__checkpoint_every": ..., "eval__limit": ...}
+ONE_STEP |= {"eval__at_start": False, "eval__at_end": False}
 
 
 class FakeHub:
@@ -79,9 +72,8 @@ def nothing_local(directory: Path, *places: Path) -> None:
     """No text file of an export tells where it was made."""
     texts = [path for path in directory.rglob("*") if path.suffix in (".json", ".md", ".jinja")]
     assert len(texts) > 1
-    for path in texts:
-        for place in (*places, *(place.parent for place in places)):
-            assert str(place) not in path.read_text(), path
+    for place in (*places, *(place.parent for place in places)):
+        assert not [path for path in texts if str(place) in path.read_text()]
 
 
 def with_adapter(directory: Path) -> Tensor:
@@ -98,53 +90,31 @@ def with_adapter(directory: Path) -> Tensor:
 
 def test_nf4_lora_is_moved_and_uploaded(dora_run, tmp_path, monkeypatch):
     out, hub = tmp_path / "out", FakeHub(monkeypatch)
-    exported = export_run(dora_run, out, ExportOptions(format_="nf4-lora", push="mine"))
+    exported = export_run(dora_run, out, replace(NF4, push="mine"))
     assert exported.pop("pushed") == "https://hub/me/mine/commit/1"
     assert hub.private == {"mine": True}
     assert hub.files == {"me/mine": sorted(path.name for path in out.iterdir())}
-    check = exported["verification"]
-    assert check["passed"], check["faults"]
-    assert check["exported_vs_reference"]["max_logit_difference"] < 1e-5
+    assert exported["verification"]["exported_vs_reference"]["max_logit_difference"] < 1e-5
     assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(exported))
     assert (exported["directory"], exported["dtype"]) == ("out", "float32")
     assert exported["scale_error_if_double_quantised"]["mean"] > 1e-4
-    card = (out / "README.md").read_text()
-    assert "PeftModel.from_pretrained" in card
-    assert "Against the adapter in float32: largest logit difference" in card
-    assert json.loads((out / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] is None
-    nothing_local(out, tmp_path, dora_run)
+    assert "Against the adapter in float32: largest logit difference" in (out / "README.md").read_text()
+    assert json.loads((out / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] is None
     before, moved = with_adapter(out), tmp_path / "elsewhere/model"
     moved.parent.mkdir()
     out.rename(moved)
     assert torch.equal(before, with_adapter(moved))
-    assert adapted_layers(load_target(str(moved), verb="eval").model)
     # With the name of its owner the adapter's file can name its base.
-    export_run(dora_run, out, ExportOptions(format_="nf4-lora", push="me/mine", public=True))
-    assert json.loads((out / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "me/mine"
+    export_run(dora_run, out, replace(NF4, push="me/mine", public=True))
+    assert json.loads((out / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == "me/mine"
     assert hub.private["me/mine"] is False
 
 
-def test_the_adapter_alone(dora_run, tmp_path):
-    exported = export_run(dora_run, tmp_path / "out", replace(PEFT, audit=True))
-    assert exported["audit"]["forms"]["merged"]["logits"]["kl_mean"] < 1e-5
-    assert json.loads((tmp_path / "out/export.json").read_text()) == json.loads(json.dumps(exported))
-    assert "\nlibrary_name: peft\n" in (tmp_path / "out/README.md").read_text()
-    assert not list((tmp_path / "out").glob("tokenizer*"))  # its base has it
-    nothing_local(tmp_path / "out", tmp_path, dora_run)
-
-
-@pytest.mark.parametrize("setting", ["data__chat_template", "model__tokenizer"])
-def test_an_adapter_has_the_tokenizer_if_it_is_not_that_of_the_base(tmp_path, setting):
-    template = support.CHATML + "{# own #}"
-    (tmp_path / "own.jinja").write_text(template)
-    support.tokenizer(chat_template=template).save_pretrained(tmp_path / "own")
-    chat = {"messages": [{"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"}]}
-    (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 8)
-    values = {"data__chat_template": str(tmp_path / "own.jinja"), "model__tokenizer": str(tmp_path / "own")}
-    mix = [{"source": str(tmp_path / "chats.jsonl"), "format": "messages"}]
-    train_run(support.tiny_recipe(tmp_path, **ONE_STEP, data__mix=mix, **{setting: values[setting]}), tmp_path / "run")
+def test_an_adapter_has_the_tokenizer_if_it_is_not_that_of_the_base(tmp_path):
+    support.tokenizer(chat_template="own").save_pretrained(tmp_path / "own")
+    train_run(support.tiny_recipe(tmp_path, **ONE_STEP, model__tokenizer=str(tmp_path / "own")), tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out", PEFT)
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "own"
 
 
 def opened(run: Path) -> Any:
@@ -158,20 +128,20 @@ def opened(run: Path) -> Any:
         ("merged", ExportOptions(dtype="float16", shard_size="30KB"), "merged into one dense weight per layer"),
         ("original", ExportOptions(dtype="float16", base="original"), "merged into the original weights"),
         ("requantized", ExportOptions(dtype="float32", requantize=True), "quantised to 4 bits again"),
-        ("nf4-lora", ExportOptions(format_="nf4-lora"), "PeftModel.from_pretrained"),
+        ("nf4-lora", NF4, "PeftModel.from_pretrained"),
     ],
 )
 def test_each_form_with_its_card_is_the_form_in_memory_that_the_audit_compares(
     dora_run, tmp_path, form, options, words
 ):
-    out, model = tmp_path / "out", dora_run.parent / "model"
-    (model / "README.md").write_text("---\nlicense: mit\n---\n")
-    (model / "LICENSE").write_text("Permission is hereby granted")
+    out, beside = tmp_path / "out", {"README.md": "---\nlicense: mit\n---\n", "LICENSE": "Permission is granted"}
+    for name, text in beside.items():
+        (dora_run.parent / "model" / name).write_text(text)
     try:
         exported = export_run(dora_run, out, options)
     finally:
-        (model / "README.md").unlink()
-        (model / "LICENSE").unlink()
+        for name in beside:
+            (dora_run.parent / "model" / name).unlink()
     check, card = exported["verification"], (out / "README.md").read_text()
     assert check["passed"], check["faults"]
     assert (len(exported["files"]) > 3) == (options.shard_size is not None)
@@ -179,8 +149,7 @@ def test_each_form_with_its_card_is_the_form_in_memory_that_the_audit_compares(
         assert (exported["base"], exported["requantized"]) == (options.base or "dequantized", options.requantize)
     if options.requantize:
         assert check["exported_vs_reference"]["mean_logit_difference"] > 1e-3
-        assert "quantization_config" in json.loads((out / "config.json").read_text())
-    assert (out / "LICENSE").read_text() == "Permission is hereby granted"
+    assert (out / "LICENSE").read_text() == "Permission is granted"
     said = (words, "\nlicense: mit\n", "Its texts are beside this card: `LICENSE`.", "Fine-tuned from `model` with")
     assert all(each in card for each in (*said, "| steps | 3 of 3 |"))
     assert re.search(r"^- sums \(\d draws of 28 examples in all steps\)$", card, re.MULTILINE)
@@ -201,26 +170,14 @@ def test_each_form_with_its_card_is_the_form_in_memory_that_the_audit_compares(
 
 
 def test_a_model_that_overflows_in_float16_is_merged_in_bfloat16(tmp_path, caplog):
-    sizes = support.LM_SIZES | {"hidden_size": 64, "vocab_size": 400, "head_dim": 16, "num_hidden_layers": 1}
-    AutoModelForCausalLM.from_config(Gemma2Config(**sizes)).save_pretrained(tmp_path / "model")
+    config = Gemma2Config(**support.LM_SIZES | {"vocab_size": 400, "head_dim": 16, "num_hidden_layers": 1})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     support.tokenizer().save_pretrained(tmp_path / "model")
     train_run(support.tiny_recipe(tmp_path, **ONE_STEP), tmp_path / "run")
     for dtype, written in ((None, "bfloat16"), ("float16", "float16")):
-        shown, out = Console(file=io.StringIO(), width=200), tmp_path / written
-        assert export_run(tmp_path / "run", out, ExportOptions(dtype=dtype), console=shown)["dtype"] == written
-        assert json.loads((out / "config.json").read_text())["dtype"] == written
-        assert ("the export is in bfloat16: activations of gemma2" in shown.file.getvalue()) == (dtype is None)
+        export_run(tmp_path / "run", tmp_path / written, ExportOptions(dtype=dtype))
+        assert json.loads((tmp_path / written / "config.json").read_text())["dtype"] == written
         assert ("--dtype float16: activations of gemma2 models can overflow" in caplog.text) == (dtype is not None)
-
-
-def test_an_export_that_does_not_fit_beside_the_model_is_not_compared_by_logits(dora_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("qdora.export.verify.get_max_memory", lambda: {"cpu": 70_000})
-    shown: Any = Console(file=io.StringIO(), width=200)
-    assert export_run(dora_run, tmp_path / "out", ExportOptions(requantize=True), console=shown)["verification"][
-        "passed"
-    ]
-    for text in (shown.file.getvalue(), (tmp_path / "out/README.md").read_text()):
-        assert "passed without a comparison of logits" in text
 
 
 def test_zero_rows_are_refused_for_peft_which_would_compute_nan():
@@ -261,8 +218,7 @@ def test_the_audit_compares_every_form(dora_run, tmp_path):
     merge = opened(dora_run)
     of_gguf = replace(merge, merge=replace(merge.merge, source=replace(merge.merge.source, kind="gguf")))
     form = export_forms(load_run(dora_run).model, of_gguf, torch.float16)["original"]
-    assert isinstance(form, str)
-    assert "is a GGUF file, not the 16-bit model" in form
+    assert "is a GGUF file, not the 16-bit model" in str(form)
 
 
 # --- uploads
@@ -294,7 +250,7 @@ REFUSED: list[tuple[ExportOptions, list[str]]] = [
     (replace(PEFT, dtype="float16"), ["--dtype: has no effect on --format peft"]),
     (ExportOptions(format_="nf4lora"), [r"got 'nf4lora', must be one of merged, .*gguf\. Did you mean 'nf4-lora'\?"]),
     (
-        ExportOptions(format_="nf4-lora", base="original", requantize=True),
+        replace(NF4, base="original", requantize=True),
         ["--base: has no effect on --format nf4-lora", "--requantize: has no effect", "--requantize: is not used with"],
     ),
     (ExportOptions(base="orignal"), [r"--base: got 'orignal', must be one of .*\. Did you mean 'original'"]),
@@ -304,24 +260,17 @@ REFUSED: list[tuple[ExportOptions, list[str]]] = [
     ),
     (ExportOptions(gguf="q8_0"), ["--gguf-type: has no effect on --format merged"]),
     (ExportOptions(format_="gguf", gguf="q8"), [r"--gguf-type: got 'q8', .*\. Did you mean 'q8_0'"]),
-    *((ExportOptions(shard_size=text), ["--shard-size: must be"]) for text in ("", "2", "5000", "GB", "-1GB", "0GB")),
+    *((ExportOptions(shard_size=text), ["--shard-size: must be"]) for text in ("", "2", "GB", "-1GB", "0GB")),
     *((ExportOptions(push=name), ["--push: got "]) for name in ("", "a/b/c", "../x", "a b", "my--model", 97 * "a")),
 ]
 
 
 @pytest.mark.parametrize("options, words", REFUSED)
-def test_options_without_effect_are_refused(options, words):
-    with pytest.raises(UserError) as raised:
-        check_options(options)
-    assert len(raised.value.faults) == len(words)
-    for fault, each in zip(raised.value.faults, words, strict=True):
-        assert re.search(each, fault), fault
-
-
-@pytest.mark.parametrize("text, size", [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("2TB", 2 * 10**12)])
-def test_shard_sizes(text, size):
-    assert ExportOptions(shard_size=text).shard_bytes == size
+def test_options_without_effect_are_refused_and_others_are_not(options, words):
+    support.assert_refused(words, check_options, options)
     check_options(ExportOptions(format_="gguf", gguf="q4_k_m", base="original"))
+    for text, size in (("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("2TB", 2 * 10**12)):
+        assert ExportOptions(shard_size=text).shard_bytes == size
 
 
 def test_places_where_nothing_can_be_made_are_refused_before_the_export(dora_run, tmp_path, monkeypatch):
@@ -331,46 +280,27 @@ def test_places_where_nothing_can_be_made_are_refused_before_the_export(dora_run
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
-    standing = r"is the working directory\. Fix: name a directory inside it"
     for place, words in (
         *((tmp_path / name, "Fix: name another directory") for name in ("file/out", "n" * 250, "n" * 300)),
         (Path("/proc/x/y"), "/proc/x/y: .* Fix: name another directory"),
-        *((Path(place), standing) for place in (".", tmp_path / "here", "../here")),
+        (Path(), r"is the working directory\. Fix: name a directory inside it"),
         (tmp_path / "disk", r"disk: is a mount point\. Fix: name a directory inside it"),
     ):
         with pytest.raises(UserError, match=words):
             export_run(dora_run, place, PEFT)
-    with (
-        work_lock(tmp_path / ".out.lock", "first"),
-        pytest.raises(UserError, match="out: another process works on it"),
-    ):
+    with work_lock(tmp_path / ".out.lock", "first"), pytest.raises(UserError, match="out: another process works on it"):
         export_run(dora_run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "file", "here"]
-    export_run(dora_run, tmp_path / "disk/out", PEFT)
 
 
 # --- what is left where an export stops
 
 
-def raising(error: BaseException) -> Callable[..., Any]:
-    def fails(*_: object, **__: object) -> Any:
-        raise error
-
-    return fails
-
-
-FULL, TOO_LARGE = (OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EFBIG))
-NF4 = ExportOptions(format_="nf4-lora")
-
-
 @pytest.mark.parametrize(
     "options, at, error, is_kept",
     [
-        (ExportOptions(), (checkpoint_writer, "write_safetensors"), TOO_LARGE, False),
-        (PEFT, (export_module, "atomic_write_json"), FULL, False),  # the last file
+        (PEFT, (export_module, "atomic_write_json"), OSError(errno.ENOSPC, "No space left"), False),  # the last file
         (ExportOptions(), (export_module, "run_card"), KeyboardInterrupt(), False),  # after the check
-        (NF4, (export_module, "run_card"), KeyboardInterrupt(), False),
-        (PEFT, (export_module, "run_card"), KeyboardInterrupt(), False),
         (NF4, (export_module, "verify_nf4_lora"), torch.OutOfMemoryError("20 GiB"), True),
         (replace(PEFT, audit=True), (export_module, "_audit"), torch.OutOfMemoryError("20 GiB"), True),
     ],
@@ -378,21 +308,21 @@ NF4 = ExportOptions(format_="nf4-lora")
 def test_a_directory_of_that_name_holds_finished_weights_or_does_not_exist(
     dora_run, tmp_path, monkeypatch, caplog, options, at, error, is_kept
 ):
+    def fails(*_: object, **__: object) -> Any:
+        raise error
+
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(*at, raising(error))
+        patch.setattr(*at, fails)
         with pytest.raises(RunFailure if isinstance(error, OSError) else type(error)) as raised:
             export_run(dora_run, out, options)
-    if isinstance(error, OSError):
-        assert "out: cannot be written: the disk is full." in str(raised.value)
     if is_kept:
-        said = f"{out}: the weights are complete and kept, but the export stopped before its check"
-        assert said in caplog.text
+        assert f"{out}: the weights are complete and kept, but the export stopped before its check" in caplog.text
         assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
         assert list(out.glob("*.safetensors"))
         assert not (out / "export.json").exists()
         return
+    assert isinstance(error, KeyboardInterrupt) or "out: cannot be written: the disk is full." in str(raised.value)
     assert list(tmp_path.iterdir()) == []
-    exported = export_run(dora_run, out, options)  # the same again
-    assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(exported))
+    export_run(dora_run, out, options)  # the same again
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

@@ -17,8 +17,6 @@ from transformers import (
     FalconForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    Mamba2Config,
-    Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     OlmoConfig,
@@ -27,14 +25,13 @@ from transformers import (
 
 from qdora.errors import UserError
 from qdora.model.adapter_file import load_adapter, save_adapter
-from qdora.model.build_model import put_adapters, recompute_activations
+from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers, inject, matches
 from qdora.model.inplace_outputs import keep_inplace_outputs_, weights_unread
 from qdora.model.loftq import nearest_low_rank, start_adapters, start_from_error_
 from qdora.model.pruning import Pruner
 from qdora.model.source import resolve
-from qdora.recipe.settings import AdapterConfig, PruneConfig
-from qdora.run.train import train_run
+from qdora.recipe.settings import PruneConfig
 from tests import support
 
 BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -104,32 +101,23 @@ def test_starts_of_the_factors():
     assert all(torch.equal(one.lora_A, two.lora_A) for one, two in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("changes", [{}, {"dtype": "float32"}, {"kind": "lora"}, {"kind": "magnitude"}], ids=str)
-def test_a_run_stores_the_factors_as_its_recipe_says(tmp_path, changes):
-    recipe, model = support.tiny_recipe(tmp_path), support.llama()
-    put_adapters(model, recipe.model_copy(update={"adapter": AdapterConfig(**changes)}))
-    layers = adapted_layers(model).values()
-    assert {str(layer.lora_A.dtype) for layer in layers} == {f"torch.{changes.get('dtype', 'bfloat16')}"}
-
-
-@pytest.mark.parametrize("how", ["injected", "loaded"])
-def test_data_parallel_training_does_not_send_the_base(how, tmp_path):
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_data_parallel_training_does_not_send_the_base(is_loaded, tmp_path):
     """DistributedDataParallel broadcasts buffers before each forward pass: the packed base is not among them."""
     model = support.llama()
     inject(model, rank=2)
-    if how == "loaded":
+    if is_loaded:
         save_adapter(model, tmp_path / "adapter", base_name_or_path="base", revision=None, base_quant={})
         model = support.llama()
         load_adapter(model, tmp_path / "adapter")
-    store = torch.distributed.FileStore(str(tmp_path / "s"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         sent = {id(buffer) for buffer in torch.nn.parallel.DistributedDataParallel(model).modules_buffers}
     finally:
         torch.distributed.destroy_process_group()
-    held = [buffer for layer in adapted_layers(model).values() for buffer in layer.buffers()]
+    held = {id(buffer) for layer in adapted_layers(model).values() for buffer in layer.buffers()}
     assert held
-    assert not sent & {id(buffer) for buffer in held}
+    assert not sent & held
 
 
 def test_all_faults_are_told_at_once():
@@ -166,23 +154,35 @@ def test_nearest_low_rank(rows, columns, rank, seed):
     assert not nearest_low_rank(torch.zeros(rows, columns), rank)[0].any()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", ["dora", "lora"])
-def test_the_start_is_nearer_to_the_source(tmp_path, kind, masked):
-    support.checkpoint(tmp_path, support.CHECKPOINT_CONFIGS["llama-tied-biased"])
-    placer = Pruner(PruneConfig(method="magnitude", pattern="2:4"))
-    model = support.load_checkpoint(tmp_path, quant="nf2", placer=placer)
-    original = support.load_checkpoint(tmp_path)
-    layers = inject(model, kind=kind, rank=8, alpha=8.0, dtype=torch.float32, masked=masked)
+@pytest.mark.parametrize(
+    ("name", "masked", "share", "kind"),
+    [
+        ("llama-tied-biased", True, "none", "dora"),
+        ("llama-tied-biased", False, "none", "lora"),
+        *(("gpt_oss", False, share, "dora") for share in ("none", "A", "B")),
+    ],
+)
+def test_the_start_is_nearer_to_the_source(tmp_path, name, masked, share, kind):
+    """Each expert has a start of its own; those that share a factor have the nearest of all together."""
+    if name == "gpt_oss":
+        support.write_mixture(tmp_path, name)
+    else:
+        support.checkpoint(tmp_path, support.CHECKPOINT_CONFIGS[name])
+    placer = Pruner(PruneConfig(method="magnitude", pattern="2:4")) if masked else None
+    model, original = support.load_checkpoint(tmp_path, quant="nf2", placer=placer), support.load_checkpoint(tmp_path)
+    targets: Any = "experts" if name == "gpt_oss" else "all-linear"
+    options: dict[str, Any] = {"rank": 3, "alpha": 6.0, "dtype": torch.float32, "masked": masked, "share": share}
+    layers = inject(model, kind=kind, targets=targets, **options)
     left = start_from_error_(model, resolve(str(tmp_path)))
     assert left.keys() == layers.keys()
     for path, layer in layers.items():
         weight, base = original.get_submodule(path).weight.double().numpy(), layer.base.dequantized().double().numpy()
         keep = layer.base.keep_mask().numpy() if masked else 1.0
         error = (weight - base) * keep
-        u, s, v = np.linalg.svd(error)
-        update = (u[:, :8] * s[:8]) @ v[:8]
-        np.testing.assert_allclose((layer.lora_B @ layer.lora_A).detach().numpy(), update, atol=2e-5)
+        parts = support.parts_of_experts(torch.from_numpy(error), 4 if name == "gpt_oss" else 1, share)
+        squares = [np.linalg.svd(part.numpy(), compute_uv=False)[3:] ** 2 for part in parts]
+        update = 2.0 * (layer.lora_B @ layer.lora_A).detach().numpy().reshape(base.shape)
+        assert np.linalg.norm(error - update) ** 2 == pytest.approx(np.sum(squares), rel=1e-3)
         rest = np.linalg.norm(error - update * keep) / np.linalg.norm(error)
         assert left[path] == pytest.approx(rest, abs=1e-4)
         assert rest < 1
@@ -190,28 +190,9 @@ def test_the_start_is_nearer_to_the_source(tmp_path, kind, masked):
         np.testing.assert_allclose(merged, base + update * keep, atol=2e-5)
 
 
-@pytest.mark.parametrize("share", ["none", "A", "B"])
-def test_each_expert_has_a_start_of_its_own(tmp_path, share):
-    """Experts that share a factor have the nearest of all together."""
-    support.write_mixture(tmp_path, "gpt_oss")
-    model, original = support.load_checkpoint(tmp_path, quant="nf2"), support.load_checkpoint(tmp_path)
-    layers = inject(model, rank=3, alpha=6.0, dtype=torch.float32, targets="experts", share=share)
-    left = start_from_error_(model, resolve(str(tmp_path)))
-    assert len(layers) == 4
-    for path, layer in layers.items():
-        weight, base = original.get_submodule(path).weight.double().numpy(), layer.base.dequantized().double().numpy()
-        error = weight - base
-        parts = support.parts_of_experts(torch.from_numpy(error), 4, share)
-        squares = [np.linalg.svd(part.numpy(), compute_uv=False)[3:] ** 2 for part in parts]
-        assert left[path] == pytest.approx(np.sqrt(np.sum(squares)) / np.linalg.norm(error), abs=1e-4)
-        update = 2.0 * (layer.lora_B @ layer.lora_A).detach().numpy().reshape(base.shape)
-        assert np.linalg.norm(error - update) / np.linalg.norm(error) == pytest.approx(left[path], abs=1e-4)
-        np.testing.assert_allclose(layer.merged_weight(torch.float64).numpy(), base + update, atol=2e-5)
-
-
 def test_a_run_starts_from_it_where_its_recipe_says_and_a_tied_head_has_no_error(tmp_path):
     """The checkpoint holds the weight of the head once, by the name of the embedding; the base has it dense."""
-    recipe = support.tiny_recipe(tmp_path, base__quant="nf3", adapter__init="loftq", train__steps=1)
+    recipe = support.tiny_recipe(tmp_path, base__quant="nf3", adapter__init="loftq")
     source = resolve(recipe.model.source)
     model = support.load_checkpoint(source.path, quant="nf4")
     inject(model, rank=2, targets=["lm_head", "q_proj"], dtype=torch.float32)
@@ -222,8 +203,6 @@ def test_a_run_starts_from_it_where_its_recipe_says_and_a_tied_head_has_no_error
     left = start_from_error_(model, source)
     assert left["lm_head"] == 1.0
     assert 0 < left["model.layers.0.self_attn.q_proj"] < 1
-    train_run(recipe, tmp_path / "run")
-    assert "LoftQ: the adapters start from the error" in (tmp_path / "run/log.txt").read_text()
 
 
 # --- models that do not treat linear layers as functions: the gradient of the magnitude is still the true one
@@ -231,22 +210,13 @@ def test_a_run_starts_from_it_where_its_recipe_says_and_a_tied_head_has_no_error
 IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
 HEADS: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MIXER: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "expand": 2}
-
-
-def olmo() -> Any:
-    """clip_qkv is applied in place, and most values are beyond it."""
-    config = OlmoConfig(**HEADS, intermediate_size=48, clip_qkv=0.05, max_position_embeddings=32, pad_token_id=0)
-    return OlmoForCausalLM(config)
-
-
-def falcon() -> Any:
-    """The output of the attention is added into that of the MLP."""
-    return FalconForCausalLM(FalconConfig(**HEADS, multi_query=True, parallel_attn=True, alibi=False))
-
-
-WRITTEN = {
-    "olmo": (olmo, {"q_proj", "k_proj", "v_proj"}),
-    "falcon": (falcon, {"dense_4h_to_h"}),
+# clip_qkv is applied in place, and most values are beyond it.
+OLMO = OlmoConfig(**HEADS, intermediate_size=48, clip_qkv=0.05, max_position_embeddings=32, pad_token_id=0)
+# The output of the attention is added into that of the MLP.
+FALCON = FalconConfig(**HEADS, multi_query=True, parallel_attn=True, alibi=False)
+WRITTEN: dict[str, tuple[Any, set[str]]] = {
+    "olmo": (lambda: OlmoForCausalLM(OLMO), {"q_proj", "k_proj", "v_proj"}),
+    "falcon": (lambda: FalconForCausalLM(FALCON), {"dense_4h_to_h"}),
     "llama": (support.llama, set()),
 }
 
@@ -279,8 +249,7 @@ def loss_of(model: Any) -> Tensor:
     return nn.functional.cross_entropy(logits[:-1], IDS[0, 1:])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("keeps_copy", [False, True], ids=["computed again", "copied"])
+@pytest.mark.parametrize(("keeps_copy", "checkpointing"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("name", ["olmo", "falcon"])
 def test_gradients_are_those_of_the_plain_formula(name, keeps_copy, checkpointing):
     model = adapted(WRITTEN[name][0])
@@ -327,33 +296,27 @@ def reading(*, in_training_alone: bool) -> Any:
     return model
 
 
-READING = {
-    "llama": (lambda: reading(in_training_alone=False), "model.layers.0.mlp.down_proj"),
-    "llama in training": (lambda: reading(in_training_alone=True), "model.layers.0.mlp.down_proj"),
-    "mamba": (lambda: MambaForCausalLM(MambaConfig(**MIXER)), "backbone.layers.0.mixer.dt_proj"),
-    "mamba 2": (
-        lambda: Mamba2ForCausalLM(Mamba2Config(**MIXER, num_heads=4, head_dim=16, n_groups=1)),
-        "backbone.layers.0.mixer.out_proj",
-    ),
-}
-
-
 def first_step(model: Any) -> None:
     keep_inplace_outputs_(model)
     model.train()(input_ids=IDS, use_cache=False)
 
 
-@pytest.mark.parametrize("name", READING)
-def test_a_model_that_reads_the_weight_of_a_layer_is_refused_in_its_first_step(name):
-    make, path = READING[name]
+@pytest.mark.parametrize(
+    ("make", "path"),
+    [
+        (lambda: reading(in_training_alone=False), "model.layers.0.mlp.down_proj"),
+        (lambda: reading(in_training_alone=True), "model.layers.0.mlp.down_proj"),
+        (lambda: MambaForCausalLM(MambaConfig(**MIXER)), "backbone.layers.0.mixer.dt_proj"),
+    ],
+    ids=["llama", "llama in training", "mamba"],
+)
+def test_a_model_that_reads_the_weight_of_a_layer_is_refused_in_its_first_step(make, path):
     model, leaf = make(), path.rpartition(".")[2]
     inject(model, rank=2)
-    if name == "llama in training":
-        keep_inplace_outputs_(model)
     fault = rf"reads the weight of {path} itself.*Fix: name {leaf} in base\.skip"
     with pytest.raises(UserError, match=fault), weights_unread(model):
         first_step(model)
-    if name == "llama":
+    if leaf == "down_proj":
         others = make()
         inject(others, targets=["gate_proj", "up_proj"], rank=2)
         keep_inplace_outputs_(others)  # as the advice says

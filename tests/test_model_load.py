@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,17 +28,21 @@ from transformers import (
 from transformers.core_model_loading import Transpose, WeightConverter
 
 from qdora.errors import UserError
-from qdora.export.merged import StreamedMerge, open_merge
 from qdora.export.nf4_lora import check_foldable
 from qdora.model.inject import frozen_layers, inject
-from qdora.model.load import Quantization
-from qdora.model.source import resolve
-from qdora.model.stored_tensors import open_safetensors
 from qdora.ops.packed import dequantize, quantize
-from tests.support import CHECKPOINT_CONFIGS, checkpoint, checkpoint_logits, load_checkpoint, one_file_checkpoint
+from tests.support import (
+    CHECKPOINT_CONFIGS,
+    assert_refused,
+    checkpoint,
+    checkpoint_logits,
+    load_checkpoint,
+    one_file_checkpoint,
+)
 
 UP = "model.layers.0.mlp.up_proj.weight"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ROTARY = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 @pytest.fixture(scope="module", params=CHECKPOINT_CONFIGS)
@@ -71,7 +74,7 @@ def test_a_dense_model_is_that_of_transformers(saved, dtype):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("quant", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_quantised_logits_equal_transformers_on_dequantised_weights(saved, quant):
     model = load_checkpoint(saved, quant=quant)
     reference = of_transformers(saved, model)
@@ -86,12 +89,8 @@ def test_quantised_logits_equal_transformers_on_dequantised_weights(saved, quant
 
 def test_weights_are_quantised_from_the_dtype_of_the_file(tmp_path):
     weight = one_file_checkpoint(tmp_path)[1][UP]
-    layer = (
-        load_checkpoint(tmp_path, quant="nf4", double_quant=False, compute_dtype=torch.bfloat16)
-        .model.layers[0]
-        .mlp.up_proj
-    )
-    expected = quantize(weight, "nf4", 64, False)
+    model = load_checkpoint(tmp_path, quant="nf4", double_quant=False, compute_dtype=torch.bfloat16)
+    layer, expected = model.model.layers[0].mlp.up_proj, quantize(weight, "nf4", 64, False)
     assert torch.equal(layer.packed, expected.packed)
     assert torch.equal(layer.absmax, expected.absmax)
     assert not torch.equal(expected.absmax, quantize(weight.bfloat16(), "nf4", 64, False).absmax)
@@ -112,27 +111,6 @@ def test_loaded_model_does_not_depend_on_the_file_and_counts_its_tensors(tmp_pat
     assert torch.equal(checkpoint_logits(model), before)
 
 
-def resident_file_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssFile"):
-            return int(line.split()[1]) * 1024
-    pytest.skip("this system does not tell resident file pages")
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_reading_keeps_one_tensor_resident(tmp_path):
-    size = 8 * 2**20
-    save_file({f"t{i}": torch.ones(size // 4) for i in range(16)}, tmp_path / "model.safetensors")
-    stored = open_safetensors(tmp_path)
-    before = most = resident_file_bytes()
-    for item in stored.values():
-        tensor = item.read()
-        assert isinstance(tensor, Tensor)
-        assert tensor.sum() == size // 4
-        most = max(most, resident_file_bytes())
-    assert most - before < 3 * size  # of 16: the one in use, the one before, and slack
-
-
 # --- which layers are quantised
 
 
@@ -149,10 +127,8 @@ def test_other_architectures(tmp_path, caplog):
     """A head of another name stays dense; a convolution is not called an expert; GPT-2 loads if it is dense."""
     sizes = {"vocab_size": 97, "hidden_size": 64, "num_attention_heads": 4, "tie_word_embeddings": False}
     neox = GPTNeoXJapaneseConfig(**sizes, intermediate_multiple_size=2, num_hidden_layers=1, max_position_embeddings=64)
-    names = {
-        name.rpartition(".")[2]
-        for name in frozen_layers(load_checkpoint(checkpoint(tmp_path / "1", neox), quant="nf4"))
-    }
+    packed = frozen_layers(load_checkpoint(checkpoint(tmp_path / "1", neox), quant="nf4"))
+    names = {name.rpartition(".")[2] for name in packed}
     assert names == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
     layers: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
     lfm = Lfm2Config(**sizes, **layers, intermediate_size=64, num_key_value_heads=1)
@@ -160,24 +136,19 @@ def test_other_architectures(tmp_path, caplog):
     assert any(isinstance(module, nn.Conv1d) for module in model.modules())
     assert "expert" not in caplog.text
     gpt2 = checkpoint(tmp_path / "3", GPT2)
-    assert torch.equal(
-        checkpoint_logits(load_checkpoint(gpt2)),
-        checkpoint_logits(AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float32)),
-    )
+    theirs = AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float32)
+    assert torch.equal(checkpoint_logits(load_checkpoint(gpt2)), checkpoint_logits(theirs))
 
 
-def test_layers_of_a_class_of_their_own_are_quantised_and_adapted_but_not_as_bitsandbytes_layers(
-    tmp_path,
-):
+def test_layers_of_a_class_of_their_own_are_quantised_and_adapted_but_not_as_bitsandbytes_layers(tmp_path):
     torch.manual_seed(0)
     config = FalconConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=False)
     dense = FalconForCausalLM(config).eval()
     dense.save_pretrained(tmp_path)
     model = load_checkpoint(tmp_path, quant="nf4")
     packed = [path for path, layer in frozen_layers(model).items() if layer.packed_weight is not None]
-    leaves = {path.rpartition(".")[2] for path in packed}
-    assert leaves == {"dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"}
-    assert len(packed) == 8
+    leaves = [path.rpartition(".")[2] for path in packed]
+    assert sorted(leaves) == sorted(["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"] * 2)
     assert list(inject(model, rank=2)) == packed
     before = checkpoint_logits(dense)
     assert len(inject(dense, rank=2)) == 8
@@ -185,42 +156,26 @@ def test_layers_of_a_class_of_their_own_are_quantised_and_adapted_but_not_as_bit
     said = "transformers does not load 8 layers of this model in 4 bits .*a FalconLinear.*--format merged"
     with pytest.raises(UserError, match=f"--format nf4-lora: {said}"):
         check_foldable(model, torch.float32)
-    held = Quantization("nf4", 64, True, ("lm_head",))
-    with pytest.raises(UserError, match=f"--requantize: {said}"):
-        open_merge(StreamedMerge(resolve(str(tmp_path)), None, held, torch.float32, requantize=True))
 
 
 # --- what is refused
 
 GPT2 = GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1)
 NF4 = {"quant": "nf4"}
+WRONG = {"quant": "nf5", "attention": "flash", "compute_dtype": torch.int8}
+GPTQ = {"quantization_config": {"quant_method": "gptq"}}
+MISSPELT = [r"base\.skip: 'upproj' matches no linear layer.*Did you mean 'up_proj'"]
 # Model, changes of its config.json, settings, and words of each fault.
 REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], list[str]]] = {
-    "skip": (
-        "llama",
-        {},
-        NF4 | {"skip": ["lm_head", "upproj"]},
-        [r"base\.skip: 'upproj' matches no linear layer.*Did you mean 'up_proj'"],
-    ),
+    "skip": ("llama", {}, NF4 | {"skip": ["lm_head", "upproj"]}, MISSPELT),
     "tied head": ("qwen2", {}, NF4 | {"skip": []}, ["lm_head shares its weight with the embedding"]),
     "transposed": (GPT2, {}, NF4, [r"gpt2 keeps its weights transposed .*Fix: set base\.quant: none"]),
-    "settings": (
-        "llama",
-        {},
-        {"quant": "nf5", "attention": "flash", "compute_dtype": torch.int8},
-        [r"^base\.quant:", r"^model\.attention:", r"^model\.dtype:"],
-    ),
+    "settings": ("llama", {}, WRONG, [r"^base\.quant:", r"^model\.attention:", r"^model\.dtype:"]),
     "blocks": ("llama", {}, {"quant": "fp4", "block_size": 100}, [r"base\.block_size: got 100, must be one of 16, "]),
-    "gptq": ("llama", {"quantization_config": {"quant_method": "gptq"}}, {}, [r"bitsandbytes or .* \(got 'gptq'\)"]),
+    "gptq": ("llama", GPTQ, {}, [r"bitsandbytes or .* \(got 'gptq'\)"]),
     "model type": ("llama", {"model_type": "lama"}, {}, ["its config cannot be used"]),
-    "blocks of a model": (
-        "llama",
-        {"num_hidden_layers": 10**9},
-        {},
-        ["num_hidden_layers: got 1000000000, must be at most 1000"],
-    ),
+    "layers": ("llama", {"num_hidden_layers": 10**9}, {}, ["num_hidden_layers: got 1000000000, must be at most 1000"]),
     "vocabulary": ("llama", {"vocab_size": 10**13}, {}, ["cannot be built: .*can't allocate memory"]),
-    "head": ("llama", {"head_dim": "x"}, {}, ["config cannot be used: Validation error .*'head_dim': TypeError: "]),
     "dtype": ("llama", {"dtype": "x" * 1000}, {}, ["config cannot be used: module 'torch' has no attribute 'xxx"]),
 }
 
@@ -231,12 +186,7 @@ def test_what_does_not_fit_is_one_line_for_each_fault(tmp_path, case):
     config, damage, settings, words = REFUSED[case]
     checkpoint(tmp_path, CHECKPOINT_CONFIGS.get(config) if isinstance(config, str) else config)
     change_config(tmp_path, **damage)
-    with pytest.raises(UserError) as raised:
-        load_checkpoint(tmp_path, **settings)
-    assert len(raised.value.faults) == len(words)
-    for fault, each in zip(raised.value.faults, words, strict=True):
-        assert re.search(each, fault), fault
-        assert len(fault) < 500 + len(str(tmp_path))
+    assert_refused(words, load_checkpoint, tmp_path, **settings)
 
 
 def test_a_checkpoint_that_permutes_columns_is_refused_clearly(tmp_path, monkeypatch):
@@ -287,38 +237,25 @@ DAMAGED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], list[str]
 @pytest.mark.parametrize("case", DAMAGED)
 def test_tensors_that_do_not_fit_are_gathered(tmp_path, case):
     change, settings, words = DAMAGED[case]
-    with pytest.raises(UserError) as caught:
-        load_checkpoint(rewritten(tmp_path, change), **settings)
-    assert len(caught.value.faults) == len(words)
-    assert all(any(re.search(each, fault) for fault in caught.value.faults) for each in words), caught.value
+    assert_refused(words, load_checkpoint, rewritten(tmp_path, change), **settings)
 
 
 FORMS: dict[str, Callable[[Tensors], Tensors]] = {
-    "rotary buffers and a repeated head": lambda t: {
-        **t,
-        HEAD: t[EMBEDDING],
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-    },
+    "a repeated head": lambda t: t | {HEAD: t[EMBEDDING], ROTARY: torch.ones(8)},
     "only the head of a tied pair": lambda t: {HEAD if name == EMBEDDING else name: each for name, each in t.items()},
     "no prefix": lambda t: {name.removeprefix("model."): each for name, each in t.items()},
+    "another head": lambda t: t | {HEAD: 2 * t[EMBEDDING]},
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_other_forms_of_the_same_tied_model(tmp_path, form):
-    reference = checkpoint_logits(load_checkpoint(rewritten(tmp_path, dict, CHECKPOINT_CONFIGS["qwen2"])))
-    model = load_checkpoint(rewritten(tmp_path, FORMS[form], CHECKPOINT_CONFIGS["qwen2"]))
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(checkpoint_logits(model), reference)
-
-
-def test_a_head_that_differs_from_its_embedding_is_untied(tmp_path):
-    model = load_checkpoint(rewritten(tmp_path, lambda t: t | {HEAD: 2 * t[EMBEDDING]}, CHECKPOINT_CONFIGS["qwen2"]))
-    assert model.config.tie_word_embeddings is False
-    assert torch.equal(model.lm_head.weight, 2 * model.model.embed_tokens.weight)
-    assert torch.equal(
-        checkpoint_logits(model), checkpoint_logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
-    )
+def test_other_forms_of_a_tied_model(tmp_path, form):
+    model = load_checkpoint(rewritten(tmp_path / "form", FORMS[form], CHECKPOINT_CONFIGS["qwen2"]))
+    reference = load_checkpoint(rewritten(tmp_path / "plain", dict, CHECKPOINT_CONFIGS["qwen2"]))
+    is_tied = form != "another head"
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings == is_tied
+    wanted = checkpoint_logits(reference)
+    assert torch.equal(checkpoint_logits(model), wanted if is_tied else 2 * wanted)
 
 
 # --- checkpoints that bitsandbytes quantised

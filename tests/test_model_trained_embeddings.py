@@ -15,8 +15,6 @@ from qdora.errors import UserError
 from qdora.memory.host_residency import keep_embedding_on_host
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapter_parameters, inject
-from qdora.model.load import load_model
-from qdora.model.source import resolve
 from qdora.model.trained_embeddings import (
     add_tokens,
     extend_vocabulary,
@@ -59,7 +57,7 @@ class Bag(nn.Module):
 
 
 def test_rows_that_the_base_never_trained():
-    model = Bag(tied=False)
+    model: Any = Bag(tied=False)
     model.embed.weight.data[[2, 5]] = 0.0
     model.head.weight.data[[5, 7]] = -1e-17
     model.head.weight.data[8] = 1e-15
@@ -67,21 +65,13 @@ def test_rows_that_the_base_never_trained():
     assert untrained_rows(model, everything, everything) == [2, 5, 7]
     assert untrained_rows(model, [0, 5], [8]) == [5]
     assert untrained_rows(model, [0], []) == []
-    model.embed = HostEmbedding(model.embed.weight.data, torch.device("cpu"))  # type: ignore[assignment]
-    model.head = RowHead(model.head, TrainedRows([1], torch.ones(1, 6)))  # type: ignore[assignment]
+    model.embed = HostEmbedding(model.embed.weight.data, torch.device("cpu"))
+    model.head = RowHead(model.head, TrainedRows([1], torch.ones(1, 6)))
     assert untrained_rows(model, everything, everything) == [2, 5, 7]
     model.head.base.weight.requires_grad_(True)
     assert untrained_rows(model, everything, everything) == [2, 5]
-    model.head = nn.Identity()  # type: ignore[assignment]
+    model.head = nn.Identity()
     assert untrained_rows(model, everything, everything) == [2, 5]
-
-
-def test_trained_rows_are_not_narrowed_by_a_cast_of_the_model():
-    rows = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
-    trained = TrainedRows([1, 3], rows.clone())
-    trained.to(torch.bfloat16)
-    assert torch.equal(trained.rows, rows)
-    assert trained.double().rows.dtype == torch.float64
 
 
 @pytest.mark.parametrize("rows", [(3, 4, 9), None])
@@ -95,16 +85,14 @@ def test_logits_and_gradients_are_those_of_the_formula(tied, rows):
     logits = model.head(model.embed(ids))
     logits.backward(gradient)
     matrices = [found.values.detach().double().numpy() for found in trained_matrices(model).values()]
-    start = Bag(tied)
+    start, chosen = Bag(tied), list(range(11)) if rows is None else list(rows)
     weights = [start.embed.weight.numpy().copy(), start.head.weight.numpy().copy()]
-    chosen = list(range(11)) if rows is None else list(rows)
     for weight, matrix in zip(weights, matrices * (2 if tied else 1), strict=True):
         weight[chosen] = matrix
     expected, of_embedding, of_head = reference.bag_of_tokens(ids[0].numpy(), *weights, gradient[0].numpy())
     np.testing.assert_allclose(logits[0].detach().numpy(), expected, rtol=1e-6)
     found = [parameter.grad.double().numpy() for parameter in adapter_parameters(model).values()]
     wanted = [of_embedding + of_head] if tied else [of_embedding, of_head]
-    assert len(found) == len(wanted)
     for got, each in zip(found, wanted, strict=True):
         np.testing.assert_allclose(got, each[chosen], rtol=1e-5, atol=1e-6)
 
@@ -129,30 +117,26 @@ def test_new_rows_start_at_the_mean_and_old_rows_stay(architecture):
 
 
 @pytest.mark.parametrize("rows", [NEW, None])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_a_step_of_the_whole_model_has_the_gradients_of_a_plain_twin(architecture, rows):
     model, twin = (grown(architecture, quant=None) for _ in range(2))
     inject(model, dtype=torch.float32, rank=2)
     train_embeddings(model, BOTH, rows)
-    labels = IDS.clone()
+    twin.requires_grad_(False)
+    both = twin.get_input_embeddings(), twin.get_output_embeddings()
+    for module in both:
+        module.weight.requires_grad_(True)
     for each in (model, twin):
-        if each is twin:
-            each.requires_grad_(False)
-            for module in (each.get_input_embeddings(), each.get_output_embeddings()):
-                module.weight.requires_grad_(True)
         each.train()
-        loss = batch_loss(each, IDS, torch.ones_like(IDS), labels)
-        again = batch_loss(each, IDS, torch.ones_like(IDS), labels)  # the logits' form is known now
-        torch.testing.assert_close(loss.nll_sum, again.nll_sum)
-        again.nll_sum.backward()
+        first, again = (batch_loss(each, IDS, torch.ones_like(IDS), IDS.clone()).nll_sum for _ in range(2))
+        torch.testing.assert_close(first, again)  # the logits' form is known in the second
+        again.backward()
     chosen = slice(None) if rows is None else list(rows)
-    found = trained_matrices(model)
+    found = list(trained_matrices(model).values())
     assert len(found) == (2 if architecture == "qwen2" else 1)
-    modules = dict(zip(found, (twin.get_input_embeddings(), twin.get_output_embeddings()), strict=False))
-    for path, matrix in found.items():
+    for matrix, module in zip(found, both, strict=False):
         assert matrix.values.grad is not None
-        expected = modules[path].weight.grad
-        torch.testing.assert_close(matrix.values.grad, expected[chosen], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(matrix.values.grad, module.weight.grad[chosen], rtol=1e-4, atol=1e-6)
     others = [p for name, p in model.named_parameters() if p.grad is None and "lora" not in name]
     assert others
     assert not any(p.requires_grad for p in others)
@@ -173,8 +157,7 @@ def trained(architecture: str, rows: tuple[int, ...] | None, **options: Any) -> 
     return model
 
 
-@pytest.mark.parametrize("rows", [NEW, None])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "rows"), [("llama", NEW), ("qwen2", None), ("qwen2", NEW), ("gemma2", None)])
 def test_saved_and_loaded_is_the_same_model_here_and_in_peft(tmp_path, architecture, rows):
     model = trained(architecture, rows)
     expected = support.logits_of(model, IDS)
@@ -182,21 +165,18 @@ def test_saved_and_loaded_is_the_same_model_here_and_in_peft(tmp_path, architect
     again = grown(architecture, quant=None)
     load_adapter(again, directory)
     assert torch.equal(support.logits_of(again, IDS), expected)
-    assert (
-        saved(again, tmp_path / "again").joinpath("adapter_model.safetensors").read_bytes()
-        == (directory / "adapter_model.safetensors").read_bytes()
-    )
+    files = [folder / "adapter_model.safetensors" for folder in (directory, saved(again, tmp_path / "again"))]
+    assert files[0].read_bytes() == files[1].read_bytes()
     base = support.base_model(architecture)
     base.resize_token_embeddings(339)
     theirs = peft.PeftModel.from_pretrained(base, str(directory)).eval()
     torch.testing.assert_close(support.logits_of(theirs, IDS), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [(338, 336, 337), None])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize(("architecture", "rows"), [("llama", (338, 336, 337)), ("qwen2", NEW), ("llama", None)])
 def test_an_adapter_of_peft_loads(tmp_path, architecture, rows):
     names = ["embed_tokens"] if architecture == "llama" else list(BOTH)
-    how = {"modules_to_save": names, "ensure_weight_tying": True}
+    how: dict[str, Any] = {"modules_to_save": names, "ensure_weight_tying": True}
     if rows is not None:
         how = {"trainable_token_indices": {name: list(rows) for name in names}}
     config = peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM", **how)
@@ -205,9 +185,8 @@ def test_an_adapter_of_peft_loads(tmp_path, architecture, rows):
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     ours = grown(architecture, quant=None)
     load_adapter(ours, tmp_path)
-    torch.testing.assert_close(
-        support.logits_of(ours, IDS), support.logits_of(theirs.eval(), IDS), rtol=1e-4, atol=1e-4
-    )
+    wanted = support.logits_of(theirs.eval(), IDS)
+    torch.testing.assert_close(support.logits_of(ours, IDS), wanted, rtol=1e-4, atol=1e-4)
 
 
 DENSE_HEAD = r"the head must be dense and without an adapter, got AdaptedLinear\. Fix"
@@ -232,7 +211,7 @@ def test_what_cannot_be_trained_is_refused(architecture, targets, names, rows, o
         train_embeddings(model, names, rows, **options)
 
 
-def test_adapters_that_do_not_fit_are_refused(tmp_path):
+def test_adapters_that_do_not_fit_are_refused_and_one_with_the_head_fits(tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
     theirs = peft.get_peft_model(support.base_model(), config)
     theirs.save_pretrained(tmp_path / "untied", save_embedding_layers=False)
@@ -243,16 +222,12 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=fault):
             load_adapter(support.base_model(), tmp_path / name)
-
-
-def test_an_adapter_on_the_head_beside_a_trained_embedding_is_loaded_again(tmp_path):
     model, again = support.base_model("qwen2"), support.base_model("qwen2")
     inject(model, targets=["q_proj", "lm_head"], rank=2)
     train_embeddings(model, BOTH[:1], None)
     support.move_all_parameters_(model)
-    load_adapter(again, saved(model, tmp_path / "adapter"))
-    ids = torch.tensor([[1, 7, 17, 5, 60]])
-    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    load_adapter(again, saved(model, tmp_path / "head"))
+    assert torch.equal(support.logits_of(again), support.logits_of(model))
 
 
 def test_rows_are_float32_and_no_bfloat16_update_is_lost():
@@ -266,40 +241,35 @@ def test_rows_are_float32_and_no_bfloat16_update_is_lost():
     # Mamba casts its hidden states to the dtype of the head's weight, and the base computes in bfloat16.
     assert all(each.weight.dtype == torch.bfloat16 and each.weight.shape == (339, 32) for each in modules)
     assert model(input_ids=IDS).logits.dtype == torch.bfloat16
+    trained = TrainedRows([1, 3], rows := torch.randn(2, 4))
+    assert torch.equal(trained.to(torch.bfloat16).rows, rows)  # not narrowed by a cast of the model
+    assert trained.double().rows.dtype == torch.float64
 
 
-def test_added_tokens_get_the_next_ids_and_are_never_split(tmp_path):
+def test_added_tokens_get_the_next_ids_and_are_never_split():
     tokenizer = support.tokenizer()
-    size = len(tokenizer)
-    tokens = ("<tool>", "ab cd", "</tool>")
+    size, tokens = len(tokenizer), ("<tool>", "ab cd", "</tool>")
     add_tokens(tokenizer, tokens)
     assert new_token_ids(tokenizer, tokens) == (size, size + 1, size + 2)
     ids = tokenizer("x<tool>ab cd</tool>y", add_special_tokens=False)["input_ids"]
     assert ids[1:4] == [size, size + 1, size + 2]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "x<tool>ab cd</tool>y"
-    tokenizer.save_pretrained(tmp_path)
-    again = type(tokenizer).from_pretrained(tmp_path)
-    assert new_token_ids(again, tokens) == (size, size + 1, size + 2)
-    with pytest.raises(
-        UserError, match=rf"add_tokens: '<tool>' is token {size} of this tokenizer already\. Fix: remove"
-    ):
-        add_tokens(again, ("<new>", "<tool>"))
+    fault = rf"add_tokens: '<tool>' is token {size} of this tokenizer already\. Fix: remove"
+    with pytest.raises(UserError, match=fault):
+        add_tokens(tokenizer, ("<new>", "<tool>"))
 
 
 def test_an_embedding_on_the_host_takes_trained_rows(tmp_path):
     support.base_model("qwen2").save_pretrained(tmp_path)
-    source = resolve(str(tmp_path))
-    options: dict[str, Any] = {"quant": "nf4", "compute_dtype": torch.float32}
     found = []
     for hook in (None, keep_embedding_on_host):
-        model = load_model(source, before_reading=hook, **options)
+        model = support.load_checkpoint(tmp_path, quant="nf4", before_reading=hook)
         extend_vocabulary(model, NEW)
         inject(model, dtype=torch.float32, rank=2, generator=torch.Generator().manual_seed(0))
         train_embeddings(model, BOTH, NEW)
         support.move_all_parameters_(model)
-        loss = batch_loss(model, IDS, torch.ones_like(IDS), IDS.clone())
-        loss.nll_sum.backward()
-        found.append((model, loss.nll_sum, [p.grad for p in adapter_parameters(model).values()]))
-    assert isinstance(found[1][0].get_input_embeddings().base, HostEmbedding)
-    assert torch.equal(found[0][1], found[1][1])
-    assert all(torch.equal(*pair) for pair in zip(found[0][2], found[1][2], strict=True))
+        loss = batch_loss(model, IDS, torch.ones_like(IDS), IDS.clone()).nll_sum
+        loss.backward()
+        found.append([loss, *(p.grad for p in adapter_parameters(model).values())])
+    assert isinstance(model.get_input_embeddings().base, HostEmbedding)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

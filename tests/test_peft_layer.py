@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from operator import methodcaller as call
 from pathlib import Path
@@ -19,7 +18,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import bnb as peft_bnb
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
-from torch.nn.utils import stateless
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qdora.peft
@@ -191,12 +189,6 @@ def under_autocast(model: Any) -> list[Any]:
     return [value, *gradients(model)]
 
 
-def backward_hooked(model: Any) -> list[Any]:
-    seen: list[Any] = []
-    layer_of(model).register_full_backward_hook(lambda _, dx, dy: seen.extend([*dx, *dy]))
-    return [grads(model), seen]
-
-
 def new_base(model: Any, quantize: bool) -> None:
     linear = nn.Linear(64, 128, bias=False).requires_grad_(False)
     linear.weight.data = noise(128, 64)
@@ -206,30 +198,6 @@ def new_base(model: Any, quantize: bool) -> None:
 def new_base_weight(model: Any) -> None:
     weight = bnb.nn.Params4bit(noise(128, 64), requires_grad=False, quant_type="nf4")
     layer_of(model).base_layer.weight = weight.to("cpu")
-
-
-def in_threads(model: Any) -> list[Tensor]:
-    model.eval()  # `out` would change the mode in each thread
-    run = torch.no_grad()(lambda index: model(input_ids=(IDS + index) % 97).logits.clone())
-    with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(run, range(8)))
-
-
-def functional_call(model: Any) -> Tensor:
-    values = {name: 1.1 * p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return stateless._functional_call(model, values, (), {"input_ids": IDS}).logits
-
-
-def second_anew(model: Any) -> None:
-    model.delete_adapter("second")
-    torch.manual_seed(4)
-    model.add_adapter("second", lora_config(r=2))
-    model.set_adapter("second")
-    moved(model, 8)
-
-
-def other_state() -> dict[str, Tensor]:
-    return {name: value for name, value in moved(make(), 9).state_dict().items() if "lora_" in name}
 
 
 def saved(path: Path, **options: Any) -> str:
@@ -270,21 +238,15 @@ mixed_batch = within(lambda m: nullcontext(m.eval()), lambda m: m(input_ids=IDS,
 GRADIENTS: dict[str, dict[str, Any]] = KINDS | {
     "rslora": {"use_rslora": True},
     "rank_pattern": {"rank_pattern": {"q_proj": 2, "up_proj": 8}, "alpha_pattern": {"up_proj": 3}},
-    "random": {"init_lora_weights": False},
     "head": {"modules_to_save": ["lm_head"]},
-    "bias_all": {"bias": "all"},
     "lora_bias": LORA | {"lora_bias": True},
 }
 BASES: dict[str, dict[str, Any]] = {
     "fp4": {"quant_type": "fp4"},
     "plain_scales": {"compress_statistics": False},
     "blocks_of_128": {"blocksize": 128, "hidden_size": 128},
-    "blocks_of_32": {"blocksize": 32},
-    "two_blocks": {"num_hidden_layers": 2},
-    "stored_as_bfloat16": {"quant_storage": BF16},
     "stored_as_float32": {"quant_storage": FLOAT},
     "bfloat16": {"dtype": BF16},
-    "bfloat16_products": {"compute": BF16},
     "bfloat16_in_float32_products": {"dtype": BF16, "compute": FLOAT},
     "float16": {"dtype": torch.float16},
     "mlp_bias": {"mlp_bias": True},
@@ -310,9 +272,7 @@ OPERATIONS: dict[str, Operation] = {
     **each("three_steps", lambda c: on(lambda m: trained(m, c)), OPTIMIZERS),
     **each("merged", lambda c: on(call("merge_adapter", safe_merge=c), out), {"unsafely": False, "safely": True}),
     **each(
-        "hook_on_the_layer",
-        lambda c: on(in_layer("register_forward_hook", lambda *given: c(given[-1])), grads),
-        HOOKS,
+        "hook_on_the_layer", lambda c: on(in_layer("register_forward_hook", lambda *given: c(given[-1])), grads), HOOKS
     ),
     **each(
         "frozen",
@@ -336,7 +296,6 @@ OPERATIONS: dict[str, Operation] = {
     "accumulated": on(lambda m: [loss(m, ids[None]).backward() for ids in IDS], gradients),
     "two_forwards_one_backward": on(lambda m: (loss(m) + loss(m, IDS[:, :5])).backward(), gradients),
     "backward_twice": on(lambda m: [(v := loss(m)).backward(retain_graph=True), v.backward()], gradients),
-    "functional_call": on(functional_call),
     "disabled": on(disabled, out),
     "disabled_while_merged": on(merge, disabled),
     "unmerged_then_trained": on(merge, unmerge, grads),
@@ -349,10 +308,8 @@ OPERATIONS: dict[str, Operation] = {
     "scaled": on(
         out, in_layer("scale_layer", 3.0), out, in_layer("unscale_layer"), in_layer("set_scale", "default", 0.5), out
     ),
-    "rescaled_for_a_while": on(within(lambda m: peft.helpers.rescale_adapter_scale(m, 0.3), out), out),
     "switched": on(out, to_second, grads, to_first, grads, to_second, grads, second=LORA | {"r": 8}),
     "deleted": on(to_second, call("delete_adapter", "default"), grads, second={}),
-    "deleted_and_added": on(out, second_anew, out, second={}),
     "mixed_batch": on(mixed_batch, second=LORA, **LORA),
     "mixed_batch_of_dora": on(mixed_batch, second={}),
     "activated_lora": on(alora_invocation_tokens=[int(IDS[0, 5])], **LORA),
@@ -360,19 +317,15 @@ OPERATIONS: dict[str, Operation] = {
     "adapter_state_set": on(
         out, lambda m: peft.set_peft_model_state_dict(m, peft.get_peft_model_state_dict(moved(make(), 9))), out
     ),
-    "state_assigned": on(out, lambda m: m.load_state_dict(other_state(), strict=False, assign=True), out),
     "copied_into": on(out, write(lambda _, p: p.copy_(1.3 * p)), out),
     "data_written_between_modes": on(out, write(lambda _, p: p.data.mul_(1.3)), call("train"), out),
     "deep_copied": on(out, lambda m: trained(copy.deepcopy(m), lambda p: torch.optim.SGD(p, 0.1)), out),
-    "in_threads": on(in_threads),
     "base_replaced": on(out, lambda m: new_base(m, True), out),
     "base_weight_replaced": on(out, new_base_weight, out),
     "base_written": on(out, lambda m: layer_of(m).base_layer.weight.data[:100].fill_(0x5A), qdora.peft.changed, out),
     "base_in_16_bits": on(lambda m: new_base(m, False), grads),
-    "backward_hooked": on(backward_hooked),
     "inputs_not_contiguous": on(through(64, 5, transposed=True)),
     "zero_magnitude": on(lambda m: part_of(m, "lora_magnitude_vector").weight.data[3].zero_(), grads),
-    "pefts_own_cache": on(within(lambda _: peft.helpers.DoraCaching(), lambda m: [out(m), out(m)])),
     "input_dtype_not_cast": on(within(peft.helpers.disable_input_dtype_casting, out)),
     "to_bfloat16_and_back": on(lambda m: grads(m.to(BF16).to(FLOAT))),
     "cast_to_bfloat16": on(lambda m: out(m.to(BF16))),

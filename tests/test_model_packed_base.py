@@ -1,11 +1,15 @@
-"""Pruning while loading: each layer and expert by the tokens that reach it, and what comes back from its files."""
+"""Pruning while loading: each layer and expert by the tokens that reach it; and packed bases on disk, pruned or not."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
-from collections.abc import Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,20 +17,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qdora.errors import UserError
+from qdora.errors import DiskFull, UserError
 from qdora.model import packed_base, pruning
 from qdora.model.inject import frozen_layers
 from qdora.model.load import Quantization
-from qdora.model.packed_base import PrunedBase, save_pruned_base
+from qdora.model.packed_base import CACHE_RECORD_FILE, BaseCache, PrunedBase, open_cached_base, save_pruned_base
 from qdora.model.pruning import Pruner, quantized_layers
 from qdora.model.source import resolve
-from qdora.nn.frozen_linear import FrozenLinear
 from qdora.ops.expert_tokens import padded_tokens
 from qdora.ops.packed import dequantize, quantize
 from qdora.recipe.settings import PruneConfig
 from tests import reference_prune, reference_quant, support
+from tests.support import CHECKPOINT_CONFIGS, checkpoint, checkpoint_logits, load_checkpoint, one_file_checkpoint
 
 IDS = torch.randint(3, 97, (5, 16), generator=torch.Generator().manual_seed(3))
 PAIR = ("gate_up", "down")
@@ -34,9 +38,8 @@ Array = np.ndarray[Any, Any]
 
 
 def write(directory: Path, name: str) -> Path:
-    if name in support.CHECKPOINT_CONFIGS:
-        return support.checkpoint(directory, support.CHECKPOINT_CONFIGS[name])
-    return support.write_mixture(directory, name)
+    config = support.CHECKPOINT_CONFIGS.get(name)
+    return support.write_mixture(directory, name) if config is None else support.checkpoint(directory, config)
 
 
 def pruned(
@@ -105,13 +108,10 @@ def quantised(weight: Tensor, quant: str) -> Tensor:
     "name, method, pattern, quant, order",
     [
         ("llama", "magnitude", "unstructured", "nf4", "prune_first"),
-        ("llama", "wanda", "unstructured", "none", "prune_first"),
-        ("qwen2", "wanda", "unstructured", "nf4", "prune_first"),
+        ("qwen2", "wanda", "unstructured", "none", "prune_first"),
         ("gemma2", "wanda", "unstructured", "nf4", "quantize_first"),
         ("gemma3", "wanda", "2:4", "nf4", "prune_first"),
-        ("llama-tied-biased", "wanda", "unstructured", "nf4", "quantize_first"),
-        ("llama", "sparsegpt", "unstructured", "none", "prune_first"),
-        ("qwen3_moe", "magnitude", "unstructured", "nf4", "prune_first"),
+        ("llama-tied-biased", "sparsegpt", "unstructured", "none", "prune_first"),
         ("qwen3_moe", "wanda", "unstructured", "none", "prune_first"),
         ("qwen3_moe", "wanda", "2:4", "nf4", "prune_first"),
         ("qwen3_moe", "wanda", "unstructured", "nf4", "quantize_first"),
@@ -207,22 +207,16 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(tmp_path, method, caplo
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-def test_pruning_what_was_quantised_keeps_its_scales_and_codes(tmp_path, kind):
+def test_pruning_what_was_quantised_keeps_its_codes_and_quantising_alone_has_errors(tmp_path, kind):
     write(tmp_path, "llama")
-    plain = frozen_layers(support.load_checkpoint(tmp_path, quant=kind))
     after = frozen_layers(pruned(tmp_path, "magnitude", order="quantize_first", quant=kind)[0])
-    for name, layer in plain.items():
+    for name, layer in frozen_layers(support.load_checkpoint(tmp_path, quant=kind)).items():
         assert torch.equal(layer.packed_weight.absmax, after[name].packed_weight.absmax)  # type: ignore[union-attr]
         assert torch.equal(after[name].dequantized(), layer.dequantized() * after[name].keep_mask())
-
-
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-def test_errors_of_quantising_alone(tmp_path, kind):
-    write(tmp_path, "llama")
     found = quantized_layers(resolve(str(tmp_path)), Quantization(kind, 32, False, ("lm_head", "down_proj")))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert len(found) == 12
-    for path, layer in found.items():
+    for path, row in found.items():
         weight = model.get_submodule(path).weight.detach().numpy().astype(np.float32)
         if kind == "int8":
             codes, scales = map(np.array, reference_quant.quantize_int8(weight))
@@ -231,24 +225,9 @@ def test_errors_of_quantising_alone(tmp_path, kind):
             codes, scales = reference_quant.quantize_4bit(weight.ravel(), kind, 32)
             dense = np.array(reference_quant.dequantize_4bit(codes, scales, kind, 32)).reshape(weight.shape)
         error = np.linalg.norm(dense - weight) / np.linalg.norm(weight)
-        assert layer["relative_error"] == pytest.approx(error, rel=1e-5)
-        assert (layer["kind"], layer["shape"], layer["num_pruned"]) == (kind, list(weight.shape), 0)
+        assert row["relative_error"] == pytest.approx(error, rel=1e-5)
+        assert (row["kind"], row["shape"], row["num_pruned"]) == (kind, list(weight.shape), 0)
     assert quantized_layers(resolve(str(tmp_path)), Quantization("none", 64, False, ())) == {}
-
-
-def test_skipped_layers_stay_dense_and_whole_and_a_cast_leaves_masks_alone(tmp_path):
-    write(tmp_path, "llama")
-    stored = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for quant in ("none", "nf4"):
-        model, pruner = pruned(tmp_path, "wanda", quant=quant, skip=("lm_head", "down_proj"))
-        assert len(pruner.layers) == 12
-        for name in ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"):
-            assert type(model.get_submodule(name)) is nn.Linear
-            assert torch.equal(model.get_submodule(name).weight, stored.get_submodule(name).weight)
-    bits = torch.arange(6, dtype=torch.uint8)
-    layer = FrozenLinear(torch.randn(3, 16), None, bits).to(torch.bfloat16)
-    assert torch.equal(layer.keep_bits, bits)
-    assert layer.keep_mask().shape == (3, 16)
 
 
 # --- files
@@ -309,12 +288,11 @@ def test_what_is_wrong_is_named(tmp_path):
     file, name = tmp_path / "base/compressed.json", "model.layers.0.self_attn.q_proj"
     good = json.loads(file.read_text())
     layers = good["layers"] | {name: good["layers"][name] | {"block_size": 128}}
-    for text, words in (
-        (json.dumps(good | {"format": 9}), r"is damaged: format: Input should be 1 \(got '9'\)"),
-        (json.dumps(good | {"layers": layers}), rf"{name}\.weight: cannot be read"),
-        ("{", "is damaged"),
+    for changes, words in (
+        ({"format": 9}, r"is damaged: format: Input should be 1 \(got '9'\)"),
+        ({"layers": layers}, rf"{name}\.weight: cannot be read"),
     ):
-        file.write_text(text)
+        file.write_text(json.dumps(good | changes))
         with pytest.raises(UserError, match=words):
             reloaded(tmp_path)
     file.write_text(json.dumps(good))
@@ -323,3 +301,145 @@ def test_what_is_wrong_is_named(tmp_path):
     save_file(tensors, tmp_path / "base/model.safetensors")
     with pytest.raises(UserError, match=r"q_proj\.keep_bits: cannot be read: the tensor is missing"):
         reloaded(tmp_path)
+
+
+# --- the packed base of a source: the same model from it, and every way in which it can be a wrong one
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("source"), CHECKPOINT_CONFIGS["llama-tied-biased"])
+
+
+def cached(
+    source: Path, root: Path, quant: str = "nf4", block_size: int = 64, double_quant: bool = True
+) -> tuple[PreTrainedModel, Path]:
+    """A model by way of the cache in `root`, and the directory of its base."""
+    cache = BaseCache(root, Quantization(quant, block_size, double_quant, ("lm_head",)), torch.device("cpu"))
+    model = load_checkpoint(source, quant=quant, block_size=block_size, double_quant=double_quant, reader=cache)
+    assert cache.base is not None
+    return model, cache.base.directory
+
+
+def same(first: PreTrainedModel, second: PreTrainedModel) -> bool:
+    ours, theirs = (dict([*m.named_parameters(), *m.named_buffers()]) for m in (first, second))
+    assert ours.keys() == theirs.keys()
+    return all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+
+
+def change_record(directory: Path, **changes: Any) -> None:
+    record = directory / CACHE_RECORD_FILE
+    record.write_text(json.dumps(json.loads(record.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("config", "quant", "double_quant"),
+    [("llama-tied-biased", quant, True) for quant in ("nf4", "fp4", "int8", "nf3")]
+    + [("qwen2", "nf4", False), ("gemma3", "nf4", True)],
+)
+def test_second_start_reads_no_weight_of_the_source(tmp_path, config, quant, double_quant, monkeypatch):
+    source = checkpoint(tmp_path / "source", CHECKPOINT_CONFIGS[config])
+    plain = load_checkpoint(source, quant=quant, double_quant=double_quant)
+    if config == "gemma3":
+        monkeypatch.setattr(packed_base, "_FILE_BYTES", 20_000)
+    first, directory = cached(source, tmp_path, quant, double_quant=double_quant)
+    assert same(first, plain)
+    files = open_cached_base(directory)[0].files
+    assert (len(files) > 3) == (config == "gemma3")
+    assert sorted(file.name for file in directory.iterdir()) == [*sorted(files), "base.json"]
+    monkeypatch.setattr(packed_base, "tensors_of_source", None)
+    second, again = cached(source, tmp_path, quant, double_quant=double_quant)
+    assert again == directory
+    assert same(second, plain)
+    shutil.rmtree(directory)  # what is loaded holds no mapping of the files
+    assert torch.equal(checkpoint_logits(second), checkpoint_logits(plain))
+
+
+def test_other_settings_and_other_weights_have_a_place_of_their_own(source, tmp_path):
+    settings: list[dict[str, Any]] = [{}, {"block_size": 32}, {"double_quant": False}, {"quant": "fp4"}]
+    found = {cached(source, tmp_path, **each)[1] for each in settings}
+    file, tensors = one_file_checkpoint(tmp_path / "changed", CHECKPOINT_CONFIGS["llama-tied-biased"])
+    found.add(cached(tmp_path / "changed", tmp_path)[1])  # the same weights in one file
+    times = file.stat()
+    save_file({**tensors, UP: tensors[UP] + 1}, file, metadata={"format": "pt"})
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # seen by its bytes alone
+    model, directory = cached(tmp_path / "changed", tmp_path)
+    found.add(directory)
+    assert len(found) == 6
+    assert same(model, load_checkpoint(tmp_path / "changed", quant="nf4"))
+
+
+FILE = "00000.safetensors"
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut": lambda base: (base / FILE).write_bytes((base / FILE).read_bytes()[:-1]),
+    "header": lambda base: (base / FILE).write_bytes(b"\xff" * (base / FILE).stat().st_size),
+    "no JSON": lambda base: (base / CACHE_RECORD_FILE).write_text("{"),
+    "format": lambda base: change_record(base, format=99),
+    "outside": lambda base: change_record(base, files={f"../{FILE}": 1}),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_base_is_reported_and_made_again(source, tmp_path, how, caplog):
+    model, directory = cached(source, tmp_path)
+    DAMAGE[how](directory)
+    with caplog.at_level(logging.WARNING, "qdora"):
+        again, _ = cached(source, tmp_path)
+    assert same(again, model)
+    (said,) = [record.getMessage() for record in caplog.records if "quantised again" in record.getMessage()]
+    assert str(directory) in said
+
+
+def test_bases_and_places_that_do_not_fit_are_refused(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"base\.cache: .*file"):
+        cached(source, tmp_path / "file")
+    own, other = cached(source, tmp_path)[1], cached(source, tmp_path, block_size=32)[1]
+    shutil.rmtree(own)
+    shutil.copytree(other, own)
+    with pytest.raises(UserError, match=r"holds the packed base of .* not the one that belongs here"):
+        cached(source, tmp_path)
+    weights = json.loads((other / CACHE_RECORD_FILE).read_text())["weights"]
+    change_record(other, weights=weights | {UP: weights[UP] | {"kind": "int8"}})
+    with pytest.raises(UserError, match=rf"{UP}: cannot be read"):
+        open_cached_base(other)[1].stored()[UP].read()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_room_asked_for_is_what_is_taken(tmp_path, dtype, monkeypatch):
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    model = checkpoint(tmp_path / "source", CHECKPOINT_CONFIGS["llama-tied-biased"], dtype=dtype)
+    _, directory = cached(model, tmp_path / "one")
+    files = [load_file(file) for file in directory.glob("*.safetensors")]
+    taken = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
+    free = [taken - 1, taken, taken]
+    monkeypatch.setattr(packed_base.shutil, "disk_usage", lambda _: SimpleNamespace(free=free.pop(0)))
+    with pytest.raises(UserError, match=r"the disk is full: 0\.0 GiB are free, the packed base needs"):
+        cached(model, tmp_path / "two")
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_base, "write_tensors", full)
+        with pytest.raises(DiskFull, match=r"base\.cache: .* cannot be written: the disk is full"):
+            cached(model, tmp_path / "two")
+    assert [file.name for file in (tmp_path / "two").iterdir() if not file.name.endswith(".lock")] == []
+    cached(model, tmp_path / "two")
+
+
+def test_a_base_that_may_only_be_read(source, tmp_path, monkeypatch):
+    expected, _ = cached(source, tmp_path)
+    for lock in tmp_path.glob(".*.lock"):
+        lock.unlink()
+    real = os.open
+
+    def read_only(path: Any, flags: int, *mode: Any, **options: Any) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, flags, *mode, **options)
+
+    monkeypatch.setattr("os.open", read_only)
+    assert same(cached(source, tmp_path)[0], expected)
+    with pytest.raises(UserError, match=r"base\.cache: .* cannot be written: .*Read-only file system"):
+        cached(source, tmp_path, quant="fp4")
