@@ -1,17 +1,21 @@
-"""The kept scores of a study: it continues from them with the same report, and a second program finds its numbers."""
+"""The kept scores of a study: it continues from them, a second program finds its numbers, cells keep their names."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import lzma
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
 from qdora.errors import UserError
 from qdora.study.cells import Cell, Expander
@@ -26,7 +30,7 @@ from tests import fake_study
 from tests.fake_study import ADAPTERS, diverging, forget, product
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "benchmarks/recompute_study.py"
+SCRIPT, RESULTS = ROOT / "benchmarks/recompute_study.py", ROOT / "benchmarks/results/study"
 LOST = diverging("fp4", "dora", "2")
 PRIMARY: dict[str, Any] = {
     "over all": {"over": {"base.quant": ["int8", "nf4", "fp4"]}},
@@ -99,6 +103,7 @@ SHARED = {
 }
 OWN_SEEDS = {"own": {"arm": "dora", "over": {"base.quant": "nf4"}, "seeds": [4, 5], "family": "later"}}
 MORE = {"stages": [{"name": "main"}, {"name": "more", "cells": {"seed": [0, 1, 2, 3, 4, 5]}}]}
+COMPARED = ["improvement", "lower", "upper", "p_seeds", "p_examples", "p_equivalent", "p_holm", "smallest_detectable"]
 CHANGED = [("comparisons", "upper", 3e-6), ("comparisons", "verdict", "none"), ("repair", "left", 3e-6)]
 
 
@@ -123,19 +128,8 @@ def test_a_second_program_finds_every_number_and_any_that_was_changed(
     code, output = recomputed(tmp_path)
     assert code == 0, output
     primary = [row for row in report.tables["comparisons"] if row["role"] == "primary"]
-    assert len(primary) == num_primary
-    assert all("no result" not in row["reason"] for row in primary)
-    columns = [
-        "improvement",
-        "lower",
-        "upper",
-        "p_seeds",
-        "p_examples",
-        "p_equivalent",
-        "p_holm",
-        "smallest_detectable",
-    ]
-    told = pd.DataFrame(report.tables["comparisons"])[columns].notna().sum().sum()
+    assert ["no result" in row["reason"] for row in primary] == [False] * num_primary
+    told = pd.DataFrame(report.tables["comparisons"])[COMPARED].notna().sum().sum()
     assert json.loads(output.splitlines()[-1])["numbers"] >= told
     if changes is not WHOLE:
         return
@@ -151,6 +145,37 @@ def test_a_second_program_finds_every_number_and_any_that_was_changed(
 
 
 def test_the_pages_say_what_the_committed_scores_do() -> None:
-    code, output = recomputed(ROOT / "benchmarks/results/study")
+    code, output = recomputed(RESULTS)
     assert code == 0, output
     assert json.loads(output.splitlines()[-1])["numbers"] > 1600
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [RESULTS / "grid.yaml", pytest.param(ROOT / "benchmarks/grids/compressed.yaml", marks=pytest.mark.slow)],
+    ids=lambda path: path.parent.name,
+)
+def test_every_committed_cell_keeps_its_name(grid: Path, tmp_path: Path) -> None:
+    """A name is a hash of the recipe and of the data with its path: here of data at /DATA, where no file is. With
+    another digest, finished studies would start anew; it also changes when cells are added to the results."""
+    document = yaml.safe_load(grid.read_text())
+    for source in document["settings"]["data.mix"]:
+        source["path"] = f"/{source['path']}"
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    archive = json.loads(lzma.decompress((RESULTS / "scores.json.xz").read_bytes()))
+    committed = {identity(each["cell"]): each for each in archive["cells"] if each["result"] is not None}
+
+    def loss(cell: Cell) -> float:
+        scores = committed[identity(cell.record())]["scores"]
+        return float(sum(scores["nll"]) / sum(scores["num_answer_tokens"]))
+
+    planned = Expander(load_study(tmp_path / "grid.yaml")).now(loss, lambda _: True).cells
+    keys = {identity(cell.record()): cell.key for cell in planned}
+    names = "\n".join(sorted(keys[name] for name in committed))
+    assert len(committed) == 194
+    assert hashlib.sha256(names.encode()).hexdigest()[:16] == "19467aaa70f07e0a"
+
+
+def identity(cell: Mapping[str, Any]) -> str:
+    """Kind and labels of a cell."""
+    return json.dumps([cell["kind"], cell["labels"]], sort_keys=True)
