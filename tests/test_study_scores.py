@@ -135,13 +135,11 @@ def test_a_second_program_finds_every_number_and_any_that_was_changed(
         return
     for file, column, new in CHANGED:
         rows = pd.read_csv(tmp_path / f"{file}.csv")
-        kept = (tmp_path / f"{file}.csv").read_text()
         row = rows[column].first_valid_index()
         rows.loc[row, column] = new if isinstance(new, str) else rows.loc[row, column] + new
         rows.to_csv(tmp_path / f"{file}.csv", index=False)
-        code, output = recomputed(tmp_path)
-        assert (code, f"{column} is" in output) == (1, True)
-        (tmp_path / f"{file}.csv").write_text(kept)
+    code, output = recomputed(tmp_path)
+    assert (code, [column for _, column, _ in CHANGED if f"{column} is" not in output]) == (1, [])
 
 
 def test_the_pages_say_what_the_committed_scores_do() -> None:
@@ -165,9 +163,9 @@ def test_every_committed_cell_keeps_its_name(grid: Path, tmp_path: Path) -> None
     archive = json.loads(lzma.decompress((RESULTS / "scores.json.xz").read_bytes()))
     committed = {identity(each["cell"]): each for each in archive["cells"] if each["result"] is not None}
 
-    def loss(cell: Cell) -> float:
-        scores = committed[identity(cell.record())]["scores"]
-        return float(sum(scores["nll"]) / sum(scores["num_answer_tokens"]))
+    def loss(cell: Cell) -> float | None:
+        scores = committed.get(identity(cell.record()), {}).get("scores")
+        return None if scores is None else float(sum(scores["nll"]) / sum(scores["num_answer_tokens"]))
 
     planned = Expander(load_study(tmp_path / "grid.yaml")).now(loss, lambda _: True).cells
     keys = {identity(cell.record()): cell.key for cell in planned}

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from qdora.evaluation.example_intervals import (
@@ -30,13 +28,9 @@ from qdora.study.rates import RateRun, minimum, search
 from qdora.study.statistics import holm, ratio_interval, seed_spread, t_interval
 
 
-def rng(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
 def task(number: int, seed: int, *, first: int = 0, weighted: bool = True) -> TaskScores:
     """Skewed scores of the examples from number `first` on."""
-    draw = rng(seed)
+    draw = np.random.default_rng(seed)
     weights = draw.integers(1, 5, number).astype(float) if weighted else np.ones(number)
     names = tuple(f"{first + index}#1" for index in range(number))
     return TaskScores(names, draw.exponential(size=number) * weights, weights)
@@ -44,7 +38,7 @@ def task(number: int, seed: int, *, first: int = 0, weighted: bool = True) -> Ta
 
 @pytest.mark.parametrize("number, shift", [(2, 0.0), (3, 0.015), (8, -0.015), (6, 0.03)])
 def test_intervals_and_p_values_over_seeds_are_students(number: int, shift: float) -> None:
-    values = rng(number).normal(shift, 0.01, number)
+    values = np.random.default_rng(number).normal(shift, 0.01, number)
     theirs = stats.ttest_1samp(values, 0.0)
     low, high = theirs.confidence_interval(0.95)
     found, spread = t_interval(values.tolist()), seed_spread(values.tolist())
@@ -68,15 +62,11 @@ def test_a_single_seed_has_no_interval_and_without_spread_the_value_alone_decide
 
 def test_the_spread_of_the_first_seeds_keeps_what_an_interval_promises() -> None:
     """Three seeds, and three more where the half-width is above 1: the truth, 0, is in 95 % of the intervals by the
-    spread of the first seeds (Stein, 1945), and in fewer by that of all seeds."""
-    draws = rng().normal(size=(4000, 6)).tolist()
+    spread of the first seeds (Stein, 1945)."""
+    draws = np.random.default_rng(0).normal(size=(4000, 6)).tolist()
     kept = [values if t_interval(values[:3]).half_width > 1 else values[:3] for values in draws]
-    stein, plain = (
-        np.mean([found.lower < 0 < found.upper for values in kept for found in [t_interval(values, num_first=first)]])
-        for first in (3, None)
-    )
-    assert abs(stein - 0.95) < 0.011  # three standard errors
-    assert plain < 0.933
+    found = [t_interval(values, num_first=3) for values in kept]
+    assert abs(np.mean([each.lower < 0 < each.upper for each in found]) - 0.95) < 0.011  # three standard errors
     assert seed_spread(draws[0], 3).free == 2
     assert seed_spread(draws[0], 3).stderr == pytest.approx(np.std(draws[0][:3], ddof=1) / math.sqrt(6), rel=1e-12)
     assert math.isnan(t_interval(draws[0], num_first=1).lower)
@@ -98,7 +88,7 @@ def test_the_smallest_detectable_difference_has_the_power(free: int, alpha: floa
 
 def expected_example_variance(seeds: list[SeedScores], weighting: str) -> float:
     """By the book: linearised ratios, one draw for each different example, tasks as strata."""
-    parts: dict[tuple[str, str], float] = {}
+    parts: dict[str, dict[str, float]] = {"a": {}, "b": {}}
     for tasks in seeds:
         tokens = sum(sum(each.weights) for each in tasks.values())
         pooled = sum(sum(each.values) for each in tasks.values()) / tokens
@@ -106,14 +96,9 @@ def expected_example_variance(seeds: list[SeedScores], weighting: str) -> float:
             ratio = pooled if weighting == "tokens" else sum(each.values) / sum(each.weights)
             scale = tokens if weighting == "tokens" else len(tasks) * sum(each.weights)
             for example, value, weight in zip(each.examples, each.values, each.weights, strict=True):
-                known = parts.get((name, example), 0.0)
-                parts[name, example] = known + (value - ratio * weight) / scale / len(seeds)
-    variance = 0.0
-    for name in {name for name, _ in parts}:
-        own = [value for (task_, _), value in parts.items() if task_ == name]
-        mean = sum(own) / len(own)
-        variance += len(own) / (len(own) - 1) * sum((value - mean) ** 2 for value in own)
-    return variance
+                known = parts[name].get(example, 0.0)
+                parts[name][example] = known + (value - ratio * weight) / scale / len(seeds)
+    return sum(len(own) * float(np.var([*own.values()], ddof=1)) for own in parts.values())
 
 
 @pytest.mark.parametrize("weighting", ["tokens", "equal"])
@@ -136,7 +121,7 @@ def test_means_and_spread_of_examples_against_plain_loops(weighting: Weighting) 
 
 
 def test_the_interval_of_a_ratio_is_fiellers() -> None:
-    draw = rng(15)
+    draw = np.random.default_rng(15)
     lost = draw.normal(0.5, 0.2, 6)
     gained = 0.6 * lost + draw.normal(0.0, 0.05, 6)
     found = ratio_interval(gained.tolist(), lost.tolist())
@@ -157,15 +142,7 @@ def test_holm_of_a_worked_example() -> None:
     assert holm([0.2, 0.01, 0.03, 0.02], 4) == pytest.approx([0.2, 0.04, 0.06, 0.06])
     assert holm([0.9, 0.8], 2) == [1.0, 1.0]
     assert holm([0.02, 0.01], 4) == pytest.approx([0.06, 0.04])  # two others have no result
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.01, 0.3))
-def test_holm_rejects_what_its_definition_rejects(p_values: list[float], alpha: float) -> None:
-    rejected, left = set(), sorted(range(len(p_values)), key=lambda i: p_values[i])
-    while left and p_values[left[0]] * len(left) < alpha:
-        rejected.add(left.pop(0))
-    assert {i for i, value in enumerate(holm(p_values, len(p_values))) if value < alpha} == rejected
+    assert holm([0.01, 0.01], 2) == pytest.approx([0.02, 0.02])
 
 
 def test_simulated_studies_hold_the_truth_and_seldom_say_something_false(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +176,7 @@ def noisy(run: RateRun) -> float:
 
 
 def diverging(run: RateRun) -> float:
-    return math.inf if run.rate >= 3e-3 and run.seed == 8 and run.length == "full" else -run.rate
+    return math.inf if run.rate >= 3e-3 and run.seed == 8 else -run.rate
 
 
 @pytest.mark.parametrize(
