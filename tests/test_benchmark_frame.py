@@ -1,4 +1,4 @@
-"""The frame of the benchmarks: options, result files, tables, pages, and the contenders; nothing is measured."""
+"""The frame of the benchmarks: options, result files, tables and pages; nothing is measured."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import frame
 import measure
 from frame import BENCHES, bench, tabulated
-
-from qdora.ops.packed import dequantize
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -183,28 +180,3 @@ def test_commands_of_the_pages_are_those_of_the_benchmarks_and_of_their_result_f
                 num_checked += 1
     assert shown == set(BENCHES)
     assert num_checked >= len(BENCHES) // 2
-
-
-def test_contenders_on_pefts_interface_compute_dora() -> None:
-    contenders = importlib.import_module("contenders")
-    base = contenders.random_base(64, 96)
-    for contender in contenders.CONTENDERS.values():
-        if contender.engine != "peft" or contender.kind != "dora" or contender.variant in (None, "addmm"):
-            continue
-        layer: Any = contenders.layer_on(base, contender, 16)
-        x, dy = contenders.random_input(base, 8)
-        ours = [x, layer.lora_A.default.weight, layer.lora_B.default.weight, layer.lora_magnitude_vector.default.weight]
-        for _ in range(2):  # the second time after a step
-            for each in ours:
-                each.grad = None
-            y = layer(x)
-            y.backward(dy)
-            leaves = [each.detach().double().requires_grad_() for each in ours]
-            wide, a, b, m = leaves
-            adapted = dequantize(base, torch.float64) + layer.scaling["default"] * b @ a
-            expected = wide @ adapted.T * (m / adapted.norm(dim=1).detach())
-            wanted = [expected.detach(), *torch.autograd.grad(expected, leaves, dy.double())]
-            for got, right in zip([y.detach(), *(each.grad for each in ours)], wanted, strict=True):
-                assert float((got.double() - right).abs().max() / right.abs().max()) < 0.015
-            with torch.no_grad():
-                ours[2].mul_(3.0)

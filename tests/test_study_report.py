@@ -65,13 +65,12 @@ def test_arms_have_the_rates_of_their_searches_and_sizes(report: Report) -> None
     assert len(trained) == 8
     searches = {(row["base.quant"], row["adapter"]): row for row in report.tables["rates"]}
     for row in trained:
-        searched = searches[row["base.quant"], row["adapter"]]
+        searched, bits = searches[row["base.quant"], row["adapter"]], fake_study.BITS[row["base.quant"]]
         assert float(row["rate"]) == pytest.approx(2e-4, rel=0.1)
         assert (row["rate"], row["rate_is_interior"], row["num_seeds"]) == (searched["rate"], True, 4)
         assert (searched["num_runs"], searched["num_diverged"]) == (6, 0)
-        assert row["bits_per_weight"] == pytest.approx(fake_study.BITS[row["base.quant"]], rel=1e-5)
-        assert row["total_mib"] == pytest.approx(row["bits_per_weight"] / 8 + (4096 + 2048) / 2**20)
-        assert row["adapter_mib"] == 2048 / 2**20
+        sizes = [row[name] for name in ("bits_per_weight", "total_mib", "adapter_mib")]
+        assert sizes == pytest.approx([bits, bits / 8 + (4096 + 2048) / 2**20, 2048 / 2**20], rel=1e-5)
     # The run whose magnitudes were set back knows how its base was pruned
     assert {row["sparsity"] for row in rows(report, "arms", **{"base.quant": "nf4", "adapter": "dora"})} == {0.25, 0.0}
     assert [row["sparsity"] for row in rows(report, "arms", kind="set_back")] == [0.25]
@@ -95,17 +94,13 @@ def test_the_examples_that_find_rates_do_not_compare(tmp_path: Path, search: boo
     """Examples of each half are worth 1 and 2."""
     changes: dict[str, Any] = {} if search else {"rates": None, "settings": {"train.lr": 2e-4}}
     made = fake_study.make(tmp_path, product=product("nf4"), **changes)
-    for cell in read_index(made)["cells"]:
-        file = made / "cells" / cell["key"] / "eval/step-1.json"
+    for file in made.glob("cells/*/eval/step-1.json"):
         scored = json.loads(file.read_text())["per_example"]
         for row in scored:
             row |= {"nll": 1.0 if half_of(f"{row['id']}#1") == "choose" else 2.0, "num_answer_tokens": 1}
         file.write_text(json.dumps({"per_example": scored}))
     (number,) = {row["nll_per_token"] for row in rows(read_report(made), "arms", kind="trained")}
     assert number == pytest.approx(2.0 if search else 1.5, abs=0.0 if search else 0.1)
-    results = Results(StudyDirectory(made), study_from(DOCUMENT | changes | {"recipe": "demo"}))
-    losses = [results.loss(cell["key"]) for cell in read_index(made)["cells"] if cell["kind"] == "rate"]
-    assert set(losses) == ({1.0} if search else set())
     halves = [half_of(f"{index}#1") for index in range(200)]
     assert halves == [half_of(f"{index}#2") for index in range(200)]  # a repeated id stays in its half
     assert abs(halves.count("choose") - 100) <= 3 * math.sqrt(200) / 2
@@ -118,17 +113,15 @@ def test_better_equivalent_and_not_decided(report: Report) -> None:
     assert row["p_holm"] < 0.05 < row["p_equivalent_holm"]
     others = [compared(report, quant) for quant in ("none", "int8", "fp4")]
     assert {row["winner"] for row in others} == {""}
+    assert [row["verdict"] for row in others].count("not decided") < 3
     for row in others:
         assert row["verdict"] == ("no difference above 0.02" if row["p_equivalent_holm"] < 0.05 else "not decided")
         assert max(abs(row["lower"]), abs(row["upper"])) < 0.02 or row["verdict"] == "not decided"
         assert row["smallest_detectable"] > row["half_width"] > 0
-    assert [row["verdict"] for row in others].count("not decided") < 3
-    assert len(report.answer) == 4
     for row, text in zip(rows(report, "comparisons", role="primary"), report.answer, strict=True):
         said = f"base.quant {row['base.quant']}, dora against lora: {row['verdict']}, improvement of dora over lora"
-        interval = f" {row['improvement']:.4f} (95 % interval {row['lower']:.4f} to {row['upper']:.4f}; 4 seeds; "
-        assert text.startswith(said)
-        assert interval in text
+        assert text.startswith(f"{said} {row['improvement']:.4f} (95 % interval {row['lower']:.4f} to")
+        assert f"to {row['upper']:.4f}; 4 seeds; " in text
         p = row["p_holm"] if row["winner"] else row["p_equivalent_holm"]
         unseen = f"differences below {row['smallest_detectable']:.2g} could"
         assert (unseen if row["verdict"] == "not decided" else f" = {p:.4f}, corrected for 4).") in text
@@ -176,10 +169,9 @@ def test_what_is_damaged_left_and_repaired(report: Report) -> None:
 
 def test_answers_choices_and_tasks(report: Report) -> None:
     arms = {row["adapter"]: row for row in rows(report, "arms", kind="trained", **{"base.quant": "nf4"})}
-    assert arms["lora"]["unparsable"] == pytest.approx(0.5, abs=0.15)
-    assert arms["dora"]["unparsable"] == 0
     # What is right is right in both: an answer without format is not a wrong one
     assert arms["lora"]["right"] == arms["dora"]["right"] == pytest.approx(0.25, abs=0.1)
+    assert (arms["lora"]["unparsable"], arms["dora"]["unparsable"]) == (pytest.approx(0.5, abs=0.15), 0)
     unparsable, acc, by_task = (compared(report, "nf4", name) for name in ("unparsable", "acc", "nll_by_task"))
     assert (unparsable["improvement"], unparsable["verdict"]) == (pytest.approx(0.5, abs=0.15), "exploratory")
     assert (acc["zone"], by_task["zone"]) == (0.01, 0.02)
@@ -253,18 +245,21 @@ def test_the_page_needs_nothing_beside_it_and_every_number_is_in_the_data(
 
 
 def test_the_figures_show_the_tables(report: Report) -> None:
+    def xs(axis: Any, *markers: str, faces: set[str] | None = None) -> set[float]:
+        drawn = [line for line in axis.lines if line.get_marker() in markers]
+        return {
+            np.asarray(line.get_xdata())[0] for line in drawn if faces is None or line.get_markerfacecolor() in faces
+        }
+
     left = rows(report, "repair", **{"base.quant": "fp4"})[1:]
     (axis,) = figures._damage(left, report.axes, report.compare).axes
-    points = [line for line in axis.lines if line.get_marker() in ("o", "s")]
-    for face, column in (({"white"}, "transplant"), (set(figures._COLORS), "left")):
-        xs = {np.asarray(line.get_xdata())[0] for line in points if line.get_markerfacecolor() in face}
-        assert xs == {row[column] for row in left}
+    assert xs(axis, "o", "s", faces={"white"}) == {row["transplant"] for row in left}
+    assert xs(axis, "o", "s", faces=set(figures._COLORS)) == {row["left"] for row in left}
     pairs = [dict(compared(report, quant)) for quant in LOST]
     pairs[0] |= {"lower": -9.0, "upper": 9.0, "num_seeds": 2}  # too few seeds for a verdict
     (axis,) = figures._differences(pairs, report.axes, report.compare).axes
     low, high = axis.get_xlim()
-    drawn = {np.asarray(line.get_xdata())[0] for line in axis.lines if line.get_marker() == "s"}
-    assert drawn == {row["improvement"] for row in pairs}
+    assert xs(axis, "s") == {row["improvement"] for row in pairs}
     assert -1 < low < min(row["lower"] for row in pairs[1:])
     assert max(row["upper"] for row in pairs[1:]) < high < 1
     panels = figures._curves(report.tables["curves"], report.axes, report.compare).axes
@@ -275,16 +270,14 @@ def test_the_figures_show_the_tables(report: Report) -> None:
 
 def test_the_command_and_what_has_no_report(made: Path, tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["report", str(made), "--out", str(tmp_path / "out"), "--json"])
-    assert found.exit_code == 0, found.output
     document = json.loads(found.stdout)
-    assert Path(document["page"]).is_file()
-    assert len(document["answer"]) == 4
+    assert (found.exit_code, Path(document["page"]).is_file(), len(document["answer"])) == (0, True, 4)
     found = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert found.exit_code == 2
     assert "is not a run (it has no recipe.yaml) or a study (no study.json)" in found.output
     empty = fake_study.make(tmp_path / "empty", product=product("nf4"), rates=None)
-    for file in (empty / "results").glob("*.json"):
-        file.unlink()
+    forget(empty)
+    forget(empty, kind="base")
     with pytest.raises(UserError, match="no cell has scores"):
         report_run(empty, console=Console(quiet=True))
 
@@ -361,8 +354,8 @@ def test_p_values_are_corrected_for_all_primary_comparisons_also_for_those_witho
     forget(made, "fp4", "dora")
     (row,) = rows(read_report(made), "comparisons", role="primary")
     larger = max(row["p_seeds"], row["p_examples"])
-    assert (row["p_seeds"], row["p_holm"]) == (before["p_seeds"], before["p_holm"])
-    assert (row["num_tests"], row["p_holm"], row["winner"]) == (2, pytest.approx(2 * larger), "dora")
+    assert (row["p_holm"], row["num_tests"], row["winner"]) == (before["p_holm"], 2, "dora")
+    assert row["p_holm"] == pytest.approx(2 * larger)
     index = json.loads((made / "study.json").read_text())
     index["study"]["compare"]["alpha"] = 1.5 * larger  # small enough by itself, not among two
     (made / "study.json").write_text(json.dumps(index))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +22,6 @@ from qdora.evaluation.example_intervals import (
     weighted_mean,
 )
 from qdora.study.grid import RatesConfig
-from qdora.study.guesses import UNIFORM_SHARE, unigram_nll
 from qdora.study.rates import RateRun, minimum, search
 from qdora.study.statistics import holm, ratio_interval, seed_spread, t_interval
 
@@ -224,10 +222,3 @@ def test_the_minimum_of_three_against_a_fit_of_numpy() -> None:
     assert minimum(rates, losses) == pytest.approx(math.exp(-b / (2 * a)), rel=1e-9)
     assert minimum(rates, [1.0, 1.0, 1.0]) == 4e-4
     assert minimum([1e-4, 2e-4, 4e-4], [1.0, 1.0, 2.0]) == pytest.approx(1e-4 * math.sqrt(2))
-
-
-def test_a_unigram_model_by_hand() -> None:
-    counted, scored, size = [3, 3, 3, 5], [3, 5, 7, 3], 10
-    counts = Counter(counted)
-    nll = [-math.log((1 - UNIFORM_SHARE) * counts[token] / 4 + UNIFORM_SHARE / size) for token in scored]
-    assert unigram_nll(counted, scored, size) == pytest.approx(sum(nll) / 4, rel=1e-12)
