@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from rich.console import Console
 from typer.testing import CliRunner
@@ -172,24 +171,6 @@ def test_a_base_that_diverges_has_failed_since_it_has_no_rate_to_blame(
     assert list(tally([base], store).failed) == [base.key]
 
 
-def test_processes_of_one_machine_divide_its_cores_unless_the_user_chose(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner, "_run", lambda *_: {"threads": torch.get_num_threads()})
-    before, store = torch.get_num_threads(), StudyDirectory(tmp_path)
-    (tmp_path / "claims/far.json").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    found = []
-    try:
-        torch.set_num_threads(6)
-        with store.claimed("a"), store.claimed("b"), store.claimed("c"):
-            for change in (monkeypatch.setenv, lambda name, _: monkeypatch.delenv(name)):
-                change("OMP_NUM_THREADS", "6")
-                found.append(runner.cell_work(store)(numbered(1)[0], tmp_path)["threads"])
-    finally:
-        torch.set_num_threads(before)
-    assert found == [6, 2]
-
-
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -200,7 +181,6 @@ def test_processes_of_one_machine_divide_its_cores_unless_the_user_chose(
         (["--jobs", "1", "--cluster", "slrum"], ["--cluster", "'slrum'", "'slurm'?"]),
         (["--jobs", "1", "--job-option", "timeout_min"], ["--job-option", "key=value"]),
         pytest.param(["--jobs", "1", *LOCAL, "timeout_mn=5"], ["--job-option: "], marks=needs_submitit),
-        pytest.param(["--jobs", "1", *LOCAL, "timeout_min=five"], ["--job-option: "], marks=needs_submitit),
         pytest.param(["--jobs", "1"], ["--cluster slurm", "Could not detect"], marks=needs_submitit),
     ],
 )

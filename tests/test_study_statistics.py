@@ -58,16 +58,14 @@ def test_a_single_seed_has_no_interval_and_without_spread_the_value_alone_decide
     assert seed_spread([1.0, 1.0, 1.0 + 1e-12]).p(1.0) == 1e-15  # smaller ones have lost their digits
 
 
-def test_the_spread_of_the_first_seeds_keeps_what_an_interval_promises() -> None:
-    """Three seeds, and three more where the half-width is above 1: the truth, 0, is in 95 % of the intervals by the
-    spread of the first seeds (Stein, 1945)."""
-    draws = np.random.default_rng(0).normal(size=(4000, 6)).tolist()
-    kept = [values if t_interval(values[:3]).half_width > 1 else values[:3] for values in draws]
-    found = [t_interval(values, num_first=3) for values in kept]
-    assert abs(np.mean([each.lower < 0 < each.upper for each in found]) - 0.95) < 0.011  # three standard errors
-    assert seed_spread(draws[0], 3).free == 2
-    assert seed_spread(draws[0], 3).stderr == pytest.approx(np.std(draws[0][:3], ddof=1) / math.sqrt(6), rel=1e-12)
-    assert math.isnan(t_interval(draws[0], num_first=1).lower)
+def test_the_first_seeds_alone_may_tell_the_spread() -> None:
+    """Stein's two-stage procedure (1945)."""
+    values = np.random.default_rng(0).normal(size=6).tolist()
+    spread = seed_spread(values, 3)
+    assert (spread.stderr, spread.free) == (pytest.approx(np.std(values[:3], ddof=1) / math.sqrt(6), rel=1e-12), 2)
+    half = stats.t.ppf(0.975, 2) * spread.stderr
+    assert t_interval(values, num_first=3).upper == pytest.approx(np.mean(values) + half, rel=1e-12)
+    assert math.isnan(t_interval(values, num_first=1).lower)
 
 
 @pytest.mark.parametrize("free, alpha", [(1, 0.05), (2, 0.05), (5, 0.05 / 6), (7, 0.025)])
