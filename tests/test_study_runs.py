@@ -44,7 +44,7 @@ FULL = dict.fromkeys(f"adapter.{name}" for name in AdapterConfig.model_fields) |
 OF_NF4 = {"cells": {"base.quant": "nf4"}}
 WHOLE: dict[str, Any] = {
     "settings": {"data.validation_fraction": 0.5, "eval.limit": 10},
-    "rates": {"values": [1e-4, 1e-3, 1e-2], "steps": 1, "seeds": [100], "extend": 0},
+    "rates": {"values": [1e-4, 1e-3, 1e-2], "seeds": [100], "extend": 0},
     "product": {"base.quant": ["none", "nf4"], "adapter": DORA},
     "stages": [
         {"name": "main"},
@@ -118,10 +118,10 @@ def test_a_dry_run_tells_cells_and_hours_and_writes_nothing(root: Path, tmp_path
     assert found.exit_code == 0, found.output
     shown = json.loads(found.stdout)
     hours = {each["stage"]: (each["num_cells"], each["seconds"] / 3600) for each in shown["stages"]}
-    counts = {"bases": (2, 2 * 2), "rates, short runs": (6, 6 * 2.5), "rates": (6, 6 * 3), "main": (2, 2 * 3)}
+    counts = {"bases": (2, 2 * 2), "rates": (6, 6 * 3), "main": (2, 2 * 3)}
     assert hours == counts | dict.fromkeys(("transplant", "rescaled", "set_back"), (1, 2)) | {"by_layer": (2, 2 * 2)}
     assert {each["num_done"] for each in shown["stages"]} == {0}
-    assert len(shown["cells"]) == shown["num_cells"] == 21
+    assert len(shown["cells"]) == shown["num_cells"] == 15
     assert "cannot have a verdict: there are only 1 of 3 (compare.min_seeds) seeds" in shown["notes"][0]
     assert "cannot have a verdict" in found.stderr
     assert not (tmp_path / "none").exists()
@@ -156,7 +156,7 @@ def test_every_cell_is_a_run_and_has_a_result(done: Path) -> None:
         place, result = done / "cells" / cell["key"], result_of(done, cell["key"])
         if cell["kind"] in ("base", "rate", "trained"):
             assert len(nll_of(done, cell | result)) == 2 * 10
-            steps = {"base": 0, "rate": 1 if "short" in cell["stage"] else 2, "trained": 2}[cell["kind"]]
+            steps = 0 if cell["kind"] == "base" else 2
             assert result["num_steps"] == of_recipe(place)["train"]["steps"] == steps
             assert (place / "adapter").exists() == (cell["kind"] != "base")
             assert (place / "checkpoints").exists() == (cell["kind"] == "trained")  # nothing reads those of rates
