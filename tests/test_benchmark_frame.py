@@ -154,6 +154,7 @@ def test_commands_of_the_pages_are_those_of_the_benchmarks_and_of_their_result_f
         return re.sub(r"--(out|work|llama-cpp) \S+", "", " ".join(words)).replace(",", " ").split()
 
     shown, num_checked = set(), 0
+    sources = "".join(file.read_text() for file in (ROOT / "benchmarks").glob("*.py"))
     for section in (part for page in pages.PAGES[1:] for part in page.read_text().split("\n## ")):
         blocks = "".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL))
         for line in re.sub(r"^\w+=\w+ ", "", blocks, flags=re.MULTILINE).replace(" && ", "\n").splitlines():
@@ -161,9 +162,7 @@ def test_commands_of_the_pages_are_those_of_the_benchmarks_and_of_their_result_f
             assert program == "python"
             names = [name for name, each in BENCHES.items() if each.run.__module__ == Path(script).stem]
             if not names:  # with options of its own
-                files = (Path(script).name, "shared_study.py")
-                text = "".join((ROOT / "benchmarks" / file).read_text() for file in files)
-                assert all(f'"{option}"' in text for option in options if option.startswith("--")), script
+                assert all(f'"{option}"' in sources for option in options if option.startswith("--")), script
                 continue
             name = options.pop(0) if len(names) > 1 else names[0]
             parser = argparse.ArgumentParser(script)
