@@ -147,10 +147,8 @@ def test_columns_look_into_rows() -> None:
 
 
 def test_commands_of_the_pages_are_those_of_the_benchmarks_and_of_their_result_files(pages: Any) -> None:
-    """Every benchmark is shown with options that it has. Of the command in the file of a table, script and name may be
-    those of an earlier version, and options that say where files are may differ."""
-
     def plain(words: list[str]) -> list[str]:
+        """Without script and name, which may be those of an earlier version, and options that say where files are."""
         return re.sub(r"--(out|work|llama-cpp) \S+", "", " ".join(words)).replace(",", " ").split()
 
     shown, num_checked = set(), 0

@@ -154,9 +154,8 @@ def test_the_pages_say_what_the_committed_scores_do() -> None:
     ids=lambda path: path.parent.name,
 )
 def test_every_committed_cell_keeps_its_name(grid: Path, tmp_path: Path) -> None:
-    """A name is a hash of the recipe and of the data with its path: here of data at /DATA, where no file is. With
-    another digest, finished studies would start anew; it also changes when cells are added to the results."""
-    document = yaml.safe_load(grid.read_text())
+    """With another digest, finished studies would start anew; it also changes when cells are added to the results."""
+    document = yaml.safe_load(grid.read_text())  # names are hashes of recipes and data: here of none, at /DATA
     for source in document["settings"]["data.mix"]:
         source["path"] = f"/{source['path']}"
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
