@@ -1,4 +1,7 @@
-"""Numbers of a study against scipy, plain loops and simulated truths: intervals, tests, Holm, the search for rates."""
+"""Numbers of a study against scipy and simulated truths: intervals, tests, Holm, the search for rates.
+
+Those of examples, and what can be detected, are computed anew in test_study_scores.py.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import integrate, stats
+from scipy import stats
 
-from qdora.evaluation.example_intervals import (
-    SeedScores,
-    Spread,
-    TaskScores,
-    Weighting,
-    example_interval,
-    example_spread,
-    weighted_mean,
-)
 from qdora.study.grid import RatesConfig
 from qdora.study.rates import RateRun, minimum, search
 from qdora.study.statistics import holm, ratio_interval, seed_spread, t_interval
-
-
-def task(number: int, seed: int, *, first: int = 0, weighted: bool = True) -> TaskScores:
-    """Skewed scores of the examples from number `first` on."""
-    draw = np.random.default_rng(seed)
-    weights = draw.integers(1, 5, number).astype(float) if weighted else np.ones(number)
-    names = tuple(f"{first + index}#1" for index in range(number))
-    return TaskScores(names, draw.exponential(size=number) * weights, weights)
 
 
 @pytest.mark.parametrize("number, shift", [(2, 0.0), (3, 0.015), (8, -0.015), (6, 0.03)])
@@ -66,54 +52,6 @@ def test_the_first_seeds_alone_may_tell_the_spread() -> None:
     half = stats.t.ppf(0.975, 2) * spread.stderr
     assert t_interval(values, num_first=3).upper == pytest.approx(np.mean(values) + half, rel=1e-12)
     assert math.isnan(t_interval(values, num_first=1).lower)
-
-
-@pytest.mark.parametrize("free, alpha", [(1, 0.05), (2, 0.05), (5, 0.05 / 6), (7, 0.025)])
-def test_the_smallest_detectable_difference_has_the_power(free: int, alpha: float) -> None:
-    found = Spread(0.01, free).detectable(alpha, 0.8) / 0.01
-    critical = stats.t.ppf(1 - alpha / 2, free)
-
-    def missed(square: float) -> float:
-        """Of a sum of squares: its density times the chance that the mean stays below the critical value."""
-        edge = critical * math.sqrt(square / free)
-        return float(stats.chi2.pdf(square, free) * (stats.norm.cdf(edge - found) - stats.norm.cdf(-edge - found)))
-
-    power = 1 - integrate.quad(missed, 0, 1, limit=200)[0] - integrate.quad(missed, 1, math.inf, limit=200)[0]
-    assert power == pytest.approx(0.8, abs=1e-5)
-
-
-def expected_example_variance(seeds: list[SeedScores], weighting: str) -> float:
-    """By the book: linearised ratios, one draw for each different example, tasks as strata."""
-    parts: dict[str, dict[str, float]] = {"a": {}, "b": {}}
-    for tasks in seeds:
-        tokens = sum(sum(each.weights) for each in tasks.values())
-        pooled = sum(sum(each.values) for each in tasks.values()) / tokens
-        for name, each in tasks.items():
-            ratio = pooled if weighting == "tokens" else sum(each.values) / sum(each.weights)
-            scale = tokens if weighting == "tokens" else len(tasks) * sum(each.weights)
-            for example, value, weight in zip(each.examples, each.values, each.weights, strict=True):
-                known = parts[name].get(example, 0.0)
-                parts[name][example] = known + (value - ratio * weight) / scale / len(seeds)
-    return sum(len(own) * float(np.var([*own.values()], ddof=1)) for own in parts.values())
-
-
-@pytest.mark.parametrize("weighting", ["tokens", "equal"])
-def test_means_and_spread_of_examples_against_plain_loops(weighting: Weighting) -> None:
-    seeds: list[SeedScores] = [
-        {"a": task(7, 1), "b": task(5, 2)},
-        {"a": task(7, 3, first=4), "b": task(5, 4)},  # three examples of a in common, all of b
-    ]
-    found = example_spread(seeds, weighting)
-    assert found.stderr**2 == pytest.approx(expected_example_variance(seeds, weighting), rel=1e-12)
-    assert 4 < found.free <= 10 + 4
-    sums = [(sum(each.values.tolist()), sum(each.weights.tolist())) for each in seeds[0].values()]
-    by_tokens, by_task = sum(nll for nll, _ in sums) / sum(n for _, n in sums), sum(nll / n for nll, n in sums) / 2
-    assert weighted_mean(seeds[0], weighting) == pytest.approx(by_tokens if weighting == "tokens" else by_task)
-    one = task(30, 8, weighted=False)
-    alone = example_interval({"a": one}, weighting)
-    half = stats.t.ppf(0.975, 29) * stats.sem(one.values)
-    assert (alone.value, alone.half_width) == pytest.approx((one.values.mean(), half), rel=1e-9)
-    assert math.isnan(example_spread([{"a": task(1, 1)}], weighting).stderr)
 
 
 def test_the_interval_of_a_ratio_is_fiellers() -> None:
