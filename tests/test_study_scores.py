@@ -53,6 +53,11 @@ def archive(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("study_archive")
 
 
+@pytest.fixture(scope="module")
+def whole_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_study.make(tmp_path_factory.mktemp("whole"), **WHOLE)
+
+
 def recomputed(folder: Path) -> tuple[int, str]:
     """Exit code and output of the second program, without this project on the path: it needs numpy alone."""
     run = subprocess.run([sys.executable, "-I", str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=200)
@@ -68,8 +73,10 @@ def assert_same_tables(one: Path, other: Path, *names: str) -> None:
         pd.testing.assert_frame_equal(*frames, rtol=0, atol=1e-7)
 
 
-def test_a_study_continues_from_its_scores_and_only_what_lacks_runs(archive: Any, tmp_path: Path) -> None:
-    made, study = fake_study.make(tmp_path, **WHOLE), tmp_path / "study.yaml"
+def test_a_study_continues_from_its_scores_and_only_what_lacks_runs(
+    archive: Any, whole_study: Path, tmp_path: Path
+) -> None:
+    made, study = whole_study, whole_study.with_name("study.yaml")
     cells, packed = read_index(made)["cells"], archive.pack(made)
     assert archive.unpack(packed, study, tmp_path / "whole") == len(cells)
     assert_same_tables(tmp_path / "whole", made)
@@ -119,9 +126,9 @@ CHANGED = [("comparisons", "upper", 3e-6), ("comparisons", "verdict", "none"), (
     ids=["whole", "equal", "acc_norm", "later seeds", "shared cells"],
 )
 def test_a_second_program_finds_every_number_and_any_that_was_changed(
-    archive: Any, tmp_path: Path, changes: dict[str, Any], num_primary: int
+    archive: Any, whole_study: Path, tmp_path: Path, changes: dict[str, Any], num_primary: int
 ) -> None:
-    made = fake_study.make(tmp_path / "made", **changes)
+    made = whole_study if changes is WHOLE else fake_study.make(tmp_path / "made", **changes)
     report = read_report(made)
     write_report(report, tmp_path, "a study")
     (tmp_path / "scores.json.xz").write_bytes(archive.pack(made))
