@@ -56,7 +56,6 @@ Truth = Callable[[Cell], float]
 
 
 def recipe(**train: Any) -> Recipe:
-    """The recipe with other settings of the training."""
     return recipe_from(RECIPE | {"train": RECIPE["train"] | train})
 
 
@@ -132,63 +131,54 @@ def work_of(nll: Truth = truth, *, generated: bool = False, fail: str | None = N
 
 def _measured_by_layer(cell: Cell) -> dict[str, Any]:
     """Two blocks of two layers, of which the second matters more, and a head."""
-    is_compressed = cell.recipe.base.quant != "none"
-    errors = {"error_undone": 0.1, "error_undone_best": 0.3, "error_cosine": 0.2}
     change = {"direction": 0.01, "magnitude": 0.001, "length": 0.002}
-    change |= errors if is_compressed and not cell.steps else {}
-    layers = {f"layers.{block}.{name}": change for block in (0, 1) for name in ("q_proj", "o_proj")}
-    layers["lm_head"] = change
-    steps = {"checkpoints": [{"step": step, "nll": 2.0, "changes": layers} for step in cell.steps]}
-    return (steps if cell.steps else {}) | {
-        "num_steps": 0,
-        "final_loss": None,
-        "num_trainable": 0,
-        "size": {"num_linear_weights": 1, "num_linear_bytes": 1, "num_base_bytes": 1, "num_adapter_bytes": 1},
-        "compression": None,
-        "changes": {} if cell.steps else layers,
-        "blocks": [] if cell.steps else [{"block": block, "rise": 0.1 * (block + 1)} for block in (0, 1)],
-        "nll": 2.0,
-    }
+    if cell.recipe.base.quant != "none" and not cell.steps:
+        change |= {"error_undone": 0.1, "error_undone_best": 0.3, "error_cosine": 0.2}
+    names = [f"layers.{block}.{name}" for block in (0, 1) for name in ("q_proj", "o_proj")]
+    changes, sizes = dict.fromkeys([*names, "lm_head"], change), ("linear_weights", "linear_bytes", "base_bytes")
+    found = {"num_steps": 0, "final_loss": None, "num_trainable": 0, "compression": None, "nll": 2.0}
+    found["size"] = {f"num_{name}": 1 for name in (*sizes, "adapter_bytes")}
+    if cell.steps:
+        checkpoints = [{"step": step, "nll": 2.0, "changes": changes} for step in cell.steps]
+        return found | {"checkpoints": checkpoints, "changes": {}, "blocks": []}
+    return found | {"changes": changes, "blocks": [{"block": block, "rise": 0.1 * (block + 1)} for block in (0, 1)]}
 
 
 def _work(cell: Cell, directory: Path, nll: float, generated: bool) -> dict[str, Any]:
-    seed = cell.recipe.train.seed if cell.kind != "base" else 0
     draw = np.random.default_rng(int(cell.key, 16))
-    of_seed = np.random.default_rng(seed).normal(scale=0.05) if cell.kind != "base" else 0.0
-    rows, answers = [], []
+    is_base, quant = cell.kind == "base", cell.recipe.base.quant
+    of_seed = 0.0 if is_base else np.random.default_rng(cell.recipe.train.seed).normal(scale=0.05)
+    scored, answers = [], []
     for task, number in NUM_EXAMPLES.items():
         examples = np.random.default_rng(len(task))  # the same in all cells: how hard each example is
         tokens, hard = examples.integers(1, 6, number), examples.exponential(size=number)
-        noise = draw.normal(scale=0.05, size=number)
-        for index in range(number):
-            per_token = nll + of_seed + hard[index] - 1.0 + noise[index]
-            row = {"task": task, "id": str(index), "nll": per_token * int(tokens[index])}
+        losses = nll + of_seed + hard - 1.0 + draw.normal(scale=0.05, size=number)
+        for index, loss in enumerate(losses.tolist()):
+            row = {"task": task, "id": str(index), "nll": loss * int(tokens[index])}
             row["num_answer_tokens"] = int(tokens[index])
             if task == "piqa":
                 row |= {"acc": float(hard[index] < 1.2 - nll / 4), "acc_norm": float(hard[index] < 1.6 - nll / 3)}
-                row |= {"gold": 0, "loglikelihoods": [-per_token, -2.0]}
+                row |= {"gold": 0, "loglikelihoods": [-loss, -2.0]}
                 formatted = cell.recipe.adapter.kind == "dora" or index % 2 == 0
                 outcome = "unparsable" if not formatted else "right" if index % 4 == 0 else "wrong"
                 answers.append({"task": task, "id": str(index), "outcome": outcome})
-            rows.append(row)
+            scored.append(row)
     (directory / "eval").mkdir(parents=True, exist_ok=True)
-    (directory / "eval" / "step-1.json").write_text(json.dumps({"per_example": rows}))
-    files = {"scores": "eval/step-1.json"}
-    if generated:
-        (directory / "eval" / "generated.json").write_text(json.dumps({"per_example": answers}))
-        files["generated"] = "eval/generated.json"
-    bits = BITS[cell.recipe.base.quant]
-    size = {"num_linear_weights": 2**20, "num_linear_bytes": int(bits * 2**17), "num_base_bytes": int(bits * 2**17)}
+    files = {"scores": "eval/step-1.json"} | ({"generated": "eval/generated.json"} if generated else {})
+    for file, found in zip(files.values(), (scored, answers), strict=False):
+        (directory / file).write_text(json.dumps({"per_example": found}))
+    num_bytes = int(BITS[quant] * 2**17)
+    size = {"num_linear_weights": 2**20, "num_linear_bytes": num_bytes, "num_base_bytes": num_bytes + 4096}
     layers = {f"layers.{n}.q_proj": {"relative_error": 0.01 * n, "sparsity": 0.0} for n in range(3)}
-    hidden = {"perplexity": 20.0, "hidden_errors": [0.1, 0.2], "hidden_error": 0.2} if cell.kind == "base" else {}
     compression: dict[str, Any] = {"base": {"sparsity": 0.0, "layers": layers}, "trained": {"sparsity": 0.25}}
+    hidden = {"perplexity": 20.0, "hidden_errors": [0.1, 0.2], "hidden_error": 0.2} if is_base else {}
     return hidden | {
         "num_steps": 1,
         "final_loss": nll,
         "num_trainable": 10,
-        "size": size | {"num_base_bytes": int(bits * 2**17) + 4096, "num_adapter_bytes": 2048 * cell.is_trained},
+        "size": size | {"num_adapter_bytes": 2048 * cell.is_trained},
         "files": files,
-        "compression": compression.get(cell.kind) if cell.recipe.base.quant == "nf4" else None,
+        "compression": compression.get(cell.kind) if quant == "nf4" else None,
     }
 
 

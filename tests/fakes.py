@@ -123,12 +123,10 @@ def name_of(name: str, architecture: str = "llama") -> str:
 def interleaved(weight: Values, heads: int) -> Values:
     """Rows of a head as pairs that are rotated together."""
     rows = weight.shape[0] // heads
-    out = np.empty_like(weight)
-    for head in range(heads):
-        for pair in range(rows // 2):
-            for half in range(2):
-                out[head * rows + 2 * pair + half] = weight[head * rows + half * (rows // 2) + pair]
-    return out
+    places = [
+        head * rows + half * rows // 2 + pair for head in range(heads) for pair in range(rows // 2) for half in (0, 1)
+    ]
+    return weight[places]
 
 
 def expert_tensors(checkpoint: dict[str, Values], architecture: str) -> dict[str, Values]:
@@ -160,16 +158,19 @@ def add_settings(writer: Any, config: dict[str, Any]) -> None:
     """What the converter writes of a config."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-5))
     rope = config["rope_parameters"]
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_key_length(head_dim)
+    for name, value in {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "head_count": heads,
+        "head_count_kv": config["num_key_value_heads"],
+        "layer_norm_rms_eps": config.get("rms_norm_eps", 1e-5),
+        "rope_freq_base": rope["rope_theta"],
+        "key_length": head_dim,
+    }.items():
+        getattr(writer, f"add_{name}")(value)
     if config["model_type"] in ("llama", "mixtral", "minimax_m2"):
         writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
     experts = config.get("num_experts") or config.get("num_local_experts")
@@ -225,7 +226,6 @@ def convert_to_gguf(model: Path, out: Path, type_: str, *, fused: bool = False) 
 
 
 def finish(writer: Any) -> None:
-    """Write the file and close it."""
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         step()
     writer.close()
@@ -257,12 +257,8 @@ def q2_k(values: Values) -> Values:
     step, low = (each * scale.astype(np.float32) for each, scale in zip(held, scales, strict=True))
     codes = np.clip(np.round((groups + low[..., None]) / np.maximum(step, 1e-9)[..., None]), 0, 3).astype(np.uint8)
     fours = codes.reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
-    packed = [
-        held[0] | held[1] << 4,
-        fours.sum(2, dtype=np.uint8).reshape(-1, 64),
-        *(each.view(np.uint8) for each in scales),
-    ]
-    return np.concatenate(packed, axis=1).reshape(len(values), -1)
+    packed = [held[0] | held[1] << 4, fours.sum(2, dtype=np.uint8).reshape(-1, 64)]
+    return np.concatenate([*packed, *(each.view(np.uint8) for each in scales)], axis=1).reshape(len(values), -1)
 
 
 def quantize_gguf(source: Path, out: Path, type_: str) -> None:

@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
@@ -64,8 +65,7 @@ class FakeCuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[tuple[str, str, str]] = []
         self.current = FakeStream(self, "main")
-        self._num_streams = self._num_events = 0
-        copy = Tensor.copy_
+        copy, streams, events = Tensor.copy_, itertools.count(), itertools.count()
 
         def copying(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
             self.log.append((self.current.name, "copies", "" if non_blocking else "and the host waits"))
@@ -76,8 +76,8 @@ class FakeCuda:
 
         monkeypatch.setattr(Tensor, "copy_", copying)
         monkeypatch.setattr(Tensor, "record_stream", kept)
-        monkeypatch.setattr(torch.cuda, "Stream", self._stream)
-        monkeypatch.setattr(torch.cuda, "Event", self._event)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(self, f"stream {next(streams)}"))
+        monkeypatch.setattr(torch.cuda, "Event", lambda: FakeEvent(self, f"event {next(events)}"))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
         monkeypatch.setattr(torch.cuda, "stream", self._on)
 
@@ -85,14 +85,6 @@ class FakeCuda:
         """What was logged since the last call."""
         found, self.log = self.log, []
         return found
-
-    def _stream(self, device: torch.device) -> FakeStream:
-        self._num_streams += 1
-        return FakeStream(self, f"stream {self._num_streams - 1}")
-
-    def _event(self) -> FakeEvent:
-        self._num_events += 1
-        return FakeEvent(self, f"event {self._num_events - 1}")
 
     @contextmanager
     def _on(self, stream: Any) -> Iterator[None]:
@@ -109,11 +101,10 @@ class FakeStream:
     def __init__(self, cuda: FakeCuda, name: str) -> None:
         self._cuda, self.name = cuda, name
 
-    def wait_stream(self, other: FakeStream) -> None:
+    def wait_stream(self, other: FakeStream | FakeEvent) -> None:
         self._cuda.log.append((self.name, "waits for", other.name))
 
-    def wait_event(self, event: FakeEvent) -> None:
-        self._cuda.log.append((self.name, "waits for", event.name))
+    wait_event = wait_stream
 
 
 class FakeEvent:
@@ -180,16 +171,8 @@ Kind = Literal["launch", "copy", "wait"]
 aten = torch.ops.aten
 _CREATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}
 # The result's shape, or Python's next step, depends on values.
-_READS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "equal",
-    "is_nonzero",
-    "_unique2",
-    "unique_dim",
-    "bincount",
-}
+_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
+_READS |= {"bincount"}
 _TORCH = str(Path(torch.__file__).parent)
 _CHECKPOINT = str(Path("torch", "utils", "checkpoint.py"))
 
@@ -230,36 +213,15 @@ class _OnDevice(Tensor):
         return self.cpu().tolist()
 
 
-class _Module:
-    """What torch asks of the module torch.false_gpu."""
-
-    @staticmethod
-    def is_available() -> bool:
-        return True
-
-    @staticmethod
-    def is_initialized() -> bool:
-        return True
-
-    @staticmethod
-    def current_device() -> int:
-        return 0
-
-    @staticmethod
-    def device_count() -> int:
-        return 1
-
-    @staticmethod
-    def _is_in_bad_fork() -> bool:
-        return False
-
-    @staticmethod
-    def manual_seed_all(seed: int) -> None:
-        pass
-
-    @staticmethod
-    def get_amp_supported_dtype() -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16]
+_MODULE = SimpleNamespace(  # what torch asks of the module torch.false_gpu
+    is_available=lambda: True,
+    is_initialized=lambda: True,
+    current_device=lambda: 0,
+    device_count=lambda: 1,
+    _is_in_bad_fork=lambda: False,
+    manual_seed_all=lambda seed: None,
+    get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
+)
 
 
 class _Generator(torch.Generator):
@@ -271,7 +233,7 @@ class _Generator(torch.Generator):
 
 @functools.cache
 def _register() -> torch.device:
-    _setup_privateuseone_for_python_backend(TYPE, _Module())
+    _setup_privateuseone_for_python_backend(TYPE, _MODULE)
     return torch.device(TYPE, 0)
 
 
@@ -292,8 +254,7 @@ class FalseGpu(TorchDispatchMode):
         self._patches: list[ExitStack] = []
 
     def __enter__(self) -> FalseGpu:
-        patches = ExitStack()
-        has_kernels = bnb_kernels.is_available
+        patches, has_kernels = ExitStack(), bnb_kernels.is_available
         for owner, name, ours in (
             (bnb_kernels, "is_available", lambda kind: has_kernels("cpu" if kind == TYPE else kind)),
             (torch, "Generator", _Generator),
@@ -359,7 +320,9 @@ class FalseGpu(TorchDispatchMode):
 
     def kernel(self, func: Any) -> Callable[..., Any]:
         """What computes the values of an operation from tensors of the CPU."""
-        return _wide_product if func is aten.mm.dtype else func
+        if func is aten.mm.dtype:  # a product whose sums are written in a wider dtype, which a CPU lacks
+            return lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype)
+        return func  # type: ignore[no-any-return]
 
     def _note(self, func: Any, name: str, args: Any, kwargs: Any, values: Any, on_device: bool) -> None:
         """Record what an operation asks of the device."""
@@ -371,8 +334,9 @@ class FalseGpu(TorchDispatchMode):
             return
         index = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
         by_mask = any(each.dtype in (torch.bool, torch.uint8) for each in _tensors(index))
+        by_mask = by_mask and (name == "index" or args[2].numel() > 1)  # to write one value asks nothing of the mask
         lengths = name == "repeat_interleave" and kwargs.get("output_size") is None
-        if name in _READS or (by_mask and not _fills(name, args)) or lengths:
+        if name in _READS or by_mask or lengths:
             self._add("wait", name, 0)
         makes = name not in _CREATES and name != "_local_scalar_dense" and not _is_view(func)
         made = values if func._schema.returns else args  # lists of tensors are changed in place without a result
@@ -476,21 +440,10 @@ def _check_devices(name: str, given: Sequence[Tensor], target: Any) -> None:
         raise RuntimeError(f"{name}: expected all tensors on one device, got {shapes} on the cpu")
 
 
-def _wide_product(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """A product whose sums are written in a wider dtype, which a CPU lacks."""
-    return left.to(out_dtype) @ right.to(out_dtype)
-
-
 def _is_view(func: Any) -> bool:
-    returns = func._schema.returns
-    if func is aten._unsafe_view.default:  # shares its argument's memory, though its schema does not say so
-        return True
-    return any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
-
-
-def _fills(name: str, args: Any) -> bool:
-    """Whether an assignment by a mask writes one value, which asks nothing of the mask."""
-    return name != "index" and args[2].numel() == 1
+    aliases = [each.alias_info for each in func._schema.returns if each.alias_info is not None]
+    # The one that is named shares its argument's memory, though its schema does not say so
+    return func is aten._unsafe_view.default or any(not each.is_write for each in aliases)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -508,9 +461,7 @@ def _replaced(values: Any, inner: dict[int, Tensor]) -> Any:
         return inner.get(id(values), values)
     if isinstance(values, (list, tuple)):
         return type(values)(_replaced(each, inner) for each in values)
-    if isinstance(values, dict):
-        return {key: _replaced(each, inner) for key, each in values.items()}
-    return values
+    return {key: _replaced(each, inner) for key, each in values.items()} if isinstance(values, dict) else values
 
 
 def _line_of_caller() -> tuple[str, bool]:
@@ -539,22 +490,15 @@ def _attention(device: torch.device) -> Callable[..., Tensor]:
     plain = torch.nn.functional.scaled_dot_product_attention
 
     def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *rest: Any, **options: Any
     ) -> Tensor:
         """By the CPU's flash kernel, in one operation; torch knows no fused attention for a foreign device."""
         if query.device != device or query.shape[-1] != value.shape[-1]:  # which that kernel does not take
-            options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-            return plain(query, key, value, attn_mask, dropout_p, **options)
+            return plain(query, key, value, attn_mask, *rest, **options)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
-        flash = aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        options = dict(zip(("dropout_p", "is_causal"), rest, strict=False)) | options
+        given = {name: options[name] for name in ("dropout_p", "is_causal", "scale") if name in options}
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=attn_mask, **given)[0]
 
     return attention

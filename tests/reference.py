@@ -196,22 +196,13 @@ def cosine(first: Array, second: Array) -> float:
 
 
 def gated(lora_b: Array, gate: Array) -> Array:
-    """B diag(gate), entry by entry."""
-    out = np.zeros_like(lora_b)
-    for i in range(lora_b.shape[0]):
-        for k in range(lora_b.shape[1]):
-            out[i, k] = lora_b[i, k] * gate[k]
-    return out
+    """B diag(gate), row by row."""
+    return np.array([row * gate for row in lora_b])
 
 
 def gate_gradients(d_gated: Array, lora_b: Array, gate: Array) -> tuple[Array, Array]:
     """Of B and of the gate, from the gradient of B diag(gate)."""
-    d_b, d_gate = np.zeros_like(lora_b), np.zeros_like(gate)
-    for i in range(lora_b.shape[0]):
-        for k in range(lora_b.shape[1]):
-            d_b[i, k] = d_gated[i, k] * gate[k]
-            d_gate[k] += d_gated[i, k] * lora_b[i, k]
-    return d_b, d_gate
+    return np.array([row * gate for row in d_gated]), np.array(sum(d_gated[i] * lora_b[i] for i in range(len(lora_b))))
 
 
 def bag_of_tokens(ids: NDArray[np.int64], embedding: Array, head: Array, dz: Array) -> tuple[Array, Array, Array]:

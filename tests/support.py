@@ -37,6 +37,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     Mistral3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -156,22 +157,14 @@ def config_source() -> ModelSource:
 
 def llama(**overrides: Any) -> nn.Module:
     """A random Llama-type causal LM of a few thousand parameters, float32, eval mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = LM_SIZES | {"vocab_size": 97, "tie_word_embeddings": True}
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(**LM_SIZES | {"vocab_size": 97, "tie_word_embeddings": True} | overrides)
+    ).eval()
 
 
-LM_SIZES: dict[str, Any] = {
-    "vocab_size": 336,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
+_BLOCKS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+LM_SIZES: dict[str, Any] = _BLOCKS | {"vocab_size": 336, "hidden_size": 32, "intermediate_size": 48}
 # Llama ties the head here, Qwen2 has biased q, k, v and a head of its own, Gemma2 has other norms and ties.
 LM_CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**LM_SIZES, tie_word_embeddings=True),
@@ -197,9 +190,7 @@ def base_model(architecture: str = "llama", *, quant: str | None = None, dtype: 
         for name, module in linear.items():
             bias = None if module.bias is None else module.bias.data.to(dtype)
             replace_module(model, name, FrozenLinear(quantize(module.weight.data, quant, 64), bias))
-    for (
-        parameter
-    ) in model.parameters():  # not model.to(): the rotary frequencies stay float32, as from_pretrained has it
+    for parameter in model.parameters():  # not model.to(): from_pretrained leaves the rotary frequencies in float32
         parameter.data = parameter.data.to(dtype)
     return model.eval()
 
@@ -254,17 +245,8 @@ def expected_weight(layer: AdaptedLinear) -> np.ndarray[Any, np.dtype[np.float64
     )
 
 
-CHECKPOINT_SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
+CHECKPOINT_SIZES: dict[str, Any] = _BLOCKS | {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96}
+CHECKPOINT_SIZES |= {"head_dim": 16, "pad_token_id": 0}
 CHECKPOINT_CONFIGS = {
     "llama": LlamaConfig(**CHECKPOINT_SIZES, tie_word_embeddings=False),
     "llama-tied-biased": LlamaConfig(**CHECKPOINT_SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
@@ -326,17 +308,10 @@ def write_data(directory: Path) -> tuple[Path, Path]:
     rows = [{"prompt": f"{a} + {b} =", "completion": f" {a + b}"} for a in range(6) for b in range(5)]
     sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
     alphabet = "abcdefghijklmnopqrstuvwx"
-    choices = [
-        {
-            "task": "letters",
-            "id": str(index),
-            "context": "",
-            "question": f"Which letter follows {letter}?",
-            "choices": [alphabet[index + 1], alphabet[index]],
-            "answer": 0,
-        }
-        for index, letter in enumerate(alphabet[:-1])
-    ]
+    choices = []
+    for index, letter in enumerate(alphabet[:-1]):
+        row = {"task": "letters", "id": str(index), "context": "", "question": f"Which letter follows {letter}?"}
+        choices.append(row | {"choices": [alphabet[index + 1], letter], "answer": 0})
     letters.write_text("".join(json.dumps(row) + "\n" for row in choices))
     return sums, letters
 
@@ -357,10 +332,9 @@ def tiny_recipe(root: Path, **changes: Any) -> Recipe:
     for name, value in changes.items():
         section, _, key = name.partition("__")
         document.setdefault(section, {})[key] = value
-    for section in document.values():
-        for key in [key for key, value in section.items() if value is ...]:
-            del section[key]
-    return recipe_from(document)
+    return recipe_from(
+        {name: {key: each for key, each in section.items() if each is not ...} for name, section in document.items()}
+    )
 
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -381,11 +355,7 @@ def training_lines(run: Path) -> list[dict[str, Any]]:
 
 def same_tensors(first: Path, second: Path) -> None:
     """Two safetensors files hold the same tensors, bit for bit."""
-    one, two = load_file(first), load_file(second)
-    assert one.keys() == two.keys()
-    assert len(one) > 0
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
+    assert_equal_tensors(load_file(first), load_file(second))
 
 
 def assert_same_run(one: Path, two: Path, step: int = 6) -> None:
@@ -394,8 +364,8 @@ def assert_same_run(one: Path, two: Path, step: int = 6) -> None:
     same_tensors(one / "adapter/adapter_model.safetensors", two / "adapter/adapter_model.safetensors")
     for file in ("optimizer.safetensors", "random.safetensors", "adapter/adapter_model.safetensors"):
         same_tensors(one / f"checkpoints/step-{step}" / file, two / f"checkpoints/step-{step}" / file)
-    states = [json.loads((run / f"checkpoints/step-{step}/state.json").read_text()) for run in (one, two)]
-    assert states[0] == states[1]
+    first, second = (json.loads((run / f"checkpoints/step-{step}/state.json").read_text()) for run in (one, two))
+    assert first == second
 
 
 def assert_close_runs(one: Path, two: Path) -> None:
@@ -409,10 +379,11 @@ def assert_close_runs(one: Path, two: Path) -> None:
         assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-5)
         for key in ("step", "lr", "num_tokens", "num_label_tokens", "num_examples"):
             assert first[key] == second[key]
-        assert first["tasks"].keys() == second["tasks"].keys()
-        for task, numbers in first["tasks"].items():
-            assert second["tasks"][task]["num_tokens"] == numbers["num_tokens"]
-            assert second["tasks"][task]["nll_sum"] == pytest.approx(numbers["nll_sum"], rel=1e-6)
+        sums = (
+            {(task, key): numbers[key] for task, numbers in each["tasks"].items() for key in ("nll_sum", "num_tokens")}
+            for each in (first, second)
+        )
+        assert next(sums) == pytest.approx(next(sums), rel=1e-6)
     adapters = [load_file(run / ADAPTER) for run in (one, two)]
     assert adapters[0].keys() == adapters[1].keys()
     for name, tensor in adapters[0].items():
@@ -462,20 +433,17 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 def make_gradients_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every micro-batch's gradient is NaN, its reported losses are not; `monkeypatch.undo` takes it back."""
-    real = passes.batch_loss
 
-    def poisoned(*args: Any, **settings: Any) -> Any:
-        result = real(*args, **settings)
-        return type(result)(result.nll_sum * float("nan"), result.example_nll, result.example_tokens)
+    def poisoned(_number: int, loss: Any, _ids: Tensor, _options: Any) -> Any:
+        return type(loss)(loss.nll_sum * float("nan"), loss.example_nll, loss.example_tokens)
 
-    monkeypatch.setattr(passes, "batch_loss", poisoned)
+    in_batches(monkeypatch, poisoned)
 
 
 def run_processes(size: int, function: Callable[..., None], *args: Any, timeout: float = 240) -> list[str]:
     """Call `function(rank, *args)` in `size` processes with torchrun's environment variables.
 
-    Returns:
-        Of each process '' or its traceback.
+    Returns of each process '' or its traceback.
     """
     context, port = multiprocessing.get_context("fork"), free_port()
     pairs = [context.Pipe(duplex=False) for _ in range(size)]
@@ -515,11 +483,8 @@ def _told(end: Any, function: Callable[..., None], args: tuple[Any, ...]) -> Non
 
 
 def run_from_server(function: Callable[..., None], *args: Any, preload: Sequence[str], timeout: float = 240) -> str:
-    """Call `function(*args)`, pickled, in a process forked from one that has only imported the modules `preload`: those
-    of the first call.
-
-    Returns:
-        '' or its traceback.
+    """Call `function(*args)`, pickled, in a process forked from one that has only imported the modules `preload` of the
+    first call. Returns '' or its traceback.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
@@ -555,18 +520,8 @@ def _main(main: Callable[[], None], argv: tuple[str, ...], output: Path) -> None
     main()
 
 
-EXPERT_SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "vocab_size": 400,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+EXPERT_SIZES: dict[str, Any] = _BLOCKS | {"hidden_size": 64, "vocab_size": 400, "tie_word_embeddings": False}
+EXPERT_SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DENSE = {"intermediate_size": 128}
 SMALL = {"moe_intermediate_size": 64}
 FOUR = {"num_experts": 4, "num_experts_per_tok": 2}
@@ -574,43 +529,27 @@ ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1
 SHARED = {"shared_expert_intermediate_size": 64}
 LATENT = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4}
 GROUPS = {"n_group": 2, "topk_group": 1}
-LINEAR = {
-    "head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "layer_types": ["linear_attention", "full_attention"],
-}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+LINEAR |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+HYBRID = LINEAR | {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
+LOCAL = {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
+SLIDING = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+LLAMA4 = {"intermediate_size_mlp": 128, "num_experts_per_tok": 1, "head_dim": 16, "interleave_moe_layer_step": 1}
 MIXTURES: dict[str, dict[str, Any]] = {
-    "mixtral": {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": LOCAL,
     "qwen2_moe": DENSE | SMALL | FOUR | SHARED,
     "qwen3_moe": DENSE | SMALL | FOUR | {"head_dim": 16},
     "olmoe": FOUR | {"intermediate_size": 64},
-    "gpt_oss": {
-        "intermediate_size": 64,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "head_dim": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "sliding_window": 8,
-    },
+    "gpt_oss": LOCAL | SLIDING,
     "deepseek_v2": DENSE | SMALL | ROUTED | LATENT | {"q_lora_rank": None, "topk_method": "greedy", "head_dim": 8},
     "deepseek_v3": DENSE | SMALL | ROUTED | LATENT | GROUPS | {"q_lora_rank": 32},
     "glm4_moe": DENSE | SMALL | ROUTED | GROUPS | {"head_dim": 16},
-    "granitemoe": {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "llama4_text": {
-        "intermediate_size": 64,
-        "intermediate_size_mlp": 128,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 1,
-        "head_dim": 16,
-        "interleave_moe_layer_step": 1,
-    },
-    "qwen3_5_moe_text": SMALL | FOUR | SHARED | LINEAR,
+    "granitemoe": LOCAL,
+    "llama4_text": LOCAL | LLAMA4,
+    "qwen3_5_moe_text": SMALL | FOUR | SHARED | HYBRID,
     "lfm2_moe": DENSE | SMALL | FOUR | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
-    "qwen3_next": DENSE | SMALL | FOUR | SHARED | LINEAR,
-    "minimax_m2": {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "qwen3_next": DENSE | SMALL | FOUR | SHARED | HYBRID,
+    "minimax_m2": LOCAL | {"head_dim": 16},
     "glm4_moe_lite": DENSE | SMALL | ROUTED | LATENT | GROUPS | {"q_lora_rank": 32},
 }
 
@@ -675,18 +614,8 @@ def parts_of_experts(matrix: torch.Tensor, num_experts: int, share: str) -> list
     return {"none": experts, "A": [torch.cat(experts, dim=0)], "B": [torch.cat(experts, dim=1)]}[share]
 
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 400,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 3,
-}
+TEXT: dict[str, Any] = EXPERT_SIZES | {"intermediate_size": 128, "max_position_embeddings": 256, "eos_token_id": 3}
+del TEXT["tie_word_embeddings"]
 VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "patch_size": 14}
 TOWER: dict[str, Any] = VISION | {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
 QWEN: dict[str, Any] = VISION | {"depth": 2, "num_heads": 2, "out_hidden_size": 64}
@@ -698,14 +627,8 @@ def multimodal_config(family: str) -> Any:
     """Blocks of 64 fit into the rows of every text layer; Gemma 3, Qwen3-VL and Qwen3.5 tie their heads."""
     if family == "gemma3":
         text = TEXT | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
-        return Gemma3Config(
-            text_config=text,
-            vision_config=TOWER | {"vision_use_head": False},
-            mm_tokens_per_image=4,
-            image_token_id=396,
-            boi_token_id=397,
-            eoi_token_id=398,
-        )
+        ids = {"image_token_id": 396, "boi_token_id": 397, "eoi_token_id": 398, "mm_tokens_per_image": 4}
+        return Gemma3Config(text_config=text, vision_config=TOWER | {"vision_use_head": False}, **ids)
     if family == "mistral3":
         text = TEXT | {"model_type": "mistral", "head_dim": 16, "sliding_window": None}
         vision = TOWER | {"model_type": "pixtral", "head_dim": 16}
@@ -715,10 +638,8 @@ def multimodal_config(family: str) -> Any:
         text = TEXT | {"rope_parameters": ROPE}
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **QWEN_IDS)
     if family == "qwen3_5":
-        linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-        linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
         rope = ROPE | {"mrope_section": [1, 1, 0], "mrope_interleaved": True, "partial_rotary_factor": 0.25}
-        text = TEXT | linear | {"head_dim": 16, "num_hidden_layers": 4, "rope_parameters": rope}
+        text = TEXT | LINEAR | {"head_dim": 16, "num_hidden_layers": 4, "rope_parameters": rope}
         vision = QWEN | {"num_position_embeddings": 16}
         return transformers.Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True, **QWEN_IDS)
     assert family == "qwen3_vl"
@@ -730,27 +651,18 @@ def multimodal_config(family: str) -> Any:
 FAMILIES = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl")
 FAMILIES += ("qwen3_5",) if hasattr(transformers, "Qwen3_5Config") else ()  # not in transformers 5.0
 # Names in the model -> names in the files that the publishers gave to the Hub.
+_TEXT_APART = ((r"^model\.language_model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head."))
+_TOWER = (r"^model\.vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.")
 _PUBLISHED: dict[str, tuple[tuple[str, str], ...]] = {
-    "gemma3": (
-        (r"^model\.language_model\.", "language_model.model."),
-        (r"^lm_head\.", "language_model.lm_head."),
-        (r"^model\.vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
-        (r"^model\.", ""),
-    ),
-    "mistral3": (
-        (r"^model\.language_model\.", "language_model.model."),
-        (r"^lm_head\.", "language_model.lm_head."),
-        (r"^model\.", ""),
-    ),
+    "gemma3": (*_TEXT_APART, _TOWER, (r"^model\.", "")),
+    "mistral3": (*_TEXT_APART, (r"^model\.", "")),
     "qwen2_5_vl": ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
-    "qwen3_vl": (),
-    "qwen3_5": (),
 }
 
 
 def published_name(family: str, name: str) -> str:
     """The name that a tensor has in the family's files on the Hub."""
-    for pattern, replacement in _PUBLISHED[family]:
+    for pattern, replacement in _PUBLISHED.get(family, ()):
         found = re.sub(pattern, replacement, name)
         if found != name:
             return found
@@ -916,9 +828,8 @@ def num_resident_bytes(model: nn.Module) -> int:
 
 def num_adapter_bytes(model: nn.Module) -> int:
     """Bytes that adapters add: their parameters, and what DoRA keeps of the base."""
-    layers = adapted_layers(model).values()
-    tensors = [each for layer in layers for each in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    owned = [(*each.parameters(recurse=False), *each.buffers(recurse=False)) for each in adapted_layers(model).values()]
+    return sum(tensor.untyped_storage().nbytes() for tensors in owned for tensor in tensors)
 
 
 NUM_BLOCKS = 5
@@ -961,8 +872,8 @@ def stream_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_source(directory: Path, **sizes: Any) -> Path:
     """A checkpoint of `NUM_BLOCKS` blocks with a head of its own."""
-    settings = CHECKPOINT_SIZES | {"num_hidden_layers": NUM_BLOCKS, "tie_word_embeddings": False} | sizes
-    return checkpoint(directory, LlamaConfig(**settings), shard="1GB")
+    sizes = CHECKPOINT_SIZES | {"num_hidden_layers": NUM_BLOCKS, "tie_word_embeddings": False} | sizes
+    return checkpoint(directory, LlamaConfig(**sizes), shard="1GB")
 
 
 def resident_model(source: Path) -> PreTrainedModel:
@@ -997,15 +908,14 @@ def streamed_gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 @cache
 def of_resident_base(source: Path, kind: str, targets: tuple[str, ...] | str = "all-linear") -> dict[str, Tensor]:
     """`gradients` of a base in memory, which is to be found with streamed blocks; not to be changed."""
-    return streamed_gradients(
-        adapt_streamed(resident_model(source), kind, targets if isinstance(targets, str) else list(targets))
-    )
+    chosen = targets if isinstance(targets, str) else list(targets)
+    return streamed_gradients(adapt_streamed(resident_model(source), kind, chosen))
 
 
 def assert_equal_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Bit for bit."""
     assert found.keys() == expected.keys()
-    assert len(found) > 1
+    assert found
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
 
@@ -1037,28 +947,31 @@ def keep_mask(shape: torch.Size) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(7)) > 1 / 3
 
 
-def float64_adapted(
-    architecture: str = "llama", *, kind: Any = "dora", moved: bool = True, rank: int = 2, masked: bool = False
+def _curved(
+    model: Any, names: Sequence[str], *, masked: bool, moved: bool = True, rank: int = 2, **options: Any
 ) -> Any:
-    """A float64 model with adapters on `LAYERS`, off their start unless told otherwise; pruned there if masked."""
-    model = float64_model(architecture)
-    for name in CURVED_LAYERS if masked else ():
-        weight = model.get_submodule(name).weight.detach()
+    """Adapters on these layers or stacks, off their start unless told otherwise; pruned there if masked."""
+    for name in names if masked else ():
+        module = model.get_submodule(name)
+        weight = module.weight.detach()
         keep = keep_mask(weight.shape)
-        replace_module(model, name, FrozenLinear(weight * keep, None, mask_bits(keep)))
-    layers = inject(
-        model,
-        kind=kind,
-        rank=rank,
-        alpha=3.0,
-        targets=list(CURVED_LAYERS),
-        dtype=torch.float64,
-        masked=masked,
-        generator=torch.Generator().manual_seed(1),
-    )
+        pruned, bits = weight * keep, mask_bits(keep)
+        stack = name in STACKS
+        replace_module(
+            model, name, FrozenExperts(pruned, EXPERTS, None, bits) if stack else FrozenLinear(pruned, None, bits)
+        )
+    options |= {"alpha": 3.0, "dtype": torch.float64, "generator": torch.Generator().manual_seed(1)}
+    layers = inject(model.requires_grad_(False), rank=rank, targets=list(names), masked=masked, **options)
     if moved:
         move_adapters_(layers)
     return model
+
+
+def float64_adapted(
+    architecture: str = "llama", *, kind: Any = "dora", moved: bool = True, rank: int = 2, masked: bool = False
+) -> Any:
+    """A float64 model with adapters on `CURVED_LAYERS`."""
+    return _curved(float64_model(architecture), CURVED_LAYERS, kind=kind, moved=moved, rank=rank, masked=masked)
 
 
 def curved_batches() -> list[MicroBatch]:
@@ -1159,15 +1072,8 @@ def merged_logits(
 
 # ------------------------------------------------------------------------------------------------ stacks of experts
 EXPERTS = 8
-SIZES: dict[str, Any] = {
-    "hidden_size": 16,
-    "moe_intermediate_size": 8,
-    "intermediate_size": 16,
-    "head_dim": 8,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_experts": EXPERTS,
-}
+SIZES: dict[str, Any] = {"hidden_size": 16, "moe_intermediate_size": 8, "intermediate_size": 16, "head_dim": 8}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": EXPERTS}
 STACKS = ("model.layers.0.mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj")
 
 
@@ -1186,23 +1092,7 @@ def curved_mixture(directory: Path, *, kind: Any, share: Any = "none", masked: b
         mixture("qwen3_moe", torch.float64, **SIZES).save_pretrained(directory)
     model = load_model(resolve(str(directory)), quant="none", compute_dtype=torch.float64)
     widen_norms(model)
-    for name in STACKS if masked else ():
-        weight: Any = model.get_submodule(name).weight.detach()
-        keep = keep_mask(weight.shape)
-        replace_module(model, name, FrozenExperts(weight * keep, EXPERTS, None, mask_bits(keep)))
-    layers = inject(
-        model.requires_grad_(False),
-        kind=kind,
-        rank=2,
-        alpha=3.0,
-        targets=list(STACKS),
-        share=share,
-        dtype=torch.float64,
-        masked=masked,
-        generator=torch.Generator().manual_seed(1),
-    )
-    move_adapters_(layers)
-    return model.eval()
+    return _curved(model, STACKS, kind=kind, share=share, masked=masked).eval()
 
 
 # ------------------------------------------------------------------------------------------------ by whole updates

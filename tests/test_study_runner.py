@@ -8,9 +8,9 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing.context import ForkProcess
@@ -18,20 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
 from qdora.cli import app
-from qdora.errors import Diverged, Interrupted, UserError
+from qdora.errors import Diverged, Interrupted
 from qdora.study import runner
 from qdora.study.cells import Cell, Expander
 from qdora.study.cluster_jobs import submit_jobs
 from qdora.study.compare import Results
 from qdora.study.grid import load_study
 from qdora.study.runner import cells_bar, once, run_cells, shard_of, tally
-from qdora.study.study_directory import MAX_DEATHS, StudyDirectory
+from qdora.study.study_directory import StudyDirectory
 from qdora.study.upcoming import cells_now
 from tests import fake_study
 from tests.fake_study import numbered
@@ -50,17 +49,13 @@ def start(directory: Path, number: int, seconds: float) -> ForkProcess:
 
 
 def exit_code(process: ForkProcess) -> int | None:
-    """Its exit code within four minutes."""
     process.join(240)
     return process.exitcode
 
 
 def together(*calls: Callable[[], Any]) -> None:
-    threads = [threading.Thread(target=call) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(calls)) as pool:
+        list(pool.map(lambda call: call(), calls))
 
 
 def write(folder: Path) -> Path:
@@ -81,24 +76,18 @@ def values(store: StudyDirectory, number: int) -> list[Any]:
     return [(store.result(cell.key) or {}).get("value") for cell in numbered(number)]
 
 
-def wait_for(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
-
-
 def test_two_processes_do_every_cell_once_between_them(tmp_path: Path) -> None:
-    pair = [start(tmp_path, 60, 0.02) for _ in range(2)]
+    pair = [start(tmp_path, 40, 0.01) for _ in range(2)]
     assert [exit_code(process) for process in pair] == [0, 0]
-    assert sorted(started(tmp_path)) == [cell.key for cell in numbered(60)]
-    assert values(StudyDirectory(tmp_path), 60) == [index**2 for index in range(60)]
+    assert sorted(started(tmp_path)) == [cell.key for cell in numbered(40)]
+    assert values(StudyDirectory(tmp_path), 40) == [index**2 for index in range(40)]
     assert not list((tmp_path / "claims").glob("*.json"))
 
 
 def test_killed_in_the_middle_and_started_again_gives_the_same_results(tmp_path: Path) -> None:
     process, cells = start(tmp_path, 6, 0.3), numbered(6)
-    wait_for(lambda: len(started(tmp_path)) == 3)
+    while len(started(tmp_path)) < 3:  # the test's own time limit ends it
+        time.sleep(0.02)
     key = cells[2].key
     store = StudyDirectory(tmp_path)
     os.kill(process.pid or 0, signal.SIGSTOP)  # paused is not dead
@@ -119,7 +108,7 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_results(tmp_path:
 
 
 def test_a_failure_is_recorded_retried_after_the_others_and_given_up(tmp_path: Path) -> None:
-    calls: list[str] = []
+    calls, events = list[str](), list[tuple[str, str]]()
 
     def work(cell: Cell, path: Path) -> dict[str, Any]:
         calls.append(cell.key)
@@ -129,21 +118,19 @@ def test_a_failure_is_recorded_retried_after_the_others_and_given_up(tmp_path: P
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return {}
 
-    events: list[tuple[str, str]] = []
     cells, store = numbered(3), StudyDirectory(tmp_path, retries=2)
     run_cells(cells, store, work, lambda cell, event, seconds: events.append((cell.key, event)))
     zero, one, two = (cell.key for cell in cells)
-    assert calls == [zero, one, two, zero, one, zero]
     first = [(zero, "failed"), (one, "failed"), (two, "done")]
     assert events == [*first, (zero, "failed"), (one, "done"), (zero, "failed")]
+    assert calls == [key for key, _ in events]
     found = tally(cells, store)
     assert (found.num_cells, found.num_done, found.num_elsewhere) == (3, 2, 0)
     assert found.failed == {zero: f"RuntimeError: no memory for {zero}"}
     assert [attempt["reason"] for attempt in store.failures(one)] == [f"RuntimeError: no memory for {one}"]
     assert any("no memory" in line for line in store.failures(zero)[0]["traceback"])
     run_cells(cells, store, work)
-    assert tally(cells, store).failed.keys() == {zero}
-    assert len(calls) == 6  # given up, and not dropped: the tally names it
+    assert (tally(cells, store).failed.keys(), len(calls)) == ({zero}, 6)  # given up, and not dropped
     store.forget_failures([zero, one, two])
     assert [bool(store.failures(key)) for key in (zero, one, two)] == [False, True, False]
     run_cells(cells, store, lambda cell, path: {})
@@ -154,46 +141,27 @@ def test_a_failure_is_recorded_retried_after_the_others_and_given_up(tmp_path: P
 
 
 def test_an_interrupt_gives_the_claim_back_and_is_no_failure(tmp_path: Path) -> None:
-    store = StudyDirectory(tmp_path)
-
     def work(cell: Cell, path: Path) -> dict[str, Any]:
         raise Interrupted(3, None)
 
+    store = StudyDirectory(tmp_path)
     with pytest.raises(Interrupted):
         run_cells(numbered(2), store, work)
     assert not list((tmp_path / "claims").glob("*.json"))
-    assert store.failures(numbered(1)[0].key) == []
-    assert tally(numbered(2), store).num_elsewhere == 2
+    assert (store.failures(numbered(1)[0].key), tally(numbered(2), store).num_elsewhere) == ([], 2)
 
 
-def test_a_cell_that_takes_its_process_down_is_given_up_in_the_end(tmp_path: Path) -> None:
-    store, key = StudyDirectory(tmp_path), numbered(1)[0].key
-    for number in range(MAX_DEATHS + 1):
-        assert not store.is_given_up(key), number
-        store.add_failure(key, {"kind": "died", "reason": "killed"})
-    assert store.is_given_up(key)
+def test_a_cell_that_takes_its_process_down_is_given_up_after_eight_more_tries(tmp_path: Path) -> None:
+    store, given_up = StudyDirectory(tmp_path), []
+    for _ in range(9):
+        store.add_failure("a", {"kind": "died", "reason": "killed"})
+        given_up.append(store.is_given_up("a"))
+    assert given_up == [False] * 8 + [True]
 
 
-@pytest.mark.parametrize("name", map(str, range(20)))  # it is a matter of chance
-def test_of_many_that_find_a_dead_claim_one_gets_it(tmp_path: Path, name: str) -> None:
-    store, got = StudyDirectory(tmp_path), list[bool]()
-    (tmp_path / f"claims/{name}.json").write_text(json.dumps({"host": "x", "pid": 1}))
-    begin, end = threading.Barrier(8), threading.Barrier(8)
-
-    def take() -> None:
-        begin.wait()
-        with StudyDirectory(tmp_path).claimed(name) as mine:
-            got.append(mine)
-            end.wait()
-
-    together(*[take] * 8)
-    assert sorted(got) == [False] * 7 + [True]
-    assert len(store.failures(name)) == 1
-
-
-def test_a_base_that_diverges_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no rate to blame."""
-
+def test_a_base_that_diverges_has_failed_since_it_has_no_rate_to_blame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def diverge(*_: Any, **__: Any) -> None:
         raise Diverged("eval: the model's log-likelihood is not finite")
 
@@ -203,35 +171,16 @@ def test_a_base_that_diverges_has_failed(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tally([base], store).failed) == [base.key]
 
 
-@pytest.mark.parametrize("chosen, expected", [(None, 2), ("6", 6)])
-def test_processes_of_one_machine_divide_its_cores_unless_the_user_chose(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None, expected: int
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if chosen is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
-    monkeypatch.setattr(runner, "_run", lambda *_: {"threads": torch.get_num_threads()})
-    before, store = torch.get_num_threads(), StudyDirectory(tmp_path)
-    (tmp_path / "claims/far.json").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    try:
-        torch.set_num_threads(6)
-        with store.claimed("a"), store.claimed("b"), store.claimed("c"):
-            found = runner.cell_work(store)(numbered(1)[0], tmp_path)
-    finally:
-        torch.set_num_threads(before)
-    assert found["threads"] == expected
-
-
 @pytest.mark.parametrize(
     "options, words",
     [
         (["--shard", "4/3"], ["--shard", "I/N", "4/3"]),
+        (["--shard", "0/3"], ["--shard", "I/N", "0/3"]),
         (["--jobs", "2", "--shard", "1/2"], ["--jobs: is not used with --shard"]),
         (["--cluster", "local"], ["are used only with --jobs"]),
         (["--jobs", "1", "--cluster", "slrum"], ["--cluster", "'slrum'", "'slurm'?"]),
         (["--jobs", "1", "--job-option", "timeout_min"], ["--job-option", "key=value"]),
         pytest.param(["--jobs", "1", *LOCAL, "timeout_mn=5"], ["--job-option: "], marks=needs_submitit),
-        pytest.param(["--jobs", "1", *LOCAL, "timeout_min=five"], ["--job-option: "], marks=needs_submitit),
         pytest.param(["--jobs", "1"], ["--cluster slurm", "Could not detect"], marks=needs_submitit),
     ],
 )
@@ -256,21 +205,18 @@ def test_jobs_of_submitit_share_a_study(tmp_path: Path) -> None:
 
 
 def test_what_cells_share_is_made_once(tmp_path: Path) -> None:
-    calls: list[int] = []
+    calls, store = list[Path](), StudyDirectory(tmp_path)
 
     def make(directory: Path) -> None:
-        calls.append(1)
+        calls.append(directory)
         time.sleep(0.2)
         (directory / "weights").write_text("w")
 
-    found: list[Path] = []
-    stores = [StudyDirectory(tmp_path) for _ in range(3)]
-    together(*(lambda store=store: found.append(once(store, "base", "abc", make)) for store in stores))
-    assert calls == [1]
-    assert {(path / "weights").read_text() for path in found} == {"w"}
+    together(*[lambda: calls.append(once(store, "base", "abc", make))] * 3)
+    assert [(path / "weights").read_text() for path in calls[1:]] == ["w"] * 3
     with pytest.raises(ZeroDivisionError):
-        once(stores[0], "base", "other", lambda path: print(1 / 0))
-    assert once(stores[0], "base", "other", make).is_dir()
+        once(store, "base", "other", lambda path: print(1 / 0))
+    assert once(store, "base", "other", make).is_dir()
 
 
 def test_shards_share_the_cells_out() -> None:
@@ -279,9 +225,6 @@ def test_shards_share_the_cells_out() -> None:
     assert sorted(cell.key for part in parts for cell in part) == [cell.key for cell in cells]
     assert [len(part) for part in parts] == [3, 2, 2]
     assert shard_of(cells, None) == cells
-    for wrong in ("4/3", "0/3"):
-        with pytest.raises(UserError, match=wrong):
-            shard_of(cells, wrong)
 
 
 @pytest.fixture
@@ -292,11 +235,9 @@ def expander(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Expander:
 
 
 def run_shard(expander: Expander, store: StudyDirectory, shard: str, seconds: float = 0.0) -> Sequence[Cell]:
-    made_up = fake_study.work_of()
-
     def work(cell: Cell, directory: Path) -> Mapping[str, Any]:
         time.sleep(seconds)
-        return made_up(cell, directory)
+        return fake_study.work_of()(cell, directory)
 
     with cells_bar(Console(quiet=True), store) as bar:
         return runner._run_all(expander, Results(store, expander.study), shard, work, bar)
@@ -304,12 +245,11 @@ def run_shard(expander: Expander, store: StudyDirectory, shard: str, seconds: fl
 
 def test_a_process_waits_for_cells_that_others_work_on(expander: Expander, tmp_path: Path) -> None:
     """Two shards at once. One has done its part of the search long before the other, whose rates it needs."""
-    stores = [StudyDirectory(tmp_path / "both") for _ in range(2)]
-    found: list[Cell] = []
-    study = load_study(tmp_path / "study.yaml")
+    stores, found = [StudyDirectory(tmp_path / "both") for _ in range(2)], list[Cell]()
+    other = Expander(expander.study)
     together(
         lambda: found.extend(run_shard(expander, stores[0], "1/2")),
-        lambda: found.extend(run_shard(Expander(study), stores[1], "2/2", 0.3)),
+        lambda: found.extend(run_shard(other, stores[1], "2/2", 0.1)),
     )
     trained = [cell for cell in found if cell.kind == "trained"]
     assert len(trained) == 8  # both arms with four seeds, in both shards
@@ -321,15 +261,13 @@ def test_a_process_does_not_wait_for_one_that_died(
 ) -> None:
     """The other shard was killed in a run of the search whose rate this one needs."""
     store = StudyDirectory(tmp_path / "shard")
-    results = Results(store, expander.study)
+    results, looks = Results(store, expander.study), iter(range(20))
     (other, *_) = shard_of(cells_now(expander, results).cells, "2/2")
     (tmp_path / f"shard/claims/{other.key}.json").write_text(json.dumps({"host": "x", "pid": 1}))
-    looks = iter(range(20))
 
-    def look(_: StudyDirectory, real: Any = StudyDirectory.is_at_work) -> bool:
+    def sleep(_: float) -> None:
         assert next(looks, None) is not None, "waits for ever"
-        return bool(real(store))
 
-    monkeypatch.setattr(StudyDirectory, "is_at_work", look)
+    monkeypatch.setattr(time, "sleep", sleep)
     run_shard(expander, store, "1/2")
     assert cells_now(expander, results).num_waiting["main"] > 0

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ FULL = dict.fromkeys(f"adapter.{name}" for name in AdapterConfig.model_fields) |
 OF_NF4 = {"cells": {"base.quant": "nf4"}}
 WHOLE: dict[str, Any] = {
     "settings": {"data.validation_fraction": 0.5, "eval.limit": 10},
-    "rates": {"values": [1e-4, 1e-3, 1e-2], "steps": 1, "seeds": [100], "extend": 0},
+    "rates": {"values": [1e-4, 1e-3, 1e-2], "seeds": [100], "extend": 0},
     "product": {"base.quant": ["none", "nf4"], "adapter": DORA},
     "stages": [
         {"name": "main"},
@@ -54,6 +54,10 @@ WHOLE: dict[str, Any] = {
     "time": {"start": 7200, "step": 1800},
 }
 ONE: dict[str, Any] = {"product": {"base.quant": ["nf4"], "adapter": DORA}, "bases": False}
+
+
+def of_recipe(place: Path) -> Any:
+    return yaml.safe_load((place / "recipe.yaml").read_text())
 
 
 def write_study(root: Path, name: str, **document: Any) -> Path:
@@ -88,20 +92,13 @@ def cells_of(directory: Path, kind: str) -> dict[str, dict[str, Any]]:
 
 
 def result_of(directory: Path, key: str) -> dict[str, Any]:
-    found = StudyDirectory(directory).result(key)
-    assert found is not None
-    return found
+    return StudyDirectory(directory).result(key) or {}
 
 
 def nll_of(directory: Path, cell: dict[str, Any]) -> list[float]:
     """Scores of a cell, example by example."""
     file = directory / "cells" / cell["key"] / cell["files"]["scores"]
     return [row["nll"] for row in json.loads(file.read_text())["per_example"]]
-
-
-def train_section(place: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((place / "recipe.yaml").read_text())["train"]
-    return found
 
 
 def evaluated(found: Any) -> Any:
@@ -120,21 +117,12 @@ def test_a_dry_run_tells_cells_and_hours_and_writes_nothing(root: Path, tmp_path
     found = CliRunner().invoke(app, ["study", file, "--dir", str(tmp_path / "none"), "--dry-run", "--json"])
     assert found.exit_code == 0, found.output
     shown = json.loads(found.stdout)
-    assert [
-        (each["stage"], each["num_cells"], each["num_done"], each["seconds"] / 3600) for each in shown["stages"]
-    ] == [
-        ("bases", 2, 0, 2 * 2),
-        ("rates, short runs", 6, 0, 6 * 2.5),
-        ("rates", 6, 0, 6 * 3),
-        ("main", 2, 0, 2 * 3),
-        ("transplant", 1, 0, 2),
-        ("rescaled", 1, 0, 2),
-        ("set_back", 1, 0, 2),
-        ("by_layer", 2, 0, 2 * 2),
-    ]
-    assert len(shown["cells"]) == shown["num_cells"] == 21
-    (note,) = shown["notes"]
-    assert "cannot have a verdict: there are only 1 of 3 (compare.min_seeds) seeds" in note
+    hours = {each["stage"]: (each["num_cells"], each["seconds"] / 3600) for each in shown["stages"]}
+    counts = {"bases": (2, 2 * 2), "rates": (6, 6 * 3), "main": (2, 2 * 3)}
+    assert hours == counts | dict.fromkeys(("transplant", "rescaled", "set_back"), (1, 2)) | {"by_layer": (2, 2 * 2)}
+    assert {each["num_done"] for each in shown["stages"]} == {0}
+    assert len(shown["cells"]) == shown["num_cells"] == 15
+    assert "cannot have a verdict: there are only 1 of 3 (compare.min_seeds) seeds" in shown["notes"][0]
     assert "cannot have a verdict" in found.stderr
     assert not (tmp_path / "none").exists()
 
@@ -154,13 +142,11 @@ def test_what_a_study_lacks_is_told_before_it_runs(root: Path, tmp_path: Path, c
 def test_jobs_are_started_with_the_same_study(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr(cluster_jobs, "submit_jobs", lambda *a, **k: started.append((a, k)) or [])
-    file = str(write_study(root, "one", **ONE))
-    options = ["--dir", str(tmp_path), "--jobs", "3", "--job-option", "timeout_min=9"]
-    found = CliRunner().invoke(app, ["study", file, *options])
+    study = ["study", str(write_study(root, "one", **ONE)), "--dir", str(tmp_path)]
+    found = CliRunner().invoke(app, [*study, "--jobs", "3", "--job-option", "timeout_min=9"])
     assert found.exit_code == 0, found.output
-    ((command, directory, count), parameters) = started[0]
-    assert command[1:] == ["-m", "qdora.cli", "study", file, "--dir", str(tmp_path)]
-    assert (directory, count) == (tmp_path, 3)
+    (((_, *command), directory, count), parameters) = started[0]
+    assert (command, directory, count) == (["-m", "qdora.cli", *study], tmp_path, 3)
     assert parameters == {"cluster": "slurm", "parameters": {"timeout_min": 9}}
 
 
@@ -170,63 +156,50 @@ def test_every_cell_is_a_run_and_has_a_result(done: Path) -> None:
         place, result = done / "cells" / cell["key"], result_of(done, cell["key"])
         if cell["kind"] in ("base", "rate", "trained"):
             assert len(nll_of(done, cell | result)) == 2 * 10
-            steps = {"base": 0, "rate": 1 if "short" in cell["stage"] else 2, "trained": 2}[cell["kind"]]
-            assert result["num_steps"] == train_section(place)["steps"] == steps
+            steps = 0 if cell["kind"] == "base" else 2
+            assert result["num_steps"] == of_recipe(place)["train"]["steps"] == steps
             assert (place / "adapter").exists() == (cell["kind"] != "base")
             assert (place / "checkpoints").exists() == (cell["kind"] == "trained")  # nothing reads those of rates
     assert not list((done / "claims").glob("*.json"))
     assert bases["none"]["compression"] is None
-    layers = bases["nf4"]["compression"]["layers"]
-    assert len(layers) == 14
-    assert all(0.05 < layer["relative_error"] < 0.15 for layer in layers.values())
+    errors = [layer["relative_error"] for layer in bases["nf4"]["compression"]["layers"].values()]
+    assert [0.05 < error < 0.15 for error in errors] == [True] * 14
     sizes = {quant: bases[quant]["size"] for quant in ("none", "nf4")}
     assert sizes["none"]["num_linear_bytes"] == 2 * sizes["none"]["num_linear_weights"]
     assert 4.1 < 8 * sizes["nf4"]["num_linear_bytes"] / sizes["nf4"]["num_linear_weights"] < 8
     assert sizes["nf4"]["num_adapter_bytes"] == 0 < trained["nf4"]["size"]["num_adapter_bytes"]
     assert trained["nf4"]["size"]["num_base_bytes"] == sizes["nf4"]["num_base_bytes"]
     rates = {row["base.quant"]: float(row["rate"]) for row in read_index(done)["rates"]}
-    for quant, cell in trained.items():
-        assert train_section(done / "cells" / cell["key"])["lr"] == rates[quant]
+    assert {quant: of_recipe(done / "cells" / cell["key"])["train"]["lr"] for quant, cell in trained.items()} == rates
 
 
-def test_a_base_has_its_perplexity_and_the_errors_of_its_hidden_states(done: Path) -> None:
+def test_a_base_has_its_perplexity_and_errors_and_the_study_what_guesses_reach(done: Path) -> None:
+    """Counted here from the runs of the bases."""
     bases = cells_of(done, "base")
-    nf4 = bases["nf4"]
-    assert "hidden_errors" not in bases["none"]
-    assert len(nf4["hidden_errors"]) == 2
-    assert all(0.01 < error < 0.3 for error in nf4["hidden_errors"])
+    nf4, dense = bases["nf4"], load_run(done / "cells" / bases["none"]["key"])
     base = load_run(done / "cells" / nf4["key"])
-    nll = num_tokens = 0.0
-    for examples in run_examples(base.recipe, "validation").values():
-        for example in examples:
-            ids = torch.tensor([base.tokenizer(example.prompt + example.answer)["input_ids"]])
-            logits = base.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-            nll -= logits.gather(1, ids[0, 1:, None]).sum().item()
-            num_tokens += ids.shape[1] - 1
-    assert nf4["perplexity"] == pytest.approx(math.exp(nll / num_tokens), rel=1e-5)
+    nll, answers = [], {"train": list[int](), "validation": list[int]()}
+    for split, tokens in answers.items():
+        for examples in run_examples(base.recipe, split).values():
+            for example in examples:
+                ids = torch.tensor([base.tokenizer(example.prompt + example.answer)["input_ids"]])
+                if split == "validation":
+                    logits = base.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+                    nll += (-logits.gather(1, ids[0, 1:, None])).flatten().tolist()
+            for example in spread(examples, 10 if split == "validation" else None):
+                ids = base.tokenizer(example.prompt + example.answer)["input_ids"]
+                tokens += ids[len(base.tokenizer(example.prompt.rstrip())["input_ids"]) :]
+    assert nf4["perplexity"] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
+    assert "hidden_errors" not in bases["none"]
+    assert [0.01 < error < 0.3 for error in nf4["hidden_errors"]] == [True] * 2
     tables = read_report(done).tables
     assert [row["relative_error"] for row in tables["blocks"] if "relative_error" in row] == nf4["hidden_errors"]
     (row,) = [row for row in tables["repair"] if row["adapter"] == "no adapter" and row["base.quant"] == "nf4"]
     assert (row["perplexity"], row["hidden_error"]) == (nf4["perplexity"], nf4["hidden_errors"][-1])
-
-
-def test_guesses_are_left_for_the_report(done: Path) -> None:
-    """Counted here from the run of the uncompressed base."""
-    dense = cells_of(done, "base")["none"]["key"]
-    found = json.loads((done / "shared/guesses" / dense / "guesses.json").read_text())
-    base = load_run(done / "cells" / dense)
-    vocabulary = base.model.config.vocab_size
-    answers: dict[str, list[int]] = {"train": [], "validation": []}
-    for split, tokens in answers.items():
-        for examples in run_examples(base.recipe, split).values():
-            for each in spread(examples, 10 if split == "validation" else None):
-                ids = base.tokenizer(each.prompt + each.answer)["input_ids"]
-                tokens += ids[len(base.tokenizer(each.prompt.rstrip())["input_ids"]) :]
-    counts, total = Counter(answers["train"]), len(answers["train"])
-    nll = [-math.log(0.99 * counts[token] / total + 0.01 / vocabulary) for token in answers["validation"]]
-    expected = {"uniform": math.log(vocabulary), "unigram": sum(nll) / len(nll)}
-    assert found == pytest.approx(expected, rel=1e-6)
-    assert {row["guess"]: row["nll"] for row in read_report(done).tables["guesses"] if "nll" in row} == found
+    counts, vocabulary = Counter(answers["train"]), dense.model.config.vocab_size
+    share = [0.99 * counts[token] / len(answers["train"]) + 0.01 / vocabulary for token in answers["validation"]]
+    expected = {"uniform": math.log(vocabulary), "unigram": -sum(map(math.log, share)) / len(share)}
+    assert {row["guess"]: row["nll"] for row in tables["guesses"] if "nll" in row} == pytest.approx(expected, rel=1e-6)
 
 
 def test_adapters_are_evaluated_with_other_bases_and_magnitudes(done: Path) -> None:
@@ -262,8 +235,8 @@ def test_an_adapter_is_measured_layer_by_layer(done: Path) -> None:
     trained = cells_of(done, "trained")
     ours = load_run(done / "cells" / trained["nf4"]["key"])
     layers = adapted_layers(ours.model)
-    told = Counter((row["base.quant"], row["layer"]) for row in read_report(done).tables["changes"])
-    assert told == Counter((quant, path) for quant in ("none", "nf4") for path in layers)
+    told = [(row["base.quant"], row["layer"]) for row in read_report(done).tables["changes"]]
+    assert sorted(told) == sorted((quant, path) for quant in ("none", "nf4") for path in layers)
     groups = run_examples(ours.recipe, "validation").values()
     examples = [replace(each, choices=(), gold=None) for some in groups for each in spread(some, 15, 0)]
 
@@ -297,9 +270,7 @@ def test_checkpoints_of_an_adapter_and_of_full_fine_tuning_are_measured(root: Pa
     changes = {"product": product, "stages": stages, "settings": {"train.lr": 0.01}, "bases": False}
     run(write_study(root, "checkpoints", **changes), tmp_path)
     rows = read_report(tmp_path).tables["checkpoints"]
-    assert {(row["adapter"], row["step"]) for row in rows} == {
-        (kind, step) for kind in product["adapter"] for step in (1, 2)
-    }
+    assert {(row["adapter"], row["step"]) for row in rows} == {(kind, n) for kind in product["adapter"] for n in (1, 2)}
     for cell in (cell for cell in read_index(tmp_path)["cells"] if cell["kind"] == "trained"):
         place, kind = tmp_path / "cells" / cell["key"], cell["labels"]["adapter"]
         scored = json.loads((place / "eval/step-2.json").read_text())["per_example"]
@@ -309,26 +280,23 @@ def test_checkpoints_of_an_adapter_and_of_full_fine_tuning_are_measured(root: Pa
         path = next(iter(last))
         w, trained = (load_run(place, base_only=only).model.get_submodule(path) for only in (True, False))
         w, v = w.weight.double(), (trained.merged_weight(torch.float64) if kind == "dora" else trained.weight.double())
-        turned = (1 - nn.functional.cosine_similarity(v, w, dim=1)).mean()
-        longer = (v.norm(dim=1) - w.norm(dim=1)).abs().mean()
-        assert last[path]["direction_change"] == pytest.approx(turned.item(), rel=1e-2)
-        assert last[path]["length_change"] == pytest.approx(longer.item(), rel=1e-2)
+        turned = (1 - nn.functional.cosine_similarity(v, w, dim=1)).mean().item()
+        longer = (v.norm(dim=1) - w.norm(dim=1)).abs().mean().item()
+        found = [last[path][f"{name}_change"] for name in ("direction", "length")]
+        assert found == pytest.approx([turned, longer], rel=1e-2)
 
 
 def test_a_finished_study_trains_nothing_and_writes_pages_that_lack(
     done: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "train_run", None)
-    page = next((done / "cells").glob("*/report.html"))
-    page.unlink()
-    log = (page.parent / "log.txt").read_bytes()
-    (page.parent / "log.txt").unlink()  # as in results that were kept without their run
+    page, bare = sorted((done / "cells").glob("*/report.html"))[:2]
+    for file in (page, bare, bare.with_name("log.txt")):  # as in results that were kept without their run
+        file.unlink()
     found = run(root / "whole.yaml", done)
     assert found["num_cells"] == found["num_done"] == len(read_index(done)["cells"])
-    assert not page.exists()
-    (page.parent / "log.txt").write_bytes(log)
-    run(root / "whole.yaml", done)
     assert "</html>" in page.read_text(encoding="utf-8")
+    assert not bare.exists()
 
 
 def test_a_cell_that_fails_is_given_up_and_one_that_was_cut_off_continues_from_its_checkpoint(
@@ -343,27 +311,26 @@ def test_a_cell_that_fails_is_given_up_and_one_that_was_cut_off_continues_from_i
 
         return broken
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
         patch.setattr(runner, "train_run", stop(RuntimeError("no room")))
         for _ in range(2):  # the second start does not try again
             with pytest.raises(RunFailure, match=r"1 of 1 cells failed; .*RuntimeError: no room\. .*--retry-failed"):
                 run(file, tmp_path / "whole")
+        full = stop(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         patch.setattr(runner, "train_run", full)
         patch.setattr(StudyDirectory, "add_failure", full)
         with pytest.raises(RunFailure, match=r"cannot be written: the disk is full"):
             run(file, tmp_path / "full")
     assert run(file, tmp_path / "whole", retry_failed=True)["num_done"] == 1
+    # Killed after the plan, when it begins again, and then in its evaluation
+    cuts = [("qdora.run.train.base_of_run", KeyboardInterrupt()), ("qdora.run.step_evaluations.evaluate", None), None]
 
     def cut(recipe: Any, directory: Path, **options: Any) -> Any:
+        place = cuts[len(calls)]
         calls.append(options["resume"])
         with monkeypatch.context() as patch:
-            if len(calls) == 1:  # killed after the plan: it begins again
-                patch.setattr("qdora.run.train.base_of_run", stop(KeyboardInterrupt()))
-            if len(calls) == 2:
-                patch.setattr("qdora.run.step_evaluations.evaluate", stop(RuntimeError("cut")))
+            if place is not None:
+                patch.setattr(place[0], stop(place[1] or RuntimeError("cut")))
             return real(recipe, directory, **options)
 
     monkeypatch.setattr(runner, "train_run", cut)
@@ -386,12 +353,10 @@ def test_cells_share_their_pruned_base_and_one_that_diverges_is_done(root: Path,
     cells = list((tmp_path / "cells").glob("*/base/model.safetensors"))
     assert len(cells) == 3  # both adapters, and the base by itself
     assert all(cell.samefile(made) for cell in cells)
-    results = {
-        cell["labels"].get("adapter"): result_of(tmp_path, cell["key"]) for cell in read_index(tmp_path)["cells"]
-    }
+    index = read_index(tmp_path)["cells"]
+    results = {cell["labels"].get("adapter"): result_of(tmp_path, cell["key"]) for cell in index}
     assert results["dora"]["compression"]["sparsity"] == pytest.approx(0.5, abs=0.01)
-    assert results["lost"]["num_vocabulary"] == 400
-    assert results["lost"]["diverged"].startswith("Diverged: ")
+    assert (results["lost"]["num_vocabulary"], results["lost"]["diverged"][:10]) == (400, "Diverged: ")
     report = read_report(tmp_path)
     assert [row["adapter"] for row in report.tables["cells"] if row["status"] == "diverged"] == ["lost"]
 
@@ -402,29 +367,25 @@ class Tied(nn.Module):
         self.embed, self.head = nn.Embedding(10, 6), nn.Linear(6, 10, bias=False)
         self.head.weight = self.embed.weight
         self.q_proj, self.norm = nn.Linear(6, 8), nn.LayerNorm(6)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head
+        self.get_output_embeddings = lambda: self.head
 
 
 def test_bytes_against_a_count_by_hand() -> None:
-    def counted(model: nn.Module) -> tuple[int, int, int, int]:
-        size = model_size(model)
-        return size.num_linear_weights, size.num_linear_bytes, size.num_base_bytes, size.num_adapter_bytes
+    def counted(model: nn.Module) -> list[int]:
+        size = asdict(model_size(model))
+        return [size[f"num_{name}"] for name in ("linear_weights", "linear_bytes", "base_bytes", "adapter_bytes")]
 
     model, others = Tied(), 2 * (60 + 48 + 8 + 12)  # the head is the embedding, and no linear layer
-    assert counted(model) == (48, 96, others, 0)
+    assert counted(model) == [48, 96, others, 0]
     inject(model, kind="dora", rank=2, alpha=2.0, targets=["q_proj"], dtype=torch.bfloat16)
-    assert counted(model) == (48, 96, others, 2 * (2 * 6 + 8 * 2) + 4 * 8)
+    assert counted(model) == [48, 96, others, 2 * (2 * 6 + 8 * 2) + 4 * 8]
     model = Tied()
     inject(model, kind="lora", rank=2, alpha=2.0, targets=["head", "q_proj"], dtype=torch.bfloat16)
-    adapters = 2 * (2 * 6 + 10 * 2) + 2 * (2 * 6 + 8 * 2)
-    assert counted(model) == (48, 96, others, adapters)
+    assert counted(model) == [48, 96, others, 2 * (2 * 6 + 10 * 2) + 2 * (2 * 6 + 8 * 2)]
     weight = quantize(torch.randn(128, 64), "nf4", block_size=64, double_quant=False)
     model.head = FrozenLinear(weight, torch.zeros(128), torch.zeros(128 * 64 // 8, dtype=torch.uint8))
     # Codes of 4 bits, a float32 scale for every 64 weights, and a bias; no layer's mask counts
-    of_head = 128 * 64 // 2 + 128 * 4 + 2 * 128
-    assert counted(model)[:3] == (48, 96, others + of_head)
+    assert counted(model)[:3] == [48, 96, others + 128 * 64 // 2 + 128 * 4 + 2 * 128]
     # 2 bits a code and a float32 scale for every 64 weights, though the codes are held in 4 bits
     simulated = FrozenLinear(quantize(torch.randn(64, 64), "nf2", block_size=64, double_quant=False))
     assert counted(nn.ModuleDict({"q_proj": simulated}))[1] == 64 * 64 * 2 // 8 + 64 * 4
