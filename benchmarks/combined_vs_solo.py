@@ -25,7 +25,7 @@ from measure import RESULTS, facts, parsed
 from shared_study import RATES, SMOKE_RATES, TRAINED_TASKS, common_settings, keep_scores, run_asked, study_parser
 from tables.table import compared, interval
 
-from qdora.evaluation.example_intervals import weighted_mean
+from qdora.evaluate.example_intervals import weighted_mean
 from qdora.recipe.section import with_settings
 from qdora.study.compare import Arm, Results, comparisons, find_arms
 from qdora.study.grid import Study

@@ -17,14 +17,14 @@ import numpy as np
 from byte_tokenizer import write_model
 from frame import bench, main, table, tabulated
 
-from qdora.analysis.allocate import LayerSpectrum, allocate
-from qdora.analysis.components import Components, drawn_curvatures, exact_curvatures, layer_directions
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers
+from qdora.rank.allocate import LayerSpectrum, allocate
+from qdora.rank.components import Components, drawn_curvatures, exact_curvatures, layer_directions
+from qdora.rank.rank import training_batches
 from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_run
-from qdora.run.rank import training_batches
 from qdora.run.train import train_run
 
 KINDS, MICRO_BATCH_TOKENS = ("self_attn.v_proj", "mlp.down_proj"), 512

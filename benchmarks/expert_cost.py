@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.inject import adapted_layer, frozen_like, replace_module
-from qdora.nn.expert_linear import AdaptedExperts
-from qdora.ops.packed import PackedWeight, dequantize, quantize
+from qdora.quant.packed import PackedWeight, dequantize, quantize
 
 Sizes = dict[str, int]
 SHAPES: dict[str, Sizes] = {

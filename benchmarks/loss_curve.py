@@ -27,10 +27,10 @@ from mixed_data import FixedSteps, base_model, fitted, in_one_batch, real_steps,
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.data.loader import Step
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
-from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer
 

@@ -26,9 +26,9 @@ from qdora.files.svg_figure import svg_file
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters
-from qdora.ops.loss import auto_chunk, chunked_nll
-from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.plan.live_bytes import LiveBytes
+from qdora.quant.packed import PackedWeight, empty_packed
+from qdora.train.loss import auto_chunk, chunked_nll
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.output_head import LogitForm, head_nll, tapped
 

@@ -19,10 +19,10 @@ from mixed_data import recipe
 from qdora.data.build_data import read_data
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_batch, special_prefix
-from qdora.evaluation.perplexity import text_perplexity
+from qdora.evaluate.perplexity import text_perplexity
 from qdora.model.load import load_model
-from qdora.model.pruning import Pruner
 from qdora.model.source import load_tokenizer, resolve
+from qdora.prune.pruner import Pruner
 from qdora.recipe.settings import CalibrationConfig, PruneConfig
 from qdora.run.calibration import pieces
 

@@ -24,8 +24,8 @@ from shared_study import RATES, SMOKE_RATES, common_settings, run_and_keep, stud
 
 from qdora.files.atomic import atomic_write_json
 from qdora.memory.allocator import keep_freed_memory
+from qdora.rank.rank import RankSettings, rank_run
 from qdora.recipe.recipe_file import load_recipe
-from qdora.run.rank import RankSettings, rank_run
 from qdora.run.train import train_run
 
 NAME = "rank_methods"

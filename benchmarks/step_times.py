@@ -33,15 +33,15 @@ from mixed_data import (
 )
 from rich.console import Console
 
+from qdora.adapter.adapted_linear import drop_scales_without_room
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.frozen_product import decoding
 from qdora.data.loader import Step
 from qdora.memory.allocator import keep_freed_memory, return_freed_memory
 from qdora.model.build_model import choose_compute, recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, replace_module
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.nn.adapted_linear import drop_scales_without_room
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.frozen_product import decoding
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qdora.analysis import components as component_curvature
-from qdora.analysis.allocate import allocate, effective_rank
-from qdora.analysis.components import (
+from qdora.data.batching import MicroBatch
+from qdora.model.inject import adapted_layers, inject
+from qdora.rank import components as component_curvature
+from qdora.rank.allocate import allocate, effective_rank
+from qdora.rank.components import (
     Components,
     Directions,
     directions,
@@ -26,8 +28,6 @@ from qdora.analysis.components import (
     probe_of,
     squared_slopes,
 )
-from qdora.data.batching import MicroBatch
-from qdora.model.inject import adapted_layers, inject
 from tests import support
 from tests.support import CURVED_LAYERS, EXPERTS, STACKS, update_of
 

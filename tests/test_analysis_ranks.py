@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.analysis.allocate import LayerSpectrum, allocate, effective_rank
-from qdora.analysis.error_undone import error_undone
-from qdora.analysis.weight_changes import set_magnitude_back_, weight_changes
 from qdora.errors import UserError
 from qdora.model.inject import adapted_layers
+from qdora.rank.allocate import LayerSpectrum, allocate, effective_rank
+from qdora.rank.error_undone import error_undone
+from qdora.rank.weight_changes import set_magnitude_back_, weight_changes
 from tests import reference, support
 
 

@@ -21,7 +21,7 @@ import frame
 import measure
 from frame import BENCHES, TABLES, bench, tabulated
 
-from qdora.ops.packed import dequantize
+from qdora.quant.packed import dequantize
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,9 +21,9 @@ from transformers import GenerationConfig, LlamaConfig
 
 from qdora.data.demo import examples as demo_examples
 from qdora.data.example import Example
-from qdora.evaluation import generation, harness
-from qdora.evaluation.generation import answer_names, evaluate_generated, first_mention
-from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks
+from qdora.evaluate import generation, harness
+from qdora.evaluate.generation import answer_names, evaluate_generated, first_mention
+from qdora.evaluate.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks
 from qdora.model.trained_embeddings import train_embeddings, trained_matrices
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.train import train_run

@@ -26,10 +26,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from qdora.evaluation import batches, token_scores
-from qdora.evaluation.forward_path import pads_left, scoring, shares_prefix
-from qdora.evaluation.generation import decode_greedily
-from qdora.evaluation.token_scores import Span, score_groups, score_spans
+from qdora.evaluate import batches, token_scores
+from qdora.evaluate.forward_path import pads_left, scoring, shares_prefix
+from qdora.evaluate.generation import decode_greedily
+from qdora.evaluate.token_scores import Span, score_groups, score_spans
 from tests import reference, support
 
 VOCABULARY = 97

@@ -18,13 +18,13 @@ from torch import nn
 
 from qdora.data.example import Example
 from qdora.errors import RunFailure
-from qdora.evaluation import suite
-from qdora.evaluation.batches import batches_shared, results_of
-from qdora.evaluation.before_after import TaskChange, task_changes, tasks_of_other_examples, worse_than_before
-from qdora.evaluation.generation import GenerationResult, evaluate_generated
-from qdora.evaluation.loglikelihood import ExampleScore, score_examples
-from qdora.evaluation.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
-from qdora.evaluation.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
+from qdora.evaluate import suite
+from qdora.evaluate.batches import batches_shared, results_of
+from qdora.evaluate.before_after import TaskChange, task_changes, tasks_of_other_examples, worse_than_before
+from qdora.evaluate.generation import GenerationResult, evaluate_generated
+from qdora.evaluate.loglikelihood import ExampleScore, score_examples
+from qdora.evaluate.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
+from qdora.evaluate.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
 from qdora.run.step_evaluations import evaluate_together
 from qdora.train.distributed import processes_of_launch
 from tests import support

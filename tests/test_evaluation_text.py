@@ -18,10 +18,10 @@ from qdora.data.example import Example
 from qdora.data.messages import Turn
 from qdora.data.tokenize import tokenize_all
 from qdora.errors import Diverged
-from qdora.evaluation.hidden_states import hidden_state_errors
-from qdora.evaluation.loglikelihood import score_examples, scoring_faults
-from qdora.evaluation.perplexity import read_texts, text_perplexity
-from qdora.evaluation.token_scores import strided_spans
+from qdora.evaluate.hidden_states import hidden_state_errors
+from qdora.evaluate.loglikelihood import score_examples, scoring_faults
+from qdora.evaluate.perplexity import read_texts, text_perplexity
+from qdora.evaluate.token_scores import strided_spans
 from tests import support
 from tests.data_rows import fault_of, faults_of, says
 from tests.test_evaluation_spans import naive

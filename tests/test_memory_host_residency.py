@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from qdora.adapter.host_embedding import HostEmbedding
 from qdora.data.batching import Batching
 from qdora.errors import RunFailure, UserError
 from qdora.export.export_run import export_run
@@ -29,13 +30,12 @@ from qdora.model.inject import adapter_parameters, frozen_layers
 from qdora.model.load import Quantization, load_model
 from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
-from qdora.nn.host_embedding import HostEmbedding
-from qdora.ops.packed import empty_packed
 from qdora.plan.fake_step import empty_model
 from qdora.plan.memory_plan import plan, streamed_blocks
 from qdora.plan.plan_contents import DENSE, Plan
 from qdora.plan.public_shapes import public_shapes
 from qdora.plan.step_time import ASSUMED
+from qdora.quant.packed import empty_packed
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run import load_base

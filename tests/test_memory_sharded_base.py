@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from qdora.adapter.row_share import span
 from qdora.errors import RunFailure, UserError
 from qdora.memory import sharded_base
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
-from qdora.nn.row_share import span
-from qdora.ops.packed import PackedWeight, empty_packed
+from qdora.quant.packed import PackedWeight, empty_packed
 from qdora.train.distributed import Processes
 from tests import support
 from tests.support import write

@@ -26,11 +26,11 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 
 from qdora.errors import UserError
-from qdora.evaluation.forward_path import scoring
+from qdora.evaluate.forward_path import scoring
 from qdora.model.attention import with_attention
 from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.known_masks import known_masks
-from qdora.ops.planned_device import planned_on
+from qdora.quant.planned_device import planned_on
 from tests import support
 from tests.support import CHECKPOINT_CONFIGS, CHECKPOINT_SIZES, checkpoint, checkpoint_logits, load_checkpoint
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import use_experts_implementation
 
+from qdora.adapter import expert_product, expert_tokens
+from qdora.adapter.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, FrozenExperts
 from qdora.errors import UserError
 from qdora.export.nf4_lora import check_foldable
 from qdora.model import experts
@@ -32,10 +34,8 @@ from qdora.model.inject import adapted_layer, adapted_layers, frozen_like, injec
 from qdora.model.load import Quantization, settle_stored
 from qdora.model.stored_tensors import StoredPacked, StoredTensor, stored_rows
 from qdora.model.weight_conversion import taken_for_experts
-from qdora.nn.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, FrozenExperts
-from qdora.ops import expert_product, expert_tokens
-from qdora.ops.packed import PackedWeight, dequantize, empty_packed, quantize
-from qdora.ops.sparsity import mask_bits
+from qdora.quant.packed import PackedWeight, dequantize, empty_packed, quantize
+from qdora.quant.sparsity import mask_bits
 from tests import reference, support
 from tests.reference import Array
 from tests.support import load_checkpoint

@@ -26,14 +26,14 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 
+from qdora.adapter.expert_linear import FrozenExperts
 from qdora.errors import UserError
 from qdora.model.experts import stacks
 from qdora.model.gguf_metadata import tokenizer_of_gguf
 from qdora.model.inject import frozen_layers
 from qdora.model.load import load_config
 from qdora.model.source import BUILTIN_FILE, ModelSource, load_tokenizer, resolve
-from qdora.nn.expert_linear import FrozenExperts
-from qdora.ops.packed import dequantize, quantize
+from qdora.quant.packed import dequantize, quantize
 from tests import support
 from tests.fakes import Values, add_settings, convert_to_gguf, finish, interleaved, name_of
 from tests.support import CHECKPOINT_SIZES, checkpoint_logits, load_checkpoint

@@ -35,7 +35,7 @@ from qdora.model.inject import frozen_layers, inject
 from qdora.model.load import Quantization
 from qdora.model.source import resolve
 from qdora.model.stored_tensors import open_safetensors
-from qdora.ops.packed import dequantize, quantize
+from qdora.quant.packed import dequantize, quantize
 from tests.support import CHECKPOINT_CONFIGS, checkpoint, checkpoint_logits, load_checkpoint, one_file_checkpoint
 
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.dropout import draw_seed, dropped
-from qdora.ops.expert_tokens import ExpertTokens
-from qdora.ops.packed import quantize
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.dropout import draw_seed, dropped
+from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.quant.packed import quantize
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, support
 from tests.adapter_numbers import (

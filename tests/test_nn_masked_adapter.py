@@ -12,16 +12,16 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from qdora.analysis.differentiable import plain_model
-from qdora.analysis.update_gradient import update_spectrum
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.options import ExportOptions
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject, replace_module
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.prune import prune_weight
-from qdora.ops.sparsity import mask_bits, mask_from_bits, pattern_from
+from qdora.prune.scores import prune_weight
+from qdora.quant.sparsity import mask_bits, mask_from_bits, pattern_from
+from qdora.rank.differentiable import plain_model
+from qdora.rank.update_gradient import update_spectrum
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
 from tests import support

@@ -13,15 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops import dropout, expert_product, tiles
-from qdora.ops.adapted_product import column_dot
-from qdora.ops.dora import merged_weight, row_norm, squared_row_norm
-from qdora.ops.dropout import draw_seed, drop_, dropped_slices, tokens_per_slice, zeroed, zeroed_
-from qdora.ops.frozen_product import frozen_linear
-from qdora.ops.packed import quantize
-from qdora.ops.tiles import column_tiles, dense_weight, is_one_tile, own_scales, row_tiles, spans, with_scales
+from qdora.adapter import dropout, expert_product
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.adapted_product import column_dot
+from qdora.adapter.dora import merged_weight, row_norm, squared_row_norm
+from qdora.adapter.dropout import draw_seed, drop_, dropped_slices, tokens_per_slice, zeroed, zeroed_
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.frozen_product import frozen_linear
+from qdora.quant import tiles
+from qdora.quant.packed import quantize
+from qdora.quant.tiles import column_tiles, dense_weight, is_one_tile, own_scales, row_tiles, spans, with_scales
 from tests import reference
 from tests.adapter_numbers import cut_tiles, expected_norm, expected_weight, make, to_numpy
 from tests.test_ops_quantize import by_backends

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qdora.ops import loss
-from qdora.ops.loss import CHUNK_BYTES, auto_chunk, chunked_nll
-from qdora.ops.packed import dequantize, quantize
+from qdora.quant.packed import dequantize, quantize
+from qdora.train import loss
+from qdora.train.loss import CHUNK_BYTES, auto_chunk, chunked_nll
 from tests import reference
 
 FORMS: list[dict[str, Any]] = [{}, {"scale": 0.3}, {"softcap": 1.5}, {"scale": 2.5, "softcap": 0.7}]

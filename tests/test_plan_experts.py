@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from qdora.adapter import expert_product, expert_tokens
+from qdora.adapter.prepared_gains import prepare_gains
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.adapter_file import save_adapter
 from qdora.model.build_model import Compute, put_adapters
 from qdora.model.experts import stacks, use_expert_layers_
 from qdora.model.inject import adapted_layers, adapter_parameters
 from qdora.model.source import resolve
-from qdora.nn.prepared_gains import prepare_gains
-from qdora.ops import expert_product, expert_tokens
-from qdora.ops.planned_device import planned_counts, planned_on
 from qdora.plan import memory_plan, plan_view
 from qdora.plan.changes_to_fit import _candidates
 from qdora.plan.live_bytes import LiveBytes
@@ -28,6 +27,7 @@ from qdora.plan.plan_contents import CONTEXT_BYTES, MicroBatchShape, Moment, Pla
 from qdora.plan.public_shapes import public_shapes
 from qdora.plan.step_time import Rates, Work, step_seconds
 from qdora.plan.workload import assumed_workload
+from qdora.quant.planned_device import planned_counts, planned_on
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base

@@ -21,7 +21,6 @@ from qdora.data.batching import MicroBatch
 from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
 from qdora.model.adapter_file import save_adapter
 from qdora.model.inject import inject
-from qdora.ops.packed import empty_packed
 from qdora.plan import memory_plan
 from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern
@@ -29,6 +28,7 @@ from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.memory_plan import plan
 from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.plan.workload import assumed_workload, largest_shapes, not_exceeded, workload_of_data
+from qdora.quant.packed import empty_packed
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from tests import support

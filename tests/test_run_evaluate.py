@@ -14,18 +14,18 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig
 
+from qdora.adapter import adapted_linear, frozen_product
+from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.data.given_data import given_source, trained_on
 from qdora.errors import UserError
-from qdora.evaluation.perplexity import text_perplexity
-from qdora.evaluation.token_scores import Span, score_spans
+from qdora.evaluate.perplexity import text_perplexity
+from qdora.evaluate.token_scores import Span, score_spans
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import compare_logits
 from qdora.export.options import ExportOptions
 from qdora.files.run_directory import open_run
 from qdora.model.inject import adapted_layers
-from qdora.nn import adapted_linear
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.ops import bnb_kernels, frozen_product
+from qdora.quant import bnb_kernels
 from qdora.recipe.data_settings import SourceConfig
 from qdora.run import generate
 from qdora.run.evaluate import EvalOptions, evaluate_target

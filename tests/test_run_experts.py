@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
+from qdora.adapter import expert_tokens
+from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.errors import Interrupted, UserError
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import comparison_text
@@ -28,11 +29,10 @@ from qdora.model.experts import use_expert_layers_
 from qdora.model.inject import adapted_layers
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.nn.expert_linear import AdaptedExperts
-from qdora.ops import expert_tokens
+from qdora.rank.rank import RankSettings, rank_run
+from qdora.rank.update_gradient import gradient_spectra, update_spectrum
 from qdora.run.expert_load import FILE, ExpertLoad
 from qdora.run.load_run import load_run
-from qdora.run.rank import RankSettings, rank_run
 from qdora.run.train import train_run
 from tests import support
 from tests.support import assert_same_run, stop_after

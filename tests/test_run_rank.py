@@ -14,7 +14,6 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
@@ -23,9 +22,10 @@ from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapted_layers
 from qdora.plan.memory_plan import plan
 from qdora.plan.plan_view import plan_run
+from qdora.rank.rank import RankSettings, rank_faults, rank_run, ranks_of_gates
+from qdora.rank.update_gradient import gradient_spectra, update_spectrum
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import load_run
-from qdora.run.rank import RankSettings, rank_faults, rank_run, ranks_of_gates
 from qdora.run.train import train_run
 from tests import support
 from tests.support import CURVED_LAYERS

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from qdora.evaluation.example_intervals import (
+from qdora.evaluate.example_intervals import (
     SeedScores,
     Spread,
     TaskScores,

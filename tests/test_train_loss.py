@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.model.inject import adapter_parameters, inject, replace_module
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import quantize
+from qdora.quant.packed import quantize
 from qdora.train import output_head
 from qdora.train.output_head import LogitForm
 from qdora.train.passes import batch_loss

@@ -11,7 +11,7 @@ from statistics import correlation, mean, stdev
 
 from frame import table
 
-from qdora.evaluation.example_intervals import Interval
+from qdora.evaluate.example_intervals import Interval
 from qdora.files.svg_figure import svg_file
 from qdora.study.statistics import t_interval
 from tables.table import RESULTS, interval, markdown, percent, read, report_rows

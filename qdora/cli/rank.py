@@ -49,7 +49,7 @@ def rank(
     A recipe with these ranks is written to the folder rank/ of the run.
     """
     from qdora.files.run_directory import failures_logged
-    from qdora.run.rank import RankSettings, rank_run
+    from qdora.rank.rank import RankSettings, rank_run
 
     asked = RankSettings(
         method=method,

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.errors import DiskFull, RunFailure, UserError
 from qdora.export.audit import audit, audit_table
 from qdora.export.checkpoint_writer import UNFINISHED, check_new_directory, save_tokenizer
@@ -41,7 +42,6 @@ from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config
 from qdora.model.stored_tensors import shorten
 from qdora.model.weight_conversion import taken_for_experts
-from qdora.nn.expert_linear import AdaptedExperts
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.run.adopted_run import adopted_run, is_adapter
 from qdora.run.load_run import TrainedRun, load_run, trained_state

@@ -24,6 +24,9 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.adapter.dora import merged_weight
+from qdora.adapter.expert_product import dense_rows, merged_rows
+from qdora.adapter.trained_rows import with_rows
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import (
     CheckpointPlan,
@@ -57,11 +60,8 @@ from qdora.model.quantized_checkpoint import load_faults, quantization_config, s
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows, tied_weights
 from qdora.model.trained_embeddings import TrainedMatrix, embedding_paths, extend_vocabulary, is_tied
-from qdora.nn.trained_rows import with_rows
-from qdora.ops.bnb_state import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
-from qdora.ops.dora import merged_weight
-from qdora.ops.expert_product import dense_rows, merged_rows
-from qdora.ops.packed import PackedWeight, RowParts, dequantize, empty_packed, quantize
+from qdora.quant.bnb_state import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
+from qdora.quant.packed import PackedWeight, RowParts, dequantize, empty_packed, quantize
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state

@@ -17,10 +17,10 @@ from qdora.data.example import Example
 from qdora.data.given_data import given_source, has_splits, place_of, trained_on
 from qdora.data.sources import open_source
 from qdora.errors import UserError, nearest, not_one_of
-from qdora.evaluation.generation import evaluate_generated, generation_faults, generation_table
-from qdora.evaluation.harness import evaluate_harness, find_harness_tasks, harness_table
-from qdora.evaluation.perplexity import read_texts, text_perplexity
-from qdora.evaluation.suite import compare_table, evaluate
+from qdora.evaluate.generation import evaluate_generated, generation_faults, generation_table
+from qdora.evaluate.harness import evaluate_harness, find_harness_tasks, harness_table
+from qdora.evaluate.perplexity import read_texts, text_perplexity
+from qdora.evaluate.suite import compare_table, evaluate
 from qdora.files.console import bar, consoles
 from qdora.files.nvidia_driver import check_gpu
 from qdora.files.run_directory import open_run, unharmed

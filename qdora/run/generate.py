@@ -20,7 +20,7 @@ from qdora.data.row_formats import asked_chat
 from qdora.data.rows import FaultList, RowFault
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError
-from qdora.evaluation.generation import generate
+from qdora.evaluate.generation import generate
 from qdora.files.run_directory import is_without_chats
 from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
