@@ -20,14 +20,13 @@ from export_exactness import QUIET, against, logits, nll, trained, validation_te
 from frame import bench, main, table, tabulated
 
 from qdora.export.gguf import InLlamaCpp, compare_tensors, find_llama_cpp, write_gguf
-from qdora.export.gguf_types import GgufType
 from qdora.export.logit_comparison import float32_arithmetic
 from qdora.export.merged import write_merge
-from qdora.export.options import ExportOptions
 from qdora.files.environment import package_versions
 from qdora.model.gguf_file import read_header
 from qdora.model.load import load_model
 from qdora.model.source import ModelSource
+from qdora.recipe.options import ExportOptions, GgufType
 from qdora.run.load_run import load_run
 
 TYPES: dict[GgufType, torch.dtype] = {

@@ -80,7 +80,7 @@ def run_arm(document: dict[str, Any], kind: str, seed: str, folder: str, test_li
         return {task: {name: row[name] for name in KEPT} for task, row in rows.items()}
 
     def tested(*, base_only: bool) -> dict[str, Any]:
-        options = EvalOptions(split="test", limit=test_limit, base_only=base_only)
+        options = EvalOptions(split="test", limit=test_limit, base=base_only)
         return short(evaluate_target(str(directory), options)["evaluation"])
 
     test = {"adapter": tested(base_only=False)}

@@ -33,11 +33,10 @@ from qdora.errors import RunFailure, UserError
 from qdora.export import gguf as gguf_export
 from qdora.export.export_run import export_run
 from qdora.export.gguf import _error, compare_tensors, find_llama_cpp, write_gguf
-from qdora.export.gguf_types import GGUF_TYPES
-from qdora.export.options import ExportOptions
 from qdora.model.gguf_file import check_gguf, read_header
 from qdora.model.load import load_model
 from qdora.model.source import resolve
+from qdora.recipe.options import GGUF_TYPES, ExportOptions
 from tests import fakes, support
 from tests.fakes import Values, finish, interleaved, name_of
 
@@ -65,7 +64,7 @@ def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(type_: str | None = None, **more: Any) -> ExportOptions:
-    return ExportOptions(format_="gguf", gguf=type_, llama_cpp=CONVERTER, **more)
+    return ExportOptions(format="gguf", gguf_type=type_, llama_cpp=CONVERTER, **more)
 
 
 @pytest.fixture
@@ -103,7 +102,7 @@ def test_sixteen_bits_are_the_merge(dora_run, merged, tmp_path):
 
 
 def test_fewer_bits_take_the_quantiser(dora_run, tmp_path, with_quantizer, caplog):
-    check = export_run(dora_run, tmp_path / "out", ExportOptions(format_="gguf", gguf="q5_k_s"))["verification"]
+    check = export_run(dora_run, tmp_path / "out", ExportOptions(format="gguf", gguf_type="q5_k_s"))["verification"]
     assert check["passed"], check["faults"]
     assert 0.01 < check["tensors"]["lossy_error"] < 0.05
     assert "llama-cpp-python is not installed" in caplog.text

@@ -30,19 +30,19 @@ from qdora.export.export_run import check_servable, export_run
 from qdora.export.hub_push import push
 from qdora.export.logit_comparison import float32_arithmetic
 from qdora.export.merged import merge_of, open_merge
-from qdora.export.options import ExportOptions, check_options
 from qdora.files.run_directory import open_run
 from qdora.files.work_lock import work_lock
 from qdora.model.adapter_file import load_adapter
 from qdora.model.inject import adapted_layers
 from qdora.model.load import load_model
 from qdora.model.source import resolve
+from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run, load_target
 from qdora.run.train import train_run
 from tests import support
 
 IDS = torch.tensor([[1, 17, 30, 5, 44, 26, 9, 120, 3, 3, 77]])
-PEFT = ExportOptions(format_="peft")
+PEFT = ExportOptions(format="peft")
 ONE_STEP: dict[str, Any] = {
     "train__steps": 1,
     "train__checkpoint_every": ...,
@@ -98,7 +98,7 @@ def with_adapter(directory: Path) -> Tensor:
 
 def test_nf4_lora_is_moved_and_uploaded(dora_run, tmp_path, monkeypatch):
     out, hub = tmp_path / "out", FakeHub(monkeypatch)
-    exported = export_run(dora_run, out, ExportOptions(format_="nf4-lora", push="mine"))
+    exported = export_run(dora_run, out, ExportOptions(format="nf4-lora", push="mine"))
     assert exported.pop("pushed") == "https://hub/me/mine/commit/1"
     assert hub.private == {"mine": True}
     assert hub.files == {"me/mine": sorted(path.name for path in out.iterdir())}
@@ -119,7 +119,7 @@ def test_nf4_lora_is_moved_and_uploaded(dora_run, tmp_path, monkeypatch):
     assert torch.equal(before, with_adapter(moved))
     assert adapted_layers(load_target(str(moved), verb="eval").model)
     # With the name of its owner the adapter's file can name its base.
-    export_run(dora_run, out, ExportOptions(format_="nf4-lora", push="me/mine", public=True))
+    export_run(dora_run, out, ExportOptions(format="nf4-lora", push="me/mine", public=True))
     assert json.loads((out / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "me/mine"
     assert hub.private["me/mine"] is False
 
@@ -158,7 +158,7 @@ def opened(run: Path) -> Any:
         ("merged", ExportOptions(dtype="float16", shard_size="30KB"), "merged into one dense weight per layer"),
         ("original", ExportOptions(dtype="float16", base="original"), "merged into the original weights"),
         ("requantized", ExportOptions(dtype="float32", requantize=True), "quantised to 4 bits again"),
-        ("nf4-lora", ExportOptions(format_="nf4-lora"), "PeftModel.from_pretrained"),
+        ("nf4-lora", ExportOptions(format="nf4-lora"), "PeftModel.from_pretrained"),
     ],
 )
 def test_each_form_with_its_card_is_the_form_in_memory_that_the_audit_compares(
@@ -292,18 +292,18 @@ def test_a_public_repository_is_not_written_to_by_accident(tmp_path, monkeypatch
 
 REFUSED: list[tuple[ExportOptions, list[str]]] = [
     (replace(PEFT, dtype="float16"), ["--dtype: has no effect on --format peft"]),
-    (ExportOptions(format_="nf4lora"), [r"got 'nf4lora', must be one of merged, .*gguf\. Did you mean 'nf4-lora'\?"]),
+    (ExportOptions(format="nf4lora"), [r"got 'nf4lora', must be one of merged, .*gguf\. Did you mean 'nf4-lora'\?"]),
     (
-        ExportOptions(format_="nf4-lora", base="original", requantize=True),
+        ExportOptions(format="nf4-lora", base="original", requantize=True),
         ["--base: has no effect on --format nf4-lora", "--requantize: has no effect", "--requantize: is not used with"],
     ),
     (ExportOptions(base="orignal"), [r"--base: got 'orignal', must be one of .*\. Did you mean 'original'"]),
     (
-        ExportOptions(format_="gguf", dtype="float16", shard_size="1GB", requantize=True),
+        ExportOptions(format="gguf", dtype="float16", shard_size="1GB", requantize=True),
         [f"{name}: has no effect on --format gguf" for name in ("--requantize", "--dtype", "--shard-size")],
     ),
-    (ExportOptions(gguf="q8_0"), ["--gguf-type: has no effect on --format merged"]),
-    (ExportOptions(format_="gguf", gguf="q8"), [r"--gguf-type: got 'q8', .*\. Did you mean 'q8_0'"]),
+    (ExportOptions(gguf_type="q8_0"), ["--gguf-type: has no effect on --format merged"]),
+    (ExportOptions(format="gguf", gguf_type="q8"), [r"--gguf-type: got 'q8', .*\. Did you mean 'q8_0'"]),
     *((ExportOptions(shard_size=text), ["--shard-size: must be"]) for text in ("", "2", "5000", "GB", "-1GB", "0GB")),
     *((ExportOptions(push=name), ["--push: got "]) for name in ("", "a/b/c", "../x", "a b", "my--model", 97 * "a")),
 ]
@@ -321,7 +321,7 @@ def test_options_without_effect_are_refused(options, words):
 @pytest.mark.parametrize("text, size", [("2GB", 2 * 10**9), ("1.5GiB", 3 * 2**29), ("2TB", 2 * 10**12)])
 def test_shard_sizes(text, size):
     assert ExportOptions(shard_size=text).shard_bytes == size
-    check_options(ExportOptions(format_="gguf", gguf="q4_k_m", base="original"))
+    check_options(ExportOptions(format="gguf", gguf_type="q4_k_m", base="original"))
 
 
 def test_places_where_nothing_can_be_made_are_refused_before_the_export(dora_run, tmp_path, monkeypatch):
@@ -360,7 +360,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 FULL, TOO_LARGE = (OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EFBIG))
-NF4 = ExportOptions(format_="nf4-lora")
+NF4 = ExportOptions(format="nf4-lora")
 
 
 @pytest.mark.parametrize(

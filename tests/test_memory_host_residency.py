@@ -22,7 +22,6 @@ from qdora.errors import RunFailure, UserError
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import float32_arithmetic
 from qdora.export.nf4_lora import export_nf4_lora
-from qdora.export.options import ExportOptions
 from qdora.memory import host_residency
 from qdora.memory.host_residency import CudaCopies, HostResidency, Piece, check_host_embedding, keep_embedding_on_host
 from qdora.memory.streaming import NUM_SLOTS, Ring, interleaved
@@ -36,6 +35,7 @@ from qdora.plan.plan_contents import DENSE, Plan
 from qdora.plan.public_shapes import public_shapes
 from qdora.plan.step_time import ASSUMED
 from qdora.quant.packed import empty_packed
+from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run import load_base

@@ -15,13 +15,13 @@ from torch import nn
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
-from qdora.export.options import ExportOptions
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject, replace_module
 from qdora.prune.scores import prune_weight
 from qdora.quant.sparsity import mask_bits, mask_from_bits, pattern_from
 from qdora.rank.differentiable import plain_model
 from qdora.rank.update_gradient import update_spectrum
+from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
 from tests import support
@@ -128,7 +128,7 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(
     refused: Any
     for refused in ("peft", "nf4-lora"):
         with pytest.raises(UserError, match="cannot mask B A"):
-            export_run(tmp_path / "run", tmp_path / refused, ExportOptions(format_=refused))
+            export_run(tmp_path / "run", tmp_path / refused, ExportOptions(format=refused))
 
 
 def test_an_adapter_that_ignores_the_mask_merges_dense_and_says_so(tmp_path: Path) -> None:

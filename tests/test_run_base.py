@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from qdora.errors import Interrupted, UserError
 from qdora.export.export_run import export_run
-from qdora.export.options import ExportOptions
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import choose_compute
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.source import resolve
 from qdora.plan.division import divided_recipe
+from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
 from qdora.recipe.settings import CalibrationConfig, Recipe
 from qdora.run import calibration, prepare, pruned_base

@@ -22,11 +22,11 @@ from qdora.evaluate.perplexity import text_perplexity
 from qdora.evaluate.token_scores import Span, score_spans
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import compare_logits
-from qdora.export.options import ExportOptions
 from qdora.files.run_directory import open_run
 from qdora.model.inject import adapted_layers
 from qdora.quant import bnb_kernels
 from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.options import ExportOptions
 from qdora.run import generate
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, answer_chats, generate_from, prompt_ids
@@ -90,7 +90,7 @@ def test_a_file_is_scored_as_the_validation_data_of_the_source_and_stands_on_the
     document = json.loads(kept.read_text())
     assert (document["data"], document["step"], document.get("split")) == (str(held), 2, None)
     assert [each["nll"] for each in document["per_example"]] == [each["nll"] for each in at_end["per_example"]]
-    scores(own, data=str(held), base_only=True)
+    scores(own, data=str(held), base=True)
     (compared,) = (each for each in run_facts(open_run(own))["evaluations"] if "data-held" in each["data"])
     assert compared["nll_per_token"][0]["num_examples"] == 4
     assert compared["data"] == kept.stem.removeprefix("final-")
@@ -156,7 +156,7 @@ def test_splits_and_patterns(own: Path, of_two: Path, tmp_path: Path, monkeypatc
 def test_a_copy_of_a_training_file_is_told(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     copy = write(tmp_path / "copy.jsonl", products(3))
     with caplog.at_level(logging.WARNING, "qdora"):
-        scores(own, data=str(copy), base_only=True)
+        scores(own, data=str(copy), base=True)
         scores(own, data=str(own.parent / "mine/held.jsonl"))
         assert caplog.messages == []
         scores(own, data=str(copy))
@@ -306,7 +306,7 @@ def test_no_scales_without_room(run: Path, tmp_path: Path, monkeypatch: pytest.M
     target, options = run, {"limit": 4}
     if exported:
         target, options = tmp_path / "out", {"limit": 4, "like": run}
-        export_run(run, target, ExportOptions(format_="nf4-lora"), console=QUIET)
+        export_run(run, target, ExportOptions(format="nf4-lora"), console=QUIET)
         letters = "Which letter follows c?"
         found, expected = (answer(each, letters, raw=False) for each in (target, run))
         assert (found["text"], found["label"]) == (expected["text"], "out")

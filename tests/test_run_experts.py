@@ -21,7 +21,6 @@ from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.errors import Interrupted, UserError
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import comparison_text
-from qdora.export.options import ExportOptions
 from qdora.export.verify import verify_merged
 from qdora.files.run_directory import RunDirectory
 from qdora.model import experts
@@ -31,6 +30,7 @@ from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.rank.rank import RankSettings, rank_run
 from qdora.rank.update_gradient import gradient_spectra, update_spectrum
+from qdora.recipe.options import ExportOptions
 from qdora.run.expert_load import FILE, ExpertLoad
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
@@ -151,7 +151,7 @@ def test_the_export_is_audited_and_runs_elsewhere(run: Path, tmp_path: Path) -> 
     assert not check["passed"]
 
 
-@pytest.mark.parametrize("options", [{"format_": "nf4-lora"}, {"requantize": True}], ids=str)
+@pytest.mark.parametrize("options", [{"format": "nf4-lora"}, {"requantize": True}], ids=str)
 def test_forms_in_4_bits_are_refused(run: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"does not load 4 layers .* a stack of experts\)\. Fix: use --format merged"):
         export_run(run, tmp_path / "out", ExportOptions(**options), console=QUIET)
@@ -172,7 +172,7 @@ def test_what_a_run_leaves_names_the_experts(run: Path, tmp_path: Path) -> None:
     assert all(sum(block["last"]) == pytest.approx(1) for block in record["blocks"].values())
     assert "Experts: between the first and the last 2 steps" in (run / "log.txt").read_text()
     console = Console(file=io.StringIO(), width=130)
-    export_run(run, tmp_path / "out", ExportOptions(format_="peft"), console=console)
+    export_run(run, tmp_path / "out", ExportOptions(format="peft"), console=console)
     assert "PEFT has no DoRA for experts, so only qdora loads this adapter." in console.file.getvalue()
 
 
@@ -266,8 +266,8 @@ def test_dense_experts_leave_with_a_base_in_4_bits(root: Path, tmp_path: Path) -
     experts = {"adapter__experts": {"rank": 2, "share": "B"}}
     train_run(recipe(root, "qwen2_moe", **DENSE_EXPERTS, **experts), run, console=QUIET)
     with pytest.raises(UserError, match=r"is a DoRA layer on a dense weight, .* Fix: use --dtype float32"):
-        export_run(run, tmp_path / "b", ExportOptions(format_="nf4-lora", dtype="bfloat16"), console=QUIET)
-    found = exported(run, tmp_path / "out", format_="nf4-lora", audit=True)
+        export_run(run, tmp_path / "b", ExportOptions(format="nf4-lora", dtype="bfloat16"), console=QUIET)
+    found = exported(run, tmp_path / "out", format="nf4-lora", audit=True)
     layers = found["verification"]["weights"]["num_layers"]
     assert layers == found["num_adapted_layers"] == found["num_folded_layers"]
     assert found["audit"]["forms"]["nf4-lora"]["logits"]["kl_mean"] < 1e-8

@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
-from qdora.export.options import ExportOptions
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapted_layers
 from qdora.plan.memory_plan import plan
 from qdora.plan.plan_view import plan_run
 from qdora.rank.rank import RankSettings, rank_faults, rank_run, ranks_of_gates
 from qdora.rank.update_gradient import gradient_spectra, update_spectrum
+from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
@@ -230,8 +230,8 @@ def test_exports_of_a_gated_run_compute_the_same(gated: Path, root: Path, tmp_pa
     merged = export_run(gated, tmp_path / "merged", ExportOptions(dtype="float32"))["verification"]
     assert merged["passed"]
     assert merged["exported_vs_running"]["max_logit_difference"] < 1e-4
-    assert export_run(gated, tmp_path / "nf4", ExportOptions(format_="nf4-lora"))["verification"]["passed"]
-    export_run(gated, tmp_path / "peft", ExportOptions(format_="peft"))
+    assert export_run(gated, tmp_path / "nf4", ExportOptions(format="nf4-lora"))["verification"]["passed"]
+    export_run(gated, tmp_path / "peft", ExportOptions(format="peft"))
     config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     original = load_run(gated, original=True).model
     layers = adapted_layers(original)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
-from qdora.export.options import ExportOptions
+from qdora.recipe.options import ExportOptions
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run import writer
@@ -101,7 +101,7 @@ def test_the_best_step_is_kept_and_the_run_stops(root: Path, stopped_run: Path, 
     # eval and export take the best step
     document = evaluate_target(str(stopped_run), console=QUIET)
     assert document["evaluation"]["average"]["nll_per_token"] == found[best]
-    export_run(stopped_run, tmp_path / "peft", ExportOptions(format_="peft"), console=QUIET)
+    export_run(stopped_run, tmp_path / "peft", ExportOptions(format="peft"), console=QUIET)
     same_tensors(tmp_path / "peft/adapter_model.safetensors", stopped_run / ADAPTER)
 
 

@@ -24,10 +24,10 @@ from qdora.data.chat_template import prompt_text
 from qdora.data.messages import Turn
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
-from qdora.export.options import ExportOptions
 from qdora.files import run_directory
 from qdora.files.run_directory import open_run, write_complete
 from qdora.model.build_model import choose_compute, find_model, put_adapters
+from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.load_base import load_base
@@ -301,7 +301,7 @@ def test_export_equals_the_running_model_and_evaluates_alike(whole: Path, tmp_pa
     merged = evaluate_target(str(tmp_path / "merged"), EvalOptions(like=whole))["evaluation"]["average"]
     run = evaluate_target(str(whole))["evaluation"]["average"]
     assert merged["nll_per_token"] == pytest.approx(run["nll_per_token"], rel=0.05)
-    assert export_run(whole, tmp_path / "adapter", ExportOptions(format_="peft"))["format"] == "peft"
+    assert export_run(whole, tmp_path / "adapter", ExportOptions(format="peft"))["format"] == "peft"
     same_tensors(tmp_path / "adapter/adapter_model.safetensors", whole / ADAPTER)
 
 
@@ -321,7 +321,7 @@ def test_eval_uses_the_tasks_of_the_run_and_keeps_what_is_asked_beside_it(root: 
     assert kept == {"-demo-facts-limit-1", "-limit-2", "-sums", ""}
     text = tmp_path / "a text.txt"
     text.write_text("the quick brown fox")
-    found = evaluate_target(str(run), EvalOptions(texts=[text]))["perplexity"]
+    found = evaluate_target(str(run), EvalOptions(text=[text]))["perplexity"]
     (written,) = (run / "eval").glob("final-perplexity-a-text.txt-*")
     assert json.loads(written.read_text()) == found | {"step": 1, "texts": [str(text)]}
 
@@ -331,7 +331,7 @@ def test_a_model_alone_is_evaluated_on_a_text(
 ) -> None:
     text = tmp_path / "t.txt"
     text.write_text("the quick brown fox")
-    found = evaluate_target(str(root / "model"), EvalOptions(texts=[text]))["perplexity"]
+    found = evaluate_target(str(root / "model"), EvalOptions(text=[text]))["perplexity"]
     assert found["num_tokens"] > 3
     assert found["perplexity"] == pytest.approx(math.exp(found["nll_sum"] / found["num_tokens"]))
     assert found["nll_per_byte"] == pytest.approx(found["nll_sum"] / len(text.read_bytes()))
@@ -554,6 +554,6 @@ def test_a_run_keeps_the_date_of_its_start(tmp_path: Path, monkeypatch: pytest.M
     scored = evaluate_target(str(run))["evaluation"]["average"]["nll_per_token"]
     assert scored == pytest.approx(nll(run, 2), rel=1e-6)
     assert prompt_text(load_run(run).tokenizer, (Turn("user", "Hi"),)).startswith("28 Feb 2026LOUD")
-    base = evaluate_target(str(run), EvalOptions(base_only=True))["evaluation"]
+    base = evaluate_target(str(run), EvalOptions(base=True))["evaluation"]
     alone = evaluate_target(str(model), EvalOptions(like=run, quant="nf4"))["evaluation"]
     assert alone["average"]["nll_per_token"] == pytest.approx(base["average"]["nll_per_token"], rel=2e-4)  # bf16

@@ -15,7 +15,7 @@ from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.data.batching import Batching, MicroBatch
 from qdora.data.build_data import read_data, tokenized_mix
 from qdora.data.loader import StepLoader
-from qdora.errors import UserError, not_one_of
+from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import RunDirectory, open_run
@@ -23,20 +23,16 @@ from qdora.memory.allocator import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, matches, most_rank, unmatched
 from qdora.rank.allocate import LayerSpectrum, allocate, effective_rank
-from qdora.rank.components import LEAST_DRAWS, drawn_curvatures, exact_curvatures, layer_directions
-from qdora.rank.curvature import CURVATURES, Curvature, layer_spectrum
-from qdora.rank.differentiable import NORMS, Norm
+from qdora.rank.components import drawn_curvatures, exact_curvatures, layer_directions
+from qdora.rank.curvature import layer_spectrum
+from qdora.rank.differentiable import Norm
 from qdora.rank.rank_figures import draw_rank_map, draw_spectra
 from qdora.rank.update_gradient import gradient_spectra, update_spectrum
+from qdora.recipe.options import RankSettings
 from qdora.recipe.recipe_file import recipe_from, recipe_of_run, resolved_yaml, settings
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
 
-METHODS = ("curvature", "svd", "gradient", "gates")
-NUM_EXAMPLES = 64
-NUM_DRAWS = 16
-MICRO_BATCH_TOKENS = 512
-"""A graph over a graph (eigenvalues, exact curvature) recomputes nothing: about 8 MiB a token of a 135M model."""
 THRESHOLD = 0.9
 """Share of the energy for the effective ranks that are shown."""
 
@@ -46,81 +42,9 @@ _ENERGY_IN_WORDS = {
     "gradient": "squared singular value of the gradient",
 }
 
-_USED_BY = {
-    **dict.fromkeys(("budget", "threshold", "max_rank", "layers"), ("curvature", "svd", "gradient")),
-    **dict.fromkeys(("examples", "micro_batch_tokens"), ("curvature", "gradient")),
-    **dict.fromkeys(("draws", "eigenvalues", "curvature", "norm"), ("curvature",)),
-}
-"""Field of `RankSettings` -> the methods that use it."""
-
 Spectra = dict[str, LayerSpectrum]
 Details = dict[str, dict[str, Any]]
 """Layer -> JSON values about it; under "" those about all layers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankSettings:
-    """What `qdora rank` is asked for."""
-
-    method: str = "curvature"
-    """curvature, svd (of the trained update), gradient, or gates (the ranks that the run's own gates chose)."""
-    budget: str | None = None
-    """Parameters of the low-rank factors of the chosen layers, or a share of the run's own ("50%"). None: 100%."""
-    threshold: float | None = None
-    """Instead of a budget: each layer gets the fewest components that hold this share of its energy."""
-    max_rank: int | None = None
-    """Largest rank of a layer. None: twice the largest of the run; svd finds no more than the layer's own."""
-    draws: int | None = None
-    """Label samples per token, to estimate the curvature along each component. None: 16. 0: exact, one product with
-    the curvature per component (benchmarks/curvature_draws.py compares them)."""
-    eigenvalues: int | None = None
-    """Also compute this many eigenvalues of the curvature by A and B. Slow; they do not influence the ranks."""
-    curvature: str | None = None
-    """Matrix of the eigenvalues, one of CURVATURES. None: hessian."""
-    norm: str | None = None
-    """Norm of DoRA in worths and eigenvalues: attached or held. None: attached."""
-    layers: Sequence[str] = ()
-    """Names or patterns of the layers to choose ranks for; default: all. The others keep their rank."""
-    examples: int | None = None
-    """Examples from the start of the run's training mix. None: 64."""
-    micro_batch_tokens: int | None = None
-    """Most tokens of a micro-batch, with padding. Its graph takes most of the memory beside the model. None: 512."""
-
-    @property
-    def matrix(self) -> Curvature:
-        """The matrix of the eigenvalues."""
-        return cast(Curvature, self.curvature or "hessian")
-
-    def check(self) -> None:
-        """Raise UserError with all faults that show without the run."""
-        if self.method not in METHODS:
-            raise UserError(not_one_of("--method", self.method, METHODS))
-        faults = [
-            f"{option}: is used only with --method {' or '.join(methods)}, got --method {self.method}. "
-            f"Fix: remove {option}."
-            for name, methods in _USED_BY.items()
-            for option in [f"--{name.replace('_', '-')}"]
-            if getattr(self, name) != getattr(RankSettings, name) and self.method not in methods
-        ]
-        for option, value, known in (("--curvature", self.curvature, CURVATURES), ("--norm", self.norm, NORMS)):
-            if value is not None and value not in known:
-                faults.append(not_one_of(option, value, known))
-        if self.curvature is not None and not self.eigenvalues:
-            faults.append("--curvature: is used only with --eigenvalues. Fix: add --eigenvalues 20.")
-        if self.draws is not None and self.draws != 0 and self.draws < LEAST_DRAWS:
-            faults.append(f"--draws: got {self.draws}, must be 0 (exact) or at least {LEAST_DRAWS}.")
-        if self.budget is not None and self.threshold is not None:
-            faults.append("--threshold: is not used with --budget. Fix: remove one of them.")
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            faults.append(f"--threshold: got {self.threshold:g}, must be above 0 and at most 1.")
-        if self.method == "svd" and self.threshold is None and self.budget in (None, "100%"):
-            faults.append(
-                f"--budget: got {self.budget or '100% (default)'}, must be less than 100% with --method svd: an update "
-                "has no components beyond the run's ranks, so all ranks would stay. "
-                "Fix: use --budget 50% or --threshold."
-            )
-        if faults:
-            raise UserError(*faults)
 
 
 def rank_run(
@@ -141,7 +65,6 @@ def rank_run(
     Raises:
         UserError: Wrong arguments, or a run without low-rank adapters.
     """
-    asked.check()
     progress, results = consoles(console)
     keep_freed_memory()
     run = open_run(path)
@@ -178,7 +101,7 @@ def rank_faults(path: Path, recipe: Recipe, asked: RankSettings) -> list[str]:
             f"{path}: its ranks come from adapter.resume_from, not from its recipe. "
             "Fix: name a run without adapter.resume_from."
         )
-    if asked.norm is not None and adapter.kind == "lora":
+    if asked.has("norm") and adapter.kind == "lora":
         faults.append("--norm: is not used with LoRA, which has no norm. Fix: remove --norm.")
     if adapter.mask == "keep" and asked.method == "svd":
         faults.append(
@@ -199,7 +122,7 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
         asked=asked,
         layers=layers,
         most=asked.max_rank or 2 * max(ranks_now.values()),
-        norm=cast(Norm, asked.norm or "attached") if recipe.adapter.kind == "dora" else "none",
+        norm=asked.norm if recipe.adapter.kind == "dora" else "none",
         progress=progress,
     )
     spectra, details = _MEASURE[asked.method](measured)
@@ -217,7 +140,7 @@ def _measured_ranks(trained: TrainedRun, recipe: Recipe, asked: RankSettings, pr
     if asked.eigenvalues:
         figures.append(trained.run.inside("rank") / f"{asked.method}-eigenvalues.svg")
         values = {name: np.array(details[name]["spectrum"]["eigenvalues"]) for name in spectra}
-        draw_spectra(values, figures[2], measure=f"eigenvalue of the {asked.matrix}, magnitude", ranks={})
+        draw_spectra(values, figures[2], measure=f"eigenvalue of the {asked.curvature}, magnitude", ranks={})
     return {
         "run": str(trained.run.path),
         "state": trained.state,
@@ -265,9 +188,7 @@ class _Measured:
     def batches(self) -> tuple[list[MicroBatch], dict[str, Any]]:
         """As `training_batches`."""
         asked = self.asked
-        return training_batches(
-            self.trained, asked.examples or NUM_EXAMPLES, asked.micro_batch_tokens or MICRO_BATCH_TOKENS
-        )
+        return training_batches(self.trained, asked.examples, asked.micro_batch_tokens)
 
 
 def _by_update(run: _Measured) -> tuple[Spectra, Details]:
@@ -289,7 +210,7 @@ def _by_curvature(run: _Measured) -> tuple[Spectra, Details]:
     """Worths of each layer's components; beside them, if asked for, eigenvalues of the curvature by A and B."""
     batches, about = run.batches()
     model, limits = run.trained.model, run.limits
-    draws = NUM_DRAWS if run.asked.draws is None else run.asked.draws
+    draws = run.asked.draws
     with bar(run.progress, "directions of new components") as progress:
         directions = layer_directions(model, limits, batches, norm=run.norm, progress=progress)
     with bar(run.progress, f"their curvature, {draws} draws" if draws else "their curvature, exact") as progress:
@@ -303,10 +224,10 @@ def _by_curvature(run: _Measured) -> tuple[Spectra, Details]:
         spectra[name] = components[name].spectrum(limits[name], layer.parameters_per_rank)
         details[name] = {"components": components[name].to_dict()}
     if num := run.asked.eigenvalues:
-        with bar(run.progress, f"eigenvalues of the {run.asked.matrix}") as progress:
+        with bar(run.progress, f"eigenvalues of the {run.asked.curvature}") as progress:
             for number, name in enumerate(run.layers, start=1):
                 details[name]["spectrum"] = layer_spectrum(
-                    model, name, batches, num, curvature=run.asked.matrix, norm=run.norm
+                    model, name, batches, num, curvature=run.asked.curvature, norm=run.norm
                 )
                 progress(number, len(run.layers))
     return spectra, details
