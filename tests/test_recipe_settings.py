@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -20,7 +21,6 @@ from qdora.errors import UserError
 from qdora.recipe import recipe_file
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, DEMO_TASKS, is_path
 from qdora.recipe.recipe_file import (
-    apply_overrides,
     json_schema,
     load_recipe,
     missing_files,
@@ -30,6 +30,7 @@ from qdora.recipe.recipe_file import (
     recipe_names,
     recipe_text,
     resolved_yaml,
+    with_overrides,
 )
 from qdora.recipe.settings import Recipe
 
@@ -41,7 +42,7 @@ SMALL = "{model: {source: builtin}, data: {mix: [{task: demo/howto}]}, train: {s
 def changed(changes: str = "", **sections: Any) -> dict[str, Any]:
     """The smallest recipe with some settings changed, as in `-s train.lr=1; eval.every=2`, or some whole sections."""
     document: dict[str, Any] = yaml.safe_load(SMALL)
-    return apply_overrides(document, changes.split("; ") if changes else []) | sections
+    return with_overrides(document, changes.split("; ") if changes else [])[0] | sections
 
 
 def read(changes: str = "") -> Recipe:
@@ -58,7 +59,7 @@ def lines_of(call: Callable[[], Any]) -> list[str]:
 
 
 def faults(data: Any, *overrides: str) -> list[str]:
-    return lines_of(lambda: recipe_from(apply_overrides(data, overrides), "r.yaml", overrides))
+    return lines_of(lambda: recipe_from(with_overrides(data, overrides)[0], "r.yaml", overrides))
 
 
 def check(lines: list[str], start: str, words: str = "") -> None:
@@ -346,7 +347,7 @@ def test_defaults_that_depend_on_others() -> None:
 )  # fmt: skip
 def test_overrides(before: str, overrides: str, after: str) -> None:
     document = changed(before)
-    recipe = recipe_from(apply_overrides(document, overrides.split("; ")))
+    recipe = recipe_from(with_overrides(document, overrides.split("; "))[0])
     assert document == changed(before)
     assert recipe == recipe_from(yaml.safe_load(SMALL) | yaml.safe_load(after))
     again = override(load_recipe("tiny"), ["train.tokens_per_step=512", "adapter.rank=null"])
@@ -518,7 +519,24 @@ def test_anything_is_accepted_or_refused_in_single_lines(name: str, value: Any, 
     keys = getattr(Recipe.model_fields[name].annotation, "model_fields", ["x"])
     lines = faults(changed(**{name: value})) + faults(changed(**{name: dict.fromkeys(keys, inner)}))
     lines += lines_of(lambda: read_yaml(text, "r.yaml"))
-    items = lines_of(lambda: apply_overrides(changed(), [text, f"train.lr={text}"]))
+    items = lines_of(lambda: with_overrides(changed(), [text, f"train.lr={text}"]))
     assert all(line.startswith("r.yaml: ") for line in lines)
     assert all(line.startswith("-s ") for line in items)
     assert "\n" not in "".join([*lines, *items])
+
+
+def test_an_override_drops_what_it_disables(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(changed("base={block_size: 128, double_quant: false}")))
+    with caplog.at_level(logging.INFO, "qdora"):
+        recipe = load_recipe(file, ["base.quant=none"])
+    assert (recipe.base.quant, recipe.base.model_fields_set) == ("none", {"quant"})
+    dropped = [
+        f"base.{key} is dropped from the recipe: base.quant none" for key in ("block_size 128", "double_quant false")
+    ]
+    assert [text for text, words in zip(caplog.messages, dropped, strict=True) if not text.startswith(words)] == []
+    assert load_recipe(file).base.block_size == 128
+    both = ["base.quant=none", "base.block_size=64"]
+    assert any("-s: base.block_size: would be ignored" in line for line in lines_of(lambda: load_recipe(file, both)))
+    file.write_text(yaml.safe_dump(changed("base={block_size: 128, quant: none}")))
+    assert len(lines_of(lambda: load_recipe(file, ["train.lr=1e-3"]))) == 1
