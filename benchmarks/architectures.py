@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
+from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.cli import app
 from qdora.data.batching import IGNORED
 from qdora.errors import USER_MISTAKE
@@ -46,7 +47,6 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.experts import is_transposed, peft_swaps, stacks
 from qdora.model.inject import adapted_layers
 from qdora.model.inplace_outputs import keep_inplace_outputs_
-from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.run.load_run import load_run
 from qdora.train import passes
 

@@ -19,12 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import AutoModelForCausalLM
 
 import qdora.peft
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.model.experts import is_transposed, library_names, stacks
 from qdora.model.inject import frozen_layers, inject, replace_module
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.codebooks import NESTED_BLOCK_SIZE
-from qdora.ops.packed import PackedWeight, dequantize, quantize
-from qdora.ops.tiles import Weight
+from qdora.quant.codebooks import NESTED_BLOCK_SIZE
+from qdora.quant.packed import PackedWeight, dequantize, quantize
+from qdora.quant.tiles import Weight
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import LogitDifference, texts_of, validation_examples
-from qdora.export.options import ExportOptions
+from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
@@ -97,7 +97,7 @@ def compared(run: Path, folder: Path) -> dict[str, Any]:
         if form == "PEFT merged":
             bare = copy.deepcopy(on_linear4bit(base, DTYPES[name]))
             return never_repacked(peft.PeftModel.from_pretrained(bare, str(run / "adapter")).merge_and_unload())
-        options: dict[str, Any] = {"nf4-lora": {"format_": "nf4-lora"}, "requantised": {"requantize": True}}
+        options: dict[str, Any] = {"nf4-lora": {"format": "nf4-lora"}, "requantised": {"requantize": True}}
         out = folder / f"{form}-{name}"
         export_run(run, out, ExportOptions(dtype=name, **options.get(form, {})), console=QUIET)
         if form == "merged":

@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qdora.files.svg_figure import svg_file
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters
-from qdora.ops.packed import PackedWeight, empty_packed
 from qdora.plan.live_bytes import LiveBytes
+from qdora.quant.packed import PackedWeight, empty_packed
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.output_head import LogitForm, head_nll, tapped
 

@@ -31,7 +31,7 @@ from qdora.plan.memory_plan import plan
 from qdora.plan.public_shapes import public_shapes
 from qdora.plan.workload import workload_of_data
 from qdora.recipe.byte_size import parse_size, size_text
-from qdora.recipe.recipe_file import apply_overrides, load_recipe, recipe_from, recipe_names
+from qdora.recipe.recipe_file import load_recipe, recipe_from, recipe_names, with_overrides
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import TrainConfig
 from qdora.run.load_base import load_base
@@ -148,7 +148,7 @@ def _case_recipe(folder: Path, name: str) -> Recipe:
         "data": {"mix": [{"source": str(folder / "data.jsonl")}], "max_length": longest},
         "train": {"steps": NUM_STEPS, "batch": 8, "micro_batch_tokens": 4 * longest, "checkpoint_every": None},
     }
-    return recipe_from(apply_overrides(document, CASES[name].split()))
+    return recipe_from(with_overrides(document, CASES[name].split())[0])
 
 
 def _case_data(recipe: Recipe) -> tuple[Any, Any, Any]:

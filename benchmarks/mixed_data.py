@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.data.batching import IGNORED, Batching, MicroBatch
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
 from qdora.data.loader import Step
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import replace_module
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import quantize
+from qdora.quant.packed import quantize
 from qdora.recipe.data_settings import COMMONSENSE_TASKS
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qdora.evaluation.example_intervals import Array, TaskScores
+from qdora.evaluate.example_intervals import Array, TaskScores
 from qdora.recipe.section import with_settings
 from qdora.study.compare import Results, comparisons, find_arms, quality
 from qdora.study.grid import Study, study_from

@@ -46,8 +46,8 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from qdora.ops.adapted_product import Operands, adapted_linear, adapted_product, operands_of
-from qdora.ops.dora import (
+from qdora.adapter.adapted_product import Operands, adapted_linear, adapted_product, operands_of
+from qdora.adapter.dora import (
     FactoredNorm,
     Gain,
     factored_norms,
@@ -58,10 +58,10 @@ from qdora.ops.dora import (
     row_norm,
     squared_row_norm,
 )
-from qdora.ops.frozen_product import product_dtype, without_graph_or_autocast
-from qdora.ops.low_rank_factors import entries_at_a_time, rounded, scaled_B
-from qdora.ops.packed import PackedWeight, dequantize, from_tensors
-from qdora.ops.parameter_cache import ParameterCache
+from qdora.adapter.frozen_product import product_dtype, without_graph_or_autocast
+from qdora.adapter.low_rank_factors import entries_at_a_time, rounded, scaled_B
+from qdora.adapter.parameter_cache import ParameterCache
+from qdora.quant.packed import PackedWeight, dequantize, from_tensors
 
 try:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse

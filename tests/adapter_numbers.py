@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.expert_linear import AdaptedExperts, FrozenExperts
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops import masked_update, tiles
-from qdora.ops.packed import quantize
-from qdora.ops.sparsity import mask_bits
+from qdora.adapter import masked_update
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.expert_linear import AdaptedExperts, FrozenExperts
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.quant import tiles
+from qdora.quant.packed import quantize
+from qdora.quant.sparsity import mask_bits
 from tests import reference, support
 
 GATE = (0.7, 0.0, -1.3, 0.4, 1.1)

@@ -51,7 +51,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from qdora.ops import bnb_kernels
+from qdora.quant import bnb_kernels
 from tests import support
 
 

@@ -47,6 +47,10 @@ from transformers import (
     Qwen3VLConfig,
 )
 
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.expert_linear import FrozenExperts
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.prepared_gains import prepare_gains
 from qdora.data.batching import IGNORED, Batching, MicroBatch, micro_batches
 from qdora.data.loader import Step
 from qdora.data.tokenize import TokenizedExample
@@ -57,12 +61,8 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, replace_module
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import ModelSource, resolve
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.expert_linear import FrozenExperts
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.prepared_gains import prepare_gains
-from qdora.ops.packed import quantize
-from qdora.ops.sparsity import mask_bits
+from qdora.quant.packed import quantize
+from qdora.quant.sparsity import mask_bits
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run import load_base, prepare

@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qdora.analysis.allocate import LayerSpectrum, allocate, effective_rank
-from qdora.analysis.components import (
+from qdora.data.batching import MicroBatch
+from qdora.errors import UserError
+from qdora.model.inject import adapted_layers, inject
+from qdora.rank.allocate import LayerSpectrum, allocate, effective_rank
+from qdora.rank.components import (
     Components,
     Directions,
     directions,
@@ -31,11 +34,8 @@ from qdora.analysis.components import (
     probe_of,
     squared_slopes,
 )
-from qdora.analysis.error_undone import error_undone
-from qdora.analysis.weight_changes import set_magnitude_back_, weight_changes
-from qdora.data.batching import MicroBatch
-from qdora.errors import UserError
-from qdora.model.inject import adapted_layers, inject
+from qdora.rank.error_undone import error_undone
+from qdora.rank.weight_changes import set_magnitude_back_, weight_changes
 from tests import reference, support
 from tests.support import CURVED_LAYERS, EXPERTS, STACKS, update_of
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qdora.analysis.curvature import CURVATURES, curvature_of, labelled_logits, top_eigenpairs
-from qdora.analysis.differentiable import FACTORS, PARTS, plain_model
 from qdora.model.inject import adapted_layers
+from qdora.rank.curvature import CURVATURES, curvature_of, labelled_logits, top_eigenpairs
+from qdora.rank.differentiable import FACTORS, PARTS, plain_model
 from tests import support
 from tests.support import CURVED_LAYERS, STACKS, update_of
 

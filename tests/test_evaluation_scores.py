@@ -31,13 +31,13 @@ from qdora.data.example import Example
 from qdora.data.messages import Turn
 from qdora.data.tokenize import tokenize_all
 from qdora.errors import Diverged
-from qdora.evaluation import batches, token_scores
-from qdora.evaluation.forward_path import pads_left, scoring, shares_prefix
-from qdora.evaluation.generation import decode_greedily
-from qdora.evaluation.hidden_states import hidden_state_errors
-from qdora.evaluation.loglikelihood import score_examples, scoring_faults
-from qdora.evaluation.perplexity import read_texts, text_perplexity
-from qdora.evaluation.token_scores import Span, score_groups, score_spans, strided_spans
+from qdora.evaluate import batches, token_scores
+from qdora.evaluate.forward_path import pads_left, scoring, shares_prefix
+from qdora.evaluate.generation import decode_greedily
+from qdora.evaluate.hidden_states import hidden_state_errors
+from qdora.evaluate.loglikelihood import score_examples, scoring_faults
+from qdora.evaluate.perplexity import read_texts, text_perplexity
+from qdora.evaluate.token_scores import Span, score_groups, score_spans, strided_spans
 from tests import reference, support
 from tests.data_rows import fault_of, faults_of, says
 

@@ -25,14 +25,14 @@ from transformers import GenerationConfig, LlamaConfig
 from qdora.data.demo import examples as demo_examples
 from qdora.data.example import Example
 from qdora.errors import RunFailure
-from qdora.evaluation import generation, harness, suite
-from qdora.evaluation.batches import batches_shared, results_of
-from qdora.evaluation.before_after import TaskChange, task_changes, tasks_of_other_examples, worse_than_before
-from qdora.evaluation.generation import GenerationResult, answer_names, evaluate_generated, first_mention
-from qdora.evaluation.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks
-from qdora.evaluation.loglikelihood import ExampleScore, score_examples
-from qdora.evaluation.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
-from qdora.evaluation.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
+from qdora.evaluate import generation, harness, suite
+from qdora.evaluate.batches import batches_shared, results_of
+from qdora.evaluate.before_after import TaskChange, task_changes, tasks_of_other_examples, worse_than_before
+from qdora.evaluate.generation import GenerationResult, answer_names, evaluate_generated, first_mention
+from qdora.evaluate.harness import HarnessTasks, as_lm, evaluate_harness, find_harness_tasks
+from qdora.evaluate.loglikelihood import ExampleScore, score_examples
+from qdora.evaluate.metrics import Estimate, mean_stderr, ratio_stderr, tie_credit
+from qdora.evaluate.suite import EvaluationResult, TaskResult, averaged, compare_table, evaluate, spread
 from qdora.model.trained_embeddings import train_embeddings, trained_matrices
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.step_evaluations import evaluate_together

@@ -30,10 +30,10 @@ from transformers import (
 from qdora.errors import RunFailure, UserError
 from qdora.export.export_run import export_run
 from qdora.export.gguf import _error, compare_tensors, find_llama_cpp, write_gguf
-from qdora.export.options import ExportOptions
 from qdora.model.gguf_file import check_gguf, read_header
 from qdora.model.load import load_model
 from qdora.model.source import resolve
+from qdora.recipe.options import ExportOptions
 from tests import fakes, support
 from tests.fakes import Values, finish, interleaved, name_of
 
@@ -59,7 +59,7 @@ def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(type_: str | None = None, **more: Any) -> ExportOptions:
-    return ExportOptions(format_="gguf", gguf=type_, llama_cpp=CONVERTER, **more)
+    return ExportOptions(format="gguf", gguf_type=type_, llama_cpp=CONVERTER, **more)
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qdora.adapter import adapted_linear
 from qdora.files.environment import environment
 from qdora.memory.failed_allocation import free_memory
 from qdora.memory.host_residency import HostResidency
 from qdora.model import build_model
-from qdora.nn import adapted_linear
-from qdora.ops import bnb_kernels
+from qdora.quant import bnb_kernels
 from qdora.run import load_base, prepare
 from qdora.train import optimizer
 from qdora.train.checkpoint import random_state, set_random_state

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.expert_linear import AdaptedExperts, FrozenExperts
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops import bnb_kernels, expert_product, tiles
-from qdora.ops.expert_tokens import padded_tokens
-from qdora.ops.frozen_product import decoding
-from qdora.ops.packed import PackedWeight, empty_packed
+from qdora.adapter import expert_product
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.expert_linear import AdaptedExperts, FrozenExperts
+from qdora.adapter.expert_tokens import padded_tokens
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.frozen_product import decoding
+from qdora.quant import bnb_kernels, tiles
+from qdora.quant.packed import PackedWeight, empty_packed
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference
 from tests.adapter_numbers import arrays, make, to_numpy

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from qdora.adapter.prepared_gains import prepare_gains
 from qdora.memory import activation_offload
 from qdora.memory.activation_offload import ActivationOffload, Away, CudaHost
 from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.nn.prepared_gains import prepare_gains
-from qdora.ops import bnb_kernels, tiles
-from qdora.ops.packed import quantize
+from qdora.quant import bnb_kernels, tiles
+from qdora.quant.packed import quantize
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference, support
 from tests.adapter_numbers import expected, expected_norm, make, results, to_numpy

@@ -17,10 +17,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from qdora.adapter import shared_norms
+from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.adapter.shared_norms import prepare_shared_gains
 from qdora.data.batching import Batching, micro_batches
 from qdora.data.loader import Step
-from qdora.evaluation.generation import decode_greedily
-from qdora.evaluation.token_scores import Span, score_spans
+from qdora.evaluate.generation import decode_greedily
+from qdora.evaluate.token_scores import Span, score_spans
 from qdora.memory import activation_offload
 from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
@@ -28,9 +31,6 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.nn import shared_norms
-from qdora.nn.shared_norms import prepare_shared_gains
-from qdora.ops.expert_tokens import ExpertTokens
 from qdora.recipe.settings import GateConfig
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train import passes
@@ -181,7 +181,7 @@ def test_the_host_waits_once_in_a_step(gpu, source, case):
     gpu.clear()
     (_, first), (found, events) = train(model, loader, gpu.device, gpu, gates)
     if gates is None:  # the form of the logits is learnt, and each layer asks once for its norm
-        norms = {} if case == "lora" else {"ops/dora.py": len(adapted_layers(model))}
+        norms = {} if case == "lora" else {"adapter/dora.py": len(adapted_layers(model))}
         assert files((waits(first) - ONCE).elements()) == {"train/output_head.py": 2} | norms
     assert waits(events) == ONCE
     copies = [event.line for event in events if event.kind == "copy" and not event.line.endswith("tolist()")]
@@ -226,7 +226,7 @@ def test_masks_and_routings_make_the_host_wait_for_nothing_and_norms_of_a_divide
         gpu.clear()
         with patch.object(shared_norms, "gather_runs", lambda parts, _lengths, _group: list(parts)):
             assert prepare_shared_gains(layers) == len(layers)
-        assert files(gpu.lines("wait")) == {"nn/shared_norms.py": 1} | ({"ops/dora.py": 1} if removed else {})
+        assert files(gpu.lines("wait")) == {"adapter/shared_norms.py": 1} | ({"adapter/dora.py": 1} if removed else {})
         for layer, each in zip(layers, wanted, strict=True):
             torch.testing.assert_close(layer.gain(torch.float32).value.cpu(), each)
 
@@ -263,7 +263,7 @@ def test_a_step_with_a_wrong_norm_is_computed_again(gpu, source):
             numbers, _ = step_gradient(model, step, device=gpu.device)
         lines = waits(list(gpu.events))
         assert lines.pop("train/passes.py: read = joined.tolist()") == (2 if later else 1)
-        assert all(line.startswith(("nn/prepared_gains.py: answers", "ops/dora.py")) for line in lines)
+        assert all(line.startswith(("adapter/prepared_gains.py: answers", "adapter/dora.py")) for line in lines)
         gain: Any = layer.gain(torch.float32)
         found.append((numbers, [gain.value, *(each.grad for each in adapter_parameters(model).values())]))
     assert found[0][0] == found[1][0]

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from qdora.adapter.host_embedding import HostEmbedding
 from qdora.data.batching import Batching
 from qdora.errors import RunFailure, UserError
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import float32_arithmetic
 from qdora.export.nf4_lora import export_nf4_lora
-from qdora.export.options import ExportOptions
 from qdora.memory import activation_offload, host_residency
 from qdora.memory.activation_offload import ActivationOffload
 from qdora.memory.allocator import keep_freed_memory, return_freed_memory
@@ -35,13 +35,13 @@ from qdora.model.inject import adapter_parameters, frozen_layers
 from qdora.model.load import Quantization, load_model
 from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
-from qdora.nn.host_embedding import HostEmbedding
-from qdora.ops.packed import empty_packed
 from qdora.plan.fake_step import empty_model
 from qdora.plan.memory_plan import plan, streamed_blocks
 from qdora.plan.plan_contents import DENSE, Plan
 from qdora.plan.public_shapes import public_shapes
 from qdora.plan.step_time import ASSUMED
+from qdora.quant.packed import empty_packed
+from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from
 from qdora.run.evaluate import evaluate_target
 from qdora.run.interference import measure

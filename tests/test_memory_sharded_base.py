@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from qdora.adapter.row_share import span
 from qdora.errors import Diverged, RunFailure, UserError
 from qdora.memory import sharded_base
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
-from qdora.nn.row_share import span
-from qdora.ops.packed import PackedWeight, empty_packed
+from qdora.quant.packed import PackedWeight, empty_packed
 from qdora.run.train import train_run
 from qdora.train import loop
 from qdora.train.distributed import Processes

@@ -38,11 +38,11 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 
 from qdora.data.batching import Packing
 from qdora.errors import UserError
-from qdora.evaluation.forward_path import scoring
+from qdora.evaluate.forward_path import scoring
 from qdora.model.attention import with_attention
 from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.known_masks import known_masks, packed_mask_is_known, takes_flash_lengths
-from qdora.ops.planned_device import planned_on
+from qdora.quant.planned_device import planned_on
 from qdora.train.passes import batch_loss
 from tests import support
 from tests.false_gpu import on_false_gpu

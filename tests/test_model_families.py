@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig
 from typer.testing import CliRunner
 
+from qdora.adapter import expert_product, expert_tokens
+from qdora.adapter.expert_linear import AdaptedExperts, FrozenExperts
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.export.merged import StreamedMerge, export_merged
@@ -32,9 +34,7 @@ from qdora.model.load import DEFAULT_SKIP, Quantization
 from qdora.model.packed_base import BaseCache
 from qdora.model.source import load_tokenizer, resolve
 from qdora.model.weight_conversion import taken_for_experts
-from qdora.nn.expert_linear import AdaptedExperts, FrozenExperts
-from qdora.ops import expert_product, expert_tokens
-from qdora.ops.packed import dequantize, quantize
+from qdora.quant.packed import dequantize, quantize
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.train.packed_attention import packed_layout
 from tests import support

@@ -31,7 +31,7 @@ from qdora.model.gguf_metadata import tokenizer_of_gguf
 from qdora.model.inject import frozen_layers
 from qdora.model.load import load_config
 from qdora.model.source import BUILTIN_FILE, ModelSource, load_tokenizer, resolve
-from qdora.ops.packed import dequantize, quantize
+from qdora.quant.packed import dequantize, quantize
 from tests import fakes, support
 from tests.fakes import Values, add_settings, convert_to_gguf, finish, interleaved, name_of
 from tests.support import CHECKPOINT_SIZES, checkpoint_logits, load_checkpoint

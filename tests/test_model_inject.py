@@ -29,8 +29,8 @@ from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_layers, inject, matches
 from qdora.model.inplace_outputs import keep_inplace_outputs_, weights_unread
 from qdora.model.loftq import nearest_low_rank, start_adapters, start_from_error_
-from qdora.model.pruning import Pruner
 from qdora.model.source import resolve
+from qdora.prune.pruner import Pruner
 from qdora.recipe.settings import PruneConfig
 from tests import support
 

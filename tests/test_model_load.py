@@ -30,7 +30,7 @@ from transformers.core_model_loading import Transpose, WeightConverter
 from qdora.errors import UserError
 from qdora.export.nf4_lora import check_foldable
 from qdora.model.inject import frozen_layers, inject
-from qdora.ops.packed import dequantize, quantize
+from qdora.quant.packed import dequantize, quantize
 from tests.support import (
     CHECKPOINT_CONFIGS,
     assert_refused,

@@ -19,15 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qdora.adapter.expert_tokens import padded_tokens
 from qdora.errors import DiskFull, UserError
-from qdora.model import packed_base, pruning
+from qdora.model import packed_base
 from qdora.model.inject import frozen_layers
 from qdora.model.load import Quantization
 from qdora.model.packed_base import CACHE_RECORD_FILE, BaseCache, PrunedBase, open_cached_base, save_pruned_base
-from qdora.model.pruning import Pruner, quantized_layers
 from qdora.model.source import resolve
-from qdora.ops.expert_tokens import padded_tokens
-from qdora.ops.packed import dequantize, quantize
+from qdora.prune import pruner as pruning
+from qdora.prune.pruner import Pruner, quantized_layers
+from qdora.quant.packed import dequantize, quantize
 from qdora.recipe.settings import PruneConfig
 from tests import reference_prune, reference_quant, support
 from tests.support import CHECKPOINT_CONFIGS, checkpoint, checkpoint_logits, load_checkpoint, one_file_checkpoint

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from qdora.adapter.host_embedding import HostEmbedding
+from qdora.adapter.trained_rows import RowEmbedding, RowHead, TrainedRows
 from qdora.errors import UserError
 from qdora.memory.host_residency import keep_embedding_on_host
 from qdora.model.adapter_file import load_adapter, save_adapter
@@ -23,8 +25,6 @@ from qdora.model.trained_embeddings import (
     trained_matrices,
     untrained_rows,
 )
-from qdora.nn.host_embedding import HostEmbedding
-from qdora.nn.trained_rows import RowEmbedding, RowHead, TrainedRows
 from qdora.train.passes import batch_loss
 from tests import reference, support
 

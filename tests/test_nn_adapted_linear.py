@@ -14,17 +14,18 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from qdora.nn import adapted_linear as module
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.plain_linear import is_plain_linear
-from qdora.nn.row_share import RowShare, divided_tensors, span
-from qdora.ops import low_rank_factors, tiles
-from qdora.ops.dora import row_norm
-from qdora.ops.expert_tokens import ExpertTokens
-from qdora.ops.packed import dequantize, quantize
-from qdora.ops.sparsity import mask_bits, mask_from_bits
+from qdora.adapter import adapted_linear as module
+from qdora.adapter import low_rank_factors
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.dora import row_norm
+from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.plain_linear import is_plain_linear
+from qdora.adapter.row_share import RowShare, divided_tensors, span
 from qdora.plan.live_bytes import LiveBytes
+from qdora.quant import tiles
+from qdora.quant.packed import dequantize, quantize
+from qdora.quant.sparsity import mask_bits, mask_from_bits
 from tests import reference, support
 from tests.adapter_numbers import assert_close, expected, make, results, to_numpy
 

@@ -16,16 +16,16 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
-from qdora.analysis.differentiable import plain_model
-from qdora.analysis.update_gradient import update_spectrum
+from qdora.adapter import dropout
+from qdora.adapter.expert_tokens import ExpertTokens
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
-from qdora.export.options import ExportOptions
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, inject
-from qdora.ops import dropout
-from qdora.ops.expert_tokens import ExpertTokens
-from qdora.ops.sparsity import mask_bits, mask_from_bits
+from qdora.quant.sparsity import mask_bits, mask_from_bits
+from qdora.rank.differentiable import plain_model
+from qdora.rank.update_gradient import update_spectrum
+from qdora.recipe.options import ExportOptions
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
 from tests import reference, support
@@ -345,7 +345,7 @@ def test_trained_and_merged_the_zeros_are_those_of_the_pruned_base(tmp_path, kin
     assert "cannot mask B A" in forms["nf4-lora"]["why_not"]
     for refused in ("peft", "nf4-lora"):
         with pytest.raises(UserError, match="cannot mask B A"):
-            export_run(tmp_path / "run", tmp_path / refused, ExportOptions(format_=refused))
+            export_run(tmp_path / "run", tmp_path / refused, ExportOptions(format=refused))
     with pytest.raises((KeyError, ValueError), match="MASKED"):
         PeftConfig.from_pretrained(str(tmp_path / "run" / "adapter"))
     for call in (

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from qdora.nn.expert_linear import ExpertLinear, FrozenExperts
-from qdora.ops import expert_product, expert_tokens
-from qdora.ops.expert_product import expert_rows
-from qdora.ops.expert_tokens import ExpertTokens, padded_tokens
-from qdora.ops.packed import dequantize, quantize
+from qdora.adapter import expert_product, expert_tokens
+from qdora.adapter.expert_linear import ExpertLinear, FrozenExperts
+from qdora.adapter.expert_product import expert_rows
+from qdora.adapter.expert_tokens import ExpertTokens, padded_tokens
+from qdora.quant.packed import dequantize, quantize
 from tests import reference
 from tests.adapter_numbers import arrays, assert_close, expected, make, results, to_numpy
 

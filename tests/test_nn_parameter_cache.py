@@ -14,13 +14,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from qdora.nn import prepared_gains
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.prepared_gains import norms_checked_later, prepare_gains, settle_norms, unchecked
-from qdora.ops.packed import empty_packed
-from qdora.ops.planned_device import planned_on
+from qdora.adapter import prepared_gains
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.prepared_gains import norms_checked_later, prepare_gains, settle_norms, unchecked
 from qdora.plan.live_bytes import LiveBytes
+from qdora.quant.packed import empty_packed
+from qdora.quant.planned_device import planned_on
 from qdora.train.optimizer import AdapterOptimizer
 from tests import reference
 from tests.adapter_numbers import arrays, expected_norm, make, to_numpy

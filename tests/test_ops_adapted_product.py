@@ -15,16 +15,18 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops import dropout, expert_product, loss, tiles
-from qdora.ops.adapted_product import column_dot
-from qdora.ops.dora import row_norm, squared_row_norm
-from qdora.ops.dropout import drop_, dropped_slices, tokens_per_slice, zeroed, zeroed_
-from qdora.ops.frozen_product import frozen_linear
-from qdora.ops.loss import CHUNK_BYTES, auto_chunk, chunked_nll
-from qdora.ops.packed import dequantize, quantize
-from qdora.ops.tiles import column_tiles, dense_weight, is_one_tile, own_scales, row_tiles, spans, with_scales
+from qdora.adapter import dropout, expert_product
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.adapted_product import column_dot
+from qdora.adapter.dora import row_norm, squared_row_norm
+from qdora.adapter.dropout import drop_, dropped_slices, tokens_per_slice, zeroed, zeroed_
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.frozen_product import frozen_linear
+from qdora.quant import tiles
+from qdora.quant.packed import dequantize, quantize
+from qdora.quant.tiles import column_tiles, dense_weight, is_one_tile, own_scales, row_tiles, spans, with_scales
+from qdora.train import loss
+from qdora.train.loss import CHUNK_BYTES, auto_chunk, chunked_nll
 from tests import reference
 from tests.adapter_numbers import cut_tiles, make, to_numpy
 from tests.test_ops_quantize import by_backends

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdora.errors import UserError
-from qdora.ops import prune
-from qdora.ops.packed import dequantize, quantize
-from qdora.ops.prune import InputStatistics, prune_weight, sparsegpt
-from qdora.ops.sparsity import keep_mask, mask_bits, mask_from_bits, num_pruned, pattern_from
+from qdora.prune import scores as prune
+from qdora.prune.scores import InputStatistics, prune_weight, sparsegpt
+from qdora.quant.packed import dequantize, quantize
+from qdora.quant.sparsity import keep_mask, mask_bits, mask_from_bits, num_pruned, pattern_from
 from tests import reference_prune as reference
 
 PATTERN_NAMES = ("unstructured", "2:4", "4:8", "1:4", "rows", "columns")

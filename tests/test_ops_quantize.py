@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qdora.ops import blockwise, bnb_kernels, codebooks
-from qdora.ops.bnb_state import from_bnb_state, to_bnb_state
-from qdora.ops.packed import (
+from qdora.quant import blockwise, bnb_kernels, codebooks
+from qdora.quant.bnb_state import from_bnb_state, to_bnb_state
+from qdora.quant.packed import (
     BLOCK_SIZES,
     PackedWeight,
     RowParts,

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
+from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.data.batching import IGNORED, Batching
 from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
 from qdora.data.tokenize import TokenizedSet
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
-from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.hooks import Hooks
 from qdora.train.interrupt import StopRequest

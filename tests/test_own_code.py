@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qdora.export.export_run import export_run
-from qdora.export.options import ExportOptions
+from qdora.recipe.options import ExportOptions
 from qdora.run.train import train_run
 from tests import support
 
@@ -55,7 +55,7 @@ def test_an_export_has_the_code_that_the_run_trained_with(tmp_path: Path, monkey
     train_run(support.tiny_recipe(tmp_path, train__steps=2, **model), tmp_path / "run")
     for kind in ("merged", "nf4-lora"):
         out = tmp_path / kind
-        check = export_run(tmp_path / "run", out, ExportOptions(format_=kind))["verification"]
+        check = export_run(tmp_path / "run", out, ExportOptions(format=kind))["verification"]
         assert check["passed"], check["faults"]
         assert {each.name: each.read_text() for each in out.glob("*.py")} == FILES
         assert "trust_remote_code=True" in (out / "README.md").read_text()

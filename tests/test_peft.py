@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 import qdora.peft
 from qdora.errors import UserError
-from qdora.ops.packed import dequantize, quantize
+from qdora.quant.packed import dequantize, quantize
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
 from tests import reference, support

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
+from qdora.adapter.prepared_gains import prepare_gains
 from qdora.data.batching import MicroBatch
 from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
 from qdora.memory.allocator import keep_freed_memory
@@ -24,8 +25,6 @@ from qdora.model.build_model import Compute, put_adapters
 from qdora.model.experts import stacks
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.source import resolve
-from qdora.nn.prepared_gains import prepare_gains
-from qdora.ops.planned_device import planned_counts, planned_on
 from qdora.plan import memory_plan, plan_view
 from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern
@@ -34,6 +33,7 @@ from qdora.plan.memory_plan import fit_recipe, plan
 from qdora.plan.plan_contents import CONTEXT_BYTES, DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.plan.public_shapes import public_shapes
 from qdora.plan.workload import assumed_workload, largest_shapes, not_exceeded, workload_of_data
+from qdora.quant.planned_device import planned_counts, planned_on
 from qdora.recipe.recipe_file import load_recipe, recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base

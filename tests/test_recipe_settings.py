@@ -16,7 +16,6 @@ from qdora.errors import UserError
 from qdora.recipe import recipe_file
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, DEMO_TASKS, is_path
 from qdora.recipe.recipe_file import (
-    apply_overrides,
     json_schema,
     load_recipe,
     missing_files,
@@ -26,6 +25,7 @@ from qdora.recipe.recipe_file import (
     recipe_names,
     recipe_text,
     resolved_yaml,
+    with_overrides,
 )
 from qdora.recipe.settings import Recipe
 
@@ -37,7 +37,7 @@ SMALL = "{model: {source: builtin}, data: {mix: [{task: demo/howto}]}, train: {s
 def changed(changes: str = "", **sections: Any) -> dict[str, Any]:
     """The smallest recipe with some settings changed, as in `-s train.lr=1; eval.every=2`, or some whole sections."""
     document: dict[str, Any] = yaml.safe_load(SMALL)
-    return apply_overrides(document, changes.split("; ") if changes else []) | sections
+    return with_overrides(document, changes.split("; ") if changes else [])[0] | sections
 
 
 def read(changes: str = "") -> Recipe:
@@ -54,7 +54,7 @@ def lines_of(call: Callable[[], Any]) -> list[str]:
 
 
 def faults(data: Any, *overrides: str) -> list[str]:
-    return lines_of(lambda: recipe_from(apply_overrides(data, overrides), "r.yaml", overrides))
+    return lines_of(lambda: recipe_from(with_overrides(data, overrides)[0], "r.yaml", overrides))
 
 
 def check(lines: list[str], start: str, words: str = "") -> None:
@@ -290,7 +290,7 @@ def test_defaults_that_depend_on_others():
 )  # fmt: skip
 def test_overrides(before, overrides, after):
     document = changed(before)
-    recipe = recipe_from(apply_overrides(document, overrides.split("; ")))
+    recipe = recipe_from(with_overrides(document, overrides.split("; "))[0])
     assert document == changed(before)
     assert recipe == recipe_from(yaml.safe_load(SMALL) | yaml.safe_load(after))
     assert read("adapter=null; base={block_size: null, prune: null}; memory={budget: null}") == read()

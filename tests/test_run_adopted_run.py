@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from qdora.cli import app
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
-from qdora.export.options import ExportOptions
+from qdora.recipe.options import ExportOptions
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, generate_from
 from qdora.run.load_run import load_target
@@ -141,7 +141,7 @@ def test_exports_of_an_adapter(model, tmp_path, caplog, kind):
     caplog.set_level("INFO", "qdora")
     for form, load in loaders.items():
         dtype = None if form == "peft" else "float32"
-        written = export_run(adapter, tmp_path / form, ExportOptions(format_=form, dtype=dtype, quant=case["quant"]))
+        written = export_run(adapter, tmp_path / form, ExportOptions(format=form, dtype=dtype, quant=case["quant"]))
         torch.testing.assert_close(logits(load(tmp_path / form)), expected, rtol=0, atol=2e-5)
         assert form == "peft" or written["verification"]["passed"]
         assert (written["run"], written["state"]) == ("theirs", "final")

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import comparison_text
-from qdora.export.options import ExportOptions
 from qdora.export.verify import verify_merged
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import choose_compute, find_model, token_ids
@@ -26,6 +25,7 @@ from qdora.model.trained_embeddings import extend_vocabulary, trained_matrices
 from qdora.plan import plan_contents as parts
 from qdora.plan.division import divided_recipe
 from qdora.plan.memory_plan import plan
+from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import CalibrationConfig, Recipe
@@ -350,7 +350,7 @@ def test_exports_have_the_rows_and_the_tokens(run, tmp_path):
     options: dict[str, Any] = {"merged": {"dtype": "float32", "audit": run.name == "rows"}, "nf4-lora": {}}
     options |= {"peft": {}} if run.name == "rows" else {}
     for form, own in options.items():
-        exported = export_run(run, tmp_path / form, ExportOptions(format_=form, **own), console=QUIET)
+        exported = export_run(run, tmp_path / form, ExportOptions(format=form, **own), console=QUIET)
         assert form == "peft" or exported["verification"]["passed"], exported["verification"]
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / form)
         assert torch.equal(tokenizer(TEXT, return_tensors="pt")["input_ids"], ids)

@@ -15,17 +15,17 @@ import yaml
 from rich.console import Console
 from transformers import GenerationConfig
 
+from qdora.adapter import adapted_linear, frozen_product
 from qdora.data.given_data import given_source, trained_on
-from qdora.evaluation.perplexity import text_perplexity
-from qdora.evaluation.token_scores import Span, score_spans
+from qdora.evaluate.perplexity import text_perplexity
+from qdora.evaluate.token_scores import Span, score_spans
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import compare_logits
-from qdora.export.options import ExportOptions
 from qdora.files.run_directory import open_run
 from qdora.model.inject import adapted_layers
-from qdora.nn import adapted_linear
-from qdora.ops import bnb_kernels, frozen_product
+from qdora.quant import bnb_kernels
 from qdora.recipe.data_settings import SourceConfig
+from qdora.recipe.options import ExportOptions
 from qdora.run import generate
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.generate import Sampling, answer_chats, generate_from, prompt_ids
@@ -82,7 +82,7 @@ def test_a_file_is_scored_as_the_validation_data_of_the_source_and_stands_on_the
     document = json.loads(kept.read_text())
     assert (document["data"], document["step"], document.get("split")) == (str(held), 2, None)
     assert [each["nll"] for each in document["per_example"]] == [each["nll"] for each in at_end["per_example"]]
-    scores(own, data=str(held), base_only=True)
+    scores(own, data=str(held), base=True)
     (compared,) = (each for each in run_facts(open_run(own))["evaluations"] if "data-held" in each["data"])
     assert compared["nll_per_token"][0]["num_examples"] == 4
     assert compared["data"] == kept.stem.removeprefix("final-")
@@ -259,7 +259,7 @@ def test_no_scales_without_room(run: Path, tmp_path: Path, monkeypatch: pytest.M
     target, options = run, {"limit": 4}
     if exported:
         target, options = tmp_path / "out", {"limit": 4, "like": run}
-        export_run(run, target, ExportOptions(format_="nf4-lora"), console=QUIET)
+        export_run(run, target, ExportOptions(format="nf4-lora"), console=QUIET)
         letters = "Which letter follows c?"
         found, expected = (answer(each, letters, raw=False) for each in (target, run))
         assert (found["text"], found["label"]) == (expected["text"], "out")
@@ -300,13 +300,13 @@ def test_a_merged_model_answers_alike(
 
 
 def test_settings_that_cannot_be_used_are_refused_before_loading() -> None:
-    wrong = Sampling(temperature=-1, top_p=0.0, top_k=0, max_new_tokens=0)
-    faults = faults_of(generate_from, "nowhere", "", wrong, raw=True, system="x")
-    names = ["--temperature", "--top-p", "--top-k", "--max-new-tokens", "--prompt", "--system"]
-    assert [fault.split(":")[0] for fault in faults] == names
-    asked: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 0.5, "temperature": 1}, {}]
-    assert [len(Sampling(**each).faults()) for each in asked] == [1, 0, 0]
-    assert Sampling(temperature=100, top_p=1.0, top_k=1, max_new_tokens=1).faults() == []
+    wrong = faults_of(Sampling, temperature=-1, top_p=0.0, top_k=0, max_new_tokens=0)
+    assert {fault.split(":")[0] for fault in wrong} == {"--temperature", "--top-p", "--top-k", "--max-new-tokens"}
+    faults = faults_of(generate_from, "nowhere", "", raw=True, system="x")
+    assert [fault.split(":")[0] for fault in faults] == ["--prompt", "--system"]
+    asked: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 0.5}, {"temperature": 101}]
+    assert [len(faults_of(Sampling, **each)) for each in asked] == [1, 1, 1]
+    Sampling(temperature=100, top_p=1.0, top_k=1, max_new_tokens=1)
 
 
 def test_each_conversation_of_a_file_is_answered_as_its_prompt_is(run: Path, tmp_path: Path) -> None:

@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qdora.analysis.update_gradient import gradient_spectra, update_spectrum
+from qdora.adapter import expert_tokens
+from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
-from qdora.export.options import ExportOptions
 from qdora.model import experts
 from qdora.model.experts import use_expert_layers_
 from qdora.model.inject import adapted_layers
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.nn.expert_linear import AdaptedExperts
-from qdora.ops import expert_tokens
+from qdora.rank.update_gradient import gradient_spectra, update_spectrum
+from qdora.recipe.options import ExportOptions
 from qdora.run.expert_load import FILE, ExpertLoad
 from qdora.run.load_run import load_run
 from qdora.run.train import train_run
@@ -128,10 +128,10 @@ def test_what_a_run_leaves_names_the_experts(run, tmp_path):
     assert (record["num_steps"], record["window"], len(record["blocks"])) == (4, 2, 2)
     assert "Experts: between the first and the last 2 steps" in (run / "log.txt").read_text()
     console = Console(file=io.StringIO(), width=130)
-    export_run(run, tmp_path / "peft", ExportOptions(format_="peft"), console=console)
+    export_run(run, tmp_path / "peft", ExportOptions(format="peft"), console=console)
     assert "PEFT has no DoRA for experts, so only qdora loads this adapter." in console.file.getvalue()
     with pytest.raises(UserError, match=r"does not load 4 layers .* a stack of experts\)\. Fix: use --format merged"):
-        export_run(run, tmp_path / "out", ExportOptions(format_="nf4-lora"), console=QUIET)
+        export_run(run, tmp_path / "out", ExportOptions(format="nf4-lora"), console=QUIET)
 
 
 @pytest.mark.parametrize("share", ["none", "A", "B"])
@@ -197,8 +197,8 @@ def test_dense_experts_leave_with_a_base_in_4_bits(root, tmp_path):
     changes: dict[str, Any] = {"base__skip": ["lm_head", "experts"], "train__lr": 0.03, "adapter__experts": experts}
     train_run(recipe(root, "qwen2_moe", **changes), run, console=QUIET)
     with pytest.raises(UserError, match=r"is a DoRA layer on a dense weight, .* Fix: use --dtype float32"):
-        export_run(run, tmp_path / "b", ExportOptions(format_="nf4-lora", dtype="bfloat16"), console=QUIET)
-    found = exported(run, tmp_path / "out", format_="nf4-lora", audit=True)
+        export_run(run, tmp_path / "b", ExportOptions(format="nf4-lora", dtype="bfloat16"), console=QUIET)
+    found = exported(run, tmp_path / "out", format="nf4-lora", audit=True)
     layers = found["verification"]["weights"]["num_layers"]
     assert layers == found["num_adapted_layers"] == found["num_folded_layers"]
     assert found["audit"]["forms"]["nf4-lora"]["logits"]["kl_mean"] < 1e-8

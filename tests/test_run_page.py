@@ -196,7 +196,7 @@ def test_everything_from_the_files_is_escaped(whole, tmp_path):
 def test_other_evaluations_have_rows_of_their_own(whole, tmp_path):
     run = copy_of(whole, tmp_path)
     for base_only in (False, True):
-        asked = EvalOptions(tasks=["letters"], limit=2, base_only=base_only)
+        asked = EvalOptions(tasks=["letters"], limit=2, base=base_only)
         evaluate_target(str(run), asked, console=QUIET)
     found = {each["data"]: each for each in facts(run)["evaluations"]}
     (loss,) = found["validation-letters-limit-2"]["nll_per_token"]

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.model.pruning import PrunedLayer
+from qdora.prune.pruner import PrunedLayer
 from qdora.study import figures
 from qdora.study.cells import Cell
 from qdora.study.compare import Arm, Results, named_comparisons

@@ -19,17 +19,17 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.cli import app
 from qdora.data.build_data import run_examples
 from qdora.errors import RunFailure, UserError
-from qdora.evaluation.loglikelihood import score_examples
-from qdora.evaluation.suite import evaluate, spread
+from qdora.evaluate.loglikelihood import score_examples
+from qdora.evaluate.suite import evaluate, spread
 from qdora.model.adapter_file import load_adapter
 from qdora.model.inject import adapted_layers, inject
 from qdora.model.model_size import model_size
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import quantize
-from qdora.ops.tiles import dense_weight
+from qdora.quant.packed import quantize
+from qdora.quant.tiles import dense_weight
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import AdapterConfig
 from qdora.run.load_run import load_run

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from scipy.optimize import minimize_scalar
 from torch import nn
 
+from qdora.adapter import gate as hard_concrete
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.errors import UserError
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, adapter_parameters
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops import gate as hard_concrete
 from qdora.recipe.settings import GateConfig
 from qdora.run.train import train_run
 from qdora.train import gates as gate_rules

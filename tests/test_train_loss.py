@@ -18,12 +18,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.data.batching import Batching, micro_batches
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters, inject, replace_module
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import quantize
+from qdora.quant.packed import quantize
 from qdora.train import output_head, packed_attention
 from qdora.train.output_head import LogitForm
 from qdora.train.packed_attention import packed_layout

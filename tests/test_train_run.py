@@ -22,10 +22,10 @@ from qdora.data.chat_template import prompt_text
 from qdora.data.messages import Turn
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
-from qdora.export.options import ExportOptions
 from qdora.files import run_directory
 from qdora.files.run_directory import open_run, write_complete
 from qdora.model.build_model import choose_compute, find_model, put_adapters
+from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.load_base import load_base
@@ -240,11 +240,11 @@ def test_eval_uses_the_tasks_of_the_run_and_keeps_what_is_asked_beside_it(root: 
     kept = {each.stem for each in (run / "eval").glob("final-*")}
     assert kept == {f"final-validation{end}" for end in ("-demo-facts-limit-1", "-limit-2", "-sums", "")}
     text.write_text("the quick brown fox")
-    found = evaluate_target(str(run), EvalOptions(texts=[text]))["perplexity"]
+    found = evaluate_target(str(run), EvalOptions(text=[text]))["perplexity"]
     (written,) = (run / "eval").glob("final-perplexity-a-text.txt-*")
     assert json.loads(written.read_text()) == found | {"step": 1, "texts": [str(text)]}
     # A model alone
-    found = evaluate_target(str(root / "model"), EvalOptions(texts=[text]))["perplexity"]
+    found = evaluate_target(str(root / "model"), EvalOptions(text=[text]))["perplexity"]
     assert found["perplexity"] == pytest.approx(math.exp(found["nll_sum"] / found["num_tokens"]))
     assert found["nll_per_byte"] == pytest.approx(found["nll_sum"] / len(text.read_bytes()))
     shown = evaluate_target(str(run), EvalOptions(split="train", limit=3))["evaluation"]["tasks"]
@@ -385,7 +385,7 @@ def test_a_run_keeps_its_chat_template_and_the_date_of_its_start(tmp_path: Path,
     assert tokenizer.chat_template == before
     scored = evaluate_target(str(moved))["evaluation"]["average"]["nll_per_token"]
     assert scored == pytest.approx(nll(moved, 2), rel=1e-6)
-    base = evaluate_target(str(moved), EvalOptions(base_only=True))["evaluation"]
+    base = evaluate_target(str(moved), EvalOptions(base=True))["evaluation"]
     support.tokenizer(chat_template=before).save_pretrained(tmp_path / "model")
     alone = evaluate_target(str(tmp_path / "model"), EvalOptions(like=moved, quant="nf4"))["evaluation"]
     assert alone["average"]["nll_per_token"] == pytest.approx(base["average"]["nll_per_token"], rel=2e-4)  # bf16

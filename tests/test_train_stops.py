@@ -20,8 +20,8 @@ from qdora.cli import verb
 from qdora.cli.verb import end_as_by_ctrl_c, explain
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.export.export_run import export_run
-from qdora.export.options import ExportOptions
 from qdora.files.run_directory import RunDirectory
+from qdora.recipe.options import ExportOptions
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.run import writer
@@ -111,7 +111,7 @@ def test_the_best_step_is_kept_and_the_run_stops(
     # eval and export take the best step
     document = evaluate_target(str(stopped_run), console=QUIET)
     assert document["evaluation"]["average"]["nll_per_token"] == found[best]
-    export_run(stopped_run, tmp_path / "peft", ExportOptions(format_="peft"), console=QUIET)
+    export_run(stopped_run, tmp_path / "peft", ExportOptions(format="peft"), console=QUIET)
     same_tensors(tmp_path / "peft/adapter_model.safetensors", stopped_run / ADAPTER)
 
 

@@ -11,7 +11,7 @@ from measure import ratios
 
 from gpu import device as on
 from gpu.plan import Part, Plan
-from qdora.ops.packed import PackedWeight
+from qdora.quant.packed import PackedWeight
 
 TIMED = ("dense", "frozen", "own_lora", "own_dora", f"own_dora{NEW_NORM}", "own_dora_dropout")
 TIMED += ("peft_lora", "peft_dora", "peft_dora_addmm", "peft_dora_defaults")

@@ -14,11 +14,11 @@ from contenders import TARGETS, linear4bit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.model.inject import replace_module
 from qdora.model.load import Quantization, layers_to_quantize
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import PackedWeight, from_tensors, quantize
+from qdora.quant.packed import PackedWeight, from_tensors, quantize
 
 QUANTIZATION = Quantization("nf4", 64, True, ("lm_head",))
 _NUM_ROWS = 512  # of a table that differ: a billion normal numbers take a CPU a minute

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from gpu.plan import Part, Plan
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import quantize
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.quant.packed import quantize
 
 _NAMES = ("out", "dx", "dA", "dB", "dm")
 

@@ -18,7 +18,7 @@ from measure import PACKAGES
 from gpu import device as on
 from gpu.plan import ERROR_LINES, Part, Plan
 from qdora.files.environment import environment, package_versions
-from qdora.ops import bnb_kernels
+from qdora.quant import bnb_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 

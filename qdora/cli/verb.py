@@ -15,15 +15,17 @@ import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 
 from qdora.errors import FAILURE, Interrupted, RunFailure, UserError, exit_code, named
 from qdora.files.atomic import json_text
 from qdora.files.console import is_told_here, show_only
 from qdora.files.end_signals import END_SIGNALS, SAME_REQUEST_SECONDS, leave_closed_terminal
 from qdora.files.nvidia_driver import CONCURRENT_MANAGED_ACCESS, VIRTUAL_MEMORY_MANAGEMENT, device_attribute
+from qdora.recipe.options import Options
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only results and errors, no progress.")]
@@ -53,12 +55,15 @@ def ask(*, debug: bool, quiet: bool, json: bool) -> None:
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Add --debug, --quiet and --json to a verb, and turn its errors into one line and an exit code."""
-    signature = inspect.signature(function)
-    shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-        for name, annotation in (("json_", Json), ("quiet", Quiet), ("debug", Debug))
-    ]
+    """Make flags of the fields of an `Options` parameter; turn errors into one line and an exit code.
+
+    Adds --debug, --quiet and --json.
+    """
+    parameters = list(inspect.signature(function, eval_str=True).parameters.values())
+    classes = {each.name: each.annotation for each in parameters if _is_options(each.annotation)}
+    plain = [each for each in parameters if each.name not in classes]
+    flags = [_flag(name, field) for options in classes.values() for name, field in options.model_fields.items()]
+    shared = [_parameter("json_", False, Json), _parameter("quiet", False, Quiet), _parameter("debug", False, Debug)]
 
     @functools.wraps(function)
     def run(*args: Any, json_: bool, quiet: bool, debug: bool, **kwargs: Any) -> None:
@@ -67,6 +72,9 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
         if function.__name__ in COMPUTING:
             let_segments_grow()
         try:
+            for name, options in classes.items():
+                given = {field: kwargs.pop(field) for field in options.model_fields}
+                kwargs[name] = options(**{field: value for field, value in given.items() if value not in (None, [])})
             function(*args, **kwargs)
         except typer.Exit:
             raise
@@ -79,10 +87,38 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
                 print(text, file=sys.stderr)
             raise typer.Exit(code) from None
 
-    annotated = inspect.signature(function, eval_str=True).parameters.values()
-    run.__signature__ = signature.replace(parameters=[*annotated, *shared])  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in (*annotated, *shared)}
+    signature = inspect.Signature([*plain, *flags, *shared])
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
     return run
+
+
+def _is_options(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Options)
+
+
+def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The flag of a field. Its values are text, numbers and paths as given: pydantic checks them."""
+    kind, default, text = _plain_type(field.annotation), field.default, field.description or ""
+    if kind is not bool and default not in (None, ()) and "efault" not in text:
+        text = f"{text.rstrip('.')}; default: {default}."
+    flags = [f"--{name.replace('_', '-')}", *(["-t"] if name == "tasks" else [])]
+    kind, default = (bool, default) if kind is bool else (kind | None, None)
+    return _parameter(name, default, Annotated[kind, typer.Option(*flags, help=" ".join(text.split()))])
+
+
+def _plain_type(annotation: Any) -> Any:
+    """`Annotated[int, ...] | None` -> int, `Literal["a"]` -> str, `tuple[str, ...]` -> list[str]."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return str
+    if origin is tuple:
+        return list[_plain_type(inner[0])]  # type: ignore[misc]
+    return annotation if origin is None else _plain_type(inner[0])
 
 
 ALLOCATOR, OLD_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"

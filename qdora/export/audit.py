@@ -16,21 +16,21 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.data.example import Example
 from qdora.errors import UserError
-from qdora.evaluation.metrics import mean_stderr
-from qdora.evaluation.suite import EvaluationResult, evaluate
+from qdora.evaluate.metrics import mean_stderr
+from qdora.evaluate.suite import EvaluationResult, evaluate
 from qdora.export.logit_comparison import LogitDifference, comparison_text, float32_arithmetic, logits_of
 from qdora.export.merged import OpenedMerge, check_merge
 from qdora.export.nf4_lora import check_foldable
 from qdora.files.console import bar
 from qdora.files.markdown_table import markdown_table
 from qdora.model.inject import adapted_layer, adapted_layers, frozen_layers, frozen_like, replace_module
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.bnb_state import FOUR_BIT_KINDS
-from qdora.ops.packed import block_scales, quantize
-from qdora.ops.tiles import Weight
+from qdora.quant.bnb_state import FOUR_BIT_KINDS
+from qdora.quant.packed import block_scales, quantize
+from qdora.quant.tiles import Weight
 
 _NUM_EXAMPLES = 32
 """Most examples of a task. Differences between forms are paired, so few examples are enough."""

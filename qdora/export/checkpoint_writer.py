@@ -23,6 +23,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.expert_linear import AdaptedExperts, FrozenExperts
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.trained_rows import RowEmbedding, RowHead, merged_rows
 from qdora.errors import RunFailure, UserError
 from qdora.files.atomic import atomic_directory, disk_reason, json_bytes
 from qdora.files.console import Progress
@@ -32,10 +36,6 @@ from qdora.model.language_part import carried, processor_files
 from qdora.model.load import dense_dtype
 from qdora.model.stored_tensors import INDEX_FILE, shorten, tied_weights
 from qdora.model.weight_conversion import Published, published_pieces
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.expert_linear import AdaptedExperts, FrozenExperts
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.trained_rows import RowEmbedding, RowHead, merged_rows
 
 MAX_SHARD_BYTES = 5 * 2**30
 UNFINISHED = ".unfinished"

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.errors import DiskFull, RunFailure, UserError
 from qdora.export.audit import audit, audit_table
 from qdora.export.checkpoint_writer import UNFINISHED, check_new_directory, save_tokenizer
@@ -21,7 +22,6 @@ from qdora.export.hub_push import push
 from qdora.export.logit_comparison import comparison_text, validation_examples
 from qdora.export.merged import merge_of, open_merge, write_merge
 from qdora.export.nf4_lora import export_nf4_lora
-from qdora.export.options import ExportOptions, check_options
 from qdora.export.verify import verify_merged, verify_nf4_lora, verify_requantized
 from qdora.files.atomic import (
     atomic_directory,
@@ -41,7 +41,8 @@ from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config
 from qdora.model.stored_tensors import shorten
 from qdora.model.weight_conversion import taken_for_experts
-from qdora.nn.expert_linear import AdaptedExperts
+from qdora.recipe.byte_size import parse_size
+from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.run.adopted_run import adopted_run, is_adapter
 from qdora.run.load_run import TrainedRun, load_run, trained_state
@@ -69,7 +70,6 @@ def export_run(
     """
     console, results = consoles(console)
     keep_freed_memory()
-    check_options(options)
     with _opened(run, options) as opened:
         kind = recipe_of_run(open_run(opened).recipe_file).adapter.kind
         if options.audit and kind not in ("lora", "dora"):
@@ -150,10 +150,10 @@ def _unfinished(out: Path) -> Iterator[Path]:
 def _export(run: Path, out: Path, options: ExportOptions, console: Console) -> tuple[dict[str, Any], list[str]]:
     """Write all files of an export; returns the content of export.json, and what else to say."""
     writers = {"merged": _export_merged, "nf4-lora": _export_nf4_lora, "gguf": export_gguf, "peft": _export_adapter}
-    trained, result, check = writers[options.format_](run, out, options, console)
+    trained, result, check = writers[options.format](run, out, options, console)
     zeros = _pruned_zeros(trained) if options.form == "merged" else None
     # Names without their paths: the file leaves this machine.
-    named = {"format": options.format_, "run": run.resolve().name, "state": trained.state}
+    named = {"format": options.format, "run": run.resolve().name, "state": trained.state}
     document, sentences = {**named, **result, "directory": out.name} | trained.run.adopted(), []
     if check is not None:
         document["verification"] = check
@@ -200,7 +200,7 @@ def _export_merged(
     verify = verify_requantized if options.form == "requantized" else verify_merged
     text = comparison_text(trained.tokenizer, validation_examples(trained.recipe))
     check = verify(trained.model, out, text)
-    more = {"base": options.base or "dequantized", "requantized": options.requantize}
+    more = {"base": options.base, "requantized": options.requantize}
     return trained, written | more, check
 
 
@@ -220,7 +220,7 @@ def _export_nf4_lora(
             trained.tokenizer,
             out,
             dtype=None if options.dtype is None else DTYPES[options.dtype],
-            max_shard_bytes=options.shard_bytes,
+            max_shard_bytes=parse_size(options.shard_size),
             progress=progress,
             extra_files=card_files(trained.run, trained.recipe, trained.state, form="nf4-lora"),
             published_as=published,

@@ -26,10 +26,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from qdora.errors import RunFailure, UserError
-from qdora.export.gguf_types import CONVERTED, GgufType
 from qdora.export.logit_comparison import ComparisonText, comparison_text, larger, validation_examples, verdict
 from qdora.export.merged import write_merge
-from qdora.export.options import ExportOptions
 from qdora.export.verify import logits_compared, verify_merged
 from qdora.files.atomic import atomic_directory, disk_reason, remove_directory
 from qdora.files.run_directory import open_run
@@ -41,6 +39,7 @@ from qdora.model.load import load_config, skeleton
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import StoredTensor, open_safetensors, shorten, stored_rows, tied_weights
 from qdora.model.weight_conversion import rename_to_model
+from qdora.recipe.options import CONVERTED, ExportOptions, GgufType
 from qdora.recipe.recipe_file import load_recipe
 from qdora.run.load_run import TrainedRun, trained_state
 from qdora.run.model_card import card_files
@@ -114,7 +113,7 @@ def export_gguf(
         remove_directory(merged)
     result = {
         "type": type_,
-        "base": options.base or "dequantized",
+        "base": options.base,
         "files": [file.name],
         "num_bytes": file.stat().st_size,
         "num_merged_layers": written["num_merged_layers"],

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.data.build_data import run_examples
 from qdora.data.example import Example
 from qdora.errors import UserError
 from qdora.model.attention import softcap_of
-from qdora.nn.evaluation_mode import evaluation_mode
-from qdora.nn.frozen_linear import FrozenLinear
 from qdora.recipe.settings import Recipe
 
 logger = logging.getLogger("qdora")

@@ -17,13 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.adapter.dora import merged_weight
+from qdora.adapter.expert_product import dense_rows, merged_rows
+from qdora.adapter.trained_rows import with_rows
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import (
     CheckpointPlan,
@@ -34,7 +37,6 @@ from qdora.export.checkpoint_writer import (
     plan_export,
     plan_sources,
 )
-from qdora.export.options import ExportOptions, MergeBase
 from qdora.files.console import bar
 from qdora.files.run_directory import RunDirectory, open_run
 from qdora.model.adapter_file import StoredLayer, read_adapter
@@ -57,11 +59,10 @@ from qdora.model.quantized_checkpoint import load_faults, quantization_config, s
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows, tied_weights
 from qdora.model.trained_embeddings import TrainedMatrix, embedding_paths, extend_vocabulary, is_tied
-from qdora.nn.trained_rows import with_rows
-from qdora.ops.bnb_state import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
-from qdora.ops.dora import merged_weight
-from qdora.ops.expert_product import dense_rows, merged_rows
-from qdora.ops.packed import PackedWeight, RowParts, dequantize, empty_packed, quantize
+from qdora.quant.bnb_state import FOUR_BIT_KINDS, STATE_NAME, to_bnb_state
+from qdora.quant.packed import PackedWeight, RowParts, dequantize, empty_packed, quantize
+from qdora.recipe.byte_size import parse_size
+from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import TrainedRun, adapter_of, load_run, trained_state
@@ -120,9 +121,9 @@ def write_merge(
     load = cache(partial(load_run, run, step=options.step, original=options.base == "original"))
     source: PreTrainedModel | StreamedMerge
     if recipe.adapter.kind == "full" or recipe.base.prune is not None:
-        if options.base is not None or options.requantize:
+        if options.has("base") or options.requantize:
             why = "adapter.kind full has no adapter to merge" if recipe.base.prune is None else "the base is pruned"
-            given = ["--base"] if options.base is not None else []
+            given = ["--base"] if options.has("base") else []
             given += ["--requantize"] if options.requantize else []
             raise UserError(f"{', '.join(given)}: not possible, {why}. Fix: remove {' and '.join(given)}.")
         source, tokenizer = load().model, load().tokenizer
@@ -134,7 +135,7 @@ def write_merge(
             tokenizer,
             out,
             dtype=dtype,
-            max_shard_bytes=options.shard_bytes,
+            max_shard_bytes=parse_size(options.shard_size),
             progress=progress,
             extra_files=card_files(opened, recipe, state, form=options.form) if with_card else None,
         )
@@ -157,7 +158,7 @@ def merge_of(
         adapter,
         quantization_of(recipe.base),
         compute.dtype,
-        base="original" if options.base == "original" else "dequantized",
+        base=options.base,
         requantize=options.requantize,
         new_tokens=token_ids(recipe, tokenizer),
     )
@@ -179,7 +180,7 @@ class StreamedMerge:
     adapter: Path | None
     quant: Quantization
     compute_dtype: torch.dtype
-    base: MergeBase = "dequantized"
+    base: Literal["dequantized", "original"] = "dequantized"
     requantize: bool = False
     new_tokens: tuple[int, ...] = ()
 

@@ -22,6 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.expert_linear import FrozenExperts
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.trained_rows import RowHead
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import Source, WriteOptions, checkpoint_directory, dense_weight_sources, plan_export
 from qdora.files.atomic import json_bytes
@@ -34,12 +38,8 @@ from qdora.model.quantized_checkpoint import load_faults, quantization_config
 from qdora.model.source import ADAPTER_DIRECTORY
 from qdora.model.stored_tensors import shorten
 from qdora.model.weight_conversion import taken_for_experts
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.expert_linear import FrozenExperts
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.trained_rows import RowHead
-from qdora.ops.bnb_state import FOUR_BIT_KINDS, to_bnb_state
-from qdora.ops.packed import PackedWeight, block_scales, with_nested_scales
+from qdora.quant.bnb_state import FOUR_BIT_KINDS, to_bnb_state
+from qdora.quant.packed import PackedWeight, block_scales, with_nested_scales
 
 
 @dataclass

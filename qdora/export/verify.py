@@ -25,6 +25,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.errors import UserError
 from qdora.export.checkpoint_writer import has_own_code
 from qdora.export.logit_comparison import ROUNDING, Comparison, ComparisonText, compare_logits, larger, verdict
@@ -39,10 +41,8 @@ from qdora.model.source import ADAPTER_DIRECTORY, ModelSource, resolve
 from qdora.model.stored_tensors import Stored, open_safetensors
 from qdora.model.trained_embeddings import embedding_paths, is_tied, trained_matrices
 from qdora.model.weight_conversion import rename_to_model, to_stacks
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.expert_linear import AdaptedExperts
-from qdora.ops.bnb_state import FOUR_BIT_KINDS
-from qdora.ops.packed import PackedWeight, dequantize
+from qdora.quant.bnb_state import FOUR_BIT_KINDS
+from qdora.quant.packed import PackedWeight, dequantize
 
 logger = logging.getLogger("qdora")
 

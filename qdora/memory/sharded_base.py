@@ -21,16 +21,16 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.row_share import RowShare, divided_tensors, gather_runs, span
 from qdora.errors import RunFailure, UserError
 from qdora.memory.allocator import return_freed_memory
 from qdora.model.inject import frozen_layers, is_linear
 from qdora.model.load import Loading, block_list, place_dense, place_frozen, tie_
 from qdora.model.packed_base import PrunedBase
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, stored_rows
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.row_share import RowShare, divided_tensors, gather_runs, span
-from qdora.ops.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
-from qdora.ops.tiles import Weight
+from qdora.quant.packed import NestedScales, PackedWeight, empty_packed, quantize, with_nested_scales
+from qdora.quant.tiles import Weight
 
 _SUFFIX = "_share"
 """Ends the name of a layer's parameter that torch gathers; a buffer without it is a view of that."""

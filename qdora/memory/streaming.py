@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.errors import UserError
 from qdora.model.load import block_list
-from qdora.nn.frozen_linear import FrozenLinear
 
 NUM_SLOTS = 2
 """Streamed blocks that are on the device at a time: one is read while the other is filled."""

@@ -28,6 +28,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qdora import __version__
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, Share, Stack
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.errors import UserError, first_few
 from qdora.files.atomic import atomic_directory, json_bytes
 from qdora.files.json_file import read_json_object
@@ -46,9 +49,6 @@ from qdora.model.trained_embeddings import (
     trained_matrices,
 )
 from qdora.model.weight_conversion import taken_for_experts
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, Share, Stack
-from qdora.nn.frozen_linear import FrozenLinear
 
 CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE = "adapter_config.json", "adapter_model.safetensors", "qdora.json"
 PICKLE_FILE = "adapter_model.bin"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.data.chat_template import set_chat_settings, use_data_settings
 from qdora.errors import UserError
 from qdora.files.environment import cpu_has_bfloat16
@@ -32,7 +33,6 @@ from qdora.model.trained_embeddings import (
     train_embeddings,
     trained_matrices,
 )
-from qdora.nn.adapted_linear import AdaptedLinear
 from qdora.recipe.faults import in_yaml
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.integrations import sdpa_attention
 
 from qdora.model.replaced_function import replaced
-from qdora.ops.planned_device import device_kind
+from qdora.quant.planned_device import device_kind
 
 _ASKS = "use_gqa_in_sdpa"
 FLASH_DTYPES = (torch.float16, torch.bfloat16)

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdora.adapter.adapted_linear import AdaptedLinear, Init, Kind
+from qdora.adapter.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, FrozenExperts, Share
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.host_embedding import HostEmbedding
+from qdora.adapter.plain_linear import is_plain_linear
 from qdora.errors import UserError, nearest
 from qdora.model.experts import routers
 from qdora.model.peft_config import ALL_LINEAR
-from qdora.nn.adapted_linear import AdaptedLinear, Init, Kind
-from qdora.nn.expert_linear import AdaptedExperts, BareExperts, ExpertLinear, FrozenExperts, Share
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.host_embedding import HostEmbedding
-from qdora.nn.plain_linear import is_plain_linear
-from qdora.ops.tiles import Weight
+from qdora.quant.tiles import Weight
 
 HEAD = "lm_head"
 """Stands for the output head, under any name, in a list of layers to skip."""

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.errors import UserError
 from qdora.model.inject import adapted_layers
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.evaluation_mode import evaluation_mode
-from qdora.nn.frozen_linear import FrozenLinear
 
 logger = logging.getLogger("qdora")
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from transformers import modeling_flash_attention_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
+from qdora.adapter.plain_linear import own_class
 from qdora.data.batching import Packing
 from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.replaced_function import replaced
 from qdora.model.text_config import attention_of
-from qdora.nn.plain_linear import own_class
 
 _PACKED: ContextVar[bool] = ContextVar("packed_mask_is_known", default=False)
 # In the modules of models with convolutions, linear attention or Mamba layers.

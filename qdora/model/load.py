@@ -25,6 +25,8 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.host_embedding import HostEmbedding
 from qdora.errors import NotFinite, UserError, not_one_of
 from qdora.files.console import Progress
 from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
@@ -56,11 +58,9 @@ from qdora.model.stored_tensors import (
     tied_weights,
 )
 from qdora.model.weight_conversion import rename_to_model
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.host_embedding import HostEmbedding
-from qdora.ops.codebooks import CODE_BITS, MXFP4, SIMULATED
-from qdora.ops.packed import BLOCK_SIZES, KINDS, PackedWeight, dequantize, packed_rows, quantize
-from qdora.ops.tiles import Weight
+from qdora.quant.codebooks import CODE_BITS, MXFP4, SIMULATED
+from qdora.quant.packed import BLOCK_SIZES, KINDS, PackedWeight, dequantize, packed_rows, quantize
+from qdora.quant.tiles import Weight
 from qdora.recipe.settings import BaseWeightsConfig
 
 log = logging.getLogger("qdora")
@@ -141,13 +141,13 @@ def load_model(
     Args:
         source, device: From `resolve`; where the weights go and are quantised.
         quant: One of `QUANT_KINDS`; "none" loads a dense model. A quantised checkpoint is used as it is and must match.
-        block_size, double_quant: See `qdora.ops.packed.quantize`; not used by int8 and none.
+        block_size, double_quant: See `qdora.quant.packed.quantize`; not used by int8 and none.
         skip: Layers left dense: last part of a module's path, whole path or shell pattern. "lm_head" means the output
             head under any name.
         attention: One of `ATTENTION_KINDS`; "auto" is chosen by what the model needs (`with_attention`).
         progress: Called with the tensors done and all of them.
         reader: Finds the weights (default `tensors_of_source`; see model/packed_base.py).
-        placer: Puts the tensors into the model (default `place_all`; see model/pruning.py and memory/).
+        placer: Puts the tensors into the model (default `place_all`; see prune/pruner.py and memory/).
         before_reading: Called with the model and `device` before any weight is read (memory/host_residency.py).
     Returns:
         The model in eval mode, no parameter requiring a gradient, without `quantization_config` in its config.

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.expert_linear import ExpertLinear
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.trained_rows import RowHead
 from qdora.model.inject import is_linear
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.nn.expert_linear import ExpertLinear
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.trained_rows import RowHead
 
 _DENSE_BYTES = 2  # 16 bits in a file, whatever this machine computes in
 

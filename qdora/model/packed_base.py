@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.errors import DiskFull, UserError
 from qdora.files.atomic import DISK_FULL, atomic_directory, disk_reason, json_bytes, json_text
 from qdora.files.console import OF_THIS_PROCESS, Progress
@@ -45,12 +46,10 @@ from qdora.model.load import (
     settle_stored,
     tensors_of_source,
 )
-from qdora.model.pruning import PrunedLayer, layer_record
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, match_to_model, shard_files
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.ops.packed import TENSOR_NAMES, PackedWeight, empty_packed, from_tensors
-from qdora.ops.tiles import Weight
+from qdora.quant.packed import TENSOR_NAMES, PackedWeight, empty_packed, from_tensors
+from qdora.quant.tiles import Weight
 from qdora.recipe.faults import one_line
 
 log = logging.getLogger("qdora")
@@ -65,6 +64,27 @@ _PRUNED_FILE_BYTES = 5 * 2**30
 
 _FileName = Annotated[str, Field(pattern=r"^[0-9]{5}\.safetensors$")]
 Record = TypeVar("Record", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """Counts and error of a pruned and quantised layer.
+
+    `num_zeros` counts all zeros of the result, since a weight can also be quantised to 0. `relative_error` is
+    ||W' - W|| / ||W|| (Frobenius norm) of the dense weight W and the result W'. `num_packed_bytes` are the bytes of the
+    result in its format (`PackedWeight.num_packed_bytes`), which stores zeros, too.
+    """
+
+    num_weights: int
+    num_pruned: int
+    num_zeros: int
+    relative_error: float
+    num_packed_bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned weights / all weights."""
+        return self.num_pruned / self.num_weights
 
 
 class WeightForm(BaseModel):
@@ -436,3 +456,9 @@ def _check_room(folder: Path, stored: Mapping[str, Stored], layers: set[str], wa
             f"base.cache: {folder.parent}: {DISK_FULL}: {free / 2**30:.1f} GiB are free, the packed base needs "
             f"{needed / 2**30:.1f} GiB. Fix: name a directory on another disk, or set base.cache: null."
         )
+
+
+def layer_record(kind: str, shape: tuple[int, int], block_size: int, layer: PrunedLayer) -> dict[str, Any]:
+    """JSON values of a layer: kind, shape (out, in), block size, counts and error."""
+    known = {"kind": kind, "shape": list(shape), "block_size": block_size, "sparsity": layer.sparsity}
+    return {**known, **asdict(layer)}

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
+from qdora.adapter.adapted_linear import AdaptedLinear, Kind
+from qdora.adapter.expert_linear import AdaptedExperts, Share
 from qdora.errors import UserError, first_line, nearest
 from qdora.files.json_file import read_json_object
-from qdora.nn.adapted_linear import AdaptedLinear, Kind
-from qdora.nn.expert_linear import AdaptedExperts, Share
 
 if TYPE_CHECKING:
     from peft import LoraConfig

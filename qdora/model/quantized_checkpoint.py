@@ -1,5 +1,4 @@
-"""Quantised checkpoints, by bitsandbytes (keys: `qdora.ops.bnb_state`) or in MXFP4; their packed bytes are used as they
-are."""
+"""Quantised checkpoints, by bitsandbytes (keys: `qdora.quant.bnb_state`) or in MXFP4: their packed bytes are kept."""
 
 from __future__ import annotations
 
@@ -15,9 +14,9 @@ from qdora.errors import UserError
 from qdora.files.json_file import parse_json
 from qdora.model.experts import replaced_in_4_bits
 from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
-from qdora.ops.bnb_state import STATE_NAME, from_bnb_state
-from qdora.ops.codebooks import MXFP4, MXFP4_BLOCK_SIZE
-from qdora.ops.packed import PackedWeight, from_tensors
+from qdora.quant.bnb_state import STATE_NAME, from_bnb_state
+from qdora.quant.codebooks import MXFP4, MXFP4_BLOCK_SIZE
+from qdora.quant.packed import PackedWeight, from_tensors
 
 _PART = re.compile(
     r"(?P<layer>.*)\.(?P<part>SCB|weight_format"

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from qdora.errors import UserError, nearest
 from qdora.files.json_file import parse_json
-from qdora.ops.packed import PackedWeight, RowParts
+from qdora.quant.packed import PackedWeight, RowParts
 
 log = logging.getLogger("qdora")
 INDEX_FILE = "model.safetensors.index.json"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.adapter.host_embedding import HostEmbedding
+from qdora.adapter.trained_rows import RowEmbedding, RowHead, TrainedRows
 from qdora.errors import UserError
 from qdora.model.inject import HEAD, replace_module
 from qdora.model.stored_tensors import tied_weights
-from qdora.nn.host_embedding import HostEmbedding
-from qdora.nn.trained_rows import RowEmbedding, RowHead, TrainedRows
 
 EMBEDDING = "embed_tokens"
 """Stands for the input embedding, under any name, as `HEAD` does for the output head."""

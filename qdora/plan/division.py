@@ -21,17 +21,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qdora.adapter.row_share import divided_tensors, is_cut_by_rows
 from qdora.errors import UserError
 from qdora.model.build_model import keeps_scales
 from qdora.model.inject import linear_layers
 from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize
 from qdora.model.stored_tensors import tied_weights
-from qdora.nn.row_share import divided_tensors, is_cut_by_rows
-from qdora.ops.packed import empty_packed
 from qdora.plan import plan_contents as parts
 from qdora.plan.changes_to_fit import with_streaming
 from qdora.plan.plan_contents import Cut, Division, Moment, Plan, seconds_text
 from qdora.plan.step_time import PCIE_4, waiting_seconds
+from qdora.quant.packed import empty_packed
 from qdora.recipe.byte_size import size_text
 from qdora.recipe.recipe_file import override
 from qdora.recipe.section import with_settings

@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.prepared_gains import prepare_gains
 from qdora.model.adapter_file import selected_modules
 from qdora.model.inject import adapted_layers, adapter_parameters, frozen_like, is_linear, linear_layers, replace_module
 from qdora.model.language_part import not_loaded
@@ -29,14 +31,12 @@ from qdora.model.replaced_function import replaced
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
 from qdora.model.text_config import attention_of
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.prepared_gains import prepare_gains
-from qdora.ops.packed import PackedWeight, empty_packed
-from qdora.ops.planned_device import planned_on
-from qdora.ops.tiles import Weight
 from qdora.plan import plan_contents as parts
 from qdora.plan.live_bytes import LiveBytes
 from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment
+from qdora.quant.packed import PackedWeight, empty_packed
+from qdora.quant.planned_device import planned_on
+from qdora.quant.tiles import Weight
 from qdora.train.flat_group import OptimizerName, groups_of
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.output_head import head_nll, proposed_form, tapped

@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from qdora.adapter.expert_linear import ExpertLinear
 from qdora.errors import HubFailure
 from qdora.files.console import errors_only
 from qdora.files.environment import cpu_has_bfloat16
@@ -42,10 +43,6 @@ from qdora.model.peft_config import AdapterDescription
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
 from qdora.model.trained_embeddings import extend_vocabulary, train_embeddings
-from qdora.nn.expert_linear import ExpertLinear
-from qdora.ops.loss import auto_chunk
-from qdora.ops.packed import empty_packed
-from qdora.ops.planned_device import Routing, planned_on
 from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, keep_blocks_, signature
 from qdora.plan.changes_to_fit import with_changes
@@ -64,8 +61,11 @@ from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment, Plan
 from qdora.plan.public_shapes import PublicShape, public_shapes
 from qdora.plan.step_time import ASSUMED, Rates, Work, forward_seconds, step_seconds
 from qdora.plan.workload import Workload, assumed_workload
+from qdora.quant.packed import empty_packed
+from qdora.quant.planned_device import Routing, planned_on
 from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
+from qdora.train.loss import auto_chunk
 from qdora.train.optimizer import AdapterOptimizer
 from qdora.train.router_loss import check_router_loss
 

@@ -11,6 +11,7 @@ import copy
 import functools
 import glob
 import itertools
+import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -27,9 +28,11 @@ from qdora.files.setting_keys import GONE, is_below
 from qdora.files.user_paths import user_path
 from qdora.recipe.data_settings import absolute_pattern, is_path, is_pattern, names_files
 from qdora.recipe.faults import dotted, fault_lines, one_line, shown
-from qdora.recipe.rules import faults, unused
+from qdora.recipe.rules import faults, ignored, unused
 from qdora.recipe.section import Section
 from qdora.recipe.settings import Recipe
+
+logger = logging.getLogger("qdora")
 
 _STEP = re.compile(r"\[(\d{1,6})\]|([^.\[\]]+)")
 _EITHER_OR = (("steps", "epochs"), ("tokens_per_step", "batch"))
@@ -87,7 +90,10 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     ./name is a file even if a shipped recipe has that name. UserError lists all faults, one line each.
     """
     data, where = recipe_document(name_or_path)
-    return recipe_from(apply_overrides(data, overrides), where, overrides)
+    changed, dropped = with_overrides(data, overrides)
+    for line in dropped:
+        logger.info(line)
+    return recipe_from(changed, where, overrides)
 
 
 def recipe_of_run(file: Path, overrides: Sequence[str] = (), *, sections: Collection[str] = ("model",)) -> Recipe:
@@ -163,7 +169,7 @@ def recipe_from(data: Any, where: str = "recipe", overrides: Sequence[str] = ())
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """A copy of a recipe with some settings changed, checked as a whole; UserError lists all faults."""
-    return recipe_from(apply_overrides(settings(recipe), overrides), "recipe", overrides)
+    return recipe_from(with_overrides(settings(recipe), overrides)[0], "recipe", overrides)
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -230,21 +236,23 @@ def _parsed(text: str, where: str) -> Any:
         raise UserError(f"{where}: {line}not YAML: {what}.") from None
 
 
-def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `data` with `key=value` settings put in, in order; `recipe_from` checks them afterwards.
+def with_overrides(data: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A copy of `data` with `key=value` settings put in, in order, and a line for each setting of `data` that it drops.
 
-    Keys are dotted paths, with [i] into lists; values are YAML, and null stands for the default. train.steps replaces
+    Keys are dotted paths, with [i] into lists; values are YAML, and null stands for the default. A setting of `data`
+    that has no effect under the given ones is dropped: base.quant=none drops base.block_size. train.steps replaces
     train.epochs and the other way round, and so do train.tokens_per_step and train.batch, unless both are given.
+    `recipe_from` checks the result.
     """
     changed, wrong, given = copy.deepcopy(data), list[str](), dict[str, Any]()
     for item in overrides:
         key, equals, text = item.partition("=")
-        steps = [int(index) if index else name for index, name in _STEP.findall(key.strip())]
-        here: Any = changed
+        steps = _steps(key)
         try:
             if not equals or not steps:
                 raise UserError(f"-s {one_line(item)}: must be key=value, such as data.mix[0].limit=5.")
             value = given[key.strip()] = _parsed(text, f"-s {one_line(item)}")
+            here: Any = changed
             for step, below in itertools.pairwise(steps):
                 if isinstance(here, dict) and here.get(step) is None:
                     here[step] = [] if isinstance(below, int) else {}
@@ -260,7 +268,32 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         train = changed.get("train")
         if given.get(f"train.{one}") is not None and f"train.{other}" not in given and isinstance(train, dict):
             train.pop(other, None)
-    return changed
+    return changed, _drop_disabled_(changed, data, given)
+
+
+def _drop_disabled_(changed: dict[str, Any], data: dict[str, Any], given: Collection[str]) -> list[str]:
+    """Remove settings that have no effect in `changed` but have in `data`, unless they are given."""
+    dropped, before = [], _ignored(data) if given else {}
+    for key, why in (_ignored(changed) if given else {}).items():
+        if key not in before and not is_below(key, given):
+            *steps, last = _steps(key)
+            section: Any = changed
+            for step in steps:
+                section = section[step]
+            dropped.append(f"{key} {shown(section.pop(last))} is dropped from the recipe: {why}.")
+    return dropped
+
+
+def _ignored(data: dict[str, Any]) -> dict[str, str]:
+    """Settings of plain data that would be ignored -> the reason; none if the data is no recipe."""
+    try:
+        return ignored(Recipe.model_validate(data))
+    except ValidationError:
+        return {}
+
+
+def _steps(key: str) -> list[int | str]:
+    return [int(index) if index else name for index, name in _STEP.findall(key.strip())]
 
 
 def missing_files(recipe: Recipe, where: str) -> list[str]:

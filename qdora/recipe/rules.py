@@ -111,11 +111,8 @@ def _unused(source: SourceConfig, recipe: Recipe) -> Iterable[tuple[str, str, An
 
 def faults(recipe: Recipe) -> Iterator[Fault]:
     """Settings that would be ignored, and those that contradict others."""
-    for key, why in unused(recipe).items():
-        section, value = _at(recipe, key)
-        if key.rpartition(".")[2] in section.model_fields_set and value is not None:
-            fix = "Fix: remove it (in an override: set it to null)."
-            yield key, f"would be ignored because {why}, got {shown(value)}. {fix}"
+    for key, why in ignored(recipe).items():
+        yield key, f"would be ignored because {why}, got {shown(_at(recipe, key)[1])}. Fix: remove it."
     seen = set()
     for key, must, applies in [*_contradictions(recipe), *_of_sources(recipe)]:
         if applies and key not in seen:
@@ -128,6 +125,16 @@ def faults(recipe: Recipe) -> Iterator[Fault]:
     for key, name, among in named:
         if name not in among:
             yield key, f"must be one of {', '.join(among)}, got {name!r}.{nearest(name, among)}"
+
+
+def ignored(recipe: Recipe) -> dict[str, str]:
+    """Those of the `unused` settings that the recipe sets."""
+    found = {}
+    for key, why in unused(recipe).items():
+        section, value = _at(recipe, key)
+        if key.rpartition(".")[2] in section.model_fields_set and value is not None:
+            found[key] = why
+    return found
 
 
 def _at(recipe: Recipe, key: str) -> tuple[Any, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qdora.errors import UserError
-from qdora.evaluation.before_after import tasks_of_other_examples
-from qdora.evaluation.suite import EvaluationResult
+from qdora.evaluate.before_after import tasks_of_other_examples
+from qdora.evaluate.suite import EvaluationResult
 from qdora.files.run_directory import RunDirectory
 from qdora.run.trained_layers import TRAINED_FILE
 

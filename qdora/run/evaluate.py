@@ -6,7 +6,6 @@ import hashlib
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,17 @@ from qdora.data.example import Example
 from qdora.data.given_data import given_source, has_splits, place_of, trained_on
 from qdora.data.sources import open_source
 from qdora.errors import UserError, nearest, not_one_of
-from qdora.evaluation.generation import evaluate_generated, generation_faults, generation_table
-from qdora.evaluation.harness import evaluate_harness, find_harness_tasks, harness_table
-from qdora.evaluation.perplexity import read_texts, text_perplexity
-from qdora.evaluation.suite import compare_table, evaluate
+from qdora.evaluate.generation import evaluate_generated, generation_faults, generation_table
+from qdora.evaluate.harness import evaluate_harness, find_harness_tasks, harness_table
+from qdora.evaluate.perplexity import read_texts, text_perplexity
+from qdora.evaluate.suite import compare_table, evaluate
 from qdora.files.console import bar, consoles
 from qdora.files.nvidia_driver import check_gpu
 from qdora.files.run_directory import open_run, unharmed
 from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
+from qdora.recipe.options import EvalOptions
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run
 from qdora.recipe.settings import Recipe
 from qdora.run.adapter_step import state_step, stored_results
@@ -35,91 +35,80 @@ from qdora.run.load_run import LoadedModel, check_target, is_run, load_target, r
 logger = logging.getLogger("qdora")
 
 SPLITS = ("validation", "test", "train")
-METHODS = ("loglikelihood", "generate")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """What `qdora eval` is asked for. The fields are its options; its help says what they mean and what None takes."""
-
-    tasks: Sequence[str] | None = None
-    limit: int | None = None
-    split: str | None = None
-    data: str | None = None
-    texts: Sequence[Path] = ()
-    step: int | None = None
-    base_only: bool = False
-    like: Path | None = None
-    base_model: str | None = None
-    quant: str | None = None
-    method: str | None = None
-    harness: Sequence[str] = ()
-    harness_include: Path | None = None
-
-    @property
-    def reads_tasks(self) -> bool:
-        """Whether examples of tasks are scored, not only texts or tasks of the harness."""
-        return bool(self.tasks) or self.data is not None or not (self.texts or self.harness)
-
-    @property
-    def data_tasks(self) -> set[str]:
-        """The tasks whose folder `data` is; empty if it is own data."""
-        return set() if self.data is None else set(self.tasks or ()) & set(COMMONSENSE_TASKS)
-
-    @property
-    def own_data(self) -> str | None:
-        """The place (`place_of`) of own data."""
-        return None if self.data is None or self.data_tasks else place_of(self.data)
-
-    @property
-    def split_read(self) -> str | None:
-        """The split that is scored; None for own data without splits."""
-        return None if self.own_data is not None and not has_splits(self.own_data) else self.split or "validation"
-
-    def kept_as(self, recipe: Recipe | None) -> str:
-        """Name of what is evaluated, in the names of the kept files: the split, and what differs from the run's eval.
-
-        An evaluation of other tasks, of fewer examples or of other data never replaces that of the run's own settings.
-        """
-        parts = [] if self.split_read is None else [self.split_read]
-        own = None if recipe is None else recipe.eval
-        same_tasks = own is not None and self.data is None and set(self.tasks or ()) == set(own.tasks or ())
-        if self.tasks is not None and not same_tasks:
-            parts.append(_in_a_name(self.tasks))
-        if self.data is not None:
-            place = place_of(self.data)
-            parts.append(f"data-{_in_a_name([Path(place).name])}-{_of_places([place])}")
-        if self.limit is not None and (own is None or self.limit != own.limit):
-            parts.append(f"limit-{self.limit}")
-        return "-".join(parts)
-
-    def check(self, target: str) -> None:
-        """Raise UserError with all faults that show before anything is loaded."""
-        only = None if self.reads_tasks else "--harness" if self.harness else "--text"
-        rules = [
-            (self.like is not None and is_run(target), f"--like: {target} is a run and has data of its own."),
-            (self.step is not None and self.base_only, "--step: is not used with --base, which has no steps."),
-            (self.harness_include is not None and not self.harness, "--harness-include: is used only with --harness."),
-            (only == "--text" and self.limit is not None, "--limit: counts examples of tasks, got only --text."),
-            (only is not None and self.method is not None, f"--method: is for examples of tasks, got only {only}."),
+def check_options(options: EvalOptions, target: str) -> None:
+    """Raise UserError with all options that do not fit each other or the target."""
+    only = None if reads_tasks(options) else "--harness" if options.harness else "--text"
+    rules = [
+        (options.like is not None and is_run(target), f"--like: {target} is a run and has data of its own."),
+        (options.step is not None and options.base, "--step: is not used with --base, which has no steps."),
+        (
+            options.harness_include is not None and not options.harness,
+            "--harness-include: is used only with --harness.",
+        ),
+        (only == "--text" and options.limit is not None, "--limit: counts examples of tasks, got only --text."),
+        (only is not None and options.method is not None, f"--method: is for examples of tasks, got only {only}."),
+    ]
+    if options.data is not None:
+        path, named = user_path(options.data), ", ".join(sorted(data_tasks(options)))
+        held = ", ".join(task for task in COMMONSENSE_TASKS if not named and (path / task).is_dir())
+        split_tasks = f"--data: must be a folder of <task>/<split> files with --tasks {named}, got {path}."
+        no_splits, many = (
+            f"--split: {path} has no splits, being one file.",
+            own_data(options) and len(options.tasks) > 1,
+        )
+        rules += [
+            (named != "" and not path.is_dir(), split_tasks),
+            (held != "", f"--data: {path} has a folder for each task. Fix: add --tasks with one of {held}."),
+            (options.split is not None and split_read(options) is None, no_splits),
+            (bool(many), f"--tasks: with --data names one source, got {', '.join(options.tasks)}."),
         ]
-        if self.data is not None:
-            path, named, like = user_path(self.data), ", ".join(sorted(self.data_tasks)), self.tasks or ()
-            held = ", ".join(task for task in COMMONSENSE_TASKS if not named and (path / task).is_dir())
-            split_tasks = f"--data: must be a folder of <task>/<split> files with --tasks {named}, got {path}."
-            rules += [
-                (named != "" and not path.is_dir(), split_tasks),
-                (held != "", f"--data: {path} has a folder for each task. Fix: add --tasks with one of {held}."),
-                (self.split is not None and self.split_read is None, f"--split: {path} has no splits, being one file."),
-                (self.own_data is not None and len(like) > 1, f"--tasks: with --data names one source, got {like}."),
-            ]
-        faults = [text for is_wrong, text in rules if is_wrong]
-        if self.own_data is None and self.split not in (None, *SPLITS):
-            faults.append(not_one_of("--split", self.split, SPLITS))
-        if self.method not in (None, *METHODS):
-            faults.append(not_one_of("--method", self.method, METHODS))
-        if faults:
-            raise UserError(*faults)
+    faults = [text for is_wrong, text in rules if is_wrong]
+    if own_data(options) is None and options.split not in (None, *SPLITS):
+        faults.append(not_one_of("--split", options.split, SPLITS))
+    if faults:
+        raise UserError(*faults)
+
+
+def reads_tasks(options: EvalOptions) -> bool:
+    """Whether examples of tasks are scored, not only texts or tasks of the harness."""
+    return bool(options.tasks) or options.data is not None or not (options.text or options.harness)
+
+
+def data_tasks(options: EvalOptions) -> set[str]:
+    """The tasks whose folder `data` is; empty if it is own data."""
+    return set() if options.data is None else set(options.tasks) & set(COMMONSENSE_TASKS)
+
+
+def own_data(options: EvalOptions) -> str | None:
+    """The place (`place_of`) of own data."""
+    return None if options.data is None or data_tasks(options) else place_of(options.data)
+
+
+def split_read(options: EvalOptions) -> str | None:
+    """The split that is scored; None for own data without splits."""
+    place = own_data(options)
+    return None if place is not None and not has_splits(place) else options.split or "validation"
+
+
+def kept_as(options: EvalOptions, recipe: Recipe | None) -> str:
+    """Name of what is evaluated, in the names of the kept files: the split, and what differs from the run's eval.
+
+    An evaluation of other tasks, of fewer examples or of other data never replaces that of the run's own settings.
+    """
+    split = split_read(options)
+    parts = [] if split is None else [split]
+    own = None if recipe is None else recipe.eval
+    same_tasks = own is not None and options.data is None and set(options.tasks) == set(own.tasks or ())
+    if options.tasks and not same_tasks:
+        parts.append(_in_a_name(options.tasks))
+    if options.data is not None:
+        place = place_of(options.data)
+        parts.append(f"data-{_in_a_name([Path(place).name])}-{_of_places([place])}")
+    if options.limit is not None and (own is None or options.limit != own.limit):
+        parts.append(f"limit-{options.limit}")
+    return "-".join(parts)
 
 
 def evaluate_target(
@@ -134,12 +123,12 @@ def evaluate_target(
     Returns JSON values: the evaluation, stored results beside it, generated answers, perplexity, harness results.
     Raises UserError for options that do not fit the target, unknown tasks, or what `load_target` refuses.
     """
-    options.check(target)
-    texts = read_texts(options.texts)
+    check_options(options, target)
+    texts = read_texts(options.text)
     check_gpu()
     # A wrong name is found before the data is read or fetched.
     check_target(target, base_model=options.base_model, quant=options.quant, verb="eval")
-    if not (is_run(target) or options.like or options.tasks or options.data or options.texts or options.harness):
+    if not (is_run(target) or options.like or options.tasks or options.data or options.text or options.harness):
         raise UserError(
             f"eval: {target} is not a run (it has no recipe.yaml), so it has no data. "
             "Fix: add --tasks, --data, --text, --harness or --like RUN."
@@ -154,14 +143,14 @@ def evaluate_target(
     examples = _examples(options, recipe, by_name=generates)
     if generates and (faults := generation_faults(examples)):
         raise UserError(*faults)
-    split, name = options.split_read, options.kept_as(recipe)
+    split, name = split_read(options), kept_as(options, recipe)
     scored: dict[str, Any] = {"limit": options.limit, "block": None}
     if recipe is not None and options.limit in (None, recipe.eval.limit):  # as during training
         scored = {"limit": recipe.eval.limit, "block": recipe.eval.block}
     loaded = load_target(
         target,
         step=options.step,
-        base_only=options.base_only,
+        base_only=options.base,
         base_model=options.base_model,
         quant=options.quant,
         verb="eval",
@@ -192,9 +181,9 @@ def evaluate_target(
         perplexity = text_perplexity(model, tokenizer, texts)
         document["perplexity"] = perplexity.to_dict()
         results.print(f"perplexity {perplexity.perplexity:.3f} over {perplexity.num_tokens:,} tokens")
-        places = _of_places([str(file.resolve()) for file in options.texts])
-        text_name = f"perplexity-{_in_a_name([file.name for file in options.texts])}-{places}"
-        _keep(loaded, text_name, document["perplexity"] | {"texts": [str(file) for file in options.texts]})
+        places = _of_places([str(file.resolve()) for file in options.text])
+        text_name = f"perplexity-{_in_a_name([file.name for file in options.text])}-{places}"
+        _keep(loaded, text_name, document["perplexity"] | {"texts": [str(file) for file in options.text]})
     if harness is not None:
         document["harness"] = evaluate_harness(model, tokenizer, harness, limit=options.limit)
         results.print(harness_table(document["harness"]))
@@ -232,13 +221,13 @@ def _examples(options: EvalOptions, recipe: Recipe | None, *, by_name: bool) -> 
 
     The commonsense tasks come from `options.data` where it is given, whatever the run's sources are called.
     """
-    if not options.reads_tasks:
+    if not reads_tasks(options):
         return {}
-    if options.own_data is not None:
-        return _own_examples(options, options.own_data, recipe)
-    asked, split, elsewhere = options.tasks, options.split or "validation", options.data_tasks
-    if asked is None:
-        assert recipe is not None  # EvalOptions.check
+    if (place := own_data(options)) is not None:
+        return _own_examples(options, place, recipe)
+    asked, split, elsewhere = options.tasks, options.split or "validation", data_tasks(options)
+    if not asked:
+        assert recipe is not None  # evaluate_target
         found = run_examples(recipe, split, recipe.eval.tasks or None)
         if not found:
             raise UserError(f"--split: the run has no {split} examples. Fix: name other data with --data.")
@@ -265,15 +254,15 @@ def _own_examples(options: EvalOptions, place: str, recipe: Recipe | None) -> di
     """Examples of own data under its name. A warning says if the run trained on it."""
     mix = () if recipe is None else recipe.data.mix
     labels = [source.label for source in mix if source.source is not None]
-    like = next(iter(options.tasks or ()), None)
+    like = next(iter(options.tasks), None)
     if like is not None and like not in labels:
         raise UserError(
             f"--tasks: got {like!r}, with --data it must be a source of the run whose format the data has: "
             f"{', '.join(labels) or 'there is none'}.{nearest(like, labels)}"
         )
-    split = options.split_read or "train"  # a file is all one split
+    split = split_read(options) or "train"  # a file is all one split
     source = given_source(place, mix, like, split)
     found = open_source(source, split)
-    for label in [] if options.base_only else trained_on(source, split, mix):
+    for label in [] if options.base else trained_on(source, split, mix):
         logger.warning("The run was trained on %s (source %s). The scores say nothing of new data.", place, label)
     return {source.label: list(found) if recipe is None else to_score(found, recipe.data)}

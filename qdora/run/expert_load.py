@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from qdora.adapter.expert_tokens import ExpertTokens
 from qdora.files.run_directory import RunDirectory, unharmed
 from qdora.model.experts import stacks
-from qdora.ops.expert_tokens import ExpertTokens
 
 logger = logging.getLogger("qdora")
 FILE = "expert_load.json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +19,18 @@ from qdora.data.row_formats import asked_chat
 from qdora.data.rows import FaultList, RowFault
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError
-from qdora.evaluation.generation import generate
+from qdora.evaluate.generation import generate
 from qdora.files.run_directory import is_without_chats
 from qdora.files.user_paths import user_path
 from qdora.memory.allocator import keep_freed_memory
 from qdora.model.stop_ids import stop_ids_of_model
 from qdora.model.text_config import context_length
+from qdora.recipe.options import Sampling
 from qdora.run.load_run import LoadedModel, load_target
 
 logger = logging.getLogger("qdora")
 
 Write = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float = 0.0
-    """0 takes the most likely token; otherwise the logits are divided by it."""
-    top_p: float | None = None
-    """Sample from the most likely tokens up to this total probability."""
-    top_k: int | None = None
-    """Sample from this many of the most likely tokens."""
-    seed: int = 0
-    max_new_tokens: int = 256
-
-    def faults(self) -> list[str]:
-        """What is wrong with the settings, one line each."""
-        top_p, top_k = self.top_p, self.top_k
-        rules = (
-            (0 <= self.temperature <= 100, f"--temperature: got {self.temperature:g}, must be 0 to 100."),
-            (top_p is None or 0 < top_p <= 1, f"--top-p: got {top_p}, must be above 0 and at most 1."),
-            (top_k is None or top_k >= 1, f"--top-k: got {top_k}, must be at least 1."),
-            (self.max_new_tokens >= 1, f"--max-new-tokens: got {self.max_new_tokens}, must be at least 1."),
-            (
-                self.temperature != 0 or top_p is top_k is None,
-                "--top-p, --top-k: have no effect at temperature 0. Fix: add --temperature 0.7, or remove them.",
-            ),
-        )
-        return [text for holds, text in rules if not holds]
-
-    def settings(self) -> dict[str, Any]:
-        """For `evaluation.generation.generate`."""
-        if self.temperature == 0:
-            return {"do_sample": False}
-        top_p, top_k = 1.0 if self.top_p is None else self.top_p, self.top_k or 0
-        return {"do_sample": True, "temperature": self.temperature, "top_p": top_p, "top_k": top_k}
 
 
 def nowhere(text: str) -> None:
@@ -98,7 +62,7 @@ def generate_from(
     Raises:
         UserError: Settings or a target that cannot be used, a prompt that is empty or leaves no room in the context.
     """
-    faults = sampling.faults()
+    faults = []
     if not prompt:
         faults.append("--prompt: is empty. Fix: give some text.")
     if system is not None and raw:
@@ -128,8 +92,6 @@ def answer_chats(
     Raises:
         UserError: As `generate_from`; a row that is no such conversation.
     """
-    if faults := sampling.faults():
-        raise UserError(*faults)
     chats = _read_chats(user_path(file))
     keep_freed_memory()
     loaded = load_target(target, verb="generate", **which)
@@ -139,6 +101,13 @@ def answer_chats(
         write(f"--- {where}\n")
         answers.append(_answer(loaded, ids, sampling, write, where=where))
     return {"target": target, "label": loaded.label, "chats": file, "answers": answers}
+
+
+def _settings(sampling: Sampling) -> dict[str, Any]:
+    """For `evaluate.generation.generate`."""
+    if sampling.temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, **sampling.model_dump(include={"temperature", "top_p"}), "top_k": sampling.top_k or 0}
 
 
 def _read_chats(file: Path) -> list[tuple[str, Messages, Tools]]:
@@ -168,7 +137,7 @@ def _answer(loaded: LoadedModel, ids: list[int], sampling: Sampling, write: Writ
         torch.manual_seed(sampling.seed)
         began = time.perf_counter()
         options = {"streamer": streamer, "max_new_tokens": most, "eos_token_id": sorted(stops) or None}
-        out = generate(model, tokens, torch.ones_like(tokens), **options, **sampling.settings())
+        out = generate(model, tokens, torch.ones_like(tokens), **options, **_settings(sampling))
         seconds = time.perf_counter() - began
     new = out[0, len(ids) :].tolist()
     ended = bool(new) and new[-1] in stops

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from qdora.adapter.evaluation_mode import evaluation_mode
 from qdora.data.batching import IGNORED, MicroBatch
 from qdora.data.example import Example
 from qdora.data.loader import Step
 from qdora.data.tokenize import TokenizedExample, tokenize_all
 from qdora.errors import RunFailure, UserError
-from qdora.evaluation.suite import spread
-from qdora.nn.evaluation_mode import evaluation_mode
+from qdora.evaluate.suite import spread
 from qdora.recipe.settings import Recipe
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.loss_scale import LossScale

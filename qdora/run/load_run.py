@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.adapter.adapted_linear import drop_scales_without_room
 from qdora.data.chat_template import set_chat_date, set_chat_settings
 from qdora.errors import UserError, not_one_of
 from qdora.files.nvidia_driver import check_gpu
@@ -21,7 +22,6 @@ from qdora.model.load import load_config, load_model, stored_form
 from qdora.model.packed_base import PrunedBase
 from qdora.model.source import ADAPTER_DIRECTORY, load_tokenizer, resolve
 from qdora.model.trained_embeddings import extend_vocabulary
-from qdora.nn.adapted_linear import drop_scales_without_room
 from qdora.recipe.recipe_file import override, recipe_of_run
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 import qdora
 from qdora.data.commonsense_hub import HUB_TASKS
 from qdora.errors import UserError
-from qdora.evaluation.before_after import LossOrAccuracy, task_changes
+from qdora.evaluate.before_after import LossOrAccuracy, task_changes
 from qdora.files.environment import package_versions
 from qdora.files.json_file import read_json_object
 from qdora.files.markdown_table import markdown_cell, markdown_table
@@ -24,10 +24,10 @@ from qdora.model.gguf_file import read_header
 from qdora.model.peft_config import sizes_in_words
 from qdora.model.source import BUILTIN, BUILTIN_HUB_ID, LICENCE_FILES, ModelSource, public_name
 from qdora.recipe.data_settings import SourceConfig, is_path
+from qdora.recipe.options import Form
 from qdora.recipe.settings import Recipe
 from qdora.run.adapter_step import adapter_in_words, state_step
 
-Form = Literal["run", "merged", "original", "requantized", "nf4-lora", "gguf", "peft"]
 """What the directory of a card holds."""
 
 EVALUATION_COLUMNS = ("data", "task", "metric", "examples", "before", "after", "change", "95 % interval")
@@ -41,7 +41,12 @@ def card_files(run: RunDirectory, recipe: Recipe, state: str, *, form: Form) -> 
 
 
 def run_card(
-    run: RunDirectory, recipe: Recipe, state: str, check: dict[str, Any] | None = None, *, form: Form = "run"
+    run: RunDirectory,
+    recipe: Recipe,
+    state: str,
+    check: dict[str, Any] | None = None,
+    *,
+    form: Form | Literal["run"] = "run",
 ) -> str:
     """README.md of a run or of an export.
 

@@ -32,9 +32,9 @@ from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
 from qdora.data.mix_plan import MixPlan, keep_mix, mix_facts, plan_mix, show_mix
 from qdora.errors import HubFailure, UserError
-from qdora.evaluation.generation import generation_faults
-from qdora.evaluation.loglikelihood import scoring_faults
-from qdora.evaluation.suite import spread
+from qdora.evaluate.generation import generation_faults
+from qdora.evaluate.loglikelihood import scoring_faults
+from qdora.evaluate.suite import spread
 from qdora.files.atomic import json_bytes
 from qdora.files.run_directory import PLAN_FILE, RunDirectory, chat_date_of, unharmed
 from qdora.model.build_model import (

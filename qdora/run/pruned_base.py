@@ -21,8 +21,8 @@ from qdora.files.console import Progress, bar
 from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import Compute
 from qdora.model.packed_base import PrunedBase, fingerprints, save_pruned_base
-from qdora.model.pruning import Pruner
 from qdora.model.source import ModelSource
+from qdora.prune.pruner import Pruner
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import Recipe
 from qdora.run.load_base import load_base

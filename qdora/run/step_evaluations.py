@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from qdora.data.example import Example
 from qdora.errors import first_line, nearest
-from qdora.evaluation.batches import batches_shared
-from qdora.evaluation.before_after import worse_than_before
-from qdora.evaluation.generation import GenerationResult, evaluate_generated
-from qdora.evaluation.suite import EvaluationResult, evaluate, spread
+from qdora.evaluate.batches import batches_shared
+from qdora.evaluate.before_after import worse_than_before
+from qdora.evaluate.generation import GenerationResult, evaluate_generated
+from qdora.evaluate.suite import EvaluationResult, evaluate, spread
 from qdora.files.console import bar, errors_only
 from qdora.recipe.settings import Recipe
 from qdora.recipe.train_settings import MACRO

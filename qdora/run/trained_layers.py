@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapted_layers
-from qdora.nn.adapted_linear import AdaptedLinear
 
 TRAINED_FILE = "trained.json"
 

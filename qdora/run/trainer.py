@@ -21,8 +21,8 @@ from qdora.data.batching import MicroBatch, micro_batches
 from qdora.data.example import Example
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import RunFailure
-from qdora.evaluation.generation import generation_table
-from qdora.evaluation.suite import compare_table
+from qdora.evaluate.generation import generation_table
+from qdora.evaluate.suite import compare_table
 from qdora.files.atomic import atomic_write_text
 from qdora.files.run_directory import unharmed
 from qdora.model.build_model import describe_adapters

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from qdora.data.build_data import run_examples
 from qdora.data.tokenize import encode_pairs
-from qdora.evaluation.hidden_states import hidden_state_errors
-from qdora.evaluation.perplexity import text_perplexity
-from qdora.evaluation.suite import spread
+from qdora.evaluate.hidden_states import hidden_state_errors
+from qdora.evaluate.perplexity import text_perplexity
+from qdora.evaluate.suite import spread
 from qdora.model.build_model import choose_compute, find_model
 from qdora.recipe.settings import BaseWeightsConfig, Recipe
 from qdora.run.load_base import load_base

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdora.analysis.error_undone import error_undone
-from qdora.analysis.weight_changes import full_weight_changes, set_magnitude_back_, weight_changes
+from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.data.build_data import run_examples
 from qdora.data.example import Example
-from qdora.evaluation.loglikelihood import score_examples
-from qdora.evaluation.suite import evaluate, spread
+from qdora.evaluate.loglikelihood import score_examples
+from qdora.evaluate.suite import evaluate, spread
 from qdora.model.inject import adapted_layers, block_of
 from qdora.model.model_size import model_size
-from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.rank.error_undone import error_undone
+from qdora.rank.weight_changes import full_weight_changes, set_magnitude_back_, weight_changes
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import load_run
 from qdora.study.base_damage import uncompressed_base

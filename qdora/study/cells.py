@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from qdora.errors import UserError
-from qdora.recipe.recipe_file import apply_overrides, override, recipe_document, recipe_from, settings
+from qdora.recipe.recipe_file import override, recipe_document, recipe_from, settings, with_overrides
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
 from qdora.study.cell_key import key_of
@@ -282,7 +282,7 @@ class Expander:
         text = json.dumps([changes, isinstance(rate, RateRun)], sort_keys=True)
         if text not in self._made:
             overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-            recipe = recipe_from(apply_overrides(self.start, overrides), "recipe", overrides)
+            recipe = recipe_from(with_overrides(self.start, overrides)[0], "recipe", overrides)
             if recipe.eval.tasks == ():
                 where = "-s" if "eval.tasks" in changes else "recipe"
                 raise UserError(

@@ -4,13 +4,13 @@
     settings: {train.steps: 200}
     product:
       base:
-        16 bits: {base.quant: none, base.block_size: null, base.double_quant: null}
+        16 bits: {base.quant: none}
         nf4: {base.quant: nf4}
         nf3: {base.quant: nf3}
       adapter:
         lora: {adapter.kind: lora}
         dora: {adapter.kind: dora}
-    seeds: [0, 1, 2, 3]
+    seeds: 4
     rates: {values: [1e-4, 3e-4, 1e-3], steps: 80}
     compare:
       reference: lora
@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from qdora.errors import UserError, nearest
 from qdora.recipe.faults import fault_lines, shown
@@ -174,6 +174,10 @@ class TimeConfig(Section):
     """Seconds of an optimizer step. plan: as `qdora plan` estimates it for an A100."""
 
 
+def _seeds(value: Any) -> Any:
+    return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class Study(Section):
     """A study file."""
 
@@ -183,10 +187,11 @@ class Study(Section):
     """Changes in every cell: recipe key -> value."""
     product: Annotated[dict[Text, Axis], Field(min_length=1)]
     """The axes. Every combination of their values is run."""
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
-    """Seeds of every combination. A seed decides the initial values, the order of the data and, with eval.limit, the
-    examples that are evaluated; all arms share them. Seeds that only a stage names are later ones: where a comparison
-    has seeds of both sorts, these alone tell the spread (Stein's two-stage procedure)."""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), BeforeValidator(_seeds)] = (0, 1, 2)
+    """Seeds of every combination, or their number: 3 means 0, 1 and 2. A seed decides the initial values, the order of
+    the data and, with eval.limit, the examples that are evaluated; all arms share them. Seeds that only a stage names
+    are later ones: where a comparison has seeds of both sorts, these alone tell the spread (Stein's two-stage
+    procedure)."""
     stages: tuple[StageConfig, ...] = ()
     """The parts of the product that are run, in this order ([]: all)."""
     exclude: tuple[Choice, ...] = ()

@@ -12,7 +12,7 @@ import numpy as np
 from qdora.data.build_data import run_examples
 from qdora.data.example import Example
 from qdora.data.tokenize import encode_pairs
-from qdora.evaluation.suite import spread
+from qdora.evaluate.suite import spread
 from qdora.files.atomic import atomic_write_json
 from qdora.files.json_file import read_json_object
 from qdora.model.build_model import find_model

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qdora.evaluation.example_intervals import example_interval
+from qdora.evaluate.example_intervals import example_interval
 from qdora.study import statistics
 from qdora.study.cells import Kind, axes_of
 from qdora.study.compare import Arm, Results, improvement_interval, quality, seed_improvements

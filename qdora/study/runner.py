@@ -36,7 +36,7 @@ from qdora.files.work_lock import in_turn
 from qdora.memory.failed_allocation import free_memory
 from qdora.model.build_model import find_model
 from qdora.model.load import load_config, quantization_of
-from qdora.model.pruning import quantized_layers
+from qdora.prune.pruner import quantized_layers
 from qdora.recipe.recipe_file import missing_files, recipe_from, settings
 from qdora.recipe.settings import Recipe
 from qdora.run.adapter_step import adapter_step

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from qdora.errors import UserError
-from qdora.evaluation.before_after import by_task
-from qdora.evaluation.example_intervals import Array, SeedScores, TaskScores, Weighting
+from qdora.evaluate.before_after import by_task
+from qdora.evaluate.example_intervals import Array, SeedScores, TaskScores, Weighting
 
 Measure = Literal["nll_per_token", "nll_by_task", "acc", "acc_norm", "chance", "right", "unparsable"]
 """nll_per_token: NLL of the right answer, nats per token. nll_by_task: the same with each task counting once. acc,

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from qdora.analysis.weight_changes import set_magnitude_back_
+from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.data.build_data import run_examples
-from qdora.evaluation.suite import evaluate
+from qdora.evaluate.suite import evaluate
 from qdora.files.atomic import atomic_write_json
 from qdora.model.inject import adapted_layers
 from qdora.model.model_size import model_size
-from qdora.nn.adapted_linear import AdaptedLinear
+from qdora.rank.weight_changes import set_magnitude_back_
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import load_run
 from qdora.study.base_damage import uncompressed_base

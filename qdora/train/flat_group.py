@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qdora.errors import first_line
 from qdora.files.nvidia_driver import CONCURRENT_MANAGED_ACCESS, device_attribute
 from qdora.memory.failed_allocation import is_out_of_memory
-from qdora.ops.planned_device import is_planning
-from qdora.ops.split_float import join_float32, split_float32_
+from qdora.quant.planned_device import is_planning
+from qdora.train.split_float import join_float32, split_float32_
 
 OptimizerName = Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw", "paged_lion_8bit", "lion"]
 
@@ -35,7 +35,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
 """Averages in a parameter's state, of the parameter's shape: torch's names, then bitsandbytes'."""
 NOT_STORED = ("qmap1", "qmap2")
 """Code books of bitsandbytes' 8-bit format: constants, made again instead of stored."""
-# Last part of the path of trained rows (nn/trained_rows.py), and of the vectors of all experts of a stack together.
+# Last part of the path of trained rows (adapter/trained_rows.py), and of the vectors of all experts of a stack.
 _NO_MATRICES = ("rows", "magnitude", "bias")
 # Values per block scale in bitsandbytes' 8-bit states, and the least elements of a tensor with such states.
 _BLOCK, _LEAST_8BIT = 256, 4096

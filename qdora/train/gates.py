@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.gate import gate_slope, gate_value, probability_on
 from qdora.errors import UserError
 from qdora.files.tensor_file import write_tensors
-from qdora.nn.adapted_linear import AdaptedLinear
-from qdora.ops.gate import gate_slope, gate_value, probability_on
 from qdora.recipe.settings import GateConfig
 from qdora.train.distributed import Processes
 from qdora.train.optimizer import AdapterOptimizer

@@ -1,6 +1,6 @@
 """AdamW and Lion for adapters stored in bf16, with no update lost to rounding.
 
-The 16 bits that bf16 drops from a float32 parameter are kept in an int16 beside it (ops/split_float.py). Each step
+The 16 bits that bf16 drops from a float32 parameter are kept in an int16 beside it (train/split_float.py). Each step
 joins the two to float32, updates there and splits again, so training runs as with float32 parameters while the layers
 read bf16. Gradients arrive and accumulate in float32 (`Tensor.grad_dtype`).
 
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from qdora.errors import RunFailure, first_line
 from qdora.memory.failed_allocation import free_memory, is_out_of_memory
-from qdora.ops.planned_device import is_planning
-from qdora.ops.split_float import join_float32, split_float32_
+from qdora.quant.planned_device import is_planning
 from qdora.train.flat_group import (
     MOMENTS,
     NOT_STORED,
@@ -33,6 +32,7 @@ from qdora.train.flat_group import (
     groups_of,
     widened_state,
 )
+from qdora.train.split_float import join_float32, split_float32_
 
 # Averages of the gradient; the other two are of its square.
 _FIRST_MOMENTS = ("exp_avg", "state1")

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.plain_linear import is_plain_linear
 from qdora.memory.sharded_base import release
 from qdora.model.text_config import text_config
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.plain_linear import is_plain_linear
-from qdora.ops.loss import auto_chunk, chunked_nll, token_nll
 from qdora.train.checkpoint import random_state, set_random_state
+from qdora.train.loss import auto_chunk, chunked_nll, token_nll
 
 # Fields of transformers' configs. Cohere and Falcon-H1 multiply by their scale, Granite divides, and HyperCLOVA X
 # multiplies by a field with Granite's name, so both are tried.

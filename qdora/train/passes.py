@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdora.adapter.host_embedding import ids_on_host
+from qdora.adapter.prepared_gains import norms_checked_later, prepare_gains, settle_norms, unchecked
+from qdora.adapter.shared_norms import prepare_shared_gains
 from qdora.data.batching import Packing
 from qdora.data.loader import Step
 from qdora.model.inject import adapted_layers
 from qdora.model.known_masks import flash_inputs, known_masks, packed_mask_is_known, takes_flash_lengths
-from qdora.nn.host_embedding import ids_on_host
-from qdora.nn.prepared_gains import norms_checked_later, prepare_gains, settle_norms, unchecked
-from qdora.nn.shared_norms import prepare_shared_gains
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.hooks import Metrics, Reading
 from qdora.train.loss_scale import LossScale

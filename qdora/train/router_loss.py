@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedConfig
 
 from qdora.errors import UserError
-from qdora.ops.load_balance import load_balancing_loss
 from qdora.recipe.settings import Recipe
+from qdora.train.load_balance import load_balancing_loss
 
 _PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 """Those of transformers' function; a family whose function has others computes another loss."""

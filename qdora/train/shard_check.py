@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qdora.adapter.frozen_linear import FrozenLinear
+from qdora.adapter.row_share import divided_tensors
+from qdora.adapter.shared_norms import prepare_shared_gains
 from qdora.errors import RunFailure
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
-from qdora.nn.frozen_linear import FrozenLinear
-from qdora.nn.row_share import divided_tensors
-from qdora.nn.shared_norms import prepare_shared_gains
-from qdora.ops.tiles import Weight
+from qdora.quant.tiles import Weight
 from qdora.train.distributed import Processes
 from qdora.train.passes import batch_loss
 

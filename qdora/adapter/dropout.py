@@ -1,0 +1,101 @@
+"""Dropout from a seed, which draws the same zeros wherever they are needed: forward, recompute and backward.
+
+A GPU draws a mask, one launch. A CPU draws the zeroed positions, not a random number for every element: a Poisson(-n
+log(1 - p)) number of positions uniformly out of n. The hits of one position are then Poisson(-log(1 - p)),
+independently of all others, and it stays with probability exp(log(1 - p)) = 1 - p. At p = 0.05 that takes 0.051 draws
+an element. On a CPU, which draws random numbers one after the other, a mask of 256 x 4096 takes 4.3 ms and the
+positions 0.15 ms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qdora.quant.planned_device import device_kind, is_planning
+
+# Elements handled at a time: bounds the workspace, and on a CPU the writes at random positions stay in the cache. On a
+# GPU 32 MiB of mask and 64 MiB of 16-bit inputs: one slice for 2,048 tokens of 14336.
+_ELEMENTS_PER_SLICE = 1 << 20
+_GPU_ELEMENTS_PER_SLICE = 1 << 25
+
+
+def draw_seed() -> int:
+    """A seed from torch's default CPU generator, which a checkpoint's recompute restores."""
+    return 0 if is_planning() else int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
+
+
+def tokens_per_slice(in_features: int, device_type: str) -> int:
+    """Tokens whose zeros are drawn together, at least 1."""
+    elements = _ELEMENTS_PER_SLICE if device_type == "cpu" else _GPU_ELEMENTS_PER_SLICE
+    return max(1, elements // in_features)
+
+
+def dropped_slices(x: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of tokens with what to zero in them; the same seed gives the same for the same shape and device.
+
+    Args:
+        x: (tokens, features). The zeros are drawn on its device; their number on a CPU alone, so a GPU never waits.
+        dropout: Probability that an element is zeroed, in (0, 1).
+        seed: From `draw_seed`.
+    Yields: (tokens, zeros): on a CPU positions in the flattened run, int64, some of them twice; on a GPU the mask of
+        what stays, (run, features) bool.
+    """
+    num_tokens, in_features = x.shape
+    generator = torch.Generator(x.device).manual_seed(seed)
+    kind = device_kind(x.device)
+    step = tokens_per_slice(in_features, kind)
+    for start in range(0, num_tokens, step):
+        tokens = slice(start, min(start + step, num_tokens))
+        shape = (tokens.stop - start, in_features)
+        if kind == "cpu":
+            yield tokens, drawn_positions(shape[0] * in_features, dropout, generator)
+        else:
+            keep = torch.empty(shape, dtype=torch.bool, device=x.device)
+            yield tokens, keep.bernoulli_(1.0 - dropout, generator=generator)
+
+
+def drawn_positions(size: int, dropout: float, generator: torch.Generator) -> Tensor:
+    """The positions of the zeros among `size` elements, int64 on the generator's device, some of them twice."""
+    mean = -math.log1p(-dropout) * size
+    number = round(mean)
+    if not is_planning():
+        expected = torch.tensor(mean, dtype=torch.float64, device=generator.device)
+        number = int(torch.poisson(expected, generator=generator))
+    # Two positions from each 64 random bits: floor(u * size / 2^32), off from uniform by size / 2^32.
+    bits = torch.empty((number + 1) // 2, dtype=torch.int64, device=generator.device)
+    bits.random_(-(2**63), None, generator=generator)
+    halves = bits.view(torch.int32)[:number].to(torch.int64).bitwise_and_(0xFFFFFFFF)
+    return halves.mul_(size).bitwise_right_shift_(32)
+
+
+def dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """drop(x) without the factor 1 / (1 - p), (tokens, features); x itself without dropout."""
+    return x if dropout == 0.0 else drop_(x.clone(memory_format=torch.contiguous_format), dropout, seed)
+
+
+def drop_(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """Drop elements of a contiguous (tokens, features) tensor in place and return it."""
+    if dropout == 0.0:
+        return x
+    for tokens, zeros in dropped_slices(x, dropout, seed):
+        zeroed_(x[tokens], zeros)
+    return x
+
+
+def zeroed(values: Tensor, zeros: Tensor) -> Tensor:
+    """A copy of a (tokens, features) tensor in any layout with the `zeros` of `dropped_slices`."""
+    if zeros.dtype == torch.bool:
+        return values * zeros
+    return zeroed_(values.clone(memory_format=torch.contiguous_format), zeros)
+
+
+def zeroed_(values: Tensor, zeros: Tensor) -> Tensor:
+    """Write the `zeros` of `dropped_slices` into a contiguous (tokens, features) tensor."""
+    if zeros.dtype == torch.bool:
+        return values.mul_(zeros)
+    values.view(-1).index_put_((zeros,), values.new_zeros(()))
+    return values

@@ -1,0 +1,179 @@
+"""Norms, gains and operands of many layers, made before a step's first forward pass.
+
+Layers alike (of one shape, rank and kind of base) share their operations. One by one, the some 20 small operations of a
+layer take longer to send than to compute: with SmolLM2's 210 layers on a CPU, most of the time of all norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.adapted_product import Operands
+from qdora.adapter.dora import FactoredNorm, Gain, factored_norms, gain, measure_cancelled_
+from qdora.adapter.low_rank_factors import entries_at_a_time, row_factor, scaled_B
+from qdora.quant.packed import PackedWeight
+from qdora.quant.planned_device import is_planning
+from qdora.quant.tiles import Weight, own_scales, with_scales
+
+_CHECKED_LATER: ContextVar[bool] = ContextVar("norms_are_checked_later", default=False)
+
+
+@contextmanager
+def norms_checked_later(later: bool) -> Iterator[None]:
+    """With `later`, `prepare_gains` does not wait for a GPU in the block. Whoever opened the block then reads the flags
+    of the `unchecked` layers, and if `settle_norms` returns True, drops what came of their norms."""
+    before = _CHECKED_LATER.set(later)
+    try:
+        yield
+    finally:
+        _CHECKED_LATER.reset(before)
+
+
+def unchecked(layers: Iterable[AdaptedLinear]) -> dict[AdaptedLinear, Tensor]:
+    """The layers whose norms may be wrong, and `has_cancelled` of each."""
+    return {layer: layer.has_cancelled for layer in layers if layer.has_cancelled is not None}
+
+
+def settle_norms(layers: Iterable[AdaptedLinear], flags: Sequence[float]) -> bool:
+    """Take the flags of the `unchecked` layers, 0 for a norm that is right, and forget the wrong norms. Returns whether
+    there are any. From then on `prepare_gains` reads the flags of their layers at once, until they are 0."""
+    for layer, flag in zip(layers, flags, strict=True):
+        layer.has_cancelled = None
+        if flag:
+            layer._is_asked = True
+            layer.parameters_changed()
+    return any(flags)
+
+
+def prepare_gains(layers: Iterable[AdaptedLinear]) -> int:
+    """Compute the gains that the coming forward pass needs, so that a GPU's host waits once, not once a layer.
+
+    Whether a row's factored norm has cancelled decides what runs next, and asking a GPU empties its queue of work. Here
+    one question serves all layers, or none is asked (`norms_checked_later`). Then the layers' `operands` are made.
+    Skipped are layers that have not run yet, whose parameters have not changed, that are masked (a masked norm asks
+    nothing), or whose base is divided (`shared_norms`). The forward pass computes the rest. The weights of all layers
+    are read together, so streamed ones must be of one block. Returns how many norms were computed.
+    """
+    known = [(layer, layer._dtype) for layer in layers if layer._dtype is not None]
+    ready = [(layer, dtype) for layer, dtype in known if not layer.masked and layer.base.share is None]
+    changed = [(layer, dtype) for layer, dtype in ready if layer.kind == "dora" and not layer.knows_norm(dtype)]
+    for layer, _ in changed:
+        layer.parameters_changed()  # frees what is of earlier parameters, before as much is made anew
+    groups = _alike(changed)
+    device = changed[0][0].lora_A.device.type if changed else "cpu"
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        for each in groups:
+            each.compute_norms()
+        _check(groups)
+        while groups:
+            groups.pop().keep()  # and frees what is not kept
+    for layer, dtype in ready:
+        layer.operands(dtype)
+    return len(changed)
+
+
+def _check(groups: Sequence[_Alike]) -> None:
+    """Ask which norms have cancelled, and measure those again; or note that nobody has asked yet."""
+    asked: list[tuple[_Alike, int, Tensor]] = []
+    for each in groups:
+        for number, flag in enumerate(each.cancelled.any(dim=1)):
+            layer = each.layers[number]
+            asks_later = _CHECKED_LATER.get() and not layer._is_asked
+            layer.has_cancelled = flag if asks_later else None
+            if not asks_later:
+                asked.append((each, number, flag))
+    answers = [False] * len(asked)
+    if asked and not is_planning():
+        device = asked[0][2].device
+        answers = torch.stack([flag.to(device) for _, _, flag in asked]).tolist()
+    for (each, number, _), has_cancelled in zip(asked, answers, strict=True):
+        each.layers[number]._is_asked = has_cancelled
+        if has_cancelled:
+            each.measure_again(number)
+
+
+@dataclass
+class _Alike:
+    """Layers whose tensors can be stacked, and what follows from their parameters for products in `dtype`.
+
+    Attributes:
+        lora_A, lora_B: (n, rank, in) and (n, out, rank), as the products take them; the gates are in B.
+        weights: The bases, with decoded block scales where the layers keep them.
+        norm, cancelled: (n, out), once they are computed.
+    """
+
+    layers: list[AdaptedLinear]
+    dtype: torch.dtype
+    lora_A: Tensor = field(init=False)
+    lora_B: Tensor = field(init=False)
+    weights: list[Weight] = field(init=False)
+    norm: Tensor = field(init=False)
+    cancelled: Tensor = field(init=False)
+
+    def compute_norms(self) -> None:
+        """Set all fields."""
+        factors = [layer._rounded_factors(self.dtype) for layer in self.layers]
+        self.lora_A, self.lora_B = (_stacked(some) for some in zip(*factors, strict=True))
+        self.weights = [_with_decoded_scales(layer) for layer in self.layers]
+        squared = _stacked([layer.base_squared for layer in self.layers if layer.base_squared is not None])
+        scaling = self.layers[0].scaling
+        found = factored_norms(self.weights, self.lora_A, self.lora_B, scaling, base_squared=squared, dtype=self.dtype)
+        self.norm, self.cancelled = found
+
+    def measure_again(self, number: int) -> None:
+        """Measure the cancelled rows of a layer."""
+        found = FactoredNorm(self.norm[number], self.cancelled[number])
+        factors, scaling = (self.lora_A[number], self.lora_B[number]), self.layers[number].scaling
+        measure_cancelled_(found, self.weights[number], *factors, scaling, dtype=self.dtype)
+
+    def keep(self) -> None:
+        """Keep norms, gains and operands in the layers; nothing is left here."""
+        first = self.layers[0]
+        magnitude = _stacked([layer.magnitude.detach() for layer in self.layers if layer.magnitude is not None])
+        value, inverse = gain(magnitude, self.norm)
+        factor = row_factor(value, first.scaling / (1.0 - first.present_dropout))
+        assert isinstance(factor, Tensor), "DoRA has gains"
+        scaled = scaled_B(self.lora_B.flatten(0, 1), factor.flatten(0, 1), self.dtype).view_as(self.lora_B)
+        for i, layer in enumerate(self.layers):
+            weight = self.weights.pop(0)  # its decoded scales go with it
+            scales = own_scales(weight, value[i]) if layer.may_keep_scales else None
+            a = layer.lora_A.detach() if layer.lora_A.dtype == self.dtype else self.lora_A[i]
+            operands = Operands(a, scaled[i], factor[i], Gain(value[i], inverse[i]), scales)
+            layer.keep_prepared(self.dtype, self.norm[i], operands)
+
+
+def _alike(layers: Sequence[tuple[AdaptedLinear, torch.dtype]]) -> list[_Alike]:
+    """Groups of layers alike, each of as many as may be stacked at a time."""
+    groups: dict[tuple[torch.dtype, tuple[object, ...]], list[AdaptedLinear]] = {}
+    for layer, dtype in layers:
+        weight = layer.base.stored_weight
+        base = (weight.kind, weight.block_size) if isinstance(weight, PackedWeight) else weight.dtype
+        shape = layer.out_features, layer.in_features, layer.rank, layer.scaling, layer.present_dropout
+        kept = layer.lora_A.dtype, layer.lora_B.dtype, layer.lora_A.device, layer.may_keep_scales
+        groups.setdefault((dtype, (base, shape, kept)), []).append(layer)
+    found = []
+    for (dtype, _), some in groups.items():
+        first = some[0]
+        entries = first.rank * max(first.out_features, first.in_features)
+        number = max(1, entries_at_a_time(first.lora_A.device) // entries)
+        found += [_Alike(some[start : start + number], dtype) for start in range(0, len(some), number)]
+    return found
+
+
+def _with_decoded_scales(layer: AdaptedLinear) -> Weight:
+    """The base of a layer; where it keeps scales, with decoded ones, which the norm and the operands share."""
+    weight = layer.base.stored_weight
+    scales = own_scales(weight) if layer.may_keep_scales else None
+    return weight if scales is None else with_scales(weight, scales)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """(n, ...) of n tensors (...); of one without a copy."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))

@@ -1,0 +1,318 @@
+"""Accuracy by generation: the model answers in its own words, and the answer is read from them.
+
+The protocol of the DoRA paper's commonsense table (arXiv 2402.09353, sec. 5.1), which is that of LLM-Adapters (arXiv
+2304.01933): an instruction, up to 32 new tokens, the first answer name that occurs counts ("answer2", "true"). One
+thing differs: decoding is greedy, the published script searches with 4 beams. An output without any of the names is not
+right, and is counted separately: a model that does not keep to the format differs from one that errs.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import GenerationConfig, StoppingCriteriaList
+
+from qdora.adapter.frozen_product import decoding
+from qdora.data.example import Example
+from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
+from qdora.errors import UserError
+from qdora.evaluate.batches import length_batches, results_of
+from qdora.evaluate.forward_path import head_input, pads_left, scoring
+from qdora.evaluate.metrics import mean_stderr
+from qdora.evaluate.suite import (
+    FEWEST,
+    Cell,
+    Result,
+    averaged,
+    conditions,
+    estimated,
+    percent,
+    results_table,
+    spread,
+)
+from qdora.evaluate.token_scores import padded
+from qdora.files.console import Progress
+from qdora.model.stop_ids import stop_ids_of_model
+from qdora.model.text_config import context_length
+
+MAX_NEW_TOKENS = 32
+"""As in the published evaluation."""
+_NUM_SAMPLES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedResult:
+    """Counts of one task, or of all of them. num_right + num_wrong + num_unparsable = num_examples."""
+
+    num_examples: int
+    num_right: int
+    num_wrong: int
+    num_unparsable: int
+    acc: float
+    """num_right / num_examples; in the average the mean over tasks."""
+    acc_stderr: float | None
+    chance: float
+    """Expected accuracy of a random choice."""
+    num_truncated: int
+    num_new_tokens: int
+    unparsable: list[dict[str, str]] = field(default_factory=list)
+    """id and output of the first few outputs that name no choice."""
+
+
+GenerationResult = Result[GeneratedResult]
+
+
+def evaluate_generated(
+    model: nn.Module,
+    tokenizer: Any,
+    examples_by_task: Mapping[str, Sequence[Example]],
+    *,
+    limit: int | None = None,
+    block: int | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_batch_tokens: int = 4096,
+    progress: Progress | None = None,
+) -> GenerationResult:
+    """Let the model answer every task's examples; count right, wrong and unparsable answers.
+
+    A record of `per_example` has the index of the choice that the output names first, None where it names none. The
+    output ends at the token that decided the answer, else at the end of sequence or the last allowed token.
+
+    Args:
+        examples_by_task: Task name -> its examples, at least one each, without `generation_faults`.
+        limit, block: Most examples of a task (None: all), and which: the same as `suite.evaluate` takes.
+        max_new_tokens: Most tokens of one answer.
+        max_batch_tokens: Most tokens of one batch, padding and new tokens included.
+    Raises: UserError if the model's context is too short for any prompt.
+    """
+    began = time.perf_counter()
+    stop_ids = stop_ids_of_model(model, tokenizer)
+    tasks: dict[str, GeneratedResult] = {}
+    records: list[dict[str, Any]] = []
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    for task, examples in examples_by_task.items():
+        chosen = spread(examples, limit, block)
+        names = [answer_names(example.choices) for example in chosen]
+        prompts, cut = _prompts(tokenizer, chosen, context_length(model), max_new_tokens)
+
+        def decided(index: int, ids: Sequence[int], names: Sequence[Sequence[str]] = names) -> bool:
+            """Whether the first name is complete: what follows could not change the answer."""
+            answer, may_change = first_mention(text(ids), names[index])
+            return answer is not None and not may_change
+
+        generated = decode_greedily(
+            model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            finished=decided,
+            max_batch_tokens=max_batch_tokens,
+            progress=progress,
+        )
+        own: list[dict[str, Any]] = []
+        for example, choices, ids, num_truncated in zip(chosen, names, generated, cut, strict=True):
+            output = text(ids)
+            answer, _ = first_mention(output, choices)
+            record = {"task": task, "id": example.id, "gold": example.gold, "output": output, "answer": answer}
+            outcome = "unparsable" if answer is None else "right" if answer == example.gold else "wrong"
+            own.append(record | {"num_new_tokens": len(ids), "num_truncated": num_truncated, "outcome": outcome})
+        tasks[task] = _counted(own, [len(choices) for choices in names])
+        records += own
+    settings = {
+        "method": "generate",
+        "decoding": "greedy",
+        "limit": limit,
+        "block": block,
+        "max_new_tokens": max_new_tokens,
+        "max_batch_tokens": max_batch_tokens,
+        **conditions(model, began),
+    }
+    return GenerationResult(tasks, _average(list(tasks.values())), settings, records)
+
+
+def generation_faults(examples_by_task: Mapping[str, Sequence[Example]]) -> list[str]:
+    """Why these examples cannot be evaluated by generation, a line per task. No model is needed to say."""
+    faults = []
+    for task, examples in examples_by_task.items():
+        wrong = next((each for each in examples if not answer_names(each.choices)), None)
+        if wrong is not None:
+            has = f"choices such as {wrong.choices[0].strip()[:40]!r}" if wrong.choices else "no choices"
+            faults.append(
+                f"eval.method: generate needs choices that differ in one word, got task '{task}', whose example "
+                f"{wrong.id} has {has}. Fix: for the eight commonsense tasks set data.mix[].format: commonsense170k; "
+                "for other data eval.method: loglikelihood."
+            )
+    return faults
+
+
+def generation_table(results: Mapping[str, GenerationResult]) -> Table:
+    """Tasks as rows and, per label, accuracy in % ± standard error with right / wrong / unparsable, for a terminal."""
+
+    def acc(result: GeneratedResult) -> str:
+        return percent(result.acc, None if result.num_examples < FEWEST else result.acc_stderr)
+
+    def counts(result: GeneratedResult) -> str:
+        return f"{result.num_right} / {result.num_wrong} / {result.num_unparsable}"
+
+    shared: dict[str, Cell] = {"n": lambda each: str(each.num_examples), "chance": lambda each: percent(each.chance)}
+    return results_table("answers generated", results, shared, {"acc %": acc, "right / wrong / unparsable": counts})
+
+
+def _prompts(
+    tokenizer: Any, examples: Sequence[Example], context: int | None, max_new_tokens: int
+) -> tuple[list[list[int]], list[int]]:
+    """Ids of each prompt, and how many were cut from its left so that prompt and answer fit the model's context."""
+    prefix = special_prefix(tokenizer)
+    encoded = [with_prefix(ids, prefix) for ids in encode_batch(tokenizer, [example.prompt for example in examples])]
+    room = None if context is None else context + 1 - max_new_tokens  # the last new token is never fed
+    if room is not None and room <= len(prefix):
+        raise UserError(
+            f"eval.method: generate needs a context longer than the {max_new_tokens} tokens of the answer, got a model "
+            f"with {context}. Fix: set method: loglikelihood."
+        )
+    cut = [0 if room is None else max(len(ids) - room, 0) for ids in encoded]
+    return [[*prefix, *ids[len(prefix) + num_cut :]] for ids, num_cut in zip(encoded, cut, strict=True)], cut
+
+
+def _counted(records: Sequence[Mapping[str, Any]], num_choices: Sequence[int]) -> GeneratedResult:
+    outcomes = [record["outcome"] for record in records]
+    lost = [record for record in records if record["answer"] is None]
+    return GeneratedResult(
+        num_examples=len(records),
+        num_right=outcomes.count("right"),
+        num_wrong=outcomes.count("wrong"),
+        num_unparsable=outcomes.count("unparsable"),
+        **estimated("acc", mean_stderr([outcome == "right" for outcome in outcomes])),
+        chance=float(np.mean([1.0 / count for count in num_choices])),
+        num_truncated=sum(record["num_truncated"] > 0 for record in records),
+        num_new_tokens=sum(record["num_new_tokens"] for record in records),
+        unparsable=[{"id": record["id"], "output": record["output"]} for record in lost[:_NUM_SAMPLES]],
+    )
+
+
+def _average(results: Sequence[GeneratedResult]) -> GeneratedResult:
+    counts = [each.name for each in fields(GeneratedResult) if each.name.startswith("num_")]
+    return GeneratedResult(
+        **{name: sum(getattr(result, name) for result in results) for name in counts},
+        **estimated("acc", averaged(results, "acc")),
+        chance=float(np.mean([result.chance for result in results])),
+    )
+
+
+_NAME = re.compile(r"[^\W_][\w'-]*")
+
+
+def answer_names(choices: Sequence[str]) -> tuple[str, ...]:
+    """The one word of each choice in which the choices differ; empty where they differ in more, or not at all.
+
+    ("the correct answer is answer1", "the correct answer is answer2") -> ("answer1", "answer2"); (" no", " yes") ->
+    ("no", "yes"); a full stop behind the word is not part of it.
+    """
+    words = [choice.split() for choice in choices]
+    while all(len(each) > 1 for each in words) and len({each[0] for each in words}) == 1:
+        words = [each[1:] for each in words]
+    while all(len(each) > 1 for each in words) and len({each[-1] for each in words}) == 1:
+        words = [each[:-1] for each in words]
+    names = tuple(each[0].rstrip(".") for each in words if len(each) == 1)
+    differ = len({name.casefold() for name in names}) == len(choices) > 1
+    return names if differ and all(map(_NAME.fullmatch, names)) else ()
+
+
+def first_mention(text: str, names: Sequence[str]) -> tuple[int | None, bool]:
+    """(index of the name that stands first in the text or None, whether more text could change that).
+
+    As in the published evaluation of LLM-Adapters the first name anywhere counts. Unlike there a name is a whole word
+    in any case, and one of this question: "answer5" is no answer to a question with four choices.
+    """
+    ordered = sorted(names, key=len, reverse=True)  # "well-being" before "well"
+    listed = "|".join(f"({re.escape(name)})" for name in ordered)
+    found = re.search(rf"(?<!\w)(?:{listed})(?!\w)", text, re.IGNORECASE)
+    if found is None:
+        return None, True
+    assert found.lastindex is not None
+    rest = text[found.start() :].casefold()
+    may_go_on = found.end() == len(text) or any(
+        name != rest and name.startswith(rest) for name in map(str.casefold, names)
+    )
+    return names.index(ordered[found.lastindex - 1]), may_go_on
+
+
+def decode_greedily(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    finished: Callable[[int, Sequence[int]], bool] = lambda _index, _ids: False,
+    max_batch_tokens: int = 4096,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """The continuation of every prompt by the most likely next token, again and again.
+
+    Prompts of a batch are padded on the left, or have one length where padding would count (`pads_left`). Apart from
+    rounding the result does not depend on the batch.
+
+    Args:
+        prompts: Token ids, at least one each, in any order.
+        max_new_tokens: Most tokens of one continuation.
+        stop_ids: Ends of sequence. A row is done at the first, which is not part of its result.
+        finished: Called with a prompt's index and its new ids after every token; a row is done where it returns True.
+        max_batch_tokens: Most tokens of one batch with `max_new_tokens` for every row, padding counted, unless a single
+            row is longer.
+    Returns: Per prompt its new ids, in the order given.
+    """
+    can_pad = pads_left(model)
+
+    def fits(batch: list[int]) -> bool:
+        longest, shortest = len(prompts[batch[0]]), len(prompts[batch[-1]])
+        return len(batch) * (longest + max_new_tokens) <= max_batch_tokens and (can_pad or shortest == longest)
+
+    def compute(batch: list[int]) -> list[list[int]]:
+        ids, mask = padded([prompts[index] for index in batch], left=True)
+        done: dict[int, list[int]] = {}
+
+        def are_done(tokens: Tensor, _scores: Any, **_: Any) -> Tensor:
+            for row, (index, new) in enumerate(zip(batch, tokens[:, ids.shape[1] :].tolist(), strict=True)):
+                if row not in done and (new[-1] in stop_ids or len(new) == max_new_tokens or finished(index, new)):
+                    done[row] = new[:-1] if new[-1] in stop_ids else new
+            return torch.tensor([row in done for row in range(len(batch))], device=tokens.device)
+
+        criteria = StoppingCriteriaList([are_done])
+        generate(model, ids, mask, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=criteria)
+        return [done[row] for row in range(len(batch))]
+
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    batches = list(length_batches(order, lambda index: len(prompts[index]), fits))
+    found = results_of(model, batches, compute, progress)
+    return [found[index] for index in range(len(prompts))]
+
+
+def generate(model: Any, ids: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+    """transformers' `generate` with these settings alone, (rows, prompt and new tokens).
+
+    The model's own config, with a repetition penalty perhaps, is set aside: `generate` takes from it whatever it is
+    not given, even if it is given a whole config.
+
+    Args:
+        ids, mask: (rows, length) int64, padded on the left.
+    """
+    device = next(model.parameters()).device
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    settings |= {"attention_mask": mask.to(device), "max_length": None, "use_cache": True, "pad_token_id": 0}
+    try:
+        with scoring(model), decoding(), head_input(model, lambda hidden: hidden[:, -1:]):
+            tokens: Tensor = model.generate(ids.to(device), **settings)
+    finally:
+        model.generation_config = own
+    return tokens

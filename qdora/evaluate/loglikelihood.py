@@ -1,0 +1,195 @@
+"""Log-likelihoods of choices and answers of examples: text in, nats out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from qdora.data.chat_template import require_chat_template
+from qdora.data.encode_chats import encode_chats
+from qdora.data.example import Example
+from qdora.data.tokenize import encode_pairs, special_prefix
+from qdora.errors import UserError
+from qdora.evaluate.token_scores import Span, score_groups, strided_spans
+from qdora.files.console import Progress
+from qdora.model.text_config import context_length
+
+_CHECKED_AT_A_TIME = 1024
+_SHOWN_FAULTS = 10
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExampleScore:
+    """The scores of one example; arrays are (choices,), or (1,) for the answer of an example without choices."""
+
+    id: str
+    gold: int | None
+    """None without choices."""
+    loglikelihoods: NDArray[np.float64]
+    """Summed over the tokens of each choice, nats."""
+    num_tokens: NDArray[np.int64]
+    num_chars: NDArray[np.int64]
+    """Characters of each choice without the white space that joins it to the prompt (acc_norm divides by these)."""
+    num_truncated: int
+    """Tokens cut from the left of the prompt because the example is longer than the model's context."""
+
+    @property
+    def nll(self) -> float:
+        """Of the right answer, nats."""
+        return -float(self.loglikelihoods[self.gold or 0])
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Scored tokens of the right answer."""
+        return int(self.num_tokens[self.gold or 0])
+
+
+def score_examples(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_batch_tokens: int = 4096,
+    progress: Progress | None = None,
+) -> list[ExampleScore]:
+    """Log-likelihood of every choice of every example, or of its answer where it has no choices.
+
+    Token ids are those of training: prompt and choice encoded together, without the end-of-sequence token; in a chat
+    the assistant's turns with their end marks. An example longer than the model's context loses tokens at the left of
+    its prompt, the same number for all its choices, as in lm-evaluation-harness (but it keeps a beginning-of-sequence
+    token, as in training). An answer that is too long by itself (plain text is all answer) is scored in windows that
+    overlap by half, each token once.
+
+    Args:
+        progress: Called with examples done and examples in all.
+    Returns: In the order of `examples`.
+    Raises: UserError if there is no token to score, a choice with its border alone exceeds the context, or a chat does
+        not fit the chat template; all faults at once.
+    """
+    spans, truncated = _spans(tokenizer, examples, context_length(model))
+    if any(truncated):
+        _warn_of_truncation(
+            ", ".join(sorted({example.task for example in examples})), np.count_nonzero(truncated), max(truncated)
+        )
+    groups = [  # only choices share a prefix
+        group
+        for example, own in zip(examples, spans, strict=True)
+        for group in ([own] if example.choices else [[span] for span in own])
+    ]
+    report = None if progress is None else lambda done, total: progress(len(examples) * done // total, len(examples))
+    found = iter(score_groups(model, groups, max_batch_tokens=max_batch_tokens, progress=report))
+    scores = []
+    for example, own, cut in zip(examples, spans, truncated, strict=True):
+        loglikelihoods, num_tokens = next(found), np.array([span.num_scored for span in own])
+        if not example.choices:
+            rest = [next(found) for _ in own[1:]]
+            loglikelihoods, num_tokens = sum(rest, loglikelihoods), num_tokens.sum(keepdims=True)
+        num_chars = np.array([len(choice.lstrip()) for choice in example.choices])
+        scores.append(ExampleScore(example.id, example.gold, loglikelihoods, num_tokens, num_chars, cut))
+    return scores
+
+
+def scoring_faults(tokenizer: Any, examples: Sequence[Example], context: int | None) -> list[str]:
+    """What `score_examples` would refuse, without a model: the first faults, or [].
+
+    Args:
+        context: The `context_length` of the model.
+    """
+    for start in range(0, len(examples), _CHECKED_AT_A_TIME):
+        try:
+            _spans(tokenizer, examples[start : start + _CHECKED_AT_A_TIME], context)
+        except UserError as error:
+            return list(error.faults)
+    return []
+
+
+def _spans(tokenizer: Any, examples: Sequence[Example], context: int | None) -> tuple[list[list[Span]], list[int]]:
+    """Per example its spans, and the tokens cut from its prompt.
+
+    They are one for each choice; without choices those of the answer, several for a chat or a long text.
+    """
+    chats = [example for example in examples if example.messages]
+    if chats:
+        require_chat_template(tokenizer, chats[0].task)
+    pairs = [(each.prompt, text) for each in examples if not each.messages for text in each.choices or (each.answer,)]
+    encoded_chats, encoded = iter(encode_chats(tokenizer, chats)), iter(encode_pairs(tokenizer, pairs))
+    prefix = len(special_prefix(tokenizer))
+    spans: list[list[Span]] = []
+    truncated: list[int] = []
+    faults: list[str] = []
+    for example in examples:
+        own: list[Span] = []
+        cut, fault = 0, "the answer has no token to score"
+        if example.choices:
+            choices = [next(encoded) for _ in example.choices]
+            own, cut, fault = _choice_spans(choices, prefix, context)
+        elif example.messages:
+            chat = next(encoded_chats)
+            if isinstance(chat, str):
+                fault = chat
+            else:  # the template writes what the tokenizer would have put in front
+                fitted = [_answer_spans(*run, 0, context) for part in chat for run in _runs(part.ids, part.mask)]
+                own, cut = [span for some, _ in fitted for span in some], max((cut for _, cut in fitted), default=0)
+        else:
+            own, cut = _answer_spans(*next(encoded), prefix, context)
+        spans.append(own)
+        truncated.append(cut)
+        if not own:
+            faults.append(f"{example.task}: example {example.id}: {fault}")
+    if len(faults) > _SHOWN_FAULTS:
+        faults[_SHOWN_FAULTS:] = [f"{len(faults) - _SHOWN_FAULTS} more examples that cannot be scored"]
+    if faults:
+        raise UserError(*faults)
+    return spans, truncated
+
+
+def _runs(ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[list[int], int]]:
+    """(ids up to its end, its start) of every run of True in the mask, token 0 left out: nothing predicts it."""
+    starts = [t for t in range(1, len(ids)) if mask[t] and (t == 1 or not mask[t - 1])]
+    ends = [t + 1 for t in range(1, len(ids)) if mask[t] and (t + 1 == len(ids) or not mask[t + 1])]
+    return [(list(ids[:end]), start) for start, end in zip(starts, ends, strict=True)]
+
+
+def _answer_spans(ids: Sequence[int], start: int, prefix: int, context: int | None) -> tuple[list[Span], int]:
+    """Spans that score ids[start:] once, each fed at most `context` tokens, and the prompt tokens that they lack.
+
+    Args:
+        prefix: Special tokens at the start, which are kept.
+    """
+    start = max(start, 1)
+    if start >= len(ids):
+        return [], 0
+    cut = 0 if context is None else max(len(ids) - 1 - context, 0)
+    if context is not None and cut > start - max(prefix, 1):
+        spans = strided_spans(ids, context, max(context // 2, 1), first=start)
+        return spans, start - spans[0].start
+    return [Span((*ids[:prefix], *ids[prefix + cut :]), start - cut)], cut
+
+
+def _choice_spans(
+    encoded: Sequence[tuple[Sequence[int], int]], prefix: int, context: int | None
+) -> tuple[list[Span], int, str]:
+    """(a span for each choice, the prompt tokens that they lack, what is wrong or "")."""
+    encoded = [(ids, max(start, 1)) for ids, start in encoded]
+    for index, (ids, start) in enumerate(encoded):
+        if start >= len(ids):
+            return [], 0, f"choices[{index}] has no token to score: it is empty, or one token with no prompt before it"
+    cut = 0 if context is None else max(max(len(ids) for ids, _ in encoded) - 1 - context, 0)
+    if cut > min(start for _, start in encoded) - max(prefix, 1):
+        return [], 0, f"a choice does not fit the model's context of {context} tokens, even without its prompt"
+    return [Span((*ids[:prefix], *ids[prefix + cut :]), start - cut) for ids, start in encoded], cut, ""
+
+
+@cache  # once: each evaluation of a run cuts the same prompts
+def _warn_of_truncation(tasks: str, num_cut: int, most: int) -> None:
+    what = f"{num_cut} examples exceed the model's context; up to {most} tokens were cut from the left of the prompt"
+    logger.warning("%s: %s", tasks, what)

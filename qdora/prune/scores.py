@@ -1,0 +1,230 @@
+"""Pruning a dense weight by magnitude, Wanda or SparseGPT, and the statistics of inputs that two of them need.
+
+    magnitude   removing w_ij costs w_ij^2
+    Wanda       w_ij^2 ||x_j||^2           inputs x measured on calibration text
+    SparseGPT   w_ij^2 / [H^-1]_jj         and the weights that stay are corrected, see `sparsegpt`
+
+Squares order the weights as the magnitudes of the papers do, and add up to the cost of a row or column.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qdora.errors import UserError
+from qdora.quant.sparsity import Group, SparsityPattern, check_shape, keep_mask, lowest, num_pruned
+
+DAMPING = 0.01
+"""Added to H's diagonal, as a share of its mean. Source: SparseGPT, arXiv 2301.00774, sec. 4."""
+BLOCK_COLUMNS = 128
+"""Columns whose mask SparseGPT chooses together. Source: SparseGPT, arXiv 2301.00774, sec. 3.3 and 4."""
+# Entries whose squares are formed at a time when a statistic is added up: 64 MiB of float32.
+_ENTRIES_PER_SLICE = 1 << 24
+
+
+class Pruned(NamedTuple):
+    """A pruned weight: (out, in) in its dtype, exactly 0 where `keep_mask` (out, in) is False."""
+
+    weight: Tensor
+    keep_mask: Tensor
+
+
+class InputStatistics:
+    """Statistics of a layer's inputs, added up over batches of calibration text in float32 on `device`.
+
+    For "wanda" they are the squares of each column, for "sparsegpt" all of X^T X.
+    """
+
+    def __init__(self, in_features: int, method: Literal["wanda", "sparsegpt"], device: torch.device | str) -> None:
+        shape = (in_features,) if method == "wanda" else (in_features, in_features)
+        self.sums = torch.zeros(shape, dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Add inputs (..., in) of any float dtype."""
+        tokens = x.detach().reshape(-1, x.shape[-1])
+        step = max(1, _ENTRIES_PER_SLICE // tokens.shape[1])
+        for start in range(0, tokens.shape[0], step):
+            part = tokens[start : start + step].float()
+            if self.sums.ndim == 1:
+                self.sums += part.square().sum(dim=0)
+            else:
+                self.sums.addmm_(part.T, part)
+
+    @property
+    def column_squares(self) -> Tensor:
+        """||x_j||^2 of each column, (in,) float32."""
+        return self.sums if self.sums.ndim == 1 else self.sums.diagonal()
+
+
+@torch.no_grad()
+def prune_weight(
+    weight: Tensor,
+    method: Literal["magnitude", "wanda", "sparsegpt"],
+    pattern: SparsityPattern,
+    *,
+    statistics: InputStatistics | None = None,
+    group: Group | None = None,
+    damping: float = DAMPING,
+    name: str = "weight",
+) -> Pruned:
+    """Prune a dense weight, (out, in) in any float dtype, which does not change.
+
+    Args:
+        statistics: Statistics of the layer's inputs for this method; required by wanda and sparsegpt.
+        group: The weights that an unstructured pattern compares (default: the whole tensor for magnitude, each row for
+            Wanda, its paper, sec. 3). sparsegpt compares within blocks of columns and takes none.
+        damping: See `sparsegpt`.
+        name: The weight's name in an error.
+    Raises ValueError: Weights that are not finite, or a pattern that does not fit.
+    """
+    assert (statistics is None) == (method == "magnitude"), "only magnitude takes no statistics"
+    num_bad = weight.numel() - int(weight.isfinite().sum())
+    if num_bad:
+        raise UserError(
+            f"{name}: {num_bad} of {weight.numel()} weights are not finite (NaN or infinite) and cannot be pruned."
+        )
+    if statistics is not None and not bool(statistics.sums.isfinite().all()):
+        raise UserError(f"{name}: the inputs measured on the calibration text are not finite (NaN or infinite).")
+    check_shape(pattern, (weight.shape[0], weight.shape[1]), name)
+    if method == "sparsegpt":
+        assert statistics is not None
+        assert group is None
+        return sparsegpt(weight, statistics.sums, pattern, damping=damping, name=name)
+    keep = mask_by_scores(weight, statistics, pattern, group)
+    return Pruned(weight.masked_fill(~keep, 0), keep)
+
+
+@torch.no_grad()
+def mask_by_scores(
+    weight: Tensor, statistics: InputStatistics | None, pattern: SparsityPattern, group: Group | None = None
+) -> Tensor:
+    """The keep mask (out, in) that Wanda chooses with the statistics of a layer's inputs; without them, magnitude.
+
+    `group` as in `prune_weight`.
+    """
+    if statistics is None:
+        return keep_mask(magnitude_scores(weight), pattern, group or "tensor")
+    return keep_mask(wanda_scores(weight, statistics.column_squares), pattern, group or "row")
+
+
+@torch.no_grad()
+def magnitude_scores(weight: Tensor) -> Tensor:
+    """w_ij^2, (out, in) float32 (float64 for float64 weights)."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).square()
+
+
+@torch.no_grad()
+def wanda_scores(weight: Tensor, column_squares: Tensor) -> Tensor:
+    """(|w_ij| ||x_j||)^2, (out, in) float32 (float64 for float64 weights). Source: Wanda, arXiv 2306.11695, eq. 1.
+
+    `column_squares` is ||x_j||^2 over the calibration tokens, (in,). If all are 0 (an expert without tokens), every
+    column counts the same.
+    """
+    scores = magnitude_scores(weight)
+    largest = column_squares.max()
+    if largest == 0:
+        return scores
+    # Divided by the largest, which changes no order: sums over many tokens would leave float32's range.
+    return scores.mul_(column_squares.to(scores.dtype) / largest)
+
+
+@torch.no_grad()
+def sparsegpt(
+    weight: Tensor, input_products: Tensor, pattern: SparsityPattern, *, damping: float = DAMPING, name: str = "weight"
+) -> Pruned:
+    """Remove weights column by column, and move each error on to the columns behind it.
+
+    With H = X^T X + damping, and V upper triangular with H^-1 = V^T V, removing w_ij costs w_ij^2 / V_jj^2, and w_i,j:
+    -= (w_ij / V_jj) V_j,j: compensates best. V_jj^2 is the entry of the inverse of H restricted to columns j and later.
+    Source: SparseGPT, arXiv 2301.00774, sec. 3 and algorithm 1. V comes from the Cholesky factor of H with its order
+    reversed and one triangular inverse; H itself is never inverted.
+
+    An unstructured mask is chosen for `BLOCK_COLUMNS` columns at a time, over all rows, from the weights as corrected
+    so far; an n:m mask for m columns at a time. Whole columns are chosen before the first one is removed. Whole rows
+    leave nothing to correct. A column whose inputs were all zero costs nothing, so it goes first; weights of it that
+    stay do not change.
+
+    Args:
+        weight: (out, in), any float dtype; not changed.
+        input_products: X^T X over the calibration tokens, (in, in), float32 or float64; the sums run in its dtype.
+        damping: Added to the diagonal, as a share of its mean; above 0.
+    Raises UserError: If the damped H is not positive definite.
+    """
+    factor = _inverse_factor(input_products, damping, name)
+    work = weight.to(input_products.dtype, copy=True)
+    if pattern.kind == "rows":
+        energy = (work @ input_products).mul_(work).sum(dim=1, keepdim=True)
+        # It cannot be negative; rounding could make it so.
+        keep = keep_mask(energy.clamp_(min=0), pattern).expand(work.shape).contiguous()
+        return Pruned(weight.masked_fill(~keep, 0), keep)
+    if pattern.kind == "columns":
+        # The whole inverse's diagonal: the columns are chosen before any is removed.
+        mask = keep_mask(work.square() * _cost(factor.square().sum(dim=0), input_products), pattern)
+    else:
+        mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+    cost = _cost(factor.diagonal().square(), input_products)
+    num_columns, block_columns = work.shape[1], BLOCK_COLUMNS
+    if pattern.kind == "n:m":
+        block_columns = -(-block_columns // pattern.of) * pattern.of
+    for start in range(0, num_columns, block_columns):
+        columns = slice(start, min(start + block_columns, num_columns))
+        if pattern.kind == "unstructured":
+            mask[:, columns] = _block_mask(work, cost, pattern.sparsity, columns)
+        errors = _remove_columns(work, factor, cost, mask, columns=columns, pattern=pattern)
+        work[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
+    return Pruned(work.masked_fill_(~mask, 0).to(weight.dtype), mask)
+
+
+def _inverse_factor(input_products: Tensor, damping: float, name: str) -> Tensor:
+    """V, upper triangular, with V^T V = (X^T X + damping)^-1."""
+    diagonal = input_products.diagonal()
+    mean = diagonal.mean()
+    # If nothing was measured, every input counts the same.
+    added = torch.where(mean > 0, damping * mean, 1.0)
+    damped = input_products + torch.diag(added.expand(len(diagonal)))
+    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if int(info):
+        raise UserError(
+            f"{name}: X^T X of the calibration text is not positive definite with damping {damping}. "
+            "Fix: raise base.prune.damping, or use more calibration text."
+        )
+    eye = torch.eye(len(diagonal), dtype=lower.dtype, device=lower.device)
+    factor: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).contiguous()
+    return factor
+
+
+def _cost(inverse_diagonal: Tensor, input_products: Tensor) -> Tensor:
+    """The cost of a squared weight of each column, (in,): 0 in a dead column, unless all are dead."""
+    dead = input_products.diagonal() == 0
+    return inverse_diagonal.reciprocal().masked_fill_(dead & ~dead.all(), 0)
+
+
+def _block_mask(work: Tensor, cost: Tensor, sparsity: float, columns: slice) -> Tensor:
+    """The keep mask of a block of columns over all rows; the counts of all blocks add up to that of the tensor."""
+    rows = work.shape[0]
+    count = num_pruned(sparsity, rows * columns.stop) - num_pruned(sparsity, rows * columns.start)
+    scores = work[:, columns].square() * cost[columns]
+    return ~lowest(scores.reshape(1, -1), count).view(scores.shape)
+
+
+def _remove_columns(
+    work: Tensor, factor: Tensor, cost: Tensor, mask: Tensor, *, columns: slice, pattern: SparsityPattern
+) -> Tensor:
+    """Remove the pruned weights of a block and correct its later columns, in place; choose an n:m mask on the way.
+
+    Returns: w / V_jj of every removed weight at its removal, (out, columns); it corrects the columns behind the block.
+    """
+    errors = torch.empty_like(work[:, columns])
+    for column in range(columns.start, columns.stop):
+        if pattern.kind == "n:m" and column % pattern.of == 0:
+            group = slice(column, column + pattern.of)
+            mask[:, group] = ~lowest(work[:, group].square() * cost[group], pattern.of - pattern.keep)
+        error = (work[:, column] / factor[column, column]).masked_fill_(mask[:, column], 0)
+        rest = slice(column, columns.stop)
+        work[:, rest].addr_(error, factor[column, rest], alpha=-1.0)
+        errors[:, column - columns.start] = error
+    return errors

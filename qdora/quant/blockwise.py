@@ -1,0 +1,223 @@
+"""Blockwise 4-bit, row-wise int8 and double quantisation in plain torch: the definition of the formats.
+
+On a CPU every code and every scale equals bitsandbytes 0.50.2's, bit for bit, but for the offset of double
+quantisation: its float32 mean depends on the number of threads, this one does not. Its CUDA kernels differ in details:
+they compare with decimal constants that are off by an ulp here and there, send FP4's negative ties to the smaller
+magnitude, take the nearest nested code without the 16-bit grid, and divide by the absmax of a zero block: NF4 then
+stores the block as -1 times 0, which double quantisation turns into small non-zero weights. This definition holds on
+every device: a zero weight always decodes to zero.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from qdora.quant import codebooks
+from qdora.quant.codebooks import NESTED_BLOCK_SIZE
+from qdora.quant.planned_device import device_kind
+
+# Weights handled at a time, which bounds the workspace to about 20 bytes a weight of the chunk. Multiples of every
+# block size, and even, so that no byte is shared between two chunks. On a CPU a chunk stays in the cache (8 times as
+# large takes 2 to 4 times as long, since malloc gives such blocks back to the system); a GPU needs few, large launches.
+_CPU_CHUNK = 1 << 17
+_GPU_CHUNK = 1 << 22
+# Keeps the division of a zero block finite. Smaller, subnormal blocks are not scaled up to 1.
+_SMALLEST_SCALE = 1e-38
+# The same for int8: the workspace is a few times 4 bytes a weight of the chunk.
+_CHUNK_OF_ROWS = 1 << 20
+# The factor of bitsandbytes: a multiplication by it and a division by 127 differ in the last bit.
+_ONE_127TH = 7.874015718698502e-3
+
+
+def _chunk(device: torch.device) -> int:
+    return _CPU_CHUNK if device_kind(device) == "cpu" else _GPU_CHUNK
+
+
+@torch.no_grad()
+def quantize_4bit(weight: Tensor, kind: str, block_size: int, *, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """Round each weight to the nearest value of a table, scaled by the largest magnitude of its block.
+
+        absmax_b = max |w| over block b;    code_i = nearest value to w_i / absmax_b, the lower one on a tie
+
+    Blocks run along the flattened rows and may cross them; the last one may be short. Source: QLoRA, arXiv 2305.14314,
+    sec. 3.
+
+    Args:
+        weight: Any shape and float dtype; rounded to float32 first.
+        kind: One of `codebooks.CODE_BITS`.
+        block_size: Weights per block, a power of two up to 4096.
+        name: The weight's name in an error.
+    Returns: Codes (ceil(numel / 2),) uint8, first of two weights in the high nibble, and absmax (blocks,) float32. The
+        absmax of a zero block is 0 (1e-38 in a short last block).
+    Raises NotFinite: If a weight is not finite.
+    """
+    flat = weight.reshape(-1)
+    numel = flat.numel()
+    table = codebooks.decision_table(kind, weight.device)
+    packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
+    chunk = _chunk(weight.device)
+    for start in range(0, numel, chunk):
+        unit, scale = _scale_to_unit(flat[start : start + chunk].float(), block_size)
+        # Before the look-up: NaN has no cell, and on a GPU an index out of range ends the process.
+        if not bool(scale.isfinite().all()):
+            raise_not_finite(flat, name)
+        cell = codebooks.cell(unit)
+        rank = table.rank.index_select(0, cell).add_(unit > table.bound.index_select(0, cell))
+        codes = rank if kind == "nf4" else table.code.index_select(0, rank.int())
+        packed[start // 2 : start // 2 + codes.numel() // 2] = (codes[::2] << 4) | codes[1::2]
+        absmax[start // block_size : start // block_size + scale.numel()] = scale
+    return packed, absmax
+
+
+def raise_not_finite(flat: Tensor, name: str) -> NoReturn:
+    """Raise the error for a flat weight with NaN or infinite entries."""
+    from qdora.errors import NotFinite
+
+    numel, chunk = flat.numel(), _chunk(flat.device)
+    count = numel - sum(int(flat[at : at + chunk].float().isfinite().sum()) for at in range(0, numel, chunk))
+    raise NotFinite(f"{name}: {count} of {numel} weights are not finite (NaN or infinite) and cannot be quantised.")
+
+
+def _scale_to_unit(part: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Divide each block by its absmax: ((even length,) float32 in [-1, 1], (blocks,) float32).
+
+    As in bitsandbytes, whole blocks are multiplied by the reciprocal and a short last one is divided, which round
+    apart.
+    """
+    whole = part.numel() // block_size * block_size
+    blocks = part[:whole].view(-1, block_size)
+    scale = blocks.abs().amax(dim=1)
+    units = [(blocks * (1.0 / scale.clamp(min=_SMALLEST_SCALE))[:, None]).clamp_(-1, 1).view(-1)]
+    if whole < part.numel():
+        last = part[whole:].abs().amax(dim=0, keepdim=True).clamp(min=_SMALLEST_SCALE)
+        units.append((part[whole:] / last).clamp_(-1, 1))
+        scale = torch.cat([scale, last])
+    if part.numel() % 2:
+        units.append(part.new_zeros(1))
+    # One block list in nearly every chunk, and then no copy.
+    return (units[0] if len(units) == 1 else torch.cat(units)), scale
+
+
+@torch.no_grad()
+def quantize_scales(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantisation: the block scales (blocks,) float32 minus their mean, in 8 bits by `quantize_8bit`.
+
+        scale = code[q] * nested_absmax[block // 256] + offset
+
+    Source: QLoRA, arXiv 2305.14314, sec. 3.
+
+    Returns: q (blocks,) uint8, nested_absmax (ceil(blocks / 256),) float32, offset () float32.
+    """
+    # float64: the order of a float32 sum, and so its last bits, depends on the threads and the device. The scales of a
+    # layer lie within a few powers of 2 and have 24 bits, so this sum is exact, or its error is far below float32's.
+    offset = (absmax.sum(dtype=torch.float64) / absmax.numel()).float()
+    return *quantize_8bit(absmax - offset, code, NESTED_BLOCK_SIZE), offset
+
+
+@torch.no_grad()
+def quantize_8bit(values: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Blockwise 8-bit codes of float32 values.
+
+    A value divided by the absmax of its block is rounded to a 16-bit grid over [-1, 1], and the grid point to the
+    nearest value of `code`: the rule of bitsandbytes' CPU kernel, at most 1.6e-5 farther off than the nearest value.
+
+    Args:
+        values: (n,) float32.
+        code: (256,) float32, ascending, within [-1, 1].
+    Returns: Codes (n,) uint8, all 0 in a zero block, and absmax (ceil(n / block_size),) float32.
+    """
+    blocks = torch.nn.functional.pad(values, (0, -values.numel() % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1)
+    # In a zero block this is NaN; its codes are set below.
+    unit = (blocks * (1.0 / absmax)[:, None]).clamp_(-1, 1)
+    # bitsandbytes fuses the product and the sum; the floor is the same (compared around all 65,536 steps).
+    point = ((unit + 1.0) * 0.5 * 65535 + 0.5).floor_()
+    codes = torch.bucketize(point * 2 / 65535 - 1, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
+    codes.masked_fill_((absmax == 0)[:, None], 0)
+    return codes.view(-1)[: values.numel()].clone(), absmax
+
+
+@torch.no_grad()
+def dequantize_scales(codes: Tensor, absmax: Tensor, code: Tensor, offset: Tensor) -> Tensor:
+    """The block scales that `quantize_scales` stored, (blocks,) float32."""
+    return scale_blocks_(code.index_select(0, codes.int()), absmax, NESTED_BLOCK_SIZE).add_(offset)
+
+
+@torch.no_grad()
+def dequantize_4bit(
+    packed: Tensor, absmax: Tensor, kind: str, block_size: int, *, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The weight value[code] * absmax, (out, in) in any float dtype: a float32 product, then one cast.
+
+    `packed`, `absmax`, `kind` and `block_size` are those of `quantize_4bit`.
+    """
+    numel = shape[0] * shape[1]
+    pairs = codebooks.resident_code_pairs(kind, packed)
+    out = torch.empty(numel, dtype=dtype, device=packed.device)
+    chunk = _chunk(packed.device)
+    for start in range(0, numel, chunk):
+        stop = min(start + chunk, numel)
+        dense = pairs.index_select(0, packed[start // 2 : (stop + 1) // 2].int()).view(torch.float32)
+        scales = absmax[start // block_size : -(-stop // block_size)]
+        out[start:stop] = scale_blocks_(dense[: stop - start], scales, block_size)
+    return out.view(shape)
+
+
+def scale_blocks_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
+    """Multiply each run of `block_size` float32 values (n,) by its scale, in place; the last run may be short."""
+    whole = values.numel() // block_size
+    values[: whole * block_size].view(-1, block_size).mul_(absmax[:whole, None])
+    if whole * block_size < values.numel():
+        values[whole * block_size :].mul_(absmax[whole])
+    return values
+
+
+@torch.no_grad()
+def quantize_rows(weight: Tensor, *, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """Round each row of a weight (out, in) to 255 levels between minus and plus its largest magnitude.
+
+        packed = round(w * 127 / absmax_row), half to even;    w = packed * absmax_row / 127
+
+    This is the format of bitsandbytes' LLM.int8() without outliers (arXiv 2208.07339, sec. 2.1). Products are in
+    float32. `name` is the weight's in an error.
+
+    Returns: Codes (out, in) int8 and absmax (out,) float32. A zero row has absmax 0 and codes 0.
+    Raises UserError: If a weight is not finite.
+    """
+    packed = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    rows = max(1, _CHUNK_OF_ROWS // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows].float()
+        scale = part.abs().amax(dim=1)
+        absmax[start : start + rows] = scale
+        # 127 / scale overflows for a scale below 4e-37; such a row counts as zero, and inf * 0 would be NaN.
+        # The rounded reciprocal times 127, as bitsandbytes forms it.
+        factor = (scale.reciprocal() * 127.0).nan_to_num_(posinf=0.0)
+        packed[start : start + rows] = torch.round(part * factor[:, None]).to(torch.int8)
+    if not bool(absmax.isfinite().all()):
+        raise_not_finite(weight.reshape(-1), name)
+    return packed, absmax
+
+
+@torch.no_grad()
+def dequantize_rows(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight packed * absmax / 127, (out, in) in any float dtype: float32 products, then one cast.
+
+    A GPU makes 16 bits in one pass without workspace, by absmax / 127: off from the definition by an ulp of float32
+    before the cast.
+    """
+    if dtype == torch.float32:
+        return (packed * absmax[:, None]).mul_(_ONE_127TH)
+    out = torch.empty(packed.shape, dtype=dtype, device=packed.device)
+    if device_kind(packed.device) != "cpu" and dtype.itemsize == 2:
+        return torch.mul(packed, (absmax * _ONE_127TH)[:, None], out=out)
+    rows = max(1, _CHUNK_OF_ROWS // packed.shape[1])
+    for start in range(0, packed.shape[0], rows):
+        part = slice(start, start + rows)
+        out[part] = (packed[part] * absmax[part, None]).mul_(_ONE_127TH)
+    return out

@@ -1,0 +1,213 @@
+"""A frozen weight as a sequence of dense tiles, so that no product needs the whole dense weight at once.
+
+A factor per row costs nothing in the block scales of a packed weight whose blocks do not cross rows: dequantising with
+absmax * g gives the tile of diag(g) W with the roundings of a tile of W.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qdora.quant import blockwise
+from qdora.quant.packed import PackedWeight, block_scales, decode_4bit, dequantize
+from qdora.quant.planned_device import device_kind
+
+Weight = PackedWeight | Tensor
+"""A frozen weight (out, in), packed or dense."""
+Tile = tuple[slice, Tensor]
+"""The rows (or columns) that a dense tile covers, and the tile."""
+
+# Most bytes of a dense tile. On a CPU 16 MiB keep the workspace of a 4096 -> 11008 layer below 25 MiB. A GPU needs few,
+# large products: with 128 MiB a layer of 4096 x 14336 has one tile and one of 8192 x 28672 four.
+_CPU_TILE_BYTES = 16 << 20
+_GPU_TILE_BYTES = 128 << 20
+# A weight that must be cut on a CPU is cut into tiles of about this size, which are still in the cache when they are
+# multiplied. Tiles of 16 MiB take longer (benchmarks/results/tried.json).
+_CPU_CUT_BYTES = 8 << 20
+# Rows (or columns) of a tile on a CPU. oneDNN's bf16 product of 1,024 tokens reaches 2.2 TFLOP/s with 1,024 outputs and
+# 1.9 with 256, but 1.1 with 384 to 768 on a CPU with AMX and two threads.
+_LONG, _SHORT = 1024, 256
+# On a GPU the runs are equally long, since a short last one would leave most of the chip idle for a whole launch, and
+# multiples of the output tile of cuBLAS's 16-bit kernels.
+_GPU_STEP = 128
+
+
+def wide_dtype(weight: Weight) -> torch.dtype:
+    """The dtype of sums over a weight: float32, or float64 for a float64 weight."""
+    return torch.promote_types(weight.dtype, torch.float32) if isinstance(weight, Tensor) else torch.float32
+
+
+def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The whole dense (out, in) weight in `dtype`; a dense weight is cast."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else dequantize(weight, dtype)
+
+
+def spans(total: int, other: int, itemsize: int, device_type: str, align: int = 1) -> list[slice]:
+    """Cut a dimension of length `total` into runs whose tiles stay within the budget of a "cpu" or "cuda".
+
+    Args:
+        other: Length of the other dimension of a tile.
+        itemsize: Bytes of an element of a tile.
+        align: Every run but the last starts and ends at a multiple of this.
+    """
+    budget = _CPU_TILE_BYTES if device_type == "cpu" else _GPU_TILE_BYTES
+    fits = budget // (other * itemsize)
+    if total <= fits:
+        return [slice(0, total)]
+    if device_type != "cpu":
+        return _equal_runs(total, fits, math.lcm(align, _GPU_STEP) if fits >= _GPU_STEP else align)
+    long, short = _round_up(_LONG, align), _round_up(_SHORT, align)
+    # At least one long run where it fits at all; more of them together up to the size of a cut.
+    long *= min(fits // long, max(1, _CPU_CUT_BYTES // (other * itemsize * long)))
+    runs, start = [], 0
+    while start < total:
+        # The rest behind the long runs is cut into short ones.
+        length = long if 0 < long <= total - start else short
+        runs.append(slice(start, min(start + length, total)))
+        start += length
+    return runs
+
+
+def _equal_runs(total: int, fits: int, step: int) -> list[slice]:
+    """The fewest runs of at most `fits`; all but the last have one length, a multiple of `step`."""
+    longest = max(fits // step, 1) * step
+    length = _round_up(-(-total // -(-total // longest)), step)
+    return [slice(start, min(start + length, total)) for start in range(0, total, length)]
+
+
+def is_one_tile(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether the whole weight is one tile in this dtype."""
+    budget = _CPU_TILE_BYTES if device_kind(weight.device) == "cpu" else _GPU_TILE_BYTES
+    return weight.shape[0] * weight.shape[1] * dtype.itemsize <= budget
+
+
+def _round_up(length: int, align: int) -> int:
+    return -(-length // align) * align
+
+
+def row_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
+    """Dense tiles of whole rows of diag(row_factor) W, in order.
+
+    Args:
+        dtype: Of the tiles, any float dtype. Products of codes, scales and factors are float32, then cast once.
+        row_factor: (out,) float32 (float64 for float64 weights), or None for 1.
+    Yields: (rows, tile (rows, in)). Read the tile before taking the next one; it may share memory with the weight. A
+        loop that ends with `del tile` holds one at a time; else each tile lives until the next one is made.
+    """
+    if isinstance(weight, Tensor):
+        if row_factor is None and weight.dtype == dtype:
+            yield slice(0, weight.shape[0]), weight  # costs nothing, so it needs no budget
+            return
+        for rows in spans(weight.shape[0], weight.shape[1], dtype.itemsize, device_kind(weight.device)):
+            yield rows, _scaled_rows(weight[rows], None if row_factor is None else row_factor[rows], dtype)
+        return
+    out_features, in_features = weight.shape
+    aligned = in_features % weight.block_size == 0
+    align = 1 if aligned else weight.block_size // math.gcd(in_features, weight.block_size)
+    runs = spans(out_features, in_features, dtype.itemsize, device_kind(weight.device), align)
+    if len(runs) == 1 and row_factor is None:  # spares the host some ten views
+        yield runs[0], dequantize(weight, dtype)
+        return
+    scales = _row_scales(weight, row_factor) if aligned else block_scales(weight)
+    for rows in runs:
+        if aligned:
+            yield rows, _decode(weight, _codes(weight)[rows], scales[rows], dtype)
+        else:
+            yield rows, _crossing_rows(weight, scales, rows, row_factor, dtype)
+
+
+def own_scales(weight: Weight, row_factor: Tensor | None = None) -> Tensor | None:
+    """The block scales of diag(row_factor) W, decoded, for `with_scales`: (blocks,) float32, 32 bits for each block.
+
+    None for a dense weight, and if blocks cross rows: a scale then does not belong to one row.
+    """
+    if isinstance(weight, Tensor) or weight.shape[1] % weight.block_size:
+        return None
+    return _row_scales(weight, row_factor).reshape(-1)
+
+
+def with_scales(weight: Weight, scales: Tensor) -> PackedWeight:
+    """diag(row_factor) W from the codes of W, which it shares, and the `own_scales` of W and that factor.
+
+    Its tiles are those of `row_tiles(weight, dtype, row_factor)` bit for bit, without decoding the scales in each call.
+    """
+    assert isinstance(weight, PackedWeight), "a dense weight has no scales"
+    return PackedWeight(weight.kind, weight.shape, weight.block_size, weight.packed, scales)
+
+
+def column_tiles(weight: Weight, dtype: torch.dtype, row_factor: Tensor | None = None) -> Iterator[Tile]:
+    """Dense tiles (out, columns) of whole columns of diag(row_factor) W, in order; see `row_tiles`.
+
+    A weight whose blocks cross rows comes as one tile; with blocks of 64 no common model has one.
+    """
+    out_features, in_features = weight.shape
+    if isinstance(weight, PackedWeight) and weight.shape[1] % weight.block_size:
+        yield slice(0, weight.shape[1]), _scaled_rows(dequantize(weight, torch.float32), row_factor, dtype)
+        return
+    if isinstance(weight, Tensor):
+        if row_factor is None and weight.dtype == dtype:
+            yield slice(0, in_features), weight
+            return
+        for columns in spans(in_features, out_features, dtype.itemsize, device_kind(weight.device)):
+            yield columns, _scaled_rows(weight[:, columns], row_factor, dtype)
+        return
+    block = 1 if weight.kind == "int8" else weight.block_size
+    runs = spans(in_features, out_features, dtype.itemsize, device_kind(weight.device), block)
+    if len(runs) == 1 and row_factor is None:
+        yield runs[0], dequantize(weight, dtype)
+        return
+    scales, codes = _row_scales(weight, row_factor), _codes(weight)
+    per_byte = 1 if weight.kind == "int8" else 2
+    for columns in runs:
+        some = codes[:, columns.start // per_byte : columns.stop // per_byte]
+        blocks = scales if weight.kind == "int8" else scales[:, columns.start // block : columns.stop // block]
+        yield columns, _decode(weight, some, blocks, dtype)
+
+
+def _codes(weight: PackedWeight) -> Tensor:
+    """The codes by rows: (out, in) int8, or (out, in / 2) uint8."""
+    return weight.packed if weight.kind == "int8" else weight.packed.view(weight.shape[0], -1)
+
+
+def _row_scales(weight: PackedWeight, row_factor: Tensor | None) -> Tensor:
+    """The block scales by rows, times the factor: (out, blocks of a row) float32; (out, 1) for int8."""
+    scales = block_scales(weight).view(weight.shape[0], -1)
+    if row_factor is None:
+        return scales
+    factor = (row_factor if row_factor.dtype == scales.dtype else row_factor.to(scales.dtype)).unsqueeze(1)
+    # Double quantised scales have just been decoded into memory of their own.
+    return scales * factor if weight.nested is None else scales.mul_(factor)
+
+
+def _decode(weight: PackedWeight, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """A dense tile from the codes and scales of some rows or columns; their blocks are whole."""
+    if weight.kind == "int8":
+        return blockwise.dequantize_rows(codes, scales.squeeze(1), dtype)
+    shape = (codes.shape[0], 2 * codes.shape[1])
+    flat = codes.reshape(-1), scales.reshape(-1)
+    return decode_4bit(*flat, weight.kind, weight.block_size, shape=shape, dtype=dtype)
+
+
+def _crossing_rows(
+    weight: PackedWeight, scales: Tensor, rows: slice, row_factor: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Rows of a weight whose blocks cross rows; the first row starts a block."""
+    in_features = weight.shape[1]
+    start, stop = rows.start * in_features, rows.stop * in_features
+    codes = weight.packed[start // 2 : (stop + 1) // 2]
+    some = scales[start // weight.block_size : -(-stop // weight.block_size)]
+    shape = (rows.stop - rows.start, in_features)
+    wide = dtype if row_factor is None else torch.promote_types(dtype, torch.float32)
+    tile = blockwise.dequantize_4bit(codes, some, weight.kind, weight.block_size, shape=shape, dtype=wide)
+    return _scaled_rows(tile, None if row_factor is None else row_factor[rows], dtype)
+
+
+def _scaled_rows(tile: Tensor, row_factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """diag(row_factor) tile: the product in float32 or wider, then one cast."""
+    if row_factor is None:
+        return tile.to(dtype)
+    return (tile * row_factor.unsqueeze(1)).to(dtype)

@@ -1,0 +1,494 @@
+"""The worth of each rank component of a layer, in nats: the quadratic model of the loss along one component at a time.
+
+Let F(D) be the loss with D in place of s B A (under the layer's mask; norm attached or held), at the present D
+
+    F(D + X) ~ F + <G, X> + <X, H X> / 2,        G = dF/dD,  H the Gauss-Newton matrix of F by D.
+
+Components are E_i = u_i v_i^T, orthonormal: the singular directions of D, of sizes sigma_i > 0 (held), then those of
+the gradient across them, (1 - U U^T) G (1 - V V^T), of size 0 (new): the changes of D that no change of the held ones'
+own A and B makes to first order, so that they take more rank. With g_i = <G, E_i> and q_i = <E_i, H E_i>, the loss with
+component i at size t is F + g_i (t - sigma_i) + q_i (t - sigma_i)^2 / 2. It is least at t* = sigma_i - g_i / q_i, and
+without the component, t = 0, it is larger by
+
+    worth_i = q_i t*^2 / 2 = (q_i sigma_i - g_i)^2 / (2 q_i).
+
+Theorem. If H does not couple the components (<E_i, H E_j> = 0 for i != j), then among all subsets of k components, each
+at its best size, the k of greatest worth have the least loss, and it lies above the least loss with all of them by the
+worths of those left out. (The model is a sum over i.) Its cases:
+
+    g_i = 0      q_i sigma_i^2 / 2       what removal costs: LeCun et al., Optimal Brain Damage, 1990
+    sigma_i = 0  g_i^2 / (2 q_i)         what a new component gains: half the Newton decrement
+    F = c ||W + D - T||^2 / 2            c tau_i^2 / 2, tau_i the singular values of T - W that the components share:
+                                         what Eckart and Young say that a rank leaves out, each once, also at B = 0
+
+With the Gauss-Newton matrix by D q_i is never negative, and q_i = 0 means that the logits do not move along E_i but for
+a shift of all of them, so that g_i = 0, too, and the component is worth 0. Nothing here changes with the basis of A and
+B, (R^-1 A, B R). What the eigenvalues of the Hessian by (A, B) say instead: `curvature.layer_spectrum`.
+
+Exact curvatures q_i take one product with H per component. Estimated ones take one backward pass per draw for all
+components of all layers. With labels y_t drawn from the model's own p_t, independently for each labelled token t, and
+a_t = d/dD log p_t(y_t),
+
+    E[a_t] = 0,    E[<a_t, X>^2] = <X, J_t^T (diag p_t - p_t p_t^T) J_t X>,
+
+the first because probabilities sum to 1, the second because that is what the matrix of the logits is: the covariance
+of the drawn label. So the square of a row's own slope, sum over its tokens of <a_t, X>, has the sum of its tokens'
+forms as its mean: the mixed terms have mean 0. One backward pass gives one such slope for each row of the micro-batch
+and each X, and a component of rank 1, u v^T, needs no matrix:
+
+    <dL/dD, u v^T> = sum over positions of (dy g . u) (x . v).
+
+With the norm attached, what a weight row's own length takes is subtracted: u_r (w_r . v) dy_r (y_r - bias_r) / n_r,
+where w_r is the direction of row r of W + D and n_r its norm.
+
+A stack of experts has such components of each expert, or of one matrix for all that share a factor: the parts of
+`AdaptedExperts.approximated_parts`. One rank more is one component more of every part, so the i-th worth of a stack is
+the sum of the i-th ones of its parts. An expert without tokens has q_i = 0, and its components are worth 0.
+
+The estimate of q_i has no bias. The worth of a new component divides by it and so is a little too large on average: by
+the squared relative error of q_i, 4 % for an error of 20 %. With few draws this grows without bound, and a component
+whose q_i is small by chance looks best. So there is a least number of draws.
+
+Source of the identity: Martens, arXiv 1412.1193, sec. 9.2 (Fisher and Gauss-Newton agree where the loss is an NLL).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.expert_linear import AdaptedExperts
+from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.data.batching import IGNORED, MicroBatch
+from qdora.files.console import Progress
+from qdora.model.inject import adapted_layers
+from qdora.rank.allocate import LayerSpectrum
+from qdora.rank.curvature import check_batches, curvature_of, labelled_logits
+from qdora.rank.differentiable import UPDATE, Norm, check_layers
+from qdora.rank.update_gradient import row_directions, update_gradients, watched_outputs
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The components E_i = u_i v_i^T of a layer: first the held ones, by size, then the new ones, by slope.
+
+    The parts of a stack have their numbers in rows, (parts, components), and their vectors in the shapes of the stack's
+    factors, whose rank is then `components`: those of one part, of (experts * out), are (experts, out). A part with
+    fewer components than others ends in zeros.
+
+    Attributes:
+        left, right: U, (out, components), and V, (in, components), columns of length 1. Of a stack (experts, out,
+            components) and (experts, in, components), (1, ...) where the experts share it.
+        sizes: (components,) sigma_i >= 0; 0 for a new one.
+        slopes: (components,) g_i = <G, E_i>.
+        tail: (), squared Frobenius norm of the gradient across held and new components.
+    """
+
+    left: Tensor
+    right: Tensor
+    sizes: Array
+    slopes: Array
+    tail: Array
+
+    def matrix(self, index: tuple[int, ...]) -> Tensor:
+        """E_i, (out, in), or (experts * out, in) of a stack; `index` is that of its number in `sizes`."""
+        u, v = self.left[..., index[-1]], self.right[..., index[-1]]
+        if len(index) == 1:
+            return torch.outer(u, v)
+        matrices = u.unsqueeze(2) * v.unsqueeze(1)
+        if len(self.sizes) > 1:
+            others = torch.arange(len(matrices), device=u.device) != index[0]
+            matrices[others] = 0.0
+        return matrices.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Components:
+    """The components of a layer and their worth.
+
+    Attributes:
+        curvatures: (components,) q_i = <E_i, H E_i> >= 0.
+        errors: (components,) standard errors of the curvatures, from the spread over the draws; 0 where they are exact.
+            Where a curvature is too small by chance, so is its error.
+    """
+
+    directions: Directions
+    curvatures: Array
+    errors: Array
+
+    def worths(self) -> Array:
+        """(components,) in nats of mean NLL; 0 where the curvature is within rounding of 0."""
+        flat = self.curvatures <= 1e-7 * self.curvatures.max(axis=-1, initial=0.0, keepdims=True)
+        safe = np.where(flat, 1.0, self.curvatures)
+        at_zero = safe * self.directions.sizes - self.directions.slopes
+        worths: Array = np.where(flat, 0.0, at_zero**2 / (2.0 * safe))
+        return worths
+
+    def spectrum(self, most: int, cost: int) -> LayerSpectrum:
+        """The worths, the greatest first, at most `most`. The total has the tail at the mean rate of new ones."""
+        worths = self.worths()
+        new = self.directions.sizes == 0.0
+        slope = (self.directions.slopes**2 * new).sum(axis=-1)
+        rate = (worths * new).sum(axis=-1) / np.where(slope > 0, slope, 1.0)
+        falling = np.sort(worths, axis=-1)[..., ::-1].reshape(-1, worths.shape[-1])
+        total = worths.sum() + (self.directions.tail * rate).sum()
+        return LayerSpectrum(falling.sum(axis=0)[:most], float(total), cost)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "sizes": self.directions.sizes.tolist(),
+            "slopes": self.directions.slopes.tolist(),
+            "curvatures": self.curvatures.tolist(),
+            "curvature_errors": self.errors.tolist(),
+            "worths": self.worths().tolist(),
+            "tail": self.directions.tail.tolist(),
+        }
+
+
+def layer_directions(
+    model: nn.Module,
+    num_new: Mapping[str, int],
+    batches: Sequence[MicroBatch],
+    *,
+    norm: Norm,
+    progress: Progress | None = None,
+) -> dict[str, Directions]:
+    """The components of layers, from one gradient.
+
+    Args:
+        model, batches, norm: As in `update_gradients`.
+        num_new: Path of a layer -> number of new components, as in `directions`.
+    """
+    adapted = adapted_layers(model)
+
+    def use(name: str, gradient: Tensor) -> Directions:
+        layer = adapted[name]
+        pairs = zip(held_components(layer), layer.approximated_parts(gradient), strict=True)
+        parts = [directions(held, part, num_new[name]) for held, part in pairs]
+        return _of_stack(layer, parts) if isinstance(layer, AdaptedExperts) else parts[0]
+
+    return update_gradients(model, list(num_new), batches, use, norm=norm, progress=progress)
+
+
+def _of_stack(layer: AdaptedExperts, parts: Sequence[Directions]) -> Directions:
+    """The components of all parts of a stack."""
+    most = max(len(each.sizes) for each in parts)
+    left, right = (
+        torch.stack([functional.pad(getattr(each, side), (0, most - len(each.sizes))) for each in parts])
+        for side in ("left", "right")
+    )
+    sizes, slopes = (
+        np.stack([np.pad(getattr(each, name), (0, most - len(each.sizes))) for each in parts])
+        for name in ("sizes", "slopes")
+    )
+    return Directions(
+        left.reshape(*layer.lora_B.shape[:2], most),
+        right.reshape(len(layer.lora_A), layer.in_features, most),
+        sizes,
+        slopes,
+        np.array([float(each.tail) for each in parts]),
+    )
+
+
+def directions(held: tuple[Tensor, Tensor, Tensor], gradient: Tensor, num_new: int) -> Directions:
+    """The held components and the `num_new` steepest ones across them, U and V in the gradient's dtype.
+
+    Args:
+        held: U (out, r), sizes (r,) > 0, V (in, r), the singular value decomposition of D; r may be 0.
+        gradient: G = dF/dD, (out, in).
+        num_new: Most new components. There are at most min(out, in) - r; those without slope are left out.
+    """
+    left, sizes, right = (each.double() for each in held)
+    wide = gradient.double()
+    slopes = ((left.T @ wide) * right.T).sum(dim=1)
+    across = wide - left @ (left.T @ wide)
+    across = across - (across @ right) @ right.T
+    new_left, new_slopes, new_right = _singular(across, min(num_new, min(wide.shape) - len(sizes)))
+    return Directions(
+        torch.cat([left, new_left], dim=1).to(gradient.dtype),
+        torch.cat([right, new_right], dim=1).to(gradient.dtype),
+        np.concatenate([sizes.cpu().numpy(), np.zeros(len(new_slopes))]),
+        torch.cat([slopes, new_slopes]).cpu().numpy(),
+        np.array(max(float(across.square().sum() - new_slopes.square().sum()), 0.0)),
+    )
+
+
+def held_components(layer: AdaptedLinear) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """U (out, r), sizes (r,), V (in, r) of s B A in float64, without forming it; r is its numerical rank. One of each
+    of `approximated_parts`."""
+    pairs = layer.factor_pairs(layer.stored_B().double() * layer.scaling, layer.lora_A.detach().double())
+    return [_components_of_product(b, a) for b, a in pairs]
+
+
+def _components_of_product(lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    left, first = torch.linalg.qr(lora_B)
+    right, second = torch.linalg.qr(lora_A.T)
+    u, sizes, vh = torch.linalg.svd(first @ second.T)
+    # Of B and A, which may be far larger than their product
+    scale = torch.linalg.matrix_norm(first, 2) * torch.linalg.matrix_norm(second, 2)
+    kept = sizes > 1e-12 * scale
+    return (left @ u)[:, kept], sizes[kept], (right @ vh.T)[:, kept]
+
+
+def _singular(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Left vectors (out, n), largest singular values (n,) and right vectors (in, n), from the Gram matrix of the short
+    side. Values below 1e-6 of the largest are left out: the Gram matrix loses them."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    short = matrix.T if tall else matrix
+    squared, vectors = torch.linalg.eigh(short @ short.T)
+    squared, vectors = squared.flip(0)[:most], vectors.flip(1)[:, :most]
+    kept = squared > 1e-12 * squared.max() if len(squared) else squared > 0
+    values, first = squared[kept].sqrt(), vectors[:, kept]
+    second = short.T @ first / values
+    return (second, values, first) if tall else (first, values, second)
+
+
+LEAST_DRAWS = 8
+_CHUNK = 64
+"""Tokens whose probabilities are summed up at once in float64."""
+
+
+def exact_curvatures(
+    model: nn.Module,
+    directions: Mapping[str, Directions],
+    batches: Sequence[MicroBatch],
+    *,
+    norm: Norm,
+    progress: Progress | None = None,
+) -> dict[str, Components]:
+    """Curvatures from one product with H per component; model, batches and norm as in `curvature_of`."""
+    found: dict[str, Components] = {}
+    for name, each in directions.items():
+        values = np.zeros(each.sizes.shape)
+        with curvature_of(model, [name], batches, curvature="gauss_newton", norm=norm, parts=UPDATE) as operator:
+            for index in np.ndindex(*values.shape):
+                flat = each.matrix(index).reshape(-1).to(operator.dtype)
+                values[index] = max(float(flat.double() @ operator.product(flat).double()), 0.0)
+        found[name] = Components(each, values, np.zeros(values.shape))
+        if progress is not None:
+            progress(len(found), len(directions))
+    return found
+
+
+def drawn_curvatures(
+    model: nn.Module,
+    directions: Mapping[str, Directions],
+    batches: Sequence[MicroBatch],
+    *,
+    norm: Norm,
+    draws: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Components]:
+    """Estimated curvatures from `draws` backward passes over each micro-batch, for all layers at once.
+
+    Args:
+        model, directions, batches, norm: As in `exact_curvatures`; the model runs as in `update_gradients`.
+        draws: Labels drawn for each labelled token, `LEAST_DRAWS` or more. The relative error falls with sqrt(draws x
+            rows).
+    Raises: ValueError: Too few draws; also as `curvature_of`.
+    """
+    if draws < LEAST_DRAWS:
+        raise ValueError(f"draws must be {LEAST_DRAWS} or more, got {draws}.")
+    check_batches(batches)
+    check_layers(model, list(directions), norm=norm)
+    adapted = adapted_layers(model)
+    device = next(iter(directions.values())).left.device
+    probes = {name: probe_of(adapted[name], each, norm) for name, each in directions.items()}
+    num_tokens = sum(int((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches)
+    sums: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches):
+        generator = torch.Generator().manual_seed(seed * len(batches) + number)
+        labels = functools.partial(drawn_labels, draws=draws, generator=generator)
+        for name, each in squared_slopes(model, probes, batch, labels, device=device).items():
+            sums[name] = sums[name] + each if name in sums else each
+        if progress is not None:
+            progress(number + 1, len(batches))
+    found = {}
+    for name, each_layer in directions.items():
+        values: Array = (sums[name] / num_tokens).numpy()
+        found[name] = Components(each_layer, values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(draws))
+    return found
+
+
+class _Probe:
+    """The directions of a layer's components with its gain and mask, and how far its rows lengthen along each."""
+
+    def __init__(self, layer: AdaptedLinear, directions: Directions, norm: Norm) -> None:
+        dtype = layer.base.wide_dtype
+        left, right = directions.left.to(dtype), directions.right.to(dtype)
+        rows = (
+            (layer.num_experts, layer.expert_features) if isinstance(layer, AdaptedExperts) else (layer.out_features,)
+        )
+        gain, keep = layer.gain(dtype), layer.base.keep_mask() if layer.masked else None
+        self.layer = layer
+        self._left = left if gain is None else left * gain.value.unsqueeze(-1)
+        self._right = right
+        self._keep = None if keep is None else keep.view(*rows, layer.in_features)
+        self._own_length: Tensor | None = None
+        if norm == "attached":
+            unit, length = row_directions(layer, dtype)
+            unit = unit.view(*rows, layer.in_features)
+            unit = unit if self._keep is None else unit.masked_fill(~self._keep, 0.0)
+            self._own_length = left * (unit @ right) / length.masked_fill(length == 0, 1.0).view(*rows, 1)
+
+
+def _masked_slopes(dy: Tensor, x: Tensor, keep: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The slopes of the tokens of a row along the components of a masked matrix, (components,)."""
+    gradient = (dy.T @ x).masked_fill_(~keep, 0.0)
+    return ((gradient @ right) * left).sum(dim=0)
+
+
+class CurvatureProbe(_Probe):
+    """Reads the slopes along the components of one layer off a backward pass."""
+
+    def see(
+        self, x: Tensor, output: Tensor, rows: tuple[int, ...], take: Callable[[Tensor], None]
+    ) -> Callable[[Tensor], None]:
+        """What to call with dL/dy; it calls `take` with the slopes of each row, (rows, components).
+
+        Args:
+            x, output: (..., in), (..., out).
+            rows: (rows, positions) of the micro-batch. Where a tensor has another layout, or may have because both
+                numbers are the same, all tokens count as one row: the mean stays right, the spread is larger.
+            take: May be called in any number of backward passes.
+        """
+        positions = _rows(x, rows)
+        # A number for each component in place of all of x, but the dense gradient of a masked layer needs x itself.
+        inner = positions @ self._right if self._keep is None else positions
+        without_bias = None
+        if self._own_length is not None:
+            bias = self.layer.base.bias
+            without_bias = _rows(output if bias is None else output - bias, rows)
+
+        def backward(dy: Tensor) -> None:
+            upstream = _rows(dy, rows)
+            if self._keep is None:
+                slopes = ((upstream @ self._left) * inner).sum(dim=1)
+            else:
+                operands = self._keep, self._left, self._right
+                slopes = torch.stack([_masked_slopes(*pair, *operands) for pair in zip(upstream, inner, strict=True)])
+            if without_bias is not None and self._own_length is not None:
+                slopes = slopes - (upstream * without_bias).sum(dim=1) @ self._own_length
+            take(slopes)
+
+        return backward
+
+
+class StackProbe(_Probe):
+    """`CurvatureProbe` for a stack of experts, whose tokens all count as one row."""
+
+    def __init__(self, layer: AdaptedExperts, directions: Directions, norm: Norm) -> None:
+        super().__init__(layer, directions, norm)
+        self._shape = directions.sizes.shape
+
+    def see(
+        self, x: Tensor, output: Tensor, tokens: ExpertTokens, take: Callable[[Tensor], None]
+    ) -> Callable[[Tensor], None]:
+        """What to call with dL/dy; it calls `take` with the slopes, (1, parts, components).
+
+        Args:
+            x, output: (tokens, in), (tokens, out), sorted by expert.
+            take: May be called in any number of backward passes.
+        """
+        bias = self.layer.base.bias
+
+        def backward(dy: Tensor) -> None:
+            total = dy.new_zeros(1, *self._shape)
+            for run in tokens.reached:
+                (expert,) = run.experts
+                upstream, inputs = dy[run.tokens], x[run.tokens]
+                left, right = (each[expert % len(each)] for each in (self._left, self._right))
+                if self._keep is None:
+                    slopes = ((upstream @ left) * (inputs @ right)).sum(dim=0)
+                else:
+                    slopes = _masked_slopes(upstream, inputs, self._keep[expert], left, right)
+                if self._own_length is not None:
+                    own = output[run.tokens] if bias is None else output[run.tokens] - bias[expert]
+                    slopes = slopes - (upstream * own).sum(dim=0) @ self._own_length[expert]
+                total[0, expert % self._shape[0]] += slopes
+            take(total)
+
+        return backward
+
+
+def probe_of(layer: AdaptedLinear, directions: Directions, norm: Norm) -> CurvatureProbe | StackProbe:
+    """The probe of a layer or of a stack of experts."""
+    if isinstance(layer, AdaptedExperts):
+        return StackProbe(layer, directions, norm)
+    return CurvatureProbe(layer, directions, norm)
+
+
+def squared_slopes(
+    model: nn.Module,
+    probes: Mapping[str, CurvatureProbe | StackProbe],
+    batch: MicroBatch,
+    labels: Callable[[Tensor], Tensor],
+    *,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """For each set of labels, the squared slope of their NLL along each component, summed over the rows.
+
+    Args:
+        batch: Without packing.
+        labels: From the logits, (labelled, vocabulary), to the sets of labels, (sets, labelled) int64.
+    Returns: Path -> (sets, components) or (sets, parts, components) float64 on the CPU.
+    """
+    slopes: dict[str, Tensor] = {}
+
+    def take(name: str, value: Tensor) -> None:
+        slopes[name] = slopes[name] + value if name in slopes else value
+
+    rows = tuple(batch.input_ids.shape)
+
+    def see(name: str, x: Tensor, output: Tensor, layout: Any = rows) -> Callable[[Tensor], None]:
+        return probes[name].see(x, output, layout, functools.partial(take, name))
+
+    found: dict[str, list[Tensor]] = {name: [] for name in probes}
+    layers = {name: probe.layer for name, probe in probes.items()}
+    with watched_outputs(layers, see), evaluation_mode(model):
+        logits, _ = labelled_logits(model, batch, device)
+        drawn = labels(logits.detach())
+        probabilities = torch.softmax(logits.detach(), dim=-1)
+        wanted = [layer.lora_B for layer in layers.values()]
+        for number, each in enumerate(drawn):
+            slopes.clear()
+            upstream = probabilities.clone()
+            upstream[torch.arange(len(each), device=device), each.to(device)] -= 1.0
+            torch.autograd.grad(logits, wanted, upstream, retain_graph=number + 1 < len(drawn))
+            for name in probes:
+                found[name].append(slopes[name].double().square().sum(dim=0).cpu())
+    return {name: torch.stack(each) for name, each in found.items()}
+
+
+def drawn_labels(logits: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """(draws, tokens) int64 on the logits' device, each from its token's softmax.
+
+    The uniform numbers come from a CPU generator, so the labels are the same on every device, up to rounding.
+    """
+    chance = torch.rand(len(logits), draws, dtype=torch.float64, generator=generator)
+    parts = []
+    for some, chances in zip(torch.split(logits, _CHUNK), torch.split(chance, _CHUNK), strict=True):
+        below = torch.softmax(some.double(), dim=-1).cumsum(dim=-1)
+        found = torch.searchsorted(below, chances.to(logits.device) * below[:, -1:], right=True)
+        parts.append(found.clamp_max(logits.shape[-1] - 1))
+    return torch.cat(parts).T
+
+
+def _rows(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """(rows, positions, features) where the layout is certainly the micro-batch's, else (1, tokens, features)."""
+    known = tensor.shape[:-1] == rows and rows[0] != rows[1]
+    return tensor if known else tensor.reshape(1, -1, tensor.shape[-1])

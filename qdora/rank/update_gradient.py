@@ -1,0 +1,223 @@
+"""The gradient of the loss by an adapter's update s B A as one matrix, and two cheap measures of rank.
+
+The measures are the spectrum of the trained update and that of the gradient. A component is a singular direction and
+its energy the square of its singular value: the best rank-r matrix holds the first r (Eckart and Young).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.dora import merged_weight
+from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.expert_linear import AdaptedExperts
+from qdora.adapter.expert_product import merged_rows
+from qdora.adapter.expert_tokens import ExpertTokens
+from qdora.data.batching import MicroBatch
+from qdora.files.console import Progress
+from qdora.model.inject import adapted_layers
+from qdora.rank.allocate import LayerSpectrum
+from qdora.rank.curvature import check_batches, labelled_logits
+from qdora.rank.differentiable import Norm, check_layers
+from qdora.train.loss import token_nll
+
+GRADIENT_BYTES = 2**30
+"""Size of the gradients that exist at once, in float32."""
+
+T = TypeVar("T")
+
+
+def update_gradients(
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Sequence[MicroBatch],
+    use: Callable[[str, Tensor], T],
+    *,
+    norm: Norm,
+    progress: Progress | None = None,
+) -> dict[str, T]:
+    """dL/d(s B A) of each layer from one pass, L the mean NLL of the labelled tokens; of a stack of experts all in one.
+
+    Each gradient is given to `use`, so that not all exist at once. Under a mask it is zero where B A is masked.
+
+    Args:
+        model: With adapters, in float32 or float64; run in eval mode, otherwise as it trains.
+        batches: Without packing; at least one labelled token.
+        use: Called with the path and the gradient, (out, in) or (experts * out, in), float32 or wider.
+        norm: "attached" goes through the row norm of W + s B A, too; "held" and "none" (LoRA) do not.
+    Returns: Path -> what `use` made of it.
+    Raises: ValueError: As `curvature_of`.
+    """
+    check_batches(batches)
+    check_layers(model, layers, norm=norm)
+    adapted = adapted_layers(model)
+    found: dict[str, T] = {}
+    with evaluation_mode(model):
+        for group in _groups(adapted, layers):
+            for name, gradient in _of_group(model, {name: adapted[name] for name in group}, batches, norm).items():
+                found[name] = use(name, gradient)
+            if progress is not None:
+                progress(len(found), len(layers))
+    return found
+
+
+@contextmanager
+def watched_outputs(layers: Mapping[str, nn.Module], see: Callable[..., Callable[[Tensor], None]]) -> Iterator[None]:
+    """Call `see(name, x, y)` in every forward pass of a layer, and what it returns with dL/dy in every backward pass.
+
+    For a stack of experts it is `see(name, x, y, tokens)`.
+
+    The model goes on with a copy of y, which costs its size: what it writes into its layers' outputs would carry the
+    gradient past the hook.
+    """
+
+    def forward(name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        passed_on = output.clone()
+        passed_on.register_hook(  # type: ignore[no-untyped-call]
+            see(name, args[0].detach(), output.detach(), *args[1:])
+        )
+        return passed_on
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(functools.partial(forward, name)))
+        yield
+
+
+def row_directions(layer: AdaptedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rows of W + s B A at length 1, (out, in), and their norms, (out,); a row of zeros stays one. A stack has
+    (experts * out, in) and (experts * out,).
+
+    Along its own direction a row of DoRA cannot move: its length is the magnitude's.
+    """
+    keep = layer.base.keep_mask() if layer.masked else None
+    weight = layer.base.dequantized(layer.base.wide_dtype)
+    factors = layer.lora_A.detach(), layer.stored_B(), layer.scaling
+    if isinstance(layer, AdaptedExperts):
+        total = merged_rows(weight, 0, *factors, keep_mask=keep).to(dtype)
+    else:
+        total = merged_weight(weight, *factors, keep_mask=keep).to(dtype)
+    norm = torch.linalg.vector_norm(total, dim=1)
+    return total / norm.masked_fill(norm == 0, 1.0).unsqueeze(1), norm
+
+
+def _groups(adapted: Mapping[str, AdaptedLinear], layers: Sequence[str]) -> Iterator[list[str]]:
+    """Layers whose gradients fit together into `GRADIENT_BYTES`, at least one."""
+    group: list[str] = []
+    held = 0
+    for name in layers:
+        size = 4 * adapted[name].in_features * adapted[name].out_features
+        if group and held + size > GRADIENT_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    yield group
+
+
+def _of_group(
+    model: nn.Module, layers: Mapping[str, AdaptedLinear], batches: Iterable[MicroBatch], norm: Norm
+) -> dict[str, Tensor]:
+    """y = g * (x (W + M o s B A)^T) + bias: first the sum of dy x^T, then through g, norm and mask."""
+    sums: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor, _output: Tensor, tokens: ExpertTokens | None = None) -> Callable[[Tensor], None]:
+        flat = x.reshape(-1, x.shape[-1])
+
+        def backward(dy: Tensor) -> None:
+            upstream = dy.reshape(-1, dy.shape[-1])
+            part = upstream.T @ flat if tokens is None else _of_experts(upstream, flat, tokens)
+            sums[name] = sums[name].add_(part) if name in sums else part
+
+        return backward
+
+    wanted = [layer.lora_B for layer in layers.values()]
+    num_tokens = 0
+    with watched_outputs(layers, see):
+        for batch in batches:
+            logits, targets = labelled_logits(model, batch, wanted[0].device)
+            torch.autograd.grad(token_nll(logits, targets).sum(), wanted)
+            num_tokens += len(targets)
+    for name, layer in layers.items():
+        total = sums[name]
+        if norm == "attached":
+            unit, _ = row_directions(layer, total.dtype)
+            total -= (total * unit).sum(dim=1, keepdim=True) * unit
+        scale = 1.0 / num_tokens
+        gain = layer.gain(total.dtype)
+        total *= scale if gain is None else gain.value.reshape(-1, 1) * scale
+        keep_mask = layer.base.keep_mask() if layer.masked else None
+        if keep_mask is not None:
+            total.masked_fill_(~keep_mask, 0.0)
+    return sums
+
+
+def _of_experts(dy: Tensor, x: Tensor, tokens: ExpertTokens) -> Tensor:
+    """dy^T x of each expert of a stack, (experts * out, in)."""
+    total = dy.new_zeros(len(tokens.counts), dy.shape[1], x.shape[1])
+    for run in tokens.reached:
+        total[run.experts[0]] = dy[run.tokens].T @ x[run.tokens]
+    return total.flatten(0, 1)
+
+
+@torch.no_grad()
+def update_spectrum(layer: AdaptedLinear) -> LayerSpectrum:
+    """Squared singular values of diag(g) s B A, what the adapter adds to the layer; g = 1 for LoRA.
+
+    The product is not formed: they are those of the small matrix between the factors' orthogonal bases. For a stack of
+    experts a component has one of each expert, and its energy is their sum; experts that share a factor are one matrix
+    (`AdaptedExperts.approximated_parts`), without g where they share B, since g differs between them.
+
+    Raises: ValueError: A masked layer. The masked B A has another rank than B A, so its singular values are not those
+        of rank components.
+    """
+    if layer.masked:
+        raise ValueError("update_spectrum must be given an adapter without a mask.")
+    wide = torch.float64
+    b = layer.stored_B().to(wide) * layer.scaling
+    if layer.magnitude is not None and not (isinstance(layer, AdaptedExperts) and layer.share == "B"):
+        norm = layer.row_norm().to(wide)
+        b = b * (layer.magnitude.to(wide) / norm).masked_fill(norm == 0, 0.0).unsqueeze(-1)
+    energies = np.zeros(layer.rank)
+    for left, right in layer.factor_pairs(b, layer.lora_A.to(wide)):
+        small = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
+        energies += torch.linalg.svdvals(small).square().cpu().numpy()
+    return LayerSpectrum(energies, float(energies.sum()), layer.parameters_per_rank)
+
+
+def gradient_spectra(
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Sequence[MicroBatch],
+    most: int,
+    *,
+    norm: Norm,
+    progress: Progress | None = None,
+) -> dict[str, LayerSpectrum]:
+    """Squared singular values of dL/d(s B A) of each layer: see `update_gradients`; of stacks as `update_spectrum`.
+
+    At B = 0 this is the matrix whose first r directions are the best first step of an adapter of rank r.
+    """
+    adapted = adapted_layers(model)
+
+    def spectrum(name: str, gradient: Tensor) -> LayerSpectrum:
+        found = torch.stack([_squared_values(part) for part in adapted[name].approximated_parts(gradient)]).sum(dim=0)
+        return LayerSpectrum(found[:most].cpu().numpy(), float(found.sum()), adapted[name].parameters_per_rank)
+
+    return update_gradients(model, layers, batches, spectrum, norm=norm, progress=progress)
+
+
+def _squared_values(matrix: Tensor) -> Tensor:
+    """All squared singular values of a matrix, falling, float64."""
+    # The Gram matrix of the short side takes a tenth of the time of an SVD and loses only the smallest values
+    short = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).double()
+    found: Tensor = torch.linalg.eigvalsh(short @ short.T).flip(0).clamp_min(0.0)
+    return found

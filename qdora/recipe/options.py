@@ -1,0 +1,225 @@
+"""The options of the verbs that have many. Each field is a flag of the command line, and its docstring the help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from qdora.errors import UserError
+from qdora.recipe.byte_size import parse_size
+from qdora.recipe.faults import fault_lines
+from qdora.recipe.section import Text, Whole, WholeOrZero
+
+GgufType = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q2_k"
+]
+CONVERTED: tuple[GgufType, ...] = get_args(GgufType)[:4]
+"""Types that llama.cpp's converter writes; its quantiser makes the others from a file in f16."""
+Dtype = Literal["float16", "bfloat16", "float32"]
+Form = Literal["merged", "original", "requantized", "nf4-lora", "peft", "gguf"]
+"""What an export holds: a merge into the dequantised base, into the original one, or quantised again; or a format."""
+
+
+def _file_size(value: str) -> str:
+    # A number below 1,000 lacks its unit
+    if not value.rstrip()[-1:].isalpha() or parse_size(value) < 1000:
+        raise ValueError("must be at least 1KB and have a unit, such as 2GB")
+    return value
+
+
+class Options(BaseModel):
+    """What a verb is asked for. UserError lists all options that are wrong or have no effect, one line each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    used_with: ClassVar[tuple[tuple[str, str, str], ...]] = ()
+    """(options, another option, its values with which they have an effect)."""
+
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            lines = fault_lines(error, given, type(self))
+            raise UserError(*(f"--{key.replace('_', '-')}: {what}" for key, what in lines)) from None
+        if faults := list(self.faults()):
+            raise UserError(*faults)
+
+    def has(self, name: str) -> bool:
+        """Whether an option differs from its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+    def faults(self) -> Iterator[str]:
+        """Options that have no effect with the others."""
+        for names, other, values in self.used_with:
+            value, allowed = getattr(self, other), values.split()
+            for flag in (f"--{name.replace('_', '-')}" for name in names.split() if self.has(name)):
+                if value not in allowed:
+                    only = f"is used only with --{other} {' or '.join(allowed)}, got {value}"
+                    yield f"{flag}: {only}. Fix: remove {flag}."
+
+
+class ExportOptions(Options):
+    """What `qdora export` writes."""
+
+    format: Literal["merged", "peft", "nf4-lora", "gguf"] = "merged"
+    """merged: one dense model; nf4-lora: 4-bit base and LoRA; peft: the adapter; gguf: a file for llama.cpp."""
+    dtype: Dtype | None = None
+    """float16, bfloat16 or float32. Default: float16 (merged; bfloat16 for Gemma 2, Gemma 3, GLM-4), that of the run
+    (nf4-lora)."""
+    base: Literal["dequantized", "original"] = "dequantized"
+    """Weights to merge on: dequantized (the adapter was trained on them) or original."""
+    requantize: bool = False
+    """Quantise the merged model to 4 bits again."""
+    shard_size: Annotated[str, AfterValidator(_file_size)] = "5GiB"
+    """Largest weights file, such as 2GB."""
+    step: int | None = None
+    """Checkpoint step; default: the adapter, else the newest checkpoint."""
+    base_model: str | None = None
+    """Base of an adapter; default: the one that its adapter_config.json names."""
+    quant: str | None = None
+    """For an adapter: the form of its base in training: nf4, fp4, int8, none, or nf4-single or fp4-single, without
+    double quantisation; default: as the files of adapter or base say, else nf4."""
+    audit: bool = False
+    """Also compare all forms of the model (slow)."""
+    push: str | None = None
+    """Upload it to this repository of the Hub; a new one is private."""
+    public: bool = False
+    """Make the repository of --push public."""
+    gguf_type: GgufType = "f16"
+    """Type of the matrices: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q4_0, q3_k_m or q2_k."""
+    llama_cpp: Path | None = None
+    """Folder of llama.cpp; default: QDORA_LLAMA_CPP, then PATH."""
+
+    used_with: ClassVar = (
+        ("base", "format", "merged gguf"),
+        ("requantize", "format", "merged"),
+        ("dtype shard_size", "format", "merged nf4-lora"),
+        ("gguf_type llama_cpp", "format", "gguf"),
+        ("requantize", "base", "dequantized"),
+    )
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.public and self.push is None:
+            yield "--public: has no effect without --push. Fix: add --push, or remove --public."
+        if self.push is not None:
+            from huggingface_hub.errors import HFValidationError
+            from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+            try:
+                validate_repo_id(self.push)
+            except HFValidationError as error:
+                yield f"--push: got {self.push!r}. {str(error).partition(chr(10))[0]}"
+
+    @property
+    def form(self) -> Form:
+        """What the directory will hold."""
+        if self.format != "merged":
+            return self.format
+        if self.requantize:
+            return "requantized"
+        return "original" if self.base == "original" else "merged"
+
+
+class EvalOptions(Options):
+    """What `qdora eval` measures."""
+
+    tasks: tuple[Text, ...] = ()
+    """A source of the run or a built-in task; repeatable. With data of your own: the source of the run that has the
+    same format."""
+    limit: Whole | None = None
+    """Use at most this many examples of each task."""
+    split: str | None = None
+    """validation (default), test or train; with --data any split of it."""
+    data: str | None = None
+    """Score this data: a file, folder, pattern or Hub id. With --tasks of the eight commonsense tasks: their folder of
+    <task>/<split>.parquet."""
+    text: tuple[Path, ...] = ()
+    """Measure the perplexity of this text file; repeatable."""
+    step: int | None = None
+    """Checkpoint step; default: the adapter, else the newest checkpoint."""
+    like: Path | None = None
+    """For a model: use the data of this run, and also show the run's results."""
+    base_model: str | None = None
+    """Base of an adapter; default: the one that its adapter_config.json names."""
+    quant: str | None = None
+    """Quantise a bare model: nf4, fp4 or int8; default: not quantised. For an adapter: see `qdora export --quant`."""
+    base: bool = False
+    """Evaluate the base of the run without its adapter."""
+    method: Literal["loglikelihood", "generate"] | None = None
+    """loglikelihood, or generate: also score generated answers. Default: eval.method of the run."""
+    harness: tuple[Text, ...] = ()
+    """Task, group or pattern of lm-evaluation-harness; repeatable."""
+    harness_include: Path | None = None
+    """Folder of further harness tasks in YAML. They may run code."""
+
+
+class Sampling(Options):
+    """How `qdora generate` chooses the next token."""
+
+    max_new_tokens: Whole = 256
+    """Stop after this many new tokens."""
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """0 always takes the most likely token; otherwise the logits are divided by it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the most likely tokens up to this total probability."""
+    top_k: Whole | None = None
+    """Sample from this many of the most likely tokens."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the sampling."""
+
+    def faults(self) -> Iterator[str]:
+        if self.temperature == 0 and (self.has("top_p") or self.has("top_k")):
+            yield "--top-p, --top-k: have no effect at temperature 0. Fix: add --temperature 0.7, or remove them."
+
+
+class RankSettings(Options):
+    """How `qdora rank` chooses."""
+
+    method: Literal["curvature", "svd", "gradient", "gates"] = "curvature"
+    """curvature, svd (of the trained update), gradient, or gates (the ranks that the run's own gates chose)."""
+    budget: str | None = None
+    """Parameters of the factors of these layers: a number, or a share of the run's own; default: 100%."""
+    threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Instead of --budget: share of its worth that each layer keeps, 0 to 1."""
+    max_rank: Whole | None = None
+    """Largest rank of a layer; default: twice the largest rank of the run. svd finds no more than the layer's own."""
+    draws: WholeOrZero = 16
+    """Label samples per token for the curvature along each component (0: exact, one product with the curvature per
+    component; benchmarks/curvature_draws.py compares them)."""
+    eigenvalues: WholeOrZero = 0
+    """Also compute this many eigenvalues of the curvature by A and B (slow); they do not influence the ranks."""
+    curvature: Literal["hessian", "gauss_newton"] = "hessian"
+    """Matrix of --eigenvalues: hessian or gauss_newton."""
+    norm: Literal["attached", "held"] = "attached"
+    """DoRA's norm in worths and eigenvalues: attached (differentiated) or held (a constant)."""
+    layers: tuple[Text, ...] = ()
+    """Only these layers: name or pattern; repeatable. Others keep their rank."""
+    examples: Whole = 64
+    """Training examples to use, from the start of the run's mix."""
+    micro_batch_tokens: Whole = 512
+    """Tokens of a micro-batch, with padding. A graph over a graph (eigenvalues, exact curvature) recomputes nothing:
+    about 8 MiB a token of a 135M model."""
+
+    used_with: ClassVar = (
+        ("budget threshold max_rank layers", "method", "curvature svd gradient"),
+        ("examples micro_batch_tokens", "method", "curvature gradient"),
+        ("draws eigenvalues curvature norm", "method", "curvature"),
+    )
+
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
+        if self.has("curvature") and not self.eigenvalues:
+            yield "--curvature: is used only with --eigenvalues. Fix: add --eigenvalues 20."
+        if 0 < self.draws < 8:
+            yield f"--draws: got {self.draws}, must be 0 (exact) or at least 8."
+        if self.budget is not None and self.threshold is not None:
+            yield "--threshold: is not used with --budget. Fix: remove one of them."
+        if self.method == "svd" and self.threshold is None and self.budget in (None, "100%"):
+            yield (
+                f"--budget: got {self.budget or '100% (default)'}, must be less than 100% with --method svd: an update "
+                "has no components beyond the run's ranks, so all ranks would stay. "
+                "Fix: use --budget 50% or --threshold."
+            )
