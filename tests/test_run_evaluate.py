@@ -141,7 +141,7 @@ def test_splits_and_patterns(own: Path, run: Path, tmp_path: Path, monkeypatch: 
 def test_a_copy_of_a_training_file_is_told(own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     copy = write(tmp_path / "copy.jsonl", products(3))
     with caplog.at_level(logging.WARNING, "qdora"):
-        scores(own, data=copy, base_only=True)
+        scores(own, data=copy, base=True)
         scores(own, data=str(own.parent / "mine/held.jsonl"))
         assert caplog.messages == []
         scores(own, data=copy)
