@@ -55,7 +55,7 @@ WORDS = {
     "full": "the disk is full, once or from then on",
     "read_only": "the directory becomes read-only",
 }
-HEAVY = ("qdora.cli.train", "qdora.run.train", "qdora.export.export_run", "qdora.study.runner", "qdora.study.report")
+HEAVY = ("qdora.cli.train", "qdora.run.train", "qdora.export.export_run", "qdora.study.run", "qdora.study.report")
 HEAVY += ("transformers.models.llama.modeling_llama", "pyarrow.parquet")
 OPERATIONS, NUM_COMMANDS = range(2)  # what a life counts
 _CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.utime", "shutil.rmtree")

@@ -30,7 +30,7 @@ from tables.study import draw_checkpoints
 
 from qdora.files.atomic import atomic_write_bytes, atomic_write_json, atomic_write_text
 from qdora.study.report import read_report, report_run
-from qdora.study.study_directory import StudyDirectory, read_index
+from qdora.study.results import StudyDirectory, read_index
 
 GRIDS = Path(__file__).resolve().parent / "grids"
 NAME = "study"

@@ -15,12 +15,9 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_json, atomic_write_text
 from qdora.files.run_directory import RunDirectory
 from qdora.study.cells import Expander
-from qdora.study.compare import Results
 from qdora.study.grid import load_study
-from qdora.study.guesses import FILE as GUESSES_FILE
-from qdora.study.guesses import read_guesses
-from qdora.study.study_directory import StudyDirectory, read_index
-from qdora.study.upcoming import cells_now
+from qdora.study.measure import GUESSES_FILE, read_guesses
+from qdora.study.results import Results, StudyDirectory, cells_now, read_index
 
 SCORES_FILE = "scores.json.xz"
 _KEPT = ("task", "id", "nll", "num_answer_tokens", "acc", "acc_norm", "gold", "loglikelihoods")

@@ -20,10 +20,9 @@ import numpy as np
 
 from qdora.evaluate.example_intervals import Array, TaskScores
 from qdora.recipe.section import with_settings
-from qdora.study.compare import Results, comparisons, find_arms, quality
+from qdora.study.compare import comparisons, damage_row, find_arms, quality, repair_row
 from qdora.study.grid import Study, study_from
-from qdora.study.repair import damage_row, repair_row
-from qdora.study.study_directory import StudyDirectory
+from qdora.study.results import Results, StudyDirectory
 
 ZONE, ARMS, DENSE = 0.02, ("lora", "dora"), "16 bits"
 LOST, TRANSPLANTED = 0.3, 0.8

@@ -22,13 +22,10 @@ import yaml
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.settings import Recipe
 from qdora.study.cells import Cell, Expander
-from qdora.study.compare import Results
 from qdora.study.grid import load_study
-from qdora.study.page import Report
-from qdora.study.runner import Work, run_cells
-from qdora.study.scores import half_of
-from qdora.study.study_directory import StudyDirectory, read_index
-from qdora.study.upcoming import cells_now
+from qdora.study.report import Report
+from qdora.study.results import Results, StudyDirectory, cells_now, half_of, read_index
+from qdora.study.run import Work, run_cells
 
 RECIPE: dict[str, Any] = {
     "model": {"source": "org/model"},

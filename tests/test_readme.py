@@ -25,7 +25,7 @@ from qdora.recipe.recipe_file import read_yaml, recipe_from, recipe_names, setti
 from qdora.recipe.settings import Recipe
 from qdora.study.cells import Expander
 from qdora.study.grid import study_from
-from qdora.study.outlook import planned_cells
+from qdora.study.results import planned_cells
 from tests import support
 
 ROOT = Path(__file__).parent.parent

@@ -15,13 +15,12 @@ import yaml
 from qdora.errors import UserError
 from qdora.recipe.recipe_file import override, recipe_from, settings
 from qdora.recipe.settings import Recipe
-from qdora.study import cell_key, outlook
-from qdora.study.cell_key import key_of
-from qdora.study.cells import Cell, Cells, Expander, equal_in_words
-from qdora.study.compare import Results, cannot_decide
+from qdora.study import cells, results
+from qdora.study.cells import Cell, Cells, Expander, equal_in_words, key_of
+from qdora.study.compare import cannot_decide
 from qdora.study.grid import label_of, load_study, study_from
-from qdora.study.runner import notes_on, study_run
-from qdora.study.study_directory import StudyDirectory
+from qdora.study.results import Results, StudyDirectory
+from qdora.study.run import notes_on, study_run
 from tests.data_rows import faults_of, says
 from tests.fake_study import ADAPTERS, RECIPE, recipe
 
@@ -226,7 +225,7 @@ def test_the_key_is_of_the_content_of_all_data_files(tmp_path: Path, monkeypatch
         keys.append(key_of(plain))
     files[3].unlink()
     keys.append(key_of(plain))
-    monkeypatch.setattr(cell_key, "_MOST_BLOCKS", 8)  # of a huge file, which is sampled
+    monkeypatch.setattr(cells, "_MOST_BLOCKS", 8)  # of a huge file, which is sampled
     huge = 16 << 20
     for size, content in ((huge, b"\0"), (huge, b"x"), (huge + 1, b"\0")):
         with files[0].open("wb") as stream:
@@ -363,15 +362,15 @@ def test_the_grids_of_the_benchmarks_have_their_cells_and_the_hours_of_their_pla
         asked.append((recipe.model.source, recipe.base.quant))
         return SimpleNamespace(step_seconds=len(asked))
 
-    monkeypatch.setattr(outlook, "plan", made_up)
+    monkeypatch.setattr(results, "plan", made_up)
     study = load_study(ROOT / "benchmarks/grids/8b.yaml")
-    planned = outlook.planned_cells(Expander(study), None)
+    planned = results.planned_cells(Expander(study), None)
     assert (cannot_decide(study), planned.num_waiting) == ([], {})
-    times = outlook.stage_times(planned.cells, Results(StudyDirectory(tmp_path, makes=False), study))
+    times = results.stage_times(planned.cells, Results(StudyDirectory(tmp_path, makes=False), study))
     found = {each.stage: (each.num_cells, each.seconds) for each in times}
     models = ("Qwen/Qwen3-4B-Base", "meta-llama/Meta-Llama-3-8B")
     assert sorted(asked) == [(model, quant) for model in models for quant in ("nf4", "none")]
     # Models, bases, adapters, seeds; three of the six bases have 16 bits
     assert found["main"] == (2 * 6 * 2 * 3, pytest.approx(sum(6 * 3 * (300 + 400 * each) for each in (1, 2, 3, 4))))
     assert found["transplants"] == (2 * 5 * 2 * 3, pytest.approx(60 * 300))
-    assert (found["bases"][0], outlook.times_in_words(times)[-1][:7]) == (2 * 6, "In all ")
+    assert (found["bases"][0], results.times_in_words(times)[-1][:7]) == (2 * 6, "In all ")

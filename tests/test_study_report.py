@@ -25,12 +25,10 @@ from qdora.errors import UserError
 from qdora.prune.pruner import PrunedLayer
 from qdora.study import figures
 from qdora.study.cells import Cell
-from qdora.study.compare import Arm, Results, named_comparisons
+from qdora.study.compare import Arm, named_comparisons
 from qdora.study.grid import COLUMNS, load_study, study_from
-from qdora.study.page import Report, write_report
-from qdora.study.report import read_report, report_run
-from qdora.study.scores import half_of
-from qdora.study.study_directory import StudyDirectory, read_index
+from qdora.study.report import Report, read_report, report_run, write_report
+from qdora.study.results import Results, StudyDirectory, half_of, read_index
 from tests import fake_study
 from tests.fake_study import ADAPTERS, DOCUMENT, LOST, compared, diverging, forget, nll_of, product, rows
 

@@ -24,14 +24,11 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import Diverged, Interrupted
-from qdora.study import runner
+from qdora.study import run
 from qdora.study.cells import Cell, Expander
-from qdora.study.cluster_jobs import submit_jobs
-from qdora.study.compare import Results
 from qdora.study.grid import load_study
-from qdora.study.runner import cells_bar, once, run_cells, shard_of, tally
-from qdora.study.study_directory import StudyDirectory
-from qdora.study.upcoming import cells_now
+from qdora.study.results import Results, StudyDirectory, cells_now
+from qdora.study.run import cells_bar, once, run_cells, shard_of, submit_jobs, tally
 from tests import fake_study
 from tests.fake_study import numbered
 
@@ -165,9 +162,9 @@ def test_a_base_that_diverges_has_failed_since_it_has_no_rate_to_blame(
     def diverge(*_: Any, **__: Any) -> None:
         raise Diverged("eval: the model's log-likelihood is not finite")
 
-    monkeypatch.setattr(runner, "train_run", diverge)
+    monkeypatch.setattr(run, "train_run", diverge)
     store, base = StudyDirectory(tmp_path, retries=0), replace(numbered(1)[0], kind="base")
-    run_cells([base], store, runner.cell_work(store))
+    run_cells([base], store, run.cell_work(store))
     assert list(tally([base], store).failed) == [base.key]
 
 
@@ -230,7 +227,7 @@ def test_shards_share_the_cells_out() -> None:
 @pytest.fixture
 def expander(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Expander:
     """A study on nf4, of which nothing has run."""
-    monkeypatch.setattr(runner, "_IDLE_SECONDS", 0.02)
+    monkeypatch.setattr(run, "_IDLE_SECONDS", 0.02)
     return Expander(load_study(write(tmp_path)))
 
 
@@ -240,7 +237,7 @@ def run_shard(expander: Expander, store: StudyDirectory, shard: str, seconds: fl
         return fake_study.work_of()(cell, directory)
 
     with cells_bar(Console(quiet=True), store) as bar:
-        return runner._run_all(expander, Results(store, expander.study), shard, work, bar)
+        return run._run_all(expander, Results(store, expander.study), shard, work, bar)
 
 
 def test_a_process_waits_for_cells_that_others_work_on(expander: Expander, tmp_path: Path) -> None:

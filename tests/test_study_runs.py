@@ -33,10 +33,10 @@ from qdora.quant.tiles import dense_weight
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.settings import AdapterConfig
 from qdora.run.load_run import load_run
-from qdora.study import cluster_jobs, runner
+from qdora.study import run as study_module
 from qdora.study.report import read_report
-from qdora.study.runner import study_run
-from qdora.study.study_directory import StudyDirectory, read_index
+from qdora.study.results import StudyDirectory, read_index
+from qdora.study.run import study_run
 from tests import reference, support
 
 DORA, LORA = {"dora": {"adapter.kind": "dora"}}, {"lora": {"adapter.kind": "lora"}}
@@ -141,7 +141,7 @@ def test_what_a_study_lacks_is_told_before_it_runs(root: Path, tmp_path: Path, c
 
 def test_jobs_are_started_with_the_same_study(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
-    monkeypatch.setattr(cluster_jobs, "submit_jobs", lambda *a, **k: started.append((a, k)) or [])
+    monkeypatch.setattr(study_module, "submit_jobs", lambda *a, **k: started.append((a, k)) or [])
     study = ["study", str(write_study(root, "one", **ONE)), "--dir", str(tmp_path)]
     found = CliRunner().invoke(app, [*study, "--jobs", "3", "--job-option", "timeout_min=9"])
     assert found.exit_code == 0, found.output
@@ -289,7 +289,7 @@ def test_checkpoints_of_an_adapter_and_of_full_fine_tuning_are_measured(root: Pa
 def test_a_finished_study_trains_nothing_and_writes_pages_that_lack(
     done: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "train_run", None)
+    monkeypatch.setattr(study_module, "train_run", None)
     page, bare = sorted((done / "cells").glob("*/report.html"))[:2]
     for file in (page, bare, bare.with_name("log.txt")):  # as in results that were kept without their run
         file.unlink()
@@ -303,7 +303,7 @@ def test_a_cell_that_fails_is_given_up_and_one_that_was_cut_off_continues_from_i
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_study(root, "budget", **ONE, settings={"memory.budget": "10GiB"})
-    real, calls = runner.train_run, []
+    real, calls = study_module.train_run, []
 
     def stop(error: BaseException) -> Any:
         def broken(*_: Any, **__: Any) -> None:
@@ -312,12 +312,12 @@ def test_a_cell_that_fails_is_given_up_and_one_that_was_cut_off_continues_from_i
         return broken
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "train_run", stop(RuntimeError("no room")))
+        patch.setattr(study_module, "train_run", stop(RuntimeError("no room")))
         for _ in range(2):  # the second start does not try again
             with pytest.raises(RunFailure, match=r"1 of 1 cells failed; .*RuntimeError: no room\. .*--retry-failed"):
                 run(file, tmp_path / "whole")
         full = stop(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-        patch.setattr(runner, "train_run", full)
+        patch.setattr(study_module, "train_run", full)
         patch.setattr(StudyDirectory, "add_failure", full)
         with pytest.raises(RunFailure, match=r"cannot be written: the disk is full"):
             run(file, tmp_path / "full")
@@ -333,7 +333,7 @@ def test_a_cell_that_fails_is_given_up_and_one_that_was_cut_off_continues_from_i
                 patch.setattr(place[0], stop(place[1] or RuntimeError("cut")))
             return real(recipe, directory, **options)
 
-    monkeypatch.setattr(runner, "train_run", cut)
+    monkeypatch.setattr(study_module, "train_run", cut)
     with pytest.raises(KeyboardInterrupt):
         run(file, tmp_path / "cut")
     assert not list((tmp_path / "cut/failures").iterdir())

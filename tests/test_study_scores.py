@@ -19,13 +19,10 @@ import yaml
 
 from qdora.errors import UserError
 from qdora.study.cells import Cell, Expander
-from qdora.study.compare import Results
 from qdora.study.grid import load_study
-from qdora.study.page import write_report
-from qdora.study.report import read_report
-from qdora.study.runner import run_cells
-from qdora.study.study_directory import StudyDirectory, read_index
-from qdora.study.upcoming import cells_now
+from qdora.study.report import read_report, write_report
+from qdora.study.results import Results, StudyDirectory, cells_now, read_index
+from qdora.study.run import run_cells
 from tests import fake_study
 from tests.fake_study import ADAPTERS, diverging, forget, product
 

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qdora.study.grid import RatesConfig
-from qdora.study.rates import RateRun, minimum, search
+from qdora.study.grid import RateRun, RatesConfig, minimum, search
 from qdora.study.statistics import holm, ratio_interval, seed_spread, t_interval
 
 

@@ -249,7 +249,7 @@ def study(
     Any number of processes can work on one study. The same command continues an interrupted study.
     """
     if jobs is not None:
-        from qdora.study.cluster_jobs import submit_study
+        from qdora.study.run import submit_study
 
         if shard is not None or dry_run or retry_failed:
             raise UserError(
@@ -260,7 +260,7 @@ def study(
         return
     if cluster is not None or job_option:
         raise UserError("--cluster, --job-option: are used only with --jobs. Fix: add --jobs.")
-    from qdora.study.runner import study_run
+    from qdora.study.run import study_run
 
     try:
         emit(study_run(study, directory, shard=shard, retry_failed=retry_failed, dry_run=dry_run))

@@ -17,13 +17,11 @@ from qdora.evaluate.example_intervals import (
     Interval,
     SeedScores,
     Spread,
-    Weighting,
     example_interval,
     example_spread,
-    weighted_mean,
 )
 from qdora.study import statistics
-from qdora.study.cells import Kind
+from qdora.study.cells import Kind, axes_of
 from qdora.study.grid import (
     RATE,
     SEED,
@@ -38,8 +36,11 @@ from qdora.study.grid import (
     label_of,
     num_first_seeds,
 )
-from qdora.study.scores import HIGHER_IS_BETTER, CellScores, Part, combined, read_scores, weighting_of
-from qdora.study.study_directory import StudyDirectory
+from qdora.study.results import (
+    HIGHER_IS_BETTER,
+    Results,
+    combined,
+)
 
 ZONE_OF_SHARES = 0.01
 """Accuracies that differ by less than a point are equivalent, where the metric is an NLL."""
@@ -73,83 +74,6 @@ class Arm:
     num_missing: int
     base_key: str | None
     dense_key: str | None
-
-
-class Results:
-    """Results and scores of a study's finished cells, each read once."""
-
-    def __init__(self, store: StudyDirectory, study: Study) -> None:
-        self.store, self.study = store, study
-        self._scores: dict[tuple[str, Part], CellScores] = {}
-        self._results: dict[str, dict[str, Any]] = {}
-        self._means: dict[tuple[str, str, Part, str | None], float] = {}
-
-    def result(self, key: str) -> dict[str, Any] | None:
-        """The result of a cell; None if it is not finished."""
-        if key not in self._results:
-            found = self.store.result(key)
-            if found is None:
-                return None
-            self._results[key] = found
-        return self._results[key]
-
-    def diverged(self, key: str) -> bool:
-        """Whether the training of a finished cell diverged, so that it has no scores and counts as the worst."""
-        return "diverged" in (self.result(key) or {})
-
-    def has_adapter(self, key: str) -> bool | None:
-        """Whether a cell left an adapter: False if it diverged, None if it is not finished."""
-        return None if self.result(key) is None else not self.diverged(key)
-
-    @property
-    def part(self) -> Part:
-        """The examples that arms are compared on: one half if the other half chose their rates, else all."""
-        return "compare" if self.study.compare.split == "halves" and self.study.rates is not None else "all"
-
-    def scores(self, key: str, part: Part | None = None) -> CellScores:
-        """Scores of a finished cell (default: on the examples of the comparison); {} of a cell that has none."""
-        part = part or self.part
-        if (key, part) not in self._scores:
-            result = self.result(key)
-            assert result is not None, key
-            self._scores[key, part] = (
-                read_scores(self.store.cell(key), result["files"], part) if "files" in result else {}
-            )
-        return self._scores[key, part]
-
-    def mean(self, key: str, measure: str, part: Part | None = None, task: str | None = None) -> float:
-        """A measure of one cell, of one task or of all; the worst score if it diverged; nan if it was not measured."""
-        which = (key, measure, part or self.part, task)
-        if which not in self._means:
-            tasks = {} if self.diverged(key) else self.scores(key, part).get(measure, {})
-            tasks = tasks if task is None else {name: each for name, each in tasks.items() if name == task}
-            found = weighted_mean(tasks, self.weighting(measure)) if tasks else math.nan
-            self._means[which] = self._worst(key, measure) if self.diverged(key) else found
-        return self._means[which]
-
-    def loss(self, key: str) -> float | None:
-        """Validation loss of a run that looks for a rate: inf if it diverged, None if it has no result."""
-        if self.result(key) is None:
-            return None
-        if self.diverged(key):
-            return math.inf
-        metric, split = self.study.compare.metric, self.study.compare.split
-        found = self.mean(key, metric, "choose" if split == "halves" else "all")
-        if math.isnan(found):
-            return math.inf
-        return -found if HIGHER_IS_BETTER[metric] else found
-
-    def weighting(self, measure: str) -> Weighting:
-        """How the tasks are weighted in a measure."""
-        return weighting_of(measure, self.study.compare.tasks)
-
-    def _worst(self, key: str, measure: str) -> float:
-        """Of a run that diverged: no right answer, or a uniform guess over the vocabulary for each token."""
-        result = self.result(key)
-        assert result is not None, key
-        uniform = math.log(result["num_vocabulary"])
-        known = {"nll_per_token": uniform, "nll_by_task": uniform, "acc": 0.0, "acc_norm": 0.0}
-        return known.get(measure, math.nan)
 
 
 def find_arms(cells: Records, results: Results, *, as_planned: bool = False) -> list[Arm]:
@@ -596,3 +520,79 @@ def never_decided(cells: Records, results: Results) -> list[str]:
             where = " and for ".join(lacking[name])
             told.append(f"The comparison {name!r} cannot have a verdict: an arm has no cell for {where}.")
     return told
+
+
+def repair_row(arm: Arm, arms: Sequence[Arm], results: Results) -> dict[str, float]:
+    """What is left of the damage, how much a transplant has, and what was repaired; only of trained arms.
+
+    All in the metric's units, positive values worse; `repaired_share` of the transplant's damage, if that is
+    significant. `magnitudes`: what is lost if the trained magnitudes are set back.
+    """
+    study, row = results.study, dict[str, float]()
+    if arm.kind != "trained":
+        return row
+
+    def improvements(factor: float, own: Arm, other: Arm) -> dict[str, float]:
+        return seed_improvements([(factor, own, other)], results, study.compare.metric)
+
+    back = _same_arm(arm, arms, "set_back")
+    if back is not None and (lost := improvements(1.0, arm, back)):
+        row |= improvement_interval(lost, study).columns("magnitudes")
+    twin = dense_twin(arm, arms, study)
+    if twin is None or arm.base_key == arm.dense_key:
+        return row
+    if any(results.diverged(key) for seed, key in twin.seeds.items() if seed in arm.seeds):
+        return row
+    if left := improvements(-1.0, arm, twin):
+        row |= improvement_interval(left, study).columns("left")
+    transplant = _same_arm(arm, arms, "transplant")
+    damage = improvements(-1.0, transplant, twin) if transplant is not None else {}
+    repaired = improvements(1.0, arm, transplant) if transplant is not None else {}
+    if damage and repaired:
+        row |= improvement_interval(damage, study).columns("transplant")
+        row |= improvement_interval(repaired, study).columns("repaired")
+        if row["transplant_lower"] > 0:
+            shared = [seed for seed in damage if seed in repaired]
+            above, below = ([values[seed] for seed in shared] for values in (repaired, damage))
+            share = statistics.ratio_interval(above, below, num_first=num_first_seeds(study, shared))
+            row |= share.columns("repaired_share")
+    return row
+
+
+def _same_arm(arm: Arm, arms: Sequence[Arm], kind: Kind) -> Arm | None:
+    """The arm in another kind of cells."""
+    return next((each for each in arms if (each.kind, each.name, each.context) == (kind, arm.name, arm.context)), None)
+
+
+def dense_twin(arm: Arm, arms: Sequence[Arm], study: Study) -> Arm | None:
+    """The arm of the same name that was trained on the uncompressed base, in the same context but for the base."""
+    based = axes_of(study, "base.")
+
+    def rest(one: Arm) -> dict[str, str]:
+        return {axis: label for axis, label in one.context.items() if axis not in based}
+
+    dense = [each for each in arms if each.kind == "trained" and each.base_key == each.dense_key]
+    like = {} if study.rates is None else study.rates.like.get(study.compare.arm, {})
+    names = (arm.name, like.get(arm.name, arm.name))
+    return next((each for name in names for each in dense if each.name == name and rest(each) == rest(arm)), None)
+
+
+def damage_row(arm: Arm, results: Results) -> dict[str, Any]:
+    """What compression did to a base that is only evaluated; empty for other arms.
+
+    `damage_choice`: acc_norm of the uncompressed base, less that of this one; its interval is over examples.
+    """
+    if arm.kind != "base":
+        return {}
+    (key,) = arm.seeds.values()
+    result = results.result(key) or {}
+    layers = ((result.get("compression") or {}).get("layers") or {}).values()
+    errors = [layer["relative_error"] for layer in layers]
+    row: dict[str, Any] = {"weight_error": sum(errors) / len(errors)} if errors else {}
+    row |= {name: result[name] for name in ("perplexity", "hidden_error") if name in result}
+    choice = quality(arm, results, "acc_norm")
+    if choice is None or arm.dense_key in (None, key) or results.result(str(arm.dense_key)) is None:
+        return row
+    scores = [results.scores(each)["acc_norm"] for each in (str(arm.dense_key), key)]
+    lost = combined([(1.0, scores[0]), (-1.0, scores[1])])
+    return row | example_interval(lost, "equal").columns("damage_choice")

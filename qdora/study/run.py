@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from qdora.data.sources import has_split
-from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line, named
+from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line, named, not_one_of
 from qdora.files.access_tokens import masked
 from qdora.files.atomic import atomic_directory, disk_failures
 from qdora.files.console import consoles, duration, shows_bars
@@ -37,21 +38,16 @@ from qdora.memory.failed_allocation import free_memory
 from qdora.model.build_model import find_model
 from qdora.model.load import load_config, quantization_of
 from qdora.prune.pruner import quantized_layers
-from qdora.recipe.recipe_file import missing_files, recipe_from, settings
+from qdora.recipe.recipe_file import missing_files, read_yaml, recipe_from, settings
 from qdora.recipe.settings import Recipe
 from qdora.run.adapter_step import adapter_step
 from qdora.run.run_page import PAGE_FILE, leave_page
 from qdora.run.train import train_run
-from qdora.study.base_damage import base_damage
-from qdora.study.by_layer import measure_by_layer, measure_checkpoints
 from qdora.study.cells import Cell, Cells, Expander, equal_in_words
-from qdora.study.compare import Results, cannot_decide, never_decided
+from qdora.study.compare import cannot_decide, never_decided
 from qdora.study.grid import load_study
-from qdora.study.guesses import write_guesses
-from qdora.study.outlook import planned_cells, stage_times, times_in_words
-from qdora.study.set_back import evaluate_magnitudes
-from qdora.study.study_directory import StudyDirectory
-from qdora.study.upcoming import cells_now
+from qdora.study.measure import base_damage, evaluate_magnitudes, measure_by_layer, measure_checkpoints, write_guesses
+from qdora.study.results import Results, StudyDirectory, cells_now, planned_cells, stage_times, times_in_words
 
 logger = logging.getLogger("qdora")
 
@@ -457,3 +453,59 @@ def once(store: StudyDirectory, stage: str, key: str, make: Callable[[Path], Non
             with atomic_directory(path) as directory:
                 make(directory)
     return path
+
+
+CLUSTERS = ("slurm", "local")
+
+
+def submit_study(
+    file: Path, directory: Path | None, num_jobs: int, cluster: str, options: Sequence[str]
+) -> dict[str, Any]:
+    """Check a study and start `num_jobs` processes that run it together; `options` of submitit are key=value each."""
+    if cluster not in CLUSTERS:
+        raise UserError(not_one_of("--cluster", cluster, CLUSTERS))
+    parameters = dict(map(_job_option, options))
+    expander, directory = checked_study(file, directory)
+    known = Results(StudyDirectory(directory, retries=expander.study.retries), expander.study)
+    notes = notes_on(expander, known)
+    for note in notes:
+        consoles(None)[0].print(note)
+    cells_now(expander, known)
+    command = [sys.executable, "-m", "qdora.cli", "study", str(file.resolve()), "--dir", str(directory)]
+    jobs = submit_jobs(command, directory, num_jobs, cluster=cluster, parameters=parameters)
+    return {"directory": str(directory), "notes": notes, "jobs": [job.job_id for job in jobs]}
+
+
+def submit_jobs(
+    command: Sequence[str], directory: Path, num_jobs: int, *, cluster: str, parameters: Mapping[str, Any]
+) -> list[Any]:
+    """Start the same command several times through submitit; each process claims the next free cell of the study.
+
+    Args:
+        directory: Of the study, which all jobs must see under the same path; their output goes to slurm/ inside it.
+        cluster: slurm, or local for processes on this machine.
+        parameters: Of submitit: timeout_min, gpus_per_node, slurm_partition, ...
+    Raises:
+        UserError: submitit is missing, or does not know a parameter or the cluster.
+    """
+    try:
+        import submitit
+        from submitit.helpers import CommandFunction
+    except ImportError:
+        raise UserError("--jobs: submitit is not installed. Fix: pip install 'qdora[slurm]'") from None
+    option = f"--cluster {cluster}"
+    try:
+        executor = submitit.AutoExecutor(folder=directory / "slurm" / "%j", cluster=cluster)
+        option = "--job-option"
+        executor.update_parameters(name="qdora-study", **parameters)
+    except (RuntimeError, NameError, TypeError, ValueError, AssertionError, ImportError) as error:  # such as no srun
+        raise UserError(f"{option}: {' '.join(str(error).split())}") from None
+    with executor.batch():
+        return [executor.submit(CommandFunction(list(command))) for _ in range(num_jobs)]
+
+
+def _job_option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--job-option: must be key=value such as timeout_min=600, got {text!r}.")
+    return key.strip(), read_yaml(f"value: {value}", f"--job-option {text}")["value"]

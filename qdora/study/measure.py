@@ -1,0 +1,266 @@
+"""What cells measure besides scores: damage of a base, an adapter by layer or with other magnitudes, guesses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.data.build_data import run_examples
+from qdora.data.example import Example
+from qdora.data.tokenize import encode_pairs
+from qdora.evaluate.hidden_states import hidden_state_errors
+from qdora.evaluate.loglikelihood import score_examples
+from qdora.evaluate.perplexity import text_perplexity
+from qdora.evaluate.suite import evaluate, spread
+from qdora.files.atomic import atomic_write_json
+from qdora.files.json_file import read_json_object
+from qdora.model.build_model import choose_compute, find_model
+from qdora.model.inject import adapted_layers, block_of
+from qdora.model.load import load_config
+from qdora.model.model_size import model_size
+from qdora.rank.error_undone import error_undone
+from qdora.rank.weight_changes import full_weight_changes, set_magnitude_back_, weight_changes
+from qdora.recipe.settings import BaseWeightsConfig, Recipe
+from qdora.run.load_base import load_base
+from qdora.run.load_run import load_run
+
+TEXTS_OF_TASK = 25
+"""Examples of each evaluated task whose prompts with their answers are the texts."""
+
+
+def base_damage(recipe: Recipe, directory: Path) -> dict[str, Any]:
+    """Measures of the base of a run without an adapter, as JSON values.
+
+    perplexity: Of prompts with their right answers, all tokens. hidden_errors: Of each block against the uncompressed
+    base, which is loaded beside it; hidden_error is the last one. Not for the uncompressed base itself, and neither of
+    chats.
+
+    Args:
+        recipe: Of the run, with adapter.kind none.
+        directory: The run, which is finished.
+    """
+    base = load_run(directory)
+    examples = run_examples(recipe, "validation", recipe.eval.tasks)
+    chosen = [each for found in examples.values() for each in spread(found, TEXTS_OF_TASK)]
+    texts = [each.prompt + each.answer for each in chosen if not each.messages]
+    if not texts:
+        return {}
+    measured: dict[str, Any] = {"perplexity": text_perplexity(base.model, base.tokenizer, texts).perplexity}
+    reference = uncompressed_base(recipe)
+    if reference is None:
+        return measured
+    ids = [encoded for encoded, _ in encode_pairs(base.tokenizer, [("", text) for text in texts])]
+    errors = hidden_state_errors(base.model, reference, ids)
+    return measured | {"hidden_errors": errors, "hidden_error": errors[-1]}
+
+
+def uncompressed_base(recipe: Recipe) -> PreTrainedModel | None:
+    """The base of a recipe before it is quantised or pruned; None if the recipe does neither."""
+    if recipe.base.quant == "none" and recipe.base.prune is None:
+        return None
+    dense = recipe.model_copy(update={"base": BaseWeightsConfig(quant="none")})
+    return load_base(dense, find_model(dense)[0], choose_compute(dense.model.dtype))
+
+
+SCORES_FILE = "eval/set-back.json"
+
+
+def evaluate_magnitudes(source: Path, directory: Path, *, rescaled: bool) -> dict[str, Any]:
+    """Evaluate the run `source` with its magnitudes `rescaled` or set back, on the examples of its own evaluation.
+
+    The scores are written to `directory`. Returns sizes and files.
+    """
+    run = load_run(source)
+    layers = adapted_layers(run.model)
+    if rescaled:
+        rescale_(layers, run.recipe)
+    else:
+        for layer in layers.values():
+            set_magnitude_back_(layer)
+    asked = run.recipe.eval
+    examples = run_examples(run.recipe, "validation", asked.tasks)
+    scored = evaluate(run.model, run.tokenizer, examples, limit=asked.limit, block=asked.block)
+    (directory / "eval").mkdir(parents=True, exist_ok=True)
+    atomic_write_json(directory / SCORES_FILE, scored.to_dict(per_example=True))
+    return {"size": asdict(model_size(run.model)), "files": {"scores": SCORES_FILE}}
+
+
+@torch.no_grad()
+def rescale_(layers: Mapping[str, AdaptedLinear], recipe: Recipe) -> None:
+    """Multiply each magnitude by ||w|| / ||w'||, w a row of the compressed base and w' of the uncompressed one."""
+    reference = uncompressed_base(recipe)
+    assert reference is not None, "the base is not compressed"
+    for path, layer in layers.items():
+        assert layer.magnitude is not None, "only DoRA has magnitudes"
+        before = reference.get_submodule(path).weight.float().norm(dim=-1)
+        layer.magnitude.mul_((layer.base.squared_row_norm().sqrt() / before).view_as(layer.magnitude))
+
+
+EXAMPLES_OF_TASK = 15
+"""Examples of each evaluated task that the loss without a block's adapter is measured on."""
+
+
+def measure_by_layer(trained: Path) -> dict[str, Any]:
+    """Measure the layers and blocks of the run `trained`; without scores of single examples.
+
+    changes: Path of a layer -> direction, magnitude (`WeightChange`) and, of a compressed base, error_undone,
+    error_undone_best, error_cosine (`ErrorUndone`). blocks: of each block the rise of the NLL per answer token without
+    its adapter, on a few examples of the run's evaluation; nll: with all adapters.
+    """
+    run = load_run(trained)
+    layers = adapted_layers(run.model)
+    changes: dict[str, dict[str, Any]] = {path: asdict(change) for path, change in weight_changes(layers).items()}
+    for path, found in _errors_undone(run.recipe, layers):
+        changes[path] |= found
+    asked = run.recipe.eval
+    examples = [
+        replace(each, choices=(), gold=None)  # only the answer is scored
+        for found in run_examples(run.recipe, "validation", asked.tasks).values()
+        for each in spread(found, EXAMPLES_OF_TASK, asked.block)
+    ]
+    whole = _nll(run.model, run.tokenizer, examples)
+    blocks = []
+    for block, own in blocks_of(layers).items():
+        with without_adapter(own):
+            blocks.append({"block": block, "rise": _nll(run.model, run.tokenizer, examples) - whole})
+    return {
+        "size": asdict(model_size(run.model)),
+        "changes": changes,
+        "blocks": blocks,
+        "nll": whole,
+    }
+
+
+def measure_checkpoints(trained: Path, steps: Sequence[int]) -> dict[str, Any]:
+    """Measure checkpoints of the run `trained`, an adapter or full fine-tuning.
+
+    checkpoints: Of each step the NLL per token of the run's own evaluation, and path of a layer -> `WeightChange`.
+    """
+    found: list[dict[str, Any]] = []
+    for step in steps:
+        run = load_run(trained, step=step)
+        layers, asked = adapted_layers(run.model), run.recipe.eval
+        changes = weight_changes(layers) or full_weight_changes(load_run(trained, base_only=True).model, run.model)
+        examples = run_examples(run.recipe, "validation", asked.tasks)
+        scored = evaluate(run.model, run.tokenizer, examples, limit=asked.limit, block=asked.block).per_example
+        nll = sum(row["nll"] for row in scored) / sum(row["num_answer_tokens"] for row in scored)
+        told = {path: asdict(change) for path, change in changes.items() if block_of(path) is not None}
+        found.append({"step": step, "nll": nll, "changes": told})
+    return {"size": asdict(model_size(run.model)), "checkpoints": found}
+
+
+def blocks_of(layers: Mapping[str, AdaptedLinear]) -> dict[int, list[AdaptedLinear]]:
+    """Number of a block -> its adapted layers."""
+    blocks: dict[int, list[AdaptedLinear]] = {}
+    for path, layer in layers.items():
+        block = block_of(path)
+        if block is not None:
+            blocks.setdefault(block, []).append(layer)
+    return dict(sorted(blocks.items()))
+
+
+@contextmanager
+@torch.no_grad()
+def without_adapter(layers: Sequence[AdaptedLinear]) -> Iterator[None]:
+    """While the block runs, these layers are their bases: B is zero, and magnitudes are the row norms of the base."""
+    kept = []
+    for layer in layers:
+        kept.append((layer.lora_B.clone(), None if layer.magnitude is None else layer.magnitude.clone()))
+        layer.lora_B.zero_()
+        if layer.magnitude is not None:
+            set_magnitude_back_(layer)
+        layer.parameters_changed()
+    try:
+        yield
+    finally:
+        for layer, (lora_B, magnitude) in zip(layers, kept, strict=True):
+            layer.lora_B.copy_(lora_B)
+            if layer.magnitude is not None and magnitude is not None:
+                layer.magnitude.copy_(magnitude)
+            layer.parameters_changed()
+
+
+def _nll(model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> float:
+    """Nats per answer token."""
+    scores = score_examples(model, tokenizer, examples)
+    return sum(each.nll for each in scores) / sum(each.num_answer_tokens for each in scores)
+
+
+@torch.no_grad()
+def _errors_undone(recipe: Recipe, layers: Mapping[str, AdaptedLinear]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Path -> columns of `ErrorUndone`; nothing for an uncompressed base."""
+    reference = uncompressed_base(recipe)
+    if reference is None:
+        return
+    for path, layer in layers.items():
+        base = layer.base.dequantized(torch.float32)
+        error = base - reference.get_submodule(path).weight.float()
+        update = layer.merged_weight(torch.float32) - base
+        found = error_undone(_parts(layer, update), _parts(layer, error), layer.rank)
+        if found is not None:
+            yield path, {f"error_{name}": value for name, value in asdict(found).items()}
+
+
+def _parts(layer: AdaptedLinear, matrix: Tensor) -> Tensor:
+    """(parts, rows, columns): what a product of the rank approximates, such as each expert of a stack."""
+    return torch.stack(layer.approximated_parts(matrix))
+
+
+GUESSES_FILE = "guesses.json"
+MOST_OF_TASK = 2000
+"""Training examples of each task whose answers are counted."""
+UNIFORM_SHARE = 0.01
+"""Part of the unigram model that is uniform, for tokens that no training answer has."""
+
+
+def write_guesses(recipe: Recipe, directory: Path) -> None:
+    """Write what uniform and unigram models reach to `directory`, nats a token of the evaluated answers.
+
+    A recipe with only chats, or with streams, has no unigram model.
+
+    Args:
+        recipe: Of the evaluation of a base.
+    """
+    source, tokenizer = find_model(recipe, weights=False)
+    num_vocabulary = load_config(source).get_text_config().vocab_size
+    found = {"uniform": math.log(num_vocabulary)}
+    if not any(each.stream for each in recipe.data.mix):
+        names = recipe.eval.tasks
+        training, asked = (run_examples(recipe, split, names) for split in ("train", "validation"))
+        counted = answer_tokens(tokenizer, training, MOST_OF_TASK)
+        scored = answer_tokens(tokenizer, asked, recipe.eval.limit)
+        if counted and scored:
+            found["unigram"] = unigram_nll(counted, scored, num_vocabulary)
+    atomic_write_json(directory / GUESSES_FILE, found)
+
+
+def read_guesses(directory: Path) -> dict[str, float]:
+    """What `write_guesses` left in a directory; {} if nothing."""
+    return read_json_object(directory / GUESSES_FILE) if (directory / GUESSES_FILE).is_file() else {}
+
+
+def answer_tokens(tokenizer: Any, examples: Mapping[str, Sequence[Example]], most: int | None) -> list[int]:
+    """Tokens of the answers of at most so many examples of each task; chats have none."""
+    chosen = [each for found in examples.values() for each in spread(found, most) if not each.messages]
+    encoded = encode_pairs(tokenizer, [(each.prompt, each.answer) for each in chosen])
+    return [token for ids, start in encoded for token in ids[start:]]
+
+
+def unigram_nll(counted: Sequence[int], scored: Sequence[int], num_vocabulary: int) -> float:
+    """Mean of -ln p over the scored tokens, nats.
+
+    p = (1 - u) count / tokens counted + u / vocabulary,        u = UNIFORM_SHARE
+    """
+    counts = np.bincount(np.asarray(counted), minlength=num_vocabulary)
+    shares = (1 - UNIFORM_SHARE) * counts / len(counted) + UNIFORM_SHARE / num_vocabulary
+    return float(-np.log(shares[np.asarray(scored)]).mean())
