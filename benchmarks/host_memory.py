@@ -24,8 +24,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qdora.memory.allocator import return_freed_memory
-from qdora.memory.sharded_base import ShardedBase
+from qdora.memory.oom import return_freed_memory
+from qdora.memory.shard import ShardedBase
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.plan.division import WholePlans, process_plans

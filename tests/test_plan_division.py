@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.memory import activation_offload
-from qdora.memory.activation_offload import PinnedPages, pages_bytes
-from qdora.memory.host_residency import HostResidency
+from qdora.memory import offload
+from qdora.memory.offload import PinnedPages, pages_bytes
+from qdora.memory.stream import HostResidency
 from qdora.model.build_model import keeps_scales
 from qdora.model.inject import adapted_layers
 from qdora.model.load import Quantization, load_model
@@ -307,7 +307,7 @@ def test_checkpoints_on_the_host_leave_three_on_the_device(monkeypatch):
             taken.append(size)
             return torch.empty(size, dtype=torch.uint8, device="meta")
 
-        monkeypatch.setattr(activation_offload, "_pinned", pinned)
+        monkeypatch.setattr(offload, "_pinned", pinned)
         pages = PinnedPages()
         for _ in range(count):
             pages.take(num_bytes)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from qdora.data.build_data import micro_batch_tokens
 from qdora.errors import UserError
-from qdora.memory.streaming import NUM_SLOTS
+from qdora.memory.stream import NUM_SLOTS
 from qdora.model.build_model import keeps_scales
 from qdora.plan.plan_contents import SLACK_SHARE, Change, DeviceKind, Plan
 from qdora.recipe.recipe_file import override

@@ -22,9 +22,8 @@ from qdora.adapter.expert_linear import ExpertLinear
 from qdora.errors import HubFailure
 from qdora.files.console import errors_only
 from qdora.files.environment import cpu_has_bfloat16
-from qdora.memory.activation_offload import pages_bytes
-from qdora.memory.host_residency import Piece, check_host_embedding, obstacle
-from qdora.memory.streaming import NUM_SLOTS, Turns
+from qdora.memory.offload import pages_bytes
+from qdora.memory.stream import NUM_SLOTS, Piece, Turns, check_host_embedding, obstacle
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.build_model import (
     DTYPES,
