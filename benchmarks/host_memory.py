@@ -28,9 +28,9 @@ from qdora.memory.oom import return_freed_memory
 from qdora.memory.shard import ShardedBase
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.plan.division import WholePlans, process_plans
-from qdora.plan.memory_plan import plan
-from qdora.plan.public_shapes import public_shapes
+from qdora.plan.fit import plan
+from qdora.plan.plan import public_shapes
+from qdora.plan.show import WholePlans, process_plans
 from qdora.quant.packed import quantize
 from qdora.recipe.recipe_file import recipe_from
 from qdora.train.distributed import mesh_of, processes_of_launch

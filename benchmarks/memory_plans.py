@@ -25,11 +25,10 @@ from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import Compute, find_model, put_adapters
 from qdora.model.inject import adapter_parameters
 from qdora.model.packed_base import PrunedBase
-from qdora.plan.division import num_sharing, process_plans, whole_plans
+from qdora.plan.fit import num_sharing, plan, workload_of_data
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.memory_plan import plan
-from qdora.plan.public_shapes import public_shapes
-from qdora.plan.workload import workload_of_data
+from qdora.plan.plan import public_shapes
+from qdora.plan.show import process_plans, whole_plans
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import load_recipe, recipe_from, recipe_names, with_overrides
 from qdora.recipe.settings import Recipe

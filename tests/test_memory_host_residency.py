@@ -44,10 +44,9 @@ from qdora.model.load import Quantization, load_model
 from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
 from qdora.plan.fake_step import empty_model
-from qdora.plan.memory_plan import plan, streamed_blocks
-from qdora.plan.plan_contents import DENSE, Plan
-from qdora.plan.public_shapes import public_shapes
-from qdora.plan.step_time import ASSUMED
+from qdora.plan.fit import plan
+from qdora.plan.plan import ASSUMED, DENSE, Plan, public_shapes
+from qdora.plan.step_plan import streamed_blocks
 from qdora.quant.packed import empty_packed
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from

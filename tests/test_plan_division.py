@@ -23,26 +23,33 @@ from qdora.model.build_model import keeps_scales
 from qdora.model.inject import adapted_layers
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import resolve
-from qdora.plan import plan_contents as parts
-from qdora.plan.changes_to_fit import with_changes
-from qdora.plan.division import (
+from qdora.plan import plan as parts
+from qdora.plan.fake_step import empty_model
+from qdora.plan.fit import plan, with_changes
+from qdora.plan.live_bytes import LiveBytes
+from qdora.plan.plan import (
+    CONTEXT_BYTES,
+    NCCL_BYTES,
+    SLACK_SHARE,
+    Division,
+    MicroBatchShape,
+    Moment,
+    Plan,
+    divided,
+    of_card,
+)
+from qdora.plan.show import (
     ACROSS,
     ProcessPlan,
     Way,
     WholePlans,
-    divided,
-    division_of,
     fastest_way,
-    of_card,
+    plan_run,
     process_lines,
     process_plans,
     whole_plans,
 )
-from qdora.plan.fake_step import empty_model
-from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.memory_plan import StreamedBlocks, plan, streamed_blocks, with_offloaded, with_streamed
-from qdora.plan.plan_contents import CONTEXT_BYTES, NCCL_BYTES, SLACK_SHARE, Division, MicroBatchShape, Moment, Plan
-from qdora.plan.plan_view import plan_run
+from qdora.plan.step_plan import StreamedBlocks, division_of, streamed_blocks, with_offloaded, with_streamed
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes

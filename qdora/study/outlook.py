@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qdora.plan.memory_plan import plan
+from qdora.plan.fit import plan
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe
