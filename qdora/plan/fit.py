@@ -309,7 +309,7 @@ def plan(
     options: dict[str, Any] = {"device_kind": device_kind, "workload": workload, "config": config}
     options |= {"num_processes": num_processes, "num_sharing": num_sharing, "may_change": may_change}
     _, found = fit_recipe(recipe, limit, **options)
-    return found if shape is None else replace(found, stored_shape=shape.source)
+    return found if shape is None else replace(found, stored_shape=shape.source, context=shape.context)
 
 
 def _stored_shape(recipe: Recipe) -> PublicShape | None:
@@ -349,6 +349,7 @@ def fit_recipe(
         config = load_config(source)
     check_router_loss(recipe, config)
     known = _known(config, source, device_kind)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if recipe.memory.host_embeddings and device_kind == "cuda":
         check_host_embedding(known.model(torch.bfloat16, recipe.model.attention))
 
@@ -366,7 +367,8 @@ def fit_recipe(
             step = _StepPlan(changed, known, most.shape, most.num_micro_batches, rates, run_dtype=dtype, routing="even")
             even = of_card(step.plan(), num_sharing, num_processes)
             most, even_bytes = max(most, even, key=lambda each: each.peak_bytes), even.peak_bytes
-        return replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even_bytes)
+        found = replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even_bytes)
+        return replace(found, context=context)
 
     def seconds_of(changed: Recipe) -> float:
         return max(each.seconds(first.num_trainable) for each in step_plans(changed))

@@ -188,6 +188,7 @@ class Plan:
             the worse of this and of nearly all tokens choosing the same ones. None for other models.
         division: The tensors that several processes could divide; None for a model without a list of blocks.
         stored_shape: Where the shape of the model was read, if it is one of `public_shapes`; None: from its own config.
+        context: Positions that the model was made for, if they are known.
     """
 
     device_kind: DeviceKind
@@ -209,6 +210,7 @@ class Plan:
     changes: Sequence[Change] = ()
     even_routing_bytes: int | None = None
     stored_shape: str | None = None
+    context: int | None = None
     division: Division | None = None
 
     @property
@@ -259,6 +261,7 @@ class Plan:
         return {
             "device": self.device_kind,
             "stored_shape": self.stored_shape,
+            "context": self.context,
             "peak_bytes": self.peak_bytes,
             "even_routing_bytes": self.even_routing_bytes,
             "tensor_bytes": self.tensor_bytes,
@@ -441,10 +444,12 @@ class PublicShape:
     Attributes:
         values: The keys of config.json that decide the architecture, with model_type.
         source: Address of the page that the values were read from.
+        context: Positions that the model was made for, if the file says so.
     """
 
     values: dict[str, Any]
     source: str
+    context: int | None = None
 
     def config(self) -> PreTrainedConfig:
         """The config of a model of this shape."""
@@ -456,8 +461,9 @@ def public_shapes() -> dict[str, PublicShape]:
     """Hub id -> shape of every model in the file."""
     text = resources.files("qdora.plan").joinpath("public_shapes.yaml").read_text(encoding="utf-8")
     data = yaml.safe_load(text)
+    contexts = {name: length for length, names in data["contexts"].items() for name in names}
     shapes: dict[str, PublicShape] = {}
     for model in data["models"]:
         source = data["sources"].get(model["source"], model["source"])
-        shapes |= dict.fromkeys(model["names"], PublicShape(model["config"], source))
+        shapes |= {name: PublicShape(model["config"], source, contexts.get(name)) for name in model["names"]}
     return shapes

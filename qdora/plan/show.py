@@ -39,7 +39,7 @@ from qdora.plan.fit import (
     with_streaming,
     workload_of_data,
 )
-from qdora.plan.plan import PCIE_4, DeviceKind, Plan, of_card, seconds_text, waiting_seconds
+from qdora.plan.plan import ASSUMED, PCIE_4, DeviceKind, Plan, of_card, seconds_text, waiting_seconds
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import missing_files, override
 from qdora.recipe.settings import Recipe
@@ -72,7 +72,8 @@ def plan_run(
     """
     _, results = consoles(console)
     if device_kind == "cuda" and not torch.cuda.is_available():
-        logger.info("This machine has no GPU: the run is planned for one. --device cpu plans it for this machine.")
+        card = ASSUMED["cuda"].name
+        logger.info("This machine has no GPU: bytes and seconds are those of an %s. --device cpu plans it here.", card)
     faults = missing_files(recipe, where)
     if faults:
         raise UserError(*faults)
@@ -93,13 +94,16 @@ def plan_run(
         assumed.append("the gates have removed no component yet")
     found = replace(plan(recipe, limit, **shared), assumptions=assumed)
     show_plan(results, found)
+    longest, context = recipe.data.max_length, found.context
+    if context is not None and longest > context:
+        results.print(f"data.max_length: {longest:,} tokens are more than the model's context of {context:,}.")
     document: dict[str, Any] = {"mix": None if mix is None else asdict(mix), "memory": found.to_dict()}
     if num_processes > 1:
         plan_of = partial(plan, budget=found.budget_bytes, may_change=False, **planning)
         ways = process_plans(whole_plans(recipe, plan_of), num_processes, num_hosts)
         for line in process_lines(ways, num_processes, num_hosts):
             results.print(line, soft_wrap=True)
-        document["processes"] = [each.to_dict() for each in ways]
+        document["processes"] = [asdict(each) for each in ways]
     elif recipe.train.divides_base:
         logger.info("train.parallel is %s: --processes N plans a card of N.", recipe.train.parallel)
     return document
@@ -226,10 +230,6 @@ class ProcessPlan:
     step_seconds: Mapping[str, float]
     host_bytes: int = 0
     num_streamed: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

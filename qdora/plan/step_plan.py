@@ -174,7 +174,10 @@ class _StepPlan:
             moments = with_streamed(moments, streamed)
         host_bytes = 0 if streamed is None else streamed.host_bytes
         if embedding_bytes:
-            moments = without_embedding(moments, embedding_bytes)
+            moments = [
+                _changed(each, {parts.DENSE: each.by_component.get(parts.DENSE, 0) - embedding_bytes})
+                for each in moments
+            ]
             # Rows leave through memory that torch pins, in powers of two: one such block for each length, all together
             # less than twice the longest.
             rows = self.shape.num_tokens * work.row_bytes
@@ -222,12 +225,14 @@ class _StepPlan:
         pattern = None
         if found is not None:
             ranks = {} if self.adapter is None else ranks_of_adapter(self.adapter, self.skeleton)
-            pattern = find_pattern(
-                [
-                    signature(each, (_attention_kind(self.skeleton, index), _ranks_in(ranks, f"{found[0]}.{index}.")))
-                    for index, each in enumerate(found[1])
-                ]
-            )
+            layer_types = getattr(self.skeleton.config.get_text_config(), "layer_types", None) or [None] * len(found[1])
+            signatures = []
+            for index, block in enumerate(found[1]):
+                path = f"{found[0]}.{index}."
+                inside = {name.removeprefix(path): rank for name, rank in ranks.items() if name.startswith(path)}
+                kind = layer_types[index] if index < len(layer_types) else None
+                signatures.append(signature(block, (kind, *inside.items())))
+            pattern = find_pattern(signatures)
         if pattern is None or found is None:
             moments, shapes = self._moments(None)
         else:
@@ -419,11 +424,6 @@ def with_streamed(moments: Sequence[Moment], streamed: StreamedBlocks) -> list[M
     ]
 
 
-def without_embedding(moments: Sequence[Moment], num_bytes: int) -> list[Moment]:
-    """The moments with the input embedding, of `num_bytes`, on the host."""
-    return [_changed(moment, {parts.DENSE: moment.by_component.get(parts.DENSE, 0) - num_bytes}) for moment in moments]
-
-
 def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Moment], int]:
     """The moments with checkpoints on the host, and the pinned memory that these take.
 
@@ -445,10 +445,6 @@ def _changed(moment: Moment, sizes: Mapping[str, int]) -> Moment:
     return Moment(moment.phase, moment.block, {name: size for name, size in merged.items() if size})
 
 
-def _ranks_in(ranks: dict[str, int], block: str) -> tuple[tuple[str, int], ...]:
-    return tuple((name.removeprefix(block), rank) for name, rank in ranks.items() if name.startswith(block))
-
-
 def _repeated(shapes: _Shapes, path: str, pattern: BlockPattern) -> _Shapes:
     """Parameters of the whole model, in its order, from those of the shorter one that was measured."""
     before: list[tuple[str, _Shape]] = []
@@ -467,12 +463,6 @@ def _repeated(shapes: _Shapes, path: str, pattern: BlockPattern) -> _Shapes:
     more = range(pattern.repetitions - pattern.num_kept)
     copies = [(f"repetition-{count}.{name}", shape) for count in more for name, shape in repeated]
     return dict([*before, *copies, *after])
-
-
-def _attention_kind(model: nn.Module, index: int) -> object:
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    kinds = getattr(config, "layer_types", None)
-    return kinds[index] if kinds and index < len(kinds) else None
 
 
 def division_of(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, *, pruned: bool) -> Division | None:
