@@ -24,13 +24,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qdora.memory.allocator import return_freed_memory
-from qdora.memory.sharded_base import ShardedBase
+from qdora.memory.oom import return_freed_memory
+from qdora.memory.shard import ShardedBase
 from qdora.model.load import load_model
 from qdora.model.source import resolve
-from qdora.plan.division import WholePlans, process_plans
-from qdora.plan.memory_plan import plan
-from qdora.plan.public_shapes import public_shapes
+from qdora.plan.fit import plan
+from qdora.plan.plan import public_shapes
+from qdora.plan.show import WholePlans, process_plans
 from qdora.quant.packed import quantize
 from qdora.recipe.recipe_file import recipe_from
 from qdora.train.distributed import mesh_of, processes_of_launch

@@ -15,7 +15,7 @@ from measure import alone, commit, in_turns, ratio, ratios, spread
 from mixed_data import base_model
 from torch import Tensor, nn
 
-from qdora.memory.allocator import keep_freed_memory
+from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import recompute_activations
 from qdora.plan.live_bytes import LiveBytes
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,14 @@ from mixed_data import fitted
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
-from qdora.memory.allocator import keep_freed_memory
+from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import Compute, find_model, put_adapters
 from qdora.model.inject import adapter_parameters
 from qdora.model.packed_base import PrunedBase
-from qdora.plan.division import num_sharing, process_plans, whole_plans
+from qdora.plan.fit import num_sharing, plan, workload_of_data
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.memory_plan import plan
-from qdora.plan.public_shapes import public_shapes
-from qdora.plan.workload import workload_of_data
+from qdora.plan.plan import public_shapes
+from qdora.plan.show import process_plans, whole_plans
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import load_recipe, recipe_from, recipe_names, with_overrides
 from qdora.recipe.settings import Recipe
@@ -259,7 +259,7 @@ def _planned(recipe: Recipe, config: PreTrainedConfig, num_cards: int = 1) -> di
         **found,
         "num_cards": num_cards,
         "parallel": recipe.train.parallel,
-        "ways": [each.to_dict() for each in ways],
+        "ways": [asdict(each) for each in ways],
         "model": recipe.model.source,
         "budget": budget,
         "residency": recipe.base.residency,

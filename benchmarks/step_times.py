@@ -23,7 +23,7 @@ from measure import alone, in_turns, peak_rss_bytes, ratios, reset_peak_rss, spr
 from mixed_data import FixedSteps, base_model, first_steps, fitted, in_one_batch, random_step
 
 from qdora.data.loader import Step
-from qdora.memory.allocator import keep_freed_memory, return_freed_memory
+from qdora.memory.oom import keep_freed_memory, return_freed_memory
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapter_parameters
 from qdora.recipe.train_settings import TrainConfig

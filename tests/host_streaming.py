@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from qdora.cli import main
-from qdora.memory.host_residency import HostResidency
+from qdora.memory.stream import HostResidency
 from qdora.run import load_base
 from tests.support import LateCopies
 

@@ -55,8 +55,8 @@ from qdora.data.batching import IGNORED, Batching, MicroBatch, micro_batches
 from qdora.data.loader import Step
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import Interrupted, UserError
-from qdora.memory.host_residency import HostResidency
-from qdora.memory.sharded_base import ShardedBase
+from qdora.memory.shard import ShardedBase
+from qdora.memory.stream import HostResidency
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, replace_module
 from qdora.model.load import Quantization, load_model

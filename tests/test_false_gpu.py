@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qdora.adapter import adapted_linear
 from qdora.files.environment import environment
-from qdora.memory.failed_allocation import free_memory
-from qdora.memory.host_residency import HostResidency
+from qdora.memory.oom import free_memory
+from qdora.memory.stream import HostResidency
 from qdora.model import build_model
 from qdora.quant import bnb_kernels
 from qdora.run import load_base, prepare

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from qdora.adapter.prepared_gains import prepare_gains
-from qdora.memory import activation_offload
-from qdora.memory.activation_offload import ActivationOffload, Away, CudaHost
-from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
+from qdora.memory import offload
+from qdora.memory.offload import ActivationOffload, Away, CudaHost
+from qdora.memory.stream import HostResidency, keep_embedding_on_host
 from qdora.model.load import load_model
 from qdora.model.source import resolve
 from qdora.quant import bnb_kernels, tiles
@@ -168,7 +168,7 @@ def test_a_streamed_base_and_an_embedding_on_the_host_give_the_same_with_less_on
 @pytest.mark.parametrize("streamed", [False, True])
 def test_gradients_with_checkpoints_on_the_host(source, resident, streamed, monkeypatch):
     """Inputs are computed late and come back late: who does not wait for them reads NaN, or what was there before."""
-    monkeypatch.setattr(activation_offload, "_LEAST_BYTES", 16)
+    monkeypatch.setattr(offload, "_LEAST_BYTES", 16)
     _, model = held_by(source, placer=HostResidency() if streamed else None)
     host, sent = CudaHost(DEVICE), []
 

@@ -24,9 +24,9 @@ from qdora.data.batching import Batching, micro_batches
 from qdora.data.loader import Step
 from qdora.evaluate.generation import decode_greedily
 from qdora.evaluate.token_scores import Span, score_spans
-from qdora.memory import activation_offload
-from qdora.memory.activation_offload import ActivationOffload
-from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
+from qdora.memory import offload
+from qdora.memory.offload import ActivationOffload
+from qdora.memory.stream import HostResidency, keep_embedding_on_host
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.load import load_model
@@ -175,7 +175,7 @@ MORE_COPIES = {"host embedding": 1, "offload": 4}
 @on_false_gpu
 def test_the_host_waits_once_in_a_step(gpu, source, case):
     options = dict(CASES[case])
-    activation_offload._LEAST_BYTES = 1  # in this process, which is the test's own
+    offload._LEAST_BYTES = 1  # in this process, which is the test's own
     loader, gates = one_step(options.pop("packed", False)), options.pop("gates", None)
     model = model_on(gpu.device, source, **options)
     gpu.clear()

@@ -26,20 +26,27 @@ from qdora.errors import RunFailure, UserError
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import float32_arithmetic
 from qdora.export.nf4_lora import export_nf4_lora
-from qdora.memory import activation_offload, host_residency
-from qdora.memory.activation_offload import ActivationOffload
-from qdora.memory.allocator import keep_freed_memory, return_freed_memory
-from qdora.memory.host_residency import CudaCopies, HostResidency, Piece, check_host_embedding, keep_embedding_on_host
-from qdora.memory.streaming import NUM_SLOTS, Ring, interleaved
+from qdora.memory import offload, stream
+from qdora.memory.offload import ActivationOffload
+from qdora.memory.oom import keep_freed_memory, return_freed_memory
+from qdora.memory.stream import (
+    NUM_SLOTS,
+    CudaCopies,
+    HostResidency,
+    Piece,
+    Ring,
+    check_host_embedding,
+    interleaved,
+    keep_embedding_on_host,
+)
 from qdora.model.inject import adapter_parameters, frozen_layers
 from qdora.model.load import Quantization, load_model
 from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
 from qdora.plan.fake_step import empty_model
-from qdora.plan.memory_plan import plan, streamed_blocks
-from qdora.plan.plan_contents import DENSE, Plan
-from qdora.plan.public_shapes import public_shapes
-from qdora.plan.step_time import ASSUMED
+from qdora.plan.fit import plan
+from qdora.plan.plan import ASSUMED, DENSE, Plan, public_shapes
+from qdora.plan.step_plan import streamed_blocks
 from qdora.quant.packed import empty_packed
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import recipe_from
@@ -268,7 +275,7 @@ def test_too_little_host_memory_is_one_line(source: Path, monkeypatch: pytest.Mo
     driver = FakeCudart(most=1 << 20).put_in(monkeypatch)
     monkeypatch.setattr(torch, "ones", Mock(side_effect=torch.AcceleratorError("CUDA error: out of memory")))
     with pytest.raises(UserError, match=r"the system refuses them \(out of memory \(2\)\)\. Fix: lower"):
-        host_residency._pin(pieces_of((2048, 2048), num_blocks=1), torch.device("cuda"), 1 << 40, 0)
+        stream._pin(pieces_of((2048, 2048), num_blocks=1), torch.device("cuda"), 1 << 40, 0)
     assert driver.log == []
 
 
@@ -276,7 +283,7 @@ def test_memory_is_locked_as_long_as_a_view_of_it_lives(monkeypatch: pytest.Monk
     driver = FakeCudart().put_in(monkeypatch)
     pieces = pieces_of((64, 64), (64, 128), num_blocks=2)
     size = sum(piece.num_bytes for piece in pieces)
-    host_residency._pin(pieces, torch.device("cuda"), size, 0)
+    stream._pin(pieces, torch.device("cuda"), size, 0)
     assert list(driver.locked.values()) == [size]
     (address,) = driver.locked
     view = pieces[1].tensors(pieces[1].host, "1")["packed"]
@@ -295,7 +302,7 @@ def test_pinned_memory_is_as_large_as_the_packed_base(monkeypatch: pytest.Monkey
     monkeypatch.setattr(mmap, "MAP_PRIVATE", mmap.MAP_PRIVATE | 0x4000)  # MAP_NORESERVE: more than the machine has
     weights = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
     pieces = pieces_of(*weights, num_blocks=32)
-    host_residency._pin(pieces, torch.device("cuda"), 1 << 40, 0)
+    stream._pin(pieces, torch.device("cuda"), 1 << 40, 0)
     # Half a byte a weight, a byte for 64 of them, and a float32 for 256 of those
     num_weights = 32 * sum(rows * columns for rows, columns in weights)
     packed = num_weights // 2 + num_weights // 64 + num_weights // 64 // 64
@@ -419,7 +426,7 @@ class LateHost:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_offload, "_LEAST_BYTES", 16)
+    monkeypatch.setattr(offload, "_LEAST_BYTES", 16)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -453,15 +460,15 @@ def test_pinned_memory_that_is_not_there_is_one_line(free: int, reason: str, mon
         assert free > 16 << 20
         raise RuntimeError("CUDA error: out of memory\nmore lines")
 
-    monkeypatch.setattr(activation_offload, "available_memory_bytes", lambda: free)
+    monkeypatch.setattr(offload, "available_memory_bytes", lambda: free)
     monkeypatch.setattr(torch, "empty", refused)
     with pytest.raises(RunFailure, match=rf"refuses 16 MiB of pinned host memory \({reason}\)\.$"):
-        activation_offload.PinnedPages().take(5)
+        offload.PinnedPages().take(5)
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    monkeypatch.setattr(activation_offload, "_PAGE_BYTES", 1 << 10)
+    monkeypatch.setattr(offload, "_PAGE_BYTES", 1 << 10)
     return FakeCuda(monkeypatch)
 
 
@@ -484,7 +491,7 @@ def pinned(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_pinned_memory_is_the_largest_need_and_not_that_of_every_shape(pinned: list[int]) -> None:
     """200 micro-batches of 70 shapes, four blocks each."""
     generator = torch.Generator().manual_seed(0)
-    host = activation_offload.CudaHost(torch.device("cpu"))
+    host = offload.CudaHost(torch.device("cpu"))
     need = 0
     for number in range(200):
         rows, width = 1 + number % 7, 8 * (1 + (number // 7) % 10)  # (rows, 32, width) in bf16
@@ -501,7 +508,7 @@ def test_pinned_memory_is_the_largest_need_and_not_that_of_every_shape(pinned: l
 def test_copies_wait_for_the_computation_and_the_computation_for_them(cuda: FakeCuda) -> None:
     """In three pages: out once the input is computed and back in call order; what is taken has arrived."""
     kept = torch.arange(600, dtype=torch.float32)
-    away = activation_offload.CudaHost(torch.device("cpu"))(kept)
+    away = offload.CudaHost(torch.device("cpu"))(kept)
     side = "stream 0"
     assert cuda.read() == [(side, "waits for", "main"), *[(side, "copies", "")] * 3, (side, "records", "event 0")]
     away.fetch()
@@ -517,7 +524,7 @@ def test_copies_wait_for_the_computation_and_the_computation_for_them(cuda: Fake
 @pytest.mark.usefixtures("pinned")
 def test_memory_is_given_away_behind_the_copy_that_reads_it(cuda: FakeCuda) -> None:
     """However far the host runs ahead, two inputs are held, and an earlier one is dropped after its copy's end."""
-    host, held, away = activation_offload.CudaHost(torch.device("cpu")), list[Any](), list[Any]()
+    host, held, away = offload.CudaHost(torch.device("cpu")), list[Any](), list[Any]()
     for number in range(5):
         tensor = torch.full((256,), float(number))
         held.append(weakref.ref(tensor.untyped_storage()))
@@ -532,7 +539,7 @@ def test_memory_is_given_away_behind_the_copy_that_reads_it(cuda: FakeCuda) -> N
 
 
 def test_a_pass_that_was_broken_off_gives_its_pages_back(pinned: list[int], cuda: FakeCuda) -> None:
-    host = activation_offload.CudaHost(torch.device("cpu"))
+    host = offload.CudaHost(torch.device("cpu"))
     for _ in range(100):
         away = [host(torch.ones(256)) for _ in range(8)]
         away[-1].fetch()

@@ -14,7 +14,7 @@ from torch import nn
 
 from qdora.adapter.row_share import span
 from qdora.errors import Diverged, RunFailure, UserError
-from qdora.memory import sharded_base
+from qdora.memory import shard
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import block_list
 from qdora.quant.packed import PackedWeight, empty_packed
@@ -74,13 +74,13 @@ def parts(rank: int, source: Path, loading: dict[str, Any]) -> None:
     """Each process reads, quantises and holds its rows, and the parts of all are the weights of a whole base, bit for
     bit. A block is whole only while it computes."""
     rows, counts = list[int](), list[int]()
-    real = sharded_base.quantize
+    real = shard.quantize
 
     def counted(weight: torch.Tensor, *args: Any, **options: Any) -> PackedWeight:
         rows.append(weight.shape[0])
         return real(weight, *args, **options)
 
-    sharded_base.quantize = counted
+    shard.quantize = counted
     with support.dividing_processes() as processes:
         whole, sharded = support.load_sharded(source, **loading), support.load_sharded(source, processes, **loading)
         layers = frozen_layers(sharded)
@@ -139,7 +139,7 @@ def test_each_process_holds_its_part(root: Path, size: int, double_quant: bool) 
 
 def test_a_process_without_rows_of_a_small_layer_has_empty_parts() -> None:
     form = empty_packed("nf4", (3, 64), 16, False, "meta")
-    found = sharded_base._quantized(torch.empty(0, 64), form, "w")
+    found = shard._quantized(torch.empty(0, 64), form, "w")
     assert {name: (tuple(each.shape), each.dtype) for name, each in found.items()} == {
         "packed": ((0, 32), torch.uint8),
         "absmax": ((0, 4), torch.float32),

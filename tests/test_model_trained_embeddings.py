@@ -14,7 +14,7 @@ from torch import nn
 from qdora.adapter.host_embedding import HostEmbedding
 from qdora.adapter.trained_rows import RowEmbedding, RowHead, TrainedRows
 from qdora.errors import UserError
-from qdora.memory.host_residency import keep_embedding_on_host
+from qdora.memory.stream import keep_embedding_on_host
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.inject import adapter_parameters, inject
 from qdora.model.trained_embeddings import (

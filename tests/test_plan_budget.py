@@ -24,12 +24,11 @@ from qdora.errors import HubFailure, UserError
 from qdora.files.atomic import json_text
 from qdora.model import source as model_source
 from qdora.model.build_model import Compute, find_model
-from qdora.plan import budget, memory_plan, plan_view, public_shapes, step_time
-from qdora.plan import plan_contents as parts
-from qdora.plan.changes_to_fit import with_changes
-from qdora.plan.plan_contents import Change, MicroBatchShape, Moment, Plan
-from qdora.plan.plan_view import plan_run
-from qdora.plan.workload import assumed_workload, workload_of_data
+from qdora.plan import fit, show
+from qdora.plan import plan as parts
+from qdora.plan.fit import assumed_workload, with_changes, workload_of_data
+from qdora.plan.plan import Change, MicroBatchShape, Moment, Plan
+from qdora.plan.show import plan_run
 from qdora.recipe.byte_size import parse_size, size_text
 from qdora.recipe.recipe_file import load_recipe, override, recipe_names, resolved_yaml
 from qdora.recipe.settings import Recipe
@@ -69,11 +68,11 @@ def test_auto_changes_what_leaves_the_numbers_alone(tmp_path, monkeypatch):
     recipe = one_layer(tmp_path, memory__budget="auto", memory__checkpointing=False, train__batch=24, train__steps=1)
 
     def within(free: int) -> tuple[Recipe, Plan]:
-        monkeypatch.setattr(budget, "available_memory_bytes", lambda: free)
-        monkeypatch.setattr(budget, "held_memory_bytes", lambda: 0)
+        monkeypatch.setattr(fit, "available_memory_bytes", lambda: free)
+        monkeypatch.setattr(fit, "held_memory_bytes", lambda: 0)
         _, tokenizer = find_model(recipe)
         mix = tokenized_mix(recipe, tokenizer, read_data(recipe.data)[0])
-        changed, plan = budget.within_budget(recipe, CPU, workload_of_data(recipe, mix, tokenizer))
+        changed, plan = fit.within_budget(recipe, CPU, workload_of_data(recipe, mix, tokenizer))
         return changed, plan
 
     changed, plan = within(10 * 2**30)
@@ -93,7 +92,7 @@ def test_a_gpu_without_bfloat16_is_planned_in_float32(tmp_path):
     for asked in ("auto", "bfloat16", "float32"):
         recipe = one_layer(tmp_path, memory__budget="10GiB", model__dtype=asked)
         compute = Compute(torch.device("cuda"), torch.bfloat16 if asked == "bfloat16" else torch.float32)
-        same, plan = budget.within_budget(recipe, compute, assumed_workload)
+        same, plan = fit.within_budget(recipe, compute, assumed_workload)
         assert same == recipe
         peaks[asked] = plan.peak_bytes
     assert peaks["auto"] == peaks["float32"] > peaks["bfloat16"]
@@ -107,7 +106,7 @@ def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path):
 
     def within(num_bytes: int, num_processes: int = 4, **changes: Any) -> tuple[Recipe, Plan | None]:
         given = support.tiny_recipe(tmp_path, memory__budget=f"{num_bytes}B", adapter__targets=["q_proj"], **changes)
-        return budget.within_budget(given, CPU, assumed_workload, processes=Processes(size=num_processes))
+        return fit.within_budget(given, CPU, assumed_workload, processes=Processes(size=num_processes))
 
     same, whole = within(2**30)
     changed, plan = within(whole.peak_bytes - 1)
@@ -124,21 +123,21 @@ def test_auto_divides_a_base_that_does_not_fit_whole(tmp_path):
 
 def test_what_the_process_and_nccl_hold_counts_as_free(monkeypatch):
     """A plan has the whole process in it, but the system's available memory has not what it holds already."""
-    monkeypatch.setattr(budget, "available_memory_bytes", lambda: 2**30)
-    before, kept = budget.held_memory_bytes(), torch.ones(2**24)
-    assert budget.held_memory_bytes() - before == pytest.approx(kept.nbytes, rel=0.1)
+    monkeypatch.setattr(fit, "available_memory_bytes", lambda: 2**30)
+    before, kept = fit.held_memory_bytes(), torch.ones(2**24)
+    assert fit.held_memory_bytes() - before == pytest.approx(kept.nbytes, rel=0.1)
     for held, counted in ((5, 5), (2**33, parts.CONTEXT_BYTES["cpu"])):
-        monkeypatch.setattr(budget, "held_memory_bytes", lambda held=held: held)
-        assert budget.free_bytes(torch.device("cpu")) == 2**30 + counted
+        monkeypatch.setattr(fit, "held_memory_bytes", lambda held=held: held)
+        assert fit.free_bytes(torch.device("cpu")) == 2**30 + counted
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (5 * 2**30, 8 * 2**30))
-    assert [budget.free_bytes(torch.device("cuda"), count) // 2**30 for count in (1, 2)] == [5, 6]
+    assert [fit.free_bytes(torch.device("cuda"), count) // 2**30 for count in (1, 2)] == [5, 6]
 
 
 def first_has_less(rank: int, recipe: Recipe) -> None:
     with processes_of_launch() as processes, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "available_memory_bytes", lambda: (10 + rank) * 2**30)
-        patch.setattr(budget, "held_memory_bytes", lambda: 0)
-        _, plan = budget.within_budget(recipe, CPU, assumed_workload, processes=processes)
+        patch.setattr(fit, "available_memory_bytes", lambda: (10 + rank) * 2**30)
+        patch.setattr(fit, "held_memory_bytes", lambda: 0)
+        _, plan = fit.within_budget(recipe, CPU, assumed_workload, processes=processes)
     assert plan.budget_bytes == 10 * 2**30
 
 
@@ -232,7 +231,7 @@ def test_a_plan_refuses_what_a_run_refuses_or_assumes(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(plan_view, "MOST_STEPS", 3)
+    monkeypatch.setattr(show, "MOST_STEPS", 3)
     assert assumed(train__steps=3)[0] == []
     assert "largest of the first 3 steps" in assumed(train__steps=4)[0][0]
     (text,), found = assumed(data__mix=[{"source": "nobody/has-this"}])
@@ -270,31 +269,31 @@ def test_plan_on_the_command_line(tmp_path):
 
 def test_time_of_a_step_by_hand():
     options: dict[str, Any] = {"attention_width": 0, "quantised": True}
-    work = step_time.Work(num_linear=1000, num_head=500, num_trainable=10, checkpointing=True, **options)
-    rates = step_time.Rates("x", flops=1e3, bytes=1e6, link=1e3)
+    work = parts.Work(num_linear=1000, num_head=500, num_trainable=10, checkpointing=True, **options)
+    rates = parts.Rates("x", flops=1e3, bytes=1e6, link=1e3)
     shape = MicroBatchShape(2, 5, 8, masked=False)
     # Three passes over the base, four over the adapters; the head twice forward and backward.
     flops = 10 * 2 * (3 * 1000 + 4 * 10) + 4 * 500 * 8
-    seconds = step_time.step_seconds(work, shape, 3, rates)
+    seconds = parts.step_seconds(work, shape, 3, rates)
     assert seconds == pytest.approx(3 * (flops / 1e3 + 3 * 4.6 * 1000 / 1e6) + 300 / 1e6, rel=1e-12)
-    few = step_time.step_seconds(replace(work, share_met=0.25), shape, 3, rates)  # of the experts a token meets few
+    few = parts.step_seconds(replace(work, share_met=0.25), shape, 3, rates)  # of the experts a token meets few
     assert seconds - few == pytest.approx(3 * 0.75 * 10 * 2 * (3 * 1000 + 4 * 10) / 1e3, rel=1e-9)
     # Causal attention: half of 4 * length a feature and token, again in the recomputation, and 2.5 times that backward
-    wide = step_time.step_seconds(replace(work, attention_width=7), shape, 3, rates)
+    wide = parts.step_seconds(replace(work, attention_width=7), shape, 3, rates)
     assert wide - seconds == pytest.approx(3 * 10 * 2 * 5 * 7 * (1 + 1 + 2.5) / 1e3, rel=1e-9)
     # Each of the two passes over the blocks takes as long as its computing or its copies: 30 s are hidden by the
     # backward pass (two forward passes of 20 s and what decodes), not by the forward pass.
     forward = 10 * 2 * 1000 / 1e3 + 4.6 * 1000 / 1e6
-    assert step_time.forward_seconds(work, shape, rates) == pytest.approx(forward, rel=1e-12)
+    assert parts.forward_seconds(work, shape, rates) == pytest.approx(forward, rel=1e-12)
     for link, waiting in ((30, 30 - forward), (100, 100 - forward + 100 - 2 * forward)):
-        away = step_time.step_seconds(replace(work, streamed_bytes=link * 1000), shape, 3, rates)
+        away = parts.step_seconds(replace(work, streamed_bytes=link * 1000), shape, 3, rates)
         assert away - seconds == pytest.approx(3 * waiting, rel=1e-9)
     # Short chunks of the loss read the head more often: two products of 2 * 10^6 FLOPs a token take 4 ms; two
     # readings of 2 * 10^6 bytes take 0.4 s, as 100 tokens do.
-    work = step_time.Work(num_linear=0, num_head=10**6, num_trainable=0, checkpointing=False, **options)
-    rates, shape = step_time.Rates("x", flops=1e9, bytes=1e7), MicroBatchShape(1, 1001, 1000, masked=False)
+    work = parts.Work(num_linear=0, num_head=10**6, num_trainable=0, checkpointing=False, **options)
+    rates, shape = parts.Rates("x", flops=1e9, bytes=1e7), MicroBatchShape(1, 1001, 1000, masked=False)
     for chunk, expected in ((None, 4.0), (100, 4.0), (250, 4.0), (300, 4.0), (64, 16 * 0.4)):
-        assert step_time.step_seconds(replace(work, head_chunk=chunk), shape, 1, rates) == pytest.approx(expected)
+        assert parts.step_seconds(replace(work, head_chunk=chunk), shape, 1, rates) == pytest.approx(expected)
 
 
 def test_sizes():
@@ -312,7 +311,7 @@ GATED = "meta-llama/Llama-3.2-1B-Instruct"
 
 
 def test_every_shape_has_the_published_number_of_parameters():
-    shapes, wrong, config = public_shapes.public_shapes(), {}, {}
+    shapes, wrong, config = parts.public_shapes(), {}, {}
     for name, published in PUBLISHED.items():
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(shapes[name].config())
@@ -346,18 +345,19 @@ def test_a_gated_model_is_planned_by_its_stored_shape(tmp_path, monkeypatch):
     monkeypatch.setattr(model_source, "snapshot_download", refuse)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes |= {"vocab_size": 100, "num_hidden_layers": 1, "tie_word_embeddings": True}
-    public = public_shapes.PublicShape({"model_type": "llama", **sizes}, "https://example.org/tiny")
+    public = parts.PublicShape({"model_type": "llama", **sizes}, "https://example.org/tiny", context=10)
     # Embedding, which is the head too, q and o, k and v, the three matrices of the MLP, and the norms
     num_weights = 100 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 3 * 64
     own = one_layer(tmp_path)
-    monkeypatch.setattr(memory_plan, "public_shapes", lambda: {GATED: public, own.model.source: public})
+    monkeypatch.setattr(fit, "public_shapes", lambda: {GATED: public, own.model.source: public})
     found, text = shown(gated(GATED))
     assert (found["memory"]["stored_shape"], found["memory"]["num_weights"]) == (public.source, num_weights)
     assert f"the shape stored in qdora, from {public.source}" in text
+    assert "tokens are more than the model's context of 10." in text
     assert f"there is no tokenizer: model.source: {GATED}: the model is gated." in text
     with pytest.raises(UserError, match=r"the model is gated\. Fix: accept its terms"):
         train_run(gated(GATED), tmp_path / "run")
     with pytest.raises(HubFailure, match="the model is gated"):
         shown(gated("someone/unlisted"))
     # A model at hand has its own config
-    assert memory_plan.plan(own, device_kind="cpu").to_dict()["stored_shape"] is None
+    assert fit.plan(own, device_kind="cpu").to_dict()["stored_shape"] is None

@@ -16,33 +16,40 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.errors import UserError
-from qdora.memory import activation_offload
-from qdora.memory.activation_offload import PinnedPages, pages_bytes
-from qdora.memory.host_residency import HostResidency
+from qdora.memory import offload
+from qdora.memory.offload import PinnedPages, pages_bytes
+from qdora.memory.stream import HostResidency
 from qdora.model.build_model import keeps_scales
 from qdora.model.inject import adapted_layers
 from qdora.model.load import Quantization, load_model
 from qdora.model.source import resolve
-from qdora.plan import plan_contents as parts
-from qdora.plan.changes_to_fit import with_changes
-from qdora.plan.division import (
+from qdora.plan import plan as parts
+from qdora.plan.fake_step import empty_model
+from qdora.plan.fit import plan, with_changes
+from qdora.plan.live_bytes import LiveBytes
+from qdora.plan.plan import (
+    CONTEXT_BYTES,
+    NCCL_BYTES,
+    SLACK_SHARE,
+    Division,
+    MicroBatchShape,
+    Moment,
+    Plan,
+    divided,
+    of_card,
+)
+from qdora.plan.show import (
     ACROSS,
     ProcessPlan,
     Way,
     WholePlans,
-    divided,
-    division_of,
     fastest_way,
-    of_card,
+    plan_run,
     process_lines,
     process_plans,
     whole_plans,
 )
-from qdora.plan.fake_step import empty_model
-from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.memory_plan import StreamedBlocks, plan, streamed_blocks, with_offloaded, with_streamed
-from qdora.plan.plan_contents import CONTEXT_BYTES, NCCL_BYTES, SLACK_SHARE, Division, MicroBatchShape, Moment, Plan
-from qdora.plan.plan_view import plan_run
+from qdora.plan.step_plan import StreamedBlocks, division_of, streamed_blocks, with_offloaded, with_streamed
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.recipe.settings import Recipe
 from qdora.train.distributed import Processes
@@ -307,7 +314,7 @@ def test_checkpoints_on_the_host_leave_three_on_the_device(monkeypatch):
             taken.append(size)
             return torch.empty(size, dtype=torch.uint8, device="meta")
 
-        monkeypatch.setattr(activation_offload, "_pinned", pinned)
+        monkeypatch.setattr(offload, "_pinned", pinned)
         pages = PinnedPages()
         for _ in range(count):
             pages.take(num_bytes)

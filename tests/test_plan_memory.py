@@ -19,20 +19,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from qdora.adapter.prepared_gains import prepare_gains
 from qdora.data.batching import MicroBatch
 from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
-from qdora.memory.allocator import keep_freed_memory
+from qdora.memory.oom import keep_freed_memory
 from qdora.model.adapter_file import save_adapter
 from qdora.model.build_model import Compute, put_adapters
 from qdora.model.experts import stacks
 from qdora.model.inject import adapted_layers, adapter_parameters, inject
 from qdora.model.source import resolve
-from qdora.plan import memory_plan, plan_view
-from qdora.plan import plan_contents as parts
-from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern
+from qdora.plan import plan as parts
+from qdora.plan import show, step_plan
+from qdora.plan.fake_step import BlockPattern, extrapolated, find_pattern
+from qdora.plan.fit import assumed_workload, fit_recipe, largest_shapes, not_exceeded, plan, workload_of_data
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.memory_plan import fit_recipe, plan
-from qdora.plan.plan_contents import CONTEXT_BYTES, DeviceKind, MicroBatchShape, Moment, Plan
-from qdora.plan.public_shapes import public_shapes
-from qdora.plan.workload import assumed_workload, largest_shapes, not_exceeded, workload_of_data
+from qdora.plan.plan import CONTEXT_BYTES, DeviceKind, MicroBatchShape, Moment, Plan, public_shapes
 from qdora.quant.planned_device import planned_counts, planned_on
 from qdora.recipe.recipe_file import load_recipe, recipe_from
 from qdora.recipe.settings import Recipe
@@ -177,8 +175,8 @@ def assert_extrapolated(
 ) -> Plan:
     """The plan extrapolated from few blocks is that in which all blocks are measured; returns it."""
     drawn = plan(recipe, config=config, device_kind=device_kind)
-    monkeypatch.setattr(memory_plan, "find_pattern", lambda signatures: None)
-    memory_plan._latest.clear()  # else it would be the same plan
+    monkeypatch.setattr(step_plan, "find_pattern", lambda signatures: None)
+    step_plan._latest.clear()  # else it would be the same plan
     whole = plan(recipe, config=config, device_kind=device_kind)
     found = {(moment.phase, moment.block): moment.by_component for moment in whole.moments}
     assert len(drawn.moments) < len(whole.moments)
@@ -459,7 +457,7 @@ def test_a_plan_says_what_routing_decides():
     assert close.peak_bytes == 2**31 + CONTEXT_BYTES["cpu"]
     assert (close.depends_on_routing, apart.depends_on_routing) == (False, True)
     assert apart.to_dict()["even_routing_bytes"] == 2000 * 2**20
-    texts = ["\n".join(plan_view.plan_lines(each)) for each in (close, apart)]
+    texts = ["\n".join(show.plan_lines(each)) for each in (close, apart)]
     assert ["Experts: 2.59 GiB if nearly" in text and "1.95 GiB if tokens" in text for text in texts] == [False, True]
 
 

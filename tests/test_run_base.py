@@ -22,9 +22,8 @@ from qdora.files.run_directory import RunDirectory
 from qdora.model.build_model import choose_compute, find_model, token_ids
 from qdora.model.inject import adapted_layers
 from qdora.model.trained_embeddings import extend_vocabulary, trained_matrices
-from qdora.plan import plan_contents as parts
-from qdora.plan.division import divided_recipe
-from qdora.plan.memory_plan import plan
+from qdora.plan import plan as parts
+from qdora.plan.fit import divided_recipe, plan
 from qdora.recipe.options import ExportOptions
 from qdora.recipe.recipe_file import load_recipe, override, resolved_yaml
 from qdora.recipe.section import with_settings

@@ -19,7 +19,7 @@ from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.files.run_directory import RunDirectory
 from qdora.model.inject import adapted_layers
-from qdora.plan.memory_plan import plan
+from qdora.plan.fit import plan
 from qdora.rank.rank import rank_faults, rank_run, ranks_of_gates
 from qdora.rank.update_gradient import gradient_spectra, update_spectrum
 from qdora.recipe.options import ExportOptions, RankSettings

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from qdora.data.batching import Batching
 from qdora.errors import RunFailure
-from qdora.memory.failed_allocation import is_out_of_memory
+from qdora.memory.oom import is_out_of_memory
 from qdora.model.inject import adapter_parameters
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train import loss_scale

@@ -15,7 +15,7 @@ from qdora.data import stream
 from qdora.data.batching import Batching
 from qdora.errors import RunFailure, UserError
 from qdora.model.inject import adapter_parameters
-from qdora.plan.memory_plan import plan
+from qdora.plan.fit import plan
 from qdora.run.evaluate import EvalOptions, evaluate_target
 from qdora.run.interference import agreement, measure
 from qdora.run.train import train_run

@@ -19,7 +19,7 @@ from qdora.data.batching import MicroBatch
 from qdora.data.loader import Step
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapter_parameters
-from qdora.plan.memory_plan import plan as memory_plan
+from qdora.plan.fit import plan as memory_plan
 from qdora.recipe.recipe_file import recipe_from
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer

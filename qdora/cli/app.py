@@ -181,7 +181,7 @@ def plan(
     if processes % hosts:
         raise UserError(f"--hosts: got {hosts}, must divide --processes ({processes}).")
     kind = cast(Literal["cuda", "cpu"], device)
-    from qdora.plan.plan_view import plan_run
+    from qdora.plan.show import plan_run
 
     document = plan_run(loaded, recipe, budget=budget, device_kind=kind, num_processes=processes, num_hosts=hosts)
     emit(document)

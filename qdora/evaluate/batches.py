@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from qdora.errors import RunFailure, first_line
 from qdora.files.console import Progress
-from qdora.memory.failed_allocation import free_memory, is_out_of_memory
+from qdora.memory.oom import free_memory, is_out_of_memory
 
 Result = TypeVar("Result")
 Exchange = Callable[[Any], list[Any]]

@@ -35,7 +35,7 @@ from qdora.files.atomic import (
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import open_run
 from qdora.files.work_lock import work_lock
-from qdora.memory.allocator import keep_freed_memory
+from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import DTYPES, find_source, write_adapter
 from qdora.model.inject import adapted_layers, frozen_layers
 from qdora.model.load import load_config

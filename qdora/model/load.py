@@ -148,7 +148,7 @@ def load_model(
         progress: Called with the tensors done and all of them.
         reader: Finds the weights (default `tensors_of_source`; see model/packed_base.py).
         placer: Puts the tensors into the model (default `place_all`; see prune/pruner.py and memory/).
-        before_reading: Called with the model and `device` before any weight is read (memory/host_residency.py).
+        before_reading: Called with the model and `device` before any weight is read (memory/stream.py).
     Returns:
         The model in eval mode, no parameter requiring a gradient, without `quantization_config` in its config.
     Raises:

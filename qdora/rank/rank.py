@@ -19,7 +19,7 @@ from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text
 from qdora.files.console import bar, consoles
 from qdora.files.run_directory import RunDirectory, open_run
-from qdora.memory.allocator import keep_freed_memory
+from qdora.memory.oom import keep_freed_memory
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.inject import adapted_layers, matches, most_rank, unmatched
 from qdora.rank.allocate import LayerSpectrum, allocate, effective_rank

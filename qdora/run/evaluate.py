@@ -24,7 +24,7 @@ from qdora.files.console import bar, consoles
 from qdora.files.nvidia_driver import check_gpu
 from qdora.files.run_directory import open_run, unharmed
 from qdora.files.user_paths import user_path
-from qdora.memory.allocator import keep_freed_memory
+from qdora.memory.oom import keep_freed_memory
 from qdora.recipe.data_settings import COMMONSENSE_TASKS, TASKS
 from qdora.recipe.options import EvalOptions
 from qdora.recipe.recipe_file import load_recipe, recipe_of_run

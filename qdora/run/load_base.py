@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from qdora.files.console import Progress
 from qdora.files.user_paths import cache_folder, user_path
-from qdora.memory.activation_offload import ActivationOffload
-from qdora.memory.host_residency import HostResidency, keep_embedding_on_host
-from qdora.memory.sharded_base import ShardedBase
+from qdora.memory.offload import ActivationOffload
+from qdora.memory.shard import ShardedBase
+from qdora.memory.stream import HostResidency, keep_embedding_on_host
 from qdora.model.build_model import Compute, recompute_activations
 from qdora.model.load import Placer, load_model, quantization_of
 from qdora.model.packed_base import BaseCache, PrunedBase

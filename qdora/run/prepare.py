@@ -49,10 +49,9 @@ from qdora.model.build_model import (
 from qdora.model.load import load_config
 from qdora.model.source import ModelSource
 from qdora.model.text_config import positions_of
-from qdora.plan.budget import within_budget
-from qdora.plan.plan_contents import Plan
-from qdora.plan.plan_view import show_plan
-from qdora.plan.workload import workload_of_data
+from qdora.plan.fit import within_budget, workload_of_data
+from qdora.plan.plan import Plan
+from qdora.plan.show import show_plan
 from qdora.recipe.recipe_file import missing_files
 from qdora.recipe.settings import Recipe
 from qdora.run.calibration import calibration_tokens

@@ -17,7 +17,7 @@ from qdora.files.atomic import disk_failures
 from qdora.files.console import consoles
 from qdora.files.run_directory import Checkpoint, failures_logged, log_to, only_process, open_run
 from qdora.files.user_paths import check_text
-from qdora.memory.allocator import keep_freed_memory
+from qdora.memory.oom import keep_freed_memory
 from qdora.model.build_model import adapt
 from qdora.model.inplace_outputs import weights_unread
 from qdora.recipe.recipe_file import load_recipe

@@ -32,7 +32,7 @@ from qdora.evaluate.example_intervals import (
 )
 from qdora.files.atomic import atomic_write_json
 from qdora.files.work_lock import lock_if_free
-from qdora.plan.memory_plan import plan
+from qdora.plan.fit import plan
 from qdora.recipe.recipe_file import settings
 from qdora.recipe.section import with_settings
 from qdora.recipe.settings import Recipe

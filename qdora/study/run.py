@@ -34,7 +34,7 @@ from qdora.files.json_file import read_json_object
 from qdora.files.nvidia_driver import check_gpu
 from qdora.files.run_directory import RunDirectory
 from qdora.files.work_lock import in_turn
-from qdora.memory.failed_allocation import free_memory
+from qdora.memory.oom import free_memory
 from qdora.model.build_model import find_model
 from qdora.model.load import load_config, quantization_of
 from qdora.prune.pruner import quantized_layers

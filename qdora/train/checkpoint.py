@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qdora.errors import RunFailure, UserError
 from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
-from qdora.memory.failed_allocation import is_out_of_memory
+from qdora.memory.oom import is_out_of_memory
 from qdora.recipe.faults import reason_of
 from qdora.train.distributed import Processes, seed_of
 from qdora.train.optimizer import AdapterOptimizer

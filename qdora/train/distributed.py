@@ -1,4 +1,4 @@
-"""Data-parallel training: each process holds the frozen base, or its part of it (memory/sharded_base.py), and trains on
+"""Data-parallel training: each process holds the frozen base, or its part of it (memory/shard.py), and trains on
 a share of every step's examples.
 
 In each step the processes exchange the sum of the adapters' gradients, in one all-reduce after the last micro-batch,
@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from qdora.errors import Interrupted, RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
-from qdora.memory.failed_allocation import is_out_of_memory
+from qdora.memory.oom import is_out_of_memory
 from qdora.train.out_of_memory import OutOfMemory
 
 T = TypeVar("T")

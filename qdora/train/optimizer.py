@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qdora.errors import RunFailure, first_line
-from qdora.memory.failed_allocation import free_memory, is_out_of_memory
+from qdora.memory.oom import free_memory, is_out_of_memory
 from qdora.quant.planned_device import is_planning
 from qdora.train.flat_group import (
     MOMENTS,

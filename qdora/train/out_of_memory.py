@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from qdora.data.batching import MicroBatch
 from qdora.data.loader import StepLoader
 from qdora.errors import first_line
-from qdora.memory.failed_allocation import free_memory, is_out_of_memory
+from qdora.memory.oom import free_memory, is_out_of_memory
 
 # Steps that must fit before the first growth.
 _FIRST_WAIT = 32

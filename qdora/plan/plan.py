@@ -1,14 +1,19 @@
-"""What a memory plan contains: the live bytes of each moment of a step by component, the peak, and whether it fits.
+"""A memory plan: the live bytes of each moment of a step by component, the peak, and an estimate of a step's time.
 
 A plan is a list of moments. Each has the bytes of every component that are alive at its own peak. The largest moment is
-the peak of the run.
+the peak of the run. The time comes from a roofline: FLOPs, bytes of the device's memory, and bytes over a link.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import resources
 from typing import Any, Literal
+
+import yaml
+from transformers import AutoConfig, PreTrainedConfig
 
 from qdora.recipe.byte_size import size_text
 
@@ -18,37 +23,60 @@ DeviceKind = Literal["cuda", "cpu"]
 
 # The components of a plan, in the order of the table
 BASE = "packed base"  # codes of the quantised linear layers, or their 16-bit weights if they are not quantised
+
 SCALES = "block scales"  # scales of the quantised layers
+
 MASKS = "masks"  # masks of a pruned base: a bit for each weight
+
 DENSE = "embeddings, head, norms"  # all other frozen weights
+
 ADAPTERS = "adapters"  # lora_A, lora_B, magnitudes, and ||W||^2 of each row
+
 KEPT = "kept norms and scales"  # made once a step: norms, gains, s g B, decoded block scales
+
 OPTIMIZER = "optimizer state"  # optimizer states, and the low bits of bf16 parameters
+
 GRADIENTS = "gradients"  # gradients of the trainable parameters, float32
+
 CHECKPOINTS = "checkpoints"  # inputs of the blocks, from which their activations are recomputed
+
 FORWARD = "activations"  # other tensors that the forward pass keeps for the backward pass
+
 BACKWARD = "workspace of a block"  # tensors of the backward pass of one block, with its recomputed activations
+
 LOSS = "logits and loss"  # one chunk of logits, and the gradient of the hidden states
+
 UPDATE = "workspace of the update"  # parameters of a group in float32 while they are updated
+
 STREAMING = "streaming slots"  # slots of the streamed blocks
+
 GATHERED = "gathered blocks"  # blocks of a divided base that are whole, and what they are gathered into
+
 CONTEXT = "context and libraries"  # memory of the process before the first tensor: a constant
+
 NCCL = "NCCL buffers"  # what several GPUs communicate through: a constant
+
 SLACK = "allocator slack"  # rounding and fragmentation of the allocator: a constant share
+
 OTHER = "other"  # ids, masks, positions
+
 COMPONENTS: tuple[str, ...] = (BASE, SCALES, MASKS, DENSE, ADAPTERS, KEPT, OPTIMIZER, GRADIENTS, CHECKPOINTS)
+
 COMPONENTS += (FORWARD, BACKWARD, LOSS, UPDATE, STREAMING, GATHERED, CONTEXT, NCCL, SLACK, OTHER)
 
 CONTEXT_BYTES: Mapping[DeviceKind, int] = {"cuda": 600 * MIB, "cpu": 600 * MIB}
+
 """cuda: context, kernels and library workspaces of one process; a round number, not yet measured. cpu: what a run holds
 beside its tensors when most is resident: the interpreter with its libraries, and what they take during the run. It is
 the rounded median of the runs in benchmarks/results/plan_accuracy.json, measured_rss_bytes less planned tensors."""
 
 NCCL_BYTES = GIB
+
 """Of one group of processes on each of its GPUs; a round number, not yet measured. Reported are 544 to 688 MB on A100
 with NVLink, as often as there are groups (github.com/NVIDIA/nccl/issues/964)."""
 
 SLACK_SHARE: Mapping[DeviceKind, float] = {"cuda": 0.02, "cpu": 0.0}
+
 """Bytes that the allocator holds beside the tensors at the peak, as a share of their bytes. A GPU's caching allocator
 rounds blocks up and cannot join all freed ones; an estimate, not yet measured."""
 
@@ -112,6 +140,7 @@ class Change:
 
 
 Cut = tuple[str, int, int]
+
 """Component, length of the dimension that is cut, and bytes of one of its entries."""
 
 
@@ -159,6 +188,7 @@ class Plan:
             the worse of this and of nearly all tokens choosing the same ones. None for other models.
         division: The tensors that several processes could divide; None for a model without a list of blocks.
         stored_shape: Where the shape of the model was read, if it is one of `public_shapes`; None: from its own config.
+        context: Positions that the model was made for, if they are known.
     """
 
     device_kind: DeviceKind
@@ -180,6 +210,7 @@ class Plan:
     changes: Sequence[Change] = ()
     even_routing_bytes: int | None = None
     stored_shape: str | None = None
+    context: int | None = None
     division: Division | None = None
 
     @property
@@ -230,6 +261,7 @@ class Plan:
         return {
             "device": self.device_kind,
             "stored_shape": self.stored_shape,
+            "context": self.context,
             "peak_bytes": self.peak_bytes,
             "even_routing_bytes": self.even_routing_bytes,
             "tensor_bytes": self.tensor_bytes,
@@ -264,3 +296,174 @@ def over_budget(plan: Plan, *, forced: bool = False) -> str:
         f"memory.budget: {size_text(plan.budget_bytes or 0)}, but the run needs about {size_text(plan.peak_bytes)} in "
         f"the {plan.peak.name} ({largest}). {end.lstrip()}"
     )
+
+
+BYTES_PER_DEQUANTISED = 4.6
+
+"""Bytes moved for each dequantised weight: read packed (0.5), write and read the dense tile (2 + 2), and scales."""
+
+PCIE_4 = 25e9
+
+"""Bytes a second in each direction: 80 % of the 31.5 GB/s that are stated for PCIe 4.0 with 16 lanes."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second: FLOPs in 16-bit products, bytes of its memory, and bytes from the host."""
+
+    name: str
+    flops: float
+    bytes: float
+    link: float = PCIE_4
+
+
+ASSUMED: Mapping[DeviceKind, Rates] = {
+    # NVIDIA's A100 40 GB data sheet: half of 312 TFLOP/s, and 80 % of 1,555 GB/s
+    "cuda": Rates("A100 40GB (assumed)", 156e12, 1.2e12),
+    # Two cores with AVX512-BF16 (benchmarks, layer times)
+    "cpu": Rates("two CPU cores (assumed)", 1e12, 10e9),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a step computes and moves.
+
+    Attributes:
+        num_linear: Weights of the linear layers inside the blocks.
+        share_met: Share of them that a token meets; less than 1 in a mixture of experts. All are dequantised.
+        attention_width: Query features of all blocks together: heads * head size * blocks.
+        head_chunk: Labelled tokens whose logits exist at once; None: all.
+        full: Whether the base itself is trained.
+        streamed_bytes: Bytes that come from the host in each pass over the blocks.
+        row_bytes: Bytes of a row of an embedding on the host; 0 if the embedding is on the device.
+    """
+
+    num_linear: int
+    num_head: int
+    num_trainable: int
+    attention_width: int
+    quantised: bool
+    checkpointing: bool
+    share_met: float = 1.0
+    head_chunk: int | None = None
+    full: bool = False
+    streamed_bytes: int = 0
+    row_bytes: int = 0
+
+    @property
+    def decoded_bytes(self) -> float:
+        """Bytes that a pass over the blocks moves to have their weights dense."""
+        return self.num_linear * (BYTES_PER_DEQUANTISED if self.quantised else 2.0)
+
+
+def forward_seconds(work: Work, shape: MicroBatchShape, rates: Rates) -> float:
+    """The forward pass of a micro-batch through the blocks, without attention."""
+    products = 2.0 * shape.num_tokens * work.num_linear * work.share_met
+    return products / rates.flops + work.decoded_bytes / rates.bytes
+
+
+def waiting_seconds(link_seconds: float, forward: float) -> float:
+    """What a micro-batch waits for blocks that take so long over a link, in each pass, beside the computing.
+
+    The backward pass, with its recomputation, takes as long as two forward passes.
+    """
+    return max(0.0, link_seconds - forward) + max(0.0, link_seconds - 2 * forward)
+
+
+def step_seconds(work: Work, shape: MicroBatchShape, num_micro_batches: int, rates: Rates) -> float:
+    """Estimated time of an optimizer step.
+
+    FLOPs: 2 per weight and token in each pass: forward, recomputation, gradient of the inputs (and of the weights, if
+    they are trained). Causal attention: half of 4 * length per query feature and token, and 2.5 times that backward.
+    Bytes: those of dequantising in each pass, and 30 per trainable parameter in the update. The two times are added,
+    since tiles are dequantised between the products. The loss takes as long as its two products, or as reading the
+    head's 16-bit weights for each chunk of them, whichever is longer.
+    """
+    passes = 2 + work.checkpointing
+    weights = work.num_linear * (passes + work.full) + work.num_trainable * (passes + 1) * (not work.full)
+    products = weights * work.share_met  # of the adapters, too, as if they were in proportion to their layers
+    attention = shape.length * work.attention_width * (1 + work.checkpointing + 2.5)
+    seconds = 2.0 * shape.num_tokens * (products + attention) / rates.flops + passes * work.decoded_bytes / rates.bytes
+    num_chunks = -(-shape.num_labels // (work.head_chunk or max(shape.num_labels, 1)))
+    seconds += 4.0 * work.num_head * max(shape.num_labels / rates.flops, num_chunks / rates.bytes)
+    seconds += waiting_seconds(work.streamed_bytes / rates.link, forward_seconds(work, shape, rates))
+    seconds += shape.num_tokens * work.row_bytes / rates.link
+    return num_micro_batches * seconds + 30.0 * work.num_trainable / rates.bytes
+
+
+_BUFFERS = 3
+
+"""Blocks that exist whole at a time: the one in use, what it was gathered into, and the next one on its way."""
+
+
+def of_card(plan: Plan, num_sharing: int, num_processes: int) -> Plan:
+    """The plan of one of the cards of a run: with what it holds of a base that some processes divide, and its groups.
+
+    There is a group of all processes. A process of a hybrid run is in two more (`mesh_of`): with those that it divides
+    the base with, and with those of other machines.
+    """
+    num_groups = 0 if num_processes == 1 else 3 if 1 < num_sharing < num_processes else 1
+    return replace(divided(plan, num_sharing), num_groups=num_groups)
+
+
+def divided(plan: Plan, size: int) -> Plan:
+    """The plan of a card whose base `size` processes divide; itself for one, or a model without a list of blocks."""
+    division = plan.division
+    if size == 1 or division is None:
+        return plan
+    whole, held, head = division.held(1), division.held(size), division.head_bytes
+    blocks = _BUFFERS * division.block_bytes
+    gathered = {"forward": blocks + division.tied * head, "loss": head, "backward": blocks}
+    moments: list[Moment] = []
+    for moment in plan.moments:
+        sizes = dict(moment.by_component)
+        for component, num_bytes in whole.items():
+            sizes[component] = max(0, sizes.get(component, 0) - num_bytes) + held[component]
+        # Embedding and head are gathered before they compute, beside what they are gathered into.
+        if moment.phase == "forward" and not any(each.phase == "forward" for each in moments):
+            first = head if division.tied else division.table_bytes
+            moments.append(_gathering("forward", moments[-1].by_component if moments else sizes, 2 * first))
+        if moment.phase == "loss":
+            before = {name: size for name, size in sizes.items() if name != LOSS}
+            moments.append(_gathering("loss", before, division.block_bytes + 2 * head))
+        moments.append(_gathering(moment.phase, sizes, gathered.get(moment.phase, 0), moment.block))
+    return replace(plan, moments=moments, block_bytes=0)  # no block of a divided base can be streamed
+
+
+def _gathering(phase: str, sizes: Mapping[str, int], gathered: int, block: int | None = None) -> Moment:
+    """A moment with so many bytes of gathered tensors."""
+    found = {**sizes, GATHERED: gathered}
+    return Moment(phase, block, {name: size for name, size in found.items() if size})
+
+
+@dataclass(frozen=True)
+class PublicShape:
+    """The stored shape of a model.
+
+    Attributes:
+        values: The keys of config.json that decide the architecture, with model_type.
+        source: Address of the page that the values were read from.
+        context: Positions that the model was made for, if the file says so.
+    """
+
+    values: dict[str, Any]
+    source: str
+    context: int | None = None
+
+    def config(self) -> PreTrainedConfig:
+        """The config of a model of this shape."""
+        return AutoConfig.for_model(**self.values)
+
+
+@cache
+def public_shapes() -> dict[str, PublicShape]:
+    """Hub id -> shape of every model in the file."""
+    text = resources.files("qdora.plan").joinpath("public_shapes.yaml").read_text(encoding="utf-8")
+    data = yaml.safe_load(text)
+    contexts = {name: length for length, names in data["contexts"].items() for name in names}
+    shapes: dict[str, PublicShape] = {}
+    for model in data["models"]:
+        source = data["sources"].get(model["source"], model["source"])
+        shapes |= {name: PublicShape(model["config"], source, contexts.get(name)) for name in model["names"]}
+    return shapes

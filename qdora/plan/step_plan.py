@@ -1,14 +1,15 @@
-"""The memory plan of a recipe, from the config of its model: no weights are loaded and no GPU is needed.
+"""The plan of one step of a recipe, from the config of its model: no weights are loaded and no GPU is needed.
 
-`plan` predicts what a run needs and proposes changes if that is over the budget (`budget` refuses or changes a run). A
-plan runs one step of the model on fake tensors (`fake_step`) and counts live bytes.
+One step of the model is run on fake tensors (`fake_step`), and its live bytes are counted. What is streamed, offloaded
+or divided among processes is computed from sizes.
 """
 
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,162 +20,68 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qdora.adapter.expert_linear import ExpertLinear
-from qdora.errors import HubFailure
+from qdora.adapter.row_share import divided_tensors, is_cut_by_rows
 from qdora.files.console import errors_only
 from qdora.files.environment import cpu_has_bfloat16
-from qdora.memory.activation_offload import pages_bytes
-from qdora.memory.host_residency import Piece, check_host_embedding, obstacle
-from qdora.memory.streaming import NUM_SLOTS, Turns
+from qdora.memory.offload import pages_bytes
+from qdora.memory.stream import NUM_SLOTS, Piece, Turns, obstacle
 from qdora.model.adapter_file import describe_adapter
 from qdora.model.build_model import (
     DTYPES,
-    find_source,
     keeps_scales,
     put_adapters,
     recompute_activations,
     set_kept_scales_,
 )
-from qdora.model.experts import stacks
 from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, linear_layers
 from qdora.model.inplace_outputs import keep_inplace_outputs_
-from qdora.model.load import Quantization, block_list, layers_to_quantize, load_config, quantization_of
+from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize, quantization_of
 from qdora.model.peft_config import AdapterDescription
 from qdora.model.source import ModelSource
 from qdora.model.stored_tensors import tied_weights
 from qdora.model.trained_embeddings import extend_vocabulary, train_embeddings
-from qdora.plan import plan_contents as parts
-from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, keep_blocks_, signature
-from qdora.plan.changes_to_fit import with_changes
-from qdora.plan.division import division_of, of_card
+from qdora.plan import plan as parts
 from qdora.plan.fake_step import (
+    BlockPattern,
     StepRecorder,
     empty_model,
+    extrapolated,
     fill_,
+    find_pattern,
+    keep_blocks_,
     ranks_of_adapter,
     set_unmasked_,
+    signature,
     update_bytes,
     without_kernels,
 )
 from qdora.plan.live_bytes import LiveBytes
-from qdora.plan.plan_contents import DeviceKind, MicroBatchShape, Moment, Plan
-from qdora.plan.public_shapes import PublicShape, public_shapes
-from qdora.plan.step_time import ASSUMED, Rates, Work, forward_seconds, step_seconds
-from qdora.plan.workload import Workload, assumed_workload
+from qdora.plan.plan import (
+    Cut,
+    DeviceKind,
+    Division,
+    MicroBatchShape,
+    Moment,
+    Plan,
+    Rates,
+    Work,
+    forward_seconds,
+    step_seconds,
+)
 from qdora.quant.packed import empty_packed
 from qdora.quant.planned_device import Routing, planned_on
-from qdora.recipe.byte_size import parse_size
 from qdora.recipe.settings import Recipe
 from qdora.train.loss import auto_chunk
 from qdora.train.optimizer import AdapterOptimizer
-from qdora.train.router_loss import check_router_loss
 
 _Shape = tuple[tuple[int, ...], torch.dtype]
+
 _Shapes = dict[str, _Shape]
 
 
-def plan(
-    recipe: Recipe,
-    budget: int | str | None = None,
-    *,
-    config: PreTrainedConfig | None = None,
-    device_kind: DeviceKind = "cuda",
-    workload: Workload = assumed_workload,
-    num_processes: int = 1,
-    num_sharing: int = 1,
-    may_change: bool = True,
-) -> Plan:
-    """What a run needs, by component, and what to change if that is over the budget.
-
-    Args:
-        budget: Bytes, or a size such as "40GiB" (default: the recipe's `memory.budget`, unless that is auto).
-        config: Config of the model (default: read from `model.source`; from the Hub only config.json). For a model that
-            the Hub does not give it is made from `public_shapes`, if that has the model; `Plan.stored_shape` says so.
-        device_kind: Device of the run; this machine need not have it.
-        workload: The micro-batches of a recipe; the one that needs the most memory counts (default: full ones).
-        num_processes: Processes of the run, each on a card of its own; the plan is that of one card.
-        num_sharing: Processes that divide the base; 1: each holds all of it.
-        may_change: Look for changes if the plan is over the budget.
-    Raises UserError for a model or setting that a run would refuse, too.
-    """
-    if budget is None and recipe.memory.budget != "auto":
-        budget = recipe.memory.budget
-    limit = parse_size(budget) if isinstance(budget, str) else budget
-    shape = _stored_shape(recipe) if config is None else None
-    if shape is not None:
-        config = shape.config()
-    options: dict[str, Any] = {"device_kind": device_kind, "workload": workload, "config": config}
-    options |= {"num_processes": num_processes, "num_sharing": num_sharing, "may_change": may_change}
-    _, found = fit_recipe(recipe, limit, **options)
-    return found if shape is None else replace(found, stored_shape=shape.source)
-
-
-def _stored_shape(recipe: Recipe) -> PublicShape | None:
-    """The stored shape of the recipe's model if there is one and the Hub does not give the model."""
-    shape = public_shapes().get(recipe.model.source)
-    if shape is not None:
-        try:
-            find_source(recipe, weights=False)
-        except HubFailure:
-            return shape
-    return None
-
-
-def fit_recipe(
-    recipe: Recipe,
-    budget: int | None,
-    *,
-    config: PreTrainedConfig | None = None,
-    device_kind: DeviceKind,
-    workload: Workload,
-    num_processes: int = 1,
-    num_sharing: int = 1,
-    may_change: bool = True,
-    rates: Rates | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Recipe, Plan]:
-    """The recipe with the neutral changes that it needs to fit, and its plan. The arguments are those of `plan`.
-
-    Args:
-        rates: Rates of the device (default: the assumed ones).
-        dtype: What the run computes in, if its device is known (default: the recipe's; auto is bfloat16 on a GPU).
-    """
-    rates = rates or ASSUMED[device_kind]
-    source = ModelSource("directory", Path(recipe.model.source), recipe.model.source)
-    if config is None:
-        source = find_source(recipe, weights=False)
-        config = load_config(source)
-    check_router_loss(recipe, config)
-    known = _known(config, source, device_kind)
-    if recipe.memory.host_embeddings and device_kind == "cuda":
-        check_host_embedding(known.model(torch.bfloat16, recipe.model.attention))
-
-    def step_plans(changed: Recipe) -> list[_StepPlan]:
-        shapes, count = workload(changed)
-        return [_StepPlan(changed, known, shape, count, rates, run_dtype=dtype) for shape in shapes]
-
-    def plan_of(changed: Recipe) -> Plan:
-        plans = [of_card(each.plan(), num_sharing, num_processes) for each in step_plans(changed)]
-        # Of the slowest shape: with less memory another shape has the peak, and the times would not compare.
-        seconds = max((each.step_seconds for each in plans if each.step_seconds is not None), default=None)
-        most = max(plans, key=lambda each: each.peak_bytes)
-        even_bytes = None
-        if stacks(known.model(torch.bfloat16, recipe.model.attention)):
-            step = _StepPlan(changed, known, most.shape, most.num_micro_batches, rates, run_dtype=dtype, routing="even")
-            even = of_card(step.plan(), num_sharing, num_processes)
-            most, even_bytes = max(most, even, key=lambda each: each.peak_bytes), even.peak_bytes
-        return replace(most, budget_bytes=budget, step_seconds=seconds, even_routing_bytes=even_bytes)
-
-    def seconds_of(changed: Recipe) -> float:
-        return max(each.seconds(first.num_trainable) for each in step_plans(changed))
-
-    first = plan_of(recipe)
-    if first.fits is not False or not may_change:
-        return recipe, first
-    return with_changes(recipe, first, plan_of, seconds_of)
-
-
 _Step = tuple[list[Moment], _Shapes]
+
 """The moments of a step, and the shapes of the trainable parameters."""
 
 
@@ -201,6 +108,7 @@ class _Known:
 
 
 _latest: dict[tuple[object, ...], _Known] = {}
+
 """The one used last: the cells of a study have one model, and most of them the same steps."""
 
 
@@ -266,7 +174,10 @@ class _StepPlan:
             moments = with_streamed(moments, streamed)
         host_bytes = 0 if streamed is None else streamed.host_bytes
         if embedding_bytes:
-            moments = without_embedding(moments, embedding_bytes)
+            moments = [
+                _changed(each, {parts.DENSE: each.by_component.get(parts.DENSE, 0) - embedding_bytes})
+                for each in moments
+            ]
             # Rows leave through memory that torch pins, in powers of two: one such block for each length, all together
             # less than twice the longest.
             rows = self.shape.num_tokens * work.row_bytes
@@ -314,12 +225,14 @@ class _StepPlan:
         pattern = None
         if found is not None:
             ranks = {} if self.adapter is None else ranks_of_adapter(self.adapter, self.skeleton)
-            pattern = find_pattern(
-                [
-                    signature(each, (_attention_kind(self.skeleton, index), _ranks_in(ranks, f"{found[0]}.{index}.")))
-                    for index, each in enumerate(found[1])
-                ]
-            )
+            layer_types = getattr(self.skeleton.config.get_text_config(), "layer_types", None) or [None] * len(found[1])
+            signatures = []
+            for index, block in enumerate(found[1]):
+                path = f"{found[0]}.{index}."
+                inside = {name.removeprefix(path): rank for name, rank in ranks.items() if name.startswith(path)}
+                kind = layer_types[index] if index < len(layer_types) else None
+                signatures.append(signature(block, (kind, *inside.items())))
+            pattern = find_pattern(signatures)
         if pattern is None or found is None:
             moments, shapes = self._moments(None)
         else:
@@ -511,11 +424,6 @@ def with_streamed(moments: Sequence[Moment], streamed: StreamedBlocks) -> list[M
     ]
 
 
-def without_embedding(moments: Sequence[Moment], num_bytes: int) -> list[Moment]:
-    """The moments with the input embedding, of `num_bytes`, on the host."""
-    return [_changed(moment, {parts.DENSE: moment.by_component.get(parts.DENSE, 0) - num_bytes}) for moment in moments]
-
-
 def with_offloaded(moments: Sequence[Moment], num_blocks: int) -> tuple[list[Moment], int]:
     """The moments with checkpoints on the host, and the pinned memory that these take.
 
@@ -535,10 +443,6 @@ def _changed(moment: Moment, sizes: Mapping[str, int]) -> Moment:
     """A moment with other sizes of some components; components without bytes are left out."""
     merged = {**moment.by_component, **sizes}
     return Moment(moment.phase, moment.block, {name: size for name, size in merged.items() if size})
-
-
-def _ranks_in(ranks: dict[str, int], block: str) -> tuple[tuple[str, int], ...]:
-    return tuple((name.removeprefix(block), rank) for name, rank in ranks.items() if name.startswith(block))
 
 
 def _repeated(shapes: _Shapes, path: str, pattern: BlockPattern) -> _Shapes:
@@ -561,7 +465,56 @@ def _repeated(shapes: _Shapes, path: str, pattern: BlockPattern) -> _Shapes:
     return dict([*before, *copies, *after])
 
 
-def _attention_kind(model: nn.Module, index: int) -> object:
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    kinds = getattr(config, "layer_types", None)
-    return kinds[index] if kinds and index < len(kinds) else None
+def division_of(model: PreTrainedModel, wanted: Quantization, dtype: torch.dtype, *, pruned: bool) -> Division | None:
+    """The division of a model on the meta device, whose linear layers are not yet replaced; None without blocks."""
+    found = block_list(model)
+    if found is None:
+        return None
+    chosen, quantised = chosen_layers(model, wanted), layers_to_quantize(model, wanted)
+    shared = {name for pair in tied_weights(model).items() for name in pair}
+    layers = linear_layers(model)
+    cuts: Counter[Cut] = Counter()
+    sizes: dict[str, int] = {}
+    for path in (each for each in layers if f"{each}.weight" not in shared):
+        own = _cuts(
+            layers[path],
+            wanted if path in quantised else None,
+            dtype,
+            dense=parts.BASE if path in chosen else parts.DENSE,
+            masked=pruned and path in chosen,
+        )
+        cuts.update(own)
+        sizes[path] = sum(length * num_bytes * count for (_, length, num_bytes), count in own.items())
+    prefixes = [f"{found[0]}.{index}." for index in range(len(found[1]))]
+    blocks = [sum(size for path, size in sizes.items() if path.startswith(prefix)) for prefix in prefixes]
+    tables = [module.weight.shape for module in model.modules() if isinstance(module, nn.Embedding)]
+    cuts.update((parts.DENSE, rows, columns * dtype.itemsize) for rows, columns in tables)
+    table = sum(shape.numel() * dtype.itemsize for shape in tables)
+    head = model.get_output_embeddings()
+    head_path = next((path for path, module in layers.items() if module is head), "")
+    is_tied = f"{head_path}.weight" in shared
+    return Division(
+        cuts=dict(cuts),
+        block_bytes=max(blocks, default=0),
+        blocks_bytes=sum(blocks),
+        table_bytes=0 if is_tied else table,
+        head_bytes=table if is_tied else sizes.get(head_path, 0),
+        tied=is_tied,
+    )
+
+
+def _cuts(
+    module: nn.Module, wanted: Quantization | None, dtype: torch.dtype, *, dense: str, masked: bool
+) -> Counter[Cut]:
+    """The tensors of a layer as `ShardedBase` cuts them; without `wanted` one tensor of the component `dense`."""
+    rows, columns = map(int, module.weight.shape)  # type: ignore[arg-type]
+    form: Any = torch.empty((rows, columns), dtype=dtype, device="meta")
+    if wanted is not None:
+        form = empty_packed(wanted.kind, (rows, columns), wanted.block_size, wanted.double_quant, "meta")
+    bits = torch.empty(-(-rows * columns // 8), dtype=torch.uint8, device="meta") if masked else None
+    components = {"weight": dense, "packed": parts.BASE, "absmax": parts.SCALES, "keep_bits": parts.MASKS}
+    found: Counter[Cut] = Counter()
+    for name, tensor in divided_tensors(form, bits).items():
+        length = rows if is_cut_by_rows(form, masked=masked) else tensor.numel()
+        found[components[name], length, tensor.nbytes // length] += 1
+    return found

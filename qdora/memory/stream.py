@@ -1,6 +1,8 @@
 """Frozen weights in the host's memory: streamed blocks, and the input embedding.
 
-Blocks are copied into slots on the device while other blocks compute there. Every block lies in one piece of pinned
+A step uses the blocks in one order forward and in the reverse order backward, where the recomputation of a checkpoint
+and the backward pass of a block come one after the other and need one load. Two slots on the device take turns: one
+holds the block in use, the other is filled with the one that comes next. Every block lies in one piece of pinned
 memory, so a block is one copy. A layer's tensors are views of its block's slot, or of the host's piece while the block
 is in no slot. Nothing is ever copied back.
 
@@ -14,7 +16,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +29,138 @@ from qdora.adapter.host_embedding import HostEmbedding
 from qdora.adapter.prepared_gains import prepare_gains
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
-from qdora.memory.streaming import NUM_SLOTS, Turns
 from qdora.model.inject import replace_module
-from qdora.model.load import Loading, Quantization, iterate_quantized, place_dense, place_frozen
+from qdora.model.load import Loading, Quantization, block_list, iterate_quantized, place_dense, place_frozen
 from qdora.model.stored_tensors import Stored, StoredPacked, tied_weights
 from qdora.quant.packed import PackedWeight, empty_packed, from_tensors
 
+NUM_SLOTS = 2
+"""Streamed blocks that are on the device at a time: one is read while the other is filled."""
+
+
+class Ring:
+    """Two slots in which the blocks of a model, in forward order, take turns, each block always in the same one.
+
+    A checkpoint keeps the graph of the first forward pass, and with it the address of each weight. The backward pass
+    reads there, so the recomputation must bring the block to the same place.
+    """
+
+    def __init__(self, num_blocks: int, engine: SlotCopies) -> None:
+        self.num_blocks, self.engine = num_blocks, engine
+        self._slots: list[int | None] = [None] * NUM_SLOTS
+        self._current: int | None = None
+        self._step = 1
+
+    def use(self, block: int, *, turns_back: bool) -> None:
+        """Bring a block before its use, and begin to bring the next one over the block used until now.
+
+        `turns_back` says that a backward pass follows the last block, and not the next forward pass.
+        """
+        if block == self._current:
+            return
+        if self._current is not None:
+            if abs(block - self._current) == 1:
+                self._step = block - self._current
+            self.engine.release(self.slot_of(self._current))
+        self._current = block
+        self._bring(block)
+        slot = self.slot_of(block)
+        self.engine.wait(slot)
+        following = self._next(block, turns_back)
+        if self.slot_of(following) != slot:
+            self._bring(following)
+
+    def slot_of(self, block: int) -> int:
+        """The slot of a block."""
+        return block % NUM_SLOTS
+
+    def _bring(self, block: int) -> None:
+        slot = self.slot_of(block)
+        previous = self._slots[slot]
+        if previous != block:
+            self._slots[slot] = block
+            self.engine.start(block, slot, previous)
+
+    def _next(self, block: int, turns_back: bool) -> int:
+        """The block that will be used after this one; itself if there is only one."""
+        following = block + self._step
+        if following == self.num_blocks:
+            following = block - 1 if turns_back else 0
+        elif following < 0:
+            following = block + 1
+        return following if 0 <= following < self.num_blocks else block
+
+
+def interleaved(num_blocks: int, num_streamed: int) -> list[int]:
+    """The streamed blocks, spread evenly among the resident ones, so that copies can hide behind all blocks' work.
+
+    Raises ValueError if there are more of them than blocks.
+    """
+    if not 0 <= num_streamed <= num_blocks:
+        raise ValueError(f"the streamed blocks must be 0 to {num_blocks}, got {num_streamed}.")
+    return [(2 * index + 1) * num_blocks // (2 * num_streamed) for index in range(num_streamed)]
+
+
+class Turns:
+    """The streamed blocks of a causal LM, numbered by their turn, and the layers in them.
+
+    It is the `residency` of these layers: it brings the block of a layer before the layer is read. `num_streamed`
+    blocks are spread evenly among the others; None for all.
+
+    Raises UserError: A model without a list of blocks, more blocks than it has.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_streamed: int | None) -> None:
+        found = block_list(model)
+        if found is None:
+            raise UserError(
+                f"base.residency: must be device, since {model.config.model_type} has no list of blocks that can be "
+                "checkpointed."
+            )
+        self._path, blocks = found
+        self._blocks = list(blocks)
+        count = len(blocks) if num_streamed is None else num_streamed
+        if count > len(blocks):
+            raise UserError(f"base.streamed_blocks: must be at most the model's {len(blocks)} blocks, got {count}.")
+        self._turns = {block: turn for turn, block in enumerate(interleaved(len(blocks), count))}
+        self._turn_of: dict[FrozenLinear, int] = {}
+        self._ring: Ring | None = None
+
+    def __len__(self) -> int:
+        return len(self._turns)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The streamed blocks by their turn."""
+        return [self._blocks[block] for block in self._turns]
+
+    def of(self, name: str) -> int | None:
+        """The turn of the block that contains a weight or layer; None if it is not in a streamed block."""
+        index = name.removeprefix(f"{self._path}.").partition(".")[0]
+        inside = name.startswith(f"{self._path}.") and index.isdecimal()
+        return self._turns.get(int(index)) if inside else None
+
+    def add(self, layer: FrozenLinear, turn: int) -> None:
+        """Stream a layer with the block of a turn."""
+        layer.residency = self
+        self._turn_of[layer] = turn
+
+    def start(self, engine: SlotCopies) -> None:
+        """Stream from now on: each streamed block is brought before its forward pass."""
+        self._ring = Ring(len(self), engine)
+        for turn, block in enumerate(self.blocks):
+            block.register_forward_pre_hook(partial(_enter, self._ring, turn))
+
+    def use(self, layer: FrozenLinear) -> None:
+        assert self._ring is not None
+        self._ring.use(self._turn_of[layer], turns_back=False)
+
+
+def _enter(ring: Ring, turn: int, _block: nn.Module, _args: Any) -> None:
+    ring.use(turn, turns_back=torch.is_grad_enabled())
+
+
 _ALIGNMENT = 256  # bytes; kernels read 16 at a time, and views need their dtype's
-
-
-class Copies(Protocol):
-    """Copies pieces of host memory to the device while the device computes; `wait` and `release` as in `CopyEngine`."""
-
-    def begin(self, source: Tensor, target: Tensor, slot: int) -> None:
-        """Copy after the work that was issued before the slot's last `release`."""
-
-    def wait(self, slot: int) -> None: ...
-
-    def release(self, slot: int) -> None: ...
 
 
 class CudaCopies:
@@ -116,7 +233,7 @@ class HostResidency:
         num_streamed: int | None = None,
         *,
         free_bytes: Callable[[], int] = available_memory_bytes,
-        copies: Callable[[torch.device, Sequence[Tensor]], Copies] = CudaCopies,
+        copies: Callable[[torch.device, Sequence[Tensor]], CudaCopies] = CudaCopies,
     ) -> None:
         self.num_streamed = num_streamed
         self.sample: tuple[Tensor, Tensor] | None = None
@@ -155,15 +272,15 @@ class HostResidency:
         most = max((piece.num_bytes for piece in pieces), default=0)
         slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
         self.sample = pieces[0].host, slots[0]
-        turns.start(_SlotCopies(pieces, slots, self._make_copies(device, slots)))
+        turns.start(SlotCopies(pieces, slots, self._make_copies(device, slots)))
         for block in turns.blocks:
             block.register_forward_pre_hook(_before_block)
 
 
-class _SlotCopies:
+class SlotCopies:
     """The copy engine: the layers of a block read its slot, until another block takes the slot."""
 
-    def __init__(self, pieces: Sequence[Piece], slots: Sequence[Tensor], copies: Copies) -> None:
+    def __init__(self, pieces: Sequence[Piece], slots: Sequence[Tensor], copies: CudaCopies) -> None:
         self.pieces, self.slots, self.copies = pieces, slots, copies
         self.wait, self.release = copies.wait, copies.release
 

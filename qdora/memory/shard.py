@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.adapter.row_share import RowShare, divided_tensors, gather_runs, span
 from qdora.errors import RunFailure, UserError
-from qdora.memory.allocator import return_freed_memory
+from qdora.memory.oom import return_freed_memory
 from qdora.model.inject import frozen_layers, is_linear
 from qdora.model.load import Loading, block_list, place_dense, place_frozen, tie_
 from qdora.model.packed_base import PrunedBase
