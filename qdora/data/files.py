@@ -1,7 +1,8 @@
 """Data files: which ones a source means, and their rows, a row at a time.
 
-`read_rows` keeps the places of some records and reads any of them later; `local_shards` reads row groups of Parquet
-files, ranges of bytes of JSON lines, and other files whole, from any row on. A row that cannot be read is a RowFault.
+`read_rows` counts the rows of a file and reads any of them when they are asked for; `local_shards` reads row groups of
+Parquet files, ranges of bytes of JSON lines, and other files whole, from any row on. A row that cannot be read is a
+RowFault.
 
 The readers of `datasets` are used for the Hub only. Measured with datasets 5.2 on local files: a faulty line is named
 by its row within a chunk of 10 MB, without the file; a column that only some rows have comes as null in all of them; a
@@ -12,23 +13,27 @@ one of 160 MB).
 
 from __future__ import annotations
 
+import csv
 import glob
+import gzip
+import io
+import json
 import os
 import re
-from array import array
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-from qdora.data.records import Record, RecordFile, ending, json_entry, open_bytes, readable, record_file, split_lines
-from qdora.data.rows import Entry, RowFault, Rows, between, empty_data_set, joined
+from qdora.data.rows import Entry, RowFault, Rows, between, empty_data_set, joined, parse_row_json
 from qdora.errors import UserError, nearest, nearest_path
 from qdora.files.sampled_digest import sampled_digest
-from qdora.recipe.data_settings import FILE_SUFFIXES, is_pattern
-from qdora.recipe.faults import one_line, reason_of
+from qdora.recipe.data_settings import COMPRESSED_SUFFIXES, FILE_SUFFIXES, is_pattern
+from qdora.recipe.faults import one_line, reason_of, shown
 
 _RANGE_BYTES = 16 * 2**20
 """Bytes of a shard of a JSON-lines file: small enough to skip to a row of it in some 50 ms."""
@@ -36,8 +41,8 @@ _ROWS_AT_ONCE = 1024
 """Rows of a Parquet file that are decoded together."""
 _READ_BYTES = 2**20
 """Bytes of a Parquet file per read. Without a limit whole column chunks of a row group are read, 128 MiB and more."""
-_KEPT_EACH = 16
-"""Records from one whose place is kept to the next: to read one of them, up to 15 before it are passed over."""
+_MARK = b"\xef\xbb\xbf"
+"""The byte order mark."""
 
 _SPLIT_NAMES = frozenset(("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"))
 """A folder with one of these words in the name of a file or folder has splits."""
@@ -123,6 +128,12 @@ def _data_files(paths: Iterable[str]) -> list[Path]:
     return sorted(path for path in files if _stem(path).lower() not in _ABOUT and path.is_file())
 
 
+def ending(path: Path) -> str:
+    """.jsonl of rows.jsonl, .jsonl.gz of rows.jsonl.gz."""
+    last = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + last if last in COMPRESSED_SUFFIXES else last
+
+
 def _stem(path: Path) -> str:
     return path.name[: len(path.name) - len(ending(path))]
 
@@ -132,6 +143,176 @@ def missing(path: Path) -> str:
     if path.is_dir():
         return f"{path}: is a directory, expected a file"
     return f"{path}: no such file.{nearest_path(path)}"
+
+
+# A file as bytes
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """The bytes of a file, decompressed. Only those of a file that is not compressed can be sought in."""
+    last = path.suffix.lower()
+    if last == ".gz":
+        return cast(BinaryIO, gzip.open(path))
+    if last == ".zst":
+        import pyarrow as pa  # Python 3.14 is the first with a module for it
+
+        # Frames one behind the other are read, and a file that was cut is an error.
+        return cast(BinaryIO, io.BufferedReader(pa.input_stream(path.open("rb"), compression="zstd"), 2**20))
+    return path.open("rb")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what reading a file raises into a UserError with its name."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged ({error})") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise UserError(f"{path}: {error.strerror}") from error
+        # of pyarrow. Frames of 'zstd --long' look back over up to 2 GiB, which it does not keep.
+        fix = f". Fix: unpack it, zstd -d --long=31 {path.name}" if "too much memory" in str(error) else ""
+        raise UserError(f"{path}: damaged ({error}){fix}") from error
+
+
+# A file as records
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """A file as records, which are counted and passed over at little cost: what they hold is read by `parse`.
+
+    Attributes:
+        unit: What a record's number counts: "line" (from 1, its first one) or "row" (from 0).
+        split: The opened file -> (number, content) of each record.
+        parse: The content of a record -> its row.
+    """
+
+    unit: str
+    split: Callable[[BinaryIO], Iterator[tuple[int, Any]]]
+    parse: Callable[[Any], Entry]
+
+
+def _record_file(path: Path) -> RecordFile:
+    """A file as records; its ending says the format. JSON is a list of objects or lines, whatever the ending says."""
+    kind = Path(ending(path)).stem
+    if kind in (".csv", ".tsv"):
+        return RecordFile("line", partial(_csv, path, "," if kind == ".csv" else "\t"), lambda entry: entry)
+    if kind not in (".json", ".jsonl"):
+        return RecordFile("line", _documents, _text_entry)
+    with readable(path), open_bytes(path) as file:
+        head = file.read(_READ_BYTES).removeprefix(_MARK).lstrip()
+    first, _, rest = head.partition(b"\n")
+    if head[:1] == b"[":  # a whole list in the first of several lines is a faulty row
+        is_lines = bool(rest.strip()) and first.rstrip().endswith(b"]")
+    else:
+        is_lines = kind == ".jsonl" or not head or (bool(rest.strip()) and isinstance(_json_entry(first), dict))
+    if is_lines:
+        return RecordFile("line", lambda file: ((number, line) for number, _, line in _lines(file, 0, 1)), _json_entry)
+    return RecordFile("row", partial(_json_items, path), _object)
+
+
+def _lines(file: BinaryIO, place: int, number: int) -> Iterator[tuple[int, int, bytes]]:
+    """(number, first byte, bytes) of the lines that are not blank, from a border between lines on.
+
+    Only \\n ends a line: JSON strings may hold U+2028 and other characters that `splitlines` takes for line ends.
+    """
+    for line in file:
+        if line.strip() not in (b"", _MARK):
+            yield number, place, line
+        number += 1
+        place += len(line)
+
+
+def _json_entry(line: bytes) -> Entry:
+    try:
+        return _object(parse_row_json(line.rstrip(b"\r\n").decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        return RowFault(f"not UTF-8 text (byte {error.start} of the row)")
+    except RowFault as fault:
+        return fault
+    except json.JSONDecodeError as error:
+        return RowFault(f"not JSON (column {error.colno}: {error.msg})")
+    except ValueError as error:  # nested too deeply, a number of thousands of digits
+        return RowFault(f"not JSON ({error})")
+
+
+def _object(value: Any) -> Entry:
+    return value if isinstance(value, dict) else RowFault(f"must be an object {{column: value}}, got {shown(value)}")
+
+
+def _json_items(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """The items of a list, or a single object; all of them are in memory for the time of a pass."""
+    try:
+        value = parse_row_json(file.read().decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}: not JSON (column {error.colno}: {error.msg})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    return enumerate(value if isinstance(value, list) else [value])
+
+
+def _csv(path: Path, delimiter: str, file: BinaryIO) -> Iterator[tuple[int, Entry]]:
+    """Rows of the columns that the first line names. A row may go over several lines."""
+    # Bytes that are not UTF-8 are halves of surrogate pairs until their row is known
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n")
+    reader, names = csv.reader(text, delimiter=delimiter, strict=True), list[str]()
+    while True:
+        number, cells = reader.line_num + 1, list[str]()
+        entry: RowFault | None = None
+        most = csv.field_size_limit(2**31 - 1)  # of the whole process; the default cuts texts of 128 KiB
+        try:
+            cells = next(reader)
+            "".join(cells).encode()
+        except StopIteration:
+            return
+        except UnicodeEncodeError:
+            entry = RowFault("not UTF-8 text")
+        except csv.Error as error:
+            if "unexpected end of data" in str(error):  # else all rows behind it would be one
+                raise UserError(f"{path}: line {number}: a quotation mark opens here and is never closed.") from error
+            entry = RowFault(f"not CSV ({error})")
+        finally:
+            csv.field_size_limit(most)
+        if not names and (entry or cells):
+            twice = [name for index, name in enumerate(cells) if name in cells[:index]]
+            if entry or twice:
+                raise UserError(f"{path}: line {number}: {entry or f'names the column {twice[0]!r} twice'}")
+            names = cells
+        elif entry or len(cells) == len(names):
+            yield number, entry or dict(zip(names, cells, strict=True))
+        elif cells:
+            yield number, RowFault(f"has {len(cells)} cells, the first line names {len(names)} columns")
+
+
+def _documents(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Texts that blank lines separate; those of the white space of Unicode, too."""
+    number, lines = 1, list[bytes]()
+    for line in file:
+        is_blank = line.strip() in (b"", _MARK)
+        if not is_blank and (line.isascii() or line.decode("utf-8", "replace").strip()):
+            lines.append(line)
+            continue
+        if lines:
+            yield number, b"".join(lines)
+        number, lines = number + len(lines) + 1, []
+    if lines:
+        yield number, b"".join(lines)
+
+
+def _text_entry(content: bytes) -> Entry:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return RowFault(f"not UTF-8 text (byte {error.start} of the document)")
+    if "\0" in text:  # UTF-16 without its mark is valid UTF-8, with a null byte behind every letter
+        return RowFault("holds null bytes, so it is not UTF-8 text. Fix: convert it, or remove them.")
+    return {"text": text.replace("\r\n", "\n").removesuffix("\n")}
 
 
 def _check_ending(path: Path) -> None:
@@ -176,32 +357,15 @@ def _identity_of(path: Path) -> str:
 
 
 def _record_rows(path: Path) -> Rows:
-    """The rows of a file of records. Of every 16 the place of one is kept."""
-    kind = record_file(path)
-    numbers, places, num_rows = array("q"), array("q"), 0
+    kind = _record_file(path)
     with readable(path), open_bytes(path) as file:
-        for number, place, _ in kind.records(file):
-            if num_rows % _KEPT_EACH == 0:
-                numbers.append(number)
-                places.append(place)
-            num_rows += 1
-    # An item of a JSON list is found by reading all that is behind the place
-    can_seek = ending(path) == path.suffix.lower() and kind.unit == "line"
+        num_rows = sum(1 for _ in kind.split(file))
 
     def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
-        records: Iterator[Record] | None = None
-        here = 0
         with readable(path), open_bytes(path) as file:
+            records, here = kind.split(file), 0
             for index in indices:
-                kept = index // _KEPT_EACH
-                if records is None or (can_seek and kept > here // _KEPT_EACH):
-                    if can_seek:
-                        file.seek(places[kept])
-                    else:
-                        for start in range(0, places[kept], 2**20):
-                            file.read(min(2**20, places[kept] - start))
-                    records, here = kind.split(file, places[kept], numbers[kept]), kept * _KEPT_EACH
-                number, _, content = next(islice(records, index - here, None))
+                number, content = next(islice(records, index - here, None))
                 here = index + 1
                 yield number, kind.parse(content)
 
@@ -315,7 +479,7 @@ def local_shards(source: Path, split: str) -> Shards:
             readers += [partial(_line_range, file, start, min(start + _RANGE_BYTES, size)) for start in starts]
             names += [f"{label} {number}" for number in range(len(starts))]
         elif size:
-            readers.append(partial(_records_from, file, record_file(file)))
+            readers.append(partial(_records_from, file, _record_file(file)))
             names.append(label)
     if not readers:
         raise UserError(empty_data_set(source))
@@ -335,12 +499,12 @@ def _line_range(path: Path, start: int, stop: int, skip: int) -> Iterator[Placed
         if start:
             file.seek(start - 1)
             place = start - 1 + len(file.readline())  # to the first line that begins at `start` or behind it
-        lines = takewhile(lambda record: record[1] < stop, split_lines(file, place, 0))
+        lines = takewhile(lambda line: line[1] < stop, _lines(file, place, 0))
         for _, here, line in islice(lines, skip, None):
-            yield f"{path}: byte {here}", json_entry(line)
+            yield f"{path}: byte {here}", _json_entry(line)
 
 
 def _records_from(path: Path, kind: RecordFile, skip: int) -> Iterator[PlacedRow]:
     with readable(path), open_bytes(path) as file:
-        for number, _, content in islice(kind.records(file), skip, None):
+        for number, content in islice(kind.split(file), skip, None):
             yield f"{path}: {kind.unit} {number}", kind.parse(content)

@@ -18,10 +18,9 @@ import numpy as np
 from qdora.data import demo
 from qdora.data.commonsense import HUB_TASKS, hub_task_rows
 from qdora.data.example import Example
-from qdora.data.files import Shards, files_of, files_of_split, local_shards, missing, rows_of_split
+from qdora.data.files import Shards, files_of, files_of_split, local_shards, missing, readable, rows_of_split
 from qdora.data.formats import FIRST_ROWS, RowExamples
 from qdora.data.hub import hub_rows, hub_shards
-from qdora.data.records import readable
 from qdora.data.rows import FaultList, RowFault, Rows
 from qdora.errors import UserError
 from qdora.files.sampled_digest import sampled_digest
