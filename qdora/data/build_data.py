@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,7 @@ def tokenized_sources(
 
     Faulty rows and examples that are too long are refused, of all sources at once.
     """
+    options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": data.too_long}
     cache = None
     if data.cache != "off":
         cache = TokenCache(cache_folder("data") if data.cache is None else user_path(data.cache), tokenizer)
@@ -169,8 +171,16 @@ def tokenized_sources(
                 stream = ExampleStream(open_shards(source), data, number, tokenizer)
                 stream.first()  # raises what a run would refuse its first rows for
                 sets.append(stream)
-            else:
-                sets.append(_tokenized(source, data, tokenizer, examples, cache))
+                continue
+            make = partial(_tokenized, examples, tokenizer, name=source.label, **options)
+            identity = examples.identity if isinstance(examples, SplitExamples) else None
+            if identity is None or cache is None:
+                sets.append(make())
+                continue
+            template = None if source.template is None else source.template.model_dump()
+            layout = {"label": source.label, "named": source.name is not None, "format": source.format}
+            layout |= {"task": source.task, "columns": source.columns, "template": template, "chat": source.chat}
+            sets.append(cache.kept({"rows": identity, **layout, **options}, make))
         except UserError as error:
             faults.extend(f"data.mix[{number}]: {fault}" for fault in error.faults)
     if faults:
@@ -178,24 +188,9 @@ def tokenized_sources(
     return sets
 
 
-def _tokenized(
-    source: SourceConfig, data: DataConfig, tokenizer: Any, examples: Sequence[Example], cache: TokenCache | None
-) -> TokenizedSet:
-    """A source as tokens: from the cache, or made and kept there if it is known what decides the rows."""
-    options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": data.too_long}
-
-    def make() -> TokenizedSet:
-        found = tokenize_all(examples, tokenizer, name=source.label, **options)
-        unused = examples.unused if isinstance(examples, SplitExamples) else ()
-        return replace(found, unused=tuple(sorted(unused)))
-
-    identity = examples.identity if isinstance(examples, SplitExamples) else None
-    if identity is None or cache is None:
-        return make()
-    template = None if source.template is None else source.template.model_dump()
-    layout = {"label": source.label, "named": source.name is not None, "format": source.format, "task": source.task}
-    layout |= {"columns": source.columns, "template": template, "chat": source.chat}
-    return cache.kept({"rows": identity, **layout, **options}, make)
+def _tokenized(examples: Sequence[Example], tokenizer: Any, **options: Any) -> TokenizedSet:
+    tokens = tokenize_all(examples, tokenizer, **options)
+    return replace(tokens, unused=tuple(sorted(examples.unused if isinstance(examples, SplitExamples) else ())))
 
 
 def has_chats(mix: Mix, train: Sequence[Sequence[Example]]) -> bool:

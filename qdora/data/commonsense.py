@@ -209,9 +209,7 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
     files = sorted(Path(folder).glob(pattern))
     if not files:
         raise UserError(f"{where}: no file {pattern} there; the pinned revision is {hub.revision}")
-    # The cache names a snapshot by its commit; a branch may be another one tomorrow.
-    identity = f"{hub.id}@{Path(folder).name}/{pattern}"
-    rows = joined(f"{where}/{pattern}", [read_rows(file) for file in files], identity=identity)
+    rows = joined(f"{where}/{pattern}", [read_rows(file) for file in files])
 
     def chosen(indices: Sequence[int]) -> Iterator[tuple[Place, Entry]]:
         for place, row in rows.chosen(indices):
@@ -220,7 +218,8 @@ def hub_task_rows(task: str, split: str, revision: str | None = None) -> Rows:
             except RowFault as fault:
                 yield place, fault
 
-    return replace(rows, chosen=chosen)
+    # The cache names a snapshot by its commit; a branch may be another one tomorrow.
+    return replace(rows, chosen=chosen, identity=f"{hub.id}@{Path(folder).name}/{pattern}")
 
 
 def _boolq_row(row: Row) -> dict[str, Any]:

@@ -23,11 +23,11 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, islice, takewhile
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from qdora.data.rows import Entry, RowFault, Rows, between, empty_data_set, joined, parse_row_json
 from qdora.errors import UserError, nearest, nearest_path
@@ -181,28 +181,21 @@ def readable(path: Path) -> Iterator[None]:
 # A file as records
 
 
-@dataclass(frozen=True)
-class RecordFile:
-    """A file as records, which are counted and passed over at little cost: what they hold is read by `parse`.
+class _Records(NamedTuple):
+    """A file as records, which are counted and passed over at little cost: what they hold is read by `parse`."""
 
-    Attributes:
-        unit: What a record's number counts: "line" (from 1, its first one) or "row" (from 0).
-        split: The opened file -> (number, content) of each record.
-        parse: The content of a record -> its row.
-    """
-
-    unit: str
-    split: Callable[[BinaryIO], Iterator[tuple[int, Any]]]
+    unit: str  # that a record's number counts: "line" (from 1, its first one) or "row" (from 0)
+    split: Callable[[BinaryIO], Iterator[tuple[int, Any]]]  # -> (number, content) of each record
     parse: Callable[[Any], Entry]
 
 
-def _record_file(path: Path) -> RecordFile:
+def _record_file(path: Path) -> _Records:
     """A file as records; its ending says the format. JSON is a list of objects or lines, whatever the ending says."""
     kind = Path(ending(path)).stem
     if kind in (".csv", ".tsv"):
-        return RecordFile("line", partial(_csv, path, "," if kind == ".csv" else "\t"), lambda entry: entry)
+        return _Records("line", partial(_csv, path, "," if kind == ".csv" else "\t"), lambda entry: entry)
     if kind not in (".json", ".jsonl"):
-        return RecordFile("line", _documents, _text_entry)
+        return _Records("line", _documents, _text_entry)
     with readable(path), open_bytes(path) as file:
         head = file.read(_READ_BYTES).removeprefix(_MARK).lstrip()
     first, _, rest = head.partition(b"\n")
@@ -211,8 +204,8 @@ def _record_file(path: Path) -> RecordFile:
     else:
         is_lines = kind == ".jsonl" or not head or (bool(rest.strip()) and isinstance(_json_entry(first), dict))
     if is_lines:
-        return RecordFile("line", lambda file: ((number, line) for number, _, line in _lines(file, 0, 1)), _json_entry)
-    return RecordFile("row", partial(_json_items, path), _object)
+        return _Records("line", lambda file: ((number, line) for number, _, line in _lines(file, 0, 1)), _json_entry)
+    return _Records("row", partial(_json_items, path), _object)
 
 
 def _lines(file: BinaryIO, place: int, number: int) -> Iterator[tuple[int, int, bytes]]:
@@ -331,7 +324,10 @@ def read_rows(path: Path) -> Rows:
     rows = _parquet_rows(path) if ending(path) == ".parquet" else _record_rows(path)
     if rows.num_rows == 0:
         raise UserError(empty_data_set(path))
-    return rows
+    # Name, size, time and samples of the file change when the content does, but for rare exceptions.
+    with readable(path):
+        facts, digest = sampled_digest(path)
+    return replace(rows, identity=f"{path.name} {facts.st_size} {facts.st_mtime_ns} {digest}")
 
 
 def rows_of_split(source: Path, split: str) -> Rows:
@@ -342,18 +338,11 @@ def rows_of_split(source: Path, split: str) -> Rows:
     folder, parts = _folder_of(files), [read_rows(file) for file in files]
     names = [str(file.relative_to(folder)) for file in files]
     identity = " ".join(f"{name} {part.identity}" for name, part in zip(names, parts, strict=True))
-    return joined(str(folder), parts, names, identity)
+    return replace(joined(str(folder), parts, names), identity=identity)
 
 
 def _folder_of(files: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([file.parent for file in files]))
-
-
-def _identity_of(path: Path) -> str:
-    """Name, size, time and samples of a file as text, which changes when the content does, but for rare exceptions."""
-    with readable(path):
-        facts, digest = sampled_digest(path)
-    return f"{path.name} {facts.st_size} {facts.st_mtime_ns} {digest}"
 
 
 def _record_rows(path: Path) -> Rows:
@@ -369,7 +358,7 @@ def _record_rows(path: Path) -> Rows:
                 here = index + 1
                 yield number, kind.parse(content)
 
-    return Rows(str(path), kind.unit, num_rows, chosen, _identity_of(path))
+    return Rows(str(path), kind.unit, num_rows, chosen)
 
 
 def _parquet_rows(path: Path) -> Rows:
@@ -381,7 +370,7 @@ def _parquet_rows(path: Path) -> Rows:
             if len(mine):
                 yield from _row_group(path, group, first, mine)
 
-    return Rows(str(path), "row", sum(size for _, _, size in groups), chosen, _identity_of(path))
+    return Rows(str(path), "row", sum(size for _, _, size in groups), chosen)
 
 
 def _row_groups(path: Path) -> list[tuple[int, int, int]]:
@@ -487,9 +476,8 @@ def local_shards(source: Path, split: str) -> Shards:
 
 
 def _group_from(path: Path, group: int, first: int, size: int, skip: int) -> Iterator[PlacedRow]:
-    if skip < size:
-        for number, row in _row_group(path, group, first, range(first + skip, first + size)):
-            yield f"{path}: row {number}", row
+    rows = _row_group(path, group, first, range(first + skip, first + size)) if skip < size else ()
+    return ((f"{path}: row {number}", row) for number, row in rows)
 
 
 def _line_range(path: Path, start: int, stop: int, skip: int) -> Iterator[PlacedRow]:
@@ -504,7 +492,7 @@ def _line_range(path: Path, start: int, stop: int, skip: int) -> Iterator[Placed
             yield f"{path}: byte {here}", _json_entry(line)
 
 
-def _records_from(path: Path, kind: RecordFile, skip: int) -> Iterator[PlacedRow]:
+def _records_from(path: Path, kind: _Records, skip: int) -> Iterator[PlacedRow]:
     with readable(path), open_bytes(path) as file:
         for number, content in islice(kind.split(file), skip, None):
             yield f"{path}: {kind.unit} {number}", kind.parse(content)

@@ -62,7 +62,7 @@ class Rows:
         return list(readable(min(num, self.num_rows))) or list(islice(readable(self.num_rows), 1))
 
 
-def joined(where: str, parts: Sequence[Rows], names: Sequence[str] = (), identity: str | None = None) -> Rows:
+def joined(where: str, parts: Sequence[Rows], names: Sequence[str] = ()) -> Rows:
     """Several `Rows` one behind the other; those without a chosen row are not opened.
 
     A row's place begins with the name of its part; without names it is its number among all rows.
@@ -78,7 +78,7 @@ def joined(where: str, parts: Sequence[Rows], names: Sequence[str] = (), identit
                     yield f"{names[number]}: {part.unit} {place}" if names else int(index), row
             first += part.num_rows
 
-    return Rows(where, "row", sum(part.num_rows for part in parts), chosen, identity)
+    return Rows(where, "row", sum(part.num_rows for part in parts), chosen)
 
 
 def between(indices: Sequence[int], first: int, stop: int) -> Sequence[int]:
