@@ -16,7 +16,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qdora.data.chat_template import RENDER_ERRORS
 from qdora.data.commonsense import commonsense_task, example_of_row, instruction_row, with_named_choices
-from qdora.data.example import TURN_KEYS, Example, Messages, Tools, parse_messages, parse_tools, parse_turns, parsed
+from qdora.data.example import (
+    ROLES,
+    TURN_KEYS,
+    Example,
+    Messages,
+    Tools,
+    parse_messages,
+    parse_tools,
+    parse_turns,
+    parsed,
+)
 from qdora.data.rows import (
     Row,
     RowFault,
@@ -264,18 +274,8 @@ def _sharegpt(row: Row, label: str, id: str) -> Example:
     return _chat(row, label, id, _sharegpt_turns(row))
 
 
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "developer": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-}
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant"}
+_SHAREGPT_ROLES |= {role: role for role in ROLES} | {"developer": "system", "observation": "tool"}
 """Who speaks in a ShareGPT turn -> role."""
 
 
