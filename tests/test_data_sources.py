@@ -125,6 +125,7 @@ def test_the_same_examples_in_every_kind_of_file(tmp_path: Path, suffix: str) ->
         ("a.txt", "\n\nOne.\r\nStill.\r\n \t\r\nTwo.\n\n\n\nThree.", ["3 One.\nStill.", "6 Two.", "10 Three."]),
         # in UTF-8 this letter is EF BB BB, the byte order mark being EF BB BF
         ("a.txt", "one\n\ufefb\ntwo\n \ufeff \nthree\n", ["1 one\n\ufefb\ntwo", "5 three"]),
+        ("a.csv", "\ufeff\n\r\ntext\r\nx\r\n", ["4 x"]),
         ("a.csv", 'text,id\n5" pipe,\n"a ""b""\nc",\n\né,\n', ['2 5" pipe', '3 a "b"\nc', "6 é"]),
     ],
 )

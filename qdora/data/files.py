@@ -272,14 +272,16 @@ def _csv(path: Path, delimiter: str, file: BinaryIO) -> Iterator[tuple[int, Entr
             entry = RowFault(f"not CSV ({error})")
         finally:
             csv.field_size_limit(most)
-        if not names and (entry or cells):
+        if not entry and not cells:  # a blank line
+            continue
+        if not names:
             twice = [name for index, name in enumerate(cells) if name in cells[:index]]
             if entry or twice:
                 raise UserError(f"{path}: line {number}: {entry or f'names the column {twice[0]!r} twice'}")
             names = cells
         elif entry or len(cells) == len(names):
             yield number, entry or dict(zip(names, cells, strict=True))
-        elif cells:
+        else:
             yield number, RowFault(f"has {len(cells)} cells, the first line names {len(names)} columns")
 
 
