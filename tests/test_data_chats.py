@@ -24,8 +24,7 @@ from qdora.data.chat_template import (
     use_data_settings,
 )
 from qdora.data.encode_chats import EncodedChat, encode_chats
-from qdora.data.example import Example
-from qdora.data.messages import Turn, parse_tools
+from qdora.data.example import Example, Turn, parse_tools
 from qdora.data.tokenize import tokenize_all
 from qdora.recipe.data_settings import DataConfig
 from tests import support

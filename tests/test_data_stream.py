@@ -14,15 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.data import hub_datasets, readers
+from qdora.data import files, hub
 from qdora.data.batching import Batching
-from qdora.data.example import Example
-from qdora.data.hub_datasets import hub_shards
+from qdora.data.example import Example, parse_messages
+from qdora.data.files import local_shards
+from qdora.data.hub import hub_shards
 from qdora.data.loader import StepLoader
-from qdora.data.messages import parse_messages
 from qdora.data.mix import make_mix
 from qdora.data.mix_plan import plan_mix
-from qdora.data.readers import local_shards
 from qdora.data.sources import train_and_validation
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import tokenize_all
@@ -106,7 +105,7 @@ def test_every_row_once_a_pass_and_resumed_is_uninterrupted(
     options = {"window": shape["window"], "seed": shape["seed"], "tokenizer": EACH_TURN} | limits
     whole = tokenize_all(examples, EACH_TURN, name="s", **limits).examples
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_RANGE_BYTES", 90)
+        patch.setattr(files, "_RANGE_BYTES", 90)
         patch.setattr("qdora.data.stream._TOKENIZED_AT_ONCE", shape["at_once"])
         one = stream(file, **options)
         drawn = [one.next() for _ in range(2 * len(whole) + cut)]
@@ -412,7 +411,7 @@ def test_a_lost_connection_is_opened_again(monkeypatch: pytest.MonkeyPatch, capl
                 yield row(number)
 
     waits: list[float] = []
-    monkeypatch.setattr(hub_datasets.time, "sleep", waits.append)
+    monkeypatch.setattr(hub.time, "sleep", waits.append)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Shard({0: 1, 2: 3, 3: 3}))
     found = hub_shards(SourceConfig(source="org/name", stream=True))
     assert [each for _, each in found.readers[0](0)] == [row(number) for number in range(6)]

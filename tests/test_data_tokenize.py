@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qdora.data import build_data, split_text, token_cache, tokenize
 from qdora.data.chat_template import set_chat_date, set_chat_settings
-from qdora.data.example import Example
-from qdora.data.messages import Turn
+from qdora.data.example import Example, Turn
 from qdora.data.shown_examples import shown_example, token_pieces
 from qdora.data.tokenize import TokenizedExample, TokenizedSet, encode_pairs, special_prefix, tokenize_all
 from qdora.errors import UserError

@@ -27,8 +27,7 @@ from transformers import (
     MistralConfig,
 )
 
-from qdora.data.example import Example
-from qdora.data.messages import Turn
+from qdora.data.example import Example, Turn
 from qdora.data.tokenize import tokenize_all
 from qdora.errors import Diverged
 from qdora.evaluate import batches, token_scores

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import GenerationConfig
 
 from qdora.adapter import adapted_linear, frozen_product
-from qdora.data.given_data import given_source, trained_on
+from qdora.data.sources import given_source, trained_on
 from qdora.evaluate.perplexity import text_perplexity
 from qdora.evaluate.token_scores import Span, score_spans
 from qdora.export.export_run import export_run

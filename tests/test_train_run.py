@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from qdora.cli import app
 from qdora.data.chat_template import prompt_text
-from qdora.data.messages import Turn
+from qdora.data.example import Turn
 from qdora.errors import UserError
 from qdora.export.export_run import export_run
 from qdora.files import run_directory

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qdora.data.batching import Batching
-from qdora.data.example import Example
+from qdora.data.example import Example, with_last_learnt
+from qdora.data.formats import FIRST_ROWS
 from qdora.data.loader import StepLoader
-from qdora.data.messages import with_last_learnt
 from qdora.data.mix import Mix, make_mix
-from qdora.data.row_examples import FIRST_ROWS
-from qdora.data.sources import has_split, load_source, open_shards, train_and_validation
-from qdora.data.split_examples import SplitExamples, check_rows
+from qdora.data.sources import (
+    SplitExamples,
+    check_rows,
+    has_split,
+    load_source,
+    open_shards,
+    train_and_validation,
+)
 from qdora.data.stream import ExampleStream
 from qdora.data.token_cache import TokenCache
 from qdora.data.tokenize import TokenizedSet, tokenize_all
@@ -33,10 +39,8 @@ def read_data(
     """Training examples per source, unread, and validation examples by the source's name where there are any.
 
     Only the validation examples are read; where a source has a fault, all rows are, so that one answer has all faults.
-    With `names`, sources of other names are left out and give no examples.
-
-    Raises: UserError: "data.mix[2]: /x/y.jsonl: line 17: ..." for every fault of every source; HubFailure if none but
-        the Hub is at fault.
+    With `names`, sources of other names are left out and give no examples. Raises HubFailure if none but the Hub is at
+    fault.
     """
     train: list[Sequence[Example]] = []
     validation: dict[str, list[Example]] = {}
@@ -68,7 +72,7 @@ def read_data(
 def check_first_rows(data: DataConfig, names: Collection[str]) -> None:
     """Check the files and the first rows of some sources as a run does, without a tokenizer.
 
-    Raises: UserError: As `read_data`, with all faulty rows where one of the first is; of a stream as its first rows.
+    Where one of the first rows is faulty, all rows are checked, but of a stream the first ones alone.
     """
     faults: list[str] = []
     for index, source in enumerate(data.mix):
@@ -78,10 +82,9 @@ def check_first_rows(data: DataConfig, names: Collection[str]) -> None:
             parts = train_and_validation(source, data)
             if source.stream:
                 ExampleStream(open_shards(source), data, index, None).check_rows()
+            firsts = [None if part is None else replace(part, indices=part.indices[:FIRST_ROWS]) for part in parts]
             try:
-                check_rows(
-                    *(None if part is None else replace(part, indices=part.indices[:FIRST_ROWS]) for part in parts)
-                )
+                check_rows(*firsts)
             except UserError:
                 check_rows(*parts)
         except UserError as error:
@@ -93,9 +96,8 @@ def check_first_rows(data: DataConfig, names: Collection[str]) -> None:
 def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = None) -> dict[str, list[Example]]:
     """The examples of a run's sources in one split: train and validation as in training, or test.
 
-    `names` are the sources that are wanted (None: all); others need not have the split.
-
-    Raises: UserError: A source without that split. Its training examples are never taken instead.
+    `names` are the sources that are wanted (None: all); others need not have the split. A source without it is refused:
+    its training examples are never taken instead.
     """
     sources = {source.label: source for source in recipe.data.mix if names is None or source.label in names}
     streamed = [label for label, source in sources.items() if source.stream]
@@ -107,21 +109,15 @@ def run_examples(recipe: Recipe, split: str, names: Collection[str] | None = Non
             return validation
         labels = [source.label for source in recipe.data.mix]
         return {label: list(found) for label, found in zip(labels, train, strict=True) if label in sources}
-    faults = [
-        f"--split: {label} has no {split} split, must be one of validation, train. {_test_data_fix(source, split)}"
-        for label, source in sources.items()
-        if not has_split(source, split)
-    ]
+    faults = []
+    for label, source in sources.items():
+        if not has_split(source, split):
+            on_hub = source.source is not None and not source.is_local
+            fix = f"the data set with --data {source.source} --split {split}" if on_hub else "a file with --data"
+            faults.append(f"--split: {label} has no {split} split, must be one of validation, train. Fix: name {fix}.")
     if faults:
         raise UserError(*faults)
     return {label: to_score(load_source(source, split), recipe.data) for label, source in sources.items()}
-
-
-def _test_data_fix(source: SourceConfig, split: str) -> str:
-    """How data of a split can be scored that the source does not have, or may have on the Hub."""
-    if source.source is None or source.is_local:
-        return "Fix: name a file with --data."
-    return f"Fix: name the data set with --data {source.source} --split {split}."
 
 
 def to_score(examples: Iterable[Example], data: DataConfig) -> list[Example]:
@@ -134,9 +130,7 @@ def to_score(examples: Iterable[Example], data: DataConfig) -> list[Example]:
 def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = False) -> list[Example]:
     """Examples of a built-in task, from the Hub or from <data>/<task>/<split> files.
 
-    Args:
-        data: Folder of the tasks; None takes the Hub.
-        by_name: The commonsense tasks ask for the name of a choice, as the DoRA paper does, not for its text.
+    With `by_name` the commonsense tasks ask for the name of a choice, as the DoRA paper does, not for its text.
     """
     local = {} if data is None or task.startswith("demo/") else {"path": str(data / task)}
     named = {"format": "commonsense170k"} if by_name and task in COMMONSENSE_TASKS else {}
@@ -144,10 +138,7 @@ def task_examples(task: str, *, split: str, data: Path | None, by_name: bool = F
 
 
 def tokenized_mix(recipe: Recipe, tokenizer: Any, train: Sequence[Sequence[Example]]) -> Mix:
-    """Tokenise every source, or read what an earlier start kept, and put them together.
-
-    Raises: UserError: As `tokenized_sources`; then unknown sizes.
-    """
+    """Tokenise every source, or read what an earlier start kept, and put them together."""
     data = recipe.data
     return make_mix(
         tokenized_sources(data, tokenizer, train),
@@ -164,8 +155,9 @@ def tokenized_sources(
 ) -> list[TokenizedSet | ExampleStream]:
     """Each source as tokens, made or read from what an earlier start kept; only those of `names`, if given.
 
-    Raises: UserError: Faulty rows and examples that are too long, of all sources at once.
+    Faulty rows and examples that are too long are refused, of all sources at once.
     """
+    options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": data.too_long}
     cache = None
     if data.cache != "off":
         cache = TokenCache(cache_folder("data") if data.cache is None else user_path(data.cache), tokenizer)
@@ -179,8 +171,16 @@ def tokenized_sources(
                 stream = ExampleStream(open_shards(source), data, number, tokenizer)
                 stream.first()  # raises what a run would refuse its first rows for
                 sets.append(stream)
-            else:
-                sets.append(_tokenized(source, data, tokenizer, examples, cache))
+                continue
+            make = partial(_tokenized, examples, tokenizer, name=source.label, **options)
+            identity = examples.identity if isinstance(examples, SplitExamples) else None
+            if identity is None or cache is None:
+                sets.append(make())
+                continue
+            template = None if source.template is None else source.template.model_dump()
+            layout = {"label": source.label, "named": source.name is not None, "format": source.format}
+            layout |= {"task": source.task, "columns": source.columns, "template": template, "chat": source.chat}
+            sets.append(cache.kept({"rows": identity, **layout, **options}, make))
         except UserError as error:
             faults.extend(f"data.mix[{number}]: {fault}" for fault in error.faults)
     if faults:
@@ -188,24 +188,9 @@ def tokenized_sources(
     return sets
 
 
-def _tokenized(
-    source: SourceConfig, data: DataConfig, tokenizer: Any, examples: Sequence[Example], cache: TokenCache | None
-) -> TokenizedSet:
-    """A source as tokens: from the cache, or made and kept there if it is known what decides the rows."""
-    options: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "too_long": data.too_long}
-
-    def make() -> TokenizedSet:
-        found = tokenize_all(examples, tokenizer, name=source.label, **options)
-        unused = examples.unused if isinstance(examples, SplitExamples) else ()
-        return replace(found, unused=tuple(sorted(unused)))
-
-    identity = examples.identity if isinstance(examples, SplitExamples) else None
-    if identity is None or cache is None:
-        return make()
-    template = None if source.template is None else source.template.model_dump()
-    layout = {"label": source.label, "named": source.name is not None, "format": source.format, "task": source.task}
-    layout |= {"columns": source.columns, "template": template, "chat": source.chat}
-    return cache.kept({"rows": identity, **layout, **options}, make)
+def _tokenized(examples: Sequence[Example], tokenizer: Any, **options: Any) -> TokenizedSet:
+    tokens = tokenize_all(examples, tokenizer, **options)
+    return replace(tokens, unused=tuple(sorted(examples.unused if isinstance(examples, SplitExamples) else ())))
 
 
 def has_chats(mix: Mix, train: Sequence[Sequence[Example]]) -> bool:

@@ -16,7 +16,7 @@ import jinja2
 import jinja2.meta
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qdora.data.messages import Messages, Tools, Turn
+from qdora.data.example import Messages, Tools, Turn
 from qdora.errors import UserError, nearest
 from qdora.files.user_paths import user_path
 from qdora.recipe.data_settings import DataConfig

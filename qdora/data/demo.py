@@ -20,41 +20,29 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar
 
 import yaml
 
 from qdora.data.example import Example
 from qdora.errors import UserError, nearest
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-NUM_EXAMPLES: dict[Split, int] = {"train": 400, "validation": 80, "test": 160}
+NUM_EXAMPLES = {"train": 400, "validation": 80, "test": 160}
+SPLITS = tuple(NUM_EXAMPLES)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A question before the position of its answer is chosen. In the prompt {choices} stands for the listed choices."""
-
-    prompt: str
-    answer: str
-    wrong: tuple[str, ...]
+Draft = tuple[str, str, tuple[str, ...]]
+"""A question before the position of its answer is chosen: (prompt, in which {choices} stands for the listed choices;
+answer; wrong choices)."""
 
 
 def examples(family: str, split: str) -> list[Example]:
-    """The examples of one split of one family: 400 for train, 80 for validation, 160 for test.
+    """The examples of one split of one family (without the demo/): 400 for train, 80 for validation, 160 for test.
 
     A pure function of the tables: the same list on every machine, Python and hash seed, in a fixed, shuffled order.
-
-    Args:
-        family: One of `FAMILIES`, without the demo/.
-    Returns: Examples with 2 or 4 choices, choices[gold] == answer, each choice starting with its own space.
-    Raises: UserError if the family or the split does not exist.
+    They have 2 or 4 choices, each with its own leading space.
     """
     faults = []
     if family not in FAMILIES:
@@ -64,40 +52,33 @@ def examples(family: str, split: str) -> list[Example]:
         faults.append(f"demo/{family}: no split {split!r}, must be one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}")
     if faults:
         raise UserError(*faults)
-    return list(_examples(family, cast(Split, split)))
+    return list(_examples(family, split))
 
 
 @cache
-def _examples(family: str, split: Split) -> tuple[Example, ...]:
+def _examples(family: str, split: str) -> tuple[Example, ...]:
     # An integer seed per list, from the order of FAMILIES: a new family goes to the end, or every example changes.
     rng = random.Random(100 * list(FAMILIES).index(family) + SPLITS.index(split))
     drafts: dict[str, Draft] = {}
-    for draft in FAMILIES[family](split, rng):
-        drafts.setdefault(_prompt(draft, sorted((draft.answer, *draft.wrong))), draft)
+    for prompt, answer, wrong in FAMILIES[family](split, rng):
+        drafts.setdefault(_with_choices(prompt, sorted((answer, *wrong))), (prompt, answer, wrong))
         if len(drafts) == NUM_EXAMPLES[split]:
             break
     assert len(drafts) == NUM_EXAMPLES[split], f"the tables of demo/{family} are too small for {split}"
     made = []
-    for number, draft in enumerate(drafts.values()):
-        choices = _shuffled(draft.wrong, rng)
+    for number, (prompt, answer, wrong) in enumerate(drafts.values()):
+        choices = _shuffled(wrong, rng)
         # Counting through the positions makes them exactly uniform; "no, yes" keeps its order.
-        gold = int(draft.answer == "yes") if draft.answer in ("no", "yes") else number % (len(choices) + 1)
-        choices.insert(gold, draft.answer)
-        made.append((_prompt(draft, choices), tuple(" " + choice for choice in choices), gold))
+        gold = int(answer == "yes") if answer in ("no", "yes") else number % (len(choices) + 1)
+        choices.insert(gold, answer)
+        made.append((_with_choices(prompt, choices), tuple(f" {choice}" for choice in choices), gold))
     return tuple(
-        Example(
-            task=f"demo/{family}",
-            id=f"{family}-{split}-{number:03d}",
-            prompt=prompt,
-            answer=choices[gold],
-            choices=choices,
-            gold=gold,
-        )
+        Example(f"demo/{family}", f"{family}-{split}-{number:03d}", prompt, choices[gold], choices, gold)
         for number, (prompt, choices, gold) in enumerate(_shuffled(made, rng))
     )
 
 
-def _facts(split: Split, rng: random.Random) -> Iterator[Draft]:
+def _facts(split: str, rng: random.Random) -> Iterator[Draft]:
     """Two people, one relation; each passage is asked twice, once with the answer yes and once no."""
     table = _table("facts")
     people = _part(table["people"], split, (12, 5, 7))
@@ -115,19 +96,19 @@ def _facts(split: Split, rng: random.Random) -> Iterator[Draft]:
         # to the other person, so the rest needs its owner.
         for answer, wrong, asked in (("yes", "no", value), ("no", "yes", absent if len(passages) % 4 else others)):
             question = f"Does the {one} {relation['asked']} {asked}?"
-            yield Draft(f"{passage}\nQuestion: {question}\nAnswer:", answer, (wrong,))
+            yield f"{passage}\nQuestion: {question}\nAnswer:", answer, (wrong,)
 
 
-def _odd(split: Split, rng: random.Random) -> Iterator[Draft]:
+def _odd(split: str, rng: random.Random) -> Iterator[Draft]:
     """Three words of one kind and one of another."""
     kinds = [_part(words, split, (8, 4, 4)) for words in _table("kinds").values()]
     while True:
         many, single = _shuffled(kinds, rng)[:2]
         prompt = "Which one does not belong: {choices}?\nAnswer:"
-        yield Draft(prompt, _shuffled(single, rng)[0], tuple(_shuffled(many, rng)[:3]))
+        yield prompt, _shuffled(single, rng)[0], tuple(_shuffled(many, rng)[:3])
 
 
-def _cause(split: Split, rng: random.Random) -> Iterator[Draft]:
+def _cause(split: str, rng: random.Random) -> Iterator[Draft]:
     """Twins: the same sentence with one word changed, so that it refers to the other noun."""
     table = _table("cause")
     pools = {name: _part(words, split, (6, 2, 4)) for name, words in table["pools"].items()}
@@ -141,19 +122,19 @@ def _cause(split: Split, rng: random.Random) -> Iterator[Draft]:
     for sentence, first, second, a, b in _shuffled(twins, rng):
         for word, answer, wrong in ((first, a, b), (second, b, a)):
             told = sentence["text"].format(a=a, b=b)
-            yield Draft(f"{told} {word}.\nQuestion: What was {word}?\nAnswer:", f"the {answer}", (f"the {wrong}",))
+            yield f"{told} {word}.\nQuestion: What was {word}?\nAnswer:", f"the {answer}", (f"the {wrong}",)
 
 
-def _howto(split: Split, rng: random.Random) -> Iterator[Draft]:
+def _howto(split: str, rng: random.Random) -> Iterator[Draft]:
     """A goal and two listed things; everything is the right thing for its own goals."""
     rows = _part(_table("howto"), split, (52, 11, 21))
     pairs = [(right, wrong) for right, wrong in itertools.product(rows, rows) if right[1] != wrong[1]]
     for right, wrong in _shuffled(pairs, rng):
         goal = _shuffled(right[2:], rng)[0]
-        yield Draft(f"Goal: {goal}\nWhich helps: {{choices}}?\nAnswer:", right[0], (wrong[0],))
+        yield f"Goal: {goal}\nWhich helps: {{choices}}?\nAnswer:", right[0], (wrong[0],)
 
 
-def _next(split: Split, rng: random.Random) -> Iterator[Draft]:
+def _next(split: str, rng: random.Random) -> Iterator[Draft]:
     """Steps done so far. Wrong are a step that comes later, a step of another task, and one more of these two kinds
     or, in every second example, a step that is done already: a base model likes to repeat, so with a repetition in
     all of them it starts far below chance.
@@ -165,10 +146,10 @@ def _next(split: Split, rng: random.Random) -> Iterator[Draft]:
         done, later = steps[start:end], _shuffled(steps[end + 1 :], rng)
         strange = [_shuffled(other[1:], rng)[0] for other in _shuffled(tasks, rng) if other is not task]
         third = _shuffled(done, rng)[0] if number % 2 else (later[1:2] or strange[1:2])[0]
-        yield Draft(f"Task: {goal}\nDone: {'; '.join(done)}\nNext:", steps[end], (later[0], strange[0], third))
+        yield f"Task: {goal}\nDone: {'; '.join(done)}\nNext:", steps[end], (later[0], strange[0], third)
 
 
-FAMILIES: dict[str, Callable[[Split, random.Random], Iterator[Draft]]] = {
+FAMILIES: dict[str, Callable[[str, random.Random], Iterator[Draft]]] = {
     "facts": _facts,
     "odd": _odd,
     "cause": _cause,
@@ -178,16 +159,15 @@ FAMILIES: dict[str, Callable[[Split, random.Random], Iterator[Draft]]] = {
 """Family -> what drafts its questions. Task demo/<family> has its examples."""
 
 
-def _prompt(draft: Draft, choices: Sequence[str]) -> str:
-    return draft.prompt.replace("{choices}", ", ".join(choices))
+def _with_choices(prompt: str, choices: Sequence[str]) -> str:
+    return prompt.replace("{choices}", ", ".join(choices))
 
 
-def _part(items: Sequence[T], split: Split, sizes: tuple[int, int, int]) -> list[T]:
+def _part(items: Sequence[T], split: str, sizes: tuple[int, int, int]) -> list[T]:
     """The items that belong to a split: the first sizes[0] to train, and so on. sizes add up to len(items)."""
     assert len(items) == sum(sizes), f"{len(items)} entries, expected {sum(sizes)}: {items}"
-    index = SPLITS.index(split)
-    start = sum(sizes[:index])
-    return list(items[start : start + sizes[index]])
+    start = sum(sizes[: SPLITS.index(split)])
+    return list(items[start : start + sizes[SPLITS.index(split)]])
 
 
 def _shuffled(items: Iterable[T], rng: random.Random) -> list[T]:

@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdora.data.chat_template import RENDER_ERRORS, ChatTemplate, chat_template_of, shared_length, template_options
-from qdora.data.example import Example
-from qdora.data.messages import Messages, Turn, with_last_learnt
+from qdora.data.example import Example, Messages, Turn, with_last_learnt
 from qdora.recipe.data_settings import LossOn
 
 MAY_NOT_STOP = "the model may not stop"

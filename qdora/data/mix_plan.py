@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
+from qdora.data.formats import looks_meant
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
-from qdora.data.row_formats import looks_meant
 from qdora.data.text_notes import NO_SECOND
 from qdora.data.tokenize import TokenizedSet
 from qdora.files.run_directory import RunDirectory

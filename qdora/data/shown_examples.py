@@ -11,8 +11,17 @@ from qdora.data.tokenize import TokenizedExample
 _MOST_TOKENS = 400
 """Tokens of an example that are shown; of a longer one the middle is left out."""
 
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
-_MOST_BYTES = 4  # of a character in UTF-8, and so the most tokens that it takes
+
+@dataclass(frozen=True, slots=True)
+class TokenPiece:
+    """One token: what it adds to the text before it, whether it is a label, whether the tokenizer calls it special.
+
+    `text` is empty for the first tokens of a character that several tokens spell out byte by byte: the last has it.
+    """
+
+    text: str
+    in_loss: bool
+    is_special: bool
 
 
 def shown_example(source: str, example: TokenizedExample, tokenizer: Any) -> dict[str, Any]:
@@ -34,28 +43,8 @@ def shown_example(source: str, example: TokenizedExample, tokenizer: Any) -> dic
     }
 
 
-@dataclass(frozen=True, slots=True)
-class TokenPiece:
-    """One token of an example.
-
-    Attributes:
-        text: What the token adds to the text of those before it. Empty for the first tokens of a character that several
-            tokens spell out byte by byte: the last of them has it.
-        in_loss: Whether the token is a label.
-        is_special: Whether the tokenizer calls it special, such as an end mark.
-    """
-
-    text: str
-    in_loss: bool
-    is_special: bool
-
-
 def token_pieces(tokenizer: Any, input_ids: Sequence[int], loss_mask: Sequence[bool]) -> list[TokenPiece]:
-    """The piece of each token; all texts joined are the decoded text, special tokens included.
-
-    Args:
-        input_ids, loss_mask: (length,) each, as in `TokenizedExample`.
-    """
+    """The piece of each token; all texts joined are the decoded text, special tokens included."""
     ids = [int(each) for each in input_ids]
     special = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
     special |= set(tokenizer.all_special_ids)
@@ -66,9 +55,10 @@ def token_pieces(tokenizer: Any, input_ids: Sequence[int], loss_mask: Sequence[b
 
     def is_unfinished(start: int, end: int, text: str) -> bool:
         """Whether the last character of the text of [start:end] becomes another one with the tokens that follow."""
-        if not text.endswith(_BROKEN):
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             return False
-        longer = (decoded(start, more) for more in range(end + 1, min(end + _MOST_BYTES, len(ids) + 1)))
+        # A character has at most 4 bytes in UTF-8, and so takes at most 4 tokens.
+        longer = (decoded(start, more) for more in range(end + 1, min(end + 4, len(ids) + 1)))
         return any(len(each) <= len(text) or not each.startswith(text) for each in longer)
 
     texts: list[str] = []

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdora.data.example import Example
-from qdora.data.readers import PlacedRow, Shards
-from qdora.data.row_examples import FIRST_ROWS, RowExamples
+from qdora.data.files import PlacedRow, Shards
+from qdora.data.formats import FIRST_ROWS, RowExamples
 from qdora.data.rows import MAX_SHOWN_FAULTS, Row, RowFault, empty_data_set
 from qdora.data.tokenize import ExampleTally, Outcome, TokenizedExample
 from qdora.errors import UserError

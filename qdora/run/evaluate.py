@@ -13,8 +13,7 @@ from rich.console import Console
 
 from qdora.data.build_data import run_examples, task_examples, to_score
 from qdora.data.example import Example
-from qdora.data.given_data import given_source, has_splits, place_of, trained_on
-from qdora.data.sources import open_source
+from qdora.data.sources import given_source, has_splits, open_source, place_of, trained_on
 from qdora.errors import UserError, nearest, not_one_of
 from qdora.evaluate.generation import evaluate_generated, generation_faults, generation_table
 from qdora.evaluate.harness import evaluate_harness, find_harness_tasks, harness_table

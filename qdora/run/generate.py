@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
 from qdora.data.chat_template import prompt_text, require_chat_template
-from qdora.data.messages import Messages, Tools, Turn
-from qdora.data.readers import read_rows
-from qdora.data.row_formats import asked_chat
+from qdora.data.example import Messages, Tools, Turn
+from qdora.data.files import read_rows
+from qdora.data.formats import asked_chat
 from qdora.data.rows import FaultList, RowFault
 from qdora.data.tokenize import encode_batch, special_prefix, with_prefix
 from qdora.errors import UserError

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 import qdora
-from qdora.data.commonsense_hub import HUB_TASKS
+from qdora.data.commonsense import HUB_TASKS
 from qdora.errors import UserError
 from qdora.evaluate.before_after import LossOrAccuracy, task_changes
 from qdora.files.environment import package_versions

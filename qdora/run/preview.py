@@ -14,8 +14,7 @@ from rich.text import Text
 from qdora.data.chat_template import set_chat_date
 from qdora.data.mix_plan import unused_in_words
 from qdora.data.shown_examples import shown_example
-from qdora.data.sources import open_shards, train_and_validation
-from qdora.data.split_examples import SplitExamples, draw
+from qdora.data.sources import SplitExamples, draw, open_shards, train_and_validation
 from qdora.data.stream import ExampleStream
 from qdora.data.tokenize import (
     ExampleTally,

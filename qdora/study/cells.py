@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from qdora.data.source_files import files_of
+from qdora.data.files import files_of
 from qdora.errors import UserError
 from qdora.files.setting_keys import GONE, WITHOUT_EFFECT, flat, is_below
 from qdora.files.user_paths import user_path

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qdora.data.readers import PlacedRow, Shards
+from qdora.data.files import PlacedRow, Shards
 from qdora.data.rows import Entry, Rows, empty_data_set
 from qdora.errors import HubFailure, UserError, nearest_path
 from qdora.files.console import OF_THIS_PROCESS
@@ -23,33 +23,26 @@ _WAITS = (1.0, 5.0, 25.0)
 
 
 def hub_rows(source: SourceConfig, split: str) -> Rows:
-    """The rows of a split of a data set on the Hub; of a streamed one they are in memory.
-
-    Raises: UserError: As `hub_shards`, and where the data set is empty.
-    """
+    """The rows of a split of a data set on the Hub; of a streamed one they are in memory."""
     place = str(source.source)
     if source.stream:  # to prepare one split, `datasets` downloads and converts all of them
         rows = [row for reader in hub_shards(source, split).readers for _, row in reader(0)]
-        if not rows:
-            raise UserError(empty_data_set(place))
-        return Rows(place, "row", len(rows), lambda indices: ((int(index), rows[index]) for index in indices))
-    loaded = _load_dataset(source, split)
-    if not len(loaded):
+        made = Rows(place, "row", len(rows), lambda indices: ((int(index), rows[index]) for index in indices))
+    else:
+        loaded = _load_dataset(source, split)
+
+        def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
+            return zip(map(int, indices), map(dict, loaded.select(indices)), strict=True)
+
+        # The fingerprint of a data set that `datasets` has prepared follows its files' check sums.
+        made = Rows(place, "row", len(loaded), chosen, f"{place} {source.config} {loaded._fingerprint}")
+    if not made.num_rows:
         raise UserError(empty_data_set(place))
-
-    def chosen(indices: Sequence[int]) -> Iterator[tuple[int, Entry]]:
-        return zip(map(int, indices), map(dict, loaded.select(indices)), strict=True)
-
-    # The fingerprint of a data set that `datasets` has prepared follows its files' check sums.
-    return Rows(place, "row", len(loaded), chosen, f"{place} {source.config} {loaded._fingerprint}")
+    return made
 
 
 def hub_shards(source: SourceConfig, split: str | None = None) -> Shards:
-    """The files of a split (None: the training split) of a data set on the Hub, streamed by `datasets`.
-
-    Raises: UserError: With the reason that `datasets` gives, if there is no such data set, configuration,
-        file or split, no connection, or the data set is a loading script.
-    """
+    """The files of a split (None: the training split) of a data set on the Hub, streamed by `datasets`."""
     place, split = str(source.source), split or source.split
     stream = _load_dataset(source, split, streaming=True)
     num_shards = stream.num_shards
@@ -57,8 +50,8 @@ def hub_shards(source: SourceConfig, split: str | None = None) -> Shards:
     splits = (stream.info.splits or {}) if source.data_files is None else {}
     num_rows = splits[split].num_examples if split in splits else None
     readers = tuple(partial(_shard, place, stream, number) for number in range(num_shards))
-    chosen = f" {source.config or ''} {source.data_files or ''}".rstrip()
-    names = tuple(f"{place}@{source.revision}{chosen} {split} {number} of {num_shards}" for number in range(num_shards))
+    parts = f" {source.config or ''} {source.data_files or ''}".rstrip()
+    names = tuple(f"{place}@{source.revision}{parts} {split} {number} of {num_shards}" for number in range(num_shards))
     return Shards(place, names, readers, num_rows or None)
 
 
@@ -76,10 +69,10 @@ def _load_dataset(source: SourceConfig, split: str, **options: Any) -> Any:
     try:
         return datasets.load_dataset(source.source, split=split, revision=source.revision, **options)
     except Exception as error:  # what `datasets`, fsspec and the clients of the Hub raise has no base class in common
-        reason = reason_of(error)
+        path, reason = Path(str(source.source)), reason_of(error)
         what = f"cannot be read from the Hub ({reason})."
-        is_here = Path(str(source.source)).exists()
-        hint = f" Fix: for the folder on this machine write ./{source.source}" if is_here else ""
+        is_here = path.exists()
+        hint = f" Fix: for the folder on this machine write ./{path}" if is_here else ""
         is_missing = isinstance(error, datasets.exceptions.DatasetNotFoundError)  # or it is private or gated
         if "Config name is missing" in reason:
             hint = " Fix: name one of these as config of the source."
@@ -87,9 +80,9 @@ def _load_dataset(source: SourceConfig, split: str, **options: Any) -> Any:
             what = "the data set is gated. Fix: accept its terms on its page on the Hub, then run: hf auth login"
         elif is_missing and not is_here and not str(error).startswith("Revision"):
             what = "no such file or directory, and no data set of that name on the Hub."
-            hint = f"{nearest_path(Path(str(source.source)))} If it is private, run: hf auth login"
+            hint = f"{nearest_path(path)} If it is private, run: hf auth login"
         elif isinstance(error, ConnectionError) and not is_here:
-            hint = nearest_path(Path(str(source.source)))
+            hint = nearest_path(path)
         raise HubFailure(f"{source.source}: {what}{hint}") from error
 
 
