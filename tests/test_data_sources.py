@@ -32,7 +32,7 @@ from qdora.data.rows import Rows
 from qdora.data.source_files import files_of
 from qdora.data.sources import has_split, load_source, open_shards, train_and_validation
 from qdora.data.split_examples import SplitExamples, draw, split_off
-from qdora.data.text_notes import TextNotes
+from qdora.data.tokenize import TextNotes
 from qdora.errors import HubFailure
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 from tests.data_rows import content, fault_of, faults_of, mixed, says, write

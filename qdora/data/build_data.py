@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qdora.data.batching import Batching
+from qdora.data.cache import TokenCache
 from qdora.data.example import Example
 from qdora.data.loader import StepLoader
 from qdora.data.messages import with_last_learnt
@@ -16,7 +17,6 @@ from qdora.data.row_examples import FIRST_ROWS
 from qdora.data.sources import has_split, load_source, open_shards, train_and_validation
 from qdora.data.split_examples import SplitExamples, check_rows
 from qdora.data.stream import ExampleStream
-from qdora.data.token_cache import TokenCache
 from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.errors import HubFailure, UserError
 from qdora.files.user_paths import cache_folder, user_path

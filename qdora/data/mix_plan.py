@@ -11,8 +11,7 @@ from rich.table import Table
 from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
 from qdora.data.row_formats import looks_meant
-from qdora.data.text_notes import NO_SECOND
-from qdora.data.tokenize import TokenizedSet
+from qdora.data.tokenize import NO_SECOND, TokenizedSet
 from qdora.files.run_directory import RunDirectory
 
 
