@@ -21,10 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdora.data import demo, file_records, readers
-from qdora.data.batching import Batching
+from qdora.data.batches import Batching, StepLoader
 from qdora.data.build_data import read_data
 from qdora.data.example import Example
-from qdora.data.loader import StepLoader
 from qdora.data.messages import Turn
 from qdora.data.mix_plan import mix_facts, mix_warnings, plan_mix
 from qdora.data.readers import local_shards, read_rows, rows_of_split

@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdora.data import hub_datasets, readers
-from qdora.data.batching import Batching
+from qdora.data.batches import Batching, StepLoader
 from qdora.data.example import Example
 from qdora.data.hub_datasets import hub_shards
-from qdora.data.loader import StepLoader
 from qdora.data.messages import parse_messages
 from qdora.data.mix import make_mix
 from qdora.data.mix_plan import plan_mix

@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qdora.data.batching import Batching
+from qdora.data.batches import Batching, StepLoader
 from qdora.data.cache import TokenCache
 from qdora.data.example import Example
-from qdora.data.loader import StepLoader
 from qdora.data.messages import with_last_learnt
 from qdora.data.mix import Mix, make_mix
 from qdora.data.row_examples import FIRST_ROWS

@@ -144,5 +144,6 @@ def _read(file: Path) -> TokenizedSet:
     rows = zip(arrays["tasks"].tolist(), record["ids"], np.split(arrays["ids"], cuts), np.split(arrays["mask"], cuts),
                strict=True)  # fmt: skip
     examples = tuple(TokenizedExample(record["tasks"][task], id, ids, mask) for task, id, ids, mask in rows)
-    named = {name: tuple(record[name]) for name in ("unused", "notes")}
-    return TokenizedSet(record["name"], examples, *record["counts"], **named)
+    num_truncated, num_dropped = record["counts"]
+    unused, notes = tuple(record["unused"]), tuple(record["notes"])
+    return TokenizedSet(record["name"], examples, num_truncated, num_dropped, unused, notes)

@@ -7,9 +7,8 @@ from heapq import nlargest
 from itertools import chain
 from typing import Any
 
-from qdora.data.batching import IGNORED, MicroBatch
+from qdora.data.batches import IGNORED, MicroBatch, StepLoader
 from qdora.data.build_data import make_loader, micro_batch_tokens, num_steps_of
-from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
 from qdora.plan.plan_contents import MicroBatchShape
 from qdora.recipe.settings import Recipe
