@@ -137,7 +137,12 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, text: str) -> None:
         self.tokenizer, self.text, self.settings = tokenizer, text, chat_settings(tokenizer)
-        self.has_marks = bool(_GENERATION.search(text))
+        self._day: dict[str, Any] = {}
+        self._source = text
+        if self.settings.day is not None and "strftime_now" in text:
+            self._day = {"qdora_day": {part: self.settings.day.strftime(part) for part in _DATE_PARTS}}
+            self._source = _CLOCK + text
+        self._has_marks = bool(_GENERATION.search(text))
         ids = {**tokenizer.get_added_vocab()}
         ids |= {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
         self._names = tuple(sorted((name for name in ids if name.strip()), key=len, reverse=True))
@@ -178,20 +183,13 @@ class ChatTemplate:
             if turn.tool_calls:
                 message["tool_calls"] = [_as_text(call) if texts else call for call in turn.tool_calls]
             messages.append(message)
-        options: dict[str, Any] = {**self.settings.template_kwargs, "add_generation_prompt": prompt}
-        day, template, given = self.settings.day, self.text, [dict(tool) for tool in tools] or None
-        if day is not None and "strftime_now" in template:
-            template = _CLOCK + template
-            options["qdora_day"] = {part: day.strftime(part) for part in _DATE_PARTS}
-        if not self.has_marks:
-            rendered = self.tokenizer.apply_chat_template(
-                messages, tools=given, chat_template=template, tokenize=False, **options
-            )
-            return _Rendering(str(rendered), ())
-        options = {**self.tokenizer.special_tokens_map, **options}
-        rendered, marks = render_jinja_template(
-            [messages], given, chat_template=template, return_assistant_tokens_mask=True, **options
-        )
+        options = {**self.settings.template_kwargs, **self._day, "add_generation_prompt": prompt}
+        given = [dict(tool) for tool in tools] or None
+        if not self._has_marks:
+            options |= {"chat_template": self._source, "tokenize": False}
+            return _Rendering(str(self.tokenizer.apply_chat_template(messages, tools=given, **options)), ())
+        options = {**self.tokenizer.special_tokens_map, **options, "return_assistant_tokens_mask": True}
+        rendered, marks = render_jinja_template([messages], given, chat_template=self._source, **options)
         return _Rendering(rendered[0], tuple((start, end) for start, end in marks[0] if end > start))
 
     def _probe(self, *turns: Turn, prompt: bool = False, parts: bool | None = None, texts: bool | None = None) -> str:

@@ -138,7 +138,9 @@ def _texts_of(
     if not parts:
         return None, []
     shown = parts[-1].rendered
-    lost = {f"turns of role {turn.role}" for turn in turns[: parts[-1].turn] if _lacks(shown, turn.content)}
+    # Not of the assistant: many templates drop its earlier thoughts by design
+    before = [turn for turn in turns[: parts[-1].turn] if turn.role != "assistant"]
+    lost = {f"turns of role {turn.role}" for turn in before if _lacks(shown, turn.content)}
     lost |= {"tools" for tool in tools if _lacks(shown, str(tool["function"]["name"]))}
     notes.update(f"the chat template does not print {what}. {_REMOVE}" for what in lost)
     moved = len(chat.messages) - len(turns)
