@@ -141,7 +141,8 @@ def _texts_of(
     # Not of the assistant: many templates drop its earlier thoughts by design
     before = [turn for turn in turns[: parts[-1].turn] if turn.role != "assistant"]
     lost = {f"turns of role {turn.role}" for turn in before if _lacks(shown, turn.content)}
-    lost |= {"tools" for tool in tools if _lacks(shown, str(tool["function"]["name"]))}
+    functions = (tool["function"] for tool in tools)  # a call has the name, too
+    lost |= {"tools" for each in functions if _lacks(shown, str(each.get("description") or each["name"]))}
     notes.update(f"the chat template does not print {what}. {_REMOVE}" for what in lost)
     moved = len(chat.messages) - len(turns)
     return _whole(template, parts), [part._replace(turn=part.turn + moved) for part in parts]
@@ -175,8 +176,9 @@ def _part(template: ChatTemplate, turns: Messages, tools: Tools, index: int, not
         notes.add(
             f"before an answer the chat template writes {template.generation_prompt!r}, but answers in the training "
             "data do not begin so. A server will give the model another prompt than it was trained with. Fix: give the "
-            f"turns reasoning_content, {f'set data.template_kwargs (it reads {options}), ' if options else ''}or set "
-            "data.chat_template to a template without this difference."
+            "turns reasoning_content where it prints that, "
+            f"{f'set data.template_kwargs (it reads {options}), ' if options else ''}or set data.chat_template to a "
+            "template without this difference."
         )
     spans = list(marks) or [(start, len(text))]
     closed, end = template.closed(text, spans[-1][1], bool(turns[index].tool_calls))
