@@ -39,7 +39,7 @@ from typer.testing import CliRunner
 
 from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.cli import app
-from qdora.data.batching import IGNORED
+from qdora.data.batches import IGNORED
 from qdora.errors import USER_MISTAKE
 from qdora.files.run_directory import RunDirectory
 from qdora.model.adapter_file import load_adapter

@@ -16,9 +16,8 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
 from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.data.batching import IGNORED, Batching, MicroBatch
+from qdora.data.batches import IGNORED, Batching, MicroBatch, Step
 from qdora.data.build_data import make_loader, read_data, tokenized_mix
-from qdora.data.loader import Step
 from qdora.model.build_model import choose_compute, find_model
 from qdora.model.inject import replace_module
 from qdora.quant.packed import quantize

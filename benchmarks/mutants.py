@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "quantisers and products": ("qdora/quant/", "qdora/adapter/"),
     "optimizer": ("qdora/train/optimizer.py", "qdora/train/flat_group.py", "qdora/train/schedule.py"),
-    "mix and loader": ("qdora/data/mix", "qdora/data/loader.py", "qdora/data/batching.py", "qdora/data/stream.py"),
+    "mix and loader": ("qdora/data/mix", "qdora/data/batches.py", "qdora/data/stream.py"),
     "checkpoints": ("qdora/train/checkpoint.py", "qdora/files/run_directory.py", "qdora/run/writer.py"),
     "exports": ("qdora/export/",),
 }

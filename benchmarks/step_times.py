@@ -22,7 +22,7 @@ from frame import bench, cell, main, markdown, quartiles, table
 from measure import alone, in_turns, peak_rss_bytes, ratios, reset_peak_rss, spread
 from mixed_data import FixedSteps, base_model, first_steps, fitted, in_one_batch, random_step
 
-from qdora.data.loader import Step
+from qdora.data.batches import Step
 from qdora.memory.oom import keep_freed_memory, return_freed_memory
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapter_parameters

@@ -51,8 +51,7 @@ from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.adapter.expert_linear import FrozenExperts
 from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.adapter.prepared_gains import prepare_gains
-from qdora.data.batching import IGNORED, Batching, MicroBatch, micro_batches
-from qdora.data.loader import Step
+from qdora.data.batches import IGNORED, Batching, MicroBatch, Step, micro_batches
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import Interrupted, UserError
 from qdora.memory.shard import ShardedBase

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qdora.data.batching import MicroBatch
+from qdora.data.batches import MicroBatch
 from qdora.errors import UserError
 from qdora.model.inject import adapted_layers, inject
 from qdora.rank.allocate import LayerSpectrum, allocate, effective_rank

@@ -23,7 +23,7 @@ from qdora.data.chat_template import (
     template_options,
     use_data_settings,
 )
-from qdora.data.encode_chats import EncodedChat, encode_chats
+from qdora.data.encode_chats import Encoded, encode_chats
 from qdora.data.example import Example, Turn, parse_tools
 from qdora.data.tokenize import tokenize_all
 from qdora.recipe.data_settings import DataConfig
@@ -151,17 +151,17 @@ def chat(*turns: Turn, tools: Any = None) -> Example:
     return Example("t", "7", "", "", messages=turns or CHAT, tools=parse_tools(tools))
 
 
-def encoded(tokenizer: Any, *turns: Turn, notes: set[str] | None = None, **options: Any) -> list[EncodedChat]:
+def encoded(tokenizer: Any, *turns: Turn, notes: set[str] | None = None, **options: Any) -> list[Encoded]:
     [found] = encode_chats(tokenizer, [chat(*turns)], notes=notes, **options)
     assert not isinstance(found, str), found
     return found
 
 
-def learnt(tokenizer: Any, part: EncodedChat) -> str:
+def learnt(tokenizer: Any, part: Encoded) -> str:
     return str(tokenizer.decode([id for id, is_learnt in zip(part.ids, part.mask, strict=True) if is_learnt]))
 
 
-def runs(part: EncodedChat) -> list[tuple[int, int]]:
+def runs(part: Encoded) -> list[tuple[int, int]]:
     """(start, end) of each run of learnt tokens."""
     changes = np.flatnonzero(np.diff(np.array([0, *part.mask, 0], dtype=int)))
     return list(pairwise(changes.tolist()))[::2]
@@ -246,7 +246,7 @@ def test_model_sees_before_each_turn_what_a_server_gives_it(template: str, fast:
     moved = len(turns) - len(messages)
     wanted = [index for index, turn in enumerate(turns) if turn.role == "assistant" and turn.learnt]
     parts = encoded(tokenizer, *turns)
-    found: list[tuple[EncodedChat, int, int]] = [(part, *run) for part in parts for run in runs(part)]
+    found: list[tuple[Encoded, int, int]] = [(part, *run) for part in parts for run in runs(part)]
     assert len(found) == len(wanted)
     for index, (part, start, end) in zip(wanted, found, strict=True):
         prompt = tokenizer.apply_chat_template(messages[: index - moved], tokenize=False, add_generation_prompt=True)
@@ -312,9 +312,9 @@ UNLIKE = "before an answer the chat template writes '<|im_start|>assistant\\n<th
         (CHATML, {}, CHAT, None, []),
         (CHATML, {}, (HI, calling(call_of("f"), reasoning="hm"), TOOL, CAT), [{"name": "f"}], UNPRINTED),
         (FIRST_ONLY, {}, (KIND, HI, calling(call_of("f")), TOOL), None, []),
-        (FIRST_ONLY, {}, (HI, calling(call_of("f"), call_of("g")), TOOL, CAT), None, [f"{LOST} the tool_calls of a"]),
-        (FIRST_ONLY, {}, (KIND, KIND, *CHAT[:2]), None, [f"{LOST} a second system turn"]),
-        (FIRST_ONLY, {}, (KIND, *CHAT[:2], KIND, *CHAT[:2]), None, [f"{LOST} system turns after other turns"]),
+        (FIRST_ONLY, {}, (HI, calling(call_of("f"), call_of("g")), TOOL, CAT), None, [f"{LOST} tool_calls"]),
+        (FIRST_ONLY, {}, (KIND, Turn("system", "Obey"), *CHAT[:2]), None, [f"{LOST} turns of role system"]),
+        (FIRST_ONLY, {}, (HI, KIND, CAT), None, [f"{LOST} turns of role system"]),
         (EVERYTHING, {}, (KIND, KIND, HI, calling(call_of("f"), call_of("g")), TOOL, KIND, CAT), None, []),
         (ONE_OF_BOTH, {}, (HI, calling(call_of("f"), content="the cat")), None, [f"{CHANGED} text beside calls"]),
         (ONE_OF_BOTH, {}, (HI, Turn("assistant", "<think>\nHm:\n</think>\n\nthe cat")), None, [f"{CHANGED} reasoning"]),

@@ -21,15 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdora.data import demo, files
-from qdora.data.batching import Batching
+from qdora.data.batches import Batching, StepLoader
 from qdora.data.build_data import read_data
 from qdora.data.example import Example, Turn
 from qdora.data.files import files_of, local_shards, read_rows, rows_of_split
-from qdora.data.loader import StepLoader
 from qdora.data.mix_plan import mix_facts, mix_warnings, plan_mix
 from qdora.data.rows import Rows
 from qdora.data.sources import SplitExamples, draw, has_split, load_source, open_shards, split_off, train_and_validation
-from qdora.data.text_notes import TextNotes
+from qdora.data.tokenize import TextNotes
 from qdora.errors import HubFailure
 from qdora.recipe.data_settings import DataConfig, SourceConfig
 from tests.data_rows import content, fault_of, faults_of, mixed, says, write

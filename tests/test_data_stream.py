@@ -15,11 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qdora.data import files, hub
-from qdora.data.batching import Batching
+from qdora.data.batches import Batching, StepLoader
 from qdora.data.example import Example, parse_messages
 from qdora.data.files import local_shards
 from qdora.data.hub import hub_shards
-from qdora.data.loader import StepLoader
 from qdora.data.mix import make_mix
 from qdora.data.mix_plan import plan_mix
 from qdora.data.sources import train_and_validation

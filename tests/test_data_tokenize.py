@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from qdora.data import build_data, split_text, token_cache, tokenize
+from qdora.data import build_data, tokenize
+from qdora.data import cache as cache_file
 from qdora.data.chat_template import set_chat_date, set_chat_settings
 from qdora.data.example import Example, Turn
 from qdora.data.shown_examples import shown_example, token_pieces
@@ -132,16 +133,13 @@ def test_a_rendered_chat_as_text_has_its_marks_once() -> None:
     assert tokenised([example(*pairs[1])], stops).notes == ()
 
 
-def test_borders_without_a_separator_and_inside_a_token_are_noted_once() -> None:
+def test_borders_without_a_separator_are_noted_once() -> None:
     apart = [("Why?", " a"), ("Why?", "\na"), ("", "a"), ("a[/INST]", "b"), ("a>", "b"), ("a", "<b>"), ("？", "b")]
     glued = [("Capital of France?", "Paris"), ("the ans", "wer")]
     [note] = tokenised([example(*pair) for pair in (*apart, *glued)]).notes
     assert says(note, "2 of 9 texts have no white space ... such as 'l of France?' + 'Paris'. Fix: ")
     choices = Example("task", "0", "Why?", "the", choices=("the", "a"), gold=0)  # made by a template of ours
     assert not tokenised([choices, example()]).notes
-    joined = [("Why?\n", "\n the cat"), ("Why? ", "the cat"), ("Why?\n", "the cat"), ("Why?", "\n\n the cat")]
-    [note] = tokenised([example(*pair) for pair in joined], LINES).notes
-    assert says(note, "2 of 4 texts have a token with the end of the prompt ... such as 'Why?\\n' + '\\n the cat'")
 
 
 def test_what_cannot_be_learnt_is_refused() -> None:
@@ -161,25 +159,19 @@ def test_what_cannot_be_learnt_is_refused() -> None:
 
 
 @pytest.mark.parametrize("max_length", [5, 11, 20, 30])
-def test_too_long_examples_are_refused_with_what_the_other_choices_lose(max_length: int) -> None:
-    # the first label of the chat is its 12th token: cut shorter, none is left
+def test_too_long_examples_are_refused(max_length: int) -> None:
     examples = [example(id="chat", messages=CHAT), *(example("the cat " * n, id=f"n{n}") for n in range(1, 9))]
-    whole, kept = tokenised(examples, BOS), {}
-    for choice in ("truncate", "drop"):
-        try:
-            kept[choice] = tokenised(examples, BOS, max_length, too_long=choice)
-        except UserError:  # nothing is left
-            kept[choice] = TokenizedSet("x", ())
-    cut, lost = (f"{100 * (1 - each.num_tokens / whole.num_tokens):.3g} %" for each in kept.values())
-    num_long, longest = len(examples) - len(kept["drop"]), max(map(len, whole.examples))
-    line, dropped = fault_of(tokenised, examples, BOS, max_length), f"{100 * num_long / 9:.3g} %"
+    whole, kept = tokenised(examples, BOS), tokenised(examples, BOS, max_length, too_long="truncate")
+    num_long, longest = sum(len(each) > max_length for each in whole.examples), max(map(len, whole.examples))
+    assert num_long == kept.num_truncated + kept.num_dropped
+    line = fault_of(tokenised, examples, BOS, max_length)
     assert says(line, f"x: {num_long} example ... of 9 ... data.max_length ({max_length}), the longest has {longest} ")
-    assert says(line, f"truncate (cuts {cut} of the tokens ... drop (loses {dropped} of the examples, {lost} of")
+    assert says(line, "Fix: raise data.max_length, or set data.too_long to truncate ")
     assert len(tokenised(examples, BOS, longest)) == 9
     each_turn = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>{% endfor %}"
     chat = example(id="chat", messages=(*CHAT, Turn("user", "So?"), Turn("assistant", "the mat")))
     line = fault_of(tokenised, [chat, example()], support.tokenizer(chat_template=each_turn), max_length=5)
-    assert says(line, "x: 4 examples (chat[1], chat[3], chat[5], ...) of 4 are longer ... drop (loses 100 % of the")
+    assert says(line, "x: 4 examples (chat[1], chat[3], chat[5], ...) of 4 are longer")
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "last", "all"])
@@ -198,11 +190,8 @@ def test_a_truncated_chat_ends_with_its_last_answer_that_fits(loss_on: Any) -> N
         assert done.loss_mask.tolist() == full.loss_mask[:length].tolist()
     if loss_on != "answer":
         return
-    # cut before the assistant says anything: dropped, and truncation is offered only where it leaves something
+    # cut before the assistant says anything: dropped
     assert tokenised([chat, example()], max_length=first, too_long="truncate").num_dropped == 1
-    assert says(fault_of(tokenised, [chat], max_length=first), "too_long to drop (loses 100 % of the examples, 100 %")
-    line = fault_of(tokenised, [chat, example("the cat " * 20)], max_length=first)
-    assert says(line, "to truncate (cuts ... the last turns of a chat, the whole of 1 example (0)) or drop (")
 
 
 LONG = "the cat sat on 12 mats, and so on. " * 800
@@ -264,7 +253,7 @@ def test_every_token_of_split_text_is_taught_once(tokenizer: Any, text: str, max
 
 @given(text=st.text("ab \n\u2003", max_size=300), size=st.integers(2, 50))
 def test_parts_of_a_text_are_the_text(text: str, size: int) -> None:
-    parts = split_text.text_parts(text, size)
+    parts = tokenize.text_parts(text, size)
     assert "".join(parts) == text
     assert all(0 < len(part) <= size for part in parts[:-1])
     for left, right in itertools.pairwise(parts):  # cut before white space where there is some
@@ -335,7 +324,7 @@ def all_of(found: TokenizedSet) -> Any:
 
 @pytest.fixture
 def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(token_cache, "_LEAST_TOKENS", 1)
+    monkeypatch.setattr(cache_file, "_LEAST_TOKENS", 1)
     rows = [{"prompt": f"{n}:", "completion": " yes" * (1 + n % 9), "task": f"t{n % 2}", "x": 1} for n in range(40)]
     return write(tmp_path / "pairs.jsonl", rows)
 
@@ -426,6 +415,6 @@ def test_what_is_not_kept_and_what_is_removed(
     assert all_of(made(pairs, tmp_path / "a file")) == all_of(found)
     assert "the tokens of pairs cannot be kept" in caplog.text
     for least, is_kept in ((found.num_tokens, True), (found.num_tokens + 1, False)):
-        monkeypatch.setattr(token_cache, "_LEAST_TOKENS", least)
+        monkeypatch.setattr(cache_file, "_LEAST_TOKENS", least)
         made(pairs, tmp_path / f"other {is_kept}")
         assert (tmp_path / f"other {is_kept}").exists() == is_kept

@@ -20,8 +20,7 @@ from torch import Tensor
 from qdora.adapter import shared_norms
 from qdora.adapter.expert_tokens import ExpertTokens
 from qdora.adapter.shared_norms import prepare_shared_gains
-from qdora.data.batching import Batching, micro_batches
-from qdora.data.loader import Step
+from qdora.data.batches import Batching, Step, micro_batches
 from qdora.evaluate.generation import decode_greedily
 from qdora.evaluate.token_scores import Span, score_spans
 from qdora.memory import offload

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qdora.adapter.host_embedding import HostEmbedding
-from qdora.data.batching import Batching
+from qdora.data.batches import Batching
 from qdora.errors import RunFailure, UserError
 from qdora.export.export_run import export_run
 from qdora.export.logit_comparison import float32_arithmetic

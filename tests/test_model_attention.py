@@ -36,7 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 
-from qdora.data.batching import Packing
+from qdora.data.batches import Packing
 from qdora.errors import UserError
 from qdora.evaluate.forward_path import scoring
 from qdora.model.attention import with_attention

@@ -13,8 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.data.batching import IGNORED, Batching
-from qdora.data.loader import StepLoader
+from qdora.data.batches import IGNORED, Batching, StepLoader
 from qdora.data.mix import make_mix
 from qdora.data.tokenize import TokenizedSet
 from qdora.model.adapter_file import load_adapter, save_adapter

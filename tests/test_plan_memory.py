@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from qdora.adapter.prepared_gains import prepare_gains
-from qdora.data.batching import MicroBatch
+from qdora.data.batches import MicroBatch
 from qdora.data.build_data import make_loader, num_steps_of, read_data, tokenized_mix
 from qdora.memory.oom import keep_freed_memory
 from qdora.model.adapter_file import save_adapter

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from qdora.data.loader import share_of
+from qdora.data.batches import share_of
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import Interrupted, RunFailure, UserError
 from qdora.recipe.settings import Recipe

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from qdora.adapter.frozen_linear import FrozenLinear
-from qdora.data.batching import Batching, micro_batches
+from qdora.data.batches import Batching, micro_batches
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
 from qdora.model.inject import adapter_parameters, inject, replace_module

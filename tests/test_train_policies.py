@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rich.console import Console
 
-from qdora.data.batching import Batching
+from qdora.data.batches import Batching
 from qdora.errors import RunFailure
 from qdora.memory.oom import is_out_of_memory
 from qdora.model.inject import adapter_parameters

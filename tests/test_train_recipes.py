@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qdora.data import stream
-from qdora.data.batching import Batching
+from qdora.data.batches import Batching
 from qdora.errors import RunFailure, UserError
 from qdora.model.inject import adapter_parameters
 from qdora.plan.fit import plan

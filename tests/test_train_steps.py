@@ -14,8 +14,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
-from qdora.data.batching import Batching
-from qdora.data.loader import Step
+from qdora.data.batches import Batching, Step
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import UserError
 from qdora.model.build_model import recompute_activations

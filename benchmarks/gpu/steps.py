@@ -15,8 +15,7 @@ from transformers import LlamaConfig
 from gpu import device as on
 from gpu.models import Weights, build, linear_shapes
 from gpu.plan import Part, Plan
-from qdora.data.batching import MicroBatch
-from qdora.data.loader import Step
+from qdora.data.batches import MicroBatch, Step
 from qdora.model.build_model import recompute_activations
 from qdora.model.inject import adapter_parameters
 from qdora.plan.fit import plan as memory_plan

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qdora.data.batching import Batching
+from qdora.data.batches import Batching, StepLoader
+from qdora.data.cache import TokenCache
 from qdora.data.example import Example, with_last_learnt
 from qdora.data.formats import FIRST_ROWS
-from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix, make_mix
 from qdora.data.sources import (
     SplitExamples,
@@ -22,7 +22,6 @@ from qdora.data.sources import (
     train_and_validation,
 )
 from qdora.data.stream import ExampleStream
-from qdora.data.token_cache import TokenCache
 from qdora.data.tokenize import TokenizedSet, tokenize_all
 from qdora.errors import HubFailure, UserError
 from qdora.files.user_paths import cache_folder, user_path

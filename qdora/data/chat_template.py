@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: its settings in a run, rendering, and what it can take, found out with short probes."""
+"""A tokenizer's chat template: its settings in a run, rendering, and what it takes, found out with short probes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jinja2
@@ -32,18 +31,10 @@ RENDER_ERRORS = (
 )
 """What a template raises for a chat, or a row, that it does not take."""
 
-_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """How the chats of a run are rendered, beside the template itself.
-
-    Attributes:
-        day: The day that templates print with `strftime_now`; None: today.
-        template_kwargs: Variables of the template.
-        stop_ids: Tokens at which the model stops; None where they are not known.
-    """
+    """How the chats of a run are rendered: the day that templates print (None: today), their variables, stop tokens."""
 
     day: date | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -52,8 +43,8 @@ class ChatSettings:
 
 def chat_settings(tokenizer: Any) -> ChatSettings:
     """What `set_chat_settings` gave."""
-    found: ChatSettings = getattr(tokenizer, "qdora_chat", None) or ChatSettings()
-    return found
+    settings: ChatSettings = getattr(tokenizer, "qdora_chat", None) or ChatSettings()
+    return settings
 
 
 def set_chat_settings(tokenizer: Any, **changed: Any) -> None:
@@ -68,16 +59,20 @@ def set_chat_date(tokenizer: Any, day: str) -> None:
 
 
 def use_data_settings(tokenizer: Any, data: DataConfig) -> None:
-    """Give the tokenizer `data.chat_template` and `data.template_kwargs`.
-
-    Raises: UserError if the file cannot be read or is no template, or the template does not read a variable.
-    """
+    """Give the tokenizer `data.chat_template` and `data.template_kwargs`; UserError if it cannot use them."""
     if data.chat_template is not None:
-        tokenizer.chat_template = _read_template(user_path(data.chat_template))
-    kwargs, given = dict(data.template_kwargs), getattr(tokenizer, "chat_template", None)
-    if kwargs and not given:
+        file = user_path(data.chat_template)
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
+            _variables(tokenizer.chat_template)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data.chat_template: {file}: cannot be read ({error}).") from None
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"data.chat_template: {file}: line {error.lineno}: {error.message}") from None
+    kwargs, template = dict(data.template_kwargs), getattr(tokenizer, "chat_template", None)
+    if kwargs and not template:
         raise UserError("data.template_kwargs: the tokenizer has no chat template. Fix: remove it.")
-    texts = list(given.values()) if isinstance(given, dict) else [given or ""]
+    texts = list(template.values()) if isinstance(template, dict) else [template or ""]
     faults = [
         f"data.template_kwargs: the chat template does not read {name!r}, it reads "
         f"{', '.join(options := template_options(*texts)) or 'none'}.{nearest(name, options)}"
@@ -89,19 +84,9 @@ def use_data_settings(tokenizer: Any, data: DataConfig) -> None:
     set_chat_settings(tokenizer, template_kwargs=kwargs)
 
 
-def _read_template(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        _variables(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.chat_template: {file}: cannot be read ({error}).") from None
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"data.chat_template: {file}: line {error.lineno}: {error.message}") from None
-    return text
-
-
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"})
 """What the program or transformers gives a template."""
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 
 
 def _variables(template: str) -> set[str]:
@@ -122,8 +107,7 @@ def require_chat_template(tokenizer: Any, name: str) -> None:
         tokenizer_name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise UserError(
             f"{name}: holds chats, but the tokenizer ({tokenizer_name}) has no chat template. Fix: set model.tokenizer "
-            "to one that has it (the instruct version of the model), give one with data.chat_template, or give the "
-            "data as prompt and completion without chat: true."
+            "to one that has it (the instruct version of the model), or give one with data.chat_template."
         )
 
 
@@ -134,66 +118,37 @@ _CLOCK = (
     "{{ text.of }}{% endmacro %}\n"
 )
 _DATE_PARTS = [*(f"%-{part}" for part in "dmyjHIMS"), *(f"%{part}" for part in "aAbBcdDeFGHIjmMpSuUVwWxXyYzZ%")]
+_SHORT_ID = 9
+_ANSWER, _OTHER = "Aq7probe", "\u203bprobe"
+_USER = Turn("user", "Uq7probe")
+_CALL = Turn("assistant", _ANSWER, ({"type": "function", "function": {"name": "f7probe", "arguments": {"a": "b"}}},))
+_RESULT = Turn("tool", _USER.content)
 
 
-@lru_cache(maxsize=4)
-def _parts_of(day: date) -> dict[str, str]:
-    """Each part of a date's format -> its text on this day."""
-    return {part: day.strftime(part) for part in _DATE_PARTS}
-
-
-class Rendering(NamedTuple):
+class _Rendering(NamedTuple):
     """The text of a chat, and where the template marks what the assistant writes (`{% generation %}`)."""
 
     text: str
     marks: tuple[tuple[int, int], ...]
 
 
-class _Ending(NamedTuple):
-    """How a template ends a turn of the assistant, found with probes.
-
-    Attributes:
-        is_written: It writes an end mark. False: the mark of the next turn ends this one (GLM).
-        trailer: What it writes behind the end mark at the end of a chat only.
-        next_turn, tool_turn: Without an end mark of its own: what ends an answer, and a call of tools.
-    """
-
-    is_written: bool = True
-    trailer: str = ""
-    next_turn: str = ""
-    tool_turn: str = ""
-
-
-_SHORT_ID = 9
-_USER, _ANSWER, _OTHER = "Uq7probe", "Aq7probe", "\u203bprobe"
-_CALL = Turn("assistant", _ANSWER, ({"type": "function", "function": {"name": "f7probe", "arguments": {"a": "b"}}},))
-_TWO_CALLS = replace(
-    _CALL, tool_calls=(*_CALL.tool_calls, {"type": "function", "function": {"name": "g7probe", "arguments": {}}})
-)
-_FUNCTION = {
-    "name": "f7probe",
-    "description": "a probe",
-    "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "a text"}}},
-}
-
-
 class ChatTemplate:
-    """One chat template of a tokenizer, with its settings. `chat_template_of` gives it.
-
-    Attributes:
-        mark_ids: Ids of the tokens that are no text: the added ones, special or not.
-    """
+    """One chat template of a tokenizer, with its settings. `chat_template_of` gives it."""
 
     def __init__(self, tokenizer: Any, text: str) -> None:
-        self.tokenizer, self.text = tokenizer, text
-        self.settings = chat_settings(tokenizer)
-        self.has_marks = bool(_GENERATION.search(text))
-        known = {**tokenizer.get_added_vocab()}
-        known |= {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
-        self._names = tuple(sorted((name for name in known if name.strip()), key=len, reverse=True))
-        self.mark_ids = frozenset(known[name] for name in self._names)
-        self._mark = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
-        self._first_mark = re.compile(rf"\s*(?:{self._mark.pattern})")
+        self.tokenizer, self.text, self.settings = tokenizer, text, chat_settings(tokenizer)
+        self._day: dict[str, Any] = {}
+        self._source = text
+        if self.settings.day is not None and "strftime_now" in text:
+            self._day = {"qdora_day": {part: self.settings.day.strftime(part) for part in _DATE_PARTS}}
+            self._source = _CLOCK + text
+        self._has_marks = bool(_GENERATION.search(text))
+        ids = {**tokenizer.get_added_vocab()}
+        ids |= {name: tokenizer.convert_tokens_to_ids(name) for name in tokenizer.all_special_tokens}
+        self._names = tuple(sorted((name for name in ids if name.strip()), key=len, reverse=True))
+        self.mark_ids = frozenset(ids[name] for name in self._names)  # tokens that were added, special or not
+        self.mark = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
+        self._first_mark = re.compile(rf"\s*(?:{self.mark.pattern})")
 
     def fitted(self, turns: Messages) -> Messages:
         """The turns as the template takes them: a system prompt that it refuses or drops goes into the first turn.
@@ -210,128 +165,93 @@ class ChatTemplate:
             return (replace(rest[0], content=f"{system}\n\n{rest[0].content}"), *rest[1:])
         return (Turn("user", system), *rest)
 
-    def render(self, turns: Sequence[Turn], tools: Tools = (), *, prompt: bool = False) -> Rendering:
+    def render(self, turns: Sequence[Turn], tools: Tools = (), *, prompt: bool = False) -> _Rendering:
         """The text of turns that are `fitted`; `prompt` adds what the model sees before it answers.
 
         Raises: One of `RENDER_ERRORS` where the template does not take the chat.
         """
-        messages = [_as_dict(turn, parts=not self.takes_text, texts=not self.takes_objects) for turn in turns]
-        return self._render(messages, tools, prompt)
+        return self._render(turns, tools, prompt, not self.takes_text, not self.takes_objects)
 
-    def _render(self, messages: list[dict[str, Any]], tools: Tools, prompt: bool) -> Rendering:
-        options: dict[str, Any] = {**self.settings.template_kwargs, "add_generation_prompt": prompt}
-        template, given = self.text, [dict(tool) for tool in tools] or None
-        if self.settings.day is not None and "strftime_now" in template:
-            template = _CLOCK + template
-            options["qdora_day"] = _parts_of(self.settings.day)
-        if not self.has_marks:
-            rendered = self.tokenizer.apply_chat_template(
-                messages, tools=given, chat_template=template, tokenize=False, **options
-            )
-            return Rendering(str(rendered), ())
-        special = self.tokenizer.special_tokens_map
-        texts, marks = render_jinja_template(
-            [messages], given, chat_template=template, return_assistant_tokens_mask=True, **{**special, **options}
-        )
-        return Rendering(texts[0], tuple((start, end) for start, end in marks[0] if end > start))
+    def _render(self, turns: Sequence[Turn], tools: Tools, prompt: bool, parts: bool, texts: bool) -> _Rendering:
+        """Content as a list of `parts`, arguments of calls as `texts` of JSON, where the template wants them so."""
+        messages = []
+        for turn in turns:
+            message: dict[str, Any] = {"role": turn.role, **turn.labels}
+            message["content"] = [{"type": "text", "text": turn.content}] if parts else turn.content
+            if turn.reasoning:  # gpt-oss reads thinking
+                message |= {"reasoning_content": turn.reasoning, "thinking": turn.reasoning}
+            if turn.tool_calls:
+                message["tool_calls"] = [_as_text(call) if texts else call for call in turn.tool_calls]
+            messages.append(message)
+        options = {**self.settings.template_kwargs, **self._day, "add_generation_prompt": prompt}
+        given = [dict(tool) for tool in tools] or None
+        if not self._has_marks:
+            options |= {"chat_template": self._source, "tokenize": False}
+            return _Rendering(str(self.tokenizer.apply_chat_template(messages, tools=given, **options)), ())
+        options = {**self.tokenizer.special_tokens_map, **options, "return_assistant_tokens_mask": True}
+        rendered, marks = render_jinja_template([messages], given, chat_template=self._source, **options)
+        return _Rendering(rendered[0], tuple((start, end) for start, end in marks[0] if end > start))
 
-    def _probe(
-        self,
-        *turns: Turn,
-        tools: Tools = (),
-        prompt: bool = False,
-        parts: bool | None = None,
-        texts: bool | None = None,
-    ) -> str:
+    def _probe(self, *turns: Turn, prompt: bool = False, parts: bool | None = None, texts: bool | None = None) -> str:
         """The text of a few turns, in the forms that the template takes; "" where it does not take the turns."""
         parts = not self.takes_text if parts is None else parts
         texts = not self.takes_objects if texts is None else texts
         try:
-            return self._render([_as_dict(turn, parts, texts) for turn in turns], tools, prompt).text
+            return self._render(turns, (), prompt, parts, texts).text
         except RENDER_ERRORS:
             return ""
 
     @cached_property
     def takes_text(self) -> bool:
         """Whether content may be plain text; else it must be a list of parts (templates of vision models)."""
-        chat = Turn("user", _USER), Turn("assistant", _ANSWER)
+        chat = _USER, Turn("assistant", _ANSWER)
         texts = [self._probe(*chat, parts=parts, texts=False) for parts in (False, True)]
-        return [_USER in text and _ANSWER in text for text in texts] != [False, True]
+        return [_USER.content in text and _ANSWER in text for text in texts] != [False, True]
 
     @cached_property
     def takes_objects(self) -> bool:
         """Whether the arguments of a call may be an object, as servers give them; else they must be JSON text."""
-        texts = [self._probe(Turn("user", _USER), _CALL, texts=each) for each in (False, True)]
-        return bool(texts[0]) or not texts[1]
+        return bool(self._probe(_USER, _CALL, texts=False)) or not self._probe(_USER, _CALL, texts=True)
 
     @cached_property
     def takes_system(self) -> bool:
         """Whether a system prompt is printed."""
-        user = Turn("user", _USER)
-        printed = self._probe(Turn("system", "S7probe"), user, prompt=True)
-        return "S7probe" in printed or not self._probe(user, prompt=True)
+        printed = self._probe(Turn("system", "S7probe"), _USER, prompt=True)
+        return "S7probe" in printed or not self._probe(_USER, prompt=True)
 
     @cached_property
     def takes_short_ids(self) -> bool:
         """Whether calls must have ids of nine letters."""
-        turns = (Turn("user", _USER), _CALL, Turn("tool", _USER))
+        turns = (_USER, _CALL, _RESULT)
         return not self._probe(*turns) and bool(self._probe(*_with_short_ids(turns)))
 
     @cached_property
     def generation_prompt(self) -> str:
         """What the template adds behind a turn of the user before the model answers."""
-        user = Turn("user", _USER)
-        return self._probe(user, prompt=True).removeprefix(self._probe(user))
+        return self._probe(_USER, prompt=True).removeprefix(self._probe(_USER))
 
     @cached_property
-    def unprinted(self) -> frozenset[str]:
-        """What a chat may have and the template leaves out; a probe that it refuses counts as printed."""
-        user, tool = Turn("user", _USER), {"type": "function", "function": _FUNCTION}
-        system, answer = Turn("system", "S7probe"), Turn("assistant", _ANSWER)
-        printed: dict[str, tuple[str, str]] = {
-            "reasoning_content": (self._probe(user, Turn("assistant", _ANSWER, reasoning="R7probe")), "R7probe"),
-            "tool_calls": (self._probe(user, _CALL), "f7probe"),
-            "turns of role tool": (self._probe(user, _CALL, Turn("tool", "T7probe")), "T7probe"),
-            "tools": (self._probe(user, tools=(tool,)), "f7probe"),
-            "the tool_calls of a turn but the first": (self._probe(user, _TWO_CALLS), "g7probe"),
-            "a second system turn": (self._probe(Turn("system", _USER), system, user), "S7probe"),
-            "system turns after other turns": (self._probe(user, answer, system, user), "S7probe"),
-        }
-        return frozenset(what for what, (text, word) in printed.items() if text and word not in text)
+    def _ending(self) -> tuple[bool, str, str, str]:
+        """How a turn of the assistant ends: (it has an end mark of its own, what stands behind that mark at the end of
+        a chat only, what ends an answer without a mark of its own, what ends such a call of tools).
 
-    @cached_property
-    def ending(self) -> _Ending:
-        """How a turn of the assistant ends."""
-        user, answer = Turn("user", _USER), Turn("assistant", _ANSWER)
-        called, returned = (user, _CALL), (user, _CALL, Turn("tool", _USER))
-        chats = ((user, answer), (user, answer, user), called, returned)
+        Where it has none, the mark of the next turn ends this one (GLM).
+        """
+        answer = Turn("assistant", _ANSWER)
+        chats = ((_USER, answer), (_USER, answer, _USER), (_USER, _CALL), (_USER, _CALL, _RESULT))
         alone, followed, before, after = (self._probe(*chat).rpartition(_ANSWER)[2] for chat in chats)
-        if self._mark.search(alone):
-            return _Ending(trailer=self._trailer(alone, followed))
-        return _Ending(
-            is_written=False,
-            next_turn=self._end_before(alone, followed),
-            tool_turn=self._end_before(before, after),
-        )
-
-    def _trailer(self, alone: str, followed: str) -> str:
-        """The end of `alone` that `followed` lacks, if what both begin with has a mark."""
-        first, second = (self._pieces(text) for text in (alone, followed))
+        if not self.mark.search(alone):
+            return False, "", self._end_before(alone, followed), self._end_before(before, after)
+        # Line ends apart, so that one behind the mark is not taken for a part of the trailer
+        pieces = [re.split(rf"({self.mark.pattern}|\n)", text) for text in (alone, followed)]
+        first, second = ([piece for piece in each if piece] for each in pieces)
         common = "".join(first[: shared_length(first, second)])
-        return alone[len(common) :] if self._mark.search(common) else ""
-
-    def without_added_tokens(self, text: str) -> str:
-        """The text without the tokenizer's special tokens, and without others that were added to it."""
-        return self._mark.sub("", text)
-
-    def _pieces(self, text: str) -> list[str]:
-        """The text as a list of marks and of the text between them, the end of a line apart."""
-        return [piece for piece in re.split(rf"({self._mark.pattern}|\n)", text) if piece]
+        return True, alone[len(common) :] if self.mark.search(common) else "", "", ""
 
     def _end_before(self, before: str, after: str) -> str:
         """The mark with which `after` goes on from `before`, or the end of sequence."""
-        found = self._first_mark.match(after, len(before)) if after.startswith(before) else None
-        return found[0] if found else str(self.tokenizer.eos_token or "")
+        mark = self._first_mark.match(after, len(before)) if after.startswith(before) else None
+        return mark[0] if mark else str(self.tokenizer.eos_token or "")
 
     def content_start(self, turns: Messages, tools: Tools, text: str) -> int:
         """Where what the data says of the last turn begins in the text of the turns."""
@@ -343,14 +263,13 @@ class ChatTemplate:
     def answer_start(self, turns: Messages, tools: Tools, text: str, prompt: str) -> tuple[int, bool]:
         """Where the last turn begins in the text of the turns; whether that is behind the generation prompt.
 
-        Args:
-            prompt: The text that the model sees before that turn. The text of the turns begins otherwise.
+        `prompt` is the text that the model sees before that turn. The text of the turns begins otherwise.
         """
         first = self.content_start(turns, tools, text)
         unasked = self.render(turns[:-1], tools).text
         header = prompt.removeprefix(unasked) if prompt.startswith(unasked) else ""
         if not header:  # a prompt that only ends with the turn before; 16 characters where that has no mark
-            header = prompt[max((found.start() for found in self._mark.finditer(prompt)), default=-16) :]
+            header = prompt[max((mark.start() for mark in self.mark.finditer(prompt)), default=-16) :]
         # Not where an earlier turn begins alike: up to there, but for the header, the text is that of the prompt
         shared = shared_length(prompt, text)
         begin = text.rfind(header, max(0, shared - len(header)), first)
@@ -362,43 +281,34 @@ class ChatTemplate:
     def closed(self, text: str, end: int, calls: bool) -> tuple[str, int]:
         """The text of a chat up to a turn of the assistant, and the end of the turn with its end mark.
 
-        Args:
-            end: End of the turn in the text, as the template marks or prints it.
-            calls: The turn calls tools.
+        `end` is where the turn ends as the template marks or prints it; `calls`: the turn calls tools.
         """
-        if self.ending.is_written and text[:end].rstrip().endswith(self._names):
+        is_written, _, next_turn, tool_turn = self._ending
+        if is_written and text[:end].rstrip().endswith(self._names):
             return text, end
-        mark = self._first_mark.match(text, end)
-        if mark:
+        if mark := self._first_mark.match(text, end):
             return text, mark.end()
-        if not self.ending.is_written and not text[end:].strip():
-            text = text[:end] + (self.ending.tool_turn if calls else self.ending.next_turn)
+        if not is_written and not text[end:].strip():
+            text = text[:end] + (tool_turn if calls else next_turn)
             return text, len(text)
         return text, end
 
     def end_in(self, text: str, part: str, end: int) -> int | None:
-        """Where a turn that ends `part` ends in `text`, a longer chat; None if it is not the same there.
-
-        Args:
-            part: Text of the chat up to this turn, before `closed`.
-            end: End of the turn in `part`.
-        """
+        """Where a turn that ends at `end` of `part`, before `closed`, ends in `text`, a longer chat; None if not so."""
+        is_written, trailer, _, _ = self._ending
         if not text.startswith(part):
-            part = part.removesuffix(self.ending.trailer)
-            if not self.ending.trailer or not text.startswith(part):
+            part = part.removesuffix(trailer)
+            if not trailer or not text.startswith(part):
                 return None
             end = min(end, len(part))
-        if self.ending.is_written:
+        if is_written:
             return end
         mark = self._first_mark.match(text, len(part))
         return mark.end() if mark else None
 
 
 def chat_template_of(tokenizer: Any, tools: Tools = ()) -> ChatTemplate:
-    """The tokenizer's template for a chat with these tools (some have one of its own for chats with tools).
-
-    Raises: UserError if it has templates with names, and none for this chat.
-    """
+    """The tokenizer's template for a chat with these tools (some have one of its own for chats with tools)."""
     given = tokenizer.chat_template
     if isinstance(given, dict) and "default" not in given and not (tools and "tool_use" in given):
         raise UserError(
@@ -406,17 +316,14 @@ def chat_template_of(tokenizer: Any, tools: Tools = ()) -> ChatTemplate:
             "Fix: give one with data.chat_template."
         )
     text = tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None)
-    known: dict[str, ChatTemplate] = tokenizer.__dict__.setdefault("qdora_chat_templates", {})
-    if text not in known:
-        known[text] = ChatTemplate(tokenizer, text)
-    return known[text]
+    templates: dict[str, ChatTemplate] = tokenizer.__dict__.setdefault("qdora_chat_templates", {})
+    if text not in templates:
+        templates[text] = ChatTemplate(tokenizer, text)
+    return templates[text]
 
 
 def prompt_text(tokenizer: Any, turns: Messages, tools: Tools = ()) -> str:
-    """The text that the model sees before it answers these turns.
-
-    Raises: UserError if the template does not take them.
-    """
+    """The text that the model sees before it answers these turns; UserError if the template does not take them."""
     template = chat_template_of(tokenizer, tools)
     try:
         return template.render(template.fitted(turns), tools, prompt=True).text
@@ -435,23 +342,12 @@ def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     return low
 
 
-def _as_dict(turn: Turn, parts: bool = False, texts: bool = False) -> dict[str, Any]:
-    """A turn for a template; content as `parts`, arguments of calls as `texts` where it wants them so."""
-    message: dict[str, Any] = {"role": turn.role, **turn.labels}
-    message["content"] = [{"type": "text", "text": turn.content}] if parts else turn.content
-    if turn.reasoning:
-        message |= {"reasoning_content": turn.reasoning, "thinking": turn.reasoning}  # gpt-oss reads the latter
-    if turn.tool_calls:
-        message["tool_calls"] = [_as_text(call) if texts else call for call in turn.tool_calls]
-    return message
-
-
 def _with_short_ids(turns: Messages) -> Messages:
     """The turns with an id of nine letters for every call, and for its result.
 
     A result belongs to the call whose id it has in the data, or else to the first call that has no result yet.
     """
-    found: list[Turn] = []
+    fitted: list[Turn] = []
     waiting: list[tuple[Any, str]] = []  # calls without a result: the id in the data, the short id
     for number, turn in enumerate(turns):
         if turn.tool_calls:
@@ -460,12 +356,11 @@ def _with_short_ids(turns: Messages) -> Messages:
             calls = tuple({**call, "id": id} for call, (_, id) in zip(turn.tool_calls, waiting, strict=True))
             turn = replace(turn, tool_calls=calls)
         elif turn.role == "tool" and waiting:
-            given = turn.labels.get("tool_call_id")
-            known = [id for id, _ in waiting]
-            _, short = waiting.pop(known.index(given) if given is not None and given in known else 0)
+            given, ids = turn.labels.get("tool_call_id"), [id for id, _ in waiting]
+            _, short = waiting.pop(ids.index(given) if given is not None and given in ids else 0)
             turn = replace(turn, labels={**turn.labels, "tool_call_id": short})
-        found.append(turn)
-    return tuple(found)
+        fitted.append(turn)
+    return tuple(fitted)
 
 
 def _as_text(call: Mapping[str, Any]) -> Mapping[str, Any]:

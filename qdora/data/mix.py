@@ -29,14 +29,10 @@ def mix_shares(
     temperature: float | None = None,
     weights: Sequence[float] | None = None,
 ) -> NDArray[np.float64]:
-    """The share of each source in the draws, (sources,) summing to 1.
+    """The share of each source of so many examples in the draws, (sources,) summing to 1.
 
     share_i ~ n_i (proportional), 1 (equal), n_i^(1 / temperature) (temperature; T5, arXiv 1910.10683, sec. 3.5.2,
     without its cap on the size), w_i (weights).
-
-    Args:
-        sizes: Examples of each source; equal and weights do not look at them.
-        temperature, weights: For the strategy of that name, above 0.
     """
     assert (strategy == "weights") == (weights is not None), (strategy, weights)
     if weights is not None:
@@ -85,14 +81,12 @@ class MixOrder:
         seed: int,
         caps: Sequence[int | None] | None = None,
     ) -> None:
-        assert min(size for size in [1, *sizes] if size is not None) > 0, sizes
-        self.sizes = tuple(sizes)
-        self.seed = seed
+        self.sizes, self.seed = tuple(sizes), seed
         self.caps = tuple(caps) if caps is not None else (None,) * len(sizes)
-        given = np.asarray(shares, dtype=np.float64)
-        assert len(given) == len(sizes) == len(self.caps), (sizes, shares, caps)
-        assert given.min() > 0, shares
-        self.shares: NDArray[np.float64] = given / given.sum()
+        weights = np.asarray(shares, dtype=np.float64)
+        assert len(weights) == len(sizes) == len(self.caps), (sizes, shares, caps)
+        assert weights.min() > 0, shares
+        self.shares: NDArray[np.float64] = weights / weights.sum()
         self._clock = _Clock(self.shares, self.caps)
         # (source, cycle, size) -> permutation. Per object, so that the shuffles go with it. At the border of two
         # cycles both are in use.
@@ -134,19 +128,15 @@ class MixOrder:
         if num_draws == self.length:
             return np.array(self.caps, dtype=np.int64)
         block = self._block_of(num_draws)
-        counts = self._counts_before(block)
+        counts = self._clock.counts(block * _BLOCK)
         rest = num_draws - self._first(block)
         if rest:
             counts = counts + np.bincount(self._block(block)[0][:rest], minlength=len(self.sizes))
         return counts
 
-    def _counts_before(self, block: int) -> NDArray[np.int64]:
-        """Draws of each source before a block, which is a span of time."""
-        return self._clock.counts(block * _BLOCK)
-
     def _first(self, block: int) -> int:
-        """Position of the first draw of a block."""
-        return int(self._counts_before(block).sum())
+        """Position of the first draw of a block, which is a span of time."""
+        return int(self._clock.counts(block * _BLOCK).sum())
 
     def _block_of(self, position: int) -> int:
         assert 0 <= position < (self.length or position + 1), (position, self.length)
@@ -158,88 +148,26 @@ class MixOrder:
         return block
 
     def _new_block(self, block: int) -> Draws:
-        before = self._counts_before(block)
-        numbers = self._counts_before(block + 1) - before
+        before = self._clock.counts(block * _BLOCK)
+        numbers = self._clock.counts((block + 1) * _BLOCK) - before
         sources = np.repeat(np.arange(len(self.sizes)), numbers)
-        turns = np.concatenate([np.arange(num) + first for num, first in zip(numbers, before, strict=True)])
-        indices = turns.copy()
+        draws = np.concatenate([np.arange(num) + first for num, first in zip(numbers, before, strict=True)])
+        indices = draws.copy()
         for source, size in enumerate(self.sizes):
             if size is None:
                 continue
-            cycles, places = np.divmod(turns[sources == source], size)
-            found = np.empty_like(places)
+            cycles, offsets = np.divmod(draws[sources == source], size)
+            shuffled = np.empty_like(offsets)
             for cycle in np.unique(cycles).tolist():
-                found[cycles == cycle] = self.shuffle(source, cycle, size)[places[cycles == cycle]]
-            indices[sources == source] = found
-        due = np.lexsort((sources, (turns + 0.5) / self.shares[sources]))
+                shuffled[cycles == cycle] = self.shuffle(source, cycle, size)[offsets[cycles == cycle]]
+            indices[sources == source] = shuffled
+        due = np.lexsort((sources, (draws + 0.5) / self.shares[sources]))
         return sources[due], indices[due]
 
     def _new_shuffle(self, source: int, cycle: int, size: int) -> NDArray[np.int64]:
         """Shuffle of range(size), for pass `cycle` over a source."""
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, 1, source + 1, cycle])))
         return generator.permutation(size)
-
-
-Source = TokenizedSet | ExampleStream
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Tokenised sources, and the order in which they are drawn."""
-
-    sets: tuple[Source, ...]
-    order: MixOrder
-
-
-def _size_faults(sets: Sequence[Source], strategy: Strategy, max_epochs: Sequence[float | None]) -> list[str]:
-    """One line for each stream whose size is not known although the strategy or its max_epochs needs it.
-
-    A single source has all of the mix, whatever its size.
-    """
-    unknown = [
-        (part.name, epochs)
-        for part, epochs in zip(sets, max_epochs, strict=True)
-        if isinstance(part, ExampleStream) and part.num_examples is None
-    ]
-    shared = len(sets) > 1 and strategy in ("proportional", "temperature")
-    faults = [
-        f"{name}: data.strategy {strategy} needs the size of every source, and that of this stream is not known. "
-        "Fix: give its size (examples), or set data.strategy: weights or equal."
-        for name, _ in unknown
-        if shared
-    ]
-    return faults + [
-        f"{name}: max_epochs needs the size of the stream, and it is not known. Fix: give its size (examples)."
-        for name, epochs in unknown
-        if epochs is not None
-    ]
-
-
-def make_mix(
-    sets: Sequence[Source],
-    *,
-    strategy: Strategy = "proportional",
-    temperature: float | None = None,
-    weights: Sequence[float] | None = None,
-    max_epochs: Sequence[float | None] | None = None,
-    seed: int = 0,
-) -> Mix:
-    """Put sources together.
-
-    Args:
-        strategy, temperature, weights: See `mix_shares`.
-        max_epochs: Most passes over each source; None, as a whole or for one source, without an end.
-    Raises: UserError if a stream has no known size and the strategy or its max_epochs needs one.
-    """
-    most = max_epochs or [None] * len(sets)
-    faults = _size_faults(sets, strategy, most)
-    if faults:
-        raise UserError(*faults)
-    sizes = [part.num_examples if isinstance(part, ExampleStream) else len(part) for part in sets]
-    shares = mix_shares([size or 1 for size in sizes], strategy, temperature=temperature, weights=weights)
-    caps = [most_draws(size or 1, epochs) for size, epochs in zip(sizes, most, strict=True)]
-    drawn_from = [None if isinstance(part, ExampleStream) else size for part, size in zip(sets, sizes, strict=True)]
-    return Mix(tuple(sets), MixOrder(drawn_from, shares, seed, caps))
 
 
 class _Clock:
@@ -267,3 +195,51 @@ class _Clock:
         time = self.times[part] + (num_draws - self.expected[part]) / self.rates[part]
         counts: NDArray[np.int64] = np.minimum(np.floor(time * self.shares + 0.5), self.caps).astype(np.int64)
         return counts
+
+
+Source = TokenizedSet | ExampleStream
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Tokenised sources, and the order in which they are drawn."""
+
+    sets: tuple[Source, ...]
+    order: MixOrder
+
+
+def make_mix(
+    sets: Sequence[Source],
+    *,
+    strategy: Strategy = "proportional",
+    temperature: float | None = None,
+    weights: Sequence[float] | None = None,
+    max_epochs: Sequence[float | None] | None = None,
+    seed: int = 0,
+) -> Mix:
+    """Put sources together.
+
+    Args:
+        strategy, temperature, weights: See `mix_shares`.
+        max_epochs: Most passes over each source; None, as a whole or for one source, without an end.
+    Raises: UserError if a stream has no known size and the strategy or its max_epochs needs one. A single source has
+        all of the mix, whatever its size.
+    """
+    most = max_epochs or [None] * len(sets)
+    sizes = [part.num_examples if isinstance(part, ExampleStream) else len(part) for part in sets]
+    by_size = strategy in ("proportional", "temperature") and len(sets) > 1
+    faults = []
+    for part, size, epochs in zip(sets, sizes, most, strict=True):
+        if size is None and by_size:
+            faults.append(
+                f"{part.name}: data.strategy {strategy} needs the size of every source, and that of this stream is not "
+                "known. Fix: give its size (examples), or set data.strategy: weights or equal."
+            )
+        if size is None and epochs is not None:
+            faults.append(f"{part.name}: max_epochs needs the size of the stream. Fix: give its size (examples).")
+    if faults:
+        raise UserError(*faults)
+    shares = mix_shares([size or 1 for size in sizes], strategy, temperature=temperature, weights=weights)
+    caps = [most_draws(size or 1, epochs) for size, epochs in zip(sizes, most, strict=True)]
+    drawn_from = [None if isinstance(part, ExampleStream) else size for part, size in zip(sets, sizes, strict=True)]
+    return Mix(tuple(sets), MixOrder(drawn_from, shares, seed, caps))

@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
 from rich.table import Table
 
+from qdora.data.batches import StepLoader
 from qdora.data.formats import looks_meant
-from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
-from qdora.data.text_notes import NO_SECOND
-from qdora.data.tokenize import TokenizedSet
+from qdora.data.tokenize import NO_SECOND, TokenizedSet
 from qdora.files.run_directory import RunDirectory
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePlan:
-    """One source over the steps of a run.
-
-    Attributes:
-        num_examples, num_tokens: Examples and tokens of the source; None where not known, as for streams.
-        num_truncated, num_dropped: Examples that were cut to data.max_length, or left out; None for a stream.
-        share_asked: Share of the draws that the strategy gives it.
-        share_seen: Share of the draws that come from it: less than asked once it is used up, more once others are.
-        num_draws, num_tokens_seen: Examples and tokens that the run takes from it; None tokens for a stream.
-        epochs: How often its examples are seen on average. Below 1, some are never seen.
-        unused: Columns that its format does not read; of a stream, those of its first rows.
-        notes: What the user should know of the chat template and of the texts.
-    """
+    """One source over the steps of a run; None where a number is not known, as for streams."""
 
     name: str
     num_examples: int | None
     num_tokens: int | None
-    num_truncated: int | None
+    num_truncated: int | None  # examples that were cut to data.max_length
     num_dropped: int | None
-    share_asked: float
-    share_seen: float
-    num_draws: int
+    share_asked: float  # of the draws, by the strategy
+    share_seen: float  # less than asked once the source is used up, more once others are
+    num_draws: int  # examples that the run takes
     num_tokens_seen: int | None
-    epochs: float | None
-    unused: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    epochs: float | None  # how often an example is seen on average; below 1, some are never seen
+    unused: tuple[str, ...] = ()  # columns that its format does not read; of a stream, those of its first rows
+    notes: tuple[str, ...] = ()  # of the chat template and of the texts
 
 
 @dataclass(frozen=True)
@@ -56,28 +44,25 @@ class MixPlan:
 
 
 def plan_mix(mix: Mix, loader: StepLoader, num_steps: int) -> MixPlan:
-    """What `num_steps` steps from position 0 take from each source.
-
-    Raises: UserError if the sources have fewer steps.
-    """
+    """What `num_steps` steps from position 0 take from each source; UserError if the sources have fewer steps."""
     num_draws = loader.draws_for_steps(num_steps)
     counts = mix.order.counts(num_draws).tolist()
     tokens = loader.tokens_of_draws(num_draws).tolist()
     sources = []
     for part, share, count, num_tokens in zip(mix.sets, mix.order.shares.tolist(), counts, tokens, strict=True):
-        known = part if isinstance(part, TokenizedSet) else None
+        whole = part if isinstance(part, TokenizedSet) else None
         size = len(part) if isinstance(part, TokenizedSet) else part.num_examples
         sources.append(
             SourcePlan(
                 name=part.name,
                 num_examples=size,
-                num_tokens=None if known is None else known.num_tokens,
-                num_truncated=None if known is None else known.num_truncated,
-                num_dropped=None if known is None else known.num_dropped,
+                num_tokens=None if whole is None else whole.num_tokens,
+                num_truncated=None if whole is None else whole.num_truncated,
+                num_dropped=None if whole is None else whole.num_dropped,
                 share_asked=share,
                 share_seen=count / max(num_draws, 1),
                 num_draws=count,
-                num_tokens_seen=None if known is None else num_tokens,
+                num_tokens_seen=None if whole is None else num_tokens,
                 epochs=None if size is None else count / size,
                 unused=tuple(sorted(part.unused)),
                 notes=tuple(sorted(part.notes)),
@@ -108,24 +93,22 @@ def unused_in_words(columns: Sequence[str]) -> str:
 def mix_warnings(plan: MixPlan) -> list[str]:
     """What may be wrong with a mix, one line each: unused columns that look meant, notes, too large a step."""
     large = large_step_warning(plan)
-    return [*_unused(plan, meant=True), *_notes(plan, harmless=False), *([] if large is None else [large])]
+    return [*_remarks(plan, harmless=False), *([] if large is None else [large])]
 
 
 def mix_facts(plan: MixPlan) -> list[str]:
     """What is known of a mix and needs no change, one line each."""
-    return [*_unused(plan, meant=False), *_notes(plan, harmless=True)]
+    return _remarks(plan, harmless=True)
 
 
-def _unused(plan: MixPlan, *, meant: bool) -> Iterator[str]:
-    for source in plan.sources:
-        columns = [column for column in source.unused if looks_meant(column) == meant]
-        if columns:
-            yield f"{source.name}: {unused_in_words(columns)}"
-
-
-def _notes(plan: MixPlan, *, harmless: bool) -> list[str]:
+def _remarks(plan: MixPlan, *, harmless: bool) -> list[str]:
+    lines = [
+        f"{source.name}: {unused_in_words(columns)}"
+        for source in plan.sources
+        if (columns := [column for column in source.unused if looks_meant(column) != harmless])
+    ]
     notes = ((source.name, note) for source in plan.sources for note in source.notes)
-    return [f"{name}: {note}" for name, note in notes if (NO_SECOND in note) == harmless]
+    return lines + [f"{name}: {note}" for name, note in notes if (NO_SECOND in note) == harmless]
 
 
 def show_mix(console: Console, plan: MixPlan) -> None:
@@ -157,18 +140,17 @@ def _mix_title(plan: MixPlan) -> str:
 
 def mix_cells(part: SourcePlan) -> tuple[str, ...]:
     """A source's cells in `MIX_COLUMNS`."""
+    counts = (part.num_examples, part.num_tokens, part.num_tokens_seen, part.num_truncated, part.num_dropped)
+    examples, tokens, seen, cut, dropped = ("unknown" if value is None else f"{value:,}" for value in counts)
+    passes = "unknown" if part.epochs is None else f"{part.epochs:.2f}"
     return (
         part.name,
-        _count(part.num_examples),
-        _count(part.num_tokens),
+        examples,
+        tokens,
         f"{part.share_asked:.1%}",
         f"{part.share_seen:.1%}",
-        _count(part.num_tokens_seen),
-        "unknown" if part.epochs is None else f"{part.epochs:.2f}",
-        _count(part.num_truncated),
-        _count(part.num_dropped),
+        seen,
+        passes,
+        cut,
+        dropped,
     )
-
-
-def _count(value: int | None) -> str:
-    return "unknown" if value is None else f"{value:,}"

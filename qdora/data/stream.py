@@ -35,34 +35,21 @@ logger = logging.getLogger("qdora")
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPosition:
-    """Where a stream stands. To resume, one window of rows is read again.
+    """Where a stream stands. To resume, one window of rows is read again."""
 
-    Attributes:
-        epoch: Passes over the shards that are done.
-        window: Windows of this pass that are done.
-        shard, row: Where the present window begins: place in the pass's order of the shards, row of that shard.
-        taken: Rows of the present window that are used up.
-        num_drawn: Examples given, in all passes.
-        num_truncated, num_dropped: Examples that were cut, or left out, because they are too long.
-        num_drawn_before: Examples given before this pass.
-        num_bad, num_bad_before: Faulty rows skipped, in all passes and before this one.
-        bad_rows: Place and fault of the first of them.
-        part: Examples of the next row that are given; a chat, or a text that is split, may have several.
-    """
-
-    epoch: int = 0
-    window: int = 0
-    shard: int = 0
-    row: int = 0
-    taken: int = 0
-    num_drawn: int = 0
+    epoch: int = 0  # passes over the shards that are done
+    window: int = 0  # windows of this pass that are done
+    shard: int = 0  # where the present window begins: index in the pass's order of the shards,
+    row: int = 0  # and row of that shard
+    taken: int = 0  # rows of the present window that are used up
+    num_drawn: int = 0  # examples given, in all passes
     num_truncated: int = 0
     num_dropped: int = 0
-    num_drawn_before: int = 0
-    num_bad: int = 0
+    num_drawn_before: int = 0  # examples given before this pass
+    num_bad: int = 0  # faulty rows skipped, in all passes
     num_bad_before: int = 0
-    bad_rows: tuple[str, ...] = ()
-    part: int = 0
+    bad_rows: tuple[str, ...] = ()  # place and fault of the first of them
+    part: int = 0  # examples of the next row that are given; a chat, or a text that is split, may have several
 
 
 class ExampleStream:
@@ -75,6 +62,7 @@ class ExampleStream:
     Args:
         data: Settings; `data.mix[number]` is the source. All examples have its name as their task.
         number: Place of the source in the mix. Two sources have different orders.
+        tokenizer: None only for `check_rows`.
 
     Attributes:
         first_tally: What happened to the first rows; empty until something reads them.
@@ -87,14 +75,16 @@ class ExampleStream:
         self.task_names = [self.name]
         self.tokenizer = tokenizer
         self.position = StreamPosition()
-        self._rows: Iterator[tuple[int, int, PlacedRow]] | None = None  # (place of the shard, row of it, row)
+        self._rows: Iterator[tuple[int, int, PlacedRow]] | None = None  # (index of the shard, row of it, row)
         self._window: list[PlacedRow] = []  # shuffled
         self._next_window: tuple[int, int] = (0, 0)  # (shard, row) behind the present one
         # Tokenised rows of the window, the next one last, and examples of a row likewise; faults begin with the place
         self._ready: list[list[Outcome]] = []
         self._chat_notes: set[str] = set()
-        self.first_tally = self._new_tally()
-        self._told: set[str] = set()  # faulty rows in the log
+        self.first_tally = ExampleTally(self.name, data.max_length, data.too_long)
+        self._logged: set[str] = set()  # faulty rows
+
+    # What is known of it
 
     @property
     def unused(self) -> set[str]:
@@ -116,6 +106,60 @@ class ExampleStream:
             return self.source.size
         return round(self.shards.num_rows * sum(map(len, self.first_rows)) / max(len(self.first_rows), 1))
 
+    @property
+    def has_chats(self) -> bool:
+        """Whether there are chats among the first rows."""
+        return bool(self.first_rows) and self.first_tally.has_chats
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of an example, estimated from the first rows."""
+        lengths = [len(example) for example in self.first()]
+        return sum(lengths) / len(lengths) if lengths else float(self.data.max_length)
+
+    def first(self, number: int | None = None) -> list[TokenizedExample]:
+        """Up to so many examples (None: all) from the first rows of the files; the position stays.
+
+        Raises: UserError: If no format fits the first rows, or too many of them are faulty.
+        """
+        return [each for row in self.first_rows for each, _ in row if isinstance(each, TokenizedExample)][:number]
+
+    @cached_property
+    def first_rows(self) -> list[list[Outcome]]:
+        """What became of the first rows of the first shard. Raises UserError if too many of them are faulty."""
+        rows = self._tokenized(self._sample(), self.first_tally)
+        self._check_bad([fault for row in rows for fault, _ in row if isinstance(fault, str)], len(rows))
+        return rows
+
+    def check_rows(self) -> None:
+        """As `first`, without the tokenizer: what only tokens tell is not checked."""
+        rows = self._sample()
+        self._check_bad([fault for fault in self._made(rows) if isinstance(fault, str)], len(rows))
+
+    def _sample(self) -> list[PlacedRow]:
+        return [row for row, _ in zip(self.shards.readers[0](0), range(_SAMPLE), strict=False)]
+
+    def _check_bad(self, bad: Sequence[str], num_rows: int) -> None:
+        """Raise UserError if of the first `num_rows` rows so many are faulty."""
+        most = self._most_bad(num_rows)
+        if len(bad) > most or (bad and len(bad) == num_rows):
+            raise UserError(self._too_many(len(bad), most, tuple(bad[:MAX_SHOWN_FAULTS])) + ".")
+
+    def _most_bad(self, num_rows: int) -> int:
+        """Faulty rows that a pass may have, `num_rows` rows after its beginning."""
+        asked = self.data.max_bad_rows
+        size = self.source.size or self.shards.num_rows or 0
+        return max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, size))) if asked is None else asked
+
+    def _too_many(self, num_bad: int, most: int, shown: tuple[str, ...]) -> str:
+        rows = "row" if num_bad == 1 else "rows"
+        return (
+            f"{self.name}: {num_bad} faulty {rows}, data.max_bad_rows allows {most}. The first: {'; '.join(shown)}. "
+            "Fix: mend them in place, or raise it by -s data.max_bad_rows=N"
+        )
+
+    # The next example
+
     def next(self) -> TokenizedExample:
         """The next example. Faulty rows are skipped and counted.
 
@@ -128,154 +172,33 @@ class ExampleStream:
             here, is_last = self.position, not self._ready[-1]
             if is_last:
                 self._ready.pop()
-            found, bad = isinstance(example, TokenizedExample), isinstance(example, str)
+            is_given = isinstance(example, TokenizedExample)
             self.position = replace(
                 here,
                 taken=here.taken + is_last,
                 part=0 if is_last else here.part + 1,
-                num_drawn=here.num_drawn + found,
-                num_truncated=here.num_truncated + (cut and found),
+                num_drawn=here.num_drawn + is_given,
+                num_truncated=here.num_truncated + (cut and is_given),
                 num_dropped=here.num_dropped + (example is None),
-                num_bad=here.num_bad + bad,
+                num_bad=here.num_bad + isinstance(example, str),
             )
             if isinstance(example, str):
                 self._skip(example)
             if isinstance(example, TokenizedExample):
                 return example
 
-    def check_rows(self) -> None:
-        """As `first`, without the tokenizer, which may be None: what only tokens tell is not checked."""
-        rows = self._sample()
-        self._check_bad([fault for fault in self._made(rows) if isinstance(fault, str)], len(rows))
-
     def _skip(self, fault: str) -> None:
         """Keep the first faulty rows by name; raise UserError at one too many."""
         here = self.position
         if fault not in here.bad_rows and len(here.bad_rows) < MAX_SHOWN_FAULTS:
             self.position = here = replace(here, bad_rows=(*here.bad_rows, fault))
-            if fault not in self._told:
+            if fault not in self._logged:
                 logger.warning("%s: skipped a faulty row. %s", self.name, fault)
-                self._told.add(fault)
+                self._logged.add(fault)
         num_bad = here.num_bad - here.num_bad_before
         most = self._most_bad(here.window * self.source.shuffle_window + here.taken)
         if num_bad > most:
             raise UserError(self._too_many(num_bad, most, here.bad_rows) + ", then resume with --resume.")
-
-    def _most_bad(self, num_rows: int) -> int:
-        """Faulty rows that a pass may have, `num_rows` rows after its beginning."""
-        asked = self.data.max_bad_rows
-        known = self.source.size or self.shards.num_rows or 0
-        return max(_LEAST_BAD_ROWS, int(_BAD_SHARE * max(num_rows, known))) if asked is None else asked
-
-    def _too_many(self, num_bad: int, most: int, shown: tuple[str, ...]) -> str:
-        rows = "row" if num_bad == 1 else "rows"
-        return (
-            f"{self.name}: {num_bad} faulty {rows}, data.max_bad_rows allows {most}. The first: {'; '.join(shown)}. "
-            "Fix: mend them in place, or raise it by -s data.max_bad_rows=N"
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position; JSON types only."""
-        return asdict(self.position) | {"bad_rows": list(self.position.bad_rows)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken, in a stream of the same data and settings."""
-        self.position = StreamPosition(**state | {"bad_rows": tuple(state.get("bad_rows", ()))})
-        self._rows, self._window, self._ready = None, [], []
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells one stream from another, JSON types: its shards and settings, its length, its first rows."""
-        data, source = self.data, self.source
-        # Checkpoints hold the fingerprint, so this text must not change.
-        settings = (
-            f"StreamSettings(name={self.name!r}, format={source.format!r}, max_length={data.max_length!r}, "
-            f"loss_on={data.loss_on!r}, too_long={data.too_long!r}, window={source.shuffle_window!r}, "
-            f"size={source.size!r}, seed={data.seed!r}, number={self.number!r})"
-        )
-        settings += f" {source.columns} {source.template}" if source.columns or source.template else ""
-        settings += " chat" if source.chat else ""
-        return {
-            "settings": hashlib.sha256(f"{self.shards.names} {settings}".encode()).hexdigest()[:16],
-            "num_bytes": self.shards.num_bytes,
-            "rows": [_row_mark([each for each, _ in row]) for row in self.first_rows],
-        }
-
-    def change_since(self, before: dict[str, Any] | None) -> str | None:
-        """What differs from an earlier `fingerprint`, None if this is the same stream. Mended rows are no difference.
-
-        Of the first rows only those count that were not faulty then. They must be where they were, or where they move
-        to if the faulty ones are taken out.
-        """
-        now = self.fingerprint()
-        if before is None or before["settings"] != now["settings"]:
-            return "its files or settings"
-        then, rows = before["rows"], now["rows"]
-        good = [row for row in then if row is not None]
-        in_place = len(then) == len(rows) and all(row in (None, here) for row, here in zip(then, rows, strict=True))
-        taken_out = len(good) < len(then) and good == rows[: len(good)]
-        if not (in_place or taken_out):
-            return "its first rows"
-        difference = now["num_bytes"] - before["num_bytes"]
-        if abs(difference) > max(_MENDED_BYTES, _MENDED_SHARE * before["num_bytes"]):
-            return f"its length, by {difference:+,} bytes"
-        if difference:
-            text = "%s: the files have changed by %+d bytes since the checkpoint. Where rows were mended in place, the "
-            text += "others come as before; where some were taken out, a window of rows may come twice or not at all."
-            logger.warning(text, self.name, difference)
-        return None
-
-    def first(self, number: int | None = None) -> list[TokenizedExample]:
-        """Up to so many examples (None: all) from the first rows of the files; the position stays.
-
-        Raises: UserError: If no format fits the first rows, or too many of them are faulty.
-        """
-        return [each for row in self.first_rows for each, _ in row if isinstance(each, TokenizedExample)][:number]
-
-    @property
-    def has_chats(self) -> bool:
-        """Whether there are chats among the first rows."""
-        return bool(self.first_rows) and self.first_tally.has_chats
-
-    @property
-    def mean_length(self) -> float:
-        """Tokens of an example, estimated from the first rows."""
-        lengths = [len(example) for example in self.first()]
-        return sum(lengths) / len(lengths) if lengths else float(self.data.max_length)
-
-    @cached_property
-    def first_rows(self) -> list[list[Outcome]]:
-        """What became of the first rows of the first shard. Raises UserError if too many of them are faulty."""
-        rows = self._sample()
-        found = self._tokenized(rows, self.first_tally)
-        self._check_bad([fault for row in found for fault, _ in row if isinstance(fault, str)], len(found))
-        return found
-
-    def _check_bad(self, bad: Sequence[str], num_rows: int) -> None:
-        """Raise UserError if of the first `num_rows` rows so many are faulty."""
-        most = self._most_bad(num_rows)
-        if len(bad) > most or (bad and len(bad) == num_rows):
-            raise UserError(self._too_many(len(bad), most, tuple(bad[:MAX_SHOWN_FAULTS])) + ".")
-
-    def _sample(self) -> list[PlacedRow]:
-        return [row for row, _ in zip(self.shards.readers[0](0), range(_SAMPLE), strict=False)]
-
-    @cached_property
-    def _make(self) -> RowExamples:
-        """The layout of all rows, found from the first ones that can be read."""
-        faults: list[str] = []
-        first: list[Row] = []
-        for place, row in chain.from_iterable(reader(0) for reader in self.shards.readers):
-            if not isinstance(row, RowFault):
-                first.append(row)
-            elif not first:
-                faults.append(f"{place}: {row}")
-                if len(faults) > self._most_bad(len(faults)):
-                    raise UserError(*faults[:MAX_SHOWN_FAULTS])
-            if len(first) == FIRST_ROWS:
-                break
-        if first:
-            return RowExamples(self.source, first, self.shards.where, named=True)
-        raise UserError(*faults or [empty_data_set(self.shards.where)])
 
     def _tokenize_more(self) -> None:
         """Fill `_ready` from the window, or from the next one if it is used up."""
@@ -287,7 +210,8 @@ class ExampleStream:
             self.position = replace(here, window=here.window + 1, shard=shard, row=row, taken=0, part=0)
             self._read_window()
         taken = self.position.taken
-        rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE], self._new_tally())
+        tally = ExampleTally(self.name, self.data.max_length, self.data.too_long)
+        rows = self._tokenized(self._window[taken : taken + _TOKENIZED_AT_ONCE], tally)
         if self.position.part >= len(rows[0]):  # the row was changed since the checkpoint: it comes whole
             self.position = replace(self.position, part=0)
         rows[0] = rows[0][self.position.part :]
@@ -323,11 +247,11 @@ class ExampleStream:
                 break
         return rows
 
-    def _pass_from(self, place: int, skip: int) -> Iterator[tuple[int, int, PlacedRow]]:
-        """(place of the shard, row of it, row) of this pass from a place on."""
+    def _pass_from(self, begin: int, skip: int) -> Iterator[tuple[int, int, PlacedRow]]:
+        """(index of the shard, row of it, row) of this pass, from a row of a shard on."""
         order: NDArray[np.int64] = self._generator(2).permutation(len(self.shards.readers))
-        for shard in range(place, len(order)):
-            first = skip if shard == place else 0
+        for shard in range(begin, len(order)):
+            first = skip if shard == begin else 0
             for row, placed in enumerate(self.shards.readers[order[shard]](first), start=first):
                 yield shard, row, placed
 
@@ -336,41 +260,110 @@ class ExampleStream:
         entropy = [self.data.seed, purpose, self.number, self.position.epoch, *part]
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
-    def _new_tally(self) -> ExampleTally:
-        return ExampleTally(self.name, self.data.max_length, self.data.too_long)
+    # Rows to examples
+
+    @cached_property
+    def _make(self) -> RowExamples:
+        """The layout of all rows, found from the first ones that can be read."""
+        faults: list[str] = []
+        first: list[Row] = []
+        for place, row in chain.from_iterable(reader(0) for reader in self.shards.readers):
+            if not isinstance(row, RowFault):
+                first.append(row)
+            elif not first:
+                faults.append(f"{place}: {row}")
+                if len(faults) > self._most_bad(len(faults)):
+                    raise UserError(*faults[:MAX_SHOWN_FAULTS])
+            if len(first) == FIRST_ROWS:
+                break
+        if first:
+            return RowExamples(self.source, first, self.shards.where, named=True)
+        raise UserError(*faults or [empty_data_set(self.shards.where)])
 
     def _made(self, rows: list[PlacedRow]) -> list[Example | str]:
         """The example of each row, or its place and what is wrong with it."""
-        found: list[Example | str] = []
+        made: list[Example | str] = []
         for place, row in rows:
             try:
                 if isinstance(row, RowFault):
                     raise row
-                found.append(self._make(row, place))
+                made.append(self._make(row, place))
             except RowFault as fault:
-                found.append(f"{place}: {fault}")
-        return found
+                made.append(f"{place}: {fault}")
+        return made
 
     def _tokenized(self, rows: list[PlacedRow], tally: ExampleTally) -> list[list[Outcome]]:
         """What becomes of each row. A faulty one is left out as a whole; its fault begins with its place."""
         made = self._made(rows)
-        found: dict[int, list[Outcome]] = {
-            index: [(each, False)] for index, each in enumerate(made) if isinstance(each, str)
-        }
-        examples = {index: each for index, each in enumerate(made) if isinstance(each, Example)}
-        done = tally.add(list(examples.values()), self.tokenizer, self.data.loss_on)
+        examples = [each for each in made if isinstance(each, Example)]
+        done = iter(tally.add(examples, self.tokenizer, self.data.loss_on))
         self._chat_notes |= tally.chat_notes
-        for index, several in zip(examples, done, strict=True):
-            wrong = next((each for each, _ in several if isinstance(each, str)), None)
-            found[index] = several if wrong is None else [(f"{rows[index][0]}: {wrong}", False)]
-        return [found[index] for index in range(len(rows))]
+        outcomes: list[list[Outcome]] = []
+        for (place, _), each in zip(rows, made, strict=True):
+            parts: list[Outcome] = [(each, False)] if isinstance(each, str) else next(done)
+            wrong = next((part for part, _ in parts if isinstance(part, str)), None)
+            is_named = wrong is None or isinstance(each, str)
+            outcomes.append(parts if is_named else [(f"{place}: {wrong}", False)])
+        return outcomes
 
+    # State
 
-def _row_mark(row: list[TokenizedExample | str | None]) -> str | None:
-    """8 hex digits of a row of a fingerprint; None for a faulty one."""
-    if any(isinstance(each, str) for each in row):
+    def state_dict(self) -> dict[str, Any]:
+        """The position; JSON types only."""
+        return asdict(self.position) | {"bad_rows": list(self.position.bad_rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken, in a stream of the same data and settings."""
+        self.position = StreamPosition(**state | {"bad_rows": tuple(state["bad_rows"])})
+        self._rows, self._window, self._ready = None, [], []
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells one stream from another, JSON types: its shards and settings, its length, its first rows."""
+        data, source = self.data, self.source
+        # Checkpoints hold the fingerprint, so this text must not change.
+        settings = (
+            f"StreamSettings(name={self.name!r}, format={source.format!r}, max_length={data.max_length!r}, "
+            f"loss_on={data.loss_on!r}, too_long={data.too_long!r}, window={source.shuffle_window!r}, "
+            f"size={source.size!r}, seed={data.seed!r}, number={self.number!r})"
+        )
+        settings += f" {source.columns} {source.template}" if source.columns or source.template else ""
+        settings += " chat" if source.chat else ""
+        return {
+            "settings": hashlib.sha256(f"{self.shards.names} {settings}".encode()).hexdigest()[:16],
+            "num_bytes": self.shards.num_bytes,
+            "rows": [_row_digest(row) for row in self.first_rows],
+        }
+
+    def change_since(self, before: dict[str, Any] | None) -> str | None:
+        """What differs from an earlier `fingerprint`, None if this is the same stream. Mended rows are no difference.
+
+        Of the first rows only those count that were not faulty then. They must be where they were, or where they move
+        to if the faulty ones are taken out.
+        """
+        now = self.fingerprint()
+        if before is None or before["settings"] != now["settings"]:
+            return "its files or settings"
+        then, rows = before["rows"], now["rows"]
+        good = [row for row in then if row is not None]
+        in_place = len(then) == len(rows) and all(row in (None, here) for row, here in zip(then, rows, strict=True))
+        taken_out = len(good) < len(then) and good == rows[: len(good)]
+        if not (in_place or taken_out):
+            return "its first rows"
+        difference = now["num_bytes"] - before["num_bytes"]
+        if abs(difference) > max(_MENDED_BYTES, _MENDED_SHARE * before["num_bytes"]):
+            return f"its length, by {difference:+,} bytes"
+        if difference:
+            text = "%s: the files have changed by %+d bytes since the checkpoint. Where rows were mended in place, the "
+            text += "others come as before; where some were taken out, a window of rows may come twice or not at all."
+            logger.warning(text, self.name, difference)
         return None
-    content = b"".join(
-        each.input_ids.tobytes() + each.loss_mask.tobytes() for each in row if isinstance(each, TokenizedExample)
-    )
-    return hashlib.sha256(content).hexdigest()[:8]
+
+
+def _row_digest(row: list[Outcome]) -> str | None:
+    """8 hex digits of the examples of a row; None for a faulty one."""
+    if any(isinstance(each, str) for each, _ in row):
+        return None
+    done = [each for each, _ in row if isinstance(each, TokenizedExample)]
+    return hashlib.sha256(b"".join(each.input_ids.tobytes() + each.loss_mask.tobytes() for each in done)).hexdigest()[
+        :8
+    ]

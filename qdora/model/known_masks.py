@@ -24,7 +24,7 @@ from transformers import modeling_flash_attention_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from qdora.adapter.plain_linear import own_class
-from qdora.data.batching import Packing
+from qdora.data.batches import Packing
 from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.replaced_function import replaced
 from qdora.model.text_config import attention_of

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from qdora.data.batching import IGNORED, MicroBatch
+from qdora.data.batches import IGNORED, MicroBatch, StepLoader
 from qdora.data.build_data import make_loader, micro_batch_tokens, num_steps_of
-from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
 from qdora.errors import HubFailure, UserError
 from qdora.files.environment import available_memory_bytes, held_memory_bytes

@@ -69,7 +69,7 @@ from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.adapter.evaluation_mode import evaluation_mode
 from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.adapter.expert_tokens import ExpertTokens
-from qdora.data.batching import IGNORED, MicroBatch
+from qdora.data.batches import IGNORED, MicroBatch
 from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
 from qdora.rank.allocate import LayerSpectrum

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
-from qdora.data.batching import IGNORED, MicroBatch
+from qdora.data.batches import IGNORED, MicroBatch
 from qdora.errors import RunFailure
 from qdora.rank.differentiable import FACTORS, Norm, plain_model
 from qdora.train.loss import token_nll

@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qdora.adapter.adapted_linear import AdaptedLinear
-from qdora.data.batching import Batching, MicroBatch
+from qdora.data.batches import Batching, MicroBatch, StepLoader
 from qdora.data.build_data import read_data, tokenized_mix
-from qdora.data.loader import StepLoader
 from qdora.errors import UserError
 from qdora.files.atomic import atomic_write_text
 from qdora.files.console import bar, consoles

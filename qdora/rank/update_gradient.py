@@ -21,7 +21,7 @@ from qdora.adapter.evaluation_mode import evaluation_mode
 from qdora.adapter.expert_linear import AdaptedExperts
 from qdora.adapter.expert_product import merged_rows
 from qdora.adapter.expert_tokens import ExpertTokens
-from qdora.data.batching import MicroBatch
+from qdora.data.batches import MicroBatch
 from qdora.files.console import Progress
 from qdora.model.inject import adapted_layers
 from qdora.rank.allocate import LayerSpectrum

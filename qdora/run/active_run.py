@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.data.loader import StepLoader
+from qdora.data.batches import StepLoader
 from qdora.files.run_directory import RunDirectory
 from qdora.recipe.settings import Recipe
 from qdora.run.expert_load import ExpertLoad

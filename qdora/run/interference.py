@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.data.batching import IGNORED, MicroBatch
+from qdora.data.batches import IGNORED, MicroBatch, Step
 from qdora.data.example import Example
-from qdora.data.loader import Step
 from qdora.data.tokenize import TokenizedExample, tokenize_all
 from qdora.errors import RunFailure, UserError
 from qdora.evaluate.suite import spread

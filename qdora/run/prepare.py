@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from qdora.data.batches import StepLoader
 from qdora.data.build_data import (
     check_first_rows,
     has_chats,
@@ -28,7 +29,6 @@ from qdora.data.build_data import (
 )
 from qdora.data.chat_template import set_chat_date
 from qdora.data.example import Example
-from qdora.data.loader import StepLoader
 from qdora.data.mix import Mix
 from qdora.data.mix_plan import MixPlan, keep_mix, mix_facts, plan_mix, show_mix
 from qdora.errors import HubFailure, UserError

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedModel
 
-from qdora.data.batching import PackedLayout
+from qdora.data.batches import PackedLayout
 from qdora.data.chat_template import chat_settings
 from qdora.data.encode_chats import MAY_NOT_STOP
 from qdora.data.example import Example

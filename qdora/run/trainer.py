@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from qdora.data.batching import MicroBatch, micro_batches
+from qdora.data.batches import MicroBatch, micro_batches
 from qdora.data.example import Example
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import RunFailure

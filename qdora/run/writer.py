@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
-from qdora.data.batching import IGNORED
+from qdora.data.batches import IGNORED
 from qdora.errors import DiskFull, RunFailure
 from qdora.files.atomic import json_bytes
 from qdora.files.run_directory import checkpoint_fault, unharmed

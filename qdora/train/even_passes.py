@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from qdora.data.batching import IGNORED, MicroBatch
-from qdora.data.loader import Step
+from qdora.data.batches import IGNORED, MicroBatch, Step
 from qdora.train.distributed import Processes
 
 _EMPTY_TOKENS = 2

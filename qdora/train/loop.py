@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdora.data.loader import Step, StepLoader
+from qdora.data.batches import Step, StepLoader
 from qdora.errors import Diverged, Interrupted, RunFailure, UserError, first_line
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.checkpoint import random_state, set_random_state

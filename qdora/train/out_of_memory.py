@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from qdora.data.batching import MicroBatch
-from qdora.data.loader import StepLoader
+from qdora.data.batches import MicroBatch, StepLoader
 from qdora.errors import first_line
 from qdora.memory.oom import free_memory, is_out_of_memory
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qdora.adapter.evaluation_mode import evaluation_mode
-from qdora.data.batching import PackedLayout
+from qdora.data.batches import PackedLayout
 from qdora.errors import UserError
 from qdora.model.known_masks import flash_inputs, flash_lengths, takes_flash_lengths
 from qdora.model.text_config import attention_of

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from qdora.adapter.host_embedding import ids_on_host
 from qdora.adapter.prepared_gains import norms_checked_later, prepare_gains, settle_norms, unchecked
 from qdora.adapter.shared_norms import prepare_shared_gains
-from qdora.data.batching import Packing
-from qdora.data.loader import Step
+from qdora.data.batches import Packing, Step
 from qdora.model.inject import adapted_layers
 from qdora.model.known_masks import flash_inputs, known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.train.checkpoint import random_state, set_random_state

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdora.data.loader import Step
+from qdora.data.batches import Step
 from qdora.recipe.train_settings import TrainConfig
 from qdora.train.optimizer import AdapterOptimizer
 

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qdora.data.batching import MicroBatch
-from qdora.data.loader import StepLoader
+from qdora.data.batches import MicroBatch, StepLoader
 from qdora.recipe.settings import Recipe
 
 TaskWeights = Mapping[str, float]

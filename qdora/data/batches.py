@@ -1,0 +1,511 @@
+"""Optimizer steps: which examples each takes, this process's share of them, and their micro-batches."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain, islice
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qdora.data.mix import MixOrder, Source
+from qdora.data.stream import ExampleStream
+from qdora.data.tokenize import TokenizedExample
+from qdora.errors import UserError
+
+IGNORED = -100
+"""Label of a token that does not count, as in transformers."""
+GROUP_COST = 128
+"""Cost of a micro-batch apart from its tokens, in tokens: each dequantises the base two or three times. An estimate for
+a 7B model on an A100: 40 ms of memory traffic against 0.3 ms a token."""
+ATTENTION_COST = 4096
+"""Length of a row at which attention takes as long as all other products. A mask over the row does not reduce what is
+multiplied. An estimate: counting products alone, 3,100 for SmolLM2-135M and 24,700 for a 7B model; attention is slower
+than its count of products says."""
+_MOST_DRAWS = 10**10
+"""Most examples of a run, far beyond any that ends: the order of 10^15 is not exact in float64."""
+_FIX = "Fix: put the old one back, or start with another --run-dir."
+
+
+# Steps
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step learns from. Counts are those of the whole step, over all processes.
+
+    Attributes:
+        micro_batches: This process's share, perhaps none. Longest examples first, so that a step that does not fit into
+            memory fails at once.
+        num_label_tokens: Labels, at least 1: the denominator of the loss.
+        num_tokens: Real tokens, padding not counted.
+    """
+
+    micro_batches: list[MicroBatch]
+    num_label_tokens: int
+    num_tokens: int
+    num_examples: int
+    task_label_tokens: Mapping[str, int] = field(default_factory=dict)
+
+
+class StepSize(NamedTuple):
+    """A step that may be taken: the position where it begins, its tokens, and those of its longest example."""
+
+    position: int
+    num_examples: int
+    num_tokens: int
+    longest: int
+
+
+class StepLoader:
+    """Optimizer steps from a position in an order; the position is all of its state.
+
+    Args:
+        tokens_per_step: A step takes examples until it has at least so many real tokens (at most one example more).
+            Exactly one of this and `batch`.
+        batching: How the next step's examples become micro-batches. It has no influence on which examples a step
+            contains, and may be changed between steps.
+        rank, num_processes: Number of this process, and of all. All draw the same steps; each pads its share.
+    """
+
+    def __init__(
+        self,
+        tokenised: Sequence[Source],
+        order: MixOrder,
+        *,
+        tokens_per_step: int | None,
+        batch: int | None,
+        batching: Batching,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        assert (tokens_per_step is None) != (batch is None), (tokens_per_step, batch)
+        self.tokenised, self.order = tuple(tokenised), order
+        self.streams = [part for part in tokenised if isinstance(part, ExampleStream)]
+        self.tokens_per_step, self.batch, self.batching = tokens_per_step, batch, batching
+        self.position = 0
+        self.rank, self.num_processes = rank, num_processes
+        self.task_names = list(dict.fromkeys(name for part in self.tokenised for name in part.task_names))
+
+    @cached_property
+    def _lengths(self) -> list[NDArray[np.int64]]:
+        """The tokens of each example of each source; of a stream, which is not read, only their mean."""
+        lengths = (
+            [round(part.mean_length)] if isinstance(part, ExampleStream) else map(len, part.examples)
+            for part in self.tokenised
+        )
+        return [np.fromiter(each, dtype=np.int64) for each in lengths]
+
+    def next_step(self) -> Step:
+        """Take the next step's examples and move the position behind them."""
+        examples: list[TokenizedExample] = []
+        num_tokens = 0
+        assert self.position != self.order.length, "no example is left"
+        while not self._is_full(len(examples), num_tokens) and self.position + len(examples) != self.order.length:
+            source, index = self.order[self.position + len(examples)]
+            part = self.tokenised[source]
+            if isinstance(part, ExampleStream):
+                assert part.position.num_drawn == index, (part.name, part.position, index)
+            examples.append(part.next() if isinstance(part, ExampleStream) else part.examples[index])
+            num_tokens += len(examples[-1])
+        self.position += len(examples)
+        labels: dict[str, int] = {}
+        for example in examples:
+            labels[example.task] = labels.get(example.task, 0) + int(example.loss_mask.sum())
+        mine = share_of(examples, self.rank, self.num_processes)
+        batches = micro_batches(mine, self.batching, self.task_names)
+        return Step(batches, sum(labels.values()), num_tokens, len(examples), labels)
+
+    def _is_full(self, num_examples: int, num_tokens: int) -> bool:
+        if self.batch is not None:
+            return num_examples >= self.batch
+        return num_tokens >= (self.tokens_per_step or 0)
+
+    # Steps that are not taken yet
+
+    def steps_for_epochs(self, epochs: float) -> int:
+        """Steps from position 0 until `epochs` * (examples of all sources) draws are used, at least 1.
+
+        Steps do not stop at the end of an epoch: the last one may take its first examples from the next.
+
+        Raises: UserError if the order ends before, because all sources have a cap, or it is more than a run takes.
+        """
+        num_draws = max(1, round(min(epochs * self.order.epoch_length, 2.0**62)))
+        length = self.order.length
+        if length is not None and num_draws > length:
+            # Each cap is rounded down, the epochs of the whole are not
+            if num_draws - length >= len(self.order.sizes):
+                raise UserError(
+                    f"train.epochs: {epochs:g} of {self.order.epoch_length:,} examples are {num_draws:,}, but "
+                    f"max_epochs of the sources leaves {length:,}. Fix: raise it for one source, or lower train.epochs."
+                )
+            num_draws = length
+        _check_draws(num_draws)
+        return -(-num_draws // self.batch) if self.batch is not None else sum(1 for _ in self._step_sizes(num_draws))
+
+    @property
+    def counts_draws(self) -> bool:
+        """Whether the draws of a step are known beforehand: not for a number of tokens, some of them from a stream."""
+        return self.batch is not None or not self.streams
+
+    def draws_for_steps(self, num_steps: int) -> int:
+        """Draws that the first `num_steps` steps use; a guess where `counts_draws` is False.
+
+        Raises: UserError if the order ends before, because all sources have a cap, or it is more than a run takes.
+        """
+        length = self.order.length
+        if length is not None and not self.counts_draws:
+            raise UserError(
+                "train.tokens_per_step: with max_epochs for every source and a stream among them the number of steps "
+                "is not known. Fix: use train.batch, or remove max_epochs from one source."
+            )
+        if self.batch is not None:
+            num_draws, possible = num_steps * self.batch, num_steps if length is None else -(-length // self.batch)
+        else:
+            longest = max(int(lengths.max()) for lengths in self._lengths)
+            at_least = num_steps * -(-(self.tokens_per_step or 1) // longest)
+            _check_draws(at_least if length is None else min(at_least, length))
+            num_draws = possible = 0
+            for size in islice(self._step_sizes(length), num_steps):
+                possible, num_draws = possible + 1, size.position + size.num_examples
+        if num_steps > possible:
+            raise UserError(
+                f"train.steps: must be at most {possible:,}, because max_epochs of the sources leaves {length:,} "
+                f"examples, got {num_steps:,}. Fix: raise or remove max_epochs of one source."
+            )
+        num_draws = num_draws if length is None else min(num_draws, length)
+        _check_draws(num_draws)
+        return num_draws
+
+    def tokens_of_draws(self, num_draws: int) -> NDArray[np.int64]:
+        """Tokens that the first draws take from each source, (sources,); estimated from the first rows of a stream."""
+        tokens = []
+        for source, count in enumerate(self.order.counts(num_draws).tolist()):
+            lengths = self._lengths[source]
+            num_passes, rest = divmod(count, len(lengths))
+            last = self.order.shuffle(source, num_passes, len(lengths))[:rest]
+            tokens.append(num_passes * lengths.sum() + lengths[last].sum())
+        return np.array(tokens, dtype=np.int64)
+
+    def step_sizes(self, num_steps: int) -> list[StepSize]:
+        """The first steps of the order, fewer if it ends before. Of a stream's examples the mean length."""
+        return list(islice(self._step_sizes(self.order.length), num_steps))
+
+    def _step_sizes(self, num_draws: int | None) -> Iterator[StepSize]:
+        """The steps of the first draws, without an end for None; the last one may be smaller."""
+        position = num_examples = num_tokens = longest = 0
+        for length in chain.from_iterable(self._drawn_lengths(num_draws)):
+            num_examples, num_tokens, longest = num_examples + 1, num_tokens + length, max(longest, length)
+            if self._is_full(num_examples, num_tokens):
+                yield StepSize(position, num_examples, num_tokens, longest)
+                position, num_examples, num_tokens, longest = position + num_examples, 0, 0, 0
+        if num_examples:
+            yield StepSize(position, num_examples, num_tokens, longest)
+
+    def _drawn_lengths(self, num_draws: int | None) -> Iterator[list[int]]:
+        """Tokens of the first draws, a part at a time, without an end for None."""
+        start = 0
+        while num_draws is None or start < num_draws:
+            stop = start + 65536 if num_draws is None else min(start + 65536, num_draws)
+            sources, indices = self.order.draws(start, stop)
+            lengths = np.empty_like(indices)
+            for source, tokens in enumerate(self._lengths):
+                here = sources == source
+                lengths[here] = tokens[indices[here] % len(tokens)]  # the draws of a stream are numbered on and on
+            yield lengths.tolist()
+            start = stop
+
+    # Resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position, where the streams stand, and what these are positions in; JSON types only."""
+        streams = {part.name: part.state_dict() for part in self.streams}
+        state = {"position": self.position, "fingerprint": dict(self.fingerprint)}
+        return state | ({"streams": streams} if streams else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken. UserError as `check_state`."""
+        self.check_state(state)
+        self.position = int(state["position"])
+        for part in self.streams:
+            part.load_state_dict(state["streams"][part.name])
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise a UserError if the loader cannot continue where `state` was taken.
+
+        The data, the mix or the size of a step differ: other examples would follow, and some would be seen twice.
+        """
+        stored, now = dict(state["fingerprint"]), self.fingerprint
+        faults = []
+        if stored["data"] != now["data"]:
+            pairs = zip(self.tokenised, now["sets"], stored["sets"], strict=False)
+            changed = next((f"source {part.name}" for part, ours, then in pairs if ours != then), "a source")
+            faults.append(
+                f"--resume: {changed} differs from the data of the checkpoint (a file, a setting, the tokenizer or the "
+                f"chat template has changed). {_FIX}"
+            )
+        elif stored["mix"] != now["mix"]:  # other numbers of examples alone change it, too
+            faults.append(
+                "--resume: the mix differs from that of the checkpoint (its strategy, weights, max_epochs or "
+                f"data.seed). {_FIX}"
+            )
+        if stored["step"] != now["step"]:
+            faults.append(
+                "--resume: train.tokens_per_step or train.batch differs from that of the checkpoint (then "
+                f"{stored['step']} in a step, now {now['step']}). {_FIX}"
+            )
+        before = stored.get("streams", {})
+        faults += [
+            f"--resume: source {part.name} differs from the data of the checkpoint ({what}). {_FIX}"
+            for part in self.streams
+            if (what := part.change_since(before.get(part.name))) is not None
+        ]
+        if faults:
+            raise UserError(*faults)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides which examples follow a position: a part for each thing that a user can change; JSON types.
+
+        "sets" are SHA-256 over names, tasks, ids and labels (a stream: its name) up to the end of each source.
+        """
+        # The first draws stand for the shuffling itself, which numpy may change between versions
+        first = np.concatenate(self.order.draws(0, min(256, self.order.length or 256)))
+        shares = self.order.shares.tolist(), self.order.caps
+        streams = {part.name: part.fingerprint() for part in self.streams}
+        digest, sets = hashlib.sha256(), []
+        for part in self.tokenised:
+            if isinstance(part, ExampleStream):
+                digest.update(f"{part.name} stream".encode())
+            else:
+                digest.update(f"{part.name} {len(part)}".encode())
+                for example in part.examples:
+                    digest.update(f"\n{example.task} {len(example)} ".encode())
+                    digest.update(example.input_ids.tobytes() + example.loss_mask.tobytes())
+            sets.append(digest.hexdigest()[:16])
+        return ({"streams": streams} if streams else {}) | {
+            "data": sets[-1],
+            "sets": sets,
+            "mix": hashlib.sha256(f"{shares} {self.order.seed} {first.tolist()}".encode()).hexdigest()[:16],
+            "step": f"{self.tokens_per_step} tokens" if self.batch is None else f"{self.batch} examples",
+        }
+
+
+def _check_draws(num_draws: int) -> None:
+    if num_draws > _MOST_DRAWS:
+        raise UserError(
+            f"train: the run would take more than {_MOST_DRAWS:,} examples. Fix: lower train.steps, train.epochs, "
+            "train.batch or train.tokens_per_step."
+        )
+
+
+def share_of(examples: Sequence[TokenizedExample], rank: int, size: int) -> list[TokenizedExample]:
+    """The share of process `rank` out of `size`, in the step's order.
+
+    Longest first, each example goes to the process with the fewest tokens so far, so that none waits long for another:
+    their sums differ by at most one example. With fewer examples than processes some get none.
+    """
+    tokens, owner = [0] * size, [0] * len(examples)
+    for index in sorted(range(len(examples)), key=lambda index: len(examples[index]), reverse=True):
+        owner[index] = tokens.index(min(tokens))
+        tokens[owner[index]] += len(examples[index])
+    return [example for example, each in zip(examples, owner, strict=True) if each == rank]
+
+
+# Micro-batches
+
+
+PackedLayout = Literal["rows", "single"]
+"""rows: several packed rows in a micro-batch, padded to its longest. single: one row is a whole micro-batch and has no
+padding, as attention kernels for variable lengths take it."""
+
+
+@dataclass
+class Batching:
+    """How the examples of a step become micro-batches.
+
+    Attributes:
+        max_tokens: Most tokens of a micro-batch, padding counted; a longer example is a micro-batch of its own.
+        pad_id: Token in padded places.
+        packed: Layout of packed rows; None: each row is one example.
+        row_tokens: Most tokens of a packed row in the layout "rows"; never more than `max_tokens`. Rows are shorter
+            where that costs less, see `ATTENTION_COST`.
+    """
+
+    max_tokens: int
+    pad_id: int
+    packed: PackedLayout | None = None
+    row_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the examples of packed rows lie.
+
+    Attributes:
+        position_ids: (rows, length) int64, counted from 0 in each example and again in the padding behind the last
+            one: for the model the padding is one more example.
+        example_index: (rows, length) int64, the token's example as its index in `MicroBatch.example_ids`; -1 in
+            padding.
+    """
+
+    position_ids: Tensor
+    example_index: Tensor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Examples of one forward pass, padded on the right. Without packing each is a row.
+
+    Attributes:
+        input_ids, attention_mask: (rows, length) int64.
+        labels: (rows, length) int64, the token's own id where it counts and -100 elsewhere; not shifted.
+        task_ids: (examples,) int64, into `task_names`.
+        task_names: All tasks of the loader, the same list in every micro-batch.
+        packing: Which tokens are whose, or None where a row is an example.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    task_ids: Tensor
+    task_names: list[str]
+    example_ids: list[str]
+    packing: Packing | None = None
+
+    def examples(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(id, input ids, labels) of each example, (length,) int64 both, without padding."""
+        for index, name in enumerate(self.example_ids):
+            if self.packing is None:
+                row, mine = index, self.attention_mask[index].bool()
+            else:
+                here = self.packing.example_index == index
+                row = int(here.any(dim=1).nonzero()[0])
+                mine = here[row]
+            yield name, self.input_ids[row, mine], self.labels[row, mine]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """Examples behind each other in a row. The first token of each is no label: none is predicted across a border."""
+
+    examples: tuple[TokenizedExample, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.examples))
+
+
+def packed_rows(examples: Sequence[TokenizedExample], row_tokens: int) -> list[PackedRow]:
+    """Rows of at most `row_tokens` (a longer example is a row of its own), in the order of their longest examples.
+
+    Best fit, decreasing: the longest example first, each into the fullest row that still has room for it. Never more
+    than 3/2 of the fewest possible rows (Simchi-Levi, 1994), nor 11/9 of them plus 4 (Johnson, 1974).
+    """
+    rows: list[list[TokenizedExample]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, row), sorted: of equally full rows the oldest is first
+    for example in sorted(examples, key=len, reverse=True):
+        index = bisect_left(free, (len(example), 0))
+        if index < len(free):
+            left, row = free.pop(index)
+            rows[row].append(example)
+        else:
+            left, row = row_tokens, len(rows)
+            rows.append([example])
+        insort(free, (left - len(example), row))
+    return [PackedRow(tuple(row)) for row in rows]
+
+
+Row = TypeVar("Row", bound=Sized)
+
+
+def micro_groups(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
+    """The rows sorted by length, longest first (equal lengths in their old order), cut into micro-batches.
+
+    The cuts minimise the sum over groups of rows * longest row + GROUP_COST. On the eight commonsense tasks, steps of
+    4,096 tokens in micro-batches of at most 2,048 get 0.11 tokens of padding for each real one; groups that are filled
+    one after the other get 0.36 (five groups a step instead of three).
+
+    Args:
+        max_tokens: Most tokens of a group, padding counted, unless it is a single longer row.
+    """
+    ordered = sorted(rows, key=len, reverse=True)
+    lengths = np.array([len(row) for row in ordered], dtype=np.int64)
+    cost = np.zeros(len(ordered) + 1, dtype=np.int64)  # least cost of the first `end` rows
+    cuts = np.zeros(len(ordered) + 1, dtype=np.int64)  # where the last of their groups begins
+    for end in range(1, len(ordered) + 1):
+        counts = np.arange(end, 0, -1)  # of a group that begins at 0, 1, ..., end - 1
+        padded = counts * lengths[:end]
+        allowed = (padded <= max_tokens) | (counts == 1)
+        total = np.where(allowed, cost[:end] + padded + GROUP_COST, np.iinfo(np.int64).max)
+        cuts[end] = total.argmin()
+        cost[end] = total[cuts[end]]
+    groups: list[list[Row]] = []
+    end = len(ordered)
+    while end > 0:
+        groups.append(ordered[cuts[end] : end])
+        end = int(cuts[end])
+    return groups[::-1]
+
+
+def micro_batches(
+    examples: Sequence[TokenizedExample], batching: Batching, task_names: Sequence[str]
+) -> list[MicroBatch]:
+    """The examples of a step, or of a process's share of one, in micro-batches, the longest rows first."""
+    if batching.packed is None:
+        groups = micro_groups([PackedRow((example,)) for example in examples], batching.max_tokens)
+    elif batching.packed == "single":
+        rows = packed_rows(examples, batching.max_tokens)
+        groups = [[row] for row in sorted(rows, key=len, reverse=True)]
+    else:
+        # Rows as long as the longest example, half as many tokens more, ..., `most`: the cheapest are taken
+        most = batching.max_tokens if batching.row_tokens is None else min(batching.row_tokens, batching.max_tokens)
+        rooms, room = [most], max(map(len, examples), default=most)
+        while room < most:
+            rooms.append(room)
+            room += -(-room // 2)
+        groups = min((micro_groups(packed_rows(examples, room), batching.max_tokens) for room in rooms), key=_cost)
+    return [_micro_batch(group, batching, list(task_names)) for group in groups]
+
+
+def _cost(groups: Sequence[Sequence[PackedRow]]) -> float:
+    """Cost of a step whose attention runs over whole rows, in tokens of its other products."""
+    shapes = [(len(group), max(map(len, group))) for group in groups]
+    return sum(rows * width * (1 + width / ATTENTION_COST) + GROUP_COST for rows, width in shapes)
+
+
+def _micro_batch(rows: Sequence[PackedRow], batching: Batching, task_names: list[str]) -> MicroBatch:
+    shape = len(rows), max(map(len, rows))
+    input_ids = np.full(shape, batching.pad_id, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    example_index = np.full(shape, -1, dtype=np.int64)
+    examples: list[TokenizedExample] = []
+    for number, row in enumerate(rows):
+        start = 0
+        for example in row.examples:
+            assert not example.loss_mask[0], example.id
+            here = number, slice(start, start + len(example))
+            input_ids[here] = example.input_ids
+            labels[here] = np.where(example.loss_mask, example.input_ids, IGNORED)
+            position_ids[here] = np.arange(len(example))
+            example_index[here] = len(examples)
+            examples.append(example)
+            start += len(example)
+        position_ids[number, start:] = np.arange(shape[1] - start)
+    packing = Packing(torch.from_numpy(position_ids), torch.from_numpy(example_index))
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy((example_index >= 0).astype(np.int64)),
+        labels=torch.from_numpy(labels),
+        task_ids=torch.tensor([task_names.index(example.task) for example in examples], dtype=torch.int64),
+        task_names=task_names,
+        example_ids=[example.id for example in examples],
+        packing=None if batching.packed is None else packing,
+    )
