@@ -33,8 +33,8 @@ from qdora.memory.host_residency import CudaCopies, HostResidency, Piece, check_
 from qdora.memory.streaming import NUM_SLOTS, Ring, interleaved
 from qdora.model.inject import adapter_parameters, frozen_layers
 from qdora.model.load import Quantization, load_model
-from qdora.model.packed_base import BaseCache
 from qdora.model.source import resolve
+from qdora.model.store import BaseCache
 from qdora.plan.fake_step import empty_model
 from qdora.plan.memory_plan import plan, streamed_blocks
 from qdora.plan.plan_contents import DENSE, Plan

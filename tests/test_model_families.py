@@ -29,11 +29,11 @@ from qdora.model import experts
 from qdora.model.adapter_file import load_adapter, save_adapter
 from qdora.model.experts import routers, stacks, use_expert_layers_
 from qdora.model.inject import inject
-from qdora.model.language_part import carried, in_words
 from qdora.model.load import DEFAULT_SKIP, Quantization
-from qdora.model.packed_base import BaseCache
+from qdora.model.multimodal import carried, in_words
+from qdora.model.names import taken_for_experts
 from qdora.model.source import load_tokenizer, resolve
-from qdora.model.weight_conversion import taken_for_experts
+from qdora.model.store import BaseCache
 from qdora.quant.packed import dequantize, quantize
 from qdora.recipe.recipe_file import resolved_yaml
 from qdora.train.packed_attention import packed_layout

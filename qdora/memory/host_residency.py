@@ -27,9 +27,9 @@ from qdora.adapter.prepared_gains import prepare_gains
 from qdora.errors import RunFailure, UserError, first_line
 from qdora.files.environment import available_memory_bytes
 from qdora.memory.streaming import NUM_SLOTS, Turns
+from qdora.model.checkpoint import Stored, StoredPacked, tied_weights
 from qdora.model.inject import replace_module
 from qdora.model.load import Loading, Quantization, iterate_quantized, place_dense, place_frozen
-from qdora.model.stored_tensors import Stored, StoredPacked, tied_weights
 from qdora.quant.packed import PackedWeight, empty_packed, from_tensors
 
 _ALIGNMENT = 256  # bytes; kernels read 16 at a time, and views need their dtype's

@@ -37,10 +37,11 @@ from qdora.files.json_file import read_json_object
 from qdora.files.tensor_file import write_tensors
 from qdora.model.experts import peft_swaps, routers
 from qdora.model.inject import adapted_layer, adapted_layers, check_masks, is_linear, most_rank, put_layers
-from qdora.model.language_part import all_paths
+from qdora.model.multimodal import all_paths
+from qdora.model.names import taken_for_experts
 from qdora.model.peft_config import AdapterDescription, adapter_config, parse_adapter_config
 from qdora.model.source import ADAPTER_DIRECTORY
-from qdora.model.trained_embeddings import (
+from qdora.model.tokens import (
     TrainedMatrix,
     embedding_paths,
     is_tied,
@@ -48,7 +49,6 @@ from qdora.model.trained_embeddings import (
     trainable_faults,
     trained_matrices,
 )
-from qdora.model.weight_conversion import taken_for_experts
 
 CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE = "adapter_config.json", "adapter_model.safetensors", "qdora.json"
 PICKLE_FILE = "adapter_model.bin"

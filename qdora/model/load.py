@@ -30,11 +30,23 @@ from qdora.adapter.host_embedding import HostEmbedding
 from qdora.errors import NotFinite, UserError, not_one_of
 from qdora.files.console import Progress
 from qdora.model.attention import ATTENTION_KINDS, BAD_CONFIG, with_attention
+from qdora.model.checkpoint import (
+    Stored,
+    StoredPacked,
+    StoredRows,
+    StoredTensor,
+    gather_packed,
+    in_parts,
+    match_to_model,
+    open_safetensors,
+    shorten,
+    stored_kind,
+    tied_weights,
+)
 from qdora.model.experts import stacks, use_expert_layers_
-from qdora.model.gguf_file import check_gguf, open_gguf, settle_head
-from qdora.model.gguf_metadata import config_of_gguf
+from qdora.model.gguf import check_gguf, config_of_gguf, open_gguf, settle_head
 from qdora.model.inject import HEAD, frozen_like, linear_layers, matches, replace_module, unmatched
-from qdora.model.language_part import (
+from qdora.model.multimodal import (
     auto_class,
     check_family,
     in_words,
@@ -44,20 +56,8 @@ from qdora.model.language_part import (
     set_aside,
     settle_tying,
 )
-from qdora.model.quantized_checkpoint import gather_packed, stored_kind
+from qdora.model.names import rename_to_model
 from qdora.model.source import ModelSource, library_reason
-from qdora.model.stored_tensors import (
-    Stored,
-    StoredPacked,
-    StoredRows,
-    StoredTensor,
-    in_parts,
-    match_to_model,
-    open_safetensors,
-    shorten,
-    tied_weights,
-)
-from qdora.model.weight_conversion import rename_to_model
 from qdora.quant.codebooks import CODE_BITS, MXFP4, SIMULATED
 from qdora.quant.packed import BLOCK_SIZES, KINDS, PackedWeight, dequantize, packed_rows, quantize
 from qdora.quant.tiles import Weight
@@ -146,7 +146,7 @@ def load_model(
             head under any name.
         attention: One of `ATTENTION_KINDS`; "auto" is chosen by what the model needs (`with_attention`).
         progress: Called with the tensors done and all of them.
-        reader: Finds the weights (default `tensors_of_source`; see model/packed_base.py).
+        reader: Finds the weights (default `tensors_of_source`; see model/store.py).
         placer: Puts the tensors into the model (default `place_all`; see prune/pruner.py and memory/).
         before_reading: Called with the model and `device` before any weight is read (memory/host_residency.py).
     Returns:
@@ -212,7 +212,7 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device; buffers are real, since checkpoints do not hold all of them.
 
-    Of a multimodal model only the language part has parameters (`model/language_part.py`).
+    Of a multimodal model only the language part has parameters (`model/multimodal.py`).
 
     Raises UserError if the model is not a causal LM, or cannot have this attention (`with_attention`).
     """

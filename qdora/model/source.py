@@ -23,10 +23,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qdora.errors import HubFailure, NoTokenizer, UserError, nearest_entry, nearest_path
 from qdora.files.json_file import read_json_object
 from qdora.files.user_paths import user_path
-from qdora.model.gguf_file import require_gguf
-from qdora.model.gguf_metadata import tokenizer_of_gguf
-from qdora.model.quantized_checkpoint import stored_kind
-from qdora.model.stored_tensors import shard_files
+from qdora.model.checkpoint import shard_files, stored_kind
+from qdora.model.gguf import require_gguf, tokenizer_of_gguf
 from qdora.recipe.data_settings import is_path
 from qdora.recipe.faults import reason_of
 

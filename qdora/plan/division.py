@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 from qdora.adapter.row_share import divided_tensors, is_cut_by_rows
 from qdora.errors import UserError
 from qdora.model.build_model import keeps_scales
+from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import linear_layers
 from qdora.model.load import Quantization, block_list, chosen_layers, layers_to_quantize
-from qdora.model.stored_tensors import tied_weights
 from qdora.plan import plan_contents as parts
 from qdora.plan.changes_to_fit import with_streaming
 from qdora.plan.plan_contents import Cut, Division, Moment, Plan, seconds_text

@@ -34,15 +34,14 @@ from qdora.model.build_model import (
     recompute_activations,
     set_kept_scales_,
 )
+from qdora.model.checkpoint import tied_weights
 from qdora.model.experts import stacks
-from qdora.model.grouped_attention import fast_grouped_attention
 from qdora.model.inject import adapted_layers, adapter_parameters, inject, linear_layers
-from qdora.model.inplace_outputs import keep_inplace_outputs_
 from qdora.model.load import Quantization, block_list, layers_to_quantize, load_config, quantization_of
+from qdora.model.patches import fast_grouped_attention, keep_inplace_outputs_
 from qdora.model.peft_config import AdapterDescription
 from qdora.model.source import ModelSource
-from qdora.model.stored_tensors import tied_weights
-from qdora.model.trained_embeddings import extend_vocabulary, train_embeddings
+from qdora.model.tokens import extend_vocabulary, train_embeddings
 from qdora.plan import plan_contents as parts
 from qdora.plan.block_pattern import BlockPattern, extrapolated, find_pattern, keep_blocks_, signature
 from qdora.plan.changes_to_fit import with_changes

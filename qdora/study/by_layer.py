@@ -16,8 +16,7 @@ from qdora.data.build_data import run_examples
 from qdora.data.example import Example
 from qdora.evaluate.loglikelihood import score_examples
 from qdora.evaluate.suite import evaluate, spread
-from qdora.model.inject import adapted_layers, block_of
-from qdora.model.model_size import model_size
+from qdora.model.inject import adapted_layers, block_of, model_size
 from qdora.rank.error_undone import error_undone
 from qdora.rank.weight_changes import full_weight_changes, set_magnitude_back_, weight_changes
 from qdora.recipe.settings import Recipe

@@ -13,8 +13,7 @@ from qdora.adapter.adapted_linear import AdaptedLinear
 from qdora.data.build_data import run_examples
 from qdora.evaluate.suite import evaluate
 from qdora.files.atomic import atomic_write_json
-from qdora.model.inject import adapted_layers
-from qdora.model.model_size import model_size
+from qdora.model.inject import adapted_layers, model_size
 from qdora.rank.weight_changes import set_magnitude_back_
 from qdora.recipe.settings import Recipe
 from qdora.run.load_run import load_run

@@ -21,7 +21,7 @@ from qdora.adapter.shared_norms import prepare_shared_gains
 from qdora.data.batching import Packing
 from qdora.data.loader import Step
 from qdora.model.inject import adapted_layers
-from qdora.model.known_masks import flash_inputs, known_masks, packed_mask_is_known, takes_flash_lengths
+from qdora.model.patches import flash_inputs, known_masks, packed_mask_is_known, takes_flash_lengths
 from qdora.train.checkpoint import random_state, set_random_state
 from qdora.train.hooks import Metrics, Reading
 from qdora.train.loss_scale import LossScale

@@ -28,8 +28,8 @@ from transformers.core_model_loading import (
 )
 
 from qdora.errors import UserError
+from qdora.model.checkpoint import Stored, StoredRows, StoredTensor, in_parts, shorten
 from qdora.model.experts import is_transposed, library_names, stacks
-from qdora.model.stored_tensors import Stored, StoredRows, StoredTensor, in_parts, shorten
 
 # A conversion that cuts a tensor into more pieces permutes its rows.
 _MOST_PIECES = 8

@@ -23,7 +23,7 @@ from transformers import (
 
 from qdora.errors import UserError
 from qdora.files.json_file import read_json_object
-from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor
+from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor
 
 FAMILIES = ("gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """model_type of the configs whose text logits without the other parts were compared with those of the whole model."""
@@ -49,6 +49,9 @@ class NotLoaded(nn.Module):
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         """Raises UserError: only images and videos reach this part."""
         raise UserError("images are not supported: only the language part of the model is loaded.")
+
+    # Qwen's models cast the pixels to the dtype of the vision tower before they call it.
+    dtype = property(forward)
 
 
 def is_multimodal(config: PreTrainedConfig) -> bool:

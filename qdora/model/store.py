@@ -35,7 +35,7 @@ from qdora.files.console import OF_THIS_PROCESS, Progress
 from qdora.files.sampled_digest import sampled_digest
 from qdora.files.tensor_file import write_tensors
 from qdora.files.work_lock import in_turn
-from qdora.model.language_part import not_loaded
+from qdora.model.checkpoint import Stored, StoredPacked, StoredTensor, match_to_model, shard_files
 from qdora.model.load import (
     Loading,
     Quantization,
@@ -46,8 +46,8 @@ from qdora.model.load import (
     settle_stored,
     tensors_of_source,
 )
+from qdora.model.multimodal import not_loaded
 from qdora.model.source import ModelSource
-from qdora.model.stored_tensors import Stored, StoredPacked, StoredTensor, match_to_model, shard_files
 from qdora.quant.packed import TENSOR_NAMES, PackedWeight, empty_packed, from_tensors
 from qdora.quant.tiles import Weight
 from qdora.recipe.faults import one_line

@@ -11,11 +11,12 @@ up together, one expert after the other, and is read expert by expert.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import mmap
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, MixtralConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.modeling_gguf_pytorch_utils import (
@@ -34,9 +35,13 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from qdora.errors import UserError
+from qdora.files.atomic import atomic_directory, disk_reason
+from qdora.files.environment import package_versions
+from qdora.files.user_paths import cache_folder
+from qdora.files.work_lock import in_turn
+from qdora.model.checkpoint import StoredRows, StoredTensor, in_parts, shorten
 from qdora.model.experts import library_names, stacks
 from qdora.model.inject import block_of
-from qdora.model.stored_tensors import StoredRows, StoredTensor, in_parts, shorten
 from qdora.recipe.faults import one_line
 
 log = logging.getLogger("qdora")
@@ -366,3 +371,73 @@ def _dequantized(path: Path, tensor: GgufTensor, rows: slice = slice(None)) -> V
         except NotImplementedError as error:
             raise UserError(f"model.source: tensor '{tensor.name}': {error}") from error
     return values
+
+
+_PACKAGES = ("transformers", "tokenizers", "gguf")
+
+
+def config_of_gguf(path: Path) -> PreTrainedConfig:
+    """The config. Raises what transformers raises for a header that it cannot use."""
+    header = read_header(path)
+    return _with_experts(_kept(header, "config", AutoConfig.from_pretrained), header)
+
+
+def _with_experts(config: PreTrainedConfig, header: GgufHeader) -> PreTrainedConfig:
+    """The config with what a file says of its experts and transformers does not read.
+
+    transformers takes a Mixtral, which is a Llama with experts to llama.cpp, for a Llama, and the default width of a
+    family for that of its experts.
+    """
+
+    def setting(name: str) -> Any:
+        return header.settings.get(f"{header.architecture}.{name}")
+
+    if config.model_type == "llama" and setting("expert_count"):
+        alike = MixtralConfig().to_dict().keys() - {"model_type", "transformers_version"}
+        given = {name: value for name, value in config.to_dict().items() if name in alike}
+        given |= {"num_local_experts": setting("expert_count"), "num_experts_per_tok": setting("expert_used_count")}
+        config = MixtralConfig(**given | {"architectures": ["MixtralForCausalLM"]})
+    widths: dict[str, tuple[str, ...]] = {
+        "ffn_down_exps": ("moe_intermediate_size", "intermediate_size"),
+        "ffn_down_shexp": ("shared_expert_intermediate_size",),
+    }
+    for part, names in widths.items():
+        shape = next((each.shape for each in header.tensors if each.name.endswith(f".{part}.weight")), None)
+        name = next((name for name in names if hasattr(config, name)), None)
+        if shape is not None and name is not None:
+            setattr(config, name, shape[-1])
+    return config
+
+
+def tokenizer_of_gguf(path: Path) -> Any:
+    """The tokenizer. Raises what transformers raises for a header that it cannot use."""
+    return _kept(read_header(path), "tokenizer", AutoTokenizer.from_pretrained)
+
+
+def _kept(header: GgufHeader, name: str, load: Callable[..., Any]) -> Any:
+    """What `load` makes of the file, through a kept copy if the disk takes one."""
+    path = header.path
+    folder = cache_folder("gguf") / _identity(header) / name
+    if not folder.is_dir():
+        with in_turn(folder):
+            if not folder.is_dir():  # another process may have made it meanwhile
+                made = load(str(path.parent), gguf_file=path.name)
+                try:
+                    with atomic_directory(folder) as aside:
+                        made.save_pretrained(aside)
+                except Exception as error:
+                    if disk_reason(error) is None:
+                        raise
+                    return made
+    kept = load(str(folder), local_files_only=True)
+    kept.name_or_path = str(path.parent)
+    return kept
+
+
+def _identity(header: GgufHeader) -> str:
+    """Stands for the header and for the versions that read it."""
+    start = min((tensor.offset for tensor in header.tensors), default=header.path.stat().st_size)
+    with header.path.open("rb") as file:
+        digest = hashlib.sha256(file.read(start))
+    digest.update(repr(package_versions(_PACKAGES)).encode())
+    return digest.hexdigest()[:32]

@@ -1,18 +1,14 @@
-"""Attention masks from what the host knows of a micro-batch, so that no mask is read back from a GPU.
-
-transformers leaves out a mask where nothing is padded, and finds packed examples by their positions. It reads both from
-the device in every forward pass, flash attention in every layer (the positions of a single row, packed or not), and the
-host waits until the GPU has done all that it was given. But the micro-batch comes from the host. Its rows are padded on
-the right, so in causal attention and in a state that runs through the row only padding sees padding: no mask is needed,
-and attention keeps its fast kernel, which takes none.
+"""What a model does otherwise for a while or for good: grouped heads without a flash kernel, masks known by the host,
+and layers whose outputs it changes in place or whose weights it reads.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from types import ModuleType
@@ -20,14 +16,58 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import modeling_flash_attention_utils
+from transformers import PreTrainedModel, modeling_flash_attention_utils
+from transformers.integrations import sdpa_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
+from qdora.adapter.adapted_linear import AdaptedLinear
+from qdora.adapter.evaluation_mode import evaluation_mode
+from qdora.adapter.frozen_linear import FrozenLinear
 from qdora.adapter.plain_linear import own_class
 from qdora.data.batching import Packing
-from qdora.model.grouped_attention import fast_grouped_attention
-from qdora.model.replaced_function import replaced
-from qdora.model.text_config import attention_of
+from qdora.errors import UserError
+from qdora.model.attention import FLASH_CAPABILITY, FLASH_DTYPES, attention_of
+from qdora.model.inject import adapted_layers
+from qdora.quant.planned_device import device_kind
+
+
+@contextmanager
+def replaced(module: ModuleType, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, the function of that name is `make(function)`; a module without it, of another version, is unchanged."""
+    before = getattr(module, name, None)
+    if before is None:
+        yield
+        return
+    setattr(module, name, make(before))
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+logger = logging.getLogger("qdora")
+
+_ASKS = "use_gqa_in_sdpa"
+
+
+def fast_grouped_attention() -> AbstractContextManager[None]:
+    """Inside, sdpa repeats keys and values where torch's flash kernel does not run.
+
+    That is on CUDA in float32, and on CUDA devices of a compute capability below 8.0 in any dtype; a plan for a GPU
+    counts the same, for this machine's GPU if it has one, else for one of 8.0 or more. Elsewhere nothing changes.
+    """
+    is_old = torch.cuda.is_available() and torch.cuda.get_device_capability(None) < FLASH_CAPABILITY
+    dtypes = () if is_old else FLASH_DTYPES
+    return replaced(sdpa_attention, _ASKS, lambda ask: partial(_leaves_to_torch, ask, dtypes))
+
+
+def _leaves_to_torch(
+    ask: Callable[..., bool], dtypes: tuple[torch.dtype, ...], mask: Tensor | None, key: Tensor, *rest: Any
+) -> bool:
+    """Whether torch repeats the keys: where transformers says so, but on CUDA only in `dtypes`, which the flash kernel
+    takes."""
+    return (device_kind(key.device) != "cuda" or key.dtype in dtypes) and ask(mask, key, *rest)
+
 
 _PACKED: ContextVar[bool] = ContextVar("packed_mask_is_known", default=False)
 # In the modules of models with convolutions, linear attention or Mamba layers.
@@ -139,3 +179,60 @@ def _within_examples(
 
     options = {"mask_function": within, "attention_mask": None, "allow_is_causal_skip": False}
     return make(*args, **kwargs | options)
+
+
+_NUM_TOKENS = 4
+
+
+@torch.no_grad()
+def keep_inplace_outputs_(model: PreTrainedModel) -> list[str]:
+    """Let the adapted layers whose outputs the model changes in place keep a copy of them while they train.
+
+    The gradient of a magnitude is read from the output, so it would be that of the changed one. One forward pass of a
+    few tokens finds the layers, by torch's count of the changes of each tensor. Layers with a bias, which is added into
+    another tensor, and LoRA need no copy. Returns the paths of the layers.
+
+    Raises UserError: See `weights_unread`.
+    """
+    layers = {
+        path: layer
+        for path, layer in adapted_layers(model).items()
+        if layer.magnitude is not None and layer.base.bias is None
+    }
+    if not layers:
+        return []
+    outputs: list[tuple[str, Tensor, int]] = []
+
+    def returned(path: str, _layer: AdaptedLinear, _inputs: Any, output: Tensor) -> None:
+        outputs.append((path, output, output._version))
+
+    with ExitStack() as hooks, evaluation_mode(model), weights_unread(model):
+        for path, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(returned, path)))
+        model(input_ids=torch.zeros(1, _NUM_TOKENS, dtype=torch.int64, device=model.device), use_cache=False)
+    written = list(dict.fromkeys(path for path, output, version in outputs if output._version != version))
+    for path in written:
+        layers[path].keeps_copy = True
+    if written:
+        text = "%s writes into the outputs of %d adapted layers (e.g. %s): each keeps a copy for its magnitude."
+        logger.info(text, model.config.model_type, len(written), written[0])
+    return written
+
+
+@contextmanager
+def weights_unread(model: nn.Module) -> Iterator[None]:
+    """Raise a UserError where the model reads the weight of an adapted or frozen layer itself, as Mamba does.
+
+    Mamba 2 and others do so only while they train.
+    """
+    try:
+        yield
+    except AttributeError as error:
+        path = next((path for path, each in model.named_modules() if each is error.obj), None)
+        if path is None or error.name != "weight" or not isinstance(error.obj, AdaptedLinear | FrozenLinear):
+            raise
+        name = path.rpartition(".")[2]
+        raise UserError(
+            f"adapter.targets: this model reads the weight of {path} itself, which a quantised or an adapted layer "
+            f"does not hold. Fix: name {name} in base.skip and leave it out of adapter.targets."
+        ) from None

@@ -14,8 +14,10 @@ from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 from qdora.adapter.host_embedding import HostEmbedding
 from qdora.adapter.trained_rows import RowEmbedding, RowHead, TrainedRows
 from qdora.errors import UserError
+from qdora.model.checkpoint import tied_weights
 from qdora.model.inject import HEAD, replace_module
-from qdora.model.stored_tensors import tied_weights
+from qdora.model.load import load_config, published_generation
+from qdora.model.source import ModelSource
 
 EMBEDDING = "embed_tokens"
 """Stands for the input embedding, under any name, as `HEAD` does for the output head."""
@@ -270,3 +272,25 @@ def _name(model: Any) -> str:
 
 def _modules(model: Any) -> tuple[Any, Any]:
     return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens at which the model ends an answer: those of its generation config, else of its config, and the
+    tokenizer's end of sequence."""
+    config = load_config(source)
+    named: Any = getattr(config, "eos_token_id", None)
+    if named is None:  # multimodal models keep it with their text model
+        named = getattr(config.get_text_config(), "eos_token_id", None)
+    if (generation := published_generation(source)) is not None:
+        named = generation.eos_token_id
+    return _stops(named, tokenizer)
+
+
+def stop_ids_of_model(model: Any, tokenizer: Any) -> frozenset[int]:
+    """`stop_ids` of a loaded model: those of its generation config and of the tokenizer."""
+    return _stops(getattr(getattr(model, "generation_config", None), "eos_token_id", None), tokenizer)
+
+
+def _stops(named: int | Sequence[int] | None, tokenizer: Any) -> frozenset[int]:
+    listed = named if isinstance(named, list | tuple) else [named]
+    return frozenset(int(id) for id in (*listed, tokenizer.eos_token_id) if id is not None)
